@@ -1,0 +1,117 @@
+"""The model's part of a recipe: frozen dataclasses, each field with its meaning, checked where they are defined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from model.errors import UserError
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """One audio encoder."""
+
+    name: str = ""
+    """Unique within the model; appears in parameter names, metrics and reports."""
+    family: Literal["whisper", "hubert", "wavlm"] = "whisper"
+    weights: str | None = None
+    """Local Hugging Face directory or hub id; null builds the encoder from `config` with random weights."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the family's transformers config that differ from its defaults (with `weights`: from the checkpoint's)."""
+    length_mode: Literal["full", "trim"] = "full"
+    """Whisper only. `full`: every window is padded to 30 s as in pre-training. `trim`: the clip's real length."""
+    window_sec: float = 30.0
+    """Longer audio is encoded in windows of this length and joined. Whisper `full`: must equal the checkpoint's 30 s."""
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Who chooses the experts of a clip (MoWE-Audio, arXiv 2409.06635; PaM, arXiv 2502.15178)."""
+
+    mode: Literal["primary_plus_experts", "all_routed"] = "primary_plus_experts"
+    """`primary_plus_experts`: `model.primary` always runs. `all_routed`: there is no primary, every encoder is routed."""
+    gates: tuple[Literal["independent", "dependent"], ...] = ("independent", "dependent")
+    """`independent`: one learned vector for all clips. `dependent`: from the clip (see `input`). One stream each."""
+    input: Literal["primary", "log_mel", "prompt"] = "primary"
+    """What the dependent gate reads: time-averaged primary features, time-averaged log-mel, or the instruction's tokens."""
+    top_k: int = 1
+    """Experts per gate and clip."""
+    temperature: float = 1.0
+    """Divides the gate logits."""
+    noise_std: float = 0.0
+    """Standard deviation of Gaussian noise on the gate logits, in training only."""
+
+    def __post_init__(self) -> None:
+        if not self.gates or len(set(self.gates)) != len(self.gates):
+            raise UserError(f"model.router.gates = {list(self.gates)}: give independent, dependent or both, once each")
+        if self.temperature <= 0:
+            raise UserError(f"model.router.temperature = {self.temperature}: must be positive")
+        if self.mode == "all_routed" and self.input == "primary" and "dependent" in self.gates:
+            raise UserError("model.router.input = primary: mode all_routed has no primary; use log_mel or prompt")
+
+
+@dataclass(frozen=True)
+class RoutingLossConfig:
+    """Weights of L_MoWE and its terms (see `model/routing_loss.py`)."""
+
+    weight: float = 0.1
+    sample_entropy: float = 1.0
+    batch_entropy: float = 1.0
+    independent_entropy: float = 1.0
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Strided 1-D convolutions over the joined feature stream."""
+
+    hidden_size: int = 1024
+    kernel_size: int = 3
+    strides: tuple[int, ...] = (2, 2, 2)
+    """One convolution per entry; their product is the down-sampling (8 by default: one slot per 160 ms)."""
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """The language model, in Hugging Face's terms; Megatron-core's config is derived from it."""
+
+    weights: str | None = None
+    """Local directory with config.json and safetensors, or hub id; null: random weights from `config`."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Hugging Face config; with `weights` null it must hold `model_type`: llama, mistral, qwen2 or qwen3."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The whole model."""
+
+    primary: EncoderConfig | None = None
+    experts: tuple[EncoderConfig, ...] = ()
+    expert_dim: int = 768
+    """Width to which each expert's features are projected before they are weighted and summed."""
+    router: RouterConfig = field(default_factory=RouterConfig)
+    routing_loss: RoutingLossConfig = field(default_factory=RoutingLossConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    ctc_weight: float = 0.0
+    """Weight of the auxiliary CTC loss of ASR answers on the adapter's output; 0: there is no CTC head."""
+
+    def __post_init__(self) -> None:
+        names = [e.name for e in self.encoders]
+        if len(set(names)) != len(names) or "" in names:
+            raise UserError(f"model.experts: encoder names {names} must be unique and not empty")
+        if any("." in n for n in names):
+            raise UserError(f"model.experts: encoder names {names} must not contain a dot")
+        if self.router.mode == "primary_plus_experts" and self.primary is None:
+            raise UserError("model.primary is missing: mode primary_plus_experts needs it (or choose all_routed)")
+        if self.router.mode == "all_routed" and self.primary is not None:
+            raise UserError("model.primary is set: mode all_routed has none; list the encoder in model.experts")
+        if self.router.mode == "all_routed" and not self.experts:
+            raise UserError("model.experts is empty: mode all_routed needs at least one")
+        if self.experts and not 1 <= self.router.top_k <= len(self.experts):
+            raise UserError(f"model.router.top_k = {self.router.top_k}: legal values are 1..{len(self.experts)}")
+
+    @property
+    def encoders(self) -> tuple[EncoderConfig, ...]:
+        """Primary (if any) and experts."""
+        return (() if self.primary is None else (self.primary,)) + self.experts

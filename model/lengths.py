@@ -1,0 +1,30 @@
+"""Seconds → samples → frames → LLM slots. The only home of this arithmetic.
+
+Every encoder of this project reports one frame per 20 ms (50 Hz): Whisper's two stride-1/2 convolutions over 10 ms mel
+frames count ceil, the convolution stacks of HuBERT and WavLM count floor (their last frame is repeated to fill up).
+"""
+
+SAMPLE_RATE = 16_000
+FRAME_SAMPLES = 320
+
+
+def num_samples(seconds: float) -> int:
+    """Samples in `seconds` of 16 kHz audio, rounded to the nearest."""
+    return round(seconds * SAMPLE_RATE)
+
+
+def num_frames(samples: int) -> int:
+    """Encoder frames (20 ms) that cover `samples`: the last one may be partly filled."""
+    return -(-samples // FRAME_SAMPLES)
+
+
+def num_slots(frames: int, strides: tuple[int, ...]) -> int:
+    """LLM positions that `frames` take after an adapter with these strides: ceil at every layer."""
+    for stride in strides:
+        frames = -(-frames // stride)
+    return frames
+
+
+def slots_of_samples(samples: int, strides: tuple[int, ...]) -> int:
+    """LLM positions that a clip of `samples` takes."""
+    return num_slots(num_frames(samples), strides)
