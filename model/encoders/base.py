@@ -1,0 +1,93 @@
+"""What every audio encoder promises, and what the families share: windows, masks, joining, recomputation.
+
+Shapes: B windows of one call, T audio samples (16 kHz), F frames (20 ms), D width.
+
+DeepSpeed ZeRO-3 gathers a module's parameters around that module's own `forward`, on all ranks together. So no code
+here reads a child's parameter from outside the child, and one call of an encoder calls each of its modules exactly
+once, whatever the number and length of the clips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.batch import Ragged
+from model.lengths import num_frames
+
+
+class AudioEncoder(nn.Module):
+    """Waveforms in, one feature vector per 20 ms out; a clip's features do not depend on its batch companions."""
+
+    dim: int
+    """Width of a feature vector."""
+    window_samples: int
+    """Longer clips are encoded in consecutive windows of this length (a multiple of 320) and joined."""
+
+    def __init__(self, dim: int, window_samples: int) -> None:
+        super().__init__()
+        assert window_samples > 0 and window_samples % 320 == 0, window_samples
+        self.dim = dim
+        self.window_samples = window_samples
+        self.recompute = False
+
+    def forward(self, audio: Ragged) -> Ragged:
+        """Encode clips `[ΣT]` to `[ΣF, D]`, F = `num_frames(T)` for each clip, in the parameters' dtype.
+
+        At least one clip, none empty. All windows run as one padded batch: callers pass clips of similar length.
+        """
+        assert audio.lengths and min(audio.lengths) > 0, audio.lengths
+        # Windows of a clip lie end to end in the waveform as in the features: cutting and joining move nothing.
+        windows = Ragged(audio.values, tuple(t for n in audio.lengths for t in window_lengths(n, self.window_samples)))
+        return Ragged(self.encode(windows), tuple(num_frames(t) for t in audio.lengths))
+
+    def encode(self, windows: Ragged) -> Tensor:
+        """Encode windows `[ΣT]`, none longer than `window_samples`, to `[ΣF, D]`."""
+        raise NotImplementedError
+
+    def set_recompute(self, enabled: bool) -> None:
+        """Trade compute for memory: keep only each layer's input and run the layer again in the backward pass."""
+        self.recompute = enabled
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype (visible under ZeRO-3 too)."""
+        return next(self.parameters()).dtype
+
+
+def window_lengths(samples: int, window_samples: int) -> tuple[int, ...]:
+    """Lengths of the consecutive windows of a clip; only the last may be shorter."""
+    full, rest = divmod(samples, window_samples)
+    return (window_samples,) * full + ((rest,) if rest else ())
+
+
+def length_mask(lengths: Sequence[int], size: int, device: torch.device) -> Tensor | None:
+    """Bool `[B, size]`, true inside each length; None if every length fills `size`, so that nothing needs a mask."""
+    if min(lengths) == size:
+        return None
+    return torch.arange(size, device=device) < torch.tensor(lengths, device=device)[:, None]
+
+
+def call_layer(layer: nn.Module, *args: Any, recompute: bool) -> Any:
+    """Call `layer(*args)`, recomputing it in the backward pass if asked."""
+    if not (recompute and torch.is_grad_enabled()):
+        return layer(*args)
+    # The recomputation must run to its end: ZeRO-3 releases parameters in the hook after a module's forward.
+    return checkpoint(layer, *args, use_reentrant=False, early_stop=False)
+
+
+def join_frames(hidden: Tensor, valid: Sequence[int], wanted: Sequence[int]) -> Tensor:
+    """Lay the valid frames of `hidden[B, F, D]` end to end, repeating each last one up to the wanted count.
+
+    Returns `[Σ wanted, D]`. A `wanted` below `valid` drops frames past the clip's end.
+    """
+    parts = []
+    for row, have, want in zip(hidden.unbind(0), valid, wanted, strict=True):
+        parts.append(row[: min(have, want)])
+        if want > have:
+            parts.append(row[have - 1 : have].expand(want - have, -1))
+    return torch.cat(parts)
