@@ -1,0 +1,93 @@
+"""Megatron's core attention for packed sequences: rotary embedding, then causal attention within every segment.
+
+Shapes: t rows of a pack, H query heads and G key-value heads of this rank, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from model.llm.packing import PackedSequences
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in Hugging Face's layout: dimension i is paired with i + D/2. `x` `[t, heads, D]`."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class PackedAttention(nn.Module):
+    """Takes q `[t, H, D]`, k and v `[t, G, D]` and a `PackedSequences`; returns `[t, H, D]`.
+
+    It rotates q and k itself, so positions come from the pack and a cache can continue them. Segments of similar length
+    are attended to as one right-padded batch: under a causal mask no token sees the padding after it.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, *, inv_freq: Tensor, scaling: float, **_: Any
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_number = layer_number
+        # Not a buffer: casting the model to bf16 would round the frequencies.
+        self.inv_freq = inv_freq
+        self.scaling = scaling
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSequences | None = None,
+    ) -> Tensor:
+        """See the class."""
+        packed = packed_seq_params
+        assert isinstance(packed, PackedSequences), "pass a PackedSequences as packed_seq_params"
+        assert attention_mask is None and attention_bias is None
+        assert query.shape[0] == packed.num_tokens, (query.shape, packed.num_tokens)
+        cos, sin = packed.rotation(self.inv_freq, self.scaling, like=query)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if packed.cache is None:
+            return _attend_within(query, key, value, packed)
+        keys, values = packed.cache.store(self.layer_number, key, value, packed)
+        if not any(packed.starts):
+            return _attend_within(query, key, value, packed)
+        return _attend_to_cache(query, keys, values, packed)
+
+
+def _attend_within(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+    """Causal attention of every segment to itself."""
+    outputs = []
+    for bucket in packed.buckets(query.device):
+        q, k, v = bucket.pad(query), bucket.pad(key), bucket.pad(value)
+        outputs.append(bucket.unpad(scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)))
+    return torch.cat(outputs).index_select(0, packed.unbucket(query.device))
+
+
+def _attend_to_cache(query: Tensor, keys: Tensor, values: Tensor, packed: PackedSequences) -> Tensor:
+    """Attention of every segment to its sequence's cache `[sequences, tokens, G, D]`, up to each row's own position.
+
+    Rows that only fill the pack up are 0.
+    """
+    segments = packed.cached_segments(query.device)
+    bucket = segments.bucket
+    # [B, 1, L, keys]
+    last = segments.starts[:, None] + torch.arange(bucket.max_length, device=query.device)
+    mask = torch.arange(segments.num_keys, device=query.device) <= last[:, None, :, None]
+    attended = scaled_dot_product_attention(
+        bucket.pad(query),
+        keys[segments.sequences, : segments.num_keys].transpose(1, 2),
+        values[segments.sequences, : segments.num_keys].transpose(1, 2),
+        attn_mask=mask,
+        enable_gqa=True,
+    )
+    return torch.zeros_like(query).index_copy(0, bucket.rows, bucket.unpad(attended))

@@ -1,0 +1,205 @@
+"""The LLM on Megatron-core: one pipeline stage of a `GPTModel` that computes what transformers' model computes.
+
+Every call into what is built here must run inside the caller's Megatron context (on a machine without CUDA that is
+`trainer.parallel.cpu.megatron_calls`), after `parallel_state.initialize_model_parallel` and
+`model_parallel_cuda_manual_seed`.
+
+Forward, on every stage::
+
+    gpt(input_ids=None, position_ids=None, attention_mask=None,
+        decoder_input=x,              # first stage: [t/TP, 1, hidden], see embed_tokens; other stages: None
+        labels=labels,                # [1, t], no IGNORE (put any valid id and mask the losses); None for logits
+        packed_seq_params=packed)     # PackedSequences of t rows, t a multiple of TP
+
+returns, on the last stage, losses `[1, t]` in fp32, or logits `[1, t, padded vocabulary / TP]` (all of it with
+`runtime_gather_output=True`); on others hidden states `[t/TP, 1, hidden]`. Padded vocabulary columns are -inf.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from model.llm.attention import PackedAttention
+from model.llm.names import has_qk_norm, has_qkv_bias, head_dim, padded_vocab_size, tp_dim
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension whose weight is marked for Megatron's sequence-parallel gradient all-reduce."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=_device(config)))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., hidden_size]` to the same."""
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def transformer_config(
+    hf_config: PretrainedConfig,
+    *,
+    tp_size: int = 1,
+    pp_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    recompute: bool = False,
+) -> TransformerConfig:
+    """Megatron's config of the model.
+
+    Gradients are plain sums over micro-batches and data-parallel ranks (`calculate_per_token_loss`): the caller divides
+    by the global batch's target tokens. `recompute` keeps only every layer's input for the backward pass.
+    """
+    recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=hf_config.num_hidden_layers,
+        hidden_size=hf_config.hidden_size,
+        ffn_hidden_size=hf_config.intermediate_size,
+        num_attention_heads=hf_config.num_attention_heads,
+        num_query_groups=hf_config.num_key_value_heads,
+        kv_channels=head_dim(hf_config),
+        add_bias_linear=False,
+        add_qkv_bias=has_qkv_bias(hf_config),
+        qk_layernorm=has_qk_norm(hf_config),
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf_config.rms_norm_eps,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp_size,
+        pipeline_model_parallel_size=pp_size,
+        sequence_parallel=tp_size > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,
+        variable_seq_lengths=pp_size > 1,
+        moe_token_dispatcher_type="alltoall",  # unused; the default is refused with variable lengths
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+        **(recomputation if recompute else {}),
+    )
+
+
+def build_megatron(
+    hf_config: PretrainedConfig,
+    *,
+    tp_size: int,
+    pp_size: int,
+    first_stage: bool,
+    last_stage: bool,
+    dtype: torch.dtype = torch.float32,
+    recompute: bool = False,
+) -> GPTModel:
+    """This rank's stage of the model, its weights *not initialised*: fill them with `model.llm.weights.load_megatron`.
+
+    Layers are split evenly over the stages, the vocabulary is padded to a multiple of `tp_size`; sequence parallelism
+    is on where `tp_size` > 1.
+    """
+    config = transformer_config(hf_config, tp_size=tp_size, pp_size=pp_size, dtype=dtype, recompute=recompute)
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=_block_spec(config, hf_config),
+        vocab_size=padded_vocab_size(hf_config, tp_size),
+        max_sequence_length=hf_config.max_position_embeddings,
+        pre_process=first_stage,
+        post_process=last_stage,
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+    )
+    for name, parameter in gpt.named_parameters():
+        # Megatron marks these only when it initialises them; unmarked, they count once per TP rank in the norm.
+        dim = tp_dim(name)
+        if dim is not None and not hasattr(parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameter, True, dim, 2 if "linear_fc1" in name else 1)
+    if last_stage and padded_vocab_size(hf_config, tp_size) > hf_config.vocab_size:
+        gpt.output_layer.register_forward_hook(partial(_mask_padded_columns, vocab_size=hf_config.vocab_size))
+    return gpt
+
+
+def embed_tokens(gpt: GPTModel, token_ids: Tensor) -> Tensor:
+    """Embeddings `[t/TP, 1, hidden]` of `token_ids` `[t]` on the first stage: this rank's rows of the pack."""
+    embedded: Tensor = gpt.embedding(input_ids=token_ids[None], position_ids=None)
+    return embedded
+
+
+def rotary_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
+    """Inverse frequencies `[head dim / 2]` in fp32 and the factor on cosine and sine, as transformers computes them."""
+    rope = hf_config.rope_parameters
+    if rope["rope_type"] != "default":
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config, torch.device("cpu"))
+        return inv_freq, float(scaling)
+    width = head_dim(hf_config)
+    return 1.0 / (rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float) / width)), 1.0
+
+
+def _device(config: TransformerConfig) -> Any:
+    return torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
+
+
+def _block_spec(config: TransformerConfig, hf_config: PretrainedConfig) -> TransformerBlockSubmodules:
+    inv_freq, scaling = rotary_frequencies(hf_config)
+    head_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=partial(PackedAttention, inv_freq=inv_freq, scaling=scaling),
+        linear_proj=RowParallelLinear,
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def _mask_padded_columns(
+    module: ColumnParallelLinear, _args: Any, output: tuple[Tensor, Any], *, vocab_size: int
+) -> tuple[Tensor, Any]:
+    """Give the vocabulary's padding no probability; without this each padded column adds exp(0) to the softmax."""
+    logits, bias = output
+    gathered = logits.shape[-1] == module.output_size
+    first = 0 if gathered else module.tp_group.rank() * module.output_size_per_partition
+    num_real = max(vocab_size - first, 0)
+    if num_real < logits.shape[-1]:
+        logits[..., num_real:] = float("-inf")
+    return logits, bias

@@ -1,0 +1,152 @@
+"""The LLM in transformers: the config that everything is derived from, and the single-process model."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from model.config import LLMConfig
+from model.errors import UserError
+from model.llm.names import hf_shapes
+from model.llm.weights import RandomSource, SafetensorsSource, WeightSource, check_source, local_directory
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3")
+_LEGACY_KEYS = ("model_type", "rope_theta", "rope_scaling", "torch_dtype", "architectures", "transformers_version")
+
+
+def resolve_hf_config(config: LLMConfig) -> PretrainedConfig:
+    """The Hugging Face config that `model.llm` means.
+
+    Raises:
+        UserError: unknown family or key, or a feature that the Megatron model does not have.
+    """
+    if config.weights is not None:
+        hf_config = _load_config(config)
+    else:
+        hf_config = _make_config(config.config)
+    _check_features(hf_config)
+    return hf_config
+
+
+def weight_source(config: LLMConfig, hf_config: PretrainedConfig, seed: int | None) -> WeightSource:
+    """The weights that `model.llm` means: its checkpoint's, or random ones from `seed` (required without a checkpoint).
+
+    Raises:
+        UserError: the checkpoint cannot be read, or does not fit `hf_config`.
+    """
+    if config.weights is None:
+        assert seed is not None, "random weights need a seed"
+        return RandomSource(hf_config, seed)
+    source = SafetensorsSource(local_directory(config.weights))
+    check_source(source, hf_config)
+    return source
+
+
+@torch.no_grad()
+def build_reference(config: LLMConfig, seed: int | None = None) -> PreTrainedModel:
+    """The transformers model in fp32 with SDPA attention, from the same weights as Megatron's on any topology.
+
+    Raises:
+        UserError: see `resolve_hf_config` and `weight_source`.
+    """
+    hf_config = resolve_hf_config(config)
+    source = weight_source(config, hf_config, seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        hf_config, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    parameters = dict(model.named_parameters())
+    shapes = hf_shapes(hf_config)
+    assert {n: tuple(p.shape) for n, p in parameters.items()} == shapes
+    for name, parameter in parameters.items():
+        parameter.copy_(source.read(name, (slice(None),) * parameter.dim()))
+    return model
+
+
+def _load_config(config: LLMConfig) -> PretrainedConfig:
+    assert config.weights is not None
+    directory = local_directory(config.weights)
+    try:
+        hf_config: PretrainedConfig = AutoConfig.from_pretrained(str(directory))
+    except (StrictDataclassError, OSError, ValueError) as error:
+        raise UserError(f"{directory / 'config.json'}: not a usable model config ({_first_line(error)})") from error
+    _check_family(hf_config.model_type)
+    overrides = {k: v for k, v in config.config.items() if k != "model_type"}
+    if config.config.get("model_type", hf_config.model_type) != hf_config.model_type:
+        raise UserError(
+            f"model.llm.config.model_type = {config.config['model_type']}: the weights are {hf_config.model_type}; "
+            "remove the key"
+        )
+    if not overrides:
+        return hf_config
+    _check_keys(type(hf_config), overrides)
+    return _construct({**hf_config.to_dict(), **overrides})
+
+
+def _make_config(values: dict[str, Any]) -> PretrainedConfig:
+    _check_family(values.get("model_type"))
+    _check_keys(CONFIG_MAPPING[values["model_type"]], values)
+    return _construct(values)
+
+
+def _construct(values: dict[str, Any]) -> PretrainedConfig:
+    arguments = {k: v for k, v in values.items() if k != "model_type"}
+    try:
+        hf_config: PretrainedConfig = AutoConfig.for_model(values["model_type"], **arguments)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"model.llm.config: not a valid {values['model_type']} config ({_first_line(error)})"
+        ) from error
+    return hf_config
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _check_family(model_type: object) -> None:
+    if model_type not in FAMILIES:
+        raise UserError(f"model.llm.config.model_type = {model_type}: supported families are {', '.join(FAMILIES)}")
+
+
+def _check_keys(config_class: type, values: dict[str, Any]) -> None:
+    known = {f.name for f in dataclasses.fields(config_class)} | set(_LEGACY_KEYS)
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see the family's config in transformers"
+            raise UserError(f"model.llm.config.{key}: unknown key; {hint}")
+
+
+def _check_features(hf_config: PretrainedConfig) -> None:
+    """Refuse what the Megatron model would compute differently."""
+    where = "model.llm.config"
+    _check_family(hf_config.model_type)
+    heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
+    if heads % groups:
+        raise UserError(f"{where}.num_key_value_heads = {groups}: must divide num_attention_heads = {heads}")
+    rope = hf_config.rope_parameters
+    if rope.get("rope_type", "default") not in ROPE_TYPES:
+        raise UserError(
+            f"{where}.rope_parameters.rope_type = {rope['rope_type']}: supported are {', '.join(ROPE_TYPES)}"
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{where}: partial_rotary_factor = {rope['partial_rotary_factor']} is not supported; use 1.0")
+    window = getattr(hf_config, "sliding_window", None)
+    layers = getattr(hf_config, "layer_types", None)
+    slides = window is not None and (layers is None or "sliding_attention" in layers)
+    if slides and window < hf_config.max_position_embeddings:
+        raise UserError(
+            f"{where}.sliding_window = {window}: sliding-window attention is not supported; set it to null, or "
+            f"max_position_embeddings ({hf_config.max_position_embeddings}) to at most {window}"
+        )
+    expected = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
+    for key, value in expected.items():
+        if getattr(hf_config, key, value) != value:
+            raise UserError(f"{where}.{key} = {getattr(hf_config, key)}: only {value} is supported")

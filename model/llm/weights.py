@@ -1,0 +1,216 @@
+"""Where the LLM's weights come from, read slice by slice: a Hugging Face directory, a state dict, or a random seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from model.errors import UserError
+from model.llm.names import Index, hf_shapes, hf_to_local, local_pieces
+
+RANDOM_BLOCK_ROWS = 256
+"""Rows of a random tensor that share one generator; part of what a seed means."""
+
+
+class WeightSource(Protocol):
+    """Hugging Face tensors by name, readable in part."""
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a tensor; None: the source does not hold it."""
+        ...
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """The part of a tensor that `index` cuts out."""
+        ...
+
+    def where(self, name: str) -> str:
+        """Where the tensor is, or would be, for error messages."""
+        ...
+
+
+class SafetensorsSource:
+    """A directory with `model.safetensors`, or with shards and `model.safetensors.index.json`."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+        self._file_of: dict[str, str] = {}
+        self._open: dict[str, Any] = {}
+        index = self._directory / "model.safetensors.index.json"
+        single = self._directory / "model.safetensors"
+        if index.is_file():
+            try:
+                self._file_of = dict(json.loads(index.read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{index}: not a safetensors index ({error!r}); download it again") from error
+        elif single.is_file():
+            self._file_of = dict.fromkeys(self._handle(single.name).keys(), single.name)
+        else:
+            raise UserError(
+                f"{self._directory}: holds neither {single.name} nor {index.name}; give a Hugging Face directory with "
+                "safetensors weights"
+            )
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
+            if Path(file).name != file:
+                raise UserError(f"{self._directory}: the index names {file!r}; shards must lie in the directory itself")
+            path = self._directory / file
+            try:
+                self._open[file] = safe_open(str(path), framework="pt").__enter__()
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path}: cannot be read as safetensors ({error}); download it again") from error
+        return self._open[file]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """See `WeightSource`."""
+        if name not in self._file_of:
+            return None
+        try:
+            return tuple(self._handle(self._file_of[name]).get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise UserError(f"{self.where(name)}: the index promises {name}, the file lacks it ({error})") from error
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """See `WeightSource`."""
+        part: Tensor = self._handle(self._file_of[name]).get_slice(name)[index]
+        return part
+
+    def where(self, name: str) -> str:
+        """See `WeightSource`."""
+        return str(self._directory / self._file_of.get(name, ""))
+
+
+class StateDictSource:
+    """Tensors in memory, named as in Hugging Face's `state_dict()`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """See `WeightSource`."""
+        return tuple(self._tensors[name].shape) if name in self._tensors else None
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """See `WeightSource`."""
+        return self._tensors[name][index]
+
+    def where(self, name: str) -> str:
+        """See `WeightSource`."""
+        return "state dict"
+
+
+class RandomSource:
+    """Random initial weights: normal with `initializer_range`, norms 1, biases 0.
+
+    Every block of rows comes from a generator seeded by (seed, name, block), so any rank of any topology gets the same
+    values for the slices it reads and never makes more than a block beyond them.
+    """
+
+    def __init__(self, hf_config: PretrainedConfig, seed: int) -> None:
+        self._shapes = hf_shapes(hf_config)
+        self._std = float(hf_config.initializer_range)
+        self._seed = seed
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """See `WeightSource`."""
+        return self._shapes.get(name)
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """See `WeightSource`; fp32."""
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            constant = torch.zeros if name.endswith(".bias") else torch.ones
+            return constant(shape)[index]
+        start, stop, _ = index[0].indices(shape[0])
+        blocks = range(start // RANDOM_BLOCK_ROWS, -(-stop // RANDOM_BLOCK_ROWS))
+        parts = []
+        for block in blocks:
+            first = block * RANDOM_BLOCK_ROWS
+            rows = slice(max(start - first, 0), min(stop - first, RANDOM_BLOCK_ROWS))
+            parts.append(self._block(name, block, shape[1])[(rows, *index[1:])])
+        return torch.cat(parts)
+
+    def _block(self, name: str, block: int, num_columns: int) -> Tensor:
+        digest = hashlib.sha256(f"{self._seed}/{name}/{block}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return torch.randn(RANDOM_BLOCK_ROWS, num_columns, generator=generator).mul_(self._std)
+
+    def where(self, name: str) -> str:
+        """See `WeightSource`."""
+        return f"random weights, seed {self._seed}"
+
+
+def local_directory(weights: str) -> Path:
+    """`weights` itself if it is a directory, else the hub id's snapshot (configs and safetensors only)."""
+    if Path(weights).is_dir():
+        return Path(weights)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(weights, allow_patterns=["*.json", "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.llm.weights = {weights!r}: neither a local directory nor a hub id that can be fetched ({reason}); "
+            "give a directory, or check the id, the network and HF_TOKEN"
+        ) from error
+
+
+def check_source(source: WeightSource, hf_config: PretrainedConfig) -> None:
+    """Raise `UserError` unless `source` holds every tensor of the model in its shape."""
+    for name, expected in hf_shapes(hf_config).items():
+        check_tensor(source, name, expected)
+
+
+def check_tensor(source: WeightSource, name: str, expected: tuple[int, ...]) -> None:
+    """Raise `UserError` unless `source` holds the tensor `name` in the shape `expected`."""
+    found = source.shape(name)
+    if found is None:
+        raise UserError(f"{source.where(name)}: tensor {name} {expected} is missing; the config is of another model")
+    if found != expected:
+        raise UserError(
+            f"{source.where(name)}: tensor {name} has shape {found}, the config needs {expected}; "
+            "make model.llm.config match the weights"
+        )
+
+
+def global_parameters(gpt: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A Megatron stage's own parameters, with layers numbered over all pipeline stages."""
+    offsets = {i: layer.layer_number - 1 for i, layer in enumerate(gpt.decoder.layers)}  # type: ignore[union-attr,arg-type]
+    for name, parameter in gpt.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(offsets[int(parts[2])])
+        yield ".".join(parts), parameter
+
+
+@torch.no_grad()
+def load_megatron(
+    gpt: nn.Module, source: WeightSource, hf_config: PretrainedConfig, *, tp_rank: int, tp_size: int
+) -> None:
+    """Fill every parameter of this rank's stage, reading only its slices.
+
+    Raises:
+        UserError: a tensor is missing or has another shape than the config says (before anything is written).
+    """
+    shapes = hf_shapes(hf_config)
+    needed = [(n, p, _hf_names(n, hf_config, tp_rank, tp_size)) for n, p in global_parameters(gpt)]
+    for hf_name in dict.fromkeys(h for *_, names in needed for h in names):
+        check_tensor(source, hf_name, shapes[hf_name])
+    for name, parameter, _ in needed:
+        local = hf_to_local(name, source.read, hf_config, tp_rank, tp_size)
+        assert local.shape == parameter.shape, (name, local.shape, parameter.shape)
+        parameter.copy_(local)
+
+
+def _hf_names(name: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> list[str]:
+    return [p.hf_name for p in local_pieces(name, hf_config, tp_rank, tp_size) if p.hf_name is not None]

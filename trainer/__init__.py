@@ -1,0 +1,1 @@
+"""The distributed trainer: data, parallelism, engines, the step and everything around it."""
