@@ -1,0 +1,42 @@
+"""The adapter: strided convolutions that bring 50 frames a second down to LLM slots.
+
+Shapes: B clips, F frames, S slots, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from model import lengths as length_arithmetic
+from model.batch import Ragged
+from model.config import AdapterConfig
+from model.errors import UserError
+
+
+class Adapter(nn.Module):
+    """Convolution, GELU, per stride. What lies past a clip's end is zeroed before every layer, so companions in the
+    batch never change a clip's output."""
+
+    def __init__(self, config: AdapterConfig, input_dim: int) -> None:
+        super().__init__()
+        if config.kernel_size % 2 == 0:
+            raise UserError(f"model.adapter.kernel_size = {config.kernel_size}: must be odd")
+        self.strides = config.strides
+        widths = [input_dim] + [config.hidden_size] * len(config.strides)
+        self.layers = nn.ModuleList(
+            nn.Conv1d(a, b, config.kernel_size, stride, config.kernel_size // 2)
+            for a, b, stride in zip(widths, widths[1:], config.strides, strict=False)
+        )
+        self.dim = widths[-1]
+
+    def forward(self, features: Ragged) -> Ragged:
+        """[ΣF, D] → [ΣS, hidden_size] with S = `lengths.num_slots(F, strides)`"""
+        x = features.padded().transpose(1, 2)
+        counts = features.lengths
+        for layer, stride in zip(self.layers, self.strides, strict=True):
+            x = nn.functional.gelu(layer(x))
+            counts = tuple(length_arithmetic.num_slots(c, (stride,)) for c in counts)
+            real = torch.arange(x.shape[-1], device=x.device) < torch.tensor(counts, device=x.device)[:, None]
+            x = x * real[:, None]
+        return Ragged(x.transpose(1, 2)[real], counts)

@@ -1,0 +1,126 @@
+"""The router: which experts a clip is sent to, and with what weight.
+
+MoWE-Audio (arXiv 2409.06635, section 2.2) has two gates over the pool of weak encoders: a data-independent one (a
+learned vector) and a data-dependent one (from the time-average of the base encoder's features). Each gate makes one
+feature stream z = Σ_k r[k]·E_k(a) over its top-k experts. Gating on the instruction follows PaM (arXiv 2502.15178).
+
+Shapes: B clips, F frames, P prompt tokens, D width of the gate's input, G gates, K experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.batch import Ragged
+from model.config import RouterConfig
+from model.encoders.log_mel import log_mel
+
+NUM_MELS = 80
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router decided for B clips: a value, not module state."""
+
+    probs: Tensor
+    """[B, G, K] softmax of each gate."""
+    chosen: Tensor
+    """[B, G, K] bool: the gate's top-k."""
+    gates: tuple[str, ...]
+    """Name of each of the G gates."""
+
+    @property
+    def weights(self) -> Tensor:
+        """[B, G, K] mixing weights: the probability of a chosen expert, else 0 (as published, not renormalised)."""
+        return self.probs * self.chosen
+
+    @property
+    def runs(self) -> Tensor:
+        """[B, K] bool: experts that some gate chose for the clip; only these compute."""
+        return self.chosen.any(dim=1)
+
+    def head(self, num_clips: int) -> Routing:
+        """The routing of the first `num_clips` clips."""
+        return Routing(self.probs[:num_clips], self.chosen[:num_clips], self.gates)
+
+
+def mean_over_time(features: Ragged) -> Tensor:
+    """[B, D]: the average of each clip's rows [ΣF, D]."""
+    lengths = torch.tensor(features.lengths, device=features.values.device)
+    owner = torch.repeat_interleave(torch.arange(len(features), device=lengths.device), lengths)
+    sums = features.values.new_zeros(len(features), features.values.shape[1]).index_add(0, owner, features.values)
+    return sums / lengths[:, None]
+
+
+class Router(nn.Module):
+    """Gates over `num_experts` experts.
+
+    Args:
+        config: what the gates read and how they choose.
+        num_experts: K.
+        primary_dim: width of the primary's features (input `primary`).
+        vocab_size: of the tokenizer (input `prompt`).
+        prompt_dim: width of the prompt's token embeddings (input `prompt`).
+    """
+
+    def __init__(
+        self, config: RouterConfig, num_experts: int, primary_dim: int, vocab_size: int, prompt_dim: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_experts = num_experts
+        if "independent" in config.gates:
+            self.independent = IndependentGate(num_experts)
+        if "dependent" in config.gates:
+            if config.input == "prompt":
+                self.prompt_embedding = nn.EmbeddingBag(vocab_size, prompt_dim, mode="mean")
+            width = {"primary": primary_dim, "log_mel": NUM_MELS, "prompt": prompt_dim}[config.input]
+            self.dependent = nn.Linear(width, num_experts)
+
+    def forward(self, clips: Ragged, primary: Ragged | None, prompts: Ragged, noise: Tensor | None = None) -> Routing:
+        """Route B clips.
+
+        Args:
+            clips: waveforms [ΣT] (read by input `log_mel`).
+            primary: the primary's features [ΣF, D] (read by input `primary`).
+            prompts: instruction tokens [ΣP] (read by input `prompt`).
+            noise: [B, G, K] standard normal, given in training only; scaled by `noise_std`.
+        """
+        logits = []
+        for gate in self.config.gates:
+            if gate == "independent":
+                logits.append(self.independent(len(clips)))
+            else:
+                logits.append(self.dependent(self._gate_input(clips, primary, prompts)))
+        scores = torch.stack(logits, dim=1).float() / self.config.temperature
+        if noise is not None:
+            scores = scores + self.config.noise_std * noise
+        probs = scores.softmax(dim=-1)
+        top = probs.topk(self.config.top_k, dim=-1).indices
+        chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, top, True)
+        return Routing(probs, chosen, self.config.gates)
+
+    def _gate_input(self, clips: Ragged, primary: Ragged | None, prompts: Ragged) -> Tensor:
+        if self.config.input == "primary":
+            assert primary is not None
+            return mean_over_time(primary)
+        if self.config.input == "log_mel":
+            return mean_over_time(log_mel(clips, NUM_MELS)).to(self.dependent.weight.dtype)
+        lengths = torch.tensor(prompts.lengths, device=prompts.values.device)
+        return self.prompt_embedding(prompts.values, lengths.cumsum(0) - lengths)
+
+
+class IndependentGate(nn.Module):
+    """One learned vector of K logits, the same for every clip."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        # Not zero: equal logits would make top-k pick the first expert forever.
+        self.logits = nn.Parameter(0.1 * torch.randn(num_experts))
+
+    def forward(self, num_clips: int) -> Tensor:
+        """[B, K]"""
+        return self.logits.expand(num_clips, -1)
