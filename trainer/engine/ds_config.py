@@ -1,0 +1,128 @@
+"""DeepSpeed's configuration: a JSON file in its own format, completed by what the recipe owns.
+
+Every number has one owner. The JSON holds how ZeRO-3 works on this hardware (buckets, overlap, offload) and nothing
+that decides what is learned.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from model.errors import UserError
+
+_OWNERS = {
+    "train_batch_size": "data.global_batch_samples",
+    "train_micro_batch_size_per_gpu": "train.encoder_batch_sec",
+    "gradient_accumulation_steps": "train.llm_tokens_per_microbatch",
+    "gradient_clipping": "optim.clip_norm",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "bfloat16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "communication_data_type": "train.precision",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "zero_allow_untested_optimizer": "optim",
+    "zero_force_ds_cpu_optimizer": "optim",
+    "activation_checkpointing": "train.recompute_encoders",
+    "pipeline": "parallel.pipeline",
+    "tensor_parallel": "parallel.tensor",
+    "expert_parallel": "parallel.expert",
+    "curriculum_learning": "data.sets",
+    "data_efficiency": "data",
+    "steps_per_print": "telemetry.log_every_steps",
+    "tensorboard": "telemetry",
+    "wandb": "telemetry",
+    "comet": "telemetry",
+    "csv_monitor": "telemetry",
+}
+_ALLOWED = (
+    "zero_optimization",
+    "aio",
+    "comms_logger",
+    "flops_profiler",
+    "memory_breakdown",
+    "wall_clock_breakdown",
+    "disable_python_gc",
+    "compile",
+)
+
+
+def load_ds_json(path: Path) -> dict[str, Any]:
+    """Read and check a DeepSpeed JSON.
+
+    Raises:
+        UserError: missing or malformed file, a key that the recipe owns (its name is given), an unknown key, or a ZeRO
+            stage other than 3.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates(path))
+    except FileNotFoundError:
+        raise UserError(f"train.deepspeed = {path}: no such file; see ds_configs/ for examples") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"train.deepspeed = {path}: not readable as JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"train.deepspeed = {path}: must hold a JSON object")
+    for key in tree:
+        if key in _OWNERS:
+            raise UserError(f"{path}: {key} is owned by the recipe key {_OWNERS[key]}; set it there and remove it here")
+        if key not in _ALLOWED:
+            near = difflib.get_close_matches(key, _ALLOWED, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"legal keys are {', '.join(_ALLOWED)}"
+            raise UserError(f"{path}: unknown key {key}; {hint}")
+    zero = tree.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage != 3:
+        raise UserError(f"{path}: zero_optimization.stage = {stage}: the audio side needs stage 3")
+    return tree
+
+
+def build_ds_config(path: Path, *, precision: Literal["fp32", "bf16"]) -> dict[str, Any]:
+    """The dict for `deepspeed.initialize`: the JSON at `path` and the recipe's keys.
+
+    DeepSpeed's own micro-batch, accumulation and clipping are switched off: the step runs several encoder calls per
+    update and clips by one norm over both engines. Gradients are reduced and kept in fp32 with either precision.
+
+    Raises:
+        UserError: as `load_ds_json`, and for a malformed `zero_optimization` section.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # slow to import: only ranks pay for it
+    from pydantic import ValidationError
+
+    tree = load_ds_json(path)
+    try:
+        DeepSpeedZeroConfig(**tree["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise UserError(f"{path}: {key} = {first['input']!r}: {first['msg']}") from None
+    owned: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_force_ds_cpu_optimizer": False,  # torch.optim.AdamW comes from the engine, offloaded or not
+    }
+    if precision == "bf16":
+        owned |= {
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
+    return tree | owned
+
+
+def _refuse_duplicates(path: Path) -> Any:
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        tree: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in tree:
+                raise UserError(f"{path}: key {key} is given twice")
+            tree[key] = value
+        return tree
+
+    return build

@@ -1,0 +1,243 @@
+"""The LLM under Megatron-core: tensor, sequence and pipeline parallel, data parallel with the distributed optimizer.
+
+Shapes: M micro-batches, t rows of a pack, H hidden width. Gradients are sums over the global batch throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from model.batch import IGNORE
+from model.llm.megatron import build_megatron, embed_tokens
+from model.llm.names import local_pieces
+from model.llm.packing import PackedSequences
+from model.llm.weights import WeightSource, global_parameters, load_megatron
+from trainer.engine.optim import OptimConfig, ParamSetting, setting_of
+from trainer.parallel.cpu import megatron_calls
+from trainer.parallel.groups import Groups
+
+PREFIX = "llm."
+
+
+@dataclass(frozen=True)
+class Packs:
+    """One replica's packed sequences of a step, as one of its ranks sees them."""
+
+    lengths: tuple[tuple[int, ...], ...]
+    """Segment lengths of each of the M packs; every pack sums to t."""
+    token_ids: Tensor
+    """[M·t] int64; first and last stage only"""
+    labels: Tensor
+    """[M·t] int64, IGNORE where no loss; first and last stage only"""
+    owners: Tensor
+    """[M·t] int64: the sample (index in the global batch) of each row; -1: padding"""
+    audio: Tensor
+    """[M·t/TP, H]: audio embeddings in this rank's slice of every pack; first stage only"""
+    audio_mask: Tensor
+    """[M·t/TP] bool: which of those rows are audio"""
+    num_samples: int
+    """In the global batch."""
+    num_targets: int
+    """Labelled rows in the global batch."""
+
+    @property
+    def pack_tokens(self) -> int:
+        return sum(self.lengths[0])
+
+
+class LLMEngine:
+    """This rank's part of the LLM, its gradients and its optimizer.
+
+    Args:
+        hf_config: of the model.
+        source: its weights; every rank reads only its slices.
+        optim: what learns, and how.
+        groups: this rank's place (Megatron's groups exist).
+        dtype: of weights and activations; gradients and optimizer state are fp32.
+        recompute: keep only each layer's input for the backward pass.
+    """
+
+    def __init__(
+        self,
+        hf_config: PretrainedConfig,
+        source: WeightSource,
+        optim: OptimConfig,
+        groups: Groups,
+        dtype: torch.dtype,
+        recompute: bool,
+    ) -> None:
+        self.hf_config, self.groups, self.dtype = hf_config, groups, dtype
+        topology, place = groups.topology, groups.place
+        with megatron_calls():
+            self.gpt = build_megatron(
+                hf_config,
+                tp_size=topology.tp,
+                pp_size=topology.pp,
+                first_stage=groups.is_first_stage,
+                last_stage=groups.is_last_stage,
+                dtype=dtype,
+                recompute=recompute,
+            ).to(groups.device)
+            load_megatron(self.gpt, source, hf_config, tp_rank=place.tp, tp_size=topology.tp)
+            self.settings = {id(p): setting_of(optim, self.hf_name(n), p.dim()) for n, p in self.parameters()}
+            for _, parameter in self.parameters():
+                parameter.requires_grad_(not self.settings[id(parameter)].frozen)
+            self._build_optimizer(optim)
+
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """This rank's parameters by Megatron name, layers numbered over all stages."""
+        return list(global_parameters(self.gpt))
+
+    def hf_name(self, name: str) -> str:
+        """`llm.` + the (first) Hugging Face tensor that the Megatron parameter `name` is made of."""
+        pieces = local_pieces(name, self.hf_config, 0, 1)
+        return PREFIX + next(p.hf_name for p in pieces if p.hf_name is not None)
+
+    def _build_optimizer(self, optim: OptimConfig) -> None:
+        self.model: nn.Module = self.gpt
+        self.optimizer: Any = None
+        config = self.gpt.config
+        if _all_frozen(self.settings, self.groups):
+            return
+        ddp_config = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, overlap_grad_reduce=False, grad_reduce_in_fp32=True
+        )
+        self.model = DistributedDataParallel(config, ddp_config, self.gpt)
+        # The loss is divided by the global batch's targets already, so Megatron must not divide again.
+        config.finalize_model_grads_func = lambda model, _num_tokens=None, **kw: finalize_model_grads(model, None, **kw)
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optim.lr,
+                weight_decay=optim.weight_decay,
+                adam_beta1=optim.betas[0],
+                adam_beta2=optim.betas[1],
+                adam_eps=optim.eps,
+                bf16=self.dtype == torch.bfloat16,
+                params_dtype=self.dtype,
+                use_distributed_optimizer=True,
+                clip_grad=0.0,
+            ),
+            [self.model],
+            config_overrides=self._overrides(),
+        )
+
+    def _overrides(self) -> dict[ParamKey, Any]:
+        """One optimizer group per distinct setting; `max_lr` and `start_wd` carry it to `step`."""
+        kinds = {(s.lr, s.weight_decay) for s in self.settings.values() if not s.frozen}
+        overrides = {}
+        for lr, weight_decay in kinds:
+            wanted = ParamSetting(False, lr, weight_decay)
+            predicate = ParamPredicate(f"{lr}/{weight_decay}", lambda p, w=wanted: self.settings.get(id(p)) == w)
+            overrides[ParamKey(predicate=predicate)] = {"max_lr": lr, "start_wd": weight_decay}
+        return overrides
+
+    def forward_backward(self, packs: Packs) -> tuple[Tensor, Tensor]:
+        """Run all micro-batches through the pipeline (1F1B) and back.
+
+        Returns:
+            sample_losses: [number of samples in the global batch] fp32, Σ of each one's token losses; non-zero only on
+                tensor rank 0 of the last stage of the replica that ran it, so a sum over ranks completes it.
+            audio_grad: [M·t/TP, H] gradient of Σ losses / num_targets with respect to `packs.audio`.
+        """
+        audio = packs.audio.detach().requires_grad_()
+        sample_losses = torch.zeros(packs.num_samples, device=self.groups.device)
+        with megatron_calls():
+            if self.optimizer is not None:
+                self.model.zero_grad_buffer()
+                self.optimizer.zero_grad()
+            get_forward_backward_func()(
+                forward_step_func=_Forward(self, packs, audio, sample_losses),
+                data_iterator=iter(range(len(packs.lengths))),
+                model=[self.model],
+                num_microbatches=len(packs.lengths),
+                seq_length=packs.pack_tokens,
+                micro_batch_size=1,
+                forward_only=False,
+            )
+        if not (self.groups.is_last_stage and self.groups.place.tp == 0):
+            sample_losses.zero_()
+        return sample_losses, torch.zeros_like(audio) if audio.grad is None else audio.grad
+
+    def grad_square(self) -> Tensor:
+        """Σ g² over this rank's gradient shards, each parameter counted once over the world; fp64 scalar."""
+        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        if self.optimizer is not None:
+            with megatron_calls():
+                self.optimizer.prepare_grads()
+                for optimizer in self.optimizer.chained_optimizers:
+                    for grad in optimizer.get_main_grads_for_grad_norm():
+                        total += grad.double().square().sum()
+        return total
+
+    def step(self, coefficient: float, lr_scale: float) -> None:
+        """Update after `grad_square`; `coefficient` scales the gradients, `lr_scale` every peak learning rate."""
+        if self.optimizer is None:
+            return
+        with megatron_calls():
+            for group in self.optimizer.param_groups:
+                group["lr"], group["weight_decay"] = group["max_lr"] * lr_scale, group.get("start_wd", 0.0)
+            if coefficient < 1.0:
+                for optimizer in self.optimizer.chained_optimizers:
+                    for parameter in optimizer.get_parameters():
+                        if parameter.grad is not None:
+                            parameter.grad.mul_(coefficient)
+            self.optimizer.step_with_ready_grads()
+
+    def train(self, mode: bool) -> None:
+        """Training or evaluation mode of every module."""
+        self.gpt.train(mode)
+
+
+class _Forward:
+    """Megatron's `forward_step_func`: one micro-batch through this stage."""
+
+    def __init__(self, engine: LLMEngine, packs: Packs, audio: Tensor, sample_losses: Tensor) -> None:
+        self.engine, self.packs, self.audio, self.sample_losses = engine, packs, audio, sample_losses
+
+    def __call__(self, microbatches: Iterator[int], model: nn.Module) -> tuple[Tensor, Any]:
+        m = next(microbatches)
+        packs, groups = self.packs, self.engine.groups
+        rows = slice(m * packs.pack_tokens, (m + 1) * packs.pack_tokens)
+        decoder_input = labels = None
+        if groups.is_first_stage:
+            share = packs.pack_tokens // groups.topology.tp
+            mine = slice(m * share, (m + 1) * share)
+            text = embed_tokens(self.engine.gpt, packs.token_ids[rows])
+            # Not masked_scatter: rows without audio must stay in the graph, or a text-only pack has none.
+            mask = packs.audio_mask[mine][:, None, None]
+            decoder_input = torch.where(mask, self.audio[mine][:, None].to(text.dtype), text)
+        if groups.is_last_stage:
+            labels = packs.labels[rows]
+        output = model(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=decoder_input,
+            labels=None if labels is None else labels.clamp(min=0)[None],
+            packed_seq_params=PackedSequences(lengths=packs.lengths[m]),
+        )
+        return output, lambda losses: self._loss(losses, packs.labels[rows], packs.owners[rows])
+
+    def _loss(self, losses: Tensor, labels: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        counted = labels != IGNORE
+        token_losses = losses[0].float() * counted
+        self.sample_losses.index_add_(0, owners[counted], token_losses.detach()[counted])
+        return token_losses.sum() / max(1, self.packs.num_targets), counted.sum().int(), {}
+
+
+def _all_frozen(settings: dict[int, ParamSetting], groups: Groups) -> bool:
+    """Whether no rank has anything to learn in the LLM."""
+    learned = torch.tensor([sum(not s.frozen for s in settings.values())], device=groups.device)
+    torch.distributed.all_reduce(learned, group=groups.world)
+    return int(learned) == 0

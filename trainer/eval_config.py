@@ -1,0 +1,32 @@
+"""When and on what the model is evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The recipe's `eval` section."""
+
+    every_steps: int = 0
+    """Evaluate `split` after every so many steps; 0: only at the end."""
+    split: str = "dev"
+    """Read during training."""
+    final_split: str = "test"
+    """Read once, after the last step."""
+    before: bool = False
+    """Also read `final_split` before the first step, to report where training started."""
+    max_samples: int | None = None
+    """Per task, on `split`; null: all. `final_split` is always read whole."""
+    batch_size: int = 32
+    """Samples that one LLM replica decodes together."""
+    max_new_tokens: int = 64
+    """A transcript that reaches this length is counted and reported as `num_unfinished`."""
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "max_new_tokens"):
+            if getattr(self, key) < 1:
+                raise UserError(f"eval.{key} = {getattr(self, key)}: must be at least 1")

@@ -1,0 +1,60 @@
+"""What every rank knows of a step's global batch, and the plan that follows from it.
+
+Each rank contributes a few integers per sample; from all of them every rank computes the same plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.batch import Batch
+from model.loss import Counts
+from trainer.data.decode import TASKS
+from trainer.parallel.exchange import gather_ragged
+from trainer.parallel.groups import Groups
+from trainer.parallel.plan import PackPlan, plan_packs
+
+_FIELDS = 4
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """Samples of all ranks, by rank, in the order in which each rank holds them."""
+
+    homes: tuple[int, ...]
+    """Rank that loaded each sample."""
+    num_tokens: tuple[int, ...]
+    num_targets: tuple[int, ...]
+    tasks: tuple[int, ...]
+    """Index into `TASKS`."""
+    audio_samples: tuple[int, ...]
+    counts: Counts
+    """Divisors of the loss terms."""
+    first_sample: int
+    """Index of this rank's first sample."""
+
+    def __len__(self) -> int:
+        return len(self.homes)
+
+
+def gather(batch: Batch, counts: Counts, groups: Groups) -> GlobalBatch:
+    """Tell all ranks what this one loaded. Every rank must call it, also without samples."""
+    table = [
+        (s.num_tokens, s.num_targets, TASKS.index(s.task), sum(c.shape[0] for c in s.clips)) for s in batch.samples
+    ]
+    mine = [counts.targets, counts.ctc_targets, counts.clips, *(v for row in table for v in row)]
+    everyone = gather_ragged(np.array(mine, dtype=np.int64), groups.world)
+    rows = [r[3:].reshape(-1, _FIELDS) for r in everyone]
+    homes = tuple(rank for rank, r in enumerate(rows) for _ in r)
+    columns = np.concatenate(rows).T.tolist()
+    total = Counts(*(int(sum(r[i] for r in everyone)) for i in range(3)))
+    before = sum(len(r) for r in rows[: groups.rank])
+    return GlobalBatch(homes, *(tuple(c) for c in columns), counts=total, first_sample=before)
+
+
+def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int) -> PackPlan:
+    """Where the samples go in the LLM."""
+    return plan_packs(whole.num_tokens, groups.topology.dp, budget_tokens, multiple=groups.topology.tp)
+

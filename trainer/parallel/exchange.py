@@ -1,0 +1,62 @@
+"""The exchange: one differentiable ragged all-to-all that carries out a plan. Nothing else moves samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.parallel.plan import Route
+
+
+def exchange(rows: Tensor, route: Route, group: dist.ProcessGroup | None) -> Tensor:
+    """Move `rows` [N, …] as `route` says; gradients travel the same way back.
+
+    Every rank of `group` must call it, also with nothing to send. A row may be sent to several ranks: its gradient is
+    the sum of theirs. Rows of the result that nobody sends are zero.
+
+    Returns:
+        [route.num_out, …] in the dtype of `rows`.
+    """
+    device = rows.device
+    outgoing = rows.index_select(0, torch.from_numpy(route.send_rows).to(device))
+    arriving = _AllToAll.apply(outgoing, route.send_counts.tolist(), route.recv_counts.tolist(), group)
+    result = rows.new_zeros(route.num_out, *rows.shape[1:])
+    return result.index_copy(0, torch.from_numpy(route.recv_rows).to(device), arriving)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None
+    ) -> Tensor:
+        ctx.counts, ctx.group = (send, receive), group
+        return _all_to_all(rows, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        send, receive = ctx.counts
+        return _all_to_all(grads[0], receive, send, ctx.group), None, None, None
+
+
+def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    arriving = rows.new_empty(sum(receive), *rows.shape[1:])
+    dist.all_to_all_single(arriving, rows.contiguous(), receive, send, group=group)
+    return arriving
+
+
+def gather_ragged(values: np.ndarray, group: dist.ProcessGroup | None) -> list[np.ndarray]:
+    """Every rank's 1-D int64 array, by rank: the few integers that plans are made of."""
+    world = dist.get_world_size(group)
+    mine = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([mine.numel()]), group=group)
+    widest = int(max(sizes))
+    padded = torch.zeros(widest, dtype=torch.int64)
+    padded[: mine.numel()] = mine
+    everyone = [torch.zeros(widest, dtype=torch.int64) for _ in range(world)]
+    dist.all_gather(everyone, padded, group=group)
+    return [row[: int(n)].numpy() for row, n in zip(everyone, sizes, strict=True)]

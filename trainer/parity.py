@@ -1,0 +1,212 @@
+"""The law of the house, measured: loss and gradients of a topology against the single-process model.
+
+Every rank computes the oracle (`model.speech_llm.SpeechLLM` on the whole global batch) and its own distributed part,
+and compares all gradients: those of ZeRO-3 gathered over the world, those of Megatron gathered over the data-parallel
+ranks and cut from the oracle's as the rank's weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+
+from model.audio_tower import AudioTower
+from model.batch import IGNORE, Batch, Sample
+from model.config import AdapterConfig, EncoderConfig, LLMConfig, ModelConfig, RouterConfig
+from model.lengths import slots_of_samples
+from model.llm.names import hf_to_local
+from model.llm.reference import resolve_hf_config
+from model.llm.weights import RandomSource
+from model.speech_llm import SpeechLLM
+from trainer.engine.encoders import AudioEngine
+from trainer.engine.llm import LLMEngine
+from trainer.engine.optim import OptimConfig, lr_scale, param_groups
+from trainer.parallel.cpu import megatron_calls
+from trainer.parallel.groups import Groups
+from trainer.step import Step
+
+VOCAB_SIZE = 61
+PLACEHOLDER = 60
+TOLERANCE = 1e-5
+CURVE_TOLERANCE = 1e-4
+SEED = 3
+
+OPTIM = OptimConfig(lr=2e-3, weight_decay=0.01, clip_norm=1.0, schedule="cosine", warmup_steps=2)
+
+
+def tiny_model(llm_family: str = "llama") -> ModelConfig:
+    """All parts of the model, as small as they go: three kinds of encoders, both gates, CTC, GQA, odd vocabulary."""
+    conv = {"conv_dim": [16] * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4}
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, **conv}
+    whisper = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    llm = {
+        "model_type": llm_family,
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": llm_family == "qwen2",
+    }
+    return ModelConfig(
+        primary=EncoderConfig("whisper", "whisper", config=whisper, length_mode="trim"),
+        experts=(EncoderConfig("hubert", "hubert", config=small), EncoderConfig("wavlm", "wavlm", config=small)),
+        expert_dim=8,
+        router=RouterConfig(noise_std=0.1),
+        adapter=AdapterConfig(hidden_size=16),
+        llm=LLMConfig(config=llm),
+        ctc_weight=0.3,
+    )
+
+
+def make_sample(index: int, num_clips: int, strides: tuple[int, ...], seed: int) -> Sample:
+    """A sample with `num_clips` clips of 0.12 to 1 s of noise, random tokens around them, an answer of 3 to 8 tokens."""
+    generator = torch.Generator().manual_seed(1000 * seed + index)
+
+    def integers(low: int, high: int, count: int) -> list[int]:
+        return torch.randint(low, high, (count,), generator=generator).tolist()
+
+    clips = tuple(0.1 * torch.randn(n, generator=generator) for n in integers(2000, 16000, num_clips))
+    prompt = integers(0, PLACEHOLDER, 2 + index % 5)
+    ids, mask = list(prompt), [False] * len(prompt)
+    for clip in clips:
+        slots = slots_of_samples(clip.shape[0], strides)
+        ids += [PLACEHOLDER] * slots + integers(0, PLACEHOLDER, 2)
+        mask += [True] * slots + [False] * 2
+    answer = integers(0, PLACEHOLDER, 3 + index % 6)
+    labels = [IGNORE] * (len(ids) - 1) + answer + [1]
+    return Sample(
+        key=f"sample-{seed}-{index}",
+        task="asr" if num_clips == 1 else "sqa" if num_clips else "text",
+        clips=clips,
+        token_ids=torch.tensor(ids + answer),
+        audio_mask=torch.tensor(mask + [False] * len(answer)),
+        labels=torch.tensor(labels),
+        prompt_ids=torch.tensor(prompt),
+        ctc_targets=torch.tensor(answer[:2] if num_clips == 1 else [], dtype=torch.int64),
+    )
+
+
+def make_samples(kind: str, world: int, strides: tuple[int, ...], seed: int = 0) -> list[list[Sample]]:
+    """Per rank its samples. Kinds: mixed, text_only, rank_without_audio, fewer_samples_than_ranks."""
+    clips_of: Mapping[str, Callable[[int, int], int]] = {
+        "mixed": lambda rank, i: (1, 0, 2)[(rank + i) % 3],
+        "text_only": lambda rank, i: 0,
+        "rank_without_audio": lambda rank, i: 0 if rank == 0 else 1 + i % 2,
+        "fewer_samples_than_ranks": lambda rank, i: 1,
+    }
+    num = 1 if kind == "fewer_samples_than_ranks" else max(3, 8 // world)
+    ranks = range(1) if kind == "fewer_samples_than_ranks" else range(world)
+    made = {r: [make_sample(num * r + i, clips_of[kind](r, i), strides, seed) for i in range(num)] for r in ranks}
+    return [made.get(rank, []) for rank in range(world)]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a topology is from the oracle, relative."""
+
+    loss: float
+    gradient: float
+    worst: str
+    """Parameter with the largest gradient difference."""
+
+
+def build_oracle(config: ModelConfig) -> SpeechLLM:
+    """The single-process model."""
+    return SpeechLLM(config, VOCAB_SIZE, SEED).train()
+
+
+def build_step(config: ModelConfig, groups: Groups, ds_config: dict[str, Any], num_steps: int) -> Step:
+    """The distributed model with the oracle's initial weights."""
+    hf_config = resolve_hf_config(config.llm)
+    source = RandomSource(hf_config, SEED)
+    llm = LLMEngine(hf_config, source, OPTIM, groups, torch.float32, recompute=groups.topology.pp > 1)
+    torch.manual_seed(SEED)
+    tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE)
+    audio = AudioEngine(tower.train(), OPTIM, ds_config, groups, batch_sec=1.5)
+    return Step(config, OPTIM, audio, llm, groups, num_steps=num_steps, tokens_per_microbatch=48, seed=SEED)
+
+
+def compare(step: Step, oracle: SpeechLLM, samples: list[list[Sample]], number: int = 0) -> Difference:
+    """Forward and backward both ways; nothing is updated."""
+    rank, device = step.groups.rank, step.groups.device
+    report = step.forward_backward(number, Batch(tuple(samples[rank])))
+    step.timer.take()
+    whole = Batch(tuple(s for one in samples for s in one))
+    oracle.zero_grad(set_to_none=True)
+    losses = oracle(whole, step.router_noise(number, whole))
+    losses.total.backward()
+    reference = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in oracle.named_parameters()}
+    # Below this a gradient is rounding: e.g. that of a key bias, which is zero in exact arithmetic.
+    floor = 1e-3 * max(float(g.abs().max()) for g in reference.values())
+    worst = (0.0, "")
+    for name, mine, wanted in (*_audio_gradients(step, reference), *_llm_gradients(step, reference)):
+        scale = max(float(wanted.abs().max()), floor)
+        worst = max(worst, (float((mine.cpu() - wanted).abs().max()) / scale, name))
+    found = [None] * step.groups.topology.world
+    dist.all_gather_object(found, worst, group=step.groups.world)
+    gradient, name = max(w for w in found if w is not None)
+    total = float(losses.total)
+    step.audio.discard()
+    assert device == step.groups.device
+    return Difference(abs(report.loss - total) / abs(total), gradient, name)
+
+
+def _audio_gradients(step: Step, reference: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
+    return [(n, safe_get_full_grad(p), reference[n]) for n, p in step.audio.named_parameters() if p.requires_grad]
+
+
+def _llm_gradients(step: Step, reference: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
+    engine, topology = step.llm, step.groups.topology
+    _gather_gradients(engine)
+
+    def read(name: str, index: tuple[slice, ...]) -> Tensor:
+        return reference["llm." + name][index]
+
+    found = []
+    for name, parameter in engine.parameters():
+        wanted = hf_to_local(name, read, engine.hf_config, step.groups.place.tp, topology.tp)
+        found.append((f"llm.{name}", parameter.main_grad, wanted))  # type: ignore[attr-defined]
+    return found
+
+
+def _gather_gradients(engine: LLMEngine) -> None:
+    """The distributed optimizer leaves each rank the sum of its own part of the buffers: complete them."""
+    from megatron.core import parallel_state
+
+    with megatron_calls():
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        for buffer in engine.model.buffers:  # type: ignore[union-attr]
+            for bucket in buffer.buckets:
+                parts = bucket.grad_data.chunk(dist.get_world_size(group))
+                mine = parts[dist.get_rank(group)].clone()
+                dist.all_gather(list(parts), mine, group=group)
+
+
+def loss_curves(step: Step, oracle: SpeechLLM, num_steps: int) -> float:
+    """Train both for `num_steps`; the largest relative difference of their losses."""
+    named = [(n, p, p.dim()) for n, p in oracle.named_parameters()]
+    optimizer = torch.optim.AdamW(param_groups(OPTIM, named), lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
+    worst, world, strides = 0.0, step.groups.topology.world, step.model.adapter.strides
+    for number in range(num_steps):
+        samples = make_samples("mixed", world, strides, seed=number % 4)
+        report = step(number, Batch(tuple(samples[step.groups.rank])))
+        whole = Batch(tuple(s for one in samples for s in one))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_scale(OPTIM, number, step.num_steps)
+        optimizer.zero_grad()
+        loss = oracle(whole, step.router_noise(number, whole)).total
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(oracle.parameters(), OPTIM.clip_norm))
+        optimizer.step()
+        worst = max(worst, abs(report.loss - float(loss)) / abs(float(loss)), abs(report.grad_norm - norm) / norm)
+    return worst

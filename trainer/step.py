@@ -1,0 +1,229 @@
+"""One training step, as the data sees it (docs/architecture.md has the picture).
+
+    1 load     each rank takes its share of the global batch          (trainer.data.loader, before this)
+    2 encode   the primary encoder reads every clip                   ┐
+    3 route    the router chooses experts per clip                    │ AudioEngine.forward:
+    4 encode   the chosen experts read the clips                      │ DeepSpeed ZeRO-3
+    5 adapt    features become audio embeddings, at home              ┘
+    6 pack     plan where samples go; embeddings and tokens go there  exchange
+    7 llm      1F1B over the packs                                    LLMEngine: Megatron-core
+    8 back     gradients of the embeddings come home; encoders learn  exchange, AudioEngine.backward
+    9 update   one norm, one clip coefficient, both optimizers
+
+Whatever the topology, loss and gradients equal those of `model.speech_llm.SpeechLLM` on the global batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.audio_tower import AudioOutput, count, usable_ctc_targets
+from model.batch import IGNORE, Batch
+from model.config import ModelConfig
+from model.lengths import SAMPLE_RATE
+from model.routing_loss import RoutingSums, routing_loss
+from trainer.data.decode import TASKS
+from trainer.engine.encoders import AudioEngine
+from trainer.engine.llm import LLMEngine, Packs
+from trainer.engine.optim import OptimConfig, lr_scale
+from trainer.global_batch import GlobalBatch, gather, plan
+from trainer.parallel.exchange import exchange
+from trainer.parallel.groups import Groups
+from trainer.parallel.plan import PackPlan, embedding_segments, route, token_segments
+from trainer.telemetry.metrics import PhaseTimer, StepReport
+
+
+class Step:
+    """Both engines and the way between them.
+
+    Args:
+        model, optim: sections of the recipe.
+        audio, llm: the engines.
+        groups: this rank's place.
+        num_steps: of the run (the schedule's length).
+        tokens_per_microbatch: rows that a pack may hold.
+        seed: of the router's noise.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        optim: OptimConfig,
+        audio: AudioEngine,
+        llm: LLMEngine,
+        groups: Groups,
+        *,
+        num_steps: int,
+        tokens_per_microbatch: int,
+        seed: int,
+    ) -> None:
+        self.model, self.optim = model, optim
+        self.audio, self.llm, self.groups = audio, llm, groups
+        self.num_steps, self.tokens_per_microbatch, self.seed = num_steps, tokens_per_microbatch, seed
+        self.timer = PhaseTimer(torch.cuda.synchronize if groups.device.type == "cuda" else None)
+
+    def __call__(self, step: int, batch: Batch) -> StepReport:
+        """Train on this rank's part of the global batch; `step` counts from 0. Every rank gets the same report."""
+        report = self.forward_backward(step, batch)
+        with self.timer("update"):
+            norm, scale = self.update(step)
+        return replace(report, grad_norm=norm, lr=self.optim.lr * scale, phase_sec=self.timer.take())
+
+    def forward_backward(self, step: int, batch: Batch) -> StepReport:
+        """Lines 2 to 8: leave the gradients of the global batch's loss in both engines."""
+        timer = self.timer
+        with timer("plan"):
+            ctc_targets = usable_ctc_targets(batch, self.model)
+            whole = gather(batch, count(batch, ctc_targets), self.groups)
+            packing = plan(whole, self.groups, self.tokens_per_microbatch)
+        with timer("encode"):
+            noise = self.router_noise(step, batch)
+            audio = self.audio.forward(batch.clips, batch.prompts, ctc_targets, noise)
+        with timer("exchange"):
+            packs, embeddings = send(batch, audio.embeddings.values, whole, packing, self.groups)
+        with timer("llm"):
+            sample_losses, grad = self.llm.forward_backward(packs)
+        with timer("backward"):
+            mowe, ctc = self.auxiliary_losses(audio, whole)
+            auxiliary = self.model.routing_loss.weight * mowe + self.model.ctc_weight * ctc
+            self.audio.backward((embeddings * grad).sum() + auxiliary)
+        with timer("report"):
+            return self.report(step, batch, whole, audio, sample_losses, mowe, ctc)
+
+    def router_noise(self, step: int, batch: Batch) -> Tensor | None:
+        """[clips, gates, experts] standard normal, a function of seed, step and sample: not of where the sample ran."""
+        router = self.model.router
+        if router.noise_std == 0 or not batch.clip_owner or not self.model.experts:
+            return None
+        rows = []
+        for clip, owner in enumerate(batch.clip_owner):
+            text = f"{self.seed}/{step}/{batch.samples[owner].key}/{clip - batch.clip_owner.index(owner)}"
+            digest = hashlib.sha256(text.encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            rows.append(torch.randn(len(router.gates), len(self.model.experts), generator=generator))
+        return torch.stack(rows)
+
+    def auxiliary_losses(self, audio: AudioOutput, whole: GlobalBatch) -> tuple[Tensor, Tensor]:
+        """(L_MoWE of the global batch, this rank's share of L_CTC): their gradients add up over ranks."""
+        ctc = audio.ctc_loss_sum / max(1, whole.counts.ctc_targets)
+        if audio.routing is None:
+            return torch.zeros((), device=self.groups.device), ctc
+        local = RoutingSums.of(audio.routing)
+        sums = torch.cat([local.probs, local.sample_entropy[None], local.independent_entropy[None]]).detach().clone()
+        dist.all_reduce(sums, group=self.groups.world)
+        total = RoutingSums(sums[:-2], sums[-2], sums[-1], whole.counts.clips)
+        return routing_loss(self.model.routing_loss, local, total), ctc
+
+    def update(self, step: int) -> tuple[float, float]:
+        """Line 9. Returns (global gradient norm before clipping, factor on the peak learning rates).
+
+        A norm that is not finite leaves all weights as they are.
+        """
+        squares = torch.stack([self.audio.grad_square(), self.llm.grad_square()])
+        dist.all_reduce(squares, group=self.groups.world)
+        audio_norm, norm = float(squares[0].sqrt()), float(squares.sum().sqrt())
+        scale = lr_scale(self.optim, step, self.num_steps)
+        if not np.isfinite(norm):
+            self.audio.discard()
+            return norm, scale
+        coefficient = min(1.0, self.optim.clip_norm / (norm + 1e-6)) if self.optim.clip_norm > 0 else 1.0
+        self.audio.step(coefficient, audio_norm, scale)
+        self.llm.step(coefficient, scale)
+        return norm, scale
+
+    def report(
+        self,
+        step: int,
+        batch: Batch,
+        whole: GlobalBatch,
+        audio: AudioOutput,
+        sample_losses: Tensor,
+        mowe: Tensor,
+        ctc: Tensor,
+    ) -> StepReport:
+        """One sum over ranks of everything that is reported."""
+        experts = [e.name for e in self.model.experts]
+        routed = torch.zeros(len(TASKS), len(experts), device=self.groups.device)
+        if audio.routing is not None:
+            tasks = [TASKS.index(batch.samples[i].task) for i in batch.clip_owner]
+            routed.index_add_(0, torch.tensor(tasks, device=routed.device, dtype=torch.int64), audio.routing.runs.float())
+        everything = torch.cat([sample_losses.float(), routed.flatten(), ctc.detach().float()[None]])
+        dist.all_reduce(everything, group=self.groups.world)
+        losses, routed_sum, ctc_sum = everything.cpu().split([len(whole), routed.numel(), 1])
+        next_token = float(losses.double().sum()) / max(1, whole.counts.targets)
+        terms = {"next_token": next_token}
+        loss = next_token
+        if experts:
+            terms["routing"] = float(mowe)
+            loss += self.model.routing_loss.weight * terms["routing"]
+        if self.model.ctc_weight > 0:
+            terms["ctc"] = float(ctc_sum)
+            loss += self.model.ctc_weight * terms["ctc"]
+        return StepReport(
+            step=step + 1,
+            loss=loss,
+            losses=terms,
+            task_losses=_by_task(whole, losses),
+            routing_counts=_routing_counts(routed_sum.view(len(TASKS), -1), experts),
+            num_samples=len(whole),
+            num_tokens=sum(whole.num_tokens),
+            audio_sec=sum(whole.audio_samples) / SAMPLE_RATE,
+        )
+
+
+def send(
+    batch: Batch, embeddings: Tensor, whole: GlobalBatch, packing: PackPlan, groups: Groups
+) -> tuple[Packs, Tensor]:
+    """Line 6: tokens to the first and last stage, audio embeddings [ΣS, H] to the slice of the first stage that needs
+    them. Returns the packs and the arrived embeddings, which carry the graph home."""
+    topology, rank, device, dp = groups.topology, groups.rank, groups.device, groups.place.dp
+    rows = packing.num_microbatches * packing.pack_tokens
+    share = packing.pack_tokens // topology.tp
+    tokens = torch.stack([batch.tokens.values, batch.labels.values - IGNORE, batch.audio_mask.long()], dim=1)
+    at_ends = groups.is_first_stage or groups.is_last_stage
+    token_route = route(token_segments(packing, whole.homes, topology), rank, topology.world, rows if at_ends else 0)
+    arrived = exchange(tokens.to(device), token_route, groups.world)
+
+    flags = torch.zeros(0, dtype=torch.bool, device=device)
+    if groups.is_first_stage:
+        place = groups.place.tp
+        flags = arrived[:, 2].view(packing.num_microbatches, topology.tp, share)[:, place].flatten().bool()
+    segments = embedding_segments(packing, whole.homes, topology)
+    is_audio = batch.audio_mask.numpy()
+    slots = np.cumsum(is_audio) - 1
+    audio_route = route(segments, rank, topology.world, len(flags)).restricted(is_audio, flags.cpu().numpy())
+    audio = exchange(embeddings, audio_route.renumbered(slots), groups.world)
+
+    packs = Packs(
+        lengths=tuple(packing.lengths(dp, m) for m in range(packing.num_microbatches)),
+        token_ids=arrived[:, 0],
+        labels=arrived[:, 1] + IGNORE,
+        owners=torch.from_numpy(packing.samples_of_rows(dp)).to(device),
+        audio=audio,
+        audio_mask=flags,
+        num_samples=len(whole),
+        num_targets=whole.counts.targets,
+    )
+    return packs, audio
+
+
+def _by_task(whole: GlobalBatch, losses: Tensor) -> dict[str, tuple[float, int]]:
+    sums: dict[str, tuple[float, int]] = {}
+    for task, loss, targets in zip(whole.tasks, losses.tolist(), whole.num_targets, strict=True):
+        total, tokens = sums.get(TASKS[task], (0.0, 0))
+        sums[TASKS[task]] = (total + loss, tokens + targets)
+    return sums
+
+
+def _routing_counts(routed: Tensor, experts: list[str]) -> dict[str, dict[str, int]]:
+    return {
+        task: {name: int(n) for name, n in zip(experts, row, strict=True)}
+        for task, row in zip(TASKS, routed.tolist(), strict=True)
+        if sum(row)
+    }
