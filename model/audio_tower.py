@@ -69,6 +69,11 @@ class AudioTower(nn.Module):
         self.projector = nn.Linear(self.adapter.dim, llm_dim)
         self.ctc_head = nn.Linear(self.adapter.dim, vocab_size + 1) if config.ctc_weight > 0 else None
 
+    def set_recompute(self, enabled: bool) -> None:
+        """Activation checkpointing of all encoders' layers."""
+        for encoder in ([self.primary] if self.primary is not None else []) + [e.encoder for e in self.experts.values()]:
+            encoder.set_recompute(enabled)
+
     def forward(
         self,
         clips: Ragged,

@@ -20,7 +20,7 @@ class EvalConfig:
     before: bool = False
     """Also read `final_split` before the first step, to report where training started."""
     max_samples: int | None = None
-    """Per task, on `split`; null: all. `final_split` is always read whole."""
+    """Of `split`, over all tasks, always the same ones; null: all. `final_split` is always read whole."""
     batch_size: int = 32
     """Samples that one LLM replica decodes together."""
     max_new_tokens: int = 64

@@ -1,0 +1,125 @@
+"""The composition root: the only file that knows every part."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from model.audio_tower import AudioTower
+from model.errors import UserError
+from model.llm.reference import resolve_hf_config, weight_source
+from trainer.checkpoint.manager import CheckpointManager
+from trainer.config.checks import deepspeed_json
+from trainer.config.convert import to_tree
+from trainer.config.load import dump
+from trainer.config.schema import Recipe
+from trainer.data.manifest import BuildReport
+from trainer.data.prepare import PreparedData, prepare
+from trainer.engine.ds_config import build_ds_config
+from trainer.engine.encoders import AudioEngine, barrier
+from trainer.engine.llm import LLMEngine
+from trainer.engine.optim import check_patterns
+from trainer.evaluate import Evaluator
+from trainer.hooks import Hook, ProgressHook, SummaryHook, TrackerHook
+from trainer.launch import RankEnv
+from trainer.loop import Loop
+from trainer.parallel.groups import Groups, build_groups, connect
+from trainer.parallel.topology import build_topology
+from trainer.report import final_table
+from trainer.step import Step
+from trainer.telemetry.tracker import build_tracker
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def run_training(recipe: Recipe, env: RankEnv) -> int:
+    """Train `recipe` as one rank; returns the process's exit code."""
+    topology = build_topology(recipe.parallel, env.world_size)
+    rank, _, device = connect()
+    groups = build_groups(topology, rank, device, recipe.seed)
+    run_dir = Path(recipe.train.run_dir) / recipe.name
+    prepared = prepare_once(recipe, groups)
+    step = build_step(recipe, groups, prepared.tokenizer.vocab_size)
+    evaluator = Evaluator(recipe.eval, prepared, step, run_dir)
+    checkpoints = CheckpointManager(run_dir / "checkpoints", recipe.checkpoint, groups)
+    loop = Loop(recipe, step, groups, prepared, evaluator, checkpoints, run_dir)
+    start, extra = loop.restore()
+    hooks = build_hooks(recipe, run_dir, start) if rank == 0 else []
+    finished = loop.run(hooks, start, extra.get("data"))
+    if rank == 0:
+        if finished and loop.last_evaluation is not None:
+            print(final_table(loop.last_evaluation, prepared), flush=True)
+        if not finished:
+            print(f"stopped; the same command goes on from the checkpoint in {run_dir}", flush=True)
+    barrier(groups)
+    dist.destroy_process_group()
+    return 0
+
+
+def prepare_once(recipe: Recipe, groups: Groups) -> PreparedData:
+    """Shards and tokenizer, made by rank 0 where they are missing; the others wait and read."""
+
+    def made() -> PreparedData:
+        strides = recipe.model.adapter.strides
+        return prepare(recipe.data, strides, ctc=recipe.model.ctc_weight > 0, on_built=_say)
+
+    def _say(report: BuildReport) -> None:
+        print(f"made shards in {report.folder}: {report.num_samples} samples", flush=True)
+
+    prepared = made() if groups.rank == 0 else None
+    barrier(groups)
+    return made() if prepared is None else prepared
+
+
+def build_step(recipe: Recipe, groups: Groups, vocab_size: int) -> Step:
+    """Both engines with their initial weights.
+
+    Raises:
+        UserError: weights are missing or do not fit; the tokenizer has more tokens than the LLM; a pattern of
+            `optim.parts` matches nothing.
+    """
+    hf_config = resolve_hf_config(recipe.model.llm)
+    if vocab_size > hf_config.vocab_size:
+        raise UserError(
+            f"data.tokenizer: {vocab_size} tokens, but model.llm.config.vocab_size = {hf_config.vocab_size}: "
+            "use the LLM's own tokenizer, or a smaller data.tokenizer.train_vocab_size"
+        )
+    source = weight_source(recipe.model.llm, hf_config, recipe.seed)
+    train = recipe.train
+    llm = LLMEngine(hf_config, source, recipe.optim, groups, DTYPES[train.precision], train.recompute_llm)
+    torch.manual_seed(recipe.seed)
+    tower = AudioTower(recipe.model, hf_config.hidden_size, vocab_size)
+    tower.set_recompute(train.recompute_encoders)
+    ds_config = build_ds_config(deepspeed_json(recipe), precision=train.precision)
+    audio = AudioEngine(tower, recipe.optim, ds_config, groups, train.encoder_batch_sec)
+    check_patterns(recipe.optim, [n for n, _ in audio.named_parameters()] + [llm.hf_name(n) for n, _ in llm.parameters()])
+    # Dropout, where a config has any, must differ between ranks.
+    torch.manual_seed(recipe.seed + 1000 * groups.rank)
+    return Step(
+        recipe.model,
+        recipe.optim,
+        audio,
+        llm,
+        groups,
+        num_steps=train.steps,
+        tokens_per_microbatch=train.llm_tokens_per_microbatch,
+        seed=recipe.seed,
+    )
+
+
+def build_hooks(recipe: Recipe, run_dir: Path, start: int) -> list[Hook]:
+    """What watches the run, on rank 0; also leaves the resolved recipe in the run's folder."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    telemetry = recipe.telemetry
+    tracker = build_tracker(
+        telemetry, run_name=recipe.name, run_root=run_dir.parent, params=to_tree(recipe), resume_step=start
+    )
+    hooks: list[Hook] = [TrackerHook(tracker, telemetry.log_every_steps), SummaryHook(tracker)]
+    if telemetry.progress:
+        hooks.append(ProgressHook(telemetry.log_every_steps))
+    sys.stdout.flush()
+    return hooks

@@ -1,0 +1,135 @@
+"""Fetch, step, report, save, evaluate: the training run as one straight line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from trainer.checkpoint.manager import CheckpointManager
+from trainer.config.load import dump
+from trainer.config.schema import Recipe
+from trainer.data.loader import Loader, SkipLog, merge_states
+from trainer.data.prepare import PreparedData
+from trainer.evaluate import Evaluation, Evaluator
+from trainer.hooks import Hook, RunState
+from trainer.lifecycle import StopRequest, agree
+from trainer.parallel.groups import Groups
+from trainer.step import Step
+from trainer.telemetry.metrics import peak_memory_bytes
+
+
+class Loop:
+    """One run from its first step, or from its last checkpoint, to its end.
+
+    Args:
+        recipe: the resolved recipe.
+        step, groups, prepared, evaluator, checkpoints: the parts; see `trainer.build`.
+        hooks: of this rank (only rank 0 has any).
+        run_dir: the run's folder.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        step: Step,
+        groups: Groups,
+        prepared: PreparedData,
+        evaluator: Evaluator,
+        checkpoints: CheckpointManager,
+        run_dir: Path,
+    ) -> None:
+        self.recipe, self.step, self.groups, self.prepared = recipe, step, groups, prepared
+        self.evaluator, self.checkpoints, self.run_dir = evaluator, checkpoints, run_dir
+        self.hooks: Sequence[Hook] = ()
+        self.summary: dict[str, Any] = {}
+        """What only this run knows; the end of the run hands it to the hooks."""
+
+    def restore(self) -> tuple[int, dict[str, Any]]:
+        """(steps already done, what the checkpoint holds besides the engines): (0, {}) for a new run."""
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return 0, {}
+        extra = self.checkpoints.load(latest, self.step)
+        self.summary.update(extra["summary"])
+        return extra["step"], extra
+
+    def run(self, hooks: Sequence[Hook], start: int, data_state: dict[str, Any] | None) -> bool:
+        """Train from step `start`; returns False when a signal ended the run before its last step."""
+        recipe, self.hooks = self.recipe, hooks
+        state = RunState(recipe.name, self.run_dir, recipe.train.steps, self.groups.topology.world, start)
+        for hook in hooks:
+            hook.on_start(state)
+        if recipe.eval.before and start == 0:
+            self._note_wer("wer_before", self.evaluate(0, recipe.eval.final_split, None))
+        with StopRequest().listening() as stop:
+            finished = self._train(stop, start, data_state)
+        if finished:
+            final = self.evaluate(recipe.train.steps, recipe.eval.final_split, None)
+            self._note_wer("wer_after", final)
+        self._end()
+        return finished
+
+    def _train(self, stop: StopRequest, start: int, data_state: dict[str, Any] | None) -> bool:
+        recipe, timer = self.recipe, self.step.timer
+        loader = Loader(
+            self.prepared,
+            seed=recipe.seed,
+            num_batches=recipe.train.steps,
+            rank=self.groups.rank,
+            world=self.groups.topology.world,
+            state=data_state,
+            on_skip=SkipLog(self.run_dir / f"skipped-rank{self.groups.rank}.jsonl"),
+        )
+        with loader:
+            batches = iter(loader)
+            for number in range(start, recipe.train.steps):
+                with timer("load"):
+                    batch, data_state = next(batches)
+                report = self.step(number, batch)
+                stopping, skipped = agree(stop, loader.num_skipped, self.groups)
+                for hook in self.hooks:
+                    hook.on_step(replace(report, num_skipped=skipped))
+                done = number + 1
+                last = done == recipe.train.steps
+                if stopping or last or _due(done, recipe.checkpoint.every_steps):
+                    self._save(done, data_state)
+                if stopping and not last:
+                    return False
+                if not last and _due(done, recipe.eval.every_steps):
+                    self.evaluate(done, recipe.eval.split, recipe.eval.max_samples)
+        return True
+
+    def evaluate(self, step: int, split: str, max_samples: int | None) -> Evaluation | None:
+        """Read `split`; tell the hooks. Rank 0 gets the result."""
+        found = self.evaluator(step, split, max_samples)
+        if found is not None:
+            for hook in self.hooks:
+                hook.on_eval(found.report)
+        return found
+
+    def _note_wer(self, key: str, found: Evaluation | None) -> None:
+        if found is not None and "asr/wer" in found.report.values:
+            self.summary[key] = found.report.values["asr/wer"]
+        self.last_evaluation = found
+
+    def _save(self, done: int, data_state: dict[str, Any]) -> None:
+        states: list[Any] = [None] * self.groups.topology.world
+        dist.all_gather_object(states, data_state, group=self.groups.world)
+        extra = {"data": merge_states(states), "recipe": dump(self.recipe), "summary": self.summary}
+        path = self.checkpoints.save(done, self.step, extra)
+        for hook in self.hooks:
+            hook.on_save(path)
+
+    def _end(self) -> None:
+        peaks: list[Any] = [None] * self.groups.topology.world
+        dist.all_gather_object(peaks, peak_memory_bytes(), group=self.groups.world)
+        for hook in self.hooks:
+            hook.on_end({**self.summary, "peak_memory_bytes": peaks})
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,33 @@
+"""What a run prints at its end: every task and subset beside what guessing would score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.data.prepare import PreparedData
+from trainer.evaluate import Evaluation
+from trainer.scoring import format_table, majority_baseline, score_table
+
+MAX_BASELINE_SAMPLES = 200_000
+"""Training sets beyond this are not read again for the sake of the majority column."""
+
+
+def final_table(found: Evaluation, prepared: PreparedData) -> str:
+    """Scores per task and subset, with the accuracy of always giving the most frequent training answer."""
+    num_training = sum(sum(r.num_per_shard) for r in prepared.open_training())
+    baseline = None
+    if num_training <= MAX_BASELINE_SAMPLES:
+        baseline = majority_baseline(list(_training_metas(prepared)), [p.meta for p in found.predictions])
+    scores = [s for by_subset in found.scores.values() for s in by_subset.values()]
+    unfinished = sum(not p.finished for p in found.predictions)
+    head = f"{found.report.split} split after step {found.report.step}: {len(found.predictions)} samples"
+    note = f"\n{unfinished} answers reached eval.max_new_tokens and were ended there" if unfinished else ""
+    return f"\n{head}\n{format_table(score_table(scores, baseline))}{note}"
+
+
+def _training_metas(prepared: PreparedData) -> Iterator[dict[str, Any]]:
+    for reader in prepared.open_training():
+        for shard in range(len(reader.num_per_shard)):
+            for index in reader.selected(shard):
+                yield reader.shards.metadata(shard, index)
