@@ -1,0 +1,55 @@
+# make setup   environment in .venv            make demo       train a small model in a few minutes
+# make test    everything that CI checks       make parity     distributed = single process, on this machine
+# make gpu-check  the same questions on a GPU  make clean      remove caches (not .venv, not runs)
+#
+# PYTHON=python3.12          another interpreter (3.10 to 3.12)
+# TORCH_SPEC=torch==2.11.0   another torch (2.11 to 2.13)
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu   where from: this one is small and has no CUDA
+
+PYTHON ?= python3
+TORCH_SPEC ?= torch==2.13.0
+TORCH_INDEX ?=
+
+PY := .venv/bin/python
+STAMP := .venv/.installed
+CXX_NAMES := g++ c++ clang++
+
+# DeepSpeed looks for ninja in PATH when it builds its shared-memory operation.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: setup test demo parity gpu-check clean
+
+setup: $(STAMP)
+
+$(STAMP): setup.py constraints.txt | .venv/bin/python
+	@for cxx in $(CXX_NAMES); do command -v $$cxx >/dev/null && exit 0; done; \
+	  echo "error: no C++ compiler; DeepSpeed builds an operation with it. Debian: apt-get install g++" >&2; exit 2
+	$(PY) -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel packaging ninja numpy
+	$(PY) -m pip install --quiet $(TORCH_SPEC) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --no-build-isolation -c constraints.txt deepspeed
+	$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt --editable '.[demo,dev]'
+	@touch $@
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "error: $$($(PYTHON) --version 2>&1): use Python 3.10 to 3.12, e.g. make PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+test: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest
+
+demo: setup
+	$(PY) -m tools.demo
+
+parity: setup
+	$(PY) -m tools.parity
+
+gpu-check: setup
+	$(PY) -m bench.gpu_check
+
+clean:
+	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,33 @@
+"""Packaging of earshot. `make setup` is the tested way to install; see the README for others."""
+
+from setuptools import find_namespace_packages, setup
+
+setup(
+    name="earshot",
+    version="0.1.0",
+    description="Train speech-text models with several routed audio encoders on DeepSpeed ZeRO-3 and Megatron-core",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_namespace_packages(include=["model*", "trainer*", "tools*", "bench*"]),
+    package_data={"trainer": ["recipes/*.yaml"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed==0.19.8",  # two engines in one process group lean on its internals: pinned
+        "megatron-core==0.16.1",  # likewise
+        "transformers>=5.17,<6",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "webdataset==1.0.2",
+        "soundfile>=0.13",
+        "soxr>=0.5",
+        "sentencepiece>=0.2.1",
+        "jiwer>=4,<5",
+        "mlflow>=3.5,<4",
+        "pyyaml>=6",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "demo": ["espeakng-loader==0.2.4"],  # the voice of `make demo`; espeak-ng is GPL-3.0
+        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "psutil"],
+    },
+)
