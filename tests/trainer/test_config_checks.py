@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from model.errors import UserError
+from trainer.config.checks import check_recipe, known_llm_config
+from trainer.config.load import load_recipe, recipe_names
+from trainer.engine.ds_config import build_ds_config, load_ds_json
+
+DS_CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_recipes_are_legal(name: str) -> None:
+    check_recipe(load_recipe(name))
+
+
+def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
+    recipe = load_recipe("mowe_70b")
+    assert (recipe.parallel.num_ranks, recipe.parallel.tensor, recipe.parallel.pipeline) == (128, 8, 4)
+    hf_config = known_llm_config(recipe.model.llm)
+    assert hf_config is not None
+    assert (hf_config.hidden_size, hf_config.num_hidden_layers, hf_config.num_key_value_heads) == (8192, 80, 8)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("debug", ["parallel.tensor=3"], "parallel.tensor = 3: legal values for 2 ranks are 1, 2"),
+        (
+            "debug",
+            ["parallel.num_ranks=8", "parallel.tensor=8"],
+            "parallel.tensor = 8: must divide the LLM's 4 attention heads, 2 key-value heads and 64 feed-forward "
+            "channels; legal values for 8 ranks with pipeline=1: 1, 2",
+        ),
+        (
+            "mowe_70b",
+            ["parallel.tensor=16"],
+            "parallel.tensor = 16: must divide the LLM's 64 attention heads, 8 key-value heads and 28672 feed-forward "
+            "channels; legal values for 128 ranks with pipeline=4: 1, 2, 4, 8",
+        ),
+        (
+            "mowe_70b",
+            ["parallel.pipeline=16", "model.llm.config.num_hidden_layers=40"],
+            "parallel.pipeline = 16: must divide the LLM's 40 layers; "
+            "legal values for 128 ranks with tensor=8: 1, 2, 4, 8",
+        ),
+        ("debug", ["parallel.expert=2"], "parallel.expert = 2: every encoder is on all ranks in this version; the le"),
+        ("debug", ["optim.warmup_steps=9"], "optim.warmup_steps = 9: legal values are 0..4 (train.steps)"),
+        ("debug", ["train.steps=0"], "train.steps = 0: must be at least 1"),
+        ("debug", ["data.sets=[]"], "data.sets is empty: name at least one manifest or folder of shards"),
+        ("debug", ["data.global_batch_samples=12"], "data.global_batch_samples = 12: must be a multiple of data.num_l"),
+        (
+            "debug",
+            ["data.sets.0.tasks=[er, ac]"],
+            "model.ctc_weight = 1.0: CTC needs answers of the task asr, and none of data.sets has it",
+        ),
+        ("debug", ["eval.final_split=exam"], "eval.final_split = exam: legal values are those of data.eval_splits: te"),
+        ("debug", ["eval.every_steps=1"], "eval.split = dev: legal values are those of data.eval_splits: test"),
+        (
+            "debug",
+            ["data.max_audio_sec=300"],
+            "data.max_audio_sec = 300.0: such a clip takes 1875 of the LLM's 1024 positions",
+        ),
+        ("debug", ["model.llm.config.vocab_size=100"], "data.tokenizer.train_vocab_size = 256: the LLM's vocab_size"),
+        ("debug", ["model.router.top_k=3"], "model.router.top_k = 3: legal values are 1..2"),
+        ("debug", ["model.experts.0.length_mode=trim"], "model.experts[0].length_mode = trim: only whisper has length"),
+        ("debug", ["model.experts.0.config={}"], "model.experts[0]: give weights (a directory or hub id), or config"),
+        ("debug", ["model.adapter.strides=[]"], "model.adapter.strides = []: give one positive stride per convolut"),
+        ("debug", ["model.adapter.kernel_size=1"], "model.adapter.kernel_size = 1: must be at least the largest stri"),
+        ("debug", ["model.primary=null", "model.router.mode=all_routed"], "model.router.input = primary: mode all_rou"),
+        ("debug", ["train.deepspeed=nope.json"], "train.deepspeed = "),
+        ("debug", ["model.llm.config.model_type=gpt2"], "model.llm.config.model_type = gpt2: supported families are"),
+    ],
+)
+def test_an_illegal_combination_is_refused(recipe: str, override: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_recipe(load_recipe(recipe, override))
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_encoder_field_is_refused_before_any_rank_starts() -> None:
+    with pytest.raises(UserError, match="d_modle"):
+        check_recipe(load_recipe("debug", ["model.primary.config.d_modle=32"]))
+    with pytest.raises(UserError, match="d_modle"):  # of a hub checkpoint, whose own config is not read here
+        check_recipe(load_recipe("mowe_8b", ["model.primary.config.d_modle=32"]))
+
+
+def write(folder: Path, tree: object) -> Path:
+    path = folder / "ds.json"
+    path.write_text(tree if isinstance(tree, str) else json.dumps(tree))
+    return path
+
+
+ZERO = {"zero_optimization": {"stage": 3}}
+
+
+@pytest.mark.parametrize("path", sorted(DS_CONFIGS.glob("*.json")), ids=lambda p: p.stem)
+def test_deepspeed_takes_our_json(path: Path) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    for precision in ("fp32", "bf16"):
+        tree = build_ds_config(path, precision=precision)  # type: ignore[arg-type]
+        config = DeepSpeedConfig(tree)
+        assert config.zero_config.stage == 3
+        assert config.train_micro_batch_size_per_gpu == config.gradient_accumulation_steps == 1
+        assert config.gradient_clipping == 0
+        assert config.bfloat16_config.enabled == (precision == "bf16")
+
+
+@pytest.mark.parametrize(
+    ("key", "owner"),
+    [
+        ("train_batch_size", "data.global_batch_samples"),
+        ("train_micro_batch_size_per_gpu", "train.encoder_batch_sec"),
+        ("gradient_accumulation_steps", "train.llm_tokens_per_microbatch"),
+        ("gradient_clipping", "optim.clip_norm"),
+        ("bf16", "train.precision"),
+        ("fp16", "train.precision"),
+        ("optimizer", "optim"),
+        ("scheduler", "optim.schedule"),
+    ],
+)
+def test_a_json_key_that_the_recipe_owns_is_refused_with_its_owner(tmp_path: Path, key: str, owner: str) -> None:
+    path = write(tmp_path, ZERO | {key: 1})
+    with pytest.raises(UserError) as error:
+        load_ds_json(path)
+    assert str(error.value) == f"{path}: {key} is owned by the recipe key {owner}; set it there and remove it here"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (ZERO | {"zero_optimisation": {}}, "unknown key zero_optimisation; did you mean zero_optimization"),
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage = 2: the audio side needs stage 3"),
+        ({}, "zero_optimization.stage = None: the audio side needs stage 3"),
+        ([], "must hold a JSON object"),
+        ("{", "not readable as JSON"),
+        ('{"aio": {}, "aio": {}}', "key aio is given twice"),
+    ],
+)
+def test_a_wrong_json_is_refused(tmp_path: Path, tree: object, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        load_ds_json(write(tmp_path, tree))
+
+
+def test_a_misspelt_zero_key_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, {"zero_optimization": {"stage": 3, "overlap_com": True}})
+    with pytest.raises(UserError, match=r"zero_optimization\.overlap_com = True: Extra inputs"):
+        build_ds_config(path, precision="fp32")

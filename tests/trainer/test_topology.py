@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from model.errors import UserError
+from trainer.parallel.topology import ParallelConfig, Topology, build_topology, divisors
+
+
+def test_eight_ranks_drawn_by_hand() -> None:
+    # TP 2, PP 2, DP 2 in Megatron's order tp-cp-ep-dp-pp: stage 0 is ranks 0..3, stage 1 ranks 4..7.
+    topology = Topology(world=8, tp=2, pp=2)
+    assert topology.dp == 2
+    assert [tuple(topology.coordinates(r)) for r in range(8)] == [
+        (0, 0, 0),
+        (0, 0, 1),
+        (1, 0, 0),
+        (1, 0, 1),
+        (0, 1, 0),
+        (0, 1, 1),
+        (1, 1, 0),
+        (1, 1, 1),
+    ]
+    assert topology.first_stage_ranks(0) == (0, 1)
+    assert topology.last_stage_ranks(0) == (4, 5)
+    assert topology.replica_ranks(1) == (2, 3, 6, 7)
+
+
+def test_one_pipeline_stage_is_first_and_last() -> None:
+    topology = Topology(world=4, tp=2, pp=1)
+    assert topology.first_stage_ranks(1) == topology.last_stage_ranks(1) == topology.replica_ranks(1) == (2, 3)
+
+
+@pytest.mark.parametrize(("tp", "pp"), list(itertools.product([1, 2, 4], [1, 2, 3])))
+def test_every_rank_has_one_place_and_one_replica(tp: int, pp: int) -> None:
+    topology = Topology(world=24, tp=tp, pp=pp)
+    assert [topology.rank_of(*topology.coordinates(r)) for r in range(24)] == list(range(24))
+    replicas = [topology.replica_ranks(dp) for dp in range(topology.dp)]
+    assert sorted(itertools.chain(*replicas)) == list(range(24))
+    assert all(topology.coordinates(r).dp == dp for dp, ranks in enumerate(replicas) for r in ranks)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 3), (8, 4)])
+def test_groups_are_megatrons(tp: int, pp: int) -> None:
+    from megatron.core.parallel_state import RankGenerator
+
+    world = 12 * tp * pp
+    topology = Topology(world=world, tp=tp, pp=pp)
+    order = RankGenerator(tp=tp, ep=1, dp=topology.dp, pp=pp, cp=1, order="tp-cp-ep-dp-pp")
+    stages = {topology.stage_ranks(dp, stage) for dp in range(topology.dp) for stage in range(pp)}
+    assert stages == {tuple(g) for g in order.get_ranks("tp")}
+    replicas = {frozenset(topology.replica_ranks(dp)) for dp in range(topology.dp)}
+    assert replicas == {frozenset(g) for g in order.get_ranks("tp-pp")}
+
+
+def test_expert_groups_are_deepspeeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.utils import groups
+
+    made: list[tuple[int, ...]] = []
+    monkeypatch.setattr(groups.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(groups.dist, "get_world_size", lambda: 16)
+    monkeypatch.setattr(groups.dist, "get_rank", lambda: 5)
+    monkeypatch.setattr(groups.dist, "new_group", lambda ranks: made.append(tuple(ranks)))
+    monkeypatch.setattr(groups, "log_dist", lambda *_, **__: None)
+    for table in ("", "_RANKS"):
+        for kind in ("_EXPERT_DATA_PARALLEL_GROUP", "_EXPERT_PARALLEL_GROUP"):
+            monkeypatch.setattr(groups, kind + table, {})
+    groups._create_expert_and_data_parallel(4)
+    topology = Topology(world=16, tp=1, pp=1, ep=4)
+    assert made == [*topology.expert_replica_groups, *topology.expert_groups]
+
+
+def test_legal_sizes() -> None:
+    assert build_topology(ParallelConfig(num_ranks=128, tensor=8, pipeline=4), 128) == Topology(128, 8, 4, 1)
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "message"),
+    [
+        (ParallelConfig(12, tensor=5), 12, "parallel.tensor = 5: legal values for 12 ranks are 1, 2, 3, 4, 6, 12"),
+        (ParallelConfig(8, tensor=0), 8, "parallel.tensor = 0: legal values for 8 ranks are 1, 2, 4, 8"),
+        (
+            ParallelConfig(8, tensor=2, pipeline=8),
+            8,
+            "parallel.pipeline = 8: legal values for 8 ranks with tensor=2 are 1, 2, 4",
+        ),
+        (ParallelConfig(8, expert=3), 8, "parallel.expert = 3: legal values for 8 ranks are 1, 2, 4, 8"),
+        (
+            ParallelConfig(8),
+            4,
+            "parallel.num_ranks = 8, but 4 ranks were started: start 8 or set parallel.num_ranks=4",
+        ),
+        (ParallelConfig(0), 0, "parallel.num_ranks = 0: must be at least 1"),
+    ],
+)
+def test_illegal_sizes_are_refused_with_the_legal_ones(parallel: ParallelConfig, world: int, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        build_topology(parallel, world)
+    assert str(error.value) == message

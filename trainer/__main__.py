@@ -1,0 +1,84 @@
+"""`python -m trainer RECIPE [key=value …]`: train, on one machine or as one rank of a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from model.errors import UserError
+from trainer import launch
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one line on stderr that tells the user what to mend."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_intermixed_args(arguments)
+    if not options.verbose:
+        _be_calm()
+    try:
+        return _run(options, arguments)
+    except UserError as error:
+        launch.report_error(str(error))
+        return 2
+
+
+def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from trainer.config.checks import check_recipe
+    from trainer.config.load import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    check_recipe(recipe)
+    if options.dry_run:
+        from trainer.dry_run import describe
+
+        print(describe(recipe))
+        return 0
+    env = launch.rank_env(os.environ, recipe.parallel.num_ranks)
+    if env is None:
+        return launch.start_ranks(recipe.parallel.num_ranks, [sys.executable, "-m", "trainer", *arguments])
+    launch.join(env)
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from trainer.build import run_training
+
+    return run_training(recipe, env)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from trainer.config.load import recipe_names
+
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer",
+        description="Train a speech-text model with several routed audio encoders. "
+        "A run that was stopped goes on where its last checkpoint is.",
+        epilog=f"Recipes: {', '.join(recipe_names())}. Values are YAML: optim.lr=3e-4 data.sets.0.weight=0.5",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="name in trainer/recipes, or path of a .yaml file")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="recipe keys to change, dotted")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe, print its layout and sizes, and stop")
+    parser.add_argument("--verbose", action="store_true", help="show the log lines of DeepSpeed, Megatron and others")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher appends it
+    return parser
+
+
+def _be_calm() -> None:
+    """Leave the terminal to the progress bar: other libraries say only what goes wrong."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("DeepSpeed", "megatron", "transformers", "torch", "alembic", "mlflow"):
+        # A filter, since these libraries set their loggers' levels themselves when they are imported.
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

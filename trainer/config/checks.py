@@ -1,0 +1,180 @@
+"""Every rule that ties sections together, checked before any process group exists.
+
+A rule within one section lives in that section's `__post_init__`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from model import lengths
+from model.config import EncoderConfig, LLMConfig
+from model.encoders.hf_config import resolve as resolve_encoder
+from model.errors import UserError
+from model.llm.reference import resolve_hf_config
+from trainer.config.schema import Recipe
+from trainer.engine.ds_config import load_ds_json
+from trainer.parallel.topology import ParallelConfig, build_topology, divisors
+
+PROJECT = Path(__file__).parent.parent.parent
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check all rules that can be checked without weights, data or other ranks.
+
+    Raises:
+        UserError: the first rule that is broken: key, value, legal values.
+    """
+    build_topology(recipe.parallel, recipe.parallel.num_ranks)
+    if recipe.parallel.expert != 1:
+        raise UserError(
+            f"parallel.expert = {recipe.parallel.expert}: every encoder is on all ranks in this version; "
+            "the legal value is 1"
+        )
+    _check_encoders(recipe)
+    hf_config = known_llm_config(recipe.model.llm)
+    if hf_config is not None:
+        check_llm(hf_config, recipe.parallel)
+        _check_lengths(recipe, hf_config)
+        _check_vocabulary(recipe, hf_config)
+    _check_data(recipe)
+    _check_steps(recipe)
+    load_ds_json(deepspeed_json(recipe))
+
+
+def deepspeed_json(recipe: Recipe) -> Path:
+    """Where `train.deepspeed` lies: relative to the current folder, else to the project's."""
+    path = Path(recipe.train.deepspeed)
+    return path if path.exists() or path.is_absolute() else PROJECT / path
+
+
+def known_encoder(config: EncoderConfig) -> EncoderConfig | None:
+    """The encoder as far as it is known without a network: a hub id gives way to the recipe's own `config`, if any."""
+    if config.weights is None or Path(config.weights).is_dir():
+        return config
+    return dataclasses.replace(config, weights=None) if config.config else None
+
+
+def known_llm_config(config: LLMConfig) -> PretrainedConfig | None:
+    """The LLM's Hugging Face config as far as it is known without a network: from a local directory or the recipe.
+
+    None where the recipe names a hub id and does not repeat the config; the ranks then call `check_llm` themselves.
+    """
+    if config.weights is None or Path(config.weights).is_dir():
+        return resolve_hf_config(config)
+    if "model_type" in config.config:
+        return resolve_hf_config(LLMConfig(weights=None, config=config.config))
+    return None
+
+
+def check_llm(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
+    """Can this LLM be split this way?
+
+    Raises:
+        UserError: lists the legal sizes.
+    """
+    tp, pp = parallel.tensor, parallel.pipeline
+    heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
+    ffn, layers = hf_config.intermediate_size, hf_config.num_hidden_layers
+    if heads % tp or groups % tp or ffn % tp:
+        legal = [d for d in divisors(groups) if not (heads % d or ffn % d or parallel.num_ranks % (d * pp))]
+        raise UserError(
+            f"parallel.tensor = {tp}: must divide the LLM's {heads} attention heads, {groups} key-value heads and "
+            f"{ffn} feed-forward channels; {_legal(legal, parallel, f'pipeline={pp}')}"
+        )
+    if layers % pp:
+        legal = [d for d in divisors(layers) if not parallel.num_ranks % (d * tp)]
+        raise UserError(
+            f"parallel.pipeline = {pp}: must divide the LLM's {layers} layers; "
+            f"{_legal(legal, parallel, f'tensor={tp}')}"
+        )
+
+
+def _legal(values: list[int], parallel: ParallelConfig, other: str) -> str:
+    listed = ", ".join(map(str, values)) if values else "none"
+    return f"legal values for {parallel.num_ranks} ranks with {other}: {listed}"
+
+
+def _check_encoders(recipe: Recipe) -> None:
+    model = recipe.model
+    if not model.encoders:
+        raise UserError("model.primary is missing: the model needs at least one encoder")
+    places = [("model.primary", model.primary)] if model.primary is not None else []
+    places += [(f"model.experts[{i}]", expert) for i, expert in enumerate(model.experts)]
+    for place, encoder in places:
+        _check_encoder(place, encoder)
+    adapter = model.adapter
+    if not adapter.strides or any(s < 1 for s in adapter.strides):
+        raise UserError(f"model.adapter.strides = {list(adapter.strides)}: give one positive stride per convolution")
+    if adapter.kernel_size < max(adapter.strides):
+        raise UserError(
+            f"model.adapter.kernel_size = {adapter.kernel_size}: must be at least the largest stride, "
+            f"{max(adapter.strides)}, or frames are skipped"
+        )
+    if model.ctc_weight < 0:
+        raise UserError(f"model.ctc_weight = {model.ctc_weight}: must be positive, or 0 for no CTC loss")
+
+
+def _check_encoder(place: str, encoder: EncoderConfig) -> None:
+    if encoder.weights is None and not encoder.config:
+        raise UserError(f"{place}: give weights (a directory or hub id), or config for random weights")
+    if encoder.length_mode == "trim" and encoder.family != "whisper":
+        raise UserError(
+            f"{place}.length_mode = trim: only whisper has length modes; {encoder.family} always runs on the real "
+            "length: remove the key"
+        )
+    known = known_encoder(encoder)
+    if known is not None:
+        resolve_encoder(known)
+
+
+def _check_lengths(recipe: Recipe, hf_config: PretrainedConfig) -> None:
+    longest = recipe.data.max_audio_sec
+    if longest is None:
+        return
+    slots = lengths.slots_of_samples(lengths.num_samples(longest), recipe.model.adapter.strides)
+    positions = hf_config.max_position_embeddings
+    if slots >= positions:
+        raise UserError(
+            f"data.max_audio_sec = {longest}: such a clip takes {slots} of the LLM's {positions} positions "
+            "(max_position_embeddings) and leaves none for text; lower it or raise model.adapter.strides"
+        )
+
+
+def _check_vocabulary(recipe: Recipe, hf_config: PretrainedConfig) -> None:
+    tokenizer, rows = recipe.data.tokenizer, hf_config.vocab_size
+    if tokenizer.path is None and tokenizer.train_vocab_size > rows:
+        raise UserError(
+            f"data.tokenizer.train_vocab_size = {tokenizer.train_vocab_size}: the LLM's vocab_size is {rows}"
+        )
+
+
+def _check_data(recipe: Recipe) -> None:
+    data = recipe.data
+    if not data.sets:
+        raise UserError("data.sets is empty: name at least one manifest or folder of shards")
+    may_hold_asr = any(not s.tasks or "asr" in s.tasks for s in data.sets)
+    if recipe.model.ctc_weight > 0 and not may_hold_asr:
+        raise UserError(
+            f"model.ctc_weight = {recipe.model.ctc_weight}: CTC needs answers of the task asr, and none of data.sets "
+            "has it; add it or set model.ctc_weight=0"
+        )
+    read = {"final_split": recipe.eval.final_split}
+    if recipe.eval.every_steps:
+        read["split"] = recipe.eval.split
+    for key, split in read.items():
+        if split not in data.eval_splits:
+            raise UserError(
+                f"eval.{key} = {split}: legal values are those of data.eval_splits: {', '.join(data.eval_splits)}"
+            )
+
+
+def _check_steps(recipe: Recipe) -> None:
+    steps, optim = recipe.train.steps, recipe.optim
+    if not 0 <= optim.warmup_steps <= steps:
+        raise UserError(f"optim.warmup_steps = {optim.warmup_steps}: legal values are 0..{steps} (train.steps)")
+    if recipe.eval.every_steps < 0:
+        raise UserError(f"eval.every_steps = {recipe.eval.every_steps}: must be 0 (only at the end) or positive")

@@ -1,0 +1,139 @@
+"""Recipes: strict YAML, `base:` inheritance, `key=value` overrides → `Recipe`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from model.errors import UserError
+from trainer.config.convert import from_tree, to_tree
+from trainer.config.schema import Recipe
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of that name in `trainer/recipes`, or of that path, with `key=value` overrides applied in order.
+
+    A recipe may begin with `base: NAME`: it then needs only what differs. Mappings are merged, lists are replaced.
+    Keys of an override are dotted, with numbers for list items (`model.experts.0.name=a`); values are YAML.
+
+    Raises:
+        UserError: no such recipe, malformed YAML, a duplicate or unknown key, a value of the wrong type or range.
+    """
+    tree = _load_tree(_find(name_or_path, None), ())
+    for override in overrides:
+        _apply(tree, override)
+    return from_tree(Recipe, tree)
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe. Holds no secrets."""
+    return yaml.safe_dump(to_tree(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the project."""
+    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML 1.2 scalars (`5e-4` is a number, `no` and `12:30` are text) and no duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_NUMBER_STARTS = list("-+0123456789.")
+_StrictLoader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _starts in (
+    ("bool", r"true|false", list("tf")),
+    ("null", r"null|~|", ["n", "~", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", _NUMBER_STARTS),
+    ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", _NUMBER_STARTS),
+):
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _starts)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise UserError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
+
+
+def _find(name_or_path: str, parent: Path | None) -> Path:
+    if name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path:
+        path = Path(name_or_path) if parent is None else parent.parent / name_or_path
+        if path.is_file():
+            return path
+        raise UserError(f"recipe {name_or_path}: no such file")
+    path = RECIPES / f"{name_or_path}.yaml"
+    if name_or_path not in recipe_names():
+        raise UserError(f"recipe {name_or_path}: not one of {', '.join(recipe_names())}, nor a path of a .yaml file")
+    return path
+
+
+def _load_tree(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+    try:
+        tree = _parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: not readable ({error})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path}: must be a mapping of keys")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base = {base}: expected the name or path of another recipe")
+    parent, lineage = _find(base, path), (*children, path.resolve())
+    if parent.resolve() in lineage:
+        raise UserError(f"{path}: base = {base}: the recipes inherit from each other in a circle")
+    merged: dict[str, Any] = _merge(_load_tree(parent, lineage), tree)
+    return merged
+
+
+def _merge(base: Any, tree: Any) -> Any:
+    if not isinstance(base, dict) or not isinstance(tree, dict):
+        return tree
+    return base | {key: _merge(base[key], value) if key in base else value for key, value in tree.items()}
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key or any(not part for part in key.split(".")):
+        raise UserError(f"{override}: an override has the form key=value, e.g. optim.lr=3e-4")
+    value = _parse(text, override)
+    *parents, last = key.split(".")
+    node: Any = tree
+    for depth, part in enumerate(parents):
+        where = ".".join(parents[: depth + 1])
+        if isinstance(node, list):
+            node = node[_index(node, part, override)]
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        if not isinstance(node, dict | list):
+            raise UserError(f"{override}: {where} is {node!r}, which has no keys")
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    if not part.isdecimal() or int(part) >= len(items):
+        legal = f"legal are 0..{len(items) - 1}" if items else "the list is empty; give it whole"
+        raise UserError(f"{override}: {part} is not an item of the list ({legal})")
+    return int(part)

@@ -1,0 +1,72 @@
+"""One YAML recipe = one `Recipe`. Every section's dataclass lives beside its owner; this file only composes them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from model.config import ModelConfig
+from model.errors import UserError
+from trainer.checkpoint.config import CheckpointConfig
+from trainer.data.config import DataConfig
+from trainer.engine.optim import OptimConfig
+from trainer.eval_config import EvalConfig
+from trainer.parallel.topology import ParallelConfig
+from trainer.telemetry.tracker import TelemetryConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe's `train` section: how long, in which precision, and what fits into memory at a time."""
+
+    steps: int = 1000
+    """Optimizer updates."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of parameters and activations; gradients are reduced, and optimizer states kept, in fp32 with either."""
+    llm_tokens_per_microbatch: int = 4096
+    """Tokens of one packed sequence; a single longer sample makes the packs of its step longer."""
+    encoder_batch_sec: float = 480.0
+    """Padded audio seconds per encoder call (clips · longest clip); a single longer clip is a call of its own."""
+    recompute_llm: bool = False
+    """Activation checkpointing of the LLM: less memory, a second forward pass."""
+    recompute_encoders: bool = False
+    """The same for the encoders' layers."""
+    deepspeed: str = "ds_configs/zero3.json"
+    """DeepSpeed JSON, relative to the current folder or to the project's."""
+    run_dir: str = "runs"
+    """The run's own folder is `<run_dir>/<name>`."""
+    debug_plan: bool = False
+    """Compare every rank's plan of every step with rank 0's, and stop where they differ."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"train.steps = {self.steps}: must be at least 1")
+        if self.llm_tokens_per_microbatch < 1:
+            raise UserError(f"train.llm_tokens_per_microbatch = {self.llm_tokens_per_microbatch}: must be at least 1")
+        if self.encoder_batch_sec <= 0:
+            raise UserError(f"train.encoder_batch_sec = {self.encoder_batch_sec}: must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run."""
+
+    name: str
+    """Of the run's folder and of the run in trackers."""
+    seed: int = 0
+    """Of initialisation, data order, augmentation and router noise."""
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
+            raise UserError(f"name = {self.name!r}: use letters, digits, '.', '_' and '-' (it names the run's folder)")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"seed = {self.seed}: must be in 0..{2**31 - 1}")
