@@ -1,0 +1,260 @@
+"""Resume and rank changes as a property: first part + resumed rest = the uninterrupted order, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.batch import Sample
+from model.errors import UserError
+from tests.trainer.data_corpus import audio_bytes, data_config, row, write_shards
+from trainer.data.config import AugmentConfig, JoinConfig, SetConfig
+from trainer.data.lanes import Address
+from trainer.data.loader import Loader, SkipLog, State, merge_states
+from trainer.data.prepare import PreparedData, prepare
+
+BROKEN = {"a-3", "a-8", "a-9"}
+
+
+def samples(prefix: str, num: int, *, audio: bool, broken: set[str] = frozenset()) -> list:  # type: ignore[assignment]
+    made = []
+    for i in range(num):
+        key = f"{prefix}-{i}"
+        data = b"fLaC, but not really" if key in broken else audio_bytes(0.05 + 0.01 * (i % 5), seed=i)
+        clips = [("flac", data)] if audio else []
+        made.append((row(key, task="asr" if audio else "text"), clips))
+    return made
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    root = tmp_path_factory.mktemp("corpus")
+    write_shards(root / "a", samples("a", 13, audio=True, broken=BROKEN), per_shard=4)
+    write_shards(root / "b", samples("b", 5, audio=False), per_shard=3)
+    sets = (
+        SetConfig(name="a", shards="a", weight=2.0),
+        SetConfig(name="b", shards="b", weight=((0.0, 0.0), (0.25, 1.0))),
+    )
+    augment = AugmentConfig(start=0, end=0.5, speed=0.1, gain_db=6, noise_snr_db=10)
+    config = data_config(root, *sets, max_skipped_fraction=0.5, augment=augment, join=JoinConfig(probability=0.5))
+    return prepare(config, (2, 2), ctc=True)
+
+
+def with_fields(prepared: PreparedData, **fields: Any) -> PreparedData:
+    return replace(prepared, config=replace(prepared.config, **fields))
+
+
+def run(
+    prepared: PreparedData, num_batches: int, world: int = 1, state: State | None = None, stop: int | None = None
+) -> tuple[list[list[Sample]], State]:
+    """Global batches until `stop`, in rank order, and the merged state there."""
+    stop = num_batches if stop is None else stop
+    states, parts = [], []
+    for rank in range(world):
+        with Loader(prepared, seed=5, num_batches=num_batches, rank=rank, world=world, state=state) as loader:
+            mine = []
+            if loader.state["batch"] < stop:
+                for batch, reached in loader:
+                    assert reached is loader.state
+                    mine.append(list(batch.samples))
+                    if reached["batch"] == stop:
+                        break
+            states.append(loader.state)
+            parts.append(mine)
+    batches = [[s for rank in ranks for s in rank] for ranks in zip(*parts, strict=True)]
+    return batches, json.loads(json.dumps(merge_states(states)))
+
+
+def assert_identical(one: list[list[Sample]], two: list[list[Sample]]) -> None:
+    assert [[s.key for s in b] for b in one] == [[s.key for s in b] for b in two]
+    for a, b in zip((s for x in one for s in x), (s for x in two for s in x), strict=True):
+        assert a.meta == b.meta
+        for name in ("token_ids", "audio_mask", "labels", "prompt_ids", "ctc_targets"):
+            assert torch.equal(getattr(a, name), getattr(b, name))
+        assert len(a.clips) == len(b.clips)
+        assert all(torch.equal(x, y) for x, y in zip(a.clips, b.clips, strict=True))
+
+
+@given(
+    st.sampled_from([1, 2, 3, 8]),
+    st.integers(1, 2),
+    st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 3]), st.integers(0, 12)), max_size=3),
+    st.booleans(),
+    st.sampled_from([0, 1]),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_stop_points_ranks_and_workers_give_the_same_batches(
+    prepared: PreparedData,
+    num_lanes: int,
+    num_per_lane: int,
+    parts: list[tuple[int, int, int]],
+    shuffle: bool,
+    cache_mib: int,
+) -> None:
+    fields = {"num_lanes": num_lanes, "global_batch_samples": num_lanes * num_per_lane, "shuffle": shuffle}
+    data = with_fields(prepared, **fields)
+    expected, end = run(data, 12)
+    found: list[list[Sample]] = []
+    state: State | None = None
+    for world, workers, stop in [*sorted(parts, key=lambda p: p[2]), (2, 2, 12)]:
+        part = with_fields(data, num_workers=workers, cache_decoded_mib=cache_mib)
+        batches, state = run(part, 12, world, state, stop)
+        found += batches
+    assert_identical(expected, found)
+    assert state == end
+
+
+def test_exactly_once_per_epoch_but_for_the_broken(prepared: PreparedData) -> None:
+    """`a` alone, one lane: 13 positions are one epoch, of which 3 are skipped."""
+    data = with_fields(prepared, num_lanes=1, global_batch_samples=1, sets=prepared.config.sets[:1], join=JoinConfig())
+    data = replace(data, sets=data.sets[:1])
+    batches, state = run(data, 30)
+    for epoch in range(3):
+        keys = [b[0].key for b in batches[10 * epoch : 10 * epoch + 10]]
+        assert sorted(keys) == sorted({f"a-{i}" for i in range(13)} - BROKEN)
+    account = state["lanes"]["0"]
+    assert account["skipped"]["broken"] <= 9
+    assert account["num_seen"] == account["positions"]["a"] == 30 + account["skipped"]["broken"]
+
+
+def test_prefetch_is_not_in_the_state(prepared: PreparedData) -> None:
+    data = with_fields(prepared, num_workers=2, prefetch_batches=6)
+    _, expected = run(data, 12, stop=2)
+    with Loader(data, seed=5, num_batches=12) as loader:
+        iterator = iter(loader)
+        next(iterator)
+        _, state = next(iterator)
+        while any(not q.full() for q in loader._queues):
+            threading.Event().wait(0.01)
+        assert loader.state == state == expected
+
+
+def test_skips_are_counted_listed_once_and_stop_the_run(prepared: PreparedData, tmp_path: Path) -> None:
+    log = SkipLog(tmp_path / "run" / "skipped.jsonl")
+    with Loader(prepared, seed=5, num_batches=40, on_skip=log) as loader:
+        for _ in loader:
+            pass
+        counted = loader.num_skipped
+    listed = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert counted == Counter(s["reason"] for s in listed) == {"broken": len(listed)}
+    assert {s["key"] for s in listed} == BROKEN
+    assert {s["set"] for s in listed} == {"a"}
+    strict = with_fields(prepared, max_skipped_fraction=0.0, num_workers=2)
+    with (
+        Loader(strict, seed=5, num_batches=40) as loader,
+        pytest.raises(UserError, match=r"data.max_skipped_fraction = 0.0: .* had to be skipped \(\d broken\)"),
+    ):
+        list(loader)
+
+
+def test_a_set_without_a_usable_sample_stops_instead_of_searching_for_ever(tmp_path: Path) -> None:
+    bad = samples("a", 3, audio=True, broken={"a-0", "a-1", "a-2"})
+    write_shards(tmp_path / "a", bad, per_shard=4)
+    data = prepare(data_config(tmp_path, SetConfig(name="a", shards="a"), num_workers=1), (2,))
+    with Loader(data, seed=0, num_batches=4) as loader, pytest.raises(UserError, match="3 samples in a row"):
+        list(loader)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"answer": ""}, "empty_answer"),
+        ({"answer": 3}, "wrong_type"),
+        ({"instruction": "<SpeechHere>"}, "placeholder_in_text"),
+    ],
+)
+def test_bad_metadata_in_foreign_shards_is_skipped_by_reason(tmp_path: Path, fields: dict, reason: str) -> None:
+    good = samples("a", 5, audio=True)
+    bad = (row("bad", **fields), [("flac", audio_bytes(0.1))])
+    write_shards(tmp_path / "a", [*good, bad], per_shard=9)
+    data = prepare(data_config(tmp_path, SetConfig(name="a", shards="a"), max_skipped_fraction=0.3), (2,))
+    with Loader(data, seed=0, num_batches=9) as loader:
+        keys = {s.key for batch, _ in loader for s in batch.samples}
+        assert set(loader.num_skipped) == {reason}
+    assert keys == {f"a-{i}" for i in range(5)}
+
+
+def test_short_clips_are_padded_and_long_ones_skipped(tmp_path: Path) -> None:
+    clips = {"short": 0.05, "just": 0.1, "longest": 0.5, "long": 0.6}
+    write_shards(tmp_path / "a", [(row(k), [("flac", audio_bytes(sec))]) for k, sec in clips.items()], per_shard=9)
+    fields = {"min_audio_sec": 0.1, "max_audio_sec": 0.5, "max_skipped_fraction": 0.5}
+    data = prepare(data_config(tmp_path, SetConfig(name="a", shards="a"), **fields), (2,))
+    with Loader(data, seed=0, num_batches=6) as loader:
+        found = {s.key: s for batch, _ in loader for s in batch.samples}
+        assert set(loader.num_skipped) == {"too_long"}
+    assert {k: len(s.clips[0]) for k, s in found.items()} == {"short": 1600, "just": 1600, "longest": 8000}
+    assert not found["short"].clips[0][800:].any()
+    assert found["short"].meta["duration"] == 0.1
+
+
+def test_joined_clips_carry_both_texts(prepared: PreparedData) -> None:
+    join = JoinConfig(probability=1.0, max_clips=2, gap_sec=0.0)
+    data = with_fields(prepared, join=join, augment=AugmentConfig(), num_lanes=1, global_batch_samples=1)
+    batches, _ = run(data, 8)
+    joined = [s for b in batches for s in b if len(s.meta.get("joined", ())) == 2]
+    assert joined
+    for sample in joined:
+        assert sample.meta["answer"] == " ".join(f"word {key}" for key in sample.meta["joined"])
+        lengths = [round(16_000 * (0.05 + 0.01 * (int(k.split("-")[1]) % 5))) for k in sample.meta["joined"]]
+        assert len(sample.clips[0]) == sum(lengths)
+        assert len(sample.clips) == 1
+
+
+def test_ranks_beyond_the_lanes_get_empty_batches(prepared: PreparedData) -> None:
+    with Loader(with_fields(prepared, num_workers=2), seed=5, num_batches=3, rank=0, world=4) as loader:
+        batches = [batch for batch, _ in loader]
+    assert [len(b.samples) for b in batches] == [0, 0, 0]
+    assert batches[0].clips.lengths == ()
+
+
+def test_a_state_of_another_training_is_refused(prepared: PreparedData) -> None:
+    _, state = run(prepared, 12, stop=3)
+    for changed, seed, message in (
+        (prepared, 6, "seed = 6: the checkpoint was made with 5"),
+        (with_fields(prepared, num_lanes=1), 5, "data.num_lanes = 1: the checkpoint was made with 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Loader(changed, seed=seed, num_batches=12, state=state)
+    with pytest.raises(UserError, match="data.sets 'a': its shards changed"):
+        Loader(prepared, seed=5, num_batches=12, state={**state, "sets": {"a": "other"}})
+    one = {**state, "lanes": {"0": state["lanes"]["0"]}}
+    with pytest.raises(UserError, match=r"lanes \[1\] are missing"):
+        Loader(prepared, seed=5, num_batches=12, state=one)
+
+
+def test_closing_early_leaves_no_thread(prepared: PreparedData) -> None:
+    before = threading.active_count()
+    with Loader(with_fields(prepared, num_workers=2, prefetch_batches=1), seed=5, num_batches=50) as loader:
+        next(iter(loader))
+    assert threading.active_count() == before
+
+
+def test_a_recording_is_augmented_differently_in_every_lane_and_epoch(prepared: PreparedData) -> None:
+    data = with_fields(prepared, join=JoinConfig(), augment=AugmentConfig(start=0, end=0, noise_snr_db=10))
+    batches, _ = run(data, 40)
+    variants: dict[str, list[float]] = {}
+    for sample in (s for b in batches for s in b if s.clips):
+        variants.setdefault(sample.key, []).append(float(sample.clips[0].double().sum()))
+    assert max(map(len, variants.values())) >= 4
+    assert all(len(set(v)) == len(v) for v in variants.values())
+    source = Loader(data, seed=5, num_batches=1)
+    state = [source.source.training(source.readers[0], _SameSample(), lane, 0, 0.5).clips[0] for lane in (0, 1)]
+    assert not torch.equal(*state)
+
+
+class _SameSample:
+    """An order in which every lane reads the same sample."""
+
+    name = "a"
+
+    def locate(self, lane: int, position: int) -> Address:
+        return Address(0, 0, 0)

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from model.errors import UserError
+from tests.trainer.data_corpus import audio_bytes, clip_rows, row, write_manifest, write_shards
+from trainer.data.manifest import build_shards
+from trainer.data.shards import INDEX_NAME, Selection, ShardSet
+from trainer.data.store import LocalStore
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> tuple[list[dict], Path]:
+    rows = clip_rows(tmp_path, 7)
+    rows.append(row("text-0", task="text", subset="prose"))
+    rows.append(row("two-clips", audio=["clip-0.flac", "clip-1.flac"], task="sqa", split="test"))
+    build_shards(write_manifest(tmp_path, rows), tmp_path / "out", max_shard_samples=4)
+    return rows, tmp_path / "out"
+
+
+def test_every_sample_comes_back_as_it_was(built: tuple[list[dict], Path], tmp_path: Path) -> None:
+    rows, out = built
+    shards = ShardSet(LocalStore(out))
+    assert [s.num_samples for s in shards.shards] == [4, 4, 1]
+    found = {}
+    for shard, info in enumerate(shards.shards):
+        for index in range(info.num_samples):
+            raw = shards.read(shard, index)
+            assert raw.metadata == shards.metadata(shard, index)
+            found[raw.key] = raw
+    assert {k: r.metadata for k, r in found.items()} == {r["id"]: r for r in rows}
+    assert found["clip-3"].clips == (("flac", (tmp_path / "clip-3.flac").read_bytes()),)
+    assert found["text-0"].clips == ()
+    assert [data for _, data in found["two-clips"].clips] == [
+        (tmp_path / f"clip-{i}.flac").read_bytes() for i in range(2)
+    ]
+
+
+def test_plain_webdataset_reads_our_shards(built: tuple[list[dict], Path], tmp_path: Path) -> None:
+    rows, out = built
+    files = sorted(str(p) for p in out.glob("*.tar"))
+    samples = {s["__key__"]: s for s in webdataset.WebDataset(files, shardshuffle=False, empty_check=False)}
+    assert {k: json.loads(s["json"]) for k, s in samples.items()} == {r["id"]: r for r in rows}
+    assert samples["clip-2"]["flac"] == (tmp_path / "clip-2.flac").read_bytes()
+    assert samples["two-clips"]["1.flac"] == (tmp_path / "clip-1.flac").read_bytes()
+
+
+def test_selection_counts_come_from_the_index_and_agree_with_the_tables(built: tuple[list[dict], Path]) -> None:
+    _, out = built
+    shards = ShardSet(LocalStore(out))
+    for selection, expected in (
+        (Selection(), 9),
+        (Selection(split="train"), 8),
+        (Selection(split="train", tasks=("asr",)), 7),
+        (Selection(subsets=("prose",)), 1),
+        (Selection(tasks=("er",)), 0),
+    ):
+        counts = shards.num_selected(selection)
+        assert sum(counts) == expected
+        for shard, count in enumerate(counts):
+            assert sum(selection.matches(e) for e in shards.table(shard)) == count
+
+
+def test_a_cut_shard_and_a_foreign_table_are_refused(built: tuple[list[dict], Path]) -> None:
+    _, out = built
+    table = out / "shard-000001.idx.json"
+    table.write_bytes((out / "shard-000000.idx.json").read_bytes())
+    shards = ShardSet(LocalStore(out))
+    with pytest.raises(UserError, match=r"shard-000001.idx.json: belongs to another version"):
+        shards.table(1)
+    shard = out / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])
+    with pytest.raises(UserError, match=r"shard-000000.tar: \d+ bytes, its index says"):
+        ShardSet(LocalStore(out))
+
+
+@pytest.mark.parametrize(
+    "index", ["[]", "{", '{"version": 0}', '{"version": 1, "shards": [{}]}', '{"version": 1, "shards": 3}']
+)
+def test_a_malformed_index_is_one_clear_line(tmp_path: Path, index: str) -> None:
+    (tmp_path / INDEX_NAME).write_text(index)
+    with pytest.raises(UserError, match=r"shards.json: .*make the shards again"):
+        ShardSet(LocalStore(tmp_path))
+
+
+def test_a_shard_name_cannot_leave_its_folder(tmp_path: Path) -> None:
+    out = write_shards(tmp_path / "out", [(row("a"), [("flac", audio_bytes(0.1))])], per_shard=1)
+    index = (out / INDEX_NAME).read_text().replace("shard-000000.tar", "../shard-000000.tar")
+    (out / INDEX_NAME).write_text(index)
+    with pytest.raises(UserError, match="malformed"):
+        ShardSet(LocalStore(out))

@@ -1,0 +1,1 @@
+"""Command-line tools: thin commands over `trainer/` and `model/`. Run one with `python -m tools.NAME --help`."""

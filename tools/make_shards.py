@@ -1,0 +1,80 @@
+"""Make WebDataset shards of a manifest: python -m tools.make_shards MANIFEST.jsonl OUT [--split train]."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from model.errors import UserError
+from trainer.data.manifest import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, SKIPPED_NAME, BuildReport, build_shards
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: OUT is complete. 2: nothing was written; one line on stderr says why."""
+    parser = argparse.ArgumentParser(prog="python -m tools.make_shards", description=__doc__)
+    parser.add_argument("manifest", type=Path, help="JSONL in the kit's format; audio paths relative to its folder")
+    parser.add_argument("out", type=Path, help="folder to make; it must not exist or be empty")
+    parser.add_argument("--split", help="only this split (default: all)")
+    parser.add_argument("--max-shard-samples", type=int, default=MAX_SHARD_SAMPLES)
+    parser.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES)
+    parser.add_argument("--max-skipped-fraction", type=float, default=0.01, help="fail if more cannot be used")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that check clips")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    args = parser.parse_args(argv)
+    if args.max_shard_samples < 1 or args.max_shard_bytes < 1:
+        parser.error("--max-shard-samples and --max-shard-bytes must be at least 1")
+    try:
+        with tqdm(unit=" samples", disable=None, leave=False) as bar:
+
+            def on_progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            report = build_shards(
+                args.manifest,
+                args.out,
+                split=args.split,
+                max_shard_samples=args.max_shard_samples,
+                max_shard_bytes=args.max_shard_bytes,
+                max_skipped_fraction=args.max_skipped_fraction,
+                num_workers=args.workers,
+                on_progress=on_progress,
+            )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(_as_json(report) if args.json else _as_text(report))
+    return 0
+
+
+def _as_json(report: BuildReport) -> str:
+    return json.dumps(
+        {
+            "folder": report.folder,
+            "num_samples": report.num_samples,
+            "num_shards": report.num_shards,
+            "seconds": round(report.seconds, 3),
+            "skipped": report.num_skipped_by_reason,
+        }
+    )
+
+
+def _as_text(report: BuildReport) -> str:
+    text = (
+        f"{report.folder}: {report.num_samples} samples, {report.seconds / 3600:.3f} h of audio, "
+        f"{report.num_shards} shard(s)"
+    )
+    if report.skipped:
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(report.num_skipped_by_reason.items()))
+        text += f"; left out: {counts}, listed in {Path(report.folder) / SKIPPED_NAME}"
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Waveform augmentation: speed, gain, noise, and masks in time and frequency. `[T]` float32 in and out."""
+
+from __future__ import annotations
+
+import numpy as np
+import soxr
+from numpy.typing import NDArray
+
+from model.lengths import SAMPLE_RATE
+from trainer.data.config import AugmentConfig
+
+
+def augment(
+    clip: NDArray[np.float32], config: AugmentConfig, strength: float, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Change `clip` by up to `strength` (0 to 1) times the config's settings. Only the speed changes its length."""
+    if strength <= 0:
+        return clip
+    if config.speed:
+        # Steps of 1 %: soxr's rates are a ratio, and few ratios keep its filters small.
+        percent = round(100 * config.speed * strength * rng.uniform(-1, 1))
+        if percent:
+            clip = soxr.resample(clip, 100 + percent, 100, quality="LQ")
+    if config.num_freq_masks:
+        clip = _mask_frequencies(clip, config, strength, rng)
+    if config.num_time_masks:
+        clip = clip.copy()
+        longest = strength * min(config.time_mask_sec, len(clip) / SAMPLE_RATE / 10)
+        for _ in range(config.num_time_masks):
+            width = int(rng.uniform(0, longest) * SAMPLE_RATE)
+            start = int(rng.uniform(0, len(clip) - width))
+            clip[start : start + width] = 0
+    if config.noise_snr_db is not None:
+        # Strength lowers the ratio from 30 dB above the setting, where noise is hardly heard.
+        snr_db = config.noise_snr_db + rng.uniform(0, 20) + 30 * (1 - strength)
+        level = float(np.sqrt(np.mean(np.square(clip)))) * 10 ** (-snr_db / 20)
+        clip = clip + level * rng.standard_normal(len(clip), dtype=np.float32)
+    if config.gain_db:
+        clip = clip * 10 ** (strength * rng.uniform(-config.gain_db, config.gain_db) / 20)
+    return clip.astype(np.float32, copy=False)
+
+
+def _mask_frequencies(
+    clip: NDArray[np.float32], config: AugmentConfig, strength: float, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    spectrum = np.fft.rfft(clip)
+    bins_per_hz = len(clip) / SAMPLE_RATE
+    for _ in range(config.num_freq_masks):
+        width = rng.uniform(0, config.freq_mask_hz * strength)
+        low = rng.uniform(0, SAMPLE_RATE / 2 - width)
+        spectrum[int(low * bins_per_hz) : int((low + width) * bins_per_hz)] = 0
+    return np.fft.irfft(spectrum, len(clip)).astype(np.float32)

@@ -1,0 +1,103 @@
+"""Encoded audio → 16 kHz mono float32, and the reasons why a sample cannot be used."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any, Literal
+
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from model.lengths import SAMPLE_RATE
+
+AUDIO_TYPES = ("flac", "wav", "mp3", "ogg", "opus")
+"""File types that shards may hold, by extension."""
+
+TASKS = ("asr", "er", "aqa", "sqa", "ac", "text")
+"""Speech and emotion recognition, audio and speech question answering, audio captioning; `text` has no audio."""
+
+Reason = Literal[
+    "broken", "empty", "nan", "too_long", "wrong_type", "empty_answer", "unknown_task", "placeholder_in_text"
+]
+
+
+class SampleError(Exception):
+    """A sample cannot be used; it is skipped, counted by `reason` and listed with `detail`."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason: Reason = reason
+        self.detail = detail
+
+
+def decode_audio(data: bytes, max_sec: float | None = None) -> NDArray[np.float32]:
+    """Decode one clip: channel mean, then 16 kHz (soxr HQ).
+
+    Args:
+        data: a whole FLAC, WAV, MP3, OGG or Opus file.
+        max_sec: longer clips raise `too_long` before they are decoded.
+
+    Returns:
+        `[T]` float32, T > 0, finite.
+
+    Raises:
+        SampleError: broken, empty, nan or too_long.
+    """
+    mono, rate = _decode_mono(data, max_sec)
+    if rate != SAMPLE_RATE:
+        mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
+    if len(mono) == 0:
+        raise SampleError("empty", "no audio")
+    return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def check_audio(data: bytes) -> float:
+    """Length in seconds of a clip that decodes; raises SampleError as `decode_audio`, but does not resample."""
+    mono, rate = _decode_mono(data, None)
+    return len(mono) / rate
+
+
+def _decode_mono(data: bytes, max_sec: float | None) -> tuple[NDArray[np.float32], int]:
+    frames, rate = _read(data, max_sec)
+    mono = frames.mean(axis=1) if frames.shape[1] > 1 else frames[:, 0]
+    if not np.isfinite(mono).all():
+        raise SampleError("nan", f"{int((~np.isfinite(mono)).sum())} of {len(mono)} values are not finite")
+    return mono, rate
+
+
+def _read(data: bytes, max_sec: float | None) -> tuple[NDArray[np.float32], int]:
+    if not data:
+        raise SampleError("empty", "0 bytes")
+    # libsndfile trims the length of a cut WAV to what is there; the RIFF header still tells.
+    if data[:4] == b"RIFF" and len(data) >= 8 and struct.unpack("<I", data[4:8])[0] not in (0, 0xFFFFFFFF):
+        declared = struct.unpack("<I", data[4:8])[0] + 8
+        if len(data) < declared - 1:
+            raise SampleError("broken", f"cut: {len(data)} of {declared} bytes")
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            declared_frames, rate = file.frames, file.samplerate
+            if max_sec is not None and declared_frames > max_sec * rate:
+                raise SampleError("too_long", f"{declared_frames / rate:.2f} s, the limit is {max_sec} s")
+            frames = file.read(dtype="float32", always_2d=True)
+            exact = file.format in ("FLAC", "WAV")
+    except soundfile.LibsndfileError as error:
+        raise SampleError("broken", str(error.error_string).strip()) from None
+    if len(frames) == 0:
+        raise SampleError("empty", "no audio")
+    if exact and len(frames) != declared_frames:
+        raise SampleError("broken", f"{len(frames)} of {declared_frames} audio frames could be decoded")
+    return frames, rate
+
+
+def check_metadata(metadata: dict[str, Any]) -> None:
+    """Raise SampleError unless task, instruction and answer are such that a sample can be made of them."""
+    for name in ("task", "instruction", "answer"):
+        if not isinstance(metadata.get(name), str):
+            raise SampleError("wrong_type", f"{name} = {metadata.get(name)!r} must be text")
+    if metadata["task"] not in TASKS:
+        raise SampleError("unknown_task", f"task = {metadata['task']!r}; known: {', '.join(TASKS)}")
+    if not metadata["answer"].strip():
+        raise SampleError("empty_answer", "answer is empty")

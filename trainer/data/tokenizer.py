@@ -1,0 +1,251 @@
+"""Text ↔ tokens, and the prompt around the audio: SentencePiece and Hugging Face tokenizers behind one interface.
+
+The prompt is rendered as text with one placeholder per clip, tokenised as a whole and cut at the placeholder token,
+so that text around the audio gets the tokens it would get anyway. The answer is tokenised on its own: training and
+generation see the same prompt tokens.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import sentencepiece
+
+from model.errors import UserError
+from trainer.data.config import TokenizerConfig
+
+UNKNOWN_ID_TEXT = "\ufffd"
+"""Shown for an id beyond the vocabulary (an LLM may have more rows than its tokenizer has pieces)."""
+
+
+class PlaceholderInText(ValueError):
+    """A sample's own text contains the placeholder token."""
+
+
+class Tokenizer(ABC):
+    """Ids are those of the LLM's embedding rows."""
+
+    config: TokenizerConfig
+    vocab_size: int
+    """Number of ids; the LLM needs at least as many rows."""
+    bos_id: int | None
+    eos_id: int
+    """Ends every answer."""
+    pad_id: int | None
+    placeholder_id: int
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """Tokens of `text`; a placeholder in it becomes its token; nothing is added."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a sample's own text. Raises PlaceholderInText."""
+        ids = self._encode(text)
+        if self.placeholder_id in ids:
+            raise PlaceholderInText(f"{text!r} contains {self.config.placeholder}")
+        return ids
+
+    def prompt(self, instruction: str, num_clips: int) -> list[list[int]]:
+        """Prompt tokens, cut where the clips go: `num_clips + 1` pieces. Raises PlaceholderInText."""
+        if self.config.placeholder in instruction:
+            raise PlaceholderInText(f"{instruction!r} contains {self.config.placeholder}")
+        template = self.config.template if num_clips else self.config.text_template
+        # One pass over the template, not two replacements: an instruction may itself contain "{audio}".
+        before, after = template.split("{instruction}")
+        audio = self.config.placeholder * num_clips
+        ids = self._prompt_ids(before.replace("{audio}", audio) + instruction + after.replace("{audio}", audio))
+        pieces: list[list[int]] = [[]]
+        for token in ids:
+            if token == self.placeholder_id:
+                pieces.append([])
+            else:
+                pieces[-1].append(token)
+        assert len(pieces) == num_clips + 1, (instruction, num_clips, pieces)
+        return pieces
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        return ([] if self.bos_id is None else [self.bos_id]) + self._encode(text)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece `.model` file."""
+
+    def __init__(self, path: Path, config: TokenizerConfig) -> None:
+        self.config = config
+        self._pieces = sentencepiece.SentencePieceProcessor()
+        try:
+            self._pieces.LoadFromSerializedProto(path.read_bytes())
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"data.tokenizer.path = {path}: not a readable SentencePiece model ({error})") from None
+        self.vocab_size = self._pieces.GetPieceSize()
+        self.bos_id = self._pieces.bos_id() if self._pieces.bos_id() >= 0 else None
+        self.pad_id = self._pieces.pad_id() if self._pieces.pad_id() >= 0 else None
+        self.eos_id = self._pieces.eos_id()
+        if self.eos_id < 0:
+            raise UserError(f"data.tokenizer.path = {path}: the model has no end token; train it with eos_id")
+        self.placeholder_id = self._pieces.PieceToId(config.placeholder)
+        if (
+            self.placeholder_id == self._pieces.unk_id()
+            or self._encode(config.placeholder).count(self.placeholder_id) != 1
+        ):
+            raise UserError(_no_placeholder(str(path), config.placeholder))
+
+    def _encode(self, text: str) -> list[int]:
+        return self._pieces.EncodeAsIds(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens."""
+        hidden = {self.bos_id, self.eos_id, self.pad_id, self.placeholder_id}
+        text, run = "", []
+        for token in [t for t in ids if t not in hidden]:
+            if 0 <= token < self.vocab_size:
+                run.append(token)
+            else:
+                text, run = text + self._pieces.DecodeIds(run) + UNKNOWN_ID_TEXT, []
+        return text + self._pieces.DecodeIds(run)
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`, or a directory or hub id that transformers' AutoTokenizer reads without remote code."""
+
+    def __init__(self, path: str, config: TokenizerConfig) -> None:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, and only needed here
+
+        self.config = config
+        inner: Any
+        try:
+            if path.endswith(".json"):
+                folder = Path(path).parent
+                has_config = (folder / "tokenizer_config.json").exists() and Path(path).name == "tokenizer.json"
+                inner = (
+                    AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                    if has_config
+                    else PreTrainedTokenizerFast(tokenizer_file=path)
+                )
+            else:
+                inner = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except Exception as error:  # transformers raises many types; the user needs the path and the reason
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"data.tokenizer.path = {path}: transformers cannot read it ({reason})") from error
+        self._inner = inner
+        self._lock = Lock()  # the Rust tokenizer refuses to be borrowed by two threads
+        self.vocab_size = len(inner)
+        self.bos_id, self.pad_id = inner.bos_token_id, inner.pad_token_id
+        if inner.eos_token_id is None:
+            raise UserError(f"data.tokenizer.path = {path}: no eos_token; name it in its tokenizer_config.json")
+        self.eos_id = inner.eos_token_id
+        ids = self._encode(config.placeholder)
+        if len(ids) != 1 or ids[0] == inner.unk_token_id or inner.convert_ids_to_tokens(ids[0]) != config.placeholder:
+            raise UserError(_no_placeholder(path, config.placeholder))
+        self.placeholder_id = ids[0]
+        self._chat = config.chat_template and bool(inner.chat_template)
+
+    def _encode(self, text: str) -> list[int]:
+        with self._lock:
+            return self._inner.encode(text, add_special_tokens=False)
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        if not self._chat:
+            return super()._prompt_ids(text)
+        # The template is rendered by transformers' sandbox; it brings its own BOS.
+        chat = self._inner.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        return self._encode(chat)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens."""
+        text, run = "", []
+        for token in ids:
+            if 0 <= token < self.vocab_size:
+                run.append(token)
+            else:
+                text, run = text + self._inner.decode(run, skip_special_tokens=True) + UNKNOWN_ID_TEXT, []
+        return text + self._inner.decode(run, skip_special_tokens=True)
+
+
+def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
+    """Tokenizer at `path`: a `.model` file, a `tokenizer.json`, a directory with either, or a hub id.
+
+    Raises:
+        UserError: it cannot be read, or lacks the placeholder or the end token.
+    """
+    local = Path(path)
+    if local.is_dir() and not (local / "tokenizer.json").exists():
+        models = sorted(local.glob("*.model"))
+        if len(models) == 1:
+            local = models[0]
+    if local.suffix == ".model":
+        return SentencePieceTokenizer(local, config)
+    looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~")) and local.suffix != ".json"
+    if not local.exists() and not looks_like_hub_id:
+        raise UserError(
+            f"data.tokenizer.path = {path}: no such file; give a SentencePiece .model, a tokenizer.json, "
+            "a directory that holds one, or null to train one"
+        )
+    return HuggingFaceTokenizer(path, config)
+
+
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, path: Path, placeholder: str, *, exact: bool = False
+) -> None:
+    """Train a unigram SentencePiece model on `texts` and write it to `path` in one move.
+
+    Every character of the corpus gets a piece. Ids: 0 unknown, 1 begin, 2 end, 3 pad, 4 the placeholder. Unless
+    `exact`, a corpus with fewer pieces than `vocab_size` gives a smaller vocabulary.
+
+    Raises:
+        UserError: no text, or `vocab_size` is too small for the characters.
+    """
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: no text to train a tokenizer on; check the sets' split and filters")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=exact,
+            character_coverage=1.0,
+            user_defined_symbols=[placeholder],
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            num_threads=1,
+            max_sentence_length=1 << 16,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].split(")] ")[-1].strip().rstrip(".")  # without the C++ source line
+        raise UserError(f"{path}: a vocabulary of {vocab_size} cannot be trained ({reason}); change it") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(model.getvalue())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _no_placeholder(path: str, placeholder: str) -> str:
+    return (
+        f"data.tokenizer.path = {path}: '{placeholder}' is not one token of it; add it to the tokenizer, name a "
+        "reserved token it has in data.tokenizer.placeholder, or train one with tools.train_tokenizer"
+    )
