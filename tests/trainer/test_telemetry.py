@@ -1,0 +1,189 @@
+"""Reports, timers, terminal and summary."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer.hooks import Hook, ProgressHook, RunState, SummaryHook, TrackerHook
+from trainer.telemetry.metrics import EvalReport, PhaseTimer, StepReport, flatten, flatten_eval, peak_memory_bytes
+from trainer.telemetry.progress import Progress
+from trainer.telemetry.tracker import JsonlTracker
+
+
+def make_report(step: int, loss: float = 2.0, **changes: object) -> StepReport:
+    values: dict[str, object] = {
+        "losses": {"next_token": loss - 0.5, "ctc": 0.5},
+        "task_losses": {"asr": (30.0, 10)},
+        "routing_counts": {"asr": {"hubert": 3, "wavlm": 1}},
+        "grad_norm": 1.5,
+        "lr": 1e-3,
+        "num_samples": 8,
+        "num_tokens": 200,
+        "audio_sec": 40.0,
+        "phase_sec": {"load": 0.5, "llm": 1.5},
+        "num_skipped": {"broken": step},
+    }
+    return StepReport(step, loss, **{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_flatten_one_step() -> None:
+    assert flatten([make_report(1)]) == {
+        "train/loss": 2.0,
+        "train/loss_next_token": 1.5,
+        "train/loss_ctc": 0.5,
+        "train/loss/asr": 3.0,
+        "train/grad_norm": 1.5,
+        "train/lr": 1e-3,
+        "routing/asr/hubert": 3,
+        "routing/asr/wavlm": 1,
+        "routing/all/hubert": 3,
+        "routing/all/wavlm": 1,
+        "time/load_sec": 0.5,
+        "time/llm_sec": 1.5,
+        "time/step_sec": 2.0,
+        "throughput/tokens_per_sec": 100.0,
+        "throughput/audio_sec_per_sec": 20.0,
+        "throughput/samples_per_sec": 4.0,
+        "data/skipped/broken": 1,
+    }
+
+
+def test_flatten_several_steps_weights_tasks_by_tokens() -> None:
+    second = make_report(
+        2,
+        loss=4.0,
+        task_losses={"asr": (10.0, 30), "er": (2.0, 1), "ac": (0.0, 0)},
+        routing_counts={"er": {"hubert": 2}},
+        phase_sec={"llm": 3.0, "save": 1.0},
+        num_tokens=400,
+        lr=5e-4,
+    )
+    metrics = flatten([make_report(1), second])
+    assert metrics["train/loss"] == 3.0
+    assert metrics["train/loss/asr"] == pytest.approx(40 / 40)
+    assert metrics["train/loss/er"] == 2.0
+    assert "train/loss/ac" not in metrics  # no target tokens: there is no loss, not a loss of 0
+    assert metrics["train/lr"] == 5e-4
+    assert (metrics["routing/asr/hubert"], metrics["routing/er/hubert"], metrics["routing/all/hubert"]) == (3, 2, 5)
+    assert metrics["time/save_sec"] == 0.5  # mean over both steps, though only one had it
+    assert metrics["throughput/tokens_per_sec"] == pytest.approx(600 / 6.0)
+    assert metrics["data/skipped/broken"] == 2
+
+
+def test_phases_are_exclusive_and_add_up() -> None:
+    timer = PhaseTimer()
+    start = time.perf_counter()
+    with timer("outer"):
+        time.sleep(0.02)
+        with timer("inner"):
+            time.sleep(0.05)
+        time.sleep(0.02)
+    with timer("inner"):
+        time.sleep(0.01)
+    total = time.perf_counter() - start
+    seconds = timer.take()
+    assert seconds["inner"] >= 0.06 and 0.04 <= seconds["outer"] < total - 0.06 + 1e-3
+    assert sum(seconds.values()) == pytest.approx(total, abs=5e-3)
+    assert timer.take() == {}
+
+
+def test_phase_timer_closes_on_exceptions_and_synchronises_at_borders() -> None:
+    calls = []
+    timer = PhaseTimer(synchronise=lambda: calls.append(1))
+    with pytest.raises(KeyError), timer("a"):
+        raise KeyError
+    assert set(timer.take()) == {"a"} and len(calls) == 2
+    with timer("open"), pytest.raises(AssertionError, match="open"):
+        timer.take()
+
+
+def test_peak_memory_grows_with_what_is_touched() -> None:
+    before = peak_memory_bytes()["host"]
+    block = bytearray(os.urandom(1 << 20) * 64)
+    after = peak_memory_bytes()["host"]
+    del block
+    assert after >= before > 10 << 20
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    stream = io.StringIO()
+    progress = Progress(10, start_step=2, every_steps=4, name="demo", stream=stream)
+    for step in range(3, 11):
+        progress.update(make_report(step, loss=step / 2))
+    progress.write("a note")
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == [f"demo step {s}/10" for s in (3, 4, 8, 10)] + ["a note"]
+    assert re.fullmatch(r"demo step 3/10  loss 1\.500  [\d,]+ tok/s  \d+x real time  [\d:]+ left", lines[0])
+    assert lines[3].endswith("0:00 left")
+    assert "\r" not in stream.getvalue()
+
+
+def test_bar_on_a_terminal() -> None:
+    stream = Terminal()
+    progress = Progress(4, start_step=1, name="demo", stream=stream)
+    for step in (2, 3, 4):
+        progress.update(make_report(step))
+    progress.close()
+    assert "4/4" in stream.getvalue() and "loss 2.000" in stream.getvalue() and "\r" in stream.getvalue()
+
+
+def run_hooks(hooks: list[Hook], state: RunState, last_step: int, summary: dict[str, object]) -> None:
+    for hook in hooks:
+        hook.on_start(state)
+    for step in range(state.start_step + 1, last_step + 1):
+        for hook in hooks:
+            hook.on_step(make_report(step, loss=10.0 / step, phase_sec={"llm": 9.0 if step == 1 else 1.0}))
+    for hook in hooks:
+        hook.on_eval(EvalReport(last_step, "test", {"asr/wer": 0.25, "asr/digits/wer": 0.5}, num_samples=8))
+        hook.on_save(state.run_dir / "checkpoints" / str(last_step))
+    for hook in hooks:
+        hook.on_end(summary)
+
+
+def test_hooks_leave_metrics_and_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "runs" / "x"
+    tracker = JsonlTracker(run_dir / "metrics.jsonl")
+    hooks: list[Hook] = [TrackerHook(tracker, every_steps=2), SummaryHook(tracker), ProgressHook(2)]
+    run_hooks(hooks, RunState("x", run_dir, num_steps=5, num_ranks=2), 5, {"wer_before": 1.0, "num_steps": 5})
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "train/loss" in r] == [1, 2, 4, 5]  # 5: what was left over at the end
+    assert next(r for r in records if r["step"] == 4)["train/loss"] == pytest.approx((10 / 3 + 10 / 4) / 2)
+    assert next(r for r in records if "eval/test/asr/wer" in r)["eval/test/asr/digits/wer"] == 0.5
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["loss_first"] == 10.0 and summary["loss_last"] == 2.0 and summary["num_ranks"] == 2
+    assert summary["phase_sec"] == {"llm": 1.0}  # the first step's 9 s of warming up are left out
+    assert summary["scores"] == {"test": {"asr/wer": 0.25, "asr/digits/wer": 0.5}}
+    assert summary["wer_before"] == 1.0 and summary["num_records_lost"] == 0
+    shown = capsys.readouterr().err
+    assert "asr/wer 0.250" in shown and "digits" not in shown and "saved" in shown
+
+
+def test_summary_keeps_the_first_loss_across_a_resume(tmp_path: Path) -> None:
+    for start, last in ((0, 3), (3, 6)):
+        tracker = JsonlTracker(tmp_path / "metrics.jsonl", resume_step=start)
+        state = RunState("x", tmp_path, num_steps=6, num_ranks=1, start_step=start)
+        run_hooks([TrackerHook(tracker), SummaryHook()], state, last, {})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["loss_first"] == 10.0 and summary["loss_last"] == pytest.approx(10 / 6)
+    assert (summary["start_step"], summary["num_steps"]) == (3, 6)
+
+
+def test_eval_metric_names() -> None:
+    assert flatten_eval(EvalReport(3, "dev", {"er/accuracy": 0.5}, num_samples=4, seconds=2.0)) == {
+        "eval/dev/er/accuracy": 0.5,
+        "eval/dev/num_samples": 4,
+        "eval/dev/seconds": 2.0,
+    }

@@ -1,0 +1,187 @@
+"""Trackers: exact on resume, harmless when they fail, silent about secrets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from model.errors import UserError
+from trainer.telemetry.tracker import (
+    CompositeTracker,
+    JsonlTracker,
+    MlflowTracker,
+    TelemetryConfig,
+    build_tracker,
+    flatten_params,
+    tracking_uri,
+)
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_jsonl_is_flushed_at_once_and_strict_json(tmp_path: Path) -> None:
+    tracker = JsonlTracker(tmp_path / "x" / "metrics.jsonl")
+    tracker.log({"a": 1.5, "b": math.nan, "c": -math.inf}, step=1)
+
+    def refuse(name: str) -> float:
+        raise AssertionError(f"{name} is not JSON")
+
+    record = json.loads((tmp_path / "x" / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert record["step"] == 1 and record["a"] == 1.5 and (record["b"], record["c"]) == ("nan", "-inf")
+    assert math.isnan(float(record["b"]))
+    tracker.close()
+
+
+def test_jsonl_resume_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    for step in range(1, 8):
+        tracker.log({"train/loss": float(step)}, step)
+    tracker.close()
+    kept = path.read_bytes().splitlines(keepends=True)[:4]
+    with path.open("a") as file:
+        file.write('{"step": 8, "tra')
+    resumed = JsonlTracker(path, resume_step=4)
+    assert path.read_bytes().splitlines(keepends=True) == kept
+    resumed.log({"train/loss": 5.0}, 5)
+    resumed.close()
+    assert steps_in(path) == [1, 2, 3, 4, 5]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_jsonl_resume_without_a_file_and_fresh_start(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    JsonlTracker(path, resume_step=3).log({"a": 1}, 4)
+    assert steps_in(path) == [4]
+    JsonlTracker(path).log({"a": 1}, 1)
+    assert steps_in(path) == [1]
+
+
+def test_jsonl_resume_refuses_a_foreign_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nhello\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2"):
+        JsonlTracker(path, resume_step=1)
+    assert path.read_text() == '{"step": 1}\nhello\n'
+
+
+def test_jsonl_failure_is_loud_once_counted_and_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full on this system")
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl")
+    tracker._file = full.open("a")
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2, 3):
+            tracker.log({"a": 1.0}, step)
+        assert sum("LOST" in r.message for r in caplog.records) == 1
+        tracker.close()
+    assert tracker.num_lost == 3 and "3 records were lost" in caplog.text
+
+
+def mlflow_tracker(root: Path, resume: bool = False, params: dict[str, object] | None = None) -> MlflowTracker:
+    return MlflowTracker(
+        TelemetryConfig(mlflow_experiment="tests"),
+        run_name="x",
+        run_root=root,
+        id_file=root / "mlflow_run_id",
+        params=params or {},
+        resume=resume,
+    )
+
+
+@pytest.mark.timeout(120)
+def test_mlflow_keeps_one_run_across_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    first = mlflow_tracker(tmp_path, params={"optim": {"lr": 0.1}, "data": {"password": "hunter2"}})
+    started = time.perf_counter()
+    for step in (1, 2, 3):
+        first.log({"train/loss": 1.0 / step, "throughput/tokens_per_sec": 10.0}, step)
+    assert time.perf_counter() - started < 0.5  # the store is not even open yet
+    first.close()
+    second = mlflow_tracker(tmp_path, resume=True, params={"optim": {"lr": 0.2}})
+    second.log({"train/loss": 0.25}, 4)
+    second.close()
+    assert (first.num_lost, second.num_lost) == (0, 0)
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking_uri(tmp_path))
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_id == (tmp_path / "mlflow_run_id").read_text().strip()
+    assert run.info.status == "FINISHED" and run.info.run_name == "x"
+    assert run.data.params == {"optim.lr": "0.1", "data.password": "***"}
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, pytest.approx(1 / 3)),
+        (4, 0.25),
+    ]
+
+
+@pytest.mark.timeout(120)
+def test_mlflow_failure_is_loud_once_counted_and_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/file/not-a-folder/mlflow.db")
+    with caplog.at_level(logging.WARNING, logger="trainer"):
+        tracker = mlflow_tracker(tmp_path)
+        for step in (1, 2, 3):
+            tracker.log({"a": 1.0}, step)
+        tracker.close()
+        warnings = [r.message for r in caplog.records if r.name.startswith("trainer")]
+    assert tracker.num_lost >= 3
+    assert sum("LOST" in message for message in warnings) == 1
+
+
+def test_importing_the_tracker_does_not_import_mlflow() -> None:
+    code = "import sys, trainer.telemetry.tracker; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_build_tracker_without_mlflow(tmp_path: Path) -> None:
+    tracker = build_tracker(TelemetryConfig(mlflow=False), run_name="x", run_root=tmp_path, params={})
+    tracker.log({"a": 1.0}, 1)
+    tracker.close()
+    assert isinstance(tracker, CompositeTracker) and tracker.num_lost == 0
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == ["x", "x/metrics.jsonl"]
+
+
+def test_params_are_flat_and_hold_no_secrets() -> None:
+    params = {
+        "model": {"primary": {"name": "w"}, "experts": [{"name": "h"}, {"name": "v"}]},
+        "data": {"url": "https://user:pass@host/x", "placeholder": "<SpeechHere>", "max_new_tokens": 64},
+        "s3": {"secret_access_key": "k", "hf_token": "t"},
+        "strides": (2, 2),
+    }
+    assert flatten_params(params) == {
+        "model.primary.name": "w",
+        "model.experts.0.name": "h",
+        "model.experts.1.name": "v",
+        "data.url": "https://***@host/x",
+        "data.placeholder": "<SpeechHere>",
+        "data.max_new_tokens": "64",
+        "s3.secret_access_key": "***",
+        "s3.hf_token": "***",
+        "strides": "(2, 2)",
+    }
+
+
+def test_config_is_checked() -> None:
+    with pytest.raises(UserError, match="telemetry.log_every_steps = 0"):
+        TelemetryConfig(log_every_steps=0)
+    with pytest.raises(UserError, match="telemetry.mlflow_experiment"):
+        TelemetryConfig(mlflow_experiment="")
