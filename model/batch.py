@@ -53,7 +53,12 @@ class Ragged:
 
     def padded(self, value: float = 0.0) -> Tensor:
         """`[B, max length, ...]`, right-padded with `value`."""
-        return torch.nn.utils.rnn.pad_sequence(list(self.split()), batch_first=True, padding_value=value)
+        longest = max(self.lengths)
+        tail = (0, 0) * (self.values.dim() - 1)
+        # Not pad_sequence: its backward pass copies the whole batch once per sequence.
+        return torch.stack(
+            [torch.nn.functional.pad(s, (*tail, 0, longest - s.shape[0]), value=value) for s in self.split()]
+        )
 
 
 @dataclass(frozen=True)

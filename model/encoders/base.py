@@ -73,11 +73,13 @@ def length_mask(lengths: Sequence[int], size: int, device: torch.device) -> Tens
 
 
 def call_layer(layer: nn.Module, *args: Any, recompute: bool) -> Any:
-    """Call `layer(*args)`, recomputing it in the backward pass if asked."""
-    if not (recompute and torch.is_grad_enabled()):
-        return layer(*args)
-    # The recomputation must run to its end: ZeRO-3 releases parameters in the hook after a module's forward.
-    return checkpoint(layer, *args, use_reentrant=False, early_stop=False)
+    """Call `layer(*args)`, recomputing it in the backward pass if asked and if a gradient flows into `args`.
+
+    Without such a gradient (the first convolution, the first layer above a frozen part) the layer just runs: reentrant
+    checkpointing would lose its parameters' gradients. The other kind breaks under ZeRO-3.
+    """
+    flows = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    return checkpoint(layer, *args, use_reentrant=True) if recompute and flows else layer(*args)
 
 
 def join_frames(hidden: Tensor, valid: Sequence[int], wanted: Sequence[int]) -> Tensor:

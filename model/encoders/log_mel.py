@@ -60,7 +60,7 @@ def padded_log_mel(audio: Ragged, num_mels: int, pad_samples: int | None = None)
     power = spectrum.real.square() + spectrum.imag.square()
     log_spec = (_mel_filters(num_mels, device) @ power).clamp(min=1e-10).log10()
     mask = length_mask(num_frames, log_spec.shape[2], device)
-    # The floor is relative to the clip's own loudest bin: padding frames must not raise it.
+    # The floor is relative to the clip's own loudest bin; a frame past its end may still see its last samples.
     inside = log_spec if mask is None else log_spec.masked_fill(~mask[:, None], -torch.inf)
     log_spec = torch.maximum(log_spec, inside.amax(dim=(1, 2), keepdim=True) - 8.0)
     log_spec = (log_spec + 4.0) / 4.0

@@ -16,7 +16,7 @@ from model.encoders.base import AudioEncoder, window_lengths
 from model.encoders.conv_stack import ConvStackEncoder, conv_lengths, receptive_field
 from model.encoders.hf_config import ResolvedEncoder, encoder_error, one_line, resolve
 from model.encoders.hubert import RaggedHubert
-from model.encoders.log_mel import num_mel_frames
+from model.encoders.log_mel import FFT_SAMPLES, num_mel_frames
 from model.encoders.wavlm import RaggedWavLM
 from model.encoders.whisper import RaggedWhisperEncoder, Whisper
 
@@ -52,7 +52,7 @@ def encoder_dim(config: EncoderConfig) -> int:
 def encoder_flops(config: EncoderConfig, samples: int) -> float:
     """Estimated forward FLOPs for one clip (a multiply-add counts two), for load balancing. Builds nothing.
 
-    Counts convolutions, projections and attention; leaves out norms, activations and the mel spectrogram.
+    Counts convolutions, projections, mel filters and attention; leaves out norms, activations and Fourier transforms.
     """
     resolved = _resolve_once(_key(config))
     window_flops = _whisper_flops if config.family == "whisper" else _conv_stack_flops
@@ -113,8 +113,9 @@ def _resolve_once(key: str) -> ResolvedEncoder:
 def _whisper_flops(hf: Any, samples: int) -> float:
     mel_frames = num_mel_frames(samples)
     frames = -(-mel_frames // 2)
+    mel = 2.0 * (FFT_SAMPLES // 2 + 1) * hf.num_mel_bins * mel_frames
     convs = 6.0 * hf.d_model * (hf.num_mel_bins * mel_frames + hf.d_model * frames)
-    return convs + hf.encoder_layers * _layer_flops(frames, hf.d_model, hf.encoder_ffn_dim)
+    return mel + convs + hf.encoder_layers * _layer_flops(frames, hf.d_model, hf.encoder_ffn_dim)
 
 
 def _conv_stack_flops(hf: Any, samples: int) -> float:

@@ -139,6 +139,8 @@ def build_megatron(
         dim = tp_dim(name)
         if dim is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, dim, 2 if "linear_fc1" in name else 1)
+    if first_stage and recompute:
+        gpt.decoder.register_forward_pre_hook(_require_grad, with_kwargs=True)
     if last_stage and padded_vocab_size(hf_config, tp_size) > hf_config.vocab_size:
         gpt.output_layer.register_forward_hook(partial(_mask_padded_columns, vocab_size=hf_config.vocab_size))
     return gpt
@@ -190,6 +192,14 @@ def _block_spec(config: TransformerConfig, hf_config: PretrainedConfig) -> Trans
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def _require_grad(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Without this, text under a frozen embedding gives recomputed layers no gradient at all, silently."""
+    x = kwargs["hidden_states"]
+    if torch.is_grad_enabled() and not x.requires_grad:
+        kwargs["hidden_states"] = x.detach().requires_grad_()
+    return args, kwargs
 
 
 def _mask_padded_columns(

@@ -135,7 +135,8 @@ class RandomSource:
         for block in blocks:
             first = block * RANDOM_BLOCK_ROWS
             rows = slice(max(start - first, 0), min(stop - first, RANDOM_BLOCK_ROWS))
-            parts.append(self._block(name, block, shape[1])[(rows, *index[1:])])
+            part: Index = (rows, *index[1:])
+            parts.append(self._block(name, block, shape[1])[part])
         return torch.cat(parts)
 
     def _block(self, name: str, block: int, num_columns: int) -> Tensor:

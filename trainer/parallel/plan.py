@@ -223,26 +223,46 @@ def embedding_segments(plan: PackPlan, homes: Sequence[int], topology: Topology)
     return Segments.of(moves)
 
 
+CALL_COST_SAMPLES = 32_000
+"""What one more encoder call costs, as audio: about two seconds (launching a small encoder's kernels and hooks)."""
+
+
 def encoder_calls(lengths_by_rank: Sequence[Sequence[int]], budget: int) -> int:
-    """Into how many calls every rank splits its clips, so that no padded batch exceeds `budget` samples (unless a
-    single clip does): the largest number that any rank needs, since all ranks must call an encoder equally often."""
+    """In how many calls every rank runs an encoder: the largest number that any rank's clips (lengths in samples) need,
+    since all ranks must call it equally often; at least 1."""
     return max((len(group_by_length(lengths, budget)) for lengths in lengths_by_rank), default=1)
 
 
 def group_by_length(lengths: Sequence[int], budget: int, num_groups: int | None = None) -> list[list[int]]:
-    """Clips of similar length together: groups of indices whose padded size (count · longest) is within `budget`.
+    """Split clips into padded batches with the least padding.
 
-    With `num_groups`, that many: the fullest are split further, and empty ones stand for what is left over.
+    The clips, sorted by length, are cut where Σ (count · longest + CALL_COST_SAMPLES) is smallest (dynamic
+    programming, exact).
+
+    Args:
+        lengths: of the clips, in samples.
+        budget: largest count · longest of a batch; a single longer clip is a batch of its own.
+        num_groups: fill up with empty groups to this number.
+
+    Returns:
+        Groups of indices into `lengths`; without clips, one empty group.
     """
-    groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    groups = groups or [[]]
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    best = [0.0] + [float("inf")] * len(order)
+    cut = [0] * (len(order) + 1)
+    for end in range(1, len(order) + 1):
+        for start in range(end - 1, -1, -1):
+            padded = (end - start) * lengths[order[start]]
+            if padded > budget and end - start > 1:
+                break
+            if best[start] + padded + CALL_COST_SAMPLES < best[end]:
+                best[end], cut[end] = best[start] + padded + CALL_COST_SAMPLES, start
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[cut[end] : end])
+        end = cut[end]
+    groups = groups[::-1] or [[]]
     if num_groups is None:
         return groups
     assert len(groups) <= num_groups, (len(groups), num_groups)
     return groups + [[] for _ in range(num_groups - len(groups))]
-

@@ -1,0 +1,178 @@
+"""One process: the Megatron model computes what transformers computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from model.config import LLMConfig
+from model.llm.megatron import build_megatron, embed_tokens
+from model.llm.names import global_to_hf, hf_to_local
+from model.llm.packing import KVCache, PackedSequences
+from model.llm.reference import build_reference
+from model.llm.weights import StateDictSource, global_parameters, load_megatron
+from trainer.parallel.cpu import megatron_calls
+
+VOCAB = 97
+LENGTHS = (5, 9, 1, 6)
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "rope_parameters": LLAMA3_ROPE},
+    "llama-linear": {"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 8},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store: Path = tmp_path_factory.mktemp("store") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    with megatron_calls():
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def pair(family: str, **options: Any) -> tuple[Any, Any]:
+    """The reference with every parameter random, and the Megatron model with its weights."""
+    reference = build_reference(LLMConfig(config={**SHAPE, **FAMILIES[family]}), seed=5)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    with megatron_calls():
+        gpt = build_megatron(reference.config, tp_size=1, pp_size=1, first_stage=True, last_stage=True, **options)
+        load_megatron(gpt, StateDictSource(reference.state_dict()), reference.config, tp_rank=0, tp_size=1)
+    return reference, gpt
+
+
+def tokens(count: int = sum(LENGTHS), seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCAB, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def run(gpt: Any, ids: Tensor, packed: PackedSequences, labels: Tensor | None = None) -> Tensor:
+    with megatron_calls():
+        output: Tensor = gpt(
+            None,
+            None,
+            None,
+            decoder_input=embed_tokens(gpt, ids),
+            labels=None if labels is None else labels[None],
+            packed_seq_params=packed,
+        )
+    return output[0]
+
+
+def run_reference(reference: Any, ids: Tensor, lengths: tuple[int, ...] = LENGTHS) -> Tensor:
+    return torch.cat([reference(input_ids=part[None]).logits[0] for part in ids.split(list(lengths))])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_equal_transformers(family: str) -> None:
+    reference, gpt = pair(family)
+    ids, labels = tokens(), tokens(seed=1)
+    expected = run_reference(reference, ids)
+    torch.testing.assert_close(run(gpt, ids, PackedSequences(lengths=LENGTHS)), expected, rtol=0, atol=1e-5)
+
+    torch.nn.functional.cross_entropy(expected, labels, reduction="sum").backward()
+    with megatron_calls():
+        run(gpt, ids, PackedSequences(lengths=LENGTHS), labels).sum().backward()
+    reader = StateDictSource({name: p.grad for name, p in reference.named_parameters()})
+    names = dict(global_parameters(gpt))
+    for name, parameter in names.items():
+        want = hf_to_local(name, reader.read, reference.config, 0, 1)
+        assert (parameter.grad - want).abs().max() <= 1e-5 * want.abs().max(), name
+    covered = {hf for name in names for hf in global_to_hf(name, names[name].detach(), reference.config, 1)}
+    assert covered == {name for name, _ in reference.named_parameters()}
+
+
+def test_no_segment_sees_another() -> None:
+    _, gpt = pair("llama")
+    ids = tokens()
+    changed = ids.clone()
+    changed[5:14] = (changed[5:14] + 1) % VOCAB
+    before, after = (run(gpt, x, PackedSequences(lengths=LENGTHS)) for x in (ids, changed))
+    assert torch.equal(before[:5], after[:5]) and torch.equal(before[14:], after[14:])
+    assert not torch.equal(before[5:14], after[5:14])
+
+
+@pytest.mark.parametrize("frozen_embedding", [False, True])
+def test_recomputation_changes_nothing(frozen_embedding: bool) -> None:
+    gradients = []
+    for recompute in (False, True):
+        _, gpt = pair("qwen3", recompute=recompute)
+        assert (gpt.config.recompute_granularity == "full") == recompute
+        gpt.embedding.requires_grad_(not frozen_embedding)
+        with megatron_calls():
+            run(gpt, tokens(), PackedSequences(lengths=LENGTHS), tokens(seed=1)).sum().backward()
+        gradients.append([p.grad for p in gpt.parameters() if p.requires_grad])
+        assert all(gradient is not None for gradient in gradients[-1])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_bf16_stays_close() -> None:
+    reference, gpt = pair("llama", dtype=torch.bfloat16)
+    assert {p.dtype for p in gpt.parameters()} == {torch.bfloat16}
+    expected = run_reference(reference, tokens())
+    difference = (run(gpt, tokens(), PackedSequences(lengths=LENGTHS)).float() - expected).abs().mean()
+    assert difference < 0.02 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_decoding_with_a_cache_equals_the_whole_forward(family: str) -> None:
+    """Sequences of different lengths; one ends early; chunks of several tokens and rows that only fill up."""
+    reference, gpt = pair(family)
+    sequences = [tokens(n, seed=n) for n in (7, 4, 12)]
+    cache, done = KVCache(num_sequences=3, max_tokens=12), [0, 0, 0]
+    passes = [((0, 1, 2), (5, 2, 8), 0), ((0, 1, 2), (1, 1, 1), 1), ((2, 0), (1, 1), 2), ((2, 1), (2, 1), 0)]
+    for which, grow, num_padding in passes:
+        packed = cache.extend(grow, which, num_padding)
+        new = [sequences[s][done[s] : done[s] + g] for s, g in zip(which, grow, strict=True)]
+        with torch.no_grad():
+            logits = run(gpt, torch.cat([*new, torch.zeros(num_padding, dtype=torch.int64)]), packed)
+        for s, g, part in zip(which, grow, logits.split([*grow, num_padding]), strict=False):
+            done[s] += g
+            want = reference(input_ids=sequences[s][None, : done[s]]).logits[0, -g:]
+            torch.testing.assert_close(part, want, rtol=0, atol=1e-5)
+    assert done == cache.num_tokens == [7, 4, 12]
+
+
+def test_cuda_is_replaced_only_inside_the_context() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: nothing is replaced")
+    outside = (torch.cuda.current_device, torch.cuda.manual_seed, torch.zeros(1).type())
+    with pytest.raises(KeyError), megatron_calls():
+        with megatron_calls():
+            pass
+        assert torch.zeros(1, device="cuda").device.type == "cpu"
+        assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+        raise KeyError
+    assert outside == (torch.cuda.current_device, torch.cuda.manual_seed, torch.zeros(1).type())
