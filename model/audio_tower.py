@@ -18,6 +18,7 @@ from model import lengths
 from model.adapter import Adapter
 from model.batch import Batch, Ragged
 from model.config import ModelConfig
+from model.encoders.base import AudioEncoder
 from model.encoders.registry import build_encoder
 from model.loss import Counts, ctc_feasible, ctc_sum
 from model.mixture import Expert, mix
@@ -71,8 +72,9 @@ class AudioTower(nn.Module):
 
     def set_recompute(self, enabled: bool) -> None:
         """Activation checkpointing of all encoders' layers."""
-        for encoder in ([self.primary] if self.primary is not None else []) + [e.encoder for e in self.experts.values()]:
-            encoder.set_recompute(enabled)
+        for module in self.modules():
+            if isinstance(module, AudioEncoder):
+                module.set_recompute(enabled)
 
     def forward(
         self,

@@ -18,11 +18,11 @@ class EncoderConfig:
     weights: str | None = None
     """Local Hugging Face directory or hub id; null builds the encoder from `config` with random weights."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Fields of the family's transformers config that differ from its defaults (with `weights`: from the checkpoint's)."""
+    """Fields of the family's transformers config that differ from its defaults, or from the checkpoint's."""
     length_mode: Literal["full", "trim"] = "full"
     """Whisper only. `full`: every window is padded to 30 s as in pre-training. `trim`: the clip's real length."""
     window_sec: float = 30.0
-    """Longer audio is encoded in windows of this length and joined. Whisper `full`: must equal the checkpoint's 30 s."""
+    """Longer audio is encoded in windows of this length and joined. Whisper `full`: the checkpoint's 30 s."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class RouterConfig:
     """Who chooses the experts of a clip (MoWE-Audio, arXiv 2409.06635; PaM, arXiv 2502.15178)."""
 
     mode: Literal["primary_plus_experts", "all_routed"] = "primary_plus_experts"
-    """`primary_plus_experts`: `model.primary` always runs. `all_routed`: there is no primary, every encoder is routed."""
+    """`primary_plus_experts`: `model.primary` always runs. `all_routed`: no primary, every encoder is routed."""
     gates: tuple[Literal["independent", "dependent"], ...] = ("independent", "dependent")
     """`independent`: one learned vector for all clips. `dependent`: from the clip (see `input`). One stream each."""
     input: Literal["primary", "log_mel", "prompt"] = "primary"
-    """What the dependent gate reads: time-averaged primary features, time-averaged log-mel, or the instruction's tokens."""
+    """What the dependent gate reads: the average over time of primary features or log-mel, or the instruction."""
     top_k: int = 1
     """Experts per gate and clip."""
     temperature: float = 1.0

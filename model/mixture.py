@@ -36,9 +36,7 @@ def frame_rows(lengths: Sequence[int], clips: Sequence[int], device: torch.devic
     return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64, device=device)
 
 
-def mix(
-    primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | None, lengths: tuple[int, ...]
-) -> Ragged:
+def mix(primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | None, lengths: tuple[int, ...]) -> Ragged:
     """Join the streams along channels: primary, then Σ_k w[b,g,k]·E_k for each gate g.
 
     Args:

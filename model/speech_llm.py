@@ -1,4 +1,4 @@
-"""The whole model in one process and plain PyTorch: the specification, the oracle of all parity tests, and the export."""
+"""The whole model in one process and plain PyTorch: specification, oracle of all parity tests, and export."""
 
 from __future__ import annotations
 

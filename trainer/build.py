@@ -12,7 +12,7 @@ from model.audio_tower import AudioTower
 from model.errors import UserError
 from model.llm.reference import resolve_hf_config, weight_source
 from trainer.checkpoint.manager import CheckpointManager
-from trainer.config.checks import deepspeed_json
+from trainer.config.checks import check_llm, deepspeed_json
 from trainer.config.convert import to_tree
 from trainer.config.load import dump
 from trainer.config.schema import Recipe
@@ -82,6 +82,7 @@ def build_step(recipe: Recipe, groups: Groups, vocab_size: int) -> Step:
             `optim.parts` matches nothing.
     """
     hf_config = resolve_hf_config(recipe.model.llm)
+    check_llm(hf_config, recipe.parallel)
     if vocab_size > hf_config.vocab_size:
         raise UserError(
             f"data.tokenizer: {vocab_size} tokens, but model.llm.config.vocab_size = {hf_config.vocab_size}: "
@@ -95,7 +96,9 @@ def build_step(recipe: Recipe, groups: Groups, vocab_size: int) -> Step:
     tower.set_recompute(train.recompute_encoders)
     ds_config = build_ds_config(deepspeed_json(recipe), precision=train.precision)
     audio = AudioEngine(tower, recipe.optim, ds_config, groups, train.encoder_batch_sec)
-    check_patterns(recipe.optim, [n for n, _ in audio.named_parameters()] + [llm.hf_name(n) for n, _ in llm.parameters()])
+    check_patterns(
+        recipe.optim, [n for n, _ in audio.named_parameters()] + [llm.hf_name(n) for n, _ in llm.parameters()]
+    )
     # Dropout, where a config has any, must differ between ranks.
     torch.manual_seed(recipe.seed + 1000 * groups.rank)
     return Step(
@@ -107,6 +110,7 @@ def build_step(recipe: Recipe, groups: Groups, vocab_size: int) -> Step:
         num_steps=train.steps,
         tokens_per_microbatch=train.llm_tokens_per_microbatch,
         seed=recipe.seed,
+        debug_plan=train.debug_plan,
     )
 
 

@@ -48,13 +48,12 @@ def gather(batch: Batch, counts: Counts, groups: Groups) -> GlobalBatch:
     everyone = gather_ragged(np.array(mine, dtype=np.int64), groups.world)
     rows = [r[3:].reshape(-1, _FIELDS) for r in everyone]
     homes = tuple(rank for rank, r in enumerate(rows) for _ in r)
-    columns = np.concatenate(rows).T.tolist()
+    tokens, targets, tasks, audio = (tuple(column) for column in np.concatenate(rows).T.tolist())
     total = Counts(*(int(sum(r[i] for r in everyone)) for i in range(3)))
     before = sum(len(r) for r in rows[: groups.rank])
-    return GlobalBatch(homes, *(tuple(c) for c in columns), counts=total, first_sample=before)
+    return GlobalBatch(homes, tokens, targets, tasks, audio, total, before)
 
 
 def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int) -> PackPlan:
     """Where the samples go in the LLM."""
     return plan_packs(whole.num_tokens, groups.topology.dp, budget_tokens, multiple=groups.topology.tp)
-

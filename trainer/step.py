@@ -33,7 +33,7 @@ from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine, Packs
 from trainer.engine.optim import OptimConfig, lr_scale
 from trainer.global_batch import GlobalBatch, gather, plan
-from trainer.parallel.exchange import exchange
+from trainer.parallel.exchange import exchange, gather_ragged
 from trainer.parallel.groups import Groups
 from trainer.parallel.plan import PackPlan, embedding_segments, route, token_segments
 from trainer.telemetry.metrics import PhaseTimer, StepReport
@@ -49,6 +49,7 @@ class Step:
         num_steps: of the run (the schedule's length).
         tokens_per_microbatch: rows that a pack may hold.
         seed: of the router's noise.
+        debug_plan: compare all ranks' plans before each step's exchanges.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class Step:
         num_steps: int,
         tokens_per_microbatch: int,
         seed: int,
+        debug_plan: bool = False,
     ) -> None:
+        self.debug_plan = debug_plan
         self.model, self.optim = model, optim
         self.audio, self.llm, self.groups = audio, llm, groups
         self.num_steps, self.tokens_per_microbatch, self.seed = num_steps, tokens_per_microbatch, seed
@@ -82,6 +85,8 @@ class Step:
             ctc_targets = usable_ctc_targets(batch, self.model)
             whole = gather(batch, count(batch, ctc_targets), self.groups)
             packing = plan(whole, self.groups, self.tokens_per_microbatch)
+            if self.debug_plan:
+                check_same_plan(packing, self.groups)
         with timer("encode"):
             noise = self.router_noise(step, batch)
             audio = self.audio.forward(batch.clips, batch.prompts, ctc_targets, noise)
@@ -152,7 +157,9 @@ class Step:
         routed = torch.zeros(len(TASKS), len(experts), device=self.groups.device)
         if audio.routing is not None:
             tasks = [TASKS.index(batch.samples[i].task) for i in batch.clip_owner]
-            routed.index_add_(0, torch.tensor(tasks, device=routed.device, dtype=torch.int64), audio.routing.runs.float())
+            routed.index_add_(
+                0, torch.tensor(tasks, device=routed.device, dtype=torch.int64), audio.routing.runs.float()
+            )
         everything = torch.cat([sample_losses.float(), routed.flatten(), ctc.detach().float()[None]])
         dist.all_reduce(everything, group=self.groups.world)
         losses, routed_sum, ctc_sum = everything.cpu().split([len(whole), routed.numel(), 1])
@@ -175,6 +182,15 @@ class Step:
             num_tokens=sum(whole.num_tokens),
             audio_sec=sum(whole.audio_samples) / SAMPLE_RATE,
         )
+
+
+def check_same_plan(packing: PackPlan, groups: Groups) -> None:
+    """Raise on every rank, naming those that differ from rank 0, instead of hanging in an exchange."""
+    mine = int.from_bytes(hashlib.sha256(repr(packing).encode()).digest()[:7], "little")
+    digests = [int(d[0]) for d in gather_ragged(np.array([mine]), groups.world)]
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise RuntimeError(f"ranks {others} made another plan than rank 0: their global batch or topology differs")
 
 
 def send(

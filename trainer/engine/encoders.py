@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -85,7 +86,8 @@ class AudioEngine:
         """Compute on the spot, in as many calls on every rank as the busiest one needs (ZeRO-3 gathers weights and
         reduces gradients per call, so ranks must call alike)."""
         sizes = [n for name in encoders for n in (len(clips[name]), *clips[name].lengths)]
-        everyone = [_parse(row.tolist(), len(encoders)) for row in gather_ragged(sizes, self.groups.world)]
+        gathered = gather_ragged(np.array(sizes), self.groups.world)
+        everyone = [_parse(row.tolist(), len(encoders)) for row in gathered]
         found = {}
         for k, (name, encoder) in enumerate(encoders.items()):
             calls = encoder_calls([rank[k] for rank in everyone], self._budget_samples)

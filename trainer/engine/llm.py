@@ -154,7 +154,7 @@ class LLMEngine:
         sample_losses = torch.zeros(packs.num_samples, device=self.groups.device)
         with megatron_calls():
             if self.optimizer is not None:
-                self.model.zero_grad_buffer()
+                self.model.zero_grad_buffer()  # type: ignore[operator]
                 self.optimizer.zero_grad()
             get_forward_backward_func()(
                 forward_step_func=_Forward(self, packs, audio, sample_losses),

@@ -84,7 +84,9 @@ def check_patterns(config: OptimConfig, names: Iterable[str]) -> None:
     for i, part in enumerate(config.parts):
         if not fnmatch.filter(names, part.pattern):
             example = names[0] if names else "none"
-            raise UserError(f"optim.parts[{i}].pattern = {part.pattern}: matches no parameter (names are like {example})")
+            raise UserError(
+                f"optim.parts[{i}].pattern = {part.pattern}: matches no parameter (names are like {example})"
+            )
 
 
 def lr_scale(config: OptimConfig, step: int, num_steps: int) -> float:

@@ -30,9 +30,7 @@ def exchange(rows: Tensor, route: Route, group: dist.ProcessGroup | None) -> Ten
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None
-    ) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> Tensor:
         ctx.counts, ctx.group = (send, receive), group
         return _all_to_all(rows, send, receive, group)
 

@@ -23,7 +23,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Segments:
-    """Runs of rows to be moved: `length[i]` rows from `src_row[i]` of rank `src[i]` to `dst_row[i]` of rank `dst[i]`."""
+    """Runs of rows to be moved: `length` rows from `src_row` of rank `src` to `dst_row` of rank `dst`, each [runs]."""
 
     src: Ints
     src_row: Ints

@@ -43,8 +43,9 @@ class TelemetryConfig:
 class Tracker(Protocol):
     """A sink of metrics. Calls return at once and raise nothing; what could not be stored is counted."""
 
-    num_lost: int
-    """Records that were given to the tracker and not stored."""
+    @property
+    def num_lost(self) -> int:
+        """Records that were given to the tracker and not stored."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record `metrics` of `step`. Steps do not decrease."""

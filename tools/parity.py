@@ -1,0 +1,148 @@
+"""Compare distributed training with the single-process model, on this machine's topologies.
+
+    python -m tools.parity              all topologies that fit on 4 processes, four kinds of batches, 20-step curves
+    python -m tools.parity --ranks 2    up to 2 processes
+    python -m tools.parity --steps 0    no loss curves
+    python -m tools.parity --json       one JSON object on the last line
+
+A user runs it on a new cluster before trusting it. Exit code 1: a difference is over the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from trainer.launch import start_ranks
+from trainer.parallel.topology import Topology, divisors
+
+KINDS = ("mixed", "text_only", "rank_without_audio", "fewer_samples_than_ranks")
+TOLERANCE = 1e-5
+CURVE_TOLERANCE = 1e-4
+DS_CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1,
+    "zero_force_ds_cpu_optimizer": False,
+    # No parameter stays gathered, so that every gather is exercised.
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": False,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One topology and kind of batch."""
+
+    topology: str
+    kind: str
+    loss: float
+    gradient: float
+    worst: str
+
+    @property
+    def limit(self) -> float:
+        """Largest difference that passes."""
+        return CURVE_TOLERANCE if self.kind.startswith("curve") else TOLERANCE
+
+    @property
+    def passed(self) -> bool:
+        """NaN does not pass."""
+        return self.loss <= self.limit and self.gradient <= self.limit
+
+
+def topologies(max_ranks: int) -> list[Topology]:
+    """All ways to lay out 1, 2, 4, … ≤ `max_ranks` processes."""
+    worlds = [w for w in (1, 2, 4, 8, 16) if w <= max_ranks]
+    return [
+        Topology(w, tp, pp) for w in worlds for tp in divisors(w) for pp in divisors(w // tp) if tp <= 4 and pp <= 4
+    ]
+
+
+def name(topology: Topology) -> str:
+    """E.g. `DP2·TP2`; sequence parallelism is on wherever TP > 1."""
+    parts = [f"{k}{n}" for k, n in (("DP", topology.dp), ("TP", topology.tp), ("PP", topology.pp)) if n > 1]
+    return "·".join(parts) or "1"
+
+
+def check(topology: Topology, num_steps: int, family: str, kinds: tuple[str, ...] = KINDS) -> list[Row]:
+    """Measure one topology in processes of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "rows.json"
+        task = json.dumps([topology.tp, topology.pp, num_steps, family, kinds, str(out)])
+        code = start_ranks(topology.world, [sys.executable, "-m", "tools.parity", "--worker", task])
+        if code:
+            return [Row(name(topology), f"crashed with exit code {code}", float("nan"), float("nan"), "")]
+        return [Row(**row) for row in json.loads(out.read_text())]
+
+
+def work(task: str) -> int:
+    """One rank of `check`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from trainer import parity
+    from trainer.parallel.groups import build_groups, connect
+
+    tp, pp, num_steps, family, kinds, out = json.loads(task)
+    rank, world, device = connect(timeout_sec=300)
+    topology = Topology(world, tp, pp)
+    groups = build_groups(topology, rank, device, parity.SEED)
+    model = parity.tiny_model(family)
+    step = parity.build_step(model, groups, DS_CONFIG, max(1, num_steps))
+    oracle = parity.build_oracle(model)
+    rows = []
+    for kind in kinds:
+        found = parity.compare(step, oracle, parity.make_samples(kind, world, model.adapter.strides))
+        rows.append(Row(name(topology), kind, found.loss, found.gradient, found.worst))
+    if num_steps:
+        worst_loss, worst_norm = parity.loss_curves(step, oracle, num_steps)
+        rows.append(Row(name(topology), f"curve of {num_steps} steps", worst_loss, worst_norm, "gradient norm"))
+    if rank == 0:
+        Path(out).write_text(json.dumps([asdict(r) for r in rows]))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def main() -> int:
+    """Exit code 0: all within the limits."""
+    parser = argparse.ArgumentParser(prog="python -m tools.parity", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=4, help="largest number of processes (default 4)")
+    parser.add_argument("--steps", type=int, default=20, help="length of the loss curves; 0: none (default 20)")
+    parser.add_argument("--family", default="llama", choices=("llama", "mistral", "qwen2", "qwen3"))
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return work(options.worker)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    print(f"{'topology':10} {'batch':26} {'loss':>9} {'gradient':>9}   largest at")
+    rows: list[Row] = []
+    for topology in topologies(options.ranks):
+        for row in check(topology, options.steps, options.family):
+            rows.append(row)
+            verdict = "" if row.passed else f"   OVER {row.limit:g}"
+            print(
+                f"{row.topology:10} {row.kind:26} {row.loss:9.1e} {row.gradient:9.1e}   {row.worst}{verdict}",
+                flush=True,
+            )
+    passed = all(r.passed for r in rows)
+    print("every topology equals the single-process model" if passed else "some topologies differ: see OVER above")
+    if options.json:
+        print(json.dumps({"passed": passed, "limit": TOLERANCE, "rows": [asdict(r) for r in rows]}))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
