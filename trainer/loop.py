@@ -119,7 +119,7 @@ class Loop:
     def _save(self, done: int, data_state: dict[str, Any]) -> None:
         states: list[Any] = [None] * self.groups.topology.world
         dist.all_gather_object(states, data_state, group=self.groups.world)
-        extra = {"data": merge_states(states), "recipe": dump(self.recipe), "summary": self.summary}
+        extra = {"step": done, "data": merge_states(states), "recipe": dump(self.recipe), "summary": self.summary}
         path = self.checkpoints.save(done, self.step, extra)
         for hook in self.hooks:
             hook.on_save(path)

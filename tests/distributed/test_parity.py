@@ -1,0 +1,25 @@
+"""The law of the house: every topology equals the single-process model. `python -m tools.parity` is the whole table."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools.parity import KINDS, check
+from trainer.parallel.topology import Topology
+
+CASES = [
+    (Topology(2, 1, 1), 20, "llama", KINDS),
+    (Topology(2, 2, 1), 0, "qwen2", KINDS),
+    (Topology(2, 1, 2), 0, "qwen2", ("mixed", "text_only")),
+    (Topology(4, 2, 2), 0, "qwen3", ("mixed", "rank_without_audio")),
+    (Topology(4, 2, 1), 0, "llama", ("mixed", "fewer_samples_than_ranks")),
+    (Topology(4, 1, 2), 0, "mistral", ("mixed",)),
+]
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("topology", "steps", "family", "kinds"), CASES)
+def test_topology_equals_the_oracle(topology: Topology, steps: int, family: str, kinds: tuple[str, ...]) -> None:
+    rows = check(topology, steps, family, kinds)
+    assert len(rows) == len(kinds) + (steps > 0)
+    assert all(row.passed for row in rows), rows

@@ -1,0 +1,143 @@
+"""Router, mixture, adapter, splice and losses on hand-made tensors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from model import lengths
+from model.adapter import Adapter
+from model.batch import Ragged
+from model.config import AdapterConfig, RouterConfig, RoutingLossConfig
+from model.loss import ctc_feasible, ctc_sum
+from model.mixture import mix
+from model.router import Router, Routing, mean_over_time
+from model.routing_loss import RoutingSums, routing_loss
+from model.splice import splice
+
+
+def ragged(*sizes: int, width: int = 3) -> Ragged:
+    torch.manual_seed(sum(sizes))
+    return Ragged(torch.randn(sum(sizes), width), sizes)
+
+
+def test_padded_and_its_gradient() -> None:
+    values = torch.arange(6.0).view(3, 2).requires_grad_()
+    padded = Ragged(values, (1, 2)).padded(-1.0)
+    assert padded.tolist() == [[[0, 1], [-1, -1]], [[2, 3], [4, 5]]]
+    (padded * torch.tensor([[[1.0], [9.0]], [[2.0], [3.0]]])).sum().backward()
+    assert values.grad.tolist() == [[1, 1], [2, 2], [3, 3]]
+
+
+def test_mean_over_time() -> None:
+    features = Ragged(torch.tensor([[2.0], [1.0], [3.0]]), (1, 2))
+    assert mean_over_time(features).tolist() == [[2.0], [2.0]]
+
+
+def test_router_weights_are_the_probabilities_of_the_chosen() -> None:
+    torch.manual_seed(0)
+    router = Router(RouterConfig(top_k=2, temperature=0.5), 3, primary_dim=4, vocab_size=8, prompt_dim=4)
+    primary = ragged(5, 7, width=4)
+    routing = router(ragged(5, 7, width=1), primary, Ragged(torch.zeros(2, dtype=torch.int64), (1, 1)))
+    logits = router.dependent(mean_over_time(primary)) / 0.5
+    torch.testing.assert_close(routing.probs[:, 1], logits.softmax(-1))
+    assert routing.chosen.sum(-1).tolist() == [[2, 2], [2, 2]]
+    torch.testing.assert_close(routing.weights, routing.probs * routing.chosen)
+    assert torch.equal(routing.runs, routing.chosen[:, 0] | routing.chosen[:, 1])
+
+
+def test_noise_changes_the_choice_only_when_given() -> None:
+    router = Router(RouterConfig(gates=("independent",), noise_std=1.0), 2, 0, 8, 4)
+    clips = Ragged(torch.zeros(2), (1, 1))
+    prompts = Ragged(torch.zeros(2, dtype=torch.int64), (1, 1))
+    quiet = router(clips, None, prompts)
+    assert torch.equal(quiet.probs[0], quiet.probs[1])
+    noise = torch.tensor([[[9.0, -9.0]], [[-9.0, 9.0]]])
+    assert router(clips, None, prompts, noise).chosen[:, 0].tolist() == [[True, False], [False, True]]
+
+
+def test_mix_sums_weighted_experts_frame_by_frame() -> None:
+    probs = torch.tensor([[[0.7, 0.3]], [[0.4, 0.6]]])
+    chosen = torch.tensor([[[True, False]], [[False, True]]])
+    routing = Routing(probs, chosen, ("dependent",))
+    first, second = Ragged(torch.ones(2, 1), (2,)), Ragged(torch.full((3, 1), 10.0), (3,))
+    primary = Ragged(torch.arange(5.0)[:, None], (2, 3))
+    mixed = mix(primary, [first, second], routing, (2, 3))
+    expected = torch.tensor([[0, 0.7], [1, 0.7], [2, 6.0], [3, 6.0], [4, 6.0]])
+    torch.testing.assert_close(mixed.values, expected)
+
+
+def test_mix_with_an_expert_that_nobody_chose() -> None:
+    routing = Routing(torch.tensor([[[0.7, 0.3]]]), torch.tensor([[[True, False]]]), ("independent",))
+    mixed = mix(None, [Ragged(torch.ones(2, 1), (2,)), Ragged(torch.zeros(0, 1), ())], routing, (2,))
+    torch.testing.assert_close(mixed.values, torch.full((2, 1), 0.7))
+
+
+@pytest.mark.parametrize("strides", [(2, 2, 2), (2,), (4, 2), (3, 1)])
+def test_adapter_lengths_and_companions(strides: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    adapter = Adapter(AdapterConfig(hidden_size=4, strides=strides), 3)
+    features = ragged(17, 1, 40)
+    out = adapter(features)
+    assert out.lengths == tuple(lengths.num_slots(f, strides) for f in features.lengths)
+    for i, expected in enumerate(out.split()):
+        torch.testing.assert_close(adapter(features.select([i])).values, expected)
+
+
+def test_splice_puts_audio_in_order_and_cuts_the_gradient() -> None:
+    text = torch.zeros(4, 2, requires_grad=True)
+    audio = torch.tensor([[1.0, 1.0], [2.0, 2.0]], requires_grad=True)
+    out = splice(text, torch.tensor([False, True, False, True]), audio)
+    assert out[:, 0].tolist() == [0, 1, 0, 2]
+    out.sum().backward()
+    assert text.grad[:, 0].tolist() == [1, 0, 1, 0] and audio.grad.tolist() == [[1, 1], [1, 1]]
+
+
+def test_routing_loss_by_hand() -> None:
+    probs = torch.tensor([[[0.5, 0.5], [0.9, 0.1]], [[0.5, 0.5], [0.1, 0.9]]])
+    routing = Routing(probs, probs > 0.5, ("independent", "dependent"))
+    confident = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
+    loss = routing_loss(RoutingLossConfig(), RoutingSums.of(routing))
+    assert float(loss) == pytest.approx(confident - math.log(2) + math.log(2), rel=1e-5)
+    assert float(routing_loss(RoutingLossConfig(batch_entropy=0, independent_entropy=0), RoutingSums.of(routing))) == (
+        pytest.approx(confident, rel=1e-5)
+    )
+
+
+def test_routing_loss_of_parts_adds_up_to_that_of_the_whole() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(5, 2, 3, requires_grad=True)
+
+    def routing(rows: slice) -> Routing:
+        probs = logits[rows].softmax(-1)
+        return Routing(probs, probs > 1, ("independent", "dependent"))
+
+    whole = routing_loss(RoutingLossConfig(), RoutingSums.of(routing(slice(None))))
+    (expected,) = torch.autograd.grad(whole, logits)
+    everything = RoutingSums.of(routing(slice(None)))
+    total = RoutingSums(*(getattr(everything, k).detach() for k in ("probs", "sample_entropy")),
+                        everything.independent_entropy.detach(), 5)  # fmt: skip
+    found = torch.zeros_like(expected)
+    for rows in (slice(0, 2), slice(2, 5)):
+        part = routing_loss(RoutingLossConfig(), RoutingSums.of(routing(rows)), total)
+        torch.testing.assert_close(part, whole)
+        found += torch.autograd.grad(part, logits)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_ctc_is_a_sum_over_the_clips_that_have_targets() -> None:
+    logits = ragged(6, 4, 5, width=4)
+    targets = Ragged(torch.tensor([0, 1, 2]), (2, 0, 1))
+    parts = [
+        ctc_sum(logits.select([0]), Ragged(torch.tensor([0, 1]), (2,))),
+        ctc_sum(logits.select([2]), Ragged(torch.tensor([2]), (1,))),
+    ]
+    torch.testing.assert_close(ctc_sum(logits, targets), sum(parts))
+    assert ctc_sum(logits, Ragged(torch.zeros(0, dtype=torch.int64), (0, 0, 0))) == 0
+
+
+def test_ctc_feasibility_counts_repeats() -> None:
+    assert ctc_feasible(torch.tensor([1, 2]), 2) and not ctc_feasible(torch.tensor([1, 1]), 2)
+    assert not ctc_feasible(torch.zeros(0, dtype=torch.int64), 9)

@@ -1,0 +1,115 @@
+"""The single-process model: what it promises about samples, losses and experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.audio_tower import AudioTower, run_here
+from model.batch import IGNORE, Batch, Ragged, Sample
+from model.config import ModelConfig, RouterConfig
+from model.errors import UserError
+from model.speech_llm import SpeechLLM
+from trainer.parity import VOCAB_SIZE, make_sample, tiny_model
+
+STRIDES = (2, 2, 2)
+
+
+def samples(*clips: int) -> list[Sample]:
+    return [make_sample(i, n, STRIDES, seed=5) for i, n in enumerate(clips)]
+
+
+@pytest.fixture(scope="module")
+def model() -> SpeechLLM:
+    return SpeechLLM(tiny_model(), VOCAB_SIZE, seed=1)
+
+
+def test_companions_never_change_a_samples_logits(model: SpeechLLM) -> None:
+    together = Batch(tuple(samples(1, 0, 2, 1)))
+    audio, _, _ = model.embed_audio(together)
+    logits = model.logits(together, audio)
+    for i, sample in enumerate(together.samples):
+        alone = Batch((sample,))
+        own_audio, _, _ = model.embed_audio(alone)
+        expected = model.logits(alone, own_audio)[0]
+        torch.testing.assert_close(logits[i, : sample.num_tokens], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_next_token_loss_is_the_mean_over_all_targets(model: SpeechLLM) -> None:
+    batch = Batch(tuple(samples(1, 0, 2)))
+    audio, _, _ = model.embed_audio(batch)
+    logits = model.logits(batch, audio)
+    token_losses = []
+    for row, sample in zip(logits, batch.samples, strict=True):
+        log_probs = row[: sample.num_tokens].log_softmax(-1)
+        token_losses += [-log_probs[i, label] for i, label in enumerate(sample.labels.tolist()) if label != IGNORE]
+    expected = torch.stack(token_losses).mean()
+    torch.testing.assert_close(model(batch).next_token, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_text_only_batch_has_no_audio_losses(model: SpeechLLM) -> None:
+    losses = model(Batch(tuple(samples(0, 0))))
+    assert losses.decisions is None and losses.routing == 0 and losses.ctc == 0
+    assert losses.total == losses.next_token
+
+
+def test_only_chosen_experts_compute(model: SpeechLLM) -> None:
+    batch = Batch(tuple(samples(1, 1, 1)))
+    seen: dict[str, int] = {}
+
+    def run(encoders, clips):  # noqa: ANN001, ANN202
+        seen.update({name: len(c) for name, c in clips.items()})
+        return run_here(encoders, clips)
+
+    none = Ragged(torch.zeros(0, dtype=torch.int64), (0,) * 3)
+    out = model.audio(batch.clips, batch.prompts, none, run=run)
+    assert out.routing is not None
+    assert seen == {"whisper": 3, **dict(zip(("hubert", "wavlm"), out.routing.runs.sum(0).tolist(), strict=True))}
+
+
+def test_an_expert_that_nobody_chose_gets_no_gradient() -> None:
+    model = SpeechLLM(tiny_model(), VOCAB_SIZE, seed=1)
+    with torch.no_grad():
+        model.audio.router.independent.logits.copy_(torch.tensor([9.0, 0.0]))
+        model.audio.router.dependent.bias.copy_(torch.tensor([9.0, -9.0]))
+    model(Batch(tuple(samples(1, 1)))).total.backward()
+    gradients = {n: p.grad is not None for n, p in model.audio.experts.named_parameters() if p.requires_grad}
+    assert all(has for name, has in gradients.items() if name.startswith("hubert.projection"))
+    assert not any(has for name, has in gradients.items() if name.startswith("wavlm."))
+
+
+@pytest.mark.parametrize("gate_input", ["primary", "log_mel", "prompt"])
+def test_every_gate_input_learns(gate_input: str) -> None:
+    config = replace(tiny_model(), router=RouterConfig(input=gate_input))  # type: ignore[arg-type]
+    model = SpeechLLM(config, VOCAB_SIZE, seed=1)
+    model(Batch(tuple(samples(1, 2)))).total.backward()
+    assert model.audio.router.dependent.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("gate_input", ["log_mel", "prompt"])
+def test_all_routed_has_no_primary(gate_input: str) -> None:
+    base = tiny_model()
+    encoders = (replace(base.primary, name="whisper"), *base.experts)
+    router = RouterConfig(mode="all_routed", input=gate_input, top_k=2)  # type: ignore[arg-type]
+    model = SpeechLLM(replace(base, primary=None, experts=encoders, router=router), VOCAB_SIZE, seed=1)
+    losses = model(Batch(tuple(samples(1, 0, 2))))
+    losses.total.backward()
+    assert model.audio.primary is None and losses.decisions is not None
+    assert losses.decisions.chosen.sum(-1).unique().tolist() == [2]
+
+
+def test_a_model_without_experts_has_no_router() -> None:
+    tower = AudioTower(replace(tiny_model(), experts=()), 32, VOCAB_SIZE)
+    assert not hasattr(tower, "router")
+
+
+def test_illegal_models_are_refused_in_one_line() -> None:
+    base = tiny_model()
+    with pytest.raises(UserError, match="top_k = 3: legal values are 1..2"):
+        replace(base, router=RouterConfig(top_k=3))
+    with pytest.raises(UserError, match="model.primary is missing"):
+        ModelConfig()
+    with pytest.raises(UserError, match="must be unique"):
+        replace(base, experts=(base.experts[0], base.experts[0]))
