@@ -1,0 +1,136 @@
+"""Rectangles, manifests and files: cut, written, read back and cut otherwise."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from model.errors import UserError
+from trainer.checkpoint.layout import (
+    FileEntry,
+    Manifest,
+    Rect,
+    Shard,
+    TensorEntry,
+    entries_of,
+    key_of,
+    matrix_of,
+    merge_entries,
+    rects_of_range,
+)
+from trainer.checkpoint.reader import Reader
+from trainer.checkpoint.writer import hash_file, write_tensors
+
+SHAPES = ((7, 5), (6,), (), (3, 2, 4), (1, 9))
+
+
+def cut(name: str, whole: torch.Tensor, cuts: list[int]) -> list[list[Shard]]:
+    """The flat tensor cut at `cuts`: the shards of each part."""
+    shape, flat, bounds = tuple(whole.shape), whole.flatten(), [0, *sorted(cuts), whole.numel()]
+    parts = []
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        shards = []
+        for offset, rect in rects_of_range(matrix_of(shape), start, stop):
+            values = flat[start + offset :][: rect.numel].view(rect.rows, rect.cols)
+            shards.append(Shard(name, shape, rect, {"param": values}, None))
+        parts.append(shards)
+    return parts
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 36), st.integers(0, 36))
+def test_a_range_is_at_most_three_rectangles_of_its_elements(rows: int, cols: int, a: int, b: int) -> None:
+    start, stop = sorted((a % (rows * cols + 1), b % (rows * cols + 1)))
+    whole = torch.arange(10 * 20).view(10, 20)
+    box = Rect(2, 3, rows, cols)
+    found = list(rects_of_range(box, start, stop))
+    assert len(found) <= 3
+    inside = whole[box.within(Rect(0, 0, 10, 20))].flatten()[start:stop]
+    for offset, rect in found:
+        assert whole[rect.within(Rect(0, 0, 10, 20))].flatten().equal(inside[offset : offset + rect.numel])
+    assert sum(rect.numel for _, rect in found) == stop - start
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(SHAPES), st.lists(st.floats(0, 1), max_size=4), st.lists(st.floats(0, 1), max_size=4))
+def test_any_cut_is_read_from_any_other(
+    tmp_path_factory: pytest.TempPathFactory, shape: tuple[int, ...], saved: list[float], wanted: list[float]
+) -> None:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    numel = math.prod(shape)
+    whole = torch.arange(float(numel)).view(shape)
+    files, entries = {}, []
+    for rank, shards in enumerate(cut("t", whole, [int(x * numel) for x in saved])):
+        file = f"audio-{rank:05d}.safetensors"
+        tensors = {key_of(s.name, "param", s.rect): s.values["param"] for s in shards}
+        files[file] = write_tensors(folder / file, tensors)
+        entries.append(entries_of(shards, file))
+    manifest = Manifest(1, {}, files, merge_entries(entries))
+    reader = Reader(folder, Manifest.loads(manifest.dumps()))
+    empty = torch.full(shape, -1.0)
+    for shards in cut("t", empty, [int(x * numel) for x in wanted]):
+        for shard in shards:
+            reader.check(shard)
+            reader.fill(shard)
+    assert empty.equal(whole)
+
+
+def test_files_are_safetensors(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(2, 2).to(torch.bfloat16),
+        "c": torch.tensor(True),
+        "d": torch.arange(5, dtype=torch.uint8),
+        "e": torch.arange(6).view(2, 3).T,
+    }
+    entry = write_tensors(tmp_path / "x.safetensors", tensors)
+    assert entry == hash_file(tmp_path / "x.safetensors")
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(read[k].equal(v) and read[k].dtype == v.dtype for k, v in tensors.items())
+
+
+def test_pieces_must_cover_the_tensor_once() -> None:
+    parts = [
+        entries_of(shards, f"audio-{i:05d}.safetensors") for i, shards in enumerate(cut("t", torch.zeros(4, 3), [5]))
+    ]
+    merge_entries(parts)
+    with pytest.raises(AssertionError, match="saved 5 elements"):
+        merge_entries(parts[:1])
+    with pytest.raises(AssertionError, match="saved 17 elements"):
+        merge_entries([*parts, parts[0]])
+
+
+def test_manifest_is_not_trusted() -> None:
+    entry = TensorEntry((2, 3), ("param",), None, (("llm-00000.safetensors", Rect(0, 0, 2, 3)),))
+    files = {"llm-00000.safetensors": FileEntry(8, "0" * 64)}
+    good = Manifest(3, {"world": 1}, files, {"t": entry})
+    assert Manifest.loads(good.dumps()) == good
+    with pytest.raises(ValueError, match="checksum"):
+        Manifest.loads(good.dumps().replace('"step":3', '"step":4'))
+    outside = {"../llm-00000.safetensors": files["llm-00000.safetensors"]}
+    with pytest.raises(ValueError, match="not a checkpoint's file name"):
+        Manifest.loads(Manifest(3, {}, outside, {}).dumps())
+    beyond = TensorEntry((2, 3), ("param",), None, (("llm-00000.safetensors", Rect(1, 0, 2, 3)),))
+    with pytest.raises(ValueError, match="not in the tensor"):
+        Manifest.loads(Manifest(3, {}, files, {"t": beyond}).dumps())
+    assert "pickle" not in good.dumps() and json.loads(good.dumps())["body"]["version"] == 1
+
+
+def test_another_model_is_named() -> None:
+    entry = TensorEntry((2, 3), ("param",), None, ())
+    reader = Reader(Path("step-00000001"), Manifest(1, {}, {}, {"audio.a": entry}))
+    whole = {"param": torch.zeros(2, 3)}
+    reader.check(Shard("audio.a", (2, 3), Rect(0, 0, 2, 3), whole, None))
+    with pytest.raises(UserError, match="holds no audio.b"):
+        reader.check(Shard("audio.b", (2, 3), Rect(0, 0, 2, 3), whole, None))
+    with pytest.raises(UserError, match=r"audio.a has shape \(2, 3\), the model's is \(3, 2\)"):
+        reader.check(Shard("audio.a", (3, 2), Rect(0, 0, 3, 2), whole, None))
+    with pytest.raises(UserError, match="was frozen"):
+        reader.check(Shard("audio.a", (2, 3), Rect(0, 0, 2, 3), whole, 0))

@@ -1,0 +1,42 @@
+"""Adam's state, whichever implementation holds it: moments per parameter, number of updates per parameter or group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.layout import EXP_AVG, EXP_AVG_SQ
+
+_PER_PARAMETER = (torch.optim.Adam, torch.optim.AdamW)
+
+
+def moments(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
+    """exp_avg and exp_avg_sq; made, as the first update would, where there was none."""
+    state = optimizer.state[parameter]
+    if not state:
+        state[EXP_AVG], state[EXP_AVG_SQ] = (torch.zeros_like(parameter.data) for _ in range(2))
+        if isinstance(optimizer, _PER_PARAMETER):
+            state["step"] = torch.tensor(0.0)
+    return {kind: state[kind] for kind in (EXP_AVG, EXP_AVG_SQ)}
+
+
+def num_updates(optimizer: Any, parameter: Tensor) -> int:
+    """Updates so far; call `moments` first."""
+    if isinstance(optimizer, _PER_PARAMETER):
+        return int(optimizer.state[parameter]["step"])
+    return int(_group_of(optimizer, parameter).get("step", 0))
+
+
+def set_num_updates(optimizer: Any, parameter: Tensor, step: int) -> None:
+    """As if that many updates had been made."""
+    if isinstance(optimizer, _PER_PARAMETER):
+        # In place, and one tensor per parameter: an aliased one would advance once for each that shares it.
+        optimizer.state[parameter]["step"].fill_(float(step))
+    else:
+        _group_of(optimizer, parameter)["step"] = step
+
+
+def _group_of(optimizer: Any, parameter: Tensor) -> dict[str, Any]:
+    return next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))

@@ -1,0 +1,95 @@
+"""The audio side's tensors in DeepSpeed ZeRO-3's memory.
+
+ZeRO-3 cuts every flattened parameter into equal slices, one per rank of its group, the last ones filled up. Learned
+slices lie end to end in the fp32 buffer of their sub-group, with Adam's moments beside it; a frozen one is `ds_tensor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.errors import UserError
+from trainer.checkpoint import adam
+from trainer.checkpoint.layout import PARAM, Shard, matrix_of, rects_of_range
+
+if TYPE_CHECKING:
+    from trainer.engine.encoders import AudioEngine
+
+_PREFIX = "audio."
+
+
+def shards(engine: AudioEngine) -> list[Shard]:
+    """Everything this rank holds. Views into the engine: call `refresh` after writing to them."""
+    zero = engine.zero
+    if zero.swap_optimizer or zero.params_in_nvme_and_cpu:
+        raise UserError("zero_optimization.offload_*.device = nvme: checkpoints need cpu or none there")
+    slices: dict[int, tuple[dict[str, Tensor], int | None]] = {}
+    for i, parameters in enumerate(zero.fp16_groups):
+        slices |= _slices_of_group(zero, i, parameters)
+    found: list[Shard] = []
+    for name, parameter in engine.named_parameters():
+        flats, step = slices.get(id(parameter), ({PARAM: parameter.ds_tensor.data}, None))  # type: ignore[attr-defined]
+        found += _shards_of(name, parameter, flats, step)
+    return [*found, *_buffers(engine.tower, saved_here=engine.groups.rank == 0)]
+
+
+def set_steps(engine: AudioEngine, steps: dict[str, int]) -> None:
+    """Number of updates of every learned parameter; one for each of ZeRO-3's sub-groups."""
+    names = {id(p): name for name, p in engine.named_parameters()}
+    for i, parameters in enumerate(engine.zero.fp16_groups):
+        wanted = {steps[names[id(p)]] for p in parameters}
+        assert len(wanted) == 1, f"parameters of one group were updated {sorted(wanted)} times"
+        adam.set_num_updates(_adam_of(engine.zero, i), engine.zero.fp32_partitioned_groups_flat[i], wanted.pop())
+
+
+def refresh(engine: AudioEngine) -> None:
+    """Bring what the forward pass reads up to the fp32 weights; collective."""
+    zero = engine.zero
+    zero.checkpoint_event_prologue()  # frees gathered parameters, also those that persist between steps
+    for i in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(i)
+    zero.checkpoint_event_epilogue()  # gathers the persistent ones anew
+
+
+def _slices_of_group(zero: Any, i: int, parameters: list[Any]) -> dict[int, tuple[dict[str, Tensor], int | None]]:
+    flat, optimizer = zero.fp32_partitioned_groups_flat[i], _adam_of(zero, i)
+    moments = adam.moments(optimizer, flat)
+    step = adam.num_updates(optimizer, flat)
+    found: dict[int, tuple[dict[str, Tensor], int | None]] = {}
+    at = 0
+    for parameter in parameters:
+        numel = parameter.partition_numel()
+        kinds = {kind: whole[at : at + numel] for kind, whole in {PARAM: flat.data, **moments}.items()}
+        found[id(parameter)] = (kinds, step)
+        at += numel
+    assert at == flat.numel(), (at, flat.numel())
+    return found
+
+
+def _adam_of(zero: Any, i: int) -> Any:
+    # With a partial offload, sub-groups on the accelerator have an optimizer of their own.
+    partial = zero.offload_optimizer and zero.subgroup_to_device[i] != "cpu"
+    return zero.backup_optimizer if partial else zero.optimizer
+
+
+def _shards_of(name: str, parameter: Any, flats: dict[str, Tensor], step: int | None) -> Iterator[Shard]:
+    shape, slice_numel = tuple(parameter.ds_shape), parameter.ds_tensor.ds_numel
+    start = min(slice_numel * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)
+    stop = min(start + slice_numel, parameter.ds_numel)
+    for offset, rect in rects_of_range(matrix_of(shape), start, stop):
+        cut = slice(offset, offset + rect.numel)
+        values = {kind: flat[cut].view(rect.rows, rect.cols) for kind, flat in flats.items()}
+        yield Shard(name, shape, rect, values, step)
+
+
+def _buffers(tower: nn.Module, saved_here: bool) -> Iterator[Shard]:
+    for prefix, module in tower.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                rect, full = matrix_of(tuple(buffer.shape)), ".".join(filter(None, (prefix, name)))
+                values = {PARAM: buffer.view(rect.rows, rect.cols)}
+                yield Shard(_PREFIX + full, tuple(buffer.shape), rect, values, None, saved_here)

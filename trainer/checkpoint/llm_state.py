@@ -1,0 +1,114 @@
+"""The LLM's tensors in Megatron's memory, under Hugging Face's names.
+
+The distributed optimizer gives each data-parallel rank a flat range of every learned parameter's tensor-parallel shard:
+its fp32 weights and Adam's moments. A shard is rectangles of Hugging Face tensors laid end to end
+(`model.llm.names.local_pieces`), so its range is too. Rows that pad the vocabulary belong to no tensor: they are zero
+and stay zero, and are neither saved nor loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from model.llm.names import hf_shapes, local_pieces, tp_dim
+from trainer.checkpoint import adam
+from trainer.checkpoint.layout import PARAM, Rect, Shard, matrix_of, rects_of_range
+from trainer.parallel.cpu import megatron_calls
+
+if TYPE_CHECKING:
+    from trainer.engine.llm import LLMEngine
+
+PREFIX = "llm."
+
+
+def shards(engine: LLMEngine) -> list[Shard]:
+    """Everything this rank holds. Views into the engine: call `refresh` after writing to them."""
+    place, tied = engine.groups.place, engine.hf_config.tie_word_embeddings
+    ranges = {id(p): (optimizer, main, start) for optimizer, p, main, start in _ranges(engine)}
+    found: list[Shard] = []
+    for name, parameter in engine.parameters():
+        # Held by several ranks: norms by every tensor rank, tied embeddings by the first and the last stage.
+        saved_here = (tp_dim(name) is not None or place.tp == 0) and not (tied and name == "output_layer.weight")
+        if id(parameter) in ranges:
+            optimizer, main, start = ranges[id(parameter)]
+            flats = {PARAM: main.data, **adam.moments(optimizer, main)}
+            step = adam.num_updates(optimizer, main)
+            found += _shards_of(engine, name, parameter, start, flats, step, saved_here)
+        elif not parameter.requires_grad:
+            flats = {PARAM: parameter.data.view(-1)}
+            found += _shards_of(engine, name, parameter, 0, flats, None, saved_here and place.dp == 0)
+    return found
+
+
+def set_steps(engine: LLMEngine, steps: dict[str, int]) -> None:
+    """Number of updates of every learned parameter."""
+    names = {id(p): name for name, p in engine.parameters()}
+    for optimizer, parameter, main, _ in _ranges(engine):
+        adam.set_num_updates(optimizer, main, steps[engine.hf_name(names[id(parameter)])])
+
+
+def refresh(engine: LLMEngine) -> None:
+    """Bring the model's weights up to the fp32 ones; collective over data-parallel ranks."""
+    if engine.optimizer is None:
+        return
+    with megatron_calls():
+        for optimizer in engine.optimizer.chained_optimizers:
+            optimizer._copy_main_params_to_model_params()
+        engine.model.start_param_sync(force_sync=True)  # type: ignore[operator]
+
+
+def tensor_names(engine: LLMEngine) -> set[str]:
+    """Of the whole LLM, on any rank."""
+    return {PREFIX + name for name in hf_shapes(engine.hf_config)}
+
+
+def _ranges(engine: LLMEngine) -> Iterator[tuple[Any, nn.Parameter, Tensor, int]]:
+    """(Adam, model parameter, this rank's fp32 part of it, where that starts in the flat parameter)."""
+    if engine.optimizer is None:
+        return
+    for optimizer in engine.optimizer.chained_optimizers:
+        if optimizer.is_stub_optimizer:
+            continue
+        for parameter, (group, place) in optimizer.model_param_group_index_map.items():
+            main = optimizer.optimizer.param_groups[group]["params"][place]
+            span = optimizer._get_model_param_range_map(parameter)["param"]
+            assert main.numel() == span.size, (main.shape, str(span))
+            yield optimizer.optimizer, parameter, main, span.start
+
+
+def _shards_of(
+    engine: LLMEngine,
+    name: str,
+    parameter: nn.Parameter,
+    start: int,
+    flats: dict[str, Tensor],
+    step: int | None,
+    saved_here: bool,
+) -> Iterator[Shard]:
+    """Cut elements `start …` of the rank's shard of a Megatron parameter where Hugging Face tensors begin and end."""
+    shapes, tp = hf_shapes(engine.hf_config), engine.groups.topology.tp
+    stop, base = start + flats[PARAM].numel(), 0
+    for piece in local_pieces(name, engine.hf_config, engine.groups.place.tp, tp):
+        if piece.hf_name is None:
+            rows = piece.index[0]
+            base += (rows.stop - rows.start) * engine.hf_config.hidden_size
+            continue
+        shape = shapes[piece.hf_name]
+        box = _rect(piece.index, matrix_of(shape))
+        low, high = max(start - base, 0), min(stop - base, box.numel)
+        if low < high:
+            for offset, rect in rects_of_range(box, low, high):
+                at = base + low + offset - start
+                values = {kind: flat[at : at + rect.numel].view(rect.rows, rect.cols) for kind, flat in flats.items()}
+                yield Shard(PREFIX + piece.hf_name, shape, rect, values, step, saved_here)
+        base += box.numel
+    assert base == parameter.numel(), (name, base, parameter.shape)
+
+
+def _rect(index: tuple[slice, ...], whole: Rect) -> Rect:
+    row, row_stop, _ = index[0].indices(whole.rows)
+    col, col_stop, _ = (index[1] if len(index) > 1 else slice(None)).indices(whole.cols)
+    return Rect(row, col, row_stop - row, col_stop - col)
