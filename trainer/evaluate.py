@@ -15,6 +15,7 @@ import torch.distributed as dist
 from model.audio_tower import count, usable_ctc_targets
 from model.batch import Batch, Sample
 from trainer.data.eval_set import eval_samples
+from trainer.data.loader import SkipLog
 from trainer.data.prepare import PreparedData
 from trainer.data.tokenizer import Tokenizer
 from trainer.engine.generate import generate
@@ -66,7 +67,9 @@ class Evaluator:
         start = time.perf_counter()
         groups = self.step.groups
         if (split, max_samples) not in self._samples:
-            found = eval_samples(self.prepared, split, groups.rank, groups.topology.world, max_samples)
+            log = SkipLog(self.folder / "skipped.jsonl")
+            world = groups.topology.world
+            found = eval_samples(self.prepared, split, groups.rank, world, max_samples, on_skip=log)
             self._samples[split, max_samples] = found
         mine = predict(self.step, self._samples[split, max_samples], self.prepared.tokenizer, self.config)
         everyone: list[Any] | None = [None] * groups.topology.world if groups.rank == 0 else None

@@ -82,7 +82,7 @@ class Loop:
             rank=self.groups.rank,
             world=self.groups.topology.world,
             state=data_state,
-            on_skip=SkipLog(self.run_dir / f"skipped-rank{self.groups.rank}.jsonl"),
+            on_skip=SkipLog(self.run_dir / "skipped.jsonl"),
         )
         with loader:
             batches = iter(loader)

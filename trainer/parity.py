@@ -123,15 +123,23 @@ def build_oracle(config: ModelConfig) -> SpeechLLM:
     return SpeechLLM(config, VOCAB_SIZE, SEED).train()
 
 
-def build_step(config: ModelConfig, groups: Groups, ds_config: dict[str, Any], num_steps: int) -> Step:
+def build_step(
+    config: ModelConfig,
+    groups: Groups,
+    ds_config: dict[str, Any],
+    num_steps: int,
+    dtype: torch.dtype = torch.float32,
+    batch_sec: float = 1.5,
+    pack_tokens: int = 48,
+) -> Step:
     """The distributed model with the oracle's initial weights."""
     hf_config = resolve_hf_config(config.llm)
     source = RandomSource(hf_config, SEED)
-    llm = LLMEngine(hf_config, source, OPTIM, groups, torch.float32, recompute=groups.topology.pp > 1)
+    llm = LLMEngine(hf_config, source, OPTIM, groups, dtype, recompute=groups.topology.pp > 1)
     torch.manual_seed(SEED)
     tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE)
-    audio = AudioEngine(tower.train(), OPTIM, ds_config, groups, batch_sec=1.5)
-    return Step(config, OPTIM, audio, llm, groups, num_steps=num_steps, tokens_per_microbatch=48, seed=SEED)
+    audio = AudioEngine(tower.train(), OPTIM, ds_config, groups, batch_sec)
+    return Step(config, OPTIM, audio, llm, groups, num_steps=num_steps, tokens_per_microbatch=pack_tokens, seed=SEED)
 
 
 def compare(step: Step, oracle: SpeechLLM, samples: list[list[Sample]], number: int = 0) -> Difference:

@@ -43,6 +43,9 @@ class AudioEngine:
         learned = param_groups(optim, named)
         if not learned:
             raise UserError("optim.parts: every audio parameter is frozen; leave at least audio.projector.* to learn")
+        # Its shared-memory all-reduce serves inference on CPUs. It compiles C++ at start, and a build that was killed
+        # leaves a lock on which every later start waits without a word.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # All of them, explicitly: a parameter partitioned later would inherit another one's group.
         deepspeed.zero.Init(module=tower, config_dict_or_path=ds_config)
         optimizer = torch.optim.AdamW(learned, lr=optim.lr, betas=optim.betas, eps=optim.eps)
@@ -50,11 +53,22 @@ class AudioEngine:
             model=tower, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
         self.tower: AudioTower = self.engine.module
+        self._keep_persistent()
 
     @property
     def zero(self) -> Any:
         """DeepSpeed's ZeRO-3 optimizer."""
         return self.engine.optimizer
+
+    def _keep_persistent(self) -> None:
+        """Keep parameters below `stage3_param_persistence_threshold` gathered until the next update.
+
+        DeepSpeed releases them too after every call while the order of module calls differs from the last step's, and
+        ours does: the number of calls follows the batch. It releases no parameter that some module still uses.
+        """
+        for _, parameter in self.named_parameters():
+            if parameter.ds_persist:  # type: ignore[attr-defined]
+                parameter.ds_active_sub_modules.add("persistent")  # type: ignore[attr-defined]
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """ZeRO-3 parameters (`ds_shape`, `ds_tensor`) by name, `audio.…`."""
@@ -131,6 +145,7 @@ class AudioEngine:
         # DeepSpeed divides by max(1, (norm + 1e-6) / clip_grad): choose clip_grad so that this is 1 / coefficient.
         self.zero.clip_grad = 0.0 if coefficient >= 1.0 else (norm + 1e-6) * coefficient
         self.engine.step()
+        self._keep_persistent()
 
     def discard(self) -> None:
         """Forget the gradients of this step."""

@@ -223,8 +223,8 @@ def embedding_segments(plan: PackPlan, homes: Sequence[int], topology: Topology)
     return Segments.of(moves)
 
 
-CALL_COST_SAMPLES = 32_000
-"""What one more encoder call costs, as audio: about two seconds (launching a small encoder's kernels and hooks)."""
+CALL_COST_SAMPLES = 160_000
+"""What one more encoder call costs, as audio: ten seconds. Every call passes ZeRO-3's hooks of every module."""
 
 
 def encoder_calls(lengths_by_rank: Sequence[Sequence[int]], budget: int) -> int:
