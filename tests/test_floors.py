@@ -21,7 +21,7 @@ ALLOWED = {
     "trainer.parallel": {"model"},
     "trainer.telemetry": {"model"},
     "trainer.engine": {"model", "trainer.parallel"},
-    "trainer.checkpoint": {"model", "trainer.parallel"},
+    "trainer.checkpoint": {"model", "trainer.parallel", "trainer.engine"},
     "trainer.config": {
         "model",
         "trainer.data",

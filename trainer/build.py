@@ -69,9 +69,16 @@ def prepare_once(recipe: Recipe, groups: Groups) -> PreparedData:
     def _say(report: BuildReport) -> None:
         print(f"made shards in {report.folder}: {report.num_samples} samples", flush=True)
 
-    prepared = made() if groups.rank == 0 else None
-    barrier(groups)
-    return made() if prepared is None else prepared
+    mistake: list[str | None] = [None]
+    if groups.rank == 0:
+        try:
+            made()
+        except UserError as error:
+            mistake = [str(error)]
+    dist.broadcast_object_list(mistake, src=0, group=groups.world)
+    if mistake[0] is not None:
+        raise UserError(mistake[0])
+    return made()
 
 
 def build_step(recipe: Recipe, groups: Groups, vocab_size: int) -> Step:

@@ -52,7 +52,7 @@ def tiny_model(llm_family: str = "llama") -> ModelConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
-        "initializer_range": 0.2,
+        "initializer_range": 0.06,
         "tie_word_embeddings": llm_family == "qwen2",
     }
     return ModelConfig(
