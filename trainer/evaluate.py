@@ -111,7 +111,7 @@ def predict(step: Step, samples: Sequence[Sample], tokenizer: Tokenizer, config:
     predictions = []
     for n in range(int(rounds)):
         part = [samples[i] for i in order[n * share : (n + 1) * share]]
-        for sample, tokens in zip(part, _answer(step, Batch(tuple(part)), tokenizer, config), strict=True):
+        for sample, tokens in zip(part, answer(step, Batch(tuple(part)), tokenizer, config), strict=True):
             finished = len(tokens) < config.max_new_tokens
             predictions.append(Prediction(sample.key, tokenizer.decode(tokens), finished, sample.meta))
     step.audio.train(True)
@@ -120,7 +120,7 @@ def predict(step: Step, samples: Sequence[Sample], tokenizer: Tokenizer, config:
 
 
 @torch.no_grad()
-def _answer(step: Step, batch: Batch, tokenizer: Tokenizer, config: EvalConfig) -> list[list[int]]:
+def answer(step: Step, batch: Batch, tokenizer: Tokenizer, config: EvalConfig) -> list[list[int]]:
     """Token ids for this rank's part of a global batch of prompts."""
     groups = step.groups
     none = usable_ctc_targets(batch, step.model)

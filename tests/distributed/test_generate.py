@@ -1,0 +1,69 @@
+"""Greedy decoding over the distributed model says what the single-process model says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from model.batch import IGNORE, Batch, Sample
+from model.speech_llm import SpeechLLM
+from tests.distributed.harness import run_ranks
+from tools.parity import DS_CONFIG
+from trainer import parity
+from trainer.evaluate import answer
+from trainer.parallel.groups import build_groups, connect
+from trainer.parallel.topology import Topology
+
+MAX_NEW_TOKENS = 6
+EOS = 7
+
+
+def prompt_of(sample: Sample) -> Sample:
+    """The sample up to its answer."""
+    length = int((sample.labels != IGNORE).nonzero()[0]) + 1
+    ids, mask = sample.token_ids[:length], sample.audio_mask[:length]
+    return replace(sample, token_ids=ids, audio_mask=mask, labels=torch.full((length,), IGNORE))
+
+
+@torch.no_grad()
+def greedy(oracle: SpeechLLM, sample: Sample) -> list[int]:
+    """Without cache, packing or ranks."""
+    found: list[int] = []
+    audio, _, _ = oracle.embed_audio(Batch((sample,)))
+    while len(found) < MAX_NEW_TOKENS:
+        more = torch.tensor(found, dtype=torch.int64)
+        ids = torch.cat([sample.token_ids, more])
+        mask = torch.cat([sample.audio_mask, torch.zeros(len(found), dtype=torch.bool)])
+        whole = replace(sample, token_ids=ids, audio_mask=mask, labels=torch.full((len(ids),), IGNORE))
+        token = int(oracle.logits(Batch((whole,)), audio)[0, -1].argmax())
+        if token == EOS:
+            break
+        found.append(token)
+    return found
+
+
+def body(tp: int, pp: int) -> list[list[list[int]]]:
+    rank, world, device = connect()
+    groups = build_groups(Topology(world, tp, pp), rank, device, parity.SEED)
+    model = parity.tiny_model()
+    step = parity.build_step(model, groups, DS_CONFIG, 1)
+    oracle = parity.build_oracle(model).eval()
+    step.audio.train(False)
+    step.llm.train(False)
+    samples = [[prompt_of(s) for s in own] for own in parity.make_samples("mixed", world, model.adapter.strides)]
+    samples[0] = samples[0][:2]
+    config: Any = SimpleNamespace(max_new_tokens=MAX_NEW_TOKENS)
+    tokenizer: Any = SimpleNamespace(eos_id=EOS, vocab_size=parity.VOCAB_SIZE)
+    answers = answer(step, Batch(tuple(samples[rank])), tokenizer, config)
+    return [answers, [greedy(oracle, s) for s in samples[rank]]]
+
+
+@pytest.mark.parametrize(("world", "tp", "pp"), [(2, 1, 1), (2, 2, 1), (2, 1, 2)])
+def test_decoding_equals_the_oracle(world: int, tp: int, pp: int) -> None:
+    for answers, expected in run_ranks(world, body, {"tp": tp, "pp": pp}, env={"DS_ACCELERATOR": "cpu"}):
+        assert answers == expected
+        assert len({tuple(a) for a in answers}) > 1, "the same answer to everything shows nothing"
