@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from trainer.config.schema import Recipe
 from trainer.data.manifest import BuildReport
 from trainer.data.prepare import PreparedData, prepare
 from trainer.engine.ds_config import build_ds_config
-from trainer.engine.encoders import AudioEngine, barrier
+from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine
 from trainer.engine.optim import check_patterns
 from trainer.evaluate import Evaluator
@@ -54,7 +53,7 @@ def run_training(recipe: Recipe, env: RankEnv) -> int:
             print(final_table(loop.last_evaluation, prepared), flush=True)
         if not finished:
             print(f"stopped; the same command goes on from the checkpoint in {run_dir}", flush=True)
-    barrier(groups)
+    dist.barrier(groups.world)
     dist.destroy_process_group()
     return 0
 
@@ -69,16 +68,16 @@ def prepare_once(recipe: Recipe, groups: Groups) -> PreparedData:
     def _say(report: BuildReport) -> None:
         print(f"made shards in {report.folder}: {report.num_samples} samples", flush=True)
 
-    mistake: list[str | None] = [None]
+    prepared, mistake = None, [""]
     if groups.rank == 0:
         try:
-            made()
+            prepared = made()
         except UserError as error:
             mistake = [str(error)]
     dist.broadcast_object_list(mistake, src=0, group=groups.world)
-    if mistake[0] is not None:
+    if mistake[0]:
         raise UserError(mistake[0])
-    return made()
+    return made() if prepared is None else prepared
 
 
 def build_step(recipe: Recipe, groups: Groups, vocab_size: int) -> Step:
@@ -132,5 +131,4 @@ def build_hooks(recipe: Recipe, run_dir: Path, start: int) -> list[Hook]:
     hooks: list[Hook] = [TrackerHook(tracker, telemetry.log_every_steps), SummaryHook(tracker)]
     if telemetry.progress:
         hooks.append(ProgressHook(telemetry.log_every_steps))
-    sys.stdout.flush()
     return hooks

@@ -45,6 +45,8 @@ class Loop:
         self.recipe, self.step, self.groups, self.prepared = recipe, step, groups, prepared
         self.evaluator, self.checkpoints, self.run_dir = evaluator, checkpoints, run_dir
         self.hooks: Sequence[Hook] = ()
+        self.last_evaluation: Evaluation | None = None
+        """Of `eval.final_split`; rank 0 only."""
         self.summary: dict[str, Any] = {}
         """What only this run knows; the end of the run hands it to the hooks."""
 

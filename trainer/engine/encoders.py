@@ -8,7 +8,6 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from model import lengths
@@ -167,8 +166,3 @@ def _parse(flat: list[int], num_encoders: int) -> list[list[int]]:
         rows.append(flat[at + 1 : at + 1 + flat[at]])
         at += 1 + flat[at]
     return rows
-
-
-def barrier(groups: Groups) -> None:
-    """Wait for all ranks."""
-    dist.barrier(groups.world)
