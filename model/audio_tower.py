@@ -1,15 +1,18 @@
 """Everything before the LLM: encoders, router, mixture, adapter, projector.
 
-Parallelism comes in from outside as one callable, `run`: given named encoders and the clips each must see, it returns
-their features. `run_here` computes on the spot; the trainer's sends clips to the ranks that hold the encoder.
+Parallelism comes in from outside as one callable, `run`: given the names of encoders and the clips each must see, it
+returns their features. `run_here` computes on the spot; the trainer's sends clips to the ranks that hold the encoder.
 
-Shapes: B clips, T audio samples, F frames, S slots, D width, H width of the LLM.
+Shapes: B clips, T audio samples, F frames, S slots, D width, H width of the LLM, K experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +20,17 @@ from torch import Tensor, nn
 from model import lengths
 from model.adapter import Adapter
 from model.batch import Batch, Ragged
-from model.config import ModelConfig
+from model.config import EncoderConfig, ModelConfig
 from model.encoders.base import AudioEncoder
 from model.encoders.registry import build_encoder
 from model.loss import Counts, ctc_feasible, ctc_sum
 from model.mixture import Expert, mix
 from model.router import Router, Routing
 
-RunEncoders = Callable[[Mapping[str, nn.Module], Mapping[str, Ragged]], Mapping[str, Ragged]]
+RunEncoders = Callable[[Sequence[str], Ragged, Tensor], Sequence[Ragged]]
+"""(K names, clips [ΣT], wanted [B, K] bool) → per encoder the features [ΣF, D] of the clips wanted of it, in order."""
 
-
-def run_here(encoders: Mapping[str, nn.Module], clips: Mapping[str, Ragged]) -> dict[str, Ragged]:
-    """Compute each encoder on its clips [ΣT] in this process; an encoder without clips is not called."""
-    return {name: encoders[name](c) for name, c in clips.items() if len(c)}
+Part = TypeVar("Part", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -47,28 +48,60 @@ class AudioOutput:
 class AudioTower(nn.Module):
     """The audio side of the model.
 
+    The initial weights of each part follow from torch's seed and the part's name alone: adding, removing or not
+    holding an encoder leaves the others' as they are.
+
     Args:
         config: the whole model's.
         llm_dim: H.
         vocab_size: of the tokenizer (prompt gate and CTC head).
+        held: names of the experts to build here; None: all of them. What is not held cannot be run here.
     """
 
-    def __init__(self, config: ModelConfig, llm_dim: int, vocab_size: int) -> None:
+    def __init__(self, config: ModelConfig, llm_dim: int, vocab_size: int, held: Collection[str] | None = None) -> None:
         super().__init__()
         self.config = config
-        primary = None if config.primary is None else build_encoder(config.primary)
-        self.primary = primary
-        width = 0 if primary is None else primary.dim
+        self.expert_names = tuple(e.name for e in config.experts)
+        self.primary: AudioEncoder | None = None
+        width = 0
+        if config.primary is not None:
+            primary = config.primary
+            self.primary = _seeded("primary", lambda: build_encoder(primary))
+            width = self.primary.dim
         self.experts = nn.ModuleDict()
         for expert in config.experts:
-            encoder = build_encoder(expert)
-            self.experts[expert.name] = Expert(encoder, encoder.dim, config.expert_dim)
-        if self.experts:
-            self.router = Router(config.router, len(self.experts), width, vocab_size, config.expert_dim)
-            width += len(config.router.gates) * config.expert_dim
-        self.adapter = Adapter(config.adapter, width)
-        self.projector = nn.Linear(self.adapter.dim, llm_dim)
-        self.ctc_head = nn.Linear(self.adapter.dim, vocab_size + 1) if config.ctc_weight > 0 else None
+            if held is None or expert.name in held:
+                self.experts[expert.name] = _seeded(f"experts.{expert.name}", partial(self._expert, expert))
+        if config.experts:
+            router, num_experts = config.router, len(config.experts)
+            self.router = _seeded("router", lambda: Router(router, num_experts, width, vocab_size, config.expert_dim))
+        joined = width + (len(config.router.gates) * config.expert_dim if config.experts else 0)
+        self.adapter = _seeded("adapter", lambda: Adapter(config.adapter, joined))
+        self.projector = _seeded("projector", lambda: nn.Linear(self.adapter.dim, llm_dim))
+        self.ctc_head: nn.Linear | None = None
+        if config.ctc_weight > 0:
+            self.ctc_head = _seeded("ctc_head", lambda: nn.Linear(self.adapter.dim, vocab_size + 1))
+
+    def _expert(self, config: EncoderConfig) -> Expert:
+        encoder = build_encoder(config)
+        return Expert(encoder, encoder.dim, self.config.expert_dim)
+
+    def encoder(self, name: str) -> nn.Module:
+        """The primary, or the expert with its projection, of that name."""
+        if self.primary is not None and self.config.primary is not None and name == self.config.primary.name:
+            return self.primary
+        return self.experts[name]
+
+    def run_here(self, names: Sequence[str], clips: Ragged, wanted: Tensor) -> list[Ragged]:
+        """`RunEncoders` in this process; an encoder without clips is not called."""
+        found = []
+        for name, flags in zip(names, wanted.T.cpu(), strict=True):
+            rows = flags.nonzero().flatten().tolist()
+            if rows:
+                found.append(self.encoder(name)(clips.select(rows)))
+            else:
+                found.append(Ragged(self.projector.weight.new_zeros(0, self.config.expert_dim), ()))
+        return found
 
     def set_recompute(self, enabled: bool) -> None:
         """Activation checkpointing of all encoders' layers."""
@@ -82,7 +115,7 @@ class AudioTower(nn.Module):
         prompts: Ragged,
         ctc_targets: Ragged,
         noise: Tensor | None = None,
-        run: RunEncoders = run_here,
+        run: RunEncoders | None = None,
     ) -> AudioOutput:
         """Embed B ≥ 1 clips.
 
@@ -91,28 +124,32 @@ class AudioTower(nn.Module):
             prompts: instruction tokens [ΣP], one sequence per clip.
             ctc_targets: [ΣC], one sequence per clip, empty where no CTC loss applies.
             noise: [B, G, K] standard normal for the router; None outside training.
-            run: who computes the encoders.
+            run: who computes the encoders; None: `run_here`.
         """
+        run = run or self.run_here
         frames = tuple(lengths.num_frames(n) for n in clips.lengths)
         primary = None
         if self.primary is not None:
             assert self.config.primary is not None
-            name = self.config.primary.name
-            primary = run({name: self.primary}, {name: clips})[name]
-        routing = self.router(clips, primary, prompts, noise) if self.experts else None
-        experts = [] if routing is None else self._run_experts(clips, routing, run)
+            everything = torch.ones(len(clips), 1, dtype=torch.bool)
+            (primary,) = run([self.config.primary.name], clips, everything)
+        routing, experts = None, []
+        if self.expert_names:
+            routing = self.router(clips, primary, prompts, noise)
+            experts = list(run(self.expert_names, clips, routing.runs))
         features = self.adapter(mix(primary, experts, routing, frames))
         ctc_loss = features.values.new_zeros(())
         if self.ctc_head is not None:
             ctc_loss = ctc_sum(Ragged(self.ctc_head(features.values), features.lengths), ctc_targets)
         return AudioOutput(Ragged(self.projector(features.values), features.lengths), routing, ctc_loss)
 
-    def _run_experts(self, clips: Ragged, routing: Routing, run: RunEncoders) -> list[Ragged]:
-        runs = routing.runs.cpu()
-        wanted = {name: clips.select(runs[:, k].nonzero().flatten().tolist()) for k, name in enumerate(self.experts)}
-        found = run(dict(self.experts.items()), wanted)
-        none = clips.values.new_zeros(0, self.config.expert_dim).to(routing.probs.dtype)
-        return [found.get(name, Ragged(none, ())) for name in self.experts]
+
+def _seeded(part: str, build: Callable[[], Part]) -> Part:
+    """`build()` with torch's generator seeded by its own seed and the part's name; the generator is left as it was."""
+    digest = hashlib.sha256(f"{torch.initial_seed()}/{part}".encode()).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(digest[:7], "little"))
+        return build()
 
 
 def usable_ctc_targets(batch: Batch, config: ModelConfig) -> Ragged:

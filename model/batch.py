@@ -43,9 +43,9 @@ class Ragged:
         return Ragged(torch.cat(list(sequences)), tuple(s.shape[0] for s in sequences))
 
     def select(self, rows: Sequence[int]) -> Ragged:
-        """The sequences at `rows`, in that order."""
+        """The sequences at `rows`, in that order; also of none, the result stays in the autograd graph."""
         parts = self.split()
-        return Ragged.of([parts[i] for i in rows], like=self.values)
+        return Ragged.of([parts[i] for i in rows]) if rows else Ragged(self.values[:0], ())
 
     def to(self, *args: Any, **kwargs: Any) -> Ragged:
         """As `Tensor.to`."""

@@ -4,6 +4,13 @@ Every encoder of this project reports one frame per 20 ms (50 Hz): Whisper's two
 frames count ceil, the convolution stacks of HuBERT and WavLM count floor (their last frame is repeated to fill up).
 """
 
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Count = TypeVar("Count", int, NDArray[np.int64])
+
 SAMPLE_RATE = 16_000
 FRAME_SAMPLES = 320
 
@@ -13,8 +20,8 @@ def num_samples(seconds: float) -> int:
     return round(seconds * SAMPLE_RATE)
 
 
-def num_frames(samples: int) -> int:
-    """Encoder frames (20 ms) that cover `samples`: the last one may be partly filled."""
+def num_frames(samples: Count) -> Count:
+    """Encoder frames (20 ms) that cover `samples` (one number or an array): the last one may be partly filled."""
     return -(-samples // FRAME_SAMPLES)
 
 

@@ -1,8 +1,9 @@
 """Compare distributed training with the single-process model, on this machine's topologies.
 
-    python -m tools.parity              all topologies that fit on 4 processes, four kinds of batches, 20-step curves
+    python -m tools.parity              all topologies that fit on 4 processes, five kinds of batches, 20-step curves
     python -m tools.parity --ranks 2    up to 2 processes
     python -m tools.parity --steps 0    no loss curves
+    python -m tools.parity --deepspeed ds_configs/zero3_offload.json    with ZeRO-3 as a run would have it
     python -m tools.parity --json       one JSON object on the last line
 
 A user runs it on a new cluster before trusting it. Exit code 1: a difference is over the limit.
@@ -22,7 +23,7 @@ from pathlib import Path
 from trainer.launch import start_ranks
 from trainer.parallel.topology import Topology, divisors
 
-KINDS = ("mixed", "text_only", "rank_without_audio", "fewer_samples_than_ranks")
+KINDS = ("mixed", "text_only", "rank_without_audio", "fewer_samples_than_ranks", "one_expert")
 TOLERANCE = 1e-5
 CURVE_TOLERANCE = 1e-4
 DS_CONFIG = {
@@ -58,24 +59,33 @@ class Row:
 
 
 def topologies(max_ranks: int) -> list[Topology]:
-    """All ways to lay out 1, 2, 4, … ≤ `max_ranks` processes."""
+    """All ways to lay out 1, 2, 4, … ≤ `max_ranks` processes; the encoders over all ranks, and expert-parallel: over 2
+    (the three experts do not divide evenly) and over 4 (a rank holds none)."""
     worlds = [w for w in (1, 2, 4, 8, 16) if w <= max_ranks]
     return [
-        Topology(w, tp, pp) for w in worlds for tp in divisors(w) for pp in divisors(w // tp) if tp <= 4 and pp <= 4
+        Topology(w, tp, pp, ep)
+        for ep in (1, 2, 4)
+        for w in worlds
+        for tp in divisors(w)
+        for pp in divisors(w // tp)
+        if tp <= 4 and pp <= 4 and w % ep == 0 and (ep < 4 or tp * pp <= 2)
     ]
 
 
 def name(topology: Topology) -> str:
     """E.g. `DP2·TP2`; sequence parallelism is on wherever TP > 1."""
-    parts = [f"{k}{n}" for k, n in (("DP", topology.dp), ("TP", topology.tp), ("PP", topology.pp)) if n > 1]
+    sizes = (("DP", topology.dp), ("TP", topology.tp), ("PP", topology.pp), ("EP", topology.ep))
+    parts = [f"{k}{n}" for k, n in sizes if n > 1]
     return "·".join(parts) or "1"
 
 
-def check(topology: Topology, num_steps: int, family: str, kinds: tuple[str, ...] = KINDS) -> list[Row]:
-    """Measure one topology in processes of its own."""
+def check(
+    topology: Topology, num_steps: int, family: str, kinds: tuple[str, ...] = KINDS, deepspeed: str | None = None
+) -> list[Row]:
+    """Measure one topology in processes of its own; `deepspeed` names a DeepSpeed JSON, else `DS_CONFIG` holds."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "rows.json"
-        task = json.dumps([topology.tp, topology.pp, num_steps, family, kinds, str(out)])
+        task = json.dumps([topology.tp, topology.pp, topology.ep, num_steps, family, kinds, deepspeed, str(out)])
         code = start_ranks(topology.world, [sys.executable, "-m", "tools.parity", "--worker", task])
         if code:
             return [Row(name(topology), f"crashed with exit code {code}", float("nan"), float("nan"), "")]
@@ -90,18 +100,21 @@ def work(task: str) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     from trainer import parity
+    from trainer.engine.ds_config import build_ds_config
     from trainer.parallel.groups import build_groups, connect
 
-    tp, pp, num_steps, family, kinds, out = json.loads(task)
+    tp, pp, ep, num_steps, family, kinds, deepspeed, out = json.loads(task)
     rank, world, device = connect(timeout_sec=300)
-    topology = Topology(world, tp, pp)
+    topology = Topology(world, tp, pp, ep)
     groups = build_groups(topology, rank, device, parity.SEED)
     model = parity.tiny_model(family)
-    step = parity.build_step(model, groups, DS_CONFIG, max(1, num_steps))
+    ds_config = build_ds_config(Path(deepspeed), precision="fp32") if deepspeed else DS_CONFIG
+    step = parity.build_step(model, groups, ds_config, max(1, num_steps))
     oracle = parity.build_oracle(model)
     rows = []
     for kind in kinds:
-        found = parity.compare(step, oracle, parity.make_samples(kind, world, model.adapter.strides))
+        with parity.favoured(step, 1 if kind == "one_expert" else None):
+            found = parity.compare(step, oracle, parity.make_samples(kind, world, model.adapter.strides))
         rows.append(Row(name(topology), kind, found.loss, found.gradient, found.worst))
     if num_steps:
         worst_loss, worst_norm = parity.loss_curves(step, oracle, num_steps)
@@ -119,6 +132,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=4, help="largest number of processes (default 4)")
     parser.add_argument("--steps", type=int, default=20, help="length of the loss curves; 0: none (default 20)")
     parser.add_argument("--family", default="llama", choices=("llama", "mistral", "qwen2", "qwen3"))
+    parser.add_argument("--deepspeed", help="a DeepSpeed JSON (default: stage 3, no weight stays gathered)")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -126,14 +140,14 @@ def main() -> int:
         return work(options.worker)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    print(f"{'topology':10} {'batch':26} {'loss':>9} {'gradient':>9}   largest at")
+    print(f"{'topology':12} {'batch':26} {'loss':>9} {'gradient':>9}   largest at")
     rows: list[Row] = []
     for topology in topologies(options.ranks):
-        for row in check(topology, options.steps, options.family):
+        for row in check(topology, options.steps, options.family, deepspeed=options.deepspeed):
             rows.append(row)
             verdict = "" if row.passed else "   OVER"
             print(
-                f"{row.topology:10} {row.kind:26} {row.loss:9.1e} {row.gradient:9.1e}   {row.worst}{verdict}",
+                f"{row.topology:12} {row.kind:26} {row.loss:9.1e} {row.gradient:9.1e}   {row.worst}{verdict}",
                 flush=True,
             )
     passed = all(r.passed for r in rows)

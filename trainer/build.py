@@ -21,6 +21,7 @@ from trainer.engine.ds_config import build_ds_config
 from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine
 from trainer.engine.optim import check_patterns
+from trainer.engine.placement import place
 from trainer.evaluate import Evaluator
 from trainer.hooks import Hook, ProgressHook, SummaryHook, TrackerHook
 from trainer.launch import RankEnv
@@ -98,13 +99,16 @@ def build_step(recipe: Recipe, groups: Groups, vocab_size: int) -> Step:
     train = recipe.train
     llm = LLMEngine(hf_config, source, recipe.optim, groups, DTYPES[train.precision], train.recompute_llm)
     torch.manual_seed(recipe.seed)
-    tower = AudioTower(recipe.model, hf_config.hidden_size, vocab_size)
+    topology = groups.topology
+    held = place(recipe.model, topology.ep).held_by(groups.rank)
+    tower = AudioTower(recipe.model, hf_config.hidden_size, vocab_size, held)
     tower.set_recompute(train.recompute_encoders)
     ds_config = build_ds_config(deepspeed_json(recipe), precision=train.precision)
-    audio = AudioEngine(tower, recipe.optim, ds_config, groups, train.encoder_batch_sec)
-    check_patterns(
-        recipe.optim, [n for n, _ in audio.named_parameters()] + [llm.hf_name(n) for n, _ in llm.parameters()]
-    )
+    audio = AudioEngine(tower, recipe.optim, ds_config, groups, train.encoder_batch_sec, train.debug_plan)
+    held_names = [n for n, _ in audio.named_parameters()] + [llm.hf_name(n) for n, _ in llm.parameters()]
+    everyone: list[list[str]] = [[]] * topology.world
+    dist.all_gather_object(everyone, held_names, group=groups.world)
+    check_patterns(recipe.optim, [name for names in everyone for name in names])
     # Dropout, where a config has any, must differ between ranks.
     torch.manual_seed(recipe.seed + 1000 * groups.rank)
     return Step(

@@ -14,11 +14,13 @@ from model import lengths
 from model.audio_tower import AudioTower
 from model.config import EncoderConfig
 from model.encoders.hf_config import resolve
+from model.encoders.registry import encoder_flops
 from model.errors import UserError
 from model.llm.names import hf_shapes, padded_vocab_size
 from trainer.config.checks import known_encoder, known_llm_config
 from trainer.config.schema import Recipe
 from trainer.engine.optim import check_patterns, setting_of
+from trainer.engine.placement import place
 from trainer.parallel.topology import Topology, build_topology
 
 
@@ -44,11 +46,13 @@ def describe(recipe: Recipe) -> str:
     audio = audio_sizes(recipe, hf_config)
     llm = {f"llm.{name}": _size(recipe, f"llm.{name}", shape) for name, shape in hf_shapes(hf_config).items()}
     check_patterns(recipe.optim, [*audio, *llm])
+    places = _places(recipe, topology, audio)
     blocks = (
         [f"{recipe.name}: {recipe.train.steps} steps, {recipe.train.precision}, seed {recipe.seed}"],
         _layout(topology),
+        *([_experts(places)] if topology.ep > 1 else []),
         _parts(audio | llm),
-        _per_rank(recipe, topology, hf_config, sum(audio.values(), Size())),
+        _per_rank(recipe, topology, hf_config, _audio_share(audio, places, topology)),
         _batch(recipe, topology),
     )
     return "\n\n".join("\n".join(block) for block in blocks)
@@ -122,9 +126,10 @@ def _unknown_size(place: str, weights: str | None) -> UserError:
 
 
 def _layout(topology: Topology) -> list[str]:
+    over = "" if topology.ep == 1 else f", experts over {topology.world // topology.ep} each"
     head = (
         f"{topology.world} ranks = TP {topology.tp} x PP {topology.pp} x DP {topology.dp}; "
-        "encoders: ZeRO-3 over all ranks"
+        f"encoders: ZeRO-3 over all ranks{over}"
     )
     rows = [["replica", *(f"stage {pp}" for pp in range(topology.pp))]]
     shown = list(range(topology.dp)) if topology.dp <= 8 else [*range(4), topology.dp - 1]
@@ -133,6 +138,44 @@ def _layout(topology: Topology) -> list[str]:
             rows.append(["...", *("..." for _ in range(topology.pp))])
         rows.append([str(dp), *(_range(topology.stage_ranks(dp, pp)) for pp in range(topology.pp))])
     return [head, *_table(rows)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the ranks at one place of the expert-parallel groups hold."""
+
+    ranks: tuple[int, ...]
+    experts: tuple[str, ...]
+    size: Size
+    flops: float
+    """Of ten seconds through each of them."""
+
+
+def _places(recipe: Recipe, topology: Topology, audio: dict[str, Size]) -> list[Place]:
+    encoders = [_sized(f"model.experts[{i}]", e) for i, e in enumerate(recipe.model.experts)]
+    placement = place(dataclasses.replace(recipe.model, experts=tuple(encoders)), topology.ep)
+    flops = {e.name: encoder_flops(e, lengths.num_samples(10)) for e in encoders}
+    found = []
+    for ranks in topology.expert_replica_groups:
+        held = placement.held_by(ranks[0])
+        size = sum((s for n, s in audio.items() if n.split(".")[1] == "experts" and n.split(".")[2] in held), Size())
+        found.append(Place(ranks, held, size, sum(flops[name] for name in held)))
+    return found
+
+
+def _audio_share(audio: dict[str, Size], places: list[Place], topology: Topology) -> list[tuple[Size, int]]:
+    """(parameters, ranks that share them) on the fullest rank: its experts, and all that is no expert."""
+    fullest = max(places, key=lambda p: p.size.total).size
+    rest = sum((s for n, s in audio.items() if n.split(".")[1] != "experts"), Size())
+    return [(fullest, topology.world // topology.ep), (rest, topology.world)]
+
+
+def _experts(places: list[Place]) -> list[str]:
+    rows = [["ranks", "experts", "parameters", "GFLOP per 10 s"]]
+    for p in places:
+        ranks = _range(p.ranks) if len(p.ranks) <= 4 else f"{p.ranks[0]},{p.ranks[1]},...,{p.ranks[-1]}"
+        rows.append([ranks, ", ".join(p.experts) or "none", _count(p.size.total), f"{p.flops / 1e9:.1f}"])
+    return [f"Experts: every block of {len(places)} neighbouring ranks holds each of them once.", *_table(rows)]
 
 
 def _parts(parameters: dict[str, Size]) -> list[str]:
@@ -153,11 +196,13 @@ def _part_of(name: str) -> str:
     return f"{side}.{part}.{rest[0]}" if part == "experts" else f"{side}.{part}"
 
 
-def _per_rank(recipe: Recipe, topology: Topology, hf_config: PretrainedConfig, audio: Size) -> list[str]:
+def _per_rank(
+    recipe: Recipe, topology: Topology, hf_config: PretrainedConfig, audio: list[tuple[Size, int]]
+) -> list[str]:
     """Model states. bf16: 2 bytes of a parameter, and in fp32 its master, gradient, two moments; fp32: no master."""
     half = recipe.train.precision == "bf16"
     weight, gradient, optimizer = (2, 4, 12) if half else (4, 4, 8)
-    audio_bytes = (audio.total * weight + audio.learned * (gradient + optimizer)) / topology.world
+    audio_bytes = sum((s.total * weight + s.learned * (gradient + optimizer)) / ranks for s, ranks in audio)
     stages: dict[tuple[str, ...], list[int]] = {}
     for stage in range(topology.pp):
         shapes = llm_stage_shapes(hf_config, topology.tp, topology.pp, stage)

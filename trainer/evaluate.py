@@ -21,7 +21,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.engine.generate import generate
 from trainer.eval_config import EvalConfig
 from trainer.global_batch import gather
-from trainer.parallel.plan import plan_packs
+from trainer.parallel.packs import plan_packs
 from trainer.scoring import TaskScore, score, score_values
 from trainer.step import Step, send
 from trainer.telemetry.metrics import EvalReport
@@ -125,14 +125,14 @@ def answer(step: Step, batch: Batch, tokenizer: Tokenizer, config: EvalConfig) -
     groups = step.groups
     none = usable_ctc_targets(batch, step.model)
     whole = gather(batch, count(batch, none), groups)
-    packing = plan_packs(whole.num_tokens, groups.topology.dp, sum(whole.num_tokens), multiple=groups.topology.tp)
+    packing = plan_packs(whole.num_tokens, groups.topology.dp, int(whole.num_tokens.sum()), multiple=groups.topology.tp)
     audio = step.audio.forward(batch.clips, batch.prompts, none, noise=None)
     packs, _ = send(batch, audio.embeddings.values, whole, packing, groups)
-    members = packing.members[groups.place.dp][0]
+    members = packing.members(groups.place.dp, 0).tolist()
     found = generate(
         step.llm,
         packs,
-        [whole.num_tokens[i] for i in members],
+        whole.num_tokens[members].tolist(),
         eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
         max_new_tokens=config.max_new_tokens,

@@ -14,7 +14,8 @@ from model.loss import Counts
 from trainer.data.decode import TASKS
 from trainer.parallel.exchange import gather_ragged
 from trainer.parallel.groups import Groups
-from trainer.parallel.plan import PackPlan, plan_packs
+from trainer.parallel.packs import PackPlan, plan_packs
+from trainer.parallel.plan import Ints
 
 _FIELDS = 4
 
@@ -23,13 +24,16 @@ _FIELDS = 4
 class GlobalBatch:
     """Samples of all ranks, by rank, in the order in which each rank holds them."""
 
-    homes: tuple[int, ...]
-    """Rank that loaded each sample."""
-    num_tokens: tuple[int, ...]
-    num_targets: tuple[int, ...]
-    tasks: tuple[int, ...]
-    """Index into `TASKS`."""
-    audio_samples: tuple[int, ...]
+    homes: Ints
+    """[n] rank that loaded the sample."""
+    num_tokens: Ints
+    """[n]"""
+    num_targets: Ints
+    """[n]"""
+    tasks: Ints
+    """[n] index into `TASKS`."""
+    audio_samples: Ints
+    """[n]"""
     counts: Counts
     """Divisors of the loss terms."""
     first_sample: int
@@ -47,8 +51,8 @@ def gather(batch: Batch, counts: Counts, groups: Groups) -> GlobalBatch:
     mine = [counts.targets, counts.ctc_targets, counts.clips, *(v for row in table for v in row)]
     everyone = gather_ragged(np.array(mine, dtype=np.int64), groups.world)
     rows = [r[3:].reshape(-1, _FIELDS) for r in everyone]
-    homes = tuple(rank for rank, r in enumerate(rows) for _ in r)
-    tokens, targets, tasks, audio = (tuple(column) for column in np.concatenate(rows).T.tolist())
+    homes = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+    tokens, targets, tasks, audio = np.ascontiguousarray(np.concatenate(rows).T)
     total = Counts(*(int(sum(r[i] for r in everyone)) for i in range(3)))
     before = sum(len(r) for r in rows[: groups.rank])
     return GlobalBatch(homes, tokens, targets, tasks, audio, total, before)

@@ -7,7 +7,8 @@ ranks and cut from the oracle's as the rank's weights are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from model.speech_llm import SpeechLLM
 from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine
 from trainer.engine.optim import OptimConfig, lr_scale, param_groups
+from trainer.engine.placement import place
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.groups import Groups
 from trainer.step import Step
@@ -39,7 +41,7 @@ OPTIM = OptimConfig(lr=2e-3, weight_decay=0.01, clip_norm=1.0, schedule="cosine"
 
 
 def tiny_model(llm_family: str = "llama") -> ModelConfig:
-    """All parts of the model, as small as they go: three kinds of encoders, both gates, CTC, GQA, odd vocabulary."""
+    """All parts of the model, as small as they go: a primary, three unequal experts, both gates, CTC."""
     conv = {"conv_dim": [16] * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4}
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, **conv}
     whisper = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
@@ -57,7 +59,11 @@ def tiny_model(llm_family: str = "llama") -> ModelConfig:
     }
     return ModelConfig(
         primary=EncoderConfig("whisper", "whisper", config=whisper, length_mode="trim"),
-        experts=(EncoderConfig("hubert", "hubert", config=small), EncoderConfig("wavlm", "wavlm", config=small)),
+        experts=(
+            EncoderConfig("hubert", "hubert", config=small),
+            EncoderConfig("wavlm", "wavlm", config=small | {"num_hidden_layers": 1}),
+            EncoderConfig("whisper_tiny", "whisper", config=whisper | {"encoder_layers": 1}, length_mode="trim"),
+        ),
         expert_dim=8,
         router=RouterConfig(noise_std=0.1),
         adapter=AdapterConfig(hidden_size=16),
@@ -95,12 +101,13 @@ def make_sample(index: int, num_clips: int, strides: tuple[int, ...], seed: int)
 
 
 def make_samples(kind: str, world: int, strides: tuple[int, ...], seed: int = 0) -> list[list[Sample]]:
-    """Per rank its samples. Kinds: mixed, text_only, rank_without_audio, fewer_samples_than_ranks."""
+    """Per rank its samples. Kinds: mixed, text_only, rank_without_audio, fewer_samples_than_ranks, one_expert."""
     clips_of: Mapping[str, Callable[[int, int], int]] = {
         "mixed": lambda rank, i: (1, 0, 2)[(rank + i) % 3],
         "text_only": lambda rank, i: 0,
         "rank_without_audio": lambda rank, i: 0 if rank == 0 else 1 + i % 2,
         "fewer_samples_than_ranks": lambda rank, i: 1,
+        "one_expert": lambda rank, i: 1 + i % 2,
     }
     num = 1 if kind == "fewer_samples_than_ranks" else max(3, 8 // world)
     ranks = range(1) if kind == "fewer_samples_than_ranks" else range(world)
@@ -139,9 +146,27 @@ def build_step(
     source = RandomSource(hf_config, SEED)
     llm = LLMEngine(hf_config, source, OPTIM, groups, dtype, recompute=groups.topology.pp > 1)
     torch.manual_seed(SEED)
-    tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE)
+    held = place(config, groups.topology.ep).held_by(groups.rank)
+    tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE, held)
     audio = AudioEngine(tower.train(), OPTIM, ds_config, groups, batch_sec)
     return Step(config, OPTIM, audio, llm, groups, num_steps=num_steps, tokens_per_microbatch=pack_tokens, seed=SEED)
+
+
+@contextmanager
+def favoured(step: Step, expert: int | None) -> Iterator[None]:
+    """Let every gate choose this expert for every clip; None: as the router will."""
+    drawn = step.router_noise
+    strong = 1e3 * torch.eye(len(step.model.experts))[expert] if expert is not None else 0.0
+
+    def noise(number: int, batch: Batch) -> Tensor | None:
+        found = drawn(number, batch)
+        return None if found is None else found + strong
+
+    step.router_noise = noise  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        step.router_noise = drawn  # type: ignore[method-assign]
 
 
 def compare(step: Step, oracle: SpeechLLM, samples: list[list[Sample]], number: int = 0) -> Difference:

@@ -33,9 +33,10 @@ from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine, Packs
 from trainer.engine.optim import OptimConfig, lr_scale
 from trainer.global_batch import GlobalBatch, gather, plan
-from trainer.parallel.exchange import exchange, gather_ragged
+from trainer.parallel.exchange import check_same_plan, exchange
 from trainer.parallel.groups import Groups
-from trainer.parallel.plan import PackPlan, embedding_segments, route, token_segments
+from trainer.parallel.packs import PackPlan, embedding_segments, token_segments
+from trainer.parallel.plan import route
 from trainer.telemetry.metrics import PhaseTimer, StepReport
 
 
@@ -86,7 +87,7 @@ class Step:
             whole = gather(batch, count(batch, ctc_targets), self.groups)
             packing = plan(whole, self.groups, self.tokens_per_microbatch)
             if self.debug_plan:
-                check_same_plan(packing, self.groups)
+                check_same_plan("packs", (packing.pack, packing.row, packing.num_tokens), self.groups.world)
         with timer("encode"):
             noise = self.router_noise(step, batch)
             audio = self.audio.forward(batch.clips, batch.prompts, ctc_targets, noise)
@@ -179,18 +180,9 @@ class Step:
             task_losses=_by_task(whole, losses),
             routing_counts=_routing_counts(routed_sum.view(len(TASKS), -1), experts),
             num_samples=len(whole),
-            num_tokens=sum(whole.num_tokens),
-            audio_sec=sum(whole.audio_samples) / SAMPLE_RATE,
+            num_tokens=int(whole.num_tokens.sum()),
+            audio_sec=float(whole.audio_samples.sum()) / SAMPLE_RATE,
         )
-
-
-def check_same_plan(packing: PackPlan, groups: Groups) -> None:
-    """Raise on every rank, naming those that differ from rank 0, instead of hanging in an exchange."""
-    mine = int.from_bytes(hashlib.sha256(repr(packing).encode()).digest()[:7], "little")
-    digests = [int(d[0]) for d in gather_ragged(np.array([mine]), groups.world)]
-    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if others:
-        raise RuntimeError(f"ranks {others} made another plan than rank 0: their global batch or topology differs")
 
 
 def send(
@@ -231,7 +223,7 @@ def send(
 
 def _by_task(whole: GlobalBatch, losses: Tensor) -> dict[str, tuple[float, int]]:
     sums: dict[str, tuple[float, int]] = {}
-    for task, loss, targets in zip(whole.tasks, losses.tolist(), whole.num_targets, strict=True):
+    for task, loss, targets in zip(whole.tasks.tolist(), losses.tolist(), whole.num_targets.tolist(), strict=True):
         total, tokens = sums.get(TASKS[task], (0.0, 0))
         sums[TASKS[task]] = (total + loss, tokens + targets)
     return sums

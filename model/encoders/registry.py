@@ -49,6 +49,11 @@ def encoder_dim(config: EncoderConfig) -> int:
     return int(_resolve_once(_key(config)).hf_config.hidden_size)
 
 
+def encoder_window_samples(config: EncoderConfig) -> int:
+    """Audio samples that the encoder sees at once; longer clips are encoded in windows. Builds nothing."""
+    return _resolve_once(_key(config)).window_samples
+
+
 def encoder_flops(config: EncoderConfig, samples: int) -> float:
     """Estimated forward FLOPs for one clip (a multiply-add counts two), for load balancing. Builds nothing.
 

@@ -8,13 +8,22 @@ from tools.parity import KINDS, check
 from trainer.parallel.topology import Topology
 
 CASES = [
-    (Topology(2, 1, 1), 20, "llama", KINDS),
+    (Topology(2, 1, 1), 5, "llama", KINDS),
     (Topology(2, 2, 1), 0, "qwen2", KINDS),
     (Topology(2, 1, 2), 0, "qwen2", ("mixed", "text_only")),
     (Topology(4, 2, 2), 0, "qwen3", ("mixed", "rank_without_audio")),
     (Topology(4, 2, 1), 0, "llama", ("mixed", "fewer_samples_than_ranks")),
-    (Topology(4, 1, 2), 0, "mistral", ("mixed",)),
+    (Topology(4, 1, 2, 2), 0, "mistral", ("mixed", "one_expert")),
+    (Topology(4, 2, 1, 2), 0, "qwen2", ("mixed", "rank_without_audio")),
+    (Topology(2, 1, 1, 2), 20, "llama", KINDS),
+    (Topology(4, 1, 1, 4), 2, "llama", ("mixed", "text_only", "one_expert")),
 ]
+
+
+@pytest.mark.timeout(240)
+def test_experts_equal_the_oracle_with_their_optimizer_offloaded() -> None:
+    rows = check(Topology(4, 1, 1, 2), 2, "llama", ("mixed",), deepspeed="ds_configs/zero3_offload.json")
+    assert len(rows) == 2 and all(row.passed for row in rows), rows
 
 
 @pytest.mark.timeout(240)

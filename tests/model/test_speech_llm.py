@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.audio_tower import AudioTower, run_here
+from model.audio_tower import AudioTower
 from model.batch import IGNORE, Batch, Ragged, Sample
 from model.config import ModelConfig, RouterConfig
 from model.errors import UserError
@@ -59,21 +59,21 @@ def test_only_chosen_experts_compute(model: SpeechLLM) -> None:
     batch = Batch(tuple(samples(1, 1, 1)))
     seen: dict[str, int] = {}
 
-    def run(encoders, clips):  # noqa: ANN001, ANN202
-        seen.update({name: len(c) for name, c in clips.items()})
-        return run_here(encoders, clips)
+    def run(names, clips, wanted):  # noqa: ANN001, ANN202
+        seen.update(zip(names, wanted.sum(0).tolist(), strict=True))
+        return model.audio.run_here(names, clips, wanted)
 
     none = Ragged(torch.zeros(0, dtype=torch.int64), (0,) * 3)
     out = model.audio(batch.clips, batch.prompts, none, run=run)
     assert out.routing is not None
-    assert seen == {"whisper": 3, **dict(zip(("hubert", "wavlm"), out.routing.runs.sum(0).tolist(), strict=True))}
+    assert seen == {"whisper": 3, **dict(zip(model.audio.expert_names, out.routing.runs.sum(0).tolist(), strict=True))}
 
 
 def test_an_expert_that_nobody_chose_gets_no_gradient() -> None:
     model = SpeechLLM(tiny_model(), VOCAB_SIZE, seed=1)
     with torch.no_grad():
-        model.audio.router.independent.logits.copy_(torch.tensor([9.0, 0.0]))
-        model.audio.router.dependent.bias.copy_(torch.tensor([9.0, -9.0]))
+        model.audio.router.independent.logits.copy_(torch.tensor([9.0, 0.0, 0.0]))
+        model.audio.router.dependent.bias.copy_(torch.tensor([9.0, -9.0, -9.0]))
     model(Batch(tuple(samples(1, 1)))).total.backward()
     gradients = {n: p.grad is not None for n, p in model.audio.experts.named_parameters() if p.requires_grad}
     assert all(has for name, has in gradients.items() if name.startswith("hubert.projection"))
@@ -107,8 +107,8 @@ def test_a_model_without_experts_has_no_router() -> None:
 
 def test_illegal_models_are_refused_in_one_line() -> None:
     base = tiny_model()
-    with pytest.raises(UserError, match="top_k = 3: legal values are 1..2"):
-        replace(base, router=RouterConfig(top_k=3))
+    with pytest.raises(UserError, match="top_k = 4: legal values are 1..3"):
+        replace(base, router=RouterConfig(top_k=4))
     with pytest.raises(UserError, match="model.primary is missing"):
         ModelConfig()
     with pytest.raises(UserError, match="must be unique"):

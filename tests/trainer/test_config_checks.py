@@ -48,7 +48,11 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
             "parallel.pipeline = 16: must divide the LLM's 40 layers; "
             "legal values for 128 ranks with tensor=8: 1, 2, 4, 8",
         ),
-        ("debug", ["parallel.expert=2"], "parallel.expert = 2: every encoder is on all ranks in this version; the le"),
+        (
+            "debug",
+            ["parallel.expert=2", "model.experts=[]"],
+            "parallel.expert = 2: the model has no experts; the legal val",
+        ),
         ("debug", ["optim.warmup_steps=9"], "optim.warmup_steps = 9: legal values are 0..4 (train.steps)"),
         ("debug", ["train.steps=0"], "train.steps = 0: must be at least 1"),
         ("debug", ["data.sets=[]"], "data.sets is empty: name at least one manifest or folder of shards"),

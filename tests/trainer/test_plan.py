@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.parallel.plan import (
-    CALL_COST_SAMPLES,
-    Route,
-    balance,
-    embedding_segments,
-    encoder_calls,
-    group_by_length,
-    plan_packs,
-    route,
-    token_segments,
-)
+from trainer.parallel.packs import embedding_segments, plan_packs, token_segments
+from trainer.parallel.plan import Route, route
 from trainer.parallel.topology import Topology
 
 
@@ -46,7 +36,7 @@ def test_every_token_arrives_once_where_the_plan_says(topology: Topology, data: 
         st.lists(st.lists(st.integers(1, 30), max_size=4), min_size=topology.world, max_size=topology.world)
     )
     sizes = [n for own in per_rank for n in own]
-    homes = [rank for rank, own in enumerate(per_rank) for _ in own]
+    homes = np.array([rank for rank, own in enumerate(per_rank) for _ in own], dtype=np.int64)
     packing = plan_packs(sizes, topology.dp, data.draw(st.integers(1, 64)), topology.tp)
     ids = np.arange(sum(sizes))
     starts = np.cumsum([0] + [sum(own) for own in per_rank])
@@ -65,7 +55,8 @@ def test_every_token_arrives_once_where_the_plan_says(topology: Topology, data: 
         for sample in set(owners.tolist()) - {-1}:
             assert arrived[rank][owners == sample].tolist() == ids[first[sample] : first[sample + 1]].tolist()
         assert (arrived[rank][owners == -1] == -1).all()
-    placed = [i for replica in packing.members for pack in replica for i in pack]
+    packs = [(d, m) for d in range(topology.dp) for m in range(packing.num_microbatches)]
+    placed = [i for d, m in packs for i in packing.members(d, m).tolist()]
     assert sorted(placed) == list(range(len(sizes)))
     for d in range(topology.dp):
         assert all(sum(packing.lengths(d, m)) == packing.pack_tokens for m in range(packing.num_microbatches))
@@ -74,7 +65,7 @@ def test_every_token_arrives_once_where_the_plan_says(topology: Topology, data: 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(TOPOLOGIES), st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 50))
 def test_embeddings_go_to_exactly_the_slice_that_needs_them(topology: Topology, sizes: list[int], budget: int) -> None:
-    homes = sorted(i % topology.world for i in range(len(sizes)))
+    homes = np.sort(np.arange(len(sizes)) % topology.world)
     packing = plan_packs(sizes, topology.dp, budget, topology.tp)
     share = packing.pack_tokens // topology.tp
     ids = np.arange(sum(sizes))
@@ -100,7 +91,7 @@ def test_embeddings_go_to_exactly_the_slice_that_needs_them(topology: Topology, 
 
 def test_restricted_keeps_both_ends_in_step() -> None:
     packing = plan_packs([4, 3], 1, 16, 1)
-    segments = token_segments(packing, [0, 1], Topology(2, 2, 1))
+    segments = token_segments(packing, np.array([0, 1]), Topology(2, 2, 1))
     keep = [np.array([True, False, True, False]), np.array([False, True, True])]
     whole = np.array([True, False, True, False, False, True, True])
     routes = [route(segments, r, 2, 7).restricted(keep[r], whole) for r in (0, 1)]
@@ -108,48 +99,7 @@ def test_restricted_keeps_both_ends_in_step() -> None:
     assert arrived[0].tolist() == arrived[1].tolist() == [0, -1, 2, -1, -1, 11, 12]
 
 
-def test_balance_is_longest_first() -> None:
-    assert balance([5, 4, 3, 3, 3], 2) == [[0, 3, 4], [1, 2]] or balance([5, 4, 3, 3, 3], 2) == [[0, 3], [1, 2, 4]]
-    loads = [sum((7, 6, 5, 4, 3, 2)[i] for i in b) for b in balance([7, 6, 5, 4, 3, 2], 3)]
-    assert loads == [9, 9, 9]
-
-
 def test_a_sample_longer_than_the_budget_makes_the_packs_longer() -> None:
     packing = plan_packs([100, 5, 5], 1, 16, 4)
     assert packing.pack_tokens == 100 and packing.num_microbatches == 2
     assert plan_packs([], 2, 16, 4).pack_tokens == 4
-
-
-def brute_force(lengths: list[int], budget: int) -> float:
-    order = sorted(lengths, reverse=True)
-
-    def best(start: int) -> float:
-        if start == len(order):
-            return 0.0
-        costs = []
-        for end in range(start + 1, len(order) + 1):
-            padded = (end - start) * order[start]
-            if padded <= budget or end == start + 1:
-                costs.append(padded + CALL_COST_SAMPLES + best(end))
-        return min(costs)
-
-    return best(0)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 200_000), max_size=7), st.integers(1, 500_000))
-def test_grouping_pads_least(lengths: list[int], budget: int) -> None:
-    groups = group_by_length(lengths, budget)
-    assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
-    for group in groups:
-        assert len(group) <= 1 or len(group) * max(lengths[i] for i in group) <= budget
-    if lengths:
-        cost = sum(len(g) * max(lengths[i] for i in g) + CALL_COST_SAMPLES for g in groups)
-        assert cost == pytest.approx(brute_force(lengths, budget))
-
-
-def test_all_ranks_call_equally_often() -> None:
-    by_rank = [[400_000, 400_000, 1000], [], [1000]]
-    calls = encoder_calls(by_rank, 400_000)
-    assert calls >= 2 and encoder_calls([[], []], 1000) == 1
-    assert all(len(group_by_length(own, 400_000, calls)) == calls for own in by_rank)

@@ -29,11 +29,8 @@ def check_recipe(recipe: Recipe) -> None:
         UserError: the first rule that is broken: key, value, legal values.
     """
     build_topology(recipe.parallel, recipe.parallel.num_ranks)
-    if recipe.parallel.expert != 1:
-        raise UserError(
-            f"parallel.expert = {recipe.parallel.expert}: every encoder is on all ranks in this version; "
-            "the legal value is 1"
-        )
+    if recipe.parallel.expert > 1 and not recipe.model.experts:
+        raise UserError(f"parallel.expert = {recipe.parallel.expert}: the model has no experts; the legal value is 1")
     _check_encoders(recipe)
     hf_config = known_llm_config(recipe.model.llm)
     if hf_config is not None:

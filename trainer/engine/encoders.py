@@ -1,23 +1,25 @@
-"""The audio side under DeepSpeed ZeRO-3: its parameters, gradients and optimizer state are sharded over all ranks."""
+"""The audio side under DeepSpeed ZeRO-3: an expert's parameters, gradients and optimizer state are sharded over the
+ranks that hold it, those of everything else over all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
+from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
 from model import lengths
 from model.audio_tower import AudioOutput, AudioTower
 from model.batch import Ragged
+from model.config import EncoderConfig
 from model.errors import UserError
+from trainer.engine.dispatch import EncoderCost, EncoderDispatch, stand_in
 from trainer.engine.optim import OptimConfig, param_groups
-from trainer.parallel.exchange import gather_ragged
+from trainer.engine.placement import clip_cost, place
 from trainer.parallel.groups import Groups
-from trainer.parallel.plan import encoder_calls, group_by_length
 
 PREFIX = "audio."
 
@@ -26,18 +28,24 @@ class AudioEngine:
     """`AudioTower` over all ranks.
 
     Args:
-        tower: built identically on every rank (same seed or same weights).
+        tower: built on every rank from the same seed or weights, with the experts that `place(config, ep)` gives it.
         optim: what learns, and how.
         ds_config: see `trainer.engine.ds_config`.
         groups: this rank's place.
         batch_sec: padded audio seconds that one encoder call may hold.
+        debug_plan: compare all ranks' plans before clips travel.
     """
 
     def __init__(
-        self, tower: AudioTower, optim: OptimConfig, ds_config: dict[str, Any], groups: Groups, batch_sec: float
+        self,
+        tower: AudioTower,
+        optim: OptimConfig,
+        ds_config: dict[str, Any],
+        groups: Groups,
+        batch_sec: float,
+        debug_plan: bool = False,
     ) -> None:
         self.groups = groups
-        self._budget_samples = lengths.num_samples(batch_sec)
         named = [(PREFIX + name, p, p.dim()) for name, p in tower.named_parameters()]
         learned = param_groups(optim, named)
         if not learned:
@@ -45,14 +53,69 @@ class AudioEngine:
         # Its shared-memory all-reduce serves inference on CPUs. It compiles C++ at start, and a build that was killed
         # leaves a lock on which every later start waits without a word.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # All of them, explicitly: a parameter partitioned later would inherit another one's group.
-        deepspeed.zero.Init(module=tower, config_dict_or_path=ds_config)
+        ep = groups.topology.ep
+        _partition(tower, ds_config, ep)
         optimizer = torch.optim.AdamW(learned, lr=optim.lr, betas=optim.betas, eps=optim.eps)
         self.engine, *_ = deepspeed.initialize(
             model=tower, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
         self.tower: AudioTower = self.engine.module
+        if ep > 1:
+            # DeepSpeed records the order of module calls to fetch weights ahead, and insists that it is the same on all
+            # ranks; ranks with other experts call other modules. Nothing recorded, nothing fetched ahead.
+            self.zero.parameter_offload.get_param_coordinator().record_module = lambda module: None
         self._keep_persistent()
+        self._dispatch = self._build_dispatch(lengths.num_samples(batch_sec), debug_plan)
+
+    def _build_dispatch(self, budget_samples: int, debug_plan: bool) -> dict[tuple[str, ...], EncoderDispatch]:
+        """One for the primary, which every rank holds, and one for all experts."""
+        config, device = self.tower.config, self.groups.device
+        dtype = next(self.tower.projector.parameters()).dtype
+        placement = place(config, self.groups.topology.ep)
+
+        def build(encoders: Sequence[EncoderConfig], places: Sequence[int], ep: int, width: int) -> EncoderDispatch:
+            names = [e.name for e in encoders]
+            held = {n: self.tower.encoder(n) for n in names if ep == 1 or n in self.tower.experts}
+            assert set(held) == set(names if ep == 1 else placement.held_by(self.groups.rank)), held.keys()
+            empty = torch.zeros(0, width, dtype=dtype, device=device)
+            flush = self._flush_gradients if ep > 1 and placement.has_empty_place else None
+            costs = [clip_cost(e) for e in encoders]
+            return EncoderDispatch(
+                held,
+                names,
+                costs,
+                places,
+                ep,
+                self.groups,
+                budget_samples=budget_samples,
+                empty=empty,
+                before_backward=flush,
+                debug_plan=debug_plan,
+            )
+
+        found: dict[tuple[str, ...], EncoderDispatch] = {}
+        if config.primary is not None and self.tower.primary is not None:
+            found[(config.primary.name,)] = build([config.primary], [0], 1, self.tower.primary.dim)
+        if config.experts:
+            found[placement.names] = build(config.experts, placement.places, placement.ep, config.expert_dim)
+        return found
+
+    def _flush_gradients(self) -> None:
+        """Reduce what is in ZeRO-3's gradient bucket, on all ranks at the same place.
+
+        Gradients of another group do so by themselves: the experts', between those of the adapter and of the router.
+        A rank that holds no expert has none, and would fill its bucket otherwise than the others.
+        """
+        for dtype in self.zero.ipg_buckets:
+            self.zero._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
+
+    def take_costs(self) -> dict[str, EncoderCost]:
+        """What every encoder cost this rank in forward passes since the last call."""
+        costs: dict[str, EncoderCost] = {}
+        for dispatch in self._dispatch.values():
+            costs |= dispatch.spent
+            dispatch.spent = dict.fromkeys(dispatch.names, EncoderCost())
+        return costs
 
     @property
     def zero(self) -> Any:
@@ -95,31 +158,8 @@ class AudioEngine:
         routing = None if out.routing is None else out.routing.head(0)
         return AudioOutput(Ragged(out.embeddings.values[:0], ()), routing, out.ctc_loss_sum * 0.0)
 
-    def _run(self, encoders: Mapping[str, nn.Module], clips: Mapping[str, Ragged]) -> dict[str, Ragged]:
-        """Compute on the spot, in as many calls on every rank as the busiest one needs (ZeRO-3 gathers weights and
-        reduces gradients per call, so ranks must call alike)."""
-        sizes = [n for name in encoders for n in (len(clips[name]), *clips[name].lengths)]
-        gathered = gather_ragged(np.array(sizes), self.groups.world)
-        everyone = [_parse(row.tolist(), len(encoders)) for row in gathered]
-        found = {}
-        for k, (name, encoder) in enumerate(encoders.items()):
-            calls = encoder_calls([rank[k] for rank in everyone], self._budget_samples)
-            found[name] = self._run_one(encoder, clips[name], calls)
-        return found
-
-    def _run_one(self, encoder: nn.Module, clips: Ragged, calls: int) -> Ragged:
-        outputs: list[Tensor] = []
-        order: list[int] = []
-        for members in group_by_length(clips.lengths, self._budget_samples, calls):
-            if members:
-                outputs += encoder(clips.select(members)).split()
-                order += members
-            else:
-                dummy = encoder(Ragged.of([stand_in().to(clips.values)]))
-                outputs.append(dummy.values[:0])
-                order.append(len(clips) + len(order))
-        sequences = [outputs[place] for place in sorted(range(len(order)), key=order.__getitem__)]
-        return Ragged(torch.cat(sequences), tuple(s.shape[0] for s in sequences[: len(clips)]))
+    def _run(self, names: Sequence[str], clips: Ragged, wanted: Tensor) -> list[Ragged]:
+        return self._dispatch[tuple(names)](names, clips, wanted)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the sum over ranks of `loss` (DeepSpeed averages over ranks: undone here)."""
@@ -143,6 +183,8 @@ class AudioEngine:
             group["lr"] = group["peak_lr"] * lr_scale
         # DeepSpeed divides by max(1, (norm + 1e-6) / clip_grad): choose clip_grad so that this is 1 / coefficient.
         self.zero.clip_grad = 0.0 if coefficient >= 1.0 else (norm + 1e-6) * coefficient
+        # Its own norm takes one all-reduce per group of this rank's experts: ranks with other experts would hang.
+        self.zero._get_norm_groups = lambda: [torch.tensor(norm, device=self.groups.device)]
         self.engine.step()
         self._keep_persistent()
 
@@ -155,14 +197,23 @@ class AudioEngine:
         self.engine.train(mode)
 
 
-def stand_in() -> Tensor:
-    """0.1 s of a faint tone: input for an encoder call that has no clip. Not silence: normalising that divides by 0."""
-    return 0.01 * torch.sin(torch.arange(1600) * 0.1)
-
-
-def _parse(flat: list[int], num_encoders: int) -> list[list[int]]:
-    rows, at = [], 0
-    for _ in range(num_encoders):
-        rows.append(flat[at + 1 : at + 1 + flat[at]])
-        at += 1 + flat[at]
-    return rows
+def _partition(tower: AudioTower, ds_config: dict[str, Any], ep: int) -> None:
+    """Shard every parameter now: one that is left to `deepspeed.initialize` would inherit another one's group."""
+    if ep == 1:
+        deepspeed.zero.Init(module=tower, config_dict_or_path=ds_config)
+        return
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_init_required=False)
+    name = f"ep_size_{ep}"
+    if name not in deepspeed_groups._get_expert_data_parallel_group_dict():
+        deepspeed_groups._create_expert_and_data_parallel(ep)
+    holders = deepspeed_groups._get_expert_data_parallel_group(name)
+    for child, module in tower.named_children():
+        if child == "experts":
+            continue
+        deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
+    deepspeed.zero.Init(module=tower.experts, data_parallel_group=holders, config_dict_or_path=ds_config)
+    for parameter in tower.experts.parameters():
+        # Makes the gradients averages over all ranks, not over the holders.
+        parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+        parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]

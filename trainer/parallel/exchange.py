@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.parallel.plan import Route
+from trainer.parallel.plan import Ints, Route
 
 
 def exchange(rows: Tensor, route: Route, group: dist.ProcessGroup | None) -> Tensor:
@@ -23,9 +25,17 @@ def exchange(rows: Tensor, route: Route, group: dist.ProcessGroup | None) -> Ten
     """
     device = rows.device
     outgoing = rows.index_select(0, torch.from_numpy(route.send_rows).to(device))
-    arriving = _AllToAll.apply(outgoing, route.send_counts.tolist(), route.recv_counts.tolist(), group)
+    arriving = all_to_all(outgoing, route.send_counts, route.recv_counts, group)
     result = rows.new_zeros(route.num_out, *rows.shape[1:])
     return result.index_copy(0, torch.from_numpy(route.recv_rows).to(device), arriving)
+
+
+def all_to_all(rows: Tensor, send: Ints, receive: Ints, group: dist.ProcessGroup | None) -> Tensor:
+    """Rows [Σ send, …], by destination, become rows [Σ receive, …], by source; gradients travel the same way back.
+
+    Every rank of `group` must call it, and where any rank's `rows` require a gradient, all ranks' must.
+    """
+    return cast(Tensor, _AllToAll.apply(rows, send.tolist(), receive.tolist(), group))
 
 
 class _AllToAll(torch.autograd.Function):
@@ -58,3 +68,18 @@ def gather_ragged(values: np.ndarray, group: dist.ProcessGroup | None) -> list[n
     everyone = [torch.zeros(widest, dtype=torch.int64) for _ in range(world)]
     dist.all_gather(everyone, padded, group=group)
     return [row[: int(n)].numpy() for row, n in zip(everyone, sizes, strict=True)]
+
+
+def check_same_plan(what: str, plan: Sequence[Ints], group: dist.ProcessGroup) -> None:
+    """Raise on every rank, naming those that differ from rank 0, instead of hanging in an exchange.
+
+    Args:
+        what: name of the plan, for the message.
+        plan: its arrays.
+        group: all ranks that planned.
+    """
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in plan)).digest()
+    digests = [int(d[0]) for d in gather_ragged(np.array([int.from_bytes(digest[:7], "little")]), group)]
+    others = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if others:
+        raise RuntimeError(f"{what}: ranks {others} planned otherwise than rank 0: their input or topology differs")

@@ -19,7 +19,8 @@ class ParallelConfig:
     pipeline: int = 1
     """Pipeline stages of the LLM."""
     expert: int = 1
-    """Ranks over which the routed encoders are spread; 1: every rank takes part in every encoder."""
+    """Ranks over which the routed encoders are spread: blocks of so many neighbours hold every one of them once. 1: all
+    ranks share in all of them."""
 
 
 class Coordinates(NamedTuple):

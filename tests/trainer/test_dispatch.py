@@ -1,0 +1,119 @@
+"""Dispatch plans without processes: every wanted (clip, encoder) pair is computed once, by a holder, and comes home."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.parallel.dispatch import CALL_COST_SAMPLES, ClipTable, dispatch_of, group_by_length, plan_dispatch
+
+
+def linear(rate: float):  # noqa: ANN201
+    return lambda samples: rate * samples
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_every_pair_is_computed_once_and_comes_home(data: st.DataObject) -> None:
+    ep = data.draw(st.sampled_from([1, 2, 4]))
+    world = ep * data.draw(st.integers(1, 3))
+    num_encoders = data.draw(st.integers(1, 5))
+    places = data.draw(st.lists(st.integers(0, ep - 1), min_size=num_encoders, max_size=num_encoders))
+    per_rank = data.draw(st.lists(st.lists(st.integers(1, 2000), max_size=4), min_size=world, max_size=world))
+    home = np.array([r for r, own in enumerate(per_rank) for _ in own], dtype=np.int64)
+    samples = np.array([n for own in per_rank for n in own], dtype=np.int64)
+    flags = data.draw(st.lists(st.booleans(), min_size=len(home) * num_encoders, max_size=len(home) * num_encoders))
+    clips = ClipTable(home, samples, np.array(flags, dtype=bool).reshape(len(home), num_encoders))
+    plan = plan_dispatch(clips, [linear(k + 1.0) for k in range(num_encoders)], places, ep, world)
+    assert (plan.holder % ep == np.asarray(places)[plan.encoder]).all(), "a rank got a clip for an encoder it lacks"
+    parts = [dispatch_of(plan, rank, world) for rank in range(world)]
+
+    # Carry it out: a clip is its global number, a feature sequence is (clip, encoder).
+    first = np.searchsorted(home, np.arange(world))
+    sent = [[int(first[r]) + c for c in parts[r].send_clips] for r in range(world)]
+    arriving: list[list[int]] = [[] for _ in range(world)]
+    for source in range(world):
+        left = list(sent[source])
+        for target in range(world):
+            need = int(parts[source].send_samples[target])
+            assert need == int(parts[target].recv_samples[source])
+            while need > 0:
+                clip = left.pop(0)
+                need -= int(samples[clip])
+                arriving[target].append(clip)
+            assert need == 0
+        assert not left
+    computed = []
+    for rank, part in enumerate(parts):
+        assert [int(samples[c]) for c in arriving[rank]] == list(part.recv_lengths)
+        assert len(set(arriving[rank])) == len(arriving[rank]), "a clip travelled twice to one rank"
+        results = [(arriving[rank][i], k) for k, work in enumerate(part.work) for i in work]
+        computed += results
+        back = [results[i] for i in part.send_order]
+        assert [int(home[c]) for c, _ in back] == sorted(int(home[c]) for c, _ in back)
+        frames = np.bincount(
+            home[[c for c, _ in back]], weights=[-(-samples[c] // 320) for c, _ in back], minlength=world
+        )
+        assert frames.tolist() == part.send_frames.tolist()
+    assert sorted(computed) == sorted(zip(plan.clip.tolist(), plan.encoder.tolist(), strict=True))
+    for rank, part in enumerate(parts):
+        by_source = [
+            [p for p in (results_of(parts[s], arriving[s])[i] for i in parts[s].send_order) if home[p[0]] == rank]
+            for s in range(world)
+        ]
+        got = [pair for pairs in by_source for pair in pairs]
+        assert [-(-int(samples[c]) // 320) for c, _ in got] == list(part.recv_frame_lengths)
+        for k in range(num_encoders):
+            mine = [c for c in range(len(home)) if home[c] == rank and clips.wanted[c, k]]
+            assert [got[i] for i in part.results[k]] == [(c, k) for c in mine]
+
+
+def results_of(part, arriving: list[int]) -> list[tuple[int, int]]:  # noqa: ANN001
+    return [(arriving[i], k) for k, work in enumerate(part.work) for i in work]
+
+
+def test_holders_get_equal_work_and_an_overloaded_rank_gives_away() -> None:
+    home = np.array([0] * 8 + [1, 2, 3])
+    clips = ClipTable(home, np.full(11, 16_000), np.ones((11, 1), dtype=bool))
+    plan = plan_dispatch(clips, [linear(1.0)], [0], 1, 4)
+    assert plan.moves and np.bincount(plan.holder, minlength=4).max() == 3
+
+
+def test_nothing_moves_between_equal_ranks() -> None:
+    clips = ClipTable(np.repeat(np.arange(4), 2), np.full(8, 16_000), np.ones((8, 1), dtype=bool))
+    assert not plan_dispatch(clips, [linear(1.0)], [0], 1, 4).moves
+
+
+def brute_force(lengths: list[int], budget: int) -> float:
+    order = sorted(lengths, reverse=True)
+
+    def best(start: int) -> float:
+        if start == len(order):
+            return 0.0
+        costs = []
+        for end in range(start + 1, len(order) + 1):
+            padded = (end - start) * order[start]
+            if padded <= budget or end == start + 1:
+                costs.append(padded + CALL_COST_SAMPLES + best(end))
+        return min(costs)
+
+    return best(0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 200_000), max_size=7), st.integers(1, 500_000))
+def test_grouping_pads_least(lengths: list[int], budget: int) -> None:
+    groups = group_by_length(lengths, budget)
+    assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) <= 1 or len(group) * max(lengths[i] for i in group) <= budget
+    if lengths:
+        cost = sum(len(g) * max(lengths[i] for i in g) + CALL_COST_SAMPLES for g in groups)
+        assert cost == pytest.approx(brute_force(lengths, budget))
+
+
+def test_groups_are_filled_up_with_empty_ones() -> None:
+    assert [len(g) for g in group_by_length([1000], 400_000, 3)] == [1, 0, 0]
+    assert group_by_length([], 400_000) == [[]]

@@ -1,0 +1,209 @@
+"""Encoders, wherever they are: clips travel to a rank that holds the encoder, features travel home.
+
+Expert parallelism of whole encoders: as sparsely-gated experts (Shazeer et al. 2017, arXiv 1701.06538; DeepSpeed-MoE,
+arXiv 2201.05596), but experts are whole encoders of different shapes, samples are ragged waveforms, and no expert has
+a capacity.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.batch import Ragged
+from model.lengths import num_frames
+from trainer.parallel.dispatch import (
+    ClipCost,
+    ClipTable,
+    Dispatch,
+    DispatchPlan,
+    dispatch_of,
+    group_by_length,
+    plan_dispatch,
+)
+from trainer.parallel.exchange import all_to_all, check_same_plan, gather_ragged
+from trainer.parallel.groups import Groups
+from trainer.parallel.plan import Ints
+
+
+@dataclass(frozen=True)
+class EncoderCost:
+    """What one encoder cost one rank in forward passes. Encoders that travel together share the waiting evenly."""
+
+    compute_sec: float = 0.0
+    wait_sec: float = 0.0
+    """In the exchanges: until the slowest rank has come, and while the data travels."""
+    sent_bytes: int = 0
+    """To other ranks: clips and features."""
+    received_bytes: int = 0
+
+    def __add__(self, other: EncoderCost) -> EncoderCost:
+        return EncoderCost(
+            self.compute_sec + other.compute_sec,
+            self.wait_sec + other.wait_sec,
+            self.sent_bytes + other.sent_bytes,
+            self.received_bytes + other.received_bytes,
+        )
+
+
+class EncoderDispatch:
+    """Runs a set of encoders over all ranks (`model.audio_tower.RunEncoders`); every rank must call it.
+
+    Args:
+        held: the encoders that this rank holds, by name.
+        names: of all encoders of the set, on every rank in the same order.
+        costs: of each.
+        places: of each in the expert-parallel group.
+        ep: size of that group.
+        groups: this rank's place.
+        budget_samples: padded audio samples that one encoder call may hold.
+        empty: [0, D] in the dtype and on the device of the features, for a rank that holds none of the encoders.
+        before_backward: called once on every rank when the gradients of the features are about to travel back.
+        debug_plan: compare all ranks' plans before clips travel.
+    """
+
+    def __init__(
+        self,
+        held: Mapping[str, nn.Module],
+        names: Sequence[str],
+        costs: Sequence[ClipCost],
+        places: Sequence[int],
+        ep: int,
+        groups: Groups,
+        *,
+        budget_samples: int,
+        empty: Tensor,
+        before_backward: Callable[[], None] | None = None,
+        debug_plan: bool = False,
+    ) -> None:
+        self.held, self.names, self.costs, self.places, self.ep = held, tuple(names), costs, places, ep
+        self.groups, self.budget_samples, self.empty = groups, budget_samples, empty
+        self.before_backward = before_backward
+        self.debug_plan = debug_plan
+        self.spent: dict[str, EncoderCost] = dict.fromkeys(self.names, EncoderCost())
+        learns = torch.tensor([int(any(p.requires_grad for e in held.values() for p in e.parameters()))])
+        dist.all_reduce(learns, op=dist.ReduceOp.MAX, group=groups.world)
+        self._learns = bool(learns)
+
+    def __call__(self, names: Sequence[str], clips: Ragged, wanted: Tensor) -> list[Ragged]:
+        """Features [ΣF, D] per encoder of the clips [ΣT] wanted of it; `wanted` is [B, K] bool."""
+        assert tuple(names) == self.names, names
+        rank, world = self.groups.rank, self.groups.topology.world
+        plan = plan_dispatch(self._table(clips, wanted), self.costs, self.places, self.ep, world)
+        if self.debug_plan:
+            check_same_plan("encoders", (plan.clip, plan.encoder, plan.holder), self.groups.world)
+        part = dispatch_of(plan, rank, world)
+        self._count_bytes(plan, clips.values.element_size(), width=self.empty.shape[1] * self.empty.element_size())
+
+        batches = [group_by_length([part.recv_lengths[i] for i in work], self.budget_samples) for work in part.work]
+        calls = self._agree([len(b) if n in self.held else 0 for n, b in zip(self.names, batches, strict=True)])
+        arriving = self._travel(clips.select(part.send_clips).values, part.send_samples, part.recv_samples, plan)
+        arrived = Ragged(arriving, part.recv_lengths)
+        computed = [
+            self._compute(name, arrived.select(work), batch, num_calls)
+            for name, work, batch, num_calls in zip(self.names, part.work, batches, calls, strict=True)
+            if name in self.held
+        ]
+        features = self._travel(self._in_order(computed, part), part.send_frames, part.recv_frames, plan)
+        if self.before_backward is not None and features.requires_grad:
+            features = _BeforeBackward.apply(features, self.before_backward)
+        pieces = Ragged(features, part.recv_frame_lengths)
+        return [pieces.select(mine) for mine in part.results]
+
+    def _table(self, clips: Ragged, wanted: Tensor) -> ClipTable:
+        """Tell all ranks the length of every clip here and which encoders it needs (a bit each)."""
+        bits = wanted.cpu().numpy() @ (1 << np.arange(len(self.names), dtype=np.int64))
+        mine = np.stack([np.array(clips.lengths, dtype=np.int64), bits], axis=1)
+        rows = [r.reshape(-1, 2) for r in gather_ragged(mine.ravel(), self.groups.world)]
+        home = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+        samples, everyone = np.ascontiguousarray(np.concatenate(rows).T)
+        return ClipTable(home, samples, (everyone[:, None] >> np.arange(len(self.names)) & 1).astype(bool))
+
+    def _agree(self, calls: list[int]) -> list[int]:
+        """Calls of each encoder: the most that any of its holders needs, at least 1. ZeRO-3 gathers weights and reduces
+        gradients per call, so holders must call alike."""
+        agreed = torch.tensor(calls)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.groups.world)
+        return agreed.clamp(min=1).tolist()
+
+    def _travel(self, rows: Tensor, send: Ints, receive: Ints, plan: DispatchPlan) -> Tensor:
+        """To other ranks and from them, unless no clip of any rank leaves its home."""
+        if not plan.moves:
+            return rows
+        start_sec = time.perf_counter()
+        arriving = all_to_all(rows, send, receive, self.groups.world)
+        self._synchronise()
+        each_sec = (time.perf_counter() - start_sec) / len(self.names)
+        for name in self.names:
+            self.spent[name] += EncoderCost(wait_sec=each_sec)
+        return arriving
+
+    def _compute(self, name: str, clips: Ragged, batches: list[list[int]], num_calls: int) -> list[Tensor]:
+        """One encoder's features, clip after clip, and at the end a tensor without rows, which ties calls that had no
+        clip into the graph: their weights' gradients are zeros."""
+        start_sec = time.perf_counter()
+        found: list[Tensor] = [self.empty] * len(clips)
+        none: list[Tensor] = []
+        for members in batches + [[]] * (num_calls - len(batches)):
+            if members:
+                for i, sequence in zip(members, self.held[name](clips.select(members)).split(), strict=True):
+                    found[i] = sequence
+            else:
+                none.append(self.held[name](Ragged.of([stand_in().to(clips.values)])).values[:0])
+        self._synchronise()
+        self.spent[name] += EncoderCost(compute_sec=time.perf_counter() - start_sec)
+        return [*found, torch.cat([self.empty.to(found[0] if found else none[0]), *none])]
+
+    def _in_order(self, computed: list[list[Tensor]], part: Dispatch) -> Tensor:
+        """All features [ΣF, D] in the order in which they are sent."""
+        sequences = [s for found in computed for s in found[:-1]]
+        rows = torch.cat([self.empty, *(found[-1] for found in computed), *(sequences[i] for i in part.send_order)])
+        # Where other ranks' encoders learn, this rank must take part in the way back, even if its own are frozen.
+        return rows.requires_grad_() if self._learns and torch.is_grad_enabled() and not rows.requires_grad else rows
+
+    def _count_bytes(self, plan: DispatchPlan, sample_bytes: int, width: int) -> None:
+        """Bytes of this rank's clips and features that cross to or from other ranks. A clip that travels once for
+        several encoders counts for the first."""
+        rank, clips = self.groups.rank, plan.clips
+        home = clips.home[plan.clip]
+        away = home != plan.holder
+        _, first = np.unique(plan.holder * len(clips.home) + plan.clip, return_index=True)
+        once = np.zeros(len(home), dtype=bool)
+        once[first] = True
+        waveform = clips.samples[plan.clip] * sample_bytes * once
+        features = num_frames(clips.samples[plan.clip]) * width
+        for k, name in enumerate(self.names):
+            out = away & (home == rank) & (plan.encoder == k)
+            back = away & (plan.holder == rank) & (plan.encoder == k)
+            self.spent[name] += EncoderCost(
+                sent_bytes=int(waveform[out].sum() + features[back].sum()),
+                received_bytes=int(waveform[back].sum() + features[out].sum()),
+            )
+
+    def _synchronise(self) -> None:
+        if self.groups.device.type == "cuda":
+            torch.cuda.synchronize(self.groups.device)
+
+
+class _BeforeBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, call: Callable[[], None]) -> Tensor:
+        ctx.call = call
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.call()
+        return grads[0], None
+
+
+def stand_in() -> Tensor:
+    """0.1 s of a faint tone: input for an encoder call that has no clip. Not silence: normalising that divides by 0."""
+    return 0.01 * torch.sin(torch.arange(1600) * 0.1)

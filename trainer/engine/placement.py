@@ -1,0 +1,55 @@
+"""Which expert lives where, and what encoding a clip costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.config import EncoderConfig, ModelConfig
+from model.encoders.registry import encoder_flops, encoder_window_samples
+from model.lengths import num_samples
+from trainer.parallel.balance import Floats, place_experts
+from trainer.parallel.dispatch import ClipCost
+from trainer.parallel.plan import Ints
+
+_STEP_SAMPLES = num_samples(0.5)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Experts on the places of an expert-parallel group."""
+
+    names: tuple[str, ...]
+    places: tuple[int, ...]
+    """Per expert."""
+    ep: int
+    """Places there are: block of neighbouring ranks that together hold every expert once."""
+
+    def held_by(self, rank: int) -> tuple[str, ...]:
+        """The experts whose weights `rank` shares in."""
+        return tuple(n for n, place in zip(self.names, self.places, strict=True) if place == rank % self.ep)
+
+    @property
+    def has_empty_place(self) -> bool:
+        """Whether some ranks hold no expert."""
+        return len(set(self.places)) < self.ep
+
+
+def place(config: ModelConfig, ep: int) -> Placement:
+    """Spread the experts over `ep` places by the FLOPs of ten seconds, the costliest first."""
+    costs = [encoder_flops(e, num_samples(10)) for e in config.experts]
+    return Placement(tuple(e.name for e in config.experts), place_experts(costs, ep), ep)
+
+
+def clip_cost(config: EncoderConfig) -> ClipCost:
+    """Forward FLOPs of the encoder for clips of given lengths, looked up in steps of half a second (rounded up)."""
+    window = encoder_window_samples(config)
+    steps = -(-window // _STEP_SAMPLES)
+    table = np.array([0.0, *(encoder_flops(config, min(window, i * _STEP_SAMPLES)) for i in range(1, steps + 1))])
+
+    def cost_of(samples: Ints) -> Floats:
+        windows, rest = np.divmod(samples, window)
+        return windows * table[-1] + table[-(-rest // _STEP_SAMPLES)]
+
+    return cost_of

@@ -1,0 +1,180 @@
+"""Which rank encodes which clip, and what each rank sends and receives for it: pure arithmetic.
+
+A clip that is wanted of an encoder travels to one holder of that encoder, once per rank however many encoders want it
+there; its features travel back. Nothing is padded, and there is no capacity that could drop a clip.
+
+Shapes: N clips of all ranks, K encoders, W ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.lengths import num_frames
+from trainer.parallel.balance import Floats, spread
+from trainer.parallel.plan import Ints
+
+ClipCost = Callable[[Ints], Floats]
+"""From the lengths of clips (audio samples) to what encoding each costs, in any unit that all encoders share."""
+
+
+@dataclass(frozen=True)
+class ClipTable:
+    """The clips of all ranks, by rank, in the order in which each rank holds them."""
+
+    home: Ints
+    """[N] rank that has the clip, ascending."""
+    samples: Ints
+    """[N] audio samples."""
+    wanted: NDArray[np.bool_]
+    """[N, K] encoders that must see the clip."""
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Where every wanted (clip, encoder) pair is computed, in the order of `numpy.nonzero(wanted)`."""
+
+    clips: ClipTable
+    clip: Ints
+    encoder: Ints
+    holder: Ints
+    """Rank that computes the pair."""
+    cost: Floats
+
+    @property
+    def moves(self) -> bool:
+        """Whether any clip leaves its home."""
+        return bool((self.holder != self.clips.home[self.clip]).any())
+
+
+def plan_dispatch(
+    clips: ClipTable, costs: Sequence[ClipCost], places: Sequence[int], ep: int, world: int
+) -> DispatchPlan:
+    """Give all holders of an encoder the same work.
+
+    Args:
+        clips: of all ranks.
+        costs: per encoder.
+        places: per encoder, its place in every expert-parallel group.
+        ep: size of these groups (blocks of neighbouring ranks); 1: every rank holds every encoder.
+        world: ranks.
+    """
+    clip, encoder = np.nonzero(clips.wanted)
+    cost, holder = np.zeros(len(clip)), np.zeros(len(clip), dtype=np.int64)
+    for k, cost_of in enumerate(costs):
+        mine = np.flatnonzero(encoder == k)
+        cost[mine] = cost_of(clips.samples[clip[mine]])
+    place_of = np.asarray(places, dtype=np.int64)[encoder]
+    for place in range(ep):
+        mine = np.flatnonzero(place_of == place)
+        replica = spread(cost[mine], world // ep, preferred=clips.home[clip[mine]] // ep)
+        holder[mine] = replica * ep + place
+    return DispatchPlan(clips, clip, encoder, holder, cost)
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """One rank's part of a `DispatchPlan`. Clips arrive in the order of `ClipTable`; features in that of the rank that
+    computed them, then encoder, then clip."""
+
+    send_clips: tuple[int, ...]
+    """Own clips to send, by destination; a clip wanted on several ranks is listed once for each."""
+    send_samples: Ints
+    """[W]"""
+    recv_lengths: tuple[int, ...]
+    """Audio samples of every arriving clip."""
+    recv_samples: Ints
+    """[W]"""
+    work: tuple[tuple[int, ...], ...]
+    """Per encoder the arriving clips that it must see."""
+    send_order: tuple[int, ...]
+    """Results to send, as positions in the results laid end to end, encoder after encoder."""
+    send_frames: Ints
+    """[W]"""
+    recv_frame_lengths: tuple[int, ...]
+    """Frames of every arriving feature sequence."""
+    recv_frames: Ints
+    """[W]"""
+    results: tuple[tuple[int, ...], ...]
+    """Per encoder the arriving feature sequences, in the order of this rank's clips."""
+
+
+def dispatch_of(plan: DispatchPlan, rank: int, world: int) -> Dispatch:
+    """`rank`'s part of `plan`."""
+    clips, home = plan.clips, plan.clips.home[plan.clip]
+    num_clips, num_encoders = clips.wanted.shape
+    frames = num_frames(clips.samples)
+    own, here = np.flatnonzero(home == rank), np.flatnonzero(plan.holder == rank)
+
+    sent = np.unique(plan.holder[own] * num_clips + plan.clip[own])
+    send_to, send_clip = sent // max(1, num_clips), sent % max(1, num_clips)
+    arriving = np.unique(plan.clip[here])
+    place = np.searchsorted(arriving, plan.clip[here])
+    work = tuple(tuple(place[plan.encoder[here] == k].tolist()) for k in range(num_encoders))
+
+    computed = np.lexsort((plan.clip[here], plan.encoder[here]))
+    back = np.lexsort((plan.clip[here], plan.encoder[here], home[here]))
+    position = np.empty_like(computed)
+    position[computed] = np.arange(len(computed))
+
+    got = own[np.lexsort((plan.clip[own], plan.encoder[own], plan.holder[own]))]
+    by_clip = [np.flatnonzero(plan.encoder[got] == k) for k in range(num_encoders)]
+    return Dispatch(
+        send_clips=tuple((send_clip - np.searchsorted(clips.home, rank)).tolist()),
+        send_samples=_sums(send_to, clips.samples[send_clip], world),
+        recv_lengths=tuple(clips.samples[arriving].tolist()),
+        recv_samples=_sums(clips.home[arriving], clips.samples[arriving], world),
+        work=work,
+        send_order=tuple(position[back].tolist()),
+        send_frames=_sums(home[here], frames[plan.clip[here]], world),
+        recv_frame_lengths=tuple(frames[plan.clip[got]].tolist()),
+        recv_frames=_sums(plan.holder[got], frames[plan.clip[got]], world),
+        results=tuple(tuple(which[np.argsort(plan.clip[got[which]])].tolist()) for which in by_clip),
+    )
+
+
+def _sums(group: Ints, values: Ints, num_groups: int) -> Ints:
+    return np.bincount(group, weights=values, minlength=num_groups).astype(np.int64)
+
+
+CALL_COST_SAMPLES = 160_000
+"""What one more encoder call costs, as audio: ten seconds. Every call passes ZeRO-3's hooks of every module."""
+
+
+def group_by_length(lengths: Sequence[int], budget: int, num_groups: int | None = None) -> list[list[int]]:
+    """Split clips into padded batches with the least padding.
+
+    The clips, sorted by length, are cut where Σ (count · longest + CALL_COST_SAMPLES) is smallest (dynamic
+    programming, exact).
+
+    Args:
+        lengths: of the clips, in samples.
+        budget: largest count · longest of a batch; a single longer clip is a batch of its own.
+        num_groups: fill up with empty groups to this number.
+
+    Returns:
+        Groups of indices into `lengths`; without clips, one empty group.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    best = [0.0] + [float("inf")] * len(order)
+    cut = [0] * (len(order) + 1)
+    for end in range(1, len(order) + 1):
+        for start in range(end - 1, -1, -1):
+            padded = (end - start) * lengths[order[start]]
+            if padded > budget and end - start > 1:
+                break
+            if best[start] + padded + CALL_COST_SAMPLES < best[end]:
+                best[end], cut[end] = best[start] + padded + CALL_COST_SAMPLES, start
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[cut[end] : end])
+        end = cut[end]
+    groups = groups[::-1] or [[]]
+    if num_groups is None:
+        return groups
+    assert len(groups) <= num_groups, (len(groups), num_groups)
+    return groups + [[] for _ in range(num_groups - len(groups))]
