@@ -41,10 +41,14 @@ class RouterConfig:
     """Divides the gate logits."""
     noise_std: float = 0.0
     """Standard deviation of Gaussian noise on the gate logits, in training only."""
+    entry_steps: int = 1000
+    """Steps in which an encoder that was added to a trained model comes in (`checkpoint.start_from`)."""
 
     def __post_init__(self) -> None:
         if not self.gates or len(set(self.gates)) != len(self.gates):
             raise UserError(f"model.router.gates = {list(self.gates)}: give independent, dependent or both, once each")
+        if self.entry_steps < 1:
+            raise UserError(f"model.router.entry_steps = {self.entry_steps}: must be at least 1")
         if self.temperature <= 0:
             raise UserError(f"model.router.temperature = {self.temperature}: must be positive")
         if self.mode == "all_routed" and self.input == "primary" and "dependent" in self.gates:

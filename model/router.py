@@ -19,6 +19,8 @@ from model.config import RouterConfig
 from model.encoders.log_mel import log_mel
 
 NUM_MELS = 80
+ENTRY_OFFSET = -30.0
+"""Added to the gate logits of an encoder that is new to a trained model: e^-30 is nothing beside the others in fp32."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.num_experts = num_experts
+        self.steps_to_enter: Tensor
+        """[K] int64: for an encoder that is coming in, the steps until it stands as the others do; else 0."""
+        self.register_buffer("steps_to_enter", torch.zeros(num_experts, dtype=torch.int64))
         if "independent" in config.gates:
             self.independent = IndependentGate(num_experts)
         if "dependent" in config.gates:
@@ -96,12 +101,18 @@ class Router(nn.Module):
             else:
                 logits.append(self.dependent(self._gate_input(clips, primary, prompts)))
         scores = torch.stack(logits, dim=1).float() / self.config.temperature
+        scores = scores + ENTRY_OFFSET / self.config.entry_steps * self.steps_to_enter
         if noise is not None:
             scores = scores + self.config.noise_std * noise
         probs = scores.softmax(dim=-1)
         top = probs.topk(self.config.top_k, dim=-1).indices
         chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, top, True)
         return Routing(probs, chosen, self.config.gates)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """To be called after every training step: encoders that are coming in come nearer."""
+        self.steps_to_enter.sub_(1).clamp_(min=0)
 
     def _gate_input(self, clips: Ragged, primary: Ragged | None, prompts: Ragged) -> Tensor:
         if self.config.input == "primary":

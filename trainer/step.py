@@ -141,6 +141,8 @@ class Step:
         coefficient = min(1.0, self.optim.clip_norm / (norm + 1e-6)) if self.optim.clip_norm > 0 else 1.0
         self.audio.step(coefficient, audio_norm, scale)
         self.llm.step(coefficient, scale)
+        if self.model.experts:
+            self.audio.tower.router.advance()
         return norm, scale
 
     def report(

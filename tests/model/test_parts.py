@@ -58,6 +58,24 @@ def test_noise_changes_the_choice_only_when_given() -> None:
     assert router(clips, None, prompts, noise).chosen[:, 0].tolist() == [[True, False], [False, True]]
 
 
+def test_an_encoder_that_comes_in_changes_nothing_at_first_and_stands_as_the_others_at_last() -> None:
+    torch.manual_seed(0)
+    config = RouterConfig(gates=("independent",), entry_steps=4)
+    old, grown = Router(config, 2, 0, 8, 4), Router(config, 3, 0, 8, 4)
+    with torch.no_grad():
+        grown.independent.logits.copy_(torch.cat([old.independent.logits, torch.tensor([5.0])]))
+        grown.steps_to_enter[2] = 4
+    clips, prompts = ragged(5, width=1), Ragged(torch.zeros(1, dtype=torch.int64), (1,))
+    assert torch.equal(grown(clips, None, prompts).weights[..., :2], old(clips, None, prompts).weights)
+    shares = []
+    for _ in range(5):
+        shares.append(float(grown(clips, None, prompts).probs[0, 0, 2]))
+        grown.advance()
+    assert shares[0] == 0.0 or shares[0] < 1e-10
+    assert shares == sorted(shares)
+    torch.testing.assert_close(shares[-1], float(grown.independent.logits.softmax(0)[2]))
+
+
 def test_mix_sums_weighted_experts_frame_by_frame() -> None:
     probs = torch.tensor([[[0.7, 0.3]], [[0.4, 0.6]]])
     chosen = torch.tensor([[[True, False]], [[False, True]]])
