@@ -5,6 +5,7 @@ Shapes: t rows of a pack, H query heads and G key-value heads of this rank, D he
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class PackedAttention(nn.Module):
     """Takes q `[t, H, D]`, k and v `[t, G, D]` and a `PackedSequences`; returns `[t, H, D]`.
 
-    It rotates q and k itself, so positions come from the pack and a cache can continue them. Segments of similar length
-    are attended to as one right-padded batch: under a causal mask no token sees the padding after it.
+    It rotates q and k itself, so positions come from the pack and a cache can continue them. TransformerEngine attends
+    where it is installed and can: half precision on a GPU. Otherwise segments of similar length are attended to as one
+    right-padded batch: under a causal mask no token sees the padding after it.
     """
 
     def __init__(
@@ -37,6 +39,20 @@ class PackedAttention(nn.Module):
         # Not a buffer: casting the model to bf16 would round the frequencies.
         self.inv_freq = inv_freq
         self.scaling = scaling
+        engine = transformer_engine()
+        self.fused = (
+            engine.DotProductAttention(
+                config.num_attention_heads // config.tensor_model_parallel_size,
+                config.kv_channels,
+                num_gqa_groups=config.num_query_groups // config.tensor_model_parallel_size,
+                attention_dropout=0.0,
+                qkv_format="thd",
+                attn_mask_type="padding_causal",
+                layer_number=layer_number,
+            )
+            if engine is not None and config.params_dtype != torch.float32 and not config.use_cpu_initialization
+            else None
+        )
 
     def forward(
         self,
@@ -57,11 +73,32 @@ class PackedAttention(nn.Module):
         cos, sin = packed.rotation(self.inv_freq, self.scaling, like=query)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if packed.cache is None:
+            if self.fused is not None:
+                return _attend_fused(self.fused, query, key, value, packed)
             return _attend_within(query, key, value, packed)
         keys, values = packed.cache.store(self.layer_number, key, value, packed)
         if not any(packed.starts):
             return _attend_within(query, key, value, packed)
         return _attend_to_cache(query, keys, values, packed)
+
+
+def transformer_engine() -> ModuleType | None:
+    """`transformer_engine.pytorch`, or None where it is not installed."""
+    try:
+        import transformer_engine.pytorch as engine
+    except ImportError:
+        return None
+    return engine
+
+
+def _attend_fused(fused: nn.Module, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+    """Causal attention of every segment to itself, by TransformerEngine on the pack as it is."""
+    ends = packed.segment_ends(query.device)
+    longest = max(packed.lengths)
+    attended = fused(
+        query, key, value, cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+    return attended.view_as(query)
 
 
 def _attend_within(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:

@@ -81,6 +81,7 @@ class PackedSequences(PackedSeqParams):
         self._rotation: tuple[Tensor, Tensor] | None = None
         self._buckets: tuple[Bucket, ...] | None = None
         self._unbucket: Tensor | None = None
+        self._segment_ends: Tensor | None = None
         self._cached_segments: CachedSegments | None = None
 
     @property
@@ -116,6 +117,13 @@ class PackedSequences(PackedSeqParams):
                 groups.setdefault((length - 1).bit_length(), []).append(i)
             self._buckets = tuple(self._bucket(members, device) for members in groups.values())
         return self._buckets
+
+    def segment_ends(self, device: torch.device) -> Tensor:
+        """`[S + 1]` int32: 0, then the row after each segment."""
+        if self._segment_ends is None:
+            ends = torch.tensor((0, *self.lengths)).cumsum(0)
+            self._segment_ends = ends.to(device, torch.int32)
+        return self._segment_ends
 
     def unbucket(self, device: torch.device) -> Tensor:
         """`[t]`: for every row of the pack its place among the buckets' rows laid end to end."""

@@ -1,0 +1,52 @@
+"""Attention over packs: what TransformerEngine is asked for is what SDPA computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from model.config import LLMConfig
+from model.llm.attention import PackedAttention
+from model.llm.megatron import rotary_frequencies, transformer_config
+from model.llm.packing import PackedSequences
+from model.llm.reference import resolve_hf_config
+
+
+class ByContract:
+    """`transformer_engine.pytorch.DotProductAttention` as documented for `thd`: returns `[t, H · D]`."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_kv: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_kv: int,
+    ) -> Tensor:
+        assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_kv)
+        assert max_seqlen_q == max_seqlen_kv == int(cu_seqlens_q.diff().max())
+        outputs = []
+        for start, stop in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True):
+            q, k, v = (x[start:stop].transpose(0, 1)[None] for x in (query, key, value))
+            attended = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            outputs.append(attended[0].transpose(0, 1).flatten(1))
+        return torch.cat(outputs)
+
+
+def test_the_fused_path_computes_the_same() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    hf_config = resolve_hf_config(LLMConfig(config={"model_type": "llama", **sizes, **heads}))
+    inv_freq, scaling = rotary_frequencies(hf_config)
+    attention = PackedAttention(transformer_config(hf_config), 1, inv_freq=inv_freq, scaling=scaling)
+    assert attention.fused is None, "fp32 is computed by SDPA"
+    packed = PackedSequences(lengths=(5, 1, 9))
+    query, key, value = torch.randn(15, 4, 8), torch.randn(15, 2, 8), torch.randn(15, 2, 8)
+    expected = attention(query, key, value, packed_seq_params=packed)
+    attention.fused = ByContract()  # type: ignore[assignment]
+    torch.testing.assert_close(attention(query, key, value, packed_seq_params=packed), expected)
