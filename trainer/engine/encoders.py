@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -22,6 +24,27 @@ from trainer.parallel.plan import encoder_calls, group_by_length
 PREFIX = "audio."
 
 
+@dataclass(frozen=True)
+class EncoderCost:
+    """What one encoder cost one rank."""
+
+    compute_sec: float = 0.0
+    """Within the encoder's calls."""
+    wait_sec: float = 0.0
+    """For other ranks, before and after its calls."""
+    sent_bytes: int = 0
+    """To other ranks: waveforms and features."""
+    received_bytes: int = 0
+
+    def __add__(self, other: EncoderCost) -> EncoderCost:
+        return EncoderCost(
+            self.compute_sec + other.compute_sec,
+            self.wait_sec + other.wait_sec,
+            self.sent_bytes + other.sent_bytes,
+            self.received_bytes + other.received_bytes,
+        )
+
+
 class AudioEngine:
     """`AudioTower` over all ranks.
 
@@ -37,6 +60,7 @@ class AudioEngine:
         self, tower: AudioTower, optim: OptimConfig, ds_config: dict[str, Any], groups: Groups, batch_sec: float
     ) -> None:
         self.groups = groups
+        self._costs: dict[str, EncoderCost] = {}
         self._budget_samples = lengths.num_samples(batch_sec)
         named = [(PREFIX + name, p, p.dim()) for name, p in tower.named_parameters()]
         learned = param_groups(optim, named)
@@ -104,8 +128,16 @@ class AudioEngine:
         found = {}
         for k, (name, encoder) in enumerate(encoders.items()):
             calls = encoder_calls([rank[k] for rank in everyone], self._budget_samples)
+            start_sec = time.perf_counter()
             found[name] = self._run_one(encoder, clips[name], calls)
+            cost = EncoderCost(compute_sec=time.perf_counter() - start_sec)
+            self._costs[name] = self._costs.get(name, EncoderCost()) + cost
         return found
+
+    def take_costs(self) -> dict[str, EncoderCost]:
+        """What each encoder (the primary included) cost this rank since the last call; starts again from nothing."""
+        costs, self._costs = self._costs, {}
+        return costs
 
     def _run_one(self, encoder: nn.Module, clips: Ragged, calls: int) -> Ragged:
         outputs: list[Tensor] = []

@@ -121,6 +121,12 @@ def balance(costs: Sequence[float], num_bins: int) -> list[list[int]]:
     return [sorted(b) for b in bins]
 
 
+def place_experts(costs: Sequence[float], ep: int) -> tuple[int, ...]:
+    """Which of the `ep` slots of an expert-parallel group holds each expert: the costliest first, where least is."""
+    slots = balance(costs, ep)
+    return tuple(next(slot for slot, experts in enumerate(slots) if expert in experts) for expert in range(len(costs)))
+
+
 @dataclass(frozen=True)
 class PackPlan:
     """Where each sample of the global batch lies in the LLM's packed sequences."""
