@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from model.errors import UserError
+from trainer.telemetry.jsonl import StepLog, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -55,37 +55,31 @@ class Tracker(Protocol):
 
 
 class JsonlTracker:
-    """Appends one JSON object per call to a file: `{"step": …, "time": …, "<metric>": …}`, flushed at once.
+    """Appends one JSON object per call to a file (see `StepLog`): `{"step": …, "time": …, "<metric>": …}`.
 
-    Resumed at step k, the lines of later steps (and a torn last line) are dropped first, in one atomic replacement;
-    `resume_step` 0 begins the file anew. Values that JSON has no number for are the strings "nan", "inf", "-inf".
+    Values that JSON has no number for are the strings "nan", "inf", "-inf".
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self.num_lost = 0
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, _lines_until(path, resume_step))
-        self._file = path.open("a", encoding="utf-8")
+        self._log = StepLog(path, resume_step)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         numbers = {name: value if math.isfinite(value) else str(float(value)) for name, value in metrics.items()}
-        line = json.dumps({"step": step, "time": round(time.time(), 3), **numbers}, allow_nan=False)
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            self._log.append({"step": step, "time": round(time.time(), 3), **numbers})
         except OSError as error:
             self.num_lost += 1
             if self.num_lost == 1:
-                log.warning("METRICS ARE BEING LOST: %s: %s; training goes on", self._path, error)
+                log.warning("METRICS ARE BEING LOST: %s: %s; training goes on", self._log.path, error)
 
     def close(self) -> None:
         try:
-            self._file.close()
+            self._log.close()
         except OSError as error:
-            log.warning("%s: %s", self._path, error)
+            log.warning("%s: %s", self._log.path, error)
         if self.num_lost:
-            log.warning("%s: %d records were lost", self._path, self.num_lost)
+            log.warning("%s: %d records were lost", self._log.path, self.num_lost)
 
 
 class MlflowTracker:
@@ -193,7 +187,7 @@ class MlflowTracker:
         params = [Param(name, value[:500]) for name, value in self._params.items()]
         for i in range(0, len(params), 100):
             client.log_batch(run_id, params=params[i : i + 100])
-        _write_atomically(self._id_file, run_id + "\n")
+        write_atomically(self._id_file, run_id + "\n")
         return client, run_id
 
     def _send(self, client: Any, run_id: str | None, records: Sequence[tuple[int, int, dict[str, float]]]) -> None:
@@ -271,29 +265,3 @@ def flatten_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str
 
 def _without_credentials(text: str) -> str:
     return re.sub(r"(://)[^/\s@]+@", r"\1***@", text)
-
-
-def _lines_until(path: Path, last_step: int) -> str:
-    """The whole lines of steps up to `last_step`; none for 0 or without the file."""
-    if last_step == 0 or not path.exists():
-        return ""
-    kept = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break  # torn by a crash while it was written
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} line {number}: not a metrics record; repair or move the file away") from None
-        if step <= last_step:
-            kept.append(line)
-    return "".join(kept)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
