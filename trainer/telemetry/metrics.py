@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -108,6 +108,16 @@ def flatten_eval(report: EvalReport) -> dict[str, float]:
     return metrics
 
 
+class PhaseListener(Protocol):
+    """Is told of every phase that a `PhaseTimer` times."""
+
+    def on_phase_begin(self, phase: str, outermost: bool) -> None:
+        """Before its time begins; `outermost`: no other phase is open."""
+
+    def on_phase_end(self, phase: str, start_sec: float, end_sec: float) -> None:
+        """After it, with its times by `time.perf_counter`, phases inside it included."""
+
+
 class PhaseTimer:
     """Splits a step's wall time by phase: `with timer("encode"): …`.
 
@@ -117,6 +127,7 @@ class PhaseTimer:
     """
 
     def __init__(self, synchronise: Callable[[], None] | None = None) -> None:
+        self.listener: PhaseListener | None = None
         self._synchronise = synchronise
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._open: list[str] = []
@@ -124,13 +135,18 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        if self.listener is not None:
+            self.listener.on_phase_begin(phase, outermost=not self._open)
         self._lap()
         self._open.append(phase)
+        start_sec = self._mark_sec
         try:
             yield
         finally:
             self._lap()
             self._open.pop()
+            if self.listener is not None:
+                self.listener.on_phase_end(phase, start_sec, self._mark_sec)
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call; starts again from zero. Call it between phases."""
