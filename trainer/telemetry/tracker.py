@@ -19,6 +19,9 @@ from trainer.telemetry.jsonl import StepLog, write_atomically
 
 log = logging.getLogger(__name__)
 
+ID_NAME = "mlflow_run_id"
+"""File in the run's folder that holds the id of its MLflow run."""
+
 
 @dataclass(frozen=True)
 class TelemetryConfig:
@@ -161,13 +164,9 @@ class MlflowTracker:
                 self._lose(1, _without_credentials(f"{type(error).__name__}: {error}"))
 
     def _open(self) -> tuple[Any, str]:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-        logging.getLogger("alembic").setLevel(logging.WARNING)
+        client = _client(self._run_root)
         from mlflow.entities import Param
-        from mlflow.tracking import MlflowClient
 
-        client = MlflowClient(tracking_uri=tracking_uri(self._run_root))
         if self._resume and self._id_file.exists():
             run_id = self._id_file.read_text().strip()
             client.update_run(run_id, status="RUNNING")
@@ -227,7 +226,7 @@ def build_tracker(
     run_dir = run_root / run_name
     trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl", resume_step)]
     if config.mlflow:
-        id_file = run_dir / "mlflow_run_id"
+        id_file = run_dir / ID_NAME
         trackers.append(
             MlflowTracker(
                 config,
@@ -239,6 +238,33 @@ def build_tracker(
             )
         )
     return CompositeTracker(trackers)
+
+
+def log_artifacts(run_dir: Path, files: Sequence[Path], folder: str) -> str | None:
+    """Add `files` to the MLflow run of `run_dir`, in the artifact folder `folder`.
+
+    Returns:
+        Why it was not done, in words; None: it was.
+    """
+    id_file = run_dir / ID_NAME
+    if not id_file.is_file():
+        return f"{id_file} is missing: the run was not logged to MLflow"
+    try:
+        client = _client(run_dir.parent)
+        for file in files:
+            client.log_artifact(id_file.read_text().strip(), str(file), folder)
+    except Exception as error:  # noqa: BLE001 - the files are there; that the store is not must not hide them
+        return _without_credentials(f"{type(error).__name__}: {error}")
+    return None
+
+
+def _client(run_root: Path) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=tracking_uri(run_root))
 
 
 def tracking_uri(run_root: Path) -> str:
