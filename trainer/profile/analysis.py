@@ -131,7 +131,7 @@ class Profile:
             "drift": self.drift,
             "imbalance": self.imbalance,
             "time": None if self.time is None else _time_json(self.time),
-            "placement": None if self.advice is None else _advice_json(self.advice),
+            "placement": None if self.advice is None else _advice_json(self.advice, self.time),
         }
 
     def _task_json(self, load: Load) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _time_json(time: EncoderTime) -> dict[str, Any]:
     }
 
 
-def _advice_json(advice: PlacementAdvice) -> dict[str, Any]:
+def _advice_json(advice: PlacementAdvice, time: EncoderTime | None) -> dict[str, Any]:
     def shown(placement: Placement | None) -> dict[str, Any] | None:
         if placement is None:
             return None
@@ -229,4 +229,5 @@ def _advice_json(advice: PlacementAdvice) -> dict[str, Any]:
         "suggested": shown(advice.suggested),
         "others": [shown(other) for other in advice.others],
         "saved_sec": advice.saved_sec,
+        "saved_share": advice.saved_sec / time.step_sec if time is not None and time.step_sec > 0 else None,
     }

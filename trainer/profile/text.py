@@ -116,7 +116,8 @@ def _placement(found: dict[str, Any]) -> list[str]:
     lines = []
     if found["current"] is not None:
         lines.append(f"placement  now        {shown(found['current'])}")
-        lines.append(f"           suggested  {shown(found['suggested'])}: saves {found['saved_sec']:.3f} s")
+        share = "" if found["saved_share"] is None else f" ({found['saved_share']:.1%} of the step)"
+        lines.append(f"           suggested  {shown(found['suggested'])}: saves {found['saved_sec']:.3f} s{share}")
     elif found["ep"] > 1:
         lines.append(f"placement  suggested  {shown(found['suggested'])}")
     else:
