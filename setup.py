@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_namespace_packages(include=["model*", "trainer*", "tools*", "bench*"]),
-    package_data={"trainer": ["recipes/*.yaml"]},
+    package_data={"trainer": ["recipes/*.yaml", "profile/report.html"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed==0.19.8",  # two engines in one process group lean on its internals: pinned
@@ -23,6 +23,7 @@ setup(
         "sentencepiece>=0.2.1",
         "jiwer>=4,<5",
         "mlflow>=3.5,<4",
+        "matplotlib>=3.9",
         "pyyaml>=6",
         "tqdm>=4.66",
     ],

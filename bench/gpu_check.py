@@ -90,6 +90,7 @@ def throughput(groups: Any, ds_config: dict[str, Any], device: torch.device) -> 
     batch = Batch(samples)
     for number in range(WARMUP_STEPS):
         step(number, batch)
+    step.take_load(WARMUP_STEPS)
     torch.cuda.synchronize()
     start = time.perf_counter()
     for number in range(TIMED_STEPS):
@@ -97,7 +98,9 @@ def throughput(groups: Any, ds_config: dict[str, Any], device: torch.device) -> 
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / TIMED_STEPS
     llm_parameters = sum(p.numel() for _, p in step.llm.parameters())
-    routed = report.routing_counts["asr"]
+    load = step.take_load(WARMUP_STEPS + TIMED_STEPS)
+    assert load is not None, "one rank: this is rank 0"
+    routed = dict(zip(load.load.experts, load.load.total().routed_clips / TIMED_STEPS, strict=True))
     mean_clip = sum(batch.clips.lengths) // len(batch.clips)
     encoder = sum(encoder_flops(primary, n) for n in batch.clips.lengths)
     encoder += sum(encoder_flops(e, mean_clip) * routed[e.name] for e in encoders[1:])

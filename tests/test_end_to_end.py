@@ -7,17 +7,29 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from tools.demo_corpus import write_corpus
+from trainer.data.loader import Loader
+from trainer.data.prepare import prepare
+from trainer.profile.forward import load_tower, open_checkpoint
+from trainer.profile.history import RunPath
+from trainer.telemetry.expert_load import ExpertLoad
+from trainer.telemetry.load_history import HISTORY_NAME, LoadMeter, read_history
 
 ROOT = Path(__file__).parents[1]
 
 
-def trainer(*arguments: str, timeout_sec: float = 200.0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "trainer", *arguments]
+def trainer(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_module("trainer", *arguments)
+
+
+def run_module(name: str, *arguments: str, timeout_sec: float = 200.0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", name, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_sec)
 
@@ -37,7 +49,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(420)
 def test_a_stopped_run_goes_on_bit_identically(corpus: Path, tmp_path: Path) -> None:
     common = [f"data.root={corpus}", f"data.cache_dir={tmp_path / 'cache'}", "checkpoint.keep_last=9"]
-    done = trainer("debug", *common, f"train.run_dir={tmp_path / 'whole'}")
+    done = trainer("debug", *common, f"train.run_dir={tmp_path / 'whole'}", "profile.steps=2:4")
     assert done.returncode == 0, done.stderr
     whole = tmp_path / "whole" / "debug"
     summary = json.loads((whole / "summary.json").read_text())
@@ -52,6 +64,57 @@ def test_a_stopped_run_goes_on_bit_identically(corpus: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert "resuming at step 2" in done.stdout + done.stderr
     assert losses(half) == losses(whole) and sorted(losses(whole)) == [1, 2, 3, 4]
+    check_profile(whole, half, corpus)
+
+
+def check_profile(whole: Path, half: Path, corpus: Path) -> None:
+    """What the profile says of the run is what the run's data was, and what its router decides."""
+    history = read_history(whole / HISTORY_NAME)
+    assert [i.step for i in history] == [1, 2, 3, 4]
+    # Replayed steps are there once, with the same routing.
+    assert [i.load.to_json() for i in read_history(half / HISTORY_NAME)] == [i.load.to_json() for i in history]
+    done = run_module("tools.profile_experts", str(whole), "--json", "--fail-on", "imbalance=100")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    records = [r for r in records if "train/loss" in r]
+    audio_sec = sum(r["throughput/audio_sec_per_sec"] * r["time/step_sec"] for r in records)
+    assert found["tasks"]["all"]["num_clips"] == 4 * 8  # every sample of the corpus has one clip
+    assert found["tasks"]["all"]["audio_sec"] == pytest.approx(audio_sec, rel=1e-6)
+    assert set(found["time"]["encoders"]) == {"whisper", "hubert", "wavlm"} and found["time"]["num_ranks"] == 2
+    assert found["dead"] == [e for k, e in enumerate(found["experts"]) if history[-1].load.total().routed_clips[k] == 0]
+    check_routing(history[2].load, half)
+    done = run_module("tools.profile_experts", str(whole), "--data", str(corpus / "demo.jsonl"), "--json")
+    assert done.returncode == 0, done.stderr
+    routed = json.loads(done.stdout.splitlines()[-1])
+    rows = [json.loads(line) for line in (corpus / "demo.jsonl").read_text().splitlines()]
+    tasks = Counter(row["task"] for row in rows) + Counter({"all": len(rows)})
+    assert {task: found["num_clips"] for task, found in routed["tasks"].items()} == dict(tasks)
+    assert routed["tasks"]["all"]["audio_sec"] == pytest.approx(sum(row["duration"] for row in rows), abs=0.01)
+    events = json.loads((whole / "trace" / "trace.json").read_text())["traceEvents"]
+    spans = {(e["pid"], e["args"]["step"], e["name"]) for e in events if e["ph"] == "X"}
+    phases = ("load", "plan", "encode", "exchange", "llm", "backward", "report", "update", "wait")
+    assert {(r, s, p) for r in (0, 1) for s in (2, 3) for p in phases} <= spans
+    assert {step for _, step, _ in spans} == {2, 3} and not (half / "trace").exists()
+
+
+def check_routing(third: ExpertLoad, run: Path) -> None:
+    """Step 3's batch, read again and routed in one process with the weights after step 2, gives its history."""
+    reader, recipe = open_checkpoint(RunPath(run, run / "checkpoints" / "step-00000002"))
+    prepared = prepare(recipe.data, recipe.model.adapter.strides)
+    with Loader(prepared, seed=recipe.seed, num_batches=recipe.train.steps) as loader:
+        batch = [batch for batch, _ in loader][2]
+    tower = load_tower(recipe.model, reader)
+    assert tower.primary is not None
+    with torch.no_grad():
+        routing = tower.router(batch.clips, tower.primary(batch.clips), batch.prompts)
+    meter = LoadMeter(third.experts, "whisper")
+    meter.add_clips(batch, routing)
+    again = meter.take().load
+    assert again.cells.keys() == third.cells.keys()
+    for group, load in third.cells.items():
+        assert again.cells[group].routed_clips.tolist() == load.routed_clips.tolist()
+        assert again.cells[group].probs == pytest.approx(load.probs, abs=1e-4)
 
 
 @pytest.mark.parametrize(

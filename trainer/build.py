@@ -23,7 +23,7 @@ from trainer.engine.llm import LLMEngine
 from trainer.engine.optim import check_patterns
 from trainer.engine.placement import place
 from trainer.evaluate import Evaluator
-from trainer.hooks import Hook, ProgressHook, SummaryHook, TrackerHook
+from trainer.hooks import Hook, LoadHook, ProgressHook, SummaryHook, TrackerHook
 from trainer.launch import RankEnv
 from trainer.loop import Loop
 from trainer.parallel.groups import Groups, build_groups, connect
@@ -132,7 +132,11 @@ def build_hooks(recipe: Recipe, run_dir: Path, start: int) -> list[Hook]:
     tracker = build_tracker(
         telemetry, run_name=recipe.name, run_root=run_dir.parent, params=to_tree(recipe), resume_step=start
     )
-    hooks: list[Hook] = [TrackerHook(tracker, telemetry.log_every_steps), SummaryHook(tracker)]
+    hooks: list[Hook] = [
+        TrackerHook(tracker, telemetry.log_every_steps),
+        LoadHook(run_dir, start),
+        SummaryHook(tracker),
+    ]
     if telemetry.progress:
         hooks.append(ProgressHook(telemetry.log_every_steps))
     return hooks

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainer.telemetry.metrics import EvalReport, StepReport, flatten, flatten_eval
+from trainer.telemetry.jsonl import StepLog
+from trainer.telemetry.load_history import HISTORY_NAME
+from trainer.telemetry.metrics import EvalReport, StepReport, flatten, flatten_eval, is_logged
 from trainer.telemetry.progress import Progress
 from trainer.telemetry.tracker import Tracker
 
@@ -98,8 +100,7 @@ class TrackerHook:
 
     def on_step(self, report: StepReport) -> None:
         self._pending.append(report)
-        # The very first loss is a record of its own: it says whether the initial weights are sane.
-        if report.step % self._every_steps == 0 or report.step == 1:
+        if is_logged(report.step, self._every_steps):
             self._flush()
 
     def on_eval(self, report: EvalReport) -> None:
@@ -116,6 +117,32 @@ class TrackerHook:
         if self._pending:
             self._tracker.log(flatten(self._pending), self._pending[-1].step)
             self._pending.clear()
+
+
+class LoadHook:
+    """Keeps what the encoders did: one line of `expert_load.jsonl` in the run's folder per interval.
+
+    Raises OSError where it cannot be written: a history with holes would be profiled as if it were whole.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int) -> None:
+        self._log = StepLog(run_dir / HISTORY_NAME, resume_step)
+
+    def on_start(self, state: RunState) -> None:
+        pass
+
+    def on_step(self, report: StepReport) -> None:
+        if report.load is not None:
+            self._log.append(report.load.to_json())
+
+    def on_eval(self, report: EvalReport) -> None:
+        pass
+
+    def on_save(self, path: Path) -> None:
+        pass
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        self._log.close()
 
 
 class SummaryHook:

@@ -19,7 +19,8 @@ from trainer.hooks import Hook, RunState
 from trainer.lifecycle import StopRequest, agree
 from trainer.parallel.groups import Groups
 from trainer.step import Step
-from trainer.telemetry.metrics import peak_memory_bytes
+from trainer.telemetry.metrics import is_logged, peak_memory_bytes
+from trainer.telemetry.trace import Trace
 
 
 class Loop:
@@ -77,6 +78,7 @@ class Loop:
 
     def _train(self, stop: StopRequest, start: int, data_state: dict[str, Any] | None) -> bool:
         recipe, timer = self.recipe, self.step.timer
+        trace = Trace(recipe.profile, timer, self.run_dir / "trace", self.groups.rank, self.groups.world)
         loader = Loader(
             self.prepared,
             seed=recipe.seed,
@@ -89,15 +91,22 @@ class Loop:
         with loader:
             batches = iter(loader)
             for number in range(start, recipe.train.steps):
+                trace.begin(number + 1)
                 with timer("load"):
                     batch, data_state = next(batches)
                 report = self.step(number, batch)
                 stopping, skipped = agree(stop, loader.num_skipped, self.groups)
-                for hook in self.hooks:
-                    hook.on_step(replace(report, num_skipped=skipped))
                 done = number + 1
                 last = done == recipe.train.steps
-                if stopping or last or _due(done, recipe.checkpoint.every_steps):
+                saving = stopping or last or _due(done, recipe.checkpoint.every_steps)
+                # An interval ends with every checkpoint, so that a run that goes on from there has lost no part of one.
+                if saving or is_logged(done, recipe.telemetry.log_every_steps):
+                    with timer("report"):
+                        report = replace(report, load=self.step.take_load(done))
+                trace.end(done, last=stopping)
+                for hook in self.hooks:
+                    hook.on_step(replace(report, num_skipped=skipped))
+                if saving:
                     self._save(done, data_state)
                 if stopping and not last:
                     return False

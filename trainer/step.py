@@ -16,7 +16,8 @@ Whatever the topology, loss and gradients equal those of `model.speech_llm.Speec
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import astuple, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from trainer.parallel.exchange import check_same_plan, exchange
 from trainer.parallel.groups import Groups
 from trainer.parallel.packs import PackPlan, embedding_segments, token_segments
 from trainer.parallel.plan import route
+from trainer.telemetry.load_history import LoadInterval, LoadMeter
 from trainer.telemetry.metrics import PhaseTimer, StepReport
 
 
@@ -70,14 +72,25 @@ class Step:
         self.model, self.optim = model, optim
         self.audio, self.llm, self.groups = audio, llm, groups
         self.num_steps, self.tokens_per_microbatch, self.seed = num_steps, tokens_per_microbatch, seed
+        self.meter = LoadMeter([e.name for e in model.experts], None if model.primary is None else model.primary.name)
         self.timer = PhaseTimer(torch.cuda.synchronize if groups.device.type == "cuda" else None)
 
     def __call__(self, step: int, batch: Batch) -> StepReport:
         """Train on this rank's part of the global batch; `step` counts from 0. Every rank gets the same report."""
+        self.audio.take_costs()  # an evaluation's
         report = self.forward_backward(step, batch)
         with self.timer("update"):
             norm, scale = self.update(step)
-        return replace(report, grad_norm=norm, lr=self.optim.lr * scale, phase_sec=self.timer.take())
+        report = replace(report, grad_norm=norm, lr=self.optim.lr * scale, phase_sec=self.timer.take())
+        costs = {name: astuple(cost) for name, cost in self.audio.take_costs().items()}
+        self.meter.add_step(costs, report.seconds)
+        return report
+
+    def take_load(self, step: int) -> LoadInterval | None:
+        """On rank 0, what all ranks' encoders did since the last call; `step` is the last one done. Collective."""
+        parts: list[Any] | None = [None] * self.groups.topology.world if self.groups.rank == 0 else None
+        dist.gather_object(self.meter.take(), parts, group=self.groups.world)
+        return None if parts is None else self.meter.merge(step, parts)
 
     def forward_backward(self, step: int, batch: Batch) -> StepReport:
         """Lines 2 to 8: leave the gradients of the global batch's loss in both engines."""
@@ -100,7 +113,8 @@ class Step:
             auxiliary = self.model.routing_loss.weight * mowe + self.model.ctc_weight * ctc
             self.audio.backward((embeddings * grad).sum() + auxiliary)
         with timer("report"):
-            return self.report(step, batch, whole, audio, sample_losses, mowe, ctc)
+            self.meter.add_clips(batch, audio.routing)
+            return self.report(step, whole, sample_losses, mowe, ctc)
 
     def router_noise(self, step: int, batch: Batch) -> Tensor | None:
         """[clips, gates, experts] standard normal, a function of seed, step and sample: not of where the sample ran."""
@@ -145,31 +159,15 @@ class Step:
             self.audio.tower.router.advance()
         return norm, scale
 
-    def report(
-        self,
-        step: int,
-        batch: Batch,
-        whole: GlobalBatch,
-        audio: AudioOutput,
-        sample_losses: Tensor,
-        mowe: Tensor,
-        ctc: Tensor,
-    ) -> StepReport:
+    def report(self, step: int, whole: GlobalBatch, sample_losses: Tensor, mowe: Tensor, ctc: Tensor) -> StepReport:
         """One sum over ranks of everything that is reported."""
-        experts = [e.name for e in self.model.experts]
-        routed = torch.zeros(len(TASKS), len(experts), device=self.groups.device)
-        if audio.routing is not None:
-            tasks = [TASKS.index(batch.samples[i].task) for i in batch.clip_owner]
-            routed.index_add_(
-                0, torch.tensor(tasks, device=routed.device, dtype=torch.int64), audio.routing.runs.float()
-            )
-        everything = torch.cat([sample_losses.float(), routed.flatten(), ctc.detach().float()[None]])
+        everything = torch.cat([sample_losses.float(), ctc.detach().float()[None]])
         dist.all_reduce(everything, group=self.groups.world)
-        losses, routed_sum, ctc_sum = everything.cpu().split([len(whole), routed.numel(), 1])
+        losses, ctc_sum = everything.cpu().split([len(whole), 1])
         next_token = float(losses.double().sum()) / max(1, whole.counts.targets)
         terms = {"next_token": next_token}
         loss = next_token
-        if experts:
+        if self.model.experts:
             terms["routing"] = float(mowe)
             loss += self.model.routing_loss.weight * terms["routing"]
         if self.model.ctc_weight > 0:
@@ -180,7 +178,6 @@ class Step:
             loss=loss,
             losses=terms,
             task_losses=_by_task(whole, losses),
-            routing_counts=_routing_counts(routed_sum.view(len(TASKS), -1), experts),
             num_samples=len(whole),
             num_tokens=int(whole.num_tokens.sum()),
             audio_sec=float(whole.audio_samples.sum()) / SAMPLE_RATE,
@@ -229,11 +226,3 @@ def _by_task(whole: GlobalBatch, losses: Tensor) -> dict[str, tuple[float, int]]
         total, tokens = sums.get(TASKS[task], (0.0, 0))
         sums[TASKS[task]] = (total + loss, tokens + targets)
     return sums
-
-
-def _routing_counts(routed: Tensor, experts: list[str]) -> dict[str, dict[str, int]]:
-    return {
-        task: {name: int(n) for name, n in zip(experts, row, strict=True)}
-        for task, row in zip(TASKS, routed.tolist(), strict=True)
-        if sum(row)
-    }

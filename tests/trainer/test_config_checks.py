@@ -54,6 +54,7 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
             "parallel.expert = 2: the model has no experts; the legal val",
         ),
         ("debug", ["optim.warmup_steps=9"], "optim.warmup_steps = 9: legal values are 0..4 (train.steps)"),
+        ("debug", ["profile.steps=3:9"], "profile.steps = 3:9: ends after train.steps = 4"),
         ("debug", ["train.steps=0"], "train.steps = 0: must be at least 1"),
         ("debug", ["data.sets=[]"], "data.sets is empty: name at least one manifest or folder of shards"),
         ("debug", ["data.global_batch_samples=12"], "data.global_batch_samples = 12: must be a multiple of data.num_l"),

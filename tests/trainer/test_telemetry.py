@@ -7,11 +7,16 @@ import json
 import os
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from model.router import Routing
 from trainer.hooks import Hook, ProgressHook, RunState, SummaryHook, TrackerHook
+from trainer.telemetry.expert_load import ExpertLoad, group_of
+from trainer.telemetry.load_history import LoadInterval, LoadMeter
 from trainer.telemetry.metrics import EvalReport, PhaseTimer, StepReport, flatten, flatten_eval, peak_memory_bytes
 from trainer.telemetry.progress import Progress
 from trainer.telemetry.tracker import JsonlTracker
@@ -21,7 +26,6 @@ def make_report(step: int, loss: float = 2.0, **changes: object) -> StepReport:
     values: dict[str, object] = {
         "losses": {"next_token": loss - 0.5, "ctc": 0.5},
         "task_losses": {"asr": (30.0, 10)},
-        "routing_counts": {"asr": {"hubert": 3, "wavlm": 1}},
         "grad_norm": 1.5,
         "lr": 1e-3,
         "num_samples": 8,
@@ -41,10 +45,6 @@ def test_flatten_one_step() -> None:
         "train/loss/asr": 3.0,
         "train/grad_norm": 1.5,
         "train/lr": 1e-3,
-        "routing/asr/hubert": 3,
-        "routing/asr/wavlm": 1,
-        "routing/all/hubert": 3,
-        "routing/all/wavlm": 1,
         "time/load_sec": 0.5,
         "time/llm_sec": 1.5,
         "time/step_sec": 2.0,
@@ -60,7 +60,6 @@ def test_flatten_several_steps_weights_tasks_by_tokens() -> None:
         2,
         loss=4.0,
         task_losses={"asr": (10.0, 30), "er": (2.0, 1), "ac": (0.0, 0)},
-        routing_counts={"er": {"hubert": 2}},
         phase_sec={"llm": 3.0, "save": 1.0},
         num_tokens=400,
         lr=5e-4,
@@ -71,10 +70,30 @@ def test_flatten_several_steps_weights_tasks_by_tokens() -> None:
     assert metrics["train/loss/er"] == 2.0
     assert "train/loss/ac" not in metrics  # no target tokens: there is no loss, not a loss of 0
     assert metrics["train/lr"] == 5e-4
-    assert (metrics["routing/asr/hubert"], metrics["routing/er/hubert"], metrics["routing/all/hubert"]) == (3, 2, 5)
     assert metrics["time/save_sec"] == 0.5  # mean over both steps, though only one had it
     assert metrics["throughput/tokens_per_sec"] == pytest.approx(600 / 6.0)
     assert metrics["data/skipped/broken"] == 2
+
+
+def make_load(step: int, experts: list[int], task: str = "asr") -> LoadInterval:
+    """One clip of a second per entry of `experts`, each routed to that one of two."""
+    probs = torch.eye(2)[experts][:, None]
+    group = group_of(task, {}, 1.0)
+    load = ExpertLoad.of(
+        Routing(probs, probs.bool(), ("dependent",)), [group] * len(experts), [1.0] * len(experts), ["hubert", "wavlm"]
+    )
+    meter = LoadMeter(["hubert", "wavlm"], None)
+    meter.add_step({"hubert": (2.0, 0.0, 8.0, 0.0)}, 3.0)
+    part = meter.take()
+    return meter.merge(step, [replace(part, load=load)])
+
+
+def test_flatten_joins_the_intervals_that_ended() -> None:
+    reports = [make_report(1), make_report(2, load=make_load(2, [0, 0, 0])), make_report(3, load=make_load(3, [1]))]
+    metrics = flatten(reports)
+    assert metrics["routing/asr/hubert/clip_share"] == 0.75 and metrics["routing/all/wavlm/weight_dependent"] == 0.25
+    assert metrics["routing/num_dead"] == 0 and metrics["encoders/hubert/sent_bytes"] == 8.0
+    assert not [name for name in flatten(reports[:1]) if name.startswith(("routing", "encoders"))]
 
 
 def test_phases_are_exclusive_and_add_up() -> None:

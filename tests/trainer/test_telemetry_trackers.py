@@ -20,6 +20,7 @@ from trainer.telemetry.tracker import (
     TelemetryConfig,
     build_tracker,
     flatten_params,
+    log_artifacts,
     tracking_uri,
 )
 
@@ -79,7 +80,7 @@ def test_jsonl_failure_is_loud_once_counted_and_survived(tmp_path: Path, caplog:
     if not full.exists():
         pytest.skip("no /dev/full on this system")
     tracker = JsonlTracker(tmp_path / "metrics.jsonl")
-    tracker._file = full.open("a")
+    tracker._log._file = full.open("a")
     with caplog.at_level(logging.WARNING):
         for step in (1, 2, 3):
             tracker.log({"a": 1.0}, step)
@@ -129,6 +130,27 @@ def test_mlflow_keeps_one_run_across_a_resume(tmp_path: Path, monkeypatch: pytes
         (3, pytest.approx(1 / 3)),
         (4, 0.25),
     ]
+
+
+@pytest.mark.timeout(120)
+def test_files_join_the_run_they_are_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run_dir = tmp_path / "x"
+    run_dir.mkdir()
+    file = tmp_path / "report.html"
+    file.write_text("hello")
+    assert "mlflow_run_id is missing" in str(log_artifacts(run_dir, [file], "profile"))
+    config = TelemetryConfig(mlflow_experiment="tests")
+    build_tracker(config, run_name="x", run_root=tmp_path, params={}).close()
+    assert log_artifacts(run_dir, [file], "profile") is None
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking_uri(tmp_path))
+    run_id = (run_dir / "mlflow_run_id").read_text().strip()
+    assert [a.path for a in client.list_artifacts(run_id, "profile")] == ["profile/report.html"]
+    (run_dir / "mlflow_run_id").write_text("no-such-run\n")
+    assert "no-such-run" in str(log_artifacts(run_dir, [file], "profile"))
 
 
 @pytest.mark.timeout(120)

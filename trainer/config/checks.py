@@ -173,5 +173,7 @@ def _check_steps(recipe: Recipe) -> None:
     steps, optim = recipe.train.steps, recipe.optim
     if not 0 <= optim.warmup_steps <= steps:
         raise UserError(f"optim.warmup_steps = {optim.warmup_steps}: legal values are 0..{steps} (train.steps)")
+    if len(recipe.profile.range) and recipe.profile.range[-1] > steps:
+        raise UserError(f"profile.steps = {recipe.profile.steps}: ends after train.steps = {steps}")
     if recipe.eval.every_steps < 0:
         raise UserError(f"eval.every_steps = {recipe.eval.every_steps}: must be 0 (only at the end) or positive")

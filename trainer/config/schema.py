@@ -13,6 +13,7 @@ from trainer.data.config import DataConfig
 from trainer.engine.optim import OptimConfig
 from trainer.eval_config import EvalConfig
 from trainer.parallel.topology import ParallelConfig
+from trainer.telemetry.trace import ProfileConfig
 from trainer.telemetry.tracker import TelemetryConfig
 
 
@@ -64,6 +65,7 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
+
+from trainer.telemetry.load_history import LoadInterval, interval_metrics
 
 T = TypeVar("T")
 
@@ -27,8 +29,6 @@ class StepReport:
     """Its terms by name: next_token, routing, ctc."""
     task_losses: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     """Per task: sum of the token losses, number of target tokens."""
-    routing_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Per task, per encoder: how many clips were sent to it."""
     grad_norm: float = 0.0
     """Global norm over both engines, before clipping."""
     lr: float = 0.0
@@ -40,6 +40,8 @@ class StepReport:
     """Wall time by phase (load, plan, encode, exchange, llm, backward, update …), each exclusive of the others."""
     num_skipped: Mapping[str, int] = field(default_factory=dict)
     """Samples left out since the run began, by reason."""
+    load: LoadInterval | None = None
+    """Where this step ends an interval: what the encoders did in it, on rank 0."""
 
     @property
     def seconds(self) -> float:
@@ -59,11 +61,17 @@ class EvalReport:
     seconds: float = 0.0
 
 
+def is_logged(step: int, every_steps: int) -> bool:
+    """Whether a record ends with `step`. The first step is one: its loss says whether the weights are sane."""
+    return step % every_steps == 0 or step == 1
+
+
 def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
     """Metrics of one or several consecutive steps, by name.
 
-    Losses, gradient norm and times are means over the steps; the loss of a task is over all of its tokens in them;
-    routing counts are sums; rates are totals over the time that passed; learning rate and skips are the last step's.
+    Losses, gradient norm and times are means over the steps; the loss of a task is over all of its tokens in them, the
+    routing over all of their clips; rates are totals over the time that passed; learning rate and skips are the last
+    step's.
     """
     assert reports, "nothing to log"
     last, num = reports[-1], len(reports)
@@ -76,11 +84,9 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
             metrics[f"train/loss/{task}"] = sum(total for total, _ in pairs) / num_targets
     metrics["train/grad_norm"] = sum(r.grad_norm for r in reports) / num
     metrics["train/lr"] = last.lr
-    for task, counts in _collect(r.routing_counts for r in reports).items():
-        for encoder, nums in _collect(counts).items():
-            metrics[f"routing/{task}/{encoder}"] = sum(nums)
-    for encoder, nums in _collect(c for r in reports for c in r.routing_counts.values()).items():
-        metrics[f"routing/all/{encoder}"] = sum(nums)
+    intervals = [r.load for r in reports if r.load is not None]
+    if intervals:
+        metrics |= interval_metrics(sum(intervals[1:], intervals[0]))
     for phase, values in _collect(r.phase_sec for r in reports).items():
         metrics[f"time/{phase}_sec"] = sum(values) / num
     seconds = sum(r.seconds for r in reports)
@@ -102,6 +108,16 @@ def flatten_eval(report: EvalReport) -> dict[str, float]:
     return metrics
 
 
+class PhaseListener(Protocol):
+    """Is told of every phase that a `PhaseTimer` times."""
+
+    def on_phase_begin(self, phase: str, outermost: bool) -> None:
+        """Before its time begins; `outermost`: no other phase is open."""
+
+    def on_phase_end(self, phase: str, start_sec: float, end_sec: float) -> None:
+        """After it, with its times by `time.perf_counter`, phases inside it included."""
+
+
 class PhaseTimer:
     """Splits a step's wall time by phase: `with timer("encode"): …`.
 
@@ -111,6 +127,7 @@ class PhaseTimer:
     """
 
     def __init__(self, synchronise: Callable[[], None] | None = None) -> None:
+        self.listener: PhaseListener | None = None
         self._synchronise = synchronise
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._open: list[str] = []
@@ -118,13 +135,18 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        if self.listener is not None:
+            self.listener.on_phase_begin(phase, outermost=not self._open)
         self._lap()
         self._open.append(phase)
+        start_sec = self._mark_sec
         try:
             yield
         finally:
             self._lap()
             self._open.pop()
+            if self.listener is not None:
+                self.listener.on_phase_end(phase, start_sec, self._mark_sec)
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call; starts again from zero. Call it between phases."""

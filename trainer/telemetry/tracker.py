@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -16,8 +15,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from model.errors import UserError
+from trainer.telemetry.jsonl import StepLog, write_atomically
 
 log = logging.getLogger(__name__)
+
+ID_NAME = "mlflow_run_id"
+"""File in the run's folder that holds the id of its MLflow run."""
 
 
 @dataclass(frozen=True)
@@ -55,37 +58,31 @@ class Tracker(Protocol):
 
 
 class JsonlTracker:
-    """Appends one JSON object per call to a file: `{"step": …, "time": …, "<metric>": …}`, flushed at once.
+    """Appends one JSON object per call to a file (see `StepLog`): `{"step": …, "time": …, "<metric>": …}`.
 
-    Resumed at step k, the lines of later steps (and a torn last line) are dropped first, in one atomic replacement;
-    `resume_step` 0 begins the file anew. Values that JSON has no number for are the strings "nan", "inf", "-inf".
+    Values that JSON has no number for are the strings "nan", "inf", "-inf".
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self.num_lost = 0
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, _lines_until(path, resume_step))
-        self._file = path.open("a", encoding="utf-8")
+        self._log = StepLog(path, resume_step)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         numbers = {name: value if math.isfinite(value) else str(float(value)) for name, value in metrics.items()}
-        line = json.dumps({"step": step, "time": round(time.time(), 3), **numbers}, allow_nan=False)
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            self._log.append({"step": step, "time": round(time.time(), 3), **numbers})
         except OSError as error:
             self.num_lost += 1
             if self.num_lost == 1:
-                log.warning("METRICS ARE BEING LOST: %s: %s; training goes on", self._path, error)
+                log.warning("METRICS ARE BEING LOST: %s: %s; training goes on", self._log.path, error)
 
     def close(self) -> None:
         try:
-            self._file.close()
+            self._log.close()
         except OSError as error:
-            log.warning("%s: %s", self._path, error)
+            log.warning("%s: %s", self._log.path, error)
         if self.num_lost:
-            log.warning("%s: %d records were lost", self._path, self.num_lost)
+            log.warning("%s: %d records were lost", self._log.path, self.num_lost)
 
 
 class MlflowTracker:
@@ -167,13 +164,9 @@ class MlflowTracker:
                 self._lose(1, _without_credentials(f"{type(error).__name__}: {error}"))
 
     def _open(self) -> tuple[Any, str]:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-        logging.getLogger("alembic").setLevel(logging.WARNING)
+        client = _client(self._run_root)
         from mlflow.entities import Param
-        from mlflow.tracking import MlflowClient
 
-        client = MlflowClient(tracking_uri=tracking_uri(self._run_root))
         if self._resume and self._id_file.exists():
             run_id = self._id_file.read_text().strip()
             client.update_run(run_id, status="RUNNING")
@@ -193,7 +186,7 @@ class MlflowTracker:
         params = [Param(name, value[:500]) for name, value in self._params.items()]
         for i in range(0, len(params), 100):
             client.log_batch(run_id, params=params[i : i + 100])
-        _write_atomically(self._id_file, run_id + "\n")
+        write_atomically(self._id_file, run_id + "\n")
         return client, run_id
 
     def _send(self, client: Any, run_id: str | None, records: Sequence[tuple[int, int, dict[str, float]]]) -> None:
@@ -233,7 +226,7 @@ def build_tracker(
     run_dir = run_root / run_name
     trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl", resume_step)]
     if config.mlflow:
-        id_file = run_dir / "mlflow_run_id"
+        id_file = run_dir / ID_NAME
         trackers.append(
             MlflowTracker(
                 config,
@@ -245,6 +238,33 @@ def build_tracker(
             )
         )
     return CompositeTracker(trackers)
+
+
+def log_artifacts(run_dir: Path, files: Sequence[Path], folder: str) -> str | None:
+    """Add `files` to the MLflow run of `run_dir`, in the artifact folder `folder`.
+
+    Returns:
+        Why it was not done, in words; None: it was.
+    """
+    id_file = run_dir / ID_NAME
+    if not id_file.is_file():
+        return f"{id_file} is missing: the run was not logged to MLflow"
+    try:
+        client = _client(run_dir.parent)
+        for file in files:
+            client.log_artifact(id_file.read_text().strip(), str(file), folder)
+    except Exception as error:  # noqa: BLE001 - the files are there; that the store is not must not hide them
+        return _without_credentials(f"{type(error).__name__}: {error}")
+    return None
+
+
+def _client(run_root: Path) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=tracking_uri(run_root))
 
 
 def tracking_uri(run_root: Path) -> str:
@@ -271,29 +291,3 @@ def flatten_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str
 
 def _without_credentials(text: str) -> str:
     return re.sub(r"(://)[^/\s@]+@", r"\1***@", text)
-
-
-def _lines_until(path: Path, last_step: int) -> str:
-    """The whole lines of steps up to `last_step`; none for 0 or without the file."""
-    if last_step == 0 or not path.exists():
-        return ""
-    kept = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break  # torn by a crash while it was written
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} line {number}: not a metrics record; repair or move the file away") from None
-        if step <= last_step:
-            kept.append(line)
-    return "".join(kept)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

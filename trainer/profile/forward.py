@@ -1,0 +1,247 @@
+"""The profile of any data: the router of a checkpoint decides over it, forward only, in one process.
+
+Weights are those of a checkpoint, in fp32, in the single-process `AudioTower`. Only the primary and the router compute
+every clip; the experts are timed on a few.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.audio_tower import AudioTower
+from model.batch import Ragged
+from model.config import ModelConfig
+from model.errors import UserError
+from model.lengths import SAMPLE_RATE, num_samples
+from trainer.checkpoint.layout import PARAM, Manifest, Shard, matrix_of
+from trainer.checkpoint.reader import DamagedError, Reader, check_files, read_manifest
+from trainer.config.load import undump
+from trainer.config.schema import Recipe
+from trainer.data.decode import SampleError, check_metadata, decode_audio
+from trainer.data.manifest import read_manifest as read_rows
+from trainer.data.prepare import prepare
+from trainer.data.shards import INDEX_NAME, ShardSet
+from trainer.data.store import LocalStore
+from trainer.data.tokenizer import PlaceholderInText
+from trainer.parallel.dispatch import group_by_length
+from trainer.profile.analysis import Profile
+from trainer.profile.history import RunPath, primary_name
+from trainer.profile.placement import advise
+from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, add_up, group_of
+
+_CHUNK_CLIPS = 128
+_TIMED_SEC = 20.0
+"""Audio on which each expert is timed."""
+
+Encoded = tuple[list[bytes], dict[str, Any]]
+"""Whole audio files of a sample's clips, and the manifest's fields."""
+Encode = Callable[[str], list[int]]
+
+
+def profile_data(where: RunPath, data: Path, split: str | None) -> Profile:
+    """Route `data`, a manifest or a folder of shards, as the run's newest whole checkpoint (or the one named) would.
+
+    Args:
+        split: only this one; None: all.
+
+    Raises:
+        UserError: no checkpoint, no such data, or a model without experts.
+    """
+    reader, recipe = open_checkpoint(where)
+    if not recipe.model.experts:
+        raise UserError(f"{where.run_dir}: the model has no experts: there is nothing to route")
+    encode = _prompt_encoder(recipe)
+    tower = load_tower(recipe.model, reader)
+    skipped: Counter[str] = Counter()
+    loads, timed = [], None
+    for clips, prompts, groups in _chunks(_decoded(data, split, recipe, encode, skipped)):
+        loads.append(_route(tower, recipe, clips, prompts, groups))
+        timed = timed or _time_experts(tower, clips)
+    load = add_up(loads)
+    experts = [e.name for e in recipe.model.experts]
+    advice = None
+    if timed is not None:
+        costs = [rate * float(sec) for rate, sec in zip(timed, load.total().routed_sec, strict=True)]
+        advice = advise(experts, costs, recipe.parallel.expert, recipe.parallel.num_ranks, None)
+    origin = f"{data}{f', split {split}' if split else ''}, routed as after step {reader.manifest.step}"
+    return Profile(recipe.name, origin, primary_name(recipe), load, (), None, advice, dict(skipped))
+
+
+# ---- the checkpoint
+
+
+def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
+    """The named checkpoint or the newest whole one, and the recipe it was trained with.
+
+    Raises:
+        UserError: there is none; the named one is damaged.
+    """
+    folder = where.run_dir / "checkpoints"
+    steps = sorted(folder.glob("step-*"), reverse=True) if where.checkpoint is None else [where.checkpoint]
+    damages = []
+    for path in steps:
+        try:
+            manifest = read_manifest(path)
+            check_files(path, manifest, [n for n in manifest.files if n.startswith(("audio-", "state."))])
+        except DamagedError as error:
+            damages.append(f"{path}: {error}")
+            continue
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return Reader(path, manifest), undump(state["extra"]["recipe"], f"{path}/state.json")
+    if damages:
+        raise UserError(f"{damages[0]}: no whole checkpoint; restore one")
+    raise UserError(f"{folder}: no checkpoint; let the run save one first")
+
+
+def load_tower(model: ModelConfig, reader: Reader) -> AudioTower:
+    """The audio side with the checkpoint's weights, for inference, in fp32."""
+    llm_dim = reader.manifest.tensors["audio.projector.weight"].shape[0]
+    tower = AudioTower(model, llm_dim, _vocab_size(reader.manifest))
+    kept = {name for name in tower.state_dict()}
+    named = [*tower.named_parameters(), *((n, b) for n, b in tower.named_buffers() if n in kept)]
+    with torch.no_grad():
+        for name, tensor in named:
+            rect = matrix_of(tuple(tensor.shape))
+            shard = Shard(f"audio.{name}", tuple(tensor.shape), rect, {PARAM: tensor.view(rect.rows, rect.cols)}, None)
+            reader.check(shard)
+            reader.fill(shard)
+    return tower.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _vocab_size(manifest: Manifest) -> int:
+    """Of the tokenizer, as far as the audio side has tensors of that size."""
+    shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
+    if "audio.ctc_head.weight" in shapes:
+        return shapes["audio.ctc_head.weight"][0] - 1
+    return shapes.get("audio.router.prompt_embedding.weight", (1,))[0]
+
+
+def _prompt_encoder(recipe: Recipe) -> Encode:
+    """Text to tokens for a gate that reads the instruction; the others see none."""
+    router = recipe.model.router
+    if router.input != "prompt" or "dependent" not in router.gates:
+        return lambda text: []
+    # A tokenizer that was trained with the run is found again through the run's own data.
+    return prepare(recipe.data, recipe.model.adapter.strides).tokenizer.encode
+
+
+# ---- the data
+
+
+def _decoded(
+    data: Path, split: str | None, recipe: Recipe, encode: Encode, skipped: Counter[str]
+) -> Iterator[tuple[list[torch.Tensor], torch.Tensor, dict[str, Any]]]:
+    """Clips as the run would see them, without augmentation, the instruction's tokens, and the manifest's fields; what
+    cannot be used is counted."""
+    shortest = num_samples(recipe.data.min_audio_sec)
+    for item in _encoded(data, split):
+        try:
+            if isinstance(item, SampleError):
+                raise item
+            files, meta = item
+            check_metadata(meta)
+            clips = [decode_audio(file, recipe.data.max_audio_sec) for file in files]
+            prompt = torch.tensor(encode(meta["instruction"]), dtype=torch.int64)
+        except SampleError as error:
+            skipped[error.reason] += 1
+            continue
+        except PlaceholderInText:
+            skipped["placeholder_in_text"] += 1
+            continue
+        yield [torch.from_numpy(np.pad(c, (0, max(0, shortest - len(c))))) for c in clips], prompt, meta
+
+
+def _encoded(data: Path, split: str | None) -> Iterator[Encoded | SampleError]:
+    if (data / INDEX_NAME).is_file():
+        yield from _of_shards(ShardSet(LocalStore(data)), split)
+    elif data.is_dir():
+        raise UserError(f"{data}: no {INDEX_NAME} in it: give a folder of shards, or a manifest")
+    else:
+        found = False
+        for row in read_rows(data, split):
+            found = True
+            yield row.error or ([path.read_bytes() for path in row.audio], row.metadata)
+        if not found:
+            raise UserError(f"{data}: no samples" + (f" of split '{split}'" if split else ""))
+
+
+def _of_shards(shards: ShardSet, split: str | None) -> Iterator[Encoded | SampleError]:
+    known = sorted({group.split for group in shards.groups})
+    if split is not None and split not in known:
+        raise UserError(f"{shards.store.url}: no samples of split '{split}'; splits there are: {', '.join(known)}")
+    for shard, info in enumerate(shards.shards):
+        for index in range(info.num_samples):
+            if split is None or shards.entry(shard, index).split == split:
+                try:
+                    raw = shards.read(shard, index)
+                    yield [file for _, file in raw.clips], raw.metadata
+                except SampleError as error:
+                    yield error
+
+
+def _chunks(
+    samples: Iterator[tuple[list[torch.Tensor], torch.Tensor, dict[str, Any]]],
+) -> Iterator[tuple[Ragged, Ragged, list[ClipGroup]]]:
+    """Clips, the prompt of each, and its group, about `_CHUNK_CLIPS` at a time."""
+    clips: list[torch.Tensor] = []
+    prompts: list[torch.Tensor] = []
+    groups: list[ClipGroup] = []
+    for own, prompt, meta in samples:
+        clips += own
+        prompts += [prompt] * len(own)
+        groups += [group_of(meta["task"], meta, len(clip) / SAMPLE_RATE) for clip in own]
+        if len(clips) >= _CHUNK_CLIPS:
+            yield Ragged.of(clips), Ragged.of(prompts), groups
+            clips, prompts, groups = [], [], []
+    if clips:
+        yield Ragged.of(clips), Ragged.of(prompts), groups
+
+
+# ---- the router
+
+
+@torch.no_grad()
+def _route(
+    tower: AudioTower, recipe: Recipe, clips: Ragged, prompts: Ragged, groups: Sequence[ClipGroup]
+) -> ExpertLoad:
+    device = next(tower.parameters()).device
+    loads = []
+    for members in group_by_length(clips.lengths, num_samples(recipe.train.encoder_batch_sec)):
+        part = clips.select(members).to(device)
+        primary = None if tower.primary is None else tower.primary(part)
+        routing = tower.router(part, primary, prompts.select(members).to(device))
+        seconds = [n / SAMPLE_RATE for n in part.lengths]
+        loads.append(ExpertLoad.of(routing, [groups[i] for i in members], seconds, list(tower.experts)))
+    return add_up(loads)
+
+
+@torch.no_grad()
+def _time_experts(tower: AudioTower, clips: Ragged) -> list[float]:
+    """Forward seconds per audio second of each expert, on the first clips."""
+    device = next(tower.parameters()).device
+    num = 1
+    while num < len(clips) and sum(clips.lengths[: num + 1]) <= num_samples(_TIMED_SEC):
+        num += 1
+    some = clips.select(range(num)).to(device)
+    rates = []
+    for expert in tower.experts.values():
+        expert(some.select([0]))  # warms up
+        _synchronise(device)
+        start_sec = time.perf_counter()
+        expert(some)
+        _synchronise(device)
+        rates.append((time.perf_counter() - start_sec) * SAMPLE_RATE / sum(some.lengths))
+    return rates
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,245 @@
+"""Which clips the router sent to which encoder: sums that add up over steps and ranks.
+
+Everything is per clip, since the router decides per clip: a sample of two clips counts twice, one without audio not.
+With several gates, or top-k above 1, a clip may run several encoders: clip shares then add up to more than 1.
+
+Shapes: B clips, G gates, K experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.router import Routing
+
+Floats = NDArray[np.float64]
+
+UNNAMED = "-"
+"""Language or source of clips whose manifest names none."""
+ALL = "all"
+"""In place of a task: all of them."""
+BANDS_SEC = (1, 2, 5, 10, 20, 30)
+"""Where one duration band ends and the next begins."""
+BANDS = tuple(f"{a}-{b} s" for a, b in zip((0, *BANDS_SEC), BANDS_SEC, strict=False)) + (f"{BANDS_SEC[-1]}+ s",)
+_DIGITS = 6
+
+
+class ClipGroup(NamedTuple):
+    """What clips are told apart by."""
+
+    task: str
+    language: str
+    source: str
+    band: str
+    """One of `BANDS`."""
+
+
+def group_of(task: str, meta: Mapping[str, Any], seconds: float) -> ClipGroup:
+    """The group of a clip of `seconds`; `meta`: the manifest's fields of its sample."""
+    language, source = (str(meta.get(name) or UNNAMED) for name in ("language", "source"))
+    return ClipGroup(task, language, source, BANDS[sum(seconds >= end for end in BANDS_SEC)])
+
+
+@dataclass(frozen=True)
+class Load:
+    """Sums over some clips."""
+
+    num_clips: int
+    audio_sec: float
+    entropy: Floats
+    """[G] Σ over clips of the entropy of each gate's probabilities, in nats."""
+    probs: Floats
+    """[G, K] Σ of each gate's probabilities."""
+    weights: Floats
+    """[G, K] Σ of the mixing weights: the probability where the gate chose the expert, else 0."""
+    routed_clips: Floats
+    """[K] clips that ran the expert."""
+    routed_sec: Floats
+    """[K] their audio seconds."""
+
+    @staticmethod
+    def none(num_gates: int, num_experts: int) -> Load:
+        """No clips."""
+        gates, experts = np.zeros(num_gates), np.zeros(num_experts)
+        pairs = np.zeros((num_gates, num_experts))
+        return Load(0, 0.0, gates, pairs, pairs, experts, experts)
+
+    def __add__(self, other: Load) -> Load:
+        return Load(
+            self.num_clips + other.num_clips,
+            self.audio_sec + other.audio_sec,
+            self.entropy + other.entropy,
+            self.probs + other.probs,
+            self.weights + other.weights,
+            self.routed_clips + other.routed_clips,
+            self.routed_sec + other.routed_sec,
+        )
+
+    def with_experts(self, places: Sequence[int | None]) -> Load:
+        """The same with expert `places[k]` as k-th; None: one that these clips could not choose."""
+        index = [len(self.routed_clips) if place is None else place for place in places]
+
+        def moved(values: Floats) -> Floats:
+            return np.concatenate([values, np.zeros((*values.shape[:-1], 1))], axis=-1)[..., index]
+
+        pairs, experts = (self.probs, self.weights), (self.routed_clips, self.routed_sec)
+        return Load(self.num_clips, self.audio_sec, self.entropy, *map(moved, pairs), *map(moved, experts))
+
+    @property
+    def clip_share(self) -> Floats:
+        """[K] share of the clips that ran each expert; nan without clips."""
+        return _over(self.routed_clips, self.num_clips)
+
+    @property
+    def audio_share(self) -> Floats:
+        """[K] the same by audio seconds."""
+        return _over(self.routed_sec, self.audio_sec)
+
+    @property
+    def mean_weight(self) -> Floats:
+        """[G, K] mean mixing weight over all of the clips."""
+        return _over(self.weights, self.num_clips)
+
+    @property
+    def mean_entropy(self) -> Floats:
+        """[G] mean over clips of each gate's entropy, in nats: low where each clip is routed with confidence."""
+        return _over(self.entropy, self.num_clips)
+
+    @property
+    def entropy_of_mean(self) -> Floats:
+        """[G] entropy of each gate's mean probabilities, in nats: low where all clips go the same way."""
+        mean = _over(self.probs, self.num_clips)
+        return -(mean * np.log(np.where(mean > 0, mean, 1.0))).sum(-1)
+
+    def to_json(self) -> list[Any]:
+        arrays = (self.entropy, self.probs, self.weights, self.routed_clips, self.routed_sec)
+        return [self.num_clips, round(self.audio_sec, _DIGITS), *(a.round(_DIGITS).tolist() for a in arrays)]
+
+    @staticmethod
+    def from_json(fields: Sequence[Any], num_gates: int, num_experts: int) -> Load:
+        """Raises ValueError or TypeError where the fields are not of these shapes."""
+        num_clips, audio_sec, *arrays = fields
+        pairs, experts = (num_gates, num_experts), (num_experts,)
+        shapes = ((num_gates,), pairs, pairs, experts, experts)
+        sums = [np.asarray(a, dtype=np.float64).reshape(s) for a, s in zip(arrays, shapes, strict=True)]
+        return Load(int(num_clips), float(audio_sec), *sums)
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """`Load` per group of clips."""
+
+    gates: tuple[str, ...]
+    experts: tuple[str, ...]
+    cells: Mapping[ClipGroup, Load]
+
+    @staticmethod
+    def of(
+        routing: Routing | None, groups: Sequence[ClipGroup], seconds: Sequence[float], experts: Sequence[str]
+    ) -> ExpertLoad:
+        """The load of B clips.
+
+        Args:
+            routing: None: the model has no experts.
+            groups, seconds: of each clip.
+            experts: names of the K experts.
+        """
+        num, gates = len(groups), () if routing is None else routing.gates
+        pairs = (num, len(gates), len(experts))
+        probs = np.zeros(pairs) if routing is None else routing.probs.detach().double().cpu().numpy()
+        chosen = np.zeros(pairs) if routing is None else routing.chosen.cpu().numpy()
+        runs = np.asarray(chosen.any(axis=1), dtype=np.float64)
+        entropy = -(probs * np.log(np.where(probs > 0, probs, 1.0))).sum(-1)
+        assert probs.shape == pairs, (probs.shape, pairs)
+        cells = {}
+        for group in dict.fromkeys(groups):
+            rows = [i for i, other in enumerate(groups) if other == group]
+            sec = np.asarray(seconds, dtype=np.float64)[rows]
+            cells[group] = Load(
+                len(rows),
+                float(sec.sum()),
+                entropy[rows].sum(0),
+                probs[rows].sum(0),
+                (probs * chosen)[rows].sum(0),
+                runs[rows].sum(0),
+                sec @ runs[rows],
+            )
+        return ExpertLoad(gates, tuple(experts), cells)
+
+    def __add__(self, other: ExpertLoad) -> ExpertLoad:
+        """Sums by group; experts by name, so that the parts of a run that grew add up too."""
+        if not self.cells:
+            return other
+        if not other.cells:
+            return self
+        assert self.gates == other.gates, (self.gates, other.gates)
+        names = tuple(dict.fromkeys((*self.experts, *other.experts)))
+        cells = self._with_experts(names)
+        for group, load in other._with_experts(names).items():
+            cells[group] = cells[group] + load if group in cells else load
+        return ExpertLoad(self.gates, names, cells)
+
+    def _with_experts(self, names: tuple[str, ...]) -> dict[ClipGroup, Load]:
+        if names == self.experts:
+            return dict(self.cells)
+        places = [self.experts.index(name) if name in self.experts else None for name in names]
+        return {group: load.with_experts(places) for group, load in self.cells.items()}
+
+    def total(self, wanted: Callable[[ClipGroup], bool] = lambda group: True) -> Load:
+        """The sum over the groups that are `wanted`."""
+        return sum((v for g, v in self.cells.items() if wanted(g)), Load.none(len(self.gates), len(self.experts)))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks that have clips."""
+        return tuple(sorted({group.task for group in self.cells}))
+
+    def by_task(self) -> dict[str, Load]:
+        """Per task, after the sum over `ALL` of them; empty without clips."""
+        tasks = {task: self.total(lambda g, task=task: g.task == task) for task in self.tasks}  # type: ignore[misc]
+        return {ALL: self.total(), **tasks} if tasks else {}
+
+    def to_json(self) -> dict[str, Any]:
+        """Inverse of `from_json`; sums are rounded to 6 decimals."""
+        cells = [[*group, *load.to_json()] for group, load in sorted(self.cells.items())]
+        return {"gates": list(self.gates), "experts": list(self.experts), "cells": cells}
+
+    @staticmethod
+    def from_json(tree: Mapping[str, Any]) -> ExpertLoad:
+        """Raises KeyError, TypeError or ValueError where the tree is not one of `to_json`."""
+        gates, experts = tuple(map(str, tree["gates"])), tuple(map(str, tree["experts"]))
+        cells = {
+            ClipGroup(*map(str, row[:4])): Load.from_json(row[4:], len(gates), len(experts)) for row in tree["cells"]
+        }
+        return ExpertLoad(gates, experts, cells)
+
+
+def load_metrics(load: ExpertLoad) -> dict[str, float]:
+    """Metrics by name: `routing/<task or all>/…`. Only of tasks that have clips, only where there are experts."""
+    if not load.experts or not load.cells:
+        return {}
+    metrics: dict[str, float] = {"routing/num_dead": float((load.total().routed_clips == 0).sum())}
+    for task, found in load.by_task().items():
+        for g, gate in enumerate(load.gates):
+            metrics[f"routing/{task}/entropy_{gate}"] = float(found.mean_entropy[g])
+            metrics[f"routing/{task}/entropy_of_mean_{gate}"] = float(found.entropy_of_mean[g])
+        for k, expert in enumerate(load.experts):
+            metrics[f"routing/{task}/{expert}/clip_share"] = float(found.clip_share[k])
+            metrics[f"routing/{task}/{expert}/audio_share"] = float(found.audio_share[k])
+            for g, gate in enumerate(load.gates):
+                metrics[f"routing/{task}/{expert}/weight_{gate}"] = float(found.mean_weight[g, k])
+    return metrics
+
+
+def add_up(loads: Iterable[ExpertLoad]) -> ExpertLoad:
+    """Their sum; without any, an empty one."""
+    return sum(loads, ExpertLoad((), (), {}))
+
+
+def _over(values: Floats, divisor: float) -> Floats:
+    return values / divisor if divisor else np.full(values.shape, np.nan)

@@ -1,0 +1,63 @@
+"""Append-only JSONL with a step in every line, exact across resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+
+
+class StepLog:
+    """Appends one JSON object per call, flushed at once.
+
+    Resumed at step k, the lines of later steps (and a torn last line) are dropped first, in one atomic replacement;
+    `resume_step` 0 begins the file anew.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line, record in read_lines(path) if record["step"] <= resume_step] if resume_step else []
+        write_atomically(path, "".join(kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Raises OSError where the line could not be written."""
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(line, its record) of every whole line; none without the file.
+
+    Raises:
+        UserError: a line is no JSON object with a step.
+    """
+    if not path.exists():
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break  # torn by a crash while it was written
+        try:
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} line {number}: not a record of this file; repair or move it away") from None
+        yield line, record
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the file's content: a crash leaves the old or the new one."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

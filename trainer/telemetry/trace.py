@@ -1,0 +1,129 @@
+"""A timeline of the phases of a few steps on all ranks, in Chrome's trace format (for ui.perfetto.dev)."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.errors import UserError
+from trainer.telemetry.metrics import PhaseTimer
+
+WAIT = "wait"
+"""Phase of waiting for the last rank to reach the next phase."""
+_NUM_MARKS = 9
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """The recipe's `profile` section."""
+
+    steps: str = ""
+    """`first:end`, counted from 1, `end` left out: trace these steps into `<run>/trace/`. Empty: none."""
+
+    def __post_init__(self) -> None:
+        if self.steps and not (re.fullmatch(r"[1-9]\d*:\d+", self.steps) and len(self.range)):
+            raise UserError(f"profile.steps = {self.steps!r}: give first:end with 1 <= first < end, e.g. 10:12")
+
+    @property
+    def range(self) -> range:
+        """The traced steps."""
+        first, _, end = self.steps.partition(":")
+        return range(int(first), int(end)) if self.steps else range(0)
+
+
+class Trace:
+    """Records the phases of the chosen steps and writes them when the last one has ended.
+
+    While it records, all ranks meet before each phase, in a phase of its own called `wait`: how long a rank waits for
+    the others is then seen, instead of hiding in the next collective. Its methods are collective.
+
+    Args:
+        config: which steps.
+        timer: whose phases.
+        folder: gets `rank<r>.json` of every rank and `trace.json` of all.
+        rank: this process, within `group`.
+        group: all ranks.
+    """
+
+    def __init__(
+        self, config: ProfileConfig, timer: PhaseTimer, folder: Path, rank: int, group: dist.ProcessGroup | None
+    ) -> None:
+        self._steps, self._timer, self._folder = config.range, timer, folder
+        self._rank, self._group = rank, group
+        self._events: list[dict[str, Any]] = []
+        self._offset_sec = 0.0
+        self._step, self._step_start_sec = 0, 0.0
+
+    def begin(self, step: int) -> None:
+        """Before the first phase of `step`, counted from 1."""
+        if step not in self._steps:
+            return
+        if self._timer.listener is None:
+            self._offset_sec = _clock_offset_sec(self._group)
+            self._timer.listener = self
+        self._step, self._step_start_sec = step, time.perf_counter()
+
+    def end(self, step: int, last: bool) -> None:
+        """After the last phase of `step`; `last`: no step follows."""
+        if step not in self._steps:
+            return
+        self._add(f"step {step}", self._step_start_sec, time.perf_counter())
+        if last or step + 1 not in self._steps:
+            self._timer.listener = None
+            self._write()
+
+    def on_phase_begin(self, phase: str, outermost: bool) -> None:
+        """See `PhaseListener`."""
+        if outermost and phase != WAIT:
+            with self._timer(WAIT):
+                _meet(self._group)
+
+    def on_phase_end(self, phase: str, start_sec: float, end_sec: float) -> None:
+        """See `PhaseListener`."""
+        self._add(phase, start_sec, end_sec)
+
+    def _add(self, name: str, start_sec: float, end_sec: float) -> None:
+        start_us, end_us = (round((sec - self._offset_sec) * 1e6, 3) for sec in (start_sec, end_sec))
+        event = {"name": name, "ph": "X", "ts": start_us, "dur": round(end_us - start_us, 3), "pid": self._rank}
+        self._events.append({**event, "tid": 0, "args": {"step": self._step}})
+
+    def _write(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        label = {"name": "process_name", "ph": "M", "pid": self._rank, "args": {"name": f"rank {self._rank}"}}
+        events, self._events = [label, *self._events], []
+        _write_events(self._folder / f"rank{self._rank}.json", events)
+        everyone: list[Any] | None = [None] * dist.get_world_size(self._group) if self._rank == 0 else None
+        dist.gather_object(events, everyone, group=self._group)
+        if everyone is not None:
+            _write_events(self._folder / "trace.json", [event for part in everyone for event in part])
+
+
+def _write_events(path: Path, events: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n", encoding="utf-8")
+
+
+def _meet(group: dist.ProcessGroup | None) -> None:
+    # On the CPU: a barrier of CUDA devices returns before they have met.
+    dist.all_reduce(torch.zeros(1), group=group)
+
+
+def _clock_offset_sec(group: dist.ProcessGroup | None) -> float:
+    """What to take off this rank's `perf_counter` to get seconds since rank 0 began to trace.
+
+    All ranks leave a barrier at nearly the same moment. The median over several is not moved by a rank that was
+    scheduled late once.
+    """
+    marks = torch.empty(_NUM_MARKS, dtype=torch.float64)
+    for i in range(_NUM_MARKS):
+        _meet(group)
+        marks[i] = time.perf_counter()
+    first = marks.clone()
+    dist.broadcast(first, src=0, group=group)
+    return float((marks - first).median() + first[0])
