@@ -21,8 +21,13 @@ CASES = [
 
 
 @pytest.mark.timeout(240)
-def test_experts_equal_the_oracle_with_their_optimizer_offloaded() -> None:
-    rows = check(Topology(4, 1, 1, 2), 2, "llama", ("mixed",), deepspeed="ds_configs/zero3_offload.json")
+@pytest.mark.parametrize(
+    ("deepspeed", "topology"), [("zero3_offload", Topology(4, 1, 1, 2)), ("zero3_cpu", Topology(2, 1, 1, 2))]
+)
+def test_experts_equal_the_oracle_offloaded_and_with_weights_that_stay_gathered(
+    deepspeed: str, topology: Topology
+) -> None:
+    rows = check(topology, 2, "llama", ("mixed",), deepspeed=f"ds_configs/{deepspeed}.json")
     assert len(rows) == 2 and all(row.passed for row in rows), rows
 
 

@@ -64,6 +64,7 @@ class AudioEngine:
             # DeepSpeed records the order of module calls to fetch weights ahead, and insists that it is the same on all
             # ranks; ranks with other experts call other modules. Nothing recorded, nothing fetched ahead.
             self.zero.parameter_offload.get_param_coordinator().record_module = lambda module: None
+        self._drop_idle_hooks()
         self._keep_persistent()
         self._dispatch = self._build_dispatch(lengths.num_samples(batch_sec), debug_plan)
 
@@ -121,6 +122,19 @@ class AudioEngine:
     def zero(self) -> Any:
         """DeepSpeed's ZeRO-3 optimizer."""
         return self.engine.optimizer
+
+    def _drop_idle_hooks(self) -> None:
+        """Take DeepSpeed's hooks off modules that own no parameter that is ever released: they would fetch and release
+        nothing, and cost more than a small module's computation. What persists is gathered here for the first time."""
+        idle = [m for m in self.tower.modules() if all(p.ds_persist for p in m.parameters(recurse=False))]
+        dicts = {id(hooks) for m in idle if m is not self.tower for hooks in (m._forward_pre_hooks, m._forward_hooks)}
+        offload = self.zero.parameter_offload
+        for handle in (*offload.forward_hooks, *offload.backward_hooks):
+            if id(handle.hooks_dict_ref()) in dicts:
+                handle.remove()
+        persistent = self.zero.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
 
     def _keep_persistent(self) -> None:
         """Keep parameters below `stage3_param_persistence_threshold` gathered until the next update.
