@@ -24,10 +24,17 @@ class Adapter(nn.Module):
             raise UserError(f"model.adapter.kernel_size = {config.kernel_size}: must be odd")
         self.strides = config.strides
         widths = [input_dim] + [config.hidden_size] * len(config.strides)
-        self.layers = nn.ModuleList(
+        layers = [
             nn.Conv1d(a, b, config.kernel_size, stride, config.kernel_size // 2)
             for a, b, stride in zip(widths, widths[1:], config.strides, strict=False)
-        )
+        ]
+        for layer in layers:
+            # torch's own initialisation shrinks the signal by three in each of these layers, until their biases drown
+            # it: every slot would begin alike (He 2015, arXiv 1502.01852, keeps the variance).
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+        self.layers = nn.ModuleList(layers)
         self.dim = widths[-1]
 
     def forward(self, features: Ragged) -> Ragged:

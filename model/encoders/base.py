@@ -59,6 +59,19 @@ class AudioEncoder(nn.Module):
         return next(self.parameters()).dtype
 
 
+class DrawnAsTransformers:
+    """Mixed into a transformers model of ours: its random weights are drawn as for transformers' own classes.
+
+    Otherwise transformers (5.23) passes over every module without direct parameters, and Whisper's encoder, whose
+    positions never learn, keeps random ones in place of its sinusoids.
+    """
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """See `PreTrainedModel.is_custom_code`, which only initialisation asks."""
+        return False
+
+
 def window_lengths(samples: int, window_samples: int) -> tuple[int, ...]:
     """Lengths of the consecutive windows of a clip; only the last may be shorter."""
     full, rest = divmod(samples, window_samples)

@@ -17,11 +17,11 @@ from transformers.models.hubert.modeling_hubert import (
     HubertPreTrainedModel,
 )
 
-from model.encoders.base import call_layer, length_mask
+from model.encoders.base import DrawnAsTransformers, call_layer, length_mask
 from model.encoders.conv_stack import RaggedGroupNormConvLayer, add_positions, conv_features
 
 
-class RaggedHubert(HubertPreTrainedModel):
+class RaggedHubert(DrawnAsTransformers, HubertPreTrainedModel):
     """The parts and parameter names of transformers' `HubertModel`, without its masking for pre-training."""
 
     _keys_to_ignore_on_load_unexpected = [r"masked_spec_embed"]

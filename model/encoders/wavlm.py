@@ -20,7 +20,7 @@ from transformers.models.wavlm.modeling_wavlm import (
     WavLMPreTrainedModel,
 )
 
-from model.encoders.base import call_layer, length_mask
+from model.encoders.base import DrawnAsTransformers, call_layer, length_mask
 from model.encoders.conv_stack import RaggedGroupNormConvLayer, add_positions, conv_features
 
 
@@ -66,7 +66,7 @@ class GatedBiasAttention(WavLMAttention):
         return by_distance.unfold(1, key_length, 1).flip(1)
 
 
-class RaggedWavLM(WavLMPreTrainedModel):
+class RaggedWavLM(DrawnAsTransformers, WavLMPreTrainedModel):
     """The parts and parameter names of transformers' `WavLMModel`, without its masking for pre-training."""
 
     _keys_to_ignore_on_load_unexpected = [r"masked_spec_embed"]

@@ -15,12 +15,12 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from model.batch import Ragged
-from model.encoders.base import AudioEncoder, call_layer, join_frames, length_mask
+from model.encoders.base import AudioEncoder, DrawnAsTransformers, call_layer, join_frames, length_mask
 from model.encoders.log_mel import padded_log_mel
 from model.lengths import num_frames
 
 
-class RaggedWhisperEncoder(WhisperEncoder):
+class RaggedWhisperEncoder(DrawnAsTransformers, WhisperEncoder):
     """transformers' `WhisperEncoder`, same parameters, for mel spectrograms of unequal length."""
 
     def forward(  # type: ignore[override]

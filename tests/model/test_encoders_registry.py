@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     HubertConfig,
     HubertForCTC,
+    HubertModel,
     Wav2Vec2FeatureExtractor,
     WavLMConfig,
     WavLMModel,
@@ -211,3 +212,20 @@ def test_bad_configs(config: EncoderConfig, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         build_encoder(config)
     assert "'ear'" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["whisper", "hubert", "wavlm"])
+def test_random_weights_are_drawn_as_transformers_draws_them(family: Any) -> None:
+    fields = WHISPER if family == "whisper" else STACK
+    ours = build_encoder(EncoderConfig("ear", family, config=fields, window_sec=2.0)).encoder
+    theirs: Any = {
+        "whisper": lambda: WhisperModel(WhisperConfig(**fields)).encoder,
+        "hubert": lambda: HubertModel(HubertConfig(**fields)),
+        "wavlm": lambda: WavLMModel(WavLMConfig(**fields)),
+    }[family]()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        spread, wanted = float(parameter.detach().std()), float(expected[name].detach().std())
+        assert spread == pytest.approx(wanted, rel=0.5, abs=1e-3), name
+    if family == "whisper":
+        torch.testing.assert_close(ours.embed_positions.weight, theirs.embed_positions.weight)

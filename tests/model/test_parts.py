@@ -104,6 +104,15 @@ def test_adapter_lengths_and_companions(strides: tuple[int, ...]) -> None:
         torch.testing.assert_close(adapter(features.select([i])).values, expected)
 
 
+def test_a_new_adapter_neither_shrinks_nor_hides_its_input() -> None:
+    torch.manual_seed(0)
+    adapter = Adapter(AdapterConfig(hidden_size=256), 192)
+    out = adapter(Ragged(torch.randn(800, 192), (800,))).values.detach()
+    varying = (out - out.mean(0)).square().mean().sqrt()
+    assert 0.3 < varying < 3
+    assert varying > 0.5 * out.square().mean().sqrt()
+
+
 def test_splice_puts_audio_in_order_and_cuts_the_gradient() -> None:
     text = torch.zeros(4, 2, requires_grad=True)
     audio = torch.tensor([[1.0, 1.0], [2.0, 2.0]], requires_grad=True)
