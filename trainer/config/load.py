@@ -31,6 +31,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     return from_tree(Recipe, tree)
 
 
+def undump(text: str, where: str) -> Recipe:
+    """The recipe that `dump` wrote as `text`; `where` it was found, for errors as those of `load_recipe`."""
+    return from_tree(Recipe, _parse(text, where))
+
+
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe. Holds no secrets."""
     return yaml.safe_dump(to_tree(recipe), sort_keys=False, allow_unicode=True, width=120)

@@ -19,6 +19,9 @@ from model.errors import UserError
 
 log = logging.getLogger(__name__)
 
+ID_NAME = "mlflow_run_id"
+"""File in the run's folder that holds the id of its MLflow run."""
+
 
 @dataclass(frozen=True)
 class TelemetryConfig:
@@ -233,7 +236,7 @@ def build_tracker(
     run_dir = run_root / run_name
     trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl", resume_step)]
     if config.mlflow:
-        id_file = run_dir / "mlflow_run_id"
+        id_file = run_dir / ID_NAME
         trackers.append(
             MlflowTracker(
                 config,
