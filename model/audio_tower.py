@@ -111,7 +111,7 @@ class AudioTower(nn.Module):
         runs = routing.runs.cpu()
         wanted = {name: clips.select(runs[:, k].nonzero().flatten().tolist()) for k, name in enumerate(self.experts)}
         found = run(dict(self.experts.items()), wanted)
-        none = clips.values.new_zeros(0, self.config.expert_dim).to(routing.probs.dtype)
+        none = clips.values.new_zeros(0, self.config.expert_dim).to(self.projector.weight.dtype)
         return [found.get(name, Ragged(none, ())) for name in self.experts]
 
 
