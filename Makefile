@@ -1,6 +1,7 @@
 # make setup   environment in .venv            make demo       train a small model in a few minutes
 # make test    everything that CI checks       make parity     distributed = single process, on this machine
 # make gpu-check  the same questions on a GPU  make clean      remove caches (not .venv, not runs)
+# make kill-test  50 kills of a small run      make export-test  an export in an environment without this project
 #
 # PYTHON=python3.12          another interpreter (3.10 to 3.12)
 # TORCH_SPEC=torch==2.11.0   another torch (2.11 to 2.13)
@@ -17,7 +18,7 @@ CXX_NAMES := g++ c++ clang++
 # DeepSpeed looks for ninja in PATH when it builds its shared-memory operation.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup test demo parity gpu-check clean
+.PHONY: setup test demo parity gpu-check kill-test export-test clean
 
 setup: $(STAMP)
 
@@ -50,6 +51,15 @@ parity: setup
 gpu-check: setup
 	$(PY) -m bench.gpu_check
 
+kill-test: setup
+	$(PY) -m tools.kill_test --json
+
+export-test: setup
+	$(PYTHON) -m venv .venv-export
+	.venv-export/bin/python -m pip install --quiet $(TORCH_SPEC) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	.venv-export/bin/python -m pip install --quiet -c constraints.txt transformers soundfile
+	EXPORT_PYTHON=$(CURDIR)/.venv-export/bin/python $(PY) -m pytest tests/tools/test_export.py -k without_this_project
+
 clean:
 	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from model.audio_tower import AudioTower
 from model.errors import UserError
+from model.hub.configuration import describe
 from model.llm.reference import resolve_hf_config, weight_source
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.checks import check_llm, deepspeed_json
@@ -45,9 +48,12 @@ def run_training(recipe: Recipe, env: RankEnv) -> int:
     step = build_step(recipe, groups, prepared.tokenizer.vocab_size)
     evaluator = Evaluator(recipe.eval, prepared, step, run_dir)
     checkpoints = CheckpointManager(run_dir / "checkpoints", recipe.checkpoint, groups)
-    loop = Loop(recipe, step, groups, prepared, evaluator, checkpoints, run_dir)
+    described = describe_run(recipe, step, prepared)
+    loop = Loop(recipe, step, groups, prepared, evaluator, checkpoints, run_dir, described)
     start, extra = loop.restore()
     hooks = build_hooks(recipe, run_dir, start) if rank == 0 else []
+    if rank == 0:
+        keep_tokenizer(prepared, run_dir)
     finished = loop.run(hooks, start, extra.get("data"))
     if rank == 0:
         if finished and loop.last_evaluation is not None:
@@ -122,6 +128,19 @@ def build_step(recipe: Recipe, groups: Groups, vocab_size: int) -> Step:
         seed=recipe.seed,
         debug_plan=train.debug_plan,
     )
+
+
+def describe_run(recipe: Recipe, step: Step, prepared: PreparedData) -> dict[str, Any]:
+    """What an export must know and the weights do not tell."""
+    vocab_size = prepared.tokenizer.vocab_size
+    return {"model": describe(recipe.model, step.llm.hf_config, vocab_size), "tokenizer": prepared.tokenizer_path}
+
+
+def keep_tokenizer(prepared: PreparedData, run_dir: Path) -> None:
+    """Copy a SentencePiece model into the run's folder: the cache that it was trained into may be cleared."""
+    path = Path(prepared.tokenizer_path)
+    if path.suffix == ".model" and path.is_file():
+        shutil.copyfile(path, run_dir / "tokenizer.model")
 
 
 def build_hooks(recipe: Recipe, run_dir: Path, start: int) -> list[Hook]:

@@ -19,8 +19,9 @@ from trainer.hooks import Hook, RunState
 from trainer.lifecycle import StopRequest, agree
 from trainer.parallel.groups import Groups
 from trainer.step import Step
-from trainer.telemetry.metrics import is_logged, peak_memory_bytes
+from trainer.telemetry.metrics import flatten_eval, is_logged, peak_memory_bytes
 from trainer.telemetry.trace import Trace
+from trainer.telemetry.tracker import ID_NAME
 
 
 class Loop:
@@ -31,6 +32,7 @@ class Loop:
         step, groups, prepared, evaluator, checkpoints: the parts; see `trainer.build`.
         hooks: of this rank (only rank 0 has any).
         run_dir: the run's folder.
+        described: what a checkpoint says of the model, so that it can be exported by itself.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class Loop:
         evaluator: Evaluator,
         checkpoints: CheckpointManager,
         run_dir: Path,
+        described: dict[str, Any],
     ) -> None:
         self.recipe, self.step, self.groups, self.prepared = recipe, step, groups, prepared
         self.evaluator, self.checkpoints, self.run_dir = evaluator, checkpoints, run_dir
+        self.described = described
         self.hooks: Sequence[Hook] = ()
         self.last_evaluation: Evaluation | None = None
         """Of `eval.final_split`; rank 0 only."""
@@ -58,6 +62,9 @@ class Loop:
             return 0, {}
         extra = self.checkpoints.load(latest, self.step)
         self.summary.update(extra["summary"])
+        id_file = self.run_dir / ID_NAME
+        if self.groups.rank == 0 and extra["mlflow_run"] is not None and not id_file.exists():
+            id_file.write_text(extra["mlflow_run"] + "\n", encoding="utf-8")
         return extra["step"], extra
 
     def run(self, hooks: Sequence[Hook], start: int, data_state: dict[str, Any] | None) -> bool:
@@ -112,6 +119,7 @@ class Loop:
                     return False
                 if not last and _due(done, recipe.eval.every_steps):
                     self.evaluate(done, recipe.eval.split, recipe.eval.max_samples)
+                self._tell_saved()
         return True
 
     def evaluate(self, step: int, split: str, max_samples: int | None) -> Evaluation | None:
@@ -120,6 +128,7 @@ class Loop:
         if found is not None:
             for hook in self.hooks:
                 hook.on_eval(found.report)
+            self.checkpoints.note_scores(step, flatten_eval(found.report))
         return found
 
     def _note_wer(self, key: str, found: Evaluation | None) -> None:
@@ -130,12 +139,24 @@ class Loop:
     def _save(self, done: int, data_state: dict[str, Any]) -> None:
         states: list[Any] = [None] * self.groups.topology.world
         dist.all_gather_object(states, data_state, group=self.groups.world)
-        extra = {"step": done, "data": merge_states(states), "recipe": dump(self.recipe), "summary": self.summary}
-        path = self.checkpoints.save(done, self.step, extra)
-        for hook in self.hooks:
-            hook.on_save(path)
+        id_file = self.run_dir / ID_NAME
+        extra = {
+            "step": done,
+            "data": merge_states(states),
+            "recipe": dump(self.recipe),
+            "summary": self.summary,
+            "mlflow_run": id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None,
+        }
+        self.checkpoints.save(done, self.step, {**extra, **self.described})
+
+    def _tell_saved(self) -> None:
+        for path in self.checkpoints.finished():
+            for hook in self.hooks:
+                hook.on_save(path)
 
     def _end(self) -> None:
+        self.checkpoints.close()
+        self._tell_saved()
         peaks: list[Any] = [None] * self.groups.topology.world
         dist.all_gather_object(peaks, peak_memory_bytes(), group=self.groups.world)
         for hook in self.hooks:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from model.batch import IGNORE, Batch, Sample
-from model.speech_llm import SpeechLLM
+from model.batch import Batch
 from tests.distributed.harness import run_ranks
+from tests.oracle import greedy, prompt_of
 from tools.parity import DS_CONFIG
 from trainer import parity
 from trainer.evaluate import answer
@@ -20,30 +18,6 @@ from trainer.parallel.topology import Topology
 
 MAX_NEW_TOKENS = 6
 EOS = 7
-
-
-def prompt_of(sample: Sample) -> Sample:
-    """The sample up to its answer."""
-    length = int((sample.labels != IGNORE).nonzero()[0]) + 1
-    ids, mask = sample.token_ids[:length], sample.audio_mask[:length]
-    return replace(sample, token_ids=ids, audio_mask=mask, labels=torch.full((length,), IGNORE))
-
-
-@torch.no_grad()
-def greedy(oracle: SpeechLLM, sample: Sample) -> list[int]:
-    """Without cache, packing or ranks."""
-    found: list[int] = []
-    audio, _, _ = oracle.embed_audio(Batch((sample,)))
-    while len(found) < MAX_NEW_TOKENS:
-        more = torch.tensor(found, dtype=torch.int64)
-        ids = torch.cat([sample.token_ids, more])
-        mask = torch.cat([sample.audio_mask, torch.zeros(len(found), dtype=torch.bool)])
-        whole = replace(sample, token_ids=ids, audio_mask=mask, labels=torch.full((len(ids),), IGNORE))
-        token = int(oracle.logits(Batch((whole,)), audio)[0, -1].argmax())
-        if token == EOS:
-            break
-        found.append(token)
-    return found
 
 
 def body(tp: int, pp: int) -> list[list[list[int]]]:
@@ -59,7 +33,7 @@ def body(tp: int, pp: int) -> list[list[list[int]]]:
     config: Any = SimpleNamespace(max_new_tokens=MAX_NEW_TOKENS)
     tokenizer: Any = SimpleNamespace(eos_id=EOS, vocab_size=parity.VOCAB_SIZE)
     answers = answer(step, Batch(tuple(samples[rank])), tokenizer, config)
-    return [answers, [greedy(oracle, s) for s in samples[rank]]]
+    return [answers, [greedy(oracle, s, EOS, parity.VOCAB_SIZE, MAX_NEW_TOKENS) for s in samples[rank]]]
 
 
 @pytest.mark.parametrize(("world", "tp", "pp"), [(2, 1, 1), (2, 2, 1), (2, 1, 2)])

@@ -113,3 +113,15 @@ def test_illegal_models_are_refused_in_one_line() -> None:
         ModelConfig()
     with pytest.raises(UserError, match="must be unique"):
         replace(base, experts=(base.experts[0], base.experts[0]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chosen", [0, 1, 2])
+def test_bf16_whichever_expert_is_chosen(chosen: int) -> None:
+    tower = SpeechLLM(tiny_model(), VOCAB_SIZE, seed=0).eval().audio.to(torch.bfloat16)
+    tower.router.independent.logits.copy_(torch.eye(3)[chosen] * 9)
+    tower.router.dependent.bias.copy_(torch.eye(3)[chosen] * 99)
+    batch = Batch(tuple(samples(1)))
+    found = tower(batch.clips, batch.prompts, Ragged(torch.zeros(0, dtype=torch.int64), (0,)))
+    assert found.routing is not None and found.routing.runs.tolist() == [[chosen == 0, chosen == 1]]
+    assert found.embeddings.values.dtype == torch.bfloat16

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from model.errors import UserError
+from trainer.checkpoint.folder import LocalFolder
 from trainer.checkpoint.layout import (
+    FORMAT_VERSION,
     FileEntry,
     Manifest,
     Rect,
@@ -25,8 +27,9 @@ from trainer.checkpoint.layout import (
     merge_entries,
     rects_of_range,
 )
-from trainer.checkpoint.reader import Reader
-from trainer.checkpoint.writer import hash_file, write_tensors
+from trainer.checkpoint.reader import Reader, hash_file
+from trainer.checkpoint.tensor_file import TensorFile
+from trainer.checkpoint.writer import write_tensors
 
 SHAPES = ((7, 5), (6,), (), (3, 2, 4), (1, 9))
 
@@ -90,7 +93,9 @@ def test_files_are_safetensors(tmp_path: Path) -> None:
         "e": torch.arange(6).view(2, 3).T,
     }
     entry = write_tensors(tmp_path / "x.safetensors", tensors)
-    assert entry == hash_file(tmp_path / "x.safetensors")
+    assert entry == hash_file(LocalFolder(tmp_path), "x.safetensors")
+    ours = TensorFile(LocalFolder(tmp_path), "x.safetensors")
+    assert all(ours.read(k).equal(v) for k, v in tensors.items())
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     assert all(read[k].equal(v) and read[k].dtype == v.dtype for k, v in tensors.items())
@@ -120,7 +125,7 @@ def test_manifest_is_not_trusted() -> None:
     beyond = TensorEntry((2, 3), ("param",), None, (("llm-00000.safetensors", Rect(1, 0, 2, 3)),))
     with pytest.raises(ValueError, match="not in the tensor"):
         Manifest.loads(Manifest(3, {}, files, {"t": beyond}).dumps())
-    assert "pickle" not in good.dumps() and json.loads(good.dumps())["body"]["version"] == 1
+    assert "pickle" not in good.dumps() and json.loads(good.dumps())["body"]["version"] == FORMAT_VERSION
 
 
 def test_another_model_is_named() -> None:

@@ -1,12 +1,14 @@
-"""Atomic, verified, retained: one process, plain tensors in place of the engines."""
+"""Atomic, verified, retained, fenced: one process, plain tensors in place of the engines."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError
+from trainer.checkpoint import background
 from trainer.checkpoint import manager as manager_module
-from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.config import CheckpointConfig, kept_steps
 from trainer.checkpoint.layout import Shard, matrix_of
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.reader import Reader
@@ -26,19 +29,24 @@ from trainer.parallel.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (64, 32)
+LEARNED, FROZEN = "audio", "llm"
 
 
 class PlainManager(CheckpointManager):
     """Saves and loads one tensor per family: `engines` is a dict of them."""
 
     def _shards(self, engines: Any) -> dict[str, list[Shard]]:
-        return {
-            family: [Shard(f"{family}.weight", SHAPE, matrix_of(SHAPE), {"param": tensor}, None)]
-            for family, tensor in engines.items()
-        }
+        found = {}
+        for family, tensor in engines.items():
+            values = (
+                {"param": tensor} if family == FROZEN else {"param": tensor, "exp_avg": tensor, "exp_avg_sq": tensor}
+            )
+            step = None if family == FROZEN else 1
+            found[family] = [Shard(f"{family}.w", SHAPE, matrix_of(SHAPE), values, step, frozen=family == FROZEN)]
+        return found
 
     def _tensor_names(self, engines: Any) -> set[str]:
-        return {f"{family}.weight" for family in engines}
+        return {f"{family}.w" for family in engines}
 
     def _finish(self, engines: Any, reader: Reader) -> None:
         pass
@@ -47,12 +55,16 @@ class PlainManager(CheckpointManager):
         pass
 
 
+def make_groups() -> Groups:
+    world = dist.group.WORLD
+    assert world is not None
+    return Groups(Topology(1, 1, 1), 0, torch.device("cpu"), world, world)
+
+
 @pytest.fixture(scope="module")
 def groups() -> Iterator[Groups]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    world = dist.group.WORLD
-    assert world is not None
-    yield Groups(Topology(1, 1, 1), 0, torch.device("cpu"), world, world)
+    yield make_groups()
     dist.destroy_process_group()
 
 
@@ -61,25 +73,40 @@ def no_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manager_module.generators, "get_states", lambda device: {"host": torch.get_rng_state()})
 
 
+Start = Callable[..., PlainManager]
+
+
 @pytest.fixture
-def start(tmp_path: Path, groups: Groups) -> Callable[..., PlainManager]:
-    return lambda keep=3: PlainManager(tmp_path / "checkpoints", CheckpointConfig(keep_last=keep), groups)
+def start(tmp_path: Path, groups: Groups) -> Start:
+    """A new attempt at the run."""
+    return lambda **config: PlainManager(
+        tmp_path / "checkpoints", CheckpointConfig(**{"keep_last": 3, **config}), groups
+    )
 
 
 def engines(value: float) -> Any:
-    return {family: torch.full(SHAPE, value) for family in ("audio", "llm")}
+    return {LEARNED: torch.full(SHAPE, value), FROZEN: torch.full(SHAPE, 7.0)}
 
 
 def loaded(manager: PlainManager, path: Path) -> float:
     into = engines(-1.0)
+    into[FROZEN].fill_(-1)
     extra = manager.load(path, into)
-    values = {float(x) for tensor in into.values() for x in tensor.unique()}
-    assert values == {extra["value"]}
-    return values.pop()
+    assert {float(x) for x in into[LEARNED].unique()} == {extra["value"]} and (into[FROZEN] == 7.0).all()
+    return float(extra["value"])
 
 
 def save(manager: PlainManager, step: int) -> Path:
-    return manager.save(step, engines(float(step)), {"value": float(step)})
+    """Until it is committed."""
+    manager.save(step, engines(float(step)), {"value": float(step)})
+    manager.close()
+    (path,) = manager.finished()
+    return path
+
+
+def names(checkpoints: Path) -> list[str]:
+    """What lies there besides bookkeeping and frozen weights."""
+    return sorted(p.name for p in checkpoints.iterdir() if p.is_dir() and not p.name.startswith("frozen-"))
 
 
 def flip(path: Path) -> None:
@@ -88,8 +115,17 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def frozen_file(checkpoint: Path) -> Path:
+    (file,) = checkpoint.parent.glob("frozen-*/llm-00000.safetensors")
+    return file
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "flipped tensor": (lambda p: flip(p / "llm-00000.safetensors"), "llm-00000.safetensors has another checksum"),
+    "flipped weight": (lambda p: flip(p / "audio-00000.safetensors"), "audio-00000.safetensors has another checksum"),
+    "flipped moment": (
+        lambda p: flip(p / "moments-00000.safetensors"),
+        "moments-00000.safetensors has another checksum",
+    ),
     "flipped state": (lambda p: flip(p / "state.json"), "state.json has another checksum"),
     "flipped manifest": (lambda p: flip(p / "manifest.json"), "manifest.json cannot be read"),
     "truncated": (lambda p: os.truncate(p / "audio-00000.safetensors", 100), "audio-00000.safetensors has 100 bytes"),
@@ -101,7 +137,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_named_and_the_newest_good_one_taken(
-    damage: str, start: Callable[..., PlainManager], caplog: pytest.LogCaptureFixture
+    damage: str, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     inflict, line = DAMAGES[damage]
     first, good, bad = (save(start(), step) for step in (1, 2, 3))
@@ -117,32 +153,88 @@ def test_damage_is_named_and_the_newest_good_one_taken(
     assert first.exists()
 
 
-def test_all_damaged_is_an_error_and_none_is_a_start(start: Callable[..., PlainManager]) -> None:
+def test_all_damaged_is_an_error_and_none_is_a_start(start: Start) -> None:
     assert start().latest() is None
-    flip(save(start(), 1) / "llm-00000.safetensors")
+    flip(save(start(), 1) / "audio-00000.safetensors")
     with pytest.raises(UserError, match="none of its 1 checkpoints is whole"):
         start().latest()
 
 
-def test_a_run_that_went_back_replaces_what_was_damaged(start: Callable[..., PlainManager]) -> None:
+def test_a_run_that_went_back_replaces_what_was_damaged(start: Start) -> None:
     save(start(), 2)
     for step in (4, 6):
-        flip(save(start(), step) / "llm-00000.safetensors")
-    manager = start(keep=1)
+        flip(save(start(), step) / "audio-00000.safetensors")
+    manager = start(keep_last=1)
     manager.load(manager.latest() or Path(), engines(0.0))
     again = save(manager, 4)
     assert manager.latest() == again and loaded(start(), again) == 4.0
-    assert [p.name for p in again.parent.iterdir()] == [again.name]
+    assert names(again.parent) == [again.name]
 
 
-def test_retention(start: Callable[..., PlainManager]) -> None:
-    manager = start(keep=2)
-    for step in (5, 10, 15):
+def test_frozen_weights_are_written_once_and_verified_always(start: Start) -> None:
+    first = start()
+    for step in (1, 2):
+        path = save(first, step)
+    once = frozen_file(path)
+    assert not (path / once.name).exists()
+    again = start(keep_last=1)
+    assert loaded(again, path) == 2.0
+    path = save(again, 3)
+    assert frozen_file(path) == once and names(path.parent) == [path.name], "still one copy, also after a restart"
+    flip(once)
+    with pytest.raises(UserError, match=r"frozen-.*/llm-00000.safetensors has another checksum"):
+        start().load(path, engines(0.0))
+
+
+def test_frozen_weights_that_nobody_refers_to_are_removed(start: Start) -> None:
+    old = frozen_file(save(start(), 1))
+    path = save(start(keep_last=1), 2)  # an attempt that did not load writes its own
+    assert not old.exists() and loaded(start(), path) == 2.0
+
+
+def test_retention(start: Start) -> None:
+    manager = start(keep_last=2, keep_every_steps=20, best_metric="eval/dev/asr/wer")
+    for step, wer in ((5, 0.9), (10, 0.2), (15, 0.5), (20, 0.4), (25, 0.3), (30, 0.6), (35, 0.7)):
         path = save(manager, step)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["step-00000010", "step-00000015"]
+        manager.note_scores(step, {"eval/dev/asr/wer": wer, "eval/dev/num_samples": 3})
+    assert names(path.parent) == [f"step-{n:08d}" for n in (10, 20, 30, 35)]
 
 
-def test_a_full_disk_leaves_the_older_one(start: Callable[..., PlainManager], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_one_stays() -> None:
+    steps, scores = [1, 2, 3, 4], {1: 0.5, 2: 0.9, 3: 0.7}
+    assert kept_steps(CheckpointConfig(keep_last=1, best_metric="m"), steps, scores) == {1, 4}
+    assert kept_steps(CheckpointConfig(keep_last=1, best_metric="m", best_is="highest"), steps, scores) == {2, 4}
+    assert kept_steps(CheckpointConfig(keep_last=1), steps, scores) == {4}
+
+
+def test_training_goes_on_while_a_save_is_written(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager, reached, go_on = start(), threading.Event(), threading.Event()
+    write = background.write_tensors
+
+    def slow(*arguments: Any) -> Any:
+        reached.set()
+        assert go_on.wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr(background, "write_tensors", slow)
+    now = engines(1.0)
+    manager.save(1, now, {"value": 1.0})
+    now[LEARNED].fill_(99.0)  # the next steps change the weights
+    assert reached.wait(30) and manager.finished() == [] and names(manager.folder)[0].startswith(".tmp-")
+    threading.Timer(0.3, go_on.set).start()
+    with caplog.at_level(logging.WARNING):
+        manager.save(2, engines(2.0), {"value": 2.0})
+    assert "training waited" in caplog.text and "step 2" in caplog.text
+    manager.close()
+    first, second = manager.finished()
+    assert loaded(start(), first) == 1.0 and loaded(start(), second) == 2.0
+
+
+def test_a_failed_save_is_loud_and_the_next_one_succeeds(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     manager = start()
     old = save(manager, 1)
 
@@ -150,46 +242,119 @@ def test_a_full_disk_leaves_the_older_one(start: Callable[..., PlainManager], mo
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(manager_module, "write_tensors", full)
-        with pytest.raises(UserError, match=r"step-00000002: not saved: rank 0: .*No space left on device"):
-            save(manager, 2)
-    assert [p.name for p in old.parent.iterdir()] == [old.name]
-    assert save(manager, 2).exists() and loaded(start(), old) == 1.0
+        patch.setattr(background, "write_tensors", full)
+        manager.save(2, engines(2.0), {"value": 2.0})
+        with pytest.raises(UserError, match=r"step-00000002: not saved, tried twice: rank 0: .*No space left"):
+            manager.close()
+    assert "CHECKPOINT NOT SAVED" in caplog.text and "No space left on device" in caplog.text
+    assert names(old.parent) == [old.name]
+    assert save(manager, 3).exists() and loaded(start(), old) == 1.0
 
 
-@pytest.mark.parametrize("moment", ["write_tensors", "write_text", "commit"])
-def test_killed_in_a_save(moment: str, start: Callable[..., PlainManager]) -> None:
+def test_the_last_save_is_tried_twice(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, calls = background.write_tensors, iter([OSError(5, "Input/output error")])
+
+    def once(*arguments: Any) -> Any:
+        for error in calls:
+            raise error
+        return write(*arguments)
+
+    monkeypatch.setattr(background, "write_tensors", once)
+    assert loaded(start(), save(start(), 1)) == 1.0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_disk_that_is_really_full(tmp_path: Path, groups: Groups, caplog: pytest.LogCaptureFixture) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs here: {mounted.stderr.decode().strip()}")
+    try:
+        manager = PlainManager(disk / "checkpoints", CheckpointConfig(keep_last=1), groups)
+        good = save(manager, 1)
+        manager.save(2, engines(2.0), {"value": 2.0})
+        with pytest.raises(UserError, match="No space left on device"):
+            manager.close()
+        assert "CHECKPOINT NOT SAVED" in caplog.text
+        again = PlainManager(disk / "checkpoints", CheckpointConfig(keep_last=1), groups)
+        assert again.latest() == good and loaded(again, good) == 1.0
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_an_earlier_attempt_is_fenced(start: Start) -> None:
+    old = start()
+    path = save(old, 1)
+    new = start()
+    old.save(2, engines(-2.0), {"value": -2.0})
+    with pytest.raises(UserError, match=r"attempt 2 of this run has begun; attempt 1 stops"):
+        old.close()
+    assert new.latest() == path
+    path = save(new, 2)
+    assert loaded(start(), path) == 2.0
+
+
+def test_two_attempts_in_a_save_at_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old one is in the middle of a save when the new one begins, and goes on after the new one has saved."""
+    old, reached, go_on = start(), threading.Event(), threading.Event()
+    write, mine = background.write_tensors, old._place.attempt.token
+
+    def slow(path: Path, tensors: Any) -> Any:
+        if mine in str(path):
+            reached.set()
+            assert go_on.wait(30)
+        return write(path, tensors)
+
+    monkeypatch.setattr(background, "write_tensors", slow)
+    old.save(2, engines(-2.0), {"value": -2.0})
+    assert reached.wait(30)
+    new = start()
+    path = save(new, 2)
+    go_on.set()
+    with pytest.raises(UserError):
+        old.close()
+    assert loaded(start(), path) == 2.0 and new.latest() == path
+    assert names(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("moment", ["write_tensors", "write_text", "commit", "clean_up"])
+def test_killed_in_a_save(moment: str, start: Start) -> None:
     old = save(start(), 1)
     call = (
         f"from tests.trainer.test_checkpoint_manager import save_and_die; save_and_die({str(old.parent)!r}, {moment!r})"
     )
     died = subprocess.run([sys.executable, "-c", call], cwd=ROOT, timeout=60, capture_output=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()[-2000:]
-    left_over = [p.name for p in old.parent.iterdir() if p != old]
-    assert left_over == [".tmp-step-00000002"]
+    committed = moment == "clean_up"
+    left_over = [name for name in names(old.parent) if name != old.name]
+    assert len(left_over) == 1 and left_over[0].startswith("step-" if committed else ".tmp-")
     manager = start()
-    assert manager.latest() == old
-    new = save(manager, 2)
-    assert manager.latest() == new and sorted(p.name for p in old.parent.iterdir()) == [old.name, new.name]
+    assert manager.latest() == (old.parent / "step-00000002" if committed else old)
+    new = save(manager, 3)
+    assert manager.latest() == new and not [name for name in names(old.parent) if name.startswith(".tmp")]
 
 
 def save_and_die(folder: str, moment: str) -> None:
     """In a process of its own: killed when step 2's save comes to `moment`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    world = dist.group.WORLD
-    assert world is not None
-    manager = PlainManager(
-        Path(folder), CheckpointConfig(), Groups(Topology(1, 1, 1), 0, torch.device("cpu"), world, world)
-    )
+    manager = PlainManager(Path(folder), CheckpointConfig(), make_groups())
     manager_module.generators.get_states = lambda device: {"host": torch.get_rng_state()}
-    setattr(manager_module, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    setattr(background, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     save(manager, 2)
 
 
-def test_another_model_leaves_the_engines_alone(start: Callable[..., PlainManager]) -> None:
+def test_a_torn_attempt_file_stops_nobody(start: Start) -> None:
     path = save(start(), 1)
-    into = {"audio": torch.zeros(SHAPE)}
-    with pytest.raises(UserError, match=r"holds llm.weight, the model does not"):
+    (path.parent / "attempt.json").write_text('{"number": 1, "to')
+    assert loaded(start(), save(start(), 2)) == 2.0
+    assert json.loads((path.parent / "attempt.json").read_text())["number"] >= 1
+
+
+def test_another_model_leaves_the_engines_alone(start: Start) -> None:
+    path = save(start(), 1)
+    into = {LEARNED: torch.zeros(SHAPE)}
+    with pytest.raises(UserError, match=r"holds llm.w, the model does not"):
         start().load(path, into)  # type: ignore[arg-type]
-    assert not into["audio"].any()
+    assert not into[LEARNED].any()

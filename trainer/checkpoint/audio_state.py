@@ -1,7 +1,8 @@
 """The audio side's tensors in DeepSpeed ZeRO-3's memory.
 
-ZeRO-3 cuts every flattened parameter into equal slices, one per rank of its group, the last ones filled up. Learned
-slices lie end to end in the fp32 buffer of their sub-group, with Adam's moments beside it; a frozen one is `ds_tensor`.
+ZeRO-3 cuts every flattened parameter into equal slices, one per rank of the parameter's own group (`ds_process_group`),
+the last ones filled up; ranks outside the group hold none of it. Learned slices lie end to end in the fp32 buffer of
+their sub-group, with Adam's moments beside it; a frozen one is `ds_tensor`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def shards(engine: AudioEngine) -> list[Shard]:
     for name, parameter in engine.named_parameters():
         flats, step = slices.get(id(parameter), ({PARAM: parameter.ds_tensor.data}, None))  # type: ignore[attr-defined]
         found += _shards_of(name, parameter, flats, step)
-    return [*found, *_buffers(engine.tower, saved_here=engine.groups.rank == 0)]
+    return [*found, *_buffers(engine.tower)]
 
 
 def set_steps(engine: AudioEngine, steps: dict[str, int]) -> None:
@@ -83,13 +84,23 @@ def _shards_of(name: str, parameter: Any, flats: dict[str, Tensor], step: int | 
     for offset, rect in rects_of_range(matrix_of(shape), start, stop):
         cut = slice(offset, offset + rect.numel)
         values = {kind: flat[cut].view(rect.rows, rect.cols) for kind, flat in flats.items()}
-        yield Shard(name, shape, rect, values, step)
+        yield Shard(name, shape, rect, values, step, frozen=step is None)
 
 
-def _buffers(tower: nn.Module, saved_here: bool) -> Iterator[Shard]:
+def _buffers(tower: nn.Module) -> Iterator[Shard]:
     for prefix, module in tower.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 rect, full = matrix_of(tuple(buffer.shape)), ".".join(filter(None, (prefix, name)))
                 values = {PARAM: buffer.view(rect.rows, rect.cols)}
+                saved_here = _is_first_holder(tower, prefix)
                 yield Shard(_PREFIX + full, tuple(buffer.shape), rect, values, None, saved_here)
+
+
+def _is_first_holder(tower: nn.Module, path: str) -> bool:
+    """Whether this is the first rank that holds the module at `path`: it or the nearest module around it that has
+    parameters tells by their group."""
+    while path and next(tower.get_submodule(path).parameters(), None) is None:
+        path = path.rpartition(".")[0]
+    parameter: Any = next(tower.get_submodule(path).parameters())
+    return dist.get_rank(parameter.ds_process_group) == 0

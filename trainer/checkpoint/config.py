@@ -1,8 +1,10 @@
-"""When checkpoints are written and how many stay."""
+"""When checkpoints are written and which of them stay."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from model.errors import UserError
 
@@ -14,10 +16,31 @@ class CheckpointConfig:
     every_steps: int = 500
     """A checkpoint after every so many steps, and at the end; 0: only at the end."""
     keep_last: int = 2
-    """Older ones are removed."""
+    """The newest ones stay."""
+    keep_every_steps: int = 0
+    """Those whose step is a multiple of this stay for good; 0: none."""
+    best_metric: str | None = None
+    """The best one by this metric stays, too: a name as in metrics.jsonl, e.g. `eval/test/asr/wer`. Only steps that
+    were both saved and evaluated take part."""
+    best_is: Literal["lowest", "highest"] = "lowest"
+    """Of `best_metric`."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 0:
             raise UserError(f"checkpoint.every_steps = {self.every_steps}: must be 0 (only at the end) or positive")
         if self.keep_last < 1:
             raise UserError(f"checkpoint.keep_last = {self.keep_last}: must be at least 1")
+        if self.keep_every_steps < 0:
+            raise UserError(f"checkpoint.keep_every_steps = {self.keep_every_steps}: must be 0 (none) or positive")
+
+
+def kept_steps(config: CheckpointConfig, steps: Sequence[int], scores: Mapping[int, float]) -> set[int]:
+    """Those of the ascending `steps` that stay; `scores` are `best_metric` of some of them."""
+    kept = set(steps[-config.keep_last :])
+    if config.keep_every_steps:
+        kept |= {step for step in steps if step % config.keep_every_steps == 0}
+    scored = [step for step in steps if step in scores]
+    if config.best_metric is not None and scored:
+        sign = 1 if config.best_is == "lowest" else -1
+        kept.add(min(scored, key=lambda step: (sign * scores[step], step)))
+    return kept

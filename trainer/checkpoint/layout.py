@@ -21,10 +21,12 @@ from torch import Tensor
 
 from model.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PARAM, EXP_AVG, EXP_AVG_SQ = "param", "exp_avg", "exp_avg_sq"
+MOMENTS = "moments"
+"""Family of the files that hold Adam's moments."""
 
-_FILE_NAME = re.compile(r"[a-z]+(-\d+)?\.(safetensors|json)")
+_FILE_NAME = re.compile(r"(frozen-[0-9a-f-]+/)?[a-z]+(-\d+)?\.(safetensors|json)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -89,6 +91,8 @@ class Shard:
     """Updates that the optimizer made to it; None: not learned."""
     saved_here: bool = True
     """False: another rank holds the same and saves it."""
+    frozen: bool = False
+    """It never changes in this run: one copy serves all checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class TensorEntry:
     kinds: tuple[str, ...]
     step: int | None
     pieces: tuple[tuple[str, Rect], ...]
-    """(file, rectangle): together they cover the tensor, once."""
+    """(file, rectangle): together they cover the tensor, once. The moments lie in the rank's file of moments."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,27 @@ class Manifest:
             },
             tensors={name: _entry_from_json(name, entry, body["files"]) for name, entry in body["tensors"].items()},
         )
+
+
+def file_of(family: str, rank: int) -> str:
+    """Name of a rank's file."""
+    return f"{family}-{rank:05d}.safetensors"
+
+
+def file_of_kind(piece_file: str, kind: str) -> str:
+    """Where a piece's tensor of some kind lies: weights by themselves, so that an export reads nothing else."""
+    return piece_file if kind == PARAM else f"{MOMENTS}{piece_file[piece_file.rindex('-') :]}"
+
+
+def rank_of(file: str) -> int:
+    """The rank that wrote a file."""
+    digits = re.search(r"-(\d+)\.", file)
+    return int(digits[1]) if digits else 0
+
+
+def frozen_folder_of(file: str) -> str | None:
+    """The folder of frozen files that a file lies in; None: the checkpoint's own."""
+    return file.rpartition("/")[0] or None
 
 
 def key_of(name: str, kind: str, rect: Rect) -> str:

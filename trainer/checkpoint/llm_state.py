@@ -103,7 +103,7 @@ def _shards_of(
             for offset, rect in rects_of_range(box, low, high):
                 at = base + low + offset - start
                 values = {kind: flat[at : at + rect.numel].view(rect.rows, rect.cols) for kind, flat in flats.items()}
-                yield Shard(PREFIX + piece.hf_name, shape, rect, values, step, saved_here)
+                yield Shard(PREFIX + piece.hf_name, shape, rect, values, step, saved_here, frozen=step is None)
         base += box.numel
     assert base == parameter.numel(), (name, base, parameter.shape)
 

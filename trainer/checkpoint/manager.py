@@ -1,26 +1,25 @@
-"""Save, find and load checkpoints of both engines; every method is called by all ranks together."""
+"""Save, find and load checkpoints of both engines; all ranks call every method together, unless it says otherwise."""
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-import shutil
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from model.errors import UserError
 from trainer.checkpoint import audio_state, generators, llm_state
+from trainer.checkpoint.attempt import begin_attempt
+from trainer.checkpoint.background import Content, Frozen, Outcome, Place, Save, write_score
+from trainer.checkpoint.catalog import committed_steps, folder_of, read_extra
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.layout import FileEntry, Manifest, Shard, TensorEntry, entries_of, key_of, merge_entries
-from trainer.checkpoint.reader import MANIFEST, DamagedError, Reader, check_files, read_manifest
-from trainer.checkpoint.writer import commit, sync_folder, write_tensors, write_text
+from trainer.checkpoint.layout import Shard, file_of, rank_of
+from trainer.checkpoint.reader import DamagedError, Reader, check_files, read_manifest
+from trainer.checkpoint.snapshot import HostBuffer
 from trainer.parallel.groups import Groups
 
 if TYPE_CHECKING:
@@ -30,10 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-STATE = "state.json"
-_COMMITTED = re.compile(r"step-(\d{8,})")
-_ASIDE = ".tmp-"
-_PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "safetensors")
+_NOTICEABLE_SEC = 0.1
 
 
 class Engines(Protocol):
@@ -47,21 +43,33 @@ class Engines(Protocol):
 
 
 class CheckpointManager:
-    """The checkpoints of one run.
+    """The checkpoints of one run, written by one attempt at it: making this object fences off earlier attempts.
 
     Args:
         folder: `<run>/checkpoints`; all ranks see the same one.
-        config: how many stay.
+        config: which of them stay.
         groups: this rank's place.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, groups: Groups) -> None:
         self.folder, self.config, self.groups = folder, config, groups
+        attempt = self._from_rank0(lambda: begin_attempt(folder))
+        writers = dist.new_group(backend="gloo")
+        self._place = Place(folder, config, attempt, writers, groups.rank, self._topology())
+        self._buffer = HostBuffer(groups.device)
         self._verified: set[Path] = set()
-        self._current: Path | None = None
+        self._current: int | None = None
+        self._frozen = Frozen({}, {})
+        self._save: Save | None = None
+        self._noted: Save | None = None
+        self._unread: list[Path] = []
 
-    def save(self, step: int, step_engines: Engines, extra: dict[str, Any]) -> Path:
-        """Write the state after `step` steps: visible to all when this returns, and not at all before.
+    def save(self, step: int, engines: Engines, extra: dict[str, Any]) -> None:
+        """Begin to save the state after `step` steps. Returns when it is copied to host memory; the rest is done in the
+        background. A save that is still on its way is waited for, and the log says so.
 
         The step that was saved or loaded last is not written again.
 
@@ -69,27 +77,45 @@ class CheckpointManager:
             extra: JSON that `load` returns; rank 0's is written.
 
         Raises:
-            UserError: a rank could not write; older checkpoints are as before.
+            UserError: a newer attempt at this run has begun. A save that fails is logged, not raised: the next one is
+                the retry.
         """
-        final = self.folder / f"step-{step:08d}"
-        if final == self._current:
-            return final
-        aside = self.folder / f"{_ASIDE}{final.name}"
-        doing = f"{final}: not saved"
-        self._together(doing, lambda: self._make_room(aside) if self.groups.rank == 0 else None)
-        try:
-            snapshot = self._together(doing, lambda: self._snapshot(step_engines))
-            written = self._together(doing, lambda: self._write(aside, snapshot))
-            parts: list[Any] | None = [None] * self.groups.topology.world if self.groups.rank == 0 else None
-            dist.gather_object(written, parts, group=self.groups.world)
-            self._together(doing, lambda: None if parts is None else self._commit(aside, final, step, extra, parts))
-        except UserError:
-            if self.groups.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)  # the save's own failure is what counts
-            raise
-        self._verified.add(final)
-        self._current = final
-        return final
+        if step == self._current:
+            return
+        self._settle(step)
+        content = self._together(f"step {step}: not saved", lambda: self._content(step, engines, extra))
+        self._save, self._current = Save(self._place, content), step
+
+    def finished(self) -> list[Path]:
+        """Checkpoints that were committed since the last call. Not collective."""
+        if self._save is not None and not self._save.running:
+            self._note(self._save)
+        paths, self._unread = self._unread, []
+        return paths
+
+    def close(self) -> None:
+        """Wait for the last save; if it failed, try it once more.
+
+        Raises:
+            UserError: it failed again, so the newest state is lost when this process ends.
+        """
+        if self._save is None:
+            return
+        outcome = self._settle(None)
+        if outcome is not None and outcome.failure is not None:
+            self._save = Save(self._place, self._save.content)
+            outcome = self._settle(None)
+            if outcome is not None and outcome.failure is not None:
+                raise UserError(f"{outcome.path}: not saved, tried twice: {outcome.failure}")
+
+    def note_scores(self, step: int, values: Mapping[str, float]) -> None:
+        """Tell the metrics of a step, of which `checkpoint.best_metric` may be one. Rank 0 alone calls this."""
+        metric = self.config.best_metric
+        if metric is not None and metric in values:
+            try:
+                write_score(self.folder, step, values[metric])
+            except OSError as error:
+                log.warning("%s of step %d is not noted: %s", metric, step, error)
 
     def latest(self) -> Path | None:
         """The newest checkpoint that is whole; None: there never was one. Damaged newer ones are named in the log.
@@ -97,9 +123,9 @@ class CheckpointManager:
         Raises:
             UserError: there are checkpoints, but none is whole.
         """
-        steps = self._from_rank0(self._committed)
+        steps = self._from_rank0(lambda: committed_steps(self.folder))
         for step in reversed(steps):
-            folder = self.folder / f"step-{step:08d}"
+            folder = folder_of(self.folder, step)
             damage = self._damage(folder)
             if damage is None:
                 return folder
@@ -112,7 +138,7 @@ class CheckpointManager:
             )
         return None
 
-    def load(self, path: Path, step_engines: Engines) -> dict[str, Any]:
+    def load(self, path: Path, engines: Engines) -> dict[str, Any]:
         """Bring both engines, their optimizers and the random generators to the state in `path`, saved on any topology.
 
         Returns:
@@ -124,13 +150,13 @@ class CheckpointManager:
         if path not in self._verified and (damage := self._damage(path)) is not None:
             raise UserError(f"checkpoint {path} is damaged: {damage}; take another one")
         reader = Reader(path, self._together(str(path), lambda: read_manifest(path)))
-        shards = self._together(str(path), lambda: self._checked_shards(step_engines, reader))
+        names = self._everyones_names(engines)
+        shards = self._together(str(path), lambda: self._checked_shards(engines, reader, names))
         self._together(str(path), lambda: _fill(shards, reader))
-        self._finish(step_engines, reader)
+        self._finish(engines, reader)
         self._restore_generators(reader)
-        self._current = path
-        extra: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))["extra"]
-        return extra
+        self._current, self._frozen = reader.manifest.step, Frozen.of(reader.manifest)
+        return read_extra(path)
 
     # ---- engines
 
@@ -139,7 +165,7 @@ class CheckpointManager:
         return {"audio": audio_state.shards(engines.audio), "llm": llm_state.shards(engines.llm)}
 
     def _tensor_names(self, engines: Engines) -> set[str]:
-        """Of the whole model."""
+        """Of the model, as far as this rank knows it."""
         audio = {shard.name for shard in audio_state.shards(engines.audio)}
         return audio | {name for name, _ in engines.audio.named_parameters()} | llm_state.tensor_names(engines.llm)
 
@@ -150,8 +176,13 @@ class CheckpointManager:
         audio_state.refresh(engines.audio)
         llm_state.refresh(engines.llm)
 
-    def _checked_shards(self, engines: Engines, reader: Reader) -> list[Shard]:
-        surplus = sorted(set(reader.manifest.tensors) - self._tensor_names(engines))
+    def _everyones_names(self, engines: Engines) -> set[str]:
+        found: list[Any] = [None] * self.groups.topology.world
+        dist.all_gather_object(found, self._tensor_names(engines), group=self.groups.world)
+        return set().union(*found)
+
+    def _checked_shards(self, engines: Engines, reader: Reader, names: set[str]) -> list[Shard]:
+        surplus = sorted(set(reader.manifest.tensors) - names)
         if surplus:
             raise UserError(f"holds {surplus[0]}, the model does not: it is of another model; restore the recipe")
         shards = [shard for family in self._shards(engines).values() for shard in family]
@@ -161,72 +192,46 @@ class CheckpointManager:
 
     # ---- saving
 
-    def _make_room(self, aside: Path) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left_over in self.folder.glob(f"{_ASIDE}*"):
-            shutil.rmtree(left_over)
-        aside.mkdir()
-
-    def _snapshot(self, engines: Engines) -> dict[str, list[Shard]]:
+    def _content(self, step: int, engines: Engines, extra: dict[str, Any]) -> Content:
         """Host copies of what this rank saves: from here on the engines may go on."""
-        return {
-            family: [_on_host(s) for s in shards if s.saved_here] for family, shards in self._shards(engines).items()
+        # What was frozen when it was saved is frozen still: a run that wants to learn it is refused.
+        wanted = {
+            family: [s for s in shards if s.saved_here and not (s.frozen and s.name in self._frozen.tensors)]
+            for family, shards in self._shards(engines).items()
         }
+        copies = iter(self._buffer.copy([s for shards in wanted.values() for s in shards]))
+        shards = {family: [next(copies) for _ in own] for family, own in wanted.items()}
+        states = {name: state.clone() for name, state in generators.get_states(self.groups.device).items()}
+        return Content(step, shards, states, extra, self._frozen)
 
-    def _write(
-        self, aside: Path, snapshot: dict[str, list[Shard]]
-    ) -> tuple[dict[str, FileEntry], dict[str, TensorEntry]]:
-        files: dict[str, FileEntry] = {}
-        tensors: dict[str, TensorEntry] = {}
-        for family, shards in snapshot.items():
-            if shards:
-                file = _file_of(family, self.groups.rank)
-                values = {key_of(s.name, kind, s.rect): value for s in shards for kind, value in s.values.items()}
-                files[file] = write_tensors(aside / file, values)
-                tensors |= entries_of(shards, file)
-        file = _file_of("rng", self.groups.rank)
-        files[file] = write_tensors(aside / file, generators.get_states(self.groups.device))
-        return files, tensors
+    def _settle(self, next_step: int | None) -> Outcome | None:
+        """Wait for the save on its way and take note of how it ended, which is the same on all ranks."""
+        if self._save is None:
+            return None
+        started = time.perf_counter()
+        outcome = self._save.wait()
+        waited_sec = time.perf_counter() - started
+        if next_step is not None and waited_sec > _NOTICEABLE_SEC and self.groups.rank == 0:
+            log.warning(
+                "training waited %.1f s at step %d for the save of %s to end; raise checkpoint.every_steps",
+                waited_sec,
+                next_step,
+                outcome.path.name,
+            )
+        self._note(self._save)
+        if outcome.fenced:
+            raise UserError(str(outcome.failure))
+        return outcome
 
-    def _commit(self, aside: Path, final: Path, step: int, extra: dict[str, Any], parts: Sequence[Any]) -> None:
-        files = {name: entry for part, _ in parts for name, entry in part.items()}
-        for name in files:
-            if not (aside / name).exists():
-                raise UserError(f"{name}, written by another rank, is not there: all ranks must share {self.folder}")
-        state = {"step": step, "versions": {p: version(p) for p in _PACKAGES}, "extra": extra}
-        files[STATE] = write_text(aside / STATE, json.dumps(state, indent=1))
-        tensors = merge_entries([entries for _, entries in parts])
-        manifest = Manifest(step, self._topology(), dict(sorted(files.items())), tensors)
-        write_text(aside / MANIFEST, manifest.dumps())
-        if final.exists():  # damaged, or of a future that the run went back from
-            self._remove(final)
-        commit(aside, final)
-        self._retain(step)
-
-    def _retain(self, newest: int) -> None:
-        committed = self._committed()
-        future = [step for step in committed if step > newest]
-        past = [step for step in committed if step <= newest]
-        for step in future:
-            log.warning("checkpoint step-%08d is removed: the run went back behind it", step)
-        for step in [*future, *past[: -self.config.keep_last]]:
-            self._remove(self.folder / f"step-{step:08d}")
-
-    def _remove(self, folder: Path) -> None:
-        # Renamed first: a removal that is cut short leaves no damaged checkpoint.
-        doomed = folder.parent / f"{_ASIDE}old-{folder.name}"
-        folder.rename(doomed)
-        sync_folder(folder.parent)
-        shutil.rmtree(doomed)
+    def _note(self, save: Save) -> None:
+        outcome = save.wait()
+        if outcome.failure is None and save is not self._noted:
+            assert outcome.frozen is not None
+            self._noted, self._frozen = save, outcome.frozen
+            self._unread.append(outcome.path)
+            self._verified.add(outcome.path)
 
     # ---- finding
-
-    def _committed(self) -> list[int]:
-        """Steps of all committed checkpoints, ascending."""
-        if not self.folder.is_dir():
-            return []
-        matches = (_COMMITTED.fullmatch(entry.name) for entry in self.folder.iterdir())
-        return sorted(int(m[1]) for m in matches if m)
 
     def _damage(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint; ranks share the files between them, each preferring those it wrote."""
@@ -235,7 +240,7 @@ class CheckpointManager:
         def check() -> str | None:
             try:
                 manifest = read_manifest(folder)
-                check_files(folder, manifest, [n for n in manifest.files if _rank_of(n) % world == rank])
+                check_files(folder, manifest, [n for n in manifest.files if rank_of(n) % world == rank])
             except DamagedError as error:
                 return str(error)
             return None
@@ -249,10 +254,10 @@ class CheckpointManager:
 
     def _restore_generators(self, reader: Reader) -> None:
         if reader.manifest.topology == self._topology():
-            states = reader.tensors(_file_of("rng", self.groups.rank))
+            states = reader.tensors(file_of("rng", self.groups.rank))
             generators.set_states(states, self.groups.device)
         else:
-            generators.reseed(reader.tensors(_file_of("rng", 0)))
+            generators.reseed(reader.tensors(file_of("rng", 0)))
 
     def _topology(self) -> dict[str, int]:
         topology = self.groups.topology
@@ -265,7 +270,7 @@ class CheckpointManager:
         result, failure = None, None
         try:
             result = work()
-        except (OSError, UserError, SafetensorError, DamagedError) as error:
+        except (OSError, EOFError, UserError, DamagedError) as error:
             failure = str(error)
         found: list[Any] = [None] * self.groups.topology.world
         dist.all_gather_object(found, failure, group=self.groups.world)
@@ -280,21 +285,7 @@ class CheckpointManager:
         return box[0]  # type: ignore[return-value]
 
 
-def _on_host(shard: Shard) -> Shard:
-    values = {kind: value.detach().to("cpu", copy=True) for kind, value in shard.values.items()}
-    return Shard(shard.name, shard.shape, shard.rect, values, shard.step)
-
-
 @torch.no_grad()
 def _fill(shards: Sequence[Shard], reader: Reader) -> None:
     for shard in shards:
         reader.fill(shard)
-
-
-def _file_of(family: str, rank: int) -> str:
-    return f"{family}-{rank:05d}.safetensors"
-
-
-def _rank_of(file: str) -> int:
-    digits = re.search(r"-(\d+)\.", file)
-    return int(digits[1]) if digits else 0

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from model.errors import UserError
-from trainer.checkpoint.layout import Manifest, Shard, key_of
-from trainer.checkpoint.writer import hash_file
+from trainer.checkpoint.folder import Folder, LocalFolder
+from trainer.checkpoint.layout import FileEntry, Manifest, Rect, Shard, file_of_kind, key_of
+from trainer.checkpoint.tensor_file import TensorFile
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
+_CHUNK_BYTES = 1 << 22
+_NUM_HASHERS = 4
 
 
 class DamagedError(Exception):
@@ -43,18 +47,37 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
     Raises:
         DamagedError: a file is missing, or has another size or content.
     """
-    for name in names:
+    files = LocalFolder(folder)
+
+    def damage(name: str) -> str | None:
         wanted = manifest.files[name]
         try:
-            size = (folder / name).stat().st_size
+            size = files.size_bytes(name)
             if size != wanted.size_bytes:
-                raise DamagedError(f"{name} has {size} bytes instead of {wanted.size_bytes}")
-            if hash_file(folder / name) != wanted:
-                raise DamagedError(f"{name} has another checksum than when it was written")
+                return f"{name} has {size} bytes instead of {wanted.size_bytes}"
+            if hash_file(files, name) != wanted:
+                return f"{name} has another checksum than when it was written"
         except FileNotFoundError:
-            raise DamagedError(f"{name} is missing") from None
-        except OSError as error:
-            raise DamagedError(f"{name} cannot be read ({error})") from None
+            return f"{name} is missing"
+        except (OSError, EOFError) as error:
+            return f"{name} cannot be read ({error})"
+        return None
+
+    with ThreadPoolExecutor(_NUM_HASHERS) as pool:
+        for found in pool.map(damage, names):
+            if found is not None:
+                raise DamagedError(found)
+
+
+def hash_file(folder: Folder, name: str) -> FileEntry:
+    """Size and checksum of a file as it is now."""
+    digest, size = hashlib.sha256(), folder.size_bytes(name)
+    buffer = memoryview(bytearray(min(_CHUNK_BYTES, size)))
+    for offset in range(0, size, _CHUNK_BYTES):
+        part = buffer[: min(_CHUNK_BYTES, size - offset)]
+        folder.read_into(name, offset, part)
+        digest.update(part)
+    return FileEntry(size, digest.hexdigest())
 
 
 class Reader:
@@ -62,7 +85,8 @@ class Reader:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self._open: dict[str, Any] = {}
+        self.files = LocalFolder(folder)
+        self._open: dict[str, TensorFile] = {}
 
     def check(self, shard: Shard) -> None:
         """Whether the checkpoint holds what `shard` needs.
@@ -85,34 +109,49 @@ class Reader:
 
     def fill(self, shard: Shard) -> None:
         """Read the shard's rectangle, of every kind, into its memory; pieces are cut as needed."""
+        for kind, target in shard.values.items():
+            self.read_rect(shard.name, kind, shard.rect, target)
+
+    def read_rect(self, name: str, kind: str, wanted: Rect, target: Tensor) -> None:
+        """Read a rectangle of a tensor's matrix into `target` [rows, cols], brought to its dtype."""
         found = []
-        for file, rect in self.manifest.tensors[shard.name].pieces:
-            common = rect.overlap(shard.rect)
+        for file, rect in self.manifest.tensors[name].pieces:
+            common = rect.overlap(wanted)
             if common is not None:
                 found.append((file, rect, common))
         covered = sum(common.numel for *_, common in found)
-        assert covered == shard.rect.numel, f"{shard.name}: {covered} of {shard.rect.numel} elements are there"
-        for kind, target in shard.values.items():
-            for file, rect, common in found:
-                part = self._slice(file, key_of(shard.name, kind, rect))[common.within(rect)]
-                target[common.within(shard.rect)].copy_(part)
+        assert covered == wanted.numel, f"{name}: {covered} of {wanted.numel} elements are there"
+        for file, rect, common in found:
+            file = file_of_kind(file, kind)
+            key = self._key(file, name, kind, rect)
+            self.file(file).copy_part(key, common.within(rect), target[common.within(wanted)])
+
+    def dtype(self, name: str, kind: str) -> torch.dtype:
+        """As it was saved."""
+        file, rect = self.manifest.tensors[name].pieces[0]
+        file = file_of_kind(file, kind)
+        return self.file(file).spans[self._key(file, name, kind, rect)].dtype
 
     def tensors(self, file: str) -> dict[str, Tensor]:
         """All tensors of one file."""
-        handle = self._handle(file)
-        return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+        found = self.file(file)
+        return {key: found.read(key) for key in found.spans}
 
     def learned(self) -> dict[str, int]:
         """Updates made to each learned tensor."""
         return {n: e.step for n, e in self.manifest.tensors.items() if e.step is not None}
 
-    def _handle(self, file: str) -> Any:
-        if file not in self._open:
-            self._open[file] = safe_open(str(self.folder / file), framework="pt").__enter__()
-        return self._open[file]
+    def file(self, name: str) -> TensorFile:
+        """One of its safetensors files, kept open."""
+        if name not in self._open:
+            try:
+                self._open[name] = TensorFile(self.files, name)
+            except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+                raise DamagedError(f"{name} cannot be read ({error})") from error
+        return self._open[name]
 
-    def _slice(self, file: str, key: str) -> Any:
-        try:
-            return self._handle(file).get_slice(key)
-        except SafetensorError as error:
-            raise UserError(f"{self.folder / file}: {key} is not in it ({error})") from error
+    def _key(self, file: str, name: str, kind: str, rect: Rect) -> str:
+        key = key_of(name, kind, rect)
+        if key not in self.file(file).spans:
+            raise UserError(f"{self.folder}: {file} holds no {key}: the manifest is of other files")
+        return key

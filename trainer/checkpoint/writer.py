@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,20 +13,10 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.layout import FileEntry
+from trainer.checkpoint.tensor_file import DTYPES, memory_of
 
 _CHUNK_BYTES = 1 << 24
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
@@ -33,36 +24,33 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
 
     Format: https://github.com/huggingface/safetensors#format
     """
-    header: dict[str, object] = {}
-    end = 0
-    for key, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    header = encode_header({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()})
 
     def content() -> Iterator[bytes | memoryview]:
-        yield len(encoded).to_bytes(8, "little")
-        yield encoded
+        yield header
         for tensor in tensors.values():
-            yield tensor.contiguous().flatten().view(torch.uint8).numpy().data
+            yield memory_of(tensor.contiguous())
 
     return _write(path, content())
+
+
+def encode_header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """What stands before the tensors (dtype and shape, in this order) of a safetensors file."""
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for key, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def write_text(path: Path, text: str) -> FileEntry:
     """Write and sync."""
     return _write(path, iter([text.encode()]))
-
-
-def hash_file(path: Path) -> FileEntry:
-    """Size and checksum of what lies on disk."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-    return FileEntry(size, digest.hexdigest())
 
 
 def commit(part: Path, final: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.batch import IGNORE, Sample
 from model.lengths import slots_of_samples
+from model.prompt import fill
 from trainer.data.decode import SampleError
 from trainer.data.tokenizer import PlaceholderInText, Tokenizer
 
@@ -44,13 +45,7 @@ def make_sample(
         instruction = tokenizer.encode(metadata["instruction"])
     except PlaceholderInText as error:
         raise SampleError("placeholder_in_text", str(error)) from None
-    assert len(pieces) == len(clips) + 1
-    prompt: list[int] = list(pieces[0])
-    mask: list[bool] = [False] * len(prompt)
-    for clip, piece in zip(clips, pieces[1:], strict=True):
-        num_slots = slots_of_samples(clip.shape[0], strides)
-        prompt += [tokenizer.placeholder_id] * num_slots + piece
-        mask += [True] * num_slots + [False] * len(piece)
+    prompt, mask = fill(pieces, [slots_of_samples(c.shape[0], strides) for c in clips], tokenizer.placeholder_id)
     if not prompt:
         raise SampleError("wrong_type", "instruction is empty, and the tokenizer has no token to begin with")
     if evaluate:

@@ -18,6 +18,7 @@ from typing import Any
 
 import sentencepiece
 
+from model import prompt
 from model.errors import UserError
 from trainer.data.config import TokenizerConfig
 
@@ -61,16 +62,8 @@ class Tokenizer(ABC):
         if self.config.placeholder in instruction:
             raise PlaceholderInText(f"{instruction!r} contains {self.config.placeholder}")
         template = self.config.template if num_clips else self.config.text_template
-        # One pass over the template, not two replacements: an instruction may itself contain "{audio}".
-        before, after = template.split("{instruction}")
-        audio = self.config.placeholder * num_clips
-        ids = self._prompt_ids(before.replace("{audio}", audio) + instruction + after.replace("{audio}", audio))
-        pieces: list[list[int]] = [[]]
-        for token in ids:
-            if token == self.placeholder_id:
-                pieces.append([])
-            else:
-                pieces[-1].append(token)
+        ids = self._prompt_ids(prompt.render(template, instruction, self.config.placeholder, num_clips))
+        pieces = prompt.cut(ids, self.placeholder_id)
         assert len(pieces) == num_clips + 1, (instruction, num_clips, pieces)
         return pieces
 
@@ -82,7 +75,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model` file."""
 
     def __init__(self, path: Path, config: TokenizerConfig) -> None:
-        self.config = config
+        self.path, self.config = path, config
         self._pieces = sentencepiece.SentencePieceProcessor()
         try:
             self._pieces.LoadFromSerializedProto(path.read_bytes())
@@ -103,6 +96,14 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         return self._pieces.EncodeAsIds(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of `text`; unlike `encode` it may hold placeholders."""
+        return self._encode(text)
+
+    def serialized(self) -> bytes:
+        """The `.model` file's content."""
+        return self._pieces.serialized_model_proto()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens."""
@@ -138,7 +139,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # transformers raises many types; the user needs the path and the reason
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"data.tokenizer.path = {path}: transformers cannot read it ({reason})") from error
-        self._inner = inner
+        self.inner = inner
         self._lock = Lock()  # the Rust tokenizer refuses to be borrowed by two threads
         self.vocab_size = len(inner)
         self.bos_id, self.pad_id = inner.bos_token_id, inner.pad_token_id
@@ -149,17 +150,17 @@ class HuggingFaceTokenizer(Tokenizer):
         if len(ids) != 1 or ids[0] == inner.unk_token_id or inner.convert_ids_to_tokens(ids[0]) != config.placeholder:
             raise UserError(_no_placeholder(path, config.placeholder))
         self.placeholder_id = ids[0]
-        self._chat = config.chat_template and bool(inner.chat_template)
+        self.chats = config.chat_template and bool(inner.chat_template)
 
     def _encode(self, text: str) -> list[int]:
         with self._lock:
-            return self._inner.encode(text, add_special_tokens=False)
+            return self.inner.encode(text, add_special_tokens=False)
 
     def _prompt_ids(self, text: str) -> list[int]:
-        if not self._chat:
+        if not self.chats:
             return super()._prompt_ids(text)
         # The template is rendered by transformers' sandbox; it brings its own BOS.
-        chat = self._inner.apply_chat_template(
+        chat = self.inner.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
         return self._encode(chat)
@@ -171,8 +172,8 @@ class HuggingFaceTokenizer(Tokenizer):
             if 0 <= token < self.vocab_size:
                 run.append(token)
             else:
-                text, run = text + self._inner.decode(run, skip_special_tokens=True) + UNKNOWN_ID_TEXT, []
-        return text + self._inner.decode(run, skip_special_tokens=True)
+                text, run = text + self.inner.decode(run, skip_special_tokens=True) + UNKNOWN_ID_TEXT, []
+        return text + self.inner.decode(run, skip_special_tokens=True)
 
 
 def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:

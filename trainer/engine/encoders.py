@@ -126,7 +126,11 @@ class AudioEngine:
     def _drop_idle_hooks(self) -> None:
         """Take DeepSpeed's hooks off modules that own no parameter that is ever released: they would fetch and release
         nothing, and cost more than a small module's computation. What persists is gathered here for the first time."""
-        idle = [m for m in self.tower.modules() if all(p.ds_persist for p in m.parameters(recurse=False))]
+        idle = [
+            m
+            for m in self.tower.modules()
+            if all(p.ds_persist for p in m.parameters(recurse=False))  # type: ignore[attr-defined]
+        ]
         dicts = {id(hooks) for m in idle if m is not self.tower for hooks in (m._forward_pre_hooks, m._forward_hooks)}
         offload = self.zero.parameter_offload
         for handle in (*offload.forward_hooks, *offload.backward_hooks):

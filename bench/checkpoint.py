@@ -1,0 +1,140 @@
+"""How long training stands still for a save of about 1 GiB.
+
+    python -m bench.checkpoint
+
+Arms, interleaved, on two ranks with half of the tensors each: ours in the background, ours until it is committed, and
+`torch.distributed.checkpoint.async_save` (staging buffers kept between saves, as ours). Goal: the stall of ours is at
+most 10 % of the synchronous save. Each save begins when the one before is done, and the first one of each arm, which
+allocates its buffers, is reported by itself. Exits 1 on a missed goal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.layout import EXP_AVG, EXP_AVG_SQ, PARAM, Shard, matrix_of
+from trainer.checkpoint.manager import CheckpointManager
+from trainer.launch import start_ranks
+
+LIMIT = 0.10
+NUM_RANKS, ROUNDS = 2, 4
+ROWS, COLS, NUM_TENSORS = 1024, 1024, 43  # · 3 kinds · 4 bytes · 2 ranks = 1.01 GiB
+
+
+class TensorsManager(CheckpointManager):
+    """Saves this rank's `tensors` (by kind and number) instead of engines."""
+
+    def _shards(self, engines: Any) -> dict[str, list[Shard]]:
+        shape = (NUM_RANKS * ROWS, COLS)
+        rect = matrix_of((ROWS, COLS))._replace(row=self.groups.rank * ROWS)
+        return {"audio": [Shard(f"audio.w{i}", shape, rect, values, 1) for i, values in enumerate(engines)]}
+
+
+def work(folder: Path) -> int:
+    """One rank."""
+    from trainer.parallel.groups import build_groups, connect
+    from trainer.parallel.topology import Topology
+
+    rank, world, device = connect(timeout_sec=600)
+    groups = build_groups(Topology(world, 1, 1), rank, device, seed=0)
+    kinds = (PARAM, EXP_AVG, EXP_AVG_SQ)
+    tensors: Any = [{kind: torch.randn(ROWS, COLS) for kind in kinds} for _ in range(NUM_TENSORS)]
+    manager = TensorsManager(folder / "ours", CheckpointConfig(keep_last=1), groups)
+    steps = iter(range(1, 1000))
+    peer = _peer(folder / "peer", {f"{rank}/{k}/{i}": v for i, t in enumerate(tensors) for k, v in t.items()})
+
+    def background() -> Callable[[], None]:
+        manager.save(next(steps), tensors, {})
+        return manager.close
+
+    def synchronous() -> Callable[[], None]:
+        background()()
+        return lambda: None
+
+    arms = {"ours": background, "synchronous": synchronous, "torch_async": peer}
+    stalls: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(1 + ROUNDS):
+        for name, arm in arms.items():
+            dist.barrier(groups.world)
+            started = time.perf_counter()
+            finish = arm()
+            stalls[name].append(_longest(time.perf_counter() - started, groups.world))
+            finish()
+    if rank == 0:
+        _report(stalls, sum(v.nbytes for t in tensors for v in t.values()) * world)
+        (folder / "passed").write_text(str(int(_ratio(stalls) <= LIMIT)))
+    dist.barrier(groups.world)
+    dist.destroy_process_group()
+    return 0
+
+
+def _peer(folder: Path, tensors: dict[str, Any]) -> Callable[[], Callable[[], None]]:
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    options = StagingOptions(
+        use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+    )
+    stager, group = DefaultStager(options), dist.new_group(backend="gloo")
+
+    def save() -> Callable[[], None]:
+        future: Any = dcp.async_save(tensors, checkpoint_id=str(folder), process_group=group, async_stager=stager)
+        return lambda: (future.result() if hasattr(future, "result") else future.upload_completion.result()) and None
+
+    return save
+
+
+def _longest(seconds: float, group: Any) -> float:
+    longest = torch.tensor(seconds)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
+    return float(longest)
+
+
+def _ratio(stalls: dict[str, list[float]]) -> float:
+    return statistics.median(stalls["ours"][1:]) / statistics.median(stalls["synchronous"][1:])
+
+
+def _report(stalls: dict[str, list[float]], num_bytes: int) -> None:
+    print(f"{'':14} {'median':>8} {'least':>8} {'most':>8} {'first':>8}   seconds that training stands still")
+    for name, seconds in stalls.items():
+        later = seconds[1:]
+        print(f"{name:14} {statistics.median(later):8.3f} {min(later):8.3f} {max(later):8.3f} {seconds[0]:8.3f}")
+    result = {
+        "passed": _ratio(stalls) <= LIMIT,
+        "goal": LIMIT,
+        "ratio": round(_ratio(stalls), 4),
+        "gib": round(num_bytes / 2**30, 3),
+        "stall_sec": {name: [round(s, 4) for s in seconds] for name, seconds in stalls.items()},
+        "torch": torch.__version__,
+    }
+    print(json.dumps(result), flush=True)
+
+
+def main() -> int:
+    """Exit code 0: the goal is met."""
+    if "RANK" in os.environ:
+        return work(Path(sys.argv[1]))
+    folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-"))
+    try:
+        code = start_ranks(NUM_RANKS, [sys.executable, "-m", "bench.checkpoint", str(folder)])
+        passed = folder / "passed"
+        return code or int(passed.read_text() != "1")
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The exported model, as transformers' Auto classes load it: audio tower and LLM, parameters named as in training.
+
+Shapes: B samples, L tokens of the longest, C clips, T audio samples (16 kHz), H width of the LLM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+
+from model.audio_tower import AudioTower
+from model.batch import Ragged
+from model.hub.configuration import EarshotConfig, audio_config
+from model.router import Routing
+
+
+class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
+    """Speech and text in, text out.
+
+    `processor(audio, text)` makes the inputs of `forward` and `generate`; `generate` returns new tokens only.
+    """
+
+    config_class = EarshotConfig
+    _supports_sdpa = True
+    _no_split_modules: list[str] = []
+
+    def __init__(self, config: EarshotConfig) -> None:
+        super().__init__(config)
+        self.llm = AutoModelForCausalLM.from_config(config.text_config)
+        self.audio = AudioTower(audio_config(config.audio), config.text_config.hidden_size, config.vocab_size)
+        if config.text_config.tie_word_embeddings:
+            self._tied_weights_keys = {"llm.lm_head.weight": "llm.model.embed_tokens.weight"}
+        self.post_init()
+
+    def get_input_embeddings(self) -> Any:
+        """The LLM's token embeddings."""
+        return self.llm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        """The LLM's output layer."""
+        return self.llm.get_output_embeddings()
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        audio_mask: Tensor | None = None,
+        audio_values: Tensor | None = None,
+        audio_lengths: Tensor | None = None,
+        instruction_ids: Tensor | None = None,
+        instruction_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """What the LLM reads, [B, L, H], and which experts every clip was sent to.
+
+        Args:
+            input_ids: [B, L], with a placeholder per audio slot.
+            audio_mask: [B, L] bool, the placeholders.
+            audio_values: [ΣT] clips laid end to end, sample after sample.
+            audio_lengths: [C] their lengths.
+            instruction_ids: tokens of every clip's instruction, laid end to end.
+            instruction_lengths: [C] their lengths.
+        """
+        text = self.get_input_embeddings()(input_ids)
+        if audio_values is None or audio_lengths is None or len(audio_lengths) == 0:
+            return text, None
+        assert audio_mask is not None and instruction_ids is not None and instruction_lengths is not None
+        clips = Ragged(audio_values, tuple(audio_lengths.tolist()))
+        instructions = Ragged(instruction_ids, tuple(instruction_lengths.tolist()))
+        no_targets = Ragged(input_ids.new_zeros(0), (0,) * len(clips))
+        found = self.audio(clips, instructions, no_targets)
+        # Boolean indexing takes positions row by row: sample after sample, as the clips lie.
+        return text.masked_scatter(audio_mask[..., None], found.embeddings.values.to(text.dtype)), found.routing
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Any = None,
+        audio_mask: Tensor | None = None,
+        audio_values: Tensor | None = None,
+        audio_lengths: Tensor | None = None,
+        instruction_ids: Tensor | None = None,
+        instruction_lengths: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The LLM's output for embedded prompts (see `embed` for the shapes)."""
+        if audio_values is not None:
+            assert input_ids is not None
+            inputs_embeds, _ = self.embed(
+                input_ids, audio_mask, audio_values, audio_lengths, instruction_ids, instruction_lengths
+            )
+            input_ids = None
+        return self.llm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        audio_mask: Tensor | None = None,
+        audio_values: Tensor | None = None,
+        audio_lengths: Tensor | None = None,
+        instruction_ids: Tensor | None = None,
+        instruction_lengths: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue left-padded prompts. The audio is encoded once; `kwargs` are those of transformers' `generate`.
+
+        Returns:
+            New tokens [B, ≤ max_new_tokens], without the prompt.
+        """
+        embedded, _ = self.embed(
+            input_ids, audio_mask, audio_values, audio_lengths, instruction_ids, instruction_lengths
+        )
+        inputs: Any = {"inputs_embeds": embedded, "attention_mask": attention_mask}
+        return super().generate(**inputs, **kwargs)  # type: ignore[misc]

@@ -1,0 +1,158 @@
+"""The exported processor: audio files or waveforms and an instruction → the model's inputs, as in training.
+
+Shapes: B samples, L tokens of the longest, C clips, T audio samples (16 kHz).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+from model.lengths import SAMPLE_RATE, num_samples, slots_of_samples
+from model.prompt import cut, fill, render
+
+Clip = Any
+"""Path of an audio file, or a waveform [T] at 16 kHz (array, list or tensor)."""
+
+
+class EarshotProcessor(ProcessorMixin):
+    """Tokenizer, prompt and audio.
+
+    Args:
+        tokenizer: of the LLM.
+        placeholder: token that stands for a clip; repeated once per LLM slot.
+        prompt_with_audio: prompt of samples with audio, with `{audio}` and `{instruction}`.
+        prompt_without_audio: prompt of text-only samples.
+        as_chat: wrap prompts in the tokenizer's chat template.
+        strides: of the model's adapter.
+        min_audio_sec: shorter clips are padded with silence at their end.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        placeholder: str,
+        prompt_with_audio: str,
+        prompt_without_audio: str,
+        as_chat: bool,
+        strides: Sequence[int],
+        min_audio_sec: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(tokenizer, chat_template=kwargs.get("chat_template"))
+        self.placeholder = placeholder
+        self.prompt_with_audio, self.prompt_without_audio = prompt_with_audio, prompt_without_audio
+        self.as_chat, self.strides = as_chat, tuple(strides)
+        self.min_audio_sec = min_audio_sec
+        self.placeholder_id = tokenizer.convert_tokens_to_ids(placeholder)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def __call__(  # type: ignore[override]
+        self,
+        audio: Clip | Sequence[Clip | Sequence[Clip]] | None = None,
+        text: str | Sequence[str] = "",
+        sampling_rate: int = SAMPLE_RATE,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Inputs of `generate` and `forward`: prompts padded on the left.
+
+        Args:
+            audio: one clip; or, for each of several samples, a clip or a list of clips. None: text only.
+            text: the instruction, or one for each sample.
+            sampling_rate: of waveforms; only 16 kHz will do.
+            return_tensors: only `pt`.
+
+        Raises:
+            ValueError: another rate or kind of tensors; audio that cannot be used; numbers of clips and instructions
+                that do not fit; an instruction that contains the placeholder.
+        """
+        if sampling_rate != SAMPLE_RATE or return_tensors != "pt":
+            raise ValueError(
+                f"sampling_rate = {sampling_rate}, return_tensors = {return_tensors!r}: 16000 and 'pt' only"
+            )
+        texts = [text] if isinstance(text, str) else list(text)
+        if audio is None:
+            samples: list[list[np.ndarray]] = [[] for _ in texts]
+        elif _is_clip(audio):
+            samples = [[self._clip(audio)]]
+        else:
+            samples = [[self._clip(a)] if _is_clip(a) else [self._clip(c) for c in a] for a in audio]
+        if len(texts) == 1:
+            texts *= len(samples)
+        if len(texts) != len(samples):
+            raise ValueError(f"{len(samples)} samples of audio and {len(texts)} instructions: give one for each")
+        prompts = [self._prompt(t, clips) for t, clips in zip(texts, samples, strict=True)]
+        longest = max(len(ids) for ids, _ in prompts)
+        rows = [(longest - len(ids), ids, mask) for ids, mask in prompts]
+        inputs = {
+            "input_ids": torch.tensor([[self.pad_id] * n + ids for n, ids, _ in rows]),
+            "attention_mask": torch.tensor([[0] * n + [1] * len(ids) for n, ids, _ in rows]),
+            "audio_mask": torch.tensor([[False] * n + mask for n, _, mask in rows]),
+        }
+        clips = [clip for own in samples for clip in own]
+        if clips:
+            spoken = [self._encode(t) for t, own in zip(texts, samples, strict=True) for _ in own]
+            inputs |= {
+                "audio_values": torch.from_numpy(np.concatenate(clips)),
+                "audio_lengths": torch.tensor([len(c) for c in clips]),
+                "instruction_ids": torch.tensor([i for ids in spoken for i in ids], dtype=torch.int64),
+                "instruction_lengths": torch.tensor([len(ids) for ids in spoken]),
+            }
+        return BatchFeature(inputs)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Texts of generated tokens, without special ones."""
+        texts: list[str] = self.tokenizer.batch_decode(*args, **{"skip_special_tokens": True, **kwargs})
+        return texts
+
+    def _prompt(self, instruction: str, clips: Sequence[np.ndarray]) -> tuple[list[int], list[bool]]:
+        if self.placeholder in instruction:
+            raise ValueError(f"{instruction!r} contains {self.placeholder}, which stands for audio")
+        template = self.prompt_with_audio if clips else self.prompt_without_audio
+        text = render(template, instruction, self.placeholder, len(clips))
+        if self.as_chat:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+        begin = self.tokenizer.bos_token_id
+        ids = ([] if begin is None or self.as_chat else [begin]) + self._encode(text)
+        slots = [slots_of_samples(len(c), self.strides) for c in clips]
+        return fill(cut(ids, self.placeholder_id), slots, self.placeholder_id)
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def _clip(self, clip: Clip) -> np.ndarray:
+        wave = _read(os.fspath(clip)) if isinstance(clip, str | os.PathLike) else np.asarray(clip, dtype=np.float32)
+        if wave.ndim != 1 or len(wave) == 0 or not np.isfinite(wave).all():
+            raise ValueError(f"audio of shape {wave.shape}: give [T] finite values at {SAMPLE_RATE} Hz, T > 0")
+        return np.pad(wave, (0, max(0, num_samples(self.min_audio_sec) - len(wave))))
+
+
+def _is_clip(audio: Any) -> bool:
+    if isinstance(audio, str | os.PathLike | np.ndarray | torch.Tensor):
+        return not hasattr(audio, "ndim") or audio.ndim == 1
+    return bool(audio) and isinstance(audio[0], int | float)
+
+
+def _read(path: str) -> np.ndarray:
+    """Mean of the channels [T] at 16 kHz."""
+    try:
+        import soundfile
+    except ImportError as error:
+        raise ValueError(f"{path}: pip install soundfile to read files, or pass a waveform") from error
+    frames, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    wave = frames.mean(axis=1) if frames.shape[1] > 1 else frames[:, 0]
+    if rate == SAMPLE_RATE:
+        return np.ascontiguousarray(wave)
+    try:
+        import soxr
+    except ImportError as error:
+        raise ValueError(f"{path}: {rate} Hz; pip install soxr, or convert it to {SAMPLE_RATE} Hz") from error
+    return np.ascontiguousarray(soxr.resample(wave, rate, SAMPLE_RATE, quality="HQ"), dtype=np.float32)

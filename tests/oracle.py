@@ -1,0 +1,34 @@
+"""Greedy decoding by the single-process model, the simplest way: no cache, no packing, no ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from model.batch import IGNORE, Batch, Sample
+from model.speech_llm import SpeechLLM
+
+
+def prompt_of(sample: Sample) -> Sample:
+    """The sample up to its answer."""
+    length = int((sample.labels != IGNORE).nonzero()[0]) + 1
+    ids, mask = sample.token_ids[:length], sample.audio_mask[:length]
+    return replace(sample, token_ids=ids, audio_mask=mask, labels=torch.full((length,), IGNORE))
+
+
+@torch.no_grad()
+def greedy(oracle: SpeechLLM, sample: Sample, eos_id: int, vocab_size: int, max_new_tokens: int) -> list[int]:
+    """The tokens that follow a prompt, without the end token."""
+    found: list[int] = []
+    audio, _, _ = oracle.embed_audio(Batch((sample,)))
+    while len(found) < max_new_tokens:
+        more = torch.tensor(found, dtype=torch.int64)
+        ids = torch.cat([sample.token_ids, more])
+        mask = torch.cat([sample.audio_mask, torch.zeros(len(found), dtype=torch.bool)])
+        whole = replace(sample, token_ids=ids, audio_mask=mask, labels=torch.full((len(ids),), IGNORE))
+        token = int(oracle.logits(Batch((whole,)), audio)[0, -1, :vocab_size].argmax())
+        if token == eos_id:
+            break
+        found.append(token)
+    return found

@@ -1,0 +1,157 @@
+"""A tiny run that can be exported: recordings, a tokenizer, and a checkpoint of a model that no engine has trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.hub.configuration import describe
+from model.speech_llm import SpeechLLM
+from trainer.checkpoint.layout import (
+    MOMENTS,
+    PARAM,
+    FileEntry,
+    Manifest,
+    Shard,
+    entries_of,
+    file_of,
+    key_of,
+    matrix_of,
+    merge_entries,
+    rects_of_range,
+)
+from trainer.checkpoint.reader import MANIFEST, STATE
+from trainer.checkpoint.writer import write_tensors, write_text
+from trainer.config.load import dump
+from trainer.config.schema import Recipe
+from trainer.data.config import DataConfig, TokenizerConfig
+from trainer.data.tokenizer import load_tokenizer, train_sentencepiece
+from trainer.eval_config import EvalConfig
+from trainer.parity import tiny_model
+from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, Load
+from trainer.telemetry.load_history import HISTORY_NAME, EncoderCosts, LoadInterval
+
+NUM_RANKS = 3
+STEP = 40
+MAX_NEW_TOKENS = 5
+INSTRUCTION = "what is it"
+
+
+def write_manifest(folder: Path, num_samples: int = 4) -> Path:
+    """Noise of different lengths as FLAC, one sample without audio, one with two clips."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(num_samples):
+        audio: list[str] = []
+        for clip in range((1, 0, 2)[i % 3]):
+            audio.append(f"{i}-{clip}.flac")
+            soundfile.write(folder / audio[-1], 0.1 * rng.standard_normal(3000 + 2500 * i), 16000)
+        task = ("asr", "text", "sqa")[i % 3]
+        row = {"id": f"s{i}", "audio": audio or None, "task": task, "split": "dev"}
+        rows.append(row | {"instruction": f"{INSTRUCTION} {'abc'[i % 3]}", "answer": "ab"})
+    path = folder / "dev.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_run(run_dir: Path, family: str = "llama", chats: bool = False) -> SpeechLLM:
+    """The run's checkpoint, as `NUM_RANKS` ranks would have written it; returns the model. `chats`: with a Hugging Face
+    tokenizer that has a chat template."""
+    run_dir.mkdir(parents=True)
+    path = run_dir / ("hf" if chats else "tokenizer.model")
+    if chats:
+        write_chat_tokenizer(path)
+    else:
+        texts = [f"{INSTRUCTION} {a} {b}" for a in "abc" for b in "abc"] * 3
+        train_sentencepiece(texts, 60, path, TokenizerConfig().placeholder)
+    tokenizer = load_tokenizer(str(path), TokenizerConfig())
+    model = with_head_dim(tiny_model(family), family)
+    oracle = SpeechLLM(model, tokenizer.vocab_size, seed=1).eval()
+    with torch.no_grad():  # all-zero biases and all-one norms would hide mix-ups
+        for parameter in oracle.parameters():
+            parameter.add_(
+                0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
+    data = DataConfig(tokenizer=TokenizerConfig(template="{audio}{instruction}\n"), min_audio_sec=0.3)
+    recipe = Recipe(name=run_dir.name, model=model, data=data, eval=EvalConfig(max_new_tokens=MAX_NEW_TOKENS))
+    described = describe(model, oracle.llm.config, tokenizer.vocab_size)
+    extra = {"recipe": dump(recipe), "model": described, "tokenizer": str(path)}
+    write_checkpoint(run_dir / "checkpoints" / f"step-{STEP:08d}", tensors_of(oracle), extra)
+    (run_dir / HISTORY_NAME).write_text(json.dumps(routing_history().to_json()) + "\n")
+    return oracle
+
+
+def routing_history() -> LoadInterval:
+    """Of 198 clips, half of each task, one of sqa went to wavlm and all others to hubert."""
+    pairs, experts = np.ones((1, 2)), ("hubert", "wavlm")
+    cells = {
+        ClipGroup(task, "en", "-", "0-1 s"): Load(
+            99, 99.0, np.zeros(1), pairs, pairs, np.array(counts), np.array(counts)
+        )
+        for task, counts in (("asr", (99.0, 0.0)), ("sqa", (98.0, 1.0)))
+    }
+    nothing = np.zeros((2, 1))
+    costs = EncoderCosts(experts, nothing, nothing, np.zeros(2), np.zeros(2), 0.0)
+    return LoadInterval(STEP, STEP, 1.0, ExpertLoad(("independent",), experts, cells), costs)
+
+
+def write_chat_tokenizer(folder: Path) -> None:
+    """One token per word, and a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    placeholder = TokenizerConfig().placeholder
+    words = ["<unk>", "<s>", "</s>", placeholder, "user", "assistant", ":", *INSTRUCTION.split(), "a", "b", "c", "ab"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    found = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    found.add_special_tokens({"additional_special_tokens": [placeholder]})
+    found.chat_template = "<s>{% for m in messages %}user: {{ m['content'] }} assistant:{% endfor %}"
+    found.save_pretrained(folder)
+
+
+def with_head_dim(model: ModelConfig, family: str) -> ModelConfig:
+    """Qwen3's heads may be wider than hidden / heads: make them so."""
+    if family != "qwen3":
+        return model
+    return replace(model, llm=replace(model.llm, config={**model.llm.config, "head_dim": 16}))
+
+
+def tensors_of(oracle: SpeechLLM) -> dict[str, Tensor]:
+    """Parameters and buffers by the names under which engines save them."""
+    buffers = {n: t for n, t in oracle.state_dict().items() if n.startswith("audio.")}
+    return {**buffers, **dict(oracle.named_parameters())}
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], extra: dict[str, object]) -> None:
+    """`tensors` cut flat into `NUM_RANKS` parts, every third one by columns instead, as tensor parallelism does."""
+    folder.mkdir(parents=True)
+    parts: list[list[Shard]] = [[] for _ in range(NUM_RANKS)]
+    for i, (name, whole) in enumerate(tensors.items()):
+        shape, matrix = tuple(whole.shape), matrix_of(tuple(whole.shape))
+        value = whole.detach().reshape(matrix.rows, matrix.cols)
+        bounds = [whole.numel() * n // NUM_RANKS for n in range(NUM_RANKS + 1)]
+        if i % 3 == 0 and matrix.cols > 1:
+            half = matrix.cols // 2
+            rects = [(0, matrix._replace(cols=half)), (1, matrix._replace(col=half, cols=matrix.cols - half))]
+        else:
+            rects = [(n, r) for n in range(NUM_RANKS) for _, r in rects_of_range(matrix, bounds[n], bounds[n + 1])]
+        for rank, rect in rects:
+            cut = value[rect.within(matrix)].contiguous()
+            values = {PARAM: cut, "exp_avg": torch.zeros_like(cut), "exp_avg_sq": torch.zeros_like(cut)}
+            parts[rank].append(Shard(name, shape, rect, values, STEP))
+    files: dict[str, FileEntry] = {}
+    for rank, shards in enumerate(parts):
+        for file, kinds in ((file_of("audio", rank), (PARAM,)), (file_of(MOMENTS, rank), ("exp_avg", "exp_avg_sq"))):
+            written = {key_of(s.name, kind, s.rect): s.values[kind] for s in shards for kind in kinds}
+            files[file] = write_tensors(folder / file, written)
+    files[STATE] = write_text(folder / STATE, json.dumps({"step": STEP, "extra": extra}))
+    entries = merge_entries([entries_of(shards, file_of("audio", rank)) for rank, shards in enumerate(parts)])
+    topology = {"world": NUM_RANKS, "tp": 1, "pp": 1, "ep": 1}
+    write_text(folder / MANIFEST, Manifest(STEP, topology, dict(sorted(files.items())), entries).dumps())

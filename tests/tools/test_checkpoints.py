@@ -1,0 +1,48 @@
+"""The command that lists, verifies, compares and prunes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tools.exportable import write_checkpoint
+from tools import checkpoints
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for step in (1, 2, 3):
+        tensors = {"audio.a": torch.arange(12.0).view(3, 4), "audio.b": torch.full((5,), float(step))}
+        write_checkpoint(tmp_path / "checkpoints" / f"step-{step:08d}", tensors, {})
+    return tmp_path
+
+
+def report(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> dict:
+    assert checkpoints.main([*map(str, arguments), "--json"]) == code
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_list_and_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = report(capsys, run)["checkpoints"]
+    assert [row["step"] for row in rows] == [1, 2, 3] and all(row["ranks"] == 3 for row in rows)
+    (run / "checkpoints" / "frozen-00000001-abcd").mkdir()
+    assert report(capsys, run, "prune", "--keep", 1)["steps"] == [3]
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_verify_names_the_damage(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(capsys, run, "verify")["passed"]
+    os.truncate(run / "checkpoints" / "step-00000002" / "moments-00001.safetensors", 9)
+    found = report(capsys, run, "verify", code=1)
+    assert found["damage"]["1"] is None and "moments-00001.safetensors has 9 bytes" in found["damage"]["2"]
+
+
+def test_diff_tells_what_changed_and_how_much(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = report(capsys, run, "diff", 1, 3)
+    assert found == {"changed": {"audio.b": 2.0}, "num_equal": 1, "only_first": [], "only_second": []}
+    assert checkpoints.main([str(run), "diff", "1", "9"]) == 2
+    assert checkpoints.main([str(run / "nowhere")]) == 2

@@ -1,0 +1,228 @@
+"""An exported model, in a process that knows nothing of this project, says what the training graph says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model.speech_llm import SpeechLLM
+from tests.oracle import greedy
+from tests.tools.exportable import MAX_NEW_TOKENS, STEP, tensors_of, write_manifest, write_run
+from tools import export, transcribe
+from trainer.export.source import Source
+from trainer.export.verify import read_samples
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+# EXPORT_PYTHON (`make export-test`) is the interpreter of an environment without this project. Else this one serves:
+# -I: neither current folder nor PYTHONPATH; -S: no .pth files, so no editable installation of this project either.
+FRESH = """
+import importlib.util, json, sys
+sys.path += filter(None, sys.argv[1:2])
+assert not any(importlib.util.find_spec(name) for name in ("model", "trainer", "tools")), "this project is importable"
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+found = {}
+for folder, manifest in json.loads(sys.argv[2]):
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    rows = [json.loads(line) for line in open(manifest)]
+    root = manifest.rpartition("/")[0]
+    tokens = []
+    for row in rows:
+        audio = [[f"{root}/{name}" for name in row["audio"]]] if row["audio"] else None
+        tokens.append(model.generate(**processor(audio=audio, text=row["instruction"]))[0].tolist())
+    samples = [[f"{root}/{name}" for name in row["audio"] or []] for row in rows]
+    together = model.generate(**processor(audio=samples, text=[row["instruction"] for row in rows])).tolist()
+    llm = AutoModelForCausalLM.from_pretrained(folder + "-llm")
+    ids = AutoTokenizer.from_pretrained(folder + "-llm")("what is it", return_tensors="pt").input_ids
+    logits = llm(ids).logits[0, -1].tolist()
+    found[folder] = [tokens, together, type(llm).__name__, str(llm.dtype), logits, ids.tolist()]
+print(json.dumps(found))
+"""
+
+
+def export_with(*arguments: object) -> None:
+    assert export.main([str(a) for a in arguments]) == 0
+
+
+def in_a_fresh_process(folders: list[tuple[str, str]], cwd: Path) -> dict[str, Any]:
+    site = next(p for p in sys.path if p.endswith("site-packages"))
+    other = os.environ.get("EXPORT_PYTHON")
+    command = [sys.executable, "-I", "-S", "-c", FRESH, site] if other is None else [other, "-I", "-c", FRESH, ""]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "HF_HOME": str(cwd / "hf"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [*command, json.dumps(folders)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.timeout(280)
+def test_every_family_generates_the_same_tokens_without_this_project(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path)
+    oracles: dict[str, SpeechLLM] = {}
+    for family in FAMILIES:
+        oracles[family] = write_run(tmp_path / f"run-{family}", family)
+        out = tmp_path / family
+        export_with(tmp_path / f"run-{family}", out, "--dtype", "fp32", "--verify", manifest)
+        export_with(tmp_path / f"run-{family}", f"{out}-llm", "--dtype", "fp32", "--llm-only")
+    folders = [(str(tmp_path / family), str(manifest)) for family in FAMILIES]
+    found = in_a_fresh_process(folders, tmp_path)
+    for family, oracle in oracles.items():
+        tokens, together, kind, dtype, logits, ids = found[str(tmp_path / family)]
+        source = Source(tmp_path / f"run-{family}")
+        tokenizer = source.tokenizer()
+        eos, vocab = tokenizer.eos_id, tokenizer.vocab_size
+        samples = sorted(read_samples(source, tokenizer, manifest, 9), key=lambda s: s.key)
+        for sample, alone, batched in zip(samples, tokens, together, strict=True):
+            wanted = greedy(oracle, sample, eos, vocab, MAX_NEW_TOKENS)
+            assert cut_at(alone, eos) == cut_at(batched, eos) == wanted, (family, sample.key)
+        assert len({tuple(t) for t in tokens}) > 1, "the same answer to everything shows nothing"
+        assert kind.lower() == f"{family}forcausallm" and dtype == "torch.float32"
+        with torch.no_grad():
+            expected = oracle.llm(torch.tensor(ids)).logits[0, -1]
+        assert torch.tensor(logits).sub(expected).abs().max() < 1e-5
+
+
+def cut_at(tokens: list[int], eos_id: int) -> list[int]:
+    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SpeechLLM, Path]:
+    folder = tmp_path_factory.mktemp("export")
+    return folder / "run", write_run(folder / "run"), write_manifest(folder)
+
+
+Run = tuple[Path, SpeechLLM, Path]
+
+
+def test_tensors_are_bit_equal_and_sharded(run: Run, tmp_path: Path) -> None:
+    run_dir, oracle, _ = run
+    export_with(run_dir / "checkpoints" / f"step-{STEP:08d}", tmp_path / "out", "--dtype", "fp32", "--shard-gib", 3e-5)
+    files = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(files) > 2
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    read = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert set(index) == set(read) and index[next(iter(load_file(files[0])))] == files[0].name
+    wanted = {n: p for n, p in tensors_of(oracle).items() if not n.startswith("audio.ctc_head")}
+    assert read.keys() == wanted.keys() and all(read[n].equal(p) for n, p in wanted.items())
+    export_with(run_dir, tmp_path / "bf16")
+    half = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert all(half[n].equal(p.to(torch.bfloat16) if p.is_floating_point() else p) for n, p in wanted.items())
+
+
+def test_a_stopped_export_goes_on_after_the_last_file(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.export import weights
+
+    arguments = [str(run[0]), str(tmp_path / "out"), "--shard-gib", "3e-5"]
+    write, written = weights._write_shard, []
+
+    def stopping(*a: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(a[2].name)
+        write(*a)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "_write_shard", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            export.main(arguments)
+    assert not (tmp_path / "out").exists()
+    times = {n: (tmp_path / ".out.part" / n).stat().st_mtime_ns for n in written}
+    assert export.main(arguments) == 0
+    assert all((tmp_path / "out" / n).stat().st_mtime_ns == t for n, t in times.items())
+    export_with(run[0], tmp_path / "whole", "--shard-gib", 3e-5)
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+
+
+def test_a_difference_is_not_published(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer.export import publish
+
+    write = publish.write_weights
+
+    def spoilt(reader: Any, shards: Any, folder: Path, on_bytes: Any) -> None:
+        write(reader, shards, folder, on_bytes)
+        content = bytearray((folder / "model.safetensors").read_bytes())
+        content[-4002:-2:4] = b"\x40" * 1000  # the last tensor's exponents
+        (folder / "model.safetensors").write_bytes(content)
+
+    monkeypatch.setattr(publish, "write_weights", spoilt)
+    assert export.main([str(run[0]), str(tmp_path / "out"), "--verify", str(run[2])]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_chat_tokenizer_goes_along(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", chats=True)
+    export_with(tmp_path / "run", tmp_path / "out", "--dtype", "fp32", "--verify", write_manifest(tmp_path))
+    assert json.loads((tmp_path / "out" / "processor_config.json").read_text())["as_chat"]
+
+
+def test_rare_encoders_are_left_out(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, oracle, manifest = run
+    out = tmp_path / "out"
+    arguments = ["--dtype", "fp32", "--activated-only", 0.01, "--dev", manifest, "--verify", manifest, "--json"]
+    export_with(run_dir, out, *arguments)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["verified"]["logits"] <= 1e-4 and set(report["scores_whole"]) == set(report["scores_kept"])
+    tensors = load_file(out / "model.safetensors")
+    assert not [n for n in tensors if "wavlm" in n] and [n for n in tensors if "experts.hubert" in n]
+    state = dict(oracle.named_parameters())
+    for name in ("audio.router.independent.logits", "audio.router.dependent.weight", "audio.router.dependent.bias"):
+        assert tensors[name].equal(state[name][:1]), name
+    card = (out / "README.md").read_text()
+    assert "wavlm" in card and "| sqa | 1.01 % |" in card and "| all | 0.51 % |" in card and "asr/wer" in card
+    assert transcribe.main([str(out), str(manifest.parent / "0-0.flac"), "--prompt", "what is it a"]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda c: (c / "audio-00001.safetensors").unlink(), ("audio-00001.safetensors is missing",)),
+        (lambda c: os.truncate(c / "audio-00000.safetensors", 99), ("audio-00000.safetensors has 99 bytes",)),
+        (lambda c: (c / "manifest.json").write_text("{}"), ("manifest.json", "cannot be read")),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(
+    tmp_path: Path, spoil: Any, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "run")
+    spoil(tmp_path / "run" / "checkpoints" / f"step-{STEP:08d}")
+    assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and all(w in message for w in words), message
+    assert export.main([str(tmp_path / "nothing"), str(tmp_path / "out")]) == 2
+
+
+def test_it_needs_no_more_memory_than_the_largest_tensor(run: Run, tmp_path: Path) -> None:
+    """The floor of a process that imports torch and transformers counts, too."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.export", str(run[0]), str(tmp_path / "out"), "--json"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"] < 400 << 20

@@ -1,0 +1,50 @@
+"""A ZeRO-3 parameter is addressed within its own group: experts on half of the ranks are saved whole, and once."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.checkpoint import audio_state
+from trainer.checkpoint.layout import Shard, entries_of, matrix_of, merge_entries
+
+WORLD = 4
+GROUPS = {"everyone": (0, 1, 2, 3), "first": (0, 2), "second": (1, 3)}
+PARAMETERS = {  # name → (shape, group)
+    "audio.projector.weight": ((5, 7), "everyone"),
+    "audio.experts.hubert.w": ((3, 5), "first"),
+    "audio.experts.wavlm.w": ((11,), "second"),
+    "audio.experts.wavlm.scalar": ((), "second"),
+}
+
+
+def held_by(rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Shard]:
+    """The shards of one rank, each element worth its place in the flat tensor."""
+    monkeypatch.setattr(audio_state.dist, "get_rank", lambda group: GROUPS[group].index(rank))
+    found = []
+    for name, (shape, group) in PARAMETERS.items():
+        if rank in GROUPS[group]:
+            numel = math.prod(shape)
+            part = -(-numel // len(GROUPS[group]))
+            start = GROUPS[group].index(rank) * part
+            values = torch.arange(start, start + part, dtype=torch.float32)
+            parameter: Any = SimpleNamespace(
+                ds_shape=shape, ds_numel=numel, ds_tensor=SimpleNamespace(ds_numel=part), ds_process_group=group
+            )
+            found += list(audio_state._shards_of(name, parameter, {"param": values}, 1))
+    return found
+
+
+def test_every_tensor_is_saved_whole_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = [held_by(rank, monkeypatch) for rank in range(WORLD)]
+    merged = merge_entries([entries_of(own, f"audio-{rank:05d}.safetensors") for rank, own in enumerate(shards)])
+    assert merged.keys() == PARAMETERS.keys()
+    for own in shards:
+        for shard in own:
+            whole = matrix_of(shard.shape)
+            flat = torch.arange(float(whole.numel)).view(whole.rows, whole.cols)
+            assert shard.values["param"].equal(flat[shard.rect.within(whole)]), shard

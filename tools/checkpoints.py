@@ -1,0 +1,130 @@
+"""The checkpoints of a run.
+
+    python -m tools.checkpoints RUN                   list them
+    python -m tools.checkpoints RUN verify            read every file of every one and compare it with its checksum
+    python -m tools.checkpoints RUN diff 1000 2000    what changed between two
+    python -m tools.checkpoints RUN prune --keep 2    remove all but the newest two, and frozen files nobody refers to
+
+Verify ends with exit code 1 when one is damaged. Prune only while the run does not train.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0; 1: verify found damage; 2 after one line that tells what to mend."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        from trainer.checkpoint.catalog import checkpoints_of
+
+        folder = checkpoints_of(Path(options.run))
+        report = {"list": _list, "verify": _verify, "diff": _diff, "prune": _prune}[options.action](folder, options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(report))
+    return 0 if report.get("passed", True) else 1
+
+
+def _list(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    from trainer.checkpoint.background import read_scores
+    from trainer.checkpoint.catalog import committed_steps, folder_of
+    from trainer.checkpoint.layout import frozen_folder_of
+    from trainer.checkpoint.reader import DamagedError, read_manifest
+    from trainer.scoring import format_table
+
+    scores, rows = read_scores(folder), []
+    for step in committed_steps(folder):
+        row: dict[str, Any] = {"step": step}
+        try:
+            manifest = read_manifest(folder_of(folder, step))
+        except DamagedError as error:
+            rows.append(row | {"note": str(error)})
+            continue
+        own = sum(f.size_bytes for name, f in manifest.files.items() if frozen_folder_of(name) is None)
+        shared = sum(f.size_bytes for f in manifest.files.values()) - own
+        parts = [f"{key.upper()}{n}" for key, n in manifest.topology.items() if key != "world" and n > 1]
+        row |= {"MB": round(own / 1e6, 1), "frozen MB": round(shared / 1e6, 1), "ranks": manifest.topology["world"]}
+        rows.append(row | {"layout": " ".join(parts), "score": scores.get(step), "note": ""})
+    head = ("step", "MB", "frozen MB", "ranks", "layout", "score", "note")
+    print(format_table([{key: row.get(key) for key in head} for row in rows]))
+    return {"folder": str(folder), "checkpoints": rows}
+
+
+def _verify(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    from trainer.checkpoint.catalog import committed_steps, damage_of, folder_of
+
+    found = {}
+    for step in committed_steps(folder):
+        found[step] = damage_of(folder_of(folder, step))
+        print(f"step {step}: {found[step] or 'whole'}", flush=True)
+    return {"passed": not any(found.values()), "damage": found}
+
+
+def _diff(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    from trainer.checkpoint.catalog import folder_of
+    from trainer.checkpoint.diff import diff
+    from trainer.checkpoint.reader import DamagedError, Reader, read_manifest
+
+    if len(options.steps) != 2:
+        raise UserError("diff: give two steps")
+    try:
+        readers = [Reader(folder_of(folder, n), read_manifest(folder_of(folder, n))) for n in options.steps]
+        found = diff(*readers)
+    except DamagedError as error:
+        raise UserError(f"{folder}: {error}; see: python -m tools.checkpoints {options.run} verify") from None
+    for name in found.only_first:
+        print(f"only in step {options.steps[0]}: {name}")
+    for name in found.only_second:
+        print(f"only in step {options.steps[1]}: {name}")
+    for name, relative in sorted(found.changed.items(), key=lambda item: -item[1]):
+        print(f"{relative:9.2e}  {name}")
+    print(f"{len(found.changed)} tensors changed (relative norm of the change above), {found.num_equal} are equal")
+    return {
+        "changed": found.changed,
+        "num_equal": found.num_equal,
+        "only_first": found.only_first,
+        "only_second": found.only_second,
+    }
+
+
+def _prune(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    from trainer.checkpoint.background import clean_up
+    from trainer.checkpoint.catalog import committed_steps
+    from trainer.checkpoint.config import CheckpointConfig
+
+    best = {} if options.keep_best is None else {"best_metric": "noted", "best_is": options.keep_best}
+    config = CheckpointConfig(keep_last=options.keep, keep_every_steps=options.keep_every, **best)
+    removed = clean_up(folder, config, committed_steps(folder)[-1])
+    for path in removed:
+        print(f"removed {path}")
+    print(f"{len(committed_steps(folder))} checkpoints stay")
+    return {"removed": [str(p) for p in removed], "steps": committed_steps(folder)}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.checkpoints", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", metavar="RUN", help="a run's folder")
+    parser.add_argument("action", nargs="?", default="list", choices=("list", "verify", "diff", "prune"))
+    parser.add_argument("steps", nargs="*", type=int, help="diff: two steps")
+    parser.add_argument("--keep", type=int, default=2, help="prune: newest ones that stay (default 2)")
+    parser.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="prune: multiples of it stay, too")
+    parser.add_argument("--keep-best", choices=("lowest", "highest"), help="prune: the best by noted score stays, too")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""One safetensors file, read in parts. Format: https://github.com/huggingface/safetensors#format"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.folder import Folder
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_MAX_HEADER_BYTES = 1 << 28
+_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a tensor lies in its file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+class TensorFile:
+    """The tensors of one file, by key.
+
+    Raises:
+        ValueError: it is not a safetensors file.
+    """
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.spans = _read_header(folder, name)
+
+    def read(self, key: str) -> Tensor:
+        """A whole tensor."""
+        span = self.spans[key]
+        tensor = torch.empty(span.shape, dtype=span.dtype)
+        self.folder.read_into(self.name, span.offset, memory_of(tensor))
+        return tensor
+
+    def copy_part(self, key: str, index: tuple[slice, slice], target: Tensor) -> None:
+        """Copy `index` (of a 2-D tensor) into `target`, some rows at a time, and bring it to the target's dtype."""
+        span, (rows, cols) = self.spans[key], index
+        width = span.shape[1]
+        row_bytes = width * span.dtype.itemsize
+        step = max(1, _CHUNK_BYTES // max(1, row_bytes))
+        for first in range(rows.start, rows.stop, step):
+            last = min(first + step, rows.stop)
+            chunk = torch.empty((last - first, width), dtype=span.dtype)
+            self.folder.read_into(self.name, span.offset + first * row_bytes, memory_of(chunk))
+            target[first - rows.start : last - rows.start].copy_(chunk[:, cols])
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous host tensor."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _read_header(folder: Folder, name: str) -> dict[str, Span]:
+    size = folder.size_bytes(name)
+    length = bytearray(8)
+    folder.read_into(name, 0, memoryview(length))
+    num_header = int.from_bytes(length, "little")
+    if not 2 <= num_header <= min(_MAX_HEADER_BYTES, size - 8):
+        raise ValueError(f"{name}: not a safetensors file (a header of {num_header} bytes)")
+    header = bytearray(num_header)
+    folder.read_into(name, 8, memoryview(header))
+    tree = json.loads(header)
+    spans = {}
+    for key, entry in tree.items():
+        if key == "__metadata__":
+            continue
+        start, stop = (int(n) for n in entry["data_offsets"])
+        dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+        if stop - start != math.prod(shape) * dtype.itemsize or not 0 <= start <= stop <= size - 8 - num_header:
+            raise ValueError(f"{name}: {key} does not lie where its header says")
+        spans[key] = Span(dtype, shape, 8 + num_header + start, stop - start)
+    return spans

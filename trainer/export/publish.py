@@ -1,0 +1,184 @@
+"""A checkpoint → a folder that transformers loads: written aside, checked, and moved to its name as the last thing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.errors import UserError
+from trainer.checkpoint.reader import MANIFEST, hash_file
+from trainer.checkpoint.writer import sync_folder
+from trainer.data.tokenizer import Tokenizer
+from trainer.export.card import Findings, model_card
+from trainer.export.code import CONFIGURATION, MODELING, remote_code, remote_name
+from trainer.export.source import Selection, Source
+from trainer.export.tokenizer import write_processor, write_tokenizer
+from trainer.export.weights import plan_shards, plan_targets, write_weights
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_WANTED = "export.json"
+"""In the folder aside: what is being exported; only the same export goes on there."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user chooses."""
+
+    dtype: str = "bf16"
+    shard_bytes: int = 5 << 30
+    llm_only: bool = False
+    activated_only: float = 0.0
+    """Experts below this share of routed clips are left out."""
+    verify: str | None = None
+    """Manifest of samples to compare on."""
+    dev: str | None = None
+    """Manifest to score the loss of left-out experts on."""
+    max_samples: int = 32
+    """Of either manifest."""
+
+
+def export(
+    source: Source, out: Path, options: Options, on_bytes: Callable[[int, int], None] = lambda done, total: None
+) -> Findings:
+    """Write the model of `source` as the folder `out`; `on_bytes` is told (bytes more, bytes in all).
+
+    Raises:
+        UserError: `out` exists; the export differs from the training graph (then it is not published).
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists; remove it or choose another name")
+    dtype, selection = DTYPES[options.dtype], source.select(options.activated_only)
+    aside = _room(source, out, options, selection)
+    names = source.names(selection, options.llm_only)
+    targets = plan_targets(source.reader, names, dtype, source.rows(selection))
+    total = sum(t.num_bytes for t in targets)
+    write_weights(source.reader, plan_shards(targets, options.shard_bytes), aside, lambda n: on_bytes(n, total))
+    tokenizer = source.tokenizer()
+    write_tokenizer(tokenizer, aside)
+    settings = _generation_config(source, tokenizer)
+    settings.save_pretrained(aside)
+    found = Findings()
+    if options.llm_only:
+        _write_llm_config(source, dtype, aside)
+    else:
+        _write_code(source, selection, dtype, tokenizer, aside)
+        found = _measure(source, selection, options, tokenizer, settings, aside)
+    summary = source.run_dir / "summary.json"
+    known = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    if not options.llm_only:
+        card = model_card(source, selection, known, found, options.dtype)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+    (aside / _WANTED).unlink()
+    sync_folder(aside)
+    os.rename(aside, out)
+    sync_folder(out.parent)
+    return found
+
+
+def _room(source: Source, out: Path, options: Options, selection: Selection) -> Path:
+    """The folder aside; what another export left there is removed."""
+    manifest = hash_file(source.reader.files, MANIFEST)
+    wanted = {
+        "checkpoint": manifest.sha256,
+        "dtype": options.dtype,
+        "shard_bytes": options.shard_bytes,
+        "llm_only": options.llm_only,
+        "dropped": list(selection.dropped),
+    }
+    aside = out.parent / f".{out.name}.part"
+    note = aside / _WANTED
+    if aside.exists() and not (note.is_file() and json.loads(note.read_text(encoding="utf-8")) == wanted):
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(wanted), encoding="utf-8")
+    return aside
+
+
+def _generation_config(source: Source, tokenizer: Tokenizer) -> Any:
+    from transformers import GenerationConfig
+
+    rows = source.extra["model"]["text_config"]["vocab_size"]
+    # An LLM may have more rows than its tokenizer has tokens; training never decodes those.
+    unused = list(range(tokenizer.vocab_size, rows)) or None
+    pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=source.recipe.eval.max_new_tokens,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=pad,
+        suppress_tokens=unused,
+    )
+
+
+def _write_llm_config(source: Source, dtype: torch.dtype, folder: Path) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = AutoConfig.for_model(**source.extra["model"]["text_config"])
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.dtype = dtype
+    config.save_pretrained(folder)
+
+
+def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokenizer: Tokenizer, folder: Path) -> None:
+    from model.hub.configuration import EarshotConfig
+
+    for name, text in remote_code().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    description = source.description(selection)
+    config = EarshotConfig(**description)
+    config.text_config.dtype = config.dtype = dtype
+    config.architectures = ["EarshotForCausalLM"]
+    config.auto_map = {
+        "AutoConfig": f"{remote_name(CONFIGURATION)}.EarshotConfig",
+        "AutoModelForCausalLM": f"{remote_name(MODELING)}.EarshotForCausalLM",
+    }
+    config.save_pretrained(folder)
+    data = source.recipe.data
+    strides = tuple(description["audio"]["adapter"]["strides"])
+    write_processor(tokenizer, data.tokenizer, strides, data.min_audio_sec, folder)
+
+
+def _measure(
+    source: Source, selection: Selection, options: Options, tokenizer: Tokenizer, settings: Any, folder: Path
+) -> Findings:
+    if options.verify is None and (options.dev is None or not selection.dropped):
+        return Findings()
+    from transformers import AutoProcessor
+
+    from trainer.export.verify import read_samples, scores, verify
+
+    dtype, found = DTYPES[options.dtype], Findings()
+    if options.verify is not None:
+        samples = read_samples(source, tokenizer, Path(options.verify), options.max_samples)
+        found = Findings(verify(folder, source, selection, dtype, samples))
+    if options.dev is not None and selection.dropped:
+        samples = read_samples(source, tokenizer, Path(options.dev), options.max_samples)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        whole = Selection(tuple(range(len(source.expert_names()))), (), {})
+        before, after = (scores(source, s, dtype, processor, settings, samples) for s in (whole, selection))
+        found = Findings(found.verified, before, after)
+    return found
+
+
+def summary_of(source: Source, out: Path, options: Options, found: Findings) -> dict[str, Any]:
+    """For `--json`."""
+    files = [p for p in out.iterdir() if p.suffix == ".safetensors"]
+    return {
+        "out": str(out),
+        "step": source.reader.manifest.step,
+        "num_files": len(files),
+        "num_bytes": sum(p.stat().st_size for p in files),
+        "options": asdict(options),
+        "verified": None if found.verified is None else asdict(found.verified),
+        "scores_whole": found.scores_whole,
+        "scores_kept": found.scores_kept,
+    }

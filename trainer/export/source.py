@@ -1,0 +1,150 @@
+"""What is exported: a checkpoint, what it says of its model, and which experts stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.errors import UserError
+from trainer.checkpoint.catalog import find_checkpoint, read_extra
+from trainer.checkpoint.layout import PARAM, Rect, matrix_of
+from trainer.checkpoint.reader import Reader, check_files, read_manifest
+from trainer.config.load import undump
+from trainer.config.schema import Recipe
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.telemetry.expert_load import ALL, add_up
+from trainer.telemetry.load_history import HISTORY_NAME, read_history
+
+AUDIO, LLM = "audio.", "llm."
+LAST_SHARE = 0.25
+"""Part of the run, at its end, whose routing says what an expert is worth."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which experts stay, and what that costs."""
+
+    kept: tuple[int, ...]
+    """Indices in the checkpoint's model, ascending."""
+    dropped: tuple[str, ...]
+    lost_share: Mapping[str, float]
+    """By task (and `all`): share of routed clips that went to a dropped expert."""
+
+
+class Source:
+    """A verified checkpoint, ready to be exported.
+
+    Args:
+        path: a checkpoint, or a run (its newest is taken).
+        tokenizer_path: None: the run's.
+
+    Raises:
+        UserError: there is none, it is damaged, or was written by a program that did not describe its model.
+    """
+
+    def __init__(self, path: Path, tokenizer_path: str | None = None) -> None:
+        self.folder = find_checkpoint(path)
+        manifest = read_manifest(self.folder)
+        self.reader = Reader(self.folder, manifest)
+        # Optimizer state is not read, so it is not verified.
+        needed = {file for entry in manifest.tensors.values() for file, _ in entry.pieces}
+        check_files(self.folder, manifest, sorted({*needed, "state.json"}))
+        self.extra = read_extra(self.folder)
+        if "model" not in self.extra or "recipe" not in self.extra:
+            raise UserError(f"{self.folder / 'state.json'}: does not describe its model; continue the run for a step")
+        self.recipe: Recipe = undump(self.extra["recipe"], str(self.folder / "state.json"))
+        self._tokenizer_path = tokenizer_path
+
+    @property
+    def run_dir(self) -> Path:
+        """`<train.run_dir>/<name>`"""
+        return self.folder.parent.parent
+
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer: the one given, the copy in the run's folder, or the recipe's."""
+        copy = self.run_dir / "tokenizer.model"
+        path = self._tokenizer_path or (str(copy) if copy.is_file() else self.extra.get("tokenizer"))
+        if path is None:
+            raise UserError(f"{self.run_dir}: no tokenizer.model; give the run's tokenizer with --tokenizer")
+        return load_tokenizer(path, self.recipe.data.tokenizer)
+
+    def expert_names(self) -> list[str]:
+        """Of the checkpoint's model."""
+        return [e["name"] for e in self.extra["model"]["audio"]["experts"]]
+
+    def select(self, least_share: float) -> Selection:
+        """The experts that got at least `least_share` of all routed clips; always one."""
+        names = self.expert_names()
+        if not names or least_share <= 0:
+            return Selection(tuple(range(len(names))), (), {})
+        counts = routing_counts(self.run_dir)
+        total = {name: sum(by_expert.get(name, 0) for by_expert in counts.values()) for name in names}
+        best = max(total, key=lambda name: total[name])
+        everything = sum(total.values())
+        kept = [i for i, n in enumerate(names) if n == best or total[n] >= least_share * everything]
+        dropped = [n for i, n in enumerate(names) if i not in kept]
+
+        def lost(by_expert: Mapping[str, float]) -> float:
+            return sum(by_expert.get(n, 0) for n in dropped) / max(1, sum(by_expert.values()))
+
+        shares = {task: lost(by_expert) for task, by_expert in sorted(counts.items())}
+        return Selection(tuple(kept), tuple(dropped), {"all": lost(total), **shares})
+
+    def description(self, selection: Selection) -> dict[str, Any]:
+        """Arguments of `EarshotConfig`."""
+        whole = self.extra["model"]
+        experts = [whole["audio"]["experts"][i] for i in selection.kept]
+        router = whole["audio"]["router"]
+        if experts:
+            router = {**router, "top_k": min(router["top_k"], len(experts))}
+        return {**whole, "audio": {**whole["audio"], "experts": experts, "router": router}}
+
+    def names(self, selection: Selection, llm_only: bool) -> dict[str, str]:
+        """Exported name → saved name."""
+        saved = self.reader.manifest.tensors
+        if llm_only:
+            return {name.removeprefix(LLM): name for name in saved if name.startswith(LLM)}
+        left_out = (f"{AUDIO}ctc_head.", *(f"{AUDIO}experts.{name}." for name in selection.dropped))
+        return {name: name for name in saved if not name.startswith(left_out)}
+
+    def rows(self, selection: Selection) -> dict[str, tuple[int, ...]]:
+        """Rows that stay of the router's tensors, one for each expert."""
+        if not selection.dropped:
+            return {}
+        router = ("independent.logits", "dependent.weight", "dependent.bias", "steps_to_enter")
+        names = (f"{AUDIO}router.{name}" for name in router)
+        return {name: selection.kept for name in names if name in self.reader.manifest.tensors}
+
+    @torch.no_grad()
+    def fill(self, module: nn.Module, names: Sequence[str], selection: Selection, rounded_to: torch.dtype) -> None:
+        """Put the checkpoint's tensors, rounded to a dtype, into the parameters and buffers of the same `names`."""
+        rows, state = self.rows(selection), module.state_dict()
+        for name in names:
+            whole = matrix_of(self.reader.manifest.tensors[name].shape)
+            target = state[name]
+            saved = torch.empty(
+                whole.rows, whole.cols, dtype=rounded_to if target.is_floating_point() else target.dtype
+            )
+            self.reader.read_rect(name, PARAM, Rect(0, 0, whole.rows, whole.cols), saved)
+            target.copy_(saved[list(rows.get(name, range(whole.rows)))].view(target.shape))
+
+
+def routing_counts(run_dir: Path) -> dict[str, dict[str, float]]:
+    """Per task and expert how many clips were routed there in the last quarter of the run's steps.
+
+    Raises:
+        UserError: the run has no record of it.
+    """
+    history = read_history(run_dir / HISTORY_NAME)
+    since = history[-1].step * (1 - LAST_SHARE)
+    load = add_up(i.load for i in history if i.step > since)
+    return {
+        task: dict(zip(load.experts, found.routed_clips.tolist(), strict=True))
+        for task, found in load.by_task().items()
+        if task != ALL
+    }

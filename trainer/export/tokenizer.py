@@ -1,0 +1,102 @@
+"""Tokenizer and processor files of an exported model; no package but transformers is needed to read them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+from trainer.data.config import TokenizerConfig
+from trainer.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from trainer.export.code import PROCESSING, remote_name
+
+_PROBES = (
+    "",
+    " two  spaces, a tab\tand a line\nbreak ",
+    "Was it 3:15 p.m.? Café № ½ ﬁne — “quoted” ÄÖÜ",
+    "日本語 русский \U0001f600",
+)
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> Any:
+    """Save as a transformers tokenizer with the same tokens for the same text; returns it.
+
+    Raises:
+        UserError: a SentencePiece model that transformers' tokenizers cannot express.
+    """
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        found = tokenizer.inner
+    else:
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        found = _from_sentencepiece(tokenizer)
+    found.save_pretrained(folder)
+    return found
+
+
+def write_processor(
+    tokenizer: Tokenizer, config: TokenizerConfig, strides: tuple[int, ...], min_audio_sec: float, folder: Path
+) -> None:
+    """`processor_config.json`."""
+    content = {
+        "auto_map": {"AutoProcessor": f"{remote_name(PROCESSING)}.EarshotProcessor"},
+        "processor_class": "EarshotProcessor",
+        "placeholder": config.placeholder,
+        "prompt_with_audio": config.template,
+        "prompt_without_audio": config.text_template,
+        "as_chat": isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.chats,
+        "strides": list(strides),
+        "min_audio_sec": min_audio_sec,
+    }
+    (folder / "processor_config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import Regex, decoders, normalizers
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers.models import Unigram
+    from transformers import PreTrainedTokenizerFast
+
+    protobuf: Any = sentencepiece_model_pb2  # its classes are made at run time
+    proto = protobuf.ModelProto.FromString(tokenizer.serialized())
+    where = f"data.tokenizer.path = {tokenizer.path}"
+    if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
+        raise UserError(f"{where}: only unigram SentencePiece models can be exported; give the LLM's tokenizer.json")
+    scores = [p.score for p in proto.pieces if p.type == p.NORMAL]
+    pieces = []
+    for p in proto.pieces:
+        if p.type == p.NORMAL:
+            score = p.score
+        elif p.type == p.USER_DEFINED:  # as SentencePiece ranks them: always above the pieces that they could be cut to
+            score = len(p.piece) * max(scores) - 0.1
+        else:  # control pieces are no text: never the best choice
+            score = min(scores)
+        pieces.append((p.piece, score))
+    rules: list[Any] = []
+    spec = proto.normalizer_spec
+    if spec.precompiled_charsmap:
+        rules.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        rules += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.escape_whitespaces:
+        rules.append(normalizers.Replace(" ", "▁"))
+    if spec.add_dummy_prefix:
+        rules.append(normalizers.Prepend("▁"))
+    settings = proto.trainer_spec
+    inner = FastTokenizer(Unigram(pieces, unk_id=settings.unk_id, byte_fallback=settings.byte_fallback))
+    inner.normalizer = normalizers.Sequence(rules)
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    names = {"unk_token": proto.trainer_spec.unk_id, "eos_token": tokenizer.eos_id}
+    names |= {k: i for k, i in (("bos_token", tokenizer.bos_id), ("pad_token", tokenizer.pad_id)) if i is not None}
+    special = {key: proto.pieces[i].piece for key, i in names.items()}
+    found = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **special)
+    own = [p.piece.replace("▁", " ") for p in proto.pieces if p.type == p.NORMAL]
+    placeholder = tokenizer.config.placeholder
+    for text in (*_PROBES, *own, " ".join(own), f"{placeholder}a", f"a {placeholder} b{placeholder}{placeholder}"):
+        wanted, made = tokenizer.encode_prompt(text), found.encode(text, add_special_tokens=False)
+        if wanted != made:
+            raise UserError(f"{where}: {text[:40]!r} has other tokens in transformers; give the LLM's tokenizer.json")
+    return found

@@ -1,0 +1,137 @@
+"""The exported files, loaded as a user loads them, against the training graph: on real samples, in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.batch import Batch, Sample
+from model.config import LLMConfig, ModelConfig
+from model.errors import UserError
+from model.hub.configuration import EarshotConfig, audio_config
+from model.hub.modeling import EarshotForCausalLM
+from model.lengths import num_samples
+from model.speech_llm import SpeechLLM
+from trainer.data.decode import SampleError, check_metadata, decode_audio
+from trainer.data.manifest import read_manifest
+from trainer.data.sample import make_sample
+from trainer.data.tokenizer import Tokenizer
+from trainer.export.source import Selection, Source
+from trainer.scoring import score, score_values
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Verified:
+    """Largest differences over all samples."""
+
+    num_samples: int
+    logits: float
+    routing: float
+
+
+def read_samples(source: Source, tokenizer: Tokenizer, manifest: Path, limit: int) -> list[Sample]:
+    """Prompts of the first `limit` samples of a manifest, as evaluation sees them.
+
+    Raises:
+        UserError: a sample cannot be used, or there is none.
+    """
+    samples = list(_samples(source, tokenizer, manifest, limit))
+    if not samples:
+        raise UserError(f"{manifest}: no samples; give a manifest with some")
+    return samples
+
+
+@torch.no_grad()
+def verify(
+    folder: Path,
+    source: Source,
+    selection: Selection,
+    dtype: torch.dtype,
+    samples: Sequence[Sample],
+) -> Verified:
+    """Compare the model in `folder` with the training graph that holds the same, equally rounded weights.
+
+    Raises:
+        UserError: tokens, logits or routing differ.
+    """
+    from transformers import AutoModelForCausalLM, AutoProcessor
+
+    description = source.description(selection)
+    oracle = SpeechLLM(_model_config(description), description["vocab_size"], seed=0).eval()
+    source.fill(oracle, list(source.names(selection, llm_only=False)), selection, dtype)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    worst = Verified(len(samples), 0.0, 0.0)
+    for sample in samples:
+        inputs = processor(audio=[list(sample.clips)] if sample.clips else None, text=sample.meta["instruction"])
+        if inputs["input_ids"][0].tolist() != sample.token_ids.tolist():
+            raise UserError(f"{sample.key}: the exported processor makes other tokens than training; not published")
+        batch = Batch((sample,))
+        audio, routing, _ = oracle.embed_audio(batch)
+        wanted = oracle.logits(batch, audio)
+        attention_mask = inputs.pop("attention_mask")
+        embedded, found = exported.embed(**inputs)
+        logits = exported(inputs_embeds=embedded, attention_mask=attention_mask).logits
+        routed = 0.0
+        if routing is not None:
+            routed = float((found.weights - routing.weights).abs().max())
+        worst = replace(
+            worst,
+            logits=max(worst.logits, float((logits - wanted).abs().max())),
+            routing=max(worst.routing, routed),
+        )
+    if not (worst.logits <= TOLERANCE and worst.routing <= TOLERANCE):
+        raise UserError(
+            f"{folder}: differs from the training graph by {worst.logits:.1e} in logits and {worst.routing:.1e} in "
+            f"routing (limit {TOLERANCE:.0e}); not published"
+        )
+    return worst
+
+
+def scores(
+    source: Source, selection: Selection, dtype: torch.dtype, processor: Any, settings: Any, samples: Sequence[Sample]
+) -> dict[str, float]:
+    """Scores by name of greedy answers by the model with the selected experts, in fp32 from weights of `dtype`.
+
+    `processor` and `settings` (a GenerationConfig) are the exported ones.
+    """
+    exported = EarshotForCausalLM(EarshotConfig(**source.description(selection))).eval()
+    source.fill(exported, list(source.names(selection, llm_only=False)), selection, dtype)
+    answers: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for sample in samples:
+        inputs = processor(audio=[list(sample.clips)] if sample.clips else None, text=sample.meta["instruction"])
+        (text,) = processor.batch_decode(exported.generate(**inputs, generation_config=settings))
+        answers.setdefault(sample.task, []).append((text, sample.meta))
+    by_task = (score(task, [t for t, _ in found], [m for _, m in found]) for task, found in answers.items())
+    return score_values(s for by_subset in by_task for s in by_subset.values())
+
+
+def _samples(source: Source, tokenizer: Tokenizer, manifest: Path, limit: int) -> Iterator[Sample]:
+    shortest = num_samples(source.recipe.data.min_audio_sec)
+    strides = tuple(source.extra["model"]["audio"]["adapter"]["strides"])
+    for row in read_manifest(manifest)[:limit]:
+        try:
+            if row.error is not None:
+                raise row.error
+            check_metadata(row.metadata)
+            clips = [torch.from_numpy(decode_audio(path.read_bytes())) for path in row.audio]
+            clips = [torch.nn.functional.pad(c, (0, max(0, shortest - len(c)))) for c in clips]
+            yield make_sample(row.key, row.metadata, tuple(clips), tokenizer, strides, ctc=False, evaluate=True)
+        except SampleError as error:
+            raise UserError(f"{manifest}: line {row.line}: {error}; mend or remove it") from None
+
+
+def _model_config(description: dict[str, Any]) -> ModelConfig:
+    config = EarshotConfig(**description)
+    text = config.text_config.to_diff_dict()
+    left_out = ("transformers_version", "architectures", "dtype")
+    return replace(
+        audio_config(config.audio),
+        llm=LLMConfig(config={key: value for key, value in text.items() if key not in left_out}),
+    )

@@ -1,0 +1,153 @@
+"""A checkpoint's tensors → safetensors shards in Hugging Face's layout, one tensor at a time.
+
+Where the saved bytes are the wanted ones, the kernel copies them from file to file; only a tensor that changes its
+dtype or was cut into columns passes through memory, by itself. A shard appears under its name when it is whole, so an
+export that was stopped goes on after the last one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trainer.checkpoint.layout import PARAM, Rect, key_of, matrix_of
+from trainer.checkpoint.reader import Reader
+from trainer.checkpoint.tensor_file import memory_of
+from trainer.checkpoint.writer import encode_header, sync_folder
+
+_COPY_BYTES = 1 << 26
+_METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor of the exported model."""
+
+    name: str
+    source: str
+    """Its name in the checkpoint."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: tuple[int, ...] | None = None
+    """Rows of the source that stay, in order; None: all."""
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def plan_targets(
+    reader: Reader, names: Mapping[str, str], dtype: torch.dtype, rows: Mapping[str, tuple[int, ...]]
+) -> list[Target]:
+    """One target per entry of `names` (exported name → saved name); floating-point tensors become `dtype`.
+
+    `rows` names, by saved name, tensors of which only some rows stay.
+    """
+    targets = []
+    for name, source in names.items():
+        shape, saved = reader.manifest.tensors[source].shape, reader.dtype(source, PARAM)
+        kept = rows.get(source)
+        if kept is not None:
+            shape = (len(kept), *shape[1:])
+        targets.append(Target(name, source, shape, dtype if saved.is_floating_point else saved, kept))
+    return targets
+
+
+def plan_shards(targets: Sequence[Target], shard_bytes: int) -> dict[str, list[Target]]:
+    """Targets by file, in order; a file holds at most `shard_bytes`, or one larger tensor."""
+    shards: list[list[Target]] = []
+    room = 0
+    for target in targets:
+        if not shards or target.num_bytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(target)
+        room -= target.num_bytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def write_weights(
+    reader: Reader, shards: Mapping[str, Sequence[Target]], folder: Path, on_bytes: Callable[[int], None]
+) -> None:
+    """Write all shards that are not there yet, and their index; `on_bytes` is told of every tensor's bytes."""
+    for name, targets in shards.items():
+        if (folder / name).is_file():
+            for target in targets:
+                on_bytes(target.num_bytes)
+        else:
+            _write_shard(reader, targets, folder / name, on_bytes)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(t.num_bytes for targets in shards.values() for t in targets)},
+            "weight_map": {t.name: file for file, targets in shards.items() for t in targets},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_shard(reader: Reader, targets: Sequence[Target], path: Path, on_bytes: Callable[[int], None]) -> None:
+    header = encode_header({t.name: (t.dtype, t.shape) for t in targets}, _METADATA)
+    part = path.with_name(path.name + ".part")
+    handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        os.truncate(handle, len(header) + sum(t.num_bytes for t in targets))
+        _write_at(handle, 0, memoryview(header))
+        offset = len(header)
+        for target in targets:
+            _write_tensor(reader, target, handle, offset)
+            offset += target.num_bytes
+            on_bytes(target.num_bytes)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    part.rename(path)
+    sync_folder(path.parent)
+
+
+def _write_tensor(reader: Reader, target: Target, handle: int, offset: int) -> None:
+    entry = reader.manifest.tensors[target.source]
+    whole = matrix_of(entry.shape)
+    as_saved = target.rows is None and reader.dtype(target.source, PARAM) == target.dtype
+    if as_saved and all(rect.rows == 1 or rect.cols == whole.cols for _, rect in entry.pieces):
+        for file, rect in entry.pieces:
+            span = reader.file(file).spans[key_of(target.source, PARAM, rect)]
+            start = (rect.row * whole.cols + rect.col) * target.dtype.itemsize
+            _copy(reader.files.handle(file), span.offset, handle, offset + start, span.num_bytes)
+        return
+    dtype = target.dtype
+    if target.rows is None:
+        tensor = torch.empty(whole.rows, whole.cols, dtype=dtype)
+        reader.read_rect(target.source, PARAM, whole, tensor)
+    else:
+        tensor = torch.empty(len(target.rows), whole.cols, dtype=dtype)
+        for i, row in enumerate(target.rows):
+            reader.read_rect(target.source, PARAM, Rect(row, 0, 1, whole.cols), tensor[i : i + 1])
+    _write_at(handle, offset, memory_of(tensor))
+
+
+def _copy(source: int, source_offset: int, target: int, target_offset: int, num_bytes: int) -> None:
+    done = 0
+    while done < num_bytes:
+        count = min(_COPY_BYTES, num_bytes - done)
+        try:
+            moved = os.copy_file_range(source, target, count, source_offset + done, target_offset + done)
+        except OSError:  # between file systems that cannot; a real error comes again below
+            block = os.pread(source, count, source_offset + done)
+            _write_at(target, target_offset + done, memoryview(block))
+            moved = len(block)
+        if moved == 0:
+            raise EOFError("a checkpoint's file ended before its header says")
+        done += moved
+
+
+def _write_at(handle: int, offset: int, content: memoryview) -> None:
+    done = 0
+    while done < len(content):
+        done += os.pwrite(handle, content[done:], offset + done)
