@@ -59,6 +59,8 @@ class Loop:
         """(steps already done, what the checkpoint holds besides the engines): (0, {}) for a new run."""
         latest = self.checkpoints.latest()
         if latest is None:
+            if self.recipe.checkpoint.start_from is not None:
+                self.checkpoints.start(Path(self.recipe.checkpoint.start_from), self.step)
             return 0, {}
         extra = self.checkpoints.load(latest, self.step)
         self.summary.update(extra["summary"])

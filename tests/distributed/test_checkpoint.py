@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,23 @@ BEFORE, AFTER = 2, 10
 RESHAPE_TOLERANCE = 1e-4
 TIMEOUT_SEC = 280
 
+# DeepSpeed numbers the modules of a process, and compares the numbers between ranks unless they hold different experts:
+# in one process, cases without expert parallelism come first.
+
 # What is saved, on two ranks. Tied embeddings on two stages; norms of q and k on two tensor ranks; frozen parts;
 # parameters that ZeRO-3 keeps gathered (persistence); fp32 masters of bf16 weights.
 SAVED: dict[str, dict[str, Any]] = {
-    "dp2": {"persistence": 1000, "frozen": ["audio.primary.*", "llm.model.layers.0.*"]},
+    "dp2·ep2": {"ep": 2, "persistence": 1000, "frozen": ["audio.primary.*", "llm.model.layers.0.*"]},
     "tp2": {"tp": 2, "family": "qwen3"},
-    "pp2": {"pp": 2, "family": "qwen2"},
+    "pp2·ep2": {"pp": 2, "ep": 2, "family": "qwen2"},
 }
 # What has another meaning on other topologies is only resumed on its own.
 SAME_ONLY: dict[str, dict[str, Any]] = {"dp2-bf16": {"dtype": "bfloat16", "persistence": 1000}}
 # Where each of `SAVED` is loaded, by number of ranks; besides its own topology.
 LOADED: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"1": {"tp": 1, "pp": 1}},
-    4: {"tp2·pp2": {"tp": 2, "pp": 2}, "dp4": {"tp": 1, "pp": 1}},
+    1: {"1": {"tp": 1, "pp": 1, "ep": 1}},
+    2: {"dp2": {"tp": 1, "pp": 1, "ep": 1}},
+    4: {"tp2·pp2": {"tp": 2, "pp": 2, "ep": 1}, "dp4·ep2": {"tp": 1, "pp": 1, "ep": 2}},
 }
 
 
@@ -63,7 +68,7 @@ def test_any_other_topology_goes_on_alike(saved: tuple[Path, dict[str, Any]], wo
 def save_cases(folder: str) -> dict[str, Any]:
     """On every rank: train `BEFORE` steps, save, train `AFTER` more."""
     results = {}
-    for case, options in (SAVED | SAME_ONLY).items():
+    for case, options in _in_order(SAVED | SAME_ONLY):
         step, manager = _start(folder, case, **options)
         results[case] = _train(step, 0, BEFORE)
         manager.save(BEFORE, step, {"data": {"batch": BEFORE}, "case": case})
@@ -77,7 +82,7 @@ def save_cases(folder: str) -> dict[str, Any]:
 def resume_cases(folder: str) -> dict[str, Any]:
     """On every rank: load and train `AFTER` steps."""
     results = {}
-    for case, options in (SAVED | SAME_ONLY).items():
+    for case, options in _in_order(SAVED | SAME_ONLY):
         results[case] = _resume(*_start(folder, case, **options))
         _stop()
     return results
@@ -89,11 +94,49 @@ def reshape_cases(folder: str) -> dict[str, Any]:
 
     _, world, _ = connect()
     results = {}
-    for case, options in SAVED.items():
-        for topology, shape in LOADED[world].items():
+    for topology, shape in _in_order(LOADED[world]):
+        for case, options in SAVED.items():
             results[f"{case} to {topology}"] = _resume(*_start(folder, case, **{**options, **shape}))
             _stop()
     return results
+
+
+def test_encoders_are_added_without_a_jump_and_removed(tmp_path: Path) -> None:
+    results = run_ranks(2, grow_cases, {"folder": str(tmp_path)}, timeout_sec=TIMEOUT_SEC)
+    assert results[0] == results[1]
+    found = results[0]
+    assert abs(found["grown"][0] - found["before"]) <= 1e-4, "the new encoder changed the first step's loss"
+    assert found["grown"][0] == pytest.approx(found["before"], rel=1e-6)
+    assert len(set(found["grown"])) == 3, "the grown model learns"
+    assert found["entering"] == [0, 997, 0], "three steps of a thousand"
+    assert found["shrunk"] > 0 and found["shrunk"] != pytest.approx(found["before"], rel=1e-6)
+
+
+def _in_order(cases: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    return sorted(cases.items(), key=lambda case: case[1].get("ep", 1) > 1)
+
+
+def grow_cases(folder: str) -> dict[str, Any]:
+    """On every rank: train with two experts, begin anew with three (expert-parallel) and with one of the two."""
+    from trainer.config.load import dump
+    from trainer.config.schema import Recipe
+
+    step, manager = _start(folder, "small", without=["wavlm"])
+    _train(step, 0, BEFORE)
+    manager.save(BEFORE, step, {"recipe": dump(Recipe(model=step.model))})
+    manager.close()
+    found: dict[str, Any] = {"before": _train(step, BEFORE, BEFORE + 1)["losses"][0]}
+    _stop()
+    step, manager = _start(folder, "grown", ep=2)
+    manager.start(Path(folder) / "small", step)
+    found["grown"] = _train(step, BEFORE, BEFORE + 3)["losses"]
+    found["entering"] = step.audio.tower.router.steps_to_enter.tolist()
+    _stop()
+    step, manager = _start(folder, "shrunk", ep=2, without=["wavlm", "hubert"])
+    manager.start(Path(folder) / "small", step)
+    found["shrunk"] = _train(step, BEFORE, BEFORE + 1)["losses"][0]
+    _stop()
+    return found
 
 
 def _resume(step: Any, manager: Any) -> dict[str, Any]:
@@ -140,6 +183,7 @@ def _build(
     persistence: int = 0,
     frozen: Sequence[str] = (),
     dtype: str = "float32",
+    without: Sequence[str] = (),
 ) -> Any:
     import torch
 
@@ -149,6 +193,7 @@ def _build(
     from trainer.engine.encoders import AudioEngine
     from trainer.engine.llm import LLMEngine
     from trainer.engine.optim import OptimConfig, PartConfig
+    from trainer.engine.placement import place
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import ParallelConfig, build_topology
     from trainer.parity import SEED, VOCAB_SIZE, tiny_model
@@ -156,13 +201,13 @@ def _build(
 
     rank, world, device = connect()
     groups = build_groups(build_topology(ParallelConfig(world, tp, pp, ep), world), rank, device, SEED)
-    model = tiny_model(family)
+    model = replace(tiny_model(family), experts=tuple(e for e in tiny_model(family).experts if e.name not in without))
     hf_config = resolve_hf_config(model.llm)
     parts = tuple(PartConfig(pattern, frozen=True) for pattern in frozen)
     optim = OptimConfig(lr=2e-3, weight_decay=0.01, warmup_steps=2, parts=parts)
     llm = LLMEngine(hf_config, RandomSource(hf_config, SEED), optim, groups, getattr(torch, dtype), recompute=False)
     torch.manual_seed(SEED)
-    tower = AudioTower(model, hf_config.hidden_size, VOCAB_SIZE).train()
+    tower = AudioTower(model, hf_config.hidden_size, VOCAB_SIZE, place(model, ep).held_by(rank)).train()
     zero = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": persistence}
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     if dtype == "bfloat16":

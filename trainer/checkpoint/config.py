@@ -15,6 +15,9 @@ class CheckpointConfig:
 
     every_steps: int = 500
     """A checkpoint after every so many steps, and at the end; 0: only at the end."""
+    start_from: str | None = None
+    """A run, or one of its checkpoints, whose weights a new run begins with; encoders may have been added or removed
+    (`model.router.entry_steps`). Once the run has a checkpoint of its own, it goes on from that."""
     keep_last: int = 2
     """The newest ones stay."""
     keep_every_steps: int = 0

@@ -20,6 +20,7 @@ from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.layout import Shard, file_of, rank_of
 from trainer.checkpoint.reader import DamagedError, Reader, check_files, read_manifest
 from trainer.checkpoint.snapshot import HostBuffer
+from trainer.checkpoint.start import fill_weights, open_start
 from trainer.parallel.groups import Groups
 
 if TYPE_CHECKING:
@@ -157,6 +158,20 @@ class CheckpointManager:
         self._restore_generators(reader)
         self._current, self._frozen = reader.manifest.step, Frozen.of(reader.manifest)
         return read_extra(path)
+
+    def start(self, path: Path, engines: Engines) -> None:
+        """Begin with the weights of another run (see `trainer.checkpoint.start`).
+
+        Raises:
+            UserError: no whole checkpoint there, or more than its encoders differs; nothing was trained then.
+        """
+        folder = self._from_rank0(lambda: open_start(path))
+        shards = [shard for family in self._shards(engines).values() for shard in family]
+        added = self._together("checkpoint.start_from", lambda: fill_weights(folder, shards, engines))
+        audio_state.refresh(engines.audio)
+        llm_state.refresh(engines.llm)
+        if self.groups.rank == 0:
+            log.warning("starting with the weights of %s; new encoders: %s", folder, ", ".join(added) or "none")
 
     # ---- engines
 
