@@ -22,6 +22,7 @@ setup(
         "soxr>=0.5",
         "sentencepiece>=0.2.1",
         "jiwer>=4,<5",
+        "nltk>=3.9,<4",  # METEOR; WordNet itself comes from the system (Debian: wordnet-base)
         "mlflow>=3.5,<4",
         "matplotlib>=3.9",
         "pyyaml>=6",
@@ -29,6 +30,15 @@ setup(
     ],
     extras_require={
         "demo": ["espeakng-loader==0.2.4"],  # the voice of `make demo`; espeak-ng is GPL-3.0
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "psutil"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "types-PyYAML",
+            "psutil",
+            "scikit-learn",
+        ],
     },
 )

@@ -20,6 +20,7 @@ from trainer.profile.forward import load_tower, open_checkpoint
 from trainer.profile.history import RunPath
 from trainer.telemetry.expert_load import ExpertLoad
 from trainer.telemetry.load_history import HISTORY_NAME, LoadMeter, read_history
+from trainer.predictions import read_predictions, score_predictions
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,7 +56,13 @@ def test_a_stopped_run_goes_on_bit_identically(corpus: Path, tmp_path: Path) -> 
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["num_ranks"] == 2 and len(summary["peak_memory_bytes"]) == 2
     assert {"encode", "llm", "backward", "update"} <= set(summary["phase_sec"])
-    assert (whole / "predictions-test-step4.jsonl").exists() and "asr/wer" in summary["scores"]["test"]
+    scored = json.loads((whole / "scores-test-step4.json").read_text())
+    wer = next(s for s in scored["scores"] if (s["subset"], s["metric"]) == ("all", "wer"))
+    assert wer["value"] == summary["scores"]["test"]["asr/wer"] and wer["low"] <= wer["value"] <= wer["high"]
+    assert {"er", "aqa"} <= set(scored["confusions"])
+    predictions = read_predictions(whole / "predictions-test-step4.jsonl")
+    again = {s.name: s.value for s in score_predictions(predictions)}
+    assert {name: summary["scores"]["test"][name] for name in again} == again
 
     half = tmp_path / "half" / "debug"
     shutil.copytree(whole, half)

@@ -43,7 +43,7 @@ def _list(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from trainer.checkpoint.catalog import committed_steps, folder_of
     from trainer.checkpoint.layout import frozen_folder_of
     from trainer.checkpoint.reader import DamagedError, read_manifest
-    from trainer.scoring import format_table
+    from trainer.scoring.table import format_table
 
     scores, rows = read_scores(folder), []
     for step in committed_steps(folder):

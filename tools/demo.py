@@ -15,7 +15,9 @@ from typing import Any
 
 from model.errors import UserError
 from tools.demo_corpus import write_corpus
-from trainer.scoring import ALL, TaskScore, format_table, majority_baseline, score, score_table
+from trainer.scoring.baseline import majority_baseline
+from trainer.scoring.scores import ALL, TaskScore, score
+from trainer.scoring.table import format_table, score_table
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_TRANSCRIPTS = 6
@@ -71,11 +73,11 @@ def report(folder: Path, shown_dir: Path, rows: Sequence[Mapping[str, Any]]) -> 
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
     predictions = _read_jsonl(_last_predictions(folder, "test"))
     metas = {row["id"]: row for row in rows}
-    scores = _overall_scores(predictions, metas)
+    scores = _scores(predictions, metas)
     baseline = majority_baseline(
         [row for row in rows if row["split"] == "train"], [_meta(p, metas) for p in predictions]
     )
-    others = [s for s in scores if s.task != "asr"]
+    others = [s for s in scores if s.metric == "accuracy" and s.subset == ALL]
     spoken = [p for p in predictions if p["task"] == "asr"]
     # Evenly spaced, so that every kind of text is among them.
     shown = [spoken[i * len(spoken) // NUM_TRANSCRIPTS] for i in range(min(NUM_TRANSCRIPTS, len(spoken)))]
@@ -112,13 +114,14 @@ def _answer_row(row: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def _overall_scores(predictions: Sequence[Mapping[str, Any]], metas: Mapping[str, Any]) -> list[TaskScore]:
+def _scores(predictions: Sequence[Mapping[str, Any]], metas: Mapping[str, Any]) -> list[TaskScore]:
     by_task: dict[str, list[Mapping[str, Any]]] = {}
     for prediction in predictions:
         by_task.setdefault(prediction["task"], []).append(prediction)
     return [
-        score(task, [p["hypothesis"] for p in group], [_meta(p, metas) for p in group])[ALL]
+        found
         for task, group in by_task.items()
+        for found in score(task, [p["hypothesis"] for p in group], [_meta(p, metas) for p in group])
     ]
 
 

@@ -57,7 +57,7 @@ def run_training(recipe: Recipe, env: RankEnv) -> int:
     finished = loop.run(hooks, start, extra.get("data"))
     if rank == 0:
         if finished and loop.last_evaluation is not None:
-            print(final_table(loop.last_evaluation, prepared), flush=True)
+            print(final_table(loop.last_evaluation, prepared, evaluator.meteor), flush=True)
         if not finished:
             print(f"stopped; the same command goes on from the checkpoint in {run_dir}", flush=True)
     dist.barrier(groups.world)

@@ -25,6 +25,8 @@ class EvalConfig:
     """Samples that one LLM replica decodes together."""
     max_new_tokens: int = 64
     """A transcript that reaches this length is counted and reported as `num_unfinished`."""
+    wordnet: str | None = None
+    """Folder of WordNet 3.0, for METEOR of captions; null: where packages put it. Nowhere: METEOR is left out."""
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "max_new_tokens"):

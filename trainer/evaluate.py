@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch.distributed as dist
 
 from model.audio_tower import count, usable_ctc_targets
 from model.batch import Batch, Sample
+from model.errors import UserError
+from model.lengths import SAMPLE_RATE
 from trainer.data.eval_set import eval_samples
 from trainer.data.loader import SkipLog
 from trainer.data.prepare import PreparedData
@@ -22,20 +25,14 @@ from trainer.engine.generate import generate
 from trainer.eval_config import EvalConfig
 from trainer.global_batch import gather
 from trainer.parallel.packs import plan_packs
-from trainer.scoring import TaskScore, score, score_values
+from trainer.predictions import Prediction, by_task, columns, score_predictions, write_predictions
+from trainer.scoring.meteor import Meteor
+from trainer.scoring.scores import TaskScore, confusions, score_values
+from trainer.scoring.wordnet import find_wordnet
 from trainer.step import Step, send
 from trainer.telemetry.metrics import EvalReport
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model said to one sample."""
-
-    key: str
-    hypothesis: str
-    finished: bool
-    """It ended by itself before `eval.max_new_tokens`."""
-    meta: dict[str, Any]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,7 @@ class Evaluation:
     """One split, read once."""
 
     report: EvalReport
-    scores: dict[str, dict[str, TaskScore]]
-    """Per task, per subset (all of the task's: see `trainer.scoring.score`)."""
+    scores: list[TaskScore]
     predictions: list[Prediction]
 
 
@@ -55,11 +51,23 @@ class Evaluator:
         config: the recipe's `eval` section.
         prepared: where the splits lie.
         step: the engines.
-        folder: predictions are written there, one JSONL per evaluation.
+        folder: predictions are written there, one JSONL per evaluation, and its scores beside them as JSON.
+
+    Raises:
+        UserError: `eval.wordnet` is given and is no WordNet folder.
     """
 
     def __init__(self, config: EvalConfig, prepared: PreparedData, step: Step, folder: Path) -> None:
         self.config, self.prepared, self.step, self.folder = config, prepared, step, folder
+        self.meteor: Meteor | None = None
+        """None: there is no WordNet; the first evaluation with captions says so."""
+        self._no_meteor = ""
+        try:
+            self.meteor = Meteor(find_wordnet(config.wordnet))
+        except UserError as error:
+            if config.wordnet is not None:
+                raise
+            self._no_meteor = str(error)
         self._samples: dict[tuple[str, int | None], list[Sample]] = {}
 
     def __call__(self, step: int, split: str, max_samples: int | None = None) -> Evaluation | None:
@@ -67,9 +75,9 @@ class Evaluator:
         start = time.perf_counter()
         groups = self.step.groups
         if (split, max_samples) not in self._samples:
-            log = SkipLog(self.folder / "skipped.jsonl")
+            skips = SkipLog(self.folder / "skipped.jsonl")
             world = groups.topology.world
-            found = eval_samples(self.prepared, split, groups.rank, world, max_samples, on_skip=log)
+            found = eval_samples(self.prepared, split, groups.rank, world, max_samples, on_skip=skips)
             self._samples[split, max_samples] = found
         mine = predict(self.step, self._samples[split, max_samples], self.prepared.tokenizer, self.config)
         everyone: list[Any] | None = [None] * groups.topology.world if groups.rank == 0 else None
@@ -77,26 +85,32 @@ class Evaluator:
         if everyone is None:
             return None
         predictions = sorted((p for part in everyone for p in part), key=lambda p: p.key)
-        scores = _score(predictions)
-        values = score_values(s for by_subset in scores.values() for s in by_subset.values())
+        if self._no_meteor and any(p.meta["task"] == "ac" for p in predictions):
+            log.warning("%s; until then captions are scored without it", self._no_meteor)
+            self._no_meteor = ""
+        scores = score_predictions(predictions, self.meteor)
+        values = score_values(scores)
         values["num_unfinished"] = float(sum(not p.finished for p in predictions))
-        self._write(predictions, split, step)
-        report = EvalReport(step, split, values, len(predictions), time.perf_counter() - start)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_predictions(self.folder / f"predictions-{split}-step{step}.jsonl", predictions)
+        self._write_scores(scores, predictions, split, step)
+        seconds = time.perf_counter() - start
+        report = EvalReport(step, split, values, len(predictions), seconds, {s.name: (s.low, s.high) for s in scores})
         return Evaluation(report, scores, predictions)
 
-    def _write(self, predictions: Sequence[Prediction], split: str, step: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f"predictions-{split}-step{step}.jsonl", "w", encoding="utf-8") as file:
-            for p in predictions:
-                line = {
-                    "key": p.key,
-                    "task": p.meta["task"],
-                    "subset": p.meta.get("subset"),
-                    "reference": p.meta["answer"],
-                    "hypothesis": p.hypothesis,
-                    "finished": p.finished,
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    def _write_scores(
+        self, scores: Sequence[TaskScore], predictions: Sequence[Prediction], split: str, step: int
+    ) -> None:
+        closed = {task: confusions(*columns(found)) for task, found in by_task(predictions).items()}
+        content = {
+            "split": split,
+            "step": step,
+            "num_samples": len(predictions),
+            "scores": [asdict(s) for s in scores],
+            "confusions": {task: found for task, found in closed.items() if found},
+        }
+        path = self.folder / f"scores-{split}-step{step}.json"
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def predict(step: Step, samples: Sequence[Sample], tokenizer: Tokenizer, config: EvalConfig) -> list[Prediction]:
@@ -113,7 +127,8 @@ def predict(step: Step, samples: Sequence[Sample], tokenizer: Tokenizer, config:
         part = [samples[i] for i in order[n * share : (n + 1) * share]]
         for sample, tokens in zip(part, answer(step, Batch(tuple(part)), tokenizer, config), strict=True):
             finished = len(tokens) < config.max_new_tokens
-            predictions.append(Prediction(sample.key, tokenizer.decode(tokens), finished, sample.meta))
+            seconds = sum(len(clip) for clip in sample.clips) / SAMPLE_RATE
+            predictions.append(Prediction(sample.key, tokenizer.decode(tokens), finished, seconds, sample.meta))
     step.audio.train(True)
     step.llm.train(True)
     return predictions
@@ -142,12 +157,3 @@ def answer(step: Step, batch: Batch, tokenizer: Tokenizer, config: EvalConfig) -
     dist.all_gather_object(everyone, dict(zip(members, found, strict=True)) if speaks else {}, group=groups.world)
     answers = {i: tokens for part in everyone for i, tokens in part.items()}
     return [answers[whole.first_sample + i] for i in range(len(batch.samples))]
-
-
-def _score(predictions: Sequence[Prediction]) -> dict[str, dict[str, TaskScore]]:
-    by_task: dict[str, list[Prediction]] = {}
-    for p in predictions:
-        by_task.setdefault(p.meta["task"], []).append(p)
-    return {
-        task: score(task, [p.hypothesis for p in found], [p.meta for p in found]) for task, found in by_task.items()
-    }

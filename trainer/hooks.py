@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainer.scoring.scores import HEADLINES
 from trainer.telemetry.jsonl import StepLog
 from trainer.telemetry.load_history import HISTORY_NAME
 from trainer.telemetry.metrics import EvalReport, StepReport, flatten, flatten_eval, is_logged
@@ -74,7 +75,8 @@ class ProgressHook:
     def on_eval(self, report: EvalReport) -> None:
         assert self._progress is not None
         # Overall scores only: names of subsets have one more part.
-        scores = "  ".join(f"{name} {value:.3f}" for name, value in report.values.items() if name.count("/") == 1)
+        shown = [name for name in report.values if name.count("/") == 1 and name.split("/")[1] in HEADLINES]
+        scores = "  ".join(_with_interval(name, report) for name in shown)
         self._progress.write(f"step {report.step}: {report.split} ({report.num_samples} samples)  {scores}")
         self._progress.skip_time()
 
@@ -211,6 +213,11 @@ class SummaryHook:
         part = state.run_dir / "summary.json.part"
         part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         part.replace(state.run_dir / "summary.json")
+
+
+def _with_interval(name: str, report: EvalReport) -> str:
+    bounds = report.intervals.get(name)
+    return f"{name} {report.values[name]:.3f}" + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
 
 
 def _first_logged_loss(metrics: Path) -> float | None:

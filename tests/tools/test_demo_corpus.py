@@ -19,7 +19,7 @@ from model.errors import UserError
 from tools import demo
 from tools.demo_corpus import EMOTIONS, SIZES, SPEAKERS, main, write_corpus
 from tools.demo_sounds import SOUNDS, make_sound
-from trainer.scoring import is_correct
+from trainer.scoring.questions import is_correct
 
 SCALE = 0.05
 

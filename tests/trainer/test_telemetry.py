@@ -201,8 +201,21 @@ def test_summary_keeps_the_first_loss_across_a_resume(tmp_path: Path) -> None:
 
 
 def test_eval_metric_names() -> None:
-    assert flatten_eval(EvalReport(3, "dev", {"er/accuracy": 0.5}, num_samples=4, seconds=2.0)) == {
+    intervals = {"er/accuracy": (0.25, 0.75)}
+    assert flatten_eval(EvalReport(3, "dev", {"er/accuracy": 0.5}, 4, 2.0, intervals)) == {
         "eval/dev/er/accuracy": 0.5,
+        "eval/dev/er/accuracy/low": 0.25,
+        "eval/dev/er/accuracy/high": 0.75,
         "eval/dev/num_samples": 4,
         "eval/dev/seconds": 2.0,
     }
+
+
+def test_an_evaluation_is_announced_by_its_chief_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+    hook = ProgressHook()
+    hook.on_start(RunState("r", Path("unused"), 4, 1))
+    values = {"asr/wer": 0.25, "asr/cer": 0.125, "asr/digits/wer": 0.5, "er/accuracy": 0.75}
+    hook.on_eval(EvalReport(2, "dev", values, 8, 1.0, {"asr/wer": (0.2, 0.3)}))
+    captured = capsys.readouterr()
+    assert "asr/wer 0.250 [0.200, 0.300]  er/accuracy 0.750\n" in captured.out + captured.err
+    assert "0.125" not in captured.out + captured.err

@@ -21,7 +21,7 @@ from trainer.data.manifest import read_manifest
 from trainer.data.sample import make_sample
 from trainer.data.tokenizer import Tokenizer
 from trainer.export.source import Selection, Source
-from trainer.scoring import score, score_values
+from trainer.scoring.scores import score, score_values
 
 TOLERANCE = 1e-4
 
@@ -109,7 +109,7 @@ def scores(
         (text,) = processor.batch_decode(exported.generate(**inputs, generation_config=settings))
         answers.setdefault(sample.task, []).append((text, sample.meta))
     by_task = (score(task, [t for t, _ in found], [m for _, m in found]) for task, found in answers.items())
-    return score_values(s for by_subset in by_task for s in by_subset.values())
+    return score_values(s for found in by_task for s in found)
 
 
 def _samples(source: Source, tokenizer: Tokenizer, manifest: Path, limit: int) -> Iterator[Sample]:

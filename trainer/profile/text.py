@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from trainer.profile.analysis import DEAD_SHARE, Profile
-from trainer.scoring import format_table
+from trainer.scoring.table import format_table
 
 
 def describe(profile: Profile) -> str:

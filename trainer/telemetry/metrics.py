@@ -56,9 +56,11 @@ class EvalReport:
     step: int
     split: str
     values: Mapping[str, float]
-    """By name without the split, as `trainer.scoring.score_values` gives them: `asr/wer`, `asr/digits/wer` …"""
+    """By name without the split, as `trainer.scoring.scores.score_values` gives them: `asr/wer`, `asr/digits/wer` …"""
     num_samples: int = 0
     seconds: float = 0.0
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Bounds of the 95 % interval of those of `values` that have one."""
 
 
 def is_logged(step: int, every_steps: int) -> bool:
@@ -101,8 +103,10 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
 
 
 def flatten_eval(report: EvalReport) -> dict[str, float]:
-    """Metrics of an evaluation, by name: `eval/test/asr/wer` …"""
+    """Metrics of an evaluation, by name: `eval/test/asr/wer`, its interval `eval/test/asr/wer/low` and `/high` …"""
     metrics = {f"eval/{report.split}/{name}": value for name, value in report.values.items()}
+    for name, (low, high) in report.intervals.items():
+        metrics |= {f"eval/{report.split}/{name}/low": low, f"eval/{report.split}/{name}/high": high}
     metrics[f"eval/{report.split}/num_samples"] = report.num_samples
     metrics[f"eval/{report.split}/seconds"] = report.seconds
     return metrics

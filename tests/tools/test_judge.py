@@ -1,0 +1,76 @@
+"""The command around the judge: what it writes, counts and charges."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import judge
+from trainer.predictions import Prediction, write_predictions
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Rates "good" 5, everything else 1; says nothing of use to "odd"."""
+
+    def do_POST(self) -> None:
+        prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
+        text = "no idea" if '"odd"' in prompt else "Rating: 5" if '"good"' in prompt else "Rating: 1"
+        usage = {"prompt_tokens": 1000, "completion_tokens": 100}
+        reply = json.dumps({"choices": [{"message": {"content": text}}], "usage": usage}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+        thread.join(10)
+
+
+def test_ratings_failures_tokens_and_cost(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meta = {"task": "sqa", "answer": "reference", "instruction": "What?", "subset": "x"}
+    said = {"a": "good", "b": "bad", "c": "odd"}
+    predictions = [Prediction(key, text, True, 1.0, meta) for key, text in said.items()]
+    predictions.append(Prediction("d", "good", True, 1.0, {**meta, "task": "asr"}))
+    path = tmp_path / "predictions-test-step1.jsonl"
+    write_predictions(path, predictions)
+    command = [str(path), "--url", url, "--model", "m", "--cache", str(tmp_path / "cache"), "--prices", "2", "10"]
+    assert judge.main([*command, "--json"]) == 1  # one answer could not be rated
+    found = json.loads(capsys.readouterr().out)
+    assert found["scores"]["sqa/judge"]["value"] == 3.0 and found["num_rated"]["sqa/judge"] == 2
+    assert found["num_failures"] == {"no_rating": 1} and found["num_cached"] == 0
+    assert (found["prompt_tokens"], found["completion_tokens"]) == (3000, 300)
+    assert found["cost"] == pytest.approx(0.009)
+    lines = [json.loads(line) for line in Path(found["verdicts"]).read_text().splitlines()]
+    assert [(d["key"], d["rating"], d["failure"]) for d in lines] == [
+        ("a", 5.0, ""),
+        ("b", 1.0, ""),
+        ("c", None, "no_rating"),
+    ]
+    assert judge.main(command) == 1
+    text = capsys.readouterr().out
+    assert "2 ratings from the cache; 1000 tokens sent and 100 received" in text and "1 no_rating" in text
+
+
+def test_what_cannot_be_judged_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "p.jsonl"
+    write_predictions(path, [Prediction("a", "x", True, 1.0, {"task": "sqa", "answer": "y"})])
+    for more, word in (([], "no instruction"), (["--tasks", "ac"], "no prediction of ac")):
+        assert judge.main([str(path), "--url", "http://localhost:1/v1", "--model", "m", *more]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and word in error and error.count("\n") == 1

@@ -1,0 +1,226 @@
+"""Compare evaluations of the same samples: python -m tools.compare A.jsonl B.jsonl [C.jsonl …].
+
+Each file is a predictions-*.jsonl of a run. The first is what the others are compared with: every metric of every task
+and subset side by side, the difference with its 95 % interval by paired bootstrap, and the samples that became worse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+from trainer.predictions import Prediction, by_task, columns, read_predictions
+from trainer.scoring.meteor import Meteor
+from trainer.scoring.metric import Difference, paired_difference
+from trainer.scoring.scores import ALL, HEADLINES, by_subset, task_metrics
+from trainer.scoring.table import format_table
+from trainer.scoring.wordnet import find_wordnet
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric of one subset: the first evaluation's value, another one's, and their difference."""
+
+    task: str
+    subset: str
+    metric: str
+    num_samples: int
+    first: float
+    other: float
+    difference: Difference
+    verdict: str
+    """`better`, `worse`, or empty where the 95 % interval of the difference holds 0."""
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A sample that the other evaluation did worse on, by its task's first metric."""
+
+    key: str
+    task: str
+    metric: str
+    first: float
+    other: float
+    reference: str
+    first_said: str
+    other_said: str
+
+    @property
+    def loss(self) -> float:
+        return abs(self.other - self.first)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: compared. 2: nothing was; one line on stderr says why."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", type=Path, nargs="+", metavar="PREDICTIONS", help="two or more predictions-*.jsonl")
+    parser.add_argument("--wordnet", help="folder of WordNet 3.0, for METEOR (default: where packages put it)")
+    parser.add_argument("--all-metrics", action="store_true", help="also of subsets (default: the chief ones)")
+    parser.add_argument("--regressions", type=int, default=10, help="samples that became worse to list (default: 10)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with all metrics and regressions")
+    args = parser.parse_args(argv)
+    if len(args.files) < 2:
+        parser.error("name at least two files")
+    try:
+        evaluations = [read_predictions(path) for path in args.files]
+        names, common = _names(args.files), common_keys(args.files, evaluations)
+        shared = [_only(common, predictions) for predictions in evaluations]
+        meteor = None
+        if any(p.meta["task"] == "ac" for p in shared[0]):
+            meteor = Meteor(find_wordnet(args.wordnet))
+        found = [compare(shared[0], other, meteor) for other in shared[1:]]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    left_out = {name: len(all_) - len(common) for name, all_ in zip(names, evaluations, strict=True)}
+    if args.json:
+        print(json.dumps(_as_json(names, left_out, len(common), found), ensure_ascii=False))
+    else:
+        print(_as_text(names, left_out, len(common), found, args.all_metrics, args.regressions))
+    return 0
+
+
+def common_keys(files: Sequence[Path], evaluations: Sequence[Sequence[Prediction]]) -> list[str]:
+    """Keys that all evaluations have, in the first one's order.
+
+    Raises:
+        UserError: there is none, or one key stands for different samples.
+    """
+    by_key = [{p.key: p for p in predictions} for predictions in evaluations]
+    common = [p.key for p in evaluations[0] if all(p.key in other for other in by_key[1:])]
+    if not common:
+        raise UserError(f"{files[0]}: no key of it is in all the others; compare evaluations of the same split")
+    for path, other in zip(files[1:], by_key[1:], strict=True):
+        for key in common:
+            for field in ("task", "answer", "subset", "choices", "references", "language"):
+                ours, theirs = by_key[0][key].meta.get(field), other[key].meta.get(field)
+                if ours != theirs:
+                    raise UserError(
+                        f"{path}: {field} of '{key}' is {theirs!r}, in {files[0]} it is {ours!r}; compare evaluations "
+                        "of the same data"
+                    )
+    return common
+
+
+def compare(
+    first: Sequence[Prediction], other: Sequence[Prediction], meteor: Meteor | None
+) -> tuple[list[Change], list[Regression]]:
+    """What `other` changes of `first` (the same samples, in the same order), and where it is worse, worst first."""
+    changes: list[Change] = []
+    regressions: list[Regression] = []
+    theirs = by_task(other)
+    for task, ours in by_task(first).items():
+        metas = columns(ours)[1]
+        before = task_metrics(task, *columns(ours), meteor)
+        after = task_metrics(task, *columns(theirs[task]), meteor)
+        for subset, members in by_subset(metas).items():
+            for a, b in zip(before, after, strict=True):
+                if len(rows := a.rows(members)):
+                    x, y = (float(m.value(m.statistics[rows].sum(0))) for m in (a, b))
+                    difference = paired_difference(a, b, rows)
+                    verdict = _verdict(difference, a.lower_is_better)
+                    changes.append(Change(task, subset, a.name, len(rows), x, y, difference, verdict))
+        a, b = before[0], after[0]
+        values_a, values_b = a.value(a.statistics), b.value(b.statistics)
+        for p, q, x, y in zip(ours, theirs[task], values_a, values_b, strict=True):
+            if y > x if a.lower_is_better else y < x:
+                said = (p.meta["answer"], p.hypothesis, q.hypothesis)
+                regressions.append(Regression(p.key, task, a.name, float(x), float(y), *said))
+    return changes, sorted(regressions, key=lambda r: (-r.loss, r.key))
+
+
+def _verdict(difference: Difference, lower_is_better: bool) -> str:
+    if not difference.is_significant:
+        return ""
+    return "better" if (difference.value < 0) == lower_is_better else "worse"
+
+
+def _only(keys: Sequence[str], predictions: Sequence[Prediction]) -> list[Prediction]:
+    by_key = {p.key: p for p in predictions}
+    return [by_key[key] for key in keys]
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """A short name for each file: what tells their paths apart."""
+    parts = [path.with_suffix("").parts for path in files]
+    depth = 1
+    while len({p[-depth:] for p in parts}) < len(set(parts)):
+        depth += 1
+    return ["/".join(p[-depth:]) for p in parts]
+
+
+def _as_json(
+    names: Sequence[str], left_out: dict[str, int], num: int, found: Sequence[tuple[list[Change], list[Regression]]]
+) -> dict[str, Any]:
+    return {
+        "first": names[0],
+        "num_samples": num,
+        "num_left_out": left_out,
+        "comparisons": [
+            {"other": name, "changes": [asdict(c) for c in changes], "regressions": [asdict(r) for r in regressions]}
+            for name, (changes, regressions) in zip(names[1:], found, strict=True)
+        ],
+    }
+
+
+def _as_text(
+    names: Sequence[str],
+    left_out: dict[str, int],
+    num: int,
+    found: Sequence[tuple[list[Change], list[Regression]]],
+    all_metrics: bool,
+    num_regressions: int,
+) -> str:
+    blocks = [f"{num} samples that all {len(names)} evaluations have"]
+    blocks += [
+        f"{name}: {count} samples are not in all the others and left out" for name, count in left_out.items() if count
+    ]
+    for name, (changes, regressions) in zip(names[1:], found, strict=True):
+        shown = [c for c in changes if all_metrics or c.subset == ALL or c.metric in HEADLINES]
+        blocks.append(f"{name} against {names[0]}\n{format_table([_row(c) for c in shown])}")
+        worse = [c for c in changes if c.verdict == "worse"]
+        blocks.append(f"{len(worse)} of {len(changes)} metrics are worse, {len(regressions)} samples are")
+        if regressions[:num_regressions]:
+            blocks.append(format_table([_listed(r) for r in regressions[:num_regressions]]))
+    return "\n\n".join(blocks)
+
+
+def _row(change: Change) -> dict[str, object]:
+    d = change.difference
+    return {
+        "task": change.task,
+        "subset": change.subset,
+        "samples": change.num_samples,
+        "metric": change.metric,
+        "first": change.first,
+        "other": change.other,
+        "difference": d.value,
+        "low": d.low,
+        "high": d.high,
+        "p": d.p,
+        "": change.verdict,
+    }
+
+
+def _listed(r: Regression) -> dict[str, object]:
+    return {
+        "key": r.key,
+        "metric": f"{r.task}/{r.metric}",
+        "first": r.first,
+        "other": r.other,
+        "reference": r.reference,
+        "first said": r.first_said,
+        "other said": r.other_said,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What a model said to samples, and the JSONL in which that is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+from trainer.scoring.meteor import Meteor
+from trainer.scoring.scores import TaskScore, score
+
+_META_FIELDS = ("subset", "source", "language", "instruction", "choices", "references", "qtype", "slot")
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("key", "task", "reference", "hypothesis"), (str,)),
+    **dict.fromkeys(("subset", "source", "language", "instruction", "qtype", "slot"), (str, type(None))),
+    **dict.fromkeys(("choices", "references"), (list, type(None))),
+    "finished": (bool,),
+    "audio_sec": (int, float),
+}
+_OPTIONAL = {*_META_FIELDS, "finished", "audio_sec"}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model said to one sample."""
+
+    key: str
+    hypothesis: str
+    finished: bool
+    """It ended by itself before `eval.max_new_tokens`."""
+    audio_sec: float
+    meta: dict[str, Any]
+    """The sample's manifest fields; of a prediction read from a file, those that scoring needs."""
+
+
+def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
+    """One JSON object per line: key, task, reference, hypothesis, finished, audio_sec and what else scoring reads."""
+    with path.open("w", encoding="utf-8") as file:
+        for p in predictions:
+            line = {
+                "key": p.key,
+                "task": p.meta["task"],
+                **{name: p.meta[name] for name in _META_FIELDS if p.meta.get(name) is not None},
+                "reference": p.meta["answer"],
+                "hypothesis": p.hypothesis,
+                "finished": p.finished,
+                "audio_sec": round(p.audio_sec, 3),
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """What `write_predictions` wrote.
+
+    Raises:
+        UserError: no such file, a line that is not such an object, a key that comes twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}); name a predictions-*.jsonl of a run") from None
+    predictions: dict[str, Prediction] = {}
+    # Not splitlines(): JSON text may hold U+2028 and other characters that it takes for line ends.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            found = _parse(f"{path}, line {number}", line)
+            if found.key in predictions:
+                raise UserError(
+                    f"{path}, line {number}: key '{found.key}' comes twice; predictions are of one evaluation"
+                )
+            predictions[found.key] = found
+    if not predictions:
+        raise UserError(f"{path}: no predictions in it; name a predictions-*.jsonl of a run")
+    return list(predictions.values())
+
+
+def by_task(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
+    """Predictions of each task, tasks in order of appearance."""
+    found: dict[str, list[Prediction]] = {}
+    for p in predictions:
+        found.setdefault(p.meta["task"], []).append(p)
+    return found
+
+
+def columns(predictions: Sequence[Prediction]) -> tuple[list[str], list[dict[str, Any]]]:
+    """(hypotheses, manifest fields), as scoring takes them."""
+    return [p.hypothesis for p in predictions], [p.meta for p in predictions]
+
+
+def score_predictions(predictions: Sequence[Prediction], meteor: Meteor | None = None) -> list[TaskScore]:
+    """Scores of every task that is among them: see `score`."""
+    return [s for task, found in by_task(predictions).items() for s in score(task, *columns(found), meteor)]
+
+
+def _parse(place: str, line: str) -> Prediction:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: not JSON ({error}); one object per line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: not a JSON object; one object per line")
+    for name, types in _TYPES.items():
+        if not isinstance(row.get(name), types) and not (name in _OPTIONAL and name not in row):
+            raise UserError(f"{place}: {name} = {row.get(name)!r}: must be {' or '.join(t.__name__ for t in types)}")
+    for name in ("choices", "references"):
+        if not all(isinstance(text, str) for text in row.get(name) or ()):
+            raise UserError(f"{place}: {name} = {row[name]!r}: must be a list of text")
+    meta = {name: row[name] for name in ("task", *_META_FIELDS) if row.get(name) is not None}
+    meta["answer"] = row["reference"]
+    return Prediction(row["key"], row["hypothesis"], row.get("finished", True), float(row.get("audio_sec", 0.0)), meta)

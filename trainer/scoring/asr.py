@@ -1,0 +1,65 @@
+"""Word and character errors, by jiwer after normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.scoring.metric import Metric
+from trainer.scoring.text import normalise, normalise_audiobench
+
+_MAX_LENGTH_RATIO = 2
+"""An output with more words than this times the reference's is counted as a hallucination."""
+
+
+def asr_metrics(references: Sequence[str], hypotheses: Sequence[str], languages: Sequence[str]) -> list[Metric]:
+    """`wer`, its parts, `cer`, `hallucination_rate`, `wer_audiobench`; the lower the better, all of them.
+
+    WER is (S + D + I) / (S + D + H) summed over samples before dividing, so it may exceed 1; `substitutions`,
+    `deletions` and `insertions` are per reference word and add up to it. CER likewise over characters of the normalised
+    text, spaces included. `wer_audiobench` is of English samples, after AudioBench's own expansion of numbers.
+    """
+    expected = [normalise(text, language) for text, language in zip(references, languages, strict=True)]
+    said = [normalise(text, language) for text, language in zip(hypotheses, languages, strict=True)]
+    words, characters = edits(expected, said), edits(expected, said, characters=True)
+    num_words, num_said = words[:, :3].sum(1), words[:, [0, 1, 3]].sum(1)
+    english = np.array([language == "en" for language in languages], dtype=bool)
+    audiobench = edits(
+        [normalise_audiobench(text) if here else "" for text, here in zip(references, english, strict=True)],
+        [normalise_audiobench(text) if here else "" for text, here in zip(hypotheses, english, strict=True)],
+    )
+    return [
+        _rate("wer", words[:, 1:].sum(1), num_words),
+        _rate("cer", characters[:, 1:].sum(1), characters[:, :3].sum(1)),
+        _rate("substitutions", words[:, 1], num_words),
+        _rate("deletions", words[:, 2], num_words),
+        _rate("insertions", words[:, 3], num_words),
+        _rate("hallucination_rate", num_said > _MAX_LENGTH_RATIO * num_words, np.ones_like(num_words)),
+        _rate("wer_audiobench", audiobench[:, 1:].sum(1), audiobench[:, :3].sum(1), english),
+    ]
+
+
+def edits(references: Sequence[str], hypotheses: Sequence[str], characters: bool = False) -> NDArray[np.float64]:
+    """`[N, 4]`: hits, substitutions, deletions, insertions of each pair's best alignment, in words or in characters."""
+    import jiwer
+
+    counts = np.zeros((len(references), 4))
+    if not references:
+        return counts
+    columns = {"equal": 0, "substitute": 1, "delete": 2, "insert": 3}
+    align = jiwer.process_characters if characters else jiwer.process_words
+    for row, alignment in enumerate(align(list(references), list(hypotheses)).alignments):
+        for chunk in alignment:
+            length = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+            counts[row, columns[chunk.type]] += length
+    return counts
+
+
+def _rate(
+    name: str, parts: NDArray[Any], wholes: NDArray[np.float64], counted: NDArray[np.bool_] | None = None
+) -> Metric:
+    statistics = np.stack([parts.astype(np.float64), wholes], axis=1)
+    return Metric(name, statistics, lower_is_better=True, counted=counted)

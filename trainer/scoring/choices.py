@@ -1,0 +1,97 @@
+"""Which of the given choices an answer names, and how well classes are told apart."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.scoring.metric import Metric
+from trainer.scoring.text import answer_words
+
+# "(B)", "B.", "b) rain", "B: rain", "Answer: B", "the answer is (B)", "option b"
+_LETTER = re.compile(
+    r"^\W*(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\b(?:\s+is\b)?[\s:]*(?:option\s+|choice\s+)?)?"
+    r"(?:\(([a-z])\)|([a-z])(?=\s*[).:](?!\w)|\W*$))",
+    re.IGNORECASE,
+)
+
+
+def chosen(text: str, choices: Sequence[str]) -> str | None:
+    """The choice that `text` names, or None.
+
+    After normalisation and without articles: the choice equal to it; else the one whose letter begins it (A for the
+    first; "(B)", "B. rain", "The answer is B"); else the only one that it contains as whole words ("female" does not
+    contain "male"). Contained in a longer choice that is contained too, or straight after "not", does not count. A text
+    that contains several choices names none, nor does one whose letter and words name different ones.
+    """
+    if not text.strip():
+        return None
+    plain = " ".join(answer_words(text))
+    normal = {choice: " ".join(answer_words(choice)) for choice in choices}
+    letter = _by_letter(text, choices)
+    named = next((choice for choice, words in normal.items() if words and words == plain), None)
+    if named is None:
+        named = _only_contained(plain, normal)
+    if letter is not None and named is not None and letter != named:
+        return None
+    return letter if named is None else named
+
+
+def class_metric(name: str, references: Sequence[str], answers: Sequence[str], counted: NDArray[np.bool_]) -> Metric:
+    """Macro-F1 over the samples `counted`, see `macro_f1`; an answer that names no choice is ""."""
+    labels = sorted({label for label, here in zip(references, counted, strict=True) if here})
+    index = {label: i for i, label in enumerate(labels)}
+    hits, given, wanted = (np.zeros((len(references), len(labels))) for _ in range(3))
+    for row, (reference, answer) in enumerate(zip(references, answers, strict=True)):
+        if counted[row]:
+            wanted[row, index[reference]] = 1
+            if answer in index:
+                given[row, index[answer]] = 1
+            hits[row, index[reference]] = reference == answer
+    return Metric(name, np.concatenate([hits, given, wanted], axis=1), macro_f1, counted=counted)
+
+
+def macro_f1(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over classes of 2·hits / (answers + references), `[..., 3·C]` → `[...]`.
+
+    The classes are those that occur as a reference or, among them, as an answer: a class that a resample or a subset
+    lacks is left out of the mean. An answer that is no class counts against recall alone. This is scikit-learn's
+    `f1_score(average="macro", labels=<the references' classes>)`.
+    """
+    hits, given, wanted = np.split(sums, 3, axis=-1)
+    total = given + wanted
+    f1 = np.divide(2 * hits, total, out=np.zeros_like(hits), where=total > 0)
+    return f1.sum(-1) / np.maximum((total > 0).sum(-1), 1)
+
+
+def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, dict[str, int]]:
+    """How often each reference class got each answer, zeros left out; "" is an answer that names no choice."""
+    rows: dict[str, Counter[str]] = {}
+    for reference, answer in zip(references, answers, strict=True):
+        rows.setdefault(reference, Counter())[answer] += 1
+    return {reference: dict(sorted(rows[reference].items())) for reference in sorted(rows)}
+
+
+def _by_letter(text: str, choices: Sequence[str]) -> str | None:
+    match = _LETTER.match(text.strip())
+    if match is None:
+        return None
+    place = ord((match[1] or match[2]).lower()) - ord("a")
+    return choices[place] if place < len(choices) else None
+
+
+def _only_contained(plain: str, normal: dict[str, str]) -> str | None:
+    found = []
+    for choice, words in normal.items():
+        if words and f" {words} " in f" {plain} ".replace(f" not {words} ", " "):
+            found.append(choice)
+    longest = [c for c in found if not any(_is_part(normal[c], normal[other]) for other in found if other != c)]
+    return longest[0] if len(longest) == 1 else None
+
+
+def _is_part(words: str, longer: str) -> bool:
+    return words != longer and f" {words} " in f" {longer} "

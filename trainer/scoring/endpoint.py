@@ -1,0 +1,128 @@
+"""POST of JSON to an HTTP service that may be slow, busy or broken."""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from model.errors import UserError
+
+MAX_WAIT_SEC = 60.0
+"""Longest pause before another attempt, also where the service asks for more."""
+_MAX_REPLY_BYTES = 8 << 20
+_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+_USERS = {401: "check the key", 403: "check the key", 404: "check the address and the model's name"}
+
+
+class RequestFailed(Exception):
+    """A request that got no answer worth reading; `kind` is one word to count it by."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None  # the key is for the address that was given
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where to send requests.
+
+    A timeout, a broken connection, a reply that is not JSON, and the statuses of a busy service (408, 409, 425, 429,
+    5xx) are tried again, after as long as `Retry-After` says or else 1, 2, 4 … seconds, at most `MAX_WAIT_SEC`.
+    """
+
+    url: str
+    """Base address, as OpenAI's clients take it: `http://localhost:8000/v1`."""
+    key: str | None = field(default=None, repr=False)
+    """Sent as bearer token; never part of a message."""
+    timeout_sec: float = 60.0
+    """Of one attempt."""
+    num_attempts: int = 5
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"judge address {self.url}: must begin with http:// or https:// and name a host")
+        if parts.username or parts.password:
+            raise UserError("judge address: holds a password; give the key in the environment")
+        if self.key is not None and not re.fullmatch(r"[!-~]+", self.key):
+            raise UserError("judge key: holds a blank or another character that a header cannot; set it anew")
+        assert self.num_attempts >= 1, self.num_attempts
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The parsed reply.
+
+        Raises:
+            RequestFailed: after all attempts, or at once where another could not help.
+            UserError: the service does not accept the key or does not know address or model.
+        """
+        failure: Exception
+        wait_sec: float | None
+        for attempt in range(self.num_attempts):
+            try:
+                return self._post(path, body)
+            except urllib.error.HTTPError as error:
+                with error:
+                    failure = self._failure(error)
+                if error.code not in _RETRIED:
+                    raise failure from None
+                wait_sec = _retry_after_sec(error.headers.get("Retry-After"))
+            except TimeoutError:
+                failure = RequestFailed("timeout", f"no answer within {self.timeout_sec:g} s")
+                wait_sec = None
+            except ValueError as error:
+                failure, wait_sec = RequestFailed("malformed", f"the reply is not JSON: {error}"), None
+            except (OSError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", None)
+                timed_out = isinstance(reason, TimeoutError)
+                failure = RequestFailed("timeout" if timed_out else "connection", f"{reason or error}")
+                wait_sec = None
+            if attempt + 1 < self.num_attempts:
+                time.sleep(min(MAX_WAIT_SEC, 2.0**attempt if wait_sec is None else wait_sec))
+        raise failure
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(
+            self.url.rstrip("/") + path, data=json.dumps(body).encode(), headers=headers, method="POST"
+        )
+        opener = urllib.request.build_opener(_NoRedirects)
+        with opener.open(request, timeout=self.timeout_sec) as response:
+            return json.loads(response.read(_MAX_REPLY_BYTES))
+
+    def _failure(self, error: urllib.error.HTTPError) -> Exception:
+        said = error.read(500).decode("utf-8", "replace").strip()
+        if self.key:
+            said = said.replace(self.key, "***")
+        message = f"{self.url}: HTTP {error.code}: {' '.join(said.split())[:200]}"
+        if error.code in _USERS:
+            return UserError(f"{message}; {_USERS[error.code]}")
+        return RequestFailed(f"http_{error.code}", message)
+
+
+def _retry_after_sec(value: str | None) -> float | None:
+    """Seconds that the header `Retry-After` (RFC 9110: a number, or a date) asks for; None without a legible one."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None

@@ -1,0 +1,42 @@
+"""Scores as aligned text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from trainer.scoring.scores import TaskScore
+
+
+def format_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows as aligned columns, headed by the first row's keys; floats with three decimals, numbers to the right."""
+    if not rows:
+        return ""
+    head = list(rows[0])
+    cells = [[_cell(row.get(key)) for key in head] for row in rows]
+    is_number = [all(isinstance(row.get(key), int | float | None) for row in rows) for key in head]
+    widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
+
+    def line(values: Sequence[str]) -> str:
+        padded = [v.rjust(w) if n else v.ljust(w) for v, w, n in zip(values, widths, is_number, strict=True)]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, cells)])
+
+
+def score_table(scores: Iterable[TaskScore], baseline: Iterable[TaskScore] | None = None) -> list[dict[str, object]]:
+    """Rows for `format_table`: one per score, with its majority baseline where there is one (not for asr)."""
+    guessed = {s.name: s.value for s in baseline or () if s.task != "asr"}
+    rows: list[dict[str, object]] = []
+    for s in scores:
+        row: dict[str, object] = {"task": s.task, "subset": s.subset, "samples": s.num_samples, "metric": s.metric}
+        row |= {"value": s.value, "low": s.low, "high": s.high}
+        if baseline is not None:
+            row["majority"] = guessed.get(s.name)
+        rows.append(row)
+    return rows
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
