@@ -23,6 +23,7 @@ from trainer.export.tokenizer import write_processor, write_tokenizer
 from trainer.export.weights import plan_shards, plan_targets, write_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _WANTED = "export.json"
 """In the folder aside: what is being exported; only the same export goes on there."""
 
@@ -91,6 +92,8 @@ def _room(source: Source, out: Path, options: Options, selection: Selection) -> 
         "shard_bytes": options.shard_bytes,
         "llm_only": options.llm_only,
         "dropped": list(selection.dropped),
+        # Files are not synced, so after a crash of the machine those that seem finished may not be.
+        "boot": _BOOT_ID.read_text(encoding="utf-8").strip(),
     }
     aside = out.parent / f".{out.name}.part"
     note = aside / _WANTED

@@ -19,7 +19,7 @@ import torch
 from trainer.checkpoint.layout import PARAM, Rect, key_of, matrix_of
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import memory_of
-from trainer.checkpoint.writer import encode_header, sync_folder
+from trainer.checkpoint.writer import encode_header
 
 _COPY_BYTES = 1 << 26
 _METADATA = {"format": "pt"}
@@ -104,11 +104,9 @@ def _write_shard(reader: Reader, targets: Sequence[Target], path: Path, on_bytes
             _write_tensor(reader, target, handle, offset)
             offset += target.num_bytes
             on_bytes(target.num_bytes)
-        os.fsync(handle)
     finally:
         os.close(handle)
-    part.rename(path)
-    sync_folder(path.parent)
+    part.rename(path)  # not synced: that would take longer than all the rest, and an export can be made again
 
 
 def _write_tensor(reader: Reader, target: Target, handle: int, offset: int) -> None:
