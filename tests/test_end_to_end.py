@@ -16,11 +16,11 @@ import torch
 from tools.demo_corpus import write_corpus
 from trainer.data.loader import Loader
 from trainer.data.prepare import prepare
+from trainer.predictions import read_predictions, score_predictions
 from trainer.profile.forward import load_tower, open_checkpoint
 from trainer.profile.history import RunPath
 from trainer.telemetry.expert_load import ExpertLoad
 from trainer.telemetry.load_history import HISTORY_NAME, LoadMeter, read_history
-from trainer.predictions import read_predictions, score_predictions
 
 ROOT = Path(__file__).parents[1]
 
