@@ -69,8 +69,8 @@ def plan_dispatch(
     num_wanted = [len(which) for which in wanted]
     clip, encoder = np.concatenate(wanted), np.repeat(by_place, num_wanted)
     cost = np.concatenate([costs[k](clips.samples[which]) for k, which in zip(by_place, wanted, strict=True)])
-    holder = clips.home[clip] // ep
-    bounds = np.searchsorted(np.repeat(sorted(places), num_wanted), np.arange(ep + 1))
+    holder = (clips.home // ep)[clip]
+    bounds = np.cumsum([0, *num_wanted])[np.searchsorted(sorted(places), np.arange(ep + 1))]
     for place, mine in enumerate(map(slice, bounds[:-1], bounds[1:])):
         holder[mine] = spread(cost[mine], world // ep, preferred=holder[mine]) * ep + place
     return DispatchPlan(clips, clip, encoder, holder, cost)
