@@ -143,7 +143,7 @@ def _sums(group: Ints, values: Ints, num_groups: int) -> Ints:
 
 CALL_COST_SAMPLES = {"cpu": num_samples(1), "cuda": num_samples(10)}
 """What one more encoder call costs on a device, as audio: every call passes ZeRO-3's hooks of every module. Measured on
-a CPU with encoders of 2 M parameters (1.2 to 2 s; larger ones are slower per second of audio)."""
+a CPU with encoders of 1.5 to 2.2 M parameters (1.2 to 2 s; larger ones are slower per second of audio)."""
 
 
 def group_by_length(lengths: Sequence[int], budget: int, call_cost: int) -> list[list[int]]:
