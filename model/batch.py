@@ -43,9 +43,29 @@ class Ragged:
         return Ragged(torch.cat(list(sequences)), tuple(s.shape[0] for s in sequences))
 
     def select(self, rows: Sequence[int]) -> Ragged:
-        """The sequences at `rows`, in that order; also of none, the result stays in the autograd graph."""
+        """The sequences at `rows`, in that order, a view where they lie so; also of none, the result stays in the
+        autograd graph."""
+        lengths = tuple(self.lengths[i] for i in rows)
+        if len(_runs(rows)) <= 1:
+            start = sum(self.lengths[: rows[0]]) if rows else 0
+            return Ragged(self.values[start : start + sum(lengths)], lengths)
         parts = self.split()
-        return Ragged.of([parts[i] for i in rows]) if rows else Ragged(self.values[:0], ())
+        return Ragged(torch.cat([parts[i] for i in rows]), lengths)
+
+    def partition(self, groups: Sequence[Sequence[int]]) -> list[Ragged]:
+        """The sequences of each of `groups`, views where they lie so. Every sequence is in exactly one group: the
+        backward pass joins all gradients at once, where several `select` would add up as many of full size."""
+        assert sorted(i for rows in groups for i in rows) == list(range(len(self))), groups
+        by_group = [_runs(rows) for rows in groups]
+        runs = sorted((run for some in by_group for run in some), key=lambda run: run.start)
+        sizes = [sum(self.lengths[run.start : run.stop]) for run in runs]
+        piece = dict(zip(runs, self.values.split(sizes) if runs else (), strict=True))
+        found = []
+        for rows, some in zip(groups, by_group, strict=True):
+            parts = [piece[run] for run in some] or [self.values[:0]]
+            joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+            found.append(Ragged(joined, tuple(self.lengths[i] for i in rows)))
+        return found
 
     def to(self, *args: Any, **kwargs: Any) -> Ragged:
         """As `Tensor.to`."""
@@ -59,6 +79,17 @@ class Ragged:
         return torch.stack(
             [torch.nn.functional.pad(s, (*tail, 0, longest - s.shape[0]), value=value) for s in self.split()]
         )
+
+
+def _runs(rows: Sequence[int]) -> list[range]:
+    """`rows` as stretches of consecutive numbers, as long as they go."""
+    found: list[range] = []
+    for i in rows:
+        if found and found[-1].stop == i:
+            found[-1] = range(found[-1].start, i + 1)
+        else:
+            found.append(range(i, i + 1))
+    return found
 
 
 @dataclass(frozen=True)

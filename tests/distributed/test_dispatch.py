@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from model.batch import Ragged
 from model.lengths import num_frames
 from tests.distributed.harness import run_ranks
 from trainer.engine.dispatch import EncoderDispatch
+from trainer.parallel.exchange import gather_ragged
 from trainer.parallel.groups import Groups, connect
 from trainer.parallel.topology import Topology
 
@@ -108,6 +110,21 @@ def test_random_routings() -> None:
     assert min(tried) >= NUM_ROUTINGS and len(set(tried)) == 1
 
 
+def gather_many(num_values: list[int]) -> list[list[int]]:
+    """Rank r gives r, r+1, …: `num_values[r]` of them."""
+    rank, _, _ = connect(timeout_sec=30)
+    found = gather_ragged(np.arange(rank, rank + num_values[rank]), dist.group.WORLD)
+    dist.destroy_process_group()
+    return [row.tolist() for row in found]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("num_values", [[0, 3, 64], [65, 0, 300]])
+def test_arrays_of_any_length_are_gathered(num_values: list[int]) -> None:
+    expected = [list(range(rank, rank + n)) for rank, n in enumerate(num_values)]
+    assert run_ranks(3, gather_many, {"num_values": num_values}, timeout_sec=50) == [expected] * 3
+
+
 def planners_disagree() -> str:
     """Rank 2 claims other costs than the rest."""
     rank, world, device = connect(timeout_sec=30)
@@ -121,6 +138,8 @@ def planners_disagree() -> str:
         dispatch(["e"], clips, torch.ones(len(clips), 1, dtype=torch.bool))
     except RuntimeError as error:
         return str(error)
+    finally:
+        dist.destroy_process_group()
     return "no error"
 
 

@@ -45,6 +45,13 @@ def test_thousands_of_ranks_are_balanced_to_a_few_percent() -> None:
     assert (bins != home).mean() < 0.2, "most clips stay where they are"
 
 
+def test_many_items_without_preference_fill_all_bins_alike() -> None:
+    costs = np.random.default_rng(0).lognormal(0.0, 0.5, 10_000)
+    bins = spread(costs, 40)
+    loads = loads_of(costs, bins, 40)
+    assert loads.max() / loads.mean() <= 1.005 and set(bins.tolist()) == set(range(40))
+
+
 @pytest.mark.parametrize(
     ("costs", "ep", "places"),
     [([1, 5, 2], 2, (1, 0, 1)), ([3, 2, 1], 4, (0, 1, 2)), ([2, 2, 2, 2], 2, (0, 1, 0, 1)), ([1.0], 1, (0,))],

@@ -34,7 +34,7 @@ VOCAB_SIZE, LLM_DIM = 100, 32
 def make_tower(recipe: Recipe) -> AudioTower:
     torch.manual_seed(9)
     tower = AudioTower(recipe.model, LLM_DIM, VOCAB_SIZE)
-    torch.nn.init.normal_(tower.router.dependent.weight, std=3.0)  # decided, so that a wrong weight shows
+    torch.nn.init.normal_(tower.router.dependent.weight, std=10.0)  # decided, so that a wrong weight shows
     return tower.eval()
 
 

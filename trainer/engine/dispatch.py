@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from model.batch import Ragged
 from model.lengths import num_frames
 from trainer.parallel.dispatch import (
+    CALL_COST_SAMPLES,
     ClipCost,
     ClipTable,
     Dispatch,
@@ -102,20 +103,22 @@ class EncoderDispatch:
         part = dispatch_of(plan, rank, world)
         self._count_bytes(plan, clips.values.element_size(), width=self.empty.shape[1] * self.empty.element_size())
 
-        batches = [group_by_length([part.recv_lengths[i] for i in work], self.budget_samples) for work in part.work]
-        calls = self._agree([len(b) if n in self.held else 0 for n, b in zip(self.names, batches, strict=True)])
+        batches = [self._group([part.recv_lengths[i] for i in work]) for work in part.work]
+        calls = torch.tensor([len(b) if n in self.held else 1 for n, b in zip(self.names, batches, strict=True)])
+        # ZeRO-3 gathers weights and reduces gradients per call: all holders must call alike. Agreed while clips travel.
+        agreed = dist.all_reduce(calls, op=dist.ReduceOp.MAX, group=self.groups.world, async_op=True)
         arriving = self._travel(clips.select(part.send_clips).values, part.send_samples, part.recv_samples, plan)
         arrived = Ragged(arriving, part.recv_lengths)
+        agreed.wait()
         computed = [
-            self._compute(name, arrived.select(work), batch, num_calls)
-            for name, work, batch, num_calls in zip(self.names, part.work, batches, calls, strict=True)
+            self._compute(name, arrived, work, batch, num_calls)
+            for name, work, batch, num_calls in zip(self.names, part.work, batches, calls.tolist(), strict=True)
             if name in self.held
         ]
         features = self._travel(self._in_order(computed, part), part.send_frames, part.recv_frames, plan)
         if self.before_backward is not None and features.requires_grad:
             features = _BeforeBackward.apply(features, self.before_backward)
-        pieces = Ragged(features, part.recv_frame_lengths)
-        return [pieces.select(mine) for mine in part.results]
+        return Ragged(features, part.recv_frame_lengths).partition(part.results)
 
     def _table(self, clips: Ragged, wanted: Tensor) -> ClipTable:
         """Tell all ranks the length of every clip here and which encoders it needs (a bit each)."""
@@ -126,12 +129,8 @@ class EncoderDispatch:
         samples, everyone = np.ascontiguousarray(np.concatenate(rows).T)
         return ClipTable(home, samples, (everyone[:, None] >> np.arange(len(self.names)) & 1).astype(bool))
 
-    def _agree(self, calls: list[int]) -> list[int]:
-        """Calls of each encoder: the most that any of its holders needs, at least 1. ZeRO-3 gathers weights and reduces
-        gradients per call, so holders must call alike."""
-        agreed = torch.tensor(calls)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.groups.world)
-        return agreed.clamp(min=1).tolist()
+    def _group(self, lengths: list[int]) -> list[list[int]]:
+        return group_by_length(lengths, self.budget_samples, CALL_COST_SAMPLES[self.groups.device.type])
 
     def _travel(self, rows: Tensor, send: Ints, receive: Ints, plan: DispatchPlan) -> Tensor:
         """To other ranks and from them, unless no clip of any rank leaves its home."""
@@ -145,15 +144,18 @@ class EncoderDispatch:
             self.spent[name] += EncoderCost(wait_sec=each_sec)
         return arriving
 
-    def _compute(self, name: str, clips: Ragged, batches: list[list[int]], num_calls: int) -> list[Tensor]:
-        """One encoder's features, clip after clip, and at the end a tensor without rows, which ties calls that had no
-        clip into the graph: their weights' gradients are zeros."""
+    def _compute(
+        self, name: str, clips: Ragged, work: Sequence[int], batches: list[list[int]], num_calls: int
+    ) -> list[Tensor]:
+        """One encoder's features of the clips `work`, clip after clip, and at the end a tensor without rows, which ties
+        calls that had no clip into the graph: their weights' gradients are zeros. `batches` index `work`."""
         start_sec = time.perf_counter()
-        found: list[Tensor] = [self.empty] * len(clips)
+        found: list[Tensor] = [self.empty] * len(work)
         none: list[Tensor] = []
         for members in batches + [[]] * (num_calls - len(batches)):
             if members:
-                for i, sequence in zip(members, self.held[name](clips.select(members)).split(), strict=True):
+                features = self.held[name](clips.select([work[i] for i in members]))
+                for i, sequence in zip(members, features.split(), strict=True):
                     found[i] = sequence
             else:
                 none.append(self.held[name](Ragged.of([stand_in().to(clips.values)])).values[:0])
@@ -173,15 +175,14 @@ class EncoderDispatch:
         several encoders counts for the first."""
         rank, clips = self.groups.rank, plan.clips
         home = clips.home[plan.clip]
-        away = home != plan.holder
-        _, first = np.unique(plan.holder * len(clips.home) + plan.clip, return_index=True)
-        once = np.zeros(len(home), dtype=bool)
-        once[first] = True
-        waveform = clips.samples[plan.clip] * sample_bytes * once
-        features = num_frames(clips.samples[plan.clip]) * width
+        mine = np.flatnonzero((home == rank) != (plan.holder == rank))
+        clip, encoder, leaves = plan.clip[mine], plan.encoder[mine], home[mine] == rank
+        _, first = np.unique(plan.holder[mine] * len(clips.home) + clip, return_index=True)
+        waveform = np.zeros(len(mine), dtype=np.int64)
+        waveform[first] = clips.samples[clip[first]] * sample_bytes
+        features = num_frames(clips.samples[clip]) * width
         for k, name in enumerate(self.names):
-            out = away & (home == rank) & (plan.encoder == k)
-            back = away & (plan.holder == rank) & (plan.encoder == k)
+            out, back = leaves & (encoder == k), ~leaves & (encoder == k)
             self.spent[name] += EncoderCost(
                 sent_bytes=int(waveform[out].sum() + features[back].sum()),
                 received_bytes=int(waveform[back].sum() + features[out].sum()),

@@ -49,7 +49,8 @@ def clip_cost(config: EncoderConfig) -> ClipCost:
     table = np.array([0.0, *(encoder_flops(config, min(window, i * _STEP_SAMPLES)) for i in range(1, steps + 1))])
 
     def cost_of(samples: Ints) -> Floats:
-        windows, rest = np.divmod(samples, window)
-        return windows * table[-1] + table[-(-rest // _STEP_SAMPLES)]
+        steps = -(-samples // _STEP_SAMPLES)
+        windows, rest = np.divmod(np.arange(steps.max(initial=0) + 1) * _STEP_SAMPLES, window)
+        return (windows * table[-1] + table[-(-rest // _STEP_SAMPLES)])[steps]
 
     return cost_of

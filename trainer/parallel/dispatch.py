@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.lengths import num_frames
+from model.lengths import num_frames, num_samples
 from trainer.parallel.balance import Floats, spread
 from trainer.parallel.plan import Ints
 
@@ -36,7 +37,7 @@ class ClipTable:
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Where every wanted (clip, encoder) pair is computed, in the order of `numpy.nonzero(wanted)`."""
+    """Where every wanted (clip, encoder) pair is computed: by place of the encoder, then encoder, then clip."""
 
     clips: ClipTable
     clip: Ints
@@ -45,7 +46,7 @@ class DispatchPlan:
     """Rank that computes the pair."""
     cost: Floats
 
-    @property
+    @cached_property
     def moves(self) -> bool:
         """Whether any clip leaves its home."""
         return bool((self.holder != self.clips.home[self.clip]).any())
@@ -63,16 +64,15 @@ def plan_dispatch(
         ep: size of these groups (blocks of neighbouring ranks); 1: every rank holds every encoder.
         world: ranks.
     """
-    clip, encoder = np.nonzero(clips.wanted)
-    cost, holder = np.zeros(len(clip)), np.zeros(len(clip), dtype=np.int64)
-    for k, cost_of in enumerate(costs):
-        mine = np.flatnonzero(encoder == k)
-        cost[mine] = cost_of(clips.samples[clip[mine]])
-    place_of = np.asarray(places, dtype=np.int64)[encoder]
-    for place in range(ep):
-        mine = np.flatnonzero(place_of == place)
-        replica = spread(cost[mine], world // ep, preferred=clips.home[clip[mine]] // ep)
-        holder[mine] = replica * ep + place
+    by_place = sorted(range(len(places)), key=lambda k: places[k])
+    wanted = [np.flatnonzero(clips.wanted[:, k]) for k in by_place]
+    num_wanted = [len(which) for which in wanted]
+    clip, encoder = np.concatenate(wanted), np.repeat(by_place, num_wanted)
+    cost = np.concatenate([costs[k](clips.samples[which]) for k, which in zip(by_place, wanted, strict=True)])
+    holder = (clips.home // ep)[clip]
+    bounds = np.cumsum([0, *num_wanted])[np.searchsorted(sorted(places), np.arange(ep + 1))]
+    for place, mine in enumerate(map(slice, bounds[:-1], bounds[1:])):
+        holder[mine] = spread(cost[mine], world // ep, preferred=holder[mine]) * ep + place
     return DispatchPlan(clips, clip, encoder, holder, cost)
 
 
@@ -141,20 +141,20 @@ def _sums(group: Ints, values: Ints, num_groups: int) -> Ints:
     return np.bincount(group, weights=values, minlength=num_groups).astype(np.int64)
 
 
-CALL_COST_SAMPLES = 160_000
-"""What one more encoder call costs, as audio: ten seconds. Every call passes ZeRO-3's hooks of every module."""
+CALL_COST_SAMPLES = {"cpu": num_samples(1), "cuda": num_samples(10)}
+"""What one more encoder call costs on a device, as audio: every call passes ZeRO-3's hooks of every module. Measured on
+a CPU with encoders of 1.5 to 2.2 M parameters (1.2 to 2 s; larger ones are slower per second of audio)."""
 
 
-def group_by_length(lengths: Sequence[int], budget: int, num_groups: int | None = None) -> list[list[int]]:
+def group_by_length(lengths: Sequence[int], budget: int, call_cost: int) -> list[list[int]]:
     """Split clips into padded batches with the least padding.
 
-    The clips, sorted by length, are cut where Σ (count · longest + CALL_COST_SAMPLES) is smallest (dynamic
-    programming, exact).
+    The clips, sorted by length, are cut where Σ (count · longest + call_cost) is smallest (dynamic programming, exact).
 
     Args:
         lengths: of the clips, in samples.
         budget: largest count · longest of a batch; a single longer clip is a batch of its own.
-        num_groups: fill up with empty groups to this number.
+        call_cost: of one more batch, in samples.
 
     Returns:
         Groups of indices into `lengths`; without clips, one empty group.
@@ -167,14 +167,10 @@ def group_by_length(lengths: Sequence[int], budget: int, num_groups: int | None 
             padded = (end - start) * lengths[order[start]]
             if padded > budget and end - start > 1:
                 break
-            if best[start] + padded + CALL_COST_SAMPLES < best[end]:
-                best[end], cut[end] = best[start] + padded + CALL_COST_SAMPLES, start
+            if best[start] + padded + call_cost < best[end]:
+                best[end], cut[end] = best[start] + padded + call_cost, start
     groups, end = [], len(order)
     while end:
         groups.append(order[cut[end] : end])
         end = cut[end]
-    groups = groups[::-1] or [[]]
-    if num_groups is None:
-        return groups
-    assert len(groups) <= num_groups, (len(groups), num_groups)
-    return groups + [[] for _ in range(num_groups - len(groups))]
+    return groups[::-1] or [[]]

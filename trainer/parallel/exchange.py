@@ -56,18 +56,28 @@ def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.P
     return arriving
 
 
+_FIRST = 64
+"""Integers of every rank that travel with their number; only more than these take a second gathering."""
+
+
 def gather_ragged(values: np.ndarray, group: dist.ProcessGroup | None) -> list[np.ndarray]:
     """Every rank's 1-D int64 array, by rank: the few integers that plans are made of."""
+    begun = _gather(np.array([len(values), *values[:_FIRST]]), 1 + _FIRST, group)
+    sizes, found = begun[:, 0], begun[:, 1:]
+    if sizes.max() > _FIRST:
+        rest = _gather(values[_FIRST:], int(sizes.max()) - _FIRST, group)
+        found = np.concatenate([found, rest], axis=1)
+    return [row[:n] for row, n in zip(found, sizes, strict=True)]
+
+
+def _gather(values: np.ndarray, width: int, group: dist.ProcessGroup | None) -> np.ndarray:
+    """[world, width] every rank's values, filled up with zeros."""
     world = dist.get_world_size(group)
-    mine = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor([mine.numel()]), group=group)
-    widest = int(max(sizes))
-    padded = torch.zeros(widest, dtype=torch.int64)
-    padded[: mine.numel()] = mine
-    everyone = [torch.zeros(widest, dtype=torch.int64) for _ in range(world)]
-    dist.all_gather(everyone, padded, group=group)
-    return [row[: int(n)].numpy() for row, n in zip(everyone, sizes, strict=True)]
+    mine = torch.zeros(width, dtype=torch.int64)
+    mine[: len(values)] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
+    everyone = torch.empty(world * width, dtype=torch.int64)
+    dist.all_gather_into_tensor(everyone, mine, group=group)
+    return everyone.view(world, width).numpy()
 
 
 def check_same_plan(what: str, plan: Sequence[Ints], group: dist.ProcessGroup) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.parallel.balance import spread
+from trainer.parallel.balance import spread, stable_order
 from trainer.parallel.plan import Ints, Segments, runs
 from trainer.parallel.topology import Topology
 
@@ -121,7 +121,7 @@ def embedding_segments(plan: PackPlan, homes: Ints, topology: Topology) -> Segme
 
 def _starts(lengths: Ints, owners: Ints) -> Ints:
     """[n] where each item begins when the items of an owner lie end to end in their order."""
-    by_owner = np.argsort(owners, kind="stable")
+    by_owner = stable_order(owners, int(owners.max(initial=0)) + 1)
     ends = np.cumsum(lengths[by_owner])
     begins = ends - lengths[by_owner]
     sizes = np.bincount(owners)

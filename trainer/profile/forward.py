@@ -31,7 +31,7 @@ from trainer.data.prepare import prepare
 from trainer.data.shards import INDEX_NAME, ShardSet
 from trainer.data.store import LocalStore
 from trainer.data.tokenizer import PlaceholderInText
-from trainer.parallel.dispatch import group_by_length
+from trainer.parallel.dispatch import CALL_COST_SAMPLES, group_by_length
 from trainer.profile.analysis import Profile
 from trainer.profile.history import RunPath, primary_name
 from trainer.profile.placement import advise
@@ -214,7 +214,8 @@ def _route(
 ) -> ExpertLoad:
     device = next(tower.parameters()).device
     loads = []
-    for members in group_by_length(clips.lengths, num_samples(recipe.train.encoder_batch_sec)):
+    budget = num_samples(recipe.train.encoder_batch_sec)
+    for members in group_by_length(clips.lengths, budget, CALL_COST_SAMPLES[device.type]):
         part = clips.select(members).to(device)
         primary = None if tower.primary is None else tower.primary(part)
         routing = tower.router(part, primary, prompts.select(members).to(device))

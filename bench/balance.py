@@ -1,0 +1,224 @@
+"""Equal work for every rank: how equal, how long it takes to plan, and what it gains.
+
+    python -m bench.balance
+
+Goals:
+- 64 simulated ranks with 16 clips of log-normal duration each: max/mean cost of a rank at most 1.05, for a primary
+  encoder over all ranks and for eight experts over their replicas (beside it: every clip encoded where it was loaded).
+- Planning for 4,096 ranks with 16 clips each takes one core at most 5 ms: the plan and one rank's part of it (a
+  primary; eight experts on eight places, with one and with two experts per clip), and the LLM's packs.
+- On 4 real ranks (gloo, DeepSpeed ZeRO-3 and Megatron as in training), with all long clips on one rank, a step takes
+  less with the plan than without.
+
+"Without" replaces the planner by one that leaves every clip at home. Ranks share the machine's cores: with fewer cores
+than ranks the busiest rank's CPU seconds say what each rank having its own would gain. Exits 1 on a missed goal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.batch import IGNORE, Batch, Sample
+from model.config import EncoderConfig, ModelConfig
+from model.lengths import num_samples, slots_of_samples
+from trainer.engine.placement import clip_cost
+from trainer.launch import start_ranks
+from trainer.parallel.dispatch import ClipCost, ClipTable, DispatchPlan, dispatch_of, plan_dispatch
+from trainer.parallel.packs import plan_packs
+
+BALANCE_LIMIT, PLAN_LIMIT_SEC = 1.05, 5e-3
+MEDIAN_SEC, SIGMA, LONGEST_SEC, CLIPS_PER_RANK, EP = 4.5, 0.6, 30.0, 16, 8
+NUM_BATCHES, NUM_PLANS = 20, 31
+REAL_RANKS, REAL_STEPS, LONG_SEC, SHORT_SEC, REAL_CLIPS = 4, 5, 10.0, 1.0, 8
+PRIMARY = EncoderConfig("whisper", "whisper", length_mode="trim")
+EXPERTS = tuple(EncoderConfig(f"{family}{i}", family) for i in range(4) for family in ("hubert", "wavlm"))  # type: ignore[arg-type]
+SMALL = {"d_model": 256, "encoder_layers": 6, "encoder_attention_heads": 4, "encoder_ffn_dim": 1024}
+DS_CONFIG = Path(__file__).parent.parent / "ds_configs" / "zero3_cpu.json"
+
+
+def draw_clips(ranks: int, num_encoders: int, chosen: int, seed: int) -> ClipTable:
+    """Log-normal clips, each for `chosen` different ones of the encoders."""
+    rng = np.random.default_rng(seed)
+    n = ranks * CLIPS_PER_RANK
+    seconds = np.clip(rng.lognormal(np.log(MEDIAN_SEC), SIGMA, n), 0.5, LONGEST_SEC)
+    wanted = rng.random((n, num_encoders)).argsort(axis=1) < chosen
+    return ClipTable(np.repeat(np.arange(ranks), CLIPS_PER_RANK), (16_000 * seconds).astype(np.int64), wanted)
+
+
+def stay_at_home(
+    clips: ClipTable, costs: Sequence[ClipCost], places: Sequence[int], ep: int, world: int
+) -> DispatchPlan:
+    """`plan_dispatch` without the plan: to the encoder's replica among the neighbours, whatever it has to do."""
+    plan = plan_dispatch(clips, costs, places, ep, world)
+    home = clips.home[plan.clip]
+    return replace(plan, holder=home // ep * ep + np.asarray(places)[plan.encoder])
+
+
+def imbalance(plan: DispatchPlan, ep: int, world: int) -> float:
+    """Largest max/mean cost among ranks that hold the same encoders."""
+    loads = np.bincount(plan.holder, weights=plan.cost, minlength=world).reshape(-1, ep)
+    return float((loads.max(axis=0) / loads.mean(axis=0)).max())
+
+
+def simulate(ranks: int = 64) -> dict[str, Any]:
+    """max/mean over `NUM_BATCHES` batches: worst and median, with and without the plan."""
+    rows: dict[str, Any] = {}
+    print(f"{ranks} ranks, max/mean cost (worst of {NUM_BATCHES} batches)   with plan   without")
+    for name, encoders, ep, chosen in (("primary", (PRIMARY,), 1, 1), (f"8 experts, EP{EP}", EXPERTS, EP, 1)):
+        costs, places = [clip_cost(e) for e in encoders], range(len(encoders))
+        found = {
+            kind: [
+                imbalance(planner(draw_clips(ranks, len(encoders), chosen, s), costs, places, ep, ranks), ep, ranks)
+                for s in range(NUM_BATCHES)
+            ]
+            for kind, planner in (("with", plan_dispatch), ("without", stay_at_home))
+        }
+        rows[name] = {kind: {"worst": max(r), "median": statistics.median(r)} for kind, r in found.items()}
+        print(f"  {name:50} {max(found['with']):9.3f} {max(found['without']):9.3f}")
+    rows["passed"] = all(r["with"]["worst"] <= BALANCE_LIMIT for r in rows.values())
+    return rows
+
+
+def time_plans(ranks: int = 4096) -> dict[str, Any]:
+    """Median CPU time of a plan for `ranks` ranks: planning is one thread, and others may use the machine."""
+    torch.zeros(num_samples(240))  # freed at once: malloc then keeps large blocks, as it does after any step's first
+
+    def dispatch(encoders: Sequence[EncoderConfig], ep: int, chosen: int) -> Callable[[], object]:
+        clips, costs = draw_clips(ranks, len(encoders), chosen, seed=0), [clip_cost(e) for e in encoders]
+        return lambda: dispatch_of(plan_dispatch(clips, costs, range(len(encoders)), ep, ranks), ranks // 2, ranks)
+
+    tokens = draw_clips(ranks, 1, 1, seed=0).samples // 2560 + 30  # a slot of 160 ms each, and a short text
+    plans = {
+        "primary": dispatch((PRIMARY,), 1, 1),
+        f"8 experts, EP{EP}, 1 per clip": dispatch(EXPERTS, EP, 1),
+        f"8 experts, EP{EP}, 2 per clip": dispatch(EXPERTS, EP, 2),
+        "packs of 512 replicas": lambda: plan_packs(tokens, 512, 8192, 8),
+    }
+    rows: dict[str, Any] = {}
+    print(f"planning for {ranks} ranks × {CLIPS_PER_RANK} clips, CPU ms: median of {NUM_PLANS} (least)")
+    for name, plan in plans.items():
+        plan()
+        seconds = []
+        for _ in range(NUM_PLANS):
+            start = time.process_time()
+            plan()
+            seconds.append(time.process_time() - start)
+        rows[name] = {"sec": statistics.median(seconds), "least_sec": min(seconds)}
+        print(f"  {name:50} {1e3 * rows[name]['sec']:9.2f} ({1e3 * min(seconds):.2f})")
+    rows["passed"] = all(r["sec"] <= PLAN_LIMIT_SEC for r in rows.values())
+    return rows
+
+
+def skewed_batch(rank: int, model: ModelConfig) -> Batch:
+    """Long clips on rank 0, short ones on the others; noise."""
+    from trainer.parity import PLACEHOLDER
+
+    generator = torch.Generator().manual_seed(rank)
+    samples = num_samples(LONG_SEC if rank == 0 else SHORT_SEC)
+    slots = slots_of_samples(samples, model.adapter.strides)
+    made = [
+        Sample(
+            key=f"{rank}-{i}",
+            task="asr",
+            clips=(0.1 * torch.randn(samples, generator=generator),),
+            token_ids=torch.tensor([PLACEHOLDER] * slots + [1, 2]),
+            audio_mask=torch.tensor([True] * slots + [False] * 2),
+            labels=torch.tensor([IGNORE] * slots + [2, 3]),
+            prompt_ids=torch.tensor([1]),
+            ctc_targets=torch.zeros(0, dtype=torch.int64),
+        )
+        for i in range(REAL_CLIPS)
+    ]
+    return Batch(tuple(made))
+
+
+def work(out: str) -> int:
+    """One of the real ranks: time steps with and without the plan, in turn."""
+    import torch.distributed as dist
+
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    from trainer import parity
+    from trainer.engine import dispatch
+    from trainer.engine.ds_config import build_ds_config
+    from trainer.parallel.groups import build_groups, connect
+    from trainer.parallel.topology import Topology
+
+    rank, world, device = connect(timeout_sec=120)
+    groups = build_groups(Topology(world, 1, 1), rank, device, parity.SEED)
+    model = replace(parity.tiny_model(), primary=replace(PRIMARY, config=SMALL), experts=(), ctc_weight=0.0)
+    step = parity.build_step(
+        model, groups, build_ds_config(DS_CONFIG, precision="fp32"), 100, batch_sec=2 * LONG_SEC, pack_tokens=512
+    )
+    batch = skewed_batch(rank, model)
+    planners = {"with": plan_dispatch, "without": stay_at_home}
+    found: dict[str, list[list[float]]] = {kind: [] for kind in planners}
+    for number in range(2 + 2 * REAL_STEPS):
+        kind = ("with", "without")[number % 2]
+        dispatch.plan_dispatch = planners[kind]
+        dist.barrier()
+        start_sec, start_cpu_sec = time.perf_counter(), time.process_time()
+        step(number, batch)
+        spent = torch.tensor([time.perf_counter() - start_sec, time.process_time() - start_cpu_sec])
+        dist.all_reduce(spent, op=dist.ReduceOp.MAX)
+        if number >= 2:
+            found[kind].append(spent.tolist())
+    if rank == 0:
+        Path(out).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def measure_steps() -> dict[str, Any]:
+    """Wall seconds of a step, and CPU seconds of its busiest rank."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "found.json"
+        if code := start_ranks(REAL_RANKS, [sys.executable, "-m", "bench.balance", "--worker", str(out)]):
+            raise SystemExit(code)
+        found = json.loads(out.read_text())
+    rows: dict[str, Any] = {"cores": len(os.sched_getaffinity(0))}
+    print(f"{REAL_RANKS} real ranks on {rows['cores']} cores, long clips on one: median s of {REAL_STEPS} (range)")
+    for i, what in enumerate(("step_sec", "busiest_rank_cpu_sec")):
+        for kind, spent in found.items():
+            column = [row[i] for row in spent]
+            rows[f"{what}_{kind}"] = statistics.median(column)
+            name = f"{what.replace('_', ' ')}, {kind} the plan"
+            print(f"  {name:50} {statistics.median(column):9.3f} ({min(column):.3f}–{max(column):.3f})")
+    rows["passed"] = rows["step_sec_with"] < rows["step_sec_without"]
+    return rows
+
+
+def main() -> int:
+    """Exit code: 0 passed, 1 missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.balance", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return work(options.worker)
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+    result = {"simulated": simulate(), "planning": time_plans(), "steps": measure_steps()}
+    passed = all(part["passed"] for part in result.values())
+    print(
+        f"goals: max/mean at most {BALANCE_LIMIT}, a plan in {1e3 * PLAN_LIMIT_SEC:.0f} ms, a shorter step: "
+        + ("met" if passed else "MISSED")
+    )
+    print(json.dumps({"passed": passed, **result}))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,341 @@
+"""What it costs to send clips to the encoders that the router chose, and their features home.
+
+    python -m bench.dispatch
+
+Four ranks (gloo) hold one encoder each; every clip goes to one of them. All arms move the same clips by the same
+routing, in turn, and no arm computes anything: the "encoder" hands out features that exist already.
+
+- ours: `trainer.engine.dispatch.EncoderDispatch`: tell all ranks the lengths, plan, clips out, features back.
+- bare: two `all_to_all_single` of exactly the bytes that must leave a rank, laid out in advance, into buffers that
+  exist.
+- AutoEP: `_AllToAllV` of deepspeed.module_inject, with its own split plan. It moves rows of one width; a row is a frame
+  of 320 samples on the way out and of 768 features on the way back, which pads a clip by at most 20 ms.
+- MOELayer: `deepspeed.moe`. It moves rows of one width both ways, to a capacity which all experts share; a row is a
+  frame in 768 columns, and the capacity is the least that drops none (`drop_tokens=False`). Rows that hold whole clips
+  would pad every one of them to the longest.
+
+Goals: bytes on the wire at most 1.02 times the payload (samples and features of clips that are encoded on another
+rank), and time at most 1.3 times the bare exchange's. Bytes are counted at the collectives; a reduction counts as a
+ring's. Exits 1 on a missed goal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.batch import Ragged
+from model.lengths import FRAME_SAMPLES, num_frames, num_samples
+from trainer.launch import start_ranks
+
+WORLD, CLIPS_PER_RANK, DIM, ROUNDS, WARMUP_ROUNDS = 4, 16, 768, 30, 4
+SHORTEST_SEC, LONGEST_SEC = 1.0, 12.0
+BYTES_LIMIT, TIME_LIMIT = 1.02, 1.3
+
+
+class FeatureBank(nn.Module):
+    """An encoder that costs nothing: the features of its clips are a view of what it has."""
+
+    def __init__(self, max_frames: int) -> None:
+        super().__init__()
+        self.register_buffer("features", torch.randn(max_frames, DIM))
+
+    def forward(self, clips: Ragged) -> Ragged:
+        """[ΣT] → [ΣF, 768]"""
+        frames = tuple(num_frames(n) for n in clips.lengths)
+        return Ragged(self.features[: sum(frames)], frames)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One rank's clips, and the encoder (rank) that each must see."""
+
+    clips: Ragged
+    chosen: Tensor
+    """[B] int64"""
+
+    @staticmethod
+    def draw(rank: int) -> Work:
+        """The same on every call."""
+        rng = np.random.default_rng(rank)
+        lengths = [num_samples(s) for s in rng.uniform(SHORTEST_SEC, LONGEST_SEC, CLIPS_PER_RANK)]
+        clips = Ragged.of([torch.from_numpy(rng.standard_normal(n).astype(np.float32)) for n in lengths])
+        return Work(clips, torch.from_numpy(rng.integers(0, WORLD, CLIPS_PER_RANK)))
+
+    @property
+    def wanted(self) -> Tensor:
+        """[B, K] bool"""
+        return nn.functional.one_hot(self.chosen, WORLD).bool()
+
+    def samples_to(self) -> list[int]:
+        """[W] samples that go to each rank."""
+        return self._sums(self.clips.lengths)
+
+    def frames_to(self) -> list[int]:
+        """[W] frames that come from each rank."""
+        return self._sums([num_frames(n) for n in self.clips.lengths])
+
+    def _sums(self, sizes: Any) -> list[int]:
+        return np.bincount(self.chosen, weights=sizes, minlength=WORLD).astype(int).tolist()
+
+    def frames(self) -> tuple[Tensor, Tensor]:
+        """Clips as rows of one frame [ΣF, 320], the last of a clip filled up with zeros, and the encoder of each."""
+        counts = [num_frames(n) for n in self.clips.lengths]
+        rows = torch.zeros(sum(counts), FRAME_SAMPLES)
+        for clip, part in zip(self.clips.split(), rows.split(counts), strict=True):
+            part.view(-1)[: len(clip)] = clip
+        return rows, self.chosen.repeat_interleave(torch.tensor(counts))
+
+
+@dataclass
+class Wire:
+    """Bytes that this rank sends to other ranks."""
+
+    sent_bytes: float = 0.0
+    calls: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def tapped(self) -> Iterator[None]:
+        """Count in every collective of torch.distributed that the arms use."""
+        real = {name: getattr(dist, name) for name in _SENT}
+
+        def tap(name: str) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self.calls[name] = self.calls.get(name, 0) + 1
+                self.sent_bytes += _SENT[name](*args, **kwargs)
+                return real[name](*args, **kwargs)
+
+            return call
+
+        for name in real:
+            setattr(dist, name, tap(name))
+        try:
+            yield
+        finally:
+            for name, function in real.items():
+                setattr(dist, name, function)
+
+
+def _sent_all_to_all(output: Tensor, input: Tensor, output_split_sizes: list[int] | None = None,
+                     input_split_sizes: list[int] | None = None, **kwargs: Any) -> float:  # fmt: skip
+    own = input_split_sizes[dist.get_rank()] if input_split_sizes else input.shape[0] // WORLD
+    return input.element_size() * (input.shape[0] - own) * (input.numel() / max(1, input.shape[0]))
+
+
+def _sent_all_gather(output_tensor: Tensor, input_tensor: Tensor, **kwargs: Any) -> float:
+    return input_tensor.numel() * input_tensor.element_size() * (WORLD - 1)
+
+
+def _sent_all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> float:
+    return 2 * tensor.numel() * tensor.element_size() * (WORLD - 1) / WORLD
+
+
+# By the argument names of torch.distributed, which DeepSpeed calls by keyword.
+_SENT: dict[str, Callable[..., float]] = {
+    "all_to_all_single": _sent_all_to_all,
+    "all_gather_into_tensor": _sent_all_gather,
+    "all_reduce": _sent_all_reduce,
+}
+
+
+def build_ours(work: Work) -> Callable[[], list[Tensor]]:
+    """The trainer's own exchange."""
+    from trainer.engine.dispatch import EncoderDispatch
+    from trainer.parallel.groups import Groups
+    from trainer.parallel.topology import Topology
+
+    rank = dist.get_rank()
+    assert dist.group.WORLD is not None
+    groups = Groups(Topology(WORLD, 1, 1, WORLD), rank, torch.device("cpu"), dist.group.WORLD, dist.group.WORLD)
+    names = [f"encoder{k}" for k in range(WORLD)]
+    bank = FeatureBank(WORLD * CLIPS_PER_RANK * num_frames(num_samples(LONGEST_SEC)))
+    dispatch = EncoderDispatch(
+        {names[rank]: bank},
+        names,
+        [lambda samples: samples * 1.0] * WORLD,
+        range(WORLD),
+        WORLD,
+        groups,
+        budget_samples=num_samples(240),
+        empty=torch.zeros(0, DIM),
+    )
+    return lambda: [features.values for features in dispatch(names, work.clips, work.wanted)]
+
+
+def build_bare(work: Work) -> Callable[[], list[Tensor]]:
+    """Nothing but the bytes that must travel."""
+    rank = dist.get_rank()
+
+    def away(sizes: list[int]) -> tuple[list[int], list[int]]:
+        sizes[rank] = 0
+        table = [torch.zeros(WORLD, dtype=torch.int64) for _ in range(WORLD)]
+        dist.all_gather(table, torch.tensor(sizes))
+        return sizes, [int(row[rank]) for row in table]
+
+    samples_out, samples_in = away(work.samples_to())
+    frames_in, frames_out = away(work.frames_to())
+    clips, arrived = torch.randn(sum(samples_out)), torch.empty(sum(samples_in))
+    features, returned = torch.randn(sum(frames_out), DIM), torch.empty(sum(frames_in), DIM)
+
+    def run() -> list[Tensor]:
+        dist.all_to_all_single(arrived, clips, samples_in, samples_out)
+        dist.all_to_all_single(returned, features, frames_in, frames_out)
+        return [returned]
+
+    return run
+
+
+def build_autoep(work: Work) -> Callable[[], list[Tensor]]:
+    """AutoEP's plan and exchange, with rows in the order of their expert as its layer sorts them."""
+    from deepspeed.module_inject.auto_ep_layer import _AllToAllV, compute_split_plan
+
+    group, bank = dist.group.WORLD, torch.randn(WORLD * CLIPS_PER_RANK * num_frames(num_samples(LONGEST_SEC)), DIM)
+
+    def run() -> list[Tensor]:
+        rows, expert = work.frames()
+        order = expert.argsort(stable=True)
+        plan = compute_split_plan(expert[:, None], WORLD, WORLD, 1, group)
+        arrived = _AllToAllV.apply(group, rows.index_select(0, order), plan.input_splits, plan.output_splits)
+        returned = _AllToAllV.apply(group, bank[: len(arrived)], plan.output_splits, plan.input_splits)
+        return [torch.empty_like(returned).index_copy_(0, order, returned)]
+
+    return run
+
+
+def build_moe_layer(work: Work) -> Callable[[], list[Tensor]]:
+    """DeepSpeed's layer with its own gate, which finds the chosen expert in columns that no sample needs."""
+    from deepspeed.moe.experts import Experts
+    from deepspeed.moe.sharded_moe import MOELayer, TopKGate
+
+    gate = TopKGate(DIM, WORLD, k=1, min_capacity=0, drop_tokens=False, use_rts=False)
+    with torch.no_grad():
+        gate.wg.weight.zero_()[:, -WORLD:].copy_(1e3 * torch.eye(WORLD))
+    layer = MOELayer(gate, Experts(nn.Identity()), "bench", WORLD, 1)
+    layer._set_ep_group(dist.group.WORLD)
+
+    def run() -> list[Tensor]:
+        frames, expert = work.frames()
+        rows = torch.zeros(len(frames), DIM)
+        rows[:, :FRAME_SAMPLES] = frames
+        rows[:, -WORLD:] = nn.functional.one_hot(expert, WORLD)
+        with torch.no_grad():
+            return [layer(rows, None)]
+
+    return run
+
+
+ARMS: dict[str, Callable[[Work], Callable[[], list[Tensor]]]] = {
+    "ours": build_ours,
+    "bare": build_bare,
+    "AutoEP": build_autoep,
+    "MOELayer": build_moe_layer,
+}
+
+
+def measure() -> dict[str, Any]:
+    """All arms in turn; every rank must call it. Time is that of the slowest rank."""
+    rank = dist.get_rank()
+    work = Work.draw(rank)
+    arms = {name: build(work) for name, build in ARMS.items()}
+    check(arms, work)
+    payload = torch.tensor(
+        4.0 * sum(n for r, n in enumerate(work.samples_to()) if r != rank)
+        + 4.0 * DIM * sum(n for r, n in enumerate(work.frames_to()) if r != rank)
+    )
+    dist.all_reduce(payload)
+    sent, calls = {}, {}
+    for name, run in arms.items():
+        wire = Wire()
+        with wire.tapped():
+            run()
+        total = torch.tensor(float(wire.sent_bytes), dtype=torch.float64)
+        dist.all_reduce(total)
+        sent[name], calls[name] = float(total), wire.calls
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(WARMUP_ROUNDS + ROUNDS):
+        names = list(arms)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            dist.barrier()
+            start = time.perf_counter()
+            arms[name]()
+            spent = torch.tensor(time.perf_counter() - start)
+            dist.all_reduce(spent, op=dist.ReduceOp.MAX)
+            if number >= WARMUP_ROUNDS:
+                seconds[name].append(float(spent))
+    return {"payload_bytes": float(payload), "sent_bytes": sent, "calls": calls, "sec": seconds}
+
+
+def check(arms: dict[str, Callable[[], list[Tensor]]], work: Work) -> None:
+    """No arm loses a frame; MOELayer, whose expert returns what it gets, returns every frame to its place."""
+    frames, expert = work.frames()
+    for name, run in arms.items():
+        away = sum(n for r, n in enumerate(work.frames_to()) if r != dist.get_rank())
+        assert sum(len(t) for t in run()) == (away if name == "bare" else len(frames)), name
+    (returned,) = arms["MOELayer"]()
+    assert torch.equal(returned[:, :FRAME_SAMPLES], frames)
+
+
+def report(found: dict[str, Any]) -> dict[str, Any]:
+    """A table, and what the last line says."""
+    bare = found["sec"]["bare"]
+    print(f"{'arm':10} {'bytes / payload':>15} {'ms (quartiles)':>22} {'time / bare':>12}   collectives")
+    rows = {}
+    for name, seconds in found["sec"].items():
+        low, middle, high = statistics.quantiles(seconds, n=4)
+        # Paired with the bare exchange of the same round: what disturbs the machine disturbs both.
+        ratio = statistics.median(s / b for s, b in zip(seconds, bare, strict=True))
+        share = found["sent_bytes"][name] / found["payload_bytes"]
+        rows[name] = {"bytes_ratio": share, "time_ratio": ratio, "sec": middle, "sec_quartiles": [low, high]}
+        spread = f"{1e3 * middle:.1f} ({1e3 * low:.1f}–{1e3 * high:.1f})"
+        calls = ", ".join(f"{n} {c}" for c, n in found["calls"][name].items())
+        print(f"{name:10} {share:15.4f} {spread:>22} {ratio:12.2f}   {calls}")
+    ours = rows["ours"]
+    passed = ours["bytes_ratio"] <= BYTES_LIMIT and ours["time_ratio"] <= TIME_LIMIT
+    print(f"goals: bytes at most {BYTES_LIMIT}, time at most {TIME_LIMIT} × bare: {'met' if passed else 'MISSED'}")
+    return {"passed": passed, "payload_bytes": found["payload_bytes"], "arms": rows}
+
+
+def work_rank() -> int:
+    """One rank."""
+    import deepspeed
+
+    from trainer.parallel.groups import connect
+
+    connect(timeout_sec=120)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles C++ at start, for inference on CPUs
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    found = measure()
+    code = 0
+    if dist.get_rank() == 0:
+        result = report(found)
+        print(json.dumps(result), flush=True)
+        code = 0 if result["passed"] else 1
+    dist.barrier()
+    dist.destroy_process_group()
+    return code
+
+
+def main() -> int:
+    """Exit code: 0 passed, 1 missed."""
+    argparse.ArgumentParser(prog="python -m bench.dispatch", description=(__doc__ or "").splitlines()[0]).parse_args()
+    if "RANK" in os.environ:
+        return work_rank()
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+    return start_ranks(WORLD, [sys.executable, "-m", "bench.dispatch"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
