@@ -17,7 +17,7 @@ setup(
         "transformers>=5.17,<6",
         "safetensors>=0.5",
         "numpy>=1.26",
-        "webdataset==1.0.2",
+        "obstore>=0.11,<0.13",
         "soundfile>=0.13",
         "soxr>=0.5",
         "sentencepiece>=0.2.1",
@@ -25,9 +25,20 @@ setup(
         "mlflow>=3.5,<4",
         "pyyaml>=6",
         "tqdm>=4.66",
+        "matplotlib>=3.8",  # mlflow brings it anyway; tools.inspect_shards draws with it
     ],
     extras_require={
         "demo": ["espeakng-loader==0.2.4"],  # the voice of `make demo`; espeak-ng is GPL-3.0
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "psutil"],
+        "peers": ["webdataset==1.0.2", "lhotse==1.33.0"],  # what bench.loader compares with
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "types-PyYAML",
+            "psutil",
+            "webdataset==1.0.2",  # it must be able to read our shards
+        ],
     },
 )

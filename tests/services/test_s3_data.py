@@ -119,7 +119,7 @@ def test_a_shard_cut_at_a_member_boundary_is_quarantined_by_name(
     cut = {f"k-{i}" for i in range(PER_SHARD, 2 * PER_SHARD)}
     assert not set(found) & cut
     assert set(found) == {f"k-{i}" for i in range(NUM_SAMPLES) if i % 12} - cut
-    assert "shard-000001.tar is quarantined" in caplog.text
+    assert caplog.text.count("s3://bucket/cut/set/shard-000001.tar is quarantined") == 1
 
 
 def test_a_shard_altered_after_indexing_loses_only_what_was_altered(swift: Swift, local: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_shard_that_is_gone_is_quarantined(swift: Swift, local: Path) -> None:
 def trainer(run_dir: Path, local: Path, shards: str) -> subprocess.Popen[str]:
     overrides = [
         "parallel.num_ranks=1",
-        "train.steps=30",
+        "train.steps=16",
         "checkpoint.every_steps=0",
         "data.sets.0.manifest=null",
         f"data.sets.0.shards={shards}",
@@ -198,7 +198,7 @@ def test_a_server_away_for_good_stops_the_run_with_its_state_saved(
     (line,) = [x for x in errors.splitlines() if x.startswith("error:")]
     assert "s3://bucket/away/set/shard-" in line and "no usable answer within 2 s" in line
     done = max(losses(tmp_path / "s3"))
-    assert 3 <= done < 30 and f"the state after step {done} is in" in line
+    assert 3 <= done < 16 and f"the state after step {done} is in" in line
     assert (tmp_path / "s3" / "debug" / "checkpoints" / f"step-{done:08d}").is_dir()
     code, errors = finish(trainer(tmp_path / "s3", local, "s3://bucket/away/set"))
     assert code == 0 and f"resuming at step {done}" in errors, errors

@@ -223,7 +223,7 @@ def test_a_set_without_a_usable_sample_stops_instead_of_searching_for_ever(tmp_p
     for num_workers in (0, 1):
         with (
             Loader(with_fields(data, num_workers=num_workers), seed=0, num_batches=4) as loader,
-            pytest.raises(UserError, match="3 samples in a row.*tar a-[012]: broken:"),
+            pytest.raises(UserError, match="6 samples in a row.*tar a-[012]: broken:"),
         ):
             list(loader)
 

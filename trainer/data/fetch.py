@@ -38,7 +38,7 @@ def read_samples(shards: ShardSet, shard: int, indices: Sequence[int]) -> Fetche
     """Samples of one shard, by as few reads as their places allow.
 
     Raises:
-        UserError: the store is away or refuses; the shard's table is missing or does not fit.
+        UserError: the store is away or refuses; MissingError, ChangedError for the offset table.
     """
     if shard in shards.quarantined:
         return {i: SampleError("altered", shards.quarantined[shard]) for i in indices}
@@ -56,10 +56,20 @@ def read_samples(shards: ShardSet, shard: int, indices: Sequence[int]) -> Fetche
         if not pending:
             return found
     if whole:
-        shards.quarantined[shard] = why
-        pending = [(i, table[i]) for i in indices]
-    log.warning("%s is quarantined (%d samples of it now): %s", shards.shards[shard].name, len(pending), why)
+        shards.quarantine(shard, why)
+        return {i: SampleError("altered", why) for i in indices}
+    log.warning("%s/%s: %d samples are left out: %s", shards.store.url, shards.shards[shard].name, len(pending), why)
     return found | {i: SampleError("altered", why) for i, _ in pending}
+
+
+def read_table(shards: ShardSet, shard: int) -> tuple[Entry, ...]:
+    """The shard's offset table. Raises MissingError, ChangedError if it stays unusable; UserError as `read_samples`."""
+    for wait_sec in REFETCH_AFTER_SEC:
+        try:
+            return shards.table(shard)
+        except (ChangedError, MissingError):
+            time.sleep(wait_sec)
+    return shards.table(shard)
 
 
 def _attempt(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,6 +25,8 @@ from typing import Any
 from model.errors import UserError
 from trainer.data.decode import AUDIO_TYPES, SampleError
 from trainer.storage.store import ChangedError, Store
+
+log = logging.getLogger(__name__)
 
 INDEX_NAME = "shards.json"
 FORMAT_VERSION = 2
@@ -177,6 +180,12 @@ class ShardSet:
     def num_selected(self, selection: Selection) -> tuple[int, ...]:
         """Selected samples per shard; read from the index alone."""
         return tuple(sum(g.num_samples for g in s.groups if selection.matches(g)) for s in self.shards)
+
+    def quarantine(self, shard: int, why: str) -> None:
+        """Use nothing more of `shard`; its name and the reason go to the log, once."""
+        if shard not in self.quarantined:
+            log.warning("%s/%s is quarantined: %s", self.store.url, self.shards[shard].name, why)
+            self.quarantined[shard] = why
 
     def parse(self, entry: Entry, data: memoryview) -> RawSample:
         """The sample from the bytes of its span. Raises SampleError `wrong_type` if its metadata is no JSON object."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -18,14 +17,12 @@ from model.lengths import SAMPLE_RATE, num_samples
 from trainer.data.augment import augment
 from trainer.data.config import DataConfig, SetConfig
 from trainer.data.decode import SampleError, check_metadata, decode_audio
-from trainer.data.fetch import Fetched, ReadAhead, read_samples
+from trainer.data.fetch import Fetched, ReadAhead, read_samples, read_table
 from trainer.data.lanes import Run, SetOrder, hash_of
 from trainer.data.sample import Clip, EncodedSample, make_sample
 from trainer.data.shards import Selection, ShardSet
 from trainer.data.tokenizer import Tokenizer
 from trainer.storage.store import ChangedError, MissingError
-
-log = logging.getLogger(__name__)
 
 Decoded = tuple[dict[str, Any], tuple[Clip, ...]]
 """Metadata and clips."""
@@ -78,8 +75,8 @@ class SetReader:
         """Rank → sample. Raises UserError if the store is away or refuses."""
         try:
             indices = self.selected(shard)
-        except (MissingError, ChangedError) as error:  # the offset table
-            log.warning("%s is quarantined: %s", self.shards.shards[shard].name, error)
+        except (MissingError, ChangedError) as error:  # its offset table
+            self.shards.quarantine(shard, str(error))
             return {rank: SampleError("altered", str(error)) for rank in ranks}
         found = read_samples(self.shards, shard, [indices[rank] for rank in ranks])
         return {rank: found[indices[rank]] for rank in ranks}
@@ -106,7 +103,9 @@ class SetReader:
 
     def _selected(self, shard: int) -> tuple[int, ...]:
         """Indices of the selected samples of `shard`. Raises MissingError, ChangedError."""
-        found = tuple(i for i, e in enumerate(self.shards.table(shard)) if self.selection.matches(e))
+        if shard in self.shards.quarantined:
+            raise ChangedError(self.shards.quarantined[shard])
+        found = tuple(i for i, e in enumerate(read_table(self.shards, shard)) if self.selection.matches(e))
         if len(found) != self.num_per_shard[shard]:
             raise ChangedError(f"{self.shards.store.url}/{self.shards.shards[shard].name}: table and index differ")
         return found
