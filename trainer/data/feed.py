@@ -141,7 +141,7 @@ class _Lane:
         return Piece(tuple(samples), tuple(skips), Account(dict(self._positions), self.num_seen, dict(self.skipped)))
 
     def _check_progress(self, cursor: Cursor, skips_in_a_row: int, last: Skip) -> None:
-        # A whole shard may be quarantined: the lane must get past it. Within twice the set's size it meets every sample.
+        # A lane must get past a quarantined shard. Within twice the set's size it meets every sample.
         patience = max(_MAX_SKIPS_IN_A_ROW, 2 * max(cursor.reader.num_per_shard))
         if skips_in_a_row >= min(2 * cursor.order.num_samples, patience):
             raise UserError(
