@@ -1,6 +1,8 @@
 # make setup   environment in .venv            make demo       train a small model in a few minutes
 # make test    everything that CI checks       make parity     distributed = single process, on this machine
 # make gpu-check  the same questions on a GPU  make clean      remove caches (not .venv, not runs)
+# make bench-data  the loader against its peers, padding (minutes; wants a quiet machine and the kit: KIT_DIR)
+# make soak-data   its memory over 10^5 batches, kit_cpu from a bucket with kills (hours)
 #
 # PYTHON=python3.12          another interpreter (3.10 to 3.12)
 # TORCH_SPEC=torch==2.11.0   another torch (2.11 to 2.13)
@@ -17,7 +19,7 @@ CXX_NAMES := g++ c++ clang++
 # DeepSpeed looks for ninja in PATH when it builds its shared-memory operation.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup test demo parity gpu-check clean
+.PHONY: setup test demo parity gpu-check bench-data soak-data clean
 
 setup: $(STAMP)
 
@@ -49,6 +51,15 @@ parity: setup
 
 gpu-check: setup
 	$(PY) -m bench.gpu_check
+
+bench-data: setup
+	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[peers]'
+	$(PY) -m bench.loader --s3
+	$(PY) -m bench.padding
+
+soak-data: setup
+	$(PY) -m bench.loader_memory
+	$(PY) -m bench.s3_training kit_cpu
 
 clean:
 	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

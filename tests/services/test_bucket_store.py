@@ -11,6 +11,9 @@ import pytest
 
 from model.errors import UserError
 from tests.services.swift import KEY_ID, Swift
+from tests.trainer.data_corpus import clip_rows, write_manifest
+from tools.inspect_shards import main as inspect_shards
+from tools.make_shards import main as make_shards
 from trainer.storage.open import open_store
 from trainer.storage.store import ChangedError, LocalStore, MissingError, Store, UnreachableError
 
@@ -38,6 +41,22 @@ def test_both_stores_do_the_same(swift: Swift, tmp_path: Path, kind: str) -> Non
         store.get("a")
     with pytest.raises(MissingError):
         store.size_bytes("a")
+
+
+def test_shards_made_in_a_bucket_are_those_made_on_disk(
+    swift: Swift, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = str(write_manifest(tmp_path, clip_rows(tmp_path, 5)))
+    for out in (str(tmp_path / "out"), "s3://bucket/made/here"):
+        assert make_shards([manifest, out, "--max-shard-samples", "2"]) == 0
+    disk, bucket = open_store(str(tmp_path / "out")), open_store("s3://bucket/made/here")
+    assert bucket.list() == disk.list() and len(bucket.list()) == 8
+    assert all(bucket.get(name) == disk.get(name) for name in disk.list())
+    assert "s3://bucket/made/here: 5 samples" in capsys.readouterr().out
+    assert inspect_shards(["s3://bucket/made/here"]) == 0
+    assert "every shard and every sample is as indexed" in capsys.readouterr().out
+    assert make_shards([manifest, "s3://bucket/made/here"]) == 2
+    assert "s3://bucket/made/here: exists and is not empty" in capsys.readouterr().err
 
 
 def one_line(swift: Swift, error: UserError) -> str:

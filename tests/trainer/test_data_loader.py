@@ -121,6 +121,49 @@ def test_any_stop_points_and_ranks_give_the_same_batches(
     assert state == end
 
 
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_any_shards_resumed_on_1_then_4_then_2_ranks(
+    prepared: PreparedData, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Random sets of text samples: first part + resumed parts = the uninterrupted order, every epoch exactly once."""
+    root = tmp_path_factory.mktemp("any")
+    sizes = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=3))
+    weights = [1.0, *data.draw(st.lists(st.sampled_from([0.0, 0.3, 2.0]), min_size=2, max_size=2))]
+    for i, size in enumerate(sizes):
+        write_shards(root / f"s{i}", samples(f"s{i}", size, audio=False), data.draw(st.integers(1, 12)))
+    sets = tuple(SetConfig(name=f"s{i}", shards=f"s{i}", weight=weights[i]) for i in range(len(sizes)))
+    num_lanes = data.draw(st.integers(1, 6))
+    config = data_config(
+        root, *sets, num_lanes=num_lanes, global_batch_samples=num_lanes * data.draw(st.integers(1, 3))
+    )
+    config = replace(config, read_kib=1, tokenizer=replace(config.tokenizer, path=prepared.tokenizer_path))
+    made = prepare(config, (2,))
+    expected, end = run(made, 20)
+    stops = sorted(data.draw(st.tuples(st.integers(0, 20), st.integers(0, 20))))
+    found: list[list[Sample]] = []
+    state: State | None = None
+    for world, stop in zip((1, 4, 2), (*stops, 20), strict=True):
+        batches, state = run(made, 20, world, state, stop)
+        found += batches
+    assert_identical(expected, found)
+    assert state == end
+    for i, size in enumerate(sizes):
+        # A lane's epochs: every sample of the set is drawn once before any is drawn twice, lane by lane.
+        drawn = Counter(s.key for b in expected for s in b if s.meta["set"] == f"s{i}")
+        assert sum(drawn.values()) == sum(end["positions"].get(f"s{i}", [0]))
+        assert len(drawn) <= size
+
+
+def test_one_lane_draws_everything_once_per_epoch(prepared: PreparedData, tmp_path: Path) -> None:
+    write_shards(tmp_path / "s", samples("s", 17, audio=False), 5)
+    config = data_config(tmp_path, SetConfig(name="s", shards="s"), num_lanes=1, global_batch_samples=1)
+    config = replace(config, read_kib=1, tokenizer=replace(config.tokenizer, path=prepared.tokenizer_path))
+    batches, _ = run(prepare(config, (2,)), 51)
+    for epoch in range(3):
+        assert len({b[0].key for b in batches[17 * epoch : 17 * epoch + 17]}) == 17
+
+
 def test_processes_change_nothing(prepared: PreparedData) -> None:
     """One rank with 1 process, 4 with none, 2 with 2 each and hardly any shared memory."""
     data = with_fields(prepared, num_lanes=4, global_batch_samples=8)
