@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
 
+import numpy as np
+
 from model.batch import Sample
 from model.errors import UserError
 from trainer.data.decode import SampleError
@@ -71,7 +73,7 @@ def _items(prepared: PreparedData, split: str) -> list[tuple[SetReader, int, int
     found: dict[tuple[str, int, int], tuple[SetReader, int, int]] = {}
     for reader in (s.open(split, prepared.config) for s in prepared.sets):
         if reader is not None:
-            for shard in range(len(reader.num_per_shard)):
+            for shard in np.flatnonzero(reader.num_per_shard).tolist():
                 for rank, index in enumerate(reader.selected(shard)):
                     found.setdefault((reader.shards.store.url, shard, index), (reader, shard, rank))
     if not found:

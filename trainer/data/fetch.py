@@ -12,7 +12,8 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from typing import Any
 
@@ -45,7 +46,7 @@ def read_samples(shards: ShardSet, shard: int, indices: Sequence[int]) -> Fetche
     table = shards.table(shard)
     pending = sorted({i: table[i] for i in indices}.items(), key=lambda item: item[1].span)
     found: Fetched = {}
-    why = ""
+    why, whole = "", False
     for wait_sec in (0.0, *REFETCH_AFTER_SEC):
         time.sleep(wait_sec)
         try:
@@ -53,12 +54,15 @@ def read_samples(shards: ShardSet, shard: int, indices: Sequence[int]) -> Fetche
             whole = False
         except (ChangedError, MissingError) as error:
             why, whole = str(error), True
-        if not pending:
-            return found
+        if not pending or shards.altered.issuperset((shard, i) for i, _ in pending):
+            break
     if whole:
         shards.quarantine(shard, why)
         return {i: SampleError("altered", why) for i in indices}
-    log.warning("%s/%s: %d samples are left out: %s", shards.store.url, shards.shards[shard].name, len(pending), why)
+    fresh = {(shard, i) for i, _ in pending} - shards.altered
+    if fresh:
+        shards.altered |= fresh
+        log.warning("%s/%s: %d samples are left out: %s", shards.store.url, shards.shards[shard].name, len(fresh), why)
     return found | {i: SampleError("altered", why) for i, _ in pending}
 
 
@@ -147,8 +151,9 @@ class ReadAhead:
 
     def close(self) -> None:
         """End the threads; one that waits for the store is left behind."""
-        while not self._jobs.empty():
-            self._jobs.get()
+        with suppress(Empty):
+            while True:
+                self._jobs.get_nowait()
         for _ in self._threads:
             self._jobs.put(None)
         deadline = time.monotonic() + _JOIN_SEC

@@ -172,6 +172,8 @@ class ShardSet:
         self.table = lru_cache(maxsize=num_cached_tables)(self._read_table)
         self.quarantined: dict[int, str] = {}
         """Shards that are not what the index says, and why."""
+        self.altered: set[tuple[int, int]] = set()
+        """Samples (shard, index) of other shards that are not, however often they are fetched."""
 
     @property
     def shards(self) -> tuple[Shard, ...]:
