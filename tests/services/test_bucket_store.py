@@ -184,3 +184,11 @@ def test_other_urls_are_refused_by_name(swift: Swift, url: str, words: str) -> N
 def test_other_clouds_need_their_own_variables(swift: Swift, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=f"{scheme}://: no credentials: set one of"):
         open_store(f"{scheme}://bucket/p")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/no/such/file")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "not base64, and not to be shown")
+    with pytest.raises(UserError) as caught:
+        open_store(f"{scheme}://bucket/p", retry_sec=0.1).get("x")
+    text = str(caught.value)
+    assert text.startswith(f"{scheme}://bucket/p") and "\n" not in text and "not to be shown" not in text
+    assert ("GOOGLE_APPLICATION_CREDENTIALS" if scheme == "gs" else "AZURE_STORAGE_ACCOUNT_KEY") in text

@@ -258,7 +258,8 @@ class Cursor:
         self._run = order.run(lane, position)
         self._start = position
         self._future: Future[Fetched] | None = self._read(self._run, required=True)
-        self._next: tuple[Run, Future[Fetched]] | None = None
+        self._next_run = order.run(lane, position + len(self._run.ranks))
+        self._next_future: Future[Fetched] | None = None
 
     @property
     def shard(self) -> int:
@@ -273,17 +274,15 @@ class Cursor:
         end = self._start + len(self._run.ranks)
         if self.position >= end:
             self._release(self._run)
-            run, future = self._next or (self.order.run(self.lane, end), None)
-            self._run, self._start, self._next = run, end, None
-            self._future = self._read(run, required=True) if future is None else future
-            self.fetched = {}
+            self._run, self._start, self.fetched = self._next_run, end, {}
+            self._future = self._next_future or self._read(self._run, required=True)
+            self._next_run = self.order.run(self.lane, end + len(self._run.ranks))
+            self._next_future = None
         if self._future is not None:
             self.fetched = self._future.result()
             self._future = None
-        if self._next is None:
-            run = self.order.run(self.lane, self._start + len(self._run.ranks))
-            future = self._read(run, required=False)
-            self._next = None if future is None else (run, future)
+        if self._next_future is None:
+            self._next_future = self._read(self._next_run, required=False)
 
     def _read(self, run: Run, *, required: bool) -> Future[Fetched] | None:
         reader = self.reader

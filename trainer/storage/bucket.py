@@ -49,25 +49,21 @@ class BucketStore:
         options = dict(access.options)
         if access.endpoint:
             options["endpoint"] = access.endpoint
-        self._store = kind(
-            bucket,
-            prefix=prefix or None,
-            client_options={
-                "allow_http": bool(access.endpoint and access.endpoint.startswith("http://")),
-                "connect_timeout": timedelta(seconds=5),
-                "timeout": timedelta(seconds=60),  # of one try; a part or a range is small
-            },
-            retry_config={
-                "max_retries": 1000,  # time decides, not the number
-                "retry_timeout": timedelta(seconds=retry_sec),
-                "backoff": {
-                    "init_backoff": timedelta(milliseconds=250),
-                    "max_backoff": timedelta(seconds=5),
-                    "base": 3,
-                },
-            },
-            **options,
-        )
+        client = {
+            "allow_http": bool(access.endpoint and access.endpoint.startswith("http://")),
+            "connect_timeout": timedelta(seconds=5),
+            "timeout": timedelta(seconds=60),  # of one try; a part or a range is small
+        }
+        retry = {
+            "max_retries": 1000,  # time decides, not the number
+            "retry_timeout": timedelta(seconds=retry_sec),
+            "backoff": {"init_backoff": timedelta(seconds=0.25), "max_backoff": timedelta(seconds=5), "base": 3},
+        }
+        try:
+            self._store = kind(bucket, prefix=prefix or None, client_options=client, retry_config=retry, **options)
+        except (BaseError, ValueError):
+            # obstore's own text may quote what it read.
+            raise UserError(f"{self._url}: cannot be opened with {access.source}; check what is set there") from None
 
     @property
     def url(self) -> str:
