@@ -34,7 +34,7 @@ from trainer.data.prepare import PreparedData, prepare
 from trainer.data.state import Account
 from trainer.storage.open import open_store
 
-NUM_UTTERANCES, PER_SHARD, ROUNDS = 1200, 400, 5
+NUM_UTTERANCES, PER_SHARD, ROUNDS = 480, 160, 9
 LANES, BATCH = 8, 32
 GOAL_SHARE, GOAL_FIRST_SEC, GOAL_RESUME_SEC, GOAL_S3 = 0.95, 1.0, 0.5, 1.0
 
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         hours = sum(u.seconds for u in samples) / 3600
         print(f"{len(samples)} utterances, {hours:.2f} h, FLAC 16 kHz; not installed: {missing or 'none'}", flush=True)
         results: dict[str, Any] = {"local": table(compare(arms, args.rounds), "decode only"), "missing_peers": missing}
-        linked_set(root / "large" / "set", root / "set", num_copies=2560)
+        linked_set(root / "large" / "set", root / "set", num_copies=6400)
         tokenizer = prepared.tokenizer_path
         results["first_batch_sec"] = first_batch_sec(config(str(root), tokenizer))
         results["resume_sec"] = resume_sec(config(str(root / "large"), tokenizer, num_lanes=16))
