@@ -25,6 +25,7 @@ from trainer.data.loader import Loader, SkipLog
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.state import Account, State, merge_states, new_state
 from trainer.data.workers import Workers
+from trainer.storage.store import LocalStore
 
 BROKEN = {"a-3", "a-8", "a-9"}
 
@@ -162,6 +163,39 @@ def test_one_lane_draws_everything_once_per_epoch(prepared: PreparedData, tmp_pa
     batches, _ = run(prepare(config, (2,)), 51)
     for epoch in range(3):
         assert len({b[0].key for b in batches[17 * epoch : 17 * epoch + 17]}) == 17
+
+
+class Counting(LocalStore):
+    """Counts requests by kind."""
+
+    requests: Counter[str] = Counter()
+
+    def get(self, name: str) -> bytes:
+        self.requests[name.partition(".")[2]] += 1
+        return super().get(name)
+
+    def get_range(self, name: str, offset: int, num_bytes: int, total_bytes: int | None = None) -> memoryview:
+        self.requests["range"] += 1
+        return super().get_range(name, offset, num_bytes, total_bytes)
+
+
+@pytest.mark.parametrize("consumed", [0, 10**3, 10**6])
+def test_a_resume_costs_the_same_few_reads_however_far_it_is(
+    prepared: PreparedData, monkeypatch: pytest.MonkeyPatch, consumed: int
+) -> None:
+    monkeypatch.setattr("trainer.data.prepare.open_store", lambda url, retry_sec=None: Counting(Path(url)))
+    monkeypatch.setattr(Counting, "requests", Counter())
+    tokenizer = replace(prepared.config.tokenizer, path=prepared.tokenizer_path)
+    fields = {"num_lanes": 1, "global_batch_samples": 1, "read_ahead_mib": 0, "read_kib": 1, "join": JoinConfig()}
+    config = replace(prepared.config, sets=prepared.config.sets[:1], tokenizer=tokenizer, **fields)
+    data = prepare(config, (2, 2))
+    (reader,) = data.open_training()
+    state = new_state(5, 1, {"a": reader.digest}, consumed, {0: Account({"a": consumed}, consumed)})
+    with Loader(data, seed=5, num_batches=10**7, state=state) as loader:
+        next(iter(loader))
+    assert Counting.requests["json"] == 1
+    assert Counting.requests["idx.json"] <= 2 and Counting.requests["range"] <= 2  # two if it must pass a broken one
+    assert sum(Counting.requests.values()) <= 5
 
 
 def test_processes_change_nothing(prepared: PreparedData) -> None:

@@ -31,7 +31,7 @@ class PreparedSet:
     """URL and index. Made from a manifest: one folder per split that the manifest has. Given as shards: the same for
     every split."""
     left_out: dict[str, int]
-    """Samples of the training split that are not in its shards, by reason; listed in its folder's skipped.jsonl."""
+    """Samples of the manifest's training split that are not in its shards, by reason; listed in their skipped.jsonl."""
 
     def open(self, split: str, config: DataConfig) -> SetReader | None:
         """Reader of the set's selection of `split`; None if it has no such sample."""
@@ -132,7 +132,7 @@ def _given_shards(config: DataConfig, part: SetConfig, wanted: tuple[str, ...]) 
             f"others' with tools.inspect_shards --build-index ({error})"
         ) from None
     splits = sorted({g.split for g in index.groups})
-    return PreparedSet(part, tuple(splits), dict.fromkeys(wanted, (url, index)), _left_out(url))
+    return PreparedSet(part, tuple(splits), dict.fromkeys(wanted, (url, index)), {})
 
 
 def _build(
