@@ -54,7 +54,7 @@ gpu-check: setup
 
 bench-data: setup
 	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[peers]'
-	$(PY) -m bench.loader --s3
+	$(PY) -m bench.loader --parts local first resume s3
 	$(PY) -m bench.padding
 
 soak-data: setup

@@ -1,6 +1,6 @@
 """Reading shards from a real S3 server (Swift, on this machine): ours, checked, against obstore alone.
 
-    python -m bench.loader_s3 FOLDER_OF_SHARDS TOKENIZER        `python -m bench.loader --s3` calls it
+    python -m bench.loader_s3 FOLDER_OF_SHARDS TOKENIZER        `bench.loader --parts s3` calls it
 
 Arms take turns. `obstore` fetches whole objects, one after another or four at a time, and throws them away. Ours reads
 every sample in training order by chunks of several sizes (ranged reads), compares each with the index, and parses its

@@ -116,7 +116,8 @@ class _Inbox:
         else:
             start, sizes = places
             # One copy for all: the arrays of a list live and die together.
-            block = memoryview(bytearray(self._memory[start : start + sum(map(_aligned, sizes))]))
+            with memoryview(self._memory) as ring:
+                block = memoryview(bytearray(ring[start : start + sum(map(_aligned, sizes))]))
             buffers, at = [], 0
             for size in sizes:
                 buffers.append(block[at : at + size])
