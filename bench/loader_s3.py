@@ -32,7 +32,7 @@ from trainer.storage.open import open_store
 
 ROUNDS = 3
 READ_KIB = (128, 512, 2048, 8192, 1 << 20)
-"""The last: whole objects, by one ranged read."""
+"""The last: a whole shard, by reads of at most `fetch.MAX_READ_BYTES`."""
 THREADS = 4
 URL = "s3://bench/set"
 
