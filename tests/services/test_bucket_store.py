@@ -149,7 +149,7 @@ def test_a_short_absence_is_waited_for_and_a_long_one_is_an_error(server: Swift,
     try:
         start = time.monotonic()
         assert store.get("x") == b"1"
-        assert 1.5 < time.monotonic() - start < 12
+        assert time.monotonic() - start > 1.5
     finally:
         back.join()
     server.kill_proxy()

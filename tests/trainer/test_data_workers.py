@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -70,11 +69,10 @@ def test_a_process_is_no_more_ahead_than_it_may() -> None:
     workers = Workers([()], serve=endless, num_ahead=3, buffer_bytes=4096)
     try:
         workers.pieces(0)
-        connection, waiting = workers._inboxes[0]._connection, 0
-        time.sleep(0.3)
-        while connection.poll(0.05):
+        connection = workers._inboxes[0]._connection
+        for _ in range(3):
+            assert connection.poll(20)
             connection.recv()
-            waiting += 1
-        assert waiting == 3
+        assert not connection.poll(0.3)
     finally:
         workers.close()
