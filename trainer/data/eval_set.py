@@ -82,11 +82,11 @@ def _items(prepared: PreparedData, split: str) -> list[tuple[SetReader, int, int
 
 
 def _make(source: SampleSource, reader: SetReader, shard: int, ranks: Sequence[int]) -> list[Sample | Skip]:
-    fetched = reader.read(shard, ranks)
+    arrived = reader.read_unchecked(shard, ranks)
     made: list[Sample | Skip] = []
     for rank in ranks:
         try:
-            made.append(to_sample(source.evaluation(reader, shard, rank, fetched)))
+            made.append(to_sample(source.evaluation(reader, shard, rank, arrived)))
         except SampleError as error:
             made.append(reader.skip(shard, rank, error))
     return made

@@ -1,4 +1,4 @@
-"""Encoded samples from the store: few large ranged reads, each sample checked, the next ones read ahead.
+"""Encoded samples from the store: few large ranged reads, the next ones read ahead, each sample checked before its use.
 
 What arrives is compared with the index (the object's size, every sample's CRC-32). Where it differs it is fetched
 again; if it still differs, its samples are `altered` and the shard is named in the log: nothing of them is used.
@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer.data.decode import SampleError
 from trainer.data.shards import Entry, RawSample, ShardSet
@@ -30,6 +30,7 @@ REFETCH_AFTER_SEC = (0.1, 1.0)
 _JOIN_SEC = 1.0
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 Fetched = dict[int, RawSample | SampleError]
 """Index in the shard → sample, or why it cannot be used."""
@@ -44,26 +45,31 @@ def read_samples(shards: ShardSet, shard: int, indices: Sequence[int]) -> Fetche
     if shard in shards.quarantined:
         return {i: SampleError("altered", shards.quarantined[shard]) for i in indices}
     table = shards.table(shard)
-    pending = sorted({i: table[i] for i in indices}.items(), key=lambda item: item[1].span)
     found: Fetched = {}
-    why, whole = "", False
+    pending, gone = list(indices), None
     for wait_sec in (0.0, *REFETCH_AFTER_SEC):
         time.sleep(wait_sec)
         try:
-            pending, why = _attempt(shards, shard, found, pending)
-            whole = False
+            arrived, gone = read_unchecked(shards, shard, pending), None
         except (ChangedError, MissingError) as error:
-            why, whole = str(error), True
-        if not pending or shards.altered.issuperset((shard, i) for i, _ in pending):
+            gone = str(error)
+            continue
+        good = {i: sample for i in pending if (sample := checked(shards, table[i], arrived[i])) is not None}
+        found |= good
+        pending = [i for i in pending if i not in good]
+        if shards.altered.issuperset((shard, i) for i in pending):
             break
-    if whole:
-        shards.quarantine(shard, why)
-        return {i: SampleError("altered", why) for i in indices}
-    fresh = {(shard, i) for i, _ in pending} - shards.altered
-    if fresh:
-        shards.altered |= fresh
-        log.warning("%s/%s: %d samples are left out: %s", shards.store.url, shards.shards[shard].name, len(fresh), why)
-    return found | {i: SampleError("altered", why) for i, _ in pending}
+    if gone is not None:
+        shards.quarantine(shard, gone)
+        return {i: SampleError("altered", gone) for i in indices}
+    where = f"{shards.store.url}/{shards.shards[shard].name}"
+    for i in pending:
+        left_out = SampleError("altered", f"{where}: sample {table[i].key} is not what was indexed")
+        found[i] = left_out
+        if (shard, i) not in shards.altered:
+            shards.altered.add((shard, i))
+            log.warning("%s; it is left out", left_out.detail)
+    return found
 
 
 def read_table(shards: ShardSet, shard: int) -> tuple[Entry, ...]:
@@ -76,25 +82,27 @@ def read_table(shards: ShardSet, shard: int) -> tuple[Entry, ...]:
     return shards.table(shard)
 
 
-def _attempt(
-    shards: ShardSet, shard: int, found: Fetched, pending: Sequence[tuple[int, Entry]]
-) -> tuple[list[tuple[int, Entry]], str]:
-    """Put what is good into `found`; returns what is not, and why. Raises as `Store.get_range`."""
-    info, bad, why = shards.shards[shard], [], ""
-    for part in _requests(pending):
+def read_unchecked(shards: ShardSet, shard: int, indices: Sequence[int]) -> dict[int, memoryview]:
+    """The bytes of samples as they come, for `checked`. Raises as `Store.get_range`."""
+    table, info = shards.table(shard), shards.shards[shard]
+    found = {}
+    for part in _requests(sorted(((i, table[i]) for i in indices), key=lambda item: item[1].span)):
         start, end = part[0][1].span[0], max(entry.span[1] for _, entry in part)
         data = shards.store.get_range(info.name, start, end - start, info.num_bytes)
         for index, entry in part:
-            sample = data[entry.span[0] - start : entry.span[1] - start]
-            if zlib.crc32(sample) != entry.crc32:
-                bad.append((index, entry))
-                why = f"{shards.store.url}/{info.name}: sample {entry.key} is not what was indexed"
-                continue
-            try:
-                found[index] = shards.parse(entry, sample)
-            except SampleError as error:
-                found[index] = error
-    return bad, why
+            first, last = entry.span
+            found[index] = data[first - start : last - start]
+    return found
+
+
+def checked(shards: ShardSet, entry: Entry, data: memoryview) -> RawSample | SampleError | None:
+    """The sample in `data`; None if these are not the bytes that were indexed."""
+    if zlib.crc32(data) != entry.crc32:
+        return None
+    try:
+        return shards.parse(entry, data)
+    except SampleError as error:
+        return error
 
 
 def _requests(samples: Sequence[tuple[int, Entry]]) -> list[list[tuple[int, Entry]]]:
@@ -127,7 +135,7 @@ class ReadAhead:
         self._num_threads = num_threads
         self._threads: list[Thread] = []
 
-    def start(self, work: Callable[[], Fetched], num_bytes: int, *, required: bool) -> Future[Fetched] | None:
+    def start(self, work: Callable[[], T], num_bytes: int, *, required: bool) -> Future[T] | None:
         """The future of `work`; None if the budget has no room and the job is not required.
 
         `release` must be told when its result is no longer held.
@@ -141,7 +149,7 @@ class ReadAhead:
                 thread = Thread(target=self._work, name=f"read-{len(self._threads)}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
-        future: Future[Fetched] = Future()
+        future: Future[T] = Future()
         self._jobs.put((future, work))
         return future
 

@@ -17,12 +17,15 @@ from model.lengths import SAMPLE_RATE, num_samples
 from trainer.data.augment import augment
 from trainer.data.config import DataConfig, SetConfig
 from trainer.data.decode import SampleError, check_metadata, decode_audio
-from trainer.data.fetch import Fetched, ReadAhead, read_samples, read_table
+from trainer.data.fetch import Fetched, ReadAhead, checked, read_samples, read_table, read_unchecked
 from trainer.data.lanes import Run, SetOrder, hash_of
 from trainer.data.sample import Clip, EncodedSample, make_sample
-from trainer.data.shards import Selection, ShardSet
+from trainer.data.shards import RawSample, Selection, ShardSet
 from trainer.data.tokenizer import Tokenizer
 from trainer.storage.store import ChangedError, MissingError
+
+Arrived = dict[int, memoryview]
+"""Rank → a sample's bytes, not checked yet."""
 
 Decoded = tuple[dict[str, Any], tuple[Clip, ...]]
 """Metadata and clips."""
@@ -80,6 +83,19 @@ class SetReader:
             return {rank: SampleError("altered", str(error)) for rank in ranks}
         found = read_samples(self.shards, shard, [indices[rank] for rank in ranks])
         return {rank: found[indices[rank]] for rank in ranks}
+
+    def read_unchecked(self, shard: int, ranks: Sequence[int]) -> Arrived:
+        """Rank → bytes, for `checked`; none where something is wrong with the shard: `read` finds out what."""
+        try:
+            indices = self.selected(shard)
+            found = read_unchecked(self.shards, shard, [indices[rank] for rank in ranks])
+        except (MissingError, ChangedError):
+            return {}
+        return {rank: found[indices[rank]] for rank in ranks}
+
+    def checked(self, shard: int, rank: int, data: memoryview) -> RawSample | SampleError | None:
+        """See `fetch.checked`."""
+        return checked(self.shards, self.shards.table(shard)[self.selected(shard)[rank]], data)
 
     def metadata(self) -> Iterator[dict[str, Any]]:
         """The fields of all selected samples, in stored order; those that cannot be used are passed over."""
@@ -168,15 +184,15 @@ class SampleSource:
         """Those of `ranks` that are not in memory, decoded."""
         return [rank for rank in ranks if (id(reader), shard, rank) not in self._cache]
 
-    def evaluation(self, reader: SetReader, shard: int, rank: int, fetched: Fetched) -> EncodedSample:
+    def evaluation(self, reader: SetReader, shard: int, rank: int, arrived: Arrived) -> EncodedSample:
         """The sample as evaluation sees it: the prompt alone, no augmentation. Raises SampleError."""
-        metadata, clips = self.decoded(reader, shard, rank, fetched)
+        metadata, clips = self.decoded(reader, shard, rank, arrived)
         return self._make(reader.key(shard, rank), reader, metadata, clips, evaluate=True)
 
     def training(self, place: Cursor, progress: float) -> EncodedSample:
         """The sample at a cursor, joined and augmented as of `progress` (0 to 1). Raises SampleError."""
         reader, shard, rank = place.reader, place.shard, place.rank
-        metadata, clips = self.decoded(reader, shard, rank, place.fetched)
+        metadata, clips = self.decoded(reader, shard, rank, place.arrived)
         if self.config.join.probability or self.config.augment.enabled:
             name = place.order.name
             rng = np.random.Generator(np.random.PCG64(hash_of(self.seed, "augment", name, place.lane, place.position)))
@@ -186,12 +202,15 @@ class SampleSource:
                 clips = tuple(augment(c, self.config.augment, strength, rng) for c in clips)
         return self._make(reader.key(shard, rank), reader, metadata, clips, evaluate=False)
 
-    def decoded(self, reader: SetReader, shard: int, rank: int, fetched: Fetched) -> Decoded:
-        """Metadata and clips, from memory, from `fetched`, or else from the store. Raises SampleError."""
+    def decoded(self, reader: SetReader, shard: int, rank: int, arrived: Arrived) -> Decoded:
+        """Metadata and clips, from memory, from what has `arrived`, or else from the store. Raises SampleError."""
         key = (id(reader), shard, rank)
         if (found := self._cache.get(key)) is not None:
             return found
-        raw = fetched[rank] if rank in fetched else reader.read(shard, [rank])[rank]
+        # Checked here, not where it was read: decoding finds the bytes in this core's cache.
+        raw = reader.checked(shard, rank, arrived[rank]) if rank in arrived else None
+        if raw is None:
+            raw = reader.read(shard, [rank])[rank]
         if isinstance(raw, SampleError):
             raise raw
         check_metadata(raw.metadata)
@@ -234,7 +253,7 @@ class SampleSource:
             other = others[int(rng.integers(len(others)))]
             gap = np.zeros(num_samples(rng.uniform(0, join.gap_sec)), dtype=np.float32)
             try:
-                more, joined = self.decoded(reader, shard, other, place.fetched)
+                more, joined = self.decoded(reader, shard, other, place.arrived)
             except SampleError:
                 continue  # it is counted and listed where its own turn comes
             if sum(map(len, parts)) + len(gap) + len(joined[0]) > join.max_sec * SAMPLE_RATE:
@@ -253,13 +272,13 @@ class Cursor:
         self.source, self.reader, self.order, self.lane = source, reader, order, lane
         self.position = position
         """Of the sample to be used next."""
-        self.fetched: Fetched = {}
+        self.arrived: Arrived = {}
         """What is in memory of the current run."""
         self._run = order.run(lane, position)
         self._start = position
-        self._future: Future[Fetched] | None = self._read(self._run, required=True)
+        self._future: Future[Arrived] | None = self._read(self._run, required=True)
         self._next_run = order.run(lane, position + len(self._run.ranks))
-        self._next_future: Future[Fetched] | None = None
+        self._next_future: Future[Arrived] | None = None
 
     @property
     def shard(self) -> int:
@@ -274,23 +293,23 @@ class Cursor:
         end = self._start + len(self._run.ranks)
         if self.position >= end:
             self._release(self._run)
-            self._run, self._start, self.fetched = self._next_run, end, {}
+            self._run, self._start, self.arrived = self._next_run, end, {}
             self._future = self._next_future or self._read(self._run, required=True)
             self._next_run = self.order.run(self.lane, end + len(self._run.ranks))
             self._next_future = None
         if self._future is not None:
-            self.fetched = self._future.result()
+            self.arrived = self._future.result()
             self._future = None
         if self._next_future is None:
             self._next_future = self._read(self._next_run, required=False)
 
-    def _read(self, run: Run, *, required: bool) -> Future[Fetched] | None:
+    def _read(self, run: Run, *, required: bool) -> Future[Arrived] | None:
         reader = self.reader
         size = len(run.ranks) * reader.mean_sample_bytes
 
-        def work() -> Fetched:
+        def work() -> Arrived:
             ranks = self.source.missing(reader, run.shard, run.ranks)
-            return reader.read(run.shard, ranks) if ranks else {}
+            return reader.read_unchecked(run.shard, ranks) if ranks else {}
 
         return self.source.ahead.start(work, size, required=required)
 
