@@ -2,6 +2,8 @@
 # make test    everything that CI checks       make parity     distributed = single process, on this machine
 # make gpu-check  the same questions on a GPU  make clean      remove caches (not .venv, not runs)
 # make kill-test  50 kills of a small run      make export-test  an export in an environment without this project
+# make bench-data  the loader against its peers, padding (minutes; wants a quiet machine and the kit: KIT_DIR)
+# make soak-data   its memory over 10^5 batches, kit_cpu from a bucket with kills (hours)
 #
 # PYTHON=python3.12          another interpreter (3.10 to 3.12)
 # TORCH_SPEC=torch==2.11.0   another torch (2.11 to 2.13)
@@ -18,7 +20,7 @@ CXX_NAMES := g++ c++ clang++
 # DeepSpeed looks for ninja in PATH when it builds its shared-memory operation.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup test demo parity gpu-check kill-test export-test clean
+.PHONY: setup test demo parity gpu-check kill-test export-test bench-data soak-data clean
 
 setup: $(STAMP)
 
@@ -59,6 +61,15 @@ export-test: setup
 	.venv-export/bin/python -m pip install --quiet $(TORCH_SPEC) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	.venv-export/bin/python -m pip install --quiet -c constraints.txt transformers soundfile
 	EXPORT_PYTHON=$(CURDIR)/.venv-export/bin/python $(PY) -m pytest tests/tools/test_export.py -k without_this_project
+
+bench-data: setup
+	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[peers]'
+	$(PY) -m bench.loader --parts local first resume s3
+	$(PY) -m bench.padding
+
+soak-data: setup
+	$(PY) -m bench.loader_memory
+	$(PY) -m bench.s3_training kit_cpu
 
 clean:
 	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

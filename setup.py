@@ -17,19 +17,20 @@ setup(
         "transformers>=5.17,<6",
         "safetensors>=0.5",
         "numpy>=1.26",
-        "webdataset==1.0.2",
+        "obstore>=0.11,<0.13",
         "soundfile>=0.13",
         "soxr>=0.5",
         "sentencepiece>=0.2.1",
         "jiwer>=4,<5",
         "nltk>=3.9,<4",  # METEOR; WordNet itself comes from the system (Debian: wordnet-base)
         "mlflow>=3.5,<4",
-        "matplotlib>=3.9",
         "pyyaml>=6",
         "tqdm>=4.66",
+        "matplotlib>=3.9",  # plots of tools.profile_experts and tools.inspect_shards
     ],
     extras_require={
         "demo": ["espeakng-loader==0.2.4"],  # the voice of `make demo`; espeak-ng is GPL-3.0
+        "peers": ["webdataset==1.0.2", "lhotse==1.33.0"],  # what bench.loader compares with
         "dev": [
             "pytest>=8",
             "pytest-timeout",
@@ -39,6 +40,7 @@ setup(
             "types-PyYAML",
             "psutil",
             "scikit-learn",
+            "webdataset==1.0.2",  # it must be able to read our shards
         ],
     },
 )

@@ -17,13 +17,15 @@ SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py
 LEAVES = {"eval_config", "scoring"}
 ALLOWED = {
     "model": set(),
-    "trainer.data": {"model"},
+    "trainer.storage": {"model"},
+    "trainer.data": {"model", "trainer.storage"},
     "trainer.parallel": {"model"},
     "trainer.telemetry": {"model"},
     "trainer.engine": {"model", "trainer.parallel"},
-    "trainer.checkpoint": {"model", "trainer.parallel", "trainer.engine"},
+    "trainer.checkpoint": {"model", "trainer.storage", "trainer.parallel", "trainer.engine"},
     "trainer.config": {
         "model",
+        "trainer.storage",
         "trainer.data",
         "trainer.parallel",
         "trainer.telemetry",

@@ -1,4 +1,7 @@
-"""Make WebDataset shards of a manifest: python -m tools.make_shards MANIFEST.jsonl OUT [--split train]."""
+"""Make WebDataset shards of a manifest: python -m tools.make_shards MANIFEST.jsonl OUT_URL [--split train].
+
+OUT_URL is a folder or s3://BUCKET/PREFIX (gs://, az://). A build that was cut short goes on by the same command.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from model.errors import UserError
-from trainer.data.manifest import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, SKIPPED_NAME, BuildReport, build_shards
+from trainer.data.shard_build import SKIPPED_NAME, BuildReport, ShardLimits, build_shards
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: OUT is complete. 2: nothing was written; one line on stderr says why."""
+    """Exit code 0: OUT is complete. 2: it is not; one line on stderr says why."""
     parser = argparse.ArgumentParser(prog="python -m tools.make_shards", description=__doc__)
     parser.add_argument("manifest", type=Path, help="JSONL in the kit's format; audio paths relative to its folder")
-    parser.add_argument("out", type=Path, help="folder to make; it must not exist or be empty")
+    parser.add_argument("out", help="folder or bucket URL; it must be empty, or hold an unfinished build of the same")
     parser.add_argument("--split", help="only this split (default: all)")
-    parser.add_argument("--max-shard-samples", type=int, default=MAX_SHARD_SAMPLES)
-    parser.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES)
+    parser.add_argument("--max-shard-samples", type=int, default=ShardLimits().max_samples)
+    parser.add_argument("--max-shard-bytes", type=int, default=ShardLimits().max_bytes)
     parser.add_argument("--max-skipped-fraction", type=float, default=0.01, help="fail if more cannot be used")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that check clips")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
@@ -40,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.manifest,
                 args.out,
                 split=args.split,
-                max_shard_samples=args.max_shard_samples,
-                max_shard_bytes=args.max_shard_bytes,
+                limits=ShardLimits(args.max_shard_samples, args.max_shard_bytes),
                 max_skipped_fraction=args.max_skipped_fraction,
                 num_workers=args.workers,
                 on_progress=on_progress,
@@ -56,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _as_json(report: BuildReport) -> str:
     return json.dumps(
         {
-            "folder": report.folder,
+            "url": report.url,
+            "num_resumed_shards": report.num_resumed,
             "num_samples": report.num_samples,
             "num_shards": report.num_shards,
             "seconds": round(report.seconds, 3),
@@ -67,12 +70,12 @@ def _as_json(report: BuildReport) -> str:
 
 def _as_text(report: BuildReport) -> str:
     text = (
-        f"{report.folder}: {report.num_samples} samples, {report.seconds / 3600:.3f} h of audio, "
-        f"{report.num_shards} shard(s)"
+        f"{report.url}: {report.num_samples} samples, {report.seconds / 3600:.3f} h of audio, "
+        f"{report.num_shards} shard(s)" + (f", {report.num_resumed} of them made before" if report.num_resumed else "")
     )
     if report.skipped:
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(report.num_skipped_by_reason.items()))
-        text += f"; left out: {counts}, listed in {Path(report.folder) / SKIPPED_NAME}"
+        text += f"; left out: {counts}, listed in {report.url}/{SKIPPED_NAME}"
     return text
 
 

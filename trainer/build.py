@@ -18,8 +18,8 @@ from trainer.config.checks import check_llm, deepspeed_json
 from trainer.config.convert import to_tree
 from trainer.config.load import dump
 from trainer.config.schema import Recipe
-from trainer.data.manifest import BuildReport
 from trainer.data.prepare import PreparedData, prepare
+from trainer.data.shard_build import BuildReport
 from trainer.engine.ds_config import build_ds_config
 from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine
@@ -73,7 +73,7 @@ def prepare_once(recipe: Recipe, groups: Groups) -> PreparedData:
         return prepare(recipe.data, strides, ctc=recipe.model.ctc_weight > 0, on_built=_say)
 
     def _say(report: BuildReport) -> None:
-        print(f"made shards in {report.folder}: {report.num_samples} samples", flush=True)
+        print(f"made shards in {report.url}: {report.num_samples} samples", flush=True)
 
     prepared, mistake = None, [""]
     if groups.rank == 0:

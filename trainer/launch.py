@@ -96,8 +96,6 @@ def join(env: RankEnv) -> None:
         # DeepSpeed looks for ninja in PATH; an interpreter called by its path has its own beside it.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
-    # On CPUs oneDNN compiles a kernel per shape; clips of many lengths push them out of its default cache of 1024.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
     if _ERROR_DIR in os.environ and sys.platform == "linux":
         pr_set_pdeathsig = 1  # a rank must not outlive a launcher that was killed
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from model.batch import Batch
+from model.errors import UserError
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.load import dump
 from trainer.config.schema import Recipe
-from trainer.data.loader import Loader, SkipLog, merge_states
+from trainer.data.loader import Loader, SkipLog
 from trainer.data.prepare import PreparedData
+from trainer.data.state import State, merge_states
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.hooks import Hook, RunState
-from trainer.lifecycle import StopRequest, agree
+from trainer.lifecycle import StopRequest, agree, first_failure
 from trainer.parallel.groups import Groups
 from trainer.step import Step
 from trainer.telemetry.metrics import flatten_eval, is_logged, peak_memory_bytes
 from trainer.telemetry.trace import Trace
 from trainer.telemetry.tracker import ID_NAME
+
+
+class DataError(UserError):
+    """The data ended the run; its state is saved."""
 
 
 class Loop:
@@ -77,12 +84,18 @@ class Loop:
             hook.on_start(state)
         if recipe.eval.before and start == 0:
             self._note_wer("wer_before", self.evaluate(0, recipe.eval.final_split, None))
-        with StopRequest().listening() as stop:
-            finished = self._train(stop, start, data_state)
+        failure = None
+        try:
+            with StopRequest().listening() as stop:
+                finished = self._train(stop, start, data_state)
+        except DataError as error:
+            failure, finished = error, False
         if finished:
             final = self.evaluate(recipe.train.steps, recipe.eval.final_split, None)
             self._note_wer("wer_after", final)
         self._end()
+        if failure is not None:
+            raise failure
         return finished
 
     def _train(self, stop: StopRequest, start: int, data_state: dict[str, Any] | None) -> bool:
@@ -98,31 +111,48 @@ class Loop:
             on_skip=SkipLog(self.run_dir / "skipped.jsonl"),
         )
         with loader:
-            batches = iter(loader)
+            batches, state, saved = iter(loader), loader.state, start
             for number in range(start, recipe.train.steps):
                 trace.begin(number + 1)
                 with timer("load"):
-                    batch, data_state = next(batches)
+                    loaded, failure = self._next(batches)
+                if loaded is None:
+                    if saved < number:
+                        self._save(number, state)
+                    where = f"the state after step {number} is in {self.run_dir}" if number else "no step was done"
+                    raise DataError(f"{failure}; {where}; the same command goes on when this is mended")
+                batch, state = loaded
                 report = self.step(number, batch)
-                stopping, skipped = agree(stop, loader.num_skipped, self.groups)
+                known = agree(stop, loader.num_skipped, loader.epochs, self.groups)
                 done = number + 1
                 last = done == recipe.train.steps
-                saving = stopping or last or _due(done, recipe.checkpoint.every_steps)
+                saving = known.stopping or last or _due(done, recipe.checkpoint.every_steps)
                 # An interval ends with every checkpoint, so that a run that goes on from there has lost no part of one.
                 if saving or is_logged(done, recipe.telemetry.log_every_steps):
                     with timer("report"):
                         report = replace(report, load=self.step.take_load(done))
-                trace.end(done, last=stopping)
+                trace.end(done, last=known.stopping)
                 for hook in self.hooks:
-                    hook.on_step(replace(report, num_skipped=skipped))
+                    hook.on_step(replace(report, num_skipped=known.skipped, epochs=known.epochs))
                 if saving:
-                    self._save(done, data_state)
-                if stopping and not last:
+                    self._save(done, state)
+                    saved = done
+                if known.stopping and not last:
                     return False
                 if not last and _due(done, recipe.eval.every_steps):
                     self.evaluate(done, recipe.eval.split, recipe.eval.max_samples)
                 self._tell_saved()
         return True
+
+    def _next(self, batches: Iterator[tuple[Batch, State]]) -> tuple[tuple[Batch, State] | None, str | None]:
+        """This rank's part of the next global batch; or, on all ranks, None and why one of them has none."""
+        loaded, failure = None, None
+        try:
+            loaded = next(batches)
+        except UserError as error:
+            failure = str(error)
+        failure = first_failure(failure, self.groups)
+        return (loaded, None) if failure is None else (None, failure)
 
     def evaluate(self, step: int, split: str, max_samples: int | None) -> Evaluation | None:
         """Read `split`; tell the hooks. Rank 0 gets the result."""

@@ -31,6 +31,4 @@ def final_table(found: Evaluation, prepared: PreparedData, meteor: Meteor | None
 
 def _training_metas(prepared: PreparedData) -> Iterator[dict[str, Any]]:
     for reader in prepared.open_training():
-        for shard in range(len(reader.num_per_shard)):
-            for index in reader.selected(shard):
-                yield reader.shards.metadata(shard, index)
+        yield from reader.metadata()

@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from model.errors import UserError
 from tests.trainer.data_corpus import clip_rows, row, write_manifest
 from tools.make_shards import main
 from tools.train_tokenizer import main as train_tokenizer
+from trainer.data import shard_build
+from trainer.data.manifest import Row
+from trainer.data.shards import read_index
+from trainer.storage.store import LocalStore
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -89,6 +94,52 @@ def test_an_existing_folder_is_not_touched(tmp_path: Path, capsys: pytest.Captur
     assert main([str(write_manifest(tmp_path, clip_rows(tmp_path, 1))), str(out)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert contents(out) == {"mine": b"x"}
+
+
+class Cut(BaseException):
+    """The process dies here."""
+
+
+def test_a_build_that_was_cut_short_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*clip_rows(tmp_path, 9), row("mute", answer=" "), row("quiet", answer=" ")]
+    manifest, options = str(write_manifest(tmp_path, rows)), ["--max-shard-samples", "2", "--max-skipped-fraction", "1"]
+    assert main([manifest, str(tmp_path / "whole"), *options]) == 0
+    checked: list[str] = []
+    check = shard_build._check
+
+    def check_some(candidate: Row) -> shard_build.Checked:
+        if len(checked) == 7:
+            raise Cut
+        checked.append(candidate.key)
+        return check(candidate)
+
+    monkeypatch.setattr(shard_build, "_check", check_some)
+    monkeypatch.setattr(shard_build, "_CHECKED_AHEAD", 1)
+    with pytest.raises(Cut):
+        main([manifest, str(tmp_path / "cut"), *options, "--workers", "1"])
+    left = set(contents(tmp_path / "cut"))
+    assert "shards.json" not in left and "shard-000000.tar" in left
+    with pytest.raises(UserError, match="shards.json"):
+        read_index(LocalStore(tmp_path / "cut"))
+    checked.clear()
+    monkeypatch.setattr(shard_build, "_check", lambda candidate: checked.append(candidate.key) or check(candidate))
+    capsys.readouterr()
+    assert main([manifest, str(tmp_path / "cut"), *options, "--json"]) == 0
+    num_before = json.loads(capsys.readouterr().out)["num_resumed_shards"]
+    assert num_before >= 1 and len(checked) <= len(rows) - 2 * num_before
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_an_unfinished_build_of_something_else_is_not_touched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "building.json").write_text('{"source": "other"}')
+    assert main([str(write_manifest(tmp_path, clip_rows(tmp_path, 1))), str(out)]) == 2
+    assert "no unfinished build of this manifest" in capsys.readouterr().err
 
 
 def test_train_tokenizer_writes_an_exact_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

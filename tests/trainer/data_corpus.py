@@ -12,7 +12,8 @@ import numpy as np
 import soundfile
 
 from trainer.data.config import DataConfig, SetConfig, TokenizerConfig
-from trainer.data.shards import ShardSetWriter
+from trainer.data.shard_writer import ShardWriter, write_index
+from trainer.storage.open import open_store
 
 RATE = 16_000
 
@@ -53,12 +54,22 @@ def write_shards(
     folder: Path, samples: Iterable[tuple[dict[str, Any], list[tuple[str, bytes]]]], per_shard: int
 ) -> Path:
     """Shards of samples that nobody checked, as others may have made them."""
-    folder.mkdir(parents=True)
-    writer = ShardSetWriter(folder, per_shard, 1 << 30)
-    for metadata, clips in samples:
-        writer.add(metadata["id"], clips, metadata, 0.1 * len(clips))
-    writer.finish()
+    write_shards_to(str(folder), samples, per_shard)
     return folder
+
+
+def write_shards_to(
+    url: str, samples: Iterable[tuple[dict[str, Any], list[tuple[str, bytes]]]], per_shard: int
+) -> None:
+    """The same, to a folder or a bucket."""
+    store, items = open_store(url), list(samples)
+    shards = []
+    for start in range(0, len(items), per_shard):
+        writer = ShardWriter(store, len(shards))
+        for metadata, clips in items[start : start + per_shard]:
+            writer.add(metadata["id"], clips, metadata, 0.1 * len(clips))
+        shards.append(writer.finish())
+    write_index(store, shards)
 
 
 def data_config(root: Path, *sets: SetConfig, **fields: Any) -> DataConfig:

@@ -14,56 +14,77 @@ from trainer.data.lanes import Blend, SetOrder, lanes_of_rank, permutation
 counts = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(sum)
 
 
-@given(counts, st.integers(1, 9), st.integers(0, 99), st.booleans())
+def walk(order: SetOrder, lane: int, num: int, start: int = 0) -> list[tuple[int, int, int]]:
+    """(epoch, shard, rank) at `num` positions of a lane, each asked for on its own."""
+    runs = (order.run(lane, start + i) for i in range(num))
+    return [(r.epoch, r.shard, r.ranks[0]) for r in runs]
+
+
+@given(counts, st.integers(1, 9), st.integers(0, 99), st.booleans(), st.integers(1, 10))
 @settings(max_examples=60, deadline=None)
-def test_every_epoch_holds_every_sample_once(per_shard: list[int], num_lanes: int, seed: int, shuffle: bool) -> None:
-    order = SetOrder("s", per_shard, seed, num_lanes, shuffle)
+def test_every_epoch_holds_every_sample_once(
+    per_shard: list[int], num_lanes: int, seed: int, shuffle: bool, chunk: int
+) -> None:
+    order = SetOrder("s", per_shard, seed, num_lanes, shuffle, chunk)
     everything = {(shard, i) for shard, n in enumerate(per_shard) for i in range(n)}
     # After num_lanes epochs every lane has read every sample, so the count ends on whole epochs.
     seen: dict[int, Counter] = {}
     for lane in range(num_lanes):
-        epochs = []
-        for position in range(order.num_samples):
-            address = order.locate(lane, position)
-            seen.setdefault(address.epoch, Counter())[address.shard, address.rank_in_shard] += 1
-            epochs.append(address.epoch)
-        assert epochs == sorted(epochs)
-        assert order.locate(lane, order.num_samples).epoch >= num_lanes
+        places = walk(order, lane, order.num_samples)
+        for epoch, shard, rank in places:
+            seen.setdefault(epoch, Counter())[shard, rank] += 1
+        assert [p[0] for p in places] == sorted(p[0] for p in places)
+        assert order.run(lane, order.num_samples).epoch >= num_lanes
     assert sorted(seen) == list(range(num_lanes))
     assert all(set(c) == everything and set(c.values()) == {1} for c in seen.values())
 
 
+@given(counts, st.integers(1, 4), st.booleans(), st.integers(1, 10))
+@settings(max_examples=60, deadline=None)
+def test_a_run_is_what_its_positions_say_and_lies_in_one_chunk(
+    per_shard: list[int], num_lanes: int, shuffle: bool, chunk: int
+) -> None:
+    order = SetOrder("s", per_shard, 3, num_lanes, shuffle, chunk)
+    for lane in range(num_lanes):
+        for position in range(0, 2 * order.num_samples, 3):
+            run = order.run(lane, position)
+            places = walk(order, lane, len(run.ranks), position)
+            assert places == [(run.epoch, run.shard, rank) for rank in run.ranks]
+            assert set(run.ranks) <= set(order.chunk_of(run.shard, run.ranks[0]))
+
+
+def test_a_whole_chunk_is_one_run() -> None:
+    order = SetOrder("s", [40, 25], 1, 1, True, 10)
+    sizes, position = [], 0
+    while position < 65:
+        sizes.append(len(order.run(0, position).ranks))
+        position += sizes[-1]
+    assert sorted(sizes) == [5, 10, 10, 10, 10, 10, 10]
+
+
 def test_epochs_differ_if_shuffled_and_follow_storage_if_not() -> None:
     def epoch(order: SetOrder, number: int) -> list[tuple[int, int]]:
-        found = (order.locate(0, number * order.num_samples + i) for i in range(order.num_samples))
-        return [(a.shard, a.rank_in_shard) for a in found]
+        return [(shard, rank) for _, shard, rank in walk(order, 0, order.num_samples, number * order.num_samples)]
 
     stored = [(shard, i) for shard in range(3) for i in range(20)]
-    shuffled, plain = (SetOrder("s", [20] * 3, 1, 1, shuffle) for shuffle in (True, False))
+    shuffled, plain = (SetOrder("s", [20] * 3, 1, 1, shuffle, 8) for shuffle in (True, False))
     assert epoch(plain, 0) == epoch(plain, 5) == stored
     assert len({tuple(epoch(shuffled, e)) for e in range(5)} | {tuple(stored)}) == 6
-    assert epoch(shuffled, 0) != epoch(SetOrder("s", [20] * 3, 2, 1, True), 0)
-    assert epoch(shuffled, 0) != epoch(SetOrder("t", [20] * 3, 1, 1, True), 0)
+    assert epoch(shuffled, 0) != epoch(SetOrder("s", [20] * 3, 2, 1, True, 8), 0)
+    assert epoch(shuffled, 0) != epoch(SetOrder("t", [20] * 3, 1, 1, True, 8), 0)
 
 
 def test_the_order_is_that_of_every_machine_and_version() -> None:
     """Golden values: a change here makes every checkpoint continue with other samples."""
     assert permutation(8, 7, "set", 3).tolist() == [7, 1, 6, 5, 0, 2, 4, 3]
-    order = SetOrder("set", [5, 3], 7, 2, True)
-    assert [(a.shard, a.rank_in_shard) for a in (order.locate(1, p) for p in range(6))] == [
-        (0, 1),
-        (1, 2),
-        (1, 0),
-        (1, 1),
-        (0, 1),
-        (0, 2),
-    ]
+    order = SetOrder("set", [5, 3], 7, 2, True, 2)
+    assert [place[1:] for place in walk(order, 1, 6)] == [(0, 0), (1, 1), (1, 0), (1, 2), (0, 4), (0, 1)]
 
 
-def test_locating_costs_the_same_far_into_the_stream() -> None:
-    order = SetOrder("s", [1000] * 100, 1, 16, True)
+def test_finding_a_sample_costs_the_same_far_into_the_stream() -> None:
+    order = SetOrder("s", [1000] * 100, 1, 16, True, 64)
     far = 10**12
-    assert order.locate(3, far).epoch == pytest.approx(far * 16 / order.num_samples, rel=1e-6)
+    assert order.run(3, far).epoch == pytest.approx(far * 16 / order.num_samples, rel=1e-6)
 
 
 @given(st.integers(1, 40), st.integers(1, 40))
@@ -95,6 +116,16 @@ def test_no_lane_is_stuck_with_one_set() -> None:
         assert 70 <= sum(chosen) <= 130
 
 
+def test_temperature_weighs_sets_by_their_size() -> None:
+    sizes = [1000, 10]
+    for temperature, share in ((None, 0.5), (1.0, 10 / 1010), (2.0, 0.1 / 1.1), (1000.0, 0.5)):
+        blend = Blend(sets(1.0, 1.0), 0, 8, 25, sizes, temperature)
+        chosen = [blend.choose(k, lane, d, 0.0) for k in range(40) for lane in range(8) for d in range(25)]
+        assert np.mean(chosen) == pytest.approx(share, abs=0.004)
+    weighted = Blend(sets(1.0, 3.0), 0, 8, 1, sizes, 2.0)
+    assert weighted.weights_at(0.0) == pytest.approx([1000**0.5, 3 * 10**0.5])
+
+
 def test_weight_schedule_is_piecewise_constant_over_progress() -> None:
     late = SetConfig(name="late", manifest="m", weight=((0.0, 0.0), (0.4, 1.0), (0.8, 3.0)))
     assert [late.weight_at(p) for p in (0.0, 0.39, 0.4, 0.79, 0.8, 1.0)] == [0, 0, 1, 1, 3, 3]
@@ -114,6 +145,9 @@ def test_weight_schedule_is_piecewise_constant_over_progress() -> None:
         ({"max_audio_sec": 0}, "data.max_audio_sec = 0: must be positive"),
         ({"min_audio_sec": 2, "max_audio_sec": 1}, "data.min_audio_sec"),
         ({"max_skipped_fraction": 1}, "data.max_skipped_fraction"),
+        ({"temperature": 0.5}, "data.temperature = 0.5: must be at least 1"),
+        ({"read_kib": 0}, "data.read_kib = 0"),
+        ({"retry_sec": 900}, "data.retry_sec = 900"),
     ],
 )
 def test_illegal_settings_are_refused(fields: dict, message: str) -> None:

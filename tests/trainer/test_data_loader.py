@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -18,9 +21,11 @@ from model.batch import Sample
 from model.errors import UserError
 from tests.trainer.data_corpus import audio_bytes, data_config, row, write_shards
 from trainer.data.config import AugmentConfig, JoinConfig, SetConfig
-from trainer.data.lanes import Address
-from trainer.data.loader import Loader, SkipLog, State, merge_states
+from trainer.data.loader import Loader, SkipLog
 from trainer.data.prepare import PreparedData, prepare
+from trainer.data.state import Account, State, merge_states, new_state
+from trainer.data.workers import Workers
+from trainer.storage.store import LocalStore
 
 BROKEN = {"a-3", "a-8", "a-9"}
 
@@ -87,29 +92,120 @@ def assert_identical(one: list[list[Sample]], two: list[list[Sample]]) -> None:
 @given(
     st.sampled_from([1, 2, 3, 8]),
     st.integers(1, 2),
-    st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 3]), st.integers(0, 12)), max_size=3),
+    st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(0, 12)), max_size=3),
     st.booleans(),
     st.sampled_from([0, 1]),
+    st.sampled_from([1, 2]),
+    st.sampled_from([None, 1.0, 3.0]),
 )
-@settings(max_examples=25, deadline=None)
-def test_any_stop_points_ranks_and_workers_give_the_same_batches(
+@settings(max_examples=40, deadline=None)
+def test_any_stop_points_and_ranks_give_the_same_batches(
     prepared: PreparedData,
     num_lanes: int,
     num_per_lane: int,
-    parts: list[tuple[int, int, int]],
+    parts: list[tuple[int, int]],
     shuffle: bool,
     cache_mib: int,
+    read_kib: int,
+    temperature: float | None,
 ) -> None:
     fields = {"num_lanes": num_lanes, "global_batch_samples": num_lanes * num_per_lane, "shuffle": shuffle}
-    data = with_fields(prepared, **fields)
+    data = with_fields(prepared, **fields, read_kib=read_kib, temperature=temperature)
     expected, end = run(data, 12)
     found: list[list[Sample]] = []
     state: State | None = None
-    for world, workers, stop in [*sorted(parts, key=lambda p: p[2]), (2, 2, 12)]:
-        part = with_fields(data, num_workers=workers, cache_decoded_mib=cache_mib)
+    for world, stop in [*sorted(parts, key=lambda p: p[1]), (2, 12)]:
+        part = with_fields(data, cache_decoded_mib=cache_mib, read_ahead_mib=cache_mib)
         batches, state = run(part, 12, world, state, stop)
         found += batches
     assert_identical(expected, found)
+    assert state == end
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_any_shards_resumed_on_1_then_4_then_2_ranks(
+    prepared: PreparedData, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Random sets of text samples: first part + resumed parts = the uninterrupted order, every epoch exactly once."""
+    root = tmp_path_factory.mktemp("any")
+    sizes = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=3))
+    weights = [1.0, *data.draw(st.lists(st.sampled_from([0.0, 0.3, 2.0]), min_size=2, max_size=2))]
+    for i, size in enumerate(sizes):
+        write_shards(root / f"s{i}", samples(f"s{i}", size, audio=False), data.draw(st.integers(1, 12)))
+    sets = tuple(SetConfig(name=f"s{i}", shards=f"s{i}", weight=weights[i]) for i in range(len(sizes)))
+    num_lanes = data.draw(st.integers(1, 6))
+    config = data_config(
+        root, *sets, num_lanes=num_lanes, global_batch_samples=num_lanes * data.draw(st.integers(1, 3))
+    )
+    config = replace(config, read_kib=1, tokenizer=replace(config.tokenizer, path=prepared.tokenizer_path))
+    made = prepare(config, (2,))
+    expected, end = run(made, 20)
+    stops = sorted(data.draw(st.tuples(st.integers(0, 20), st.integers(0, 20))))
+    found: list[list[Sample]] = []
+    state: State | None = None
+    for world, stop in zip((1, 4, 2), (*stops, 20), strict=True):
+        batches, state = run(made, 20, world, state, stop)
+        found += batches
+    assert_identical(expected, found)
+    assert state == end
+    for i, size in enumerate(sizes):
+        # A lane's epochs: every sample of the set is drawn once before any is drawn twice, lane by lane.
+        drawn = Counter(s.key for b in expected for s in b if s.meta["set"] == f"s{i}")
+        assert sum(drawn.values()) == sum(end["positions"].get(f"s{i}", [0]))
+        assert len(drawn) <= size
+
+
+def test_one_lane_draws_everything_once_per_epoch(prepared: PreparedData, tmp_path: Path) -> None:
+    write_shards(tmp_path / "s", samples("s", 17, audio=False), 5)
+    config = data_config(tmp_path, SetConfig(name="s", shards="s"), num_lanes=1, global_batch_samples=1)
+    config = replace(config, read_kib=1, tokenizer=replace(config.tokenizer, path=prepared.tokenizer_path))
+    batches, _ = run(prepare(config, (2,)), 51)
+    for epoch in range(3):
+        assert len({b[0].key for b in batches[17 * epoch : 17 * epoch + 17]}) == 17
+
+
+class Counting(LocalStore):
+    """Counts requests by kind."""
+
+    requests: Counter[str] = Counter()
+
+    def get(self, name: str) -> bytes:
+        self.requests[name.partition(".")[2]] += 1
+        return super().get(name)
+
+    def get_range(self, name: str, offset: int, num_bytes: int, total_bytes: int | None = None) -> memoryview:
+        self.requests["range"] += 1
+        return super().get_range(name, offset, num_bytes, total_bytes)
+
+
+@pytest.mark.parametrize("consumed", [0, 10**3, 10**6])
+def test_a_resume_costs_the_same_few_reads_however_far_it_is(
+    prepared: PreparedData, monkeypatch: pytest.MonkeyPatch, consumed: int
+) -> None:
+    monkeypatch.setattr("trainer.data.prepare.open_store", lambda url, retry_sec=None: Counting(Path(url)))
+    monkeypatch.setattr(Counting, "requests", Counter())
+    tokenizer = replace(prepared.config.tokenizer, path=prepared.tokenizer_path)
+    fields = {"num_lanes": 1, "global_batch_samples": 1, "read_ahead_mib": 0, "read_kib": 1, "join": JoinConfig()}
+    config = replace(prepared.config, sets=prepared.config.sets[:1], tokenizer=tokenizer, **fields)
+    data = prepare(config, (2, 2))
+    (reader,) = data.open_training()
+    state = new_state(5, 1, {"a": reader.digest}, consumed, {0: Account({"a": consumed}, consumed)})
+    with Loader(data, seed=5, num_batches=10**7, state=state) as loader:
+        next(iter(loader))
+    assert Counting.requests["json"] == 1
+    assert Counting.requests["idx.json"] <= 2 and Counting.requests["range"] <= 2  # two if it must pass a broken one
+    assert sum(Counting.requests.values()) <= 5
+
+
+def test_processes_change_nothing(prepared: PreparedData) -> None:
+    """One rank with 1 process, 4 with none, 2 with 2 each and hardly any shared memory."""
+    data = with_fields(prepared, num_lanes=4, global_batch_samples=8)
+    expected, end = run(data, 12)
+    first, state = run(with_fields(data, num_workers=1), 12, 1, None, 4)
+    second, state = run(data, 12, 4, state, 7)
+    third, state = run(with_fields(data, num_workers=2, prefetch_batches=3, buffer_mib=1), 12, 2, state)
+    assert_identical(expected, first + second + third)
     assert state == end
 
 
@@ -121,21 +217,62 @@ def test_exactly_once_per_epoch_but_for_the_broken(prepared: PreparedData) -> No
     for epoch in range(3):
         keys = [b[0].key for b in batches[10 * epoch : 10 * epoch + 10]]
         assert sorted(keys) == sorted({f"a-{i}" for i in range(13)} - BROKEN)
-    account = state["lanes"]["0"]
-    assert account["skipped"]["broken"] <= 9
-    assert account["num_seen"] == account["positions"]["a"] == 30 + account["skipped"]["broken"]
+    skipped = state["skipped"]["broken"]["0"]
+    assert skipped <= 9
+    assert state["num_seen"] == state["positions"]["a"] == [30 + skipped]
 
 
 def test_prefetch_is_not_in_the_state(prepared: PreparedData) -> None:
-    data = with_fields(prepared, num_workers=2, prefetch_batches=6)
-    _, expected = run(data, 12, stop=2)
+    data = with_fields(prepared, num_workers=1, prefetch_batches=6)
+    _, expected = run(prepared, 12, stop=2)
     with Loader(data, seed=5, num_batches=12) as loader:
         iterator = iter(loader)
         next(iterator)
         _, state = next(iterator)
-        while any(not q.full() for q in loader._queues):
-            threading.Event().wait(0.01)
+        workers = loader.feed._source
+        assert isinstance(workers, Workers)
+        while not workers._inboxes[0]._connection.poll(0.01):  # the third batch is there already
+            pass
         assert loader.state == state == expected
+
+
+def test_weights_may_change_and_sets_may_join_at_a_resume(prepared: PreparedData) -> None:
+    only_a = replace(prepared, config=replace(prepared.config, sets=prepared.config.sets[:1]), sets=prepared.sets[:1])
+    _, state = run(only_a, 40, stop=10)
+    even = tuple(replace(s, weight=1.0) for s in prepared.config.sets)
+    both = replace(
+        with_fields(prepared, sets=even),
+        sets=tuple(replace(p, config=c) for p, c in zip(prepared.sets, even, strict=True)),
+    )
+    batches, later = run(both, 40, state=state)
+    tasks = [s.task for b in batches for s in b]
+    assert abs(tasks.count("text") / len(tasks) - 0.5) < 0.1
+    assert sum(later["positions"]["b"]) == tasks.count("text")
+    assert sum(later["positions"]["a"]) > sum(state["positions"]["a"])
+
+
+def test_epochs_are_reported_and_add_up_over_ranks(prepared: PreparedData) -> None:
+    def epochs(world: int) -> dict[str, float]:
+        total: Counter[str] = Counter()
+        for rank in range(world):
+            with Loader(prepared, seed=5, num_batches=20, rank=rank, world=world) as loader:
+                list(loader)
+                total.update(loader.epochs)
+        return dict(total)
+
+    _, state = run(prepared, 20)
+    whole = epochs(1)
+    assert whole == {"a": sum(state["positions"]["a"]) / 13, "b": sum(state["positions"]["b"]) / 5}
+    assert epochs(2) == pytest.approx(whole)
+
+
+def test_the_state_of_256_lanes_and_six_sets_is_a_few_kilobytes() -> None:
+    digests = {f"set-{i}": "d" * 36 for i in range(6)}
+    account = Account({name: 10**6 for name in digests}, 10**7, {"broken": 12})
+    state = new_state(1, 256, digests, 10**6, dict.fromkeys(range(256), account))
+    assert len(json.dumps(state)) < 24_000
+    one = new_state(1, 16, digests, 10**6, dict.fromkeys(range(16), account))
+    assert len(json.dumps(one)) < 3_000
 
 
 def test_skips_are_counted_listed_once_and_stop_the_run(prepared: PreparedData, tmp_path: Path) -> None:
@@ -148,7 +285,7 @@ def test_skips_are_counted_listed_once_and_stop_the_run(prepared: PreparedData, 
     assert counted == Counter(s["reason"] for s in listed) == {"broken": len(listed)}
     assert {s["key"] for s in listed} == BROKEN
     assert {s["set"] for s in listed} == {"a"}
-    strict = with_fields(prepared, max_skipped_fraction=0.0, num_workers=2)
+    strict = with_fields(prepared, max_skipped_fraction=0.0)
     with (
         Loader(strict, seed=5, num_batches=40) as loader,
         pytest.raises(UserError, match=r"data.max_skipped_fraction = 0.0: .* had to be skipped \(\d broken\)"),
@@ -159,9 +296,13 @@ def test_skips_are_counted_listed_once_and_stop_the_run(prepared: PreparedData, 
 def test_a_set_without_a_usable_sample_stops_instead_of_searching_for_ever(tmp_path: Path) -> None:
     bad = samples("a", 3, audio=True, broken={"a-0", "a-1", "a-2"})
     write_shards(tmp_path / "a", bad, per_shard=4)
-    data = prepare(data_config(tmp_path, SetConfig(name="a", shards="a"), num_workers=1), (2,))
-    with Loader(data, seed=0, num_batches=4) as loader, pytest.raises(UserError, match="3 samples in a row"):
-        list(loader)
+    data = prepare(data_config(tmp_path, SetConfig(name="a", shards="a")), (2,))
+    for num_workers in (0, 1):
+        with (
+            Loader(with_fields(data, num_workers=num_workers), seed=0, num_batches=4) as loader,
+            pytest.raises(UserError, match="6 samples in a row.*tar a-[012]: broken:"),
+        ):
+            list(loader)
 
 
 @pytest.mark.parametrize(
@@ -224,18 +365,32 @@ def test_a_state_of_another_training_is_refused(prepared: PreparedData) -> None:
     ):
         with pytest.raises(UserError, match=message):
             Loader(changed, seed=seed, num_batches=12, state=state)
-    with pytest.raises(UserError, match="data.sets 'a': its shards changed"):
+    with pytest.raises(UserError, match="data.sets 'a': its shards or data.read_kib changed"):
         Loader(prepared, seed=5, num_batches=12, state={**state, "sets": {"a": "other"}})
-    one = {**state, "lanes": {"0": state["lanes"]["0"]}}
+    one = {**state, "lanes": [0]}
     with pytest.raises(UserError, match=r"lanes \[1\] are missing"):
         Loader(prepared, seed=5, num_batches=12, state=one)
 
 
-def test_closing_early_leaves_no_thread(prepared: PreparedData) -> None:
-    before = threading.active_count()
-    with Loader(with_fields(prepared, num_workers=2, prefetch_batches=1), seed=5, num_batches=50) as loader:
-        next(iter(loader))
-    assert threading.active_count() == before
+def test_closing_early_leaves_no_thread_and_no_process(prepared: PreparedData) -> None:
+    before, open_files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for num_workers in (0, 2):
+        data = with_fields(prepared, num_workers=num_workers, prefetch_batches=1)
+        with Loader(data, seed=5, num_batches=50) as loader:
+            next(iter(loader))
+        assert threading.active_count() == before
+        assert multiprocessing.active_children() == []
+    assert len(os.listdir("/proc/self/fd")) <= open_files + 1  # the first spawn starts Python's resource tracker
+
+
+def test_a_process_that_dies_is_one_clear_line(prepared: PreparedData) -> None:
+    with Loader(with_fields(prepared, num_workers=1, prefetch_batches=1), seed=5, num_batches=500) as loader:
+        iterator = iter(loader)
+        next(iterator)
+        (process,) = multiprocessing.active_children()
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match=r"decoding process 0 died \(exit code -9"):
+            list(iterator)
 
 
 def test_a_recording_is_augmented_differently_in_every_lane_and_epoch(prepared: PreparedData) -> None:
@@ -246,15 +401,3 @@ def test_a_recording_is_augmented_differently_in_every_lane_and_epoch(prepared: 
         variants.setdefault(sample.key, []).append(float(sample.clips[0].double().sum()))
     assert max(map(len, variants.values())) >= 4
     assert all(len(set(v)) == len(v) for v in variants.values())
-    source = Loader(data, seed=5, num_batches=1)
-    state = [source.source.training(source.readers[0], _SameSample(), lane, 0, 0.5).clips[0] for lane in (0, 1)]
-    assert not torch.equal(*state)
-
-
-class _SameSample:
-    """An order in which every lane reads the same sample."""
-
-    name = "a"
-
-    def locate(self, lane: int, position: int) -> Address:
-        return Address(0, 0, 0)

@@ -13,8 +13,8 @@ from tests.trainer.data_corpus import clip_rows, data_config, row, write_manifes
 from trainer.data.config import SetConfig, TokenizerConfig
 from trainer.data.eval_set import eval_samples
 from trainer.data.loader import Loader
-from trainer.data.manifest import BuildReport
 from trainer.data.prepare import prepare
+from trainer.data.shard_build import BuildReport
 
 KIT = Path(os.environ.get("KIT_DIR", Path(__file__).parents[2] / ".." / "shared" / "kit"))
 
@@ -42,7 +42,7 @@ def test_prepare_is_idempotent_and_follows_changes(corpus: Path) -> None:
     (corpus / "clip-0.flac").write_bytes((corpus / "clip-1.flac").read_bytes())
     changed = prepare(config, (2,), on_built=reports.append)
     assert len(reports) == 3  # the training split alone holds that clip
-    assert changed.sets[0].folders["test"] == first.sets[0].folders["test"]
+    assert changed.sets[0].shards["test"] == first.sets[0].shards["test"]
 
 
 def test_processes_may_prepare_at_once(corpus: Path) -> None:

@@ -10,10 +10,11 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from model.batch import IGNORE
+from model.batch import IGNORE, Sample
 from model.errors import UserError
 from trainer.data.config import MOWE_TEMPLATE, PLACEHOLDER, TokenizerConfig
 from trainer.data.decode import SampleError
+from trainer.data.loader import to_sample
 from trainer.data.sample import make_sample
 from trainer.data.tokenizer import PlaceholderInText, Tokenizer, load_tokenizer, train_sentencepiece
 
@@ -48,13 +49,18 @@ def words(tmp_path: Path) -> Tokenizer:
 META = {"task": "asr", "instruction": "what is said ?", "answer": "one two"}
 
 
+def tensors(key: str, meta: dict, clips: tuple[torch.Tensor, ...], *args: object, **kwargs: object) -> Sample:
+    """One sample, as the model takes it."""
+    return to_sample(make_sample(key, meta, tuple(c.numpy() for c in clips), *args, **kwargs))  # type: ignore[arg-type]
+
+
 def clip(num_slots: int) -> torch.Tensor:
     """A clip that takes `num_slots` behind a stride of 2: one slot is 640 samples, the last partly filled."""
     return torch.ones(640 * num_slots - 639)
 
 
 def test_one_clip(words: Tokenizer) -> None:
-    sample = make_sample("k", META, (clip(3),), words, (2,), ctc=True)
+    sample = tensors("k", META, (clip(3),), words, (2,), ctc=True)
     #                                     bos lstn audio    what is said ? one two
     assert sample.token_ids.tolist() == [1, 13, 4, 4, 4, 5, 6, 7, 8, 9, 10]
     assert sample.audio_mask.tolist() == [False] * 2 + [True] * 3 + [False] * 6
@@ -65,14 +71,14 @@ def test_one_clip(words: Tokenizer) -> None:
 
 
 def test_several_clips_keep_their_order_and_take_no_ctc(words: Tokenizer) -> None:
-    sample = make_sample("k", META, (clip(2), clip(1)), words, (2,), ctc=True)
+    sample = tensors("k", META, (clip(2), clip(1)), words, (2,), ctc=True)
     assert sample.token_ids.tolist() == [1, 13, 4, 4, 4, 5, 6, 7, 8, 9, 10]
     assert int(sample.audio_mask.sum()) == 3
     assert sample.ctc_targets.tolist() == []
 
 
 def test_text_only_has_no_audio_part(words: Tokenizer) -> None:
-    sample = make_sample("k", META, (), words, (2,), ctc=True)
+    sample = tensors("k", META, (), words, (2,), ctc=True)
     assert sample.token_ids.tolist() == [1, 5, 6, 7, 8, 9, 10]
     assert sample.labels.tolist() == [IGNORE] * 4 + [9, 10, 2]
     assert not sample.audio_mask.any()
@@ -83,13 +89,13 @@ def test_text_only_has_no_audio_part(words: Tokenizer) -> None:
 def test_ctc_targets_are_asr_only_and_only_if_enabled(
     words: Tokenizer, task: str, ctc: bool, expected: list[int]
 ) -> None:
-    sample = make_sample("k", {**META, "task": task}, (clip(1),), words, (2,), ctc=ctc)
+    sample = tensors("k", {**META, "task": task}, (clip(1),), words, (2,), ctc=ctc)
     assert sample.ctc_targets.tolist() == expected
 
 
 def test_evaluation_sees_the_training_prompt_and_nothing_of_the_answer(words: Tokenizer) -> None:
-    trained = make_sample("k", META, (clip(2),), words, (2,), ctc=True)
-    asked = make_sample("k", META, (clip(2),), words, (2,), ctc=True, evaluate=True)
+    trained = tensors("k", META, (clip(2),), words, (2,), ctc=True)
+    asked = tensors("k", META, (clip(2),), words, (2,), ctc=True, evaluate=True)
     length = asked.num_tokens
     assert asked.token_ids.tolist() == trained.token_ids[:length].tolist()
     assert trained.token_ids[length:].tolist() == [9, 10]
@@ -101,10 +107,10 @@ def test_evaluation_sees_the_training_prompt_and_nothing_of_the_answer(words: To
 
 def test_chat_template_wraps_the_prompt(tmp_path: Path) -> None:
     path = str(word_tokenizer(tmp_path / "hf", chat=CHAT))
-    sample = make_sample("k", META, (clip(2),), load_tokenizer(path, word_config()), (2,), ctc=False)
+    sample = tensors("k", META, (clip(2),), load_tokenizer(path, word_config()), (2,), ctc=False)
     assert sample.token_ids.tolist() == [11, 13, 4, 4, 5, 6, 7, 8, 12, 9, 10]
     plain = load_tokenizer(path, word_config(chat_template=False))
-    assert make_sample("k", META, (clip(2),), plain, (2,), ctc=False).token_ids[0] == 1
+    assert tensors("k", META, (clip(2),), plain, (2,), ctc=False).token_ids[0] == 1
 
 
 def test_a_single_tokenizer_json_with_and_without_its_config(tmp_path: Path) -> None:
@@ -136,7 +142,7 @@ def test_missing_placeholder_and_missing_file_are_one_line_with_a_remedy(tmp_pat
 def test_a_placeholder_in_a_sample_is_an_error_of_that_sample(words: Tokenizer) -> None:
     for field in ("instruction", "answer"):
         with pytest.raises(SampleError, match="placeholder_in_text"):
-            make_sample("k", {**META, field: f"what {PLACEHOLDER}"}, (clip(1),), words, (2,), ctc=False)
+            tensors("k", {**META, field: f"what {PLACEHOLDER}"}, (clip(1),), words, (2,), ctc=False)
     with pytest.raises(PlaceholderInText):
         words.prompt(PLACEHOLDER, 0)
 

@@ -33,6 +33,7 @@ def make_report(step: int, loss: float = 2.0, **changes: object) -> StepReport:
         "audio_sec": 40.0,
         "phase_sec": {"load": 0.5, "llm": 1.5},
         "num_skipped": {"broken": step},
+        "epochs": {"kit": step / 2},
     }
     return StepReport(step, loss, **{**values, **changes})  # type: ignore[arg-type]
 
@@ -51,6 +52,7 @@ def test_flatten_one_step() -> None:
         "throughput/tokens_per_sec": 100.0,
         "throughput/audio_sec_per_sec": 20.0,
         "throughput/samples_per_sec": 4.0,
+        "data/epochs/kit": 0.5,
         "data/skipped/broken": 1,
     }
 
@@ -72,7 +74,7 @@ def test_flatten_several_steps_weights_tasks_by_tokens() -> None:
     assert metrics["train/lr"] == 5e-4
     assert metrics["time/save_sec"] == 0.5  # mean over both steps, though only one had it
     assert metrics["throughput/tokens_per_sec"] == pytest.approx(600 / 6.0)
-    assert metrics["data/skipped/broken"] == 2
+    assert metrics["data/skipped/broken"] == 2 and metrics["data/epochs/kit"] == 1.0
 
 
 def make_load(step: int, experts: list[int], task: str = "asr") -> LoadInterval:

@@ -22,7 +22,8 @@ class SetConfig:
     manifest: str | None = None
     """JSONL in the kit's format, relative to `data.root`; its audio paths are relative to the manifest's folder."""
     shards: str | None = None
-    """Folder with shards.json (see `tools.make_shards`), relative to `data.root`."""
+    """Folder or bucket with shards.json (see `tools.make_shards`): a path relative to `data.root`, or a URL
+    (`s3://bucket/prefix`, `gs://…`, `az://…`)."""
     split: str = "train"
     """Split to train on. Evaluation reads `data.eval_splits` of the same set."""
     tasks: tuple[str, ...] = ()
@@ -107,7 +108,7 @@ class JoinConfig:
     """Joining short ASR clips into longer ones, text with text: more sequences from few recordings."""
 
     probability: float = 0.0
-    """Share of ASR draws that are joined with other clips of the same shard and subset."""
+    """Share of ASR draws that are joined with other clips of the same subset that are stored close by."""
     max_clips: int = 3
     """At most this many clips in one."""
     max_sec: float = 6.0
@@ -160,9 +161,12 @@ class DataConfig:
     """What is read, in which order, and how much of it at a time."""
 
     root: str = "."
-    """Folder that the sets' paths are relative to."""
+    """Folder that the sets' paths are relative to; for shards it may be a URL."""
     sets: tuple[SetConfig, ...] = ()
     """Blended by weight."""
+    temperature: float | None = None
+    """Null: a set's share is its weight. Otherwise weight · samples ** (1 / temperature): 1 reads every set equally
+    often, a larger number gives small sets more."""
     eval_splits: tuple[str, ...] = ("test",)
     """Splits that evaluation may read; shards are made of them too."""
     cache_dir: str = "runs/cache"
@@ -180,9 +184,17 @@ class DataConfig:
     max_skipped_fraction: float = 0.01
     """The run stops when more than this share of samples had to be skipped."""
     num_workers: int = 2
-    """Decoding threads per rank; 0: decode in the training thread. The order does not depend on it."""
+    """Processes per rank that decode; 0: decode in the training thread. The order does not depend on it."""
     prefetch_batches: int = 4
-    """Batches that the threads may be ahead."""
+    """Batches that the processes may be ahead."""
+    read_kib: int = 2048
+    """Size of one read of the store. Samples that are read together are shuffled among themselves: fixed for a run."""
+    read_ahead_mib: int = 256
+    """Memory per rank for encoded audio that is read before it is needed, on top of one read per lane and set."""
+    buffer_mib: int = 256
+    """Memory per rank for decoded audio on its way from the processes to the training thread."""
+    retry_sec: float = 120.0
+    """How long a bucket may be away before the run stops, its state saved."""
     cache_decoded_mib: int = 256
     """Memory per rank for decoded clips; makes many epochs over a small set cheap. 0: none."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -206,8 +218,15 @@ class DataConfig:
             raise UserError(f"data.max_audio_sec = {self.max_audio_sec}: must be positive, or null for no limit")
         if self.min_audio_sec < 0 or (self.max_audio_sec is not None and self.min_audio_sec > self.max_audio_sec):
             raise UserError(f"data.min_audio_sec = {self.min_audio_sec}: must be in [0, data.max_audio_sec]")
-        if self.num_workers < 0 or self.prefetch_batches < 1:
-            raise UserError("data.num_workers must be at least 0 and data.prefetch_batches at least 1")
+        if self.num_workers < 0:
+            raise UserError(f"data.num_workers = {self.num_workers}: must be at least 0")
+        for key in ("prefetch_batches", "read_kib", "buffer_mib"):
+            if getattr(self, key) < 1:
+                raise UserError(f"data.{key} = {getattr(self, key)}: must be at least 1")
+        if not 0 < self.retry_sec <= 240:
+            raise UserError(f"data.retry_sec = {self.retry_sec}: must be in (0, 240]; signed requests expire later")
+        if self.temperature is not None and self.temperature < 1:
+            raise UserError(f"data.temperature = {self.temperature}: must be at least 1, or null")
         starts = {start for s in self.sets for start, _ in s.schedule}
         for progress in sorted(starts):
             if not sum(s.weight_at(progress) for s in self.sets) > 0:

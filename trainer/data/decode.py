@@ -20,7 +20,15 @@ TASKS = ("asr", "er", "aqa", "sqa", "ac", "text")
 """Speech and emotion recognition, audio and speech question answering, audio captioning; `text` has no audio."""
 
 Reason = Literal[
-    "broken", "empty", "nan", "too_long", "wrong_type", "empty_answer", "unknown_task", "placeholder_in_text"
+    "altered",
+    "broken",
+    "empty",
+    "nan",
+    "too_long",
+    "wrong_type",
+    "empty_answer",
+    "unknown_task",
+    "placeholder_in_text",
 ]
 
 
@@ -33,7 +41,7 @@ class SampleError(Exception):
         self.detail = detail
 
 
-def decode_audio(data: bytes, max_sec: float | None = None) -> NDArray[np.float32]:
+def decode_audio(data: bytes | memoryview, max_sec: float | None = None) -> NDArray[np.float32]:
     """Decode one clip: channel mean, then 16 kHz (soxr HQ).
 
     Args:
@@ -54,13 +62,13 @@ def decode_audio(data: bytes, max_sec: float | None = None) -> NDArray[np.float3
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
-def check_audio(data: bytes) -> float:
+def check_audio(data: bytes | memoryview) -> float:
     """Length in seconds of a clip that decodes; raises SampleError as `decode_audio`, but does not resample."""
     mono, rate = _decode_mono(data, None)
     return len(mono) / rate
 
 
-def _decode_mono(data: bytes, max_sec: float | None) -> tuple[NDArray[np.float32], int]:
+def _decode_mono(data: bytes | memoryview, max_sec: float | None) -> tuple[NDArray[np.float32], int]:
     frames, rate = _read(data, max_sec)
     mono = frames.mean(axis=1) if frames.shape[1] > 1 else frames[:, 0]
     if not np.isfinite(mono).all():
@@ -68,7 +76,7 @@ def _decode_mono(data: bytes, max_sec: float | None) -> tuple[NDArray[np.float32
     return mono, rate
 
 
-def _read(data: bytes, max_sec: float | None) -> tuple[NDArray[np.float32], int]:
+def _read(data: bytes | memoryview, max_sec: float | None) -> tuple[NDArray[np.float32], int]:
     if not data:
         raise SampleError("empty", "0 bytes")
     # libsndfile trims the length of a cut WAV to what is there; the RIFF header still tells.

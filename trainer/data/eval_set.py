@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import groupby
+
+import numpy as np
 
 from model.batch import Sample
 from model.errors import UserError
 from trainer.data.decode import SampleError
 from trainer.data.lanes import permutation
+from trainer.data.loader import to_sample
 from trainer.data.prepare import PreparedData
 from trainer.data.source import SampleSource, SetReader, Skip, check_skipped
+
+_READERS = 4
+"""Threads that read and decode, at least: most of their time they may wait for a bucket."""
 
 
 def eval_samples(
@@ -36,24 +43,22 @@ def eval_samples(
     Raises:
         UserError: no set has the split; too many samples are skipped.
     """
-    found: dict[tuple[str, int, int], SetReader] = {}
-    for reader in (s.open(split) for s in prepared.sets):
-        if reader is not None:
-            for shard in range(len(reader.num_per_shard)):
-                for index in reader.selected(shard):
-                    found.setdefault((reader.shards.store.url, shard, index), reader)
-    if not found:
-        raise UserError(f"data.eval_splits: no set has samples of split '{split}'; name it in data.eval_splits")
-    items = list(found.items())
+    items = _items(prepared, split)
     if max_samples is not None and max_samples < len(items):
         items = [items[i] for i in sorted(permutation(len(items), "evaluation", split)[:max_samples].tolist())]
+    own = items[rank * len(items) // world : (rank + 1) * len(items) // world]
     config = replace(prepared.config, cache_decoded_mib=0)  # every sample is read once
     source = SampleSource(config, prepared.tokenizer, prepared.strides, ctc=False)
+    jobs = [
+        (reader, shard, ranks[start : start + reader.chunk_samples])
+        for (reader, shard), group in groupby(own, key=lambda item: item[:2])
+        for ranks in [[rank for _, _, rank in group]]
+        for start in range(0, len(ranks), reader.chunk_samples)
+    ]
     samples: list[Sample] = []
     skipped: Counter[str] = Counter()
-    own = items[rank::world]
-    with ThreadPoolExecutor(max(1, config.num_workers)) as pool:
-        for made in pool.map(lambda item: _make(source, *item), own):
+    with ThreadPoolExecutor(max(_READERS, config.num_workers)) as pool:
+        for made in (m for part in pool.map(lambda job: _make(source, *job), jobs) for m in part):
             if isinstance(made, Skip):
                 skipped[made.reason] += 1
                 on_skip(made)
@@ -63,9 +68,25 @@ def eval_samples(
     return samples
 
 
-def _make(source: SampleSource, address: tuple[str, int, int], reader: SetReader) -> Sample | Skip:
-    _, shard, index = address
-    try:
-        return source.evaluation(reader, shard, index)
-    except SampleError as error:
-        return reader.skip(shard, index, error)
+def _items(prepared: PreparedData, split: str) -> list[tuple[SetReader, int, int]]:
+    """(reader, shard, rank) of every sample of the split, in stored order; one that two sets have comes once."""
+    found: dict[tuple[str, int, int], tuple[SetReader, int, int]] = {}
+    for reader in (s.open(split, prepared.config) for s in prepared.sets):
+        if reader is not None:
+            for shard in np.flatnonzero(reader.num_per_shard).tolist():
+                for rank, index in enumerate(reader.selected(shard)):
+                    found.setdefault((reader.shards.store.url, shard, index), (reader, shard, rank))
+    if not found:
+        raise UserError(f"data.eval_splits: no set has samples of split '{split}'; name it in data.eval_splits")
+    return list(found.values())
+
+
+def _make(source: SampleSource, reader: SetReader, shard: int, ranks: Sequence[int]) -> list[Sample | Skip]:
+    arrived = reader.read_unchecked(shard, ranks)
+    made: list[Sample | Skip] = []
+    for rank in ranks:
+        try:
+            made.append(to_sample(source.evaluation(reader, shard, rank, arrived)))
+        except SampleError as error:
+            made.append(reader.skip(shard, rank, error))
+    return made

@@ -11,39 +11,36 @@ from pathlib import Path
 
 from model.errors import UserError
 from trainer.data.config import DataConfig, SetConfig
-from trainer.data.manifest import (
-    MAX_SHARD_BYTES,
-    MAX_SHARD_SAMPLES,
-    SKIPPED_NAME,
-    BuildReport,
-    Row,
-    build_shards,
-    read_manifest,
-)
-from trainer.data.shards import FORMAT_VERSION, INDEX_NAME, Selection, ShardSet
+from trainer.data.manifest import Row, read_manifest
+from trainer.data.shard_build import SKIPPED_NAME, BuildReport, ShardLimits, build_shards, source_digest
+from trainer.data.shards import INDEX_NAME, Selection, ShardIndex, ShardSet, read_index
 from trainer.data.source import SetReader
-from trainer.data.store import LocalStore
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from trainer.storage.open import join_url, open_store, scheme_of
+from trainer.storage.store import MissingError
 
 
 @dataclass(frozen=True)
 class PreparedSet:
-    """One set's shard folders by split."""
+    """One set's shards by split."""
 
     config: SetConfig
     splits: tuple[str, ...]
     """Splits that the set has."""
-    folders: dict[str, Path]
-    """Made from a manifest: one folder per split that the manifest has. Given as shards: the same for every split."""
+    shards: dict[str, tuple[str, ShardIndex]]
+    """URL and index. Made from a manifest: one folder per split that the manifest has. Given as shards: the same for
+    every split."""
     left_out: dict[str, int]
-    """Samples of the training split that are not in its shards, by reason; listed in its folder's skipped.jsonl."""
+    """Samples of the manifest's training split that are not in its shards, by reason; listed in their skipped.jsonl."""
 
-    def open(self, split: str) -> SetReader | None:
+    def open(self, split: str, config: DataConfig) -> SetReader | None:
         """Reader of the set's selection of `split`; None if it has no such sample."""
-        if split not in self.folders:
+        if split not in self.shards:
             return None
+        url, index = self.shards[split]
         selection = Selection(split, self.config.tasks, self.config.subsets)
-        reader = SetReader(self.config, ShardSet(LocalStore(self.folders[split])), selection)
+        shards = ShardSet(open_store(url, config.retry_sec), index)
+        reader = SetReader(self.config, shards, selection, config.read_kib << 10)
         return reader if reader.num_samples else None
 
 
@@ -61,7 +58,7 @@ class PreparedData:
 
     def open_training(self) -> tuple[SetReader, ...]:
         """One reader per set, for its training split. UserError if a set has nothing to read."""
-        return tuple(_open_training(s) for s in self.sets)
+        return tuple(_open_training(s, self.config) for s in self.sets)
 
 
 def prepare(
@@ -89,7 +86,7 @@ def prepare(
         raise UserError("data.sets is empty: give at least one set with a manifest or shards")
     sets = tuple(_prepare_set(config, s, on_built, on_progress) for s in config.sets)
     for split in config.eval_splits:
-        if not any(s.open(split) for s in sets):
+        if not any(s.open(split, config) for s in sets):
             known = sorted({k for s in sets for k in s.splits})
             raise UserError(f"data.eval_splits: no set has samples of split '{split}'; splits there are: {known}")
     path = config.tokenizer.path or str(_trained_tokenizer(config, sets))
@@ -102,41 +99,64 @@ def _prepare_set(
     on_built: Callable[[BuildReport], None],
     on_progress: Callable[[int, int], None],
 ) -> PreparedSet:
-    root = Path(config.root)
     wanted = dict.fromkeys((part.split, *config.eval_splits))
     if part.shards is not None:
-        folder = root / part.shards
-        if not (folder / INDEX_NAME).is_file():
-            raise UserError(f"data.sets '{part.name}': no {folder / INDEX_NAME}; make shards with tools.make_shards")
-        splits = sorted({g.split for g in ShardSet(LocalStore(folder)).groups})
-        return PreparedSet(part, tuple(splits), dict.fromkeys(wanted, folder), _left_out(folder))
+        return _given_shards(config, part, tuple(wanted))
     assert part.manifest is not None
-    manifest = root / part.manifest
+    if scheme_of(config.root):
+        raise UserError(f"data.sets '{part.name}': manifests are local, data.root = {config.root} is not; give shards")
+    manifest = Path(config.root) / part.manifest
     rows = _rows_by_split(manifest)
     present = sorted(rows)
     if part.split not in present:
         raise UserError(f"data.sets '{part.name}': {manifest} has no split '{part.split}'; it has {present}")
-    folders = {}
+    shards = {}
     for split in wanted:
         if split in present:
-            folders[split] = Path(config.cache_dir) / "shards" / _build_name(manifest, split, rows[split])
-            if not (folders[split] / INDEX_NAME).is_file():
-                on_built(_build(config, manifest, folders[split], split, on_progress))
-            _check_left_out(config, manifest, folders[split])
-    return PreparedSet(part, tuple(present), folders, _left_out(folders[part.split]))
+            name = f"{manifest.stem}-{split}-{source_digest(rows[split], ShardLimits())[:16]}"
+            folder = Path(config.cache_dir) / "shards" / name
+            if not (folder / INDEX_NAME).is_file():
+                _build(config, manifest, folder, split, on_built, on_progress)
+            shards[split] = (str(folder), read_index(open_store(str(folder))))
+            _check_left_out(config, manifest, *shards[split])
+    return PreparedSet(part, tuple(present), shards, _left_out(shards[part.split][0]))
+
+
+def _given_shards(config: DataConfig, part: SetConfig, wanted: tuple[str, ...]) -> PreparedSet:
+    url = join_url(config.root, str(part.shards))
+    try:
+        index = read_index(open_store(url, config.retry_sec))
+    except MissingError as error:
+        raise UserError(
+            f"data.sets '{part.name}': no {url}/{INDEX_NAME}; make shards with tools.make_shards, or index "
+            f"others' with tools.inspect_shards --build-index ({error})"
+        ) from None
+    splits = sorted({g.split for g in index.groups})
+    return PreparedSet(part, tuple(splits), dict.fromkeys(wanted, (url, index)), {})
 
 
 def _build(
-    config: DataConfig, manifest: Path, folder: Path, split: str, on_progress: Callable[[int, int], None]
-) -> BuildReport:
-    return build_shards(
-        manifest,
-        folder,
-        split=split,
-        max_skipped_fraction=config.max_skipped_fraction,
-        num_workers=config.num_workers,
-        on_progress=on_progress,
-    )
+    config: DataConfig,
+    manifest: Path,
+    folder: Path,
+    split: str,
+    on_built: Callable[[BuildReport], None],
+    on_progress: Callable[[int, int], None],
+) -> None:
+    try:
+        report = build_shards(
+            manifest,
+            str(folder),
+            split=split,
+            max_skipped_fraction=config.max_skipped_fraction,
+            num_workers=config.num_workers,
+            on_progress=on_progress,
+        )
+    except UserError:
+        if not (folder / INDEX_NAME).is_file():  # else another process has made it meanwhile
+            raise
+    else:
+        on_built(report)
 
 
 def _rows_by_split(manifest: Path) -> dict[str, list[Row]]:
@@ -147,39 +167,30 @@ def _rows_by_split(manifest: Path) -> dict[str, list[Row]]:
     return rows
 
 
-def _build_name(manifest: Path, split: str, rows: list[Row]) -> str:
-    """Folder name that changes with the manifest, the split, the audio files and the way shards are made."""
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {MAX_SHARD_SAMPLES} {MAX_SHARD_BYTES} {split}\n".encode())
-    digest.update(manifest.read_bytes())
-    for row in rows:
-        for path in row.audio:
-            status = path.stat()
-            digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
-    return f"{manifest.stem}-{split}-{digest.hexdigest()[:16]}"
-
-
-def _left_out(folder: Path) -> dict[str, int]:
-    path = folder / SKIPPED_NAME
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+def _left_out(url: str) -> dict[str, int]:
+    try:
+        lines = open_store(url).get(SKIPPED_NAME).splitlines()
+    except MissingError:
+        return {}
     return dict(Counter(json.loads(line)["reason"] for line in lines))
 
 
-def _check_left_out(config: DataConfig, manifest: Path, folder: Path) -> None:
+def _check_left_out(config: DataConfig, manifest: Path, url: str, index: ShardIndex) -> None:
     """A folder made under a more lenient fraction is not a way around a stricter one."""
-    num_left_out = sum((counts := _left_out(folder)).values())
-    total = num_left_out + len(ShardSet(LocalStore(folder)))
+    num_left_out = sum((counts := _left_out(url)).values())
+    total = num_left_out + index.num_samples
     if num_left_out > config.max_skipped_fraction * total:
         raise UserError(
             f"data.max_skipped_fraction = {config.max_skipped_fraction}: {num_left_out} of {total} samples of "
-            f"{manifest} cannot be used ({counts}), see {folder / SKIPPED_NAME}; mend them or raise the fraction"
+            f"{manifest} cannot be used ({counts}), see {url}/{SKIPPED_NAME}; mend them or raise the fraction"
         )
 
 
-def _open_training(part: PreparedSet) -> SetReader:
-    reader = part.open(part.config.split)
+def _open_training(part: PreparedSet, config: DataConfig) -> SetReader:
+    reader = part.open(part.config.split, config)
     if reader is None:
-        shards = ShardSet(LocalStore(next(iter(part.folders.values()))))
-        known = sorted({f"{g.split}/{g.task}/{g.subset}" for g in shards.groups})
+        _, index = next(iter(part.shards.values()))
+        known = sorted({f"{g.split}/{g.task}/{g.subset}" for g in index.groups})
         raise UserError(
             f"data.sets '{part.config.name}': split '{part.config.split}', tasks {list(part.config.tasks)} and subsets "
             f"{list(part.config.subsets)} select nothing; there are: {', '.join(known)}"
@@ -188,10 +199,10 @@ def _open_training(part: PreparedSet) -> SetReader:
 
 
 def _trained_tokenizer(config: DataConfig, sets: tuple[PreparedSet, ...]) -> Path:
-    readers = [_open_training(s) for s in sets]
+    readers = [_open_training(s, config) for s in sets]
     tokenizer = config.tokenizer
     settings = [tokenizer.train_vocab_size, tokenizer.placeholder, tokenizer.template, tokenizer.text_template]
-    key = json.dumps([settings, [[r.shards.digest, repr(r.selection)] for r in readers]])
+    key = json.dumps([settings, [[r.shards.index.digest, repr(r.selection)] for r in readers]])
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = Path(config.cache_dir) / "tokenizers" / f"{name}.model"
     if not path.is_file():
@@ -203,9 +214,7 @@ def _texts(config: DataConfig, readers: list[SetReader]) -> Iterator[str]:
     """All text that training shows the model, and the other references of the same answers."""
     template = config.tokenizer.template.replace("{audio}", " ")
     for reader in readers:
-        for shard in range(len(reader.num_per_shard)):
-            for index in reader.selected(shard):
-                metadata = reader.shards.metadata(shard, index)
-                yield template.replace("{instruction}", str(metadata.get("instruction", "")))
-                yield str(metadata.get("answer", ""))
-                yield from (str(r) for r in metadata.get("references") or ())
+        for metadata in reader.metadata():
+            yield template.replace("{instruction}", str(metadata.get("instruction", "")))
+            yield str(metadata.get("answer", ""))
+            yield from (str(r) for r in metadata.get("references") or ())

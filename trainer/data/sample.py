@@ -1,29 +1,53 @@
-"""Decoded clips and metadata → `model.batch.Sample`: placeholders counted, labels shifted, loss on the answer only."""
+"""Decoded clips and metadata → one sample: placeholders counted, labels shifted, loss on the answer only.
+
+Arrays only: the processes that decode do not load torch. `trainer.data.loader` makes tensors of them.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from model.batch import IGNORE, Sample
 from model.lengths import slots_of_samples
 from model.prompt import fill
 from trainer.data.decode import SampleError
 from trainer.data.tokenizer import PlaceholderInText, Tokenizer
 
+Clip = NDArray[np.float32]
+"""`[T]`, 16 kHz."""
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """What `model.batch.Sample` is made of; L tokens."""
+
+    key: str
+    meta: dict[str, Any]
+    clips: tuple[Clip, ...]
+    token_ids: NDArray[np.int64]
+    """[L] prompt with placeholders, then the answer without its end token (evaluation: the prompt alone)."""
+    audio_mask: NDArray[np.bool_]
+    """[L] true at placeholders."""
+    target_ids: NDArray[np.int64]
+    """Answer and end token; the first is predicted by the prompt's last token. Empty for evaluation."""
+    instruction_ids: NDArray[np.int64]
+    ctc: bool
+    """Whether the answer is also the CTC target."""
+
 
 def make_sample(
     key: str,
     metadata: dict[str, Any],
-    clips: tuple[Tensor, ...],
+    clips: tuple[Clip, ...],
     tokenizer: Tokenizer,
     strides: tuple[int, ...],
     *,
     ctc: bool,
     evaluate: bool = False,
-) -> Sample:
+) -> EncodedSample:
     """Tokenise one sample.
 
     Args:
@@ -45,25 +69,19 @@ def make_sample(
         instruction = tokenizer.encode(metadata["instruction"])
     except PlaceholderInText as error:
         raise SampleError("placeholder_in_text", str(error)) from None
-    prompt, mask = fill(pieces, [slots_of_samples(c.shape[0], strides) for c in clips], tokenizer.placeholder_id)
-    if not prompt:
+    ids, mask = fill(pieces, [slots_of_samples(c.shape[0], strides) for c in clips], tokenizer.placeholder_id)
+    if not ids:
         raise SampleError("wrong_type", "instruction is empty, and the tokenizer has no token to begin with")
-    if evaluate:
-        ids, labels = prompt, [IGNORE] * len(prompt)
-    else:
-        # Position i predicts token i + 1: the prompt's last token predicts the answer's first.
-        ids = prompt + answer
-        labels = [IGNORE] * (len(prompt) - 1) + answer + [tokenizer.eos_id]
-        mask += [False] * len(answer)
-    aligned = ctc and not evaluate and metadata["task"] == "asr" and len(clips) == 1
-    return Sample(
+    targets: list[int] = []
+    if not evaluate:
+        ids, mask, targets = ids + answer, mask + [False] * len(answer), [*answer, tokenizer.eos_id]
+    return EncodedSample(
         key=key,
-        task=metadata["task"],
-        clips=clips,
-        token_ids=torch.tensor(ids, dtype=torch.int64),
-        audio_mask=torch.tensor(mask, dtype=torch.bool),
-        labels=torch.tensor(labels, dtype=torch.int64),
-        prompt_ids=torch.tensor(instruction, dtype=torch.int64),
-        ctc_targets=torch.tensor(answer if aligned else [], dtype=torch.int64),
         meta=metadata,
+        clips=clips,
+        token_ids=np.array(ids, dtype=np.int64),
+        audio_mask=np.array(mask, dtype=np.bool_),
+        target_ids=np.array(targets, dtype=np.int64),
+        instruction_ids=np.array(instruction, dtype=np.int64),
+        ctc=ctc and not evaluate and metadata["task"] == "asr" and len(clips) == 1,
     )

@@ -5,28 +5,31 @@ A shard is a tar of `<key>.<type>` (one clip; `<key>.0.<type>`, `<key>.1.<type>`
 
 - `shards.json`: per shard its name, bytes, SHA-256, and per (task, subset, split, language, source) the number of
   samples and seconds;
-- `<shard>.idx.json`: per sample its key, task, subset, split, seconds and the byte ranges of its members, so that any
-  sample costs one ranged read.
+- `<shard>.idx.json`: per sample its key, task, subset, split, seconds, the byte ranges of its members, and the CRC-32
+  of all bytes from its first member's to its last member's, so that any samples cost one ranged read and are checked.
+
+Shards of others have the same index (`tools.inspect_shards --build-index`); what their `<key>.json` lacks is in the
+index's `defaults`, and a `<key>.txt` is the answer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tarfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from model.errors import UserError
-from trainer.data.decode import SampleError
-from trainer.data.store import Store
+from trainer.data.decode import AUDIO_TYPES, SampleError
+from trainer.storage.store import ChangedError, Store
+
+log = logging.getLogger(__name__)
 
 INDEX_NAME = "shards.json"
-FORMAT_VERSION = 1
-_BLOCK_BYTES = 512
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,30 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class ShardIndex:
+    """The whole index, without what lies in the offset tables."""
+
+    shards: tuple[Shard, ...]
+    digest: str
+    """Of the index's content: two sets with one digest hold the same samples."""
+    defaults: dict[str, str] = field(default_factory=dict)
+    """Fields of samples whose metadata lack them."""
+
+    @property
+    def num_samples(self) -> int:
+        return sum(s.num_samples for s in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(s.num_bytes for s in self.shards)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of all shards."""
+        return tuple(g for s in self.shards for g in s.groups)
+
+
+@dataclass(frozen=True)
 class Entry:
     """One line of an offset table. `members`: (extension, first byte, bytes), in the order of the tar."""
 
@@ -79,15 +106,25 @@ class Entry:
     subset: str
     split: str
     seconds: float
+    crc32: int
     members: tuple[tuple[str, int, int], ...]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First byte of the first member, and the byte after the last one's."""
+        return self.members[0][1], self.members[-1][1] + self.members[-1][2]
+
+    @property
+    def num_clips(self) -> int:
+        return sum(extension.split(".")[-1] in AUDIO_TYPES for extension, _, _ in self.members)
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as stored: encoded clips as (type, bytes), and the manifest's fields."""
+    """A sample as stored: encoded clips, and the manifest's fields."""
 
     key: str
-    clips: tuple[tuple[str, bytes], ...]
+    clips: tuple[memoryview, ...]
     metadata: dict[str, Any]
 
 
@@ -96,172 +133,102 @@ def table_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".idx.json"
 
 
-class ShardSet:
-    """A folder of shards, opened by its index; offset tables are read when first needed.
+def read_index(store: Store) -> ShardIndex:
+    """The index of the shards in `store`.
 
     Raises:
-        UserError: no index, another format version, or a shard whose size is not the index's.
+        UserError: there is none, or it is malformed or of another format version.
+    """
+    index = _json_object(store, INDEX_NAME)
+    if index.get("version") != FORMAT_VERSION:
+        raise UserError(
+            f"{store.url}/{INDEX_NAME}: version {index.get('version')!r}, this program reads {FORMAT_VERSION}; "
+            "make the shards again"
+        )
+    try:
+        shards = tuple(_shard(s) for s in index["shards"])
+        defaults = {str(k): str(v) for k, v in index.get("defaults", {}).items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{store.url}/{INDEX_NAME}: malformed ({error!r}); make the shards again") from None
+    digest = hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+    return ShardIndex(shards, digest, defaults)
+
+
+class ShardSet:
+    """Shards in a store; their offset tables are read when first needed.
+
+    Args:
+        store: where they lie.
+        index: from `read_index`, where it has been read already.
+        num_cached_tables: offset tables held in memory.
+
+    Raises:
+        UserError: see `read_index`.
     """
 
-    def __init__(self, store: Store, num_cached_tables: int = 64) -> None:
+    def __init__(self, store: Store, index: ShardIndex | None = None, num_cached_tables: int = 64) -> None:
         self.store = store
-        index = _json_object(store, INDEX_NAME)
-        if index.get("version") != FORMAT_VERSION:
-            raise UserError(
-                f"{store.url}/{INDEX_NAME}: version {index.get('version')!r}, this program reads {FORMAT_VERSION}; "
-                "make the shards again"
-            )
-        try:
-            self.shards: tuple[Shard, ...] = tuple(_shard(s) for s in index["shards"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{store.url}/{INDEX_NAME}: malformed ({error!r}); make the shards again") from None
-        self.digest = hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
-        for shard in self.shards:
-            if (found := store.size_bytes(shard.name)) != shard.num_bytes:
-                raise UserError(
-                    f"{store.url}/{shard.name}: {found} bytes, its index says {shard.num_bytes}: "
-                    "cut or altered; make or copy it again"
-                )
+        self.index = read_index(store) if index is None else index
         self.table = lru_cache(maxsize=num_cached_tables)(self._read_table)
-
-    def __len__(self) -> int:
-        return sum(s.num_samples for s in self.shards)
+        self.quarantined: dict[int, str] = {}
+        """Shards that are not what the index says, and why."""
+        self.altered: set[tuple[int, int]] = set()
+        """Samples (shard, index) of other shards that are not, however often they are fetched."""
 
     @property
-    def groups(self) -> tuple[Group, ...]:
-        """The groups of all shards."""
-        return tuple(g for s in self.shards for g in s.groups)
+    def shards(self) -> tuple[Shard, ...]:
+        return self.index.shards
 
     def num_selected(self, selection: Selection) -> tuple[int, ...]:
         """Selected samples per shard; read from the index alone."""
         return tuple(sum(g.num_samples for g in s.groups if selection.matches(g)) for s in self.shards)
 
-    def entry(self, shard: int, index: int) -> Entry:
-        """Sample `index` of `shard`: what the offset table knows of it."""
-        return self.table(shard)[index]
+    def quarantine(self, shard: int, why: str) -> None:
+        """Use nothing more of `shard`; its name and the reason go to the log, once."""
+        if shard not in self.quarantined:
+            log.warning("%s/%s is quarantined: %s", self.store.url, self.shards[shard].name, why)
+            self.quarantined[shard] = why
 
-    def metadata(self, shard: int, index: int) -> dict[str, Any]:
-        """The manifest's fields; reads no audio. Raises SampleError `wrong_type`."""
-        _, offset, size = self.entry(shard, index).members[-1]
-        return _metadata(self.store.read_range(self.shards[shard].name, offset, size))
-
-    def read(self, shard: int, index: int) -> RawSample:
-        """The whole sample by one ranged read. Raises SampleError `wrong_type` if its metadata is no JSON object."""
-        entry = self.entry(shard, index)
-        start = entry.members[0][1]
-        span = entry.members[-1][1] + entry.members[-1][2] - start
-        data = self.store.read_range(self.shards[shard].name, start, span)
-        parts = [(ext, data[offset - start : offset - start + size]) for ext, offset, size in entry.members]
-        return RawSample(entry.key, tuple((e.split(".")[-1], b) for e, b in parts[:-1]), _metadata(parts[-1][1]))
+    def parse(self, entry: Entry, data: memoryview) -> RawSample:
+        """The sample from the bytes of its span. Raises SampleError `wrong_type` if its metadata is no JSON object."""
+        start = entry.span[0]
+        clips, metadata = [], dict(self.index.defaults)
+        for extension, offset, size in entry.members:
+            kind, part = extension.split(".")[-1], data[offset - start : offset - start + size]
+            if kind in AUDIO_TYPES:
+                clips.append(part)
+            elif kind == "json":
+                metadata |= _metadata(bytes(part))
+            elif extension == "txt":
+                metadata["answer"] = bytes(part).decode("utf-8", errors="replace").strip()
+        return RawSample(entry.key, tuple(clips), metadata)
 
     def _read_table(self, shard: int) -> tuple[Entry, ...]:
+        """Raises MissingError, ChangedError."""
         info = self.shards[shard]
-        table = _json_object(self.store, table_name(info.name))
-        entries = tuple(
-            Entry(
-                s["key"], s["task"], s["subset"], s["split"], s["seconds"], tuple((e, o, n) for e, o, n in s["members"])
+        where = f"{self.store.url}/{table_name(info.name)}"
+        table = _json_object(self.store, table_name(info.name), ChangedError)
+        if table.get("sha256") != info.sha256 or len(table.get("samples", ())) != info.num_samples:
+            raise ChangedError(f"{where}: belongs to another version of the shard; make it again")
+        try:
+            return tuple(
+                Entry(key, *_three(table["groups"][group]), seconds, crc32, tuple((e, o, n) for e, o, n in members))
+                for key, group, seconds, crc32, members in table["samples"]
             )
-            for s in table["samples"]
-        )
-        if table.get("sha256") != info.sha256 or len(entries) != info.num_samples:
-            raise UserError(
-                f"{self.store.url}/{table_name(info.name)}: belongs to another version of the shard; make it again"
-            )
-        return entries
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ChangedError(f"{where}: malformed ({error!r}); make the shards again") from None
 
 
-class ShardSetWriter:
-    """Writes shards, tables and index into `folder`, which must exist and be empty. Same samples, same bytes.
-
-    The caller writes into a temporary folder and renames it when done; see `manifest.build_shards`.
-    """
-
-    def __init__(self, folder: Path, max_shard_samples: int, max_shard_bytes: int) -> None:
-        assert max_shard_samples > 0 and max_shard_bytes > 0
-        self.folder = folder
-        self.max_shard_samples = max_shard_samples
-        self.max_shard_bytes = max_shard_bytes
-        self._shards: list[Shard] = []
-        self._file: BinaryIO | None = None
-        self._entries: list[Entry] = []
-        self._groups: dict[tuple[str, str, str, str, str], tuple[int, float]] = {}
-
-    def add(self, key: str, clips: Sequence[tuple[str, bytes]], metadata: dict[str, Any], seconds: float) -> None:
-        """Append one sample; `clips` are (type, bytes), `seconds` their total length."""
-        assert "." not in key and "/" not in key, key
-        if self._file is None:
-            self._open()
-        names = [ext if len(clips) == 1 else f"{i}.{ext}" for i, (ext, _) in enumerate(clips)]
-        text = json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode()
-        members = [
-            (name, self._append(f"{key}.{name}", data), len(data))
-            for name, data in zip([*names, "json"], [*(b for _, b in clips), text], strict=True)
-        ]
-        task, subset, split, language, source = (
-            str(metadata.get(n, "")) for n in ("task", "subset", "split", "language", "source")
-        )
-        self._entries.append(Entry(key, task, subset, split, round(seconds, 4), tuple(members)))
-        group = (task, subset, split, language, source)
-        count, total = self._groups.get(group, (0, 0.0))
-        self._groups[group] = (count + 1, total + seconds)
-        if len(self._entries) >= self.max_shard_samples or self._position >= self.max_shard_bytes:
-            self._close_shard()
-
-    def finish(self) -> int:
-        """Write the index; returns the number of shards. Nothing may be added afterwards."""
-        self._close_shard()
-        index = {
-            "version": FORMAT_VERSION,
-            "num_samples": sum(s.num_samples for s in self._shards),
-            "num_bytes": sum(s.num_bytes for s in self._shards),
-            "shards": [asdict(s) for s in self._shards],
-        }
-        _write_json(self.folder / INDEX_NAME, index)
-        return len(self._shards)
-
-    def close(self) -> None:
-        """Close the open shard's file after an error."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _open(self) -> None:
-        self._name = f"shard-{len(self._shards):06d}.tar"
-        self._file = open(self.folder / self._name, "wb")
-        self._position = 0
-        self._hash = hashlib.sha256()
-
-    def _append(self, name: str, data: bytes) -> int:
-        info = tarfile.TarInfo(name)  # mtime, uid, gid 0, mode 0644: same input, same bytes
-        info.size = len(data)
-        offset = self._position + len(header := info.tobuf(tarfile.USTAR_FORMAT))
-        self._write(header + data + bytes(-len(data) % _BLOCK_BYTES))
-        return offset
-
-    def _write(self, data: bytes) -> None:
-        assert self._file is not None
-        self._file.write(data)
-        self._hash.update(data)
-        self._position += len(data)
-
-    def _close_shard(self) -> None:
-        if self._file is None:
-            return
-        self._write(bytes(2 * _BLOCK_BYTES))
-        self.close()
-        digest = self._hash.hexdigest()
-        groups = tuple(Group(*g, count, round(total, 4)) for g, (count, total) in sorted(self._groups.items()))
-        self._shards.append(Shard(self._name, self._position, len(self._entries), digest, groups))
-        table = {"sha256": digest, "samples": [asdict(e) for e in self._entries]}
-        _write_json(self.folder / table_name(self._name), table)
-        self._entries, self._groups = [], {}
-
-
-def _shard(line: dict[str, Any]) -> Shard:
-    if "/" in line["name"] or not line["name"].endswith(".tar"):
+def _shard(line: Mapping[str, Any]) -> Shard:
+    if not isinstance(line["name"], str) or "/" in line["name"] or not line["name"].endswith(".tar"):
         raise ValueError(f"shard name {line['name']!r}")
     groups = tuple(Group(**g) for g in line["groups"])
-    return Shard(line["name"], line["num_bytes"], line["num_samples"], line["sha256"], groups)
+    return Shard(line["name"], int(line["num_bytes"]), int(line["num_samples"]), str(line["sha256"]), groups)
+
+
+def _three(group: Sequence[str]) -> tuple[str, str, str]:
+    task, subset, split = group
+    return task, subset, split
 
 
 def _metadata(data: bytes) -> dict[str, Any]:
@@ -274,16 +241,12 @@ def _metadata(data: bytes) -> dict[str, Any]:
     return value
 
 
-def _json_object(store: Store, name: str) -> dict[str, Any]:
-    data = store.read(name)
+def _json_object(store: Store, name: str, kind: type[UserError] = UserError) -> dict[str, Any]:
+    data = store.get(name)
     try:
         value = json.loads(data)
     except ValueError as error:
-        raise UserError(f"{store.url}/{name}: not JSON ({error}); make the shards again") from None
+        raise kind(f"{store.url}/{name}: not JSON ({error}); make the shards again") from None
     if not isinstance(value, dict):
-        raise UserError(f"{store.url}/{name}: not a JSON object; make the shards again")
+        raise kind(f"{store.url}/{name}: not a JSON object; make the shards again")
     return value
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, sort_keys=True, indent=None) + "\n", encoding="utf-8")

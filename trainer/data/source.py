@@ -1,31 +1,34 @@
-"""Address → sample: read, check, decode (or take from memory), join, augment, pad, tokenise."""
+"""A lane's place in a set → sample: read ahead, decode (or take from memory), join, augment, pad, tokenise."""
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from model.batch import Sample
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE, num_samples
 from trainer.data.augment import augment
 from trainer.data.config import DataConfig, SetConfig
 from trainer.data.decode import SampleError, check_metadata, decode_audio
-from trainer.data.lanes import SetOrder, hash_of
-from trainer.data.sample import make_sample
-from trainer.data.shards import Selection, ShardSet
+from trainer.data.fetch import Fetched, ReadAhead, checked, read_samples, read_table, read_unchecked
+from trainer.data.lanes import Run, SetOrder, hash_of
+from trainer.data.sample import Clip, EncodedSample, make_sample
+from trainer.data.shards import RawSample, Selection, ShardSet
 from trainer.data.tokenizer import Tokenizer
+from trainer.storage.store import ChangedError, MissingError
 
-Clip = NDArray[np.float32]
-"""`[T]`, 16 kHz."""
+Arrived = dict[int, memoryview]
+"""Rank → a sample's bytes, not checked yet."""
+
+Decoded = tuple[dict[str, Any], tuple[Clip, ...]]
+"""Metadata and clips."""
 
 _GRACE_SAMPLES = 200
 """Below this many samples seen, the allowed number of skips is that of this many: one early skip is no verdict."""
@@ -54,32 +57,80 @@ def check_skipped(num_seen: int, skipped: Mapping[str, int], max_fraction: float
 
 
 class SetReader:
-    """One set, opened for one selection of its samples."""
+    """One set, opened for one selection of its samples. Its samples are counted per shard: `rank`, from 0."""
 
-    def __init__(self, config: SetConfig, shards: ShardSet, selection: Selection) -> None:
+    def __init__(self, config: SetConfig, shards: ShardSet, selection: Selection, read_bytes: int) -> None:
         self.config, self.shards, self.selection = config, shards, selection
         self.num_per_shard = shards.num_selected(selection)
         self.num_samples = sum(self.num_per_shard)
-        self.selected = lru_cache(maxsize=256)(self._selected)
-        self.joinable = lru_cache(maxsize=256)(self._joinable)
+        self.mean_sample_bytes = shards.index.num_bytes // max(1, shards.index.num_samples) + 1
+        self.chunk_samples = max(1, read_bytes // self.mean_sample_bytes)
+        """Samples that are read at once, and shuffled among themselves: part of the order."""
+        self.selected = lru_cache(maxsize=64)(self._selected)
+        self.joinable = lru_cache(maxsize=1024)(self._joinable)
+
+    @property
+    def digest(self) -> str:
+        """Changes with whatever changes the order."""
+        return f"{self.shards.index.digest[:32]}/{self.chunk_samples}"
+
+    def read(self, shard: int, ranks: Sequence[int]) -> Fetched:
+        """Rank → sample. Raises UserError if the store is away or refuses."""
+        try:
+            indices = self.selected(shard)
+        except (MissingError, ChangedError) as error:  # its offset table
+            self.shards.quarantine(shard, str(error))
+            return {rank: SampleError("altered", str(error)) for rank in ranks}
+        found = read_samples(self.shards, shard, [indices[rank] for rank in ranks])
+        return {rank: found[indices[rank]] for rank in ranks}
+
+    def read_unchecked(self, shard: int, ranks: Sequence[int]) -> Arrived:
+        """Rank → bytes, for `checked`; none where something is wrong with the shard: `read` finds out what."""
+        try:
+            indices = self.selected(shard)
+            found = read_unchecked(self.shards, shard, [indices[rank] for rank in ranks])
+        except (MissingError, ChangedError):
+            return {}
+        return {rank: found[indices[rank]] for rank in ranks}
+
+    def checked(self, shard: int, rank: int, data: memoryview) -> RawSample | SampleError | None:
+        """See `fetch.checked`."""
+        return checked(self.shards, self.shards.table(shard)[self.selected(shard)[rank]], data)
+
+    def metadata(self) -> Iterator[dict[str, Any]]:
+        """The fields of all selected samples, in stored order; those that cannot be used are passed over."""
+        for shard, num_here in enumerate(self.num_per_shard):
+            for start in range(0, num_here, self.chunk_samples):
+                ranks = range(start, min(start + self.chunk_samples, num_here))
+                found = self.read(shard, ranks)
+                yield from (raw.metadata for r in ranks if not isinstance(raw := found[r], SampleError))
+
+    def key(self, shard: int, rank: int) -> str:
+        """The sample's key; empty if the shard's table cannot be read."""
+        try:
+            return self.shards.table(shard)[self.selected(shard)[rank]].key
+        except (MissingError, ChangedError):
+            return ""
+
+    def skip(self, shard: int, rank: int, error: SampleError) -> Skip:
+        """The account of a sample that raised `error`."""
+        name = self.shards.shards[shard].name
+        return Skip(self.config.name, name, self.key(shard, rank), error.reason, error.detail)
 
     def _selected(self, shard: int) -> tuple[int, ...]:
-        """Indices of the selected samples of `shard`."""
-        return tuple(i for i, e in enumerate(self.shards.table(shard)) if self.selection.matches(e))
+        """Indices of the selected samples of `shard`. Raises MissingError, ChangedError."""
+        if shard in self.shards.quarantined:
+            raise ChangedError(self.shards.quarantined[shard])
+        found = tuple(i for i, e in enumerate(read_table(self.shards, shard)) if self.selection.matches(e))
+        if len(found) != self.num_per_shard[shard]:
+            raise ChangedError(f"{self.shards.store.url}/{self.shards.shards[shard].name}: table and index differ")
+        return found
 
-    def _joinable(self, shard: int, subset: str) -> tuple[int, ...]:
-        """Selected ASR samples of `subset` with one clip."""
-        table = self.shards.table(shard)
-        return tuple(
-            i
-            for i in self.selected(shard)
-            if table[i].task == "asr" and table[i].subset == subset and len(table[i].members) == 2
-        )
-
-    def skip(self, shard: int, index: int, error: SampleError) -> Skip:
-        """The account of a sample that raised `error`."""
-        key = self.shards.entry(shard, index).key
-        return Skip(self.config.name, self.shards.shards[shard].name, key, error.reason, error.detail)
+    def _joinable(self, shard: int, chunk: range, subset: str) -> tuple[int, ...]:
+        """Ranks within `chunk` of ASR samples of `subset` with one clip."""
+        table, selected = self.shards.table(shard), self.selected(shard)
+        entries = ((rank, table[selected[rank]]) for rank in chunk)
+        return tuple(r for r, e in entries if e.task == "asr" and e.subset == subset and e.num_clips == 1)
 
 
 class ClipCache:
@@ -88,17 +139,20 @@ class ClipCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._items: OrderedDict[tuple[str, int, int], tuple[dict[str, Any], tuple[Clip, ...]]] = OrderedDict()
+        self._items: OrderedDict[tuple[int, int, int], Decoded] = OrderedDict()
         self._lock = Lock()
 
-    def get(self, key: tuple[str, int, int]) -> tuple[dict[str, Any], tuple[Clip, ...]] | None:
+    def get(self, key: tuple[int, int, int]) -> Decoded | None:
         """Metadata and clips, or None."""
         with self._lock:
             if key in self._items:
                 self._items.move_to_end(key)
             return self._items.get(key)
 
-    def put(self, key: tuple[str, int, int], metadata: dict[str, Any], clips: tuple[Clip, ...]) -> None:
+    def __contains__(self, key: tuple[int, int, int]) -> bool:
+        return key in self._items
+
+    def put(self, key: tuple[int, int, int], metadata: dict[str, Any], clips: tuple[Clip, ...]) -> None:
         """Keep them while the budget lasts; they must not be changed afterwards."""
         size = sum(c.nbytes for c in clips)
         if size > self.max_bytes:
@@ -114,64 +168,66 @@ class ClipCache:
 
 
 class SampleSource:
-    """Makes samples of addresses. The same address and draw give the same sample, bit for bit."""
+    """Makes samples of what was read. The same place in a lane gives the same sample, bit for bit."""
 
     def __init__(
         self, config: DataConfig, tokenizer: Tokenizer, strides: tuple[int, ...], *, ctc: bool, seed: int = 0
     ) -> None:
         self.config, self.tokenizer, self.strides, self.ctc, self.seed = config, tokenizer, strides, ctc, seed
+        self.ahead = ReadAhead(config.read_ahead_mib << 20)
         self._cache = ClipCache(config.cache_decoded_mib << 20)
 
-    def evaluation(self, reader: SetReader, shard: int, index: int) -> Sample:
+    def close(self) -> None:
+        self.ahead.close()
+
+    def missing(self, reader: SetReader, shard: int, ranks: Sequence[int]) -> list[int]:
+        """Those of `ranks` that are not in memory, decoded."""
+        return [rank for rank in ranks if (id(reader), shard, rank) not in self._cache]
+
+    def evaluation(self, reader: SetReader, shard: int, rank: int, arrived: Arrived) -> EncodedSample:
         """The sample as evaluation sees it: the prompt alone, no augmentation. Raises SampleError."""
-        metadata, clips = self._read(reader, shard, index)
-        return self._make(reader, shard, index, metadata, clips, evaluate=True)
+        metadata, clips = self.decoded(reader, shard, rank, arrived)
+        return self._make(reader.key(shard, rank), reader, metadata, clips, evaluate=True)
 
-    def training(self, reader: SetReader, order: SetOrder, lane: int, position: int, progress: float) -> Sample:
-        """The sample at a lane's position, joined and augmented as of `progress` (0 to 1). Raises SampleError."""
-        shard, index = self.find(reader, order, lane, position)
-        metadata, clips = self._read(reader, shard, index)
-        rng = np.random.Generator(np.random.PCG64(hash_of(self.seed, "augment", order.name, lane, position)))
-        metadata, clips = self._join(reader, shard, index, metadata, clips, progress, rng)
-        if self.config.augment.enabled:
-            strength = self.config.augment.strength_at(progress)
-            clips = tuple(augment(c, self.config.augment, strength, rng) for c in clips)
-        return self._make(reader, shard, index, metadata, clips, evaluate=False)
+    def training(self, place: Cursor, progress: float) -> EncodedSample:
+        """The sample at a cursor, joined and augmented as of `progress` (0 to 1). Raises SampleError."""
+        reader, shard, rank = place.reader, place.shard, place.rank
+        metadata, clips = self.decoded(reader, shard, rank, place.arrived)
+        if self.config.join.probability or self.config.augment.enabled:
+            name = place.order.name
+            rng = np.random.Generator(np.random.PCG64(hash_of(self.seed, "augment", name, place.lane, place.position)))
+            metadata, clips = self._join(place, metadata, clips, progress, rng)
+            if self.config.augment.enabled:
+                strength = self.config.augment.strength_at(progress)
+                clips = tuple(augment(c, self.config.augment, strength, rng) for c in clips)
+        return self._make(reader.key(shard, rank), reader, metadata, clips, evaluate=False)
 
-    @staticmethod
-    def find(reader: SetReader, order: SetOrder, lane: int, position: int) -> tuple[int, int]:
-        """Shard, and index in it, of the sample at a lane's position."""
-        address = order.locate(lane, position)
-        return address.shard, reader.selected(address.shard)[address.rank_in_shard]
-
-    def _read(self, reader: SetReader, shard: int, index: int) -> tuple[dict[str, Any], tuple[Clip, ...]]:
-        key = (reader.shards.store.url, shard, index)
+    def decoded(self, reader: SetReader, shard: int, rank: int, arrived: Arrived) -> Decoded:
+        """Metadata and clips, from memory, from what has `arrived`, or else from the store. Raises SampleError."""
+        key = (id(reader), shard, rank)
         if (found := self._cache.get(key)) is not None:
             return found
-        raw = reader.shards.read(shard, index)
+        # Checked here, not where it was read: decoding finds the bytes in this core's cache.
+        raw = reader.checked(shard, rank, arrived[rank]) if rank in arrived else None
+        if raw is None:
+            raw = reader.read(shard, [rank])[rank]
+        if isinstance(raw, SampleError):
+            raise raw
         check_metadata(raw.metadata)
-        clips = tuple(decode_audio(data, self.config.max_audio_sec) for _, data in raw.clips)
+        clips = tuple(decode_audio(data, self.config.max_audio_sec) for data in raw.clips)
         self._cache.put(key, raw.metadata, clips)
         return raw.metadata, clips
 
     def _make(
-        self,
-        reader: SetReader,
-        shard: int,
-        index: int,
-        metadata: dict[str, Any],
-        clips: tuple[Clip, ...],
-        *,
-        evaluate: bool,
-    ) -> Sample:
+        self, key: str, reader: SetReader, metadata: dict[str, Any], clips: tuple[Clip, ...], *, evaluate: bool
+    ) -> EncodedSample:
         shortest = num_samples(self.config.min_audio_sec)
-        padded = (np.pad(c, (0, max(0, shortest - len(c)))) for c in clips)
-        tensors = tuple(torch.from_numpy(c) for c in padded)
-        duration = sum(len(t) for t in tensors) / SAMPLE_RATE
+        padded = tuple(np.pad(c, (0, shortest - len(c))) if len(c) < shortest else c for c in clips)
+        duration = sum(len(c) for c in padded) / SAMPLE_RATE
         return make_sample(
-            reader.shards.entry(shard, index).key,
+            key,
             {**metadata, "set": reader.config.name, "duration": duration},
-            tensors,
+            padded,
             self.tokenizer,
             self.strides,
             ctc=self.ctc,
@@ -180,41 +236,82 @@ class SampleSource:
 
     def _join(
         self,
-        reader: SetReader,
-        shard: int,
-        index: int,
+        place: Cursor,
         metadata: dict[str, Any],
         clips: tuple[Clip, ...],
         progress: float,
         rng: np.random.Generator,
-    ) -> tuple[dict[str, Any], tuple[Clip, ...]]:
-        join = self.config.join
-        entry = reader.shards.entry(shard, index)
+    ) -> Decoded:
+        join, reader, shard = self.config.join, place.reader, place.shard
         if metadata["task"] != "asr" or len(clips) != 1 or join.probability == 0 or progress < join.start:
             return metadata, clips
         if rng.random() >= join.probability:
             return metadata, clips
-        others = reader.joinable(shard, entry.subset)
-        parts, answers, keys = [clips[0]], [metadata["answer"]], [entry.key]
+        others = reader.joinable(shard, place.order.chunk_of(shard, place.rank), str(metadata.get("subset", "")))
+        parts, answers, keys = [clips[0]], [metadata["answer"]], [reader.key(shard, place.rank)]
         for _ in range(int(rng.integers(1, join.max_clips)) if others else 0):
             other = others[int(rng.integers(len(others)))]
             gap = np.zeros(num_samples(rng.uniform(0, join.gap_sec)), dtype=np.float32)
             try:
-                more, joined = self._read(reader, shard, other)
+                more, joined = self.decoded(reader, shard, other, place.arrived)
             except SampleError:
                 continue  # it is counted and listed where its own turn comes
             if sum(map(len, parts)) + len(gap) + len(joined[0]) > join.max_sec * SAMPLE_RATE:
                 break
             parts += [gap, joined[0]]
             answers.append(more["answer"])
-            keys.append(reader.shards.entry(shard, other).key)
+            keys.append(reader.key(shard, other))
         metadata = {**metadata, "answer": " ".join(answers), "joined": keys}
         return metadata, (np.concatenate(parts),)
 
 
-def merge_counts(counts: list[Mapping[str, int]]) -> dict[str, int]:
-    """Sum of counts by reason."""
-    total: Counter[str] = Counter()
-    for count in counts:
-        total.update(count)
-    return dict(total)
+class Cursor:
+    """Where one lane stands in one set: the run it is in, what was read of it, and the next run on its way."""
+
+    def __init__(self, source: SampleSource, reader: SetReader, order: SetOrder, lane: int, position: int) -> None:
+        self.source, self.reader, self.order, self.lane = source, reader, order, lane
+        self.position = position
+        """Of the sample to be used next."""
+        self.arrived: Arrived = {}
+        """What is in memory of the current run."""
+        self._run = order.run(lane, position)
+        self._start = position
+        self._future: Future[Arrived] | None = self._read(self._run, required=True)
+        self._next_run = order.run(lane, position + len(self._run.ranks))
+        self._next_future: Future[Arrived] | None = None
+
+    @property
+    def shard(self) -> int:
+        return self._run.shard
+
+    @property
+    def rank(self) -> int:
+        return self._run.ranks[self.position - self._start]
+
+    def load(self) -> None:
+        """Have the run of `position` in memory and the next one on its way. Raises UserError, see `SetReader.read`."""
+        end = self._start + len(self._run.ranks)
+        if self.position >= end:
+            self._release(self._run)
+            self._run, self._start, self.arrived = self._next_run, end, {}
+            self._future = self._next_future or self._read(self._run, required=True)
+            self._next_run = self.order.run(self.lane, end + len(self._run.ranks))
+            self._next_future = None
+        if self._future is not None:
+            self.arrived = self._future.result()
+            self._future = None
+        if self._next_future is None:
+            self._next_future = self._read(self._next_run, required=False)
+
+    def _read(self, run: Run, *, required: bool) -> Future[Arrived] | None:
+        reader = self.reader
+        size = len(run.ranks) * reader.mean_sample_bytes
+
+        def work() -> Arrived:
+            ranks = self.source.missing(reader, run.shard, run.ranks)
+            return reader.read_unchecked(run.shard, ranks) if ranks else {}
+
+        return self.source.ahead.start(work, size, required=required)
+
+    def _release(self, run: Run) -> None:
+        self.source.ahead.release(len(run.ranks) * self.reader.mean_sample_bytes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from model.batch import Batch, Sample
@@ -17,6 +18,7 @@ from model.hub.modeling import EarshotForCausalLM
 from model.lengths import num_samples
 from model.speech_llm import SpeechLLM
 from trainer.data.decode import SampleError, check_metadata, decode_audio
+from trainer.data.loader import to_sample
 from trainer.data.manifest import read_manifest
 from trainer.data.sample import make_sample
 from trainer.data.tokenizer import Tokenizer
@@ -120,9 +122,9 @@ def _samples(source: Source, tokenizer: Tokenizer, manifest: Path, limit: int) -
             if row.error is not None:
                 raise row.error
             check_metadata(row.metadata)
-            clips = [torch.from_numpy(decode_audio(path.read_bytes())) for path in row.audio]
-            clips = [torch.nn.functional.pad(c, (0, max(0, shortest - len(c)))) for c in clips]
-            yield make_sample(row.key, row.metadata, tuple(clips), tokenizer, strides, ctc=False, evaluate=True)
+            clips = [decode_audio(path.read_bytes()) for path in row.audio]
+            padded = tuple(np.pad(c, (0, max(0, shortest - len(c)))) for c in clips)
+            yield to_sample(make_sample(row.key, row.metadata, padded, tokenizer, strides, ctc=False, evaluate=True))
         except SampleError as error:
             raise UserError(f"{manifest}: line {row.line}: {error}; mend or remove it") from None
 

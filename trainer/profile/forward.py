@@ -26,22 +26,23 @@ from trainer.checkpoint.reader import DamagedError, Reader, check_files, read_ma
 from trainer.config.load import undump
 from trainer.config.schema import Recipe
 from trainer.data.decode import SampleError, check_metadata, decode_audio
+from trainer.data.fetch import read_samples
 from trainer.data.manifest import read_manifest as read_rows
 from trainer.data.prepare import prepare
 from trainer.data.shards import INDEX_NAME, ShardSet
-from trainer.data.store import LocalStore
 from trainer.data.tokenizer import PlaceholderInText
 from trainer.parallel.dispatch import CALL_COST_SAMPLES, group_by_length
 from trainer.profile.analysis import Profile
 from trainer.profile.history import RunPath, primary_name
 from trainer.profile.placement import advise
+from trainer.storage.open import open_store
 from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, add_up, group_of
 
 _CHUNK_CLIPS = 128
 _TIMED_SEC = 20.0
 """Audio on which each expert is timed."""
 
-Encoded = tuple[list[bytes], dict[str, Any]]
+Encoded = tuple[Sequence[bytes | memoryview], dict[str, Any]]
 """Whole audio files of a sample's clips, and the manifest's fields."""
 Encode = Callable[[str], list[int]]
 
@@ -161,7 +162,7 @@ def _decoded(
 
 def _encoded(data: Path, split: str | None) -> Iterator[Encoded | SampleError]:
     if (data / INDEX_NAME).is_file():
-        yield from _of_shards(ShardSet(LocalStore(data)), split)
+        yield from _of_shards(ShardSet(open_store(str(data))), split)
     elif data.is_dir():
         raise UserError(f"{data}: no {INDEX_NAME} in it: give a folder of shards, or a manifest")
     else:
@@ -174,17 +175,15 @@ def _encoded(data: Path, split: str | None) -> Iterator[Encoded | SampleError]:
 
 
 def _of_shards(shards: ShardSet, split: str | None) -> Iterator[Encoded | SampleError]:
-    known = sorted({group.split for group in shards.groups})
+    known = sorted({group.split for group in shards.index.groups})
     if split is not None and split not in known:
         raise UserError(f"{shards.store.url}: no samples of split '{split}'; splits there are: {', '.join(known)}")
     for shard, info in enumerate(shards.shards):
-        for index in range(info.num_samples):
-            if split is None or shards.entry(shard, index).split == split:
-                try:
-                    raw = shards.read(shard, index)
-                    yield [file for _, file in raw.clips], raw.metadata
-                except SampleError as error:
-                    yield error
+        table = shards.table(shard)
+        wanted = [i for i in range(info.num_samples) if split is None or table[i].split == split]
+        for start in range(0, len(wanted), _CHUNK_CLIPS):
+            for found in read_samples(shards, shard, wanted[start : start + _CHUNK_CLIPS]).values():
+                yield found if isinstance(found, SampleError) else (found.clips, found.metadata)
 
 
 def _chunks(

@@ -42,6 +42,8 @@ class StepReport:
     """Samples left out since the run began, by reason."""
     load: LoadInterval | None = None
     """Where this step ends an interval: what the encoders did in it, on rank 0."""
+    epochs: Mapping[str, float] = field(default_factory=dict)
+    """Per set: how often it has been read since the run began."""
 
     @property
     def seconds(self) -> float:
@@ -97,6 +99,8 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
         metrics["throughput/tokens_per_sec"] = sum(r.num_tokens for r in reports) / seconds
         metrics["throughput/audio_sec_per_sec"] = sum(r.audio_sec for r in reports) / seconds
         metrics["throughput/samples_per_sec"] = sum(r.num_samples for r in reports) / seconds
+    for name, epochs in last.epochs.items():
+        metrics[f"data/epochs/{name}"] = epochs
     for reason, count in last.num_skipped.items():
         metrics[f"data/skipped/{reason}"] = count
     return metrics

@@ -1,0 +1,230 @@
+"""How much of the time goes to anything but decoding, and how soon the first batch is there.
+
+    python -m bench.loader                                   local arms, first batch, resume
+    python -m bench.loader --parts local first resume s3     also from a Swift server here (tests.services.swift)
+
+Arms take turns, each in its best setting (one process, no workers: samples per CPU-second; peers hand out the same
+encoded bytes, decoded by the same function). Goals: ours ≥ 95 % of what decoding alone does; from S3 reading no slower
+than obstore alone delivers whole objects; first batch within 1.0 s of process start; resume within 0.5 s at 10³, 10⁵
+and 10⁶ consumed samples. Needs the kit (KIT_DIR); webdataset and lhotse are compared where they are installed
+(`pip install .[peers]`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.loader_corpus import KIT, Utterance, linked_set, utterances, write_set, write_shar
+from bench.loader_resume import first_batch_sec, resume_sec
+from trainer.data.config import DataConfig, SetConfig
+from trainer.data.decode import decode_audio
+from trainer.data.feed import Feed, FeedSpec, LaneGroup
+from trainer.data.prepare import PreparedData, prepare
+from trainer.data.state import Account
+from trainer.storage.open import open_store
+
+NUM_UTTERANCES, PER_SHARD, ROUNDS = 480, 160, 9
+LANES, BATCH = 8, 32
+PARTS = ["local", "first", "resume", "s3"]
+GOAL_SHARE, GOAL_FIRST_SEC, GOAL_RESUME_SEC, GOAL_S3 = 0.95, 1.0, 0.5, 1.0
+
+Arm = Callable[[], int]
+"""One pass; returns how many samples it delivered."""
+
+
+def config(root: str, tokenizer: str | None = None, **fields: Any) -> DataConfig:
+    """Every arm of ours reads this set."""
+    base: dict[str, Any] = {
+        "root": root,
+        "sets": (SetConfig(name="joined", shards="set"),),
+        "eval_splits": (),
+        "num_lanes": LANES,
+        "global_batch_samples": BATCH,
+        "num_workers": 0,
+        "cache_decoded_mib": 0,
+    }
+    made = DataConfig(**{**base, **fields})
+    return made if tokenizer is None else _with_tokenizer(made, tokenizer)
+
+
+def _with_tokenizer(made: DataConfig, path: str) -> DataConfig:
+    from dataclasses import replace
+
+    return replace(made, tokenizer=replace(made.tokenizer, path=path))
+
+
+def decode_only(samples: Iterable[Utterance]) -> Arm:
+    """The limit: encoded clips lie in memory."""
+    data = [u.data for u in samples]
+    return lambda: sum(len(decode_audio(d)) > 0 for d in data)
+
+
+def ours_clips(prepared: PreparedData) -> Arm:
+    """Order, reading, checking, decoding, metadata: what the peers do as well (they check nothing)."""
+
+    def run() -> int:
+        reader = prepared.open_training()[0]
+        spec = FeedSpec(prepared.config, (), prepared.tokenizer_path, prepared.strides, False, 0, 1)
+        lanes = {lane: Account() for lane in range(LANES)}
+        group = LaneGroup(spec, lanes, 0, [reader], prepared.tokenizer)
+        delivered = 0
+        cursors = [lane.cursor(0) for lane in group.lanes]
+        while delivered < reader.num_samples // LANES * LANES:
+            for cursor in cursors:
+                cursor.load()
+                _, clips = group.source.decoded(reader, cursor.shard, cursor.rank, cursor.arrived)
+                delivered += len(clips[0]) > 0
+                cursor.position += 1
+        group.close()
+        return delivered
+
+    return run
+
+
+def ours_whole(prepared: PreparedData) -> Arm:
+    """The same with prompts and answers tokenised: what training gets."""
+
+    def run() -> int:
+        feed = Feed(prepared, seed=0, num_batches=prepared.open_training()[0].num_samples // BATCH)
+        return sum(len(samples) for samples, _ in feed)
+
+    return run
+
+
+def webdataset_arm(folder: Path) -> Arm:
+    """Plain webdataset over the same tars."""
+    import webdataset
+
+    files = sorted(str(p) for p in folder.glob("*.tar"))
+
+    def decode(sample: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        return json.loads(sample["json"]), decode_audio(sample["flac"])
+
+    return lambda: sum(len(clip) > 0 for _, clip in webdataset.WebDataset(files, shardshuffle=False).map(decode))
+
+
+def lhotse_arm(folder: Path) -> Arm:
+    """lhotse Shar over the same encoded bytes, decoded by its own loader (all clips are 16 kHz mono already)."""
+    from lhotse import CutSet
+
+    def run() -> int:
+        return sum(cut.load_audio().shape[1] > 0 for cut in CutSet.from_shar(in_dir=str(folder)))
+
+    return run
+
+
+def timed(arm: Arm) -> tuple[float, float, int]:
+    """(CPU seconds of all threads, wall seconds, samples)."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    num = arm()
+    return time.process_time() - cpu, time.perf_counter() - wall, num
+
+
+def compare(arms: dict[str, Arm], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Samples per CPU-second and per second of every arm, one pair per round; the order turns from round to round."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    for arm in arms.values():
+        arm()  # page cache, imports
+    names = list(arms)
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            cpu, wall, num = timed(arms[name])
+            found[name].append((num / cpu, num / wall))
+    return found
+
+
+def table(found: dict[str, list[tuple[float, float]]], limit: str) -> dict[str, dict[str, float]]:
+    """Medians, spreads, and the share of `limit` within the same rounds."""
+    rows = {}
+    for name, pairs in found.items():
+        rates = [p[0] for p in pairs]
+        shares = [r / q[0] for r, q in zip(rates, found[limit], strict=True)]
+        rows[name] = {
+            "samples_per_cpu_sec": statistics.median(rates),
+            "lowest": min(rates),
+            "highest": max(rates),
+            "samples_per_sec": statistics.median(p[1] for p in pairs),
+            "share": statistics.median(shares),
+        }
+        print(
+            f"{name:14} {rows[name]['samples_per_cpu_sec']:8.0f} /CPU-s ({min(rates):.0f} to {max(rates):.0f})  "
+            f"{rows[name]['samples_per_sec']:8.0f} /s  {100 * rows[name]['share']:5.1f} % of {limit}",
+            flush=True,
+        )
+    return rows
+
+
+def local_arms(root: Path, samples: list[Utterance], prepared: PreparedData) -> tuple[dict[str, Arm], list[str]]:
+    """All arms that can run here, and the peers that are not installed."""
+    arms = {"decode only": decode_only(samples), "ours": ours_clips(prepared), "ours + tokens": ours_whole(prepared)}
+    missing = [name for name in ("webdataset", "lhotse") if importlib.util.find_spec(name) is None]
+    if "webdataset" not in missing:
+        arms["webdataset"] = webdataset_arm(root / "set")
+    if "lhotse" not in missing:
+        write_shar(root / "shar", samples, PER_SHARD)
+        arms["lhotse Shar"] = lhotse_arm(root / "shar")
+    return arms, missing
+
+
+def measure(root: Path, parts: list[str], samples: list[Utterance], rounds: int) -> dict[str, Any]:
+    """The results of every part that is asked for."""
+    results: dict[str, Any] = {}
+    write_set(open_store(str(root / "set")), samples, PER_SHARD)
+    prepared = prepare(config(str(root), cache_dir=str(root / "cache")), (2, 2, 2))
+    tokenizer = prepared.tokenizer_path
+    if "local" in parts:
+        arms, missing = local_arms(root, samples, prepared)
+        hours = sum(u.seconds for u in samples) / 3600
+        print(f"{len(samples)} utterances, {hours:.2f} h, FLAC 16 kHz; not installed: {missing or 'none'}", flush=True)
+        results |= {"local": table(compare(arms, rounds), "decode only"), "missing_peers": missing}
+    if "first" in parts:
+        results["first"] = first_batch_sec(config(str(root), tokenizer))
+    if "resume" in parts:
+        linked_set(root / "large" / "set", root / "set", num_copies=10**6 // PER_SHARD + 1)
+        results["resume"] = resume_sec(config(str(root / "large"), tokenizer, num_lanes=16))
+    if "s3" in parts:
+        command = [sys.executable, "-m", "bench.loader_s3", str(root / "set"), tokenizer]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        print(done.stdout, end="")
+        results["s3"] = json.loads(done.stdout.splitlines()[-1])
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 the goals are met, 1 they are not, 3 there is no kit."""
+    parser = argparse.ArgumentParser(prog="python -m bench.loader", description=__doc__.split("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:-1], help="what to measure")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--utterances", type=int, default=NUM_UTTERANCES)
+    args = parser.parse_args(argv)
+    if not (KIT / "asr.jsonl").exists():
+        print(json.dumps({"passed": None, "reason": f"no kit at {KIT}; set KIT_DIR"}))
+        return 3
+    with tempfile.TemporaryDirectory() as scratch:
+        results = measure(Path(scratch), args.parts, utterances(args.utterances), args.rounds)
+    goals = {}
+    if "local" in results:
+        goals["local"] = results["local"]["ours"]["share"] >= GOAL_SHARE
+    if "first" in results:
+        goals["first"] = results["first"]["arrays"] <= GOAL_FIRST_SEC
+    if "resume" in results:
+        goals["resume"] = max(results["resume"].values()) <= GOAL_RESUME_SEC
+    if "s3" in results:
+        goals["s3"] = results["s3"]["ours_of_obstore"] >= GOAL_S3
+    results |= {"goals": goals, "passed": all(goals.values())}
+    print(json.dumps(results))
+    return 0 if results["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

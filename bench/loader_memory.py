@@ -1,0 +1,76 @@
+"""Whether the loader's memory stays flat: many batches, many epochs, resident memory sampled all along.
+
+    python -m bench.loader_memory [BATCHES] [WORKERS]       100000 batches on the kit take some hours; fewer for a look
+
+Goal: the largest resident memory (this process and its decoding processes) in the last half is at most 5 % above the
+largest in the second tenth of the run. Needs the kit (KIT_DIR).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+
+import psutil
+
+from bench.loader_corpus import KIT
+from trainer.data.config import DataConfig, SetConfig
+from trainer.data.loader import Loader
+from trainer.data.prepare import prepare
+
+GOAL = 0.05
+SUBSETS = ("digits", "digit_strings", "wake_words")
+"""Short clips: many epochs, and every batch is cheap."""
+
+
+def resident_bytes() -> int:
+    """Of this process and all it has started."""
+    here = psutil.Process()
+    return sum(p.memory_info().rss for p in [here, *here.children(recursive=True)])
+
+
+def main(num_batches: int = 100_000, num_workers: int = 0) -> int:
+    """Exit code: 0 flat, 1 not, 3 no kit."""
+    if not (KIT / "asr.jsonl").exists():
+        print(json.dumps({"passed": None, "reason": f"no kit at {KIT}; set KIT_DIR"}))
+        return 3
+    with tempfile.TemporaryDirectory() as scratch:
+        config = DataConfig(
+            root=str(KIT),
+            sets=(SetConfig(name="asr", manifest="asr.jsonl", subsets=SUBSETS),),
+            eval_splits=(),
+            cache_dir=scratch,
+            num_workers=num_workers,
+            cache_decoded_mib=32,  # less than the set: clips come and go
+        )
+        sizes: list[tuple[int, int]] = []
+        every = max(1, num_batches // 500)
+        start = time.perf_counter()
+        with Loader(prepare(config, (2, 2, 2), ctc=True), seed=0, num_batches=num_batches) as loader:
+            for number, (_, _) in enumerate(loader):
+                if number % every == 0:
+                    sizes.append((number, resident_bytes()))
+                if number % (20 * every) == 0:
+                    print(f"batch {number}: {sizes[-1][1] / 2**20:.1f} MiB", flush=True)
+            epochs = loader.epochs["asr"]
+    early = max(size for number, size in sizes if num_batches // 10 <= number < num_batches // 5)
+    late = max(size for number, size in sizes if number >= num_batches // 2)
+    growth = late / early - 1
+    result = {
+        "num_batches": num_batches,
+        "num_workers": num_workers,
+        "epochs": epochs,
+        "seconds": time.perf_counter() - start,
+        "early_mib": early / 2**20,
+        "late_mib": late / 2**20,
+        "growth": growth,
+        "passed": growth <= GOAL,
+    }
+    print(json.dumps(result))
+    return 0 if result["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(int, sys.argv[1:])))

@@ -1,0 +1,92 @@
+"""Times to the first batch: of a new process, and of one that resumes far into a training."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+from trainer.config.convert import from_tree
+from trainer.data.config import DataConfig
+from trainer.data.feed import Feed
+from trainer.data.lanes import SetOrder
+from trainer.data.prepare import prepare
+from trainer.data.state import Account, new_state
+
+REPEATS = 5
+CONSUMED = (10**3, 10**5, 10**6)
+_STRIDES = (2, 2, 2)
+
+
+def first_batch_sec(config: DataConfig) -> dict[str, float]:
+    """From the start of a Python process to its first batch: as arrays, and as torch tensors (torch's import is most
+    of that; a training has imported it long before). Medians."""
+    found = {}
+    for kind in ("arrays", "tensors"):
+        command = [sys.executable, "-m", "bench.loader_resume", kind, json.dumps(asdict(config))]
+        times = []
+        for _ in range(REPEATS):
+            start = time.time()
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            times.append(float(done.stdout) - start)
+        found[kind] = statistics.median(times)
+        print(f"first batch, {kind}: {found[kind]:.2f} s ({min(times):.2f} to {max(times):.2f})", flush=True)
+    return found
+
+
+def resume_sec(config: DataConfig) -> dict[int, float]:
+    """From opening the data with a state to the first batch that follows it, checked against the order. Medians."""
+    found = {}
+    per_batch = config.global_batch_samples
+    for consumed in CONSUMED:
+        times = []
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            prepared = prepare(config, _STRIDES)
+            (reader,) = prepared.open_training()
+            position = consumed // config.num_lanes
+            account = Account({reader.config.name: position}, position)
+            lanes = dict.fromkeys(range(config.num_lanes), account)
+            state = new_state(0, config.num_lanes, {reader.config.name: reader.digest}, consumed // per_batch, lanes)
+            feed = Feed(prepared, seed=0, num_batches=10**9, state=state)
+            samples, _ = next(iter(feed))
+            times.append(time.perf_counter() - start)
+            feed.close()
+        order = SetOrder(
+            reader.config.name, reader.num_per_shard, 0, config.num_lanes, config.shuffle, reader.chunk_samples
+        )
+        expected = []
+        for lane in range(config.num_lanes):
+            for draw in range(per_batch // config.num_lanes):
+                run = order.run(lane, position + draw)
+                expected.append(reader.key(run.shard, run.ranks[0]))
+        assert [s.key for s in samples] == expected, "resumed elsewhere than where the state says"
+        found[consumed] = statistics.median(times)
+        print(
+            f"resume after {consumed:>9,} of {reader.num_samples:,} samples: {found[consumed]:.3f} s "
+            f"({min(times):.3f} to {max(times):.3f})",
+            flush=True,
+        )
+    return found
+
+
+def _first(kind: str, config: DataConfig) -> None:
+    prepared = prepare(config, _STRIDES)
+    if kind == "arrays":
+        feed = Feed(prepared, seed=0, num_batches=10)
+        next(iter(feed))
+        print(time.time())
+        feed.close()
+    else:
+        from trainer.data.loader import Loader  # loads torch
+
+        with Loader(prepared, seed=0, num_batches=10) as loader:
+            next(iter(loader))
+            print(time.time())
+
+
+if __name__ == "__main__":
+    _first(sys.argv[1], from_tree(DataConfig, json.loads(sys.argv[2])))

@@ -1,0 +1,145 @@
+"""Reading shards from a real S3 server (Swift, on this machine): ours, checked, against obstore alone.
+
+    python -m bench.loader_s3 FOLDER_OF_SHARDS TOKENIZER        `bench.loader --parts s3` calls it
+
+Arms take turns. `obstore` fetches whole objects, one after another or four at a time, and throws them away. Ours reads
+every sample in training order by chunks of several sizes (ranged reads), compares each with the index, and parses its
+metadata; `ours + decode` and `obstore + decode` also decode. Server and client share the machine's cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tests.services.swift import running
+from trainer.data.config import DataConfig, SetConfig
+from trainer.data.decode import decode_audio
+from trainer.data.fetch import Fetched, ReadAhead, read_samples
+from trainer.data.prepare import prepare
+from trainer.data.shards import RawSample, ShardSet
+from trainer.data.source import SetReader
+from trainer.storage.open import open_store
+
+ROUNDS = 3
+READ_KIB = (128, 512, 2048, 8192, 1 << 20)
+"""The last: a whole shard, by reads of at most `fetch.MAX_READ_BYTES`."""
+THREADS = 4
+URL = "s3://bench/set"
+
+
+def obstore_alone(num_threads: int) -> Callable[[], int]:
+    """Bytes of all shards, fetched whole."""
+    store = open_store(URL)
+    names = [n for n in store.list() if n.endswith(".tar")]
+    inner: Any = store._store  # type: ignore[attr-defined]  # obstore itself, without this project's layer
+
+    def fetch(name: str) -> int:
+        return len(inner.get(name).bytes())
+
+    def run() -> int:
+        with ThreadPoolExecutor(num_threads) as pool:
+            return sum(pool.map(fetch, names))
+
+    return run
+
+
+def ours(reader: SetReader, decode: bool) -> Callable[[], int]:
+    """Bytes of all shards, read by chunks, `THREADS` chunks at a time, checked."""
+
+    def run() -> int:
+        ahead = ReadAhead(1 << 30, THREADS)
+        waiting: list[Future[Fetched]] = []
+        for shard, num_here in enumerate(reader.num_per_shard):
+            for start in range(0, num_here, reader.chunk_samples):
+                ranks = range(start, min(start + reader.chunk_samples, num_here))
+                future = ahead.start(lambda s=shard, r=ranks: reader.read(s, r), 0, required=True)  # type: ignore[misc]
+                assert future is not None
+                waiting.append(future)
+        for future in waiting:
+            for raw in future.result().values():
+                assert isinstance(raw, RawSample)
+                if decode:
+                    decode_audio(raw.clips[0])
+        ahead.close()
+        return reader.shards.index.num_bytes
+
+    return run
+
+
+def obstore_and_decode(shards: ShardSet) -> Callable[[], int]:
+    """Whole objects by obstore, decoded one after another: no loader at all."""
+
+    def run() -> int:
+        for shard, info in enumerate(shards.shards):
+            for raw in read_samples(shards, shard, range(info.num_samples)).values():
+                assert isinstance(raw, RawSample)
+                decode_audio(raw.clips[0])
+        return shards.index.num_bytes
+
+    return run
+
+
+def main(folder: str, tokenizer: str) -> int:
+    """Prints a table and, last, one JSON object."""
+    with tempfile.TemporaryDirectory() as scratch, running(Path(scratch)) as server:
+        os.environ.update(server.environ)
+        server.make_bucket("bench")
+        local, remote = open_store(folder), open_store(URL)
+        for name in local.list():
+            remote.put(name, [local.get(name)])
+        config = DataConfig(root="s3://bench", sets=(SetConfig(name="joined", shards="set"),), eval_splits=())
+        config = replace(config, tokenizer=replace(config.tokenizer, path=tokenizer))
+        prepared = prepare(config, (2, 2, 2))
+        arms: dict[str, Callable[[], int]] = {f"obstore, {n} at a time": obstore_alone(n) for n in (1, THREADS)}
+        readers = {}
+        for read_kib in READ_KIB:
+            part = replace(prepared, config=replace(config, read_kib=read_kib))
+            readers[read_kib] = part.open_training()[0]
+            arms[f"ours, {read_kib} KiB"] = ours(readers[read_kib], decode=False)
+        arms["ours + decode"] = ours(readers[config.read_kib], decode=True)
+        arms["obstore + decode"] = obstore_and_decode(readers[config.read_kib].shards)
+        rows = compare(arms)
+    best = max(row["mb_per_sec"] for name, row in rows.items() if name.startswith("obstore,"))
+    result = {
+        "arms": rows,
+        "ours_of_obstore": rows[f"ours, {config.read_kib} KiB"]["mb_per_sec"] / best,
+        "with_decode": rows["ours + decode"]["mb_per_sec"] / rows["obstore + decode"]["mb_per_sec"],
+    }
+    print(json.dumps(result))
+    return 0
+
+
+def compare(arms: dict[str, Callable[[], int]]) -> dict[str, dict[str, float]]:
+    """MB/s and client CPU seconds per GiB, medians over rounds in which the arms take turns."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    for number in range(ROUNDS + 1):
+        for name, arm in arms.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            num_bytes = arm()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            if number:  # the first round warms up
+                found[name].append((num_bytes / 1e6 / wall, cpu / (num_bytes / 2**30)))
+    rows = {}
+    for name, pairs in found.items():
+        rates = [p[0] for p in pairs]
+        rows[name] = {"mb_per_sec": statistics.median(rates), "cpu_sec_per_gib": statistics.median(p[1] for p in pairs)}
+        print(
+            f"{name:24} {rows[name]['mb_per_sec']:7.0f} MB/s ({min(rates):.0f} to {max(rates):.0f})  "
+            f"{rows[name]['cpu_sec_per_gib']:6.2f} CPU-s/GiB",
+            flush=True,
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,184 @@
+"""How much of the encoders' and the LLM's work is padding.
+
+    python -m bench.padding
+
+On the kit (every training clip, KIT_DIR) and on log-normal durations: the project's own plan (`trainer.parallel.plan`:
+sorted within the global batch, cut where padding is least; LLM packs of equal length) over a range of global batches,
+beside naive batches in the order of arrival, ten length buckets, and padding every clip to 30 s. Both arms hold the
+same samples and the same budget. Goal: at most 2 % of encoder frames and of LLM tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from bench.loader_corpus import KIT, durations
+from model.lengths import SAMPLE_RATE, num_frames, num_samples, slots_of_samples
+from trainer.parallel import plan
+from trainer.parallel.plan import group_by_length, plan_packs
+
+GOAL = 0.02
+STRIDES = (2, 2, 2)
+ENCODER_BATCH_SEC, PACK_TOKENS = 480.0, 4096
+"""Defaults of `train.encoder_batch_sec` and `train.llm_tokens_per_microbatch`."""
+RANKS, BATCHES = (1, 8), (64, 256, 1024)
+CALL_COSTS_SEC = (3.0, 1.0, 0.3)
+"""What the plan would do if a further encoder call were cheaper than it takes it to be (`CALL_COST_SAMPLES`)."""
+NUM_LOG_NORMAL = 16384
+LONGEST_SEC = 30.0
+NUM_BUCKETS = 10
+
+Groups = list[list[int]]
+
+
+def kit() -> tuple[list[float], list[int]] | None:
+    """Durations and text tokens (about four characters each) of the kit's training samples; None without a kit."""
+    seconds, text = [], []
+    for path in sorted(KIT.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["split"] == "train" and isinstance(row["audio"], str):
+                seconds.append(float(row["duration"]))
+                text.append((len(row["instruction"]) + len(row["answer"])) // 4 + 2)
+    return (seconds, text) if seconds else None
+
+
+def log_normal() -> tuple[list[float], list[int]]:
+    """The same for a set of log-normal durations, with three words of text per second."""
+    seconds = durations(NUM_LOG_NORMAL)
+    return seconds, [12 + round(4 * s) for s in seconds]
+
+
+def waste(groups: Groups, frames: Sequence[int]) -> tuple[int, int]:
+    """(padded frames, real frames)."""
+    return sum(len(g) * max(frames[i] for i in g) for g in groups if g), sum(frames[i] for g in groups for i in g)
+
+
+def planned(frames: Sequence[int], budget: int) -> Groups:
+    """As `trainer.engine.encoders` groups the clips of a rank."""
+    samples = [320 * f for f in frames]
+    return group_by_length(samples, 320 * budget)
+
+
+def naive(frames: Sequence[int], budget: int) -> Groups:
+    """In the order of arrival, until the padded batch would exceed the budget."""
+    groups: Groups = [[]]
+    for i, length in enumerate(frames):
+        longest = max([length, *(frames[j] for j in groups[-1])])
+        if groups[-1] and (len(groups[-1]) + 1) * longest > budget:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def bucketed(frames: Sequence[int], budget: int) -> Groups:
+    """Ten buckets with equally many samples each; batches form within a bucket."""
+    edges = np.quantile(frames, np.linspace(0, 1, NUM_BUCKETS + 1)[1:-1])
+    bucket = np.searchsorted(edges, frames, side="left")
+    groups: Groups = []
+    for b in range(NUM_BUCKETS):
+        members = np.flatnonzero(bucket == b).tolist()
+        groups += [[members[i] for i in g] for g in naive([frames[i] for i in members], budget) if g]
+    return groups
+
+
+def steps(num: int, batch: int, seed: int = 0) -> Iterator[list[int]]:
+    """Global batches of one shuffled epoch."""
+    order = np.random.default_rng(seed).permutation(num).tolist()
+    for start in range(0, num - batch + 1, batch):
+        yield order[start : start + batch]
+
+
+def encoder_waste(frames: Sequence[int], batch: int, ranks: int) -> tuple[float, float]:
+    """(share of encoder frames that are padding, encoder calls per step); a global batch is spread over the ranks in
+    order."""
+    budget, padded, real, calls, num_steps = round(ENCODER_BATCH_SEC * 50), 0, 0, 0, 0
+    for step in steps(len(frames), batch):
+        for rank in range(ranks):
+            mine = [frames[i] for i in step[rank * batch // ranks : (rank + 1) * batch // ranks]]
+            groups = planned(mine, budget)
+            p, r = waste(groups, mine)
+            padded, real, calls = padded + p, real + r, calls + len(groups)
+        num_steps += 1
+    return 1 - real / padded, calls / num_steps / ranks
+
+
+def whole_set_waste(frames: Sequence[int], group: Callable[[Sequence[int], int], Groups]) -> float:
+    """The same for a method that may batch across the whole (shuffled) set."""
+    order = np.random.default_rng(0).permutation(len(frames))
+    mine = [frames[i] for i in order]
+    padded, real = waste(group(mine, round(ENCODER_BATCH_SEC * 50)), mine)
+    return 1 - real / padded
+
+
+def llm_waste(tokens: Sequence[int], batch: int, replicas: int) -> float:
+    """Share of the rows of LLM packs that are padding."""
+    rows = real = 0
+    for step in steps(len(tokens), batch):
+        packs = plan_packs([tokens[i] for i in step], replicas, PACK_TOKENS, 1)
+        rows += replicas * packs.num_microbatches * packs.pack_tokens
+        real += sum(packs.num_tokens)
+    return 1 - real / rows
+
+
+def padded_llm_waste(tokens: Sequence[int]) -> float:
+    """Naive LLM batches: samples in the order of arrival, each padded to its batch's longest."""
+    order = np.random.default_rng(0).permutation(len(tokens))
+    mine = [tokens[i] for i in order]
+    padded, real = waste(naive(mine, PACK_TOKENS), mine)
+    return 1 - real / padded
+
+
+def measure(seconds: Sequence[float], text: Sequence[int]) -> dict[str, Any]:
+    """All numbers of one set."""
+    samples = [num_samples(s) for s in seconds]
+    frames = [num_frames(s) for s in samples]
+    tokens = [slots_of_samples(s, STRIDES) + t for s, t in zip(samples, text, strict=True)]
+    longest = round(LONGEST_SEC * 50)
+    found: dict[str, Any] = {
+        "encoder": {
+            "to 30 s": 1 - sum(frames) / (len(frames) * longest),
+            "naive": whole_set_waste(frames, naive),
+            "10 buckets": whole_set_waste(frames, bucketed),
+        },
+        "llm": {"naive": padded_llm_waste(tokens)},
+        "calls": {},
+    }
+    for ranks in RANKS:
+        for batch in BATCHES:
+            name = f"plan, {batch} samples on {ranks} ranks"
+            found["encoder"][name], found["calls"][name] = encoder_waste(frames, batch, ranks)
+            found["llm"][name] = llm_waste(tokens, batch, ranks)
+    for cost_sec in CALL_COSTS_SEC:
+        with mock.patch.object(plan, "CALL_COST_SAMPLES", round(cost_sec * SAMPLE_RATE)):
+            name = f"plan, {max(BATCHES)} samples on 1 ranks, a call costing {cost_sec:g} s"
+            found["encoder"][name], found["calls"][name] = encoder_waste(frames, max(BATCHES), 1)
+    return found
+
+
+def main() -> int:
+    """Exit code: 0 the goals are met (at the largest batch on one rank, on every set), 1 they are not."""
+    sets = {"log-normal": log_normal()} | ({} if (found := kit()) is None else {"kit": found})
+    results: dict[str, Any] = {}
+    for name, (seconds, text) in sets.items():
+        results[name] = measure(seconds, text)
+        print(f"{name}: {len(seconds)} samples, {sum(seconds) / 3600:.2f} h, mean {np.mean(seconds):.2f} s")
+        for part in ("encoder", "llm"):
+            for way, share in results[name][part].items():
+                calls = results[name]["calls"].get(way) if part == "encoder" else None
+                note = "" if calls is None else f", {calls:.1f} calls per rank and step"
+                print(f"  {part:8} {way:52} {100 * share:6.2f} % padding{note}", flush=True)
+    key = f"plan, {max(BATCHES)} samples on 1 ranks"
+    goals = {f"{n} {part}": r[part][key] <= GOAL for n, r in results.items() for part in ("encoder", "llm")}
+    print(json.dumps({"results": results, "goals": goals, "passed": all(goals.values())}))
+    return 0 if all(goals.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

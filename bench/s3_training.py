@@ -1,0 +1,144 @@
+"""Training from a bucket equals training from disk, also when it is killed and goes on with other numbers of ranks.
+
+    python -m bench.s3_training [RECIPE] [--steps N] [key=value …]      default: kit_cpu, as many steps as it says
+
+Makes shards of the kit (KIT_DIR), puts them into a Swift server on this machine, trains RECIPE from disk on 2 ranks,
+then from `s3://` on 2, 1 and 2 ranks, killed (SIGKILL, all processes) after a third and after two thirds of the steps.
+Goals: every step's loss within 1e-4 relative of the run from disk (ranks add in another order); the final account of
+samples (positions, skips) is the same, number for number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench.loader_corpus import KIT
+from tests.services.swift import running
+from tools.make_shards import main as make_shards
+from trainer.config.load import load_recipe
+from trainer.storage.open import open_store
+
+GOAL = 1e-4
+RANKS = (2, 1, 2)
+"""Of the three parts of the run from the bucket; the run from disk has the first."""
+
+
+def set_overrides(recipe: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(manifests of the kit that the recipe's sets read, overrides that make the sets read shards of them)."""
+    sets = load_recipe(recipe, list(overrides)).data.sets
+    stems = [Path(str(s.manifest)).stem if (KIT / str(s.manifest)).exists() else "asr" for s in sets]
+    changes = [
+        c for i, stem in enumerate(stems) for c in (f"data.sets.{i}.manifest=null", f"data.sets.{i}.shards={stem}")
+    ]
+    return list(dict.fromkeys(stems)), changes
+
+
+def start(recipe: str, run_dir: Path, ranks: int, overrides: Sequence[str]) -> subprocess.Popen[bytes]:
+    """A training, its output in a file beside the run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "trainer", recipe, f"train.run_dir={run_dir}", f"parallel.num_ranks={ranks}"]
+    with open(run_dir / "output.txt", "ab") as output:
+        return subprocess.Popen([*command, *overrides], stdout=output, stderr=output)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Step → loss, of every step that was logged."""
+    found = {}
+    for path in run_dir.glob("*/metrics.jsonl"):
+        for line in path.read_text().splitlines():
+            values = json.loads(line)
+            if "train/loss" in values:
+                found[values["step"]] = values["train/loss"]
+    return found
+
+
+def kill(run: subprocess.Popen[bytes]) -> None:
+    """The launcher and all its ranks, at once and without a word."""
+    family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family, timeout=30)
+    run.wait()
+
+
+def kill_after(run: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
+    """Kill the run as soon as it has logged `step`."""
+    while max(losses(run_dir), default=0) < step:
+        if run.poll() is not None:
+            raise SystemExit(f"the run ended by itself before step {step}: see {run_dir / 'output.txt'}")
+        time.sleep(0.1)
+    kill(run)
+
+
+def finish(run: subprocess.Popen[bytes], run_dir: Path) -> None:
+    """Wait for the end."""
+    if run.wait() != 0:
+        raise SystemExit(f"exit code {run.returncode}: see {run_dir / 'output.txt'}")
+
+
+def account(run_dir: Path) -> dict[str, Any]:
+    """The data's state in the run's last checkpoint."""
+    (last, *_) = sorted(run_dir.glob("*/checkpoints/step-*/state.json"), reverse=True)
+    return json.loads(last.read_text())["extra"]["data"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 both runs agree, 1 they do not, 3 no kit."""
+    parser = argparse.ArgumentParser(prog="python -m bench.s3_training", description=__doc__.split("\n")[0])
+    parser.add_argument("recipe", nargs="?", default="kit_cpu")
+    parser.add_argument("--steps", type=int, help="instead of the recipe's")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args(argv)
+    if not (KIT / "asr.jsonl").exists():
+        print(json.dumps({"passed": None, "reason": f"no kit at {KIT}; set KIT_DIR"}))
+        return 3
+    overrides = [*args.overrides, "telemetry.log_every_steps=1", *([f"train.steps={args.steps}"] if args.steps else [])]
+    steps = load_recipe(args.recipe, overrides).train.steps
+    every = max(1, steps // 6)
+    stems, sets = set_overrides(args.recipe, overrides)
+    with tempfile.TemporaryDirectory() as scratch, running(Path(scratch) / "swift") as server:
+        root = Path(scratch)
+        os.environ.update(server.environ)
+        server.make_bucket("kit")
+        for stem in stems:
+            assert make_shards([str(KIT / f"{stem}.jsonl"), str(root / "disk" / stem)]) == 0
+            assert make_shards([str(KIT / f"{stem}.jsonl"), f"s3://kit/{stem}"]) == 0
+            names = open_store(f"s3://kit/{stem}").list()
+            assert names == open_store(str(root / "disk" / stem)).list(), "the same input gave other shards"
+        common = [*sets, *overrides, f"checkpoint.every_steps={every}", f"data.cache_dir={root / 'cache'}"]
+        finish(start(args.recipe, root / "a", RANKS[0], [*common, f"data.root={root / 'disk'}"]), root / "a")
+        bucket = [*common, "data.root=s3://kit"]
+        for part, ranks in enumerate(RANKS):
+            run = start(args.recipe, root / "b", ranks, bucket)
+            if part < len(RANKS) - 1:
+                kill_after(run, root / "b", (part + 1) * steps // len(RANKS))
+            else:
+                finish(run, root / "b")
+        disk, s3 = losses(root / "a"), losses(root / "b")
+        worst = max(abs(disk[k] - s3[k]) / abs(disk[k]) for k in disk) if disk.keys() == s3.keys() else float("inf")
+        same_account = account(root / "a") == account(root / "b")
+    result = {
+        "recipe": args.recipe,
+        "steps": steps,
+        "ranks": list(RANKS),
+        "loss_difference": worst,
+        "same_account": same_account,
+        "passed": worst <= GOAL and same_account and len(disk) == steps,
+    }
+    print(json.dumps(result))
+    return 0 if result["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Arrays through shared memory: in order, unchanged, whatever their sizes and however small the ring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from model.errors import UserError
+from trainer.data.workers import Workers
+
+SIZES = (0, 1, 7, 1000, 30_000, 65_000, 200_000, 12)
+"""Of float32 arrays; the last but one does not fit into a ring of 256 KiB."""
+
+
+def numbers(seed: int, num: int) -> Iterator[list[dict[str, object]]]:
+    """`num` lists of arrays with small values beside them."""
+    rng = np.random.default_rng(seed)
+    for i in range(num):
+        sizes = rng.choice(SIZES, size=2)
+        arrays = tuple(rng.standard_normal(n).astype(np.float32) for n in sizes)
+        yield [{"number": i, "arrays": arrays, "flags": rng.integers(0, 2, 5).astype(bool)}]
+
+
+def failing(kind: str) -> Iterator[list[int]]:
+    yield [1]
+    if kind == "user":
+        raise UserError("data.x = 1: mend it")
+    raise ZeroDivisionError("a mistake of ours")
+
+
+def endless() -> Iterator[list[int]]:
+    while True:
+        yield [0]
+
+
+@pytest.mark.parametrize("num_ahead", [1, 3])
+def test_everything_arrives_in_order_and_unchanged(num_ahead: int) -> None:
+    workers = Workers([(1, 60), (2, 60)], serve=numbers, num_ahead=num_ahead, buffer_bytes=256 << 10)
+    try:
+        kept = []
+        for expected in zip(numbers(1, 60), numbers(2, 60), strict=True):
+            found = workers.pieces(0)
+            kept.append((found, [x for part in expected for x in part]))
+    finally:
+        workers.close()
+    for found, wanted in kept:  # compared when the ring has long been written over
+        for a, b in zip(found, wanted, strict=True):
+            assert a["number"] == b["number"]
+            assert all(np.array_equal(x, y) for x, y in zip(a["arrays"], b["arrays"], strict=True))
+            assert np.array_equal(a["flags"], b["flags"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"), [("user", UserError, "mend it"), ("ours", RuntimeError, "ZeroDiv")]
+)
+def test_what_ends_a_process_is_raised_after_what_it_had_made(kind: str, error: type, words: str) -> None:
+    workers = Workers([(kind,)], serve=failing, num_ahead=2, buffer_bytes=4096)
+    try:
+        assert workers.pieces(0) == [1]
+        with pytest.raises(error, match=words):
+            workers.pieces(1)
+    finally:
+        workers.close()
+
+
+def test_a_process_is_no_more_ahead_than_it_may() -> None:
+    workers = Workers([()], serve=endless, num_ahead=3, buffer_bytes=4096)
+    try:
+        workers.pieces(0)
+        connection = workers._inboxes[0]._connection
+        for _ in range(3):
+            assert connection.poll(20)
+            connection.recv()
+        assert not connection.poll(0.3)
+    finally:
+        workers.close()

@@ -1,0 +1,149 @@
+"""What is in a set of shards, and whether it is what its index says: python -m tools.inspect_shards URL.
+
+URL is a folder or s3://BUCKET/PREFIX (gs://, az://). --build-index makes the index for shards of others: tars of
+`<key>.<audio type>` with `<key>.json` (fields of a manifest) or `<key>.txt` (the answer); --set gives what all lack,
+for example --set task=asr --set split=train --set "instruction=Transcribe the speech."
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from model.errors import UserError
+from trainer.data.shard_check import build_index, check_shard
+from trainer.data.shards import Entry, ShardSet
+from trainer.storage.open import open_store
+
+EDGES_SEC = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 30.0, 60.0, float("inf"))
+_BAR_CHARS = 40
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: all is as indexed. 1: something is not; it is named. 2: a user's error, one line on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.inspect_shards", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("url", help="folder or bucket URL")
+    parser.add_argument("--build-index", action="store_true", help="index shards that have none (writes beside them)")
+    parser.add_argument("--set", dest="defaults", action="append", default=[], metavar="FIELD=TEXT", help="see above")
+    parser.add_argument("--no-check", action="store_true", help="read the index and tables only, not the shards")
+    parser.add_argument("--png", type=Path, help="draw the histogram of durations into this file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    try:
+        return _run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    store = open_store(args.url)
+    left_out: list[str] = []
+    if args.build_index:
+        defaults = dict(_field(text) for text in args.defaults)
+        with tqdm(unit=" shards", disable=None, leave=False) as bar:
+            left_out = build_index(store, defaults, on_shard=bar.update)
+    elif args.defaults:
+        raise UserError("--set: goes with --build-index")
+    shards = ShardSet(store, num_cached_tables=1)
+    damage: list[str] = []
+    seconds: list[float] = []
+    with tqdm(total=shards.index.num_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        for shard, info in enumerate(shards.shards):
+            if not args.no_check:
+                damage += check_shard(shards, shard)
+            seconds += (e.seconds for e in _entries(shards, shard, damage) if e.num_clips)
+            bar.update(info.num_bytes)
+    report = summary(shards, seconds)
+    report |= {"checked": not args.no_check, "damage": damage, "left_out": left_out}
+    if args.png:
+        draw(seconds, args.png, f"{args.url}: {len(seconds)} clips")
+    print(json.dumps(report) if args.json else as_text(report))
+    return 1 if damage else 0
+
+
+def _entries(shards: ShardSet, shard: int, damage: list[str]) -> Iterator[Entry]:
+    try:
+        yield from shards.table(shard)
+    except UserError as error:
+        if str(error) not in damage:
+            damage.append(str(error))
+
+
+def _field(text: str) -> tuple[str, str]:
+    name, found, value = text.partition("=")
+    if not found or not name:
+        raise UserError(f"--set {text}: give FIELD=TEXT")
+    return name, value
+
+
+def summary(shards: ShardSet, seconds: Sequence[float]) -> dict[str, Any]:
+    """Counts, hours by task, language, source and split, and the histogram of durations."""
+    groups = shards.index.groups
+    hours: dict[str, dict[str, dict[str, float]]] = {}
+    for kind in ("task", "language", "source", "split", "subset"):
+        table = hours.setdefault(kind, {})
+        for group in groups:
+            line = table.setdefault(getattr(group, kind) or "(none)", {"num_samples": 0, "hours": 0.0})
+            line["num_samples"] += group.num_samples
+            line["hours"] += group.seconds / 3600
+    counts = [sum(low <= s < high for s in seconds) for low, high in zip(EDGES_SEC, EDGES_SEC[1:], strict=False)]
+    return {
+        "url": shards.store.url,
+        "num_shards": len(shards.shards),
+        "num_samples": shards.index.num_samples,
+        "num_bytes": shards.index.num_bytes,
+        "hours": sum(g.seconds for g in groups) / 3600,
+        "by": hours,
+        "duration_edges_sec": list(EDGES_SEC[:-1]),
+        "duration_counts": counts,
+    }
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """For the terminal."""
+    lines = [
+        f"{report['url']}: {report['num_samples']} samples, {report['hours']:.3f} h, {report['num_shards']} shard(s), "
+        f"{report['num_bytes'] / 1e6:.1f} MB"
+    ]
+    for kind, table in report["by"].items():
+        lines.append("")
+        width = max(map(len, [kind, *table]))
+        lines.append(f"{kind:{width}}  {'samples':>9}  {'hours':>9}")
+        for name, line in sorted(table.items(), key=lambda item: -item[1]["hours"]):
+            lines.append(f"{name:{width}}  {line['num_samples']:9d}  {line['hours']:9.3f}")
+    lines += ["", "seconds"]
+    edges, counts = [*report["duration_edges_sec"], None], report["duration_counts"]
+    most = max([*counts, 1])
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        name = f"{low:g} to {high:g}" if high is not None else f"from {low:g}"
+        lines.append(f"{name:>10}  {count:8d}  {'#' * round(_BAR_CHARS * count / most)}")
+    lines.append("")
+    lines += [f"left out: {text}" for text in report["left_out"]]
+    lines += [f"damaged: {text}" for text in report["damage"]]
+    if report["checked"] and not report["damage"]:
+        lines.append("every shard and every sample is as indexed")
+    return "\n".join(lines)
+
+
+def draw(seconds: Sequence[float], path: Path, title: str) -> None:
+    """The histogram of durations as PNG."""
+    from matplotlib.figure import Figure  # slow to import, and only needed here
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(seconds, bins=60)
+    axes.set(xlabel="seconds", ylabel="clips", title=title)
+    figure.savefig(path, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""Which samples form each global batch, served lane by lane, in an order that depends on nothing but seed, blend and
+state. Arrays only (no torch); `trainer.data.loader` makes batches of it.
+
+A lane draws, decodes and tokenises its samples one after another, so skips move only their own lane and the order
+cannot depend on timing. A batch takes one piece from every lane of the rank. State travels with the pieces, so what
+was only read or decoded ahead is not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from model.errors import UserError
+from trainer.data.config import DataConfig, SetConfig
+from trainer.data.decode import SampleError
+from trainer.data.lanes import Blend, SetOrder, lanes_of_rank
+from trainer.data.prepare import PreparedData
+from trainer.data.sample import EncodedSample
+from trainer.data.shards import Selection, ShardIndex, ShardSet
+from trainer.data.source import Cursor, SampleSource, SetReader, Skip, check_skipped
+from trainer.data.state import Account, State, new_state, num_skipped, open_state
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.workers import Workers
+from trainer.storage.open import open_store
+
+_MAX_SKIPS_IN_A_ROW = 1000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one lane gives to one batch, and the lane's account after it."""
+
+    samples: tuple[EncodedSample, ...]
+    skips: tuple[Skip, ...]
+    account: Account
+
+
+@dataclass(frozen=True)
+class FeedSpec:
+    """All that a process needs to serve lanes; plain values, so that it can be sent to one."""
+
+    config: DataConfig
+    sets: tuple[tuple[SetConfig, str, ShardIndex, Selection], ...]
+    """With each set's URL."""
+    tokenizer_path: str
+    strides: tuple[int, ...]
+    ctc: bool
+    seed: int
+    num_batches: int
+
+
+class LaneGroup:
+    """Lanes that one process serves.
+
+    Args:
+        spec: what to serve.
+        lanes: their numbers, with the account each starts from.
+        first_batch: the batch that is asked for first.
+        readers: of the sets, where they are open already.
+        tokenizer: likewise.
+    """
+
+    def __init__(
+        self,
+        spec: FeedSpec,
+        lanes: Mapping[int, Account],
+        first_batch: int,
+        readers: Sequence[SetReader] | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        config = spec.config
+        self.spec = spec
+        self.readers = open_readers(spec) if readers is None else readers
+        tokenizer = load_tokenizer(spec.tokenizer_path, config.tokenizer) if tokenizer is None else tokenizer
+        self.source = SampleSource(config, tokenizer, spec.strides, ctc=spec.ctc, seed=spec.seed)
+        self.orders = [order_of(r, config, spec.seed) for r in self.readers]
+        self.num_per_lane = config.global_batch_samples // config.num_lanes
+        sets, sizes = [r.config for r in self.readers], [r.num_samples for r in self.readers]
+        self.blend = Blend(sets, spec.seed, config.num_lanes, self.num_per_lane, sizes, config.temperature)
+        self.lanes = [_Lane(lane, account, self) for lane, account in lanes.items()]
+        if first_batch < spec.num_batches:
+            self._read_ahead(first_batch)
+
+    def pieces(self, batch: int) -> list[Piece]:
+        """What every lane gives to `batch`. Raises UserError."""
+        return [lane.piece(batch) for lane in self.lanes]
+
+    def close(self) -> None:
+        self.source.close()
+
+    def _read_ahead(self, batch: int) -> None:
+        """Ask for what the first batch needs of all lanes, before the first lane waits for its own."""
+        progress = batch / self.spec.num_batches
+        active = [i for i, weight in enumerate(self.blend.weights_at(progress)) if weight > 0]
+        for lane in self.lanes:
+            for draw in range(self.num_per_lane):
+                lane.cursor(self.blend.choose(batch, lane.lane, draw, progress))
+        for lane in self.lanes:
+            for which in active:
+                lane.cursor(which)
+
+
+class _Lane:
+    """One lane's account and the drawing from it."""
+
+    def __init__(self, lane: int, account: Account, group: LaneGroup) -> None:
+        self.lane, self.group = lane, group
+        self.num_seen, self.skipped = account.num_seen, dict(account.skipped)
+        self._positions = dict(account.positions)
+        self._cursors: dict[int, Cursor] = {}
+
+    def cursor(self, which: int) -> Cursor:
+        """The lane's place in set `which`."""
+        if which not in self._cursors:
+            group, order = self.group, self.group.orders[which]
+            position = self._positions.get(order.name, 0)
+            self._cursors[which] = Cursor(group.source, group.readers[which], order, self.lane, position)
+        return self._cursors[which]
+
+    def piece(self, batch: int) -> Piece:
+        group, skips, samples = self.group, [], []
+        progress = batch / group.spec.num_batches
+        for draw in range(group.num_per_lane):
+            cursor = self.cursor(group.blend.choose(batch, self.lane, draw, progress))
+            skips_in_a_row = 0
+            while True:
+                cursor.load()
+                self.num_seen += 1
+                try:
+                    samples.append(group.source.training(cursor, progress))
+                    break
+                except SampleError as error:
+                    self.skipped[error.reason] = self.skipped.get(error.reason, 0) + 1
+                    skips.append(cursor.reader.skip(cursor.shard, cursor.rank, error))
+                    skips_in_a_row += 1
+                    self._check_progress(cursor, skips_in_a_row, skips[-1])
+                finally:
+                    cursor.position += 1
+        self._positions |= {group.orders[i].name: c.position for i, c in self._cursors.items()}
+        return Piece(tuple(samples), tuple(skips), Account(dict(self._positions), self.num_seen, dict(self.skipped)))
+
+    def _check_progress(self, cursor: Cursor, skips_in_a_row: int, last: Skip) -> None:
+        # A lane must get past a quarantined shard. Within twice the set's size it meets every sample.
+        patience = max(_MAX_SKIPS_IN_A_ROW, 2 * max(cursor.reader.num_per_shard))
+        if skips_in_a_row >= min(2 * cursor.order.num_samples, patience):
+            raise UserError(
+                f"data.sets '{last.set}': {skips_in_a_row} samples in a row cannot be used, the last: {last.shard} "
+                f"{last.key}: {last.reason}: {last.detail}; mend the set or take it out"
+            )
+
+
+class Feed:
+    """This rank's part of every global batch, from the state's batch to `num_batches`. One iteration per feed.
+
+    Args:
+        prepared: from `prepare`.
+        seed: of order and augmentation.
+        num_batches: of the whole training; progress (blend, augmentation) is batch / num_batches.
+        rank: this process's place among `world` ranks that share the lanes.
+        state: as yielded, or as `merge_states` makes it from all ranks' states; null starts at the beginning.
+        on_skip: called for every skipped sample when its batch is yielded.
+
+    Raises:
+        UserError: the state is of another seed, number of lanes or other data; too many samples are skipped; the
+            store is away for too long. The state then is that of the last batch that was yielded.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedData,
+        *,
+        seed: int,
+        num_batches: int,
+        rank: int = 0,
+        world: int = 1,
+        state: State | None = None,
+        on_skip: Callable[[Skip], None] = lambda skip: None,
+    ) -> None:
+        assert 0 <= rank < world and num_batches > 0
+        self.config, self.seed, self.num_batches, self.on_skip = prepared.config, seed, num_batches, on_skip
+        self.readers = prepared.open_training()
+        self._tokenizer = prepared.tokenizer
+        sets = tuple((r.config, r.shards.store.url, r.shards.index, r.selection) for r in self.readers)
+        self._spec = FeedSpec(
+            self.config, sets, prepared.tokenizer_path, prepared.strides, prepared.ctc, seed, num_batches
+        )
+        digests = {r.config.name: r.digest for r in self.readers}
+        own = list(lanes_of_rank(rank, world, self.config.num_lanes))
+        self._digests = digests
+        self._first_batch, accounts = open_state(state, own, seed, self.config.num_lanes, digests)
+        self._accounts = dict(zip(own, accounts, strict=True))
+        self.state: State = self._state(self._first_batch, accounts)
+        self._source: LaneGroup | Workers | None = None
+
+    @property
+    def num_skipped(self) -> dict[str, int]:
+        """Skips by reason in this rank's lanes since the start of the training, as of the last yielded batch."""
+        return num_skipped(self.state)
+
+    @property
+    def epochs(self) -> dict[str, float]:
+        """How often this rank's lanes have read each set, as of the last yielded batch; the ranks' sum is the whole."""
+        positions = self.state["positions"]
+        return {r.config.name: sum(positions.get(r.config.name, ())) / r.num_samples for r in self.readers}
+
+    def close(self) -> None:
+        """Stop threads and processes."""
+        if self._source is not None:
+            self._source.close()
+
+    def __iter__(self) -> Iterator[tuple[tuple[EncodedSample, ...], State]]:
+        assert self._source is None, "a feed is iterated once"
+        self._source = self._open()
+        try:
+            for batch in range(self._first_batch, self.num_batches):
+                pieces = self._source.pieces(batch)
+                self.state = self._state(batch + 1, [p.account for p in pieces])
+                for skip in (s for p in pieces for s in p.skips):
+                    self.on_skip(skip)
+                if any(p.skips for p in pieces):
+                    num_seen = sum(p.account.num_seen for p in pieces)
+                    check_skipped(num_seen, self.num_skipped, self.config.max_skipped_fraction)
+                yield tuple(s for p in pieces for s in p.samples), self.state
+        finally:
+            self.close()
+
+    def _state(self, batch: int, accounts: Sequence[Account]) -> State:
+        by_lane = dict(zip(self._accounts, accounts, strict=True))
+        return new_state(self.seed, self.config.num_lanes, self._digests, batch, by_lane)
+
+    def _open(self) -> LaneGroup | Workers:
+        num_workers = min(self.config.num_workers, len(self._accounts))
+        if num_workers == 0:
+            return LaneGroup(self._spec, self._accounts, self._first_batch, self.readers, self._tokenizer)
+        config = replace(
+            self.config,
+            read_ahead_mib=self.config.read_ahead_mib // num_workers,
+            cache_decoded_mib=self.config.cache_decoded_mib // num_workers,
+        )
+        spec = replace(self._spec, config=config)
+        lanes = list(self._accounts.items())
+        parts = [dict(lanes[i::num_workers]) for i in range(num_workers)]
+        return Workers(
+            [(spec, part, self._first_batch) for part in parts],
+            serve=serve,
+            num_ahead=self.config.prefetch_batches,
+            buffer_bytes=(self.config.buffer_mib << 20) // num_workers,
+        )
+
+
+def serve(spec: FeedSpec, lanes: Mapping[int, Account], first_batch: int) -> Iterator[list[Piece]]:
+    """What one decoding process sends: its lanes' pieces of batch after batch."""
+    group = LaneGroup(spec, lanes, first_batch)
+    for batch in range(first_batch, spec.num_batches):
+        yield group.pieces(batch)
+
+
+def open_readers(spec: FeedSpec) -> list[SetReader]:
+    """The sets, by what is known of them: nothing is asked of their stores."""
+    config = spec.config
+    return [
+        SetReader(part, ShardSet(open_store(url, config.retry_sec), index), selection, config.read_kib << 10)
+        for part, url, index, selection in spec.sets
+    ]
+
+
+def order_of(reader: SetReader, config: DataConfig, seed: int) -> SetOrder:
+    """The order in which lanes read a set."""
+    return SetOrder(
+        reader.config.name, reader.num_per_shard, seed, config.num_lanes, config.shuffle, reader.chunk_samples
+    )

@@ -1,0 +1,118 @@
+"""Writes shards, offset tables and the index. Same samples, same bytes; see `trainer.data.shards` for the format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from trainer.data.shards import FORMAT_VERSION, INDEX_NAME, Entry, Group, Shard, table_name
+from trainer.storage.store import Store
+
+_BLOCK_BYTES = 512
+GroupKey = tuple[str, str, str, str, str]
+"""Task, subset, split, language, source."""
+
+
+class ShardWriter:
+    """One shard in memory, until `finish` writes it and its table."""
+
+    def __init__(self, store: Store, number: int) -> None:
+        self.store = store
+        self.name = f"shard-{number:06d}.tar"
+        self.num_bytes = 0
+        self.entries: list[Entry] = []
+        self._parts: list[bytes] = []
+        self._groups = Groups()
+
+    def add(self, key: str, clips: Sequence[tuple[str, bytes]], metadata: dict[str, Any], seconds: float) -> None:
+        """Append one sample; `clips` are (type, bytes), `seconds` their total length."""
+        assert "." not in key and "/" not in key, key
+        names = [ext if len(clips) == 1 else f"{i}.{ext}" for i, (ext, _) in enumerate(clips)]
+        text = json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode()
+        first_part = len(self._parts)
+        members = [
+            (name, self._append(f"{key}.{name}", data), len(data))
+            for name, data in zip([*names, "json"], [*(b for _, b in clips), text], strict=True)
+        ]
+        crc = 0
+        for part in self._parts[first_part + 1 :]:  # from the first member's data to the last member's
+            crc = zlib.crc32(part, crc)
+        self.entries.append(self._groups.entry(key, metadata, seconds, crc, tuple(members)))
+
+    def finish(self) -> Shard:
+        """Write shard and table; returns the index's line. Nothing may be added afterwards."""
+        self._write(bytes(-self.num_bytes % _BLOCK_BYTES + 2 * _BLOCK_BYTES))
+        digest = hashlib.sha256()
+        for part in self._parts:
+            digest.update(part)
+        shard = Shard(self.name, self.num_bytes, len(self.entries), digest.hexdigest(), self._groups.lines())
+        self.store.put(shard.name, self._parts)
+        write_table(self.store, shard, self.entries)
+        return shard
+
+    def _append(self, name: str, data: bytes) -> int:
+        info = tarfile.TarInfo(name)  # mtime, uid, gid 0, mode 0644: same input, same bytes
+        info.size = len(data)
+        padding = bytes(-self.num_bytes % _BLOCK_BYTES)
+        self._write(padding + info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.num_bytes
+        self._write(data)
+        return offset
+
+    def _write(self, data: bytes) -> None:
+        self._parts.append(data)
+        self.num_bytes += len(data)
+
+
+class Groups:
+    """Counts and seconds of a shard's samples that are alike."""
+
+    def __init__(self) -> None:
+        self._totals: dict[GroupKey, tuple[int, float]] = {}
+
+    def entry(
+        self,
+        key: str,
+        metadata: Mapping[str, Any],
+        seconds: float,
+        crc32: int,
+        members: tuple[tuple[str, int, int], ...],
+    ) -> Entry:
+        """The table's line of a sample, which is counted."""
+        group = tuple(str(metadata.get(n, "")) for n in ("task", "subset", "split", "language", "source"))
+        task, subset, split, language, source = group
+        count, total = self._totals.get((task, subset, split, language, source), (0, 0.0))
+        self._totals[task, subset, split, language, source] = (count + 1, total + seconds)
+        return Entry(key, task, subset, split, round(seconds, 4), crc32, members)
+
+    def lines(self) -> tuple[Group, ...]:
+        return tuple(Group(*g, count, round(total, 4)) for g, (count, total) in sorted(self._totals.items()))
+
+
+def write_table(store: Store, shard: Shard, entries: Sequence[Entry]) -> None:
+    """The shard's offset table."""
+    kinds = sorted({(e.task, e.subset, e.split) for e in entries})
+    number = {kind: i for i, kind in enumerate(kinds)}
+    samples = [[e.key, number[e.task, e.subset, e.split], e.seconds, e.crc32, e.members] for e in entries]
+    write_json(store, table_name(shard.name), {"sha256": shard.sha256, "groups": kinds, "samples": samples})
+
+
+def write_index(store: Store, shards: Sequence[Shard], defaults: Mapping[str, str] | None = None) -> None:
+    """The set's index: written last, it makes the shards beside it a set."""
+    index = {
+        "version": FORMAT_VERSION,
+        "num_samples": sum(s.num_samples for s in shards),
+        "num_bytes": sum(s.num_bytes for s in shards),
+        "shards": [asdict(s) for s in shards],
+    }
+    write_json(store, INDEX_NAME, {**index, "defaults": dict(defaults)} if defaults else index)
+
+
+def write_json(store: Store, name: str, value: Any) -> None:
+    """One line of JSON, the same for the same value."""
+    store.put(name, [json.dumps(value, ensure_ascii=False, sort_keys=True).encode() + b"\n"])

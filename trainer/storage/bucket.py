@@ -1,0 +1,165 @@
+"""Objects in S3, Google Cloud Storage or Azure, by obstore."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import obstore.store
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+
+from model.errors import UserError
+from trainer.storage.credentials import Access
+from trainer.storage.store import MissingError, UnreachableError, check_size
+
+T = TypeVar("T")
+
+RETRY_SEC = 120.0
+"""How long a request is retried when the server is away. obstore's credentials may expire beyond five minutes."""
+PART_BYTES = 16 << 20
+"""Of a multipart upload; the last part, or a small object, may be smaller."""
+_CONCURRENT_PARTS = 4
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_EXPIRED = ("ExpiredToken", "TokenRefreshRequired", "RequestTimeTooSkewed", "RequestExpired", "InvalidToken")
+
+
+class BucketStore:
+    """A bucket, or a prefix in it.
+
+    Args:
+        scheme: s3, gs or az.
+        bucket: its name (Azure: the container's).
+        prefix: of all names; may be empty.
+        access: endpoint and credentials.
+        retry_sec: how long a request is repeated when the server does not answer or answers with 5xx.
+    """
+
+    def __init__(self, scheme: str, bucket: str, prefix: str, access: Access, retry_sec: float = RETRY_SEC) -> None:
+        self._url = "/".join(filter(None, [f"{scheme}://{bucket}", prefix]))
+        self._bucket, self._access, self._retry_sec = f"{scheme}://{bucket}", access, retry_sec
+        kind: Any = {
+            "s3": obstore.store.S3Store,
+            "gs": obstore.store.GCSStore,
+            "az": obstore.store.AzureStore,
+        }[scheme]
+        options = dict(access.options)
+        if access.endpoint:
+            options["endpoint"] = access.endpoint
+        client = {
+            "allow_http": bool(access.endpoint and access.endpoint.startswith("http://")),
+            "connect_timeout": timedelta(seconds=5),
+            "timeout": timedelta(seconds=60),  # of one try; a part or a range is small
+        }
+        retry = {
+            "max_retries": 1000,  # time decides, not the number
+            "retry_timeout": timedelta(seconds=retry_sec),
+            "backoff": {"init_backoff": timedelta(seconds=0.25), "max_backoff": timedelta(seconds=5), "base": 3},
+        }
+        try:
+            self._store = kind(bucket, prefix=prefix or None, client_options=client, retry_config=retry, **options)
+        except (BaseError, ValueError):
+            # obstore's own text may quote what it read.
+            raise UserError(f"{self._url}: cannot be opened with {access.source}; check what is set there") from None
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def get(self, name: str) -> bytes:
+        return self._do(name, lambda: self._store.get(name).bytes().to_bytes())
+
+    def get_range(self, name: str, offset: int, num_bytes: int, total_bytes: int | None = None) -> memoryview:
+        end = offset + num_bytes
+
+        def read() -> memoryview:
+            found = self._store.get(name, options={"range": (offset, end)})
+            check_size(f"{self._url}/{name}", found.meta["size"], end, total_bytes)
+            return memoryview(found.bytes())
+
+        try:
+            return self._do(name, read)
+        except _RangeError:
+            check_size(f"{self._url}/{name}", self.size_bytes(name), end, total_bytes)
+            raise
+
+    def size_bytes(self, name: str) -> int:
+        return self._do(name, lambda: self._store.head(name)["size"])
+
+    def exists(self, name: str) -> bool:
+        try:
+            self.size_bytes(name)
+        except MissingError:
+            return False
+        return True
+
+    def put(self, name: str, parts: Iterable[bytes]) -> None:
+        self._do(name, lambda: self._store.put(name, parts, chunk_size=PART_BYTES, max_concurrency=_CONCURRENT_PARTS))
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        assert not prefix or prefix.endswith("/"), prefix
+
+        def read() -> dict[str, int]:
+            pages = self._store.list(prefix or None)
+            return {item["path"]: item["size"] for page in pages for item in page}
+
+        return dict(sorted(self._do(prefix, read).items()))
+
+    def delete(self, name: str) -> None:
+        try:
+            self._do(name, lambda: self._store.delete(name))
+        except MissingError:
+            pass
+
+    def _do(self, name: str, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except (BaseError, FileNotFoundError, PermissionError) as error:
+            raise self._error(name, error) from None
+
+    def _error(self, name: str, error: Exception) -> UserError:
+        """One line. obstore's own text spans many, and quotes what the server sent: of it, only status and code."""
+        text = str(error)
+        status, code = _STATUS.search(text), _CODE.search(text)
+        said = " ".join(m[1] for m in (status, code) if m)
+        where = f"{self._url}/{name}".rstrip("/")
+        source = self._access.source + (f", endpoint {_public(self._access.endpoint)}" if self._access.endpoint else "")
+        if code and code[1] == "NoSuchBucket":
+            return MissingError(f"{where}: no bucket {self._bucket} ({said}; {source}); check the name, or create it")
+        if isinstance(error, FileNotFoundError) or (status and status[1] == "404"):
+            return MissingError(f"{where}: no such object ({said or 'not found'}; {source}); check the URL")
+        if code and code[1] in _EXPIRED:
+            return UserError(f"{where}: credentials have expired ({said}; {source}); renew them")
+        if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError) or (
+            status and status[1] in ("401", "403")
+        ):
+            return UserError(
+                f"{where}: access refused ({said}; {source}); the key is wrong, expired, or lacks the permission"
+            )
+        if status and status[1] == "416":
+            return _RangeError(f"{where}: the range lies beyond the object's end ({said}; {source})")
+        if status and status[1].startswith("4"):
+            return UserError(f"{where}: the store refuses the request ({said}; {source}); check URL and endpoint")
+        return UnreachableError(
+            f"{where}: no usable answer within {self._retry_sec:g} s ({said or _reason(text)}; {source}); "
+            "check that the store runs and the endpoint is right"
+        )
+
+
+class _RangeError(UserError):
+    """A range that the store refuses."""
+
+
+def _reason(text: str) -> str:
+    for phrase in ("Connection refused", "dns error", "timed out", "TimedOut", "Connection reset", "IncompleteMessage"):
+        if phrase in text:
+            return phrase
+    return "connection failed"
+
+
+def _public(endpoint: str | None) -> str:
+    parts = urlsplit(endpoint or "")
+    return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")

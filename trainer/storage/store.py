@@ -1,0 +1,146 @@
+"""Named objects in a folder or a bucket: what shards are read from and written to, and what checkpoints may use.
+
+A store is opened by URL (`trainer.storage.open`) and is flat: names are paths below it, with '/' between parts.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from model.errors import UserError
+
+
+class MissingError(UserError):
+    """There is no such object, or no such bucket."""
+
+
+class ChangedError(UserError):
+    """An object is not as long as it must be."""
+
+
+class UnreachableError(UserError):
+    """The store did not answer in all the time that retries may take."""
+
+
+class Store(Protocol):
+    """All methods raise UserError: one line that names URL, what failed, and where credentials came from."""
+
+    @property
+    def url(self) -> str:
+        """For messages and for identity: two stores with one url hold the same objects."""
+        ...
+
+    def get(self, name: str) -> bytes:
+        """A whole object. Raises MissingError."""
+        ...
+
+    def get_range(self, name: str, offset: int, num_bytes: int, total_bytes: int | None = None) -> memoryview:
+        """`num_bytes` from `offset`. Raises MissingError; ChangedError if the object ends before, or, with
+        `total_bytes`, if that is not its whole size."""
+        ...
+
+    def size_bytes(self, name: str) -> int:
+        """Size of an object. Raises MissingError."""
+        ...
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such an object."""
+        ...
+
+    def put(self, name: str, parts: Iterable[bytes]) -> None:
+        """Write `parts`, end to end, as one object: it appears whole or not at all, and replaces what was there."""
+        ...
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        """Name → bytes of all objects whose names begin with `prefix`, which is empty or ends with '/'."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove an object; it is no error if there is none."""
+        ...
+
+
+class LocalStore:
+    """A folder of the file system; it is made by the first `put`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def url(self) -> str:
+        return str(self.folder)
+
+    def get(self, name: str) -> bytes:
+        try:
+            return (self.folder / name).read_bytes()
+        except OSError as error:
+            raise self._error(name, error) from None
+
+    def get_range(self, name: str, offset: int, num_bytes: int, total_bytes: int | None = None) -> memoryview:
+        try:
+            with open(self.folder / name, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                check_size(f"{self.url}/{name}", size, offset + num_bytes, total_bytes)
+                data = os.pread(file.fileno(), num_bytes, offset)
+        except OSError as error:
+            raise self._error(name, error) from None
+        if len(data) != num_bytes:  # cut since its size was asked
+            check_size(f"{self.url}/{name}", offset + len(data), offset + num_bytes, None)
+        return memoryview(data)
+
+    def size_bytes(self, name: str) -> int:
+        try:
+            return (self.folder / name).stat().st_size
+        except OSError as error:
+            raise self._error(name, error) from None
+
+    def exists(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+    def put(self, name: str, parts: Iterable[bytes]) -> None:
+        path = self.folder / name
+        temporary = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with os.fdopen(handle, "wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+            temporary = None
+        except OSError as error:
+            raise self._error(name, error) from None
+        finally:
+            if temporary is not None:
+                os.unlink(temporary)
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        assert not prefix or prefix.endswith("/"), prefix
+        # Hidden files are those that `put` has not finished.
+        files = (p for p in (self.folder / prefix).rglob("*") if p.is_file() and not p.name.startswith("."))
+        return {p.relative_to(self.folder).as_posix(): p.stat().st_size for p in sorted(files)}
+
+    def delete(self, name: str) -> None:
+        try:
+            (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise self._error(name, error) from None
+
+    def _error(self, name: str, error: OSError) -> UserError:
+        kind = MissingError if isinstance(error, FileNotFoundError | NotADirectoryError) else UserError
+        return kind(f"{self.folder / name}: {error.strerror}; check the path and its permissions")
+
+
+def check_size(where: str, size: int, end: int, total_bytes: int | None) -> None:
+    """Raise ChangedError if an object of `size` bytes cannot be read up to `end`, or is not `total_bytes` long."""
+    if total_bytes is not None and size != total_bytes:
+        raise ChangedError(f"{where}: {size} bytes, its index says {total_bytes}: cut or altered; make it again")
+    if size < end:
+        raise ChangedError(f"{where}: ends at byte {size}, before {end}: it is cut; copy or make it again")
