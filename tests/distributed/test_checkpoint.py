@@ -118,12 +118,11 @@ def _in_order(cases: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any
 
 def grow_cases(folder: str) -> dict[str, Any]:
     """On every rank: train with two experts, begin anew with three (expert-parallel) and with one of the two."""
-    from trainer.config.load import dump
-    from trainer.config.schema import Recipe
+    from model.hub.configuration import describe
 
     step, manager = _start(folder, "small", without=["wavlm"])
     _train(step, 0, BEFORE)
-    manager.save(BEFORE, step, {"recipe": dump(Recipe(model=step.model))})
+    manager.save(BEFORE, step, {"model": describe(step.model, step.llm.hf_config, 61)})
     manager.close()
     found: dict[str, Any] = {"before": _train(step, BEFORE, BEFORE + 1)["losses"][0]}
     _stop()

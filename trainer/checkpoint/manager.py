@@ -167,7 +167,8 @@ class CheckpointManager:
         """
         folder = self._from_rank0(lambda: open_start(path))
         shards = [shard for family in self._shards(engines).values() for shard in family]
-        added = self._together("checkpoint.start_from", lambda: fill_weights(folder, shards, engines))
+        model = engines.audio.tower.config
+        added = self._together("checkpoint.start_from", lambda: fill_weights(folder, shards, model))
         audio_state.refresh(engines.audio)
         llm_state.refresh(engines.llm)
         if self.groups.rank == 0:

@@ -9,19 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.errors import UserError
 from trainer.checkpoint.catalog import damage_of, find_checkpoint, read_extra
 from trainer.checkpoint.layout import PARAM, Shard, matrix_of
 from trainer.checkpoint.reader import Reader, read_manifest
-from trainer.config.load import undump
-
-if TYPE_CHECKING:
-    from trainer.checkpoint.manager import Engines
 
 _ENTERING = "audio.router.steps_to_enter"
 _BY_EXPERT = (
@@ -47,8 +43,8 @@ def open_start(path: Path) -> Path:
 
 
 @torch.no_grad()
-def fill_weights(folder: Path, shards: Sequence[Shard], engines: Engines) -> tuple[str, ...]:
-    """Fill the weights of this rank's `shards` of both engines from the checkpoint in `folder`.
+def fill_weights(folder: Path, shards: Sequence[Shard], model: ModelConfig) -> tuple[str, ...]:
+    """Fill the weights of this rank's `shards` of `model` from the checkpoint in `folder`.
 
     Returns:
         Names of the encoders that are new.
@@ -57,14 +53,13 @@ def fill_weights(folder: Path, shards: Sequence[Shard], engines: Engines) -> tup
         UserError: another part of the model has other sizes, or is missing.
     """
     reader = Reader(folder, read_manifest(folder))
-    before = tuple(e.name for e in undump(read_extra(folder)["recipe"], str(folder)).model.experts)
-    config = engines.audio.tower.config
-    now = tuple(e.name for e in config.experts)
+    before = tuple(e["name"] for e in read_extra(folder)["model"]["audio"]["experts"])
+    now = tuple(e.name for e in model.experts)
     added = tuple(name for name in now if name not in before)
     own = tuple(f"audio.experts.{name}." for name in added)
     for shard in shards:
         if shard.name in _BY_EXPERT:
-            rows = _rows(reader, shard, before, now, config.router.entry_steps)
+            rows = _rows(reader, shard, before, now, model.router.entry_steps)
             whole = matrix_of(shard.shape)
             shard.values[PARAM].copy_(rows.view(whole.rows, whole.cols)[shard.rect.within(whole)])
         elif not (own and shard.name.startswith(own)):
