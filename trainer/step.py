@@ -117,16 +117,20 @@ class Step:
             return self.report(step, whole, sample_losses, mowe, ctc)
 
     def router_noise(self, step: int, batch: Batch) -> Tensor | None:
-        """[clips, gates, experts] standard normal, a function of seed, step and sample: not of where the sample ran."""
+        """[clips, gates, experts] standard normal, a function of seed, step, sample and the expert's name: not of where
+        the sample ran, nor of what other experts there are."""
         router = self.model.router
         if router.noise_std == 0 or not batch.clip_owner or not self.model.experts:
             return None
         rows = []
         for clip, owner in enumerate(batch.clip_owner):
             text = f"{self.seed}/{step}/{batch.samples[owner].key}/{clip - batch.clip_owner.index(owner)}"
-            digest = hashlib.sha256(text.encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-            rows.append(torch.randn(len(router.gates), len(self.model.experts), generator=generator))
+            columns = []
+            for expert in self.model.experts:
+                digest = hashlib.sha256(f"{text}/{expert.name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+                columns.append(torch.randn(len(router.gates), generator=generator))
+            rows.append(torch.stack(columns, dim=1))
         return torch.stack(rows)
 
     def auxiliary_losses(self, audio: AudioOutput, whole: GlobalBatch) -> tuple[Tensor, Tensor]:
