@@ -29,7 +29,8 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: EarshotConfig) -> None:
         super().__init__(config)
-        self.llm = AutoModelForCausalLM.from_config(config.text_config)
+        # `from_pretrained(dtype=…)` sets the default; without this the LLM would take the dtype in which it was saved.
+        self.llm = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         self.audio = AudioTower(audio_config(config.audio), config.text_config.hidden_size, config.vocab_size)
         if config.text_config.tie_word_embeddings:
             self._tied_weights_keys = {"llm.lm_head.weight": "llm.model.embed_tokens.weight"}
