@@ -18,12 +18,17 @@ def folder_of(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint's name tells; None: it is no checkpoint's name."""
+    found = _COMMITTED.fullmatch(folder.name)
+    return int(found[1]) if found else None
+
+
 def committed_steps(checkpoints: Path) -> list[int]:
     """Steps of all committed checkpoints, ascending, damaged ones included."""
     if not checkpoints.is_dir():
         return []
-    matches = (_COMMITTED.fullmatch(entry.name) for entry in checkpoints.iterdir())
-    return sorted(int(m[1]) for m in matches if m)
+    return sorted(step for entry in checkpoints.iterdir() if (step := step_of(entry)) is not None)
 
 
 def checkpoints_of(path: Path) -> Path:
@@ -54,7 +59,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    if (path / MANIFEST).is_file() or _COMMITTED.fullmatch(path.name):
+    if (path / MANIFEST).is_file() or step_of(path) is not None:
         return path
     folder = checkpoints_of(path)
     return folder_of(folder, committed_steps(folder)[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -45,15 +46,10 @@ class PackPlan:
         owner[runs(self.replica_row[mine], self.num_tokens[mine])] = np.repeat(mine, self.num_tokens[mine])
         return owner
 
-    @property
+    @cached_property
     def replica_row(self) -> Ints:
         """[n] first row in the replica's packs, laid end to end."""
         return self.pack % self.num_microbatches * self.pack_tokens + self.row
-
-    @property
-    def padding_share(self) -> float:
-        """Share of the LLM's rows that are padding."""
-        return 1.0 - float(self.num_tokens.sum()) / (self.replicas * self.num_microbatches * self.pack_tokens)
 
 
 def plan_packs(num_tokens: Sequence[int] | Ints, replicas: int, budget_tokens: int, multiple: int) -> PackPlan:

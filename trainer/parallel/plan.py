@@ -8,7 +8,6 @@ Everything is NumPy: planning never touches a device and never communicates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,12 +25,6 @@ class Segments:
     dst: Ints
     dst_row: Ints
     length: Ints
-
-    @staticmethod
-    def of(rows: Sequence[tuple[int, int, int, int, int]]) -> Segments:
-        """From (src, src_row, dst, dst_row, length) tuples."""
-        table = np.array(rows, dtype=np.int64).reshape(-1, 5)
-        return Segments(*(np.ascontiguousarray(column) for column in table.T))
 
 
 @dataclass(frozen=True)

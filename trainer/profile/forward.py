@@ -6,7 +6,6 @@ every clip; the experts are timed on a few.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +20,9 @@ from model.batch import Ragged
 from model.config import ModelConfig
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE, num_samples
+from trainer.checkpoint.catalog import committed_steps, folder_of, read_extra
 from trainer.checkpoint.layout import PARAM, Manifest, Shard, matrix_of
-from trainer.checkpoint.reader import DamagedError, Reader, check_files, read_manifest
+from trainer.checkpoint.reader import STATE, DamagedError, Reader, check_files, read_manifest
 from trainer.config.load import undump
 from trainer.config.schema import Recipe
 from trainer.data.decode import SampleError, check_metadata, decode_audio
@@ -86,17 +86,18 @@ def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
         UserError: there is none; the named one is damaged.
     """
     folder = where.run_dir / "checkpoints"
-    steps = sorted(folder.glob("step-*"), reverse=True) if where.checkpoint is None else [where.checkpoint]
+    newest_first = [folder_of(folder, step) for step in reversed(committed_steps(folder))]
     damages = []
-    for path in steps:
+    for path in newest_first if where.checkpoint is None else [where.checkpoint]:
         try:
             manifest = read_manifest(path)
-            check_files(path, manifest, [n for n in manifest.files if n.startswith(("audio-", "state."))])
+            # The audio side, frozen parts included, which lie in a folder of their own.
+            audio = (entry for name, entry in manifest.tensors.items() if name.startswith("audio."))
+            check_files(path, manifest, sorted({STATE, *(file for entry in audio for file, _ in entry.pieces)}))
         except DamagedError as error:
             damages.append(f"{path}: {error}")
             continue
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return Reader(path, manifest), undump(state["extra"]["recipe"], f"{path}/state.json")
+        return Reader(path, manifest), undump(read_extra(path)["recipe"], f"{path}/{STATE}")
     if damages:
         raise UserError(f"{damages[0]}: no whole checkpoint; restore one")
     raise UserError(f"{folder}: no checkpoint; let the run save one first")

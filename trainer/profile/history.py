@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import UserError
+from trainer.checkpoint.catalog import step_of
 from trainer.config.load import load_recipe
 from trainer.config.schema import Recipe
 from trainer.profile.analysis import Profile
 from trainer.profile.placement import advise, current_slots, measured_time
 from trainer.telemetry.expert_load import add_up
 from trainer.telemetry.load_history import HISTORY_NAME, read_history
-
-_CHECKPOINT = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,7 @@ class RunPath:
     @property
     def step(self) -> int | None:
         """Of the checkpoint."""
-        found = self.checkpoint and _CHECKPOINT.fullmatch(self.checkpoint.name)
-        return int(found[1]) if found else None
+        return None if self.checkpoint is None else step_of(self.checkpoint)
 
 
 def find_run(path: Path) -> RunPath:
@@ -38,7 +35,7 @@ def find_run(path: Path) -> RunPath:
         UserError: it is neither.
     """
     path = path.resolve()
-    if _CHECKPOINT.fullmatch(path.name) and path.parent.name == "checkpoints" and path.is_dir():
+    if step_of(path) is not None and path.parent.name == "checkpoints" and path.is_dir():
         return RunPath(path.parent.parent, path)
     if (path / "recipe.yaml").is_file():
         return RunPath(path, None)
