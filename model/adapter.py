@@ -11,6 +11,7 @@ from torch import nn
 from model import lengths as length_arithmetic
 from model.batch import Ragged
 from model.config import AdapterConfig
+from model.conv import Conv1d
 from model.errors import UserError
 
 
@@ -25,7 +26,7 @@ class Adapter(nn.Module):
         self.strides = config.strides
         widths = [input_dim] + [config.hidden_size] * len(config.strides)
         layers = [
-            nn.Conv1d(a, b, config.kernel_size, stride, config.kernel_size // 2)
+            Conv1d(a, b, config.kernel_size, stride, config.kernel_size // 2)
             for a, b, stride in zip(widths, widths[1:], config.strides, strict=False)
         ]
         for layer in layers:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from model.config import EncoderConfig
+from model.conv import use_matrix_products
 from model.encoders.base import AudioEncoder, window_lengths
 from model.encoders.conv_stack import ConvStackEncoder, conv_lengths, receptive_field
 from model.encoders.hf_config import ResolvedEncoder, encoder_error, one_line, resolve
@@ -38,6 +39,7 @@ def build_encoder(config: EncoderConfig) -> AudioEncoder:
     """
     resolved = resolve(config)
     network = _random(config, resolved) if config.weights is None else _pretrained(config, resolved)
+    use_matrix_products(network)
     if isinstance(network, RaggedWhisperEncoder):
         return Whisper(network, resolved.window_samples, config.length_mode).train()
     hf_config = cast(Any, resolved.hf_config)

@@ -1,0 +1,77 @@
+"""1-D convolutions for clips of every length, which oneDNN on CPUs is slow at.
+
+oneDNN compiles a kernel for each shape of input and keeps the last thousand; batches of ragged clips hardly ever repeat
+one. As a product of matrices a convolution needs no compilation, and over steps with channels last its windows are
+plain slices of memory.
+
+Shapes: B clips, T steps in, L steps out, C channels in, O channels out, k taps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Conv1d(nn.Conv1d):
+    """`nn.Conv1d`, the same parameters and results; on CPUs by matrix products, unless grouped or dilated.
+
+    Results of the CPU's way are `[B, O, L]` with channels last in memory, which the next such layer reads as they are.
+    """
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        plain = self.groups == 1 and self.dilation == (1,) and self.padding_mode == "zeros"
+        if input.device.type != "cpu" or not plain or isinstance(self.padding, str):
+            return super()._conv_forward(input, weight, bias)
+        (stride,), (padding,) = self.stride, self.padding
+        steps = F.pad(input.transpose(1, 2), (0, 0, padding, padding))
+        return _WindowProduct.apply(steps, weight, bias, stride).transpose(1, 2)
+
+
+def use_matrix_products(module: nn.Module) -> None:
+    """Make every plain `nn.Conv1d` inside `module` a `Conv1d`; parameters and hooks stay."""
+    for child in module.modules():
+        if type(child) is nn.Conv1d:
+            child.__class__ = Conv1d
+
+
+class _WindowProduct(torch.autograd.Function):
+    """steps [B, T, C], weight [O, C, k], bias [O] → [B, L, O], L = (T - k) // stride + 1"""
+
+    @staticmethod
+    def forward(ctx: Any, steps: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+        steps = steps.contiguous()
+        (clips, size, channels), (_, _, taps) = steps.shape, weight.shape
+        length = (size - taps) // stride + 1
+        assert length > 0, f"{size} steps for {taps} taps"
+        # A window's taps and channels lie side by side in memory.
+        windows = steps.as_strided((clips, length, taps * channels), (size * channels, stride * channels, 1))
+        rows = windows.reshape(clips * length, taps * channels)
+        matrix = weight.transpose(1, 2).flatten(1)
+        product = rows @ matrix.t() if bias is None else torch.addmm(bias, rows, matrix.t())
+        ctx.save_for_backward(rows, matrix)
+        ctx.shape, ctx.stride = (clips, size, channels), stride
+        return product.view(clips, length, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        rows, matrix = ctx.saved_tensors
+        clips, size, channels = ctx.shape
+        length, stride = grad.shape[1], ctx.stride
+        grad = grad.flatten(0, 1)
+        grad_steps = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            windows = (grad @ matrix).view(clips, length, -1, channels)
+            grad_steps = grad.new_zeros(clips, size, channels)
+            for tap in range(windows.shape[2]):
+                grad_steps[:, tap : tap + (length - 1) * stride + 1 : stride] += windows[:, :, tap]
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.t() @ rows).unflatten(1, (-1, channels)).transpose(1, 2)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(0)
+        return grad_steps, grad_weight, grad_bias, None
