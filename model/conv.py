@@ -9,6 +9,7 @@ Shapes: B clips, T steps in, L steps out, C channels in, O channels out, k taps.
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -24,19 +25,23 @@ class Conv1d(nn.Conv1d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        plain = self.groups == 1 and self.dilation == (1,) and self.padding_mode == "zeros"
-        if input.device.type != "cpu" or not plain or isinstance(self.padding, str):
-            return super()._conv_forward(input, weight, bias)
-        (stride,), (padding,) = self.stride, self.padding
-        steps = F.pad(input.transpose(1, 2), (0, 0, padding, padding))
-        return _WindowProduct.apply(steps, weight, bias, stride).transpose(1, 2)
+        return _conv_forward(self, input, weight, bias)
 
 
 def use_matrix_products(module: nn.Module) -> None:
-    """Make every plain `nn.Conv1d` inside `module` a `Conv1d`; parameters and hooks stay."""
+    """Make every `nn.Conv1d` inside `module`, also one under weight norm, compute as `Conv1d` does."""
     for child in module.modules():
-        if type(child) is nn.Conv1d:
-            child.__class__ = Conv1d
+        if isinstance(child, nn.Conv1d) and not isinstance(child, Conv1d):
+            child._conv_forward = MethodType(_conv_forward, child)  # type: ignore[method-assign]
+
+
+def _conv_forward(layer: nn.Conv1d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    plain = layer.groups == 1 and layer.dilation == (1,) and layer.padding_mode == "zeros"
+    if input.device.type != "cpu" or not plain or isinstance(layer.padding, str):
+        return nn.Conv1d._conv_forward(layer, input, weight, bias)
+    (stride,), (padding,) = layer.stride, layer.padding
+    steps = F.pad(input.transpose(1, 2), (0, 0, padding, padding))
+    return _WindowProduct.apply(steps, weight, bias, stride).transpose(1, 2)
 
 
 class _WindowProduct(torch.autograd.Function):

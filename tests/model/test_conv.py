@@ -45,15 +45,20 @@ def test_layers_read_each_other_without_copies() -> None:
     assert first.transpose(1, 2).is_contiguous()
 
 
-def test_plain_layers_are_exchanged_and_others_left() -> None:
+def test_layers_of_others_are_taught() -> None:
+    torch.manual_seed(0)
     plain, grouped = nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 3, groups=2)
-    module = nn.Sequential(plain, grouped, nn.Conv1d(4, 4, 3, dilation=2))
-    x = torch.randn(1, 4, 20)
-    before, weights = module(x), [p.data_ptr() for p in module.parameters()]
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3), dim=2)
+    module = nn.Sequential(plain, grouped, normed, nn.Conv1d(4, 4, 3, dilation=2))
+    x = torch.randn(2, 4, 20)
+    before = module(x)
+    assert not before.transpose(1, 2).is_contiguous()
     use_matrix_products(module)
     torch.testing.assert_close(module(x), before)
-    assert isinstance(plain, Conv1d)
-    assert [p.data_ptr() for p in module.parameters()] == weights
+    assert plain(x).transpose(1, 2).is_contiguous(), "not by matrix products"
+    assert normed(x).transpose(1, 2).is_contiguous(), "not by matrix products"
+    module(x).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
 
 
 def test_frozen_input_takes_no_gradient() -> None:
