@@ -65,7 +65,8 @@ def plan_dispatch(
         world: ranks.
     """
     by_place = sorted(range(len(places)), key=lambda k: places[k])
-    wanted = [np.flatnonzero(clips.wanted[:, k]) for k in by_place]
+    by_encoder = np.ascontiguousarray(clips.wanted.T)
+    wanted = [np.flatnonzero(by_encoder[k]) for k in by_place]
     num_wanted = [len(which) for which in wanted]
     clip, encoder = np.concatenate(wanted), np.repeat(by_place, num_wanted)
     cost = np.concatenate([costs[k](clips.samples[which]) for k, which in zip(by_place, wanted, strict=True)])
