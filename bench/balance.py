@@ -99,7 +99,7 @@ def time_plans(ranks: int = 4096) -> dict[str, Any]:
 
     def dispatch(encoders: Sequence[EncoderConfig], ep: int, chosen: int) -> Callable[[], object]:
         clips, costs = draw_clips(ranks, len(encoders), chosen, seed=0), [clip_cost(e) for e in encoders]
-        return lambda: dispatch_of(plan_dispatch(clips, costs, range(len(encoders)), ep, ranks), ranks // 2, ranks)
+        return lambda: dispatch_of(plan_dispatch(clips, costs, range(len(encoders)), ep, ranks), ranks // 2)
 
     tokens = draw_clips(ranks, 1, 1, seed=0).samples // 2560 + 30  # a slot of 160 ms each, and a short text
     plans = {

@@ -135,6 +135,10 @@ def _sent_all_to_all(output: Tensor, input: Tensor, output_split_sizes: list[int
     return input.element_size() * (input.shape[0] - own) * (input.numel() / max(1, input.shape[0]))
 
 
+def _sent_messages(moves: list[dist.P2POp]) -> float:
+    return sum(m.tensor.numel() * m.tensor.element_size() for m in moves if m.op is dist.isend)
+
+
 def _sent_all_gather(output_tensor: Tensor, input_tensor: Tensor, **kwargs: Any) -> float:
     return input_tensor.numel() * input_tensor.element_size() * (WORLD - 1)
 
@@ -146,6 +150,7 @@ def _sent_all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> float:
 # By the argument names of torch.distributed, which DeepSpeed calls by keyword.
 _SENT: dict[str, Callable[..., float]] = {
     "all_to_all_single": _sent_all_to_all,
+    "batch_isend_irecv": _sent_messages,
     "all_gather_into_tensor": _sent_all_gather,
     "all_reduce": _sent_all_reduce,
 }
