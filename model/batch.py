@@ -52,21 +52,6 @@ class Ragged:
         parts = self.split()
         return Ragged(torch.cat([parts[i] for i in rows]), lengths)
 
-    def partition(self, groups: Sequence[Sequence[int]]) -> list[Ragged]:
-        """The sequences of each of `groups`, views where they lie so. Every sequence is in exactly one group: the
-        backward pass joins all gradients at once, where several `select` would add up as many of full size."""
-        assert sorted(i for rows in groups for i in rows) == list(range(len(self))), groups
-        by_group = [_runs(rows) for rows in groups]
-        runs = sorted((run for some in by_group for run in some), key=lambda run: run.start)
-        sizes = [sum(self.lengths[run.start : run.stop]) for run in runs]
-        piece = dict(zip(runs, self.values.split(sizes) if runs else (), strict=True))
-        found = []
-        for rows, some in zip(groups, by_group, strict=True):
-            parts = [piece[run] for run in some] or [self.values[:0]]
-            joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-            found.append(Ragged(joined, tuple(self.lengths[i] for i in rows)))
-        return found
-
     def to(self, *args: Any, **kwargs: Any) -> Ragged:
         """As `Tensor.to`."""
         return Ragged(self.values.to(*args, **kwargs), self.lengths)

@@ -45,6 +45,14 @@ def test_thousands_of_ranks_are_balanced_to_a_few_percent() -> None:
     assert (bins != home).mean() < 0.2, "most clips stay where they are"
 
 
+def test_with_many_items_per_rank_few_move_and_the_rest_is_even() -> None:
+    costs = np.random.default_rng(0).lognormal(0.0, 0.6, 64 * 40)
+    home = np.repeat(np.arange(64), 40)
+    bins = spread(costs, 64, home)
+    after = loads_of(costs, bins, 64)
+    assert after.max() / after.mean() <= 1 + TOLERANCE + 1e-9 and (bins != home).mean() < 0.1
+
+
 def test_many_items_without_preference_fill_all_bins_alike() -> None:
     costs = np.random.default_rng(0).lognormal(0.0, 0.5, 10_000)
     bins = spread(costs, 40)

@@ -139,6 +139,23 @@ def test_missing_placeholder_and_missing_file_are_one_line_with_a_remedy(tmp_pat
         load_tokenizer("none/x.json", word_config())
 
 
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '{"model": 3}', '{"version": "1.0"}'])
+def test_a_file_that_is_no_tokenizer_is_one_line_that_names_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match=r"tokenizer.json: transformers cannot read it \("):
+        load_tokenizer(str(tmp_path / "tokenizer.json"), word_config())
+
+
+def test_a_fault_of_code_is_not_reported_as_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__init__", broken)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(AttributeError, match="no such thing"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"), word_config())
+
+
 def test_a_placeholder_in_a_sample_is_an_error_of_that_sample(words: Tokenizer) -> None:
     for field in ("instruction", "answer"):
         with pytest.raises(SampleError, match="placeholder_in_text"):

@@ -28,46 +28,36 @@ def test_every_pair_is_computed_once_and_comes_home(data: st.DataObject) -> None
     clips = ClipTable(home, samples, np.array(flags, dtype=bool).reshape(len(home), num_encoders))
     plan = plan_dispatch(clips, [linear(k + 1.0) for k in range(num_encoders)], places, ep, world)
     assert (plan.holder % ep == np.asarray(places)[plan.encoder]).all(), "a rank got a clip for an encoder it lacks"
-    parts = [dispatch_of(plan, rank, world) for rank in range(world)]
+    parts = [dispatch_of(plan, rank) for rank in range(world)]
 
     # Carry it out: a clip is its global number, a feature sequence is (clip, encoder).
     first = np.searchsorted(home, np.arange(world))
     sent = [[int(first[r]) + c for c in parts[r].send_clips] for r in range(world)]
-    arriving: list[list[int]] = [[] for _ in range(world)]
-    for source in range(world):
-        left = list(sent[source])
-        for target in range(world):
-            need = int(parts[source].send_samples[target])
-            assert need == int(parts[target].recv_samples[source])
-            while need > 0:
-                clip = left.pop(0)
-                need -= int(samples[clip])
-                arriving[target].append(clip)
-            assert need == 0
-        assert not left
+    arriving = [delivered(rank, sent, [p.send_to for p in parts], parts[rank].recv_from) for rank in range(world)]
     computed = []
     for rank, part in enumerate(parts):
         assert [int(samples[c]) for c in arriving[rank]] == list(part.recv_lengths)
         assert len(set(arriving[rank])) == len(arriving[rank]), "a clip travelled twice to one rank"
         results = [(arriving[rank][i], k) for k, work in enumerate(part.work) for i in work]
         computed += results
-        back = [results[i] for i in part.send_order]
-        assert [int(home[c]) for c, _ in back] == sorted(int(home[c]) for c, _ in back)
-        frames = np.bincount(
-            home[[c for c, _ in back]], weights=[-(-samples[c] // 320) for c, _ in back], minlength=world
-        )
-        assert frames.tolist() == part.send_frames.tolist()
+        back = [results[i] for i in part.return_order]
+        assert [int(home[c]) for c, _ in back] == list(part.return_to) == sorted(part.return_to)
     assert sorted(computed) == sorted(zip(plan.clip.tolist(), plan.encoder.tolist(), strict=True))
     for rank, part in enumerate(parts):
-        by_source = [
-            [p for p in (results_of(parts[s], arriving[s])[i] for i in parts[s].send_order) if home[p[0]] == rank]
-            for s in range(world)
-        ]
-        got = [pair for pairs in by_source for pair in pairs]
-        assert [-(-int(samples[c]) // 320) for c, _ in got] == list(part.recv_frame_lengths)
+        returned = [[results_of(p, arriving[r])[i] for i in p.return_order] for r, p in enumerate(parts)]
+        got = delivered(rank, returned, [p.return_to for p in parts], parts[rank].result_from)
+        assert [-(-int(samples[c]) // 320) for c, _ in got] == list(part.result_lengths)
         for k in range(num_encoders):
             mine = [c for c in range(len(home)) if home[c] == rank and clips.wanted[c, k]]
             assert [got[i] for i in part.results[k]] == [(c, k) for c in mine]
+
+
+def delivered(rank: int, sent: list[list], to: list[tuple[int, ...]], source: tuple[int, ...]) -> list:
+    """What arrives at `rank` of what all ranks have `sent`: of each source in its order of sending."""
+    left = {s: [x for x, t in zip(sent[s], to[s], strict=True) if t == rank] for s in range(len(sent))}
+    found = [left[s].pop(0) for s in source]
+    assert not any(left.values()), "something was sent that nobody expects"
+    return found
 
 
 def results_of(part, arriving: list[int]) -> list[tuple[int, int]]:  # noqa: ANN001

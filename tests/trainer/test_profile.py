@@ -101,14 +101,14 @@ def test_time_is_of_warm_steps_on_the_last_ranks() -> None:
     warm = [interval(s, one_hot([0, 1, 1]), [[1.0, 3.0], [1.0, 1.0]]) for s in (2, 3)]
     time = measured_time([cold, *warm])
     assert time is not None and (time.num_steps, time.step_sec) == (2, 2.0)
-    assert (time.mean_sec, time.slowest_sec, time.lost_sec) == (3.0, 4.0, 1.0)
-    assert time.imbalance == pytest.approx(4 / 3)
+    assert (time.costs.mean_sec, time.costs.slowest_sec, time.lost_sec) == (3.0, 4.0, 1.0)
+    assert time.costs.imbalance == pytest.approx(4 / 3)
     assert time.sec_per_audio_sec == pytest.approx([4.0 / 1.0, 2.0 / 2.0])
     resumed = measured_time([cold, *warm, other])
-    assert resumed is not None and resumed.num_ranks == 1 and resumed.mean_sec == pytest.approx(18 / 3)
+    assert resumed is not None and resumed.costs.num_ranks == 1 and resumed.costs.mean_sec == pytest.approx(18 / 3)
     assert measured_time([interval(1, one_hot([0]), [[0.0], [0.0]])]) is None
     first_only = measured_time([cold])
-    assert first_only is not None and first_only.mean_sec == 100.0
+    assert first_only is not None and first_only.costs.mean_sec == 100.0
 
 
 def test_placement_by_cost() -> None:

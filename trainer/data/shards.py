@@ -79,7 +79,7 @@ class ShardIndex:
 
     shards: tuple[Shard, ...]
     digest: str
-    """Of the index's content: two sets with one digest hold the same samples."""
+    """Of the index's bytes: two sets with one digest hold the same samples."""
     defaults: dict[str, str] = field(default_factory=dict)
     """Fields of samples whose metadata lack them."""
 
@@ -139,7 +139,8 @@ def read_index(store: Store) -> ShardIndex:
     Raises:
         UserError: there is none, or it is malformed or of another format version.
     """
-    index = _json_object(store, INDEX_NAME)
+    data = store.get(INDEX_NAME)
+    index = _json_object(f"{store.url}/{INDEX_NAME}", data)
     if index.get("version") != FORMAT_VERSION:
         raise UserError(
             f"{store.url}/{INDEX_NAME}: version {index.get('version')!r}, this program reads {FORMAT_VERSION}; "
@@ -150,8 +151,7 @@ def read_index(store: Store) -> ShardIndex:
         defaults = {str(k): str(v) for k, v in index.get("defaults", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{store.url}/{INDEX_NAME}: malformed ({error!r}); make the shards again") from None
-    digest = hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
-    return ShardIndex(shards, digest, defaults)
+    return ShardIndex(shards, hashlib.sha256(data).hexdigest(), defaults)
 
 
 class ShardSet:
@@ -207,7 +207,7 @@ class ShardSet:
         """Raises MissingError, ChangedError."""
         info = self.shards[shard]
         where = f"{self.store.url}/{table_name(info.name)}"
-        table = _json_object(self.store, table_name(info.name), ChangedError)
+        table = _json_object(where, self.store.get(table_name(info.name)), ChangedError)
         if table.get("sha256") != info.sha256 or len(table.get("samples", ())) != info.num_samples:
             raise ChangedError(f"{where}: belongs to another version of the shard; make it again")
         try:
@@ -241,12 +241,11 @@ def _metadata(data: bytes) -> dict[str, Any]:
     return value
 
 
-def _json_object(store: Store, name: str, kind: type[UserError] = UserError) -> dict[str, Any]:
-    data = store.get(name)
+def _json_object(where: str, data: bytes, kind: type[UserError] = UserError) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except ValueError as error:
-        raise kind(f"{store.url}/{name}: not JSON ({error}); make the shards again") from None
+        raise kind(f"{where}: not JSON ({error}); make the shards again") from None
     if not isinstance(value, dict):
-        raise kind(f"{store.url}/{name}: not a JSON object; make the shards again")
+        raise kind(f"{where}: not a JSON object; make the shards again")
     return value

@@ -136,7 +136,10 @@ class HuggingFaceTokenizer(Tokenizer):
                 )
             else:
                 inner = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except Exception as error:  # transformers raises many types; the user needs the path and the reason
+        except Exception as error:
+            # Files that cannot be read raise these, and plain Exception where Rust reads them; the rest are bugs.
+            if not isinstance(error, OSError | ValueError | KeyError | ImportError) and type(error) is not Exception:
+                raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"data.tokenizer.path = {path}: transformers cannot read it ({reason})") from error
         self.inner = inner

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +28,8 @@ from trainer.parallel.dispatch import (
     group_by_length,
     plan_dispatch,
 )
-from trainer.parallel.exchange import all_to_all, check_same_plan, gather_ragged
+from trainer.parallel.exchange import Parcels, check_same_plan, deliver, gather_ragged
 from trainer.parallel.groups import Groups
-from trainer.parallel.plan import Ints
 
 
 @dataclass(frozen=True)
@@ -100,25 +98,23 @@ class EncoderDispatch:
         plan = plan_dispatch(self._table(clips, wanted), self.costs, self.places, self.ep, world)
         if self.debug_plan:
             check_same_plan("encoders", (plan.clip, plan.encoder, plan.holder), self.groups.world)
-        part = dispatch_of(plan, rank, world)
+        part = dispatch_of(plan, rank)
         self._count_bytes(plan, clips.values.element_size(), width=self.empty.shape[1] * self.empty.element_size())
 
         batches = [self._group([part.recv_lengths[i] for i in work]) for work in part.work]
         calls = torch.tensor([len(b) if n in self.held else 1 for n, b in zip(self.names, batches, strict=True)])
         # ZeRO-3 gathers weights and reduces gradients per call: all holders must call alike. Agreed while clips travel.
-        agreed = dist.all_reduce(calls, op=dist.ReduceOp.MAX, group=self.groups.world, async_op=True)
-        arriving = self._travel(clips.select(part.send_clips).values, part.send_samples, part.recv_samples, plan)
-        arrived = Ragged(arriving, part.recv_lengths)
-        agreed.wait()
+        alone = world == self.ep
+        agreed = None if alone else dist.all_reduce(calls, dist.ReduceOp.MAX, group=self.groups.world, async_op=True)
+        arrived = self._send_clips(clips, part)
+        if agreed is not None:
+            agreed.wait()
         computed = [
-            self._compute(name, arrived, work, batch, num_calls)
+            self._compute(name, [arrived[i] for i in work], batch, num_calls)
             for name, work, batch, num_calls in zip(self.names, part.work, batches, calls.tolist(), strict=True)
             if name in self.held
         ]
-        features = self._travel(self._in_order(computed, part), part.send_frames, part.recv_frames, plan)
-        if self.before_backward is not None and features.requires_grad:
-            features = _BeforeBackward.apply(features, self.before_backward)
-        return Ragged(features, part.recv_frame_lengths).partition(part.results)
+        return self._return_features(computed, part)
 
     def _table(self, clips: Ragged, wanted: Tensor) -> ClipTable:
         """Tell all ranks the length of every clip here and which encoders it needs (a bit each)."""
@@ -132,43 +128,62 @@ class EncoderDispatch:
     def _group(self, lengths: list[int]) -> list[list[int]]:
         return group_by_length(lengths, self.budget_samples, CALL_COST_SAMPLES[self.groups.device.type])
 
-    def _travel(self, rows: Tensor, send: Ints, receive: Ints, plan: DispatchPlan) -> Tensor:
-        """To other ranks and from them, unless no clip of any rank leaves its home."""
-        if not plan.moves:
-            return rows
+    def _send_clips(self, clips: Ragged, part: Dispatch) -> list[Tensor]:
+        """The clips that this rank must encode, own ones and others'."""
+        own = clips.split()
+        each = tuple(range(i, i + 1) for i in range(len(part.recv_lengths)))
+        parcels = Parcels(part.send_to, part.recv_from, part.recv_lengths, each)
+        *arrived, _ = self._travel([own[i] for i in part.send_clips], parcels, clips.values[:0])
+        return arrived
+
+    def _return_features(self, computed: list[list[Tensor]], part: Dispatch) -> list[Ragged]:
+        """Per encoder the features of this rank's clips; `computed` as `_compute` gives them."""
+        rows = [sequence for found in computed for sequence in found[:-1]]
+        anchor = torch.cat([self.empty, *(found[-1] for found in computed)])
+        # Where other ranks' encoders learn, this rank must take part in the way back, even if its own are frozen.
+        if self._learns and torch.is_grad_enabled() and not anchor.requires_grad:
+            anchor.requires_grad_()
+        pieces_of = [_pieces(results, part.result_from, self.groups.rank) for results in part.results]
+        runs = sorted((run for pieces in pieces_of for run in pieces), key=lambda run: run.start)
+        parcels = Parcels(part.return_to, part.result_from, part.result_lengths, tuple(runs))
+        *arrived, tie = self._travel([rows[i] for i in part.return_order], parcels, anchor, self.before_backward)
+        by_run = dict(zip(runs, arrived, strict=True))
+        return [
+            Ragged(_joined([by_run[run] for run in pieces], tie), tuple(part.result_lengths[i] for i in results))
+            for pieces, results in zip(pieces_of, part.results, strict=True)
+        ]
+
+    def _travel(
+        self,
+        sequences: list[Tensor],
+        parcels: Parcels,
+        anchor: Tensor,
+        before_backward: Callable[[], None] | None = None,
+    ) -> tuple[Tensor, ...]:
         start_sec = time.perf_counter()
-        arriving = all_to_all(rows, send, receive, self.groups.world)
+        arrived = deliver(sequences, parcels, anchor, self.groups.world, before_backward)
         self._synchronise()
         each_sec = (time.perf_counter() - start_sec) / len(self.names)
         for name in self.names:
             self.spent[name] += EncoderCost(wait_sec=each_sec)
-        return arriving
+        return arrived
 
-    def _compute(
-        self, name: str, clips: Ragged, work: Sequence[int], batches: list[list[int]], num_calls: int
-    ) -> list[Tensor]:
-        """One encoder's features of the clips `work`, clip after clip, and at the end a tensor without rows, which ties
-        calls that had no clip into the graph: their weights' gradients are zeros. `batches` index `work`."""
+    def _compute(self, name: str, clips: list[Tensor], batches: list[list[int]], num_calls: int) -> list[Tensor]:
+        """One encoder's features of `clips`, clip after clip, and at the end a tensor without rows, which ties
+        calls that had no clip into the graph: their weights' gradients are zeros. `batches` index `clips`."""
         start_sec = time.perf_counter()
-        found: list[Tensor] = [self.empty] * len(work)
+        found: list[Tensor] = [self.empty] * len(clips)
         none: list[Tensor] = []
         for members in batches + [[]] * (num_calls - len(batches)):
             if members:
-                features = self.held[name](clips.select([work[i] for i in members]))
+                features = self.held[name](Ragged.of([clips[i] for i in members]))
                 for i, sequence in zip(members, features.split(), strict=True):
-                    found[i] = sequence
+                    found[i] = sequence.to(self.empty.dtype)
             else:
-                none.append(self.held[name](Ragged.of([stand_in().to(clips.values)])).values[:0])
+                none.append(self.held[name](Ragged.of([stand_in().to(self.empty.device)])).values[:0])
         self._synchronise()
         self.spent[name] += EncoderCost(compute_sec=time.perf_counter() - start_sec)
-        return [*found, torch.cat([self.empty.to(found[0] if found else none[0]), *none])]
-
-    def _in_order(self, computed: list[list[Tensor]], part: Dispatch) -> Tensor:
-        """All features [ΣF, D] in the order in which they are sent."""
-        sequences = [s for found in computed for s in found[:-1]]
-        rows = torch.cat([self.empty, *(found[-1] for found in computed), *(sequences[i] for i in part.send_order)])
-        # Where other ranks' encoders learn, this rank must take part in the way back, even if its own are frozen.
-        return rows.requires_grad_() if self._learns and torch.is_grad_enabled() and not rows.requires_grad else rows
+        return [*found, torch.cat([self.empty, *(rows.to(self.empty.dtype) for rows in none)])]
 
     def _count_bytes(self, plan: DispatchPlan, sample_bytes: int, width: int) -> None:
         """Bytes of this rank's clips and features that cross to or from other ranks. A clip that travels once for
@@ -193,16 +208,20 @@ class EncoderDispatch:
             torch.cuda.synchronize(self.groups.device)
 
 
-class _BeforeBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, call: Callable[[], None]) -> Tensor:
-        ctx.call = call
-        return rows.view_as(rows)
+def _pieces(results: Sequence[int], source: Sequence[int], rank: int) -> list[range]:
+    """Arriving sequences `results`, cut where they do not lie end to end; what this rank computed lies apart."""
+    found: list[range] = []
+    for i in results:
+        if found and found[-1].stop == i and rank not in (source[i], source[i - 1]):
+            found[-1] = range(found[-1].start, i + 1)
+        else:
+            found.append(range(i, i + 1))
+    return found
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.call()
-        return grads[0], None
+
+def _joined(pieces: list[Tensor], none: Tensor) -> Tensor:
+    """[ΣF, D] end to end, a view where it is one piece."""
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else none
 
 
 def stand_in() -> Tensor:

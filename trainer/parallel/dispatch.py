@@ -65,7 +65,8 @@ def plan_dispatch(
         world: ranks.
     """
     by_place = sorted(range(len(places)), key=lambda k: places[k])
-    wanted = [np.flatnonzero(clips.wanted[:, k]) for k in by_place]
+    by_encoder = np.ascontiguousarray(clips.wanted.T)
+    wanted = [np.flatnonzero(by_encoder[k]) for k in by_place]
     num_wanted = [len(which) for which in wanted]
     clip, encoder = np.concatenate(wanted), np.repeat(by_place, num_wanted)
     cost = np.concatenate([costs[k](clips.samples[which]) for k, which in zip(by_place, wanted, strict=True)])
@@ -78,36 +79,35 @@ def plan_dispatch(
 
 @dataclass(frozen=True)
 class Dispatch:
-    """One rank's part of a `DispatchPlan`. Clips arrive in the order of `ClipTable`; features in that of the rank that
-    computed them, then encoder, then clip."""
+    """One rank's part of a `DispatchPlan`. What goes to a rank, and what comes from it, is listed in the same order at
+    both ends; a rank's own share is listed as well."""
 
     send_clips: tuple[int, ...]
     """Own clips to send, by destination; a clip wanted on several ranks is listed once for each."""
-    send_samples: Ints
-    """[W]"""
+    send_to: tuple[int, ...]
+    """Rank that each goes to."""
     recv_lengths: tuple[int, ...]
-    """Audio samples of every arriving clip."""
-    recv_samples: Ints
-    """[W]"""
+    """Audio samples of every arriving clip, in the order of `ClipTable`."""
+    recv_from: tuple[int, ...]
+    """Rank that each comes from."""
     work: tuple[tuple[int, ...], ...]
     """Per encoder the arriving clips that it must see."""
-    send_order: tuple[int, ...]
+    return_order: tuple[int, ...]
     """Results to send, as positions in the results laid end to end, encoder after encoder."""
-    send_frames: Ints
-    """[W]"""
-    recv_frame_lengths: tuple[int, ...]
-    """Frames of every arriving feature sequence."""
-    recv_frames: Ints
-    """[W]"""
+    return_to: tuple[int, ...]
+    """Rank that each goes to, ascending."""
+    result_lengths: tuple[int, ...]
+    """Frames of every arriving feature sequence, by the rank that computed it, then encoder, then clip."""
+    result_from: tuple[int, ...]
+    """Rank that each comes from."""
     results: tuple[tuple[int, ...], ...]
     """Per encoder the arriving feature sequences, in the order of this rank's clips."""
 
 
-def dispatch_of(plan: DispatchPlan, rank: int, world: int) -> Dispatch:
+def dispatch_of(plan: DispatchPlan, rank: int) -> Dispatch:
     """`rank`'s part of `plan`."""
     clips, home = plan.clips, plan.clips.home[plan.clip]
     num_clips, num_encoders = clips.wanted.shape
-    frames = num_frames(clips.samples)
     own, here = np.flatnonzero(home == rank), np.flatnonzero(plan.holder == rank)
 
     sent = np.unique(plan.holder[own] * num_clips + plan.clip[own])
@@ -125,20 +125,16 @@ def dispatch_of(plan: DispatchPlan, rank: int, world: int) -> Dispatch:
     by_clip = [np.flatnonzero(plan.encoder[got] == k) for k in range(num_encoders)]
     return Dispatch(
         send_clips=tuple((send_clip - np.searchsorted(clips.home, rank)).tolist()),
-        send_samples=_sums(send_to, clips.samples[send_clip], world),
+        send_to=tuple(send_to.tolist()),
         recv_lengths=tuple(clips.samples[arriving].tolist()),
-        recv_samples=_sums(clips.home[arriving], clips.samples[arriving], world),
+        recv_from=tuple(clips.home[arriving].tolist()),
         work=work,
-        send_order=tuple(position[back].tolist()),
-        send_frames=_sums(home[here], frames[plan.clip[here]], world),
-        recv_frame_lengths=tuple(frames[plan.clip[got]].tolist()),
-        recv_frames=_sums(plan.holder[got], frames[plan.clip[got]], world),
+        return_order=tuple(position[back].tolist()),
+        return_to=tuple(home[here][back].tolist()),
+        result_lengths=tuple(num_frames(clips.samples[plan.clip[got]]).tolist()),
+        result_from=tuple(plan.holder[got].tolist()),
         results=tuple(tuple(which[np.argsort(plan.clip[got[which]])].tolist()) for which in by_clip),
     )
-
-
-def _sums(group: Ints, values: Ints, num_groups: int) -> Ints:
-    return np.bincount(group, weights=values, minlength=num_groups).astype(np.int64)
 
 
 CALL_COST_SAMPLES = {"cpu": num_samples(1), "cuda": num_samples(10)}

@@ -60,7 +60,7 @@ class Profile:
     def imbalance(self) -> float | None:
         """Measured, or expected of the placement where nothing was measured; None without either."""
         if self.time is not None:
-            return self.time.imbalance
+            return self.time.costs.imbalance
         placement = self.advice and (self.advice.current or self.advice.suggested)
         return placement.imbalance if placement else None
 
@@ -179,27 +179,29 @@ def _window_json(window: Window, experts: Sequence[str]) -> dict[str, Any]:
 
 
 def _time_json(time: EncoderTime) -> dict[str, Any]:
-    encoders = {}
-    for e, name in enumerate(time.encoders):
+    costs, encoders = time.costs, {}
+    for e, name in enumerate(costs.encoders):
         rate = float(time.sec_per_audio_sec[e])
         encoders[name] = {
-            "compute_sec": float(time.compute_sec[e].mean()),
-            "compute_sec_max": float(time.compute_sec[e].max()),
-            "wait_sec": float(time.wait_sec[e].mean()),
-            "sent_bytes": float(time.sent_bytes[e]),
-            "received_bytes": float(time.received_bytes[e]),
+            "compute_sec": float(costs.compute_sec[e].mean()),
+            "compute_sec_max": float(costs.compute_sec[e].max()),
+            "wait_sec": float(costs.wait_sec[e].mean()),
+            "sent_bytes": float(costs.sent_bytes[e]),
+            "received_bytes": float(costs.received_bytes[e]),
             "sec_per_audio_sec": rate if math.isfinite(rate) else None,
         }
     return {
-        "num_ranks": time.num_ranks,
+        "num_ranks": costs.num_ranks,
         "num_steps": time.num_steps,
         "step_sec": time.step_sec,
         "encoders": encoders,
-        "compute_sec_by_rank": {name: row.tolist() for name, row in zip(time.encoders, time.compute_sec, strict=True)},
-        "wait_sec_by_rank": time.wait_sec.sum(0).tolist(),
-        "mean_sec": time.mean_sec,
-        "slowest_sec": time.slowest_sec,
-        "imbalance": time.imbalance,
+        "compute_sec_by_rank": {
+            name: row.tolist() for name, row in zip(costs.encoders, costs.compute_sec, strict=True)
+        },
+        "wait_sec_by_rank": costs.wait_sec.sum(0).tolist(),
+        "mean_sec": costs.mean_sec,
+        "slowest_sec": costs.slowest_sec,
+        "imbalance": costs.imbalance,
         "lost_sec": time.lost_sec,
         "lost_share": time.lost_sec / time.step_sec if time.step_sec > 0 else 0.0,
     }

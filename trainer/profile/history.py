@@ -58,11 +58,11 @@ def profile_history(where: RunPath) -> Profile:
     load, time = add_up(i.load for i in history), measured_time(history)
     advice = None
     if time is not None and recipe.model.experts:
-        experts = [e.name for e in recipe.model.experts if e.name in time.encoders]
-        costs = [float(time.total_sec[time.encoders.index(name)]) for name in experts]
+        experts = [e.name for e in recipe.model.experts if e.name in time.costs.encoders]
+        costs = [float(time.total_sec[time.costs.encoders.index(name)]) for name in experts]
         ep = recipe.parallel.expert
         now = current_slots(time, experts, ep) if ep > 1 else None
-        advice = advise(experts, costs, ep, time.num_ranks, now)
+        advice = advise(experts, costs, ep, time.costs.num_ranks, now)
     first = history[0].step - history[0].num_steps + 1
     origin = f"steps {first} to {history[-1].step}"
     return Profile(recipe.name, origin, primary_name(recipe), load, history, time, advice)

@@ -13,60 +13,36 @@ import numpy as np
 from trainer.parallel.balance import place_experts
 from trainer.parallel.topology import divisors
 from trainer.telemetry.expert_load import Floats, add_up
-from trainer.telemetry.load_history import LoadInterval
+from trainer.telemetry.load_history import EncoderCosts, LoadInterval
 
 
 @dataclass(frozen=True)
 class EncoderTime:
     """What the encoders took, per step."""
 
-    encoders: tuple[str, ...]
+    costs: EncoderCosts
     num_steps: int
     """That were measured."""
     step_sec: float
     """Of the whole step."""
-    compute_sec: Floats
-    """[E, R]"""
-    wait_sec: Floats
-    """[E, R]"""
-    sent_bytes: Floats
-    """[E] by all ranks"""
-    received_bytes: Floats
-    """[E] by all ranks"""
-    slowest_sec: float
-    """With every rank waiting for the slowest: see `EncoderCosts.slowest_sec`."""
     audio_sec: Floats
     """[E] audio that each encoder read, on all ranks."""
 
     @property
-    def num_ranks(self) -> int:
-        return self.compute_sec.shape[1]
-
-    @property
-    def mean_sec(self) -> float:
-        """What a rank computes on average."""
-        return float(self.compute_sec.sum()) / self.num_ranks
-
-    @property
-    def imbalance(self) -> float:
-        """Slowest over mean, 1 at best."""
-        return self.slowest_sec / self.mean_sec if self.mean_sec > 0 else 1.0
-
-    @property
     def lost_sec(self) -> float:
         """What the imbalance adds to each step."""
-        return self.slowest_sec - self.mean_sec
+        return self.costs.slowest_sec - self.costs.mean_sec
 
     @property
     def total_sec(self) -> Floats:
         """[E] over all ranks."""
-        return self.compute_sec.sum(1)
+        return self.costs.compute_sec.sum(1)
 
     @property
     def sec_per_audio_sec(self) -> Floats:
         """[E] computing time per second of audio read; nan for an encoder that read none."""
         return np.divide(
-            self.total_sec, self.audio_sec, out=np.full(len(self.encoders), np.nan), where=self.audio_sec > 0
+            self.total_sec, self.audio_sec, out=np.full(len(self.audio_sec), np.nan), where=self.audio_sec > 0
         )
 
 
@@ -84,17 +60,7 @@ def measured_time(history: Sequence[LoadInterval]) -> EncoderTime | None:
     load = add_up(i.load for i in alike)
     routed = dict(zip(load.experts, load.total().routed_sec, strict=True))
     audio = [routed.get(name, load.total().audio_sec) for name in costs.encoders]
-    return EncoderTime(
-        costs.encoders,
-        num,
-        sum(i.step_sec for i in alike) / num,
-        costs.compute_sec / num,
-        costs.wait_sec / num,
-        costs.sent_bytes / num,
-        costs.received_bytes / num,
-        costs.slowest_sec / num,
-        np.asarray(audio) / num,
-    )
+    return EncoderTime(costs.per_step(num), num, sum(i.step_sec for i in alike) / num, np.asarray(audio) / num)
 
 
 @dataclass(frozen=True)
@@ -163,5 +129,5 @@ def advise(
 
 def current_slots(time: EncoderTime, experts: Sequence[str], ep: int) -> tuple[int, ...]:
     """Slot of each expert, told by which ranks computed it: rank r has slot r mod ep."""
-    rows = (time.compute_sec[time.encoders.index(name)] for name in experts)
+    rows = (time.costs.compute_sec[time.costs.encoders.index(name)] for name in experts)
     return tuple(int(np.argmax([row[slot::ep].sum() for slot in range(ep)])) for row in rows)

@@ -58,6 +58,17 @@ class EncoderCosts:
             self.slowest_sec + other.slowest_sec,
         )
 
+    def per_step(self, num_steps: int) -> EncoderCosts:
+        """What one of `num_steps` steps took."""
+        return EncoderCosts(
+            self.encoders,
+            self.compute_sec / num_steps,
+            self.wait_sec / num_steps,
+            self.sent_bytes / num_steps,
+            self.received_bytes / num_steps,
+            self.slowest_sec / num_steps,
+        )
+
     def same_ranks(self, other: EncoderCosts) -> bool:
         """Whether the two can be added."""
         return (self.encoders, self.compute_sec.shape) == (other.encoders, other.compute_sec.shape)
