@@ -95,3 +95,17 @@ def test_augmentation_ramps_in() -> None:
     assert [config.strength_at(p) for p in (0.0, 0.19, 0.6, 1.0)] == [0, 0, 1, 1]
     assert config.strength_at(0.4) == pytest.approx(0.5)
     assert AugmentConfig(start=0, end=0).strength_at(0) == 1
+
+
+@pytest.mark.parametrize("samples", [16_001, 8192, 5])
+def test_frequency_masks_take_a_band_and_leave_the_rest(samples: int) -> None:
+    config = AugmentConfig(speed=0, gain_db=0, noise_snr_db=None, num_time_masks=0, num_freq_masks=1, freq_mask_hz=2000)
+    clip = np.random.default_rng(0).standard_normal(samples).astype(np.float32)
+    masked = augment(clip, config, 1.0, np.random.default_rng(3))
+    assert masked.shape == clip.shape
+    if samples > 2048:
+        lost = np.abs(np.fft.rfft(clip - masked))
+        taken = lost > 0.1 * lost.max()
+        hz = np.flatnonzero(taken) * 16_000 / samples
+        assert 0 < hz.max() - hz.min() <= 2100
+        assert np.square(clip - masked).sum() < 0.3 * np.square(clip).sum()

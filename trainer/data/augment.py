@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from model.lengths import SAMPLE_RATE
 from trainer.data.config import AugmentConfig
 
+_FFT_STEP = 2048
+
 
 def augment(
     clip: NDArray[np.float32], config: AugmentConfig, strength: float, rng: np.random.Generator
@@ -43,10 +45,12 @@ def augment(
 def _mask_frequencies(
     clip: NDArray[np.float32], config: AugmentConfig, strength: float, rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    spectrum = np.fft.rfft(clip)
-    bins_per_hz = len(clip) / SAMPLE_RATE
+    # A transform of some lengths (large primes) takes ten times that of others: silence rounds the length up.
+    size = -(-len(clip) // _FFT_STEP) * _FFT_STEP
+    spectrum = np.fft.rfft(clip, size)
+    bins_per_hz = size / SAMPLE_RATE
     for _ in range(config.num_freq_masks):
         width = rng.uniform(0, config.freq_mask_hz * strength)
         low = rng.uniform(0, SAMPLE_RATE / 2 - width)
         spectrum[int(low * bins_per_hz) : int((low + width) * bins_per_hz)] = 0
-    return np.fft.irfft(spectrum, len(clip)).astype(np.float32)
+    return np.fft.irfft(spectrum, size)[: len(clip)].astype(np.float32)
