@@ -32,6 +32,8 @@ from trainer.storage.open import open_store
 GOAL = 1e-4
 RANKS = (2, 1, 2)
 """Of the three parts of the run from the bucket; the run from disk has the first."""
+FEW_EVALUATED = ("eval.max_samples=8", "eval.max_new_tokens=4")
+"""Losses are compared, not answers."""
 
 
 def set_overrides(recipe: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -47,9 +49,12 @@ def set_overrides(recipe: str, overrides: Sequence[str]) -> tuple[list[str], lis
 def start(recipe: str, run_dir: Path, ranks: int, overrides: Sequence[str]) -> subprocess.Popen[bytes]:
     """A training, its output in a file beside the run."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "trainer", recipe, f"train.run_dir={run_dir}", f"parallel.num_ranks={ranks}"]
+    expert = min(ranks, load_recipe(recipe, list(overrides)).parallel.expert)
+    here = [f"train.run_dir={run_dir}", f"parallel.num_ranks={ranks}", f"parallel.expert={expert}"]
     with open(run_dir / "output.txt", "ab") as output:
-        return subprocess.Popen([*command, *overrides], stdout=output, stderr=output)
+        return subprocess.Popen(
+            [sys.executable, "-m", "trainer", recipe, *overrides, *here], stdout=output, stderr=output
+        )
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -103,7 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (KIT / "asr.jsonl").exists():
         print(json.dumps({"passed": None, "reason": f"no kit at {KIT}; set KIT_DIR"}))
         return 3
-    overrides = [*args.overrides, "telemetry.log_every_steps=1", *([f"train.steps={args.steps}"] if args.steps else [])]
+    overrides = [*FEW_EVALUATED, *args.overrides, "telemetry.log_every_steps=1"]
+    if args.steps:
+        warmup_steps = min(load_recipe(args.recipe, overrides).optim.warmup_steps, args.steps // 2)
+        overrides += [f"train.steps={args.steps}", f"optim.warmup_steps={warmup_steps}"]
     steps = load_recipe(args.recipe, overrides).train.steps
     every = max(1, steps // 6)
     stems, sets = set_overrides(args.recipe, overrides)

@@ -164,7 +164,7 @@ class _Buffers:
         owner = np.frombuffer(memory, dtype=np.uint8, count=num_bytes)
         # Views of the array keep it alive; when the last is gone, so is the array.
         weakref.finalize(owner, self._give_back, memory).atexit = False
-        return memoryview(owner)
+        return owner.data
 
     def _give_back(self, memory: bytearray) -> None:
         if len(self._free) < self.NUM_KEPT:
