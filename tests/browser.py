@@ -56,7 +56,11 @@ def browse(path: Path, address: str = "") -> Page:
     """The page as Chromium shows it once its script has run."""
     assert CHROMIUM is not None, "CI installs chromium: see .ci/run"
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"]
-    command += [f"--user-data-dir={path.parent / 'chromium'}", f"file://{path}{address}"]
+    command += [
+        "--autoplay-policy=no-user-gesture-required",
+        f"--user-data-dir={path.parent / 'chromium'}",
+        f"file://{path}{address}",
+    ]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
     )

@@ -36,7 +36,7 @@ def join_windows(texts: Sequence[str], shares: Sequence[float]) -> str:
     assert len(shares) == max(0, len(texts) - 1), (len(texts), len(shares))
     joined: list[str] = []
     last: list[str] = []
-    for text, share in zip(texts, (0.0, *shares), strict=True):
+    for text, share in zip(texts, (0.0, *shares)[: len(texts)], strict=True):
         units = _UNIT.findall(text.strip())
         joined = join_units(joined, units, _reach(share, last), _reach(share, units))
         last = units
@@ -55,9 +55,10 @@ def join_units(before: Sequence[str], after: Sequence[str], reach_before: int, r
     length, end_tail, begin_head = _longest_run(tail, head)
     if length == 0:
         return [*_spaced(before, after), *after]
-    kept = before[: start + end_tail]
-    rest = after[begin_head + length :]
-    return [*_spaced(kept, rest), *rest]
+    end = begin_head + length
+    # The space after the run is as `after` writes it: where `before` ended, it had none to write.
+    space = after[end - 1][len(after[end - 1].rstrip()) :]
+    return [*before[: start + end_tail - 1], before[start + end_tail - 1].rstrip() + space, *after[end:]]
 
 
 def _longest_run(tail: Sequence[str], head: Sequence[str]) -> tuple[int, int, int]:
@@ -93,8 +94,8 @@ def _key(unit: str) -> str:
 
 
 def _spaced(before: Sequence[str], after: Sequence[str]) -> list[str]:
-    """`before` with a space at its end, unless either side of the seam is written without spaces."""
+    """`before` with a space at its end, where words are written with spaces."""
     found = list(before)
-    if found and after and not found[-1][-1].isspace() and not re.match(f"[{_UNSPACED}]", found[-1][-1] + ""):
+    if found and after and re.match(rf"[^\s{_UNSPACED}]", found[-1][-1]):
         found[-1] += " "
     return found
