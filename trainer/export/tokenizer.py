@@ -17,6 +17,7 @@ _PROBES = (
     "Was it 3:15 p.m.? Café № ½ ﬁne — “quoted” ÄÖÜ",
     "日本語 русский \U0001f600",
 )
+_ALL_SPACES = 1 << 16
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> Any:
@@ -100,8 +101,10 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     settings = proto.trainer_spec
     inner = FastTokenizer(Unigram(pieces, unk_id=settings.unk_id, byte_fallback=settings.byte_fallback))
     inner.normalizer = normalizers.Sequence(rules)
+    # SentencePiece drops every space that an answer begins with where it removes extra ones, else its own prefix only.
+    leading = _ALL_SPACES if spec.remove_extra_whitespaces else 1
     inner.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", leading, 0)]
     )
     names = {"unk_token": proto.trainer_spec.unk_id, "eos_token": tokenizer.eos_id}
     names |= {k: i for k, i in (("bos_token", tokenizer.bos_id), ("pad_token", tokenizer.pad_id)) if i is not None}
