@@ -9,7 +9,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_namespace_packages(include=["model*", "trainer*", "tools*", "bench*"]),
-    package_data={"trainer": ["recipes/*.yaml", "profile/report.html"]},
+    package_data={
+        "trainer": [
+            "recipes/*.yaml",
+            "profile/report.html",
+            "scorecard/report.html",
+            "page/base.css",
+            "page/elements.js",
+        ]
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed==0.19.8",  # two engines in one process group lean on its internals: pinned

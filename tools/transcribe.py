@@ -1,8 +1,10 @@
-"""Ask an exported model about an audio file.
+"""Ask a model about audio files.
 
-    python -m tools.transcribe OUT audio.flac --prompt "Transcribe the speech."
+    python -m tools.transcribe OUT audio.flac                           what is said, however long it is
+    python -m tools.transcribe OUT a.wav b.wav --prompt "Who speaks?"   any other question
 
-Runs the code in OUT, as `trust_remote_code` does: use it on folders that you trust.
+The model is a folder that tools.export made, a checkpoint, or a run. Recordings longer than a window are transcribed in
+overlapping windows and joined; with another prompt a recording is read as a whole unless --window is given.
 """
 
 from __future__ import annotations
@@ -10,42 +12,86 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.offline.answer import Answerer
 
 PROMPT = "Transcribe the speech."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line that tells what to mend."""
-    parser = argparse.ArgumentParser(prog="python -m tools.transcribe", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", metavar="OUT", help="folder that tools.export made")
-    parser.add_argument("audio", nargs="*", help="audio files (none: the prompt alone)")
+    """Exit code 0; 1: an answer was ended at the longest length; 2 after one line that tells what to mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.transcribe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="OUT", type=Path, help="folder that tools.export made, a checkpoint or a run")
+    parser.add_argument("audio", nargs="*", type=Path, help="audio files (none: the prompt alone)")
     parser.add_argument("--prompt", default=PROMPT, help=f"instruction (default: {PROMPT!r})")
     parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: as the model was evaluated)")
+    parser.add_argument("--window", type=float, metavar="SEC", help="of long recordings (default: as trained, ≤ 30)")
+    parser.add_argument("--overlap", type=float, metavar="SEC", help="of windows, at least (default: a sixth of one)")
     options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    missing = [p for p in options.audio if not Path(p).is_file()]
-    if missing or not (Path(options.folder) / "processor_config.json").is_file():
-        what = (
-            f"{missing[0]}: no such file" if missing else f"{options.folder}: no processor_config.json; export it first"
-        )
-        print(f"error: {what}", file=sys.stderr)
+    try:
+        return _run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    from transformers import AutoModelForCausalLM, AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(options.folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(options.folder, trust_remote_code=True).eval()
-    longest = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
+
+def _run(options: argparse.Namespace) -> int:
+    import torch
+
+    from trainer.offline.answer import Answerer, Decoding, Windows
+    from trainer.offline.model import DTYPES, default_dtype, find_model, load_model
+
+    if missing := [path for path in options.audio if not path.is_file()]:
+        raise UserError(f"{missing[0]}: no such file; check the path")
+    origin = find_model(options.model)
+    windows = Windows.of(origin, options.window, options.overlap)
+    in_windows = options.prompt == PROMPT or options.window is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_model(origin, DTYPES[default_dtype(device)], device)
+    longest = options.max_new_tokens or origin.max_new_tokens
+    answerer = Answerer(loaded, windows, Decoding(longest, 1, batch_samples=16, batch_sec=480.0))
+    ended = 0
     for path in options.audio or [None]:
-        try:
-            inputs = processor(audio=path, text=options.prompt)
-        except (ValueError, RuntimeError) as error:
-            print(f"error: {path}: {error}", file=sys.stderr)
-            return 2
-        (text,) = processor.batch_decode(model.generate(**inputs, **longest))
+        text, finished = _answer(answerer, path, options.prompt, in_windows)
+        ended += not finished
         print(text if len(options.audio) < 2 else f"{path}: {text}")
-    return 0
+    if ended:
+        print(f"{ended} answers reached {longest} tokens and were ended; raise --max-new-tokens", file=sys.stderr)
+    return 1 if ended else 0
+
+
+def _answer(answerer: Answerer, path: Path | None, prompt: str, in_windows: bool) -> tuple[str, bool]:
+    """(what the model says, whether it ended by itself); what was done to a long recording goes to stderr."""
+    from trainer.data.decode import SampleError, decode_audio
+    from trainer.offline.answer import Question
+
+    try:
+        clips = () if path is None else (decode_audio(path.read_bytes()),)
+        meta = {"task": "asr" if in_windows else "sqa", "instruction": prompt}
+        (answer,) = answerer([Question(str(path), clips, meta)])
+        if isinstance(answer, SampleError):
+            raise answer
+    except SampleError as error:
+        raise UserError(f"{path or 'prompt'}: {error}") from None
+    if answer.num_windows > 1:
+        windows = answerer.windows
+        print(
+            f"{path}: {answer.audio_sec:.1f} s in {answer.num_windows} windows of {windows.window_sec:g} s that "
+            "overlap, joined; nothing was cut",
+            file=sys.stderr,
+        )
+    return answer.hypothesis, answer.finished
 
 
 if __name__ == "__main__":

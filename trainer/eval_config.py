@@ -21,6 +21,8 @@ class EvalConfig:
     """Also read `final_split` before the first step, to report where training started."""
     max_samples: int | None = None
     """Of `split`, over all tasks, always the same ones; null: all. `final_split` is always read whole."""
+    stop_after: int = 0
+    """End the run when `checkpoint.best_metric` has not become better in so many evaluations in a row; 0: never."""
     batch_size: int = 32
     """Samples that one LLM replica decodes together."""
     max_new_tokens: int = 64
@@ -29,6 +31,8 @@ class EvalConfig:
     """Folder of WordNet 3.0, for METEOR of captions; null: where packages put it. Nowhere: METEOR is left out."""
 
     def __post_init__(self) -> None:
+        if self.stop_after < 0:
+            raise UserError(f"eval.stop_after = {self.stop_after}: must be 0 (never) or positive")
         for key in ("batch_size", "max_new_tokens"):
             if getattr(self, key) < 1:
                 raise UserError(f"eval.{key} = {getattr(self, key)}: must be at least 1")

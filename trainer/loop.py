@@ -59,6 +59,8 @@ class Loop:
         self.hooks: Sequence[Hook] = ()
         self.last_evaluation: Evaluation | None = None
         """Of `eval.final_split`; rank 0 only."""
+        self.last_step = recipe.train.steps
+        """Earlier where `eval.stop_after` ends the run."""
         self.summary: dict[str, Any] = {}
         """What only this run knows; the end of the run hands it to the hooks."""
 
@@ -91,7 +93,7 @@ class Loop:
         except DataError as error:
             failure, finished = error, False
         if finished:
-            final = self.evaluate(recipe.train.steps, recipe.eval.final_split, None)
+            final = self.evaluate(self.last_step, recipe.eval.final_split, None)
             self._note_wer("wer_after", final)
         self._end()
         if failure is not None:
@@ -100,6 +102,8 @@ class Loop:
 
     def _train(self, stop: StopRequest, start: int, data_state: dict[str, Any] | None) -> bool:
         recipe, timer = self.recipe, self.step.timer
+        if start and self._stops_early(start, just_evaluated=False):
+            return True
         trace = Trace(recipe.profile, timer, self.run_dir / "trace", self.groups.rank, self.groups.world)
         loader = Loader(
             self.prepared,
@@ -141,7 +145,34 @@ class Loop:
                     return False
                 if not last and _due(done, recipe.eval.every_steps):
                     self.evaluate(done, recipe.eval.split, recipe.eval.max_samples)
+                    if self._stops_early(done, just_evaluated=True):
+                        if saved < done:
+                            self._save(done, state)
+                        return True
                 self._tell_saved()
+        return True
+
+    def _stops_early(self, done: int, just_evaluated: bool) -> bool:
+        """Whether `eval.stop_after` ends the run after `done` steps: the same on all ranks.
+
+        Raises:
+            UserError: evaluations do not have the metric that is watched.
+        """
+        evaluation, metric = self.recipe.eval, self.recipe.checkpoint.best_metric
+        if not evaluation.stop_after:
+            return False
+        stale = self.checkpoints.since_best(done)
+        if stale is None and not just_evaluated:
+            return False
+        if stale is None:
+            raise UserError(
+                f"checkpoint.best_metric = {metric}: no evaluation has it; metrics.jsonl shows the names there are"
+            )
+        if stale < evaluation.stop_after:
+            return False
+        self.last_step = self.summary["stopped_early"] = done
+        if self.groups.rank == 0:
+            print(f"stopped at step {done}: {metric} has not become better in {stale} evaluations", flush=True)
         return True
 
     def _next(self, batches: Iterator[tuple[Batch, State]]) -> tuple[tuple[Batch, State] | None, str | None]:

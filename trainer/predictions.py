@@ -19,8 +19,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("choices", "references"), (list, type(None))),
     "finished": (bool,),
     "audio_sec": (int, float),
+    "num_windows": (int,),
 }
-_OPTIONAL = {*_META_FIELDS, "finished", "audio_sec"}
+_OPTIONAL = {*_META_FIELDS, "finished", "audio_sec", "num_windows"}
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,28 @@ class Prediction:
     audio_sec: float
     meta: dict[str, Any]
     """The sample's manifest fields; of a prediction read from a file, those that scoring needs."""
+    num_windows: int = 1
+    """Overlapping parts in which a long recording was transcribed."""
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """One JSON object per line: key, task, reference, hypothesis, finished, audio_sec and what else scoring reads."""
-    with path.open("w", encoding="utf-8") as file:
-        for p in predictions:
-            line = {
-                "key": p.key,
-                "task": p.meta["task"],
-                **{name: p.meta[name] for name in _META_FIELDS if p.meta.get(name) is not None},
-                "reference": p.meta["answer"],
-                "hypothesis": p.hypothesis,
-                "finished": p.finished,
-                "audio_sec": round(p.audio_sec, 3),
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    """One JSON object per line: see `to_line`."""
+    path.write_text("".join(map(to_line, predictions)), encoding="utf-8")
+
+
+def to_line(p: Prediction) -> str:
+    """Key, task, reference, hypothesis, finished, audio_sec and what else scoring reads, as a line of JSON."""
+    line = {
+        "key": p.key,
+        "task": p.meta["task"],
+        **{name: p.meta[name] for name in _META_FIELDS if p.meta.get(name) is not None},
+        "reference": p.meta["answer"],
+        "hypothesis": p.hypothesis,
+        "finished": p.finished,
+        "audio_sec": round(p.audio_sec, 3),
+        **({"num_windows": p.num_windows} if p.num_windows > 1 else {}),
+    }
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -111,4 +118,5 @@ def _parse(place: str, line: str) -> Prediction:
             raise UserError(f"{place}: {name} = {row[name]!r}: must be a list of text")
     meta = {name: row[name] for name in ("task", *_META_FIELDS) if row.get(name) is not None}
     meta["answer"] = row["reference"]
-    return Prediction(row["key"], row["hypothesis"], row.get("finished", True), float(row.get("audio_sec", 0.0)), meta)
+    seconds, windows = float(row.get("audio_sec", 0.0)), row.get("num_windows", 1)
+    return Prediction(row["key"], row["hypothesis"], row.get("finished", True), seconds, meta, windows)

@@ -31,6 +31,7 @@ class EarshotProcessor(ProcessorMixin):
         as_chat: wrap prompts in the tokenizer's chat template.
         strides: of the model's adapter.
         min_audio_sec: shorter clips are padded with silence at their end.
+        max_audio_sec: training saw no longer clips; longer ones are not refused. None: no limit is known.
     """
 
     def __init__(
@@ -42,13 +43,14 @@ class EarshotProcessor(ProcessorMixin):
         as_chat: bool,
         strides: Sequence[int],
         min_audio_sec: float = 0.0,
+        max_audio_sec: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(tokenizer, chat_template=kwargs.get("chat_template"))
         self.placeholder = placeholder
         self.prompt_with_audio, self.prompt_without_audio = prompt_with_audio, prompt_without_audio
         self.as_chat, self.strides = as_chat, tuple(strides)
-        self.min_audio_sec = min_audio_sec
+        self.min_audio_sec, self.max_audio_sec = min_audio_sec, max_audio_sec
         self.placeholder_id = tokenizer.convert_tokens_to_ids(placeholder)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
@@ -86,7 +88,7 @@ class EarshotProcessor(ProcessorMixin):
             texts *= len(samples)
         if len(texts) != len(samples):
             raise ValueError(f"{len(samples)} samples of audio and {len(texts)} instructions: give one for each")
-        prompts = [self._prompt(t, clips) for t, clips in zip(texts, samples, strict=True)]
+        prompts = [self._fill(t, [len(c) for c in clips]) for t, clips in zip(texts, samples, strict=True)]
         longest = max(len(ids) for ids, _ in prompts)
         rows = [(longest - len(ids), ids, mask) for ids, mask in prompts]
         inputs = {
@@ -105,23 +107,30 @@ class EarshotProcessor(ProcessorMixin):
             }
         return BatchFeature(inputs)
 
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Texts of generated tokens, without special ones."""
-        texts: list[str] = self.tokenizer.batch_decode(*args, **{"skip_special_tokens": True, **kwargs})
+    def count_tokens(self, clip_samples: Sequence[int], text: str = "") -> int:
+        """Length of the prompt with clips of so many samples. Raises ValueError: `text` contains the placeholder."""
+        shortest = num_samples(self.min_audio_sec)
+        return len(self._fill(text, [max(shortest, n) for n in clip_samples])[0])
+
+    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
+        """Texts of generated tokens, without special ones and placeholders."""
+        rows = [[int(t) for t in row if int(t) != self.placeholder_id] for row in sequences]
+        texts: list[str] = self.tokenizer.batch_decode(rows, **{"skip_special_tokens": True, **kwargs})
         return texts
 
-    def _prompt(self, instruction: str, clips: Sequence[np.ndarray]) -> tuple[list[int], list[bool]]:
+    def _fill(self, instruction: str, clip_samples: Sequence[int]) -> tuple[list[int], list[bool]]:
+        """The prompt's tokens, and which of them stand for audio."""
         if self.placeholder in instruction:
             raise ValueError(f"{instruction!r} contains {self.placeholder}, which stands for audio")
-        template = self.prompt_with_audio if clips else self.prompt_without_audio
-        text = render(template, instruction, self.placeholder, len(clips))
+        template = self.prompt_with_audio if clip_samples else self.prompt_without_audio
+        text = render(template, instruction, self.placeholder, len(clip_samples))
         if self.as_chat:
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
             )
         begin = self.tokenizer.bos_token_id
         ids = ([] if begin is None or self.as_chat else [begin]) + self._encode(text)
-        slots = [slots_of_samples(len(c), self.strides) for c in clips]
+        slots = [slots_of_samples(n, self.strides) for n in clip_samples]
         return fill(cut(ids, self.placeholder_id), slots, self.placeholder_id)
 
     def _encode(self, text: str) -> list[int]:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from model.errors import UserError
 from trainer.checkpoint import background
 from trainer.checkpoint import manager as manager_module
-from trainer.checkpoint.config import CheckpointConfig, kept_steps
+from trainer.checkpoint.config import CheckpointConfig, evaluations_since_best, kept_steps
 from trainer.checkpoint.layout import Shard, matrix_of
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.reader import Reader
@@ -205,6 +205,14 @@ def test_the_best_one_stays() -> None:
     assert kept_steps(CheckpointConfig(keep_last=1, best_metric="m"), steps, scores) == {1, 4}
     assert kept_steps(CheckpointConfig(keep_last=1, best_metric="m", best_is="highest"), steps, scores) == {2, 4}
     assert kept_steps(CheckpointConfig(keep_last=1), steps, scores) == {4}
+
+
+def test_evaluations_without_progress_are_counted() -> None:
+    lowest, highest = CheckpointConfig(best_metric="m"), CheckpointConfig(best_metric="m", best_is="highest")
+    scores = {10: 0.5, 20: 0.3, 30: 0.4, 40: 0.3, 50: 0.1}
+    assert [evaluations_since_best(lowest, step, scores) for step in (5, 10, 20, 30, 40, 50)] == [0, 0, 0, 1, 2, 0]
+    assert [evaluations_since_best(highest, step, scores) for step in (10, 20, 30, 40, 50)] == [0, 1, 2, 3, 4]
+    assert evaluations_since_best(lowest, 45, scores) == 2  # step 50 is of a run that was given up
 
 
 def test_training_goes_on_while_a_save_is_written(

@@ -29,6 +29,13 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
 @pytest.mark.parametrize(
     ("recipe", "override", "message"),
     [
+        ("debug", ["eval.stop_after=2"], "eval.stop_after = 2: counts evaluations; set eval.every_steps"),
+        (
+            "debug",
+            ["eval.stop_after=2", "eval.every_steps=2", "eval.split=test", "checkpoint.best_metric=eval/dev/asr/wer"],
+            "eval.stop_after = 2: watches checkpoint.best_metric = eval/dev/asr/wer, which must be of eval.split: e.g. "
+            "eval/test/asr/wer",
+        ),
         ("debug", ["parallel.tensor=3"], "parallel.tensor = 3: legal values for 2 ranks are 1, 2"),
         (
             "debug",

@@ -2,74 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 
+from tests.browser import Page, browse, need_chromium, then_run
 from tests.trainer.profile_run import KINDS, write_run
+from trainer.page.render import render
+from trainer.profile.files import TEMPLATE
 from trainer.profile.history import find_run, profile_history
-from trainer.profile.page import render
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if CHROMIUM is None and "CI" not in os.environ:
-    pytest.skip("no chromium here: apt-get install chromium", allow_module_level=True)
+need_chromium()
 
-TIMEOUT_SEC = 60
 HOSTILE = KINDS[1][2]
 
 
-class Page(HTMLParser):
-    """What a browser made of the page."""
-
-    def __init__(self, dom: str) -> None:
-        super().__init__()
-        self.root: dict[str, str | None] = {}
-        self.numbers: dict[str, float] = {}
-        self.tags: set[str] = set()
-        self.ids: set[str] = set()
-        self.titles: set[str | None] = set()
-        self.current: list[str | None] = []
-        self.feed(dom)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.tags.add(tag)
-        self.root = self.root or found
-        self.titles.add(found.get("title"))
-        if tag == "section":
-            self.ids.add(str(found["id"]))
-        if "data-key" in found:
-            assert found["data-key"] not in self.numbers, found["data-key"]
-            self.numbers[str(found["data-key"])] = float(str(found["data-value"]))
-        if "aria-current" in found and found["aria-current"] == "true":
-            self.current.append(found["href"])
-
-
-def browse(path: Path, address: str = "") -> Page:
-    """The page as Chromium shows it once its script has run."""
-    assert CHROMIUM is not None, "CI installs chromium: see .ci/run"
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"]
-    command += [f"--user-data-dir={path.parent / 'chromium'}", f"file://{path}{address}"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
-    )
-    try:
-        dom, _ = process.communicate(timeout=TIMEOUT_SEC)
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)  # also the helpers it leaves behind
-        except ProcessLookupError:
-            pass
-        process.wait()
-    assert process.returncode == 0, process.returncode
-    return Page(dom)
+def page_of(tree: dict[str, Any]) -> str:
+    return render(TEMPLATE, tree["run"], tree)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +31,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def report(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(render(tree), encoding="utf-8")
+    path.write_text(page_of(tree), encoding="utf-8")
     return path
 
 
@@ -115,9 +66,8 @@ def test_it_renders_and_its_numbers_are_those_of_the_json(report: Path, tree: di
 
 
 def test_a_click_filters_and_so_do_the_other_choices(report: Path, tree: dict[str, Any]) -> None:
-    clicks = "<script>[...document.querySelectorAll('.pills a')].find((a) => a.textContent === 'er').click();</script>"
-    clicked = report.with_name("clicked.html")
-    clicked.write_text(report.read_text(encoding="utf-8").replace("</body>", f"{clicks}</body>"), encoding="utf-8")
+    clicks = "[...document.querySelectorAll('.pills a')].find((a) => a.textContent === 'er').click();"
+    clicked = then_run(report, "clicked.html", clicks)
     page = browse(clicked)
     assert page.root["data-errors"] == "" and page.current == ["#task=er"]
     check_numbers(page, tree["tasks"]["er"])
@@ -133,19 +83,19 @@ def test_a_click_filters_and_so_do_the_other_choices(report: Path, tree: dict[st
 def test_a_profile_without_history_or_experts_renders_too(tree: dict[str, Any], tmp_path: Path) -> None:
     plain = tmp_path / "report.html"
     nothing = {"windows": [], "time": None, "placement": None, "drift": {}, "imbalance": None}
-    plain.write_text(render({**tree, **nothing}), encoding="utf-8")
+    plain.write_text(page_of({**tree, **nothing}), encoding="utf-8")
     page = browse(plain)
     assert page.root["data-errors"] == "" and page.ids == {
         "encoders", "tasks", "confidence", "by-language", "by-band", "by-source"
     }  # fmt: skip
-    plain.write_text(render({**tree, **nothing, "cells": [], "tasks": {}, "dead": []}), encoding="utf-8")
+    plain.write_text(page_of({**tree, **nothing, "cells": [], "tasks": {}, "dead": []}), encoding="utf-8")
     page = browse(plain)
     assert page.root["data-errors"] == "" and page.root["data-state"] == "ready" and page.ids == set()
 
 
 def test_an_error_in_the_page_is_seen(tree: dict[str, Any], tmp_path: Path) -> None:
     broken = tmp_path / "report.html"
-    broken.write_text(render({**tree, "time": {}}), encoding="utf-8")
+    broken.write_text(page_of({**tree, "time": {}}), encoding="utf-8")
     page = browse(broken)
     assert page.root["data-state"] == "loading" and "TypeError" in str(page.root["data-errors"])
 

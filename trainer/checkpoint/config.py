@@ -47,3 +47,16 @@ def kept_steps(config: CheckpointConfig, steps: Sequence[int], scores: Mapping[i
         sign = 1 if config.best_is == "lowest" else -1
         kept.add(min(scored, key=lambda step: (sign * scores[step], step)))
     return kept
+
+
+def evaluations_since_best(config: CheckpointConfig, step: int, scores: Mapping[int, float]) -> int:
+    """How many evaluations in a row, the last of them at or before `step`, were no better than an earlier one.
+
+    `scores` are `best_metric` of evaluated steps; later ones than `step` are of a run that was given up.
+    """
+    known = sorted(s for s in scores if s <= step)
+    if not known:
+        return 0
+    sign = 1 if config.best_is == "lowest" else -1
+    best = min(known, key=lambda s: (sign * scores[s], s))
+    return sum(s > best for s in known)

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from model.errors import UserError
 from trainer.checkpoint import audio_state, generators, llm_state
 from trainer.checkpoint.attempt import begin_attempt
-from trainer.checkpoint.background import Content, Frozen, Outcome, Place, Save, write_score
+from trainer.checkpoint.background import Content, Frozen, Outcome, Place, Save, read_scores, write_score
 from trainer.checkpoint.catalog import committed_steps, folder_of, read_extra
-from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.config import CheckpointConfig, evaluations_since_best
 from trainer.checkpoint.layout import Shard, file_of, rank_of
 from trainer.checkpoint.reader import DamagedError, Reader, check_files, read_manifest
 from trainer.checkpoint.snapshot import HostBuffer
@@ -117,6 +117,11 @@ class CheckpointManager:
                 write_score(self.folder, step, values[metric])
             except OSError as error:
                 log.warning("%s of step %d is not noted: %s", metric, step, error)
+
+    def since_best(self, step: int) -> int | None:
+        """See `evaluations_since_best`; None where `best_metric` was never noted, as with a name that there is not."""
+        scores = self._from_rank0(lambda: read_scores(self.folder))
+        return evaluations_since_best(self.config, step, scores) if any(s <= step for s in scores) else None
 
     def latest(self) -> Path | None:
         """The newest checkpoint that is whole; None: there never was one. Damaged newer ones are named in the log.

@@ -159,6 +159,7 @@ def _check_data(recipe: Recipe) -> None:
             f"model.ctc_weight = {recipe.model.ctc_weight}: CTC needs answers of the task asr, and none of data.sets "
             "has it; add it or set model.ctc_weight=0"
         )
+    _check_stop(recipe)
     read = {"final_split": recipe.eval.final_split}
     if recipe.eval.every_steps:
         read["split"] = recipe.eval.split
@@ -167,6 +168,19 @@ def _check_data(recipe: Recipe) -> None:
             raise UserError(
                 f"eval.{key} = {split}: legal values are those of data.eval_splits: {', '.join(data.eval_splits)}"
             )
+
+
+def _check_stop(recipe: Recipe) -> None:
+    after, metric, split = recipe.eval.stop_after, recipe.checkpoint.best_metric, recipe.eval.split
+    if not after:
+        return
+    if not recipe.eval.every_steps:
+        raise UserError(f"eval.stop_after = {after}: counts evaluations; set eval.every_steps")
+    if metric is None or not metric.startswith(f"eval/{split}/"):
+        raise UserError(
+            f"eval.stop_after = {after}: watches checkpoint.best_metric = {metric}, which must be of eval.split: "
+            f"e.g. eval/{split}/asr/wer"
+        )
 
 
 def _check_steps(recipe: Recipe) -> None:

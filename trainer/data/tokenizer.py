@@ -107,7 +107,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens."""
-        hidden = {self.bos_id, self.eos_id, self.pad_id, self.placeholder_id}
+        hidden = {self._pieces.unk_id(), self.bos_id, self.eos_id, self.pad_id, self.placeholder_id}
         text, run = "", []
         for token in [t for t in ids if t not in hidden]:
             if 0 <= token < self.vocab_size:

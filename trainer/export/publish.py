@@ -63,7 +63,7 @@ def export(
     write_weights(source.reader, plan_shards(targets, options.shard_bytes), aside, lambda n: on_bytes(n, total))
     tokenizer = source.tokenizer()
     write_tokenizer(tokenizer, aside)
-    settings = _generation_config(source, tokenizer)
+    settings = generation_config(source, tokenizer)
     settings.save_pretrained(aside)
     found = Findings()
     if options.llm_only:
@@ -104,7 +104,8 @@ def _room(source: Source, out: Path, options: Options, selection: Selection) -> 
     return aside
 
 
-def _generation_config(source: Source, tokenizer: Tokenizer) -> Any:
+def generation_config(source: Source, tokenizer: Tokenizer) -> Any:
+    """transformers' GenerationConfig that decodes as evaluation during training does."""
     from transformers import GenerationConfig
 
     rows = source.extra["model"]["text_config"]["vocab_size"]
@@ -145,9 +146,7 @@ def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokeni
         "AutoModelForCausalLM": f"{remote_name(MODELING)}.EarshotForCausalLM",
     }
     config.save_pretrained(folder)
-    data = source.recipe.data
-    strides = tuple(description["audio"]["adapter"]["strides"])
-    write_processor(tokenizer, data.tokenizer, strides, data.min_audio_sec, folder)
+    write_processor(tokenizer, source.recipe.data, source.strides, folder)
 
 
 def _measure(

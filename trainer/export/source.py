@@ -65,6 +65,11 @@ class Source:
         """`<train.run_dir>/<name>`"""
         return self.folder.parent.parent
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the adapter."""
+        return tuple(self.extra["model"]["audio"]["adapter"]["strides"])
+
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer: the one given, the copy in the run's folder, or the recipe's."""
         copy = self.run_dir / "tokenizer.model"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
-from trainer.data.config import TokenizerConfig
+from trainer.data.config import DataConfig
 from trainer.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from trainer.export.code import PROCESSING, remote_name
 
@@ -17,6 +17,7 @@ _PROBES = (
     "Was it 3:15 p.m.? Café № ½ ﬁne — “quoted” ÄÖÜ",
     "日本語 русский \U0001f600",
 )
+_ALL_SPACES = 1 << 16
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> Any:
@@ -25,28 +26,42 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> Any:
     Raises:
         UserError: a SentencePiece model that transformers' tokenizers cannot express.
     """
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        found = tokenizer.inner
-    else:
-        assert isinstance(tokenizer, SentencePieceTokenizer)
-        found = _from_sentencepiece(tokenizer)
+    found = as_transformers(tokenizer)
     found.save_pretrained(folder)
     return found
 
 
-def write_processor(
-    tokenizer: Tokenizer, config: TokenizerConfig, strides: tuple[int, ...], min_audio_sec: float, folder: Path
-) -> None:
+def as_transformers(tokenizer: Tokenizer) -> Any:
+    """The transformers tokenizer with the same tokens for the same text.
+
+    Raises:
+        UserError: see `write_tokenizer`.
+    """
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.inner
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    return _from_sentencepiece(tokenizer)
+
+
+def processor_settings(tokenizer: Tokenizer, data: DataConfig, strides: tuple[int, ...]) -> dict[str, Any]:
+    """Arguments of `EarshotProcessor` besides the tokenizer: what training did to samples."""
+    return {
+        "placeholder": data.tokenizer.placeholder,
+        "prompt_with_audio": data.tokenizer.template,
+        "prompt_without_audio": data.tokenizer.text_template,
+        "as_chat": isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.chats,
+        "strides": list(strides),
+        "min_audio_sec": data.min_audio_sec,
+        "max_audio_sec": data.max_audio_sec,
+    }
+
+
+def write_processor(tokenizer: Tokenizer, data: DataConfig, strides: tuple[int, ...], folder: Path) -> None:
     """`processor_config.json`."""
     content = {
         "auto_map": {"AutoProcessor": f"{remote_name(PROCESSING)}.EarshotProcessor"},
         "processor_class": "EarshotProcessor",
-        "placeholder": config.placeholder,
-        "prompt_with_audio": config.template,
-        "prompt_without_audio": config.text_template,
-        "as_chat": isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.chats,
-        "strides": list(strides),
-        "min_audio_sec": min_audio_sec,
+        **processor_settings(tokenizer, data, strides),
     }
     (folder / "processor_config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -86,8 +101,10 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     settings = proto.trainer_spec
     inner = FastTokenizer(Unigram(pieces, unk_id=settings.unk_id, byte_fallback=settings.byte_fallback))
     inner.normalizer = normalizers.Sequence(rules)
+    # SentencePiece drops every space that an answer begins with where it removes extra ones, else its own prefix only.
+    leading = _ALL_SPACES if spec.remove_extra_whitespaces else 1
     inner.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", leading, 0)]
     )
     names = {"unk_token": proto.trainer_spec.unk_id, "eos_token": tokenizer.eos_id}
     names |= {k: i for k, i in (("bos_token", tokenizer.bos_id), ("pad_token", tokenizer.pad_id)) if i is not None}

@@ -116,7 +116,6 @@ def scores(
 
 def _samples(source: Source, tokenizer: Tokenizer, manifest: Path, limit: int) -> Iterator[Sample]:
     shortest = num_samples(source.recipe.data.min_audio_sec)
-    strides = tuple(source.extra["model"]["audio"]["adapter"]["strides"])
     for row in read_manifest(manifest)[:limit]:
         try:
             if row.error is not None:
@@ -124,7 +123,9 @@ def _samples(source: Source, tokenizer: Tokenizer, manifest: Path, limit: int) -
             check_metadata(row.metadata)
             clips = [decode_audio(path.read_bytes()) for path in row.audio]
             padded = tuple(np.pad(c, (0, max(0, shortest - len(c)))) for c in clips)
-            yield to_sample(make_sample(row.key, row.metadata, padded, tokenizer, strides, ctc=False, evaluate=True))
+            yield to_sample(
+                make_sample(row.key, row.metadata, padded, tokenizer, source.strides, ctc=False, evaluate=True)
+            )
         except SampleError as error:
             raise UserError(f"{manifest}: line {row.line}: {error}; mend or remove it") from None
 

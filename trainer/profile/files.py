@@ -6,10 +6,12 @@ import csv
 import json
 from pathlib import Path
 
+from trainer.page.render import render
 from trainer.profile.analysis import Profile
-from trainer.profile.page import render
 from trainer.profile.plots import draw
 from trainer.telemetry.jsonl import write_atomically
+
+TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def write_files(profile: Profile, folder: Path) -> list[Path]:
@@ -17,7 +19,7 @@ def write_files(profile: Profile, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     tree = profile.to_json()
     write_atomically(folder / "profile.json", json.dumps(tree, indent=1, allow_nan=False) + "\n")
-    write_atomically(folder / "report.html", render(tree))
+    write_atomically(folder / "report.html", render(TEMPLATE, tree["run"], tree))
     write_cells(profile, folder / "cells.csv")
     for old in folder.glob("*.png"):
         old.unlink()

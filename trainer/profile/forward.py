@@ -26,24 +26,19 @@ from trainer.checkpoint.reader import STATE, DamagedError, Reader, check_files, 
 from trainer.config.load import undump
 from trainer.config.schema import Recipe
 from trainer.data.decode import SampleError, check_metadata, decode_audio
-from trainer.data.fetch import read_samples
-from trainer.data.manifest import read_manifest as read_rows
 from trainer.data.prepare import prepare
-from trainer.data.shards import INDEX_NAME, ShardSet
+from trainer.data.stored import CHUNK_SAMPLES, Encoded, StoredData, open_stored
 from trainer.data.tokenizer import PlaceholderInText
 from trainer.parallel.dispatch import CALL_COST_SAMPLES, group_by_length
 from trainer.profile.analysis import Profile
 from trainer.profile.history import RunPath, primary_name
 from trainer.profile.placement import advise
-from trainer.storage.open import open_store
 from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, add_up, group_of
 
 _CHUNK_CLIPS = 128
 _TIMED_SEC = 20.0
 """Audio on which each expert is timed."""
 
-Encoded = tuple[Sequence[bytes | memoryview], dict[str, Any]]
-"""Whole audio files of a sample's clips, and the manifest's fields."""
 Encode = Callable[[str], list[int]]
 
 
@@ -144,7 +139,8 @@ def _decoded(
     """Clips as the run would see them, without augmentation, the instruction's tokens, and the manifest's fields; what
     cannot be used is counted."""
     shortest = num_samples(recipe.data.min_audio_sec)
-    for item in _encoded(data, split):
+    stored = open_stored(str(data), split)
+    for item in (i for start in range(0, len(stored.items), CHUNK_SAMPLES) for i in _part(stored, start)):
         try:
             if isinstance(item, SampleError):
                 raise item
@@ -161,30 +157,8 @@ def _decoded(
         yield [torch.from_numpy(np.pad(c, (0, max(0, shortest - len(c))))) for c in clips], prompt, meta
 
 
-def _encoded(data: Path, split: str | None) -> Iterator[Encoded | SampleError]:
-    if (data / INDEX_NAME).is_file():
-        yield from _of_shards(ShardSet(open_store(str(data))), split)
-    elif data.is_dir():
-        raise UserError(f"{data}: no {INDEX_NAME} in it: give a folder of shards, or a manifest")
-    else:
-        found = False
-        for row in read_rows(data, split):
-            found = True
-            yield row.error or ([path.read_bytes() for path in row.audio], row.metadata)
-        if not found:
-            raise UserError(f"{data}: no samples" + (f" of split '{split}'" if split else ""))
-
-
-def _of_shards(shards: ShardSet, split: str | None) -> Iterator[Encoded | SampleError]:
-    known = sorted({group.split for group in shards.index.groups})
-    if split is not None and split not in known:
-        raise UserError(f"{shards.store.url}: no samples of split '{split}'; splits there are: {', '.join(known)}")
-    for shard, info in enumerate(shards.shards):
-        table = shards.table(shard)
-        wanted = [i for i in range(info.num_samples) if split is None or table[i].split == split]
-        for start in range(0, len(wanted), _CHUNK_CLIPS):
-            for found in read_samples(shards, shard, wanted[start : start + _CHUNK_CLIPS]).values():
-                yield found if isinstance(found, SampleError) else (found.clips, found.metadata)
+def _part(stored: StoredData, start: int) -> list[Encoded | SampleError]:
+    return stored.read(range(start, min(start + CHUNK_SAMPLES, len(stored.items))))
 
 
 def _chunks(

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-_SIZE_INCHES = (8.0, 4.0)
-_DPI = 120
+from trainer.page.figure import SIZE_INCHES, save, with_legend
 
 
 def draw(tree: dict[str, Any], folder: Path) -> list[Path]:
@@ -40,11 +38,11 @@ def _shares(tree: dict[str, Any], path: Path) -> Path:
     axes.set_title(f"{tree['run']}: share of clips that ran each expert")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _drift(tree: dict[str, Any], path: Path) -> Path:
-    figure = Figure(figsize=_SIZE_INCHES)
+    figure = Figure(figsize=SIZE_INCHES)
     axes = figure.subplots()
     windows = [w for w in tree["windows"] if "all" in w["tasks"]]
     steps = [w["last_step"] for w in windows]
@@ -55,12 +53,12 @@ def _drift(tree: dict[str, Any], path: Path) -> Path:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("step")
     axes.set_title(f"{tree['run']}: share of clips that ran each expert, all tasks")
-    return _save(_with_legend(figure, axes), path)
+    return save(with_legend(figure, axes), path)
 
 
 def _ranks(tree: dict[str, Any], path: Path) -> Path:
     time = tree["time"]
-    figure = Figure(figsize=_SIZE_INCHES)
+    figure = Figure(figsize=SIZE_INCHES)
     axes = figure.subplots()
     ranks = np.arange(time["num_ranks"])
     filled = np.zeros(len(ranks))
@@ -76,17 +74,4 @@ def _ranks(tree: dict[str, Any], path: Path) -> Path:
     axes.set_xlabel("rank")
     axes.set_ylabel("seconds per step")
     axes.set_title(f"encoder time per rank: slowest / mean = {time['imbalance']:.2f}")
-    return _save(_with_legend(figure, axes), path)
-
-
-def _with_legend(figure: Figure, axes: Axes) -> Figure:
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=_DPI, bbox_inches="tight")
-    return path
+    return save(with_legend(figure, axes), path)

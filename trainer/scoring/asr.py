@@ -42,6 +42,20 @@ def asr_metrics(references: Sequence[str], hypotheses: Sequence[str], languages:
     ]
 
 
+def alignment(reference: str, hypothesis: str, language: str = "en") -> list[tuple[str, str, str]]:
+    """How the normalised words of both go together, in order: (`equal`, `substitute`, `delete` or `insert`, words of
+    the reference, words of the hypothesis)."""
+    import jiwer
+
+    expected, said = normalise(reference, language), normalise(hypothesis, language)
+    ours, theirs = expected.split(), said.split()
+    (chunks,) = jiwer.process_words([expected], [said]).alignments
+    return [
+        (c.type, " ".join(ours[c.ref_start_idx : c.ref_end_idx]), " ".join(theirs[c.hyp_start_idx : c.hyp_end_idx]))
+        for c in chunks
+    ]
+
+
 def edits(references: Sequence[str], hypotheses: Sequence[str], characters: bool = False) -> NDArray[np.float64]:
     """`[N, 4]`: hits, substitutions, deletions, insertions of each pair's best alignment, in words or in characters."""
     import jiwer

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trainer.scoring.asr import asr_metrics
 from trainer.scoring.choices import confusion
 from trainer.scoring.cider import cider_d
@@ -115,8 +118,11 @@ def score_values(scores: Iterable[TaskScore]) -> dict[str, float]:
     return {s.name: s.value for s in scores}
 
 
-def _score(task: str, subset: str, metric: Metric, rows: Any) -> TaskScore:
+def measure(metric: Metric, rows: NDArray[np.int64]) -> tuple[float, float, float]:
+    """(value, bounds of its 95 % interval) over the samples `rows`, of which there is at least one."""
     statistics = metric.statistics[rows]
-    value = float(metric.value(statistics.sum(0)))
-    low, high = interval(metric.value(resampled_sums(statistics)))
-    return TaskScore(task, subset, metric.name, value, low, high, len(rows))
+    return float(metric.value(statistics.sum(0))), *interval(metric.value(resampled_sums(statistics)))
+
+
+def _score(task: str, subset: str, metric: Metric, rows: NDArray[np.int64]) -> TaskScore:
+    return TaskScore(task, subset, metric.name, *measure(metric, rows), len(rows))

@@ -1,0 +1,84 @@
+"""A report in a real browser: Chromium without a network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+TIMEOUT_SEC = 60
+
+
+def need_chromium() -> None:
+    """Skip the module where there is no browser; CI has one."""
+    if CHROMIUM is None and "CI" not in os.environ:
+        pytest.skip("no chromium here: apt-get install chromium", allow_module_level=True)
+
+
+class Page(HTMLParser):
+    """What a browser made of the page."""
+
+    def __init__(self, dom: str) -> None:
+        super().__init__()
+        self.dom = dom
+        self.root: dict[str, str | None] = {}
+        self.numbers: dict[str, float] = {}
+        self.tags: set[str] = set()
+        self.ids: set[str] = set()
+        self.titles: set[str | None] = set()
+        self.current: list[str | None] = []
+        self.rows: list[str] = []
+        self.feed(dom)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.add(tag)
+        self.root = self.root or found
+        self.titles.add(found.get("title"))
+        if tag == "section":
+            self.ids.add(str(found["id"]))
+        if "data-key" in found:
+            assert found["data-key"] not in self.numbers, found["data-key"]
+            self.numbers[str(found["data-key"])] = float(str(found["data-value"]))
+        if "data-row" in found:
+            self.rows.append(str(found["data-row"]))
+        if "aria-current" in found and found["aria-current"] == "true":
+            self.current.append(found["href"])
+
+
+def browse(path: Path, address: str = "") -> Page:
+    """The page as Chromium shows it once its script has run."""
+    assert CHROMIUM is not None, "CI installs chromium: see .ci/run"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"]
+    command += [
+        "--autoplay-policy=no-user-gesture-required",
+        f"--user-data-dir={path.parent / 'chromium'}",
+        f"file://{path}{address}",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    try:
+        dom, _ = process.communicate(timeout=TIMEOUT_SEC)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # also the helpers it leaves behind
+        except ProcessLookupError:
+            pass
+        process.wait()
+    assert process.returncode == 0, process.returncode
+    return Page(dom)
+
+
+def then_run(path: Path, name: str, script: str) -> Path:
+    """A copy of the page that runs `script` after its own."""
+    changed = path.with_name(name)
+    text = path.read_text(encoding="utf-8").replace("</body>", f"<script>{script}</script></body>")
+    changed.write_text(text, encoding="utf-8")
+    return changed

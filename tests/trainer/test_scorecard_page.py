@@ -1,0 +1,124 @@
+"""The report in a real browser: Chromium without a network renders, sorts, filters and plays it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from tests.browser import browse, need_chromium, then_run
+from tests.trainer.scorecard_data import HOSTILE, make_tree
+from trainer.page.render import render
+from trainer.scorecard.files import TEMPLATE
+
+need_chromium()
+
+PLAY = """
+const note = (text) => { document.documentElement.dataset.heard = text; };
+const sound = document.querySelector("#samples audio");
+sound.muted = true;
+sound.addEventListener("error", () => note("error " + sound.error.code));
+sound.addEventListener("loadeddata", async () => {
+  const bytes = Uint8Array.from(atob(sound.src.split(",")[1]), (c) => c.charCodeAt(0));
+  const decoded = await new OfflineAudioContext(1, 16000, 16000).decodeAudioData(bytes.buffer);
+  const loudest = Math.max(...decoded.getChannelData(0));
+  const heard = `${sound.duration.toFixed(2)} ${decoded.length} ${loudest.toFixed(2)}`;
+  sound.play().then(() => note(`${heard} ${!sound.paused}`), note);
+});
+sound.load();
+"""
+
+
+@pytest.fixture(scope="module")
+def tree() -> dict[str, Any]:
+    return make_tree()
+
+
+@pytest.fixture(scope="module")
+def report(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(render(TEMPLATE, tree["title"], tree), encoding="utf-8")
+    return path
+
+
+def test_it_renders_and_its_numbers_are_those_of_the_tree(report: Path, tree: dict[str, Any]) -> None:
+    page = browse(report)
+    assert (page.root["data-state"], page.root["data-errors"]) == ("ready", "")
+    assert {"scores", "by-subset", "by-duration", "by-language", "samples", "duration-asr"} <= page.ids
+    assert "img" not in page.tags  # names from manifests are text
+    for score in tree["scores"]:
+        if score["dimension"] == "":
+            assert page.numbers[f"{score['task']}.{score['metric']}"] == pytest.approx(score["value"])
+        elif f"{score['dimension']}.{score['task']}.{score['group']}.{score['metric']}" in page.numbers:
+            shown = page.numbers[f"{score['dimension']}.{score['task']}.{score['group']}.{score['metric']}"]
+            assert shown == pytest.approx(score["value"])
+    matrix = tree["confusions"]["er"]["stage"]
+    assert sum(n for row in matrix.values() for n in row.values()) == 7
+    for reference, row in matrix.items():
+        for answer, num in row.items():
+            assert page.numbers[f"confusion.er.stage.{reference}.{answer}"] == num
+    assert [key for key in page.rows if key.startswith("asr-")] == [
+        s["key"] for s in tree["samples"] if s["task"] == "asr"
+    ]
+    assert "<del>sat on</del>" in page.dom and "<ins>on a</ins>" in page.dom
+    assert ">2 windows<" in page.dom and ">ended at the limit<" in page.dom and "2 broken" in page.dom
+
+
+def test_audio_plays(report: Path) -> None:
+    page = browse(then_run(report, "played.html", PLAY))
+    assert page.root["data-errors"] == ""
+    assert page.root.get("data-heard") == "1.00 16000 0.30 true"
+
+
+def test_it_filters(report: Path, tree: dict[str, Any]) -> None:
+    clicks = "[...document.querySelectorAll('.pills a')].find((a) => a.textContent === 'er').click();"
+    page = browse(then_run(report, "clicked.html", clicks))
+    assert page.root["data-errors"] == "" and page.current == ["#task=er"]
+    keys = {sample["key"] for sample in tree["samples"]}
+    assert {key for key in page.rows if key in keys} == {f"er-{i}" for i in range(7)}
+    assert "duration-asr" not in page.ids and "confusion-er-stage" in page.ids
+
+    page = browse(report, f"#task=asr&language=pl&subset={quote(HOSTILE)}")
+    assert page.root["data-errors"] == "" and [key for key in page.rows if key in keys] == ["asr-3"]
+    typed = """
+    const box = document.querySelector('input[type=search]');
+    box.value = 'KOTA'; box.dispatchEvent(new Event('input'));
+    """
+    page = browse(then_run(report, "typed.html", typed))
+    assert page.root["data-errors"] == "" and [key for key in page.rows if key in keys] == ["asr-3"]
+
+
+def test_it_sorts(report: Path, tree: dict[str, Any]) -> None:
+    keys = {sample["key"] for sample in tree["samples"]}
+
+    def clicked(name: str, times: int) -> list[str]:
+        script = f"""
+        const heads = [...document.querySelectorAll('#table-samples th button')];
+        for (let i = 0; i < {times}; i += 1) heads.find((b) => b.textContent === '{name}').click();
+        """
+        page = browse(then_run(report, f"sorted-{times}.html", script))
+        assert page.root["data-errors"] == ""
+        return [key for key in page.rows if key in keys]
+
+    seconds = {sample["key"]: sample["seconds"] for sample in tree["samples"]}
+    falling, rising = clicked("length", 1), clicked("length", 2)
+    assert [seconds[key] for key in falling] == sorted(seconds.values(), reverse=True)
+    assert [seconds[key] for key in rising] == sorted(seconds.values())
+
+
+def test_an_error_in_the_page_is_seen(tree: dict[str, Any], tmp_path: Path) -> None:
+    broken = tmp_path / "report.html"
+    broken.write_text(render(TEMPLATE, "t", {**tree, "scores": None}), encoding="utf-8")
+    page = browse(broken)
+    assert page.root["data-state"] == "loading" and "TypeError" in str(page.root["data-errors"])
+
+
+def test_the_page_loads_nothing(report: Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    assert "default-src 'none'" in text
+    assert not [
+        mark for mark in ("@import", "url(", "<link", "fetch(", "XMLHttp", 'http-equiv="refresh') if mark in text
+    ]
+    assert text.count("</script>") == 2  # of the data and of the page's own script: none from a manifest

@@ -1,0 +1,217 @@
+"""How good is it: python -m tools.evaluate EXPORT|CHECKPOINT|RUN --data MANIFEST|SHARDS.
+
+    python -m tools.evaluate out/model --data test.jsonl            an exported model
+    python -m tools.evaluate runs/demo --data data/shards --split test --nproc 2
+                                                                    a run's newest checkpoint, two processes
+
+Prints every metric with its 95 % interval by task, subset, language, source and duration. Writes predictions.jsonl
+(read by tools.compare and tools.judge), scores.json, scores.csv, report.html and plots. Stopped and started again, it
+decodes only what is missing. docs/evaluation.md tells what is measured.
+
+Exit code 1: some samples have no answer, skipped.jsonl lists them with the reason; 2: a mistake in what was asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.offline.model import Origin
+    from trainer.offline.run import Finished
+    from trainer.offline.worker import Request
+    from trainer.scoring.meteor import Meteor
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    options = _parser().parse_args(arguments)
+    _be_calm()
+    try:
+        _check(options)
+        return _run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from trainer.offline.model import find_model
+    from trainer.offline.run import PREDICTIONS, SKIPPED, run_evaluation
+    from trainer.offline.worker import open_wanted
+    from trainer.scorecard.card import make_card
+    from trainer.scorecard.clips import read_clips
+    from trainer.scorecard.files import write_files
+    from trainer.scorecard.text import describe
+
+    origin = find_model(options.model)
+    request = _request(options, origin)
+    stored, places = open_wanted(request)
+    meteor = _meteor(options.wordnet, any(stored.items[p].task == "ac" for p in places))
+    folder = options.out or _default_folder(origin, options.data, options.split)
+    with tqdm(unit=" samples", desc="evaluate", disable=None) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            if bar.total is None:
+                bar.reset(total)
+                bar.initial = done
+            bar.update(done - bar.n)
+
+        found = run_evaluation(request, folder, options.nproc, on_progress)
+    if not found.predictions:
+        raise UserError(f"{options.data}: no sample could be answered; {folder / SKIPPED} tells why")
+    title = f"{origin.name} on {Path(options.data).name}{f', {options.split}' if options.split else ''}"
+    tree = make_card(
+        title,
+        _about(request, options, found),
+        found.predictions,
+        [s.reason for s in found.skipped],
+        meteor,
+        lambda keys: read_clips(found.stored, keys),
+        round(options.audio_mib * 2**20),
+    )
+    files = write_files(tree, folder)
+    print(f"{title}: {describe(tree, options.all_metrics)}")
+    print(f"\n{', '.join([PREDICTIONS, *(f.name for f in files)])} in {folder}")
+    _log(options.mlflow or origin.run_dir, [folder / PREDICTIONS, *files], folder.name)
+    if options.json:
+        print(json.dumps(_as_json(tree, found, folder), ensure_ascii=False))
+    return 1 if found.skipped else 0
+
+
+def _request(options: argparse.Namespace, origin: Origin) -> Request:
+    import torch
+
+    from trainer.offline.answer import Decoding, Windows
+    from trainer.offline.model import default_dtype
+    from trainer.offline.worker import Request
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Request(
+        origin,
+        options.data,
+        options.split,
+        tuple(options.tasks),
+        options.max_samples,
+        options.dtype or default_dtype(device),
+        Windows.of(origin, options.window, options.overlap),
+        Decoding(options.max_new_tokens or origin.max_new_tokens, options.beams, options.batch_size, options.batch_sec),
+    )
+
+
+def _check(options: argparse.Namespace) -> None:
+    from trainer.data.decode import TASKS
+
+    for name in ("nproc", "beams", "batch_size", "max_new_tokens", "max_samples"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if options.batch_sec <= 0 or options.audio_mib < 0:
+        raise UserError("--batch-sec must be positive, --audio-mib at least 0")
+    for task in options.tasks:
+        if task not in TASKS:
+            raise UserError(f"--tasks {task}: tasks are {', '.join(TASKS)}")
+    if options.mlflow is not None and not options.mlflow.is_dir():
+        raise UserError(f"--mlflow {options.mlflow}: no such folder; name that of a run")
+
+
+def _meteor(wordnet: str | None, needed: bool) -> Meteor | None:
+    from trainer.scoring.meteor import Meteor
+    from trainer.scoring.wordnet import find_wordnet
+
+    # Before anything is decoded: hours later would be late.
+    return Meteor(find_wordnet(wordnet)) if needed else None
+
+
+def _default_folder(origin: Origin, data: str, split: str | None) -> Path:
+    words = ["evaluation", Path(data.rstrip("/")).stem, *([split] if split else [])]
+    if origin.run_dir is not None:
+        return origin.run_dir / "-".join([*words, origin.path.name])
+    return origin.path.parent / "-".join([origin.path.name, *words])
+
+
+def _about(request: Request, options: argparse.Namespace, found: Finished) -> dict[str, str]:
+    decoding, windows = request.decoding, request.windows
+    search = "greedy" if decoding.beams == 1 else f"{decoding.beams} beams"
+    return {
+        "model": request.origin.name,
+        "data": options.data + (f", split {options.split}" if options.split else ""),
+        "decoding": f"{search}, at most {decoding.max_new_tokens} tokens, {request.dtype}",
+        "long speech": f"windows of {windows.window_sec:g} s that share {windows.overlap_sec:g} s",
+    }
+
+
+def _log(run_dir: Path | None, files: Sequence[Path], name: str) -> None:
+    from trainer.telemetry.tracker import log_artifacts
+
+    if run_dir is not None and (reason := log_artifacts(run_dir, files, name)) is not None:
+        print(f"not added to MLflow: {reason}", file=sys.stderr)
+
+
+def _as_json(tree: dict[str, Any], found: Finished, folder: Path) -> dict[str, Any]:
+    num_new = len(found.predictions) - found.num_resumed
+    kept = ("num_samples", "num_skipped", "num_unfinished", "num_windowed", "audio_sec", "headlines", "scores")
+    return {
+        "folder": str(folder),
+        "num_resumed": found.num_resumed,
+        "seconds": round(found.seconds, 3),
+        "samples_per_sec": round(num_new / found.seconds, 3) if num_new else None,
+        **{key: tree[key] for key in kept},
+    }
+
+
+def _be_calm() -> None:
+    """Leave the terminal to the tables."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker processes
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DS_ACCELERATOR_QUIET", "1")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "model", type=Path, metavar="MODEL", help="a folder that tools.export made, a checkpoint, or a run (its newest)"
+    )
+    add("--data", required=True, help="a manifest (JSONL), or a folder or bucket of shards")
+    add("--split", help="only this split (default: all)")
+    add("--tasks", nargs="+", default=[], metavar="TASK", help="only these (default: all)")
+    add("--max-samples", type=int, metavar="N", help="a random choice, the same every time (default: all)")
+    add("--out", type=Path, help="folder for the files (default: in the run's folder, or beside the export)")
+    add("--nproc", type=int, default=1, metavar="N", help="processes that share the samples (default: 1)")
+    add("--dtype", choices=("fp32", "bf16"), help="of weights and activations (default: fp32; on a GPU bf16)")
+    add("--beams", type=int, default=1, metavar="N", help="beam search (default: 1, greedy)")
+    add("--max-new-tokens", type=int, metavar="N", help="longest answer (default: as in the model's training)")
+    add("--batch-size", type=int, default=64, metavar="N", help="samples decoded together (default: 64)")
+    add("--batch-sec", type=float, default=600.0, help="seconds of audio of these, padded (default: 600)")
+    add(
+        "--window",
+        type=float,
+        metavar="SEC",
+        help="longer speech is transcribed in windows (default: as trained, ≤ 30)",
+    )
+    add("--overlap", type=float, metavar="SEC", help="of neighbouring windows, at least (default: a sixth of a window)")
+    add("--wordnet", help="folder of WordNet 3.0, for METEOR of captions (default: where packages put it)")
+    add("--audio-mib", type=float, default=12.0, help="audio of the worst samples in report.html (default: 12)")
+    add("--mlflow", type=Path, metavar="RUN", help="run whose MLflow gets the files (default: the checkpoint's)")
+    add("--all-metrics", action="store_true", help="print every metric of every group (default: the chief ones)")
+    add("--json", action="store_true", help="end with one JSON object")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

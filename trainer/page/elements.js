@@ -1,0 +1,55 @@
+// Of all reports. A page has `DIMENSIONS`, the parts of its filter, by name.
+window.addEventListener("error", (event) => { document.documentElement.dataset.errors += event.message + "\n"; });
+
+const data = JSON.parse(document.getElementById("data").textContent);
+
+// ---- elements: text is only ever set as text, never parsed
+
+function element(namespace, name, attributes, children) {
+  const node = namespace ? document.createElementNS(namespace, name) : document.createElement(name);
+  for (const [key, value] of Object.entries(attributes || {})) {
+    if (value !== null && value !== undefined && value !== false) node.setAttribute(key, value === true ? "" : value);
+  }
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  return node;
+}
+const h = (name, attributes, ...children) => element(null, name, attributes, children);
+const s = (name, attributes, ...children) => element("http://www.w3.org/2000/svg", name, attributes, children);
+
+const percent = (x) => Number.isFinite(x) ? (100 * x).toFixed(1) + " %" : "–";
+const count = (x) => Math.round(x).toLocaleString("en-US");
+const fixed = (x, digits = 3) => Number.isFinite(x) ? x.toFixed(digits) : "–";
+const seconds = (x) => fixed(x) + " s";
+const hours = (sec) => sec >= 3600 ? (sec / 3600).toFixed(1) + " h" : sec >= 60 ? (sec / 60).toFixed(1) + " min" : sec.toFixed(1) + " s";
+function bytes(x) {
+  const units = ["B", "kB", "MB", "GB"];
+  let unit = 0;
+  while (x >= 1000 && unit < units.length - 1) { x /= 1000; unit += 1; }
+  return x.toFixed(unit ? 1 : 0) + " " + units[unit];
+}
+// A cell that shows `text`; `key` and `value` say what it is, exactly.
+const cell = (key, value, text, ...more) =>
+  h("td", { class: "number", "data-key": key, "data-value": value }, more, h("span", { class: "value" }, text));
+const bar = (share, colour) => h("span", { class: "bar" }, h("i", { style: `width:${100 * Math.min(1, share || 0)}%;background:${colour}` }));
+const heading = (...titles) => h("thead", {}, h("tr", {}, titles.map((t, i) => h("th", { class: i && "number" }, t))));
+const section = (id, title, note, ...content) => h("section", { id }, h("h2", {}, title), h("p", { class: "note" }, note), content);
+const tile = (text, label, bad) => h("div", { class: bad ? "tile bad" : "tile" }, h("b", {}, text), h("span", { class: "faint" }, label));
+
+// ---- the filter lives in the address: e.g. #task=asr&language=en
+
+function chosen() {
+  const found = new URLSearchParams(location.hash.slice(1));
+  return Object.fromEntries(Object.keys(DIMENSIONS).map((name) => [name, found.get(name) || "all"]));
+}
+function hashWith(changes) {
+  const wanted = Object.entries({ ...chosen(), ...changes }).filter(([, value]) => value !== "all");
+  return "#" + new URLSearchParams(wanted);
+}
+// Links that set one part of the filter, and a list to choose another from; `texts`: what is shown for a value.
+const pills = (name, values, filter, texts = {}) => h("div", { class: "pills" }, ["all", ...values].map((v) =>
+  h("a", { href: hashWith({ [name]: v }), "aria-current": v === filter[name] && "true" }, texts[v] || v)));
+function choice(name, label, values, filter) {
+  const select = h("select", { name }, ["all", ...values].map((v) => h("option", { value: v, selected: v === filter[name] }, v)));
+  select.addEventListener("change", () => { location.hash = hashWith({ [name]: select.value }); });
+  return h("label", {}, label + " ", select);
+}
