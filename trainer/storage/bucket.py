@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import obstore.store
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 
 from model.errors import UserError
 from trainer.storage.credentials import Access
@@ -96,8 +96,22 @@ class BucketStore:
             return False
         return True
 
-    def put(self, name: str, parts: Iterable[bytes]) -> None:
+    def put(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         self._do(name, lambda: self._store.put(name, parts, chunk_size=PART_BYTES, max_concurrency=_CONCURRENT_PARTS))
+
+    def put_if_absent(self, name: str, content: bytes) -> bool:
+        try:
+            self._do(name, lambda: self._store.put(name, content, mode="create"))
+        except _ExistsError:
+            # Perhaps by this very call: an answer can be lost after the store has done what it was asked.
+            return self._holds(name, content)
+        return True
+
+    def _holds(self, name: str, content: bytes) -> bool:
+        try:
+            return self.get(name) == content
+        except MissingError:
+            return False
 
     def list(self, prefix: str = "") -> dict[str, int]:
         assert not prefix or prefix.endswith("/"), prefix
@@ -117,6 +131,8 @@ class BucketStore:
     def _do(self, name: str, work: Callable[[], T]) -> T:
         try:
             return work()
+        except AlreadyExistsError:
+            raise _ExistsError(f"{self._url}/{name}: exists") from None
         except (BaseError, FileNotFoundError, PermissionError) as error:
             raise self._error(name, error) from None
 
@@ -147,6 +163,10 @@ class BucketStore:
             f"{where}: no usable answer within {self._retry_sec:g} s ({said or _reason(text)}; {source}); "
             "check that the store runs and the endpoint is right"
         )
+
+
+class _ExistsError(UserError):
+    """There is such an object."""
 
 
 class _RangeError(UserError):
