@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,11 +118,11 @@ def find_checkpoint(url: str) -> Folder:
     return found.folder(found.steps()[-1])
 
 
-def damage_of(folder: Folder, names: Sequence[str] | None = None) -> str | None:
-    """What is wrong with a checkpoint: its files (or those of `names`) are read and compared; None: nothing."""
+def damage_of(folder: Folder) -> str | None:
+    """What is wrong with a checkpoint: every file is read and compared; None: nothing."""
     try:
         manifest = read_manifest(folder)
-        check_files(folder, manifest, manifest.files if names is None else names)
+        check_files(folder, manifest, manifest.files)
     except DamagedError as error:
         return str(error)
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from itertools import chain
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -97,7 +98,15 @@ class BucketStore:
         return True
 
     def put(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
-        self._do(name, lambda: self._store.put(name, parts, chunk_size=PART_BYTES, max_concurrency=_CONCURRENT_PARTS))
+        rest, first, size = iter(parts), list[bytes | memoryview](), 0
+        while size <= PART_BYTES and (part := next(rest, None)) is not None:
+            first.append(part)
+            size += len(part)
+        if size <= PART_BYTES:  # one request instead of three: an upload in parts is begun and ended, too
+            self._do(name, lambda: self._store.put(name, b"".join(first)))
+            return
+        content = chain(first, rest)
+        self._do(name, lambda: self._store.put(name, content, chunk_size=PART_BYTES, max_concurrency=_CONCURRENT_PARTS))
 
     def put_if_absent(self, name: str, content: bytes) -> bool:
         try:
