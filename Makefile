@@ -2,6 +2,7 @@
 # make test    everything that CI checks       make parity     distributed = single process, on this machine
 # make gpu-check  the same questions on a GPU  make clean      remove caches (not .venv, not runs)
 # make kill-test  50 kills of a small run      make export-test  an export in an environment without this project
+# make reshape    save and load on other topologies: the table
 # make bench-data  the loader against its peers, padding (minutes; wants a quiet machine and the kit: KIT_DIR)
 # make soak-data   its memory over 10^5 batches, kit_cpu from a bucket with kills (hours)
 #
@@ -20,7 +21,7 @@ CXX_NAMES := g++ c++ clang++
 # DeepSpeed looks for ninja in PATH when it builds its shared-memory operation.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup test demo parity gpu-check kill-test export-test bench-data soak-data clean
+.PHONY: setup test demo parity gpu-check kill-test reshape export-test bench-data soak-data clean
 
 setup: $(STAMP)
 
@@ -55,6 +56,9 @@ gpu-check: setup
 
 kill-test: setup
 	$(PY) -m tools.kill_test --json
+
+reshape: setup
+	$(PY) -m tools.reshape --json
 
 export-test: setup
 	$(PYTHON) -m venv .venv-export

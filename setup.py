@@ -26,6 +26,7 @@ setup(
         "safetensors>=0.5",
         "numpy>=1.26",
         "obstore>=0.11,<0.13",
+        "xxhash>=3.0",  # checksums of checkpoints
         "soundfile>=0.13",
         "soxr>=0.5",
         "sentencepiece>=0.2.1",

@@ -52,7 +52,7 @@ def work(folder: Path) -> int:
     groups = build_groups(Topology(world, 1, 1), rank, device, seed=0)
     kinds = (PARAM, EXP_AVG, EXP_AVG_SQ)
     tensors: Any = [{kind: torch.randn(ROWS, COLS) for kind in kinds} for _ in range(NUM_TENSORS)]
-    manager = TensorsManager(folder / "ours", CheckpointConfig(keep_last=1), groups)
+    manager = TensorsManager(str(folder / "ours"), CheckpointConfig(keep_last=1), groups)
     steps = iter(range(1, 1000))
     peer = _peer(folder / "peer", {f"{rank}/{k}/{i}": v for i, t in enumerate(tensors) for k, v in t.items()})
 

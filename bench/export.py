@@ -36,7 +36,7 @@ from trainer.export.publish import Options, export
 from trainer.export.source import Source
 from trainer.telemetry.metrics import peak_memory_bytes
 started = time.perf_counter()
-export(Source(Path(sys.argv[1])), Path(sys.argv[2]), Options(dtype="fp32"))
+export(Source(sys.argv[1]), Path(sys.argv[2]), Options(dtype="fp32"))
 print(time.perf_counter() - started, peak_memory_bytes()["host"])
 """
 PEER = """
@@ -77,7 +77,7 @@ def work(folder: Path) -> int:
     step = parity.build_step(model, groups, DS_CONFIG, 1)
     samples = [parity.make_sample(i, 1, model.adapter.strides, 0) for i in range(world)]
     step(0, Batch((samples[rank],)))
-    manager = CheckpointManager(folder / "run" / "checkpoints", CheckpointConfig(), groups)
+    manager = CheckpointManager(str(folder / "run" / "checkpoints"), CheckpointConfig(), groups)
     described = describe(model, step.llm.hf_config, parity.VOCAB_SIZE)
     manager.save(1, step, {"recipe": dump(Recipe(name="bench", model=model)), "model": described})
     manager.close()

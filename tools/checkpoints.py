@@ -15,10 +15,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.checkpoint.catalog import Checkpoints
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from trainer.checkpoint.catalog import checkpoints_of
 
-        folder = checkpoints_of(Path(options.run))
-        report = {"list": _list, "verify": _verify, "diff": _diff, "prune": _prune}[options.action](folder, options)
+        found = checkpoints_of(options.run)
+        report = {"list": _list, "verify": _verify, "diff": _diff, "prune": _prune}[options.action](found, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -38,18 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if report.get("passed", True) else 1
 
 
-def _list(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    from trainer.checkpoint.background import read_scores
-    from trainer.checkpoint.catalog import committed_steps, folder_of
+def _list(found: Checkpoints, options: argparse.Namespace) -> dict[str, Any]:
     from trainer.checkpoint.layout import frozen_folder_of
     from trainer.checkpoint.reader import DamagedError, read_manifest
     from trainer.scoring.table import format_table
 
-    scores, rows = read_scores(folder), []
-    for step in committed_steps(folder):
+    scores, rows = found.scores(), []
+    for step in found.steps():
         row: dict[str, Any] = {"step": step}
         try:
-            manifest = read_manifest(folder_of(folder, step))
+            manifest = read_manifest(found.folder(step))
         except DamagedError as error:
             rows.append(row | {"note": str(error)})
             continue
@@ -60,31 +60,31 @@ def _list(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         rows.append(row | {"layout": " ".join(parts), "score": scores.get(step), "note": ""})
     head = ("step", "MB", "frozen MB", "ranks", "layout", "score", "note")
     print(format_table([{key: row.get(key) for key in head} for row in rows]))
-    return {"folder": str(folder), "checkpoints": rows}
+    return {"url": found.url, "checkpoints": rows}
 
 
-def _verify(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    from trainer.checkpoint.catalog import committed_steps, damage_of, folder_of
+def _verify(found: Checkpoints, options: argparse.Namespace) -> dict[str, Any]:
+    from trainer.checkpoint.catalog import damage_of
 
-    found = {}
-    for step in committed_steps(folder):
-        found[step] = damage_of(folder_of(folder, step))
-        print(f"step {step}: {found[step] or 'whole'}", flush=True)
-    return {"passed": not any(found.values()), "damage": found}
+    damages = {}
+    for step in found.steps():
+        damages[step] = damage_of(found.folder(step))
+        print(f"step {step}: {damages[step] or 'whole'}", flush=True)
+    return {"passed": not any(damages.values()), "damage": damages}
 
 
-def _diff(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    from trainer.checkpoint.catalog import folder_of
+def _diff(checkpoints: Checkpoints, options: argparse.Namespace) -> dict[str, Any]:
     from trainer.checkpoint.diff import diff
     from trainer.checkpoint.reader import DamagedError, Reader, read_manifest
 
     if len(options.steps) != 2:
         raise UserError("diff: give two steps")
     try:
-        readers = [Reader(folder_of(folder, n), read_manifest(folder_of(folder, n))) for n in options.steps]
+        folders = [checkpoints.folder(n) for n in options.steps]
+        readers = [Reader(folder, read_manifest(folder)) for folder in folders]
         found = diff(*readers)
     except DamagedError as error:
-        raise UserError(f"{folder}: {error}; see: python -m tools.checkpoints {options.run} verify") from None
+        raise UserError(f"{checkpoints.url}: {error}; see: python -m tools.checkpoints {options.run} verify") from None
     for name in found.only_first:
         print(f"only in step {options.steps[0]}: {name}")
     for name in found.only_second:
@@ -100,23 +100,21 @@ def _diff(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _prune(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    from trainer.checkpoint.background import clean_up
-    from trainer.checkpoint.catalog import committed_steps
+def _prune(found: Checkpoints, options: argparse.Namespace) -> dict[str, Any]:
     from trainer.checkpoint.config import CheckpointConfig
 
     best = {} if options.keep_best is None else {"best_metric": "noted", "best_is": options.keep_best}
     config = CheckpointConfig(keep_last=options.keep, keep_every_steps=options.keep_every, **best)
-    removed = clean_up(folder, config, committed_steps(folder)[-1])
-    for path in removed:
-        print(f"removed {path}")
-    print(f"{len(committed_steps(folder))} checkpoints stay")
-    return {"removed": [str(p) for p in removed], "steps": committed_steps(folder)}
+    removed, steps = found.clean_up(config, found.steps()[-1]), found.steps()
+    for url in removed:
+        print(f"removed {url}")
+    print(f"{len(steps)} checkpoints stay")
+    return {"removed": removed, "steps": steps}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.checkpoints", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", metavar="RUN", help="a run's folder")
+    parser.add_argument("run", metavar="RUN", help="a run: its folder or s3://…")
     parser.add_argument("action", nargs="?", default="list", choices=("list", "verify", "diff", "prune"))
     parser.add_argument("steps", nargs="*", type=int, help="diff: two steps")
     parser.add_argument("--keep", type=int, default=2, help="prune: newest ones that stay (default 2)")

@@ -136,8 +136,8 @@ def _meteor(wordnet: str | None, needed: bool) -> Meteor | None:
 def _default_folder(origin: Origin, data: str, split: str | None) -> Path:
     words = ["evaluation", Path(data.rstrip("/")).stem, *([split] if split else [])]
     if origin.run_dir is not None:
-        return origin.run_dir / "-".join([*words, origin.path.name])
-    return origin.path.parent / "-".join([origin.path.name, *words])
+        return origin.run_dir / "-".join([*words, origin.last_part])
+    return Path(origin.url).parent / "-".join([origin.last_part, *words])
 
 
 def _about(request: Request, options: argparse.Namespace, found: Finished) -> dict[str, str]:
@@ -184,9 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m tools.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "model", type=Path, metavar="MODEL", help="a folder that tools.export made, a checkpoint, or a run (its newest)"
-    )
+    add("model", metavar="MODEL", help="a folder that tools.export made, a checkpoint, or a run (its newest)")
     add("--data", required=True, help="a manifest (JSONL), or a folder or bucket of shards")
     add("--split", help="only this split (default: all)")
     add("--tasks", nargs="+", default=[], metavar="TASK", help="only these (default: all)")

@@ -19,8 +19,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from model.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.export.publish import Findings, Options
+    from trainer.export.source import Source
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,11 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from trainer.checkpoint.reader import DamagedError
-    from trainer.export.publish import Options, export, summary_of
-    from trainer.export.source import Source
+    from trainer.export.publish import Options, summary_of
     from trainer.telemetry.metrics import peak_memory_bytes
 
     options = Options(
@@ -54,17 +56,10 @@ def _run(arguments: argparse.Namespace) -> int:
         options = replace(options, max_samples=arguments.samples)
     started = time.perf_counter()
     try:
-        source = Source(Path(arguments.checkpoint), arguments.tokenizer)
+        source, found = _export(arguments, options)
     except DamagedError as error:
         raise UserError(f"{arguments.checkpoint}: damaged: {error}; take another checkpoint") from None
     out = Path(arguments.out)
-    with tqdm(unit="B", unit_scale=True, desc="export", disable=not sys.stderr.isatty()) as bar:
-
-        def on_bytes(more: int, total: int) -> None:
-            bar.total = total
-            bar.update(more)
-
-        found = export(source, out, options, on_bytes)
     summary = summary_of(source, out, options, found)
     summary |= {"seconds": round(time.perf_counter() - started, 3), "peak_memory_bytes": peak_memory_bytes()["host"]}
     print(f"{out}: {summary['num_bytes'] / 1e6:.1f} MB from step {summary['step']} in {summary['seconds']:.1f} s")
@@ -73,9 +68,27 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace, options: Options) -> tuple[Source, Findings]:
+    from tqdm import tqdm
+
+    from trainer.export.publish import export
+    from trainer.export.source import Source
+
+    source = Source(arguments.checkpoint, arguments.tokenizer, arguments.run)
+    with tqdm(unit="B", unit_scale=True, desc="export", disable=not sys.stderr.isatty()) as bar:
+
+        def on_bytes(more: int, total: int) -> None:
+            bar.total = total
+            bar.update(more)
+
+        return source, export(source, Path(arguments.out), options, on_bytes)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.export", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint's folder, or a run's (its newest)")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run (its newest): a folder or s3://…"
+    )
     parser.add_argument("out", metavar="OUT", help="folder to make")
     parser.add_argument("--llm-only", action="store_true", help="a plain Llama, Mistral or Qwen folder")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
@@ -91,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--verify", metavar="MANIFEST", help="compare with the training graph on its samples")
     parser.add_argument("--samples", type=int, help="of either manifest, at most (default 32)")
     parser.add_argument("--tokenizer", metavar="PATH", help="the run's tokenizer, where the run's folder lacks it")
+    parser.add_argument("--run", metavar="DIR", type=Path, help="the run's folder, where CHECKPOINT is not in it")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     return parser
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from model.errors import UserError
 from tools.demo_corpus import write_corpus
-from trainer.checkpoint.catalog import committed_steps
+from trainer.checkpoint.local import LocalCheckpoints
 
 EVERY_STEPS, KILLS_PER_RUN = 3, 10
 _STEP = re.compile(r"(?:resuming at step|debug step) (\d+)")
@@ -152,7 +152,7 @@ class _Killer:
             return
         os.kill(int(ranks[self.rank]), signal.SIGSTOP)  # so that what is seen is what the kill finds
         in_a_save = bool(self._asides())
-        committed = committed_steps(self.run_dir / "checkpoints")
+        committed = LocalCheckpoints(self.run_dir / "checkpoints").steps()
         os.kill(int(ranks[self.rank]), signal.SIGKILL)
         launcher.wait()
         self.killed = Killed(self._last_step(), max(committed, default=0), in_a_save)

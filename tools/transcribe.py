@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.transcribe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="OUT", type=Path, help="folder that tools.export made, a checkpoint or a run")
+    parser.add_argument("model", metavar="OUT", help="folder that tools.export made, a checkpoint or a run")
     parser.add_argument("audio", nargs="*", type=Path, help="audio files (none: the prompt alone)")
     parser.add_argument("--prompt", default=PROMPT, help=f"instruction (default: {PROMPT!r})")
     parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: as the model was evaluated)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from model.audio_tower import AudioTower
 from model.errors import UserError
 from model.hub.configuration import describe
 from model.llm.reference import resolve_hf_config, weight_source
+from trainer.checkpoint.catalog import SUBFOLDER, TOKENIZER
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.checks import check_llm, deepspeed_json
 from trainer.config.convert import to_tree
@@ -33,6 +33,7 @@ from trainer.parallel.groups import Groups, build_groups, connect
 from trainer.parallel.topology import build_topology
 from trainer.report import final_table
 from trainer.step import Step
+from trainer.storage.open import join_url, open_store
 from trainer.telemetry.tracker import build_tracker
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,19 +48,19 @@ def run_training(recipe: Recipe, env: RankEnv) -> int:
     prepared = prepare_once(recipe, groups)
     step = build_step(recipe, groups, prepared.tokenizer.vocab_size)
     evaluator = Evaluator(recipe.eval, prepared, step, run_dir)
-    checkpoints = CheckpointManager(run_dir / "checkpoints", recipe.checkpoint, groups)
+    checkpoints = CheckpointManager(join_url(recipe.run_url, SUBFOLDER), recipe.checkpoint, groups)
     described = describe_run(recipe, step, prepared)
     loop = Loop(recipe, step, groups, prepared, evaluator, checkpoints, run_dir, described)
     start, extra = loop.restore()
     hooks = build_hooks(recipe, run_dir, start) if rank == 0 else []
     if rank == 0:
-        keep_tokenizer(prepared, run_dir)
+        keep_tokenizer(prepared, recipe, run_dir)
     finished = loop.run(hooks, start, extra.get("data"))
     if rank == 0:
         if finished and loop.last_evaluation is not None:
             print(final_table(loop.last_evaluation, prepared, evaluator.meteor), flush=True)
         if not finished:
-            print(f"stopped; the same command goes on from the checkpoint in {run_dir}", flush=True)
+            print(f"stopped; the same command goes on from the checkpoint in {recipe.run_url}", flush=True)
     dist.barrier(groups.world)
     dist.destroy_process_group()
     return 0
@@ -136,11 +137,13 @@ def describe_run(recipe: Recipe, step: Step, prepared: PreparedData) -> dict[str
     return {"model": describe(recipe.model, step.llm.hf_config, vocab_size), "tokenizer": prepared.tokenizer_path}
 
 
-def keep_tokenizer(prepared: PreparedData, run_dir: Path) -> None:
-    """Copy a SentencePiece model into the run's folder: the cache that it was trained into may be cleared."""
+def keep_tokenizer(prepared: PreparedData, recipe: Recipe, run_dir: Path) -> None:
+    """Copy a SentencePiece model into the run's folder, and beside its checkpoints: the cache that it was trained into
+    may be cleared."""
     path = Path(prepared.tokenizer_path)
     if path.suffix == ".model" and path.is_file():
-        shutil.copyfile(path, run_dir / "tokenizer.model")
+        for place in dict.fromkeys((str(run_dir), recipe.run_url)):
+            open_store(place, recipe.checkpoint.retry_sec).put(TOKENIZER, [path.read_bytes()])
 
 
 def build_hooks(recipe: Recipe, run_dir: Path, start: int) -> list[Hook]:

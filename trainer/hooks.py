@@ -46,8 +46,8 @@ class Hook(Protocol):
     def on_eval(self, report: EvalReport) -> None:
         """After every evaluation, one call per split."""
 
-    def on_save(self, path: Path) -> None:
-        """After a checkpoint is complete on disk."""
+    def on_save(self, url: str) -> None:
+        """After a checkpoint is committed."""
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """Once, after the last step: also when a signal ended the run, not when an exception did.
@@ -80,9 +80,9 @@ class ProgressHook:
         self._progress.write(f"step {report.step}: {report.split} ({report.num_samples} samples)  {scores}")
         self._progress.skip_time()
 
-    def on_save(self, path: Path) -> None:
+    def on_save(self, url: str) -> None:
         assert self._progress is not None
-        self._progress.write(f"saved {path}")
+        self._progress.write(f"saved {url}")
         self._progress.skip_time()
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
@@ -108,7 +108,7 @@ class TrackerHook:
     def on_eval(self, report: EvalReport) -> None:
         self._tracker.log(flatten_eval(report), report.step)
 
-    def on_save(self, path: Path) -> None:
+    def on_save(self, url: str) -> None:
         pass
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
@@ -140,7 +140,7 @@ class LoadHook:
     def on_eval(self, report: EvalReport) -> None:
         pass
 
-    def on_save(self, path: Path) -> None:
+    def on_save(self, url: str) -> None:
         pass
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
@@ -188,7 +188,7 @@ class SummaryHook:
     def on_eval(self, report: EvalReport) -> None:
         self._scores[report.split] = dict(report.values)
 
-    def on_save(self, path: Path) -> None:
+    def on_save(self, url: str) -> None:
         pass
 
     def on_end(self, summary: Mapping[str, Any]) -> None:

@@ -69,7 +69,7 @@ class Loop:
         latest = self.checkpoints.latest()
         if latest is None:
             if self.recipe.checkpoint.start_from is not None:
-                self.checkpoints.start(Path(self.recipe.checkpoint.start_from), self.step)
+                self.checkpoints.start(self.recipe.checkpoint.start_from, self.step)
             return 0, {}
         extra = self.checkpoints.load(latest, self.step)
         self.summary.update(extra["summary"])
@@ -123,7 +123,8 @@ class Loop:
                 if loaded is None:
                     if saved < number:
                         self._save(number, state)
-                    where = f"the state after step {number} is in {self.run_dir}" if number else "no step was done"
+                    place = self.recipe.run_url
+                    where = f"the state after step {number} is in {place}" if number else "no step was done"
                     raise DataError(f"{failure}; {where}; the same command goes on when this is mended")
                 batch, state = loaded
                 report = self.step(number, batch)
@@ -213,9 +214,9 @@ class Loop:
         self.checkpoints.save(done, self.step, {**extra, **self.described})
 
     def _tell_saved(self) -> None:
-        for path in self.checkpoints.finished():
+        for url in self.checkpoints.finished():
             for hook in self.hooks:
-                hook.on_save(path)
+                hook.on_save(url)
 
     def _end(self) -> None:
         self.checkpoints.close()

@@ -27,6 +27,7 @@ from trainer.checkpoint.layout import (
     merge_entries,
     rects_of_range,
 )
+from trainer.checkpoint.local import LocalDraft
 from trainer.checkpoint.reader import MANIFEST, STATE
 from trainer.checkpoint.writer import write_tensors, write_text
 from trainer.config.load import dump
@@ -150,8 +151,8 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], extra: dict[str, 
     for rank, shards in enumerate(parts):
         for file, kinds in ((file_of("audio", rank), (PARAM,)), (file_of(MOMENTS, rank), ("exp_avg", "exp_avg_sq"))):
             written = {key_of(s.name, kind, s.rect): s.values[kind] for s in shards for kind in kinds}
-            files[file] = write_tensors(folder / file, written)
-    files[STATE] = write_text(folder / STATE, json.dumps({"step": STEP, "extra": extra}))
+            files[file] = write_tensors(LocalDraft(folder), file, written)
+    files[STATE] = write_text(LocalDraft(folder), STATE, json.dumps({"step": STEP, "extra": extra}))
     entries = merge_entries([entries_of(shards, file_of("audio", rank)) for rank, shards in enumerate(parts)])
     topology = {"world": NUM_RANKS, "tp": 1, "pp": 1, "ep": 1}
-    write_text(folder / MANIFEST, Manifest(STEP, topology, dict(sorted(files.items())), entries).dumps())
+    write_text(LocalDraft(folder), MANIFEST, Manifest(STEP, topology, dict(sorted(files.items())), entries).dumps())

@@ -196,11 +196,18 @@ def test_rare_encoders_are_left_out(run: Run, tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out.count("\n") == 1
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
         (lambda c: (c / "audio-00001.safetensors").unlink(), ("audio-00001.safetensors is missing",)),
         (lambda c: os.truncate(c / "audio-00000.safetensors", 99), ("audio-00000.safetensors has 99 bytes",)),
+        (lambda c: flip(c / "audio-00002.safetensors"), ("audio-00002.safetensors has another checksum",)),
         (lambda c: (c / "manifest.json").write_text("{}"), ("manifest.json", "cannot be read")),
     ],
 )
@@ -212,6 +219,7 @@ def test_a_damaged_checkpoint_is_one_line(
     assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1 and all(w in message for w in words), message
+    assert not (tmp_path / "out").exists()
     assert export.main([str(tmp_path / "nothing"), str(tmp_path / "out")]) == 2
 
 

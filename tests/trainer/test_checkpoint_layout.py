@@ -27,6 +27,7 @@ from trainer.checkpoint.layout import (
     merge_entries,
     rects_of_range,
 )
+from trainer.checkpoint.local import LocalDraft
 from trainer.checkpoint.reader import Reader, hash_file
 from trainer.checkpoint.tensor_file import TensorFile
 from trainer.checkpoint.writer import write_tensors
@@ -72,10 +73,10 @@ def test_any_cut_is_read_from_any_other(
     for rank, shards in enumerate(cut("t", whole, [int(x * numel) for x in saved])):
         file = f"audio-{rank:05d}.safetensors"
         tensors = {key_of(s.name, "param", s.rect): s.values["param"] for s in shards}
-        files[file] = write_tensors(folder / file, tensors)
+        files[file] = write_tensors(LocalDraft(folder), file, tensors)
         entries.append(entries_of(shards, file))
     manifest = Manifest(1, {}, files, merge_entries(entries))
-    reader = Reader(folder, Manifest.loads(manifest.dumps()))
+    reader = Reader(LocalFolder(folder), Manifest.loads(manifest.dumps()))
     empty = torch.full(shape, -1.0)
     for shards in cut("t", empty, [int(x * numel) for x in wanted]):
         for shard in shards:
@@ -92,7 +93,7 @@ def test_files_are_safetensors(tmp_path: Path) -> None:
         "d": torch.arange(5, dtype=torch.uint8),
         "e": torch.arange(6).view(2, 3).T,
     }
-    entry = write_tensors(tmp_path / "x.safetensors", tensors)
+    entry = write_tensors(LocalDraft(tmp_path), "x.safetensors", tensors)
     assert entry == hash_file(LocalFolder(tmp_path), "x.safetensors")
     ours = TensorFile(LocalFolder(tmp_path), "x.safetensors")
     assert all(ours.read(k).equal(v) for k, v in tensors.items())
@@ -114,7 +115,7 @@ def test_pieces_must_cover_the_tensor_once() -> None:
 
 def test_manifest_is_not_trusted() -> None:
     entry = TensorEntry((2, 3), ("param",), None, (("llm-00000.safetensors", Rect(0, 0, 2, 3)),))
-    files = {"llm-00000.safetensors": FileEntry(8, "0" * 64)}
+    files = {"llm-00000.safetensors": FileEntry(8, "0" * 32)}
     good = Manifest(3, {"world": 1}, files, {"t": entry})
     assert Manifest.loads(good.dumps()) == good
     with pytest.raises(ValueError, match="checksum"):
@@ -130,7 +131,7 @@ def test_manifest_is_not_trusted() -> None:
 
 def test_another_model_is_named() -> None:
     entry = TensorEntry((2, 3), ("param",), None, ())
-    reader = Reader(Path("step-00000001"), Manifest(1, {}, {}, {"audio.a": entry}))
+    reader = Reader(LocalFolder(Path("step-00000001")), Manifest(1, {}, {}, {"audio.a": entry}))
     whole = {"param": torch.zeros(2, 3)}
     reader.check(Shard("audio.a", (2, 3), Rect(0, 0, 2, 3), whole, None))
     with pytest.raises(UserError, match="holds no audio.b"):

@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError
-from trainer.checkpoint import background
+from trainer.checkpoint import background, local
 from trainer.checkpoint import manager as manager_module
 from trainer.checkpoint.config import CheckpointConfig, evaluations_since_best, kept_steps
+from trainer.checkpoint.folder import LocalFolder
 from trainer.checkpoint.layout import Shard, matrix_of
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.reader import Reader
@@ -80,7 +81,7 @@ Start = Callable[..., PlainManager]
 def start(tmp_path: Path, groups: Groups) -> Start:
     """A new attempt at the run."""
     return lambda **config: PlainManager(
-        tmp_path / "checkpoints", CheckpointConfig(**{"keep_last": 3, **config}), groups
+        str(tmp_path / "checkpoints"), CheckpointConfig(**{"keep_last": 3, **config}), groups
     )
 
 
@@ -91,7 +92,7 @@ def engines(value: float) -> Any:
 def loaded(manager: PlainManager, path: Path) -> float:
     into = engines(-1.0)
     into[FROZEN].fill_(-1)
-    extra = manager.load(path, into)
+    extra = manager.load(LocalFolder(path), into)
     assert {float(x) for x in into[LEARNED].unique()} == {extra["value"]} and (into[FROZEN] == 7.0).all()
     return float(extra["value"])
 
@@ -100,8 +101,13 @@ def save(manager: PlainManager, step: int) -> Path:
     """Until it is committed."""
     manager.save(step, engines(float(step)), {"value": float(step)})
     manager.close()
-    (path,) = manager.finished()
-    return path
+    (url,) = manager.finished()
+    return Path(url)
+
+
+def latest(manager: PlainManager) -> Path | None:
+    found = manager.latest()
+    return None if found is None else Path(found.url)
 
 
 def names(checkpoints: Path) -> list[str]:
@@ -144,17 +150,17 @@ def test_damage_is_named_and_the_newest_good_one_taken(
     inflict(bad)
     manager = start()
     with caplog.at_level(logging.WARNING):
-        assert manager.latest() == good
+        assert latest(manager) == good
     assert loaded(manager, good) == 2.0
     (message,) = [r.getMessage() for r in caplog.records]
     assert str(bad) in message and line in message and "\n" not in message
     with pytest.raises(UserError, match=line):
-        start().load(bad, engines(0.0))
+        start().load(LocalFolder(bad), engines(0.0))
     assert first.exists()
 
 
 def test_all_damaged_is_an_error_and_none_is_a_start(start: Start) -> None:
-    assert start().latest() is None
+    assert latest(start()) is None
     flip(save(start(), 1) / "audio-00000.safetensors")
     with pytest.raises(UserError, match="none of its 1 checkpoints is whole"):
         start().latest()
@@ -165,9 +171,9 @@ def test_a_run_that_went_back_replaces_what_was_damaged(start: Start) -> None:
     for step in (4, 6):
         flip(save(start(), step) / "audio-00000.safetensors")
     manager = start(keep_last=1)
-    manager.load(manager.latest() or Path(), engines(0.0))
+    manager.load(LocalFolder(latest(manager) or Path()), engines(0.0))
     again = save(manager, 4)
-    assert manager.latest() == again and loaded(start(), again) == 4.0
+    assert latest(manager) == again and loaded(start(), again) == 4.0
     assert names(again.parent) == [again.name]
 
 
@@ -183,7 +189,7 @@ def test_frozen_weights_are_written_once_and_verified_always(start: Start) -> No
     assert frozen_file(path) == once and names(path.parent) == [path.name], "still one copy, also after a restart"
     flip(once)
     with pytest.raises(UserError, match=r"frozen-.*/llm-00000.safetensors has another checksum"):
-        start().load(path, engines(0.0))
+        start().load(LocalFolder(path), engines(0.0))
 
 
 def test_frozen_weights_that_nobody_refers_to_are_removed(start: Start) -> None:
@@ -230,13 +236,13 @@ def test_training_goes_on_while_a_save_is_written(
     now = engines(1.0)
     manager.save(1, now, {"value": 1.0})
     now[LEARNED].fill_(99.0)  # the next steps change the weights
-    assert reached.wait(30) and manager.finished() == [] and names(manager.folder)[0].startswith(".tmp-")
+    assert reached.wait(30) and manager.finished() == [] and names(Path(manager.checkpoints.url))[0].startswith(".tmp-")
     threading.Timer(0.3, go_on.set).start()
     with caplog.at_level(logging.WARNING):
         manager.save(2, engines(2.0), {"value": 2.0})
     assert "training waited" in caplog.text and "step 2" in caplog.text
     manager.close()
-    first, second = manager.finished()
+    first, second = map(Path, manager.finished())
     assert loaded(start(), first) == 1.0 and loaded(start(), second) == 2.0
 
 
@@ -279,14 +285,14 @@ def test_a_disk_that_is_really_full(tmp_path: Path, groups: Groups, caplog: pyte
     if mounted.returncode:
         pytest.skip(f"no tmpfs here: {mounted.stderr.decode().strip()}")
     try:
-        manager = PlainManager(disk / "checkpoints", CheckpointConfig(keep_last=1), groups)
+        manager = PlainManager(str(disk / "checkpoints"), CheckpointConfig(keep_last=1), groups)
         good = save(manager, 1)
         manager.save(2, engines(2.0), {"value": 2.0})
         with pytest.raises(UserError, match="No space left on device"):
             manager.close()
         assert "CHECKPOINT NOT SAVED" in caplog.text
-        again = PlainManager(disk / "checkpoints", CheckpointConfig(keep_last=1), groups)
-        assert again.latest() == good and loaded(again, good) == 1.0
+        again = PlainManager(str(disk / "checkpoints"), CheckpointConfig(keep_last=1), groups)
+        assert latest(again) == good and loaded(again, good) == 1.0
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -298,7 +304,7 @@ def test_an_earlier_attempt_is_fenced(start: Start) -> None:
     old.save(2, engines(-2.0), {"value": -2.0})
     with pytest.raises(UserError, match=r"attempt 2 of this run has begun; attempt 1 stops"):
         old.close()
-    assert new.latest() == path
+    assert latest(new) == path
     path = save(new, 2)
     assert loaded(start(), path) == 2.0
 
@@ -308,11 +314,11 @@ def test_two_attempts_in_a_save_at_once(start: Start, monkeypatch: pytest.Monkey
     old, reached, go_on = start(), threading.Event(), threading.Event()
     write, mine = background.write_tensors, old._place.attempt.token
 
-    def slow(path: Path, tensors: Any) -> Any:
-        if mine in str(path):
+    def slow(draft: Any, name: str, tensors: Any) -> Any:
+        if mine in str(draft.path):
             reached.set()
             assert go_on.wait(30)
-        return write(path, tensors)
+        return write(draft, name, tensors)
 
     monkeypatch.setattr(background, "write_tensors", slow)
     old.save(2, engines(-2.0), {"value": -2.0})
@@ -322,11 +328,11 @@ def test_two_attempts_in_a_save_at_once(start: Start, monkeypatch: pytest.Monkey
     go_on.set()
     with pytest.raises(UserError):
         old.close()
-    assert loaded(start(), path) == 2.0 and new.latest() == path
+    assert loaded(start(), path) == 2.0 and latest(new) == path
     assert names(path.parent) == [path.name]
 
 
-@pytest.mark.parametrize("moment", ["write_tensors", "write_text", "commit", "clean_up"])
+@pytest.mark.parametrize("moment", ["write_tensors", "write_text", "_rename", "clean_up"])
 def test_killed_in_a_save(moment: str, start: Start) -> None:
     old = save(start(), 1)
     call = (
@@ -338,18 +344,19 @@ def test_killed_in_a_save(moment: str, start: Start) -> None:
     left_over = [name for name in names(old.parent) if name != old.name]
     assert len(left_over) == 1 and left_over[0].startswith("step-" if committed else ".tmp-")
     manager = start()
-    assert manager.latest() == (old.parent / "step-00000002" if committed else old)
+    assert latest(manager) == (old.parent / "step-00000002" if committed else old)
     new = save(manager, 3)
-    assert manager.latest() == new and not [name for name in names(old.parent) if name.startswith(".tmp")]
+    assert latest(manager) == new and not [name for name in names(old.parent) if name.startswith(".tmp")]
 
 
 def save_and_die(folder: str, moment: str) -> None:
     """In a process of its own: killed when step 2's save comes to `moment`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    manager = PlainManager(Path(folder), CheckpointConfig(), make_groups())
+    manager = PlainManager(folder, CheckpointConfig(), make_groups())
     manager_module.generators.get_states = lambda device: {"host": torch.get_rng_state()}
-    setattr(background, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    home: Any = {"_rename": local, "clean_up": local.LocalCheckpoints}.get(moment, background)
+    setattr(home, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     save(manager, 2)
 
 
@@ -364,5 +371,5 @@ def test_another_model_leaves_the_engines_alone(start: Start) -> None:
     path = save(start(), 1)
     into = {LEARNED: torch.zeros(SHAPE)}
     with pytest.raises(UserError, match=r"holds llm.w, the model does not"):
-        start().load(path, into)  # type: ignore[arg-type]
+        start().load(LocalFolder(path), into)  # type: ignore[arg-type]
     assert not into[LEARNED].any()

@@ -19,6 +19,7 @@ from model.errors import UserError
 from model.lengths import SAMPLE_RATE
 from tests.trainer.data_corpus import clip_rows, row, write_manifest
 from trainer.checkpoint.layout import PARAM, FileEntry, Manifest, Shard, entries_of, key_of, matrix_of, merge_entries
+from trainer.checkpoint.local import LocalDraft
 from trainer.checkpoint.writer import write_tensors, write_text
 from trainer.config.load import dump, load_recipe
 from trainer.config.schema import Recipe
@@ -42,6 +43,7 @@ def write_checkpoint(run: Path, recipe: Recipe, tower: AudioTower, step: int) ->
     """The audio side only, as one rank would save it."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
+    draft = LocalDraft(folder)
     run.joinpath("recipe.yaml").write_text(dump(recipe), encoding="utf-8")
     shards = []
     for name, tensor in tower.state_dict().items():
@@ -49,13 +51,11 @@ def write_checkpoint(run: Path, recipe: Recipe, tower: AudioTower, step: int) ->
         values = {PARAM: tensor.reshape(rect.rows, rect.cols)}
         shards.append(Shard(f"audio.{name}", tuple(tensor.shape), rect, values, None))
     tensors = {key_of(s.name, PARAM, s.rect): s.values[PARAM].contiguous() for s in shards}
-    files: dict[str, FileEntry] = {
-        "audio-00000.safetensors": write_tensors(folder / "audio-00000.safetensors", tensors)
-    }
+    files: dict[str, FileEntry] = {"audio-00000.safetensors": write_tensors(draft, "audio-00000.safetensors", tensors)}
     state = {"step": step, "extra": {"recipe": dump(recipe)}}
-    files["state.json"] = write_text(folder / "state.json", json.dumps(state))
+    files["state.json"] = write_text(draft, "state.json", json.dumps(state))
     entries = merge_entries([entries_of(shards, "audio-00000.safetensors")])
-    write_text(folder / "manifest.json", Manifest(step, {"world": 1}, files, entries).dumps())
+    write_text(draft, "manifest.json", Manifest(step, {"world": 1}, files, entries).dumps())
     return folder
 
 

@@ -169,7 +169,7 @@ def run_hooks(hooks: list[Hook], state: RunState, last_step: int, summary: dict[
             hook.on_step(make_report(step, loss=10.0 / step, phase_sec={"llm": 9.0 if step == 1 else 1.0}))
     for hook in hooks:
         hook.on_eval(EvalReport(last_step, "test", {"asr/wer": 0.25, "asr/digits/wer": 0.5}, num_samples=8))
-        hook.on_save(state.run_dir / "checkpoints" / str(last_step))
+        hook.on_save(str(state.run_dir / "checkpoints" / str(last_step)))
     for hook in hooks:
         hook.on_end(summary)
 

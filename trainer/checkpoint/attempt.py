@@ -1,25 +1,13 @@
-"""One attempt at a run: a launch of its ranks. Only the newest attempt may commit checkpoints.
-
-A rank of an earlier attempt can live on (its node was cut off, a requeue was faster) and can be in the middle of a
-save. So each attempt puts its token into `attempt.json` before it looks for checkpoints, and then takes away what
-others were writing; a commit reads the token and renames its own folder. Whichever comes first, the other one sees it:
-an old attempt that still read its own token has a folder that is then gone, and its rename fails.
-"""
+"""One attempt at a run: a launch of its ranks. Only the newest attempt may commit checkpoints."""
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
-import shutil
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from trainer.checkpoint.writer import sync_folder, write_text
-
-ASIDE = ".tmp-"
-"""Begins the names of folders that are no checkpoints yet, or no longer."""
-_FILE = "attempt.json"
+from trainer.checkpoint.layout import FROZEN, Manifest, frozen_folder_of
 
 
 class FencedError(Exception):
@@ -33,56 +21,27 @@ class Attempt:
     number: int
     token: str
 
-    def aside(self, checkpoints: Path, name: str) -> Path:
-        """Where this attempt writes what will be `name`."""
-        return checkpoints / f"{ASIDE}{self.number:04d}-{self.token}-{name}"
+    @staticmethod
+    def after(before: Attempt | None) -> Attempt:
+        """The next one."""
+        return Attempt(1 if before is None else before.number + 1, secrets.token_hex(4))
 
-    def check(self, checkpoints: Path) -> None:
+    @staticmethod
+    def from_json(tree: Mapping[str, Any]) -> Attempt:
+        """Inverse of `dataclasses.asdict`. Raises KeyError, TypeError, ValueError."""
+        return Attempt(int(tree["number"]), str(tree["token"]))
+
+    def folder(self, kind: str, step: int) -> str:
+        """Name that no other attempt gives to a folder: `step` or `frozen` files of a step."""
+        return f"{kind}-{step:08d}-{self.number:04d}-{self.token}"
+
+    def written(self, manifest: Manifest) -> list[str]:
+        """Files of a checkpoint that this attempt has just written; others are frozen ones of an earlier save."""
+        own = self.folder(FROZEN, manifest.step)
+        return [name for name in manifest.files if frozen_folder_of(name) in (None, own)]
+
+    def check(self, newest: Attempt | None, where: str) -> None:
         """Raise FencedError unless this is still the newest attempt."""
-        newest = _read(checkpoints)
         if newest != self:
             number = "another" if newest is None else newest.number
-            raise FencedError(f"{checkpoints}: attempt {number} of this run has begun; attempt {self.number} stops")
-
-    def sweep(self, checkpoints: Path) -> None:
-        """Take away what is not a checkpoint and is not this attempt's."""
-        for folder in checkpoints.glob(f"{ASIDE}*"):
-            if self.token not in folder.name:
-                remove_folder(folder)
-
-
-def begin_attempt(checkpoints: Path) -> Attempt:
-    """Become the newest attempt; earlier ones can commit nothing after this returns."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    before = _read(checkpoints)
-    mine = Attempt(1 if before is None else before.number + 1, secrets.token_hex(4))
-    part = checkpoints / f"{_FILE}.{mine.token}"
-    write_text(part, json.dumps(asdict(mine)))
-    os.replace(part, checkpoints / _FILE)
-    sync_folder(checkpoints)
-    mine.sweep(checkpoints)
-    return mine
-
-
-def remove_folder(folder: Path) -> None:
-    """Rename, then delete: a removal cut short leaves no half of a checkpoint, and who still writes there fails.
-
-    A folder that is not there is as good as removed.
-    """
-    doomed = folder.parent / f"{ASIDE}old-{secrets.token_hex(4)}"
-    try:
-        folder.rename(doomed)
-    except FileNotFoundError:
-        return
-    sync_folder(folder.parent)
-    shutil.rmtree(doomed)
-
-
-def _read(checkpoints: Path) -> Attempt | None:
-    try:
-        tree = json.loads((checkpoints / _FILE).read_text(encoding="utf-8"))
-        return Attempt(int(tree["number"]), str(tree["token"]))
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        return None  # torn by a power cut: whoever begins next writes it anew
+            raise FencedError(f"{where}: attempt {number} of this run has begun; attempt {self.number} stops")

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.checkpoint.attempt import Attempt, FencedError, remove_folder
-from trainer.checkpoint.catalog import committed_steps, folder_of
-from trainer.checkpoint.config import CheckpointConfig, kept_steps
+from model.errors import UserError
+from trainer.checkpoint.attempt import Attempt, FencedError
+from trainer.checkpoint.catalog import Checkpoints
+from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.layout import (
+    FROZEN,
     MOMENTS,
     PARAM,
     FileEntry,
@@ -34,14 +34,13 @@ from trainer.checkpoint.layout import (
     frozen_folder_of,
     key_of,
     merge_entries,
+    step_name,
 )
-from trainer.checkpoint.reader import MANIFEST, STATE, DamagedError, read_manifest
-from trainer.checkpoint.writer import commit, sync_folder, write_tensors, write_text
+from trainer.checkpoint.reader import MANIFEST, STATE
+from trainer.checkpoint.writer import Draft, write_tensors, write_text
 
 log = logging.getLogger(__name__)
 
-SCORES = "scores.json"
-_FROZEN = "frozen-"
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "safetensors")
 
 
@@ -79,7 +78,8 @@ class Content:
 class Outcome:
     """How a save ended, the same on every rank."""
 
-    path: Path
+    url: str
+    """Of the checkpoint."""
     failure: str | None = None
     """None: it is committed."""
     fenced: bool = False
@@ -92,7 +92,7 @@ class Outcome:
 class Place:
     """Where a rank writes, and with whom."""
 
-    checkpoints: Path
+    checkpoints: Checkpoints
     config: CheckpointConfig
     attempt: Attempt
     group: dist.ProcessGroup
@@ -106,7 +106,7 @@ class Save:
 
     def __init__(self, place: Place, content: Content) -> None:
         self.place, self.content = place, content
-        self.final = folder_of(place.checkpoints, content.step)
+        self.url = f"{place.checkpoints.url}/{step_name(content.step)}"
         self.outcome: Outcome | None = None
         self._thread = threading.Thread(target=self._run, name=f"save-{content.step}", daemon=True)
         self._thread.start()
@@ -127,37 +127,34 @@ class Save:
         except (
             Exception
         ) as error:  # a lost peer, mostly: the run's own exchange will tell; the thread must not die mute
-            self.outcome = Outcome(self.final, _text(error))
+            self.outcome = Outcome(self.url, _text(error))
         if self.outcome.failure is not None and self.place.rank == 0:
-            log.error("CHECKPOINT NOT SAVED: %s: %s", self.final, self.outcome.failure)
+            log.error("CHECKPOINT NOT SAVED: %s: %s", self.url, self.outcome.failure)
 
     def _write_together(self) -> Outcome:
-        place = self.place
-        aside = place.attempt.aside(place.checkpoints, self.final.name)
+        place, draft = self.place, None
         failure, written = None, None
         try:
-            written = self._write(aside)
+            draft = place.checkpoints.draft(place.attempt, self.content.step)
+            written = self._write(draft)
         except Exception as error:  # whatever it is, the other ranks' threads wait to hear of it
             failure = f"rank {place.rank}: {_text(error)}"
         found: list[Any] = [None] * dist.get_world_size(place.group)
         dist.all_gather_object(found, (failure, written), group=place.group)
         failures = [text for text, _ in found if text is not None]
-        outcome = Outcome(self.final, failures[0] if failures else None)
+        outcome = Outcome(self.url, failures[0] if failures else None)
         if place.rank == 0 and outcome.failure is None:
-            outcome = self._commit(aside, [part for _, part in found])
+            assert draft is not None
+            outcome = self._commit(draft, [part for _, part in found])
         box = [outcome]
         dist.broadcast_object_list(box, src=0, group=place.group)
         if box[0].failure is not None and place.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)  # the save's own failure is what counts
+            place.checkpoints.discard(place.attempt, self.content.step)
         return box[0]
 
-    def _frozen_folder(self) -> str:
-        return f"{_FROZEN}{self.content.step:08d}-{self.place.attempt.token}"
-
-    def _write(self, aside: Path) -> tuple[dict[str, FileEntry], dict[str, TensorEntry]]:
+    def _write(self, draft: Draft) -> tuple[dict[str, FileEntry], dict[str, TensorEntry]]:
         """This rank's files."""
-        rank = self.place.rank
-        aside.mkdir(parents=True, exist_ok=True)
+        rank, frozen = self.place.rank, self.place.attempt.folder(FROZEN, self.content.step)
         files: dict[str, FileEntry] = {}
         tensors: dict[str, TensorEntry] = {}
         moments: dict[str, Tensor] = {}
@@ -165,51 +162,41 @@ class Save:
             file = file_of(family, rank)
             for name, part in (
                 (file, [s for s in shards if not s.frozen]),
-                (f"{self._frozen_folder()}/{file}", [s for s in shards if s.frozen]),
+                (f"{frozen}/{file}", [s for s in shards if s.frozen]),
             ):
                 if part:
-                    (aside / name).parent.mkdir(exist_ok=True)
                     weights = {key_of(s.name, PARAM, s.rect): s.values[PARAM] for s in part}
-                    files[name] = write_tensors(aside / name, weights)
+                    files[name] = write_tensors(draft, name, weights)
                     tensors |= entries_of(part, name)
             moments |= {
                 key_of(s.name, kind, s.rect): value for s in shards for kind, value in s.values.items() if kind != PARAM
             }
         if moments:
-            files[file_of(MOMENTS, rank)] = write_tensors(aside / file_of(MOMENTS, rank), moments)
+            files[file_of(MOMENTS, rank)] = write_tensors(draft, file_of(MOMENTS, rank), moments)
         file = file_of("rng", rank)
-        files[file] = write_tensors(aside / file, self.content.generators)
+        files[file] = write_tensors(draft, file, self.content.generators)
         return files, tensors
 
-    def _commit(self, aside: Path, parts: Sequence[Any]) -> Outcome:
+    def _commit(self, draft: Draft, parts: Sequence[Any]) -> Outcome:
         """By rank 0, when all have written."""
         place, content = self.place, self.content
         try:
             files = {name: entry for own, _ in parts for name, entry in own.items()}
-            for name in files:
-                if not (aside / name).exists():
-                    missing = f"{name}, written by another rank, is not there: all ranks must share {place.checkpoints}"
-                    return Outcome(self.final, missing)
-            manifest = self._manifest(aside, files, merge_entries([entries for _, entries in parts]))
-            write_text(aside / MANIFEST, manifest.dumps())
-            place.attempt.check(place.checkpoints)
-            if (aside / self._frozen_folder()).exists():
-                commit(aside / self._frozen_folder(), place.checkpoints / self._frozen_folder())
-            if self.final.exists():  # damaged, or of a future that the run went back from
-                remove_folder(self.final)
-            commit(aside, self.final)
+            manifest = self._manifest(draft, files, merge_entries([entries for _, entries in parts]))
+            write_text(draft, MANIFEST, manifest.dumps())
+            place.checkpoints.commit(place.attempt, manifest)
         except FencedError as error:
-            return Outcome(self.final, str(error), fenced=True)
+            return Outcome(self.url, str(error), fenced=True)
         except Exception as error:  # see above
-            return Outcome(self.final, _text(error))
+            return Outcome(self.url, _text(error))
         try:
-            clean_up(place.checkpoints, place.config, content.step)
-            place.attempt.sweep(place.checkpoints)
-        except OSError as error:
-            log.warning("old checkpoints in %s could not be removed: %s", place.checkpoints, error)
-        return Outcome(self.final, frozen=Frozen.of(manifest))
+            place.checkpoints.clean_up(place.config, content.step, place.attempt)
+            place.checkpoints.sweep(place.attempt)
+        except (OSError, UserError, FencedError) as error:
+            log.warning("old checkpoints in %s could not be removed: %s", place.checkpoints.url, error)
+        return Outcome(self.url, frozen=Frozen.of(manifest))
 
-    def _manifest(self, aside: Path, files: dict[str, FileEntry], tensors: dict[str, TensorEntry]) -> Manifest:
+    def _manifest(self, draft: Draft, files: dict[str, FileEntry], tensors: dict[str, TensorEntry]) -> Manifest:
         content = self.content
         state = {
             "step": content.step,
@@ -217,7 +204,7 @@ class Save:
             "versions": {p: version(p) for p in _PACKAGES},
             "extra": content.extra,
         }
-        files[STATE] = write_text(aside / STATE, json.dumps(state, indent=1))
+        files[STATE] = write_text(draft, STATE, json.dumps(state, indent=1))
         used = {file for entry in content.frozen.tensors.values() for file, _ in entry.pieces}
         files |= {name: content.frozen.files[name] for name in used}
         tensors |= content.frozen.tensors
@@ -225,45 +212,4 @@ class Save:
 
 
 def _text(error: Exception) -> str:
-    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-
-
-def clean_up(checkpoints: Path, config: CheckpointConfig, newest: int) -> list[Path]:
-    """Remove what need not stay: older checkpoints, ones of a future that the run went back from, frozen files that
-    nobody refers to. Returns what was removed."""
-    committed = committed_steps(checkpoints)
-    past = [step for step in committed if step <= newest]
-    kept = kept_steps(config, past, read_scores(checkpoints))
-    removed = []
-    for step in committed:
-        if step not in kept:
-            if step > newest:
-                log.warning("checkpoint step-%08d is removed: the run went back behind it", step)
-            remove_folder(folder_of(checkpoints, step))
-            removed.append(folder_of(checkpoints, step))
-    try:
-        manifests = [read_manifest(folder_of(checkpoints, step)) for step in committed_steps(checkpoints)]
-    except DamagedError:
-        return removed  # what it refers to is not known
-    used = {frozen_folder_of(name) for manifest in manifests for name in manifest.files}
-    for folder in checkpoints.glob(f"{_FROZEN}*"):
-        if folder.name not in used:
-            remove_folder(folder)
-            removed.append(folder)
-    sync_folder(checkpoints)
-    return removed
-
-
-def read_scores(checkpoints: Path) -> dict[int, float]:
-    """`checkpoint.best_metric` by step."""
-    path = checkpoints / SCORES
-    return {int(k): float(v) for k, v in json.loads(path.read_text()).items()} if path.is_file() else {}
-
-
-def write_score(checkpoints: Path, step: int, value: float) -> None:
-    """Note `checkpoint.best_metric` of a step."""
-    scores = {**read_scores(checkpoints), step: value}
-    part = checkpoints / f"{SCORES}.part"
-    part.unlink(missing_ok=True)
-    write_text(part, json.dumps(scores))
-    part.replace(checkpoints / SCORES)
+    return str(error) if isinstance(error, OSError | UserError) else f"{type(error).__name__}: {error}"

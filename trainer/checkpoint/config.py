@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from model.errors import UserError
+from trainer.storage.open import scheme_of
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,14 @@ class CheckpointConfig:
 
     every_steps: int = 500
     """A checkpoint after every so many steps, and at the end; 0: only at the end."""
+    root: str | None = None
+    """Folder or `s3://BUCKET/PREFIX` that holds `<name>/checkpoints`; null: `train.run_dir`."""
+    retry_sec: float = 120.0
+    """How long a bucket may be away before a save, or loading, fails; a failed save is tried again at the next one."""
     start_from: str | None = None
-    """A run, or one of its checkpoints, whose weights a new run begins with; encoders may have been added or removed
-    (`model.router.entry_steps`). Once the run has a checkpoint of its own, it goes on from that."""
+    """A run, or one of its checkpoints (a folder or `s3://…`), whose weights a new run begins with; encoders may have
+    been added or removed (`model.router.entry_steps`). Once the run has a checkpoint of its own, it goes on from that.
+    """
     keep_last: int = 2
     """The newest ones stay."""
     keep_every_steps: int = 0
@@ -31,6 +37,13 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every_steps < 0:
             raise UserError(f"checkpoint.every_steps = {self.every_steps}: must be 0 (only at the end) or positive")
+        if self.retry_sec <= 0:
+            raise UserError(f"checkpoint.retry_sec = {self.retry_sec}: must be positive")
+        for key, url in (("root", self.root), ("start_from", self.start_from)):
+            try:
+                scheme_of(url or "")
+            except UserError as error:
+                raise UserError(f"checkpoint.{key} = {error}") from None
         if self.keep_last < 1:
             raise UserError(f"checkpoint.keep_last = {self.keep_last}: must be at least 1")
         if self.keep_every_steps < 0:

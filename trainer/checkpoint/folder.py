@@ -10,6 +10,11 @@ from typing import Protocol
 class Folder(Protocol):
     """The files of one checkpoint, frozen ones that it shares with others included."""
 
+    @property
+    def url(self) -> str:
+        """Names the checkpoint, in messages and to find it again."""
+        ...
+
     def size_bytes(self, name: str) -> int:
         """Raises FileNotFoundError if there is none."""
         ...
@@ -25,6 +30,10 @@ class LocalFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handles: dict[str, int] = {}
+
+    @property
+    def url(self) -> str:
+        return str(self.path)
 
     def locate(self, name: str) -> Path:
         """Path of a file."""
@@ -51,3 +60,10 @@ class LocalFolder:
     def __del__(self) -> None:
         for handle in self._handles.values():
             os.close(handle)
+
+
+def read_text(folder: Folder, name: str) -> str:
+    """A whole file, as UTF-8. Raises FileNotFoundError, UnicodeDecodeError."""
+    content = bytearray(folder.size_bytes(name))
+    folder.read_into(name, 0, memoryview(content))
+    return content.decode("utf-8")

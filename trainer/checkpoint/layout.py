@@ -21,13 +21,16 @@ from torch import Tensor
 
 from model.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PARAM, EXP_AVG, EXP_AVG_SQ = "param", "exp_avg", "exp_avg_sq"
+STEP, FROZEN = "step", "frozen"
+"""Begin the names of folders: of a checkpoint, and of frozen weights, which checkpoints share."""
 MOMENTS = "moments"
 """Family of the files that hold Adam's moments."""
 
 _FILE_NAME = re.compile(r"(frozen-[0-9a-f-]+/)?[a-z]+(-\d+)?\.(safetensors|json)")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMMITTED = re.compile(r"step-(\d{8,})")
+_CHECKSUM = re.compile(r"[0-9a-f]{32}")
 
 
 class Rect(NamedTuple):
@@ -111,7 +114,8 @@ class FileEntry:
     """One file in the manifest."""
 
     size_bytes: int
-    sha256: str
+    checksum: str
+    """XXH3-128, hexadecimal: against damage, at the speed of memory; it is no signature."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class Manifest:
             "version": FORMAT_VERSION,
             "step": self.step,
             "topology": dict(self.topology),
-            "files": {name: [f.size_bytes, f.sha256] for name, f in self.files.items()},
+            "files": {name: [f.size_bytes, f.checksum] for name, f in self.files.items()},
             "tensors": {name: _entry_to_json(entry) for name, entry in self.tensors.items()},
         }
         return json.dumps({"sha256": _digest(body), "body": body}, separators=(",", ":"))
@@ -153,11 +157,22 @@ class Manifest:
             step=int(body["step"]),
             topology={str(k): int(v) for k, v in body["topology"].items()},
             files={
-                _file_name(name): FileEntry(int(size), _sha256(digest))
+                _file_name(name): FileEntry(int(size), _checksum(digest))
                 for name, (size, digest) in body["files"].items()
             },
             tensors={name: _entry_from_json(name, entry, body["files"]) for name, entry in body["tensors"].items()},
         )
+
+
+def step_name(step: int) -> str:
+    """Names the checkpoint after `step` steps."""
+    return f"{STEP}-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step that a checkpoint's name tells; None: it is no checkpoint's name."""
+    found = _COMMITTED.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 def file_of(family: str, rank: int) -> str:
@@ -240,7 +255,7 @@ def _file_name(name: str) -> str:
     return name
 
 
-def _sha256(digest: str) -> str:
-    if not _SHA256.fullmatch(digest):
+def _checksum(digest: str) -> str:
+    if not _CHECKSUM.fullmatch(digest):
         raise ValueError("a file's checksum is malformed")
     return digest

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -13,10 +12,10 @@ import torch.distributed as dist
 
 from model.errors import UserError
 from trainer.checkpoint import audio_state, generators, llm_state
-from trainer.checkpoint.attempt import begin_attempt
-from trainer.checkpoint.background import Content, Frozen, Outcome, Place, Save, read_scores, write_score
-from trainer.checkpoint.catalog import committed_steps, folder_of, read_extra
+from trainer.checkpoint.background import Content, Frozen, Outcome, Place, Save
+from trainer.checkpoint.catalog import find_checkpoint, open_checkpoints, read_extra
 from trainer.checkpoint.config import CheckpointConfig, evaluations_since_best
+from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.layout import Shard, file_of, rank_of
 from trainer.checkpoint.reader import DamagedError, Reader, check_files, read_manifest
 from trainer.checkpoint.snapshot import HostBuffer
@@ -47,26 +46,27 @@ class CheckpointManager:
     """The checkpoints of one run, written by one attempt at it: making this object fences off earlier attempts.
 
     Args:
-        folder: `<run>/checkpoints`; all ranks see the same one.
+        url: `<run>/checkpoints`, a folder that all ranks see or `s3://…`.
         config: which of them stay.
         groups: this rank's place.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: nothing can be written there.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, groups: Groups) -> None:
-        self.folder, self.config, self.groups = folder, config, groups
-        attempt = self._from_rank0(lambda: begin_attempt(folder))
+    def __init__(self, url: str, config: CheckpointConfig, groups: Groups) -> None:
+        self.config, self.groups = config, groups
+        self.checkpoints = self._together(url, lambda: open_checkpoints(url, config.retry_sec))
+        attempt = self._from_rank0(self.checkpoints.begin_attempt)
         writers = dist.new_group(backend="gloo")
-        self._place = Place(folder, config, attempt, writers, groups.rank, self._topology())
+        self._place = Place(self.checkpoints, config, attempt, writers, groups.rank, self._topology())
         self._buffer = HostBuffer(groups.device)
-        self._verified: set[Path] = set()
+        self._verified: set[str] = set()
         self._current: int | None = None
         self._frozen = Frozen({}, {})
         self._save: Save | None = None
         self._noted: Save | None = None
-        self._unread: list[Path] = []
+        self._unread: list[str] = []
 
     def save(self, step: int, engines: Engines, extra: dict[str, Any]) -> None:
         """Begin to save the state after `step` steps. Returns when it is copied to host memory; the rest is done in the
@@ -87,12 +87,12 @@ class CheckpointManager:
         content = self._together(f"step {step}: not saved", lambda: self._content(step, engines, extra))
         self._save, self._current = Save(self._place, content), step
 
-    def finished(self) -> list[Path]:
+    def finished(self) -> list[str]:
         """Checkpoints that were committed since the last call. Not collective."""
         if self._save is not None and not self._save.running:
             self._note(self._save)
-        paths, self._unread = self._unread, []
-        return paths
+        urls, self._unread = self._unread, []
+        return urls
 
     def close(self) -> None:
         """Wait for the last save; if it failed, try it once more.
@@ -107,45 +107,45 @@ class CheckpointManager:
             self._save = Save(self._place, self._save.content)
             outcome = self._settle(None)
             if outcome is not None and outcome.failure is not None:
-                raise UserError(f"{outcome.path}: not saved, tried twice: {outcome.failure}")
+                raise UserError(f"{outcome.url}: not saved, tried twice: {outcome.failure}")
 
     def note_scores(self, step: int, values: Mapping[str, float]) -> None:
         """Tell the metrics of a step, of which `checkpoint.best_metric` may be one. Rank 0 alone calls this."""
         metric = self.config.best_metric
         if metric is not None and metric in values:
             try:
-                write_score(self.folder, step, values[metric])
+                self.checkpoints.note_score(step, values[metric])
             except OSError as error:
                 log.warning("%s of step %d is not noted: %s", metric, step, error)
 
     def since_best(self, step: int) -> int | None:
         """See `evaluations_since_best`; None where `best_metric` was never noted, as with a name that there is not."""
-        scores = self._from_rank0(lambda: read_scores(self.folder))
+        scores = self._from_rank0(self.checkpoints.scores)
         return evaluations_since_best(self.config, step, scores) if any(s <= step for s in scores) else None
 
-    def latest(self) -> Path | None:
+    def latest(self) -> Folder | None:
         """The newest checkpoint that is whole; None: there never was one. Damaged newer ones are named in the log.
 
         Raises:
             UserError: there are checkpoints, but none is whole.
         """
-        steps = self._from_rank0(lambda: committed_steps(self.folder))
+        steps = self._from_rank0(self.checkpoints.steps)
         for step in reversed(steps):
-            folder = folder_of(self.folder, step)
+            folder = self.checkpoints.folder(step)
             damage = self._damage(folder)
             if damage is None:
                 return folder
             if self.groups.rank == 0:
-                log.warning("checkpoint %s is damaged and not used: %s", folder, damage)
+                log.warning("checkpoint %s is damaged and not used: %s", folder.url, damage)
         if steps:
             raise UserError(
-                f"{self.folder}: none of its {len(steps)} checkpoints is whole; "
+                f"{self.checkpoints.url}: none of its {len(steps)} checkpoints is whole; "
                 "restore one, or move the folder away to start from the beginning"
             )
         return None
 
-    def load(self, path: Path, engines: Engines) -> dict[str, Any]:
-        """Bring both engines, their optimizers and the random generators to the state in `path`, saved on any topology.
+    def load(self, folder: Folder, engines: Engines) -> dict[str, Any]:
+        """Bring both engines, their optimizers and the random generators to a saved state, of any topology.
 
         Returns:
             `extra` as given to `save`.
@@ -153,31 +153,31 @@ class CheckpointManager:
         Raises:
             UserError: the checkpoint is damaged, or of another model; nothing was changed then.
         """
-        if path not in self._verified and (damage := self._damage(path)) is not None:
-            raise UserError(f"checkpoint {path} is damaged: {damage}; take another one")
-        reader = Reader(path, self._together(str(path), lambda: read_manifest(path)))
+        if folder.url not in self._verified and (damage := self._damage(folder)) is not None:
+            raise UserError(f"checkpoint {folder.url} is damaged: {damage}; take another one")
+        reader = Reader(folder, self._together(folder.url, lambda: read_manifest(folder)))
         names = self._everyones_names(engines)
-        shards = self._together(str(path), lambda: self._checked_shards(engines, reader, names))
-        self._together(str(path), lambda: _fill(shards, reader))
+        shards = self._together(folder.url, lambda: self._checked_shards(engines, reader, names))
+        self._together(folder.url, lambda: _fill(shards, reader))
         self._finish(engines, reader)
         self._restore_generators(reader)
         self._current, self._frozen = reader.manifest.step, Frozen.of(reader.manifest)
-        return read_extra(path)
+        return self._together(folder.url, lambda: read_extra(folder))
 
-    def start(self, path: Path, engines: Engines) -> None:
+    def start(self, url: str, engines: Engines) -> None:
         """Begin with the weights of another run (see `trainer.checkpoint.start`).
 
         Raises:
             UserError: no whole checkpoint there, or more than its encoders differs; nothing was trained then.
         """
-        folder = self._from_rank0(lambda: open_start(path))
+        found = self._from_rank0(lambda: open_start(url))
         shards = [shard for family in self._shards(engines).values() for shard in family]
         model = engines.audio.tower.config
-        added = self._together("checkpoint.start_from", lambda: fill_weights(folder, shards, model))
+        added = self._together("checkpoint.start_from", lambda: fill_weights(find_checkpoint(found), shards, model))
         audio_state.refresh(engines.audio)
         llm_state.refresh(engines.llm)
         if self.groups.rank == 0:
-            log.warning("starting with the weights of %s; new encoders: %s", folder, ", ".join(added) or "none")
+            log.warning("starting with the weights of %s; new encoders: %s", found, ", ".join(added) or "none")
 
     # ---- engines
 
@@ -237,7 +237,7 @@ class CheckpointManager:
                 "training waited %.1f s at step %d for the save of %s to end; raise checkpoint.every_steps",
                 waited_sec,
                 next_step,
-                outcome.path.name,
+                outcome.url.rpartition("/")[2],
             )
         self._note(self._save)
         if outcome.fenced:
@@ -249,12 +249,12 @@ class CheckpointManager:
         if outcome.failure is None and save is not self._noted:
             assert outcome.frozen is not None
             self._noted, self._frozen = save, outcome.frozen
-            self._unread.append(outcome.path)
-            self._verified.add(outcome.path)
+            self._unread.append(outcome.url)
+            self._verified.add(outcome.url)
 
     # ---- finding
 
-    def _damage(self, folder: Path) -> str | None:
+    def _damage(self, folder: Folder) -> str | None:
         """What is wrong with a checkpoint; ranks share the files between them, each preferring those it wrote."""
         rank, world = self.groups.rank, self.groups.topology.world
 
@@ -267,10 +267,10 @@ class CheckpointManager:
             return None
 
         found: list[Any] = [None] * world
-        dist.all_gather_object(found, self._together(str(folder), check), group=self.groups.world)
+        dist.all_gather_object(found, self._together(folder.url, check), group=self.groups.world)
         damage = next((d for d in found if d is not None), None)
         if damage is None:
-            self._verified.add(folder)
+            self._verified.add(folder.url)
         return damage
 
     def _restore_generators(self, reader: Reader) -> None:
@@ -301,7 +301,7 @@ class CheckpointManager:
         return result  # type: ignore[return-value]
 
     def _from_rank0(self, work: Callable[[], T]) -> T:
-        box = [self._together(str(self.folder), lambda: work() if self.groups.rank == 0 else None)]
+        box = [self._together(self.checkpoints.url, lambda: work() if self.groups.rank == 0 else None)]
         dist.broadcast_object_list(box, src=0, group=self.groups.world)
         return box[0]  # type: ignore[return-value]
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
 from model.errors import UserError
-from trainer.checkpoint.folder import Folder, LocalFolder
+from trainer.checkpoint.folder import Folder, read_text
 from trainer.checkpoint.layout import FileEntry, Manifest, Rect, Shard, file_of_kind, key_of
 from trainer.checkpoint.tensor_file import TensorFile
 
@@ -24,7 +23,7 @@ class DamagedError(Exception):
     """A checkpoint that is not as it was written; names the file."""
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Folder) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
@@ -32,30 +31,29 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: it is of another format.
     """
     try:
-        return Manifest.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return Manifest.loads(read_text(folder, MANIFEST))
     except FileNotFoundError:
         raise DamagedError(f"{MANIFEST} is missing") from None
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{folder.url}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as error:
         raise DamagedError(f"{MANIFEST} cannot be read ({error})") from None
 
 
-def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
+def check_files(folder: Folder, manifest: Manifest, names: Iterable[str]) -> None:
     """Compare files with the manifest.
 
     Raises:
         DamagedError: a file is missing, or has another size or content.
     """
-    files = LocalFolder(folder)
 
     def damage(name: str) -> str | None:
         wanted = manifest.files[name]
         try:
-            size = files.size_bytes(name)
+            size = folder.size_bytes(name)
             if size != wanted.size_bytes:
                 return f"{name} has {size} bytes instead of {wanted.size_bytes}"
-            if hash_file(files, name) != wanted:
+            if hash_file(folder, name) != wanted:
                 return f"{name} has another checksum than when it was written"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -71,7 +69,7 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
 
 def hash_file(folder: Folder, name: str) -> FileEntry:
     """Size and checksum of a file as it is now."""
-    digest, size = hashlib.sha256(), folder.size_bytes(name)
+    digest, size = xxhash.xxh3_128(), folder.size_bytes(name)
     buffer = memoryview(bytearray(min(_CHUNK_BYTES, size)))
     for offset in range(0, size, _CHUNK_BYTES):
         part = buffer[: min(_CHUNK_BYTES, size - offset)]
@@ -83,9 +81,8 @@ def hash_file(folder: Folder, name: str) -> FileEntry:
 class Reader:
     """Tensors of a verified checkpoint."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Folder, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self.files = LocalFolder(folder)
         self._open: dict[str, TensorFile] = {}
 
     def check(self, shard: Shard) -> None:
@@ -96,14 +93,15 @@ class Reader:
         """
         entry = self.manifest.tensors.get(shard.name)
         if entry is None:
-            raise UserError(f"{self.folder}: holds no {shard.name}: it is of another model; restore the recipe")
+            raise UserError(f"{self.folder.url}: holds no {shard.name}: it is of another model; restore the recipe")
         if entry.shape != shard.shape:
             raise UserError(
-                f"{self.folder}: {shard.name} has shape {entry.shape}, the model's is {shard.shape}; restore the recipe"
+                f"{self.folder.url}: {shard.name} has shape {entry.shape}, the model's is {shard.shape}; "
+                "restore the recipe"
             )
         if shard.step is not None and entry.step is None:
             raise UserError(
-                f"{self.folder}: {shard.name} was frozen and has no optimizer state, and is to learn now; "
+                f"{self.folder.url}: {shard.name} was frozen and has no optimizer state, and is to learn now; "
                 "restore optim.parts, or start a new run"
             )
 
@@ -145,7 +143,9 @@ class Reader:
         """One of its safetensors files, kept open."""
         if name not in self._open:
             try:
-                self._open[name] = TensorFile(self.files, name)
+                self._open[name] = TensorFile(self.folder, name)
+            except UserError:
+                raise
             except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
                 raise DamagedError(f"{name} cannot be read ({error})") from error
         return self._open[name]
@@ -153,5 +153,5 @@ class Reader:
     def _key(self, file: str, name: str, kind: str, rect: Rect) -> str:
         key = key_of(name, kind, rect)
         if key not in self.file(file).spans:
-            raise UserError(f"{self.folder}: {file} holds no {key}: the manifest is of other files")
+            raise UserError(f"{self.folder.url}: {file} holds no {key}: the manifest is of other files")
         return key

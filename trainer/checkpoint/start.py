@@ -8,7 +8,6 @@ pre-trained) weights; its entries in the router are the mean of the others', and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.errors import UserError
 from trainer.checkpoint.catalog import damage_of, find_checkpoint, read_extra
+from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.layout import PARAM, Shard, matrix_of
 from trainer.checkpoint.reader import Reader, read_manifest
 
@@ -29,21 +29,21 @@ _BY_EXPERT = (
 """Tensors with one row per expert."""
 
 
-def open_start(path: Path) -> Path:
-    """The checkpoint that `checkpoint.start_from` means, verified.
+def open_start(url: str) -> str:
+    """URL of the checkpoint that `checkpoint.start_from` means, verified.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
-    folder = find_checkpoint(path)
+    folder = find_checkpoint(url)
     damage = damage_of(folder)
     if damage is not None:
-        raise UserError(f"checkpoint.start_from = {path}: {folder} is damaged: {damage}; name another checkpoint")
-    return folder
+        raise UserError(f"checkpoint.start_from = {url}: {folder.url} is damaged: {damage}; name another checkpoint")
+    return folder.url
 
 
 @torch.no_grad()
-def fill_weights(folder: Path, shards: Sequence[Shard], model: ModelConfig) -> tuple[str, ...]:
+def fill_weights(folder: Folder, shards: Sequence[Shard], model: ModelConfig) -> tuple[str, ...]:
     """Fill the weights of this rank's `shards` of `model` from the checkpoint in `folder`.
 
     Returns:
@@ -82,9 +82,9 @@ def _rows(reader: Reader, shard: Shard, before: Sequence[str], now: Sequence[str
 def _check(reader: Reader, shard: Shard, shape: tuple[int, ...] | None = None) -> None:
     entry, wanted = reader.manifest.tensors.get(shard.name), shape or shard.shape
     if entry is None:
-        raise UserError(f"checkpoint.start_from: {reader.folder} holds no {shard.name}; only encoders may be added")
+        raise UserError(f"checkpoint.start_from: {reader.folder.url} holds no {shard.name}; only encoders may be added")
     if entry.shape != wanted:
         raise UserError(
-            f"checkpoint.start_from: {reader.folder}: {shard.name} has shape {entry.shape}, here it is {wanted}; "
+            f"checkpoint.start_from: {reader.folder.url}: {shard.name} has shape {entry.shape}, here it is {wanted}; "
             "only encoders may differ: restore the other sizes"
         )

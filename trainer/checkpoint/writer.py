@@ -1,15 +1,14 @@
-"""Files of a checkpoint: safetensors and JSON, hashed as they are written, durable before they are named."""
+"""Files of a checkpoint: safetensors and JSON, their checksums taken as they are written."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
 
 import torch
+import xxhash
 from torch import Tensor
 
 from trainer.checkpoint.layout import FileEntry
@@ -19,8 +18,36 @@ _CHUNK_BYTES = 1 << 24
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
-    """Write host tensors as safetensors, tensor by tensor (no copy of the whole), and sync.
+class Draft(Protocol):
+    """A checkpoint that is being written; nobody sees it before it is committed."""
+
+    def write(self, name: str, content: Iterable[bytes | memoryview]) -> FileEntry:
+        """Write a file; it is durable when this returns."""
+        ...
+
+
+class Hashed:
+    """Passes blocks on in handy pieces, and knows afterwards what they were."""
+
+    def __init__(self, content: Iterable[bytes | memoryview]) -> None:
+        self._content, self._digest, self._size = content, xxhash.xxh3_128(), 0
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        for block in self._content:
+            for at in range(0, len(block), _CHUNK_BYTES):
+                chunk = block[at : at + _CHUNK_BYTES]
+                self._digest.update(chunk)
+                self._size += len(chunk)
+                yield chunk
+
+    @property
+    def entry(self) -> FileEntry:
+        """Of all that has passed."""
+        return FileEntry(self._size, self._digest.hexdigest())
+
+
+def write_tensors(draft: Draft, name: str, tensors: Mapping[str, Tensor]) -> FileEntry:
+    """Write host tensors as safetensors, tensor by tensor (no copy of the whole).
 
     Format: https://github.com/huggingface/safetensors#format
     """
@@ -31,7 +58,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
         for tensor in tensors.values():
             yield memory_of(tensor.contiguous())
 
-    return _write(path, content())
+    return draft.write(name, content())
+
+
+def write_text(draft: Draft, name: str, text: str) -> FileEntry:
+    """Write as UTF-8."""
+    return draft.write(name, [text.encode()])
 
 
 def encode_header(
@@ -46,38 +78,3 @@ def encode_header(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     return len(encoded).to_bytes(8, "little") + encoded
-
-
-def write_text(path: Path, text: str) -> FileEntry:
-    """Write and sync."""
-    return _write(path, iter([text.encode()]))
-
-
-def commit(part: Path, final: Path) -> None:
-    """Make the folder `part` appear as `final`, in one rename; both lie in the same folder."""
-    sync_folder(part)
-    os.rename(part, final)
-    sync_folder(final.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Names in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write(path: Path, content: Iterator[bytes | memoryview]) -> FileEntry:
-    digest, size = hashlib.sha256(), 0
-    with open(path, "xb") as file:
-        for block in content:
-            for at in range(0, len(block), _CHUNK_BYTES):
-                chunk = block[at : at + _CHUNK_BYTES]
-                file.write(chunk)
-                digest.update(chunk)
-            size += len(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileEntry(size, digest.hexdigest())

@@ -13,6 +13,7 @@ from trainer.data.config import DataConfig
 from trainer.engine.optim import OptimConfig
 from trainer.eval_config import EvalConfig
 from trainer.parallel.topology import ParallelConfig
+from trainer.storage.open import join_url
 from trainer.telemetry.trace import ProfileConfig
 from trainer.telemetry.tracker import TelemetryConfig
 
@@ -72,3 +73,8 @@ class Recipe:
             raise UserError(f"name = {self.name!r}: use letters, digits, '.', '_' and '-' (it names the run's folder)")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"seed = {self.seed}: must be in 0..{2**31 - 1}")
+
+    @property
+    def run_url(self) -> str:
+        """Folder or bucket's prefix that holds the run's checkpoints, and what an export of them needs."""
+        return join_url(self.checkpoint.root or self.train.run_dir, self.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,7 +13,6 @@ import torch
 
 from model.errors import UserError
 from trainer.checkpoint.reader import MANIFEST, hash_file
-from trainer.checkpoint.writer import sync_folder
 from trainer.data.tokenizer import Tokenizer
 from trainer.export.card import Findings, model_card
 from trainer.export.code import CONFIGURATION, MODELING, remote_code, remote_name
@@ -51,6 +49,7 @@ def export(
     """Write the model of `source` as the folder `out`; `on_bytes` is told (bytes more, bytes in all).
 
     Raises:
+        DamagedError: the checkpoint is.
         UserError: `out` exists; the export differs from the training graph (then it is not published).
     """
     if out.exists():
@@ -58,9 +57,12 @@ def export(
     dtype, selection = DTYPES[options.dtype], source.select(options.activated_only)
     aside = _room(source, out, options, selection)
     names = source.names(selection, options.llm_only)
-    targets = plan_targets(source.reader, names, dtype, source.rows(selection))
-    total = sum(t.num_bytes for t in targets)
-    write_weights(source.reader, plan_shards(targets, options.shard_bytes), aside, lambda n: on_bytes(n, total))
+    try:
+        targets = plan_targets(source.reader, names, dtype, source.rows(selection))
+        total = sum(t.num_bytes for t in targets)
+        write_weights(source.reader, plan_shards(targets, options.shard_bytes), aside, lambda n: on_bytes(n, total))
+    finally:
+        source.wait_verified()  # if files are damaged, that is what went wrong
     tokenizer = source.tokenizer()
     write_tokenizer(tokenizer, aside)
     settings = generation_config(source, tokenizer)
@@ -77,17 +79,15 @@ def export(
         card = model_card(source, selection, known, found, options.dtype)
         (aside / "README.md").write_text(card, encoding="utf-8")
     (aside / _WANTED).unlink()
-    sync_folder(aside)
-    os.rename(aside, out)
-    sync_folder(out.parent)
+    aside.rename(out)
     return found
 
 
 def _room(source: Source, out: Path, options: Options, selection: Selection) -> Path:
     """The folder aside; what another export left there is removed."""
-    manifest = hash_file(source.reader.files, MANIFEST)
+    manifest = hash_file(source.folder, MANIFEST)
     wanted = {
-        "checkpoint": manifest.sha256,
+        "checkpoint": manifest.checksum,
         "dtype": options.dtype,
         "shard_bytes": options.shard_bytes,
         "llm_only": options.llm_only,
@@ -123,30 +123,42 @@ def generation_config(source: Source, tokenizer: Tokenizer) -> Any:
 
 
 def _write_llm_config(source: Source, dtype: torch.dtype, folder: Path) -> None:
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = AutoConfig.for_model(**source.extra["model"]["text_config"])
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-    config.dtype = dtype
-    config.save_pretrained(folder)
+    text = _text_config(source, dtype)
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text["model_type"]]
+    _write_json(folder / "config.json", {**text, "architectures": [architecture]})
 
 
 def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokenizer: Tokenizer, folder: Path) -> None:
-    from model.hub.configuration import EarshotConfig
-
     for name, text in remote_code().items():
         (folder / name).write_text(text, encoding="utf-8")
     description = source.description(selection)
-    config = EarshotConfig(**description)
-    config.text_config.dtype = config.dtype = dtype
-    config.architectures = ["EarshotForCausalLM"]
-    config.auto_map = {
-        "AutoConfig": f"{remote_name(CONFIGURATION)}.EarshotConfig",
-        "AutoModelForCausalLM": f"{remote_name(MODELING)}.EarshotForCausalLM",
+    text_config = _text_config(source, dtype)
+    config = {
+        "model_type": "earshot",
+        "architectures": ["EarshotForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{remote_name(CONFIGURATION)}.EarshotConfig",
+            "AutoModelForCausalLM": f"{remote_name(MODELING)}.EarshotForCausalLM",
+        },
+        "dtype": text_config["dtype"],
+        "transformers_version": text_config["transformers_version"],
+        **description,
+        "text_config": text_config,
     }
-    config.save_pretrained(folder)
+    _write_json(folder / "config.json", config)
     write_processor(tokenizer, source.recipe.data, source.strides, folder)
+
+
+def _text_config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
+    """Of the LLM, as `PretrainedConfig.to_dict` gave it: to make such objects, transformers loads for seconds."""
+    text = source.extra["model"]["text_config"]
+    return {**{k: v for k, v in text.items() if k != "_name_or_path"}, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _measure(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ import torch
 from torch import nn
 
 from model.errors import UserError
-from trainer.checkpoint.catalog import find_checkpoint, read_extra
+from trainer.checkpoint.catalog import TOKENIZER, find_checkpoint, read_extra
+from trainer.checkpoint.folder import LocalFolder
 from trainer.checkpoint.layout import PARAM, Rect, matrix_of
-from trainer.checkpoint.reader import Reader, check_files, read_manifest
+from trainer.checkpoint.reader import STATE, Reader, check_files, read_manifest
 from trainer.config.load import undump
 from trainer.config.schema import Recipe
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.storage.open import open_store
 from trainer.telemetry.expert_load import ALL, add_up
 from trainer.telemetry.load_history import HISTORY_NAME, read_history
 
@@ -37,33 +41,50 @@ class Selection:
 
 
 class Source:
-    """A verified checkpoint, ready to be exported.
+    """A checkpoint to be exported; its weights are verified meanwhile (`wait_verified`).
 
     Args:
-        path: a checkpoint, or a run (its newest is taken).
+        url: a checkpoint, or a run (its newest is taken); a folder or `s3://…`.
         tokenizer_path: None: the run's.
+        run_dir: the run's folder, with its scores and routing history; None: where the checkpoint lies in it, else
+            where its recipe says.
 
     Raises:
         UserError: there is none, it is damaged, or was written by a program that did not describe its model.
     """
 
-    def __init__(self, path: Path, tokenizer_path: str | None = None) -> None:
-        self.folder = find_checkpoint(path)
+    def __init__(self, url: str | Path, tokenizer_path: str | None = None, run_dir: Path | None = None) -> None:
+        self.folder = find_checkpoint(str(url))
         manifest = read_manifest(self.folder)
         self.reader = Reader(self.folder, manifest)
         # Optimizer state is not read, so it is not verified.
-        needed = {file for entry in manifest.tensors.values() for file, _ in entry.pieces}
-        check_files(self.folder, manifest, sorted({*needed, "state.json"}))
+        needed = sorted({file for entry in manifest.tensors.values() for file, _ in entry.pieces})
+        check_files(self.folder, manifest, [STATE])
+        # Files are verified while they are read for the first time, by another thread; nothing is published before.
+        self._pool = ThreadPoolExecutor(1)
+        self._verified = self._pool.submit(check_files, self.folder, manifest, needed)
         self.extra = read_extra(self.folder)
         if "model" not in self.extra or "recipe" not in self.extra:
-            raise UserError(f"{self.folder / 'state.json'}: does not describe its model; continue the run for a step")
-        self.recipe: Recipe = undump(self.extra["recipe"], str(self.folder / "state.json"))
-        self._tokenizer_path = tokenizer_path
+            raise UserError(f"{self.folder.url}/{STATE}: does not describe its model; continue the run for a step")
+        self.recipe: Recipe = undump(self.extra["recipe"], f"{self.folder.url}/{STATE}")
+        self._tokenizer_path, self._run_dir = tokenizer_path, run_dir
+
+    def wait_verified(self) -> None:
+        """Until all that an export reads was compared with its checksum.
+
+        Raises:
+            DamagedError: a file is not as it was written.
+        """
+        self._verified.result()
 
     @property
     def run_dir(self) -> Path:
-        """`<train.run_dir>/<name>`"""
-        return self.folder.parent.parent
+        """With what the run wrote besides checkpoints; need not exist."""
+        if self._run_dir is not None:
+            return self._run_dir
+        if isinstance(self.folder, LocalFolder) and self.recipe.checkpoint.root is None:
+            return self.folder.path.absolute().parent.parent
+        return Path(self.recipe.train.run_dir) / self.recipe.name
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -72,11 +93,18 @@ class Source:
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer: the one given, the copy in the run's folder, or the recipe's."""
-        copy = self.run_dir / "tokenizer.model"
-        path = self._tokenizer_path or (str(copy) if copy.is_file() else self.extra.get("tokenizer"))
-        if path is None:
-            raise UserError(f"{self.run_dir}: no tokenizer.model; give the run's tokenizer with --tokenizer")
-        return load_tokenizer(path, self.recipe.data.tokenizer)
+        settings = self.recipe.data.tokenizer
+        if self._tokenizer_path is not None:
+            return load_tokenizer(self._tokenizer_path, settings)
+        beside = open_store(self.folder.url.rpartition("/")[0].rpartition("/")[0] or ".")
+        if beside.exists(TOKENIZER):
+            with tempfile.TemporaryDirectory() as scratch:
+                path = Path(scratch) / TOKENIZER
+                path.write_bytes(beside.get(TOKENIZER))
+                return load_tokenizer(str(path), settings)
+        if self.extra.get("tokenizer") is None:
+            raise UserError(f"{beside.url}: no {TOKENIZER}; give the run's tokenizer with --tokenizer")
+        return load_tokenizer(self.extra["tokenizer"], settings)
 
     def expert_names(self) -> list[str]:
         """Of the checkpoint's model."""

@@ -1,8 +1,8 @@
 """A checkpoint's tensors → safetensors shards in Hugging Face's layout, one tensor at a time.
 
-Where the saved bytes are the wanted ones, the kernel copies them from file to file; only a tensor that changes its
-dtype or was cut into columns passes through memory, by itself. A shard appears under its name when it is whole, so an
-export that was stopped goes on after the last one.
+Where the saved bytes are the wanted ones, the kernel copies them from file to file. A tensor that changes its dtype
+passes through memory in pieces, one that was cut into columns by itself. A shard appears under its name when it is
+whole, so an export that was stopped goes on after the last one.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 
+from trainer.checkpoint.folder import LocalFolder
 from trainer.checkpoint.layout import PARAM, Rect, key_of, matrix_of
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import memory_of
 from trainer.checkpoint.writer import encode_header
 
 _COPY_BYTES = 1 << 26
+_CHUNK_ELEMENTS = 1 << 20
 _METADATA = {"format": "pt"}
 
 
@@ -112,22 +114,31 @@ def _write_shard(reader: Reader, targets: Sequence[Target], path: Path, on_bytes
 def _write_tensor(reader: Reader, target: Target, handle: int, offset: int) -> None:
     entry = reader.manifest.tensors[target.source]
     whole = matrix_of(entry.shape)
-    as_saved = target.rows is None and reader.dtype(target.source, PARAM) == target.dtype
-    if as_saved and all(rect.rows == 1 or rect.cols == whole.cols for _, rect in entry.pieces):
+    if target.rows is None and all(rect.rows == 1 or rect.cols == whole.cols for _, rect in entry.pieces):
         for file, rect in entry.pieces:
-            span = reader.file(file).spans[key_of(target.source, PARAM, rect)]
             start = (rect.row * whole.cols + rect.col) * target.dtype.itemsize
-            _copy(reader.files.handle(file), span.offset, handle, offset + start, span.num_bytes)
+            _write_piece(reader, target, file, rect, handle, offset + start)
         return
-    dtype = target.dtype
     if target.rows is None:
-        tensor = torch.empty(whole.rows, whole.cols, dtype=dtype)
+        tensor = torch.empty(whole.rows, whole.cols, dtype=target.dtype)
         reader.read_rect(target.source, PARAM, whole, tensor)
     else:
-        tensor = torch.empty(len(target.rows), whole.cols, dtype=dtype)
+        tensor = torch.empty(len(target.rows), whole.cols, dtype=target.dtype)
         for i, row in enumerate(target.rows):
             reader.read_rect(target.source, PARAM, Rect(row, 0, 1, whole.cols), tensor[i : i + 1])
     _write_at(handle, offset, memory_of(tensor))
+
+
+def _write_piece(reader: Reader, target: Target, file: str, rect: Rect, handle: int, offset: int) -> None:
+    """A piece that lies in one run in the target, too."""
+    span, folder = reader.file(file).spans[key_of(target.source, PARAM, rect)], reader.folder
+    if span.dtype == target.dtype and isinstance(folder, LocalFolder):
+        _copy(folder.handle(file), span.offset, handle, offset, span.num_bytes)
+        return
+    for first in range(0, rect.numel, _CHUNK_ELEMENTS):
+        chunk = torch.empty(min(_CHUNK_ELEMENTS, rect.numel - first), dtype=span.dtype)
+        folder.read_into(file, span.offset + first * span.dtype.itemsize, memory_of(chunk))
+        _write_at(handle, offset + first * target.dtype.itemsize, memory_of(chunk.to(target.dtype)))
 
 
 def _copy(source: int, source_offset: int, target: int, target_offset: int, num_bytes: int) -> None:

@@ -14,10 +14,12 @@ from model.errors import UserError
 from model.hub.configuration import EarshotConfig
 from model.hub.modeling import EarshotForCausalLM
 from model.hub.processing import EarshotProcessor
+from trainer.checkpoint.folder import read_text
 from trainer.checkpoint.reader import MANIFEST, DamagedError
 from trainer.export.publish import generation_config
 from trainer.export.source import Source
 from trainer.export.tokenizer import as_transformers, processor_settings
+from trainer.storage.open import scheme_of
 
 PROCESSOR = "processor_config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -28,8 +30,8 @@ DEFAULT_WINDOW_SEC = 30.0
 class Origin:
     """What the user named, found but not loaded: cheap, and the same in every process."""
 
-    path: Path
-    """The exported folder, or the checkpoint."""
+    url: str
+    """The exported folder, or the checkpoint: a folder or `s3://…`."""
     is_export: bool
     run_dir: Path | None
     """Of the run that the checkpoint belongs to."""
@@ -43,9 +45,12 @@ class Origin:
     @property
     def name(self) -> str:
         """For people."""
-        if self.run_dir is None:
-            return self.path.name
-        return f"{self.run_dir.name}, {self.path.name}"
+        return self.last_part if self.run_dir is None else f"{self.run_dir.name}, {self.last_part}"
+
+    @property
+    def last_part(self) -> str:
+        """Of the URL."""
+        return self.url.rstrip("/").rpartition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -68,21 +73,21 @@ class Loaded:
         return positions
 
 
-def find_model(path: Path) -> Origin:
-    """What `path` means: an export, a checkpoint or a run.
+def find_model(url: str | Path) -> Origin:
+    """What `url` means: an exported folder, or a checkpoint or run in a folder or a bucket.
 
     Raises:
         UserError: it is none of them, or its checkpoint is damaged.
     """
-    path = path.resolve()
+    path = Path(url).resolve()
     if (path / PROCESSOR).is_file():
         return _export(path)
     if (path / "config.json").is_file():
         raise UserError(f"{path}: no {PROCESSOR}: an LLM alone cannot hear; export without --llm-only")
-    source = _source(path)
-    digest = hashlib.sha256((source.folder / MANIFEST).read_bytes()).hexdigest()
-    recipe = source.recipe
-    return Origin(source.folder, False, source.run_dir, digest, recipe.data.max_audio_sec, recipe.eval.max_new_tokens)
+    source = _source(str(url) if scheme_of(str(url)) else str(path))
+    digest = hashlib.sha256(read_text(source.folder, MANIFEST).encode()).hexdigest()
+    data, evaluation = source.recipe.data, source.recipe.eval
+    return Origin(source.folder.url, False, source.run_dir, digest, data.max_audio_sec, evaluation.max_new_tokens)
 
 
 def load_model(origin: Origin, dtype: torch.dtype, device: torch.device) -> Loaded:
@@ -92,9 +97,9 @@ def load_model(origin: Origin, dtype: torch.dtype, device: torch.device) -> Load
         UserError: files are missing, damaged, or of something else.
     """
     if origin.is_export:
-        loaded = _load_export(origin.path, dtype)
+        loaded = _load_export(Path(origin.url), dtype)
     else:
-        loaded = _load_checkpoint(origin.path, dtype)
+        loaded = _load_checkpoint(origin.url, dtype)
     loaded.model.eval().to(device)
     return loaded
 
@@ -104,11 +109,11 @@ def default_dtype(device: torch.device) -> str:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
-def _source(path: Path) -> Source:
+def _source(url: str) -> Source:
     try:
-        return Source(path)
+        return Source(url)
     except DamagedError as error:
-        raise UserError(f"{path}: damaged: {error}; take another checkpoint") from None
+        raise UserError(f"{url}: damaged: {error}; take another checkpoint") from None
 
 
 def _export(path: Path) -> Origin:
@@ -128,7 +133,7 @@ def _export(path: Path) -> Origin:
     answer = _read_json(path / "generation_config.json").get("max_new_tokens")
     if not isinstance(answer, int):
         raise UserError(f"{path / 'generation_config.json'}: no max_new_tokens; add it, or export again")
-    return Origin(path, True, None, digest.hexdigest(), longest, answer)
+    return Origin(str(path), True, None, digest.hexdigest(), longest, answer)
 
 
 def _load_export(path: Path, dtype: torch.dtype) -> Loaded:
@@ -148,12 +153,16 @@ def _load_export(path: Path, dtype: torch.dtype) -> Loaded:
     return Loaded(model, EarshotProcessor(tokenizer, **settings), generation)
 
 
-def _load_checkpoint(path: Path, dtype: torch.dtype) -> Loaded:
-    source = _source(path)
+def _load_checkpoint(url: str, dtype: torch.dtype) -> Loaded:
+    source = _source(url)
     everything, tokenizer = source.select(0), source.tokenizer()
     model = EarshotForCausalLM(EarshotConfig(**source.description(everything)))
     source.fill(model, list(source.names(everything, llm_only=False)), everything, torch.float32)
     settings = processor_settings(tokenizer, source.recipe.data, source.strides)
+    try:
+        source.wait_verified()
+    except DamagedError as error:
+        raise UserError(f"{url}: damaged: {error}; take another checkpoint") from None
     processor = EarshotProcessor(as_transformers(tokenizer), **settings)
     model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps it without its types
     return Loaded(model, processor, generation_config(source, tokenizer))

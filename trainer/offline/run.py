@@ -88,7 +88,7 @@ def asked(request: Request, stored: StoredData) -> dict[str, Any]:
     else:
         content = hashlib.sha256(Path(request.data).read_bytes()).hexdigest()
     return {
-        "model": str(request.origin.path),
+        "model": request.origin.url,
         "model_digest": request.origin.digest,
         "data": request.data,
         "data_digest": content,

@@ -20,10 +20,10 @@ from model.batch import Ragged
 from model.config import ModelConfig
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE, num_samples
-from trainer.checkpoint.catalog import committed_steps, folder_of, read_extra
+from trainer.checkpoint.catalog import SUBFOLDER, open_checkpoints, read_extra
 from trainer.checkpoint.layout import PARAM, Manifest, Shard, matrix_of
 from trainer.checkpoint.reader import STATE, DamagedError, Reader, check_files, read_manifest
-from trainer.config.load import undump
+from trainer.config.load import load_recipe, undump
 from trainer.config.schema import Recipe
 from trainer.data.decode import SampleError, check_metadata, decode_audio
 from trainer.data.prepare import prepare
@@ -33,6 +33,7 @@ from trainer.parallel.dispatch import CALL_COST_SAMPLES, group_by_length
 from trainer.profile.analysis import Profile
 from trainer.profile.history import RunPath, primary_name
 from trainer.profile.placement import advise
+from trainer.storage.open import join_url
 from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, add_up, group_of
 
 _CHUNK_CLIPS = 128
@@ -80,22 +81,24 @@ def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
     Raises:
         UserError: there is none; the named one is damaged.
     """
-    folder = where.run_dir / "checkpoints"
-    newest_first = [folder_of(folder, step) for step in reversed(committed_steps(folder))]
+    kept = where.run_dir / "recipe.yaml"
+    root = load_recipe(str(kept)).checkpoint.root if kept.is_file() else None
+    found = open_checkpoints(join_url(root or str(where.run_dir.parent), f"{where.run_dir.name}/{SUBFOLDER}"))
     damages = []
-    for path in newest_first if where.checkpoint is None else [where.checkpoint]:
+    for step in reversed(found.steps()) if where.step is None else [where.step]:
+        folder = found.folder(step)
         try:
-            manifest = read_manifest(path)
+            manifest = read_manifest(folder)
             # The audio side, frozen parts included, which lie in a folder of their own.
             audio = (entry for name, entry in manifest.tensors.items() if name.startswith("audio."))
-            check_files(path, manifest, sorted({STATE, *(file for entry in audio for file, _ in entry.pieces)}))
+            check_files(folder, manifest, sorted({STATE, *(file for entry in audio for file, _ in entry.pieces)}))
         except DamagedError as error:
-            damages.append(f"{path}: {error}")
+            damages.append(f"{folder.url}: {error}")
             continue
-        return Reader(path, manifest), undump(read_extra(path)["recipe"], f"{path}/{STATE}")
+        return Reader(folder, manifest), undump(read_extra(folder)["recipe"], f"{folder.url}/{STATE}")
     if damages:
         raise UserError(f"{damages[0]}: no whole checkpoint; restore one")
-    raise UserError(f"{folder}: no checkpoint; let the run save one first")
+    raise UserError(f"{found.url}: no checkpoint; let the run save one first")
 
 
 def load_tower(model: ModelConfig, reader: Reader) -> AudioTower:

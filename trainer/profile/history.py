@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import UserError
-from trainer.checkpoint.catalog import step_of
+from trainer.checkpoint.layout import step_of
 from trainer.config.load import load_recipe
 from trainer.config.schema import Recipe
 from trainer.profile.analysis import Profile
@@ -25,7 +25,7 @@ class RunPath:
     @property
     def step(self) -> int | None:
         """Of the checkpoint."""
-        return None if self.checkpoint is None else step_of(self.checkpoint)
+        return None if self.checkpoint is None else step_of(self.checkpoint.name)
 
 
 def find_run(path: Path) -> RunPath:
@@ -35,7 +35,7 @@ def find_run(path: Path) -> RunPath:
         UserError: it is neither.
     """
     path = path.resolve()
-    if step_of(path) is not None and path.parent.name == "checkpoints" and path.is_dir():
+    if step_of(path.name) is not None and path.parent.name == "checkpoints" and path.is_dir():
         return RunPath(path.parent.parent, path)
     if (path / "recipe.yaml").is_file():
         return RunPath(path, None)

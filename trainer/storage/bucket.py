@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from itertools import chain
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import obstore.store
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 
 from model.errors import UserError
 from trainer.storage.credentials import Access
@@ -96,8 +97,30 @@ class BucketStore:
             return False
         return True
 
-    def put(self, name: str, parts: Iterable[bytes]) -> None:
-        self._do(name, lambda: self._store.put(name, parts, chunk_size=PART_BYTES, max_concurrency=_CONCURRENT_PARTS))
+    def put(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        rest, first, size = iter(parts), list[bytes | memoryview](), 0
+        while size <= PART_BYTES and (part := next(rest, None)) is not None:
+            first.append(part)
+            size += len(part)
+        if size <= PART_BYTES:  # one request instead of three: an upload in parts is begun and ended, too
+            self._do(name, lambda: self._store.put(name, b"".join(first)))
+            return
+        content = chain(first, rest)
+        self._do(name, lambda: self._store.put(name, content, chunk_size=PART_BYTES, max_concurrency=_CONCURRENT_PARTS))
+
+    def put_if_absent(self, name: str, content: bytes) -> bool:
+        try:
+            self._do(name, lambda: self._store.put(name, content, mode="create"))
+        except _ExistsError:
+            # Perhaps by this very call: an answer can be lost after the store has done what it was asked.
+            return self._holds(name, content)
+        return True
+
+    def _holds(self, name: str, content: bytes) -> bool:
+        try:
+            return self.get(name) == content
+        except MissingError:
+            return False
 
     def list(self, prefix: str = "") -> dict[str, int]:
         assert not prefix or prefix.endswith("/"), prefix
@@ -117,6 +140,8 @@ class BucketStore:
     def _do(self, name: str, work: Callable[[], T]) -> T:
         try:
             return work()
+        except AlreadyExistsError:
+            raise _ExistsError(f"{self._url}/{name}: exists") from None
         except (BaseError, FileNotFoundError, PermissionError) as error:
             raise self._error(name, error) from None
 
@@ -147,6 +172,10 @@ class BucketStore:
             f"{where}: no usable answer within {self._retry_sec:g} s ({said or _reason(text)}; {source}); "
             "check that the store runs and the endpoint is right"
         )
+
+
+class _ExistsError(UserError):
+    """There is such an object."""
 
 
 class _RangeError(UserError):

@@ -9,7 +9,7 @@ import os
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -55,8 +55,16 @@ class Store(Protocol):
         """Whether there is such an object."""
         ...
 
-    def put(self, name: str, parts: Iterable[bytes]) -> None:
+    def put(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         """Write `parts`, end to end, as one object: it appears whole or not at all, and replaces what was there."""
+        ...
+
+    def put_if_absent(self, name: str, content: bytes) -> bool:
+        """Write a small object unless there is one of this name. Of several who try, one succeeds.
+
+        Returns:
+            Whether the object holds `content` now.
+        """
         ...
 
     def list(self, prefix: str = "") -> dict[str, int]:
@@ -107,7 +115,17 @@ class LocalStore:
     def exists(self, name: str) -> bool:
         return (self.folder / name).is_file()
 
-    def put(self, name: str, parts: Iterable[bytes]) -> None:
+    def put(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        self._write(name, parts, os.replace)
+
+    def put_if_absent(self, name: str, content: bytes) -> bool:
+        try:
+            self._write(name, [content], os.link)
+        except FileExistsError:
+            return self.exists(name) and self.get(name) == content
+        return True
+
+    def _write(self, name: str, parts: Iterable[bytes | memoryview], finish: Callable[[str, Path], None]) -> None:
         path = self.folder / name
         temporary = None
         try:
@@ -119,19 +137,20 @@ class LocalStore:
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-            temporary = None
+            finish(temporary, path)
+        except FileExistsError:
+            raise
         except OSError as error:
             raise self._error(name, error) from None
         finally:
             if temporary is not None:
-                os.unlink(temporary)
+                Path(temporary).unlink(missing_ok=True)
 
     def list(self, prefix: str = "") -> dict[str, int]:
         assert not prefix or prefix.endswith("/"), prefix
         # Hidden files are those that `put` has not finished.
         files = (p for p in (self.folder / prefix).rglob("*") if p.is_file() and not p.name.startswith("."))
-        return {p.relative_to(self.folder).as_posix(): p.stat().st_size for p in sorted(files)}
+        return {p.relative_to(self.folder).as_posix(): p.stat().st_size for p in sorted(files) if p.exists()}
 
     def delete(self, name: str) -> None:
         try:

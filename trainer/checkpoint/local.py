@@ -1,0 +1,185 @@
+"""A run's checkpoints in a folder of the file system: written aside, committed by a rename.
+
+`attempt.json` says who may write. Each attempt puts its token there before it looks for checkpoints, and then takes
+away what others were writing; a commit reads the token and renames its own folder. Whichever comes first, the other one
+sees it: an old attempt that still read its own token has a folder that is then gone, and its rename fails.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from trainer.checkpoint.attempt import Attempt
+from trainer.checkpoint.config import CheckpointConfig, kept_steps
+from trainer.checkpoint.folder import LocalFolder
+from trainer.checkpoint.layout import FROZEN, FileEntry, Manifest, frozen_folder_of, step_name, step_of
+from trainer.checkpoint.reader import DamagedError, read_manifest
+from trainer.checkpoint.writer import Hashed
+
+log = logging.getLogger(__name__)
+
+ASIDE = ".tmp-"
+"""Begins the names of folders that are no checkpoints yet, or no longer."""
+_ATTEMPT, _SCORES = "attempt.json", "scores.json"
+
+
+class LocalDraft:
+    """A folder that is filled, and renamed at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, name: str, content: Iterable[bytes | memoryview]) -> FileEntry:
+        path, hashed = self.path / name, Hashed(content)
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "xb") as file:
+            for chunk in hashed:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        return hashed.entry
+
+
+class LocalCheckpoints:
+    """See `trainer.checkpoint.catalog.Checkpoints`; all ranks see the same folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def url(self) -> str:
+        return str(self.path)
+
+    def steps(self) -> list[int]:
+        if not self.path.is_dir():
+            return []
+        return sorted(step for entry in self.path.iterdir() if (step := step_of(entry.name)) is not None)
+
+    def folder(self, step: int) -> LocalFolder:
+        return LocalFolder(self.path / step_name(step))
+
+    # ---- writing
+
+    def begin_attempt(self) -> Attempt:
+        self.path.mkdir(parents=True, exist_ok=True)
+        mine = Attempt.after(self._attempt())
+        self._replace(_ATTEMPT, json.dumps(asdict(mine)), mine.token)
+        self.sweep(mine)
+        return mine
+
+    def draft(self, attempt: Attempt, step: int) -> LocalDraft:
+        aside = self._aside(attempt, step)
+        aside.mkdir(parents=True, exist_ok=True)
+        return LocalDraft(aside)
+
+    def commit(self, attempt: Attempt, manifest: Manifest) -> None:
+        step = manifest.step
+        aside, final = self._aside(attempt, step), self.path / step_name(step)
+        for name in attempt.written(manifest):
+            if not (aside / name).exists():
+                raise OSError(f"{name}, written by another rank, is not there: all ranks must share {self.path}")
+        attempt.check(self._attempt(), self.url)
+        own = attempt.folder(FROZEN, step)
+        if (aside / own).exists():
+            _rename(aside / own, self.path / own)
+        if final.exists():  # damaged, or of a future that the run went back from
+            _remove_folder(final)
+        _rename(aside, final)
+
+    def discard(self, attempt: Attempt, step: int) -> None:
+        shutil.rmtree(self._aside(attempt, step), ignore_errors=True)  # the save's own failure is what counts
+
+    def clean_up(self, config: CheckpointConfig, newest: int, attempt: Attempt | None = None) -> list[str]:
+        if attempt is not None:
+            attempt.check(self._attempt(), self.url)
+        committed = self.steps()
+        kept = kept_steps(config, [step for step in committed if step <= newest], self.scores())
+        removed = []
+        for step in committed:
+            if step not in kept:
+                if step > newest:
+                    log.warning("checkpoint %s is removed: the run went back behind it", step_name(step))
+                _remove_folder(self.path / step_name(step))
+                removed.append(str(self.path / step_name(step)))
+        try:
+            manifests = [read_manifest(self.folder(step)) for step in self.steps()]
+        except DamagedError:
+            return removed  # what it refers to is not known
+        used = {frozen_folder_of(name) for manifest in manifests for name in manifest.files}
+        for folder in self.path.glob(f"{FROZEN}-*"):
+            if folder.name not in used:
+                _remove_folder(folder)
+                removed.append(str(folder))
+        _sync(self.path)
+        return removed
+
+    def sweep(self, attempt: Attempt) -> None:
+        for folder in self.path.glob(f"{ASIDE}*"):
+            if attempt.token not in folder.name:
+                _remove_folder(folder)
+
+    # ---- scores
+
+    def scores(self) -> dict[int, float]:
+        path = self.path / _SCORES
+        return {int(k): float(v) for k, v in json.loads(path.read_text()).items()} if path.is_file() else {}
+
+    def note_score(self, step: int, value: float) -> None:
+        self._replace(_SCORES, json.dumps({**self.scores(), step: value}), "part")
+
+    # ---- names
+
+    def _aside(self, attempt: Attempt, step: int) -> Path:
+        return self.path / f"{ASIDE}{attempt.number:04d}-{attempt.token}-{step_name(step)}"
+
+    def _attempt(self) -> Attempt | None:
+        try:
+            return Attempt.from_json(json.loads((self.path / _ATTEMPT).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            return None  # torn by a power cut: whoever begins next writes it anew
+
+    def _replace(self, name: str, text: str, suffix: str) -> None:
+        part = self.path / f"{name}.{suffix}"
+        part.unlink(missing_ok=True)
+        LocalDraft(self.path).write(part.name, [text.encode()])
+        part.replace(self.path / name)
+        _sync(self.path)
+
+
+def _rename(part: Path, final: Path) -> None:
+    """Make a folder appear under another name beside it, durably."""
+    _sync(part)
+    os.rename(part, final)
+    _sync(final.parent)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Rename, then delete: a removal cut short leaves no half of a checkpoint, and who still writes there fails.
+
+    A folder that is not there is as good as removed.
+    """
+    doomed = folder.parent / f"{ASIDE}old-{secrets.token_hex(4)}"
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:
+        return
+    _sync(folder.parent)
+    shutil.rmtree(doomed)
+
+
+def _sync(folder: Path) -> None:
+    """Names in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
