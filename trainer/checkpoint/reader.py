@@ -15,7 +15,7 @@ from trainer.checkpoint.layout import FileEntry, Manifest, Rect, Shard, file_of_
 from trainer.checkpoint.tensor_file import TensorFile
 
 MANIFEST, STATE = "manifest.json", "state.json"
-_CHUNK_BYTES = 1 << 22
+_CHUNK_BYTES = 1 << 19  # stays in a core's cache until it is hashed
 _NUM_HASHERS = 4
 
 

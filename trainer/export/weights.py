@@ -22,7 +22,7 @@ from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.tensor_file import memory_of
 from trainer.checkpoint.writer import encode_header
 
-_COPY_BYTES = 1 << 26
+_COPY_BYTES = 1 << 23
 _CHUNK_ELEMENTS = 1 << 20
 _METADATA = {"format": "pt"}
 
