@@ -26,6 +26,7 @@ from trainer.engine.llm import LLMEngine
 from trainer.engine.optim import check_patterns
 from trainer.engine.placement import place
 from trainer.evaluate import Evaluator
+from trainer.exit_codes import ExitCode
 from trainer.hooks import Hook, LoadHook, ProgressHook, SummaryHook, TrackerHook
 from trainer.launch import RankEnv
 from trainer.loop import Loop
@@ -62,7 +63,7 @@ def run_training(recipe: Recipe, env: RankEnv) -> int:
             print(f"stopped; the same command goes on from the checkpoint in {run_dir}", flush=True)
     dist.barrier(groups.world)
     dist.destroy_process_group()
-    return 0
+    return ExitCode.FINISHED if finished else ExitCode.STOPPED
 
 
 def prepare_once(recipe: Recipe, groups: Groups) -> PreparedData:

@@ -13,6 +13,7 @@ from trainer.data.config import DataConfig
 from trainer.engine.optim import OptimConfig
 from trainer.eval_config import EvalConfig
 from trainer.parallel.topology import ParallelConfig
+from trainer.restart import RestartConfig
 from trainer.telemetry.trace import ProfileConfig
 from trainer.telemetry.tracker import TelemetryConfig
 
@@ -66,6 +67,7 @@ class Recipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    restart: RestartConfig = field(default_factory=RestartConfig)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
