@@ -14,7 +14,7 @@ SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py
 
 # What each part of the house may import of the project, besides itself. A part is a sub-package of trainer/, or one
 # of its top-level modules; every part may import model/ (except that model/ has nobody below it).
-LEAVES = {"eval_config", "exit_codes", "scoring"}
+LEAVES = {"eval_config", "exit_codes", "scoring", "spike_guard"}
 ALLOWED = {
     "model": set(),
     "trainer.storage": {"model"},
@@ -34,6 +34,7 @@ ALLOWED = {
         "trainer.checkpoint",
         "trainer.eval_config",
         "trainer.restart",
+        "trainer.spike_guard",
     },
 }
 

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -99,6 +99,8 @@ class Place:
     """Of the writing threads."""
     rank: int
     topology: Mapping[str, int]
+    beat: Callable[[str], None] = lambda what: None
+    """Is called with every file."""
 
 
 class Save:
@@ -168,6 +170,7 @@ class Save:
                 (f"{self._frozen_folder()}/{file}", [s for s in shards if s.frozen]),
             ):
                 if part:
+                    self.place.beat(f"writing {name}")
                     (aside / name).parent.mkdir(exist_ok=True)
                     weights = {key_of(s.name, PARAM, s.rect): s.values[PARAM] for s in part}
                     files[name] = write_tensors(aside / name, weights)
@@ -176,6 +179,7 @@ class Save:
                 key_of(s.name, kind, s.rect): value for s in shards for kind, value in s.values.items() if kind != PARAM
             }
         if moments:
+            self.place.beat(f"writing {file_of(MOMENTS, rank)}")
             files[file_of(MOMENTS, rank)] = write_tensors(aside / file_of(MOMENTS, rank), moments)
         file = file_of("rng", rank)
         files[file] = write_tensors(aside / file, self.content.generators)

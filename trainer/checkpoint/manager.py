@@ -50,16 +50,23 @@ class CheckpointManager:
         folder: `<run>/checkpoints`; all ranks see the same one.
         config: which of them stay.
         groups: this rank's place.
+        beat: is called with every file that is written.
 
     Raises:
         UserError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, groups: Groups) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        groups: Groups,
+        beat: Callable[[str], None] = lambda what: None,
+    ) -> None:
         self.folder, self.config, self.groups = folder, config, groups
         attempt = self._from_rank0(lambda: begin_attempt(folder))
         writers = dist.new_group(backend="gloo")
-        self._place = Place(folder, config, attempt, writers, groups.rank, self._topology())
+        self._place = Place(folder, config, attempt, writers, groups.rank, self._topology(), beat)
         self._buffer = HostBuffer(groups.device)
         self._verified: set[Path] = set()
         self._current: int | None = None
@@ -67,6 +74,7 @@ class CheckpointManager:
         self._save: Save | None = None
         self._noted: Save | None = None
         self._unread: list[Path] = []
+        self._failures: list[Outcome] = []
 
     def save(self, step: int, engines: Engines, extra: dict[str, Any]) -> None:
         """Begin to save the state after `step` steps. Returns when it is copied to host memory; the rest is done in the
@@ -93,6 +101,20 @@ class CheckpointManager:
             self._note(self._save)
         paths, self._unread = self._unread, []
         return paths
+
+    def failed(self) -> list[Outcome]:
+        """Saves that failed since the last call; ask after `finished`. Not collective."""
+        failures, self._failures = self._failures, []
+        return failures
+
+    def rewind(self, engines: Engines) -> int | None:
+        """Bring the engines back to the newest checkpoint; returns its step, None: there is none."""
+        self._settle(None)
+        latest = self.latest()
+        if latest is None:
+            return None
+        self.load(latest, engines)
+        return self._current
 
     def close(self) -> None:
         """Wait for the last save; if it failed, try it once more.
@@ -241,11 +263,16 @@ class CheckpointManager:
 
     def _note(self, save: Save) -> None:
         outcome = save.wait()
-        if outcome.failure is None and save is not self._noted:
+        if save is self._noted:
+            return
+        self._noted = save
+        if outcome.failure is None:
             assert outcome.frozen is not None
-            self._noted, self._frozen = save, outcome.frozen
+            self._frozen = outcome.frozen
             self._unread.append(outcome.path)
             self._verified.add(outcome.path)
+        else:
+            self._failures.append(outcome)
 
     # ---- finding
 
