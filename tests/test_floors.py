@@ -14,7 +14,7 @@ SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py
 
 # What each part of the house may import of the project, besides itself. A part is a sub-package of trainer/, or one
 # of its top-level modules; every part may import model/ (except that model/ has nobody below it).
-LEAVES = {"eval_config", "scoring"}
+LEAVES = {"eval_config", "exit_codes", "scoring", "spike_guard"}
 ALLOWED = {
     "model": set(),
     "trainer.storage": {"model"},
@@ -23,6 +23,7 @@ ALLOWED = {
     "trainer.telemetry": {"model"},
     "trainer.engine": {"model", "trainer.parallel"},
     "trainer.checkpoint": {"model", "trainer.storage", "trainer.parallel", "trainer.engine"},
+    "trainer.restart": {"model", "trainer.exit_codes", "trainer.telemetry"},
     "trainer.config": {
         "model",
         "trainer.storage",
@@ -32,6 +33,8 @@ ALLOWED = {
         "trainer.engine",
         "trainer.checkpoint",
         "trainer.eval_config",
+        "trainer.restart",
+        "trainer.spike_guard",
     },
 }
 

@@ -7,14 +7,17 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
 
 from model.errors import UserError
 from trainer import launch
+from trainer.exit_codes import ExitCode
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one line on stderr that tells the user what to mend."""
+    """Returns the exit code, see `ExitCode`: 2 after one line on stderr that tells the user what to mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_intermixed_args(arguments)
     if not options.verbose:
@@ -27,24 +30,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from trainer.config.checks import check_recipe
     from trainer.config.load import load_recipe
+    from trainer.parallel.topology import build_topology
 
     recipe = load_recipe(options.recipe, options.overrides)
+    build_topology(recipe.parallel, recipe.parallel.num_ranks)
+    env = launch.rank_env(os.environ, recipe.parallel.num_ranks)
+    if env is None and not options.dry_run:
+        # The ranks check the rest: what that imports takes seconds, and they need it anyway.
+        return launch.start_ranks(recipe.parallel.num_ranks, [sys.executable, "-m", "trainer", *arguments])
+    from trainer.config.checks import check_recipe
+
     check_recipe(recipe)
     if options.dry_run:
         from trainer.dry_run import describe
 
         print(describe(recipe))
         return 0
-    env = launch.rank_env(os.environ, recipe.parallel.num_ranks)
-    if env is None:
-        return launch.start_ranks(recipe.parallel.num_ranks, [sys.executable, "-m", "trainer", *arguments])
+    assert env is not None
     launch.join(env)
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with _without("mlflow"):
+        import deepspeed  # noqa: F401 - its autotuner tries mlflow, which takes seconds
     from trainer.build import run_training
 
     return run_training(recipe, env)
@@ -80,5 +90,27 @@ def _be_calm() -> None:
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
+@contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Where imports of a package fail, if it has not been imported yet."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process. After a failure at once: other threads and libraries may wait for ranks that are gone."""
+    if code not in (ExitCode.FAILED, ExitCode.PEER_LOST):
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,44 +28,100 @@ from trainer.engine.llm import LLMEngine
 from trainer.engine.optim import check_patterns
 from trainer.engine.placement import place
 from trainer.evaluate import Evaluator
-from trainer.hooks import Hook, LoadHook, ProgressHook, SummaryHook, TrackerHook
+from trainer.exit_codes import ExitCode
+from trainer.failure import Position, tell_failure, tell_mistake
+from trainer.hooks import EventHook, Hook, LoadHook, ProgressHook, SummaryHook, TrackerHook
 from trainer.launch import RankEnv
 from trainer.loop import Loop
-from trainer.parallel.groups import Groups, build_groups, connect
+from trainer.parallel.groups import COLLECTIVE_TIMEOUT_SEC, Groups, build_groups, connect
 from trainer.parallel.topology import build_topology
 from trainer.report import final_table
 from trainer.step import Step
 from trainer.storage.open import join_url, open_store
+from trainer.telemetry.events import EventLog, begin_attempt
 from trainer.telemetry.tracker import build_tracker
+from trainer.watchdog import Watchdog, clear_hang
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run_training(recipe: Recipe, env: RankEnv) -> int:
     """Train `recipe` as one rank; returns the process's exit code."""
+    # The watchdog must bark before a collective gives up.
+    connect(max(COLLECTIVE_TIMEOUT_SEC, 2 * recipe.train.hang_timeout_sec))
+    events = begin_run(recipe, env)
+    position = Position()
+    try:
+        return _train(recipe, env, events, position)
+    except UserError as error:
+        tell_mistake(error, position, events)
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is told, and decides how the process ends
+        return tell_failure(error, position, events)
+
+
+def begin_run(recipe: Recipe, env: RankEnv) -> EventLog:
+    """Begin an attempt: rank 0 says so in the run's events and leaves the recipe. Collective.
+
+    Raises:
+        UserError: the run's folder cannot be written.
+    """
+    run_dir = Path(recipe.train.run_dir) / recipe.name
+    box: list[int | str] = [0]
+    if env.rank == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+            log = begin_attempt(
+                run_dir,
+                name=recipe.name,
+                num_ranks=env.world_size,
+                num_steps=recipe.train.steps,
+                **slurm_job(os.environ),
+            )
+            clear_hang(log)
+            box[0] = log.attempt or 0
+        except OSError as error:
+            box[0] = f"train.run_dir = {recipe.train.run_dir}: {error}"
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], str):
+        raise UserError(box[0])
+    return EventLog(run_dir, env.rank, box[0])
+
+
+def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
+    """What `started` tells of the job."""
+    names = {"SLURM_JOB_ID": "job", "SLURM_RESTART_COUNT": "restarts", "SLURM_JOB_NODELIST": "nodes"}
+    return {key: environ[name] for name, key in names.items() if name in environ}
+
+
+def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -> int:
     topology = build_topology(recipe.parallel, env.world_size)
     rank, _, device = connect()
     groups = build_groups(topology, rank, device, recipe.seed)
-    run_dir = Path(recipe.train.run_dir) / recipe.name
+    run_dir = events.run_dir
+    watchdog = Watchdog(recipe.train.hang_timeout_sec, events, topology.world)
     prepared = prepare_once(recipe, groups)
     step = build_step(recipe, groups, prepared.tokenizer.vocab_size)
-    evaluator = Evaluator(recipe.eval, prepared, step, run_dir)
-    checkpoints = CheckpointManager(join_url(recipe.run_url, SUBFOLDER), recipe.checkpoint, groups)
+    evaluator = Evaluator(recipe.eval, prepared, step, run_dir, watchdog.beat)
+    url = join_url(recipe.run_url, SUBFOLDER)
+    checkpoints = CheckpointManager(url, recipe.checkpoint, groups, watchdog.beat)
     described = describe_run(recipe, step, prepared)
-    loop = Loop(recipe, step, groups, prepared, evaluator, checkpoints, run_dir, described)
+    loop = Loop(recipe, step, groups, prepared, evaluator, checkpoints, run_dir, described, watchdog, position)
     start, extra = loop.restore()
-    hooks = build_hooks(recipe, run_dir, start) if rank == 0 else []
+    hooks = build_hooks(recipe, run_dir, start, events) if rank == 0 else []
     if rank == 0:
         keep_tokenizer(prepared, recipe, run_dir)
-    finished = loop.run(hooks, start, extra.get("data"))
-    if rank == 0:
-        if finished and loop.last_evaluation is not None:
-            print(final_table(loop.last_evaluation, prepared, evaluator.meteor), flush=True)
-        if not finished:
-            print(f"stopped; the same command goes on from the checkpoint in {recipe.run_url}", flush=True)
-    dist.barrier(groups.world)
+    with watchdog:
+        finished = loop.run(hooks, start, extra.get("data"))
+        if rank == 0:
+            if finished and loop.last_evaluation is not None:
+                print(final_table(loop.last_evaluation, prepared, evaluator.meteor), flush=True)
+            if not finished:
+                print(f"stopped; the same command goes on from the checkpoint in {recipe.run_url}", flush=True)
+        dist.barrier(groups.world)
     dist.destroy_process_group()
-    return 0
+    return ExitCode.FINISHED if finished else ExitCode.STOPPED
 
 
 def prepare_once(recipe: Recipe, groups: Groups) -> PreparedData:
@@ -128,6 +186,7 @@ def build_step(recipe: Recipe, groups: Groups, vocab_size: int) -> Step:
         tokens_per_microbatch=train.llm_tokens_per_microbatch,
         seed=recipe.seed,
         debug_plan=train.debug_plan,
+        spike=recipe.spike,
     )
 
 
@@ -146,18 +205,22 @@ def keep_tokenizer(prepared: PreparedData, recipe: Recipe, run_dir: Path) -> Non
             open_store(place, recipe.checkpoint.retry_sec).put(TOKENIZER, [path.read_bytes()])
 
 
-def build_hooks(recipe: Recipe, run_dir: Path, start: int) -> list[Hook]:
-    """What watches the run, on rank 0; also leaves the resolved recipe in the run's folder."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+def build_hooks(recipe: Recipe, run_dir: Path, start: int, events: EventLog) -> list[Hook]:
+    """What watches the run, on rank 0."""
     telemetry = recipe.telemetry
     tracker = build_tracker(
-        telemetry, run_name=recipe.name, run_root=run_dir.parent, params=to_tree(recipe), resume_step=start
+        telemetry,
+        run_name=recipe.name,
+        run_root=run_dir.parent,
+        params=to_tree(recipe),
+        resume_step=start,
+        again=(events.attempt or 1) > 1,
     )
     hooks: list[Hook] = [
         TrackerHook(tracker, telemetry.log_every_steps),
         LoadHook(run_dir, start),
         SummaryHook(tracker),
+        EventHook(events),
     ]
     if telemetry.progress:
         hooks.append(ProgressHook(telemetry.log_every_steps))

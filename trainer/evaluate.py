@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,21 @@ class Evaluator:
         prepared: where the splits lie.
         step: the engines.
         folder: predictions are written there, one JSONL per evaluation, and its scores beside them as JSON.
+        beat: is called with every batch.
 
     Raises:
         UserError: `eval.wordnet` is given and is no WordNet folder.
     """
 
-    def __init__(self, config: EvalConfig, prepared: PreparedData, step: Step, folder: Path) -> None:
-        self.config, self.prepared, self.step, self.folder = config, prepared, step, folder
+    def __init__(
+        self,
+        config: EvalConfig,
+        prepared: PreparedData,
+        step: Step,
+        folder: Path,
+        beat: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        self.config, self.prepared, self.step, self.folder, self.beat = config, prepared, step, folder, beat
         self.meteor: Meteor | None = None
         """None: there is no WordNet; the first evaluation with captions says so."""
         self._no_meteor = ""
@@ -79,7 +87,7 @@ class Evaluator:
             world = groups.topology.world
             found = eval_samples(self.prepared, split, groups.rank, world, max_samples, on_skip=skips)
             self._samples[split, max_samples] = found
-        mine = predict(self.step, self._samples[split, max_samples], self.prepared.tokenizer, self.config)
+        mine = predict(self.step, self._samples[split, max_samples], self.prepared.tokenizer, self.config, self.beat)
         everyone: list[Any] | None = [None] * groups.topology.world if groups.rank == 0 else None
         dist.gather_object(mine, everyone, dst=0, group=groups.world)
         if everyone is None:
@@ -113,7 +121,9 @@ class Evaluator:
         path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def predict(step: Step, samples: Sequence[Sample], tokenizer: Tokenizer, config: EvalConfig) -> list[Prediction]:
+def predict(
+    step: Step, samples: Sequence[Sample], tokenizer: Tokenizer, config: EvalConfig, beat: Callable[[str], None]
+) -> list[Prediction]:
     """Answers to this rank's `samples`; collective, ranks may have different numbers of them."""
     groups = step.groups
     share = max(1, config.batch_size * groups.topology.dp // groups.topology.world)
@@ -124,6 +134,7 @@ def predict(step: Step, samples: Sequence[Sample], tokenizer: Tokenizer, config:
     step.llm.train(False)
     predictions = []
     for n in range(int(rounds)):
+        beat(f"batch {n + 1} of an evaluation")
         part = [samples[i] for i in order[n * share : (n + 1) * share]]
         for sample, tokens in zip(part, answer(step, Batch(tuple(part)), tokenizer, config), strict=True):
             finished = len(tokens) < config.max_new_tokens

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainer.checkpoint.catalog import step_of
 from trainer.scoring.scores import HEADLINES
+from trainer.telemetry.events import EventLog
 from trainer.telemetry.jsonl import StepLog
 from trainer.telemetry.load_history import HISTORY_NAME
 from trainer.telemetry.metrics import EvalReport, StepReport, flatten, flatten_eval, is_logged
@@ -49,6 +51,9 @@ class Hook(Protocol):
     def on_save(self, url: str) -> None:
         """After a checkpoint is committed."""
 
+    def on_event(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
+        """When one of `trainer.telemetry.events.EVENTS` happens in the loop; `step`: the last one that was begun."""
+
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """Once, after the last step: also when a signal ended the run, not when an exception did.
 
@@ -58,6 +63,10 @@ class Hook(Protocol):
 
 class ProgressHook:
     """Progress bar or plain lines, with evaluations and checkpoints announced between them."""
+
+    _UNTOLD = ("resumed", "finished", "stopped")
+    """Events that the terminal shows in other words."""
+    _UNTOLD_FIELDS = ("samples", "why", "slow_rank", "slow_host", "times_median")
 
     def __init__(self, every_steps: int = 1) -> None:
         self._every_steps = every_steps
@@ -85,6 +94,14 @@ class ProgressHook:
         self._progress.write(f"saved {url}")
         self._progress.skip_time()
 
+    def on_event(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
+        assert self._progress is not None
+        if event not in self._UNTOLD:
+            told = {key: value for key, value in fields.items() if key not in self._UNTOLD_FIELDS}
+            words = [str(fields["why"])] if "why" in fields else []
+            words += [f"{key} {value}" for key, value in told.items()]
+            self._progress.write(f"step {step}: {event.replace('_', ' ')}: {', '.join(words)}")
+
     def on_end(self, summary: Mapping[str, Any]) -> None:
         assert self._progress is not None
         self._progress.close()
@@ -109,6 +126,9 @@ class TrackerHook:
         self._tracker.log(flatten_eval(report), report.step)
 
     def on_save(self, url: str) -> None:
+        pass
+
+    def on_event(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
         pass
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
@@ -143,8 +163,38 @@ class LoadHook:
     def on_save(self, url: str) -> None:
         pass
 
+    def on_event(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
+        pass
+
     def on_end(self, summary: Mapping[str, Any]) -> None:
         self._log.close()
+
+
+class EventHook:
+    """Leaves what happens in the run's `events.jsonl`."""
+
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
+
+    def on_start(self, state: RunState) -> None:
+        if state.start_step:
+            self._log.add("resumed", state.start_step, checkpoint=f"step-{state.start_step:08d}")
+
+    def on_step(self, report: StepReport) -> None:
+        pass
+
+    def on_eval(self, report: EvalReport) -> None:
+        pass
+
+    def on_save(self, url: str) -> None:
+        name = url.rpartition("/")[2]
+        self._log.add("saved", step_of(name), checkpoint=name)
+
+    def on_event(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
+        self._log.add(event, step, **fields)
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        pass
 
 
 class SummaryHook:
@@ -175,7 +225,7 @@ class SummaryHook:
             self._loss_first = _first_logged_loss(state.run_dir / "metrics.jsonl")
 
     def on_step(self, report: StepReport) -> None:
-        if self._loss_first is None:
+        if self._loss_first is None and report.left_out is None:
             self._loss_first = report.loss
         if not self._first_phases:
             self._first_phases = dict(report.phase_sec)
@@ -183,12 +233,17 @@ class SummaryHook:
             self._num_timed += 1
             for phase, seconds in report.phase_sec.items():
                 self._phases[phase] += seconds
-        self._loss_last, self._last_step = report.loss, report.step
+        if report.left_out is None:
+            self._loss_last = report.loss
+        self._last_step = report.step
 
     def on_eval(self, report: EvalReport) -> None:
         self._scores[report.split] = dict(report.values)
 
     def on_save(self, url: str) -> None:
+        pass
+
+    def on_event(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
         pass
 
     def on_end(self, summary: Mapping[str, Any]) -> None:

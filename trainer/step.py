@@ -38,6 +38,7 @@ from trainer.parallel.exchange import check_same_plan, exchange
 from trainer.parallel.groups import Groups
 from trainer.parallel.packs import PackPlan, embedding_segments, token_segments
 from trainer.parallel.plan import route
+from trainer.spike_guard import SpikeConfig, SpikeGuard
 from trainer.telemetry.load_history import LoadInterval, LoadMeter
 from trainer.telemetry.metrics import PhaseTimer, StepReport
 
@@ -53,6 +54,7 @@ class Step:
         tokens_per_microbatch: rows that a pack may hold.
         seed: of the router's noise.
         debug_plan: compare all ranks' plans before each step's exchanges.
+        spike: when an update is left out.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class Step:
         tokens_per_microbatch: int,
         seed: int,
         debug_plan: bool = False,
+        spike: SpikeConfig | None = None,
     ) -> None:
         self.debug_plan = debug_plan
+        self.guard = SpikeGuard(spike or SpikeConfig())
         self.model, self.optim = model, optim
         self.audio, self.llm, self.groups = audio, llm, groups
         self.num_steps, self.tokens_per_microbatch, self.seed = num_steps, tokens_per_microbatch, seed
@@ -80,8 +84,10 @@ class Step:
         self.audio.take_costs()  # an evaluation's
         report = self.forward_backward(step, batch)
         with self.timer("update"):
-            norm, scale = self.update(step)
-        report = replace(report, grad_norm=norm, lr=self.optim.lr * scale, phase_sec=self.timer.take())
+            norm, scale, left_out = self.update(step, self.guard.judge(report.loss))
+        self.guard.note(report.step, report.loss, left_out is not None)
+        report = replace(report, grad_norm=norm, lr=self.optim.lr * scale, left_out=left_out)
+        report = replace(report, num_left_out=self.guard.num_left_out, phase_sec=self.timer.take())
         costs = {name: astuple(cost) for name, cost in self.audio.take_costs().items()}
         self.meter.add_step(costs, report.seconds)
         return report
@@ -113,8 +119,10 @@ class Step:
             auxiliary = self.model.routing_loss.weight * mowe + self.model.ctc_weight * ctc
             self.audio.backward((embeddings * grad).sum() + auxiliary)
         with timer("report"):
-            self.meter.add_clips(batch, audio.routing)
-            return self.report(step, whole, sample_losses, mowe, ctc)
+            report = self.report(step, whole, sample_losses, mowe, ctc)
+            if np.isfinite(report.loss):
+                self.meter.add_clips(batch, audio.routing)
+            return report
 
     def router_noise(self, step: int, batch: Batch) -> Tensor | None:
         """[clips, gates, experts] standard normal, a function of seed, step, sample and the expert's name: not of where
@@ -144,24 +152,27 @@ class Step:
         total = RoutingSums(sums[:-2], sums[-2], sums[-1], whole.counts.clips)
         return routing_loss(self.model.routing_loss, local, total), ctc
 
-    def update(self, step: int) -> tuple[float, float]:
-        """Line 9. Returns (global gradient norm before clipping, factor on the peak learning rates).
+    def update(self, step: int, mistrust: str | None = None) -> tuple[float, float, str | None]:
+        """Line 9. Returns (global gradient norm before clipping, factor on the peak learning rates, why the update was
+        left out and all weights are as they were; None: it was not).
 
-        A norm that is not finite leaves all weights as they are.
+        `mistrust`: a reason to leave it out. One rank's is enough; a norm that is not finite is one.
         """
-        squares = torch.stack([self.audio.grad_square(), self.llm.grad_square()])
-        dist.all_reduce(squares, group=self.groups.world)
-        audio_norm, norm = float(squares[0].sqrt()), float(squares.sum().sqrt())
+        mistrusted = torch.tensor(float(mistrust is not None), dtype=torch.float64, device=self.groups.device)
+        sums = torch.stack([self.audio.grad_square(), self.llm.grad_square(), mistrusted])
+        dist.all_reduce(sums, group=self.groups.world)
+        audio_norm, norm = float(sums[0].sqrt()), float(sums[:2].sum().sqrt())
         scale = lr_scale(self.optim, step, self.num_steps)
-        if not np.isfinite(norm):
+        if not np.isfinite(norm) or sums[2] > 0:
             self.audio.discard()
-            return norm, scale
+            why = f"gradient norm is {norm}" if not np.isfinite(norm) else "another rank mistrusts the loss"
+            return norm, scale, mistrust or why
         coefficient = min(1.0, self.optim.clip_norm / (norm + 1e-6)) if self.optim.clip_norm > 0 else 1.0
         self.audio.step(coefficient, audio_norm, scale)
         self.llm.step(coefficient, scale)
         if self.model.experts:
             self.audio.tower.router.advance()
-        return norm, scale
+        return norm, scale, None
 
     def report(self, step: int, whole: GlobalBatch, sample_losses: Tensor, mowe: Tensor, ctc: Tensor) -> StepReport:
         """One sum over ranks of everything that is reported."""

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from model.router import Routing
-from trainer.hooks import Hook, ProgressHook, RunState, SummaryHook, TrackerHook
+from trainer.hooks import EventHook, Hook, ProgressHook, RunState, SummaryHook, TrackerHook
+from trainer.telemetry.events import EventLog, read_events
 from trainer.telemetry.expert_load import ExpertLoad, group_of
 from trainer.telemetry.load_history import LoadInterval, LoadMeter
 from trainer.telemetry.metrics import EvalReport, PhaseTimer, StepReport, flatten, flatten_eval, peak_memory_bytes
@@ -221,3 +222,34 @@ def test_an_evaluation_is_announced_by_its_chief_metrics(capsys: pytest.CaptureF
     captured = capsys.readouterr()
     assert "asr/wer 0.250 [0.200, 0.300]  er/accuracy 0.750\n" in captured.out + captured.err
     assert "0.125" not in captured.out + captured.err
+
+
+def test_steps_that_were_left_out_do_not_blur_the_mean() -> None:
+    nan = make_report(2, loss=float("nan"), grad_norm=float("nan"), left_out="loss is nan", num_left_out=1)
+    metrics = flatten([make_report(1), nan])
+    assert metrics["train/loss"] == 2.0 and metrics["train/grad_norm"] == 1.5 and metrics["train/steps_left_out"] == 1
+    assert metrics["time/step_sec"] == 2.0
+    assert str(flatten([nan])["train/loss"]) == "nan"
+
+
+def test_events_reach_the_file_and_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hooks: list[Hook] = [EventHook(EventLog(tmp_path, 0, 2)), ProgressHook(), SummaryHook()]
+    for hook in hooks:
+        hook.on_start(RunState("x", tmp_path, num_steps=9, num_ranks=2, start_step=4))
+        hook.on_step(make_report(5, loss=3.0))
+        hook.on_step(make_report(6, loss=float("nan"), left_out="loss is nan"))
+        hook.on_event("skip", 6, {"why": "loss is nan", "samples": ["a", "b"]})
+        hook.on_save(tmp_path / "step-00000006")
+        hook.on_event("stopped", 6, {})
+        hook.on_end({})
+    events = read_events(tmp_path)
+    assert [(e["event"], e["step"], e["attempt"]) for e in events] == [
+        ("resumed", 4, 2),
+        ("skip", 6, 2),
+        ("saved", 6, 2),
+        ("stopped", 6, 2),
+    ]
+    assert events[1]["samples"] == ["a", "b"] and events[2]["checkpoint"] == "step-00000006"
+    shown = capsys.readouterr().err
+    assert "step 6: skip: loss is nan\n" in shown and "stopped" not in shown
+    assert json.loads((tmp_path / "summary.json").read_text())["loss_last"] == 3.0

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from model.errors import UserError
 from trainer.telemetry.metrics import PhaseTimer
-from trainer.telemetry.trace import WAIT, ProfileConfig, Trace
+from trainer.telemetry.profile_config import ProfileConfig
+from trainer.telemetry.trace import WAIT, Trace
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -99,6 +99,8 @@ class Place:
     """Of the writing threads."""
     rank: int
     topology: Mapping[str, int]
+    beat: Callable[[str], None] = lambda what: None
+    """Is called with every file."""
 
 
 class Save:
@@ -165,6 +167,7 @@ class Save:
                 (f"{frozen}/{file}", [s for s in shards if s.frozen]),
             ):
                 if part:
+                    self.place.beat(f"writing {name}")
                     weights = {key_of(s.name, PARAM, s.rect): s.values[PARAM] for s in part}
                     files[name] = write_tensors(draft, name, weights)
                     tensors |= entries_of(part, name)
@@ -172,6 +175,7 @@ class Save:
                 key_of(s.name, kind, s.rect): value for s in shards for kind, value in s.values.items() if kind != PARAM
             }
         if moments:
+            self.place.beat(f"writing {file_of(MOMENTS, rank)}")
             files[file_of(MOMENTS, rank)] = write_tensors(draft, file_of(MOMENTS, rank), moments)
         file = file_of("rng", rank)
         files[file] = write_tensors(draft, file, self.content.generators)

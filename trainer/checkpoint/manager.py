@@ -49,17 +49,24 @@ class CheckpointManager:
         url: `<run>/checkpoints`, a folder that all ranks see or `s3://…`.
         config: which of them stay.
         groups: this rank's place.
+        beat: is called with every file that is written.
 
     Raises:
         UserError: nothing can be written there.
     """
 
-    def __init__(self, url: str, config: CheckpointConfig, groups: Groups) -> None:
+    def __init__(
+        self,
+        url: str,
+        config: CheckpointConfig,
+        groups: Groups,
+        beat: Callable[[str], None] = lambda what: None,
+    ) -> None:
         self.config, self.groups = config, groups
         self.checkpoints = self._together(url, lambda: open_checkpoints(url, config.retry_sec))
         attempt = self._from_rank0(self.checkpoints.begin_attempt)
         writers = dist.new_group(backend="gloo")
-        self._place = Place(self.checkpoints, config, attempt, writers, groups.rank, self._topology())
+        self._place = Place(self.checkpoints, config, attempt, writers, groups.rank, self._topology(), beat)
         self._buffer = HostBuffer(groups.device)
         self._verified: set[str] = set()
         self._current: int | None = None
@@ -67,6 +74,7 @@ class CheckpointManager:
         self._save: Save | None = None
         self._noted: Save | None = None
         self._unread: list[str] = []
+        self._failures: list[Outcome] = []
 
     def save(self, step: int, engines: Engines, extra: dict[str, Any]) -> None:
         """Begin to save the state after `step` steps. Returns when it is copied to host memory; the rest is done in the
@@ -93,6 +101,20 @@ class CheckpointManager:
             self._note(self._save)
         urls, self._unread = self._unread, []
         return urls
+
+    def failed(self) -> list[Outcome]:
+        """Saves that failed since the last call; ask after `finished`. Not collective."""
+        failures, self._failures = self._failures, []
+        return failures
+
+    def rewind(self, engines: Engines) -> int | None:
+        """Bring the engines back to the newest checkpoint; returns its step, None: there is none."""
+        self._settle(None)
+        latest = self.latest()
+        if latest is None:
+            return None
+        self.load(latest, engines)
+        return self._current
 
     def close(self) -> None:
         """Wait for the last save; if it failed, try it once more.
@@ -122,6 +144,10 @@ class CheckpointManager:
         """See `evaluations_since_best`; None where `best_metric` was never noted, as with a name that there is not."""
         scores = self._from_rank0(self.checkpoints.scores)
         return evaluations_since_best(self.config, step, scores) if any(s <= step for s in scores) else None
+
+    def steps(self) -> list[int]:
+        """Of all committed checkpoints, ascending. Not collective."""
+        return self.checkpoints.steps()
 
     def latest(self) -> Folder | None:
         """The newest checkpoint that is whole; None: there never was one. Damaged newer ones are named in the log.
@@ -246,11 +272,16 @@ class CheckpointManager:
 
     def _note(self, save: Save) -> None:
         outcome = save.wait()
-        if outcome.failure is None and save is not self._noted:
+        if save is self._noted:
+            return
+        self._noted = save
+        if outcome.failure is None:
             assert outcome.frozen is not None
-            self._noted, self._frozen = save, outcome.frozen
+            self._frozen = outcome.frozen
             self._unread.append(outcome.url)
             self._verified.add(outcome.url)
+        else:
+            self._failures.append(outcome)
 
     # ---- finding
 

@@ -13,8 +13,10 @@ from trainer.data.config import DataConfig
 from trainer.engine.optim import OptimConfig
 from trainer.eval_config import EvalConfig
 from trainer.parallel.topology import ParallelConfig
+from trainer.restart import RestartConfig
+from trainer.spike_guard import SpikeConfig
 from trainer.storage.open import join_url
-from trainer.telemetry.trace import ProfileConfig
+from trainer.telemetry.profile_config import ProfileConfig
 from trainer.telemetry.tracker import TelemetryConfig
 
 
@@ -38,6 +40,11 @@ class TrainConfig:
     """DeepSpeed JSON, relative to the current folder or to the project's."""
     run_dir: str = "runs"
     """The run's own folder is `<run_dir>/<name>`."""
+    hang_timeout_sec: float = 600.0
+    """A rank without progress for so long (a step, a file of a checkpoint, a batch of an evaluation) counts as hung:
+    all ranks leave their stacks in the run's folder and end. 0: never."""
+    stop_grace_sec: float = 120.0
+    """From the signal that stops the run to the kill, as the scheduler gives it; a save that takes longer is told."""
     debug_plan: bool = False
     """Compare every rank's plan of every step with rank 0's, and stop where they differ."""
 
@@ -46,6 +53,10 @@ class TrainConfig:
             raise UserError(f"train.steps = {self.steps}: must be at least 1")
         if self.llm_tokens_per_microbatch < 1:
             raise UserError(f"train.llm_tokens_per_microbatch = {self.llm_tokens_per_microbatch}: must be at least 1")
+        if self.hang_timeout_sec < 0:
+            raise UserError(f"train.hang_timeout_sec = {self.hang_timeout_sec}: must be positive, or 0 for never")
+        if self.stop_grace_sec <= 0:
+            raise UserError(f"train.stop_grace_sec = {self.stop_grace_sec}: must be positive")
         if self.encoder_batch_sec <= 0:
             raise UserError(f"train.encoder_batch_sec = {self.encoder_batch_sec}: must be positive")
 
@@ -67,6 +78,8 @@ class Recipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    restart: RestartConfig = field(default_factory=RestartConfig)
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):

@@ -6,11 +6,12 @@ import fnmatch
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Literal
 
 from model.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn  # a recipe is read without it
 
 
 @dataclass(frozen=True)

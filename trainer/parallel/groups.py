@@ -37,7 +37,11 @@ class Groups:
         return self.place.pp == self.topology.pp - 1
 
 
-def connect(timeout_sec: float = 1800.0) -> tuple[int, int, torch.device]:
+COLLECTIVE_TIMEOUT_SEC = 1800.0
+"""A collective that takes longer fails."""
+
+
+def connect(timeout_sec: float = COLLECTIVE_TIMEOUT_SEC) -> tuple[int, int, torch.device]:
     """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; returns (rank, world, device)."""
     device = torch.device("cpu")
     backend = "gloo"

@@ -40,8 +40,14 @@ class StepReport:
     """Wall time by phase (load, plan, encode, exchange, llm, backward, update …), each exclusive of the others."""
     num_skipped: Mapping[str, int] = field(default_factory=dict)
     """Samples left out since the run began, by reason."""
+    left_out: str | None = None
+    """Why this step changed no weights; None: it did."""
+    num_left_out: int = 0
+    """Steps that changed no weights since the run began."""
     load: LoadInterval | None = None
     """Where this step ends an interval: what the encoders did in it, on rank 0."""
+    ranks: Mapping[str, float] = field(default_factory=dict)
+    """Where this step ends an interval: how the ranks' work in it differed, by metric name, on rank 0."""
     epochs: Mapping[str, float] = field(default_factory=dict)
     """Per set: how often it has been read since the run began."""
 
@@ -75,19 +81,22 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
 
     Losses, gradient norm and times are means over the steps; the loss of a task is over all of its tokens in them, the
     routing over all of their clips; rates are totals over the time that passed; learning rate and skips are the last
-    step's.
+    step's. Losses and norms of steps that were left out count only where there are no others.
     """
     assert reports, "nothing to log"
     last, num = reports[-1], len(reports)
-    metrics = {"train/loss": sum(r.loss for r in reports) / num}
-    for name, values in _collect(r.losses for r in reports).items():
+    done = [r for r in reports if r.left_out is None] or reports
+    metrics = {"train/loss": sum(r.loss for r in done) / len(done)}
+    for name, values in _collect(r.losses for r in done).items():
         metrics[f"train/loss_{name}"] = sum(values) / len(values)
-    for task, pairs in _collect(r.task_losses for r in reports).items():
+    for task, pairs in _collect(r.task_losses for r in done).items():
         num_targets = sum(count for _, count in pairs)
         if num_targets:
             metrics[f"train/loss/{task}"] = sum(total for total, _ in pairs) / num_targets
-    metrics["train/grad_norm"] = sum(r.grad_norm for r in reports) / num
+    metrics["train/grad_norm"] = sum(r.grad_norm for r in done) / len(done)
     metrics["train/lr"] = last.lr
+    if last.num_left_out:
+        metrics["train/steps_left_out"] = last.num_left_out
     intervals = [r.load for r in reports if r.load is not None]
     if intervals:
         metrics |= interval_metrics(sum(intervals[1:], intervals[0]))
@@ -99,6 +108,8 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
         metrics["throughput/tokens_per_sec"] = sum(r.num_tokens for r in reports) / seconds
         metrics["throughput/audio_sec_per_sec"] = sum(r.audio_sec for r in reports) / seconds
         metrics["throughput/samples_per_sec"] = sum(r.num_samples for r in reports) / seconds
+    for report in reports:
+        metrics |= report.ranks
     for name, epochs in last.epochs.items():
         metrics[f"data/epochs/{name}"] = epochs
     for reason, count in last.num_skipped.items():
@@ -155,6 +166,12 @@ class PhaseTimer:
             self._open.pop()
             if self.listener is not None:
                 self.listener.on_phase_end(phase, start_sec, self._mark_sec)
+
+    @property
+    def current(self) -> str | None:
+        """The innermost open phase; another thread may ask."""
+        opened = self._open[-1:]
+        return opened[0] if opened else None
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call; starts again from zero. Call it between phases."""

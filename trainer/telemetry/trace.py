@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from model.errors import UserError
 from trainer.telemetry.metrics import PhaseTimer
+from trainer.telemetry.profile_config import ProfileConfig
 
 WAIT = "wait"
 """Phase of waiting for the last rank to reach the next phase."""
 _NUM_MARKS = 9
-
-
-@dataclass(frozen=True)
-class ProfileConfig:
-    """The recipe's `profile` section."""
-
-    steps: str = ""
-    """`first:end`, counted from 1, `end` left out: trace these steps into `<run>/trace/`. Empty: none."""
-
-    def __post_init__(self) -> None:
-        if self.steps and not (re.fullmatch(r"[1-9]\d*:\d+", self.steps) and len(self.range)):
-            raise UserError(f"profile.steps = {self.steps!r}: give first:end with 1 <= first < end, e.g. 10:12")
-
-    @property
-    def range(self) -> range:
-        """The traced steps."""
-        first, _, end = self.steps.partition(":")
-        return range(int(first), int(end)) if self.steps else range(0)
 
 
 class Trace:

@@ -31,6 +31,10 @@ class TelemetryConfig:
     """Metrics cover this many steps (means, sums and rates over all of them) and are written once per as many."""
     progress: bool = True
     """Progress bar on a terminal, a plain line per log interval elsewhere."""
+    straggler_ratio: float = 1.3
+    """A rank that works this many times as long as the median of the others, in three stretches in a row, is named."""
+    straggler_stretch_sec: float = 30.0
+    """Seconds of training per stretch; at least one logging interval."""
     mlflow: bool = True
     """Also log to MLflow: at MLFLOW_TRACKING_URI where that is set, else in `<train.run_dir>/mlflow.db` (SQLite)."""
     mlflow_experiment: str = "mowe"
@@ -39,6 +43,8 @@ class TelemetryConfig:
     def __post_init__(self) -> None:
         if self.log_every_steps < 1:
             raise UserError(f"telemetry.log_every_steps = {self.log_every_steps}: must be at least 1")
+        if self.straggler_ratio <= 1:
+            raise UserError(f"telemetry.straggler_ratio = {self.straggler_ratio}: must be above 1")
         if self.mlflow and not self.mlflow_experiment:
             raise UserError("telemetry.mlflow_experiment is empty: name an experiment, or set telemetry.mlflow=false")
 
@@ -220,9 +226,19 @@ class CompositeTracker:
 
 
 def build_tracker(
-    config: TelemetryConfig, *, run_name: str, run_root: Path, params: Mapping[str, Any], resume_step: int = 0
+    config: TelemetryConfig,
+    *,
+    run_name: str,
+    run_root: Path,
+    params: Mapping[str, Any],
+    resume_step: int = 0,
+    again: bool = False,
 ) -> CompositeTracker:
-    """The trackers of a run in `run_root/run_name`; for rank 0 only. `params`: the resolved recipe as nested dicts."""
+    """The trackers of a run in `run_root/run_name`; for rank 0 only.
+
+    `params`: the resolved recipe as nested dicts; `again`: this is not the run's first attempt, even if it begins at
+    step 0.
+    """
     run_dir = run_root / run_name
     trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl", resume_step)]
     if config.mlflow:
@@ -234,7 +250,7 @@ def build_tracker(
                 run_root=run_root,
                 id_file=id_file,
                 params=params,
-                resume=resume_step > 0,
+                resume=resume_step > 0 or again,
             )
         )
     return CompositeTracker(trackers)

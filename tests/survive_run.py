@@ -1,0 +1,138 @@
+"""One rank of a run in which something goes wrong, for `tests.distributed.harness.run_ranks`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from model.batch import Batch
+from model.errors import UserError
+from trainer import loop as loop_module
+from trainer.build import build_hooks, build_step, describe_run, prepare_once, run_training
+from trainer.checkpoint.manager import CheckpointManager
+from trainer.config.load import load_recipe
+from trainer.data.loader import Loader
+from trainer.data.state import State
+from trainer.evaluate import Evaluator
+from trainer.failure import Position
+from trainer.launch import RankEnv
+from trainer.parallel.groups import Groups, build_groups, connect
+from trainer.parallel.topology import build_topology
+from trainer.step import Step
+from trainer.telemetry.events import EventLog, read_events
+from trainer.telemetry.metrics import StepReport
+from trainer.watchdog import Watchdog
+
+
+class Absent(Step):
+    """Leaves whole steps out: they are not even computed."""
+
+    absent: frozenset[int] = frozenset()
+
+    def __call__(self, step: int, batch: Batch) -> StepReport:
+        if step + 1 not in self.absent:
+            return super().__call__(step, batch)
+        self.timer.take()
+        self.meter.add_step({name: astuple(cost) for name, cost in self.audio.take_costs().items()}, 0.0)
+        return StepReport(step + 1, 0.0)
+
+
+def poisoned(steps: frozenset[int]) -> type[Loader]:
+    """A loader whose batches of `steps` (counted from 1) have a clip of NaN on the last rank."""
+
+    class Poisoned(Loader):
+        def __iter__(self) -> Iterator[tuple[Batch, State]]:
+            for batch, state in super().__iter__():
+                last = state["lanes"][-1] == state["num_lanes"] - 1
+                if state["batch"] in steps and last:
+                    batch = Batch(tuple(map(_poison, batch.samples)))
+                yield batch, state
+
+    return Poisoned
+
+
+def _poison(sample: Any) -> Any:
+    return replace(sample, clips=tuple(torch.full_like(c, float("nan")) for c in sample.clips))
+
+
+def spikes(folder: str, corpus: str) -> dict[str, Any]:
+    """Runs that meet a batch of NaN, and runs without some steps: what each left behind, by name."""
+    connect()
+    groups = None
+    found: dict[str, Any] = {}
+    for name, action, nan, absent in (
+        ("clean", "skip", [], []),
+        ("skip", "skip", [4], []),
+        ("without 4", "skip", [], [4]),
+        ("rewind", "rewind", [4], []),
+        ("without 3 and 4", "skip", [], [3, 4]),
+        ("stop", "stop", [4], []),
+        ("three in a row", "skip", [2, 3, 4, 5], []),
+    ):
+        overrides = [f"data.root={corpus}", f"data.cache_dir={folder}/cache", f"name={name.replace(' ', '-')}"]
+        overrides += ["train.steps=6", f"train.run_dir={folder}", f"spike.action={action}", "spike.max_in_a_row=3"]
+        recipe = load_recipe("debug", [*overrides, "telemetry.progress=false", "train.hang_timeout_sec=0"])
+        if groups is None:
+            topology = build_topology(recipe.parallel, 2)
+            groups = build_groups(topology, torch.distributed.get_rank(), torch.device("cpu"), 0)
+        error = _run(recipe, groups, frozenset(nan), frozenset(absent))
+        run_dir = Path(folder) / recipe.name
+        found[name] = {"error": error, "losses": _losses(run_dir), "events": read_events(run_dir)}
+    return found
+
+
+def _run(recipe: Any, groups: Groups, nan: frozenset[int], absent: frozenset[int]) -> str | None:
+    run_dir = Path(recipe.train.run_dir) / recipe.name
+    events = EventLog(run_dir, groups.rank, 1)
+    prepared = prepare_once(recipe, groups)
+    step = build_step(recipe, groups, prepared.tokenizer.vocab_size)
+    step.__class__ = type("Partial", (Absent,), {"absent": absent})
+    checkpoints = CheckpointManager(str(run_dir / "checkpoints"), recipe.checkpoint, groups)
+    loop = loop_module.Loop(
+        recipe,
+        step,
+        groups,
+        prepared,
+        Evaluator(recipe.eval, prepared, step, run_dir),
+        checkpoints,
+        run_dir,
+        describe_run(recipe, step, prepared),
+        Watchdog(0, events, 2),
+        Position(),
+    )
+    start, extra = loop.restore()
+    hooks = build_hooks(recipe, run_dir, start, events) if groups.rank == 0 else []
+    try:
+        with patch.object(loop_module, "Loader", poisoned(nan)):
+            loop.run(hooks, start, extra.get("data"))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _losses(run_dir: Path) -> dict[str, list[float]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {str(d["step"]): [d["train/loss"], d["train/grad_norm"]] for d in lines if "train/loss" in d}
+
+
+def failing(folder: str, corpus: str) -> int:
+    """The exit code of a rank of a run whose third step fails on rank 1."""
+    rank = int(os.environ["RANK"])
+    overrides = [f"data.root={corpus}", f"data.cache_dir={folder}/cache", "train.steps=4", f"train.run_dir={folder}"]
+    usual = Step.forward_backward
+
+    def fails(self: Step, step: int, batch: Batch) -> StepReport:
+        if step == 2 and rank == 1:
+            raise ValueError(f"cannot do {id(batch)}")
+        return usual(self, step, batch)
+
+    with patch.object(Step, "forward_backward", fails):
+        code = run_training(load_recipe("debug", [*overrides, "telemetry.progress=false"]), RankEnv(rank, rank, 2))
+    return int(code)

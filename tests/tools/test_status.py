@@ -1,0 +1,108 @@
+"""A run's folder in a few lines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import status
+from tools.status import goodput, read_status, sparkline, undone_steps
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(run: Path, events: list[tuple[float, str, int, dict[str, Any]]], losses: dict[int, Any]) -> Path:
+    run.mkdir()
+    lines = [json.dumps({"time": t, "event": e, "attempt": a, "host": "h", **fields}) for t, e, a, fields in events]
+    (run / "events.jsonl").write_text("".join(line + "\n" for line in lines))
+    records = [
+        {"step": step, "time": 100.0 + step, "train/loss": loss, "time/step_sec": 2.0, "data/skipped/nan": 3}
+        for step, loss in losses.items()
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return run
+
+
+STARTED = {"name": "demo", "num_steps": 20, "num_ranks": 2}
+
+
+def test_a_run_that_came_back(tmp_path: Path) -> None:
+    events: list[tuple[float, str, int, dict[str, Any]]] = [
+        (90.0, "submitted", 0, {}),
+        (100.0, "started", 1, STARTED),
+        (110.0, "skip", 1, {"step": 3}),
+        (115.0, "skip", 1, {"step": 7}),
+        (120.0, "hang", 1, {"rank": 0}),
+        (121.0, "requeued", 1, {"why": "hung"}),
+        (130.0, "started", 2, STARTED),
+        (131.0, "resumed", 2, {"step": 4}),
+        (140.0, "straggler", 2, {"slow_rank": 1, "slow_host": "n7", "times_median": 1.5, "phase": "encode"}),
+    ]
+    run = write(tmp_path / "r", events, {1: 4.0, 5: 3.0, 10: 2.0})
+    found = read_status(run, now_sec=150.0)
+    assert (found.state, found.step, found.attempts, found.num_samples_skipped) == ("running", 10, 2, 3)
+    assert found.since_sec == 19.0 and found.silent_sec == 10.0 and found.left_sec == 20.0
+    assert found.num_left_out == 1  # step 7 was done again after the restart
+    assert found.goodput == pytest.approx(9 * 2.0 / 50.0)
+    text = status.describe(found, 150.0)
+    for words in (
+        "demo: running for 0:19",
+        "10/20 (50%)",
+        "36.0% over 2 attempts",
+        "rank 1 on n7: 1.5 times as long",
+        "4.000 █▅▁ 2.000",
+    ):
+        assert words in text, text
+    assert text.splitlines()[-1].split()[:4] == ["0:10", "ago", "#2", "straggler"]
+
+
+@pytest.mark.parametrize(
+    ("names", "state"),
+    [
+        (["submitted"], "waiting"),
+        (["started", "resumed", "signal", "saved"], "running"),
+        (["started", "signal", "saved", "stopped"], "waiting"),
+        (["started", "failed", "requeued"], "waiting"),
+        (["started", "failed", "requeued", "refused"], "failed"),
+        (["started", "hang"], "failed"),
+        (["started", "finished", "refused"], "finished"),
+    ],
+)
+def test_states(tmp_path: Path, names: list[str], state: str) -> None:
+    run = write(tmp_path / "r", [(100.0 + i, name, 1, {"step": 1}) for i, name in enumerate(names)], {})
+    assert read_status(run, 200.0).state == state
+
+
+def test_steps_that_a_rewind_undid() -> None:
+    events = [
+        {"event": "started", "attempt": 1},
+        {"event": "skip", "attempt": 1, "step": 8},
+        {"event": "rewind", "attempt": 1, "step": 8, "to_step": 5},
+    ]
+    assert undone_steps(events, 10) == {6, 7, 8}
+    assert undone_steps(events, 7) == {6, 7}
+    records = [{"step": 5, "time/step_sec": 1.0}, {"step": 10, "time/step_sec": 2.0}]
+    assert goodput(records, {6, 7, 8}, 18.0) == pytest.approx((5 + 2 * 2) / 18)
+
+
+def test_sparkline() -> None:
+    assert sparkline([]) == "" and sparkline([2.0]) == "▁"
+    assert sparkline([8.0, float("nan"), 1.0]) == "█×▁"
+    assert len(sparkline([float(i) for i in range(1000)])) == 60
+
+
+def test_the_command_is_quick_and_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write(tmp_path / "r", [(100.0, "started", 1, STARTED)], {1: "nan", 2: 2.0})
+    assert status.main([str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["losses"] == ["nan", 2.0] and found["state"] == "running"
+    assert status.main([str(tmp_path / "none")]) == 2
+    assert "none: no run" in capsys.readouterr().err
+    code = "import sys, tools.status; print([m for m in ('torch', 'numpy', 'yaml') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr

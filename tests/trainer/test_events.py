@@ -1,0 +1,75 @@
+"""What is written of a run's fate is read back, whatever was torn."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from trainer.telemetry import events
+from trainer.telemetry.events import EVENTS_NAME, EventLog, begin_attempt, read_events
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_an_attempt_begins_with_started(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    EventLog(run).add("submitted", job=12)
+    first = begin_attempt(run, num_steps=9)
+    first.add("saved", step=3)
+    EventLog(run).add("requeued", why="hung")
+    second = begin_attempt(run)
+    first.add("failed", step=4)  # a rank of the old attempt that lived on says so under its own number
+    second.add("finished", step=9)
+    found = read_events(run)
+    assert [(e["event"], e["attempt"]) for e in found] == [
+        ("submitted", 0),
+        ("started", 1),
+        ("saved", 1),
+        ("requeued", 1),
+        ("started", 2),
+        ("failed", 1),
+        ("finished", 2),
+    ]
+    assert "rank" not in found[0] and found[0]["job"] == 12 and found[1]["rank"] == 0 and found[2]["step"] == 3
+    assert all(e["host"] and abs(e["time"] - time.time()) < 60 for e in found)
+
+
+def test_a_torn_line_costs_itself_only(tmp_path: Path) -> None:
+    EventLog(tmp_path).add("submitted")
+    with (tmp_path / EVENTS_NAME).open("a") as file:
+        file.write('{"time": 1.0, "event": "sav')
+    assert [e["event"] for e in read_events(tmp_path)] == ["submitted"]
+    EventLog(tmp_path).add("finished")
+    assert [e["event"] for e in read_events(tmp_path)] == ["submitted", "finished"]
+    assert read_events(tmp_path / "nothing") == []
+
+
+def test_many_writers_do_not_mix(tmp_path: Path) -> None:
+    log = EventLog(tmp_path, rank=1, attempt=1)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: log.add("skip", step=i, samples=["k" * 100] * 50), range(200)))
+    assert sorted(e["step"] for e in read_events(tmp_path)) == list(range(200))
+
+
+def test_the_command_for_shells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert events.main([str(tmp_path), "node_lost", "nodes=n[3-4]", "step=7", "spare=true"]) == 0
+    (found,) = read_events(tmp_path)
+    assert (found["nodes"], found["step"], found["spare"]) == ("n[3-4]", 7, True)
+    assert events.main([str(tmp_path), "node_lots"]) == 2
+    assert "node_lots: not one of submitted, " in capsys.readouterr().err
+    assert events.main([str(tmp_path), "signal", "time=3"]) == 2
+    assert events.main([str(tmp_path), "signal", "name"]) == 2
+    assert len(read_events(tmp_path)) == 1
+
+
+def test_shells_do_not_wait_for_torch() -> None:
+    imports = "import sys, trainer.telemetry.events, trainer.restart"
+    code = f"{imports}; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout) == [], done.stderr

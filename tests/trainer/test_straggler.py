@@ -1,0 +1,83 @@
+"""The rank that makes all others wait is found, by what it does rather than by how long its steps take."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.harness import run_ranks
+from trainer.telemetry.metrics import PhaseTimer
+from trainer.telemetry.straggler import RankWork, Straggler, StragglerMeter, work_metrics
+from trainer.telemetry.waiting import WaitSampler
+
+
+def parts(*work_sec: float, step_sec: float = 10.0) -> list[RankWork]:
+    """Ranks that work so long in `encode` and wait for the rest of the step."""
+    return [
+        RankWork(r, f"node{r}", {"load": 1.0, "encode": step_sec}, {"encode": step_sec - sec})
+        for r, sec in enumerate(work_sec)
+    ]
+
+
+def test_three_slow_stretches_in_a_row_make_a_straggler() -> None:
+    meter = StragglerMeter(slow=1.3, stretch_sec=20.0)
+    found = [meter.add(parts(4.0, 4.0, 6.0, 4.2), num_steps=1) for _ in range(10)]
+    # A stretch is two intervals of 11 s; it is told once.
+    assert [bool(f) for f in found] == [False] * 5 + [True] + [False] * 4
+    assert found[5] == [Straggler(2, "node2", round(7.0 / 5.0, 2), "encode")]
+    summary = meter.summary()
+    assert summary[2] == {
+        "rank": 2,
+        "host": "node2",
+        "work_sec": {"load": 1.0, "encode": 6.0},
+        "wait_sec": {"encode": 4.0},
+    }
+
+
+def test_noise_is_none() -> None:
+    meter = StragglerMeter(slow=1.3, stretch_sec=0.0)
+    for i in range(12):
+        assert meter.add(parts(9.0 if i % 3 else 4.0, 4.0, 4.0, 4.0), 1) == []  # twice in a row, at most
+    assert meter.add(parts(4.0), 1) == []  # a lone rank has nobody to be slower than
+
+
+def test_a_straggler_is_told_again_after_it_recovered() -> None:
+    meter = StragglerMeter(slow=1.3, stretch_sec=0.0)
+    slow, even = parts(4.0, 8.0), parts(4.0, 4.0)
+    found = [bool(meter.add(p, 1)) for p in (slow, slow, slow, slow, even, slow, slow, slow)]
+    assert found == [False, False, True, False, False, False, False, True]
+
+
+def test_metrics_of_an_interval() -> None:
+    metrics = work_metrics(parts(4.0, 4.0, 7.0), num_steps=2)
+    assert metrics["ranks/slowest"] == 2 and metrics["ranks/slowest_times_median"] == pytest.approx(8 / 5)
+    assert metrics["ranks/max_work/encode_sec"] == pytest.approx(3.5)
+    assert metrics["ranks/max_wait_sec"] == pytest.approx(3.0) and metrics["ranks/min_wait_sec"] == pytest.approx(1.5)
+
+
+def waiting_body() -> dict[str, Any]:
+    """Rank 1 sleeps while rank 0 waits for it in a collective."""
+    dist.init_process_group("gloo")
+    timer = PhaseTimer()
+    with WaitSampler(timer) as waits:
+        for _ in range(10):
+            with timer("encode"):
+                if dist.get_rank() == 1:
+                    time.sleep(0.2)
+                dist.all_reduce(torch.ones(1))
+            with timer("load"):
+                time.sleep(0.05)
+                dist.barrier()
+    return {"phases": timer.take(), "waits": waits.take()}
+
+
+@pytest.mark.timeout(120)
+def test_waiting_for_a_rank_is_told_from_working() -> None:
+    fast, slow = run_ranks(2, waiting_body)
+    assert fast["phases"]["encode"] == pytest.approx(slow["phases"]["encode"], rel=0.25)
+    assert fast["waits"]["encode"] > 0.7 * fast["phases"]["encode"]
+    assert slow["waits"].get("encode", 0.0) < 0.3 * slow["phases"]["encode"]

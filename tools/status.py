@@ -1,0 +1,247 @@
+"""How is a run? State, progress, goodput, losses and what happened to it, from the files in its folder.
+
+    python -m tools.status runs/demo            a few lines
+    python -m tools.status runs/demo --json     one JSON object
+
+Reads `events.jsonl` and `metrics.jsonl`; needs no torch, and works while the run trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+from trainer.telemetry.events import Event, num_attempts, read_events
+from trainer.telemetry.jsonl import read_lines
+
+_STATES = {
+    "submitted": "waiting",
+    "started": "running",
+    "resumed": "running",
+    "stopped": "waiting",
+    "requeued": "waiting",
+    "refused": "failed",
+    "peer_lost": "failed",
+    "hang": "failed",
+    "failed": "failed",
+    "finished": "finished",
+}
+"""State of a run after each event that changes it; a `refused` after `finished` does not."""
+_BARS = "▁▂▃▄▅▆▇█"
+_NUM_EVENTS = 8
+_NUM_BARS = 60
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is known of a run."""
+
+    name: str
+    state: str
+    """running, waiting, failed or finished."""
+    since_sec: float
+    """Age of the event that made it so."""
+    step: int
+    """Steps done."""
+    num_steps: int | None
+    num_ranks: int | None
+    left_sec: float | None
+    """To the last step, at the speed of the last steps; None: not running, or not known."""
+    silent_sec: float | None
+    """Since the last sign of a running attempt."""
+    attempts: int
+    goodput: float | None
+    """Share of the time since the first start that went into steps whose updates are in the weights."""
+    losses: list[float]
+    """By logging interval; those of steps that were undone are not among them."""
+    num_left_out: int
+    """Steps that changed no weights: skipped, or undone by a rewind."""
+    num_samples_skipped: int
+    straggler: dict[str, Any] | None
+    """The last one that was named in this attempt."""
+    events: list[dict[str, Any]]
+    """The last ones."""
+
+
+def read_status(run_dir: Path, now_sec: float) -> Status:
+    """Look at a run's folder.
+
+    Raises:
+        UserError: there is no run, or a file is damaged.
+    """
+    events = read_events(run_dir)
+    records = [record for _, record in read_lines(run_dir / "metrics.jsonl") if "train/loss" in record]
+    if not events and not records:
+        raise UserError(f"{run_dir}: no run; give the folder that holds events.jsonl, e.g. runs/demo")
+    started = [e for e in events if e["event"] == "started"]
+    state, state_event = _state(events)
+    step = records[-1]["step"] if records else 0
+    last = started[-1] if started else {}
+    num_steps = last.get("num_steps")
+    undone = undone_steps(events, step)
+    end_sec = now_sec if state == "running" else max([e["time"] for e in events], default=now_sec)
+    step_sec = _recent_step_sec(records)
+    signs = [e["time"] for e in events] + [r["time"] for r in records[-1:]]
+    left_sec = (num_steps - step) * step_sec if state == "running" and num_steps and step_sec else None
+    stragglers = [e for e in events if e["event"] == "straggler" and e["attempt"] == num_attempts(events)]
+    return Status(
+        name=last.get("name", run_dir.resolve().name),
+        state=state,
+        since_sec=now_sec - (state_event["time"] if state_event else now_sec),
+        step=step,
+        num_steps=num_steps,
+        num_ranks=last.get("num_ranks"),
+        left_sec=left_sec,
+        silent_sec=now_sec - max(signs) if state == "running" else None,
+        attempts=len(started),
+        goodput=goodput(records, undone, end_sec - started[0]["time"]) if started else None,
+        losses=[float(r["train/loss"]) for r in records],
+        num_left_out=len(undone),
+        num_samples_skipped=int(sum(v for k, v in records[-1].items() if k.startswith("data/skipped/")))
+        if records
+        else 0,
+        straggler=dict(stragglers[-1]) if stragglers else None,
+        events=events[-_NUM_EVENTS:],
+    )
+
+
+def undone_steps(events: Sequence[Event], last_step: int) -> set[int]:
+    """Steps up to the last one done whose updates are not in the weights.
+
+    Those of an attempt that was taken back behind them are done again, and count as they ended then.
+    """
+    undone: set[int] = set()
+    for event in events:
+        if event["event"] == "started":
+            resumed = next((e["step"] for e in events if e["event"] == "resumed" and _same(e, event)), 0)
+            undone = {step for step in undone if step <= resumed}
+        elif event["event"] == "skip":
+            undone.add(event["step"])
+        elif event["event"] == "rewind":
+            undone |= set(range(event["to_step"] + 1, event["step"] + 1))
+    return {step for step in undone if step <= last_step}
+
+
+def goodput(records: Sequence[Mapping[str, Any]], undone: set[int], wall_sec: float) -> float | None:
+    """Share of `wall_sec` that went into the steps of `records` but for those `undone`."""
+    useful_sec, before = 0.0, 0
+    for record in records:
+        num = sum(step not in undone for step in range(before + 1, record["step"] + 1))
+        useful_sec += num * record.get("time/step_sec", 0.0)
+        before = record["step"]
+    return min(1.0, useful_sec / wall_sec) if wall_sec > 0 else None
+
+
+def _num_samples_skipped(record: Mapping[str, Any]) -> int:
+    return int(sum(value for name, value in record.items() if name.startswith("data/skipped/")))
+
+
+def _same(event: Event, started: Event) -> bool:
+    return bool(event["attempt"] == started["attempt"])
+
+
+def _state(events: Sequence[Event]) -> tuple[str, Event | None]:
+    state, cause = "waiting", None
+    for event in events:
+        new = _STATES.get(event["event"])
+        if new is not None and not (state == "finished" and event["event"] == "refused"):
+            state, cause = new, event
+    return state, cause
+
+
+def _recent_step_sec(records: Sequence[Mapping[str, Any]]) -> float | None:
+    recent = [r["time/step_sec"] for r in records[1:][-10:] or records[-1:] if "time/step_sec" in r]
+    return sum(recent) / len(recent) if recent else None
+
+
+def sparkline(values: Sequence[float], width: int = _NUM_BARS) -> str:
+    """Means of equal stretches as bars; `×` where nothing is finite."""
+    num = min(width, len(values))
+    if num == 0:
+        return ""
+    parts = [values[i * len(values) // num : (i + 1) * len(values) // num] for i in range(num)]
+    finite = [[v for v in part if math.isfinite(v)] for part in parts]
+    means = [sum(part) / len(part) if part else None for part in finite]
+    known = [m for m in means if m is not None]
+    if not known:
+        return "×" * num
+    low, span = min(known), (max(known) - min(known)) or 1.0
+    return "".join("×" if m is None else _BARS[round((m - low) / span * (len(_BARS) - 1))] for m in means)
+
+
+def describe(status: Status, now_sec: float) -> str:
+    """The status in a few lines."""
+    of = f"/{status.num_steps}" if status.num_steps else ""
+    share = f" ({status.step / status.num_steps:.0%})" if status.num_steps else ""
+    lines = [f"{status.name}: {status.state} for {_duration(status.since_sec)}"]
+    left = f", {_duration(status.left_sec)} left" if status.left_sec is not None else ""
+    ranks = f" on {status.num_ranks} ranks" if status.num_ranks else ""
+    lines.append(f"  step      {status.step}{of}{share}{left}{ranks}")
+    if status.silent_sec is not None and status.silent_sec > 120:
+        lines[-1] += f"; no sign of it for {_duration(status.silent_sec)}"
+    good = "not known" if status.goodput is None else f"{status.goodput:.1%}"
+    lines.append(f"  goodput   {good} over {status.attempts} attempt{'s' * (status.attempts != 1)}")
+    if status.losses:
+        lines.append(f"  loss      {status.losses[0]:.3f} {sparkline(status.losses)} {status.losses[-1]:.3f}")
+    lines.append(f"  left out  {status.num_left_out} steps, {status.num_samples_skipped} samples")
+    if status.straggler is not None:
+        s = status.straggler
+        where = f"rank {s['slow_rank']} on {s['slow_host']}"
+        lines.append(f"  slow      {where}: {s['times_median']} times as long as the others, in {s['phase']}")
+    lines += ["", *(_line(event, now_sec) for event in status.events)]
+    return "\n".join(lines)
+
+
+def _line(event: Event, now_sec: float) -> str:
+    known = ("time", "event", "attempt", "host", "rank", "step", "fingerprint", "name", "num_ranks", "num_steps")
+    rest = "  ".join(f"{key}={_short(value)}" for key, value in event.items() if key not in known)
+    step = f"step {event['step']}" if event.get("step") is not None else ""
+    ago = f"{_duration(now_sec - event['time'])} ago"
+    return f"  {ago:>14}  #{event['attempt']:<3} {event['event']:<12} {step:<12} {rest}".rstrip()
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 70 else text[:67] + "…"
+
+
+def _duration(seconds: float) -> str:
+    minutes, sec = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours}:{minutes:02d}:{sec:02d}" if hours else f"{minutes}:{sec:02d}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0; 2 after one line that says why there is no answer."""
+    parser = argparse.ArgumentParser(prog="python -m tools.status", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    now_sec = time.time()
+    try:
+        status = read_status(options.run, now_sec)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        content = asdict(status)
+        content["losses"] = [loss if math.isfinite(loss) else str(loss) for loss in status.losses]
+        print(json.dumps(content, ensure_ascii=False))
+    else:
+        print(describe(status, now_sec))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

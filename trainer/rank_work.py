@@ -1,0 +1,83 @@
+"""All ranks' work, gathered with the interval's reports."""
+
+from __future__ import annotations
+
+import socket
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from trainer.parallel.groups import Groups
+from trainer.telemetry.metrics import StepReport
+from trainer.telemetry.straggler import RankWork, Straggler, StragglerMeter, work_metrics
+from trainer.telemetry.tracker import TelemetryConfig
+from trainer.telemetry.waiting import WaitSampler
+
+Tell = Callable[[str, int, Mapping[str, Any]], None]
+"""Event, step, fields."""
+
+
+class Work:
+    """This rank's share of the answer to: who is slow?
+
+    Use it as a context, while the ranks train.
+
+    Args:
+        config: whom to name.
+        waits: of this rank.
+        groups: this rank's place.
+        tell: gets `straggler` events, on rank 0.
+    """
+
+    def __init__(self, config: TelemetryConfig, waits: WaitSampler, groups: Groups, tell: Tell) -> None:
+        self._waits, self._groups, self._tell = waits, groups, tell
+        self._meter = StragglerMeter(config.straggler_ratio, config.straggler_stretch_sec)
+        self._phase_sec: defaultdict[str, float] = defaultdict(float)
+        self._num_steps = 0
+
+    def __enter__(self) -> Work:
+        self._waits.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._waits.__exit__(kind, error, trace)
+
+    def add(self, report: StepReport) -> None:
+        """One more step of this rank."""
+        self._num_steps += 1
+        for phase, sec in report.phase_sec.items():
+            self._phase_sec[phase] += sec
+
+    def take(self, report: StepReport) -> StepReport:
+        """End an interval with `report`, which gets its numbers on rank 0. Collective."""
+        mine = RankWork(self._groups.rank, socket.gethostname(), dict(self._phase_sec), self._waits.take())
+        num_steps, self._num_steps = self._num_steps, 0
+        self._phase_sec.clear()
+        parts: list[Any] | None = [None] * self._groups.topology.world if self._groups.rank == 0 else None
+        dist.gather_object(mine, parts, group=self._groups.world)
+        if parts is None:
+            return report
+        for straggler in self._meter.add(parts, num_steps):
+            self._tell("straggler", report.step, _told(straggler))
+        return replace(report, ranks=work_metrics(parts, num_steps))
+
+    @property
+    def summary(self) -> list[dict[str, Any]]:
+        """Of the whole run, on rank 0: see `StragglerMeter.summary`."""
+        return self._meter.summary()
+
+
+def _told(slow: Straggler) -> dict[str, Any]:
+    return {
+        "slow_rank": slow.rank,
+        "slow_host": slow.host,
+        "times_median": slow.times_median,
+        "phase": slow.phase,
+        "why": f"rank {slow.rank} on {slow.host} works {slow.times_median} times as long as the others",
+    }

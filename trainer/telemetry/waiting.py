@@ -1,0 +1,83 @@
+"""How long this rank works, and how long it waits for others in collectives, by phase of the step.
+
+All ranks take the same time for a step, since they wait for the slowest; only without the waiting do they differ. A
+thread looks some fifty times a second at what the main thread is doing: whether its innermost Python frames are those
+of a collective. Nothing is wrapped: it sees DeepSpeed's and Megatron's collectives, too. The waiting of CUDA kernels is
+not seen: there the main thread waits for the device, whatever that does.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import defaultdict
+from types import FrameType, TracebackType
+
+from trainer.telemetry.metrics import PhaseTimer
+
+_PERIOD_SEC = 0.02
+_DEPTH = 4
+_FILES = (
+    "torch/distributed/distributed_c10d.py",
+    "torch/distributed/c10d_logger.py",
+    "deepspeed/comm/torch.py",
+    "deepspeed/comm/comm.py",
+    "megatron/core/pipeline_parallel/p2p_communication.py",
+)
+"""Code that waits for other ranks."""
+
+
+class WaitSampler:
+    """`with WaitSampler(timer) as waits: …; waits.take()` in the thread that works.
+
+    Args:
+        timer: of that thread's phases.
+    """
+
+    def __init__(self, timer: PhaseTimer) -> None:
+        self._timer = timer
+        self._main = threading.get_ident()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="waits", daemon=True)
+
+    def __enter__(self) -> WaitSampler:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def take(self) -> dict[str, float]:
+        """Seconds of waiting by phase since the last call."""
+        with self._lock:
+            seconds, self._seconds = dict(self._seconds), defaultdict(float)
+        return seconds
+
+    def _sample(self) -> None:
+        last_sec = time.perf_counter()
+        while not self._done.wait(_PERIOD_SEC):
+            now_sec = time.perf_counter()
+            phase, frame = self._timer.current, sys._current_frames().get(self._main)
+            if phase is not None and is_waiting(frame):
+                with self._lock:
+                    self._seconds[phase] += now_sec - last_sec
+            last_sec = now_sec
+
+
+def is_waiting(frame: FrameType | None) -> bool:
+    """Whether this, the innermost frame of a thread, belongs to a collective."""
+    for _ in range(_DEPTH):
+        if frame is None:
+            return False
+        if frame.f_code.co_filename.endswith(_FILES):
+            return True
+        if frame.f_code.co_name == "wait" and "/deepspeed/" in frame.f_code.co_filename:  # for one begun before
+            return True
+        frame = frame.f_back
+    return False
