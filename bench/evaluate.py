@@ -71,12 +71,14 @@ def measure(folder: Path, data: str, split: str | None, num: int, rounds: int, b
     plain(model, processor, rows[:8], 8)
     ours(worker, jobs[-1:])
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in ways}
     said: dict[str, Said] = {}
     for _ in range(rounds):
         for name, way in ways.items():
-            started = time.perf_counter()
+            started, started_cpu = time.perf_counter(), time.process_time()
             said[name] = way()
             seconds[name].append(time.perf_counter() - started)
+            cpu_seconds[name].append(time.process_time() - started_cpu)
     reference = said["transformers, batch 1"]
     best = {name: len(rows) / min(times) for name, times in seconds.items()}
     return {
@@ -84,6 +86,7 @@ def measure(folder: Path, data: str, split: str | None, num: int, rounds: int, b
         "audio_sec": round(sum(stored.items[p].seconds for p in places), 1),
         "num_threads": torch.get_num_threads(),
         "seconds": {name: [round(t, 2) for t in times] for name, times in seconds.items()},
+        "cpu_seconds": {name: [round(t, 2) for t in times] for name, times in cpu_seconds.items()},
         "samples_per_sec": {name: round(rate, 2) for name, rate in best.items()},
         "times_batch_1": round(best["tools.evaluate"] / best["transformers, batch 1"], 2),
         "times_batch_8": round(best["tools.evaluate"] / best["transformers, batch 8"], 2),
