@@ -74,6 +74,22 @@ def test_a_stopped_run_goes_on_bit_identically(corpus: Path, tmp_path: Path) -> 
     check_profile(whole, half, corpus)
 
 
+@pytest.mark.timeout(420)
+def test_a_run_that_does_not_become_better_ends_early_and_stays_ended(corpus: Path, tmp_path: Path) -> None:
+    overrides = [f"data.root={corpus}", f"data.cache_dir={tmp_path / 'cache'}", f"train.run_dir={tmp_path}"]
+    overrides += ["eval.every_steps=1", "eval.split=test", "eval.max_samples=4", "eval.stop_after=2", "optim.lr=1e-12"]
+    overrides += ["checkpoint.best_metric=eval/test/asr/cer", "checkpoint.every_steps=4"]
+    run = tmp_path / "debug"
+    for _ in range(2):  # the same command again finds it ended
+        done = trainer("debug", *overrides)
+        assert done.returncode == 0, done.stderr
+        assert "stopped at step 3: eval/test/asr/cer has not become better in 2 evaluations" in done.stdout
+        summary = json.loads((run / "summary.json").read_text())
+        assert summary["stopped_early"] == summary["num_steps"] == 3
+        assert (run / "predictions-test-step3.jsonl").exists() and sorted(losses(run)) == [1, 2, 3]
+    assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == ["step-00000003"]
+
+
 def check_profile(whole: Path, half: Path, corpus: Path) -> None:
     """What the profile says of the run is what the run's data was, and what its router decides."""
     history = read_history(whole / HISTORY_NAME)

@@ -147,7 +147,7 @@ def _about(request: Request, options: argparse.Namespace, found: Finished) -> di
         "model": request.origin.name,
         "data": options.data + (f", split {options.split}" if options.split else ""),
         "decoding": f"{search}, at most {decoding.max_new_tokens} tokens, {request.dtype}",
-        "long speech": f"windows of {windows.window_sec:g} s that share {windows.overlap_sec:g} s",
+        "long speech": f"windows of {windows.window_sec:.3g} s that share {windows.overlap_sec:.2g} s",
     }
 
 

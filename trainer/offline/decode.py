@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from model.batch import Ragged
+from model.hub.modeling import EarshotForCausalLM
+from model.lengths import num_samples
 from trainer.offline.model import Loaded
+from trainer.parallel.dispatch import CALL_COST_SAMPLES, group_by_length
 
 _GONE_SHARE = 0.25
 """Part of a batch's sequences that must have ended before the others are moved together: moving costs a copy."""
+
+
+_ENCODE_SEC = 480.0
+"""Padded audio of one call of the encoders (a single longer clip is a call of its own)."""
 
 
 class RoomyLayer(DynamicLayer):
@@ -71,8 +79,7 @@ def decode(loaded: Loaded, inputs: dict[str, Tensor], max_new_tokens: int, beams
 
 def _greedy(loaded: Loaded, inputs: dict[str, Tensor], max_new_tokens: int, ends: set[int]) -> list[list[int]]:
     model, vocab_size = loaded.model, loaded.model.config.vocab_size
-    mask = inputs["attention_mask"]
-    embedded, _ = model.embed(**{name: value for name, value in inputs.items() if name != "attention_mask"})
+    mask, embedded = inputs["attention_mask"], _embed(model, inputs)
     num, length = mask.shape
     num_layers = model.config.text_config.num_hidden_layers
     layers = [RoomyLayer(length + max_new_tokens) for _ in range(num_layers)]
@@ -113,6 +120,23 @@ def _greedy(loaded: Loaded, inputs: dict[str, Tensor], max_new_tokens: int, ends
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         arguments = {"input_ids": chosen[:, None], "position_ids": next_positions}
         next_positions = next_positions + 1
+
+
+def _embed(model: EarshotForCausalLM, inputs: dict[str, Tensor]) -> Tensor:
+    """What the LLM reads, [B, L, H], as the model embeds it, but clips of unequal length are encoded apart."""
+    text = model.get_input_embeddings()(inputs["input_ids"])
+    if "audio_values" not in inputs:
+        return text
+    clips = Ragged(inputs["audio_values"], tuple(inputs["audio_lengths"].tolist()))
+    instructions = Ragged(inputs["instruction_ids"], tuple(inputs["instruction_lengths"].tolist()))
+    nothing = inputs["input_ids"].new_zeros(0)
+    budget, call_cost = num_samples(_ENCODE_SEC), CALL_COST_SAMPLES[text.device.type]
+    embedded: list[Tensor] = [nothing] * len(clips)
+    for group in group_by_length(clips.lengths, budget, call_cost):
+        found = model.audio(clips.select(group), instructions.select(group), Ragged(nothing, (0,) * len(group)))
+        for place, slots in zip(group, found.embeddings.split(), strict=True):
+            embedded[place] = slots
+    return text.masked_scatter(inputs["audio_mask"][..., None], torch.cat(embedded).to(text.dtype))
 
 
 def _ends(settings: Any) -> set[int]:

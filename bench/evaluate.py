@@ -1,0 +1,117 @@
+"""Samples per second of tools.evaluate's worker against a plain transformers loop on the same export.
+
+    python -m bench.evaluate MODEL --data MANIFEST [--samples 128]
+
+MODEL is a folder that tools.export made, a checkpoint or a run (exported first, in fp32). The peer is what anyone
+writes: AutoModelForCausalLM and AutoProcessor with the exported code, files in the manifest's order, `generate`, one
+sample at a time or eight padded ones. All read and decode the same files, in the same process with the same threads;
+loading the model is not counted, a first batch warms each up. Rounds alternate, so that a busy machine slows all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+from tools import export
+from trainer.data.manifest import Row, read_manifest
+from trainer.offline.answer import Decoding, Windows
+from trainer.offline.model import find_model
+from trainer.offline.worker import Request, Skipped, Worker, batches, open_wanted
+
+Said = dict[str, str]
+
+
+def plain(model: Any, processor: Any, rows: Sequence[Row], batch: int) -> Said:
+    """The loop that anyone writes."""
+    said: Said = {}
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        inputs = processor(
+            audio=[list(map(str, r.audio)) for r in part], text=[r.metadata["instruction"] for r in part]
+        )
+        texts = processor.batch_decode(model.generate(**inputs))
+        said.update(zip((r.key for r in part), texts, strict=True))
+    return said
+
+
+def ours(worker: Worker, jobs: Sequence[Sequence[int]]) -> Said:
+    """What tools.evaluate does in each process."""
+    outcomes = [o for found in worker.run(jobs) for o in found]
+    assert not [o for o in outcomes if isinstance(o, Skipped)]
+    return {o.key: o.hypothesis for o in outcomes if not isinstance(o, Skipped)}
+
+
+def measure(folder: Path, data: str, split: str | None, num: int, rounds: int, batch_size: int) -> dict[str, Any]:
+    """Seconds of each way and round, and whether all say the same."""
+    origin = find_model(folder)
+    windows = Windows.of(origin, 1e6, 0.0)  # none: the peer has none
+    decoding = Decoding(origin.max_new_tokens, 1, batch_size, 600.0)
+    request = Request(origin, data, split, (), num, "fp32", windows, decoding)
+    stored, places = open_wanted(request)
+    jobs = batches(request, stored, places)
+    keys = {stored.items[place].key for place in places}
+    rows = [row for row in read_manifest(Path(data), split) if row.key in keys]
+    worker = Worker(request)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    ways: dict[str, Callable[[], Said]] = {
+        "transformers, batch 1": lambda: plain(model, processor, rows, 1),
+        "transformers, batch 8": lambda: plain(model, processor, rows, 8),
+        "tools.evaluate": lambda: ours(worker, jobs),
+    }
+    plain(model, processor, rows[:8], 8)
+    ours(worker, jobs[-1:])
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in ways}
+    said: dict[str, Said] = {}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            started, started_cpu = time.perf_counter(), time.process_time()
+            said[name] = way()
+            seconds[name].append(time.perf_counter() - started)
+            cpu_seconds[name].append(time.process_time() - started_cpu)
+    reference = said["transformers, batch 1"]
+    best = {name: len(rows) / min(times) for name, times in seconds.items()}
+    return {
+        "num_samples": len(rows),
+        "audio_sec": round(sum(stored.items[p].seconds for p in places), 1),
+        "num_threads": torch.get_num_threads(),
+        "seconds": {name: [round(t, 2) for t in times] for name, times in seconds.items()},
+        "cpu_seconds": {name: [round(t, 2) for t in times] for name, times in cpu_seconds.items()},
+        "samples_per_sec": {name: round(rate, 2) for name, rate in best.items()},
+        "times_batch_1": round(best["tools.evaluate"] / best["transformers, batch 1"], 2),
+        "times_batch_8": round(best["tools.evaluate"] / best["transformers, batch 8"], 2),
+        "num_different": {name: sum(text != reference[key] for key, text in own.items()) for name, own in said.items()},
+    }
+
+
+def main() -> None:
+    """Print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", required=True, help="a manifest (JSONL)")
+    parser.add_argument("--split")
+    parser.add_argument("--samples", type=int, default=128, help="a random choice of them (default: 128)")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=64, help="of tools.evaluate (default: 64, as there)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.model
+        if not find_model(folder).is_export:
+            folder = Path(scratch) / "model"
+            assert export.main([str(options.model), str(folder), "--dtype", "fp32"]) == 0
+        found = measure(folder, options.data, options.split, options.samples, options.rounds, options.batch_size)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
