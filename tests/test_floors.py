@@ -36,6 +36,13 @@ ALLOWED = {
         "trainer.restart",
         "trainer.spike_guard",
     },
+    "trainer.plan": {
+        "model",
+        "trainer.data",
+        "trainer.parallel",
+        "trainer.engine",
+        "trainer.config",
+    },
 }
 
 

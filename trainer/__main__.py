@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_intermixed_args(arguments)
     if not options.verbose:
-        _be_calm()
+        be_calm()
     try:
         return _run(options, arguments)
     except UserError as error:
@@ -39,6 +39,8 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if env is None and not options.dry_run:
         # The ranks check the rest: what that imports takes seconds, and they need it anyway.
         return launch.start_ranks(recipe.parallel.num_ranks, [sys.executable, "-m", "trainer", *arguments])
+    if options.dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from trainer.config.checks import check_recipe
 
     check_recipe(recipe)
@@ -77,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _be_calm() -> None:
+def be_calm() -> None:
     """Leave the terminal to the progress bar: other libraries say only what goes wrong."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")

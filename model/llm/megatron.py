@@ -163,7 +163,7 @@ def rotary_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
 
 
 def _device(config: TransformerConfig) -> Any:
-    return torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
+    return None if config.use_cpu_initialization else torch.cuda.current_device()
 
 
 def _block_spec(config: TransformerConfig, hf_config: PretrainedConfig) -> TransformerBlockSubmodules:

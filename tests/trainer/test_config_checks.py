@@ -77,6 +77,21 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
             ["data.max_audio_sec=300"],
             "data.max_audio_sec = 300.0: such a clip takes 1875 of the LLM's 1024 positions",
         ),
+        (
+            "debug",
+            ["parallel.num_ranks=16"],
+            "data.global_batch_samples = 8: 16 LLM replicas (parallel.num_ranks / (tensor · pipeline)) would have less "
+            "than a sample each; legal values are multiples of data.num_lanes = 8 from 16",
+        ),
+        (
+            "debug",
+            [
+                "data.max_audio_sec=40",
+                "model.llm.config.rope_parameters={rope_type: linear, factor: 2.0, rope_theta: 10000.0, "
+                "original_max_position_embeddings: 100}",
+            ],
+            "data.max_audio_sec = 40.0: such a clip takes 250 of the LLM's 200 positions",
+        ),
         ("debug", ["model.llm.config.vocab_size=100"], "data.tokenizer.train_vocab_size = 256: the LLM's vocab_size"),
         ("debug", ["model.router.top_k=3"], "model.router.top_k = 3: legal values are 1..2"),
         ("debug", ["model.experts.0.length_mode=trim"], "model.experts[0].length_mode = trim: only whisper has length"),

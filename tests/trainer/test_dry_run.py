@@ -11,7 +11,8 @@ from model.llm.names import hf_shapes
 from trainer.__main__ import main
 from trainer.config.checks import known_llm_config
 from trainer.config.load import load_recipe
-from trainer.dry_run import audio_sizes, describe, llm_stage_shapes
+from trainer.dry_run import describe
+from trainer.plan.sizes import parameter_sizes, sized_model
 
 
 @pytest.fixture(autouse=True)
@@ -42,25 +43,9 @@ def test_llama_3_70b_has_its_published_size() -> None:
     assert num_parameters(hf_shapes(hf_config)) == 70_553_706_496
 
 
-@pytest.mark.parametrize("name", ["mowe_70b", "kit_cpu", "debug"])
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_the_stages_hold_the_llm_between_them(name: str, tp: int, pp: int) -> None:
-    hf_config = known_llm_config(load_recipe(name).model.llm)
-    assert hf_config is not None
-    whole = hf_shapes(hf_config)
-    stages = [llm_stage_shapes(hf_config, tp, pp, stage) for stage in range(pp)]
-    assert {n for stage in stages for n in stage} == set(whole)
-    twice = num_parameters({"": whole["model.embed_tokens.weight"]}) if pp > 1 and hf_config.tie_word_embeddings else 0
-    norms = sum(math.prod(s) for stage in stages for n, s in stage.items() if "norm" in n)
-    held = sum(map(num_parameters, stages))
-    assert (held - norms) * tp + norms == num_parameters(whole) + twice
-
-
 def test_a_frozen_part_is_not_learned_and_takes_no_optimizer_state() -> None:
     recipe = load_recipe("debug", ["optim.parts=[{pattern: 'audio.primary.*', frozen: true}]"])
-    hf_config = known_llm_config(recipe.model.llm)
-    assert hf_config is not None
-    sizes = audio_sizes(recipe, hf_config)
+    sizes = parameter_sizes(sized_model(recipe), recipe.optim)
     assert all((size.learned == 0) == name.startswith("audio.primary.") for name, size in sizes.items())
     assert "audio states" in describe(recipe)
 
@@ -72,9 +57,7 @@ def test_an_idle_pattern_is_refused() -> None:
 
 def test_a_hub_id_without_sizes_is_refused() -> None:
     overrides = ["model.experts.0.weights=facebook/hubert-base-ls960", "model.experts.0.config={}"]
-    with pytest.raises(
-        UserError, match=r"model\.experts\[0\]\.weights = facebook/hubert-base-ls960: a dry run does not"
-    ):
+    with pytest.raises(UserError, match=r"model\.experts\[0\]\.weights = facebook/hubert-base-ls960: a plan does not"):
         describe(load_recipe("debug", overrides))
 
 

@@ -133,12 +133,22 @@ def _check_lengths(recipe: Recipe, hf_config: PretrainedConfig) -> None:
     if longest is None:
         return
     slots = lengths.slots_of_samples(lengths.num_samples(longest), recipe.model.adapter.strides)
-    positions = hf_config.max_position_embeddings
+    positions = _positions(hf_config)
     if slots >= positions:
         raise UserError(
             f"data.max_audio_sec = {longest}: such a clip takes {slots} of the LLM's {positions} positions "
             "(max_position_embeddings) and leaves none for text; lower it or raise model.adapter.strides"
         )
+
+
+def _positions(hf_config: PretrainedConfig) -> int:
+    """Positions that the rotary embedding was made for: scaled ones reach as far as the config says, no further."""
+    rope = hf_config.rope_parameters
+    stretched = rope.get("original_max_position_embeddings")
+    factor = rope.get("factor")
+    if stretched is None or factor is None:
+        return int(hf_config.max_position_embeddings)
+    return min(int(hf_config.max_position_embeddings), int(stretched * factor))
 
 
 def _check_vocabulary(recipe: Recipe, hf_config: PretrainedConfig) -> None:
@@ -151,6 +161,7 @@ def _check_vocabulary(recipe: Recipe, hf_config: PretrainedConfig) -> None:
 
 def _check_data(recipe: Recipe) -> None:
     data = recipe.data
+    _check_lanes(recipe)
     if not data.sets:
         raise UserError("data.sets is empty: name at least one manifest or folder of shards")
     may_hold_asr = any(not s.tasks or "asr" in s.tasks for s in data.sets)
@@ -180,6 +191,17 @@ def _check_stop(recipe: Recipe) -> None:
         raise UserError(
             f"eval.stop_after = {after}: watches checkpoint.best_metric = {metric}, which must be of eval.split: "
             f"e.g. eval/{split}/asr/wer"
+        )
+
+
+def _check_lanes(recipe: Recipe) -> None:
+    data, parallel = recipe.data, recipe.parallel
+    replicas = parallel.num_ranks // (parallel.tensor * parallel.pipeline)
+    if data.global_batch_samples < replicas:
+        raise UserError(
+            f"data.global_batch_samples = {data.global_batch_samples}: {replicas} LLM replicas (parallel.num_ranks / "
+            f"(tensor · pipeline)) would have less than a sample each; legal values are multiples of data.num_lanes = "
+            f"{data.num_lanes} from {-(-replicas // data.num_lanes) * data.num_lanes}"
         )
 
 

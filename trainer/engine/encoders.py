@@ -54,6 +54,8 @@ class AudioEngine:
         # leaves a lock on which every later start waits without a word.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         ep = groups.topology.ep
+        if ds_config.get("bf16", {}).get("enabled"):
+            tower.to(torch.bfloat16)  # DeepSpeed leaves modules that are sharded already as they are
         _partition(tower, ds_config, ep)
         optimizer = torch.optim.AdamW(learned, lr=optim.lr, betas=optim.betas, eps=optim.eps)
         self.engine, *_ = deepspeed.initialize(

@@ -89,58 +89,20 @@ class LLMEngine:
                 recompute=recompute,
             ).to(groups.device)
             load_megatron(self.gpt, source, hf_config, tp_rank=place.tp, tp_size=topology.tp)
-            self.settings = {id(p): setting_of(optim, self.hf_name(n), p.dim()) for n, p in self.parameters()}
-            for _, parameter in self.parameters():
-                parameter.requires_grad_(not self.settings[id(parameter)].frozen)
-            self._build_optimizer(optim)
+            self.settings = freeze(self.gpt, hf_config, optim)
+            self.model: nn.Module = self.gpt
+            self.optimizer: Any = None
+            if not _all_frozen(self.settings, groups):
+                self.model = data_parallel(self.gpt)
+                self.optimizer = _build_optimizer(self.model, optim, self.settings, dtype)
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters by Megatron name, layers numbered over all stages."""
         return list(global_parameters(self.gpt))
 
     def hf_name(self, name: str) -> str:
-        """`llm.` + the (first) Hugging Face tensor that the Megatron parameter `name` is made of."""
-        pieces = local_pieces(name, self.hf_config, 0, 1)
-        return PREFIX + next(p.hf_name for p in pieces if p.hf_name is not None)
-
-    def _build_optimizer(self, optim: OptimConfig) -> None:
-        self.model: nn.Module = self.gpt
-        self.optimizer: Any = None
-        config = self.gpt.config
-        if _all_frozen(self.settings, self.groups):
-            return
-        ddp_config = DistributedDataParallelConfig(
-            use_distributed_optimizer=True, overlap_grad_reduce=False, grad_reduce_in_fp32=True
-        )
-        self.model = DistributedDataParallel(config, ddp_config, self.gpt)
-        # The loss is divided by the global batch's targets already, so Megatron must not divide again.
-        config.finalize_model_grads_func = lambda model, _num_tokens=None, **kw: finalize_model_grads(model, None, **kw)
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=optim.lr,
-                weight_decay=optim.weight_decay,
-                adam_beta1=optim.betas[0],
-                adam_beta2=optim.betas[1],
-                adam_eps=optim.eps,
-                bf16=self.dtype == torch.bfloat16,
-                params_dtype=self.dtype,
-                use_distributed_optimizer=True,
-                clip_grad=0.0,
-            ),
-            [self.model],
-            config_overrides=self._overrides(),
-        )
-
-    def _overrides(self) -> dict[ParamKey, Any]:
-        """One optimizer group per distinct setting; `max_lr` and `start_wd` carry it to `step`."""
-        kinds = {(s.lr, s.weight_decay) for s in self.settings.values() if not s.frozen}
-        overrides = {}
-        for lr, weight_decay in kinds:
-            wanted = ParamSetting(False, lr, weight_decay)
-            predicate = ParamPredicate(f"{lr}/{weight_decay}", lambda p, w=wanted: self.settings.get(id(p)) == w)
-            overrides[ParamKey(predicate=predicate)] = {"max_lr": lr, "start_wd": weight_decay}
-        return overrides
+        """See `hf_name`."""
+        return hf_name(name, self.hf_config)
 
     def forward_backward(self, packs: Packs) -> tuple[Tensor, Tensor]:
         """Run all micro-batches through the pipeline (1F1B) and back.
@@ -234,6 +196,64 @@ class _Forward:
         token_losses = losses[0].float() * counted
         self.sample_losses.index_add_(0, owners[counted], token_losses.detach()[counted])
         return token_losses.sum() / max(1, self.packs.num_targets), counted.sum().int(), {}
+
+
+def hf_name(name: str, hf_config: PretrainedConfig) -> str:
+    """`llm.` + the (first) Hugging Face tensor that the Megatron parameter `name` is made of."""
+    pieces = local_pieces(name, hf_config, 0, 1)
+    return PREFIX + next(p.hf_name for p in pieces if p.hf_name is not None)
+
+
+def freeze(gpt: nn.Module, hf_config: PretrainedConfig, optim: OptimConfig) -> dict[int, ParamSetting]:
+    """Mark the parameters of a stage that do not learn; returns every parameter's setting, by its id."""
+    settings = {}
+    for name, parameter in global_parameters(gpt):
+        setting = setting_of(optim, hf_name(name, hf_config), parameter.dim())
+        parameter.requires_grad_(not setting.frozen)
+        settings[id(parameter)] = setting
+    return settings
+
+
+def data_parallel(gpt: Any) -> nn.Module:
+    """A stage in Megatron's data-parallel wrapper: the weights that learn and their gradients in flat buffers."""
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, overlap_grad_reduce=False, grad_reduce_in_fp32=True
+    )
+    # The loss is divided by the global batch's targets already, so Megatron must not divide again.
+    gpt.config.finalize_model_grads_func = lambda model, _num_tokens=None, **kw: finalize_model_grads(model, None, **kw)
+    return DistributedDataParallel(gpt.config, ddp_config, gpt)
+
+
+def _build_optimizer(
+    model: nn.Module, optim: OptimConfig, settings: dict[int, ParamSetting], dtype: torch.dtype
+) -> Any:
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+            clip_grad=0.0,
+        ),
+        [model],
+        config_overrides=_overrides(settings),
+    )
+
+
+def _overrides(settings: dict[int, ParamSetting]) -> dict[ParamKey, Any]:
+    """One optimizer group per distinct setting; `max_lr` and `start_wd` carry it to `step`."""
+    kinds = {(s.lr, s.weight_decay) for s in settings.values() if not s.frozen}
+    overrides = {}
+    for lr, weight_decay in kinds:
+        wanted = ParamSetting(False, lr, weight_decay)
+        predicate = ParamPredicate(f"{lr}/{weight_decay}", lambda p, w=wanted: settings.get(id(p)) == w)
+        overrides[ParamKey(predicate=predicate)] = {"max_lr": lr, "start_wd": weight_decay}
+    return overrides
 
 
 def _all_frozen(settings: dict[int, ParamSetting], groups: Groups) -> bool:

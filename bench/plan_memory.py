@@ -1,0 +1,266 @@
+"""What a plan says of memory against what ranks take, on this machine's CPU.
+
+    python -m bench.plan_memory [CASE …] [--json]
+
+Measured is the peak, within one training step (the second), of all bytes that torch's CPU allocator has handed out and
+not got back: all that was alive before the step (weights, gradients, optimizer, buffers, the batch), and what the step
+takes on top, from torch's own record of allocations. Not in it: the interpreter, libraries, NumPy's arrays, and what
+kernels allocate on their own. The batch has the lengths that the plan assumes. Goal: the plan
+within 10 % of the peak on every rank. Exits 1 on a missed goal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from trainer.launch import start_ranks
+
+LIMIT = 0.1
+CASES: dict[str, tuple[str, list[str]]] = {
+    "demo_cpu": ("demo_cpu", []),
+    # 28 M parameters: experts on one rank each, weights beyond what ZeRO-3 keeps gathered.
+    "medium": (
+        "kit_cpu",
+        [
+            "model.primary.config.d_model=384",
+            "model.primary.config.encoder_layers=6",
+            "model.primary.config.encoder_ffn_dim=1536",
+            "model.llm.config.hidden_size=384",
+            "model.llm.config.intermediate_size=1536",
+            "model.llm.config.num_hidden_layers=6",
+            "data.global_batch_samples=8",
+            "data.num_lanes=8",
+        ],
+    ),
+    # 67 M parameters: a published Whisper's sizes on padded windows, a pipeline with recomputation.
+    "large": (
+        "kit_cpu",
+        [
+            "model.primary={name: whisper, family: whisper, length_mode: full, config: {num_mel_bins: 80, "
+            "d_model: 384, "
+            "encoder_layers: 4, encoder_attention_heads: 6, encoder_ffn_dim: 1536}}",
+            "model.llm.config.hidden_size=768",
+            "model.llm.config.intermediate_size=2048",
+            "model.llm.config.num_hidden_layers=8",
+            "model.llm.config.num_attention_heads=12",
+            "model.llm.config.num_key_value_heads=4",
+            "data.global_batch_samples=8",
+            "data.num_lanes=8",
+            "parallel.pipeline=2",
+            "parallel.expert=1",
+            "train.llm_tokens_per_microbatch=512",
+            "train.recompute_encoders=true",
+        ],
+    ),
+}
+_RESULT = "PLAN_MEMORY_RESULT"
+
+
+def work(case: str) -> int:
+    """One rank: two steps; leaves its numbers as JSON."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from trainer.build import build_step
+    from trainer.parallel.groups import build_groups, connect
+    from trainer.parallel.topology import build_topology
+    from trainer.plan.measure import held_states
+
+    recipe, workload = _case(case)
+    topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
+    rank, _, device = connect(timeout_sec=300)
+    groups = build_groups(topology, rank, device, recipe.seed)
+    step = build_step(recipe, groups, recipe.data.tokenizer.train_vocab_size)
+    step.router_noise = lambda _number, batch: _as_planned(recipe, batch)  # type: ignore[method-assign]
+    batch = _batch(recipe, workload, rank)
+    step(0, batch)
+    standing = _alive_bytes()
+    step.timer.listener = _Phases()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(1, batch)
+    step.timer.listener = None
+    peaks = _peaks(profiler.profiler.kineto_results.events(), standing)
+    states = held_states(step.audio, step.llm)
+    found = {"rank": rank, "phases": peaks, "states": [states.weights, states.gradients, states.optimizer]}
+    Path(os.environ[_RESULT], f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def _as_planned(recipe: Any, batch: Any) -> Any:
+    """Router noise [clips, gates, experts] that sends sample i to experts i, i + 1, …, as the plan has it."""
+    import torch
+
+    gates, experts = len(recipe.model.router.gates), len(recipe.model.experts)
+    noise = torch.zeros(len(batch.samples), gates, experts)
+    for row, sample in enumerate(batch.samples):
+        for gate in range(gates):
+            noise[row, gate, (int(sample.key) + gate) % experts] = 200.0  # more would make probabilities of 0
+    return noise
+
+
+class _Phases:
+    """Marks the step's phases in the profile."""
+
+    def __init__(self) -> None:
+        self._open: list[Any] = []
+
+    def on_phase_begin(self, phase: str, outermost: bool) -> None:
+        from torch.profiler import record_function
+
+        mark = record_function(f"phase {phase}")
+        mark.__enter__()
+        self._open.append(mark)
+
+    def on_phase_end(self, phase: str, start_sec: float, end_sec: float) -> None:
+        self._open.pop().__exit__(None, None, None)
+
+
+def _alive_bytes() -> int:
+    """Of all tensors that Python can reach, each storage once."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _peaks(events: Any, standing: int) -> dict[str, int]:
+    """Most bytes alive in each phase; `standing` were alive before."""
+    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    spans = {
+        e.name().removeprefix("phase "): (e.start_ns(), e.start_ns() + e.duration_ns())
+        for e in events
+        if e.name().startswith("phase ")
+    }
+    peaks, alive = dict.fromkeys(spans, 0), standing
+    for at, change in memory:
+        alive += change
+        for phase, (start, end) in spans.items():
+            if start <= at <= end:
+                peaks[phase] = max(peaks[phase], alive)
+    return peaks
+
+
+def _case(name: str) -> tuple[Any, Any]:
+    from trainer.config.load import load_recipe
+    from trainer.parallel.topology import build_topology
+    from trainer.plan.workload import typical_workload
+
+    base, overrides = CASES[name]
+    recipe = load_recipe(base, overrides)
+    return recipe, typical_workload(recipe, build_topology(recipe.parallel, recipe.parallel.num_ranks), None, 24)
+
+
+def _batch(recipe: Any, workload: Any, rank: int) -> Any:
+    """This rank's samples: noise of the planned lengths, and an answer of 8 tokens."""
+    import torch
+
+    from model.batch import IGNORE, Batch, Sample
+    from model.lengths import slots_of_samples
+
+    generator, samples = torch.Generator().manual_seed(rank), []
+    vocab = recipe.data.tokenizer.train_vocab_size
+    for i in range(len(workload.homes)):
+        if workload.homes[i] != rank:
+            continue
+        length, total = int(workload.audio_samples[i]), int(workload.num_tokens[i])
+        slots = slots_of_samples(length, recipe.model.adapter.strides)
+        ids = torch.randint(0, vocab, (total,), generator=generator)
+        labels = torch.full((total,), IGNORE)
+        labels[-9:-1] = ids[-8:]
+        mask = torch.zeros(total, dtype=torch.bool)
+        mask[:slots] = True
+        samples.append(
+            Sample(
+                key=f"{i}",
+                task="asr",
+                clips=(0.1 * torch.randn(length, generator=generator),),
+                token_ids=ids,
+                audio_mask=mask,
+                labels=labels,
+                prompt_ids=ids[slots : slots + 8],
+                ctc_targets=ids[-8:-6],
+            )
+        )
+    return Batch(tuple(samples))
+
+
+def compare(case: str) -> list[dict[str, Any]]:
+    """Run the ranks, plan the same, and put both side by side, per rank."""
+    from trainer.plan.accelerator import KNOWN
+    from trainer.plan.plan import Planner
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[_RESULT] = folder
+        recipe, workload = _case(case)
+        code = start_ranks(recipe.parallel.num_ranks, [sys.executable, "-m", "bench.plan_memory", case, "--rank"])
+        if code:
+            raise SystemExit(code)
+        found = [json.loads(Path(folder, f"{r}.json").read_text()) for r in range(recipe.parallel.num_ranks)]
+    planner = Planner(recipe, KNOWN["h100"])
+    topology, encoders, packs = planner.place(recipe, workload, "cpu")
+    model = planner.memory(recipe, workload, topology, encoders, packs)
+    states = planner.plan(recipe, workload, "cpu").states
+    rows = []
+    for one in found:
+        rank = one["rank"]
+        kind = model.of(topology.coordinates(rank).pp, rank % topology.ep, states.of_rank(rank))
+        planned = {p: kind.states.total + sum(parts) for p, parts in kind.phases.items()}
+        measured = {p: max(one["phases"].get(q, 0) for q in names) for p, names in _MEASURED.items()}
+        exact = [kind.states.weights, kind.states.gradients, kind.states.optimizer] == one["states"]
+        peak = max(one["phases"].values())
+        rows.append(
+            {
+                "case": case,
+                "rank": rank,
+                "states_exact": exact,
+                "planned_bytes": kind.total,
+                "measured_bytes": peak,
+                "ratio": kind.total / peak,
+                "planned_phases": planned,
+                "measured_phases": measured,
+            }
+        )
+    return rows
+
+
+_MEASURED = {"encode": ("encode",), "llm": ("llm", "exchange"), "backward": ("backward",), "update": ("update",)}
+
+
+def main() -> int:
+    """Exit code: 0 within the goal, 1 not."""
+    parser = argparse.ArgumentParser(prog="python -m bench.plan_memory", description=__doc__)
+    parser.add_argument("cases", nargs="*", default=[], help=f"of {', '.join(CASES)}; default: all")
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    options = parser.parse_args()
+    if options.rank:
+        return work(options.cases[0])
+    rows, mib = [], 2**20
+    for row in (row for case in options.cases or CASES for row in compare(case)):
+        rows.append(row)
+        print(
+            f"{row['case']} rank {row['rank']}: planned {row['planned_bytes'] / mib:.1f} MiB, measured "
+            f"{row['measured_bytes'] / mib:.1f} MiB, ratio {row['ratio']:.3f}; states exact: {row['states_exact']}",
+            flush=True,
+        )
+        phases = ((p, row["planned_phases"][p] / mib, row["measured_phases"][p] / mib) for p in row["planned_phases"])
+        print("   " + ", ".join(f"{p} {planned:.1f} / {measured:.1f}" for p, planned, measured in phases), flush=True)
+    passed = all(abs(row["ratio"] - 1) <= LIMIT and row["states_exact"] for row in rows)
+    if options.json:
+        print(json.dumps({"passed": passed, "rows": rows}))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Weights, gradients and optimizer: what the plan says, to the byte, on real ranks of six topologies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.harness import run_ranks
+from trainer.parallel.topology import Topology
+
+DS_CONFIG = Path(__file__).parent.parent.parent / "ds_configs" / "zero3.json"
+
+# world → (tp, pp, ep), LLM family, precision, what is frozen
+CASES: dict[int, list[tuple[tuple[int, int, int], str, str, str]]] = {
+    2: [((2, 1, 1), "llama", "bf16", ""), ((1, 2, 2), "qwen2", "fp32", "")],
+    4: [
+        ((1, 1, 2), "llama", "bf16", "audio.primary.*"),
+        ((2, 2, 1), "qwen3", "fp32", "llm.*norm*"),
+        ((1, 2, 4), "qwen2", "bf16", ""),
+        ((2, 1, 2), "mistral", "fp32", "llm.*"),
+    ],
+}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("world", sorted(CASES))
+def test_model_states_are_exact(world: int) -> None:
+    measured = run_ranks(world, "tests.distributed.test_plan_states:held", timeout_sec=400)
+    for i, case in enumerate(CASES[world]):
+        expected = planned(world, *case)
+        assert [ranks[i] for ranks in measured] == expected, case
+        assert len({tuple(e) for e in expected}) > 1 or case[0][1] == 1  # stages differ
+
+
+def planned(world: int, split: tuple[int, int, int], family: str, precision: str, frozen: str) -> list[list[int]]:
+    """[weights, gradients, optimizer] of every rank, as the plan tells it."""
+    from model.llm.reference import resolve_hf_config
+    from trainer.parity import tiny_model
+    from trainer.plan.ranks import rank_states
+    from trainer.plan.sizes import SizedModel
+
+    config = tiny_model(family)
+    model = SizedModel(config, resolve_hf_config(config.llm), vocab_size=61)
+    topology = Topology(world, *split)
+    states = rank_states(model, topology, optim(frozen), precision, json.loads(DS_CONFIG.read_text()))
+    found = (states.of_rank(rank) for rank in range(world))
+    return [[s.weights, s.gradients, s.optimizer] for s in found]
+
+
+def optim(frozen: str) -> Any:
+    from trainer.engine.optim import OptimConfig, PartConfig
+
+    return OptimConfig(parts=(PartConfig(pattern="llm.*", lr=1e-5), PartConfig(frozen or "none", frozen=True)))
+
+
+def held() -> list[list[int]]:
+    """The same as measured on this rank after one step."""
+    import torch
+    import torch.distributed as dist
+    from deepspeed.utils import groups as deepspeed_groups
+    from megatron.core import parallel_state
+
+    from model.audio_tower import AudioTower
+    from model.batch import Batch
+    from model.llm.reference import resolve_hf_config
+    from model.llm.weights import RandomSource
+    from trainer.engine.ds_config import build_ds_config
+    from trainer.engine.encoders import AudioEngine
+    from trainer.engine.llm import LLMEngine
+    from trainer.engine.placement import place
+    from trainer.parallel.groups import build_groups, connect
+    from trainer.parity import VOCAB_SIZE, make_samples, tiny_model
+    from trainer.plan.measure import held_states
+    from trainer.step import Step
+
+    rank, world, device = connect(timeout_sec=120)
+    results = []
+    for split, family, precision, frozen in CASES[world]:
+        config, dtype = tiny_model(family), torch.bfloat16 if precision == "bf16" else torch.float32
+        hf_config = resolve_hf_config(config.llm)
+        groups = build_groups(Topology(world, *split), rank, device, seed=1)
+        llm = LLMEngine(hf_config, RandomSource(hf_config, 1), optim(frozen), groups, dtype, recompute=False)
+        held = place(config, groups.topology.ep).held_by(rank)
+        tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE, held).train()
+        audio = AudioEngine(tower, optim(frozen), build_ds_config(DS_CONFIG, precision=precision), groups, 1.5)  # type: ignore[arg-type]
+        step = Step(config, optim(frozen), audio, llm, groups, num_steps=1, tokens_per_microbatch=48, seed=1)
+        step(0, Batch(tuple(make_samples("mixed", world, config.adapter.strides)[rank])))
+        states = held_states(audio, llm)
+        results.append([states.weights, states.gradients, states.optimizer])
+        audio.engine.destroy()
+        parallel_state.destroy_model_parallel()
+        deepspeed_groups._get_expert_data_parallel_group_dict().clear()
+        deepspeed_groups._get_expert_parallel_group_dict().clear()
+    dist.destroy_process_group()
+    return results

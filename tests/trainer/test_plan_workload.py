@@ -1,0 +1,75 @@
+"""The assumed global batch, and rates of accelerators."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from model.errors import UserError
+from model.lengths import num_samples
+from trainer.config.load import load_recipe
+from trainer.data.lanes import lanes_of_rank
+from trainer.engine.placement import place
+from trainer.parallel.topology import build_topology
+from trainer.plan.accelerator import KNOWN, parse_accelerator
+from trainer.plan.sizes import sized_model
+from trainer.plan.workload import encoder_work, homes_of, pack_work, typical_workload
+
+
+@pytest.mark.parametrize(("mean", "expected"), [(None, 10.0), (3.0, 3.0), (45.0, 45.0)])
+def test_clips_have_the_wanted_mean_and_no_longer_than_allowed(mean: float | None, expected: float) -> None:
+    recipe = load_recipe("mowe_70b")
+    found = typical_workload(recipe, build_topology(recipe.parallel, 128), mean)
+    assert found.audio_sec / 1024 == pytest.approx(expected, rel=1e-3)
+    assert 0 < found.audio_samples.min() and found.audio_samples.max() <= num_samples(60)
+
+
+def test_an_impossible_mean_is_refused() -> None:
+    recipe = load_recipe("mowe_70b")
+    with pytest.raises(UserError, match=r"--audio-sec = 61: must be within 0\.\.60 s \(data\.max_audio_sec\)"):
+        typical_workload(recipe, build_topology(recipe.parallel, 128), 61.0)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 8, 12])
+def test_samples_are_at_home_where_their_lane_is(ranks: int) -> None:
+    recipe = load_recipe("debug", [f"parallel.num_ranks={ranks}", "data.global_batch_samples=16"])
+    homes = homes_of(recipe, build_topology(recipe.parallel, ranks))
+    expected = [2 * len(lanes_of_rank(r, ranks, recipe.data.num_lanes)) for r in range(ranks)]
+    assert np.bincount(homes, minlength=ranks).tolist() == expected
+
+
+def test_every_clip_is_encoded_by_the_primary_and_by_two_experts() -> None:
+    recipe = load_recipe("debug", ["parallel.num_ranks=4", "parallel.expert=2", "parallel.tensor=2"])
+    topology = build_topology(recipe.parallel, 4)
+    workload = typical_workload(recipe, topology, 2.0)
+    work = encoder_work(sized_model(recipe), workload, topology, num_samples(20), "cpu")
+    clips = [sorted(c for rank in one.calls for calls in rank for call in calls for c in call) for one in work]
+    assert clips[0] == sorted(workload.audio_samples.tolist())
+    assert clips[1] == sorted(2 * workload.audio_samples.tolist())  # two gates, two experts
+    held = place(recipe.model, 2)
+    for rank in range(4):
+        runs = {name for name, calls in zip(work[1].names, work[1].calls[rank], strict=True) if calls}
+        assert runs == set(held.held_by(rank))
+    packs = pack_work(recipe, workload, topology)
+    assert packs.num_microbatches * packs.pack_tokens * topology.dp >= workload.tokens
+
+
+def test_accelerators_by_name_and_by_numbers() -> None:
+    assert parse_accelerator("a100") == KNOWN["a100"]
+    found = parse_accelerator("tflops=100,per_node=4")
+    assert (found.tflops, found.per_node, found.memory_gib) == (100.0, 4, KNOWN["h100"].memory_gib)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v100", "--accelerator v100: legal names are h100, h200, a100; or give numbers"),
+        ("h100,flops=1", "--accelerator flops=1: legal keys are tflops, fp32_tflops"),
+        ("h100,tflops=x", "--accelerator tflops=x: 'x' is not a number"),
+        ("h100,tflops=0", "--accelerator tflops=0: must be positive"),
+    ],
+)
+def test_a_wrong_accelerator_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_accelerator(text)
+    assert str(error.value).startswith(message)

@@ -1,0 +1,209 @@
+"""What the audio side needs besides its model states: encoder calls traced from the real modules, the rest counted.
+
+All clips of a step are encoded before the LLM runs, so what every call keeps for its backward pass adds up.
+Shapes: B windows of a call, F frames of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.audio_tower import AudioTower
+from model.batch import Ragged
+from model.encoders.base import window_lengths
+from model.lengths import FRAME_SAMPLES, num_frames, num_slots
+from trainer.engine.optim import OptimConfig, param_groups
+from trainer.plan.fake_ranks import META
+from trainer.plan.states import FP32_BYTES
+from trainer.plan.trace import Traced, extrapolated, trace
+from trainer.plan.workload import EncoderWork
+
+_SHAPES = ((1, 50), (1, 100), (2, 100), (1, 200), (3, 200))
+"""(clips, frames) at which an encoder is traced: enough for 1, B·F, B·F² and F²."""
+
+
+@dataclass(frozen=True)
+class CallMemory:
+    """An encoder's kept bytes as a function of a call's shape; exact where they are sums of these four terms."""
+
+    weights: tuple[float, ...]
+    window_samples: int
+    padded: bool
+    """Every window is padded to the full length."""
+
+    def kept(self, clips: Sequence[int]) -> float:
+        """Of a call with clips of so many samples."""
+        windows = [w for n in clips for w in window_lengths(n, self.window_samples)]
+        frames = num_frames(self.window_samples if self.padded else max(windows))
+        return float(np.dot(self.weights, _terms(len(windows), frames)))
+
+
+@dataclass(frozen=True)
+class AudioMemory:
+    """Bytes of one rank's audio side."""
+
+    kept: int
+    """From the forward pass to the backward pass: waveforms, encoders, mixture, adapter, projector."""
+    forward: int
+    """On top, at the worst moment of the forward pass."""
+    backward: int
+    """On top, at the worst moment of the backward pass, ZeRO-3's gradients on their way included."""
+
+
+class EncoderTracer:
+    """Traces the encoders of a tower that lies on the meta device. What it learns about one shape serves all.
+
+    All layers of an encoder are alike, so it is traced with its first one and its first two: the second shows what
+    every further one adds.
+
+    Args:
+        tower: with all experts.
+        optim: what learns: frozen parts keep less.
+        dtype: of weights and activations.
+        recompute: `train.recompute_encoders`.
+    """
+
+    def __init__(self, tower: AudioTower, optim: OptimConfig, dtype: torch.dtype, recompute: bool) -> None:
+        self.tower = tower.to(dtype).train()
+        param_groups(optim, [(f"audio.{n}", p, p.dim()) for n, p in tower.named_parameters()])
+        for parameter in tower.parameters():
+            if parameter.requires_grad:  # as ZeRO-3 does: a gradient is handed on at once
+                parameter.register_post_accumulate_grad_hook(_forget)
+        tower.set_recompute(recompute)
+        self._calls: dict[str, CallMemory] = {}
+        self._traced: dict[tuple[str, tuple[int, ...]], Traced] = {}
+
+    def calls(self, name: str) -> CallMemory:
+        """Of the encoder `name`."""
+        if name not in self._calls:
+            encoder = _inner(self.tower.encoder(name))
+            window, padded = encoder.window_samples, getattr(encoder, "length_mode", "trim") == "full"
+            if padded:
+                one, two = (self.traced(name, (window,) * b).kept for b in (1, 2))
+                weights: tuple[float, ...] = (2.0 * one - two, (two - one) / num_frames(window), 0.0, 0.0)
+            else:
+                kept = np.array([float(self.traced(name, _clips(b, f)).kept) for b, f in _SHAPES])
+                terms = np.array([_terms(b, f) for b, f in _SHAPES])
+                weights = tuple(map(float, np.linalg.lstsq(terms, kept, rcond=None)[0]))
+            self._calls[name] = CallMemory(weights, window, padded)
+        return self._calls[name]
+
+    def traced(self, name: str, clips: tuple[int, ...]) -> Traced:
+        """A call with clips of so many samples."""
+        if (name, clips) not in self._traced:
+            module = self.tower.encoder(name)
+            owner, layers = _layers(_inner(module))
+            found = []
+            for count in range(1, min(2, len(layers)) + 1):
+                owner.layers = nn.ModuleList(layers[:count])
+                found.append(_trace_encoder(module, clips))
+            owner.layers = nn.ModuleList(layers)
+            self._traced[name, clips] = extrapolated(found, len(layers))
+        return self._traced[name, clips]
+
+
+def _trace_encoder(module: nn.Module, clips: tuple[int, ...]) -> Traced:
+    with META:
+        module(Ragged(torch.empty(1600), (1600,)))  # makes constants that stay
+        return trace(
+            lambda: module(Ragged(torch.empty(sum(clips)), clips)).values, [*module.parameters(), *module.buffers()]
+        )
+
+
+def _forget(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _layers(encoder: Any) -> tuple[Any, list[nn.Module]]:
+    """(the module that owns them, an encoder's layers)"""
+    owner = encoder.encoder if hasattr(encoder.encoder, "layers") else encoder.encoder.encoder
+    return owner, list(owner.layers)
+
+
+def audio_memory(
+    tracer: EncoderTracer,
+    work: Sequence[EncoderWork],
+    rank: int,
+    home_samples: Sequence[int],
+    reduce_elements: int,
+    learned: int,
+) -> AudioMemory:
+    """Of `rank`.
+
+    Args:
+        tracer: of the encoders.
+        work: see `encoder_work`.
+        rank: whose calls.
+        home_samples: audio samples of the clips that the rank loaded.
+        reduce_elements: ZeRO-3's `reduce_bucket_size`.
+        learned: audio parameters that learn, on this rank.
+    """
+    tower = tracer.tower
+    dtype = next(tower.projector.parameters()).dtype
+    size = dtype.itemsize
+    kept, over_forward, over_backward, features = 0.0, 0, 0, 0
+    for one in work:
+        for name, calls in zip(one.names, one.calls[rank], strict=True):
+            for clips in calls:
+                kept += tracer.calls(name).kept(clips)
+            if calls:
+                traced = tracer.traced(name, max(calls, key=lambda c: len(c) * max(c)))
+                over_forward = max(over_forward, traced.forward - traced.kept)
+                over_backward = max(over_backward, traced.backward - traced.kept)
+                features += sum(num_frames(n) for clips in calls for n in clips) * _width(tower.encoder(name)) * size
+    mixed = _after_encoders(tower, home_samples, size)
+    in_bucket = min(reduce_elements, learned) * FP32_BYTES * (2 if size < FP32_BYTES else 1)
+    return AudioMemory(
+        int(kept) + mixed.kept + sum(home_samples) * FP32_BYTES,
+        max(over_forward, 2 * features + mixed.forward - mixed.kept),
+        max(over_backward, mixed.backward - mixed.kept) + in_bucket,
+    )
+
+
+def _after_encoders(tower: AudioTower, home_samples: Sequence[int], size: int) -> Traced:
+    """Mixture, adapter, projector and CTC head over the clips at home, by the shapes of their tensors."""
+    frames = [num_frames(n) for n in home_samples]
+    if not frames:
+        return Traced(0, 0, 0)
+    config, total, longest = tower.config, sum(frames), max(frames)
+    layers: list[Any] = list(tower.adapter.layers)
+    gates = len(config.router.gates) if config.experts else 0
+    joined = int(layers[0].in_channels)
+    streams = total * gates * config.expert_dim * size  # weight · features, kept for the weights' gradients
+    padded = len(frames) * longest * joined * size
+    kept = 2 * streams + padded
+    for layer, stride in zip(layers, tower.adapter.strides, strict=True):
+        longest = num_slots(longest, (stride,))
+        kept += 2 * len(frames) * longest * layer.out_channels * size
+    slots = sum(num_slots(f, tower.adapter.strides) for f in frames)
+    out = slots * (tower.adapter.dim + tower.projector.out_features) * size
+    logits = 0
+    if tower.ctc_head is not None:
+        # Logits, and their padded log-softmax in fp32.
+        logits = slots * tower.ctc_head.out_features * size + len(frames) * longest * tower.ctc_head.out_features * 8
+    kept += out + logits
+    return Traced(kept, kept + 2 * total * joined * size, kept + 2 * padded)
+
+
+def _inner(module: nn.Module) -> Any:
+    return module.encoder if hasattr(module, "projection") else module
+
+
+def _width(module: nn.Module) -> int:
+    return module.projection.out_features if hasattr(module, "projection") else module.dim  # type: ignore
+
+
+def _clips(count: int, frames: int) -> tuple[int, ...]:
+    """Of unequal length, as a real call's."""
+    longest = frames * FRAME_SAMPLES
+    return (longest,) * max(1, count - 1) + (longest * 3 // 4,) * (count > 1)
+
+
+def _terms(windows: int, frames: int) -> tuple[float, ...]:
+    return 1.0, windows * frames, windows * frames**2, frames**2

@@ -1,0 +1,35 @@
+"""One rank of a cluster that is not there: process groups of the full size, modules on the meta device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from trainer.parallel.cpu import megatron_calls
+from trainer.parallel.topology import Topology
+
+META = torch.device("meta")
+
+
+@contextlib.contextmanager
+def fake_rank(topology: Topology, rank: int) -> Iterator[None]:
+    """Be `rank` of `topology`: Megatron's groups exist, collectives return at once and move nothing, and what is built
+    inside lies on the meta device. Only on a machine (or in a process) without GPU."""
+    from megatron.core import parallel_state, tensor_parallel
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not torch.cuda.is_available(), "hide the GPUs first (CUDA_VISIBLE_DEVICES=)"
+    assert not dist.is_initialized(), "this process already is a rank"
+    dist.init_process_group("fake", rank=rank, world_size=topology.world, store=FakeStore())
+    try:
+        with torch.random.fork_rng(devices=[]), megatron_calls(META), META:
+            parallel_state.initialize_model_parallel(topology.tp, topology.pp, create_gloo_process_groups=False)
+            tensor_parallel.model_parallel_cuda_manual_seed(0)
+            yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_global_memory_buffer()
+        dist.destroy_process_group()

@@ -1,0 +1,133 @@
+"""The fastest layout that fits: all legal ones, quickly estimated, then the best ones worked out in full."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from model.errors import UserError
+from trainer.config.checks import check_llm
+from trainer.config.schema import Recipe
+from trainer.parallel.packs import PackPlan
+from trainer.parallel.topology import Topology, divisors
+from trainer.plan.communication import traffic
+from trainer.plan.flops import step_flops
+from trainer.plan.plan import Plan, Planner
+from trainer.plan.states import FP32_BYTES, States
+from trainer.plan.step_time import step_time
+from trainer.plan.workload import EncoderWork, Workload
+
+_MAX_FULL = 12
+"""Candidates that are worked out in full."""
+_TOKENS = (2048, 4096, 8192, 16384, 32768)
+
+
+def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, list[str]]:
+    """(the plan, how its recipe differs as `key=value`).
+
+    Tried: tensor (within a node), pipeline, expert parallelism, tokens of a micro-batch, both recomputations. Ranks,
+    batch and model stay.
+
+    Raises:
+        UserError: nothing fits; the message is that of the candidate that needs least.
+    """
+    device = "cuda"
+    timed = sorted(_estimates(planner, recipe, workload, device), key=lambda item: item[0])
+    if not timed:
+        raise UserError(f"--fit: no layout of {recipe.parallel.num_ranks} ranks is legal for this model")
+    closest: Plan | None = None
+    for _, variant in timed[:_MAX_FULL]:
+        plan = planner.plan(variant, workload, device)
+        if plan.fits:
+            return plan, _changes(recipe, variant)
+        if closest is None or plan.worst.total < closest.worst.total:
+            closest = plan
+    assert closest is not None
+    closest.check_fits()
+    raise AssertionError("a plan that does not fit was accepted")
+
+
+def _variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
+    world, parallel, hf = recipe.parallel.num_ranks, recipe.parallel, planner.model.llm
+    tensors = [d for d in divisors(world) if d <= planner.accelerator.per_node]
+    pipelines = [d for d in divisors(world) if hf.num_hidden_layers % d == 0]
+    experts = [d for d in divisors(world) if d <= max(1, len(recipe.model.experts))]
+    tokens = sorted({*_TOKENS, recipe.train.llm_tokens_per_microbatch})
+    for tp, pp in itertools.product(tensors, pipelines):
+        split = dataclasses.replace(parallel, tensor=tp, pipeline=pp)
+        if world % (tp * pp):
+            continue
+        try:
+            check_llm(hf, split)
+        except UserError:
+            continue
+        for ep, rows, llm, encoders in itertools.product(experts, tokens, (False, True), (False, True)):
+            train = dataclasses.replace(
+                recipe.train, llm_tokens_per_microbatch=rows, recompute_llm=llm, recompute_encoders=encoders
+            )
+            yield dataclasses.replace(recipe, parallel=dataclasses.replace(split, expert=ep), train=train)
+
+
+def _estimates(planner: Planner, recipe: Recipe, workload: Workload, device: str) -> Iterator[tuple[float, Recipe]]:
+    """(expected seconds of a step, variant) of those that may fit."""
+    accelerator, model, sizes = planner.accelerator, planner.model, planner.sizes
+    placed: dict[object, tuple[Topology, list[EncoderWork], PackPlan]] = {}
+    for variant in _variants(planner, recipe):
+        states = _rough_states(planner, variant)
+        if states.total > accelerator.usable_bytes:
+            continue
+        key = (variant.parallel, variant.train.llm_tokens_per_microbatch)
+        if key not in placed:
+            placed[key] = planner.place(variant, workload, device)
+        topology, work, packs = placed[key]
+        if states.total + _rough_activations(planner, variant, packs) > accelerator.usable_bytes:
+            continue
+        flops = step_flops(variant, model, sizes, workload, work)
+        moved = traffic(variant, model, sizes, topology, work, packs, accelerator.per_node)
+        time = step_time(
+            variant, model, topology, accelerator, workload, work, packs, flops, moved, states, planner.ds_json
+        )
+        yield time.total, variant
+
+
+def _rough_states(planner: Planner, variant: Recipe) -> States:
+    """Of the first stage: layers split evenly, the embedding on top."""
+    parallel, size = variant.parallel, 2 if variant.train.precision == "bf16" else FP32_BYTES
+    dp = parallel.num_ranks // (parallel.tensor * parallel.pipeline)
+    layers = [s for n, s in planner.sizes.items() if n.startswith("llm.model.layers.")]
+    ends = [s for n, s in planner.sizes.items() if n == "llm.model.embed_tokens.weight"]
+    audio = [s for n, s in planner.sizes.items() if n.startswith("audio.")]
+
+    def share(kind: str) -> float:
+        stage = sum(getattr(s, kind) for s in layers) / parallel.pipeline + sum(getattr(s, kind) for s in ends)
+        return stage / parallel.tensor
+
+    total, learned = share("total"), share("learned")
+    shared = sum(s.total for s in audio) / parallel.num_ranks
+    master = 3 if size < FP32_BYTES else 2
+    return States(
+        int(total * size + shared * size),
+        int(learned * FP32_BYTES + shared * FP32_BYTES),
+        int((learned / dp + shared) * FP32_BYTES * master),
+    )
+
+
+def _rough_activations(planner: Planner, variant: Recipe, packs: PackPlan) -> float:
+    """At least what the LLM's layers keep: their inputs, or (Korthikanti et al. 2022) 34 bytes per value in bf16."""
+    parallel, train, hf = variant.parallel, variant.train, planner.model.llm
+    rows, count = packs.pack_tokens, packs.num_microbatches
+    each = rows * hf.hidden_size / parallel.tensor * (2 if train.recompute_llm else 24)
+    flying = min(parallel.pipeline, count)
+    return each * (2 if train.precision == "fp32" else 1) * hf.num_hidden_layers / parallel.pipeline * flying
+
+
+def _changes(recipe: Recipe, variant: Recipe) -> list[str]:
+    found = []
+    for section in ("parallel", "train"):
+        old, new = getattr(recipe, section), getattr(variant, section)
+        for field in dataclasses.fields(old):
+            value = getattr(new, field.name)
+            if value != getattr(old, field.name):
+                found.append(f"{section}.{field.name}={str(value).lower()}")
+    return found

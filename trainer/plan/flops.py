@@ -1,0 +1,66 @@
+"""Floating-point operations of a step (a multiply-add counts two)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.llm.names import head_dim, hf_shapes
+from trainer.config.schema import Recipe
+from trainer.engine.optim import setting_of
+from trainer.plan.sizes import Size, SizedModel
+from trainer.plan.workload import EncoderWork, Workload
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one step over the whole global batch."""
+
+    llm: float
+    """Model FLOPs, recomputation not counted."""
+    encoders: float
+    recomputed: float
+    """On top, by activation checkpointing."""
+
+    @property
+    def model(self) -> float:
+        return self.llm + self.encoders
+
+
+def step_flops(
+    recipe: Recipe, model: SizedModel, sizes: dict[str, Size], workload: Workload, work: Sequence[EncoderWork]
+) -> Flops:
+    """Forward 2 per weight and token, backward twice that: gradients of the inputs, and of weights that learn (Kaplan
+    et al. 2020, arXiv 2001.08361); attention within segments under a causal mask on top. Norms and activations are left
+    out."""
+    llm_forward = llm_forward_flops(model, workload)
+    learned = any(s.learned for n, s in sizes.items() if n.startswith("llm."))
+    llm = llm_forward * (3 if learned else 2)
+    encoders = recomputed = 0.0
+    for one in work:
+        forward = float(one.cost.sum())
+        trains = any(_learns(recipe, model, name) for name in one.names)
+        encoders += forward * (3 if trains else 1)
+        recomputed += forward if trains and recipe.train.recompute_encoders else 0.0
+    recomputed += llm_forward if recipe.train.recompute_llm else 0.0
+    return Flops(llm, encoders, recomputed)
+
+
+def llm_forward_flops(model: SizedModel, workload: Workload) -> float:
+    """Of all tokens of the global batch."""
+    config = model.llm
+    matrices = sum(s[0] * s[1] for n, s in hf_shapes(config).items() if len(s) == 2 and "embed_tokens" not in n)
+    if config.tie_word_embeddings:
+        matrices += config.vocab_size * config.hidden_size
+    tokens = workload.num_tokens.astype(np.float64)
+    width = config.num_attention_heads * head_dim(config)
+    attention = config.num_hidden_layers * 2.0 * width * float((tokens**2).sum())
+    return 2.0 * matrices * float(tokens.sum()) + attention
+
+
+def _learns(recipe: Recipe, model: SizedModel, encoder: str) -> bool:
+    primary = model.config.primary
+    part = "primary" if primary is not None and primary.name == encoder else f"experts.{encoder}"
+    return not setting_of(recipe.optim, f"audio.{part}.encoder.weight", 2).frozen

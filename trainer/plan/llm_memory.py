@@ -1,0 +1,113 @@
+"""What a stage of the LLM needs besides its model states: traced from the real modules, then scheduled as 1F1B."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from model.llm.megatron import embed_tokens
+from model.llm.packing import PackedSequences
+from trainer.engine.optim import OptimConfig
+from trainer.parallel.topology import Topology
+from trainer.plan.fake_ranks import fake_rank
+from trainer.plan.states import build_stage
+from trainer.plan.trace import Traced, extrapolated, trace
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one stage of the LLM."""
+
+    traced: Traced
+    """One micro-batch."""
+    buffer: int
+    """Megatron's gathering buffer of sequence parallelism; stays allocated."""
+    boundary: int
+    """Hidden states [t/TP, H] of a micro-batch, as they travel between stages."""
+    audio: int
+    """First stage: arrived embeddings of all micro-batches, their gradient, and one more to add up."""
+
+    def peak(self, in_flight: int) -> int:
+        """Activations at the worst moment, with so many micro-batches begun and not ended."""
+        worst = max(self.traced.forward, self.traced.backward)
+        return (in_flight - 1) * self.traced.kept + worst + self.audio + 2 * self.boundary
+
+
+def in_flight(stage: int, pp: int, microbatches: int) -> int:
+    """Micro-batches that stage `stage` has begun and not ended, at most, in Megatron's 1F1B schedule (Narayanan et al.
+    2021, arXiv 2104.04473)."""
+    return min(pp - stage, microbatches)
+
+
+def stage_memory(
+    hf_config: PretrainedConfig,
+    topology: Topology,
+    stage: int,
+    lengths: tuple[int, ...],
+    num_packs: int,
+    *,
+    optim: OptimConfig,
+    dtype: torch.dtype,
+    recompute: bool,
+) -> StageMemory:
+    """Of a pipeline stage. Its layers are alike: it is built and traced with one and with two of them.
+
+    Args:
+        hf_config: of the whole LLM.
+        topology: of the ranks.
+        stage: which one.
+        lengths: of the segments of a pack; they sum to its rows t.
+        num_packs: micro-batches of a step.
+        optim, dtype, recompute: see `build_stage`.
+    """
+    layers = hf_config.num_hidden_layers // topology.pp
+    found, buffer = [], 0
+    with fake_rank(topology, topology.rank_of(0, stage, 0)):
+        for count in range(1, min(2, layers) + 1):
+            small = copy.deepcopy(hf_config)
+            small.num_hidden_layers = count * topology.pp
+            gpt, model = build_stage(small, topology, stage, optim, dtype, recompute)
+            traced, buffer = _trace(gpt, model, topology, stage, lengths)
+            found.append(traced)
+    hidden = sum(lengths) // topology.tp * hf_config.hidden_size * dtype.itemsize
+    return StageMemory(extrapolated(found, layers), buffer, hidden, 3 * num_packs * hidden if stage == 0 else 0)
+
+
+def _trace(gpt: Any, model: nn.Module, topology: Topology, stage: int, lengths: tuple[int, ...]) -> tuple[Traced, int]:
+    """(one micro-batch, bytes of Megatron's gathering buffer)"""
+    from megatron.core import parallel_state
+
+    config, rows = gpt.config, sum(lengths)
+    share, dtype = rows // topology.tp, config.params_dtype
+
+    def forward() -> Tensor:
+        decoder_input = labels = None
+        if stage == 0:
+            text = embed_tokens(gpt, torch.empty(rows, dtype=torch.int64))
+            arrived = torch.empty(share, 1, config.hidden_size, dtype=dtype, requires_grad=True)
+            decoder_input = torch.where(torch.empty(share, 1, 1, dtype=torch.bool), arrived, text)
+        else:
+            gpt.set_input_tensor(torch.empty(share, 1, config.hidden_size, dtype=dtype, requires_grad=True))
+        if stage == topology.pp - 1:
+            labels = torch.empty(1, rows, dtype=torch.int64)
+        output: Tensor = model(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=decoder_input,
+            labels=labels,
+            packed_seq_params=PackedSequences(lengths=lengths),
+        )
+        return output if labels is None else output.float().sum()
+
+    states = [*gpt.parameters(), *(p.main_grad for p in gpt.parameters() if hasattr(p, "main_grad"))]
+    gpt.train()
+    with torch.no_grad():
+        forward()  # makes Megatron's own buffers
+    buffers = list(parallel_state.get_global_memory_buffer().buffer.values())
+    return trace(forward, [*states, *buffers]), sum(t.untyped_storage().nbytes() for t in buffers)

@@ -1,0 +1,191 @@
+"""A job, worked out before it runs: `make_plan` is everything that `python -m tools.plan` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from model.errors import UserError
+from model.lengths import num_samples
+from trainer.config.checks import check_recipe, deepspeed_json
+from trainer.config.schema import Recipe
+from trainer.engine.ds_config import load_ds_json
+from trainer.parallel.packs import PackPlan
+from trainer.parallel.topology import Topology, build_topology
+from trainer.plan.accelerator import GIB, Accelerator
+from trainer.plan.communication import Traffic, traffic
+from trainer.plan.encoder_memory import EncoderTracer
+from trainer.plan.flops import Flops, step_flops
+from trainer.plan.memory import MemoryModel, RankMemory, kinds_of_ranks, memory_model
+from trainer.plan.ranks import DTYPES, RankStates, rank_states
+from trainer.plan.sizes import Size, parameter_sizes, sized_model
+from trainer.plan.step_time import StepTime, step_time
+from trainer.plan.workload import EncoderWork, Workload, encoder_work, pack_work
+
+SECONDS_PER_DAY = 86_400.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One recipe on one kind of accelerator."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    topology: Topology
+    sizes: dict[str, Size]
+    workload: Workload
+    packs: PackPlan
+    states: RankStates
+    kinds: list[RankMemory]
+    """Distinct kinds of ranks."""
+    flops: Flops
+    traffic: list[Traffic]
+    time: StepTime
+
+    @property
+    def worst(self) -> RankMemory:
+        """The kind that needs most memory."""
+        return max(self.kinds, key=lambda kind: kind.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.worst.total <= self.accelerator.usable_bytes
+
+    @property
+    def steps_per_day(self) -> float:
+        return SECONDS_PER_DAY / self.time.total
+
+    @property
+    def days(self) -> float:
+        """To the last step, evaluations and checkpoints not counted."""
+        return self.recipe.train.steps / self.steps_per_day
+
+    def check_fits(self) -> None:
+        """Refuse a job that cannot fit.
+
+        Raises:
+            UserError: the worst kind of rank, what it needs, what there is, and what helps.
+        """
+        if self.fits:
+            return
+        worst = self.worst
+        parts = {
+            "parallel.tensor or parallel.pipeline up, or more ranks": worst.states.total,
+            "train.llm_tokens_per_microbatch down or train.recompute_llm=true": worst.activations,
+            "train.recompute_encoders=true, or data.global_batch_samples down": worst.encoder_activations,
+            "reduce_bucket_size and stage3_max_reuse_distance in train.deepspeed down": worst.buffers,
+        }
+        remedy = max(parts, key=lambda key: parts[key])
+        raise UserError(
+            f"{self.recipe.name} does not fit: a rank of stage {worst.stages[0]} at expert place {worst.place} needs "
+            f"{worst.total / GIB:.1f} GiB (weights, gradients, optimizer {worst.states.total / GIB:.1f}, activations "
+            f"{worst.activations / GIB:.1f}, encoders {worst.encoder_activations / GIB:.1f}, buffers "
+            f"{worst.buffers / GIB:.1f}), {self.accelerator.name} has {self.accelerator.usable_bytes / GIB:.1f} "
+            f"usable; try {remedy}, or --fit"
+        )
+
+
+class Planner:
+    """Plans variants of one recipe; what they share is worked out once.
+
+    Args:
+        recipe: the first variant; others may differ in `parallel` and `train` only.
+        accelerator: to run on.
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
+        check_recipe(recipe)
+        self.accelerator = accelerator
+        self.model = sized_model(recipe)
+        self.sizes = parameter_sizes(self.model, recipe.optim)
+        self.ds_json = load_ds_json(deepspeed_json(recipe))
+        self._tracers: dict[tuple[str, bool], EncoderTracer] = {}
+
+    def tracer(self, recipe: Recipe) -> EncoderTracer:
+        """Of the recipe's encoders, as it runs them."""
+        key = (recipe.train.precision, recipe.train.recompute_encoders)
+        if key not in self._tracers:
+            self._tracers[key] = EncoderTracer(self.model.tower(), recipe.optim, DTYPES[key[0]], key[1])
+        return self._tracers[key]
+
+    def place(self, recipe: Recipe, workload: Workload, device: str) -> tuple[Topology, list[EncoderWork], PackPlan]:
+        """Where the step's work goes."""
+        topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
+        budget = num_samples(recipe.train.encoder_batch_sec)
+        work = encoder_work(self.model, workload, topology, budget, device)
+        return topology, work, pack_work(recipe, workload, topology)
+
+    def memory(
+        self, recipe: Recipe, workload: Workload, topology: Topology, work: Sequence[EncoderWork], packs: PackPlan
+    ) -> MemoryModel:
+        """See `memory_model`."""
+        return memory_model(recipe, self.model, topology, self.ds_json, self.tracer(recipe), workload, work, packs)
+
+    def plan(self, recipe: Recipe, workload: Workload, device: str = "cuda") -> Plan:
+        """Work `recipe` out for `workload`."""
+        check_recipe(recipe)
+        topology, work, packs = self.place(recipe, workload, device)
+        states = rank_states(self.model, topology, recipe.optim, recipe.train.precision, self.ds_json)
+        kinds = kinds_of_ranks(self.memory(recipe, workload, topology, work, packs), states)
+        flops = step_flops(recipe, self.model, self.sizes, workload, work)
+        moved = traffic(recipe, self.model, self.sizes, topology, work, packs, self.accelerator.per_node)
+        fullest = max((k.states for k in kinds), key=lambda s: s.total)
+        time = step_time(
+            recipe, self.model, topology, self.accelerator, workload, work, packs, flops, moved, fullest, self.ds_json
+        )
+        return Plan(recipe, self.accelerator, topology, self.sizes, workload, packs, states, kinds, flops, moved, time)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Every number, in the units that the names say."""
+    time, kinds = plan.time, []
+    for kind in plan.kinds:
+        kinds.append(
+            {
+                "stages": list(kind.stages),
+                "expert_place": kind.place,
+                "phase": kind.phase,
+                "weights_bytes": kind.states.weights,
+                "gradients_bytes": kind.states.gradients,
+                "optimizer_bytes": kind.states.optimizer,
+                "activations_bytes": kind.activations,
+                "encoder_activations_bytes": kind.encoder_activations,
+                "buffers_bytes": kind.buffers,
+                "total_bytes": kind.total,
+            }
+        )
+    topology = plan.topology
+    return {
+        "recipe": plan.recipe.name,
+        "accelerator": plan.accelerator.name,
+        "usable_bytes": int(plan.accelerator.usable_bytes),
+        "fits": plan.fits,
+        "ranks": topology.world,
+        "tensor": topology.tp,
+        "pipeline": topology.pp,
+        "data": topology.dp,
+        "expert": topology.ep,
+        "parameters": sum(s.total for s in plan.sizes.values()),
+        "learned_parameters": sum(s.learned for s in plan.sizes.values()),
+        "num_microbatches": plan.packs.num_microbatches,
+        "pack_tokens": plan.packs.pack_tokens,
+        "tokens_per_step": plan.workload.tokens,
+        "audio_sec_per_step": plan.workload.audio_sec,
+        "kinds": kinds,
+        "model_flops": plan.flops.model,
+        "llm_flops": plan.flops.llm,
+        "encoder_flops": plan.flops.encoders,
+        "recomputed_flops": plan.flops.recomputed,
+        "sent_bytes_per_rank": {t.name: t.bytes for t in plan.traffic},
+        "bubble": time.bubble,
+        "step_sec": time.total,
+        "encoders_sec": time.encoders,
+        "llm_sec": time.llm,
+        "exchange_sec": time.exchange,
+        "update_sec": time.update,
+        "mfu": time.mfu,
+        "tokens_per_day": plan.workload.tokens * plan.steps_per_day,
+        "audio_hours_per_day": plan.workload.audio_sec / 3600 * plan.steps_per_day,
+        "days": plan.days,
+    }

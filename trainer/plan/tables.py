@@ -1,0 +1,39 @@
+"""Text tables and human numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns aligned: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]
+        lines.append("  " + "  ".join(cells))
+    return lines
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """`3`, `0-7` or `0,2,4`."""
+    if len(ranks) == 1:
+        return str(ranks[0])
+    contiguous = ranks[-1] - ranks[0] == len(ranks) - 1
+    return f"{ranks[0]}-{ranks[-1]}" if contiguous else ",".join(map(str, ranks))
+
+
+def count_text(number: float) -> str:
+    """`70.55 B`."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(int(number))
+
+
+def bytes_text(number: float) -> str:
+    """`4.26 GiB`."""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{int(number)} B"

@@ -1,0 +1,171 @@
+"""The work of one step: a global batch of typical lengths, and where the job's own planners put it.
+
+The recipe does not say how long clips are. The plan assumes log-normal durations (as speech corpora have) around a
+mean, cut at `data.max_audio_sec`, and as many text tokens for every sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.config import EncoderConfig
+from model.errors import UserError
+from model.lengths import SAMPLE_RATE, num_samples, slots_of_samples
+from trainer.config.schema import Recipe
+from trainer.data.lanes import lanes_of_rank, permutation
+from trainer.engine.placement import clip_cost, place
+from trainer.parallel.dispatch import CALL_COST_SAMPLES, ClipTable, dispatch_of, group_by_length, plan_dispatch
+from trainer.parallel.packs import PackPlan, plan_packs
+from trainer.parallel.plan import Ints
+from trainer.parallel.topology import Topology
+from trainer.plan.sizes import SizedModel
+
+SIGMA = 0.6
+"""Of the logarithm of durations."""
+DEFAULT_AUDIO_SEC, DEFAULT_TEXT_TOKENS = 10.0, 64
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The samples of a global batch, in lane order."""
+
+    audio_samples: Ints
+    """[n] of its clip; 0: it has none."""
+    num_tokens: Ints
+    """[n] LLM positions, audio slots included."""
+    homes: Ints
+    """[n] rank that loads it, ascending."""
+
+    @property
+    def audio_sec(self) -> float:
+        return float(self.audio_samples.sum()) / SAMPLE_RATE
+
+    @property
+    def tokens(self) -> int:
+        return int(self.num_tokens.sum())
+
+
+def typical_workload(
+    recipe: Recipe, topology: Topology, mean_audio_sec: float | None = None, text_tokens: int = DEFAULT_TEXT_TOKENS
+) -> Workload:
+    """A global batch of the recipe's size. `mean_audio_sec` None: 10 s, at most half of `data.max_audio_sec`.
+
+    Raises:
+        UserError: the mean is not positive, or above `data.max_audio_sec`.
+    """
+    data = recipe.data
+    limit = data.max_audio_sec or 4 * (mean_audio_sec or DEFAULT_AUDIO_SEC)
+    mean = min(DEFAULT_AUDIO_SEC, limit / 2) if mean_audio_sec is None else mean_audio_sec
+    if not 0 < mean <= limit:
+        raise UserError(f"--audio-sec = {mean:g}: must be within 0..{limit:g} s (data.max_audio_sec)")
+    if text_tokens < 1:
+        raise UserError(f"--text-tokens = {text_tokens}: must be at least 1")
+    seconds = _log_normal(data.global_batch_samples, mean, limit)
+    seconds = seconds[permutation(len(seconds), "plan")]
+    samples = np.array([max(1, num_samples(s)) for s in seconds], dtype=np.int64)
+    slots = [slots_of_samples(int(n), recipe.model.adapter.strides) for n in samples]
+    return Workload(samples, np.array(slots) + text_tokens, homes_of(recipe, topology))
+
+
+def homes_of(recipe: Recipe, topology: Topology) -> Ints:
+    """The rank that loads each sample of a global batch."""
+    per_lane = recipe.data.global_batch_samples // recipe.data.num_lanes
+    lanes = [len(lanes_of_rank(rank, topology.world, recipe.data.num_lanes)) for rank in range(topology.world)]
+    return np.repeat(np.arange(topology.world), np.array(lanes) * per_lane)
+
+
+def _log_normal(count: int, mean: float, limit: float) -> NDArray[np.float64]:
+    """`count` evenly spaced quantiles, none above `limit`, with that mean."""
+    normal = NormalDist()
+    shape = np.exp(SIGMA * np.array([normal.inv_cdf((i + 0.5) / count) for i in range(count)]))
+    low, high = 0.0, limit / float(shape.min())
+    for _ in range(60):
+        scale = (low + high) / 2
+        if np.minimum(shape * scale, limit).mean() < mean:
+            low = scale
+        else:
+            high = scale
+    return np.minimum(shape * high, limit)
+
+
+@dataclass(frozen=True)
+class EncoderWork:
+    """What every rank does for a set of encoders that travel together."""
+
+    names: tuple[str, ...]
+    calls: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
+    """[rank][encoder][call] → audio samples of the call's clips."""
+    cost: NDArray[np.float64]
+    """[rank] forward FLOPs of the clips."""
+    moved_samples: int
+    """Audio samples that leave their home, over all ranks."""
+    moved_frames: int
+    """Frames that travel home."""
+
+
+def encoder_work(
+    model: SizedModel, workload: Workload, topology: Topology, budget_samples: int, device: str
+) -> list[EncoderWork]:
+    """Of the primary, and of the experts together. Every gate is taken to spread its clips evenly over the experts."""
+    clips = np.flatnonzero(workload.audio_samples)
+    samples, homes = workload.audio_samples[clips], workload.homes[clips]
+    config, found = model.config, []
+    if config.primary is not None:
+        every = np.ones((len(clips), 1), dtype=bool)
+        found.append(
+            _spread([config.primary], [0], 1, ClipTable(homes, samples, every), topology, budget_samples, device)
+        )
+    if config.experts:
+        placement, router = place(config, topology.ep), config.router
+        count = len(config.experts)
+        chosen = min(count, len(router.gates) * router.top_k)
+        first = np.arange(len(clips))[:, None] + np.arange(chosen)
+        wanted = np.zeros((len(clips), count), dtype=bool)
+        np.put_along_axis(wanted, first % count, True, axis=1)
+        table = ClipTable(homes, samples, wanted)
+        found.append(_spread(config.experts, placement.places, topology.ep, table, topology, budget_samples, device))
+    return found
+
+
+def _spread(
+    encoders: Sequence[EncoderConfig],
+    places: Sequence[int],
+    ep: int,
+    clips: ClipTable,
+    topology: Topology,
+    budget_samples: int,
+    device: str,
+) -> EncoderWork:
+    world = topology.world
+    plan = plan_dispatch(clips, [clip_cost(e) for e in encoders], places, ep, world)
+    calls = []
+    for rank in range(world):
+        part = dispatch_of(plan, rank, world)
+        mine: list[tuple[tuple[int, ...], ...]] = []
+        for k, work in enumerate(part.work):
+            lengths = [part.recv_lengths[i] for i in work]
+            if ep > 1 and places[k] != rank % ep:
+                mine.append(())
+                continue
+            groups = group_by_length(lengths, budget_samples, CALL_COST_SAMPLES[device])
+            mine.append(tuple(tuple(lengths[i] for i in group) for group in groups if group))
+        calls.append(tuple(mine))
+    moved = np.flatnonzero(clips.home[plan.clip] != plan.holder)
+    once = np.unique(plan.holder[moved] * len(clips.home) + plan.clip[moved]) % max(1, len(clips.home))
+    return EncoderWork(
+        tuple(e.name for e in encoders),
+        tuple(calls),
+        np.bincount(plan.holder, weights=plan.cost, minlength=world).astype(np.float64),
+        int(clips.samples[once].sum()),
+        int((-(-clips.samples[plan.clip[moved]] // 320)).sum()),
+    )
+
+
+def pack_work(recipe: Recipe, workload: Workload, topology: Topology) -> PackPlan:
+    """The LLM's packs."""
+    return plan_packs(workload.num_tokens, topology.dp, recipe.train.llm_tokens_per_microbatch, multiple=topology.tp)
