@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from model.config import EncoderConfig
 from model.errors import UserError
-from model.lengths import SAMPLE_RATE, num_samples, slots_of_samples
+from model.lengths import SAMPLE_RATE, num_frames, num_samples, slots_of_samples
 from trainer.config.schema import Recipe
 from trainer.data.lanes import lanes_of_rank, permutation
 from trainer.engine.placement import clip_cost, place
@@ -145,7 +145,7 @@ def _spread(
     plan = plan_dispatch(clips, [clip_cost(e) for e in encoders], places, ep, world)
     calls = []
     for rank in range(world):
-        part = dispatch_of(plan, rank, world)
+        part = dispatch_of(plan, rank)
         mine: list[tuple[tuple[int, ...], ...]] = []
         for k, work in enumerate(part.work):
             lengths = [part.recv_lengths[i] for i in work]
@@ -162,7 +162,7 @@ def _spread(
         tuple(calls),
         np.bincount(plan.holder, weights=plan.cost, minlength=world).astype(np.float64),
         int(clips.samples[once].sum()),
-        int((-(-clips.samples[plan.clip[moved]] // 320)).sum()),
+        int(num_frames(clips.samples[plan.clip[moved]]).sum()),
     )
 
 
