@@ -1,6 +1,8 @@
 # make setup   environment in .venv            make demo       train a small model in a few minutes
 # make test    everything that CI checks       make parity     distributed = single process, on this machine
 # make gpu-check  the same questions on a GPU  make clean      remove caches (not .venv, not runs)
+# make fault-test  every fault on a real Slurm (root; slurmctld slurmd slurm-client munge iproute2)
+# make chaos   20 random faults there, in one run
 # make kill-test  50 kills of a small run      make export-test  an export in an environment without this project
 # make reshape    save and load on other topologies: the table
 # make bench-data  the loader against its peers, padding (minutes; wants a quiet machine and the kit: KIT_DIR)
@@ -21,7 +23,7 @@ CXX_NAMES := g++ c++ clang++
 # DeepSpeed looks for ninja in PATH when it builds its shared-memory operation.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup test demo parity gpu-check kill-test reshape export-test bench-data soak-data clean
+.PHONY: setup test demo parity gpu-check kill-test fault-test chaos reshape export-test bench-data soak-data clean
 
 setup: $(STAMP)
 
@@ -59,6 +61,12 @@ kill-test: setup
 
 reshape: setup
 	$(PY) -m tools.reshape --json
+
+fault-test: setup
+	$(PY) -m tests.cluster.fault_test
+
+chaos: setup
+	$(PY) -m tests.cluster.chaos
 
 export-test: setup
 	$(PYTHON) -m venv .venv-export

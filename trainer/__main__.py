@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    if options.dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from trainer.config.load import load_recipe
     from trainer.parallel.topology import build_topology
 
@@ -39,8 +41,6 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if env is None and not options.dry_run:
         # The ranks check the rest: what that imports takes seconds, and they need it anyway.
         return launch.start_ranks(recipe.parallel.num_ranks, [sys.executable, "-m", "trainer", *arguments])
-    if options.dry_run:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from trainer.config.checks import check_recipe
 
     check_recipe(recipe)

@@ -56,7 +56,9 @@ def rank_env(environ: Mapping[str, str], num_ranks: int) -> RankEnv | None:
 
 
 def rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
-    """(address, port) where ranks meet: MASTER_ADDR and MASTER_PORT, else Slurm's first host and a port of the job's.
+    """(address, port) where ranks meet: MASTER_ADDR and MASTER_PORT, else Slurm's first host and a port of the step's.
+
+    Every step of every start of a job has a port of its own: ranks of an earlier one may still be there.
 
     Raises:
         UserError: neither says where.
@@ -70,7 +72,10 @@ def rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
     port = environ.get("MASTER_PORT")
     if port is not None:
         return address, int(port)
-    return address, 20_000 + int(environ.get("SLURM_JOB_ID", "0")) % 10_000
+    job, restart, step = (
+        int(environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
+    )
+    return address, 20_000 + (job + 101 * restart + 11 * step) % 10_000
 
 
 def first_host(nodes: str) -> str:

@@ -65,7 +65,7 @@ recon_cache_path = {root}/cache
 fallocate_reserve = 0
 """
 _PROXY_CONF = """[DEFAULT]
-bind_ip = 127.0.0.1
+bind_ip = {host}
 bind_port = {port}
 workers = 0
 user = {user}
@@ -114,9 +114,11 @@ class Swift:
     Args:
         root: folder of its configuration and data.
         port: of the proxy; null takes a free one.
+        host: address of this machine that the proxy listens at.
     """
 
-    def __init__(self, root: Path, port: int | None = None) -> None:
+    def __init__(self, root: Path, port: int | None = None, host: str = "127.0.0.1") -> None:
+        self.host = host
         self.root = root.resolve()
         self.port, *self._storage_ports = [port or _free_port(), *(_free_port() for _ in _SERVERS)]
         self.secret = secrets.token_hex(16)
@@ -125,7 +127,7 @@ class Swift:
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def environ(self) -> dict[str, str]:
@@ -151,7 +153,7 @@ class Swift:
         self.secret = secret or self.secret
         self._write("proxy", _PROXY_CONF, self.port, secret=self.secret)
         self._proxy = self._launch("proxy")
-        _wait_for_port(self.port)
+        _wait_for_port(self.port, self.host)
 
     def kill_proxy(self) -> None:
         """SIGKILL: clients find connections cut and then refused."""
@@ -169,17 +171,24 @@ class Swift:
 
     def make_bucket(self, name: str) -> None:
         """As any S3 client does it: a signed PUT."""
-        store = S3Store(
-            name,
+        url = obstore.sign(self._open(name), "PUT", "", timedelta(minutes=1))
+        with urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=30) as answer:
+            assert answer.status == 200, answer.status
+
+    def upload(self, folder: Path, bucket: str, prefix: str) -> None:
+        """All files of `folder`, under `prefix`."""
+        for path in (p for p in folder.rglob("*") if p.is_file()):
+            obstore.put(self._open(bucket), f"{prefix}/{path.relative_to(folder).as_posix()}", path)
+
+    def _open(self, bucket: str) -> S3Store:
+        return S3Store(
+            bucket,
             endpoint=self.endpoint,
             access_key_id=KEY_ID,
             secret_access_key=self.secret,
             region=REGION,
             client_options={"allow_http": True},
         )
-        url = obstore.sign(store, "PUT", "", timedelta(minutes=1))
-        with urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=30) as answer:
-            assert answer.status == 200, answer.status
 
     def _configure(self) -> None:
         etc = self.root / "etc"
@@ -195,7 +204,8 @@ class Swift:
         etc = self.root / "etc"
         path = etc / f"{kind}.conf"
         path.touch(mode=0o600)
-        path.write_text(template.format(port=port, user=user, etc=etc, root=self.root, kind=kind, secret=secret))
+        fields = {"port": port, "user": user, "etc": etc, "root": self.root, "kind": kind, "host": self.host}
+        path.write_text(template.format(**fields, secret=secret))
 
     def _launch(self, kind: str) -> subprocess.Popen[bytes]:
         command = [VENV / "bin" / f"swift-{kind}-server", self.root / "etc" / f"{kind}.conf"]
@@ -204,10 +214,10 @@ class Swift:
 
 
 @contextmanager
-def running(root: Path, port: int | None = None) -> Iterator[Swift]:
+def running(root: Path, port: int | None = None, host: str = "127.0.0.1") -> Iterator[Swift]:
     """A started server; all of its processes end with the context."""
     install()
-    server = Swift(root, port)
+    server = Swift(root, port, host)
     try:
         server.start()
         yield server
@@ -221,11 +231,11 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_for_port(port: int) -> None:
+def _wait_for_port(port: int, host: str = "127.0.0.1") -> None:
     deadline = time.monotonic() + _START_SEC
     while True:
         try:
-            with socket.create_connection(("127.0.0.1", port), timeout=1):
+            with socket.create_connection((host, port), timeout=1):
                 return
         except OSError:
             if time.monotonic() > deadline:

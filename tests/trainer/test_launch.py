@@ -60,6 +60,8 @@ def test_ranks_meet_where_the_launcher_says() -> None:
     slurm = {"SLURM_JOB_ID": "1234567", "SLURM_JOB_NODELIST": "n[3-4]"}
     assert rendezvous(slurm) == ("n3", 24567)
     assert rendezvous(slurm | {"SLURM_STEP_NODELIST": "n4"}) == ("n4", 24567)
+    later = slurm | {"SLURM_RESTART_COUNT": "1", "SLURM_STEP_ID": "2"}
+    assert rendezvous(later) == ("n3", 24567 + 101 + 22)
     with pytest.raises(UserError, match="MASTER_ADDR is not set"):
         rendezvous({})
 

@@ -1,0 +1,17 @@
+#!/bin/bash
+# A checkpoint as a folder for transformers, without GPUs:  sbatch slurm/export.sh RUN OUT [--llm-only ...]
+#SBATCH --job-name=export
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=16
+#SBATCH --mem=64G
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+set -euo pipefail
+source "${SLURM_SUBMIT_DIR:-.}/slurm/env.sh"
+
+# Killed and started again, it goes on where it stopped.
+exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" python -u -m tools.export "$@"

@@ -1,0 +1,79 @@
+"""Twenty random faults in one run on a real Slurm: `make chaos` (needs root; half an hour on two cores).
+
+    python -m tests.cluster.chaos --faults 20 --seed 0
+
+The run must finish, and end as a run that nothing happened to: equal losses and gradient norms at every step, equal
+state of the data, equal tensors in the last checkpoint. Exit code 1 otherwise. `tools.status` then tells, among other
+things, its goodput.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+from tests.cluster import faults
+from tests.cluster.harness import ROOT, Bench, next_start, scratch
+from tests.services.slurm import Cluster, running, why_not
+
+STEPS_PER_FAULT = 7
+CHOICES = [f for name, f in faults.TABLE.items() if not name.startswith(("USR1", "preemption"))] + [faults.warning]
+"""The time limit and a preemption reach the run as a warning does; they themselves take longer."""
+
+
+def chaos(bench: Bench, num_faults: int, seed: int) -> list[str]:
+    """What is wrong with the run in the end."""
+    choose, done = random.Random(seed), Counter[str]()
+    # Every kind once, in random order; then whatever comes.
+    order = choose.sample(CHOICES, len(CHOICES)) + choose.choices(CHOICES, k=max(0, num_faults - len(CHOICES)))
+    run = bench.submit("chaos", "checkpoint.every_steps=2", "train.hang_timeout_sec=30")
+    run.wait_step(1)
+    started = time.monotonic()
+    for number, fault in enumerate(order[:num_faults], start=1):
+        step = run.wait_step_after(choose.randint(2, 5))
+        moment = fault(run)
+        back = run.wait_step(1, after=next_start(run, moment)) - moment
+        done[fault.__name__] += 1
+        print(f"{number:3} {fault.__name__:24} at step {step:4}, next step after {back:5.1f} s", flush=True)
+    run.wait_end(600)
+    print(f"{num_faults} faults in {time.monotonic() - started:.0f} s: {dict(sorted(done.items()))}")
+    print(f"attempts: {len(run.events('started'))}, restarts by the events: {len(run.events('requeued'))}")
+    status = [sys.executable, "-m", "tools.status", str(run.run_dir)]
+    print(subprocess.run(status, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    return bench.differences(run)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m tests.cluster.chaos", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--faults", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    reason = why_not()
+    if reason:
+        print(f"error: no Slurm here: {reason}", file=sys.stderr)
+        return 2
+    folder = scratch()
+    with running(Cluster(folder / "slurm", num_nodes=4)) as cluster:
+        bench = Bench(cluster, folder, num_steps=STEPS_PER_FAULT * options.faults)
+        bench.run_whole()
+        cluster.wait_idle()
+        wrong = chaos(bench, options.faults, options.seed)
+    for line in wrong:
+        print(f"FAILED: {line}")
+    if not wrong:
+        print(
+            "finished; losses, gradient norms, the account of samples and the last weights equal the undisturbed run's"
+        )
+        shutil.rmtree(folder)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Every fault of the table, each in a run of its own on a real Slurm: `make fault-test` (needs root; half an hour).
+
+    python -m tests.cluster.fault_test                 all
+    python -m tests.cluster.fault_test kill requeue    those whose names contain one of the words
+
+Each run must end as if nothing had happened: every loss, every gradient norm, the data's state and the last
+checkpoint's tensors equal those of a run that nothing happened to. Exit code 1 if one does not.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tests.cluster import faults
+from tests.cluster.harness import Bench, Run, scratch
+from tests.services import swift
+from tests.services.slurm import Cluster, running, why_not
+
+AT_STEP = 6
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    fault: str
+    attempts: int
+    back_sec: float | None
+    """From the fault to the next step that was made; None: the attempt went on."""
+    note: str
+    differences: list[str]
+
+    def __str__(self) -> str:
+        back = "-" if self.back_sec is None else f"{self.back_sec:.1f}"
+        return f"{self.fault:34} {self.attempts:8} {back:>8}  {'; '.join(self.differences) or 'equal':8} {self.note}"
+
+
+HEADER = f"{'fault':34} {'attempts':>8} {'back, s':>8}  {'result':8}"
+
+
+def disturb(bench: Bench, name: str, fault: faults.Fault, run: Run) -> Row:
+    """Do `fault` to `run` at its 6th step, and judge how it ends."""
+    run.wait_step(AT_STEP)
+    moment = fault(run)
+    run.wait_end()
+    starts = [float(str(e["time"])) for e in run.events("submitted")]
+    later = [s for s in starts if s > moment]
+    back = None
+    if later:
+        back = min(r["time"] for r in run.records() if r["time"] > later[-1]) - moment
+    note = ", ".join(str(e["why"]) for e in run.events("requeued"))
+    return Row(name, len(starts), back, note, bench.differences(run))
+
+
+def start_times(run: Run) -> str:
+    """From `sbatch` to the first step, by parts."""
+    launched = next(line for line in run.log.splitlines() if "ranks start on" in line).split()[0]
+    hours, minutes, seconds = launched.split(":")
+    day = time.localtime(run.submitted_at)
+    at = time.mktime((*day[:3], int(hours), int(minutes), 0, *day[6:])) + float(seconds)
+    first = min(r["time"] for r in run.records())
+    return (
+        f"sbatch to first step: {first - run.submitted_at:.1f} s, of which the trainer's ranks took {first - at:.1f} s "
+        f"and Slurm, plan and preflight {at - run.submitted_at:.1f} s"
+    )
+
+
+def run_one(bench: Bench, name: str) -> Row:
+    """The row of one fault."""
+    if name == STORE:
+        return _store_away(bench)
+    if name == DISK:
+        run = bench.submit("disk", folder=bench.cluster.root / "small" / "runs")
+        return disturb(bench, name, faults.disk_full, run)
+    if name == TRACKER:
+        return _tracker_away(bench)
+    options: tuple[str, ...] = ("--time=300", "--signal=B:USR1@150")
+    extra = ["telemetry.mlflow=true"] if name.startswith("USR1") else []
+    hang = ["train.hang_timeout_sec=30"] if "SIGSTOP" in name else []
+    run = bench.submit(name.replace(" ", "-"), *extra, *hang, options=options)
+    row = disturb(bench, name, faults.TABLE[name], run)
+    if extra:
+        row.note += f"; MLflow runs: {_num_mlflow_runs(run)}"
+    return row
+
+
+STORE, DISK, TRACKER = "store away for 20 s", "disk full in a save", "tracker away"
+
+
+def _store_away(bench: Bench) -> Row:
+    with swift.running(bench.folder / "swift", host=bench.cluster.address) as server:
+        server.make_bucket("bucket")
+        server.upload(bench.shards, "bucket", "shards")
+        run = bench.submit("store", shards="s3://bucket/shards", env=server.environ)
+
+        def away(run: Run) -> float:
+            server.kill_proxy()
+            start = time.time()
+            time.sleep(20)
+            server.start_proxy()
+            return start
+
+        row = disturb(bench, STORE, away, run)
+        times = sorted(r["time"] for r in run.records())
+        row.note += f"longest pause between steps {max(b - a for a, b in zip(times, times[1:], strict=False)):.1f} s"
+        return row
+
+
+def _tracker_away(bench: Bench) -> Row:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    address = bench.cluster.address
+    with faults.mlflow_server(bench.folder / "mlflow", address, port) as server:
+        env = {"MLFLOW_TRACKING_URI": f"http://{address}:{port}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+        run = bench.submit("tracker", "telemetry.mlflow=true", env=env)
+
+        def away(run: Run) -> float:
+            faults.end_group(server)
+            return time.time()
+
+        row = disturb(bench, TRACKER, away, run)
+        row.note += "the log says that records are lost" * ("RECORDS ARE BEING LOST" in run.log)
+        return row
+
+
+def _num_mlflow_runs(run: Run) -> int:
+    import sqlite3
+
+    with sqlite3.connect(run.folder / "mlflow.db") as database:
+        return int(database.execute("select count(*) from runs").fetchone()[0])
+
+
+def main(words: Sequence[str]) -> int:
+    """See the module's docstring."""
+    reason = why_not()
+    if reason:
+        print(f"error: no Slurm here: {reason}", file=sys.stderr)
+        return 2
+    names = [n for n in [*faults.TABLE, STORE, DISK, TRACKER] if not words or any(w in n for w in words)]
+    folder, failed = scratch(), False
+    cluster = Cluster(folder / "slurm", num_nodes=3)
+    cluster.small_disk(num_mib=16)
+    with running(cluster):
+        bench = Bench(cluster, folder)
+        print(start_times(bench.run_whole()), flush=True)
+        print(HEADER, flush=True)
+        for name in names:
+            cluster.wait_idle()
+            try:
+                row = run_one(bench, name)
+            except (AssertionError, OSError, subprocess.SubprocessError) as error:
+                row = Row(name, 0, None, "", [str(error)])
+                cluster.run("scancel", "--user=root")
+            failed |= bool(row.differences)
+            print(row, flush=True)
+    if not failed:
+        shutil.rmtree(folder)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

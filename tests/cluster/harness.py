@@ -1,0 +1,214 @@
+"""A small run on a real Slurm: handed in as `sbatch slurm/train_70b.sh`, watched, compared with an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.services.slurm import Cluster
+from tools.demo_corpus import write_corpus
+from trainer.checkpoint.catalog import committed_steps, folder_of
+from trainer.checkpoint.reader import read_manifest
+from trainer.telemetry.events import read_events
+
+ROOT = Path(__file__).parents[2]
+NUM_STEPS, EVERY_STEPS, NUM_RANKS = 24, 3, 2
+ATTEMPT_SEC = 240.0
+_RANK = r"(?s)^\S*python\S* -u .*trainer debug"
+
+
+@dataclass
+class Run:
+    """One run of the `debug` recipe and its job."""
+
+    bench: Bench
+    folder: Path
+    """Its `train.run_dir`."""
+    job_id: int
+    submitted_at: float
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "debug"
+
+    @property
+    def log(self) -> str:
+        """What the job has printed."""
+        path = self.folder / "job.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def events(self, kind: str) -> list[dict[str, object]]:
+        return [e for e in read_events(self.run_dir) if e["event"] == kind]
+
+    def records(self) -> list[dict[str, float]]:
+        """Of training steps, as metrics.jsonl has them."""
+        path = self.run_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [r for r in records if "train/loss" in r]
+
+    def last_step(self) -> int:
+        return max((int(r["step"]) for r in self.records()), default=0)
+
+    def nodes(self) -> list[int]:
+        """Numbers of the nodes that ranks run on, the batch host first."""
+        line = next(line for line in reversed(self.log.splitlines()) if "ranks start on" in line)
+        return [int(name.strip().removeprefix("n")) for name in line.partition("start on")[2].split(",")]
+
+    def rank_pid(self, node: int) -> int:
+        """The rank on that node."""
+        return self.bench.cluster.pids(node, _RANK)[-1]
+
+    def wait(self, condition: Callable[[], bool], what: str, timeout_sec: float = ATTEMPT_SEC) -> None:
+        """Raises AssertionError, with the job's log."""
+        deadline = time.monotonic() + timeout_sec
+        while not condition():
+            state = self.state()
+            ended = state in ("FAILED", "CANCELLED", "TIMEOUT")
+            assert not ended and time.monotonic() < deadline, f"{what}: {state}; {self.log[-3000:]}"
+            time.sleep(0.1)
+
+    def wait_step(self, step: int, after: float = 0.0) -> float:
+        """Until a step >= `step` is recorded that was made after the moment `after`; returns when it was made."""
+
+        def made() -> list[float]:
+            return [r["time"] for r in self.records() if r["step"] >= step and r["time"] > after]
+
+        self.wait(lambda: bool(made()), f"step {step} is not reached")
+        return min(made())
+
+    def wait_step_after(self, num_steps: int) -> int:
+        """Until the attempt that is under way has made `num_steps`; returns the last one."""
+        start = float(str(self.events("submitted")[-1]["time"]))
+        made = lambda: [int(r["step"]) for r in self.records() if r["time"] > start]  # noqa: E731
+        self.wait(lambda: len(made()) >= num_steps, f"{num_steps} more steps are not made")
+        return max(made())
+
+    def state(self) -> str:
+        return self.bench.cluster.job(self.job_id).get("JobState", "unknown")
+
+    def wait_end(self, timeout_sec: float = ATTEMPT_SEC) -> None:
+        """Until the job is through."""
+        self.wait(lambda: self.state() == "COMPLETED", "the job does not end", timeout_sec)
+
+
+@dataclass
+class Bench:
+    """A cluster, a corpus, its shards, and the run that nothing happened to."""
+
+    cluster: Cluster
+    folder: Path
+    num_steps: int = NUM_STEPS
+    environ: dict[str, str] = field(default_factory=dict)
+    whole: Run | None = None
+
+    def __post_init__(self) -> None:
+        write_corpus(self.folder / "corpus", scale=0.05)
+        command = [
+            sys.executable,
+            "-m",
+            "tools.make_shards",
+            str(self.folder / "corpus" / "demo.jsonl"),
+            str(self.shards),
+        ]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        self.environ |= {"OMP_NUM_THREADS": "1", "PREFLIGHT_MIN_MEMORY_GIB": "1", "PREFLIGHT_MIN_DISK_GIB": "0.001"}
+
+    @property
+    def shards(self) -> Path:
+        return self.folder / "shards"
+
+    def submit(
+        self,
+        name: str,
+        *overrides: str,
+        options: tuple[str, ...] = (),
+        env: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+        shards: str | None = None,
+    ) -> Run:
+        """Hand in a run of two ranks on two nodes; the cluster's others are spares."""
+        folder = folder or self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        shape = [f"--nodes={NUM_RANKS}-{self.cluster.num_nodes}", "--gpus-per-node=1"]
+        shape += [f"--output={folder / 'job.log'}", *options]
+        keys = [
+            f"data.sets=[{{name: demo, shards: {shards or self.shards}}}]",
+            f"data.cache_dir={self.folder / 'cache'}",
+            f"train.run_dir={folder}",
+            f"train.steps={self.num_steps}",
+            f"checkpoint.every_steps={EVERY_STEPS}",
+            "restart.max_restarts=100",
+            "eval.max_new_tokens=1",
+        ]
+        start = time.time()
+        job_id = self.cluster.submit(
+            *shape, "slurm/train_70b.sh", "debug", *keys, *overrides, cwd=ROOT, env={**self.environ, **(env or {})}
+        )
+        return Run(self, folder, job_id, start)
+
+    def run_whole(self) -> Run:
+        """The undisturbed run."""
+        run = self.submit("whole")
+        run.wait_end()
+        self.whole = run
+        return run
+
+    def differences(self, run: Run) -> list[str]:
+        """What a finished run has otherwise than the undisturbed one; empty: nothing, to the bit."""
+        assert self.whole is not None
+        found = []
+        mine, wanted = (
+            {int(r["step"]): (r["train/loss"], r["train/grad_norm"]) for r in x.records()} for x in (run, self.whole)
+        )
+        if len(run.records()) != self.num_steps or sorted(mine) != list(range(1, self.num_steps + 1)):
+            found.append(f"steps recorded: {sorted(int(r['step']) for r in run.records())}")
+        differing = [step for step in wanted if mine.get(step) != wanted[step]]
+        if differing:
+            found.append(f"loss or gradient norm differs at steps {differing}")
+        if _account(run) != _account(self.whole):
+            found.append("what was read of the data differs")
+        if _weights(run) != _weights(self.whole):
+            found.append("the last checkpoint's tensors differ")
+        return found
+
+    def drop(self, run: Run) -> None:
+        """Forget a run that was fine."""
+        shutil.rmtree(run.folder, ignore_errors=True)
+
+
+def next_start(run: Run, moment: float) -> float:
+    """When the attempt after `moment` has started."""
+
+    def starts() -> list[float]:
+        return [float(str(e["time"])) for e in run.events("submitted") if float(str(e["time"])) > moment]
+
+    run.wait(lambda: bool(starts()), "no new attempt starts")
+    return starts()[0]
+
+
+def _account(run: Run) -> object:
+    """The data's state after the last step: how far each lane has read, and what it left out."""
+    checkpoints = run.run_dir / "checkpoints"
+    state = json.loads((folder_of(checkpoints, max(committed_steps(checkpoints))) / "state.json").read_text())
+    return state["extra"]["step"], state["extra"]["data"]
+
+
+def _weights(run: Run) -> dict[str, object]:
+    """Digests of the last checkpoint's files of tensors and random generators, whatever folder they lie in."""
+    checkpoints = run.run_dir / "checkpoints"
+    manifest = read_manifest(folder_of(checkpoints, max(committed_steps(checkpoints))))
+    files = {("frozen/" if "/" in name else "") + Path(name).name: entry for name, entry in manifest.files.items()}
+    return {name: entry for name, entry in files.items() if name.endswith(".safetensors")}
+
+
+def scratch() -> Path:
+    """A short path: sockets lie below it."""
+    return Path(os.environ.get("SLURM_TEST_DIR", "/tmp")) / f"earshot-slurm-{os.getpid()}"

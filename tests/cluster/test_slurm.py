@@ -1,0 +1,128 @@
+"""`sbatch slurm/train_70b.sh`, unmodified, on a real Slurm with faked GPUs: it comes back, and it refuses."""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import faults
+from tests.cluster.fault_test import start_times
+from tests.cluster.harness import ROOT, Bench, next_start, scratch
+from tests.services import swift
+from tests.services.slurm import Cluster, running, why_not
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """Three nodes. CI sets REQUIRE_SERVICES: there, a Slurm that cannot start is a failure."""
+    reason = why_not()
+    if reason and os.environ.get("REQUIRE_SERVICES"):
+        pytest.fail(f"no Slurm here: {reason}")
+    if reason:
+        pytest.skip(f"no Slurm here: {reason}")
+    with running(Cluster(scratch() / "slurm", num_nodes=3)) as cluster:
+        yield Bench(cluster, tmp_path_factory.mktemp("bench"))
+
+
+def test_a_run_comes_back_from_a_warning_a_killed_rank_and_a_power_cut(bench: Bench) -> None:
+    # The first node has a GPU with memory errors: it is named, and the spare is used.
+    bench.cluster.gpus(1, num_errors=3)
+    whole = bench.run_whole()
+    assert "n1: BAD: GPU 0: 3 uncorrected memory errors" in whole.log and whole.nodes() == [2, 3]
+    assert "all-reduce of 4 MiB over 2 ranks" in whole.log
+    assert len(whole.events("submitted")) == 1
+    print(start_times(whole))
+    bench.cluster.gpus(1)
+
+    run = bench.submit("disturbed")
+    for step, fault in ((5, faults.warning), (10, faults.rank_killed), (16, faults.power_cut)):
+        run.wait_step(step)
+        moment = fault(run)
+        back = run.wait_step(step, after=next_start(run, moment)) - moment
+        print(f"{fault.__name__}: the next step comes after {back:.1f} s")
+    run.wait_end()
+    assert bench.differences(run) == []
+    counts = {kind: len(run.events(kind)) for kind in ("submitted", "started", "resumed", "requeued", "finished")}
+    assert counts == {"submitted": 4, "started": 4, "resumed": 3, "requeued": 3, "finished": 1}
+
+
+def test_what_cannot_run_is_refused_in_seconds(bench: Bench, tmp_path: Path) -> None:
+    with swift.running(tmp_path / "swift", host=bench.cluster.address) as server:
+        server.make_bucket("bucket")
+        cases = {
+            "key": (["optim.lrr=1"], {}, "error: optim.lrr: unknown key; did you mean lr?"),
+            "bucket": (["data.sets.0.shards=s3://nowhere/x"], server.environ, "no bucket s3://nowhere"),
+            # The header as it is: 8 tasks on every node of 192 CPUs and 8 GPUs.
+            "nodes": (
+                ["parallel.num_ranks=128"],
+                {},
+                "parallel.num_ranks = 128 needs 16 nodes of 8 tasks, the job has ",
+            ),
+        }
+        runs = {}
+        for name, (keys, env, text) in cases.items():
+            options = ("--gpus-per-node=8",) if name == "nodes" else ()
+            runs[name] = bench.submit(name, *keys, env=env, options=options), text
+        for name, (run, text) in runs.items():
+            run.bench.cluster.job(run.job_id)
+            deadline = time.monotonic() + 120
+            while run.state() not in ("FAILED", "COMPLETED") and time.monotonic() < deadline:
+                time.sleep(0.5)
+            job = bench.cluster.job(run.job_id)
+            assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), (name, run.log)
+            assert text in run.log.splitlines()[-1], run.log
+            assert "ranks start on" not in run.log and "Traceback" not in run.log
+            minutes, seconds = job["RunTime"].split(":")[-2:]
+            print(f"{name}: refused after {int(minutes) * 60 + int(seconds)} s")
+            if name != "key":  # a wrong key leaves it unknown which run it would have been
+                assert [e["event"] for e in run.events("refused")] == ["refused"]
+
+
+def test_submit_checks_before_it_queues(bench: Bench) -> None:
+    before = bench.cluster.run("squeue", "-h", "-a", "-t", "all").stdout
+    script = str(ROOT / "slurm" / "submit.sh")
+    environ = {**bench.environ, "SLURM_SUBMIT_DIR": str(ROOT)}
+    done = bench.cluster.run(
+        script,
+        "--nodes=2",
+        str(ROOT / "slurm" / "train_70b.sh"),
+        "debug",
+        "optim.lrr=1",
+        env=environ,
+        check=False,
+        timeout_sec=120,
+    )
+    assert done.returncode == 2 and done.stderr == "error: optim.lrr: unknown key; did you mean lr?\n"
+    assert bench.cluster.run("squeue", "-h", "-a", "-t", "all").stdout == before
+
+
+def test_a_job_goes_back_into_the_queue_without_a_bad_node(bench: Bench, tmp_path: Path) -> None:
+    code = """
+    import os, signal
+    from trainer.job import slurm
+    signal.signal(signal.SIGTERM, lambda *_: print("ended", flush=True))
+    job = slurm.Allocation.read(os.environ)
+    print("start", job.restarts, *job.nodes, flush=True)
+    if not job.restarts:
+        slurm.requeue(job.job_id)
+        slurm.exclude(job.job_id, ["n1"])
+        assert slurm.job_state(job.job_id).restarts == 1
+    """
+    script, log = tmp_path / "job.sh", tmp_path / "job.log"
+    script.write_text(f"#!/bin/bash\ntrap '' TERM\nexec {sys.executable} -c '{textwrap.dedent(code)}'\n")
+    options = ["--nodes=2-3", "--gpus-per-node=1", "--exclusive", "--requeue", "--open-mode=append", f"--output={log}"]
+    job_id = bench.cluster.submit(*options, str(script), cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while bench.cluster.job(job_id)["JobState"] != "COMPLETED":
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+    said = [line for line in log.read_text().splitlines() if line.startswith(("start", "ended"))]
+    assert said == ["start 0 n1 n2 n3", "ended", "start 1 n2 n3"]

@@ -1,0 +1,141 @@
+"""A batch job's decisions that need no Slurm: layout, which nodes to use, what a node says of itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model.errors import UserError
+from trainer.job.node_check import Report, Wanted, judge_gpus, look
+from trainer.job.preflight import BadNodesError, choose
+from trainer.job.slurm import Allocation, Layout, lay_out, srun
+
+H100 = "{}, NVIDIA H100 80GB HBM3, {}, 81559, {}\n"
+
+
+def allocation(num_nodes: int, tasks: int = 8) -> Allocation:
+    return Allocation(7, 0, tuple(f"n{i + 1}" for i in range(num_nodes)), tasks, 12, tasks)
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "num_ranks", "tensor", "expected"),
+    [
+        (16, 128, 8, Layout(16, 8)),
+        (18, 128, 8, Layout(16, 8)),  # two spares
+        (2, 16, 4, Layout(2, 8)),
+        (2, 2, 2, Layout(1, 2)),  # a small recipe on large nodes
+    ],
+)
+def test_ranks_fill_nodes(num_nodes: int, num_ranks: int, tensor: int, expected: Layout) -> None:
+    assert lay_out(allocation(num_nodes), num_ranks, tensor) == expected
+
+
+def test_a_layout_that_cannot_be_names_the_remedy() -> None:
+    with pytest.raises(UserError, match=r"needs 16 nodes of 8 tasks, the job has 2: sbatch --nodes=16, or .*=16$"):
+        lay_out(allocation(2), 128, 8)
+    with pytest.raises(UserError, match="parallel.num_ranks = 12: not a multiple of the 8 tasks"):
+        lay_out(allocation(2), 12, 1)
+    with pytest.raises(UserError, match="parallel.tensor = 16: .* legal values are 1, 2, 4, 8"):
+        lay_out(allocation(2), 16, 16)
+
+
+def test_a_step_has_its_ranks_in_blocks_on_the_chosen_nodes() -> None:
+    command = srun(allocation(3), ("n1", "n3"), 8, ["trainer", "debug"], {})
+    assert {"--nodelist=n1,n3", "--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--distribution=block"} <= set(
+        command
+    )
+    assert command[-5:] == [sys.executable, "-u", "-m", "trainer", "debug"]
+
+
+def test_a_container_comes_between_srun_and_python() -> None:
+    environ = {"SRUN_OPTIONS": "--container-image=x.sqsh", "RANK_PYTHON": "apptainer exec 'my image' python"}
+    command = srun(allocation(1), ("n1",), 8, ["trainer"], environ)
+    assert command[-8:] == [
+        "--container-image=x.sqsh",
+        "apptainer",
+        "exec",
+        "my image",
+        "python",
+        "-u",
+        "-m",
+        "trainer",
+    ]
+
+
+def test_spares_stand_in_for_bad_nodes() -> None:
+    nodes = ("n1", "n2", "n3", "n4")
+    assert choose(nodes, {}, 3) == ("n1", "n2", "n3")
+    assert choose(nodes, {"n2": "7 of 8 GPUs answer"}, 3) == ("n1", "n3", "n4")
+    with pytest.raises(
+        BadNodesError, match=r"4 nodes are needed, 3 of 4 are good; n2: dead; .*--nodes=4-5.*n2\)"
+    ) as got:
+        choose(nodes, {"n2": "dead"}, 4)
+    assert got.value.bad == ("n2",)
+
+
+@pytest.mark.parametrize(
+    ("table", "faults"),
+    [
+        ("".join(H100.format(i, 81000, 0) for i in range(8)), []),
+        ("".join(H100.format(i, 81000, "[N/A]") for i in range(8)), []),
+        ("".join(H100.format(i, 81000, 0) for i in range(7)), ["7 of 8 GPUs answer"]),
+        (
+            "".join(H100.format(i, 81000 - 40000 * (i == 3), 2 * (i == 5)) for i in range(8)),
+            ["GPU 3: 41000 of 81559 MiB free: another process holds the rest", "GPU 5: 2 uncorrected memory errors"],
+        ),
+    ],
+)
+def test_gpus_are_judged_by_what_nvidia_smi_says(table: str, faults: list[str]) -> None:
+    report = Report("n1")
+    judge_gpus(table, 8, report)
+    assert report.faults == faults
+
+
+def test_a_node_looks_at_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
+    wanted = Wanted(1, str(tmp_path / "run"), (), "http://127.0.0.1:1", 1e6, 1e6)
+    report = look(wanted)
+    kinds = ["no nvidia-smi", "GiB of memory available, 1e+06 wanted", "GiB free in", "GiB free in"]
+    assert all(kind in fault for kind, fault in zip(kinds, report.faults, strict=True))
+    assert "metrics go to metrics.jsonl only" in report.warnings[0]
+    fine = look(Wanted(0, str(tmp_path / "run"), (), None, 0.01, 0.01))
+    assert not fine.faults and "no GPUs asked for" in fine.facts
+
+
+def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    report = look(Wanted(0, str(tmp_path / "file" / "run"), (), None, 0, 0))
+    assert report.faults == [f"{tmp_path}/file/run cannot be written: Not a directory"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["debug", "optim.lrr=1"], "error: optim.lrr: unknown key; did you mean lr?\n"),
+        (
+            ["debug", "data.root=/nowhere"],
+            "error: data.sets 'demo': /nowhere/demo.jsonl: no such file; check data.root",
+        ),
+    ],
+)
+def test_outside_a_job_it_checks_and_refuses(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    command = [sys.executable, "-m", "trainer.job", *arguments]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
+
+
+def test_what_a_job_must_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from trainer.job.check import main
+
+    (tmp_path / "demo.jsonl").touch()
+    keys = [f"data.root={tmp_path}", f"train.run_dir={tmp_path}/runs"]
+    assert main(["debug", *keys]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts == {"run_dir": f"{tmp_path}/runs/debug", "num_ranks": 2, "tensor": 1, "stores": [], "tracker": None}

@@ -1,0 +1,206 @@
+"""`python -m trainer.job RECIPE [key=value …]`, a batch script's work: plan, look at the nodes, run ranks, come back.
+
+Outside a Slurm job, only what can be checked without nodes: the recipe, its plan, its data. Needs no torch itself, so
+that signals are heeded from the first moment on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import PIPE
+from types import FrameType
+
+from model.errors import UserError
+from trainer.exit_codes import ExitCode
+from trainer.job import slurm
+from trainer.job.check import Facts
+from trainer.job.preflight import BadNodesError, preflight, say
+from trainer.telemetry.events import EventLog, read_events
+
+_STORE_SEC = 10.0
+_STORE_AGAIN_SEC = 120.0
+"""How long a bucket may be away at first, and when the job runs again: then nobody is there to mend the URL."""
+
+
+class Signals:
+    """SIGUSR1 (the time limit is near, or preemption) is passed on to the ranks; SIGTERM Slurm sends to them itself."""
+
+    def __init__(self) -> None:
+        self.received = "STOPPED_EARLY" in os.environ  # by the shell, before this process was there
+        self.ending = False
+        """Slurm ends this job: what its processes say from now on means nothing."""
+        self.step: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        say(f"job: got {signal.Signals(number).name}")
+        self.received = True
+        self.ending |= number == signal.SIGTERM
+        if number == signal.SIGUSR1 and self.step is not None and self.step.poll() is None:
+            self.step.send_signal(number)
+
+
+class RefusedError(UserError):
+    """The job cannot run; `facts` where they are known all the same."""
+
+    def __init__(self, message: str, facts: Facts | None) -> None:
+        super().__init__(message)
+        self.facts = facts
+
+
+def check(recipe: str, overrides: Sequence[str], retry_sec: float = _STORE_SEC, plan: bool = True) -> Facts:
+    """Plan and data, at the same time.
+
+    Raises:
+        RefusedError: one of them cannot be.
+    """
+    commands = [["trainer.job.check", recipe, *overrides, f"--retry-sec={retry_sec}"]]
+    if plan:
+        commands.append(
+            ["tools.plan", recipe, *overrides, f"--accelerator={os.environ.get('PLAN_ACCELERATOR', 'h100')}"]
+        )
+    running = [
+        subprocess.Popen([sys.executable, "-m", *command], stdout=PIPE, stderr=PIPE, text=True) for command in commands
+    ]
+    outputs = [process.communicate() for process in running]
+    if plan:
+        print(outputs[-1][0].rstrip(), flush=True)
+    line = next((line for line in outputs[0][0].splitlines() if line.startswith("{")), None)
+    facts = None
+    if line is not None:
+        tree = json.loads(line)
+        facts = Facts(**{**tree, "stores": tuple(tree["stores"])})
+    for process, (_, errors) in reversed(list(zip(running, outputs, strict=True))):
+        if process.returncode:
+            raise RefusedError(errors.strip().removeprefix("error: "), facts)
+    assert facts is not None, outputs[0]
+    return facts
+
+
+@dataclass(frozen=True)
+class Job:
+    """One start of a batch job."""
+
+    allocation: slurm.Allocation
+    facts: Facts
+    signals: Signals
+    log: EventLog
+    arguments: tuple[str, ...]
+    """Recipe and overrides."""
+
+    def run(self) -> int:
+        """The exit code. If the job is to run again, Slurm has been told so."""
+        self._note_start()
+        try:
+            layout = slurm.lay_out(self.allocation, self.facts.num_ranks, self.facts.tensor)
+            found = preflight(self.allocation, layout, self.facts, os.environ)
+        except BadNodesError as error:
+            return self._after(ExitCode.STOPPED) if self.signals.ending else self._without_nodes(error)
+        except UserError as error:
+            self.log.add("refused", why=str(error))
+            raise
+        code: int = ExitCode.STOPPED
+        if not self.signals.received:
+            say(f"job: {self.facts.num_ranks} ranks start on {', '.join(found.nodes)}")
+            code = self._step(
+                slurm.srun(self.allocation, found.nodes, layout.ranks_per_node, ["trainer", *self.arguments])
+            )
+        return self._after(code)
+
+    def _note_start(self) -> None:
+        """Also what ended the last start, where nobody was left to say so."""
+        job = self.allocation
+        if job.restarts:
+            told = [e for e in read_events(self.log.run_dir) if e["event"] in ("submitted", "requeued", "refused")]
+            if told and told[-1]["event"] == "submitted" and told[-1].get("job") == job.job_id:
+                lost = slurm.unavailable(str(told[-1]["nodes"]).split(","))
+                if lost:
+                    self.log.add("node_lost", nodes=",".join(lost))
+                self.log.add("requeued", why=f"Slurm lost {', '.join(lost) or 'the batch script'}")
+        self.log.add("submitted", job=job.job_id, nodes=",".join(job.nodes), restarts=job.restarts)
+
+    def _step(self, command: Sequence[str]) -> int:
+        self.signals.step = step = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        if self.signals.received:  # while it was being started
+            step.send_signal(signal.SIGUSR1)
+        code = step.wait()
+        return code if code >= 0 else 128 - code
+
+    def _after(self, code: int) -> int:
+        """Ask whether to run again, and see to it."""
+        if code == ExitCode.FINISHED:
+            return 0
+        state = slurm.job_state(self.allocation.job_id)
+        if state.restarts > self.allocation.restarts:
+            if self._is_newest():
+                self.log.add("requeued", why="Slurm runs the job again by itself", exit_code=code)
+            return code
+        if state.name == "CANCELLED":
+            self.log.add("refused", why="the job was cancelled", exit_code=code)
+            return code
+        decide = [sys.executable, "-m", "trainer.restart", str(self.log.run_dir), f"--exit-code={code}"]
+        if subprocess.run(decide).returncode == 0:
+            slurm.requeue(self.allocation.job_id)
+        return code
+
+    def _is_newest(self) -> bool:
+        """False on a node that was cut off, when the job has long since started elsewhere."""
+        told = [e for e in read_events(self.log.run_dir) if e["event"] == "submitted"]
+        mine = (self.allocation.job_id, self.allocation.restarts)
+        return bool(told) and (told[-1].get("job"), told[-1].get("restarts")) == mine
+
+    def _without_nodes(self, error: BadNodesError) -> int:
+        """At first it is up to whoever submits; later nobody is there, and Slurm looks for other nodes."""
+        if not self.allocation.restarts or not error.bad:
+            self.log.add("refused", why=str(error))
+            raise error
+        say(f"job: {error}")
+        self.log.add("requeued", why=f"without {', '.join(error.bad)}")
+        slurm.requeue(self.allocation.job_id)
+        slurm.exclude(self.allocation.job_id, error.bad)
+        return ExitCode.FAILED
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, that of the ranks, or 2 after one line that tells what to mend."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.job", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    options = parser.parse_args(arguments)
+    try:
+        if "SLURM_JOB_ID" not in os.environ:
+            check(options.recipe, options.overrides)
+            return 0
+        return _in_job(options.recipe, options.overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return ExitCode.USER_ERROR
+
+
+def _in_job(recipe: str, overrides: Sequence[str]) -> int:
+    signals = Signals()
+    allocation = slurm.Allocation.read(os.environ)
+    again = allocation.restarts > 0
+    try:
+        facts = check(recipe, overrides, _STORE_AGAIN_SEC if again else _STORE_SEC, plan=not again)
+    except RefusedError as error:
+        if signals.ending:
+            return ExitCode.STOPPED
+        if error.facts is not None:
+            EventLog(Path(error.facts.run_dir)).add("refused", why=str(error), job=allocation.job_id)
+        raise
+    log = EventLog(Path(facts.run_dir))
+    return Job(allocation, facts, signals, log, (recipe, *overrides)).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

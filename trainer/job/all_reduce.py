@@ -1,0 +1,54 @@
+"""`srun python -m trainer.job.all_reduce`: do all ranks reach each other, and how fast? Two lines of JSON per rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from datetime import timedelta
+
+from trainer import launch
+
+_TIMEOUT_SEC = 60.0
+_NUM_TIMES = 5
+
+
+def main() -> int:
+    """Exit code 0, or an exception: a rank was not reached."""
+    env = launch.rank_env(os.environ, num_ranks=0)
+    assert env is not None, "not a task of srun"
+    launch.join(env)
+    import torch
+    import torch.distributed as dist
+
+    from trainer.parallel.groups import connect
+
+    node = socket.gethostname().partition(".")[0]
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=_TIMEOUT_SEC)
+    _meeting = dist.TCPStore(address, port + 1, env.world_size, env.rank == 0, timeout, wait_for_workers=False)
+    # A node that cannot say so is to blame where others wait for it below.
+    print(json.dumps({"node": node, "arrived": True}), flush=True)
+    _, _, device = connect(_TIMEOUT_SEC)
+    num_bytes = (256 if device.type == "cuda" else 4) << 20
+    numbers = torch.ones(num_bytes // 4, device=device)
+    dist.all_reduce(numbers)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(_NUM_TIMES):
+        dist.all_reduce(numbers)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / _NUM_TIMES
+    # What each link carries, whatever the number of ranks: a ring sends all bytes but one rank's share twice.
+    bus = 2 * (env.world_size - 1) / env.world_size * num_bytes / seconds / 1e9
+    print(json.dumps({"node": node, "mib": num_bytes >> 20, "gb_per_sec": bus}), flush=True)
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""`python -m trainer.job.node_check JSON`: one node looks at itself, before ranks are started on it. Needs no torch.
+
+`JSON` is a `Wanted`; the answer is one line of stdout, a `Report` as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from model.errors import UserError
+
+GIB = 2**30
+_GPU_QUERY = "index,name,memory.free,memory.total,ecc.errors.uncorrected.volatile.total"
+_FREE_SHARE = 0.9
+"""Of a GPU's memory that nothing else may hold."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a node must have."""
+
+    num_gpus: int
+    run_dir: str
+    stores: tuple[str, ...]
+    tracker: str | None
+    min_memory_gib: float
+    min_disk_gib: float
+    """In the run's folder and in the folder for temporary files."""
+
+
+@dataclass
+class Report:
+    """What a node found."""
+
+    node: str
+    faults: list[str] = field(default_factory=list)
+    """Empty: it can be used."""
+    facts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def look(wanted: Wanted) -> Report:
+    """Everything that can be seen from here."""
+    report = Report(socket.gethostname().partition(".")[0])
+    _gpus(wanted.num_gpus, report)
+    _memory(wanted.min_memory_gib, report)
+    for path in dict.fromkeys([wanted.run_dir, tempfile.gettempdir()]):
+        _disk(Path(path), wanted.min_disk_gib, report)
+    for url in wanted.stores:
+        _try(report, f"store {url}", lambda url=url: _reach_store(url))  # type: ignore[misc]
+    if wanted.tracker is not None:
+        address = urlsplit(wanted.tracker)
+        where = f"tracker {address.hostname}:{address.port or 443}"
+        fault = _try(report, where, lambda: _connect(address.hostname or "", address.port or 443))
+        if fault:  # training goes on without it
+            report.faults.remove(fault)
+            report.warnings.append(f"{fault}; metrics go to metrics.jsonl only")
+    return report
+
+
+def _gpus(num_wanted: int, report: Report) -> None:
+    if not num_wanted:
+        report.facts.append("no GPUs asked for")
+        return
+    command = ["nvidia-smi", f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except FileNotFoundError:
+        report.faults.append("no nvidia-smi: the GPU driver is not installed, or not in PATH")
+        return
+    except subprocess.TimeoutExpired:
+        report.faults.append("nvidia-smi does not answer within 30 s")
+        return
+    if done.returncode:
+        said = " ".join((done.stdout + done.stderr).split())
+        report.faults.append(f"nvidia-smi fails with exit code {done.returncode}: {said}")
+        return
+    judge_gpus(done.stdout, num_wanted, report)
+
+
+def judge_gpus(table: str, num_wanted: int, report: Report) -> None:
+    """By the lines of `nvidia-smi --query-gpu`."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines() if line.strip()]
+    if len(rows) < num_wanted:
+        report.faults.append(f"{len(rows)} of {num_wanted} GPUs answer")
+    free = []
+    for index, _name, free_mib, total_mib, errors in rows:
+        if errors.isdecimal() and int(errors):  # else "[N/A]": no such memory
+            report.faults.append(f"GPU {index}: {errors} uncorrected memory errors")
+        if free_mib.isdecimal() and total_mib.isdecimal():
+            free.append(int(free_mib) / 1024)
+            if int(free_mib) < _FREE_SHARE * int(total_mib):
+                report.faults.append(f"GPU {index}: {free_mib} of {total_mib} MiB free: another process holds the rest")
+    if rows:
+        memory = f", {min(free):.1f} GiB free" if free else ""
+        report.facts.append(f"{len(rows)} × {rows[0][1]}{memory}")
+
+
+def _memory(min_gib: float, report: Report) -> None:
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    gib = next(int(line.split()[1]) * 1024 / GIB for line in lines if line.startswith("MemAvailable:"))
+    report.facts.append(f"{gib:.0f} GiB memory")
+    if gib < min_gib:
+        report.faults.append(f"{gib:.1f} GiB of memory available, {min_gib:g} wanted")
+
+
+def _disk(folder: Path, min_gib: float, report: Report) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        gib = shutil.disk_usage(folder).free / GIB
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        report.faults.append(f"{folder} cannot be written: {error.strerror}")
+        return
+    report.facts.append(f"{gib:.0f} GiB free in {folder}")
+    if gib < min_gib:
+        report.faults.append(f"{gib:.2f} GiB free in {folder}, {min_gib:g} wanted")
+
+
+def _reach_store(url: str) -> None:
+    from trainer.data.shards import INDEX_NAME
+    from trainer.storage.open import open_store
+
+    open_store(url, retry_sec=30.0).size_bytes(INDEX_NAME)
+
+
+def _connect(host: str, port: int) -> None:
+    socket.create_connection((host, port), timeout=10).close()
+
+
+def _try(report: Report, what: str, work: Callable[[], None]) -> str | None:
+    start = time.perf_counter()
+    try:
+        work()
+    except (UserError, OSError) as error:
+        fault = f"{what}: {error}"
+        report.faults.append(fault)
+        return fault
+    report.facts.append(f"{what} in {1000 * (time.perf_counter() - start):.0f} ms")
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0: what was found is in the report."""
+    (text,) = sys.argv[1:] if arguments is None else arguments
+    print(json.dumps(asdict(look(Wanted(**json.loads(text))))), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
