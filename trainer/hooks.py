@@ -6,6 +6,7 @@ Hooks live on rank 0 only and get values, never engines: a hook cannot make rank
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -17,10 +18,12 @@ from trainer.checkpoint.catalog import step_of
 from trainer.scoring.scores import HEADLINES
 from trainer.telemetry.events import EventLog
 from trainer.telemetry.jsonl import StepLog
-from trainer.telemetry.load_history import HISTORY_NAME
+from trainer.telemetry.load_history import HISTORY_NAME, LoadInterval
 from trainer.telemetry.metrics import EvalReport, StepReport, flatten, flatten_eval, is_logged
 from trainer.telemetry.progress import Progress
 from trainer.telemetry.tracker import Tracker
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,18 +147,25 @@ class TrackerHook:
 class LoadHook:
     """Keeps what the encoders did: one line of `expert_load.jsonl` in the run's folder per interval.
 
-    Raises OSError where it cannot be written: a history with holes would be profiled as if it were whole.
+    What a full disk does not take is written with the next interval. What it has not taken when the run ends raises
+    OSError: a history with holes would be profiled as if it were whole.
     """
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:
         self._log = StepLog(run_dir / HISTORY_NAME, resume_step)
+        self._waiting: list[LoadInterval] = []
 
     def on_start(self, state: RunState) -> None:
         pass
 
     def on_step(self, report: StepReport) -> None:
-        if report.load is not None:
-            self._log.append(report.load.to_json())
+        if report.load is None:
+            return
+        self._waiting.append(report.load)
+        try:
+            self._write()
+        except OSError as error:
+            log.warning("%s cannot be written (%s); %d intervals wait", self._log.path, error, len(self._waiting))
 
     def on_eval(self, report: EvalReport) -> None:
         pass
@@ -167,7 +177,13 @@ class LoadHook:
         pass
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
+        self._write()
         self._log.close()
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._log.append(self._waiting[0].to_json())
+            del self._waiting[0]
 
 
 class EventHook:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +209,26 @@ def test_the_history_is_kept_and_resumes(tmp_path: Path) -> None:
     total = history[0] + history[1] + history[2]
     assert total.load.total().num_clips == 6 and total.costs.slowest_sec == pytest.approx(3 * 8.5)
     assert total.num_steps == 6 and total.step_sec == 27.0
+
+
+def test_the_history_outlives_a_full_disk(tmp_path: Path) -> None:
+    hook = LoadHook(tmp_path, 0)
+    hook.on_step(StepReport(2, 1.0, load=interval(2)))
+    whole = (tmp_path / HISTORY_NAME).stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (whole + 20, limits[1]))  # room for a part of a line
+        hook.on_step(StepReport(4, 1.0, load=interval(4)))
+        assert (tmp_path / HISTORY_NAME).stat().st_size == whole
+        with pytest.raises(OSError, match="too large"):
+            hook.on_end({})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    hook.on_step(StepReport(6, 1.0, load=interval(6)))
+    hook.on_end({})
+    assert [i.step for i in read_history(tmp_path / HISTORY_NAME)] == [2, 4, 6]
 
 
 def test_a_foreign_history_is_refused(tmp_path: Path) -> None:

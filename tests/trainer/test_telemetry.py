@@ -239,7 +239,7 @@ def test_events_reach_the_file_and_the_terminal(tmp_path: Path, capsys: pytest.C
         hook.on_step(make_report(5, loss=3.0))
         hook.on_step(make_report(6, loss=float("nan"), left_out="loss is nan"))
         hook.on_event("skip", 6, {"why": "loss is nan", "samples": ["a", "b"]})
-        hook.on_save(tmp_path / "step-00000006")
+        hook.on_save(str(tmp_path / "step-00000006"))
         hook.on_event("stopped", 6, {})
         hook.on_end({})
     events = read_events(tmp_path)

@@ -80,7 +80,7 @@ def test_jsonl_failure_is_loud_once_counted_and_survived(tmp_path: Path, caplog:
     if not full.exists():
         pytest.skip("no /dev/full on this system")
     tracker = JsonlTracker(tmp_path / "metrics.jsonl")
-    tracker._log._file = full.open("a")
+    tracker._log._file = full.open("ab", buffering=0)
     with caplog.at_level(logging.WARNING):
         for step in (1, 2, 3):
             tracker.log({"a": 1.0}, step)

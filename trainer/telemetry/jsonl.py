@@ -23,12 +23,18 @@ class StepLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line, record in read_lines(path) if record["step"] <= resume_step] if resume_step else []
         write_atomically(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Raises OSError where the line could not be written."""
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        """Raises OSError where the line could not be written; nothing of it is then in the file."""
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError:
+            os.ftruncate(self._file.fileno(), end)
+            raise
 
     def close(self) -> None:
         self._file.close()
