@@ -116,8 +116,8 @@ def controller_killed(run: Run) -> float:
 
 
 def disk_full(run: Run) -> float:
-    """No room is left for one save; there is again for the next."""
-    ballast = run.folder / "ballast"
+    """No room is left where checkpoints lie for one save; there is again for the next."""
+    ballast = run.run_dir / "checkpoints" / "ballast"
     start = time.time()
     with ballast.open("wb", buffering=0) as file:
         try:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE
 from types import FrameType
+from typing import Any
 
 from model.errors import UserError
 from trainer.exit_codes import ExitCode
@@ -106,7 +107,7 @@ class Job:
         except BadNodesError as error:
             return self._after(ExitCode.STOPPED) if self.signals.ending else self._without_nodes(error)
         except UserError as error:
-            self.log.add("refused", why=str(error))
+            self._tell("refused", why=str(error))
             raise
         code: int = ExitCode.STOPPED
         if not self.signals.received:
@@ -116,6 +117,13 @@ class Job:
             )
         return self._after(code)
 
+    def _tell(self, event: str, **fields: Any) -> None:
+        """Note an event. A full disk must not keep the job from running again."""
+        try:
+            self.log.add(event, **fields)
+        except OSError as error:
+            say(f"job: event '{event}' is not noted: {error}")
+
     def _note_start(self) -> None:
         """Also what ended the last start, where nobody was left to say so."""
         job = self.allocation
@@ -124,9 +132,9 @@ class Job:
             if told and told[-1]["event"] == "submitted" and told[-1].get("job") == job.job_id:
                 lost = slurm.unavailable(str(told[-1]["nodes"]).split(","))
                 if lost:
-                    self.log.add("node_lost", nodes=",".join(lost))
-                self.log.add("requeued", why=f"Slurm lost {', '.join(lost) or 'the batch script'}")
-        self.log.add("submitted", job=job.job_id, nodes=",".join(job.nodes), restarts=job.restarts)
+                    self._tell("node_lost", nodes=",".join(lost))
+                self._tell("requeued", why=f"Slurm lost {', '.join(lost) or 'the batch script'}")
+        self._tell("submitted", job=job.job_id, nodes=",".join(job.nodes), restarts=job.restarts)
 
     def _step(self, command: Sequence[str]) -> int:
         self.signals.step = step = subprocess.Popen(command, stdin=subprocess.DEVNULL)
@@ -142,10 +150,10 @@ class Job:
         state = slurm.job_state(self.allocation.job_id)
         if state.restarts > self.allocation.restarts:
             if self._is_newest():
-                self.log.add("requeued", why="Slurm runs the job again by itself", exit_code=code)
+                self._tell("requeued", why="Slurm runs the job again by itself", exit_code=code)
             return code
         if state.name == "CANCELLED":
-            self.log.add("refused", why="the job was cancelled", exit_code=code)
+            self._tell("refused", why="the job was cancelled", exit_code=code)
             return code
         decide = [sys.executable, "-m", "trainer.restart", str(self.log.run_dir), f"--exit-code={code}"]
         if subprocess.run(decide).returncode == 0:
@@ -161,10 +169,12 @@ class Job:
     def _without_nodes(self, error: BadNodesError) -> int:
         """At first it is up to whoever submits; later nobody is there, and Slurm looks for other nodes."""
         if not self.allocation.restarts or not error.bad:
-            self.log.add("refused", why=str(error))
+            self._tell("refused", why=str(error))
             raise error
         say(f"job: {error}")
-        self.log.add("requeued", why=f"without {', '.join(error.bad)}")
+        if set(error.bad) == set(self.allocation.nodes):
+            return self._after(ExitCode.FAILED)  # what they share is at fault, and other nodes would share it
+        self._tell("requeued", why=f"without {', '.join(error.bad)}")
         slurm.requeue(self.allocation.job_id)
         slurm.exclude(self.allocation.job_id, error.bad)
         return ExitCode.FAILED
