@@ -63,7 +63,7 @@ reshape: setup
 	$(PY) -m tools.reshape --json
 
 fault-test: setup
-	$(PY) -m tests.cluster.fault_test
+	$(PY) -m tests.cluster.fault_table
 
 chaos: setup
 	$(PY) -m tests.cluster.chaos

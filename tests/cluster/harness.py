@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.services.slurm import Cluster
 from tools.demo_corpus import write_corpus
-from trainer.checkpoint.catalog import committed_steps, folder_of
+from trainer.checkpoint.catalog import find_checkpoint, read_extra
 from trainer.checkpoint.reader import read_manifest
 from trainer.telemetry.events import read_events
 
@@ -196,15 +196,13 @@ def next_start(run: Run, moment: float) -> float:
 
 def _account(run: Run) -> object:
     """The data's state after the last step: how far each lane has read, and what it left out."""
-    checkpoints = run.run_dir / "checkpoints"
-    state = json.loads((folder_of(checkpoints, max(committed_steps(checkpoints))) / "state.json").read_text())
-    return state["extra"]["step"], state["extra"]["data"]
+    extra = read_extra(find_checkpoint(str(run.run_dir)))
+    return extra["step"], extra["data"]
 
 
 def _weights(run: Run) -> dict[str, object]:
     """Digests of the last checkpoint's files of tensors and random generators, whatever folder they lie in."""
-    checkpoints = run.run_dir / "checkpoints"
-    manifest = read_manifest(folder_of(checkpoints, max(committed_steps(checkpoints))))
+    manifest = read_manifest(find_checkpoint(str(run.run_dir)))
     files = {("frozen/" if "/" in name else "") + Path(name).name: entry for name, entry in manifest.files.items()}
     return {name: entry for name, entry in files.items() if name.endswith(".safetensors")}
 

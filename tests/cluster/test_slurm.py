@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import faults
-from tests.cluster.fault_test import start_times
+from tests.cluster.fault_table import start_times
 from tests.cluster.harness import ROOT, Bench, next_start, scratch
 from tests.services import swift
 from tests.services.slurm import Cluster, running, why_not

@@ -1,7 +1,7 @@
 """Every fault of the table, each in a run of its own on a real Slurm: `make fault-test` (needs root; half an hour).
 
-    python -m tests.cluster.fault_test                 all
-    python -m tests.cluster.fault_test kill requeue    those whose names contain one of the words
+    python -m tests.cluster.fault_table                 all
+    python -m tests.cluster.fault_table kill requeue    those whose names contain one of the words
 
 Each run must end as if nothing had happened: every loss, every gradient norm, the data's state and the last
 checkpoint's tensors equal those of a run that nothing happened to. Exit code 1 if one does not.
