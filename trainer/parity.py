@@ -144,10 +144,12 @@ def build_step(
     """The distributed model with the oracle's initial weights."""
     hf_config = resolve_hf_config(config.llm)
     source = RandomSource(hf_config, SEED)
-    llm = LLMEngine(hf_config, source, OPTIM, groups, dtype, recompute=groups.topology.pp > 1)
+    recompute = groups.topology.pp > 1  # so that both ways are compared
+    llm = LLMEngine(hf_config, source, OPTIM, groups, dtype, recompute)
     torch.manual_seed(SEED)
     held = place(config, groups.topology.ep).held_by(groups.rank)
     tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE, held)
+    tower.set_recompute(recompute)
     audio = AudioEngine(tower.train(), OPTIM, ds_config, groups, batch_sec)
     return Step(config, OPTIM, audio, llm, groups, num_steps=num_steps, tokens_per_microbatch=pack_tokens, seed=SEED)
 

@@ -62,7 +62,7 @@ def test_what_cannot_run_is_refused_in_seconds(bench: Bench, tmp_path: Path) -> 
             "bucket": (["data.sets.0.shards=s3://nowhere/x"], server.environ, "no bucket s3://nowhere"),
             # The header as it is: 8 tasks on every node of 192 CPUs and 8 GPUs.
             "nodes": (
-                ["parallel.num_ranks=128"],
+                ["parallel.num_ranks=128", "data.global_batch_samples=128"],
                 {},
                 "parallel.num_ranks = 128 needs 16 nodes of 8 tasks, the job has ",
             ),

@@ -15,6 +15,7 @@ from model import lengths
 from model.audio_tower import AudioOutput, AudioTower
 from model.batch import Ragged
 from model.config import EncoderConfig
+from model.encoders.base import AudioEncoder
 from model.errors import UserError
 from trainer.engine.dispatch import EncoderCost, EncoderDispatch, stand_in
 from trainer.engine.optim import OptimConfig, param_groups
@@ -183,7 +184,24 @@ class AudioEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the sum over ranks of `loss` (DeepSpeed averages over ranks: undone here)."""
-        self.engine.backward(loss * self.groups.topology.world)
+        scaled = loss * self.groups.topology.world
+        if not any(isinstance(m, AudioEncoder) and m.recompute for m in self.tower.modules()):
+            self.engine.backward(scaled)
+            return
+        # A recomputed layer hands over a gradient with each of an encoder's calls, and DeepSpeed would keep the last
+        # one's: they add up here first.
+        with self.engine.coalesce_grad_reduction():
+            self.engine.backward(scaled)
+            self._reduce_whole_gradients()
+
+    def _reduce_whole_gradients(self) -> None:
+        """The experts' apart from the others', whose buckets must be alike on all ranks (see `_flush_gradients`)."""
+        experts = {id(p) for p in self.tower.experts.parameters()}
+        for of_experts in (False, True):
+            for parameter in self.tower.parameters():
+                if parameter.grad is not None and (id(parameter) in experts) == of_experts:
+                    self.zero.reduce_independent_p_g_buckets_and_remove_grads(parameter)
+            self._flush_gradients()
 
     def grad_square(self) -> Tensor:
         """Σ g² over this rank's partitions, fp32 on the device: sums over ranks to that of all parameters."""

@@ -10,6 +10,7 @@ import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -150,7 +151,11 @@ class LocalStore:
         assert not prefix or prefix.endswith("/"), prefix
         # Hidden files are those that `put` has not finished.
         files = (p for p in (self.folder / prefix).rglob("*") if p.is_file() and not p.name.startswith("."))
-        return {p.relative_to(self.folder).as_posix(): p.stat().st_size for p in sorted(files) if p.exists()}
+        found = {}
+        for path in sorted(files):
+            with suppress(FileNotFoundError):  # somebody has just deleted it
+                found[path.relative_to(self.folder).as_posix()] = path.stat().st_size
+        return found
 
     def delete(self, name: str) -> None:
         try:
