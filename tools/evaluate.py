@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
+from trainer.__main__ import be_calm
 
 if TYPE_CHECKING:
     from trainer.offline.model import Origin
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     options = _parser().parse_args(arguments)
-    _be_calm()
+    be_calm()
     try:
         _check(options)
         return _run(options)
@@ -168,15 +167,6 @@ def _as_json(tree: dict[str, Any], found: Finished, folder: Path) -> dict[str, A
         "samples_per_sec": round(num_new / found.seconds, 3) if num_new else None,
         **{key: tree[key] for key in kept},
     }
-
-
-def _be_calm() -> None:
-    """Leave the terminal to the tables."""
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker processes
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DS_ACCELERATOR_QUIET", "1")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import UserError
+from trainer.__main__ import be_calm
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fail-on", default="", metavar="LIMITS", help="e.g. dead,imbalance=1.5: exit code 1 if so")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     options = parser.parse_args(arguments)
-    _be_calm()
+    be_calm()
     try:
         return _run(options)
     except UserError as error:
@@ -111,13 +110,6 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"passed": not failures, "failures": failures, "folder": str(folder), **profile.to_json()}))
     return 1 if failures else 0
-
-
-def _be_calm() -> None:
-    """Leave the terminal to the tables."""
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 if __name__ == "__main__":

@@ -140,10 +140,6 @@ def goodput(records: Sequence[Mapping[str, Any]], undone: set[int], wall_sec: fl
     return min(1.0, useful_sec / wall_sec) if wall_sec > 0 else None
 
 
-def _num_samples_skipped(record: Mapping[str, Any]) -> int:
-    return int(sum(value for name, value in record.items() if name.startswith("data/skipped/")))
-
-
 def _same(event: Event, started: Event) -> bool:
     return bool(event["attempt"] == started["attempt"])
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainer.checkpoint.catalog import step_of
+from trainer.checkpoint.layout import step_of
 from trainer.scoring.scores import HEADLINES
 from trainer.telemetry.events import EventLog
 from trainer.telemetry.jsonl import StepLog

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections import defaultdict
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -12,13 +11,11 @@ from typing import Any
 import torch.distributed as dist
 
 from trainer.parallel.groups import Groups
+from trainer.telemetry.events import Tell
 from trainer.telemetry.metrics import StepReport
 from trainer.telemetry.straggler import RankWork, Straggler, StragglerMeter, work_metrics
 from trainer.telemetry.tracker import TelemetryConfig
 from trainer.telemetry.waiting import WaitSampler
-
-Tell = Callable[[str, int, Mapping[str, Any]], None]
-"""Event, step, fields."""
 
 
 class Work:

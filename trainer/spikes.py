@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -10,10 +9,8 @@ import torch.distributed as dist
 from model.batch import Batch
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.step import Step
+from trainer.telemetry.events import Tell
 from trainer.telemetry.metrics import StepReport
-
-Tell = Callable[[str, int, Mapping[str, Any]], None]
-"""Event, step, fields."""
 
 
 def answer_spike(

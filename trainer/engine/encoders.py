@@ -69,6 +69,7 @@ class AudioEngine:
             self.zero.parameter_offload.get_param_coordinator().record_module = lambda module: None
         self._drop_idle_hooks()
         self._keep_persistent()
+        self._recomputes = any(isinstance(m, AudioEncoder) and m.recompute for m in tower.modules())
         self._dispatch = self._build_dispatch(lengths.num_samples(batch_sec), debug_plan)
 
     def _build_dispatch(self, budget_samples: int, debug_plan: bool) -> dict[tuple[str, ...], EncoderDispatch]:
@@ -185,7 +186,7 @@ class AudioEngine:
     def backward(self, loss: Tensor) -> None:
         """Gradients of the sum over ranks of `loss` (DeepSpeed averages over ranks: undone here)."""
         scaled = loss * self.groups.topology.world
-        if not any(isinstance(m, AudioEncoder) and m.recompute for m in self.tower.modules()):
+        if not self._recomputes:
             self.engine.backward(scaled)
             return
         # A recomputed layer hands over a gradient with each of an encoder's calls, and DeepSpeed would keep the last

@@ -15,12 +15,15 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+
+Tell = Callable[[str, int, Mapping[str, Any]], None]
+"""Event, step, fields."""
 
 EVENTS_NAME = "events.jsonl"
 """File in the run's folder."""
