@@ -75,7 +75,7 @@ def test_a_foreign_table_is_refused(built: tuple[list[dict], Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "index", ["[]", "{", '{"version": 0}', '{"version": 2, "shards": [{}]}', '{"version": 2, "shards": 3}']
+    "index", ["[]", "{", '{"version": 0}', '{"version": 3, "shards": [{}]}', '{"version": 3, "shards": 3}']
 )
 def test_a_malformed_index_is_one_clear_line(tmp_path: Path, index: str) -> None:
     (tmp_path / INDEX_NAME).write_text(index)

@@ -1,6 +1,6 @@
 """Encoded samples from the store: few large ranged reads, the next ones read ahead, each sample checked before its use.
 
-What arrives is compared with the index (the object's size, every sample's CRC-32). Where it differs it is fetched
+What arrives is compared with the index (the object's size, every sample's XXH3). Where it differs it is fetched
 again; if it still differs, its samples are `altered` and the shard is named in the log: nothing of them is used.
 A store that is away is a matter of its own (`trainer.storage`): that ends the run, and quarantines nothing.
 """
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from typing import Any, TypeVar
+
+import xxhash
 
 from trainer.data.decode import SampleError
 from trainer.data.shards import Entry, RawSample, ShardSet
@@ -97,7 +98,7 @@ def read_unchecked(shards: ShardSet, shard: int, indices: Sequence[int]) -> dict
 
 def checked(shards: ShardSet, entry: Entry, data: memoryview) -> RawSample | SampleError | None:
     """The sample in `data`; None if these are not the bytes that were indexed."""
-    if zlib.crc32(data) != entry.crc32:
+    if xxhash.xxh3_64_hexdigest(data) != entry.xxh3:
         return None
     try:
         return shards.parse(entry, data)

@@ -6,9 +6,10 @@ import hashlib
 import io
 import json
 import tarfile
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import xxhash
 
 from model.errors import UserError
 from trainer.data.decode import AUDIO_TYPES, SampleError, check_audio
@@ -39,7 +40,7 @@ def check_shard(shards: ShardSet, shard: int) -> list[str]:
         return [*wrong, str(error)]
     for entry in table:
         start, end = entry.span
-        if end > len(data) or zlib.crc32(data[start:end]) != entry.crc32:
+        if end > len(data) or xxhash.xxh3_64_hexdigest(data[start:end]) != entry.xxh3:
             wrong.append(f"{where}: sample {entry.key} is cut or altered")
     return wrong
 
@@ -121,4 +122,4 @@ def _entry(key: str, members: list[Member], data: memoryview, defaults: Mapping[
     if not any(extension.split(".")[-1] in (*AUDIO_TYPES, "json", "txt") for extension, _, _ in members):
         raise SampleError("wrong_type", f"no audio, .json or .txt among {[m[0] for m in members]}")
     span = data[members[0][1] : members[-1][1] + members[-1][2]]
-    return groups.entry(key, metadata, seconds, zlib.crc32(span), tuple(members))
+    return groups.entry(key, metadata, seconds, xxhash.xxh3_64_hexdigest(span), tuple(members))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
+
+import xxhash
 
 from trainer.data.shards import FORMAT_VERSION, INDEX_NAME, Entry, Group, Shard, table_name
 from trainer.storage.store import Store
@@ -39,10 +40,10 @@ class ShardWriter:
             (name, self._append(f"{key}.{name}", data), len(data))
             for name, data in zip([*names, "json"], [*(b for _, b in clips), text], strict=True)
         ]
-        crc = 0
+        digest = xxhash.xxh3_64()
         for part in self._parts[first_part + 1 :]:  # from the first member's data to the last member's
-            crc = zlib.crc32(part, crc)
-        self.entries.append(self._groups.entry(key, metadata, seconds, crc, tuple(members)))
+            digest.update(part)
+        self.entries.append(self._groups.entry(key, metadata, seconds, digest.hexdigest(), tuple(members)))
 
     def finish(self) -> Shard:
         """Write shard and table; returns the index's line. Nothing may be added afterwards."""
@@ -80,7 +81,7 @@ class Groups:
         key: str,
         metadata: Mapping[str, Any],
         seconds: float,
-        crc32: int,
+        xxh3: str,
         members: tuple[tuple[str, int, int], ...],
     ) -> Entry:
         """The table's line of a sample, which is counted."""
@@ -88,7 +89,7 @@ class Groups:
         task, subset, split, language, source = group
         count, total = self._totals.get((task, subset, split, language, source), (0, 0.0))
         self._totals[task, subset, split, language, source] = (count + 1, total + seconds)
-        return Entry(key, task, subset, split, round(seconds, 4), crc32, members)
+        return Entry(key, task, subset, split, round(seconds, 4), xxh3, members)
 
     def lines(self) -> tuple[Group, ...]:
         return tuple(Group(*g, count, round(total, 4)) for g, (count, total) in sorted(self._totals.items()))
@@ -98,7 +99,7 @@ def write_table(store: Store, shard: Shard, entries: Sequence[Entry]) -> None:
     """The shard's offset table."""
     kinds = sorted({(e.task, e.subset, e.split) for e in entries})
     number = {kind: i for i, kind in enumerate(kinds)}
-    samples = [[e.key, number[e.task, e.subset, e.split], e.seconds, e.crc32, e.members] for e in entries]
+    samples = [[e.key, number[e.task, e.subset, e.split], e.seconds, e.xxh3, e.members] for e in entries]
     write_json(store, table_name(shard.name), {"sha256": shard.sha256, "groups": kinds, "samples": samples})
 
 

@@ -5,7 +5,7 @@ A shard is a tar of `<key>.<type>` (one clip; `<key>.0.<type>`, `<key>.1.<type>`
 
 - `shards.json`: per shard its name, bytes, SHA-256, and per (task, subset, split, language, source) the number of
   samples and seconds;
-- `<shard>.idx.json`: per sample its key, task, subset, split, seconds, the byte ranges of its members, and the CRC-32
+- `<shard>.idx.json`: per sample its key, task, subset, split, seconds, the byte ranges of its members, and the XXH3-64
   of all bytes from its first member's to its last member's, so that any samples cost one ranged read and are checked.
 
 Shards of others have the same index (`tools.inspect_shards --build-index`); what their `<key>.json` lacks is in the
@@ -29,7 +29,7 @@ from trainer.storage.store import ChangedError, Store
 log = logging.getLogger(__name__)
 
 INDEX_NAME = "shards.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Entry:
     subset: str
     split: str
     seconds: float
-    crc32: int
+    xxh3: str
     members: tuple[tuple[str, int, int], ...]
 
     @property
@@ -212,8 +212,8 @@ class ShardSet:
             raise ChangedError(f"{where}: belongs to another version of the shard; make it again")
         try:
             return tuple(
-                Entry(key, *_three(table["groups"][group]), seconds, crc32, tuple((e, o, n) for e, o, n in members))
-                for key, group, seconds, crc32, members in table["samples"]
+                Entry(key, *_three(table["groups"][group]), seconds, xxh3, tuple((e, o, n) for e, o, n in members))
+                for key, group, seconds, xxh3, members in table["samples"]
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ChangedError(f"{where}: malformed ({error!r}); make the shards again") from None
