@@ -36,6 +36,8 @@ def spread(costs: Sequence[float] | Floats, num_bins: int, preferred: Ints | Non
     Returns:
         [n] the bin of every item.
     """
+    if num_bins == 1:
+        return np.zeros(len(costs), dtype=np.int64)
     costs = np.asarray(costs, dtype=np.float64)
     mean = float(costs.sum()) / num_bins
     if preferred is None and len(costs) <= min(_FEW_ITEMS, num_bins * _FEW_ITEMS_PER_BIN):
