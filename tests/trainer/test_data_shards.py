@@ -10,7 +10,7 @@ from model.errors import UserError
 from tests.trainer.data_corpus import audio_bytes, clip_rows, row, write_manifest, write_shards
 from trainer.data.fetch import read_samples
 from trainer.data.shard_build import ShardLimits, build_shards
-from trainer.data.shards import INDEX_NAME, RawSample, Selection, ShardSet
+from trainer.data.shards import FORMAT_VERSION, INDEX_NAME, RawSample, Selection, ShardSet
 from trainer.storage.store import ChangedError, LocalStore
 
 
@@ -75,7 +75,14 @@ def test_a_foreign_table_is_refused(built: tuple[list[dict], Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "index", ["[]", "{", '{"version": 0}', '{"version": 3, "shards": [{}]}', '{"version": 3, "shards": 3}']
+    "index",
+    [
+        "[]",
+        "{",
+        '{"version": 0}',
+        f'{{"version": {FORMAT_VERSION}, "shards": [{{}}]}}',
+        f'{{"version": {FORMAT_VERSION}, "shards": 3}}',
+    ],
 )
 def test_a_malformed_index_is_one_clear_line(tmp_path: Path, index: str) -> None:
     (tmp_path / INDEX_NAME).write_text(index)
