@@ -17,8 +17,10 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from trainer.launch import start_ranks
 from trainer.parallel.topology import Topology, divisors
@@ -94,16 +96,26 @@ def check(
 
 def work(task: str) -> int:
     """One rank of `check`."""
-    import torch
+    *arguments, out = json.loads(task)
+    rows = measure(*arguments)
+    if os.environ["RANK"] == "0":
+        Path(out).write_text(json.dumps(rows))
+    return 0
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+def measure(
+    tp: int, pp: int, ep: int, num_steps: int, family: str, kinds: Sequence[str], deepspeed: str | None
+) -> list[dict[str, Any]]:
+    """What each rank does: compare this launch's topology with the oracle. Returns the rows, as dicts."""
+    from trainer.engine.imports import lean_imports
+
+    with lean_imports():
+        from trainer import parity
+        from trainer.engine.ds_config import build_ds_config
+        from trainer.parallel.groups import build_groups, connect
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    from trainer import parity
-    from trainer.engine.ds_config import build_ds_config
-    from trainer.parallel.groups import build_groups, connect
+    import torch.distributed as dist
 
-    tp, pp, ep, num_steps, family, kinds, deepspeed, out = json.loads(task)
     rank, world, device = connect(timeout_sec=300)
     topology = Topology(world, tp, pp, ep)
     groups = build_groups(topology, rank, device, parity.SEED)
@@ -119,11 +131,9 @@ def work(task: str) -> int:
     if num_steps:
         worst_loss, worst_norm = parity.loss_curves(step, oracle, num_steps)
         rows.append(Row(name(topology), f"curve of {num_steps} steps", worst_loss, worst_norm, "gradient norm"))
-    if rank == 0:
-        Path(out).write_text(json.dumps([asdict(r) for r in rows]))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    return 0
+    dist.barrier()
+    dist.destroy_process_group()
+    return [asdict(row) for row in rows]
 
 
 def main() -> int:

@@ -117,10 +117,12 @@ def _launch(world: int, phase: str, folder: Path) -> Results:
 
 def work(task: str) -> int:
     """One rank of a launch."""
-    import torch
+    from trainer.engine.imports import lean_imports
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with lean_imports():
+        import torch
+
+        import trainer.parity  # noqa: F401 - what the cases import, with both engines
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     phase, folder, scratch = json.loads(task)
     found = {"save": save_cases, "resume": resume_cases, "reshape": reshape_cases}[phase](folder)

@@ -7,8 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NoReturn
 
 from model.errors import UserError
@@ -41,7 +40,10 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if env is None and not options.dry_run:
         # The ranks check the rest: what that imports takes seconds, and they need it anyway.
         return launch.start_ranks(recipe.parallel.num_ranks, [sys.executable, "-m", "trainer", *arguments])
-    from trainer.config.checks import check_recipe
+    from trainer.engine.imports import lean_imports
+
+    with lean_imports():
+        from trainer.config.checks import check_recipe
 
     check_recipe(recipe)
     if options.dry_run:
@@ -51,13 +53,8 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return 0
     assert env is not None
     launch.join(env)
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with _without("mlflow"):
-        import deepspeed  # noqa: F401 - its autotuner tries mlflow, which takes seconds
-    from trainer.build import run_training
+    with lean_imports():
+        from trainer.build import run_training
 
     return run_training(recipe, env)
 
@@ -90,19 +87,6 @@ def be_calm() -> None:
     for name in ("DeepSpeed", "megatron", "transformers", "torch", "alembic", "mlflow"):
         # A filter, since these libraries set their loggers' levels themselves when they are imported.
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
-
-
-@contextmanager
-def _without(package: str) -> Iterator[None]:
-    """Where imports of a package fail, if it has not been imported yet."""
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[package]
 
 
 def _leave(code: int) -> NoReturn:
