@@ -3,20 +3,27 @@
 `run_ranks(4, "tests.distributed.test_x:body", {"tp": 2})` calls `body(tp=2)` on four ranks and returns what each of
 them returned (JSON values). The first rank that fails, or the deadline, ends all of them; the error shows the ends of
 their stderr.
+
+Ranks are forked from a server that has imported the engines (`tests.distributed.preload`): each rank would need
+seconds for it. Tests of how a rank starts use `trainer.launch` instead.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping
+from functools import lru_cache
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +68,25 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@lru_cache
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.preload"])
+    kept = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), kept]))  # the server finds the preloaded module
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if kept is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = kept
+    return context
+
+
 def _start(
     rank: int, world: int, port: int, name: str, kwargs: dict[str, Any], scratch: Path, env: dict[str, str]
-) -> subprocess.Popen[bytes]:
-    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+) -> ForkServerProcess:
     variables = {
         **os.environ,
         "RANK": str(rank),
@@ -74,31 +96,36 @@ def _start(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": search,
-        "PYTHONWARNINGS": "ignore",
         **env,
     }
-    command = [
-        sys.executable,
-        "-m",
-        "tests.distributed.harness",
-        name,
-        json.dumps(kwargs),
-        str(scratch / f"{rank}.json"),
-    ]
-    with open(scratch / f"{rank}.out", "wb") as out, open(scratch / f"{rank}.err", "wb") as err:
-        # Its own session, so that a rank's children die with it.
-        return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=out, stderr=err, start_new_session=True)
+    process = _context().Process(target=_run, args=(name, kwargs, str(scratch / str(rank)), variables))
+    process.start()
+    return process
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], scratch: Path, deadline: float, timeout_sec: float) -> None:
+def _run(name: str, kwargs: dict[str, Any], files: str, variables: dict[str, str]) -> None:
+    """What a rank does; it leaves `files`.out, .err and .json."""
+    os.setsid()  # its own session, so that a rank's children die with it
+    for stream, suffix in ((sys.stdout, "out"), (sys.stderr, "err")):
+        with open(f"{files}.{suffix}", "wb") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    warnings.filterwarnings("ignore")
+    module, function = name.split(":")
+    value = getattr(importlib.import_module(module), function)(**kwargs)
+    Path(f"{files}.json").write_text(json.dumps(value))
+
+
+def _wait(ranks: list[ForkServerProcess], scratch: Path, deadline: float, timeout_sec: float) -> None:
     while True:
-        codes = [process.poll() for process in ranks]
+        codes = [process.exitcode for process in ranks]
         failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
         if failed:
             # A peer's lost connection is a consequence: give the others a moment, so that the cause is shown too.
             time.sleep(0.5)
-            codes = [process.poll() for process in ranks]
+            codes = [process.exitcode for process in ranks]
             failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
             raise AssertionError(f"ranks {failed} of {len(ranks)} failed{_tails(failed, scratch)}")
         if all(code == 0 for code in codes):
@@ -117,21 +144,12 @@ def _tails(which: list[int], scratch: Path) -> str:
     return tails
 
 
-def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
+def _kill(ranks: list[ForkServerProcess]) -> None:
     for process in ranks:
+        if process.is_alive():
+            process.kill()
+        process.join()
         try:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)  # children that it left
         except ProcessLookupError:
             pass
-        process.wait()
-
-
-def _main() -> None:
-    name, kwargs, result = sys.argv[1:]
-    module, function = name.split(":")
-    value = getattr(importlib.import_module(module), function)(**json.loads(kwargs))
-    Path(result).write_text(json.dumps(value))
-
-
-if __name__ == "__main__":
-    _main()

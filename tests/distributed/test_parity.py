@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tools.parity import KINDS, check
+from tests.distributed.harness import run_ranks
+from tools.parity import KINDS, Row, measure
 from trainer.parallel.topology import Topology
 
 CASES = [
@@ -18,6 +19,14 @@ CASES = [
     (Topology(2, 1, 1, 2), 20, "llama", KINDS),
     (Topology(4, 1, 1, 4), 2, "llama", ("mixed", "text_only", "one_expert")),
 ]
+
+
+def check(
+    topology: Topology, num_steps: int, family: str, kinds: tuple[str, ...], deepspeed: str | None = None
+) -> list[Row]:
+    task = {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep, "num_steps": num_steps, "family": family}
+    task |= {"kinds": kinds, "deepspeed": deepspeed}
+    return [Row(**row) for row in run_ranks(topology.world, measure, task, timeout_sec=200)[0]]
 
 
 @pytest.mark.timeout(240)
