@@ -6,6 +6,7 @@
 # make kill-test  50 kills of a small run      make export-test  an export in an environment without this project
 # make reshape    save and load on other topologies: the table
 # make bench-data  the loader against its peers, padding (minutes; wants a quiet machine and the kit: KIT_DIR)
+# make mixture  routing against one encoder and against all, three seeds (hours; KIT_DIR)
 # make soak-data   its memory over 10^5 batches, kit_cpu from a bucket with kills (hours)
 #
 # PYTHON=python3.12          another interpreter (3.10 to 3.12)
@@ -23,7 +24,7 @@ CXX_NAMES := g++ c++ clang++
 # DeepSpeed looks for ninja in PATH when it builds its shared-memory operation.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup test demo parity gpu-check kill-test fault-test chaos reshape export-test bench-data soak-data clean
+.PHONY: setup test demo parity gpu-check kill-test fault-test chaos reshape export-test bench-data soak-data mixture clean
 
 setup: $(STAMP)
 
@@ -45,7 +46,7 @@ test: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest
+	$(PY) -m pytest --durations=40 --durations-min=3
 
 demo: setup
 	$(PY) -m tools.demo
@@ -82,6 +83,9 @@ bench-data: setup
 soak-data: setup
 	$(PY) -m bench.loader_memory
 	$(PY) -m bench.s3_training kit_cpu
+
+mixture: setup
+	$(PY) -m bench.mixture
 
 clean:
 	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,147 @@
+"""Is it worth to route? The mixture against the primary encoder alone and against all encoders on every clip.
+
+    python -m bench.mixture                       kit_cpu, its number of steps, three seeds: nine runs, hours
+    python -m bench.mixture --steps 800 --seeds 1 a first look
+
+Every arm gets the same time: as many steps as fit into the mixture's, by a calibration of a hundred steps each. All are
+evaluated on the kit's test split (KIT_DIR). No goal but the answer: the table names the best arm per metric, and
+whether the seeds' ranges of the best two overlap. Runs lie in `runs/mixture`; started again, it goes on after the last whole
+one. Exits 1 if a run fails, 3 without the kit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.loader_corpus import KIT
+from trainer.config.load import load_recipe
+
+RECIPE, CALIBRATION_STEPS, LOG_EVERY = "kit_cpu", 100, 10
+ARMS = {
+    "mixture": [],
+    "primary only": ["model.experts=[]", "parallel.expert=1"],
+    "all on": ["model.router.top_k=2"],
+}
+METRICS = {
+    "asr/digits/wer": min,
+    "asr/digit_strings/wer": min,
+    "er/accuracy": max,
+    "aqa/accuracy": max,
+    "sqa/accuracy": max,
+    "ac/meteor": max,
+}
+"""With what is better."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run."""
+
+    arm: str
+    seed: int
+    num_steps: int
+    minutes: float
+    scores: dict[str, float]
+
+
+def train(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
+    """The summary of a run; trained unless it is there. Raises CalledProcessError."""
+    summary = folder / name / "summary.json"
+    if not summary.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        keys = [f"name={name}", f"train.run_dir={folder}", f"data.root={KIT}", "telemetry.mlflow=false", *overrides]
+        with open(folder / f"{name}.txt", "ab") as output:
+            command = [sys.executable, "-m", "trainer", RECIPE, *keys]
+            environ = {"OMP_NUM_THREADS": "1", **os.environ}
+            subprocess.run(command, stdout=output, stderr=output, env=environ, check=True)
+    found: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
+    return found
+
+
+def step_sec(folder: Path, arm: str) -> float:
+    """Of the arm's steps over all phases of the recipe, without the first ones."""
+    name = f"calibration-{arm.replace(' ', '-')}"
+    every = ["eval.every_steps=0", "checkpoint.every_steps=0", "eval.max_samples=4", "eval.max_new_tokens=1"]
+    train(
+        folder, name, [*ARMS[arm], f"train.steps={CALIBRATION_STEPS}", f"telemetry.log_every_steps={LOG_EVERY}", *every]
+    )
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    times = [r["time/step_sec"] for r in lines if "time/step_sec" in r]
+    return statistics.mean(times[1:])
+
+
+def run_all(folder: Path, steps: int, num_seeds: int) -> list[Outcome]:
+    """All runs, seed by seed: whatever slows the machine down meets every arm."""
+    seconds = {arm: step_sec(folder, arm) for arm in ARMS}
+    num_steps = {arm: round(steps * seconds["mixture"] / sec) for arm, sec in seconds.items()}
+    for arm, number in num_steps.items():
+        print(f"{arm:13} {seconds[arm]:.3f} s a step: {number} steps", flush=True)
+    outcomes = []
+    for seed in range(1, num_seeds + 1):
+        for arm, number in num_steps.items():
+            name = f"{arm.replace(' ', '-')}-{number}-seed{seed}"
+            keys = [
+                *ARMS[arm],
+                f"seed={seed}",
+                f"train.steps={number}",
+                "eval.every_steps=0",
+                "checkpoint.every_steps=0",
+            ]
+            summary = train(folder, name, keys)
+            scores = {metric: summary["scores"]["test"][metric] for metric in METRICS}
+            outcomes.append(Outcome(arm, seed, number, summary["seconds"] / 60, scores))
+            shown = "  ".join(f"{metric} {value:.3f}" for metric, value in scores.items())
+            print(f"{name:32} {outcomes[-1].minutes:5.1f} min  {shown}", flush=True)
+    return outcomes
+
+
+def compare(outcomes: list[Outcome]) -> dict[str, Any]:
+    """The table, printed; per metric the arms' means and ranges over seeds, and the best."""
+    table: dict[str, Any] = {}
+    print(f"\n{'test split':22} " + " ".join(f"{arm:>22}" for arm in ARMS) + "   best")
+    for metric, better in METRICS.items():
+        values = {arm: [o.scores[metric] for o in outcomes if o.arm == arm] for arm in ARMS}
+        means = {arm: statistics.mean(found) for arm, found in values.items()}
+        best = better(means, key=lambda arm: means[arm])
+        second = better((arm for arm in means if arm != best), key=lambda arm: means[arm])
+        low, high = (best, second) if better is min else (second, best)
+        apart = max(values[low]) < min(values[high])
+        verdict = f"{best}, by {abs(means[best] - means[second]):.3f}" + ("" if apart else " (ranges overlap)")
+        cells = [f"{means[arm]:.3f} ({min(found):.3f}–{max(found):.3f})" for arm, found in values.items()]
+        print(f"{metric:22} " + " ".join(f"{cell:>22}" for cell in cells) + f"   {verdict}")
+        table[metric] = {"values": values, "best": best, "second": second, "ranges_apart": apart}
+    return table
+
+
+def main() -> int:
+    """Exit code: 0 the table is there, 1 a run failed, 3 there is no kit."""
+    parser = argparse.ArgumentParser(prog="python -m bench.mixture", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=load_recipe(RECIPE, []).train.steps, help="of the mixture")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("runs/mixture"))
+    options = parser.parse_args()
+    if not (KIT / "asr.jsonl").exists():
+        print(json.dumps({"passed": None, "reason": f"no kit at {KIT}; set KIT_DIR"}))
+        return 3
+    try:
+        outcomes = run_all(options.folder, options.steps, options.seeds)
+    except subprocess.CalledProcessError as error:
+        print(json.dumps({"passed": False, "reason": f"a run ended with exit code {error.returncode}: {error.cmd}"}))
+        return 1
+    table = compare(outcomes)
+    minutes = {arm: [round(o.minutes, 2) for o in outcomes if o.arm == arm] for arm in ARMS}
+    steps = {o.arm: o.num_steps for o in outcomes}
+    print(json.dumps({"passed": True, "steps": steps, "minutes": minutes, "metrics": table}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
