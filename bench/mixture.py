@@ -5,8 +5,8 @@
 
 Every arm gets the same time: as many steps as fit into the mixture's, by a calibration of a hundred steps each. All are
 evaluated on the kit's test split (KIT_DIR). No goal but the answer: the table names the best arm per metric, and
-whether the seeds' ranges of the best two overlap. Runs lie in `runs/mixture`; started again, it goes on after the last whole
-one. Exits 1 if a run fails, 3 without the kit.
+whether the seeds' ranges of the best two overlap. Runs lie in `runs/mixture`; started again, it goes on after the
+last whole one. Exits 1 if a run fails, 3 without the kit.
 """
 
 from __future__ import annotations
