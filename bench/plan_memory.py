@@ -207,10 +207,10 @@ def compare(case: str) -> list[dict[str, Any]]:
         if code:
             raise SystemExit(code)
         found = [json.loads(Path(folder, f"{r}.json").read_text()) for r in range(recipe.parallel.num_ranks)]
-    planner = Planner(recipe, KNOWN["h100"])
-    topology, encoders, packs = planner.place(recipe, workload, "cpu")
+    planner = Planner(recipe, KNOWN["h100"], "cpu")
+    topology, encoders, packs = planner.place(recipe, workload)
     model = planner.memory(recipe, workload, topology, encoders, packs)
-    states = planner.plan(recipe, workload, "cpu").states
+    states = planner.plan(recipe, workload).states
     rows = []
     for one in found:
         rank = one["rank"]

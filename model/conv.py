@@ -9,6 +9,8 @@ Shapes: B clips, T steps in, L steps out, C channels in, O channels out, k taps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -28,16 +30,22 @@ class Conv1d(nn.Conv1d):
         return _conv_forward(self, input, weight, bias)
 
 
-def use_matrix_products(module: nn.Module) -> None:
-    """Make every `nn.Conv1d` inside `module`, also one under weight norm, compute as `Conv1d` does."""
+def use_matrix_products(module: nn.Module, devices: Sequence[str] = ("cpu",)) -> None:
+    """Make every `nn.Conv1d` inside `module`, also one under weight norm, compute as `Conv1d` does.
+
+    `devices` with matrix products may also name `meta`: to see what a CPU would hold.
+    """
+    forward = partial(_conv_forward, devices=tuple(devices))
     for child in module.modules():
-        if isinstance(child, nn.Conv1d) and not isinstance(child, Conv1d):
-            child._conv_forward = MethodType(_conv_forward, child)  # type: ignore[method-assign]
+        if isinstance(child, nn.Conv1d):
+            child._conv_forward = MethodType(forward, child)  # type: ignore[method-assign]
 
 
-def _conv_forward(layer: nn.Conv1d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _conv_forward(
+    layer: nn.Conv1d, input: Tensor, weight: Tensor, bias: Tensor | None, devices: Sequence[str] = ("cpu",)
+) -> Tensor:
     plain = layer.groups == 1 and layer.dilation == (1,) and layer.padding_mode == "zeros"
-    if input.device.type != "cpu" or not plain or isinstance(layer.padding, str):
+    if input.device.type not in devices or not plain or isinstance(layer.padding, str):
         return nn.Conv1d._conv_forward(layer, input, weight, bias)
     (stride,), (padding,) = layer.stride, layer.padding
     steps = F.pad(input.transpose(1, 2), (0, 0, padding, padding))

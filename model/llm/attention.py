@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
 from model.llm.packing import PackedSequences
 
@@ -106,7 +106,7 @@ def _attend_within(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequ
     outputs = []
     for bucket in packed.buckets(query.device):
         q, k, v = bucket.pad(query), bucket.pad(key), bucket.pad(value)
-        outputs.append(bucket.unpad(scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)))
+        outputs.append(bucket.unpad(functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)))
     return torch.cat(outputs).index_select(0, packed.unbucket(query.device))
 
 
@@ -120,7 +120,7 @@ def _attend_to_cache(query: Tensor, keys: Tensor, values: Tensor, packed: Packed
     # [B, 1, L, keys]
     last = segments.starts[:, None] + torch.arange(bucket.max_length, device=query.device)
     mask = torch.arange(segments.num_keys, device=query.device) <= last[:, None, :, None]
-    attended = scaled_dot_product_attention(
+    attended = functional.scaled_dot_product_attention(
         bucket.pad(query),
         keys[segments.sequences, : segments.num_keys].transpose(1, 2),
         values[segments.sequences, : segments.num_keys].transpose(1, 2),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from trainer.plan.llm_memory import StageMemory, in_flight
 from trainer.plan.trace import Traced, extrapolated, trace
@@ -50,3 +51,16 @@ def test_all_but_the_newest_micro_batch_only_keep() -> None:
     memory = StageMemory(Traced(10, 12, 17), buffer=5, boundary=1, audio=3)
     assert memory.peak(1) == 17 + 3 + 2
     assert memory.peak(4) == 30 + 17 + 3 + 2
+
+
+def test_a_checkpoint_that_computes_again_keeps_no_scores() -> None:
+    heads, steps, width = 2, 1000, 4
+
+    class Block(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    with torch.device("meta"):
+        x = torch.empty(1, heads, steps, width, requires_grad=True)
+        found = trace(lambda: checkpoint(Block(), x, use_reentrant=False), [x])
+    assert found.backward < 4 * heads * steps**2

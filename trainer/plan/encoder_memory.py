@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from model.audio_tower import AudioTower
 from model.batch import Ragged
+from model.conv import use_matrix_products
 from model.encoders.base import window_lengths
 from model.lengths import FRAME_SAMPLES, num_frames, num_slots
 from trainer.engine.optim import OptimConfig, param_groups
@@ -67,10 +68,13 @@ class EncoderTracer:
         optim: what learns: frozen parts keep less.
         dtype: of weights and activations.
         recompute: `train.recompute_encoders`.
+        device: where ranks run; on a `cpu` convolutions keep their windows.
     """
 
-    def __init__(self, tower: AudioTower, optim: OptimConfig, dtype: torch.dtype, recompute: bool) -> None:
-        self.tower = tower.to(dtype).train()
+    def __init__(self, tower: AudioTower, optim: OptimConfig, dtype: torch.dtype, recompute: bool, device: str) -> None:
+        self.tower, self.device = tower.to(dtype).train(), device
+        if device == "cpu":
+            use_matrix_products(self.tower, ("cpu", "meta"))
         param_groups(optim, [(f"audio.{n}", p, p.dim()) for n, p in tower.named_parameters()])
         for parameter in tower.parameters():
             if parameter.requires_grad:  # as ZeRO-3 does: a gradient is handed on at once
@@ -157,7 +161,7 @@ def audio_memory(
                 over_forward = max(over_forward, traced.forward - traced.kept)
                 over_backward = max(over_backward, traced.backward - traced.kept)
                 features += sum(num_frames(n) for clips in calls for n in clips) * _width(tower.encoder(name)) * size
-    mixed = _after_encoders(tower, home_samples, size)
+    mixed = _after_encoders(tower, home_samples, size, tracer.device)
     in_bucket = min(reduce_elements, learned) * FP32_BYTES * (2 if size < FP32_BYTES else 1)
     return AudioMemory(
         int(kept) + mixed.kept + sum(home_samples) * FP32_BYTES,
@@ -166,7 +170,7 @@ def audio_memory(
     )
 
 
-def _after_encoders(tower: AudioTower, home_samples: Sequence[int], size: int) -> Traced:
+def _after_encoders(tower: AudioTower, home_samples: Sequence[int], size: int, device: str) -> Traced:
     """Mixture, adapter, projector and CTC head over the clips at home, by the shapes of their tensors."""
     frames = [num_frames(n) for n in home_samples]
     if not frames:
@@ -181,6 +185,8 @@ def _after_encoders(tower: AudioTower, home_samples: Sequence[int], size: int) -
     for layer, stride in zip(layers, tower.adapter.strides, strict=True):
         longest = num_slots(longest, (stride,))
         kept += 2 * len(frames) * longest * layer.out_channels * size
+        if device == "cpu":  # its windows, side by side
+            kept += len(frames) * longest * layer.kernel_size[0] * layer.in_channels * size
     slots = sum(num_slots(f, tower.adapter.strides) for f in frames)
     out = slots * (tower.adapter.dim + tower.projector.out_features) * size
     logits = 0

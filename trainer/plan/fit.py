@@ -32,13 +32,12 @@ def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, lis
     Raises:
         UserError: nothing fits; the message is that of the candidate that needs least.
     """
-    device = "cuda"
-    timed = sorted(_estimates(planner, recipe, workload, device), key=lambda item: item[0])
+    timed = sorted(_estimates(planner, recipe, workload), key=lambda item: item[0])
     if not timed:
         raise UserError(f"--fit: no layout of {recipe.parallel.num_ranks} ranks is legal for this model")
     closest: Plan | None = None
     for _, variant in timed[:_MAX_FULL]:
-        plan = planner.plan(variant, workload, device)
+        plan = planner.plan(variant, workload)
         if plan.fits:
             return plan, _changes(recipe, variant)
         if closest is None or plan.worst.total < closest.worst.total:
@@ -69,7 +68,7 @@ def _variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
             yield dataclasses.replace(recipe, parallel=dataclasses.replace(split, expert=ep), train=train)
 
 
-def _estimates(planner: Planner, recipe: Recipe, workload: Workload, device: str) -> Iterator[tuple[float, Recipe]]:
+def _estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[tuple[float, Recipe]]:
     """(expected seconds of a step, variant) of those that may fit."""
     accelerator, model, sizes = planner.accelerator, planner.model, planner.sizes
     placed: dict[object, tuple[Topology, list[EncoderWork], PackPlan]] = {}
@@ -79,7 +78,7 @@ def _estimates(planner: Planner, recipe: Recipe, workload: Workload, device: str
             continue
         key = (variant.parallel, variant.train.llm_tokens_per_microbatch)
         if key not in placed:
-            placed[key] = planner.place(variant, workload, device)
+            placed[key] = planner.place(variant, workload)
         topology, work, packs = placed[key]
         if states.total + _rough_activations(planner, variant, packs) > accelerator.usable_bytes:
             continue

@@ -92,11 +92,12 @@ class Planner:
     Args:
         recipe: the first variant; others may differ in `parallel` and `train` only.
         accelerator: to run on.
+        device: `cpu` plans for ranks without one.
     """
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, device: str = "cuda") -> None:
         check_recipe(recipe)
-        self.accelerator = accelerator
+        self.accelerator, self.device = accelerator, device
         self.model = sized_model(recipe)
         self.sizes = parameter_sizes(self.model, recipe.optim)
         self.ds_json = load_ds_json(deepspeed_json(recipe))
@@ -106,14 +107,14 @@ class Planner:
         """Of the recipe's encoders, as it runs them."""
         key = (recipe.train.precision, recipe.train.recompute_encoders)
         if key not in self._tracers:
-            self._tracers[key] = EncoderTracer(self.model.tower(), recipe.optim, DTYPES[key[0]], key[1])
+            self._tracers[key] = EncoderTracer(self.model.tower(), recipe.optim, DTYPES[key[0]], key[1], self.device)
         return self._tracers[key]
 
-    def place(self, recipe: Recipe, workload: Workload, device: str) -> tuple[Topology, list[EncoderWork], PackPlan]:
+    def place(self, recipe: Recipe, workload: Workload) -> tuple[Topology, list[EncoderWork], PackPlan]:
         """Where the step's work goes."""
         topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
         budget = num_samples(recipe.train.encoder_batch_sec)
-        work = encoder_work(self.model, workload, topology, budget, device)
+        work = encoder_work(self.model, workload, topology, budget, self.device)
         return topology, work, pack_work(recipe, workload, topology)
 
     def memory(
@@ -122,10 +123,10 @@ class Planner:
         """See `memory_model`."""
         return memory_model(recipe, self.model, topology, self.ds_json, self.tracer(recipe), workload, work, packs)
 
-    def plan(self, recipe: Recipe, workload: Workload, device: str = "cuda") -> Plan:
+    def plan(self, recipe: Recipe, workload: Workload) -> Plan:
         """Work `recipe` out for `workload`."""
         check_recipe(recipe)
-        topology, work, packs = self.place(recipe, workload, device)
+        topology, work, packs = self.place(recipe, workload)
         states = rank_states(self.model, topology, recipe.optim, recipe.train.precision, self.ds_json)
         kinds = kinds_of_ranks(self.memory(recipe, workload, topology, work, packs), states)
         flops = step_flops(recipe, self.model, self.sizes, workload, work)

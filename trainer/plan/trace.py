@@ -8,13 +8,14 @@ allocate within themselves (workspaces of convolutions and matrix products).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,7 +39,7 @@ def trace(forward: Callable[[], Tensor], existing: Iterable[Tensor]) -> Traced:
         forward: on meta tensors; what it makes is counted.
         existing: tensors that are there anyway.
     """
-    with _Bytes(existing) as count, _FlashAttention():
+    with _Bytes(existing) as count, _flash_attention():
         output = forward()
         kept, peak = count.now, count.peak
         count.peak = count.now
@@ -54,21 +55,25 @@ def extrapolated(found: Sequence[Traced], layers: int) -> Traced:
     return Traced(*(b + more * (b - a) for a, b in zip(astuple(one), astuple(two), strict=True)))
 
 
-class _FlashAttention(TorchFunctionMode):
+@contextmanager
+def _flash_attention() -> Iterator[None]:
     """Attention as the fused kernels keep it: never the scores. The meta device alone would choose the plain formula.
 
-    With a mask that learns (WavLM's gated position bias) the formula it is, as on the CPU.
+    With a mask that learns (WavLM's gated position bias) the formula it is, as on the CPU. The function is exchanged: a
+    mode of torch would not be there where a checkpoint computes again.
     """
+    plain = functional.scaled_dot_product_attention
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-            if mask is None or not mask.requires_grad:
-                return _Flash.apply(*args[:3])
-        return func(*args, **kwargs)
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if attn_mask is None or not attn_mask.requires_grad:
+            return cast(Tensor, _Flash.apply(query, key, value))
+        return plain(query, key, value, attn_mask, **kwargs)
+
+    functional.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = plain
 
 
 class _Flash(torch.autograd.Function):
