@@ -7,7 +7,7 @@ transformers copies a remote-code module and what it imports by relative names, 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import model
@@ -24,8 +24,9 @@ def remote_code() -> dict[str, str]:
         module = waiting.pop()
         if remote_name(module) + ".py" not in found:
             source = _path(module).read_text(encoding="utf-8")
-            found[remote_name(module) + ".py"] = _rewritten(module, source)
-            waiting += [imported for _, imported in _imports(source)]
+            imports = list(_imports(source))
+            found[remote_name(module) + ".py"] = _rewritten(module, source, imports)
+            waiting += [imported for _, imported in imports]
     return dict(sorted(found.items()))
 
 
@@ -45,9 +46,9 @@ def _imports(source: str) -> Iterator[tuple[ast.ImportFrom, str]]:
             yield node, node.module or ""
 
 
-def _rewritten(module: str, source: str) -> str:
+def _rewritten(module: str, source: str, imports: Sequence[tuple[ast.ImportFrom, str]]) -> str:
     lines = source.splitlines(keepends=True)
-    for node, imported in _imports(source):
+    for node, imported in imports:
         before = f"from {node.module} import"
         after = "from . import" if node.module == "model" else f"from .{remote_name(imported)} import"
         line = lines[node.lineno - 1]
