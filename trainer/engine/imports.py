@@ -17,7 +17,7 @@ def lean_imports() -> Iterator[None]:
 
     DeepSpeed's autotuner tries mlflow, which costs a second. Megatron-core decorates its fused functions with
     `torch.compile`, which loads torch's compiler in every process; here it is loaded at the first call of such a
-    function. Some million objects that stay are made: nobody looks for garbage among them, now or later.
+    function. Some 700,000 objects that stay are made: nobody looks for garbage among them, now or later.
     """
     collecting = gc.isenabled()
     gc.disable()
