@@ -36,7 +36,6 @@ def run_ranks(
     target: str | Callable[..., Any],
     kwargs: Mapping[str, Any] | None = None,
     timeout_sec: float = 120.0,
-    env: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """Call `target` ("module:function", or an importable function) with `kwargs` (JSON values) on `world` ranks.
 
@@ -55,7 +54,7 @@ def run_ranks(
         ranks = []
         try:
             for rank in range(world):
-                ranks.append(_start(rank, world, port, name, dict(kwargs or {}), Path(scratch), dict(env or {})))
+                ranks.append(_start(rank, world, port, name, dict(kwargs or {}), Path(scratch)))
             _wait(ranks, Path(scratch), time.monotonic() + timeout_sec, timeout_sec)
         finally:
             _kill(ranks)
@@ -84,9 +83,7 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _start(
-    rank: int, world: int, port: int, name: str, kwargs: dict[str, Any], scratch: Path, env: dict[str, str]
-) -> ForkServerProcess:
+def _start(rank: int, world: int, port: int, name: str, kwargs: dict[str, Any], scratch: Path) -> ForkServerProcess:
     variables = {
         **os.environ,
         "RANK": str(rank),
@@ -96,7 +93,6 @@ def _start(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        **env,
     }
     process = _context().Process(target=_run, args=(name, kwargs, str(scratch / str(rank)), variables))
     process.start()

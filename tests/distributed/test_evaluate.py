@@ -75,7 +75,7 @@ def test_it_predicts_what_the_export_says(
 ) -> None:
     root, said = made
     arguments = {"root": str(root), "tp": tp, "pp": pp, "ep": ep, "out": str(tmp_path)}
-    counts = run_ranks(world, body, arguments, timeout_sec=240, env={"DS_ACCELERATOR": "cpu"})
+    counts = run_ranks(world, body, arguments, timeout_sec=240)
     assert sum(counts) == NUM_SAMPLES and max(counts) - min(counts) <= 1, "all ranks share the work"
     found = read_predictions(tmp_path / "predictions-dev-step0.jsonl")
     assert {p.key: (p.hypothesis, p.finished) for p in found} == said

@@ -38,6 +38,6 @@ def body(tp: int, pp: int) -> list[list[list[int]]]:
 
 @pytest.mark.parametrize(("world", "tp", "pp"), [(2, 1, 1), (2, 2, 1), (2, 1, 2)])
 def test_decoding_equals_the_oracle(world: int, tp: int, pp: int) -> None:
-    for answers, expected in run_ranks(world, body, {"tp": tp, "pp": pp}, env={"DS_ACCELERATOR": "cpu"}):
+    for answers, expected in run_ranks(world, body, {"tp": tp, "pp": pp}):
         assert answers == expected
         assert len({tuple(a) for a in answers}) > 1, "the same answer to everything shows nothing"
