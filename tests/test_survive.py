@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def test_a_step_that_fails_twice_the_same_way_is_not_tried_again(
     assert all(sample in printed for sample in failed["samples"])
 
 
-@contextmanager
+@contextlib.contextmanager
 def started(run_dir: Path, corpus: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "trainer", "debug", f"data.root={corpus}", f"data.cache_dir={run_dir / 'cache'}"]
     command += [f"train.run_dir={run_dir}", "train.steps=6", *overrides]
@@ -141,13 +141,13 @@ def test_signals_and_a_hung_rank_change_nothing(corpus: Path, tmp_path: Path, sp
     tracked = (run / "mlflow_run_id").read_text()
     assert read_status(run, time.time()).state == "waiting"
 
-    with started(tmp_path, corpus, "telemetry.mlflow=true", "train.hang_timeout_sec=4") as process:
+    with started(tmp_path, corpus, "telemetry.mlflow=true", "train.hang_timeout_sec=8") as process:
         wait_for(lambda: any(e["event"] == "resumed" for e in read_events(run)), process)
         ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(ranks[1]), signal.SIGSTOP)
         assert process.wait(100) == ExitCode.HUNG, (tmp_path / "output.txt").read_text()
     hang = read_events(run)[-1]
-    assert hang["event"] == "hang" and hang["ranks_without_stacks"] == [1] and hang["silent_sec"] >= 4
+    assert hang["event"] == "hang" and hang["ranks_without_stacks"] == [1] and hang["silent_sec"] >= 8
     stacks = (run / "hang-2" / "rank-0.txt").read_text()
     assert "rank 0 on " in stacks and "loop.py" in stacks and "distributed_c10d.py" in stacks
     assert json.loads((run / "hang-2" / "collectives-0.json").read_text())["entries"]
@@ -162,3 +162,31 @@ def test_signals_and_a_hung_rank_change_nothing(corpus: Path, tmp_path: Path, sp
     status = read_status(run, time.time())
     assert (status.state, status.step, status.attempts) == ("finished", 6, 3) and 0 < (status.goodput or 0) < 1
     assert not (run / ".watchdog").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+@pytest.mark.timeout(200)
+def test_a_wholly_full_disk_does_not_end_a_run(corpus: Path, tmp_path: Path) -> None:
+    disk, output, num_steps = tmp_path / "disk", tmp_path / "output.txt", 60
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs here: {mounted.stderr.decode().strip()}")
+    keys = [f"train.run_dir={disk}", f"train.steps={num_steps}", "checkpoint.every_steps=4", "checkpoint.keep_last=1"]
+    try:
+        with started(tmp_path, corpus, *keys) as process:
+            wait_for(lambda: len(losses(disk / "debug")) >= 2, process)
+            with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
+                while True:
+                    ballast.write(bytes(4096))
+            for told in ("metrics.jsonl CANNOT BE WRITTEN", "CHECKPOINT NOT SAVED"):
+                wait_for(lambda told=told: told in output.read_text(), process)  # type: ignore[misc]
+            (disk / "ballast").unlink()
+            assert process.wait(100) == ExitCode.FINISHED, output.read_text()
+        assert list(losses(disk / "debug")) == [str(step) for step in range(1, num_steps + 1)]
+        events = read_events(disk / "debug")
+        assert [e["time"] for e in events] == sorted(e["time"] for e in events) and events[-1]["event"] == "finished"
+        assert named({"events": events}, "save_failed") and named({"events": events}, "saved")[-1]["step"] == num_steps
+        assert "is written again" in output.read_text()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

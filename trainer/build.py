@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from model.audio_tower import AudioTower
 from model.errors import UserError
 from model.hub.configuration import describe
+from model.llm.names import Index
 from model.llm.reference import resolve_hf_config, weight_source
+from model.llm.weights import WeightSource
 from trainer.checkpoint.catalog import SUBFOLDER, TOKENIZER
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.checks import check_llm, deepspeed_json
@@ -100,19 +103,19 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
     rank, _, device = connect()
     groups = build_groups(topology, rank, device, recipe.seed)
     run_dir = events.run_dir
-    watchdog = Watchdog(recipe.train.hang_timeout_sec, events, topology.world)
-    prepared = prepare_once(recipe, groups)
-    step = build_step(recipe, groups, prepared.tokenizer.vocab_size)
-    evaluator = Evaluator(recipe.eval, prepared, step, run_dir, watchdog.beat)
-    url = join_url(recipe.run_url, SUBFOLDER)
-    checkpoints = CheckpointManager(url, recipe.checkpoint, groups, watchdog.beat)
-    described = describe_run(recipe, step, prepared)
-    loop = Loop(recipe, step, groups, prepared, evaluator, checkpoints, run_dir, described, watchdog, position)
-    start, extra = loop.restore()
-    hooks = build_hooks(recipe, run_dir, start, events) if rank == 0 else []
-    if rank == 0:
-        keep_tokenizer(prepared, recipe, run_dir)
-    with watchdog:
+    prepared = prepare_once(recipe, groups)  # shards that are not there yet may take hours: nobody watches
+    with Watchdog(recipe.train.hang_timeout_sec, events, topology.world) as watchdog:
+        step = build_step(recipe, groups, prepared.tokenizer.vocab_size, watchdog.beat)
+        evaluator = Evaluator(recipe.eval, prepared, step, run_dir, watchdog.beat)
+        url = join_url(recipe.run_url, SUBFOLDER)
+        checkpoints = CheckpointManager(url, recipe.checkpoint, groups, watchdog.beat)
+        described = describe_run(recipe, step, prepared)
+        loop = Loop(recipe, step, groups, prepared, evaluator, checkpoints, run_dir, described, watchdog, position)
+        watchdog.beat("the last checkpoint")
+        start, extra = loop.restore()
+        hooks = build_hooks(recipe, run_dir, start, events) if rank == 0 else []
+        if rank == 0:
+            keep_tokenizer(prepared, recipe, run_dir)
         finished = loop.run(hooks, start, extra.get("data"))
         if rank == 0:
             if finished and loop.last_evaluation is not None:
@@ -146,8 +149,23 @@ def prepare_once(recipe: Recipe, groups: Groups) -> PreparedData:
     return made() if prepared is None else prepared
 
 
-def build_step(recipe: Recipe, groups: Groups, vocab_size: int) -> Step:
-    """Both engines with their initial weights.
+class WatchedSource:
+    """A source of weights, each read of which is told as progress."""
+
+    def __init__(self, source: WeightSource, beat: Callable[[str], None]) -> None:
+        self._source, self._beat = source, beat
+        self.shape, self.where = source.shape, source.where
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """See `WeightSource`."""
+        self._beat(f"the read of {name}")
+        return self._source.read(name, index)
+
+
+def build_step(
+    recipe: Recipe, groups: Groups, vocab_size: int, beat: Callable[[str], None] = lambda what: None
+) -> Step:
+    """Both engines with their initial weights; `beat` is told of progress.
 
     Raises:
         UserError: weights are missing or do not fit; the tokenizer has more tokens than the LLM; a pattern of
@@ -160,9 +178,10 @@ def build_step(recipe: Recipe, groups: Groups, vocab_size: int) -> Step:
             f"data.tokenizer: {vocab_size} tokens, but model.llm.config.vocab_size = {hf_config.vocab_size}: "
             "use the LLM's own tokenizer, or a smaller data.tokenizer.train_vocab_size"
         )
-    source = weight_source(recipe.model.llm, hf_config, recipe.seed)
+    source = WatchedSource(weight_source(recipe.model.llm, hf_config, recipe.seed), beat)
     train = recipe.train
     llm = LLMEngine(hf_config, source, recipe.optim, groups, DTYPES[train.precision], train.recompute_llm)
+    beat("the encoders")
     torch.manual_seed(recipe.seed)
     topology = groups.topology
     held = place(recipe.model, topology.ep).held_by(groups.rank)

@@ -30,6 +30,7 @@ from trainer.scoring.meteor import Meteor
 from trainer.scoring.scores import TaskScore, confusions, score_values
 from trainer.scoring.wordnet import find_wordnet
 from trainer.step import Step, send
+from trainer.telemetry.jsonl import write_atomically
 from trainer.telemetry.metrics import EvalReport
 
 log = logging.getLogger(__name__)
@@ -99,9 +100,12 @@ class Evaluator:
         scores = score_predictions(predictions, self.meteor)
         values = score_values(scores)
         values["num_unfinished"] = float(sum(not p.finished for p in predictions))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_predictions(self.folder / f"predictions-{split}-step{step}.jsonl", predictions)
-        self._write_scores(scores, predictions, split, step)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_predictions(self.folder / f"predictions-{split}-step{step}.jsonl", predictions)
+            self._write_scores(scores, predictions, split, step)
+        except OSError as error:  # the scores are in the metrics as well
+            log.warning("%s: step %d: PREDICTIONS ON %s ARE NOT KEPT: %s", self.folder, step, split, error)
         seconds = time.perf_counter() - start
         report = EvalReport(step, split, values, len(predictions), seconds, {s.name: (s.low, s.high) for s in scores})
         return Evaluation(report, scores, predictions)
@@ -118,7 +122,7 @@ class Evaluator:
             "confusions": {task: found for task, found in closed.items() if found},
         }
         path = self.folder / f"scores-{split}-step{step}.json"
-        path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def predict(

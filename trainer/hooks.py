@@ -6,7 +6,6 @@ Hooks live on rank 0 only and get values, never engines: a hook cannot make rank
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -16,14 +15,12 @@ from typing import Any, Protocol
 
 from trainer.checkpoint.layout import step_of
 from trainer.scoring.scores import HEADLINES
-from trainer.telemetry.events import EventLog
-from trainer.telemetry.jsonl import StepLog
-from trainer.telemetry.load_history import HISTORY_NAME, LoadInterval
+from trainer.telemetry.events import Event, EventLog
+from trainer.telemetry.jsonl import Backlog, StepLog
+from trainer.telemetry.load_history import HISTORY_NAME
 from trainer.telemetry.metrics import EvalReport, StepReport, flatten, flatten_eval, is_logged
 from trainer.telemetry.progress import Progress
 from trainer.telemetry.tracker import Tracker
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -147,25 +144,20 @@ class TrackerHook:
 class LoadHook:
     """Keeps what the encoders did: one line of `expert_load.jsonl` in the run's folder per interval.
 
-    What a full disk does not take is written with the next interval. What it has not taken when the run ends raises
-    OSError: a history with holes would be profiled as if it were whole.
+    What a full disk has not taken when the run ends raises OSError: a history with holes would be profiled as if it
+    were whole.
     """
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:
         self._log = StepLog(run_dir / HISTORY_NAME, resume_step)
-        self._waiting: list[LoadInterval] = []
+        self._intervals: Backlog[Mapping[str, Any]] = Backlog(self._log.append, self._log.path)
 
     def on_start(self, state: RunState) -> None:
         pass
 
     def on_step(self, report: StepReport) -> None:
-        if report.load is None:
-            return
-        self._waiting.append(report.load)
-        try:
-            self._write()
-        except OSError as error:
-            log.warning("%s cannot be written (%s); %d intervals wait", self._log.path, error, len(self._waiting))
+        if report.load is not None:
+            self._intervals.add(report.load.to_json())
 
     def on_eval(self, report: EvalReport) -> None:
         pass
@@ -177,24 +169,20 @@ class LoadHook:
         pass
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        self._write()
+        self._intervals.flush()
         self._log.close()
-
-    def _write(self) -> None:
-        while self._waiting:
-            self._log.append(self._waiting[0].to_json())
-            del self._waiting[0]
 
 
 class EventHook:
-    """Leaves what happens in the run's `events.jsonl`."""
+    """Leaves what happens in the run's `events.jsonl`. What a full disk has not taken at the end raises OSError."""
 
     def __init__(self, log: EventLog) -> None:
         self._log = log
+        self._events: Backlog[Event] = Backlog(log.append, log.path)
 
     def on_start(self, state: RunState) -> None:
         if state.start_step:
-            self._log.add("resumed", state.start_step, checkpoint=f"step-{state.start_step:08d}")
+            self._add("resumed", state.start_step, checkpoint=f"step-{state.start_step:08d}")
 
     def on_step(self, report: StepReport) -> None:
         pass
@@ -204,13 +192,16 @@ class EventHook:
 
     def on_save(self, url: str) -> None:
         name = url.rpartition("/")[2]
-        self._log.add("saved", step_of(name), checkpoint=name)
+        self._add("saved", step_of(name), checkpoint=name)
 
     def on_event(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
-        self._log.add(event, step, **fields)
+        self._add(event, step, **fields)
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        pass
+        self._events.flush()
+
+    def _add(self, event: str, step: int | None, **fields: Any) -> None:
+        self._events.add(self._log.record(event, step, **fields))
 
 
 class SummaryHook:

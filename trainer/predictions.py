@@ -11,6 +11,7 @@ from typing import Any
 from model.errors import UserError
 from trainer.scoring.meteor import Meteor
 from trainer.scoring.scores import TaskScore, score
+from trainer.telemetry.jsonl import write_atomically
 
 _META_FIELDS = ("subset", "source", "language", "instruction", "choices", "references", "qtype", "slot")
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -41,7 +42,7 @@ class Prediction:
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     """One JSON object per line: see `to_line`."""
-    path.write_text("".join(map(to_line, predictions)), encoding="utf-8")
+    write_atomically(path, "".join(map(to_line, predictions)))
 
 
 def to_line(p: Prediction) -> str:

@@ -75,13 +75,13 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
         samples = ", ".join(map(str, repeated.get("samples") or ())) or "unknown"
         return Decision(False, f"{place} failed twice the same way: {repeated['error']}; its samples: {samples}")
     recent = sum(e["event"] == "requeued" and e["time"] > now_sec - config.window_sec for e in events)
+    # Of ranks that end differently a launcher shows one code: the hung rank that had to be killed hides the others'.
+    hang = next((e for e in events[begin:] if e["event"] == "hang"), None)
+    reason = _reason(exit_code) if hang is None else f"hung in {hang['in']}, stacks are in {hang['folder']}"
     if recent >= config.max_restarts:
-        return Decision(
-            False,
-            f"{recent} restarts within {config.window_sec:g} s, restart.max_restarts = {config.max_restarts}: "
-            f"{_reason(exit_code)}",
-        )
-    return Decision(True, f"{_reason(exit_code)}; restart {recent + 1} of {config.max_restarts}")
+        limit = f"{recent} restarts within {config.window_sec:g} s, restart.max_restarts = {config.max_restarts}"
+        return Decision(False, f"{limit}: {reason}")
+    return Decision(True, f"{reason}; restart {recent + 1} of {config.max_restarts}")
 
 
 def fingerprint(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer.hooks import EventHook
 from trainer.telemetry import events
 from trainer.telemetry.events import EVENTS_NAME, EventLog, begin_attempt, read_events
 
@@ -48,6 +49,21 @@ def test_a_torn_line_costs_itself_only(tmp_path: Path) -> None:
     EventLog(tmp_path).add("finished")
     assert [e["event"] for e in read_events(tmp_path)] == ["submitted", "finished"]
     assert read_events(tmp_path / "nothing") == []
+
+
+def test_events_wait_for_a_full_disk_and_keep_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = EventHook(EventLog(tmp_path, rank=0, attempt=1))
+    with monkeypatch.context() as full:
+        full.setattr(events.os, "write", lambda descriptor, data: len(data) - 1)
+        hook.on_event("skip", 3, {})
+        then = time.time()
+        with pytest.raises(OSError, match="No space left"):
+            hook.on_end({})
+    time.sleep(0.05)
+    hook.on_save("runs/x/checkpoints/step-00000004")
+    hook.on_end({})
+    skip, saved = read_events(tmp_path)
+    assert (skip["event"], saved["event"]) == ("skip", "saved") and skip["time"] < then + 0.01 < saved["time"]
 
 
 def test_many_writers_do_not_mix(tmp_path: Path) -> None:

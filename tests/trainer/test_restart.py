@@ -39,6 +39,14 @@ def test_a_finished_run_and_a_users_mistake_are_not() -> None:
     assert not hidden.again and "data.root" in hidden.why
 
 
+def test_the_killed_rank_does_not_hide_that_the_others_hung() -> None:
+    events = [event("started"), event("hang", **{"in": "step 7", "folder": "hang-1"})]
+    decision = decide(events, 128 + 9, CONFIG, NOW)
+    assert decision.again and decision.why == "hung in step 7, stacks are in hang-1; restart 1 of 2"
+    # An earlier attempt's hang is not this one's.
+    assert "signal 9" in decide([*events, event("requeued", 200), event("started")], 128 + 9, CONFIG, NOW).why
+
+
 def test_at_most_so_many_within_the_window() -> None:
     events = [event("requeued", 50.0), event("started", 49.0), event("requeued", 20.0), event("started", 10.0)]
     decision = decide(events, 137, CONFIG, NOW)

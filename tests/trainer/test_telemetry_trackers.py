@@ -75,18 +75,25 @@ def test_jsonl_resume_refuses_a_foreign_file(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\nhello\n'
 
 
-def test_jsonl_failure_is_loud_once_counted_and_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_full_disk_does_not_take_waits_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full on this system")
-    tracker = JsonlTracker(tmp_path / "metrics.jsonl")
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    disk = tracker._log._file
+    tracker.log({"a": 1.0}, 1)
     tracker._log._file = full.open("ab", buffering=0)
-    with caplog.at_level(logging.WARNING):
-        for step in (1, 2, 3):
-            tracker.log({"a": 1.0}, step)
-        assert sum("LOST" in r.message for r in caplog.records) == 1
-        tracker.close()
-    assert tracker.num_lost == 3 and "3 records were lost" in caplog.text
+    for step in (2, 3):
+        tracker.log({"a": 1.0}, step)
+    assert sum("CANNOT BE WRITTEN" in r.message for r in caplog.records) == 1 and tracker.num_lost == 2
+    tracker._log._file = disk
+    tracker.log({"a": 1.0}, 4)
+    assert steps_in(path) == [1, 2, 3, 4] and tracker.num_lost == 0 and "the 2 entries that waited" in caplog.text
+    tracker._log._file = full.open("ab", buffering=0)
+    tracker.log({"a": 1.0}, 5)
+    tracker.close()
+    assert tracker.num_lost == 1 and "1 records were lost" in caplog.text
 
 
 def mlflow_tracker(root: Path, resume: bool = False, params: dict[str, object] | None = None) -> MlflowTracker:

@@ -7,6 +7,7 @@ with Loader(prepared, seed=1, num_batches=1000, rank=r, world=w, state=saved) as
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,8 @@ from trainer.data.prepare import PreparedData
 from trainer.data.sample import EncodedSample
 from trainer.data.source import Skip
 from trainer.data.state import State
+
+log = logging.getLogger(__name__)
 
 
 class Loader:
@@ -86,12 +89,19 @@ def to_sample(encoded: EncodedSample) -> Sample:
 
 
 class SkipLog:
-    """Appends skipped samples to a JSONL file; give it to `Loader(on_skip=…)`. The file appears with the first skip."""
+    """Appends skipped samples to a JSONL file; give it to `Loader(on_skip=…)`. The file appears with the first skip.
+
+    What a full disk does not take is in the log instead.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __call__(self, skip: Skip) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(skip), ensure_ascii=False) + "\n")
+        line = json.dumps(asdict(skip), ensure_ascii=False)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            log.warning("%s: %s; it lacks %s", self.path, error, line)

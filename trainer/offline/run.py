@@ -73,9 +73,7 @@ def run_evaluation(
                 found += answers
                 on_progress(len(found) + len(skipped), len(places))
     found.sort(key=lambda p: p.key)
-    part = folder / f"{PREDICTIONS}.part"
-    write_predictions(part, found)
-    part.replace(folder / PREDICTIONS)
+    write_predictions(folder / PREDICTIONS, found)
     lines = [json.dumps(s._asdict(), ensure_ascii=False) + "\n" for s in sorted(skipped)]
     write_atomically(folder / SKIPPED, "".join(lines))
     return Finished(found, sorted(skipped), num_resumed, time.perf_counter() - started, stored)

@@ -10,6 +10,7 @@ attempt before (0: none yet).
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import socket
@@ -69,6 +70,10 @@ class EventLog:
 
     def add(self, event: str, step: int | None = None, **fields: Any) -> None:
         """Append one event; it is on its way to disk when this returns. Raises OSError."""
+        self.append(self.record(event, step, **fields))
+
+    def record(self, event: str, step: int | None = None, **fields: Any) -> Event:
+        """An event that happens now."""
         assert event in EVENTS and not set(fields) & set(_OWN), (event, fields)
         attempt = num_attempts(read_events(self.run_dir)) if self.attempt is None else self.attempt
         record: dict[str, Any] = {"time": round(time.time(), 3), "event": event, "attempt": attempt}
@@ -77,7 +82,16 @@ class EventLog:
             record["rank"] = self.rank
         if step is not None:
             record["step"] = step
-        _append(self.run_dir / EVENTS_NAME, json.dumps({**record, **fields}, ensure_ascii=False))
+        return {**record, **fields}
+
+    def append(self, record: Event) -> None:
+        """Write what `record` gave. Raises OSError."""
+        _append(self.path, json.dumps(record, ensure_ascii=False))
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.run_dir / EVENTS_NAME
 
 
 def begin_attempt(run_dir: Path, **fields: Any) -> EventLog:
@@ -118,7 +132,9 @@ def _append(path: Path, line: str) -> None:
         # A line that another process is writing looks torn, too; then an empty line is left, which no reader minds.
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, (("\n" if torn else "") + line + "\n").encode())
+        data = (("\n" if torn else "") + line + "\n").encode()
+        if os.write(descriptor, data) < len(data):
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}; the line is torn", str(path))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -3,12 +3,53 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from model.errors import UserError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Backlog(Generic[T]):
+    """Hands items to `write`, in order. What a full or absent disk does not take waits, and goes first the next time.
+
+    Args:
+        write: raises OSError where it could not; nothing of the item may then be in the file.
+        name: of the file, for the log.
+    """
+
+    def __init__(self, write: Callable[[T], None], name: object) -> None:
+        self._write, self._name = write, name
+        self._waiting: deque[T] = deque()
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    def add(self, item: T) -> None:
+        """Write what waits and `item`, or say that they wait."""
+        waited = len(self._waiting)
+        self._waiting.append(item)
+        try:
+            self.flush()
+        except OSError as error:
+            if not waited:
+                log.warning("%s CANNOT BE WRITTEN: %s; what belongs there waits, the run goes on", self._name, error)
+        else:
+            if waited:
+                log.warning("%s is written again, with the %d entries that waited", self._name, waited)
+
+    def flush(self) -> None:
+        """Raises OSError where something still waits."""
+        while self._waiting:
+            self._write(self._waiting[0])
+            self._waiting.popleft()
 
 
 class StepLog:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch.distributed as dist
 
 from trainer.telemetry.metrics import PhaseTimer
 from trainer.telemetry.profile_config import ProfileConfig
+
+log = logging.getLogger(__name__)
 
 WAIT = "wait"
 """Phase of waiting for the last rank to reach the next phase."""
@@ -75,7 +78,6 @@ class Trace:
         self._events.append({**event, "tid": 0, "args": {"step": self._step}})
 
     def _write(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         label = {"name": "process_name", "ph": "M", "pid": self._rank, "args": {"name": f"rank {self._rank}"}}
         events, self._events = [label, *self._events], []
         _write_events(self._folder / f"rank{self._rank}.json", events)
@@ -86,7 +88,11 @@ class Trace:
 
 
 def _write_events(path: Path, events: list[dict[str, Any]]) -> None:
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n", encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n", encoding="utf-8")
+    except OSError as error:
+        log.warning("%s: THE TRACE IS NOT KEPT: %s", path, error)
 
 
 def _meet(group: dist.ProcessGroup | None) -> None:

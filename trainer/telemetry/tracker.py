@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from model.errors import UserError
-from trainer.telemetry.jsonl import StepLog, write_atomically
+from trainer.telemetry.jsonl import Backlog, StepLog, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -70,25 +70,24 @@ class JsonlTracker:
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        self.num_lost = 0
         self._log = StepLog(path, resume_step)
+        self._records: Backlog[Mapping[str, Any]] = Backlog(self._log.append, path)
+
+    @property
+    def num_lost(self) -> int:
+        """Records that the disk has not taken."""
+        return len(self._records)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         numbers = {name: value if math.isfinite(value) else str(float(value)) for name, value in metrics.items()}
-        try:
-            self._log.append({"step": step, "time": round(time.time(), 3), **numbers})
-        except OSError as error:
-            self.num_lost += 1
-            if self.num_lost == 1:
-                log.warning("METRICS ARE BEING LOST: %s: %s; training goes on", self._log.path, error)
+        self._records.add({"step": step, "time": round(time.time(), 3), **numbers})
 
     def close(self) -> None:
         try:
+            self._records.flush()
             self._log.close()
         except OSError as error:
-            log.warning("%s: %s", self._log.path, error)
-        if self.num_lost:
-            log.warning("%s: %d records were lost", self._log.path, self.num_lost)
+            log.warning("%s: %s; %d records were lost", self._log.path, error, self.num_lost)
 
 
 class MlflowTracker:
