@@ -34,7 +34,8 @@ from trainer.data.prepare import PreparedData, prepare
 from trainer.data.state import Account
 from trainer.storage.open import open_store
 
-NUM_UTTERANCES, PER_SHARD, ROUNDS = 480, 160, 9
+NUM_UTTERANCES, PER_SHARD, ROUNDS = 1440, 160, 9
+"""So many that what is read twice at the borders of lanes (parts of chunks) is little, as in sets of real size."""
 LANES, BATCH = 8, 32
 PARTS = ["local", "first", "resume", "s3"]
 GOAL_SHARE, GOAL_FIRST_SEC, GOAL_RESUME_SEC, GOAL_S3 = 0.95, 1.0, 0.5, 1.0

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model.errors import UserError
 
@@ -172,27 +173,29 @@ class _Buffers:
     """Memory that is read into again once nothing refers to what was read before: fresh memory costs a page fault for
     every 4 KiB, as much time as the reading itself. For several threads."""
 
-    NUM_KEPT, GRAIN_BYTES = 32, 1 << 20
+    LEAST_BYTES, KEPT_BYTES = 1 << 20, 64 << 20
+    """Of one size at the most so many bytes lie free."""
 
     def __init__(self) -> None:
-        self._free: deque[bytearray] = deque()
+        # By size, a power of two: reads differ in length, and whatever lies free of a size fits the next one.
+        self._free: defaultdict[int, deque[NDArray[np.uint8]]] = defaultdict(deque)
 
     def take(self, num_bytes: int) -> memoryview:
         """`num_bytes` to write to; they are free again when the view and all views of it are gone."""
+        size = max(self.LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
         try:
-            memory = self._free.pop()
+            memory = self._free[size].pop()
         except IndexError:
-            memory = bytearray()
-        if len(memory) < num_bytes:
-            memory = bytearray(-(-num_bytes // self.GRAIN_BYTES) * self.GRAIN_BYTES)
-        owner = np.frombuffer(memory, dtype=np.uint8, count=num_bytes)
+            memory = np.empty(size, dtype=np.uint8)
+        owner = memory[:num_bytes]
         # Views of the array keep it alive; when the last is gone, so is the array.
         weakref.finalize(owner, self._give_back, memory).atexit = False
         return owner.data
 
-    def _give_back(self, memory: bytearray) -> None:
-        if len(self._free) < self.NUM_KEPT:
-            self._free.append(memory)
+    def _give_back(self, memory: NDArray[np.uint8]) -> None:
+        free = self._free[len(memory)]
+        if (len(free) + 1) * len(memory) <= self.KEPT_BYTES:
+            free.append(memory)
 
 
 def check_size(where: str, size: int, end: int, total_bytes: int | None) -> None:
