@@ -1,6 +1,6 @@
 """Whether the loader's memory stays flat: many batches, many epochs, resident memory sampled all along.
 
-    python -m bench.loader_memory [BATCHES] [WORKERS]       100000 batches on the kit take some hours; fewer for a look
+    python -m bench.loader_memory [BATCHES] [WORKERS]       100000 batches on the kit take half an hour; fewer for a look
 
 Goal: the largest resident memory (this process and its decoding processes) in the last half is at most 5 % above the
 largest in the second tenth of the run. Needs the kit (KIT_DIR).
@@ -42,6 +42,8 @@ def main(num_batches: int = 100_000, num_workers: int = 0) -> int:
             sets=(SetConfig(name="asr", manifest="asr.jsonl", subsets=SUBSETS),),
             eval_splits=(),
             cache_dir=scratch,
+            num_lanes=16,
+            global_batch_samples=16,  # as kit_cpu
             num_workers=num_workers,
             cache_decoded_mib=32,  # less than the set: clips come and go
         )

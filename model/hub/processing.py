@@ -88,7 +88,12 @@ class EarshotProcessor(ProcessorMixin):
             texts *= len(samples)
         if len(texts) != len(samples):
             raise ValueError(f"{len(samples)} samples of audio and {len(texts)} instructions: give one for each")
-        prompts = [self._fill(t, [len(c) for c in clips]) for t, clips in zip(texts, samples, strict=True)]
+        # Many samples ask the same: each text is tokenised once.
+        pieces = {key: self._pieces(*key) for key in {(t, len(own)) for t, own in zip(texts, samples, strict=True)}}
+        prompts = [
+            fill(pieces[t, len(own)], [self.count_slots(len(c)) for c in own], self.placeholder_id)
+            for t, own in zip(texts, samples, strict=True)
+        ]
         longest = max(len(ids) for ids, _ in prompts)
         rows = [(longest - len(ids), ids, mask) for ids, mask in prompts]
         inputs = {
@@ -98,7 +103,8 @@ class EarshotProcessor(ProcessorMixin):
         }
         clips = [clip for own in samples for clip in own]
         if clips:
-            spoken = [self._encode(t) for t, own in zip(texts, samples, strict=True) for _ in own]
+            encoded = {t: self._encode(t) for t in set(texts)}
+            spoken = [encoded[t] for t, own in zip(texts, samples, strict=True) for _ in own]
             inputs |= {
                 "audio_values": torch.from_numpy(np.concatenate(clips)),
                 "audio_lengths": torch.tensor([len(c) for c in clips]),
@@ -107,10 +113,17 @@ class EarshotProcessor(ProcessorMixin):
             }
         return BatchFeature(inputs)
 
-    def count_tokens(self, clip_samples: Sequence[int], text: str = "") -> int:
-        """Length of the prompt with clips of so many samples. Raises ValueError: `text` contains the placeholder."""
-        shortest = num_samples(self.min_audio_sec)
-        return len(self._fill(text, [max(shortest, n) for n in clip_samples])[0])
+    def count_text_tokens(self, num_clips: int, text: str = "") -> int:
+        """Length of the prompt with so many clips, without what stands for these.
+
+        Raises:
+            ValueError: `text` contains the placeholder.
+        """
+        return sum(map(len, self._pieces(text, num_clips)))
+
+    def count_slots(self, clip_samples: int) -> int:
+        """Positions that stand for a clip of so many samples."""
+        return slots_of_samples(max(num_samples(self.min_audio_sec), clip_samples), self.strides)
 
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
         """Texts of generated tokens, without special ones and placeholders."""
@@ -118,20 +131,19 @@ class EarshotProcessor(ProcessorMixin):
         texts: list[str] = self.tokenizer.batch_decode(rows, **{"skip_special_tokens": True, **kwargs})
         return texts
 
-    def _fill(self, instruction: str, clip_samples: Sequence[int]) -> tuple[list[int], list[bool]]:
-        """The prompt's tokens, and which of them stand for audio."""
+    def _pieces(self, instruction: str, num_clips: int) -> list[list[int]]:
+        """The prompt's tokens around its clips."""
         if self.placeholder in instruction:
             raise ValueError(f"{instruction!r} contains {self.placeholder}, which stands for audio")
-        template = self.prompt_with_audio if clip_samples else self.prompt_without_audio
-        text = render(template, instruction, self.placeholder, len(clip_samples))
+        template = self.prompt_with_audio if num_clips else self.prompt_without_audio
+        text = render(template, instruction, self.placeholder, num_clips)
         if self.as_chat:
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
             )
         begin = self.tokenizer.bos_token_id
         ids = ([] if begin is None or self.as_chat else [begin]) + self._encode(text)
-        slots = [slots_of_samples(n, self.strides) for n in clip_samples]
-        return fill(cut(ids, self.placeholder_id), slots, self.placeholder_id)
+        return cut(ids, self.placeholder_id)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)

@@ -210,8 +210,11 @@ def test_of_a_long_recording_nothing_is_cut_and_nothing_doubled(loaded: Loaded, 
     spoken = [f"w{i}" for i in range(num_words)]
 
     class Processor:
-        def count_tokens(self, lengths: Any, text: str) -> int:
+        def count_text_tokens(self, num_clips: int, text: str) -> int:
             return 1
+
+        def count_slots(self, clip_samples: int) -> int:
+            return 0
 
         def batch_decode(self, rows: Any) -> list[str]:
             return [" ".join(spoken[i] for i in row) for row in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,7 @@ class Answerer:
 
     def __init__(self, loaded: Loaded, windows: Windows, decoding: Decoding) -> None:
         self.loaded, self.windows, self.decoding = loaded, windows, decoding
+        self._count_text_tokens = lru_cache(maxsize=4096)(loaded.processor.count_text_tokens)
 
     def __call__(self, questions: Sequence[Question]) -> list[Prediction | SampleError]:
         """An answer to each, or why there is none; nothing is ever cut off to make a sample fit."""
@@ -139,9 +141,10 @@ class Answerer:
         """Raise SampleError where the prompt and an answer exceed what the LLM can read, or cannot be made."""
         processor = self.loaded.processor
         try:
-            num = processor.count_tokens([len(clip) for clip in prompt.clips], prompt.instruction)
+            num = self._count_text_tokens(len(prompt.clips), prompt.instruction)
         except ValueError as error:
             raise SampleError("placeholder_in_text", str(error)) from None
+        num += sum(processor.count_slots(len(clip)) for clip in prompt.clips)
         room = self.loaded.max_positions
         if num + self.decoding.max_new_tokens > room:
             raise SampleError(
