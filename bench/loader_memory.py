@@ -1,6 +1,6 @@
 """Whether the loader's memory stays flat: many batches, many epochs, resident memory sampled all along.
 
-    python -m bench.loader_memory [BATCHES] [WORKERS]       100000 batches on the kit take half an hour; fewer for a look
+    python -m bench.loader_memory [BATCHES] [WORKERS]     100000 batches on the kit take half an hour; fewer for a look
 
 Goal: the largest resident memory (this process and its decoding processes) in the last half is at most 5 % above the
 largest in the second tenth of the run. Needs the kit (KIT_DIR).

@@ -19,7 +19,7 @@ from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.layout import Shard, file_of, rank_of
 from trainer.checkpoint.reader import DamagedError, Reader, check_files, read_manifest
 from trainer.checkpoint.snapshot import HostBuffer
-from trainer.checkpoint.start import fill_weights, open_start
+from trainer.checkpoint.start import fill_weights
 from trainer.parallel.groups import Groups
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class CheckpointManager:
         url: `<run>/checkpoints`, a folder that all ranks see or `s3://…`.
         config: which of them stay.
         groups: this rank's place.
-        beat: is called with every file that is written.
+        beat: is called with every file that is written or checked, and every tensor that is read.
 
     Raises:
         UserError: nothing can be written there.
@@ -184,7 +184,7 @@ class CheckpointManager:
         reader = Reader(folder, self._together(folder.url, lambda: read_manifest(folder)))
         names = self._everyones_names(engines)
         shards = self._together(folder.url, lambda: self._checked_shards(engines, reader, names))
-        self._together(folder.url, lambda: _fill(shards, reader))
+        self._together(folder.url, lambda: _fill(shards, reader, self._place.beat))
         self._finish(engines, reader)
         self._restore_generators(reader)
         self._current, self._frozen = reader.manifest.step, Frozen.of(reader.manifest)
@@ -196,10 +196,13 @@ class CheckpointManager:
         Raises:
             UserError: no whole checkpoint there, or more than its encoders differs; nothing was trained then.
         """
-        found = self._from_rank0(lambda: open_start(url))
+        found = self._from_rank0(lambda: find_checkpoint(url).url)
+        folder = find_checkpoint(found)
+        if (damage := self._damage(folder)) is not None:
+            raise UserError(f"checkpoint.start_from = {url}: {found} is damaged: {damage}; name another checkpoint")
         shards = [shard for family in self._shards(engines).values() for shard in family]
         model = engines.audio.tower.config
-        added = self._together("checkpoint.start_from", lambda: fill_weights(find_checkpoint(found), shards, model))
+        added = self._together("checkpoint.start_from", lambda: fill_weights(folder, shards, model, self._place.beat))
         audio_state.refresh(engines.audio)
         llm_state.refresh(engines.llm)
         if self.groups.rank == 0:
@@ -292,7 +295,8 @@ class CheckpointManager:
         def check() -> str | None:
             try:
                 manifest = read_manifest(folder)
-                check_files(folder, manifest, [n for n in manifest.files if rank_of(n) % world == rank])
+                mine = [n for n in manifest.files if rank_of(n) % world == rank]
+                check_files(folder, manifest, mine, self._place.beat)
             except DamagedError as error:
                 return str(error)
             return None
@@ -338,6 +342,7 @@ class CheckpointManager:
 
 
 @torch.no_grad()
-def _fill(shards: Sequence[Shard], reader: Reader) -> None:
+def _fill(shards: Sequence[Shard], reader: Reader, beat: Callable[[str], None]) -> None:
     for shard in shards:
+        beat(f"the read of {shard.name}")
         reader.fill(shard)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -40,8 +40,10 @@ def read_manifest(folder: Folder) -> Manifest:
         raise DamagedError(f"{MANIFEST} cannot be read ({error})") from None
 
 
-def check_files(folder: Folder, manifest: Manifest, names: Iterable[str]) -> None:
-    """Compare files with the manifest.
+def check_files(
+    folder: Folder, manifest: Manifest, names: Iterable[str], beat: Callable[[str], None] = lambda what: None
+) -> None:
+    """Compare files with the manifest; `beat` is told of each.
 
     Raises:
         DamagedError: a file is missing, or has another size or content.
@@ -49,6 +51,7 @@ def check_files(folder: Folder, manifest: Manifest, names: Iterable[str]) -> Non
 
     def damage(name: str) -> str | None:
         wanted = manifest.files[name]
+        beat(f"the check of {name}")
         try:
             size = folder.size_bytes(name)
             if size != wanted.size_bytes:

@@ -7,14 +7,14 @@ pre-trained) weights; its entries in the router are the mean of the others', and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import UserError
-from trainer.checkpoint.catalog import damage_of, find_checkpoint, read_extra
+from trainer.checkpoint.catalog import read_extra
 from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.layout import PARAM, Shard, matrix_of
 from trainer.checkpoint.reader import Reader, read_manifest
@@ -29,22 +29,11 @@ _BY_EXPERT = (
 """Tensors with one row per expert."""
 
 
-def open_start(url: str) -> str:
-    """URL of the checkpoint that `checkpoint.start_from` means, verified.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    folder = find_checkpoint(url)
-    damage = damage_of(folder)
-    if damage is not None:
-        raise UserError(f"checkpoint.start_from = {url}: {folder.url} is damaged: {damage}; name another checkpoint")
-    return folder.url
-
-
 @torch.no_grad()
-def fill_weights(folder: Folder, shards: Sequence[Shard], model: ModelConfig) -> tuple[str, ...]:
-    """Fill the weights of this rank's `shards` of `model` from the checkpoint in `folder`.
+def fill_weights(
+    folder: Folder, shards: Sequence[Shard], model: ModelConfig, beat: Callable[[str], None] = lambda what: None
+) -> tuple[str, ...]:
+    """Fill the weights of this rank's `shards` of `model` from the checkpoint in `folder`; `beat` is told of each.
 
     Returns:
         Names of the encoders that are new.
@@ -58,6 +47,7 @@ def fill_weights(folder: Folder, shards: Sequence[Shard], model: ModelConfig) ->
     added = tuple(name for name in now if name not in before)
     own = tuple(f"audio.experts.{name}." for name in added)
     for shard in shards:
+        beat(f"the read of {shard.name}")
         if shard.name in _BY_EXPERT:
             rows = _rows(reader, shard, before, now, model.router.entry_steps)
             whole = matrix_of(shard.shape)
