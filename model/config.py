@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from model.errors import UserError
+from model.errors import UserError, check_least
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if not self.gates or len(set(self.gates)) != len(self.gates):
             raise UserError(f"model.router.gates = {list(self.gates)}: give independent, dependent or both, once each")
-        if self.entry_steps < 1:
-            raise UserError(f"model.router.entry_steps = {self.entry_steps}: must be at least 1")
+        check_least("model.router", self, entry_steps=1, noise_std=0)
         if self.temperature <= 0:
             raise UserError(f"model.router.temperature = {self.temperature}: must be positive")
         if self.mode == "all_routed" and self.input == "primary" and "dependent" in self.gates:
@@ -64,6 +63,9 @@ class RoutingLossConfig:
     batch_entropy: float = 1.0
     independent_entropy: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_least("model.routing_loss", self, weight=0, sample_entropy=0, batch_entropy=0, independent_entropy=0)
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -73,6 +75,9 @@ class AdapterConfig:
     kernel_size: int = 3
     strides: tuple[int, ...] = (2, 2, 2)
     """One convolution per entry; their product is the down-sampling (8 by default: one slot per 160 ms)."""
+
+    def __post_init__(self) -> None:
+        check_least("model.adapter", self, hidden_size=1)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class ModelConfig:
     """Weight of the auxiliary CTC loss of ASR answers on the adapter's output; 0: there is no CTC head."""
 
     def __post_init__(self) -> None:
+        check_least("model", self, expert_dim=1, ctc_weight=0)
         names = [e.name for e in self.encoders]
         if len(set(names)) != len(names) or "" in names:
             raise UserError(f"model.experts: encoder names {names} must be unique and not empty")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.errors import UserError
+from model.errors import UserError, check_least
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,4 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.stop_after < 0:
             raise UserError(f"eval.stop_after = {self.stop_after}: must be 0 (never) or positive")
-        for key in ("batch_size", "max_new_tokens"):
-            if getattr(self, key) < 1:
-                raise UserError(f"eval.{key} = {getattr(self, key)}: must be at least 1")
+        check_least("eval", self, batch_size=1, max_new_tokens=1, max_samples=1)

@@ -18,6 +18,8 @@ from model.llm.weights import RandomSource, SafetensorsSource, WeightSource, che
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3")
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
 _LEGACY_KEYS = ("model_type", "rope_theta", "rope_scaling", "torch_dtype", "architectures", "transformers_version")
 
 
@@ -96,6 +98,9 @@ def _make_config(values: dict[str, Any]) -> PretrainedConfig:
 
 
 def _construct(values: dict[str, Any]) -> PretrainedConfig:
+    for key in _SIZES:
+        if (value := values.get(key)) is not None and not value >= 1:
+            raise UserError(f"model.llm.config.{key} = {value}: must be at least 1")
     arguments = {k: v for k, v in values.items() if k != "model_type"}
     try:
         hf_config: PretrainedConfig = AutoConfig.for_model(values["model_type"], **arguments)

@@ -32,10 +32,31 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         ("debug", ["eval.stop_after=2"], "eval.stop_after = 2: counts evaluations; set eval.every_steps"),
         (
             "debug",
-            ["eval.stop_after=2", "eval.every_steps=2", "eval.split=test", "checkpoint.best_metric=eval/dev/asr/wer"],
+            ["checkpoint.best_metric=asr/wer"],
+            "checkpoint.best_metric = asr/wer: must begin with eval/ and one of data.eval_splits: e.g. "
+            "eval/dev/asr/wer",
+        ),
+        (
+            "debug",
+            [
+                "eval.stop_after=2",
+                "eval.every_steps=2",
+                "eval.split=test",
+                "checkpoint.best_metric=eval/dev/asr/wer",
+                "data.eval_splits=[dev, test]",
+            ],
             "eval.stop_after = 2: watches checkpoint.best_metric = eval/dev/asr/wer, which must be of eval.split: e.g. "
             "eval/test/asr/wer",
         ),
+        (
+            "debug",
+            ["model.llm.config.num_attention_heads=0"],
+            "model.llm.config.num_attention_heads = 0: must be at least 1",
+        ),
+        ("debug", ["model.primary.config.encoder_layers=-1"], "model.primary.config: -1 layers; give at least 1"),
+        ("debug", ["model.expert_dim=0"], "model.expert_dim = 0: must be at least 1"),
+        ("debug", ["optim.betas=[2,3]"], "optim.betas = [2.0, 3.0]: must be within [0, 1)"),
+        ("debug", ["eval.max_samples=-5"], "eval.max_samples = -5: must be at least 1"),
         ("debug", ["parallel.tensor=3"], "parallel.tensor = 3: legal values for 2 ranks are 1, 2"),
         (
             "debug",

@@ -111,8 +111,6 @@ def _check_encoders(recipe: Recipe) -> None:
             f"model.adapter.kernel_size = {adapter.kernel_size}: must be at least the largest stride, "
             f"{max(adapter.strides)}, or frames are skipped"
         )
-    if model.ctc_weight < 0:
-        raise UserError(f"model.ctc_weight = {model.ctc_weight}: must be positive, or 0 for no CTC loss")
 
 
 def _check_encoder(place: str, encoder: EncoderConfig) -> None:
@@ -125,7 +123,9 @@ def _check_encoder(place: str, encoder: EncoderConfig) -> None:
         )
     known = known_encoder(encoder)
     if known is not None:
-        resolve_encoder(known)
+        layers = resolve_encoder(known).hf_config.num_hidden_layers
+        if layers < 1:
+            raise UserError(f"{place}.config: {layers} layers; give at least 1")
 
 
 def _check_lengths(recipe: Recipe, hf_config: PretrainedConfig) -> None:
@@ -183,6 +183,11 @@ def _check_data(recipe: Recipe) -> None:
 
 def _check_stop(recipe: Recipe) -> None:
     after, metric, split = recipe.eval.stop_after, recipe.checkpoint.best_metric, recipe.eval.split
+    if metric is not None and not any(metric.startswith(f"eval/{known}/") for known in recipe.data.eval_splits):
+        raise UserError(
+            f"checkpoint.best_metric = {metric}: must begin with eval/ and one of data.eval_splits: "
+            f"e.g. eval/{split}/asr/wer"
+        )
     if not after:
         return
     if not recipe.eval.every_steps:

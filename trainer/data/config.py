@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from model.errors import UserError
+from model.errors import UserError, check_least
+from model.lengths import SAMPLE_RATE
 
 PLACEHOLDER = "<SpeechHere>"
 """The token whose positions take audio embeddings (MoWE-Audio's released prompt)."""
@@ -88,6 +89,9 @@ class AugmentConfig:
             raise UserError(f"data.augment: start = {self.start}, end = {self.end}: need 0 <= start <= end <= 1")
         if not 0 <= self.speed <= 0.5:
             raise UserError(f"data.augment.speed = {self.speed}: must be in [0, 0.5]")
+        check_least("data.augment", self, gain_db=0, num_time_masks=0, time_mask_sec=0, num_freq_masks=0)
+        if not 0 <= self.freq_mask_hz <= SAMPLE_RATE / 2:
+            raise UserError(f"data.augment.freq_mask_hz = {self.freq_mask_hz}: must be in [0, {SAMPLE_RATE // 2}]")
 
     def strength_at(self, progress: float) -> float:
         """0 (none) to 1 (full)."""
@@ -121,8 +125,9 @@ class JoinConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
             raise UserError(f"data.join.probability = {self.probability}: must be in [0, 1]")
-        if self.max_clips < 2:
-            raise UserError(f"data.join.max_clips = {self.max_clips}: must be at least 2")
+        if not 0 <= self.start <= 1:
+            raise UserError(f"data.join.start = {self.start}: must be in [0, 1]")
+        check_least("data.join", self, max_clips=2, max_sec=0, gap_sec=0)
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,7 @@ class TokenizerConfig:
     """Wrap the prompt in the tokenizer's own chat template, as a user's message, where it has one."""
 
     def __post_init__(self) -> None:
+        check_least("data.tokenizer", self, train_vocab_size=1)
         for key, template, fields in (
             ("template", self.template, ("{audio}", "{instruction}")),
             ("text_template", self.text_template, ("{instruction}",)),
@@ -205,8 +211,8 @@ class DataConfig:
         names = [s.name for s in self.sets]
         if len(set(names)) != len(names):
             raise UserError(f"data.sets: names {names} must be unique")
-        if self.num_lanes < 1:
-            raise UserError(f"data.num_lanes = {self.num_lanes}: must be at least 1")
+        check_least("data", self, num_lanes=1, num_workers=0, prefetch_batches=1, read_kib=1, buffer_mib=1)
+        check_least("data", self, read_ahead_mib=0, cache_decoded_mib=0, temperature=1)
         if self.global_batch_samples < 1 or self.global_batch_samples % self.num_lanes:
             raise UserError(
                 f"data.global_batch_samples = {self.global_batch_samples}: must be a multiple of "
@@ -218,15 +224,8 @@ class DataConfig:
             raise UserError(f"data.max_audio_sec = {self.max_audio_sec}: must be positive, or null for no limit")
         if self.min_audio_sec < 0 or (self.max_audio_sec is not None and self.min_audio_sec > self.max_audio_sec):
             raise UserError(f"data.min_audio_sec = {self.min_audio_sec}: must be in [0, data.max_audio_sec]")
-        if self.num_workers < 0:
-            raise UserError(f"data.num_workers = {self.num_workers}: must be at least 0")
-        for key in ("prefetch_batches", "read_kib", "buffer_mib"):
-            if getattr(self, key) < 1:
-                raise UserError(f"data.{key} = {getattr(self, key)}: must be at least 1")
         if not 0 < self.retry_sec <= 240:
             raise UserError(f"data.retry_sec = {self.retry_sec}: must be in (0, 240]; signed requests expire later")
-        if self.temperature is not None and self.temperature < 1:
-            raise UserError(f"data.temperature = {self.temperature}: must be at least 1, or null")
         starts = {start for s in self.sets for start, _ in s.schedule}
         for progress in sorted(starts):
             if not sum(s.weight_at(progress) for s in self.sets) > 0:

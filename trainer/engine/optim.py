@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from model.errors import UserError
+from model.errors import UserError, check_least
 
 if TYPE_CHECKING:
     from torch import nn  # a recipe is read without it
@@ -25,6 +25,9 @@ class PartConfig:
     """Peak learning rate; null: `optim.lr`."""
     weight_decay: float | None = None
     """null: `optim.weight_decay`."""
+
+    def __post_init__(self) -> None:
+        check_least(f"optim.parts '{self.pattern}'", self, lr=0, weight_decay=0)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ class OptimConfig:
             raise UserError(f"optim.clip_norm = {self.clip_norm}: must be positive, or 0 for no clipping")
         if not 0 <= self.min_lr_ratio <= 1:
             raise UserError(f"optim.min_lr_ratio = {self.min_lr_ratio}: must be within 0..1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas = {list(self.betas)}: must be within [0, 1)")
+        check_least("optim", self, eps=0, weight_decay=0)
 
 
 @dataclass(frozen=True)

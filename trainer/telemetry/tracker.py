@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from model.errors import UserError
+from model.errors import UserError, check_least
 from trainer.telemetry.jsonl import Backlog, StepLog, write_atomically
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,7 @@ class TelemetryConfig:
     """MLflow experiment that the runs are grouped under; made where absent."""
 
     def __post_init__(self) -> None:
-        if self.log_every_steps < 1:
-            raise UserError(f"telemetry.log_every_steps = {self.log_every_steps}: must be at least 1")
+        check_least("telemetry", self, log_every_steps=1, straggler_stretch_sec=0)
         if self.straggler_ratio <= 1:
             raise UserError(f"telemetry.straggler_ratio = {self.straggler_ratio}: must be above 1")
         if self.mlflow and not self.mlflow_experiment:
