@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
+from tests.trainer.data_corpus import clip_rows, write_manifest
+from tools.make_shards import main as make_shards
 from trainer.job.node_check import Report, Wanted, judge_gpus, look
 from trainer.job.preflight import BadNodesError, choose
 from trainer.job.slurm import Allocation, Layout, lay_out, srun
@@ -129,6 +131,24 @@ def test_outside_a_job_it_checks_and_refuses(
     command = [sys.executable, "-m", "trainer.job", *arguments]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
+
+
+def test_shards_and_weights_are_looked_at_before_a_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.job.check import main
+
+    manifest = write_manifest(tmp_path, clip_rows(tmp_path, 3))
+    assert make_shards([str(manifest), str(tmp_path / "shards")]) == 0
+    shards = ["debug", f"data.root={tmp_path}", "data.sets=[{name: a, shards: shards}]"]
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert main([*shards, "data.eval_splits=[train]", "eval.final_split=train"]) == 0
+    assert main([*shards, "data.eval_splits=[train, dev]", "eval.final_split=train"]) == 2
+    assert "data.eval_splits: no set has samples of split 'dev'" in capsys.readouterr().err
+    assert main([*shards, "data.sets.0.tasks=[er]"]) == 2 and "select nothing" in capsys.readouterr().err
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main([*shards, "data.eval_splits=[train]", "eval.final_split=train", "model.llm.weights=a/b"]) == 2
+    assert "model.llm.weights = a/b: neither a path nor in the hub's cache" in capsys.readouterr().err
 
 
 def test_what_a_job_must_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,12 +85,36 @@ def prepare(
     if not config.sets:
         raise UserError("data.sets is empty: give at least one set with a manifest or shards")
     sets = tuple(_prepare_set(config, s, on_built, on_progress) for s in config.sets)
+    _check_eval_splits(config, sets)
+    path = config.tokenizer.path or str(_trained_tokenizer(config, sets))
+    return PreparedData(config, sets, load_tokenizer(path, config.tokenizer), path, strides, ctc)
+
+
+def check_stored(config: DataConfig) -> None:
+    """What can be told before anything is made: manifests are there, and shards have what the recipe reads.
+
+    Raises:
+        UserError: a manifest or an index is not there, or cannot be read; shards without samples to train on; an
+            evaluation split that no set has.
+    """
+    if not config.sets:
+        raise UserError("data.sets is empty: give at least one set with a manifest or shards")
+    given = []
+    for part in config.sets:
+        if part.shards is not None:
+            given.append(_given_shards(config, part, (part.split, *config.eval_splits)))
+            _open_training(given[-1], config)
+        elif part.manifest is not None and not (path := Path(config.root) / part.manifest).is_file():
+            raise UserError(f"data.sets '{part.name}': {path}: no such file; check data.root = {config.root}")
+    if len(given) == len(config.sets):
+        _check_eval_splits(config, given)
+
+
+def _check_eval_splits(config: DataConfig, sets: Sequence[PreparedSet]) -> None:
     for split in config.eval_splits:
         if not any(s.open(split, config) for s in sets):
             known = sorted({k for s in sets for k in s.splits})
             raise UserError(f"data.eval_splits: no set has samples of split '{split}'; splits there are: {known}")
-    path = config.tokenizer.path or str(_trained_tokenizer(config, sets))
-    return PreparedData(config, sets, load_tokenizer(path, config.tokenizer), path, strides, ctc)
 
 
 def _prepare_set(

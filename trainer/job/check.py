@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import UserError
 
 if TYPE_CHECKING:
-    from trainer.data.config import DataConfig
+    from trainer.config.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(name: str, overrides: Sequence[str], retry_sec: float) -> None:
     from trainer.config.load import load_recipe
+    from trainer.data.prepare import check_stored
     from trainer.storage.open import join_url, scheme_of
     from trainer.telemetry.tracker import tracking_uri
 
@@ -64,25 +66,38 @@ def _check(name: str, overrides: Sequence[str], retry_sec: float) -> None:
         tracker if tracker.startswith("http") else None,
     )
     print(json.dumps(asdict(facts)), flush=True)  # also where the data is then refused: that belongs to this run
-    check_data(recipe.data, retry_sec)
+    check_weights(recipe, os.environ)
+    check_stored(replace(recipe.data, retry_sec=retry_sec))
 
 
-def check_data(data: DataConfig, retry_sec: float) -> None:
-    """Ask for every manifest and every shard index.
+def check_weights(recipe: Recipe, environ: Mapping[str, str]) -> None:
+    """Without the hub, weights and tokenizers that a recipe names by their hub ids must be on this machine.
 
     Raises:
-        UserError: one is not there, or cannot be read.
+        UserError: one is not.
     """
-    from trainer.data.shards import read_index
-    from trainer.storage.open import join_url, open_store
+    if environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
+        return
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    if not data.sets:
-        raise UserError("data.sets is empty: give at least one set with a manifest or shards")
-    for part in data.sets:
-        if part.shards is not None:
-            read_index(open_store(join_url(data.root, part.shards), retry_sec))
-        elif part.manifest is not None and not (path := Path(data.root) / part.manifest).is_file():
-            raise UserError(f"data.sets '{part.name}': {path}: no such file; check data.root = {data.root}")
+    model = recipe.model
+    named = {"model.llm.weights": model.llm.weights, "data.tokenizer.path": recipe.data.tokenizer.path}
+    named |= {"model.primary.weights": model.primary.weights} if model.primary is not None else {}
+    named |= {f"model.experts '{expert.name}'.weights": expert.weights for expert in model.experts}
+    for key, name in named.items():
+        if name is None or Path(name).exists():
+            continue
+        file = "tokenizer_config.json" if key == "data.tokenizer.path" else "config.json"
+        try:
+            found = isinstance(try_to_load_from_cache(name, file), str)
+        except HFValidationError:
+            found = False
+        if not found:
+            raise UserError(
+                f"{key} = {name}: neither a path nor in the hub's cache of this machine (HF_HOME), and HF_HUB_OFFLINE "
+                f"is set; fetch it beforehand: hf download {name}"
+            )
 
 
 if __name__ == "__main__":
