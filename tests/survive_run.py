@@ -75,9 +75,13 @@ def spikes(folder: str, corpus: str) -> dict[str, Any]:
         ("without 3 and 4", "skip", [], [3, 4]),
         ("stop", "stop", [4], []),
         ("three in a row", "skip", [2, 3, 4, 5], []),
+        ("misspelt metric", "skip", [], []),
     ):
         overrides = [f"data.root={corpus}", f"data.cache_dir={folder}/cache", f"name={name.replace(' ', '-')}"]
         overrides += ["train.steps=6", f"train.run_dir={folder}", f"spike.action={action}", "spike.max_in_a_row=3"]
+        if name == "misspelt metric":
+            overrides += ["eval.every_steps=3", "eval.stop_after=1", "eval.split=test", "eval.max_samples=2"]
+            overrides += ["checkpoint.best_metric=eval/test/asr/werr"]
         recipe = load_recipe("debug", [*overrides, "telemetry.progress=false", "train.hang_timeout_sec=0"])
         if groups is None:
             topology = build_topology(recipe.parallel, 2)

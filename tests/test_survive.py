@@ -72,6 +72,12 @@ def test_stop_leaves_the_state_before_the_batch(spikes: dict[str, Any]) -> None:
         assert sample in run["error"]
 
 
+def test_a_misspelt_metric_ends_a_run_with_its_state_saved(spikes: dict[str, Any]) -> None:
+    run = spikes["misspelt metric"]
+    assert "checkpoint.best_metric = eval/test/asr/werr: no evaluation has it" in run["error"]
+    assert "the state after step 3 is in" in run["error"] and named(run, "saved")[-1]["step"] == 3
+
+
 def test_a_run_that_does_not_recover_stops(spikes: dict[str, Any]) -> None:
     run = spikes["three in a row"]
     assert "last of 3 steps in a row" in run["error"] and [e["step"] for e in named(run, "skip")] == [2, 3, 4]

@@ -42,6 +42,7 @@ from trainer.report import final_table
 from trainer.step import Step
 from trainer.storage.open import join_url, open_store
 from trainer.telemetry.events import EventLog, begin_attempt
+from trainer.telemetry.jsonl import write_atomically
 from trainer.telemetry.tracker import build_tracker
 from trainer.watchdog import Watchdog, clear_hang
 
@@ -74,7 +75,7 @@ def begin_run(recipe: Recipe, env: RankEnv) -> EventLog:
     if env.rank == 0:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+            write_atomically(run_dir / "recipe.yaml", dump(recipe))
             log = begin_attempt(
                 run_dir,
                 name=recipe.name,

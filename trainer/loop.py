@@ -153,7 +153,11 @@ class Loop:
                     return False
                 if not last and _due(done, recipe.eval.every_steps):
                     self.evaluate(done, recipe.eval.split, recipe.eval.max_samples)
-                    if self._stops_early(done, just_evaluated=True):
+                    try:
+                        stops = self._stops_early(done, just_evaluated=True)
+                    except UserError as error:
+                        self._end_with(f"{error}", done, state, saved)
+                    if stops:
                         if saved < done:
                             self._save(done, state)
                         return True

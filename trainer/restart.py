@@ -1,6 +1,6 @@
 """Run again, or not: what a batch script asks when its ranks have ended. Needs no torch.
 
-    python -m trainer.restart runs/demo --exit-code 137        # one line; exit code 0: requeue, 1: do not
+    python -m trainer.restart runs/mowe_70b --exit-code 137    # one line; exit code 0: requeue, 1: do not
 
 The answer is left in `events.jsonl` as `requeued` or `refused`; those `requeued` are what is counted.
 """
@@ -64,6 +64,8 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
     if exit_code == ExitCode.FINISHED:
         return Decision(False, "the run is finished")
     begin = max((i for i, e in enumerate(events) if e["event"] in _BORDERS), default=0)
+    if any(e["event"] == "finished" for e in events[begin:]):
+        return Decision(False, "the run is finished; its last attempt was ended after that")
     before, failures = ([e for e in part if e["event"] == "failed"] for part in (events[:begin], events[begin:]))
     mistake = next((e for e in failures if e.get("user")), None)
     if exit_code == ExitCode.USER_ERROR or mistake is not None:
@@ -114,12 +116,15 @@ def _reason(exit_code: int) -> str:
 
 
 def read_config(run_dir: Path) -> RestartConfig:
-    """The `restart` section of the run's own recipe; the defaults where it has none yet."""
+    """The `restart` section of the run's own recipe; the defaults where it has none yet, or cannot be read."""
     path = run_dir / "recipe.yaml"
     if not path.is_file():
         return RestartConfig()
-    tree: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return RestartConfig(**tree.get("restart", {}))
+    try:
+        return RestartConfig(**yaml.safe_load(path.read_text(encoding="utf-8")).get("restart", {}))
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, OSError) as error:
+        print(f"{path}: damaged ({one_line(error)}); taking the defaults of restart", file=sys.stderr, flush=True)
+        return RestartConfig()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,6 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--window-sec", type=float, help="instead of the recipe's restart.window_sec")
     options = parser.parse_args(arguments)
     try:
+        if not options.run_dir.is_dir():
+            raise UserError(f"{options.run_dir}: no such run")
         config = read_config(options.run_dir)
         config = RestartConfig(
             config.max_restarts if options.max_restarts is None else options.max_restarts,

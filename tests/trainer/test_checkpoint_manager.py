@@ -206,6 +206,14 @@ def test_retention(start: Start) -> None:
     assert names(path.parent) == [f"step-{n:08d}" for n in (10, 20, 30, 35)]
 
 
+def test_a_metric_that_evaluations_lack_is_told(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    manager = start(best_metric="eval/dev/asr/werr")
+    manager.note_scores(1, {"eval/test/asr/wer": 0.5})  # another split's
+    assert not caplog.records
+    manager.note_scores(2, {"eval/dev/asr/wer": 0.5})
+    assert "checkpoint.best_metric = eval/dev/asr/werr: the evaluation of step 2 has no such score" in caplog.text
+
+
 def test_the_best_one_stays() -> None:
     steps, scores = [1, 2, 3, 4], {1: 0.5, 2: 0.9, 3: 0.7}
     assert kept_steps(CheckpointConfig(keep_last=1, best_metric="m"), steps, scores) == {1, 4}

@@ -34,6 +34,9 @@ def test_whatever_ends_a_run_the_first_time_is_tried_again(code: int) -> None:
 def test_a_finished_run_and_a_users_mistake_are_not() -> None:
     assert not decide([event("started")], ExitCode.FINISHED, CONFIG, NOW).again
     assert not decide([event("started")], ExitCode.USER_ERROR, CONFIG, NOW).again
+    ended = [event("started"), event("finished", step=9)]
+    assert decide(ended, 128 + 9, CONFIG, NOW).why == "the run is finished; its last attempt was ended after that"
+    assert decide([*ended, event("started")], 128 + 9, CONFIG, NOW).again  # with more steps
     # srun tells the largest code of all ranks: another rank's may hide the mistake's.
     hidden = decide([event("started"), event("failed", user=True, error="data.root")], ExitCode.PEER_LOST, CONFIG, NOW)
     assert not hidden.again and "data.root" in hidden.why
@@ -97,3 +100,14 @@ def test_the_command_leaves_its_answer(tmp_path: Path, capsys: pytest.CaptureFix
     found = [e["event"] for e in read_events(tmp_path)]
     assert found == ["started", "requeued", "started", "refused", "requeued"]
     assert restart.main([str(tmp_path), "--exit-code", "1", "--max-restarts", "-1"]) == 2
+    assert restart.main([str(tmp_path / "nope"), "--exit-code", "1"]) == 2 and not (tmp_path / "nope").exists()
+
+
+@pytest.mark.parametrize("torn", ["", "name: [", "restart: {max_restarts: -3}", "restart: {unknown: 3}"])
+def test_a_damaged_recipe_does_not_keep_a_job_from_running_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], torn: str
+) -> None:
+    begin_attempt(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(torn)
+    assert restart.main([str(tmp_path), "--exit-code", "76"]) == 0
+    assert "recipe.yaml: damaged" in capsys.readouterr().err and read_events(tmp_path)[-1]["event"] == "requeued"

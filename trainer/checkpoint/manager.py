@@ -134,7 +134,12 @@ class CheckpointManager:
     def note_scores(self, step: int, values: Mapping[str, float]) -> None:
         """Tell the metrics of a step, of which `checkpoint.best_metric` may be one. Rank 0 alone calls this."""
         metric = self.config.best_metric
-        if metric is not None and metric in values:
+        if metric is None:
+            return
+        split = "/".join(metric.split("/")[:2])
+        if metric not in values and any(name.startswith(f"{split}/") for name in values):
+            log.warning("checkpoint.best_metric = %s: the evaluation of step %d has no such score", metric, step)
+        if metric in values:
             try:
                 self.checkpoints.note_score(step, values[metric])
             except OSError as error:
