@@ -15,6 +15,7 @@ from typing import Any
 
 from model.errors import UserError
 from tools.demo_corpus import write_corpus
+from trainer.config.load import load_recipe
 from trainer.scoring.baseline import majority_baseline
 from trainer.scoring.scores import ALL, TaskScore, score
 from trainer.scoring.table import format_table, score_table
@@ -40,6 +41,8 @@ def run_demo(run_dir: Path, overrides: Sequence[str]) -> int:
     """Corpus, training, report; `run_dir` is relative to the repository. Returns the exit code of the training."""
     folder = ROOT / run_dir
     corpus = folder / "corpus"
+    keys = [f"name={run_dir.name}", f"train.run_dir={run_dir.parent}", f"data.root={run_dir}/corpus", *overrides]
+    load_recipe("demo_cpu", keys)  # before anything of an earlier demo is removed
     start_sec = time.perf_counter()
     print("1/3  corpus: speech from espeak-ng, sounds from numpy, five tasks", flush=True)
     rows = _read_jsonl(write_corpus(corpus))
@@ -49,8 +52,7 @@ def run_demo(run_dir: Path, overrides: Sequence[str]) -> int:
         f"     {num_train} items to train on, {len(rows) - num_train} held out, in {took_sec:.0f} s: {run_dir}/corpus"
     )
     _clear(folder, keep=corpus)
-    command = [sys.executable, "-m", "trainer", "demo_cpu", f"name={run_dir.name}", f"train.run_dir={run_dir.parent}"]
-    command += [f"data.root={run_dir}/corpus", *overrides]
+    command = [sys.executable, "-m", "trainer", "demo_cpu", *keys]
     print(f"2/3  training: python {' '.join(command[1:])}", flush=True)
     code = _run(command)
     if code != 0:

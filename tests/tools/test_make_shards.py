@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -96,12 +97,25 @@ def test_an_existing_folder_is_not_touched(tmp_path: Path, capsys: pytest.Captur
     assert contents(out) == {"mine": b"x"}
 
 
+def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("mine")
+    manifest = str(write_manifest(tmp_path, clip_rows(tmp_path, 1)))
+    for out in (tmp_path / "out", tmp_path / "out" / "below"):
+        assert main([manifest, str(out)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {out}: cannot be written (Not a directory") and error.count("\n") == 1
+    with pytest.raises(UserError, match="out: is no folder"):
+        shard_build.build_shards(Path(manifest), str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 class Cut(BaseException):
     """The process dies here."""
 
 
+@pytest.mark.parametrize("end", [Cut(), UserError("the store is away"), OSError(5, "Input/output error")])
 def test_a_build_that_was_cut_short_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, end: BaseException
 ) -> None:
     rows = [*clip_rows(tmp_path, 9), row("mute", answer=" "), row("quiet", answer=" ")]
     manifest, options = str(write_manifest(tmp_path, rows)), ["--max-shard-samples", "2", "--max-skipped-fraction", "1"]
@@ -111,19 +125,27 @@ def test_a_build_that_was_cut_short_goes_on(
 
     def check_some(candidate: Row) -> shard_build.Checked:
         if len(checked) == 7:
-            raise Cut
+            if isinstance(end, OSError):
+                monkeypatch.setattr(Path, "read_bytes", unreadable)
+                return check(candidate)
+            raise end
         checked.append(candidate.key)
         return check(candidate)
 
+    def unreadable(path: Path) -> bytes:
+        raise end
+
     monkeypatch.setattr(shard_build, "_check", check_some)
     monkeypatch.setattr(shard_build, "_CHECKED_AHEAD", 1)
-    with pytest.raises(Cut):
-        main([manifest, str(tmp_path / "cut"), *options, "--workers", "1"])
+    with contextlib.suppress(Cut):
+        assert main([manifest, str(tmp_path / "cut"), *options, "--workers", "1"]) == 2
+    monkeypatch.undo()
     left = set(contents(tmp_path / "cut"))
     assert "shards.json" not in left and "shard-000000.tar" in left
     with pytest.raises(UserError, match="shards.json"):
         read_index(LocalStore(tmp_path / "cut"))
     checked.clear()
+    monkeypatch.setattr(shard_build, "_CHECKED_AHEAD", 1)
     monkeypatch.setattr(shard_build, "_check", lambda candidate: checked.append(candidate.key) or check(candidate))
     capsys.readouterr()
     assert main([manifest, str(tmp_path / "cut"), *options, "--json"]) == 0
@@ -152,3 +174,7 @@ def test_train_tokenizer_writes_an_exact_vocabulary(tmp_path: Path, capsys: pyte
     assert "a vocabulary of 9999 cannot be trained" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "u.model").exists()
+    for place in ("/proc/a.model", f"{manifest}/a.model"):
+        assert train_tokenizer([str(manifest), "--vocab-size", "48", "--out", place]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --out {place}: cannot be written (") and error.count("\n") == 1

@@ -183,6 +183,15 @@ def test_a_damaged_cache_file_is_named(server: Server, tmp_path: Path) -> None:
         judge(server, tmp_path).rate(ITEM)
 
 
+def test_items_that_ask_the_same_are_asked_once(server: Server, tmp_path: Path) -> None:
+    server.script = [(200, {}, completion("Rating: 4"), 0.2)]
+    other = Item("What is heard?", "a dog", "a wolf")
+    verdicts = list(Judge(Endpoint(server.url), "m", tmp_path).rate_all([ITEM, ITEM, other, ITEM], num_workers=4))
+    assert [v.rating for v in verdicts] == [4, 4, 4, 4] and len(server.requests) == 2
+    assert [v.cached for v in verdicts] == [False, True, False, True]
+    assert sum(v.prompt_tokens for v in verdicts) == 200
+
+
 def test_verdicts_come_in_order(server: Server, tmp_path: Path) -> None:
     server.script = [good("Rating: 2")]
     items = [Item("q", "r", str(i)) for i in range(20)]

@@ -89,8 +89,8 @@ def build_shards(
 ) -> BuildReport:
     """Check every sample of the manifest's split and write the good ones as shards to `out` (folder or URL).
 
-    What was left out is listed in `out`/skipped.jsonl. A build that was cut short goes on with the first shard that
-    is not there; one that fails for its samples leaves nothing behind.
+    What was left out is listed in `out`/skipped.jsonl. A build that was cut short, by a kill or by its store, goes on
+    with the first shard that is not there; one that fails for its samples leaves nothing behind.
 
     Raises:
         UserError: see `read_manifest`; `out` holds something else; more than `max_skipped_fraction` of the lines
@@ -103,7 +103,7 @@ def build_shards(
     build = _Build(store, rows, parts, limits, digest, f"{manifest}", max_skipped_fraction)
     try:
         build.run(num_workers, on_progress)
-    except UserError:
+    except UnusableError:
         build.remove()
         raise
     return replace(build.publish(), num_resumed=len(parts))
@@ -118,6 +118,10 @@ def source_digest(rows: Sequence[Row], limits: ShardLimits) -> str:
             status = path.stat()
             digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+class UnusableError(UserError):
+    """Too few of a manifest's samples can be used."""
 
 
 class _Build:
@@ -197,12 +201,12 @@ class _Build:
         if len(skipped) > self.max_skipped_fraction * num_rows:
             counts = ", ".join(f"{n} {reason}" for reason, n in sorted(Counter(s.reason for s in skipped).items()))
             examples = "; ".join(f"line {s.line} id {s.key}: {s.detail}" for s in skipped[:3])
-            raise UserError(
+            raise UnusableError(
                 f"{self.manifest}: {len(skipped)} of {num_rows} samples cannot be used ({counts}), more than "
                 f"max_skipped_fraction = {self.max_skipped_fraction}; first: {examples}; mend them or allow more"
             )
         if num_rows == len(skipped):
-            raise UserError(f"{self.manifest}: no samples (of the split that was asked for); check the split")
+            raise UnusableError(f"{self.manifest}: no samples (of the split that was asked for); check the split")
 
 
 def _left_by_earlier(store: Store, digest: str) -> list[_Part]:
@@ -258,7 +262,10 @@ def _check(row: Row) -> Checked:
             extension = path.suffix[1:].lower()
             if extension not in AUDIO_TYPES:
                 raise SampleError("wrong_type", f"{path.name}: type must be one of {', '.join(AUDIO_TYPES)}")
-            data = path.read_bytes()
+            try:
+                data = path.read_bytes()
+            except OSError as error:  # of the disk, not of the sample: nothing may be left out for it
+                raise UserError(f"line {row.line} id {row.key}: {path}: {error.strerror}; try again") from None
             seconds += check_audio(data)
             clips.append((extension, data))
     except SampleError as error:

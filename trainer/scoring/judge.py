@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,20 @@ class Judge:
             UserError: the endpoint does not know the key, the model or the address; a damaged cache file.
         """
         with ThreadPoolExecutor(num_workers) as pool:
-            futures = [pool.submit(self.rate, item) for item in items]
+            # Items that ask the same are asked once.
+            futures: dict[Path, Future[Verdict]] = {}
+            places = [self._path(self._request(item)) for item in items]
+            for item, place in zip(items, places, strict=True):
+                if place not in futures:
+                    futures[place] = pool.submit(self.rate, item)
+            told: set[Path] = set()
             try:
-                for future in futures:
-                    yield future.result()
+                for place in places:
+                    verdict = futures[place].result()
+                    yield verdict if place not in told else _repeated(verdict)
+                    told.add(place)
             finally:
-                for future in futures:
+                for future in futures.values():
                     future.cancel()
 
     def rate(self, item: Item) -> Verdict:
@@ -157,8 +166,13 @@ def _read_cached(path: Path) -> str:
     return reply
 
 
+def _repeated(verdict: Verdict) -> Verdict:
+    """The same, which has cost nothing more."""
+    return replace(verdict, cached=verdict.rating is not None, prompt_tokens=0, completion_tokens=0)
+
+
 def _write_cached(path: Path, body: dict[str, Any], reply: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{hashlib.sha256(reply.encode()).hexdigest()[:8]}.part")
+    part = path.with_suffix(f".{os.getpid()}.part")  # another process may ask the same
     part.write_text(json.dumps({"request": body, "reply": reply}, ensure_ascii=False, indent=1), encoding="utf-8")
     part.replace(path)
