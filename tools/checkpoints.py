@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
@@ -28,9 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        from trainer.checkpoint.catalog import checkpoints_of
-
-        found = checkpoints_of(options.run)
+        found = _open(options)
         report = {"list": _list, "verify": _verify, "diff": _diff, "prune": _prune}[options.action](found, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -38,6 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(report))
     return 0 if report.get("passed", True) else 1
+
+
+def _open(options: argparse.Namespace) -> Checkpoints:
+    from trainer.checkpoint.catalog import checkpoints_of
+    from trainer.checkpoint.layout import step_of
+
+    if options.action != "diff" and options.steps:
+        steps = " ".join(map(str, options.steps))
+        raise UserError(f"{options.action} {steps}: takes no steps, only diff does; leave them out")
+    if step_of(Path(options.run).name) is not None:
+        raise UserError(f"{options.run}: one checkpoint; give its run, or the folder that it is in")
+    return checkpoints_of(options.run)
 
 
 def _list(found: Checkpoints, options: argparse.Namespace) -> dict[str, Any]:

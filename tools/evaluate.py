@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
+from tools.options import check_at_least, check_output
 from trainer.__main__ import be_calm
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def _run(options: argparse.Namespace) -> int:
     stored, places = open_wanted(request)
     meteor = _meteor(options.wordnet, any(stored.items[p].task == "ac" for p in places))
     folder = options.out or _default_folder(origin, options.data, options.split)
+    check_output(f"--out {folder}", folder, is_folder=True)
     with tqdm(unit=" samples", desc="evaluate", disable=None) as bar:
 
         def on_progress(done: int, total: int) -> None:
@@ -111,10 +113,8 @@ def _request(options: argparse.Namespace, origin: Origin) -> Request:
 def _check(options: argparse.Namespace) -> None:
     from trainer.data.decode import TASKS
 
-    for name in ("nproc", "beams", "batch_size", "max_new_tokens", "max_samples"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    counts = ("nproc", "beams", "batch_size", "max_new_tokens", "max_samples")
+    check_at_least(1, **{name: getattr(options, name) for name in counts})
     if options.batch_sec <= 0 or options.audio_mib < 0:
         raise UserError("--batch-sec must be positive, --audio-mib at least 0")
     for task in options.tasks:

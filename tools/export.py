@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import UserError
+from tools.options import check_at_least, check_output
 
 if TYPE_CHECKING:
     from trainer.export.publish import Findings, Options
@@ -33,10 +35,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        _check(options)
         return _run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def _check(options: argparse.Namespace) -> None:
+    if not 0 <= options.activated_only < 1:
+        raise UserError(f"--activated-only {options.activated_only:g}: must be a share, at least 0 and below 1")
+    if not 0 < options.shard_gib < math.inf:
+        raise UserError(f"--shard-gib {options.shard_gib:g}: must be above 0")
+    check_at_least(1, samples=options.samples)
+    if options.dev is not None and not options.activated_only:
+        raise UserError(f"--dev {options.dev}: needs --activated-only, whose cost it measures; see --verify, too")
+    for name, value in (("verify", options.verify), ("dev", options.dev)):
+        if options.llm_only and value is not None:
+            raise UserError(f"--{name} {value}: needs the whole model, not --llm-only; leave one out")
+    check_output(options.out, Path(options.out).parent, is_folder=True)
 
 
 def _run(arguments: argparse.Namespace) -> int:

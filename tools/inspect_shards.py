@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from model.errors import UserError
+from tools.options import check_output
 from trainer.data.shard_check import build_index, check_shard
 from trainer.data.shards import Entry, ShardSet
 from trainer.storage.open import open_store
@@ -45,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.png:
+        if not args.png.parent.is_dir():
+            raise UserError(f"--png {args.png}: {args.png.parent} is no folder; make it, or choose another")
+        check_output(f"--png {args.png}", args.png)
     store = open_store(args.url)
     left_out: list[str] = []
     if args.build_index:

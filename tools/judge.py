@@ -2,7 +2,7 @@
 
 URL is any OpenAI-compatible endpoint (`http://localhost:8000/v1`); its key, if it needs one, is read from the
 environment variable OPENAI_API_KEY. Ratings are 0 to 5, on AudioBench's scale. They are written beside the predictions,
-to PREDICTIONS.judged.jsonl, and kept in a cache, so that the same answer is paid for once.
+to PREDICTIONS.judged-NAME.jsonl, and kept in a cache, so that the same answer is paid for once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from model.errors import UserError
+from tools.options import check_output
 from trainer.predictions import Prediction, read_predictions
 from trainer.scoring.endpoint import Endpoint
 from trainer.scoring.judge import Item, Judge, Verdict
@@ -55,16 +57,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not predictions:
             raise UserError(f"{args.predictions}: no prediction of {', '.join(args.tasks)}; choose other --tasks")
         items = [_item(args.predictions, p) for p in predictions]
+        out = _verdicts_path(args.predictions, args.model)
+        check_output(f"{out}", out)
+        check_output(f"--cache {args.cache}", args.cache, is_folder=True)
         endpoint = Endpoint(args.url, os.environ.get(KEY_VARIABLE) or None, args.timeout, args.attempts)
         rated = Judge(endpoint, args.model, args.cache).rate_all(items, args.workers)
         verdicts = list(tqdm(rated, total=len(items), unit=" answers", disable=None, leave=False))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out = args.predictions.with_suffix(".judged.jsonl")
-    _write(out, predictions, verdicts)
     account = take_account(predictions, verdicts, args.prices)
-    print(json.dumps(_as_json(account, out)) if args.json else _as_text(account, out))
+    written = None
+    if account.scores:  # else what an earlier call wrote stays
+        _write(out, args.model, predictions, verdicts)
+        written = out
+    print(json.dumps(_as_json(account, written)) if args.json else _as_text(account, written))
     return 1 if account.num_failures else 0
 
 
@@ -113,11 +120,17 @@ def _item(path: Path, p: Prediction) -> Item:
     return Item(p.meta["instruction"], p.meta["answer"], p.hypothesis)
 
 
-def _write(path: Path, predictions: Sequence[Prediction], verdicts: Sequence[Verdict]) -> None:
+def _verdicts_path(predictions: Path, model: str) -> Path:
+    """One file for each judge: ratings of different ones are not comparable."""
+    return predictions.with_suffix(f".judged-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)[:100]}.jsonl")
+
+
+def _write(path: Path, model: str, predictions: Sequence[Prediction], verdicts: Sequence[Verdict]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for p, v in zip(predictions, verdicts, strict=True):
             line = {
                 "key": p.key,
+                "judge": model,
                 "task": p.meta["task"],
                 "instruction": p.meta["instruction"],
                 "reference": p.meta["answer"],
@@ -129,7 +142,7 @@ def _write(path: Path, predictions: Sequence[Prediction], verdicts: Sequence[Ver
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _as_json(account: Account, out: Path) -> dict[str, Any]:
+def _as_json(account: Account, out: Path | None) -> dict[str, Any]:
     return {
         "scores": {s.name: {"value": s.value, "low": s.low, "high": s.high} for s in account.scores},
         "num_rated": {s.name: s.num_samples for s in account.scores},
@@ -138,11 +151,11 @@ def _as_json(account: Account, out: Path) -> dict[str, Any]:
         "prompt_tokens": account.prompt_tokens,
         "completion_tokens": account.completion_tokens,
         "cost": account.cost,
-        "verdicts": str(out),
+        "verdicts": None if out is None else str(out),
     }
 
 
-def _as_text(account: Account, out: Path) -> str:
+def _as_text(account: Account, out: Path | None) -> str:
     lines = [format_table(score_table(account.scores))] if account.scores else ["nothing could be rated"]
     if account.num_failures:
         counts = ", ".join(f"{n} {kind}" for kind, n in sorted(account.num_failures.items()))
@@ -152,7 +165,7 @@ def _as_text(account: Account, out: Path) -> str:
         f"{account.num_cached} ratings from the cache; {account.prompt_tokens} tokens sent and "
         f"{account.completion_tokens} received for the others{cost}"
     )
-    lines.append(f"verdicts: {out}")
+    lines.append("no verdicts were written" if out is None else f"verdicts: {out}")
     return "\n".join(lines)
 
 

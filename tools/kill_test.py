@@ -29,6 +29,7 @@ from pathlib import Path
 
 from model.errors import UserError
 from tools.demo_corpus import write_corpus
+from tools.options import check_at_least
 from trainer.checkpoint.local import LocalCheckpoints
 
 EVERY_STEPS, KILLS_PER_RUN = 3, 10
@@ -73,7 +74,8 @@ def kill_test(folder: Path, num_kills: int, num_steps: int, seed: int, corpus: P
     whole = folder / "whole"
     code, output = _attempt([*common, f"train.run_dir={whole}"], None)
     if code:
-        raise UserError(f"the uninterrupted run failed with exit code {code}: {output[-500:]}")
+        reason = (output.strip().splitlines() or ["it said nothing"])[-1]
+        raise UserError(f"the uninterrupted run failed with exit code {code}: {reason}")
     wanted, choose, result = _curve(whole / "debug"), random.Random(seed), Result()
     while result.kills < num_kills and result.passed:
         run_dir = folder / f"run{result.runs}"
@@ -199,7 +201,7 @@ def _curve(run_dir: Path) -> dict[int, tuple[float, float]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: passed."""
+    """Exit code 0: passed. 1: it did not. 2: nothing was tested; one line on stderr says why."""
     parser = argparse.ArgumentParser(prog="python -m tools.kill_test", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=60, help="length of the run (default 60)")
@@ -207,8 +209,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     options = parser.parse_args(arguments)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kill-test-") as folder:
-        result = kill_test(Path(folder), options.kills, options.steps, options.seed)
+    try:
+        check_at_least(1, kills=options.kills, steps=options.steps)
+        with tempfile.TemporaryDirectory(prefix="kill-test-") as folder:
+            result = kill_test(Path(folder), options.kills, options.steps, options.seed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for failure in result.failures:
         print(f"FAILED: {failure}")
     equal = "all curves equal" if result.passed else "FAILED"

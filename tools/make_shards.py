@@ -15,7 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from model.errors import UserError
+from tools.options import check_output
 from trainer.data.shard_build import SKIPPED_NAME, BuildReport, ShardLimits, build_shards
+from trainer.storage.open import scheme_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.max_shard_samples < 1 or args.max_shard_bytes < 1:
         parser.error("--max-shard-samples and --max-shard-bytes must be at least 1")
     try:
+        if not scheme_of(args.out):
+            check_output(args.out, Path(args.out), is_folder=True)
         with tqdm(unit=" samples", disable=None, leave=False) as bar:
 
             def on_progress(done: int, total: int) -> None:

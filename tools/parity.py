@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from model.errors import UserError
+from tools.options import check_at_least
 from trainer.launch import start_ranks
 from trainer.parallel.topology import Topology, divisors
 
@@ -136,8 +138,18 @@ def measure(
     return [asdict(row) for row in rows]
 
 
-def main() -> int:
-    """Exit code 0: all within the limits."""
+def _check_deepspeed(path: str | None) -> None:
+    """Here, since every rank of every topology would fail of it. Raises UserError."""
+    if path is not None:
+        from trainer.engine.imports import lean_imports
+
+        with lean_imports():
+            from trainer.engine.ds_config import build_ds_config
+        build_ds_config(Path(path), precision="fp32")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0: all within the limits. 1: not. 2: nothing was measured; one line on stderr says why."""
     parser = argparse.ArgumentParser(prog="python -m tools.parity", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4, help="largest number of processes (default 4)")
     parser.add_argument("--steps", type=int, default=20, help="length of the loss curves; 0: none (default 20)")
@@ -145,9 +157,16 @@ def main() -> int:
     parser.add_argument("--deepspeed", help="a DeepSpeed JSON (default: stage 3, no weight stays gathered)")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        return work(options.worker)
+    options = parser.parse_args(arguments)
+    try:
+        if options.worker:
+            return work(options.worker)
+        check_at_least(1, ranks=options.ranks)
+        check_at_least(0, steps=options.steps)
+        _check_deepspeed(options.deepspeed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     print(f"{'topology':12} {'batch':26} {'loss':>9} {'gradient':>9}   largest at")

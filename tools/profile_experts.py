@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import UserError
+from tools.options import check_output
 from trainer.__main__ import be_calm
 
 
@@ -84,6 +85,8 @@ def _run(options: argparse.Namespace) -> int:
 
     limits = Limits.parse(options.fail_on)
     where = find_run(options.run)
+    folder = options.out or where.run_dir / ("profile" if options.data is None else "profile-data")
+    check_output(f"--out {folder}", folder, is_folder=True)
     if options.data is None:
         if options.split is not None:
             raise UserError(f"--split {options.split}: needs --data; a run's history is of what it trained on")
@@ -93,7 +96,6 @@ def _run(options: argparse.Namespace) -> int:
 
         profile = profile_data(where, options.data, options.split)
     print(describe(profile))
-    folder = options.out or where.run_dir / ("profile" if options.data is None else "profile-data")
     files = write_files(profile, folder)
     print(f"\n{', '.join(f.name for f in files)} in {folder}")
     if (reason := log_artifacts(where.run_dir, files, folder.name)) is not None:

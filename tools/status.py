@@ -89,7 +89,7 @@ def read_status(run_dir: Path, now_sec: float) -> Status:
     undone = undone_steps(events, step)
     end_sec = now_sec if state == "running" else max([e["time"] for e in events], default=now_sec)
     step_sec = _recent_step_sec(records)
-    signs = [e["time"] for e in events] + [r["time"] for r in records[-1:]]
+    signs = [e["time"] for e in events] + [r["time"] for r in records[-1:] if isinstance(r.get("time"), int | float)]
     left_sec = (num_steps - step) * step_sec if state == "running" and num_steps and step_sec else None
     stragglers = [e for e in events if e["event"] == "straggler" and e["attempt"] == num_attempts(events)]
     return Status(

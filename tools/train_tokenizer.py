@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from model.errors import UserError
+from tools.options import check_output
 from trainer.data.config import PLACEHOLDER, TokenizerConfig
 from trainer.data.tokenizer import load_tokenizer, train_sentencepiece
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.out.suffix != ".model":
             raise UserError(f"--out {args.out}: the name must end in .model")
+        check_output(f"--out {args.out}", args.out)
         config = TokenizerConfig(path=str(args.out), placeholder=args.placeholder)
         texts = (text for path in args.inputs for text in _texts(path, args.split))
         train_sentencepiece(texts, args.vocab_size, args.out, args.placeholder, exact=True)

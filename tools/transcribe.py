@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import UserError
+from tools.options import check_at_least
 
 if TYPE_CHECKING:
     from trainer.offline.answer import Answerer
@@ -52,6 +53,7 @@ def _run(options: argparse.Namespace) -> int:
     from trainer.offline.answer import Answerer, Decoding, Windows
     from trainer.offline.model import DTYPES, default_dtype, find_model, load_model
 
+    check_at_least(1, max_new_tokens=options.max_new_tokens)
     if missing := [path for path in options.audio if not path.is_file()]:
         raise UserError(f"{missing[0]}: no such file; check the path")
     origin = find_model(options.model)

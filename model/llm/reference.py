@@ -18,8 +18,16 @@ from model.llm.weights import RandomSource, SafetensorsSource, WeightSource, che
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3")
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 _LEGACY_KEYS = ("model_type", "rope_theta", "rope_scaling", "torch_dtype", "architectures", "transformers_version")
 
 

@@ -46,3 +46,26 @@ def test_diff_tells_what_changed_and_how_much(run: Path, capsys: pytest.CaptureF
     assert found == {"changed": {"audio.b": 2.0}, "num_equal": 1, "only_first": [], "only_second": []}
     assert checkpoints.main([str(run), "diff", "1", "9"]) == 2
     assert checkpoints.main([str(run / "nowhere")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["prune", "2"], "prune 2: takes no steps, only diff does"),
+        (["list", "1", "3"], "list 1 3: takes no steps, only diff does"),
+        (["diff", "1"], "diff: give two steps"),
+    ],
+)
+def test_steps_belong_to_diff_alone(
+    run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert checkpoints.main([str(run), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words}") and error.count("\n") == 1
+    assert len(list((run / "checkpoints").iterdir())) == 3
+
+
+def test_one_checkpoint_is_not_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert checkpoints.main([str(run / "checkpoints" / "step-00000002")]) == 2
+    assert "step-00000002: one checkpoint; give its run" in capsys.readouterr().err
+    assert report(capsys, run / "checkpoints")["checkpoints"][0]["step"] == 1

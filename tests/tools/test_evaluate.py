@@ -226,6 +226,12 @@ def test_of_a_long_recording_nothing_is_cut_and_nothing_doubled(loaded: Loaded, 
     assert answer.num_windows == (1 if num_words <= 20 else -(-(num_words * 8000 - 32000) // (160000 - 32000)))
 
 
+@pytest.mark.parametrize("num", ["0", "-4"])
+def test_an_answer_of_no_tokens_is_refused(capsys: pytest.CaptureFixture[str], num: str) -> None:
+    assert transcribe.main(["nowhere", "--max-new-tokens", num]) == 2
+    assert capsys.readouterr().err == f"error: --max-new-tokens {num}: must be at least 1\n"
+
+
 def test_transcribe_tells_of_windows(made: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
     root, _ = made
     long = tmp_path / "long.wav"

@@ -196,6 +196,34 @@ def test_rare_encoders_are_left_out(run: Run, tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--activated-only", "2"], "--activated-only 2: must be a share"),
+        (["--activated-only", "-0.1"], "--activated-only -0.1: must be a share"),
+        (["--activated-only", "nan"], "--activated-only nan: must be a share"),
+        (["--shard-gib", "0"], "--shard-gib 0: must be above 0"),
+        (["--shard-gib", "inf"], "--shard-gib inf: must be above 0"),
+        (["--verify", "m.jsonl", "--samples", "0"], "--samples 0: must be at least 1"),
+        (["--llm-only", "--verify", "m.jsonl"], "--verify m.jsonl: needs the whole model, not --llm-only"),
+        (["--dev", "m.jsonl"], "--dev m.jsonl: needs --activated-only"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert export.main([str(tmp_path / "nothing"), str(tmp_path / "out"), *arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {words}") and message.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert export.main([str(tmp_path / "nothing"), str(tmp_path / "file" / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "file/out: cannot be written (Not a directory" in message and message.count("\n") == 1
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-5] ^= 1

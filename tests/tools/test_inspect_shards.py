@@ -41,6 +41,16 @@ def test_counts_hours_and_durations(made: Path, tmp_path: Path, capsys: pytest.C
     assert "every shard and every sample is as indexed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("place", "words"), [("nope/x.png", "nope is no folder"), ("", "(Is a directory")])
+def test_a_place_for_the_plot_is_asked_for_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, words: str
+) -> None:
+    png = tmp_path / place
+    assert main([str(tmp_path / "no-shards"), "--png", str(png)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --png {png}: ") and words in error and error.count("\n") == 1
+
+
 def test_damage_is_named(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = json.loads((made / "shard-000001.idx.json").read_text())
     key, _, _, _, members = table["samples"][2]

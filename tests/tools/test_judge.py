@@ -62,9 +62,42 @@ def test_ratings_failures_tokens_and_cost(url: str, tmp_path: Path, capsys: pyte
         ("b", 1.0, ""),
         ("c", None, "no_rating"),
     ]
+    assert found["verdicts"] == str(tmp_path / "predictions-test-step1.judged-m.jsonl")
+    assert {d["judge"] for d in lines} == {"m"}
     assert judge.main(command) == 1
     text = capsys.readouterr().out
     assert "2 ratings from the cache; 1000 tokens sent and 100 received" in text and "1 no_rating" in text
+
+
+def test_judges_do_not_replace_each_others_ratings(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.jsonl"
+    meta = {"task": "sqa", "answer": "reference", "instruction": "What?"}
+    write_predictions(path, [Prediction("a", "good", True, 1.0, meta)])
+    command = [str(path), "--cache", str(tmp_path / "cache"), "--url"]
+    for model in ("org/one 7B", "two"):
+        assert judge.main([*command, url, "--model", model]) == 0
+    kept = {p.name: json.loads(p.read_text())["judge"] for p in tmp_path.glob("*.judged-*")}
+    assert kept == {"p.judged-org-one-7B.jsonl": "org/one 7B", "p.judged-two.jsonl": "two"}
+    before = (tmp_path / "p.judged-two.jsonl").read_bytes()
+    capsys.readouterr()
+    dead = [*command, "http://localhost:1/v1", "--model", "two", "--attempts", "1", "--cache", str(tmp_path / "other")]
+    assert judge.main(dead) == 1
+    assert "nothing could be rated" in (text := capsys.readouterr().out) and "no verdicts were written" in text
+    assert judge.main([*dead, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["verdicts"] is None
+    assert (tmp_path / "p.judged-two.jsonl").read_bytes() == before
+
+
+def test_a_cache_that_is_a_file_is_refused_before_anything_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.jsonl"
+    write_predictions(path, [Prediction("a", "x", True, 1.0, {"task": "sqa", "answer": "y", "instruction": "What?"})])
+    assert judge.main([str(path), "--url", "http://localhost:1/v1", "--model", "m", "--cache", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --cache {path}: cannot be written (Not a directory") and error.count("\n") == 1
 
 
 def test_what_cannot_be_judged_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

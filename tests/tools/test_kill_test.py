@@ -10,6 +10,7 @@ import pytest
 from tools import export, transcribe
 from tools.demo_corpus import write_corpus
 from tools.kill_test import Result, kill_test
+from tools.kill_test import main as kill_test_main
 
 Tested = tuple[Path, Result]
 
@@ -19,6 +20,21 @@ def tested(tmp_path_factory: pytest.TempPathFactory) -> Tested:
     folder = tmp_path_factory.mktemp("kill")
     write_corpus(folder / "corpus", scale=0.05)
     return folder, kill_test(folder, num_kills=2, num_steps=9, seed=1, corpus=folder / "corpus")
+
+
+@pytest.mark.parametrize("option", ["--kills", "--steps"])
+def test_a_test_of_nothing_is_refused(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    assert kill_test_main([option, "0"]) == 2
+    assert capsys.readouterr().err == f"error: {option} 0: must be at least 1\n"
+
+
+def test_a_run_that_cannot_start_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.kill_test.write_corpus", lambda folder, scale: None)
+    monkeypatch.setattr("tools.kill_test._attempt", lambda arguments, killer: (2, "at once\nerror: no data\n"))
+    assert kill_test_main([]) == 2
+    assert capsys.readouterr().err == "error: the uninterrupted run failed with exit code 2: error: no data\n"
 
 
 @pytest.mark.timeout(280)

@@ -65,5 +65,13 @@ def test_a_mistake_is_one_line(run: Path, capsys: pytest.CaptureFixture[str], ar
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
 
 
+def test_files_go_into_no_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main([str(run), "--out", str(tmp_path / "file")]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"error: --out {tmp_path / 'file'}: cannot be written (Not a directory")
+    assert shown.err.count("\n") == 1 and shown.out == ""
+
+
 def test_limits_are_parsed() -> None:
     assert Limits.parse("imbalance=2,dead") == Limits(True, 2.0) and Limits.parse("") == Limits()

@@ -96,6 +96,17 @@ def test_sparkline() -> None:
     assert len(sparkline([float(i) for i in range(1000)])) == 60
 
 
+def test_lines_of_others_do_no_harm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write(tmp_path / "r", [(100.0, "started", 1, STARTED)], {1: 3.0})
+    with (run / "events.jsonl").open("a") as file:
+        file.write('{"time": 1.0, "event": "failed"}\n{"time": "now", "event": "failed", "attempt": 1}\n')
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "train/loss": 2.0}\n')
+    found = read_status(run, now_sec=150.0)
+    assert (found.state, found.step, found.silent_sec, len(found.events)) == ("running", 2, 50.0, 1)
+    assert status.main([str(run)]) == 0 and "2/20" in capsys.readouterr().out
+
+
 def test_the_command_is_quick_and_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write(tmp_path / "r", [(100.0, "started", 1, STARTED)], {1: "nan", 2: 2.0})
     assert status.main([str(run), "--json"]) == 0
@@ -103,6 +114,9 @@ def test_the_command_is_quick_and_says_what_is_wrong(tmp_path: Path, capsys: pyt
     assert found["losses"] == ["nan", 2.0] and found["state"] == "running"
     assert status.main([str(tmp_path / "none")]) == 2
     assert "none: no run" in capsys.readouterr().err
+    assert status.main([str(run / "events.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert "events.jsonl: no run; give the folder" in error and error.count("\n") == 1
     code = "import sys, tools.status; print([m for m in ('torch', 'numpy', 'yaml') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

@@ -51,6 +51,22 @@ def test_a_torn_line_costs_itself_only(tmp_path: Path) -> None:
     assert read_events(tmp_path / "nothing") == []
 
 
+def test_what_is_no_event_is_left_out(tmp_path: Path) -> None:
+    EventLog(tmp_path).add("submitted")
+    with (tmp_path / EVENTS_NAME).open("a") as file:
+        for line in (
+            '{"time": 1.0, "event": "started"}',
+            '{"time": "noon", "event": "started", "attempt": 1}',
+            '{"time": NaN, "event": "started", "attempt": 1}',
+            '{"time": 1.0, "event": 3, "attempt": 1}',
+            '["started"]',
+        ):
+            file.write(line + "\n")
+    assert [e["event"] for e in read_events(tmp_path)] == ["submitted"]
+    assert begin_attempt(tmp_path).attempt == 1
+    assert read_events(tmp_path / EVENTS_NAME) == []  # of a file
+
+
 def test_events_wait_for_a_full_disk_and_keep_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hook = EventHook(EventLog(tmp_path, rank=0, attempt=1))
     with monkeypatch.context() as full:

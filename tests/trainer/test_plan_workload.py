@@ -28,6 +28,10 @@ def test_an_impossible_mean_is_refused() -> None:
     recipe = load_recipe("mowe_70b")
     with pytest.raises(UserError, match=r"--audio-sec = 61: must be within 0\.\.60 s \(data\.max_audio_sec\)"):
         typical_workload(recipe, build_topology(recipe.parallel, 128), 61.0)
+    recipe = load_recipe("debug")
+    for mean in (-1.0, 0.0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match=rf"--audio-sec = {mean:g}: must be above 0 s$"):
+            typical_workload(recipe, build_topology(recipe.parallel, 2), mean)
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 8, 12])

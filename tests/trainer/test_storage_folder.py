@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model.errors import UserError
 from trainer.storage.store import ChangedError, LocalStore
 
 
@@ -29,3 +30,19 @@ def test_a_file_that_ends_early_is_told(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"123")
     with pytest.raises(ChangedError, match="ends at byte 3, before 5"):
         LocalStore(tmp_path).get_range("x", 1, 4)
+
+
+def test_a_file_in_the_place_of_the_folder_takes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"mine")
+    store = LocalStore(tmp_path / "x")
+    for put in (lambda: store.put("a", [b"1"]), lambda: store.put_if_absent("a", b"1")):
+        with pytest.raises(UserError, match=r"x: is no folder; choose another place"):
+            put()
+    store.delete("a")
+    assert (tmp_path / "x").read_bytes() == b"mine"
+
+
+def test_of_two_who_put_one_succeeds(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "new")
+    assert store.put_if_absent("a", b"1") and store.put_if_absent("a", b"1") and not store.put_if_absent("a", b"2")
+    assert store.list() == {"a": 1} and store.get("a") == b"1"

@@ -6,6 +6,7 @@ mean, cut at `data.max_audio_sec`, and as many text tokens for every sample.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -59,9 +60,11 @@ def typical_workload(
         UserError: the mean is not positive, or above `data.max_audio_sec`.
     """
     data = recipe.data
+    if mean_audio_sec is not None and not 0 < mean_audio_sec < math.inf:
+        raise UserError(f"--audio-sec = {mean_audio_sec:g}: must be above 0 s")
     limit = data.max_audio_sec or 4 * (mean_audio_sec or DEFAULT_AUDIO_SEC)
     mean = min(DEFAULT_AUDIO_SEC, limit / 2) if mean_audio_sec is None else mean_audio_sec
-    if not 0 < mean <= limit:
+    if mean > limit:
         raise UserError(f"--audio-sec = {mean:g}: must be within 0..{limit:g} s (data.max_audio_sec)")
     if text_tokens < 1:
         raise UserError(f"--text-tokens = {text_tokens}: must be at least 1")

@@ -131,7 +131,7 @@ class LocalStore:
         path = self.folder / name
         temporary = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(path.parent)
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             with os.fdopen(handle, "wb") as file:
                 for part in parts:
@@ -148,6 +148,12 @@ class LocalStore:
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
 
+    def _make_folder(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UserError(f"{folder}: is no folder; choose another place") from None
+
     def list(self, prefix: str = "") -> dict[str, int]:
         assert not prefix or prefix.endswith("/"), prefix
         # Hidden files are those that `put` has not finished.
@@ -161,6 +167,8 @@ class LocalStore:
     def delete(self, name: str) -> None:
         try:
             (self.folder / name).unlink(missing_ok=True)
+        except NotADirectoryError:
+            return
         except OSError as error:
             raise self._error(name, error) from None
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import math
 import os
 import socket
 import sys
@@ -103,10 +104,13 @@ def begin_attempt(run_dir: Path, **fields: Any) -> EventLog:
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """All events of a run, in the order of writing; lines that a crash tore are left out. None without the file."""
+    """All events of a run, in the order of writing; none without the file.
+
+    Left out are lines that a crash tore, and what has no name, attempt or time.
+    """
     try:
         lines = (run_dir / EVENTS_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     found = []
     for line in lines:
@@ -114,9 +118,14 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("event"), str) and "time" in record:
+        if isinstance(record, dict) and _is_event(record):
             found.append(record)
     return found
+
+
+def _is_event(record: Event) -> bool:
+    name, attempt, at = (record.get(key) for key in ("event", "attempt", "time"))
+    return isinstance(name, str) and isinstance(attempt, int) and isinstance(at, int | float) and math.isfinite(at)
 
 
 def num_attempts(events: Iterable[Event]) -> int:

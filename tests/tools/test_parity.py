@@ -1,0 +1,34 @@
+"""What the command refuses; what it measures is in tests/distributed/test_parity.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools import parity
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ranks", "0"], "--ranks 0: must be at least 1"),
+        (["--steps", "-1"], "--steps -1: must be at least 0"),
+        (["--deepspeed", "nope.json"], "nope.json: no such file"),
+        (["--deepspeed", "bad.json"], "zero_optimization.overlap_comm = 'perhaps'"),
+    ],
+)
+def test_nothing_is_checked_without_a_word(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    words: str,
+) -> None:
+    (tmp_path / "bad.json").write_text('{"zero_optimization": {"stage": 3, "overlap_comm": "perhaps"}}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(parity, "start_ranks", lambda *a: pytest.fail("ranks were started"))
+    assert parity.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ") and words in shown.err and shown.err.count("\n") == 1
+    assert shown.out == ""
