@@ -24,8 +24,9 @@ from trainer.storage.store import ChangedError, MissingError
 
 MAX_GAP_BYTES = 256 << 10
 """Unwanted bytes between two samples that are rather read than asked around."""
-MAX_READ_BYTES = 8 << 20
-"""Of one request, unless a single sample is larger."""
+MAX_READ_BYTES = 32 << 20
+"""Of one request, unless a single sample is larger: above the usual `data.read_kib`, or chunks a little longer than the
+rest would take two requests each."""
 REFETCH_AFTER_SEC = (0.1, 1.0)
 """Waits before what did not fit the index is fetched again."""
 _JOIN_SEC = 1.0
