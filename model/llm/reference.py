@@ -107,7 +107,7 @@ def _make_config(values: dict[str, Any]) -> PretrainedConfig:
 
 def _construct(values: dict[str, Any]) -> PretrainedConfig:
     for key in _SIZES:
-        if (value := values.get(key)) is not None and not value >= 1:
+        if isinstance(value := values.get(key), int) and value < 1:
             raise UserError(f"model.llm.config.{key} = {value}: must be at least 1")
     arguments = {k: v for k, v in values.items() if k != "model_type"}
     try:
