@@ -163,6 +163,8 @@ def test_demo_reports_a_failed_training(
     old = tmp_path / "runs" / "demo"
     (old / "corpus").mkdir(parents=True)
     (old / "summary.json").write_text("{}")
+    assert demo.main(["seeed=3"]) == 2 and (old / "summary.json").exists()
+    assert "seeed: unknown key" in capsys.readouterr().err
     assert demo.main([]) == 3
     assert "training failed (exit code 3)" in capsys.readouterr().err
     assert not (old / "summary.json").exists() and (old / "corpus").exists()
@@ -180,8 +182,8 @@ def test_demo_runs_the_training_and_reports(
     (tmp_path / "trainer").mkdir()
     (tmp_path / "trainer" / "__main__.py").write_text(
         "import shutil, sys\n"
-        "assert sys.argv[1:] == ['demo_cpu', 'name=demo', 'train.run_dir=runs', 'data.root=runs/demo/corpus', 'a=1']\n"
+        "assert sys.argv[1:] == ['demo_cpu', 'name=demo', 'train.run_dir=runs', 'data.root=runs/demo/corpus', 'seed=3']\n"
         "shutil.copytree('ready', 'runs/demo', dirs_exist_ok=True)\n"
     )
-    assert demo.main(["a=1"]) == 0
+    assert demo.main(["seed=3"]) == 0
     assert "0.21 after" in capsys.readouterr().out
