@@ -182,7 +182,8 @@ def test_demo_runs_the_training_and_reports(
     (tmp_path / "trainer").mkdir()
     (tmp_path / "trainer" / "__main__.py").write_text(
         "import shutil, sys\n"
-        "assert sys.argv[1:] == ['demo_cpu', 'name=demo', 'train.run_dir=runs', 'data.root=runs/demo/corpus', 'seed=3']\n"
+        "given = ['demo_cpu', 'name=demo', 'train.run_dir=runs', 'data.root=runs/demo/corpus', 'seed=3']\n"
+        "assert sys.argv[1:] == given\n"
         "shutil.copytree('ready', 'runs/demo', dirs_exist_ok=True)\n"
     )
     assert demo.main(["seed=3"]) == 0
