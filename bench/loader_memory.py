@@ -42,7 +42,6 @@ def main(num_batches: int = 100_000, num_workers: int = 0) -> int:
             sets=(SetConfig(name="asr", manifest="asr.jsonl", subsets=SUBSETS),),
             eval_splits=(),
             cache_dir=scratch,
-            num_lanes=16,
             global_batch_samples=16,  # as kit_cpu
             num_workers=num_workers,
             cache_decoded_mib=32,  # less than the set: clips come and go

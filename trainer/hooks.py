@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from trainer.checkpoint.layout import step_of
 from trainer.scoring.scores import HEADLINES
 from trainer.telemetry.events import Event, EventLog
-from trainer.telemetry.jsonl import Backlog, StepLog
+from trainer.telemetry.jsonl import Backlog, StepLog, write_atomically
 from trainer.telemetry.load_history import HISTORY_NAME
 from trainer.telemetry.metrics import EvalReport, StepReport, flatten, flatten_eval, is_logged
 from trainer.telemetry.progress import Progress
@@ -272,9 +272,7 @@ class SummaryHook:
             **summary,
         }
         state.run_dir.mkdir(parents=True, exist_ok=True)
-        part = state.run_dir / "summary.json.part"
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        part.replace(state.run_dir / "summary.json")
+        write_atomically(state.run_dir / "summary.json", json.dumps(content, indent=2) + "\n")
 
 
 def _with_interval(name: str, report: EvalReport) -> str:

@@ -26,6 +26,7 @@ from trainer.parallel.groups import Groups
 from trainer.rank_work import Work
 from trainer.spikes import answer_spike
 from trainer.step import Step
+from trainer.telemetry.jsonl import write_atomically
 from trainer.telemetry.metrics import StepReport, flatten_eval, is_logged, peak_memory_bytes
 from trainer.telemetry.trace import Trace
 from trainer.telemetry.tracker import ID_NAME
@@ -88,7 +89,7 @@ class Loop:
         self.step.guard.restore(extra.get("guard"))
         id_file = self.run_dir / ID_NAME
         if self.groups.rank == 0 and extra["mlflow_run"] is not None and not id_file.exists():
-            id_file.write_text(extra["mlflow_run"] + "\n", encoding="utf-8")
+            write_atomically(id_file, extra["mlflow_run"] + "\n")
         return extra["step"], extra
 
     def run(self, hooks: Sequence[Hook], start: int, data_state: dict[str, Any] | None) -> bool:

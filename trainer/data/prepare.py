@@ -82,8 +82,7 @@ def prepare(
         UserError: see `build_shards`, `load_tokenizer`, `train_sentencepiece`; a set without samples to train on; an
             evaluation split that no set has.
     """
-    if not config.sets:
-        raise UserError("data.sets is empty: give at least one set with a manifest or shards")
+    _check_sets(config)
     sets = tuple(_prepare_set(config, s, on_built, on_progress) for s in config.sets)
     _check_eval_splits(config, sets)
     path = config.tokenizer.path or str(_trained_tokenizer(config, sets))
@@ -97,8 +96,7 @@ def check_stored(config: DataConfig) -> None:
         UserError: a manifest or an index is not there, or cannot be read; shards without samples to train on; an
             evaluation split that no set has.
     """
-    if not config.sets:
-        raise UserError("data.sets is empty: give at least one set with a manifest or shards")
+    _check_sets(config)
     given = []
     for part in config.sets:
         if part.shards is not None:
@@ -108,6 +106,11 @@ def check_stored(config: DataConfig) -> None:
             raise UserError(f"data.sets '{part.name}': {path}: no such file; check data.root = {config.root}")
     if len(given) == len(config.sets):
         _check_eval_splits(config, given)
+
+
+def _check_sets(config: DataConfig) -> None:
+    if not config.sets:
+        raise UserError("data.sets is empty: give at least one set with a manifest or shards")
 
 
 def _check_eval_splits(config: DataConfig, sets: Sequence[PreparedSet]) -> None:

@@ -85,10 +85,11 @@ class Judge:
         with ThreadPoolExecutor(num_workers) as pool:
             # Items that ask the same are asked once.
             futures: dict[Path, Future[Verdict]] = {}
-            places = [self._path(self._request(item)) for item in items]
-            for item, place in zip(items, places, strict=True):
+            places = []
+            for body in map(self._request, items):
+                places.append(place := self._path(body))
                 if place not in futures:
-                    futures[place] = pool.submit(self.rate, item)
+                    futures[place] = pool.submit(self._rate, body, place)
             told: set[Path] = set()
             try:
                 for place in places:
@@ -102,7 +103,10 @@ class Judge:
     def rate(self, item: Item) -> Verdict:
         """The verdict on one item. Raises as `rate_all`."""
         body = self._request(item)
-        path = self._path(body)
+        return self._rate(body, self._path(body))
+
+    def _rate(self, body: dict[str, Any], path: Path) -> Verdict:
+        """The verdict that `body` asks for, which the cache keeps at `path`."""
         if path.is_file():
             kept = _read_cached(path)
             return Verdict(_rating(kept), kept, cached=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainer.telemetry.jsonl import write_atomically
 from trainer.telemetry.metrics import PhaseTimer
 from trainer.telemetry.profile_config import ProfileConfig
 
@@ -90,7 +91,7 @@ class Trace:
 def _write_events(path: Path, events: list[dict[str, Any]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
     except OSError as error:
         log.warning("%s: THE TRACE IS NOT KEPT: %s", path, error)
 
