@@ -62,7 +62,12 @@ def tiny_model(llm_family: str = "llama") -> ModelConfig:
         experts=(
             EncoderConfig("hubert", "hubert", config=small),
             EncoderConfig("wavlm", "wavlm", config=small | {"num_hidden_layers": 1}),
-            EncoderConfig("whisper_tiny", "whisper", config=whisper | {"encoder_layers": 1}, length_mode="trim"),
+            EncoderConfig(
+                "whisper_tiny",
+                "whisper",
+                config=whisper | {"encoder_layers": 1, "do_normalize": True},
+                length_mode="trim",
+            ),
         ),
         expert_dim=8,
         router=RouterConfig(noise_std=0.1),

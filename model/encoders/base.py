@@ -85,6 +85,21 @@ def length_mask(lengths: Sequence[int], size: int, device: torch.device) -> Tens
     return torch.arange(size, device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
+@torch.no_grad()
+def normalized(waves: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Zero mean and unit variance over each clip's real length, as transformers does for `do_normalize`.
+
+    `waves[B, T]` fp32 is zero past each length, and so is the result.
+    """
+    num_samples = torch.tensor(lengths, device=waves.device)[:, None]
+    centered = waves - waves.sum(1, keepdim=True) / num_samples
+    mask = length_mask(lengths, waves.shape[1], waves.device)
+    if mask is not None:
+        centered = centered.masked_fill(~mask, 0.0)
+    variance = centered.square().sum(1, keepdim=True) / num_samples
+    return centered / (variance + 1e-7).sqrt()
+
+
 def call_layer(layer: nn.Module, *args: Any, recompute: bool) -> Any:
     """Call `layer(*args)`, recomputing it in the backward pass if asked and if a gradient flows into `args`.
 

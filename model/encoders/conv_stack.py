@@ -14,7 +14,7 @@ from transformers import HubertConfig, WavLMConfig
 from transformers.activations import ACT2FN
 
 from model.batch import Ragged
-from model.encoders.base import AudioEncoder, call_layer, join_frames, length_mask
+from model.encoders.base import AudioEncoder, call_layer, join_frames, normalized
 from model.lengths import num_frames
 
 ConvConfig = HubertConfig | WavLMConfig
@@ -88,21 +88,6 @@ def conv_lengths(samples: int, kernels: Sequence[int], strides: Sequence[int]) -
         samples = (samples - kernel) // stride + 1
         lengths.append(samples)
     return tuple(lengths)
-
-
-@torch.no_grad()
-def normalized(waves: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Zero mean and unit variance over each clip's real length, as transformers' `Wav2Vec2FeatureExtractor`.
-
-    `waves[B, T]` fp32 is zero past each length, and so is the result.
-    """
-    num_samples = torch.tensor(lengths, device=waves.device)[:, None]
-    centered = waves - waves.sum(1, keepdim=True) / num_samples
-    mask = length_mask(lengths, waves.shape[1], waves.device)
-    if mask is not None:
-        centered = centered.masked_fill(~mask, 0.0)
-    variance = centered.square().sum(1, keepdim=True) / num_samples
-    return centered / (variance + 1e-7).sqrt()
 
 
 def conv_features(

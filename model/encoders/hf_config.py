@@ -54,16 +54,17 @@ class ResolvedEncoder:
     hf_config: PreTrainedConfig
     window_samples: int
     do_normalize: bool
-    """HuBERT and WavLM: bring each window to zero mean and unit variance first."""
+    """Bring each window to zero mean and unit variance first."""
 
 
 def resolve(config: EncoderConfig) -> ResolvedEncoder:
     """Read the checkpoint's config (if any), apply the recipe's overrides and check the result.
 
-    `config.config` takes the fields of the family's transformers config, and for HuBERT and WavLM `do_normalize`,
-    which otherwise comes from the checkpoint's preprocessor_config.json. Without a checkpoint its default is that of
-    the published models (fairseq, torchaudio's pipelines): true for the layer-norm stacks (large), false for the
-    group-norm stacks (base). All dropouts default to 0, with a checkpoint too.
+    `config.config` takes the fields of the family's transformers config, and `do_normalize`. HuBERT's and WavLM's
+    otherwise comes from the checkpoint's preprocessor_config.json; without a checkpoint its default is that of the
+    published models (fairseq, torchaudio's pipelines): true for the layer-norm stacks (large), false for the
+    group-norm stacks (base). Whisper's default is false, as `WhisperFeatureExtractor`'s. All dropouts default to 0,
+    with a checkpoint too.
 
     Raises:
         UserError: unknown or illegal field, unreadable checkpoint, wrong family, impossible window.
@@ -71,12 +72,12 @@ def resolve(config: EncoderConfig) -> ResolvedEncoder:
     if config.family not in CONFIG_CLASSES:
         raise encoder_error(config, f"family = {config.family}", f"choose one of {', '.join(CONFIG_CLASSES)}")
     overrides = dict(config.config)
-    do_normalize = overrides.pop("do_normalize", None) if config.family != "whisper" else None
+    do_normalize = overrides.pop("do_normalize", None)
     if do_normalize is not None and not isinstance(do_normalize, bool):
         raise encoder_error(config, f"config.do_normalize = {do_normalize!r}", "give true or false")
     hf_config = _hf_config(config, overrides)
     if config.family == "whisper":
-        return ResolvedEncoder(hf_config, _whisper_window(config, hf_config), do_normalize=False)
+        return ResolvedEncoder(hf_config, _whisper_window(config, hf_config), bool(do_normalize))
     _check_conv_stack(config, hf_config)
     if do_normalize is None:
         do_normalize = _do_normalize(config, hf_config)
@@ -86,8 +87,7 @@ def resolve(config: EncoderConfig) -> ResolvedEncoder:
 def _hf_config(config: EncoderConfig, overrides: dict[str, Any]) -> PreTrainedConfig:
     cls = CONFIG_CLASSES[config.family]
     legal = {f.name for f in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(PreTrainedConfig)}
-    if config.family != "whisper":
-        legal.add("do_normalize")
+    legal.add("do_normalize")
     for key in overrides:
         if key not in legal:
             near = difflib.get_close_matches(key, legal, n=1)

@@ -41,7 +41,7 @@ def build_encoder(config: EncoderConfig) -> AudioEncoder:
     network = _random(config, resolved) if config.weights is None else _pretrained(config, resolved)
     use_matrix_products(network)
     if isinstance(network, RaggedWhisperEncoder):
-        return Whisper(network, resolved.window_samples, config.length_mode).train()
+        return Whisper(network, resolved.window_samples, config.length_mode, resolved.do_normalize).train()
     hf_config = cast(Any, resolved.hf_config)
     return ConvStackEncoder(network, hf_config, resolved.window_samples, resolved.do_normalize).train()
 

@@ -15,7 +15,14 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from model.batch import Ragged
-from model.encoders.base import AudioEncoder, DrawnAsTransformers, call_layer, join_frames, length_mask
+from model.encoders.base import (
+    AudioEncoder,
+    DrawnAsTransformers,
+    call_layer,
+    join_frames,
+    length_mask,
+    normalized,
+)
 from model.encoders.log_mel import padded_log_mel
 from model.lengths import num_frames
 
@@ -45,17 +52,26 @@ class Whisper(AudioEncoder):
     """Whisper as an `AudioEncoder`; `encoder.*` holds transformers' parameter names."""
 
     def __init__(
-        self, encoder: RaggedWhisperEncoder, window_samples: int, length_mode: Literal["full", "trim"]
+        self,
+        encoder: RaggedWhisperEncoder,
+        window_samples: int,
+        length_mode: Literal["full", "trim"],
+        do_normalize: bool,
     ) -> None:
-        """`full`: every window is padded to `window_samples`, frames of the padding are dropped after encoding."""
+        """`full`: every window is padded to `window_samples`, frames of the padding are dropped after encoding;
+        `do_normalize`: see `normalized`."""
         config: WhisperConfig = encoder.config
         super().__init__(config.d_model, window_samples)
         self.encoder = encoder
         self.num_mels = config.num_mel_bins
         self.length_mode = length_mode
+        self.do_normalize = do_normalize
 
     def encode(self, windows: Ragged) -> Tensor:
         """See `AudioEncoder.encode`."""
+        if self.do_normalize:
+            waves = normalized(windows.padded().float(), windows.lengths)
+            windows = Ragged(torch.cat([w[:t] for w, t in zip(waves, windows.lengths, strict=True)]), windows.lengths)
         pad_samples = self.window_samples if self.length_mode == "full" else None
         mel, num_mel_frames = padded_log_mel(windows, self.num_mels, pad_samples)
         hidden = self.encoder(mel.to(self.dtype), num_mel_frames, recompute=self.recompute)

@@ -72,6 +72,5 @@ def _self_contained(config: EncoderConfig) -> dict[str, Any]:
     own = {f.name for f in dataclasses.fields(type(found.hf_config))}
     own -= {f.name for f in dataclasses.fields(PretrainedConfig)}
     values = {key: value for key, value in found.hf_config.to_dict().items() if key in own}
-    if config.family != "whisper":
-        values["do_normalize"] = found.do_normalize
+    values["do_normalize"] = found.do_normalize
     return {**dataclasses.asdict(config), "weights": None, "config": values}

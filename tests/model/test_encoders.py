@@ -20,8 +20,7 @@ from transformers import (
 
 from model.batch import Ragged
 from model.config import EncoderConfig
-from model.encoders.base import AudioEncoder
-from model.encoders.conv_stack import normalized
+from model.encoders.base import AudioEncoder, normalized
 from model.encoders.log_mel import log_mel, num_mel_frames, padded_log_mel
 from model.encoders.registry import build_encoder, encoder_dim, encoder_flops
 from model.lengths import num_frames
@@ -54,6 +53,7 @@ LARGE: dict[str, Any] = {"feat_extract_norm": "layer", "do_stable_layer_norm": T
 CONFIGS = {
     "whisper_full_80": EncoderConfig("a", "whisper", config=WHISPER, window_sec=2.0),
     "whisper_full_128": EncoderConfig("a", "whisper", config={**WHISPER, "num_mel_bins": 128}, window_sec=2.0),
+    "whisper_full_normalized": EncoderConfig("a", "whisper", config={**WHISPER, "do_normalize": True}, window_sec=2.0),
     "whisper_trim": EncoderConfig("a", "whisper", config=WHISPER, window_sec=2.0, length_mode="trim"),
     "hubert_base": EncoderConfig("a", "hubert", config=STACK, window_sec=2.0),
     "hubert_large": EncoderConfig("a", "hubert", config={**STACK, **LARGE}, window_sec=2.0),
@@ -120,14 +120,17 @@ def test_normalisation_equals_transformers() -> None:
     assert waves[1, 400:].eq(0).all()
 
 
-@pytest.mark.parametrize("name", ["whisper_full_80", "whisper_full_128"])
+@pytest.mark.parametrize("name", ["whisper_full_80", "whisper_full_128", "whisper_full_normalized"])
 def test_whisper_full_equals_transformers(name: str) -> None:
     encoder: Any = make(name)
     reference = WhisperModel(encoder.encoder.config).encoder.eval()
     reference.load_state_dict(encoder.encoder.state_dict())
     extractor = WhisperFeatureExtractor(feature_size=encoder.num_mels, chunk_length=2)
+    assert encoder.do_normalize is (name == "whisper_full_normalized")
     for length in (32_000, 12_345, 161):
-        mel = extractor(clip(length).numpy(), sampling_rate=16_000, return_tensors="pt")["input_features"]
+        mel = extractor(
+            clip(length).numpy(), sampling_rate=16_000, do_normalize=encoder.do_normalize, return_tensors="pt"
+        )["input_features"]
         expected = reference(mel).last_hidden_state[0, : num_frames(length)]
         close(encoder(Ragged.of([clip(length)])).values, expected)
 
