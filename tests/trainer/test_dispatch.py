@@ -64,16 +64,18 @@ def results_of(part, arriving: list[int]) -> list[tuple[int, int]]:  # noqa: ANN
     return [(arriving[i], k) for k, work in enumerate(part.work) for i in work]
 
 
-def test_holders_get_equal_work_and_an_overloaded_rank_gives_away() -> None:
+def test_holders_get_equal_work_and_clips_of_like_length() -> None:
     home = np.array([0] * 8 + [1, 2, 3])
-    clips = ClipTable(home, np.full(11, 16_000), np.ones((11, 1), dtype=bool))
+    clips = ClipTable(home, np.array([1, 2, 4, 8] * 2 + [2, 1, 1]) * 16_000, np.ones((11, 1), dtype=bool))
     plan = plan_dispatch(clips, [linear(1.0)], [0], 1, 4)
-    assert plan.moves and np.bincount(plan.holder, minlength=4).max() == 3
+    runs = [sorted(clips.samples[plan.clip[plan.holder == rank]] // 16_000) for rank in range(4)]
+    assert runs == [[1, 8], [1, 8], [4, 4], [1, 1, 2, 2, 2]]
 
 
-def test_nothing_moves_between_equal_ranks() -> None:
-    clips = ClipTable(np.repeat(np.arange(4), 2), np.full(8, 16_000), np.ones((8, 1), dtype=bool))
-    assert not plan_dispatch(clips, [linear(1.0)], [0], 1, 4).moves
+def test_every_encoder_by_itself_is_balanced_over_its_holders() -> None:
+    clips = ClipTable(np.arange(4), np.full(4, 16_000), np.ones((4, 2), dtype=bool))
+    plan = plan_dispatch(clips, [linear(1.0), linear(5.0)], [0, 0], 1, 4)
+    assert plan.encoder.tolist() == [0] * 4 + [1] * 4 and plan.holder.tolist() == [0, 1, 2, 3] * 2
 
 
 CALL_COST = 160_000

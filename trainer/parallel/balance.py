@@ -7,6 +7,7 @@ vectorised rounds, so that thousands of ranks cost milliseconds.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,38 +17,59 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 TOLERANCE = 0.02
-"""An item leaves its preferred bin only where this bin would hold more than the mean load by this share."""
+"""Of alike items, a bin takes as many as fit into the mean load and this share of it."""
 _ROUNDS = 32
 _FEW_ITEMS, _FEW_ITEMS_PER_BIN = 8192, 64
 """Up to so many the rule alone is quick, and closer than dealing out first."""
-_MANY_ITEMS_PER_BIN = 28
-"""Of clips of log-normal length (sigma 0.6) so many fill bins to the tolerance in any order; 24 leave 1 % more."""
 
 
-def spread(costs: Sequence[float] | Floats, num_bins: int, preferred: Ints | None = None) -> Ints:
+def spread(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
     """Assign items to bins so that all bins hold about the same cost.
 
     Args:
         costs: [n] of the items, not negative.
         num_bins: bins there are.
-        preferred: [n] bin in which an item costs nothing to have: a bin keeps items up to the mean load, and only the
-            rest moves. None: items have no preference.
 
     Returns:
         [n] the bin of every item.
     """
-    if num_bins == 1:
-        return np.zeros(len(costs), dtype=np.int64)
     costs = np.asarray(costs, dtype=np.float64)
+    bins, loads, order = np.zeros(len(costs), dtype=np.int64), np.zeros(num_bins), _descending(costs)
+    if num_bins == 1:
+        return bins
     mean = float(costs.sum()) / num_bins
-    if preferred is None and len(costs) <= min(_FEW_ITEMS, num_bins * _FEW_ITEMS_PER_BIN):
-        bins, loads, order = np.zeros(len(costs), dtype=np.int64), np.zeros(num_bins), _descending(costs)
-    else:
-        bins = _dealt(costs, num_bins) if preferred is None else preferred.copy()
+    if len(costs) > min(_FEW_ITEMS, num_bins * _FEW_ITEMS_PER_BIN):
+        bins = _dealt(order, num_bins)
         loads = np.bincount(bins, weights=costs, minlength=num_bins).astype(np.float64, copy=False)
-        order = _surplus(costs, bins, loads, mean if preferred is None else mean * (1 + TOLERANCE))
+        order = _surplus(costs, bins, loads, mean)
         loads -= np.bincount(bins[order], weights=costs[order], minlength=num_bins)
     _fill(loads, bins, order, costs[order], mean)
+    return bins
+
+
+def spread_alike(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
+    """As `spread`, but items of like cost share a bin: clips of like length make batches with little padding.
+
+    The costliest items first, each bin takes the next ones as long as it stays within the mean. The gaps that are left
+    (half an item, on average) are filled with what no bin has taken: the cheapest items.
+    """
+    costs = np.asarray(costs, dtype=np.float64)
+    bins, order = np.zeros(len(costs), dtype=np.int64), _descending(costs)
+    if num_bins == 1:
+        return bins
+    ordered = costs[order]
+    filled = np.cumsum(ordered).tolist()
+    mean = (filled[-1] if filled else 0.0) / num_bins
+    limit = mean * (1 + TOLERANCE)
+    ends, start = [], 0
+    for _ in range(num_bins):
+        before = filled[start - 1] if start else 0.0
+        start = max(bisect_right(filled, before + limit, start), min(start + 1, len(filled)))
+        ends.append(start)
+    run = np.repeat(np.arange(num_bins), np.diff(ends, prepend=0))
+    bins[order[:start]] = run
+    loads = np.bincount(run, weights=ordered[:start], minlength=num_bins).astype(np.float64, copy=False)
+    _fill(loads, bins, order[start:], ordered[start:], mean)
     return bins
 
 
@@ -57,21 +79,19 @@ def place_experts(costs: Sequence[float], ep: int) -> tuple[int, ...]:
     return tuple(spread(costs, ep).tolist())
 
 
-def _dealt(costs: Floats, num_bins: int) -> Ints:
-    """The bins of items dealt out back and forth, the costliest first."""
-    turn, place = np.divmod(np.arange(len(costs)), num_bins)
+def _dealt(order: Ints, num_bins: int) -> Ints:
+    """The bins of items dealt out back and forth in `order`."""
+    turn, place = np.divmod(np.arange(len(order)), num_bins)
     bins = np.empty_like(place)
-    bins[_descending(costs)] = np.where(turn % 2, num_bins - 1 - place, place)
+    bins[order] = np.where(turn % 2, num_bins - 1 - place, place)
     return bins
 
 
 def _surplus(costs: Floats, bins: Ints, loads: Floats, limit: float) -> Ints:
-    """The items, the costliest first, that must leave their bins: a bin keeps items up to `limit`, at least one. Of
-    few it keeps the costliest, so that what must find a place is small; of many the first: each is small beside the
-    bin, no sort of them all is needed, and fewer move."""
+    """The items, the costliest first, that must leave their bins: a bin keeps the costliest up to `limit`, at least
+    one, so that what must find a place is small."""
     crowded = np.flatnonzero((loads > limit)[bins])
-    if len(costs) < _MANY_ITEMS_PER_BIN * len(loads):
-        crowded = crowded[_descending(costs[crowded])]
+    crowded = crowded[_descending(costs[crowded])]
     crowded = crowded[stable_order(bins[crowded], len(loads))]
     bin_of, filled = bins[crowded], np.cumsum(costs[crowded])
     first = np.flatnonzero(np.diff(bin_of, prepend=-1))

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.lengths import num_frames, num_samples
-from trainer.parallel.balance import Floats, spread
+from trainer.parallel.balance import Floats, spread_alike
 from trainer.parallel.plan import Ints
 
 ClipCost = Callable[[Ints], Floats]
@@ -46,16 +45,13 @@ class DispatchPlan:
     """Rank that computes the pair."""
     cost: Floats
 
-    @cached_property
-    def moves(self) -> bool:
-        """Whether any clip leaves its home."""
-        return bool((self.holder != self.clips.home[self.clip]).any())
-
 
 def plan_dispatch(
     clips: ClipTable, costs: Sequence[ClipCost], places: Sequence[int], ep: int, world: int
 ) -> DispatchPlan:
-    """Give all holders of an encoder the same work.
+    """Give all holders of an encoder the same work, and each of them clips of like length.
+
+    An encoder by itself, not all encoders of a rank together: ZeRO-3 lets no rank begin the next one's calls early.
 
     Args:
         clips: of all ranks.
@@ -67,13 +63,10 @@ def plan_dispatch(
     by_place = sorted(range(len(places)), key=lambda k: places[k])
     by_encoder = np.ascontiguousarray(clips.wanted.T)
     wanted = [np.flatnonzero(by_encoder[k]) for k in by_place]
-    num_wanted = [len(which) for which in wanted]
-    clip, encoder = np.concatenate(wanted), np.repeat(by_place, num_wanted)
-    cost = np.concatenate([costs[k](clips.samples[which]) for k, which in zip(by_place, wanted, strict=True)])
-    holder = (clips.home // ep)[clip]
-    bounds = np.cumsum([0, *num_wanted])[np.searchsorted(sorted(places), np.arange(ep + 1))]
-    for place, mine in enumerate(map(slice, bounds[:-1], bounds[1:])):
-        holder[mine] = spread(cost[mine], world // ep, preferred=holder[mine]) * ep + place
+    clip, encoder = np.concatenate(wanted), np.repeat(by_place, [len(which) for which in wanted])
+    cost_of = [costs[k](clips.samples[which]) for k, which in zip(by_place, wanted, strict=True)]
+    holders = [spread_alike(c, world // ep) * ep + places[k] for k, c in zip(by_place, cost_of, strict=True)]
+    cost, holder = np.concatenate(cost_of), np.concatenate(holders)
     return DispatchPlan(clips, clip, encoder, holder, cost)
 
 
