@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
 from trainer.data.stored import ShardData, StoredData
-from trainer.offline.worker import Outcome, Request, Skipped, Worker, batches, open_wanted, serve
+from trainer.offline.pool import open_workers
+from trainer.offline.worker import Request, Skipped, batches, open_wanted
 from trainer.predictions import Prediction, read_predictions, to_line, write_predictions
 from trainer.telemetry.jsonl import write_atomically
 
 PREDICTIONS, SKIPPED, ASKED = "predictions.jsonl", "skipped.jsonl", "evaluation.json"
-_AHEAD = 2
-"""Jobs that a worker has: one that it answers, one whose audio it reads."""
-_LAST_WORDS_SEC = 10.0
 
 
 @dataclass(frozen=True)
@@ -64,8 +58,11 @@ def run_evaluation(
     skipped: list[Skipped] = []
     on_progress(len(found), len(places))
     if jobs:
-        with (folder / PREDICTIONS).open("a", encoding="utf-8") as file:
-            for outcomes in _outcomes(request, jobs, num_processes):
+        with (
+            (folder / PREDICTIONS).open("a", encoding="utf-8") as file,
+            open_workers(request, min(num_processes, len(jobs))) as run,
+        ):
+            for outcomes in run(jobs):
                 answers = [o for o in outcomes if isinstance(o, Prediction)]
                 skipped += [o for o in outcomes if isinstance(o, Skipped)]
                 file.write("".join(map(to_line, answers)))
@@ -128,65 +125,3 @@ def _resume(folder: Path, now: dict[str, Any]) -> list[Prediction]:
     if len(whole) < len(content):
         os.truncate(predictions, len(whole))
     return read_predictions(predictions) if whole else []
-
-
-def _outcomes(request: Request, jobs: Sequence[Sequence[int]], num_processes: int) -> Iterator[list[Outcome]]:
-    if num_processes == 1:
-        yield from Worker(request).run(jobs)
-        return
-    todo = list(jobs)[::-1]
-    with _processes(request, min(num_processes, len(jobs))) as workers:
-        num_given = dict.fromkeys(workers, 0)
-
-        def give(connection: Connection) -> None:
-            # A worker that is gone is noticed where its answer is waited for.
-            with suppress(BrokenPipeError):
-                connection.send(todo[-1] if todo else None)
-                if todo:
-                    todo.pop()
-                    num_given[connection] += 1
-
-        for connection in list(workers) * _AHEAD:
-            give(connection)
-        while busy := [connection for connection, num in num_given.items() if num]:
-            for ready in wait(busy):
-                assert isinstance(ready, Connection)
-                outcomes = _received(ready, workers[ready])
-                num_given[ready] -= 1
-                give(ready)
-                yield outcomes
-
-
-def _received(connection: Connection, process: BaseProcess) -> list[Outcome]:
-    try:
-        message: list[Outcome] | str = connection.recv()
-    except EOFError:
-        process.join(_LAST_WORDS_SEC)
-        raise UserError(
-            f"a worker ended with exit code {process.exitcode}; what is predicted is kept, the same command goes on; "
-            "if memory was short, lower --nproc or --batch-size"
-        ) from None
-    if isinstance(message, str):
-        raise UserError(message)
-    return message
-
-
-@contextmanager
-def _processes(request: Request, num: int) -> Iterator[dict[Connection, BaseProcess]]:
-    """Workers by their connections. None outlives the block, or this process."""
-    context = multiprocessing.get_context("spawn")
-    workers: dict[Connection, BaseProcess] = {}
-    try:
-        for place in range(num):
-            ours, theirs = context.Pipe()
-            process: BaseProcess = context.Process(target=serve, args=(theirs, request, place, num), daemon=True)
-            process.start()
-            theirs.close()  # so that the end of the process is the end of the connection
-            workers[ours] = process
-        yield workers
-    finally:
-        for connection, ended in workers.items():
-            connection.close()
-            ended.terminate()
-        for ended in workers.values():
-            ended.join()

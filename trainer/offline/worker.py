@@ -135,15 +135,16 @@ class Worker:
 
 
 def serve(connection: Connection, request: Request, place: int, num: int) -> None:
-    """The main function of a worker process: jobs come over the connection until None, outcomes go back.
+    """The main function of a worker process: jobs come over the connection, None after the last ones; outcomes go back.
 
     What goes back is a list of outcomes, or the text of a UserError as the last thing.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         worker = Worker(request, place, num)
-        for outcomes in worker.run(iter(connection.recv, None)):
-            connection.send(outcomes)
+        while True:
+            for outcomes in worker.run(iter(connection.recv, None)):
+                connection.send(outcomes)
     except UserError as error:
         connection.send(str(error))
     except (EOFError, BrokenPipeError):  # whoever asked is gone
