@@ -58,18 +58,13 @@ def spread_alike(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
     if num_bins == 1:
         return bins
     ordered = costs[order]
-    filled = np.cumsum(ordered).tolist()
-    mean = (filled[-1] if filled else 0.0) / num_bins
-    limit = mean * (1 + TOLERANCE)
-    ends, start = [], 0
-    for _ in range(num_bins):
-        before = filled[start - 1] if start else 0.0
-        start = max(bisect_right(filled, before + limit, start), min(start + 1, len(filled)))
-        ends.append(start)
-    run = np.repeat(np.arange(num_bins), np.diff(ends, prepend=0))
-    bins[order[:start]] = run
-    loads = np.bincount(run, weights=ordered[:start], minlength=num_bins).astype(np.float64, copy=False)
-    _fill(loads, bins, order[start:], ordered[start:], mean)
+    filled = np.cumsum(ordered)
+    mean = float(filled[-1]) / num_bins if len(filled) else 0.0
+    ends = _runs(filled, num_bins, mean * (1 + TOLERANCE))
+    run, taken = np.repeat(np.arange(num_bins), np.diff(ends, prepend=0)), ends[-1]
+    bins[order[:taken]] = run
+    loads = np.bincount(run, weights=ordered[:taken], minlength=num_bins).astype(np.float64, copy=False)
+    _fill(loads, bins, order[taken:], ordered[taken:], mean)
     return bins
 
 
@@ -77,6 +72,24 @@ def place_experts(costs: Sequence[float], ep: int) -> tuple[int, ...]:
     """For every expert its place in the expert-parallel group (0..ep-1): the costliest first, each to the place that
     has least; equal costs in their order. With more places than experts, places stay empty."""
     return tuple(spread(costs, ep).tolist())
+
+
+def _runs(filled: Floats, num_bins: int, limit: float) -> list[int]:
+    """Where each bin's items end if it takes the next ones up to `limit`, at least one; `filled`: their running sum."""
+    sums, num = filled.data, len(filled)  # its floats are Python's, several times as quick as NumPy's one by one
+    ends, start, before, step = [], 0, 0.0, 1
+    for _ in range(num_bins):
+        # A bin takes about as many as the one before it: look no farther than needed.
+        stop = start + step
+        while stop < num and sums[stop] <= before + limit:
+            stop += step
+        end = bisect_right(sums, before + limit, start, stop if stop < num else num)
+        if end == start < num:
+            end += 1
+        step = end - start or 1
+        start, before = end, sums[end - 1] if end else 0.0
+        ends.append(end)
+    return ends
 
 
 def _dealt(order: Ints, num_bins: int) -> Ints:
