@@ -167,3 +167,9 @@ def test_a_set_is_a_manifest_or_shards() -> None:
     for fields in ({}, {"manifest": "m", "shards": "s"}):
         with pytest.raises(UserError, match="give either manifest or shards"):
             SetConfig(name="s", **fields)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan")])
+def test_a_set_gets_at_most_the_whole_augmentation(strength: float) -> None:
+    with pytest.raises(UserError, match=r"data\.sets 's': augment_strength = .*: must be in \[0, 1\]"):
+        SetConfig(name="s", manifest="m", augment_strength=strength)

@@ -34,6 +34,9 @@ class SetConfig:
     weight: float | tuple[tuple[float, float], ...] = 1.0
     """Share of samples drawn from this set, relative to the other sets. A list of [progress, weight] points makes it
     piecewise constant over the training's progress (0 to 1): [[0, 0], [0.4, 1]] lets the set join at 40 %."""
+    augment_strength: float = 1.0
+    """Share of `data.augment`'s strength that this set gets: what a label tells of (a speaker's sex, an emotion) must
+    survive a change of pitch."""
 
     def __post_init__(self) -> None:
         where = f"data.sets '{self.name}'"
@@ -46,6 +49,8 @@ class SetConfig:
             raise UserError(f"{where}: weight = {self.weight}: [progress, weight] points must rise from progress 0")
         if any(len(p) != 2 or p[1] < 0 or not 0 <= p[0] < 1 for p in points):
             raise UserError(f"{where}: weight = {self.weight}: progress must be in [0, 1), weights at least 0")
+        if not 0 <= self.augment_strength <= 1:
+            raise UserError(f"{where}: augment_strength = {self.augment_strength}: must be in [0, 1]")
 
     @property
     def schedule(self) -> tuple[tuple[float, float], ...]:

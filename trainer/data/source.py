@@ -198,7 +198,7 @@ class SampleSource:
             rng = np.random.Generator(np.random.PCG64(hash_of(self.seed, "augment", name, place.lane, place.position)))
             metadata, clips = self._join(place, metadata, clips, progress, rng)
             if self.config.augment.enabled:
-                strength = self.config.augment.strength_at(progress)
+                strength = self.config.augment.strength_at(progress) * reader.config.augment_strength
                 clips = tuple(augment(c, self.config.augment, strength, rng) for c in clips)
         return self._make(reader.key(shard, rank), reader, metadata, clips, evaluate=False)
 
