@@ -176,7 +176,7 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
         load_recipe("nope.yaml")
 
 
-@pytest.mark.parametrize("name", ["debug", "demo_cpu", "kit_cpu", "mowe_70b", "mowe_8b"])
+@pytest.mark.parametrize("name", recipe_names())
 def test_a_dumped_recipe_loads_as_the_same_recipe(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     assert load_recipe(write(tmp_path, dump(recipe))) == recipe
