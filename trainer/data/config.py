@@ -35,8 +35,7 @@ class SetConfig:
     """Share of samples drawn from this set, relative to the other sets. A list of [progress, weight] points makes it
     piecewise constant over the training's progress (0 to 1): [[0, 0], [0.4, 1]] lets the set join at 40 %."""
     augment_strength: float = 1.0
-    """Share of `data.augment`'s strength that this set gets: what a label tells of (a speaker's sex, an emotion) must
-    survive a change of pitch."""
+    """Share of `data.augment`'s strength that this set gets."""
 
     def __post_init__(self) -> None:
         where = f"data.sets '{self.name}'"
