@@ -24,6 +24,7 @@ from trainer.data.stored import open_stored
 from trainer.offline import worker
 from trainer.offline.answer import Answerer, Decoding, Question, Windows
 from trainer.offline.model import Loaded, find_model, load_model
+from trainer.offline.pool import open_workers
 from trainer.predictions import Prediction, read_predictions
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +103,20 @@ def test_shards_and_two_processes_say_the_same(made: tuple[Path, Path], alone: d
     assert ask(root / "out", *arguments, "--out", tmp_path / "a") == 0
     wanted = {p.key for p in questions(manifest) if p.meta["task"] != "text"}
     assert said(tmp_path / "a") == {key: text for key, text in alone.items() if key in wanted}
+
+
+def test_workers_answer_as_often_as_they_are_asked(made: tuple[Path, Path], alone: dict[str, str]) -> None:
+    origin = find_model(made[0] / "out")
+    decoding = Decoding(origin.max_new_tokens, 1, 2, 600.0)
+    request = worker.Request(origin, str(made[1]), None, (), None, "fp32", Windows.of(origin, 30.0, 1.0), decoding)
+    stored, places = worker.open_wanted(request)
+    jobs = worker.batches(request, stored, places)
+    with open_workers(request, 2) as run:
+        for part in (jobs, jobs[:1], jobs):
+            outcomes = [o for found in run(part) for o in found]
+            assert {o.key for o in outcomes} == {stored.items[place].key for job in part for place in job}
+            answers = {o.key: o.hypothesis for o in outcomes if isinstance(o, Prediction)}
+            assert answers.items() <= alone.items() and len(answers) >= len(outcomes) - 1
 
 
 def test_a_killed_evaluation_goes_on_with_what_is_missing(
