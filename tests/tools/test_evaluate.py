@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import soundfile
 import torch
 
+from model.errors import UserError
 from tests.tools.exportable import INSTRUCTION, STEP, write_manifest, write_run
 from tools import compare, evaluate, export, make_shards, transcribe
 from trainer.data.decode import decode_audio
@@ -117,6 +119,23 @@ def test_workers_answer_as_often_as_they_are_asked(made: tuple[Path, Path], alon
             assert {o.key for o in outcomes} == {stored.items[place].key for job in part for place in job}
             answers = {o.key: o.hypothesis for o in outcomes if isinstance(o, Prediction)}
             assert answers.items() <= alone.items() and len(answers) >= len(outcomes) - 1
+
+
+def test_workers_that_die_while_they_load_are_one_clear_line(made: tuple[Path, Path]) -> None:
+    origin = find_model(made[0] / "out")
+    decoding = Decoding(origin.max_new_tokens, 1, 2, 600.0)
+    request = worker.Request(origin, str(made[1]), None, (), None, "fp32", Windows.of(origin, 30.0, 1.0), decoding)
+    with open_workers(request, 2) as run:
+        outcomes = run([[0], [1], [2], [4], [5]])
+        before = multiprocessing.active_children()
+        for process in before:
+            process.kill()
+        with pytest.raises(UserError, match=r"a worker ended with exit code -9; .* lower --nproc or --batch-size"):
+            list(outcomes)
+        for process in before:
+            process.join()
+        with pytest.raises(UserError, match="a worker ended with exit code -9"):
+            list(run([[0]]))
 
 
 def test_a_killed_evaluation_goes_on_with_what_is_missing(

@@ -78,6 +78,17 @@ def test_every_encoder_by_itself_is_balanced_over_its_holders() -> None:
     assert plan.encoder.tolist() == [0] * 4 + [1] * 4 and plan.holder.tolist() == [0, 1, 2, 3] * 2
 
 
+@pytest.mark.parametrize("num_clips", [8, 16, 64])
+def test_encoders_with_few_clips_do_not_all_choose_the_same_holders(num_clips: int) -> None:
+    rng = np.random.default_rng(0)
+    wanted = np.zeros((num_clips, 8), dtype=bool)
+    wanted[np.arange(num_clips), np.arange(num_clips) % 8] = True
+    clips = ClipTable(np.repeat(np.arange(8), num_clips // 8), rng.integers(40_000, 160_000, num_clips), wanted)
+    plan = plan_dispatch(clips, [linear(1.0)] * 8, [0] * 8, 1, 8)
+    loads = np.bincount(plan.holder, weights=plan.cost, minlength=8)
+    assert loads.max() <= plan.cost.sum() / 8 + plan.cost.max()
+
+
 CALL_COST = 160_000
 
 

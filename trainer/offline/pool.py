@@ -12,7 +12,8 @@ from model.errors import UserError
 from trainer.offline.worker import Outcome, Request, Worker, serve
 
 Run = Callable[[Sequence[Sequence[int]]], Iterator[list[Outcome]]]
-"""Answers jobs (places in the data); gives the outcomes of each job, in the order in which they are ready."""
+"""Answers jobs (places in the data); gives the outcomes of each job, in the order in which they are ready. Take all of
+them before the next run."""
 _AHEAD = 2
 """Jobs that a worker has: one that it answers, one whose audio it reads."""
 _LAST_WORDS_SEC = 10.0
@@ -54,7 +55,7 @@ def _outcomes(workers: Mapping[Connection, BaseProcess], jobs: Sequence[Sequence
 
     def give(connection: Connection) -> None:
         # A worker that is gone is noticed where its answer is waited for.
-        with suppress(BrokenPipeError):
+        with suppress(BrokenPipeError, ConnectionResetError):
             connection.send(todo[-1] if todo else None)
             if todo:
                 todo.pop()
@@ -69,17 +70,23 @@ def _outcomes(workers: Mapping[Connection, BaseProcess], jobs: Sequence[Sequence
             num_given[ready] -= 1
             give(ready)
             yield outcomes
+    if todo:  # no worker was there to take them
+        raise _ended(next(iter(workers.values())))
 
 
 def _received(connection: Connection, process: BaseProcess) -> list[Outcome]:
     try:
         message: list[Outcome] | str = connection.recv()
-    except EOFError:
-        process.join(_LAST_WORDS_SEC)
-        raise UserError(
-            f"a worker ended with exit code {process.exitcode}; what is predicted is kept, the same command goes on; "
-            "if memory was short, lower --nproc or --batch-size"
-        ) from None
+    except (EOFError, ConnectionResetError):  # the latter if it left jobs unread
+        raise _ended(process) from None
     if isinstance(message, str):
         raise UserError(message)
     return message
+
+
+def _ended(process: BaseProcess) -> UserError:
+    process.join(_LAST_WORDS_SEC)
+    return UserError(
+        f"a worker ended with exit code {process.exitcode}; what is predicted is kept, the same command goes on; "
+        "if memory was short, lower --nproc or --batch-size"
+    )

@@ -51,7 +51,8 @@ def plan_dispatch(
 ) -> DispatchPlan:
     """Give all holders of an encoder the same work, and each of them clips of like length.
 
-    An encoder by itself, not all encoders of a rank together: ZeRO-3 lets no rank begin the next one's calls early.
+    An encoder by itself, not all encoders of a rank together: where ZeRO-3 gathers, no rank begins the next one's calls
+    early. What an encoder cannot share evenly, having few clips, goes to those that have least so far.
 
     Args:
         clips: of all ranks.
@@ -65,9 +66,24 @@ def plan_dispatch(
     wanted = [np.flatnonzero(by_encoder[k]) for k in by_place]
     clip, encoder = np.concatenate(wanted), np.repeat(by_place, [len(which) for which in wanted])
     cost_of = [costs[k](clips.samples[which]) for k, which in zip(by_place, wanted, strict=True)]
-    holders = [spread_alike(c, world // ep) * ep + places[k] for k, c in zip(by_place, cost_of, strict=True)]
-    cost, holder = np.concatenate(cost_of), np.concatenate(holders)
+    cost, holder = np.concatenate(cost_of), np.zeros(len(clip), dtype=np.int64)
+    loads, start = np.zeros((ep, world // ep)), 0
+    for k, mine in zip(by_place, cost_of, strict=True):
+        holder[start : start + len(mine)] = _holders(mine, loads[places[k]]) * ep + places[k]
+        start += len(mine)
     return DispatchPlan(clips, clip, encoder, holder, cost)
+
+
+def _holders(cost: Floats, loads: Floats) -> Ints:
+    """Which of its holders computes each of an encoder's clips; `loads` is what they have, and changes in place."""
+    bins = spread_alike(cost, len(loads))
+    mine = np.bincount(bins, weights=cost, minlength=len(loads))
+    if loads.any():  # where clips are fewer than holders, they are not the same holders for every encoder
+        holder_of = np.empty(len(loads), dtype=np.int64)
+        holder_of[np.argsort(-mine, kind="stable")] = np.argsort(loads, kind="stable")
+        bins, mine = holder_of[bins], mine[np.argsort(holder_of)]
+    loads += mine
+    return bins
 
 
 @dataclass(frozen=True)
