@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -102,6 +103,9 @@ def measure(folder: Path, data: str, split: str | None, num: int, rounds: int, b
     """Seconds of each way and round, and whether all say the same."""
     origin = find_model(folder)
     windows = Windows.of(origin, 1e6, 0.0)  # none: the peer has none
+    batch_size = min(
+        batch_size, math.ceil(num / (4 * CORES))
+    )  # of thousands of samples every process gets several batches
     request = Request(
         origin, data, split, (), num, "fp32", windows, Decoding(origin.max_new_tokens, 1, batch_size, 600.0)
     )
@@ -141,7 +145,7 @@ def main() -> int:
     parser.add_argument("--split")
     parser.add_argument("--samples", type=int, default=128, help="a random choice of them (default: 128)")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=64, help="of tools.evaluate (default: 64, as there)")
+    parser.add_argument("--batch-size", type=int, default=64, help="at most (default: 64); four per core")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model

@@ -97,7 +97,7 @@ def steps(num: int, batch: int, seed: int = 0) -> Iterator[list[int]]:
 
 
 def encoder_waste(frames: Sequence[int], batch: int, ranks: int, call_cost: int = CALL_COST) -> tuple[float, float]:
-    """(share of encoder frames that are padding, encoder calls per step and rank)."""
+    """(share of encoder frames that are padding, encoder calls per step and rank); cost is taken as the length."""
     budget, padded, real, calls, num_steps = round(ENCODER_BATCH_SEC * 50), 0, 0, 0, 0
     for step in steps(len(frames), batch):
         rank_of = spread_alike([frames[i] for i in step], ranks)

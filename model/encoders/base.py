@@ -1,4 +1,4 @@
-"""What every audio encoder promises, and what the families share: windows, masks, joining, recomputation.
+"""What every audio encoder promises, and what families share: windows, masks, normalisation, joining, recomputation.
 
 Shapes: B windows of one call, T audio samples (16 kHz), F frames (20 ms), D width.
 

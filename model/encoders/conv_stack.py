@@ -1,4 +1,4 @@
-"""What HuBERT and WavLM share: normalised waveforms and the strided convolutions, without a trace of the padding.
+"""What HuBERT and WavLM share: the strided convolutions over waveforms, without a trace of the padding.
 
 Shapes: B windows, T audio samples, C channels, F frames (20 ms), D width.
 """

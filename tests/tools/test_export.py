@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
+from model.encoders.hf_config import resolve
+from model.hub.configuration import audio_config, describe
 from model.speech_llm import SpeechLLM
 from tests.oracle import greedy
 from tests.tools.exportable import MAX_NEW_TOKENS, STEP, tensors_of, write_manifest, write_run
 from tools import export, transcribe
 from trainer.export.source import Source
 from trainer.export.verify import read_samples
+from trainer.parity import tiny_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -75,6 +79,15 @@ def in_a_fresh_process(folders: list[tuple[str, str]], cwd: Path) -> dict[str, A
 
 
 @pytest.mark.timeout(280)
+def test_an_encoders_normalisation_goes_along() -> None:
+    described = describe(tiny_model(), LlamaConfig(), 61)["audio"]
+    kept = audio_config(described)
+    assert kept.primary is not None
+    assert [resolve(e).do_normalize for e in (kept.primary, *kept.experts)] == [False, False, False, True]
+    del described["experts"][2]["config"]["do_normalize"]  # an export of before Whisper had the choice
+    assert not resolve(audio_config(described).experts[2]).do_normalize
+
+
 def test_every_family_generates_the_same_tokens_without_this_project(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path)
     oracles: dict[str, SpeechLLM] = {}

@@ -50,8 +50,9 @@ def spread(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
 def spread_alike(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
     """As `spread`, but items of like cost share a bin: clips of like length make batches with little padding.
 
-    The costliest items first, each bin takes the next ones as long as it stays within the mean. The gaps that are left
-    (half an item, on average) are filled with what no bin has taken: the cheapest items.
+    The costliest items first, each bin takes the next ones up to the mean and `TOLERANCE`. The gaps that are left (half
+    an item, on average) are filled with what no bin has taken: the cheapest items. Where items are many and small, all
+    bins but the last take the tolerance, and the last is left with less.
     """
     costs = np.asarray(costs, dtype=np.float64)
     bins, order = np.zeros(len(costs), dtype=np.int64), _descending(costs)
