@@ -103,12 +103,9 @@ def measure(folder: Path, data: str, split: str | None, num: int, rounds: int, b
     """Seconds of each way and round, and whether all say the same."""
     origin = find_model(folder)
     windows = Windows.of(origin, 1e6, 0.0)  # none: the peer has none
-    batch_size = min(
-        batch_size, math.ceil(num / (4 * CORES))
-    )  # of thousands of samples every process gets several batches
-    request = Request(
-        origin, data, split, (), num, "fp32", windows, Decoding(origin.max_new_tokens, 1, batch_size, 600.0)
-    )
+    # Several batches for each process, as there are of thousands of samples.
+    decoding = Decoding(origin.max_new_tokens, 1, min(batch_size, math.ceil(num / (4 * CORES))), 600.0)
+    request = Request(origin, data, split, (), num, "fp32", windows, decoding)
     stored, places = open_wanted(request)
     jobs = batches(request, stored, places)
     keys = {stored.items[place].key for place in places}

@@ -48,6 +48,12 @@ def ask(*arguments: object) -> int:
     return evaluate.main([str(a) for a in arguments])
 
 
+def in_batches_of_two(made: tuple[Path, Path]) -> worker.Request:
+    origin = find_model(made[0] / "out")
+    decoding = Decoding(origin.max_new_tokens, 1, 2, 600.0)
+    return worker.Request(origin, str(made[1]), None, (), None, "fp32", Windows.of(origin, 30.0, 1.0), decoding)
+
+
 def said(folder: Path) -> dict[str, str]:
     return {p.key: p.hypothesis for p in read_predictions(folder / "predictions.jsonl")}
 
@@ -108,9 +114,7 @@ def test_shards_and_two_processes_say_the_same(made: tuple[Path, Path], alone: d
 
 
 def test_workers_answer_as_often_as_they_are_asked(made: tuple[Path, Path], alone: dict[str, str]) -> None:
-    origin = find_model(made[0] / "out")
-    decoding = Decoding(origin.max_new_tokens, 1, 2, 600.0)
-    request = worker.Request(origin, str(made[1]), None, (), None, "fp32", Windows.of(origin, 30.0, 1.0), decoding)
+    request = in_batches_of_two(made)
     stored, places = worker.open_wanted(request)
     jobs = worker.batches(request, stored, places)
     with open_workers(request, 2) as run:
@@ -122,9 +126,7 @@ def test_workers_answer_as_often_as_they_are_asked(made: tuple[Path, Path], alon
 
 
 def test_workers_that_die_while_they_load_are_one_clear_line(made: tuple[Path, Path]) -> None:
-    origin = find_model(made[0] / "out")
-    decoding = Decoding(origin.max_new_tokens, 1, 2, 600.0)
-    request = worker.Request(origin, str(made[1]), None, (), None, "fp32", Windows.of(origin, 30.0, 1.0), decoding)
+    request = in_batches_of_two(made)
     with open_workers(request, 2) as run:
         outcomes = run([[0], [1], [2], [4], [5]])
         before = multiprocessing.active_children()

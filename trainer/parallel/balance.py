@@ -33,10 +33,10 @@ def spread(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
     Returns:
         [n] the bin of every item.
     """
+    if num_bins == 1:
+        return np.zeros(len(costs), dtype=np.int64)
     costs = np.asarray(costs, dtype=np.float64)
     bins, loads, order = np.zeros(len(costs), dtype=np.int64), np.zeros(num_bins), _descending(costs)
-    if num_bins == 1:
-        return bins
     mean = float(costs.sum()) / num_bins
     if len(costs) > min(_FEW_ITEMS, num_bins * _FEW_ITEMS_PER_BIN):
         bins = _dealt(order, num_bins)
@@ -54,10 +54,10 @@ def spread_alike(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
     an item, on average) are filled with what no bin has taken: the cheapest items. Where items are many and small, all
     bins but the last take the tolerance, and the last is left with less.
     """
+    if num_bins == 1:
+        return np.zeros(len(costs), dtype=np.int64)
     costs = np.asarray(costs, dtype=np.float64)
     bins, order = np.zeros(len(costs), dtype=np.int64), _descending(costs)
-    if num_bins == 1:
-        return bins
     ordered = costs[order]
     filled = np.cumsum(ordered)
     mean = float(filled[-1]) / num_bins if len(filled) else 0.0

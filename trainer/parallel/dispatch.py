@@ -66,24 +66,20 @@ def plan_dispatch(
     wanted = [np.flatnonzero(by_encoder[k]) for k in by_place]
     clip, encoder = np.concatenate(wanted), np.repeat(by_place, [len(which) for which in wanted])
     cost_of = [costs[k](clips.samples[which]) for k, which in zip(by_place, wanted, strict=True)]
-    cost, holder = np.concatenate(cost_of), np.zeros(len(clip), dtype=np.int64)
-    loads, start = np.zeros((ep, world // ep)), 0
-    for k, mine in zip(by_place, cost_of, strict=True):
-        holder[start : start + len(mine)] = _holders(mine, loads[places[k]]) * ep + places[k]
-        start += len(mine)
-    return DispatchPlan(clips, clip, encoder, holder, cost)
+    loads = np.zeros((ep, world // ep))
+    holders = [_holders(c, loads[places[k]]) * ep + places[k] for k, c in zip(by_place, cost_of, strict=True)]
+    return DispatchPlan(clips, clip, encoder, np.concatenate(holders), np.concatenate(cost_of))
 
 
 def _holders(cost: Floats, loads: Floats) -> Ints:
     """Which of its holders computes each of an encoder's clips; `loads` is what they have, and changes in place."""
     bins = spread_alike(cost, len(loads))
     mine = np.bincount(bins, weights=cost, minlength=len(loads))
+    holder_of = np.arange(len(loads))
     if loads.any():  # where clips are fewer than holders, they are not the same holders for every encoder
-        holder_of = np.empty(len(loads), dtype=np.int64)
         holder_of[np.argsort(-mine, kind="stable")] = np.argsort(loads, kind="stable")
-        bins, mine = holder_of[bins], mine[np.argsort(holder_of)]
-    loads += mine
-    return bins
+    loads[holder_of] += mine
+    return holder_of[bins]
 
 
 @dataclass(frozen=True)
