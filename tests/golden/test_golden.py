@@ -1,0 +1,71 @@
+"""A run that the version of commit e967171 wrote still resumes, exports and starts other runs, with the same numbers.
+
+`run/` holds its checkpoint after step 2 of 4, on two ranks, of the corpus of `corpus.py`; `export/` holds weights and settings of the model
+folder that the same version exported from it (without its code). Both are never rewritten: they stand for the checkpoints that users have.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.golden.corpus import write_corpus
+from tools import export
+
+GOLDEN = Path(__file__).parent
+ROOT = GOLDEN.parents[1]
+LOSS_AND_NORM = {3: (7.941641271114349, 2.018651991508812), 4: (7.886083507537842, 1.9900836047533546)}
+"""By step, as the version that wrote the run went on with it."""
+FIRST_LOSS_OF_A_NEW_RUN = 7.941641038656234
+"""Of a run that takes only the golden run's weights."""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("golden-corpus")
+    write_corpus(folder)
+    return folder
+
+
+def train(corpus: Path, runs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trainer", "tests/golden/recipe.yaml", f"data.root={corpus}"]
+    command += [f"data.cache_dir={corpus / 'cache'}", f"train.run_dir={runs}", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def losses(run: Path) -> dict[int, tuple[float, float]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: (r["train/loss"], r["train/grad_norm"]) for r in records if "train/loss" in r}
+
+
+def test_it_resumes_with_the_same_losses(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "run", tmp_path / "golden")
+    done = train(corpus, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 2" in done.stdout + done.stderr
+    found = losses(tmp_path / "golden")
+    assert sorted(found) == sorted(LOSS_AND_NORM)
+    for step, expected in LOSS_AND_NORM.items():
+        assert found[step] == pytest.approx(expected, rel=1e-5), step
+
+
+def test_other_runs_start_from_its_weights(corpus: Path, tmp_path: Path) -> None:
+    done = train(corpus, tmp_path, "name=new", "train.steps=1", f"checkpoint.start_from={GOLDEN / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "new")[1][0] == pytest.approx(FIRST_LOSS_OF_A_NEW_RUN, rel=1e-5)
+
+
+def test_its_export_holds_the_same_tensors(tmp_path: Path) -> None:
+    assert export.main([str(GOLDEN / "run"), str(tmp_path / "export")]) == 0
+    found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "export", GOLDEN / "export"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
