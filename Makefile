@@ -61,7 +61,7 @@ kill-test: setup
 	$(PY) -m tools.kill_test --json
 
 reshape: setup
-	$(PY) -m tools.reshape --json
+	$(PY) -m tools.reshard --json
 
 fault-test: setup
 	$(PY) -m tests.cluster.fault_table

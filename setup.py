@@ -12,8 +12,8 @@ setup(
     package_data={
         "trainer": [
             "recipes/*.yaml",
-            "profile/report.html",
-            "scorecard/report.html",
+            "expert_usage/report.html",
+            "evaluation/scorecard/report.html",
             "page/base.css",
             "page/elements.js",
         ]

@@ -37,10 +37,11 @@ import torch
 from model.batch import IGNORE, Batch, Sample
 from model.config import EncoderConfig, ModelConfig
 from model.lengths import num_samples, slots_of_samples
+from trainer.engine import expert_parallel
 from trainer.engine.placement import clip_cost
-from trainer.launch import start_ranks
 from trainer.parallel.dispatch import ClipCost, ClipTable, DispatchPlan, dispatch_of, plan_dispatch
 from trainer.parallel.packs import plan_packs
+from trainer.run.launch import start_ranks
 
 BALANCE_LIMIT, PLAN_LIMIT_SEC = 1.05, 5e-3
 MEDIAN_SEC, SIGMA, LONGEST_SEC, CLIPS_PER_RANK, EP = 4.5, 0.6, 30.0, 16, 8
@@ -155,7 +156,6 @@ def work(out: str) -> int:
 
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     from trainer import parity
-    from trainer.engine import dispatch
     from trainer.engine.ds_config import build_ds_config
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
@@ -171,7 +171,7 @@ def work(out: str) -> int:
     found: dict[str, list[list[float]]] = {kind: [] for kind in planners}
     for number in range(2 + 2 * REAL_STEPS):
         kind = ("with", "without")[number % 2]
-        dispatch.plan_dispatch = planners[kind]
+        expert_parallel.plan_dispatch = planners[kind]
         dist.barrier()
         start_sec, start_cpu_sec = time.perf_counter(), time.process_time()
         step(number, batch)

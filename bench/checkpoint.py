@@ -27,7 +27,7 @@ import torch.distributed as dist
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.layout import EXP_AVG, EXP_AVG_SQ, PARAM, Shard, matrix_of
 from trainer.checkpoint.manager import CheckpointManager
-from trainer.launch import start_ranks
+from trainer.run.launch import start_ranks
 
 LIMIT = 0.10
 NUM_RANKS, ROUNDS = 2, 4

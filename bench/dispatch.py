@@ -5,7 +5,7 @@
 Four ranks (gloo) hold one encoder each; every clip goes to one of them. All arms move the same clips by the same
 routing, in turn, and no arm computes anything: the "encoder" hands out features that exist already.
 
-- ours: `trainer.engine.dispatch.EncoderDispatch`: tell all ranks the lengths, plan, clips out, features back.
+- ours: `trainer.engine.expert_parallel.EncoderDispatch`: tell all ranks the lengths, plan, clips out, features back.
 - bare: two `all_to_all_single` of exactly the bytes that must leave a rank, laid out in advance, into buffers that
   exist.
 - messages, lengths: two parts of ours by themselves, with everything else known: each clip and each feature sequence as
@@ -41,7 +41,7 @@ from torch import Tensor
 
 from bench.dispatch_arms import ARMS, CLIPS_PER_RANK, DIM, WORLD, Work
 from model.lengths import FRAME_SAMPLES
-from trainer.launch import start_ranks
+from trainer.run.launch import start_ranks
 
 ROUNDS, WARMUP_ROUNDS = 30, 4
 BYTES_LIMIT, TIME_LIMIT = 1.02, 1.3

@@ -74,7 +74,7 @@ class Work:
 
 def build_ours(work: Work) -> Callable[[], list[Tensor]]:
     """The trainer's own exchange."""
-    from trainer.engine.dispatch import EncoderDispatch
+    from trainer.engine.expert_parallel import EncoderDispatch
     from trainer.parallel.groups import Groups
     from trainer.parallel.topology import Topology
 

@@ -33,10 +33,10 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 from tools import export
 from trainer.data.manifest import Row, read_manifest
-from trainer.offline.answer import Decoding, Windows
-from trainer.offline.model import find_model
-from trainer.offline.pool import Run, open_workers
-from trainer.offline.worker import Request, Skipped, batches, open_wanted
+from trainer.evaluation.offline.answer import Decoding, Windows
+from trainer.evaluation.offline.model import find_model
+from trainer.evaluation.offline.pool import Run, open_workers
+from trainer.evaluation.offline.worker import Request, Skipped, batches, open_wanted
 
 BATCH_1_GOAL, BATCH_8_GOAL = 3.0, 1.3
 

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainer.launch import start_ranks
+from trainer.run.launch import start_ranks
 
 SPEED_GOAL, MEMORY_GOAL_BYTES = 5.0, 400 << 20
 NUM_RANKS, ROUNDS = 2, 3

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from trainer.launch import start_ranks
+from trainer.run.launch import start_ranks
 
 FP32_LIMIT, BF16_LIMIT = 1e-4, 2e-2
 WARMUP_STEPS, TIMED_STEPS = 3, 10

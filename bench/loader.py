@@ -29,9 +29,9 @@ from bench.loader_corpus import KIT, Utterance, linked_set, utterances, write_se
 from bench.loader_resume import first_batch_sec, resume_sec
 from trainer.data.config import DataConfig, SetConfig
 from trainer.data.decode import decode_audio
-from trainer.data.feed import Feed, FeedSpec, LaneGroup
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.state import Account
+from trainer.data.stream import Feed, FeedSpec, LaneGroup
 from trainer.storage.open import open_store
 
 NUM_UTTERANCES, PER_SHARD, ROUNDS = 1440, 160, 9

@@ -11,10 +11,10 @@ from dataclasses import asdict
 
 from trainer.config.convert import from_tree
 from trainer.data.config import DataConfig
-from trainer.data.feed import Feed
 from trainer.data.lanes import SetOrder
 from trainer.data.prepare import prepare
 from trainer.data.state import Account, new_state
+from trainer.data.stream import Feed
 
 REPEATS = 5
 CONSUMED = (10**3, 10**5, 10**6)

@@ -63,7 +63,7 @@ def waste(groups: Groups, frames: Sequence[int]) -> tuple[int, int]:
 
 
 def planned(frames: Sequence[int], budget: int, call_cost: int) -> Groups:
-    """As `trainer.engine.dispatch` groups the clips of a rank."""
+    """As `trainer.engine.expert_parallel` groups the clips of a rank."""
     return group_by_length([FRAME_SAMPLES * f for f in frames], FRAME_SAMPLES * budget, call_cost)
 
 

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trainer.launch import start_ranks
+from trainer.run.launch import start_ranks
 
 LIMIT = 0.1
 CASES: dict[str, tuple[str, list[str]]] = {

@@ -3,8 +3,8 @@
     python -m bench.selective
 
 One rank, three experts of real families (HuBERT, WavLM, Whisper at the clip's length; random weights), forward and
-backward through `trainer.engine.dispatch.EncoderDispatch`. c_k is the measured cost of encoder k alone on all clips,
-p_k the share of the clips that a mix routes to it.
+backward through `trainer.engine.expert_parallel.EncoderDispatch`. c_k is the measured cost of encoder k alone on all
+clips, p_k the share of the clips that a mix routes to it.
 
 Goal: CPU seconds of a mix / CPU seconds with all encoders on within 5 % of Σ p·c / Σ c, for every mix. Clips are dealt
 to the encoders so that p holds among short clips as among long ones: p counts clips, cost goes by their length. The
@@ -28,7 +28,7 @@ from model.config import EncoderConfig
 from model.encoders.registry import build_encoder
 from model.lengths import num_samples
 from model.mixture import Expert
-from trainer.launch import start_ranks
+from trainer.run.launch import start_ranks
 
 NUM_CLIPS, MEDIAN_SEC, SIGMA, BATCH_SEC, DIM, ROUNDS = 40, 3.0, 0.5, 24, 128, 3
 LIMIT = 0.05
@@ -70,7 +70,7 @@ def measure() -> dict[str, list[float]]:
     """CPU seconds of a forward and backward pass, by what runs: `all`, an encoder's name, or a mix; one per round."""
     import torch.distributed as dist
 
-    from trainer.engine.dispatch import EncoderDispatch
+    from trainer.engine.expert_parallel import EncoderDispatch
     from trainer.engine.placement import clip_cost
     from trainer.parallel.groups import Groups, connect
     from trainer.parallel.topology import Topology

@@ -14,21 +14,21 @@ import torch
 
 from model.batch import Batch
 from model.errors import UserError
-from trainer import loop as loop_module
 from trainer.build import build_hooks, build_step, describe_run, prepare_once, run_training
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.load import load_recipe
 from trainer.data.loader import Loader
 from trainer.data.state import State
-from trainer.evaluate import Evaluator
-from trainer.failure import Position
-from trainer.launch import RankEnv
 from trainer.parallel.groups import Groups, build_groups, connect
 from trainer.parallel.topology import build_topology
-from trainer.step import Step
+from trainer.run.failure import Position
+from trainer.run.launch import RankEnv
+from trainer.run.watchdog import Watchdog
 from trainer.telemetry.events import EventLog, read_events
 from trainer.telemetry.metrics import StepReport
-from trainer.watchdog import Watchdog
+from trainer.training import loop as loop_module
+from trainer.training.evaluate import Evaluator
+from trainer.training.step import Step
 
 
 class Absent(Step):

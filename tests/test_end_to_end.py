@@ -16,9 +16,9 @@ import torch
 from tools.demo_corpus import write_corpus
 from trainer.data.loader import Loader
 from trainer.data.prepare import prepare
-from trainer.predictions import read_predictions, score_predictions
-from trainer.profile.forward import load_tower, open_checkpoint
-from trainer.profile.history import RunPath
+from trainer.evaluation.predictions import read_predictions, score_predictions
+from trainer.expert_usage.forward import load_tower, open_checkpoint
+from trainer.expert_usage.history import RunPath
 from trainer.telemetry.expert_load import ExpertLoad
 from trainer.telemetry.load_history import HISTORY_NAME, LoadMeter, read_history
 

@@ -18,9 +18,9 @@ import pytest
 from tests.distributed.harness import run_ranks
 from tools.demo_corpus import write_corpus
 from tools.status import read_status
-from trainer import restart
-from trainer.exit_codes import ExitCode
-from trainer.launch import start_ranks
+from trainer.run import restart
+from trainer.run.exit_codes import ExitCode
+from trainer.run.launch import start_ranks
 from trainer.telemetry.events import read_events
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
-from trainer.predictions import Prediction, by_task, columns, read_predictions
+from trainer.evaluation.predictions import Prediction, by_task, columns, read_predictions
 from trainer.scoring.meteor import Meteor
 from trainer.scoring.metric import Difference, paired_difference
 from trainer.scoring.scores import ALL, HEADLINES, by_subset, task_metrics

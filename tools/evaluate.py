@@ -25,9 +25,9 @@ from tools.options import check_at_least, check_output
 from trainer.__main__ import be_calm
 
 if TYPE_CHECKING:
-    from trainer.offline.model import Origin
-    from trainer.offline.run import Finished
-    from trainer.offline.worker import Request
+    from trainer.evaluation.offline.model import Origin
+    from trainer.evaluation.offline.run import Finished
+    from trainer.evaluation.offline.worker import Request
     from trainer.scoring.meteor import Meteor
 
 
@@ -46,13 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from trainer.offline.model import find_model
-    from trainer.offline.run import PREDICTIONS, SKIPPED, run_evaluation
-    from trainer.offline.worker import open_wanted
-    from trainer.scorecard.card import make_card
-    from trainer.scorecard.clips import read_clips
-    from trainer.scorecard.files import write_files
-    from trainer.scorecard.text import describe
+    from trainer.evaluation.offline.model import find_model
+    from trainer.evaluation.offline.run import PREDICTIONS, SKIPPED, run_evaluation
+    from trainer.evaluation.offline.worker import open_wanted
+    from trainer.evaluation.scorecard.card import make_card
+    from trainer.evaluation.scorecard.clips import read_clips
+    from trainer.evaluation.scorecard.files import write_files
+    from trainer.evaluation.scorecard.text import describe
 
     origin = find_model(options.model)
     request = _request(options, origin)
@@ -93,9 +93,9 @@ def _run(options: argparse.Namespace) -> int:
 def _request(options: argparse.Namespace, origin: Origin) -> Request:
     import torch
 
-    from trainer.offline.answer import Decoding, Windows
-    from trainer.offline.model import default_dtype
-    from trainer.offline.worker import Request
+    from trainer.evaluation.offline.answer import Decoding, Windows
+    from trainer.evaluation.offline.model import default_dtype
+    from trainer.evaluation.offline.worker import Request
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Request(

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from model.errors import UserError
 from tools.options import check_output
-from trainer.predictions import Prediction, read_predictions
+from trainer.evaluation.predictions import Prediction, read_predictions
 from trainer.scoring.endpoint import Endpoint
 from trainer.scoring.judge import Item, Judge, Verdict
 from trainer.scoring.metric import mean

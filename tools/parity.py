@@ -24,8 +24,8 @@ from typing import Any
 
 from model.errors import UserError
 from tools.options import check_at_least
-from trainer.launch import start_ranks
 from trainer.parallel.topology import Topology, divisors
+from trainer.run.launch import start_ranks
 
 KINDS = ("mixed", "text_only", "rank_without_audio", "fewer_samples_than_ranks", "one_expert")
 TOLERANCE = 1e-5

@@ -78,9 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from trainer.profile.files import write_files
-    from trainer.profile.history import find_run, profile_history
-    from trainer.profile.text import describe
+    from trainer.expert_usage.files import write_files
+    from trainer.expert_usage.history import find_run, profile_history
+    from trainer.expert_usage.text import describe
     from trainer.telemetry.tracker import log_artifacts
 
     limits = Limits.parse(options.fail_on)
@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace) -> int:
             raise UserError(f"--split {options.split}: needs --data; a run's history is of what it trained on")
         profile = profile_history(where)
     else:
-        from trainer.profile.forward import profile_data
+        from trainer.expert_usage.forward import profile_data
 
         profile = profile_data(where, options.data, options.split)
     print(describe(profile))

@@ -21,7 +21,7 @@ from model.errors import UserError
 from tools.options import check_at_least
 
 if TYPE_CHECKING:
-    from trainer.offline.answer import Answerer
+    from trainer.evaluation.offline.answer import Answerer
 
 PROMPT = "Transcribe the speech."
 
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     import torch
 
-    from trainer.offline.answer import Answerer, Decoding, Windows
-    from trainer.offline.model import DTYPES, default_dtype, find_model, load_model
+    from trainer.evaluation.offline.answer import Answerer, Decoding, Windows
+    from trainer.evaluation.offline.model import DTYPES, default_dtype, find_model, load_model
 
     check_at_least(1, max_new_tokens=options.max_new_tokens)
     if missing := [path for path in options.audio if not path.is_file()]:
@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace) -> int:
 def _answer(answerer: Answerer, path: Path | None, prompt: str, in_windows: bool) -> tuple[str, bool]:
     """(what the model says, whether it ended by itself); what was done to a long recording goes to stderr."""
     from trainer.data.decode import SampleError, decode_audio
-    from trainer.offline.answer import Question
+    from trainer.evaluation.offline.answer import Question
 
     try:
         clips = () if path is None else (decode_audio(path.read_bytes()),)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from model.errors import UserError
-from trainer import launch
-from trainer.exit_codes import ExitCode
+from trainer.run import launch
+from trainer.run.exit_codes import ExitCode
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

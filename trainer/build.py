@@ -30,21 +30,21 @@ from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine
 from trainer.engine.optim import check_patterns
 from trainer.engine.placement import place
-from trainer.evaluate import Evaluator
-from trainer.exit_codes import ExitCode
-from trainer.failure import Position, tell_failure, tell_mistake
-from trainer.hooks import EventHook, Hook, LoadHook, ProgressHook, SummaryHook, TrackerHook
-from trainer.launch import RankEnv
-from trainer.loop import Loop
 from trainer.parallel.groups import COLLECTIVE_TIMEOUT_SEC, Groups, build_groups, connect
 from trainer.parallel.topology import build_topology
-from trainer.report import final_table
-from trainer.step import Step
+from trainer.run.exit_codes import ExitCode
+from trainer.run.failure import Position, tell_failure, tell_mistake
+from trainer.run.launch import RankEnv
+from trainer.run.watchdog import Watchdog, clear_hang
 from trainer.storage.open import join_url, open_store
 from trainer.telemetry.events import EventLog, begin_attempt
 from trainer.telemetry.jsonl import write_atomically
 from trainer.telemetry.tracker import build_tracker
-from trainer.watchdog import Watchdog, clear_hang
+from trainer.training.evaluate import Evaluator
+from trainer.training.hooks import EventHook, Hook, LoadHook, ProgressHook, SummaryHook, TrackerHook
+from trainer.training.loop import Loop
+from trainer.training.report import final_table
+from trainer.training.step import Step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

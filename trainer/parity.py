@@ -31,7 +31,7 @@ from trainer.engine.optim import OptimConfig, lr_scale, param_groups
 from trainer.engine.placement import place
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.groups import Groups
-from trainer.step import Step
+from trainer.training.step import Step
 
 VOCAB_SIZE = 61
 PLACEHOLDER = 60

@@ -5,7 +5,7 @@ them returned (JSON values). The first rank that fails, or the deadline, ends al
 their stderr.
 
 Ranks are forked from a server that has imported the engines (`tests.distributed.preload`): each rank would need
-seconds for it. Tests of how a rank starts use `trainer.launch` instead.
+seconds for it. Tests of how a rank starts use `trainer.run.launch` instead.
 """
 
 from __future__ import annotations

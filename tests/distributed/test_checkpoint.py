@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.distributed.harness import run_ranks
-from tools import reshape
-from tools.reshape import BEFORE, LOADED, SAME_ONLY, SAVED, Results, start, stop, train
+from tools import reshard
+from tools.reshard import BEFORE, LOADED, SAME_ONLY, SAVED, Results, start, stop, train
 
 TIMEOUT_SEC = 280
 pytestmark = pytest.mark.timeout(TIMEOUT_SEC + 20)
@@ -18,27 +18,27 @@ pytestmark = pytest.mark.timeout(TIMEOUT_SEC + 20)
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
     """The folder, and what the runs did that were never stopped."""
-    folder = tmp_path_factory.mktemp("reshape")
-    return folder, reshape.save(folder)
+    folder = tmp_path_factory.mktemp("reshard")
+    return folder, reshard.save(folder)
 
 
 def test_the_same_topology_goes_on_bit_identically(saved: tuple[Path, Results]) -> None:
-    rows = reshape.same(*saved)
+    rows = reshard.same(*saved)
     assert len(rows) == len(SAVED | SAME_ONLY) and all(row.passed and row.limit == 0 for row in rows), rows
 
 
 @pytest.mark.parametrize("world", LOADED)
 def test_any_other_topology_goes_on_alike(saved: tuple[Path, Results], world: int) -> None:
-    rows = reshape.others(*saved, world)
+    rows = reshard.others(*saved, world)
     assert len(rows) == len(SAVED) * len(LOADED[world]) and all(row.passed for row in rows), rows
 
 
 def test_a_difference_is_seen() -> None:
     curve = [float(n) for n in range(1, 11)]
-    assert not reshape.Row("a", "b", reshape._difference([*curve[:9], 10.002], curve), 1e-4).passed
-    assert not reshape.Row("a", "b", float("nan"), 1e-4).passed
+    assert not reshard.Row("a", "b", reshard._difference([*curve[:9], 10.002], curve), 1e-4).passed
+    assert not reshard.Row("a", "b", float("nan"), 1e-4).passed
     with pytest.raises(AssertionError, match="every step changes the loss"):
-        reshape._difference([1.0] * 10, [1.0] * 10)
+        reshard._difference([1.0] * 10, [1.0] * 10)
 
 
 def test_encoders_are_added_without_a_jump_and_removed(tmp_path: Path) -> None:

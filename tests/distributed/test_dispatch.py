@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model.batch import Ragged
 from model.lengths import num_frames
 from tests.distributed.harness import run_ranks
-from trainer.engine.dispatch import EncoderDispatch
+from trainer.engine.expert_parallel import EncoderDispatch
 from trainer.parallel.exchange import gather_ragged
 from trainer.parallel.groups import Groups, connect
 from trainer.parallel.topology import Topology

@@ -15,11 +15,11 @@ from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.data.config import SetConfig
 from trainer.data.prepare import prepare
-from trainer.evaluate import Evaluator
+from trainer.evaluation.predictions import read_predictions
 from trainer.export.source import Source
 from trainer.parallel.groups import build_groups, connect
 from trainer.parallel.topology import ParallelConfig, build_topology
-from trainer.predictions import read_predictions
+from trainer.training.evaluate import Evaluator
 
 NUM_SAMPLES = 11
 

@@ -12,9 +12,9 @@ from tests.distributed.harness import run_ranks
 from tests.oracle import greedy, prompt_of
 from tools.parity import DS_CONFIG
 from trainer import parity
-from trainer.evaluate import answer
 from trainer.parallel.groups import build_groups, connect
 from trainer.parallel.topology import Topology
+from trainer.training.evaluate import answer
 
 MAX_NEW_TOKENS = 6
 EOS = 7

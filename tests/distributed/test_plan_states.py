@@ -74,7 +74,7 @@ def held() -> list[list[int]]:
     from trainer.parallel.groups import build_groups, connect
     from trainer.parity import VOCAB_SIZE, make_samples, tiny_model
     from trainer.plan.measure import held_states
-    from trainer.step import Step
+    from trainer.training.step import Step
 
     rank, world, device = connect(timeout_sec=120)
     results = []

@@ -1,8 +1,8 @@
 """A run that the version of commit e967171 wrote still resumes, exports and starts other runs, with the same numbers.
 
-`run/` holds its checkpoint after step 2 of 4, on two ranks, of the corpus of `corpus.py`. `export/` holds the weights and
-settings of the model folder that the same version exported from it, without the code. Both are never rewritten: they
-stand for the checkpoints that users have.
+`run/` holds its checkpoint after step 2 of 4, on two ranks, of the corpus of `corpus.py`. `export/` holds the weights
+and settings of the model folder that the same version exported from it, without the code. Both are never rewritten:
+they stand for the checkpoints that users have.
 """
 
 from __future__ import annotations

@@ -30,11 +30,11 @@ from trainer.checkpoint.layout import (
 from trainer.checkpoint.local import LocalDraft
 from trainer.checkpoint.reader import MANIFEST, STATE
 from trainer.checkpoint.writer import write_tensors, write_text
+from trainer.config.evaluation import EvalConfig
 from trainer.config.load import dump
 from trainer.config.schema import Recipe
 from trainer.data.config import DataConfig, TokenizerConfig
 from trainer.data.tokenizer import load_tokenizer, train_sentencepiece
-from trainer.eval_config import EvalConfig
 from trainer.parity import tiny_model
 from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, Load
 from trainer.telemetry.load_history import HISTORY_NAME, EncoderCosts, LoadInterval

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools import compare
-from trainer.predictions import Prediction, write_predictions
+from trainer.evaluation.predictions import Prediction, write_predictions
 
 
 def write(path: Path, said: dict[str, str], answer: str = "one two") -> Path:

@@ -23,11 +23,11 @@ from tests.tools.exportable import INSTRUCTION, STEP, write_manifest, write_run
 from tools import compare, evaluate, export, make_shards, transcribe
 from trainer.data.decode import decode_audio
 from trainer.data.stored import open_stored
-from trainer.offline import worker
-from trainer.offline.answer import Answerer, Decoding, Question, Windows
-from trainer.offline.model import Loaded, find_model, load_model
-from trainer.offline.pool import open_workers
-from trainer.predictions import Prediction, read_predictions
+from trainer.evaluation.offline import worker
+from trainer.evaluation.offline.answer import Answerer, Decoding, Question, Windows
+from trainer.evaluation.offline.model import Loaded, find_model, load_model
+from trainer.evaluation.offline.pool import open_workers
+from trainer.evaluation.predictions import Prediction, read_predictions
 
 ROOT = Path(__file__).parents[2]
 NUM = 12

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tools import judge
-from trainer.predictions import Prediction, write_predictions
+from trainer.evaluation.predictions import Prediction, write_predictions
 
 
 class Handler(BaseHTTPRequestHandler):

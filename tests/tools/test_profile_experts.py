@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.profile_run import write_run
+from tests.trainer.expert_usage_run import write_run
 from tools.profile_experts import Limits, main
 
 

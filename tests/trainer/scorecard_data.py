@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.predictions import Prediction
-from trainer.scorecard.card import make_card
+from trainer.evaluation.predictions import Prediction
+from trainer.evaluation.scorecard.card import make_card
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 ASR = (

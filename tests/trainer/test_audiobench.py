@@ -11,8 +11,8 @@ import pytest
 
 from tests.tools.exportable import INSTRUCTION, write_run
 from tools import export
-from trainer.offline.answer import Windows
-from trainer.offline.audiobench import MODEL_VARIABLE, earshot_model_generation, earshot_model_loader
+from trainer.evaluation.offline.answer import Windows
+from trainer.evaluation.offline.audiobench import MODEL_VARIABLE, earshot_model_generation, earshot_model_loader
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.hooks import EventHook
 from trainer.telemetry import events
 from trainer.telemetry.events import EVENTS_NAME, EventLog, begin_attempt, read_events
+from trainer.training.hooks import EventHook
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,7 +101,7 @@ def test_the_command_for_shells(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_shells_do_not_wait_for_torch() -> None:
-    imports = "import sys, trainer.telemetry.events, trainer.restart"
+    imports = "import sys, trainer.telemetry.events, trainer.run.restart"
     code = f"{imports}; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert json.loads(done.stdout) == [], done.stderr

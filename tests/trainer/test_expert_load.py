@@ -15,7 +15,6 @@ import torch
 from model.batch import Batch, Sample
 from model.errors import UserError
 from model.router import Routing
-from trainer.hooks import LoadHook
 from trainer.telemetry.expert_load import ALL, BANDS, UNNAMED, ClipGroup, ExpertLoad, add_up, group_of, load_metrics
 from trainer.telemetry.load_history import (
     HISTORY_NAME,
@@ -28,6 +27,7 @@ from trainer.telemetry.load_history import (
     read_history,
 )
 from trainer.telemetry.metrics import StepReport
+from trainer.training.hooks import LoadHook
 
 ASR = ClipGroup("asr", "en", "radio", "1-2 s")
 ER = ClipGroup("er", UNNAMED, "stage", "2-5 s")

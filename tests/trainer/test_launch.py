@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from trainer.launch import RankEnv, first_host, rank_env, rendezvous, start_ranks
+from trainer.run.launch import RankEnv, first_host, rank_env, rendezvous, start_ranks
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
 SRUN = {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16"}
@@ -98,7 +98,7 @@ def test_a_rank_killed_by_a_signal_gives_the_shells_code() -> None:
 def test_a_users_error_on_all_ranks_is_printed_once(capfd: pytest.CaptureFixture[str]) -> None:
     code = """
     import sys
-    from trainer.launch import report_error
+    from trainer.run.launch import report_error
     report_error("data.root = x: no such folder")
     sys.exit(2)
     """
@@ -121,7 +121,7 @@ def test_signals_reach_every_rank_once(tmp_path: Path, number: signal.Signals) -
             sys.exit(0)
         time.sleep(0.05)
     """
-    launcher = f"import sys; from trainer.launch import start_ranks; sys.exit(start_ranks(2, {ranks(rank)!r}))"
+    launcher = f"import sys; from trainer.run.launch import start_ranks; sys.exit(start_ranks(2, {ranks(rank)!r}))"
     process = subprocess.Popen([sys.executable, "-c", launcher])
     try:
         wait_for(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
@@ -136,12 +136,12 @@ def test_signals_reach_every_rank_once(tmp_path: Path, number: signal.Signals) -
 def test_ranks_die_with_a_killed_launcher(tmp_path: Path) -> None:
     rank = f"""
     import os, time
-    from trainer.launch import RankEnv, join
+    from trainer.run.launch import RankEnv, join
     join(RankEnv(int(os.environ["RANK"]), 0, 2))
     open({str(tmp_path)!r} + "/" + os.environ["RANK"], "w").write(str(os.getpid()))
     time.sleep(60)
     """
-    launcher = f"from trainer.launch import start_ranks; start_ranks(2, {ranks(rank)!r})"
+    launcher = f"from trainer.run.launch import start_ranks; start_ranks(2, {ranks(rank)!r})"
     process = subprocess.Popen([sys.executable, "-c", launcher])
     pids: list[int] = []
     try:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from trainer.lifecycle import StopRequest, deadline
+from trainer.run.lifecycle import StopRequest, deadline
 
 
 def test_repeated_signals_do_not_end_the_process() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from trainer.predictions import Prediction, read_predictions, score_predictions, write_predictions
+from trainer.evaluation.predictions import Prediction, read_predictions, score_predictions, write_predictions
 
 PREDICTIONS = [
     Prediction("a", "one\u2028two", True, 1.5, {"task": "asr", "answer": "one", "subset": "x", "licence": "CC"}),

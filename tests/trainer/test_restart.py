@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from model.errors import UserError
-from trainer import restart
-from trainer.exit_codes import ExitCode
-from trainer.restart import RestartConfig, decide, fingerprint
+from trainer.run import restart
+from trainer.run.exit_codes import ExitCode
+from trainer.run.restart import RestartConfig, decide, fingerprint
 from trainer.telemetry.events import begin_attempt, read_events
 
 NOW = 1_000_000.0

@@ -10,8 +10,8 @@ import pytest
 
 from tests.browser import browse, need_chromium, then_run
 from tests.trainer.scorecard_data import HOSTILE, make_tree
+from trainer.evaluation.scorecard.files import TEMPLATE
 from trainer.page.render import render
-from trainer.scorecard.files import TEMPLATE
 
 need_chromium()
 

@@ -8,7 +8,8 @@ import math
 import pytest
 
 from model.errors import UserError
-from trainer.spike_guard import SpikeConfig, SpikeGuard
+from trainer.config.spike import SpikeConfig
+from trainer.training.spike_guard import SpikeGuard
 
 
 def fed(config: SpikeConfig, losses: list[float]) -> SpikeGuard:

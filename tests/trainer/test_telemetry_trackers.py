@@ -155,7 +155,7 @@ def test_files_join_the_run_they_are_about(tmp_path: Path, monkeypatch: pytest.M
 
     client = MlflowClient(tracking_uri=tracking_uri(tmp_path))
     run_id = (run_dir / "mlflow_run_id").read_text().strip()
-    assert [a.path for a in client.list_artifacts(run_id, "profile")] == ["profile/report.html"]
+    assert [a.path for a in client.list_artifacts(run_id, "profile")] == ["expert_usage/report.html"]
     (run_dir / "mlflow_run_id").write_text("no-such-run\n")
     assert "no-such-run" in str(log_artifacts(run_dir, [file], "profile"))
 

@@ -33,7 +33,7 @@ _NOTICEABLE_SEC = 0.1
 
 
 class Engines(Protocol):
-    """What has state: `trainer.step.Step`."""
+    """What has state: `trainer.training.step.Step`."""
 
     @property
     def audio(self) -> AudioEngine: ...

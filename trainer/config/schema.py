@@ -9,12 +9,12 @@ from typing import Literal
 from model.config import ModelConfig
 from model.errors import UserError
 from trainer.checkpoint.config import CheckpointConfig
+from trainer.config.evaluation import EvalConfig
+from trainer.config.spike import SpikeConfig
 from trainer.data.config import DataConfig
 from trainer.engine.optim import OptimConfig
-from trainer.eval_config import EvalConfig
 from trainer.parallel.topology import ParallelConfig
-from trainer.restart import RestartConfig
-from trainer.spike_guard import SpikeConfig
+from trainer.run.restart import RestartConfig
 from trainer.storage.open import join_url
 from trainer.telemetry.profile_config import ProfileConfig
 from trainer.telemetry.tracker import TelemetryConfig

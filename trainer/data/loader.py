@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from model.batch import IGNORE, Batch, Sample
-from trainer.data.feed import Feed
 from trainer.data.prepare import PreparedData
 from trainer.data.sample import EncodedSample
 from trainer.data.source import Skip
 from trainer.data.state import State
+from trainer.data.stream import Feed
 
 log = logging.getLogger(__name__)
 

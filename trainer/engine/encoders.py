@@ -17,7 +17,7 @@ from model.batch import Ragged
 from model.config import EncoderConfig
 from model.encoders.base import AudioEncoder
 from model.errors import UserError
-from trainer.engine.dispatch import EncoderCost, EncoderDispatch, stand_in
+from trainer.engine.expert_parallel import EncoderCost, EncoderDispatch, stand_in
 from trainer.engine.optim import OptimConfig, param_groups
 from trainer.engine.placement import clip_cost, place
 from trainer.parallel.groups import Groups

@@ -20,10 +20,10 @@ from types import FrameType
 from typing import Any
 
 from model.errors import UserError
-from trainer.exit_codes import ExitCode
 from trainer.job import slurm
 from trainer.job.check import Facts
 from trainer.job.preflight import BadNodesError, preflight, say
+from trainer.run.exit_codes import ExitCode
 from trainer.telemetry.events import EventLog, read_events
 
 _STORE_SEC = 10.0

@@ -9,7 +9,7 @@ import sys
 import time
 from datetime import timedelta
 
-from trainer import launch
+from trainer.run import launch
 
 _TIMEOUT_SEC = 60.0
 _NUM_TIMES = 5

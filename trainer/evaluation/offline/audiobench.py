@@ -1,0 +1,86 @@
+"""An exported model in AudioBench (github.com/AudioLLMs/AudioBench): its loader and its generation function.
+
+In a checkout of AudioBench, with this project importable, add to `load_model` and `generate` of `src/model.py`
+
+    elif os.path.isdir(self.model_name):
+        from trainer.evaluation.offline.audiobench import earshot_model_loader
+        earshot_model_loader(self)
+
+    elif os.path.isdir(self.model_name):
+        from trainer.evaluation.offline.audiobench import earshot_model_generation
+        return earshot_model_generation(self, input)
+
+and run it with `--model_name FOLDER`. Where a folder's path will not do as the model's name, EARSHOT_MODEL names it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soxr
+import torch
+from numpy.typing import NDArray
+
+from model.lengths import SAMPLE_RATE
+from trainer.data.decode import SampleError
+from trainer.evaluation.offline.answer import Answerer, Decoding, Question, Windows
+from trainer.evaluation.offline.model import DTYPES, default_dtype, find_model, load_model
+
+MODEL_VARIABLE = "EARSHOT_MODEL"
+MAX_NEW_TOKENS = 512
+"""AudioBench's tasks have longer answers than a model's own evaluation may allow."""
+_INSTRUCTION_KEYS = ("instruction", "text")
+"""What AudioBench calls the question now, and what it was called before."""
+
+
+def earshot_model_loader(self: Any) -> None:
+    """AudioBench's hook: put the model that `self.model_name` (or EARSHOT_MODEL) names into `self`."""
+    folder = Path(os.environ.get(MODEL_VARIABLE) or self.model_name)
+    origin = find_model(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_model(origin, DTYPES[default_dtype(device)], device)
+    longest = min(MAX_NEW_TOKENS, loaded.max_positions // 2)
+    decoding = Decoding(longest, 1, batch_samples=16, batch_sec=480.0)
+    self.model, self.processor = loaded.model, loaded.processor
+    self.answerer = Answerer(loaded, Windows.of(origin, None, None), decoding)
+
+
+def earshot_model_generation(self: Any, input: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Any:  # noqa: A002
+    """AudioBench's hook: the answer to one sample, or a list of answers to a list of them.
+
+    A sample has `audio` (`array`, `sampling_rate`), `instruction` (older: `text`) and, in some data sets, `task_type`;
+    speech recognition of more than a window is done in overlapping windows. No audio is cut off.
+
+    Raises:
+        ValueError: a sample is not of that form, or is longer than the LLM can read.
+    """
+    samples = [input] if isinstance(input, Mapping) else list(input)
+    answers = self.answerer([_question(str(i), sample) for i, sample in enumerate(samples)])
+    for answer in answers:
+        if isinstance(answer, SampleError):
+            raise ValueError(str(answer))
+    texts = [answer.hypothesis for answer in answers]
+    return texts[0] if isinstance(input, Mapping) else texts
+
+
+def _question(key: str, sample: Mapping[str, Any]) -> Question:
+    instruction = next((sample[name] for name in _INSTRUCTION_KEYS if isinstance(sample.get(name), str)), None)
+    audio = sample.get("audio")
+    if instruction is None or not isinstance(audio, Mapping) or not {"array", "sampling_rate"} <= set(audio):
+        raise ValueError(
+            f"a sample with {', '.join(map(str, sample))}: needs audio (array, sampling_rate) and instruction or text"
+        )
+    task = "asr" if str(sample.get("task_type", "")).upper().startswith("ASR") else "sqa"
+    return Question(key, (_clip(audio["array"], audio["sampling_rate"]),), {"task": task, "instruction": instruction})
+
+
+def _clip(array: Any, rate: int) -> NDArray[np.float32]:
+    wave = np.asarray(array, dtype=np.float32)
+    wave = wave.mean(axis=-1 if wave.shape[-1] < wave.shape[0] else 0) if wave.ndim == 2 else wave
+    if wave.ndim != 1 or len(wave) == 0 or not np.isfinite(wave).all():
+        raise ValueError(f"audio of shape {np.shape(array)}: give [T] finite values, T > 0")
+    return wave if rate == SAMPLE_RATE else np.asarray(soxr.resample(wave, rate, SAMPLE_RATE, quality="HQ"))

@@ -1,0 +1,176 @@
+"""What an evaluation says of a model, as one tree of plain values: tables, page and plots are drawn from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from model.lengths import SAMPLE_RATE
+from trainer.evaluation.predictions import Prediction, by_task, columns
+from trainer.evaluation.scorecard.clips import to_flac
+from trainer.scoring.asr import alignment
+from trainer.scoring.meteor import Meteor
+from trainer.scoring.metric import Metric
+from trainer.scoring.scores import ALL, confusions, measure, subset_of, task_metrics
+from trainer.telemetry.expert_load import BANDS, BANDS_SEC, UNNAMED
+
+MAX_LISTED = 3000
+"""Samples that the page lists, the worst of every task."""
+DIMENSIONS: Mapping[str, Callable[[Prediction], str]] = {
+    "subset": lambda p: subset_of(p.meta),
+    "language": lambda p: str(p.meta.get("language") or UNNAMED),
+    "source": lambda p: str(p.meta.get("source") or UNNAMED),
+    "duration": lambda p: BANDS[sum(p.audio_sec >= end for end in BANDS_SEC)],
+}
+"""What samples are told apart by, besides their task."""
+
+ReadClips = Callable[[Sequence[str]], Iterable[tuple[str, Sequence[Any]]]]
+"""Keys → (key, clips `[T]` at 16 kHz) one after the other, as far as they can be read."""
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """One metric of one task on the samples of one group; `group` is `ALL` on all of them."""
+
+    task: str
+    dimension: str
+    """One of `DIMENSIONS`; empty for `ALL`."""
+    group: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    """Bounds of the 95 % bootstrap interval over samples."""
+    num_samples: int
+    lower_is_better: bool
+
+
+def make_card(
+    title: str,
+    about: Mapping[str, str],
+    predictions: Sequence[Prediction],
+    skipped: Sequence[str],
+    meteor: Meteor | None,
+    read_clips: ReadClips,
+    audio_bytes: int,
+) -> dict[str, Any]:
+    """The tree.
+
+    Args:
+        title: of the page.
+        about: what was evaluated and how, by name, for people.
+        predictions: of all tasks.
+        skipped: the reason of every sample that has no prediction.
+        meteor: None: without it.
+        read_clips: gives audio again, for the page.
+        audio_bytes: of the worst samples' audio that the page may hold.
+    """
+    scores: list[GroupScore] = []
+    samples: list[dict[str, Any]] = []
+    headlines: dict[str, str] = {}
+    tables: dict[str, dict[str, dict[str, dict[str, int]]]] = {}
+    tasks = dict(sorted(by_task(predictions).items()))
+    for task, found in tasks.items():
+        metrics = task_metrics(task, *columns(found), meteor)
+        headlines[task] = metrics[0].name
+        scores += group_scores(task, metrics, found)
+        if matrices := confusions(*columns(found)):
+            tables[task] = matrices
+        samples += _listed(task, metrics[0], found, max(1, MAX_LISTED // len(tasks)))
+    return {
+        "title": title,
+        "about": dict(about),
+        "num_samples": len(predictions),
+        "num_skipped": dict(sorted(Counter(skipped).items())),
+        "num_unfinished": sum(not p.finished for p in predictions),
+        "num_windowed": sum(p.num_windows > 1 for p in predictions),
+        "audio_sec": round(sum(p.audio_sec for p in predictions), 3),
+        "headlines": headlines,
+        "scores": [asdict(s) for s in scores],
+        "confusions": tables,
+        "samples": samples,
+        "audio": _audio(samples, read_clips, audio_bytes),
+    }
+
+
+def group_scores(task: str, metrics: Sequence[Metric], predictions: Sequence[Prediction]) -> list[GroupScore]:
+    """Every metric over all samples, then by every dimension; groups without samples that it is about are left out."""
+    groups: dict[tuple[str, str], list[int]] = {("", ALL): list(range(len(predictions)))}
+    for dimension, name_of in DIMENSIONS.items():
+        for i, prediction in enumerate(predictions):
+            groups.setdefault((dimension, name_of(prediction)), []).append(i)
+    order = list(DIMENSIONS)
+
+    def place(group: tuple[str, str]) -> tuple[int, int, str]:
+        dimension, name = group
+        band = BANDS.index(name) if dimension == "duration" else 0
+        return (order.index(dimension) if dimension else -1, band, name)
+
+    return [
+        GroupScore(task, *group, metric.name, *measure(metric, rows), len(rows), metric.lower_is_better)
+        for group in sorted(groups, key=place)
+        for metric in metrics
+        if len(rows := metric.rows(groups[group]))
+    ]
+
+
+def _listed(task: str, metric: Metric, predictions: Sequence[Prediction], num: int) -> list[dict[str, Any]]:
+    """The `num` worst samples by `metric`, worst first; of equals the one with more errors, then the longer one."""
+    values = metric.value(metric.statistics)
+    badness = values if metric.lower_is_better else -values
+    amount = metric.statistics[:, 0] if metric.lower_is_better else np.zeros(len(values))
+    order = sorted(
+        range(len(predictions)), key=lambda i: (-badness[i], -amount[i], -predictions[i].audio_sec, predictions[i].key)
+    )
+    return [_sample(task, predictions[i], float(values[i]), metric.lower_is_better) for i in order[:num]]
+
+
+def _sample(task: str, p: Prediction, value: float, lower_is_better: bool) -> dict[str, Any]:
+    language = p.meta.get("language") or "en"
+    references = p.meta.get("references") or [p.meta["answer"]]
+    return {
+        "key": p.key,
+        "task": task,
+        **{dimension: name_of(p) for dimension, name_of in DIMENSIONS.items()},
+        "seconds": round(p.audio_sec, 3),
+        "value": round(value, 6),
+        "perfect": value == 0 if lower_is_better else value == 1,
+        "instruction": p.meta.get("instruction") or "",
+        "choices": p.meta.get("choices") or [],
+        "reference": p.meta["answer"],
+        "others": [text for text in references if text != p.meta["answer"]],
+        "hypothesis": p.hypothesis,
+        "difference": alignment(p.meta["answer"], p.hypothesis, language),
+        "finished": p.finished,
+        "windows": p.num_windows,
+    }
+
+
+def _audio(samples: Sequence[dict[str, Any]], read_clips: ReadClips, num_bytes: int) -> dict[str, list[str]]:
+    """FLAC in base64 of the worst samples' clips, task by task in turn, until `num_bytes` are full."""
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for sample in samples:
+        if sample["seconds"] > 0:
+            by_name.setdefault(sample["task"], []).append(sample)
+    most = max(map(len, by_name.values()), default=0)
+    turns = [own[i] for i in range(most) for own in by_name.values() if i < len(own)]
+    # What is read is bounded beforehand: speech in FLAC takes at least an eighth of its raw samples.
+    wanted, expected = [], 0.0
+    for sample in turns:
+        expected += sample["seconds"] * SAMPLE_RATE * 2 / 8
+        if expected > num_bytes:
+            break
+        wanted.append(sample["key"])
+    found: dict[str, list[str]] = {}
+    used = 0
+    for key, clips in read_clips(wanted):
+        encoded = [to_flac(clip) for clip in clips]
+        used += sum(map(len, encoded))
+        if used > num_bytes:
+            break
+        found[key] = encoded
+    return found

@@ -1,0 +1,225 @@
+"""The profile of any data: the router of a checkpoint decides over it, forward only, in one process.
+
+Weights are those of a checkpoint, in fp32, in the single-process `AudioTower`. Only the primary and the router compute
+every clip; the experts are timed on a few.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.audio_tower import AudioTower
+from model.batch import Ragged
+from model.config import ModelConfig
+from model.errors import UserError
+from model.lengths import SAMPLE_RATE, num_samples
+from trainer.checkpoint.catalog import SUBFOLDER, open_checkpoints, read_extra
+from trainer.checkpoint.layout import PARAM, Manifest, Shard, matrix_of
+from trainer.checkpoint.reader import STATE, DamagedError, Reader, check_files, read_manifest
+from trainer.config.load import load_recipe, undump
+from trainer.config.schema import Recipe
+from trainer.data.decode import SampleError, check_metadata, decode_audio
+from trainer.data.prepare import prepare
+from trainer.data.stored import CHUNK_SAMPLES, Encoded, StoredData, open_stored
+from trainer.data.tokenizer import PlaceholderInText
+from trainer.expert_usage.analysis import Profile
+from trainer.expert_usage.history import RunPath, primary_name
+from trainer.expert_usage.placement import advise
+from trainer.parallel.dispatch import CALL_COST_SAMPLES, group_by_length
+from trainer.storage.open import join_url
+from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, add_up, group_of
+
+_CHUNK_CLIPS = 128
+_TIMED_SEC = 20.0
+"""Audio on which each expert is timed."""
+
+Encode = Callable[[str], list[int]]
+
+
+def profile_data(where: RunPath, data: Path, split: str | None) -> Profile:
+    """Route `data`, a manifest or a folder of shards, as the run's newest whole checkpoint (or the one named) would.
+
+    Args:
+        split: only this one; None: all.
+
+    Raises:
+        UserError: no checkpoint, no such data, or a model without experts.
+    """
+    reader, recipe = open_checkpoint(where)
+    if not recipe.model.experts:
+        raise UserError(f"{where.run_dir}: the model has no experts: there is nothing to route")
+    encode = _prompt_encoder(recipe)
+    tower = load_tower(recipe.model, reader)
+    skipped: Counter[str] = Counter()
+    loads, timed = [], None
+    for clips, prompts, groups in _chunks(_decoded(data, split, recipe, encode, skipped)):
+        loads.append(_route(tower, recipe, clips, prompts, groups))
+        timed = timed or _time_experts(tower, clips)
+    load = add_up(loads)
+    experts = [e.name for e in recipe.model.experts]
+    advice = None
+    if timed is not None:
+        costs = [rate * float(sec) for rate, sec in zip(timed, load.total().routed_sec, strict=True)]
+        advice = advise(experts, costs, recipe.parallel.expert, recipe.parallel.num_ranks, None)
+    origin = f"{data}{f', split {split}' if split else ''}, routed as after step {reader.manifest.step}"
+    return Profile(recipe.name, origin, primary_name(recipe), load, (), None, advice, dict(skipped))
+
+
+# ---- the checkpoint
+
+
+def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
+    """The named checkpoint or the newest whole one, and the recipe it was trained with.
+
+    Raises:
+        UserError: there is none; the named one is damaged.
+    """
+    kept = where.run_dir / "recipe.yaml"
+    root = load_recipe(str(kept)).checkpoint.root if kept.is_file() else None
+    found = open_checkpoints(join_url(root or str(where.run_dir.parent), f"{where.run_dir.name}/{SUBFOLDER}"))
+    damages = []
+    for step in reversed(found.steps()) if where.step is None else [where.step]:
+        folder = found.folder(step)
+        try:
+            manifest = read_manifest(folder)
+            # The audio side, frozen parts included, which lie in a folder of their own.
+            audio = (entry for name, entry in manifest.tensors.items() if name.startswith("audio."))
+            check_files(folder, manifest, sorted({STATE, *(file for entry in audio for file, _ in entry.pieces)}))
+        except DamagedError as error:
+            damages.append(f"{folder.url}: {error}")
+            continue
+        return Reader(folder, manifest), undump(read_extra(folder)["recipe"], f"{folder.url}/{STATE}")
+    if damages:
+        raise UserError(f"{damages[0]}: no whole checkpoint; restore one")
+    raise UserError(f"{found.url}: no checkpoint; let the run save one first")
+
+
+def load_tower(model: ModelConfig, reader: Reader) -> AudioTower:
+    """The audio side with the checkpoint's weights, for inference, in fp32."""
+    llm_dim = reader.manifest.tensors["audio.projector.weight"].shape[0]
+    tower = AudioTower(model, llm_dim, _vocab_size(reader.manifest))
+    kept = {name for name in tower.state_dict()}
+    named = [*tower.named_parameters(), *((n, b) for n, b in tower.named_buffers() if n in kept)]
+    with torch.no_grad():
+        for name, tensor in named:
+            rect = matrix_of(tuple(tensor.shape))
+            shard = Shard(f"audio.{name}", tuple(tensor.shape), rect, {PARAM: tensor.view(rect.rows, rect.cols)}, None)
+            reader.check(shard)
+            reader.fill(shard)
+    return tower.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _vocab_size(manifest: Manifest) -> int:
+    """Of the tokenizer, as far as the audio side has tensors of that size."""
+    shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
+    if "audio.ctc_head.weight" in shapes:
+        return shapes["audio.ctc_head.weight"][0] - 1
+    return shapes.get("audio.router.prompt_embedding.weight", (1,))[0]
+
+
+def _prompt_encoder(recipe: Recipe) -> Encode:
+    """Text to tokens for a gate that reads the instruction; the others see none."""
+    router = recipe.model.router
+    if router.input != "prompt" or "dependent" not in router.gates:
+        return lambda text: []
+    # A tokenizer that was trained with the run is found again through the run's own data.
+    return prepare(recipe.data, recipe.model.adapter.strides).tokenizer.encode
+
+
+# ---- the data
+
+
+def _decoded(
+    data: Path, split: str | None, recipe: Recipe, encode: Encode, skipped: Counter[str]
+) -> Iterator[tuple[list[torch.Tensor], torch.Tensor, dict[str, Any]]]:
+    """Clips as the run would see them, without augmentation, the instruction's tokens, and the manifest's fields; what
+    cannot be used is counted."""
+    shortest = num_samples(recipe.data.min_audio_sec)
+    stored = open_stored(str(data), split)
+    for item in (i for start in range(0, len(stored.items), CHUNK_SAMPLES) for i in _part(stored, start)):
+        try:
+            if isinstance(item, SampleError):
+                raise item
+            files, meta = item
+            check_metadata(meta)
+            clips = [decode_audio(file, recipe.data.max_audio_sec) for file in files]
+            prompt = torch.tensor(encode(meta["instruction"]), dtype=torch.int64)
+        except SampleError as error:
+            skipped[error.reason] += 1
+            continue
+        except PlaceholderInText:
+            skipped["placeholder_in_text"] += 1
+            continue
+        yield [torch.from_numpy(np.pad(c, (0, max(0, shortest - len(c))))) for c in clips], prompt, meta
+
+
+def _part(stored: StoredData, start: int) -> list[Encoded | SampleError]:
+    return stored.read(range(start, min(start + CHUNK_SAMPLES, len(stored.items))))
+
+
+def _chunks(
+    samples: Iterator[tuple[list[torch.Tensor], torch.Tensor, dict[str, Any]]],
+) -> Iterator[tuple[Ragged, Ragged, list[ClipGroup]]]:
+    """Clips, the prompt of each, and its group, about `_CHUNK_CLIPS` at a time."""
+    clips: list[torch.Tensor] = []
+    prompts: list[torch.Tensor] = []
+    groups: list[ClipGroup] = []
+    for own, prompt, meta in samples:
+        clips += own
+        prompts += [prompt] * len(own)
+        groups += [group_of(meta["task"], meta, len(clip) / SAMPLE_RATE) for clip in own]
+        if len(clips) >= _CHUNK_CLIPS:
+            yield Ragged.of(clips), Ragged.of(prompts), groups
+            clips, prompts, groups = [], [], []
+    if clips:
+        yield Ragged.of(clips), Ragged.of(prompts), groups
+
+
+# ---- the router
+
+
+@torch.no_grad()
+def _route(
+    tower: AudioTower, recipe: Recipe, clips: Ragged, prompts: Ragged, groups: Sequence[ClipGroup]
+) -> ExpertLoad:
+    device = next(tower.parameters()).device
+    loads = []
+    budget = num_samples(recipe.train.encoder_batch_sec)
+    for members in group_by_length(clips.lengths, budget, CALL_COST_SAMPLES[device.type]):
+        part = clips.select(members).to(device)
+        primary = None if tower.primary is None else tower.primary(part)
+        routing = tower.router(part, primary, prompts.select(members).to(device))
+        seconds = [n / SAMPLE_RATE for n in part.lengths]
+        loads.append(ExpertLoad.of(routing, [groups[i] for i in members], seconds, list(tower.experts)))
+    return add_up(loads)
+
+
+@torch.no_grad()
+def _time_experts(tower: AudioTower, clips: Ragged) -> list[float]:
+    """Forward seconds per audio second of each expert, on the first clips."""
+    device = next(tower.parameters()).device
+    num = 1
+    while num < len(clips) and sum(clips.lengths[: num + 1]) <= num_samples(_TIMED_SEC):
+        num += 1
+    some = clips.select(range(num)).to(device)
+    rates = []
+    for expert in tower.experts.values():
+        expert(some.select([0]))  # warms up
+        _synchronise(device)
+        start_sec = time.perf_counter()
+        expert(some)
+        _synchronise(device)
+        rates.append((time.perf_counter() - start_sec) * SAMPLE_RATE / sum(some.lengths))
+    return rates
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

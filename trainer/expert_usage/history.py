@@ -1,0 +1,73 @@
+"""The profile of a finished (or running) run, from the history in its folder. No process group, no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.errors import UserError
+from trainer.checkpoint.layout import step_of
+from trainer.config.load import load_recipe
+from trainer.config.schema import Recipe
+from trainer.expert_usage.analysis import Profile
+from trainer.expert_usage.placement import advise, current_slots, measured_time
+from trainer.telemetry.expert_load import add_up
+from trainer.telemetry.load_history import HISTORY_NAME, read_history
+
+
+@dataclass(frozen=True)
+class RunPath:
+    """What the user named: a run, or one of its checkpoints."""
+
+    run_dir: Path
+    checkpoint: Path | None
+
+    @property
+    def step(self) -> int | None:
+        """Of the checkpoint."""
+        return None if self.checkpoint is None else step_of(self.checkpoint.name)
+
+
+def find_run(path: Path) -> RunPath:
+    """A run's folder, or a checkpoint in one.
+
+    Raises:
+        UserError: it is neither.
+    """
+    path = path.resolve()
+    if step_of(path.name) is not None and path.parent.name == "checkpoints" and path.is_dir():
+        return RunPath(path.parent.parent, path)
+    if (path / "recipe.yaml").is_file():
+        return RunPath(path, None)
+    raise UserError(
+        f"{path}: neither a run's folder (with recipe.yaml) nor one of its checkpoints/step-…: check the path"
+    )
+
+
+def profile_history(where: RunPath) -> Profile:
+    """The profile of a run's history; of a checkpoint: up to its step.
+
+    Raises:
+        UserError: there is no history, or none up to the checkpoint.
+    """
+    recipe = load_recipe(str(where.run_dir / "recipe.yaml"), [])
+    path = where.run_dir / HISTORY_NAME
+    history = tuple(i for i in read_history(path) if where.step is None or i.step <= where.step)
+    if not history:
+        raise UserError(f"{path}: begins after step {where.step}: profile the run, or data with --data")
+    load, time = add_up(i.load for i in history), measured_time(history)
+    advice = None
+    if time is not None and recipe.model.experts:
+        experts = [e.name for e in recipe.model.experts if e.name in time.costs.encoders]
+        costs = [float(time.total_sec[time.costs.encoders.index(name)]) for name in experts]
+        ep = recipe.parallel.expert
+        now = current_slots(time, experts, ep) if ep > 1 else None
+        advice = advise(experts, costs, ep, time.costs.num_ranks, now)
+    first = history[0].step - history[0].num_steps + 1
+    origin = f"steps {first} to {history[-1].step}"
+    return Profile(recipe.name, origin, primary_name(recipe), load, history, time, advice)
+
+
+def primary_name(recipe: Recipe) -> str | None:
+    """Of the encoder that always runs."""
+    return None if recipe.model.primary is None else recipe.model.primary.name

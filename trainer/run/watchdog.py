@@ -1,0 +1,178 @@
+"""A run that hangs must not hold its nodes until somebody looks: stacks of all ranks, then exit with a code of its own.
+
+Every rank has a thread that looks at when its rank made progress last. A rank that waits in a collective for one that
+hangs makes none either, so all notice within one step; those that do not (their thread may be late) are told by the
+folder that the first one makes. Python cannot run where C code holds the interpreter's lock: then faulthandler's own
+thread, which needs no lock, writes the stacks and ends the process.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import math
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+
+from trainer.run.exit_codes import ExitCode
+from trainer.telemetry.events import EventLog
+
+_GATHER_SEC = 10.0
+"""How long a rank waits for the others' stacks before it ends."""
+
+
+def hang_folder(events: EventLog) -> Path:
+    """Where the stacks of an attempt go."""
+    return events.run_dir / f"hang-{events.attempt}"
+
+
+def clear_hang(events: EventLog) -> None:
+    """Put the stacks of another run's attempt of this number aside, if its events were removed and they were not."""
+    folder = hang_folder(events)
+    if folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}-until-{int(time.time())}"))
+
+
+class Watchdog:
+    """`with Watchdog(…) as dog: … dog.beat("step 3") …`; the process ends with `ExitCode.HUNG` where beats stay away.
+
+    Args:
+        timeout_sec: longest time between two beats; 0: the watchdog sleeps.
+        events: of this rank; the folder `hang-<attempt>` is made beside them.
+        world: number of ranks.
+    """
+
+    def __init__(self, timeout_sec: float, events: EventLog, world: int) -> None:
+        self._timeout_sec, self._events, self._world = timeout_sec, events, world
+        self._folder = hang_folder(events)
+        self._poll_sec = min(5.0, timeout_sec / 10)
+        self._last = (time.monotonic(), "start")
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._last_words: TextIO | None = None
+
+    def beat(self, what: str) -> None:
+        """Progress: `what` has begun, or goes on."""
+        self._last = (time.monotonic(), what)
+
+    def rest(self) -> None:
+        """What follows may take as long as it likes."""
+        self._last = (math.inf, "the end")
+
+    def __enter__(self) -> Watchdog:
+        self.beat("start")
+        if self._timeout_sec > 0:
+            # For faulthandler: it can open no file when it is needed.
+            path = self._events.run_dir / ".watchdog" / f"rank-{self._events.rank}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._last_words = path.open("w+", encoding="utf-8")
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        if self._last_words is not None:
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+            self._last_words.close()
+            path = Path(self._last_words.name)
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # others' files are still there
+                path.parent.rmdir()
+
+    def _watch(self) -> None:
+        while True:
+            assert self._last_words is not None
+            # Postponed again and again, unless this thread does not get the interpreter for so long.
+            faulthandler.dump_traceback_later(self._timeout_sec + _GATHER_SEC, exit=True, file=self._last_words)
+            if self._done.wait(self._poll_sec):
+                return
+            since_sec, what = self._last
+            silent_sec = time.monotonic() - since_sec
+            if silent_sec > self._timeout_sec or self._folder.exists():
+                self._end(silent_sec, what)
+
+    def _end(self, silent_sec: float, what: str) -> None:
+        assert self._last_words is not None
+        faulthandler.dump_traceback_later(3 * _GATHER_SEC, exit=True, file=self._last_words)
+        try:
+            first = self._is_first()
+            self._write_stacks(silent_sec, what)
+            self._write_flight_record()
+            missing = self._wait_for_others()
+            if first:
+                self._tell(silent_sec, what, missing)
+        except OSError as error:  # a full or lost disk must not keep the process alive
+            print(f"watchdog of rank {self._events.rank}: {error}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=True)
+        os._exit(ExitCode.HUNG)
+
+    def _is_first(self) -> bool:
+        try:
+            self._folder.mkdir(parents=True)
+        except FileExistsError:
+            return False
+        return True
+
+    def _file(self, rank: int) -> Path:
+        return self._folder / f"rank-{rank}.txt"
+
+    def _write_stacks(self, silent_sec: float, what: str) -> None:
+        rank = self._events.rank
+        assert rank is not None
+        part = self._folder / f".rank-{rank}"
+        with part.open("w", encoding="utf-8") as file:
+            file.write(
+                f"rank {rank} on {socket.gethostname()}, process {os.getpid()}: {silent_sec:.1f} s in {what}\n\n"
+            )
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        part.replace(self._file(rank))
+
+    def _write_flight_record(self) -> None:
+        """What torch recorded of the last collectives."""
+        record = flight_record()
+        if record is not None:
+            (self._folder / f"collectives-{self._events.rank}.json").write_text(record, encoding="utf-8")
+
+    def _wait_for_others(self) -> list[int]:
+        """Ranks whose stacks did not come."""
+        deadline = time.monotonic() + _GATHER_SEC
+        while True:
+            missing = [rank for rank in range(self._world) if not self._file(rank).exists()]
+            if not missing or time.monotonic() > deadline:
+                return missing
+            time.sleep(0.1)
+
+    def _tell(self, silent_sec: float, what: str, missing: Sequence[int]) -> None:
+        fields: dict[str, Any] = {"silent_sec": round(silent_sec, 1), "in": what, "folder": self._folder.name}
+        if missing:
+            fields["ranks_without_stacks"] = list(missing)
+        self._events.add("hang", **fields)
+        suspects = f"; no stacks from ranks {', '.join(map(str, missing))}" if missing else ""
+        print(
+            f"hung: {silent_sec:.0f} s in {what}; stacks are in {self._folder}{suspects}", file=sys.stderr, flush=True
+        )
+
+
+def flight_record() -> str | None:
+    """torch's record of the last collectives as JSON; None: this build keeps none, or it is empty."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    dump = dump or getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+    if dump is None:
+        return None
+    text = dump()
+    record = (text.decode(errors="replace") if isinstance(text, bytes) else str(text)).strip()
+    return record if json.loads(record).get("entries") else None

@@ -1,0 +1,174 @@
+"""Evaluation without leaving the process group: all ranks encode, every LLM replica decodes, rank 0 scores."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.audio_tower import count, usable_ctc_targets
+from model.batch import Batch, Sample
+from model.errors import UserError
+from model.lengths import SAMPLE_RATE
+from trainer.config.evaluation import EvalConfig
+from trainer.data.eval_set import eval_samples
+from trainer.data.loader import SkipLog
+from trainer.data.prepare import PreparedData
+from trainer.data.tokenizer import Tokenizer
+from trainer.engine.generate import generate
+from trainer.evaluation.predictions import Prediction, by_task, columns, score_predictions, write_predictions
+from trainer.parallel.packs import plan_packs
+from trainer.scoring.meteor import Meteor
+from trainer.scoring.scores import TaskScore, confusions, score_values
+from trainer.scoring.wordnet import find_wordnet
+from trainer.telemetry.jsonl import write_atomically
+from trainer.telemetry.metrics import EvalReport
+from trainer.training.global_batch import gather
+from trainer.training.step import Step, send
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One split, read once."""
+
+    report: EvalReport
+    scores: list[TaskScore]
+    predictions: list[Prediction]
+
+
+class Evaluator:
+    """Reads splits with the model as it is now. Its calls are collective.
+
+    Args:
+        config: the recipe's `eval` section.
+        prepared: where the splits lie.
+        step: the engines.
+        folder: predictions are written there, one JSONL per evaluation, and its scores beside them as JSON.
+        beat: is called with every batch.
+
+    Raises:
+        UserError: `eval.wordnet` is given and is no WordNet folder.
+    """
+
+    def __init__(
+        self,
+        config: EvalConfig,
+        prepared: PreparedData,
+        step: Step,
+        folder: Path,
+        beat: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        self.config, self.prepared, self.step, self.folder, self.beat = config, prepared, step, folder, beat
+        self.meteor: Meteor | None = None
+        """None: there is no WordNet; the first evaluation with captions says so."""
+        self._no_meteor = ""
+        try:
+            self.meteor = Meteor(find_wordnet(config.wordnet))
+        except UserError as error:
+            if config.wordnet is not None:
+                raise
+            self._no_meteor = str(error)
+        self._samples: dict[tuple[str, int | None], list[Sample]] = {}
+
+    def __call__(self, step: int, split: str, max_samples: int | None = None) -> Evaluation | None:
+        """The evaluation on rank 0, None on the others."""
+        start = time.perf_counter()
+        groups = self.step.groups
+        if (split, max_samples) not in self._samples:
+            skips = SkipLog(self.folder / "skipped.jsonl")
+            world = groups.topology.world
+            found = eval_samples(self.prepared, split, groups.rank, world, max_samples, on_skip=skips)
+            self._samples[split, max_samples] = found
+        mine = predict(self.step, self._samples[split, max_samples], self.prepared.tokenizer, self.config, self.beat)
+        everyone: list[Any] | None = [None] * groups.topology.world if groups.rank == 0 else None
+        dist.gather_object(mine, everyone, dst=0, group=groups.world)
+        if everyone is None:
+            return None
+        predictions = sorted((p for part in everyone for p in part), key=lambda p: p.key)
+        if self._no_meteor and any(p.meta["task"] == "ac" for p in predictions):
+            log.warning("%s; until then captions are scored without it", self._no_meteor)
+            self._no_meteor = ""
+        scores = score_predictions(predictions, self.meteor)
+        values = score_values(scores)
+        values["num_unfinished"] = float(sum(not p.finished for p in predictions))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_predictions(self.folder / f"predictions-{split}-step{step}.jsonl", predictions)
+            self._write_scores(scores, predictions, split, step)
+        except OSError as error:  # the scores are in the metrics as well
+            log.warning("%s: step %d: PREDICTIONS ON %s ARE NOT KEPT: %s", self.folder, step, split, error)
+        seconds = time.perf_counter() - start
+        report = EvalReport(step, split, values, len(predictions), seconds, {s.name: (s.low, s.high) for s in scores})
+        return Evaluation(report, scores, predictions)
+
+    def _write_scores(
+        self, scores: Sequence[TaskScore], predictions: Sequence[Prediction], split: str, step: int
+    ) -> None:
+        closed = {task: confusions(*columns(found)) for task, found in by_task(predictions).items()}
+        content = {
+            "split": split,
+            "step": step,
+            "num_samples": len(predictions),
+            "scores": [asdict(s) for s in scores],
+            "confusions": {task: found for task, found in closed.items() if found},
+        }
+        path = self.folder / f"scores-{split}-step{step}.json"
+        write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def predict(
+    step: Step, samples: Sequence[Sample], tokenizer: Tokenizer, config: EvalConfig, beat: Callable[[str], None]
+) -> list[Prediction]:
+    """Answers to this rank's `samples`; collective, ranks may have different numbers of them."""
+    groups = step.groups
+    share = max(1, config.batch_size * groups.topology.dp // groups.topology.world)
+    order = sorted(range(len(samples)), key=lambda i: (samples[i].num_tokens, i))
+    rounds = torch.tensor([-(-len(samples) // share)])
+    dist.all_reduce(rounds, op=dist.ReduceOp.MAX, group=groups.world)
+    step.audio.train(False)
+    step.llm.train(False)
+    predictions = []
+    for n in range(int(rounds)):
+        beat(f"batch {n + 1} of an evaluation")
+        part = [samples[i] for i in order[n * share : (n + 1) * share]]
+        for sample, tokens in zip(part, answer(step, Batch(tuple(part)), tokenizer, config), strict=True):
+            finished = len(tokens) < config.max_new_tokens
+            seconds = sum(len(clip) for clip in sample.clips) / SAMPLE_RATE
+            predictions.append(Prediction(sample.key, tokenizer.decode(tokens), finished, seconds, sample.meta))
+    step.audio.train(True)
+    step.llm.train(True)
+    return predictions
+
+
+@torch.no_grad()
+def answer(step: Step, batch: Batch, tokenizer: Tokenizer, config: EvalConfig) -> list[list[int]]:
+    """Token ids for this rank's part of a global batch of prompts."""
+    groups = step.groups
+    none = usable_ctc_targets(batch, step.model)
+    whole = gather(batch, count(batch, none), groups)
+    packing = plan_packs(whole.num_tokens, groups.topology.dp, int(whole.num_tokens.sum()), multiple=groups.topology.tp)
+    audio = step.audio.forward(batch.clips, batch.prompts, none, noise=None)
+    packs, _ = send(batch, audio.embeddings.values, whole, packing, groups)
+    members = packing.members(groups.place.dp, 0).tolist()
+    found = generate(
+        step.llm,
+        packs,
+        whole.num_tokens[members].tolist(),
+        eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+        max_new_tokens=config.max_new_tokens,
+    )
+    speaks = groups.place.pp == 0 and groups.place.tp == 0
+    everyone: list[Any] = [None] * groups.topology.world
+    dist.all_gather_object(everyone, dict(zip(members, found, strict=True)) if speaks else {}, group=groups.world)
+    answers = {i: tokens for part in everyone for i, tokens in part.items()}
+    return [answers[whole.first_sample + i] for i in range(len(batch.samples))]

@@ -1,0 +1,34 @@
+"""What a run prints at its end: every task and subset beside what guessing would score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.data.prepare import PreparedData
+from trainer.scoring.baseline import majority_baseline
+from trainer.scoring.meteor import Meteor
+from trainer.scoring.scores import ALL, HEADLINES
+from trainer.scoring.table import format_table, score_table
+from trainer.training.evaluate import Evaluation
+
+MAX_BASELINE_SAMPLES = 200_000
+"""Training sets beyond this are not read again for the sake of the majority column."""
+
+
+def final_table(found: Evaluation, prepared: PreparedData, meteor: Meteor | None) -> str:
+    """Scores per task, the chief ones per subset too, beside those of always giving the commonest training answer."""
+    num_training = sum(sum(r.num_per_shard) for r in prepared.open_training())
+    baseline = None
+    if num_training <= MAX_BASELINE_SAMPLES:
+        baseline = majority_baseline(list(_training_metas(prepared)), [p.meta for p in found.predictions], meteor)
+    scores = [s for s in found.scores if s.subset == ALL or s.metric in HEADLINES]
+    unfinished = sum(not p.finished for p in found.predictions)
+    head = f"{found.report.split} split after step {found.report.step}: {len(found.predictions)} samples"
+    note = f"\n{unfinished} answers reached eval.max_new_tokens and were ended there" if unfinished else ""
+    return f"\n{head}\n{format_table(score_table(scores, baseline))}{note}"
+
+
+def _training_metas(prepared: PreparedData) -> Iterator[dict[str, Any]]:
+    for reader in prepared.open_training():
+        yield from reader.metadata()

@@ -1,0 +1,55 @@
+"""When a step's update is left out: its loss or gradient is not finite, or its loss is a spike."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from trainer.config.spike import SpikeConfig
+
+
+class SpikeGuard:
+    """Judges every step by the losses before it; the same on all ranks. Its `state` belongs into checkpoints."""
+
+    def __init__(self, config: SpikeConfig) -> None:
+        self.config = config
+        self.num_left_out = 0
+        """Updates left out since the run began."""
+        self.in_a_row = 0
+        """The last ones."""
+        self._recent: list[tuple[int, float]] = []
+
+    def judge(self, loss: float) -> str | None:
+        """Why an update with this loss is left out; None: it is not."""
+        if not math.isfinite(loss):
+            return f"loss is {loss}"
+        if self.config.factor and len(self._recent) >= self.config.window_steps:
+            usual = statistics.median(loss for _, loss in self._recent)
+            if loss > self.config.factor * usual:
+                return f"loss {loss:.4g} is {loss / usual:.1f} times the median of the last {len(self._recent)}"
+        return None
+
+    def note(self, step: int, loss: float, left_out: bool) -> None:
+        """Take note of a step that was done or left out."""
+        if left_out:
+            self.num_left_out += 1
+            self.in_a_row += 1
+        else:
+            self.in_a_row = 0
+            self._recent = [*self._recent, (step, loss)][-self.config.window_steps :]
+
+    def forget_after(self, step: int) -> None:
+        """The weights are those after `step` again."""
+        self._recent = [(s, loss) for s, loss in self._recent if s <= step]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"num_left_out": self.num_left_out, "in_a_row": self.in_a_row, "recent": self._recent}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from a `state`; None: of a checkpoint that has none."""
+        if state is not None:
+            self.num_left_out, self.in_a_row = state["num_left_out"], state["in_a_row"]
+            self._recent = [(step, loss) for step, loss in state["recent"]][-self.config.window_steps :]
