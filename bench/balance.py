@@ -36,7 +36,7 @@ import torch
 
 from model.batch import IGNORE, Batch, Sample
 from model.config import EncoderConfig, ModelConfig
-from model.lengths import num_samples, slots_of_samples
+from model.lengths import audio_tokens_of_samples, num_samples
 from trainer.engine import expert_parallel
 from trainer.engine.placement import clip_cost
 from trainer.parallel.dispatch import ClipCost, ClipTable, DispatchPlan, dispatch_of, plan_dispatch
@@ -63,18 +63,18 @@ def draw_clips(ranks: int, num_encoders: int, chosen: int, seed: int) -> ClipTab
     return ClipTable(np.repeat(np.arange(ranks), CLIPS_PER_RANK), (16_000 * seconds).astype(np.int64), wanted)
 
 
-def stay_at_home(
+def stay_at_source(
     clips: ClipTable, costs: Sequence[ClipCost], places: Sequence[int], ep: int, world: int
 ) -> DispatchPlan:
     """`plan_dispatch` without the plan: to the encoder's replica among the neighbours, whatever it has to do."""
     plan = plan_dispatch(clips, costs, places, ep, world)
-    home = clips.home[plan.clip]
-    return replace(plan, holder=home // ep * ep + np.asarray(places)[plan.encoder])
+    source_rank = clips.source_rank[plan.clip]
+    return replace(plan, encoder_rank=source_rank // ep * ep + np.asarray(places)[plan.encoder])
 
 
 def imbalance(plan: DispatchPlan, ep: int, world: int) -> float:
     """Largest max/mean cost among ranks that hold the same encoders."""
-    loads = np.bincount(plan.holder, weights=plan.cost, minlength=world).reshape(-1, ep)
+    loads = np.bincount(plan.encoder_rank, weights=plan.cost, minlength=world).reshape(-1, ep)
     return float((loads.max(axis=0) / loads.mean(axis=0)).max())
 
 
@@ -89,7 +89,7 @@ def simulate(ranks: int = 64) -> dict[str, Any]:
                 imbalance(planner(draw_clips(ranks, len(encoders), chosen, s), costs, places, ep, ranks), ep, ranks)
                 for s in range(NUM_BATCHES)
             ]
-            for kind, planner in (("with", plan_dispatch), ("without", stay_at_home))
+            for kind, planner in (("with", plan_dispatch), ("without", stay_at_source))
         }
         rows[name] = {kind: {"worst": max(r), "median": statistics.median(r)} for kind, r in found.items()}
         print(f"  {name:50} {max(found['with']):9.3f} {max(found['without']):9.3f}")
@@ -133,15 +133,15 @@ def skewed_batch(rank: int, model: ModelConfig) -> Batch:
 
     generator = torch.Generator().manual_seed(rank)
     samples = num_samples(LONG_SEC if rank == 0 else SHORT_SEC)
-    slots = slots_of_samples(samples, model.adapter.strides)
+    audio_tokens = audio_tokens_of_samples(samples, model.adapter.strides)
     made = [
         Sample(
             key=f"{rank}-{i}",
             task="asr",
             clips=(0.1 * torch.randn(samples, generator=generator),),
-            token_ids=torch.tensor([PLACEHOLDER] * slots + [1, 2]),
-            audio_mask=torch.tensor([True] * slots + [False] * 2),
-            labels=torch.tensor([IGNORE] * slots + [2, 3]),
+            token_ids=torch.tensor([PLACEHOLDER] * audio_tokens + [1, 2]),
+            audio_mask=torch.tensor([True] * audio_tokens + [False] * 2),
+            labels=torch.tensor([IGNORE] * audio_tokens + [2, 3]),
             prompt_ids=torch.tensor([1]),
             ctc_targets=torch.zeros(0, dtype=torch.int64),
         )
@@ -167,7 +167,7 @@ def work(out: str) -> int:
         model, groups, build_ds_config(DS_CONFIG, precision="fp32"), 100, batch_sec=2 * LONG_SEC, pack_tokens=512
     )
     batch = skewed_batch(rank, model)
-    planners = {"with": plan_dispatch, "without": stay_at_home}
+    planners = {"with": plan_dispatch, "without": stay_at_source}
     found: dict[str, list[list[float]]] = {kind: [] for kind in planners}
     for number in range(2 + 2 * REAL_STEPS):
         kind = ("with", "without")[number % 2]

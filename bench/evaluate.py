@@ -35,7 +35,7 @@ from tools import export
 from trainer.data.manifest import Row, read_manifest
 from trainer.evaluation.offline.answer import Decoding, Windows
 from trainer.evaluation.offline.model import find_model
-from trainer.evaluation.offline.pool import Run, open_workers
+from trainer.evaluation.offline.pool import AnswerJobs, open_workers
 from trainer.evaluation.offline.worker import Request, Skipped, batches, open_wanted
 
 BATCH_1_GOAL, BATCH_8_GOAL = 3.0, 1.3
@@ -62,9 +62,9 @@ def plain(model: Any, processor: Any, rows: Sequence[Row], batch: int) -> Said:
     return said
 
 
-def ours(run: Run, jobs: Sequence[Sequence[int]]) -> Said:
+def ours(answer_jobs: AnswerJobs, jobs: Sequence[Sequence[int]]) -> Said:
     """What tools.evaluate does once its models are loaded."""
-    outcomes = [o for found in run(jobs) for o in found]
+    outcomes = [o for found in answer_jobs(jobs) for o in found]
     assert not [o for o in outcomes if isinstance(o, Skipped)]
     return {o.key: o.hypothesis for o in outcomes if not isinstance(o, Skipped)}
 

@@ -25,13 +25,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.loader_corpus import KIT, Utterance, linked_set, utterances, write_set, write_shar
+from bench.loader_corpus import KIT, Utterance, linked_dataset, utterances, write_dataset, write_shar
 from bench.loader_resume import first_batch_sec, resume_sec
-from trainer.data.config import DataConfig, SetConfig
+from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.decode import decode_audio
 from trainer.data.prepare import PreparedData, prepare
-from trainer.data.state import Account
-from trainer.data.stream import Feed, FeedSpec, LaneGroup
+from trainer.data.state import LaneState
+from trainer.data.stream import LaneGroup, SampleStream, StreamSpec
 from trainer.storage.open import open_store
 
 NUM_UTTERANCES, PER_SHARD, ROUNDS = 1440, 160, 9
@@ -48,7 +48,7 @@ def config(root: str, tokenizer: str | None = None, **fields: Any) -> DataConfig
     """Every arm of ours reads this set."""
     base: dict[str, Any] = {
         "root": root,
-        "sets": (SetConfig(name="joined", shards="set"),),
+        "datasets": (DatasetConfig(name="joined", shards="set"),),
         "eval_splits": (),
         "num_lanes": LANES,
         "global_batch_samples": BATCH,
@@ -78,15 +78,15 @@ def ours_clips(prepared: PreparedData) -> Arm:
     def run() -> int:
         reader.shards.table.cache_clear()  # as in a set with more shards than tables are kept
         reader.selected.cache_clear()
-        spec = FeedSpec(prepared.config, (), prepared.tokenizer_path, prepared.strides, False, 0, 1)
-        lanes = {lane: Account() for lane in range(LANES)}
+        spec = StreamSpec(prepared.config, (), prepared.tokenizer_path, prepared.strides, False, 0, 1)
+        lanes = {lane: LaneState() for lane in range(LANES)}
         group = LaneGroup(spec, lanes, 0, [reader], prepared.tokenizer)
         delivered = 0
         cursors = [lane.cursor(0) for lane in group.lanes]
         while delivered < reader.num_samples // LANES * LANES:
             for cursor in cursors:
                 cursor.load()
-                _, clips = group.source.decoded(reader, cursor.shard, cursor.rank, cursor.arrived)
+                _, clips = group.source.decoded(reader, cursor.shard, cursor.index, cursor.arrived)
                 delivered += len(clips[0]) > 0
                 cursor.position += 1
         group.close()
@@ -99,8 +99,8 @@ def ours_whole(prepared: PreparedData) -> Arm:
     """The same with prompts and answers tokenised: what training gets."""
 
     def run() -> int:
-        feed = Feed(prepared, seed=0, num_batches=prepared.open_training()[0].num_samples // BATCH)
-        return sum(len(samples) for samples, _ in feed)
+        stream = SampleStream(prepared, seed=0, num_batches=prepared.open_training()[0].num_samples // BATCH)
+        return sum(len(samples) for samples, _ in stream)
 
     return run
 
@@ -184,7 +184,7 @@ def local_arms(root: Path, samples: list[Utterance], prepared: PreparedData) -> 
 def measure(root: Path, parts: list[str], samples: list[Utterance], rounds: int) -> dict[str, Any]:
     """The results of every part that is asked for."""
     results: dict[str, Any] = {}
-    write_set(open_store(str(root / "set")), samples, PER_SHARD)
+    write_dataset(open_store(str(root / "set")), samples, PER_SHARD)
     prepared = prepare(config(str(root), cache_dir=str(root / "cache")), (2, 2, 2))
     tokenizer = prepared.tokenizer_path
     if "local" in parts:
@@ -195,7 +195,7 @@ def measure(root: Path, parts: list[str], samples: list[Utterance], rounds: int)
     if "first" in parts:
         results["first"] = first_batch_sec(config(str(root), tokenizer))
     if "resume" in parts:
-        linked_set(root / "large" / "set", root / "set", num_copies=10**6 // PER_SHARD + 1)
+        linked_dataset(root / "large" / "set", root / "set", num_copies=10**6 // PER_SHARD + 1)
         results["resume"] = resume_sec(config(str(root / "large"), tokenizer, num_lanes=16))
     if "s3" in parts:
         command = [sys.executable, "-m", "bench.loader_s3", str(root / "set"), tokenizer]

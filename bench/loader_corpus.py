@@ -66,7 +66,7 @@ def utterances(num: int, subsets: Sequence[str] = ("nemo", "timit_sample", "ljsp
     return made
 
 
-def write_set(store: Store, samples: Sequence[Utterance], per_shard: int) -> None:
+def write_dataset(store: Store, samples: Sequence[Utterance], per_shard: int) -> None:
     """Our shards (which are webdataset's as well)."""
     shards = []
     for start in range(0, len(samples), per_shard):
@@ -103,7 +103,7 @@ def silent_wave(seconds: float) -> bytes:
     return buffer.getvalue()
 
 
-def linked_set(folder: Path, real: Path, num_copies: int) -> None:
+def linked_dataset(folder: Path, real: Path, num_copies: int) -> None:
     """A set of `num_copies` times the samples of `real`'s first shard: links, and an index that lists them all."""
     index = json.loads((real / "shards.json").read_text())
     shard = index["shards"][0]

@@ -16,7 +16,7 @@ import time
 import psutil
 
 from bench.loader_corpus import KIT
-from trainer.data.config import DataConfig, SetConfig
+from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.loader import Loader
 from trainer.data.prepare import prepare
 
@@ -39,7 +39,7 @@ def main(num_batches: int = 100_000, num_workers: int = 0) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         config = DataConfig(
             root=str(KIT),
-            sets=(SetConfig(name="asr", manifest="asr.jsonl", subsets=SUBSETS),),
+            datasets=(DatasetConfig(name="asr", manifest="asr.jsonl", subsets=SUBSETS),),
             eval_splits=(),
             cache_dir=scratch,
             global_batch_samples=16,  # as kit_cpu

@@ -11,10 +11,10 @@ from dataclasses import asdict
 
 from trainer.config.convert import from_tree
 from trainer.data.config import DataConfig
-from trainer.data.lanes import SetOrder
+from trainer.data.lanes import DatasetOrder
 from trainer.data.prepare import prepare
-from trainer.data.state import Account, new_state
-from trainer.data.stream import Feed
+from trainer.data.state import LaneState, new_state
+from trainer.data.stream import SampleStream
 
 REPEATS = 5
 CONSUMED = (10**3, 10**5, 10**6)
@@ -48,21 +48,21 @@ def resume_sec(config: DataConfig) -> dict[int, float]:
             prepared = prepare(config, _STRIDES)
             (reader,) = prepared.open_training()
             position = consumed // config.num_lanes
-            account = Account({reader.config.name: position}, position)
-            lanes = dict.fromkeys(range(config.num_lanes), account)
+            lane_state = LaneState({reader.config.name: position}, position)
+            lanes = dict.fromkeys(range(config.num_lanes), lane_state)
             state = new_state(0, config.num_lanes, {reader.config.name: reader.digest}, consumed // per_batch, lanes)
-            feed = Feed(prepared, seed=0, num_batches=10**9, state=state)
-            samples, _ = next(iter(feed))
+            stream = SampleStream(prepared, seed=0, num_batches=10**9, state=state)
+            samples, _ = next(iter(stream))
             times.append(time.perf_counter() - start)
-            feed.close()
-        order = SetOrder(
+            stream.close()
+        order = DatasetOrder(
             reader.config.name, reader.num_per_shard, 0, config.num_lanes, config.shuffle, reader.chunk_samples
         )
         expected = []
         for lane in range(config.num_lanes):
             for draw in range(per_batch // config.num_lanes):
-                run = order.run(lane, position + draw)
-                expected.append(reader.key(run.shard, run.ranks[0]))
+                span = order.span(lane, position + draw)
+                expected.append(reader.key(span.shard, span.indices[0]))
         assert [s.key for s in samples] == expected, "resumed elsewhere than where the state says"
         found[consumed] = statistics.median(times)
         print(
@@ -76,10 +76,10 @@ def resume_sec(config: DataConfig) -> dict[int, float]:
 def _first(kind: str, config: DataConfig) -> None:
     prepared = prepare(config, _STRIDES)
     if kind == "arrays":
-        feed = Feed(prepared, seed=0, num_batches=10)
-        next(iter(feed))
+        stream = SampleStream(prepared, seed=0, num_batches=10)
+        next(iter(stream))
         print(time.time())
-        feed.close()
+        stream.close()
     else:
         from trainer.data.loader import Loader  # loads torch
 

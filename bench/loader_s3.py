@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.services.swift import running
-from trainer.data.config import DataConfig, SetConfig
+from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.decode import decode_audio
 from trainer.data.fetch import Fetched, ReadAhead, read_samples
 from trainer.data.prepare import prepare
 from trainer.data.shards import RawSample, ShardSet
-from trainer.data.source import SetReader
+from trainer.data.source import DatasetReader
 from trainer.storage.open import open_store
 
 ROUNDS = 5
@@ -55,7 +55,7 @@ def obstore_alone(num_threads: int) -> Callable[[], int]:
     return run
 
 
-def ours(reader: SetReader, decode: bool) -> Callable[[], int]:
+def ours(reader: DatasetReader, decode: bool) -> Callable[[], int]:
     """Bytes of all shards, read by chunks, `THREADS` chunks at a time, checked."""
 
     def run() -> int:
@@ -63,8 +63,8 @@ def ours(reader: SetReader, decode: bool) -> Callable[[], int]:
         waiting: list[Future[Fetched]] = []
         for shard, num_here in enumerate(reader.num_per_shard):
             for start in range(0, num_here, reader.chunk_samples):
-                ranks = range(start, min(start + reader.chunk_samples, num_here))
-                future = ahead.start(lambda s=shard, r=ranks: reader.read(s, r), 0, required=True)  # type: ignore[misc]
+                indices = range(start, min(start + reader.chunk_samples, num_here))
+                future = ahead.start(lambda s=shard, i=indices: reader.read(s, i), 0, required=True)  # type: ignore[misc]
                 assert future is not None
                 waiting.append(future)
         for future in waiting:
@@ -99,7 +99,7 @@ def main(folder: str, tokenizer: str) -> int:
         local, remote = open_store(folder), open_store(URL)
         for name in local.list():
             remote.put(name, [local.get(name)])
-        config = DataConfig(root="s3://bench", sets=(SetConfig(name="joined", shards="set"),), eval_splits=())
+        config = DataConfig(root="s3://bench", datasets=(DatasetConfig(name="joined", shards="set"),), eval_splits=())
         config = replace(config, tokenizer=replace(config.tokenizer, path=tokenizer))
         prepared = prepare(config, (2, 2, 2))
         arms: dict[str, Callable[[], int]] = {f"obstore, {n} at a time": obstore_alone(n) for n in (1, THREADS)}

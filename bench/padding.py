@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from bench.loader_corpus import KIT, durations
-from model.lengths import FRAME_SAMPLES, num_frames, num_samples, slots_of_samples
+from model.lengths import FRAME_SAMPLES, audio_tokens_of_samples, num_frames, num_samples
 from trainer.parallel.balance import spread_alike
 from trainer.parallel.dispatch import CALL_COST_SAMPLES, group_by_length
 from trainer.parallel.packs import plan_packs
@@ -140,7 +140,7 @@ def measure(seconds: Sequence[float], text: Sequence[int]) -> dict[str, Any]:
     """All numbers of one set."""
     samples = [num_samples(s) for s in seconds]
     frames = [num_frames(s) for s in samples]
-    tokens = [slots_of_samples(s, STRIDES) + t for s, t in zip(samples, text, strict=True)]
+    tokens = [audio_tokens_of_samples(s, STRIDES) + t for s, t in zip(samples, text, strict=True)]
     longest = round(LONGEST_SEC * 50)
     found: dict[str, Any] = {
         "encoder": {
@@ -164,9 +164,9 @@ def measure(seconds: Sequence[float], text: Sequence[int]) -> dict[str, Any]:
 
 def main() -> int:
     """Exit code: 0 the goals are met (at the largest batch, on one rank and on eight, on every set), 1 they are not."""
-    sets = {"log-normal": log_normal()} | ({} if (found := kit()) is None else {"kit": found})
+    datasets = {"log-normal": log_normal()} | ({} if (found := kit()) is None else {"kit": found})
     results: dict[str, Any] = {}
-    for name, (seconds, text) in sets.items():
+    for name, (seconds, text) in datasets.items():
         results[name] = measure(seconds, text)
         print(f"{name}: {len(seconds)} samples, {sum(seconds) / 3600:.2f} h, mean {np.mean(seconds):.2f} s")
         for part in ("encoder", "llm"):

@@ -166,20 +166,20 @@ def _batch(recipe: Any, workload: Any, rank: int) -> Any:
     import torch
 
     from model.batch import IGNORE, Batch, Sample
-    from model.lengths import slots_of_samples
+    from model.lengths import audio_tokens_of_samples
 
     generator, samples = torch.Generator().manual_seed(rank), []
     vocab = recipe.data.tokenizer.train_vocab_size
-    for i in range(len(workload.homes)):
-        if workload.homes[i] != rank:
+    for i in range(len(workload.source_ranks)):
+        if workload.source_ranks[i] != rank:
             continue
         length, total = int(workload.audio_samples[i]), int(workload.num_tokens[i])
-        slots = slots_of_samples(length, recipe.model.adapter.strides)
+        audio_tokens = audio_tokens_of_samples(length, recipe.model.adapter.strides)
         ids = torch.randint(0, vocab, (total,), generator=generator)
         labels = torch.full((total,), IGNORE)
         labels[-9:-1] = ids[-8:]
         mask = torch.zeros(total, dtype=torch.bool)
-        mask[:slots] = True
+        mask[:audio_tokens] = True
         samples.append(
             Sample(
                 key=f"{i}",
@@ -188,7 +188,7 @@ def _batch(recipe: Any, workload: Any, rank: int) -> Any:
                 token_ids=ids,
                 audio_mask=mask,
                 labels=labels,
-                prompt_ids=ids[slots : slots + 8],
+                prompt_ids=ids[audio_tokens : audio_tokens + 8],
                 ctc_targets=ids[-8:-6],
             )
         )

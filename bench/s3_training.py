@@ -36,12 +36,14 @@ FEW_EVALUATED = ("eval.max_samples=8", "eval.max_new_tokens=4")
 """Losses are compared, not answers."""
 
 
-def set_overrides(recipe: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+def dataset_overrides(recipe: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """(manifests of the kit that the recipe's sets read, overrides that make the sets read shards of them)."""
-    sets = load_recipe(recipe, list(overrides)).data.sets
-    stems = [Path(str(s.manifest)).stem if (KIT / str(s.manifest)).exists() else "asr" for s in sets]
+    datasets = load_recipe(recipe, list(overrides)).data.datasets
+    stems = [Path(str(s.manifest)).stem if (KIT / str(s.manifest)).exists() else "asr" for s in datasets]
     changes = [
-        c for i, stem in enumerate(stems) for c in (f"data.sets.{i}.manifest=null", f"data.sets.{i}.shards={stem}")
+        c
+        for i, stem in enumerate(stems)
+        for c in (f"data.datasets.{i}.manifest=null", f"data.datasets.{i}.shards={stem}")
     ]
     return list(dict.fromkeys(stems)), changes
 
@@ -114,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides += [f"train.steps={args.steps}", f"optim.warmup_steps={warmup_steps}"]
     steps = load_recipe(args.recipe, overrides).train.steps
     every = max(1, steps // 6)
-    stems, sets = set_overrides(args.recipe, overrides)
+    stems, datasets = dataset_overrides(args.recipe, overrides)
     with tempfile.TemporaryDirectory() as scratch, running(Path(scratch) / "swift") as server:
         root = Path(scratch)
         os.environ.update(server.environ)
@@ -124,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             assert make_shards([str(KIT / f"{stem}.jsonl"), f"s3://kit/{stem}"]) == 0
             names = open_store(f"s3://kit/{stem}").list()
             assert names == open_store(str(root / "disk" / stem)).list(), "the same input gave other shards"
-        common = [*sets, *overrides, f"checkpoint.every_steps={every}", f"data.cache_dir={root / 'cache'}"]
+        common = [*datasets, *overrides, f"checkpoint.every_steps={every}", f"data.cache_dir={root / 'cache'}"]
         finish(start(args.recipe, root / "a", RANKS[0], [*common, f"data.root={root / 'disk'}"]), root / "a")
         bucket = [*common, "data.root=s3://kit"]
         for part, ranks in enumerate(RANKS):

@@ -39,12 +39,12 @@ class Adapter(nn.Module):
         self.dim = widths[-1]
 
     def forward(self, features: Ragged) -> Ragged:
-        """[ΣF, D] → [ΣS, hidden_size] with S = `lengths.num_slots(F, strides)`"""
+        """[ΣF, D] → [ΣS, hidden_size] with S = `lengths.num_audio_tokens(F, strides)`"""
         x = features.padded().transpose(1, 2)
         counts = features.lengths
         for layer, stride in zip(self.layers, self.strides, strict=True):
             x = nn.functional.gelu(layer(x))
-            counts = tuple(length_arithmetic.num_slots(c, (stride,)) for c in counts)
+            counts = tuple(length_arithmetic.num_audio_tokens(c, (stride,)) for c in counts)
             real = torch.arange(x.shape[-1], device=x.device) < torch.tensor(counts, device=x.device)[:, None]
             x = x * real[:, None]
         return Ragged(x.transpose(1, 2)[real], counts)

@@ -1,7 +1,8 @@
 """Everything before the LLM: encoders, router, mixture, adapter, projector.
 
-Parallelism comes in from outside as one callable, `run`: given the names of encoders and the clips each must see, it
-returns their features. `run_here` computes on the spot; the trainer's sends clips to the ranks that hold the encoder.
+Parallelism comes in from outside as one callable, `encode`: given the names of encoders and the clips each must see, it
+returns their features. `encode_here` computes in this process; the trainer's callable sends clips to the ranks that hold
+the encoder.
 
 Shapes: B clips, T audio samples, F frames, S slots, D width, H width of the LLM, K experts.
 """
@@ -27,7 +28,7 @@ from model.loss import Counts, ctc_feasible, ctc_sum
 from model.mixture import Expert, mix
 from model.router import Router, Routing
 
-RunEncoders = Callable[[Sequence[str], Ragged, Tensor], Sequence[Ragged]]
+EncodeClips = Callable[[Sequence[str], Ragged, Tensor], Sequence[Ragged]]
 """(K names, clips [ΣT], wanted [B, K] bool) → per encoder the features [ΣF, D] of the clips wanted of it, in order."""
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -92,8 +93,8 @@ class AudioTower(nn.Module):
             return self.primary
         return self.experts[name]
 
-    def run_here(self, names: Sequence[str], clips: Ragged, wanted: Tensor) -> list[Ragged]:
-        """`RunEncoders` in this process; an encoder without clips is not called."""
+    def encode_here(self, names: Sequence[str], clips: Ragged, wanted: Tensor) -> list[Ragged]:
+        """`EncodeClips` in this process; an encoder without clips is not called."""
         found = []
         for name, flags in zip(names, wanted.T.cpu(), strict=True):
             rows = flags.nonzero().flatten().tolist()
@@ -115,7 +116,7 @@ class AudioTower(nn.Module):
         prompts: Ragged,
         ctc_targets: Ragged,
         noise: Tensor | None = None,
-        run: RunEncoders | None = None,
+        encode: EncodeClips | None = None,
     ) -> AudioOutput:
         """Embed B ≥ 1 clips.
 
@@ -124,19 +125,19 @@ class AudioTower(nn.Module):
             prompts: instruction tokens [ΣP], one sequence per clip.
             ctc_targets: [ΣC], one sequence per clip, empty where no CTC loss applies.
             noise: [B, G, K] standard normal for the router; None outside training.
-            run: who computes the encoders; None: `run_here`.
+            encode: the function that computes the encoders; None stands for `encode_here`.
         """
-        run = run or self.run_here
+        encode = encode or self.encode_here
         frames = tuple(lengths.num_frames(n) for n in clips.lengths)
         primary = None
         if self.primary is not None:
             assert self.config.primary is not None
             everything = torch.ones(len(clips), 1, dtype=torch.bool)
-            (primary,) = run([self.config.primary.name], clips, everything)
+            (primary,) = encode([self.config.primary.name], clips, everything)
         routing, experts = None, []
         if self.expert_names:
             routing = self.router(clips, primary, prompts, noise)
-            experts = list(run(self.expert_names, clips, routing.runs))
+            experts = list(encode(self.expert_names, clips, routing.active))
         features = self.adapter(mix(primary, experts, routing, frames))
         ctc_loss = features.values.new_zeros(())
         if self.ctc_head is not None:
@@ -157,8 +158,8 @@ def usable_ctc_targets(batch: Batch, config: ModelConfig) -> Ragged:
     none = torch.zeros(0, dtype=torch.int64)
     targets = []
     for samples, wanted in zip(batch.clips.lengths, batch.ctc_targets.split(), strict=True):
-        slots = lengths.slots_of_samples(samples, config.adapter.strides)
-        targets.append(wanted if config.ctc_weight > 0 and ctc_feasible(wanted, slots) else none)
+        audio_tokens = lengths.audio_tokens_of_samples(samples, config.adapter.strides)
+        targets.append(wanted if config.ctc_weight > 0 and ctc_feasible(wanted, audio_tokens) else none)
     return Ragged.of(targets, like=none)
 
 

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from model.errors import UserError, check_least
 
+FORMER_GATES = {"independent": "data_independent", "dependent": "data_dependent"}
+"""Names of the gates in recipes, exports and load histories of earlier versions, and their present names."""
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -31,7 +34,7 @@ class RouterConfig:
 
     mode: Literal["primary_plus_experts", "all_routed"] = "primary_plus_experts"
     """`primary_plus_experts`: `model.primary` always runs. `all_routed`: no primary, every encoder is routed."""
-    gates: tuple[Literal["independent", "dependent"], ...] = ("independent", "dependent")
+    gates: tuple[Literal["data_independent", "data_dependent"], ...] = ("data_independent", "data_dependent")
     """`independent`: one learned vector for all clips. `dependent`: from the clip (see `input`). One stream each."""
     input: Literal["primary", "log_mel", "prompt"] = "primary"
     """What the dependent gate reads: the average over time of primary features or log-mel, or the instruction."""
@@ -41,16 +44,18 @@ class RouterConfig:
     """Divides the gate logits."""
     noise_std: float = 0.0
     """Standard deviation of Gaussian noise on the gate logits, in training only."""
-    entry_steps: int = 1000
+    added_encoder_warmup_steps: int = 1000
     """Steps in which an encoder that was added to a trained model comes in (`checkpoint.start_from`)."""
 
     def __post_init__(self) -> None:
         if not self.gates or len(set(self.gates)) != len(self.gates):
-            raise UserError(f"model.router.gates = {list(self.gates)}: give independent, dependent or both, once each")
-        check_least("model.router", self, entry_steps=1, noise_std=0)
+            raise UserError(
+                f"model.router.gates = {list(self.gates)}: give data_independent, data_dependent or both, once each"
+            )
+        check_least("model.router", self, added_encoder_warmup_steps=1, noise_std=0)
         if self.temperature <= 0:
             raise UserError(f"model.router.temperature = {self.temperature}: must be positive")
-        if self.mode == "all_routed" and self.input == "primary" and "dependent" in self.gates:
+        if self.mode == "all_routed" and self.input == "primary" and "data_dependent" in self.gates:
             raise UserError("model.router.input = primary: mode all_routed has no primary; use log_mel or prompt")
 
 

@@ -25,13 +25,13 @@ def num_frames(samples: Count) -> Count:
     return -(-samples // FRAME_SAMPLES)
 
 
-def num_slots(frames: int, strides: tuple[int, ...]) -> int:
+def num_audio_tokens(frames: int, strides: tuple[int, ...]) -> int:
     """LLM positions that `frames` take after an adapter with these strides: ceil at every layer."""
     for stride in strides:
         frames = -(-frames // stride)
     return frames
 
 
-def slots_of_samples(samples: int, strides: tuple[int, ...]) -> int:
+def audio_tokens_of_samples(samples: int, strides: tuple[int, ...]) -> int:
     """LLM positions that a clip of `samples` takes."""
-    return num_slots(num_frames(samples), strides)
+    return num_audio_tokens(num_frames(samples), strides)

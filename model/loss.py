@@ -34,10 +34,10 @@ def next_token_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
 
 
-def ctc_feasible(targets: Tensor, num_slots: int) -> bool:
-    """Whether `num_slots` outputs can spell `targets` [C]: a repeated token needs a blank between."""
+def ctc_feasible(targets: Tensor, num_audio_tokens: int) -> bool:
+    """Whether `num_audio_tokens` outputs can spell `targets` [C]: a repeated token needs a blank between."""
     repeats = int((targets[1:] == targets[:-1]).sum())
-    return 0 < len(targets) and len(targets) + repeats <= num_slots
+    return 0 < len(targets) and len(targets) + repeats <= num_audio_tokens
 
 
 def ctc_sum(logits: Ragged, targets: Ragged) -> Tensor:

@@ -41,7 +41,7 @@ def mix(primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | No
 
     Args:
         primary: [ΣF, Dp], or None in mode `all_routed`.
-        experts: per expert the features [ΣF, De] of the clips that `routing.runs` names, in clip order.
+        experts: per expert the features [ΣF, De] of the clips that `routing.active` names, in clip order.
         routing: of all B clips; None: there are no experts.
         lengths: frames of each of the B clips.
 
@@ -50,12 +50,12 @@ def mix(primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | No
     """
     streams = [] if primary is None else [primary.values]
     if routing is not None:
-        weights, runs = routing.weights, routing.runs.cpu()
+        weights, active = routing.weights, routing.active.cpu()
         like = experts[0].values
         for gate in range(weights.shape[1]):
             stream = like.new_zeros(sum(lengths), like.shape[1])
             for k, features in enumerate(experts):
-                clips = runs[:, k].nonzero().flatten().tolist()
+                clips = active[:, k].nonzero().flatten().tolist()
                 assert features.lengths == tuple(lengths[i] for i in clips), "an expert answered for other clips"
                 frames = torch.tensor(features.lengths, device=like.device, dtype=torch.int64)
                 weight = weights[clips, gate, k].to(like.dtype).repeat_interleave(frames)

@@ -27,11 +27,14 @@ def cut(ids: Sequence[int], placeholder_id: int) -> list[list[int]]:
     return pieces
 
 
-def fill(pieces: Sequence[Sequence[int]], slots: Sequence[int], placeholder_id: int) -> tuple[list[int], list[bool]]:
-    """`pieces` with `slots[i]` placeholders after the i-th: (token ids, which of them take an audio embedding)."""
-    assert len(pieces) == len(slots) + 1, (len(pieces), len(slots))
+def fill(
+    pieces: Sequence[Sequence[int]], audio_tokens: Sequence[int], placeholder_id: int
+) -> tuple[list[int], list[bool]]:
+    """Return (token ids, which of them take an audio embedding): `pieces` with `audio_tokens[i]` placeholders after the
+    i-th piece."""
+    assert len(pieces) == len(audio_tokens) + 1, (len(pieces), len(audio_tokens))
     ids, mask = list(pieces[0]), [False] * len(pieces[0])
-    for num_slots, piece in zip(slots, pieces[1:], strict=True):
-        ids += [placeholder_id] * num_slots + list(piece)
-        mask += [True] * num_slots + [False] * len(piece)
+    for num_audio_tokens, piece in zip(audio_tokens, pieces[1:], strict=True):
+        ids += [placeholder_id] * num_audio_tokens + list(piece)
+        mask += [True] * num_audio_tokens + [False] * len(piece)
     return ids, mask

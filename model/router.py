@@ -40,7 +40,7 @@ class Routing:
         return self.probs * self.chosen
 
     @property
-    def runs(self) -> Tensor:
+    def active(self) -> Tensor:
         """[B, K] bool: experts that some gate chose for the clip; only these compute."""
         return self.chosen.any(dim=1)
 
@@ -77,9 +77,9 @@ class Router(nn.Module):
         self.steps_to_enter: Tensor
         """[K] int64: for an encoder that is coming in, the steps until it stands as the others do; else 0."""
         self.register_buffer("steps_to_enter", torch.zeros(num_experts, dtype=torch.int64))
-        if "independent" in config.gates:
+        if "data_independent" in config.gates:
             self.independent = IndependentGate(num_experts)
-        if "dependent" in config.gates:
+        if "data_dependent" in config.gates:
             if config.input == "prompt":
                 self.prompt_embedding = nn.EmbeddingBag(vocab_size, prompt_dim, mode="mean")
             width = {"primary": primary_dim, "log_mel": NUM_MELS, "prompt": prompt_dim}[config.input]
@@ -96,12 +96,12 @@ class Router(nn.Module):
         """
         logits = []
         for gate in self.config.gates:
-            if gate == "independent":
+            if gate == "data_independent":
                 logits.append(self.independent(len(clips)))
             else:
                 logits.append(self.dependent(self._gate_input(clips, primary, prompts)))
         scores = torch.stack(logits, dim=1).float() / self.config.temperature
-        scores = scores + ENTRY_OFFSET / self.config.entry_steps * self.steps_to_enter
+        scores = scores + ENTRY_OFFSET / self.config.added_encoder_warmup_steps * self.steps_to_enter
         if noise is not None:
             scores = scores + self.config.noise_std * noise
         probs = scores.softmax(dim=-1)

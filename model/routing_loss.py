@@ -43,7 +43,7 @@ class RoutingSums:
         """The sums of one rank's clips."""
         by_gate = dict(zip(routing.gates, routing.probs.unbind(1), strict=True))
         none = routing.probs.new_zeros(0, routing.probs.shape[-1])
-        dependent, independent = by_gate.get("dependent", none), by_gate.get("independent", none)
+        dependent, independent = by_gate.get("data_dependent", none), by_gate.get("data_independent", none)
         return RoutingSums(
             dependent.sum(0), entropy(dependent).sum(), entropy(independent).sum(), routing.probs.shape[0]
         )

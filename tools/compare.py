@@ -80,11 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    left_out = {name: len(all_) - len(common) for name, all_ in zip(names, evaluations, strict=True)}
+    skipped_samples = {name: len(all_) - len(common) for name, all_ in zip(names, evaluations, strict=True)}
     if args.json:
-        print(json.dumps(_as_json(names, left_out, len(common), found), ensure_ascii=False))
+        print(json.dumps(_as_json(names, skipped_samples, len(common), found), ensure_ascii=False))
     else:
-        print(_as_text(names, left_out, len(common), found, args.all_metrics, args.regressions))
+        print(_as_text(names, skipped_samples, len(common), found, args.all_metrics, args.regressions))
     return 0
 
 
@@ -158,12 +158,15 @@ def _names(files: Sequence[Path]) -> list[str]:
 
 
 def _as_json(
-    names: Sequence[str], left_out: dict[str, int], num: int, found: Sequence[tuple[list[Change], list[Regression]]]
+    names: Sequence[str],
+    skipped_samples: dict[str, int],
+    num: int,
+    found: Sequence[tuple[list[Change], list[Regression]]],
 ) -> dict[str, Any]:
     return {
         "first": names[0],
         "num_samples": num,
-        "num_left_out": left_out,
+        "num_skipped_samples": skipped_samples,
         "comparisons": [
             {"other": name, "changes": [asdict(c) for c in changes], "regressions": [asdict(r) for r in regressions]}
             for name, (changes, regressions) in zip(names[1:], found, strict=True)
@@ -173,7 +176,7 @@ def _as_json(
 
 def _as_text(
     names: Sequence[str],
-    left_out: dict[str, int],
+    skipped_samples: dict[str, int],
     num: int,
     found: Sequence[tuple[list[Change], list[Regression]]],
     all_metrics: bool,
@@ -181,7 +184,9 @@ def _as_text(
 ) -> str:
     blocks = [f"{num} samples that all {len(names)} evaluations have"]
     blocks += [
-        f"{name}: {count} samples are not in all the others and left out" for name, count in left_out.items() if count
+        f"{name}: {count} samples are not in all the others and left out"
+        for name, count in skipped_samples.items()
+        if count
     ]
     for name, (changes, regressions) in zip(names[1:], found, strict=True):
         shown = [c for c in changes if all_metrics or c.subset == ALL or c.metric in HEADLINES]

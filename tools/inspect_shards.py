@@ -51,11 +51,11 @@ def _run(args: argparse.Namespace) -> int:
             raise UserError(f"--png {args.png}: {args.png.parent} is no folder; make it, or choose another")
         check_output(f"--png {args.png}", args.png)
     store = open_store(args.url)
-    left_out: list[str] = []
+    skipped_samples: list[str] = []
     if args.build_index:
         defaults = dict(_field(text) for text in args.defaults)
         with tqdm(unit=" shards", disable=None, leave=False) as bar:
-            left_out = build_index(store, defaults, on_shard=bar.update)
+            skipped_samples = build_index(store, defaults, on_shard=bar.update)
     elif args.defaults:
         raise UserError("--set: goes with --build-index")
     shards = ShardSet(store, num_cached_tables=1)
@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
             seconds += (e.seconds for e in _entries(shards, shard, damage) if e.num_clips)
             bar.update(info.num_bytes)
     report = summary(shards, seconds)
-    report |= {"checked": not args.no_check, "damage": damage, "left_out": left_out}
+    report |= {"checked": not args.no_check, "damage": damage, "skipped_samples": skipped_samples}
     if args.png:
         draw(seconds, args.png, f"{args.url}: {len(seconds)} clips")
     print(json.dumps(report) if args.json else as_text(report))
@@ -132,7 +132,7 @@ def as_text(report: dict[str, Any]) -> str:
         name = f"{low:g} to {high:g}" if high is not None else f"from {low:g}"
         lines.append(f"{name:>10}  {count:8d}  {'#' * round(_BAR_CHARS * count / most)}")
     lines.append("")
-    lines += [f"left out: {text}" for text in report["left_out"]]
+    lines += [f"left out: {text}" for text in report["skipped_samples"]]
     lines += [f"damaged: {text}" for text in report["damage"]]
     if report["checked"] and not report["damage"]:
         lines.append("every shard and every sample is as indexed")

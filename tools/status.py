@@ -62,7 +62,7 @@ class Status:
     """Share of the time since the first start that went into steps whose updates are in the weights."""
     losses: list[float]
     """By logging interval; those of steps that were undone are not among them."""
-    num_left_out: int
+    num_skipped_updates: int
     """Steps that changed no weights: skipped, or undone by a rewind."""
     num_samples_skipped: int
     straggler: dict[str, Any] | None
@@ -104,7 +104,7 @@ def read_status(run_dir: Path, now_sec: float) -> Status:
         attempts=len(started),
         goodput=goodput(records, undone, end_sec - started[0]["time"]) if started else None,
         losses=[float(r["train/loss"]) for r in records],
-        num_left_out=len(undone),
+        num_skipped_updates=len(undone),
         num_samples_skipped=int(sum(v for k, v in records[-1].items() if k.startswith("data/skipped/")))
         if records
         else 0,
@@ -187,7 +187,7 @@ def describe(status: Status, now_sec: float) -> str:
     lines.append(f"  goodput   {good} over {status.attempts} attempt{'s' * (status.attempts != 1)}")
     if status.losses:
         lines.append(f"  loss      {status.losses[0]:.3f} {sparkline(status.losses)} {status.losses[-1]:.3f}")
-    lines.append(f"  left out  {status.num_left_out} steps, {status.num_samples_skipped} samples")
+    lines.append(f"  left out  {status.num_skipped_updates} steps, {status.num_samples_skipped} samples")
     if status.straggler is not None:
         s = status.straggler
         where = f"rank {s['slow_rank']} on {s['slow_host']}"

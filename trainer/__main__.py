@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m trainer",
         description="Train a speech-text model with several routed audio encoders. "
         "A run that was stopped goes on where its last checkpoint is.",
-        epilog=f"Recipes: {', '.join(recipe_names())}. Values are YAML: optim.lr=3e-4 data.sets.0.weight=0.5",
+        epilog=f"Recipes: {', '.join(recipe_names())}. Values are YAML: optim.lr=3e-4 data.datasets.0.weight=0.5",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name in trainer/recipes, or path of a .yaml file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="recipe keys to change, dotted")

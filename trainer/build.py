@@ -33,7 +33,7 @@ from trainer.engine.placement import place
 from trainer.parallel.groups import COLLECTIVE_TIMEOUT_SEC, Groups, build_groups, connect
 from trainer.parallel.topology import build_topology
 from trainer.run.exit_codes import ExitCode
-from trainer.run.failure import Position, tell_failure, tell_mistake
+from trainer.run.failure import Position, emit_failure, emit_mistake
 from trainer.run.launch import RankEnv
 from trainer.run.watchdog import Watchdog, clear_hang
 from trainer.storage.open import join_url, open_store
@@ -58,10 +58,10 @@ def run_training(recipe: Recipe, env: RankEnv) -> int:
     try:
         return _train(recipe, env, events, position)
     except UserError as error:
-        tell_mistake(error, position, events)
+        emit_mistake(error, position, events)
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, it is told, and decides how the process ends
-        return tell_failure(error, position, events)
+        return emit_failure(error, position, events)
 
 
 def begin_run(recipe: Recipe, env: RankEnv) -> EventLog:
@@ -106,13 +106,13 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
     run_dir = events.run_dir
     prepared = prepare_once(recipe, groups)  # shards that are not there yet may take hours: nobody watches
     with Watchdog(recipe.train.hang_timeout_sec, events, topology.world) as watchdog:
-        step = build_step(recipe, groups, prepared.tokenizer.vocab_size, watchdog.beat)
-        evaluator = Evaluator(recipe.eval, prepared, step, run_dir, watchdog.beat)
+        step = build_step(recipe, groups, prepared.tokenizer.vocab_size, watchdog.heartbeat)
+        evaluator = Evaluator(recipe.eval, prepared, step, run_dir, watchdog.heartbeat)
         url = join_url(recipe.run_url, SUBFOLDER)
-        checkpoints = CheckpointManager(url, recipe.checkpoint, groups, watchdog.beat)
+        checkpoints = CheckpointManager(url, recipe.checkpoint, groups, watchdog.heartbeat)
         described = describe_run(recipe, step, prepared)
         loop = Loop(recipe, step, groups, prepared, evaluator, checkpoints, run_dir, described, watchdog, position)
-        watchdog.beat("the last checkpoint")
+        watchdog.heartbeat("the last checkpoint")
         start, extra = loop.restore()
         hooks = build_hooks(recipe, run_dir, start, events) if rank == 0 else []
         if rank == 0:
@@ -153,20 +153,20 @@ def prepare_once(recipe: Recipe, groups: Groups) -> PreparedData:
 class WatchedSource:
     """A source of weights, each read of which is told as progress."""
 
-    def __init__(self, source: WeightSource, beat: Callable[[str], None]) -> None:
-        self._source, self._beat = source, beat
+    def __init__(self, source: WeightSource, heartbeat: Callable[[str], None]) -> None:
+        self._source, self._heartbeat = source, heartbeat
         self.shape, self.where = source.shape, source.where
 
     def read(self, name: str, index: Index) -> Tensor:
         """See `WeightSource`."""
-        self._beat(f"the read of {name}")
+        self._heartbeat(f"the read of {name}")
         return self._source.read(name, index)
 
 
 def build_step(
-    recipe: Recipe, groups: Groups, vocab_size: int, beat: Callable[[str], None] = lambda what: None
+    recipe: Recipe, groups: Groups, vocab_size: int, heartbeat: Callable[[str], None] = lambda what: None
 ) -> Step:
-    """Both engines with their initial weights; `beat` is told of progress.
+    """Both engines with their initial weights; `heartbeat` is told of progress.
 
     Raises:
         UserError: weights are missing or do not fit; the tokenizer has more tokens than the LLM; a pattern of
@@ -179,10 +179,10 @@ def build_step(
             f"data.tokenizer: {vocab_size} tokens, but model.llm.config.vocab_size = {hf_config.vocab_size}: "
             "use the LLM's own tokenizer, or a smaller data.tokenizer.train_vocab_size"
         )
-    source = WatchedSource(weight_source(recipe.model.llm, hf_config, recipe.seed), beat)
+    source = WatchedSource(weight_source(recipe.model.llm, hf_config, recipe.seed), heartbeat)
     train = recipe.train
     llm = LLMEngine(hf_config, source, recipe.optim, groups, DTYPES[train.precision], train.recompute_llm)
-    beat("the encoders")
+    heartbeat("the encoders")
     torch.manual_seed(recipe.seed)
     topology = groups.topology
     held = place(recipe.model, topology.ep).held_by(groups.rank)

@@ -127,10 +127,12 @@ def _batch(recipe: Recipe, topology: Topology) -> list[str]:
         f"{train.llm_tokens_per_microbatch} tokens.",
     ]
     if data.max_audio_sec is not None:
-        slots = lengths.slots_of_samples(lengths.num_samples(data.max_audio_sec), recipe.model.adapter.strides)
+        audio_tokens = lengths.audio_tokens_of_samples(
+            lengths.num_samples(data.max_audio_sec), recipe.model.adapter.strides
+        )
         lines.append(
-            f"The longest clip, {data.max_audio_sec:g} s, takes {slots} LLM positions: "
-            f"{train.llm_tokens_per_microbatch // max(1, slots)} of them, without text, fill a pack."
+            f"The longest clip, {data.max_audio_sec:g} s, takes {audio_tokens} LLM positions: "
+            f"{train.llm_tokens_per_microbatch // max(1, audio_tokens)} of them, without text, fill a pack."
         )
     lines.append(f"{train.steps} steps read {train.steps * data.global_batch_samples:,} samples.")
     return lines

@@ -20,7 +20,7 @@ from torch import Tensor
 from model.audio_tower import AudioTower
 from model.batch import IGNORE, Batch, Sample
 from model.config import AdapterConfig, EncoderConfig, LLMConfig, ModelConfig, RouterConfig
-from model.lengths import slots_of_samples
+from model.lengths import audio_tokens_of_samples
 from model.llm.names import hf_to_local
 from model.llm.reference import resolve_hf_config
 from model.llm.weights import RandomSource
@@ -88,9 +88,9 @@ def make_sample(index: int, num_clips: int, strides: tuple[int, ...], seed: int)
     prompt = integers(0, PLACEHOLDER, 2 + index % 5)
     ids, mask = list(prompt), [False] * len(prompt)
     for clip in clips:
-        slots = slots_of_samples(clip.shape[0], strides)
-        ids += [PLACEHOLDER] * slots + integers(0, PLACEHOLDER, 2)
-        mask += [True] * slots + [False] * 2
+        audio_tokens = audio_tokens_of_samples(clip.shape[0], strides)
+        ids += [PLACEHOLDER] * audio_tokens + integers(0, PLACEHOLDER, 2)
+        mask += [True] * audio_tokens + [False] * 2
     answer = integers(0, PLACEHOLDER, 3 + index % 6)
     labels = [IGNORE] * (len(ids) - 1) + answer + [1]
     return Sample(

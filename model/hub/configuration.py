@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from model.config import AdapterConfig, EncoderConfig, ModelConfig, RouterConfig
+from model.config import FORMER_GATES, AdapterConfig, EncoderConfig, ModelConfig, RouterConfig
 from model.encoders.hf_config import resolve
 
 
@@ -56,12 +56,15 @@ def describe(config: ModelConfig, hf_config: PretrainedConfig, vocab_size: int) 
 
 def audio_config(tree: Mapping[str, Any]) -> ModelConfig:
     """The `ModelConfig` that `EarshotConfig.audio` means (its LLM is not set)."""
-    router, adapter = tree["router"], tree["adapter"]
+    router, adapter = dict(tree["router"]), tree["adapter"]
+    if "entry_steps" in router:  # an export of an earlier version
+        router["added_encoder_warmup_steps"] = router.pop("entry_steps")
+    gates = tuple(FORMER_GATES.get(gate, gate) for gate in router["gates"])
     return ModelConfig(
         primary=None if tree["primary"] is None else EncoderConfig(**tree["primary"]),
         experts=tuple(EncoderConfig(**e) for e in tree["experts"]),
         expert_dim=tree["expert_dim"],
-        router=RouterConfig(**{**router, "gates": tuple(router["gates"])}),
+        router=RouterConfig(**{**router, "gates": gates}),
         adapter=AdapterConfig(**{**adapter, "strides": tuple(adapter["strides"])}),
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from model.lengths import SAMPLE_RATE, num_samples, slots_of_samples
+from model.lengths import SAMPLE_RATE, audio_tokens_of_samples, num_samples
 from model.prompt import cut, fill, render
 
 Clip = Any
@@ -91,7 +91,7 @@ class EarshotProcessor(ProcessorMixin):
         # Many samples ask the same: each text is tokenised once.
         pieces = {key: self._pieces(*key) for key in {(t, len(own)) for t, own in zip(texts, samples, strict=True)}}
         prompts = [
-            fill(pieces[t, len(own)], [self.count_slots(len(c)) for c in own], self.placeholder_id)
+            fill(pieces[t, len(own)], [self.count_audio_tokens(len(c)) for c in own], self.placeholder_id)
             for t, own in zip(texts, samples, strict=True)
         ]
         longest = max(len(ids) for ids, _ in prompts)
@@ -121,9 +121,9 @@ class EarshotProcessor(ProcessorMixin):
         """
         return sum(map(len, self._pieces(text, num_clips)))
 
-    def count_slots(self, clip_samples: int) -> int:
+    def count_audio_tokens(self, clip_samples: int) -> int:
         """Positions that stand for a clip of so many samples."""
-        return slots_of_samples(max(num_samples(self.min_audio_sec), clip_samples), self.strides)
+        return audio_tokens_of_samples(max(num_samples(self.min_audio_sec), clip_samples), self.strides)
 
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
         """Texts of generated tokens, without special ones and placeholders."""

@@ -140,7 +140,7 @@ class Bench:
         shape = [f"--nodes={NUM_RANKS}-{self.cluster.num_nodes}", "--gpus-per-node=1"]
         shape += [f"--output={folder / 'job.log'}", *options]
         keys = [
-            f"data.sets=[{{name: demo, shards: {shards or self.shards}}}]",
+            f"data.datasets=[{{name: demo, shards: {shards or self.shards}}}]",
             f"data.cache_dir={self.folder / 'cache'}",
             f"train.run_dir={folder}",
             f"train.steps={self.num_steps}",

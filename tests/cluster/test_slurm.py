@@ -59,7 +59,7 @@ def test_what_cannot_run_is_refused_in_seconds(bench: Bench, tmp_path: Path) -> 
         server.make_bucket("bucket")
         cases = {
             "key": (["optim.lrr=1"], {}, "error: optim.lrr: unknown key; did you mean lr?"),
-            "bucket": (["data.sets.0.shards=s3://nowhere/x"], server.environ, "no bucket s3://nowhere"),
+            "bucket": (["data.datasets.0.shards=s3://nowhere/x"], server.environ, "no bucket s3://nowhere"),
             # The header as it is: 8 tasks on every node of 192 CPUs and 8 GPUs.
             "nodes": (
                 ["parallel.num_ranks=128", "data.global_batch_samples=128"],

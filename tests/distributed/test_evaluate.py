@@ -13,7 +13,7 @@ from tools import evaluate, export
 from trainer.build import build_step
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.manager import CheckpointManager
-from trainer.data.config import SetConfig
+from trainer.data.config import DatasetConfig
 from trainer.data.prepare import prepare
 from trainer.evaluation.predictions import read_predictions
 from trainer.export.source import Source
@@ -32,7 +32,7 @@ def body(root: str, tp: int, pp: int, ep: int, out: str) -> int:
     data = replace(
         recipe.data,
         root=root,
-        sets=(SetConfig(name="noise", manifest="dev.jsonl", split="dev"),),
+        datasets=(DatasetConfig(name="noise", manifest="dev.jsonl", split="dev"),),
         eval_splits=("dev",),
         cache_dir=f"{out}/cache-{rank}",
         num_workers=0,

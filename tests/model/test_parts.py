@@ -45,11 +45,11 @@ def test_router_weights_are_the_probabilities_of_the_chosen() -> None:
     torch.testing.assert_close(routing.probs[:, 1], logits.softmax(-1))
     assert routing.chosen.sum(-1).tolist() == [[2, 2], [2, 2]]
     torch.testing.assert_close(routing.weights, routing.probs * routing.chosen)
-    assert torch.equal(routing.runs, routing.chosen[:, 0] | routing.chosen[:, 1])
+    assert torch.equal(routing.active, routing.chosen[:, 0] | routing.chosen[:, 1])
 
 
 def test_noise_changes_the_choice_only_when_given() -> None:
-    router = Router(RouterConfig(gates=("independent",), noise_std=1.0), 2, 0, 8, 4)
+    router = Router(RouterConfig(gates=("data_independent",), noise_std=1.0), 2, 0, 8, 4)
     clips = Ragged(torch.zeros(2), (1, 1))
     prompts = Ragged(torch.zeros(2, dtype=torch.int64), (1, 1))
     quiet = router(clips, None, prompts)
@@ -60,7 +60,7 @@ def test_noise_changes_the_choice_only_when_given() -> None:
 
 def test_an_encoder_that_comes_in_changes_nothing_at_first_and_stands_as_the_others_at_last() -> None:
     torch.manual_seed(0)
-    config = RouterConfig(gates=("independent",), entry_steps=4)
+    config = RouterConfig(gates=("data_independent",), added_encoder_warmup_steps=4)
     old, grown = Router(config, 2, 0, 8, 4), Router(config, 3, 0, 8, 4)
     with torch.no_grad():
         grown.independent.logits.copy_(torch.cat([old.independent.logits, torch.tensor([5.0])]))
@@ -79,7 +79,7 @@ def test_an_encoder_that_comes_in_changes_nothing_at_first_and_stands_as_the_oth
 def test_mix_sums_weighted_experts_frame_by_frame() -> None:
     probs = torch.tensor([[[0.7, 0.3]], [[0.4, 0.6]]])
     chosen = torch.tensor([[[True, False]], [[False, True]]])
-    routing = Routing(probs, chosen, ("dependent",))
+    routing = Routing(probs, chosen, ("data_dependent",))
     first, second = Ragged(torch.ones(2, 1), (2,)), Ragged(torch.full((3, 1), 10.0), (3,))
     primary = Ragged(torch.arange(5.0)[:, None], (2, 3))
     mixed = mix(primary, [first, second], routing, (2, 3))
@@ -88,7 +88,7 @@ def test_mix_sums_weighted_experts_frame_by_frame() -> None:
 
 
 def test_mix_with_an_expert_that_nobody_chose() -> None:
-    routing = Routing(torch.tensor([[[0.7, 0.3]]]), torch.tensor([[[True, False]]]), ("independent",))
+    routing = Routing(torch.tensor([[[0.7, 0.3]]]), torch.tensor([[[True, False]]]), ("data_independent",))
     mixed = mix(None, [Ragged(torch.ones(2, 1), (2,)), Ragged(torch.zeros(0, 1), ())], routing, (2,))
     torch.testing.assert_close(mixed.values, torch.full((2, 1), 0.7))
 
@@ -99,7 +99,7 @@ def test_adapter_lengths_and_companions(strides: tuple[int, ...]) -> None:
     adapter = Adapter(AdapterConfig(hidden_size=4, strides=strides), 3)
     features = ragged(17, 1, 40)
     out = adapter(features)
-    assert out.lengths == tuple(lengths.num_slots(f, strides) for f in features.lengths)
+    assert out.lengths == tuple(lengths.num_audio_tokens(f, strides) for f in features.lengths)
     for i, expected in enumerate(out.split()):
         torch.testing.assert_close(adapter(features.select([i])).values, expected)
 
@@ -124,7 +124,7 @@ def test_splice_puts_audio_in_order_and_cuts_the_gradient() -> None:
 
 def test_routing_loss_by_hand() -> None:
     probs = torch.tensor([[[0.5, 0.5], [0.9, 0.1]], [[0.5, 0.5], [0.1, 0.9]]])
-    routing = Routing(probs, probs > 0.5, ("independent", "dependent"))
+    routing = Routing(probs, probs > 0.5, ("data_independent", "data_dependent"))
     confident = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
     loss = routing_loss(RoutingLossConfig(), RoutingSums.of(routing))
     assert float(loss) == pytest.approx(confident - math.log(2) + math.log(2), rel=1e-5)
@@ -139,7 +139,7 @@ def test_routing_loss_of_parts_adds_up_to_that_of_the_whole() -> None:
 
     def routing(rows: slice) -> Routing:
         probs = logits[rows].softmax(-1)
-        return Routing(probs, probs > 1, ("independent", "dependent"))
+        return Routing(probs, probs > 1, ("data_independent", "data_dependent"))
 
     whole = routing_loss(RoutingLossConfig(), RoutingSums.of(routing(slice(None))))
     (expected,) = torch.autograd.grad(whole, logits)

@@ -61,12 +61,15 @@ def test_only_chosen_experts_compute(model: SpeechLLM) -> None:
 
     def run(names, clips, wanted):  # noqa: ANN001, ANN202
         seen.update(zip(names, wanted.sum(0).tolist(), strict=True))
-        return model.audio.run_here(names, clips, wanted)
+        return model.audio.encode_here(names, clips, wanted)
 
     none = Ragged(torch.zeros(0, dtype=torch.int64), (0,) * 3)
     out = model.audio(batch.clips, batch.prompts, none, run=run)
     assert out.routing is not None
-    assert seen == {"whisper": 3, **dict(zip(model.audio.expert_names, out.routing.runs.sum(0).tolist(), strict=True))}
+    assert seen == {
+        "whisper": 3,
+        **dict(zip(model.audio.expert_names, out.routing.active.sum(0).tolist(), strict=True)),
+    }
 
 
 def test_an_expert_that_nobody_chose_gets_no_gradient() -> None:
@@ -123,5 +126,5 @@ def test_bf16_whichever_expert_is_chosen(chosen: int) -> None:
     tower.router.dependent.bias.copy_(torch.eye(3)[chosen] * 99)
     batch = Batch(tuple(samples(1)))
     found = tower(batch.clips, batch.prompts, Ragged(torch.zeros(0, dtype=torch.int64), (0,)))
-    assert found.routing is not None and found.routing.runs.tolist() == [[chosen == k for k in range(3)]]
+    assert found.routing is not None and found.routing.active.tolist() == [[chosen == k for k in range(3)]]
     assert found.embeddings.values.dtype == torch.bfloat16

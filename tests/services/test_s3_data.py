@@ -18,7 +18,7 @@ import pytest
 from tests.services.relay import slow_line
 from tests.services.swift import Swift
 from tests.trainer.data_corpus import audio_bytes, data_config, row, write_shards
-from trainer.data.config import SetConfig
+from trainer.data.config import DatasetConfig
 from trainer.data.loader import Loader
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.source import Skip
@@ -45,7 +45,7 @@ def upload(local: Path, url: str) -> None:
 
 def prepared(root: str, local: Path, **fields: Any) -> PreparedData:
     base = {"read_kib": 64, "read_ahead_mib": 0, "cache_decoded_mib": 0, "cache_dir": str(local / "cache")}
-    config = data_config(local, SetConfig(name="set", shards="set"), **{**base, **fields})
+    config = data_config(local, DatasetConfig(name="set", shards="set"), **{**base, **fields})
     return prepare(replace(config, root=root), (2,))
 
 
@@ -150,8 +150,8 @@ def trainer(run_dir: Path, local: Path, shards: str) -> subprocess.Popen[str]:
         "parallel.num_ranks=1",
         "train.steps=16",
         "checkpoint.every_steps=0",
-        "data.sets.0.manifest=null",
-        f"data.sets.0.shards={shards}",
+        "data.datasets.0.manifest=null",
+        f"data.datasets.0.shards={shards}",
         f"data.cache_dir={local / 'cache'}",
         "data.read_kib=32",
         "data.read_ahead_mib=0",

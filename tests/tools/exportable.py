@@ -99,7 +99,7 @@ def routing_history() -> LoadInterval:
     }
     nothing = np.zeros((2, 1))
     costs = EncoderCosts(experts, nothing, nothing, np.zeros(2), np.zeros(2), 0.0)
-    return LoadInterval(STEP, STEP, 1.0, ExpertLoad(("independent",), experts, cells), costs)
+    return LoadInterval(STEP, STEP, 1.0, ExpertLoad(("data_independent",), experts, cells), costs)
 
 
 def write_chat_tokenizer(folder: Path) -> None:

@@ -27,7 +27,7 @@ def test_a_worse_evaluation_is_called_worse(tmp_path: Path, capsys: pytest.Captu
     b = write(tmp_path / "b.jsonl", worse)
     assert compare.main([str(a), str(b), str(a), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["num_samples"] == 30 and found["num_left_out"] == {"a": 0, "b": 1}
+    assert found["num_samples"] == 30 and found["num_skipped_samples"] == {"a": 0, "b": 1}
     to_b, to_itself = found["comparisons"]
     wer = next(c for c in to_b["changes"] if (c["subset"], c["metric"]) == ("all", "wer"))
     assert wer["first"] == 0.0 and wer["other"] == pytest.approx((8 + 4) / 60) and wer["verdict"] == "worse"

@@ -249,7 +249,7 @@ def test_of_a_long_recording_nothing_is_cut_and_nothing_doubled(loaded: Loaded, 
         def count_text_tokens(self, num_clips: int, text: str) -> int:
             return 1
 
-        def count_slots(self, clip_samples: int) -> int:
+        def count_audio_tokens(self, clip_samples: int) -> int:
             return 0
 
         def batch_decode(self, rows: Any) -> list[str]:

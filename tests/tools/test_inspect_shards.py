@@ -11,7 +11,7 @@ import webdataset
 from tests.trainer.data_corpus import audio_bytes, clip_rows, data_config, row, write_manifest
 from tools.inspect_shards import main
 from tools.make_shards import main as make_shards
-from trainer.data.config import SetConfig
+from trainer.data.config import DatasetConfig
 from trainer.data.loader import Loader
 from trainer.data.prepare import prepare
 
@@ -88,10 +88,10 @@ def test_shards_of_others_are_indexed_and_trained_on(tmp_path: Path, capsys: pyt
     assert main([str(tmp_path / "theirs"), "--build-index", *defaults, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["num_samples"], report["num_shards"]) == (7, 2)
-    (left_out,) = report["left_out"]
-    assert "b.tar: broken: broken:" in left_out
+    (skipped_samples,) = report["skipped_samples"]
+    assert "b.tar: broken: broken:" in skipped_samples
     assert {n: d for n, d in before.items() if (tmp_path / "theirs" / n).read_bytes() == d} == before
-    data = prepare(data_config(tmp_path, SetConfig(name="theirs", shards="theirs")), (2,))
+    data = prepare(data_config(tmp_path, DatasetConfig(name="theirs", shards="theirs")), (2,))
     with Loader(data, seed=0, num_batches=7) as loader:
         found = {s.key: s for batch, _ in loader for s in batch.samples}
         assert loader.num_skipped == {}

@@ -47,7 +47,7 @@ def test_a_run_that_came_back(tmp_path: Path) -> None:
     found = read_status(run, now_sec=150.0)
     assert (found.state, found.step, found.attempts, found.num_samples_skipped) == ("running", 10, 2, 3)
     assert found.since_sec == 19.0 and found.silent_sec == 10.0 and found.left_sec == 20.0
-    assert found.num_left_out == 1  # step 7 was done again after the restart
+    assert found.num_skipped_updates == 1  # step 7 was done again after the restart
     assert found.goodput == pytest.approx(9 * 2.0 / 50.0)
     text = status.describe(found, 150.0)
     for words in (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from trainer.data.config import DataConfig, SetConfig, TokenizerConfig
+from trainer.data.config import DataConfig, DatasetConfig, TokenizerConfig
 from trainer.data.shard_writer import ShardWriter, write_index
 from trainer.storage.open import open_store
 
@@ -72,11 +72,11 @@ def write_shards_to(
     write_index(store, shards)
 
 
-def data_config(root: Path, *sets: SetConfig, **fields: Any) -> DataConfig:
+def data_config(root: Path, *datasets: DatasetConfig, **fields: Any) -> DataConfig:
     """A small data section: two lanes, two samples, a trained tokenizer of at most 64 pieces."""
     base: dict[str, Any] = {
         "root": str(root),
-        "sets": sets,
+        "datasets": datasets,
         "cache_dir": str(root / "cache"),
         "eval_splits": (),
         "num_lanes": 2,

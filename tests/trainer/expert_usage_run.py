@@ -14,7 +14,7 @@ from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, group_of
 from trainer.telemetry.load_history import HISTORY_NAME, LoadInterval, LoadMeter, RankLoad
 
 EXPERTS = ("hubert", "wavlm", "whisper_tiny")
-GATES = ("independent", "dependent")
+GATES = ("data_independent", "data_dependent")
 KINDS = (
     ("asr", "en", "digits"),
     ("asr", "pl", "</script><img src=x onerror=alert(1)>"),

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from model.batch import Sample
 from model.errors import UserError
 from tests.trainer.data_corpus import audio_bytes, data_config, row, write_shards
-from trainer.data.config import AugmentConfig, JoinConfig, SetConfig
+from trainer.data.config import AugmentConfig, DatasetConfig, JoinConfig
 from trainer.data.loader import Loader, SkipLog
 from trainer.data.prepare import PreparedData, prepare
-from trainer.data.state import Account, State, merge_states, new_state
+from trainer.data.state import LaneState, State, merge_states, new_state
 from trainer.data.workers import Workers
 from trainer.storage.store import LocalStore
 
@@ -45,12 +45,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     root = tmp_path_factory.mktemp("corpus")
     write_shards(root / "a", samples("a", 13, audio=True, broken=BROKEN), per_shard=4)
     write_shards(root / "b", samples("b", 5, audio=False), per_shard=3)
-    sets = (
-        SetConfig(name="a", shards="a", weight=2.0),
-        SetConfig(name="b", shards="b", weight=((0.0, 0.0), (0.25, 1.0))),
+    datasets = (
+        DatasetConfig(name="a", shards="a", weight=2.0),
+        DatasetConfig(name="b", shards="b", weight=((0.0, 0.0), (0.25, 1.0))),
     )
     augment = AugmentConfig(start=0, end=0.5, speed=0.1, gain_db=6, noise_snr_db=10)
-    config = data_config(root, *sets, max_skipped_fraction=0.5, augment=augment, join=JoinConfig(probability=0.5))
+    config = data_config(root, *datasets, max_skipped_fraction=0.5, augment=augment, join=JoinConfig(probability=0.5))
     return prepare(config, (2, 2), ctc=True)
 
 
@@ -133,10 +133,10 @@ def test_any_shards_resumed_on_1_then_4_then_2_ranks(
     weights = [1.0, *data.draw(st.lists(st.sampled_from([0.0, 0.3, 2.0]), min_size=2, max_size=2))]
     for i, size in enumerate(sizes):
         write_shards(root / f"s{i}", samples(f"s{i}", size, audio=False), data.draw(st.integers(1, 12)))
-    sets = tuple(SetConfig(name=f"s{i}", shards=f"s{i}", weight=weights[i]) for i in range(len(sizes)))
+    datasets = tuple(DatasetConfig(name=f"s{i}", shards=f"s{i}", weight=weights[i]) for i in range(len(sizes)))
     num_lanes = data.draw(st.integers(1, 6))
     config = data_config(
-        root, *sets, num_lanes=num_lanes, global_batch_samples=num_lanes * data.draw(st.integers(1, 3))
+        root, *datasets, num_lanes=num_lanes, global_batch_samples=num_lanes * data.draw(st.integers(1, 3))
     )
     config = replace(config, read_kib=1, tokenizer=replace(config.tokenizer, path=prepared.tokenizer_path))
     made = prepare(config, (2,))
@@ -158,7 +158,7 @@ def test_any_shards_resumed_on_1_then_4_then_2_ranks(
 
 def test_one_lane_draws_everything_once_per_epoch(prepared: PreparedData, tmp_path: Path) -> None:
     write_shards(tmp_path / "s", samples("s", 17, audio=False), 5)
-    config = data_config(tmp_path, SetConfig(name="s", shards="s"), num_lanes=1, global_batch_samples=1)
+    config = data_config(tmp_path, DatasetConfig(name="s", shards="s"), num_lanes=1, global_batch_samples=1)
     config = replace(config, read_kib=1, tokenizer=replace(config.tokenizer, path=prepared.tokenizer_path))
     batches, _ = run(prepare(config, (2,)), 51)
     for epoch in range(3):
@@ -187,10 +187,10 @@ def test_a_resume_costs_the_same_few_reads_however_far_it_is(
     monkeypatch.setattr(Counting, "requests", Counter())
     tokenizer = replace(prepared.config.tokenizer, path=prepared.tokenizer_path)
     fields = {"num_lanes": 1, "global_batch_samples": 1, "read_ahead_mib": 0, "read_kib": 1, "join": JoinConfig()}
-    config = replace(prepared.config, sets=prepared.config.sets[:1], tokenizer=tokenizer, **fields)
+    config = replace(prepared.config, datasets=prepared.config.datasets[:1], tokenizer=tokenizer, **fields)
     data = prepare(config, (2, 2))
     (reader,) = data.open_training()
-    state = new_state(5, 1, {"a": reader.digest}, consumed, {0: Account({"a": consumed}, consumed)})
+    state = new_state(5, 1, {"a": reader.digest}, consumed, {0: LaneState({"a": consumed}, consumed)})
     with Loader(data, seed=5, num_batches=10**7, state=state) as loader:
         next(iter(loader))
     assert Counting.requests["json"] == 1
@@ -211,8 +211,10 @@ def test_processes_change_nothing(prepared: PreparedData) -> None:
 
 def test_exactly_once_per_epoch_but_for_the_broken(prepared: PreparedData) -> None:
     """`a` alone, one lane: 13 positions are one epoch, of which 3 are skipped."""
-    data = with_fields(prepared, num_lanes=1, global_batch_samples=1, sets=prepared.config.sets[:1], join=JoinConfig())
-    data = replace(data, sets=data.sets[:1])
+    data = with_fields(
+        prepared, num_lanes=1, global_batch_samples=1, datasets=prepared.config.datasets[:1], join=JoinConfig()
+    )
+    data = replace(data, datasets=data.datasets[:1])
     batches, state = run(data, 30)
     for epoch in range(3):
         keys = [b[0].key for b in batches[10 * epoch : 10 * epoch + 10]]
@@ -229,7 +231,7 @@ def test_prefetch_is_not_in_the_state(prepared: PreparedData) -> None:
         iterator = iter(loader)
         next(iterator)
         _, state = next(iterator)
-        workers = loader.feed._source
+        workers = loader.stream._source
         assert isinstance(workers, Workers)
         while not workers._inboxes[0]._connection.poll(0.01):  # the third batch is there already
             pass
@@ -237,12 +239,14 @@ def test_prefetch_is_not_in_the_state(prepared: PreparedData) -> None:
 
 
 def test_weights_may_change_and_sets_may_join_at_a_resume(prepared: PreparedData) -> None:
-    only_a = replace(prepared, config=replace(prepared.config, sets=prepared.config.sets[:1]), sets=prepared.sets[:1])
+    only_a = replace(
+        prepared, config=replace(prepared.config, datasets=prepared.config.datasets[:1]), datasets=prepared.datasets[:1]
+    )
     _, state = run(only_a, 40, stop=10)
-    even = tuple(replace(s, weight=1.0) for s in prepared.config.sets)
+    even = tuple(replace(s, weight=1.0) for s in prepared.config.datasets)
     both = replace(
-        with_fields(prepared, sets=even),
-        sets=tuple(replace(p, config=c) for p, c in zip(prepared.sets, even, strict=True)),
+        with_fields(prepared, datasets=even),
+        datasets=tuple(replace(p, config=c) for p, c in zip(prepared.datasets, even, strict=True)),
     )
     batches, later = run(both, 40, state=state)
     tasks = [s.task for b in batches for s in b]
@@ -268,10 +272,10 @@ def test_epochs_are_reported_and_add_up_over_ranks(prepared: PreparedData) -> No
 
 def test_the_state_of_256_lanes_and_six_sets_is_a_few_kilobytes() -> None:
     digests = {f"set-{i}": "d" * 36 for i in range(6)}
-    account = Account({name: 10**6 for name in digests}, 10**7, {"broken": 12})
-    state = new_state(1, 256, digests, 10**6, dict.fromkeys(range(256), account))
+    lane_state = LaneState({name: 10**6 for name in digests}, 10**7, {"broken": 12})
+    state = new_state(1, 256, digests, 10**6, dict.fromkeys(range(256), lane_state))
     assert len(json.dumps(state)) < 24_000
-    one = new_state(1, 16, digests, 10**6, dict.fromkeys(range(16), account))
+    one = new_state(1, 16, digests, 10**6, dict.fromkeys(range(16), lane_state))
     assert len(json.dumps(one)) < 3_000
 
 
@@ -296,7 +300,7 @@ def test_skips_are_counted_listed_once_and_stop_the_run(prepared: PreparedData, 
 def test_a_set_without_a_usable_sample_stops_instead_of_searching_for_ever(tmp_path: Path) -> None:
     bad = samples("a", 3, audio=True, broken={"a-0", "a-1", "a-2"})
     write_shards(tmp_path / "a", bad, per_shard=4)
-    data = prepare(data_config(tmp_path, SetConfig(name="a", shards="a")), (2,))
+    data = prepare(data_config(tmp_path, DatasetConfig(name="a", shards="a")), (2,))
     for num_workers in (0, 1):
         with (
             Loader(with_fields(data, num_workers=num_workers), seed=0, num_batches=4) as loader,
@@ -317,7 +321,7 @@ def test_bad_metadata_in_foreign_shards_is_skipped_by_reason(tmp_path: Path, fie
     good = samples("a", 5, audio=True)
     bad = (row("bad", **fields), [("flac", audio_bytes(0.1))])
     write_shards(tmp_path / "a", [*good, bad], per_shard=9)
-    data = prepare(data_config(tmp_path, SetConfig(name="a", shards="a"), max_skipped_fraction=0.3), (2,))
+    data = prepare(data_config(tmp_path, DatasetConfig(name="a", shards="a"), max_skipped_fraction=0.3), (2,))
     with Loader(data, seed=0, num_batches=9) as loader:
         keys = {s.key for batch, _ in loader for s in batch.samples}
         assert set(loader.num_skipped) == {reason}
@@ -328,7 +332,7 @@ def test_short_clips_are_padded_and_long_ones_skipped(tmp_path: Path) -> None:
     clips = {"short": 0.05, "just": 0.1, "longest": 0.5, "long": 0.6}
     write_shards(tmp_path / "a", [(row(k), [("flac", audio_bytes(sec))]) for k, sec in clips.items()], per_shard=9)
     fields = {"min_audio_sec": 0.1, "max_audio_sec": 0.5, "max_skipped_fraction": 0.5}
-    data = prepare(data_config(tmp_path, SetConfig(name="a", shards="a"), **fields), (2,))
+    data = prepare(data_config(tmp_path, DatasetConfig(name="a", shards="a"), **fields), (2,))
     with Loader(data, seed=0, num_batches=6) as loader:
         found = {s.key: s for batch, _ in loader for s in batch.samples}
         assert set(loader.num_skipped) == {"too_long"}
@@ -365,7 +369,7 @@ def test_a_state_of_another_training_is_refused(prepared: PreparedData) -> None:
     ):
         with pytest.raises(UserError, match=message):
             Loader(changed, seed=seed, num_batches=12, state=state)
-    with pytest.raises(UserError, match="data.sets 'a': its shards or data.read_kib changed"):
+    with pytest.raises(UserError, match="data.datasets 'a': its shards or data.read_kib changed"):
         Loader(prepared, seed=5, num_batches=12, state={**state, "sets": {"a": "other"}})
     one = {**state, "lanes": [0]}
     with pytest.raises(UserError, match=r"lanes \[1\] are missing"):
@@ -398,8 +402,8 @@ def test_a_recording_is_augmented_differently_in_every_lane_and_epoch(
     prepared: PreparedData, strength: float, varied: bool
 ) -> None:
     data = with_fields(prepared, join=JoinConfig(), augment=AugmentConfig(start=0, end=0, noise_snr_db=10))
-    sets = tuple(replace(s, config=replace(s.config, augment_strength=strength)) for s in data.sets)
-    batches, _ = run(replace(data, sets=sets), 40)
+    datasets = tuple(replace(s, config=replace(s.config, augment_strength=strength)) for s in data.datasets)
+    batches, _ = run(replace(data, datasets=datasets), 40)
     variants: dict[str, list[float]] = {}
     for sample in (s for b in batches for s in b if s.clips):
         variants.setdefault(sample.key, []).append(float(sample.clips[0].double().sum()))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from model.lengths import slots_of_samples
+from model.lengths import audio_tokens_of_samples
 from tests.trainer.data_corpus import clip_rows, data_config, row, write_manifest
-from trainer.data.config import SetConfig, TokenizerConfig
+from trainer.data.config import DatasetConfig, TokenizerConfig
 from trainer.data.eval_set import eval_samples
 from trainer.data.loader import Loader
 from trainer.data.prepare import prepare
@@ -28,7 +28,7 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path
 
 
-SET = SetConfig(name="all", manifest="set.jsonl")
+SET = DatasetConfig(name="all", manifest="set.jsonl")
 
 
 def test_prepare_is_idempotent_and_follows_changes(corpus: Path) -> None:
@@ -38,18 +38,18 @@ def test_prepare_is_idempotent_and_follows_changes(corpus: Path) -> None:
     assert sorted(r.num_samples for r in reports) == [7, 10]
     again = prepare(config, (2,), on_built=reports.append)
     assert len(reports) == 2
-    assert (again.sets, again.tokenizer_path) == (first.sets, first.tokenizer_path)
+    assert (again.datasets, again.tokenizer_path) == (first.datasets, first.tokenizer_path)
     (corpus / "clip-0.flac").write_bytes((corpus / "clip-1.flac").read_bytes())
     changed = prepare(config, (2,), on_built=reports.append)
     assert len(reports) == 3  # the training split alone holds that clip
-    assert changed.sets[0].shards["test"] == first.sets[0].shards["test"]
+    assert changed.datasets[0].shards["test"] == first.datasets[0].shards["test"]
 
 
 def test_processes_may_prepare_at_once(corpus: Path) -> None:
     config = data_config(corpus, SET, eval_splits=("test",))
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(lambda _: prepare(config, (2,)), range(4)))
-    assert all(m.sets == made[0].sets and m.tokenizer_path == made[0].tokenizer_path for m in made)
+    assert all(m.datasets == made[0].datasets and m.tokenizer_path == made[0].tokenizer_path for m in made)
     assert [p.name for p in (corpus / "cache" / "shards").iterdir() if p.name.startswith(".")] == []
     with Loader(made[3], seed=0, num_batches=2) as loader:
         assert sum(len(b.samples) for b, _ in loader) == 4
@@ -57,19 +57,19 @@ def test_processes_may_prepare_at_once(corpus: Path) -> None:
 
 def test_filters_choose_tasks_and_subsets(corpus: Path) -> None:
     config = data_config(
-        corpus, SetConfig(name="prose", manifest="set.jsonl", subsets=("prose",)), global_batch_samples=4
+        corpus, DatasetConfig(name="prose", manifest="set.jsonl", subsets=("prose",)), global_batch_samples=4
     )
     with Loader(prepare(config, (2,)), seed=0, num_batches=3) as loader:
         assert {s.key for b, _ in loader for s in b.samples} == {f"text-{i}" for i in range(4)}
-    nothing = SetConfig(name="none", manifest="set.jsonl", tasks=("er",))
-    with pytest.raises(UserError, match=r"data.sets 'none': .* select nothing; there are: train/asr/noise"):
+    nothing = DatasetConfig(name="none", manifest="set.jsonl", tasks=("er",))
+    with pytest.raises(UserError, match=r"data.datasets 'none': .* select nothing; there are: train/asr/noise"):
         prepare(data_config(corpus, nothing), (2,))
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 9])
 @pytest.mark.parametrize("max_samples", [None, 5])
 def test_every_eval_sample_is_on_exactly_one_rank(corpus: Path, world: int, max_samples: int | None) -> None:
-    twice = (SET, SetConfig(name="far", manifest="set.jsonl", tasks=("asr",)))
+    twice = (SET, DatasetConfig(name="far", manifest="set.jsonl", tasks=("asr",)))
     prepared = prepare(data_config(corpus, *twice, eval_splits=("test",)), (2,))
     parts = [eval_samples(prepared, "test", r, world, max_samples) for r in range(world)]
     keys = [s.key for p in parts for s in p]
@@ -78,7 +78,7 @@ def test_every_eval_sample_is_on_exactly_one_rank(corpus: Path, world: int, max_
     for sample in (s for p in parts for s in p):
         assert sample.num_targets == 0
         assert sample.meta["answer"] == f"word {sample.key}"
-        assert int(sample.audio_mask.sum()) == slots_of_samples(len(sample.clips[0]), (2,))
+        assert int(sample.audio_mask.sum()) == audio_tokens_of_samples(len(sample.clips[0]), (2,))
 
 
 def test_skipped_eval_samples_are_reported(corpus: Path) -> None:
@@ -91,11 +91,11 @@ def test_skipped_eval_samples_are_reported(corpus: Path) -> None:
 
 def test_what_the_user_got_wrong_is_named(corpus: Path) -> None:
     for config, message in (
-        (data_config(corpus), "data.sets is empty"),
+        (data_config(corpus), "data.datasets is empty"),
         (data_config(corpus, SET, eval_splits=("dev",)), r"no set has samples of split 'dev'.*\['test', 'train'\]"),
-        (data_config(corpus, SetConfig(name="s", manifest="set.jsonl", split="trian")), r"has no split 'trian'"),
-        (data_config(corpus, SetConfig(name="s", manifest="other.jsonl")), r"other.jsonl: manifest cannot be read"),
-        (data_config(corpus, SetConfig(name="s", shards="nowhere")), r"no .*shards.json; make shards with"),
+        (data_config(corpus, DatasetConfig(name="s", manifest="set.jsonl", split="trian")), r"has no split 'trian'"),
+        (data_config(corpus, DatasetConfig(name="s", manifest="other.jsonl")), r"other.jsonl: manifest cannot be read"),
+        (data_config(corpus, DatasetConfig(name="s", shards="nowhere")), r"no .*shards.json; make shards with"),
     ):
         with pytest.raises(UserError, match=message):
             prepare(config, (2,))
@@ -108,23 +108,23 @@ def test_a_lenient_cache_is_no_way_around_a_strict_fraction(corpus: Path) -> Non
     with open(corpus / "set.jsonl", "a") as file:
         file.write(json.dumps(row("mute", answer="")) + "\n")
     lenient = prepare(data_config(corpus, SET, max_skipped_fraction=0.5), (2,))
-    assert lenient.sets[0].left_out == {"empty_answer": 1}
+    assert lenient.datasets[0].skipped_samples == {"empty_answer": 1}
     with pytest.raises(UserError, match=r"1 of 11 samples of .*set.jsonl cannot be used"):
         prepare(data_config(corpus, SET), (2,))
 
 
 @pytest.mark.skipif(not KIT.is_dir(), reason=f"no kit of real recordings at {KIT}; set KIT_DIR")
 def test_the_kit_trains_and_evaluates(tmp_path: Path) -> None:
-    sets = (
-        SetConfig(name="asr", manifest="asr.jsonl", subsets=("digits", "wake_words", "ljspeech", "nemo")),
-        SetConfig(name="aqa", manifest="aqa.jsonl", weight=0.5),
+    datasets = (
+        DatasetConfig(name="asr", manifest="asr.jsonl", subsets=("digits", "wake_words", "ljspeech", "nemo")),
+        DatasetConfig(name="aqa", manifest="aqa.jsonl", weight=0.5),
     )
     fields = {"eval_splits": ("dev",), "cache_dir": str(tmp_path), "num_lanes": 16, "global_batch_samples": 32}
     fields["tokenizer"] = TokenizerConfig()
-    lines = [line for s in sets for line in (KIT / str(s.manifest)).read_text().splitlines()]
+    lines = [line for s in datasets for line in (KIT / str(s.manifest)).read_text().splitlines()]
     duration_sec = {(row := json.loads(line))["id"]: row["duration"] for line in lines}
-    prepared = prepare(data_config(KIT, *sets, **fields), (2, 2, 2), ctc=True)
-    assert all(s.left_out == {} for s in prepared.sets)
+    prepared = prepare(data_config(KIT, *datasets, **fields), (2, 2, 2), ctc=True)
+    assert all(s.skipped_samples == {} for s in prepared.datasets)
     with Loader(prepared, seed=0, num_batches=6) as loader:
         samples = [s for b, _ in loader for s in b.samples]
         assert loader.num_skipped == {}
@@ -136,5 +136,5 @@ def test_the_kit_trains_and_evaluates(tmp_path: Path) -> None:
         assert answer[-1] == tokenizer.eos_id
         assert tokenizer.decode(answer) == " ".join(sample.meta["answer"].split())
         assert len(sample.clips[0]) / 16_000 == pytest.approx(duration_sec[sample.key], abs=0.01)
-        assert int(sample.audio_mask.sum()) == slots_of_samples(len(sample.clips[0]), (2, 2, 2))
+        assert int(sample.audio_mask.sum()) == audio_tokens_of_samples(len(sample.clips[0]), (2, 2, 2))
     assert len(eval_samples(prepared, "dev", max_samples=20)) == 20

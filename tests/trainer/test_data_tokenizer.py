@@ -54,9 +54,9 @@ def tensors(key: str, meta: dict, clips: tuple[torch.Tensor, ...], *args: object
     return to_sample(make_sample(key, meta, tuple(c.numpy() for c in clips), *args, **kwargs))  # type: ignore[arg-type]
 
 
-def clip(num_slots: int) -> torch.Tensor:
-    """A clip that takes `num_slots` behind a stride of 2: one slot is 640 samples, the last partly filled."""
-    return torch.ones(640 * num_slots - 639)
+def clip(num_audio_tokens: int) -> torch.Tensor:
+    """A clip that takes `num_audio_tokens` behind a stride of 2: one slot is 640 samples, the last partly filled."""
+    return torch.ones(640 * num_audio_tokens - 639)
 
 
 def test_one_clip(words: Tokenizer) -> None:

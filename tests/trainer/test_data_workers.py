@@ -41,7 +41,7 @@ def test_everything_arrives_in_order_and_unchanged(num_ahead: int) -> None:
     try:
         kept = []
         for expected in zip(numbers(1, 60), numbers(2, 60), strict=True):
-            found = workers.pieces(0)
+            found = workers.lane_batches(0)
             kept.append((found, [x for part in expected for x in part]))
     finally:
         workers.close()
@@ -58,9 +58,9 @@ def test_everything_arrives_in_order_and_unchanged(num_ahead: int) -> None:
 def test_what_ends_a_process_is_raised_after_what_it_had_made(kind: str, error: type, words: str) -> None:
     workers = Workers([(kind,)], serve=failing, num_ahead=2, buffer_bytes=4096)
     try:
-        assert workers.pieces(0) == [1]
+        assert workers.lane_batches(0) == [1]
         with pytest.raises(error, match=words):
-            workers.pieces(1)
+            workers.lane_batches(1)
     finally:
         workers.close()
 
@@ -68,7 +68,7 @@ def test_what_ends_a_process_is_raised_after_what_it_had_made(kind: str, error: 
 def test_a_process_is_no_more_ahead_than_it_may() -> None:
     workers = Workers([()], serve=endless, num_ahead=3, buffer_bytes=4096)
     try:
-        workers.pieces(0)
+        workers.lane_batches(0)
         connection = workers._inboxes[0]._connection
         for _ in range(3):
             assert connection.poll(20)

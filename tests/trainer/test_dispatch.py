@@ -22,16 +22,20 @@ def test_every_pair_is_computed_once_and_comes_home(data: st.DataObject) -> None
     num_encoders = data.draw(st.integers(1, 5))
     places = data.draw(st.lists(st.integers(0, ep - 1), min_size=num_encoders, max_size=num_encoders))
     per_rank = data.draw(st.lists(st.lists(st.integers(1, 2000), max_size=4), min_size=world, max_size=world))
-    home = np.array([r for r, own in enumerate(per_rank) for _ in own], dtype=np.int64)
+    source_rank = np.array([r for r, own in enumerate(per_rank) for _ in own], dtype=np.int64)
     samples = np.array([n for own in per_rank for n in own], dtype=np.int64)
-    flags = data.draw(st.lists(st.booleans(), min_size=len(home) * num_encoders, max_size=len(home) * num_encoders))
-    clips = ClipTable(home, samples, np.array(flags, dtype=bool).reshape(len(home), num_encoders))
+    flags = data.draw(
+        st.lists(st.booleans(), min_size=len(source_rank) * num_encoders, max_size=len(source_rank) * num_encoders)
+    )
+    clips = ClipTable(source_rank, samples, np.array(flags, dtype=bool).reshape(len(source_rank), num_encoders))
     plan = plan_dispatch(clips, [linear(k + 1.0) for k in range(num_encoders)], places, ep, world)
-    assert (plan.holder % ep == np.asarray(places)[plan.encoder]).all(), "a rank got a clip for an encoder it lacks"
+    assert (plan.encoder_rank % ep == np.asarray(places)[plan.encoder]).all(), (
+        "a rank got a clip for an encoder it lacks"
+    )
     parts = [dispatch_of(plan, rank) for rank in range(world)]
 
     # Carry it out: a clip is its global number, a feature sequence is (clip, encoder).
-    first = np.searchsorted(home, np.arange(world))
+    first = np.searchsorted(source_rank, np.arange(world))
     sent = [[int(first[r]) + c for c in parts[r].send_clips] for r in range(world)]
     arriving = [delivered(rank, sent, [p.send_to for p in parts], parts[rank].recv_from) for rank in range(world)]
     computed = []
@@ -41,14 +45,14 @@ def test_every_pair_is_computed_once_and_comes_home(data: st.DataObject) -> None
         results = [(arriving[rank][i], k) for k, work in enumerate(part.work) for i in work]
         computed += results
         back = [results[i] for i in part.return_order]
-        assert [int(home[c]) for c, _ in back] == list(part.return_to) == sorted(part.return_to)
+        assert [int(source_rank[c]) for c, _ in back] == list(part.return_to) == sorted(part.return_to)
     assert sorted(computed) == sorted(zip(plan.clip.tolist(), plan.encoder.tolist(), strict=True))
     for rank, part in enumerate(parts):
         returned = [[results_of(p, arriving[r])[i] for i in p.return_order] for r, p in enumerate(parts)]
         got = delivered(rank, returned, [p.return_to for p in parts], parts[rank].result_from)
         assert [-(-int(samples[c]) // 320) for c, _ in got] == list(part.result_lengths)
         for k in range(num_encoders):
-            mine = [c for c in range(len(home)) if home[c] == rank and clips.wanted[c, k]]
+            mine = [c for c in range(len(source_rank)) if source_rank[c] == rank and clips.wanted[c, k]]
             assert [got[i] for i in part.results[k]] == [(c, k) for c in mine]
 
 
@@ -65,17 +69,17 @@ def results_of(part, arriving: list[int]) -> list[tuple[int, int]]:  # noqa: ANN
 
 
 def test_holders_get_equal_work_and_clips_of_like_length() -> None:
-    home = np.array([0] * 8 + [1, 2, 3])
-    clips = ClipTable(home, np.array([1, 2, 4, 8] * 2 + [2, 1, 1]) * 16_000, np.ones((11, 1), dtype=bool))
+    source_rank = np.array([0] * 8 + [1, 2, 3])
+    clips = ClipTable(source_rank, np.array([1, 2, 4, 8] * 2 + [2, 1, 1]) * 16_000, np.ones((11, 1), dtype=bool))
     plan = plan_dispatch(clips, [linear(1.0)], [0], 1, 4)
-    runs = [sorted(clips.samples[plan.clip[plan.holder == rank]] // 16_000) for rank in range(4)]
+    runs = [sorted(clips.samples[plan.clip[plan.encoder_rank == rank]] // 16_000) for rank in range(4)]
     assert runs == [[1, 8], [1, 8], [4, 4], [1, 1, 2, 2, 2]]
 
 
 def test_every_encoder_by_itself_is_balanced_over_its_holders() -> None:
     clips = ClipTable(np.arange(4), np.full(4, 16_000), np.ones((4, 2), dtype=bool))
     plan = plan_dispatch(clips, [linear(1.0), linear(5.0)], [0, 0], 1, 4)
-    assert plan.encoder.tolist() == [0] * 4 + [1] * 4 and plan.holder.tolist() == [0, 1, 2, 3] * 2
+    assert plan.encoder.tolist() == [0] * 4 + [1] * 4 and plan.encoder_rank.tolist() == [0, 1, 2, 3] * 2
 
 
 @pytest.mark.parametrize("num_clips", [8, 16, 64])
@@ -85,7 +89,7 @@ def test_encoders_with_few_clips_do_not_all_choose_the_same_holders(num_clips: i
     wanted[np.arange(num_clips), np.arange(num_clips) % 8] = True
     clips = ClipTable(np.repeat(np.arange(8), num_clips // 8), rng.integers(40_000, 160_000, num_clips), wanted)
     plan = plan_dispatch(clips, [linear(1.0)] * 8, [0] * 8, 1, 8)
-    loads = np.bincount(plan.holder, weights=plan.cost, minlength=8)
+    loads = np.bincount(plan.encoder_rank, weights=plan.cost, minlength=8)
     assert loads.max() <= plan.cost.sum() / 8 + plan.cost.max()
 
 

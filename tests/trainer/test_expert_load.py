@@ -37,7 +37,7 @@ def routing(*rows: tuple[list[float], list[float]]) -> Routing:
     """Top-1 of two gates over the experts, per clip."""
     probs = torch.tensor(rows, dtype=torch.float64)
     chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, probs.argmax(-1, keepdim=True), True)
-    return Routing(probs, chosen, ("independent", "dependent"))
+    return Routing(probs, chosen, ("data_independent", "data_dependent"))
 
 
 def three_clips() -> ExpertLoad:
@@ -72,7 +72,7 @@ def test_parts_add_up_to_the_whole() -> None:
     seconds = torch.rand(40, generator=generator).tolist()
 
     def load(rows: slice) -> ExpertLoad:
-        part = Routing(probs[rows], chosen[rows], ("independent", "dependent"))
+        part = Routing(probs[rows], chosen[rows], ("data_independent", "data_dependent"))
         return ExpertLoad.of(part, groups[rows], seconds[rows], "abc")
 
     whole = load(slice(0, 40))
@@ -143,7 +143,7 @@ def interval(step: int = 4) -> LoadInterval:
     meter.add_step({"whisper": (2.0, 0.5, 10, 20), "hubert": (1.0, 0.0, 0, 0)}, 5.0)
     meter.add_clips(Batch((sample(2.5, "radio"),)), routing(([0.6, 0.4], [0.8, 0.2])))
     meter.add_step({"whisper": (1.0, 0.0, 0, 0), "hubert": (1.0, 0.0, 0, 0), "wavlm": (2.0, 0.0, 0, 0)}, 4.0)
-    nobody = Routing(torch.zeros(0, 2, 2), torch.zeros(0, 2, 2).bool(), ("independent", "dependent"))
+    nobody = Routing(torch.zeros(0, 2, 2), torch.zeros(0, 2, 2).bool(), ("data_independent", "data_dependent"))
     idle = LoadMeter(["hubert", "wavlm"], "whisper")
     for _ in range(2):
         idle.add_clips(Batch(()), nobody)

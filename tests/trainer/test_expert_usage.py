@@ -177,7 +177,9 @@ def test_files_hold_the_same_numbers(profile: Profile, tmp_path: Path) -> None:
         float(row["weight_dependent"]) * int(row["group_clips"]) for row in rows if row["encoder"] == "hubert"
     )
     whole = tree["tasks"]["all"]
-    assert weighted / whole["num_clips"] == pytest.approx(whole["encoders"]["hubert"]["weight"]["dependent"], abs=1e-5)
+    assert weighted / whole["num_clips"] == pytest.approx(
+        whole["encoders"]["hubert"]["weight"]["data_dependent"], abs=1e-5
+    )
     for path in tmp_path.glob("*.png"):
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
     write_files(Profile("x", "y", None, profile.load, (), None, None), tmp_path)

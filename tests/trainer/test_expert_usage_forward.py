@@ -129,7 +129,11 @@ def test_a_manifest_is_routed_as_the_saved_model_would(
 
 def test_a_gate_that_reads_the_instruction_gets_its_tokens(manifest: Path, tmp_path: Path) -> None:
     overrides = [f"data.root={manifest.parent}", f"data.cache_dir={tmp_path / 'cache'}", "data.eval_splits=[test]"]
-    overrides += ["data.sets.0.manifest=set.jsonl", "data.tokenizer.train_vocab_size=64", "model.router.input=prompt"]
+    overrides += [
+        "data.datasets.0.manifest=set.jsonl",
+        "data.tokenizer.train_vocab_size=64",
+        "model.router.input=prompt",
+    ]
     recipe = load_recipe("debug", overrides)
     tokenizer = prepare(recipe.data, recipe.model.adapter.strides).tokenizer
     torch.manual_seed(2)

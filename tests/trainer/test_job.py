@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
         (["debug", "optim.lrr=1"], "error: optim.lrr: unknown key; did you mean lr?\n"),
         (
             ["debug", "data.root=/nowhere"],
-            "error: data.sets 'demo': /nowhere/demo.jsonl: no such file; check data.root",
+            "error: data.datasets 'demo': /nowhere/demo.jsonl: no such file; check data.root",
         ),
     ],
 )
@@ -140,12 +140,12 @@ def test_shards_and_weights_are_looked_at_before_a_job(
 
     manifest = write_manifest(tmp_path, clip_rows(tmp_path, 3))
     assert make_shards([str(manifest), str(tmp_path / "shards")]) == 0
-    shards = ["debug", f"data.root={tmp_path}", "data.sets=[{name: a, shards: shards}]"]
+    shards = ["debug", f"data.root={tmp_path}", "data.datasets=[{name: a, shards: shards}]"]
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert main([*shards, "data.eval_splits=[train]", "eval.final_split=train"]) == 0
     assert main([*shards, "data.eval_splits=[train, dev]", "eval.final_split=train"]) == 2
     assert "data.eval_splits: no set has samples of split 'dev'" in capsys.readouterr().err
-    assert main([*shards, "data.sets.0.tasks=[er]"]) == 2 and "select nothing" in capsys.readouterr().err
+    assert main([*shards, "data.datasets.0.tasks=[er]"]) == 2 and "select nothing" in capsys.readouterr().err
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main([*shards, "data.eval_splits=[train]", "eval.final_split=train", "model.llm.weights=a/b"]) == 2
     assert "model.llm.weights = a/b: neither a path nor in the hub's cache" in capsys.readouterr().err

@@ -36,14 +36,14 @@ def test_every_token_arrives_once_where_the_plan_says(topology: Topology, data: 
         st.lists(st.lists(st.integers(1, 30), max_size=4), min_size=topology.world, max_size=topology.world)
     )
     sizes = [n for own in per_rank for n in own]
-    homes = np.array([rank for rank, own in enumerate(per_rank) for _ in own], dtype=np.int64)
+    source_ranks = np.array([rank for rank, own in enumerate(per_rank) for _ in own], dtype=np.int64)
     packing = plan_packs(sizes, topology.dp, data.draw(st.integers(1, 64)), topology.tp)
     ids = np.arange(sum(sizes))
     starts = np.cumsum([0] + [sum(own) for own in per_rank])
     rows = [ids[starts[r] : starts[r + 1]] for r in range(topology.world)]
     num_rows = packing.num_microbatches * packing.pack_tokens
     at_ends = [topology.coordinates(r).pp in (0, topology.pp - 1) for r in range(topology.world)]
-    segments = token_segments(packing, homes, topology)
+    segments = token_segments(packing, source_ranks, topology)
     routes = [route(segments, r, topology.world, num_rows if at_ends[r] else 0) for r in range(topology.world)]
     arrived = carry_out(routes, rows)
     first = np.cumsum([0, *sizes])
@@ -65,16 +65,16 @@ def test_every_token_arrives_once_where_the_plan_says(topology: Topology, data: 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(TOPOLOGIES), st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 50))
 def test_embeddings_go_to_exactly_the_slice_that_needs_them(topology: Topology, sizes: list[int], budget: int) -> None:
-    homes = np.sort(np.arange(len(sizes)) % topology.world)
+    source_ranks = np.sort(np.arange(len(sizes)) % topology.world)
     packing = plan_packs(sizes, topology.dp, budget, topology.tp)
     share = packing.pack_tokens // topology.tp
     ids = np.arange(sum(sizes))
     offsets = np.cumsum([0, *sizes])
     rows = [
-        np.concatenate([ids[offsets[i] : offsets[i + 1]] for i, h in enumerate(homes) if h == r] or [ids[:0]])
+        np.concatenate([ids[offsets[i] : offsets[i + 1]] for i, h in enumerate(source_ranks) if h == r] or [ids[:0]])
         for r in range(topology.world)
     ]
-    segments = embedding_segments(packing, homes, topology)
+    segments = embedding_segments(packing, source_ranks, topology)
     routes = [
         route(segments, r, topology.world, packing.num_microbatches * share if topology.coordinates(r).pp == 0 else 0)
         for r in range(topology.world)

@@ -13,7 +13,7 @@ from trainer.engine.placement import place
 from trainer.parallel.topology import build_topology
 from trainer.plan.accelerator import KNOWN, parse_accelerator
 from trainer.plan.sizes import sized_model
-from trainer.plan.workload import encoder_work, homes_of, pack_work, typical_workload
+from trainer.plan.workload import encoder_work, pack_work, source_ranks_of, typical_workload
 
 
 @pytest.mark.parametrize(("mean", "expected"), [(None, 10.0), (3.0, 3.0), (45.0, 45.0)])
@@ -37,9 +37,9 @@ def test_an_impossible_mean_is_refused() -> None:
 @pytest.mark.parametrize("ranks", [1, 3, 8, 12])
 def test_samples_are_at_home_where_their_lane_is(ranks: int) -> None:
     recipe = load_recipe("debug", [f"parallel.num_ranks={ranks}", "data.global_batch_samples=16"])
-    homes = homes_of(recipe, build_topology(recipe.parallel, ranks))
+    source_ranks = source_ranks_of(recipe, build_topology(recipe.parallel, ranks))
     expected = [2 * len(lanes_of_rank(r, ranks, recipe.data.num_lanes)) for r in range(ranks)]
-    assert np.bincount(homes, minlength=ranks).tolist() == expected
+    assert np.bincount(source_ranks, minlength=ranks).tolist() == expected
 
 
 def test_every_clip_is_encoded_by_the_primary_and_by_two_experts() -> None:

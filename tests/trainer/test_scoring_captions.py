@@ -66,8 +66,8 @@ def test_meteor_is_nltks_on_human_captions(wordnet: Path, nltk_reader: Any) -> N
     ours = Meteor(wordnet)
     num = 0
     for captions in captions_by_clip(60):
-        for left_out, hypothesis in enumerate(captions):
-            others = captions[:left_out] + captions[left_out + 1 :]
+        for skipped, hypothesis in enumerate(captions):
+            others = captions[:skipped] + captions[skipped + 1 :]
             tokens = [word_tokenize(text, preserve_line=True) for text in others]
             said = word_tokenize(hypothesis, preserve_line=True)
             theirs = meteor_score(tokens, said, wordnet=nltk_reader)

@@ -15,7 +15,7 @@ from trainer.training.spike_guard import SpikeGuard
 def fed(config: SpikeConfig, losses: list[float]) -> SpikeGuard:
     guard = SpikeGuard(config)
     for step, loss in enumerate(losses, start=1):
-        guard.note(step, loss, left_out=guard.judge(loss) is not None)
+        guard.note(step, loss, skipped=guard.judge(loss) is not None)
     return guard
 
 
@@ -28,11 +28,11 @@ def test_what_is_not_finite_is_always_mistrusted() -> None:
 def test_a_spike_is_measured_by_the_median_of_accepted_losses() -> None:
     guard = fed(SpikeConfig(factor=3.0, window_steps=5), [100.0, 2.0, 2.0, 2.0, 2.0])
     assert guard.judge(6.0) is None and "3.5 times the median of the last 5" in str(guard.judge(7.0))
-    guard.note(6, 7.0, left_out=True)
-    guard.note(7, 7.0, left_out=True)
-    assert (guard.num_left_out, guard.in_a_row) == (2, 2) and guard.judge(7.0) is not None
-    guard.note(8, 2.0, left_out=False)
-    assert (guard.num_left_out, guard.in_a_row) == (2, 0)
+    guard.note(6, 7.0, skipped=True)
+    guard.note(7, 7.0, skipped=True)
+    assert (guard.num_skipped_updates, guard.in_a_row) == (2, 2) and guard.judge(7.0) is not None
+    guard.note(8, 2.0, skipped=False)
+    assert (guard.num_skipped_updates, guard.in_a_row) == (2, 0)
     assert fed(SpikeConfig(factor=3.0, window_steps=5), [2.0] * 4).judge(100.0) is None  # too few to compare with
 
 
@@ -43,8 +43,8 @@ def test_a_resumed_run_judges_as_one_that_went_on() -> None:
     resumed = SpikeGuard(config)
     resumed.restore(json.loads(json.dumps(fed(config, losses[:4]).state)))
     for step, loss in enumerate(losses[4:], start=5):
-        resumed.note(step, loss, left_out=resumed.judge(loss) is not None)
-    assert resumed.state == whole.state and whole.num_left_out == 3
+        resumed.note(step, loss, skipped=resumed.judge(loss) is not None)
+    assert resumed.state == whole.state and whole.num_skipped_updates == 3
     resumed.restore(None)
     resumed.forget_after(2)
     assert resumed.state["recent"] == [(2, 2.0)]

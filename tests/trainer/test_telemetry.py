@@ -83,7 +83,10 @@ def make_load(step: int, experts: list[int], task: str = "asr") -> LoadInterval:
     probs = torch.eye(2)[experts][:, None]
     group = group_of(task, {}, 1.0)
     load = ExpertLoad.of(
-        Routing(probs, probs.bool(), ("dependent",)), [group] * len(experts), [1.0] * len(experts), ["hubert", "wavlm"]
+        Routing(probs, probs.bool(), ("data_dependent",)),
+        [group] * len(experts),
+        [1.0] * len(experts),
+        ["hubert", "wavlm"],
     )
     meter = LoadMeter(["hubert", "wavlm"], None)
     meter.add_step({"hubert": (2.0, 0.0, 8.0, 0.0)}, 3.0)
@@ -225,9 +228,9 @@ def test_an_evaluation_is_announced_by_its_chief_metrics(capsys: pytest.CaptureF
 
 
 def test_steps_that_were_left_out_do_not_blur_the_mean() -> None:
-    nan = make_report(2, loss=float("nan"), grad_norm=float("nan"), left_out="loss is nan", num_left_out=1)
+    nan = make_report(2, loss=float("nan"), grad_norm=float("nan"), skip_reason="loss is nan", num_skipped_updates=1)
     metrics = flatten([make_report(1), nan])
-    assert metrics["train/loss"] == 2.0 and metrics["train/grad_norm"] == 1.5 and metrics["train/steps_left_out"] == 1
+    assert metrics["train/loss"] == 2.0 and metrics["train/grad_norm"] == 1.5 and metrics["train/skipped_updates"] == 1
     assert metrics["time/step_sec"] == 2.0
     assert str(flatten([nan])["train/loss"]) == "nan"
 
@@ -237,7 +240,7 @@ def test_events_reach_the_file_and_the_terminal(tmp_path: Path, capsys: pytest.C
     for hook in hooks:
         hook.on_start(RunState("x", tmp_path, num_steps=9, num_ranks=2, start_step=4))
         hook.on_step(make_report(5, loss=3.0))
-        hook.on_step(make_report(6, loss=float("nan"), left_out="loss is nan"))
+        hook.on_step(make_report(6, loss=float("nan"), skip_reason="loss is nan"))
         hook.on_event("skip", 6, {"why": "loss is nan", "samples": ["a", "b"]})
         hook.on_save(str(tmp_path / "step-00000006"))
         hook.on_event("stopped", 6, {})

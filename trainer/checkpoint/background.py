@@ -99,7 +99,7 @@ class Place:
     """Of the writing threads."""
     rank: int
     topology: Mapping[str, int]
-    beat: Callable[[str], None] = lambda what: None
+    heartbeat: Callable[[str], None] = lambda what: None
     """Is called with every file."""
 
 
@@ -167,7 +167,7 @@ class Save:
                 (f"{frozen}/{file}", [s for s in shards if s.frozen]),
             ):
                 if part:
-                    self.place.beat(f"writing {name}")
+                    self.place.heartbeat(f"writing {name}")
                     weights = {key_of(s.name, PARAM, s.rect): s.values[PARAM] for s in part}
                     files[name] = write_tensors(draft, name, weights)
                     tensors |= entries_of(part, name)
@@ -175,7 +175,7 @@ class Save:
                 key_of(s.name, kind, s.rect): value for s in shards for kind, value in s.values.items() if kind != PARAM
             }
         if moments:
-            self.place.beat(f"writing {file_of(MOMENTS, rank)}")
+            self.place.heartbeat(f"writing {file_of(MOMENTS, rank)}")
             files[file_of(MOMENTS, rank)] = write_tensors(draft, file_of(MOMENTS, rank), moments)
         file = file_of("rng", rank)
         files[file] = write_tensors(draft, file, self.content.generators)

@@ -60,13 +60,13 @@ class CheckpointManager:
         url: str,
         config: CheckpointConfig,
         groups: Groups,
-        beat: Callable[[str], None] = lambda what: None,
+        heartbeat: Callable[[str], None] = lambda what: None,
     ) -> None:
         self.config, self.groups = config, groups
         self.checkpoints = self._together(url, lambda: open_checkpoints(url, config.retry_sec))
         attempt = self._from_rank0(self.checkpoints.begin_attempt)
         writers = dist.new_group(backend="gloo")
-        self._place = Place(self.checkpoints, config, attempt, writers, groups.rank, self._topology(), beat)
+        self._place = Place(self.checkpoints, config, attempt, writers, groups.rank, self._topology(), heartbeat)
         self._buffer = HostBuffer(groups.device)
         self._verified: set[str] = set()
         self._current: int | None = None
@@ -189,7 +189,7 @@ class CheckpointManager:
         reader = Reader(folder, self._together(folder.url, lambda: read_manifest(folder)))
         names = self._everyones_names(engines)
         shards = self._together(folder.url, lambda: self._checked_shards(engines, reader, names))
-        self._together(folder.url, lambda: _fill(shards, reader, self._place.beat))
+        self._together(folder.url, lambda: _fill(shards, reader, self._place.heartbeat))
         self._finish(engines, reader)
         self._restore_generators(reader)
         self._current, self._frozen = reader.manifest.step, Frozen.of(reader.manifest)
@@ -207,7 +207,9 @@ class CheckpointManager:
             raise UserError(f"checkpoint.start_from = {url}: {found} is damaged: {damage}; name another checkpoint")
         shards = [shard for family in self._shards(engines).values() for shard in family]
         model = engines.audio.tower.config
-        added = self._together("checkpoint.start_from", lambda: fill_weights(folder, shards, model, self._place.beat))
+        added = self._together(
+            "checkpoint.start_from", lambda: fill_weights(folder, shards, model, self._place.heartbeat)
+        )
         audio_state.refresh(engines.audio)
         llm_state.refresh(engines.llm)
         if self.groups.rank == 0:
@@ -301,7 +303,7 @@ class CheckpointManager:
             try:
                 manifest = read_manifest(folder)
                 mine = [n for n in manifest.files if rank_of(n) % world == rank]
-                check_files(folder, manifest, mine, self._place.beat)
+                check_files(folder, manifest, mine, self._place.heartbeat)
             except DamagedError as error:
                 return str(error)
             return None
@@ -347,7 +349,7 @@ class CheckpointManager:
 
 
 @torch.no_grad()
-def _fill(shards: Sequence[Shard], reader: Reader, beat: Callable[[str], None]) -> None:
+def _fill(shards: Sequence[Shard], reader: Reader, heartbeat: Callable[[str], None]) -> None:
     for shard in shards:
-        beat(f"the read of {shard.name}")
+        heartbeat(f"the read of {shard.name}")
         reader.fill(shard)

@@ -41,9 +41,9 @@ def read_manifest(folder: Folder) -> Manifest:
 
 
 def check_files(
-    folder: Folder, manifest: Manifest, names: Iterable[str], beat: Callable[[str], None] = lambda what: None
+    folder: Folder, manifest: Manifest, names: Iterable[str], heartbeat: Callable[[str], None] = lambda what: None
 ) -> None:
-    """Compare files with the manifest; `beat` is told of each.
+    """Compare files with the manifest; `heartbeat` is told of each.
 
     Raises:
         DamagedError: a file is missing, or has another size or content.
@@ -51,7 +51,7 @@ def check_files(
 
     def damage(name: str) -> str | None:
         wanted = manifest.files[name]
-        beat(f"the check of {name}")
+        heartbeat(f"the check of {name}")
         try:
             size = folder.size_bytes(name)
             if size != wanted.size_bytes:

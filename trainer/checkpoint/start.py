@@ -31,9 +31,9 @@ _BY_EXPERT = (
 
 @torch.no_grad()
 def fill_weights(
-    folder: Folder, shards: Sequence[Shard], model: ModelConfig, beat: Callable[[str], None] = lambda what: None
+    folder: Folder, shards: Sequence[Shard], model: ModelConfig, heartbeat: Callable[[str], None] = lambda what: None
 ) -> tuple[str, ...]:
-    """Fill the weights of this rank's `shards` of `model` from the checkpoint in `folder`; `beat` is told of each.
+    """Fill the weights of this rank's `shards` of `model` from the checkpoint in `folder`; `heartbeat` is told of each.
 
     Returns:
         Names of the encoders that are new.
@@ -47,9 +47,9 @@ def fill_weights(
     added = tuple(name for name in now if name not in before)
     own = tuple(f"audio.experts.{name}." for name in added)
     for shard in shards:
-        beat(f"the read of {shard.name}")
+        heartbeat(f"the read of {shard.name}")
         if shard.name in _BY_EXPERT:
-            rows = _rows(reader, shard, before, now, model.router.entry_steps)
+            rows = _rows(reader, shard, before, now, model.router.added_encoder_warmup_steps)
             whole = matrix_of(shard.shape)
             shard.values[PARAM].copy_(rows.view(whole.rows, whole.cols)[shard.rect.within(whole)])
         elif not (own and shard.name.startswith(own)):
@@ -58,14 +58,16 @@ def fill_weights(
     return added
 
 
-def _rows(reader: Reader, shard: Shard, before: Sequence[str], now: Sequence[str], entry_steps: int) -> Tensor:
+def _rows(
+    reader: Reader, shard: Shard, before: Sequence[str], now: Sequence[str], added_encoder_warmup_steps: int
+) -> Tensor:
     """The tensor [experts now, …], from that of the experts before; fp32."""
     _check(reader, shard, (len(before), *shard.shape[1:]))
     whole = matrix_of((len(before), *shard.shape[1:]))
     old = torch.empty(whole.rows, whole.cols, dtype=reader.dtype(shard.name, PARAM))
     reader.read_rect(shard.name, PARAM, whole, old)
     old = old.float()
-    new = torch.full_like(old[0], float(entry_steps)) if shard.name == _ENTERING else old.mean(0)
+    new = torch.full_like(old[0], float(added_encoder_warmup_steps)) if shard.name == _ENTERING else old.mean(0)
     return torch.stack([old[before.index(name)] if name in before else new for name in now])
 
 

@@ -132,11 +132,11 @@ def _check_lengths(recipe: Recipe, hf_config: PretrainedConfig) -> None:
     longest = recipe.data.max_audio_sec
     if longest is None:
         return
-    slots = lengths.slots_of_samples(lengths.num_samples(longest), recipe.model.adapter.strides)
+    audio_tokens = lengths.audio_tokens_of_samples(lengths.num_samples(longest), recipe.model.adapter.strides)
     positions = _positions(hf_config)
-    if slots >= positions:
+    if audio_tokens >= positions:
         raise UserError(
-            f"data.max_audio_sec = {longest}: such a clip takes {slots} of the LLM's {positions} positions "
+            f"data.max_audio_sec = {longest}: such a clip takes {audio_tokens} of the LLM's {positions} positions "
             "(max_position_embeddings) and leaves none for text; lower it or raise model.adapter.strides"
         )
 
@@ -162,12 +162,12 @@ def _check_vocabulary(recipe: Recipe, hf_config: PretrainedConfig) -> None:
 def _check_data(recipe: Recipe) -> None:
     data = recipe.data
     _check_lanes(recipe)
-    if not data.sets:
-        raise UserError("data.sets is empty: name at least one manifest or folder of shards")
-    may_hold_asr = any(not s.tasks or "asr" in s.tasks for s in data.sets)
+    if not data.datasets:
+        raise UserError("data.datasets is empty: name at least one manifest or folder of shards")
+    may_hold_asr = any(not s.tasks or "asr" in s.tasks for s in data.datasets)
     if recipe.model.ctc_weight > 0 and not may_hold_asr:
         raise UserError(
-            f"model.ctc_weight = {recipe.model.ctc_weight}: CTC needs answers of the task asr, and none of data.sets "
+            f"model.ctc_weight = {recipe.model.ctc_weight}: CTC needs answers of the task asr, and none of data.datasets "
             "has it; add it or set model.ctc_weight=0"
         )
     _check_stop(recipe)

@@ -11,6 +11,7 @@ import yaml
 
 from model.errors import UserError
 from trainer.config.convert import from_tree, to_tree
+from trainer.config.former_keys import refuse, translate
 from trainer.config.schema import Recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -28,12 +29,32 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     tree = _load_tree(_find(name_or_path, None), ())
     for override in overrides:
         _apply(tree, override)
+    refuse(tree)
     return from_tree(Recipe, tree)
 
 
-def undump(text: str, where: str) -> Recipe:
-    """The recipe that `dump` wrote as `text`; `where` it was found, for errors as those of `load_recipe`."""
-    return from_tree(Recipe, _parse(text, where))
+def parse_stored_recipe(text: str, where: str) -> Recipe:
+    """Return the recipe that this or an earlier version wrote as `text`, with former keys translated.
+
+    Args:
+        text: YAML of `dump`.
+        where: the file it was read from, for error messages.
+
+    Raises:
+        UserError: see `load_recipe`.
+    """
+    tree = _parse(text, where)
+    if isinstance(tree, dict):
+        translate(tree)
+    return from_tree(Recipe, tree)
+
+
+def load_stored_recipe(path: Path) -> Recipe:
+    """Return the recipe stored as `path`, the `recipe.yaml` of a run; see `parse_stored_recipe`."""
+    try:
+        return parse_stored_recipe(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: not readable ({error})") from None
 
 
 def dump(recipe: Recipe) -> str:

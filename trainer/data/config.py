@@ -15,7 +15,7 @@ MOWE_TEMPLATE = "Given the following speech tokens: \n<speech>{audio}</speech>\n
 
 
 @dataclass(frozen=True)
-class SetConfig:
+class DatasetConfig:
     """One set of samples: a manifest (shards are made from it into `data.cache_dir`) or a folder of shards."""
 
     name: str = ""
@@ -38,9 +38,9 @@ class SetConfig:
     """Share of `data.augment`'s strength that this set gets."""
 
     def __post_init__(self) -> None:
-        where = f"data.sets '{self.name}'"
+        where = f"data.datasets '{self.name}'"
         if not self.name or "/" in self.name:
-            raise UserError(f"data.sets: name {self.name!r} must not be empty or contain '/'")
+            raise UserError(f"data.datasets: name {self.name!r} must not be empty or contain '/'")
         if (self.manifest is None) == (self.shards is None):
             raise UserError(f"{where}: give either manifest or shards")
         points = self.schedule
@@ -172,7 +172,7 @@ class DataConfig:
 
     root: str = "."
     """Folder that the sets' paths are relative to; for shards it may be a URL."""
-    sets: tuple[SetConfig, ...] = ()
+    datasets: tuple[DatasetConfig, ...] = ()
     """Blended by weight."""
     temperature: float | None = None
     """Null: a set's share is its weight. Otherwise weight · samples ** (1 / temperature): 1 reads every set equally
@@ -212,9 +212,9 @@ class DataConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def __post_init__(self) -> None:
-        names = [s.name for s in self.sets]
+        names = [s.name for s in self.datasets]
         if len(set(names)) != len(names):
-            raise UserError(f"data.sets: names {names} must be unique")
+            raise UserError(f"data.datasets: names {names} must be unique")
         check_least("data", self, num_lanes=1, num_workers=0, prefetch_batches=1, read_kib=1, buffer_mib=1)
         check_least("data", self, read_ahead_mib=0, cache_decoded_mib=0, temperature=1)
         if self.global_batch_samples < 1 or self.global_batch_samples % self.num_lanes:
@@ -230,7 +230,7 @@ class DataConfig:
             raise UserError(f"data.min_audio_sec = {self.min_audio_sec}: must be in [0, data.max_audio_sec]")
         if not 0 < self.retry_sec <= 240:
             raise UserError(f"data.retry_sec = {self.retry_sec}: must be in (0, 240]; signed requests expire later")
-        starts = {start for s in self.sets for start, _ in s.schedule}
+        starts = {start for s in self.datasets for start, _ in s.schedule}
         for progress in sorted(starts):
-            if not sum(s.weight_at(progress) for s in self.sets) > 0:
-                raise UserError(f"data.sets: all weights are 0 at progress {progress}: give one set a weight there")
+            if not sum(s.weight_at(progress) for s in self.datasets) > 0:
+                raise UserError(f"data.datasets: all weights are 0 at progress {progress}: give one set a weight there")

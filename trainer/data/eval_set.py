@@ -16,7 +16,7 @@ from trainer.data.decode import SampleError
 from trainer.data.lanes import permutation
 from trainer.data.loader import to_sample
 from trainer.data.prepare import PreparedData
-from trainer.data.source import SampleSource, SetReader, Skip, check_skipped
+from trainer.data.source import DatasetReader, SampleSource, Skip, check_skipped
 
 _READERS = 4
 """Threads that read and decode, at least: most of their time they may wait for a bucket."""
@@ -50,10 +50,10 @@ def eval_samples(
     config = replace(prepared.config, cache_decoded_mib=0)  # every sample is read once
     source = SampleSource(config, prepared.tokenizer, prepared.strides, ctc=False)
     jobs = [
-        (reader, shard, ranks[start : start + reader.chunk_samples])
+        (reader, shard, indices[start : start + reader.chunk_samples])
         for (reader, shard), group in groupby(own, key=lambda item: item[:2])
-        for ranks in [[rank for _, _, rank in group]]
-        for start in range(0, len(ranks), reader.chunk_samples)
+        for indices in [[index for _, _, index in group]]
+        for start in range(0, len(indices), reader.chunk_samples)
     ]
     samples: list[Sample] = []
     skipped: Counter[str] = Counter()
@@ -68,25 +68,25 @@ def eval_samples(
     return samples
 
 
-def _items(prepared: PreparedData, split: str) -> list[tuple[SetReader, int, int]]:
-    """(reader, shard, rank) of every sample of the split, in stored order; one that two sets have comes once."""
-    found: dict[tuple[str, int, int], tuple[SetReader, int, int]] = {}
-    for reader in (s.open(split, prepared.config) for s in prepared.sets):
+def _items(prepared: PreparedData, split: str) -> list[tuple[DatasetReader, int, int]]:
+    """(reader, shard, index) of every sample of the split, in stored order; one that two sets have comes once."""
+    found: dict[tuple[str, int, int], tuple[DatasetReader, int, int]] = {}
+    for reader in (s.open(split, prepared.config) for s in prepared.datasets):
         if reader is not None:
             for shard in np.flatnonzero(reader.num_per_shard).tolist():
-                for rank, index in enumerate(reader.selected(shard)):
-                    found.setdefault((reader.shards.store.url, shard, index), (reader, shard, rank))
+                for index, entry in enumerate(reader.selected(shard)):
+                    found.setdefault((reader.shards.store.url, shard, entry), (reader, shard, index))
     if not found:
         raise UserError(f"data.eval_splits: no set has samples of split '{split}'; name it in data.eval_splits")
     return list(found.values())
 
 
-def _make(source: SampleSource, reader: SetReader, shard: int, ranks: Sequence[int]) -> list[Sample | Skip]:
-    arrived = reader.read_unchecked(shard, ranks)
+def _make(source: SampleSource, reader: DatasetReader, shard: int, indices: Sequence[int]) -> list[Sample | Skip]:
+    arrived = reader.read_unchecked(shard, indices)
     made: list[Sample | Skip] = []
-    for rank in ranks:
+    for index in indices:
         try:
-            made.append(to_sample(source.evaluation(reader, shard, rank, arrived)))
+            made.append(to_sample(source.evaluation(reader, shard, index, arrived)))
         except SampleError as error:
-            made.append(reader.skip(shard, rank, error))
+            made.append(reader.skip(shard, index, error))
     return made

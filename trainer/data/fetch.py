@@ -66,11 +66,11 @@ def read_samples(shards: ShardSet, shard: int, indices: Sequence[int]) -> Fetche
         return {i: SampleError("altered", gone) for i in indices}
     where = f"{shards.store.url}/{shards.shards[shard].name}"
     for i in pending:
-        left_out = SampleError("altered", f"{where}: sample {table[i].key} is not what was indexed")
-        found[i] = left_out
+        skipped = SampleError("altered", f"{where}: sample {table[i].key} is not what was indexed")
+        found[i] = skipped
         if (shard, i) not in shards.altered:
             shards.altered.add((shard, i))
-            log.warning("%s; it is left out", left_out.detail)
+            log.warning("%s; it is left out", skipped.detail)
     return found
 
 

@@ -21,7 +21,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.config import SetConfig
+from trainer.data.config import DatasetConfig
 
 _GOLDEN = 0x9E3779B97F4A7C15
 """2^64 divided by the golden ratio: multiples of it, modulo 2^64, fill the range evenly (Weyl sequence)."""
@@ -29,12 +29,12 @@ _MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
-class Run:
-    """Consecutive samples of a lane that lie in one chunk. `ranks` count the selected samples of the shard."""
+class LaneSpan:
+    """Consecutive samples of a lane that lie in one chunk. `indices` count the selected samples of the shard."""
 
     epoch: int
     shard: int
-    ranks: tuple[int, ...]
+    indices: tuple[int, ...]
 
 
 def hash_of(*key: int | str) -> int:
@@ -57,7 +57,7 @@ def lanes_of_rank(rank: int, world: int, num_lanes: int) -> range:
     return range(rank * num_lanes // world, (rank + 1) * num_lanes // world)
 
 
-class SetOrder:
+class DatasetOrder:
     """The order of one set: lane and position → sample."""
 
     def __init__(
@@ -77,7 +77,7 @@ class SetOrder:
         assert self.num_samples > 0 and chunk_samples > 0
         self._epoch = lru_cache(maxsize=4)(self._shards_of_epoch)
 
-    def run(self, lane: int, position: int) -> Run:
+    def span(self, lane: int, position: int) -> LaneSpan:
         """The samples of `lane` from its `position`-th (from 0, without end) to the end of that one's chunk."""
         cycle, rest = divmod(position, self.num_samples)
         turn = 0
@@ -85,16 +85,16 @@ class SetOrder:
             rest -= size
             turn += 1
         epoch = cycle * self.num_lanes + turn
-        index = self._start((lane + turn) % self.num_lanes) + rest
+        place = self._start((lane + turn) % self.num_lanes) + rest
         shards, ends = self._epoch(epoch)
-        at = int(np.searchsorted(ends, index, side="right"))
+        at = int(np.searchsorted(ends, place, side="right"))
         shard = int(shards[at])
-        ranks = self._rest_of_chunk(epoch, shard, index - (int(ends[at - 1]) if at else 0))
-        return Run(epoch, shard, tuple(ranks[: size - rest].tolist()))
+        indices = self._rest_of_chunk(epoch, shard, place - (int(ends[at - 1]) if at else 0))
+        return LaneSpan(epoch, shard, tuple(indices[: size - rest].tolist()))
 
-    def chunk_of(self, shard: int, rank: int) -> range:
-        """The ranks that are stored and read together with `rank`."""
-        start = rank - rank % self.chunk_samples
+    def chunk_of(self, shard: int, index: int) -> range:
+        """The ranks that are stored and read together with `index`."""
+        start = index - index % self.chunk_samples
         return range(start, min(start + self.chunk_samples, int(self.num_per_shard[shard])))
 
     def _start(self, block: int) -> int:
@@ -124,12 +124,12 @@ class SetOrder:
         return chunk.start + within[offset - start :]
 
 
-class Blend:
+class DatasetMixture:
     """Which set a draw takes: shares follow the weights closely at every moment, not only on average."""
 
     def __init__(
         self,
-        sets: Sequence[SetConfig],
+        datasets: Sequence[DatasetConfig],
         seed: int,
         num_lanes: int,
         num_per_lane: int,
@@ -137,13 +137,13 @@ class Blend:
         temperature: float | None = None,
     ) -> None:
         """`num_samples`: of each set, for `temperature` (see `DataConfig.temperature`)."""
-        self.sets = tuple(sets)
+        self.datasets = tuple(datasets)
         self.seed, self.num_lanes, self.num_per_lane = seed, num_lanes, num_per_lane
-        self.factors = [1.0] * len(sets) if temperature is None else [n ** (1 / temperature) for n in num_samples]
+        self.factors = [1.0] * len(datasets) if temperature is None else [n ** (1 / temperature) for n in num_samples]
 
     def weights_at(self, progress: float) -> list[float]:
         """Of every set; they need not sum to one."""
-        return [f * s.weight_at(progress) for f, s in zip(self.factors, self.sets, strict=True)]
+        return [f * s.weight_at(progress) for f, s in zip(self.factors, self.datasets, strict=True)]
 
     def choose(self, batch: int, lane: int, draw: int, progress: float) -> int:
         """Index of the set that the `draw`-th sample of `lane` in global batch `batch` comes from."""
@@ -153,10 +153,10 @@ class Blend:
         place = (batch * self.num_lanes + turn) * self.num_per_lane + draw
         point = (place * _GOLDEN & _MASK) / (1 << 64) * sum(weights)
         last = 0
-        for index, weight in enumerate(weights):
+        for place, weight in enumerate(weights):
             if weight > 0:
-                last = index
+                last = place
                 if point < weight:
-                    return index
+                    return place
                 point -= weight
         return last  # rounding may leave a point at the very end

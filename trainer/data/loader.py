@@ -19,13 +19,13 @@ from trainer.data.prepare import PreparedData
 from trainer.data.sample import EncodedSample
 from trainer.data.source import Skip
 from trainer.data.state import State
-from trainer.data.stream import Feed
+from trainer.data.stream import SampleStream
 
 log = logging.getLogger(__name__)
 
 
 class Loader:
-    """Iterates `(Batch, State)`; arguments and errors are those of `Feed`. One iteration per loader."""
+    """Iterates `(Batch, State)`; arguments and errors are those of `SampleStream`. One iteration per loader."""
 
     def __init__(
         self,
@@ -38,33 +38,33 @@ class Loader:
         state: State | None = None,
         on_skip: Callable[[Skip], None] = lambda skip: None,
     ) -> None:
-        self.feed = Feed(
+        self.stream = SampleStream(
             prepared, seed=seed, num_batches=num_batches, rank=rank, world=world, state=state, on_skip=on_skip
         )
 
     @property
     def state(self) -> State:
         """Of the last yielded batch."""
-        return self.feed.state
+        return self.stream.state
 
     @property
     def num_skipped(self) -> dict[str, int]:
-        """See `Feed.num_skipped`."""
-        return self.feed.num_skipped
+        """See `SampleStream.num_skipped`."""
+        return self.stream.num_skipped
 
     @property
     def epochs(self) -> dict[str, float]:
-        """See `Feed.epochs`."""
-        return self.feed.epochs
+        """See `SampleStream.epochs`."""
+        return self.stream.epochs
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.feed.close()
+        self.stream.close()
 
     def __iter__(self) -> Iterator[tuple[Batch, State]]:
-        for samples, state in self.feed:
+        for samples, state in self.stream:
             yield Batch(tuple(to_sample(s) for s in samples)), state
 
 

@@ -10,37 +10,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import UserError
-from trainer.data.config import DataConfig, SetConfig
+from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.manifest import Row, read_manifest
 from trainer.data.shard_build import SKIPPED_NAME, BuildReport, ShardLimits, build_shards, source_digest
 from trainer.data.shards import INDEX_NAME, Selection, ShardIndex, ShardSet, read_index
-from trainer.data.source import SetReader
+from trainer.data.source import DatasetReader
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from trainer.storage.open import join_url, open_store, scheme_of
 from trainer.storage.store import MissingError
 
 
 @dataclass(frozen=True)
-class PreparedSet:
+class PreparedDataset:
     """One set's shards by split."""
 
-    config: SetConfig
+    config: DatasetConfig
     splits: tuple[str, ...]
     """Splits that the set has."""
     shards: dict[str, tuple[str, ShardIndex]]
     """URL and index. Made from a manifest: one folder per split that the manifest has. Given as shards: the same for
     every split."""
-    left_out: dict[str, int]
+    skipped_samples: dict[str, int]
     """Samples of the manifest's training split that are not in its shards, by reason; listed in their skipped.jsonl."""
 
-    def open(self, split: str, config: DataConfig) -> SetReader | None:
+    def open(self, split: str, config: DataConfig) -> DatasetReader | None:
         """Reader of the set's selection of `split`; None if it has no such sample."""
         if split not in self.shards:
             return None
         url, index = self.shards[split]
         selection = Selection(split, self.config.tasks, self.config.subsets)
         shards = ShardSet(open_store(url, config.retry_sec), index)
-        reader = SetReader(self.config, shards, selection, config.read_kib << 10)
+        reader = DatasetReader(self.config, shards, selection, config.read_kib << 10)
         return reader if reader.num_samples else None
 
 
@@ -49,16 +49,16 @@ class PreparedData:
     """What `Loader` and `eval_samples` read."""
 
     config: DataConfig
-    sets: tuple[PreparedSet, ...]
+    datasets: tuple[PreparedDataset, ...]
     tokenizer: Tokenizer
     tokenizer_path: str
     """A file, directory or hub id; for export."""
     strides: tuple[int, ...]
     ctc: bool
 
-    def open_training(self) -> tuple[SetReader, ...]:
+    def open_training(self) -> tuple[DatasetReader, ...]:
         """One reader per set, for its training split. UserError if a set has nothing to read."""
-        return tuple(_open_training(s, self.config) for s in self.sets)
+        return tuple(_open_training(s, self.config) for s in self.datasets)
 
 
 def prepare(
@@ -82,11 +82,11 @@ def prepare(
         UserError: see `build_shards`, `load_tokenizer`, `train_sentencepiece`; a set without samples to train on; an
             evaluation split that no set has.
     """
-    _check_sets(config)
-    sets = tuple(_prepare_set(config, s, on_built, on_progress) for s in config.sets)
-    _check_eval_splits(config, sets)
-    path = config.tokenizer.path or str(_trained_tokenizer(config, sets))
-    return PreparedData(config, sets, load_tokenizer(path, config.tokenizer), path, strides, ctc)
+    _check_datasets(config)
+    datasets = tuple(_prepare_dataset(config, s, on_built, on_progress) for s in config.datasets)
+    _check_eval_splits(config, datasets)
+    path = config.tokenizer.path or str(_trained_tokenizer(config, datasets))
+    return PreparedData(config, datasets, load_tokenizer(path, config.tokenizer), path, strides, ctc)
 
 
 def check_stored(config: DataConfig) -> None:
@@ -96,47 +96,49 @@ def check_stored(config: DataConfig) -> None:
         UserError: a manifest or an index is not there, or cannot be read; shards without samples to train on; an
             evaluation split that no set has.
     """
-    _check_sets(config)
+    _check_datasets(config)
     given = []
-    for part in config.sets:
+    for part in config.datasets:
         if part.shards is not None:
             given.append(_given_shards(config, part, (part.split, *config.eval_splits)))
             _open_training(given[-1], config)
         elif part.manifest is not None and not (path := Path(config.root) / part.manifest).is_file():
-            raise UserError(f"data.sets '{part.name}': {path}: no such file; check data.root = {config.root}")
-    if len(given) == len(config.sets):
+            raise UserError(f"data.datasets '{part.name}': {path}: no such file; check data.root = {config.root}")
+    if len(given) == len(config.datasets):
         _check_eval_splits(config, given)
 
 
-def _check_sets(config: DataConfig) -> None:
-    if not config.sets:
-        raise UserError("data.sets is empty: give at least one set with a manifest or shards")
+def _check_datasets(config: DataConfig) -> None:
+    if not config.datasets:
+        raise UserError("data.datasets is empty: give at least one set with a manifest or shards")
 
 
-def _check_eval_splits(config: DataConfig, sets: Sequence[PreparedSet]) -> None:
+def _check_eval_splits(config: DataConfig, datasets: Sequence[PreparedDataset]) -> None:
     for split in config.eval_splits:
-        if not any(s.open(split, config) for s in sets):
-            known = sorted({k for s in sets for k in s.splits})
+        if not any(s.open(split, config) for s in datasets):
+            known = sorted({k for s in datasets for k in s.splits})
             raise UserError(f"data.eval_splits: no set has samples of split '{split}'; splits there are: {known}")
 
 
-def _prepare_set(
+def _prepare_dataset(
     config: DataConfig,
-    part: SetConfig,
+    part: DatasetConfig,
     on_built: Callable[[BuildReport], None],
     on_progress: Callable[[int, int], None],
-) -> PreparedSet:
+) -> PreparedDataset:
     wanted = dict.fromkeys((part.split, *config.eval_splits))
     if part.shards is not None:
         return _given_shards(config, part, tuple(wanted))
     assert part.manifest is not None
     if scheme_of(config.root):
-        raise UserError(f"data.sets '{part.name}': manifests are local, data.root = {config.root} is not; give shards")
+        raise UserError(
+            f"data.datasets '{part.name}': manifests are local, data.root = {config.root} is not; give shards"
+        )
     manifest = Path(config.root) / part.manifest
     rows = _rows_by_split(manifest)
     present = sorted(rows)
     if part.split not in present:
-        raise UserError(f"data.sets '{part.name}': {manifest} has no split '{part.split}'; it has {present}")
+        raise UserError(f"data.datasets '{part.name}': {manifest} has no split '{part.split}'; it has {present}")
     shards = {}
     for split in wanted:
         if split in present:
@@ -145,21 +147,21 @@ def _prepare_set(
             if not (folder / INDEX_NAME).is_file():
                 _build(config, manifest, folder, split, on_built, on_progress)
             shards[split] = (str(folder), read_index(open_store(str(folder))))
-            _check_left_out(config, manifest, *shards[split])
-    return PreparedSet(part, tuple(present), shards, _left_out(shards[part.split][0]))
+            _check_skipped_samples(config, manifest, *shards[split])
+    return PreparedDataset(part, tuple(present), shards, _skipped_samples(shards[part.split][0]))
 
 
-def _given_shards(config: DataConfig, part: SetConfig, wanted: tuple[str, ...]) -> PreparedSet:
+def _given_shards(config: DataConfig, part: DatasetConfig, wanted: tuple[str, ...]) -> PreparedDataset:
     url = join_url(config.root, str(part.shards))
     try:
         index = read_index(open_store(url, config.retry_sec))
     except MissingError as error:
         raise UserError(
-            f"data.sets '{part.name}': no {url}/{INDEX_NAME}; make shards with tools.make_shards, or index "
+            f"data.datasets '{part.name}': no {url}/{INDEX_NAME}; make shards with tools.make_shards, or index "
             f"others' with tools.inspect_shards --build-index ({error})"
         ) from None
     splits = sorted({g.split for g in index.groups})
-    return PreparedSet(part, tuple(splits), dict.fromkeys(wanted, (url, index)), {})
+    return PreparedDataset(part, tuple(splits), dict.fromkeys(wanted, (url, index)), {})
 
 
 def _build(
@@ -194,7 +196,7 @@ def _rows_by_split(manifest: Path) -> dict[str, list[Row]]:
     return rows
 
 
-def _left_out(url: str) -> dict[str, int]:
+def _skipped_samples(url: str) -> dict[str, int]:
     try:
         lines = open_store(url).get(SKIPPED_NAME).splitlines()
     except MissingError:
@@ -202,31 +204,31 @@ def _left_out(url: str) -> dict[str, int]:
     return dict(Counter(json.loads(line)["reason"] for line in lines))
 
 
-def _check_left_out(config: DataConfig, manifest: Path, url: str, index: ShardIndex) -> None:
+def _check_skipped_samples(config: DataConfig, manifest: Path, url: str, index: ShardIndex) -> None:
     """A folder made under a more lenient fraction is not a way around a stricter one."""
-    num_left_out = sum((counts := _left_out(url)).values())
-    total = num_left_out + index.num_samples
-    if num_left_out > config.max_skipped_fraction * total:
+    num_skipped_samples = sum((counts := _skipped_samples(url)).values())
+    total = num_skipped_samples + index.num_samples
+    if num_skipped_samples > config.max_skipped_fraction * total:
         raise UserError(
-            f"data.max_skipped_fraction = {config.max_skipped_fraction}: {num_left_out} of {total} samples of "
+            f"data.max_skipped_fraction = {config.max_skipped_fraction}: {num_skipped_samples} of {total} samples of "
             f"{manifest} cannot be used ({counts}), see {url}/{SKIPPED_NAME}; mend them or raise the fraction"
         )
 
 
-def _open_training(part: PreparedSet, config: DataConfig) -> SetReader:
+def _open_training(part: PreparedDataset, config: DataConfig) -> DatasetReader:
     reader = part.open(part.config.split, config)
     if reader is None:
         _, index = next(iter(part.shards.values()))
         known = sorted({f"{g.split}/{g.task}/{g.subset}" for g in index.groups})
         raise UserError(
-            f"data.sets '{part.config.name}': split '{part.config.split}', tasks {list(part.config.tasks)} and subsets "
+            f"data.datasets '{part.config.name}': split '{part.config.split}', tasks {list(part.config.tasks)} and subsets "
             f"{list(part.config.subsets)} select nothing; there are: {', '.join(known)}"
         )
     return reader
 
 
-def _trained_tokenizer(config: DataConfig, sets: tuple[PreparedSet, ...]) -> Path:
-    readers = [_open_training(s, config) for s in sets]
+def _trained_tokenizer(config: DataConfig, datasets: tuple[PreparedDataset, ...]) -> Path:
+    readers = [_open_training(s, config) for s in datasets]
     tokenizer = config.tokenizer
     settings = [tokenizer.train_vocab_size, tokenizer.placeholder, tokenizer.template, tokenizer.text_template]
     key = json.dumps([settings, [[r.shards.index.digest, repr(r.selection)] for r in readers]])
@@ -237,7 +239,7 @@ def _trained_tokenizer(config: DataConfig, sets: tuple[PreparedSet, ...]) -> Pat
     return path
 
 
-def _texts(config: DataConfig, readers: list[SetReader]) -> Iterator[str]:
+def _texts(config: DataConfig, readers: list[DatasetReader]) -> Iterator[str]:
     """All text that training shows the model, and the other references of the same answers."""
     template = config.tokenizer.template.replace("{audio}", " ")
     for reader in readers:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.lengths import slots_of_samples
+from model.lengths import audio_tokens_of_samples
 from model.prompt import fill
 from trainer.data.decode import SampleError
 from trainer.data.tokenizer import PlaceholderInText, Tokenizer
@@ -69,7 +69,7 @@ def make_sample(
         instruction = tokenizer.encode(metadata["instruction"])
     except PlaceholderInText as error:
         raise SampleError("placeholder_in_text", str(error)) from None
-    ids, mask = fill(pieces, [slots_of_samples(c.shape[0], strides) for c in clips], tokenizer.placeholder_id)
+    ids, mask = fill(pieces, [audio_tokens_of_samples(c.shape[0], strides) for c in clips], tokenizer.placeholder_id)
     if not ids:
         raise SampleError("wrong_type", "instruction is empty, and the tokenizer has no token to begin with")
     targets: list[int] = []

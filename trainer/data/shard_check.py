@@ -68,7 +68,7 @@ def build_index(
     if not tars:
         raise UserError(f"{store.url}: no *.tar in it; give the folder or prefix that holds the shards")
     shards: list[Shard] = []
-    left_out: list[str] = []
+    skipped_samples: list[str] = []
     for name in tars:
         data = memoryview(store.get(name))
         groups, entries = Groups(), []
@@ -76,15 +76,17 @@ def build_index(
             try:
                 entries.append(_entry(key, members, data, defaults, groups))
             except SampleError as error:
-                left_out.append(f"{name}: {key}: {error}")
+                skipped_samples.append(f"{name}: {key}: {error}")
         shard = Shard(name, len(data), len(entries), hashlib.sha256(data).hexdigest(), groups.lines())
         write_table(store, shard, entries)
         shards.append(shard)
         on_shard(1)
     if not any(s.num_samples for s in shards):
-        raise UserError(f"{store.url}: no sample can be used; the first: {(left_out or ['the tars are empty'])[0]}")
+        raise UserError(
+            f"{store.url}: no sample can be used; the first: {(skipped_samples or ['the tars are empty'])[0]}"
+        )
     write_index(store, shards, defaults)
-    return left_out
+    return skipped_samples
 
 
 def _samples(data: memoryview, where: str) -> list[tuple[str, list[Member]]]:

@@ -15,10 +15,10 @@ import numpy as np
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE, num_samples
 from trainer.data.augment import augment
-from trainer.data.config import DataConfig, SetConfig
+from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.decode import SampleError, check_metadata, decode_audio
 from trainer.data.fetch import Fetched, ReadAhead, checked, read_samples, read_table, read_unchecked
-from trainer.data.lanes import Run, SetOrder, hash_of
+from trainer.data.lanes import DatasetOrder, LaneSpan, hash_of
 from trainer.data.sample import Clip, EncodedSample, make_sample
 from trainer.data.shards import RawSample, Selection, ShardSet
 from trainer.data.tokenizer import Tokenizer
@@ -56,10 +56,10 @@ def check_skipped(num_seen: int, skipped: Mapping[str, int], max_fraction: float
         )
 
 
-class SetReader:
-    """One set, opened for one selection of its samples. Its samples are counted per shard: `rank`, from 0."""
+class DatasetReader:
+    """One set, opened for one selection of its samples. Its samples are counted per shard: `index`, from 0."""
 
-    def __init__(self, config: SetConfig, shards: ShardSet, selection: Selection, read_bytes: int) -> None:
+    def __init__(self, config: DatasetConfig, shards: ShardSet, selection: Selection, read_bytes: int) -> None:
         self.config, self.shards, self.selection = config, shards, selection
         self.num_per_shard = shards.num_selected(selection)
         self.num_samples = sum(self.num_per_shard)
@@ -74,48 +74,48 @@ class SetReader:
         """Changes with whatever changes the order."""
         return f"{self.shards.index.digest[:32]}/{self.chunk_samples}"
 
-    def read(self, shard: int, ranks: Sequence[int]) -> Fetched:
+    def read(self, shard: int, indices: Sequence[int]) -> Fetched:
         """Rank → sample. Raises UserError if the store is away or refuses."""
         try:
-            indices = self.selected(shard)
+            entries = self.selected(shard)
         except (MissingError, ChangedError) as error:  # its offset table
             self.shards.quarantine(shard, str(error))
-            return {rank: SampleError("altered", str(error)) for rank in ranks}
-        found = read_samples(self.shards, shard, [indices[rank] for rank in ranks])
-        return {rank: found[indices[rank]] for rank in ranks}
+            return {index: SampleError("altered", str(error)) for index in indices}
+        found = read_samples(self.shards, shard, [entries[index] for index in indices])
+        return {index: found[entries[index]] for index in indices}
 
-    def read_unchecked(self, shard: int, ranks: Sequence[int]) -> Arrived:
+    def read_unchecked(self, shard: int, indices: Sequence[int]) -> Arrived:
         """Rank → bytes, for `checked`; none where something is wrong with the shard: `read` finds out what."""
         try:
-            indices = self.selected(shard)
-            found = read_unchecked(self.shards, shard, [indices[rank] for rank in ranks])
+            entries = self.selected(shard)
+            found = read_unchecked(self.shards, shard, [entries[index] for index in indices])
         except (MissingError, ChangedError):
             return {}
-        return {rank: found[indices[rank]] for rank in ranks}
+        return {index: found[entries[index]] for index in indices}
 
-    def checked(self, shard: int, rank: int, data: memoryview) -> RawSample | SampleError | None:
+    def checked(self, shard: int, index: int, data: memoryview) -> RawSample | SampleError | None:
         """See `fetch.checked`."""
-        return checked(self.shards, self.shards.table(shard)[self.selected(shard)[rank]], data)
+        return checked(self.shards, self.shards.table(shard)[self.selected(shard)[index]], data)
 
     def metadata(self) -> Iterator[dict[str, Any]]:
         """The fields of all selected samples, in stored order; those that cannot be used are passed over."""
         for shard, num_here in enumerate(self.num_per_shard):
             for start in range(0, num_here, self.chunk_samples):
-                ranks = range(start, min(start + self.chunk_samples, num_here))
-                found = self.read(shard, ranks)
-                yield from (raw.metadata for r in ranks if not isinstance(raw := found[r], SampleError))
+                indices = range(start, min(start + self.chunk_samples, num_here))
+                found = self.read(shard, indices)
+                yield from (raw.metadata for r in indices if not isinstance(raw := found[r], SampleError))
 
-    def key(self, shard: int, rank: int) -> str:
+    def key(self, shard: int, index: int) -> str:
         """The sample's key; empty if the shard's table cannot be read."""
         try:
-            return self.shards.table(shard)[self.selected(shard)[rank]].key
+            return self.shards.table(shard)[self.selected(shard)[index]].key
         except (MissingError, ChangedError):
             return ""
 
-    def skip(self, shard: int, rank: int, error: SampleError) -> Skip:
+    def skip(self, shard: int, index: int, error: SampleError) -> Skip:
         """The account of a sample that raised `error`."""
         name = self.shards.shards[shard].name
-        return Skip(self.config.name, name, self.key(shard, rank), error.reason, error.detail)
+        return Skip(self.config.name, name, self.key(shard, index), error.reason, error.detail)
 
     def _selected(self, shard: int) -> tuple[int, ...]:
         """Indices of the selected samples of `shard`. Raises MissingError, ChangedError."""
@@ -129,7 +129,7 @@ class SetReader:
     def _joinable(self, shard: int, chunk: range, subset: str) -> tuple[int, ...]:
         """Ranks within `chunk` of ASR samples of `subset` with one clip."""
         table, selected = self.shards.table(shard), self.selected(shard)
-        entries = ((rank, table[selected[rank]]) for rank in chunk)
+        entries = ((index, table[selected[index]]) for index in chunk)
         return tuple(r for r, e in entries if e.task == "asr" and e.subset == subset and e.num_clips == 1)
 
 
@@ -180,19 +180,19 @@ class SampleSource:
     def close(self) -> None:
         self.ahead.close()
 
-    def missing(self, reader: SetReader, shard: int, ranks: Sequence[int]) -> list[int]:
-        """Those of `ranks` that are not in memory, decoded."""
-        return [rank for rank in ranks if (id(reader), shard, rank) not in self._cache]
+    def missing(self, reader: DatasetReader, shard: int, indices: Sequence[int]) -> list[int]:
+        """Those of `indices` that are not in memory, decoded."""
+        return [index for index in indices if (id(reader), shard, index) not in self._cache]
 
-    def evaluation(self, reader: SetReader, shard: int, rank: int, arrived: Arrived) -> EncodedSample:
+    def evaluation(self, reader: DatasetReader, shard: int, index: int, arrived: Arrived) -> EncodedSample:
         """The sample as evaluation sees it: the prompt alone, no augmentation. Raises SampleError."""
-        metadata, clips = self.decoded(reader, shard, rank, arrived)
-        return self._make(reader.key(shard, rank), reader, metadata, clips, evaluate=True)
+        metadata, clips = self.decoded(reader, shard, index, arrived)
+        return self._make(reader.key(shard, index), reader, metadata, clips, evaluate=True)
 
     def training(self, place: Cursor, progress: float) -> EncodedSample:
         """The sample at a cursor, joined and augmented as of `progress` (0 to 1). Raises SampleError."""
-        reader, shard, rank = place.reader, place.shard, place.rank
-        metadata, clips = self.decoded(reader, shard, rank, place.arrived)
+        reader, shard, index = place.reader, place.shard, place.index
+        metadata, clips = self.decoded(reader, shard, index, place.arrived)
         if self.config.join.probability or self.config.augment.enabled:
             name = place.order.name
             rng = np.random.Generator(np.random.PCG64(hash_of(self.seed, "augment", name, place.lane, place.position)))
@@ -200,17 +200,17 @@ class SampleSource:
             if self.config.augment.enabled:
                 strength = self.config.augment.strength_at(progress) * reader.config.augment_strength
                 clips = tuple(augment(c, self.config.augment, strength, rng) for c in clips)
-        return self._make(reader.key(shard, rank), reader, metadata, clips, evaluate=False)
+        return self._make(reader.key(shard, index), reader, metadata, clips, evaluate=False)
 
-    def decoded(self, reader: SetReader, shard: int, rank: int, arrived: Arrived) -> Decoded:
+    def decoded(self, reader: DatasetReader, shard: int, index: int, arrived: Arrived) -> Decoded:
         """Metadata and clips, from memory, from what has `arrived`, or else from the store. Raises SampleError."""
-        key = (id(reader), shard, rank)
+        key = (id(reader), shard, index)
         if (found := self._cache.get(key)) is not None:
             return found
         # Checked here, not where it was read: decoding finds the bytes in this core's cache.
-        raw = reader.checked(shard, rank, arrived[rank]) if rank in arrived else None
+        raw = reader.checked(shard, index, arrived[index]) if index in arrived else None
         if raw is None:
-            raw = reader.read(shard, [rank])[rank]
+            raw = reader.read(shard, [index])[index]
         if isinstance(raw, SampleError):
             raise raw
         check_metadata(raw.metadata)
@@ -219,7 +219,7 @@ class SampleSource:
         return raw.metadata, clips
 
     def _make(
-        self, key: str, reader: SetReader, metadata: dict[str, Any], clips: tuple[Clip, ...], *, evaluate: bool
+        self, key: str, reader: DatasetReader, metadata: dict[str, Any], clips: tuple[Clip, ...], *, evaluate: bool
     ) -> EncodedSample:
         shortest = num_samples(self.config.min_audio_sec)
         padded = tuple(np.pad(c, (0, shortest - len(c))) if len(c) < shortest else c for c in clips)
@@ -247,8 +247,8 @@ class SampleSource:
             return metadata, clips
         if rng.random() >= join.probability:
             return metadata, clips
-        others = reader.joinable(shard, place.order.chunk_of(shard, place.rank), str(metadata.get("subset", "")))
-        parts, answers, keys = [clips[0]], [metadata["answer"]], [reader.key(shard, place.rank)]
+        others = reader.joinable(shard, place.order.chunk_of(shard, place.index), str(metadata.get("subset", "")))
+        parts, answers, keys = [clips[0]], [metadata["answer"]], [reader.key(shard, place.index)]
         for _ in range(int(rng.integers(1, join.max_clips)) if others else 0):
             other = others[int(rng.integers(len(others)))]
             gap = np.zeros(num_samples(rng.uniform(0, join.gap_sec)), dtype=np.float32)
@@ -268,50 +268,52 @@ class SampleSource:
 class Cursor:
     """Where one lane stands in one set: the run it is in, what was read of it, and the next run on its way."""
 
-    def __init__(self, source: SampleSource, reader: SetReader, order: SetOrder, lane: int, position: int) -> None:
+    def __init__(
+        self, source: SampleSource, reader: DatasetReader, order: DatasetOrder, lane: int, position: int
+    ) -> None:
         self.source, self.reader, self.order, self.lane = source, reader, order, lane
         self.position = position
         """Of the sample to be used next."""
         self.arrived: Arrived = {}
         """What is in memory of the current run."""
-        self._run = order.run(lane, position)
+        self._span = order.span(lane, position)
         self._start = position
-        self._future: Future[Arrived] | None = self._read(self._run, required=True)
-        self._next_run = order.run(lane, position + len(self._run.ranks))
+        self._future: Future[Arrived] | None = self._read(self._span, required=True)
+        self._next_span = order.span(lane, position + len(self._span.indices))
         self._next_future: Future[Arrived] | None = None
 
     @property
     def shard(self) -> int:
-        return self._run.shard
+        return self._span.shard
 
     @property
-    def rank(self) -> int:
-        return self._run.ranks[self.position - self._start]
+    def index(self) -> int:
+        return self._span.indices[self.position - self._start]
 
     def load(self) -> None:
-        """Have the run of `position` in memory and the next one on its way. Raises UserError, see `SetReader.read`."""
-        end = self._start + len(self._run.ranks)
+        """Have the run of `position` in memory and the next one on its way. Raises UserError, see `DatasetReader.read`."""
+        end = self._start + len(self._span.indices)
         if self.position >= end:
-            self._release(self._run)
-            self._run, self._start, self.arrived = self._next_run, end, {}
-            self._future = self._next_future or self._read(self._run, required=True)
-            self._next_run = self.order.run(self.lane, end + len(self._run.ranks))
+            self._release(self._span)
+            self._span, self._start, self.arrived = self._next_span, end, {}
+            self._future = self._next_future or self._read(self._span, required=True)
+            self._next_span = self.order.span(self.lane, end + len(self._span.indices))
             self._next_future = None
         if self._future is not None:
             self.arrived = self._future.result()
             self._future = None
         if self._next_future is None:
-            self._next_future = self._read(self._next_run, required=False)
+            self._next_future = self._read(self._next_span, required=False)
 
-    def _read(self, run: Run, *, required: bool) -> Future[Arrived] | None:
+    def _read(self, span: LaneSpan, *, required: bool) -> Future[Arrived] | None:
         reader = self.reader
-        size = len(run.ranks) * reader.mean_sample_bytes
+        size = len(span.indices) * reader.mean_sample_bytes
 
         def work() -> Arrived:
-            ranks = self.source.missing(reader, run.shard, run.ranks)
-            return reader.read_unchecked(run.shard, ranks) if ranks else {}
+            indices = self.source.missing(reader, span.shard, span.indices)
+            return reader.read_unchecked(span.shard, indices) if indices else {}
 
         return self.source.ahead.start(work, size, required=required)
 
-    def _release(self, run: Run) -> None:
-        self.source.ahead.release(len(run.ranks) * self.reader.mean_sample_bytes)
+    def _release(self, span: LaneSpan) -> None:
+        self.source.ahead.release(len(span.indices) * self.reader.mean_sample_bytes)

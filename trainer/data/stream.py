@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from model.errors import UserError
-from trainer.data.config import DataConfig, SetConfig
+from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.decode import SampleError
-from trainer.data.lanes import Blend, SetOrder, lanes_of_rank
+from trainer.data.lanes import DatasetMixture, DatasetOrder, lanes_of_rank
 from trainer.data.prepare import PreparedData
 from trainer.data.sample import EncodedSample
 from trainer.data.shards import Selection, ShardIndex, ShardSet
-from trainer.data.source import Cursor, SampleSource, SetReader, Skip, check_skipped
-from trainer.data.state import Account, State, new_state, num_skipped, open_state
+from trainer.data.source import Cursor, DatasetReader, SampleSource, Skip, check_skipped
+from trainer.data.state import LaneState, State, new_state, num_skipped, open_state
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.data.workers import Workers
 from trainer.storage.open import open_store
@@ -28,20 +28,20 @@ _MAX_SKIPS_IN_A_ROW = 1000
 
 
 @dataclass(frozen=True)
-class Piece:
+class LaneBatch:
     """What one lane gives to one batch, and the lane's account after it."""
 
     samples: tuple[EncodedSample, ...]
     skips: tuple[Skip, ...]
-    account: Account
+    lane_state: LaneState
 
 
 @dataclass(frozen=True)
-class FeedSpec:
+class StreamSpec:
     """All that a process needs to serve lanes; plain values, so that it can be sent to one."""
 
     config: DataConfig
-    sets: tuple[tuple[SetConfig, str, ShardIndex, Selection], ...]
+    datasets: tuple[tuple[DatasetConfig, str, ShardIndex, Selection], ...]
     """With each set's URL."""
     tokenizer_path: str
     strides: tuple[int, ...]
@@ -63,10 +63,10 @@ class LaneGroup:
 
     def __init__(
         self,
-        spec: FeedSpec,
-        lanes: Mapping[int, Account],
+        spec: StreamSpec,
+        lanes: Mapping[int, LaneState],
         first_batch: int,
-        readers: Sequence[SetReader] | None = None,
+        readers: Sequence[DatasetReader] | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         config = spec.config
@@ -76,15 +76,17 @@ class LaneGroup:
         self.source = SampleSource(config, tokenizer, spec.strides, ctc=spec.ctc, seed=spec.seed)
         self.orders = [order_of(r, config, spec.seed) for r in self.readers]
         self.num_per_lane = config.global_batch_samples // config.num_lanes
-        sets, sizes = [r.config for r in self.readers], [r.num_samples for r in self.readers]
-        self.blend = Blend(sets, spec.seed, config.num_lanes, self.num_per_lane, sizes, config.temperature)
-        self.lanes = [_Lane(lane, account, self) for lane, account in lanes.items()]
+        datasets, sizes = [r.config for r in self.readers], [r.num_samples for r in self.readers]
+        self.mixture = DatasetMixture(
+            datasets, spec.seed, config.num_lanes, self.num_per_lane, sizes, config.temperature
+        )
+        self.lanes = [_Lane(lane, lane_state, self) for lane, lane_state in lanes.items()]
         if first_batch < spec.num_batches:
             self._read_ahead(first_batch)
 
-    def pieces(self, batch: int) -> list[Piece]:
+    def lane_batches(self, batch: int) -> list[LaneBatch]:
         """What every lane gives to `batch`. Raises UserError."""
-        return [lane.piece(batch) for lane in self.lanes]
+        return [lane.lane_batch(batch) for lane in self.lanes]
 
     def close(self) -> None:
         self.source.close()
@@ -92,10 +94,10 @@ class LaneGroup:
     def _read_ahead(self, batch: int) -> None:
         """Ask for what the first batch needs of all lanes, before the first lane waits for its own."""
         progress = batch / self.spec.num_batches
-        active = [i for i, weight in enumerate(self.blend.weights_at(progress)) if weight > 0]
+        active = [i for i, weight in enumerate(self.mixture.weights_at(progress)) if weight > 0]
         for lane in self.lanes:
             for draw in range(self.num_per_lane):
-                lane.cursor(self.blend.choose(batch, lane.lane, draw, progress))
+                lane.cursor(self.mixture.choose(batch, lane.lane, draw, progress))
         for lane in self.lanes:
             for which in active:
                 lane.cursor(which)
@@ -104,10 +106,10 @@ class LaneGroup:
 class _Lane:
     """One lane's account and the drawing from it."""
 
-    def __init__(self, lane: int, account: Account, group: LaneGroup) -> None:
+    def __init__(self, lane: int, lane_state: LaneState, group: LaneGroup) -> None:
         self.lane, self.group = lane, group
-        self.num_seen, self.skipped = account.num_seen, dict(account.skipped)
-        self._positions = dict(account.positions)
+        self.num_seen, self.skipped = lane_state.num_seen, dict(lane_state.skipped)
+        self._positions = dict(lane_state.positions)
         self._cursors: dict[int, Cursor] = {}
 
     def cursor(self, which: int) -> Cursor:
@@ -118,11 +120,11 @@ class _Lane:
             self._cursors[which] = Cursor(group.source, group.readers[which], order, self.lane, position)
         return self._cursors[which]
 
-    def piece(self, batch: int) -> Piece:
+    def lane_batch(self, batch: int) -> LaneBatch:
         group, skips, samples = self.group, [], []
         progress = batch / group.spec.num_batches
         for draw in range(group.num_per_lane):
-            cursor = self.cursor(group.blend.choose(batch, self.lane, draw, progress))
+            cursor = self.cursor(group.mixture.choose(batch, self.lane, draw, progress))
             skips_in_a_row = 0
             while True:
                 cursor.load()
@@ -132,25 +134,27 @@ class _Lane:
                     break
                 except SampleError as error:
                     self.skipped[error.reason] = self.skipped.get(error.reason, 0) + 1
-                    skips.append(cursor.reader.skip(cursor.shard, cursor.rank, error))
+                    skips.append(cursor.reader.skip(cursor.shard, cursor.index, error))
                     skips_in_a_row += 1
                     self._check_progress(cursor, skips_in_a_row, skips[-1])
                 finally:
                     cursor.position += 1
         self._positions |= {group.orders[i].name: c.position for i, c in self._cursors.items()}
-        return Piece(tuple(samples), tuple(skips), Account(dict(self._positions), self.num_seen, dict(self.skipped)))
+        return LaneBatch(
+            tuple(samples), tuple(skips), LaneState(dict(self._positions), self.num_seen, dict(self.skipped))
+        )
 
     def _check_progress(self, cursor: Cursor, skips_in_a_row: int, last: Skip) -> None:
         # A lane must get past a quarantined shard. Within twice the set's size it meets every sample.
         patience = max(_MAX_SKIPS_IN_A_ROW, 2 * max(cursor.reader.num_per_shard))
         if skips_in_a_row >= min(2 * cursor.order.num_samples, patience):
             raise UserError(
-                f"data.sets '{last.set}': {skips_in_a_row} samples in a row cannot be used, the last: {last.shard} "
+                f"data.datasets '{last.set}': {skips_in_a_row} samples in a row cannot be used, the last: {last.shard} "
                 f"{last.key}: {last.reason}: {last.detail}; mend the set or take it out"
             )
 
 
-class Feed:
+class SampleStream:
     """This rank's part of every global batch, from the state's batch to `num_batches`. One iteration per feed.
 
     Args:
@@ -181,16 +185,16 @@ class Feed:
         self.config, self.seed, self.num_batches, self.on_skip = prepared.config, seed, num_batches, on_skip
         self.readers = prepared.open_training()
         self._tokenizer = prepared.tokenizer
-        sets = tuple((r.config, r.shards.store.url, r.shards.index, r.selection) for r in self.readers)
-        self._spec = FeedSpec(
-            self.config, sets, prepared.tokenizer_path, prepared.strides, prepared.ctc, seed, num_batches
+        datasets = tuple((r.config, r.shards.store.url, r.shards.index, r.selection) for r in self.readers)
+        self._spec = StreamSpec(
+            self.config, datasets, prepared.tokenizer_path, prepared.strides, prepared.ctc, seed, num_batches
         )
         digests = {r.config.name: r.digest for r in self.readers}
         own = list(lanes_of_rank(rank, world, self.config.num_lanes))
         self._digests = digests
-        self._first_batch, accounts = open_state(state, own, seed, self.config.num_lanes, digests)
-        self._accounts = dict(zip(own, accounts, strict=True))
-        self.state: State = self._state(self._first_batch, accounts)
+        self._first_batch, lane_states = open_state(state, own, seed, self.config.num_lanes, digests)
+        self._lane_states = dict(zip(own, lane_states, strict=True))
+        self.state: State = self._state(self._first_batch, lane_states)
         self._source: LaneGroup | Workers | None = None
 
     @property
@@ -214,32 +218,32 @@ class Feed:
         self._source = self._open()
         try:
             for batch in range(self._first_batch, self.num_batches):
-                pieces = self._source.pieces(batch)
-                self.state = self._state(batch + 1, [p.account for p in pieces])
-                for skip in (s for p in pieces for s in p.skips):
+                lane_batches = self._source.lane_batches(batch)
+                self.state = self._state(batch + 1, [p.lane_state for p in lane_batches])
+                for skip in (s for p in lane_batches for s in p.skips):
                     self.on_skip(skip)
-                if any(p.skips for p in pieces):
-                    num_seen = sum(p.account.num_seen for p in pieces)
+                if any(p.skips for p in lane_batches):
+                    num_seen = sum(p.lane_state.num_seen for p in lane_batches)
                     check_skipped(num_seen, self.num_skipped, self.config.max_skipped_fraction)
-                yield tuple(s for p in pieces for s in p.samples), self.state
+                yield tuple(s for p in lane_batches for s in p.samples), self.state
         finally:
             self.close()
 
-    def _state(self, batch: int, accounts: Sequence[Account]) -> State:
-        by_lane = dict(zip(self._accounts, accounts, strict=True))
+    def _state(self, batch: int, lane_states: Sequence[LaneState]) -> State:
+        by_lane = dict(zip(self._lane_states, lane_states, strict=True))
         return new_state(self.seed, self.config.num_lanes, self._digests, batch, by_lane)
 
     def _open(self) -> LaneGroup | Workers:
-        num_workers = min(self.config.num_workers, len(self._accounts))
+        num_workers = min(self.config.num_workers, len(self._lane_states))
         if num_workers == 0:
-            return LaneGroup(self._spec, self._accounts, self._first_batch, self.readers, self._tokenizer)
+            return LaneGroup(self._spec, self._lane_states, self._first_batch, self.readers, self._tokenizer)
         config = replace(
             self.config,
             read_ahead_mib=self.config.read_ahead_mib // num_workers,
             cache_decoded_mib=self.config.cache_decoded_mib // num_workers,
         )
         spec = replace(self._spec, config=config)
-        lanes = list(self._accounts.items())
+        lanes = list(self._lane_states.items())
         parts = [dict(lanes[i::num_workers]) for i in range(num_workers)]
         return Workers(
             [(spec, part, self._first_batch) for part in parts],
@@ -249,24 +253,24 @@ class Feed:
         )
 
 
-def serve(spec: FeedSpec, lanes: Mapping[int, Account], first_batch: int) -> Iterator[list[Piece]]:
+def serve(spec: StreamSpec, lanes: Mapping[int, LaneState], first_batch: int) -> Iterator[list[LaneBatch]]:
     """What one decoding process sends: its lanes' pieces of batch after batch."""
     group = LaneGroup(spec, lanes, first_batch)
     for batch in range(first_batch, spec.num_batches):
-        yield group.pieces(batch)
+        yield group.lane_batches(batch)
 
 
-def open_readers(spec: FeedSpec) -> list[SetReader]:
+def open_readers(spec: StreamSpec) -> list[DatasetReader]:
     """The sets, by what is known of them: nothing is asked of their stores."""
     config = spec.config
     return [
-        SetReader(part, ShardSet(open_store(url, config.retry_sec), index), selection, config.read_kib << 10)
-        for part, url, index, selection in spec.sets
+        DatasetReader(part, ShardSet(open_store(url, config.retry_sec), index), selection, config.read_kib << 10)
+        for part, url, index, selection in spec.datasets
     ]
 
 
-def order_of(reader: SetReader, config: DataConfig, seed: int) -> SetOrder:
+def order_of(reader: DatasetReader, config: DataConfig, seed: int) -> DatasetOrder:
     """The order in which lanes read a set."""
-    return SetOrder(
+    return DatasetOrder(
         reader.config.name, reader.num_per_shard, seed, config.num_lanes, config.shuffle, reader.chunk_samples
     )

@@ -56,7 +56,7 @@ class Workers:
             self._processes.append(process)
             self._inboxes.append(inbox)
 
-    def pieces(self, batch: int) -> list[Any]:
+    def lane_batches(self, batch: int) -> list[Any]:
         """The next list of every process, dealt out again as the jobs' lanes were: one of each in turn.
 
         Raises:

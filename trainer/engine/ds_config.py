@@ -33,7 +33,7 @@ _OWNERS = {
     "pipeline": "parallel.pipeline",
     "tensor_parallel": "parallel.tensor",
     "expert_parallel": "parallel.expert",
-    "curriculum_learning": "data.sets",
+    "curriculum_learning": "data.datasets",
     "data_efficiency": "data",
     "steps_per_print": "telemetry.log_every_steps",
     "tensorboard": "telemetry",

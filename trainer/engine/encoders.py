@@ -17,7 +17,7 @@ from model.batch import Ragged
 from model.config import EncoderConfig
 from model.encoders.base import AudioEncoder
 from model.errors import UserError
-from trainer.engine.expert_parallel import EncoderCost, EncoderDispatch, stand_in
+from trainer.engine.expert_parallel import EncoderCost, EncoderDispatch, dummy_clip
 from trainer.engine.optim import OptimConfig, param_groups
 from trainer.engine.placement import clip_cost, place
 from trainer.parallel.groups import Groups
@@ -165,7 +165,7 @@ class AudioEngine:
         """
         device, num_clips = self.groups.device, len(clips)
         if num_clips == 0:
-            clips, noise = Ragged.of([stand_in()]), None
+            clips, noise = Ragged.of([dummy_clip()]), None
             prompts = Ragged(torch.zeros(1, dtype=torch.int64), (1,))
             ctc_targets = Ragged(torch.zeros(0, dtype=torch.int64), (0,))
         out: AudioOutput = self.engine(
@@ -173,14 +173,14 @@ class AudioEngine:
             prompts.to(device),
             ctc_targets.to(device),
             None if noise is None else noise.to(device),
-            run=self._run,
+            encode=self._encode,
         )
         if num_clips:
             return out
         routing = None if out.routing is None else out.routing.head(0)
         return AudioOutput(Ragged(out.embeddings.values[:0], ()), routing, out.ctc_loss_sum * 0.0)
 
-    def _run(self, names: Sequence[str], clips: Ragged, wanted: Tensor) -> list[Ragged]:
+    def _encode(self, names: Sequence[str], clips: Ragged, wanted: Tensor) -> list[Ragged]:
         return self._dispatch[tuple(names)](names, clips, wanted)
 
     def backward(self, loss: Tensor) -> None:
@@ -204,13 +204,13 @@ class AudioEngine:
                     self.zero.reduce_independent_p_g_buckets_and_remove_grads(parameter)
             self._flush_gradients()
 
-    def grad_square(self) -> Tensor:
+    def grad_norm_sq(self) -> Tensor:
         """Σ g² over this rank's partitions, fp32 on the device: sums over ranks to that of all parameters."""
         partitions = self.zero.get_fp32_grad_partitions()
         flat = [g for group in partitions.values() for g in group.values()]
         return torch.stack([g.double().square().sum() for g in flat]).sum().to(self.groups.device)
 
-    def step(self, coefficient: float, norm: float, lr_scale: float) -> None:
+    def step(self, clip_coef: float, norm: float, lr_scale: float) -> None:
         """Update.
 
         Args:
@@ -221,7 +221,7 @@ class AudioEngine:
         for group in self.zero.param_groups:
             group["lr"] = group["peak_lr"] * lr_scale
         # DeepSpeed divides by max(1, (norm + 1e-6) / clip_grad): choose clip_grad so that this is 1 / coefficient.
-        self.zero.clip_grad = 0.0 if coefficient >= 1.0 else (norm + 1e-6) * coefficient
+        self.zero.clip_grad = 0.0 if clip_coef >= 1.0 else (norm + 1e-6) * clip_coef
         # Its own norm takes one all-reduce per group of this rank's experts: ranks with other experts would hang.
         self.zero._get_norm_groups = lambda: [torch.tensor(norm, device=self.groups.device)]
         self.engine.step()
@@ -246,12 +246,12 @@ def _partition(tower: AudioTower, ds_config: dict[str, Any], ep: int) -> None:
     name = f"ep_size_{ep}"
     if name not in deepspeed_groups._get_expert_data_parallel_group_dict():
         deepspeed_groups._create_expert_and_data_parallel(ep)
-    holders = deepspeed_groups._get_expert_data_parallel_group(name)
+    replicas = deepspeed_groups._get_expert_data_parallel_group(name)
     for child, module in tower.named_children():
         if child == "experts":
             continue
         deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
-    deepspeed.zero.Init(module=tower.experts, data_parallel_group=holders, config_dict_or_path=ds_config)
+    deepspeed.zero.Init(module=tower.experts, data_parallel_group=replicas, config_dict_or_path=ds_config)
     for parameter in tower.experts.parameters():
         # Makes the gradients averages over all ranks, not over the holders.
         parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]

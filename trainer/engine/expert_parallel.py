@@ -53,7 +53,7 @@ class EncoderCost:
 
 
 class EncoderDispatch:
-    """Runs a set of encoders over all ranks (`model.audio_tower.RunEncoders`); every rank must call it.
+    """Runs a set of encoders over all ranks (`model.audio_tower.EncodeClips`); every rank must call it.
 
     Args:
         held: the encoders that this rank holds, by name.
@@ -97,7 +97,7 @@ class EncoderDispatch:
         rank, world = self.groups.rank, self.groups.topology.world
         plan = plan_dispatch(self._table(clips, wanted), self.costs, self.places, self.ep, world)
         if self.debug_plan:
-            check_same_plan("encoders", (plan.clip, plan.encoder, plan.holder), self.groups.world)
+            check_same_plan("encoders", (plan.clip, plan.encoder, plan.encoder_rank), self.groups.world)
         part = dispatch_of(plan, rank)
         self._count_bytes(plan, clips.values.element_size(), width=self.empty.shape[1] * self.empty.element_size())
 
@@ -121,9 +121,9 @@ class EncoderDispatch:
         bits = wanted.cpu().numpy() @ (1 << np.arange(len(self.names), dtype=np.int64))
         mine = np.stack([np.array(clips.lengths, dtype=np.int64), bits], axis=1)
         rows = [r.reshape(-1, 2) for r in gather_ragged(mine.ravel(), self.groups.world)]
-        home = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+        source_rank = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
         samples, everyone = np.ascontiguousarray(np.concatenate(rows).T)
-        return ClipTable(home, samples, (everyone[:, None] >> np.arange(len(self.names)) & 1).astype(bool))
+        return ClipTable(source_rank, samples, (everyone[:, None] >> np.arange(len(self.names)) & 1).astype(bool))
 
     def _group(self, lengths: list[int]) -> list[list[int]]:
         return group_by_length(lengths, self.budget_samples, CALL_COST_SAMPLES[self.groups.device.type])
@@ -144,12 +144,12 @@ class EncoderDispatch:
         if self._learns and torch.is_grad_enabled() and not anchor.requires_grad:
             anchor.requires_grad_()
         pieces_of = [_pieces(results, part.result_from, self.groups.rank) for results in part.results]
-        runs = sorted((run for pieces in pieces_of for run in pieces), key=lambda run: run.start)
-        parcels = Parcels(part.return_to, part.result_from, part.result_lengths, tuple(runs))
+        spans = sorted((span for pieces in pieces_of for span in pieces), key=lambda span: span.start)
+        parcels = Parcels(part.return_to, part.result_from, part.result_lengths, tuple(spans))
         *arrived, tie = self._travel([rows[i] for i in part.return_order], parcels, anchor, self.before_backward)
-        by_run = dict(zip(runs, arrived, strict=True))
+        by_span = dict(zip(spans, arrived, strict=True))
         return [
-            Ragged(_joined([by_run[run] for run in pieces], tie), tuple(part.result_lengths[i] for i in results))
+            Ragged(_joined([by_span[span] for span in pieces], tie), tuple(part.result_lengths[i] for i in results))
             for pieces, results in zip(pieces_of, part.results, strict=True)
         ]
 
@@ -180,7 +180,7 @@ class EncoderDispatch:
                 for i, sequence in zip(members, features.split(), strict=True):
                     found[i] = sequence.to(self.empty.dtype)
             else:
-                none.append(self.held[name](Ragged.of([stand_in().to(self.empty.device)])).values[:0])
+                none.append(self.held[name](Ragged.of([dummy_clip().to(self.empty.device)])).values[:0])
         self._synchronise()
         self.spent[name] += EncoderCost(compute_sec=time.perf_counter() - start_sec)
         return [*found, torch.cat([self.empty, *(rows.to(self.empty.dtype) for rows in none)])]
@@ -189,10 +189,10 @@ class EncoderDispatch:
         """Bytes of this rank's clips and features that cross to or from other ranks. A clip that travels once for
         several encoders counts for the first."""
         rank, clips = self.groups.rank, plan.clips
-        home = clips.home[plan.clip]
-        mine = np.flatnonzero((home == rank) != (plan.holder == rank))
-        clip, encoder, leaves = plan.clip[mine], plan.encoder[mine], home[mine] == rank
-        _, first = np.unique(plan.holder[mine] * len(clips.home) + clip, return_index=True)
+        source_rank = clips.source_rank[plan.clip]
+        mine = np.flatnonzero((source_rank == rank) != (plan.encoder_rank == rank))
+        clip, encoder, leaves = plan.clip[mine], plan.encoder[mine], source_rank[mine] == rank
+        _, first = np.unique(plan.encoder_rank[mine] * len(clips.source_rank) + clip, return_index=True)
         waveform = np.zeros(len(mine), dtype=np.int64)
         waveform[first] = clips.samples[clip[first]] * sample_bytes
         features = num_frames(clips.samples[clip]) * width
@@ -224,6 +224,6 @@ def _joined(pieces: list[Tensor], none: Tensor) -> Tensor:
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else none
 
 
-def stand_in() -> Tensor:
+def dummy_clip() -> Tensor:
     """0.1 s of a faint tone: input for an encoder call that has no clip. Not silence: normalising that divides by 0."""
     return 0.01 * torch.sin(torch.arange(1600) * 0.1)

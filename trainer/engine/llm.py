@@ -131,7 +131,7 @@ class LLMEngine:
             sample_losses.zero_()
         return sample_losses, torch.zeros_like(audio) if audio.grad is None else audio.grad
 
-    def grad_square(self) -> Tensor:
+    def grad_norm_sq(self) -> Tensor:
         """Σ g² over this rank's gradient shards, each parameter counted once over the world; fp64 scalar."""
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         if self.optimizer is not None:
@@ -142,18 +142,18 @@ class LLMEngine:
                         total += grad.double().square().sum()
         return total
 
-    def step(self, coefficient: float, lr_scale: float) -> None:
-        """Update after `grad_square`; `coefficient` scales the gradients, `lr_scale` every peak learning rate."""
+    def step(self, clip_coef: float, lr_scale: float) -> None:
+        """Update after `grad_norm_sq`; `clip_coef` scales the gradients, `lr_scale` every peak learning rate."""
         if self.optimizer is None:
             return
         with megatron_calls():
             for group in self.optimizer.param_groups:
                 group["lr"], group["weight_decay"] = group["max_lr"] * lr_scale, group.get("start_wd", 0.0)
-            if coefficient < 1.0:
+            if clip_coef < 1.0:
                 for optimizer in self.optimizer.chained_optimizers:
                     for parameter in optimizer.get_parameters():
                         if parameter.grad is not None:
-                            parameter.grad.mul_(coefficient)
+                            parameter.grad.mul_(clip_coef)
             self.optimizer.step_with_ready_grads()
 
     def train(self, mode: bool) -> None:

@@ -23,7 +23,7 @@ from model.lengths import SAMPLE_RATE, num_samples
 from trainer.checkpoint.catalog import SUBFOLDER, open_checkpoints, read_extra
 from trainer.checkpoint.layout import PARAM, Manifest, Shard, matrix_of
 from trainer.checkpoint.reader import STATE, DamagedError, Reader, check_files, read_manifest
-from trainer.config.load import load_recipe, undump
+from trainer.config.load import load_stored_recipe, parse_stored_recipe
 from trainer.config.schema import Recipe
 from trainer.data.decode import SampleError, check_metadata, decode_audio
 from trainer.data.prepare import prepare
@@ -82,7 +82,7 @@ def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
         UserError: there is none; the named one is damaged.
     """
     kept = where.run_dir / "recipe.yaml"
-    root = load_recipe(str(kept)).checkpoint.root if kept.is_file() else None
+    root = load_stored_recipe(kept).checkpoint.root if kept.is_file() else None
     found = open_checkpoints(join_url(root or str(where.run_dir.parent), f"{where.run_dir.name}/{SUBFOLDER}"))
     damages = []
     for step in reversed(found.steps()) if where.step is None else [where.step]:
@@ -95,7 +95,7 @@ def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
         except DamagedError as error:
             damages.append(f"{folder.url}: {error}")
             continue
-        return Reader(folder, manifest), undump(read_extra(folder)["recipe"], f"{folder.url}/{STATE}")
+        return Reader(folder, manifest), parse_stored_recipe(read_extra(folder)["recipe"], f"{folder.url}/{STATE}")
     if damages:
         raise UserError(f"{damages[0]}: no whole checkpoint; restore one")
     raise UserError(f"{found.url}: no checkpoint; let the run save one first")
@@ -127,7 +127,7 @@ def _vocab_size(manifest: Manifest) -> int:
 def _prompt_encoder(recipe: Recipe) -> Encode:
     """Text to tokens for a gate that reads the instruction; the others see none."""
     router = recipe.model.router
-    if router.input != "prompt" or "dependent" not in router.gates:
+    if router.input != "prompt" or "data_dependent" not in router.gates:
         return lambda text: []
     # A tokenizer that was trained with the run is found again through the run's own data.
     return prepare(recipe.data, recipe.model.adapter.strides).tokenizer.encode

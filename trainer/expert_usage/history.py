@@ -7,7 +7,7 @@ from pathlib import Path
 
 from model.errors import UserError
 from trainer.checkpoint.layout import step_of
-from trainer.config.load import load_recipe
+from trainer.config.load import load_stored_recipe
 from trainer.config.schema import Recipe
 from trainer.expert_usage.analysis import Profile
 from trainer.expert_usage.placement import advise, current_slots, measured_time
@@ -50,7 +50,7 @@ def profile_history(where: RunPath) -> Profile:
     Raises:
         UserError: there is no history, or none up to the checkpoint.
     """
-    recipe = load_recipe(str(where.run_dir / "recipe.yaml"), [])
+    recipe = load_stored_recipe(where.run_dir / "recipe.yaml")
     path = where.run_dir / HISTORY_NAME
     history = tuple(i for i in read_history(path) if where.step is None or i.step <= where.step)
     if not history:

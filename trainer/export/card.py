@@ -51,7 +51,7 @@ def model_card(source: Source, selection: Selection, summary: Mapping[str, Any],
         f"Weights: {dtype}, after {manifest.step} steps, from a checkpoint of {manifest.topology['world']} ranks.",
         "",
         *_scores(summary),
-        *_left_out(source, selection, found),
+        *_dropped_encoders(source, selection, found),
         *_verification(found),
         "## Recipe",
         "",
@@ -71,7 +71,7 @@ def _scores(summary: Mapping[str, Any]) -> list[str]:
     return ["## Scores", "", "| split | score | value |", "|---|---|---:|", *rows, ""]
 
 
-def _left_out(source: Source, selection: Selection, found: Findings) -> list[str]:
+def _dropped_encoders(source: Source, selection: Selection, found: Findings) -> list[str]:
     if not selection.dropped:
         return []
     lines = ["## Encoders left out", "", f"Rarely chosen, so not in these files: {', '.join(selection.dropped)}.", ""]

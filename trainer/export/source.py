@@ -17,7 +17,7 @@ from trainer.checkpoint.catalog import TOKENIZER, find_checkpoint, read_extra
 from trainer.checkpoint.folder import LocalFolder
 from trainer.checkpoint.layout import PARAM, Rect, matrix_of
 from trainer.checkpoint.reader import STATE, Reader, check_files, read_manifest
-from trainer.config.load import undump
+from trainer.config.load import parse_stored_recipe
 from trainer.config.schema import Recipe
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.storage.open import open_store
@@ -66,7 +66,7 @@ class Source:
         self.extra = read_extra(self.folder)
         if "model" not in self.extra or "recipe" not in self.extra:
             raise UserError(f"{self.folder.url}/{STATE}: does not describe its model; continue the run for a step")
-        self.recipe: Recipe = undump(self.extra["recipe"], f"{self.folder.url}/{STATE}")
+        self.recipe: Recipe = parse_stored_recipe(self.extra["recipe"], f"{self.folder.url}/{STATE}")
         self._tokenizer_path, self._run_dir = tokenizer_path, run_dir
 
     def wait_verified(self) -> None:
@@ -142,8 +142,8 @@ class Source:
         saved = self.reader.manifest.tensors
         if llm_only:
             return {name.removeprefix(LLM): name for name in saved if name.startswith(LLM)}
-        left_out = (f"{AUDIO}ctc_head.", *(f"{AUDIO}experts.{name}." for name in selection.dropped))
-        return {name: name for name in saved if not name.startswith(left_out)}
+        skipped = (f"{AUDIO}ctc_head.", *(f"{AUDIO}experts.{name}." for name in selection.dropped))
+        return {name: name for name in saved if not name.startswith(skipped)}
 
     def rows(self, selection: Selection) -> dict[str, tuple[int, ...]]:
         """Rows that stay of the router's tensors, one for each expert."""

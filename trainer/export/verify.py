@@ -133,8 +133,8 @@ def _samples(source: Source, tokenizer: Tokenizer, manifest: Path, limit: int) -
 def _model_config(description: dict[str, Any]) -> ModelConfig:
     config = EarshotConfig(**description)
     text = config.text_config.to_diff_dict()
-    left_out = ("transformers_version", "architectures", "dtype")
+    ignored = ("transformers_version", "architectures", "dtype")
     return replace(
         audio_config(config.audio),
-        llm=LLMConfig(config={key: value for key, value in text.items() if key not in left_out}),
+        llm=LLMConfig(config={key: value for key, value in text.items() if key not in ignored}),
     )

@@ -107,7 +107,7 @@ class Job:
         except BadNodesError as error:
             return self._after(ExitCode.STOPPED) if self.signals.ending else self._without_nodes(error)
         except UserError as error:
-            self._tell("refused", why=str(error))
+            self._emit("refused", why=str(error))
             raise
         code: int = ExitCode.STOPPED
         if not self.signals.received:
@@ -117,7 +117,7 @@ class Job:
             )
         return self._after(code)
 
-    def _tell(self, event: str, **fields: Any) -> None:
+    def _emit(self, event: str, **fields: Any) -> None:
         """Note an event. A full disk must not keep the job from running again."""
         try:
             self.log.add(event, **fields)
@@ -128,13 +128,13 @@ class Job:
         """Also what ended the last start, where nobody was left to say so."""
         job = self.allocation
         if job.restarts:
-            told = [e for e in read_events(self.log.run_dir) if e["event"] in ("submitted", "requeued", "refused")]
-            if told and told[-1]["event"] == "submitted" and told[-1].get("job") == job.job_id:
-                lost = slurm.unavailable(str(told[-1]["nodes"]).split(","))
+            fields = [e for e in read_events(self.log.run_dir) if e["event"] in ("submitted", "requeued", "refused")]
+            if fields and fields[-1]["event"] == "submitted" and fields[-1].get("job") == job.job_id:
+                lost = slurm.unavailable(str(fields[-1]["nodes"]).split(","))
                 if lost:
-                    self._tell("node_lost", nodes=",".join(lost))
-                self._tell("requeued", why=f"Slurm lost {', '.join(lost) or 'the batch script'}")
-        self._tell("submitted", job=job.job_id, nodes=",".join(job.nodes), restarts=job.restarts)
+                    self._emit("node_lost", nodes=",".join(lost))
+                self._emit("requeued", why=f"Slurm lost {', '.join(lost) or 'the batch script'}")
+        self._emit("submitted", job=job.job_id, nodes=",".join(job.nodes), restarts=job.restarts)
 
     def _step(self, command: Sequence[str]) -> int:
         self.signals.step = step = subprocess.Popen(command, stdin=subprocess.DEVNULL)
@@ -150,10 +150,10 @@ class Job:
         state = slurm.job_state(self.allocation.job_id)
         if state.restarts > self.allocation.restarts:
             if self._is_newest():
-                self._tell("requeued", why="Slurm runs the job again by itself", exit_code=code)
+                self._emit("requeued", why="Slurm runs the job again by itself", exit_code=code)
             return code
         if state.name == "CANCELLED":
-            self._tell("refused", why="the job was cancelled", exit_code=code)
+            self._emit("refused", why="the job was cancelled", exit_code=code)
             return code
         decide = [sys.executable, "-m", "trainer.restart", str(self.log.run_dir), f"--exit-code={code}"]
         if subprocess.run(decide).returncode == 0:
@@ -162,19 +162,19 @@ class Job:
 
     def _is_newest(self) -> bool:
         """False on a node that was cut off, when the job has long since started elsewhere."""
-        told = [e for e in read_events(self.log.run_dir) if e["event"] == "submitted"]
+        fields = [e for e in read_events(self.log.run_dir) if e["event"] == "submitted"]
         mine = (self.allocation.job_id, self.allocation.restarts)
-        return bool(told) and (told[-1].get("job"), told[-1].get("restarts")) == mine
+        return bool(fields) and (fields[-1].get("job"), fields[-1].get("restarts")) == mine
 
     def _without_nodes(self, error: BadNodesError) -> int:
         """At first it is up to whoever submits; later nobody is there, and Slurm looks for other nodes."""
         if not self.allocation.restarts or not error.bad:
-            self._tell("refused", why=str(error))
+            self._emit("refused", why=str(error))
             raise error
         say(f"job: {error}")
         if set(error.bad) == set(self.allocation.nodes):
             return self._after(ExitCode.FAILED)  # what they share is at fault, and other nodes would share it
-        self._tell("requeued", why=f"without {', '.join(error.bad)}")
+        self._emit("requeued", why=f"without {', '.join(error.bad)}")
         slurm.requeue(self.allocation.job_id)
         slurm.exclude(self.allocation.job_id, error.bad)
         return ExitCode.FAILED

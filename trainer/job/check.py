@@ -57,7 +57,7 @@ def _check(name: str, overrides: Sequence[str], retry_sec: float) -> None:
     recipe = load_recipe(name, overrides)
     run_root = Path(recipe.train.run_dir)
     tracker = tracking_uri(run_root) if recipe.telemetry.mlflow else ""
-    urls = [join_url(recipe.data.root, part.shards) for part in recipe.data.sets if part.shards is not None]
+    urls = [join_url(recipe.data.root, part.shards) for part in recipe.data.datasets if part.shards is not None]
     facts = Facts(
         str(run_root / recipe.name),
         recipe.parallel.num_ranks,

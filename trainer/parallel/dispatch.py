@@ -26,7 +26,7 @@ ClipCost = Callable[[Ints], Floats]
 class ClipTable:
     """The clips of all ranks, by rank, in the order in which each rank holds them."""
 
-    home: Ints
+    source_rank: Ints
     """[N] rank that has the clip, ascending."""
     samples: Ints
     """[N] audio samples."""
@@ -41,7 +41,7 @@ class DispatchPlan:
     clips: ClipTable
     clip: Ints
     encoder: Ints
-    holder: Ints
+    encoder_rank: Ints
     """Rank that computes the pair."""
     cost: Floats
 
@@ -67,11 +67,13 @@ def plan_dispatch(
     clip, encoder = np.concatenate(wanted), np.repeat(by_place, [len(which) for which in wanted])
     cost_of = [costs[k](clips.samples[which]) for k, which in zip(by_place, wanted, strict=True)]
     loads = np.zeros((ep, world // ep))
-    holders = [_holders(c, loads[places[k]]) * ep + places[k] for k, c in zip(by_place, cost_of, strict=True)]
-    return DispatchPlan(clips, clip, encoder, np.concatenate(holders), np.concatenate(cost_of))
+    encoder_ranks = [
+        _encoder_ranks(c, loads[places[k]]) * ep + places[k] for k, c in zip(by_place, cost_of, strict=True)
+    ]
+    return DispatchPlan(clips, clip, encoder, np.concatenate(encoder_ranks), np.concatenate(cost_of))
 
 
-def _holders(cost: Floats, loads: Floats) -> Ints:
+def _encoder_ranks(cost: Floats, loads: Floats) -> Ints:
     """Which of its holders computes each of an encoder's clips; `loads` is what they have, and changes in place."""
     bins = spread_alike(cost, len(loads))
     mine = np.bincount(bins, weights=cost, minlength=len(loads))
@@ -111,33 +113,33 @@ class Dispatch:
 
 def dispatch_of(plan: DispatchPlan, rank: int) -> Dispatch:
     """`rank`'s part of `plan`."""
-    clips, home = plan.clips, plan.clips.home[plan.clip]
+    clips, source_rank = plan.clips, plan.clips.source_rank[plan.clip]
     num_clips, num_encoders = clips.wanted.shape
-    own, here = np.flatnonzero(home == rank), np.flatnonzero(plan.holder == rank)
+    own, here = np.flatnonzero(source_rank == rank), np.flatnonzero(plan.encoder_rank == rank)
 
-    sent = np.unique(plan.holder[own] * num_clips + plan.clip[own])
+    sent = np.unique(plan.encoder_rank[own] * num_clips + plan.clip[own])
     send_to, send_clip = sent // max(1, num_clips), sent % max(1, num_clips)
     arriving = np.unique(plan.clip[here])
     place = np.searchsorted(arriving, plan.clip[here])
     work = tuple(tuple(place[plan.encoder[here] == k].tolist()) for k in range(num_encoders))
 
     computed = np.lexsort((plan.clip[here], plan.encoder[here]))
-    back = np.lexsort((plan.clip[here], plan.encoder[here], home[here]))
+    back = np.lexsort((plan.clip[here], plan.encoder[here], source_rank[here]))
     position = np.empty_like(computed)
     position[computed] = np.arange(len(computed))
 
-    got = own[np.lexsort((plan.clip[own], plan.encoder[own], plan.holder[own]))]
+    got = own[np.lexsort((plan.clip[own], plan.encoder[own], plan.encoder_rank[own]))]
     by_clip = [np.flatnonzero(plan.encoder[got] == k) for k in range(num_encoders)]
     return Dispatch(
-        send_clips=tuple((send_clip - np.searchsorted(clips.home, rank)).tolist()),
+        send_clips=tuple((send_clip - np.searchsorted(clips.source_rank, rank)).tolist()),
         send_to=tuple(send_to.tolist()),
         recv_lengths=tuple(clips.samples[arriving].tolist()),
-        recv_from=tuple(clips.home[arriving].tolist()),
+        recv_from=tuple(clips.source_rank[arriving].tolist()),
         work=work,
         return_order=tuple(position[back].tolist()),
-        return_to=tuple(home[here][back].tolist()),
+        return_to=tuple(source_rank[here][back].tolist()),
         result_lengths=tuple(num_frames(clips.samples[plan.clip[got]]).tolist()),
-        result_from=tuple(plan.holder[got].tolist()),
+        result_from=tuple(plan.encoder_rank[got].tolist()),
         results=tuple(tuple(which[np.argsort(plan.clip[got[which]])].tolist()) for which in by_clip),
     )
 

@@ -64,7 +64,7 @@ class Parcels:
     """Rank that each sequence afterwards comes from."""
     recv_lengths: tuple[int, ...]
     """Rows of these."""
-    runs: tuple[range, ...]
+    spans: tuple[range, ...]
     """The sequences afterwards, cut into pieces, in order; one that stays on its rank is a piece of its own."""
 
 
@@ -111,11 +111,11 @@ class _Deliver(torch.autograd.Function):
         rank = dist.get_rank(group)
         kept = iter([s.view_as(s) for s, to in zip(sequences, parcels.send_to, strict=True) if to == rank])
         pieces, start = [], 0
-        for run in parcels.runs:
-            if parcels.recv_from[run.start] == rank:
+        for span in parcels.spans:
+            if parcels.recv_from[span.start] == rank:
                 pieces.append(next(kept))
             else:
-                end = start + sum(parcels.recv_lengths[run.start : run.stop])
+                end = start + sum(parcels.recv_lengths[span.start : span.stop])
                 pieces.append(arriving[start:end])
                 start = end
         return (*pieces, anchor.view_as(anchor))
@@ -126,8 +126,8 @@ class _Deliver(torch.autograd.Function):
             ctx.before_backward()
         parcels, rank = ctx.parcels, dist.get_rank(ctx.group)
         returning = []
-        for run, grad in zip(parcels.runs, grads, strict=False):  # the last gradient is the anchor's
-            returning += grad.split(list(parcels.recv_lengths[run.start : run.stop]))
+        for span, grad in zip(parcels.spans, grads, strict=False):  # the last gradient is the anchor's
+            returning += grad.split(list(parcels.recv_lengths[span.start : span.stop]))
         arriving = _carry(returning, parcels.recv_from, parcels.send_to, ctx.lengths, ctx.like, ctx.group)
         kept = iter([g for g, to in zip(returning, parcels.recv_from, strict=True) if to == rank])
         found, start = [], 0

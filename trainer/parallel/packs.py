@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from trainer.parallel.balance import spread, stable_order
-from trainer.parallel.plan import Ints, Segments, runs
+from trainer.parallel.plan import Ints, Segments, rows_of_spans
 from trainer.parallel.topology import Topology
 
 
@@ -43,7 +43,7 @@ class PackPlan:
         """[num_microbatches · pack_tokens] the sample each row belongs to; -1 where it is padding."""
         owner = np.full(self.num_microbatches * self.pack_tokens, -1, dtype=np.int64)
         mine = np.flatnonzero(self.pack // self.num_microbatches == replica)
-        owner[runs(self.replica_row[mine], self.num_tokens[mine])] = np.repeat(mine, self.num_tokens[mine])
+        owner[rows_of_spans(self.replica_row[mine], self.num_tokens[mine])] = np.repeat(mine, self.num_tokens[mine])
         return owner
 
     @cached_property
@@ -75,7 +75,7 @@ def plan_packs(num_tokens: Sequence[int] | Ints, replicas: int, budget_tokens: i
     return PackPlan(microbatches, rows, replicas, pack, _starts(sizes, pack), sizes)
 
 
-def token_segments(plan: PackPlan, homes: Ints, topology: Topology) -> Segments:
+def token_segments(plan: PackPlan, source_ranks: Ints, topology: Topology) -> Segments:
     """Token rows from every sample's home to all ranks of its replica's first and last stage.
 
     Args:
@@ -88,12 +88,12 @@ def token_segments(plan: PackPlan, homes: Ints, topology: Topology) -> Segments:
     num_targets = targets.shape[1]
     src, src_row, dst_row, length = (
         np.repeat(column, num_targets)
-        for column in (homes, _starts(plan.num_tokens, homes), plan.replica_row, plan.num_tokens)
+        for column in (source_ranks, _starts(plan.num_tokens, source_ranks), plan.replica_row, plan.num_tokens)
     )
     return Segments(src, src_row, targets[plan.pack // plan.num_microbatches].ravel(), dst_row, length)
 
 
-def embedding_segments(plan: PackPlan, homes: Ints, topology: Topology) -> Segments:
+def embedding_segments(plan: PackPlan, source_ranks: Ints, topology: Topology) -> Segments:
     """Token rows from every sample's home to the first stage, each to the one tensor rank whose slice of the sequence
     (sequence parallelism) holds it. There, rows are numbered micro-batch · slice length + place in the slice.
     Arguments as for `token_segments`."""
@@ -101,14 +101,14 @@ def embedding_segments(plan: PackPlan, homes: Ints, topology: Topology) -> Segme
     first, last = plan.replica_row // share, (plan.replica_row + plan.num_tokens - 1) // share
     parts = last - first + 1
     which = np.repeat(np.arange(len(parts)), parts)
-    piece = runs(first, parts)
+    piece = rows_of_spans(first, parts)
     begin = np.maximum(plan.replica_row[which], piece * share)
     end = np.minimum((plan.replica_row + plan.num_tokens)[which], (piece + 1) * share)
     stages = np.array([topology.first_stage_ranks(d) for d in range(topology.dp)], dtype=np.int64)
     microbatch, tensor_rank = np.divmod(piece, topology.tp)
     return Segments(
-        src=homes[which],
-        src_row=_starts(plan.num_tokens, homes)[which] + begin - plan.replica_row[which],
+        src=source_ranks[which],
+        src_row=_starts(plan.num_tokens, source_ranks)[which] + begin - plan.replica_row[which],
         dst=stages[plan.pack[which] // plan.num_microbatches, tensor_rank],
         dst_row=microbatch * share + begin - piece * share,
         length=end - begin,

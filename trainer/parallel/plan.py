@@ -75,15 +75,15 @@ def route(segments: Segments, rank: int, world: int, num_out: int) -> Route:
         return np.bincount(peer[which], weights=length[which], minlength=world).astype(np.int64)
 
     return Route(
-        runs(segments.src_row[sent], length[sent]),
+        rows_of_spans(segments.src_row[sent], length[sent]),
         counts(segments.dst, sent),
-        runs(segments.dst_row[received], length[received]),
+        rows_of_spans(segments.dst_row[received], length[received]),
         counts(segments.src, received),
         num_out,
     )
 
 
-def runs(starts: Ints, lengths: Ints) -> Ints:
+def rows_of_spans(starts: Ints, lengths: Ints) -> Ints:
     """start, start+1, …, start+length-1 for each pair, end to end."""
     total = int(lengths.sum())
     first = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)

@@ -18,7 +18,7 @@ from model.audio_tower import AudioTower
 from model.batch import Ragged
 from model.conv import use_matrix_products
 from model.encoders.base import window_lengths
-from model.lengths import FRAME_SAMPLES, num_frames, num_slots
+from model.lengths import FRAME_SAMPLES, num_audio_tokens, num_frames
 from trainer.engine.optim import OptimConfig, param_groups
 from trainer.plan.fake_ranks import META
 from trainer.plan.states import FP32_BYTES
@@ -134,7 +134,7 @@ def audio_memory(
     tracer: EncoderTracer,
     work: Sequence[EncoderWork],
     rank: int,
-    home_samples: Sequence[int],
+    loaded_samples: Sequence[int],
     reduce_elements: int,
     learned: int,
 ) -> AudioMemory:
@@ -161,18 +161,18 @@ def audio_memory(
                 over_forward = max(over_forward, traced.forward - traced.kept)
                 over_backward = max(over_backward, traced.backward - traced.kept)
                 features += sum(num_frames(n) for clips in calls for n in clips) * _width(tower.encoder(name)) * size
-    mixed = _after_encoders(tower, home_samples, size, tracer.device)
+    mixed = _after_encoders(tower, loaded_samples, size, tracer.device)
     in_bucket = min(reduce_elements, learned) * FP32_BYTES * (2 if size < FP32_BYTES else 1)
     return AudioMemory(
-        int(kept) + mixed.kept + sum(home_samples) * FP32_BYTES,
+        int(kept) + mixed.kept + sum(loaded_samples) * FP32_BYTES,
         max(over_forward, 2 * features + mixed.forward - mixed.kept),
         max(over_backward, mixed.backward - mixed.kept) + in_bucket,
     )
 
 
-def _after_encoders(tower: AudioTower, home_samples: Sequence[int], size: int, device: str) -> Traced:
+def _after_encoders(tower: AudioTower, loaded_samples: Sequence[int], size: int, device: str) -> Traced:
     """Mixture, adapter, projector and CTC head over the clips at home, by the shapes of their tensors."""
-    frames = [num_frames(n) for n in home_samples]
+    frames = [num_frames(n) for n in loaded_samples]
     if not frames:
         return Traced(0, 0, 0)
     config, total, longest = tower.config, sum(frames), max(frames)
@@ -183,16 +183,18 @@ def _after_encoders(tower: AudioTower, home_samples: Sequence[int], size: int, d
     padded = len(frames) * longest * joined * size
     kept = 2 * streams + padded
     for layer, stride in zip(layers, tower.adapter.strides, strict=True):
-        longest = num_slots(longest, (stride,))
+        longest = num_audio_tokens(longest, (stride,))
         kept += 2 * len(frames) * longest * layer.out_channels * size
         if device == "cpu":  # its windows, side by side
             kept += len(frames) * longest * layer.kernel_size[0] * layer.in_channels * size
-    slots = sum(num_slots(f, tower.adapter.strides) for f in frames)
-    out = slots * (tower.adapter.dim + tower.projector.out_features) * size
+    audio_tokens = sum(num_audio_tokens(f, tower.adapter.strides) for f in frames)
+    out = audio_tokens * (tower.adapter.dim + tower.projector.out_features) * size
     logits = 0
     if tower.ctc_head is not None:
         # Logits, and their padded log-softmax in fp32.
-        logits = slots * tower.ctc_head.out_features * size + len(frames) * longest * tower.ctc_head.out_features * 8
+        logits = (
+            audio_tokens * tower.ctc_head.out_features * size + len(frames) * longest * tower.ctc_head.out_features * 8
+        )
     kept += out + logits
     return Traced(kept, kept + 2 * total * joined * size, kept + 2 * padded)
 

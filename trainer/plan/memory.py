@@ -155,8 +155,8 @@ def memory_model(
         tower = model.tower(placement.held_by(at))
         buffers = zero_buffers(tower, recipe, topology.ep, ds_json)
         rank = fullest_rank(tracer, work, range(at, topology.world, topology.ep))
-        home = [int(n) for n in workload.audio_samples[workload.homes == rank] if n]
-        audio.append(audio_memory(tracer, work, rank, home, bucket, buffers.learned))
+        loaded = [int(n) for n in workload.audio_samples[workload.source_ranks == rank] if n]
+        audio.append(audio_memory(tracer, work, rank, loaded, bucket, buffers.learned))
         zero.append(buffers)
         groups.append(_largest_group(tower, recipe, topology))
     per_rank = -(-workload.tokens // topology.world) * model.llm.hidden_size * dtype.itemsize

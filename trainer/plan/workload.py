@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from model.config import EncoderConfig
 from model.errors import UserError
-from model.lengths import SAMPLE_RATE, num_frames, num_samples, slots_of_samples
+from model.lengths import SAMPLE_RATE, audio_tokens_of_samples, num_frames, num_samples
 from trainer.config.schema import Recipe
 from trainer.data.lanes import lanes_of_rank, permutation
 from trainer.engine.placement import clip_cost, place
@@ -39,7 +39,7 @@ class Workload:
     """[n] of its clip; 0: it has none."""
     num_tokens: Ints
     """[n] LLM positions, audio slots included."""
-    homes: Ints
+    source_ranks: Ints
     """[n] rank that loads it, ascending."""
 
     @property
@@ -71,11 +71,11 @@ def typical_workload(
     seconds = _log_normal(data.global_batch_samples, mean, limit)
     seconds = seconds[permutation(len(seconds), "plan")]
     samples = np.array([max(1, num_samples(s)) for s in seconds], dtype=np.int64)
-    slots = [slots_of_samples(int(n), recipe.model.adapter.strides) for n in samples]
-    return Workload(samples, np.array(slots) + text_tokens, homes_of(recipe, topology))
+    audio_tokens = [audio_tokens_of_samples(int(n), recipe.model.adapter.strides) for n in samples]
+    return Workload(samples, np.array(audio_tokens) + text_tokens, source_ranks_of(recipe, topology))
 
 
-def homes_of(recipe: Recipe, topology: Topology) -> Ints:
+def source_ranks_of(recipe: Recipe, topology: Topology) -> Ints:
     """The rank that loads each sample of a global batch."""
     per_lane = recipe.data.global_batch_samples // recipe.data.num_lanes
     lanes = [len(lanes_of_rank(rank, topology.world, recipe.data.num_lanes)) for rank in range(topology.world)]
@@ -116,12 +116,12 @@ def encoder_work(
 ) -> list[EncoderWork]:
     """Of the primary, and of the experts together. Every gate is taken to spread its clips evenly over the experts."""
     clips = np.flatnonzero(workload.audio_samples)
-    samples, homes = workload.audio_samples[clips], workload.homes[clips]
+    samples, source_ranks = workload.audio_samples[clips], workload.source_ranks[clips]
     config, found = model.config, []
     if config.primary is not None:
         every = np.ones((len(clips), 1), dtype=bool)
         found.append(
-            _spread([config.primary], [0], 1, ClipTable(homes, samples, every), topology, budget_samples, device)
+            _spread([config.primary], [0], 1, ClipTable(source_ranks, samples, every), topology, budget_samples, device)
         )
     if config.experts:
         placement, router = place(config, topology.ep), config.router
@@ -130,7 +130,7 @@ def encoder_work(
         first = np.arange(len(clips))[:, None] + np.arange(chosen)
         wanted = np.zeros((len(clips), count), dtype=bool)
         np.put_along_axis(wanted, first % count, True, axis=1)
-        table = ClipTable(homes, samples, wanted)
+        table = ClipTable(source_ranks, samples, wanted)
         found.append(_spread(config.experts, placement.places, topology.ep, table, topology, budget_samples, device))
     return found
 
@@ -158,12 +158,14 @@ def _spread(
             groups = group_by_length(lengths, budget_samples, CALL_COST_SAMPLES[device])
             mine.append(tuple(tuple(lengths[i] for i in group) for group in groups if group))
         calls.append(tuple(mine))
-    moved = np.flatnonzero(clips.home[plan.clip] != plan.holder)
-    once = np.unique(plan.holder[moved] * len(clips.home) + plan.clip[moved]) % max(1, len(clips.home))
+    moved = np.flatnonzero(clips.source_rank[plan.clip] != plan.encoder_rank)
+    once = np.unique(plan.encoder_rank[moved] * len(clips.source_rank) + plan.clip[moved]) % max(
+        1, len(clips.source_rank)
+    )
     return EncoderWork(
         tuple(e.name for e in encoders),
         tuple(calls),
-        np.bincount(plan.holder, weights=plan.cost, minlength=world).astype(np.float64),
+        np.bincount(plan.encoder_rank, weights=plan.cost, minlength=world).astype(np.float64),
         int(clips.samples[once].sum()),
         int(num_frames(clips.samples[plan.clip[moved]]).sum()),
     )

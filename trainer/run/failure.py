@@ -43,7 +43,7 @@ class Position:
         self.samples = () if batch is None else tuple(s.key for s in batch.samples)
 
 
-def tell_failure(error: Exception, position: Position, events: EventLog) -> ExitCode:
+def emit_failure(error: Exception, position: Position, events: EventLog) -> ExitCode:
     """Leave an event and show the error; returns how the process must end.
 
     A lost peer is told by the first that sees it only: it is a consequence.
@@ -64,7 +64,7 @@ def tell_failure(error: Exception, position: Position, events: EventLog) -> Exit
     return ExitCode.FAILED
 
 
-def tell_mistake(error: Exception, position: Position, events: EventLog) -> None:
+def emit_mistake(error: Exception, position: Position, events: EventLog) -> None:
     """Leave the event of a user's error, which all ranks raise alike."""
     _add(events, "failed", position, once=True, error=one_line(error), user=True)
 

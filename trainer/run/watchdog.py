@@ -44,7 +44,7 @@ def clear_hang(events: EventLog) -> None:
 
 
 class Watchdog:
-    """`with Watchdog(…) as dog: … dog.beat("step 3") …`; the process ends with `ExitCode.HUNG` where beats stay away.
+    """`with Watchdog(…) as dog: … dog.heartbeat("step 3") …`; the process ends with `ExitCode.HUNG` where beats stay away.
 
     Args:
         timeout_sec: longest time between two beats; 0: the watchdog sleeps.
@@ -61,16 +61,16 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._last_words: TextIO | None = None
 
-    def beat(self, what: str) -> None:
+    def heartbeat(self, what: str) -> None:
         """Progress: `what` has begun, or goes on."""
         self._last = (time.monotonic(), what)
 
-    def rest(self) -> None:
+    def disarm(self) -> None:
         """What follows may take as long as it likes."""
         self._last = (math.inf, "the end")
 
     def __enter__(self) -> Watchdog:
-        self.beat("start")
+        self.heartbeat("start")
         if self._timeout_sec > 0:
             # For faulthandler: it can open no file when it is needed.
             path = self._events.run_dir / ".watchdog" / f"rank-{self._events.rank}.txt"
@@ -113,7 +113,7 @@ class Watchdog:
             self._write_flight_record()
             missing = self._wait_for_others()
             if first:
-                self._tell(silent_sec, what, missing)
+                self._emit(silent_sec, what, missing)
         except OSError as error:  # a full or lost disk must not keep the process alive
             print(f"watchdog of rank {self._events.rank}: {error}", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
@@ -156,7 +156,7 @@ class Watchdog:
                 return missing
             time.sleep(0.1)
 
-    def _tell(self, silent_sec: float, what: str, missing: Sequence[int]) -> None:
+    def _emit(self, silent_sec: float, what: str, missing: Sequence[int]) -> None:
         fields: dict[str, Any] = {"silent_sec": round(silent_sec, 1), "in": what, "folder": self._folder.name}
         if missing:
             fields["ranks_without_stacks"] = list(missing)

@@ -24,7 +24,7 @@ from typing import Any
 
 from model.errors import UserError
 
-Tell = Callable[[str, int, Mapping[str, Any]], None]
+Emit = Callable[[str, int, Mapping[str, Any]], None]
 """Event, step, fields."""
 
 EVENTS_NAME = "events.jsonl"

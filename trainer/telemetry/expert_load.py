@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from model.config import FORMER_GATES
 from model.router import Routing
 
 Floats = NDArray[np.float64]
@@ -212,7 +213,8 @@ class ExpertLoad:
     @staticmethod
     def from_json(tree: Mapping[str, Any]) -> ExpertLoad:
         """Raises KeyError, TypeError or ValueError where the tree is not one of `to_json`."""
-        gates, experts = tuple(map(str, tree["gates"])), tuple(map(str, tree["experts"]))
+        gates = tuple(FORMER_GATES.get(str(gate), str(gate)) for gate in tree["gates"])
+        experts = tuple(map(str, tree["experts"]))
         cells = {
             ClipGroup(*map(str, row[:4])): Load.from_json(row[4:], len(gates), len(experts)) for row in tree["cells"]
         }

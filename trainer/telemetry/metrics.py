@@ -40,9 +40,9 @@ class StepReport:
     """Wall time by phase (load, plan, encode, exchange, llm, backward, update …), each exclusive of the others."""
     num_skipped: Mapping[str, int] = field(default_factory=dict)
     """Samples left out since the run began, by reason."""
-    left_out: str | None = None
+    skip_reason: str | None = None
     """Why this step changed no weights; None: it did."""
-    num_left_out: int = 0
+    num_skipped_updates: int = 0
     """Steps that changed no weights since the run began."""
     load: LoadInterval | None = None
     """Where this step ends an interval: what the encoders did in it, on rank 0."""
@@ -85,7 +85,7 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
     """
     assert reports, "nothing to log"
     last, num = reports[-1], len(reports)
-    done = [r for r in reports if r.left_out is None] or reports
+    done = [r for r in reports if r.skip_reason is None] or reports
     metrics = {"train/loss": sum(r.loss for r in done) / len(done)}
     for name, values in _collect(r.losses for r in done).items():
         metrics[f"train/loss_{name}"] = sum(values) / len(values)
@@ -95,8 +95,8 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
             metrics[f"train/loss/{task}"] = sum(total for total, _ in pairs) / num_targets
     metrics["train/grad_norm"] = sum(r.grad_norm for r in done) / len(done)
     metrics["train/lr"] = last.lr
-    if last.num_left_out:
-        metrics["train/steps_left_out"] = last.num_left_out
+    if last.num_skipped_updates:
+        metrics["train/skipped_updates"] = last.num_skipped_updates
     intervals = [r.load for r in reports if r.load is not None]
     if intervals:
         metrics |= interval_metrics(sum(intervals[1:], intervals[0]))

@@ -73,7 +73,7 @@ class StragglerMeter:
         self._whole: defaultdict[int, _Total] = defaultdict(_Total)
         self._num_steps = 0
         self._slow_in_a_row: defaultdict[int, int] = defaultdict(int)
-        self._told: set[int] = set()
+        self._reported: set[int] = set()
 
     def add(self, parts: Sequence[RankWork], num_steps: int) -> list[Straggler]:
         """Take what all ranks did in the last `num_steps` steps; returns those that have just become stragglers."""
@@ -95,11 +95,11 @@ class StragglerMeter:
             usual = statistics.median([sum(w.values()) for r, w in work.items() if r != rank] or [sum(mine.values())])
             if sum(mine.values()) <= self._slow * usual:
                 self._slow_in_a_row[rank] = 0
-                self._told.discard(rank)
+                self._reported.discard(rank)
                 continue
             self._slow_in_a_row[rank] += 1
-            if self._slow_in_a_row[rank] >= NUM_STRETCHES and rank not in self._told:
-                self._told.add(rank)
+            if self._slow_in_a_row[rank] >= NUM_STRETCHES and rank not in self._reported:
+                self._reported.add(rank)
                 ratio = round(sum(mine.values()) / usual, 2) if usual else float("inf")
                 found.append(Straggler(rank, self._stretch[rank].host, ratio, _worst_phase(rank, work)))
         return found

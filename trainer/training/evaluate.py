@@ -65,9 +65,9 @@ class Evaluator:
         prepared: PreparedData,
         step: Step,
         folder: Path,
-        beat: Callable[[str], None] = lambda what: None,
+        heartbeat: Callable[[str], None] = lambda what: None,
     ) -> None:
-        self.config, self.prepared, self.step, self.folder, self.beat = config, prepared, step, folder, beat
+        self.config, self.prepared, self.step, self.folder, self.heartbeat = config, prepared, step, folder, heartbeat
         self.meteor: Meteor | None = None
         """None: there is no WordNet; the first evaluation with captions says so."""
         self._no_meteor = ""
@@ -88,7 +88,9 @@ class Evaluator:
             world = groups.topology.world
             found = eval_samples(self.prepared, split, groups.rank, world, max_samples, on_skip=skips)
             self._samples[split, max_samples] = found
-        mine = predict(self.step, self._samples[split, max_samples], self.prepared.tokenizer, self.config, self.beat)
+        mine = predict(
+            self.step, self._samples[split, max_samples], self.prepared.tokenizer, self.config, self.heartbeat
+        )
         everyone: list[Any] | None = [None] * groups.topology.world if groups.rank == 0 else None
         dist.gather_object(mine, everyone, dst=0, group=groups.world)
         if everyone is None:
@@ -126,7 +128,7 @@ class Evaluator:
 
 
 def predict(
-    step: Step, samples: Sequence[Sample], tokenizer: Tokenizer, config: EvalConfig, beat: Callable[[str], None]
+    step: Step, samples: Sequence[Sample], tokenizer: Tokenizer, config: EvalConfig, heartbeat: Callable[[str], None]
 ) -> list[Prediction]:
     """Answers to this rank's `samples`; collective, ranks may have different numbers of them."""
     groups = step.groups
@@ -138,7 +140,7 @@ def predict(
     step.llm.train(False)
     predictions = []
     for n in range(int(rounds)):
-        beat(f"batch {n + 1} of an evaluation")
+        heartbeat(f"batch {n + 1} of an evaluation")
         part = [samples[i] for i in order[n * share : (n + 1) * share]]
         for sample, tokens in zip(part, answer(step, Batch(tuple(part)), tokenizer, config), strict=True):
             finished = len(tokens) < config.max_new_tokens

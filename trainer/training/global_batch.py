@@ -24,7 +24,7 @@ _FIELDS = 4
 class GlobalBatch:
     """Samples of all ranks, by rank, in the order in which each rank holds them."""
 
-    homes: Ints
+    source_ranks: Ints
     """[n] rank that loaded the sample."""
     num_tokens: Ints
     """[n]"""
@@ -40,7 +40,7 @@ class GlobalBatch:
     """Index of this rank's first sample."""
 
     def __len__(self) -> int:
-        return len(self.homes)
+        return len(self.source_ranks)
 
 
 def gather(batch: Batch, counts: Counts, groups: Groups) -> GlobalBatch:
@@ -51,11 +51,11 @@ def gather(batch: Batch, counts: Counts, groups: Groups) -> GlobalBatch:
     mine = [counts.targets, counts.ctc_targets, counts.clips, *(v for row in table for v in row)]
     everyone = gather_ragged(np.array(mine, dtype=np.int64), groups.world)
     rows = [r[3:].reshape(-1, _FIELDS) for r in everyone]
-    homes = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+    source_ranks = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
     tokens, targets, tasks, audio = np.ascontiguousarray(np.concatenate(rows).T)
     total = Counts(*(int(sum(r[i] for r in everyone)) for i in range(3)))
     before = sum(len(r) for r in rows[: groups.rank])
-    return GlobalBatch(homes, tokens, targets, tasks, audio, total, before)
+    return GlobalBatch(source_ranks, tokens, targets, tasks, audio, total, before)
 
 
 def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int) -> PackPlan:

@@ -66,7 +66,7 @@ class ProgressHook:
 
     _UNTOLD = ("resumed", "finished", "stopped")
     """Events that the terminal shows in other words."""
-    _UNTOLD_FIELDS = ("samples", "why", "slow_rank", "slow_host", "times_median")
+    _HIDDEN_FIELDS = ("samples", "why", "slow_rank", "slow_host", "times_median")
 
     def __init__(self, every_steps: int = 1) -> None:
         self._every_steps = every_steps
@@ -97,9 +97,9 @@ class ProgressHook:
     def on_event(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
         assert self._progress is not None
         if event not in self._UNTOLD:
-            told = {key: value for key, value in fields.items() if key not in self._UNTOLD_FIELDS}
+            fields = {key: value for key, value in fields.items() if key not in self._HIDDEN_FIELDS}
             words = [str(fields["why"])] if "why" in fields else []
-            words += [f"{key} {value}" for key, value in told.items()]
+            words += [f"{key} {value}" for key, value in fields.items()]
             self._progress.write(f"step {step}: {event.replace('_', ' ')}: {', '.join(words)}")
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
@@ -232,7 +232,7 @@ class SummaryHook:
             self._loss_first = _first_logged_loss(state.run_dir / "metrics.jsonl")
 
     def on_step(self, report: StepReport) -> None:
-        if self._loss_first is None and report.left_out is None:
+        if self._loss_first is None and report.skip_reason is None:
             self._loss_first = report.loss
         if not self._first_phases:
             self._first_phases = dict(report.phase_sec)
@@ -240,7 +240,7 @@ class SummaryHook:
             self._num_timed += 1
             for phase, seconds in report.phase_sec.items():
                 self._phases[phase] += seconds
-        if report.left_out is None:
+        if report.skip_reason is None:
             self._loss_last = report.loss
         self._last_step = report.step
 

@@ -67,7 +67,7 @@ class Loop:
         self.recipe, self.step, self.groups, self.prepared = recipe, step, groups, prepared
         self.evaluator, self.checkpoints, self.run_dir = evaluator, checkpoints, run_dir
         self.described, self.watchdog, self.position = described, watchdog, position
-        self.work = Work(recipe.telemetry, WaitSampler(step.timer), groups, self.tell)
+        self.work = Work(recipe.telemetry, WaitSampler(step.timer), groups, self.emit)
         self._alarm = ExitStack()
         self.hooks: Sequence[Hook] = ()
         self.last_evaluation: Evaluation | None = None
@@ -124,7 +124,7 @@ class Loop:
             batches, state, saved = iter(loader), loader.state, start
             for number in range(start, recipe.train.steps):
                 self.position.at(number + 1)
-                self.watchdog.beat(f"step {number + 1}")
+                self.watchdog.heartbeat(f"step {number + 1}")
                 trace.begin(number + 1)
                 with timer("load"):
                     loaded, failure = next_together(batches, self.groups)
@@ -133,8 +133,8 @@ class Loop:
                 before, (batch, state) = state, loaded
                 self.position.at(number + 1, batch)
                 report = self.step(number, batch)
-                if report.left_out is not None:
-                    reason = answer_spike(report, batch, self.step, self.checkpoints, self.tell)
+                if report.skip_reason is not None:
+                    reason = answer_spike(report, batch, self.step, self.checkpoints, self.emit)
                     if reason is not None:
                         self._end_with(reason, number, before, saved)
                 known = agree(stop, loader.num_skipped, loader.epochs, self.groups)
@@ -162,7 +162,7 @@ class Loop:
                         if saved < done:
                             self._save(done, state)
                         return True
-                self._tell_saved()
+                self._emit_saved()
         return True
 
     def _stops_early(self, done: int, just_evaluated: bool) -> bool:
@@ -217,25 +217,25 @@ class Loop:
 
     def _set_alarm(self, stop: StopRequest, known: Agreement, done: int) -> None:
         """A signal stops the run; tell if its last save takes longer than the scheduler waits."""
-        self.tell("signal", done, {"name": "+".join(known.signals), "ranks": sum(known.signals.values())})
+        self.emit("signal", done, {"name": "+".join(known.signals), "ranks": sum(known.signals.values())})
         grace_sec = self.recipe.train.stop_grace_sec
 
         def late() -> None:
             newest = max(self.checkpoints.steps(), default=None)
             why = f"not saved within train.stop_grace_sec = {grace_sec:g}"
-            self.tell("save_failed", done, {"why": why, "newest_checkpoint": newest})
+            self.emit("save_failed", done, {"why": why, "newest_checkpoint": newest})
 
         since_sec = time.monotonic() if stop.signal is None else stop.time_sec
         self._alarm.enter_context(deadline(grace_sec, since_sec, late))
 
-    def tell(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
+    def emit(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
         """Tell the hooks, which only rank 0 has."""
         for hook in self.hooks:
             hook.on_event(event, step, fields)
 
     def evaluate(self, step: int, split: str, max_samples: int | None) -> Evaluation | None:
         """Read `split`; tell the hooks. Rank 0 gets the result."""
-        self.watchdog.beat(f"evaluation of {split}")
+        self.watchdog.heartbeat(f"evaluation of {split}")
         found = self.evaluator(step, split, max_samples)
         if found is not None:
             for hook in self.hooks:
@@ -262,25 +262,25 @@ class Loop:
         }
         self.checkpoints.save(done, self.step, {**extra, **self.described})
 
-    def _tell_saved(self) -> None:
+    def _emit_saved(self) -> None:
         for url in self.checkpoints.finished():
             for hook in self.hooks:
                 hook.on_save(url)
         for outcome in self.checkpoints.failed():
-            self.tell("save_failed", self.position.step or 0, {"why": outcome.failure, "checkpoint": outcome.url})
+            self.emit("save_failed", self.position.step or 0, {"why": outcome.failure, "checkpoint": outcome.url})
 
     def _end(self, event: str | None) -> None:
-        self.watchdog.beat("the last save")
+        self.watchdog.heartbeat("the last save")
         try:
             self.checkpoints.close()
         finally:
             self._alarm.close()
-            self._tell_saved()
+            self._emit_saved()
         peaks: list[Any] = [None] * self.groups.topology.world
         dist.all_gather_object(peaks, peak_memory_bytes(), group=self.groups.world)
         if event is not None:
-            self.tell(event, self.position.step or self.recipe.train.steps, {})
-        self.watchdog.rest()  # trackers have a time limit of their own
+            self.emit(event, self.position.step or self.recipe.train.steps, {})
+        self.watchdog.disarm()  # trackers have a time limit of their own
         for hook in self.hooks:
             hook.on_end({**self.summary, "peak_memory_bytes": peaks, "ranks": self.work.summary})
 

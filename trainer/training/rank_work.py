@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from trainer.parallel.groups import Groups
-from trainer.telemetry.events import Tell
+from trainer.telemetry.events import Emit
 from trainer.telemetry.metrics import StepReport
 from trainer.telemetry.straggler import RankWork, Straggler, StragglerMeter, work_metrics
 from trainer.telemetry.tracker import TelemetryConfig
@@ -30,8 +30,8 @@ class Work:
         tell: gets `straggler` events, on rank 0.
     """
 
-    def __init__(self, config: TelemetryConfig, waits: WaitSampler, groups: Groups, tell: Tell) -> None:
-        self._waits, self._groups, self._tell = waits, groups, tell
+    def __init__(self, config: TelemetryConfig, waits: WaitSampler, groups: Groups, emit: Emit) -> None:
+        self._waits, self._groups, self._emit = waits, groups, emit
         self._meter = StragglerMeter(config.straggler_ratio, config.straggler_stretch_sec)
         self._phase_sec: defaultdict[str, float] = defaultdict(float)
         self._num_steps = 0
@@ -61,7 +61,7 @@ class Work:
         if parts is None:
             return report
         for straggler in self._meter.add(parts, num_steps):
-            self._tell("straggler", report.step, _told(straggler))
+            self._emit("straggler", report.step, _fields(straggler))
         return replace(report, ranks=work_metrics(parts, num_steps))
 
     @property
@@ -70,7 +70,7 @@ class Work:
         return self._meter.summary()
 
 
-def _told(slow: Straggler) -> dict[str, Any]:
+def _fields(slow: Straggler) -> dict[str, Any]:
     return {
         "slow_rank": slow.rank,
         "slow_host": slow.host,

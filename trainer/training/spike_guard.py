@@ -14,7 +14,7 @@ class SpikeGuard:
 
     def __init__(self, config: SpikeConfig) -> None:
         self.config = config
-        self.num_left_out = 0
+        self.num_skipped_updates = 0
         """Updates left out since the run began."""
         self.in_a_row = 0
         """The last ones."""
@@ -30,10 +30,10 @@ class SpikeGuard:
                 return f"loss {loss:.4g} is {loss / usual:.1f} times the median of the last {len(self._recent)}"
         return None
 
-    def note(self, step: int, loss: float, left_out: bool) -> None:
+    def note(self, step: int, loss: float, skipped: bool) -> None:
         """Take note of a step that was done or left out."""
-        if left_out:
-            self.num_left_out += 1
+        if skipped:
+            self.num_skipped_updates += 1
             self.in_a_row += 1
         else:
             self.in_a_row = 0
@@ -46,10 +46,11 @@ class SpikeGuard:
     @property
     def state(self) -> dict[str, Any]:
         """As JSON."""
-        return {"num_left_out": self.num_left_out, "in_a_row": self.in_a_row, "recent": self._recent}
+        return {"num_skipped_updates": self.num_skipped_updates, "in_a_row": self.in_a_row, "recent": self._recent}
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go on from a `state`; None: of a checkpoint that has none."""
         if state is not None:
-            self.num_left_out, self.in_a_row = state["num_left_out"], state["in_a_row"]
+            former = state.get("num_left_out", 0)  # the key of checkpoints before version 0.2
+            self.num_skipped_updates, self.in_a_row = state.get("num_skipped_updates", former), state["in_a_row"]
             self._recent = [(step, loss) for step, loss in state["recent"]][-self.config.window_steps :]

@@ -8,13 +8,13 @@ import torch.distributed as dist
 
 from model.batch import Batch
 from trainer.checkpoint.manager import CheckpointManager
-from trainer.telemetry.events import Tell
+from trainer.telemetry.events import Emit
 from trainer.telemetry.metrics import StepReport
 from trainer.training.step import Step
 
 
 def answer_spike(
-    report: StepReport, batch: Batch, step: Step, checkpoints: CheckpointManager, tell: Tell
+    report: StepReport, batch: Batch, step: Step, checkpoints: CheckpointManager, emit: Emit
 ) -> str | None:
     """Collective, on all ranks alike, after a step that was left out.
 
@@ -24,23 +24,28 @@ def answer_spike(
     Returns:
         Why the run must stop; None: it goes on.
     """
-    assert report.left_out is not None
+    assert report.skip_reason is not None
     keys: list[Any] = [None] * step.groups.topology.world
     dist.all_gather_object(keys, [s.key for s in batch.samples], group=step.groups.world)
     samples = [key for some in keys for key in some]
     config = step.guard.config
-    told = {"why": report.left_out, "loss": str(report.loss), "grad_norm": str(report.grad_norm), "samples": samples}
-    tell("skip", report.step, told)
+    fields = {
+        "why": report.skip_reason,
+        "loss": str(report.loss),
+        "grad_norm": str(report.grad_norm),
+        "samples": samples,
+    }
+    emit("skip", report.step, fields)
     if config.action == "stop":
-        return f"step {report.step}: {report.left_out}; spike.action = stop; its samples: {', '.join(samples)}"
+        return f"step {report.step}: {report.skip_reason}; spike.action = stop; its samples: {', '.join(samples)}"
     if step.guard.in_a_row >= config.max_in_a_row:
         return (
-            f"step {report.step}: {report.left_out}; it is the last of {step.guard.in_a_row} steps in a row that were "
+            f"step {report.step}: {report.skip_reason}; it is the last of {step.guard.in_a_row} steps in a row that were "
             f"left out (spike.max_in_a_row); its samples: {', '.join(samples)}"
         )
     if config.action == "rewind":
         back = checkpoints.rewind(step)
         if back is not None:
             step.guard.forget_after(back)
-            tell("rewind", report.step, {"to_step": back, "why": report.left_out})
+            emit("rewind", report.step, {"to_step": back, "why": report.skip_reason})
     return None

@@ -85,10 +85,10 @@ class Step:
         self.audio.take_costs()  # an evaluation's
         report = self.forward_backward(step, batch)
         with self.timer("update"):
-            norm, scale, left_out = self.update(step, self.guard.judge(report.loss))
-        self.guard.note(report.step, report.loss, left_out is not None)
-        report = replace(report, grad_norm=norm, lr=self.optim.lr * scale, left_out=left_out)
-        report = replace(report, num_left_out=self.guard.num_left_out, phase_sec=self.timer.take())
+            norm, scale, skip_reason = self.update(step, self.guard.judge(report.loss))
+        self.guard.note(report.step, report.loss, skip_reason is not None)
+        report = replace(report, grad_norm=norm, lr=self.optim.lr * scale, skip_reason=skip_reason)
+        report = replace(report, num_skipped_updates=self.guard.num_skipped_updates, phase_sec=self.timer.take())
         costs = {name: astuple(cost) for name, cost in self.audio.take_costs().items()}
         self.meter.add_step(costs, report.seconds)
         return report
@@ -160,7 +160,7 @@ class Step:
         `mistrust`: a reason to leave it out. One rank's is enough; a norm that is not finite is one.
         """
         mistrusted = torch.tensor(float(mistrust is not None), dtype=torch.float64, device=self.groups.device)
-        sums = torch.stack([self.audio.grad_square(), self.llm.grad_square(), mistrusted])
+        sums = torch.stack([self.audio.grad_norm_sq(), self.llm.grad_norm_sq(), mistrusted])
         dist.all_reduce(sums, group=self.groups.world)
         audio_norm, norm = float(sums[0].sqrt()), float(sums[:2].sum().sqrt())
         scale = lr_scale(self.optim, step, self.num_steps)
@@ -168,9 +168,9 @@ class Step:
             self.audio.discard()
             why = f"gradient norm is {norm}" if not np.isfinite(norm) else "another rank mistrusts the loss"
             return norm, scale, mistrust or why
-        coefficient = min(1.0, self.optim.clip_norm / (norm + 1e-6)) if self.optim.clip_norm > 0 else 1.0
-        self.audio.step(coefficient, audio_norm, scale)
-        self.llm.step(coefficient, scale)
+        clip_coef = min(1.0, self.optim.clip_norm / (norm + 1e-6)) if self.optim.clip_norm > 0 else 1.0
+        self.audio.step(clip_coef, audio_norm, scale)
+        self.llm.step(clip_coef, scale)
         if self.model.experts:
             self.audio.tower.router.advance()
         return norm, scale, None
@@ -210,18 +210,20 @@ def send(
     share = packing.pack_tokens // topology.tp
     tokens = torch.stack([batch.tokens.values, batch.labels.values - IGNORE, batch.audio_mask.long()], dim=1)
     at_ends = groups.is_first_stage or groups.is_last_stage
-    token_route = route(token_segments(packing, whole.homes, topology), rank, topology.world, rows if at_ends else 0)
+    token_route = route(
+        token_segments(packing, whole.source_ranks, topology), rank, topology.world, rows if at_ends else 0
+    )
     arrived = exchange(tokens.to(device), token_route, groups.world)
 
     flags = torch.zeros(0, dtype=torch.bool, device=device)
     if groups.is_first_stage:
         place = groups.place.tp
         flags = arrived[:, 2].view(packing.num_microbatches, topology.tp, share)[:, place].flatten().bool()
-    segments = embedding_segments(packing, whole.homes, topology)
+    segments = embedding_segments(packing, whole.source_ranks, topology)
     is_audio = batch.audio_mask.numpy()
-    slots = np.cumsum(is_audio) - 1
+    audio_tokens = np.cumsum(is_audio) - 1
     audio_route = route(segments, rank, topology.world, len(flags)).restricted(is_audio, flags.cpu().numpy())
-    audio = exchange(embeddings, audio_route.renumbered(slots), groups.world)
+    audio = exchange(embeddings, audio_route.renumbered(audio_tokens), groups.world)
 
     packs = Packs(
         lengths=tuple(packing.lengths(dp, m) for m in range(packing.num_microbatches)),

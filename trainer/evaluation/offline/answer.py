@@ -144,7 +144,7 @@ class Answerer:
             num = self._count_text_tokens(len(prompt.clips), prompt.instruction)
         except ValueError as error:
             raise SampleError("placeholder_in_text", str(error)) from None
-        num += sum(processor.count_slots(len(clip)) for clip in prompt.clips)
+        num += sum(processor.count_audio_tokens(len(clip)) for clip in prompt.clips)
         room = self.loaded.max_positions
         if num + self.decoding.max_new_tokens > room:
             raise SampleError(

@@ -134,8 +134,8 @@ def _embed(model: EarshotForCausalLM, inputs: dict[str, Tensor]) -> Tensor:
     embedded: list[Tensor] = [nothing] * len(clips)
     for group in group_by_length(clips.lengths, budget, call_cost):
         found = model.audio(clips.select(group), instructions.select(group), Ragged(nothing, (0,) * len(group)))
-        for place, slots in zip(group, found.embeddings.split(), strict=True):
-            embedded[place] = slots
+        for place, audio_tokens in zip(group, found.embeddings.split(), strict=True):
+            embedded[place] = audio_tokens
     return text.masked_scatter(inputs["audio_mask"][..., None], torch.cat(embedded).to(text.dtype))
 
 

@@ -11,16 +11,16 @@ from multiprocessing.process import BaseProcess
 from model.errors import UserError
 from trainer.evaluation.offline.worker import Outcome, Request, Worker, serve
 
-Run = Callable[[Sequence[Sequence[int]]], Iterator[list[Outcome]]]
+AnswerJobs = Callable[[Sequence[Sequence[int]]], Iterator[list[Outcome]]]
 """Answers jobs (places in the data); gives the outcomes of each job, in the order in which they are ready. Take all of
-them before the next run."""
+them before the next call."""
 _AHEAD = 2
 """Jobs that a worker has: one that it answers, one whose audio it reads."""
 _LAST_WORDS_SEC = 10.0
 
 
 @contextmanager
-def open_workers(request: Request, num: int) -> Iterator[Run]:
+def open_workers(request: Request, num: int) -> Iterator[AnswerJobs]:
     """Load the model `num` times, in as many processes that share the machine's devices; 1: in this one.
 
     None of them outlives the block, or this process.
@@ -29,7 +29,7 @@ def open_workers(request: Request, num: int) -> Iterator[Run]:
         UserError: see `Worker`; a worker died.
     """
     if num == 1:
-        yield Worker(request).run
+        yield Worker(request).answer_jobs
         return
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, BaseProcess] = {}

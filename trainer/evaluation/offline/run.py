@@ -60,9 +60,9 @@ def run_evaluation(
     if jobs:
         with (
             (folder / PREDICTIONS).open("a", encoding="utf-8") as file,
-            open_workers(request, min(num_processes, len(jobs))) as run,
+            open_workers(request, min(num_processes, len(jobs))) as answer_jobs,
         ):
-            for outcomes in run(jobs):
+            for outcomes in answer_jobs(jobs):
                 answers = [o for o in outcomes if isinstance(o, Prediction)]
                 skipped += [o for o in outcomes if isinstance(o, Skipped)]
                 file.write("".join(map(to_line, answers)))

@@ -107,7 +107,7 @@ class Worker:
         loaded = load_model(request.origin, DTYPES[request.dtype], device)
         self._answer = Answerer(loaded, request.windows, request.decoding)
 
-    def run(self, jobs: Iterable[Sequence[int]]) -> Iterator[list[Outcome]]:
+    def answer_jobs(self, jobs: Iterable[Sequence[int]]) -> Iterator[list[Outcome]]:
         """Outcomes of each job; the next one's audio is read meanwhile."""
         with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(_READERS) as readers:
             waiting = None
@@ -143,7 +143,7 @@ def serve(connection: Connection, request: Request, place: int, num: int) -> Non
     try:
         worker = Worker(request, place, num)
         while True:
-            for outcomes in worker.run(iter(connection.recv, None)):
+            for outcomes in worker.answer_jobs(iter(connection.recv, None)):
                 connection.send(outcomes)
     except UserError as error:
         connection.send(str(error))

@@ -1,0 +1,57 @@
+"""Former recipe keys: an error that names the present one in a user's recipe, a translation in a stored one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from model.errors import UserError
+from model.hub.configuration import audio_config
+from tests.golden.test_golden import GOLDEN
+from trainer.config.load import load_recipe, load_stored_recipe
+from trainer.telemetry.load_history import HISTORY_NAME, read_history
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.sets=[]", "data.sets: renamed; write data.datasets instead"),
+        ("data.sets.0.weight=2", "data.sets: renamed; write data.datasets instead"),
+        (
+            "model.router.entry_steps=3",
+            "model.router.entry_steps: renamed; write model.router.added_encoder_warmup_steps instead",
+        ),
+        (
+            "model.router.gates=[dependent]",
+            "model.router.gates: 'dependent' is renamed; write 'data_dependent' instead",
+        ),
+    ],
+)
+def test_a_users_recipe_must_have_todays_names(override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe("debug", [override])
+    assert str(error.value) == message
+
+
+def test_a_stored_recipe_is_translated() -> None:
+    path = GOLDEN / "run" / "recipe.yaml"
+    assert "sets:" in path.read_text() and "entry_steps: 4" in path.read_text()
+    recipe = load_stored_recipe(path)
+    assert [d.name for d in recipe.data.datasets] == ["golden"]
+    assert recipe.model.router.added_encoder_warmup_steps == 4
+    assert recipe.model.router.gates == ("data_independent", "data_dependent")
+
+
+def test_a_stored_recipe_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="recipe.yaml: not readable"):
+        load_stored_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_history_and_an_export_of_an_earlier_version_have_todays_gates() -> None:
+    history = read_history(GOLDEN / "run" / HISTORY_NAME)
+    assert history and {i.load.gates for i in history} == {("data_independent", "data_dependent")}
+    described = json.loads((GOLDEN / "export" / "config.json").read_text())["audio"]
+    assert described["router"]["gates"] == ["independent", "dependent"]
+    assert audio_config(described).router.gates == ("data_independent", "data_dependent")

@@ -1,0 +1,77 @@
+"""Recipe keys and values that had other names in earlier versions.
+
+A recipe that a user writes must have today's names: `refuse` says which one. A recipe stored in a run or checkpoint is
+brought up to date by `translate`, so that what an earlier version wrote resumes, exports and starts other runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from model.config import FORMER_GATES
+from model.errors import UserError
+
+FORMER_KEYS = {
+    "data.sets": "datasets",
+    "model.router.entry_steps": "added_encoder_warmup_steps",
+}
+"""The dotted former key, and the last part of its present name; the section is the same."""
+
+FORMER_VALUES = {"model.router.gates": FORMER_GATES}
+"""By dotted key, the items of a list that had other names, and their present ones."""
+
+
+def refuse(tree: dict[str, Any]) -> None:
+    """Check that a user's recipe has no former key or value.
+
+    Args:
+        tree: the recipe as nested mappings; not changed.
+
+    Raises:
+        UserError: it has one; the message names the present one.
+    """
+    for section, key, new in _former_keys(tree):
+        if key.rpartition(".")[2] in section:
+            raise UserError(f"{key}: renamed; write {key.rpartition('.')[0]}.{new} instead")
+    for section, key, names in _former_values(tree):
+        found = [v for v in section[key.rpartition(".")[2]] if v in names]
+        if found:
+            raise UserError(f"{key}: '{found[0]}' is renamed; write '{names[found[0]]}' instead")
+
+
+def translate(tree: dict[str, Any]) -> None:
+    """Bring a stored recipe up to date, in place.
+
+    Args:
+        tree: the recipe as nested mappings.
+    """
+    for section, key, new in _former_keys(tree):
+        last = key.rpartition(".")[2]
+        if last in section:
+            section[new] = section.pop(last)
+    for section, key, names in _former_values(tree):
+        last = key.rpartition(".")[2]
+        section[last] = [names.get(v, v) for v in section[last]]
+
+
+def _former_keys(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    for key, new in FORMER_KEYS.items():
+        section = _section(tree, key)
+        if section is not None:
+            yield section, key, new
+
+
+def _former_values(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, dict[str, str]]]:
+    for key, names in FORMER_VALUES.items():
+        section = _section(tree, key)
+        if section is not None and isinstance(section.get(key.rpartition(".")[2]), list):
+            yield section, key, names
+
+
+def _section(tree: dict[str, Any], key: str) -> dict[str, Any] | None:
+    """Return the mapping that holds the last part of a dotted key; None where the recipe has no such section."""
+    node: Any = tree
+    for part in key.split(".")[:-1]:
+        node = node.get(part) if isinstance(node, dict) else None
+    return node if isinstance(node, dict) else None
