@@ -1,8 +1,8 @@
 """Everything before the LLM: encoders, router, mixture, adapter, projector.
 
 Parallelism comes in from outside as one callable, `encode`: given the names of encoders and the clips each must see, it
-returns their features. `encode_here` computes in this process; the trainer's callable sends clips to the ranks that hold
-the encoder.
+returns their features. `encode_here` computes in this process; the trainer's callable sends clips to the ranks that
+hold the encoder.
 
 Shapes: B clips, T audio samples, F frames, S slots, D width, H width of the LLM, K experts.
 """

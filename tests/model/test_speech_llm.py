@@ -64,7 +64,7 @@ def test_only_chosen_experts_compute(model: SpeechLLM) -> None:
         return model.audio.encode_here(names, clips, wanted)
 
     none = Ragged(torch.zeros(0, dtype=torch.int64), (0,) * 3)
-    out = model.audio(batch.clips, batch.prompts, none, run=run)
+    out = model.audio(batch.clips, batch.prompts, none, encode=run)
     assert out.routing is not None
     assert seen == {
         "whisper": 3,

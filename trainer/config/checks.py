@@ -167,8 +167,8 @@ def _check_data(recipe: Recipe) -> None:
     may_hold_asr = any(not s.tasks or "asr" in s.tasks for s in data.datasets)
     if recipe.model.ctc_weight > 0 and not may_hold_asr:
         raise UserError(
-            f"model.ctc_weight = {recipe.model.ctc_weight}: CTC needs answers of the task asr, and none of data.datasets "
-            "has it; add it or set model.ctc_weight=0"
+            f"model.ctc_weight = {recipe.model.ctc_weight}: CTC needs answers of the task asr, and none of "
+            "data.datasets has it; add it or set model.ctc_weight=0"
         )
     _check_stop(recipe)
     read = {"final_split": recipe.eval.final_split}

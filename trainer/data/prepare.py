@@ -221,8 +221,8 @@ def _open_training(part: PreparedDataset, config: DataConfig) -> DatasetReader:
         _, index = next(iter(part.shards.values()))
         known = sorted({f"{g.split}/{g.task}/{g.subset}" for g in index.groups})
         raise UserError(
-            f"data.datasets '{part.config.name}': split '{part.config.split}', tasks {list(part.config.tasks)} and subsets "
-            f"{list(part.config.subsets)} select nothing; there are: {', '.join(known)}"
+            f"data.datasets '{part.config.name}': split '{part.config.split}', tasks {list(part.config.tasks)} and "
+            f"subsets {list(part.config.subsets)} select nothing; there are: {', '.join(known)}"
         )
     return reader
 

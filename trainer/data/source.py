@@ -291,7 +291,11 @@ class Cursor:
         return self._span.indices[self.position - self._start]
 
     def load(self) -> None:
-        """Have the run of `position` in memory and the next one on its way. Raises UserError, see `DatasetReader.read`."""
+        """Have the span of `position` in memory and begin to read the next one.
+
+        Raises:
+            UserError: see `DatasetReader.read`.
+        """
         end = self._start + len(self._span.indices)
         if self.position >= end:
             self._release(self._span)

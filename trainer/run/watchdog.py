@@ -44,7 +44,9 @@ def clear_hang(events: EventLog) -> None:
 
 
 class Watchdog:
-    """`with Watchdog(…) as dog: … dog.heartbeat("step 3") …`; the process ends with `ExitCode.HUNG` where beats stay away.
+    """A thread that ends the process with `ExitCode.HUNG` when no heartbeat came for `timeout_sec`.
+
+    Use it as a context: `with Watchdog(…) as dog: … dog.heartbeat("step 3") …`.
 
     Args:
         timeout_sec: longest time between two beats; 0: the watchdog sleeps.

@@ -40,8 +40,8 @@ def answer_spike(
         return f"step {report.step}: {report.skip_reason}; spike.action = stop; its samples: {', '.join(samples)}"
     if step.guard.in_a_row >= config.max_in_a_row:
         return (
-            f"step {report.step}: {report.skip_reason}; it is the last of {step.guard.in_a_row} steps in a row that were "
-            f"left out (spike.max_in_a_row); its samples: {', '.join(samples)}"
+            f"step {report.step}: {report.skip_reason}; it is the last of {step.guard.in_a_row} steps in a row that "
+            f"were skipped (spike.max_in_a_row); its samples: {', '.join(samples)}"
         )
     if config.action == "rewind":
         back = checkpoints.rewind(step)
