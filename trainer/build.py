@@ -205,6 +205,7 @@ def build_step(
         num_steps=train.steps,
         tokens_per_microbatch=train.llm_tokens_per_microbatch,
         seed=recipe.seed,
+        pack_multiple_tokens=train.pack_multiple_tokens,
         debug_plan=train.debug_plan,
         spike=recipe.spike,
     )

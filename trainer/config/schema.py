@@ -30,6 +30,9 @@ class TrainConfig:
     """Of parameters and activations; gradients are reduced, and optimizer states kept, in fp32 with either."""
     llm_tokens_per_microbatch: int = 4096
     """Tokens of one packed sequence; a single longer sample makes the packs of its step longer."""
+    pack_multiple_tokens: int | None = None
+    """Packs are filled up with padding to a multiple of this, so that few lengths occur: a multiple of
+    `parallel.tensor` that divides `llm_tokens_per_microbatch`. null: to a multiple of `parallel.tensor`."""
     encoder_batch_sec: float = 480.0
     """Padded audio seconds per encoder call (clips · longest clip); a single longer clip is a call of its own."""
     recompute_llm: bool = False
@@ -53,6 +56,8 @@ class TrainConfig:
             raise UserError(f"train.steps = {self.steps}: must be at least 1")
         if self.llm_tokens_per_microbatch < 1:
             raise UserError(f"train.llm_tokens_per_microbatch = {self.llm_tokens_per_microbatch}: must be at least 1")
+        if self.pack_multiple_tokens is not None and self.pack_multiple_tokens < 1:
+            raise UserError(f"train.pack_multiple_tokens = {self.pack_multiple_tokens}: must be at least 1, or null")
         if self.hang_timeout_sec < 0:
             raise UserError(f"train.hang_timeout_sec = {self.hang_timeout_sec}: must be positive, or 0 for never")
         if self.stop_grace_sec <= 0:
