@@ -27,7 +27,7 @@ def describe(recipe: Recipe) -> str:
     model = sized_model(recipe)
     sizes = parameter_sizes(model, recipe.optim)
     blocks = (
-        [f"{recipe.name}: {recipe.train.steps} steps, {recipe.train.precision}, seed {recipe.seed}"],
+        _head(recipe),
         _layout(topology),
         *([_experts(_places(model, topology, sizes))] if topology.ep > 1 else []),
         _parts(sizes),
@@ -35,6 +35,14 @@ def describe(recipe: Recipe) -> str:
         _batch(recipe, topology),
     )
     return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def _head(recipe: Recipe) -> list[str]:
+    same = "on CPUs and on CUDA" if recipe.train.deterministic else "on CPUs, to rounding on CUDA"
+    return [
+        f"{recipe.name}: {recipe.train.steps} steps, {recipe.train.precision}, seed {recipe.seed}",
+        f"train.deterministic = {str(recipe.train.deterministic).lower()}: a resumed run is bit-identical {same}.",
+    ]
 
 
 def _layout(topology: Topology) -> list[str]:

@@ -6,6 +6,7 @@ A rule within one section lives in that section's `__post_init__`.
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -16,6 +17,7 @@ from model.encoders.hf_config import resolve as resolve_encoder
 from model.errors import UserError
 from model.llm.reference import resolve_hf_config
 from trainer.config.schema import Recipe, TrainConfig
+from trainer.engine.determinism import check_variables
 from trainer.engine.ds_config import load_ds_json
 from trainer.parallel.topology import ParallelConfig, build_topology, divisors
 
@@ -41,6 +43,8 @@ def check_recipe(recipe: Recipe) -> None:
     _check_steps(recipe)
     check_packs(recipe.train, recipe.parallel)
     load_ds_json(deepspeed_json(recipe))
+    if recipe.train.deterministic:
+        check_variables(os.environ)
 
 
 def deepspeed_json(recipe: Recipe) -> Path:
