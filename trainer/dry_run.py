@@ -38,7 +38,9 @@ def describe(recipe: Recipe) -> str:
 
 
 def _head(recipe: Recipe) -> list[str]:
-    same = "on CPUs and on CUDA" if recipe.train.deterministic else "on CPUs, to rounding on CUDA"
+    same = "on CPUs, to rounding on CUDA"
+    if recipe.train.deterministic:
+        same = "on CPUs, and on CUDA as far as its libraries document"
     return [
         f"{recipe.name}: {recipe.train.steps} steps, {recipe.train.precision}, seed {recipe.seed}",
         f"train.deterministic = {str(recipe.train.deterministic).lower()}: a resumed run is bit-identical {same}.",
