@@ -49,7 +49,7 @@ class TrainConfig:
     stop_grace_sec: float = 120.0
     """From the signal that stops the run to the kill, as the scheduler gives it; a save that takes longer is told."""
     deterministic: bool = False
-    """Use only deterministic kernels, for a resumed run that is bit-identical on CUDA as it is on CPUs. Slower there."""
+    """Use only deterministic kernels, so that a resumed run is bit-identical on CUDA as it is on CPUs. Slower."""
     debug_plan: bool = False
     """Compare every rank's plan of every step with rank 0's, and stop where they differ."""
 
