@@ -43,6 +43,9 @@ def ctc_feasible(targets: Tensor, num_audio_tokens: int) -> bool:
 def ctc_sum(logits: Ragged, targets: Ragged) -> Tensor:
     """Σ CTC loss (Graves 2006) over clips, in fp32.
 
+    Where torch is restricted to deterministic algorithms, its own CTC loss raises in the backward pass on CUDA; the
+    same loss is then computed from operations that are deterministic.
+
     Args:
         logits: [ΣS, vocabulary + 1]; the last class is the blank.
         targets: [ΣC] token ids per clip; none: the clip takes no part. Every clip with targets must be feasible.
@@ -52,6 +55,8 @@ def ctc_sum(logits: Ragged, targets: Ragged) -> Tensor:
         return logits.values.sum() * 0.0
     chosen, wanted = logits.select(rows), targets.select(rows)
     log_probs = chosen.padded().float().log_softmax(-1).transpose(0, 1)
+    if torch.are_deterministic_algorithms_enabled():
+        return _ctc_of_steps(log_probs, chosen.lengths, wanted)
     return F.ctc_loss(
         log_probs,
         wanted.values,
@@ -60,3 +65,36 @@ def ctc_sum(logits: Ragged, targets: Ragged) -> Tensor:
         blank=log_probs.shape[-1] - 1,
         reduction="sum",
     )
+
+
+_NEVER = -1e30
+"""Logarithm of a probability of zero: with -inf, the gradient of a sum of zeros would be NaN."""
+
+
+def _ctc_of_steps(log_probs: Tensor, lengths: tuple[int, ...], targets: Ragged) -> Tensor:
+    """Σ CTC loss by the forward recursion, slot by slot, over states blank, token, blank, … of every clip.
+
+    Args:
+        log_probs: [S, B, vocabulary + 1]; the last class is the blank.
+        lengths: slots of each of the B clips.
+        targets: [ΣC] token ids, at least one per clip.
+    """
+    device = log_probs.device
+    tokens = targets.padded()  # [B, C]
+    emitted = log_probs.gather(2, tokens[None].expand(len(log_probs), -1, -1))
+    blanks = log_probs[:, :, -1:]
+    may_follow = torch.cat([torch.zeros_like(tokens[:, :1], dtype=torch.bool), tokens[:, 1:] != tokens[:, :-1]], dim=1)
+    never = log_probs.new_full((len(tokens), 1), _NEVER)
+    # Before the first slot a path stands before the first blank: as if that blank had just been there.
+    at_blank = torch.cat([torch.zeros_like(never), never.expand(-1, tokens.shape[1])], dim=1)  # [B, C + 1]
+    at_token = never.expand(-1, tokens.shape[1])  # [B, C]
+    num_audio_tokens = torch.tensor(lengths, device=device)[:, None]
+    for slot in range(len(log_probs)):
+        before = torch.cat([never, at_token], dim=1)
+        skipped = torch.where(may_follow, before[:, :-1], never)
+        new_token = torch.logaddexp(torch.logaddexp(at_token, at_blank[:, :-1]), skipped) + emitted[slot]
+        new_blank = torch.logaddexp(at_blank, before) + blanks[slot]
+        runs = slot < num_audio_tokens
+        at_token, at_blank = torch.where(runs, new_token, at_token), torch.where(runs, new_blank, at_blank)
+    last = torch.tensor(targets.lengths, device=device)[:, None]
+    return -torch.logaddexp(at_blank.gather(1, last), at_token.gather(1, last - 1)).sum()

@@ -75,6 +75,21 @@ def test_a_stopped_run_goes_on_bit_identically(corpus: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.timeout(420)
+def test_a_run_with_deterministic_kernels_goes_on_bit_identically(corpus: Path, tmp_path: Path) -> None:
+    common = [f"data.root={corpus}", f"data.cache_dir={tmp_path / 'cache'}", "train.deterministic=true"]
+    common += ["checkpoint.keep_last=9", "parallel.tensor=2", "train.pack_multiple_tokens=64", "eval.max_samples=4"]
+    whole, half = tmp_path / "whole" / "debug", tmp_path / "half" / "debug"
+    done = trainer("debug", *common, f"train.run_dir={whole.parent}")
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(whole, half)
+    shutil.rmtree(half / "checkpoints" / "step-00000004")
+    done = trainer("debug", *common, f"train.run_dir={half.parent}")
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 2" in done.stdout + done.stderr
+    assert losses(half) == losses(whole) and sorted(losses(whole)) == [1, 2, 3, 4]
+
+
+@pytest.mark.timeout(420)
 def test_a_run_that_does_not_become_better_ends_early_and_stays_ended(corpus: Path, tmp_path: Path) -> None:
     overrides = [f"data.root={corpus}", f"data.cache_dir={tmp_path / 'cache'}", f"train.run_dir={tmp_path}"]
     overrides += ["eval.every_steps=1", "eval.split=test", "eval.max_samples=4", "eval.stop_after=2", "optim.lr=1e-12"]

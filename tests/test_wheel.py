@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def earshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The command of a fresh environment that has the wheel, and this environment's dependencies but not this checkout."""
+    """The command in a fresh environment with the wheel and this environment's dependencies, without this checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     run = subprocess.run
     source = folder / "source"  # a build leaves files in the tree that it builds

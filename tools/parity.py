@@ -4,6 +4,7 @@
     python -m tools.parity --ranks 2    up to 2 processes
     python -m tools.parity --steps 0    no loss curves
     python -m tools.parity --deepspeed ds_configs/zero3_offload.json    with ZeRO-3 as a run would have it
+    python -m tools.parity --pack-multiple 24    with train.pack_multiple_tokens: long paddings
     python -m tools.parity --json       one JSON object on the last line
 
 A user runs it on a new cluster before trusting it. Exit code 1: a difference is over the limit.
@@ -31,6 +32,7 @@ from trainer.run.launch import start_ranks
 KINDS = ("mixed", "text_only", "rank_without_audio", "fewer_samples_than_ranks", "one_expert")
 TOLERANCE = 1e-5
 CURVE_TOLERANCE = 1e-4
+MAX_TENSOR = 4
 DS_CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
@@ -73,7 +75,7 @@ def topologies(max_ranks: int) -> list[Topology]:
         for w in worlds
         for tp in divisors(w)
         for pp in divisors(w // tp)
-        if tp <= 4 and pp <= 4 and w % ep == 0 and (ep < 4 or tp * pp <= 2)
+        if tp <= MAX_TENSOR and pp <= 4 and w % ep == 0 and (ep < 4 or tp * pp <= 2)
     ]
 
 
@@ -85,12 +87,18 @@ def name(topology: Topology) -> str:
 
 
 def check(
-    topology: Topology, num_steps: int, family: str, kinds: tuple[str, ...] = KINDS, deepspeed: str | None = None
+    topology: Topology,
+    num_steps: int,
+    family: str,
+    kinds: tuple[str, ...] = KINDS,
+    deepspeed: str | None = None,
+    pack_multiple: int | None = None,
 ) -> list[Row]:
     """Measure one topology in processes of its own; `deepspeed` names a DeepSpeed JSON, else `DS_CONFIG` holds."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "rows.json"
-        task = json.dumps([topology.tp, topology.pp, topology.ep, num_steps, family, kinds, deepspeed, str(out)])
+        shape = [topology.tp, topology.pp, topology.ep]
+        task = json.dumps([*shape, num_steps, family, kinds, deepspeed, pack_multiple, str(out)])
         code = start_ranks(topology.world, module_command("tools.parity", "--worker", task))
         if code:
             return [Row(name(topology), f"crashed with exit code {code}", float("nan"), float("nan"), "")]
@@ -107,7 +115,14 @@ def work(task: str) -> int:
 
 
 def measure(
-    tp: int, pp: int, ep: int, num_steps: int, family: str, kinds: Sequence[str], deepspeed: str | None
+    tp: int,
+    pp: int,
+    ep: int,
+    num_steps: int,
+    family: str,
+    kinds: Sequence[str],
+    deepspeed: str | None,
+    pack_multiple: int | None = None,
 ) -> list[dict[str, Any]]:
     """What each rank does: compare this launch's topology with the oracle. Returns the rows, as dicts."""
     from trainer.engine.imports import lean_imports
@@ -124,7 +139,7 @@ def measure(
     groups = build_groups(topology, rank, device, parity.SEED)
     model = parity.tiny_model(family)
     ds_config = build_ds_config(Path(deepspeed), precision="fp32") if deepspeed else DS_CONFIG
-    step = parity.build_step(model, groups, ds_config, max(1, num_steps))
+    step = parity.build_step(model, groups, ds_config, max(1, num_steps), pack_multiple=pack_multiple)
     oracle = parity.build_oracle(model)
     rows = []
     for kind in kinds:
@@ -156,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, help="length of the loss curves; 0: none (default 20)")
     parser.add_argument("--family", default="llama", choices=("llama", "mistral", "qwen2", "qwen3"))
     parser.add_argument("--deepspeed", help="a DeepSpeed JSON (default: stage 3, no weight stays gathered)")
+    parser.add_argument("--pack-multiple", type=int, help="train.pack_multiple_tokens, a multiple of 4 (default none)")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -164,6 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return work(options.worker)
         check_at_least(1, ranks=options.ranks)
         check_at_least(0, steps=options.steps)
+        if options.pack_multiple is not None and (options.pack_multiple < 1 or options.pack_multiple % MAX_TENSOR):
+            raise UserError(f"--pack-multiple {options.pack_multiple}: must be a multiple of {MAX_TENSOR} tensor ranks")
         _check_deepspeed(options.deepspeed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -173,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{'topology':12} {'batch':26} {'loss':>9} {'gradient':>9}   largest at")
     rows: list[Row] = []
     for topology in topologies(options.ranks):
-        for row in check(topology, options.steps, options.family, deepspeed=options.deepspeed):
+        for row in check(topology, options.steps, options.family, KINDS, options.deepspeed, options.pack_multiple):
             rows.append(row)
             verdict = "" if row.passed else "   OVER"
             print(

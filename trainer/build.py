@@ -25,6 +25,7 @@ from trainer.config.load import dump
 from trainer.config.schema import Recipe
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.shard_build import BuildReport
+from trainer.engine.determinism import deterministic_kernels
 from trainer.engine.ds_config import build_ds_config
 from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine
@@ -51,6 +52,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def run_training(recipe: Recipe, env: RankEnv) -> int:
     """Train `recipe` as one rank; returns the process's exit code."""
+    with deterministic_kernels(recipe.train.deterministic):  # before CUDA starts
+        return _run(recipe, env)
+
+
+def _run(recipe: Recipe, env: RankEnv) -> int:
     # The watchdog must bark before a collective gives up.
     connect(max(COLLECTIVE_TIMEOUT_SEC, 2 * recipe.train.hang_timeout_sec))
     events = begin_run(recipe, env)
@@ -205,6 +211,7 @@ def build_step(
         num_steps=train.steps,
         tokens_per_microbatch=train.llm_tokens_per_microbatch,
         seed=recipe.seed,
+        pack_multiple_tokens=train.pack_multiple_tokens,
         debug_plan=train.debug_plan,
         spike=recipe.spike,
     )

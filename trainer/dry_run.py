@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from model import lengths
 from model.encoders.registry import encoder_flops
 from trainer.config.checks import deepspeed_json
-from trainer.config.schema import Recipe
+from trainer.config.schema import Recipe, TrainConfig
 from trainer.engine.ds_config import load_ds_json
 from trainer.engine.placement import place
 from trainer.parallel.topology import Topology, build_topology
@@ -27,7 +27,7 @@ def describe(recipe: Recipe) -> str:
     model = sized_model(recipe)
     sizes = parameter_sizes(model, recipe.optim)
     blocks = (
-        [f"{recipe.name}: {recipe.train.steps} steps, {recipe.train.precision}, seed {recipe.seed}"],
+        _head(recipe),
         _layout(topology),
         *([_experts(_places(model, topology, sizes))] if topology.ep > 1 else []),
         _parts(sizes),
@@ -35,6 +35,16 @@ def describe(recipe: Recipe) -> str:
         _batch(recipe, topology),
     )
     return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def _head(recipe: Recipe) -> list[str]:
+    same = "on CPUs, to rounding on CUDA"
+    if recipe.train.deterministic:
+        same = "on CPUs, and on CUDA as far as its libraries document"
+    return [
+        f"{recipe.name}: {recipe.train.steps} steps, {recipe.train.precision}, seed {recipe.seed}",
+        f"train.deterministic = {str(recipe.train.deterministic).lower()}: a resumed run is bit-identical {same}.",
+    ]
 
 
 def _layout(topology: Topology) -> list[str]:
@@ -124,7 +134,7 @@ def _batch(recipe: Recipe, topology: Topology) -> list[str]:
         f"({_each(data.global_batch_samples, num_loading)} each), "
         f"{_each(data.global_batch_samples, topology.dp)} per LLM replica.",
         f"Encoder calls of up to {train.encoder_batch_sec:g} s of audio; LLM packs of up to "
-        f"{train.llm_tokens_per_microbatch} tokens.",
+        f"{train.llm_tokens_per_microbatch} tokens, {_lengths(train, topology)}.",
     ]
     if data.max_audio_sec is not None:
         audio_tokens = lengths.audio_tokens_of_samples(
@@ -136,6 +146,14 @@ def _batch(recipe: Recipe, topology: Topology) -> list[str]:
         )
     lines.append(f"{train.steps} steps read {train.steps * data.global_batch_samples:,} samples.")
     return lines
+
+
+def _lengths(train: TrainConfig, topology: Topology) -> str:
+    """Of packs."""
+    multiple = train.pack_multiple_tokens
+    if multiple is None:
+        return f"filled up to a multiple of {topology.tp} (tensor ranks)"
+    return f"filled up to a multiple of {multiple}: {train.llm_tokens_per_microbatch // multiple} lengths"
 
 
 def _each(total: int, parts: int) -> str:

@@ -145,6 +145,7 @@ def build_step(
     dtype: torch.dtype = torch.float32,
     batch_sec: float = 1.5,
     pack_tokens: int = 48,
+    pack_multiple: int | None = None,
 ) -> Step:
     """The distributed model with the oracle's initial weights."""
     hf_config = resolve_hf_config(config.llm)
@@ -156,7 +157,17 @@ def build_step(
     tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE, held)
     tower.set_recompute(recompute)
     audio = AudioEngine(tower.train(), OPTIM, ds_config, groups, batch_sec)
-    return Step(config, OPTIM, audio, llm, groups, num_steps=num_steps, tokens_per_microbatch=pack_tokens, seed=SEED)
+    return Step(
+        config,
+        OPTIM,
+        audio,
+        llm,
+        groups,
+        num_steps=num_steps,
+        tokens_per_microbatch=pack_tokens,
+        pack_multiple_tokens=pack_multiple,
+        seed=SEED,
+    )
 
 
 @contextmanager

@@ -100,6 +100,7 @@ def transformer_config(
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         gradient_accumulation_fusion=False,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

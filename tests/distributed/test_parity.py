@@ -22,10 +22,15 @@ CASES = [
 
 
 def check(
-    topology: Topology, num_steps: int, family: str, kinds: tuple[str, ...], deepspeed: str | None = None
+    topology: Topology,
+    num_steps: int,
+    family: str,
+    kinds: tuple[str, ...],
+    deepspeed: str | None = None,
+    pack_multiple: int | None = None,
 ) -> list[Row]:
     task = {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep, "num_steps": num_steps, "family": family}
-    task |= {"kinds": kinds, "deepspeed": deepspeed}
+    task |= {"kinds": kinds, "deepspeed": deepspeed, "pack_multiple": pack_multiple}
     return [Row(**row) for row in run_ranks(topology.world, measure, task, timeout_sec=200)[0]]
 
 
@@ -38,6 +43,13 @@ def test_experts_equal_the_oracle_offloaded_and_with_weights_that_stay_gathered(
 ) -> None:
     rows = check(topology, 2, "llama", ("mixed",), deepspeed=f"ds_configs/{deepspeed}.json")
     assert len(rows) == 2 and all(row.passed for row in rows), rows
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("topology", "multiple"), [(Topology(2, 2, 1), 24), (Topology(4, 1, 2, 2), 48)])
+def test_packs_filled_up_to_a_grid_equal_the_oracle(topology: Topology, multiple: int) -> None:
+    rows = check(topology, 2, "qwen2", ("mixed", "text_only"), pack_multiple=multiple)
+    assert len(rows) == 3 and all(row.passed for row in rows), rows
 
 
 @pytest.mark.timeout(240)

@@ -16,6 +16,7 @@ from model.mixture import mix
 from model.router import Router, Routing, mean_over_time
 from model.routing_loss import RoutingSums, routing_loss
 from model.splice import splice
+from trainer.engine.determinism import deterministic_kernels
 
 
 def ragged(*sizes: int, width: int = 3) -> Ragged:
@@ -163,6 +164,22 @@ def test_ctc_is_a_sum_over_the_clips_that_have_targets() -> None:
     ]
     torch.testing.assert_close(ctc_sum(logits, targets), sum(parts))
     assert ctc_sum(logits, Ragged(torch.zeros(0, dtype=torch.int64), (0, 0, 0))) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ctc_of_deterministic_operations_is_the_same(seed: int) -> None:
+    torch.manual_seed(seed)
+    audio_tokens, wanted = (9, 3, 4, 1, 30), ([1, 1, 2, 0], [2, 2], [], [3], [0, 1, 2, 3, 3, 3, 1] * 2)
+    logits = 5 * torch.randn(sum(audio_tokens), 5)
+    targets = Ragged(torch.tensor([t for one in wanted for t in one]), tuple(len(one) for one in wanted))
+    found = []
+    for deterministic in (False, True):
+        leaf = logits.clone().requires_grad_()
+        with deterministic_kernels(deterministic):
+            loss = ctc_sum(Ragged(leaf, audio_tokens), targets)
+            (grad,) = torch.autograd.grad(loss, leaf)
+        found.append((loss.detach(), grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
 def test_ctc_feasibility_counts_repeats() -> None:

@@ -14,6 +14,7 @@ from tools import parity
     [
         (["--ranks", "0"], "--ranks 0: must be at least 1"),
         (["--steps", "-1"], "--steps -1: must be at least 0"),
+        (["--pack-multiple", "6"], "--pack-multiple 6: must be a multiple of 4 tensor ranks"),
         (["--deepspeed", "nope.json"], "nope.json: no such file"),
         (["--deepspeed", "bad.json"], "zero_optimization.overlap_comm = 'perhaps'"),
     ],

@@ -83,6 +83,25 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         ),
         ("debug", ["optim.warmup_steps=9"], "optim.warmup_steps = 9: legal values are 0..4 (train.steps)"),
         ("debug", ["profile.steps=3:9"], "profile.steps = 3:9: ends after train.steps = 4"),
+        ("debug", ["train.pack_multiple_tokens=0"], "train.pack_multiple_tokens = 0: must be at least 1, or null"),
+        (
+            "debug",
+            ["train.pack_multiple_tokens=3"],
+            "train.pack_multiple_tokens = 3: must be a multiple of parallel.tensor = 1 and divide "
+            "train.llm_tokens_per_microbatch = 256; legal values are 1, 2, 4, 8, 16, 32, 64, 128, 256, or null",
+        ),
+        (
+            "debug",
+            ["parallel.tensor=2", "train.llm_tokens_per_microbatch=20", "train.pack_multiple_tokens=5"],
+            "train.pack_multiple_tokens = 5: must be a multiple of parallel.tensor = 2 and divide "
+            "train.llm_tokens_per_microbatch = 20; legal values are 2, 4, 10, 20, or null",
+        ),
+        (
+            "debug",
+            ["parallel.tensor=2", "train.llm_tokens_per_microbatch=15", "train.pack_multiple_tokens=2"],
+            "train.pack_multiple_tokens = 2: must be a multiple of parallel.tensor = 2 and divide "
+            "train.llm_tokens_per_microbatch = 15; no value is legal: change one of the two, or null",
+        ),
         ("debug", ["train.steps=0"], "train.steps = 0: must be at least 1"),
         ("debug", ["data.datasets=[]"], "data.datasets is empty: name at least one manifest or folder of shards"),
         ("debug", ["data.global_batch_samples=12"], "data.global_batch_samples = 12: must be a multiple of data.num_l"),

@@ -33,6 +33,22 @@ def test_70b_on_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
     assert not torch.distributed.is_initialized()
 
 
+def test_the_lengths_of_packs_are_told() -> None:
+    assert "packs of up to 8192 tokens, filled up to a multiple of 8 (tensor ranks)." in describe(
+        load_recipe("mowe_70b")
+    )
+    found = describe(load_recipe("mowe_70b", ["train.pack_multiple_tokens=1024"]))
+    assert "packs of up to 8192 tokens, filled up to a multiple of 1024: 8 lengths." in found
+
+
+def test_what_a_resumed_run_is_like_is_told() -> None:
+    assert "train.deterministic = false: a resumed run is bit-identical on CPUs, to rounding on CUDA." in describe(
+        load_recipe("debug")
+    )
+    found = describe(load_recipe("debug", ["train.deterministic=true"]))
+    assert "train.deterministic = true: a resumed run is bit-identical on CPUs, and on CUDA as far as" in found
+
+
 def num_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 

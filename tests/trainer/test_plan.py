@@ -37,7 +37,9 @@ def test_every_token_arrives_once_where_the_plan_says(topology: Topology, data: 
     )
     sizes = [n for own in per_rank for n in own]
     source_ranks = np.array([rank for rank, own in enumerate(per_rank) for _ in own], dtype=np.int64)
-    packing = plan_packs(sizes, topology.dp, data.draw(st.integers(1, 64)), topology.tp)
+    multiple = topology.tp * data.draw(st.sampled_from([1, 1, 3, 8]))
+    packing = plan_packs(sizes, topology.dp, data.draw(st.integers(1, 64)), multiple)
+    assert packing.pack_tokens % multiple == 0
     ids = np.arange(sum(sizes))
     starts = np.cumsum([0] + [sum(own) for own in per_rank])
     rows = [ids[starts[r] : starts[r + 1]] for r in range(topology.world)]
@@ -103,3 +105,14 @@ def test_a_sample_longer_than_the_budget_makes_the_packs_longer() -> None:
     packing = plan_packs([100, 5, 5], 1, 16, 4)
     assert packing.pack_tokens == 100 and packing.num_microbatches == 2
     assert plan_packs([], 2, 16, 4).pack_tokens == 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=40), st.sampled_from([2, 8, 32, 64]), st.integers(1, 3))
+def test_a_grid_changes_nothing_but_the_padding_and_keeps_within_the_budget(
+    sizes: list[int], multiple: int, replicas: int
+) -> None:
+    plain, grid = (plan_packs(sizes, replicas, 64, m) for m in (1, multiple))
+    assert grid.pack_tokens == -(-plain.pack_tokens // multiple) * multiple <= 64
+    assert grid.num_microbatches == plain.num_microbatches
+    assert (grid.pack == plain.pack).all() and (grid.row == plain.row).all()

@@ -58,6 +58,15 @@ def test_every_clip_is_encoded_by_the_primary_and_by_two_experts() -> None:
     assert packs.num_microbatches * packs.pack_tokens * topology.dp >= workload.tokens
 
 
+def test_the_plan_fills_packs_up_as_the_recipe_says() -> None:
+    lengths = []
+    for multiple in ("null", "4096"):
+        recipe = load_recipe("mowe_70b", [f"train.pack_multiple_tokens={multiple}"])
+        topology = build_topology(recipe.parallel, 128)
+        lengths.append(pack_work(recipe, typical_workload(recipe, topology, 3.0), topology).pack_tokens)
+    assert lengths[0] % 4096 and lengths[1] == -(-lengths[0] // 4096) * 4096
+
+
 def test_accelerators_by_name_and_by_numbers() -> None:
     assert parse_accelerator("a100") == KNOWN["a100"]
     found = parse_accelerator("tflops=100,per_node=4")

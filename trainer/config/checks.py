@@ -6,6 +6,7 @@ A rule within one section lives in that section's `__post_init__`.
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -15,8 +16,9 @@ from model.config import EncoderConfig, LLMConfig
 from model.encoders.hf_config import resolve as resolve_encoder
 from model.errors import UserError
 from model.llm.reference import resolve_hf_config
-from trainer.config.schema import Recipe
+from trainer.config.schema import Recipe, TrainConfig
 from trainer.config.shipped import shipped
+from trainer.engine.determinism import check_variables
 from trainer.engine.ds_config import load_ds_json
 from trainer.parallel.topology import ParallelConfig, build_topology, divisors
 
@@ -38,7 +40,10 @@ def check_recipe(recipe: Recipe) -> None:
         _check_vocabulary(recipe, hf_config)
     _check_data(recipe)
     _check_steps(recipe)
+    check_packs(recipe.train, recipe.parallel)
     load_ds_json(deepspeed_json(recipe))
+    if recipe.train.deterministic:
+        check_variables(os.environ)
 
 
 def deepspeed_json(recipe: Recipe) -> Path:
@@ -87,6 +92,23 @@ def check_llm(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
             f"parallel.pipeline = {pp}: must divide the LLM's {layers} layers; "
             f"{_legal(legal, parallel, f'tensor={tp}')}"
         )
+
+
+def check_packs(train: TrainConfig, parallel: ParallelConfig) -> None:
+    """Check that packs of whole multiples can be split over tensor ranks and stay within a micro-batch's tokens.
+
+    Raises:
+        UserError: lists the legal multiples.
+    """
+    multiple, tp, budget = train.pack_multiple_tokens, parallel.tensor, train.llm_tokens_per_microbatch
+    if multiple is None or (multiple % tp == 0 and budget % multiple == 0):
+        return
+    legal = [d for d in divisors(budget) if d % tp == 0]
+    listed = f"legal values are {', '.join(map(str, legal))}" if legal else "no value is legal: change one of the two"
+    raise UserError(
+        f"train.pack_multiple_tokens = {multiple}: must be a multiple of parallel.tensor = {tp} and divide "
+        f"train.llm_tokens_per_microbatch = {budget}; {listed}, or null"
+    )
 
 
 def _legal(values: list[int], parallel: ParallelConfig, other: str) -> str:

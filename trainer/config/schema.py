@@ -30,6 +30,9 @@ class TrainConfig:
     """Of parameters and activations; gradients are reduced, and optimizer states kept, in fp32 with either."""
     llm_tokens_per_microbatch: int = 4096
     """Tokens of one packed sequence; a single longer sample makes the packs of its step longer."""
+    pack_multiple_tokens: int | None = None
+    """Packs are filled up with padding to a multiple of this, so that few lengths occur: a multiple of
+    `parallel.tensor` that divides `llm_tokens_per_microbatch`. null: to a multiple of `parallel.tensor`."""
     encoder_batch_sec: float = 480.0
     """Padded audio seconds per encoder call (clips · longest clip); a single longer clip is a call of its own."""
     recompute_llm: bool = False
@@ -45,6 +48,8 @@ class TrainConfig:
     all ranks leave their stacks in the run's folder and end. 0: never."""
     stop_grace_sec: float = 120.0
     """From the signal that stops the run to the kill, as the scheduler gives it; a save that takes longer is told."""
+    deterministic: bool = False
+    """Use only deterministic kernels, so that a resumed run is bit-identical on CUDA as it is on CPUs. Slower."""
     debug_plan: bool = False
     """Compare every rank's plan of every step with rank 0's, and stop where they differ."""
 
@@ -53,6 +58,8 @@ class TrainConfig:
             raise UserError(f"train.steps = {self.steps}: must be at least 1")
         if self.llm_tokens_per_microbatch < 1:
             raise UserError(f"train.llm_tokens_per_microbatch = {self.llm_tokens_per_microbatch}: must be at least 1")
+        if self.pack_multiple_tokens is not None and self.pack_multiple_tokens < 1:
+            raise UserError(f"train.pack_multiple_tokens = {self.pack_multiple_tokens}: must be at least 1, or null")
         if self.hang_timeout_sec < 0:
             raise UserError(f"train.hang_timeout_sec = {self.hang_timeout_sec}: must be positive, or 0 for never")
         if self.stop_grace_sec <= 0:

@@ -55,11 +55,14 @@ class PackPlan:
 def plan_packs(num_tokens: Sequence[int] | Ints, replicas: int, budget_tokens: int, multiple: int) -> PackPlan:
     """Spread samples over `replicas` × micro-batches so that all packs are equally long.
 
+    A pack exceeds `budget_tokens` only where a sample does, or where `multiple` does not divide it.
+
     Args:
         num_tokens: [n] of the samples of the global batch.
         replicas: data-parallel size of the LLM.
         budget_tokens: a pack holds at most this many rows, unless a single sample is longer.
-        multiple: pack length is a multiple of this (tensor-parallel size).
+        multiple: pack length in rows is a multiple of this, and this a multiple of the tensor-parallel size. The larger
+            it is, the fewer lengths there are, and the more rows are padding.
     """
     sizes = np.asarray(num_tokens, dtype=np.int64)
     limit = max(budget_tokens, int(sizes.max(initial=0)))

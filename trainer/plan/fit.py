@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 
 from model.errors import UserError
-from trainer.config.checks import check_llm
+from trainer.config.checks import check_llm, check_packs
 from trainer.config.schema import Recipe
 from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology, divisors
@@ -65,6 +65,10 @@ def _variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
             train = dataclasses.replace(
                 recipe.train, llm_tokens_per_microbatch=rows, recompute_llm=llm, recompute_encoders=encoders
             )
+            try:
+                check_packs(train, split)
+            except UserError:
+                continue
             yield dataclasses.replace(recipe, parallel=dataclasses.replace(split, expert=ep), train=train)
 
 

@@ -22,7 +22,8 @@ def _head(plan: Plan) -> list[str]:
         f"{topology.dp}, experts over {topology.ep}, {recipe.train.precision}; {count_text(total)} parameters, "
         f"{count_text(learned)} learned",
         f"A step: {len(work.num_tokens)} samples, {work.audio_sec:,.0f} s of audio, {work.tokens:,} tokens in "
-        f"{packs.num_microbatches} packs of {packs.pack_tokens} per replica.",
+        f"{packs.num_microbatches} packs of {packs.pack_tokens} per replica, "
+        f"{1 - work.tokens / (packs.num_microbatches * packs.pack_tokens * topology.dp):.1%} of it padding.",
     ]
 
 

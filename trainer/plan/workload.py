@@ -173,4 +173,6 @@ def _spread(
 
 def pack_work(recipe: Recipe, workload: Workload, topology: Topology) -> PackPlan:
     """The LLM's packs."""
-    return plan_packs(workload.num_tokens, topology.dp, recipe.train.llm_tokens_per_microbatch, multiple=topology.tp)
+    train = recipe.train
+    multiple = train.pack_multiple_tokens or topology.tp
+    return plan_packs(workload.num_tokens, topology.dp, train.llm_tokens_per_microbatch, multiple)

@@ -58,6 +58,7 @@ def gather(batch: Batch, counts: Counts, groups: Groups) -> GlobalBatch:
     return GlobalBatch(source_ranks, tokens, targets, tasks, audio, total, before)
 
 
-def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int) -> PackPlan:
-    """Where the samples go in the LLM."""
-    return plan_packs(whole.num_tokens, groups.topology.dp, budget_tokens, multiple=groups.topology.tp)
+def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int, multiple_tokens: int | None = None) -> PackPlan:
+    """Return where the samples go in the LLM; `multiple_tokens` None: the tensor-parallel size."""
+    topology = groups.topology
+    return plan_packs(whole.num_tokens, topology.dp, budget_tokens, multiple=multiple_tokens or topology.tp)

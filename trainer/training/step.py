@@ -53,6 +53,7 @@ class Step:
         groups: this rank's place.
         num_steps: of the run (the schedule's length).
         tokens_per_microbatch: rows that a pack may hold.
+        pack_multiple_tokens: rows of every pack are a multiple of this; None: of the tensor-parallel size.
         seed: of the router's noise.
         debug_plan: compare all ranks' plans before each step's exchanges.
         spike: when an update is left out.
@@ -69,6 +70,7 @@ class Step:
         num_steps: int,
         tokens_per_microbatch: int,
         seed: int,
+        pack_multiple_tokens: int | None = None,
         debug_plan: bool = False,
         spike: SpikeConfig | None = None,
     ) -> None:
@@ -77,6 +79,7 @@ class Step:
         self.model, self.optim = model, optim
         self.audio, self.llm, self.groups = audio, llm, groups
         self.num_steps, self.tokens_per_microbatch, self.seed = num_steps, tokens_per_microbatch, seed
+        self.pack_multiple_tokens = pack_multiple_tokens
         self.meter = LoadMeter([e.name for e in model.experts], None if model.primary is None else model.primary.name)
         self.timer = PhaseTimer(torch.cuda.synchronize if groups.device.type == "cuda" else None)
 
@@ -105,7 +108,7 @@ class Step:
         with timer("plan"):
             ctc_targets = usable_ctc_targets(batch, self.model)
             whole = gather(batch, count(batch, ctc_targets), self.groups)
-            packing = plan(whole, self.groups, self.tokens_per_microbatch)
+            packing = plan(whole, self.groups, self.tokens_per_microbatch, self.pack_multiple_tokens)
             if self.debug_plan:
                 check_same_plan("packs", (packing.pack, packing.row, packing.num_tokens), self.groups.world)
         with timer("encode"):

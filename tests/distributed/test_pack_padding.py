@@ -1,0 +1,74 @@
+"""Rows that only fill packs up have no influence: not in the last bit of a loss or a gradient."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.harness import run_ranks
+
+SIZES, MULTIPLE = [9, 5, 7, 3, 11], 24
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_what_padding_holds_changes_nothing(tp: int, pp: int) -> None:
+    for found in run_ranks(2, compare_paddings, {"tp": tp, "pp": pp}, timeout_sec=150):
+        assert found["padding_rows"] >= MULTIPLE // 2 and found["learned"] > 4
+        assert found["changed"] == [] and found["grad_of_padding"] == 0.0
+
+
+def compare_paddings(tp: int, pp: int) -> dict[str, object]:
+    """Run the same packs twice, with different tokens and audio in their padding; return what differs."""
+    import torch
+
+    from model.batch import IGNORE
+    from model.llm.reference import resolve_hf_config
+    from model.llm.weights import RandomSource
+    from trainer.engine.llm import LLMEngine, Packs
+    from trainer.parallel.groups import build_groups, connect
+    from trainer.parallel.packs import plan_packs
+    from trainer.parallel.topology import Topology
+    from trainer.parity import OPTIM, SEED, VOCAB_SIZE, tiny_model
+
+    rank, world, device = connect()
+    topology = Topology(world, tp, pp)
+    groups = build_groups(topology, rank, device, SEED)
+    hf_config = resolve_hf_config(tiny_model().llm)
+    engine = LLMEngine(hf_config, RandomSource(hf_config, SEED), OPTIM, groups, torch.float32, recompute=False)
+    plan = plan_packs(SIZES, topology.dp, MULTIPLE, MULTIPLE)
+    owners = torch.from_numpy(plan.samples_of_rows(0))
+    padding, share = owners == -1, plan.pack_tokens // tp
+    mine = torch.arange(len(owners)).view(plan.num_microbatches, tp, share)[:, groups.place.tp].flatten()
+
+    def run(seed: int) -> dict[str, torch.Tensor]:
+        def drawn(fixed: torch.Tensor, other: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            return torch.where(rows.view(-1, *(1 for _ in fixed.shape[1:])), other, fixed)
+
+        first, second = torch.Generator().manual_seed(1), torch.Generator().manual_seed(seed)
+        ids = [torch.randint(0, VOCAB_SIZE, owners.shape, generator=g) for g in (first, second)]
+        audio = [torch.randn(len(owners), hf_config.hidden_size, generator=g) for g in (first, second)]
+        labels = torch.randint(0, VOCAB_SIZE, owners.shape, generator=first)
+        packs = Packs(
+            lengths=tuple(plan.lengths(0, m) for m in range(plan.num_microbatches)),
+            token_ids=drawn(*ids, padding),
+            labels=labels.masked_fill(padding, IGNORE),
+            owners=owners,
+            audio=drawn(*audio, padding)[mine],
+            audio_mask=(torch.arange(len(owners)) % 3 == 0)[mine],
+            num_samples=len(SIZES),
+            num_targets=sum(SIZES),
+        )
+        losses, grad = engine.forward_backward(packs)
+        grads = {n: p.main_grad.clone() for n, p in engine.parameters()}  # type: ignore[attr-defined]
+        return {"losses": losses, "audio": grad, **grads}
+
+    one, other = run(2), run(3)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    at_padding = one["audio"][padding[mine]] if groups.is_first_stage else torch.zeros(1)
+    return {
+        "padding_rows": int(padding.sum()),
+        "learned": sum(bool(g.any()) for g in one.values()),
+        "changed": [name for name, value in one.items() if not torch.equal(value, other[name])],
+        "grad_of_padding": float(at_padding.abs().max()) if at_padding.numel() else 0.0,
+    }

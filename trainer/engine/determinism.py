@@ -1,0 +1,78 @@
+"""Deterministic kernels on request (`train.deterministic`): the same inputs give the same bits on the same devices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from model.errors import UserError
+
+_VARIABLES = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),  # cuBLAS: no workspace is shared by streams
+    "NCCL_ALGO": ("^NVLS", "Ring", "Tree", "CollnetDirect", "CollnetChain"),  # those that Megatron trusts
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),  # TransformerEngine's attention
+}
+"""Legal values of what libraries read from the environment when they start; the first is set where there is none."""
+
+
+def check_variables(environ: Mapping[str, str]) -> None:
+    """Check that the environment does not ask libraries for kernels that are not deterministic.
+
+    Raises:
+        UserError: names the variable, its value and the legal ones.
+    """
+    for name, legal in _VARIABLES.items():
+        if environ.get(name, legal[0]) not in legal:
+            raise UserError(
+                f"train.deterministic = true: the environment has {name}={environ[name]}; unset it, or set it to "
+                f"{' or '.join(legal)}"
+            )
+
+
+@contextmanager
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """Restrict torch, cuBLAS, cuDNN, NCCL and TransformerEngine to deterministic kernels; an operation that has none
+    raises RuntimeError. All settings are restored in the end. `wanted` False: nothing is changed.
+
+    Raises:
+        UserError: a variable of the environment has another value, or CUDA has been started without it.
+    """
+    if not wanted:
+        yield
+        return
+    check_variables(os.environ)
+    if torch.cuda.is_initialized() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+        raise UserError(
+            "train.deterministic = true: CUDA was started before cuBLAS could be told; set "
+            f"CUBLAS_WORKSPACE_CONFIG={_VARIABLES['CUBLAS_WORKSPACE_CONFIG'][0]} in the environment"
+        )
+    with ExitStack() as restore:
+        for name, (first, *_) in _VARIABLES.items():
+            if name not in os.environ:
+                os.environ[name] = first
+                restore.callback(os.environ.pop, name, None)
+        _set_torch(restore)
+        yield
+
+
+def _set_torch(restore: ExitStack) -> None:
+    restore.callback(
+        torch.use_deterministic_algorithms,
+        torch.are_deterministic_algorithms_enabled(),
+        warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    # Without warn_only, flash and memory-efficient attention take their deterministic backward passes.
+    torch.use_deterministic_algorithms(True)
+    restore.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # NaN shows a result that depends on memory nobody wrote; that would be another difference between runs.
+    for owner, name, value in (
+        (torch.utils.deterministic, "fill_uninitialized_memory", True),
+        (torch.backends.cudnn, "deterministic", True),
+        (torch.backends.cudnn, "benchmark", False),
+    ):
+        restore.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
