@@ -175,8 +175,8 @@ class Watchdog:
 def flight_record() -> str | None:
     """Return torch's records of the last collectives as one JSON object, or None where no recorder has an entry.
 
-    CUDA builds keep two records, one of gloo's collectives and one of NCCL's. `entries` has those of both in the order in
-    which they were issued, each with its `recorder` ("gloo" or "nccl"); `recorders` has the rest of each record.
+    CUDA builds keep two records, one of gloo's collectives and one of NCCL's. `entries` has those of both in the order
+    in which they were issued, each with its `recorder` ("gloo" or "nccl"); `recorders` has the rest of each record.
     """
     entries: list[dict[str, Any]] = []
     recorders: dict[str, Any] = {}
