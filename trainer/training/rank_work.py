@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import defaultdict
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,9 @@ class Work:
         self._meter = StragglerMeter(config.straggler_ratio, config.straggler_stretch_sec)
         self._phase_sec: defaultdict[str, float] = defaultdict(float)
         self._num_steps = 0
+        self._judge = ThreadPoolExecutor(1, thread_name_prefix="stragglers")
+        self._judged: Future[list[Straggler]] | None = None
+        self._judged_step = 0
 
     def __enter__(self) -> Work:
         self._waits.__enter__()
@@ -44,6 +48,11 @@ class Work:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._waits.__exit__(kind, error, trace)
+        try:
+            if kind is None:
+                self._tell_judged()
+        finally:
+            self._judge.shutdown()
 
     def add(self, report: StepReport) -> None:
         """One more step of this rank."""
@@ -52,7 +61,11 @@ class Work:
             self._phase_sec[phase] += sec
 
     def take(self, report: StepReport) -> StepReport:
-        """End an interval with `report`, which gets its numbers on rank 0. Collective."""
+        """End an interval with `report`, which gets its numbers on rank 0.
+
+        Collective: every rank of the world must call it. Stragglers are judged on another thread of rank 0 and told at
+        the end of the next interval, with the step at which this one ended.
+        """
         mine = RankWork(self._groups.rank, socket.gethostname(), dict(self._phase_sec), self._waits.take())
         num_steps, self._num_steps = self._num_steps, 0
         self._phase_sec.clear()
@@ -60,13 +73,20 @@ class Work:
         dist.gather_object(mine, parts, group=self._groups.world)
         if parts is None:
             return report
-        for straggler in self._meter.add(parts, num_steps):
-            self._emit("straggler", report.step, _fields(straggler))
+        self._tell_judged()
+        self._judged, self._judged_step = self._judge.submit(self._meter.add, parts, num_steps), report.step
         return replace(report, ranks=work_metrics(parts, num_steps))
+
+    def _tell_judged(self) -> None:
+        """Tell whom the last judgement has found; waits for it where it still runs."""
+        judged, self._judged = self._judged, None
+        for straggler in judged.result() if judged is not None else ():
+            self._emit("straggler", self._judged_step, _fields(straggler))
 
     @property
     def summary(self) -> list[dict[str, Any]]:
         """Of the whole run, on rank 0: see `StragglerMeter.summary`."""
+        self._tell_judged()
         return self._meter.summary()
 
 
