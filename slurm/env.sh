@@ -26,6 +26,5 @@ export PREFLIGHT_MIN_DISK_GIB="${PREFLIGHT_MIN_DISK_GIB:-50}"   # in the run's f
 
 # ---- rarely changed
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
-export CUDA_DEVICE_MAX_CONNECTIONS=1           # Megatron: communication kernels start in the order they are issued
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"  # packs differ in length
+# CUDA's and gloo's settings, however ranks are started: trainer/parallel/environment.py; what is exported here wins.
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"   # 128 ranks must not ask the hub: download weights once, beforehand

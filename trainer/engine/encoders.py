@@ -20,7 +20,7 @@ from model.errors import UserError
 from trainer.engine.expert_parallel import EncoderCost, EncoderDispatch, dummy_clip
 from trainer.engine.optim import OptimConfig, param_groups
 from trainer.engine.placement import clip_cost, place
-from trainer.parallel.groups import Groups
+from trainer.parallel.groups import Groups, device_groups
 
 PREFIX = "audio."
 
@@ -57,11 +57,12 @@ class AudioEngine:
         ep = groups.topology.ep
         if ds_config.get("bf16", {}).get("enabled"):
             tower.to(torch.bfloat16)  # DeepSpeed leaves modules that are sharded already as they are
-        _partition(tower, ds_config, ep)
-        optimizer = torch.optim.AdamW(learned, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-        self.engine, *_ = deepspeed.initialize(
-            model=tower, optimizer=optimizer, config=ds_config, dist_init_required=False
-        )
+        with device_groups(groups.device):
+            _partition(tower, ds_config, ep)
+            optimizer = torch.optim.AdamW(learned, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+            self.engine, *_ = deepspeed.initialize(
+                model=tower, optimizer=optimizer, config=ds_config, dist_init_required=False
+            )
         self.tower: AudioTower = self.engine.module
         if ep > 1:
             # DeepSpeed records the order of module calls to fetch weights ahead, and insists that it is the same on all

@@ -242,6 +242,7 @@ def _build_optimizer(
         ),
         [model],
         config_overrides=_overrides(settings),
+        use_gloo_process_groups=False,
     )
 
 

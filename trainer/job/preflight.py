@@ -52,6 +52,7 @@ def preflight(allocation: Allocation, layout: Layout, facts: Facts, environ: Map
         facts.tracker,
         float(environ.get("PREFLIGHT_MIN_MEMORY_GIB", "16")),
         float(environ.get("PREFLIGHT_MIN_DISK_GIB", "10")),
+        facts.num_ranks,
     )
     module = ["trainer.job.node_check", json.dumps(asdict(wanted))]
     lines = _answers(srun(allocation, allocation.nodes, 1, module))

@@ -19,6 +19,7 @@ from trainer.data.stored import Encoded, StoredData, open_stored
 from trainer.evaluation.offline.answer import Answerer, Decoding, Question, Windows
 from trainer.evaluation.offline.model import DTYPES, Origin, load_model
 from trainer.evaluation.predictions import Prediction
+from trainer.parallel.environment import set_environment
 
 _READERS = 4
 """Threads that decode audio of the next batch while this one is answered."""
@@ -98,6 +99,7 @@ class Worker:
     """
 
     def __init__(self, request: Request, place: int = 0, num: int = 1) -> None:
+        set_environment()
         device = torch.device("cpu")
         if torch.cuda.is_available():
             device = torch.device("cuda", place % torch.cuda.device_count())
