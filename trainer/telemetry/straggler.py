@@ -56,14 +56,34 @@ class _Times:
 
     def add(self, parts: Sequence[RankWork]) -> None:
         """Add what some ranks did; rows and columns are made as they are needed."""
-        ranks = [work.rank for work in parts]
-        kinds = {phase for keys in {tuple(w.phase_sec) + tuple(w.wait_sec) for w in parts} for phase in keys}
-        self.phases += sorted(kinds - set(self.phases))
-        self.hosts |= {work.rank: work.host for work in parts}
-        shape = (max(len(self.phase_sec), max(ranks) + 1), len(self.phases))
+        kinds = {phase for keys in {(*w.phase_sec, *w.wait_sec) for w in parts} for phase in keys}
+        self._make_columns(sorted(kinds))
+        ranks, columns = [work.rank for work in parts], self.phases
+        self._make_rows(max(ranks) + 1)
+        self.hosts.update((work.rank, work.host) for work in parts)
+        for seconds, times in (
+            (self.phase_sec, [work.phase_sec for work in parts]),
+            (self.wait_sec, [work.wait_sec for work in parts]),
+        ):
+            for column, phase in enumerate(columns):
+                seconds[ranks, column] += [time.get(phase, 0.0) for time in times]
+
+    def add_all(self, other: _Times) -> None:
+        """Add what another one has."""
+        self._make_columns(other.phases)
+        self._make_rows(len(other.phase_sec))
+        self.hosts |= other.hosts
+        columns = [self.phases.index(phase) for phase in other.phases]
+        self.phase_sec[: len(other.phase_sec), columns] += other.phase_sec
+        self.wait_sec[: len(other.wait_sec), columns] += other.wait_sec
+
+    def _make_columns(self, phases: Sequence[str]) -> None:
+        self.phases += [phase for phase in phases if phase not in self.phases]
+        self._make_rows(len(self.phase_sec))
+
+    def _make_rows(self, num: int) -> None:
+        shape = (max(len(self.phase_sec), num), len(self.phases))
         self.phase_sec, self.wait_sec = _grown(self.phase_sec, shape), _grown(self.wait_sec, shape)
-        self.phase_sec[ranks] += [[w.phase_sec.get(phase, 0.0) for phase in self.phases] for w in parts]
-        self.wait_sec[ranks] += [[w.wait_sec.get(phase, 0.0) for phase in self.phases] for w in parts]
 
     @property
     def ranks(self) -> Array:
@@ -94,8 +114,10 @@ class StragglerMeter:
     def add(self, parts: Sequence[RankWork], num_steps: int) -> list[Straggler]:
         """Take what all ranks did in the last `num_steps` steps; returns those that have just become stragglers."""
         self._num_steps += num_steps
-        self._stretch.add(parts)
-        self._whole.add(parts)
+        interval = _Times()
+        interval.add(parts)
+        self._stretch.add_all(interval)
+        self._whole.add_all(interval)
         if self._stretch.phase_sec.sum(axis=1).max() < self._stretch_sec:
             return []
         found = self._judge()
