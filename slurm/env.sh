@@ -21,7 +21,7 @@ export TMPDIR="${SCRATCH:-${TMPDIR:-/tmp}}"        # a fast disk of the node: te
 export PLAN_ACCELERATOR="${PLAN_ACCELERATOR:-h100}"
 
 # ---- what a node must have before ranks start on it
-export PREFLIGHT_MIN_MEMORY_GIB="${PREFLIGHT_MIN_MEMORY_GIB:-64}"
+export PREFLIGHT_MIN_MEMORY_GIB="${PREFLIGHT_MIN_MEMORY_GIB:-64}"   # besides what the plan needs for checkpoints
 export PREFLIGHT_MIN_DISK_GIB="${PREFLIGHT_MIN_DISK_GIB:-50}"   # in the run's folder, and in TMPDIR
 
 # ---- rarely changed

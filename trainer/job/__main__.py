@@ -22,6 +22,7 @@ from typing import Any
 from model.errors import UserError
 from trainer.job import slurm
 from trainer.job.check import Facts
+from trainer.job.node_check import GIB
 from trainer.job.preflight import BadNodesError, preflight, say
 from trainer.run.exit_codes import ExitCode
 from trainer.telemetry.events import EventLog, read_events
@@ -67,19 +68,23 @@ def check(recipe: str, overrides: Sequence[str], retry_sec: float = _STORE_SEC, 
     commands = [["trainer.job.check", recipe, *overrides, f"--retry-sec={retry_sec}"]]
     if plan:
         commands.append(
-            ["tools.plan", recipe, *overrides, f"--accelerator={os.environ.get('PLAN_ACCELERATOR', 'h100')}"]
+            ["tools.plan", recipe, *overrides, f"--accelerator={os.environ.get('PLAN_ACCELERATOR', 'h100')}", "--json"]
         )
     running = [
         subprocess.Popen([sys.executable, "-m", *command], stdout=PIPE, stderr=PIPE, text=True) for command in commands
     ]
     outputs = [process.communicate() for process in running]
+    snapshot_gib = 0.0
     if plan:
-        print(outputs[-1][0].rstrip(), flush=True)
+        lines = outputs[-1][0].splitlines()
+        text, planned = [x for x in lines if not x.startswith("{")], [x for x in lines if x.startswith("{")]
+        print("\n".join(text).rstrip(), flush=True)
+        snapshot_gib = json.loads(planned[-1])["snapshot_bytes_per_node"] / GIB if planned else 0.0
     line = next((line for line in outputs[0][0].splitlines() if line.startswith("{")), None)
     facts = None
     if line is not None:
         tree = json.loads(line)
-        facts = Facts(**{**tree, "stores": tuple(tree["stores"])})
+        facts = Facts(**{**tree, "stores": tuple(tree["stores"]), "snapshot_gib": snapshot_gib})
     for process, (_, errors) in reversed(list(zip(running, outputs, strict=True))):
         if process.returncode:
             raise RefusedError(errors.strip().removeprefix("error: "), facts)

@@ -53,6 +53,13 @@ class Plan:
         return self.worst.total <= self.accelerator.usable_bytes
 
     @property
+    def snapshot_bytes(self) -> int:
+        """Host memory that a save needs on the fullest node."""
+        per_node, world = self.accelerator.per_node, self.topology.world
+        nodes = [range(first, min(first + per_node, world)) for first in range(0, world, per_node)]
+        return max(sum(self.states.of_rank(rank).snapshot for rank in node) for node in nodes)
+
+    @property
     def steps_per_day(self) -> float:
         return SECONDS_PER_DAY / self.time.total
 
@@ -174,6 +181,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tokens_per_step": plan.workload.tokens,
         "audio_sec_per_step": plan.workload.audio_sec,
         "kinds": kinds,
+        "snapshot_bytes_per_node": plan.snapshot_bytes,
         "model_flops": plan.flops.model,
         "llm_flops": plan.flops.llm,
         "encoder_flops": plan.flops.encoders,

@@ -41,6 +41,7 @@ def _memory(plan: Plan) -> list[str]:
         *table(rows),
         f"{verdict}: {plan.worst.total / GIB:.1f} of {usable / GIB:.1f} GiB usable "
         f"({plan.accelerator.memory_gib:g} less {plan.accelerator.reserve_gib:g} for CUDA, NCCL and fragments).",
+        f"Host memory for checkpoints: {plan.snapshot_bytes / GIB:.1f} GiB on a node of {plan.accelerator.per_node}.",
     ]
 
 

@@ -36,9 +36,16 @@ class States:
     gradients: int = 0
     optimizer: int = 0
     """fp32 master weights (ZeRO-3's always, Megatron's with bf16) and AdamW's two moments."""
+    snapshot: int = 0
+    """Bytes of host memory that a save copies the states to, at most: fp32 weights, moments, and what is frozen."""
 
     def __add__(self, other: States) -> States:
-        return States(self.weights + other.weights, self.gradients + other.gradients, self.optimizer + other.optimizer)
+        return States(
+            self.weights + other.weights,
+            self.gradients + other.gradients,
+            self.optimizer + other.optimizer,
+            self.snapshot + other.snapshot,
+        )
 
     @property
     def total(self) -> int:
@@ -91,7 +98,9 @@ def llm_states(gpt: nn.Module, model: nn.Module, topology: Topology, dtype: torc
     found = []
     for dp in range(topology.dp):
         runs = [run for buffer in buffers for run in _runs(buffer, dp, topology.dp)]
-        found.append(States(weights, gradients, sum(runs) * per_element + len(runs) * _STEP_BYTES))
+        optimizer = sum(runs) * per_element + len(runs) * _STEP_BYTES
+        snapshot = sum(runs) * FP32_BYTES * (_MOMENTS + 1) + (frozen * dtype.itemsize if dp == 0 else 0)
+        found.append(States(weights, gradients, optimizer, snapshot))
     return found
 
 
@@ -126,4 +135,5 @@ def audio_states(
         0 if offload.weights else total * dtype.itemsize,
         0 if offload.optimizer else learned * FP32_BYTES,
         0 if offload.optimizer else optimizer,
+        learned * FP32_BYTES * (_MOMENTS + 1) + (total - learned) * dtype.itemsize,
     )
