@@ -6,6 +6,7 @@ every clip; the experts are timed on a few.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,13 +27,13 @@ from trainer.checkpoint.reader import STATE, DamagedError, Reader, check_files, 
 from trainer.config.load import load_stored_recipe, parse_stored_recipe
 from trainer.config.schema import Recipe
 from trainer.data.decode import SampleError, check_metadata, decode_audio
-from trainer.data.prepare import prepare
 from trainer.data.stored import CHUNK_SAMPLES, Encoded, StoredData, open_stored
 from trainer.data.tokenizer import PlaceholderInText
 from trainer.expert_usage.analysis import Profile
 from trainer.expert_usage.history import RunPath, primary_name
 from trainer.expert_usage.placement import advise
 from trainer.parallel.dispatch import CALL_COST_SAMPLES, group_by_length
+from trainer.run_tokenizer import of_checkpoint
 from trainer.storage.open import join_url
 from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, add_up, group_of
 
@@ -55,7 +56,7 @@ def profile_data(where: RunPath, data: Path, split: str | None) -> Profile:
     reader, recipe = open_checkpoint(where)
     if not recipe.model.experts:
         raise UserError(f"{where.run_dir}: the model has no experts: there is nothing to route")
-    encode = _prompt_encoder(recipe)
+    encode = _prompt_encoder(reader, recipe, where.run_dir)
     tower = load_tower(recipe.model, reader)
     skipped: Counter[str] = Counter()
     loads, timed = [], None
@@ -124,13 +125,14 @@ def _vocab_size(manifest: Manifest) -> int:
     return shapes.get("audio.router.prompt_embedding.weight", (1,))[0]
 
 
-def _prompt_encoder(recipe: Recipe) -> Encode:
+def _prompt_encoder(reader: Reader, recipe: Recipe, run_dir: Path) -> Encode:
     """Text to tokens for a gate that reads the instruction; the others see none."""
     router = recipe.model.router
     if router.input != "prompt" or "data_dependent" not in router.gates:
         return lambda text: []
-    # A tokenizer that was trained with the run is found again through the run's own data.
-    return prepare(recipe.data, recipe.model.adapter.strides).tokenizer.encode
+    owned = of_checkpoint(reader.folder, str(run_dir))
+    with tempfile.TemporaryDirectory() as scratch:
+        return owned.load(owned.put_into(scratch)).encode
 
 
 # ---- the data

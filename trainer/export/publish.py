@@ -19,6 +19,7 @@ from trainer.export.code import CONFIGURATION, MODELING, remote_code, remote_nam
 from trainer.export.source import Selection, Source
 from trainer.export.tokenizer import write_processor, write_tokenizer
 from trainer.export.weights import plan_shards, plan_targets, write_weights
+from trainer.run_tokenizer import DIGEST
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -55,6 +56,7 @@ def export(
     if out.exists():
         raise UserError(f"{out}: exists; remove it or choose another name")
     dtype, selection = DTYPES[options.dtype], source.select(options.activated_only)
+    tokenizer = source.tokenizer()
     aside = _room(source, out, options, selection)
     names = source.names(selection, options.llm_only)
     try:
@@ -63,13 +65,12 @@ def export(
         write_weights(source.reader, plan_shards(targets, options.shard_bytes), aside, lambda n: on_bytes(n, total))
     finally:
         source.wait_verified()  # if files are damaged, that is what went wrong
-    tokenizer = source.tokenizer()
     write_tokenizer(tokenizer, aside)
     settings = generation_config(source, tokenizer)
     settings.save_pretrained(aside)
     found = Findings()
     if options.llm_only:
-        _write_llm_config(source, dtype, aside)
+        _write_llm_config(source, dtype, tokenizer, aside)
     else:
         _write_code(source, selection, dtype, tokenizer, aside)
         found = _measure(source, selection, options, tokenizer, settings, aside)
@@ -122,12 +123,12 @@ def generation_config(source: Source, tokenizer: Tokenizer) -> Any:
     )
 
 
-def _write_llm_config(source: Source, dtype: torch.dtype, folder: Path) -> None:
+def _write_llm_config(source: Source, dtype: torch.dtype, tokenizer: Tokenizer, folder: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     text = _text_config(source, dtype)
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text["model_type"]]
-    _write_json(folder / "config.json", {**text, "architectures": [architecture]})
+    _write_json(folder / "config.json", {**text, "architectures": [architecture], DIGEST: tokenizer.digest})
 
 
 def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokenizer: Tokenizer, folder: Path) -> None:
@@ -146,6 +147,7 @@ def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokeni
         "transformers_version": text_config["transformers_version"],
         **description,
         "text_config": text_config,
+        DIGEST: tokenizer.digest,
     }
     _write_json(folder / "config.json", config)
     write_processor(tokenizer, source.recipe.data, source.strides, folder)

@@ -16,12 +16,13 @@ from model.hub.modeling import EarshotForCausalLM
 from model.hub.processing import EarshotProcessor
 from trainer.checkpoint.folder import read_text
 from trainer.checkpoint.reader import MANIFEST, DamagedError
+from trainer.data.tokenizer import transformers_digest
 from trainer.export.publish import generation_config
 from trainer.export.source import Source
 from trainer.export.tokenizer import as_transformers, processor_settings
+from trainer.run_tokenizer import DIGEST, PROCESSOR, exported_config
 from trainer.storage.open import scheme_of
 
-PROCESSOR = "processor_config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_WINDOW_SEC = 30.0
 
@@ -150,7 +151,17 @@ def _load_export(path: Path, dtype: torch.dtype) -> Loaded:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be loaded ({reason}); export it again") from error
+    _check_tokenizer(path, getattr(config, DIGEST, None), transformers_digest(tokenizer, exported_config(settings)))
     return Loaded(model, EarshotProcessor(tokenizer, **settings), generation)
+
+
+def _check_tokenizer(path: Path, wanted: str | None, found: str) -> None:
+    """Compare; None: the export was made before exports held a digest."""
+    if wanted not in (None, found):
+        raise UserError(
+            f"{path}: its tokenizer or its {PROCESSOR} is not what its weights were trained with (digest {found[:12]} "
+            f"instead of {str(wanted)[:12]}); export it again"
+        )
 
 
 def _load_checkpoint(url: str, dtype: torch.dtype) -> Loaded:
