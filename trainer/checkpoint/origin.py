@@ -117,8 +117,9 @@ def read_export_config(url: str) -> dict[str, Any]:
     Raises:
         UserError: it is of another kind of model.
     """
+    content = open_store(url).get(CONFIG)
     try:
-        config = json.loads(open_store(url).get(CONFIG))
+        config = json.loads(content)
     except ValueError:
         raise UserError(f"{url}/{CONFIG}: is not JSON; export it again") from None
     if not isinstance(config, dict) or config.get("model_type") != _KIND:
@@ -129,10 +130,10 @@ def read_export_config(url: str) -> dict[str, Any]:
     return config
 
 
-def open_origin(url: str) -> Origin:
-    """Return the weights at `url`.
+def open_origin(url: str, exported: bool) -> Origin:
+    """Return the weights of the export, or the verified checkpoint, at `url`.
 
     Raises:
-        UserError: there is no checkpoint and no export.
+        UserError: there is none.
     """
-    return ExportOrigin(url) if is_export(url) else CheckpointOrigin(find_checkpoint(url))
+    return ExportOrigin(url) if exported else CheckpointOrigin(find_checkpoint(url))

@@ -145,13 +145,15 @@ def _load_export(path: Path, dtype: torch.dtype) -> Loaded:
         settings.pop(key, None)
     try:
         config = EarshotConfig.from_pretrained(path)
-        model = EarshotForCausalLM.from_pretrained(path, config=config, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        _check_tokenizer(path, getattr(config, DIGEST, None), transformers_digest(tokenizer, exported_config(settings)))
+        model = EarshotForCausalLM.from_pretrained(path, config=config, dtype=dtype)
         generation = GenerationConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be loaded ({reason}); export it again") from error
-    _check_tokenizer(path, getattr(config, DIGEST, None), transformers_digest(tokenizer, exported_config(settings)))
     return Loaded(model, EarshotProcessor(tokenizer, **settings), generation)
 
 
