@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from model.errors import UserError
 from tests.tools.exportable import INSTRUCTION, STEP, write_manifest, write_run
 from tools import evaluate, export, transcribe
 from trainer.checkpoint.catalog import find_checkpoint
+from trainer.checkpoint.config import CheckpointConfig
 from trainer.config.schema import Recipe, TrainConfig
 from trainer.data.config import DataConfig, TokenizerConfig
 from trainer.data.tokenizer import HuggingFaceTokenizer, load_tokenizer, train_sentencepiece
 from trainer.export.source import Source
 from trainer.parity import tiny_model
-from trainer.run_tokenizer import DIGEST, adopt, check_named, keep_tokenizer, of_checkpoint, of_export
+from trainer.run_tokenizer import DIGEST, adopt, check_named, find_owned, keep_tokenizer, of_checkpoint, of_export
 
 ROOT = Path(__file__).parents[1]
 KIT = Path(os.environ.get("KIT_DIR", ROOT / ".." / "shared" / "kit"))
@@ -245,7 +247,8 @@ def test_a_hugging_face_tokenizer_is_kept_next_to_the_checkpoints(tmp_path: Path
 
 def next_run(**settings: str) -> Recipe:
     """A recipe with these settings of the tokenizer."""
-    return Recipe(name="next", model=tiny_model(), data=DataConfig(tokenizer=TokenizerConfig(**settings)))  # type: ignore[arg-type]
+    config = TokenizerConfig(**settings)  # type: ignore[arg-type]
+    return Recipe(name="next", model=tiny_model(), data=DataConfig(tokenizer=config))
 
 
 def test_templates_of_the_weights_are_taken_where_the_recipe_gives_none(run: Path) -> None:
@@ -269,3 +272,19 @@ def test_templates_of_the_weights_are_taken_where_the_recipe_gives_none(run: Pat
         UserError, match=r"data.tokenizer.path = .*other.model: another tokenizer than .*set it to null"
     ):
         check_named(adopt(other, owned), owned, tokenizer)
+
+
+def test_a_tokenizer_that_was_moved_is_recognised_by_its_digest(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_run(run, chats=True)
+    (run / "hf").rename(tmp_path / "moved")
+    start = CheckpointConfig(start_from=str(run))
+    recipe = replace(next_run(path=str(tmp_path / "moved")), checkpoint=start, train=TrainConfig(run_dir=str(tmp_path)))
+    owned = find_owned(recipe)
+    assert owned is not None and owned.put_into(str(tmp_path / "cache")) == str(tmp_path / "moved")
+    assert owned.load(str(tmp_path / "moved")).digest == owned.digest
+    other = other_model(run)
+    owned = find_owned(replace(recipe, data=next_run(path=str(other)).data))
+    assert owned is not None
+    with pytest.raises(UserError, match=r"other.model: not the tokenizer that .* was trained with"):
+        owned.load(owned.put_into(str(tmp_path / "cache")))

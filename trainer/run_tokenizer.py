@@ -125,11 +125,23 @@ def find_owned(recipe: Recipe) -> OwnedTokenizer | None:
     newest = _newest_whole(join_url(recipe.run_url, SUBFOLDER), recipe.checkpoint.retry_sec)
     if newest is not None:
         run_dir = str(Path(recipe.train.run_dir) / recipe.name)
-        return of_checkpoint(newest, run_dir)
-    start = recipe.checkpoint.start_from
-    if start is None:
+        owned = of_checkpoint(newest, run_dir)
+    elif (start := recipe.checkpoint.start_from) is not None:
+        owned = of_export(start) if is_export(start) else of_checkpoint(find_checkpoint(start))
+    else:
         return None
-    return of_export(start) if is_export(start) else of_checkpoint(find_checkpoint(start))
+    moved_to = recipe.data.tokenizer.path
+    if moved_to is not None and not owned.files and not _is_readable(owned):
+        owned = replace(owned, named=moved_to)  # the digest, where there is one, tells whether it is the same
+    return owned
+
+
+def _is_readable(owned: OwnedTokenizer) -> bool:
+    """Whether there is a tokenizer where the checkpoint says that it is."""
+    try:
+        return owned.named is not None and load_tokenizer(owned.named, owned.config) is not None
+    except UserError:
+        return False
 
 
 def of_checkpoint(folder: Folder, run_dir: str | None = None) -> OwnedTokenizer:
