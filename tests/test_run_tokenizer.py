@@ -134,7 +134,7 @@ def test_a_resume_with_another_tokenizer_is_refused(place: Place) -> None:
     run = copy_run(place, "swapped")
     named = place.train("swapped", "train.steps=6", f"data.tokenizer.path={other}")
     refused(named, f"data.tokenizer.path = {other}", "another tokenizer than", "set it to null")
-    changed = place.train("swapped", "train.steps=6", "data.tokenizer.template={audio} {instruction}")
+    changed = place.train("swapped", "train.steps=6", 'data.tokenizer.template="{audio} {instruction}"')
     refused(changed, "data.tokenizer.template = ", "was trained with")
     shutil.copy(other, run / "tokenizer.model")
     refused(place.train("swapped", "train.steps=6"), f"{run}/tokenizer.model", "put the run's own tokenizer there")
