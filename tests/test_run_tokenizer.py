@@ -28,8 +28,12 @@ from trainer.run_tokenizer import DIGEST, adopt, check_named, find_owned, keep_t
 ROOT = Path(__file__).parents[1]
 KIT = Path(os.environ.get("KIT_DIR", ROOT / ".." / "shared" / "kit"))
 NUM_PER_TASK = 24
-OVERRIDES = ("model.ctc_weight=0", "data.tokenizer.train_vocab_size=80", "parallel.num_ranks=1")
-OVERRIDES += ("eval.max_new_tokens=2",)
+OVERRIDES = (
+    "model.ctc_weight=0",
+    "data.tokenizer.train_vocab_size=80",
+    "parallel.num_ranks=1",
+    "eval.max_new_tokens=2",
+)
 
 needs_kit = pytest.mark.skipif(not KIT.is_dir(), reason=f"no kit of real recordings at {KIT}; set KIT_DIR")
 

@@ -153,32 +153,32 @@ def prepare_once(recipe: Recipe, groups: Groups) -> tuple[Recipe, PreparedData]:
     Raises:
         UserError: see `prepare`; the recipe asks for another tokenizer than that of the weights.
     """
-    owned, prepared = None, None
+    prepared = None
     box: list[OwnedTokenizer | str | None] = [None]
     if groups.rank == 0:
         try:
             owned = find_owned(recipe)
-            recipe, prepared = _prepare(recipe, owned)
-            if owned is not None:
-                check_named(recipe, owned, prepared.tokenizer)
+            recipe, prepared = _prepare(recipe, owned, is_first=True)
             box = [owned]
         except UserError as error:
             box = [str(error)]
     dist.broadcast_object_list(box, src=0, group=groups.world)
     if isinstance(box[0], str):
         raise UserError(box[0])
-    return _prepare(recipe, box[0]) if prepared is None else (recipe, prepared)
+    return _prepare(recipe, box[0], is_first=False) if prepared is None else (recipe, prepared)
 
 
-def _prepare(recipe: Recipe, owned: OwnedTokenizer | None) -> tuple[Recipe, PreparedData]:
+def _prepare(recipe: Recipe, owned: OwnedTokenizer | None, *, is_first: bool) -> tuple[Recipe, PreparedData]:
     def say(report: BuildReport) -> None:
         print(f"made shards in {report.url}: {report.num_samples} samples", flush=True)
 
     path = None
-    if owned is not None:
+    if owned is not None:  # before shards are made, which may take hours
         recipe = adopt(recipe, owned)
         path = owned.put_into(recipe.data.cache_dir)
-        owned.load(path)  # before shards are made, which may take hours
+        tokenizer = owned.load(path)
+        if is_first:
+            check_named(recipe, owned, tokenizer)
     ctc = recipe.model.ctc_weight > 0
     return recipe, prepare(recipe.data, recipe.model.adapter.strides, ctc=ctc, tokenizer_path=path, on_built=say)
 
