@@ -116,9 +116,14 @@ def test_a_run_that_starts_from_weights_takes_their_tokenizer(place: Place) -> N
     base = place.runs / "base"
     wanted = place.state("base", 4)[DIGEST]
     assert export.main([str(base), str(place.folder / "exported"), "--dtype", "fp32"]) == 0
-    for name, start in (("a", base), ("b", base / "checkpoints" / "step-00000002"), ("c", place.folder / "exported")):
+    for name, start, num_ranks in (
+        ("a", base, 1),
+        ("b", base / "checkpoints" / "step-00000002", 1),
+        ("c", place.folder / "exported", 2),
+    ):
         other = "data.datasets=[{name: questions, manifest: questions.jsonl}]"
-        done = place.train(name, f"checkpoint.start_from={start}", other, "model.ctc_weight=1", "train.steps=1")
+        overrides = [other, "model.ctc_weight=1", "train.steps=1", f"parallel.num_ranks={num_ranks}"]
+        done = place.train(name, f"checkpoint.start_from={start}", *overrides)
         assert done.returncode == 0, done.stderr
         assert f"starting with the weights of {start}" in done.stderr and "new: the CTC head" in done.stderr
         assert place.state(name, 1)[DIGEST] == wanted

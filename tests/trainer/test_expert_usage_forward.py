@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -135,11 +136,13 @@ def test_a_gate_that_reads_the_instruction_gets_its_tokens(manifest: Path, tmp_p
         "model.router.input=prompt",
     ]
     recipe = load_recipe("debug", overrides)
-    tokenizer = prepare(recipe.data, recipe.model.adapter.strides).tokenizer
+    prepared = prepare(recipe.data, recipe.model.adapter.strides)
+    tokenizer = prepared.tokenizer
     torch.manual_seed(2)
     tower = AudioTower(recipe.model, LLM_DIM, tokenizer.vocab_size).eval()
     torch.nn.init.normal_(tower.router.dependent.weight, std=2.0)
     write_checkpoint(tmp_path / "debug", recipe, tower, 1)
+    shutil.copy(prepared.tokenizer_path, tmp_path / "debug" / "tokenizer.model")
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     instructions = [r["instruction"] for r in rows if r["task"] == "er"]
     assert len(set(instructions)) == 5
