@@ -16,6 +16,7 @@ from model.audio_tower import AudioOutput, AudioTower
 from model.batch import Ragged
 from model.config import EncoderConfig
 from model.encoders.base import AudioEncoder
+from model.encoders.registry import encoder_windowing
 from model.errors import UserError
 from trainer.engine.expert_parallel import EncoderCost, EncoderDispatch, dummy_clip
 from trainer.engine.optim import OptimConfig, param_groups
@@ -59,6 +60,7 @@ class AudioEngine:
             tower.to(torch.bfloat16)  # DeepSpeed leaves modules that are sharded already as they are
         with device_groups(groups.device):
             _partition(tower, ds_config, ep)
+            _move_buffers(tower, groups.device)
             optimizer = torch.optim.AdamW(learned, lr=optim.lr, betas=optim.betas, eps=optim.eps)
             self.engine, *_ = deepspeed.initialize(
                 model=tower, optimizer=optimizer, config=ds_config, dist_init_required=False
@@ -85,11 +87,11 @@ class AudioEngine:
             assert set(held) == set(names if ep == 1 else placement.held_by(self.groups.rank)), held.keys()
             empty = torch.zeros(0, width, dtype=dtype, device=device)
             flush = self._flush_gradients if ep > 1 and placement.has_empty_place else None
-            costs = [clip_cost(e) for e in encoders]
             return EncoderDispatch(
                 held,
                 names,
-                costs,
+                [clip_cost(e) for e in encoders],
+                [encoder_windowing(e) for e in encoders],
                 places,
                 ep,
                 self.groups,
@@ -235,6 +237,13 @@ class AudioEngine:
     def train(self, mode: bool) -> None:
         """Training or evaluation mode of every module."""
         self.engine.train(mode)
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Put every buffer on `device`: ZeRO's Init moves parameters only, and the engine trusts that it moved all."""
+    for child in module.modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            child._buffers[name] = buffer.to(device)
 
 
 def _partition(tower: AudioTower, ds_config: dict[str, Any], ep: int) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.batch import Ragged
-from model.lengths import num_frames
+from model.lengths import Windowing, num_frames
 from trainer.parallel.dispatch import (
     CALL_COST_SAMPLES,
     ClipCost,
@@ -59,6 +59,7 @@ class EncoderDispatch:
         held: the encoders that this rank holds, by name.
         names: of all encoders of the set, on every rank in the same order.
         costs: of each.
+        windowings: of each, what one of its calls computes.
         places: of each in the expert-parallel group.
         ep: size of that group.
         groups: this rank's place.
@@ -73,6 +74,7 @@ class EncoderDispatch:
         held: Mapping[str, nn.Module],
         names: Sequence[str],
         costs: Sequence[ClipCost],
+        windowings: Sequence[Windowing],
         places: Sequence[int],
         ep: int,
         groups: Groups,
@@ -83,6 +85,7 @@ class EncoderDispatch:
         debug_plan: bool = False,
     ) -> None:
         self.held, self.names, self.costs, self.places, self.ep = held, tuple(names), costs, places, ep
+        self.windowings = tuple(windowings)
         self.groups, self.budget_samples, self.empty = groups, budget_samples, empty
         self.before_backward = before_backward
         self.debug_plan = debug_plan
@@ -101,7 +104,10 @@ class EncoderDispatch:
         part = dispatch_of(plan, rank)
         self._count_bytes(plan, clips.values.element_size(), width=self.empty.shape[1] * self.empty.element_size())
 
-        batches = [self._group([part.recv_lengths[i] for i in work]) for work in part.work]
+        batches = [
+            self._group([part.recv_lengths[i] for i in work], windowing)
+            for work, windowing in zip(part.work, self.windowings, strict=True)
+        ]
         calls = torch.tensor([len(b) if n in self.held else 1 for n, b in zip(self.names, batches, strict=True)])
         # ZeRO-3 gathers weights and reduces gradients per call: all holders must call alike. Agreed while clips travel.
         alone = world == self.ep
@@ -125,8 +131,8 @@ class EncoderDispatch:
         samples, everyone = np.ascontiguousarray(np.concatenate(rows).T)
         return ClipTable(source_rank, samples, (everyone[:, None] >> np.arange(len(self.names)) & 1).astype(bool))
 
-    def _group(self, lengths: list[int]) -> list[list[int]]:
-        return group_by_length(lengths, self.budget_samples, CALL_COST_SAMPLES[self.groups.device.type])
+    def _group(self, lengths: list[int], windowing: Windowing) -> list[list[int]]:
+        return group_by_length(lengths, self.budget_samples, CALL_COST_SAMPLES[self.groups.device.type], windowing)
 
     def _send_clips(self, clips: Ragged, part: Dispatch) -> list[Tensor]:
         """The clips that this rank must encode, own ones and others'."""

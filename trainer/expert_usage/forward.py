@@ -20,7 +20,7 @@ from model.audio_tower import AudioTower
 from model.batch import Ragged
 from model.config import ModelConfig
 from model.errors import UserError
-from model.lengths import SAMPLE_RATE, num_samples
+from model.lengths import SAMPLE_RATE, WHOLE, num_samples
 from trainer.checkpoint.catalog import SUBFOLDER, open_checkpoints, read_extra
 from trainer.checkpoint.layout import PARAM, Manifest, Shard, matrix_of
 from trainer.checkpoint.reader import STATE, DamagedError, Reader, check_files, read_manifest
@@ -194,7 +194,8 @@ def _route(
     device = next(tower.parameters()).device
     loads = []
     budget = num_samples(recipe.train.encoder_batch_sec)
-    for members in group_by_length(clips.lengths, budget, CALL_COST_SAMPLES[device.type]):
+    windowing = WHOLE if tower.primary is None else tower.primary.windowing
+    for members in group_by_length(clips.lengths, budget, CALL_COST_SAMPLES[device.type], windowing):
         part = clips.select(members).to(device)
         primary = None if tower.primary is None else tower.primary(part)
         routing = tower.router(part, primary, prompts.select(members).to(device))

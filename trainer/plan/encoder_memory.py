@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from model.audio_tower import AudioTower
 from model.batch import Ragged
 from model.conv import use_matrix_products
-from model.encoders.base import window_lengths
-from model.lengths import FRAME_SAMPLES, num_audio_tokens, num_frames
+from model.lengths import FRAME_SAMPLES, Windowing, num_audio_tokens, num_frames
 from trainer.engine.optim import OptimConfig, param_groups
 from trainer.plan.fake_ranks import META
 from trainer.plan.states import FP32_BYTES
@@ -34,15 +33,13 @@ class CallMemory:
     """An encoder's kept bytes as a function of a call's shape; exact where they are sums of these four terms."""
 
     weights: tuple[float, ...]
-    window_samples: int
-    padded: bool
-    """Every window is padded to the full length."""
+    windowing: Windowing
 
     def kept(self, clips: Sequence[int]) -> float:
         """Of a call with clips of so many samples."""
-        windows = [w for n in clips for w in window_lengths(n, self.window_samples)]
-        frames = num_frames(self.window_samples if self.padded else max(windows))
-        return float(np.dot(self.weights, _terms(len(windows), frames)))
+        windows = sum(map(self.windowing.num_windows, clips))
+        frames = num_frames(max(map(self.windowing.padded_samples, clips)))
+        return float(np.dot(self.weights, _terms(windows, frames)))
 
 
 @dataclass(frozen=True)
@@ -86,16 +83,16 @@ class EncoderTracer:
     def calls(self, name: str) -> CallMemory:
         """Of the encoder `name`."""
         if name not in self._calls:
-            encoder = _inner(self.tower.encoder(name))
-            window, padded = encoder.window_samples, getattr(encoder, "length_mode", "trim") == "full"
-            if padded:
+            windowing = _inner(self.tower.encoder(name)).windowing
+            window = windowing.window_samples
+            if windowing.least_samples == window:
                 one, two = (self.traced(name, (window,) * b).kept for b in (1, 2))
                 weights: tuple[float, ...] = (2.0 * one - two, (two - one) / num_frames(window), 0.0, 0.0)
             else:
                 kept = np.array([float(self.traced(name, _clips(b, f)).kept) for b, f in _SHAPES])
                 terms = np.array([_terms(b, f) for b, f in _SHAPES])
                 weights = tuple(map(float, np.linalg.lstsq(terms, kept, rcond=None)[0]))
-            self._calls[name] = CallMemory(weights, window, padded)
+            self._calls[name] = CallMemory(weights, windowing)
         return self._calls[name]
 
     def traced(self, name: str, clips: tuple[int, ...]) -> Traced:
@@ -157,7 +154,7 @@ def audio_memory(
             for clips in calls:
                 kept += tracer.calls(name).kept(clips)
             if calls:
-                traced = tracer.traced(name, max(calls, key=lambda c: len(c) * max(c)))
+                traced = tracer.traced(name, max(calls, key=tracer.calls(name).windowing.computed_samples))
                 over_forward = max(over_forward, traced.forward - traced.kept)
                 over_backward = max(over_backward, traced.backward - traced.kept)
                 features += sum(num_frames(n) for clips in calls for n in clips) * _width(tower.encoder(name)) * size

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.config import EncoderConfig
+from model.encoders.registry import encoder_windowing
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE, audio_tokens_of_samples, num_frames, num_samples
 from trainer.config.schema import Recipe
@@ -146,6 +147,7 @@ def _spread(
 ) -> EncoderWork:
     world = topology.world
     plan = plan_dispatch(clips, [clip_cost(e) for e in encoders], places, ep, world)
+    windowings = [encoder_windowing(e) for e in encoders]
     calls = []
     for rank in range(world):
         part = dispatch_of(plan, rank)
@@ -155,7 +157,7 @@ def _spread(
             if ep > 1 and places[k] != rank % ep:
                 mine.append(())
                 continue
-            groups = group_by_length(lengths, budget_samples, CALL_COST_SAMPLES[device])
+            groups = group_by_length(lengths, budget_samples, CALL_COST_SAMPLES[device], windowings[k])
             mine.append(tuple(tuple(lengths[i] for i in group) for group in groups if group))
         calls.append(tuple(mine))
     moved = np.flatnonzero(clips.source_rank[plan.clip] != plan.encoder_rank)

@@ -132,7 +132,7 @@ def _embed(model: EarshotForCausalLM, inputs: dict[str, Tensor]) -> Tensor:
     nothing = inputs["input_ids"].new_zeros(0)
     budget, call_cost = num_samples(_ENCODE_SEC), CALL_COST_SAMPLES[text.device.type]
     embedded: list[Tensor] = [nothing] * len(clips)
-    for group in group_by_length(clips.lengths, budget, call_cost):
+    for group in group_by_length(clips.lengths, budget, call_cost, model.audio.windowing):
         found = model.audio(clips.select(group), instructions.select(group), Ragged(nothing, (0,) * len(group)))
         for place, audio_tokens in zip(group, found.embeddings.split(), strict=True):
             embedded[place] = audio_tokens
