@@ -232,7 +232,7 @@ def send(
         lengths=tuple(packing.lengths(dp, m) for m in range(packing.num_microbatches)),
         token_ids=arrived[:, 0],
         labels=arrived[:, 1] + IGNORE,
-        owners=torch.from_numpy(packing.samples_of_rows(dp)).to(device),
+        samples=tuple(tuple(packing.members(dp, m).tolist()) for m in range(packing.num_microbatches)),
         audio=audio,
         audio_mask=flags,
         num_samples=len(whole),
