@@ -12,12 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from model.batch import Ragged
 from model.config import RouterConfig
 from model.encoders.log_mel import log_mel
+from model.transfer import to_device
 
 NUM_MELS = 80
 ENTRY_OFFSET = -30.0
@@ -41,14 +43,15 @@ class Routing:
         return self.probs * self.chosen
 
     @cached_property
-    def chosen_on_host(self) -> Tensor:
-        """`chosen`, read once: the host decides by it who encodes what."""
-        return self.chosen.cpu()
+    def on_host(self) -> tuple[Tensor, Tensor]:
+        """`probs` and `chosen`, read in one go: the host decides by them who encodes what, and reports them."""
+        probs, chosen = torch.stack([self.probs.detach(), self.chosen.to(self.probs.dtype)]).cpu()
+        return probs, chosen.bool()
 
     @property
     def active(self) -> Tensor:
         """[B, K] bool, on the host: experts that some gate chose for the clip; only these compute."""
-        return self.chosen_on_host.any(dim=1)
+        return self.on_host[1].any(dim=1)
 
     def head(self, num_clips: int) -> Routing:
         """The routing of the first `num_clips` clips."""
@@ -125,8 +128,8 @@ class Router(nn.Module):
             return mean_over_time(primary)
         if self.config.input == "log_mel":
             return mean_over_time(log_mel(clips, NUM_MELS))
-        lengths = torch.tensor(prompts.lengths, device=prompts.values.device)
-        return self.prompt_embedding(prompts.values, lengths.cumsum(0) - lengths)
+        starts = np.cumsum((0, *prompts.lengths[:-1]))
+        return self.prompt_embedding(prompts.values, to_device(starts, prompts.values.device))
 
 
 class IndependentGate(nn.Module):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.batch import Ragged
 from model.lengths import Windowing, num_frames
+from model.transfer import to_device
 
 
 class AudioEncoder(nn.Module):
@@ -83,7 +84,7 @@ def length_mask(lengths: Sequence[int], size: int, device: torch.device) -> Tens
     """Bool `[B, size]`, true inside each length; None if every length fills `size`, so that nothing needs a mask."""
     if min(lengths) == size:
         return None
-    return torch.arange(size, device=device) < torch.tensor(lengths, device=device)[:, None]
+    return torch.arange(size, device=device) < to_device(lengths, device)[:, None]
 
 
 @torch.no_grad()
@@ -92,7 +93,7 @@ def normalized(waves: Tensor, lengths: Sequence[int]) -> Tensor:
 
     `waves[B, T]` fp32 is zero past each length, and so is the result.
     """
-    num_samples = torch.tensor(lengths, device=waves.device)[:, None]
+    num_samples = to_device(lengths, waves.device)[:, None]
     centered = waves - waves.sum(1, keepdim=True) / num_samples
     mask = length_mask(lengths, waves.shape[1], waves.device)
     if mask is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from model.config import EncoderConfig
 from model.encoders.base import AudioEncoder
 from model.encoders.registry import encoder_windowing
 from model.errors import UserError
+from model.transfer import to_device
 from trainer.engine.expert_parallel import EncoderCost, EncoderDispatch, dummy_clip
 from trainer.engine.optim import OptimConfig, param_groups
 from trainer.engine.placement import clip_cost, place
@@ -121,8 +123,7 @@ class AudioEngine:
         """What every encoder cost this rank in forward passes since the last call."""
         costs: dict[str, EncoderCost] = {}
         for dispatch in self._dispatch.values():
-            costs |= dispatch.spent
-            dispatch.spent = dict.fromkeys(dispatch.names, EncoderCost())
+            costs |= dispatch.take_costs()
         return costs
 
     @property
@@ -172,10 +173,8 @@ class AudioEngine:
             prompts = Ragged(torch.zeros(1, dtype=torch.int64), (1,))
             ctc_targets = Ragged(torch.zeros(0, dtype=torch.int64), (0,))
         out: AudioOutput = self.engine(
-            clips.to(device),
-            prompts.to(device),
-            ctc_targets.to(device),
-            None if noise is None else noise.to(device),
+            *(Ragged(to_device(part.values, device), part.lengths) for part in (clips, prompts, ctc_targets)),
+            None if noise is None else to_device(noise, device),
             encode=self._encode,
         )
         if num_clips:
@@ -226,7 +225,7 @@ class AudioEngine:
         # DeepSpeed divides by max(1, (norm + 1e-6) / clip_grad): choose clip_grad so that this is 1 / coefficient.
         self.zero.clip_grad = 0.0 if clip_coef >= 1.0 else (norm + 1e-6) * clip_coef
         # Its own norm takes one all-reduce per group of this rank's experts: ranks with other experts would hang.
-        self.zero._get_norm_groups = lambda: [torch.tensor(norm, device=self.groups.device)]
+        self.zero._get_norm_groups = lambda: [to_device(np.float32(norm), self.groups.device)]
         self.engine.step()
         self._keep_persistent()
 

@@ -152,8 +152,9 @@ class ExpertLoad:
         """
         num, gates = len(groups), () if routing is None else routing.gates
         pairs = (num, len(gates), len(experts))
-        probs = np.zeros(pairs) if routing is None else routing.probs.detach().double().cpu().numpy()
-        chosen = np.zeros(pairs) if routing is None else routing.chosen.cpu().numpy()
+        probs, chosen = np.zeros(pairs), np.zeros(pairs)
+        if routing is not None:
+            probs, chosen = routing.on_host[0].double().numpy(), routing.on_host[1].numpy()
         runs = np.asarray(chosen.any(axis=1), dtype=np.float64)
         entropy = -(probs * np.log(np.where(probs > 0, probs, 1.0))).sum(-1)
         assert probs.shape == pairs, (probs.shape, pairs)

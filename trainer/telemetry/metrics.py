@@ -140,9 +140,9 @@ class PhaseListener(Protocol):
 class PhaseTimer:
     """Splits a step's wall time by phase: `with timer("encode"): …`.
 
-    A phase inside another pauses the outer one, so the phases never count a moment twice. `synchronise` is called at
-    each border and makes asynchronous device work count for the phase that launched it; it costs overlap, so it is
-    for measuring, not for every run.
+    A phase inside another pauses the outer one, so the phases never count a moment twice. While there is a listener,
+    `synchronise` is called at each border and makes asynchronous device work count for the phase that launched it. That
+    costs overlap: otherwise the work counts for the phase in which the host next waits for the device.
     """
 
     def __init__(self, synchronise: Callable[[], None] | None = None) -> None:
@@ -181,7 +181,7 @@ class PhaseTimer:
         return seconds
 
     def _lap(self) -> None:
-        if self._synchronise is not None:
+        if self._synchronise is not None and self.listener is not None:
             self._synchronise()
         now_sec = time.perf_counter()
         if self._open:
