@@ -19,7 +19,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -28,12 +27,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
+from bench.gpu_waits import ROOT, site_of
 from model.encoders.log_mel import _mel_filters
 
 DEVICE = torch.device("meta")
-ROOT = Path(__file__).resolve().parent.parent
-BACKWARD = "backward"
-"""Site of what autograd does: it has no frame of this project."""
+_THIS_FILE = Path(__file__).resolve().relative_to(ROOT).as_posix()
 
 _WAITS = {
     "_local_scalar_dense",
@@ -243,19 +241,7 @@ def _is_ours(device: Any) -> bool:
 def _note(what: str, operation: str) -> None:
     device = PretendedDevice.current
     if device is not None:
-        site = _site(sys._getframe(1))
+        site = site_of(sys._getframe(1), left_out=(_THIS_FILE,))
         getattr(device, what)[site] += 1
         if what == "waits":
             device.kinds[site, operation] += 1
-
-
-def _site(frame: FrameType | None) -> str:
-    """`file:function` of the innermost frame of this project; the one way to the device stands for who calls it."""
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and path.name not in (Path(__file__).name, "transfer.py"):
-            file, name = path.relative_to(ROOT).as_posix(), frame.f_code.co_name
-            if not name.startswith("<") and name != "__torch_function__":
-                return BACKWARD if file.startswith("tests/") else f"{file}:{name}"
-        frame = frame.f_back
-    return BACKWARD

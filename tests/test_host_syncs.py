@@ -5,12 +5,16 @@ DeepSpeed and Megatron's optimizers are left out: what they wait for is not ours
 
 from __future__ import annotations
 
+import re
+import sys
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from bench.gpu_waits import BACKWARD, ROOT, host_waits, site_of
 from model.batch import IGNORE, Batch
 from tests.distributed.harness import run_ranks
 from tests.pretended_device import DEVICE, PretendedDevice
@@ -79,6 +83,13 @@ def test_a_step_waits_where_the_table_says() -> None:
     assert seen["transfers"]["model/mixture.py:mix"] == seen["transfers"]["model/adapter.py:forward"] == 1
 
 
+def test_the_documented_table_is_this_one() -> None:
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert {
+        site: int(n) for site, n in re.findall(r"^\| `([^`]+:[^`]+)` \| (\d+) \|", text, re.MULTILINE)
+    } == STEP_WAITS
+
+
 def answers() -> dict[str, Any]:
     """The same prompts answered on both."""
     groups, model, batch = begin()
@@ -110,3 +121,17 @@ def test_decoding_waits_once_per_token() -> None:
         "trainer/training/step.py:send": 1,
         **FIRST_STEP_WAITS,
     }, seen["kinds"]
+
+
+def test_torchs_own_count_goes_by_site_too() -> None:
+    """What `bench.gpu_check` does with torch's warnings; here they are raised by hand."""
+    modes: list[str] = []
+
+    def work() -> None:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("of something else", stacklevel=1)
+
+    assert host_waits(work, modes.append) == {BACKWARD: 2}
+    assert modes == ["warn", "default"]
+    assert site_of(sys._getframe(), left_out=("tests/test_host_syncs.py",)) == BACKWARD

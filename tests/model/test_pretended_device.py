@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.gpu_waits import BACKWARD
 from model.adapter import Adapter
 from model.batch import Ragged
 from model.config import AdapterConfig, EncoderConfig, RouterConfig
@@ -16,7 +17,7 @@ from model.loss import ctc_sum, next_token_sum
 from model.mixture import mix
 from model.router import Router, Routing
 from model.transfer import to_device
-from tests.pretended_device import BACKWARD, DEVICE, PretendedDevice, put
+from tests.pretended_device import DEVICE, PretendedDevice, put
 
 STACK: dict[str, Any] = {
     "hidden_size": 16,
