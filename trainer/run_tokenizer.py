@@ -20,7 +20,7 @@ from trainer.checkpoint.catalog import SUBFOLDER, TOKENIZER, find_checkpoint, op
 from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.origin import is_export, read_export_config
 from trainer.checkpoint.reader import STATE, DamagedError, check_files, read_manifest
-from trainer.config.load import undump
+from trainer.config.load import parse_stored_recipe
 from trainer.config.schema import Recipe
 from trainer.data.config import TokenizerConfig
 from trainer.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
@@ -160,7 +160,7 @@ def of_checkpoint(folder: Folder, run_dir: str | None = None) -> OwnedTokenizer:
         raise UserError(f"{folder.url}/{STATE}: cannot be read ({error}); take another checkpoint") from None
     if "recipe" not in extra:
         raise UserError(f"{folder.url}/{STATE}: does not hold its recipe; continue the run for a step")
-    config = undump(extra["recipe"], f"{folder.url}/{STATE}").data.tokenizer
+    config = parse_stored_recipe(extra["recipe"], f"{folder.url}/{STATE}").data.tokenizer
     beside = folder.url.rpartition("/")[0].rpartition("/")[0] or "."
     files: Mapping[str, bytes] = {}
     where = ""
