@@ -104,7 +104,7 @@ def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path, capsys: p
         assert main([manifest, str(out)]) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"error: {out}: cannot be written (Not a directory") and error.count("\n") == 1
-    with pytest.raises(UserError, match="out: is no folder"):
+    with pytest.raises(UserError, match="out: is a file, not a folder"):
         shard_build.build_shards(Path(manifest), str(tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "mine"
 
