@@ -38,7 +38,7 @@ def test_counts_hours_and_durations(made: Path, tmp_path: Path, capsys: pytest.C
     assert counts[0.5] == 6 and counts[2.0] == 3 and sum(counts.values()) == 9
     assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
     assert main([str(made)]) == 0
-    assert "every shard and every sample is as indexed" in capsys.readouterr().out
+    assert "all shards and samples match the index" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("place", "words"), [("nope/x.png", "nope is no folder"), ("", "(Is a directory")])
@@ -106,8 +106,8 @@ def test_shards_of_others_are_indexed_and_trained_on(tmp_path: Path, capsys: pyt
     [
         (["--build-index"], "no *.tar in it"),
         ([], "shards.json"),
-        (["--set", "a=b"], "goes with --build-index"),
-        (["--build-index", "--set", "nothing"], "give FIELD=TEXT"),
+        (["--set", "a=b"], "--set: needs --build-index"),
+        (["--build-index", "--set", "nothing"], "must be FIELD=TEXT"),
     ],
 )
 def test_mistakes_are_one_line(
