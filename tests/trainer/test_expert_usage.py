@@ -174,7 +174,7 @@ def test_files_hold_the_same_numbers(profile: Profile, tmp_path: Path) -> None:
         found = sum(float(row["audio_sec"]) for row in rows if row["encoder"] == name and row["task"] == "er")
         assert found == pytest.approx(tree["tasks"]["er"]["encoders"][name]["audio_sec"], abs=1e-3)
     weighted = sum(
-        float(row["weight_dependent"]) * int(row["group_clips"]) for row in rows if row["encoder"] == "hubert"
+        float(row["weight_data_dependent"]) * int(row["group_clips"]) for row in rows if row["encoder"] == "hubert"
     )
     whole = tree["tasks"]["all"]
     assert weighted / whole["num_clips"] == pytest.approx(
