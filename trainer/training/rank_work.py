@@ -1,4 +1,4 @@
-"""All ranks' work, gathered with the interval's reports."""
+"""Gathers how long each rank works, once per logging interval."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from trainer.telemetry.waiting import WaitSampler
 
 
 class Work:
-    """This rank's share of the answer to: who is slow?
+    """Measures how long this rank works and compares it with the others, to find slow ranks.
 
-    Use it as a context, while the ranks train.
+    Use it as a context manager around the steps.
 
     Args:
-        config: whom to name.
-        waits: of this rank.
-        groups: this rank's place.
-        tell: gets `straggler` events, on rank 0.
+        config: The recipe's `telemetry` section, which says when a rank counts as slow.
+        waits: Measures how long this rank waits in collectives.
+        groups: This rank's process groups.
+        emit: Gets the `straggler` events, on rank 0.
     """
 
     def __init__(self, config: TelemetryConfig, waits: WaitSampler, groups: Groups, emit: Emit) -> None:
@@ -46,13 +46,22 @@ class Work:
         self._waits.__exit__(kind, error, trace)
 
     def add(self, report: StepReport) -> None:
-        """One more step of this rank."""
+        """Add a step of this rank to the current interval."""
         self._num_steps += 1
         for phase, sec in report.phase_sec.items():
             self._phase_sec[phase] += sec
 
     def take(self, report: StepReport) -> StepReport:
-        """End an interval with `report`, which gets its numbers on rank 0. Collective."""
+        """End the current interval and return `report` with its numbers.
+
+        Collective: every rank of the world must call it.
+
+        Args:
+            report: The report of the interval's last step.
+
+        Returns:
+            On rank 0, the report with the metrics of all ranks' work; on the others, the report as it was.
+        """
         mine = RankWork(self._groups.rank, socket.gethostname(), dict(self._phase_sec), self._waits.take())
         num_steps, self._num_steps = self._num_steps, 0
         self._phase_sec.clear()
@@ -66,7 +75,7 @@ class Work:
 
     @property
     def summary(self) -> list[dict[str, Any]]:
-        """Of the whole run, on rank 0: see `StragglerMeter.summary`."""
+        """The work of all ranks over the whole run, on rank 0; see `StragglerMeter.summary`."""
         return self._meter.summary()
 
 
