@@ -1,6 +1,6 @@
 """Evaluate an exported model, a checkpoint or a run's newest checkpoint.
 
-    python -m tools.evaluate out/model --data test.jsonl                               an exported model
+    python -m tools.evaluate out/model --data test.jsonl                              an exported model
     python -m tools.evaluate runs/demo --data data/shards --split test --nproc 2      a run, in two processes
 
 The command prints every metric with its 95 % interval, and the main metrics by subset, language, source and duration.

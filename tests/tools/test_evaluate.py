@@ -276,4 +276,4 @@ def test_transcribe_tells_of_windows(made: tuple[Path, Path], tmp_path: Path, ca
     code = transcribe.main([str(root / "out"), str(long), "--window", "1", "--prompt", f"{INSTRUCTION} a"])
     shown = capsys.readouterr()
     assert code == 0 and shown.out.count("\n") == 1
-    assert "2.5 s in 3 windows of 1 s that overlap, joined; nothing was cut" in shown.err
+    assert "2.5 s were transcribed in 3 overlapping windows of 1 s; no audio was cut off" in shown.err
