@@ -1,9 +1,10 @@
-"""Runs a recipe as a Slurm job: prints its plan, checks the nodes, starts the ranks and requeues the job if needed.
+"""The command that runs a recipe as a Slurm job.
 
     python -m trainer.job RECIPE [key=value ...]
 
-Outside a Slurm job, the command checks only what needs no nodes: the recipe, its plan and its data. This module does
-not import torch, so that it handles signals soon after its start.
+It prints the plan, checks the nodes, starts the ranks and requeues the job if needed. Outside a Slurm job, it checks
+only what needs no nodes: the recipe, its plan and its data. This module does not import torch, so that it handles
+signals soon after its start.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from trainer.telemetry.events import EventLog, read_events
 
 _STORE_SEC = 10.0
 _STORE_AGAIN_SEC = 120.0
-"""How long a bucket may be unreachable in the first attempt, and later, when no user is there to correct the URL."""
+"""How long an unreachable bucket is retried: in the first attempt, and in later ones, which no user watches."""
 
 
 class Signals:
-    """Records the signals that Slurm sends to the batch script.
+    """The signals that Slurm has sent to the batch script.
 
     SIGUSR1, the warning before a time limit or a preemption, is passed on to the ranks. Slurm itself sends SIGTERM to
     the ranks as well.
@@ -215,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, that of the ranks, or 2 after one line that says what to fix.
     """
-    parser = argparse.ArgumentParser(prog="python -m trainer.job", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m trainer.job", description="Run a recipe as a Slurm job.")
     parser.add_argument("recipe", metavar="RECIPE", help="the name or the file of a recipe")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that override the recipe's")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Tests whether all ranks reach each other and measures how fast.
+"""A test whether all ranks reach each other, and how fast.
 
     srun python -m trainer.job.all_reduce
 

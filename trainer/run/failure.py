@@ -1,4 +1,4 @@
-"""Reports the exception that ends a rank: the step, its samples, and whether this rank or another one is at fault."""
+"""Reports about the exception that ends a rank: the step, its samples, and whether another rank is at fault."""
 
 from __future__ import annotations
 

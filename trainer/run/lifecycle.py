@@ -54,7 +54,7 @@ class StopRequest:
 
 @contextmanager
 def deadline(grace_sec: float, since_sec: float, late: Callable[[], None]) -> Iterator[None]:
-    """Return a context that must end in time.
+    """Return a context that calls a function if it lasts too long.
 
     Args:
         grace_sec: The time that the context may take.

@@ -1,4 +1,4 @@
-"""Decides whether a batch script runs its job again after the ranks have ended.
+"""The decision whether a batch script runs its job again after the ranks have ended.
 
     python -m trainer.restart runs/mowe_70b --exit-code 137
 
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 to run the job again, 1 not to, 2 for a wrong argument.
     """
-    parser = argparse.ArgumentParser(prog="python -m trainer.restart", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m trainer.restart", description="Decide whether a job is run again.")
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's folder")
     parser.add_argument("--exit-code", type=int, required=True, help="the exit code of the ranks")
     parser.add_argument("--max-restarts", type=int, help="overrides the recipe's restart.max_restarts")

@@ -58,7 +58,7 @@ Event = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class EventLog:
-    """Writes the events of one process.
+    """The writer of the events of one process.
 
     Args:
         run_dir: The run's folder, which is created if it does not exist.

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Backlog(Generic[T]):
-    """Passes items to a function in order, and keeps those that it could not write until the next attempt.
+    """A queue of items that are written in order. Items that cannot be written wait for the next attempt.
 
     Args:
         write: Writes an item. It raises OSError if it cannot, and must then leave no part of the item in the file.
@@ -57,7 +57,7 @@ class Backlog(Generic[T]):
 
 
 class StepLog:
-    """Appends JSON objects to a file, unbuffered.
+    """A file to which JSON objects with a step are appended, unbuffered.
 
     Args:
         path: The file. Its folder is created if it does not exist.

@@ -1,8 +1,8 @@
 """The load and the costs of the encoders per logging interval, which are stored in `expert_load.jsonl`.
 
-Each rank adds up its clips and costs in a `LoadMeter`. At the end of an interval, the parts of all ranks are merged to
-a `LoadInterval`, which becomes one line of the file. Intervals can be added, so that a run can be examined as a whole or
-over time.
+Each rank adds up its clips and costs in a `LoadMeter`. At the end of an interval, the parts of all ranks are merged
+into a `LoadInterval`, which becomes one line of the file. Intervals can be added, so that a run can be examined as a
+whole or over time.
 
 Shapes: E encoders (the primary first), R ranks.
 """
@@ -26,7 +26,7 @@ from trainer.telemetry.jsonl import read_lines
 HISTORY_NAME = "expert_load.jsonl"
 """The name of the file in the run's folder."""
 MAX_SOURCES = 64
-"""The largest number of sources that a process tells apart, since a manifest may name a different one for each clip."""
+"""The largest number of sources a process distinguishes, since a manifest may name a different one for each clip."""
 OTHER_SOURCES = "(others)"
 """The source of all clips beyond the first `MAX_SOURCES` sources."""
 _COST_FIELDS = 4
@@ -183,7 +183,7 @@ class RankLoad:
 
 
 class LoadMeter:
-    """Adds up the load and costs of one rank over a logging interval.
+    """The sum of the load and costs of one rank over a logging interval.
 
     Args:
         experts: The names of the routed encoders.
@@ -240,7 +240,7 @@ class LoadMeter:
         return taken
 
     def merge(self, step: int, parts: Sequence[RankLoad]) -> LoadInterval:
-        """Merge the parts of all ranks to the interval that ends with `step`.
+        """Merge the parts of all ranks into the interval that ends with `step`.
 
         Args:
             step: The last step of the interval, counted from 1.
@@ -302,7 +302,8 @@ def read_history(path: Path) -> list[LoadInterval]:
             raise UserError(f"{path} line {number}: not a routing record ({error!r}); restore the file") from None
         if intervals and interval.load.cells and interval.load.gates != (known := _gates(intervals, interval)):
             raise UserError(
-                f"{path} line {number}: the gates are {interval.load.gates} after {known}; the file mixes two models, restore it"
+                f"{path} line {number}: the gates are {interval.load.gates} after {known}; "
+                "the file mixes two models, restore it"
             )
         intervals.append(interval)
     if not intervals:

@@ -32,7 +32,7 @@ class StepReport:
     grad_norm: float = 0.0
     """The global norm of the gradients of both engines, before clipping."""
     lr: float = 0.0
-    """The learning rate of all parameters to which `optim.parts` gives no other."""
+    """The learning rate of the parameters that have none of their own in `optim.parts`."""
     num_samples: int = 0
     num_tokens: int = 0
     """The number of LLM positions, audio tokens included."""
@@ -47,7 +47,10 @@ class StepReport:
     num_skipped_updates: int = 0
     """The number of updates skipped since the run began."""
     load: LoadInterval | None = None
-    """The load of the encoders in the logging interval that ends with this step; otherwise, and except on rank 0, None."""
+    """The load of the encoders in the logging interval that ends with this step. Only rank 0 has it.
+
+    None if no interval ends with this step.
+    """
     ranks: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the ranks' work in the logging interval that ends with this step; empty where `load` is None."""
     epochs: Mapping[str, float] = field(default_factory=dict)
@@ -75,7 +78,7 @@ class EvalReport:
 
 
 def is_logged(step: int, every_steps: int) -> bool:
-    """Return whether a logging interval ends with `step`. Step 1 is logged alone, to show whether the weights are sane."""
+    """Return whether a record ends with `step`. Step 1 has its own record, which shows whether the weights are sane."""
     return step % every_steps == 0 or step == 1
 
 
@@ -125,7 +128,10 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
 
 
 def flatten_eval(report: EvalReport) -> dict[str, float]:
-    """Return the metrics of an evaluation by name, for example `eval/test/asr/wer`; `/low` and `/high` are its interval."""
+    """Return the metrics of an evaluation by name.
+
+    The bounds of the interval of `eval/test/asr/wer` are `eval/test/asr/wer/low` and `eval/test/asr/wer/high`.
+    """
     metrics = {f"eval/{report.split}/{name}": value for name, value in report.values.items()}
     for name, (low, high) in report.intervals.items():
         metrics |= {f"eval/{report.split}/{name}/low": low, f"eval/{report.split}/{name}/high": high}
@@ -138,7 +144,7 @@ class PhaseListener(Protocol):
     """An observer of the phases that a `PhaseTimer` measures."""
 
     def on_phase_begin(self, phase: str, outermost: bool) -> None:
-        """Take note that a phase begins; its time does not count yet.
+        """Handle the beginning of a phase, before its time starts to count.
 
         Args:
             phase: The name of the phase.
@@ -146,7 +152,7 @@ class PhaseListener(Protocol):
         """
 
     def on_phase_end(self, phase: str, start_sec: float, end_sec: float) -> None:
-        """Take note that a phase has ended.
+        """Handle the end of a phase.
 
         Args:
             phase: The name of the phase.
@@ -156,7 +162,7 @@ class PhaseListener(Protocol):
 
 
 class PhaseTimer:
-    """Divides a step's wall time into phases.
+    """A timer that divides a step's wall time into phases.
 
     A nested phase pauses the outer one, so that no time counts twice.
 

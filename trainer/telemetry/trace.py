@@ -1,4 +1,4 @@
-"""Writes a timeline of the phases of a few steps on all ranks in Chrome's trace format (for ui.perfetto.dev)."""
+"""A timeline of the phases of a few steps on all ranks in Chrome's trace format (for ui.perfetto.dev)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NUM_MARKS = 9
 
 
 class Trace:
-    """Records the phases of the chosen steps and writes them after the last of these steps.
+    """A recorder of the phases of the chosen steps, which writes them after the last of these steps.
 
     While it records, all ranks meet before each phase, in a phase called `wait`. This shows how long a rank waits for
     the others; without it, the waiting would be part of the next collective.

@@ -69,7 +69,7 @@ class Tracker(Protocol):
 
 
 class JsonlTracker:
-    """Appends one JSON object per record to a file: `{"step": ..., "time": ..., "<metric>": ...}`.
+    """A tracker that appends one JSON object per record to a file: `{"step": ..., "time": ..., "<metric>": ...}`.
 
     Values that JSON cannot represent as numbers are the strings "nan", "inf" and "-inf".
 
@@ -100,7 +100,7 @@ class JsonlTracker:
 
 
 class MlflowTracker:
-    """Logs to MLflow from a separate thread, so that neither its slow import nor a slow store delays a step.
+    """A tracker that logs to MLflow from a thread of its own, so that a slow import or a slow store delays no step.
 
     After a resume, MLflow keeps the values logged after the checkpoint next to the new values of the same steps;
     metrics.jsonl contains only the new ones.

@@ -1,4 +1,4 @@
-"""Measures how long this rank waits for others in collectives, by phase of the step.
+"""A measurement of how long this rank waits for others in collectives, by phase of the step.
 
 All ranks take the same time for a step, because they wait for the slowest one. They differ only in the time that they
 do not wait. To measure it, a thread looks about fifty times a second whether the innermost Python frames of the main
@@ -29,7 +29,7 @@ _FILES = (
 
 
 class WaitSampler:
-    """Measures the waiting of the thread that creates it, while its context lasts.
+    """A sampler that measures, while its context lasts, how long the thread that created it waits for other ranks.
 
     Example:
         with WaitSampler(timer) as waits:

@@ -1,4 +1,4 @@
-"""Gathers how long each rank works, once per logging interval."""
+"""The work of all ranks, which is gathered once per logging interval."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.telemetry.waiting import WaitSampler
 
 
 class Work:
-    """Measures how long this rank works and compares it with the others, to find slow ranks.
+    """A meter of how long this rank works, which compares all ranks to find slow ones.
 
     Use it as a context manager around the steps.
 

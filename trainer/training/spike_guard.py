@@ -1,4 +1,4 @@
-"""Decides which updates are skipped because the loss is not finite or is a spike."""
+"""The decision which updates are skipped because the loss is not finite or is a spike."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.config.spike import SpikeConfig
 
 
 class SpikeGuard:
-    """Judges each step by the losses of the steps before it.
+    """A guard that compares the loss of each step with those of the steps before it.
 
     All ranks see the same losses and therefore decide identically. Checkpoints must contain its `state`.
 
@@ -37,7 +37,7 @@ class SpikeGuard:
         return None
 
     def note(self, step: int, loss: float, skipped: bool) -> None:
-        """Take note of a step and of whether its update was skipped."""
+        """Record the loss of a step and whether its update was skipped."""
         if skipped:
             self.num_skipped_updates += 1
             self.in_a_row += 1

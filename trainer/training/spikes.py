@@ -1,4 +1,4 @@
-"""Responds to steps whose update was skipped, as the recipe's `spike.action` says."""
+"""The response to a step whose update was skipped: the recipe's `spike.action`."""
 
 from __future__ import annotations
 
