@@ -253,8 +253,8 @@ def _listed(r: Regression) -> dict[str, object]:
         "first": r.first,
         "other": r.other,
         "reference": r.reference,
-        "first said": r.first_said,
-        "other said": r.other_said,
+        "first answer": r.first_said,
+        "other answer": r.other_said,
     }
 
 

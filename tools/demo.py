@@ -113,7 +113,7 @@ def report(folder: Path, shown_dir: Path, rows: Sequence[Mapping[str, Any]]) -> 
     shown = [spoken[i * len(spoken) // NUM_TRANSCRIPTS] for i in range(min(NUM_TRANSCRIPTS, len(spoken)))]
     parts = [
         f"word error rate  {summary['wer_before']:.2f} before  ->  {summary['wer_after']:.2f} after",
-        format_table([{"said": p["reference"], "heard": p["hypothesis"]} for p in shown]),
+        format_table([{"spoken": p["reference"], "recognised": p["hypothesis"]} for p in shown]),
         format_table([_answer_row(row) for row in score_table(others, baseline)]),
         f"loss {summary['loss_first']:.2f} -> {summary['loss_last']:.2f}, {summary['num_ranks']} ranks, "
         f"{summary['seconds']:.0f} s",

@@ -27,7 +27,7 @@ def make_sound(name: str, setting: int, rng: np.random.Generator) -> Wave:
 
     Args:
         name: a key of `SOUNDS`.
-        setting: the seed of the sound's pitch and tempo, which correspond to the speaker of speech.
+        setting: the seed of the sound's pitch and tempo; a setting is to sounds what a speaker is to speech.
         rng: the source of the variation between sounds of the same setting.
 
     Returns:

@@ -75,7 +75,8 @@ class Row:
 def topologies(max_ranks: int) -> list[Topology]:
     """Return the topologies of 1, 2, 4, … up to `max_ranks` processes.
 
-    Expert parallelism is 1, 2 (among which three experts do not divide evenly) and 4 (where a rank holds no expert).
+    Expert parallelism is 1, 2 (so that ranks hold different numbers of the three experts) and 4 (so that a rank holds
+    no expert).
     """
     worlds = [w for w in (1, 2, 4, 8, 16) if w <= max_ranks]
     return [

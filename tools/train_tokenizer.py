@@ -63,7 +63,9 @@ def _texts(path: Path, split: str) -> Iterator[str]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path"
+        ) from None
     if path.suffix != ".jsonl":
         yield from lines
         return

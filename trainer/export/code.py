@@ -39,7 +39,7 @@ def _imports(source: str) -> Iterator[tuple[ast.ImportFrom, str]]:
     """Yield the `from` imports of the package `model`, with the module that each imports."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            assert not any(alias.name.split(".")[0] == "model" for alias in node.names), "write: from model.x import y"
+            assert not any(alias.name.split(".")[0] == "model" for alias in node.names), "use `from model.x import y`"
         elif isinstance(node, ast.ImportFrom) and node.module == "model":
             yield from ((node, f"model.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("model."):

@@ -167,7 +167,7 @@ def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokeni
 
 
 def _text_config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the LLM's configuration from the checkpoint. Creating it anew would import transformers for seconds."""
+    """Return the LLM's configuration from the checkpoint, since importing transformers to create one takes seconds."""
     text = source.extra["model"]["text_config"]
     return {**{k: v for k, v in text.items() if k != "_name_or_path"}, "dtype": str(dtype).removeprefix("torch.")}
 

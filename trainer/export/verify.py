@@ -86,8 +86,8 @@ def verify(
         inputs = processor(audio=[list(sample.clips)] if sample.clips else None, text=sample.meta["instruction"])
         if inputs["input_ids"][0].tolist() != sample.token_ids.tolist():
             raise UserError(
-                f"{sample.key}: the exported processor returns other tokens than training, so the model was not "
-                "exported; report this as a bug"
+                f"{sample.key}: the tokens of the exported processor differ from those of training, so the model was "
+                "not exported; report this as a bug"
             )
         batch = Batch((sample,))
         audio, routing, _ = oracle.embed_audio(batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -187,6 +187,3 @@ class Answerer:
         inputs = self.loaded.processor(audio=[list(p.clips) for p in prompts], text=[p.instruction for p in prompts])
         moved = {name: tensor.to(self.loaded.device) for name, tensor in inputs.items()}
         return decode(self.loaded, moved, self.decoding.max_new_tokens, self.decoding.beams)
-
-
-Answer = Callable[[Sequence[Question]], list[Prediction | SampleError]]

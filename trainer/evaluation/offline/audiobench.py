@@ -34,7 +34,7 @@ from trainer.evaluation.offline.model import DTYPES, default_dtype, find_model, 
 
 MODEL_VARIABLE = "EARSHOT_MODEL"
 MAX_NEW_TOKENS = 512
-"""The longest answer; AudioBench's answers may be longer than those that the model was evaluated on in training."""
+"""The largest number of tokens in an answer. Some of AudioBench's tasks need longer answers than training did."""
 _INSTRUCTION_KEYS = ("instruction", "text")
 """The names of the question in current and in older versions of AudioBench."""
 

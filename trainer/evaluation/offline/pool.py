@@ -24,7 +24,7 @@ _JOIN_SEC = 10.0
 
 @contextmanager
 def open_workers(request: Request, num: int) -> Iterator[AnswerJobs]:
-    """Load the model in `num` processes that share the machine's devices, and end them with the block.
+    """Load the model in `num` processes that share the machine's devices, and stop them when the block ends.
 
     Args:
         request: the evaluation.

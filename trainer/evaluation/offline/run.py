@@ -84,7 +84,7 @@ def run_evaluation(
 
 
 def request_fields(request: Request, stored: StoredData) -> dict[str, Any]:
-    """Return what decides the predictions. An evaluation resumes from another one only if these are equal."""
+    """Return the fields that decide the predictions. An evaluation resumes another one only if these are equal."""
     if isinstance(stored, ShardData):
         content = stored.digest
     else:

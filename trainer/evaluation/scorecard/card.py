@@ -66,7 +66,7 @@ def make_card(
         title: the title of the page.
         about: facts about the evaluation for people, by name.
         predictions: the predictions of all tasks.
-        skipped: the reason of every sample that has no prediction.
+        skipped: for each sample without a prediction, the reason.
         meteor: the METEOR scorer; None to score captions without METEOR.
         read_clips: a function that reads the audio of samples, for the page.
         audio_bytes: the largest amount of encoded audio that the page may contain.
@@ -171,7 +171,7 @@ def _audio(samples: Sequence[dict[str, Any]], read_clips: ReadClips, num_bytes: 
             by_name.setdefault(sample["task"], []).append(sample)
     most = max(map(len, by_name.values()), default=0)
     turns = [own[i] for i in range(most) for own in by_name.values() if i < len(own)]
-    # Reading is bounded beforehand, assuming that FLAC takes at least an eighth of the raw 16-bit samples.
+    # This limits the number of clips to read, assuming that FLAC takes at least an eighth of the raw 16-bit samples.
     wanted, expected = [], 0.0
     for sample in turns:
         expected += sample["seconds"] * SAMPLE_RATE * 2 / 8
