@@ -1,7 +1,7 @@
-"""Summarise a dataset of shards, and check it against its index.
+r"""Summarise a dataset of shards, and check it against its index.
 
     python -m tools.inspect_shards data/shards
-    python -m tools.inspect_shards s3://bucket/foreign --build-index --set task=asr --set split=train \\
+    python -m tools.inspect_shards s3://bucket/foreign --build-index --set task=asr --set split=train \
         --set "instruction=Transcribe the speech."
 
 URL is a folder or s3://BUCKET/PREFIX (also gs:// and az://). --build-index creates the index of WebDataset shards that
