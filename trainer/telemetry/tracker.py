@@ -35,12 +35,13 @@ class TelemetryConfig:
     progress: bool = True
     """Whether to show a progress bar or, if stderr is not a terminal, a plain line per logging interval."""
     straggler_ratio: float = 1.3
-    """A rank is reported as slow if it works this many times as long as the median of the others, three times in a row.
+    """How many times as long as the median of the others a rank must work to be reported as slow.
 
-    Each time is a span of `straggler_stretch_sec`. Must be above 1; raise it if healthy ranks are reported.
+    It must do so in three consecutive spans of `straggler_stretch_sec`. The value must be above 1; raise it if healthy
+    ranks are reported.
     """
     straggler_stretch_sec: float = 30.0
-    """The seconds of training over which the work of ranks is compared; at least one logging interval."""
+    """The seconds of training in each span over which the work of ranks is compared; at least one logging interval."""
     mlflow: bool = True
     """Whether to log to MLflow, too: to `MLFLOW_TRACKING_URI` if set, else to `<train.run_dir>/mlflow.db` (SQLite)."""
     mlflow_experiment: str = "mowe"
