@@ -30,9 +30,6 @@ BEFORE, AFTER = 2, 10
 TOLERANCE = 1e-4
 SAVING_RANKS = 2
 
-# DeepSpeed numbers the modules of a process and compares the numbers between ranks, except with expert parallelism.
-# Therefore a process runs the cases without expert parallelism first.
-
 # The cases that are saved on two ranks. They cover tied embeddings on two stages, norms of q and k on two tensor ranks,
 # frozen parts, and parameters that ZeRO-3 keeps gathered (persistence).
 SAVED: dict[str, dict[str, Any]] = {
@@ -40,7 +37,7 @@ SAVED: dict[str, dict[str, Any]] = {
     "tp2": {"tp": 2, "family": "qwen3"},
     "pp2·ep2": {"pp": 2, "ep": 2, "family": "qwen2"},
 }
-# The case of fp32 master weights of bf16 weights, whose losses depend on the topology, is only loaded on its own.
+# A case with fp32 master weights of bf16 weights. Its losses depend on the topology, so it is loaded only on its own.
 SAME_ONLY: dict[str, dict[str, Any]] = {"dp2-bf16": {"dtype": "bfloat16", "persistence": 1000}}
 # The other topologies on which each case of `SAVED` is loaded, by number of ranks.
 LOADED: dict[int, dict[str, dict[str, Any]]] = {
@@ -187,6 +184,10 @@ def reshape_cases(folder: str) -> dict[str, Any]:
 
 
 def _in_order(cases: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the cases, those without expert parallelism first.
+
+    DeepSpeed numbers the modules of a process. Without expert parallelism, it requires the same numbers on all ranks.
+    """
     return sorted(cases.items(), key=lambda case: case[1].get("ep", 1) > 1)
 
 

@@ -61,7 +61,7 @@ class Loaded:
     model: EarshotForCausalLM
     processor: EarshotProcessor
     settings: Any
-    """transformers' GenerationConfig."""
+    """The GenerationConfig of transformers."""
 
     @property
     def device(self) -> torch.device:
