@@ -123,7 +123,7 @@ class Load:
 
     @property
     def entropy_of_mean(self) -> Floats:
-        """The entropy of each gate's mean probabilities, in nats, of shape [G]. It is low if routing hardly varies."""
+        """The entropy of each gate's mean probabilities, in nats, of shape [G]; low if all clips prefer the same experts."""
         mean = _over(self.probs, self.num_clips)
         return -(mean * np.log(np.where(mean > 0, mean, 1.0))).sum(-1)
 
@@ -189,7 +189,7 @@ class ExpertLoad:
         return ExpertLoad(gates, tuple(experts), cells)
 
     def __add__(self, other: ExpertLoad) -> ExpertLoad:
-        """Add two loads by group. Experts are matched by name, since a run may add some when it resumes."""
+        """Add two loads by group. Experts are matched by name, since one load may have more of them."""
         if not self.cells:
             return other
         if not other.cells:

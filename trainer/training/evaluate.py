@@ -69,7 +69,7 @@ class Evaluator:
     ) -> None:
         self.config, self.prepared, self.step, self.folder, self.heartbeat = config, prepared, step, folder, heartbeat
         self.meteor: Meteor | None = None
-        """The METEOR metric; None if there is no WordNet, which the first evaluation with captions logs."""
+        """The METEOR metric; None if there is no WordNet. The first evaluation with captions then logs a warning."""
         self._no_meteor = ""
         try:
             self.meteor = Meteor(find_wordnet(config.wordnet))
