@@ -119,10 +119,10 @@ def _check(options: argparse.Namespace) -> None:
 
     counts = ("nproc", "beams", "batch_size", "max_new_tokens", "max_samples")
     check_at_least(1, **{name: getattr(options, name) for name in counts})
-    if options.batch_sec <= 0 or options.audio_mib < 0:
-        raise UserError(
-            f"--batch-sec {options.batch_sec:g}, --audio-mib {options.audio_mib:g}: must be above 0 and at least 0"
-        )
+    if options.batch_sec <= 0:
+        raise UserError(f"--batch-sec {options.batch_sec:g}: must be above 0")
+    if options.audio_mib < 0:
+        raise UserError(f"--audio-mib {options.audio_mib:g}: must be at least 0")
     for task in options.tasks:
         if task not in TASKS:
             raise UserError(f"--tasks {task}: tasks are {', '.join(TASKS)}")

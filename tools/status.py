@@ -58,7 +58,7 @@ class Status:
     num_ranks: int | None
     """The number of ranks; None if it is not known."""
     left_sec: float | None
-    """The seconds until the last step at the speed of recent steps; None if the run is not running or not measured."""
+    """The expected seconds until the last step; None if the run is not running, or its speed is not known."""
     silent_sec: float | None
     """The seconds since the last event or logged step of a running attempt; None if the run is not running."""
     attempts: int

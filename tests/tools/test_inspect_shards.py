@@ -41,7 +41,7 @@ def test_counts_hours_and_durations(made: Path, tmp_path: Path, capsys: pytest.C
     assert "all shards and samples match the index" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("place", "words"), [("nope/x.png", "nope is no folder"), ("", "(Is a directory")])
+@pytest.mark.parametrize(("place", "words"), [("nope/x.png", "nope is not a folder"), ("", "(Is a directory")])
 def test_a_place_for_the_plot_is_asked_for_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, words: str
 ) -> None:

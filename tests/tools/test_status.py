@@ -54,7 +54,7 @@ def test_a_run_that_came_back(tmp_path: Path) -> None:
         "demo: running for 0:19",
         "10/20 (50%)",
         "36.0% over 2 attempts",
-        "rank 1 on n7: 1.5 times as long",
+        "rank 1 on n7 takes 1.5 times as long",
         "4.000 █▅▁ 2.000",
     ):
         assert words in text, text
