@@ -54,7 +54,7 @@ def test_shards_made_in_a_bucket_are_those_made_on_disk(
     assert all(bucket.get(name) == disk.get(name) for name in disk.list())
     assert "s3://bucket/made/here: 5 samples" in capsys.readouterr().out
     assert inspect_shards(["s3://bucket/made/here"]) == 0
-    assert "every shard and every sample is as indexed" in capsys.readouterr().out
+    assert "all shards and samples match the index" in capsys.readouterr().out
     assert make_shards([manifest, "s3://bucket/made/here"]) == 2
     assert "s3://bucket/made/here: exists and is not empty" in capsys.readouterr().err
 
