@@ -124,7 +124,7 @@ def test_a_manifest_is_routed_as_the_saved_model_would(
         task: num for task, num in clips.items() if num
     }
     assert profile.advice is not None and min(profile.advice.costs_sec) >= 0 < max(profile.advice.costs_sec)
-    assert not profile.skipped and profile.origin.endswith("routed as after step 7")
+    assert not profile.skipped and profile.origin.endswith("routed by the checkpoint of step 7")
 
 
 def test_a_gate_that_reads_the_instruction_gets_its_tokens(manifest: Path, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_model_without_experts_has_nothing_to_route(recipe: Recipe, manifest: 
     plain = replace(recipe, model=replace(recipe.model, experts=(), router=RouterConfig()))
     tower = AudioTower(plain.model, LLM_DIM, VOCAB_SIZE)
     write_checkpoint(tmp_path / "debug", plain, tower, 1)
-    with pytest.raises(UserError, match="no experts"):
+    with pytest.raises(UserError, match="no encoder experts"):
         profile_data(find_run(tmp_path / "debug"), manifest, None)
     with pytest.raises(UserError, match=r"no shards\.json in it"):
         profile_data(
