@@ -63,7 +63,7 @@ class AudioMemory:
 
 
 class EncoderTracer:
-    """A cache of the traced memory of a tower's encoders.
+    """A tracer of the calls of a tower's encoders, which caches its results.
 
     All layers of an encoder have the same shapes. It is therefore traced with one layer and with two, and every
     further layer is taken to add what the second one added.
@@ -89,7 +89,7 @@ class EncoderTracer:
         self._traced: dict[tuple[str, tuple[int, ...]], Traced] = {}
 
     def calls(self, name: str) -> CallMemory:
-        """Return the memory of calls of the encoder `name`."""
+        """Return the function that gives the bytes kept by a call of the encoder `name`."""
         if name not in self._calls:
             encoder = _inner(self.tower.encoder(name))
             window, padded = encoder.window_samples, getattr(encoder, "length_mode", "trim") == "full"
@@ -148,7 +148,7 @@ def audio_memory(
     Args:
         tracer: the tracer of the model's encoders.
         work: the encoders' work, see `encoder_work`.
-        rank: the rank.
+        rank: the rank whose memory is returned.
         loaded_samples: lengths of the clips that the rank loaded, in audio samples.
         reduce_elements: ZeRO-3's `reduce_bucket_size`, a number of elements.
         learned: the number of trainable audio parameters that the rank holds a share of.

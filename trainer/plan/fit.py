@@ -129,8 +129,8 @@ def _rough_activations(planner: Planner, variant: Recipe, packs: PackPlan) -> fl
     parallel, train, hf = variant.parallel, variant.train, planner.model.llm
     rows, count = packs.pack_tokens, packs.num_microbatches
     each = rows * hf.hidden_size / parallel.tensor * (2 if train.recompute_llm else 24)
-    flying = min(parallel.pipeline, count)
-    return each * (2 if train.precision == "fp32" else 1) * hf.num_hidden_layers / parallel.pipeline * flying
+    in_flight = min(parallel.pipeline, count)
+    return each * (2 if train.precision == "fp32" else 1) * hf.num_hidden_layers / parallel.pipeline * in_flight
 
 
 def _changes(recipe: Recipe, variant: Recipe) -> list[str]:

@@ -120,13 +120,13 @@ class MemoryModel:
         """Return the peak memory, over the phases of a step, of the ranks of `stage` at `place`."""
         topology, llm, audio = self.topology, self.stages[like(stage, self.topology.pp)], self.audio[place]
         zero = self.zero[place]
-        standing = zero.bucket + zero.persistent + llm.buffer
-        flying = llm.peak(in_flight(stage, topology.pp, self.microbatches))
+        permanent = zero.bucket + zero.persistent + llm.buffer
+        pipeline = llm.peak(in_flight(stage, topology.pp, self.microbatches))
         phases = {
-            "encode": (0, audio.kept + audio.forward, standing + zero.gathered),
-            "llm": (flying, audio.kept, standing + self.travelling),
-            "backward": (0, audio.kept + audio.backward, standing + zero.gathered + self.travelling),
-            "update": (0, 0, standing + 3 * self.largest_group[place]),
+            "encode": (0, audio.kept + audio.forward, permanent + zero.gathered),
+            "llm": (pipeline, audio.kept, permanent + self.travelling),
+            "backward": (0, audio.kept + audio.backward, permanent + zero.gathered + self.travelling),
+            "update": (0, 0, permanent + 3 * self.largest_group[place]),
         }
         phase, (activations, encoders, buffers) = max(phases.items(), key=lambda item: sum(item[1]))
         return RankMemory((stage,), place, states, activations, encoders, buffers, phase, phases)

@@ -21,13 +21,13 @@ def _head(plan: Plan) -> list[str]:
         f"{recipe.name} on {topology.world} x {plan.accelerator.name}: TP {topology.tp} x PP {topology.pp} x DP "
         f"{topology.dp}, encoder experts over {topology.ep}, {recipe.train.precision}; {count_text(total)} parameters, "
         f"{count_text(learned)} of them trained",
-        f"A step: {len(work.num_tokens)} samples, {work.audio_sec:,.0f} s of audio, {work.tokens:,} tokens in "
+        f"A step takes {len(work.num_tokens)} samples, {work.audio_sec:,.0f} s of audio, {work.tokens:,} tokens in "
         f"{packs.num_microbatches} packs of {packs.pack_tokens} per replica.",
     ]
 
 
 def _memory(plan: Plan) -> list[str]:
-    rows = [["rank of", "weights", "gradients", "optimizer", "activations", "encoders", "buffers", "total", "peak in"]]
+    rows = [["ranks of", "weights", "gradients", "optimizer", "activations", "encoders", "buffers", "total", "peak in"]]
     for stages, kind in _fullest_by_stage(plan):
         parts = [kind.states.weights, kind.states.gradients, kind.states.optimizer]
         parts += (kind.activations, kind.encoder_activations, kind.buffers, kind.total)

@@ -1,8 +1,8 @@
 """Activation memory of a module, measured on the meta device: what it keeps for the backward pass, and its peaks.
 
-On the meta device every operation creates tensors of the real shape and dtype without memory. The storages of these
-tensors are counted while they exist. Memory that kernels allocate internally (workspaces of convolutions and matrix
-products) is not included.
+On the meta device every operation creates tensors of the real shape and dtype without allocating memory. The storages
+of these tensors are counted while they exist. Memory that kernels allocate internally (workspaces of convolutions and
+matrix products) is not included.
 """
 
 from __future__ import annotations
