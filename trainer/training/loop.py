@@ -165,7 +165,8 @@ class Loop:
         # Every checkpoint ends a logging interval, so a run resumed from it has lost no part of one.
         if self._saves_after(report.step) or is_logged(report.step, self.recipe.telemetry.log_every_steps):
             with self.step.timer("report"):
-                report = self.work.take(replace(report, load=self.step.take_load(report.step)))
+                load = self.step.take_load(report.step)
+                report = self.work.take(replace(report, load=load))
         report = replace(report, num_skipped=known.skipped, epochs=known.epochs)
         self.trace.end(report.step, last=known.stopping)
         self.hooks.on_step(report)
