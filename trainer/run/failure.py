@@ -26,6 +26,7 @@ _PEER_MESSAGES = (
 )
 """Parts of the messages of gloo and NCCL that mean that the connection to another rank was lost."""
 _RANK0_FIRST_SEC = 0.5
+"""How long the other ranks wait, so that rank 0 reports an error that all ranks see."""
 
 
 @dataclass
@@ -84,7 +85,7 @@ def is_peer_failure(error: Exception) -> bool:
 
 def _add(events: EventLog, event: str, position: Position, *, once: bool = False, **fields: object) -> None:
     if once and events.rank:
-        time.sleep(_RANK0_FIRST_SEC)  # rank 0 reports the failure if it sees it, too
+        time.sleep(_RANK0_FIRST_SEC)
     try:
         if once and any(
             e["attempt"] == events.attempt and e["event"] in ("failed", "peer_lost", "hang")
