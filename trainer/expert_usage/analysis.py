@@ -125,7 +125,7 @@ class Profile:
         return {t: float(abs(spread(early, before[t]) - spread(late, after[t])).sum()) / 2 for t in both}
 
     def _part(self, last: bool) -> ExpertLoad:
-        """Return the load of the last quarter of a history, or of the first."""
+        """Return the load of the last or of the first quarter of a history."""
         first, end = self.windows[0].first_step, self.windows[-1].last_step
         span = (end - first + 1) * LATEST
         chosen = [w for w in self.windows if (w.last_step > end - span if last else w.first_step < first + span)]

@@ -134,7 +134,7 @@ def _prompt_encoder(recipe: Recipe) -> Encode:
     router = recipe.model.router
     if router.input != "prompt" or "data_dependent" not in router.gates:
         return lambda text: []
-    # If the run trained its tokenizer, the tokenizer is found in the cache of the run's data.
+    # A tokenizer that the run trained is recovered by preparing the run's data again.
     return prepare(recipe.data, recipe.model.adapter.strides).tokenizer.encode
 
 

@@ -25,7 +25,7 @@ class Traffic:
     bytes: float
     """The bytes that the busiest rank sends in a step."""
     within_node: bool
-    """Whether all ranks of a group are on one node."""
+    """True if all ranks of a group are on one node."""
 
 
 def traffic(

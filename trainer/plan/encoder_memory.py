@@ -41,7 +41,7 @@ class CallMemory:
     window_samples: int
     """The longest input of the encoder; longer clips are cut into windows of this many audio samples."""
     padded: bool
-    """Whether every window is padded to the full length."""
+    """True if every window is padded to the full length."""
 
     def kept(self, clips: Sequence[int]) -> float:
         """Return the bytes kept by a call with clips of these lengths, given in audio samples."""

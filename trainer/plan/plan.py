@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every rank's peak memory fits into the accelerator's usable memory."""
+        """True if every rank's peak memory fits into the accelerator's usable memory."""
         return self.worst.total <= self.accelerator.usable_bytes
 
     @property

@@ -46,7 +46,7 @@ class RankStates:
 def rank_states(
     model: SizedModel, topology: Topology, optim: OptimConfig, precision: str, ds_json: dict[str, Any]
 ) -> RankStates:
-    """Return the model states of all ranks, counted on the real modules built on the meta device."""
+    """Return the model states of all ranks, computed from the real modules built on the meta device."""
     dtype = DTYPES[precision]
     stages: dict[int, tuple[States, ...]] = {}
     for stage in distinct_stages(topology.pp):

@@ -19,7 +19,7 @@ def _head(plan: Plan) -> list[str]:
     total, learned = (sum(getattr(s, k) for s in plan.sizes.values()) for k in ("total", "learned"))
     return [
         f"{recipe.name} on {topology.world} x {plan.accelerator.name}: TP {topology.tp} x PP {topology.pp} x DP "
-        f"{topology.dp}, encoder experts over {topology.ep}, {recipe.train.precision}; {count_text(total)} parameters, "
+        f"{topology.dp}, EP {topology.ep} (encoder experts), {recipe.train.precision}; {count_text(total)} parameters, "
         f"{count_text(learned)} of them trained",
         f"A step takes {len(work.num_tokens)} samples, {work.audio_sec:,.0f} s of audio, {work.tokens:,} tokens in "
         f"{packs.num_microbatches} packs of {packs.pack_tokens} per replica.",
@@ -31,7 +31,7 @@ def _memory(plan: Plan) -> list[str]:
     for stages, kind in _fullest_by_stage(plan):
         parts = [kind.states.weights, kind.states.gradients, kind.states.optimizer]
         parts += (kind.activations, kind.encoder_activations, kind.buffers, kind.total)
-        at = f", place {kind.place}" if plan.topology.ep > 1 else ""
+        at = f", EP place {kind.place}" if plan.topology.ep > 1 else ""
         rows.append([f"stage {ranks_text(stages)}{at}", *map(bytes_text, parts), kind.phase])
     usable = plan.accelerator.usable_bytes
     verdict = "fits" if plan.fits else "DOES NOT FIT"

@@ -1,8 +1,8 @@
 """Model states of a rank (weights, gradients and optimizer state), in exact bytes.
 
-The LLM's states are counted on the real modules of the rank's stage, in Megatron's own buffers, built on the meta
+The LLM's states are those of the real modules of the rank's stage, in Megatron's own buffers, built on the meta
 device. The distributed optimizer gives every data-parallel rank an equal, contiguous part of each buffer (megatron-core
-0.16.1, `DistributedOptimizer._build_model_gbuf_range`). The audio side's states are counted on the real modules, too.
+0.16.1, `DistributedOptimizer._build_model_gbuf_range`). The audio side's states are those of its real modules.
 ZeRO-3 gives each of the n ranks that share a parameter ceil(numel / n) of its elements (deepspeed 0.19.8,
 `Init._partition_param`).
 """
@@ -53,7 +53,7 @@ class Offload:
 
     weights: bool = False
     optimizer: bool = False
-    """Whether the optimizer state, and the gradients with it, are in host memory."""
+    """The flag of the optimizer state, and of the gradients with it."""
 
     @classmethod
     def of(cls, ds_json: dict[str, Any]) -> Offload:
@@ -146,7 +146,7 @@ def audio_states(
         if parameter.requires_grad and not setting.frozen:
             learned += share
             groups.add((setting.lr, setting.weight_decay, expert and topology.ep > 1))
-    # The master copy exists with fp32 weights, too: DeepSpeed means to share them, but compares a device with a string.
+    # The master copy exists with fp32 weights, too: DeepSpeed tries to share them, but compares a device with a string.
     optimizer = learned * FP32_BYTES * (_MOMENTS + 1) + len(groups) * _STEP_BYTES
     return States(
         0 if offload.weights else total * dtype.itemsize,

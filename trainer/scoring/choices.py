@@ -52,7 +52,7 @@ def class_metric(name: str, references: Sequence[str], answers: Sequence[str], c
         name: the name of the metric.
         references: the correct class of each sample.
         answers: the class that was named for each sample, or "" if none was.
-        counted: [N] whether the metric includes the sample.
+        counted: [N] mask of the samples that the metric includes.
     """
     labels = sorted({label for label, here in zip(references, counted, strict=True) if here})
     index = {label: i for i, label in enumerate(labels)}

@@ -32,7 +32,7 @@ class Metric:
     """The function that maps sums of statistics to the metric: `[..., K]` → `[...]`."""
     lower_is_better: bool = False
     counted: NDArray[np.bool_] | None = None
-    """[N] whether the metric applies to the sample; None if it applies to all."""
+    """[N] mask of the samples that the metric applies to; None if it applies to all."""
 
     def rows(self, wanted: Sequence[int]) -> NDArray[np.int64]:
         """Return the samples among `wanted` that the metric applies to."""
@@ -91,7 +91,7 @@ class Difference:
 
     @property
     def is_significant(self) -> bool:
-        """Whether the 95 % interval excludes 0."""
+        """True if the 95 % interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
