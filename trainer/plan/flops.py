@@ -37,8 +37,9 @@ def step_flops(
     """Return the FLOPs of a step.
 
     The forward pass takes 2 FLOPs per weight and token (Kaplan et al. 2020, arXiv 2001.08361). The backward pass takes
-    as many for the gradients of the inputs, and as many again for the gradients of trainable weights. Causal attention
-    within each segment is added. Norms and activation functions are not counted.
+    as many for the gradients of the inputs, and as many again for the gradients of trainable weights. Frozen encoders
+    have no backward pass. Causal attention within each segment is added. Norms and activation functions are not
+    counted.
     """
     llm_forward = llm_forward_flops(model, workload)
     learned = any(s.learned for n, s in sizes.items() if n.startswith("llm."))

@@ -30,7 +30,7 @@ class StageMemory:
     boundary: int
     """The hidden states [t/TP, H] of a micro-batch that are sent between stages."""
     audio: int
-    """The received audio embeddings of all micro-batches, their gradient, and a copy to sum it in; 0 after stage 0."""
+    """On stage 0, the received audio embeddings of all micro-batches, their gradient and its accumulation; else 0."""
 
     def peak(self, in_flight: int) -> int:
         """Return the peak bytes of activations while `in_flight` micro-batches await their backward passes."""

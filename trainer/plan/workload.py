@@ -134,7 +134,7 @@ def encoder_work(
     Every gate is assumed to spread its clips evenly over the encoder experts.
 
     Args:
-        model: the model.
+        model: the model that the recipe describes.
         workload: the samples of a step.
         topology: the layout of the ranks.
         budget_samples: the most audio samples per encoder call.

@@ -79,9 +79,8 @@ def score(
 ) -> list[TaskScore]:
     """Score one task: every metric over all samples, then over each subset.
 
-    There are no scores if there are no samples, and none of a metric that applies to no sample of a subset. The
-    document frequencies of CIDEr are those of all samples, even in the score of a subset. For the arguments, see
-    `task_metrics`.
+    A metric that applies to no sample of a subset has no score there, and an empty list of samples has no scores at
+    all. CIDEr's document frequencies always come from all samples. For the arguments, see `task_metrics`.
     """
     return score_metrics(task, task_metrics(task, hypotheses, metas, meteor), metas)
 
