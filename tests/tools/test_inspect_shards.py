@@ -61,8 +61,8 @@ def test_damage_is_named(made: Path, capsys: pytest.CaptureFixture[str]) -> None
     capsys.readouterr()
     assert main([str(made), "--json"]) == 1
     damage = json.loads(capsys.readouterr().out)["damage"]
-    assert any("shard-000001.tar: its SHA-256 is not the index's" in d for d in damage)
-    assert any(f"shard-000001.tar: sample {key} is cut or altered" in d for d in damage)
+    assert any("shard-000001.tar: its SHA-256 differs from the index" in d for d in damage)
+    assert any(f"shard-000001.tar: sample {key} is truncated or altered" in d for d in damage)
     assert any("shard-000002.tar" in d and "its index says" in d for d in damage)
     assert not any("shard-000000" in d for d in damage)
     assert main([str(made), "--json", "--no-check"]) == 0
@@ -104,7 +104,7 @@ def test_shards_of_others_are_indexed_and_trained_on(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--build-index"], "no *.tar in it"),
+        (["--build-index"], "contains no *.tar"),
         ([], "shards.json"),
         (["--set", "a=b"], "--set: needs --build-index"),
         (["--build-index", "--set", "nothing"], "must be FIELD=TEXT"),
@@ -124,7 +124,7 @@ def test_what_is_no_tar_and_what_is_indexed_already(
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "x.tar").write_bytes(b"no tar at all" * 100)
     assert main([str(tmp_path / "odd"), "--build-index"]) == 2
-    assert "x.tar: not a readable tar" in capsys.readouterr().err
+    assert "x.tar: cannot be read as a tar" in capsys.readouterr().err
     assert main([str(made), "--build-index"]) == 2
     assert "has shards.json already" in capsys.readouterr().err
 

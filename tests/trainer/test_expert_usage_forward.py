@@ -155,7 +155,7 @@ def test_shards_are_routed_like_their_manifest(run: Path, manifest: Path, tmp_pa
     build_shards(manifest, str(tmp_path / "shards"), split="train", limits=ShardLimits(max_samples=4))
     found = profile_data(find_run(run), tmp_path / "shards", None)
     check_equal(found.load, profile_data(find_run(run), manifest, "train").load)
-    with pytest.raises(UserError, match=r"no samples of split 'dev'; splits there are: train"):
+    with pytest.raises(UserError, match=r"no samples of split 'dev'; choose one of train"):
         profile_data(find_run(run), tmp_path / "shards", "dev")
 
 
