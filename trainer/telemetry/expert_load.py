@@ -123,7 +123,7 @@ class Load:
 
     @property
     def entropy_of_mean(self) -> Floats:
-        """The entropy of each gate's mean probabilities, in nats, of shape [G]; low if clips prefer the same experts."""
+        """The entropy of each gate's mean probabilities in nats, of shape [G]; low if clips share their experts."""
         mean = _over(self.probs, self.num_clips)
         return -(mean * np.log(np.where(mean > 0, mean, 1.0))).sum(-1)
 
