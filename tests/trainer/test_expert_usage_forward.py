@@ -201,7 +201,7 @@ def test_a_model_without_experts_has_nothing_to_route(recipe: Recipe, manifest: 
     write_checkpoint(tmp_path / "debug", plain, tower, 1)
     with pytest.raises(UserError, match="no encoder experts"):
         profile_data(find_run(tmp_path / "debug"), manifest, None)
-    with pytest.raises(UserError, match=r"no shards\.json in it"):
+    with pytest.raises(UserError, match=r"contains no shards\.json"):
         profile_data(
             find_run(write_checkpoint(tmp_path / "x", recipe, make_tower(recipe), 1).parents[1]), tmp_path, None
         )
