@@ -6,8 +6,8 @@ URL is the address of any OpenAI-compatible endpoint. Its key, if it needs one, 
 OPENAI_API_KEY. Ratings are from 0 to 5 on AudioBench's scale. They are written next to the predictions, into
 PREDICTIONS.judged-NAME.jsonl. A cache keeps them, so that no answer is paid for twice.
 
-Exit code 0: all answers were rated. 1: the judge failed on some answers. 2: invalid arguments, or
-predictions that cannot be rated.
+Exit code 0: all answers were rated. 1: the judge failed on some answers. 2: invalid arguments,
+or predictions that cannot be rated.
 """
 
 from __future__ import annotations
