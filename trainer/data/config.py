@@ -129,7 +129,7 @@ class JoinConfig:
     probability: float = 0.0
     """The probability that an ASR sample is joined with other clips of its subset and its chunk; 0 disables joining."""
     max_clips: int = 3
-    """The largest number of clips in a joined one, at least 2."""
+    """The largest number of clips that are joined into one, at least 2."""
     max_sec: float = 6.0
     """The largest length of joined audio, in seconds. No clip is added that would exceed it."""
     gap_sec: float = 0.2
@@ -181,7 +181,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The datasets, their order, and the limits on reading ahead and on memory."""
+    """The datasets, the order of their samples, and the limits of memory and of reading in advance."""
 
     root: str = "."
     """The folder that paths of datasets are relative to. It may be a URL if no dataset is a manifest."""
@@ -190,7 +190,7 @@ class DataConfig:
     temperature: float | None = None
     """If null, samples are drawn in proportion to each dataset's weight. Otherwise they are drawn in proportion to
     weight · num_samples ** (1 / temperature), where temperature >= 1. With temperature 1 and equal weights, every
-    sample is drawn equally often; larger values favor small datasets."""
+    sample is drawn equally often; larger temperatures favor small datasets."""
     eval_splits: tuple[str, ...] = ("test",)
     """The splits that evaluation may read. At least one dataset must have samples of each."""
     cache_dir: str = "runs/cache"

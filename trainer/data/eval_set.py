@@ -39,7 +39,7 @@ def eval_samples(
         split: one of `data.eval_splits`.
         rank: index of this process among the ranks that share the split.
         world: number of these ranks.
-        max_samples: largest number of samples over all ranks, chosen at random but always identically; None for all.
+        max_samples: largest number of samples over all ranks, drawn at random but the same in every call; None for all.
         on_skip: called for every sample that cannot be used.
 
     Raises:
@@ -49,7 +49,7 @@ def eval_samples(
     if max_samples is not None and max_samples < len(items):
         items = [items[i] for i in sorted(permutation(len(items), "evaluation", split)[:max_samples].tolist())]
     own = items[rank * len(items) // world : (rank + 1) * len(items) // world]
-    config = replace(prepared.config, cache_decoded_mib=0)  # every sample is read once
+    config = replace(prepared.config, cache_decoded_mib=0)  # since every sample is read once
     source = SampleSource(config, prepared.tokenizer, prepared.strides, ctc=False)
     chunks = [
         (reader, shard, indices[start : start + reader.chunk_samples])

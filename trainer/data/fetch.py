@@ -2,7 +2,7 @@
 
 Received bytes are compared with the index, by the size of the shard and the XXH3 of each sample. Samples that differ
 are fetched again. If they still differ, they are skipped with reason `altered`, and the log names their shard. An
-unreachable store is a different case: it raises UserError, and no shard is quarantined for it.
+unreachable store is a different case: it raises UserError, and no shard is quarantined.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def read_samples(shards: ShardSet, shard: int, indices: Sequence[int]) -> Fetche
         return {i: SampleError("altered", unusable) for i in indices}
     where = f"{shards.store.url}/{shards.shards[shard].name}"
     for i in pending:
-        skipped = SampleError("altered", f"{where}: sample {table[i].key} differs from its index")
+        skipped = SampleError("altered", f"{where}: sample {table[i].key} does not match its hash in the offset table")
         found[i] = skipped
         if (shard, i) not in shards.altered:
             shards.altered.add((shard, i))

@@ -92,8 +92,8 @@ def build_shards(
 ) -> BuildReport:
     """Check every sample of a manifest and write the usable ones as shards.
 
-    Skipped samples are listed in skipped.jsonl in `out`. If a build is interrupted, because the process or the store
-    failed, the same call resumes it at the first missing shard. If too many samples are unusable, all files are
+    Skipped samples are listed in `out`/skipped.jsonl. If a build is interrupted, for example because the store failed,
+    the same call resumes it at the first missing shard. If too many samples are unusable, all files are
     deleted.
 
     Args:
@@ -102,7 +102,7 @@ def build_shards(
         split: split to read; None for all.
         limits: size limits of a shard.
         max_skipped_fraction: largest share of samples that may be skipped.
-        num_workers: number of threads that check samples.
+        num_workers: number of threads that check samples in parallel.
         on_progress: called with (rows done, rows in total).
 
     Raises:

@@ -92,8 +92,8 @@ class Workers:
             process.join()
             raise UserError(
                 f"data.num_workers: decoding process {number} died (exit code {process.exitcode}; -9 usually means out "
-                "of memory); lower data.num_workers, data.buffer_mib or data.read_ahead_mib, and rerun the same command "
-                "to resume"
+                "of memory); lower data.num_workers, data.buffer_mib or data.read_ahead_mib, and rerun the same "
+                "command to resume"
             ) from None
         if isinstance(found, _Failure):
             raise UserError(found.text) if found.of_user else RuntimeError(f"in a decoding process:\n{found.text}")
