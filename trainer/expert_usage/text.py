@@ -16,7 +16,7 @@ def describe(profile: Profile) -> str:
     if not tree["tasks"]:
         return f"{head}\nno clips, so nothing was routed"
     total = tree["tasks"]["all"]
-    head += f": {total['num_clips']:,} clips, {total['audio_sec'] / 3600:.2f} h of audio"
+    head += f"; {total['num_clips']:,} clips, {total['audio_sec'] / 3600:.2f} h of audio"
     if profile.skipped:
         reasons = ", ".join(f"{num} {reason}" for reason, num in sorted(profile.skipped.items()))
         head += f"; skipped samples: {reasons}"

@@ -20,7 +20,7 @@ def _head(plan: Plan) -> list[str]:
     return [
         f"{recipe.name} on {topology.world} x {plan.accelerator.name}: TP {topology.tp} x PP {topology.pp} x DP "
         f"{topology.dp}, EP {topology.ep} (encoder experts), {recipe.train.precision}; {count_text(total)} parameters, "
-        f"{count_text(learned)} of them trained",
+        f"{count_text(learned)} of them trainable",
         f"A step takes {len(work.num_tokens)} samples, {work.audio_sec:,.0f} s of audio, {work.tokens:,} tokens in "
         f"{packs.num_microbatches} packs of {packs.pack_tokens} per replica.",
     ]

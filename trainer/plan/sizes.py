@@ -26,7 +26,7 @@ class Size:
 
     total: int = 0
     learned: int = 0
-    """Those that are trained."""
+    """The number of those that are trainable."""
 
     def __add__(self, other: Size) -> Size:
         return Size(self.total + other.total, self.learned + other.learned)
