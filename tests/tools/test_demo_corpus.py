@@ -93,7 +93,7 @@ def test_existing_corpus_is_reused_and_foreign_files_are_not_touched(corpus: Pat
     write_corpus(corpus, seed=3, scale=SCALE)
     assert (corpus / "demo.jsonl").stat().st_mtime_ns == before
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="holds files"):
+    with pytest.raises(UserError, match="contains files that are not a demo corpus"):
         write_corpus(tmp_path)
     assert main([str(tmp_path)]) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]

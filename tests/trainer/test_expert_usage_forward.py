@@ -125,7 +125,7 @@ def test_a_manifest_is_routed_as_the_saved_model_would(
         task: num for task, num in clips.items() if num
     }
     assert profile.advice is not None and min(profile.advice.costs_sec) >= 0 < max(profile.advice.costs_sec)
-    assert not profile.skipped and profile.origin.endswith("routed as after step 7")
+    assert not profile.skipped and profile.origin.endswith("routed by the checkpoint of step 7")
 
 
 def test_a_gate_that_reads_the_instruction_gets_its_tokens(manifest: Path, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_shards_are_routed_like_their_manifest(run: Path, manifest: Path, tmp_pa
     build_shards(manifest, str(tmp_path / "shards"), split="train", limits=ShardLimits(max_samples=4))
     found = profile_data(find_run(run), tmp_path / "shards", None)
     check_equal(found.load, profile_data(find_run(run), manifest, "train").load)
-    with pytest.raises(UserError, match=r"no samples of split 'dev'; splits there are: train"):
+    with pytest.raises(UserError, match=r"no samples of split 'dev'; choose one of train"):
         profile_data(find_run(run), tmp_path / "shards", "dev")
 
 
@@ -202,9 +202,9 @@ def test_a_model_without_experts_has_nothing_to_route(recipe: Recipe, manifest: 
     plain = replace(recipe, model=replace(recipe.model, experts=(), router=RouterConfig()))
     tower = AudioTower(plain.model, LLM_DIM, VOCAB_SIZE)
     write_checkpoint(tmp_path / "debug", plain, tower, 1)
-    with pytest.raises(UserError, match="no experts"):
+    with pytest.raises(UserError, match="no encoder experts"):
         profile_data(find_run(tmp_path / "debug"), manifest, None)
-    with pytest.raises(UserError, match=r"no shards\.json in it"):
+    with pytest.raises(UserError, match=r"contains no shards\.json"):
         profile_data(
             find_run(write_checkpoint(tmp_path / "x", recipe, make_tower(recipe), 1).parents[1]), tmp_path, None
         )

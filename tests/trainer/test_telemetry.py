@@ -98,7 +98,9 @@ def make_load(step: int, experts: list[int], task: str = "asr") -> LoadInterval:
 def test_flatten_joins_the_intervals_that_ended() -> None:
     reports = [make_report(1), make_report(2, load=make_load(2, [0, 0, 0])), make_report(3, load=make_load(3, [1]))]
     metrics = flatten(reports)
-    assert metrics["routing/asr/hubert/clip_share"] == 0.75 and metrics["routing/all/wavlm/weight_dependent"] == 0.25
+    assert (
+        metrics["routing/asr/hubert/clip_share"] == 0.75 and metrics["routing/all/wavlm/weight_data_dependent"] == 0.25
+    )
     assert metrics["routing/num_dead"] == 0 and metrics["encoders/hubert/sent_bytes"] == 8.0
     assert not [name for name in flatten(reports[:1]) if name.startswith(("routing", "encoders"))]
 

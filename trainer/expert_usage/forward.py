@@ -1,7 +1,7 @@
-"""The profile of any data: the router of a checkpoint decides over it, forward only, in one process.
+"""The profile of a dataset, routed by the router of a checkpoint, in one process and without training.
 
-Weights are those of a checkpoint, in fp32, in the single-process `AudioTower`. Only the primary and the router compute
-every clip; the experts are timed on a few.
+The weights of the checkpoint are loaded in fp32 into the single-process `AudioTower`. Only the primary encoder and the
+router process every clip. The encoder experts are timed on a few clips.
 """
 
 from __future__ import annotations
@@ -39,23 +39,25 @@ from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, add_up, group_o
 
 _CHUNK_CLIPS = 128
 _TIMED_SEC = 20.0
-"""Audio on which each expert is timed."""
+"""The duration of the audio on which each encoder expert is timed."""
 
 Encode = Callable[[str], list[int]]
 
 
 def profile_data(where: RunPath, data: Path, split: str | None) -> Profile:
-    """Route `data`, a manifest or a folder of shards, as the run's newest whole checkpoint (or the one named) would.
+    """Return the profile of `data`, as routed by a checkpoint.
 
     Args:
-        split: only this one; None: all.
+        where: a run, whose newest whole checkpoint is used, or one of its checkpoints.
+        data: a manifest or a folder of shards.
+        split: the split to use; None uses all splits.
 
     Raises:
-        UserError: no checkpoint, no such data, or a model without experts.
+        UserError: If there is no checkpoint or no such data, or the model has no encoder experts.
     """
     reader, recipe = open_checkpoint(where)
     if not recipe.model.experts:
-        raise UserError(f"{where.run_dir}: the model has no experts: there is nothing to route")
+        raise UserError(f"{where.run_dir}: the model has no encoder experts, so there is nothing to route")
     encode = _prompt_encoder(reader, recipe, where.run_dir)
     tower = load_tower(recipe.model, reader)
     skipped: Counter[str] = Counter()
@@ -69,7 +71,7 @@ def profile_data(where: RunPath, data: Path, split: str | None) -> Profile:
     if timed is not None:
         costs = [rate * float(sec) for rate, sec in zip(timed, load.total().routed_sec, strict=True)]
         advice = advise(experts, costs, recipe.parallel.expert, recipe.parallel.num_ranks, None)
-    origin = f"{data}{f', split {split}' if split else ''}, routed as after step {reader.manifest.step}"
+    origin = f"{data}{f', split {split}' if split else ''}, routed by the checkpoint of step {reader.manifest.step}"
     return Profile(recipe.name, origin, primary_name(recipe), load, (), None, advice, dict(skipped))
 
 
@@ -77,10 +79,13 @@ def profile_data(where: RunPath, data: Path, split: str | None) -> Profile:
 
 
 def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
-    """The named checkpoint or the newest whole one, and the recipe it was trained with.
+    """Open the named checkpoint, or the newest whole one of the run.
+
+    Returns:
+        The reader of the checkpoint, and the recipe of its run.
 
     Raises:
-        UserError: there is none; the named one is damaged.
+        UserError: If there is no checkpoint, or all candidates are damaged.
     """
     kept = where.run_dir / "recipe.yaml"
     root = load_stored_recipe(kept).checkpoint.root if kept.is_file() else None
@@ -90,7 +95,7 @@ def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
         folder = found.folder(step)
         try:
             manifest = read_manifest(folder)
-            # The audio side, frozen parts included, which lie in a folder of their own.
+            # These files include the frozen parts of the audio side, which are stored in a separate folder.
             audio = (entry for name, entry in manifest.tensors.items() if name.startswith("audio."))
             check_files(folder, manifest, sorted({STATE, *(file for entry in audio for file, _ in entry.pieces)}))
         except DamagedError as error:
@@ -98,12 +103,12 @@ def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
             continue
         return Reader(folder, manifest), parse_stored_recipe(read_extra(folder)["recipe"], f"{folder.url}/{STATE}")
     if damages:
-        raise UserError(f"{damages[0]}: no whole checkpoint; restore one")
-    raise UserError(f"{found.url}: no checkpoint; let the run save one first")
+        raise UserError(f"{damages[0]}; no checkpoint can be read, restore one from a copy")
+    raise UserError(f"{found.url}: contains no checkpoint; wait until the run has saved one")
 
 
 def load_tower(model: ModelConfig, reader: Reader) -> AudioTower:
-    """The audio side with the checkpoint's weights, for inference, in fp32."""
+    """Build the audio side for inference with the checkpoint's weights, in fp32."""
     llm_dim = reader.manifest.tensors["audio.projector.weight"].shape[0]
     tower = AudioTower(model, llm_dim, _vocab_size(reader.manifest))
     kept = {name for name in tower.state_dict()}
@@ -118,7 +123,7 @@ def load_tower(model: ModelConfig, reader: Reader) -> AudioTower:
 
 
 def _vocab_size(manifest: Manifest) -> int:
-    """Of the tokenizer, as far as the audio side has tensors of that size."""
+    """Return the vocabulary size of the tokenizer, or 1 if no tensor of the audio side depends on it."""
     shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
     if "audio.ctc_head.weight" in shapes:
         return shapes["audio.ctc_head.weight"][0] - 1
@@ -126,7 +131,7 @@ def _vocab_size(manifest: Manifest) -> int:
 
 
 def _prompt_encoder(reader: Reader, recipe: Recipe, run_dir: Path) -> Encode:
-    """Text to tokens for a gate that reads the instruction; the others see none."""
+    """Return the function that turns an instruction into tokens; without a gate that reads it, it returns no tokens."""
     router = recipe.model.router
     if router.input != "prompt" or "data_dependent" not in router.gates:
         return lambda text: []
@@ -141,8 +146,10 @@ def _prompt_encoder(reader: Reader, recipe: Recipe, run_dir: Path) -> Encode:
 def _decoded(
     data: Path, split: str | None, recipe: Recipe, encode: Encode, skipped: Counter[str]
 ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor, dict[str, Any]]]:
-    """Clips as the run would see them, without augmentation, the instruction's tokens, and the manifest's fields; what
-    cannot be used is counted."""
+    """Yield the clips, the instruction's tokens and the manifest fields of each sample.
+
+    Clips are decoded as in training, but without augmentation. Skipped samples are counted by reason in `skipped`.
+    """
     shortest = num_samples(recipe.data.min_audio_sec)
     stored = open_stored(str(data), split)
     for item in (i for start in range(0, len(stored.items), CHUNK_SAMPLES) for i in _part(stored, start)):
@@ -169,7 +176,7 @@ def _part(stored: StoredData, start: int) -> list[Encoded | SampleError]:
 def _chunks(
     samples: Iterator[tuple[list[torch.Tensor], torch.Tensor, dict[str, Any]]],
 ) -> Iterator[tuple[Ragged, Ragged, list[ClipGroup]]]:
-    """Clips, the prompt of each, and its group, about `_CHUNK_CLIPS` at a time."""
+    """Yield chunks of about `_CHUNK_CLIPS` clips, with the prompt and the group of each clip."""
     clips: list[torch.Tensor] = []
     prompts: list[torch.Tensor] = []
     groups: list[ClipGroup] = []
@@ -206,7 +213,7 @@ def _route(
 
 @torch.no_grad()
 def _time_experts(tower: AudioTower, clips: Ragged) -> list[float]:
-    """Forward seconds per audio second of each expert, on the first clips."""
+    """Measure the forward seconds per second of audio of each encoder expert, on the first clips."""
     device = next(tower.parameters()).device
     num = 1
     while num < len(clips) and sum(clips.lengths[: num + 1]) <= num_samples(_TIMED_SEC):
@@ -214,7 +221,7 @@ def _time_experts(tower: AudioTower, clips: Ragged) -> list[float]:
     some = clips.select(range(num)).to(device)
     rates = []
     for expert in tower.experts.values():
-        expert(some.select([0]))  # warms up
+        expert(some.select([0]))  # a warm-up call
         _synchronise(device)
         start_sec = time.perf_counter()
         expert(some)
