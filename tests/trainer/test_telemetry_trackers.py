@@ -146,18 +146,18 @@ def test_files_join_the_run_they_are_about(tmp_path: Path, monkeypatch: pytest.M
     run_dir.mkdir()
     file = tmp_path / "report.html"
     file.write_text("hello")
-    assert "mlflow_run_id is missing" in str(log_artifacts(run_dir, [file], "profile"))
+    assert "mlflow_run_id is missing" in str(log_artifacts(run_dir, [file], "expert_usage"))
     config = TelemetryConfig(mlflow_experiment="tests")
     build_tracker(config, run_name="x", run_root=tmp_path, params={}).close()
-    assert log_artifacts(run_dir, [file], "profile") is None
+    assert log_artifacts(run_dir, [file], "expert_usage") is None
 
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=tracking_uri(tmp_path))
     run_id = (run_dir / "mlflow_run_id").read_text().strip()
-    assert [a.path for a in client.list_artifacts(run_id, "profile")] == ["expert_usage/report.html"]
+    assert [a.path for a in client.list_artifacts(run_id, "expert_usage")] == ["expert_usage/report.html"]
     (run_dir / "mlflow_run_id").write_text("no-such-run\n")
-    assert "no-such-run" in str(log_artifacts(run_dir, [file], "profile"))
+    assert "no-such-run" in str(log_artifacts(run_dir, [file], "expert_usage"))
 
 
 @pytest.mark.timeout(120)
