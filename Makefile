@@ -31,7 +31,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 setup: $(STAMP)
 
-$(STAMP): setup.py constraints.txt | .venv/bin/python
+$(STAMP): pyproject.toml setup.py constraints.txt | .venv/bin/python
 	@for cxx in $(CXX_NAMES); do command -v $$cxx >/dev/null && exit 0; done; \
 	  echo "error: no C++ compiler; DeepSpeed builds an operation with it. Debian: apt-get install g++" >&2; exit 2
 	$(PY) -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel packaging ninja numpy

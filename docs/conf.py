@@ -28,7 +28,15 @@ html_copy_source = False
 html_show_sphinx = False
 
 PAGES = {
-    "Use": ["docs/recipe", "docs/data", "docs/training", "docs/plan", "docs/slurm", "docs/operations", "docs/checkpoints"],
+    "Use": [
+        "docs/recipe",
+        "docs/data",
+        "docs/training",
+        "docs/plan",
+        "docs/slurm",
+        "docs/operations",
+        "docs/checkpoints",
+    ],
     "Judge and serve": ["docs/evaluation", "docs/profile", "docs/export"],
     "Understand": ["docs/architecture", "docs/glossary", "BENCHMARKS"],
     "Contribute": ["CONTRIBUTING", "CHANGELOG"],

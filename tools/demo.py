@@ -16,11 +16,11 @@ from typing import Any
 from model.errors import UserError
 from tools.demo_corpus import write_corpus
 from trainer.config.load import load_recipe
+from trainer.run.command import module_command
 from trainer.scoring.baseline import majority_baseline
 from trainer.scoring.scores import ALL, TaskScore, score
 from trainer.scoring.table import format_table, score_table
 
-ROOT = Path(__file__).resolve().parents[1]
 NUM_TRANSCRIPTS = 6
 
 
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_demo(run_dir: Path, overrides: Sequence[str]) -> int:
-    """Corpus, training, report; `run_dir` is relative to the repository. Returns the exit code of the training."""
-    folder = ROOT / run_dir
+    """Corpus, training, report; `run_dir` is relative to the current folder. Returns the exit code of the training."""
+    folder = Path.cwd() / run_dir
     corpus = folder / "corpus"
     keys = [f"name={run_dir.name}", f"train.run_dir={run_dir.parent}", f"data.root={run_dir}/corpus", *overrides]
     load_recipe("demo_cpu", keys)  # before anything of an earlier demo is removed
@@ -52,9 +52,8 @@ def run_demo(run_dir: Path, overrides: Sequence[str]) -> int:
         f"     {num_train} items to train on, {len(rows) - num_train} held out, in {took_sec:.0f} s: {run_dir}/corpus"
     )
     _clear(folder, keep=corpus)
-    command = [sys.executable, "-m", "trainer", "demo_cpu", *keys]
-    print(f"2/3  training: python {' '.join(command[1:])}", flush=True)
-    code = _run(command)
+    print(f"2/3  training: earshot train demo_cpu {' '.join(keys)}", flush=True)
+    code = _run(module_command("trainer", "demo_cpu", *keys))
     if code != 0:
         print(f"\ntraining failed (exit code {code}); what it said is above", file=sys.stderr)
         return code
@@ -98,10 +97,10 @@ def _next_steps(shown_dir: Path) -> str:
     return "\n".join(
         [
             f"the run       {shown_dir}/  (summary.json, metrics.jsonl, predictions, checkpoints)",
-            f"its curves    .venv/bin/mlflow ui --backend-store-uri sqlite:///{shown_dir.parent}/mlflow.db",
-            "longer        .venv/bin/python -m tools.demo train.steps=2000",
-            "real speech   .venv/bin/python -m trainer kit_cpu data.root=<folder of the kit>",
-            "at scale      .venv/bin/python -m trainer mowe_70b --dry-run",
+            f"its curves    mlflow ui --backend-store-uri sqlite:///{shown_dir.parent}/mlflow.db",
+            "longer        earshot demo train.steps=2000",
+            "real speech   earshot train kit_cpu data.root=<folder of the kit>",
+            "at scale      earshot train mowe_70b --dry-run",
         ]
     )
 
@@ -158,8 +157,8 @@ def _clear(folder: Path, keep: Path) -> None:
 
 
 def _run(command: Sequence[str]) -> int:
-    """Exit code of `command`, run in the repository; as a shell reports it where a signal ended it."""
-    process = subprocess.Popen(command, cwd=ROOT)
+    """Run `command` and return its exit code: 128 plus the signal's number where a signal ended it."""
+    process = subprocess.Popen(command)
     while True:
         try:
             code = process.wait()

@@ -31,6 +31,7 @@ from model.errors import UserError
 from tools.demo_corpus import write_corpus
 from tools.options import check_at_least
 from trainer.checkpoint.local import LocalCheckpoints
+from trainer.run.command import module_command
 
 EVERY_STEPS, KILLS_PER_RUN = 3, 10
 _STEP = re.compile(r"(?:resuming at step|debug step) (\d+)")
@@ -170,7 +171,7 @@ def _attempt(arguments: Sequence[str], killer: _Killer | None) -> tuple[int, str
     """Exit code and output of one start of the run."""
     with tempfile.TemporaryFile() as output:
         launcher = subprocess.Popen(
-            [sys.executable, "-m", "trainer", "debug", *arguments],
+            module_command("trainer", "debug", *arguments),
             cwd=Path(__file__).parents[1],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=output,

@@ -26,6 +26,7 @@ from typing import Any
 from model.errors import UserError
 from tools.options import check_at_least
 from trainer.parallel.topology import Topology, divisors
+from trainer.run.command import module_command
 from trainer.run.launch import start_ranks
 
 KINDS = ("mixed", "text_only", "rank_without_audio", "fewer_samples_than_ranks", "one_expert")
@@ -98,7 +99,7 @@ def check(
         out = Path(scratch) / "rows.json"
         shape = [topology.tp, topology.pp, topology.ep]
         task = json.dumps([*shape, num_steps, family, kinds, deepspeed, pack_multiple, str(out)])
-        code = start_ranks(topology.world, [sys.executable, "-m", "tools.parity", "--worker", task])
+        code = start_ranks(topology.world, module_command("tools.parity", "--worker", task))
         if code:
             return [Row(name(topology), f"crashed with exit code {code}", float("nan"), float("nan"), "")]
         return [Row(**row) for row in json.loads(out.read_text())]

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from model.errors import UserError
 from trainer.run import launch
+from trainer.run.command import module_command
 from trainer.run.exit_codes import ExitCode
 
 
@@ -39,7 +40,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     env = launch.rank_env(os.environ, recipe.parallel.num_ranks)
     if env is None and not options.dry_run:
         # The ranks check the rest: what that imports takes seconds, and they need it anyway.
-        return launch.start_ranks(recipe.parallel.num_ranks, [sys.executable, "-m", "trainer", *arguments])
+        return launch.start_ranks(recipe.parallel.num_ranks, module_command("trainer", *arguments))
     from trainer.engine.imports import lean_imports
 
     with lean_imports():
@@ -89,7 +90,7 @@ def be_calm() -> None:
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """End the process. After a failure at once: other threads and libraries may wait for ranks that are gone."""
     if code not in (ExitCode.FAILED, ExitCode.PEER_LOST):
         sys.exit(code)
@@ -99,4 +100,4 @@ def _leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _leave(main())
+    leave(main())

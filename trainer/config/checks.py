@@ -17,11 +17,10 @@ from model.encoders.hf_config import resolve as resolve_encoder
 from model.errors import UserError
 from model.llm.reference import resolve_hf_config
 from trainer.config.schema import Recipe, TrainConfig
+from trainer.config.shipped import shipped
 from trainer.engine.determinism import check_variables
 from trainer.engine.ds_config import load_ds_json
 from trainer.parallel.topology import ParallelConfig, build_topology, divisors
-
-PROJECT = Path(__file__).parent.parent.parent
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -50,7 +49,7 @@ def check_recipe(recipe: Recipe) -> None:
 def deepspeed_json(recipe: Recipe) -> Path:
     """Where `train.deepspeed` lies: relative to the current folder, else to the project's."""
     path = Path(recipe.train.deepspeed)
-    return path if path.exists() or path.is_absolute() else PROJECT / path
+    return path if path.exists() or path.is_absolute() else shipped(recipe.train.deepspeed)
 
 
 def known_encoder(config: EncoderConfig) -> EncoderConfig | None:

@@ -1,0 +1,77 @@
+"""The wheel works from an empty folder, also where the user has modules of the same names as ours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.config.load import recipe_names
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def earshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command of a fresh environment that has the wheel, and this environment's dependencies but not this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run = subprocess.run
+    source = folder / "source"  # a build leaves files in the tree that it builds
+    run(["git", "clone", "-q", str(ROOT), str(source)], check=True, timeout=120)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", str(source)]
+    run([*build, "-w", str(folder)], check=True, timeout=300, cwd=folder)
+    (wheel,) = folder.glob("earshot-*.whl")
+    run([sys.executable, "-m", "venv", str(folder / "venv")], check=True, timeout=120)
+    python = folder / "venv" / "bin" / "python"
+    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    run(install, check=True, timeout=120)
+    (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    here = next(p for p in sys.path if p.endswith("site-packages"))
+    (site / "dependencies.pth").write_text(f"{here}\n")  # its own .pth files, so this checkout, do not count
+    return folder / "venv" / "bin" / "earshot"
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A folder with a `model.py` and a `tools/` that are not ours."""
+    (tmp_path / "model.py").write_text("raise RuntimeError('the wrong model')\n")
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "__init__.py").write_text("raise RuntimeError('the wrong tools')\n")
+    return tmp_path
+
+
+def call(earshot: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    # DeepSpeed looks for ninja in PATH.
+    environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
+    return subprocess.run([str(earshot), *arguments], cwd=cwd, env=environ, capture_output=True, text=True, timeout=300)
+
+
+def test_neither_tests_nor_benches_are_installed(earshot: Path) -> None:
+    (site,) = (earshot.parents[1] / "lib").glob("python*/site-packages")
+    assert {"model", "trainer", "tools"} <= {p.name for p in site.iterdir()}
+    assert not {"bench", "tests", "slurm", "ds_configs"} & {p.name for p in site.iterdir()}
+    assert all((site / name / "py.typed").exists() for name in ("model", "trainer", "tools"))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_laid_out(earshot: Path, foreign: Path, name: str) -> None:
+    done = call(earshot, foreign, "train", name, "--dry-run")
+    assert done.returncode == 0, done.stderr
+
+
+def test_init_and_a_few_steps_of_the_demo(earshot: Path, foreign: Path) -> None:
+    done = call(earshot, foreign, "init", "project")
+    assert done.returncode == 0, done.stderr
+    assert (foreign / "project" / "slurm" / "env.sh").exists()
+    assert (foreign / "project" / "ds_configs" / "zero3.json").exists()
+    done = call(earshot, foreign / "project", "train", "recipe.yaml", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    few = ["train.steps=2", "eval.before=false", "checkpoint.every_steps=0"]
+    done = call(earshot, foreign, "demo", *few)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert (foreign / "runs" / "demo" / "summary.json").exists(), done.stdout + done.stderr

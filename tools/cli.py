@@ -1,0 +1,115 @@
+"""The command `earshot`: every tool of the project under one name.
+
+earshot demo                                  train a small model in a few minutes
+earshot train kit_cpu data.root=DIR           the same as `python -m trainer kit_cpu data.root=DIR`
+earshot plan mowe_70b                         what a job needs, before it runs
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer.__main__ import leave
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: `earshot NAME …` calls the `main` of `module`, as `python -m MODULE …` does."""
+
+    name: str
+    """One or two words."""
+    module: str
+    summary: str
+
+
+COMMANDS: dict[str, tuple[Command, ...]] = {
+    "Begin": (
+        Command("demo", "tools.demo", "speak a small corpus, train on it, show what was learned (minutes, no GPU)"),
+        Command("init", "tools.init", "write Slurm scripts, DeepSpeed configs and a commented recipe into a folder"),
+        Command("recipe", "tools.recipe", "list recipes and their keys, or print a resolved recipe"),
+        Command("plan", "tools.plan", "compute memory, traffic and time of a job before it runs"),
+    ),
+    "Prepare data": (
+        Command("shards make", "tools.make_shards", "make shards from a manifest, in a folder or a bucket"),
+        Command("shards inspect", "tools.inspect_shards", "show what shards hold and check that they are whole"),
+        Command("tokenizer", "tools.train_tokenizer", "train a SentencePiece tokenizer on a manifest's text"),
+    ),
+    "Train": (
+        Command("train", "trainer.__main__", "train or resume a recipe on this machine, or as a rank of a cluster"),
+        Command("job", "trainer.job.__main__", "the work of a Slurm batch script: plan, check nodes, run, requeue"),
+        Command("status", "tools.status", "show where a run is and what happened to it"),
+        Command("checkpoints", "tools.checkpoints", "list, check and compare a run's checkpoints"),
+    ),
+    "Judge a model": (
+        Command("evaluate", "tools.evaluate", "score a model on data: tables and a page with audio"),
+        Command("compare", "tools.compare", "compare two models sample by sample, with intervals"),
+        Command("judge", "tools.judge", "rate open answers with an LLM behind an HTTP endpoint"),
+        Command("profile", "tools.profile_experts", "show which encoder expert works for which task, and its cost"),
+        Command("transcribe", "tools.transcribe", "transcribe a recording of any length"),
+    ),
+    "Serve": (Command("export", "tools.export", "write a checkpoint as a model folder for transformers"),),
+    "Verify": (
+        Command("parity", "tools.parity", "compare every topology with the single-process model"),
+        Command("reshard", "tools.reshard", "save on one topology, load on others, compare"),
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that `arguments` name; by default those of this process.
+
+    Returns:
+        The command's exit code; 2 for an unknown command, after one line that lists the known ones.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("earshot"))
+        return 0
+    command, rest = _find(words)
+    if command is None:
+        print(f"error: earshot {' '.join(words[:2])}: no such command; {_known(words[0])}", file=sys.stderr)
+        return 2
+    code: int = importlib.import_module(command.module).main(rest)
+    return code
+
+
+def run() -> None:
+    """Run the console script `earshot` and end the process as `python -m trainer` does."""
+    leave(main())
+
+
+def help_text() -> str:
+    """Return the text of `earshot --help`: all commands, by what a person wants to do."""
+    width = max(len(c.name) for group in COMMANDS.values() for c in group)
+    lines = ["usage: earshot COMMAND [...]      each command has its own --help, with an example", ""]
+    for title, group in COMMANDS.items():
+        lines += [f"{title}:", *(f"  {c.name:{width}}  {c.summary}" for c in group), ""]
+    return "\n".join([*lines, "Example:", "  earshot demo"])
+
+
+def _find(words: Sequence[str]) -> tuple[Command | None, list[str]]:
+    """Return the command that the first one or two words name, and the words after them."""
+    by_name = {c.name: c for group in COMMANDS.values() for c in group}
+    for length in (2, 1):
+        command = by_name.get(" ".join(words[:length]))
+        if command is not None:
+            return command, list(words[length:])
+    return None, []
+
+
+def _known(word: str) -> str:
+    names = [c.name for group in COMMANDS.values() for c in group]
+    near = [name for name in names if name.split()[0] == word]
+    return f"choose {' or '.join(near)}" if near else f"choose one of {', '.join(names)}"
+
+
+if __name__ == "__main__":
+    run()

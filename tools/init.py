@@ -1,0 +1,74 @@
+"""Write what a site edits into a folder: Slurm scripts, DeepSpeed configs and a commented recipe.
+
+earshot init my_project
+cd my_project && sbatch slurm/train_8b.sh recipe.yaml data.root=/data
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from model.errors import UserError
+from trainer.config.load import RECIPES, recipe_names
+from trainer.config.shipped import shipped
+
+FOLDERS = ("slurm", "ds_configs")
+RECIPE = "recipe.yaml"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="earshot init",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=Path(), help="default: the current one")
+    parser.add_argument("--recipe", default="mowe_8b", help="recipe to start from (default mowe_8b)")
+    options = parser.parse_args(arguments)
+    try:
+        written = write(options.folder, options.recipe)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {', '.join(written)} into {options.folder.resolve()}")
+    print(f"next: edit {RECIPE} and slurm/env.sh, then  earshot train {RECIPE} --dry-run")
+    return 0
+
+
+def write(folder: Path, recipe: str) -> list[str]:
+    """Write the files into `folder`, which is made if it is missing.
+
+    Args:
+        folder: files that are there already are never overwritten.
+        recipe: name of a recipe that comes with the project.
+
+    Returns:
+        What was written, relative to `folder`.
+
+    Raises:
+        UserError: If the recipe is unknown, or something is in the way or cannot be written.
+    """
+    if recipe not in recipe_names():
+        raise UserError(f"--recipe {recipe}: choose one of {', '.join(recipe_names())}")
+    in_the_way = [name for name in (*FOLDERS, RECIPE) if (folder / name).exists()]
+    if in_the_way:
+        raise UserError(f"{folder / in_the_way[0]}: exists already; move it away, or give another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FOLDERS:
+            shutil.copytree(shipped(name), folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
+        for script in (folder / "slurm").glob("*.sh"):
+            script.chmod(0o755)
+        shutil.copyfile(RECIPES / f"{recipe}.yaml", folder / RECIPE)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another folder") from None
+    return [f"{name}/" for name in FOLDERS] + [RECIPE]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

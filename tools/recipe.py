@@ -1,0 +1,64 @@
+"""Recipes and their keys.
+
+earshot recipe                        the recipes that come with the project
+earshot recipe --keys optim           every key of a section: type, default, meaning
+earshot recipe --show kit_cpu         a recipe with all its values
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from model.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    options = _parser().parse_intermixed_args(sys.argv[1:] if arguments is None else list(arguments))
+    try:
+        print(_text(options), end="")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _text(options: argparse.Namespace) -> str:
+    from trainer.config.load import RECIPES, dump, load_recipe, recipe_names
+
+    if options.show is not None:
+        return dump(load_recipe(options.show, options.overrides))
+    if options.overrides:
+        raise UserError(f"{options.overrides[0]}: key=value goes with --show RECIPE")
+    if options.markdown or options.keys is not None:
+        from trainer.config.reference import as_markdown, as_text, sections
+
+        if options.markdown:
+            return as_markdown(sections())
+        found = sections(options.keys or None)
+        if not found:
+            known = dict.fromkeys(s.path.split(".")[0] for s in sections() if s.path)
+            raise UserError(f"--keys {options.keys}: no such section; choose one of {', '.join(known)}")
+        return as_text(found) + "\n"
+    names = recipe_names()
+    width = max(map(len, names))
+    heads = (RECIPES.joinpath(f"{n}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for n in names)
+    return "".join(f"{name:{width}}  {head}\n" for name, head in zip(names, heads, strict=True))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="earshot recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--keys", nargs="?", const="", metavar="SECTION", help="all keys, or those of a section")
+    kind.add_argument("--show", metavar="RECIPE", help="a recipe, resolved; key=value overrides may follow")
+    kind.add_argument("--markdown", action="store_true", help="the text of docs/recipe.md")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="with --show: keys to change")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

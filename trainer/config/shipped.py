@@ -1,0 +1,21 @@
+"""Files that come with the project but are not Python: `ds_configs/` and `slurm/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import trainer
+
+PACKAGE = Path(trainer.__file__ or "").parent
+
+
+def shipped(name: str) -> Path:
+    """Return the path of a file or folder that comes with the project.
+
+    An installed wheel has the folders inside `trainer/`; in a checkout they are next to it.
+
+    Args:
+        name: relative path, such as `ds_configs/zero3.json` or `slurm`.
+    """
+    installed = PACKAGE / name
+    return installed if installed.exists() else PACKAGE.parent / name

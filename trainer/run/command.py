@@ -1,0 +1,26 @@
+"""The command line that runs one of this project's modules in a new process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[2]
+"""The folder that holds the packages `model`, `trainer` and `tools`: a checkout or site-packages."""
+
+_RUN = (
+    "import runpy, sys; root, module = sys.argv[1:3]; sys.path[0] = root; sys.argv[1:3] = []; "
+    "runpy.run_module(module, run_name='__main__', alter_sys=True)"
+)
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """Return a command like `python -m MODULE ARGUMENTS` that finds this project's modules from any folder.
+
+    `python -m` looks into the current folder first, where a user may have a `model.py` or a `tools/` of their own.
+
+    Args:
+        module: dotted name, such as `trainer`.
+        arguments: of the module's command line.
+    """
+    return [sys.executable, "-c", _RUN, str(_ROOT), module, *arguments]
