@@ -59,6 +59,7 @@ def captions_by_clip(num_clips: int) -> list[list[str]]:
     return [captions for captions in clips.values() if len(captions) > 1][:num_clips]
 
 
+@pytest.mark.slow
 def test_meteor_is_nltks_on_human_captions(wordnet: Path, nltk_reader: Any) -> None:
     from nltk import word_tokenize
     from nltk.translate.meteor_score import meteor_score

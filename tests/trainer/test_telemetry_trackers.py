@@ -107,6 +107,7 @@ def mlflow_tracker(root: Path, resume: bool = False, params: dict[str, object] |
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_mlflow_keeps_one_run_across_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
