@@ -1,4 +1,7 @@
-"""Which tests are slow by their place: all those that start ranks, servers or a cluster. Others carry `@pytest.mark.slow`."""
+"""The places whose tests are slow, because they start ranks, servers or a cluster.
+
+Other slow tests carry `@pytest.mark.slow`.
+"""
 
 from __future__ import annotations
 
