@@ -57,7 +57,7 @@ test: lint docs
 	$(PY) -m pytest --durations=40 --durations-min=3
 
 docs: $(DOCS_STAMP)
-	.venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . site
+	.venv-docs/bin/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet -c docs . site
 	@echo "site/index.html"
 
 $(DOCS_STAMP): docs/requirements.txt

@@ -38,7 +38,7 @@ PAGES = {
         "docs/checkpoints",
     ],
     "Judge and serve": ["docs/evaluation", "docs/profile", "docs/export"],
-    "Understand": ["docs/architecture", "docs/glossary", "BENCHMARKS"],
+    "Understand": ["docs/architecture", "docs/glossary", "docs/gpu", "docs/scale", "BENCHMARKS"],
     "Contribute": ["CONTRIBUTING", "CHANGELOG"],
 }
 
@@ -52,9 +52,13 @@ def setup(app: Any) -> None:
 def _add_contents(app: Any, docname: str, source: list[str]) -> None:
     # Not in README.md itself: a code host would show the directives as text.
     if docname == root_doc:
+        listed = {root_doc, *(page for pages in PAGES.values() for page in pages)}
+        contents = {**PAGES, "More": sorted(app.env.found_docs - listed)}
+        existing = {title: [p for p in pages if p in app.env.found_docs] for title, pages in contents.items()}
         trees = [
             "\n".join(["", "", "```{toctree}", ":hidden:", f":caption: {title}", "", *pages, "```"])
-            for title, pages in PAGES.items()
+            for title, pages in existing.items()
+            if pages
         ]
         source[0] += "".join(trees) + "\n"
 
