@@ -77,6 +77,7 @@ def test_meteor_is_nltks_on_human_captions(wordnet: Path, nltk_reader: Any) -> N
     assert num == 300
 
 
+@pytest.mark.slow
 def test_synonyms_are_those_that_nltk_reads(wordnet: Path, nltk_reader: Any) -> None:
     words = {
         word.lower().strip(".,") for captions in captions_by_clip(60) for text in captions for word in text.split()
