@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.batch import Ragged
-from model.lengths import FRAME_SAMPLES, num_frames, num_samples
+from model.lengths import FRAME_SAMPLES, WHOLE, num_frames, num_samples
 
 WORLD, CLIPS_PER_RANK, DIM = 4, 16, 768
 SHORTEST_SEC, LONGEST_SEC = 1.0, 12.0
@@ -87,6 +87,7 @@ def build_ours(work: Work) -> Callable[[], list[Tensor]]:
         {names[rank]: bank},
         names,
         [lambda samples: samples * 1.0] * WORLD,
+        [WHOLE] * WORLD,
         range(WORLD),
         WORLD,
         groups,

@@ -86,7 +86,7 @@ def ours_clips(prepared: PreparedData) -> Arm:
         while delivered < reader.num_samples // LANES * LANES:
             for cursor in cursors:
                 cursor.load()
-                _, clips = group.source.decoded(reader, cursor.shard, cursor.index, cursor.arrived)
+                _, clips = group.source.decoded(reader, cursor.shard, cursor.index, cursor.received)
                 delivered += len(clips[0]) > 0
                 cursor.position += 1
         group.close()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from model.batch import Ragged
 from model.config import EncoderConfig
-from model.encoders.registry import build_encoder
+from model.encoders.registry import build_encoder, encoder_windowing
 from model.lengths import num_samples
 from model.mixture import Expert
 from trainer.run.launch import start_ranks
@@ -86,6 +86,7 @@ def measure() -> dict[str, list[float]]:
         experts,
         names,
         [clip_cost(e) for e in ENCODERS],
+        [encoder_windowing(e) for e in ENCODERS],
         [0] * len(names),
         1,
         groups,

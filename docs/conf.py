@@ -17,7 +17,7 @@ copyright = "The earshot maintainers, Apache-2.0"
 extensions = ["myst_parser"]
 source_suffix = {".md": "markdown"}
 root_doc = "README"
-include_patterns = ["README.md", "BENCHMARKS.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md"]
+include_patterns = ["README.md", "BENCHMARKS.md", "CONTRIBUTING.md", "CHANGELOG.md", "ds_configs/README.md", "docs/*.md"]
 exclude_patterns = [".venv*", "runs", "site"]  # Sphinx would walk through them
 myst_heading_anchors = 3
 suppress_warnings = ["misc.highlighting_failure"]
@@ -36,6 +36,7 @@ PAGES = {
         "docs/slurm",
         "docs/operations",
         "docs/checkpoints",
+        "ds_configs/README",
     ],
     "Judge and serve": ["docs/evaluation", "docs/profile", "docs/export"],
     "Understand": ["docs/architecture", "docs/glossary", "docs/gpu", "docs/scale", "BENCHMARKS"],

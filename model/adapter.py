@@ -13,6 +13,7 @@ from model.batch import Ragged
 from model.config import AdapterConfig
 from model.conv import Conv1d
 from model.errors import UserError
+from model.transfer import to_device
 
 
 class Adapter(nn.Module):
@@ -41,10 +42,12 @@ class Adapter(nn.Module):
     def forward(self, features: Ragged) -> Ragged:
         """[ΣF, D] → [ΣS, hidden_size] with S = `lengths.num_audio_tokens(F, strides)`"""
         x = features.padded().transpose(1, 2)
-        counts = features.lengths
-        for layer, stride in zip(self.layers, self.strides, strict=True):
+        counts = [features.lengths]
+        for stride in self.strides:
+            counts.append(tuple(length_arithmetic.num_audio_tokens(c, (stride,)) for c in counts[-1]))
+        for layer, ends in zip(self.layers, to_device(counts[1:], x.device), strict=True):
             x = nn.functional.gelu(layer(x))
-            counts = tuple(length_arithmetic.num_audio_tokens(c, (stride,)) for c in counts)
-            real = torch.arange(x.shape[-1], device=x.device) < torch.tensor(counts, device=x.device)[:, None]
+            real = torch.arange(x.shape[-1], device=x.device) < ends[:, None]
             x = x * real[:, None]
-        return Ragged(x.transpose(1, 2)[real], counts)
+        rows = x.transpose(1, 2).unbind(0)
+        return Ragged(torch.cat([row[:n] for row, n in zip(rows, counts[-1], strict=True)]), counts[-1])

@@ -24,6 +24,7 @@ from model.batch import Batch, Ragged
 from model.config import EncoderConfig, ModelConfig
 from model.encoders.base import AudioEncoder
 from model.encoders.registry import build_encoder
+from model.lengths import Windowing
 from model.loss import Counts, ctc_feasible, ctc_sum
 from model.mixture import Expert, mix
 from model.router import Router, Routing
@@ -103,6 +104,12 @@ class AudioTower(nn.Module):
             else:
                 found.append(Ragged(self.projector.weight.new_zeros(0, self.config.expert_dim), ()))
         return found
+
+    @property
+    def windowing(self) -> Windowing:
+        """What a call of the encoder that pads clips most computes."""
+        found = [m.windowing for m in self.modules() if isinstance(m, AudioEncoder)]
+        return max(found, key=lambda w: (w.least_samples, w.window_samples))
 
     def set_recompute(self, enabled: bool) -> None:
         """Activation checkpointing of all encoders' layers."""

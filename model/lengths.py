@@ -4,6 +4,8 @@ Every encoder of this project reports one frame per 20 ms (50 Hz): Whisper's two
 frames count ceil, the convolution stacks of HuBERT and WavLM count floor (their last frame is repeated to fill up).
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -35,3 +37,32 @@ def num_audio_tokens(frames: int, strides: tuple[int, ...]) -> int:
 def audio_tokens_of_samples(samples: int, strides: tuple[int, ...]) -> int:
     """LLM positions that a clip of `samples` takes."""
     return num_audio_tokens(num_frames(samples), strides)
+
+
+@dataclass(frozen=True)
+class Windowing:
+    """How an encoder cuts clips into windows, and how long it computes them: what one of its calls costs.
+
+    All windows of a call are padded to one length, so a call computes (number of windows) · (longest one, padded).
+    """
+
+    window_samples: int
+    """Longer clips are encoded in consecutive windows of this length."""
+    least_samples: int = 1
+    """A shorter window is padded to this length before anything is computed."""
+
+    def num_windows(self, samples: int) -> int:
+        """Number of windows that a clip of `samples` is cut into."""
+        return -(-samples // self.window_samples)
+
+    def padded_samples(self, samples: int) -> int:
+        """Length at which the longest window of a clip of `samples` is computed, alone in its call."""
+        return max(self.least_samples, min(samples, self.window_samples))
+
+    def computed_samples(self, clips: Sequence[int]) -> int:
+        """Padded audio samples that one call with clips of these lengths computes."""
+        return sum(map(self.num_windows, clips)) * max(map(self.padded_samples, clips), default=0)
+
+
+WHOLE = Windowing(window_samples=1 << 62)
+"""Clips as they are: never cut, padded only to the longest one of a call."""

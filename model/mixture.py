@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.batch import Ragged
 from model.router import Routing
+from model.transfer import to_device
 
 
 class Expert(nn.Module):
@@ -29,11 +32,17 @@ class Expert(nn.Module):
         return Ragged(self.projection(features.values), features.lengths)
 
 
-def frame_rows(lengths: Sequence[int], clips: Sequence[int], device: torch.device) -> Tensor:
-    """Rows that the frames of `clips` take where all clips' frames (`lengths`) lie end to end: [ΣF of clips] int64."""
-    ends = torch.tensor(lengths, device=device).cumsum(0).tolist()
-    rows = [torch.arange(ends[i] - lengths[i], ends[i], device=device) for i in clips]
-    return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64, device=device)
+def frame_rows(lengths: Sequence[int], wanted: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Rows that the frames of the `wanted` [B] clips take where all clips' frames (`lengths`) lie end to end: [ΣF]."""
+    return np.flatnonzero(np.repeat(wanted, lengths))
+
+
+def per_frame(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[ΣF, n]: each clip's row of `values` [B, n], once for each of its frames.
+
+    Its gradient is a sum over each clip's frames. That of `repeat_interleave` adds in any order on a GPU.
+    """
+    return torch.cat([row.expand(n, -1) for row, n in zip(values.split(1), lengths, strict=True)])
 
 
 def mix(primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | None, lengths: tuple[int, ...]) -> Ragged:
@@ -50,15 +59,21 @@ def mix(primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | No
     """
     streams = [] if primary is None else [primary.values]
     if routing is not None:
-        weights, active = routing.weights, routing.active.cpu()
-        like = experts[0].values
-        for gate in range(weights.shape[1]):
-            stream = like.new_zeros(sum(lengths), like.shape[1])
-            for k, features in enumerate(experts):
-                clips = active[:, k].nonzero().flatten().tolist()
-                assert features.lengths == tuple(lengths[i] for i in clips), "an expert answered for other clips"
-                frames = torch.tensor(features.lengths, device=like.device, dtype=torch.int64)
-                weight = weights[clips, gate, k].to(like.dtype).repeat_interleave(frames)
-                stream = stream.index_add(0, frame_rows(lengths, clips, like.device), weight[:, None] * features.values)
-            streams.append(stream)
+        runs, like = routing.active.numpy(), experts[0].values
+        for k, features in enumerate(experts):
+            expected = tuple(n for n, wanted in zip(lengths, runs[:, k], strict=True) if wanted)
+            assert features.lengths == expected, "an expert answered for other clips"
+        # One transfer for all experts. No row comes twice in one expert's, so `index_add_` has nothing to race for.
+        found = [frame_rows(lengths, wanted) for wanted in runs.T]
+        rows_of = to_device(np.concatenate(found), like.device).split([len(rows) for rows in found])
+        num_gates, num_experts = routing.weights.shape[1:]
+        weights = per_frame(routing.weights.flatten(1), lengths)
+        weights_of = [weights.index_select(0, rows).unflatten(1, (num_gates, num_experts)) for rows in rows_of]
+        for gate in range(num_gates):
+            stream = like.new_zeros(
+                sum(lengths), like.shape[1], dtype=weights.dtype
+            )  # fp32: the sum of several experts
+            for k, (rows, features) in enumerate(zip(rows_of, experts, strict=True)):
+                stream.index_add_(0, rows, weights_of[k][:, gate, k, None] * features.values)
+            streams.append(stream.to(like.dtype))
     return Ragged(torch.cat(streams, dim=-1), lengths)

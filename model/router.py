@@ -10,13 +10,16 @@ Shapes: B clips, F frames, P prompt tokens, D width of the gate's input, G gates
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from model.batch import Ragged
 from model.config import RouterConfig
 from model.encoders.log_mel import log_mel
+from model.transfer import to_device
 
 NUM_MELS = 80
 ENTRY_OFFSET = -30.0
@@ -39,10 +42,16 @@ class Routing:
         """[B, G, K] mixing weights: the probability of a chosen expert, else 0 (as published, not renormalised)."""
         return self.probs * self.chosen
 
+    @cached_property
+    def on_host(self) -> tuple[Tensor, Tensor]:
+        """`probs` and `chosen`, read in one go: the host decides by them who encodes what, and reports them."""
+        probs, chosen = torch.stack([self.probs.detach(), self.chosen.to(self.probs.dtype)]).cpu()
+        return probs, chosen.bool()
+
     @property
     def active(self) -> Tensor:
-        """[B, K] bool: experts that some gate chose for the clip; only these compute."""
-        return self.chosen.any(dim=1)
+        """[B, K] bool, on the host: experts that some gate chose for the clip; only these compute."""
+        return self.on_host[1].any(dim=1)
 
     def head(self, num_clips: int) -> Routing:
         """The routing of the first `num_clips` clips."""
@@ -50,11 +59,9 @@ class Routing:
 
 
 def mean_over_time(features: Ragged) -> Tensor:
-    """[B, D]: the average of each clip's rows [ΣF, D]."""
-    lengths = torch.tensor(features.lengths, device=features.values.device)
-    owner = torch.repeat_interleave(torch.arange(len(features), device=lengths.device), lengths)
-    sums = features.values.new_zeros(len(features), features.values.shape[1]).index_add(0, owner, features.values)
-    return sums / lengths[:, None]
+    """[B, D]: the average of each clip's rows [ΣF, D], in fp32."""
+    # Not `index_add`: in bf16 it rounds after every frame, and on a GPU it adds in an order of its own.
+    return torch.stack([frames.mean(0, dtype=torch.float32) for frames in features.split()])
 
 
 class Router(nn.Module):
@@ -99,7 +106,8 @@ class Router(nn.Module):
             if gate == "data_independent":
                 logits.append(self.independent(len(clips)))
             else:
-                logits.append(self.dependent(self._gate_input(clips, primary, prompts)))
+                read = self._gate_input(clips, primary, prompts)
+                logits.append(self.dependent(read.to(self.dependent.weight.dtype)))
         scores = torch.stack(logits, dim=1).float() / self.config.temperature
         scores = scores + ENTRY_OFFSET / self.config.added_encoder_warmup_steps * self.steps_to_enter
         if noise is not None:
@@ -119,9 +127,9 @@ class Router(nn.Module):
             assert primary is not None
             return mean_over_time(primary)
         if self.config.input == "log_mel":
-            return mean_over_time(log_mel(clips, NUM_MELS)).to(self.dependent.weight.dtype)
-        lengths = torch.tensor(prompts.lengths, device=prompts.values.device)
-        return self.prompt_embedding(prompts.values, lengths.cumsum(0) - lengths)
+            return mean_over_time(log_mel(clips, NUM_MELS))
+        starts = np.cumsum((0, *prompts.lengths[:-1]))
+        return self.prompt_embedding(prompts.values, to_device(starts, prompts.values.device))
 
 
 class IndependentGate(nn.Module):

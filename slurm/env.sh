@@ -1,31 +1,31 @@
-# Sourced by the batch scripts: the environment of every rank. What a site changes stands here.
+# The environment of every rank, which the batch scripts source. Adapt this file to your cluster.
 
 cd "${SLURM_SUBMIT_DIR:-.}"
 
 # ---- Python: a virtual environment, modules, or a container (docs/slurm.md)
 # module load cuda/12.8 nccl
 export PATH="$PWD/.venv/bin:$PATH"
-# export SRUN_OPTIONS="--container-image=..."      # more options of the ranks' srun
+# export SRUN_OPTIONS="--container-image=..."      # additional options for the srun that starts the ranks
 # export RANK_PYTHON="apptainer exec --nv ... python"
 
-# ---- network: uncomment where ranks must not choose for themselves
-# export NCCL_SOCKET_IFNAME=bond0 GLOO_SOCKET_IFNAME=bond0   # the interface that all nodes share
-# export NCCL_IB_HCA=mlx5                                     # the InfiniBand cards that carry collectives
+# ---- network: uncomment these if NCCL and Gloo choose the wrong interfaces
+# export NCCL_SOCKET_IFNAME=bond0 GLOO_SOCKET_IFNAME=bond0   # an interface by which all nodes reach each other
+# export NCCL_IB_HCA=mlx5                                     # the InfiniBand adapters to use for collectives
 
 # ---- storage
-export TMPDIR="${SCRATCH:-${TMPDIR:-/tmp}}"        # a fast disk of the node: temporary files
-# export AWS_ENDPOINT_URL=https://s3.example.org   # buckets that are not Amazon's; keys: ~/.aws/credentials
+export TMPDIR="${SCRATCH:-${TMPDIR:-/tmp}}"        # a fast local disk for temporary files
+# export AWS_ENDPOINT_URL=https://s3.example.org   # for S3 buckets outside AWS; keys are read from ~/.aws/credentials
 # export MLFLOW_TRACKING_URI=https://mlflow.example.org
 
-# ---- what the plan is made for: h100, h200, a100, or numbers (python -m tools.plan --help)
+# ---- the accelerator of the plan: h100, h200, a100, or numbers (python -m tools.plan --help)
 export PLAN_ACCELERATOR="${PLAN_ACCELERATOR:-h100}"
 
-# ---- what a node must have before ranks start on it
-export PREFLIGHT_MIN_MEMORY_GIB="${PREFLIGHT_MIN_MEMORY_GIB:-64}"
-export PREFLIGHT_MIN_DISK_GIB="${PREFLIGHT_MIN_DISK_GIB:-50}"   # in the run's folder, and in TMPDIR
+# ---- the free memory and disk space that a node must have before ranks start on it
+export PREFLIGHT_MIN_MEMORY_GIB="${PREFLIGHT_MIN_MEMORY_GIB:-64}"   # in addition to what the plan needs for checkpoints
+export PREFLIGHT_MIN_DISK_GIB="${PREFLIGHT_MIN_DISK_GIB:-50}"   # in the run's folder and in TMPDIR
 
 # ---- rarely changed
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
-export CUDA_DEVICE_MAX_CONNECTIONS=1           # Megatron: communication kernels start in the order they are issued
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"  # packs differ in length
-export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"   # 128 ranks must not ask the hub: download weights once, beforehand
+# trainer/parallel/environment.py sets CUDA's and gloo's variables for every way to start ranks; exports here override it.
+# Ranks must not all query the Hugging Face hub. Download weights and tokenizers once before the job.
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"

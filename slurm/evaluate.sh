@@ -1,5 +1,6 @@
 #!/bin/bash
-# One node evaluates a run, a checkpoint or an export:  sbatch slurm/evaluate.sh RUN --data MANIFEST [--tasks asr ...]
+# Evaluate a run, a checkpoint or an exported model on one node, with one process per GPU:
+#   sbatch slurm/evaluate.sh RUN --data MANIFEST [--tasks asr ...]
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -15,6 +16,6 @@
 set -euo pipefail
 source "${SLURM_SUBMIT_DIR:-.}/slurm/env.sh"
 
-# Killed and started again, it decodes only the samples that are missing.
+# A requeued job resumes: it evaluates only the samples that have no prediction yet.
 exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --gpu-bind=none \
   python -u -m tools.evaluate "$@" --nproc "${SLURM_GPUS_ON_NODE:-1}"

@@ -1,5 +1,6 @@
 #!/bin/bash
-# A checkpoint as a folder for transformers, without GPUs:  sbatch slurm/export.sh RUN OUT [--llm-only ...]
+# Export a checkpoint as a folder for transformers, on one node without GPUs:
+#   sbatch slurm/export.sh RUN OUT [--llm-only ...]
 #SBATCH --job-name=export
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -13,5 +14,5 @@
 set -euo pipefail
 source "${SLURM_SUBMIT_DIR:-.}/slurm/env.sh"
 
-# Killed and started again, it goes on where it stopped.
+# A requeued job resumes after the last complete file of weights.
 exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" python -u -m tools.export "$@"

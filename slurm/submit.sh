@@ -1,11 +1,12 @@
 #!/bin/bash
-# Check here and now, then hand the job in; what cannot run waits in no queue:
-#   slurm/submit.sh [sbatch options] slurm/train_70b.sh [RECIPE] [key=value ...]      options as --name=value
+# Check a training job on this machine, and submit it only if it can run:
+#   slurm/submit.sh [sbatch options] slurm/train_70b.sh [RECIPE] [key=value ...]
+# Options of sbatch must have the form --name=value.
 set -euo pipefail
 options=()
 while [[ "${1:-}" == -* ]]; do
   options+=("$1")
   shift
 done
-bash "$@"  # outside a job, the script only checks
+bash "$@"  # Outside a Slurm job, the script only checks the recipe and the data.
 exec sbatch "${options[@]}" "$@"

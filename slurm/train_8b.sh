@@ -1,5 +1,7 @@
 #!/bin/bash
-# 16 GPUs, one task per GPU:  sbatch slurm/train_8b.sh [RECIPE] data.root=/data [key=value ...]
+# Train on 2 nodes of 8 GPUs, with one task per GPU:
+#   sbatch slurm/train_8b.sh [RECIPE] data.root=/data [key=value ...]
+# RECIPE is mowe_8b by default. Ten minutes before the time limit, USR1 makes the run save and the job requeue itself.
 #SBATCH --job-name=mowe_8b
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
@@ -11,7 +13,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@600
 #SBATCH --output=%x-%j.log
-trap 'export STOPPED_EARLY=1' USR1  # a warning that comes before Python listens is not lost
+trap 'export STOPPED_EARLY=1' USR1  # This records a USR1 that arrives before Python handles it.
 
 set -euo pipefail
 [[ "${1:-=}" == *=* ]] && set -- mowe_8b "$@"

@@ -22,6 +22,7 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "BENCHMARKS.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / ".github").rglob("*.md")),
+    ROOT / "ds_configs" / "README.md",
 ]
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 PROGRAMS = ("earshot", "python", "make", "sbatch", "slurm/submit.sh")
@@ -202,6 +203,13 @@ def test_documented_files_exist() -> None:
         if not any(ROOT.glob(path.rstrip("/")))
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_every_package_is_on_the_map() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    packages = [p.parent.relative_to(ROOT) for p in (ROOT / "trainer").glob("*/__init__.py")]
+    assert packages
+    assert not [p for p in packages if f"`{p}/`" not in text]
 
 
 def test_links_lead_to_files() -> None:

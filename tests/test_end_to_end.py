@@ -98,7 +98,7 @@ def test_a_run_that_does_not_become_better_ends_early_and_stays_ended(corpus: Pa
     for _ in range(2):  # the same command again finds it ended
         done = trainer("debug", *overrides)
         assert done.returncode == 0, done.stderr
-        assert "stopped at step 3: eval/test/asr/cer has not become better in 2 evaluations" in done.stdout
+        assert "stopped at step 3: eval/test/asr/cer has not improved in 2 evaluations" in done.stdout
         summary = json.loads((run / "summary.json").read_text())
         assert summary["stopped_early"] == summary["num_steps"] == 3
         assert (run / "predictions-test-step3.jsonl").exists() and sorted(losses(run)) == [1, 2, 3]

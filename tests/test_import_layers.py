@@ -20,6 +20,7 @@ LAYERS = (
     {"trainer.data", "trainer.engine"},
     {"trainer.checkpoint", "trainer.run"},
     {"trainer.config"},
+    {"trainer.run_tokenizer"},
     {"trainer.plan", "trainer.export", "trainer.expert_usage", "trainer.job"},
     {"trainer.evaluation"},
     {"trainer.training"},

@@ -75,7 +75,7 @@ def test_stop_leaves_the_state_before_the_batch(spikes: dict[str, Any]) -> None:
 def test_a_misspelt_metric_ends_a_run_with_its_state_saved(spikes: dict[str, Any]) -> None:
     run = spikes["misspelt metric"]
     assert "checkpoint.best_metric = eval/test/asr/werr: no evaluation has it" in run["error"]
-    assert "the state after step 3 is in" in run["error"] and named(run, "saved")[-1]["step"] == 3
+    assert "the state after step 3 is saved in" in run["error"] and named(run, "saved")[-1]["step"] == 3
 
 
 def test_a_run_that_does_not_recover_stops(spikes: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ def test_a_step_that_fails_twice_the_same_way_is_not_tried_again(
         capsys.readouterr()
         assert restart.main([str(run), "--exit-code", str(code)]) == again
     printed = capsys.readouterr().out
-    assert "step 3 failed twice the same way: ValueError: cannot do" in printed
+    assert "step 3 failed twice in the same way: ValueError: cannot do" in printed
     assert all(sample in printed for sample in failed["samples"])
 
 

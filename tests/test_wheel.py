@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,18 +18,21 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def earshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The command of a fresh environment that has the wheel, and this environment's dependencies but not this checkout."""
+    """The command in a fresh environment with the wheel and this environment's dependencies, without this checkout."""
     folder = tmp_path_factory.mktemp("wheel")
-    run = subprocess.run
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+    def run(command: list[str], timeout_sec: float) -> None:
+        subprocess.run(command, check=True, timeout=timeout_sec, env=environ, cwd=folder)
+
     source = folder / "source"  # a build leaves files in the tree that it builds
-    run(["git", "clone", "-q", str(ROOT), str(source)], check=True, timeout=120)
+    run(["git", "clone", "-q", str(ROOT), str(source)], 120)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", str(source)]
-    run([*build, "-w", str(folder)], check=True, timeout=300, cwd=folder)
+    run([*build, "-w", str(folder)], 300)
     (wheel,) = folder.glob("earshot-*.whl")
-    run([sys.executable, "-m", "venv", str(folder / "venv")], check=True, timeout=120)
+    run([sys.executable, "-m", "venv", str(folder / "venv")], 120)
     python = folder / "venv" / "bin" / "python"
-    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
-    run(install, check=True, timeout=120)
+    run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], 120)
     (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
     here = next(p for p in sys.path if p.endswith("site-packages"))
     (site / "dependencies.pth").write_text(f"{here}\n")  # its own .pth files, so this checkout, do not count
@@ -58,10 +62,10 @@ def test_neither_tests_nor_benches_are_installed(earshot: Path) -> None:
     assert all((site / name / "py.typed").exists() for name in ("model", "trainer", "tools"))
 
 
-@pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_is_laid_out(earshot: Path, foreign: Path, name: str) -> None:
-    done = call(earshot, foreign, "train", name, "--dry-run")
-    assert done.returncode == 0, done.stderr
+def test_every_recipe_is_laid_out(earshot: Path, foreign: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(lambda name: (name, call(earshot, foreign, "train", name, "--dry-run")), recipe_names())
+        assert not [(name, d.stderr) for name, d in done if d.returncode != 0]
 
 
 def test_init_and_a_few_steps_of_the_demo(earshot: Path, foreign: Path) -> None:
@@ -71,7 +75,6 @@ def test_init_and_a_few_steps_of_the_demo(earshot: Path, foreign: Path) -> None:
     assert (foreign / "project" / "ds_configs" / "zero3.json").exists()
     done = call(earshot, foreign / "project", "train", "recipe.yaml", "--dry-run")
     assert done.returncode == 0, done.stderr
-    few = ["train.steps=2", "eval.before=false", "checkpoint.every_steps=0"]
-    done = call(earshot, foreign, "demo", *few)
-    assert "Traceback" not in done.stderr, done.stderr
+    done = call(earshot, foreign, "demo", "train.steps=2", "optim.warmup_steps=1", "eval.max_new_tokens=2")
+    assert done.returncode == 0 and "word error rate" in done.stdout, done.stderr
     assert (foreign / "runs" / "demo" / "summary.json").exists(), done.stdout + done.stderr

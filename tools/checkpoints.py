@@ -1,11 +1,13 @@
-"""The checkpoints of a run.
+"""List, verify, compare and remove the checkpoints of a run.
 
-    python -m tools.checkpoints RUN                   list them
-    python -m tools.checkpoints RUN verify            read every file of every one and compare it with its checksum
-    python -m tools.checkpoints RUN diff 1000 2000    what changed between two
-    python -m tools.checkpoints RUN prune --keep 2    remove all but the newest two, and frozen files nobody refers to
+    python -m tools.checkpoints runs/demo                    list the checkpoints
+    python -m tools.checkpoints runs/demo verify             compare every file with its checksum
+    python -m tools.checkpoints runs/demo diff 1000 2000     list the tensors that changed between two steps
+    python -m tools.checkpoints runs/demo prune --keep 2     remove all checkpoints but the newest two
 
-Verify ends with exit code 1 when one is damaged. Prune only while the run does not train.
+`prune` also removes files of frozen weights that no remaining checkpoint uses. Do not prune while the run is training.
+
+Exit code 0: success. 1: `verify` found a damaged checkpoint. 2: invalid arguments or unreadable files.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0; 1: verify found damage; 2 after one line that tells what to mend."""
+    """Run the command.
+
+    Returns:
+        The exit code: 1 if `verify` found a damaged checkpoint, 2 after printing a UserError, else 0.
+    """
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -45,9 +51,9 @@ def _open(options: argparse.Namespace) -> Checkpoints:
 
     if options.action != "diff" and options.steps:
         steps = " ".join(map(str, options.steps))
-        raise UserError(f"{options.action} {steps}: takes no steps, only diff does; leave them out")
+        raise UserError(f"{options.action} {steps}: only diff takes steps; remove them from the command")
     if step_of(Path(options.run).name) is not None:
-        raise UserError(f"{options.run}: one checkpoint; give its run, or the folder that it is in")
+        raise UserError(f"{options.run}: is a single checkpoint; give its run, or the folder that it is in")
     return checkpoints_of(options.run)
 
 
@@ -80,7 +86,7 @@ def _verify(found: Checkpoints, options: argparse.Namespace) -> dict[str, Any]:
     damages = {}
     for step in found.steps():
         damages[step] = damage_of(found.folder(step))
-        print(f"step {step}: {damages[step] or 'whole'}", flush=True)
+        print(f"step {step}: {damages[step] or 'intact'}", flush=True)
     return {"passed": not any(damages.values()), "damage": damages}
 
 
@@ -89,20 +95,24 @@ def _diff(checkpoints: Checkpoints, options: argparse.Namespace) -> dict[str, An
     from trainer.checkpoint.reader import DamagedError, Reader, read_manifest
 
     if len(options.steps) != 2:
-        raise UserError("diff: give two steps")
+        raise UserError("diff: takes exactly two steps")
     try:
         folders = [checkpoints.folder(n) for n in options.steps]
         readers = [Reader(folder, read_manifest(folder)) for folder in folders]
         found = diff(*readers)
     except DamagedError as error:
-        raise UserError(f"{checkpoints.url}: {error}; see: python -m tools.checkpoints {options.run} verify") from None
+        raise UserError(
+            f"{checkpoints.url}: {error}; run `python -m tools.checkpoints {options.run} verify` to list the damage"
+        ) from None
     for name in found.only_first:
         print(f"only in step {options.steps[0]}: {name}")
     for name in found.only_second:
         print(f"only in step {options.steps[1]}: {name}")
     for name, relative in sorted(found.changed.items(), key=lambda item: -item[1]):
         print(f"{relative:9.2e}  {name}")
-    print(f"{len(found.changed)} tensors changed (relative norm of the change above), {found.num_equal} are equal")
+    print(
+        f"{len(found.changed)} tensors changed (listed with the relative norm of the change), {found.num_equal} did not"
+    )
     return {
         "changed": found.changed,
         "num_equal": found.num_equal,
@@ -119,19 +129,27 @@ def _prune(found: Checkpoints, options: argparse.Namespace) -> dict[str, Any]:
     removed, steps = found.clean_up(config, found.steps()[-1]), found.steps()
     for url in removed:
         print(f"removed {url}")
-    print(f"{len(steps)} checkpoints stay")
+    print(f"{len(steps)} checkpoints remain")
     return {"removed": removed, "steps": steps}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.checkpoints", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", metavar="RUN", help="a run: its folder or s3://…")
-    parser.add_argument("action", nargs="?", default="list", choices=("list", "verify", "diff", "prune"))
-    parser.add_argument("steps", nargs="*", type=int, help="diff: two steps")
-    parser.add_argument("--keep", type=int, default=2, help="prune: newest ones that stay (default 2)")
-    parser.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="prune: multiples of it stay, too")
-    parser.add_argument("--keep-best", choices=("lowest", "highest"), help="prune: the best by noted score stays, too")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.checkpoints", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="the run, as a folder or as s3://…")
+    parser.add_argument(
+        "action", nargs="?", default="list", choices=("list", "verify", "diff", "prune"), help="default: list"
+    )
+    parser.add_argument("steps", nargs="*", type=int, help="for diff: the two steps to compare")
+    parser.add_argument("--keep", type=int, default=2, help="for prune: the number of newest to keep (default: 2)")
+    parser.add_argument(
+        "--keep-every", type=int, default=0, metavar="STEPS", help="for prune: also keep multiples of this step"
+    )
+    parser.add_argument(
+        "--keep-best", choices=("lowest", "highest"), help="for prune: also keep the one with the best score"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     return parser
 
 

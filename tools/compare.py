@@ -1,7 +1,12 @@
-"""Compare evaluations of the same samples: python -m tools.compare A.jsonl B.jsonl [C.jsonl …].
+"""Compare evaluations of the same samples.
 
-Each file is a predictions-*.jsonl of a run. The first is what the others are compared with: every metric of every task
-and subset side by side, the difference with its 95 % interval by paired bootstrap, and the samples that became worse.
+    python -m tools.compare runs/a/predictions-test-step500.jsonl runs/b/predictions-test-step500.jsonl
+
+Each file is a predictions*.jsonl of a run or of tools.evaluate. All others are compared with the first one. For every
+metric of every task and subset, the command prints both values and their difference with its 95 % interval by paired
+bootstrap. It also lists the samples that became worse.
+
+Exit code 0: the evaluations were compared. 2: they could not be compared.
 """
 
 from __future__ import annotations
@@ -25,50 +30,67 @@ from trainer.scoring.wordnet import find_wordnet
 
 @dataclass(frozen=True)
 class Change:
-    """One metric of one subset: the first evaluation's value, another one's, and their difference."""
+    """The change of one metric on one subset from the first evaluation to another one."""
 
     task: str
     subset: str
     metric: str
     num_samples: int
     first: float
+    """The value of the first evaluation."""
     other: float
+    """The value of the other evaluation."""
     difference: Difference
     verdict: str
-    """`better`, `worse`, or empty where the 95 % interval of the difference holds 0."""
+    """`better`, `worse`, or empty if the 95 % interval of the difference contains 0."""
 
 
 @dataclass(frozen=True)
 class Regression:
-    """A sample that the other evaluation did worse on, by its task's first metric."""
+    """A sample whose value of its task's main metric is worse in the other evaluation."""
 
     key: str
     task: str
     metric: str
     first: float
+    """The value of the first evaluation."""
     other: float
+    """The value of the other evaluation."""
     reference: str
     first_said: str
+    """The answer of the first evaluation."""
     other_said: str
+    """The answer of the other evaluation."""
 
     @property
     def loss(self) -> float:
+        """The absolute difference of the two values."""
         return abs(self.other - self.first)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: compared. 2: nothing was; one line on stderr says why."""
+    """Run the command.
+
+    Returns:
+        The exit code: 2 after printing a UserError, else 0.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m tools.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", type=Path, nargs="+", metavar="PREDICTIONS", help="two or more predictions-*.jsonl")
-    parser.add_argument("--wordnet", help="folder of WordNet 3.0, for METEOR (default: where packages put it)")
-    parser.add_argument("--all-metrics", action="store_true", help="also of subsets (default: the chief ones)")
-    parser.add_argument("--regressions", type=int, default=10, help="samples that became worse to list (default: 10)")
+    parser.add_argument("files", type=Path, nargs="+", metavar="PREDICTIONS", help="two or more predictions*.jsonl")
+    parser.add_argument(
+        "--wordnet", help="folder of WordNet 3.0, for METEOR (default: where operating systems' packages install it)"
+    )
+    parser.add_argument(
+        "--all-metrics", action="store_true", help="show every metric of every subset (default: the main ones)"
+    )
+    parser.add_argument(
+        "--regressions", type=int, default=10, metavar="N", help="list the N samples that became worst (default: 10)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all metrics and regressions")
     args = parser.parse_args(argv)
     if len(args.files) < 2:
-        parser.error("name at least two files")
+        parser.error("give at least two files")
     try:
         evaluations = [read_predictions(path) for path in args.files]
         names, common = _names(args.files), common_keys(args.files, evaluations)
@@ -89,22 +111,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def common_keys(files: Sequence[Path], evaluations: Sequence[Sequence[Prediction]]) -> list[str]:
-    """Keys that all evaluations have, in the first one's order.
+    """Return the keys of the samples that all evaluations have in common, in the order of the first evaluation.
 
     Raises:
-        UserError: there is none, or one key stands for different samples.
+        UserError: If there is none, or a key belongs to different samples.
     """
     by_key = [{p.key: p for p in predictions} for predictions in evaluations]
     common = [p.key for p in evaluations[0] if all(p.key in other for other in by_key[1:])]
     if not common:
-        raise UserError(f"{files[0]}: no key of it is in all the others; compare evaluations of the same split")
+        raise UserError(f"{files[0]}: has no key in common with all other files; compare evaluations of the same split")
     for path, other in zip(files[1:], by_key[1:], strict=True):
         for key in common:
             for field in ("task", "answer", "subset", "choices", "references", "language"):
                 ours, theirs = by_key[0][key].meta.get(field), other[key].meta.get(field)
                 if ours != theirs:
                     raise UserError(
-                        f"{path}: {field} of '{key}' is {theirs!r}, in {files[0]} it is {ours!r}; compare evaluations "
+                        f"{path}: {field} of '{key}' is {theirs!r}, but {ours!r} in {files[0]}; compare evaluations "
                         "of the same data"
                     )
     return common
@@ -113,7 +135,16 @@ def common_keys(files: Sequence[Path], evaluations: Sequence[Sequence[Prediction
 def compare(
     first: Sequence[Prediction], other: Sequence[Prediction], meteor: Meteor | None
 ) -> tuple[list[Change], list[Regression]]:
-    """What `other` changes of `first` (the same samples, in the same order), and where it is worse, worst first."""
+    """Compare two evaluations of the same samples in the same order.
+
+    Args:
+        first: the predictions of the first evaluation.
+        other: the predictions of the other evaluation.
+        meteor: the METEOR scorer; None to score captions without METEOR.
+
+    Returns:
+        The change of every metric, and the samples that became worse, worst first.
+    """
     changes: list[Change] = []
     regressions: list[Regression] = []
     theirs = by_task(other)
@@ -149,7 +180,7 @@ def _only(keys: Sequence[str], predictions: Sequence[Prediction]) -> list[Predic
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """A short name for each file: what tells their paths apart."""
+    """Return a short name for each file: the shortest ends of their paths that differ."""
     parts = [path.with_suffix("").parts for path in files]
     depth = 1
     while len({p[-depth:] for p in parts}) < len(set(parts)):
@@ -182,9 +213,9 @@ def _as_text(
     all_metrics: bool,
     num_regressions: int,
 ) -> str:
-    blocks = [f"{num} samples that all {len(names)} evaluations have"]
+    blocks = [f"{num} samples are in all {len(names)} evaluations"]
     blocks += [
-        f"{name}: {count} samples are not in all the others and left out"
+        f"{name}: {count} samples are ignored, since they are not in all other evaluations"
         for name, count in skipped_samples.items()
         if count
     ]
@@ -192,7 +223,7 @@ def _as_text(
         shown = [c for c in changes if all_metrics or c.subset == ALL or c.metric in HEADLINES]
         blocks.append(f"{name} against {names[0]}\n{format_table([_row(c) for c in shown])}")
         worse = [c for c in changes if c.verdict == "worse"]
-        blocks.append(f"{len(worse)} of {len(changes)} metrics are worse, {len(regressions)} samples are")
+        blocks.append(f"{len(worse)} of {len(changes)} metrics and {len(regressions)} samples are worse")
         if regressions[:num_regressions]:
             blocks.append(format_table([_listed(r) for r in regressions[:num_regressions]]))
     return "\n\n".join(blocks)
@@ -222,8 +253,8 @@ def _listed(r: Regression) -> dict[str, object]:
         "first": r.first,
         "other": r.other,
         "reference": r.reference,
-        "first said": r.first_said,
-        "other said": r.other_said,
+        "first answer": r.first_said,
+        "other answer": r.other_said,
     }
 
 

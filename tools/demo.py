@@ -1,4 +1,8 @@
-"""Makes a small corpus, trains the smallest recipe on it and shows what was learned: `python -m tools.demo`."""
+"""Create a small corpus, train a small model on it and show what it learned.
+
+python -m tools.demo                       a few minutes on two CPU cores
+python -m tools.demo train.steps=2000      a longer training
+"""
 
 from __future__ import annotations
 
@@ -25,9 +29,17 @@ NUM_TRANSCRIPTS = 6
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to change, e.g. train.steps=50")
+    """Run the command.
+
+    Returns:
+        The exit code: 2 after printing a UserError, else that of the training.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="keys of the recipe demo_cpu to change, e.g. train.steps=50"
+    )
     options = parser.parse_args(arguments)
     run_dir = Path("runs/demo")
     try:
@@ -38,39 +50,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_demo(run_dir: Path, overrides: Sequence[str]) -> int:
-    """Corpus, training, report; `run_dir` is relative to the current folder. Returns the exit code of the training."""
+    """Create the corpus, train and print the report.
+
+    Args:
+        run_dir: the folder of the run, relative to the current folder.
+        overrides: recipe keys to change, as `key=value`.
+
+    Returns:
+        The exit code of the training.
+
+    Raises:
+        UserError: If an override is invalid, the corpus cannot be created, or the run left no results.
+    """
     folder = Path.cwd() / run_dir
     corpus = folder / "corpus"
     keys = [f"name={run_dir.name}", f"train.run_dir={run_dir.parent}", f"data.root={run_dir}/corpus", *overrides]
-    load_recipe("demo_cpu", keys)  # before anything of an earlier demo is removed
+    load_recipe("demo_cpu", keys)  # An invalid key is reported before an earlier demo's run is removed.
     start_sec = time.perf_counter()
-    print("1/3  corpus: speech from espeak-ng, sounds from numpy, five tasks", flush=True)
+    print("1/3  corpus: speech from espeak-ng and sounds from numpy for five tasks", flush=True)
     rows = _read_jsonl(write_corpus(corpus))
     num_train = sum(row["split"] == "train" for row in rows)
     took_sec = time.perf_counter() - start_sec
     print(
-        f"     {num_train} items to train on, {len(rows) - num_train} held out, in {took_sec:.0f} s: {run_dir}/corpus"
+        f"     {num_train} training and {len(rows) - num_train} held-out items in {run_dir}/corpus ({took_sec:.0f} s)"
     )
     _clear(folder, keep=corpus)
     print(f"2/3  training: earshot train demo_cpu {' '.join(keys)}", flush=True)
     code = _run(module_command("trainer", "demo_cpu", *keys))
     if code != 0:
-        print(f"\ntraining failed (exit code {code}); what it said is above", file=sys.stderr)
+        print(f"\ntraining failed (exit code {code}); its messages are above", file=sys.stderr)
         return code
-    print("3/3  what it learned, on voices and sounds it never heard\n")
+    print("3/3  results on voices and sounds that were not in the training data\n")
     print(report(folder, run_dir, rows))
     return 0
 
 
 def report(folder: Path, shown_dir: Path, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The text shown at the end. `folder`: the run's; `rows`: the corpus manifest.
+    """Return the text that is printed at the end.
+
+    Args:
+        folder: the folder of the run.
+        shown_dir: the same folder as it is shown to the user.
+        rows: the rows of the corpus manifest.
 
     Raises:
-        UserError: the run left no summary or no predictions.
+        UserError: If the run left no summary or no predictions.
     """
     summary_file = folder / "summary.json"
     if not summary_file.exists():
-        raise UserError(f"{summary_file}: the run wrote no summary; look at the messages above")
+        raise UserError(f"{summary_file}: was not written by the run; see its messages above")
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
     predictions = _read_jsonl(_last_predictions(folder, "test"))
     metas = {row["id"]: row for row in rows}
@@ -80,11 +108,11 @@ def report(folder: Path, shown_dir: Path, rows: Sequence[Mapping[str, Any]]) -> 
     )
     others = [s for s in scores if s.metric == "accuracy" and s.subset == ALL]
     spoken = [p for p in predictions if p["task"] == "asr"]
-    # Evenly spaced, so that every kind of text is among them.
+    # The transcripts are evenly spaced, so that every kind of text is among them.
     shown = [spoken[i * len(spoken) // NUM_TRANSCRIPTS] for i in range(min(NUM_TRANSCRIPTS, len(spoken)))]
     parts = [
         f"word error rate  {summary['wer_before']:.2f} before  ->  {summary['wer_after']:.2f} after",
-        format_table([{"said": p["reference"], "heard": p["hypothesis"]} for p in shown]),
+        format_table([{"spoken": p["reference"], "recognised": p["hypothesis"]} for p in shown]),
         format_table([_answer_row(row) for row in score_table(others, baseline)]),
         f"loss {summary['loss_first']:.2f} -> {summary['loss_last']:.2f}, {summary['num_ranks']} ranks, "
         f"{summary['seconds']:.0f} s",
@@ -96,22 +124,22 @@ def report(folder: Path, shown_dir: Path, rows: Sequence[Mapping[str, Any]]) -> 
 def _next_steps(shown_dir: Path) -> str:
     return "\n".join(
         [
-            f"the run       {shown_dir}/  (summary.json, metrics.jsonl, predictions, checkpoints)",
-            f"its curves    mlflow ui --backend-store-uri sqlite:///{shown_dir.parent}/mlflow.db",
-            "longer        earshot demo train.steps=2000",
-            "real speech   earshot train kit_cpu data.root=<folder of the kit>",
-            "at scale      earshot train mowe_70b --dry-run",
+            f"files           {shown_dir}/  (summary.json, metrics.jsonl, predictions, checkpoints)",
+            f"curves          mlflow ui --backend-store-uri sqlite:///{shown_dir.parent}/mlflow.db",
+            "train longer    earshot demo train.steps=2000",
+            "real speech     earshot train kit_cpu data.root=<folder of the kit>",
+            "large models    earshot train mowe_70b --dry-run",
         ]
     )
 
 
 def _answer_row(row: Mapping[str, object]) -> dict[str, object]:
-    names = {"sqa": "questions on speech", "er": "emotion", "aqa": "questions on sound", "ac": "captions"}
+    names = {"sqa": "questions about speech", "er": "emotion", "aqa": "questions about sounds", "ac": "captions"}
     task = str(row["task"])
     return {
         "task": f"{task}  {names.get(task, '')}".rstrip(),
         "correct": row["value"],
-        "always the commonest answer": row["majority"],
+        "always the most frequent answer": row["majority"],
     }
 
 
@@ -129,7 +157,7 @@ def _scores(predictions: Sequence[Mapping[str, Any]], metas: Mapping[str, Any]) 
 def _meta(prediction: Mapping[str, Any], metas: Mapping[str, Any]) -> Mapping[str, Any]:
     if prediction["key"] not in metas:
         raise UserError(
-            f"prediction {prediction['key']!r} is of no item of the demo corpus; remove runs/demo and retry"
+            f"prediction {prediction['key']!r} belongs to no item of the demo corpus; remove runs/demo and run it again"
         )
     return metas[prediction["key"]]
 
@@ -141,7 +169,9 @@ def _last_predictions(folder: Path, split: str) -> Path:
         if (match := re.fullmatch(rf"predictions-{split}-step(\d+)\.jsonl", path.name))
     }
     if not steps:
-        raise UserError(f"{folder}: the run wrote no predictions-{split}-step*.jsonl; is its evaluation switched off?")
+        raise UserError(
+            f"{folder}: contains no predictions-{split}-step*.jsonl; do not disable the evaluation (eval.final_split)"
+        )
     return steps[max(steps)]
 
 
@@ -157,14 +187,14 @@ def _clear(folder: Path, keep: Path) -> None:
 
 
 def _run(command: Sequence[str]) -> int:
-    """Run `command` and return its exit code: 128 plus the signal's number where a signal ended it."""
+    """Run `command` and return its exit code; for a signal, 128 + its number, as a shell does."""
     process = subprocess.Popen(command)
     while True:
         try:
             code = process.wait()
             return code if code >= 0 else 128 - code
         except KeyboardInterrupt:
-            # The terminal sent the signal to the training too: let it stop its ranks.
+            # The terminal sent the signal to the training as well, which stops its ranks itself.
             continue
 
 

@@ -1,11 +1,14 @@
-"""Makes a small multi-task corpus without any download: `python -m tools.demo_corpus OUT`.
+"""Create a small corpus of synthetic speech and sounds for five tasks, without any download.
 
-Speech comes from espeak-ng (PyPI package espeakng-loader), sounds from numpy. All five tasks, in the manifest format of
-`tools.make_shards`: `OUT/demo.jsonl` and 16 kHz FLAC below `OUT/audio`. The splits share no speaker and no sound
-setting. Same seed and scale, same bytes.
+    python -m tools.demo_corpus /tmp/corpus                 the corpus of `make demo`
+    python -m tools.demo_corpus /tmp/corpus --scale 0.1     a tenth of it
 
-espeak-ng is licensed GPL-3.0-or-later; it is an optional extra, and only this module loads it. What it speaks is not
-covered by that licence.
+OUT/demo.jsonl is a manifest as tools.make_shards reads it, and OUT/audio contains its clips as 16 kHz FLAC. Speech is
+synthesised by espeak-ng (PyPI package espeakng-loader), sounds by numpy. Splits have no speaker and no sound setting in
+common. The same seed and scale give the same bytes.
+
+espeak-ng has the licence GPL-3.0-or-later. It is an optional extra that only this tool loads, and its licence does not
+cover the speech that it synthesises.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from tools.espeak import Espeak, Prosody
 Wave = NDArray[np.float32]
 
 VERSION = 1
-"""Raised when the corpus changes, so that an old one is not taken for it."""
+"""The version of the corpus. Increase it when the corpus changes, so that older ones are created again."""
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COMMANDS = (
@@ -49,7 +52,7 @@ COMMANDS = (
 )
 PHRASES = ("the train is here", "we leave at noon", "dinner is ready", "it is raining")
 EMOTIONS = {"happy": (22, 95, 1.25), "neutral": (0, 45, 1.0), "sad": (-18, 8, 0.72)}
-"""Emotion → pitch offset, pitch range, factor of the speaking rate: what the label means in this corpus."""
+"""The pitch offset, the pitch range and the factor of the speaking rate of each emotion."""
 
 TRANSCRIBE = "Transcribe the speech."
 EMOTION = "How does the speaker feel?"
@@ -59,15 +62,19 @@ CAPTION = "Describe the audio."
 
 @dataclass(frozen=True)
 class Speaker:
-    """One setting of the synthesiser; clips vary a little around it."""
+    """A setting of the synthesiser, from which clips vary a little."""
 
     name: str
     voice: str
+    """The name of espeak-ng's voice, with variant."""
     pitch: int
+    """The pitch, 0 to 99."""
     rate: int
+    """The speaking rate in words per minute."""
 
     @staticmethod
     def of(voice: str, pitch: int, rate: int) -> Speaker:
+        """Return a speaker whose name is made of its setting."""
         return Speaker(f"{voice}-p{pitch}-r{rate}", voice, pitch, rate)
 
 
@@ -89,21 +96,24 @@ SPEAKERS = {
     "dev": (Speaker.of("en-us+m6", 45, 165),),
     "test": (Speaker.of("en-us+m3", 48, 162), Speaker.of("en-us+f4", 50, 168)),
 }
-"""Speakers of each split; no voice is in two of them. None has breath: espeak-ng makes it of unseeded noise."""
+"""The speakers of each split. No voice is in two splits.
+
+Voices with breath are excluded, since espeak-ng makes breath from unseeded noise.
+"""
 
 SOUND_SETTINGS = {"train": range(0, 40), "dev": range(100, 104), "test": range(200, 208)}
-"""What speakers are to speech (see `make_sound`)."""
+"""The settings of `make_sound` in each split, which correspond to the speakers of speech."""
 
 SIZES = {
     "train": {"digits": 400, "digit_strings": 500, "commands": 300, "sqa": 250, "er": 200, "aqa": 250, "ac": 200},
     "dev": {"digits": 6, "digit_strings": 10, "commands": 4, "sqa": 8, "er": 8, "aqa": 8, "ac": 8},
     "test": {"digits": 10, "digit_strings": 18, "commands": 12, "sqa": 10, "er": 10, "aqa": 10, "ac": 10},
 }
-"""Items by split; sqa asks about recordings of digit_strings."""
+"""The number of items of each kind in each split. The questions of `sqa` are about recordings of `digit_strings`."""
 
 
 class _Corpus:
-    """Writes clips and collects their manifest rows."""
+    """A writer of clips, which collects their manifest rows."""
 
     def __init__(self, out: Path, seed: int, scale: float) -> None:
         self.rng = np.random.default_rng(seed)
@@ -116,18 +126,20 @@ class _Corpus:
         self._num_items: Counter[str] = Counter()
 
     def num(self, split: str, kind: str) -> int:
+        """Return the number of items of a kind in a split, scaled."""
         return max(1, round(SIZES[split][kind] * self._scale))
 
     def speaker(self, split: str) -> Speaker:
+        """Draw a speaker of a split."""
         return SPEAKERS[split][int(self.rng.integers(len(SPEAKERS[split])))]
 
     def speak(self, split: str, text: str, speaker: Speaker, prosody: Prosody) -> dict[str, Any]:
-        """Synthesise and write one clip; the fields of its file."""
+        """Synthesise and write a clip of speech, and return the manifest fields of its file."""
         wave = soxr.resample(self._espeak.speak(text, speaker.voice, prosody), self._espeak.rate_hz, SAMPLE_RATE)
         return self._write(split, "speech", wave) | {"group": speaker.name, "source": self._speech_source}
 
     def sound(self, split: str, names: Sequence[str]) -> dict[str, Any]:
-        """Synthesise and write the sounds one after the other; the fields of the file."""
+        """Synthesise and write a clip of consecutive sounds, and return the manifest fields of its file."""
         setting = int(self.rng.choice(SOUND_SETTINGS[split]))
         waves = [make_sound(name, setting, self.rng) for name in names]
         gap = np.zeros(SAMPLE_RATE // 10, np.float32)
@@ -135,7 +147,7 @@ class _Corpus:
         return self._write(split, "sounds", wave) | {"group": f"sounds-{setting:03d}", "source": self._sound_source}
 
     def add(self, task: str, split: str, clip: dict[str, Any], subset: str, **fields: Any) -> None:
-        """One manifest row on a written clip."""
+        """Add a manifest row about a clip that was written."""
         self._num_items[task] += 1
         head = {
             "id": f"demo-{task}-{self._num_items[task]:05d}",
@@ -149,7 +161,7 @@ class _Corpus:
     def _write(self, split: str, kind: str, wave: Wave) -> dict[str, Any]:
         quiet = [np.zeros(int(n), np.float32) for n in self.rng.integers(800, 3200, 2)]
         wave = np.concatenate([quiet[0], wave.astype(np.float32) * self.rng.uniform(0.5, 0.9), quiet[1]])
-        # Recordings are never digitally silent; a model that meets only such silence learns its absence.
+        # Recordings are never digitally silent. A model trained on such silence would depend on it.
         wave = np.clip(wave + self.rng.normal(0, 5e-4, len(wave)), -1, 1).astype(np.float32)
         self._num_clips += 1
         name = f"audio/{kind}/{split}-{self._num_clips:05d}.flac"
@@ -162,19 +174,25 @@ class _Corpus:
 
 
 def write_corpus(out: Path, seed: int = 0, scale: float = 1.0) -> Path:
-    """Write the corpus into `out`, unless it is there already; returns the manifest's path.
+    """Write the corpus, unless it exists already.
 
-    `scale` multiplies the number of items. A folder that holds something else is not touched.
+    Args:
+        out: the folder to write into. A folder with other files is not changed.
+        seed: the seed of all random choices.
+        scale: the factor by which to multiply the number of items.
+
+    Returns:
+        The path of the manifest.
 
     Raises:
-        UserError: espeakng-loader is not installed; `out` holds other files.
+        UserError: If espeakng-loader is not installed, or `out` contains other files.
     """
     manifest, stamp = out / "demo.jsonl", out / "corpus.json"
     wanted = {"version": VERSION, "seed": seed, "scale": scale}
     if stamp.exists() and manifest.exists() and json.loads(stamp.read_text()) == wanted:
         return manifest
     if out.exists() and any(out.iterdir()) and not stamp.exists():
-        raise UserError(f"{out}: holds files, but no demo corpus; give an empty or new folder")
+        raise UserError(f"{out}: contains files that are not a demo corpus; give an empty or new folder")
     out.mkdir(parents=True, exist_ok=True)
     manifest.unlink(missing_ok=True)
     stamp.write_text(json.dumps(wanted) + "\n")
@@ -189,7 +207,7 @@ def write_corpus(out: Path, seed: int = 0, scale: float = 1.0) -> Path:
 
 
 def _make_speech(corpus: _Corpus, split: str) -> None:
-    """Items of asr, and of sqa on its digit strings."""
+    """Add the items of asr, and those of sqa about its digit strings."""
     rng, strings = corpus.rng, []
     for subset, text_of in _TEXTS.items():
         for i in range(corpus.num(split, subset)):
@@ -220,7 +238,7 @@ def _make_emotions(corpus: _Corpus, split: str) -> None:
 
 
 def _make_sounds(corpus: _Corpus, split: str) -> None:
-    """Items of aqa and ac."""
+    """Add the items of aqa and ac."""
     rng, names = corpus.rng, list(SOUNDS)
     for i in range(corpus.num(split, "aqa")):
         first, other = rng.permutation(names)[:2]
@@ -229,7 +247,7 @@ def _make_sounds(corpus: _Corpus, split: str) -> None:
             choices = sorted(SOUNDS[name] for name in names)
             fields = {"instruction": WHICH_SOUND, "answer": SOUNDS[first], "qtype": "first", "choices": choices}
         else:
-            # The absent sound is one that was not drawn at all, so "no" is true of two-sound clips too.
+            # The absent sound is neither of the two drawn ones, so "no" is also right for clips of two sounds.
             present = i % 4 == 0
             asked = first if present else rng.choice([n for n in names if n not in (first, other)])
             question = f"Is there {SOUNDS[asked]}? Answer yes or no."
@@ -263,7 +281,7 @@ _TEXTS: dict[str, Callable[[np.random.Generator, int], str]] = {
 
 
 def _varied(speaker: Speaker, rng: np.random.Generator, emotion: str = "neutral") -> Prosody:
-    """The speaker's prosody in `emotion`, varied a little from clip to clip."""
+    """Return the speaker's prosody in `emotion`, with a small random variation."""
     offset, pitch_range, factor = EMOTIONS[emotion]
     return Prosody(
         pitch=int(np.clip(speaker.pitch + offset + rng.integers(-4, 5), 0, 99)),
@@ -274,11 +292,17 @@ def _varied(speaker: Speaker, rng: np.random.Generator, emotion: str = "neutral"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.demo_corpus", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of items")
+    """Run the command.
+
+    Returns:
+        The exit code: 2 after printing a UserError, else 0.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.demo_corpus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="new or empty folder to write into")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: 0)")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the number of items (default: 1)")
     options = parser.parse_args(arguments)
     try:
         manifest = write_corpus(options.out, options.seed, options.scale)

@@ -1,4 +1,4 @@
-"""Simple sounds made of numbers: what the demo corpus asks about and describes."""
+"""The synthetic sounds of the demo corpus."""
 
 from __future__ import annotations
 
@@ -19,13 +19,19 @@ SOUNDS = {
     "siren": "a siren",
     "hum": "a low hum",
 }
-"""Name → what questions and captions call it."""
+"""The noun of each sound in questions and captions, by the sound's name."""
 
 
 def make_sound(name: str, setting: int, rng: np.random.Generator) -> Wave:
-    """Waveform `[T]` of 0.6 to 1.0 s at 16 kHz, peak 1.
+    """Return a sound of 0.6 to 1.0 seconds.
 
-    `setting` picks the pitch and tempo of the source, as a speaker does for speech; `rng` varies the single sound.
+    Args:
+        name: a key of `SOUNDS`.
+        setting: the seed of the sound's pitch and tempo; a setting is to sounds what a speaker is to speech.
+        rng: the source of the variation between sounds of the same setting.
+
+    Returns:
+        A waveform `[T]` at 16 kHz with peak 1.
     """
     source = np.random.default_rng([setting, list(SOUNDS).index(name)])
     num_samples = int(SAMPLE_RATE * rng.uniform(0.6, 1.0))

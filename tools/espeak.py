@@ -1,4 +1,4 @@
-"""espeak-ng through ctypes, in this process: text in, waveform out."""
+"""Speech synthesis with espeak-ng in this process, through ctypes."""
 
 from __future__ import annotations
 
@@ -23,20 +23,24 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 @dataclass(frozen=True)
 class Prosody:
-    """How something is said."""
+    """The prosody of an utterance."""
 
     pitch: int = 50
-    """0 to 99."""
+    """The pitch, 0 to 99."""
     pitch_range: int = 50
-    """0 (monotone) to 99."""
+    """The variation of the pitch, from 0 (monotone) to 99."""
     rate_wpm: int = 175
-    """Words per minute, 80 to 450."""
+    """The speaking rate in words per minute, 80 to 450."""
     word_gap: int = 0
-    """Pause between words, in units of 10 ms."""
+    """The pause between words, in units of 10 ms."""
 
 
 class Espeak:
-    """One synthesiser. The same calls in the same order give the same waveforms."""
+    """A synthesiser. The same calls in the same order give the same waveforms.
+
+    Raises:
+        UserError: If espeakng-loader is not installed.
+    """
 
     def __init__(self) -> None:
         try:
@@ -45,8 +49,8 @@ class Espeak:
             raise UserError(
                 "espeakng-loader is not installed: run `make setup`, or `pip install espeakng-loader`"
             ) from None
-        # The library carries state from one utterance to the next, and starting it anew does not reset that: a copy
-        # of our own does. And it takes a data path of at most 160 characters, which a virtual environment may exceed.
+        # A copy of the library starts without the state that utterances leave, which initialising does not reset. The
+        # link is needed since the library's data path may have at most 160 characters.
         self._folder = tempfile.TemporaryDirectory(prefix="espeak-")
         library = Path(self._folder.name) / "libespeak-ng.so"
         shutil.copyfile(espeakng_loader.get_library_path(), library)
@@ -56,14 +60,23 @@ class Espeak:
         self.rate_hz: int = self._library.espeak_Initialize(
             _AUDIO_OUTPUT_SYNCHRONOUS, 0, str(data).encode(), _INITIALIZE_DONT_EXIT
         )
-        """Sampling rate of what `speak` returns."""
+        """The sampling rate of the waveforms that `speak` returns, in Hz."""
         assert self.rate_hz > 0, f"espeak_Initialize failed: {self.rate_hz}"
         self._chunks: list[bytes] = []
-        self._callback = _Callback(self._collect)  # kept: the library holds a bare pointer to it
+        self._callback = _Callback(self._collect)  # The library stores only a pointer, so a reference is kept here.
         self._library.espeak_SetSynthCallback(self._callback)
 
     def speak(self, text: str, voice: str, prosody: Prosody | None = None) -> NDArray[np.float32]:
-        """Waveform `[T]` in [-1, 1] at `rate_hz`. `voice`: an espeak-ng name, with variant: `en-us+f3`."""
+        """Synthesise a text.
+
+        Args:
+            text: the text.
+            voice: the name of a voice of espeak-ng, with variant, such as `en-us+f3`.
+            prosody: the prosody; None for the default one.
+
+        Returns:
+            A waveform `[T]` in [-1, 1] at `rate_hz`.
+        """
         how = Prosody() if prosody is None else prosody
         self._chunks.clear()
         status = self._library.espeak_SetVoiceByName(voice.encode())

@@ -1,14 +1,14 @@
-"""How good is it: python -m tools.evaluate EXPORT|CHECKPOINT|RUN --data MANIFEST|SHARDS.
+"""Evaluate an exported model, a checkpoint or a run's newest checkpoint.
 
-    python -m tools.evaluate out/model --data test.jsonl            an exported model
-    python -m tools.evaluate runs/demo --data data/shards --split test --nproc 2
-                                                                    a run's newest checkpoint, two processes
+    python -m tools.evaluate out/model --data test.jsonl                              an exported model
+    python -m tools.evaluate runs/demo --data data/shards --split test --nproc 2      a run, in two processes
 
-Prints every metric with its 95 % interval by task, subset, language, source and duration. Writes predictions.jsonl
-(read by tools.compare and tools.judge), scores.json, scores.csv, report.html and plots. Stopped and started again, it
-decodes only what is missing. docs/evaluation.md tells what is measured.
+The command prints every metric with its 95 % interval, and the main metrics by subset, language, source and duration.
+It writes predictions.jsonl (which tools.compare and tools.judge read), scores.json, scores.csv, report.html and plots.
+Rerun an interrupted command to resume it. docs/evaluation.md explains the metrics.
 
-Exit code 1: some samples have no answer, skipped.jsonl lists them with the reason; 2: a mistake in what was asked.
+Exit code 0: all samples have an answer. 1: some samples have no answer; skipped.jsonl lists them with the reason.
+2: invalid arguments, or data or a model that cannot be used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command.
+
+    Returns:
+        The exit code: 1 if samples have no answer, 2 after printing a UserError, else 0.
+    """
     options = _parser().parse_args(arguments)
     be_calm()
     try:
@@ -56,8 +60,8 @@ def _run(options: argparse.Namespace) -> int:
 
     origin = find_model(options.model)
     request = _request(options, origin)
-    stored, places = open_wanted(request)
-    meteor = _meteor(options.wordnet, any(stored.items[p].task == "ac" for p in places))
+    stored, indices = open_wanted(request)
+    meteor = _meteor(options.wordnet, any(stored.items[i].task == "ac" for i in indices))
     folder = options.out or _default_folder(origin, options.data, options.split)
     check_output(f"--out {folder}", folder, is_folder=True)
     with tqdm(unit=" samples", desc="evaluate", disable=None) as bar:
@@ -70,7 +74,7 @@ def _run(options: argparse.Namespace) -> int:
 
         found = run_evaluation(request, folder, options.nproc, on_progress)
     if not found.predictions:
-        raise UserError(f"{options.data}: no sample could be answered; {folder / SKIPPED} tells why")
+        raise UserError(f"{options.data}: no sample could be answered; see the reasons in {folder / SKIPPED}")
     title = f"{origin.name} on {Path(options.data).name}{f', {options.split}' if options.split else ''}"
     tree = make_card(
         title,
@@ -115,20 +119,22 @@ def _check(options: argparse.Namespace) -> None:
 
     counts = ("nproc", "beams", "batch_size", "max_new_tokens", "max_samples")
     check_at_least(1, **{name: getattr(options, name) for name in counts})
-    if options.batch_sec <= 0 or options.audio_mib < 0:
-        raise UserError("--batch-sec must be positive, --audio-mib at least 0")
+    if options.batch_sec <= 0:
+        raise UserError(f"--batch-sec {options.batch_sec:g}: must be above 0")
+    if options.audio_mib < 0:
+        raise UserError(f"--audio-mib {options.audio_mib:g}: must be at least 0")
     for task in options.tasks:
         if task not in TASKS:
             raise UserError(f"--tasks {task}: tasks are {', '.join(TASKS)}")
     if options.mlflow is not None and not options.mlflow.is_dir():
-        raise UserError(f"--mlflow {options.mlflow}: no such folder; name that of a run")
+        raise UserError(f"--mlflow {options.mlflow}: no such folder; give the folder of a run")
 
 
 def _meteor(wordnet: str | None, needed: bool) -> Meteor | None:
     from trainer.scoring.meteor import Meteor
     from trainer.scoring.wordnet import find_wordnet
 
-    # Before anything is decoded: hours later would be late.
+    # A missing WordNet must be reported before decoding, which may take hours.
     return Meteor(find_wordnet(wordnet)) if needed else None
 
 
@@ -146,7 +152,7 @@ def _about(request: Request, options: argparse.Namespace, found: Finished) -> di
         "model": request.origin.name,
         "data": options.data + (f", split {options.split}" if options.split else ""),
         "decoding": f"{search}, at most {decoding.max_new_tokens} tokens, {request.dtype}",
-        "long speech": f"windows of {windows.window_sec:.3g} s that share {windows.overlap_sec:.2g} s",
+        "long speech": f"windows of {windows.window_sec:.3g} s that overlap by {windows.overlap_sec:.2g} s",
     }
 
 
@@ -174,30 +180,40 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m tools.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder that tools.export made, a checkpoint, or a run (its newest)")
+    add("model", metavar="MODEL", help="an exported folder, a checkpoint, or a run (its newest checkpoint)")
     add("--data", required=True, help="a manifest (JSONL), or a folder or bucket of shards")
-    add("--split", help="only this split (default: all)")
-    add("--tasks", nargs="+", default=[], metavar="TASK", help="only these (default: all)")
-    add("--max-samples", type=int, metavar="N", help="a random choice, the same every time (default: all)")
-    add("--out", type=Path, help="folder for the files (default: in the run's folder, or beside the export)")
+    add("--split", help="evaluate only this split (default: all)")
+    add("--tasks", nargs="+", default=[], metavar="TASK", help="evaluate only these tasks (default: all)")
+    add("--max-samples", type=int, metavar="N", help="evaluate N random samples, always the same (default: all)")
+    add("--out", type=Path, help="folder for the files (default: in the run's folder, or next to the export)")
     add("--nproc", type=int, default=1, metavar="N", help="processes that share the samples (default: 1)")
-    add("--dtype", choices=("fp32", "bf16"), help="of weights and activations (default: fp32; on a GPU bf16)")
-    add("--beams", type=int, default=1, metavar="N", help="beam search (default: 1, greedy)")
-    add("--max-new-tokens", type=int, metavar="N", help="longest answer (default: as in the model's training)")
-    add("--batch-size", type=int, default=64, metavar="N", help="samples decoded together (default: 64)")
-    add("--batch-sec", type=float, default=600.0, help="seconds of audio of these, padded (default: 600)")
+    add("--dtype", choices=("fp32", "bf16"), help="type of weights and activations (default: bf16 on GPUs, else fp32)")
+    add("--beams", type=int, default=1, metavar="N", help="beams of beam search (default: 1, which is greedy)")
+    add("--max-new-tokens", type=int, metavar="N", help="longest answer (default: as in the training run)")
+    add("--batch-size", type=int, default=64, metavar="N", help="samples that are decoded together (default: 64)")
+    add(
+        "--batch-sec",
+        type=float,
+        default=600.0,
+        metavar="SEC",
+        help="seconds of padded audio that are decoded together (default: 600)",
+    )
     add(
         "--window",
         type=float,
         metavar="SEC",
-        help="longer speech is transcribed in windows (default: as trained, ≤ 30)",
+        help="transcribe longer recordings in windows of this length (default: the longest clip in training, at most "
+        "30 seconds)",
     )
-    add("--overlap", type=float, metavar="SEC", help="of neighbouring windows, at least (default: a sixth of a window)")
-    add("--wordnet", help="folder of WordNet 3.0, for METEOR of captions (default: where packages put it)")
-    add("--audio-mib", type=float, default=12.0, help="audio of the worst samples in report.html (default: 12)")
-    add("--mlflow", type=Path, metavar="RUN", help="run whose MLflow gets the files (default: the checkpoint's)")
-    add("--all-metrics", action="store_true", help="print every metric of every group (default: the chief ones)")
-    add("--json", action="store_true", help="end with one JSON object")
+    add("--overlap", type=float, metavar="SEC", help="least overlap of windows (default: a sixth of a window)")
+    add(
+        "--wordnet",
+        help="folder of WordNet 3.0, for METEOR of captions (default: where operating systems' packages install it)",
+    )
+    add("--audio-mib", type=float, default=12.0, help="audio to include in report.html, in MiB (default: 12)")
+    add("--mlflow", type=Path, metavar="RUN", help="add the files to this run in MLflow (default: the model's run)")
+    add("--all-metrics", action="store_true", help="print every metric of every group (default: the main ones)")
+    add("--json", action="store_true", help="print one JSON object on the last line")
     return parser
 
 

@@ -1,12 +1,15 @@
-"""Write a checkpoint as a model folder that transformers loads.
+"""Export a checkpoint as a folder that transformers loads.
 
-    python -m tools.export CHECKPOINT OUT                     a checkpoint, or a run: its newest
-    python -m tools.export CHECKPOINT OUT --llm-only          the LLM alone: stock transformers needs no code of ours
-    python -m tools.export RUN OUT --activated-only 0.01 --dev MANIFEST
-                                                              without encoders that got under 1 % of the clips
-    python -m tools.export RUN OUT --verify MANIFEST          published only if it equals the training graph
+    python -m tools.export runs/demo out/model                           the newest checkpoint of a run
+    python -m tools.export runs/demo out/llm --llm-only                  only the LLM, which needs no remote code
+    python -m tools.export runs/demo out/model --verify dev.jsonl        fail if it differs from the training graph
+    python -m tools.export runs/demo out/small --activated-only 0.01 --dev dev.jsonl
+                                                                         drop encoders chosen for under 1 % of clips
 
-Needs no GPU and no process group. Written aside and moved at the end; started again, it goes on where it stopped.
+The command needs no GPU. The folder is written under a temporary name and renamed at the end. Rerun an interrupted
+command to resume it.
+
+Exit code 0: the model was exported. 2: it was not.
 """
 
 from __future__ import annotations
@@ -31,7 +34,11 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line that tells what to mend."""
+    """Run the command.
+
+    Returns:
+        The exit code: 2 after printing a UserError, else 0.
+    """
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -44,15 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     if not 0 <= options.activated_only < 1:
-        raise UserError(f"--activated-only {options.activated_only:g}: must be a share, at least 0 and below 1")
+        raise UserError(f"--activated-only {options.activated_only:g}: must be a share of at least 0 and below 1")
     if not 0 < options.shard_gib < math.inf:
         raise UserError(f"--shard-gib {options.shard_gib:g}: must be above 0")
     check_at_least(1, samples=options.samples)
     if options.dev is not None and not options.activated_only:
-        raise UserError(f"--dev {options.dev}: needs --activated-only, whose cost it measures; see --verify, too")
+        raise UserError(
+            f"--dev {options.dev}: needs --activated-only, whose effect it measures; use --verify to compare the export"
+        )
     for name, value in (("verify", options.verify), ("dev", options.dev)):
         if options.llm_only and value is not None:
-            raise UserError(f"--{name} {value}: needs the whole model, not --llm-only; leave one out")
+            raise UserError(f"--{name} {value}: needs the whole model, not --llm-only; remove one of the two")
     check_output(options.out, Path(options.out).parent, is_folder=True)
 
 
@@ -75,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         source, found = _export(arguments, options)
     except DamagedError as error:
-        raise UserError(f"{arguments.checkpoint}: damaged: {error}; take another checkpoint") from None
+        raise UserError(f"{arguments.checkpoint}: is damaged: {error}; give another checkpoint") from None
     out = Path(arguments.out)
     summary = summary_of(source, out, options, found)
     summary |= {"seconds": round(time.perf_counter() - started, 3), "peak_memory_bytes": peak_memory_bytes()["host"]}
@@ -102,27 +111,35 @@ def _export(arguments: argparse.Namespace, options: Options) -> tuple[Source, Fi
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.export", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run (its newest): a folder or s3://…"
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", metavar="OUT", help="folder to make")
-    parser.add_argument("--llm-only", action="store_true", help="a plain Llama, Mistral or Qwen folder")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--shard-gib", type=float, default=5.0, help="largest weight file (default 5)")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run (its newest checkpoint): a folder or s3://…"
+    )
+    parser.add_argument("out", metavar="OUT", help="folder to create")
+    parser.add_argument(
+        "--llm-only", action="store_true", help="export only the LLM, as a Llama, Mistral or Qwen model"
+    )
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="type of the weights (default: bf16)")
+    parser.add_argument("--shard-gib", type=float, default=5.0, help="largest file of weights, in GiB (default: 5)")
     parser.add_argument(
         "--activated-only",
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="leave out encoders chosen for less of the clips",
+        help="drop encoder experts that were chosen for less than this share of the clips (default: 0, keep all)",
     )
-    parser.add_argument("--dev", metavar="MANIFEST", help="with --activated-only: score before and after on it")
-    parser.add_argument("--verify", metavar="MANIFEST", help="compare with the training graph on its samples")
-    parser.add_argument("--samples", type=int, help="of either manifest, at most (default 32)")
-    parser.add_argument("--tokenizer", metavar="PATH", help="the run's tokenizer, where the run's folder lacks it")
-    parser.add_argument("--run", metavar="DIR", type=Path, help="the run's folder, where CHECKPOINT is not in it")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("--dev", metavar="MANIFEST", help="score the model on it with and without the dropped experts")
+    parser.add_argument(
+        "--verify", metavar="MANIFEST", help="compare the export with the training graph on its samples"
+    )
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="samples to read from each of these manifests (default: 32)"
+    )
+    parser.add_argument("--tokenizer", metavar="PATH", help="the run's tokenizer, if it is not in the run's folder")
+    parser.add_argument("--run", metavar="DIR", type=Path, help="the run's folder, if CHECKPOINT is not in it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     return parser
 
 

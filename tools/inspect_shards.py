@@ -1,8 +1,15 @@
-"""What is in a set of shards, and whether it is what its index says: python -m tools.inspect_shards URL.
+r"""Summarise a dataset of shards, and check it against its index.
 
-URL is a folder or s3://BUCKET/PREFIX (gs://, az://). --build-index makes the index for shards of others: tars of
-`<key>.<audio type>` with `<key>.json` (fields of a manifest) or `<key>.txt` (the answer); --set gives what all lack,
-for example --set task=asr --set split=train --set "instruction=Transcribe the speech."
+    python -m tools.inspect_shards data/shards
+    python -m tools.inspect_shards s3://bucket/foreign --build-index --set task=asr --set split=train \
+        --set "instruction=Transcribe the speech."
+
+URL is a folder or s3://BUCKET/PREFIX (also gs:// and az://). --build-index creates the index of WebDataset shards that
+other programs wrote. In these, a sample is `<key>.<audio type>` with `<key>.json` (the fields of a manifest) or
+`<key>.txt` (the answer). --set gives a field that all samples lack.
+
+Exit code 0: everything matches the index, or --no-check was given. 1: something does not match. 2: invalid arguments,
+or shards that cannot be read.
 """
 
 from __future__ import annotations
@@ -27,15 +34,26 @@ _BAR_CHARS = 40
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: all is as indexed. 1: something is not; it is named. 2: a user's error, one line on stderr."""
+    """Run the command.
+
+    Returns:
+        The exit code: 1 if a shard does not match the index, 2 after printing a UserError, else 0.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.inspect_shards", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m tools.inspect_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("url", help="folder or bucket URL")
-    parser.add_argument("--build-index", action="store_true", help="index shards that have none (writes beside them)")
-    parser.add_argument("--set", dest="defaults", action="append", default=[], metavar="FIELD=TEXT", help="see above")
-    parser.add_argument("--no-check", action="store_true", help="read the index and tables only, not the shards")
-    parser.add_argument("--png", type=Path, help="draw the histogram of durations into this file")
+    parser.add_argument("url", metavar="URL", help="folder or bucket URL")
+    parser.add_argument("--build-index", action="store_true", help="create the index and write it next to the shards")
+    parser.add_argument(
+        "--set",
+        dest="defaults",
+        action="append",
+        default=[],
+        metavar="FIELD=TEXT",
+        help="with --build-index: a field of all samples that have none of this name",
+    )
+    parser.add_argument("--no-check", action="store_true", help="read only the index and offset tables, not the shards")
+    parser.add_argument("--png", type=Path, help="write a histogram of durations into this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     try:
@@ -48,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.png:
         if not args.png.parent.is_dir():
-            raise UserError(f"--png {args.png}: {args.png.parent} is no folder; make it, or choose another")
+            raise UserError(f"--png {args.png}: {args.png.parent} is not a folder; create it or choose another path")
         check_output(f"--png {args.png}", args.png)
     store = open_store(args.url)
     skipped_samples: list[str] = []
@@ -57,7 +75,7 @@ def _run(args: argparse.Namespace) -> int:
         with tqdm(unit=" shards", disable=None, leave=False) as bar:
             skipped_samples = build_index(store, defaults, on_shard=bar.update)
     elif args.defaults:
-        raise UserError("--set: goes with --build-index")
+        raise UserError("--set: needs --build-index; add it, or remove --set")
     shards = ShardSet(store, num_cached_tables=1)
     damage: list[str] = []
     seconds: list[float] = []
@@ -86,12 +104,17 @@ def _entries(shards: ShardSet, shard: int, damage: list[str]) -> Iterator[Entry]
 def _field(text: str) -> tuple[str, str]:
     name, found, value = text.partition("=")
     if not found or not name:
-        raise UserError(f"--set {text}: give FIELD=TEXT")
+        raise UserError(f"--set {text}: must be FIELD=TEXT")
     return name, value
 
 
 def summary(shards: ShardSet, seconds: Sequence[float]) -> dict[str, Any]:
-    """Counts, hours by task, language, source and split, and the histogram of durations."""
+    """Return the counts, the hours by task, language, source, split and subset, and the histogram of durations.
+
+    Args:
+        shards: the shards.
+        seconds: the duration of every clip in seconds.
+    """
     groups = shards.index.groups
     hours: dict[str, dict[str, dict[str, float]]] = {}
     for kind in ("task", "language", "source", "split", "subset"):
@@ -114,7 +137,7 @@ def summary(shards: ShardSet, seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """For the terminal."""
+    """Format the report for the terminal."""
     lines = [
         f"{report['url']}: {report['num_samples']} samples, {report['hours']:.3f} h, {report['num_shards']} shard(s), "
         f"{report['num_bytes'] / 1e6:.1f} MB"
@@ -132,16 +155,22 @@ def as_text(report: dict[str, Any]) -> str:
         name = f"{low:g} to {high:g}" if high is not None else f"from {low:g}"
         lines.append(f"{name:>10}  {count:8d}  {'#' * round(_BAR_CHARS * count / most)}")
     lines.append("")
-    lines += [f"left out: {text}" for text in report["skipped_samples"]]
+    lines += [f"skipped: {text}" for text in report["skipped_samples"]]
     lines += [f"damaged: {text}" for text in report["damage"]]
     if report["checked"] and not report["damage"]:
-        lines.append("every shard and every sample is as indexed")
+        lines.append("all shards and samples match the index")
     return "\n".join(lines)
 
 
 def draw(seconds: Sequence[float], path: Path, title: str) -> None:
-    """The histogram of durations as PNG."""
-    from matplotlib.figure import Figure  # slow to import, and only needed here
+    """Write a histogram of durations as PNG.
+
+    Args:
+        seconds: the duration of every clip in seconds.
+        path: the file to write.
+        title: the title of the figure.
+    """
+    from matplotlib.figure import Figure  # The import is slow and only needed here.
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -1,8 +1,13 @@
-"""Have a language model rate open answers: python -m tools.judge PREDICTIONS.jsonl --url URL --model NAME.
+"""Rate open answers with a language model as the judge.
 
-URL is any OpenAI-compatible endpoint (`http://localhost:8000/v1`); its key, if it needs one, is read from the
-environment variable OPENAI_API_KEY. Ratings are 0 to 5, on AudioBench's scale. They are written beside the predictions,
-to PREDICTIONS.judged-NAME.jsonl, and kept in a cache, so that the same answer is paid for once.
+    python -m tools.judge runs/demo/predictions-test-step500.jsonl --url http://localhost:8000/v1 --model llama-3-70b
+
+URL is the address of any OpenAI-compatible endpoint. Its key, if it needs one, is read from the environment variable
+OPENAI_API_KEY. Ratings are from 0 to 5 on AudioBench's scale. They are written next to the predictions, into
+PREDICTIONS.judged-NAME.jsonl. A cache keeps them, so that no answer is paid for twice.
+
+Exit code 0: all answers were rated. 1: the judge failed on some answers. 2: invalid arguments,
+or predictions that cannot be rated.
 """
 
 from __future__ import annotations
@@ -33,29 +38,53 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: judged. 1: the judge failed on some answers. 2: nothing was; one line on stderr says why."""
+    """Run the command.
+
+    Returns:
+        The exit code: 1 if the judge failed on an answer, 2 after printing a UserError, else 0.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m tools.judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("predictions", type=Path, help="a predictions-*.jsonl of a run")
-    parser.add_argument("--url", required=True, help="base address of the endpoint, ending in /v1 with most")
-    parser.add_argument("--model", required=True, help="its name at the endpoint")
-    parser.add_argument("--tasks", nargs="+", default=["aqa", "sqa", "ac"], help="default: aqa sqa ac")
-    parser.add_argument("--cache", type=Path, default=Path("runs/judge-cache"), help="default: runs/judge-cache")
-    parser.add_argument("--workers", type=int, default=8, help="requests at a time (default: 8)")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one attempt (default: 60)")
-    parser.add_argument("--attempts", type=int, default=5, help="per answer (default: 5)")
+    parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="a predictions*.jsonl of an evaluation")
+    parser.add_argument("--url", required=True, help="base address of the endpoint, which usually ends in /v1")
+    parser.add_argument("--model", required=True, metavar="NAME", help="name of the judge at the endpoint")
     parser.add_argument(
-        "--prices", type=float, nargs=2, metavar=("IN", "OUT"), help="of a million tokens, to show what it cost"
+        "--tasks",
+        nargs="+",
+        default=["aqa", "sqa", "ac"],
+        metavar="TASK",
+        help="tasks whose answers are rated (default: aqa sqa ac)",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("runs/judge-cache"),
+        metavar="DIR",
+        help="folder of the cache of ratings (default: runs/judge-cache)",
+    )
+    parser.add_argument("--workers", type=int, default=8, metavar="N", help="concurrent requests (default: 8)")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="SEC", help="seconds for each attempt (default: 60)"
+    )
+    parser.add_argument("--attempts", type=int, default=5, metavar="N", help="attempts for each answer (default: 5)")
+    parser.add_argument(
+        "--prices",
+        type=float,
+        nargs=2,
+        metavar=("IN", "OUT"),
+        help="prices of a million tokens sent and received, to report the cost",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     if args.workers < 1 or args.attempts < 1 or args.timeout <= 0:
-        parser.error("--workers and --attempts must be at least 1, --timeout above 0")
+        parser.error("--workers and --attempts must be at least 1, and --timeout must be above 0")
     try:
         predictions = [p for p in read_predictions(args.predictions) if p.meta["task"] in args.tasks]
         if not predictions:
-            raise UserError(f"{args.predictions}: no prediction of {', '.join(args.tasks)}; choose other --tasks")
+            raise UserError(
+                f"{args.predictions}: contains no prediction of {', '.join(args.tasks)}; choose other --tasks"
+            )
         items = [_item(args.predictions, p) for p in predictions]
         out = _verdicts_path(args.predictions, args.model)
         check_output(f"{out}", out)
@@ -66,34 +95,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    account = take_account(predictions, verdicts, args.prices)
+    summary = summarise(predictions, verdicts, args.prices)
     written = None
-    if account.scores:  # else what an earlier call wrote stays
+    if summary.scores:  # Without any rating, the file of an earlier call is kept.
         _write(out, args.model, predictions, verdicts)
         written = out
-    print(json.dumps(_as_json(account, written)) if args.json else _as_text(account, written))
-    return 1 if account.num_failures else 0
+    print(json.dumps(_as_json(summary, written)) if args.json else _as_text(summary, written))
+    return 1 if summary.num_failures else 0
 
 
 @dataclass(frozen=True)
-class Account:
-    """What judging gave and what it took."""
+class Summary:
+    """The mean ratings and the cost of judging."""
 
     scores: list[TaskScore]
-    """Mean ratings, over what was rated."""
+    """The mean rating of every task and subset, over the answers that were rated."""
     num_cached: int
+    """The number of ratings that were in the cache."""
     num_failures: dict[str, int]
-    """By kind; they are in no score."""
+    """The number of answers without a rating, by kind of failure. They are not included in any score."""
     prompt_tokens: int
+    """The number of tokens that were sent."""
     completion_tokens: int
+    """The number of tokens that were received."""
     cost: float | None
-    """In the currency of the prices; None: none were given."""
+    """The cost in the currency of the prices; None if no prices were given."""
 
 
-def take_account(
+def summarise(
     predictions: Sequence[Prediction], verdicts: Sequence[Verdict], prices: Sequence[float] | None
-) -> Account:
-    """Mean rating per task and subset, failures apart; tokens of this run's requests, cached ones cost none."""
+) -> Summary:
+    """Summarise the ratings of a call.
+
+    Args:
+        predictions: the predictions that were rated.
+        verdicts: the judge's verdict on each of them.
+        prices: the prices of a million tokens sent and received; None if they are not known.
+    """
     rated: dict[str, list[tuple[dict[str, Any], float]]] = {}
     for p, v in zip(predictions, verdicts, strict=True):
         if v.rating is not None:
@@ -104,7 +142,7 @@ def take_account(
         for s in score_metrics(task, [mean("judge", [rating for _, rating in pairs])], [meta for meta, _ in pairs])
     ]
     sent, received = sum(v.prompt_tokens for v in verdicts), sum(v.completion_tokens for v in verdicts)
-    return Account(
+    return Summary(
         scores,
         sum(v.cached for v in verdicts),
         dict(Counter(v.failure for v in verdicts if v.failure)),
@@ -116,12 +154,12 @@ def take_account(
 
 def _item(path: Path, p: Prediction) -> Item:
     if not p.meta.get("instruction"):
-        raise UserError(f"{path}: '{p.key}' has no instruction, which the judge needs; evaluate anew")
+        raise UserError(f"{path}: '{p.key}' has no instruction, which the judge needs; repeat the evaluation")
     return Item(p.meta["instruction"], p.meta["answer"], p.hypothesis)
 
 
 def _verdicts_path(predictions: Path, model: str) -> Path:
-    """One file for each judge: ratings of different ones are not comparable."""
+    """Return the file of a judge's verdicts. Each judge has its own, since ratings of different judges differ."""
     return predictions.with_suffix(f".judged-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)[:100]}.jsonl")
 
 
@@ -142,28 +180,30 @@ def _write(path: Path, model: str, predictions: Sequence[Prediction], verdicts: 
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _as_json(account: Account, out: Path | None) -> dict[str, Any]:
+def _as_json(summary: Summary, out: Path | None) -> dict[str, Any]:
     return {
-        "scores": {s.name: {"value": s.value, "low": s.low, "high": s.high} for s in account.scores},
-        "num_rated": {s.name: s.num_samples for s in account.scores},
-        "num_cached": account.num_cached,
-        "num_failures": account.num_failures,
-        "prompt_tokens": account.prompt_tokens,
-        "completion_tokens": account.completion_tokens,
-        "cost": account.cost,
+        "scores": {s.name: {"value": s.value, "low": s.low, "high": s.high} for s in summary.scores},
+        "num_rated": {s.name: s.num_samples for s in summary.scores},
+        "num_cached": summary.num_cached,
+        "num_failures": summary.num_failures,
+        "prompt_tokens": summary.prompt_tokens,
+        "completion_tokens": summary.completion_tokens,
+        "cost": summary.cost,
         "verdicts": None if out is None else str(out),
     }
 
 
-def _as_text(account: Account, out: Path | None) -> str:
-    lines = [format_table(score_table(account.scores))] if account.scores else ["nothing could be rated"]
-    if account.num_failures:
-        counts = ", ".join(f"{n} {kind}" for kind, n in sorted(account.num_failures.items()))
-        lines.append(f"the judge failed on {sum(account.num_failures.values())} ({counts}); they are in no score")
-    cost = "" if account.cost is None else f", which cost {account.cost:.4f}"
+def _as_text(summary: Summary, out: Path | None) -> str:
+    lines = [format_table(score_table(summary.scores))] if summary.scores else ["no answer could be rated"]
+    if summary.num_failures:
+        counts = ", ".join(f"{n} {kind}" for kind, n in sorted(summary.num_failures.items()))
+        lines.append(
+            f"the judge failed on {sum(summary.num_failures.values())} answers ({counts}), which are not in any score"
+        )
+    cost = "" if summary.cost is None else f", which cost {summary.cost:.4f}"
     lines.append(
-        f"{account.num_cached} ratings from the cache; {account.prompt_tokens} tokens sent and "
-        f"{account.completion_tokens} received for the others{cost}"
+        f"{summary.num_cached} ratings from the cache; {summary.prompt_tokens} tokens sent and "
+        f"{summary.completion_tokens} received for the others{cost}"
     )
     lines.append("no verdicts were written" if out is None else f"verdicts: {out}")
     return "\n".join(lines)

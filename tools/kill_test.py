@@ -1,13 +1,18 @@
-"""Kill ranks of a small run again and again; it must end as if nothing had happened.
+"""Kill ranks of small training runs repeatedly, and check that every run ends as if it had not been interrupted.
 
-    python -m tools.kill_test                50 kills, every third aimed inside a save
-    python -m tools.kill_test --kills 5      fewer
-    python -m tools.kill_test --json         one JSON object on the last line
+    python -m tools.kill_test                50 kills, every third during a save
+    python -m tools.kill_test --kills 5      5 kills
+    python -m tools.kill_test --json         also print one JSON object on the last line
 
-Two ranks train a tiny model. SIGKILL goes to a random one at a random moment; the same command starts the run again. A
-run that ends before its share of kills is compared, and another one begins. Exit code 1 unless every restart resumed
-from the newest committed checkpoint, no more was repeated than one interval (and the steps made while a save was still
-being written), and every loss and gradient norm equals the uninterrupted run's, bit for bit.
+Two ranks train a tiny model. SIGKILL is sent to a random rank at a random moment, and the same command restarts the
+run. A run is killed at most ten times. Then it ends and is compared with an uninterrupted run, and the next one starts.
+
+The test passes if
+- every restart resumes from the newest committed checkpoint,
+- it repeats at most one checkpoint interval, plus the steps that were made while a save was being written, and
+- every loss and gradient norm is identical, bit for bit, to that of the uninterrupted run.
+
+Exit code 0: passed. 1: failed. 2: the test could not run.
 """
 
 from __future__ import annotations
@@ -40,33 +45,48 @@ _ATTEMPT_SEC = 240.0
 
 @dataclass
 class Result:
-    """What was seen; `failures` empty: the test passed."""
+    """The counts and failures of a test."""
 
     kills: int = 0
     kills_in_a_save: int = 0
     restarts: int = 0
     runs: int = 0
     max_repeated_steps: int = 0
+    """The largest number of steps that a restart repeated."""
     failures: list[str] = field(default_factory=list)
+    """What failed, for people; empty if the test passed."""
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed."""
+        """True if nothing failed."""
         return not self.failures
 
 
 @dataclass(frozen=True)
 class Killed:
-    """The run as it was when a rank was killed."""
+    """The state of the run when a rank was killed."""
 
     last_step: int
+    """The last step that was logged."""
     committed: int
-    """Newest committed step; 0: none."""
+    """The step of the newest committed checkpoint; 0 if there is none."""
     in_a_save: bool
+    """True if a save was being written."""
 
 
 def kill_test(folder: Path, num_kills: int, num_steps: int, seed: int, corpus: Path | None = None) -> Result:
-    """Run the test in `folder`, which must be empty."""
+    """Run the test.
+
+    Args:
+        folder: an empty folder for the runs.
+        num_kills: the number of kills.
+        num_steps: the number of steps of a run.
+        seed: the seed of the moments and ranks.
+        corpus: a demo corpus; None to create one.
+
+    Raises:
+        UserError: If the uninterrupted run fails.
+    """
     if corpus is None:
         corpus = folder / "corpus"
         write_corpus(corpus, scale=0.05)
@@ -75,15 +95,15 @@ def kill_test(folder: Path, num_kills: int, num_steps: int, seed: int, corpus: P
     whole = folder / "whole"
     code, output = _attempt([*common, f"train.run_dir={whole}"], None)
     if code:
-        reason = (output.strip().splitlines() or ["it said nothing"])[-1]
+        reason = (output.strip().splitlines() or ["it printed nothing"])[-1]
         raise UserError(f"the uninterrupted run failed with exit code {code}: {reason}")
-    wanted, choose, result = _curve(whole / "debug"), random.Random(seed), Result()
+    expected, choose, result = _curve(whole / "debug"), random.Random(seed), Result()
     while result.kills < num_kills and result.passed:
         run_dir = folder / f"run{result.runs}"
         _one_run([*common, f"train.run_dir={run_dir}"], run_dir / "debug", num_kills, choose, result)
         result.runs += 1
-        if result.passed and _curve(run_dir / "debug") != wanted:
-            result.failures.append(f"{run_dir}: losses or gradient norms differ from the uninterrupted run's")
+        if result.passed and _curve(run_dir / "debug") != expected:
+            result.failures.append(f"{run_dir}: losses or gradient norms differ from those of the uninterrupted run")
         if result.passed:
             shutil.rmtree(run_dir)
     return result
@@ -93,14 +113,14 @@ def _one_run(arguments: list[str], run_dir: Path, num_kills: int, choose: random
     killed: Killed | None = None
     done = 0
     while result.passed:
-        again = done < KILLS_PER_RUN and result.kills < num_kills
-        killer = _Killer(run_dir, choose, in_a_save=result.kills % 3 == 0) if again else None
+        may_kill = done < KILLS_PER_RUN and result.kills < num_kills
+        killer = _Killer(run_dir, choose, in_a_save=result.kills % 3 == 0) if may_kill else None
         code, output = _attempt(arguments, killer)
         if killed is not None:
             _check_resumed(killed, output, result)
         if killer is None or killer.killed is None:
             if code:
-                result.failures.append(f"an attempt that nobody killed ended with exit code {code}: {output[-500:]}")
+                result.failures.append(f"an attempt that was not killed ended with exit code {code}: {output[-500:]}")
             return
         killed = killer.killed
         done, result.kills = done + 1, result.kills + 1
@@ -113,54 +133,54 @@ def _check_resumed(killed: Killed, output: str, result: Result) -> None:
     resumed = int(found[1]) if found else 0
     started = _STEP.search(output) is not None
     if not started:
-        return  # killed again before its first step
+        return  # The attempt was killed before its first step.
     result.restarts += 1
     repeated = killed.last_step - resumed
     result.max_repeated_steps = max(result.max_repeated_steps, repeated)
     limit = EVERY_STEPS + (killed.last_step % EVERY_STEPS if killed.in_a_save else 0)
     if resumed < killed.committed:
-        result.failures.append(f"resumed at step {resumed}, step {killed.committed} was committed: {output[-500:]}")
+        result.failures.append(f"resumed at step {resumed}, but step {killed.committed} was committed: {output[-500:]}")
     if repeated > limit:
-        result.failures.append(f"{repeated} steps repeated, at most {limit} may be: {output[-500:]}")
+        result.failures.append(f"repeated {repeated} steps, but at most {limit} are allowed: {output[-500:]}")
 
 
 class _Killer:
-    """Waits for its moment and kills one rank."""
+    """A random choice of a rank and a moment at which to kill it."""
 
     def __init__(self, run_dir: Path, choose: random.Random, in_a_save: bool) -> None:
-        self.run_dir, self.aimed = run_dir, in_a_save
+        self.run_dir, self.in_a_save = run_dir, in_a_save
         self.rank, self.skip = choose.randrange(2), choose.randrange(2)
         self.delay_sec = choose.uniform(0, 0.03) if in_a_save else choose.uniform(0, 6.0)
         self.killed: Killed | None = None
 
     def watch(self, launcher: subprocess.Popen[bytes]) -> None:
-        """Until the moment has come, or the run has ended."""
+        """Wait for the moment and kill the rank, unless the run ends earlier."""
         before = self._last_step()
         seen: set[str] = set()
         while launcher.poll() is None:
-            if self.aimed:
-                seen |= {p.name for p in self._asides()}
-                due = len(seen) > self.skip and bool(self._asides())
+            if self.in_a_save:
+                seen |= {p.name for p in self._unfinished_saves()}
+                due = len(seen) > self.skip and bool(self._unfinished_saves())
             else:
                 due = self._last_step() > before
             if due:
                 time.sleep(self.delay_sec)
                 self._kill(launcher)
                 return
-            time.sleep(0.001 if self.aimed else 0.02)
+            time.sleep(0.001 if self.in_a_save else 0.02)
 
     def _kill(self, launcher: subprocess.Popen[bytes]) -> None:
         ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         if launcher.poll() is not None or len(ranks) < 2:
             return
-        os.kill(int(ranks[self.rank]), signal.SIGSTOP)  # so that what is seen is what the kill finds
-        in_a_save = bool(self._asides())
+        os.kill(int(ranks[self.rank]), signal.SIGSTOP)  # The rank is stopped first, so that its state can be recorded.
+        in_a_save = bool(self._unfinished_saves())
         committed = LocalCheckpoints(self.run_dir / "checkpoints").steps()
         os.kill(int(ranks[self.rank]), signal.SIGKILL)
         launcher.wait()
         self.killed = Killed(self._last_step(), max(committed, default=0), in_a_save)
 
-    def _asides(self) -> list[Path]:
+    def _unfinished_saves(self) -> list[Path]:
         return list((self.run_dir / "checkpoints").glob(".tmp-*-step-*"))
 
     def _last_step(self) -> int:
@@ -168,7 +188,7 @@ class _Killer:
 
 
 def _attempt(arguments: Sequence[str], killer: _Killer | None) -> tuple[int, str]:
-    """Exit code and output of one start of the run."""
+    """Start the run once, and return its exit code and output."""
     with tempfile.TemporaryFile() as output:
         launcher = subprocess.Popen(
             module_command("trainer", "debug", *arguments),
@@ -190,7 +210,7 @@ def _attempt(arguments: Sequence[str], killer: _Killer | None) -> tuple[int, str
 
 
 def _curve(run_dir: Path) -> dict[int, tuple[float, float]]:
-    """Loss and gradient norm by step."""
+    """Return the loss and gradient norm of each logged step."""
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         return {}
@@ -202,12 +222,18 @@ def _curve(run_dir: Path) -> dict[int, tuple[float, float]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: passed. 1: it did not. 2: nothing was tested; one line on stderr says why."""
-    parser = argparse.ArgumentParser(prog="python -m tools.kill_test", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=60, help="length of the run (default 60)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    """Run the command.
+
+    Returns:
+        The exit code: 0 if the test passed, 1 if it failed, 2 after printing a UserError.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.kill_test", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=50, metavar="N", help="number of kills (default: 50)")
+    parser.add_argument("--steps", type=int, default=60, metavar="N", help="length of a run in steps (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and ranks (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     options = parser.parse_args(arguments)
     started = time.monotonic()
     try:
@@ -219,9 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for failure in result.failures:
         print(f"FAILED: {failure}")
-    equal = "all curves equal" if result.passed else "FAILED"
+    verdict = "all curves are identical" if result.passed else "FAILED"
     print(f"{result.kills} kills ({result.kills_in_a_save} in a save), {result.restarts} restarts, {result.runs} runs")
-    print(f"at most {result.max_repeated_steps} steps repeated at an interval of {EVERY_STEPS}; {equal}")
+    print(f"at most {result.max_repeated_steps} steps repeated at an interval of {EVERY_STEPS}: {verdict}")
     if options.json:
         seconds = round(time.monotonic() - started, 1)
         print(json.dumps({**asdict(result), "passed": result.passed, "every_steps": EVERY_STEPS, "seconds": seconds}))

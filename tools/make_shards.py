@@ -1,6 +1,11 @@
-"""Make WebDataset shards of a manifest: python -m tools.make_shards MANIFEST.jsonl OUT_URL [--split train].
+"""Pack the samples of a manifest into WebDataset shards with an index.
 
-OUT_URL is a folder or s3://BUCKET/PREFIX (gs://, az://). A build that was cut short goes on by the same command.
+    python -m tools.make_shards data/asr.jsonl data/shards --split train
+    python -m tools.make_shards data/asr.jsonl s3://bucket/shards
+
+OUT is a folder or s3://BUCKET/PREFIX (also gs:// and az://). Rerun an interrupted command to resume it.
+
+Exit code 0: the shards are complete. 2: they are not.
 """
 
 from __future__ import annotations
@@ -21,15 +26,49 @@ from trainer.storage.open import scheme_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: OUT is complete. 2: it is not; one line on stderr says why."""
-    parser = argparse.ArgumentParser(prog="python -m tools.make_shards", description=__doc__)
-    parser.add_argument("manifest", type=Path, help="JSONL in the kit's format; audio paths relative to its folder")
-    parser.add_argument("out", help="folder or bucket URL; it must be empty, or hold an unfinished build of the same")
-    parser.add_argument("--split", help="only this split (default: all)")
-    parser.add_argument("--max-shard-samples", type=int, default=ShardLimits().max_samples)
-    parser.add_argument("--max-shard-bytes", type=int, default=ShardLimits().max_bytes)
-    parser.add_argument("--max-skipped-fraction", type=float, default=0.01, help="fail if more cannot be used")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that check clips")
+    """Run the command.
+
+    Returns:
+        The exit code: 2 after printing a UserError, else 0.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.make_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "manifest", type=Path, metavar="MANIFEST", help="JSONL file; its audio paths are relative to its folder"
+    )
+    parser.add_argument(
+        "out", metavar="OUT", help="folder or bucket URL, empty or with an unfinished build of the same manifest"
+    )
+    parser.add_argument("--split", help="pack only this split (default: all)")
+    parser.add_argument(
+        "--max-shard-samples",
+        type=int,
+        default=ShardLimits().max_samples,
+        metavar="N",
+        help=f"samples in a shard, at most (default: {ShardLimits().max_samples})",
+    )
+    parser.add_argument(
+        "--max-shard-bytes",
+        type=int,
+        default=ShardLimits().max_bytes,
+        metavar="N",
+        help=f"bytes in a shard, at most (default: {ShardLimits().max_bytes})",
+    )
+    parser.add_argument(
+        "--max-skipped-fraction",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="fail if more of the samples cannot be used (default: 0.01)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="threads that check clips (default: one per CPU core)",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     args = parser.parse_args(argv)
     if args.max_shard_samples < 1 or args.max_shard_bytes < 1:
@@ -75,11 +114,11 @@ def _as_json(report: BuildReport) -> str:
 def _as_text(report: BuildReport) -> str:
     text = (
         f"{report.url}: {report.num_samples} samples, {report.seconds / 3600:.3f} h of audio, "
-        f"{report.num_shards} shard(s)" + (f", {report.num_resumed} of them made before" if report.num_resumed else "")
+        f"{report.num_shards} shard(s)" + (f", of which {report.num_resumed} existed" if report.num_resumed else "")
     )
     if report.skipped:
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(report.num_skipped_by_reason.items()))
-        text += f"; left out: {counts}, listed in {report.url}/{SKIPPED_NAME}"
+        text += f"; skipped samples: {counts}, listed in {report.url}/{SKIPPED_NAME}"
     return text
 
 

@@ -1,4 +1,4 @@
-"""What commands check of their options before their work, which may take hours."""
+"""Checks of command-line options that commands make before work that may take hours."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from model.errors import UserError
 
 
 def check_at_least(least: int, **options: int | None) -> None:
-    """Refuse an option below `least`; None: it was not given.
+    """Check that options are at least `least`.
+
+    Args:
+        least: the smallest legal value.
+        options: the values by name, with underscores for hyphens; None for an option that was not given.
 
     Raises:
-        UserError: names the option.
+        UserError: If a value is smaller.
     """
     for name, value in options.items():
         if value is not None and value < least:
@@ -22,19 +26,24 @@ def check_at_least(least: int, **options: int | None) -> None:
 
 
 def check_output(what: str, path: Path, *, is_folder: bool = False) -> None:
-    """Make sure that the file `path`, or files in the folder `path`, can be written. Folders above may be missing.
+    """Check that a file, or the files in a folder, can be written. Parent folders need not exist.
+
+    Args:
+        what: the path as the user gave it, for the error.
+        path: the file or folder.
+        is_folder: True if `path` is a folder.
 
     Raises:
-        UserError: it cannot; `what` names the path as the user gave it.
+        UserError: If `path` cannot be written.
     """
-    place = path.absolute()
+    folder = path.absolute()
     try:
         if not is_folder:
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            place = place.parent
-        place = next(p for p in (place, *place.parents) if os.path.lexists(p))
-        with tempfile.TemporaryFile(dir=place):
+            folder = folder.parent
+        folder = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{what}: cannot be written ({error.strerror}: {place}); choose another path") from None
+        raise UserError(f"{what}: cannot be written ({error.strerror}: {folder}); choose another path") from None

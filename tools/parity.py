@@ -1,13 +1,16 @@
-"""Compare distributed training with the single-process model, on this machine's topologies.
+"""Compare distributed training with the single-process model on many topologies.
 
-    python -m tools.parity              all topologies that fit on 4 processes, five kinds of batches, 20-step curves
+    python -m tools.parity              all topologies of up to 4 processes, with loss curves of 20 steps
     python -m tools.parity --ranks 2    up to 2 processes
-    python -m tools.parity --steps 0    no loss curves
-    python -m tools.parity --deepspeed ds_configs/zero3_offload.json    with ZeRO-3 as a run would have it
-    python -m tools.parity --pack-multiple 24    with train.pack_multiple_tokens: long paddings
-    python -m tools.parity --json       one JSON object on the last line
+    python -m tools.parity --steps 0    without loss curves
+    python -m tools.parity --deepspeed ds_configs/zero3_offload.json    with the DeepSpeed settings of a run
+    python -m tools.parity --pack-multiple 24    with train.pack_multiple_tokens, which pads packs more
+    python -m tools.parity --json       also print one JSON object on the last line
 
-A user runs it on a new cluster before trusting it. Exit code 1: a difference is over the limit.
+Run this command on a new cluster before training there. For each topology and five kinds of batches, it compares the
+loss and all gradients.
+
+Exit code 0: all differences are within the limits. 1: a difference exceeds its limit. 2: invalid arguments.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ DS_CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
     "zero_force_ds_cpu_optimizer": False,
-    # No parameter stays gathered, so that every gather is exercised.
+    # No parameter stays gathered, so that every gather is tested.
     "zero_optimization": {
         "stage": 3,
         "overlap_comm": False,
@@ -49,25 +52,35 @@ DS_CONFIG = {
 
 @dataclass(frozen=True)
 class Row:
-    """One topology and kind of batch."""
+    """The comparison of one topology on one kind of batch."""
 
     topology: str
     kind: str
+    """One of `KINDS`, or `curve of N steps`."""
     loss: float
+    """The relative difference of the loss; of a curve, the largest one."""
     gradient: float
+    """The largest relative difference of a gradient; of a curve, of a gradient norm."""
     worst: str
+    """The parameter with the largest difference."""
 
     @property
     def passed(self) -> bool:
-        """One batch: loss and every gradient within 1e-5. A curve: every loss within 1e-4. NaN does not pass."""
+        """True if the differences are within the limits: 1e-5 for a batch, 1e-4 for the losses of a curve.
+
+        NaN does not pass.
+        """
         if self.kind.startswith("curve"):
             return self.loss <= CURVE_TOLERANCE
         return self.loss <= TOLERANCE and self.gradient <= TOLERANCE
 
 
 def topologies(max_ranks: int) -> list[Topology]:
-    """All ways to lay out 1, 2, 4, … ≤ `max_ranks` processes; the encoders over all ranks, and expert-parallel: over 2
-    (the three experts do not divide evenly) and over 4 (a rank holds none)."""
+    """Return the topologies of 1, 2, 4, … up to `max_ranks` processes.
+
+    Expert parallelism is 1, 2 (so that ranks hold different numbers of the three experts) and 4 (so that a rank holds
+    no expert).
+    """
     worlds = [w for w in (1, 2, 4, 8, 16) if w <= max_ranks]
     return [
         Topology(w, tp, pp, ep)
@@ -80,7 +93,7 @@ def topologies(max_ranks: int) -> list[Topology]:
 
 
 def name(topology: Topology) -> str:
-    """E.g. `DP2·TP2`; sequence parallelism is on wherever TP > 1."""
+    """Return the name of a topology, such as `DP2·TP2`. Sequence parallelism is on if TP > 1."""
     sizes = (("DP", topology.dp), ("TP", topology.tp), ("PP", topology.pp), ("EP", topology.ep))
     parts = [f"{k}{n}" for k, n in sizes if n > 1]
     return "·".join(parts) or "1"
@@ -94,7 +107,16 @@ def check(
     deepspeed: str | None = None,
     pack_multiple: int | None = None,
 ) -> list[Row]:
-    """Measure one topology in processes of its own; `deepspeed` names a DeepSpeed JSON, else `DS_CONFIG` holds."""
+    """Compare one topology with the single-process model, in new processes.
+
+    Args:
+        topology: the topology.
+        num_steps: the length of the loss curves; 0 for none.
+        family: the family of the LLM.
+        kinds: the kinds of batches.
+        deepspeed: a DeepSpeed JSON file; None for `DS_CONFIG`.
+        pack_multiple: `train.pack_multiple_tokens`.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "rows.json"
         shape = [topology.tp, topology.pp, topology.ep]
@@ -106,7 +128,7 @@ def check(
 
 
 def work(task: str) -> int:
-    """One rank of `check`."""
+    """Run one rank of `check`."""
     *arguments, out = json.loads(task)
     rows = measure(*arguments)
     if os.environ["RANK"] == "0":
@@ -124,7 +146,23 @@ def measure(
     deepspeed: str | None,
     pack_multiple: int | None = None,
 ) -> list[dict[str, Any]]:
-    """What each rank does: compare this launch's topology with the oracle. Returns the rows, as dicts."""
+    """Compare the topology of this launch with the oracle.
+
+    Collective: every rank of the world must call it.
+
+    Args:
+        tp: the tensor-parallel size.
+        pp: the pipeline-parallel size.
+        ep: the expert-parallel size.
+        num_steps: the length of the loss curves; 0 for none.
+        family: the family of the LLM.
+        kinds: the kinds of batches.
+        deepspeed: a DeepSpeed JSON file; None for `DS_CONFIG`.
+        pack_multiple: `train.pack_multiple_tokens`.
+
+    Returns:
+        The fields of each `Row`.
+    """
     from trainer.engine.imports import lean_imports
 
     with lean_imports():
@@ -155,7 +193,11 @@ def measure(
 
 
 def _check_deepspeed(path: str | None) -> None:
-    """Here, since every rank of every topology would fail of it. Raises UserError."""
+    """Check a DeepSpeed JSON file, which would otherwise fail on every rank of every topology.
+
+    Raises:
+        UserError: If the file cannot be used.
+    """
     if path is not None:
         from trainer.engine.imports import lean_imports
 
@@ -165,14 +207,31 @@ def _check_deepspeed(path: str | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: all within the limits. 1: not. 2: nothing was measured; one line on stderr says why."""
-    parser = argparse.ArgumentParser(prog="python -m tools.parity", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=4, help="largest number of processes (default 4)")
-    parser.add_argument("--steps", type=int, default=20, help="length of the loss curves; 0: none (default 20)")
-    parser.add_argument("--family", default="llama", choices=("llama", "mistral", "qwen2", "qwen3"))
-    parser.add_argument("--deepspeed", help="a DeepSpeed JSON (default: stage 3, no weight stays gathered)")
-    parser.add_argument("--pack-multiple", type=int, help="train.pack_multiple_tokens, a multiple of 4 (default none)")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    """Run the command.
+
+    Returns:
+        The exit code: 0 if all differences are within the limits, 1 if not, 2 after printing a UserError.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=4, metavar="N", help="largest number of processes (default: 4)")
+    parser.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="length of the loss curves; 0 for none (default: 20)"
+    )
+    parser.add_argument(
+        "--family",
+        default="llama",
+        choices=("llama", "mistral", "qwen2", "qwen3"),
+        help="family of the LLM (default: llama)",
+    )
+    parser.add_argument(
+        "--deepspeed", metavar="FILE", help="a DeepSpeed JSON file (default: ZeRO-3 in which no weight stays gathered)"
+    )
+    parser.add_argument(
+        "--pack-multiple", type=int, metavar="N", help="train.pack_multiple_tokens, a multiple of 4 (default: none)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:

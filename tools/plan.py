@@ -1,7 +1,12 @@
-"""`python -m tools.plan RECIPE [key=value …]`: what a job will need and how long it will take, before it runs.
+"""Estimate the memory, traffic and time of a training run before it starts.
 
-Needs no GPU, no cluster, no weights and no network. Exit code 2, after one line, for an illegal recipe and for one that
-does not fit into the accelerator's memory.
+    python -m tools.plan mowe_70b                                       on H100s
+    python -m tools.plan mowe_70b parallel.tensor=4 --accelerator a100  another layout, on A100s
+    python -m tools.plan mowe_8b --fit                                  the fastest layout that fits
+
+The command needs no GPU, cluster, weights or network. docs/plan.md explains the numbers.
+
+Exit code 0: the run fits into the accelerator's memory. 2: it does not fit, or the recipe is illegal.
 """
 
 from __future__ import annotations
@@ -16,11 +21,15 @@ from model.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command.
+
+    Returns:
+        The exit code: 2 after printing a UserError, else 0.
+    """
     from trainer.__main__ import be_calm
 
     options = _parser().parse_intermixed_args(sys.argv[1:] if arguments is None else list(arguments))
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan must not touch a GPU, where there is one
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # A plan must not use a GPU even if there is one.
     be_calm()
     try:
         return _run(options)
@@ -37,7 +46,7 @@ def _run(options: argparse.Namespace) -> int:
     accelerator = parse_accelerator(options.accelerator)
     recipe = load_recipe(options.recipe, options.overrides)
     check_recipe(recipe)
-    # Importing Megatron takes seconds: not before the recipe is known to be legal.
+    # These modules import Megatron, which takes seconds, so an illegal recipe is reported first.
     from trainer.parallel.topology import build_topology
     from trainer.plan.fit import fit
     from trainer.plan.plan import Planner, as_json
@@ -49,7 +58,7 @@ def _run(options: argparse.Namespace) -> int:
     planner = Planner(recipe, accelerator)
     if options.fit:
         plan, changes = fit(planner, recipe, workload)
-        print(f"fastest that fits: {' '.join(changes) or 'the recipe as it is'}\n")
+        print(f"fastest layout that fits: {' '.join(changes) or 'the recipe without changes'}\n")
     else:
         plan, changes = planner.plan(recipe, workload), []
     print(report(plan))
@@ -61,19 +70,30 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.plan", description=__doc__)
-    parser.add_argument("recipe", metavar="RECIPE", help="name in trainer/recipes, or path of a .yaml file")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="recipe keys to change, dotted")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe in trainer/recipes, or path of a .yaml file")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="recipe keys to change, such as parallel.tensor=4"
+    )
     parser.add_argument(
         "--accelerator",
         default="h100",
         metavar="NAME[,key=value…]",
-        help="h100, h200 or a100, or numbers (tflops, memory_gib, … see docs/plan.md); default h100",
+        help="h100, h200, a100, or numbers such as tflops and memory_gib (see docs/plan.md; default: h100)",
     )
-    parser.add_argument("--audio-sec", type=float, help="mean length of a clip; default 10, or half the longest")
-    parser.add_argument("--text-tokens", type=int, default=64, help="text tokens of a sample; default 64")
-    parser.add_argument("--fit", action="store_true", help="propose the fastest layout that fits")
-    parser.add_argument("--json", action="store_true", help="end with all numbers as one JSON object on one line")
+    parser.add_argument(
+        "--audio-sec",
+        type=float,
+        metavar="SEC",
+        help="mean length of a clip in seconds (default: 10, or half of the longest clip if that is less)",
+    )
+    parser.add_argument(
+        "--text-tokens", type=int, default=64, metavar="N", help="text tokens of a sample (default: 64)"
+    )
+    parser.add_argument("--fit", action="store_true", help="find the fastest layout that fits into the memory")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with all numbers on the last line")
     return parser
 
 

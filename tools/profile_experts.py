@@ -1,11 +1,13 @@
-"""Which encoder earns its keep: python -m tools.profile_experts RUN|CHECKPOINT [--data MANIFEST|SHARDS].
+"""Report which encoder experts a run uses, for which tasks, and at what cost.
 
-    python -m tools.profile_experts runs/demo                       the routing history of a run
-    python -m tools.profile_experts runs/demo --data test.jsonl     its router over other data, forward only
-    python -m tools.profile_experts runs/demo --fail-on dead,imbalance=1.5     for pipelines
+    python -m tools.profile_experts runs/demo                                  the routing during training
+    python -m tools.profile_experts runs/demo --data test.jsonl                the routing of other data
+    python -m tools.profile_experts runs/demo --fail-on dead,imbalance=1.5     a check for automated pipelines
 
-Prints tables; writes report.html, profile.json, cells.csv and plots; adds them to the run in MLflow. docs/profile.md
-says what each number means. Exit code 1: a limit of --fail-on is exceeded; 2: a mistake in what was asked.
+The command prints tables, writes report.html, profile.json, cells.csv and plots, and adds these files to the run in
+MLflow. docs/profile.md explains the numbers.
+
+Exit code 0: success. 1: a limit of --fail-on is exceeded. 2: invalid arguments, or a run or data that cannot be used.
 """
 
 from __future__ import annotations
@@ -25,14 +27,20 @@ from trainer.__main__ import be_calm
 
 @dataclass(frozen=True)
 class Limits:
-    """What --fail-on asks for."""
+    """The limits of `--fail-on`."""
 
     dead: bool = False
+    """Fail if an encoder expert is never chosen."""
     imbalance: float = math.inf
+    """Fail if the load of the slowest rank, relative to the mean, exceeds this."""
 
     @staticmethod
     def parse(text: str) -> Limits:
-        """From e.g. `dead,imbalance=1.5`. Raises UserError."""
+        """Parse the value of `--fail-on`, such as `dead,imbalance=1.5`.
+
+        Raises:
+            UserError: If the value is not of this form.
+        """
         limits = Limits()
         for part in filter(None, text.split(",")):
             name, _, value = part.partition("=")
@@ -41,7 +49,7 @@ class Limits:
             elif name == "imbalance":
                 limits = Limits(limits.dead, _limit(part, value))
             else:
-                raise UserError(f"--fail-on {part}: legal are dead and imbalance=NUMBER, joined by commas")
+                raise UserError(f"--fail-on {part}: must be dead, imbalance=NUMBER, or both joined by a comma")
         return limits
 
 
@@ -51,23 +59,33 @@ def _limit(part: str, value: str) -> float:
     except ValueError:
         limit = math.nan
     if not 1.0 <= limit < math.inf:
-        raise UserError(f"--fail-on {part}: give a number of at least 1 (slowest rank / mean), e.g. imbalance=1.5")
+        raise UserError(f"--fail-on {part}: must be a number of at least 1 (slowest rank / mean), e.g. imbalance=1.5")
     return limit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command.
+
+    Returns:
+        The exit code: 1 if a limit of `--fail-on` is exceeded, 2 after printing a UserError, else 0.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m tools.profile_experts",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="folder of a run, or of one of its checkpoints")
-    parser.add_argument("--data", type=Path, help="route this instead: a manifest (JSONL), or a folder of shards")
-    parser.add_argument("--split", help="with --data: only this split (default: all)")
-    parser.add_argument("--out", type=Path, help="folder for the files (default: RUN/profile, RUN/profile-data)")
-    parser.add_argument("--fail-on", default="", metavar="LIMITS", help="e.g. dead,imbalance=1.5: exit code 1 if so")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or of one of its checkpoints")
+    parser.add_argument(
+        "--data", type=Path, help="profile the routing of this manifest (JSONL) or folder of shards instead"
+    )
+    parser.add_argument("--split", help="with --data: use only this split (default: all)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the files (default: RUN/profile, with --data RUN/profile-data)"
+    )
+    parser.add_argument(
+        "--fail-on", default="", metavar="LIMITS", help="limits that set the exit code to 1, e.g. dead,imbalance=1.5"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     options = parser.parse_args(arguments)
     be_calm()
     try:
@@ -89,7 +107,7 @@ def _run(options: argparse.Namespace) -> int:
     check_output(f"--out {folder}", folder, is_folder=True)
     if options.data is None:
         if options.split is not None:
-            raise UserError(f"--split {options.split}: needs --data; a run's history is of what it trained on")
+            raise UserError(f"--split {options.split}: applies to --data only; add --data, or remove --split")
         profile = profile_history(where)
     else:
         from trainer.expert_usage.forward import profile_data
@@ -104,7 +122,9 @@ def _run(options: argparse.Namespace) -> int:
     if limits.dead and profile.dead:
         failures.append(f"dead: {', '.join(profile.dead)}")
     if limits.imbalance < math.inf and profile.imbalance is None:
-        raise UserError(f"--fail-on imbalance={limits.imbalance:g}: nothing was measured or computed to compare with")
+        raise UserError(
+            f"--fail-on imbalance={limits.imbalance:g}: the run has no measurement of the imbalance; remove this limit"
+        )
     if profile.imbalance is not None and profile.imbalance > limits.imbalance:
         failures.append(f"imbalance {profile.imbalance:.3f} > {limits.imbalance:g}")
     if failures:

@@ -1,4 +1,4 @@
-"""The former name of `tools.reshard`, kept so that documented commands work."""
+"""The former name of `tools.reshard`, which is kept so that existing scripts work."""
 
 from __future__ import annotations
 

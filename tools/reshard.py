@@ -1,11 +1,14 @@
-"""Save on one topology, load on another: the losses that follow are those of the run that was never stopped.
+"""Check that a run continues identically after its checkpoint is loaded on another topology.
 
-    python -m tools.reshard             the whole table, on up to 4 processes
-    python -m tools.reshard --ranks 2   loaded on up to 2
-    python -m tools.reshard --json      one JSON object on the last line
+    python -m tools.reshard             all pairs of topologies, on up to 4 processes
+    python -m tools.reshard --ranks 2   checkpoints are loaded on up to 2 processes
+    python -m tools.reshard --json      also print one JSON object on the last line
 
-A tiny model trains 2 steps, saves, and trains 10 more; whoever loads trains the same 10. On the topology that saved,
-losses and gradient norms must be bit-identical; on any other, losses within 1e-4. Exit code 1: something is over.
+A tiny model trains 2 steps, saves a checkpoint, and trains 10 more steps. Each topology loads the checkpoint and trains
+the same 10 steps. On the same topology, losses and gradient norms must be bit-identical. On other topologies, losses
+must agree to 1e-4.
+
+Exit code 0: all differences are within the limits. 1: a difference exceeds its limit.
 """
 
 from __future__ import annotations
@@ -28,19 +31,16 @@ BEFORE, AFTER = 2, 10
 TOLERANCE = 1e-4
 SAVING_RANKS = 2
 
-# DeepSpeed numbers the modules of a process, and compares the numbers between ranks unless they hold different experts:
-# in one process, cases without expert parallelism come first.
-
-# What is saved, on two ranks. Tied embeddings on two stages; norms of q and k on two tensor ranks; frozen parts;
-# parameters that ZeRO-3 keeps gathered (persistence); fp32 masters of bf16 weights.
+# The cases that are saved on two ranks. They cover tied embeddings on two stages, norms of q and k on two tensor ranks,
+# frozen parts, and parameters that ZeRO-3 keeps gathered (persistence).
 SAVED: dict[str, dict[str, Any]] = {
     "dp2·ep2": {"ep": 2, "persistence": 1000, "frozen": ["audio.primary.*", "llm.model.layers.0.*"]},
     "tp2": {"tp": 2, "family": "qwen3"},
     "pp2·ep2": {"pp": 2, "ep": 2, "family": "qwen2"},
 }
-# What has another meaning on other topologies is only resumed on its own.
+# A case with fp32 master weights of bf16 weights. Its losses depend on the topology, so it is loaded only on its own.
 SAME_ONLY: dict[str, dict[str, Any]] = {"dp2-bf16": {"dtype": "bfloat16", "persistence": 1000}}
-# Where each of `SAVED` is loaded, by number of ranks; besides its own topology.
+# The other topologies on which each case of `SAVED` is loaded, by number of ranks.
 LOADED: dict[int, dict[str, dict[str, Any]]] = {
     1: {"1": {"tp": 1, "pp": 1, "ep": 1}},
     2: {"dp2": {"tp": 1, "pp": 1, "ep": 1}},
@@ -48,32 +48,35 @@ LOADED: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 Results = dict[str, Any]
-"""By case: losses, norms, and what the checkpoint held besides."""
+"""The losses, gradient norms and additional checkpoint content of each case."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One load."""
+    """The result of loading one checkpoint on one topology."""
 
     saved: str
+    """The case that was saved."""
     loaded: str
+    """The topology that loaded it; `same` for the one that saved it."""
     difference: float
-    """Largest of any loss, relative; on the same topology of the gradient norms, too."""
+    """The largest relative difference of a loss; on the same topology, also of a gradient norm."""
     limit: float
+    """The largest difference that passes."""
 
     @property
     def passed(self) -> bool:
-        """NaN does not pass."""
+        """True if the difference is within the limit. NaN does not pass."""
         return self.difference <= self.limit
 
 
 def save(folder: Path) -> Results:
-    """Make the checkpoints in `folder`; what the runs that were never stopped did. One launch: engines start slowly."""
+    """Save the checkpoints of all cases in one launch, and return the results of the uninterrupted runs."""
     return _launch(SAVING_RANKS, "save", folder)
 
 
 def same(folder: Path, whole: Results) -> list[Row]:
-    """Load every case where it was saved."""
+    """Load every case on the topology that saved it, and compare with the uninterrupted runs."""
     found, rows = _launch(SAVING_RANKS, "resume", folder), []
     for case in SAVED | SAME_ONLY:
         extra, wanted = found[case]["extra"], {"data": {"batch": BEFORE}, "case": case}
@@ -84,7 +87,7 @@ def same(folder: Path, whole: Results) -> list[Row]:
 
 
 def others(folder: Path, whole: Results, world: int) -> list[Row]:
-    """Load every case on all topologies of `world` ranks."""
+    """Load every case on all topologies of `world` ranks, and compare with the uninterrupted runs."""
     found = _launch(world, "reshape", folder)
     return [
         Row(
@@ -99,7 +102,7 @@ def others(folder: Path, whole: Results, world: int) -> list[Row]:
 
 
 def _difference(found: Sequence[float], wanted: Sequence[float]) -> float:
-    assert len(found) == len(wanted) == len(set(wanted)) == AFTER, "every step changes the loss"
+    assert len(found) == len(wanted) == len(set(wanted)) == AFTER, "every step must change the loss"
     return max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
 
 
@@ -110,14 +113,17 @@ def _launch(world: int, phase: str, folder: Path) -> Results:
         if code:
             raise RuntimeError(f"{phase} on {world} ranks ended with exit code {code}")
         results: list[Results] = [json.loads((Path(scratch) / f"{rank}.json").read_text()) for rank in range(world)]
-    return results[0]  # sums over four ranks may differ between them in the last bit
+    return results[0]  # Sums over four ranks may differ in the last bit between ranks.
 
 
-# ---- on every rank
+# ---- functions that run on every rank
 
 
 def work(task: str) -> int:
-    """One rank of a launch."""
+    """Run one rank of a launch.
+
+    Collective: every rank of the world must call it.
+    """
     from trainer.engine.imports import lean_imports
 
     with lean_imports():
@@ -134,7 +140,10 @@ def work(task: str) -> int:
 
 
 def save_cases(folder: str) -> dict[str, Any]:
-    """On every rank: train `BEFORE` steps, save, train `AFTER` more."""
+    """Train every case for `BEFORE` steps, save a checkpoint, and train `AFTER` more steps.
+
+    Collective: every rank of the world must call it.
+    """
     results = {}
     for case, options in _in_order(SAVED | SAME_ONLY):
         step, manager = start(folder, case, **options)
@@ -148,7 +157,10 @@ def save_cases(folder: str) -> dict[str, Any]:
 
 
 def resume_cases(folder: str) -> dict[str, Any]:
-    """On every rank: load and train `AFTER` steps."""
+    """Load every case on the topology that saved it, and train `AFTER` steps.
+
+    Collective: every rank of the world must call it.
+    """
     results = {}
     for case, options in _in_order(SAVED | SAME_ONLY):
         results[case] = _resume(*start(folder, case, **options))
@@ -157,7 +169,10 @@ def resume_cases(folder: str) -> dict[str, Any]:
 
 
 def reshape_cases(folder: str) -> dict[str, Any]:
-    """On every rank: load what was saved on another topology, and train `AFTER` steps."""
+    """Load every case of `SAVED` on the other topologies of this number of ranks, and train `AFTER` steps.
+
+    Collective: every rank of the world must call it.
+    """
     from trainer.parallel.groups import connect
 
     _, world, _ = connect()
@@ -170,6 +185,10 @@ def reshape_cases(folder: str) -> dict[str, Any]:
 
 
 def _in_order(cases: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the cases, those without expert parallelism first.
+
+    DeepSpeed numbers the modules of a process. Without expert parallelism, it requires the same numbers on all ranks.
+    """
     return sorted(cases.items(), key=lambda case: case[1].get("ep", 1) > 1)
 
 
@@ -180,7 +199,10 @@ def _resume(step: Any, manager: Any) -> dict[str, Any]:
 
 
 def train(step: Any, first: int, last: int) -> dict[str, Any]:
-    """Losses and gradient norms of these steps."""
+    """Train the steps from `first` up to but not including `last`, and return their losses and gradient norms.
+
+    Collective: every rank of the world must call it.
+    """
     from model.batch import Batch
     from trainer.parity import make_samples
 
@@ -197,7 +219,10 @@ def train(step: Any, first: int, last: int) -> dict[str, Any]:
 
 
 def start(folder: str, case: str, **options: Any) -> tuple[Any, Any]:
-    """(step, checkpoint manager) of one case."""
+    """Build the training step and the checkpoint manager of one case.
+
+    Collective: every rank of the world must call it.
+    """
     from trainer.checkpoint.config import CheckpointConfig
     from trainer.checkpoint.manager import CheckpointManager
 
@@ -206,7 +231,7 @@ def start(folder: str, case: str, **options: Any) -> tuple[Any, Any]:
 
 
 def stop() -> None:
-    """Make room for the next case in this process."""
+    """Destroy Megatron's process groups, so that this process can start the next case."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -254,10 +279,16 @@ def _build(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: all within the limits."""
-    parser = argparse.ArgumentParser(prog="python -m tools.reshard", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=4, help="largest number of processes (default 4)")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    """Run the command.
+
+    Returns:
+        The exit code: 0 if all differences are within the limits, else 1.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.reshard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=4, metavar="N", help="largest number of processes (default: 4)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
@@ -276,7 +307,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     text = "identical" if row.difference == 0 else f"{row.difference:.1e}"
                     print(f"{row.saved:10} {row.loaded:10} {text:>10}{'' if row.passed else '   OVER'}", flush=True)
     passed = all(row.passed for row in rows)
-    print("every load goes on as if nothing had happened" if passed else "some differ: see OVER above")
+    print(
+        "every run continues identically after its checkpoint is loaded"
+        if passed
+        else "some runs differ; see the lines with OVER"
+    )
     if options.json:
         print(json.dumps({"passed": passed, "limit": TOLERANCE, "rows": [asdict(r) for r in rows]}))
     return 0 if passed else 1

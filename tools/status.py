@@ -1,9 +1,11 @@
-"""How is a run? State, progress, goodput, losses and what happened to it, from the files in its folder.
+"""Show the state, progress, goodput, losses and recent events of a run.
 
     python -m tools.status runs/demo            a few lines
     python -m tools.status runs/demo --json     one JSON object
 
-Reads `events.jsonl` and `metrics.jsonl`; needs no torch, and works while the run trains.
+The command reads events.jsonl and metrics.jsonl in the run's folder. It works while the run is training.
+
+Exit code 0: success. 2: there is no run, or its files cannot be read.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _STATES = {
     "failed": "failed",
     "finished": "finished",
 }
-"""State of a run after each event that changes it; a `refused` after `finished` does not."""
+"""The state of a run after each event that changes it. A `refused` after `finished` does not change it."""
 _BARS = "▁▂▃▄▅▆▇█"
 _NUM_EVENTS = 8
 _NUM_BARS = 60
@@ -42,45 +44,53 @@ _NUM_BARS = 60
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of a run."""
+    """The status of a run."""
 
     name: str
     state: str
-    """running, waiting, failed or finished."""
+    """`running`, `waiting`, `failed` or `finished`."""
     since_sec: float
-    """Age of the event that made it so."""
+    """The seconds since the event that caused this state."""
     step: int
-    """Steps done."""
+    """The number of finished steps."""
     num_steps: int | None
+    """The number of steps of the whole run; None if it is not known."""
     num_ranks: int | None
+    """The number of ranks; None if it is not known."""
     left_sec: float | None
-    """To the last step, at the speed of the last steps; None: not running, or not known."""
+    """The expected seconds until the last step; None if the run is not running, or its speed is not known."""
     silent_sec: float | None
-    """Since the last sign of a running attempt."""
+    """The seconds since the last event or logged step of a running attempt; None if the run is not running."""
     attempts: int
+    """The number of attempts that started."""
     goodput: float | None
-    """Share of the time since the first start that went into steps whose updates are in the weights."""
+    """The share of the time since the first start that was spent on steps whose updates are in the weights."""
     losses: list[float]
-    """By logging interval; those of steps that were undone are not among them."""
+    """The loss of each logging interval, without steps that were undone."""
     num_skipped_updates: int
-    """Steps that changed no weights: skipped, or undone by a rewind."""
+    """The number of steps whose updates are not in the weights, because they were skipped or undone by a rewind."""
     num_samples_skipped: int
+    """The number of samples that could not be used."""
     straggler: dict[str, Any] | None
-    """The last one that was named in this attempt."""
+    """The last straggler event of this attempt."""
     events: list[dict[str, Any]]
-    """The last ones."""
+    """The last events."""
 
 
 def read_status(run_dir: Path, now_sec: float) -> Status:
-    """Look at a run's folder.
+    """Read the status of a run from its folder.
+
+    Args:
+        run_dir: the folder of the run.
+        now_sec: the current time in seconds since the epoch.
 
     Raises:
-        UserError: there is no run, or a file is damaged.
+        UserError: If the folder contains no run, or a file is damaged.
     """
     events = read_events(run_dir)
     records = [record for _, record in read_lines(run_dir / "metrics.jsonl") if "train/loss" in record]
     if not events and not records:
-        raise UserError(f"{run_dir}: no run; give the folder that holds events.jsonl, e.g. runs/demo")
+        raise UserError(f"{run_dir}: contains no run; give the folder that contains events.jsonl, e.g. runs/demo")
     started = [e for e in events if e["event"] == "started"]
     state, state_event = _state(events)
     step = records[-1]["step"] if records else 0
@@ -114,9 +124,9 @@ def read_status(run_dir: Path, now_sec: float) -> Status:
 
 
 def undone_steps(events: Sequence[Event], last_step: int) -> set[int]:
-    """Steps up to the last one done whose updates are not in the weights.
+    """Return the steps up to `last_step` whose updates are not in the weights.
 
-    Those of an attempt that was taken back behind them are done again, and count as they ended then.
+    An attempt repeats the steps after the one it resumed from, so events of earlier attempts about them are ignored.
     """
     undone: set[int] = set()
     for event in events:
@@ -131,7 +141,16 @@ def undone_steps(events: Sequence[Event], last_step: int) -> set[int]:
 
 
 def goodput(records: Sequence[Mapping[str, Any]], undone: set[int], wall_sec: float) -> float | None:
-    """Share of `wall_sec` that went into the steps of `records` but for those `undone`."""
+    """Return the share of a time that was spent on steps whose updates are in the weights.
+
+    Args:
+        records: the metrics of the run, by logging interval.
+        undone: the steps whose updates are not in the weights.
+        wall_sec: the time in seconds.
+
+    Returns:
+        A share between 0 and 1; None if the time is 0.
+    """
     useful_sec, before = 0.0, 0
     for record in records:
         num = sum(step not in undone for step in range(before + 1, record["step"] + 1))
@@ -159,7 +178,7 @@ def _recent_step_sec(records: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def sparkline(values: Sequence[float], width: int = _NUM_BARS) -> str:
-    """Means of equal stretches as bars; `×` where nothing is finite."""
+    """Draw values as bars, each of which is the mean of a part of equal length. A part without finite values is `×`."""
     num = min(width, len(values))
     if num == 0:
         return ""
@@ -174,7 +193,7 @@ def sparkline(values: Sequence[float], width: int = _NUM_BARS) -> str:
 
 
 def describe(status: Status, now_sec: float) -> str:
-    """The status in a few lines."""
+    """Format a status as a few lines for the terminal."""
     of = f"/{status.num_steps}" if status.num_steps else ""
     share = f" ({status.step / status.num_steps:.0%})" if status.num_steps else ""
     lines = [f"{status.name}: {status.state} for {_duration(status.since_sec)}"]
@@ -182,16 +201,16 @@ def describe(status: Status, now_sec: float) -> str:
     ranks = f" on {status.num_ranks} ranks" if status.num_ranks else ""
     lines.append(f"  step      {status.step}{of}{share}{left}{ranks}")
     if status.silent_sec is not None and status.silent_sec > 120:
-        lines[-1] += f"; no sign of it for {_duration(status.silent_sec)}"
-    good = "not known" if status.goodput is None else f"{status.goodput:.1%}"
+        lines[-1] += f"; no event or logged step for {_duration(status.silent_sec)}"
+    good = "unknown" if status.goodput is None else f"{status.goodput:.1%}"
     lines.append(f"  goodput   {good} over {status.attempts} attempt{'s' * (status.attempts != 1)}")
     if status.losses:
         lines.append(f"  loss      {status.losses[0]:.3f} {sparkline(status.losses)} {status.losses[-1]:.3f}")
-    lines.append(f"  left out  {status.num_skipped_updates} steps, {status.num_samples_skipped} samples")
+    lines.append(f"  skipped   {status.num_skipped_updates} updates, {status.num_samples_skipped} samples")
     if status.straggler is not None:
         s = status.straggler
         where = f"rank {s['slow_rank']} on {s['slow_host']}"
-        lines.append(f"  slow      {where}: {s['times_median']} times as long as the others, in {s['phase']}")
+        lines.append(f"  slow      {where} takes {s['times_median']} times as long as the others in {s['phase']}")
     lines += ["", *(_line(event, now_sec) for event in status.events)]
     return "\n".join(lines)
 
@@ -219,9 +238,15 @@ def _duration(seconds: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0; 2 after one line that says why there is no answer."""
-    parser = argparse.ArgumentParser(prog="python -m tools.status", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    """Run the command.
+
+    Returns:
+        The exit code: 2 after printing a UserError, else 0.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     now_sec = time.time()

@@ -1,7 +1,11 @@
-"""Train a SentencePiece model: python -m tools.train_tokenizer INPUT [INPUT …] --vocab-size N --out FILE.model.
+"""Train a SentencePiece tokenizer.
 
-An INPUT is a manifest (.jsonl: instructions, answers and references of its training split are used) or plain text, one
-sentence per line.
+    python -m tools.train_tokenizer data/asr.jsonl data/text.txt --vocab-size 512 --out tokenizer.model
+
+An INPUT is a manifest (.jsonl), of which the instructions, answers and references of one split are used, or a plain
+text with one sentence per line.
+
+Exit code 0: the tokenizer was written. 2: it was not.
 """
 
 from __future__ import annotations
@@ -19,13 +23,26 @@ from trainer.data.tokenizer import load_tokenizer, train_sentencepiece
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: the model is written. 2: nothing was; one line on stderr says why."""
-    parser = argparse.ArgumentParser(prog="python -m tools.train_tokenizer", description=__doc__)
-    parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT")
-    parser.add_argument("--vocab-size", type=int, required=True, help="number of pieces, exactly")
-    parser.add_argument("--out", type=Path, required=True, help="file to write, ending in .model")
-    parser.add_argument("--split", default="train", help="split of manifests that is used (default: train)")
-    parser.add_argument("--placeholder", default=PLACEHOLDER, help=f"audio placeholder token (default: {PLACEHOLDER})")
+    """Run the command.
+
+    Returns:
+        The exit code: 2 after printing a UserError, else 0.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.train_tokenizer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help="manifests (.jsonl) or plain texts")
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="exact number of pieces")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, ending in .model")
+    parser.add_argument("--split", default="train", help="split of the manifests to use (default: train)")
+    parser.add_argument(
+        "--placeholder",
+        default=PLACEHOLDER,
+        metavar="TOKEN",
+        help=f"token that marks audio in prompts (default: {PLACEHOLDER})",
+    )
     args = parser.parse_args(argv)
     try:
         if args.out.suffix != ".model":
@@ -46,7 +63,9 @@ def _texts(path: Path, split: str) -> Iterator[str]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path"
+        ) from None
     if path.suffix != ".jsonl":
         yield from lines
         return
@@ -56,9 +75,9 @@ def _texts(path: Path, split: str) -> Iterator[str]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); one object per line") from None
+            raise UserError(f"{path}, line {number}: is not JSON ({error}); write one object per line") from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object; one object per line")
+            raise UserError(f"{path}, line {number}: is not a JSON object; write one object per line")
         if row.get("split") == split:
             texts = (row.get("instruction"), row.get("answer"), *(row.get("references") or ()))
             yield from (t for t in texts if isinstance(t, str))

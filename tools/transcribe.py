@@ -1,10 +1,13 @@
-"""Ask a model about audio files.
+"""Transcribe audio files, or ask a model a question about them.
 
-    python -m tools.transcribe OUT audio.flac                           what is said, however long it is
-    python -m tools.transcribe OUT a.wav b.wav --prompt "Who speaks?"   any other question
+    python -m tools.transcribe out/model audio.flac                               a recording of any length
+    python -m tools.transcribe runs/demo a.wav b.wav --prompt "Who speaks?"      a question about each recording
 
-The model is a folder that tools.export made, a checkpoint, or a run. Recordings longer than a window are transcribed in
-overlapping windows and joined; with another prompt a recording is read as a whole unless --window is given.
+MODEL is a folder that tools.export wrote, a checkpoint or a run. Recordings longer than a window are transcribed in
+overlapping windows, and the texts are joined. With --prompt, the model receives each recording as a whole, unless
+--window is given.
+
+Exit code 0: all files have an answer. 2: a file or the model cannot be used.
 """
 
 from __future__ import annotations
@@ -27,16 +30,31 @@ PROMPT = "Transcribe the speech."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line that tells what to mend."""
+    """Run the command.
+
+    Returns:
+        The exit code: 2 after printing a UserError, else 0.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m tools.transcribe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="OUT", help="folder that tools.export made, a checkpoint or a run")
-    parser.add_argument("audio", nargs="*", type=Path, help="audio files (none: the prompt alone)")
+    parser.add_argument("model", metavar="MODEL", help="an exported folder, a checkpoint, or a run")
+    parser.add_argument(
+        "audio", nargs="*", type=Path, metavar="AUDIO", help="audio files; if there is none, only the prompt is sent"
+    )
     parser.add_argument("--prompt", default=PROMPT, help=f"instruction (default: {PROMPT!r})")
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: as the model was evaluated)")
-    parser.add_argument("--window", type=float, metavar="SEC", help="of long recordings (default: as trained, ≤ 30)")
-    parser.add_argument("--overlap", type=float, metavar="SEC", help="of windows, at least (default: a sixth of one)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="longest answer (default: as in the training run)"
+    )
+    parser.add_argument(
+        "--window",
+        type=float,
+        metavar="SEC",
+        help="length of the windows of longer recordings (default: the longest clip in training, at most 30 seconds)",
+    )
+    parser.add_argument(
+        "--overlap", type=float, metavar="SEC", help="least overlap of windows (default: a sixth of a window)"
+    )
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -69,12 +87,12 @@ def _run(options: argparse.Namespace) -> int:
         ended += not finished
         print(text if len(options.audio) < 2 else f"{path}: {text}")
     if ended:
-        print(f"{ended} answers reached {longest} tokens and were ended; raise --max-new-tokens", file=sys.stderr)
+        print(f"{ended} answers were cut off at {longest} tokens; raise --max-new-tokens", file=sys.stderr)
     return 0
 
 
 def _answer(answerer: Answerer, path: Path | None, prompt: str, in_windows: bool) -> tuple[str, bool]:
-    """(what the model says, whether it ended by itself); what was done to a long recording goes to stderr."""
+    """Return the answer, and True if it ended on its own. The use of windows is reported on stderr."""
     from trainer.data.decode import SampleError, decode_audio
     from trainer.evaluation.offline.answer import Question
 
@@ -89,8 +107,8 @@ def _answer(answerer: Answerer, path: Path | None, prompt: str, in_windows: bool
     if answer.num_windows > 1:
         windows = answerer.windows
         print(
-            f"{path}: {answer.audio_sec:.1f} s in {answer.num_windows} windows of {windows.window_sec:g} s that "
-            "overlap, joined; nothing was cut",
+            f"{path}: {answer.audio_sec:.1f} s were transcribed in {answer.num_windows} overlapping windows of "
+            f"{windows.window_sec:g} s; no audio was cut off",
             file=sys.stderr,
         )
     return answer.hypothesis, answer.finished

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from model.errors import UserError
+from trainer.parallel.environment import set_environment
 from trainer.run import launch
 from trainer.run.command import module_command
 from trainer.run.exit_codes import ExitCode
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code, see `ExitCode`: 2 after one line on stderr that tells the user what to mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_intermixed_args(arguments)
+    set_environment()
     if not options.verbose:
         be_calm()
     try:

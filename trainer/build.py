@@ -17,7 +17,7 @@ from model.hub.configuration import describe
 from model.llm.names import Index
 from model.llm.reference import resolve_hf_config, weight_source
 from model.llm.weights import WeightSource
-from trainer.checkpoint.catalog import SUBFOLDER, TOKENIZER
+from trainer.checkpoint.catalog import SUBFOLDER
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.checks import check_llm, deepspeed_json
 from trainer.config.convert import to_tree
@@ -37,7 +37,16 @@ from trainer.run.exit_codes import ExitCode
 from trainer.run.failure import Position, emit_failure, emit_mistake
 from trainer.run.launch import RankEnv
 from trainer.run.watchdog import Watchdog, clear_hang
-from trainer.storage.open import join_url, open_store
+from trainer.run_tokenizer import (
+    DIGEST,
+    OwnedTokenizer,
+    adopt,
+    check_digest,
+    check_named,
+    find_owned,
+    keep_tokenizer,
+)
+from trainer.storage.open import join_url
 from trainer.telemetry.events import EventLog, begin_attempt
 from trainer.telemetry.jsonl import write_atomically
 from trainer.telemetry.tracker import build_tracker
@@ -110,7 +119,7 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
     rank, _, device = connect()
     groups = build_groups(topology, rank, device, recipe.seed)
     run_dir = events.run_dir
-    prepared = prepare_once(recipe, groups)  # shards that are not there yet may take hours: nobody watches
+    recipe, prepared = prepare_once(recipe, groups)  # shards that are not there yet may take hours: nobody watches
     with Watchdog(recipe.train.hang_timeout_sec, events, topology.world) as watchdog:
         step = build_step(recipe, groups, prepared.tokenizer.vocab_size, watchdog.heartbeat)
         evaluator = Evaluator(recipe.eval, prepared, step, run_dir, watchdog.heartbeat)
@@ -120,9 +129,10 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
         loop = Loop(recipe, step, groups, prepared, evaluator, checkpoints, run_dir, described, watchdog, position)
         watchdog.heartbeat("the last checkpoint")
         start, extra = loop.restore()
+        check_digest(prepared.tokenizer, extra.get(DIGEST), recipe.run_url, prepared.tokenizer_path)
         hooks = build_hooks(recipe, run_dir, start, events) if rank == 0 else []
         if rank == 0:
-            keep_tokenizer(prepared, recipe, run_dir)
+            keep_tokenizer(prepared.tokenizer, recipe, run_dir, is_new=start == 0)
         finished = loop.run(hooks, start, extra.get("data"))
         if rank == 0:
             if finished and loop.last_evaluation is not None:
@@ -134,26 +144,43 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
     return ExitCode.FINISHED if finished else ExitCode.STOPPED
 
 
-def prepare_once(recipe: Recipe, groups: Groups) -> PreparedData:
-    """Shards and tokenizer, made by rank 0 where they are missing; the others wait and read."""
+def prepare_once(recipe: Recipe, groups: Groups) -> tuple[Recipe, PreparedData]:
+    """Return the data that `recipe` reads, and the recipe with the tokenizer settings of the weights it goes on with.
 
-    def made() -> PreparedData:
-        strides = recipe.model.adapter.strides
-        return prepare(recipe.data, strides, ctc=recipe.model.ctc_weight > 0, on_built=_say)
+    Collective: every rank of `groups.world` must call it. Rank 0 makes the shards and the tokenizer that are missing;
+    the others wait and read.
 
-    def _say(report: BuildReport) -> None:
-        print(f"made shards in {report.url}: {report.num_samples} samples", flush=True)
-
-    prepared, mistake = None, [""]
+    Raises:
+        UserError: see `prepare`; the recipe asks for another tokenizer than that of the weights.
+    """
+    prepared = None
+    box: list[OwnedTokenizer | str | None] = [None]
     if groups.rank == 0:
         try:
-            prepared = made()
+            owned = find_owned(recipe)
+            recipe, prepared = _prepare(recipe, owned, is_first=True)
+            box = [owned]
         except UserError as error:
-            mistake = [str(error)]
-    dist.broadcast_object_list(mistake, src=0, group=groups.world)
-    if mistake[0]:
-        raise UserError(mistake[0])
-    return made() if prepared is None else prepared
+            box = [str(error)]
+    dist.broadcast_object_list(box, src=0, group=groups.world)
+    if isinstance(box[0], str):
+        raise UserError(box[0])
+    return _prepare(recipe, box[0], is_first=False) if prepared is None else (recipe, prepared)
+
+
+def _prepare(recipe: Recipe, owned: OwnedTokenizer | None, *, is_first: bool) -> tuple[Recipe, PreparedData]:
+    def say(report: BuildReport) -> None:
+        print(f"made shards in {report.url}: {report.num_samples} samples", flush=True)
+
+    path = None
+    if owned is not None:  # before shards are made, which may take hours
+        recipe = adopt(recipe, owned)
+        path = owned.put_into(recipe.data.cache_dir)
+        tokenizer = owned.load(path)
+        if is_first:
+            check_named(recipe, owned, tokenizer)
+    ctc = recipe.model.ctc_weight > 0
+    return recipe, prepare(recipe.data, recipe.model.adapter.strides, ctc=ctc, tokenizer_path=path, on_built=say)
 
 
 class WatchedSource:
@@ -218,18 +245,13 @@ def build_step(
 
 
 def describe_run(recipe: Recipe, step: Step, prepared: PreparedData) -> dict[str, Any]:
-    """What an export must know and the weights do not tell."""
-    vocab_size = prepared.tokenizer.vocab_size
-    return {"model": describe(recipe.model, step.llm.hf_config, vocab_size), "tokenizer": prepared.tokenizer_path}
-
-
-def keep_tokenizer(prepared: PreparedData, recipe: Recipe, run_dir: Path) -> None:
-    """Copy a SentencePiece model into the run's folder, and beside its checkpoints: the cache that it was trained into
-    may be cleared."""
-    path = Path(prepared.tokenizer_path)
-    if path.suffix == ".model" and path.is_file():
-        for place in dict.fromkeys((str(run_dir), recipe.run_url)):
-            open_store(place, recipe.checkpoint.retry_sec).put(TOKENIZER, [path.read_bytes()])
+    """Return what an export must know and the weights do not tell."""
+    tokenizer = prepared.tokenizer
+    return {
+        "model": describe(recipe.model, step.llm.hf_config, tokenizer.vocab_size),
+        "tokenizer": prepared.tokenizer_path,
+        DIGEST: tokenizer.digest,
+    }
 
 
 def build_hooks(recipe: Recipe, run_dir: Path, start: int, events: EventLog) -> list[Hook]:

@@ -1,4 +1,4 @@
-"""What a recipe means, before anything runs: layout, sizes, batch arithmetic. `python -m tools.plan` says more."""
+"""A summary of what a recipe means, for `--dry-run`: layout, sizes and batches. `python -m tools.plan` prints more."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from trainer.plan.tables import bytes_text, count_text, ranks_text, table
 
 
 def describe(recipe: Recipe) -> str:
-    """The report of `--dry-run`.
+    """Return the text that `--dry-run` prints.
 
     Raises:
-        UserError: a hub id without `config` (its sizes are then unknown here), or an idle pattern in `optim.parts`.
+        UserError: If a model is a hub id without `config`, since its sizes are then unknown, or if a pattern in
+            `optim.parts` matches no parameter.
     """
     topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
     model = sized_model(recipe)
@@ -48,7 +49,7 @@ def _head(recipe: Recipe) -> list[str]:
 
 
 def _layout(topology: Topology) -> list[str]:
-    over = "" if topology.ep == 1 else f", experts over {topology.world // topology.ep} each"
+    over = "" if topology.ep == 1 else f" (each encoder expert over {topology.world // topology.ep} ranks)"
     head = (
         f"{topology.world} ranks = TP {topology.tp} x PP {topology.pp} x DP {topology.dp}; "
         f"encoders: ZeRO-3 over all ranks{over}"
@@ -64,13 +65,14 @@ def _layout(topology: Topology) -> list[str]:
 
 @dataclass(frozen=True)
 class Place:
-    """What the ranks at one place of the expert-parallel groups hold."""
+    """The ranks at one place of the expert-parallel groups, and the encoder experts that they hold."""
 
     ranks: tuple[int, ...]
     experts: tuple[str, ...]
     size: Size
+    """The parameters of these experts."""
     flops: float
-    """Of ten seconds through each of them."""
+    """The FLOPs of these experts for ten seconds of audio."""
 
 
 def _places(model: SizedModel, topology: Topology, sizes: dict[str, Size]) -> list[Place]:
@@ -85,11 +87,11 @@ def _places(model: SizedModel, topology: Topology, sizes: dict[str, Size]) -> li
 
 
 def _experts(places: list[Place]) -> list[str]:
-    rows = [["ranks", "experts", "parameters", "GFLOP per 10 s"]]
+    rows = [["ranks", "encoder experts", "parameters", "GFLOP per 10 s"]]
     for p in places:
         ranks = ranks_text(p.ranks) if len(p.ranks) <= 4 else f"{p.ranks[0]},{p.ranks[1]},...,{p.ranks[-1]}"
         rows.append([ranks, ", ".join(p.experts) or "none", count_text(p.size.total), f"{p.flops / 1e9:.1f}"])
-    return [f"Experts: every block of {len(places)} neighbouring ranks holds each of them once.", *table(rows)]
+    return [f"Every block of {len(places)} neighboring ranks holds each encoder expert once.", *table(rows)]
 
 
 def _parts(parameters: dict[str, Size]) -> list[str]:
@@ -98,7 +100,7 @@ def _parts(parameters: dict[str, Size]) -> list[str]:
         part = _part_of(name)
         sizes[part] = sizes.get(part, Size()) + size
     whole = sum(sizes.values(), Size())
-    rows = [["part", "parameters", "learned"]]
+    rows = [["part", "parameters", "trainable"]]
     rows += [
         [part, count_text(size.total), count_text(size.learned)] for part, size in [*sizes.items(), ("all", whole)]
     ]
@@ -119,21 +121,24 @@ def _per_rank(recipe: Recipe, model: SizedModel, topology: Topology) -> list[str
     stages: dict[States, list[int]] = {}
     for stage, replicas in enumerate(states.llm):
         stages.setdefault(max(replicas, key=lambda s: s.total), []).append(stage)
-    rows = [["rank of", "weights", "gradients", "optimizer", "audio states", "together"]]
-    for llm, alike in stages.items():
+    rows = [["ranks of", "weights", "gradients", "optimizer", "audio states", "total"]]
+    for llm, members in stages.items():
         parts = (llm.weights, llm.gradients, llm.optimizer, audio.total, llm.total + audio.total)
-        rows.append([f"stage {ranks_text(alike)}", *map(bytes_text, parts)])
-    return ["Bytes per rank for weights, gradients and optimizer; activations come on top.", *table(rows)]
+        rows.append([f"stage {ranks_text(members)}", *map(bytes_text, parts)])
+    return [
+        "Memory per rank for the LLM's weights, gradients and optimizer and the audio states, without activations.",
+        *table(rows),
+    ]
 
 
 def _batch(recipe: Recipe, topology: Topology) -> list[str]:
     data, train = recipe.data, recipe.train
     num_loading = min(data.num_lanes, topology.world)
     lines = [
-        f"A step: {data.global_batch_samples} samples from {data.num_lanes} lanes, loaded by {num_loading} ranks "
+        f"A step takes {data.global_batch_samples} samples from {data.num_lanes} lanes, loaded by {num_loading} ranks "
         f"({_each(data.global_batch_samples, num_loading)} each), "
         f"{_each(data.global_batch_samples, topology.dp)} per LLM replica.",
-        f"Encoder calls of up to {train.encoder_batch_sec:g} s of audio; LLM packs of up to "
+        f"An encoder call takes up to {train.encoder_batch_sec:g} s of audio, an LLM pack up to "
         f"{train.llm_tokens_per_microbatch} tokens, {_lengths(train, topology)}.",
     ]
     if data.max_audio_sec is not None:
@@ -141,8 +146,8 @@ def _batch(recipe: Recipe, topology: Topology) -> list[str]:
             lengths.num_samples(data.max_audio_sec), recipe.model.adapter.strides
         )
         lines.append(
-            f"The longest clip, {data.max_audio_sec:g} s, takes {audio_tokens} LLM positions: "
-            f"{train.llm_tokens_per_microbatch // max(1, audio_tokens)} of them, without text, fill a pack."
+            f"The longest clip ({data.max_audio_sec:g} s) becomes {audio_tokens} audio tokens; "
+            f"{train.llm_tokens_per_microbatch // max(1, audio_tokens)} such clips without text fill a pack."
         )
     lines.append(f"{train.steps} steps read {train.steps * data.global_batch_samples:,} samples.")
     return lines
@@ -157,4 +162,5 @@ def _lengths(train: TrainConfig, topology: Topology) -> str:
 
 
 def _each(total: int, parts: int) -> str:
+    """Return how many of `total` items each part has, as text such as `4` or `4 to 5`."""
     return str(total // parts) if total % parts == 0 else f"{total // parts} to {-(-total // parts)}"

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.batch import Ragged
-from model.lengths import num_frames
+from model.lengths import Windowing, num_frames
+from model.transfer import to_device
 
 
 class AudioEncoder(nn.Module):
@@ -25,14 +26,14 @@ class AudioEncoder(nn.Module):
 
     dim: int
     """Width of a feature vector."""
-    window_samples: int
-    """Longer clips are encoded in consecutive windows of this length (a multiple of 320) and joined."""
+    windowing: Windowing
+    """Longer clips are encoded in consecutive windows of a multiple of 320 samples and joined."""
 
-    def __init__(self, dim: int, window_samples: int) -> None:
+    def __init__(self, dim: int, windowing: Windowing) -> None:
         super().__init__()
-        assert window_samples > 0 and window_samples % 320 == 0, window_samples
+        assert windowing.window_samples > 0 and windowing.window_samples % 320 == 0, windowing
         self.dim = dim
-        self.window_samples = window_samples
+        self.windowing = windowing
         self.recompute = False
 
     def forward(self, audio: Ragged) -> Ragged:
@@ -42,11 +43,12 @@ class AudioEncoder(nn.Module):
         """
         assert audio.lengths and min(audio.lengths) > 0, audio.lengths
         # Windows of a clip lie end to end in the waveform as in the features: cutting and joining move nothing.
-        windows = Ragged(audio.values, tuple(t for n in audio.lengths for t in window_lengths(n, self.window_samples)))
+        size = self.windowing.window_samples
+        windows = Ragged(audio.values, tuple(t for n in audio.lengths for t in window_lengths(n, size)))
         return Ragged(self.encode(windows), tuple(num_frames(t) for t in audio.lengths))
 
     def encode(self, windows: Ragged) -> Tensor:
-        """Encode windows `[ΣT]`, none longer than `window_samples`, to `[ΣF, D]`."""
+        """Encode windows `[ΣT]`, none longer than `windowing.window_samples`, to `[ΣF, D]`."""
         raise NotImplementedError
 
     def set_recompute(self, enabled: bool) -> None:
@@ -82,7 +84,7 @@ def length_mask(lengths: Sequence[int], size: int, device: torch.device) -> Tens
     """Bool `[B, size]`, true inside each length; None if every length fills `size`, so that nothing needs a mask."""
     if min(lengths) == size:
         return None
-    return torch.arange(size, device=device) < torch.tensor(lengths, device=device)[:, None]
+    return torch.arange(size, device=device) < to_device(lengths, device)[:, None]
 
 
 @torch.no_grad()
@@ -91,7 +93,7 @@ def normalized(waves: Tensor, lengths: Sequence[int]) -> Tensor:
 
     `waves[B, T]` fp32 is zero past each length, and so is the result.
     """
-    num_samples = torch.tensor(lengths, device=waves.device)[:, None]
+    num_samples = to_device(lengths, waves.device)[:, None]
     centered = waves - waves.sum(1, keepdim=True) / num_samples
     mask = length_mask(lengths, waves.shape[1], waves.device)
     if mask is not None:

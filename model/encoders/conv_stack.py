@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 from model.batch import Ragged
 from model.encoders.base import AudioEncoder, call_layer, join_frames, normalized
-from model.lengths import num_frames
+from model.lengths import Windowing, num_frames
 
 ConvConfig = HubertConfig | WavLMConfig
 
@@ -25,18 +25,17 @@ class ConvStackEncoder(AudioEncoder):
 
     def __init__(self, encoder: nn.Module, config: ConvConfig, window_samples: int, do_normalize: bool) -> None:
         """`encoder(waves[B, T], num_samples, recompute)` gives `[B, F, D]`; `do_normalize`: see `normalized`."""
-        super().__init__(config.hidden_size, window_samples)
+        super().__init__(config.hidden_size, conv_stack_windowing(config, window_samples))
         self.encoder = encoder
         self.do_normalize = do_normalize
         self.kernels, self.strides = tuple(config.conv_kernel), tuple(config.conv_stride)
-        self.min_samples = receptive_field(self.kernels, self.strides)
 
     def encode(self, windows: Ragged) -> Tensor:
         """See `AudioEncoder.encode`. A window below the convolutions' reach is padded with zeros to one frame."""
         waves = windows.padded().float()
         if self.do_normalize:
             waves = normalized(waves, windows.lengths)
-        num_samples = [max(t, self.min_samples) for t in windows.lengths]
+        num_samples = [max(t, self.windowing.least_samples) for t in windows.lengths]
         waves = F.pad(waves, (0, max(num_samples) - waves.shape[1]))
         hidden = self.encoder(waves.to(self.dtype), num_samples, recompute=self.recompute)
         valid = [conv_lengths(t, self.kernels, self.strides)[-1] for t in num_samples]
@@ -71,6 +70,11 @@ class RaggedGroupNormConvLayer(nn.Module):
     def forward(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
         """`hidden[B, 1, T]` to `[B, C, T']`; `lengths` are the valid steps of the output."""
         return self.activation(self.layer_norm(self.conv(hidden), lengths))
+
+
+def conv_stack_windowing(config: ConvConfig, window_samples: int) -> Windowing:
+    """What a call of the encoder computes: windows at their length, at least what one frame sees."""
+    return Windowing(window_samples, receptive_field(config.conv_kernel, config.conv_stride))
 
 
 def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:

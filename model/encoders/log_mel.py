@@ -15,6 +15,7 @@ from transformers.audio_utils import mel_filter_bank
 from model.batch import Ragged
 from model.encoders.base import length_mask
 from model.lengths import SAMPLE_RATE
+from model.transfer import to_device
 
 HOP_SAMPLES = 160
 FFT_SAMPLES = 400
@@ -75,7 +76,7 @@ def _mirrored(audio: Ragged, num_frames: tuple[int, ...]) -> Tensor:
     waves = audio.padded().float()
     waves = F.pad(waves, (half, max(ends) + tail - waves.shape[1]))
     waves[:, :half] = waves[:, half + 1 : 2 * half + 1].flip(1)
-    end = torch.tensor(ends, device=waves.device)[:, None] + half
+    end = to_device(ends, waves.device)[:, None] + half
     offset = torch.arange(tail, device=waves.device)
     return waves.scatter_(1, end + offset, waves.gather(1, end - 2 - offset))
 

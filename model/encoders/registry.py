@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 from model.config import EncoderConfig
 from model.conv import use_matrix_products
 from model.encoders.base import AudioEncoder, window_lengths
-from model.encoders.conv_stack import ConvStackEncoder, conv_lengths, receptive_field
+from model.encoders.conv_stack import ConvStackEncoder, conv_lengths, conv_stack_windowing, receptive_field
 from model.encoders.hf_config import ResolvedEncoder, encoder_error, one_line, resolve
 from model.encoders.hubert import RaggedHubert
 from model.encoders.log_mel import FFT_SAMPLES, num_mel_frames
 from model.encoders.wavlm import RaggedWavLM
-from model.encoders.whisper import RaggedWhisperEncoder, Whisper
+from model.encoders.whisper import RaggedWhisperEncoder, Whisper, whisper_windowing
+from model.lengths import Windowing
 
 _NETWORKS: dict[str, type[PreTrainedModel]] = {
     "whisper": RaggedWhisperEncoder,
@@ -51,9 +52,12 @@ def encoder_dim(config: EncoderConfig) -> int:
     return int(_resolve_once(_key(config)).hf_config.hidden_size)
 
 
-def encoder_window_samples(config: EncoderConfig) -> int:
-    """Audio samples that the encoder sees at once; longer clips are encoded in windows. Builds nothing."""
-    return _resolve_once(_key(config)).window_samples
+def encoder_windowing(config: EncoderConfig) -> Windowing:
+    """What one call of the encoder computes, as its module says. Builds nothing."""
+    resolved = _resolve_once(_key(config))
+    if config.family == "whisper":
+        return whisper_windowing(resolved.window_samples, config.length_mode)
+    return conv_stack_windowing(cast(Any, resolved.hf_config), resolved.window_samples)
 
 
 def encoder_flops(config: EncoderConfig, samples: int) -> float:
@@ -61,12 +65,10 @@ def encoder_flops(config: EncoderConfig, samples: int) -> float:
 
     Counts convolutions, projections, mel filters and attention; leaves out norms, activations and Fourier transforms.
     """
-    resolved = _resolve_once(_key(config))
+    resolved, windowing = _resolve_once(_key(config)), encoder_windowing(config)
     window_flops = _whisper_flops if config.family == "whisper" else _conv_stack_flops
-    lengths = window_lengths(samples, resolved.window_samples)
-    if config.family == "whisper" and config.length_mode == "full":
-        lengths = (resolved.window_samples,) * len(lengths)
-    return sum(window_flops(resolved.hf_config, t) for t in lengths)
+    lengths = window_lengths(samples, windowing.window_samples)
+    return sum(window_flops(resolved.hf_config, windowing.padded_samples(t)) for t in lengths)
 
 
 def _random(config: EncoderConfig, resolved: ResolvedEncoder) -> PreTrainedModel:

@@ -6,7 +6,7 @@ Shapes: B windows, N mel bins, M mel frames (10 ms), F frames (20 ms), D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,15 @@ from model.encoders.base import (
     length_mask,
     normalized,
 )
-from model.encoders.log_mel import padded_log_mel
-from model.lengths import num_frames
+from model.encoders.log_mel import MIN_SAMPLES, padded_log_mel
+from model.lengths import Windowing, num_frames
+
+LengthMode: TypeAlias = Literal["full", "trim"]
+
+
+def whisper_windowing(window_samples: int, length_mode: LengthMode) -> Windowing:
+    """What a call of the encoder computes: with `full`, every window at the full length."""
+    return Windowing(window_samples, window_samples if length_mode == "full" else MIN_SAMPLES)
 
 
 class RaggedWhisperEncoder(DrawnAsTransformers, WhisperEncoder):
@@ -55,13 +62,13 @@ class Whisper(AudioEncoder):
         self,
         encoder: RaggedWhisperEncoder,
         window_samples: int,
-        length_mode: Literal["full", "trim"],
+        length_mode: LengthMode,
         do_normalize: bool,
     ) -> None:
         """`full`: every window is padded to `window_samples`, frames of the padding are dropped after encoding;
         `do_normalize`: see `normalized`."""
         config: WhisperConfig = encoder.config
-        super().__init__(config.d_model, window_samples)
+        super().__init__(config.d_model, whisper_windowing(window_samples, length_mode))
         self.encoder = encoder
         self.num_mels = config.num_mel_bins
         self.length_mode = length_mode
@@ -72,7 +79,7 @@ class Whisper(AudioEncoder):
         if self.do_normalize:
             waves = normalized(windows.padded().float(), windows.lengths)
             windows = Ragged(torch.cat([w[:t] for w, t in zip(waves, windows.lengths, strict=True)]), windows.lengths)
-        pad_samples = self.window_samples if self.length_mode == "full" else None
+        pad_samples = self.windowing.window_samples if self.length_mode == "full" else None
         mel, num_mel_frames = padded_log_mel(windows, self.num_mels, pad_samples)
         hidden = self.encoder(mel.to(self.dtype), num_mel_frames, recompute=self.recompute)
         frames = [num_frames(t) for t in windows.lengths]

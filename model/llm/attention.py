@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.llm.packing import PackedSequences
+from model.transfer import to_device
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -70,6 +71,8 @@ class PackedAttention(nn.Module):
         assert isinstance(packed, PackedSequences), "pass a PackedSequences as packed_seq_params"
         assert attention_mask is None and attention_bias is None
         assert query.shape[0] == packed.num_tokens, (query.shape, packed.num_tokens)
+        if self.inv_freq.device != query.device:
+            self.inv_freq = to_device(self.inv_freq, query.device)
         cos, sin = packed.rotation(self.inv_freq, self.scaling, like=query)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if packed.cache is None:

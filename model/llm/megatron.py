@@ -95,8 +95,9 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,
-        variable_seq_lengths=pp_size > 1,
-        moe_token_dispatcher_type="alltoall",  # unused; the default is refused with variable lengths
+        # All packs of a step are equally long: a stage knows what arrives from the schedule's `seq_length`.
+        variable_seq_lengths=False,
+        batch_p2p_sync=False,  # waiting for a transfer orders the streams; the device need not stand still
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         gradient_accumulation_fusion=False,

@@ -9,9 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from numpy.typing import NDArray
 from torch import Tensor
+
+from model.transfer import to_device
 
 PADDING = -1
 """Sequence index of a segment that only fills up rows (`KVCache.extend`)."""
@@ -79,8 +83,8 @@ class PackedSequences(PackedSeqParams):
         assert len(self.starts) == len(self.lengths)
         assert (self.cache is None) == (not self.sequences)
         self._rotation: tuple[Tensor, Tensor] | None = None
+        self._layout: Tensor | None = None
         self._buckets: tuple[Bucket, ...] | None = None
-        self._unbucket: Tensor | None = None
         self._segment_ends: Tensor | None = None
         self._cached_segments: CachedSegments | None = None
 
@@ -95,65 +99,96 @@ class PackedSequences(PackedSeqParams):
         return tuple(sum(self.lengths[:i]) for i in range(len(self.lengths)))
 
     @cached_property
-    def positions(self) -> Tensor:
-        """`[t]` int64: position of every row within its sequence."""
-        return torch.cat([torch.arange(s, s + n) for s, n in zip(self.starts, self.lengths, strict=True)])
+    def positions(self) -> NDArray[np.int64]:
+        """`[t]` position of every row within its sequence."""
+        return _runs(self.starts, self.lengths)
+
+    @cached_property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Segments of every bucket: those whose length has the same next power of two, so that a long one does not
+        inflate short ones."""
+        found: dict[int, list[int]] = {}
+        for i, length in enumerate(self.lengths):
+            found.setdefault((length - 1).bit_length(), []).append(i)
+        return tuple(map(tuple, found.values()))
+
+    def layout(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Positions, the buckets' rows, their places, and of every row its place among the buckets' rows; `[t]` each.
+
+        Worked out on the host and moved at once: each transfer costs more than it carries.
+        """
+        if self._layout is None:
+            parts = [self._rows_and_places(members) for members in self.groups]
+            rows, places = (np.concatenate(column) for column in zip(*parts, strict=True))
+            inverse = np.empty_like(rows)
+            inverse[rows] = np.arange(len(rows))
+            self._layout = to_device(np.stack([self.positions, rows, places, inverse]), device)
+        positions, rows_there, places_there, inverse_there = self._layout.unbind()
+        return positions, rows_there, places_there, inverse_there
 
     def rotation(self, inv_freq: Tensor, scaling: float, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine `[t, 1, D]` of the rotary embedding, in the dtype and on the device of `like`.
 
-        `inv_freq` `[D/2]` fp32. Computed once per pack: all layers of a model share them.
+        `inv_freq` `[D/2]` fp32, on the same device. Computed once per pack: all layers of a model share them.
         """
         if self._rotation is None or self._rotation[0].dtype != like.dtype:
-            angles = torch.outer(self.positions.float(), inv_freq).repeat(1, 2)[:, None, :]
+            angles = torch.outer(self.layout(like.device)[0].float(), inv_freq).repeat(1, 2)[:, None, :]
             self._rotation = ((angles.cos() * scaling).to(like), (angles.sin() * scaling).to(like))
         return self._rotation
 
     def buckets(self, device: torch.device) -> tuple[Bucket, ...]:
-        """Segments grouped by length up to the next power of two, so that a long one does not inflate short ones."""
+        """Segments of similar length; see `groups`."""
         if self._buckets is None:
-            groups: dict[int, list[int]] = {}
-            for i, length in enumerate(self.lengths):
-                groups.setdefault((length - 1).bit_length(), []).append(i)
-            self._buckets = tuple(self._bucket(members, device) for members in groups.values())
+            _, rows, places, _ = self.layout(device)
+            lengths = [[self.lengths[i] for i in members] for members in self.groups]
+            sizes = [sum(members) for members in lengths]
+            self._buckets = tuple(
+                Bucket(len(members), max(members), own_rows, own_places)
+                for members, own_rows, own_places in zip(lengths, rows.split(sizes), places.split(sizes), strict=True)
+            )
         return self._buckets
 
     def segment_ends(self, device: torch.device) -> Tensor:
         """`[S + 1]` int32: 0, then the row after each segment."""
         if self._segment_ends is None:
-            ends = torch.tensor((0, *self.lengths)).cumsum(0)
-            self._segment_ends = ends.to(device, torch.int32)
+            self._segment_ends = to_device(np.cumsum((0, *self.lengths), dtype=np.int32), device)
         return self._segment_ends
 
     def unbucket(self, device: torch.device) -> Tensor:
         """`[t]`: for every row of the pack its place among the buckets' rows laid end to end."""
-        if self._unbucket is None:
-            self._unbucket = torch.cat([bucket.rows for bucket in self.buckets(device)]).argsort()
-        return self._unbucket
+        return self.layout(device)[3]
 
     def cached_segments(self, device: torch.device) -> CachedSegments:
         """The segments that are not padding."""
         if self._cached_segments is None:
             real = [i for i, sequence in enumerate(self.sequences) if sequence != PADDING]
-            bucket = self._bucket(real, device)
-            lengths = torch.tensor([self.lengths[i] for i in real])
-            sequences = torch.tensor([self.sequences[i] for i in real])
+            rows, places = self._rows_and_places(real)
+            lengths = [self.lengths[i] for i in real]
+            row_sequences = np.repeat([self.sequences[i] for i in real], lengths)
+            by_row = to_device(np.stack([rows, places, row_sequences, self.positions[rows]]), device)
+            by_segment = to_device([[self.sequences[i] for i in real], [self.starts[i] for i in real]], device)
             self._cached_segments = CachedSegments(
-                bucket=bucket,
-                sequences=sequences.to(device),
-                starts=torch.tensor([self.starts[i] for i in real], device=device),
+                bucket=Bucket(len(real), max(lengths), by_row[0], by_row[1]),
+                sequences=by_segment[0],
+                starts=by_segment[1],
                 num_keys=max(self.starts[i] + self.lengths[i] for i in real),
-                row_sequences=sequences.repeat_interleave(lengths).to(device),
-                row_positions=self.positions.to(device)[bucket.rows],
+                row_sequences=by_row[2],
+                row_positions=by_row[3],
             )
         return self._cached_segments
 
-    def _bucket(self, segments: Sequence[int], device: torch.device) -> Bucket:
+    def _rows_and_places(self, segments: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """See `Bucket`."""
         lengths = [self.lengths[i] for i in segments]
-        widest = max(lengths)
-        rows = torch.cat([torch.arange(n) + self.offsets[i] for i, n in zip(segments, lengths, strict=True)])
-        places = torch.cat([torch.arange(n) + j * widest for j, n in enumerate(lengths)])
-        return Bucket(len(lengths), widest, rows.to(device), places.to(device))
+        return (
+            _runs([self.offsets[i] for i in segments], lengths),
+            _runs(range(0, len(lengths) * max(lengths), max(lengths)), lengths),
+        )
+
+
+def _runs(starts: Sequence[int], lengths: Sequence[int]) -> NDArray[np.int64]:
+    """start, start + 1, … of every run, end to end."""
+    return np.concatenate([np.arange(s, s + n, dtype=np.int64) for s, n in zip(starts, lengths, strict=True)])
 
 
 class KVCache:

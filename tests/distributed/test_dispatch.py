@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from model.batch import Ragged
-from model.lengths import num_frames
+from model.lengths import WHOLE, num_frames
 from tests.distributed.harness import run_ranks
 from trainer.engine.expert_parallel import EncoderDispatch
 from trainer.parallel.exchange import gather_ragged
@@ -61,6 +61,7 @@ def body(num_routings: int) -> int:
             {n: e for n, e, p in zip(names, encoders, places, strict=True) if p == rank % ep},
             names,
             [lambda samples: samples * 1.0] * num_encoders,
+            [WHOLE] * num_encoders,
             places,
             ep,
             groups,
@@ -131,7 +132,7 @@ def planners_disagree() -> str:
     assert dist.group.WORLD is not None
     groups = Groups(Topology(world, 1, 1), rank, device, dist.group.WORLD, dist.group.WORLD)
     cost = (lambda samples: samples * 1.0) if rank != 2 else (lambda samples: (samples < 5000) * 1.0)
-    dispatch = EncoderDispatch({"e": ToyEncoder(0)}, ["e"], [cost], [0], 1, groups, budget_samples=10**6,
+    dispatch = EncoderDispatch({"e": ToyEncoder(0)}, ["e"], [cost], [WHOLE], [0], 1, groups, budget_samples=10**6,
                                empty=torch.zeros(0, DIM), debug_plan=True)  # fmt: skip
     clips = Ragged.of([torch.ones(n) for n in ((9000, 3000, 2000, 1000) if rank == 0 else (1000,))])
     try:

@@ -31,12 +31,19 @@ def test_model_states_are_exact(world: int) -> None:
     measured = run_ranks(world, "tests.distributed.test_plan_states:held", timeout_sec=400)
     for i, case in enumerate(CASES[world]):
         expected = planned(world, *case)
-        assert [ranks[i] for ranks in measured] == expected, case
+        found = [ranks[i] for ranks in measured]
+        assert [f[:3] for f in found] == [e[:3] for e in expected], case
+        # Some weights are held by several ranks and saved by one, and shares are rounded up.
+        assert all(0.6 * e[3] <= f[3] <= e[3] + 4096 for f, e in zip(found, expected, strict=True)), (
+            case,
+            found,
+            expected,
+        )
         assert len({tuple(e) for e in expected}) > 1 or case[0][1] == 1  # stages differ
 
 
 def planned(world: int, split: tuple[int, int, int], family: str, precision: str, frozen: str) -> list[list[int]]:
-    """[weights, gradients, optimizer] of every rank, as the plan tells it."""
+    """[weights, gradients, optimizer, snapshot] of every rank, as the plan tells it."""
     from model.llm.reference import resolve_hf_config
     from trainer.parity import tiny_model
     from trainer.plan.ranks import rank_states
@@ -47,7 +54,7 @@ def planned(world: int, split: tuple[int, int, int], family: str, precision: str
     topology = Topology(world, *split)
     states = rank_states(model, topology, optim(frozen), precision, json.loads(DS_CONFIG.read_text()))
     found = (states.of_rank(rank) for rank in range(world))
-    return [[s.weights, s.gradients, s.optimizer] for s in found]
+    return [[s.weights, s.gradients, s.optimizer, s.snapshot] for s in found]
 
 
 def optim(frozen: str) -> Any:
@@ -67,6 +74,7 @@ def held() -> list[list[int]]:
     from model.batch import Batch
     from model.llm.reference import resolve_hf_config
     from model.llm.weights import RandomSource
+    from trainer.checkpoint import audio_state, llm_state
     from trainer.engine.ds_config import build_ds_config
     from trainer.engine.encoders import AudioEngine
     from trainer.engine.llm import LLMEngine
@@ -89,7 +97,9 @@ def held() -> list[list[int]]:
         step = Step(config, optim(frozen), audio, llm, groups, num_steps=1, tokens_per_microbatch=48, seed=1)
         step(0, Batch(tuple(make_samples("mixed", world, config.adapter.strides)[rank])))
         states = held_states(audio, llm)
-        results.append([states.weights, states.gradients, states.optimizer])
+        copied = [s for s in (*audio_state.shards(audio), *llm_state.shards(llm)) if s.saved_here]
+        snapshot = sum(v.numel() * v.element_size() for s in copied for v in s.values.values())
+        results.append([states.weights, states.gradients, states.optimizer, snapshot])
         audio.engine.destroy()
         parallel_state.destroy_model_parallel()
         deepspeed_groups._get_expert_data_parallel_group_dict().clear()

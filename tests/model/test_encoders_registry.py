@@ -23,7 +23,7 @@ from transformers import (
 
 from model.batch import Ragged
 from model.config import EncoderConfig
-from model.encoders.registry import build_encoder, encoder_dim
+from model.encoders.registry import build_encoder, encoder_dim, encoder_windowing
 from model.errors import UserError
 
 STACK: dict[str, Any] = {
@@ -229,3 +229,30 @@ def test_random_weights_are_drawn_as_transformers_draws_them(family: Any) -> Non
         assert spread == pytest.approx(wanted, rel=0.5, abs=1e-3), name
     if family == "whisper":
         torch.testing.assert_close(ours.embed_positions.weight, theirs.embed_positions.weight)
+
+
+@pytest.mark.parametrize(
+    ("family", "length_mode", "clips"),
+    [
+        ("whisper", "full", (16_000, 4_000, 70_000)),
+        ("whisper", "trim", (16_000, 4_000, 70_000)),
+        ("whisper", "trim", (100,)),
+        ("hubert", "full", (16_000, 4_000, 70_000)),
+        ("wavlm", "full", (100, 50)),
+    ],
+)
+def test_an_encoder_says_what_its_call_computes(family: Any, length_mode: Any, clips: tuple[int, ...]) -> None:
+    fields = WHISPER if family == "whisper" else STACK
+    config = EncoderConfig("ear", family, window_sec=2.0, config=fields, length_mode=length_mode)
+    encoder = build_encoder(config)
+    assert encoder.windowing == encoder_windowing(config)
+    seen: list[int] = []
+    samples_per_column = 160 if family == "whisper" else 1  # a mel spectrogram, or the waveform itself
+    encoder.encoder.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].shape[0] * args[0].shape[-1] * samples_per_column)
+    )
+    with torch.no_grad():
+        encoder(Ragged(torch.randn(sum(clips)), clips))
+    (computed,) = seen
+    # Whisper's spectrograms end on whole 10 ms.
+    assert encoder.windowing.computed_samples(clips) <= computed < encoder.windowing.computed_samples(clips) + 160 * 6

@@ -37,6 +37,15 @@ def test_mean_over_time() -> None:
     assert mean_over_time(features).tolist() == [[2.0], [2.0]]
 
 
+def test_mean_over_time_of_a_long_clip_in_bf16() -> None:
+    values = (1 + 0.5 * torch.rand(4500, 4)).to(torch.bfloat16).requires_grad_()
+    mean = mean_over_time(Ragged(values, (1500, 3000)))
+    expected = torch.stack([values[:1500].double().mean(0), values[1500:].double().mean(0)])
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=0)
+    (mean * torch.tensor([[1500.0], [6000.0]])).sum().backward()
+    assert values.grad.float().unique().tolist() == [1.0, 2.0]
+
+
 def test_router_weights_are_the_probabilities_of_the_chosen() -> None:
     torch.manual_seed(0)
     router = Router(RouterConfig(top_k=2, temperature=0.5), 3, primary_dim=4, vocab_size=8, prompt_dim=4)
@@ -86,6 +95,17 @@ def test_mix_sums_weighted_experts_frame_by_frame() -> None:
     mixed = mix(primary, [first, second], routing, (2, 3))
     expected = torch.tensor([[0, 0.7], [1, 0.7], [2, 6.0], [3, 6.0], [4, 6.0]])
     torch.testing.assert_close(mixed.values, expected)
+
+
+def test_the_gradient_of_a_mixing_weight_is_summed_over_a_long_clip_in_fp32() -> None:
+    probs = torch.tensor([[[0.7, 0.3]], [[0.4, 0.6]]], requires_grad=True)
+    routing = Routing(probs, torch.tensor([[[True, True]], [[False, True]]]), ("data_dependent",))
+    first = Ragged(torch.ones(3000, 1, dtype=torch.bfloat16), (3000,))
+    second = Ragged(torch.full((3010, 1), 2.0, dtype=torch.bfloat16), (3000, 10))
+    mixed = mix(None, [first, second], routing, (3000, 10))
+    assert mixed.values.dtype == torch.bfloat16
+    mixed.values.float().sum().backward()
+    assert probs.grad is not None and probs.grad.tolist() == [[[3000.0, 6000.0]], [[0.0, 20.0]]]
 
 
 def test_mix_with_an_expert_that_nobody_chose() -> None:

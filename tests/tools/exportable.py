@@ -36,6 +36,7 @@ from trainer.config.schema import Recipe
 from trainer.data.config import DataConfig, TokenizerConfig
 from trainer.data.tokenizer import load_tokenizer, train_sentencepiece
 from trainer.parity import tiny_model
+from trainer.run_tokenizer import DIGEST
 from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, Load
 from trainer.telemetry.load_history import HISTORY_NAME, EncoderCosts, LoadInterval
 
@@ -71,7 +72,8 @@ def write_run(run_dir: Path, family: str = "llama", chats: bool = False) -> Spee
     else:
         texts = [f"{INSTRUCTION} {a} {b}" for a in "abc" for b in "abc"] * 3
         train_sentencepiece(texts, 60, path, TokenizerConfig().placeholder)
-    tokenizer = load_tokenizer(str(path), TokenizerConfig())
+    data = DataConfig(tokenizer=TokenizerConfig(template="{audio}{instruction}\n"), min_audio_sec=0.3)
+    tokenizer = load_tokenizer(str(path), data.tokenizer)
     model = with_head_dim(tiny_model(family), family)
     oracle = SpeechLLM(model, tokenizer.vocab_size, seed=1).eval()
     with torch.no_grad():  # all-zero biases and all-one norms would hide mix-ups
@@ -79,10 +81,9 @@ def write_run(run_dir: Path, family: str = "llama", chats: bool = False) -> Spee
             parameter.add_(
                 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
             )
-    data = DataConfig(tokenizer=TokenizerConfig(template="{audio}{instruction}\n"), min_audio_sec=0.3)
     recipe = Recipe(name=run_dir.name, model=model, data=data, eval=EvalConfig(max_new_tokens=MAX_NEW_TOKENS))
     described = describe(model, oracle.llm.config, tokenizer.vocab_size)
-    extra = {"recipe": dump(recipe), "model": described, "tokenizer": str(path)}
+    extra = {"recipe": dump(recipe), "model": described, "tokenizer": str(path), DIGEST: tokenizer.digest}
     write_checkpoint(run_dir / "checkpoints" / f"step-{STEP:08d}", tensors_of(oracle), extra)
     (run_dir / HISTORY_NAME).write_text(json.dumps(routing_history().to_json()) + "\n")
     return oracle

@@ -51,9 +51,9 @@ def test_diff_tells_what_changed_and_how_much(run: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["prune", "2"], "prune 2: takes no steps, only diff does"),
-        (["list", "1", "3"], "list 1 3: takes no steps, only diff does"),
-        (["diff", "1"], "diff: give two steps"),
+        (["prune", "2"], "prune 2: only diff takes steps"),
+        (["list", "1", "3"], "list 1 3: only diff takes steps"),
+        (["diff", "1"], "diff: takes exactly two steps"),
     ],
 )
 def test_steps_belong_to_diff_alone(
@@ -67,5 +67,5 @@ def test_steps_belong_to_diff_alone(
 
 def test_one_checkpoint_is_not_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert checkpoints.main([str(run / "checkpoints" / "step-00000002")]) == 2
-    assert "step-00000002: one checkpoint; give its run" in capsys.readouterr().err
+    assert "step-00000002: is a single checkpoint; give its run" in capsys.readouterr().err
     assert report(capsys, run / "checkpoints")["checkpoints"][0]["step"] == 1

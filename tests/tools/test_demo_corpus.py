@@ -93,7 +93,7 @@ def test_existing_corpus_is_reused_and_foreign_files_are_not_touched(corpus: Pat
     write_corpus(corpus, seed=3, scale=SCALE)
     assert (corpus / "demo.jsonl").stat().st_mtime_ns == before
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="holds files"):
+    with pytest.raises(UserError, match="contains files that are not a demo corpus"):
         write_corpus(tmp_path)
     assert main([str(tmp_path)]) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
@@ -153,12 +153,19 @@ def test_report_shows_the_last_predictions(tmp_path: Path, rows: list[dict[str, 
     assert "runs/demo/" in text and max(map(len, text.splitlines())) <= 120
 
 
+def use_trainer_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the demo run in `folder`, with the package `trainer` that is there."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(demo, "module_command", lambda module, *a: [sys.executable, "-m", module, *a])
+
+
 def test_demo_reports_a_failed_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpus: Path
 ) -> None:
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    use_trainer_of(tmp_path, monkeypatch)
     monkeypatch.setattr(demo, "write_corpus", lambda out: corpus / "demo.jsonl")
     (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "__init__.py").touch()
     (tmp_path / "trainer" / "__main__.py").write_text("import sys; sys.exit(3)")
     old = tmp_path / "runs" / "demo"
     (old / "corpus").mkdir(parents=True)
@@ -173,13 +180,14 @@ def test_demo_reports_a_failed_training(
 def test_demo_runs_the_training_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], corpus: Path, rows: list[Any]
 ) -> None:
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    use_trainer_of(tmp_path, monkeypatch)
     monkeypatch.setattr(demo, "write_corpus", lambda out: corpus / "demo.jsonl")
     ready = tmp_path / "ready"
     ready.mkdir()
     finished_run(ready, rows)
     (tmp_path / "runs" / "demo" / "corpus").mkdir(parents=True)
     (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "__init__.py").touch()
     (tmp_path / "trainer" / "__main__.py").write_text(
         "import shutil, sys\n"
         "given = ['demo_cpu', 'name=demo', 'train.run_dir=runs', 'data.root=runs/demo/corpus', 'seed=3']\n"

@@ -196,12 +196,12 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--max-new-tokens", "3"], "holds an evaluation with max_new_tokens = 5, not 3"),
+        (["--max-new-tokens", "3"], "contains an evaluation with max_new_tokens = 5, not 3"),
         (["--tasks", "ast"], "--tasks ast: tasks are asr"),
-        (["--tasks", "er"], "has none of them; it has: asr, sqa, text"),
+        (["--tasks", "er"], "has no samples of these, only of: asr, sqa, text"),
         (["--split", "train"], "no samples of split 'train'"),
-        (["--window", "0"], "--window 0: give at least"),
-        (["--window", "4", "--overlap", "3"], "--overlap 3: give 0 to half of the window"),
+        (["--window", "0"], "--window 0: must be at least"),
+        (["--window", "4", "--overlap", "3"], "--overlap 3: must be between 0 and half a window"),
         (["--nproc", "0"], "--nproc 0: must be at least 1"),
     ],
 )
@@ -222,7 +222,7 @@ def test_what_is_no_model_is_one_line(made: tuple[Path, Path], tmp_path: Path, c
     root, manifest = made
     (tmp_path / "llm").mkdir()
     (tmp_path / "llm" / "config.json").write_text("{}")
-    for model, words in ((tmp_path, "holds no checkpoint"), (tmp_path / "llm", "an LLM alone cannot hear")):
+    for model, words in ((tmp_path, "holds no checkpoint"), (tmp_path / "llm", "it is an LLM without encoders")):
         assert ask(model, "--data", manifest, "--out", tmp_path / "x") == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and words in lines[0], lines
@@ -280,4 +280,4 @@ def test_transcribe_tells_of_windows(made: tuple[Path, Path], tmp_path: Path, ca
     code = transcribe.main([str(root / "out"), str(long), "--window", "1", "--prompt", f"{INSTRUCTION} a"])
     shown = capsys.readouterr()
     assert code == 0 and shown.out.count("\n") == 1
-    assert "2.5 s in 3 windows of 1 s that overlap, joined; nothing was cut" in shown.err
+    assert "2.5 s were transcribed in 3 overlapping windows of 1 s; no audio was cut off" in shown.err

@@ -38,10 +38,10 @@ def test_counts_hours_and_durations(made: Path, tmp_path: Path, capsys: pytest.C
     assert counts[0.5] == 6 and counts[2.0] == 3 and sum(counts.values()) == 9
     assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
     assert main([str(made)]) == 0
-    assert "every shard and every sample is as indexed" in capsys.readouterr().out
+    assert "all shards and samples match the index" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("place", "words"), [("nope/x.png", "nope is no folder"), ("", "(Is a directory")])
+@pytest.mark.parametrize(("place", "words"), [("nope/x.png", "nope is not a folder"), ("", "(Is a directory")])
 def test_a_place_for_the_plot_is_asked_for_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, words: str
 ) -> None:
@@ -61,8 +61,8 @@ def test_damage_is_named(made: Path, capsys: pytest.CaptureFixture[str]) -> None
     capsys.readouterr()
     assert main([str(made), "--json"]) == 1
     damage = json.loads(capsys.readouterr().out)["damage"]
-    assert any("shard-000001.tar: its SHA-256 is not the index's" in d for d in damage)
-    assert any(f"shard-000001.tar: sample {key} is cut or altered" in d for d in damage)
+    assert any("shard-000001.tar: its SHA-256 differs from the index" in d for d in damage)
+    assert any(f"shard-000001.tar: sample {key} is truncated or altered" in d for d in damage)
     assert any("shard-000002.tar" in d and "its index says" in d for d in damage)
     assert not any("shard-000000" in d for d in damage)
     assert main([str(made), "--json", "--no-check"]) == 0
@@ -104,10 +104,10 @@ def test_shards_of_others_are_indexed_and_trained_on(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--build-index"], "no *.tar in it"),
+        (["--build-index"], "contains no *.tar"),
         ([], "shards.json"),
-        (["--set", "a=b"], "goes with --build-index"),
-        (["--build-index", "--set", "nothing"], "give FIELD=TEXT"),
+        (["--set", "a=b"], "--set: needs --build-index"),
+        (["--build-index", "--set", "nothing"], "must be FIELD=TEXT"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -124,7 +124,7 @@ def test_what_is_no_tar_and_what_is_indexed_already(
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "x.tar").write_bytes(b"no tar at all" * 100)
     assert main([str(tmp_path / "odd"), "--build-index"]) == 2
-    assert "x.tar: not a readable tar" in capsys.readouterr().err
+    assert "x.tar: cannot be read as a tar" in capsys.readouterr().err
     assert main([str(made), "--build-index"]) == 2
     assert "has shards.json already" in capsys.readouterr().err
 

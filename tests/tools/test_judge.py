@@ -84,7 +84,7 @@ def test_judges_do_not_replace_each_others_ratings(
     capsys.readouterr()
     dead = [*command, "http://localhost:1/v1", "--model", "two", "--attempts", "1", "--cache", str(tmp_path / "other")]
     assert judge.main(dead) == 1
-    assert "nothing could be rated" in (text := capsys.readouterr().out) and "no verdicts were written" in text
+    assert "no answer could be rated" in (text := capsys.readouterr().out) and "no verdicts were written" in text
     assert judge.main([*dead, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["verdicts"] is None
     assert (tmp_path / "p.judged-two.jsonl").read_bytes() == before

@@ -30,7 +30,7 @@ def test_same_input_same_bytes_whatever_the_order_and_the_number_of_workers(tmp_
     assert len(list((tmp_path / "one").glob("*.tar"))) == 3
 
 
-def test_bad_samples_are_left_out_counted_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_samples_are_skipped_counted_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = clip_rows(tmp_path, 4)
     (tmp_path / "broken.flac").write_bytes((tmp_path / "clip-0.flac").read_bytes()[:500])
     (tmp_path / "note.txt").write_text("no audio")
@@ -93,7 +93,7 @@ def test_an_existing_folder_is_not_touched(tmp_path: Path, capsys: pytest.Captur
     out.mkdir()
     (out / "mine").write_text("x")
     assert main([str(write_manifest(tmp_path, clip_rows(tmp_path, 1))), str(out)]) == 2
-    assert "exists and is not empty" in capsys.readouterr().err
+    assert "is not empty, and not an unfinished build" in capsys.readouterr().err
     assert contents(out) == {"mine": b"x"}
 
 
@@ -104,7 +104,7 @@ def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path, capsys: p
         assert main([manifest, str(out)]) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"error: {out}: cannot be written (Not a directory") and error.count("\n") == 1
-    with pytest.raises(UserError, match="out: is no folder"):
+    with pytest.raises(UserError, match="out: is a file, not a folder"):
         shard_build.build_shards(Path(manifest), str(tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "mine"
 
@@ -113,8 +113,8 @@ class Cut(BaseException):
     """The process dies here."""
 
 
-@pytest.mark.parametrize("end", [Cut(), UserError("the store is away"), OSError(5, "Input/output error")])
-def test_a_build_that_was_cut_short_goes_on(
+@pytest.mark.parametrize("end", [Cut(), UserError("the store is unreachable"), OSError(5, "Input/output error")])
+def test_an_interrupted_build_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, end: BaseException
 ) -> None:
     rows = [*clip_rows(tmp_path, 9), row("mute", answer=" "), row("quiet", answer=" ")]
@@ -161,7 +161,7 @@ def test_an_unfinished_build_of_something_else_is_not_touched(
     out.mkdir()
     (out / "building.json").write_text('{"source": "other"}')
     assert main([str(write_manifest(tmp_path, clip_rows(tmp_path, 1))), str(out)]) == 2
-    assert "no unfinished build of this manifest" in capsys.readouterr().err
+    assert "not an unfinished build of this manifest" in capsys.readouterr().err
 
 
 def test_train_tokenizer_writes_an_exact_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,9 @@ def test_a_mistake_is_one_line_before_anything_slow(arguments: list[str], messag
 def test_a_job_that_cannot_fit_is_refused_with_the_worst_rank() -> None:
     done = plan("debug", "--accelerator", "memory_gib=6.1", "--json")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: debug does not fit: a rank of stage 0 at expert place 0 needs ")
+    assert done.stderr.startswith(
+        "error: debug does not fit: a rank of stage 0 at place 0 of its expert-parallel group needs "
+    )
     assert done.stderr.count("\n") == 1 and "usable; try " in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["fits"] is False
 

@@ -52,10 +52,10 @@ def test_limits_set_the_exit_code(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--fail-on", "daed"], "--fail-on daed: legal are dead and imbalance=NUMBER"),
-        (["--fail-on", "imbalance=0.5"], "--fail-on imbalance=0.5: give a number of at least 1"),
+        (["--fail-on", "daed"], "--fail-on daed: must be dead, imbalance=NUMBER, or both"),
+        (["--fail-on", "imbalance=0.5"], "--fail-on imbalance=0.5: must be a number of at least 1"),
         (["--fail-on", "imbalance=nan"], "--fail-on imbalance=nan"),
-        (["--split", "test"], "--split test: needs --data"),
+        (["--split", "test"], "--split test: applies to --data only"),
         (["--data", "nowhere.jsonl"], "no checkpoint"),
     ],
 )

@@ -54,7 +54,7 @@ def test_a_run_that_came_back(tmp_path: Path) -> None:
         "demo: running for 0:19",
         "10/20 (50%)",
         "36.0% over 2 attempts",
-        "rank 1 on n7: 1.5 times as long",
+        "rank 1 on n7 takes 1.5 times as long",
         "4.000 █▅▁ 2.000",
     ):
         assert words in text, text
@@ -113,10 +113,10 @@ def test_the_command_is_quick_and_says_what_is_wrong(tmp_path: Path, capsys: pyt
     found = json.loads(capsys.readouterr().out)
     assert found["losses"] == ["nan", 2.0] and found["state"] == "running"
     assert status.main([str(tmp_path / "none")]) == 2
-    assert "none: no run" in capsys.readouterr().err
+    assert "none: contains no run" in capsys.readouterr().err
     assert status.main([str(run / "events.jsonl")]) == 2
     error = capsys.readouterr().err
-    assert "events.jsonl: no run; give the folder" in error and error.count("\n") == 1
+    assert "events.jsonl: contains no run; give the folder" in error and error.count("\n") == 1
     code = "import sys, tools.status; print([m for m in ('torch', 'numpy', 'yaml') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

@@ -69,9 +69,9 @@ def test_other_rates_are_resampled_and_long_speech_is_windowed(bench: Any, monke
 def test_a_sample_of_another_form_is_an_error(bench: Any) -> None:
     with pytest.raises(ValueError, match="too_long"):  # rather than its first seconds alone
         earshot_model_generation(bench, sample(40 * 16000, "instruction", task="SQA"))
-    with pytest.raises(ValueError, match="needs audio"):
+    with pytest.raises(ValueError, match="must have audio"):
         earshot_model_generation(bench, {"audio": {"array": [0.0]}, "instruction": "x"})
-    with pytest.raises(ValueError, match="needs audio"):
+    with pytest.raises(ValueError, match="must have audio"):
         earshot_model_generation(bench, {"audio": {"array": [0.0], "sampling_rate": 16000}, "question": "x"})
 
 

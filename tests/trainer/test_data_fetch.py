@@ -1,4 +1,4 @@
-"""What arrives is checked: fetched again where it does not fit the index, then left out."""
+"""Received samples are checked; those that differ from the index are fetched again, then skipped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Recording(LocalStore):
-    """Notes every read; the first `num_bad` of them come back with `spoil` applied."""
+    """Records every read, and flips a bit in the results of the first `num_bad` reads."""
 
     def __init__(self, folder: Path, num_bad: int = 0) -> None:
         super().__init__(folder)
@@ -58,7 +58,7 @@ def test_neighbours_cost_one_read(folder: Path) -> None:
     assert keys(read_samples(shards, 0, range(NUM))) == {f"k-{i}" for i in range(NUM)}
     assert len(store.reads) == 1
     assert keys(read_samples(shards, 0, [7, 2])) == {"k-7", "k-2"}
-    assert len(store.reads) == 2  # what lies between is rather read as well
+    assert len(store.reads) == 2  # the samples in between are read as well
 
 
 def test_far_samples_are_read_on_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,22 +76,22 @@ def test_a_bad_transfer_is_fetched_again(folder: Path) -> None:
     store = Recording(folder, num_bad=2)
     assert keys(read_samples(ShardSet(store), 0, range(NUM))) == {f"k-{i}" for i in range(NUM)}
     first, second, third = store.reads
-    assert second == third and second[1] < first[1]  # only what was bad
+    assert second == third and second[1] < first[1]  # only the bad sample is fetched again
 
 
-def test_what_stays_bad_is_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_stays_bad_is_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = Recording(folder, num_bad=3)
     shards = ShardSet(store)
     found = read_samples(shards, 0, range(NUM))
     (bad,) = [raw for raw in found.values() if isinstance(raw, SampleError)]
     assert bad.reason == "altered" and "shard-000000.tar: sample k-" in bad.detail
     assert len(keys(found)) == NUM - 1
-    assert caplog.text.count("it is left out") == 1
-    store.num_bad = 99  # known by now: it costs no more than one read, and is not told again
+    assert caplog.text.count("the sample is skipped") == 1
+    store.num_bad = 99  # the sample is known as altered: it costs one read, and is not logged again
     num_reads = len(store.reads)
     index = next(i for i, raw in found.items() if isinstance(raw, SampleError))
     assert isinstance(read_samples(shards, 0, [index])[index], SampleError)
-    assert len(store.reads) == num_reads + 1 and caplog.text.count("it is left out") == 1
+    assert len(store.reads) == num_reads + 1 and caplog.text.count("the sample is skipped") == 1
 
 
 @pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b + b"\0" * 512, lambda b: b[:1000]])
@@ -103,23 +103,23 @@ def test_a_shard_of_another_size_is_not_used_at_all(folder: Path, change) -> Non
     found = read_samples(shards, 0, [0, 1])
     assert {raw.reason for raw in found.values() if isinstance(raw, SampleError)} == {"altered"}
     assert list(shards.quarantined) == [0]
-    path.unlink()  # it is not asked for again
+    path.unlink()  # it is not read again
     assert not keys(read_samples(shards, 0, [2]))
 
 
-def test_a_store_that_is_away_quarantines_nothing(folder: Path) -> None:
-    class Away(LocalStore):
+def test_an_unreachable_store_quarantines_nothing(folder: Path) -> None:
+    class Unreachable(LocalStore):
         def get_range(self, *_: object, **__: object) -> memoryview:  # type: ignore[override]
             raise UnreachableError("s3://x: no usable answer")
 
-    shards = ShardSet(Away(folder))
+    shards = ShardSet(Unreachable(folder))
     with pytest.raises(UserError, match="no usable answer"):
         read_samples(shards, 0, [0])
     assert not shards.quarantined
 
 
-def test_a_swapped_sample_is_seen(folder: Path) -> None:
-    """The bytes are fine, but they are another sample's: the table was altered."""
+def test_a_swapped_sample_is_detected(folder: Path) -> None:
+    """The bytes are intact but belong to another sample, because the table was altered."""
     path = folder / "shard-000000.idx.json"
     table = json.loads(path.read_text())
     table["samples"][3][4], table["samples"][4][4] = table["samples"][4][4], table["samples"][3][4]

@@ -165,7 +165,7 @@ def test_illegal_weights_are_refused(weight: object) -> None:
 
 def test_a_set_is_a_manifest_or_shards() -> None:
     for fields in ({}, {"manifest": "m", "shards": "s"}):
-        with pytest.raises(UserError, match="give either manifest or shards"):
+        with pytest.raises(UserError, match="exactly one of manifest and shards must be set"):
             DatasetConfig(name="s", **fields)
 
 

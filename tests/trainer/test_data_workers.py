@@ -1,4 +1,4 @@
-"""Arrays through shared memory: in order, unchanged, whatever their sizes and however small the ring."""
+"""Arrays pass through shared memory in order and unchanged, for all sizes of arrays and of the ring buffer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from model.errors import UserError
 from trainer.data.workers import Workers
 
 SIZES = (0, 1, 7, 1000, 30_000, 65_000, 200_000, 12)
-"""Of float32 arrays; the last but one does not fit into a ring of 256 KiB."""
+"""Sizes of float32 arrays; the last but one does not fit into a ring buffer of 256 KiB."""
 
 
 def numbers(seed: int, num: int) -> Iterator[list[dict[str, object]]]:
-    """`num` lists of arrays with small values beside them."""
+    """Yield `num` lists of arrays and other small values."""
     rng = np.random.default_rng(seed)
     for i in range(num):
         sizes = rng.choice(SIZES, size=2)
@@ -26,7 +26,7 @@ def numbers(seed: int, num: int) -> Iterator[list[dict[str, object]]]:
 def failing(kind: str) -> Iterator[list[int]]:
     yield [1]
     if kind == "user":
-        raise UserError("data.x = 1: mend it")
+        raise UserError("data.x = 1: fix it")
     raise ZeroDivisionError("a mistake of ours")
 
 
@@ -45,16 +45,14 @@ def test_everything_arrives_in_order_and_unchanged(num_ahead: int) -> None:
             kept.append((found, [x for part in expected for x in part]))
     finally:
         workers.close()
-    for found, wanted in kept:  # compared when the ring has long been written over
+    for found, wanted in kept:  # compared after the ring buffer has been overwritten
         for a, b in zip(found, wanted, strict=True):
             assert a["number"] == b["number"]
             assert all(np.array_equal(x, y) for x, y in zip(a["arrays"], b["arrays"], strict=True))
             assert np.array_equal(a["flags"], b["flags"])
 
 
-@pytest.mark.parametrize(
-    ("kind", "error", "words"), [("user", UserError, "mend it"), ("ours", RuntimeError, "ZeroDiv")]
-)
+@pytest.mark.parametrize(("kind", "error", "words"), [("user", UserError, "fix it"), ("ours", RuntimeError, "ZeroDiv")])
 def test_what_ends_a_process_is_raised_after_what_it_had_made(kind: str, error: type, words: str) -> None:
     workers = Workers([(kind,)], serve=failing, num_ahead=2, buffer_bytes=4096)
     try:

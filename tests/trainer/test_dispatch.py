@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.lengths import WHOLE, Windowing, num_samples
 from trainer.parallel.dispatch import ClipTable, dispatch_of, group_by_length, plan_dispatch
 
 
@@ -96,7 +97,7 @@ def test_encoders_with_few_clips_do_not_all_choose_the_same_holders(num_clips: i
 CALL_COST = 160_000
 
 
-def brute_force(lengths: list[int], budget: int) -> float:
+def brute_force(lengths: list[int], budget: int, windowing: Windowing) -> float:
     order = sorted(lengths, reverse=True)
 
     def best(start: int) -> float:
@@ -104,7 +105,7 @@ def brute_force(lengths: list[int], budget: int) -> float:
             return 0.0
         costs = []
         for end in range(start + 1, len(order) + 1):
-            padded = (end - start) * order[start]
+            padded = windowing.computed_samples(order[start:end])
             if padded <= budget or end == start + 1:
                 costs.append(padded + CALL_COST + best(end))
         return min(costs)
@@ -113,15 +114,25 @@ def brute_force(lengths: list[int], budget: int) -> float:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 200_000), max_size=7), st.integers(1, 500_000))
-def test_grouping_pads_least(lengths: list[int], budget: int) -> None:
-    groups = group_by_length(lengths, budget, CALL_COST)
+@given(
+    st.lists(st.integers(1, 200_000), max_size=7),
+    st.integers(1, 500_000),
+    st.sampled_from([WHOLE, Windowing(64_000), Windowing(64_000, 64_000), Windowing(300_000, 400)]),
+)
+def test_grouping_computes_least(lengths: list[int], budget: int, windowing: Windowing) -> None:
+    groups = group_by_length(lengths, budget, CALL_COST, windowing)
     assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
-    for group in groups:
-        assert len(group) <= 1 or len(group) * max(lengths[i] for i in group) <= budget
+    computed = [windowing.computed_samples([lengths[i] for i in group]) for group in groups]
+    assert all(len(group) <= 1 or samples <= budget for group, samples in zip(groups, computed, strict=True))
     if lengths:
-        cost = sum(len(g) * max(lengths[i] for i in g) + CALL_COST for g in groups)
-        assert cost == pytest.approx(brute_force(lengths, budget))
+        assert sum(computed) + CALL_COST * len(groups) == pytest.approx(brute_force(lengths, budget, windowing))
+
+
+def test_clips_that_are_padded_to_a_full_window_are_counted_as_full_windows() -> None:
+    full = Windowing(num_samples(30), num_samples(30))
+    groups = group_by_length([num_samples(2)] * 240, num_samples(480), num_samples(10), full)
+    assert [len(group) for group in groups] == [16] * 15
+    assert full.computed_samples([num_samples(65), num_samples(2)]) == 4 * num_samples(30)
 
 
 def test_without_clips_there_is_one_empty_group() -> None:

@@ -122,9 +122,9 @@ def test_metrics_of_the_routing() -> None:
     assert metrics["routing/num_dead"] == 0
     assert metrics["routing/all/wavlm/clip_share"] == pytest.approx(2 / 3)
     assert metrics["routing/asr/wavlm/audio_share"] == pytest.approx(0.6)
-    assert metrics["routing/asr/wavlm/weight_dependent"] == pytest.approx(0.45)
-    assert metrics["routing/er/entropy_independent"] == pytest.approx(entropy(0.6, 0.4))
-    assert metrics["routing/asr/entropy_of_mean_dependent"] == pytest.approx(entropy(0.45, 0.55))
+    assert metrics["routing/asr/wavlm/weight_data_dependent"] == pytest.approx(0.45)
+    assert metrics["routing/er/entropy_data_independent"] == pytest.approx(entropy(0.6, 0.4))
+    assert metrics["routing/asr/entropy_of_mean_data_dependent"] == pytest.approx(entropy(0.45, 0.55))
     lonely = ExpertLoad.of(routing(([0.6, 0.4], [0.9, 0.1])), [ASR], [1.0], ["hubert", "wavlm"])
     assert load_metrics(lonely)["routing/num_dead"] == 1
 
@@ -239,9 +239,9 @@ def test_a_foreign_history_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="empty"):
         read_history(path)
     path.write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match=r"expert_load\.jsonl line 1: not a record of routing"):
+    with pytest.raises(UserError, match=r"expert_load\.jsonl line 1: not a routing record"):
         read_history(path)
     other = interval().to_json() | {"gates": ["other", "names"]}
     path.write_text(json.dumps(interval().to_json()) + "\n" + json.dumps(other) + "\n")
-    with pytest.raises(UserError, match="line 2: gates"):
+    with pytest.raises(UserError, match="line 2: the gates"):
         read_history(path)

@@ -153,7 +153,7 @@ def test_the_text_says_what_the_numbers_are(profile: Profile) -> None:
     share = tree["tasks"]["asr"]["encoders"]["hubert"]["clip_share"]
     line = next(line for line in text.splitlines() if line.startswith("hubert"))
     assert f"{share:.3f}" in line.split()
-    assert "whisper_tiny: runs under 0.1% of the latest clips; last used in step 100" in text
+    assert "whisper_tiny: runs for less than 0.1% of the latest clips; last used in step 100" in text
     time = tree["time"]
     assert time["imbalance"] == pytest.approx((0.1 + 3 * 0.09) / (0.1 + 3 * 0.07))
     assert f"imbalance  {time['imbalance']:.3f}" in text
@@ -174,7 +174,7 @@ def test_files_hold_the_same_numbers(profile: Profile, tmp_path: Path) -> None:
         found = sum(float(row["audio_sec"]) for row in rows if row["encoder"] == name and row["task"] == "er")
         assert found == pytest.approx(tree["tasks"]["er"]["encoders"][name]["audio_sec"], abs=1e-3)
     weighted = sum(
-        float(row["weight_dependent"]) * int(row["group_clips"]) for row in rows if row["encoder"] == "hubert"
+        float(row["weight_data_dependent"]) * int(row["group_clips"]) for row in rows if row["encoder"] == "hubert"
     )
     whole = tree["tasks"]["all"]
     assert weighted / whole["num_clips"] == pytest.approx(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_a_manifest_is_routed_as_the_saved_model_would(
         task: num for task, num in clips.items() if num
     }
     assert profile.advice is not None and min(profile.advice.costs_sec) >= 0 < max(profile.advice.costs_sec)
-    assert not profile.skipped and profile.origin.endswith("routed as after step 7")
+    assert not profile.skipped and profile.origin.endswith("routed by the checkpoint of step 7")
 
 
 def test_a_gate_that_reads_the_instruction_gets_its_tokens(manifest: Path, tmp_path: Path) -> None:
@@ -135,11 +136,13 @@ def test_a_gate_that_reads_the_instruction_gets_its_tokens(manifest: Path, tmp_p
         "model.router.input=prompt",
     ]
     recipe = load_recipe("debug", overrides)
-    tokenizer = prepare(recipe.data, recipe.model.adapter.strides).tokenizer
+    prepared = prepare(recipe.data, recipe.model.adapter.strides)
+    tokenizer = prepared.tokenizer
     torch.manual_seed(2)
     tower = AudioTower(recipe.model, LLM_DIM, tokenizer.vocab_size).eval()
     torch.nn.init.normal_(tower.router.dependent.weight, std=2.0)
     write_checkpoint(tmp_path / "debug", recipe, tower, 1)
+    shutil.copy(prepared.tokenizer_path, tmp_path / "debug" / "tokenizer.model")
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     instructions = [r["instruction"] for r in rows if r["task"] == "er"]
     assert len(set(instructions)) == 5
@@ -155,7 +158,7 @@ def test_shards_are_routed_like_their_manifest(run: Path, manifest: Path, tmp_pa
     build_shards(manifest, str(tmp_path / "shards"), split="train", limits=ShardLimits(max_samples=4))
     found = profile_data(find_run(run), tmp_path / "shards", None)
     check_equal(found.load, profile_data(find_run(run), manifest, "train").load)
-    with pytest.raises(UserError, match=r"no samples of split 'dev'; splits there are: train"):
+    with pytest.raises(UserError, match=r"no samples of split 'dev'; choose one of train"):
         profile_data(find_run(run), tmp_path / "shards", "dev")
 
 
@@ -199,9 +202,9 @@ def test_a_model_without_experts_has_nothing_to_route(recipe: Recipe, manifest: 
     plain = replace(recipe, model=replace(recipe.model, experts=(), router=RouterConfig()))
     tower = AudioTower(plain.model, LLM_DIM, VOCAB_SIZE)
     write_checkpoint(tmp_path / "debug", plain, tower, 1)
-    with pytest.raises(UserError, match="no experts"):
+    with pytest.raises(UserError, match="no encoder experts"):
         profile_data(find_run(tmp_path / "debug"), manifest, None)
-    with pytest.raises(UserError, match=r"no shards\.json in it"):
+    with pytest.raises(UserError, match=r"contains no shards\.json"):
         profile_data(
             find_run(write_checkpoint(tmp_path / "x", recipe, make_tower(recipe), 1).parents[1]), tmp_path, None
         )

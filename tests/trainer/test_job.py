@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from model.errors import UserError
 from tests.trainer.data_corpus import clip_rows, write_manifest
 from tools.make_shards import main as make_shards
+from trainer.job.__main__ import check
+from trainer.job.check import Facts
 from trainer.job.node_check import Report, Wanted, judge_gpus, look
-from trainer.job.preflight import BadNodesError, choose
+from trainer.job.preflight import BadNodesError, choose, preflight
 from trainer.job.slurm import Allocation, Layout, lay_out, srun
 
 H100 = "{}, NVIDIA H100 80GB HBM3, {}, 81559, {}\n"
@@ -159,4 +163,31 @@ def test_what_a_job_must_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     keys = [f"data.root={tmp_path}", f"train.run_dir={tmp_path}/runs"]
     assert main(["debug", *keys]) == 0
     facts = json.loads(capsys.readouterr().out)
+    assert facts.pop("snapshot_gib") == 0  # the plan's, which this command does not make
     assert facts == {"run_dir": f"{tmp_path}/runs/debug", "num_ranks": 2, "tensor": 1, "stores": [], "tracker": None}
+
+
+def test_a_node_needs_memory_for_the_plans_snapshot_besides_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Wanted] = []
+
+    def answers(command: list[str]) -> list[dict[str, Any]]:
+        if "trainer.job.node_check" in command:
+            asked.append(Wanted(**json.loads(command[-1])))
+            return [asdict(Report(f"n{i + 1}")) for i in range(16)]
+        return [{"node": "n1", "mib": 4, "gb_per_sec": 1.0}] * 128
+
+    monkeypatch.setattr("trainer.job.preflight._answers", answers)
+    facts = Facts("runs/x", 128, 8, (), None, snapshot_gib=53.5)
+    found = preflight(allocation(16), Layout(16, 8), facts, {"PREFLIGHT_MIN_MEMORY_GIB": "64"})
+    assert len(found.nodes) == 16
+    assert asked[0].min_memory_gib == 117.5 and asked[0].num_ranks == 128
+
+
+def test_the_check_before_a_job_takes_the_snapshot_from_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "demo.jsonl").touch()
+    facts = check("debug", [f"data.root={tmp_path}", f"train.run_dir={tmp_path}/runs"])
+    assert 0 < facts.snapshot_gib < 1
+    text = capsys.readouterr().out
+    assert "Host memory for checkpoints: " in text and "{" not in text

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from trainer.parallel.packs import embedding_segments, plan_packs, token_segments
+from trainer.parallel.packs import PackPlan, embedding_segments, plan_packs, token_segments
 from trainer.parallel.plan import Route, route
 from trainer.parallel.topology import Topology
 
@@ -27,6 +28,15 @@ def carry_out(routes: list[Route], rows: list[np.ndarray]) -> list[np.ndarray]:
 
 TOPOLOGIES = [Topology(1, 1, 1), Topology(2, 1, 1), Topology(2, 2, 1), Topology(4, 2, 2), Topology(4, 1, 2),
               Topology(8, 2, 2), Topology(6, 1, 3)]  # fmt: skip
+
+
+def samples_of_rows(packing: PackPlan, replica: int) -> NDArray[np.int64]:
+    """The sample of every row of a replica's packs, as `members` and `lengths` tell; -1 where it is padding."""
+    found = []
+    for m in range(packing.num_microbatches):
+        lengths = packing.lengths(replica, m)
+        found.append(np.repeat([*packing.members(replica, m), -1][: len(lengths)], lengths))
+    return np.concatenate(found)
 
 
 @settings(max_examples=60, deadline=None)
@@ -53,7 +63,7 @@ def test_every_token_arrives_once_where_the_plan_says(topology: Topology, data: 
         if not at_ends[rank]:
             assert len(arrived[rank]) == 0
             continue
-        owners = packing.samples_of_rows(topology.coordinates(rank).dp)
+        owners = samples_of_rows(packing, topology.coordinates(rank).dp)
         for sample in set(owners.tolist()) - {-1}:
             assert arrived[rank][owners == sample].tolist() == ids[first[sample] : first[sample + 1]].tolist()
         assert (arrived[rank][owners == -1] == -1).all()
@@ -86,7 +96,7 @@ def test_embeddings_go_to_exactly_the_slice_that_needs_them(topology: Topology, 
     for d in range(topology.dp):
         slices = [arrived[r].reshape(packing.num_microbatches, share) for r in topology.first_stage_ranks(d)]
         whole = np.concatenate(slices, axis=1).flatten()
-        owners = packing.samples_of_rows(d)
+        owners = samples_of_rows(packing, d)
         for sample in set(owners.tolist()) - {-1}:
             assert whole[owners == sample].tolist() == ids[offsets[sample] : offsets[sample + 1]].tolist()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from model.encoders.registry import encoder_windowing
 from model.errors import UserError
 from model.lengths import num_samples
 from trainer.config.load import load_recipe
@@ -65,6 +66,21 @@ def test_the_plan_fills_packs_up_as_the_recipe_says() -> None:
         topology = build_topology(recipe.parallel, 128)
         lengths.append(pack_work(recipe, typical_workload(recipe, topology, 3.0), topology).pack_tokens)
     assert lengths[0] % 4096 and lengths[1] == -(-lengths[0] // 4096) * 4096
+
+
+def test_calls_hold_what_their_windows_compute() -> None:
+    recipe = load_recipe("mowe_70b", ["data.global_batch_samples=4096", "model.primary.length_mode=full"])
+    topology = build_topology(recipe.parallel, 128)
+    workload = typical_workload(recipe, topology, 2.0)
+    budget = num_samples(recipe.train.encoder_batch_sec)
+    model = sized_model(recipe)
+    primary, *_ = encoder_work(model, workload, topology, budget, "cuda")
+    assert model.config.primary is not None
+    windowing = encoder_windowing(model.config.primary)
+    assert windowing.least_samples == num_samples(30)
+    calls = [call for rank in primary.calls for call in rank[0]]
+    assert max(map(len, calls)) == budget // num_samples(30)
+    assert max(map(windowing.computed_samples, calls)) == budget
 
 
 def test_accelerators_by_name_and_by_numbers() -> None:

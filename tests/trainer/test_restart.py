@@ -35,7 +35,7 @@ def test_a_finished_run_and_a_users_mistake_are_not() -> None:
     assert not decide([event("started")], ExitCode.FINISHED, CONFIG, NOW).again
     assert not decide([event("started")], ExitCode.USER_ERROR, CONFIG, NOW).again
     ended = [event("started"), event("finished", step=9)]
-    assert decide(ended, 128 + 9, CONFIG, NOW).why == "the run is finished; its last attempt was ended after that"
+    assert decide(ended, 128 + 9, CONFIG, NOW).why == "the run is finished; its last attempt ended later with an error"
     assert decide([*ended, event("started")], 128 + 9, CONFIG, NOW).again  # with more steps
     # srun tells the largest code of all ranks: another rank's may hide the mistake's.
     hidden = decide([event("started"), event("failed", user=True, error="data.root")], ExitCode.PEER_LOST, CONFIG, NOW)
@@ -61,7 +61,7 @@ def test_at_most_so_many_within_the_window() -> None:
 def test_not_when_a_step_fails_twice_the_same_way() -> None:
     first = [event("started"), failed(7), event("requeued"), event("started")]
     twice = decide([*first, failed(7)], 1, CONFIG, NOW)
-    assert not twice.again and "step 7 failed twice the same way" in twice.why and "a, b" in twice.why
+    assert not twice.again and "step 7 failed twice in the same way" in twice.why and "a, b" in twice.why
     assert decide([*first, failed(8)], 1, CONFIG, NOW).again
     assert decide([*first, failed(7, "OSError: disk")], 1, CONFIG, NOW).again
     assert decide([*first, event("peer_lost", step=7)], ExitCode.PEER_LOST, CONFIG, NOW).again

@@ -63,7 +63,7 @@ def test_it_renders_and_its_numbers_are_those_of_the_tree(report: Path, tree: di
         s["key"] for s in tree["samples"] if s["task"] == "asr"
     ]
     assert "<del>sat on</del>" in page.dom and "<ins>on a</ins>" in page.dom
-    assert ">2 windows<" in page.dom and ">ended at the limit<" in page.dom and "2 broken" in page.dom
+    assert ">2 windows<" in page.dom and ">cut off at the maximum length<" in page.dom and "2 broken" in page.dom
 
 
 def test_audio_plays(report: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ranges of local files: what was read stays as it was while anything refers to it."""
+"""Ranges of local files: a view keeps its content for as long as anything refers to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.errors import UserError
 from trainer.storage.store import ChangedError, LocalStore
 
 
-def test_views_keep_what_was_read_and_free_memory_is_used_again(tmp_path: Path) -> None:
+def test_views_keep_their_content_and_free_memory_is_reused(tmp_path: Path) -> None:
     data = np.random.default_rng(0).bytes(300_000)
     (tmp_path / "x").write_bytes(data)
     store = LocalStore(tmp_path)
@@ -26,23 +26,23 @@ def test_views_keep_what_was_read_and_free_memory_is_used_again(tmp_path: Path) 
         again[0] = 1
 
 
-def test_a_file_that_ends_early_is_told(tmp_path: Path) -> None:
+def test_a_truncated_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"123")
-    with pytest.raises(ChangedError, match="ends at byte 3, before 5"):
+    with pytest.raises(ChangedError, match="truncated at byte 3, but 5 bytes are needed"):
         LocalStore(tmp_path).get_range("x", 1, 4)
 
 
-def test_a_file_in_the_place_of_the_folder_takes_nothing(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"mine")
     store = LocalStore(tmp_path / "x")
     for put in (lambda: store.put("a", [b"1"]), lambda: store.put_if_absent("a", b"1")):
-        with pytest.raises(UserError, match=r"x: is no folder; choose another place"):
+        with pytest.raises(UserError, match=r"x: is a file, not a folder; choose another path"):
             put()
     store.delete("a")
     assert (tmp_path / "x").read_bytes() == b"mine"
 
 
-def test_of_two_who_put_one_succeeds(tmp_path: Path) -> None:
+def test_one_of_two_conflicting_writers_succeeds(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "new")
     assert store.put_if_absent("a", b"1") and store.put_if_absent("a", b"1") and not store.put_if_absent("a", b"2")
     assert store.list() == {"a": 1} and store.get("a") == b"1"

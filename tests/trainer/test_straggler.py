@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
+import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.distributed.harness import run_ranks
-from trainer.telemetry.metrics import PhaseTimer
-from trainer.telemetry.straggler import RankWork, Straggler, StragglerMeter, work_metrics
+from trainer.telemetry.metrics import PhaseTimer, StepReport
+from trainer.telemetry.straggler import RankWork, Straggler, StragglerMeter, _medians_of_others, work_metrics
+from trainer.telemetry.tracker import TelemetryConfig
 from trainer.telemetry.waiting import WaitSampler
+from trainer.training.rank_work import Work
 
 
 def parts(*work_sec: float, step_sec: float = 10.0) -> list[RankWork]:
@@ -57,6 +63,47 @@ def test_metrics_of_an_interval() -> None:
     assert metrics["ranks/slowest"] == 2 and metrics["ranks/slowest_times_median"] == pytest.approx(8 / 5)
     assert metrics["ranks/max_work/encode_sec"] == pytest.approx(3.5)
     assert metrics["ranks/max_wait_sec"] == pytest.approx(3.0) and metrics["ranks/min_wait_sec"] == pytest.approx(1.5)
+
+
+def test_the_median_of_the_others_is_that_of_a_list_without_oneself() -> None:
+    generator = np.random.default_rng(0)
+    for num in (2, 3, 4, 5, 9, 10):
+        values = generator.integers(0, 4, num).astype(float)  # with ties
+        others = [statistics.median(np.delete(values, i).tolist()) for i in range(num)]
+        assert _medians_of_others(values).tolist() == others
+
+
+def test_ten_thousand_ranks_are_judged_in_no_time() -> None:
+    work = [4.0] * 10_240
+    work[7000] = 6.0
+    meter, found, times = StragglerMeter(slow=1.3, stretch_sec=0.0), [], []
+    for _ in range(6):
+        listed = parts(*work)
+        start = time.thread_time()
+        found.append(meter.add(listed, 1))
+        times.append(time.thread_time() - start)
+    assert found[2] == [Straggler(7000, "node7000", 1.4, "encode")]
+    assert min(times) < 0.05, times
+
+
+def test_stragglers_are_judged_off_the_training_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, told = [], []
+    add = StragglerMeter.add
+
+    def noted(self: StragglerMeter, listed: Any, num_steps: int) -> list[Straggler]:
+        threads.append(threading.get_ident())
+        return [*add(self, listed, num_steps), Straggler(num_steps, "n", 2.0, "encode")]
+
+    monkeypatch.setattr(StragglerMeter, "add", noted)
+    monkeypatch.setattr(dist, "gather_object", lambda mine, everyone, group: everyone.__setitem__(0, mine))
+    groups: Any = SimpleNamespace(rank=0, world=None, topology=SimpleNamespace(world=1))
+    report = StepReport(step=7, loss=0.0, grad_norm=0.0, lr=0.0, phase_sec={"encode": 1.0})
+    with Work(TelemetryConfig(), WaitSampler(PhaseTimer()), groups, lambda *what: told.append(what)) as work:
+        work.add(report)
+        work.take(report)
+        assert work.summary[0]["work_sec"] == {"encode": 1.0}
+    assert threads and threading.get_ident() not in threads
+    assert [(event, step) for event, step, _ in told] == [("straggler", 7)]
 
 
 def waiting_body() -> dict[str, Any]:

@@ -21,10 +21,9 @@ class CheckpointConfig:
     retry_sec: float = 120.0
     """How long a bucket may be away before a save, or loading, fails; a failed save is tried again at the next one."""
     start_from: str | None = None
-    """A run, or one of its checkpoints (a folder or `s3://…`), whose weights a new run begins with; encoders may have
-    been added or removed (`model.router.added_encoder_warmup_steps`). Once the run has a checkpoint of its own, it
-    resumes from that.
-    """
+    """A run, one of its checkpoints, or an export (a folder or `s3://…`), whose weights and tokenizer a new run starts
+    with. Encoders may have been added or removed (`model.router.added_encoder_warmup_steps`). Once the new run has a
+    checkpoint of its own, it resumes from that."""
     keep_last: int = 2
     """The newest ones stay."""
     keep_every_steps: int = 0

@@ -17,6 +17,7 @@ from trainer.checkpoint.catalog import find_checkpoint, open_checkpoints, read_e
 from trainer.checkpoint.config import CheckpointConfig, evaluations_since_best
 from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.layout import Shard, file_of, rank_of
+from trainer.checkpoint.origin import is_export, open_origin
 from trainer.checkpoint.reader import DamagedError, Reader, check_files, read_manifest
 from trainer.checkpoint.snapshot import HostBuffer
 from trainer.checkpoint.start import fill_weights
@@ -196,24 +197,29 @@ class CheckpointManager:
         return self._together(folder.url, lambda: read_extra(folder))
 
     def start(self, url: str, engines: Engines) -> None:
-        """Begin with the weights of another run (see `trainer.checkpoint.start`).
+        """Begin with the weights of a run, a checkpoint or an export (see `trainer.checkpoint.start`).
+
+        Collective: every rank of `groups.world` must call it.
 
         Raises:
-            UserError: no whole checkpoint there, or more than its encoders differs; nothing was trained then.
+            UserError: no such weights there, or what is not new has other sizes; nothing was trained then.
         """
-        found = self._from_rank0(lambda: find_checkpoint(url).url)
-        folder = find_checkpoint(found)
-        if (damage := self._damage(folder)) is not None:
-            raise UserError(f"checkpoint.start_from = {url}: {found} is damaged: {damage}; name another checkpoint")
+        # Other ranks may not see a run's newest checkpoint yet, so rank 0 names it.
+        found, exported = self._from_rank0(lambda: (url, True) if is_export(url) else (find_checkpoint(url).url, False))
+        doing = f"checkpoint.start_from = {url}"
+        if not exported and (damage := self._damage(find_checkpoint(found))) is not None:
+            raise UserError(f"{doing}: {found} is damaged: {damage}; name another checkpoint")
+        origin = self._together(doing, lambda: open_origin(found, exported))
         shards = [shard for family in self._shards(engines).values() for shard in family]
         model = engines.audio.tower.config
-        added = self._together(
-            "checkpoint.start_from", lambda: fill_weights(folder, shards, model, self._place.heartbeat)
-        )
+        new = self._together(doing, lambda: fill_weights(origin, shards, model, self._place.heartbeat))
         audio_state.refresh(engines.audio)
         llm_state.refresh(engines.llm)
+        everyones: list[Any] = [None] * self.groups.topology.world
+        dist.all_gather_object(everyones, new, group=self.groups.world)
         if self.groups.rank == 0:
-            log.warning("starting with the weights of %s; new encoders: %s", found, ", ".join(added) or "none")
+            listed = ", ".join(dict.fromkeys(what for own in everyones for what in own))
+            log.warning("starting with the weights of %s; new: %s", found, listed or "nothing")
 
     # ---- engines
 

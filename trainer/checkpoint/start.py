@@ -1,8 +1,9 @@
-"""A new run that begins with another one's weights; encoders may have been added or removed since.
+"""A new run that begins with the weights of another run, of one of its checkpoints, or of an export.
 
-Only weights are taken: optimizers, schedule, generators and data begin anew. An added encoder keeps its initial (or
-pre-trained) weights; its entries in the router are the mean of the others', and come into force gradually
-(`model.router.ENTRY_OFFSET`): the loss of the first step is that of the model that was there.
+Only weights are taken: optimizers, schedule, generators and data begin anew. What is new keeps its initial (or
+pre-trained) weights and is listed: encoders, the CTC head, rows of a larger vocabulary of the LLM. The entries of an
+added encoder in the router are the mean of the others', and come into force gradually (`model.router.ENTRY_OFFSET`):
+the loss of the first step is that of the model that was there.
 """
 
 from __future__ import annotations
@@ -14,10 +15,8 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import UserError
-from trainer.checkpoint.catalog import read_extra
-from trainer.checkpoint.folder import Folder
-from trainer.checkpoint.layout import PARAM, Shard, matrix_of
-from trainer.checkpoint.reader import Reader, read_manifest
+from trainer.checkpoint.layout import PARAM, Rect, Shard, matrix_of
+from trainer.checkpoint.origin import Origin
 
 _ENTERING = "audio.router.steps_to_enter"
 _BY_EXPERT = (
@@ -27,56 +26,88 @@ _BY_EXPERT = (
     _ENTERING,
 )
 """Tensors with one row per expert."""
+_CTC = "audio.ctc_head."
+_BY_TOKEN = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
+"""Tensors with one row per id of the LLM's vocabulary."""
+_KEYS = (
+    ("audio.primary.", "model.primary"),
+    ("audio.experts.", "model.experts"),
+    ("audio.router.", "model.router"),
+    ("audio.adapter.", "model.adapter"),
+    ("audio.projector.", "model.adapter or model.llm"),
+    (_CTC, "data.tokenizer or model.adapter"),
+    ("llm.", "model.llm"),
+)
+"""Beginning of a tensor's name → the recipe key that decides its size."""
 
 
 @torch.no_grad()
 def fill_weights(
-    folder: Folder, shards: Sequence[Shard], model: ModelConfig, heartbeat: Callable[[str], None] = lambda what: None
+    origin: Origin, shards: Sequence[Shard], model: ModelConfig, heartbeat: Callable[[str], None] = lambda what: None
 ) -> tuple[str, ...]:
-    """Fill the weights of this rank's `shards` of `model` from the checkpoint in `folder`; `heartbeat` is told of each.
+    """Fill the weights of this rank's `shards` of `model` from `origin`; `heartbeat` is told of each.
 
     Returns:
-        Names of the encoders that are new.
+        What is new and keeps its initial weights, as far as this rank knows it.
 
     Raises:
         UserError: another part of the model has other sizes, or is missing.
     """
-    reader = Reader(folder, read_manifest(folder))
-    before = tuple(e["name"] for e in read_extra(folder)["model"]["audio"]["experts"])
-    now = tuple(e.name for e in model.experts)
+    before, now = origin.experts, tuple(e.name for e in model.experts)
     added = tuple(name for name in now if name not in before)
     own = tuple(f"audio.experts.{name}." for name in added)
+    new = [f"encoder {name}" for name in added]
     for shard in shards:
         heartbeat(f"the read of {shard.name}")
         if shard.name in _BY_EXPERT:
-            rows = _rows(reader, shard, before, now, model.router.added_encoder_warmup_steps)
+            rows = _rows(origin, shard, before, now, model.router.added_encoder_warmup_steps)
             whole = matrix_of(shard.shape)
             shard.values[PARAM].copy_(rows.view(whole.rows, whole.cols)[shard.rect.within(whole)])
-        elif not (own and shard.name.startswith(own)):
-            _check(reader, shard)
-            reader.read_rect(shard.name, PARAM, shard.rect, shard.values[PARAM])
-    return added
+        elif own and shard.name.startswith(own):
+            continue
+        elif shard.name.startswith(_CTC) and origin.shape(shard.name) is None:
+            new.append("the CTC head")
+        elif shard.name in _BY_TOKEN and (num_new := _num_new_rows(origin, shard)) > 0:
+            _read_old_rows(origin, shard, shard.shape[0] - num_new)
+            new.append(f"{num_new} rows of {shard.name.removeprefix('llm.')}")
+        else:
+            _check(origin, shard)
+            origin.read(shard.name, shard.rect, shard.values[PARAM])
+    return tuple(dict.fromkeys(new))
 
 
 def _rows(
-    reader: Reader, shard: Shard, before: Sequence[str], now: Sequence[str], added_encoder_warmup_steps: int
+    origin: Origin, shard: Shard, before: Sequence[str], now: Sequence[str], added_encoder_warmup_steps: int
 ) -> Tensor:
     """The tensor [experts now, …], from that of the experts before; fp32."""
-    _check(reader, shard, (len(before), *shard.shape[1:]))
+    _check(origin, shard, (len(before), *shard.shape[1:]))
     whole = matrix_of((len(before), *shard.shape[1:]))
-    old = torch.empty(whole.rows, whole.cols, dtype=reader.dtype(shard.name, PARAM))
-    reader.read_rect(shard.name, PARAM, whole, old)
+    old = torch.empty(whole.rows, whole.cols, dtype=origin.dtype(shard.name))
+    origin.read(shard.name, whole, old)
     old = old.float()
     new = torch.full_like(old[0], float(added_encoder_warmup_steps)) if shard.name == _ENTERING else old.mean(0)
     return torch.stack([old[before.index(name)] if name in before else new for name in now])
 
 
-def _check(reader: Reader, shard: Shard, shape: tuple[int, ...] | None = None) -> None:
-    entry, wanted = reader.manifest.tensors.get(shard.name), shape or shard.shape
-    if entry is None:
-        raise UserError(f"checkpoint.start_from: {reader.folder.url} holds no {shard.name}; only encoders may be added")
-    if entry.shape != wanted:
-        raise UserError(
-            f"checkpoint.start_from: {reader.folder.url}: {shard.name} has shape {entry.shape}, here it is {wanted}; "
-            "only encoders may differ: restore the other sizes"
-        )
+def _num_new_rows(origin: Origin, shard: Shard) -> int:
+    """How many rows the model has more; 0 where anything else differs, too."""
+    shape = origin.shape(shard.name)
+    return shard.shape[0] - shape[0] if shape is not None and shape[1:] == shard.shape[1:] else 0
+
+
+def _read_old_rows(origin: Origin, shard: Shard, num_old: int) -> None:
+    common = shard.rect.overlap(Rect(0, 0, num_old, matrix_of(shard.shape).cols))
+    if common is not None:
+        origin.read(shard.name, common, shard.values[PARAM][common.within(shard.rect)])
+
+
+def _check(origin: Origin, shard: Shard, wanted: tuple[int, ...] | None = None) -> None:
+    found, wanted = origin.shape(shard.name), wanted or shard.shape
+    if found == wanted:
+        return
+    key = next((key for start, key in _KEYS if shard.name.startswith(start)), "model")
+    what = f"holds no {shard.name}" if found is None else f"{shard.name} has shape {found}, here it is {wanted}"
+    raise UserError(
+        f"checkpoint.start_from: {origin.url}: {what}; {key} decides it: give it the value of those weights "
+        "(encoders, a CTC head and more rows in the LLM's vocabulary may be new)"
+    )

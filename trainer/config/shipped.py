@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import trainer
-
-PACKAGE = Path(trainer.__file__ or "").parent
+PACKAGE = Path(__file__).parents[1]
+"""The folder of the package `trainer`."""
 
 
 def shipped(name: str) -> Path:

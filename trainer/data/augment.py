@@ -1,4 +1,4 @@
-"""Waveform augmentation: speed, gain, noise, and masks in time and frequency. `[T]` float32 in and out."""
+"""Waveform augmentation of training clips: speed, gain, noise, and masks in time and frequency."""
 
 from __future__ import annotations
 
@@ -15,11 +15,21 @@ _FFT_STEP = 2048
 def augment(
     clip: NDArray[np.float32], config: AugmentConfig, strength: float, rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    """Change `clip` by up to `strength` (0 to 1) times the config's settings. Only the speed changes its length."""
+    """Return an augmented copy of a clip, or `clip` itself if `strength` is 0.
+
+    Args:
+        clip: `[T]` float32 at 16 kHz; it is not modified.
+        config: the largest change of each kind.
+        strength: factor in [0, 1] by which the changes are scaled.
+        rng: source of randomness. The same state gives the same result.
+
+    Returns:
+        `[T']` float32. T' differs from T only if `config.speed` is positive.
+    """
     if strength <= 0:
         return clip
     if config.speed:
-        # Steps of 1 %: soxr's rates are a ratio, and few ratios keep its filters small.
+        # The factor is rounded to 1 %, because soxr needs large filters for ratios of large integers.
         percent = round(100 * config.speed * strength * rng.uniform(-1, 1))
         if percent:
             clip = soxr.resample(clip, 100 + percent, 100, quality="LQ")
@@ -33,7 +43,7 @@ def augment(
             start = int(rng.uniform(0, len(clip) - width))
             clip[start : start + width] = 0
     if config.noise_snr_db is not None:
-        # Strength lowers the ratio from 30 dB above the setting, where noise is hardly heard.
+        # At strength 0 the ratio is 30 dB above the setting, where the noise is hardly audible.
         snr_db = config.noise_snr_db + rng.uniform(0, 20) + 30 * (1 - strength)
         level = float(np.sqrt(np.mean(np.square(clip)))) * 10 ** (-snr_db / 20)
         clip = clip + level * rng.standard_normal(len(clip), dtype=np.float32)
@@ -45,7 +55,7 @@ def augment(
 def _mask_frequencies(
     clip: NDArray[np.float32], config: AugmentConfig, strength: float, rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    # A transform of some lengths (large primes) takes ten times that of others: silence rounds the length up.
+    # Zeros round the length up, since a transform of an unfavorable length (a large prime) takes ten times as long.
     size = -(-len(clip) // _FFT_STEP) * _FFT_STEP
     spectrum = np.fft.rfft(clip, size)
     bins_per_hz = size / SAMPLE_RATE

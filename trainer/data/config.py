@@ -1,4 +1,4 @@
-"""The data's part of a recipe: frozen dataclasses, each field with its meaning, checked where they are defined."""
+"""The `data` section of a recipe. Each dataclass documents its fields and checks their values."""
 
 from __future__ import annotations
 
@@ -8,89 +8,97 @@ from model.errors import UserError, check_least
 from model.lengths import SAMPLE_RATE
 
 PLACEHOLDER = "<SpeechHere>"
-"""The token whose positions take audio embeddings (MoWE-Audio's released prompt)."""
+"""The default placeholder, from the prompt that was released with MoWE-Audio."""
 
 MOWE_TEMPLATE = "Given the following speech tokens: \n<speech>{audio}</speech>\n\n{instruction}"
-"""Prompt of MoWE-Audio's released wrapper."""
+"""The default prompt template, from the wrapper that was released with MoWE-Audio."""
 
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """One set of samples: a manifest (shards are made from it into `data.cache_dir`) or a folder of shards."""
+    """One dataset, given either as a manifest or as shards.
+
+    Shards are built from a manifest once and stored in `data.cache_dir`.
+    """
 
     name: str = ""
-    """Unique among the sets; appears in skip lists and in the data state."""
+    """The unique name of the dataset, used in metrics, lists of skipped samples and checkpoints."""
     manifest: str | None = None
-    """JSONL in the kit's format, relative to `data.root`; its audio paths are relative to the manifest's folder."""
+    """Path of a manifest (JSONL, see `docs/data.md`), relative to `data.root`. Audio paths in it are relative to the
+    manifest's folder."""
     shards: str | None = None
-    """Folder or bucket with shards.json (see `tools.make_shards`): a path relative to `data.root`, or a URL
-    (`s3://bucket/prefix`, `gs://…`, `az://…`)."""
+    """Folder or bucket that contains shards and shards.json (see `tools.make_shards`): a path relative to `data.root`,
+    or a URL (`s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `az://CONTAINER/PREFIX`)."""
     split: str = "train"
-    """Split to train on. Evaluation reads `data.eval_splits` of the same set."""
+    """The split to train on. Evaluation reads the splits `data.eval_splits` of the same dataset."""
     tasks: tuple[str, ...] = ()
-    """Only these tasks; empty: all."""
+    """The tasks whose samples are read, in training and evaluation; empty for all tasks."""
     subsets: tuple[str, ...] = ()
-    """Only these subsets; empty: all."""
+    """The subsets whose samples are read, in training and evaluation; empty for all subsets."""
     weight: float | tuple[tuple[float, float], ...] = 1.0
-    """Share of samples drawn from this set, relative to the other sets. A list of [progress, weight] points makes it
-    piecewise constant over the training's progress (0 to 1): [[0, 0], [0.4, 1]] lets the set join at 40 %."""
+    """How many samples are drawn from this dataset, relative to the other datasets' weights. A list of
+    [progress, weight] points makes the weight piecewise constant over the training's progress (0 to 1). For example,
+    [[0, 0], [0.4, 1]] draws nothing from the dataset during the first 40 % of the training."""
     augment_strength: float = 1.0
-    """Share of `data.augment`'s strength that this set gets."""
+    """Factor in [0, 1] for the strength of `data.augment` on this dataset; 0 disables augmentation."""
 
     def __post_init__(self) -> None:
         where = f"data.datasets '{self.name}'"
         if not self.name or "/" in self.name:
             raise UserError(f"data.datasets: name {self.name!r} must not be empty or contain '/'")
         if (self.manifest is None) == (self.shards is None):
-            raise UserError(f"{where}: give either manifest or shards")
+            raise UserError(f"{where}: exactly one of manifest and shards must be set")
         points = self.schedule
         if not points or points[0][0] != 0 or list(points) != sorted(points, key=lambda p: p[0]):
-            raise UserError(f"{where}: weight = {self.weight}: [progress, weight] points must rise from progress 0")
+            raise UserError(
+                f"{where}: weight = {self.weight}: [progress, weight] points must start at progress 0 and be sorted"
+            )
         if any(len(p) != 2 or p[1] < 0 or not 0 <= p[0] < 1 for p in points):
-            raise UserError(f"{where}: weight = {self.weight}: progress must be in [0, 1), weights at least 0")
+            raise UserError(f"{where}: weight = {self.weight}: progress must be in [0, 1) and weight at least 0")
         if not 0 <= self.augment_strength <= 1:
             raise UserError(f"{where}: augment_strength = {self.augment_strength}: must be in [0, 1]")
 
     @property
     def schedule(self) -> tuple[tuple[float, float], ...]:
-        """`weight` as [progress, weight] points."""
+        """The weight as [progress, weight] points."""
         return self.weight if isinstance(self.weight, tuple) else ((0.0, self.weight),)
 
     def weight_at(self, progress: float) -> float:
-        """The weight in force at `progress` (0 to 1)."""
+        """Return the weight at `progress` (0 to 1)."""
         return [weight for start, weight in self.schedule if start <= progress][-1]
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Waveform augmentation of training clips, its strength ramped in over the training's progress.
+    """Waveform augmentation of training clips.
 
-    On small data from scratch, augmentation from the first step hurts; ramped in later it helps. Every setting is the
-    greatest change at full strength; all are off by default.
+    Each setting is the largest change at full strength; all changes are off by default. The strength increases from 0
+    to 1 while the training's progress goes from `start` to `end`. On small datasets trained from scratch, augmentation
+    helps when it is ramped in but hurts from the first step.
     """
 
     start: float = 0.2
-    """Progress (0 to 1) until which there is none."""
+    """The progress (0 to 1) at which augmentation starts."""
     end: float = 0.5
-    """Progress from which it has its full strength; linear between."""
+    """The progress (0 to 1) from which augmentation has its full strength. The strength rises linearly from `start`."""
     speed: float = 0.0
-    """Resampling by a factor in 1 ± this (pitch changes too), e.g. 0.1."""
+    """The largest relative change of speed and pitch, for example 0.1 for factors from 0.9 to 1.1; 0 disables it."""
     gain_db: float = 0.0
-    """Gain in ± this many dB."""
+    """The largest change of the level, in dB, up or down; 0 disables it."""
     noise_snr_db: float | None = None
-    """White noise at no less than this signal-to-noise ratio; null: none."""
+    """The lowest signal-to-noise ratio of added white noise, in dB; null for no noise."""
     num_time_masks: int = 0
-    """Spans of silence per clip (SpecAugment, arXiv 1904.08779, done on the waveform)."""
+    """The number of spans per clip that are replaced by silence (as in SpecAugment, arXiv 1904.08779); 0 for none."""
     time_mask_sec: float = 0.1
-    """Greatest length of one span; also at most a tenth of the clip."""
+    """The largest length of one silent span, in seconds. No span is longer than a tenth of its clip."""
     num_freq_masks: int = 0
-    """Frequency bands removed per clip."""
+    """The number of frequency bands removed per clip; 0 disables them."""
     freq_mask_hz: float = 400.0
-    """Greatest width of one band."""
+    """The largest width of one removed band, in Hz."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.end <= 1:
-            raise UserError(f"data.augment: start = {self.start}, end = {self.end}: need 0 <= start <= end <= 1")
+            raise UserError(f"data.augment: start = {self.start}, end = {self.end}: must be 0 <= start <= end <= 1")
         if not 0 <= self.speed <= 0.5:
             raise UserError(f"data.augment.speed = {self.speed}: must be in [0, 0.5]")
         check_least("data.augment", self, gain_db=0, num_time_masks=0, time_mask_sec=0, num_freq_masks=0)
@@ -98,14 +106,14 @@ class AugmentConfig:
             raise UserError(f"data.augment.freq_mask_hz = {self.freq_mask_hz}: must be in [0, {SAMPLE_RATE // 2}]")
 
     def strength_at(self, progress: float) -> float:
-        """0 (none) to 1 (full)."""
+        """Return the strength at `progress` (0 to 1): 0 is none, 1 is full strength."""
         if progress < self.start:
             return 0.0
         return 1.0 if progress >= self.end else (progress - self.start) / (self.end - self.start)
 
     @property
     def enabled(self) -> bool:
-        """Whether any of the changes is on."""
+        """True if any change is enabled."""
         return bool(
             self.speed or self.gain_db or self.noise_snr_db is not None or self.num_time_masks or self.num_freq_masks
         )
@@ -113,18 +121,21 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class JoinConfig:
-    """Joining short ASR clips into longer ones, text with text: more sequences from few recordings."""
+    """Joining of short ASR clips into longer ones, together with their answers.
+
+    It makes more varied sequences from few recordings.
+    """
 
     probability: float = 0.0
-    """Share of ASR draws that are joined with other clips of the same subset that are stored close by."""
+    """The probability that an ASR sample is joined with other clips of its subset and its chunk; 0 disables joining."""
     max_clips: int = 3
-    """At most this many clips in one."""
+    """The largest number of clips that are joined into one, at least 2."""
     max_sec: float = 6.0
-    """Joined audio stays below this."""
+    """The largest length of joined audio, in seconds. No clip is added that would exceed it."""
     gap_sec: float = 0.2
-    """Greatest silence between two clips."""
+    """The longest silence between two joined clips, in seconds."""
     start: float = 0.0
-    """Progress (0 to 1) from which clips are joined."""
+    """The progress of the training (0 to 1) from which clips are joined."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
@@ -136,21 +147,21 @@ class JoinConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Text to tokens and back; the prompt around the audio."""
+    """The tokenizer, and the prompt around the audio."""
 
     path: str | None = None
-    """SentencePiece `.model`, Hugging Face `tokenizer.json`, a directory that holds one, or a hub id. Null: a
-    SentencePiece model is trained on the sets' training text."""
+    """A SentencePiece `.model` file, a Hugging Face `tokenizer.json`, a directory with either, or the id of a model on
+    the Hugging Face hub. If null, a SentencePiece model is trained on the text of the training samples."""
     train_vocab_size: int = 512
-    """With `path` null: vocabulary of the trained model, at most (a small corpus may not have that many pieces)."""
+    """The largest vocabulary of the trained tokenizer if `path` is null. A small corpus may yield fewer pieces."""
     placeholder: str = PLACEHOLDER
-    """One token of the vocabulary; it is repeated once per LLM slot of a clip."""
+    """The token at the positions of audio embeddings. It is repeated once per audio token of a clip."""
     template: str = MOWE_TEMPLATE
-    """Prompt of samples with audio: `{audio}` stands for all clips, `{instruction}` for the instruction."""
+    """The prompt of samples with audio. `{audio}` is replaced by all clips, `{instruction}` by the instruction."""
     text_template: str = "{instruction}"
-    """Prompt of text-only samples."""
+    """The prompt of samples without audio. `{instruction}` is replaced by the instruction."""
     chat_template: bool = True
-    """Wrap the prompt in the tokenizer's own chat template, as a user's message, where it has one."""
+    """If true and the tokenizer has a chat template, the prompt becomes a user message in that template."""
 
     def __post_init__(self) -> None:
         check_least("data.tokenizer", self, train_vocab_size=1)
@@ -159,7 +170,9 @@ class TokenizerConfig:
             ("text_template", self.text_template, ("{instruction}",)),
         ):
             if any(template.count(f) != 1 for f in fields):
-                raise UserError(f"data.tokenizer.{key} = {template!r}: must contain {' and '.join(fields)}, once each")
+                raise UserError(
+                    f"data.tokenizer.{key} = {template!r}: must contain {' and '.join(fields)}, each exactly once"
+                )
         if "{audio}" in self.text_template:
             raise UserError(f"data.tokenizer.text_template = {self.text_template!r}: must not contain {{audio}}")
         if not self.placeholder or self.placeholder.split() != [self.placeholder]:
@@ -168,48 +181,56 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, in which order, and how much of it at a time."""
+    """The datasets, the order of their samples, and the limits of memory and of reading in advance."""
 
     root: str = "."
-    """Folder that the sets' paths are relative to; for shards it may be a URL."""
+    """The folder that paths of datasets are relative to. It may be a URL if no dataset is a manifest."""
     datasets: tuple[DatasetConfig, ...] = ()
-    """Blended by weight."""
+    """The datasets to train on, mixed by their weights."""
     temperature: float | None = None
-    """Null: a set's share is its weight. Otherwise weight · samples ** (1 / temperature): 1 reads every set equally
-    often, a larger number gives small sets more."""
+    """If null, samples are drawn in proportion to each dataset's weight. Otherwise they are drawn in proportion to
+    weight · num_samples ** (1 / temperature), where temperature >= 1. With temperature 1 and equal weights, every
+    sample is drawn equally often; larger temperatures favor small datasets."""
     eval_splits: tuple[str, ...] = ("test",)
-    """Splits that evaluation may read; shards are made of them too."""
+    """The splits that evaluation may read. At least one dataset must have samples of each."""
     cache_dir: str = "runs/cache"
-    """Where shards made from manifests and trained tokenizers go, by content hash."""
+    """The folder for shards built from manifests and for trained tokenizers, each named by a hash of its input."""
     global_batch_samples: int = 32
-    """Samples of one step over all ranks; a multiple of `num_lanes`."""
+    """The number of samples per step over all ranks; a multiple of `num_lanes`."""
     num_lanes: int = 16
-    """Logical streams; fixed for a run, whatever the number of ranks. Ranks beyond this number load nothing."""
+    """The number of lanes, which are logical sample streams. It cannot change within a run, unlike the number of ranks.
+    If there are more ranks than lanes, some ranks load nothing."""
     shuffle: bool = True
-    """Shards, and samples within each shard, in a new order every epoch; false: stored order."""
+    """If true, shards and the samples within each shard are read in a new order every epoch; if false, as stored."""
     min_audio_sec: float = 0.0
-    """Shorter clips are padded with silence at their end."""
+    """The shortest clip, in seconds. Shorter clips are padded with silence at their end."""
     max_audio_sec: float | None = None
-    """Samples with a longer clip are skipped, counted and listed; null: no limit."""
+    """The longest clip, in seconds; null for no limit. Samples with a longer clip are skipped, counted and listed."""
     max_skipped_fraction: float = 0.01
-    """The run stops when more than this share of samples had to be skipped."""
+    """The largest share of samples that may be skipped. The run stops when it is exceeded."""
     num_workers: int = 2
-    """Processes per rank that decode; 0: decode in the training thread. The order does not depend on it."""
+    """The number of decoding processes per rank; 0 decodes in the training process. It does not affect the order."""
     prefetch_batches: int = 4
-    """Batches that the processes may be ahead."""
+    """The number of batches that decoding processes may prepare in advance."""
     read_kib: int = 2048
-    """Size of one read of the store. Samples that are read together are shuffled among themselves: fixed for a run."""
+    """The approximate size of one chunk, that is, of one read of the store, in KiB. It cannot change within a run,
+    because shuffling depends on it. Larger values use a bucket's bandwidth better but need more memory."""
     read_ahead_mib: int = 256
-    """Memory per rank for encoded audio that is read before it is needed, on top of one read per lane and set."""
+    """The memory per rank for encoded audio that is read in advance, in MiB. One chunk per lane and dataset comes on
+    top; 0 reads nothing else."""
     buffer_mib: int = 256
-    """Memory per rank for decoded audio on its way from the processes to the training thread."""
+    """The memory per rank for decoded audio between the decoding processes and the training process, in MiB."""
     retry_sec: float = 120.0
-    """How long a bucket may be away before the run stops, its state saved."""
+    """How long a bucket may be unreachable, in seconds, before the run saves its state and stops."""
     cache_decoded_mib: int = 256
-    """Memory per rank for decoded clips; makes many epochs over a small set cheap. 0: none."""
+    """The memory per rank for a cache of decoded clips, in MiB; 0 disables it. It saves decoding a small dataset again
+    in every epoch."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Waveform augmentation."""
     join: JoinConfig = field(default_factory=JoinConfig)
+    """Joining of short ASR clips."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The tokenizer and the prompt."""
 
     def __post_init__(self) -> None:
         names = [s.name for s in self.datasets]
@@ -229,8 +250,10 @@ class DataConfig:
         if self.min_audio_sec < 0 or (self.max_audio_sec is not None and self.min_audio_sec > self.max_audio_sec):
             raise UserError(f"data.min_audio_sec = {self.min_audio_sec}: must be in [0, data.max_audio_sec]")
         if not 0 < self.retry_sec <= 240:
-            raise UserError(f"data.retry_sec = {self.retry_sec}: must be in (0, 240]; signed requests expire later")
+            raise UserError(f"data.retry_sec = {self.retry_sec}: must be in (0, 240], since signed requests expire")
         starts = {start for s in self.datasets for start, _ in s.schedule}
         for progress in sorted(starts):
             if not sum(s.weight_at(progress) for s in self.datasets) > 0:
-                raise UserError(f"data.datasets: all weights are 0 at progress {progress}: give one set a weight there")
+                raise UserError(
+                    f"data.datasets: all weights are 0 at progress {progress}; give one dataset a positive weight there"
+                )

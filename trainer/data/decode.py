@@ -1,4 +1,4 @@
-"""Encoded audio → 16 kHz mono float32, and the reasons why a sample cannot be used."""
+"""Decoding of audio to 16 kHz mono float32, and the reasons for which a sample is skipped."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from model.lengths import SAMPLE_RATE
 
 AUDIO_TYPES = ("flac", "wav", "mp3", "ogg", "opus")
-"""File types that shards may hold, by extension."""
+"""The audio types that shards may contain, by file extension."""
 
 TASKS = ("asr", "er", "aqa", "sqa", "ac", "text")
-"""Speech and emotion recognition, audio and speech question answering, audio captioning; `text` has no audio."""
+"""The known tasks: speech recognition, emotion recognition, audio question answering, speech question answering, audio
+captioning, and text without audio."""
 
 Reason = Literal[
     "altered",
@@ -33,7 +34,8 @@ Reason = Literal[
 
 
 class SampleError(Exception):
-    """A sample cannot be used; it is skipped, counted by `reason` and listed with `detail`."""
+    """The error of a sample that cannot be used. The sample is skipped, counted by `reason` and listed with
+    `detail`."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -42,17 +44,17 @@ class SampleError(Exception):
 
 
 def decode_audio(data: bytes | memoryview, max_sec: float | None = None) -> NDArray[np.float32]:
-    """Decode one clip: channel mean, then 16 kHz (soxr HQ).
+    """Decode one clip, average its channels, and resample it to 16 kHz (soxr HQ).
 
     Args:
-        data: a whole FLAC, WAV, MP3, OGG or Opus file.
-        max_sec: longer clips raise `too_long` before they are decoded.
+        data: content of a FLAC, WAV, MP3, OGG or Opus file.
+        max_sec: longest legal clip in seconds; a longer one is refused before it is decoded. None for no limit.
 
     Returns:
-        `[T]` float32, T > 0, finite.
+        `[T]` float32 with T > 0; all values are finite.
 
     Raises:
-        SampleError: broken, empty, nan or too_long.
+        SampleError: If the clip cannot be used, with reason `broken`, `empty`, `nan` or `too_long`.
     """
     mono, rate = _decode_mono(data, max_sec)
     if rate != SAMPLE_RATE:
@@ -63,7 +65,11 @@ def decode_audio(data: bytes | memoryview, max_sec: float | None = None) -> NDAr
 
 
 def check_audio(data: bytes | memoryview) -> float:
-    """Length in seconds of a clip that decodes; raises SampleError as `decode_audio`, but does not resample."""
+    """Check that a clip can be decoded, and return its length in seconds.
+
+    Raises:
+        SampleError: As in `decode_audio`.
+    """
     mono, rate = _decode_mono(data, None)
     return len(mono) / rate
 
@@ -79,11 +85,11 @@ def _decode_mono(data: bytes | memoryview, max_sec: float | None) -> tuple[NDArr
 def _read(data: bytes | memoryview, max_sec: float | None) -> tuple[NDArray[np.float32], int]:
     if not data:
         raise SampleError("empty", "0 bytes")
-    # libsndfile trims the length of a cut WAV to what is there; the RIFF header still tells.
+    # For a truncated WAV libsndfile reports the frames that are there; only the RIFF header has the full size.
     if data[:4] == b"RIFF" and len(data) >= 8 and struct.unpack("<I", data[4:8])[0] not in (0, 0xFFFFFFFF):
         declared = struct.unpack("<I", data[4:8])[0] + 8
         if len(data) < declared - 1:
-            raise SampleError("broken", f"cut: {len(data)} of {declared} bytes")
+            raise SampleError("broken", f"truncated: {len(data)} of {declared} bytes")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             declared_frames, rate = file.frames, file.samplerate
@@ -101,11 +107,15 @@ def _read(data: bytes | memoryview, max_sec: float | None) -> tuple[NDArray[np.f
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:
-    """Raise SampleError unless task, instruction and answer are such that a sample can be made of them."""
+    """Check the task, instruction and answer of a sample.
+
+    Raises:
+        SampleError: If one of them is no text, the task is unknown, or the answer is empty.
+    """
     for name in ("task", "instruction", "answer"):
         if not isinstance(metadata.get(name), str):
-            raise SampleError("wrong_type", f"{name} = {metadata.get(name)!r} must be text")
+            raise SampleError("wrong_type", f"{name} = {metadata.get(name)!r}, but must be a string")
     if metadata["task"] not in TASKS:
-        raise SampleError("unknown_task", f"task = {metadata['task']!r}; known: {', '.join(TASKS)}")
+        raise SampleError("unknown_task", f"task = {metadata['task']!r}; known tasks are {', '.join(TASKS)}")
     if not metadata["answer"].strip():
         raise SampleError("empty_answer", "answer is empty")

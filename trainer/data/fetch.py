@@ -1,8 +1,8 @@
-"""Encoded samples from the store: few large ranged reads, the next ones read ahead, each sample checked before its use.
+"""Fetching of encoded samples from the store, by few large ranged reads.
 
-What arrives is compared with the index (the object's size, every sample's XXH3). Where it differs it is fetched
-again; if it still differs, its samples are `altered` and the shard is named in the log: nothing of them is used.
-A store that is away is a matter of its own (`trainer.storage`): that ends the run, and quarantines nothing.
+Received bytes are compared with the index, by the size of the shard and the XXH3 of each sample. Samples that differ
+are fetched again. If they still differ, they are skipped with reason `altered`, and the log names their shard. An
+unreachable store is a different case: it raises UserError, and no shard is quarantined.
 """
 
 from __future__ import annotations
@@ -23,59 +23,73 @@ from trainer.data.shards import Entry, RawSample, ShardSet
 from trainer.storage.store import ChangedError, MissingError
 
 MAX_GAP_BYTES = 256 << 10
-"""Unwanted bytes between two samples that are rather read than asked around."""
+"""The largest gap between two samples that is read along with them, instead of splitting the read in two."""
 MAX_READ_BYTES = 32 << 20
-"""Of one request, unless a single sample is larger: above the usual `data.read_kib`, or chunks a little longer than the
-rest would take two requests each."""
+"""The size limit of one read, unless a single sample is larger. It is well above the usual `data.read_kib`, so that a
+chunk of large samples still takes one read."""
 REFETCH_AFTER_SEC = (0.1, 1.0)
-"""Waits before what did not fit the index is fetched again."""
+"""The delays before samples that differ from the index are fetched again, in seconds."""
 _JOIN_SEC = 1.0
+"""How long `ReadAhead.close` waits for its threads."""
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Fetched = dict[int, RawSample | SampleError]
-"""Index in the shard → sample, or why it cannot be used."""
+"""Position in the shard's offset table → sample, or the reason why it cannot be used."""
 
 
 def read_samples(shards: ShardSet, shard: int, indices: Sequence[int]) -> Fetched:
-    """Samples of one shard, by as few reads as their places allow.
+    """Read and check samples of one shard, by as few reads as their positions in the shard allow.
+
+    Args:
+        shards: the shards to read from.
+        shard: number of the shard.
+        indices: positions of the samples in the shard's offset table.
 
     Raises:
-        UserError: the store is away or refuses; MissingError, ChangedError for the offset table.
+        MissingError: If the offset table is missing.
+        ChangedError: If the offset table does not belong to the shard.
+        UserError: If the store is unreachable or refuses the request.
     """
     if shard in shards.quarantined:
         return {i: SampleError("altered", shards.quarantined[shard]) for i in indices}
     table = shards.table(shard)
     found: Fetched = {}
-    pending, gone = list(indices), None
+    pending, unusable = list(indices), None
     for wait_sec in (0.0, *REFETCH_AFTER_SEC):
         time.sleep(wait_sec)
         try:
-            arrived, gone = read_unchecked(shards, shard, pending), None
+            received, unusable = read_unchecked(shards, shard, pending), None
         except (ChangedError, MissingError) as error:
-            gone = str(error)
+            unusable = str(error)
             continue
-        good = {i: sample for i in pending if (sample := checked(shards, table[i], arrived[i])) is not None}
+        good = {i: sample for i in pending if (sample := checked(shards, table[i], received[i])) is not None}
         found |= good
         pending = [i for i in pending if i not in good]
         if shards.altered.issuperset((shard, i) for i in pending):
             break
-    if gone is not None:
-        shards.quarantine(shard, gone)
-        return {i: SampleError("altered", gone) for i in indices}
+    if unusable is not None:
+        shards.quarantine(shard, unusable)
+        return {i: SampleError("altered", unusable) for i in indices}
     where = f"{shards.store.url}/{shards.shards[shard].name}"
     for i in pending:
-        skipped = SampleError("altered", f"{where}: sample {table[i].key} is not what was indexed")
+        skipped = SampleError("altered", f"{where}: sample {table[i].key} does not match its hash in the offset table")
         found[i] = skipped
         if (shard, i) not in shards.altered:
             shards.altered.add((shard, i))
-            log.warning("%s; it is left out", skipped.detail)
+            log.warning("%s; the sample is skipped", skipped.detail)
     return found
 
 
 def read_table(shards: ShardSet, shard: int) -> tuple[Entry, ...]:
-    """The shard's offset table. Raises MissingError, ChangedError if it stays unusable; UserError as `read_samples`."""
+    """Read the offset table of a shard, and read it again if it is unusable.
+
+    Raises:
+        MissingError: If the table is missing.
+        ChangedError: If the table does not belong to the shard.
+        UserError: If the store is unreachable or refuses the request.
+    """
     for wait_sec in REFETCH_AFTER_SEC:
         try:
             return shards.table(shard)
@@ -85,20 +99,27 @@ def read_table(shards: ShardSet, shard: int) -> tuple[Entry, ...]:
 
 
 def read_unchecked(shards: ShardSet, shard: int, indices: Sequence[int]) -> dict[int, memoryview]:
-    """The bytes of samples as they come, for `checked`. Raises as `Store.get_range`."""
+    """Read samples of one shard without comparing them with the index; use `checked` before they are used.
+
+    Returns:
+        Position in the shard's offset table → bytes of the sample.
+
+    Raises:
+        UserError: As in `Store.get_range`.
+    """
     table, info = shards.table(shard), shards.shards[shard]
     found = {}
-    for part in _requests(sorted(((i, table[i]) for i in indices), key=lambda item: item[1].span)):
-        start, end = part[0][1].span[0], max(entry.span[1] for _, entry in part)
+    for group in _group_reads(sorted(((i, table[i]) for i in indices), key=lambda item: item[1].span)):
+        start, end = group[0][1].span[0], max(entry.span[1] for _, entry in group)
         data = shards.store.get_range(info.name, start, end - start, info.num_bytes)
-        for index, entry in part:
+        for index, entry in group:
             first, last = entry.span
             found[index] = data[first - start : last - start]
     return found
 
 
 def checked(shards: ShardSet, entry: Entry, data: memoryview) -> RawSample | SampleError | None:
-    """The sample in `data`; None if these are not the bytes that were indexed."""
+    """Return the sample in `data`, or why it cannot be used, or None if the bytes differ from the index."""
     if xxhash.xxh3_64_hexdigest(data) != entry.xxh3:
         return None
     try:
@@ -107,26 +128,28 @@ def checked(shards: ShardSet, entry: Entry, data: memoryview) -> RawSample | Sam
         return error
 
 
-def _requests(samples: Sequence[tuple[int, Entry]]) -> list[list[tuple[int, Entry]]]:
-    """Cut samples, sorted by place, into the runs that one read gets."""
-    parts: list[list[tuple[int, Entry]]] = []
+def _group_reads(samples: Sequence[tuple[int, Entry]]) -> list[list[tuple[int, Entry]]]:
+    """Split samples, which are sorted by their first byte, into groups that one read returns."""
+    groups: list[list[tuple[int, Entry]]] = []
     for item in samples:
         start, end = item[1].span
-        if parts:
-            first, last = parts[-1][0][1].span[0], parts[-1][-1][1].span[1]
+        if groups:
+            first, last = groups[-1][0][1].span[0], groups[-1][-1][1].span[1]
             if start - last <= MAX_GAP_BYTES and end - first <= MAX_READ_BYTES:
-                parts[-1].append(item)
+                groups[-1].append(item)
                 continue
-        parts.append([item])
-    return parts
+        groups.append([item])
+    return groups
 
 
 class ReadAhead:
-    """Runs jobs in threads, within a budget of bytes that are being read or wait to be used.
+    """A pool of threads that read in advance, within a budget of memory.
+
+    The budget covers the results of reads from their start until their caller releases them.
 
     Args:
-        max_bytes: of all jobs that are not `required`. A job's bytes are its caller's estimate.
-        num_threads: jobs at a time.
+        max_bytes: size of the budget. Reads that are `required` are counted but never refused.
+        num_threads: largest number of reads at the same time.
     """
 
     def __init__(self, max_bytes: int, num_threads: int = 4) -> None:
@@ -138,16 +161,22 @@ class ReadAhead:
         self._threads: list[Thread] = []
 
     def start(self, work: Callable[[], T], num_bytes: int, *, required: bool) -> Future[T] | None:
-        """The future of `work`; None if the budget has no room and the job is not required.
+        """Run `work` in a thread. The caller must call `release` when it no longer holds the result.
 
-        `release` must be told when its result is no longer held.
+        Args:
+            work: the read.
+            num_bytes: estimated size of its result.
+            required: if true, start the read even if it exceeds the budget.
+
+        Returns:
+            The future of the result; None if the read would exceed the budget and is not required.
         """
         with self._lock:
             if not required and self._num_bytes + num_bytes > self.max_bytes:
                 return None
             self._num_bytes += num_bytes
             if len(self._threads) < self._num_threads:
-                # Daemons: a read that waits for a store to come back must not keep the process from ending.
+                # Daemon threads, so that a read from an unreachable store does not keep the process from exiting.
                 thread = Thread(target=self._work, name=f"read-{len(self._threads)}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
@@ -156,11 +185,12 @@ class ReadAhead:
         return future
 
     def release(self, num_bytes: int) -> None:
+        """Return the `num_bytes` of one read to the budget."""
         with self._lock:
             self._num_bytes -= num_bytes
 
     def close(self) -> None:
-        """End the threads; one that waits for the store is left behind."""
+        """Cancel the waiting reads and stop the threads, without waiting long for reads from a slow store."""
         with suppress(Empty):
             while True:
                 self._jobs.get_nowait()
@@ -176,5 +206,5 @@ class ReadAhead:
             future, work = job
             try:
                 future.set_result(work())
-            except BaseException as error:  # handed to whoever waits for the result
+            except BaseException as error:  # raised where the result is awaited
                 future.set_exception(error)

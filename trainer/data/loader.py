@@ -1,7 +1,9 @@
-"""Training batches of one rank, as the model takes them.
+"""Loading of training batches as tensors.
 
-with Loader(prepared, seed=1, num_batches=1000, rank=r, world=w, state=saved) as loader:
-    for batch, state in loader: ...          # saving `state` and starting from it continues with the next batch
+Example:
+    with Loader(prepared, seed=1, num_batches=1000, rank=r, world=w, state=saved) as loader:
+        for batch, state in loader:
+            ...  # a loader that starts from `state` continues with the next batch
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ log = logging.getLogger(__name__)
 
 
 class Loader:
-    """Iterates `(Batch, State)`; arguments and errors are those of `SampleStream`. One iteration per loader."""
+    """An iterable over this rank's part of every global batch, as `(Batch, State)` pairs.
+
+    Arguments and errors are those of `SampleStream`. A loader can be iterated once.
+    """
 
     def __init__(
         self,
@@ -44,17 +49,17 @@ class Loader:
 
     @property
     def state(self) -> State:
-        """Of the last yielded batch."""
+        """The data state after the last yielded batch."""
         return self.stream.state
 
     @property
     def num_skipped(self) -> dict[str, int]:
-        """See `SampleStream.num_skipped`."""
+        """The number of skipped samples of this rank's lanes, by reason; see `SampleStream.num_skipped`."""
         return self.stream.num_skipped
 
     @property
     def epochs(self) -> dict[str, float]:
-        """See `SampleStream.epochs`."""
+        """How often this rank's lanes have read each dataset; see `SampleStream.epochs`."""
         return self.stream.epochs
 
     def __enter__(self) -> Loader:
@@ -69,7 +74,7 @@ class Loader:
 
 
 def to_sample(encoded: EncodedSample) -> Sample:
-    """The same sample in tensors that share the arrays' memory."""
+    """Convert a sample to tensors, which share memory with its arrays."""
     token_ids = torch.from_numpy(encoded.token_ids)
     targets = torch.from_numpy(encoded.target_ids)
     labels = torch.full_like(token_ids, IGNORE)
@@ -89,9 +94,9 @@ def to_sample(encoded: EncodedSample) -> Sample:
 
 
 class SkipLog:
-    """Appends skipped samples to a JSONL file; give it to `Loader(on_skip=…)`. The file appears with the first skip.
+    """A callback for `Loader(on_skip=...)` that appends every skipped sample to a JSONL file.
 
-    What a full disk does not take is in the log instead.
+    The first skipped sample creates the file. If it cannot be written, the line is logged instead.
     """
 
     def __init__(self, path: Path) -> None:
@@ -104,4 +109,4 @@ class SkipLog:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            log.warning("%s: %s; it lacks %s", self.path, error, line)
+            log.warning("%s: cannot be written (%s); the line that is missing there: %s", self.path, error, line)

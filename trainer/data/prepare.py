@@ -66,6 +66,7 @@ def prepare(
     strides: tuple[int, ...],
     *,
     ctc: bool = False,
+    tokenizer_path: str | None = None,
     on_built: Callable[[BuildReport], None] = lambda report: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PreparedData:
@@ -75,6 +76,8 @@ def prepare(
         config: the recipe's data section.
         strides: of the model's adapter.
         ctc: whether ASR samples carry CTC targets (`model.ctc_weight` > 0).
+        tokenizer_path: where the tokenizer of the weights lies, whatever the recipe says; None: there are no weights
+            yet, so `config.tokenizer` decides.
         on_built: called with the account of every shard set that had to be made.
         on_progress: called with (samples done, samples in all) while one is made.
 
@@ -85,7 +88,7 @@ def prepare(
     _check_datasets(config)
     datasets = tuple(_prepare_dataset(config, s, on_built, on_progress) for s in config.datasets)
     _check_eval_splits(config, datasets)
-    path = config.tokenizer.path or str(_trained_tokenizer(config, datasets))
+    path = tokenizer_path or config.tokenizer.path or str(_trained_tokenizer(config, datasets))
     return PreparedData(config, datasets, load_tokenizer(path, config.tokenizer), path, strides, ctc)
 
 

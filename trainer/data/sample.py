@@ -1,6 +1,7 @@
-"""Decoded clips and metadata → one sample: placeholders counted, labels shifted, loss on the answer only.
+"""Encoding of one sample from its decoded clips and metadata.
 
-Arrays only: the processes that decode do not load torch. `trainer.data.loader` makes tensors of them.
+The prompt gets one placeholder per audio token, and only the answer is labelled. All results are NumPy arrays, because
+decoding processes do not load torch; `trainer.data.loader` converts them to tensors.
 """
 
 from __future__ import annotations
@@ -17,25 +18,27 @@ from trainer.data.decode import SampleError
 from trainer.data.tokenizer import PlaceholderInText, Tokenizer
 
 Clip = NDArray[np.float32]
-"""`[T]`, 16 kHz."""
+"""A waveform: `[T]` float32 at 16 kHz."""
 
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """What `model.batch.Sample` is made of; L tokens."""
+    """A sample as NumPy arrays, from which `loader.to_sample` makes a `model.batch.Sample`. L is its number of
+    tokens."""
 
     key: str
     meta: dict[str, Any]
     clips: tuple[Clip, ...]
     token_ids: NDArray[np.int64]
-    """[L] prompt with placeholders, then the answer without its end token (evaluation: the prompt alone)."""
+    """`[L]`: the prompt with placeholders, then the answer without its end token. For evaluation, the prompt alone."""
     audio_mask: NDArray[np.bool_]
-    """[L] true at placeholders."""
+    """`[L]`: true at placeholders."""
     target_ids: NDArray[np.int64]
-    """Answer and end token; the first is predicted by the prompt's last token. Empty for evaluation."""
+    """The answer and the end token; the last token of the prompt predicts the first of them. Empty for evaluation."""
     instruction_ids: NDArray[np.int64]
+    """The tokens of the instruction alone."""
     ctc: bool
-    """Whether the answer is also the CTC target."""
+    """True if the answer is also the CTC target."""
 
 
 def make_sample(
@@ -51,17 +54,17 @@ def make_sample(
     """Tokenise one sample.
 
     Args:
-        key: unique within its set.
-        metadata: the manifest's fields; needs task, instruction and answer (see `decode.check_metadata`).
-        clips: each `[T]` float32, 16 kHz.
-        tokenizer: gives prompt and answer tokens.
-        strides: of the adapter; they decide how many placeholders a clip takes.
-        ctc: give ASR samples with exactly one clip their answer as CTC targets.
-        evaluate: the prompt alone, nothing labelled; generation starts after it.
+        key: key of the sample, unique within its dataset.
+        metadata: fields of the manifest, checked by `decode.check_metadata`.
+        clips: the decoded clips.
+        tokenizer: tokenizer of prompt and answer.
+        strides: strides of the adapter, which determine the number of placeholders per clip.
+        ctc: if true, the answer of an ASR sample with exactly one clip is also its CTC target.
+        evaluate: if true, encode the prompt alone, after which generation starts.
 
     Raises:
-        SampleError: `placeholder_in_text` if the sample's own text contains the placeholder token, `wrong_type` if
-            there is nothing to begin with.
+        SampleError: If the sample's text contains the placeholder token (`placeholder_in_text`), or the prompt has no
+            token (`wrong_type`).
     """
     try:
         pieces = tokenizer.prompt(metadata["instruction"], len(clips))
@@ -71,7 +74,7 @@ def make_sample(
         raise SampleError("placeholder_in_text", str(error)) from None
     ids, mask = fill(pieces, [audio_tokens_of_samples(c.shape[0], strides) for c in clips], tokenizer.placeholder_id)
     if not ids:
-        raise SampleError("wrong_type", "instruction is empty, and the tokenizer has no token to begin with")
+        raise SampleError("wrong_type", "prompt is empty: no instruction, and the tokenizer has no start token")
     targets: list[int] = []
     if not evaluate:
         ids, mask, targets = ids + answer, mask + [False] * len(answer), [*answer, tokenizer.eos_id]

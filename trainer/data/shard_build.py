@@ -1,7 +1,8 @@
-"""Manifest → checked shards, in a folder or a bucket. Same manifest and audio, same bytes.
+"""Building of shards from a manifest, in a folder or a bucket.
 
-The index is written last: shards without one are not a set. Until then `building.json` names what is being made, and
-each finished shard has a `.part.json` beside it, from which a build that was cut short goes on.
+Every sample is checked. The same manifest and audio files always give the same bytes. The index is written last,
+because shards without an index are not readable as a dataset. Until then, `building.json` identifies the build, and
+each finished shard has a `.part.json` next to it, from which an interrupted build resumes.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from trainer.storage.store import Store
 SKIPPED_NAME = "skipped.jsonl"
 _BUILDING_NAME = "building.json"
 _CHECKED_AHEAD = 128
-"""Rows whose clips are held in memory, beside those of the open shard."""
+"""The number of rows that are checked in advance; their clips are in memory, in addition to those of the open shard."""
 
 Checked = tuple[list[tuple[str, bytes]], float] | SampleError
-"""Clips as (type, bytes) and their seconds, or why the row cannot be used."""
+"""The clips of a row, as (type, content), and their total length in seconds; or the reason why the row is skipped."""
 
 
 @dataclass(frozen=True)
 class ShardLimits:
-    """A shard is full when it has reached either."""
+    """The size limits of a shard, which is full when it has reached one of them."""
 
     max_samples: int = 4096
     max_bytes: int = 256 << 20
@@ -42,7 +43,7 @@ class ShardLimits:
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """A manifest line that is not in the shards, and why."""
+    """A line of the manifest that is not in the shards, with the reason."""
 
     line: int
     key: str
@@ -52,7 +53,7 @@ class SkippedRow:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What `build_shards` wrote."""
+    """The result of `build_shards`."""
 
     url: str
     num_samples: int
@@ -60,21 +61,23 @@ class BuildReport:
     seconds: float
     skipped: tuple[SkippedRow, ...]
     num_resumed: int = 0
-    """Shards that an earlier, unfinished build had left."""
+    """The number of shards that were finished by an earlier, interrupted build."""
 
     @property
     def num_skipped_by_reason(self) -> dict[str, int]:
-        """Counts of left-out lines."""
+        """The number of skipped lines by reason."""
         return dict(Counter(s.reason for s in self.skipped))
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A finished shard and the rows it was made of."""
+    """A finished shard, and how far in the manifest it reaches."""
 
     shard: Shard
     end_row: int
+    """The number of rows in this and all earlier shards, including skipped rows."""
     skipped: tuple[SkippedRow, ...]
+    """The rows that were skipped since the previous shard."""
 
 
 def build_shards(
@@ -87,19 +90,29 @@ def build_shards(
     num_workers: int = 2,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> BuildReport:
-    """Check every sample of the manifest's split and write the good ones as shards to `out` (folder or URL).
+    """Check every sample of a manifest and write the usable ones as shards.
 
-    What was left out is listed in `out`/skipped.jsonl. A build that was cut short, by a kill or by its store, goes on
-    with the first shard that is not there; one that fails for its samples leaves nothing behind.
+    Skipped samples are listed in `out`/skipped.jsonl. If a build is interrupted, for example because the store failed,
+    the same call resumes it at the first missing shard. If too many samples are unusable, all files are
+    deleted.
+
+    Args:
+        manifest: the manifest.
+        out: folder or URL for the shards; it must be empty or contain an interrupted build of the same shards.
+        split: split to read; None for all.
+        limits: size limits of a shard.
+        max_skipped_fraction: largest share of samples that may be skipped.
+        num_workers: number of threads that check samples in parallel.
+        on_progress: called with (rows done, rows in total).
 
     Raises:
-        UserError: see `read_manifest`; `out` holds something else; more than `max_skipped_fraction` of the lines
-            cannot be used; none is left; the store cannot be written.
+        UserError: If the manifest is unusable (see `read_manifest`), `out` contains other files, too many samples are
+            skipped, no sample is usable, or the store cannot be written.
     """
     rows = read_manifest(manifest, split)
     store = open_store(out)
     digest = source_digest(rows, limits)
-    parts = _left_by_earlier(store, digest)
+    parts = _finished_parts(store, digest)
     build = _Build(store, rows, parts, limits, digest, f"{manifest}", max_skipped_fraction)
     try:
         build.run(num_workers, on_progress)
@@ -110,7 +123,7 @@ def build_shards(
 
 
 def source_digest(rows: Sequence[Row], limits: ShardLimits) -> str:
-    """Changes with whatever would change the shards: rows, audio files (size, time), limits, format."""
+    """Return a hash of everything that determines the shards: rows, size and time of audio files, limits and format."""
     digest = hashlib.sha256(f"{FORMAT_VERSION} {limits.max_samples} {limits.max_bytes}\n".encode())
     for row in rows:
         digest.update(json.dumps(row.metadata, sort_keys=True).encode() + f"\n{row.line}\n".encode())
@@ -121,11 +134,11 @@ def source_digest(rows: Sequence[Row], limits: ShardLimits) -> str:
 
 
 class UnusableError(UserError):
-    """Too few of a manifest's samples can be used."""
+    """Too few samples of a manifest can be used."""
 
 
 class _Build:
-    """One build: what is finished, the open shard, and what was left out since the last finished one."""
+    """The state of one build: its finished shards, the open shard, and the skipped rows."""
 
     def __init__(
         self,
@@ -142,9 +155,16 @@ class _Build:
         self.parts = list(parts)
         self.skipped = [s for p in parts for s in p.skipped]
         self._writer: ShardWriter | None = None
-        self._num_told = len(self.skipped)
+        self._num_recorded = len(self.skipped)
+        """The number of skipped rows that are recorded in finished parts."""
 
     def run(self, num_workers: int, on_progress: Callable[[int, int], None]) -> None:
+        """Check the remaining rows and write their shards.
+
+        Raises:
+            UnusableError: If too many samples are skipped.
+            UserError: If an audio file cannot be read or the store cannot be written.
+        """
         done = self.parts[-1].end_row if self.parts else 0
         on_progress(done, len(self.rows))
         for row, checked in _checked(self.rows[done:], num_workers):
@@ -158,7 +178,7 @@ class _Build:
         self._finish_shard(done)
 
     def publish(self) -> BuildReport:
-        """Write the index, and take away what only an unfinished build needs."""
+        """Write the index, and delete the files that only an unfinished build needs."""
         shards = [p.shard for p in self.parts]
         lines = (json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in self.skipped)
         self.store.put(SKIPPED_NAME, ["".join(lines).encode()])
@@ -171,7 +191,7 @@ class _Build:
         return BuildReport(self.store.url, num_samples, len(shards), seconds, tuple(self.skipped))
 
     def remove(self) -> None:
-        """Take away what was written."""
+        """Delete everything that was written."""
         for number, part in enumerate(self.parts):
             for name in (part.shard.name, table_name(part.shard.name), _part_name(number)):
                 self.store.delete(name)
@@ -191,10 +211,10 @@ class _Build:
             return
         if not self.parts:
             write_json(self.store, _BUILDING_NAME, {"source": self.digest})
-        part = _Part(self._writer.finish(), end_row, tuple(self.skipped[self._num_told :]))
+        part = _Part(self._writer.finish(), end_row, tuple(self.skipped[self._num_recorded :]))
         write_json(self.store, _part_name(len(self.parts)), asdict(part))
         self.parts.append(part)
-        self._writer, self._num_told = None, len(self.skipped)
+        self._writer, self._num_recorded = None, len(self.skipped)
 
     def _check_skipped(self) -> None:
         skipped, num_rows = self.skipped, len(self.rows)
@@ -203,23 +223,28 @@ class _Build:
             examples = "; ".join(f"line {s.line} id {s.key}: {s.detail}" for s in skipped[:3])
             raise UnusableError(
                 f"{self.manifest}: {len(skipped)} of {num_rows} samples cannot be used ({counts}), more than "
-                f"max_skipped_fraction = {self.max_skipped_fraction}; first: {examples}; mend them or allow more"
+                f"max_skipped_fraction = {self.max_skipped_fraction}; first: {examples}; fix them or raise it"
             )
         if num_rows == len(skipped):
-            raise UnusableError(f"{self.manifest}: no samples (of the split that was asked for); check the split")
+            raise UnusableError(f"{self.manifest}: no samples in the requested split; check the split")
 
 
-def _left_by_earlier(store: Store, digest: str) -> list[_Part]:
-    """The finished shards of an unfinished build of the same. Raises UserError if there is anything else."""
+def _finished_parts(store: Store, digest: str) -> list[_Part]:
+    """Return the finished shards of an interrupted build of the same shards.
+
+    Raises:
+        UserError: If the store contains anything else.
+    """
     names = store.list()
     if not names:
         return []
-    where = f"{store.url}: exists and is not empty"
     if INDEX_NAME in names:
-        raise UserError(f"{where}: it holds {INDEX_NAME}; delete it or choose another place")
+        raise UserError(f"{store.url}: contains finished shards ({INDEX_NAME}); delete them or choose another path")
     known = json.loads(store.get(_BUILDING_NAME)) if _BUILDING_NAME in names else {}
     if known.get("source") != digest:
-        raise UserError(f"{where}, and is no unfinished build of this manifest; delete it or choose another place")
+        raise UserError(
+            f"{store.url}: is not empty, and not an unfinished build of this manifest; delete it or choose another path"
+        )
     parts: list[_Part] = []
     while (name := _part_name(len(parts))) in names:
         part = _read_part(json.loads(store.get(name)))
@@ -240,7 +265,10 @@ def _read_part(value: dict[str, Any]) -> _Part:
 
 
 def _checked(rows: Sequence[Row], num_workers: int) -> Iterator[tuple[Row, Checked]]:
-    """The rows in order, each checked; threads suffice, since decoding runs outside the interpreter's lock."""
+    """Yield the rows in order, each with the result of its check.
+
+    Threads are sufficient, because decoding releases the interpreter's lock.
+    """
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         waiting: deque[tuple[Row, Future[Checked]]] = deque()
         for row in rows:
@@ -264,8 +292,10 @@ def _check(row: Row) -> Checked:
                 raise SampleError("wrong_type", f"{path.name}: type must be one of {', '.join(AUDIO_TYPES)}")
             try:
                 data = path.read_bytes()
-            except OSError as error:  # of the disk, not of the sample: nothing may be left out for it
-                raise UserError(f"line {row.line} id {row.key}: {path}: {error.strerror}; try again") from None
+            except OSError as error:  # a problem of the disk, for which no sample may be skipped
+                raise UserError(
+                    f"line {row.line} id {row.key}: {path}: {error.strerror}; rerun the same command to resume"
+                ) from None
             seconds += check_audio(data)
             clips.append((extension, data))
     except SampleError as error:

@@ -1,4 +1,7 @@
-"""Writes shards, offset tables and the index. Same samples, same bytes; see `trainer.data.shards` for the format."""
+"""Writing of shards, offset tables and the index in the format of `trainer.data.shards`.
+
+The same samples always give the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from trainer.storage.store import Store
 
 _BLOCK_BYTES = 512
 GroupKey = tuple[str, str, str, str, str]
-"""Task, subset, split, language, source."""
+"""(task, subset, split, language, source)."""
 
 
 class ShardWriter:
-    """One shard in memory, until `finish` writes it and its table."""
+    """Builder of one shard, which is kept in memory until `finish` writes it."""
 
     def __init__(self, store: Store, number: int) -> None:
         self.store = store
@@ -31,7 +34,14 @@ class ShardWriter:
         self._groups = Groups()
 
     def add(self, key: str, clips: Sequence[tuple[str, bytes]], metadata: dict[str, Any], seconds: float) -> None:
-        """Append one sample; `clips` are (type, bytes), `seconds` their total length."""
+        """Append one sample.
+
+        Args:
+            key: key of the sample, unique within the shards.
+            clips: (type, content) of each audio file.
+            metadata: fields of the manifest.
+            seconds: total length of the clips.
+        """
         assert "." not in key and "/" not in key, key
         names = [ext if len(clips) == 1 else f"{i}.{ext}" for i, (ext, _) in enumerate(clips)]
         text = json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode()
@@ -46,7 +56,11 @@ class ShardWriter:
         self.entries.append(self._groups.entry(key, metadata, seconds, digest.hexdigest(), tuple(members)))
 
     def finish(self) -> Shard:
-        """Write shard and table; returns the index's line. Nothing may be added afterwards."""
+        """Write the shard and its offset table. No sample can be added afterwards.
+
+        Returns:
+            The description of the shard for the index.
+        """
         self._write(bytes(-self.num_bytes % _BLOCK_BYTES + 2 * _BLOCK_BYTES))
         digest = hashlib.sha256()
         for part in self._parts:
@@ -57,7 +71,7 @@ class ShardWriter:
         return shard
 
     def _append(self, name: str, data: bytes) -> int:
-        info = tarfile.TarInfo(name)  # mtime, uid, gid 0, mode 0644: same input, same bytes
+        info = tarfile.TarInfo(name)  # its default mtime, uid, gid and mode make the bytes reproducible
         info.size = len(data)
         padding = bytes(-self.num_bytes % _BLOCK_BYTES)
         self._write(padding + info.tobuf(tarfile.USTAR_FORMAT))
@@ -71,7 +85,7 @@ class ShardWriter:
 
 
 class Groups:
-    """Counts and seconds of a shard's samples that are alike."""
+    """The numbers of samples and seconds of a shard, per group."""
 
     def __init__(self) -> None:
         self._totals: dict[GroupKey, tuple[int, float]] = {}
@@ -84,7 +98,15 @@ class Groups:
         xxh3: str,
         members: tuple[tuple[str, int, int], ...],
     ) -> Entry:
-        """The table's line of a sample, which is counted."""
+        """Count a sample in its group, and return its entry for the offset table.
+
+        Args:
+            key: key of the sample.
+            metadata: fields of the manifest.
+            seconds: total length of the clips.
+            xxh3: XXH3-64 of the sample's bytes, in hexadecimal.
+            members: see `Entry.members`.
+        """
         group = tuple(str(metadata.get(n, "")) for n in ("task", "subset", "split", "language", "source"))
         task, subset, split, language, source = group
         count, total = self._totals.get((task, subset, split, language, source), (0, 0.0))
@@ -92,11 +114,12 @@ class Groups:
         return Entry(key, task, subset, split, round(seconds, 4), xxh3, members)
 
     def lines(self) -> tuple[Group, ...]:
+        """Return the groups for the index, sorted."""
         return tuple(Group(*g, count, round(total, 4)) for g, (count, total) in sorted(self._totals.items()))
 
 
 def write_table(store: Store, shard: Shard, entries: Sequence[Entry]) -> None:
-    """The shard's offset table."""
+    """Write the offset table of a shard."""
     kinds = sorted({(e.task, e.subset, e.split) for e in entries})
     number = {kind: i for i, kind in enumerate(kinds)}
     samples = [[e.key, number[e.task, e.subset, e.split], e.seconds, e.xxh3, e.members] for e in entries]
@@ -104,7 +127,13 @@ def write_table(store: Store, shard: Shard, entries: Sequence[Entry]) -> None:
 
 
 def write_index(store: Store, shards: Sequence[Shard], defaults: Mapping[str, str] | None = None) -> None:
-    """The set's index: written last, it makes the shards beside it a set."""
+    """Write the index. It must be written last, because shards without an index are not readable as a dataset.
+
+    Args:
+        store: store that contains the shards.
+        shards: descriptions of all shards.
+        defaults: values of fields that a sample's metadata may lack.
+    """
     index = {
         "version": FORMAT_VERSION,
         "num_samples": sum(s.num_samples for s in shards),
@@ -115,5 +144,5 @@ def write_index(store: Store, shards: Sequence[Shard], defaults: Mapping[str, st
 
 
 def write_json(store: Store, name: str, value: Any) -> None:
-    """One line of JSON, the same for the same value."""
+    """Write `value` as one line of JSON with sorted keys."""
     store.put(name, [json.dumps(value, ensure_ascii=False, sort_keys=True).encode() + b"\n"])

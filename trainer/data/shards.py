@@ -1,15 +1,17 @@
-"""WebDataset shards with random access.
+"""Format of shards: WebDataset tars with random access.
 
-A shard is a tar of `<key>.<type>` (one clip; `<key>.0.<type>`, `<key>.1.<type>` … for several, none for text) and
-`<key>.json` (the manifest's fields). Beside the shards lie
+A shard is a tar file. For each sample it contains `<key>.json` with the fields of the manifest, and `<key>.<type>` with
+the clip. Several clips are named `<key>.0.<type>`, `<key>.1.<type>` and so on; a text sample has none. Two kinds of
+files are stored next to the shards:
 
-- `shards.json`: per shard its name, bytes, SHA-256, and per (task, subset, split, language, source) the number of
-  samples and seconds;
-- `<shard>.idx.json`: per sample its key, task, subset, split, seconds, the byte ranges of its members, and the XXH3-64
-  of all bytes from its first member's to its last member's, so that any samples cost one ranged read and are checked.
+- `shards.json`, the index, contains the name, size and SHA-256 of every shard, and its number of samples and seconds
+  per (task, subset, split, language, source).
+- `<shard>.idx.json`, the offset table of a shard, contains for every sample its key, task, subset, split, length in
+  seconds, the byte ranges of its members, and an XXH3-64 hash. The hash covers all bytes from the first member's data
+  to the last member's, so that a sample that was fetched by a ranged read can be checked.
 
-Shards of others have the same index (`tools.inspect_shards --build-index`); what their `<key>.json` lacks is in the
-index's `defaults`, and a `<key>.txt` is the answer.
+`tools.inspect_shards --build-index` writes an index for tars that were made by other programs. Fields that their
+`<key>.json` lacks are in the index as `defaults`, and the content of `<key>.txt` is the answer.
 """
 
 from __future__ import annotations
@@ -29,19 +31,20 @@ from trainer.storage.store import ChangedError, Store
 log = logging.getLogger(__name__)
 
 INDEX_NAME = "shards.json"
+"""The name of the index in the store of the shards."""
 FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which samples of a shard set; an empty field selects all."""
+    """A selection of samples; an empty field does not restrict it."""
 
     split: str = ""
     tasks: tuple[str, ...] = ()
     subsets: tuple[str, ...] = ()
 
     def matches(self, item: Group | Entry) -> bool:
-        """Whether a sample, or all samples of a group, are selected."""
+        """Return whether a sample, or all samples of a group, are selected."""
         return (
             (not self.split or item.split == self.split)
             and (not self.tasks or item.task in self.tasks)
@@ -51,7 +54,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Group:
-    """Samples of one shard that are alike."""
+    """The samples of one shard with the same task, subset, split, language and source."""
 
     task: str
     subset: str
@@ -64,7 +67,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Shard:
-    """One line of the index."""
+    """A shard, as described by the index."""
 
     name: str
     num_bytes: int
@@ -75,13 +78,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The whole index, without what lies in the offset tables."""
+    """The index of all shards of a store."""
 
     shards: tuple[Shard, ...]
     digest: str
-    """Of the index's bytes: two sets with one digest hold the same samples."""
+    """The SHA-256 of the index file. Shards with the same digest contain the same samples."""
     defaults: dict[str, str] = field(default_factory=dict)
-    """Fields of samples whose metadata lack them."""
+    """Values of fields that a sample's metadata lack."""
 
     @property
     def num_samples(self) -> int:
@@ -93,13 +96,13 @@ class ShardIndex:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The groups of all shards."""
+        """The groups of all shards, shard by shard."""
         return tuple(g for s in self.shards for g in s.groups)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of an offset table. `members`: (extension, first byte, bytes), in the order of the tar."""
+    """A sample, as described by the offset table of its shard."""
 
     key: str
     task: str
@@ -108,10 +111,11 @@ class Entry:
     seconds: float
     xxh3: str
     members: tuple[tuple[str, int, int], ...]
+    """(extension, first byte, number of bytes) of every member, in the order of the tar."""
 
     @property
     def span(self) -> tuple[int, int]:
-        """First byte of the first member, and the byte after the last one's."""
+        """The byte range of the sample: the first byte of its first member, and the byte after its last member."""
         return self.members[0][1], self.members[-1][1] + self.members[-1][2]
 
     @property
@@ -121,7 +125,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as stored: encoded clips, and the manifest's fields."""
+    """A stored sample: its encoded clips and the fields of the manifest."""
 
     key: str
     clips: tuple[memoryview, ...]
@@ -129,22 +133,22 @@ class RawSample:
 
 
 def table_name(shard: str) -> str:
-    """Name of a shard's offset table."""
+    """Return the name of the offset table of a shard."""
     return shard.removesuffix(".tar") + ".idx.json"
 
 
 def read_index(store: Store) -> ShardIndex:
-    """The index of the shards in `store`.
+    """Read the index of the shards in `store`.
 
     Raises:
-        UserError: there is none, or it is malformed or of another format version.
+        UserError: If the index is missing, malformed, or of another format version.
     """
     data = store.get(INDEX_NAME)
     index = _json_object(f"{store.url}/{INDEX_NAME}", data)
     if index.get("version") != FORMAT_VERSION:
         raise UserError(
-            f"{store.url}/{INDEX_NAME}: version {index.get('version')!r}, this program reads {FORMAT_VERSION}; "
-            "make the shards again"
+            f"{store.url}/{INDEX_NAME}: has format version {index.get('version')!r}, but this program reads version "
+            f"{FORMAT_VERSION}; make the shards again"
         )
     try:
         shards = tuple(_shard(s) for s in index["shards"])
@@ -155,15 +159,15 @@ def read_index(store: Store) -> ShardIndex:
 
 
 class ShardSet:
-    """Shards in a store; their offset tables are read when first needed.
+    """The shards of a store, whose offset tables are read when they are first needed.
 
     Args:
-        store: where they lie.
-        index: from `read_index`, where it has been read already.
-        num_cached_tables: offset tables held in memory.
+        store: store that contains the shards.
+        index: result of `read_index`; None to read it now.
+        num_cached_tables: largest number of offset tables that are kept in memory.
 
     Raises:
-        UserError: see `read_index`.
+        UserError: If the index cannot be read; see `read_index`.
     """
 
     def __init__(self, store: Store, index: ShardIndex | None = None, num_cached_tables: int = 64) -> None:
@@ -171,26 +175,30 @@ class ShardSet:
         self.index = read_index(store) if index is None else index
         self.table = lru_cache(maxsize=num_cached_tables)(self._read_table)
         self.quarantined: dict[int, str] = {}
-        """Shards that are not what the index says, and why."""
+        """The shards that differ from the index, each with the reason. Nothing is read from them."""
         self.altered: set[tuple[int, int]] = set()
-        """Samples (shard, index) of other shards that are not, however often they are fetched."""
+        """Samples of other shards, as (shard, position in its offset table), that differ whenever they are fetched."""
 
     @property
     def shards(self) -> tuple[Shard, ...]:
         return self.index.shards
 
     def num_selected(self, selection: Selection) -> tuple[int, ...]:
-        """Selected samples per shard; read from the index alone."""
+        """Return the number of selected samples per shard, computed from the index alone."""
         return tuple(sum(g.num_samples for g in s.groups if selection.matches(g)) for s in self.shards)
 
     def quarantine(self, shard: int, why: str) -> None:
-        """Use nothing more of `shard`; its name and the reason go to the log, once."""
+        """Exclude `shard` from use, and log its name and the reason once."""
         if shard not in self.quarantined:
             log.warning("%s/%s is quarantined: %s", self.store.url, self.shards[shard].name, why)
             self.quarantined[shard] = why
 
     def parse(self, entry: Entry, data: memoryview) -> RawSample:
-        """The sample from the bytes of its span. Raises SampleError `wrong_type` if its metadata is no JSON object."""
+        """Return a sample from the bytes of its span.
+
+        Raises:
+            SampleError: If its metadata is not a JSON object (`wrong_type`).
+        """
         start = entry.span[0]
         clips, metadata = [], dict(self.index.defaults)
         for extension, offset, size in entry.members:
@@ -204,7 +212,12 @@ class ShardSet:
         return RawSample(entry.key, tuple(clips), metadata)
 
     def _read_table(self, shard: int) -> tuple[Entry, ...]:
-        """Raises MissingError, ChangedError."""
+        """Read the offset table of a shard.
+
+        Raises:
+            MissingError: If the table is missing.
+            ChangedError: If the table is malformed or does not belong to the shard.
+        """
         info = self.shards[shard]
         where = f"{self.store.url}/{table_name(info.name)}"
         table = _json_object(where, self.store.get(table_name(info.name)), ChangedError)

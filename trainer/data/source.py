@@ -1,4 +1,4 @@
-"""A lane's place in a set → sample: read ahead, decode (or take from memory), join, augment, pad, tokenise."""
+"""Making of samples: reading in advance, decoding, joining, augmentation, padding and tokenisation."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from trainer.data.shards import RawSample, Selection, ShardSet
 from trainer.data.tokenizer import Tokenizer
 from trainer.storage.store import ChangedError, MissingError
 
-Arrived = dict[int, memoryview]
-"""Rank → a sample's bytes, not checked yet."""
+Received = dict[int, memoryview]
+"""Index of a sample → its bytes, which are not checked yet."""
 
 Decoded = tuple[dict[str, Any], tuple[Clip, ...]]
-"""Metadata and clips."""
+"""The metadata and decoded clips of a sample."""
 
 _GRACE_SAMPLES = 200
-"""Below this many samples seen, the allowed number of skips is that of this many: one early skip is no verdict."""
+"""The allowed number of skips is computed from at least this many samples, so that early skips do not stop a run."""
 
 
 @dataclass(frozen=True)
 class Skip:
-    """A sample that could not be used."""
+    """A skipped sample and the reason."""
 
     set: str
     shard: str
@@ -46,18 +46,36 @@ class Skip:
 
 
 def check_skipped(num_seen: int, skipped: Mapping[str, int], max_fraction: float) -> None:
-    """Raise UserError with a summary if too many of the samples seen so far had to be skipped."""
+    """Check that not too many samples were skipped.
+
+    Args:
+        num_seen: number of samples so far, including skipped ones.
+        skipped: number of skipped samples by reason.
+        max_fraction: largest share of samples that may be skipped.
+
+    Raises:
+        UserError: If more samples were skipped; the message summarises the reasons.
+    """
     total = sum(skipped.values())
     if total > max_fraction * max(num_seen, _GRACE_SAMPLES):
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()))
         raise UserError(
-            f"data.max_skipped_fraction = {max_fraction}: {total} of {num_seen} samples had to be skipped ({counts}); "
-            "see skipped.jsonl; mend the data, or raise the fraction or data.max_audio_sec"
+            f"data.max_skipped_fraction = {max_fraction}: {total} of {num_seen} samples had to be skipped ({counts}), "
+            "listed in skipped.jsonl; fix the data, or raise this fraction or data.max_audio_sec"
         )
 
 
 class DatasetReader:
-    """One set, opened for one selection of its samples. Its samples are counted per shard: `index`, from 0."""
+    """A reader of the selected samples of one dataset.
+
+    A sample is addressed by its shard and its index, which counts the selected samples of the shard from 0.
+
+    Args:
+        config: the dataset's section of the recipe.
+        shards: shards of the dataset.
+        selection: samples to read.
+        read_bytes: approximate size of one read, which determines the size of a chunk.
+    """
 
     def __init__(self, config: DatasetConfig, shards: ShardSet, selection: Selection, read_bytes: int) -> None:
         self.config, self.shards, self.selection = config, shards, selection
@@ -65,27 +83,41 @@ class DatasetReader:
         self.num_samples = sum(self.num_per_shard)
         self.mean_sample_bytes = shards.index.num_bytes // max(1, shards.index.num_samples) + 1
         self.chunk_samples = max(1, read_bytes // self.mean_sample_bytes)
-        """Samples that are read at once, and shuffled among themselves: part of the order."""
+        """The number of samples of a chunk. The order of samples depends on it."""
         self.selected = lru_cache(maxsize=64)(self._selected)
         self.joinable = lru_cache(maxsize=1024)(self._joinable)
 
     @property
     def digest(self) -> str:
-        """Changes with whatever changes the order."""
+        """A string that changes if the order of the samples may have changed."""
         return f"{self.shards.index.digest[:32]}/{self.chunk_samples}"
 
     def read(self, shard: int, indices: Sequence[int]) -> Fetched:
-        """Rank → sample. Raises UserError if the store is away or refuses."""
+        """Read and check samples.
+
+        Returns:
+            Index → sample, or the reason why it cannot be used.
+
+        Raises:
+            UserError: If the store is unreachable or refuses the request.
+        """
         try:
             entries = self.selected(shard)
-        except (MissingError, ChangedError) as error:  # its offset table
+        except (MissingError, ChangedError) as error:  # raised for the offset table
             self.shards.quarantine(shard, str(error))
             return {index: SampleError("altered", str(error)) for index in indices}
         found = read_samples(self.shards, shard, [entries[index] for index in indices])
         return {index: found[entries[index]] for index in indices}
 
-    def read_unchecked(self, shard: int, indices: Sequence[int]) -> Arrived:
-        """Rank → bytes, for `checked`; none where something is wrong with the shard: `read` finds out what."""
+    def read_unchecked(self, shard: int, indices: Sequence[int]) -> Received:
+        """Read samples without comparing them with the index; use `checked` before they are used.
+
+        Returns:
+            Index → bytes. It is empty if the shard is missing or altered, which `read` then reports.
+
+        Raises:
+            UserError: If the store is unreachable or refuses the request.
+        """
         try:
             entries = self.selected(shard)
             found = read_unchecked(self.shards, shard, [entries[index] for index in indices])
@@ -94,11 +126,11 @@ class DatasetReader:
         return {index: found[entries[index]] for index in indices}
 
     def checked(self, shard: int, index: int, data: memoryview) -> RawSample | SampleError | None:
-        """See `fetch.checked`."""
+        """Return the sample in `data`, or why it cannot be used, or None if the bytes differ from the index."""
         return checked(self.shards, self.shards.table(shard)[self.selected(shard)[index]], data)
 
     def metadata(self) -> Iterator[dict[str, Any]]:
-        """The fields of all selected samples, in stored order; those that cannot be used are passed over."""
+        """Yield the metadata of all selected samples in stored order, without those that cannot be used."""
         for shard, num_here in enumerate(self.num_per_shard):
             for start in range(0, num_here, self.chunk_samples):
                 indices = range(start, min(start + self.chunk_samples, num_here))
@@ -106,35 +138,42 @@ class DatasetReader:
                 yield from (raw.metadata for r in indices if not isinstance(raw := found[r], SampleError))
 
     def key(self, shard: int, index: int) -> str:
-        """The sample's key; empty if the shard's table cannot be read."""
+        """Return the key of a sample; empty if the offset table of the shard cannot be read."""
         try:
             return self.shards.table(shard)[self.selected(shard)[index]].key
         except (MissingError, ChangedError):
             return ""
 
     def skip(self, shard: int, index: int, error: SampleError) -> Skip:
-        """The account of a sample that raised `error`."""
+        """Return the record of a sample that raised `error`."""
         name = self.shards.shards[shard].name
         return Skip(self.config.name, name, self.key(shard, index), error.reason, error.detail)
 
     def _selected(self, shard: int) -> tuple[int, ...]:
-        """Indices of the selected samples of `shard`. Raises MissingError, ChangedError."""
+        """Return the positions of the selected samples of `shard` in its offset table.
+
+        Raises:
+            MissingError: If the offset table is missing.
+            ChangedError: If the shard is quarantined, or its offset table does not agree with the index.
+        """
         if shard in self.shards.quarantined:
             raise ChangedError(self.shards.quarantined[shard])
         found = tuple(i for i, e in enumerate(read_table(self.shards, shard)) if self.selection.matches(e))
         if len(found) != self.num_per_shard[shard]:
-            raise ChangedError(f"{self.shards.store.url}/{self.shards.shards[shard].name}: table and index differ")
+            raise ChangedError(
+                f"{self.shards.store.url}/{self.shards.shards[shard].name}: its offset table differs from the index"
+            )
         return found
 
     def _joinable(self, shard: int, chunk: range, subset: str) -> tuple[int, ...]:
-        """Ranks within `chunk` of ASR samples of `subset` with one clip."""
+        """Return the indices of `chunk` that are ASR samples of `subset` with one clip."""
         table, selected = self.shards.table(shard), self.selected(shard)
         entries = ((index, table[selected[index]]) for index in chunk)
         return tuple(r for r, e in entries if e.task == "asr" and e.subset == subset and e.num_clips == 1)
 
 
 class ClipCache:
-    """Decoded clips, the least recently used dropped beyond the budget. For several threads."""
+    """A thread-safe cache of decoded samples, which evicts the least recently used ones when it is full."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -143,7 +182,7 @@ class ClipCache:
         self._lock = Lock()
 
     def get(self, key: tuple[int, int, int]) -> Decoded | None:
-        """Metadata and clips, or None."""
+        """Return the metadata and clips of a sample, or None if it is not in the cache."""
         with self._lock:
             if key in self._items:
                 self._items.move_to_end(key)
@@ -153,7 +192,7 @@ class ClipCache:
         return key in self._items
 
     def put(self, key: tuple[int, int, int], metadata: dict[str, Any], clips: tuple[Clip, ...]) -> None:
-        """Keep them while the budget lasts; they must not be changed afterwards."""
+        """Add a sample. Its metadata and clips must not be modified afterwards."""
         size = sum(c.nbytes for c in clips)
         if size > self.max_bytes:
             return
@@ -163,12 +202,20 @@ class ClipCache:
             self._items[key] = (metadata, clips)
             self.num_bytes += size
             while self.num_bytes > self.max_bytes:
-                _, (_, dropped) = self._items.popitem(last=False)
-                self.num_bytes -= sum(c.nbytes for c in dropped)
+                _, (_, evicted) = self._items.popitem(last=False)
+                self.num_bytes -= sum(c.nbytes for c in evicted)
 
 
 class SampleSource:
-    """Makes samples of what was read. The same place in a lane gives the same sample, bit for bit."""
+    """Maker of encoded samples. The same position of a lane always gives the same sample, bit for bit.
+
+    Args:
+        config: the recipe's data section.
+        tokenizer: tokenizer of prompts and answers.
+        strides: strides of the adapter.
+        ctc: if true, ASR samples carry CTC targets.
+        seed: seed of joining and augmentation.
+    """
 
     def __init__(
         self, config: DataConfig, tokenizer: Tokenizer, strides: tuple[int, ...], *, ctc: bool, seed: int = 0
@@ -178,37 +225,63 @@ class SampleSource:
         self._cache = ClipCache(config.cache_decoded_mib << 20)
 
     def close(self) -> None:
+        """Stop the threads that read in advance."""
         self.ahead.close()
 
     def missing(self, reader: DatasetReader, shard: int, indices: Sequence[int]) -> list[int]:
-        """Those of `indices` that are not in memory, decoded."""
+        """Return those of `indices` whose decoded samples are not in the cache."""
         return [index for index in indices if (id(reader), shard, index) not in self._cache]
 
-    def evaluation(self, reader: DatasetReader, shard: int, index: int, arrived: Arrived) -> EncodedSample:
-        """The sample as evaluation sees it: the prompt alone, no augmentation. Raises SampleError."""
-        metadata, clips = self.decoded(reader, shard, index, arrived)
+    def evaluation(self, reader: DatasetReader, shard: int, index: int, received: Received) -> EncodedSample:
+        """Return a sample for evaluation, which is the prompt alone without augmentation.
+
+        Args:
+            reader: reader of the dataset.
+            shard: number of the shard.
+            index: index of the sample.
+            received: bytes that have been read already.
+
+        Raises:
+            SampleError: If the sample cannot be used.
+            UserError: If the store is unreachable or refuses the request.
+        """
+        metadata, clips = self.decoded(reader, shard, index, received)
         return self._make(reader.key(shard, index), reader, metadata, clips, evaluate=True)
 
-    def training(self, place: Cursor, progress: float) -> EncodedSample:
-        """The sample at a cursor, joined and augmented as of `progress` (0 to 1). Raises SampleError."""
-        reader, shard, index = place.reader, place.shard, place.index
-        metadata, clips = self.decoded(reader, shard, index, place.arrived)
+    def training(self, cursor: Cursor, progress: float) -> EncodedSample:
+        """Return the training sample at a cursor, joined and augmented.
+
+        Args:
+            cursor: cursor whose samples are loaded.
+            progress: progress of the training (0 to 1), which determines the strength of augmentation.
+
+        Raises:
+            SampleError: If the sample cannot be used.
+            UserError: If the store is unreachable or refuses the request.
+        """
+        reader, shard, index = cursor.reader, cursor.shard, cursor.index
+        metadata, clips = self.decoded(reader, shard, index, cursor.received)
         if self.config.join.probability or self.config.augment.enabled:
-            name = place.order.name
-            rng = np.random.Generator(np.random.PCG64(hash_of(self.seed, "augment", name, place.lane, place.position)))
-            metadata, clips = self._join(place, metadata, clips, progress, rng)
+            key = hash_of(self.seed, "augment", cursor.order.name, cursor.lane, cursor.position)
+            rng = np.random.Generator(np.random.PCG64(key))
+            metadata, clips = self._join(cursor, metadata, clips, progress, rng)
             if self.config.augment.enabled:
                 strength = self.config.augment.strength_at(progress) * reader.config.augment_strength
                 clips = tuple(augment(c, self.config.augment, strength, rng) for c in clips)
         return self._make(reader.key(shard, index), reader, metadata, clips, evaluate=False)
 
-    def decoded(self, reader: DatasetReader, shard: int, index: int, arrived: Arrived) -> Decoded:
-        """Metadata and clips, from memory, from what has `arrived`, or else from the store. Raises SampleError."""
+    def decoded(self, reader: DatasetReader, shard: int, index: int, received: Received) -> Decoded:
+        """Return the metadata and clips of a sample, from the cache, from `received`, or from the store.
+
+        Raises:
+            SampleError: If the sample cannot be used.
+            UserError: If the store is unreachable or refuses the request.
+        """
         key = (id(reader), shard, index)
         if (found := self._cache.get(key)) is not None:
             return found
-        # Checked here, not where it was read: decoding finds the bytes in this core's cache.
-        raw = reader.checked(shard, index, arrived[index]) if index in arrived else None
+        # Checked here, not by the reading thread, so that decoding finds the bytes in this core's cache.
+        raw = reader.checked(shard, index, received[index]) if index in received else None
         if raw is None:
             raw = reader.read(shard, [index])[index]
         if isinstance(raw, SampleError):
@@ -236,26 +309,27 @@ class SampleSource:
 
     def _join(
         self,
-        place: Cursor,
+        cursor: Cursor,
         metadata: dict[str, Any],
         clips: tuple[Clip, ...],
         progress: float,
         rng: np.random.Generator,
     ) -> Decoded:
-        join, reader, shard = self.config.join, place.reader, place.shard
+        """Return the sample joined with others of its chunk, or unchanged, as `rng` decides."""
+        join, reader, shard = self.config.join, cursor.reader, cursor.shard
         if metadata["task"] != "asr" or len(clips) != 1 or join.probability == 0 or progress < join.start:
             return metadata, clips
         if rng.random() >= join.probability:
             return metadata, clips
-        others = reader.joinable(shard, place.order.chunk_of(shard, place.index), str(metadata.get("subset", "")))
-        parts, answers, keys = [clips[0]], [metadata["answer"]], [reader.key(shard, place.index)]
+        others = reader.joinable(shard, cursor.order.chunk_of(shard, cursor.index), str(metadata.get("subset", "")))
+        parts, answers, keys = [clips[0]], [metadata["answer"]], [reader.key(shard, cursor.index)]
         for _ in range(int(rng.integers(1, join.max_clips)) if others else 0):
             other = others[int(rng.integers(len(others)))]
             gap = np.zeros(num_samples(rng.uniform(0, join.gap_sec)), dtype=np.float32)
             try:
-                more, joined = self.decoded(reader, shard, other, place.arrived)
+                more, joined = self.decoded(reader, shard, other, cursor.received)
             except SampleError:
-                continue  # it is counted and listed where its own turn comes
+                continue  # counted and listed when it is drawn itself
             if sum(map(len, parts)) + len(gap) + len(joined[0]) > join.max_sec * SAMPLE_RATE:
                 break
             parts += [gap, joined[0]]
@@ -266,54 +340,66 @@ class SampleSource:
 
 
 class Cursor:
-    """Where one lane stands in one set: the run it is in, what was read of it, and the next run on its way."""
+    """The position of one lane in one dataset, and the samples that are read there.
+
+    The current span of samples is in memory, and the next span is read in advance.
+
+    Args:
+        source: maker of samples, whose threads and budget are used.
+        reader: reader of the dataset.
+        order: order of the dataset.
+        lane: number of the lane.
+        position: number of samples of the dataset that the lane has read before.
+    """
 
     def __init__(
         self, source: SampleSource, reader: DatasetReader, order: DatasetOrder, lane: int, position: int
     ) -> None:
         self.source, self.reader, self.order, self.lane = source, reader, order, lane
         self.position = position
-        """Of the sample to be used next."""
-        self.arrived: Arrived = {}
-        """What is in memory of the current run."""
+        """The position of the next sample."""
+        self.received: Received = {}
+        """The bytes of the current span that are in memory."""
         self._span = order.span(lane, position)
         self._start = position
-        self._future: Future[Arrived] | None = self._read(self._span, required=True)
+        self._future: Future[Received] | None = self._read(self._span, required=True)
         self._next_span = order.span(lane, position + len(self._span.indices))
-        self._next_future: Future[Arrived] | None = None
+        self._next_future: Future[Received] | None = None
 
     @property
     def shard(self) -> int:
+        """The shard of the sample at `position`."""
         return self._span.shard
 
     @property
     def index(self) -> int:
+        """The index of the sample at `position`."""
         return self._span.indices[self.position - self._start]
 
     def load(self) -> None:
-        """Have the span of `position` in memory and begin to read the next one.
+        """Wait until the span that contains `position` is in memory, and start reading the next one.
 
         Raises:
-            UserError: see `DatasetReader.read`.
+            UserError: If the store is unreachable or refuses the request.
         """
         end = self._start + len(self._span.indices)
         if self.position >= end:
             self._release(self._span)
-            self._span, self._start, self.arrived = self._next_span, end, {}
+            self._span, self._start, self.received = self._next_span, end, {}
             self._future = self._next_future or self._read(self._span, required=True)
             self._next_span = self.order.span(self.lane, end + len(self._span.indices))
             self._next_future = None
         if self._future is not None:
-            self.arrived = self._future.result()
+            self.received = self._future.result()
             self._future = None
         if self._next_future is None:
             self._next_future = self._read(self._next_span, required=False)
 
-    def _read(self, span: LaneSpan, *, required: bool) -> Future[Arrived] | None:
+    def _read(self, span: LaneSpan, *, required: bool) -> Future[Received] | None:
         reader = self.reader
         size = len(span.indices) * reader.mean_sample_bytes
 
-        def work() -> Arrived:
+        def work() -> Received:
             indices = self.source.missing(reader, span.shard, span.indices)
             return reader.read_unchecked(span.shard, indices) if indices else {}
 

@@ -1,7 +1,15 @@
-"""The data's part of a checkpoint: where every lane stands, in a few kilobytes of JSON.
+"""The data state of a checkpoint, which says in a few kilobytes of JSON how far every lane has read.
 
-`{version, seed, num_lanes, batch (the next one), sets (name → digest), lanes (their numbers), positions (set → one
-number per lane), num_seen (one per lane), skipped (reason → lane → number)}`.
+Its keys are:
+
+- `version`: version of this format.
+- `seed`, `num_lanes`: settings of the order of samples.
+- `batch`: number of the next global batch.
+- `sets`: name of each dataset → digest of its order.
+- `lanes`: numbers of the lanes in this state.
+- `positions`: name of each dataset → position of every lane.
+- `num_seen`: number of samples that every lane has drawn.
+- `skipped`: reason → lane → number of skipped samples.
 """
 
 from __future__ import annotations
@@ -13,25 +21,34 @@ from typing import Any
 from model.errors import UserError
 
 State = dict[str, Any]
+"""The data state, with the keys that the module's docstring lists."""
 STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
 class LaneState:
-    """Where one lane stands."""
+    """How far one lane has read."""
 
     positions: dict[str, int] = field(default_factory=dict)
-    """Set → samples of the lane that lie behind it there."""
+    """Name of each dataset → number of its samples that the lane has drawn."""
     num_seen: int = 0
-    """Samples of all sets, those that were skipped included."""
+    """The number of samples drawn from all datasets, including skipped ones."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """By reason."""
+    """The number of skipped samples by reason."""
 
 
 def new_state(
     seed: int, num_lanes: int, digests: Mapping[str, str], batch: int, lane_states: Mapping[int, LaneState]
 ) -> State:
-    """The state from these lanes' accounts; `batch` is the next one."""
+    """Return the data state that consists of these lane states.
+
+    Args:
+        seed: seed of the order.
+        num_lanes: number of all lanes.
+        digests: name of each dataset → digest of its order.
+        batch: number of the next global batch.
+        lane_states: number of each lane → its state.
+    """
     names = sorted({name for a in lane_states.values() for name in a.positions})
     reasons = sorted({reason for a in lane_states.values() for reason in a.skipped})
     return {
@@ -50,23 +67,33 @@ def new_state(
 def open_state(
     state: State | None, lanes: Sequence[int], seed: int, num_lanes: int, digests: Mapping[str, str]
 ) -> tuple[int, list[LaneState]]:
-    """(next batch, account of each of `lanes`); a null state is the beginning.
+    """Return the next batch and the states of some lanes.
+
+    Args:
+        state: the data state; None for the beginning of a training.
+        lanes: numbers of the lanes.
+        seed: expected seed of the order.
+        num_lanes: expected number of all lanes.
+        digests: name of each dataset → expected digest of its order.
 
     Raises:
-        UserError: the state is of another seed, number of lanes or other data, or lacks a lane.
+        UserError: If the state has another version, seed, number of lanes or digest, or lacks a lane.
     """
     if state is None:
         return 0, [LaneState() for _ in lanes]
     if state.get("version") != STATE_VERSION:
-        raise UserError(f"data state: version {state.get('version')!r}, this program reads {STATE_VERSION}")
+        raise UserError(
+            f"data state: has format version {state.get('version')!r}, but this program reads {STATE_VERSION}; "
+            "resume with the program that wrote the checkpoint"
+        )
     for key, name, value in (("seed", "seed", seed), ("num_lanes", "data.num_lanes", num_lanes)):
         if state[key] != value:
-            raise UserError(f"{name} = {value}: the checkpoint was made with {state[key]}; resume with that")
+            raise UserError(f"{name} = {value}: the checkpoint was made with {state[key]}; set it back to resume")
     for name, digest in digests.items():
         if state["sets"].get(name, digest) != digest:
             raise UserError(
                 f"data.datasets '{name}': its shards or data.read_kib changed since the checkpoint; restore them, or "
-                "rename the set to begin it anew"
+                "rename the dataset to read it from its beginning"
             )
     row = {lane: i for i, lane in enumerate(state["lanes"])}
     if missing := [lane for lane in lanes if lane not in row]:
@@ -82,7 +109,7 @@ def open_state(
 
 
 def merge_states(states: Sequence[State]) -> State:
-    """One state from all ranks' states of the same batch; any number of ranks can start from it."""
+    """Merge the states of all ranks after the same batch into one, from which any number of ranks can resume."""
     keys = ("version", "seed", "num_lanes", "batch", "sets")
     common = {k: states[0][k] for k in keys}
     assert all({k: s[k] for k in keys} == common for s in states), "states of different batches or data"
@@ -97,5 +124,6 @@ def merge_states(states: Sequence[State]) -> State:
 
 
 def num_skipped(state: State) -> dict[str, int]:
-    """Skips by reason in the state's lanes, since the start of the training."""
+    """Return the number of samples that the lanes of `state` have skipped since the start of the training, by
+    reason."""
     return {reason: sum(by_lane.values()) for reason, by_lane in state["skipped"].items()}

@@ -1,6 +1,7 @@
-"""Samples of any manifest or any shards, as they are stored: what there is, and its encoded bytes on demand.
+"""Access to the stored samples of any manifest or shards, for tools that do not read a recipe.
 
-For tools that look at data which no recipe names. Several processes that open the same data see the same list.
+The list of samples is available without reading their audio. Several processes that open the same data get the same
+list.
 """
 
 from __future__ import annotations
@@ -22,36 +23,51 @@ from trainer.data.shards import INDEX_NAME, ShardSet
 from trainer.storage.open import open_store, scheme_of
 
 CHUNK_SAMPLES = 128
-"""Samples whose bytes are held at a time by those who read everything."""
+"""The number of samples that tools read per call when they read everything."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One sample, before its bytes are read."""
+    """A sample whose bytes have not been read."""
 
     key: str
     task: str
-    """Empty where the manifest's line has no legal one."""
+    """The task; empty if the line of the manifest has no valid one."""
     seconds: float
-    """Of all its clips, as the index or the manifest says: good enough to sort by."""
+    """The total length of its clips, as given by the index or the manifest. It may be inexact."""
 
 
 Encoded = tuple[Sequence[bytes | memoryview], dict[str, Any]]
-"""Whole audio files of a sample's clips, and the manifest's fields."""
+"""The content of a sample's audio files, and the fields of the manifest."""
 
 
 class StoredData(ABC):
-    """A list of samples; `read` takes places in it."""
+    """A list of stored samples, which are addressed by their positions in it."""
 
     items: list[Stored]
+    """The samples in stored order."""
 
     @abstractmethod
     def read(self, places: Sequence[int]) -> list[Encoded | SampleError]:
-        """Samples, or why one cannot be used, in the order of `places`. UserError: the store is away."""
+        """Read samples.
+
+        Args:
+            places: positions in `items`.
+
+        Returns:
+            Each sample, or the reason why it cannot be used, in the order of `places`.
+
+        Raises:
+            UserError: If the store is unreachable or refuses the request.
+        """
 
 
 class ManifestData(StoredData):
-    """Lines of a manifest; audio files beside it."""
+    """The samples of a manifest.
+
+    Raises:
+        UserError: If the manifest cannot be used; see `read_manifest`.
+    """
 
     def __init__(self, path: Path, split: str | None) -> None:
         self._rows = read_manifest(path, split)
@@ -63,12 +79,16 @@ class ManifestData(StoredData):
 
 
 class ShardData(StoredData):
-    """Samples of shards, from a folder or a bucket."""
+    """The samples of shards in a folder or a bucket.
+
+    Raises:
+        UserError: If there is no sample of the split.
+    """
 
     def __init__(self, shards: ShardSet, split: str | None) -> None:
         known = sorted({group.split for group in shards.index.groups})
         if split is not None and split not in known:
-            raise UserError(f"{shards.store.url}: no samples of split '{split}'; splits there are: {', '.join(known)}")
+            raise UserError(f"{shards.store.url}: no samples of split '{split}'; choose one of {', '.join(known)}")
         self._shards = shards
         self._places: list[tuple[int, int]] = []
         self.items = []
@@ -80,7 +100,7 @@ class ShardData(StoredData):
 
     @property
     def digest(self) -> str:
-        """Of the index, and with it of all samples."""
+        """The SHA-256 of the index, which identifies all samples."""
         return self._shards.index.digest
 
     def read(self, places: Sequence[int]) -> list[Encoded | SampleError]:
@@ -93,13 +113,14 @@ class ShardData(StoredData):
 
 
 def open_stored(data: str, split: str | None = None) -> StoredData:
-    """What lies at `data`: a manifest (JSONL), a folder of shards, or a bucket with shards.
+    """Open a manifest or shards.
 
     Args:
-        split: only this one; None: all.
+        data: path of a manifest (JSONL), folder of shards, or URL of shards in a bucket.
+        split: split to read; None for all.
 
     Raises:
-        UserError: it is none of them, or has no sample of the split.
+        UserError: If `data` is none of these, or has no sample of the split.
     """
     if scheme_of(data):
         return ShardData(ShardSet(open_store(data)), split)
@@ -107,10 +128,10 @@ def open_stored(data: str, split: str | None = None) -> StoredData:
     if (path / INDEX_NAME).is_file():
         return ShardData(ShardSet(open_store(data)), split)
     if path.is_dir():
-        raise UserError(f"{data}: no {INDEX_NAME} in it: give a folder of shards, or a manifest")
+        raise UserError(f"{data}: contains no {INDEX_NAME}; give a folder of shards, or a manifest")
     found = ManifestData(path, split)
     if not found.items:
-        raise UserError(f"{data}: no samples" + (f" of split '{split}'" if split else ""))
+        raise UserError(f"{data}: no samples" + (f" of split '{split}'" if split else "") + "; check the manifest")
     return found
 
 
@@ -120,13 +141,13 @@ def _task_of(metadata: dict[str, Any]) -> str:
 
 
 def _seconds_of(row: Row) -> float:
-    told = row.metadata.get("duration")
-    if isinstance(told, int | float) and told > 0:
-        return float(told)
+    duration = row.metadata.get("duration")
+    if isinstance(duration, int | float) and duration > 0:
+        return float(duration)
     seconds = 0.0
     for path in row.audio:
         try:
             seconds += soundfile.info(str(path)).duration
         except soundfile.LibsndfileError:
-            pass  # reported by whoever decodes it
+            pass  # reported when the sample is decoded
     return seconds

@@ -1,9 +1,11 @@
-"""Which samples form each global batch, served lane by lane, in an order that depends on nothing but seed, blend and
-state. Arrays only (no torch); `trainer.data.loader` makes batches of it.
+"""The sample stream of a rank: its part of every global batch, as NumPy arrays.
 
-A lane draws, decodes and tokenises its samples one after another, so skips move only their own lane and the order
-cannot depend on timing. A batch takes one piece from every lane of the rank. State travels with the pieces, so what
-was only read or decoded ahead is not in it.
+A global batch consists of one lane batch from every lane. A lane draws, decodes and tokenises its samples one after
+another, so that a skipped sample affects only its own lane and the order cannot depend on timing. The order depends on
+the seed, the dataset weights and the state alone. Each lane batch comes with the state of its lane after it, so the
+state of the stream does not include samples that were only prepared in advance.
+
+This module does not load torch; `trainer.data.loader` converts the samples to tensors.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ from trainer.data.workers import Workers
 from trainer.storage.open import open_store
 
 _MAX_SKIPS_IN_A_ROW = 1000
+"""A lane that skips this many samples in a row stops the run. The limit is higher for large shards and lower for small
+datasets."""
 
 
 @dataclass(frozen=True)
 class LaneBatch:
-    """What one lane gives to one batch, and the lane's account after it."""
+    """The samples that one lane contributes to a batch, and its state afterwards."""
 
     samples: tuple[EncodedSample, ...]
     skips: tuple[Skip, ...]
@@ -38,11 +42,11 @@ class LaneBatch:
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """All that a process needs to serve lanes; plain values, so that it can be sent to one."""
+    """Everything that a decoding process needs to serve lanes, as values that can be pickled."""
 
     config: DataConfig
     datasets: tuple[tuple[DatasetConfig, str, ShardIndex, Selection], ...]
-    """With each set's URL."""
+    """(config, URL, index, selection) of each dataset."""
     tokenizer_path: str
     strides: tuple[int, ...]
     ctc: bool
@@ -51,14 +55,14 @@ class StreamSpec:
 
 
 class LaneGroup:
-    """Lanes that one process serves.
+    """The lanes that one process serves.
 
     Args:
-        spec: what to serve.
-        lanes: their numbers, with the account each starts from.
-        first_batch: the batch that is asked for first.
-        readers: of the sets, where they are open already.
-        tokenizer: likewise.
+        spec: description of the stream.
+        lanes: number of each lane → the state from which it starts.
+        first_batch: number of the batch that is requested first.
+        readers: open readers of the datasets; None to open them.
+        tokenizer: loaded tokenizer; None to load it.
     """
 
     def __init__(
@@ -85,26 +89,31 @@ class LaneGroup:
             self._read_ahead(first_batch)
 
     def lane_batches(self, batch: int) -> list[LaneBatch]:
-        """What every lane gives to `batch`. Raises UserError."""
+        """Return the lane batches of the global batch `batch`, which must be requested in order.
+
+        Raises:
+            UserError: If a dataset has no usable samples, or the store is unreachable or refuses a request.
+        """
         return [lane.lane_batch(batch) for lane in self.lanes]
 
     def close(self) -> None:
+        """Stop the threads that read in advance."""
         self.source.close()
 
     def _read_ahead(self, batch: int) -> None:
-        """Ask for what the first batch needs of all lanes, before the first lane waits for its own."""
+        """Start the reads of all lanes for the first batch, before the first lane waits for its own."""
         progress = batch / self.spec.num_batches
         active = [i for i, weight in enumerate(self.mixture.weights_at(progress)) if weight > 0]
         for lane in self.lanes:
             for draw in range(self.num_per_lane):
                 lane.cursor(self.mixture.choose(batch, lane.lane, draw, progress))
         for lane in self.lanes:
-            for which in active:
-                lane.cursor(which)
+            for dataset in active:
+                lane.cursor(dataset)
 
 
 class _Lane:
-    """One lane's account and the drawing from it."""
+    """One lane, with its state and its cursors."""
 
     def __init__(self, lane: int, lane_state: LaneState, group: LaneGroup) -> None:
         self.lane, self.group = lane, group
@@ -112,15 +121,16 @@ class _Lane:
         self._positions = dict(lane_state.positions)
         self._cursors: dict[int, Cursor] = {}
 
-    def cursor(self, which: int) -> Cursor:
-        """The lane's place in set `which`."""
-        if which not in self._cursors:
-            group, order = self.group, self.group.orders[which]
+    def cursor(self, dataset: int) -> Cursor:
+        """Return the lane's cursor in a dataset. The first call for a dataset starts reading."""
+        if dataset not in self._cursors:
+            group, order = self.group, self.group.orders[dataset]
             position = self._positions.get(order.name, 0)
-            self._cursors[which] = Cursor(group.source, group.readers[which], order, self.lane, position)
-        return self._cursors[which]
+            self._cursors[dataset] = Cursor(group.source, group.readers[dataset], order, self.lane, position)
+        return self._cursors[dataset]
 
     def lane_batch(self, batch: int) -> LaneBatch:
+        """Return the lane's samples for `batch`. A skipped sample is replaced by the next one of its dataset."""
         group, skips, samples = self.group, [], []
         progress = batch / group.spec.num_batches
         for draw in range(group.num_per_lane):
@@ -145,29 +155,35 @@ class _Lane:
         )
 
     def _check_progress(self, cursor: Cursor, skips_in_a_row: int, last: Skip) -> None:
-        # A lane must get past a quarantined shard. Within twice the set's size it meets every sample.
-        patience = max(_MAX_SKIPS_IN_A_ROW, 2 * max(cursor.reader.num_per_shard))
-        if skips_in_a_row >= min(2 * cursor.order.num_samples, patience):
+        # A lane must get past a quarantined shard. Within twice the dataset's size it draws every sample.
+        max_skips = max(_MAX_SKIPS_IN_A_ROW, 2 * max(cursor.reader.num_per_shard))
+        if skips_in_a_row >= min(2 * cursor.order.num_samples, max_skips):
             raise UserError(
-                f"data.datasets '{last.set}': {skips_in_a_row} samples in a row cannot be used, the last: {last.shard} "
-                f"{last.key}: {last.reason}: {last.detail}; mend the set or take it out"
+                f"data.datasets '{last.set}': {skips_in_a_row} samples in a row cannot be used; the last one is "
+                f"{last.shard} {last.key}: {last.reason}: {last.detail}; fix the dataset or remove it from the recipe"
             )
 
 
 class SampleStream:
-    """This rank's part of every global batch, from the state's batch to `num_batches`. One iteration per feed.
+    """An iterable over this rank's part of every global batch, as (samples, state) pairs.
+
+    It starts at the batch of `state` and ends before `num_batches`. It can be iterated once. If the iteration raises
+    UserError, `state` remains that of the last yielded batch.
 
     Args:
-        prepared: from `prepare`.
-        seed: of order and augmentation.
-        num_batches: of the whole training; progress (blend, augmentation) is batch / num_batches.
-        rank: this process's place among `world` ranks that share the lanes.
-        state: as yielded, or as `merge_states` makes it from all ranks' states; null starts at the beginning.
-        on_skip: called for every skipped sample when its batch is yielded.
+        prepared: the result of `prepare`.
+        seed: seed of order and augmentation.
+        num_batches: number of batches of the whole training. The progress, on which weights and augmentation depend, is
+            batch / num_batches.
+        rank: index of this process among the ranks that share the lanes.
+        world: number of these ranks.
+        state: state from which to start, as yielded on one rank or as merged from all ranks by `merge_states`; None for
+            the beginning.
+        on_skip: called for every skipped sample before its batch is yielded.
 
     Raises:
-        UserError: the state is of another seed, number of lanes or other data; too many samples are skipped; the
-            store is away for too long. The state then is that of the last batch that was yielded.
+        UserError: If the state belongs to another seed, number of lanes or data. The iteration raises it if too many
+            samples are skipped, or the store is unreachable for too long.
     """
 
     def __init__(
@@ -199,22 +215,22 @@ class SampleStream:
 
     @property
     def num_skipped(self) -> dict[str, int]:
-        """Skips by reason in this rank's lanes since the start of the training, as of the last yielded batch."""
+        """The number of samples that this rank's lanes have skipped since the start of the training, by reason."""
         return num_skipped(self.state)
 
     @property
     def epochs(self) -> dict[str, float]:
-        """How often this rank's lanes have read each set, as of the last yielded batch; the ranks' sum is the whole."""
+        """How often this rank's lanes have read each dataset. The sum over ranks is the number of epochs."""
         positions = self.state["positions"]
         return {r.config.name: sum(positions.get(r.config.name, ())) / r.num_samples for r in self.readers}
 
     def close(self) -> None:
-        """Stop threads and processes."""
+        """Stop the threads and decoding processes."""
         if self._source is not None:
             self._source.close()
 
     def __iter__(self) -> Iterator[tuple[tuple[EncodedSample, ...], State]]:
-        assert self._source is None, "a feed is iterated once"
+        assert self._source is None, "a stream can be iterated once"
         self._source = self._open()
         try:
             for batch in range(self._first_batch, self.num_batches):
@@ -254,23 +270,23 @@ class SampleStream:
 
 
 def serve(spec: StreamSpec, lanes: Mapping[int, LaneState], first_batch: int) -> Iterator[list[LaneBatch]]:
-    """What one decoding process sends: its lanes' pieces of batch after batch."""
+    """Yield the lane batches of every batch; this is the work of one decoding process."""
     group = LaneGroup(spec, lanes, first_batch)
     for batch in range(first_batch, spec.num_batches):
         yield group.lane_batches(batch)
 
 
 def open_readers(spec: StreamSpec) -> list[DatasetReader]:
-    """The sets, by what is known of them: nothing is asked of their stores."""
+    """Open the readers of all datasets without sending any request to their stores."""
     config = spec.config
     return [
-        DatasetReader(part, ShardSet(open_store(url, config.retry_sec), index), selection, config.read_kib << 10)
-        for part, url, index, selection in spec.datasets
+        DatasetReader(dataset, ShardSet(open_store(url, config.retry_sec), index), selection, config.read_kib << 10)
+        for dataset, url, index, selection in spec.datasets
     ]
 
 
 def order_of(reader: DatasetReader, config: DataConfig, seed: int) -> DatasetOrder:
-    """The order in which lanes read a set."""
+    """Return the order in which lanes read a dataset."""
     return DatasetOrder(
         reader.config.name, reader.num_per_shard, seed, config.num_lanes, config.shuffle, reader.chunk_samples
     )

@@ -7,11 +7,13 @@ generation see the same prompt tokens.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,6 +24,13 @@ from model import prompt
 from model.errors import UserError
 from trainer.data.config import TokenizerConfig
 
+PROBES = (
+    "",
+    " two  spaces, a tab\tand a line\nbreak ",
+    "Was it 3:15 p.m.? Café № ½ ﬁne — “quoted” ÄÖÜ",
+    "日本語 русский \U0001f600",
+)
+"""Texts whose tokens tell two tokenizers of the same vocabulary apart."""
 UNKNOWN_ID_TEXT = "\ufffd"
 """Shown for an id beyond the vocabulary (an LLM may have more rows than its tokenizer has pieces)."""
 
@@ -49,6 +58,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """The identity of vocabulary, templates and placeholder; see `tokenizer_digest`."""
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a sample's own text. Raises PlaceholderInText."""
@@ -101,6 +115,13 @@ class SentencePieceTokenizer(Tokenizer):
         """Tokens of `text`; unlike `encode` it may hold placeholders."""
         return self._encode(text)
 
+    @property
+    def digest(self) -> str:
+        """See `Tokenizer`."""
+        pieces = [self._pieces.IdToPiece(i) for i in range(self.vocab_size)]
+        ids = (self.bos_id, self.eos_id, self.pad_id)
+        return tokenizer_digest(pieces, ids, self._encode, self.config, None)
+
     def serialized(self) -> bytes:
         """The `.model` file's content."""
         return self._pieces.serialized_model_proto()
@@ -149,15 +170,21 @@ class HuggingFaceTokenizer(Tokenizer):
         if inner.eos_token_id is None:
             raise UserError(f"data.tokenizer.path = {path}: no eos_token; name it in its tokenizer_config.json")
         self.eos_id = inner.eos_token_id
-        ids = self._encode(config.placeholder)
-        if len(ids) != 1 or ids[0] == inner.unk_token_id or inner.convert_ids_to_tokens(ids[0]) != config.placeholder:
+        found = inner.convert_tokens_to_ids(config.placeholder)
+        # Not the only token: one made of a SentencePiece model puts its prefix before it.
+        if found in (None, inner.unk_token_id) or self._encode(config.placeholder).count(found) != 1:
             raise UserError(_no_placeholder(path, config.placeholder))
-        self.placeholder_id = ids[0]
+        self.placeholder_id = found
         self.chats = config.chat_template and bool(inner.chat_template)
 
     def _encode(self, text: str) -> list[int]:
         with self._lock:
             return self.inner.encode(text, add_special_tokens=False)
+
+    @property
+    def digest(self) -> str:
+        """See `Tokenizer`."""
+        return transformers_digest(self.inner, self.config, self._encode)
 
     def _prompt_ids(self, text: str) -> list[int]:
         if not self.chats:
@@ -177,6 +204,49 @@ class HuggingFaceTokenizer(Tokenizer):
             else:
                 text, run = text + self.inner.decode(run, skip_special_tokens=True) + UNKNOWN_ID_TEXT, []
         return text + self.inner.decode(run, skip_special_tokens=True)
+
+
+def tokenizer_digest(
+    pieces: Sequence[str | None],
+    special_ids: Sequence[int | None],
+    encode: Callable[[str], list[int]],
+    config: TokenizerConfig,
+    chat_template: Any,
+) -> str:
+    """Return the SHA-256 of all that decides which tokens a prompt and an answer become, and what each token means.
+
+    A SentencePiece model and the Hugging Face tokenizer that an export makes of it have the same digest.
+
+    Args:
+        pieces: the text of each id, in order.
+        special_ids: begin, end and padding.
+        encode: tokens of a text; it is asked for those of `PROBES`.
+        config: has the placeholder and the templates. Where it was read from and trained with does not matter.
+        chat_template: that prompts are wrapped in; None: none.
+    """
+    content = {
+        "pieces": list(pieces),
+        "special_ids": list(special_ids),
+        "probes": [encode(text) for text in PROBES],
+        "placeholder": config.placeholder,
+        "template": config.template,
+        "text_template": config.text_template,
+        "chat_template": chat_template,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def transformers_digest(inner: Any, config: TokenizerConfig, encode: Callable[[str], list[int]] | None = None) -> str:
+    """Return the `tokenizer_digest` of a transformers tokenizer; `encode` is its own where None."""
+
+    def plain(text: str) -> list[int]:
+        ids: list[int] = inner.encode(text, add_special_tokens=False)
+        return ids
+
+    pieces = inner.convert_ids_to_tokens(list(range(len(inner))))
+    ids = (inner.bos_token_id, inner.eos_token_id, inner.pad_token_id)
+    chat = inner.chat_template if config.chat_template and inner.chat_template else None
+    return tokenizer_digest(pieces, ids, encode or plain, config, chat)
 
 
 def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:

@@ -1,7 +1,8 @@
-"""Processes that make batches' pieces, and the memory through which arrays come back from them.
+"""Decoding processes, and the shared memory through which they return arrays.
 
-Each process runs a generator (`serve`) and sends what it yields, in order. Arrays travel through a ring of shared
-memory; the pipe carries only their places and the small rest. The ring's size and `num_ahead` bound what waits.
+Each process runs a generator and sends the lists that it yields, in order. Arrays are passed through a ring buffer in
+shared memory; everything else, including their offsets, is passed through a pipe. The size of the ring buffer and
+`num_ahead` limit how far a process works in advance.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _ALIGN_BYTES = 64
 
 
 class Workers:
-    """One process per element of `jobs`.
+    """A group of decoding processes, one per element of `jobs`.
 
     Args:
-        jobs: arguments of `serve`, plain values.
-        serve: an importable function that yields lists.
-        num_ahead: lists that a process may be ahead.
-        buffer_bytes: shared memory of one process. A list that does not fit goes through the pipe.
+        jobs: arguments of `serve` for each process, as values that can be pickled.
+        serve: importable generator function that yields lists.
+        num_ahead: largest number of lists that a process may prepare in advance.
+        buffer_bytes: shared memory per process. A list whose arrays do not fit is passed through the pipe.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Workers:
         num_ahead: int,
         buffer_bytes: int,
     ) -> None:
-        # Not fork: the training process has threads, of gloo, NCCL and the store's client.
+        # Forking is unsafe, since the training process has threads of gloo, NCCL and the store's client.
         context = multiprocessing.get_context("spawn")
         self._processes: list[BaseProcess] = []
         self._inboxes: list[_Inbox] = []
@@ -57,17 +58,23 @@ class Workers:
             self._inboxes.append(inbox)
 
     def lane_batches(self, batch: int) -> list[Any]:
-        """The next list of every process, dealt out again as the jobs' lanes were: one of each in turn.
+        """Return the next list of every process, interleaved in the order of the lanes.
+
+        `SampleStream` assigns lanes to processes in turn, so the result takes one element of each list in turn.
+
+        Args:
+            batch: number of the batch. It is not used, since processes send batches in order.
 
         Raises:
-            UserError: a process met one, or died.
+            UserError: If a process raised it, or died.
+            RuntimeError: If a process raised any other error; the message contains its traceback.
         """
         lists = [self._take(i) for i in range(len(self._inboxes))]
         longest = max(map(len, lists))
-        return [part[i] for i in range(longest) for part in lists if i < len(part)]
+        return [items[i] for i in range(longest) for items in lists if i < len(items)]
 
     def close(self) -> None:
-        """End the processes, whatever they do."""
+        """Kill the processes."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -84,8 +91,9 @@ class Workers:
             process = self._processes[number]
             process.join()
             raise UserError(
-                f"data.num_workers: decoding process {number} died (exit code {process.exitcode}; -9: out of memory?); "
-                "start again, with fewer processes or a smaller data.buffer_mib and data.read_ahead_mib"
+                f"data.num_workers: decoding process {number} died (exit code {process.exitcode}; -9 usually means out "
+                "of memory); lower data.num_workers, data.buffer_mib or data.read_ahead_mib, and rerun the same "
+                "command to resume"
             ) from None
         if isinstance(found, _Failure):
             raise UserError(found.text) if found.of_user else RuntimeError(f"in a decoding process:\n{found.text}")
@@ -93,14 +101,14 @@ class Workers:
 
 
 class _Failure:
-    """What ended a process: a user's error, or the traceback of another."""
+    """The error that ended a process: the message of a UserError, or the traceback of another error."""
 
     def __init__(self, text: str, of_user: bool) -> None:
         self.text, self.of_user = text, of_user
 
 
 class _Inbox:
-    """The receiving end."""
+    """The receiving end, in the training process."""
 
     def __init__(self, connection: Connection, num_bytes: int) -> None:
         self._connection = connection
@@ -110,12 +118,13 @@ class _Inbox:
         self.path = f"/proc/{os.getpid()}/fd/{self._file}"
 
     def receive(self) -> Any:
-        header, places = self._connection.recv()
-        if places is None:
+        """Return the next list, and free its part of the ring buffer."""
+        header, location = self._connection.recv()
+        if location is None:
             found = pickle.loads(header)
         else:
-            start, sizes = places
-            # One copy for all: the arrays of a list live and die together.
+            start, sizes = location
+            # One copy for all arrays of a list, since they are used and freed together.
             with memoryview(self._memory) as ring:
                 block = memoryview(bytearray(ring[start : start + sum(map(_aligned, sizes))]))
             buffers, at = [], 0
@@ -123,27 +132,29 @@ class _Inbox:
                 buffers.append(block[at : at + size])
                 at += _aligned(size)
             found = pickle.loads(header, buffers=buffers)
-        with suppress(BrokenPipeError, ConnectionResetError):  # it died since; the next `receive` says so
-            self._connection.send(None)  # the memory is free again
+        with suppress(BrokenPipeError, ConnectionResetError):  # the process has died, which the next call reports
+            self._connection.send(None)  # this frees the memory
         return found
 
     def close(self) -> None:
+        """Free the shared memory."""
         self._connection.close()
         self._memory.close()
         os.close(self._file)
 
 
 class _Outbox:
-    """The sending end: lays lists into the ring, oldest first, and waits while there is no room."""
+    """The sending end, in a decoding process. It waits while the ring buffer is full."""
 
     def __init__(self, connection: Connection, path: str, num_ahead: int) -> None:
         self._connection, self._num_ahead = connection, num_ahead
         with open(path, "r+b") as file:
             self._memory = mmap.mmap(file.fileno(), 0)
         self._waiting: list[tuple[int, int]] = []
-        """First byte and end of what the other side has not taken yet; empty where the pipe carries it."""
+        """The byte ranges of lists that were not received yet, oldest first. A range is empty if the pipe was used."""
 
     def send(self, value: Any) -> None:
+        """Send a value, through the ring buffer if its arrays fit there."""
         buffers: list[pickle.PickleBuffer] = []
         header = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
         views = [b.raw() for b in buffers]
@@ -163,12 +174,13 @@ class _Outbox:
         self._connection.send((header, (start, [len(v) for v in views])))
 
     def _room(self, size: int) -> int:
+        """Return the offset of `size` free bytes; wait until there are that many."""
         while True:
-            taken = [place for place in self._waiting if place[0] != place[1]]
+            taken = [(start, end) for start, end in self._waiting if start != end]
             if not taken:
                 return 0
             first, last = taken[0][0], taken[-1][1]
-            if first < last:  # free: behind the newest, and before the oldest
+            if first < last:  # the free bytes are after the newest list and before the oldest
                 if last + size <= len(self._memory):
                     return last
                 if size < first:
@@ -193,8 +205,8 @@ def _run(
     serve: Callable[..., Iterator[list[Any]]],
     job: tuple[Any, ...],
 ) -> None:
-    """The process. It ends with its generator, or when the other side is gone."""
-    # These tell the training process to stop; it still needs its data until then, and ends this process itself.
+    """Run one decoding process until the training process closes its connection."""
+    # These signals are for the training process, which needs data until it stops and then kills this process.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     outbox = _Outbox(connection, path, num_ahead)
@@ -209,7 +221,7 @@ def _run(
         except Exception:
             outbox.send(_Failure(traceback.format_exc(), of_user=False))
         while True:
-            connection.recv()  # until the other side has taken everything and closes
+            connection.recv()  # until the training process has received everything and closes the connection
     except (BrokenPipeError, EOFError, ConnectionResetError):
-        # Not exit: threads that wait for a store would be waited for.
+        # sys.exit would wait for threads that read from an unreachable store.
         os._exit(0)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
@@ -16,11 +17,13 @@ from model.audio_tower import AudioOutput, AudioTower
 from model.batch import Ragged
 from model.config import EncoderConfig
 from model.encoders.base import AudioEncoder
+from model.encoders.registry import encoder_windowing
 from model.errors import UserError
+from model.transfer import to_device
 from trainer.engine.expert_parallel import EncoderCost, EncoderDispatch, dummy_clip
 from trainer.engine.optim import OptimConfig, param_groups
 from trainer.engine.placement import clip_cost, place
-from trainer.parallel.groups import Groups
+from trainer.parallel.groups import Groups, device_groups
 
 PREFIX = "audio."
 
@@ -57,11 +60,13 @@ class AudioEngine:
         ep = groups.topology.ep
         if ds_config.get("bf16", {}).get("enabled"):
             tower.to(torch.bfloat16)  # DeepSpeed leaves modules that are sharded already as they are
-        _partition(tower, ds_config, ep)
-        optimizer = torch.optim.AdamW(learned, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-        self.engine, *_ = deepspeed.initialize(
-            model=tower, optimizer=optimizer, config=ds_config, dist_init_required=False
-        )
+        with device_groups(groups.device):
+            _partition(tower, ds_config, ep)
+            _move_buffers(tower, groups.device)
+            optimizer = torch.optim.AdamW(learned, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+            self.engine, *_ = deepspeed.initialize(
+                model=tower, optimizer=optimizer, config=ds_config, dist_init_required=False
+            )
         self.tower: AudioTower = self.engine.module
         if ep > 1:
             # DeepSpeed records the order of module calls to fetch weights ahead, and insists that it is the same on all
@@ -84,11 +89,11 @@ class AudioEngine:
             assert set(held) == set(names if ep == 1 else placement.held_by(self.groups.rank)), held.keys()
             empty = torch.zeros(0, width, dtype=dtype, device=device)
             flush = self._flush_gradients if ep > 1 and placement.has_empty_place else None
-            costs = [clip_cost(e) for e in encoders]
             return EncoderDispatch(
                 held,
                 names,
-                costs,
+                [clip_cost(e) for e in encoders],
+                [encoder_windowing(e) for e in encoders],
                 places,
                 ep,
                 self.groups,
@@ -118,8 +123,7 @@ class AudioEngine:
         """What every encoder cost this rank in forward passes since the last call."""
         costs: dict[str, EncoderCost] = {}
         for dispatch in self._dispatch.values():
-            costs |= dispatch.spent
-            dispatch.spent = dict.fromkeys(dispatch.names, EncoderCost())
+            costs |= dispatch.take_costs()
         return costs
 
     @property
@@ -169,10 +173,8 @@ class AudioEngine:
             prompts = Ragged(torch.zeros(1, dtype=torch.int64), (1,))
             ctc_targets = Ragged(torch.zeros(0, dtype=torch.int64), (0,))
         out: AudioOutput = self.engine(
-            clips.to(device),
-            prompts.to(device),
-            ctc_targets.to(device),
-            None if noise is None else noise.to(device),
+            *(Ragged(to_device(part.values, device), part.lengths) for part in (clips, prompts, ctc_targets)),
+            None if noise is None else to_device(noise, device),
             encode=self._encode,
         )
         if num_clips:
@@ -223,7 +225,7 @@ class AudioEngine:
         # DeepSpeed divides by max(1, (norm + 1e-6) / clip_grad): choose clip_grad so that this is 1 / coefficient.
         self.zero.clip_grad = 0.0 if clip_coef >= 1.0 else (norm + 1e-6) * clip_coef
         # Its own norm takes one all-reduce per group of this rank's experts: ranks with other experts would hang.
-        self.zero._get_norm_groups = lambda: [torch.tensor(norm, device=self.groups.device)]
+        self.zero._get_norm_groups = lambda: [to_device(np.float32(norm), self.groups.device)]
         self.engine.step()
         self._keep_persistent()
 
@@ -234,6 +236,13 @@ class AudioEngine:
     def train(self, mode: bool) -> None:
         """Training or evaluation mode of every module."""
         self.engine.train(mode)
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Put every buffer on `device`: ZeRO's Init moves parameters only, and the engine trusts that it moved all."""
+    for child in module.modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            child._buffers[name] = buffer.to(device)
 
 
 def _partition(tower: AudioTower, ds_config: dict[str, Any], ep: int) -> None:

@@ -7,7 +7,6 @@ a capacity.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.batch import Ragged
-from model.lengths import num_frames
+from model.lengths import Windowing, num_frames
+from model.transfer import to_device
+from trainer.engine.clock import DeviceClock, Lap
 from trainer.parallel.dispatch import (
     CALL_COST_SAMPLES,
     ClipCost,
@@ -59,6 +60,7 @@ class EncoderDispatch:
         held: the encoders that this rank holds, by name.
         names: of all encoders of the set, on every rank in the same order.
         costs: of each.
+        windowings: of each, what one of its calls computes.
         places: of each in the expert-parallel group.
         ep: size of that group.
         groups: this rank's place.
@@ -73,6 +75,7 @@ class EncoderDispatch:
         held: Mapping[str, nn.Module],
         names: Sequence[str],
         costs: Sequence[ClipCost],
+        windowings: Sequence[Windowing],
         places: Sequence[int],
         ep: int,
         groups: Groups,
@@ -83,10 +86,14 @@ class EncoderDispatch:
         debug_plan: bool = False,
     ) -> None:
         self.held, self.names, self.costs, self.places, self.ep = held, tuple(names), costs, places, ep
+        self.windowings = tuple(windowings)
         self.groups, self.budget_samples, self.empty = groups, budget_samples, empty
         self.before_backward = before_backward
         self.debug_plan = debug_plan
-        self.spent: dict[str, EncoderCost] = dict.fromkeys(self.names, EncoderCost())
+        self._clock = DeviceClock(groups.device)
+        self._moved = dict.fromkeys(self.names, EncoderCost())
+        self._waits: list[Lap] = []
+        self._computed: list[tuple[str, Lap]] = []
         learns = torch.tensor([int(any(p.requires_grad for e in held.values() for p in e.parameters()))])
         dist.all_reduce(learns, op=dist.ReduceOp.MAX, group=groups.world)
         self._learns = bool(learns)
@@ -101,7 +108,10 @@ class EncoderDispatch:
         part = dispatch_of(plan, rank)
         self._count_bytes(plan, clips.values.element_size(), width=self.empty.shape[1] * self.empty.element_size())
 
-        batches = [self._group([part.recv_lengths[i] for i in work]) for work in part.work]
+        batches = [
+            self._group([part.recv_lengths[i] for i in work], windowing)
+            for work, windowing in zip(part.work, self.windowings, strict=True)
+        ]
         calls = torch.tensor([len(b) if n in self.held else 1 for n, b in zip(self.names, batches, strict=True)])
         # ZeRO-3 gathers weights and reduces gradients per call: all holders must call alike. Agreed while clips travel.
         alone = world == self.ep
@@ -125,8 +135,8 @@ class EncoderDispatch:
         samples, everyone = np.ascontiguousarray(np.concatenate(rows).T)
         return ClipTable(source_rank, samples, (everyone[:, None] >> np.arange(len(self.names)) & 1).astype(bool))
 
-    def _group(self, lengths: list[int]) -> list[list[int]]:
-        return group_by_length(lengths, self.budget_samples, CALL_COST_SAMPLES[self.groups.device.type])
+    def _group(self, lengths: list[int], windowing: Windowing) -> list[list[int]]:
+        return group_by_length(lengths, self.budget_samples, CALL_COST_SAMPLES[self.groups.device.type], windowing)
 
     def _send_clips(self, clips: Ragged, part: Dispatch) -> list[Tensor]:
         """The clips that this rank must encode, own ones and others'."""
@@ -160,18 +170,15 @@ class EncoderDispatch:
         anchor: Tensor,
         before_backward: Callable[[], None] | None = None,
     ) -> tuple[Tensor, ...]:
-        start_sec = time.perf_counter()
+        begin = self._clock.now()
         arrived = deliver(sequences, parcels, anchor, self.groups.world, before_backward)
-        self._synchronise()
-        each_sec = (time.perf_counter() - start_sec) / len(self.names)
-        for name in self.names:
-            self.spent[name] += EncoderCost(wait_sec=each_sec)
+        self._waits.append((begin, self._clock.now()))
         return arrived
 
     def _compute(self, name: str, clips: list[Tensor], batches: list[list[int]], num_calls: int) -> list[Tensor]:
         """One encoder's features of `clips`, clip after clip, and at the end a tensor without rows, which ties
         calls that had no clip into the graph: their weights' gradients are zeros. `batches` index `clips`."""
-        start_sec = time.perf_counter()
+        begin = self._clock.now()
         found: list[Tensor] = [self.empty] * len(clips)
         none: list[Tensor] = []
         for members in batches + [[]] * (num_calls - len(batches)):
@@ -180,9 +187,8 @@ class EncoderDispatch:
                 for i, sequence in zip(members, features.split(), strict=True):
                     found[i] = sequence.to(self.empty.dtype)
             else:
-                none.append(self.held[name](Ragged.of([dummy_clip().to(self.empty.device)])).values[:0])
-        self._synchronise()
-        self.spent[name] += EncoderCost(compute_sec=time.perf_counter() - start_sec)
+                none.append(self.held[name](Ragged.of([to_device(dummy_clip(), self.empty.device)])).values[:0])
+        self._computed.append((name, (begin, self._clock.now())))
         return [*found, torch.cat([self.empty, *(rows.to(self.empty.dtype) for rows in none)])]
 
     def _count_bytes(self, plan: DispatchPlan, sample_bytes: int, width: int) -> None:
@@ -198,14 +204,20 @@ class EncoderDispatch:
         features = num_frames(clips.samples[clip]) * width
         for k, name in enumerate(self.names):
             out, back = leaves & (encoder == k), ~leaves & (encoder == k)
-            self.spent[name] += EncoderCost(
+            self._moved[name] += EncoderCost(
                 sent_bytes=int(waveform[out].sum() + features[back].sum()),
                 received_bytes=int(waveform[back].sum() + features[out].sum()),
             )
 
-    def _synchronise(self) -> None:
-        if self.groups.device.type == "cuda":
-            torch.cuda.synchronize(self.groups.device)
+    def take_costs(self) -> dict[str, EncoderCost]:
+        """What every encoder cost this rank since the last call."""
+        each_sec = sum(map(self._clock.seconds, self._waits)) / len(self.names)
+        found = {name: cost + EncoderCost(wait_sec=each_sec) for name, cost in self._moved.items()}
+        for name, lap in self._computed:
+            found[name] += EncoderCost(compute_sec=self._clock.seconds(lap))
+        self._moved = dict.fromkeys(self.names, EncoderCost())
+        self._waits, self._computed = [], []
+        return found
 
 
 def _pieces(results: Sequence[int], source: Sequence[int], rank: int) -> list[range]:

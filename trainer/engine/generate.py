@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from model.llm.megatron import embed_tokens
 from model.llm.packing import KVCache, PackedSequences
+from model.transfer import to_device
 from trainer.engine.llm import LLMEngine, Packs
 from trainer.parallel.cpu import megatron_calls
 
@@ -57,7 +59,7 @@ def generate(
             return found
         padding = -len(active) % llm.groups.topology.tp
         pack = cache.extend([1] * len(active), active, num_padding=padding)
-        ids = torch.tensor(tokens + [0] * padding, device=llm.groups.device)
+        ids = to_device(tokens + [0] * padding, llm.groups.device)
         chosen = _forward(llm, pack, len(active), vocab_size, ids, None)
 
 
@@ -66,7 +68,7 @@ def _forward(
 ) -> list[int]:
     """One pass; the token that follows each of the first `num_prompts` segments."""
     groups, topology = llm.groups, llm.groups.topology
-    last_rows = torch.tensor(pack.lengths[:num_prompts], device=groups.device).cumsum(0) - 1
+    last_rows = to_device(np.cumsum(pack.lengths[:num_prompts]) - 1, groups.device)
 
     def choose(logits: Tensor, non_loss_data: bool) -> Tensor:
         assert non_loss_data

@@ -5,7 +5,7 @@ Shapes: M micro-batches, t rows of a pack, H hidden width. Gradients are sums ov
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from model.llm.megatron import build_megatron, embed_tokens
 from model.llm.names import local_pieces
 from model.llm.packing import PackedSequences
 from model.llm.weights import WeightSource, global_parameters, load_megatron
+from model.transfer import to_device
 from trainer.engine.optim import OptimConfig, ParamSetting, setting_of
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.groups import Groups
@@ -39,8 +40,8 @@ class Packs:
     """[M·t] int64; first and last stage only"""
     labels: Tensor
     """[M·t] int64, IGNORE where no loss; first and last stage only"""
-    owners: Tensor
-    """[M·t] int64: the sample (index in the global batch) of each row; -1: padding"""
+    samples: tuple[tuple[int, ...], ...]
+    """For each of the M packs the sample (index in the global batch) of every segment; padding, the last, has none."""
     audio: Tensor
     """[M·t/TP, H]: audio embeddings in this rank's slice of every pack; first stage only"""
     audio_mask: Tensor
@@ -53,6 +54,19 @@ class Packs:
     @property
     def pack_tokens(self) -> int:
         return sum(self.lengths[0])
+
+    def sum_by_sample(self, token_losses: Sequence[Tensor], device: torch.device) -> Tensor:
+        """[num_samples] fp32 sums of the rows [t] of every pack, each sample's in one order; without rows, zeros."""
+        sums = torch.zeros(self.num_samples, device=device)
+        places = [place for one in self.samples for place in one]
+        if not token_losses or not places:
+            return sums
+        # What fills a pack up is dropped before the sum: it has no sample.
+        parts = [t[: sum(n[: len(s)])] for t, n, s in zip(token_losses, self.lengths, self.samples, strict=True)]
+        lengths = [n for one, s in zip(self.lengths, self.samples, strict=True) for n in one[: len(s)]]
+        sizes, rows = to_device([lengths, places], device)
+        # unsafe: without a check of the lengths, which would make the host wait.
+        return sums.index_copy_(0, rows, torch.segment_reduce(torch.cat(parts), "sum", lengths=sizes, unsafe=True))
 
 
 class LLMEngine:
@@ -112,14 +126,13 @@ class LLMEngine:
                 tensor rank 0 of the last stage of the replica that ran it, so a sum over ranks completes it.
             audio_grad: [M·t/TP, H] gradient of Σ losses / num_targets with respect to `packs.audio`.
         """
-        audio = packs.audio.detach().requires_grad_()
-        sample_losses = torch.zeros(packs.num_samples, device=self.groups.device)
+        forward = _Forward(self, packs)
         with megatron_calls():
             if self.optimizer is not None:
                 self.model.zero_grad_buffer()  # type: ignore[operator]
                 self.optimizer.zero_grad()
             get_forward_backward_func()(
-                forward_step_func=_Forward(self, packs, audio, sample_losses),
+                forward_step_func=forward,
                 data_iterator=iter(range(len(packs.lengths))),
                 model=[self.model],
                 num_microbatches=len(packs.lengths),
@@ -127,9 +140,10 @@ class LLMEngine:
                 micro_batch_size=1,
                 forward_only=False,
             )
-        if not (self.groups.is_last_stage and self.groups.place.tp == 0):
-            sample_losses.zero_()
-        return sample_losses, torch.zeros_like(audio) if audio.grad is None else audio.grad
+        counts_here = self.groups.is_last_stage and self.groups.place.tp == 0
+        sample_losses = packs.sum_by_sample(forward.token_losses if counts_here else [], self.groups.device)
+        grads = [torch.zeros_like(a) if a.grad is None else a.grad for a in forward.audio]
+        return sample_losses, torch.cat(grads) if grads else torch.zeros_like(packs.audio)
 
     def grad_norm_sq(self) -> Tensor:
         """Σ g² over this rank's gradient shards, each parameter counted once over the world; fp64 scalar."""
@@ -164,8 +178,14 @@ class LLMEngine:
 class _Forward:
     """Megatron's `forward_step_func`: one micro-batch through this stage."""
 
-    def __init__(self, engine: LLMEngine, packs: Packs, audio: Tensor, sample_losses: Tensor) -> None:
-        self.engine, self.packs, self.audio, self.sample_losses = engine, packs, audio, sample_losses
+    def __init__(self, engine: LLMEngine, packs: Packs) -> None:
+        self.engine, self.packs = engine, packs
+        share = packs.pack_tokens // engine.groups.topology.tp
+        parts = packs.audio.detach().split(share) if engine.groups.is_first_stage else ()
+        self.audio = [part.requires_grad_() for part in parts]
+        """A leaf of the graph per pack: every micro-batch's gradient would be as large as what it was sliced from."""
+        self.token_losses: list[Tensor] = []
+        """[t] fp32 of every pack that this stage has computed losses of, in order."""
 
     def __call__(self, microbatches: Iterator[int], model: nn.Module) -> tuple[Tensor, Any]:
         m = next(microbatches)
@@ -178,7 +198,7 @@ class _Forward:
             text = embed_tokens(self.engine.gpt, packs.token_ids[rows])
             # Not masked_scatter: rows without audio must stay in the graph, or a text-only pack has none.
             mask = packs.audio_mask[mine][:, None, None]
-            decoder_input = torch.where(mask, self.audio[mine][:, None].to(text.dtype), text)
+            decoder_input = torch.where(mask, self.audio[m][:, None].to(text.dtype), text)
         if groups.is_last_stage:
             labels = packs.labels[rows]
         output = model(
@@ -189,12 +209,12 @@ class _Forward:
             labels=None if labels is None else labels.clamp(min=0)[None],
             packed_seq_params=PackedSequences(lengths=packs.lengths[m]),
         )
-        return output, lambda losses: self._loss(losses, packs.labels[rows], packs.owners[rows])
+        return output, lambda losses: self._loss(losses, packs.labels[rows])
 
-    def _loss(self, losses: Tensor, labels: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _loss(self, losses: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         counted = labels != IGNORE
         token_losses = losses[0].float() * counted
-        self.sample_losses.index_add_(0, owners[counted], token_losses.detach()[counted])
+        self.token_losses.append(token_losses.detach())
         return token_losses.sum() / max(1, self.packs.num_targets), counted.sum().int(), {}
 
 
@@ -242,6 +262,7 @@ def _build_optimizer(
         ),
         [model],
         config_overrides=_overrides(settings),
+        use_gloo_process_groups=False,
     )
 
 

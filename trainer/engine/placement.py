@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from model.config import EncoderConfig, ModelConfig
-from model.encoders.registry import encoder_flops, encoder_window_samples
+from model.encoders.registry import encoder_flops, encoder_windowing
 from model.lengths import num_samples
 from trainer.parallel.balance import Floats, place_experts
 from trainer.parallel.dispatch import ClipCost
@@ -44,7 +44,7 @@ def place(config: ModelConfig, ep: int) -> Placement:
 
 def clip_cost(config: EncoderConfig) -> ClipCost:
     """Forward FLOPs of the encoder for clips of given lengths, looked up in steps of half a second (rounded up)."""
-    window = encoder_window_samples(config)
+    window = encoder_windowing(config).window_samples
     steps = -(-window // _STEP_SAMPLES)
     table = np.array([0.0, *(encoder_flops(config, min(window, i * _STEP_SAMPLES)) for i in range(1, steps + 1))])
 

@@ -1,4 +1,4 @@
-"""What a model said to samples, and the JSONL in which that is kept."""
+"""The answers of a model to samples, and the JSONL files that store them."""
 
 from __future__ import annotations
 
@@ -27,26 +27,29 @@ _OPTIONAL = {*_META_FIELDS, "finished", "audio_sec", "num_windows"}
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model said to one sample."""
+    """The answer of a model to one sample."""
 
     key: str
+    """The sample's key."""
     hypothesis: str
+    """The answer."""
     finished: bool
-    """It ended by itself before `eval.max_new_tokens`."""
+    """True if the answer ended on its own, False if it was cut off at `eval.max_new_tokens`."""
     audio_sec: float
+    """The duration of the sample's audio in seconds."""
     meta: dict[str, Any]
-    """The sample's manifest fields; of a prediction read from a file, those that scoring needs."""
+    """The sample's manifest fields. A prediction that was read from a file has only those that scoring needs."""
     num_windows: int = 1
-    """Overlapping parts in which a long recording was transcribed."""
+    """The number of overlapping windows in which a long recording was transcribed."""
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """One JSON object per line: see `to_line`."""
+    """Write predictions as one JSON object per line, replacing the file."""
     write_atomically(path, "".join(map(to_line, predictions)))
 
 
 def to_line(p: Prediction) -> str:
-    """Key, task, reference, hypothesis, finished, audio_sec and what else scoring reads, as a line of JSON."""
+    """Return a prediction as a line of JSON with everything that scoring reads."""
     line = {
         "key": p.key,
         "task": p.meta["task"],
@@ -61,33 +64,33 @@ def to_line(p: Prediction) -> str:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """What `write_predictions` wrote.
+    """Read the predictions that `write_predictions` wrote.
 
     Raises:
-        UserError: no such file, a line that is not such an object, a key that comes twice.
+        UserError: If the file cannot be read, a line is not a prediction, or a key occurs twice.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read ({reason}); name a predictions-*.jsonl of a run") from None
+        raise UserError(f"{path}: cannot be read ({reason}); give a predictions*.jsonl of an evaluation") from None
     predictions: dict[str, Prediction] = {}
-    # Not splitlines(): JSON text may hold U+2028 and other characters that it takes for line ends.
+    # splitlines() would also split at U+2028 and other characters that JSON strings may contain.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             found = _parse(f"{path}, line {number}", line)
             if found.key in predictions:
                 raise UserError(
-                    f"{path}, line {number}: key '{found.key}' comes twice; predictions are of one evaluation"
+                    f"{path}, line {number}: key '{found.key}' occurs twice; give the predictions of one evaluation"
                 )
             predictions[found.key] = found
     if not predictions:
-        raise UserError(f"{path}: no predictions in it; name a predictions-*.jsonl of a run")
+        raise UserError(f"{path}: contains no predictions; give a predictions*.jsonl of an evaluation")
     return list(predictions.values())
 
 
 def by_task(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
-    """Predictions of each task, tasks in order of appearance."""
+    """Return the predictions of each task, with the tasks in order of appearance."""
     found: dict[str, list[Prediction]] = {}
     for p in predictions:
         found.setdefault(p.meta["task"], []).append(p)
@@ -95,28 +98,33 @@ def by_task(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
 
 
 def columns(predictions: Sequence[Prediction]) -> tuple[list[str], list[dict[str, Any]]]:
-    """(hypotheses, manifest fields), as scoring takes them."""
+    """Return the hypotheses and the manifest fields as two lists, which is the input of scoring."""
     return [p.hypothesis for p in predictions], [p.meta for p in predictions]
 
 
 def score_predictions(predictions: Sequence[Prediction], meteor: Meteor | None = None) -> list[TaskScore]:
-    """Scores of every task that is among them: see `score`."""
+    """Return the scores of every task that occurs among the predictions.
+
+    Args:
+        predictions: predictions of any tasks.
+        meteor: the METEOR scorer; None to score captions without METEOR.
+    """
     return [s for task, found in by_task(predictions).items() for s in score(task, *columns(found), meteor)]
 
 
-def _parse(place: str, line: str) -> Prediction:
+def _parse(where: str, line: str) -> Prediction:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}); one object per line") from None
+        raise UserError(f"{where}: is not JSON ({error}); write one object per line") from None
     if not isinstance(row, dict):
-        raise UserError(f"{place}: not a JSON object; one object per line")
+        raise UserError(f"{where}: is not a JSON object; write one object per line")
     for name, types in _TYPES.items():
         if not isinstance(row.get(name), types) and not (name in _OPTIONAL and name not in row):
-            raise UserError(f"{place}: {name} = {row.get(name)!r}: must be {' or '.join(t.__name__ for t in types)}")
+            raise UserError(f"{where}: {name} = {row.get(name)!r}: must be {' or '.join(t.__name__ for t in types)}")
     for name in ("choices", "references"):
         if not all(isinstance(text, str) for text in row.get(name) or ()):
-            raise UserError(f"{place}: {name} = {row[name]!r}: must be a list of text")
+            raise UserError(f"{where}: {name} = {row[name]!r}: must be a list of strings")
     meta = {name: row[name] for name in ("task", *_META_FIELDS) if row.get(name) is not None}
     meta["answer"] = row["reference"]
     seconds, windows = float(row.get("audio_sec", 0.0)), row.get("num_windows", 1)

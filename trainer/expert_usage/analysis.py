@@ -1,6 +1,6 @@
-"""A profile: which encoder earns its keep, for whom, since when, and at what cost. Pure.
+"""Profiles of encoder usage: which encoder experts ran for which tasks, how that changed, and what they cost.
 
-Shapes: G gates, K experts.
+The functions are pure. In shapes, G is the number of gates and K the number of encoder experts.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from trainer.telemetry.expert_load import ExpertLoad, Floats, Load, add_up
 from trainer.telemetry.load_history import LoadInterval
 
 DEAD_SHARE = 0.001
-"""An expert that runs less than this share of the latest clips is dead."""
+"""An encoder expert that runs for less than this share of the latest clips is called dead."""
 LATEST = 0.25
-"""Part of a history's steps that counts as the latest, and as the earliest for the drift."""
+"""The share of a history's steps that counts as the latest ones and, for the drift, as the earliest ones."""
 MAX_WINDOWS = 60
+"""The most windows that a history is divided into."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Some consecutive steps of a history."""
+    """The load of some consecutive steps of a history."""
 
     first_step: int
     last_step: int
@@ -35,37 +36,51 @@ class Window:
 
 @dataclass(frozen=True)
 class Profile:
-    """What was seen, and what follows from it."""
+    """The observed use of the encoders, and the conclusions from it."""
 
     run: str
+    """The name of the run."""
     origin: str
-    """What was seen, in words."""
+    """A description of what was observed, such as a range of steps or a dataset."""
     primary: str | None
+    """The name of the primary encoder; None if the model has none."""
     load: ExpertLoad
+    """The use of the encoder experts, over everything that was observed."""
     history: tuple[LoadInterval, ...]
-    """Empty for a pass over data."""
+    """The load of each interval of steps; empty for a pass over data."""
     time: EncoderTime | None
+    """What the encoders took; None if it was not measured."""
     advice: PlacementAdvice | None
+    """The suggested placement of encoder experts; None without measured costs."""
     skipped: Mapping[str, int] = field(default_factory=dict)
-    """Samples of the data that could not be used, by reason."""
+    """The number of skipped samples, by reason."""
 
     @property
     def dead(self) -> tuple[str, ...]:
-        """Experts that hardly run: less than `DEAD_SHARE` of the latest clips, of all of them for a pass over data."""
+        """The encoder experts that hardly ever run.
+
+        They ran for less than `DEAD_SHARE` of the latest clips or, for a pass over data, of all clips.
+        """
         latest = self._part(last=True) if self.history else self.load
         share = dict(zip(latest.experts, latest.total().clip_share, strict=True))
         return tuple(name for name in self.load.experts if self.load.cells and share.get(name, 0.0) < DEAD_SHARE)
 
     @property
     def imbalance(self) -> float | None:
-        """Measured, or expected of the placement where nothing was measured; None without either."""
+        """The load of the slowest rank divided by the mean.
+
+        It is the measured one if there is one, else the one expected from the placement. None if neither is known.
+        """
         if self.time is not None:
             return self.time.costs.imbalance
         placement = self.advice and (self.advice.current or self.advice.suggested)
         return placement.imbalance if placement else None
 
     def last_used_step(self, expert: str) -> int | None:
-        """Last step of the last interval in which it ran; None: never, or no history."""
+        """Return the last step of the last interval in which an encoder expert ran.
+
+        None if it never ran or there is no history.
+        """
         for interval in reversed(self.history):
             if expert in interval.load.experts:
                 k = interval.load.experts.index(expert)
@@ -75,7 +90,7 @@ class Profile:
 
     @cached_property
     def windows(self) -> tuple[Window, ...]:
-        """The history in at most `MAX_WINDOWS` parts of about equally many steps."""
+        """The history, divided into at most `MAX_WINDOWS` windows of similar numbers of steps."""
         if not self.history:
             return ()
         first = self.history[0].step - self.history[0].num_steps
@@ -90,8 +105,11 @@ class Profile:
 
     @property
     def drift(self) -> dict[str, float]:
-        """Per task with clips early and late: how far the experts' shares of the work moved from the first to the last
-        quarter of the steps, 0 (not at all) to 1 (wholly): total variation distance."""
+        """The change of the encoder experts' shares of the work from the first to the last quarter of steps, by task.
+
+        It is the total variation distance, from 0 (no change) to 1 (complete change). Tasks without clips in either
+        quarter are not included.
+        """
         names = self.load.experts
         if not self.history or not names:
             return {}
@@ -107,14 +125,14 @@ class Profile:
         return {t: float(abs(spread(early, before[t]) - spread(late, after[t])).sum()) / 2 for t in both}
 
     def _part(self, last: bool) -> ExpertLoad:
-        """The first or last quarter of a history."""
+        """Return the load of the last or of the first quarter of a history."""
         first, end = self.windows[0].first_step, self.windows[-1].last_step
         span = (end - first + 1) * LATEST
         chosen = [w for w in self.windows if (w.last_step > end - span if last else w.first_step < first + span)]
         return add_up(w.load for w in chosen)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as `profile.json` holds it; what has no number is null."""
+        """Return the content of `profile.json`; unknown values are None."""
         load = self.load
         return {
             "run": self.run,

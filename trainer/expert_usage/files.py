@@ -1,4 +1,4 @@
-"""A profile as files: JSON, CSV, plots and a page."""
+"""The files of a profile: JSON, CSV, plots and an HTML page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def write_files(profile: Profile, folder: Path) -> list[Path]:
-    """Write profile.json, cells.csv, report.html and the PNG plots; returns their paths. Older ones are replaced."""
+    """Write profile.json, cells.csv, report.html and the PNG plots into `folder`, and return their paths.
+
+    Files of an earlier profile in the folder, including its plots, are replaced.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tree = profile.to_json()
     write_atomically(folder / "profile.json", json.dumps(tree, indent=1, allow_nan=False) + "\n")
@@ -28,10 +31,11 @@ def write_files(profile: Profile, folder: Path) -> list[Path]:
 
 
 def write_cells(profile: Profile, path: Path) -> None:
-    """One line per encoder and group of clips: task, language, source, duration band.
+    """Write a CSV file with one line per encoder and group of clips.
 
-    `group_clips` and `group_audio_sec` are of the whole group, `clips` and `audio_sec` what the encoder ran of it; the
-    weight of each gate is the mean mixing weight over the group's clips, empty for the primary.
+    A group is a combination of task, language, source and duration band. `group_clips` and `group_audio_sec` describe
+    the whole group; `clips` and `audio_sec` describe the clips of the group that the encoder ran for. The weight of
+    each gate is the mean mixing weight over the group's clips; it is empty for the primary encoder.
     """
     load = profile.load
     head = ["encoder", "task", "language", "source", "band", "group_clips", "group_audio_sec"]

@@ -1,11 +1,12 @@
-"""The profile of any data: the router of a checkpoint decides over it, forward only, in one process.
+"""The profile of a dataset, routed by the router of a checkpoint, in one process and without training.
 
-Weights are those of a checkpoint, in fp32, in the single-process `AudioTower`. Only the primary and the router compute
-every clip; the experts are timed on a few.
+The weights of the checkpoint are loaded in fp32 into the single-process `AudioTower`. Only the primary encoder and the
+router process every clip. The encoder experts are timed on a few clips.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,43 +20,45 @@ from model.audio_tower import AudioTower
 from model.batch import Ragged
 from model.config import ModelConfig
 from model.errors import UserError
-from model.lengths import SAMPLE_RATE, num_samples
+from model.lengths import SAMPLE_RATE, WHOLE, num_samples
 from trainer.checkpoint.catalog import SUBFOLDER, open_checkpoints, read_extra
 from trainer.checkpoint.layout import PARAM, Manifest, Shard, matrix_of
 from trainer.checkpoint.reader import STATE, DamagedError, Reader, check_files, read_manifest
 from trainer.config.load import load_stored_recipe, parse_stored_recipe
 from trainer.config.schema import Recipe
 from trainer.data.decode import SampleError, check_metadata, decode_audio
-from trainer.data.prepare import prepare
 from trainer.data.stored import CHUNK_SAMPLES, Encoded, StoredData, open_stored
 from trainer.data.tokenizer import PlaceholderInText
 from trainer.expert_usage.analysis import Profile
 from trainer.expert_usage.history import RunPath, primary_name
 from trainer.expert_usage.placement import advise
 from trainer.parallel.dispatch import CALL_COST_SAMPLES, group_by_length
+from trainer.run_tokenizer import of_checkpoint
 from trainer.storage.open import join_url
 from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, add_up, group_of
 
 _CHUNK_CLIPS = 128
 _TIMED_SEC = 20.0
-"""Audio on which each expert is timed."""
+"""The duration of the audio on which each encoder expert is timed."""
 
 Encode = Callable[[str], list[int]]
 
 
 def profile_data(where: RunPath, data: Path, split: str | None) -> Profile:
-    """Route `data`, a manifest or a folder of shards, as the run's newest whole checkpoint (or the one named) would.
+    """Return the profile of `data`, as routed by a checkpoint.
 
     Args:
-        split: only this one; None: all.
+        where: a run, whose newest whole checkpoint is used, or one of its checkpoints.
+        data: a manifest or a folder of shards.
+        split: the split to use; None uses all splits.
 
     Raises:
-        UserError: no checkpoint, no such data, or a model without experts.
+        UserError: If there is no checkpoint or no such data, or the model has no encoder experts.
     """
     reader, recipe = open_checkpoint(where)
     if not recipe.model.experts:
-        raise UserError(f"{where.run_dir}: the model has no experts: there is nothing to route")
-    encode = _prompt_encoder(recipe)
+        raise UserError(f"{where.run_dir}: the model has no encoder experts, so there is nothing to route")
+    encode = _prompt_encoder(reader, recipe, where.run_dir)
     tower = load_tower(recipe.model, reader)
     skipped: Counter[str] = Counter()
     loads, timed = [], None
@@ -68,7 +71,7 @@ def profile_data(where: RunPath, data: Path, split: str | None) -> Profile:
     if timed is not None:
         costs = [rate * float(sec) for rate, sec in zip(timed, load.total().routed_sec, strict=True)]
         advice = advise(experts, costs, recipe.parallel.expert, recipe.parallel.num_ranks, None)
-    origin = f"{data}{f', split {split}' if split else ''}, routed as after step {reader.manifest.step}"
+    origin = f"{data}{f', split {split}' if split else ''}, routed by the checkpoint of step {reader.manifest.step}"
     return Profile(recipe.name, origin, primary_name(recipe), load, (), None, advice, dict(skipped))
 
 
@@ -76,10 +79,13 @@ def profile_data(where: RunPath, data: Path, split: str | None) -> Profile:
 
 
 def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
-    """The named checkpoint or the newest whole one, and the recipe it was trained with.
+    """Open the named checkpoint, or the newest whole one of the run.
+
+    Returns:
+        The reader of the checkpoint, and the recipe of its run.
 
     Raises:
-        UserError: there is none; the named one is damaged.
+        UserError: If there is no checkpoint, or all candidates are damaged.
     """
     kept = where.run_dir / "recipe.yaml"
     root = load_stored_recipe(kept).checkpoint.root if kept.is_file() else None
@@ -89,7 +95,7 @@ def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
         folder = found.folder(step)
         try:
             manifest = read_manifest(folder)
-            # The audio side, frozen parts included, which lie in a folder of their own.
+            # These files include the frozen parts of the audio side, which are stored in a separate folder.
             audio = (entry for name, entry in manifest.tensors.items() if name.startswith("audio."))
             check_files(folder, manifest, sorted({STATE, *(file for entry in audio for file, _ in entry.pieces)}))
         except DamagedError as error:
@@ -97,12 +103,12 @@ def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
             continue
         return Reader(folder, manifest), parse_stored_recipe(read_extra(folder)["recipe"], f"{folder.url}/{STATE}")
     if damages:
-        raise UserError(f"{damages[0]}: no whole checkpoint; restore one")
-    raise UserError(f"{found.url}: no checkpoint; let the run save one first")
+        raise UserError(f"{damages[0]}; no checkpoint can be read, restore one from a copy")
+    raise UserError(f"{found.url}: contains no checkpoint; wait until the run has saved one")
 
 
 def load_tower(model: ModelConfig, reader: Reader) -> AudioTower:
-    """The audio side with the checkpoint's weights, for inference, in fp32."""
+    """Build the audio side for inference with the checkpoint's weights, in fp32."""
     llm_dim = reader.manifest.tensors["audio.projector.weight"].shape[0]
     tower = AudioTower(model, llm_dim, _vocab_size(reader.manifest))
     kept = {name for name in tower.state_dict()}
@@ -117,20 +123,21 @@ def load_tower(model: ModelConfig, reader: Reader) -> AudioTower:
 
 
 def _vocab_size(manifest: Manifest) -> int:
-    """Of the tokenizer, as far as the audio side has tensors of that size."""
+    """Return the vocabulary size of the tokenizer, or 1 if no tensor of the audio side depends on it."""
     shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
     if "audio.ctc_head.weight" in shapes:
         return shapes["audio.ctc_head.weight"][0] - 1
     return shapes.get("audio.router.prompt_embedding.weight", (1,))[0]
 
 
-def _prompt_encoder(recipe: Recipe) -> Encode:
-    """Text to tokens for a gate that reads the instruction; the others see none."""
+def _prompt_encoder(reader: Reader, recipe: Recipe, run_dir: Path) -> Encode:
+    """Return the function that turns an instruction into tokens; without a gate that reads it, it returns no tokens."""
     router = recipe.model.router
     if router.input != "prompt" or "data_dependent" not in router.gates:
         return lambda text: []
-    # A tokenizer that was trained with the run is found again through the run's own data.
-    return prepare(recipe.data, recipe.model.adapter.strides).tokenizer.encode
+    owned = of_checkpoint(reader.folder, str(run_dir))
+    with tempfile.TemporaryDirectory() as scratch:
+        return owned.load(owned.put_into(scratch)).encode
 
 
 # ---- the data
@@ -139,8 +146,10 @@ def _prompt_encoder(recipe: Recipe) -> Encode:
 def _decoded(
     data: Path, split: str | None, recipe: Recipe, encode: Encode, skipped: Counter[str]
 ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor, dict[str, Any]]]:
-    """Clips as the run would see them, without augmentation, the instruction's tokens, and the manifest's fields; what
-    cannot be used is counted."""
+    """Yield the clips, the instruction's tokens and the manifest fields of each sample.
+
+    Clips are decoded as in training, but without augmentation. Skipped samples are counted by reason in `skipped`.
+    """
     shortest = num_samples(recipe.data.min_audio_sec)
     stored = open_stored(str(data), split)
     for item in (i for start in range(0, len(stored.items), CHUNK_SAMPLES) for i in _part(stored, start)):
@@ -167,7 +176,7 @@ def _part(stored: StoredData, start: int) -> list[Encoded | SampleError]:
 def _chunks(
     samples: Iterator[tuple[list[torch.Tensor], torch.Tensor, dict[str, Any]]],
 ) -> Iterator[tuple[Ragged, Ragged, list[ClipGroup]]]:
-    """Clips, the prompt of each, and its group, about `_CHUNK_CLIPS` at a time."""
+    """Yield chunks of about `_CHUNK_CLIPS` clips, with the prompt and the group of each clip."""
     clips: list[torch.Tensor] = []
     prompts: list[torch.Tensor] = []
     groups: list[ClipGroup] = []
@@ -192,7 +201,8 @@ def _route(
     device = next(tower.parameters()).device
     loads = []
     budget = num_samples(recipe.train.encoder_batch_sec)
-    for members in group_by_length(clips.lengths, budget, CALL_COST_SAMPLES[device.type]):
+    windowing = WHOLE if tower.primary is None else tower.primary.windowing
+    for members in group_by_length(clips.lengths, budget, CALL_COST_SAMPLES[device.type], windowing):
         part = clips.select(members).to(device)
         primary = None if tower.primary is None else tower.primary(part)
         routing = tower.router(part, primary, prompts.select(members).to(device))
@@ -203,7 +213,7 @@ def _route(
 
 @torch.no_grad()
 def _time_experts(tower: AudioTower, clips: Ragged) -> list[float]:
-    """Forward seconds per audio second of each expert, on the first clips."""
+    """Measure the forward seconds per second of audio of each encoder expert, on the first clips."""
     device = next(tower.parameters()).device
     num = 1
     while num < len(clips) and sum(clips.lengths[: num + 1]) <= num_samples(_TIMED_SEC):
@@ -211,7 +221,7 @@ def _time_experts(tower: AudioTower, clips: Ragged) -> list[float]:
     some = clips.select(range(num)).to(device)
     rates = []
     for expert in tower.experts.values():
-        expert(some.select([0]))  # warms up
+        expert(some.select([0]))  # a warm-up call
         _synchronise(device)
         start_sec = time.perf_counter()
         expert(some)

@@ -1,4 +1,4 @@
-"""The profile of a finished (or running) run, from the history in its folder. No process group, no model."""
+"""The profile of a finished or running run, computed from the history in its folder without loading the model."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from trainer.telemetry.load_history import HISTORY_NAME, read_history
 
 @dataclass(frozen=True)
 class RunPath:
-    """What the user named: a run, or one of its checkpoints."""
+    """The folder of a run, and possibly one of its checkpoints."""
 
     run_dir: Path
     checkpoint: Path | None
+    """The folder of the checkpoint that the user named; None if the user named the run."""
 
     @property
     def step(self) -> int | None:
-        """Of the checkpoint."""
+        """The step of the checkpoint; None without one."""
         return None if self.checkpoint is None else step_of(self.checkpoint.name)
 
 
 def find_run(path: Path) -> RunPath:
-    """A run's folder, or a checkpoint in one.
+    """Return the run that `path` belongs to, and the checkpoint if `path` is one.
 
     Raises:
-        UserError: it is neither.
+        UserError: If `path` is neither the folder of a run nor that of a checkpoint.
     """
     path = path.resolve()
     if step_of(path.name) is not None and path.parent.name == "checkpoints" and path.is_dir():
@@ -40,21 +41,21 @@ def find_run(path: Path) -> RunPath:
     if (path / "recipe.yaml").is_file():
         return RunPath(path, None)
     raise UserError(
-        f"{path}: neither a run's folder (with recipe.yaml) nor one of its checkpoints/step-…: check the path"
+        f"{path}: neither a run's folder (with recipe.yaml) nor one of its checkpoints/step-… folders; check the path"
     )
 
 
 def profile_history(where: RunPath) -> Profile:
-    """The profile of a run's history; of a checkpoint: up to its step.
+    """Return the profile of a run's history, or of its part up to the step of a checkpoint.
 
     Raises:
-        UserError: there is no history, or none up to the checkpoint.
+        UserError: If there is no history, or it begins after the checkpoint.
     """
     recipe = load_stored_recipe(where.run_dir / "recipe.yaml")
     path = where.run_dir / HISTORY_NAME
     history = tuple(i for i in read_history(path) if where.step is None or i.step <= where.step)
     if not history:
-        raise UserError(f"{path}: begins after step {where.step}: profile the run, or data with --data")
+        raise UserError(f"{path}: begins after step {where.step}; profile the whole run, or a dataset with --data")
     load, time = add_up(i.load for i in history), measured_time(history)
     advice = None
     if time is not None and recipe.model.experts:
@@ -69,5 +70,5 @@ def profile_history(where: RunPath) -> Profile:
 
 
 def primary_name(recipe: Recipe) -> str | None:
-    """Of the encoder that always runs."""
+    """Return the name of the primary encoder, or None if the model has none."""
     return None if recipe.model.primary is None else recipe.model.primary.name

@@ -1,6 +1,7 @@
-"""What the encoders cost, what waiting for the slowest rank costs, and where experts would best be placed. Pure.
+"""Costs of the encoders, of waiting for the slowest rank, and the best placement of encoder experts on ranks.
 
-Shapes: E encoders (primary first), K experts, R ranks.
+The functions are pure. In shapes, E is the number of encoders (the primary first), K the number of encoder experts, and
+R the number of ranks. An expert-parallel group of `ep` ranks has `ep` slots; rank r is in slot r mod `ep` of its group.
 """
 
 from __future__ import annotations
@@ -18,73 +19,85 @@ from trainer.telemetry.load_history import EncoderCosts, LoadInterval
 
 @dataclass(frozen=True)
 class EncoderTime:
-    """What the encoders took, per step."""
+    """The time of the encoders per step."""
 
     costs: EncoderCosts
+    """The costs of the encoders by rank, per step."""
     num_steps: int
-    """That were measured."""
+    """The number of steps that were measured."""
     step_sec: float
-    """Of the whole step."""
+    """The duration of a whole step in seconds."""
     audio_sec: Floats
-    """[E] audio that each encoder read, on all ranks."""
+    """[E] seconds of audio that each encoder processed per step, on all ranks together."""
 
     @property
     def lost_sec(self) -> float:
-        """What the imbalance adds to each step."""
+        """The seconds that the imbalance adds to each step."""
         return self.costs.slowest_sec - self.costs.mean_sec
 
     @property
     def total_sec(self) -> Floats:
-        """[E] over all ranks."""
+        """[E] computing time of each encoder per step, in seconds, summed over ranks."""
         return self.costs.compute_sec.sum(1)
 
     @property
     def sec_per_audio_sec(self) -> Floats:
-        """[E] computing time per second of audio read; nan for an encoder that read none."""
+        """[E] computing seconds per second of audio; nan for an encoder that processed none."""
         return np.divide(
             self.total_sec, self.audio_sec, out=np.full(len(self.audio_sec), np.nan), where=self.audio_sec > 0
         )
 
 
 def measured_time(history: Sequence[LoadInterval]) -> EncoderTime | None:
-    """Of the steps since the number of ranks or the encoders last changed; None where nothing was measured.
+    """Return the encoders' time in the steps since the ranks or the encoders last changed.
 
-    The first interval is left out where there are others: it warms up.
+    The first interval of the history is excluded if there are others, since it contains the warm-up.
+
+    Returns:
+        The time per step; None if nothing was measured.
     """
-    alike = [i for i in history if i.costs.same_ranks(history[-1].costs)]
-    if len(alike) > 1 and alike[0] is history[0]:
-        alike = alike[1:]
-    costs, num = sum((i.costs for i in alike[1:]), alike[0].costs), sum(i.num_steps for i in alike)
+    similar = [i for i in history if i.costs.same_ranks(history[-1].costs)]
+    if len(similar) > 1 and similar[0] is history[0]:
+        similar = similar[1:]
+    costs, num = sum((i.costs for i in similar[1:]), similar[0].costs), sum(i.num_steps for i in similar)
     if not num or costs.mean_sec <= 0:
         return None
-    load = add_up(i.load for i in alike)
+    load = add_up(i.load for i in similar)
     routed = dict(zip(load.experts, load.total().routed_sec, strict=True))
     audio = [routed.get(name, load.total().audio_sec) for name in costs.encoders]
-    return EncoderTime(costs.per_step(num), num, sum(i.step_sec for i in alike) / num, np.asarray(audio) / num)
+    return EncoderTime(costs.per_step(num), num, sum(i.step_sec for i in similar) / num, np.asarray(audio) / num)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Experts on the `ep` slots of an expert-parallel group; ranks with the same slot share its experts' clips."""
+    """The slots of encoder experts in an expert-parallel group; ranks of one slot share the clips of its experts."""
 
     slots: tuple[int, ...]
-    """[K] slot of each expert."""
+    """[K] slot of each encoder expert."""
     slot_sec: tuple[float, ...]
-    """[ep] what each rank of a slot computes in the experts, its clips being spread evenly over them."""
+    """[ep] seconds that each rank of a slot computes, if the slot's clips are spread evenly over its ranks."""
 
     @property
     def slowest_sec(self) -> float:
+        """The computing seconds of a rank of the fullest slot."""
         return max(self.slot_sec)
 
     @property
     def imbalance(self) -> float:
-        """Fullest slot over mean; 1 where there is no work."""
+        """The load of the fullest slot divided by the mean; 1 if there is no work."""
         mean = sum(self.slot_sec) / len(self.slot_sec)
         return self.slowest_sec / mean if mean > 0 else 1.0
 
 
 def place(costs_sec: Sequence[float], slots: Sequence[int], ep: int, num_ranks: int) -> Placement:
-    """Experts that cost `costs_sec` [K] over all ranks, on given slots of groups of `ep` out of `num_ranks`."""
+    """Return the placement of encoder experts in given slots.
+
+    Args:
+        costs_sec: [K] computing seconds of each expert, summed over ranks.
+        slots: [K] slot of each expert.
+        ep: the size of the expert-parallel groups.
+        num_ranks: the number of ranks.
+    """
     loads = [0.0] * ep
     for cost, slot in zip(costs_sec, slots, strict=True):
         loads[slot] += cost * ep / num_ranks
@@ -93,31 +106,40 @@ def place(costs_sec: Sequence[float], slots: Sequence[int], ep: int, num_ranks: 
 
 @dataclass(frozen=True)
 class PlacementAdvice:
-    """Where the experts are, and where they would best be."""
+    """The current placement of the encoder experts, and better ones."""
 
     experts: tuple[str, ...]
+    """The names of the encoder experts."""
     costs_sec: tuple[float, ...]
-    """[K] computing time over all ranks, per step or, for a pass over data, for all of it."""
+    """[K] computing seconds summed over ranks, per step or, for a pass over data, for all of the data."""
     ep: int
-    """The recipe's `parallel.expert`."""
+    """The value of `parallel.expert`."""
     num_ranks: int
     current: Placement | None
-    """None: nothing was measured with experts apart."""
+    """The current placement; None if nothing was measured or every rank holds all encoder experts."""
     suggested: Placement
-    """The costliest first onto the emptiest slot, at the recipe's `parallel.expert`."""
+    """The best placement for `parallel.expert`: costliest expert first, each goes into the emptiest slot."""
     others: tuple[Placement, ...]
-    """The same for every other size of expert-parallel groups that uses all slots."""
+    """The best placement for every other size of expert-parallel groups in which no slot is empty."""
 
     @property
     def saved_sec(self) -> float:
-        """What `suggested` takes off the experts' time; 0 where the current placement is unknown or as good."""
+        """The seconds that `suggested` saves; 0 if the current placement is unknown or equally good."""
         return max(0.0, self.current.slowest_sec - self.suggested.slowest_sec) if self.current else 0.0
 
 
 def advise(
     experts: Sequence[str], costs_sec: Sequence[float], ep: int, num_ranks: int, current: Sequence[int] | None
 ) -> PlacementAdvice:
-    """The advice for `experts` that cost `costs_sec` [K] over all ranks; `current`: slot of each, where it is known."""
+    """Return the best placements of the encoder experts.
+
+    Args:
+        experts: the names of the encoder experts.
+        costs_sec: [K] computing seconds of each, summed over ranks.
+        ep: the value of `parallel.expert`.
+        num_ranks: the number of ranks.
+        current: [K] current slot of each expert; None if it is not known.
+    """
 
     def best(size: int) -> Placement:
         return place(costs_sec, place_experts(costs_sec, size), size, num_ranks)
@@ -128,6 +150,6 @@ def advise(
 
 
 def current_slots(time: EncoderTime, experts: Sequence[str], ep: int) -> tuple[int, ...]:
-    """Slot of each expert, told by which ranks computed it: rank r has slot r mod ep."""
+    """Return the current slot of each encoder expert, inferred from the ranks that computed it."""
     rows = (time.costs.compute_sec[time.costs.encoders.index(name)] for name in experts)
     return tuple(int(np.argmax([row[slot::ep].sum() for slot in range(ep)])) for row in rows)

@@ -1,4 +1,4 @@
-"""A profile's PNG plots."""
+"""The PNG plots of a profile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from trainer.page.figure import SIZE_INCHES, save, with_legend
 
 
 def draw(tree: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw what `tree` (of `Profile.to_json`) has: shares, their drift, seconds per rank. Returns the files."""
+    """Draw the plots for which a profile has data, and return their paths.
+
+    Plots show the encoder experts' shares, how the shares change over the steps, and the seconds per rank.
+
+    Args:
+        tree: the profile as returned by `Profile.to_json`.
+        folder: the folder to write to.
+    """
     drawn = []
     if tree["tasks"] and tree["experts"]:
         drawn.append(_shares(tree, folder / "shares.png"))
@@ -35,7 +42,7 @@ def _shares(tree: dict[str, Any], path: Path) -> Path:
         axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=colour)
     axes.set_xticks(range(len(tasks)), [f"{t}\n{tree['tasks'][t]['num_clips']:,} clips" for t in tasks])
     axes.set_yticks(range(len(experts)), experts)
-    axes.set_title(f"{tree['run']}: share of clips that ran each expert")
+    axes.set_title(f"{tree['run']}: share of clips that ran each encoder expert")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return save(figure, path)
@@ -52,7 +59,7 @@ def _drift(tree: dict[str, Any], path: Path) -> Path:
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("step")
-    axes.set_title(f"{tree['run']}: share of clips that ran each expert, all tasks")
+    axes.set_title(f"{tree['run']}: share of clips that ran each encoder expert, all tasks")
     return save(with_legend(figure, axes), path)
 
 
@@ -63,15 +70,17 @@ def _ranks(tree: dict[str, Any], path: Path) -> Path:
     ranks = np.arange(time["num_ranks"])
     filled = np.zeros(len(ranks))
     for name, seconds in time["compute_sec_by_rank"].items():
-        colour = "grey" if name == tree["primary"] else f"C{tree['experts'].index(name)}"  # as in the drift
+        colour = (
+            "grey" if name == tree["primary"] else f"C{tree['experts'].index(name)}"
+        )  # the colors of the drift plot
         axes.bar(ranks, seconds, bottom=filled, label=name, width=0.8, color=colour)
         filled += np.array(seconds)
     waits = np.array(time["wait_sec_by_rank"])
     if waits.any():
         axes.bar(ranks, waits, bottom=filled, label="waiting", width=0.8, color="lightgrey", hatch="//")
-    axes.axhline(time["mean_sec"], color="black", linewidth=1, linestyle="--", label="mean computing")
+    axes.axhline(time["mean_sec"], color="black", linewidth=1, linestyle="--", label="mean computing time")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("rank")
     axes.set_ylabel("seconds per step")
-    axes.set_title(f"encoder time per rank: slowest / mean = {time['imbalance']:.2f}")
+    axes.set_title(f"encoder time by rank: slowest / mean = {time['imbalance']:.2f}")
     return save(with_legend(figure, axes), path)

@@ -1,4 +1,4 @@
-"""A profile as text for a terminal."""
+"""The text of a profile for a terminal."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from trainer.scoring.table import format_table
 
 
 def describe(profile: Profile) -> str:
-    """Tables of who does the work and what it costs, and what follows from them."""
+    """Return tables of the encoders' use and cost, and the conclusions from them."""
     tree = profile.to_json()
     head = f"{profile.run}: {profile.origin}"
     if not tree["tasks"]:
-        return f"{head}\nno clips: nothing was routed"
+        return f"{head}\nno clips, so nothing was routed"
     total = tree["tasks"]["all"]
-    head += f": {total['num_clips']:,} clips, {total['audio_sec'] / 3600:.2f} h of audio"
+    head += f"; {total['num_clips']:,} clips, {total['audio_sec'] / 3600:.2f} h of audio"
     if profile.skipped:
         reasons = ", ".join(f"{num} {reason}" for reason, num in sorted(profile.skipped.items()))
-        head += f"; samples left out: {reasons}"
+        head += f"; skipped samples: {reasons}"
     blocks = [head, _shares(tree), _weights(tree), _confidence(tree), _times(tree), _verdict(profile, tree)]
     return "\n\n".join(block for block in blocks if block)
 
@@ -40,14 +40,14 @@ def _weights(tree: dict[str, Any]) -> str:
         found = tree["tasks"]["all"]["encoders"][name]
         rows.append(
             {
-                "expert": name,
+                "encoder expert": name,
                 "clips": found["num_clips"],
                 "share of clips": found["clip_share"],
                 "share of audio": found["audio_share"],
                 **{f"weight, {gate} gate": weight for gate, weight in found["weight"].items()},
             }
         )
-    return "mean mixing weight, over all clips\n" + format_table(rows) if rows else ""
+    return "use and mean mixing weight of each encoder expert, over all clips\n" + format_table(rows) if rows else ""
 
 
 def _confidence(tree: dict[str, Any]) -> str:
@@ -63,8 +63,11 @@ def _confidence(tree: dict[str, Any]) -> str:
         for task, found in tree["tasks"].items()
     ]
     most = math.log(len(tree["experts"]))
-    drift = "; drift of the experts' shares of the work, 0 to 1" if tree["windows"] else ""
-    return f"entropy of the gates in nats, at most {most:.3f}{drift}\n" + format_table(rows)
+    drift = "; drift of the encoder experts' shares of the work, from 0 to 1" if tree["windows"] else ""
+    return (
+        f"entropy of the gates in nats, at most {most:.3f}, per clip and of the mean over clips{drift}\n"
+        + format_table(rows)
+    )
 
 
 def _times(tree: dict[str, Any]) -> str:
@@ -83,7 +86,7 @@ def _times(tree: dict[str, Any]) -> str:
         }
         for name, found in time["encoders"].items()
     ]
-    return f"per step, mean of {time['num_ranks']} ranks (bytes: of all)\n" + format_table(rows)
+    return f"cost per step, mean over {time['num_ranks']} ranks (MB: sum over ranks)\n" + format_table(rows)
 
 
 def _verdict(profile: Profile, tree: dict[str, Any]) -> str:
@@ -94,14 +97,14 @@ def _verdict(profile: Profile, tree: dict[str, Any]) -> str:
             when = f"of the latest clips; last used in step {since}" if since else "of the clips; never used"
         else:
             when = "of the clips"
-        lines.append(f"dead       {name}: runs under {DEAD_SHARE:.1%} {when}")
+        lines.append(f"dead       {name}: runs for less than {DEAD_SHARE:.1%} {when}")
     if tree["experts"] and not profile.dead:
         lines.append("dead       none")
     time = tree["time"]
     if time is not None:
         lines.append(
-            f"imbalance  {time['imbalance']:.3f} (slowest / mean rank): waiting for the slowest costs "
-            f"{time['lost_sec']:.3f} s of a {time['step_sec']:.3f} s step ({time['lost_share']:.1%})"
+            f"imbalance  {time['imbalance']:.3f} (slowest rank / mean): waiting for the slowest rank costs "
+            f"{time['lost_sec']:.3f} s of each {time['step_sec']:.3f} s step ({time['lost_share']:.1%})"
         )
     if tree["placement"] is not None:
         lines += _placement(tree["placement"])
@@ -111,11 +114,11 @@ def _verdict(profile: Profile, tree: dict[str, Any]) -> str:
 def _placement(found: dict[str, Any]) -> list[str]:
     def shown(placement: dict[str, Any]) -> str:
         slots = "  ".join(f"[{' '.join(names) or '-'}]" for names in placement["slots"])
-        return f"{slots}  {placement['slowest_sec']:.3f} s on the fullest rank, imbalance {placement['imbalance']:.3f}"
+        return f"{slots}  {placement['slowest_sec']:.3f} s on the slowest rank, imbalance {placement['imbalance']:.3f}"
 
     lines = []
     if found["current"] is not None:
-        lines.append(f"placement  now        {shown(found['current'])}")
+        lines.append(f"placement  current    {shown(found['current'])}")
         share = "" if found["saved_share"] is None else f" ({found['saved_share']:.1%} of the step)"
         lines.append(f"           suggested  {shown(found['suggested'])}: saves {found['saved_sec']:.3f} s{share}")
     elif found["ep"] > 1:
@@ -123,5 +126,5 @@ def _placement(found: dict[str, Any]) -> list[str]:
     else:
         lines.append("placement  every rank holds every encoder (parallel.expert = 1)")
     for other in found["others"]:
-        lines.append(f"           parallel.expert={other['ep']} would be  {shown(other)}")
+        lines.append(f"           with parallel.expert={other['ep']}  {shown(other)}")
     return lines

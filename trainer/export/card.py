@@ -1,4 +1,4 @@
-"""The model card: how to use the model, how it was trained, what it scored, what was left out."""
+"""The model card of an exported model: its use, recipe, scores and dropped encoders."""
 
 from __future__ import annotations
 
@@ -9,22 +9,31 @@ from typing import TYPE_CHECKING, Any
 from trainer.export.source import Selection, Source
 
 if TYPE_CHECKING:
-    from trainer.export.verify import Verified  # loads modelling code, which an export by itself does not need
+    from trainer.export.verify import Verified  # It imports modelling code, which a plain export does not need.
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was measured while exporting."""
+    """The measurements of an export."""
 
     verified: Verified | None = None
+    """The result of `--verify`; None if it was not requested."""
     scores_whole: Mapping[str, float] | None = None
-    """On the dev set, by the model with all experts."""
+    """The dev scores of the model with all encoders; None if no encoder was dropped or no dev dataset was given."""
     scores_kept: Mapping[str, float] | None = None
-    """On the dev set, by the model as exported."""
+    """The dev scores of the exported model; None under the same conditions."""
 
 
 def model_card(source: Source, selection: Selection, summary: Mapping[str, Any], found: Findings, dtype: str) -> str:
-    """README.md; `summary` is the run's (may be empty)."""
+    """Return the text of README.md.
+
+    Args:
+        source: the checkpoint.
+        selection: the exported encoders.
+        summary: the content of the run's summary.json; it may be empty.
+        found: the measurements of the export.
+        dtype: the name of the type of the weights.
+    """
     manifest = source.reader.manifest
     lines = [
         "---",
@@ -35,7 +44,7 @@ def model_card(source: Source, selection: Selection, summary: Mapping[str, Any],
         "",
         f"# {source.recipe.name}",
         "",
-        "A speech-text language model: routed audio encoders, an adapter and an LLM. The code is in this folder.",
+        "A speech-text language model with routed audio encoders, an adapter and an LLM. Its code is in this folder.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoProcessor",
@@ -46,9 +55,9 @@ def model_card(source: Source, selection: Selection, summary: Mapping[str, Any],
         "print(processor.batch_decode(model.generate(**inputs))[0])",
         "```",
         "",
-        "Reading files needs `soundfile`; 16 kHz waveforms need nothing.",
+        "Audio files are read with `soundfile`. Waveforms at 16 kHz can be passed without it.",
         "",
-        f"Weights: {dtype}, after {manifest.step} steps, from a checkpoint of {manifest.topology['world']} ranks.",
+        f"The weights are {dtype}. A run on {manifest.topology['world']} ranks saved them after {manifest.step} steps.",
         "",
         *_scores(summary),
         *_dropped_encoders(source, selection, found),
@@ -74,11 +83,12 @@ def _scores(summary: Mapping[str, Any]) -> list[str]:
 def _dropped_encoders(source: Source, selection: Selection, found: Findings) -> list[str]:
     if not selection.dropped:
         return []
-    lines = ["## Encoders left out", "", f"Rarely chosen, so not in these files: {', '.join(selection.dropped)}.", ""]
+    lines = ["## Dropped encoders", ""]
+    lines += [f"The router chose these encoders rarely, so they were dropped: {', '.join(selection.dropped)}.", ""]
     lines += ["| task | share of routing lost |", "|---|---:|"]
     lines += [f"| {task} | {100 * share:.2f} % |" for task, share in selection.lost_share.items()]
     if found.scores_whole is not None and found.scores_kept is not None:
-        lines += ["", "| score on the dev set | all encoders | these |", "|---|---:|---:|"]
+        lines += ["", "| score on the dev dataset | all encoders | exported encoders |", "|---|---:|---:|"]
         lines += [f"| {k} | {v:.4g} | {found.scores_kept[k]:.4g} |" for k, v in found.scores_whole.items()]
     return [*lines, ""]
 
@@ -88,7 +98,7 @@ def _verification(found: Findings) -> list[str]:
         return []
     v = found.verified
     return [
-        f"Checked on {v.num_samples} samples against the training graph, in fp32: logits differ by at most "
-        f"{v.logits:.1e}, routing weights by {v.routing:.1e}.",
+        f"The exported model was compared with the training graph on {v.num_samples} samples in fp32. Logits differ by "
+        f"at most {v.logits:.1e} and routing weights by at most {v.routing:.1e}.",
         "",
     ]

@@ -1,6 +1,6 @@
-"""The modelling code that goes with an exported model: the files of `model/` that it needs, as one flat folder.
+"""The modelling code of an exported model: the files of `model/` that it needs, in one flat folder.
 
-transformers copies a remote-code module and what it imports by relative names, and knows no sub-packages: so
+transformers copies a remote-code module and its relative imports, but does not support sub-packages. Therefore
 `model/encoders/base.py` becomes `encoders_base.py`, and imports are rewritten to match.
 """
 
@@ -17,7 +17,7 @@ _ROOT = Path(model.__file__ or "").parent
 
 
 def remote_code() -> dict[str, str]:
-    """Source by file name."""
+    """Return the source code of each file, by file name."""
     found: dict[str, str] = {}
     waiting = [CONFIGURATION, MODELING, PROCESSING]
     while waiting:
@@ -31,15 +31,15 @@ def remote_code() -> dict[str, str]:
 
 
 def remote_name(module: str) -> str:
-    """`model.encoders.base` → `encoders_base`"""
+    """Return the name of a module in the flat folder: `encoders_base` for `model.encoders.base`."""
     return module.removeprefix("model.").replace(".", "_")
 
 
 def _imports(source: str) -> Iterator[tuple[ast.ImportFrom, str]]:
-    """`from` imports of this package, with the module that each brings in."""
+    """Yield the `from` imports of the package `model`, with the module that each imports."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            assert not any(alias.name.split(".")[0] == "model" for alias in node.names), "write: from model.x import y"
+            assert not any(alias.name.split(".")[0] == "model" for alias in node.names), "use `from model.x import y`"
         elif isinstance(node, ast.ImportFrom) and node.module == "model":
             yield from ((node, f"model.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("model."):
@@ -55,7 +55,7 @@ def _rewritten(module: str, source: str, imports: Sequence[tuple[ast.ImportFrom,
         assert line.lstrip().startswith((before, after)), line
         lines[node.lineno - 1] = line.replace(before, after, 1)
     origin = _path(module).relative_to(_ROOT.parent).as_posix()
-    return f"# Made from {origin} of the program that trained this model.\n" + "".join(lines)
+    return f"# Generated from {origin} of the project that trained this model.\n" + "".join(lines)
 
 
 def _path(module: str) -> Path:

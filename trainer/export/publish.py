@@ -1,4 +1,7 @@
-"""A checkpoint → a folder that transformers loads: written aside, checked, and moved to its name as the last thing."""
+"""The export of a checkpoint as a folder that transformers loads.
+
+The folder is written under a temporary name and verified. Renaming it is the last step.
+"""
 
 from __future__ import annotations
 
@@ -19,72 +22,85 @@ from trainer.export.code import CONFIGURATION, MODELING, remote_code, remote_nam
 from trainer.export.source import Selection, Source
 from trainer.export.tokenizer import write_processor, write_tokenizer
 from trainer.export.weights import plan_shards, plan_targets, write_weights
+from trainer.run_tokenizer import DIGEST
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_WANTED = "export.json"
-"""In the folder aside: what is being exported; only the same export goes on there."""
+_REQUEST = "export.json"
+"""The file in the temporary folder that describes the export. Only an identical export resumes there."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user chooses."""
+    """The options of an export."""
 
     dtype: str = "bf16"
+    """The type of the weights, a key of `DTYPES`."""
     shard_bytes: int = 5 << 30
+    """The largest size of a file of weights, unless a single tensor is larger."""
     llm_only: bool = False
+    """Export only the LLM."""
     activated_only: float = 0.0
-    """Experts below this share of routed clips are left out."""
+    """Drop the encoder experts that were chosen for less than this share of routed clips; 0 keeps all."""
     verify: str | None = None
-    """Manifest of samples to compare on."""
+    """A manifest with samples on which to compare the export with the training graph; None skips the comparison."""
     dev: str | None = None
-    """Manifest to score the loss of left-out experts on."""
+    """A manifest with samples on which to measure the effect of dropped encoders; None skips the measurement."""
     max_samples: int = 32
-    """Of either manifest."""
+    """The largest number of samples to read from each of these manifests."""
 
 
 def export(
     source: Source, out: Path, options: Options, on_bytes: Callable[[int, int], None] = lambda done, total: None
 ) -> Findings:
-    """Write the model of `source` as the folder `out`; `on_bytes` is told (bytes more, bytes in all).
+    """Export a checkpoint as a folder.
+
+    Args:
+        source: the checkpoint.
+        out: the folder to create.
+        options: the options of the export.
+        on_bytes: a function that is called with the bytes written since the last call and the bytes in total.
+
+    Returns:
+        The measurements of the export.
 
     Raises:
-        DamagedError: the checkpoint is.
-        UserError: `out` exists; the export differs from the training graph (then it is not published).
+        DamagedError: If the checkpoint is damaged.
+        UserError: If `out` exists, or the export differs from the training graph. In this case `out` is not created.
     """
     if out.exists():
-        raise UserError(f"{out}: exists; remove it or choose another name")
+        raise UserError(f"{out}: already exists; remove it or choose another name")
     dtype, selection = DTYPES[options.dtype], source.select(options.activated_only)
-    aside = _room(source, out, options, selection)
+    tokenizer = source.tokenizer()
+    temporary = _temporary_folder(source, out, options, selection)
     names = source.names(selection, options.llm_only)
     try:
         targets = plan_targets(source.reader, names, dtype, source.rows(selection))
         total = sum(t.num_bytes for t in targets)
-        write_weights(source.reader, plan_shards(targets, options.shard_bytes), aside, lambda n: on_bytes(n, total))
+        write_weights(source.reader, plan_shards(targets, options.shard_bytes), temporary, lambda n: on_bytes(n, total))
     finally:
-        source.wait_verified()  # if files are damaged, that is what went wrong
-    tokenizer = source.tokenizer()
-    write_tokenizer(tokenizer, aside)
+        source.wait_verified()  # A damaged file explains any error above, so it is reported instead.
+    write_tokenizer(tokenizer, temporary)
     settings = generation_config(source, tokenizer)
-    settings.save_pretrained(aside)
+    settings.save_pretrained(temporary)
     found = Findings()
     if options.llm_only:
-        _write_llm_config(source, dtype, aside)
+        _write_llm_config(source, dtype, tokenizer, temporary)
     else:
-        _write_code(source, selection, dtype, tokenizer, aside)
-        found = _measure(source, selection, options, tokenizer, settings, aside)
+        _write_code(source, selection, dtype, tokenizer, temporary)
+        found = _measure(source, selection, options, tokenizer, settings, temporary)
     summary = source.run_dir / "summary.json"
     known = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
     if not options.llm_only:
         card = model_card(source, selection, known, found, options.dtype)
-        (aside / "README.md").write_text(card, encoding="utf-8")
-    (aside / _WANTED).unlink()
-    aside.rename(out)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+    (temporary / _REQUEST).unlink()
+    temporary.rename(out)
     return found
 
 
-def _room(source: Source, out: Path, options: Options, selection: Selection) -> Path:
-    """The folder aside; what another export left there is removed."""
+def _temporary_folder(source: Source, out: Path, options: Options, selection: Selection) -> Path:
+    """Create the temporary folder, removing the files of a different export."""
     manifest = hash_file(source.folder, MANIFEST)
     wanted = {
         "checkpoint": manifest.checksum,
@@ -92,24 +108,24 @@ def _room(source: Source, out: Path, options: Options, selection: Selection) -> 
         "shard_bytes": options.shard_bytes,
         "llm_only": options.llm_only,
         "dropped": list(selection.dropped),
-        # Files are not synced, so after a crash of the machine those that seem finished may not be.
+        # Files are not synced to disk, so those that seem complete may not be after a crash of the machine.
         "boot": _BOOT_ID.read_text(encoding="utf-8").strip(),
     }
-    aside = out.parent / f".{out.name}.part"
-    note = aside / _WANTED
-    if aside.exists() and not (note.is_file() and json.loads(note.read_text(encoding="utf-8")) == wanted):
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True, exist_ok=True)
+    temporary = out.parent / f".{out.name}.part"
+    note = temporary / _REQUEST
+    if temporary.exists() and not (note.is_file() and json.loads(note.read_text(encoding="utf-8")) == wanted):
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(wanted), encoding="utf-8")
-    return aside
+    return temporary
 
 
 def generation_config(source: Source, tokenizer: Tokenizer) -> Any:
-    """transformers' GenerationConfig that decodes as evaluation during training does."""
+    """Return the GenerationConfig of transformers that generates as the evaluations of the training run do."""
     from transformers import GenerationConfig
 
     rows = source.extra["model"]["text_config"]["vocab_size"]
-    # An LLM may have more rows than its tokenizer has tokens; training never decodes those.
+    # An LLM may have more embedding rows than its tokenizer has tokens; training never generates those.
     unused = list(range(tokenizer.vocab_size, rows)) or None
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
     return GenerationConfig(
@@ -122,12 +138,12 @@ def generation_config(source: Source, tokenizer: Tokenizer) -> Any:
     )
 
 
-def _write_llm_config(source: Source, dtype: torch.dtype, folder: Path) -> None:
+def _write_llm_config(source: Source, dtype: torch.dtype, tokenizer: Tokenizer, folder: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     text = _text_config(source, dtype)
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text["model_type"]]
-    _write_json(folder / "config.json", {**text, "architectures": [architecture]})
+    _write_json(folder / "config.json", {**text, "architectures": [architecture], DIGEST: tokenizer.digest})
 
 
 def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokenizer: Tokenizer, folder: Path) -> None:
@@ -146,13 +162,14 @@ def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokeni
         "transformers_version": text_config["transformers_version"],
         **description,
         "text_config": text_config,
+        DIGEST: tokenizer.digest,
     }
     _write_json(folder / "config.json", config)
     write_processor(tokenizer, source.recipe.data, source.strides, folder)
 
 
 def _text_config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
-    """Of the LLM, as `PretrainedConfig.to_dict` gave it: to make such objects, transformers loads for seconds."""
+    """Return the LLM's configuration from the checkpoint, since importing transformers to create one takes seconds."""
     text = source.extra["model"]["text_config"]
     return {**{k: v for k, v in text.items() if k != "_name_or_path"}, "dtype": str(dtype).removeprefix("torch.")}
 
@@ -184,7 +201,7 @@ def _measure(
 
 
 def summary_of(source: Source, out: Path, options: Options, found: Findings) -> dict[str, Any]:
-    """For `--json`."""
+    """Return the summary of an export that `--json` prints."""
     files = [p for p in out.iterdir() if p.suffix == ".safetensors"]
     return {
         "out": str(out),

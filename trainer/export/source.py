@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from model.errors import UserError
-from trainer.checkpoint.catalog import TOKENIZER, find_checkpoint, read_extra
+from trainer.checkpoint.catalog import find_checkpoint, read_extra
 from trainer.checkpoint.folder import LocalFolder
 from trainer.checkpoint.layout import PARAM, Rect, matrix_of
 from trainer.checkpoint.reader import STATE, Reader, check_files, read_manifest
 from trainer.config.load import parse_stored_recipe
 from trainer.config.schema import Recipe
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
-from trainer.storage.open import open_store
+from trainer.run_tokenizer import check_digest, of_checkpoint
 from trainer.telemetry.expert_load import ALL, add_up
 from trainer.telemetry.load_history import HISTORY_NAME, read_history
 
@@ -92,19 +92,20 @@ class Source:
         return tuple(self.extra["model"]["audio"]["adapter"]["strides"])
 
     def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer: the one given, the copy in the run's folder, or the recipe's."""
-        settings = self.recipe.data.tokenizer
-        if self._tokenizer_path is not None:
-            return load_tokenizer(self._tokenizer_path, settings)
-        beside = open_store(self.folder.url.rpartition("/")[0].rpartition("/")[0] or ".")
-        if beside.exists(TOKENIZER):
-            with tempfile.TemporaryDirectory() as scratch:
-                path = Path(scratch) / TOKENIZER
-                path.write_bytes(beside.get(TOKENIZER))
-                return load_tokenizer(str(path), settings)
-        if self.extra.get("tokenizer") is None:
-            raise UserError(f"{beside.url}: no {TOKENIZER}; give the run's tokenizer with --tokenizer")
-        return load_tokenizer(self.extra["tokenizer"], settings)
+        """Return the run's tokenizer: the copy that the run keeps, or the one that the checkpoint names.
+
+        Raises:
+            UserError: it, or the one given, is not the tokenizer that the weights were trained with.
+        """
+        owned = of_checkpoint(self.folder, str(self.run_dir))
+        with tempfile.TemporaryDirectory() as scratch:
+            if self._tokenizer_path is None:
+                return owned.load(owned.put_into(scratch))
+            given, digest = load_tokenizer(self._tokenizer_path, self.recipe.data.tokenizer), owned.digest
+            if digest is None and owned.files:
+                digest = owned.load(owned.put_into(scratch)).digest
+        check_digest(given, digest, self.folder.url, self._tokenizer_path)
+        return given
 
     def expert_names(self) -> list[str]:
         """Of the checkpoint's model."""

@@ -8,15 +8,9 @@ from typing import Any
 
 from model.errors import UserError
 from trainer.data.config import DataConfig
-from trainer.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from trainer.data.tokenizer import PROBES, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from trainer.export.code import PROCESSING, remote_name
 
-_PROBES = (
-    "",
-    " two  spaces, a tab\tand a line\nbreak ",
-    "Was it 3:15 p.m.? Café № ½ ﬁne — “quoted” ÄÖÜ",
-    "日本語 русский \U0001f600",
-)
 _ALL_SPACES = 1 << 16
 
 
@@ -24,10 +18,14 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> Any:
     """Save as a transformers tokenizer with the same tokens for the same text; returns it.
 
     Raises:
-        UserError: a SentencePiece model that transformers' tokenizers cannot express.
+        UserError: a SentencePiece model that transformers' tokenizers cannot express; what was written is read as
+            another tokenizer.
     """
     found = as_transformers(tokenizer)
     found.save_pretrained(folder)
+    written = HuggingFaceTokenizer(str(folder), tokenizer.config)
+    if written.digest != tokenizer.digest:
+        raise UserError(f"{folder}: the tokenizer has other tokens when it is read back; give the LLM's tokenizer.json")
     return found
 
 
@@ -112,7 +110,7 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     found = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **special)
     own = [p.piece.replace("▁", " ") for p in proto.pieces if p.type == p.NORMAL]
     placeholder = tokenizer.config.placeholder
-    for text in (*_PROBES, *own, " ".join(own), f"{placeholder}a", f"a {placeholder} b{placeholder}{placeholder}"):
+    for text in (*PROBES, *own, " ".join(own), f"{placeholder}a", f"a {placeholder} b{placeholder}{placeholder}"):
         wanted, made = tokenizer.encode_prompt(text), found.encode(text, add_special_tokens=False)
         if wanted != made:
             raise UserError(f"{where}: {text[:40]!r} has other tokens in transformers; give the LLM's tokenizer.json")

@@ -1,4 +1,4 @@
-"""The exported files, loaded as a user loads them, against the training graph: on real samples, in fp32."""
+"""The comparison of an exported model, loaded as a user loads it, with the training graph in fp32."""
 
 from __future__ import annotations
 
@@ -30,22 +30,24 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Verified:
-    """Largest differences over all samples."""
+    """The largest absolute differences over all samples."""
 
     num_samples: int
     logits: float
+    """The largest difference of a logit."""
     routing: float
+    """The largest difference of a routing weight."""
 
 
 def read_samples(source: Source, tokenizer: Tokenizer, manifest: Path, limit: int) -> list[Sample]:
-    """Prompts of the first `limit` samples of a manifest, as evaluation sees them.
+    """Read the first `limit` samples of a manifest as evaluation does.
 
     Raises:
-        UserError: a sample cannot be used, or there is none.
+        UserError: If a sample cannot be used, or the manifest contains none.
     """
     samples = list(_samples(source, tokenizer, manifest, limit))
     if not samples:
-        raise UserError(f"{manifest}: no samples; give a manifest with some")
+        raise UserError(f"{manifest}: contains no samples; give another manifest")
     return samples
 
 
@@ -57,10 +59,20 @@ def verify(
     dtype: torch.dtype,
     samples: Sequence[Sample],
 ) -> Verified:
-    """Compare the model in `folder` with the training graph that holds the same, equally rounded weights.
+    """Compare an exported model with the training graph that has the same weights, rounded to the same type.
+
+    Args:
+        folder: the exported model.
+        source: the checkpoint that it was exported from.
+        selection: the exported encoders.
+        dtype: the type of the exported weights.
+        samples: the samples to compare on.
+
+    Returns:
+        The largest differences.
 
     Raises:
-        UserError: tokens, logits or routing differ.
+        UserError: If tokens, logits or routing weights differ.
     """
     from transformers import AutoModelForCausalLM, AutoProcessor
 
@@ -73,7 +85,10 @@ def verify(
     for sample in samples:
         inputs = processor(audio=[list(sample.clips)] if sample.clips else None, text=sample.meta["instruction"])
         if inputs["input_ids"][0].tolist() != sample.token_ids.tolist():
-            raise UserError(f"{sample.key}: the exported processor makes other tokens than training; not published")
+            raise UserError(
+                f"{sample.key}: the tokens of the exported processor differ from those of training, so the model was "
+                "not exported; report this as a bug"
+            )
         batch = Batch((sample,))
         audio, routing, _ = oracle.embed_audio(batch)
         wanted = oracle.logits(batch, audio)
@@ -91,7 +106,7 @@ def verify(
     if not (worst.logits <= TOLERANCE and worst.routing <= TOLERANCE):
         raise UserError(
             f"{folder}: differs from the training graph by {worst.logits:.1e} in logits and {worst.routing:.1e} in "
-            f"routing (limit {TOLERANCE:.0e}); not published"
+            f"routing weights (limit {TOLERANCE:.0e}), so the model was not exported; report this as a bug"
         )
     return worst
 
@@ -99,9 +114,18 @@ def verify(
 def scores(
     source: Source, selection: Selection, dtype: torch.dtype, processor: Any, settings: Any, samples: Sequence[Sample]
 ) -> dict[str, float]:
-    """Scores by name of greedy answers by the model with the selected experts, in fp32 from weights of `dtype`.
+    """Score the greedy answers of the model with the selected encoders.
 
-    `processor` and `settings` (a GenerationConfig) are the exported ones.
+    Args:
+        source: the checkpoint.
+        selection: the encoders of the model.
+        dtype: the type to which weights are rounded; the computation is in fp32.
+        processor: the exported processor.
+        settings: the exported GenerationConfig.
+        samples: the samples to answer.
+
+    Returns:
+        The scores by name.
     """
     exported = EarshotForCausalLM(EarshotConfig(**source.description(selection))).eval()
     source.fill(exported, list(source.names(selection, llm_only=False)), selection, dtype)
@@ -127,7 +151,7 @@ def _samples(source: Source, tokenizer: Tokenizer, manifest: Path, limit: int) -
                 make_sample(row.key, row.metadata, padded, tokenizer, source.strides, ctc=False, evaluate=True)
             )
         except SampleError as error:
-            raise UserError(f"{manifest}: line {row.line}: {error}; mend or remove it") from None
+            raise UserError(f"{manifest}: line {row.line}: {error}; fix or remove this line") from None
 
 
 def _model_config(description: dict[str, Any]) -> ModelConfig:

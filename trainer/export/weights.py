@@ -1,8 +1,8 @@
-"""A checkpoint's tensors → safetensors shards in Hugging Face's layout, one tensor at a time.
+"""The conversion of a checkpoint's tensors to safetensors files in Hugging Face's layout, one tensor at a time.
 
-Where the saved bytes are the wanted ones, the kernel copies them from file to file. A tensor that changes its dtype
-passes through memory in pieces, one that was cut into columns by itself. A shard appears under its name when it is
-whole, so an export that was stopped goes on after the last one.
+If the type of a tensor does not change, the kernel copies its bytes from file to file. Otherwise it passes through
+memory in pieces. A tensor that was sharded by columns is assembled in memory. A file gets its final name when it is
+complete, so an interrupted export resumes after the last complete file.
 """
 
 from __future__ import annotations
@@ -33,23 +33,28 @@ class Target:
 
     name: str
     source: str
-    """Its name in the checkpoint."""
+    """The tensor's name in the checkpoint."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     rows: tuple[int, ...] | None = None
-    """Rows of the source that stay, in order; None: all."""
+    """The rows of the checkpoint's tensor to export, in order; None: all."""
 
     @property
     def num_bytes(self) -> int:
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def plan_targets(
     reader: Reader, names: Mapping[str, str], dtype: torch.dtype, rows: Mapping[str, tuple[int, ...]]
 ) -> list[Target]:
-    """One target per entry of `names` (exported name → saved name); floating-point tensors become `dtype`.
+    """Return the tensors to export.
 
-    `rows` names, by saved name, tensors of which only some rows stay.
+    Args:
+        reader: the checkpoint.
+        names: the name in the checkpoint of each exported name.
+        dtype: the type that floating-point tensors are converted to.
+        rows: the rows to export, by name in the checkpoint, of tensors of which only some rows are exported.
     """
     targets = []
     for name, source in names.items():
@@ -62,7 +67,11 @@ def plan_targets(
 
 
 def plan_shards(targets: Sequence[Target], shard_bytes: int) -> dict[str, list[Target]]:
-    """Targets by file, in order; a file holds at most `shard_bytes`, or one larger tensor."""
+    """Divide targets into files of at most `shard_bytes`, or of one larger tensor, without changing their order.
+
+    Returns:
+        The targets of each file, by file name.
+    """
     shards: list[list[Target]] = []
     room = 0
     for target in targets:
@@ -79,7 +88,14 @@ def plan_shards(targets: Sequence[Target], shard_bytes: int) -> dict[str, list[T
 def write_weights(
     reader: Reader, shards: Mapping[str, Sequence[Target]], folder: Path, on_bytes: Callable[[int], None]
 ) -> None:
-    """Write all shards that are not there yet, and their index; `on_bytes` is told of every tensor's bytes."""
+    """Write the files that do not exist yet, and their index.
+
+    Args:
+        reader: the checkpoint.
+        shards: the targets of each file, by file name.
+        folder: the folder to write into.
+        on_bytes: a function that is called with the number of bytes of every tensor that was written or existed.
+    """
     for name, targets in shards.items():
         if (folder / name).is_file():
             for target in targets:
@@ -108,7 +124,8 @@ def _write_shard(reader: Reader, targets: Sequence[Target], path: Path, on_bytes
             on_bytes(target.num_bytes)
     finally:
         os.close(handle)
-    part.rename(path)  # not synced: that would take longer than all the rest, and an export can be made again
+    # Syncing to disk would take longer than everything else, and an export can be repeated.
+    part.rename(path)
 
 
 def _write_tensor(reader: Reader, target: Target, handle: int, offset: int) -> None:
@@ -130,7 +147,7 @@ def _write_tensor(reader: Reader, target: Target, handle: int, offset: int) -> N
 
 
 def _write_piece(reader: Reader, target: Target, file: str, rect: Rect, handle: int, offset: int) -> None:
-    """A piece that lies in one run in the target, too."""
+    """Write a piece of a tensor that is contiguous in the target as well as in the checkpoint."""
     span, folder = reader.file(file).spans[key_of(target.source, PARAM, rect)], reader.folder
     if span.dtype == target.dtype and isinstance(folder, LocalFolder):
         _copy(folder.handle(file), span.offset, handle, offset, span.num_bytes)
@@ -147,12 +164,12 @@ def _copy(source: int, source_offset: int, target: int, target_offset: int, num_
         count = min(_COPY_BYTES, num_bytes - done)
         try:
             moved = os.copy_file_range(source, target, count, source_offset + done, target_offset + done)
-        except OSError:  # between file systems that cannot; a real error comes again below
+        except OSError:  # Some file systems do not support this call; any other error is raised again below.
             block = os.pread(source, count, source_offset + done)
             _write_at(target, target_offset + done, memoryview(block))
             moved = len(block)
         if moved == 0:
-            raise EOFError("a checkpoint's file ended before its header says")
+            raise EOFError("a file of the checkpoint is shorter than its header says")
         done += moved
 
 

@@ -1,7 +1,10 @@
-"""`python -m trainer.job RECIPE [key=value …]`, a batch script's work: plan, look at the nodes, run ranks, come back.
+"""The command that runs a recipe as a Slurm job.
 
-Outside a Slurm job, only what can be checked without nodes: the recipe, its plan, its data. Needs no torch itself, so
-that signals are heeded from the first moment on.
+    python -m trainer.job RECIPE [key=value ...]
+
+It prints the plan, checks the nodes, starts the ranks and requeues the job if needed. Outside a Slurm job, it checks
+only what needs no nodes: the recipe, its plan and its data. This module does not import torch, so that it handles
+signals soon after its start.
 """
 
 from __future__ import annotations
@@ -22,28 +25,35 @@ from typing import Any
 from model.errors import UserError
 from trainer.job import slurm
 from trainer.job.check import Facts
+from trainer.job.node_check import GIB
 from trainer.job.preflight import BadNodesError, preflight, say
 from trainer.run.exit_codes import ExitCode
 from trainer.telemetry.events import EventLog, read_events
 
 _STORE_SEC = 10.0
 _STORE_AGAIN_SEC = 120.0
-"""How long a bucket may be away at first, and when the job runs again: then nobody is there to mend the URL."""
+"""How long an unreachable bucket is retried: in the first attempt, and in later ones, which no user watches."""
 
 
 class Signals:
-    """SIGUSR1 (the time limit is near, or preemption) is passed on to the ranks; SIGTERM Slurm sends to them itself."""
+    """The signals that Slurm has sent to the batch script.
+
+    SIGUSR1, the warning before a time limit or a preemption, is passed on to the ranks. Slurm itself sends SIGTERM to
+    the ranks as well.
+    """
 
     def __init__(self) -> None:
-        self.received = "STOPPED_EARLY" in os.environ  # by the shell, before this process was there
+        self.received = "STOPPED_EARLY" in os.environ  # the shell received it before this process started
+        """Whether any signal was received."""
         self.ending = False
-        """Slurm ends this job: what its processes say from now on means nothing."""
+        """Whether Slurm is ending this job. Errors that its processes report from then on are meaningless."""
         self.step: subprocess.Popen[bytes] | None = None
+        """The `srun` process of the ranks; None before they start."""
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        say(f"job: got {signal.Signals(number).name}")
+        say(f"job: received {signal.Signals(number).name}")
         self.received = True
         self.ending |= number == signal.SIGTERM
         if number == signal.SIGUSR1 and self.step is not None and self.step.poll() is None:
@@ -51,7 +61,12 @@ class Signals:
 
 
 class RefusedError(UserError):
-    """The job cannot run; `facts` where they are known all the same."""
+    """The error that a job cannot run.
+
+    Args:
+        message: The reason, as one line.
+        facts: What the check found out about the job; None if it failed before that.
+    """
 
     def __init__(self, message: str, facts: Facts | None) -> None:
         super().__init__(message)
@@ -59,27 +74,40 @@ class RefusedError(UserError):
 
 
 def check(recipe: str, overrides: Sequence[str], retry_sec: float = _STORE_SEC, plan: bool = True) -> Facts:
-    """Plan and data, at the same time.
+    """Check the recipe and its data and, concurrently, print its plan.
+
+    Args:
+        recipe: The name or file of the recipe.
+        overrides: The `key=value` arguments.
+        retry_sec: How long an unreachable bucket is tried again.
+        plan: Whether to make and print the plan.
+
+    Returns:
+        What the job needs to know about the recipe.
 
     Raises:
-        RefusedError: one of them cannot be.
+        RefusedError: If the data cannot be read or the plan is impossible.
     """
     commands = [["trainer.job.check", recipe, *overrides, f"--retry-sec={retry_sec}"]]
     if plan:
         commands.append(
-            ["tools.plan", recipe, *overrides, f"--accelerator={os.environ.get('PLAN_ACCELERATOR', 'h100')}"]
+            ["tools.plan", recipe, *overrides, f"--accelerator={os.environ.get('PLAN_ACCELERATOR', 'h100')}", "--json"]
         )
     running = [
         subprocess.Popen([sys.executable, "-m", *command], stdout=PIPE, stderr=PIPE, text=True) for command in commands
     ]
     outputs = [process.communicate() for process in running]
+    snapshot_gib = 0.0
     if plan:
-        print(outputs[-1][0].rstrip(), flush=True)
+        lines = outputs[-1][0].splitlines()
+        text, planned = [x for x in lines if not x.startswith("{")], [x for x in lines if x.startswith("{")]
+        print("\n".join(text).rstrip(), flush=True)
+        snapshot_gib = json.loads(planned[-1])["snapshot_bytes_per_node"] / GIB if planned else 0.0
     line = next((line for line in outputs[0][0].splitlines() if line.startswith("{")), None)
     facts = None
     if line is not None:
         tree = json.loads(line)
-        facts = Facts(**{**tree, "stores": tuple(tree["stores"])})
+        facts = Facts(**{**tree, "stores": tuple(tree["stores"]), "snapshot_gib": snapshot_gib})
     for process, (_, errors) in reversed(list(zip(running, outputs, strict=True))):
         if process.returncode:
             raise RefusedError(errors.strip().removeprefix("error: "), facts)
@@ -89,17 +117,24 @@ def check(recipe: str, overrides: Sequence[str], retry_sec: float = _STORE_SEC, 
 
 @dataclass(frozen=True)
 class Job:
-    """One start of a batch job."""
+    """One attempt of a batch job."""
 
     allocation: slurm.Allocation
     facts: Facts
     signals: Signals
     log: EventLog
     arguments: tuple[str, ...]
-    """Recipe and overrides."""
+    """The recipe and its overrides."""
 
     def run(self) -> int:
-        """The exit code. If the job is to run again, Slurm has been told so."""
+        """Check the nodes, run the ranks, and requeue the job if it should run again.
+
+        Returns:
+            The exit code of the job.
+
+        Raises:
+            UserError: If the job cannot run.
+        """
         self._note_start()
         try:
             layout = slurm.lay_out(self.allocation, self.facts.num_ranks, self.facts.tensor)
@@ -118,14 +153,14 @@ class Job:
         return self._after(code)
 
     def _emit(self, event: str, **fields: Any) -> None:
-        """Note an event. A full disk must not keep the job from running again."""
+        """Append an event; if that fails, log it, since a full disk must not keep the job from running again."""
         try:
             self.log.add(event, **fields)
         except OSError as error:
-            say(f"job: event '{event}' is not noted: {error}")
+            say(f"job: the event '{event}' could not be written: {error}")
 
     def _note_start(self) -> None:
-        """Also what ended the last start, where nobody was left to say so."""
+        """Append `submitted`, after the reason why the previous attempt ended if it could not report that itself."""
         job = self.allocation
         if job.restarts:
             fields = [e for e in read_events(self.log.run_dir) if e["event"] in ("submitted", "requeued", "refused")]
@@ -138,19 +173,19 @@ class Job:
 
     def _step(self, command: Sequence[str]) -> int:
         self.signals.step = step = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        if self.signals.received:  # while it was being started
+        if self.signals.received:  # while srun was being started
             step.send_signal(signal.SIGUSR1)
         code = step.wait()
         return code if code >= 0 else 128 - code
 
     def _after(self, code: int) -> int:
-        """Ask whether to run again, and see to it."""
+        """Decide whether the job runs again, requeue it if so, and return `code`."""
         if code == ExitCode.FINISHED:
             return 0
         state = slurm.job_state(self.allocation.job_id)
         if state.restarts > self.allocation.restarts:
             if self._is_newest():
-                self._emit("requeued", why="Slurm runs the job again by itself", exit_code=code)
+                self._emit("requeued", why="Slurm requeued the job on its own", exit_code=code)
             return code
         if state.name == "CANCELLED":
             self._emit("refused", why="the job was cancelled", exit_code=code)
@@ -161,19 +196,19 @@ class Job:
         return code
 
     def _is_newest(self) -> bool:
-        """False on a node that was cut off, when the job has long since started elsewhere."""
+        """Return False if the job has since started elsewhere, because Slurm lost the connection to this node."""
         fields = [e for e in read_events(self.log.run_dir) if e["event"] == "submitted"]
         mine = (self.allocation.job_id, self.allocation.restarts)
         return bool(fields) and (fields[-1].get("job"), fields[-1].get("restarts")) == mine
 
     def _without_nodes(self, error: BadNodesError) -> int:
-        """At first it is up to whoever submits; later nobody is there, and Slurm looks for other nodes."""
+        """Raise the error in the first attempt; in a later one, let Slurm requeue the job on other nodes."""
         if not self.allocation.restarts or not error.bad:
             self._emit("refused", why=str(error))
             raise error
         say(f"job: {error}")
         if set(error.bad) == set(self.allocation.nodes):
-            return self._after(ExitCode.FAILED)  # what they share is at fault, and other nodes would share it
+            return self._after(ExitCode.FAILED)  # all nodes failed: the cause is probably shared by others, too
         self._emit("requeued", why=f"without {', '.join(error.bad)}")
         slurm.requeue(self.allocation.job_id)
         slurm.exclude(self.allocation.job_id, error.bad)
@@ -181,10 +216,14 @@ class Job:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, that of the ranks, or 2 after one line that tells what to mend."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.job", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("recipe", metavar="RECIPE")
-    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    """Run the command `python -m trainer.job`.
+
+    Returns:
+        The exit code: 0, that of the ranks, or 2 after one line that says what to fix.
+    """
+    parser = argparse.ArgumentParser(prog="python -m trainer.job", description="Run a recipe as a Slurm job.")
+    parser.add_argument("recipe", metavar="RECIPE", help="the name or the file of a recipe")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that override the recipe's")
     options = parser.parse_args(arguments)
     try:
         if "SLURM_JOB_ID" not in os.environ:

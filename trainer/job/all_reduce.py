@@ -1,4 +1,9 @@
-"""`srun python -m trainer.job.all_reduce`: do all ranks reach each other, and how fast? Two lines of JSON per rank."""
+"""A test whether all ranks reach each other, and how fast.
+
+    srun python -m trainer.job.all_reduce
+
+Every rank prints two lines of JSON: that it has started, and the bandwidth of an all-reduce over all ranks.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,14 @@ _NUM_TIMES = 5
 
 
 def main() -> int:
-    """Exit code 0, or an exception: a rank was not reached."""
+    """Run an all-reduce as one task of `srun`.
+
+    Returns:
+        The exit code 0.
+
+    Raises:
+        RuntimeError: If a rank was not reached.
+    """
     env = launch.rank_env(os.environ, num_ranks=0)
     assert env is not None, "not a task of srun"
     launch.join(env)
@@ -29,7 +41,7 @@ def main() -> int:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     timeout = timedelta(seconds=_TIMEOUT_SEC)
     _meeting = dist.TCPStore(address, port + 1, env.world_size, env.rank == 0, timeout, wait_for_workers=False)
-    # A node that cannot say so is to blame where others wait for it below.
+    # If the all-reduce below hangs, a node that has not printed this line is at fault.
     print(json.dumps({"node": node, "arrived": True}), flush=True)
     _, _, device = connect(_TIMEOUT_SEC)
     num_bytes = (256 if device.type == "cuda" else 4) << 20
@@ -43,7 +55,7 @@ def main() -> int:
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / _NUM_TIMES
-    # What each link carries, whatever the number of ranks: a ring sends all bytes but one rank's share twice.
+    # The bandwidth of each link: in a ring, it carries every byte twice, except for one rank's share.
     bus = 2 * (env.world_size - 1) / env.world_size * num_bytes / seconds / 1e9
     print(json.dumps({"node": node, "mib": num_bytes >> 20, "gb_per_sec": bus}), flush=True)
     dist.destroy_process_group()

@@ -31,6 +31,8 @@ class Facts:
     """URLs of buckets that samples are read from."""
     tracker: str | None
     """URL of the MLflow server; None: files, or none."""
+    snapshot_gib: float = 0.0
+    """Host memory that a save needs on a node, by the plan; 0: it has not been planned."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from model.errors import UserError
+from trainer.parallel.environment import low_limit, raise_descriptor_limit
 
 GIB = 2**30
 _GPU_QUERY = "index,name,memory.free,memory.total,ecc.errors.uncorrected.volatile.total"
@@ -37,6 +38,8 @@ class Wanted:
     min_memory_gib: float
     min_disk_gib: float
     """In the run's folder and in the folder for temporary files."""
+    num_ranks: int = 1
+    """Of the run: how many files a rank has open grows with it."""
 
 
 @dataclass
@@ -55,6 +58,7 @@ def look(wanted: Wanted) -> Report:
     report = Report(socket.gethostname().partition(".")[0])
     _gpus(wanted.num_gpus, report)
     _memory(wanted.min_memory_gib, report)
+    _descriptors(wanted, raise_descriptor_limit(), report)
     for path in dict.fromkeys([wanted.run_dir, tempfile.gettempdir()]):
         _disk(Path(path), wanted.min_disk_gib, report)
     for url in wanted.stores:
@@ -113,6 +117,12 @@ def _memory(min_gib: float, report: Report) -> None:
     report.facts.append(f"{gib:.0f} GiB memory")
     if gib < min_gib:
         report.faults.append(f"{gib:.1f} GiB of memory available, {min_gib:g} wanted")
+
+
+def _descriptors(wanted: Wanted, limit: int, report: Report) -> None:
+    fault = low_limit(limit, wanted.num_ranks, wanted.num_gpus > 0)
+    if fault is not None:
+        report.faults.append(fault)
 
 
 def _disk(folder: Path, min_gib: float, report: Report) -> None:

@@ -40,7 +40,8 @@ def preflight(allocation: Allocation, layout: Layout, facts: Facts, environ: Map
     """Look at all nodes of the job and choose those to run on; prints what is found.
 
     Args:
-        environ: PREFLIGHT_MIN_MEMORY_GIB and PREFLIGHT_MIN_DISK_GIB, of which defaults are 16 and 10.
+        environ: PREFLIGHT_MIN_MEMORY_GIB (besides what a save needs) and PREFLIGHT_MIN_DISK_GIB, of which defaults are
+            16 and 10.
 
     Raises:
         BadNodesError: fewer nodes are good than the run needs.
@@ -50,8 +51,9 @@ def preflight(allocation: Allocation, layout: Layout, facts: Facts, environ: Map
         facts.run_dir,
         facts.stores,
         facts.tracker,
-        float(environ.get("PREFLIGHT_MIN_MEMORY_GIB", "16")),
+        float(environ.get("PREFLIGHT_MIN_MEMORY_GIB", "16")) + facts.snapshot_gib,
         float(environ.get("PREFLIGHT_MIN_DISK_GIB", "10")),
+        facts.num_ranks,
     )
     module = ["trainer.job.node_check", json.dumps(asdict(wanted))]
     lines = _answers(srun(allocation, allocation.nodes, 1, module))

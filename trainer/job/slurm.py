@@ -1,4 +1,4 @@
-"""What a batch script knows of its Slurm job, and what it may ask for."""
+"""The resources of a Slurm job, and the commands that query and change it."""
 
 from __future__ import annotations
 
@@ -13,38 +13,40 @@ from dataclasses import dataclass
 from model.errors import UserError
 
 _CONTROLLER_SEC = 600.0
-"""How long a controller that does not answer is asked again: it may be restarting."""
+"""How long a command is repeated if the Slurm controller does not answer; it may be restarting."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """A running job's resources."""
+    """The resources of a running job."""
 
     job_id: int
     restarts: int
-    """How often Slurm has started this job anew."""
+    """The number of times Slurm has restarted this job."""
     nodes: tuple[str, ...]
     tasks_per_node: int
-    """One per GPU, or as --ntasks-per-node says."""
+    """The value of --ntasks-per-node if given, else the number of GPUs of a node."""
     cpus_per_task: int
     gpus_per_node: int
-    """0: none were asked for; ranks then compute on CPUs."""
+    """The number of GPUs requested per node; if it is 0, ranks compute on CPUs."""
 
     @staticmethod
     def read(environ: Mapping[str, str]) -> Allocation:
-        """From the variables of a batch script.
+        """Read the allocation from the environment variables of a batch script.
 
         Raises:
-            UserError: one is missing.
+            UserError: If the job has neither GPUs nor --ntasks-per-node.
         """
         listed = environ.get("SLURM_JOB_NODELIST", "")
         nodes = _ask(["scontrol", "show", "hostnames", listed]).split()
-        # An exclusive job is told of all GPUs of its nodes by SLURM_GPUS_ON_NODE, whatever it asked for.
+        # In an exclusive job, SLURM_GPUS_ON_NODE counts all GPUs of the node, not only those requested.
         asked = environ.get("SLURM_GPUS_PER_NODE") or environ.get("SLURM_GPUS_ON_NODE") or "0"
         gpus = int(asked.rpartition(":")[2])
         tasks = int(environ.get("SLURM_NTASKS_PER_NODE") or gpus)
         if not nodes or not tasks:
-            raise UserError("the job has no GPUs: sbatch --gpus-per-node=N, or --ntasks-per-node=N to use CPUs")
+            raise UserError(
+                "the job has no GPUs: submit it with sbatch --gpus-per-node=N, or with --ntasks-per-node=N to use CPUs"
+            )
         return Allocation(
             int(environ["SLURM_JOB_ID"]),
             int(environ.get("SLURM_RESTART_COUNT", "0")),
@@ -57,18 +59,24 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Layout:
-    """How ranks lie on nodes: in blocks, so that neighbouring ranks (a tensor-parallel group) share one."""
+    """The distribution of ranks over nodes: consecutive ranks, such as a tensor-parallel group, share a node."""
 
     num_nodes: int
-    """So many are needed; the job's others are spares."""
+    """The number of nodes that the ranks need; the job's remaining nodes are spares."""
     ranks_per_node: int
 
 
 def lay_out(allocation: Allocation, num_ranks: int, tensor: int) -> Layout:
-    """Full nodes first.
+    """Distribute ranks over as few nodes as possible.
+
+    Args:
+        allocation: The job's resources.
+        num_ranks: The number of ranks.
+        tensor: The size of a tensor-parallel group.
 
     Raises:
-        UserError: too few tasks; ranks do not fill their nodes; a tensor-parallel group would span two nodes.
+        UserError: If the job has too few tasks, the ranks do not fill their nodes, or a tensor-parallel group would
+            span several nodes.
     """
     per_node = min(allocation.tasks_per_node, num_ranks)
     if num_ranks % per_node:
@@ -86,7 +94,7 @@ def lay_out(allocation: Allocation, num_ranks: int, tensor: int) -> Layout:
     if per_node % tensor:
         legal = ", ".join(str(d) for d in range(1, per_node + 1) if per_node % d == 0)
         raise UserError(
-            f"parallel.tensor = {tensor}: its ranks would lie on several nodes of {per_node} tasks each; "
+            f"parallel.tensor = {tensor}: its ranks would be on several nodes of {per_node} tasks each; "
             f"legal values are {legal}"
         )
     return Layout(num_nodes, per_node)
@@ -99,12 +107,16 @@ def srun(
     module: Sequence[str],
     environ: Mapping[str, str] = os.environ,
 ) -> list[str]:
-    """The command line that starts a Python module, with its arguments, as tasks of a job step on `nodes`.
+    """Return the command that runs a Python module as tasks of a job step.
 
-    A task that fails leaves the others a minute: they notice by themselves, and tell what they were doing.
+    If a task fails, srun leaves the others running for a minute, in which they notice and report what they were doing.
 
     Args:
-        environ: SRUN_OPTIONS, more options of srun; RANK_PYTHON, the Python command, else this process's.
+        allocation: The job's resources.
+        nodes: The names of the nodes to use.
+        tasks_per_node: The number of tasks per node.
+        module: The module's name, followed by its arguments.
+        environ: The environment. `SRUN_OPTIONS` adds options of srun; `RANK_PYTHON` replaces this process's Python.
     """
     return [
         "srun",
@@ -128,41 +140,46 @@ def srun(
 
 @dataclass(frozen=True)
 class JobState:
-    """What the controller says of the job."""
+    """The state of a job, as the Slurm controller knows it."""
 
     name: str
-    """RUNNING, CANCELLED, …"""
+    """Slurm's name of the state, for example RUNNING or CANCELLED."""
     restarts: int
+    """The number of times Slurm has restarted the job."""
 
 
 def job_state(job_id: int) -> JobState:
-    """Asks until the controller answers.
+    """Return the state of a job; wait for the controller if necessary.
 
     Raises:
-        UserError: it does not, for ten minutes.
+        UserError: If the controller has not answered for ten minutes.
     """
     fields = _fields(_persist(["scontrol", "show", "job", "-o", str(job_id)]))
     return JobState(fields["JobState"], int(fields["Restarts"]))
 
 
 def requeue(job_id: int) -> None:
-    """Have Slurm run the job again from its beginning; this one is then ended by SIGTERM.
+    """Make Slurm run a job again from its beginning; it ends the running one with SIGTERM.
 
     Raises:
-        UserError: refused, or no answer for ten minutes.
+        UserError: If Slurm refuses, or the controller has not answered for ten minutes.
     """
     _persist(["scontrol", "requeue", str(job_id)], ended_is_done=True)
 
 
 def exclude(job_id: int, nodes: Sequence[str]) -> None:
-    """Keep a job that waits to run again from `nodes`. Raises UserError."""
+    """Keep a requeued job off `nodes`.
+
+    Raises:
+        UserError: If Slurm refuses, or the controller has not answered for ten minutes.
+    """
     before = _fields(_persist(["scontrol", "show", "job", "-o", str(job_id)])).get("ExcNodeList", "(null)")
     listed = [*nodes, *([] if before == "(null)" else [before])]
     _persist(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(listed)}"])
 
 
 def unavailable(nodes: Sequence[str]) -> list[str]:
-    """Those of `nodes` that Slurm cannot reach, or will not use."""
+    """Return those of `nodes` that Slurm cannot reach or does not use."""
     lines = _ask(["sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T"]).splitlines()
     states = dict(line.split() for line in lines if len(line.split()) == 2)
     return sorted(
@@ -179,18 +196,18 @@ def _ask(command: Sequence[str]) -> str:
 
 
 def _persist(command: Sequence[str], ended_is_done: bool = False) -> str:
-    """Output of a command of Slurm's, asked again while the controller is away.
+    """Run a Slurm command until the controller answers, and return its output.
 
-    Slurm ends a job's processes with SIGTERM, its own commands among them: they are asked again, too, unless it is they
-    that have brought this about (`ended_is_done`).
+    Slurm may end the command itself when it ends the job's processes with SIGTERM. The command is then repeated, unless
+    `ended_is_done` says that being ended is the effect of this very command.
     """
     deadline = time.monotonic() + _CONTROLLER_SEC
     while True:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0 or (done.returncode < 0 and ended_is_done):
             return done.stdout
-        said = " ".join(done.stderr.split())
-        away = "Unable to contact" in said or "timed out" in said or "Connection" in said
-        if not (away or done.returncode < 0) or time.monotonic() > deadline:
-            raise UserError(f"{' '.join(command)}: {said}")
-        time.sleep(2 if away else 0)
+        message = " ".join(done.stderr.split())
+        unreachable = "Unable to contact" in message or "timed out" in message or "Connection" in message
+        if not (unreachable or done.returncode < 0) or time.monotonic() > deadline:
+            raise UserError(f"{' '.join(command)} failed: {message}")
+        time.sleep(2 if unreachable else 0)

@@ -1,9 +1,9 @@
-// Of all reports. A page has `DIMENSIONS`, the parts of its filter, by name.
+// Shared by all HTML reports. A page must define `DIMENSIONS`, the labels of its filters by their names.
 window.addEventListener("error", (event) => { document.documentElement.dataset.errors += event.message + "\n"; });
 
 const data = JSON.parse(document.getElementById("data").textContent);
 
-// ---- elements: text is only ever set as text, never parsed
+// ---- elements; text is never parsed as HTML
 
 function element(namespace, name, attributes, children) {
   const node = namespace ? document.createElementNS(namespace, name) : document.createElement(name);
@@ -27,7 +27,7 @@ function bytes(x) {
   while (x >= 1000 && unit < units.length - 1) { x /= 1000; unit += 1; }
   return x.toFixed(unit ? 1 : 0) + " " + units[unit];
 }
-// A cell that shows `text`; `key` and `value` say what it is, exactly.
+// A table cell that shows `text`; the attributes `key` and `value` identify it and give its exact value.
 const cell = (key, value, text, ...more) =>
   h("td", { class: "number", "data-key": key, "data-value": value }, more, h("span", { class: "value" }, text));
 const bar = (share, colour) => h("span", { class: "bar" }, h("i", { style: `width:${100 * Math.min(1, share || 0)}%;background:${colour}` }));
@@ -35,7 +35,7 @@ const heading = (...titles) => h("thead", {}, h("tr", {}, titles.map((t, i) => h
 const section = (id, title, note, ...content) => h("section", { id }, h("h2", {}, title), h("p", { class: "note" }, note), content);
 const tile = (text, label, bad) => h("div", { class: bad ? "tile bad" : "tile" }, h("b", {}, text), h("span", { class: "faint" }, label));
 
-// ---- the filter lives in the address: e.g. #task=asr&language=en
+// ---- the filter is stored in the address, as in #task=asr&language=en
 
 function chosen() {
   const found = new URLSearchParams(location.hash.slice(1));
@@ -45,9 +45,10 @@ function hashWith(changes) {
   const wanted = Object.entries({ ...chosen(), ...changes }).filter(([, value]) => value !== "all");
   return "#" + new URLSearchParams(wanted);
 }
-// Links that set one part of the filter, and a list to choose another from; `texts`: what is shown for a value.
+// Return links that set the filter `name` to each of its values; `texts` gives the labels of some values.
 const pills = (name, values, filter, texts = {}) => h("div", { class: "pills" }, ["all", ...values].map((v) =>
   h("a", { href: hashWith({ [name]: v }), "aria-current": v === filter[name] && "true" }, texts[v] || v)));
+// Return a drop-down list of the values of the filter `name`.
 function choice(name, label, values, filter) {
   const select = h("select", { name }, ["all", ...values].map((v) => h("option", { value: v, selected: v === filter[name] }, v)));
   select.addEventListener("change", () => { location.hash = hashWith({ [name]: select.value }); });

@@ -1,4 +1,4 @@
-"""What all PNG plots of reports share."""
+"""The common style of the PNG plots of reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DPI = 120
 
 
 def dress(axes: Axes) -> Axes:
-    """Horizontal rules behind the data, no frame."""
+    """Draw horizontal grid lines behind the data, and hide the top and right parts of the frame."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
@@ -20,12 +20,12 @@ def dress(axes: Axes) -> Axes:
 
 
 def with_legend(figure: Figure, axes: Axes) -> Figure:
-    """A legend beside the data."""
+    """Apply the common style, and put a legend next to the data."""
     dress(axes).legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     return figure
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write it as PNG."""
+    """Write a figure as a PNG file, and return its path."""
     figure.savefig(path, dpi=_DPI, bbox_inches="tight")
     return path

@@ -1,4 +1,4 @@
-"""A report as one self-contained HTML page: a template, what all templates share, and the data."""
+"""Self-contained HTML reports, made of a template, a common style, common functions and the data."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ _STYLE, _ELEMENTS = (Path(__file__).with_name(name) for name in ("base.css", "el
 
 
 def render(template: Path, title: str, tree: dict[str, Any]) -> str:
-    """The page of `tree`. It loads nothing, and shows names from manifests as text only.
+    """Return the HTML page of a report.
+
+    The page loads nothing from elsewhere. Names that come from manifests are never parsed as HTML.
 
     Args:
-        template: HTML with `{{title}}`, `{{style}}` (base.css), `{{data}}` and `{{elements}}` (elements.js) in it.
-        title: text.
-        tree: JSON values; the page's script finds them in `data`.
+        template: an HTML file that contains `{{title}}`, `{{style}}` (for base.css), `{{data}}` and `{{elements}}` (for
+            elements.js).
+        title: the title, as plain text.
+        tree: the data as JSON values, which the page's script finds in `data`.
     """
-    # JSON within a script element ends at the first "</": no "<" may stay as such.
+    # The first "</" would end the script element that contains the JSON, so every "<" is escaped.
     data = json.dumps(tree, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")
     page = template.read_text(encoding="utf-8")
     page = page.replace("{{style}}", _STYLE.read_text(encoding="utf-8"))

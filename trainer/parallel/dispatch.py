@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.lengths import num_frames, num_samples
+from model.lengths import WHOLE, Windowing, num_frames, num_samples
 from trainer.parallel.balance import Floats, spread_alike
 from trainer.parallel.plan import Ints
 
@@ -149,25 +150,31 @@ CALL_COST_SAMPLES = {"cpu": num_samples(1), "cuda": num_samples(10)}
 a CPU with encoders of 1.5 to 2.2 M parameters (1.2 to 2 s; larger ones are slower per second of audio)."""
 
 
-def group_by_length(lengths: Sequence[int], budget: int, call_cost: int) -> list[list[int]]:
+def group_by_length(
+    lengths: Sequence[int], budget: int, call_cost: int, windowing: Windowing = WHOLE
+) -> list[list[int]]:
     """Split clips into padded batches with the least padding.
 
-    The clips, sorted by length, are cut where Σ (count · longest + call_cost) is smallest (dynamic programming, exact).
+    The clips, sorted by length, are cut where Σ (computed samples + call_cost) is smallest (dynamic programming,
+    exact).
 
     Args:
         lengths: of the clips, in samples.
-        budget: largest count · longest of a batch; a single longer clip is a batch of its own.
+        budget: most samples that a batch may compute, padding included; a single costlier clip is a batch of its own.
         call_cost: of one more batch, in samples.
+        windowing: what the encoder makes of clips.
 
     Returns:
         Groups of indices into `lengths`; without clips, one empty group.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    widths = [windowing.padded_samples(n) for n in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: (-widths[i], -lengths[i], i))
+    before = [0, *accumulate(windowing.num_windows(lengths[i]) for i in order)]
     best = [0.0] + [float("inf")] * len(order)
     cut = [0] * (len(order) + 1)
     for end in range(1, len(order) + 1):
         for start in range(end - 1, -1, -1):
-            padded = (end - start) * lengths[order[start]]
+            padded = (before[end] - before[start]) * widths[order[start]]
             if padded > budget and end - start > 1:
                 break
             if best[start] + padded + call_cost < best[end]:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.transfer import to_device
 from trainer.parallel.plan import Ints, Route
 
 
@@ -30,10 +31,10 @@ def exchange(rows: Tensor, route: Route, group: dist.ProcessGroup | None) -> Ten
         [route.num_out, …] in the dtype of `rows`.
     """
     device = rows.device
-    outgoing = rows.index_select(0, torch.from_numpy(route.send_rows).to(device))
+    outgoing = rows.index_select(0, to_device(route.send_rows, device))
     arriving = cast(Tensor, _AllToAll.apply(outgoing, route.send_counts.tolist(), route.recv_counts.tolist(), group))
     result = rows.new_zeros(route.num_out, *rows.shape[1:])
-    return result.index_copy(0, torch.from_numpy(route.recv_rows).to(device), arriving)
+    return result.index_copy(0, to_device(route.recv_rows, device), arriving)
 
 
 class _AllToAll(torch.autograd.Function):

@@ -39,13 +39,6 @@ class PackPlan:
         rest = self.pack_tokens - sum(used)
         return (*used, rest) if rest else tuple(used)
 
-    def samples_of_rows(self, replica: int) -> Ints:
-        """[num_microbatches · pack_tokens] the sample each row belongs to; -1 where it is padding."""
-        owner = np.full(self.num_microbatches * self.pack_tokens, -1, dtype=np.int64)
-        mine = np.flatnonzero(self.pack // self.num_microbatches == replica)
-        owner[rows_of_spans(self.replica_row[mine], self.num_tokens[mine])] = np.repeat(mine, self.num_tokens[mine])
-        return owner
-
     @cached_property
     def replica_row(self) -> Ints:
         """[n] first row in the replica's packs, laid end to end."""

@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in every collective of a step."""
+"""The number of bytes that a rank sends in each kind of collective of a step."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from trainer.plan.workload import EncoderWork
 
 @dataclass(frozen=True)
 class Traffic:
-    """One kind of collective."""
+    """One kind of collective, summed over a step."""
 
     name: str
     ranks: int
-    """In each of its groups."""
+    """The number of ranks in each of its process groups."""
     bytes: float
-    """That the rank with most of it sends in a step."""
+    """The bytes that the busiest rank sends in a step."""
     within_node: bool
+    """True if all ranks of a group are on one node."""
 
 
 def traffic(
@@ -36,10 +37,20 @@ def traffic(
     packs: PackPlan,
     per_node: int,
 ) -> list[Traffic]:
-    """A ring of n ranks sends (n - 1)/n of the gathered bytes (Thakur et al. 2005, Int. J. High Perform. Comput. 19).
+    """Return the traffic of a step, one entry per kind of collective that sends anything.
 
-    Sequence parallelism gathers and scatters the hidden states twice each per layer and pass (Korthikanti et al. 2022,
-    arXiv 2205.05198), and once more each where a layer is recomputed.
+    Each rank in a ring of n ranks sends (n - 1)/n of the gathered bytes (Thakur et al. 2005, Int. J. High Perform.
+    Comput. 19). Sequence parallelism gathers the hidden states twice and scatters them twice, per layer and pass
+    (Korthikanti et al. 2022, arXiv 2205.05198). Recomputing a layer counts as one more pass.
+
+    Args:
+        recipe: the recipe of the run.
+        model: the model that the recipe describes.
+        sizes: parameter counts by parameter name, see `parameter_sizes`.
+        topology: the layout of the ranks.
+        work: the encoders' work, see `encoder_work`.
+        packs: the LLM's packs.
+        per_node: the number of ranks per node.
     """
     train, config = recipe.train, model.llm
     size = DTYPES[train.precision].itemsize
@@ -67,7 +78,7 @@ def traffic(
             stage * (FP32_BYTES + size) * _ring(dp) if llm_learns else 0.0,
             world <= per_node,
         ),
-        # Gathered in every call of an encoder, forward and backward.
+        # Weights are gathered in every call of an encoder, both forward and backward.
         Traffic(
             "ZeRO-3, weights",
             world,
@@ -96,7 +107,7 @@ def _expert_names(model: SizedModel) -> tuple[str, ...]:
 
 
 def _most_calls(work: EncoderWork) -> int:
-    """Of any encoder on any rank: all ranks that hold it call as often."""
+    """Return the most calls of any encoder on any rank; all ranks that hold an encoder call it equally often."""
     return max(len(calls) for rank in work.calls for calls in rank)
 
 
@@ -105,7 +116,10 @@ def _ring(ranks: int) -> float:
 
 
 def _clips(model: SizedModel, work: Sequence[EncoderWork], size: int) -> float:
-    """Waveforms in fp32 out; features back, and their gradients out again."""
+    """Return the bytes of clips and features that all ranks exchange in a step.
+
+    Waveforms travel in fp32 to the encoder ranks. Features return, and their gradients travel back once more.
+    """
     total = 0.0
     for one in work:
         width = model.config.expert_dim if one.names == _expert_names(model) else _primary_dim(model)

@@ -1,7 +1,7 @@
-"""What the audio side needs besides its model states: encoder calls traced from the real modules, the rest counted.
+"""Memory of the audio side's activations: encoder calls are traced with the real modules, the rest is computed.
 
-All clips of a step are encoded before the LLM runs, so what every call keeps for its backward pass adds up.
-Shapes: B windows of a call, F frames of the longest.
+All clips of a step are encoded before the LLM runs, so the activations that the calls keep for the backward pass add
+up. In shapes, B is the number of windows in a call and F is the number of frames of the longest one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from model.audio_tower import AudioTower
 from model.batch import Ragged
 from model.conv import use_matrix_products
-from model.encoders.base import window_lengths
-from model.lengths import FRAME_SAMPLES, num_audio_tokens, num_frames
+from model.lengths import FRAME_SAMPLES, Windowing, num_audio_tokens, num_frames
 from trainer.engine.optim import OptimConfig, param_groups
 from trainer.plan.fake_ranks import META
 from trainer.plan.states import FP32_BYTES
@@ -26,49 +25,52 @@ from trainer.plan.trace import Traced, extrapolated, trace
 from trainer.plan.workload import EncoderWork
 
 _SHAPES = ((1, 50), (1, 100), (2, 100), (1, 200), (3, 200))
-"""(clips, frames) at which an encoder is traced: enough for 1, B·F, B·F² and F²."""
+"""The (clips, frames) at which an encoder is traced: enough to fit the terms 1, B·F, B·F² and F²."""
 
 
 @dataclass(frozen=True)
 class CallMemory:
-    """An encoder's kept bytes as a function of a call's shape; exact where they are sums of these four terms."""
+    """The bytes that an encoder call keeps for its backward pass, as a function of the call's shape.
+
+    The function is exact for an encoder whose memory is a sum of the terms 1, B·F, B·F² and F².
+    """
 
     weights: tuple[float, ...]
-    window_samples: int
-    padded: bool
-    """Every window is padded to the full length."""
+    """The coefficients of the four terms, in bytes."""
+    windowing: Windowing
+    """How the encoder cuts and pads clips."""
 
     def kept(self, clips: Sequence[int]) -> float:
-        """Of a call with clips of so many samples."""
-        windows = [w for n in clips for w in window_lengths(n, self.window_samples)]
-        frames = num_frames(self.window_samples if self.padded else max(windows))
-        return float(np.dot(self.weights, _terms(len(windows), frames)))
+        """Return the bytes kept by a call with clips of these lengths, given in audio samples."""
+        windows = sum(map(self.windowing.num_windows, clips))
+        frames = num_frames(max(map(self.windowing.padded_samples, clips)))
+        return float(np.dot(self.weights, _terms(windows, frames)))
 
 
 @dataclass(frozen=True)
 class AudioMemory:
-    """Bytes of one rank's audio side."""
+    """The memory of one rank's audio side, in bytes."""
 
     kept: int
-    """From the forward pass to the backward pass: waveforms, encoders, mixture, adapter, projector."""
+    """The memory of waveforms, encoders, mixture, adapter and projector, held from the forward to the backward pass."""
     forward: int
-    """On top, at the worst moment of the forward pass."""
+    """The memory needed on top of `kept` at the peak of the forward pass."""
     backward: int
-    """On top, at the worst moment of the backward pass, ZeRO-3's gradients on their way included."""
+    """The memory needed on top of `kept` at the peak of the backward pass, including gradients that ZeRO-3 reduces."""
 
 
 class EncoderTracer:
-    """Traces the encoders of a tower that lies on the meta device. What it learns about one shape serves all.
+    """A tracer of the calls of a tower's encoders, which caches its results.
 
-    All layers of an encoder are alike, so it is traced with its first one and its first two: the second shows what
-    every further one adds.
+    All layers of an encoder have the same shapes. It is therefore traced with one layer and with two, and every
+    further layer is taken to add what the second one added.
 
     Args:
-        tower: with all experts.
-        optim: what learns: frozen parts keep less.
-        dtype: of weights and activations.
-        recompute: `train.recompute_encoders`.
-        device: where ranks run; on a `cpu` convolutions keep their windows.
+        tower: the audio tower with all encoder experts, on the meta device.
+        optim: the optimizer settings; frozen parts keep less for the backward pass.
+        dtype: the dtype of weights and activations.
+        recompute: the value of `train.recompute_encoders`.
+        device: the type of device that the ranks run on; on `cpu`, convolutions keep their unfolded windows.
     """
 
     def __init__(self, tower: AudioTower, optim: OptimConfig, dtype: torch.dtype, recompute: bool, device: str) -> None:
@@ -77,29 +79,29 @@ class EncoderTracer:
             use_matrix_products(self.tower, ("cpu", "meta"))
         param_groups(optim, [(f"audio.{n}", p, p.dim()) for n, p in tower.named_parameters()])
         for parameter in tower.parameters():
-            if parameter.requires_grad:  # as ZeRO-3 does: a gradient is handed on at once
+            if parameter.requires_grad:  # ZeRO-3 does not keep full gradients either
                 parameter.register_post_accumulate_grad_hook(_forget)
         tower.set_recompute(recompute)
         self._calls: dict[str, CallMemory] = {}
         self._traced: dict[tuple[str, tuple[int, ...]], Traced] = {}
 
     def calls(self, name: str) -> CallMemory:
-        """Of the encoder `name`."""
+        """Return the function that gives the bytes kept by a call of the encoder `name`."""
         if name not in self._calls:
-            encoder = _inner(self.tower.encoder(name))
-            window, padded = encoder.window_samples, getattr(encoder, "length_mode", "trim") == "full"
-            if padded:
+            windowing = _inner(self.tower.encoder(name)).windowing
+            window = windowing.window_samples
+            if windowing.least_samples == window:
                 one, two = (self.traced(name, (window,) * b).kept for b in (1, 2))
                 weights: tuple[float, ...] = (2.0 * one - two, (two - one) / num_frames(window), 0.0, 0.0)
             else:
                 kept = np.array([float(self.traced(name, _clips(b, f)).kept) for b, f in _SHAPES])
                 terms = np.array([_terms(b, f) for b, f in _SHAPES])
                 weights = tuple(map(float, np.linalg.lstsq(terms, kept, rcond=None)[0]))
-            self._calls[name] = CallMemory(weights, window, padded)
+            self._calls[name] = CallMemory(weights, windowing)
         return self._calls[name]
 
     def traced(self, name: str, clips: tuple[int, ...]) -> Traced:
-        """A call with clips of so many samples."""
+        """Trace a call of the encoder `name` with clips of these lengths, given in audio samples."""
         if (name, clips) not in self._traced:
             module = self.tower.encoder(name)
             owner, layers = _layers(_inner(module))
@@ -114,7 +116,7 @@ class EncoderTracer:
 
 def _trace_encoder(module: nn.Module, clips: tuple[int, ...]) -> Traced:
     with META:
-        module(Ragged(torch.empty(1600), (1600,)))  # makes constants that stay
+        module(Ragged(torch.empty(1600), (1600,)))  # creates constants that the module keeps
         return trace(
             lambda: module(Ragged(torch.empty(sum(clips)), clips)).values, [*module.parameters(), *module.buffers()]
         )
@@ -125,7 +127,7 @@ def _forget(parameter: Tensor) -> None:
 
 
 def _layers(encoder: Any) -> tuple[Any, list[nn.Module]]:
-    """(the module that owns them, an encoder's layers)"""
+    """Return the module that owns an encoder's list of layers, and the layers."""
     owner = encoder.encoder if hasattr(encoder.encoder, "layers") else encoder.encoder.encoder
     return owner, list(owner.layers)
 
@@ -138,15 +140,15 @@ def audio_memory(
     reduce_elements: int,
     learned: int,
 ) -> AudioMemory:
-    """Of `rank`.
+    """Return the activation memory of the audio side on one rank.
 
     Args:
-        tracer: of the encoders.
-        work: see `encoder_work`.
-        rank: whose calls.
-        home_samples: audio samples of the clips that the rank loaded.
-        reduce_elements: ZeRO-3's `reduce_bucket_size`.
-        learned: audio parameters that learn, on this rank.
+        tracer: the tracer of the model's encoders.
+        work: the encoders' work, see `encoder_work`.
+        rank: the rank whose memory is returned.
+        loaded_samples: lengths of the clips that the rank loaded, in audio samples.
+        reduce_elements: ZeRO-3's `reduce_bucket_size`, a number of elements.
+        learned: the number of trainable audio parameters that the rank holds a share of.
     """
     tower = tracer.tower
     dtype = next(tower.projector.parameters()).dtype
@@ -157,7 +159,7 @@ def audio_memory(
             for clips in calls:
                 kept += tracer.calls(name).kept(clips)
             if calls:
-                traced = tracer.traced(name, max(calls, key=lambda c: len(c) * max(c)))
+                traced = tracer.traced(name, max(calls, key=tracer.calls(name).windowing.computed_samples))
                 over_forward = max(over_forward, traced.forward - traced.kept)
                 over_backward = max(over_backward, traced.backward - traced.kept)
                 features += sum(num_frames(n) for clips in calls for n in clips) * _width(tower.encoder(name)) * size
@@ -171,7 +173,10 @@ def audio_memory(
 
 
 def _after_encoders(tower: AudioTower, loaded_samples: Sequence[int], size: int, device: str) -> Traced:
-    """Mixture, adapter, projector and CTC head over the clips at home, by the shapes of their tensors."""
+    """Return the memory of mixture, adapter, projector and CTC head for the clips that a rank loaded.
+
+    It is computed from the shapes of their tensors, not traced.
+    """
     frames = [num_frames(n) for n in loaded_samples]
     if not frames:
         return Traced(0, 0, 0)
@@ -179,19 +184,19 @@ def _after_encoders(tower: AudioTower, loaded_samples: Sequence[int], size: int,
     layers: list[Any] = list(tower.adapter.layers)
     gates = len(config.router.gates) if config.experts else 0
     joined = int(layers[0].in_channels)
-    streams = total * gates * config.expert_dim * size  # weight · features, kept for the weights' gradients
+    streams = total * gates * config.expert_dim * size  # products kept for the gradients of the weights
     padded = len(frames) * longest * joined * size
     kept = 2 * streams + padded
     for layer, stride in zip(layers, tower.adapter.strides, strict=True):
         longest = num_audio_tokens(longest, (stride,))
         kept += 2 * len(frames) * longest * layer.out_channels * size
-        if device == "cpu":  # its windows, side by side
+        if device == "cpu":  # the unfolded windows of the convolution
             kept += len(frames) * longest * layer.kernel_size[0] * layer.in_channels * size
     audio_tokens = sum(num_audio_tokens(f, tower.adapter.strides) for f in frames)
     out = audio_tokens * (tower.adapter.dim + tower.projector.out_features) * size
     logits = 0
     if tower.ctc_head is not None:
-        # Logits, and their padded log-softmax in fp32.
+        # The logits, and their padded log-softmax in fp32.
         logits = (
             audio_tokens * tower.ctc_head.out_features * size + len(frames) * longest * tower.ctc_head.out_features * 8
         )
@@ -208,7 +213,7 @@ def _width(module: nn.Module) -> int:
 
 
 def _clips(count: int, frames: int) -> tuple[int, ...]:
-    """Of unequal length, as a real call's."""
+    """Return clip lengths in audio samples; the last clip is shorter, since clips of a real call differ in length."""
     longest = frames * FRAME_SAMPLES
     return (longest,) * max(1, count - 1) + (longest * 3 // 4,) * (count > 1)
 

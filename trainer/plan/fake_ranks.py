@@ -1,4 +1,4 @@
-"""One rank of a cluster that is not there: process groups of the full size, modules on the meta device."""
+"""One rank of an imaginary cluster: process groups of the full size, and modules on the meta device."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ META = torch.device("meta")
 
 @contextlib.contextmanager
 def fake_rank(topology: Topology, rank: int) -> Iterator[None]:
-    """Be `rank` of `topology`: Megatron's groups exist, collectives return at once and move nothing, and what is built
-    inside lies on the meta device. Only on a machine (or in a process) without GPU."""
+    """Make this process act as `rank` of `topology` within the context.
+
+    Megatron's process groups exist, but collectives return at once without moving data. Tensors and modules are created
+    on the meta device. The process must not see a GPU and must not have initialized `torch.distributed`.
+    """
     from megatron.core import parallel_state, tensor_parallel
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not torch.cuda.is_available(), "hide the GPUs first (CUDA_VISIBLE_DEVICES=)"
-    assert not dist.is_initialized(), "this process already is a rank"
+    assert not dist.is_initialized(), "torch.distributed is already initialized in this process"
     dist.init_process_group("fake", rank=rank, world_size=topology.world, store=FakeStore())
     try:
         with torch.random.fork_rng(devices=[]), megatron_calls(META), META:

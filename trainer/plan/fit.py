@@ -1,4 +1,4 @@
-"""The fastest layout that fits: all legal ones, quickly estimated, then the best ones worked out in full."""
+"""Search for the fastest layout that fits: estimate all legal layouts, then plan the best candidates in full."""
 
 from __future__ import annotations
 
@@ -19,22 +19,30 @@ from trainer.plan.step_time import step_time
 from trainer.plan.workload import EncoderWork, Workload
 
 _MAX_FULL = 12
-"""Candidates that are worked out in full."""
+"""The largest number of candidates that are planned in full."""
 _TOKENS = (2048, 4096, 8192, 16384, 32768)
+"""The values of `train.llm_tokens_per_microbatch` that are tried."""
 
 
 def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, list[str]]:
-    """(the plan, how its recipe differs as `key=value`).
+    """Find the fastest layout that fits into memory.
 
-    Tried: tensor (within a node), pipeline, expert parallelism, tokens of a micro-batch, both recomputations. Ranks,
-    batch and model stay.
+    The search varies the degrees of tensor parallelism (within a node), pipeline parallelism and expert parallelism,
+    the tokens per micro-batch, and whether the LLM and the encoders recompute activations. The number of ranks, the
+    global batch and the model do not change.
+
+    Returns:
+        The plan, and the differences between its recipe and `recipe` as `key=value`.
 
     Raises:
-        UserError: nothing fits; the message is that of the candidate that needs least.
+        UserError: If nothing fits. The message describes the candidate that needs the least memory.
     """
     timed = sorted(_estimates(planner, recipe, workload), key=lambda item: item[0])
     if not timed:
-        raise UserError(f"--fit: no layout of {recipe.parallel.num_ranks} ranks is legal for this model")
+        raise UserError(
+            f"--fit: no layout of parallel.num_ranks = {recipe.parallel.num_ranks} is legal for this model and can "
+            "hold its weights; use more ranks"
+        )
     closest: Plan | None = None
     for _, variant in timed[:_MAX_FULL]:
         plan = planner.plan(variant, workload)
@@ -44,7 +52,7 @@ def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, lis
             closest = plan
     assert closest is not None
     closest.check_fits()
-    raise AssertionError("a plan that does not fit was accepted")
+    raise AssertionError("check_fits accepted a plan that does not fit")
 
 
 def _variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
@@ -73,7 +81,7 @@ def _variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
 
 
 def _estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[tuple[float, Recipe]]:
-    """(expected seconds of a step, variant) of those that may fit."""
+    """Yield (expected seconds of a step, recipe) for the variants that may fit."""
     accelerator, model, sizes = planner.accelerator, planner.model, planner.sizes
     placed: dict[object, tuple[Topology, list[EncoderWork], PackPlan]] = {}
     for variant in _variants(planner, recipe):
@@ -95,7 +103,7 @@ def _estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator
 
 
 def _rough_states(planner: Planner, variant: Recipe) -> States:
-    """Of the first stage: layers split evenly, the embedding on top."""
+    """Estimate the model states of a rank of the first stage, which holds its share of the layers and the embedding."""
     parallel, size = variant.parallel, 2 if variant.train.precision == "bf16" else FP32_BYTES
     dp = parallel.num_ranks // (parallel.tensor * parallel.pipeline)
     layers = [s for n, s in planner.sizes.items() if n.startswith("llm.model.layers.")]
@@ -117,12 +125,16 @@ def _rough_states(planner: Planner, variant: Recipe) -> States:
 
 
 def _rough_activations(planner: Planner, variant: Recipe, packs: PackPlan) -> float:
-    """At least what the LLM's layers keep: their inputs, or (Korthikanti et al. 2022) 34 bytes per value in bf16."""
+    """Return a lower bound of the bytes that the LLM's layers keep for the backward pass.
+
+    With recomputation a layer keeps its input. Without it, a layer keeps 34 bytes per bf16 hidden value
+    (Korthikanti et al. 2022), of which 24 are counted here.
+    """
     parallel, train, hf = variant.parallel, variant.train, planner.model.llm
     rows, count = packs.pack_tokens, packs.num_microbatches
     each = rows * hf.hidden_size / parallel.tensor * (2 if train.recompute_llm else 24)
-    flying = min(parallel.pipeline, count)
-    return each * (2 if train.precision == "fp32" else 1) * hf.num_hidden_layers / parallel.pipeline * flying
+    in_flight = min(parallel.pipeline, count)
+    return each * (2 if train.precision == "fp32" else 1) * hf.num_hidden_layers / parallel.pipeline * in_flight
 
 
 def _changes(recipe: Recipe, variant: Recipe) -> list[str]:

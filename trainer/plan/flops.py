@@ -1,4 +1,4 @@
-"""Floating-point operations of a step (a multiply-add counts two)."""
+"""Floating-point operations of a step; a multiply-add counts as two."""
 
 from __future__ import annotations
 
@@ -16,25 +16,31 @@ from trainer.plan.workload import EncoderWork, Workload
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one step over the whole global batch."""
+    """The FLOPs of one step, over the whole global batch."""
 
     llm: float
-    """Model FLOPs, recomputation not counted."""
+    """The FLOPs of the LLM, without recomputation."""
     encoders: float
+    """The FLOPs of all encoders, without recomputation."""
     recomputed: float
-    """On top, by activation checkpointing."""
+    """The additional FLOPs of activation checkpointing."""
 
     @property
     def model(self) -> float:
+        """The model FLOPs: those of LLM and encoders, without recomputation."""
         return self.llm + self.encoders
 
 
 def step_flops(
     recipe: Recipe, model: SizedModel, sizes: dict[str, Size], workload: Workload, work: Sequence[EncoderWork]
 ) -> Flops:
-    """Forward 2 per weight and token, backward twice that: gradients of the inputs, and of weights that learn (Kaplan
-    et al. 2020, arXiv 2001.08361); attention within segments under a causal mask on top. Norms and activations are left
-    out."""
+    """Return the FLOPs of a step.
+
+    The forward pass takes 2 FLOPs per weight and token (Kaplan et al. 2020, arXiv 2001.08361). The backward pass takes
+    as many for the gradients of the inputs, and as many again for the gradients of trainable weights. Frozen encoders
+    have no backward pass. Causal attention within each segment is added. Norms and activation functions are not
+    counted.
+    """
     llm_forward = llm_forward_flops(model, workload)
     learned = any(s.learned for n, s in sizes.items() if n.startswith("llm."))
     llm = llm_forward * (3 if learned else 2)
@@ -49,7 +55,7 @@ def step_flops(
 
 
 def llm_forward_flops(model: SizedModel, workload: Workload) -> float:
-    """Of all tokens of the global batch."""
+    """Return the FLOPs of the LLM's forward pass over all tokens of the global batch."""
     config = model.llm
     matrices = sum(s[0] * s[1] for n, s in hf_shapes(config).items() if len(s) == 2 and "embed_tokens" not in n)
     if config.tie_word_embeddings:

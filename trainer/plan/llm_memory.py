@@ -1,4 +1,4 @@
-"""What a stage of the LLM needs besides its model states: traced from the real modules, then scheduled as 1F1B."""
+"""Activation memory of a stage of the LLM: traced with the real modules, then scheduled as in 1F1B."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ from trainer.plan.trace import Traced, extrapolated, trace
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of one stage of the LLM."""
+    """The memory of one stage of the LLM besides its model states, in bytes."""
 
     traced: Traced
-    """One micro-batch."""
+    """The traced memory of one micro-batch."""
     buffer: int
-    """Megatron's gathering buffer of sequence parallelism; stays allocated."""
+    """The buffer in which Megatron's sequence parallelism gathers; it stays allocated."""
     boundary: int
-    """Hidden states [t/TP, H] of a micro-batch, as they travel between stages."""
+    """The hidden states [t/TP, H] of a micro-batch that are sent between stages."""
     audio: int
-    """First stage: arrived embeddings of all micro-batches, their gradient, and one more to add up."""
+    """On stage 0, the received audio embeddings of all micro-batches, their gradient and its accumulation; else 0."""
 
     def peak(self, in_flight: int) -> int:
-        """Activations at the worst moment, with so many micro-batches begun and not ended."""
+        """Return the peak bytes of activations while `in_flight` micro-batches await their backward passes."""
         worst = max(self.traced.forward, self.traced.backward)
         return (in_flight - 1) * self.traced.kept + worst + self.audio + 2 * self.boundary
 
 
 def in_flight(stage: int, pp: int, microbatches: int) -> int:
-    """Micro-batches that stage `stage` has begun and not ended, at most, in Megatron's 1F1B schedule (Narayanan et al.
-    2021, arXiv 2104.04473)."""
+    """Return the most micro-batches that a stage holds between their forward and backward passes.
+
+    The schedule is Megatron's 1F1B (Narayanan et al. 2021, arXiv 2104.04473).
+    """
     return min(pp - stage, microbatches)
 
 
@@ -55,15 +57,20 @@ def stage_memory(
     dtype: torch.dtype,
     recompute: bool,
 ) -> StageMemory:
-    """Of a pipeline stage. Its layers are alike: it is built and traced with one and with two of them.
+    """Return the memory of a pipeline stage besides its model states.
+
+    All layers of a stage have the same shapes. The stage is therefore traced with one layer and with two, and every
+    further layer is taken to add what the second one added.
 
     Args:
-        hf_config: of the whole LLM.
-        topology: of the ranks.
-        stage: which one.
-        lengths: of the segments of a pack; they sum to its rows t.
-        num_packs: micro-batches of a step.
-        optim, dtype, recompute: see `build_stage`.
+        hf_config: the configuration of the whole LLM.
+        topology: the layout of the ranks.
+        stage: the index of the stage.
+        lengths: the lengths of a pack's segments, in tokens; their sum is t, the length of the pack.
+        num_packs: the number of micro-batches in a step.
+        optim: the optimizer settings, which say what is frozen.
+        dtype: the dtype of weights and activations.
+        recompute: the value of `train.recompute_llm`.
     """
     layers = hf_config.num_hidden_layers // topology.pp
     found, buffer = [], 0
@@ -79,7 +86,7 @@ def stage_memory(
 
 
 def _trace(gpt: Any, model: nn.Module, topology: Topology, stage: int, lengths: tuple[int, ...]) -> tuple[Traced, int]:
-    """(one micro-batch, bytes of Megatron's gathering buffer)"""
+    """Return the traced memory of one micro-batch, and the bytes of Megatron's gathering buffer."""
     from megatron.core import parallel_state
 
     config, rows = gpt.config, sum(lengths)
@@ -108,6 +115,6 @@ def _trace(gpt: Any, model: nn.Module, topology: Topology, stage: int, lengths: 
     states = [*gpt.parameters(), *(p.main_grad for p in gpt.parameters() if hasattr(p, "main_grad"))]
     gpt.train()
     with torch.no_grad():
-        forward()  # makes Megatron's own buffers
+        forward()  # allocates Megatron's own buffers
     buffers = list(parallel_state.get_global_memory_buffer().buffer.values())
     return trace(forward, [*states, *buffers]), sum(t.untyped_storage().nbytes() for t in buffers)

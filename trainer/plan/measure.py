@@ -1,4 +1,4 @@
-"""What a real rank holds: the other side of every number that a plan promises."""
+"""Measurements of what a real rank holds, to compare with a plan."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from trainer.plan.states import States
 
 
 def held_states(audio: AudioEngine, llm: LLMEngine) -> States:
-    """Bytes of weights, gradients and optimizer of this rank, each storage counted once. After a step at least: AdamW
-    makes its moments then."""
+    """Return the bytes of weights, gradients and optimizer state on this rank; each storage is counted once.
+
+    At least one step must have been taken, since AdamW allocates its moments in the first one.
+    """
     return _llm_states(llm) + _audio_states(audio)
 
 
@@ -45,7 +47,7 @@ def _without_aliases(weights: dict[int, int], gradients: dict[int, int], optimiz
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address → bytes of the storages behind `tensors`."""
+    """Return the bytes of each storage that backs one of `tensors`, by the storage's address."""
     found = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""Memory of every distinct kind of rank, at its worst moment, by what it goes to."""
+"""Peak memory of every distinct kind of rank, by purpose."""
 
 from __future__ import annotations
 
@@ -24,48 +24,55 @@ from trainer.plan.workload import EncoderWork, Workload
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on the ranks of one kind, at the moment when they need most."""
+    """The memory of the ranks of one kind at its peak, in bytes."""
 
     stages: tuple[int, ...]
-    """Pipeline stages of the kind."""
+    """The pipeline stages whose ranks are of this kind."""
     place: int
-    """In the expert-parallel group."""
+    """The place of these ranks in their expert-parallel groups."""
     states: States
+    """Weights, gradients and optimizer state."""
     activations: int
-    """The LLM's."""
+    """Activations of the LLM."""
     encoder_activations: int
+    """Activations of the audio side."""
     buffers: int
-    """ZeRO-3's buckets and gathered weights, Megatron's gathering buffer, tensors that travel."""
+    """ZeRO-3's buckets and gathered weights, Megatron's gathering buffer, and tensors that are sent or received."""
     phase: str
-    """When: encode, llm, backward or update."""
+    """The phase in which the peak occurs: encode, llm, backward or update."""
     phases: dict[str, tuple[int, int, int]]
-    """Of every phase: activations, encoder activations, buffers."""
+    """The bytes of (activations, encoder activations, buffers) in every phase."""
 
     @property
     def total(self) -> int:
+        """The peak memory."""
         return self.states.total + self.activations + self.encoder_activations + self.buffers
 
 
 @dataclass(frozen=True)
 class ZeroBuffers:
-    """What ZeRO-3 allocates for itself, in bytes."""
+    """The memory that ZeRO-3 allocates for its own use, in bytes."""
 
     bucket: int
-    """For gradients on their way (`reduce_bucket_size`); stays."""
+    """The buffer of gradients to be reduced (`reduce_bucket_size`); it stays allocated."""
     persistent: int
-    """Small parameters that stay gathered (`stage3_param_persistence_threshold`)."""
+    """Small parameters, which stay gathered (`stage3_param_persistence_threshold`)."""
     gathered: int
-    """Large ones that are gathered at the same time, at most."""
+    """The most memory that large parameters take while they are gathered."""
     learned: int
-    """Parameters that learn (a number, not bytes)."""
+    """The number of trainable parameters; a count, not bytes."""
 
     @property
     def total(self) -> int:
+        """The sum of all three buffers."""
         return self.bucket + self.persistent + self.gathered
 
 
 def zero_buffers(tower: nn.Module, recipe: Recipe, ep: int, ds_json: dict[str, Any]) -> ZeroBuffers:
-    """For a rank that holds `tower`. Defaults are DeepSpeed's (deepspeed 0.19.8, `DeepSpeedZeroConfig`)."""
+    """Return ZeRO-3's buffers on a rank that holds `tower`.
+
+    Settings that the DeepSpeed JSON omits have the defaults of `DeepSpeedZeroConfig` in deepspeed 0.19.8.
+    """
     zero, size = ds_json["zero_optimization"], DTYPES[recipe.train.precision].itemsize
     threshold = int(zero.get("stage3_param_persistence_threshold", 1e5))
     reuse = int(zero.get("stage3_max_reuse_distance", 1e9))
@@ -76,7 +83,7 @@ def zero_buffers(tower: nn.Module, recipe: Recipe, ep: int, ds_json: dict[str, A
         (sum(p.numel() for p in m.parameters(recurse=False) if p.numel() > threshold) for m in tower.modules()),
         default=0,
     )
-    # With experts on other ranks nothing is fetched ahead or kept for reuse (trainer/engine/encoders.py).
+    # With expert parallelism, nothing is prefetched or kept for reuse (trainer/engine/encoders.py).
     live = 2 * widest if ep > 1 else min(large, max(2 * widest, reuse) + prefetch)
     learned = sum(
         p.numel()
@@ -93,32 +100,33 @@ def zero_buffers(tower: nn.Module, recipe: Recipe, ep: int, ds_json: dict[str, A
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """What the memory of a topology is made of, before it is put together per kind of rank."""
+    """The parts of a topology's memory, from which `of` computes that of each kind of rank."""
 
     topology: Topology
     microbatches: int
+    """The number of micro-batches in a step."""
     stages: dict[int, StageMemory]
-    """By representative stage."""
+    """The memory of the LLM's stages, by representative stage (see `distinct_stages`)."""
     audio: tuple[AudioMemory, ...]
-    """By place, of its fullest rank."""
+    """The audio side's memory on the fullest rank of each place in the expert-parallel group."""
     zero: tuple[ZeroBuffers, ...]
-    """By place."""
+    """ZeRO-3's buffers, by place."""
     travelling: int
-    """Bytes of embeddings and tokens of a step on one rank, sent and received."""
+    """The bytes of audio embeddings and tokens that one rank sends and receives in a step."""
     largest_group: tuple[int, ...]
-    """By place: bytes of fp32 parameters that AdamW updates at once on the audio side."""
+    """The bytes of fp32 parameters that AdamW updates together on the audio side, by place."""
 
     def of(self, stage: int, place: int, states: States) -> RankMemory:
-        """The ranks of `stage` at `place`: the worst of the step's phases."""
+        """Return the peak memory, over the phases of a step, of the ranks of `stage` at `place`."""
         topology, llm, audio = self.topology, self.stages[like(stage, self.topology.pp)], self.audio[place]
         zero = self.zero[place]
-        standing = zero.bucket + zero.persistent + llm.buffer
-        flying = llm.peak(in_flight(stage, topology.pp, self.microbatches))
+        permanent = zero.bucket + zero.persistent + llm.buffer
+        pipeline = llm.peak(in_flight(stage, topology.pp, self.microbatches))
         phases = {
-            "encode": (0, audio.kept + audio.forward, standing + zero.gathered),
-            "llm": (flying, audio.kept, standing + self.travelling),
-            "backward": (0, audio.kept + audio.backward, standing + zero.gathered + self.travelling),
-            "update": (0, 0, standing + 3 * self.largest_group[place]),
+            "encode": (0, audio.kept + audio.forward, permanent + zero.gathered),
+            "llm": (pipeline, audio.kept, permanent + self.travelling),
+            "backward": (0, audio.kept + audio.backward, permanent + zero.gathered + self.travelling),
+            "update": (0, 0, permanent + 3 * self.largest_group[place]),
         }
         phase, (activations, encoders, buffers) = max(phases.items(), key=lambda item: sum(item[1]))
         return RankMemory((stage,), place, states, activations, encoders, buffers, phase, phases)
@@ -134,7 +142,18 @@ def memory_model(
     work: Sequence[EncoderWork],
     packs: PackPlan,
 ) -> MemoryModel:
-    """Trace what the recipe's step keeps. `tracer` has all experts; the other arguments are this topology's."""
+    """Build the memory model of a topology by tracing the real modules.
+
+    Args:
+        recipe: the recipe of the run.
+        model: the model that the recipe describes.
+        topology: the layout of the ranks.
+        ds_json: the DeepSpeed JSON.
+        tracer: the tracer of the model's encoders.
+        workload: the samples of a step.
+        work: the encoders' work in this topology, see `encoder_work`.
+        packs: the LLM's packs in this topology.
+    """
     train, dtype = recipe.train, DTYPES[recipe.train.precision]
     stages = {
         stage: stage_memory(
@@ -164,7 +183,7 @@ def memory_model(
 
 
 def fullest_rank(tracer: EncoderTracer, work: Sequence[EncoderWork], ranks: Sequence[int]) -> int:
-    """Of `ranks`, the one whose encoder calls keep most."""
+    """Return the rank among `ranks` whose encoder calls keep the most memory."""
 
     def kept(rank: int) -> float:
         return sum(
@@ -178,7 +197,7 @@ def fullest_rank(tracer: EncoderTracer, work: Sequence[EncoderWork], ranks: Sequ
 
 
 def _largest_group(tower: nn.Module, recipe: Recipe, topology: Topology) -> int:
-    """Bytes of the largest set of parameters that ZeRO-3 updates together: those of one setting."""
+    """Return the bytes of the largest optimizer group of the audio side on one rank; ZeRO-3 updates a group at once."""
     sums: dict[tuple[float, float, bool], int] = {}
     for name, p in tower.named_parameters():
         expert = name.startswith("experts.") and topology.ep > 1
@@ -191,7 +210,7 @@ def _largest_group(tower: nn.Module, recipe: Recipe, topology: Topology) -> int:
 
 
 def kinds_of_ranks(model: MemoryModel, states: RankStates) -> list[RankMemory]:
-    """Every distinct kind, stages that are alike together."""
+    """Return the memory of every distinct kind of rank, with stages of equal memory merged."""
     found: dict[tuple[Any, ...], RankMemory] = {}
     for stage in range(model.topology.pp):
         for at in range(model.topology.ep):

@@ -1,4 +1,4 @@
-"""A job, worked out before it runs: `make_plan` is everything that `python -m tools.plan` prints."""
+"""The plan of a run, computed before it starts: the numbers that `python -m tools.plan` prints."""
 
 from __future__ import annotations
 
@@ -28,71 +28,84 @@ SECONDS_PER_DAY = 86_400.0
 
 @dataclass(frozen=True)
 class Plan:
-    """One recipe on one kind of accelerator."""
+    """The needs and the expected speed of one recipe on one kind of accelerator."""
 
     recipe: Recipe
     accelerator: Accelerator
     topology: Topology
     sizes: dict[str, Size]
+    """Parameter counts by parameter name."""
     workload: Workload
     packs: PackPlan
     states: RankStates
     kinds: list[RankMemory]
-    """Distinct kinds of ranks."""
+    """The memory of each distinct kind of rank."""
     flops: Flops
     traffic: list[Traffic]
     time: StepTime
 
     @property
     def worst(self) -> RankMemory:
-        """The kind that needs most memory."""
+        """The kind of rank that needs the most memory."""
         return max(self.kinds, key=lambda kind: kind.total)
 
     @property
     def fits(self) -> bool:
+        """True if every rank's peak memory fits into the accelerator's usable memory."""
         return self.worst.total <= self.accelerator.usable_bytes
 
     @property
+    def snapshot_bytes(self) -> int:
+        """Host memory that a save needs on the fullest node."""
+        per_node, world = self.accelerator.per_node, self.topology.world
+        nodes = [range(first, min(first + per_node, world)) for first in range(0, world, per_node)]
+        return max(sum(self.states.of_rank(rank).snapshot for rank in node) for node in nodes)
+
+    @property
     def steps_per_day(self) -> float:
+        """The expected number of steps per day."""
         return SECONDS_PER_DAY / self.time.total
 
     @property
     def days(self) -> float:
-        """To the last step, evaluations and checkpoints not counted."""
+        """The expected duration of all steps in days, without evaluations and checkpoints."""
         return self.recipe.train.steps / self.steps_per_day
 
     def check_fits(self) -> None:
-        """Refuse a job that cannot fit.
+        """Check that the run fits into memory.
 
         Raises:
-            UserError: the worst kind of rank, what it needs, what there is, and what helps.
+            UserError: If it does not. The message names the kind of rank that needs the most memory, and a remedy.
         """
         if self.fits:
             return
         worst = self.worst
         parts = {
-            "parallel.tensor or parallel.pipeline up, or more ranks": worst.states.total,
-            "train.llm_tokens_per_microbatch down or train.recompute_llm=true": worst.activations,
-            "train.recompute_encoders=true, or data.global_batch_samples down": worst.encoder_activations,
-            "reduce_bucket_size and stage3_max_reuse_distance in train.deepspeed down": worst.buffers,
+            "a larger parallel.tensor or parallel.pipeline, or more ranks": worst.states.total,
+            "a smaller train.llm_tokens_per_microbatch, or train.recompute_llm=true": worst.activations,
+            "train.recompute_encoders=true, or a smaller data.global_batch_samples": worst.encoder_activations,
+            "a smaller reduce_bucket_size or stage3_max_reuse_distance in train.deepspeed": worst.buffers,
         }
         remedy = max(parts, key=lambda key: parts[key])
         raise UserError(
-            f"{self.recipe.name} does not fit: a rank of stage {worst.stages[0]} at expert place {worst.place} needs "
-            f"{worst.total / GIB:.1f} GiB (weights, gradients, optimizer {worst.states.total / GIB:.1f}, activations "
-            f"{worst.activations / GIB:.1f}, encoders {worst.encoder_activations / GIB:.1f}, buffers "
-            f"{worst.buffers / GIB:.1f}), {self.accelerator.name} has {self.accelerator.usable_bytes / GIB:.1f} "
-            f"usable; try {remedy}, or --fit"
+            f"{self.recipe.name} does not fit: a rank of stage {worst.stages[0]} at place {worst.place} of its "
+            f"expert-parallel group needs {worst.total / GIB:.1f} GiB (weights, gradients and optimizer "
+            f"{worst.states.total / GIB:.1f}, LLM activations {worst.activations / GIB:.1f}, encoder activations "
+            f"{worst.encoder_activations / GIB:.1f}, buffers {worst.buffers / GIB:.1f}), but {self.accelerator.name} "
+            f"has {self.accelerator.usable_bytes / GIB:.1f} GiB usable; try {remedy}, or use --fit"
         )
 
 
 class Planner:
-    """Plans variants of one recipe; what they share is worked out once.
+    """A planner for variants of one recipe, which caches what the variants share.
 
     Args:
-        recipe: the first variant; others may differ in `parallel` and `train` only.
-        accelerator: to run on.
-        device: `cpu` plans for ranks without one.
+        recipe: the first variant; others may differ from it only in `parallel` and `train`.
+        accelerator: the accelerator to plan for.
+        device: the type of device that the ranks run on, `cuda` or `cpu`.
+
+    Raises:
+        UserError: If the recipe is illegal.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, device: str = "cuda") -> None:
@@ -104,14 +117,14 @@ class Planner:
         self._tracers: dict[tuple[str, bool], EncoderTracer] = {}
 
     def tracer(self, recipe: Recipe) -> EncoderTracer:
-        """Of the recipe's encoders, as it runs them."""
+        """Return the tracer of the encoders, with the recipe's precision and recomputation."""
         key = (recipe.train.precision, recipe.train.recompute_encoders)
         if key not in self._tracers:
             self._tracers[key] = EncoderTracer(self.model.tower(), recipe.optim, DTYPES[key[0]], key[1], self.device)
         return self._tracers[key]
 
     def place(self, recipe: Recipe, workload: Workload) -> tuple[Topology, list[EncoderWork], PackPlan]:
-        """Where the step's work goes."""
+        """Return the recipe's topology, and how a step's work is distributed over it (encoder work and packs)."""
         topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
         budget = num_samples(recipe.train.encoder_batch_sec)
         work = encoder_work(self.model, workload, topology, budget, self.device)
@@ -120,11 +133,15 @@ class Planner:
     def memory(
         self, recipe: Recipe, workload: Workload, topology: Topology, work: Sequence[EncoderWork], packs: PackPlan
     ) -> MemoryModel:
-        """See `memory_model`."""
+        """Return the memory model of a topology, see `memory_model`."""
         return memory_model(recipe, self.model, topology, self.ds_json, self.tracer(recipe), workload, work, packs)
 
     def plan(self, recipe: Recipe, workload: Workload) -> Plan:
-        """Work `recipe` out for `workload`."""
+        """Return the plan of `recipe` for `workload`.
+
+        Raises:
+            UserError: If the recipe is illegal.
+        """
         check_recipe(recipe)
         topology, work, packs = self.place(recipe, workload)
         states = rank_states(self.model, topology, recipe.optim, recipe.train.precision, self.ds_json)
@@ -139,7 +156,7 @@ class Planner:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Every number, in the units that the names say."""
+    """Return all numbers of a plan as JSON values; the names contain the units."""
     time, kinds = plan.time, []
     for kind in plan.kinds:
         kinds.append(
@@ -174,6 +191,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tokens_per_step": plan.workload.tokens,
         "audio_sec_per_step": plan.workload.audio_sec,
         "kinds": kinds,
+        "snapshot_bytes_per_node": plan.snapshot_bytes,
         "model_flops": plan.flops.model,
         "llm_flops": plan.flops.llm,
         "encoder_flops": plan.flops.encoders,

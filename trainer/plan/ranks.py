@@ -1,4 +1,7 @@
-"""The distinct kinds of ranks of a job, and what each holds: a stage of the LLM and a place of the encoders."""
+"""Model states of every kind of rank.
+
+A kind is a stage of the LLM and a place in the expert-parallel group, which says which encoder experts a rank holds.
+"""
 
 from __future__ import annotations
 
@@ -19,28 +22,31 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class RankStates:
-    """Model states of all ranks: the LLM's follow from stage and replica, the audio side's from the expert place."""
+    """Model states of all ranks."""
 
     topology: Topology
     llm: tuple[tuple[States, ...], ...]
-    """[stage][replica]"""
+    """The states of the LLM, indexed by [stage][replica]."""
     audio: tuple[States, ...]
-    """By place in the expert-parallel group."""
+    """The states of the audio side, indexed by the place in the expert-parallel group."""
 
     def of_rank(self, rank: int) -> States:
-        """Both sides together."""
+        """Return the model states of `rank`: those of the LLM and of the audio side."""
         at = self.topology.coordinates(rank)
         return self.llm[at.pp][at.dp] + self.audio[rank % self.topology.ep]
 
     def fullest(self, stage: int, place: int) -> States:
-        """Of the replica that holds most (they differ by the padding of Megatron's buffers)."""
+        """Return the model states of the fullest rank of `stage` at `place`.
+
+        Replicas differ by the padding of Megatron's buffers.
+        """
         return max(self.llm[stage], key=lambda s: s.total) + self.audio[place]
 
 
 def rank_states(
     model: SizedModel, topology: Topology, optim: OptimConfig, precision: str, ds_json: dict[str, Any]
 ) -> RankStates:
-    """Build every distinct rank's real modules, without memory, and count."""
+    """Return the model states of all ranks, computed from the real modules built on the meta device."""
     dtype = DTYPES[precision]
     stages: dict[int, tuple[States, ...]] = {}
     for stage in distinct_stages(topology.pp):
@@ -57,10 +63,10 @@ def rank_states(
 
 
 def distinct_stages(pp: int) -> list[int]:
-    """First, any in the middle, last: all others are like one of these."""
+    """Return one stage of each kind: the first, one in the middle and the last, as far as they exist."""
     return sorted({0, min(1, pp - 1), pp - 1})
 
 
 def like(stage: int, pp: int) -> int:
-    """The one of `distinct_stages` that `stage` equals."""
+    """Return the stage among `distinct_stages` that has the same shapes as `stage`."""
     return stage if stage in (0, pp - 1) else 1

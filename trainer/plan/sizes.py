@@ -1,4 +1,4 @@
-"""What a recipe's model is made of, known without weights or network: encoders and LLM by their sizes alone."""
+"""Parameter counts of a recipe's model, computed without weights and without network access."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from trainer.engine.optim import OptimConfig, check_patterns, setting_of
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters of a part."""
+    """The number of parameters of a part of the model."""
 
     total: int = 0
     learned: int = 0
+    """The number of those that are trainable."""
 
     def __add__(self, other: Size) -> Size:
         return Size(self.total + other.total, self.learned + other.learned)
@@ -33,25 +34,31 @@ class Size:
 
 @dataclass(frozen=True)
 class SizedModel:
-    """A model whose every tensor has a known shape."""
+    """A model in which the shape of every tensor is known."""
 
     config: ModelConfig
-    """The recipe's, with sizes in place of checkpoints."""
+    """The recipe's model, with explicit encoder sizes in place of checkpoints."""
     llm: PretrainedConfig
     vocab_size: int
-    """Of the tokenizer."""
+    """The vocabulary size of the tokenizer."""
 
     def tower(self, held: Collection[str] | None = None) -> AudioTower:
-        """The audio side on the meta device: real modules without memory. `held`: see `AudioTower`."""
+        """Build the audio side on the meta device, which takes no memory.
+
+        Args:
+            held: names of the encoder experts to build; None builds all.
+        """
         with torch.device("meta"):
             return AudioTower(self.config, self.llm.hidden_size, self.vocab_size, held)
 
 
 def sized_model(recipe: Recipe) -> SizedModel:
-    """The recipe's model by its sizes. A tokenizer that exists already is taken to be the LLM's own.
+    """Return the recipe's model with all sizes resolved.
+
+    A tokenizer given by `data.tokenizer.path` is assumed to be the LLM's own.
 
     Raises:
-        UserError: a hub id without `config`: its sizes are then unknown here.
+        UserError: If a model is a hub id without `config`, since its sizes are then unknown.
     """
     model = recipe.model
     llm = known_llm_config(model.llm)
@@ -65,10 +72,12 @@ def sized_model(recipe: Recipe) -> SizedModel:
 
 
 def parameter_sizes(model: SizedModel, optim: OptimConfig) -> dict[str, Size]:
-    """Every parameter of the model: `audio.…`, and `llm.…` by its Hugging Face name.
+    """Return the size of every parameter of the model.
+
+    Names begin with `audio.`, or with `llm.` followed by the Hugging Face name.
 
     Raises:
-        UserError: an idle pattern in `optim.parts`.
+        UserError: If a pattern in `optim.parts` matches no parameter.
     """
     named = model.tower().named_parameters()
     sizes = {f"audio.{n}": _size(optim, f"audio.{n}", tuple(p.shape), p.requires_grad) for n, p in named}
@@ -91,8 +100,8 @@ def _sized(place: str, encoder: EncoderConfig) -> EncoderConfig:
 
 def _unknown_size(place: str, weights: str | None) -> UserError:
     return UserError(
-        f"{place}.weights = {weights}: a plan does not download; repeat the checkpoint's sizes in {place}.config, "
-        "or give a local directory"
+        f"{place}.weights = {weights}: a plan does not download anything; give the checkpoint's sizes in "
+        f"{place}.config, or give a local directory"
     )
 
 

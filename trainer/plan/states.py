@@ -1,9 +1,10 @@
-"""Bytes that a rank holds from its first step to its last: weights, gradients, optimizer. Exact.
+"""Model states of a rank (weights, gradients and optimizer state), in exact bytes.
 
-The LLM's are those of the real modules of the rank's stage in Megatron's real buffers, built on the meta device; the
-distributed optimizer gives every data-parallel rank an equal run of each buffer (megatron-core 0.16.1,
-`DistributedOptimizer._build_model_gbuf_range`). The audio side's are those of the real modules too: ZeRO-3 gives each
-of the n ranks that share a parameter ceil(numel / n) elements of it (deepspeed 0.19.8, `Init._partition_param`).
+The LLM's states are those of the real modules of the rank's stage, in Megatron's own buffers, built on the meta
+device. The distributed optimizer gives every data-parallel rank an equal, contiguous part of each buffer (megatron-core
+0.16.1, `DistributedOptimizer._build_model_gbuf_range`). The audio side's states are those of its real modules.
+ZeRO-3 gives each of the n ranks that share a parameter ceil(numel / n) of its elements (deepspeed 0.19.8,
+`Init._partition_param`).
 """
 
 from __future__ import annotations
@@ -25,37 +26,45 @@ from trainer.parallel.topology import Topology
 FP32_BYTES = 4
 _MOMENTS = 2
 _STEP_BYTES = 4
-"""AdamW's step count, one per tensor that it updates."""
+"""The bytes of AdamW's step counter; there is one per tensor that it updates."""
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of model states on one rank's device."""
+    """The bytes of model states on one rank's device."""
 
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
-    """fp32 master weights (ZeRO-3's always, Megatron's with bf16) and AdamW's two moments."""
+    """AdamW's two moments and the fp32 master weights, which ZeRO-3 always keeps and Megatron keeps with bf16."""
+    snapshot: int = 0
+    """The largest number of bytes in host memory that a save copies: fp32 weights, moments, and frozen weights."""
 
     def __add__(self, other: States) -> States:
-        return States(self.weights + other.weights, self.gradients + other.gradients, self.optimizer + other.optimizer)
+        return States(
+            self.weights + other.weights,
+            self.gradients + other.gradients,
+            self.optimizer + other.optimizer,
+            self.snapshot + other.snapshot,
+        )
 
     @property
     def total(self) -> int:
+        """The bytes of all three."""
         return self.weights + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
 class Offload:
-    """Which of ZeRO-3's states live in the host's memory instead (`zero_optimization.offload_*`)."""
+    """The ZeRO-3 states that are kept in host memory (`zero_optimization.offload_*`)."""
 
     weights: bool = False
     optimizer: bool = False
-    """Gradients go with it."""
+    """The flag of the optimizer state, and of the gradients with it."""
 
     @classmethod
     def of(cls, ds_json: dict[str, Any]) -> Offload:
-        """As a DeepSpeed JSON says."""
+        """Read the settings from a DeepSpeed JSON."""
         zero = ds_json["zero_optimization"]
         weights, optimizer = ((zero.get(k) or {}).get("device", "none") for k in ("offload_param", "offload_optimizer"))
         return cls(weights != "none", optimizer != "none")
@@ -64,9 +73,18 @@ class Offload:
 def build_stage(
     hf_config: PretrainedConfig, topology: Topology, stage: int, optim: OptimConfig, dtype: torch.dtype, recompute: bool
 ) -> tuple[Any, nn.Module]:
-    """(GPTModel, the same wrapped for data parallelism) of a pipeline stage; within `fake_rank` of one of its ranks.
+    """Build a pipeline stage of the LLM. Must run within `fake_rank` of one of the stage's ranks.
 
-    Where nothing of the LLM learns, the second is the first.
+    Args:
+        hf_config: the configuration of the LLM.
+        topology: the layout of the ranks.
+        stage: the index of the stage.
+        optim: the optimizer settings, which say what is frozen.
+        dtype: the dtype of weights and activations.
+        recompute: the value of `train.recompute_llm`.
+
+    Returns:
+        The GPTModel, and the model wrapped for data parallelism. If the whole LLM is frozen, both are the GPTModel.
     """
     gpt = build_megatron(
         hf_config,
@@ -82,7 +100,14 @@ def build_stage(
 
 
 def llm_states(gpt: nn.Module, model: nn.Module, topology: Topology, dtype: torch.dtype) -> list[States]:
-    """Of every data-parallel rank of the stage that `build_stage` built."""
+    """Return the LLM's states of every data-parallel rank.
+
+    Args:
+        gpt: the first result of `build_stage`.
+        model: its second result.
+        topology: the layout of the ranks.
+        dtype: the dtype of the weights.
+    """
     buffers = list(getattr(model, "buffers", ())) if model is not gpt else []
     frozen = sum(p.numel() for _, p in global_parameters(gpt) if not p.requires_grad)
     weights = frozen * dtype.itemsize + sum(b.param_data.numel() * b.param_data.element_size() for b in buffers)
@@ -90,13 +115,15 @@ def llm_states(gpt: nn.Module, model: nn.Module, topology: Topology, dtype: torc
     per_element = FP32_BYTES * (_MOMENTS + (dtype != torch.float32))
     found = []
     for dp in range(topology.dp):
-        runs = [run for buffer in buffers for run in _runs(buffer, dp, topology.dp)]
-        found.append(States(weights, gradients, sum(runs) * per_element + len(runs) * _STEP_BYTES))
+        spans = [span for buffer in buffers for span in _spans(buffer, dp, topology.dp)]
+        optimizer = sum(spans) * per_element + len(spans) * _STEP_BYTES
+        snapshot = sum(spans) * FP32_BYTES * (_MOMENTS + 1) + (frozen * dtype.itemsize if dp == 0 else 0)
+        found.append(States(weights, gradients, optimizer, snapshot))
     return found
 
 
-def _runs(buffer: Any, dp: int, dp_size: int) -> Iterable[int]:
-    """Elements of each parameter that data-parallel rank `dp` updates."""
+def _spans(buffer: Any, dp: int, dp_size: int) -> Iterable[int]:
+    """Yield the number of elements that data-parallel rank `dp` updates, for each parameter with any."""
     for start, end, bucket in buffer.param_index_map.values():
         first, last = buffer.bucket_indices[bucket]
         share = (last - first) // dp_size
@@ -108,7 +135,15 @@ def _runs(buffer: Any, dp: int, dp_size: int) -> Iterable[int]:
 def audio_states(
     tower: nn.Module, optim: OptimConfig, topology: Topology, dtype: torch.dtype, offload: Offload
 ) -> States:
-    """Of a rank that holds `tower` (with its own experts only)."""
+    """Return the audio side's states of a rank.
+
+    Args:
+        tower: the audio tower, with only those encoder experts that the rank holds.
+        optim: the optimizer settings.
+        topology: the layout of the ranks.
+        dtype: the dtype of the weights.
+        offload: the states that are kept in host memory.
+    """
     total = learned = 0
     groups = set()
     for name, parameter in tower.named_parameters():
@@ -120,10 +155,11 @@ def audio_states(
         if parameter.requires_grad and not setting.frozen:
             learned += share
             groups.add((setting.lr, setting.weight_decay, expert and topology.ep > 1))
-    # A master copy in fp32 too: DeepSpeed would share the weights there, but compares a device with its name for it.
+    # The master copy exists with fp32 weights, too: DeepSpeed tries to share them, but compares a device with a string.
     optimizer = learned * FP32_BYTES * (_MOMENTS + 1) + len(groups) * _STEP_BYTES
     return States(
         0 if offload.weights else total * dtype.itemsize,
         0 if offload.optimizer else learned * FP32_BYTES,
         0 if offload.optimizer else optimizer,
+        learned * FP32_BYTES * (_MOMENTS + 1) + (total - learned) * dtype.itemsize,
     )

@@ -1,4 +1,4 @@
-"""Expected seconds of a step: the phases one after another, as the step runs them."""
+"""Expected duration of a step, as the sum of its phases."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from trainer.plan.states import States
 from trainer.plan.workload import EncoderWork, Workload
 
 _UPDATE_PASSES = 3
-"""AdamW without fused kernels goes over its tensors about so often."""
+"""The approximate number of times that AdamW without fused kernels passes over its tensors."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds, and what follows from them."""
+    """The expected seconds of a step and of its phases, and derived rates."""
 
     encoders: float
-    """Forward and backward, of the slowest rank."""
+    """The encoders' forward and backward passes on the slowest rank."""
     llm: float
-    """All micro-batches through the pipeline and back, the bubble included."""
+    """The forward and backward passes of all micro-batches through the pipeline, including the bubble."""
     exchange: float
-    """Clips, features and embeddings between ranks; gradients and weights between replicas."""
+    """The exchange of clips, features and embeddings between ranks, and of gradients and weights between replicas."""
     update: float
+    """The optimizer's update."""
     bubble: float
-    """Share of the pipeline's time in which a stage has nothing to do."""
+    """The share of the pipeline's time in which a stage is idle."""
     mfu: float
-    """Model FLOPs / (time · ranks · peak rate): recomputation is no progress."""
+    """The model FLOPs utilization: model FLOPs / (time · ranks · peak rate), without recomputation."""
 
     @property
     def total(self) -> float:
+        """The expected seconds of a step."""
         return self.encoders + self.llm + self.exchange + self.update
 
 
@@ -54,8 +56,24 @@ def step_time(
     states: States,
     ds_json: dict[str, Any],
 ) -> StepTime:
-    """By the accelerator's rates. What hides behind what: ZeRO-3's collectives behind the encoders' work where the JSON
-    has `overlap_comm`; nothing else."""
+    """Return the expected duration of a step.
+
+    ZeRO-3's collectives overlap with the encoders' computation if the DeepSpeed JSON sets `overlap_comm`. Nothing else
+    is assumed to overlap.
+
+    Args:
+        recipe: the recipe of the run.
+        model: the model that the recipe describes.
+        topology: the layout of the ranks.
+        accelerator: the rates of the accelerator.
+        workload: the samples of a step.
+        work: the encoders' work.
+        packs: the LLM's packs.
+        flops: the FLOPs of a step.
+        traffic: the bytes that the busiest rank sends, by kind of collective.
+        states: the model states of the fullest rank.
+        ds_json: the DeepSpeed JSON.
+    """
     train = recipe.train
     peak = (accelerator.tflops if train.precision == "bf16" else accelerator.fp32_tflops) * 1e12
     rate = peak * accelerator.efficiency
@@ -92,10 +110,12 @@ def step_time(
 
 
 def _passes(model_flops: float, forward: float, recompute: bool) -> float:
+    """Return the work of a step in units of one forward pass."""
     return (model_flops / forward if forward else 0.0) + recompute
 
 
 def _link(traffic: Traffic, accelerator: Accelerator) -> float:
+    """Return the bandwidth of the links that `traffic` uses, in bytes per second."""
     return (
         (accelerator.node_gb_s if traffic.within_node else accelerator.network_gb_s) * 1e9 * accelerator.link_efficiency
     )

@@ -1,4 +1,4 @@
-"""Text tables and human numbers."""
+"""Aligned text tables, and numbers for people to read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns aligned: the first to the left, the others to the right."""
+    """Return the lines of a table whose first column is aligned to the left and the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for first, *rest in rows:
@@ -16,7 +16,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """`3`, `0-7` or `0,2,4`."""
+    """Return sorted ranks as text such as `3`, `0-7` or `0,2,4`."""
     if len(ranks) == 1:
         return str(ranks[0])
     contiguous = ranks[-1] - ranks[0] == len(ranks) - 1
@@ -24,7 +24,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 
 def count_text(number: float) -> str:
-    """`70.55 B`."""
+    """Return a count as text such as `70.55 B`."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.2f} {unit}"
@@ -32,7 +32,7 @@ def count_text(number: float) -> str:
 
 
 def bytes_text(number: float) -> str:
-    """`4.26 GiB`."""
+    """Return a number of bytes as text such as `4.26 GiB`."""
     for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if number >= size:
             return f"{number / size:.2f} {unit}"

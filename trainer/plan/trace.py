@@ -1,8 +1,8 @@
-"""How many bytes a piece of the real model keeps for its backward pass, and how many it takes at most on the way.
+"""Activation memory of a module, measured on the meta device: what it keeps for the backward pass, and its peaks.
 
-The modules run on the meta device: every operation makes tensors of the real shape and dtype without memory, and
-whoever counts their storages from birth to death knows what a device would have held. Not counted: what kernels
-allocate within themselves (workspaces of convolutions and matrix products).
+On the meta device every operation creates tensors of the real shape and dtype without allocating memory. The storages
+of these tensors are counted while they exist. Memory that kernels allocate internally (workspaces of convolutions and
+matrix products) is not included.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Traced:
-    """Bytes of one call of a module, beyond its parameters and their gradients."""
+    """The memory of one call of a module besides its parameters and their gradients, in bytes."""
 
     kept: int
-    """After the forward pass: saved tensors and the output."""
+    """The memory held after the forward pass: saved tensors and the output."""
     forward: int
-    """Peak of the forward pass."""
+    """The peak of the forward pass."""
     backward: int
-    """Peak of the backward pass, what is kept included."""
+    """The peak of the backward pass, including what was kept."""
 
 
 def trace(forward: Callable[[], Tensor], existing: Iterable[Tensor]) -> Traced:
-    """Run `forward` and its backward pass, which begins with a gradient like its output.
+    """Run `forward` and its backward pass, and measure their memory.
 
     Args:
-        forward: on meta tensors; what it makes is counted.
-        existing: tensors that are there anyway.
+        forward: a function on meta tensors. All storages that it creates are counted.
+        existing: tensors that exist already and are not counted.
     """
     with _Bytes(existing) as count, _flash_attention():
         output = forward()
@@ -49,7 +49,12 @@ def trace(forward: Callable[[], Tensor], existing: Iterable[Tensor]) -> Traced:
 
 
 def extrapolated(found: Sequence[Traced], layers: int) -> Traced:
-    """From what one layer takes, and two, to what all take."""
+    """Extrapolate the memory of all layers from measurements with one layer and with two.
+
+    Args:
+        found: the measurements with one layer and, if there are several layers, with two.
+        layers: the number of layers.
+    """
     one, two = found[0], found[-1]
     more = max(0, layers - len(found))
     return Traced(*(b + more * (b - a) for a, b in zip(astuple(one), astuple(two), strict=True)))
@@ -57,10 +62,11 @@ def extrapolated(found: Sequence[Traced], layers: int) -> Traced:
 
 @contextmanager
 def _flash_attention() -> Iterator[None]:
-    """Attention as the fused kernels keep it: never the scores. The meta device alone would choose the plain formula.
+    """Count the memory of attention as fused kernels use it, that is, without the scores.
 
-    With a mask that learns (WavLM's gated position bias) the formula it is, as on the CPU. The function is exchanged: a
-    mode of torch would not be there where a checkpoint computes again.
+    On the meta device, torch would choose the unfused implementation. It is still used for a trainable mask (WavLM's
+    gated position bias), as on the CPU. The function is replaced because a dispatch mode would not be active when
+    activation checkpointing recomputes.
     """
     plain = functional.scaled_dot_product_attention
 
@@ -89,7 +95,7 @@ class _Flash(torch.autograd.Function):
 
 
 class _Bytes(TorchDispatchMode):
-    """Bytes of the meta storages that are alive, and the most there were."""
+    """A counter of the bytes of living meta storages (`now`) and of their maximum (`peak`)."""
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()

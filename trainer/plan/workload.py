@@ -1,7 +1,7 @@
-"""The work of one step: a global batch of typical lengths, and where the job's own planners put it.
+"""The work of one step: a global batch of typical lengths, and its distribution over ranks by the trainer's planners.
 
-The recipe does not say how long clips are. The plan assumes log-normal durations (as speech corpora have) around a
-mean, cut at `data.max_audio_sec`, and as many text tokens for every sample.
+A recipe does not say how long clips are. The plan assumes log-normal durations, as in speech corpora, with a given mean
+and cut at `data.max_audio_sec`. Every sample is assumed to have the same number of text tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.config import EncoderConfig
+from model.encoders.registry import encoder_windowing
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE, audio_tokens_of_samples, num_frames, num_samples
 from trainer.config.schema import Recipe
@@ -27,7 +28,7 @@ from trainer.parallel.topology import Topology
 from trainer.plan.sizes import SizedModel
 
 SIGMA = 0.6
-"""Of the logarithm of durations."""
+"""The assumed standard deviation of the logarithm of durations."""
 DEFAULT_AUDIO_SEC, DEFAULT_TEXT_TOKENS = 10.0, 64
 
 
@@ -36,28 +37,37 @@ class Workload:
     """The samples of a global batch, in lane order."""
 
     audio_samples: Ints
-    """[n] of its clip; 0: it has none."""
+    """[n] length of the sample's clip in audio samples; 0 if it has no clip."""
     num_tokens: Ints
-    """[n] LLM positions, audio slots included."""
+    """[n] tokens of the sample, including its audio tokens."""
     source_ranks: Ints
-    """[n] rank that loads it, ascending."""
+    """[n] rank that loads the sample, ascending."""
 
     @property
     def audio_sec(self) -> float:
+        """The audio of all samples, in seconds."""
         return float(self.audio_samples.sum()) / SAMPLE_RATE
 
     @property
     def tokens(self) -> int:
+        """The tokens of all samples, including audio tokens."""
         return int(self.num_tokens.sum())
 
 
 def typical_workload(
     recipe: Recipe, topology: Topology, mean_audio_sec: float | None = None, text_tokens: int = DEFAULT_TEXT_TOKENS
 ) -> Workload:
-    """A global batch of the recipe's size. `mean_audio_sec` None: 10 s, at most half of `data.max_audio_sec`.
+    """Return a global batch of typical clips, of the size that the recipe asks for.
+
+    Args:
+        recipe: the recipe of the run.
+        topology: the layout of the ranks.
+        mean_audio_sec: the mean duration of a clip in seconds; None means 10 s, or half of `data.max_audio_sec` if that
+            is less.
+        text_tokens: the number of text tokens in each sample.
 
     Raises:
-        UserError: the mean is not positive, or above `data.max_audio_sec`.
+        UserError: If the mean is not positive or exceeds `data.max_audio_sec`, or if `text_tokens` is not positive.
     """
     data = recipe.data
     if mean_audio_sec is not None and not 0 < mean_audio_sec < math.inf:
@@ -76,14 +86,20 @@ def typical_workload(
 
 
 def source_ranks_of(recipe: Recipe, topology: Topology) -> Ints:
-    """The rank that loads each sample of a global batch."""
+    """Return the rank that loads each sample of a global batch, in lane order."""
     per_lane = recipe.data.global_batch_samples // recipe.data.num_lanes
     lanes = [len(lanes_of_rank(rank, topology.world, recipe.data.num_lanes)) for rank in range(topology.world)]
     return np.repeat(np.arange(topology.world), np.array(lanes) * per_lane)
 
 
 def _log_normal(count: int, mean: float, limit: float) -> NDArray[np.float64]:
-    """`count` evenly spaced quantiles, none above `limit`, with that mean."""
+    """Return evenly spaced quantiles of a log-normal distribution.
+
+    Args:
+        count: the number of quantiles.
+        mean: their mean, to which they are scaled.
+        limit: the largest value; larger ones are set to it.
+    """
     normal = NormalDist()
     shape = np.exp(SIGMA * np.array([normal.inv_cdf((i + 0.5) / count) for i in range(count)]))
     low, high = 0.0, limit / float(shape.min())
@@ -98,23 +114,33 @@ def _log_normal(count: int, mean: float, limit: float) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class EncoderWork:
-    """What every rank does for a set of encoders that travel together."""
+    """The work of every rank for encoders whose clips are dispatched together."""
 
     names: tuple[str, ...]
     calls: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
-    """[rank][encoder][call] → audio samples of the call's clips."""
+    """Lengths of each call's clips in audio samples, indexed by [rank][encoder][call]."""
     cost: NDArray[np.float64]
-    """[rank] forward FLOPs of the clips."""
+    """[rank] FLOPs of the forward passes."""
     moved_samples: int
-    """Audio samples that leave their home, over all ranks."""
+    """The audio samples that source ranks send to other ranks, in total."""
     moved_frames: int
-    """Frames that travel home."""
+    """The frames that encoder ranks send back to other ranks, in total."""
 
 
 def encoder_work(
     model: SizedModel, workload: Workload, topology: Topology, budget_samples: int, device: str
 ) -> list[EncoderWork]:
-    """Of the primary, and of the experts together. Every gate is taken to spread its clips evenly over the experts."""
+    """Return the work of the primary encoder, and that of all encoder experts together.
+
+    Every gate is assumed to spread its clips evenly over the encoder experts.
+
+    Args:
+        model: the model that the recipe describes.
+        workload: the samples of a step.
+        topology: the layout of the ranks.
+        budget_samples: the most audio samples per encoder call.
+        device: the type of device that the ranks run on, `cuda` or `cpu`.
+    """
     clips = np.flatnonzero(workload.audio_samples)
     samples, source_ranks = workload.audio_samples[clips], workload.source_ranks[clips]
     config, found = model.config, []
@@ -146,6 +172,7 @@ def _spread(
 ) -> EncoderWork:
     world = topology.world
     plan = plan_dispatch(clips, [clip_cost(e) for e in encoders], places, ep, world)
+    windowings = [encoder_windowing(e) for e in encoders]
     calls = []
     for rank in range(world):
         part = dispatch_of(plan, rank)
@@ -155,7 +182,7 @@ def _spread(
             if ep > 1 and places[k] != rank % ep:
                 mine.append(())
                 continue
-            groups = group_by_length(lengths, budget_samples, CALL_COST_SAMPLES[device])
+            groups = group_by_length(lengths, budget_samples, CALL_COST_SAMPLES[device], windowings[k])
             mine.append(tuple(tuple(lengths[i] for i in group) for group in groups if group))
         calls.append(tuple(mine))
     moved = np.flatnonzero(clips.source_rank[plan.clip] != plan.encoder_rank)
@@ -172,7 +199,7 @@ def _spread(
 
 
 def pack_work(recipe: Recipe, workload: Workload, topology: Topology) -> PackPlan:
-    """The LLM's packs."""
+    """Return the LLM's packs for the samples of a step."""
     train = recipe.train
     multiple = train.pack_multiple_tokens or topology.tp
     return plan_packs(workload.num_tokens, topology.dp, train.llm_tokens_per_microbatch, multiple)

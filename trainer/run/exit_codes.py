@@ -1,4 +1,4 @@
-"""How a rank's process ends, as a batch script sees it. `docs/operations.md` has the table."""
+"""The exit codes of a rank's process; `docs/operations.md` says what a batch script does with each of them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Every code that `python -m trainer` returns by itself; a rank that a signal killed gives 128 + its number."""
+    """The exit codes of `python -m trainer`. A rank that a signal kills has 128 + the signal's number instead."""
 
     FINISHED = 0
     FAILED = 1
-    """An exception; a `failed` event names the step."""
+    """An exception was raised; a `failed` event contains the step."""
     USER_ERROR = 2
-    """Something the user must mend first; one line on stderr says what."""
+    """The user must fix something first; one line on stderr says what."""
     STOPPED = 75
-    """A signal ended the run in order: its state is saved, the same command goes on."""
+    """A signal ended the run in order. Its state is saved, and the same command resumes it."""
     HUNG = 76
-    """No rank made progress for `train.hang_timeout_sec`; stacks lie in the run's folder."""
+    """No rank made progress for `train.hang_timeout_sec`; the run's folder contains the stacks of all ranks."""
     PEER_LOST = 77
-    """Another rank, or the network to it, went away."""
+    """The connection to another rank was lost."""

@@ -1,4 +1,4 @@
-"""What a rank leaves behind when an exception ends it: where the run was, with which samples, and who is to blame."""
+"""Reports about the exception that ends a rank: the step, its samples, and whether another rank is at fault."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.telemetry.events import EventLog, read_events
 
 log = logging.getLogger(__name__)
 
-_OF_A_PEER = (
+_PEER_MESSAGES = (
     "gloo/transport",
     "Connection closed by peer",
     "Connection reset by peer",
@@ -24,33 +24,40 @@ _OF_A_PEER = (
     "remote process exited",
     "Timed out waiting",
 )
-"""Parts of the messages by which gloo and NCCL tell that another rank went away."""
-_MOMENT_SEC = 0.5
+"""Parts of the messages of gloo and NCCL that mean that the connection to another rank was lost."""
+_RANK0_FIRST_SEC = 0.5
+"""How long the other ranks wait, so that rank 0 reports an error that all ranks see."""
 
 
 @dataclass
 class Position:
-    """Where this rank is in the run."""
+    """The step and the samples this rank is working on."""
 
     step: int | None = None
-    """That was begun last; None: none yet."""
+    """The step that was begun last; None before the first one."""
     samples: tuple[str, ...] = ()
-    """Keys of this rank's part of its batch."""
+    """The keys of this rank's samples in that step."""
 
     def at(self, step: int, batch: Batch | None = None) -> None:
-        """A step begins, or its batch is there."""
+        """Note that `step` has begun or, if `batch` is given, that this rank's part of its batch is loaded."""
         self.step = step
         self.samples = () if batch is None else tuple(s.key for s in batch.samples)
 
 
 def emit_failure(error: Exception, position: Position, events: EventLog) -> ExitCode:
-    """Leave an event and show the error; returns how the process must end.
+    """Emit an event for the error, print the error, and return the exit code of the process.
 
-    A lost peer is told by the first that sees it only: it is a consequence.
+    If the connection to another rank was lost, which is a consequence of that rank's own failure, only the first rank
+    that notices emits an event.
+
+    Args:
+        error: The exception that ends this rank.
+        position: Where this rank was.
+        events: This rank's event log.
     """
-    if is_of_a_peer(error):
+    if is_peer_failure(error):
         _add(events, "peer_lost", position, once=True, error=one_line(error))
-        log.error("a peer of rank %s was lost: %s", events.rank, one_line(error))
+        log.error("rank %s lost the connection to another rank: %s", events.rank, one_line(error))
         return ExitCode.PEER_LOST
     _add(
         events,
@@ -65,20 +72,20 @@ def emit_failure(error: Exception, position: Position, events: EventLog) -> Exit
 
 
 def emit_mistake(error: Exception, position: Position, events: EventLog) -> None:
-    """Leave the event of a user's error, which all ranks raise alike."""
+    """Emit the event of a user's error, which all ranks raise but only one reports."""
     _add(events, "failed", position, once=True, error=one_line(error), user=True)
 
 
-def is_of_a_peer(error: Exception) -> bool:
-    """Whether another rank, or the network to it, is to blame."""
+def is_peer_failure(error: Exception) -> bool:
+    """Return whether the error means that another rank, or the network to it, failed."""
     if isinstance(error, dist.DistNetworkError):
         return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in _OF_A_PEER)
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _PEER_MESSAGES)
 
 
 def _add(events: EventLog, event: str, position: Position, *, once: bool = False, **fields: object) -> None:
     if once and events.rank:
-        time.sleep(_MOMENT_SEC)  # rank 0 tells, if it sees the same
+        time.sleep(_RANK0_FIRST_SEC)
     try:
         if once and any(
             e["attempt"] == events.attempt and e["event"] in ("failed", "peer_lost", "hang")
@@ -86,5 +93,5 @@ def _add(events: EventLog, event: str, position: Position, *, once: bool = False
         ):
             return
         events.add(event, position.step, **fields)
-    except OSError as error:  # the disk may be what failed; the error itself is still shown
-        log.error("%s: the event %s is lost: %s", events.run_dir, event, error)
+    except OSError as error:  # the disk may be what failed; the caller still prints the original error
+        log.error("%s: the event '%s' could not be written: %s", events.run_dir, event, error)

@@ -1,4 +1,4 @@
-"""Stopping in order: a signal on any rank makes all ranks stop after the same step."""
+"""Agreement between ranks after each step, so that a signal on any rank stops all of them after the same step."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGUSR1 (Slurm's warning). Repeated ones change nothing, but for SIGINT: the second one
-    of these interrupts at once."""
+    """A request to stop the run, made by SIGTERM, SIGINT or SIGUSR1 (Slurm's warning before a time limit).
+
+    Further signals change nothing, except that a second SIGINT raises KeyboardInterrupt at once.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        """The first signal received; None if there was none."""
         self.time_sec = 0.0
-        """When it came, by `time.monotonic`."""
+        """The time at which it was received, by `time.monotonic`."""
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Handle the signals for as long as the context lasts."""
+        """Return a context in which the signals set this request."""
         previous = {n: signal.signal(n, self._note) for n in SIGNALS}
         try:
             yield self
@@ -51,7 +54,13 @@ class StopRequest:
 
 @contextmanager
 def deadline(grace_sec: float, since_sec: float, late: Callable[[], None]) -> Iterator[None]:
-    """Call `late`, from another thread, if the context still lasts `grace_sec` after `since_sec` (`time.monotonic`)."""
+    """Return a context that calls a function if it lasts too long.
+
+    Args:
+        grace_sec: The time that the context may take.
+        since_sec: The time from which `grace_sec` counts, by `time.monotonic`.
+        late: Called from another thread if the context has not ended by then.
+    """
     timer = threading.Timer(max(0.0, since_sec + grace_sec - time.monotonic()), late)
     timer.daemon = True
     timer.start()
@@ -63,23 +72,35 @@ def deadline(grace_sec: float, since_sec: float, late: Callable[[], None]) -> It
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks know after a step."""
+    """What all ranks know about each other after a step."""
 
     signals: dict[str, int]
-    """Ranks that were asked to stop, by the signal that did it."""
+    """The number of ranks that received a signal, by the signal's name."""
     skipped: dict[str, int]
-    """Samples of all ranks, by reason."""
+    """The number of samples skipped on all ranks, by reason."""
     epochs: dict[str, float]
-    """How often each set was read, by all ranks together."""
+    """The number of times each dataset was read by all ranks together, by the dataset's name."""
 
     @property
     def stopping(self) -> bool:
-        """A rank was asked to stop."""
+        """True if any rank was asked to stop."""
         return bool(self.signals)
 
 
 def agree(stop: StopRequest, skipped: Mapping[str, int], epochs: Mapping[str, float], groups: Groups) -> Agreement:
-    """Sum over ranks of what each saw. Collective, after every step."""
+    """Exchange what each rank knows after a step.
+
+    Collective: every rank of the world must call it.
+
+    Args:
+        stop: This rank's request to stop.
+        skipped: The number of samples this rank skipped, by reason.
+        epochs: The number of times this rank read each dataset, by the dataset's name.
+        groups: This rank's process groups.
+
+    Returns:
+        The sums over all ranks.
+    """
     asked = [float(stop.signal == number) for number in SIGNALS]
     mine = [*asked, *(float(skipped.get(r, 0)) for r in REASONS), *epochs.values()]
     total = torch.tensor(mine, dtype=torch.float64)
@@ -92,7 +113,14 @@ def agree(stop: StopRequest, skipped: Mapping[str, int], epochs: Mapping[str, fl
 
 
 def first_failure(mine: str | None, groups: Groups) -> str | None:
-    """What went wrong on the first rank where something did; None if nothing. Collective."""
+    """Return the failure of the lowest rank that has one; None if no rank has one.
+
+    Collective: every rank of the world must call it.
+
+    Args:
+        mine: A description of this rank's failure; None if it has none.
+        groups: This rank's process groups.
+    """
     flag = torch.tensor([int(mine is not None)])
     dist.all_reduce(flag, group=groups.world)
     if int(flag) == 0:
@@ -103,7 +131,17 @@ def first_failure(mine: str | None, groups: Groups) -> str | None:
 
 
 def next_together(batches: Iterator[T], groups: Groups) -> tuple[T | None, str | None]:
-    """This rank's part of the next global batch; or, on all ranks, None and why one of them has none. Collective."""
+    """Load this rank's part of the next global batch, and check that all ranks loaded theirs.
+
+    Collective: every rank of the world must call it.
+
+    Args:
+        batches: This rank's parts of the global batches.
+        groups: This rank's process groups.
+
+    Returns:
+        This rank's part and None; or, on all ranks if any of them failed, None and a description of the failure.
+    """
     loaded, failure = None, None
     try:
         loaded = next(batches)

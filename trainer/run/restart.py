@@ -1,8 +1,10 @@
-"""Run again, or not: what a batch script asks when its ranks have ended. Needs no torch.
+"""The decision whether a batch script runs its job again after the ranks have ended.
 
-    python -m trainer.restart runs/mowe_70b --exit-code 137    # one line; exit code 0: requeue, 1: do not
+    python -m trainer.restart runs/mowe_70b --exit-code 137
 
-The answer is left in `events.jsonl` as `requeued` or `refused`; those `requeued` are what is counted.
+The command prints one line and exits with 0 if the job should be requeued and with 1 if not. It appends the event
+`requeued` or `refused` to the run's `events.jsonl`; the number of restarts is the number of `requeued` events there.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -24,18 +26,18 @@ from trainer.run.exit_codes import ExitCode
 from trainer.telemetry.events import Event, EventLog, read_events
 
 _PROJECT = Path(__file__).parents[2]
-_BORDERS = ("submitted", "started", "requeued", "refused")
-"""What lies behind the last of these belongs to the attempt that has just ended."""
+_BOUNDARIES = ("submitted", "started", "requeued", "refused")
+"""The events after the last of these belong to the attempt that has just ended."""
 
 
 @dataclass(frozen=True)
 class RestartConfig:
-    """The recipe's `restart` section: when a job that ended early is run again."""
+    """The recipe's `restart` section: how often a job that ended early is run again."""
 
     max_restarts: int = 10
-    """At most so many within the window."""
+    """The largest number of restarts within `window_sec`; 0 for none. After that many, the job is not run again."""
     window_sec: float = 86400.0
-    """Restarts that lie further back are forgotten."""
+    """The time in seconds over which restarts are counted; older ones do not count."""
 
     def __post_init__(self) -> None:
         if self.max_restarts < 0:
@@ -46,26 +48,27 @@ class RestartConfig:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether to run again, and why."""
+    """The decision whether a job is run again."""
 
     again: bool
     why: str
+    """The reason, as one line."""
 
 
 def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_sec: float) -> Decision:
-    """Judge by the run's events and by how its last attempt ended.
+    """Decide from a run's events and the exit code of its last attempt whether the job is run again.
 
     Args:
-        events: all of the run's.
-        exit_code: of the attempt; see `ExitCode`.
-        config: the recipe's `restart` section.
-        now_sec: Unix time.
+        events: All events of the run.
+        exit_code: The exit code of the attempt; see `ExitCode`.
+        config: The recipe's `restart` section.
+        now_sec: The current Unix time.
     """
     if exit_code == ExitCode.FINISHED:
         return Decision(False, "the run is finished")
-    begin = max((i for i, e in enumerate(events) if e["event"] in _BORDERS), default=0)
+    begin = max((i for i, e in enumerate(events) if e["event"] in _BOUNDARIES), default=0)
     if any(e["event"] == "finished" for e in events[begin:]):
-        return Decision(False, "the run is finished; its last attempt was ended after that")
+        return Decision(False, "the run is finished; its last attempt ended later with an error")
     before, failures = ([e for e in part if e["event"] == "failed"] for part in (events[:begin], events[begin:]))
     mistake = next((e for e in failures if e.get("user")), None)
     if exit_code == ExitCode.USER_ERROR or mistake is not None:
@@ -75,9 +78,9 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
     if repeated is not None:
         place = "before the first step" if repeated.get("step") is None else f"step {repeated['step']}"
         samples = ", ".join(map(str, repeated.get("samples") or ())) or "unknown"
-        return Decision(False, f"{place} failed twice the same way: {repeated['error']}; its samples: {samples}")
+        return Decision(False, f"{place} failed twice in the same way: {repeated['error']}; its samples: {samples}")
     recent = sum(e["event"] == "requeued" and e["time"] > now_sec - config.window_sec for e in events)
-    # Of ranks that end differently a launcher shows one code: the hung rank that had to be killed hides the others'.
+    # A launcher returns the code of one rank only, which may be that of a hung rank that had to be killed.
     hang = next((e for e in events[begin:] if e["event"] == "hang"), None)
     reason = _reason(exit_code) if hang is None else f"hung in {hang['in']}, stacks are in {hang['folder']}"
     if recent >= config.max_restarts:
@@ -87,7 +90,10 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
 
 
 def fingerprint(error: BaseException) -> str:
-    """The same for two errors of one cause: class, message without its numbers, and where it was raised."""
+    """Return a text that is the same for two errors with one cause.
+
+    It consists of the error's class, its message without numbers, and the function that raised it.
+    """
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(_PROJECT)]
     where = f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "?"
     message = re.sub(r"0x[0-9a-fA-F]+|\d+(\.\d+)?", "#", one_line(error))
@@ -95,7 +101,7 @@ def fingerprint(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Class and message, at most 500 characters."""
+    """Return the error's class and message as one line of at most 500 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
@@ -108,7 +114,7 @@ def _reason(exit_code: int) -> str:
         ExitCode.FAILED: "a rank failed",
         ExitCode.STOPPED: "stopped in order by a signal",
         ExitCode.HUNG: "hung",
-        ExitCode.PEER_LOST: "a rank was lost",
+        ExitCode.PEER_LOST: "the connection to a rank was lost",
     }
     if exit_code > 128:
         return f"a rank was killed by signal {exit_code - 128}"
@@ -116,28 +122,32 @@ def _reason(exit_code: int) -> str:
 
 
 def read_config(run_dir: Path) -> RestartConfig:
-    """The `restart` section of the run's own recipe; the defaults where it has none yet, or cannot be read."""
+    """Return the `restart` section of a run's recipe, or the defaults if there is no recipe or it cannot be read."""
     path = run_dir / "recipe.yaml"
     if not path.is_file():
         return RestartConfig()
     try:
         return RestartConfig(**yaml.safe_load(path.read_text(encoding="utf-8")).get("restart", {}))
     except (yaml.YAMLError, ValueError, AttributeError, TypeError, OSError) as error:
-        print(f"{path}: damaged ({one_line(error)}); taking the defaults of restart", file=sys.stderr, flush=True)
+        print(f"{path}: damaged ({one_line(error)}); using the default restart settings", file=sys.stderr, flush=True)
         return RestartConfig()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: run again; 1: do not; 2: a wrong argument."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.restart", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
-    parser.add_argument("--exit-code", type=int, required=True, help="how the ranks ended")
-    parser.add_argument("--max-restarts", type=int, help="instead of the recipe's restart.max_restarts")
-    parser.add_argument("--window-sec", type=float, help="instead of the recipe's restart.window_sec")
+    """Run the command `python -m trainer.restart`.
+
+    Returns:
+        The exit code: 0 to run the job again, 1 not to, 2 for a wrong argument.
+    """
+    parser = argparse.ArgumentParser(prog="python -m trainer.restart", description="Decide whether a job is run again.")
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's folder")
+    parser.add_argument("--exit-code", type=int, required=True, help="the exit code of the ranks")
+    parser.add_argument("--max-restarts", type=int, help="overrides the recipe's restart.max_restarts")
+    parser.add_argument("--window-sec", type=float, help="overrides the recipe's restart.window_sec")
     options = parser.parse_args(arguments)
     try:
         if not options.run_dir.is_dir():
-            raise UserError(f"{options.run_dir}: no such run")
+            raise UserError(f"{options.run_dir}: there is no such folder; give the folder of a run")
         config = read_config(options.run_dir)
         config = RestartConfig(
             config.max_restarts if options.max_restarts is None else options.max_restarts,

@@ -30,6 +30,9 @@ from trainer.telemetry.events import EventLog
 _GATHER_SEC = 10.0
 """How long a rank waits for the others' stacks before it ends."""
 
+_FLIGHT_RECORDERS = {"gloo": "_dump_fr_trace_json", "nccl": "_dump_nccl_trace_json"}
+"""By backend, the function of `torch._C._distributed_c10d` that returns its record; CPU builds lack NCCL's."""
+
 
 def hang_folder(events: EventLog) -> Path:
     """Where the stacks of an attempt go."""
@@ -170,11 +173,22 @@ class Watchdog:
 
 
 def flight_record() -> str | None:
-    """torch's record of the last collectives as JSON; None: this build keeps none, or it is empty."""
-    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
-    dump = dump or getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
-    if dump is None:
+    """Return torch's records of the last collectives as one JSON object, or None where no recorder has an entry.
+
+    CUDA builds keep two records, one of gloo's collectives and one of NCCL's. `entries` has those of both in the order
+    in which they were issued, each with its `recorder` ("gloo" or "nccl"); `recorders` has the rest of each record.
+    """
+    entries: list[dict[str, Any]] = []
+    recorders: dict[str, Any] = {}
+    for name, dump_name in _FLIGHT_RECORDERS.items():
+        dump = getattr(torch._C._distributed_c10d, dump_name, None)
+        if dump is None:
+            continue
+        text = dump()
+        record = json.loads(text.decode(errors="replace") if isinstance(text, bytes) else text)
+        entries += [{"recorder": name, **entry} for entry in record.pop("entries", None) or []]
+        recorders[name] = record
+    if not entries:
         return None
-    text = dump()
-    record = (text.decode(errors="replace") if isinstance(text, bytes) else str(text)).strip()
-    return record if json.loads(record).get("entries") else None
+    entries.sort(key=lambda entry: int(entry.get("time_created_ns", 0)))
+    return json.dumps({"entries": entries, "recorders": recorders})

@@ -1,4 +1,4 @@
-"""Word and character errors, by jiwer after normalisation."""
+"""Word and character error rates, computed by jiwer on normalized text."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ from trainer.scoring.metric import Metric
 from trainer.scoring.text import normalise, normalise_audiobench
 
 _MAX_LENGTH_RATIO = 2
-"""An output with more words than this times the reference's is counted as a hallucination."""
+"""A hypothesis with more than this many times the words of its reference counts as a hallucination."""
 
 
 def asr_metrics(references: Sequence[str], hypotheses: Sequence[str], languages: Sequence[str]) -> list[Metric]:
-    """`wer`, its parts, `cer`, `hallucination_rate`, `wer_audiobench`; the lower the better, all of them.
+    """Return the metrics of speech recognition; lower is better for all of them.
 
-    WER is (S + D + I) / (S + D + H) summed over samples before dividing, so it may exceed 1; `substitutions`,
-    `deletions` and `insertions` are per reference word and add up to it. CER likewise over characters of the normalised
-    text, spaces included. `wer_audiobench` is of English samples, after AudioBench's own expansion of numbers.
+    `wer` is (S + D + I) / (S + D + H), where S, D, I and H are the substitutions, deletions, insertions and hits of all
+    samples. It may exceed 1. `substitutions`, `deletions` and `insertions` are rates per reference word, whose sum is
+    `wer`. `cer` is the same ratio over the characters of the normalized text, including spaces. `hallucination_rate` is
+    the share of hypotheses that are far longer than their reference. `wer_audiobench` is the WER of the English samples
+    with AudioBench's normalization, which expands numbers differently.
+
+    Args:
+        references: the correct transcript of each sample.
+        hypotheses: the model's transcript of each sample.
+        languages: the language code of each sample.
     """
     expected = [normalise(text, language) for text, language in zip(references, languages, strict=True)]
     said = [normalise(text, language) for text, language in zip(hypotheses, languages, strict=True)]
@@ -43,8 +50,12 @@ def asr_metrics(references: Sequence[str], hypotheses: Sequence[str], languages:
 
 
 def alignment(reference: str, hypothesis: str, language: str = "en") -> list[tuple[str, str, str]]:
-    """How the normalised words of both go together, in order: (`equal`, `substitute`, `delete` or `insert`, words of
-    the reference, words of the hypothesis)."""
+    """Align the normalized words of two texts.
+
+    Returns:
+        The parts of the alignment in order, each as (`equal`, `substitute`, `delete` or `insert`, words of the
+        reference, words of the hypothesis).
+    """
     import jiwer
 
     expected, said = normalise(reference, language), normalise(hypothesis, language)
@@ -57,7 +68,11 @@ def alignment(reference: str, hypothesis: str, language: str = "en") -> list[tup
 
 
 def edits(references: Sequence[str], hypotheses: Sequence[str], characters: bool = False) -> NDArray[np.float64]:
-    """`[N, 4]`: hits, substitutions, deletions, insertions of each pair's best alignment, in words or in characters."""
+    """Count the edits in the best alignment of each pair of texts.
+
+    Returns:
+        [N, 4] hits, substitutions, deletions and insertions, in words, or in characters if `characters` is set.
+    """
     import jiwer
 
     counts = np.zeros((len(references), 4))

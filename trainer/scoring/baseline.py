@@ -1,4 +1,4 @@
-"""What guessing scores: always the most frequent training answer to the same question."""
+"""The majority baseline: scores of always giving the most frequent training answer to a question."""
 
 from __future__ import annotations
 
@@ -14,13 +14,21 @@ from trainer.scoring.text import normalise
 def majority_baseline(
     train_metas: Sequence[Mapping[str, Any]], test_metas: Sequence[Mapping[str, Any]], meteor: Meteor | None = None
 ) -> list[TaskScore]:
-    """What always giving the most frequent training answer to the same question scores on `test_metas`, by task.
+    """Score the strategy of always giving the most frequent training answer to the same question.
 
-    The question of a sample is its subset and instruction text. Where the training set never asks it: its subset and
-    question type (`qtype`, `slot`); else its subset; else its task. Answers are counted after normalisation and, where
-    there are no choices, given as they were first written; of equally frequent ones the alphabetically first is given.
-    Where the sample has choices, only training answers that are among them count (so the last resort never guesses
-    outside). What is given is scored like any hypothesis. For asr: the error rate of the most frequent text.
+    A question is a subset together with an instruction text. If it does not occur in the training data, the strategy
+    uses all answers to the same type of question (`qtype`, `slot`) in the subset, then all answers in the subset, then
+    all answers of the task. Answers are counted after normalization; of equally frequent ones, the first in
+    alphabetical order is given. If the sample has choices, only training answers among them are counted. Otherwise the
+    answer is given as it was first written. For `asr`, the score is the error rate of the most frequent transcript.
+
+    Args:
+        train_metas: manifest fields of the training samples.
+        test_metas: manifest fields of the samples to score.
+        meteor: the METEOR metric; None skips it.
+
+    Returns:
+        The scores of all tasks and subsets.
     """
     answers: dict[tuple[str, ...], Counter[str]] = {}
     written: dict[str, str] = {}
@@ -41,7 +49,7 @@ def majority_baseline(
 
 def _guess(answers: Mapping[tuple[str, ...], Counter[str]], written: Mapping[str, str], meta: Mapping[str, Any]) -> str:
     plain = _majority(answers, meta)
-    # As written, the choice may carry the letter that it had in another question.
+    # The written form of a choice may contain the letter that it had in another question.
     return plain if meta.get("choices") else written.get(plain, "")
 
 
@@ -55,7 +63,7 @@ def _majority(answers: Mapping[tuple[str, ...], Counter[str]], meta: Mapping[str
 
 
 def _question_groups(meta: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Keys of the groups a sample belongs to, narrowest first."""
+    """Return the keys of the groups of questions that a sample belongs to, from the narrowest to the widest."""
     task, subset = meta["task"], subset_of(meta)
     kind = str(meta.get("qtype") or meta.get("slot") or "")
     return [

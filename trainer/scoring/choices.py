@@ -1,4 +1,4 @@
-"""Which of the given choices an answer names, and how well classes are told apart."""
+"""Multiple-choice answers: the choice that an answer names, and the macro-F1 over classes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ _LETTER = re.compile(
 
 
 def chosen(text: str, choices: Sequence[str]) -> str | None:
-    """The choice that `text` names, or None.
+    """Return the choice that `text` names, or None if it names none or several.
 
-    After normalisation and without articles: the choice equal to it; else the one whose letter begins it (A for the
-    first; "(B)", "B. rain", "The answer is B"); else the only one that it contains as whole words ("female" does not
-    contain "male"). Contained in a longer choice that is contained too, or straight after "not", does not count. A text
-    that contains several choices names none, nor does one whose letter and words name different ones.
+    Texts are compared after normalization and without articles. A text can name a choice in three ways:
+
+    - It begins with the choice's letter, as in "(B)", "B. rain" or "The answer is B"; A is the first choice.
+    - It equals the choice.
+    - It contains the choice, and no other one, as whole words ("female" does not contain "male"). A choice does not
+      count if it directly follows "not", or is part of a longer choice that the text contains.
+
+    A text whose letter and words name different choices names none.
     """
     if not text.strip():
         return None
@@ -42,7 +46,14 @@ def chosen(text: str, choices: Sequence[str]) -> str | None:
 
 
 def class_metric(name: str, references: Sequence[str], answers: Sequence[str], counted: NDArray[np.bool_]) -> Metric:
-    """Macro-F1 over the samples `counted`, see `macro_f1`; an answer that names no choice is ""."""
+    """Return the macro-F1 metric, see `macro_f1`.
+
+    Args:
+        name: the name of the metric.
+        references: the correct class of each sample.
+        answers: the class that was named for each sample, or "" if none was.
+        counted: [N] mask of the samples that the metric includes.
+    """
     labels = sorted({label for label, here in zip(references, counted, strict=True) if here})
     index = {label: i for i, label in enumerate(labels)}
     hits, given, wanted = (np.zeros((len(references), len(labels))) for _ in range(3))
@@ -56,11 +67,17 @@ def class_metric(name: str, references: Sequence[str], answers: Sequence[str], c
 
 
 def macro_f1(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over classes of 2·hits / (answers + references), `[..., 3·C]` → `[...]`.
+    """Return the mean over classes of 2·hits / (answers + references).
 
-    The classes are those that occur as a reference or, among them, as an answer: a class that a resample or a subset
-    lacks is left out of the mean. An answer that is no class counts against recall alone. This is scikit-learn's
+    The mean excludes classes that a resample or subset contains neither as a reference nor as an answer. An answer that
+    is not a class lowers only the recall. The result equals that of scikit-learn's
     `f1_score(average="macro", labels=<the references' classes>)`.
+
+    Args:
+        sums: [..., 3·C] numbers of hits, answers and references of each of C classes.
+
+    Returns:
+        [...] macro-F1.
     """
     hits, given, wanted = np.split(sums, 3, axis=-1)
     total = given + wanted
@@ -69,7 +86,10 @@ def macro_f1(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, dict[str, int]]:
-    """How often each reference class got each answer, zeros left out; "" is an answer that names no choice."""
+    """Return how often each reference class was answered with each class, without zeros.
+
+    The answer "" stands for texts that name no choice.
+    """
     rows: dict[str, Counter[str]] = {}
     for reference, answer in zip(references, answers, strict=True):
         rows.setdefault(reference, Counter())[answer] += 1
@@ -80,8 +100,8 @@ def _by_letter(text: str, choices: Sequence[str]) -> str | None:
     match = _LETTER.match(text.strip())
     if match is None:
         return None
-    place = ord((match[1] or match[2]).lower()) - ord("a")
-    return choices[place] if place < len(choices) else None
+    index = ord((match[1] or match[2]).lower()) - ord("a")
+    return choices[index] if index < len(choices) else None
 
 
 def _only_contained(plain: str, normal: dict[str, str]) -> str | None:

@@ -1,4 +1,4 @@
-"""CIDEr-D: agreement with human captions on n-grams that not every caption has."""
+"""The CIDEr-D metric: agreement with human captions, weighted towards rare n-grams."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ Ngrams = Counter[tuple[str, ...]]
 
 
 def cider_d(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr-D of each hypothesis (Vedantam et al. 2015), 0 to 10; as coco-caption computes it, its mean is the score.
+    """Return the CIDEr-D of each hypothesis, from 0 to 10 (Vedantam et al. 2015).
 
-    Cosine of tf-idf vectors of n-grams, n = 1 to 4, against each reference, with clipped counts and a Gaussian penalty
-    on the difference in length. An n-gram's document frequency is the number of samples with it in a reference, so
-    the value depends on the whole set (a set of one sample scores 0). Words are lower-case tokens of `tokenise`
-    without punctuation marks, where coco-caption runs the Stanford tokenizer.
+    The mean over all hypotheses is the score that coco-caption reports, except for the tokenizer: here words are the
+    lower-case tokens of `tokenise` without punctuation marks, while coco-caption uses the Stanford tokenizer. For n
+    from 1 to 4, the metric takes the cosine between the tf-idf vectors of n-grams of hypothesis and reference. Counts
+    are clipped, and a difference in length is penalized by a Gaussian. The document frequency of an n-gram is the
+    number of samples with the n-gram in any reference. A value therefore depends on all samples, and a single sample
+    scores 0.
+
+    Args:
+        hypotheses: the model's caption of each sample.
+        references: the human captions of each sample.
     """
-    cooked = [[ngrams(reference) for reference in group] for group in references]
-    frequency = Counter(ngram for group in cooked for ngram in set().union(*group))
+    counts = [[ngrams(reference) for reference in group] for group in references]
+    frequency = Counter(ngram for group in counts for ngram in set().union(*group))
     log_num = math.log(max(1, len(references)))
     idf = {ngram: log_num - math.log(count) for ngram, count in frequency.items()}
     scores = []
-    for hypothesis, group in zip(hypotheses, cooked, strict=True):
+    for hypothesis, group in zip(hypotheses, counts, strict=True):
         ours = ngrams(hypothesis)
         total = sum(_similarity(ours, reference, idf, log_num) for reference in group)
         scores.append(10 * total / len(group))
@@ -36,7 +42,7 @@ def cider_d(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> l
 
 
 def ngrams(text: str) -> Ngrams:
-    """Counts of the 1- to 4-grams of a caption."""
+    """Count the 1- to 4-grams of a caption."""
     words = [token for token in tokenise(text.lower()) if token not in _PUNCTUATION]
     return Counter(tuple(words[i : i + n]) for n in range(1, _MAX_N + 1) for i in range(len(words) - n + 1))
 
@@ -51,7 +57,7 @@ def _similarity(ours: Ngrams, theirs: Ngrams, idf: dict[tuple[str, ...], float],
         norms = math.hypot(*mine.values()) * math.hypot(*other.values())
         shared = sum(min(weight, other.get(ngram, 0.0)) * other.get(ngram, 0.0) for ngram, weight in mine.items())
         cosines.append(shared / norms if norms else 0.0)
-    # coco-caption takes the number of bigrams for the length.
+    # coco-caption uses the number of bigrams as the length.
     num_bigrams = [sum(count for ngram, count in counts.items() if len(ngram) == 2) for counts in (ours, theirs)]
     difference = num_bigrams[0] - num_bigrams[1]
     return math.exp(-(difference**2) / (2 * _SIGMA**2)) * sum(cosines) / _MAX_N

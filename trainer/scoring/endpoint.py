@@ -1,4 +1,4 @@
-"""POST of JSON to an HTTP service that may be slow, busy or broken."""
+"""JSON POST requests, with retries, to an HTTP service that may be slow, busy or broken."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from urllib.parse import urlsplit
 from model.errors import UserError
 
 MAX_WAIT_SEC = 60.0
-"""Longest pause before another attempt, also where the service asks for more."""
+"""The longest pause between two attempts, even if the service asks for a longer one."""
 _MAX_REPLY_BYTES = 8 << 20
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 _USERS = {401: "check the key", 403: "check the key", 404: "check the address and the model's name"}
 
 
 class RequestFailed(Exception):
-    """A request that got no answer worth reading; `kind` is one word to count it by."""
+    """A request without a usable answer; `kind` is one word by which failures are counted."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -32,23 +32,27 @@ class RequestFailed(Exception):
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None  # the key is for the address that was given
+        return None  # the key must not be sent to another address
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to send requests.
+    """The address of a service, and how to send requests to it.
 
-    A timeout, a broken connection, a reply that is not JSON, and the statuses of a busy service (408, 409, 425, 429,
-    5xx) are tried again, after as long as `Retry-After` says or else 1, 2, 4 … seconds, at most `MAX_WAIT_SEC`.
+    A request is tried again after a timeout, a broken connection, a reply that is not JSON, or a status of a busy
+    service (408, 409, 425, 429, 500, 502, 503, 504). The pause before the next attempt is the one that `Retry-After`
+    asks for, or else 1, 2, 4, … seconds, but at most `MAX_WAIT_SEC`.
+
+    Raises:
+        UserError: If the address is not an HTTP address or contains a password, or the key cannot be sent in a header.
     """
 
     url: str
-    """Base address, as OpenAI's clients take it: `http://localhost:8000/v1`."""
+    """The base address in the form that OpenAI's clients use, such as `http://localhost:8000/v1`."""
     key: str | None = field(default=None, repr=False)
-    """Sent as bearer token; never part of a message."""
+    """The bearer token; None sends none. It never appears in a message."""
     timeout_sec: float = 60.0
-    """Of one attempt."""
+    """The timeout of one attempt, in seconds."""
     num_attempts: int = 5
 
     def __post_init__(self) -> None:
@@ -56,17 +60,23 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"judge address {self.url}: must begin with http:// or https:// and name a host")
         if parts.username or parts.password:
-            raise UserError("judge address: holds a password; give the key in the environment")
+            raise UserError("judge address: must not contain a password; pass the key in an environment variable")
         if self.key is not None and not re.fullmatch(r"[!-~]+", self.key):
-            raise UserError("judge key: holds a blank or another character that a header cannot; set it anew")
+            raise UserError(
+                "judge key: contains a blank or another character that is not allowed in a header; set it again"
+            )
         assert self.num_attempts >= 1, self.num_attempts
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        """The parsed reply.
+        """Send a request and return the parsed reply.
+
+        Args:
+            path: the path that is appended to the base address.
+            body: the JSON value to send.
 
         Raises:
-            RequestFailed: after all attempts, or at once where another could not help.
-            UserError: the service does not accept the key or does not know address or model.
+            RequestFailed: If all attempts failed, or one failed in a way that another attempt cannot fix.
+            UserError: If the service rejects the key, or does not know the address or the model.
         """
         failure: Exception
         wait_sec: float | None
@@ -115,7 +125,10 @@ class Endpoint:
 
 
 def _retry_after_sec(value: str | None) -> float | None:
-    """Seconds that the header `Retry-After` (RFC 9110: a number, or a date) asks for; None without a legible one."""
+    """Return the seconds that a `Retry-After` header asks for, or None if it is missing or cannot be parsed.
+
+    The header contains a number of seconds or a date (RFC 9110).
+    """
     if value is None:
         return None
     try:

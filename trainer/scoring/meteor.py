@@ -1,4 +1,4 @@
-"""METEOR as NLTK computes it."""
+"""The METEOR metric, as NLTK computes it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from trainer.scoring.wordnet import WordNet
 
 
 class Meteor:
-    """METEOR (Banerjee & Lavie 2005) by NLTK's `meteor_score`, as Hugging Face's `evaluate` calls it.
+    """The METEOR metric (Banerjee & Lavie 2005), as Hugging Face's `evaluate` computes it with NLTK's `meteor_score`.
 
-    Words match by form, Porter stem or WordNet synonym; alpha 0.9, beta 3, gamma 0.5; the best reference counts. Texts
-    are split by NLTK's word tokenizer. `evaluate` finds sentences within a text by a trained model that NLTK
-    downloads; here a sentence ends at ". ", "! " or "? ", so the two may differ after an abbreviation within a text.
+    Words match by their form, Porter stem or a WordNet synonym. The parameters are alpha = 0.9, beta = 3 and gamma =
+    0.5, and the best reference counts. NLTK's word tokenizer splits the texts. `evaluate` finds the sentences of a text
+    with a trained model that NLTK downloads. Here a sentence ends at ". ", "! " or "? ", so the result may differ for a
+    text with abbreviations.
 
     Args:
-        wordnet: folder from `find_wordnet`, read at the first score.
+        wordnet: the folder returned by `find_wordnet`; it is read when the first score is computed.
     """
 
     def __init__(self, wordnet: Path) -> None:
         self._folder = wordnet
 
     def __call__(self, hypothesis: str, references: Sequence[str]) -> float:
-        """Between 0 and 1. At least one reference."""
+        """Return the METEOR score of a hypothesis, from 0 to 1, against at least one reference."""
         from nltk.translate.meteor_score import meteor_score
 
         tokens = [tokenise(reference) for reference in references]

@@ -1,6 +1,6 @@
-"""A metric as sums over samples and a function of them, and what resampling says about its value.
+"""Metrics as functions of sums over samples, and bootstrap estimates of their uncertainty.
 
-Shapes: N samples, K statistics of a sample, R resamples.
+In shapes, N is the number of samples, K the number of statistics per sample, and R the number of resamples.
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ from numpy.typing import NDArray
 
 NUM_RESAMPLES = 1000
 _MAX_DRAWS = 1 << 22
-"""Samples that are drawn at once; bounds the memory."""
+"""The most samples that are drawn at once, which bounds the memory."""
 
 
 def ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """First statistic over second: `[..., 2]` → `[...]`."""
+    """Divide the first statistic by the second: `[..., 2]` → `[...]`."""
     return sums[..., 0] / sums[..., 1]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric of N samples. Its value over any of them is `value` of the sum of their statistics."""
+    """One metric of N samples; over any subset of them, its value is `value` of the sum of their statistics."""
 
     name: str
     statistics: NDArray[np.float64]
-    """`[N, K]`, e.g. word errors and reference words."""
+    """[N, K] statistics per sample, such as word errors and reference words."""
     value: Callable[[NDArray[np.float64]], NDArray[np.float64]] = ratio
-    """`[..., K]` → `[...]`."""
+    """The function that maps sums of statistics to the metric: `[..., K]` → `[...]`."""
     lower_is_better: bool = False
     counted: NDArray[np.bool_] | None = None
-    """`[N]`: the samples that the metric is about; None: all."""
+    """[N] mask of the samples that the metric applies to; None if it applies to all."""
 
     def rows(self, wanted: Sequence[int]) -> NDArray[np.int64]:
-        """Those of the samples `wanted` that the metric is about."""
+        """Return the samples among `wanted` that the metric applies to."""
         rows = np.asarray(wanted, dtype=np.int64)
         return rows if self.counted is None else rows[self.counted[rows]]
 
 
 def mean(name: str, values: Sequence[float], counted: NDArray[np.bool_] | None = None) -> Metric:
-    """The mean of a number per sample, the higher the better."""
+    """Return a metric that is the mean of one number per sample; higher is better."""
     column = np.asarray(values, dtype=np.float64)
     return Metric(name, np.stack([column, np.ones_like(column)], axis=1), counted=counted)
 
@@ -49,9 +49,17 @@ def mean(name: str, values: Sequence[float], counted: NDArray[np.bool_] | None =
 def resampled_sums(
     statistics: NDArray[np.float64], num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Sums over `num_resamples` draws of N samples with replacement: `[N, K]` → `[R, K]`; N at least 1.
+    """Return sums of statistics over resamples, each of which draws N samples with replacement.
 
-    The draws follow from N and `seed` alone: columns of two systems side by side give a paired bootstrap.
+    The draws depend only on N and `seed`. Statistics of two systems, concatenated along K, give a paired bootstrap.
+
+    Args:
+        statistics: [N, K] statistics per sample, N ≥ 1.
+        num_resamples: the number of resamples, R.
+        seed: the seed of the draws.
+
+    Returns:
+        [R, K] sums.
     """
     num = len(statistics)
     generator = np.random.default_rng(seed)
@@ -65,29 +73,33 @@ def resampled_sums(
 
 
 def interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """95 % percentile interval of resampled values (Efron & Tibshirani 1993, chapter 13)."""
+    """Return the 95 % percentile interval of resampled values (Efron & Tibshirani 1993, chapter 13)."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """System B against system A on the same samples: `value` is B − A."""
+    """The difference between systems A and B on the same samples; `value` is B − A."""
 
     value: float
     low: float
     high: float
+    """The bounds of the 95 % bootstrap interval."""
     p: float
-    """Two-sided: how often, twice, resampling turns the difference around."""
+    """The two-sided p-value: twice the share of resamples in which the difference has the opposite sign."""
 
     @property
     def is_significant(self) -> bool:
-        """The 95 % interval leaves out 0."""
+        """True if the 95 % interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 def paired_difference(a: Metric, b: Metric, rows: NDArray[np.int64]) -> Difference:
-    """Paired bootstrap over the samples `rows` (Koehn 2004): both systems are resampled with the same draws."""
+    """Compare two systems by a paired bootstrap over the samples `rows` (Koehn 2004).
+
+    Both systems are resampled with the same draws.
+    """
     assert a.name == b.name and len(rows), (a.name, b.name, len(rows))
     both = np.concatenate([a.statistics[rows], b.statistics[rows]], axis=1)
     width = a.statistics.shape[1]

@@ -1,4 +1,7 @@
-"""Answers to questions: with choices, by the choice that they name; open ones by their words."""
+"""Metrics of answers to questions.
+
+If a question has choices, the choice that the answer names is compared. Otherwise the words of the answer are compared.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,11 @@ from trainer.scoring.text import answer_words
 
 
 def answer_metrics(hypotheses: Sequence[str], metas: Sequence[Mapping[str, Any]]) -> list[Metric]:
-    """`accuracy` of all samples; `macro_f1` of those with choices; `exact_match` and `token_f1` of the others."""
+    """Return the metrics of question answering.
+
+    `accuracy` applies to all samples, `macro_f1` to questions with choices, `exact_match` and `token_f1` to open
+    questions.
+    """
     classes = [answer_class(hypothesis, meta) for hypothesis, meta in zip(hypotheses, metas, strict=True)]
     closed = np.array([pair is not None for pair in classes], dtype=bool)
     right = [is_correct(hypothesis, meta) for hypothesis, meta in zip(hypotheses, metas, strict=True)]
@@ -29,9 +36,9 @@ def answer_metrics(hypotheses: Sequence[str], metas: Sequence[Mapping[str, Any]]
 
 
 def answer_class(hypothesis: str, meta: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(right choice, named choice or ""), as normalised words; None for an open question.
+    """Return the correct choice and the named choice (or "") as normalized words, or None for an open question.
 
-    A question is open when it has no choices, or its answer is none of them.
+    A question is open if it has no choices, or its answer is not one of them.
     """
     choices = meta.get("choices") or ()
     right = chosen(meta["answer"], choices)
@@ -42,11 +49,11 @@ def answer_class(hypothesis: str, meta: Mapping[str, Any]) -> tuple[str, str] | 
 
 
 def is_correct(hypothesis: str, meta: Mapping[str, Any]) -> bool:
-    """Whether `hypothesis` answers the sample.
+    """Return whether `hypothesis` is a correct answer to the sample.
 
-    With `choices`: it names the same choice as `answer` (see `chosen`). Otherwise, and where `answer` is none of them:
-    its words equal those of `answer`, or of any of the `references` (captions), after normalisation and without
-    articles: SQuAD's exact match with Whisper's normaliser.
+    If the question has choices, the hypothesis must name the same choice as `answer` (see `chosen`). If it is open, the
+    words of the hypothesis must equal those of `answer`, or of one of the `references` of a caption. Words are compared
+    after normalization and without articles, as in SQuAD's exact match, but with Whisper's normalizer.
     """
     pair = answer_class(hypothesis, meta)
     if pair is not None:
@@ -57,12 +64,15 @@ def is_correct(hypothesis: str, meta: Mapping[str, Any]) -> bool:
 
 
 def accepted_answers(meta: Mapping[str, Any]) -> Sequence[str]:
-    """What the sample may be answered: its `references` (captions), else its `answer`."""
+    """Return the accepted answers to the sample: its `references` if it has any (captions), else its `answer`."""
     return meta.get("references") or [meta["answer"]]
 
 
 def token_f1(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall of the words as bags (Rajpurkar et al. 2016, SQuAD); both empty: 1."""
+    """Return the harmonic mean of the precision and recall of words, without regard to order (SQuAD).
+
+    It is 1 if both are empty. See Rajpurkar et al. 2016.
+    """
     num_shared = sum((Counter(hypothesis) & Counter(reference)).values())
     total = len(hypothesis) + len(reference)
     return 2 * num_shared / total if total else 1.0

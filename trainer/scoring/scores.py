@@ -1,4 +1,4 @@
-"""Every metric of every task, by subset, with its 95 % interval."""
+"""Scores of all metrics of all tasks, by subset, with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from trainer.scoring.metric import Metric, interval, mean, resampled_sums
 from trainer.scoring.questions import accepted_answers, answer_class, answer_metrics, is_correct
 
 ALL = "all"
-"""Key of the score over all subsets of a task."""
+"""The key of scores over all subsets of a task."""
 
 HEADLINES = ("wer", "accuracy", "meteor")
-"""The metrics that are shown where there is room for few."""
+"""The metrics that are shown where there is room for only a few."""
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One metric of one task on one subset (`ALL`: on all of them)."""
+    """The value of one metric of one task, on one subset or on all of them (`ALL`)."""
 
     task: str
     subset: str
@@ -33,23 +33,29 @@ class TaskScore:
     value: float
     low: float
     high: float
-    """Bounds of the 95 % bootstrap interval over samples."""
+    """The bounds of the 95 % bootstrap interval over samples."""
     num_samples: int
-    """Those that the metric is about: `exact_match` leaves out questions with choices."""
+    """The number of samples that the metric applies to; for example, `exact_match` applies only to open questions."""
 
     @property
     def name(self) -> str:
-        """`asr/wer` over all subsets, `asr/digits/wer` of one."""
+        """The name of the score, such as `asr/wer` over all subsets or `asr/digits/wer` for one."""
         return f"{self.task}/{self.metric}" if self.subset == ALL else f"{self.task}/{self.subset}/{self.metric}"
 
 
 def task_metrics(
     task: str, hypotheses: Sequence[str], metas: Sequence[Mapping[str, Any]], meteor: Meteor | None = None
 ) -> list[Metric]:
-    """The metrics of samples of one task, the one that says most of a single sample first.
+    """Return the metrics of one task, beginning with the one that is most informative for a single sample.
 
-    `metas` are their manifest fields (answer, subset, language, choices, references). asr: see `asr_metrics`. er, aqa,
-    sqa: see `answer_metrics`. ac: `meteor` (if given), `cider` (CIDEr-D), `accuracy` (equal to a reference).
+    The metrics are those of `asr_metrics` for asr, and those of `answer_metrics` for er, aqa and sqa. For ac they are
+    `meteor`, `cider` (CIDEr-D) and `accuracy` (the share of captions that equal a reference).
+
+    Args:
+        task: the name of the task.
+        hypotheses: the model's answer to each sample.
+        metas: the manifest fields of each sample; answer, subset, language, choices and references are used.
+        meteor: the METEOR metric; None skips it.
     """
     assert len(hypotheses) == len(metas), (len(hypotheses), len(metas))
     if task == "asr":
@@ -71,16 +77,16 @@ def task_metrics(
 def score(
     task: str, hypotheses: Sequence[str], metas: Sequence[Mapping[str, Any]], meteor: Meteor | None = None
 ) -> list[TaskScore]:
-    """Scores of one task: every metric over all of its samples, then by subset. No samples, no scores.
+    """Score one task: every metric over all samples, then over each subset.
 
-    A metric is left out of a subset without samples that it is about. CIDEr's document frequencies are those of all
-    samples, also in a subset's score.
+    A metric that applies to no sample of a subset has no score there, and an empty list of samples has no scores at
+    all. CIDEr's document frequencies always come from all samples. For the arguments, see `task_metrics`.
     """
     return score_metrics(task, task_metrics(task, hypotheses, metas, meteor), metas)
 
 
 def score_metrics(task: str, metrics: Sequence[Metric], metas: Sequence[Mapping[str, Any]]) -> list[TaskScore]:
-    """Scores of `metrics` of the samples `metas`, over all and by subset."""
+    """Return the scores of `metrics` over all samples and by subset; `metas` are the samples' manifest fields."""
     return [
         _score(task, subset, metric, rows)
         for subset, members in by_subset(metas).items()
@@ -90,7 +96,7 @@ def score_metrics(task: str, metrics: Sequence[Metric], metas: Sequence[Mapping[
 
 
 def by_subset(metas: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Places of the samples of each subset; of all of them under `ALL`, which comes first."""
+    """Return the indices of each subset's samples, with those of all samples first, under `ALL`."""
     rows: dict[str, list[int]] = {ALL: list(range(len(metas)))} if metas else {}
     for i, meta in enumerate(metas):
         rows.setdefault(subset_of(meta), []).append(i)
@@ -98,12 +104,12 @@ def by_subset(metas: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
 
 
 def subset_of(meta: Mapping[str, Any]) -> str:
-    """The sample's subset; where it has none, its source."""
+    """Return the sample's subset, or its source if it has no subset."""
     return meta.get("subset") or meta.get("source") or "default"
 
 
 def confusions(hypotheses: Sequence[str], metas: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, int]]]:
-    """Confusion matrix of each subset that has questions with choices: see `confusion`."""
+    """Return the confusion matrix, see `confusion`, of each subset that has questions with choices."""
     found: dict[str, tuple[list[str], list[str]]] = {}
     for hypothesis, meta in zip(hypotheses, metas, strict=True):
         if (pair := answer_class(hypothesis, meta)) is not None:
@@ -114,12 +120,12 @@ def confusions(hypotheses: Sequence[str], metas: Sequence[Mapping[str, Any]]) ->
 
 
 def score_values(scores: Iterable[TaskScore]) -> dict[str, float]:
-    """Values by name: `asr/wer` over all subsets, `asr/digits/wer` of one."""
+    """Return the values of scores by their names, such as `asr/wer` or `asr/digits/wer`."""
     return {s.name: s.value for s in scores}
 
 
 def measure(metric: Metric, rows: NDArray[np.int64]) -> tuple[float, float, float]:
-    """(value, bounds of its 95 % interval) over the samples `rows`, of which there is at least one."""
+    """Return a metric's value and the bounds of its 95 % interval over the samples `rows`, at least one."""
     statistics = metric.statistics[rows]
     return float(metric.value(statistics.sum(0))), *interval(metric.value(resampled_sums(statistics)))
 

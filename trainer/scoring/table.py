@@ -1,4 +1,4 @@
-"""Scores as aligned text."""
+"""Tables of scores as aligned text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from trainer.scoring.scores import TaskScore
 
 
 def format_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as aligned columns, headed by the first row's keys; floats with three decimals, numbers to the right."""
+    """Format rows as a table with aligned columns, whose head consists of the first row's keys.
+
+    Numbers are aligned to the right, and floats have three decimals.
+    """
     if not rows:
         return ""
     head = list(rows[0])
@@ -24,7 +27,7 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def score_table(scores: Iterable[TaskScore], baseline: Iterable[TaskScore] | None = None) -> list[dict[str, object]]:
-    """Rows for `format_table`: one per score, with its majority baseline where there is one (not for asr)."""
+    """Return rows for `format_table`, one per score, with its majority baseline if there is one (except for asr)."""
     guessed = {s.name: s.value for s in baseline or () if s.task != "asr"}
     rows: list[dict[str, object]] = []
     for s in scores:

@@ -1,4 +1,4 @@
-"""What is compared instead of raw text: Whisper's normalisers, and AudioBench's steps after them."""
+"""Text normalization for metrics: Whisper's normalizers, followed by steps of AudioBench."""
 
 from __future__ import annotations
 
@@ -26,32 +26,36 @@ _EMPTY = "empty"
 
 
 def normalise(text: str, language: str = "en") -> str:
-    """Whisper's normaliser of the language, then one word per digit; nothing left becomes "empty".
+    """Normalize text with Whisper's normalizer of the language, and spell numbers digit by digit.
 
-    English: lower case, contractions expanded, brackets and what they hold dropped, fillers dropped, punctuation and
-    diacritics dropped. The normaliser first writes number words as figures ("five seven" → "57", "twenty one" → "21");
-    each figure is then spelt out ("five seven", "two one"), the same way on both sides, so that a digit string counts
-    one word per digit. transformers ships no table of British spellings (it lies in Whisper's tokenizer on the hub),
-    so "colour" and "color" differ here. The steps are those of AudioBench (arXiv 2406.16020), its number expansion
-    apart: see `normalise_audiobench`.
+    English text becomes lower case. Contractions are expanded, and fillers, punctuation, diacritics and brackets with
+    their content are removed. Whisper's normalizer writes number words as digits ("five seven" → "57", "twenty one" →
+    "21"). Each digit is then spelled as a word ("five seven", "two one"), so that a string of digits counts as one word
+    per digit. The steps are those of AudioBench (arXiv 2406.16020) except for its expansion of numbers, see
+    `normalise_audiobench`. British and American spellings ("colour", "color") differ, because transformers does not
+    include Whisper's table of spellings.
 
-    Other languages: Whisper's basic normaliser, which keeps diacritics; Chinese, Cantonese, Japanese, Thai, Lao and
-    Burmese get one word per character, as in Whisper's own evaluation.
+    Text in other languages goes through Whisper's basic normalizer, which keeps diacritics. Chinese, Cantonese,
+    Japanese, Thai, Lao and Burmese text is split into one word per character, as in Whisper's own evaluation.
+
+    Returns:
+        The normalized text, or "empty" if nothing remains.
     """
     if language != "en":
         return " ".join(_basic(language in _UNSPACED_LANGUAGES)(text).split()) or _EMPTY
-    # Whisper's normaliser reads "00" as the number 0, but "0 0" as two digits.
+    # Whisper's normalizer reads "00" as the number 0, but "0 0" as two digits.
     spaced = _LEADING_ZEROS.sub(lambda match: " ".join(match[0]), text)
     plain = _NUMBER.sub(_spell_number, _FILLERS.sub(" ", _english()(spaced)))
     return " ".join(plain.split()) or _EMPTY
 
 
 def normalise_audiobench(text: str) -> str:
-    """English text as AudioBench compares it (`preprocess_text_asr`, AudioLLMs/AudioBench at 9308801).
+    """Normalize English text as AudioBench does (`preprocess_text_asr`, AudioLLMs/AudioBench at commit 9308801).
 
-    As `normalise`, but numbers stay as Whisper's normaliser writes them, only 0 to 19 and whole tens become words, and
-    punctuation within numbers is deleted: "five seven" → "57", one word. AudioBench's tables of contractions and
-    brackets find nothing that the normaliser left, and are not repeated here. British spellings: see `normalise`.
+    The result differs from that of `normalise` in numbers: they stay as Whisper's normalizer writes them, except that 0
+    to 19 and the tens up to 90 become words, and punctuation within numbers is removed. For example, "five seven"
+    becomes the single word "57". AudioBench's further steps for contractions and brackets are omitted, since Whisper's
+    normalizer leaves nothing for them to do.
     """
     plain = _SMALL_NUMBER.sub(lambda match: _NUMBER_WORDS[int(match[0])], _english()(text))
     plain = "".join(c for c in plain if not unicodedata.category(c).startswith("P"))
@@ -59,13 +63,13 @@ def normalise_audiobench(text: str) -> str:
 
 
 def answer_words(text: str, language: str = "en") -> list[str]:
-    """Words of an answer: normalised and, in English, without articles (as SQuAD's scorer does)."""
+    """Return the normalized words of an answer; in English, articles are removed as in SQuAD's scorer."""
     plain = normalise(text, language)
     return (_ARTICLES.sub(" ", plain) if language == "en" else plain).split()
 
 
 def tokenise(text: str) -> list[str]:
-    """Words and punctuation marks, by NLTK's tokenizer (that of `nltk.word_tokenize`), sentence by sentence."""
+    """Split text into words and punctuation marks, sentence by sentence, with the tokenizer of `nltk.word_tokenize`."""
     tokenizer = _word_tokenizer()
     return [token for sentence in _SENTENCE_END.split(text.strip()) for token in tokenizer.tokenize(sentence)]
 
@@ -74,7 +78,7 @@ def _spell_number(match: re.Match[str]) -> str:
     return " ".join(DIGIT_WORDS[int(c)] if c.isdigit() else _SYMBOL_WORDS[c] for c in match[0])
 
 
-# transformers and nltk are slow to import; runs that never evaluate do not pay for it.
+# transformers and nltk are slow to import, and runs that never evaluate do not need them.
 @cache
 def _english() -> Any:
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer

@@ -1,4 +1,4 @@
-"""Synonyms from a WordNet 3.0 database (wndb(5WN)), read as NLTK reads it: all that METEOR asks of it."""
+"""A reader of synonyms from a WordNet 3.0 database (see wndb(5WN)), equal to NLTK's as far as METEOR needs it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ _MARKER = re.compile(r"\(.*\)$")
 
 
 def find_wordnet(given: str | None = None) -> Path:
-    """The folder of the database: `given`, else WNSEARCHDIR, else where packages put it.
+    """Find the folder of the WordNet database.
+
+    Args:
+        given: the folder; None means the environment variable WNSEARCHDIR or, if it is not set, the usual folders.
 
     Raises:
-        UserError: there is none, or files are missing from it.
+        UserError: If no database is found, or the named folder lacks a file.
     """
     named = given or os.environ.get("WNSEARCHDIR")
     for folder in [Path(named)] if named else map(Path, FOLDERS):
@@ -28,16 +31,16 @@ def find_wordnet(given: str | None = None) -> Path:
         if not missing:
             return folder
         if named:
-            raise UserError(f"WordNet folder {folder}: it has no {missing[0]}; name the folder that has it")
+            raise UserError(f"WordNet folder {folder}: {missing[0]} is missing; name the folder that contains it")
     raise UserError(
-        f"METEOR needs WordNet, which is not in {' or '.join(FOLDERS)}: `apt-get install wordnet-base`, or set "
+        f"METEOR needs WordNet, which is not in {' or '.join(FOLDERS)}; run `apt-get install wordnet-base`, or set "
         "WNSEARCHDIR to its folder"
     )
 
 
 @dataclass(frozen=True)
 class Lemma:
-    """One word of a synset; words of several parts have underscores."""
+    """One word of a synset; a term of several words is joined by underscores."""
 
     text: str
 
@@ -47,7 +50,7 @@ class Lemma:
 
 @dataclass(frozen=True)
 class Synset:
-    """Words of one meaning."""
+    """A set of words with one meaning."""
 
     words: tuple[Lemma, ...]
 
@@ -56,13 +59,13 @@ class Synset:
 
 
 class WordNet:
-    """What `nltk.translate.meteor_score` needs of NLTK's `WordNetCorpusReader`, and equal to it.
+    """A replacement for NLTK's `WordNetCorpusReader` with the part of it that `nltk.translate.meteor_score` uses.
 
-    NLTK's own reader wants a file that Debian's package lacks (lexnames), another that it maps versions with
-    (index.sense), and reads only below its own data folders.
+    NLTK's own reader needs two further files: lexnames, which Debian's package lacks, and index.sense. It also reads
+    only from NLTK's own data folders.
 
     Args:
-        folder: from `find_wordnet`.
+        folder: the folder returned by `find_wordnet`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -73,7 +76,7 @@ class WordNet:
         self._exceptions: dict[str, dict[str, list[str]]] = {}
         self._data: dict[str, mmap.mmap] = {}
         for pos, name in _PARTS_OF_SPEECH.items():
-            # Lines of the licence begin with a space.
+            # The lines of the license begin with a space.
             lines = (folder / f"index.{name}").read_text(encoding="utf-8").splitlines()
             self._index[pos] = dict(line.split(" ", 1) for line in lines if not line.startswith(" "))
             words = [line.split() for line in (folder / f"{name}.exc").read_text(encoding="utf-8").splitlines()]
@@ -82,7 +85,10 @@ class WordNet:
                 self._data[pos] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def synsets(self, word: str) -> list[Synset]:
-        """Meanings of `word` and of the forms that it may be an inflection of (morphy(7WN)), as any part of speech."""
+        """Return the synsets, for every part of speech, of `word` and of the words that it may be an inflection of.
+
+        Inflections are resolved as in morphy(7WN).
+        """
         word = word.lower()
         return [
             self._synset(pos, int(offset))
@@ -101,11 +107,14 @@ class WordNet:
         data = self._data[pos]
         fields = data[offset : data.find(b"\n", offset)].decode("utf-8").split(" ")
         words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
-        # Adjectives may carry a marker of their place in the sentence: "galore(ip)".
+        # Adjectives may have a marker of their position in the sentence, as in "galore(ip)".
         return Synset(tuple(Lemma(_MARKER.sub("", word)) for word in words))
 
 
 def _offsets(line: str) -> list[str]:
-    """Of an index line without its word: pos, number of synsets, pointers, senses, and last the synsets' offsets."""
+    """Return the synset offsets of an index line without its word.
+
+    The line contains the part of speech, the number of synsets, pointers, sense counts and, at the end, the offsets.
+    """
     fields = line.split()
     return fields[-int(fields[1]) :]

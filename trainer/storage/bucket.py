@@ -1,4 +1,4 @@
-"""Objects in S3, Google Cloud Storage or Azure, by obstore."""
+"""A store in S3, Google Cloud Storage or Azure, accessed through obstore."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from trainer.storage.store import MissingError, UnreachableError, check_size
 T = TypeVar("T")
 
 RETRY_SEC = 120.0
-"""How long a request is retried when the server is away. obstore's credentials may expire beyond five minutes."""
+"""How long a request is retried while the server is unreachable. Beyond five minutes, the signature of a request may
+expire."""
 PART_BYTES = 16 << 20
-"""Of a multipart upload; the last part, or a small object, may be smaller."""
+"""The size of one part of a multipart upload; the last part may be smaller."""
 _CONCURRENT_PARTS = 4
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
@@ -29,14 +30,17 @@ _EXPIRED = ("ExpiredToken", "TokenRefreshRequired", "RequestTimeTooSkewed", "Req
 
 
 class BucketStore:
-    """A bucket, or a prefix in it.
+    """A `Store` in a bucket, or below a prefix of one.
 
     Args:
-        scheme: s3, gs or az.
-        bucket: its name (Azure: the container's).
-        prefix: of all names; may be empty.
+        scheme: `s3`, `gs` or `az`.
+        bucket: name of the bucket (for Azure, of the container).
+        prefix: path below which all objects are stored; empty for the whole bucket.
         access: endpoint and credentials.
-        retry_sec: how long a request is repeated when the server does not answer or answers with 5xx.
+        retry_sec: how long, in seconds, a request is retried while the server does not answer or answers with 5xx.
+
+    Raises:
+        UserError: If obstore does not accept the endpoint or the credentials.
     """
 
     def __init__(self, scheme: str, bucket: str, prefix: str, access: Access, retry_sec: float = RETRY_SEC) -> None:
@@ -53,18 +57,18 @@ class BucketStore:
         client = {
             "allow_http": bool(access.endpoint and access.endpoint.startswith("http://")),
             "connect_timeout": timedelta(seconds=5),
-            "timeout": timedelta(seconds=60),  # of one try; a part or a range is small
+            "timeout": timedelta(seconds=60),  # for one attempt; a part or a range is small
         }
         retry = {
-            "max_retries": 1000,  # time decides, not the number
+            "max_retries": 1000,  # high, so that retry_timeout is the limit
             "retry_timeout": timedelta(seconds=retry_sec),
             "backoff": {"init_backoff": timedelta(seconds=0.25), "max_backoff": timedelta(seconds=5), "base": 3},
         }
         try:
             self._store = kind(bucket, prefix=prefix or None, client_options=client, retry_config=retry, **options)
         except (BaseError, ValueError):
-            # obstore's own text may quote what it read.
-            raise UserError(f"{self._url}: cannot be opened with {access.source}; check what is set there") from None
+            # obstore's own message may quote credentials, so it is not shown.
+            raise UserError(f"{self._url}: cannot be opened with {access.source}; check these settings") from None
 
     @property
     def url(self) -> str:
@@ -102,7 +106,7 @@ class BucketStore:
         while size <= PART_BYTES and (part := next(rest, None)) is not None:
             first.append(part)
             size += len(part)
-        if size <= PART_BYTES:  # one request instead of three: an upload in parts is begun and ended, too
+        if size <= PART_BYTES:  # one request; a multipart upload needs at least three
             self._do(name, lambda: self._store.put(name, b"".join(first)))
             return
         content = chain(first, rest)
@@ -112,7 +116,7 @@ class BucketStore:
         try:
             self._do(name, lambda: self._store.put(name, content, mode="create"))
         except _ExistsError:
-            # Perhaps by this very call: an answer can be lost after the store has done what it was asked.
+            # A retry of this call may find its own object, if the first answer was lost.
             return self._holds(name, content)
         return True
 
@@ -146,40 +150,46 @@ class BucketStore:
             raise self._error(name, error) from None
 
     def _error(self, name: str, error: Exception) -> UserError:
-        """One line. obstore's own text spans many, and quotes what the server sent: of it, only status and code."""
+        """Return the one-line error for `error`.
+
+        obstore's own message has many lines and quotes the server's answer, so only status and code are taken from it.
+        """
         text = str(error)
         status, code = _STATUS.search(text), _CODE.search(text)
-        said = " ".join(m[1] for m in (status, code) if m)
+        answer = " ".join(m[1] for m in (status, code) if m)
         where = f"{self._url}/{name}".rstrip("/")
         source = self._access.source + (f", endpoint {_public(self._access.endpoint)}" if self._access.endpoint else "")
         if code and code[1] == "NoSuchBucket":
-            return MissingError(f"{where}: no bucket {self._bucket} ({said}; {source}); check the name, or create it")
+            return MissingError(
+                f"{where}: no bucket {self._bucket} ({answer}; {source}); check the name, or create the bucket"
+            )
         if isinstance(error, FileNotFoundError) or (status and status[1] == "404"):
-            return MissingError(f"{where}: no such object ({said or 'not found'}; {source}); check the URL")
+            return MissingError(f"{where}: no such object ({answer or 'not found'}; {source}); check the URL")
         if code and code[1] in _EXPIRED:
-            return UserError(f"{where}: credentials have expired ({said}; {source}); renew them")
+            return UserError(f"{where}: credentials have expired ({answer}; {source}); renew them")
         if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError) or (
             status and status[1] in ("401", "403")
         ):
             return UserError(
-                f"{where}: access refused ({said}; {source}); the key is wrong, expired, or lacks the permission"
+                f"{where}: access refused ({answer}; {source}); "
+                "check that the key is correct, has not expired, and has the permission"
             )
         if status and status[1] == "416":
-            return _RangeError(f"{where}: the range lies beyond the object's end ({said}; {source})")
+            return _RangeError(f"{where}: the range ends beyond the object's last byte ({answer}; {source})")
         if status and status[1].startswith("4"):
-            return UserError(f"{where}: the store refuses the request ({said}; {source}); check URL and endpoint")
+            return UserError(f"{where}: the store refused the request ({answer}; {source}); check URL and endpoint")
         return UnreachableError(
-            f"{where}: no usable answer within {self._retry_sec:g} s ({said or _reason(text)}; {source}); "
-            "check that the store runs and the endpoint is right"
+            f"{where}: no usable answer within {self._retry_sec:g} s ({answer or _reason(text)}; {source}); "
+            "check that the store is running and the endpoint is correct"
         )
 
 
 class _ExistsError(UserError):
-    """There is such an object."""
+    """An object with this name exists already."""
 
 
 class _RangeError(UserError):
-    """A range that the store refuses."""
+    """The store cannot serve the requested range."""
 
 
 def _reason(text: str) -> str:

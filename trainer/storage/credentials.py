@@ -1,7 +1,7 @@
-"""Where an object store's endpoint and credentials come from: standard environment variables and files, nothing else.
+"""Endpoint and credentials of an object store, read from the standard environment variables and files only.
 
-No recipe key, URL or command supplies them, and no machine's metadata service is asked. What is said about them is
-`Access.source`: names of variables, files and profiles, never values.
+No recipe key, URL or external command supplies credentials, and no metadata service is queried. Errors and logs mention
+only `Access.source`, which contains names of variables, files and profiles, but never their values.
 """
 
 from __future__ import annotations
@@ -42,21 +42,27 @@ _AZ_FROM_ENV = (
 
 @dataclass(frozen=True)
 class Access:
-    """How to open a bucket."""
+    """Endpoint and credentials with which a bucket is opened."""
 
     source: str
-    """Where the credentials are from, in words."""
+    """The origin of the credentials, as a phrase for messages."""
     endpoint: str | None = None
-    """None: the provider's own."""
+    """The URL of the server; None for the provider's default."""
     options: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Keyword arguments of obstore's store; may hold secrets."""
+    """Keyword arguments for obstore's store; they may contain secrets."""
 
 
 def find_access(scheme: str, environ: Mapping[str, str] = os.environ) -> Access:
-    """For `s3`, `gs` or `az`. What obstore reads from the environment by itself is not repeated in `options`.
+    """Find endpoint and credentials for a kind of object store.
+
+    obstore reads most environment variables on its own; these are not repeated in `Access.options`.
+
+    Args:
+        scheme: `s3`, `gs` or `az`.
+        environ: the environment variables.
 
     Raises:
-        UserError: there are no credentials, or a file with them is malformed.
+        UserError: If there are no credentials, or a file that should contain them is malformed.
     """
     if scheme == "s3":
         return _s3(environ)
@@ -91,7 +97,7 @@ def _s3(environ: Mapping[str, str]) -> Access:
         return Access("no credentials (AWS_SKIP_SIGNATURE is set)", endpoint, {**options, "skip_signature": True})
     path = _credentials_path(environ)
     if "AWS_PROFILE" in environ or _section(path, profile):
-        # Read again from time to time: programs that renew short-lived keys write them to this file.
+        # Read again every few minutes, since programs that renew short-lived keys write them to this file.
         options["credential_provider"] = _profile_reader(path, profile)
         options["credential_provider"]()
         return Access(f"credentials from profile '{profile}' in {path}", endpoint, options)
@@ -109,8 +115,8 @@ def _profile_reader(path: Path, profile: str) -> Callable[[], dict[str, Any]]:
         keys = _section(path, profile)
         if "aws_access_key_id" not in keys or "aws_secret_access_key" not in keys:
             raise UserError(
-                f"{path}: profile '{profile}' has no aws_access_key_id with aws_secret_access_key; "
-                "set AWS_PROFILE to one that has (commands that supply credentials are not run)"
+                f"{path}: profile '{profile}' has no aws_access_key_id and aws_secret_access_key; "
+                "set AWS_PROFILE to a profile that has both (credential_process is not supported)"
             )
         return {
             "access_key_id": keys["aws_access_key_id"],
@@ -136,8 +142,10 @@ def _section(path: Path, name: str) -> dict[str, str]:
     try:
         parser.read(path, encoding="utf-8")
     except (OSError, UnicodeDecodeError, configparser.Error):
-        # The parser's own message quotes lines of the file.
-        raise UserError(f"{path}: cannot be read as an INI file; mend it or set AWS_ACCESS_KEY_ID") from None
+        # The parser's own message quotes lines of the file, which may contain secrets.
+        raise UserError(
+            f"{path}: cannot be read as an INI file; fix it or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from None
     return dict(parser[name]) if parser.has_section(name) else {}
 
 

@@ -1,4 +1,4 @@
-"""URL → store."""
+"""Opening of the store that a URL or path names."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
 def scheme_of(url: str) -> str:
-    """`s3`, `gs`, `az`, or empty for a local path.
+    """Return the scheme of `url`: `s3`, `gs`, `az`, or an empty string for a local path.
 
     Raises:
-        UserError: anything else that looks like a URL; `pipe:` and its like would run commands.
+        UserError: If `url` has any other scheme. This includes `pipe:` URLs, which run commands.
     """
     found = _SCHEME.match(url)
     if found is None:
@@ -25,21 +25,23 @@ def scheme_of(url: str) -> str:
     scheme = found[1].lower()
     if scheme not in SCHEMES or not url[found.end() :].startswith("//"):
         raise UserError(
-            f"{url}: URLs of kind '{scheme}:' are not read; give a local path or "
+            f"{url}: URLs with scheme '{scheme}:' are not supported; give a local path or "
             + ", ".join(f"{s}://BUCKET/PREFIX" for s in SCHEMES)
         )
     return scheme
 
 
 def open_store(url: str, retry_sec: float | None = None) -> Store:
-    """The folder or bucket at `url`; nothing is asked of it yet.
+    """Return the store at `url`, without sending any request to it.
 
     Args:
-        url: local path, or `s3://BUCKET/PREFIX`, `gs://…`, `az://CONTAINER/PREFIX`.
-        retry_sec: how long a bucket may be away before a request fails; null: `bucket.RETRY_SEC`.
+        url: local path, or `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `az://CONTAINER/PREFIX`.
+        retry_sec: how long, in seconds, a bucket may be unreachable before a request fails; None for
+            `bucket.RETRY_SEC`.
 
     Raises:
-        UserError: another kind of URL; credentials in the URL; no credentials where they belong.
+        UserError: If the scheme is unknown, the URL contains credentials or options, or no credentials are found in the
+            environment.
     """
     scheme = scheme_of(url)
     if not scheme:
@@ -47,12 +49,12 @@ def open_store(url: str, retry_sec: float | None = None) -> Store:
     parts = urlsplit(url)
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UserError(
-            f"{scheme}://{parts.netloc.rpartition('@')[2]}: a URL must hold no credentials and no options; "
-            "credentials come from the environment or their standard files"
+            f"{scheme}://{parts.netloc.rpartition('@')[2]}: a URL must not contain credentials or options; "
+            "set the credentials in the environment or in their standard files"
         )
     if not parts.netloc:
-        raise UserError(f"{url}: names no bucket; give {scheme}://BUCKET/PREFIX")
-    # Only those who use a bucket pay for loading its client.
+        raise UserError(f"{url}: the bucket's name is missing; give {scheme}://BUCKET/PREFIX")
+    # Imported here because loading obstore takes time that local runs need not spend.
     from trainer.storage.bucket import RETRY_SEC, BucketStore
     from trainer.storage.credentials import find_access
 
@@ -61,7 +63,7 @@ def open_store(url: str, retry_sec: float | None = None) -> Store:
 
 
 def join_url(root: str, path: str) -> str:
-    """`path` as seen from `root`: itself if it is a URL or absolute."""
+    """Return `path` relative to `root`, or `path` itself if it is a URL or absolute."""
     if scheme_of(path) or Path(path).is_absolute():
         return path
     return f"{root.rstrip('/')}/{path}" if scheme_of(root) else str(Path(root) / path)

@@ -1,6 +1,6 @@
-"""Named objects in a folder or a bucket: what shards are read from and written to, and what checkpoints may use.
+"""Stores of named objects, in a folder or a bucket, for shards and checkpoints.
 
-A store is opened by URL (`trainer.storage.open`) and is flat: names are paths below it, with '/' between parts.
+A store is opened by URL (`trainer.storage.open`). Names of objects are paths relative to it, with '/' as separator.
 """
 
 from __future__ import annotations
@@ -21,65 +21,97 @@ from model.errors import UserError
 
 
 class MissingError(UserError):
-    """There is no such object, or no such bucket."""
+    """An object or a bucket does not exist."""
 
 
 class ChangedError(UserError):
-    """An object is not as long as it must be."""
+    """An object differs from what was expected, for example in its size."""
 
 
 class UnreachableError(UserError):
-    """The store did not answer in all the time that retries may take."""
+    """The store did not answer before the time for retries was over."""
 
 
 class Store(Protocol):
-    """All methods raise UserError: one line that names URL, what failed, and where credentials came from."""
+    """Interface of a store.
+
+    Every method that accesses the store may raise UserError. Its message names the URL, what failed, and, for a bucket,
+    where the credentials came from.
+    """
 
     @property
     def url(self) -> str:
-        """For messages and for identity: two stores with one url hold the same objects."""
+        """The URL or path of the store; two stores with the same `url` hold the same objects."""
         ...
 
     def get(self, name: str) -> bytes:
-        """A whole object. Raises MissingError."""
+        """Return the content of an object.
+
+        Raises:
+            MissingError: If there is no such object.
+        """
         ...
 
     def get_range(self, name: str, offset: int, num_bytes: int, total_bytes: int | None = None) -> memoryview:
-        """`num_bytes` from `offset`. Raises MissingError; ChangedError if the object ends before, or, with
-        `total_bytes`, if that is not its whole size."""
+        """Return a byte range of an object.
+
+        Args:
+            name: name of the object.
+            offset: first byte of the range.
+            num_bytes: length of the range.
+            total_bytes: expected size of the whole object; None if unknown.
+
+        Raises:
+            MissingError: If there is no such object.
+            ChangedError: If the object ends before the range does, or its size is not `total_bytes`.
+        """
         ...
 
     def size_bytes(self, name: str) -> int:
-        """Size of an object. Raises MissingError."""
+        """Return the size of an object.
+
+        Raises:
+            MissingError: If there is no such object.
+        """
         ...
 
     def exists(self, name: str) -> bool:
-        """Whether there is such an object."""
+        """Return whether there is an object with this name."""
         ...
 
     def put(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
-        """Write `parts`, end to end, as one object: it appears whole or not at all, and replaces what was there."""
+        """Write an object whose content is the concatenation of `parts`.
+
+        The write is atomic: the object appears as a whole or not at all. It replaces an object of the same name.
+        """
         ...
 
     def put_if_absent(self, name: str, content: bytes) -> bool:
-        """Write a small object unless there is one of this name. Of several who try, one succeeds.
+        """Write a small object unless one with this name exists. If several processes try, one succeeds.
 
         Returns:
-            Whether the object holds `content` now.
+            Whether the object now has this `content`.
         """
         ...
 
     def list(self, prefix: str = "") -> dict[str, int]:
-        """Name → bytes of all objects whose names begin with `prefix`, which is empty or ends with '/'."""
+        """List objects by name.
+
+        Args:
+            prefix: beginning of the names to list; empty for all objects, else it must end with '/'.
+
+        Returns:
+            Name to size in bytes, sorted by name.
+        """
         ...
 
     def delete(self, name: str) -> None:
-        """Remove an object; it is no error if there is none."""
+        """Delete an object. Do nothing if it does not exist."""
         ...
 
 
 class LocalStore:
-    """A folder of the file system; it is made by the first `put`."""
+    """A `Store` in a folder of the file system; the first `put` creates the folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -104,7 +136,7 @@ class LocalStore:
                 num_read = os.preadv(file.fileno(), [data], offset)
         except OSError as error:
             raise self._error(name, error) from None
-        if num_read != num_bytes:  # cut since its size was asked
+        if num_read != num_bytes:  # the file was truncated after its size was read
             check_size(f"{self.url}/{name}", offset + num_read, offset + num_bytes, None)
         return data.toreadonly()
 
@@ -152,15 +184,15 @@ class LocalStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
-            raise UserError(f"{folder}: is no folder; choose another place") from None
+            raise UserError(f"{folder}: is a file, not a folder; choose another path") from None
 
     def list(self, prefix: str = "") -> dict[str, int]:
         assert not prefix or prefix.endswith("/"), prefix
-        # Hidden files are those that `put` has not finished.
+        # Hidden files belong to a `put` that has not finished.
         files = (p for p in (self.folder / prefix).rglob("*") if p.is_file() and not p.name.startswith("."))
         found = {}
         for path in sorted(files):
-            with suppress(FileNotFoundError):  # somebody has just deleted it
+            with suppress(FileNotFoundError):  # deleted since the folder was listed
                 found[path.relative_to(self.folder).as_posix()] = path.stat().st_size
         return found
 
@@ -178,25 +210,29 @@ class LocalStore:
 
 
 class _Buffers:
-    """Memory that is read into again once nothing refers to what was read before: fresh memory costs a page fault for
-    every 4 KiB, as much time as the reading itself. For several threads."""
+    """A thread-safe pool of read buffers, each of which is reused once nothing refers to its content.
 
-    LEAST_BYTES, KEPT_BYTES = 1 << 20, 64 << 20
-    """Of one size at the most so many bytes lie free."""
+    Freshly allocated memory costs a page fault for every 4 KiB, which takes as much time as the reading.
+    """
+
+    LEAST_BYTES = 1 << 20
+    """The size of the smallest buffer."""
+    KEPT_BYTES = 64 << 20
+    """The most bytes of unused buffers that are kept per buffer size."""
 
     def __init__(self) -> None:
-        # By size, a power of two: reads differ in length, and whatever lies free of a size fits the next one.
+        # Sizes are rounded up to powers of two, so that reads of different lengths can reuse a buffer.
         self._free: defaultdict[int, deque[NDArray[np.uint8]]] = defaultdict(deque)
 
     def take(self, num_bytes: int) -> memoryview:
-        """`num_bytes` to write to; they are free again when the view and all views of it are gone."""
+        """Return a writable view of `num_bytes`, which returns to the pool when it and all views of it are deleted."""
         size = max(self.LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
         try:
             memory = self._free[size].pop()
         except IndexError:
             memory = np.empty(size, dtype=np.uint8)
         owner = memory[:num_bytes]
-        # Views of the array keep it alive; when the last is gone, so is the array.
+        # Views keep the array alive, so the finalizer runs when the last of them is deleted.
         weakref.finalize(owner, self._give_back, memory).atexit = False
         return owner.data
 
@@ -207,8 +243,18 @@ class _Buffers:
 
 
 def check_size(where: str, size: int, end: int, total_bytes: int | None) -> None:
-    """Raise ChangedError if an object of `size` bytes cannot be read up to `end`, or is not `total_bytes` long."""
+    """Check that an object can be read up to a byte.
+
+    Args:
+        where: URL of the object, for the message.
+        size: size of the object in bytes.
+        end: byte after the last one to be read.
+        total_bytes: expected size of the object; None if unknown.
+
+    Raises:
+        ChangedError: If the object is shorter than `end`, or its size is not `total_bytes`.
+    """
     if total_bytes is not None and size != total_bytes:
-        raise ChangedError(f"{where}: {size} bytes, its index says {total_bytes}: cut or altered; make it again")
+        raise ChangedError(f"{where}: has {size} bytes, but its index says {total_bytes}; copy or make it again")
     if size < end:
-        raise ChangedError(f"{where}: ends at byte {size}, before {end}: it is cut; copy or make it again")
+        raise ChangedError(f"{where}: is truncated at byte {size}, but {end} bytes are needed; copy or make it again")

@@ -1,10 +1,11 @@
-"""What happened to a run, attempt by attempt: `events.jsonl` in its folder. Needs no torch, so that shells can use it.
+"""The events of a run, which are appended to `events.jsonl` in its folder.
 
     python -m trainer.telemetry.events runs/demo submitted job=4711 nodes=16
 
-Append-only, one JSON object per line: `time` (Unix seconds), `event`, `attempt`, `host`, where known `rank` and `step`,
-and whatever else belongs to the event. An attempt begins with `started`; what is written before it belongs to the
-attempt before (0: none yet).
+Each line is a JSON object with the keys `time` (Unix seconds), `event`, `attempt` and `host`, with `rank` and `step` if
+they are known, and with further keys that depend on the event. An attempt begins with the event `started`. Events that
+are written between two attempts belong to the earlier one; attempt 0 means that none has begun. This module does not
+import torch, so that shell scripts can use it.
 """
 
 from __future__ import annotations
@@ -25,31 +26,31 @@ from typing import Any
 from model.errors import UserError
 
 Emit = Callable[[str, int, Mapping[str, Any]], None]
-"""Event, step, fields."""
+"""A function that emits an event, given its name, the step that was begun last, and its fields."""
 
 EVENTS_NAME = "events.jsonl"
-"""File in the run's folder."""
+"""The name of the file in the run's folder."""
 
 EVENTS = {
     "submitted": "a job was handed to the scheduler",
     "started": "an attempt began",
-    "resumed": "it goes on from a checkpoint",
+    "resumed": "the run resumes from a checkpoint",
     "signal": "ranks were asked to stop",
     "saved": "a checkpoint is complete",
     "save_failed": "a checkpoint could not be written, or not in time",
     "stopped": "the attempt ended in order before the run's last step",
-    "requeued": "the job is to run again",
-    "refused": "it is not",
-    "node_lost": "a node, or the network to it, went away",
+    "requeued": "the job will run again",
+    "refused": "the job will not run again",
+    "node_lost": "a node, or the network to it, failed",
     "peer_lost": "a rank lost its connection to another",
     "hang": "no rank made progress",
-    "skip": "a step's update was left out",
-    "rewind": "the weights of an earlier checkpoint were taken up again",
+    "skip": "a step's update was skipped",
+    "rewind": "the weights of an earlier checkpoint were restored",
     "straggler": "one rank works persistently slower than the others",
     "failed": "an exception ended a rank",
     "finished": "the run did its last step",
 }
-"""Every event, in words."""
+"""The meaning of every event, by its name."""
 
 _OWN = ("time", "event", "attempt", "host")
 Event = Mapping[str, Any]
@@ -57,12 +58,12 @@ Event = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class EventLog:
-    """Writes the events of one process.
+    """The writer of the events of one process.
 
     Args:
-        run_dir: the run's folder; made where absent.
-        rank: of this process; None: no rank.
-        attempt: this process's; None: the one that is under way when an event is written.
+        run_dir: The run's folder, which is created if it does not exist.
+        rank: The rank of this process; None if it is not a rank.
+        attempt: The attempt to which the events belong; None for the one that is current when an event is written.
     """
 
     run_dir: Path
@@ -70,11 +71,20 @@ class EventLog:
     attempt: int | None = None
 
     def add(self, event: str, step: int | None = None, **fields: Any) -> None:
-        """Append one event; it is on its way to disk when this returns. Raises OSError."""
+        """Append an event that happens now, and flush it to disk.
+
+        Args:
+            event: One of `EVENTS`.
+            step: The step that was begun last; None if there is none.
+            fields: Further keys and values, which must be JSON.
+
+        Raises:
+            OSError: If the event could not be written.
+        """
         self.append(self.record(event, step, **fields))
 
     def record(self, event: str, step: int | None = None, **fields: Any) -> Event:
-        """An event that happens now."""
+        """Return an event that happens now without writing it; the arguments are those of `add`."""
         assert event in EVENTS and not set(fields) & set(_OWN), (event, fields)
         attempt = num_attempts(read_events(self.run_dir)) if self.attempt is None else self.attempt
         record: dict[str, Any] = {"time": round(time.time(), 3), "event": event, "attempt": attempt}
@@ -86,17 +96,29 @@ class EventLog:
         return {**record, **fields}
 
     def append(self, record: Event) -> None:
-        """Write what `record` gave. Raises OSError."""
+        """Append an event that `record` returned.
+
+        Raises:
+            OSError: If the event could not be written.
+        """
         _append(self.path, json.dumps(record, ensure_ascii=False))
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """The path of the file."""
         return self.run_dir / EVENTS_NAME
 
 
 def begin_attempt(run_dir: Path, **fields: Any) -> EventLog:
-    """Write `started` and return the log of the attempt that it begins. For rank 0."""
+    """Begin an attempt by writing `started`. Only rank 0 calls this.
+
+    Args:
+        run_dir: The run's folder.
+        fields: Further keys and values of the event.
+
+    Returns:
+        The event log of the new attempt.
+    """
     attempt = num_attempts(read_events(run_dir)) + 1
     log = EventLog(run_dir, 0, attempt)
     log.add("started", **fields)
@@ -104,9 +126,9 @@ def begin_attempt(run_dir: Path, **fields: Any) -> EventLog:
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """All events of a run, in the order of writing; none without the file.
+    """Return all events of a run in the order in which they were written; none if the file does not exist.
 
-    Left out are lines that a crash tore, and what has no name, attempt or time.
+    Lines that are incomplete because of a crash, or have no name, attempt or time, are skipped.
     """
     try:
         lines = (run_dir / EVENTS_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -129,36 +151,42 @@ def _is_event(record: Event) -> bool:
 
 
 def num_attempts(events: Iterable[Event]) -> int:
-    """How often the run was started."""
+    """Return the number of attempts that have begun."""
     return sum(e["event"] == "started" for e in events)
 
 
 def _append(path: Path, line: str) -> None:
-    """One write to the end of the file: lines of several processes do not mix on a POSIX file system."""
+    """Append a line in a single write, so that lines of several processes do not mix on a POSIX file system."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        # A line that another process is writing looks torn, too; then an empty line is left, which no reader minds.
+        # A line that another process is still writing looks torn, too. The empty line that results is harmless.
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
         data = (("\n" if torn else "") + line + "\n").encode()
         if os.write(descriptor, data) < len(data):
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}; the line is torn", str(path))
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}; the line is incomplete", str(path))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line that says what is wrong."""
+    """Run the command `python -m trainer.telemetry.events`.
+
+    Returns:
+        The exit code: 0, or 2 after one line that says what is wrong.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m trainer.telemetry.events",
         description="Append one event to a run's events.jsonl.",
-        epilog=f"Events: {', '.join(EVENTS)}. Values are JSON where they can be read so, else text.",
+        epilog=f"Events: {', '.join(EVENTS)}. A value that is not valid JSON is taken as text.",
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's folder; made where absent")
-    parser.add_argument("event", metavar="EVENT")
-    parser.add_argument("fields", metavar="key=value", nargs="*")
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", type=Path, help="the run's folder, which is created if it does not exist"
+    )
+    parser.add_argument("event", metavar="EVENT", help="the name of the event")
+    parser.add_argument("fields", metavar="key=value", nargs="*", help="further fields of the event")
     options = parser.parse_args(arguments)
     try:
         if options.event not in EVENTS:
@@ -175,7 +203,7 @@ def _fields(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key or key in _OWN:
-            raise UserError(f"{pair}: a field has the form key=value, and none of {', '.join(_OWN)} for its key")
+            raise UserError(f"{pair}: write a field as key=value, with a key other than {', '.join(_OWN)}")
         try:
             fields[key] = json.loads(text)
         except ValueError:

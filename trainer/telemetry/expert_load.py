@@ -1,9 +1,9 @@
-"""Which clips the router sent to which encoder: sums that add up over steps and ranks.
+"""Statistics of which clips the router sent to which encoder experts, as sums that can be added over steps and ranks.
 
-Everything is per clip, since the router decides per clip: a sample of two clips counts twice, one without audio not.
-With several gates, or top-k above 1, a clip may run several encoders: clip shares then add up to more than 1.
+The router decides per clip, so a sample with two clips counts twice, and a sample without audio does not count. With
+several gates, or top-k above 1, a clip may run several experts; the clip shares then add up to more than 1.
 
-Shapes: B clips, G gates, K experts.
+Shapes: B clips, G gates, K encoder experts.
 """
 
 from __future__ import annotations
@@ -21,51 +21,57 @@ from model.router import Routing
 Floats = NDArray[np.float64]
 
 UNNAMED = "-"
-"""Language or source of clips whose manifest names none."""
+"""The language or source of clips whose manifest does not name one."""
 ALL = "all"
-"""In place of a task: all of them."""
+"""The name that stands for all tasks."""
 BANDS_SEC = (1, 2, 5, 10, 20, 30)
-"""Where one duration band ends and the next begins."""
+"""The bounds between duration bands, in seconds."""
 BANDS = tuple(f"{a}-{b} s" for a, b in zip((0, *BANDS_SEC), BANDS_SEC, strict=False)) + (f"{BANDS_SEC[-1]}+ s",)
 _DIGITS = 6
 
 
 class ClipGroup(NamedTuple):
-    """What clips are told apart by."""
+    """The properties by which clips are grouped."""
 
     task: str
     language: str
     source: str
     band: str
-    """One of `BANDS`."""
+    """The duration band, one of `BANDS`."""
 
 
 def group_of(task: str, meta: Mapping[str, Any], seconds: float) -> ClipGroup:
-    """The group of a clip of `seconds`; `meta`: the manifest's fields of its sample."""
+    """Return the group of a clip.
+
+    Args:
+        task: The task of the clip's sample.
+        meta: The manifest's fields of the clip's sample.
+        seconds: The duration of the clip.
+    """
     language, source = (str(meta.get(name) or UNNAMED) for name in ("language", "source"))
     return ClipGroup(task, language, source, BANDS[sum(seconds >= end for end in BANDS_SEC)])
 
 
 @dataclass(frozen=True)
 class Load:
-    """Sums over some clips."""
+    """Sums over a number of clips."""
 
     num_clips: int
     audio_sec: float
     entropy: Floats
-    """[G] Σ over clips of the entropy of each gate's probabilities, in nats."""
+    """The sum over clips of the entropy of each gate's probabilities, in nats, of shape [G]."""
     probs: Floats
-    """[G, K] Σ of each gate's probabilities."""
+    """The sum of each gate's probabilities, of shape [G, K]."""
     weights: Floats
-    """[G, K] Σ of the mixing weights: the probability where the gate chose the expert, else 0."""
+    """The sum of the mixing weights, of shape [G, K]: the probability if the gate chose the expert, else 0."""
     routed_clips: Floats
-    """[K] clips that ran the expert."""
+    """The number of clips that ran each expert, of shape [K]."""
     routed_sec: Floats
-    """[K] their audio seconds."""
+    """The audio seconds of these clips, of shape [K]."""
 
     @staticmethod
     def none(num_gates: int, num_experts: int) -> Load:
-        """No clips."""
+        """Return the load of no clips."""
         gates, experts = np.zeros(num_gates), np.zeros(num_experts)
         pairs = np.zeros((num_gates, num_experts))
         return Load(0, 0.0, gates, pairs, pairs, experts, experts)
@@ -82,7 +88,11 @@ class Load:
         )
 
     def with_experts(self, places: Sequence[int | None]) -> Load:
-        """The same with expert `places[k]` as k-th; None: one that these clips could not choose."""
+        """Return the load for another list of experts.
+
+        Args:
+            places: For each expert of the new list, its index in the old one; None if the old list does not have it.
+        """
         index = [len(self.routed_clips) if place is None else place for place in places]
 
         def moved(values: Floats) -> Floats:
@@ -93,37 +103,42 @@ class Load:
 
     @property
     def clip_share(self) -> Floats:
-        """[K] share of the clips that ran each expert; nan without clips."""
+        """The share of the clips that ran each expert, of shape [K]; NaN without clips."""
         return _over(self.routed_clips, self.num_clips)
 
     @property
     def audio_share(self) -> Floats:
-        """[K] the same by audio seconds."""
+        """The share of the audio seconds that ran each expert, of shape [K]; NaN without clips."""
         return _over(self.routed_sec, self.audio_sec)
 
     @property
     def mean_weight(self) -> Floats:
-        """[G, K] mean mixing weight over all of the clips."""
+        """The mean mixing weight over all clips, of shape [G, K]."""
         return _over(self.weights, self.num_clips)
 
     @property
     def mean_entropy(self) -> Floats:
-        """[G] mean over clips of each gate's entropy, in nats: low where each clip is routed with confidence."""
+        """The mean entropy of each gate, in nats, of shape [G]; low if each clip is routed with confidence."""
         return _over(self.entropy, self.num_clips)
 
     @property
     def entropy_of_mean(self) -> Floats:
-        """[G] entropy of each gate's mean probabilities, in nats: low where all clips go the same way."""
+        """The entropy of each gate's mean probabilities in nats, of shape [G]; low if clips share their experts."""
         mean = _over(self.probs, self.num_clips)
         return -(mean * np.log(np.where(mean > 0, mean, 1.0))).sum(-1)
 
     def to_json(self) -> list[Any]:
+        """Return the sums as a list that can be written as JSON; the inverse of `from_json`."""
         arrays = (self.entropy, self.probs, self.weights, self.routed_clips, self.routed_sec)
         return [self.num_clips, round(self.audio_sec, _DIGITS), *(a.round(_DIGITS).tolist() for a in arrays)]
 
     @staticmethod
     def from_json(fields: Sequence[Any], num_gates: int, num_experts: int) -> Load:
-        """Raises ValueError or TypeError where the fields are not of these shapes."""
+        """Return the load that `to_json` wrote.
+
+        Raises:
+            ValueError, TypeError: If the fields do not have the shapes of G gates and K experts.
+        """
         num_clips, audio_sec, *arrays = fields
         pairs, experts = (num_gates, num_experts), (num_experts,)
         shapes = ((num_gates,), pairs, pairs, experts, experts)
@@ -133,7 +148,7 @@ class Load:
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """`Load` per group of clips."""
+    """The load of each group of clips."""
 
     gates: tuple[str, ...]
     experts: tuple[str, ...]
@@ -143,17 +158,19 @@ class ExpertLoad:
     def of(
         routing: Routing | None, groups: Sequence[ClipGroup], seconds: Sequence[float], experts: Sequence[str]
     ) -> ExpertLoad:
-        """The load of B clips.
+        """Return the load of B clips.
 
         Args:
-            routing: None: the model has no experts.
-            groups, seconds: of each clip.
-            experts: names of the K experts.
+            routing: What the router decided for the clips; None if the model has no experts.
+            groups: The group of each clip, of length B.
+            seconds: The duration of each clip, of length B.
+            experts: The names of the K experts.
         """
         num, gates = len(groups), () if routing is None else routing.gates
         pairs = (num, len(gates), len(experts))
-        probs = np.zeros(pairs) if routing is None else routing.probs.detach().double().cpu().numpy()
-        chosen = np.zeros(pairs) if routing is None else routing.chosen.cpu().numpy()
+        probs, chosen = np.zeros(pairs), np.zeros(pairs)
+        if routing is not None:
+            probs, chosen = routing.on_host[0].double().numpy(), routing.on_host[1].numpy()
         runs = np.asarray(chosen.any(axis=1), dtype=np.float64)
         entropy = -(probs * np.log(np.where(probs > 0, probs, 1.0))).sum(-1)
         assert probs.shape == pairs, (probs.shape, pairs)
@@ -173,7 +190,7 @@ class ExpertLoad:
         return ExpertLoad(gates, tuple(experts), cells)
 
     def __add__(self, other: ExpertLoad) -> ExpertLoad:
-        """Sums by group; experts by name, so that the parts of a run that grew add up too."""
+        """Add two loads by group. Experts are matched by name, since one load may have more of them."""
         if not self.cells:
             return other
         if not other.cells:
@@ -192,27 +209,31 @@ class ExpertLoad:
         return {group: load.with_experts(places) for group, load in self.cells.items()}
 
     def total(self, wanted: Callable[[ClipGroup], bool] = lambda group: True) -> Load:
-        """The sum over the groups that are `wanted`."""
+        """Return the sum over all groups for which `wanted` returns True."""
         return sum((v for g, v in self.cells.items() if wanted(g)), Load.none(len(self.gates), len(self.experts)))
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Tasks that have clips."""
+        """The names of the tasks that have clips, in alphabetical order."""
         return tuple(sorted({group.task for group in self.cells}))
 
     def by_task(self) -> dict[str, Load]:
-        """Per task, after the sum over `ALL` of them; empty without clips."""
+        """Return the load of all tasks together, under the name `ALL`, and of each task; empty without clips."""
         tasks = {task: self.total(lambda g, task=task: g.task == task) for task in self.tasks}  # type: ignore[misc]
         return {ALL: self.total(), **tasks} if tasks else {}
 
     def to_json(self) -> dict[str, Any]:
-        """Inverse of `from_json`; sums are rounded to 6 decimals."""
+        """Return a tree that can be written as JSON, with sums rounded to 6 decimals; the inverse of `from_json`."""
         cells = [[*group, *load.to_json()] for group, load in sorted(self.cells.items())]
         return {"gates": list(self.gates), "experts": list(self.experts), "cells": cells}
 
     @staticmethod
     def from_json(tree: Mapping[str, Any]) -> ExpertLoad:
-        """Raises KeyError, TypeError or ValueError where the tree is not one of `to_json`."""
+        """Return the load that `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: If the tree was not written by `to_json`.
+        """
         gates = tuple(FORMER_GATES.get(str(gate), str(gate)) for gate in tree["gates"])
         experts = tuple(map(str, tree["experts"]))
         cells = {
@@ -222,7 +243,7 @@ class ExpertLoad:
 
 
 def load_metrics(load: ExpertLoad) -> dict[str, float]:
-    """Metrics by name: `routing/<task or all>/…`. Only of tasks that have clips, only where there are experts."""
+    """Return the metrics `routing/<task or all>/...` by name; empty without experts or without clips."""
     if not load.experts or not load.cells:
         return {}
     metrics: dict[str, float] = {"routing/num_dead": float((load.total().routed_clips == 0).sum())}
@@ -239,7 +260,7 @@ def load_metrics(load: ExpertLoad) -> dict[str, float]:
 
 
 def add_up(loads: Iterable[ExpertLoad]) -> ExpertLoad:
-    """Their sum; without any, an empty one."""
+    """Return the sum of several loads, which is empty if there are none."""
     return sum(loads, ExpertLoad((), (), {}))
 
 

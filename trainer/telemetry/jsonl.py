@@ -1,4 +1,4 @@
-"""Append-only JSONL with a step in every line, exact across resumes."""
+"""Append-only JSONL files that have a step in every line and no duplicate steps after a resume."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 
 class Backlog(Generic[T]):
-    """Hands items to `write`, in order. What a full or absent disk does not take waits, and goes first the next time.
+    """A queue of items that are written in order. Items that cannot be written wait for the next attempt.
 
     Args:
-        write: raises OSError where it could not; nothing of the item may then be in the file.
-        name: of the file, for the log.
+        write: Writes an item. It raises OSError if it cannot, and must then leave no part of the item in the file.
+        name: The name of the file, for the log.
     """
 
     def __init__(self, write: Callable[[T], None], name: object) -> None:
@@ -29,34 +29,40 @@ class Backlog(Generic[T]):
         self._waiting: deque[T] = deque()
 
     def __len__(self) -> int:
-        """How many wait."""
+        """Return the number of items that are not written yet."""
         return len(self._waiting)
 
     def add(self, item: T) -> None:
-        """Write what waits and `item`, or say that they wait."""
+        """Write all waiting items and `item`; if that fails, keep them and log a warning."""
         waited = len(self._waiting)
         self._waiting.append(item)
         try:
             self.flush()
         except OSError as error:
             if not waited:
-                log.warning("%s CANNOT BE WRITTEN: %s; what belongs there waits, the run goes on", self._name, error)
+                log.warning("%s CANNOT BE WRITTEN: %s; its entries wait and the run continues", self._name, error)
         else:
             if waited:
-                log.warning("%s is written again, with the %d entries that waited", self._name, waited)
+                log.warning("%s is written again, including the %d entries that waited", self._name, waited)
 
     def flush(self) -> None:
-        """Raises OSError where something still waits."""
+        """Write all waiting items.
+
+        Raises:
+            OSError: If an item could not be written; it and the following ones still wait.
+        """
         while self._waiting:
             self._write(self._waiting[0])
             self._waiting.popleft()
 
 
 class StepLog:
-    """Appends one JSON object per call, flushed at once.
+    """A file to which JSON objects with a step are appended, unbuffered.
 
-    Resumed at step k, the lines of later steps (and a torn last line) are dropped first, in one atomic replacement;
-    `resume_step` 0 begins the file anew.
+    Args:
+        path: The file. Its folder is created if it does not exist.
+        resume_step: The step from which the run resumes. The lines of later steps and an incomplete last line are
+            first removed in one atomic replacement; 0 empties the file.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
@@ -67,7 +73,11 @@ class StepLog:
         self._file = path.open("ab", buffering=0)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Raises OSError where the line could not be written; nothing of it is then in the file."""
+        """Append a record.
+
+        Raises:
+            OSError: If the line could not be written; no part of it is in the file then.
+        """
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         end = os.fstat(self._file.fileno()).st_size
         try:
@@ -82,26 +92,28 @@ class StepLog:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(line, its record) of every whole line; none without the file.
+    """Yield each complete line and its record; nothing if the file does not exist.
 
     Raises:
-        UserError: a line is no JSON object with a step.
+        UserError: If a line is not a JSON object with a step.
     """
     if not path.exists():
         return
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
-            break  # torn by a crash while it was written
+            break  # incomplete because of a crash
         try:
             record = json.loads(line)
             int(record["step"])
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} line {number}: not a record of this file; repair or move it away") from None
+            raise UserError(
+                f"{path} line {number}: not a JSON object with a step; correct the line or move the file elsewhere"
+            ) from None
         yield line, record
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace the file's content: a crash leaves the old or the new one."""
+    """Replace the content of a file so that a crash leaves either the old or the new content."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -1,9 +1,10 @@
-"""What the encoders did and cost, per logging interval: gathered from all ranks, kept in `expert_load.jsonl`.
+"""The load and the costs of the encoders per logging interval, which are stored in `expert_load.jsonl`.
 
-A rank adds clips and costs step by step (`LoadMeter`), all ranks' parts become one `LoadInterval`, and the run's folder
-keeps one line of each. Intervals add up, so a finished run can be looked at as a whole or along its steps.
+Each rank adds up its clips and costs in a `LoadMeter`. At the end of an interval, the parts of all ranks are merged
+into a `LoadInterval`, which becomes one line of the file. Intervals can be added, so that a run can be examined as a
+whole or over time.
 
-Shapes: E encoders (primary first), R ranks.
+Shapes: E encoders (the primary first), R ranks.
 """
 
 from __future__ import annotations
@@ -23,29 +24,34 @@ from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, Floats, add_up,
 from trainer.telemetry.jsonl import read_lines
 
 HISTORY_NAME = "expert_load.jsonl"
+"""The name of the file in the run's folder."""
 MAX_SOURCES = 64
-"""Per rank and process; clips of further ones count as `OTHER_SOURCES`, since a manifest may name one per clip."""
+"""The largest number of sources a process distinguishes, since a manifest may name a different one for each clip."""
 OTHER_SOURCES = "(others)"
+"""The source of all clips beyond the first `MAX_SOURCES` sources."""
 _COST_FIELDS = 4
 
 
 @dataclass(frozen=True)
 class EncoderCosts:
-    """What computing the encoders cost over some steps."""
+    """The costs of computing the encoders over a number of steps."""
 
     encoders: tuple[str, ...]
-    """The primary, if any, and the experts."""
+    """The names of the primary encoder, if any, and of the experts."""
     compute_sec: Floats
-    """[E, R]"""
+    """The seconds each rank computed each encoder, of shape [E, R]."""
     wait_sec: Floats
-    """[E, R]"""
+    """The seconds each rank waited for others in each encoder, of shape [E, R]."""
     sent_bytes: Floats
-    """[E] of all ranks"""
+    """The bytes all ranks sent for each encoder, of shape [E]."""
     received_bytes: Floats
-    """[E] of all ranks"""
+    """The bytes all ranks received for each encoder, of shape [E]."""
     slowest_sec: float
-    """Σ over steps of what the encoders took with everyone waiting for the slowest rank: the slowest in the primary,
-    and then the slowest in the experts, which begin when the primary has ended."""
+    """The sum over steps of the compute time of the slowest rank, which all others wait for.
+
+    In each step, this is the time of the slowest rank in the primary encoder plus that of the slowest rank in the
+    experts, which begin after the primary has ended.
+    """
 
     def __add__(self, other: EncoderCosts) -> EncoderCosts:
         assert self.same_ranks(other), "intervals of other encoders or another number of ranks"
@@ -59,7 +65,7 @@ class EncoderCosts:
         )
 
     def per_step(self, num_steps: int) -> EncoderCosts:
-        """What one of `num_steps` steps took."""
+        """Return the mean costs of one of `num_steps` steps."""
         return EncoderCosts(
             self.encoders,
             self.compute_sec / num_steps,
@@ -70,7 +76,7 @@ class EncoderCosts:
         )
 
     def same_ranks(self, other: EncoderCosts) -> bool:
-        """Whether the two can be added."""
+        """Return whether both have the same encoders and number of ranks, so that they can be added."""
         return (self.encoders, self.compute_sec.shape) == (other.encoders, other.compute_sec.shape)
 
     @property
@@ -79,15 +85,16 @@ class EncoderCosts:
 
     @property
     def mean_sec(self) -> float:
-        """What a rank computes on average."""
+        """The mean compute time of a rank, in seconds."""
         return float(self.compute_sec.sum()) / self.num_ranks
 
     @property
     def imbalance(self) -> float:
-        """Slowest over mean, 1 at best; 1 where nothing was computed."""
+        """The time of the slowest rank divided by the mean time; 1 is best. It is 1 if nothing was computed."""
         return self.slowest_sec / self.mean_sec if self.mean_sec > 0 else 1.0
 
     def to_json(self) -> dict[str, Any]:
+        """Return the costs as a tree that can be written as JSON; the inverse of `from_json`."""
         return {
             "encoders": list(self.encoders),
             "compute_sec": self.compute_sec.round(5).tolist(),
@@ -99,7 +106,11 @@ class EncoderCosts:
 
     @staticmethod
     def from_json(tree: Mapping[str, Any]) -> EncoderCosts:
-        """Raises KeyError, TypeError or ValueError where the tree is not one of `to_json`."""
+        """Return the costs that `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: If the tree was not written by `to_json`.
+        """
 
         def sums(name: str) -> Floats:
             return np.asarray(tree[name], dtype=np.float64)
@@ -114,19 +125,19 @@ class EncoderCosts:
         )
         num = len(costs.encoders)
         if costs.compute_sec.ndim != 2 or len(costs.compute_sec) != num or costs.sent_bytes.shape != (num,):
-            raise ValueError("costs do not fit their encoders")
+            raise ValueError("the shapes of the costs do not match the number of encoders")
         return costs
 
 
 @dataclass(frozen=True)
 class LoadInterval:
-    """Some consecutive steps of all ranks."""
+    """The load and costs of a number of consecutive steps on all ranks."""
 
     step: int
-    """The last of them, counted from 1."""
+    """The last of the steps, counted from 1."""
     num_steps: int
     step_sec: float
-    """Their wall time on rank 0."""
+    """The wall time of all these steps on rank 0, in seconds."""
     load: ExpertLoad
     costs: EncoderCosts
 
@@ -140,13 +151,17 @@ class LoadInterval:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """One line of the history."""
+        """Return one line of the history as a tree; the inverse of `from_json`."""
         head = {"step": self.step, "num_steps": self.num_steps, "step_sec": round(self.step_sec, 6)}
         return {**head, **self.load.to_json(), "costs": self.costs.to_json()}
 
     @staticmethod
     def from_json(tree: Mapping[str, Any]) -> LoadInterval:
-        """Raises KeyError, TypeError or ValueError where the tree is not one of `to_json`."""
+        """Return the interval that `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: If the tree was not written by `to_json`.
+        """
         return LoadInterval(
             int(tree["step"]),
             int(tree["num_steps"]),
@@ -158,20 +173,21 @@ class LoadInterval:
 
 @dataclass(frozen=True)
 class RankLoad:
-    """One rank's part of an interval."""
+    """The part of an interval that one rank contributes."""
 
     load: ExpertLoad
     costs: Floats
-    """[steps, E, 4]: seconds computing and waiting, bytes sent and received."""
+    """Seconds computing and waiting, and bytes sent and received, of shape [steps, E, 4]."""
     step_sec: float
+    """The wall time of the steps, in seconds."""
 
 
 class LoadMeter:
-    """Adds up what one rank does between two logging steps.
+    """The sum of the load and costs of one rank over a logging interval.
 
     Args:
-        experts: names of the routed encoders.
-        primary: name of the one that always runs, if any.
+        experts: The names of the routed encoders.
+        primary: The name of the encoder that always runs; None if there is none.
     """
 
     def __init__(self, experts: Sequence[str], primary: str | None) -> None:
@@ -186,7 +202,12 @@ class LoadMeter:
         self._step_sec = 0.0
 
     def add_clips(self, batch: Batch, routing: Routing | None) -> None:
-        """This rank's clips of a step, and what the router decided for them."""
+        """Add the clips of a step.
+
+        Args:
+            batch: This rank's part of the global batch.
+            routing: What the router decided for its clips; None if the model has no experts.
+        """
         seconds = [n / SAMPLE_RATE for n in batch.clips.lengths]
         owners = [batch.samples[i] for i in batch.clip_owner]
         groups = [group_of(s.task, s.meta, sec) for s, sec in zip(owners, seconds, strict=True)]
@@ -200,21 +221,31 @@ class LoadMeter:
         return group
 
     def add_step(self, costs: Mapping[str, Sequence[float]], step_sec: float) -> None:
-        """What a step cost this rank: per encoder that it called, seconds computing and waiting, bytes sent and
-        received; and the step's wall time."""
+        """Add the costs of a step.
+
+        Args:
+            costs: By the name of each encoder that this rank called: seconds computing, seconds waiting, bytes sent
+                and bytes received.
+            step_sec: The wall time of the step.
+        """
         assert set(costs) <= set(self.encoders), (sorted(costs), self.encoders)
         self._costs.append([costs.get(name, (0.0,) * _COST_FIELDS) for name in self.encoders])
         self._step_sec += step_sec
 
     def take(self) -> RankLoad:
-        """Everything since the last call; starts again from nothing."""
+        """Return everything added since the last call, and reset the meter."""
         costs = np.asarray(self._costs, dtype=np.float64).reshape(-1, len(self.encoders), _COST_FIELDS)
         taken = RankLoad(add_up(self._loads), costs, self._step_sec)
         self._start()
         return taken
 
     def merge(self, step: int, parts: Sequence[RankLoad]) -> LoadInterval:
-        """All ranks' parts of the interval that ends with `step`."""
+        """Merge the parts of all ranks into the interval that ends with `step`.
+
+        Args:
+            step: The last step of the interval, counted from 1.
+            parts: The parts, by rank.
+        """
         costs = np.stack([part.costs for part in parts])  # [R, steps, E, 4]
         first = 1 if self.has_primary else 0
         compute = costs[..., 0]
@@ -237,7 +268,10 @@ class LoadMeter:
 
 
 def interval_metrics(interval: LoadInterval) -> dict[str, float]:
-    """Metrics by name: those of the routing, and `encoders/…`: per step, seconds of a rank on average, bytes of all."""
+    """Return the metrics of an interval by name: those of `load_metrics`, and `encoders/...` per step.
+
+    Seconds are means over ranks, bytes are sums over ranks.
+    """
     costs, num = interval.costs, interval.num_steps
     metrics = load_metrics(interval.load)
     for e, name in enumerate(costs.encoders):
@@ -250,27 +284,33 @@ def interval_metrics(interval: LoadInterval) -> dict[str, float]:
 
 
 def read_history(path: Path) -> list[LoadInterval]:
-    """The intervals of a run, in order.
+    """Return the intervals of a run in order.
+
+    Args:
+        path: The file `expert_load.jsonl` of the run.
 
     Raises:
-        UserError: no such file, or it is none of ours.
+        UserError: If the file does not exist, is empty or contains other lines.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no routing history: train the run with this version, or profile data with --data")
+        raise UserError(f"{path}: no routing history; train the run with this version, or profile data with --data")
     intervals: list[LoadInterval] = []
     for number, (_, record) in enumerate(read_lines(path), start=1):
         try:
             interval = LoadInterval.from_json(record)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} line {number}: not a record of routing ({error!r}); restore the file") from None
+            raise UserError(f"{path} line {number}: not a routing record ({error!r}); restore the file") from None
         if intervals and interval.load.cells and interval.load.gates != (known := _gates(intervals, interval)):
-            raise UserError(f"{path} line {number}: gates {interval.load.gates}, before {known}: not of one model")
+            raise UserError(
+                f"{path} line {number}: the gates are {interval.load.gates} after {known}; "
+                "the file mixes two models, restore it"
+            )
         intervals.append(interval)
     if not intervals:
-        raise UserError(f"{path}: empty: the run ended before its first logging step")
+        raise UserError(f"{path}: empty because the run ended before its first logging step; train it further")
     return intervals
 
 
 def _gates(before: Sequence[LoadInterval], interval: LoadInterval) -> tuple[str, ...]:
-    """Of the last interval that had clips."""
+    """Return the gates of the last interval that has clips, or those of `interval` if none has."""
     return next((i.load.gates for i in reversed(before) if i.load.cells), interval.load.gates)

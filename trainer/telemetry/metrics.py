@@ -1,4 +1,4 @@
-"""What one step and one evaluation report, and the metric names they are logged under."""
+"""The reports of steps and evaluations, the metrics they are logged as, and the timer of a step's phases."""
 
 from __future__ import annotations
 
@@ -19,69 +19,79 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step over the whole global batch: every number is already summed or averaged over ranks."""
+    """The report of one step on a global batch. Its numbers are sums or means over all ranks."""
 
     step: int
-    """Steps done, this one included: the first report of a run has 1."""
+    """The number of steps done including this one; the first report of a run has 1."""
     loss: float
-    """What was minimised: the weighted sum of `losses`."""
+    """The minimised loss, a weighted sum of `losses`."""
     losses: Mapping[str, float] = field(default_factory=dict)
-    """Its terms by name: next_token, routing, ctc."""
+    """The terms of the loss by name: next_token, routing, ctc."""
     task_losses: Mapping[str, tuple[float, int]] = field(default_factory=dict)
-    """Per task: sum of the token losses, number of target tokens."""
+    """The sum of the token losses and the number of target tokens, by task."""
     grad_norm: float = 0.0
-    """Global norm over both engines, before clipping."""
+    """The global norm of the gradients of both engines, before clipping."""
     lr: float = 0.0
+    """The learning rate of the parameters that have none of their own in `optim.parts`."""
     num_samples: int = 0
     num_tokens: int = 0
-    """LLM positions, audio slots included."""
+    """The number of LLM positions, audio tokens included."""
     audio_sec: float = 0.0
+    """The duration of all audio, in seconds."""
     phase_sec: Mapping[str, float] = field(default_factory=dict)
-    """Wall time by phase (load, plan, encode, exchange, llm, backward, update …), each exclusive of the others."""
+    """The wall time of each phase (load, plan, encode, exchange, llm, backward, update, ...), without nested phases."""
     num_skipped: Mapping[str, int] = field(default_factory=dict)
-    """Samples left out since the run began, by reason."""
+    """The number of samples skipped since the run began, by reason."""
     skip_reason: str | None = None
-    """Why this step changed no weights; None: it did."""
+    """The reason why this step's update was skipped; None if it was applied."""
     num_skipped_updates: int = 0
-    """Steps that changed no weights since the run began."""
+    """The number of updates skipped since the run began."""
     load: LoadInterval | None = None
-    """Where this step ends an interval: what the encoders did in it, on rank 0."""
+    """The load of the encoders in the logging interval that ends with this step. Only rank 0 has it.
+
+    None if no interval ends with this step.
+    """
     ranks: Mapping[str, float] = field(default_factory=dict)
-    """Where this step ends an interval: how the ranks' work in it differed, by metric name, on rank 0."""
+    """Metrics of the ranks' work in the logging interval that ends with this step; empty where `load` is None."""
     epochs: Mapping[str, float] = field(default_factory=dict)
-    """Per set: how often it has been read since the run began."""
+    """The number of times each dataset has been read since the run began, by its name."""
 
     @property
     def seconds(self) -> float:
-        """Wall time of the step: the sum of its phases."""
+        """The wall time of the step, which is the sum of its phases."""
         return sum(self.phase_sec.values())
 
 
 @dataclass(frozen=True)
 class EvalReport:
-    """One evaluation of one split."""
+    """The report of an evaluation of one split."""
 
     step: int
+    """The number of steps done before the evaluation."""
     split: str
     values: Mapping[str, float]
-    """By name without the split, as `trainer.scoring.scores.score_values` gives them: `asr/wer`, `asr/digits/wer` …"""
+    """Scores by their name in `trainer.scoring.scores.score_values`, for example `asr/wer` or `asr/digits/wer`."""
     num_samples: int = 0
     seconds: float = 0.0
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Bounds of the 95 % interval of those of `values` that have one."""
+    """The bounds of the 95 % confidence intervals, for those of `values` that have one."""
 
 
 def is_logged(step: int, every_steps: int) -> bool:
-    """Whether a record ends with `step`. The first step is one: its loss says whether the weights are sane."""
+    """Return whether a record ends with `step`. Step 1 has its own record, which shows whether the weights are sane."""
     return step % every_steps == 0 or step == 1
 
 
 def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
-    """Metrics of one or several consecutive steps, by name.
+    """Return the metrics of one or several consecutive steps, by name.
 
-    Losses, gradient norm and times are means over the steps; the loss of a task is over all of its tokens in them, the
-    routing over all of their clips; rates are totals over the time that passed; learning rate and skips are the last
-    step's. Losses and norms of steps that were left out count only where there are no others.
+    Losses, the gradient norm and times are means over the steps. The loss of a task is the mean over its tokens in all
+    steps, and routing metrics are means over all clips. Rates are totals divided by the total time. The learning rate
+    and the numbers of skipped samples and updates are those of the last step. Steps whose update was skipped count in
+    the losses and the norm only if there are no others.
+
+    Args:
+        reports: The reports of the steps, at least one.
     """
     assert reports, "nothing to log"
     last, num = reports[-1], len(reports)
@@ -118,7 +128,10 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
 
 
 def flatten_eval(report: EvalReport) -> dict[str, float]:
-    """Metrics of an evaluation, by name: `eval/test/asr/wer`, its interval `eval/test/asr/wer/low` and `/high` …"""
+    """Return the metrics of an evaluation by name.
+
+    The bounds of the interval of `eval/test/asr/wer` are `eval/test/asr/wer/low` and `eval/test/asr/wer/high`.
+    """
     metrics = {f"eval/{report.split}/{name}": value for name, value in report.values.items()}
     for name, (low, high) in report.intervals.items():
         metrics |= {f"eval/{report.split}/{name}/low": low, f"eval/{report.split}/{name}/high": high}
@@ -128,21 +141,39 @@ def flatten_eval(report: EvalReport) -> dict[str, float]:
 
 
 class PhaseListener(Protocol):
-    """Is told of every phase that a `PhaseTimer` times."""
+    """An observer of the phases that a `PhaseTimer` measures."""
 
     def on_phase_begin(self, phase: str, outermost: bool) -> None:
-        """Before its time begins; `outermost`: no other phase is open."""
+        """Handle the beginning of a phase, before its time starts to count.
+
+        Args:
+            phase: The name of the phase.
+            outermost: Whether no other phase is open.
+        """
 
     def on_phase_end(self, phase: str, start_sec: float, end_sec: float) -> None:
-        """After it, with its times by `time.perf_counter`, phases inside it included."""
+        """Handle the end of a phase.
+
+        Args:
+            phase: The name of the phase.
+            start_sec: When it began, by `time.perf_counter`.
+            end_sec: When it ended. The time in between includes nested phases.
+        """
 
 
 class PhaseTimer:
-    """Splits a step's wall time by phase: `with timer("encode"): …`.
+    """A timer that divides a step's wall time into phases.
 
-    A phase inside another pauses the outer one, so the phases never count a moment twice. `synchronise` is called at
-    each border and makes asynchronous device work count for the phase that launched it; it costs overlap, so it is
-    for measuring, not for every run.
+    A nested phase pauses the outer one, so that no time counts twice.
+
+    Example:
+        with timer("encode"):
+            ...
+
+    Args:
+        synchronise: Called at the border of a phase while there is a listener, so that asynchronous device work counts
+            for the phase that launched it, at the cost of overlap. Without a listener the work counts for the phase in
+            which the host next waits for the device. None to measure host time only.
     """
 
     def __init__(self, synchronise: Callable[[], None] | None = None) -> None:
@@ -169,19 +200,19 @@ class PhaseTimer:
 
     @property
     def current(self) -> str | None:
-        """The innermost open phase; another thread may ask."""
+        """The innermost open phase; None if there is none. Other threads may read it."""
         opened = self._open[-1:]
         return opened[0] if opened else None
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call; starts again from zero. Call it between phases."""
+        """Return the seconds since the last call by phase, and reset them. No phase may be open."""
         assert not self._open, f"phase {self._open[-1]} is still open"
         seconds = dict(self._seconds)
         self._seconds.clear()
         return seconds
 
     def _lap(self) -> None:
-        if self._synchronise is not None:
+        if self._synchronise is not None and self.listener is not None:
             self._synchronise()
         now_sec = time.perf_counter()
         if self._open:
@@ -190,7 +221,7 @@ class PhaseTimer:
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """Peak of this process so far: `host` (resident) and, with CUDA in use, `device` (allocated by torch)."""
+    """Return this process's peak memory: `host` (resident) and, if CUDA is in use, `device` (allocated by torch)."""
     peak = {"host": _peak_host_bytes()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         peak["device"] = torch.cuda.max_memory_allocated()
@@ -198,7 +229,7 @@ def peak_memory_bytes() -> dict[str, int]:
 
 
 def _peak_host_bytes() -> int:
-    # Not getrusage: its maximum is inherited from the process that started this one.
+    # getrusage is not used because a process inherits its maximum from its parent.
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -206,7 +237,7 @@ def _peak_host_bytes() -> int:
 
 
 def _collect(mappings: Iterable[Mapping[str, T]]) -> dict[str, list[T]]:
-    """Values by key over all mappings that have it, keys in order of appearance."""
+    """Return, for each key in order of appearance, its values in all mappings that have it."""
     collected: dict[str, list[T]] = {}
     for mapping in mappings:
         for key, value in mapping.items():

@@ -1,4 +1,4 @@
-"""What the terminal shows while a run trains."""
+"""The progress of a run on the terminal."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from trainer.telemetry.metrics import StepReport
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere one plain line per `every_steps` steps.
+    """A progress bar if the output is a terminal, otherwise one plain line per `every_steps` steps.
 
-    Both show loss, tokens/s, audio seconds per second (× real time) and the time that is left, at a rate averaged over
-    the last steps. `start_step`: steps that were done before this process began.
+    Both show the loss, tokens per second, audio seconds per second (x real time) and the remaining time. Rates are
+    moving averages over the last steps.
+
+    Args:
+        num_steps: The number of steps of the whole run.
+        start_step: The number of steps done before this process began.
+        every_steps: The number of steps per plain line.
+        name: The name of the run; it begins each line.
+        stream: The output; None for stderr.
     """
 
     _SMOOTHING = 0.1
@@ -58,7 +65,7 @@ class Progress:
             self._print(line)
 
     def skip_time(self) -> None:
-        """Begin the next step's time now: what happened since the last step (an evaluation) is not training."""
+        """Exclude the time since the last step, for example that of an evaluation, from the rates."""
         self._mark_sec = time.perf_counter()
 
     def close(self) -> None:
@@ -72,7 +79,7 @@ class Progress:
         now_sec = time.perf_counter()
         seconds = max(now_sec - self._mark_sec, 1e-9)
         self._mark_sec = now_sec
-        # The amounts and the time are averaged, not the rates: steps of unequal size then weigh as they should.
+        # Amounts and times are averaged instead of rates, so that larger steps have a larger weight.
         latest = (seconds, float(report.num_tokens), report.audio_sec)
         if self._rates is None:
             self._rates = latest

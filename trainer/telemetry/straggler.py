@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
 
 NUM_STRETCHES = 3
 """So many slow stretches in a row make a straggler."""
@@ -41,22 +45,55 @@ class Straggler:
     """Where it lost most."""
 
 
-@dataclass
-class _Total:
-    host: str = ""
-    phase_sec: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    wait_sec: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+class _Times:
+    """Seconds by rank (row) and phase (column), summed over intervals."""
 
-    def add(self, work: RankWork) -> None:
-        self.host = work.host
-        for phase, sec in work.phase_sec.items():
-            self.phase_sec[phase] += sec
-        for phase, sec in work.wait_sec.items():
-            self.wait_sec[phase] += sec
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.hosts: dict[int, str] = {}
+        self.phase_sec = np.zeros((0, 0))
+        self.wait_sec = np.zeros((0, 0))
+
+    def add(self, parts: Sequence[RankWork]) -> None:
+        """Add what some ranks did; rows and columns are made as they are needed."""
+        kinds = {phase for keys in {(*w.phase_sec, *w.wait_sec) for w in parts} for phase in keys}
+        self._make_columns(sorted(kinds))
+        ranks, columns = [work.rank for work in parts], self.phases
+        self._make_rows(max(ranks) + 1)
+        self.hosts.update((work.rank, work.host) for work in parts)
+        for seconds, times in (
+            (self.phase_sec, [work.phase_sec for work in parts]),
+            (self.wait_sec, [work.wait_sec for work in parts]),
+        ):
+            for column, phase in enumerate(columns):
+                seconds[ranks, column] += [time.get(phase, 0.0) for time in times]
+
+    def add_all(self, other: _Times) -> None:
+        """Add what another one has."""
+        self._make_columns(other.phases)
+        self._make_rows(len(other.phase_sec))
+        self.hosts |= other.hosts
+        columns = [self.phases.index(phase) for phase in other.phases]
+        self.phase_sec[: len(other.phase_sec), columns] += other.phase_sec
+        self.wait_sec[: len(other.wait_sec), columns] += other.wait_sec
+
+    def _make_columns(self, phases: Sequence[str]) -> None:
+        self.phases += [phase for phase in phases if phase not in self.phases]
+        self._make_rows(len(self.phase_sec))
+
+    def _make_rows(self, num: int) -> None:
+        shape = (max(len(self.phase_sec), num), len(self.phases))
+        self.phase_sec, self.wait_sec = _grown(self.phase_sec, shape), _grown(self.wait_sec, shape)
 
     @property
-    def work_sec(self) -> dict[str, float]:
-        return RankWork(0, self.host, self.phase_sec, self.wait_sec).work_sec
+    def ranks(self) -> Array:
+        """Ranks that have been added, ascending."""
+        return np.sort(np.fromiter(self.hosts, dtype=np.int64))
+
+    @property
+    def work_sec(self) -> Array:
+        """Without waiting, at least 0."""
+        return np.maximum(0.0, self.phase_sec - self.wait_sec)
 
 
 class StragglerMeter:
@@ -69,8 +106,7 @@ class StragglerMeter:
 
     def __init__(self, slow: float, stretch_sec: float) -> None:
         self._slow, self._stretch_sec = slow, stretch_sec
-        self._stretch: defaultdict[int, _Total] = defaultdict(_Total)
-        self._whole: defaultdict[int, _Total] = defaultdict(_Total)
+        self._stretch, self._whole = _Times(), _Times()
         self._num_steps = 0
         self._slow_in_a_row: defaultdict[int, int] = defaultdict(int)
         self._reported: set[int] = set()
@@ -78,63 +114,94 @@ class StragglerMeter:
     def add(self, parts: Sequence[RankWork], num_steps: int) -> list[Straggler]:
         """Take what all ranks did in the last `num_steps` steps; returns those that have just become stragglers."""
         self._num_steps += num_steps
-        for work in parts:
-            self._stretch[work.rank].add(work)
-            self._whole[work.rank].add(work)
-        if max(sum(total.phase_sec.values()) for total in self._stretch.values()) < self._stretch_sec:
+        interval = _Times()
+        interval.add(parts)
+        self._stretch.add_all(interval)
+        self._whole.add_all(interval)
+        if self._stretch.phase_sec.sum(axis=1).max() < self._stretch_sec:
             return []
         found = self._judge()
-        self._stretch.clear()
+        self._stretch = _Times()
         return found
 
     def _judge(self) -> list[Straggler]:
-        found = []
-        work = {rank: total.work_sec for rank, total in self._stretch.items()}
-        for rank, mine in work.items():
-            # Of the others: of two ranks, the median of both would hide which is slow.
-            usual = statistics.median([sum(w.values()) for r, w in work.items() if r != rank] or [sum(mine.values())])
-            if sum(mine.values()) <= self._slow * usual:
-                self._slow_in_a_row[rank] = 0
-                self._reported.discard(rank)
-                continue
-            self._slow_in_a_row[rank] += 1
-            if self._slow_in_a_row[rank] >= NUM_STRETCHES and rank not in self._reported:
-                self._reported.add(rank)
-                ratio = round(sum(mine.values()) / usual, 2) if usual else float("inf")
-                found.append(Straggler(rank, self._stretch[rank].host, ratio, _worst_phase(rank, work)))
-        return found
+        ranks = self._stretch.ranks
+        by_phase = self._stretch.work_sec[ranks]
+        total = by_phase.sum(axis=1)
+        # Of the others: of two ranks, the median of both would hide which is slow.
+        usual = _medians_of_others(total)
+        slow = set(ranks[total > self._slow * usual].tolist())
+        self._reported &= slow
+        self._slow_in_a_row = defaultdict(int, {rank: self._slow_in_a_row[rank] + 1 for rank in slow})
+        found = sorted(r for r in slow if self._slow_in_a_row[r] >= NUM_STRETCHES and r not in self._reported)
+        self._reported |= set(found)
+        if not found:
+            return []
+        lost = by_phase - np.stack([_medians_of_others(column) for column in by_phase.T], axis=1)
+        stragglers = []
+        for rank, at in zip(found, np.searchsorted(ranks, found).tolist(), strict=True):
+            ratio = round(float(total[at] / usual[at]), 2) if usual[at] else float("inf")
+            worst = self._stretch.phases[int(lost[at].argmax())]
+            stragglers.append(Straggler(rank, self._stretch.hosts[rank], ratio, worst))
+        return stragglers
 
     def summary(self) -> list[dict[str, Any]]:
         """Per rank: host, seconds of work and of waiting per step by phase."""
-        steps = max(1, self._num_steps)
+        steps, whole = max(1, self._num_steps), self._whole
+        work = whole.work_sec
         return [
             {
                 "rank": rank,
-                "host": total.host,
-                "work_sec": {phase: round(sec / steps, 6) for phase, sec in total.work_sec.items()},
-                "wait_sec": {phase: round(sec / steps, 6) for phase, sec in total.wait_sec.items()},
+                "host": whole.hosts[rank],
+                "work_sec": _named(whole.phases, work[rank] / steps, whole.phase_sec[rank] > 0),
+                "wait_sec": _named(whole.phases, whole.wait_sec[rank] / steps, whole.wait_sec[rank] > 0),
             }
-            for rank, total in sorted(self._whole.items())
+            for rank in whole.ranks.tolist()
         ]
 
 
 def work_metrics(parts: Sequence[RankWork], num_steps: int) -> dict[str, float]:
     """Of one interval: the longest work per step by phase, which rank works most, and how much more than usual."""
-    totals = {work.rank: sum(work.work_sec.values()) for work in parts}
-    slowest = max(totals, key=lambda rank: totals[rank])
-    usual = statistics.median(totals.values())
-    metrics = {"ranks/slowest": float(slowest)}
+    times = _Times()
+    times.add(parts)
+    ranks, steps = times.ranks, max(1, num_steps)
+    work, waits = times.work_sec[ranks], times.wait_sec[ranks].sum(axis=1)
+    total = work.sum(axis=1)
+    usual = float(np.median(total))
+    metrics = {"ranks/slowest": float(ranks[total.argmax()])}
     if usual > 0:
-        metrics["ranks/slowest_times_median"] = totals[slowest] / usual
+        metrics["ranks/slowest_times_median"] = float(total.max()) / usual
     for phase in parts[0].phase_sec:
-        metrics[f"ranks/max_work/{phase}_sec"] = max(w.work_sec.get(phase, 0.0) for w in parts) / max(1, num_steps)
-    metrics["ranks/min_wait_sec"] = min(sum(w.wait_sec.values()) for w in parts) / max(1, num_steps)
-    metrics["ranks/max_wait_sec"] = max(sum(w.wait_sec.values()) for w in parts) / max(1, num_steps)
+        metrics[f"ranks/max_work/{phase}_sec"] = float(work[:, times.phases.index(phase)].max()) / steps
+    metrics["ranks/min_wait_sec"] = float(waits.min()) / steps
+    metrics["ranks/max_wait_sec"] = float(waits.max()) / steps
     return metrics
 
 
-def _worst_phase(rank: int, work: Mapping[int, Mapping[str, float]]) -> str:
-    def lost_sec(phase: str) -> float:
-        return work[rank][phase] - statistics.median([w.get(phase, 0.0) for r, w in work.items() if r != rank])
+def _grown(values: Array, shape: tuple[int, int]) -> Array:
+    """`values` [rows, columns] in the upper left corner of zeros of `shape`; the same array where it has that shape."""
+    if values.shape == shape:
+        return values
+    grown = np.zeros(shape)
+    grown[: values.shape[0], : values.shape[1]] = values
+    return grown
 
-    return max(work[rank], key=lost_sec)
+
+def _medians_of_others(values: Array) -> Array:
+    """For each of N values, the median of the N - 1 others; of a single one, itself."""
+    num_others = len(values) - 1
+    if num_others == 0:
+        return values
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    place = np.empty(len(values), dtype=np.int64)
+    place[order] = np.arange(len(values))
+
+    def other(at: int) -> Array:
+        return ordered[at + (place <= at)]  # the others in order: one's own place is skipped
+
+    return (other((num_others - 1) // 2) + other(num_others // 2)) / 2
+
+
+def _named(phases: Sequence[str], values: Array, shown: NDArray[np.bool_]) -> dict[str, float]:
+    return {phase: round(float(v), 6) for phase, v, show in zip(phases, values, shown, strict=True) if show}

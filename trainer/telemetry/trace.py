@@ -1,4 +1,4 @@
-"""A timeline of the phases of a few steps on all ranks, in Chrome's trace format (for ui.perfetto.dev)."""
+"""A timeline of the phases of a few steps on all ranks in Chrome's trace format (for ui.perfetto.dev)."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from trainer.telemetry.profile_config import ProfileConfig
 log = logging.getLogger(__name__)
 
 WAIT = "wait"
-"""Phase of waiting for the last rank to reach the next phase."""
+"""The phase in which a rank waits until all ranks have reached the next phase."""
 _NUM_MARKS = 9
 
 
 class Trace:
-    """Records the phases of the chosen steps and writes them when the last one has ended.
+    """A recorder of the phases of the chosen steps, which writes them after the last of these steps.
 
-    While it records, all ranks meet before each phase, in a phase of its own called `wait`: how long a rank waits for
-    the others is then seen, instead of hiding in the next collective. Its methods are collective.
+    While it records, all ranks meet before each phase, in a phase called `wait`. This shows how long a rank waits for
+    the others; without it, the waiting would be part of the next collective.
 
     Args:
-        config: which steps.
-        timer: whose phases.
-        folder: gets `rank<r>.json` of every rank and `trace.json` of all.
-        rank: this process, within `group`.
-        group: all ranks.
+        config: The recipe's `profile` section, which names the steps.
+        timer: The timer whose phases are recorded.
+        folder: The folder for the files: `rank<r>.json` for each rank and `trace.json` for all of them.
+        rank: The rank of this process within `group`.
+        group: The process group of all ranks; None for the default group.
     """
 
     def __init__(
@@ -46,7 +46,13 @@ class Trace:
         self._step, self._step_start_sec = 0, 0.0
 
     def begin(self, step: int) -> None:
-        """Before the first phase of `step`, counted from 1."""
+        """Begin to record if `step` is one of the chosen steps; call this before its first phase.
+
+        Collective: every rank of the group must call it.
+
+        Args:
+            step: The step, counted from 1.
+        """
         if step not in self._steps:
             return
         if self._timer.listener is None:
@@ -55,7 +61,14 @@ class Trace:
         self._step, self._step_start_sec = step, time.perf_counter()
 
     def end(self, step: int, last: bool) -> None:
-        """After the last phase of `step`; `last`: no step follows."""
+        """Finish recording `step`, and write the files if it is the last recorded step.
+
+        Collective: every rank of the group must call it.
+
+        Args:
+            step: The step, counted from 1.
+            last: Whether the run ends after this step.
+        """
         if step not in self._steps:
             return
         self._add(f"step {step}", self._step_start_sec, time.perf_counter())
@@ -64,13 +77,13 @@ class Trace:
             self._write()
 
     def on_phase_begin(self, phase: str, outermost: bool) -> None:
-        """See `PhaseListener`."""
+        """Implement `PhaseListener.on_phase_begin`: wait for all ranks before an outermost phase."""
         if outermost and phase != WAIT:
             with self._timer(WAIT):
                 _meet(self._group)
 
     def on_phase_end(self, phase: str, start_sec: float, end_sec: float) -> None:
-        """See `PhaseListener`."""
+        """Implement `PhaseListener.on_phase_end`: record the phase."""
         self._add(phase, start_sec, end_sec)
 
     def _add(self, name: str, start_sec: float, end_sec: float) -> None:
@@ -93,19 +106,21 @@ def _write_events(path: Path, events: list[dict[str, Any]]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
     except OSError as error:
-        log.warning("%s: THE TRACE IS NOT KEPT: %s", path, error)
+        log.warning("%s: THE TRACE COULD NOT BE WRITTEN: %s", path, error)
 
 
 def _meet(group: dist.ProcessGroup | None) -> None:
-    # On the CPU: a barrier of CUDA devices returns before they have met.
+    # A barrier of CUDA devices returns on the host before the devices have met; a CPU tensor avoids that.
     dist.all_reduce(torch.zeros(1), group=group)
 
 
 def _clock_offset_sec(group: dist.ProcessGroup | None) -> float:
-    """What to take off this rank's `perf_counter` to get seconds since rank 0 began to trace.
+    """Return what to subtract from this rank's `perf_counter` to get the seconds since rank 0 began to record.
 
-    All ranks leave a barrier at nearly the same moment. The median over several is not moved by a rank that was
-    scheduled late once.
+    Collective: every rank of the group must call it.
+
+    All ranks leave a barrier at nearly the same moment. The median over several barriers is robust against a rank that
+    is scheduled late once.
     """
     marks = torch.empty(_NUM_MARKS, dtype=torch.float64)
     for i in range(_NUM_MARKS):

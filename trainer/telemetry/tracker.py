@@ -1,4 +1,7 @@
-"""Where metrics go: a JSONL file always, MLflow by default. A tracker that fails says so once and never stops a run."""
+"""Trackers, which store metrics: a JSONL file always, and MLflow by default.
+
+A tracker that fails logs one warning and never stops a run.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +23,29 @@ from trainer.telemetry.jsonl import Backlog, StepLog, write_atomically
 log = logging.getLogger(__name__)
 
 ID_NAME = "mlflow_run_id"
-"""File in the run's folder that holds the id of its MLflow run."""
+"""The name of the file in the run's folder that contains the id of its MLflow run."""
 
 
 @dataclass(frozen=True)
 class TelemetryConfig:
-    """What is logged, how often, and where to."""
+    """The recipe's `telemetry` section: what is logged, how often and where."""
 
     log_every_steps: int = 1
-    """Metrics cover this many steps (means, sums and rates over all of them) and are written once per as many."""
+    """The number of steps per logging interval. Metrics are means, sums or rates over the interval."""
     progress: bool = True
-    """Progress bar on a terminal, a plain line per log interval elsewhere."""
+    """Whether to show a progress bar or, if stderr is not a terminal, a plain line per logging interval."""
     straggler_ratio: float = 1.3
-    """A rank that works this many times as long as the median of the others, in three stretches in a row, is named."""
+    """How many times as long as the median of the others a rank must work to be reported as slow.
+
+    It must do so in three consecutive spans of `straggler_stretch_sec`. The value must be above 1; raise it if healthy
+    ranks are reported.
+    """
     straggler_stretch_sec: float = 30.0
-    """Seconds of training per stretch; at least one logging interval."""
+    """The seconds of training in each span over which the work of ranks is compared; at least one logging interval."""
     mlflow: bool = True
-    """Also log to MLflow: at MLFLOW_TRACKING_URI where that is set, else in `<train.run_dir>/mlflow.db` (SQLite)."""
+    """Whether to log to MLflow, too: to `MLFLOW_TRACKING_URI` if set, else to `<train.run_dir>/mlflow.db` (SQLite)."""
     mlflow_experiment: str = "mowe"
-    """MLflow experiment that the runs are grouped under; made where absent."""
+    """The name of the MLflow experiment that groups the runs. It is created if it does not exist."""
 
     def __post_init__(self) -> None:
         check_least("telemetry", self, log_every_steps=1, straggler_stretch_sec=0)
@@ -49,23 +56,27 @@ class TelemetryConfig:
 
 
 class Tracker(Protocol):
-    """A sink of metrics. Calls return at once and raise nothing; what could not be stored is counted."""
+    """A store of metrics. Its methods do not wait and do not raise; records that could not be stored are counted."""
 
     @property
     def num_lost(self) -> int:
-        """Records that were given to the tracker and not stored."""
+        """The number of records that were logged but could not be stored."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record `metrics` of `step`. Steps do not decrease."""
+        """Record the metrics of a step. Steps must not decrease between calls."""
 
     def close(self) -> None:
-        """Store what is outstanding. No `log` follows."""
+        """Store all outstanding records. `log` must not be called afterwards."""
 
 
 class JsonlTracker:
-    """Appends one JSON object per call to a file (see `StepLog`): `{"step": …, "time": …, "<metric>": …}`.
+    """A tracker that appends one JSON object per record to a file: `{"step": ..., "time": ..., "<metric>": ...}`.
 
-    Values that JSON has no number for are the strings "nan", "inf", "-inf".
+    Values that JSON cannot represent as numbers are the strings "nan", "inf" and "-inf".
+
+    Args:
+        path: The file.
+        resume_step: The step from which the run resumes; see `StepLog`.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
@@ -74,7 +85,7 @@ class JsonlTracker:
 
     @property
     def num_lost(self) -> int:
-        """Records that the disk has not taken."""
+        """The number of records that could not be written to the disk."""
         return len(self._records)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -90,12 +101,19 @@ class JsonlTracker:
 
 
 class MlflowTracker:
-    """Logs to MLflow from a thread of its own: neither its slow import nor its store ever holds up a step.
+    """A tracker that logs to MLflow from a thread of its own, so that a slow import or a slow store delays no step.
 
-    The run's id is kept in `id_file`, so a resumed training goes on in the same MLflow run. `params` are the resolved
-    recipe, flattened to dotted names with secrets masked; they are logged when the run is created, and MLflow gets at
-    most 500 characters of each (the run folder has them whole). On resume MLflow keeps what was logged after the
-    checkpoint beside the new values of the same steps; metrics.jsonl is the exact record.
+    After a resume, MLflow keeps the values logged after the checkpoint next to the new values of the same steps;
+    metrics.jsonl contains only the new ones.
+
+    Args:
+        config: The recipe's `telemetry` section.
+        run_name: The name of the run.
+        run_root: The folder that contains the run's folder.
+        id_file: The file that stores the id of the MLflow run, so that a resumed run continues it.
+        params: The resolved recipe as nested mappings. It is logged when the MLflow run is created, with dotted names,
+            masked secrets and at most 500 characters per value.
+        resume: Whether to continue the MLflow run of `id_file`, if the file exists.
     """
 
     _NUM_QUEUED = 10_000
@@ -124,7 +142,7 @@ class MlflowTracker:
         try:
             self._queue.put_nowait((step, time.time_ns() // 1_000_000, dict(metrics)))
         except queue.Full:
-            self._lose(1, "its queue is full: the store is slower than training")
+            self._lose(1, "its queue is full because the store is slower than training")
 
     def close(self) -> None:
         try:
@@ -142,13 +160,13 @@ class MlflowTracker:
             first = self.num_lost == 0
             self.num_lost += num
         if first and num:
-            log.warning("MLFLOW RECORDS ARE BEING LOST: %s; training goes on, metrics.jsonl has them", reason)
+            log.warning("MLFLOW RECORDS ARE BEING LOST: %s; training continues and metrics.jsonl has them", reason)
 
     def _work(self) -> None:
         client = run_id = None
         try:
             client, run_id = self._open()
-        except Exception as error:  # noqa: BLE001 - whatever the tracker meets, training goes on
+        except Exception as error:  # noqa: BLE001 - no failure of a tracker may end training
             self._lose(1, _without_credentials(f"{type(error).__name__}: {error}"))
         done = False
         while not done:
@@ -205,7 +223,7 @@ class MlflowTracker:
 
 
 class CompositeTracker:
-    """Several trackers as one."""
+    """Several trackers that get the same records."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = tuple(trackers)
@@ -232,10 +250,15 @@ def build_tracker(
     resume_step: int = 0,
     again: bool = False,
 ) -> CompositeTracker:
-    """The trackers of a run in `run_root/run_name`; for rank 0 only.
+    """Return the trackers of a run. Only rank 0 has trackers.
 
-    `params`: the resolved recipe as nested dicts; `again`: this is not the run's first attempt, even if it begins at
-    step 0.
+    Args:
+        config: The recipe's `telemetry` section.
+        run_name: The name of the run.
+        run_root: The folder that contains the run's folder.
+        params: The resolved recipe as nested mappings.
+        resume_step: The step from which the run resumes; 0 if it starts from the beginning.
+        again: Whether this is a later attempt of the run, even if it starts from the beginning.
     """
     run_dir = run_root / run_name
     trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl", resume_step)]
@@ -255,10 +278,15 @@ def build_tracker(
 
 
 def log_artifacts(run_dir: Path, files: Sequence[Path], folder: str) -> str | None:
-    """Add `files` to the MLflow run of `run_dir`, in the artifact folder `folder`.
+    """Add files to the MLflow run of a training run.
+
+    Args:
+        run_dir: The folder of the training run.
+        files: The files.
+        folder: The artifact folder within the MLflow run.
 
     Returns:
-        Why it was not done, in words; None: it was.
+        The reason why the files could not be added; None if they were added.
     """
     id_file = run_dir / ID_NAME
     if not id_file.is_file():
@@ -267,7 +295,7 @@ def log_artifacts(run_dir: Path, files: Sequence[Path], folder: str) -> str | No
         client = _client(run_dir.parent)
         for file in files:
             client.log_artifact(id_file.read_text().strip(), str(file), folder)
-    except Exception as error:  # noqa: BLE001 - the files are there; that the store is not must not hide them
+    except Exception as error:  # noqa: BLE001 - the caller reports the failure; the files exist locally
         return _without_credentials(f"{type(error).__name__}: {error}")
     return None
 
@@ -282,7 +310,7 @@ def _client(run_root: Path) -> Any:
 
 
 def tracking_uri(run_root: Path) -> str:
-    """MLFLOW_TRACKING_URI, else the SQLite store `run_root/mlflow.db`."""
+    """Return `MLFLOW_TRACKING_URI` if set, else the URI of the SQLite store `run_root/mlflow.db`."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run_root / 'mlflow.db').resolve()}"
 
 
@@ -290,7 +318,14 @@ _SECRET_KEY = re.compile(r"passw|secret|credential|api_?key|access_?key|(auth|ac
 
 
 def flatten_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings and sequences as dotted names → text; secret-looking keys and URL credentials masked."""
+    """Return nested mappings and sequences as one mapping from dotted names to text.
+
+    The values of keys that look like secrets and the credentials in URLs are replaced by `***`.
+
+    Args:
+        params: The nested mappings.
+        prefix: The beginning of all names.
+    """
     flat: dict[str, str] = {}
     for key, value in params.items():
         name = f"{prefix}{key}"

@@ -1,9 +1,9 @@
-"""How long this rank works, and how long it waits for others in collectives, by phase of the step.
+"""A measurement of how long this rank waits for others in collectives, by phase of the step.
 
-All ranks take the same time for a step, since they wait for the slowest; only without the waiting do they differ. A
-thread looks some fifty times a second at what the main thread is doing: whether its innermost Python frames are those
-of a collective. Nothing is wrapped: it sees DeepSpeed's and Megatron's collectives, too. The waiting of CUDA kernels is
-not seen: there the main thread waits for the device, whatever that does.
+All ranks take the same time for a step, because they wait for the slowest one. They differ only in the time that they
+do not wait. To measure it, a thread looks about fifty times a second whether the innermost Python frames of the main
+thread belong to a collective. This needs no wrappers and covers the collectives of DeepSpeed and Megatron, too. It does
+not see CUDA kernels that wait for other ranks, since the main thread then waits for the device.
 """
 
 from __future__ import annotations
@@ -25,14 +25,19 @@ _FILES = (
     "deepspeed/comm/comm.py",
     "megatron/core/pipeline_parallel/p2p_communication.py",
 )
-"""Code that waits for other ranks."""
+"""The source files of functions that wait for other ranks."""
 
 
 class WaitSampler:
-    """`with WaitSampler(timer) as waits: …; waits.take()` in the thread that works.
+    """A sampler that measures, while its context lasts, how long the thread that created it waits for other ranks.
+
+    Example:
+        with WaitSampler(timer) as waits:
+            ...
+            seconds = waits.take()
 
     Args:
-        timer: of that thread's phases.
+        timer: The timer of the thread's phases.
     """
 
     def __init__(self, timer: PhaseTimer) -> None:
@@ -54,7 +59,7 @@ class WaitSampler:
         self._thread.join()
 
     def take(self) -> dict[str, float]:
-        """Seconds of waiting by phase since the last call."""
+        """Return the seconds of waiting since the last call, by phase."""
         with self._lock:
             seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds
@@ -71,13 +76,13 @@ class WaitSampler:
 
 
 def is_waiting(frame: FrameType | None) -> bool:
-    """Whether this, the innermost frame of a thread, belongs to a collective."""
+    """Return whether `frame`, the innermost frame of a thread, belongs to a collective."""
     for _ in range(_DEPTH):
         if frame is None:
             return False
         if frame.f_code.co_filename.endswith(_FILES):
             return True
-        if frame.f_code.co_name == "wait" and "/deepspeed/" in frame.f_code.co_filename:  # for one begun before
+        if frame.f_code.co_name == "wait" and "/deepspeed/" in frame.f_code.co_filename:  # an asynchronous collective
             return True
         frame = frame.f_back
     return False

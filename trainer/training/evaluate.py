@@ -1,4 +1,4 @@
-"""Evaluation without leaving the process group: all ranks encode, every LLM replica decodes, rank 0 scores."""
+"""Evaluation during training: all ranks encode, every LLM replica decodes and rank 0 computes the scores."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One split, read once."""
+    """The result of evaluating one split."""
 
     report: EvalReport
     scores: list[TaskScore]
@@ -46,17 +46,17 @@ class Evaluation:
 
 
 class Evaluator:
-    """Reads splits with the model as it is now. Its calls are collective.
+    """An evaluator of the model, with its current weights, on splits of the data.
 
     Args:
-        config: the recipe's `eval` section.
-        prepared: where the splits lie.
-        step: the engines.
-        folder: predictions are written there, one JSONL per evaluation, and its scores beside them as JSON.
-        beat: is called with every batch.
+        config: The recipe's `eval` section.
+        prepared: The datasets and the tokenizer.
+        step: The engines.
+        folder: The folder for the predictions (one JSONL file per evaluation) and their scores (JSON).
+        heartbeat: Called with a description of each batch before it is evaluated.
 
     Raises:
-        UserError: `eval.wordnet` is given and is no WordNet folder.
+        UserError: If `eval.wordnet` is given and is not a WordNet folder.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Evaluator:
     ) -> None:
         self.config, self.prepared, self.step, self.folder, self.heartbeat = config, prepared, step, folder, heartbeat
         self.meteor: Meteor | None = None
-        """None: there is no WordNet; the first evaluation with captions says so."""
+        """The METEOR metric; None if there is no WordNet. The first evaluation with captions then logs a warning."""
         self._no_meteor = ""
         try:
             self.meteor = Meteor(find_wordnet(config.wordnet))
@@ -80,7 +80,18 @@ class Evaluator:
         self._samples: dict[tuple[str, int | None], list[Sample]] = {}
 
     def __call__(self, step: int, split: str, max_samples: int | None = None) -> Evaluation | None:
-        """The evaluation on rank 0, None on the others."""
+        """Evaluate the model on a split.
+
+        Collective: every rank of the world must call it.
+
+        Args:
+            step: The number of steps done, for the names of the files.
+            split: The name of the split.
+            max_samples: The largest number of samples to use; None for all.
+
+        Returns:
+            The evaluation on rank 0, None on all others.
+        """
         start = time.perf_counter()
         groups = self.step.groups
         if (split, max_samples) not in self._samples:
@@ -97,7 +108,7 @@ class Evaluator:
             return None
         predictions = sorted((p for part in everyone for p in part), key=lambda p: p.key)
         if self._no_meteor and any(p.meta["task"] == "ac" for p in predictions):
-            log.warning("%s; until then captions are scored without it", self._no_meteor)
+            log.warning("%s; until then captions are scored without METEOR", self._no_meteor)
             self._no_meteor = ""
         scores = score_predictions(predictions, self.meteor)
         values = score_values(scores)
@@ -106,8 +117,8 @@ class Evaluator:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_predictions(self.folder / f"predictions-{split}-step{step}.jsonl", predictions)
             self._write_scores(scores, predictions, split, step)
-        except OSError as error:  # the scores are in the metrics as well
-            log.warning("%s: step %d: PREDICTIONS ON %s ARE NOT KEPT: %s", self.folder, step, split, error)
+        except OSError as error:  # the run continues: the metrics contain the scores, too
+            log.warning("%s: step %d: PREDICTIONS ON %s COULD NOT BE WRITTEN: %s", self.folder, step, split, error)
         seconds = time.perf_counter() - start
         report = EvalReport(step, split, values, len(predictions), seconds, {s.name: (s.low, s.high) for s in scores})
         return Evaluation(report, scores, predictions)
@@ -130,7 +141,17 @@ class Evaluator:
 def predict(
     step: Step, samples: Sequence[Sample], tokenizer: Tokenizer, config: EvalConfig, heartbeat: Callable[[str], None]
 ) -> list[Prediction]:
-    """Answers to this rank's `samples`; collective, ranks may have different numbers of them."""
+    """Return the model's answers to this rank's samples.
+
+    Collective: every rank of the world must call it. Ranks may have different numbers of samples.
+
+    Args:
+        step: The engines. They are switched to evaluation and back to training.
+        samples: This rank's samples, with prompts and without targets.
+        tokenizer: Decodes the answers.
+        config: The recipe's `eval` section.
+        heartbeat: Called with a description of each batch before it is evaluated.
+    """
     groups = step.groups
     share = max(1, config.batch_size * groups.topology.dp // groups.topology.world)
     order = sorted(range(len(samples)), key=lambda i: (samples[i].num_tokens, i))
@@ -153,7 +174,10 @@ def predict(
 
 @torch.no_grad()
 def answer(step: Step, batch: Batch, tokenizer: Tokenizer, config: EvalConfig) -> list[list[int]]:
-    """Token ids for this rank's part of a global batch of prompts."""
+    """Return the token ids of the answers to this rank's part of a global batch of prompts.
+
+    Collective: every rank of the world must call it.
+    """
     groups = step.groups
     none = usable_ctc_targets(batch, step.model)
     whole = gather(batch, count(batch, none), groups)

@@ -1,6 +1,6 @@
-"""What happens around a step without being part of it: the terminal, the trackers, the run's summary.
+"""Hooks that watch a training run: the terminal, the trackers, the histories and the summary.
 
-Hooks live on rank 0 only and get values, never engines: a hook cannot make ranks wait for each other.
+Only rank 0 has hooks. They get values and never the engines, so that a hook cannot start a collective.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,47 +25,90 @@ from trainer.telemetry.tracker import Tracker
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run knows of itself when its first step is about to begin."""
+    """The facts about a run that are known before its first step."""
 
     name: str
     run_dir: Path
-    """Folder of this run: `<train.run_dir>/<name>`."""
+    """The run's folder, `<train.run_dir>/<name>`."""
     num_steps: int
+    """The number of steps of the whole run."""
     num_ranks: int
     start_step: int = 0
-    """Steps already done: 0, or the step of the checkpoint that the run resumes from."""
+    """The number of steps already done: 0, or the step of the checkpoint that the run resumes from."""
 
 
 class Hook(Protocol):
-    """Called by the training loop, in the order in which hooks were given; exceptions end the run."""
+    """An observer of a training run. An exception that one of its methods raises ends the run."""
 
     def on_start(self, state: RunState) -> None:
-        """Before the first step."""
+        """Prepare for the first step."""
 
     def on_step(self, report: StepReport) -> None:
-        """After every optimizer step."""
+        """Handle the report of a step."""
 
     def on_eval(self, report: EvalReport) -> None:
-        """After every evaluation, one call per split."""
+        """Handle the report of an evaluation of one split."""
 
     def on_save(self, url: str) -> None:
-        """After a checkpoint is committed."""
+        """Handle a checkpoint that has just become complete."""
 
     def on_event(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
-        """When one of `trainer.telemetry.events.EVENTS` happens in the loop; `step`: the last one that was begun."""
+        """Handle an event.
+
+        Args:
+            event: One of `trainer.telemetry.events.EVENTS`.
+            step: The step that was begun last.
+            fields: What else is known about the event.
+        """
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        """Once, after the last step: also when a signal ended the run, not when an exception did.
+        """Handle the end of the run, after its last step, a signal or an `EndError`.
 
-        `summary`: what only the trainer knows, e.g. `peak_memory_bytes` (one mapping per rank), `wer_before`.
+        Args:
+            summary: What no report contains, for example `wer_before` and `peak_memory_bytes` (one mapping per rank).
         """
 
 
-class ProgressHook:
-    """Progress bar or plain lines, with evaluations and checkpoints announced between them."""
+class HookList:
+    """Several hooks that are called in the order in which they were added."""
 
-    _UNTOLD = ("resumed", "finished", "stopped")
-    """Events that the terminal shows in other words."""
+    def __init__(self) -> None:
+        self._hooks: list[Hook] = []
+
+    def extend(self, hooks: Sequence[Hook]) -> None:
+        """Add `hooks`."""
+        self._hooks.extend(hooks)
+
+    def on_start(self, state: RunState) -> None:
+        for hook in self._hooks:
+            hook.on_start(state)
+
+    def on_step(self, report: StepReport) -> None:
+        for hook in self._hooks:
+            hook.on_step(report)
+
+    def on_eval(self, report: EvalReport) -> None:
+        for hook in self._hooks:
+            hook.on_eval(report)
+
+    def on_save(self, url: str) -> None:
+        for hook in self._hooks:
+            hook.on_save(url)
+
+    def on_event(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
+        for hook in self._hooks:
+            hook.on_event(event, step, fields)
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        for hook in self._hooks:
+            hook.on_end(summary)
+
+
+class ProgressHook:
+    """A progress bar or plain lines on the terminal, with a line for each evaluation, checkpoint and event."""
+
+    _SHOWN_OTHERWISE = ("resumed", "finished", "stopped")
+    """Events that other lines of the terminal already report."""
     _HIDDEN_FIELDS = ("samples", "why", "slow_rank", "slow_host", "times_median")
 
     def __init__(self, every_steps: int = 1) -> None:
@@ -83,7 +126,7 @@ class ProgressHook:
 
     def on_eval(self, report: EvalReport) -> None:
         assert self._progress is not None
-        # Overall scores only: names of subsets have one more part.
+        # Only overall scores are shown: the names of subset scores have one more part.
         shown = [name for name in report.values if name.count("/") == 1 and name.split("/")[1] in HEADLINES]
         scores = "  ".join(_with_interval(name, report) for name in shown)
         self._progress.write(f"step {report.step}: {report.split} ({report.num_samples} samples)  {scores}")
@@ -96,10 +139,9 @@ class ProgressHook:
 
     def on_event(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
         assert self._progress is not None
-        if event not in self._UNTOLD:
-            fields = {key: value for key, value in fields.items() if key not in self._HIDDEN_FIELDS}
+        if event not in self._SHOWN_OTHERWISE:
             words = [str(fields["why"])] if "why" in fields else []
-            words += [f"{key} {value}" for key, value in fields.items()]
+            words += [f"{key} {value}" for key, value in fields.items() if key not in self._HIDDEN_FIELDS]
             self._progress.write(f"step {step}: {event.replace('_', ' ')}: {', '.join(words)}")
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
@@ -108,7 +150,7 @@ class ProgressHook:
 
 
 class TrackerHook:
-    """Gives the tracker one record per `every_steps` steps (and one for the steps left over), and every evaluation."""
+    """A hook that logs one record per `every_steps` steps, one for the remaining steps, and one per evaluation."""
 
     def __init__(self, tracker: Tracker, every_steps: int = 1) -> None:
         self._tracker, self._every_steps = tracker, every_steps
@@ -142,10 +184,10 @@ class TrackerHook:
 
 
 class LoadHook:
-    """Keeps what the encoders did: one line of `expert_load.jsonl` in the run's folder per interval.
+    """A hook that writes the load of the encoders to `expert_load.jsonl`, one line per logging interval.
 
-    What a full disk has not taken when the run ends raises OSError: a history with holes would be profiled as if it
-    were whole.
+    `on_end` raises OSError if lines could not be written, for example because the disk is full. An incomplete history
+    would otherwise be profiled as if it were complete.
     """
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:
@@ -174,7 +216,10 @@ class LoadHook:
 
 
 class EventHook:
-    """Leaves what happens in the run's `events.jsonl`. What a full disk has not taken at the end raises OSError."""
+    """A hook that writes the run's events to `events.jsonl`.
+
+    `on_end` raises OSError if events could not be written, for example because the disk is full.
+    """
 
     def __init__(self, log: EventLog) -> None:
         self._log = log
@@ -205,12 +250,18 @@ class EventHook:
 
 
 class SummaryHook:
-    """Writes `summary.json` into the run's folder at the end.
+    """A hook that writes `summary.json` to the run's folder when the run ends.
 
-    Keys: name, num_ranks, num_steps, start_step, seconds (this process, from first step to end), loss_first (of step 1,
-    kept across resumes) and loss_last, step_sec and phase_sec (means over this process's steps, the first one left out
-    where there are others: it warms up), scores per split (the last evaluation's), num_records_lost; then everything
-    that the trainer hands over, which wins.
+    Its keys, besides everything in the summary passed to `on_end`:
+        name, num_ranks, start_step: As in `RunState`.
+        num_steps: The last step done.
+        seconds: The time from the first step of this process to its end.
+        loss_first, loss_last: The loss of the run's first step, also after a resume, and of its last step. Steps whose
+            update was skipped do not count.
+        step_sec, phase_sec: The mean time of a step and of each of its phases over the steps of this process. The
+            first step, a warm-up, counts only if there is no other.
+        scores: The scores of the last evaluation of each split.
+        num_records_lost: The number of records that the tracker could not store.
     """
 
     def __init__(self, tracker: Tracker | None = None) -> None:
@@ -281,7 +332,7 @@ def _with_interval(name: str, report: EvalReport) -> str:
 
 
 def _first_logged_loss(metrics: Path) -> float | None:
-    """`train/loss` of the file's first training record (step 1's own); None where the file does not exist."""
+    """Return `train/loss` of the file's first training record, which is that of step 1; None if there is no record."""
     if not metrics.exists():
         return None
     with metrics.open(encoding="utf-8") as lines:

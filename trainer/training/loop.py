@@ -1,54 +1,58 @@
-"""Fetch, step, report, save, evaluate: the training run as one straight line."""
+"""The training loop: fetch, step, report, save, evaluate."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from model.batch import Batch
 from model.errors import UserError
 from trainer.checkpoint.manager import CheckpointManager
-from trainer.config.load import dump
 from trainer.config.schema import Recipe
 from trainer.data.loader import Loader, SkipLog
 from trainer.data.prepare import PreparedData
-from trainer.data.state import State, merge_states
+from trainer.data.state import State
 from trainer.parallel.groups import Groups
 from trainer.run.failure import Position
-from trainer.run.lifecycle import Agreement, StopRequest, agree, deadline, next_together
+from trainer.run.lifecycle import StopRequest, agree, next_together
 from trainer.run.watchdog import Watchdog
-from trainer.telemetry.jsonl import write_atomically
 from trainer.telemetry.metrics import StepReport, flatten_eval, is_logged, peak_memory_bytes
 from trainer.telemetry.trace import Trace
-from trainer.telemetry.tracker import ID_NAME
 from trainer.telemetry.waiting import WaitSampler
+from trainer.training.early_stop import stops_early
 from trainer.training.evaluate import Evaluation, Evaluator
-from trainer.training.hooks import Hook, RunState
+from trainer.training.hooks import Hook, HookList, RunState
 from trainer.training.rank_work import Work
+from trainer.training.saver import Saver
 from trainer.training.spikes import answer_spike
 from trainer.training.step import Step
 
 
 class EndError(UserError):
-    """The data or the loss ended the run; its state is saved."""
+    """An error of the data, the loss or an evaluation that ends the run after its state is saved."""
 
 
 class Loop:
-    """One run from its first step, or from its last checkpoint, to its end.
+    """One training run, from its first step or its newest checkpoint to its end.
+
+    Collective: every rank of the world must call each of its methods.
 
     Args:
-        recipe: the resolved recipe.
-        step, groups, prepared, evaluator, checkpoints: the parts; see `trainer.build`.
-        hooks: of this rank (only rank 0 has any).
-        run_dir: the run's folder.
-        described: what a checkpoint says of the model, so that it can be exported by itself.
-        watchdog: is told of every progress.
-        position: is kept up to date with where this rank is.
+        recipe: The resolved recipe.
+        step: The engines; one call is one training step.
+        groups: This rank's process groups.
+        prepared: The datasets and the tokenizer.
+        evaluator: Evaluates the model on a split.
+        checkpoints: The run's checkpoints.
+        run_dir: The run's folder.
+        described: What an export must know about the model; every checkpoint contains it.
+        watchdog: Gets a heartbeat whenever the run makes progress.
+        position: The step and samples this rank is working on, kept up to date for error reports.
     """
 
     def __init__(
@@ -66,127 +70,150 @@ class Loop:
     ) -> None:
         self.recipe, self.step, self.groups, self.prepared = recipe, step, groups, prepared
         self.evaluator, self.checkpoints, self.run_dir = evaluator, checkpoints, run_dir
-        self.described, self.watchdog, self.position = described, watchdog, position
-        self.work = Work(recipe.telemetry, WaitSampler(step.timer), groups, self.emit)
-        self._alarm = ExitStack()
-        self.hooks: Sequence[Hook] = ()
-        self.last_evaluation: Evaluation | None = None
-        """Of `eval.final_split`; rank 0 only."""
+        self.watchdog, self.position = watchdog, position
+        self.hooks = HookList()
+        self.saver = Saver(recipe, step, groups, checkpoints, run_dir, described, self.hooks)
+        self.work = Work(recipe.telemetry, WaitSampler(step.timer), groups, self.hooks.on_event)
+        self.trace = Trace(recipe.profile, step.timer, run_dir / "trace", groups.rank, groups.world)
         self.last_step = recipe.train.steps
-        """Earlier where `eval.stop_after` ends the run."""
-        self.summary: dict[str, Any] = {}
-        """What only this run knows; the end of the run hands it to the hooks."""
+        """The step after which the run is finished. Early stopping makes it smaller."""
+        self.stopped = False
+        """Whether a signal ended the run before its last step."""
+        self.last_evaluation: Evaluation | None = None
+        """The newest evaluation of `eval.final_split`; None on ranks other than 0."""
 
     def restore(self) -> tuple[int, dict[str, Any]]:
-        """(steps already done, what the checkpoint holds besides the engines): (0, {}) for a new run."""
-        latest = self.checkpoints.latest()
-        if latest is None:
-            if self.recipe.checkpoint.start_from is not None:
-                self.checkpoints.start(self.recipe.checkpoint.start_from, self.step)
-            return 0, {}
-        extra = self.checkpoints.load(latest, self.step)
-        self.summary.update(extra["summary"])
-        self.step.guard.restore(extra.get("guard"))
-        id_file = self.run_dir / ID_NAME
-        if self.groups.rank == 0 and extra["mlflow_run"] is not None and not id_file.exists():
-            write_atomically(id_file, extra["mlflow_run"] + "\n")
-        return extra["step"], extra
+        """Load the run's newest checkpoint; see `Saver.restore`.
 
-    def run(self, hooks: Sequence[Hook], start: int, data_state: dict[str, Any] | None) -> bool:
-        """Train from step `start`; returns False when a signal ended the run before its last step."""
-        recipe, self.hooks = self.recipe, hooks
-        state = RunState(recipe.name, self.run_dir, recipe.train.steps, self.groups.topology.world, start)
-        for hook in hooks:
-            hook.on_start(state)
-        with StopRequest().listening() as stop:
-            if recipe.eval.before and start == 0:
-                self._note_wer("wer_before", self.evaluate(0, recipe.eval.final_split, None))
-            failure = None
-            try:
-                finished = self._train(stop, start, data_state)
-            except EndError as error:
-                failure, finished = error, False
-            if finished:
-                final = self.evaluate(self.last_step, recipe.eval.final_split, None)
-                self._note_wer("wer_after", final)
-            self._end("finished" if finished else "stopped" if failure is None else None)
-        if failure is not None:
-            raise failure
-        return finished
+        Collective: every rank of the world must call it.
+        """
+        return self.saver.restore()
 
-    def _train(self, stop: StopRequest, start: int, data_state: State | None) -> bool:
-        recipe, timer = self.recipe, self.step.timer
-        if start and self._stops_early(start, just_evaluated=False):
-            return True
-        trace = Trace(recipe.profile, timer, self.run_dir / "trace", self.groups.rank, self.groups.world)
-        loader = self._loader(data_state)
-        with loader, self.work:
-            batches, state, saved = iter(loader), loader.state, start
-            for number in range(start, recipe.train.steps):
-                self.position.at(number + 1)
-                self.watchdog.heartbeat(f"step {number + 1}")
-                trace.begin(number + 1)
-                with timer("load"):
-                    loaded, failure = next_together(batches, self.groups)
-                if loaded is None:
-                    self._end_with(f"{failure}", number, state, saved)
-                before, (batch, state) = state, loaded
-                self.position.at(number + 1, batch)
-                report = self.step(number, batch)
-                if report.skip_reason is not None:
-                    reason = answer_spike(report, batch, self.step, self.checkpoints, self.emit)
-                    if reason is not None:
-                        self._end_with(reason, number, before, saved)
-                known = agree(stop, loader.num_skipped, loader.epochs, self.groups)
-                done = number + 1
-                last = done == recipe.train.steps
-                saving = known.stopping or last or _due(done, recipe.checkpoint.every_steps)
-                report = self._complete(report, known, saving)
-                trace.end(done, last=known.stopping)
-                for hook in self.hooks:
-                    hook.on_step(report)
-                if known.stopping and not last:
-                    self._set_alarm(stop, known, done)
-                if saving:
-                    self._save(done, state)
-                    saved = done
-                if known.stopping and not last:
-                    return False
-                if not last and _due(done, recipe.eval.every_steps):
-                    self.evaluate(done, recipe.eval.split, recipe.eval.max_samples)
-                    try:
-                        stops = self._stops_early(done, just_evaluated=True)
-                    except UserError as error:
-                        self._end_with(f"{error}", done, state, saved)
-                    if stops:
-                        if saved < done:
-                            self._save(done, state)
-                        return True
-                self._emit_saved()
-        return True
+    def run(self, hooks: Sequence[Hook], start: int, data_state: State | None) -> bool:
+        """Train until the last step, a signal, early stopping or an error ends the run.
 
-    def _stops_early(self, done: int, just_evaluated: bool) -> bool:
-        """Whether `eval.stop_after` ends the run after `done` steps: the same on all ranks.
+        Collective: every rank of the world must call it.
+
+        Args:
+            hooks: This rank's hooks; empty on ranks other than 0.
+            start: The number of steps already done.
+            data_state: The state of the data after them; None for the beginning.
+
+        Returns:
+            False if a signal ended the run before its last step.
 
         Raises:
-            UserError: evaluations do not have the metric that is watched.
+            EndError: If the data, the loss or an evaluation ended the run. Its state is saved.
         """
-        evaluation, metric = self.recipe.eval, self.recipe.checkpoint.best_metric
-        if not evaluation.stop_after:
-            return False
-        stale = self.checkpoints.since_best(done)
-        if stale is None and not just_evaluated:
-            return False
-        if stale is None:
-            raise UserError(
-                f"checkpoint.best_metric = {metric}: no evaluation has it; metrics.jsonl shows the names there are"
-            )
-        if stale < evaluation.stop_after:
-            return False
-        self.last_step = self.summary["stopped_early"] = done
-        if self.groups.rank == 0:
-            print(f"stopped at step {done}: {metric} has not become better in {stale} evaluations", flush=True)
+        recipe, num_steps = self.recipe, self.recipe.train.steps
+        self.hooks.extend(hooks)
+        self.hooks.on_start(RunState(recipe.name, self.run_dir, num_steps, self.groups.topology.world, start))
+        with StopRequest().listening() as stop, self._ending():
+            if start == 0 and recipe.eval.before:
+                self._evaluate_final_split(0, "wer_before")
+            if start == 0 or not self._stops_early(start, just_evaluated=False):
+                with self._loader(data_state) as loader, self.work:
+                    batches, state = iter(loader), loader.state
+                    for number in range(start + 1, num_steps + 1):
+                        batch, next_state = self._fetch(number, batches, state)
+                        report = self._train(number, batch, state)
+                        state = next_state
+                        self._report(report, loader, stop)
+                        if self._saves_after(number):
+                            self.saver.save(number, state)
+                        if self.stopped:
+                            return False
+                        if self._evaluates_after(number):
+                            self.evaluate(number, recipe.eval.split, recipe.eval.max_samples)
+                            if self._ends_after_evaluation(number, state):
+                                break
+                        self.saver.report_outcomes(number)
+            self._evaluate_final_split(self.last_step, "wer_after")
         return True
+
+    # The parts of a step, in the order in which `run` calls them
+
+    def _fetch(self, number: int, batches: Iterator[tuple[Batch, State]], state: State) -> tuple[Batch, State]:
+        """Return this rank's part of the batch of step `number` and the state of the data after it."""
+        self.position.at(number)
+        self.watchdog.heartbeat(f"step {number}")
+        self.trace.begin(number)
+        with self.step.timer("load"):
+            loaded, failure = next_together(batches, self.groups)
+        if loaded is None:
+            self._fail(f"{failure}", number - 1, state)
+        self.position.at(number, loaded[0])
+        return loaded
+
+    def _train(self, number: int, batch: Batch, state: State) -> StepReport:
+        """Do step `number` and, if its update is skipped, what the recipe's `spike.action` says.
+
+        `state` is the state of the data before the step.
+        """
+        report = self.step(number - 1, batch)
+        if report.skip_reason is not None:
+            failure = answer_spike(report, batch, self.step, self.checkpoints, self.hooks.on_event)
+            if failure is not None:
+                self._fail(failure, number - 1, state)
+        return report
+
+    def _report(self, report: StepReport, loader: Loader, stop: StopRequest) -> None:
+        """Exchange what each rank knows after a step, and pass the completed report to the hooks."""
+        known = agree(stop, loader.num_skipped, loader.epochs, self.groups)
+        self.stopped = known.stopping and report.step < self.recipe.train.steps
+        self.work.add(report)
+        # Every checkpoint ends a logging interval, so a run resumed from it has lost no part of one.
+        if self._saves_after(report.step) or is_logged(report.step, self.recipe.telemetry.log_every_steps):
+            with self.step.timer("report"):
+                load = self.step.take_load(report.step)
+                report = self.work.take(replace(report, load=load))
+        report = replace(report, num_skipped=known.skipped, epochs=known.epochs)
+        self.trace.end(report.step, last=known.stopping)
+        self.hooks.on_step(report)
+        if self.stopped:
+            names, num_ranks = "+".join(known.signals), sum(known.signals.values())
+            self.hooks.on_event("signal", report.step, {"name": names, "ranks": num_ranks})
+            self.saver.set_deadline(stop, report.step)
+
+    def _saves_after(self, number: int) -> bool:
+        is_last = self.stopped or number == self.recipe.train.steps
+        return is_last or _is_due(number, self.recipe.checkpoint.every_steps)
+
+    def _evaluates_after(self, number: int) -> bool:
+        # The last step is followed by the evaluation of the final split instead.
+        return number < self.recipe.train.steps and _is_due(number, self.recipe.eval.every_steps)
+
+    def evaluate(self, done: int, split: str, max_samples: int | None) -> Evaluation | None:
+        """Evaluate the model on `split` after `done` steps and report the scores.
+
+        Collective: every rank of the world must call it.
+
+        Args:
+            done: The number of steps done.
+            split: The name of the split.
+            max_samples: The largest number of samples to use; None for all.
+
+        Returns:
+            The evaluation on rank 0, None on all others.
+        """
+        self.watchdog.heartbeat(f"evaluation of {split}")
+        found = self.evaluator(done, split, max_samples)
+        if found is not None:
+            self.hooks.on_eval(found.report)
+            self.checkpoints.note_scores(done, flatten_eval(found.report))
+        return found
+
+    def _ends_after_evaluation(self, done: int, state: State) -> bool:
+        """Return whether the evaluation after `done` steps ends the run; if so, its state is saved."""
+        try:
+            stops = self._stops_early(done, just_evaluated=True)
+        except UserError as error:
+            self._fail(f"{error}", done, state)
+        if stops:
+            self.saver.save(done, state)
+        return stops
+
+    # What surrounds the steps
 
     def _loader(self, state: State | None) -> Loader:
         return Loader(
@@ -199,91 +226,46 @@ class Loop:
             on_skip=SkipLog(self.run_dir / "skipped.jsonl"),
         )
 
-    def _complete(self, report: StepReport, known: Agreement, saving: bool) -> StepReport:
-        """Add what all ranks know; where an interval ends, what they did in it."""
-        self.work.add(report)
-        # An interval ends with every checkpoint, so that a run that goes on from there has lost no part of one.
-        if saving or is_logged(report.step, self.recipe.telemetry.log_every_steps):
-            with self.step.timer("report"):
-                report = self.work.take(replace(report, load=self.step.take_load(report.step)))
-        return replace(report, num_skipped=known.skipped, epochs=known.epochs)
+    def _stops_early(self, done: int, just_evaluated: bool) -> bool:
+        stops = stops_early(self.recipe.eval, self.checkpoints, done, just_evaluated=just_evaluated)
+        if stops:
+            self.last_step = self.saver.summary["stopped_early"] = done
+        return stops
 
-    def _end_with(self, reason: str, done: int, state: State, saved: int) -> NoReturn:
-        """End the run because of what follows step `done`; `state` is the data's after it."""
-        if saved < done:
-            self._save(done, state)
-        where = f"the state after step {done} is in {self.recipe.run_url}" if done else "no step was done"
-        raise EndError(f"{reason}; {where}; the same command goes on when this is mended")
-
-    def _set_alarm(self, stop: StopRequest, known: Agreement, done: int) -> None:
-        """A signal stops the run; tell if its last save takes longer than the scheduler waits."""
-        self.emit("signal", done, {"name": "+".join(known.signals), "ranks": sum(known.signals.values())})
-        grace_sec = self.recipe.train.stop_grace_sec
-
-        def late() -> None:
-            newest = max(self.checkpoints.steps(), default=None)
-            why = f"not saved within train.stop_grace_sec = {grace_sec:g}"
-            self.emit("save_failed", done, {"why": why, "newest_checkpoint": newest})
-
-        since_sec = time.monotonic() if stop.signal is None else stop.time_sec
-        self._alarm.enter_context(deadline(grace_sec, since_sec, late))
-
-    def emit(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
-        """Tell the hooks, which only rank 0 has."""
-        for hook in self.hooks:
-            hook.on_event(event, step, fields)
-
-    def evaluate(self, step: int, split: str, max_samples: int | None) -> Evaluation | None:
-        """Read `split`; tell the hooks. Rank 0 gets the result."""
-        self.watchdog.heartbeat(f"evaluation of {split}")
-        found = self.evaluator(step, split, max_samples)
-        if found is not None:
-            for hook in self.hooks:
-                hook.on_eval(found.report)
-            self.checkpoints.note_scores(step, flatten_eval(found.report))
-        return found
-
-    def _note_wer(self, key: str, found: Evaluation | None) -> None:
+    def _evaluate_final_split(self, done: int, summary_key: str) -> None:
+        """Evaluate the whole of `eval.final_split` and note its word error rate in the summary."""
+        found = self.evaluate(done, self.recipe.eval.final_split, None)
         if found is not None and "asr/wer" in found.report.values:
-            self.summary[key] = found.report.values["asr/wer"]
+            self.saver.summary[summary_key] = found.report.values["asr/wer"]
         self.last_evaluation = found
 
-    def _save(self, done: int, data_state: dict[str, Any]) -> None:
-        states: list[Any] = [None] * self.groups.topology.world
-        dist.all_gather_object(states, data_state, group=self.groups.world)
-        id_file = self.run_dir / ID_NAME
-        extra = {
-            "step": done,
-            "data": merge_states(states),
-            "recipe": dump(self.recipe),
-            "summary": self.summary,
-            "guard": self.step.guard.state,
-            "mlflow_run": id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None,
-        }
-        self.checkpoints.save(done, self.step, {**extra, **self.described})
+    def _fail(self, reason: str, done: int, state: State) -> NoReturn:
+        """Save the state after `done` steps and raise the error that ends the run."""
+        self.saver.save(done, state)
+        where = f"the state after step {done} is saved in {self.recipe.run_url}" if done else "no step was done"
+        raise EndError(f"{reason}; {where}; fix this and rerun the same command to resume")
 
-    def _emit_saved(self) -> None:
-        for url in self.checkpoints.finished():
-            for hook in self.hooks:
-                hook.on_save(url)
-        for outcome in self.checkpoints.failed():
-            self.emit("save_failed", self.position.step or 0, {"why": outcome.failure, "checkpoint": outcome.url})
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """End the run in order when the context ends, unless an error other than `EndError` ends it."""
+        try:
+            yield
+        except EndError:
+            self._end(None)
+            raise
+        self._end("stopped" if self.stopped else "finished")
 
     def _end(self, event: str | None) -> None:
+        """Wait for the last save, emit `event` and close the hooks."""
         self.watchdog.heartbeat("the last save")
-        try:
-            self.checkpoints.close()
-        finally:
-            self._alarm.close()
-            self._emit_saved()
+        self.saver.close(self.position.step or 0)
         peaks: list[Any] = [None] * self.groups.topology.world
         dist.all_gather_object(peaks, peak_memory_bytes(), group=self.groups.world)
         if event is not None:
-            self.emit(event, self.position.step or self.recipe.train.steps, {})
-        self.watchdog.disarm()  # trackers have a time limit of their own
-        for hook in self.hooks:
-            hook.on_end({**self.summary, "peak_memory_bytes": peaks, "ranks": self.work.summary})
+            self.hooks.on_event(event, self.position.step or self.recipe.train.steps, {})
+        self.watchdog.disarm()  # the trackers have a time limit of their own
+        self.hooks.on_end({**self.saver.summary, "peak_memory_bytes": peaks, "ranks": self.work.summary})
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _is_due(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0

@@ -1,9 +1,10 @@
-"""All ranks' work, gathered with the interval's reports."""
+"""The work of all ranks, which is gathered once per logging interval."""
 
 from __future__ import annotations
 
 import socket
 from collections import defaultdict
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -19,15 +20,15 @@ from trainer.telemetry.waiting import WaitSampler
 
 
 class Work:
-    """This rank's share of the answer to: who is slow?
+    """A meter of how long this rank works, which compares all ranks to find slow ones.
 
-    Use it as a context, while the ranks train.
+    Use it as a context manager around the steps.
 
     Args:
-        config: whom to name.
-        waits: of this rank.
-        groups: this rank's place.
-        tell: gets `straggler` events, on rank 0.
+        config: The recipe's `telemetry` section, which says when a rank counts as slow.
+        waits: Measures how long this rank waits in collectives.
+        groups: This rank's process groups.
+        emit: Gets the `straggler` events, on rank 0.
     """
 
     def __init__(self, config: TelemetryConfig, waits: WaitSampler, groups: Groups, emit: Emit) -> None:
@@ -35,6 +36,9 @@ class Work:
         self._meter = StragglerMeter(config.straggler_ratio, config.straggler_stretch_sec)
         self._phase_sec: defaultdict[str, float] = defaultdict(float)
         self._num_steps = 0
+        self._judge = ThreadPoolExecutor(1, thread_name_prefix="stragglers")
+        self._judged: Future[list[Straggler]] | None = None
+        self._judged_step = 0
 
     def __enter__(self) -> Work:
         self._waits.__enter__()
@@ -44,15 +48,32 @@ class Work:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._waits.__exit__(kind, error, trace)
+        try:
+            if kind is None:
+                self._emit_judged()
+        finally:
+            self._judge.shutdown()
 
     def add(self, report: StepReport) -> None:
-        """One more step of this rank."""
+        """Add a step of this rank to the current interval."""
         self._num_steps += 1
         for phase, sec in report.phase_sec.items():
             self._phase_sec[phase] += sec
 
     def take(self, report: StepReport) -> StepReport:
-        """End an interval with `report`, which gets its numbers on rank 0. Collective."""
+        """End the current interval and return `report` with its numbers.
+
+        Collective: every rank of the world must call it.
+
+        Stragglers are judged on another thread of rank 0. They are emitted at the end of the next interval, with the
+        step at which this one ended.
+
+        Args:
+            report: The report of the interval's last step.
+
+        Returns:
+            On rank 0, the report with the metrics of all ranks' work; on the others, the report as it was.
+        """
         mine = RankWork(self._groups.rank, socket.gethostname(), dict(self._phase_sec), self._waits.take())
         num_steps, self._num_steps = self._num_steps, 0
         self._phase_sec.clear()
@@ -60,13 +81,20 @@ class Work:
         dist.gather_object(mine, parts, group=self._groups.world)
         if parts is None:
             return report
-        for straggler in self._meter.add(parts, num_steps):
-            self._emit("straggler", report.step, _fields(straggler))
+        self._emit_judged()
+        self._judged, self._judged_step = self._judge.submit(self._meter.add, parts, num_steps), report.step
         return replace(report, ranks=work_metrics(parts, num_steps))
+
+    def _emit_judged(self) -> None:
+        """Emit the stragglers that the last judgment found; wait for it if it is still running."""
+        judged, self._judged = self._judged, None
+        for straggler in judged.result() if judged is not None else ():
+            self._emit("straggler", self._judged_step, _fields(straggler))
 
     @property
     def summary(self) -> list[dict[str, Any]]:
-        """Of the whole run, on rank 0: see `StragglerMeter.summary`."""
+        """The work of all ranks over the whole run, on rank 0; see `StragglerMeter.summary`."""
+        self._emit_judged()
         return self._meter.summary()
 
 

@@ -1,4 +1,4 @@
-"""What a run prints at its end: every task and subset beside what guessing would score."""
+"""The table of scores that a run prints at its end, next to the scores of a majority baseline."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from trainer.scoring.table import format_table, score_table
 from trainer.training.evaluate import Evaluation
 
 MAX_BASELINE_SAMPLES = 200_000
-"""Training sets beyond this are not read again for the sake of the majority column."""
+"""The largest number of training samples that are read again for the majority baseline."""
 
 
 def final_table(found: Evaluation, prepared: PreparedData, meteor: Meteor | None) -> str:
-    """Scores per task, the chief ones per subset too, beside those of always giving the commonest training answer."""
+    """Return the table of scores per task and, for the headline metrics, per subset.
+
+    Args:
+        found: The evaluation.
+        prepared: The training datasets. The baseline always gives their most frequent answer; it is omitted if they
+            have more than `MAX_BASELINE_SAMPLES` samples.
+        meteor: The METEOR metric; None if there is no WordNet.
+    """
     num_training = sum(sum(r.num_per_shard) for r in prepared.open_training())
     baseline = None
     if num_training <= MAX_BASELINE_SAMPLES:
@@ -25,7 +32,7 @@ def final_table(found: Evaluation, prepared: PreparedData, meteor: Meteor | None
     scores = [s for s in found.scores if s.subset == ALL or s.metric in HEADLINES]
     unfinished = sum(not p.finished for p in found.predictions)
     head = f"{found.report.split} split after step {found.report.step}: {len(found.predictions)} samples"
-    note = f"\n{unfinished} answers reached eval.max_new_tokens and were ended there" if unfinished else ""
+    note = f"\n{unfinished} answers reached eval.max_new_tokens and were cut off" if unfinished else ""
     return f"\n{head}\n{format_table(score_table(scores, baseline))}{note}"
 
 

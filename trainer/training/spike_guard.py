@@ -1,4 +1,4 @@
-"""When a step's update is left out: its loss or gradient is not finite, or its loss is a spike."""
+"""The decision which updates are skipped because the loss is not finite or is a spike."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ from trainer.config.spike import SpikeConfig
 
 
 class SpikeGuard:
-    """Judges every step by the losses before it; the same on all ranks. Its `state` belongs into checkpoints."""
+    """A guard that compares the loss of each step with those of the steps before it.
+
+    All ranks see the same losses and therefore decide identically. Checkpoints must contain its `state`.
+
+    Args:
+        config: The recipe's `spike` section.
+    """
 
     def __init__(self, config: SpikeConfig) -> None:
         self.config = config
         self.num_skipped_updates = 0
-        """Updates left out since the run began."""
+        """The number of updates skipped since the run began."""
         self.in_a_row = 0
-        """The last ones."""
+        """The number of updates skipped since the last one that was applied."""
         self._recent: list[tuple[int, float]] = []
 
     def judge(self, loss: float) -> str | None:
-        """Why an update with this loss is left out; None: it is not."""
+        """Return why an update with this loss must be skipped; None if it need not be."""
         if not math.isfinite(loss):
             return f"loss is {loss}"
         if self.config.factor and len(self._recent) >= self.config.window_steps:
@@ -31,7 +37,7 @@ class SpikeGuard:
         return None
 
     def note(self, step: int, loss: float, skipped: bool) -> None:
-        """Take note of a step that was done or left out."""
+        """Record the loss of a step and whether its update was skipped."""
         if skipped:
             self.num_skipped_updates += 1
             self.in_a_row += 1
@@ -40,16 +46,16 @@ class SpikeGuard:
             self._recent = [*self._recent, (step, loss)][-self.config.window_steps :]
 
     def forget_after(self, step: int) -> None:
-        """The weights are those after `step` again."""
+        """Forget the losses of all steps after `step`, whose weights have been restored."""
         self._recent = [(s, loss) for s, loss in self._recent if s <= step]
 
     @property
     def state(self) -> dict[str, Any]:
-        """As JSON."""
+        """The guard's state, which can be written as JSON."""
         return {"num_skipped_updates": self.num_skipped_updates, "in_a_row": self.in_a_row, "recent": self._recent}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Go on from a `state`; None: of a checkpoint that has none."""
+        """Continue from a `state`; None, from a checkpoint without one, changes nothing."""
         if state is not None:
             former = state.get("num_left_out", 0)  # the key of checkpoints before version 0.2
             self.num_skipped_updates, self.in_a_row = state.get("num_skipped_updates", former), state["in_a_row"]

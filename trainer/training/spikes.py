@@ -1,4 +1,4 @@
-"""What is done about a step whose update was left out: it is written down, and the recipe's `spike.action` follows."""
+"""The response to a step whose update was skipped: the recipe's `spike.action`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,22 @@ from trainer.training.step import Step
 def answer_spike(
     report: StepReport, batch: Batch, step: Step, checkpoints: CheckpointManager, emit: Emit
 ) -> str | None:
-    """Collective, on all ranks alike, after a step that was left out.
+    """Report a step whose update was skipped, and rewind or stop the run if the recipe says so.
 
-    Steps are not counted back by `rewind`: the batches between the checkpoint and this one have taught nothing, and the
-    next batch is the one after this one.
+    Collective: every rank of the world must call it.
+
+    A rewind restores the weights but neither the step nor the data. The run continues with the next batch, and the
+    updates made since the checkpoint are lost.
+
+    Args:
+        report: The report of the step.
+        batch: This rank's part of its batch.
+        step: The engines and the spike guard.
+        checkpoints: The run's checkpoints.
+        emit: Gets the `skip` and `rewind` events.
 
     Returns:
-        Why the run must stop; None: it goes on.
+        The reason why the run must stop; None if it continues.
     """
     assert report.skip_reason is not None
     keys: list[Any] = [None] * step.groups.topology.world
@@ -40,8 +49,8 @@ def answer_spike(
         return f"step {report.step}: {report.skip_reason}; spike.action = stop; its samples: {', '.join(samples)}"
     if step.guard.in_a_row >= config.max_in_a_row:
         return (
-            f"step {report.step}: {report.skip_reason}; it is the last of {step.guard.in_a_row} steps in a row that "
-            f"were skipped (spike.max_in_a_row); its samples: {', '.join(samples)}"
+            f"step {report.step}: {report.skip_reason}; it is the last of {step.guard.in_a_row} steps in a row whose "
+            f"updates were skipped (spike.max_in_a_row); its samples: {', '.join(samples)}"
         )
     if config.action == "rewind":
         back = checkpoints.rewind(step)

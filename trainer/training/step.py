@@ -29,6 +29,7 @@ from model.batch import IGNORE, Batch
 from model.config import ModelConfig
 from model.lengths import SAMPLE_RATE
 from model.routing_loss import RoutingSums, routing_loss
+from model.transfer import to_device
 from trainer.config.spike import SpikeConfig
 from trainer.data.decode import TASKS
 from trainer.engine.encoders import AudioEngine
@@ -162,12 +163,13 @@ class Step:
 
         `mistrust`: a reason to leave it out. One rank's is enough; a norm that is not finite is one.
         """
-        mistrusted = torch.tensor(float(mistrust is not None), dtype=torch.float64, device=self.groups.device)
+        mistrusted = to_device(np.float64(mistrust is not None), self.groups.device)
         sums = torch.stack([self.audio.grad_norm_sq(), self.llm.grad_norm_sq(), mistrusted])
         dist.all_reduce(sums, group=self.groups.world)
-        audio_norm, norm = float(sums[0].sqrt()), float(sums[:2].sum().sqrt())
+        audio_square, llm_square, num_doubts = sums.tolist()
+        audio_norm, norm = audio_square**0.5, (audio_square + llm_square) ** 0.5
         scale = lr_scale(self.optim, step, self.num_steps)
-        if not np.isfinite(norm) or sums[2] > 0:
+        if not np.isfinite(norm) or num_doubts > 0:
             self.audio.discard()
             why = f"gradient norm is {norm}" if not np.isfinite(norm) else "another rank mistrusts the loss"
             return norm, scale, mistrust or why
@@ -182,12 +184,15 @@ class Step:
         """One sum over ranks of everything that is reported."""
         everything = torch.cat([sample_losses.float(), ctc.detach().float()[None]])
         dist.all_reduce(everything, group=self.groups.world)
-        losses, ctc_sum = everything.cpu().split([len(whole), 1])
+        # Read at once. L_MoWE is the global batch's already.
+        losses, ctc_sum, routing_sum = (
+            torch.cat([everything, mowe.detach().float()[None]]).cpu().split([len(whole), 1, 1])
+        )
         next_token = float(losses.double().sum()) / max(1, whole.counts.targets)
         terms = {"next_token": next_token}
         loss = next_token
         if self.model.experts:
-            terms["routing"] = float(mowe)
+            terms["routing"] = float(routing_sum)
             loss += self.model.routing_loss.weight * terms["routing"]
         if self.model.ctc_weight > 0:
             terms["ctc"] = float(ctc_sum)
@@ -216,7 +221,7 @@ def send(
     token_route = route(
         token_segments(packing, whole.source_ranks, topology), rank, topology.world, rows if at_ends else 0
     )
-    arrived = exchange(tokens.to(device), token_route, groups.world)
+    arrived = exchange(to_device(tokens, device), token_route, groups.world)
 
     flags = torch.zeros(0, dtype=torch.bool, device=device)
     if groups.is_first_stage:
@@ -232,7 +237,7 @@ def send(
         lengths=tuple(packing.lengths(dp, m) for m in range(packing.num_microbatches)),
         token_ids=arrived[:, 0],
         labels=arrived[:, 1] + IGNORE,
-        owners=torch.from_numpy(packing.samples_of_rows(dp)).to(device),
+        samples=tuple(tuple(packing.members(dp, m).tolist()) for m in range(packing.num_microbatches)),
         audio=audio,
         audio_mask=flags,
         num_samples=len(whole),

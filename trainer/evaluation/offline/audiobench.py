@@ -1,6 +1,7 @@
-"""An exported model in AudioBench (github.com/AudioLLMs/AudioBench): its loader and its generation function.
+"""The two hooks that AudioBench (github.com/AudioLLMs/AudioBench) needs to run an exported model.
 
-In a checkout of AudioBench, with this project importable, add to `load_model` and `generate` of `src/model.py`
+Make this project importable from a checkout of AudioBench. Then add these branches to `load_model` and `generate` in
+`src/model.py`:
 
     elif os.path.isdir(self.model_name):
         from trainer.evaluation.offline.audiobench import earshot_model_loader
@@ -10,7 +11,8 @@ In a checkout of AudioBench, with this project importable, add to `load_model` a
         from trainer.evaluation.offline.audiobench import earshot_model_generation
         return earshot_model_generation(self, input)
 
-and run it with `--model_name FOLDER`. Where a folder's path will not do as the model's name, EARSHOT_MODEL names it.
+Run it with `--model_name FOLDER`. If AudioBench does not accept a path as a model's name, choose any name and put the
+path into the environment variable EARSHOT_MODEL.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ from trainer.evaluation.offline.model import DTYPES, default_dtype, find_model, 
 
 MODEL_VARIABLE = "EARSHOT_MODEL"
 MAX_NEW_TOKENS = 512
-"""AudioBench's tasks have longer answers than a model's own evaluation may allow."""
+"""The largest number of tokens in an answer. Some of AudioBench's tasks need longer answers than training did."""
 _INSTRUCTION_KEYS = ("instruction", "text")
-"""What AudioBench calls the question now, and what it was called before."""
+"""The names of the question in current and in older versions of AudioBench."""
 
 
 def earshot_model_loader(self: Any) -> None:
-    """AudioBench's hook: put the model that `self.model_name` (or EARSHOT_MODEL) names into `self`."""
+    """Load the model that EARSHOT_MODEL or `self.model_name` names into AudioBench's object `self`."""
     folder = Path(os.environ.get(MODEL_VARIABLE) or self.model_name)
     origin = find_model(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,13 +52,17 @@ def earshot_model_loader(self: Any) -> None:
 
 
 def earshot_model_generation(self: Any, input: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Any:  # noqa: A002
-    """AudioBench's hook: the answer to one sample, or a list of answers to a list of them.
+    """Return the answer to one of AudioBench's samples, or a list of answers to a list of samples.
 
-    A sample has `audio` (`array`, `sampling_rate`), `instruction` (older: `text`) and, in some data sets, `task_type`;
-    speech recognition of more than a window is done in overlapping windows. No audio is cut off.
+    Recordings longer than a window are transcribed in overlapping windows. No audio is cut off.
+
+    Args:
+        self: AudioBench's object, after `earshot_model_loader`.
+        input: a sample or a list of samples. A sample has `audio` (with `array` and `sampling_rate`), `instruction` (in
+            older versions `text`) and, in some datasets, `task_type`.
 
     Raises:
-        ValueError: a sample is not of that form, or is longer than the LLM can read.
+        ValueError: If a sample does not have this form, or is longer than the LLM can read.
     """
     samples = [input] if isinstance(input, Mapping) else list(input)
     answers = self.answerer([_question(str(i), sample) for i, sample in enumerate(samples)])
@@ -72,7 +78,8 @@ def _question(key: str, sample: Mapping[str, Any]) -> Question:
     audio = sample.get("audio")
     if instruction is None or not isinstance(audio, Mapping) or not {"array", "sampling_rate"} <= set(audio):
         raise ValueError(
-            f"a sample with {', '.join(map(str, sample))}: needs audio (array, sampling_rate) and instruction or text"
+            f"a sample with the keys {', '.join(map(str, sample))}: must have audio (array, sampling_rate) and "
+            "instruction or text"
         )
     task = "asr" if str(sample.get("task_type", "")).upper().startswith("ASR") else "sqa"
     return Question(key, (_clip(audio["array"], audio["sampling_rate"]),), {"task": task, "instruction": instruction})
@@ -82,5 +89,5 @@ def _clip(array: Any, rate: int) -> NDArray[np.float32]:
     wave = np.asarray(array, dtype=np.float32)
     wave = wave.mean(axis=-1 if wave.shape[-1] < wave.shape[0] else 0) if wave.ndim == 2 else wave
     if wave.ndim != 1 or len(wave) == 0 or not np.isfinite(wave).all():
-        raise ValueError(f"audio of shape {np.shape(array)}: give [T] finite values, T > 0")
+        raise ValueError(f"audio of shape {np.shape(array)}: must be [T] finite values, T > 0")
     return wave if rate == SAMPLE_RATE else np.asarray(soxr.resample(wave, rate, SAMPLE_RATE, quality="HQ"))

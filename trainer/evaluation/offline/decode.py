@@ -1,6 +1,7 @@
-"""Decoding an exported model for many prompts at once: greedy with a cache that shrinks as sequences end, or beams.
+"""Batched text generation with an exported model: greedy, with a cache that shrinks as answers end, or beam search.
 
-Shapes: B prompts, L tokens of the longest, H width of the LLM, G key-value heads, D width of a head.
+In shapes, B is the number of prompts, L the tokens of the longest one, H the LLM's width, G the number of key-value
+heads and D the width of a head.
 """
 
 from __future__ import annotations
@@ -18,23 +19,27 @@ from model.lengths import num_samples
 from trainer.evaluation.offline.model import Loaded
 from trainer.parallel.dispatch import CALL_COST_SAMPLES, group_by_length
 
-_GONE_SHARE = 0.25
-"""Part of a batch's sequences that must have ended before the others are moved together: moving costs a copy."""
-
-
+_COMPACT_SHARE = 0.25
+"""The share of a batch's sequences that must have ended before they are removed, since removal copies the cache."""
 _ENCODE_SEC = 480.0
-"""Padded audio of one call of the encoders (a single longer clip is a call of its own)."""
+"""The largest amount of padded audio in one call of the encoders, in seconds. A longer clip has a call of its own."""
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer's keys and values, `[B, G, L, D]`, in memory that was taken once: a token costs no copy of the rest."""
+    """The cached keys and values of a layer, `[B, G, L, D]`, in preallocated memory.
+
+    A new token does not copy the older ones.
+
+    Args:
+        max_tokens: the number of tokens for which memory is allocated.
+    """
 
     def __init__(self, max_tokens: int) -> None:
         super().__init__()
         self.max_tokens, self.num_tokens = max_tokens, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values, with the new ones at the end, as views."""
+        """Append keys and values, and return views of all of them."""
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
             batch, heads, _, width = key_states.shape
@@ -49,24 +54,27 @@ class RoomyLayer(DynamicLayer):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_seq_length(self) -> int:
-        """Tokens so far."""
+        """Return the number of cached tokens."""
         return self.num_tokens
 
     def keep(self, rows: Tensor) -> None:
-        """Only the sequences `rows` stay."""
+        """Keep only the sequences with the indices `rows`."""
         assert self.keys is not None and self.values is not None
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 @torch.inference_mode()
 def decode(loaded: Loaded, inputs: dict[str, Tensor], max_new_tokens: int, beams: int = 1) -> list[list[int]]:
-    """New tokens of every prompt without its end token. One that has `max_new_tokens` of them did not end by itself.
+    """Generate an answer to every prompt.
 
     Args:
         loaded: the model.
-        inputs: of its processor, on its device: prompts padded on the left, and their audio.
-        max_new_tokens: per prompt.
-        beams: 1: the likeliest token each time; more: beam search, as transformers' `generate` does it.
+        inputs: the output of the model's processor, on the model's device. Prompts are padded on the left.
+        max_new_tokens: the largest number of tokens in an answer.
+        beams: the number of beams; 1 is greedy decoding, more is the beam search of transformers' `generate`.
+
+    Returns:
+        The tokens of every answer, without the end token. An answer of `max_new_tokens` tokens was cut off there.
     """
     ends = _ends(loaded.settings)
     if beams > 1:
@@ -98,24 +106,24 @@ def _greedy(loaded: Loaded, inputs: dict[str, Tensor], max_new_tokens: int, ends
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        # An LLM may have more rows than its tokenizer has tokens.
+        # An LLM may have more embedding rows than its tokenizer has tokens.
         chosen = logits[:, -1, :vocab_size].argmax(-1)
         for row, token in zip(rows, chosen.tolist(), strict=True):
-            # -1: a sequence that has ended and waits for others
+            # A row of -1 is a sequence that has ended but is still in the batch.
             if row >= 0 and token not in ends:
                 found[row].append(token)
         rows = [
             row if row >= 0 and token not in ends and len(found[row]) < max_new_tokens else -1
             for row, token in zip(rows, chosen.tolist(), strict=True)
         ]
-        going = [i for i, row in enumerate(rows) if row >= 0]
-        if not going:
+        active = [i for i, row in enumerate(rows) if row >= 0]
+        if not active:
             return found
-        if len(rows) - len(going) > _GONE_SHARE * len(rows):
-            kept = torch.tensor(going, device=mask.device)
+        if len(rows) - len(active) > _COMPACT_SHARE * len(rows):
+            kept = torch.tensor(active, device=mask.device)
             for layer in layers:
                 layer.keep(kept)
-            rows = [rows[i] for i in going]
+            rows = [rows[i] for i in active]
             chosen, mask, next_positions = chosen[kept], mask[kept], next_positions[kept]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         arguments = {"input_ids": chosen[:, None], "position_ids": next_positions}
@@ -123,7 +131,7 @@ def _greedy(loaded: Loaded, inputs: dict[str, Tensor], max_new_tokens: int, ends
 
 
 def _embed(model: EarshotForCausalLM, inputs: dict[str, Tensor]) -> Tensor:
-    """What the LLM reads, [B, L, H], as the model embeds it, but clips of unequal length are encoded apart."""
+    """Return the LLM's input embeddings, `[B, L, H]`, encoding clips of different lengths in separate calls."""
     text = model.get_input_embeddings()(inputs["input_ids"])
     if "audio_values" not in inputs:
         return text
@@ -132,10 +140,10 @@ def _embed(model: EarshotForCausalLM, inputs: dict[str, Tensor]) -> Tensor:
     nothing = inputs["input_ids"].new_zeros(0)
     budget, call_cost = num_samples(_ENCODE_SEC), CALL_COST_SAMPLES[text.device.type]
     embedded: list[Tensor] = [nothing] * len(clips)
-    for group in group_by_length(clips.lengths, budget, call_cost):
+    for group in group_by_length(clips.lengths, budget, call_cost, model.audio.windowing):
         found = model.audio(clips.select(group), instructions.select(group), Ragged(nothing, (0,) * len(group)))
-        for place, audio_tokens in zip(group, found.embeddings.split(), strict=True):
-            embedded[place] = audio_tokens
+        for index, audio_tokens in zip(group, found.embeddings.split(), strict=True):
+            embedded[index] = audio_tokens
     return text.masked_scatter(inputs["audio_mask"][..., None], torch.cat(embedded).to(text.dtype))
 
 

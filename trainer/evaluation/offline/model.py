@@ -1,4 +1,4 @@
-"""What is evaluated: an exported folder, or a checkpoint (a run: its newest) as the same model in memory."""
+"""The model to evaluate: an exported folder, a checkpoint, or the newest checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -16,74 +16,77 @@ from model.hub.modeling import EarshotForCausalLM
 from model.hub.processing import EarshotProcessor
 from trainer.checkpoint.folder import read_text
 from trainer.checkpoint.reader import MANIFEST, DamagedError
+from trainer.data.tokenizer import transformers_digest
 from trainer.export.publish import generation_config
 from trainer.export.source import Source
 from trainer.export.tokenizer import as_transformers, processor_settings
+from trainer.run_tokenizer import DIGEST, PROCESSOR, exported_config
 from trainer.storage.open import scheme_of
 
-PROCESSOR = "processor_config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_WINDOW_SEC = 30.0
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What the user named, found but not loaded: cheap, and the same in every process."""
+    """A model that was found but not loaded. It is cheap to pass to other processes."""
 
     url: str
-    """The exported folder, or the checkpoint: a folder or `s3://…`."""
+    """The exported folder or the checkpoint, as a path or as `s3://…`."""
     is_export: bool
+    """True for an exported folder, False for a checkpoint."""
     run_dir: Path | None
-    """Of the run that the checkpoint belongs to."""
+    """The folder of the run that the checkpoint belongs to; None for an exported folder."""
     digest: str
-    """Changes when the weights or their description do."""
+    """A digest that changes with the weights or their description."""
     max_audio_sec: float | None
-    """Longer clips did not occur in training; None: not known."""
+    """The longest clip in training, in seconds; None if it is not known."""
     max_new_tokens: int
-    """Of answers, when the model was evaluated in training."""
+    """The longest answer in the evaluations of the training run, in tokens."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """A short name for people."""
         return self.last_part if self.run_dir is None else f"{self.run_dir.name}, {self.last_part}"
 
     @property
     def last_part(self) -> str:
-        """Of the URL."""
+        """The last part of the URL's path."""
         return self.url.rstrip("/").rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to answer."""
+    """A model in memory, with its processor."""
 
     model: EarshotForCausalLM
     processor: EarshotProcessor
     settings: Any
-    """transformers' GenerationConfig."""
+    """The GenerationConfig of transformers."""
 
     @property
     def device(self) -> torch.device:
+        """The device that holds the weights."""
         return next(self.model.parameters()).device
 
     @property
     def max_positions(self) -> int:
-        """Tokens of prompt and answer together that the LLM can tell apart."""
+        """The number of positions of the LLM, which limits prompt and answer together."""
         positions: int = self.model.config.text_config.max_position_embeddings
         return positions
 
 
 def find_model(url: str | Path) -> Origin:
-    """What `url` means: an exported folder, or a checkpoint or run in a folder or a bucket.
+    """Find the model that `url` names: an exported folder, or a checkpoint or run in a folder or a bucket.
 
     Raises:
-        UserError: it is none of them, or its checkpoint is damaged.
+        UserError: If `url` is none of these, or the checkpoint is damaged.
     """
     path = Path(url).resolve()
     if (path / PROCESSOR).is_file():
         return _export(path)
     if (path / "config.json").is_file():
-        raise UserError(f"{path}: no {PROCESSOR}: an LLM alone cannot hear; export without --llm-only")
+        raise UserError(f"{path}: has no {PROCESSOR}, so it is an LLM without encoders; export without --llm-only")
     source = _source(str(url) if scheme_of(str(url)) else str(path))
     digest = hashlib.sha256(read_text(source.folder, MANIFEST).encode()).hexdigest()
     data, evaluation = source.recipe.data, source.recipe.eval
@@ -91,10 +94,10 @@ def find_model(url: str | Path) -> Origin:
 
 
 def load_model(origin: Origin, dtype: torch.dtype, device: torch.device) -> Loaded:
-    """The model in evaluation mode. No code that lies in the folder is run: it is this program's own.
+    """Load a model in evaluation mode. The code in an exported folder is not executed; this project's own is.
 
     Raises:
-        UserError: files are missing, damaged, or of something else.
+        UserError: If files are missing or damaged, or hold something else.
     """
     if origin.is_export:
         loaded = _load_export(Path(origin.url), dtype)
@@ -105,7 +108,7 @@ def load_model(origin: Origin, dtype: torch.dtype, device: torch.device) -> Load
 
 
 def default_dtype(device: torch.device) -> str:
-    """Half precision where it is fast."""
+    """Return the name of the fastest type of weights on `device`, a key of `DTYPES`."""
     return "bf16" if device.type == "cuda" else "fp32"
 
 
@@ -119,10 +122,12 @@ def _source(url: str) -> Source:
 def _export(path: Path) -> Origin:
     config = _read_json(path / "config.json")
     if config.get("model_type") != EarshotConfig.model_type:
-        raise UserError(f"{path}: a model of kind {config.get('model_type')!r}; give a folder that tools.export made")
+        raise UserError(
+            f"{path}: holds a model of type {config.get('model_type')!r}; give a folder that tools.export wrote"
+        )
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
-        raise UserError(f"{path}: no .safetensors in it; export it again")
+        raise UserError(f"{path}: contains no .safetensors files; export the model again")
     digest = hashlib.sha256()
     for file in (path / "config.json", path / PROCESSOR):
         digest.update(file.read_bytes())
@@ -132,7 +137,7 @@ def _export(path: Path) -> Origin:
     longest = _read_json(path / PROCESSOR).get("max_audio_sec")
     answer = _read_json(path / "generation_config.json").get("max_new_tokens")
     if not isinstance(answer, int):
-        raise UserError(f"{path / 'generation_config.json'}: no max_new_tokens; add it, or export again")
+        raise UserError(f"{path / 'generation_config.json'}: max_new_tokens is missing; add it, or export again")
     return Origin(str(path), True, None, digest.hexdigest(), longest, answer)
 
 
@@ -144,13 +149,25 @@ def _load_export(path: Path, dtype: torch.dtype) -> Loaded:
         settings.pop(key, None)
     try:
         config = EarshotConfig.from_pretrained(path)
-        model = EarshotForCausalLM.from_pretrained(path, config=config, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        _check_tokenizer(path, getattr(config, DIGEST, None), transformers_digest(tokenizer, exported_config(settings)))
+        model = EarshotForCausalLM.from_pretrained(path, config=config, dtype=dtype)
         generation = GenerationConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: cannot be loaded ({reason}); export it again") from error
+        raise UserError(f"{path}: cannot be loaded ({reason}); export the model again") from error
     return Loaded(model, EarshotProcessor(tokenizer, **settings), generation)
+
+
+def _check_tokenizer(path: Path, wanted: str | None, found: str) -> None:
+    """Compare; None: the export was made before exports held a digest."""
+    if wanted not in (None, found):
+        raise UserError(
+            f"{path}: its tokenizer or its {PROCESSOR} is not what its weights were trained with (digest {found[:12]} "
+            f"instead of {str(wanted)[:12]}); export it again"
+        )
 
 
 def _load_checkpoint(url: str, dtype: torch.dtype) -> Loaded:
@@ -172,7 +189,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); export it again") from None
+        raise UserError(f"{path}: cannot be read ({error}); export the model again") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object; export it again")
+        raise UserError(f"{path}: is not a JSON object; export the model again")
     return found

@@ -1,4 +1,4 @@
-"""Processes that share an evaluation's samples."""
+"""The worker processes that share an evaluation's samples."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from model.errors import UserError
 from trainer.evaluation.offline.worker import Outcome, Request, Worker, serve
 
 AnswerJobs = Callable[[Sequence[Sequence[int]]], Iterator[list[Outcome]]]
-"""Answers jobs (places in the data); gives the outcomes of each job, in the order in which they are ready. Take all of
-them before the next call."""
+"""A function of batches of sample indices that yields the outcomes of each batch, in the order in which they are ready.
+
+Exhaust the iterator before the next call.
+"""
 _AHEAD = 2
-"""Jobs that a worker has: one that it answers, one whose audio it reads."""
-_LAST_WORDS_SEC = 10.0
+"""The number of batches that a worker has: one that it answers, and one whose audio it reads."""
+_JOIN_SEC = 10.0
+"""How long to wait for a worker whose connection was lost, to learn its exit code."""
 
 
 @contextmanager
 def open_workers(request: Request, num: int) -> Iterator[AnswerJobs]:
-    """Load the model `num` times, in as many processes that share the machine's devices; 1: in this one.
+    """Load the model in `num` processes that share the machine's devices, and stop them when the block ends.
 
-    None of them outlives the block, or this process.
+    Args:
+        request: the evaluation.
+        num: the number of processes; with 1, the model is loaded in this process.
 
     Raises:
-        UserError: see `Worker`; a worker died.
+        UserError: If the data or the model cannot be used, or a worker died.
     """
     if num == 1:
         yield Worker(request).answer_jobs
@@ -34,11 +39,11 @@ def open_workers(request: Request, num: int) -> Iterator[AnswerJobs]:
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, BaseProcess] = {}
     try:
-        for place in range(num):
+        for index in range(num):
             ours, theirs = context.Pipe()
-            process: BaseProcess = context.Process(target=serve, args=(theirs, request, place, num), daemon=True)
+            process: BaseProcess = context.Process(target=serve, args=(theirs, request, index, num), daemon=True)
             process.start()
-            theirs.close()  # so that the end of the process is the end of the connection
+            theirs.close()  # The process must hold the only copy, so that its end closes the connection.
             workers[ours] = process
         yield lambda jobs: _outcomes(workers, jobs)
     finally:
@@ -54,7 +59,7 @@ def _outcomes(workers: Mapping[Connection, BaseProcess], jobs: Sequence[Sequence
     num_given = dict.fromkeys(workers, 0)
 
     def give(connection: Connection) -> None:
-        # A worker that is gone is noticed where its answer is waited for.
+        # A dead worker is reported where its outcomes are received.
         with suppress(BrokenPipeError, ConnectionResetError):
             connection.send(todo[-1] if todo else None)
             if todo:
@@ -70,14 +75,14 @@ def _outcomes(workers: Mapping[Connection, BaseProcess], jobs: Sequence[Sequence
             num_given[ready] -= 1
             give(ready)
             yield outcomes
-    if todo:  # no worker was there to take them
+    if todo:  # Every worker is dead.
         raise _ended(next(iter(workers.values())))
 
 
 def _received(connection: Connection, process: BaseProcess) -> list[Outcome]:
     try:
         message: list[Outcome] | str = connection.recv()
-    except (EOFError, ConnectionResetError):  # the latter if it left jobs unread
+    except (EOFError, ConnectionResetError):  # The connection is reset if the worker died with unread batches.
         raise _ended(process) from None
     if isinstance(message, str):
         raise UserError(message)
@@ -85,8 +90,8 @@ def _received(connection: Connection, process: BaseProcess) -> list[Outcome]:
 
 
 def _ended(process: BaseProcess) -> UserError:
-    process.join(_LAST_WORDS_SEC)
+    process.join(_JOIN_SEC)
     return UserError(
-        f"a worker ended with exit code {process.exitcode}; what is predicted is kept, the same command goes on; "
-        "if memory was short, lower --nproc or --batch-size"
+        f"a worker ended with exit code {process.exitcode}; if it ran out of memory, lower --nproc or --batch-size; "
+        "rerun the same command to resume with the predictions made so far"
     )

@@ -1,4 +1,4 @@
-"""One evaluation as a folder: what was asked, predictions as they come, and what is missing when it goes on."""
+"""An evaluation that writes its predictions into a folder, and resumes from what the folder contains."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from trainer.evaluation.offline.worker import Request, Skipped, batches, open_wa
 from trainer.evaluation.predictions import Prediction, read_predictions, to_line, write_predictions
 from trainer.telemetry.jsonl import write_atomically
 
-PREDICTIONS, SKIPPED, ASKED = "predictions.jsonl", "skipped.jsonl", "evaluation.json"
+PREDICTIONS, SKIPPED, REQUEST = "predictions.jsonl", "skipped.jsonl", "evaluation.json"
 
 
 @dataclass(frozen=True)
 class Finished:
-    """All samples that were asked for."""
+    """A complete evaluation."""
 
     predictions: list[Prediction]
-    """By key."""
+    """The predictions, sorted by key."""
     skipped: list[Skipped]
+    """The samples that have no prediction."""
     num_resumed: int
-    """Predictions that an earlier, stopped evaluation had made."""
+    """The number of predictions that an earlier, interrupted evaluation made."""
     seconds: float
-    """That the others took, loading the model included."""
+    """The duration of this evaluation in seconds, including the time to load the model."""
     stored: StoredData
-    """The data they are of."""
+    """The data that was evaluated."""
 
 
 def run_evaluation(
@@ -42,21 +43,27 @@ def run_evaluation(
     num_processes: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Finished:
-    """Predict what `folder` does not hold yet; `on_progress` is told (samples done, samples in all).
+    """Predict the samples that have no prediction in `folder` yet.
+
+    Args:
+        request: the evaluation.
+        folder: the folder for predictions.jsonl, skipped.jsonl and evaluation.json.
+        num_processes: the number of worker processes.
+        on_progress: a function that is called with the number of finished samples and of all samples.
 
     Raises:
-        UserError: the folder holds another evaluation; the data or the model cannot be used; a worker died.
+        UserError: If the folder holds another evaluation, the data or the model cannot be used, or a worker died.
     """
     started = time.perf_counter()
-    stored, places = open_wanted(request)
-    done = _resume(folder, asked(request, stored))
-    wanted = {stored.items[place].key for place in places}
+    stored, indices = open_wanted(request)
+    done = _resume(folder, request_fields(request, stored))
+    wanted = {stored.items[index].key for index in indices}
     found = [p for p in done if p.key in wanted]
     num_resumed = len(found)
     known = {p.key for p in found}
-    jobs = batches(request, stored, [p for p in places if stored.items[p].key not in known])
+    jobs = batches(request, stored, [p for p in indices if stored.items[p].key not in known])
     skipped: list[Skipped] = []
-    on_progress(len(found), len(places))
+    on_progress(len(found), len(indices))
     if jobs:
         with (
             (folder / PREDICTIONS).open("a", encoding="utf-8") as file,
@@ -68,7 +75,7 @@ def run_evaluation(
                 file.write("".join(map(to_line, answers)))
                 file.flush()
                 found += answers
-                on_progress(len(found) + len(skipped), len(places))
+                on_progress(len(found) + len(skipped), len(indices))
     found.sort(key=lambda p: p.key)
     write_predictions(folder / PREDICTIONS, found)
     lines = [json.dumps(s._asdict(), ensure_ascii=False) + "\n" for s in sorted(skipped)]
@@ -76,8 +83,8 @@ def run_evaluation(
     return Finished(found, sorted(skipped), num_resumed, time.perf_counter() - started, stored)
 
 
-def asked(request: Request, stored: StoredData) -> dict[str, Any]:
-    """What two evaluations must have in common for one to go on with the other's predictions."""
+def request_fields(request: Request, stored: StoredData) -> dict[str, Any]:
+    """Return the fields that decide the predictions. An evaluation resumes another one only if these are equal."""
     if isinstance(stored, ShardData):
         content = stored.digest
     else:
@@ -99,29 +106,29 @@ def asked(request: Request, stored: StoredData) -> dict[str, Any]:
 
 
 def _resume(folder: Path, now: dict[str, Any]) -> list[Prediction]:
-    """What an evaluation of the same in `folder` has predicted; the folder is ready to be written to."""
-    note, predictions = folder / ASKED, folder / PREDICTIONS
+    """Prepare `folder`, and return the predictions that an evaluation of the same request left there."""
+    note, predictions = folder / REQUEST, folder / PREDICTIONS
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not note.exists():
             if predictions.exists():
-                raise UserError(f"{predictions}: made by something else; give another --out")
+                raise UserError(f"{predictions}: belongs to no evaluation ({REQUEST} is missing); give another --out")
             write_atomically(note, json.dumps(now, indent=1, ensure_ascii=False) + "\n")
         before = json.loads(note.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --out") from None
     except ValueError:
-        raise UserError(f"{note}: damaged; remove {folder}, or give another --out") from None
+        raise UserError(f"{note}: is damaged; remove {folder}, or give another --out") from None
     for key, value in now.items():
         if before.get(key) != value:
             raise UserError(
-                f"{folder}: holds an evaluation with {key} = {before.get(key)}, not {value}; remove it, or give "
-                "another --out"
+                f"{folder}: contains an evaluation with {key} = {before.get(key)}, not {value}; remove the folder, or "
+                "give another --out"
             )
     if not predictions.exists():
         return []
     content = predictions.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]  # the last line may be torn
+    whole = content[: content.rfind(b"\n") + 1]  # The last line may be incomplete.
     if len(whole) < len(content):
         os.truncate(predictions, len(whole))
     return read_predictions(predictions) if whole else []

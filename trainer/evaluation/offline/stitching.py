@@ -1,7 +1,8 @@
-"""Long audio in overlapping windows, and one transcript of the windows' transcripts. Pure: no model, no audio.
+"""Overlapping windows of a long recording, and the text that joins their transcripts.
 
-What two neighbours both heard is found as the longest run of words that ends one text and begins the next, give or take
-the words that a window's edge has cut in two. Such words are left out with the half that did not hear them whole.
+Two neighbouring windows both transcribe their overlap. It is found as the longest sequence of words that is near the
+end of one transcript and near the start of the next. Words between this sequence and the edge of a window may have been
+cut in two by the edge, so the transcript of the other window is used there.
 """
 
 from __future__ import annotations
@@ -10,18 +11,24 @@ import math
 import re
 from collections.abc import Sequence
 
-# Scripts without spaces between words (Thai, Lao, Burmese, Khmer, kana, Han): every character stands for itself.
+# Scripts without spaces between words (Thai, Lao, Burmese, Khmer, kana, Han): every character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _UNIT = re.compile(rf"[{_UNSPACED}]\s*|[^\s{_UNSPACED}]+\s*")
 _SLACK = 1.5
-"""How many times more words than its share of the window's seconds an overlap may hold."""
+"""How much denser speech may be in the overlap than in the whole window."""
 _SPARE_WORDS = 2
+"""Words that are added to the expected number of words in an overlap."""
 
 
 def window_spans(num_samples: int, window: int, overlap: int) -> list[tuple[int, int]]:
-    """(begin, end) of the windows of a clip, in samples, evenly spaced and of equal length.
+    """Return (begin, end) of each window of a clip, in samples.
 
-    They cover the clip without a gap, neighbours share at least `overlap`; a clip of at most `window` is one window.
+    The windows are evenly spaced, have equal length and cover the whole clip.
+
+    Args:
+        num_samples: the length of the clip.
+        window: the length of a window; a clip that is not longer is a single window.
+        overlap: the least overlap of neighbouring windows.
     """
     assert 0 <= overlap < window, (overlap, window)
     if num_samples <= window:
@@ -32,7 +39,12 @@ def window_spans(num_samples: int, window: int, overlap: int) -> list[tuple[int,
 
 
 def join_windows(texts: Sequence[str], shares: Sequence[float]) -> str:
-    """One text of the windows' `texts`; `shares[i]`: the part of a window, 0 to 1, that windows i and i + 1 share."""
+    """Join the transcripts of a recording's windows.
+
+    Args:
+        texts: the transcript of each window.
+        shares: for each pair of neighbours, their overlap as a share of a window, between 0 and 1.
+    """
     assert len(shares) == max(0, len(texts) - 1), (len(texts), len(shares))
     joined: list[str] = []
     last: list[str] = []
@@ -44,11 +56,16 @@ def join_windows(texts: Sequence[str], shares: Sequence[float]) -> str:
 
 
 def join_units(before: Sequence[str], after: Sequence[str], reach_before: int, reach_after: int) -> list[str]:
-    """`before` and `after` with what both have in the overlap once.
+    """Join two lists of words, keeping only one copy of what both have in their overlap.
 
-    The overlap is the last `reach_before` words of one and the first `reach_after` of the other. Of equally long common
-    runs the one nearest to the seam counts. Without a common word, nothing is left out. Case and punctuation do not
-    matter to the comparison, and no word outside of the overlap is ever touched.
+    The longest common sequence of words is kept once. If several are equally long, the one nearest to the seam counts.
+    Words are compared without case and punctuation. If there is no common word, all words are kept.
+
+    Args:
+        before: the words of the earlier window.
+        after: the words of the later window.
+        reach_before: the number of words at the end of `before` that may be in the overlap.
+        reach_after: the number of words at the start of `after` that may be in the overlap.
     """
     start = max(0, len(before) - reach_before)
     tail, head = [_key(w) for w in before[start:]], [_key(w) for w in after[:reach_after]]
@@ -56,16 +73,19 @@ def join_units(before: Sequence[str], after: Sequence[str], reach_before: int, r
     if length == 0:
         return [*_spaced(before, after), *after]
     end = begin_head + length
-    # The space after the run is as `after` writes it: where `before` ended, it had none to write.
+    # The space after the common words is taken from `after`, since `before` may have ended there without one.
     space = after[end - 1][len(after[end - 1].rstrip()) :]
     return [*before[: start + end_tail - 1], before[start + end_tail - 1].rstrip() + space, *after[end:]]
 
 
 def _longest_run(tail: Sequence[str], head: Sequence[str]) -> tuple[int, int, int]:
-    """(its length, where it ends in `tail`, where it begins in `head`): 0 where nothing is common."""
+    """Return the length of the longest common sequence, its end in `tail` and its start in `head`.
+
+    The length is 0 if there is none.
+    """
     best = (0, 0, 0)
     nearest = 0
-    # lengths[j]: of the common run that ends with the current word of `tail` and word j - 1 of `head`
+    # lengths[j]: the length of the common sequence that ends with the current word of `tail` and word j - 1 of `head`
     lengths = [0] * (len(head) + 1)
     for i, word in enumerate(tail, 1):
         row = [0] * (len(head) + 1)
@@ -80,21 +100,23 @@ def _longest_run(tail: Sequence[str], head: Sequence[str]) -> tuple[int, int, in
 
 
 def _reach(share: float, units: Sequence[str]) -> int:
-    """Words of a window's text that may lie in an overlap of `share` of it: its fair share with some to spare, and at
-    most half of the text, so that the words of two overlaps are never the same."""
+    """Return how many words of a window's text may be in an overlap with a neighbour.
+
+    This is at most half of the text, so that the overlaps with two neighbours have no word in common.
+    """
     if share <= 0:
         return 0
     return min(math.ceil(_SLACK * share * len(units)) + _SPARE_WORDS, (len(units) + 1) // 2)
 
 
 def _key(unit: str) -> str:
-    """What is compared; punctuation alone is compared as it is."""
+    """Return a word without case and surrounding punctuation; punctuation alone is returned unchanged."""
     plain = unit.strip().lower()
     return re.sub(r"^\W+|\W+$", "", plain) or plain
 
 
 def _spaced(before: Sequence[str], after: Sequence[str]) -> list[str]:
-    """`before` with a space at its end, where words are written with spaces."""
+    """Return `before` with a space at its end if its script separates words with spaces."""
     found = list(before)
     if found and after and re.match(rf"[^\s{_UNSPACED}]", found[-1][-1]):
         found[-1] += " "

@@ -1,4 +1,4 @@
-"""One process that answers: it opens the data and the model by itself and works through lists of places."""
+"""A worker process, which opens the data, loads the model and answers batches of samples."""
 
 from __future__ import annotations
 
@@ -19,88 +19,109 @@ from trainer.data.stored import Encoded, StoredData, open_stored
 from trainer.evaluation.offline.answer import Answerer, Decoding, Question, Windows
 from trainer.evaluation.offline.model import DTYPES, Origin, load_model
 from trainer.evaluation.predictions import Prediction
+from trainer.parallel.environment import set_environment
 
 _READERS = 4
-"""Threads that decode audio of the next batch while this one is answered."""
+"""The number of threads that decode the audio of the next batch while the current one is answered."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that decides the predictions, and how many are made at a time."""
+    """An evaluation: everything that decides its predictions, and the sizes of its batches."""
 
     origin: Origin
+    """The model."""
     data: str
+    """A manifest, or a folder or bucket of shards."""
     split: str | None
+    """The split to evaluate; None: all."""
     tasks: tuple[str, ...]
-    """Only these; empty: all."""
+    """The tasks to evaluate; empty: all."""
     max_samples: int | None
-    """A random choice, the same every time; None: all."""
+    """The number of samples, chosen at random but identically every time; None: all."""
     dtype: str
+    """The type of weights and activations, a key of `DTYPES`."""
     windows: Windows
+    """The windows into which long recordings are cut."""
     decoding: Decoding
+    """The settings of text generation."""
 
 
 class Skipped(NamedTuple):
-    """A sample without an answer."""
+    """A sample that has no answer."""
 
     key: str
+    """The sample's key."""
     reason: str
+    """The kind of problem, by which such samples are counted."""
     detail: str
+    """The problem, for people."""
 
 
 Outcome = Prediction | Skipped
 
 
 def open_wanted(request: Request) -> tuple[StoredData, list[int]]:
-    """The data, and the places in it that are asked for, longest audio first.
+    """Open the data, and select the samples to evaluate.
+
+    Returns:
+        The data, and the indices of the selected samples, longest audio first.
 
     Raises:
-        UserError: no such data, or nothing of what is asked for is in it.
+        UserError: If the data cannot be opened, contains a key twice, or contains no sample of the requested tasks.
     """
     stored = open_stored(request.data, request.split)
-    # A line without a task is kept, so that it is reported.
-    places = [i for i, item in enumerate(stored.items) if not request.tasks or item.task in (*request.tasks, "")]
-    if not places:
+    # A sample without a task is kept, so that it is reported as skipped.
+    indices = [i for i, item in enumerate(stored.items) if not request.tasks or item.task in (*request.tasks, "")]
+    if not indices:
         known = ", ".join(sorted({item.task for item in stored.items}))
-        raise UserError(f"--tasks {' '.join(request.tasks)}: {request.data} has none of them; it has: {known}")
-    if request.max_samples is not None and request.max_samples < len(places):
-        chosen = permutation(len(places), "evaluation", request.split or "")[: request.max_samples]
-        places = [places[i] for i in sorted(chosen.tolist())]
+        raise UserError(f"--tasks {' '.join(request.tasks)}: {request.data} has no samples of these, only of: {known}")
+    if request.max_samples is not None and request.max_samples < len(indices):
+        chosen = permutation(len(indices), "evaluation", request.split or "")[: request.max_samples]
+        indices = [indices[i] for i in sorted(chosen.tolist())]
     keys: set[str] = set()
-    for place in places:
-        if (key := stored.items[place].key) in keys:
-            raise UserError(f"{request.data}: key '{key}' comes twice; evaluate one --split at a time")
+    for index in indices:
+        if (key := stored.items[index].key) in keys:
+            raise UserError(f"{request.data}: key '{key}' occurs twice; choose one --split")
         keys.add(key)
-    return stored, sorted(places, key=lambda i: (-stored.items[i].seconds, stored.items[i].key))
+    return stored, sorted(indices, key=lambda i: (-stored.items[i].seconds, stored.items[i].key))
 
 
-def batches(request: Request, stored: StoredData, places: Sequence[int]) -> list[list[int]]:
-    """`places` in order, cut into what is answered together."""
+def batches(request: Request, stored: StoredData, indices: Sequence[int]) -> list[list[int]]:
+    """Divide samples into the batches that are answered together, without changing their order.
+
+    Args:
+        request: the evaluation.
+        stored: the data.
+        indices: the indices of the samples, longest audio first.
+    """
     found: list[list[int]] = []
-    for place in places:
+    for index in indices:
         longest = stored.items[found[-1][0]].seconds if found else 0.0
         full = not found or len(found[-1]) == request.decoding.batch_samples
         if full or (len(found[-1]) + 1) * longest > request.decoding.batch_sec:
             found.append([])
-        found[-1].append(place)
+        found[-1].append(index)
     return found
 
 
 class Worker:
-    """The model, loaded, and the data.
+    """A process's model and data.
 
     Args:
-        request: what is asked.
-        place: of this process among `num`; they share the machine's devices.
+        request: the evaluation.
+        index: the index of this process among `num`, which selects its device.
+        num: the number of processes that share the machine's devices.
 
     Raises:
-        UserError: see `open_stored` and `load_model`.
+        UserError: If the data or the model cannot be used.
     """
 
-    def __init__(self, request: Request, place: int = 0, num: int = 1) -> None:
+    def __init__(self, request: Request, index: int = 0, num: int = 1) -> None:
+        set_environment()
         device = torch.device("cpu")
         if torch.cuda.is_available():
-            device = torch.device("cuda", place % torch.cuda.device_count())
+            device = torch.device("cuda", index % torch.cuda.device_count())
         elif num > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // num))
         self._stored = open_stored(request.data, request.split)
@@ -108,7 +129,7 @@ class Worker:
         self._answer = Answerer(loaded, request.windows, request.decoding)
 
     def answer_jobs(self, jobs: Iterable[Sequence[int]]) -> Iterator[list[Outcome]]:
-        """Outcomes of each job; the next one's audio is read meanwhile."""
+        """Yield the outcomes of each batch of sample indices, while the audio of the next batch is being read."""
         with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(_READERS) as readers:
             waiting = None
             for job in jobs:
@@ -120,7 +141,7 @@ class Worker:
                 yield self._outcomes(waiting.result())
 
     def _read(self, job: Sequence[int], readers: ThreadPoolExecutor) -> list[Question | Skipped]:
-        keys = [self._stored.items[place].key for place in job]
+        keys = [self._stored.items[index].key for index in job]
         return list(readers.map(_decoded, keys, self._stored.read(job)))
 
     def _outcomes(self, read: Sequence[Question | Skipped]) -> list[Outcome]:
@@ -134,20 +155,26 @@ class Worker:
         return outcomes
 
 
-def serve(connection: Connection, request: Request, place: int, num: int) -> None:
-    """The main function of a worker process: jobs come over the connection, None after the last ones; outcomes go back.
+def serve(connection: Connection, request: Request, index: int, num: int) -> None:
+    """Run a worker process: receive batches of sample indices over the connection, and send their outcomes back.
 
-    What goes back is a list of outcomes, or the text of a UserError as the last thing.
+    None ends a sequence of batches. The text of a UserError is sent back as the last message.
+
+    Args:
+        connection: the connection to the process that started this one.
+        request: the evaluation.
+        index: the index of this process among `num`.
+        num: the number of worker processes.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        worker = Worker(request, place, num)
+        worker = Worker(request, index, num)
         while True:
             for outcomes in worker.answer_jobs(iter(connection.recv, None)):
                 connection.send(outcomes)
     except UserError as error:
         connection.send(str(error))
-    except (EOFError, BrokenPipeError):  # whoever asked is gone
+    except (EOFError, BrokenPipeError):  # The process that started this one has ended.
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation says of a model, as one tree of plain values: tables, page and plots are drawn from it."""
+"""The scorecard of an evaluation: one tree of plain values from which tables, page and plots are made."""
 
 from __future__ import annotations
 
@@ -19,32 +19,34 @@ from trainer.scoring.scores import ALL, confusions, measure, subset_of, task_met
 from trainer.telemetry.expert_load import BANDS, BANDS_SEC, UNNAMED
 
 MAX_LISTED = 3000
-"""Samples that the page lists, the worst of every task."""
+"""The number of samples that the page lists: the worst ones of every task."""
 DIMENSIONS: Mapping[str, Callable[[Prediction], str]] = {
     "subset": lambda p: subset_of(p.meta),
     "language": lambda p: str(p.meta.get("language") or UNNAMED),
     "source": lambda p: str(p.meta.get("source") or UNNAMED),
     "duration": lambda p: BANDS[sum(p.audio_sec >= end for end in BANDS_SEC)],
 }
-"""What samples are told apart by, besides their task."""
+"""The properties by which the samples of a task are grouped, and the function that returns a sample's group."""
 
 ReadClips = Callable[[Sequence[str]], Iterable[tuple[str, Sequence[Any]]]]
-"""Keys → (key, clips `[T]` at 16 kHz) one after the other, as far as they can be read."""
+"""A function of keys that yields each sample's key and clips (`[T]` at 16 kHz), skipping what cannot be read."""
 
 
 @dataclass(frozen=True)
 class GroupScore:
-    """One metric of one task on the samples of one group; `group` is `ALL` on all of them."""
+    """The value of one metric on one group of a task's samples."""
 
     task: str
     dimension: str
-    """One of `DIMENSIONS`; empty for `ALL`."""
+    """The key of `DIMENSIONS` by which the samples are grouped; empty if the group is `ALL`."""
     group: str
+    """The group's name; `ALL` for all samples of the task."""
     metric: str
     value: float
     low: float
+    """The lower bound of the 95 % bootstrap interval over samples."""
     high: float
-    """Bounds of the 95 % bootstrap interval over samples."""
+    """The upper bound of the interval."""
     num_samples: int
     lower_is_better: bool
 
@@ -58,16 +60,16 @@ def make_card(
     read_clips: ReadClips,
     audio_bytes: int,
 ) -> dict[str, Any]:
-    """The tree.
+    """Return the scorecard as a tree of plain values.
 
     Args:
-        title: of the page.
-        about: what was evaluated and how, by name, for people.
-        predictions: of all tasks.
-        skipped: the reason of every sample that has no prediction.
-        meteor: None: without it.
-        read_clips: gives audio again, for the page.
-        audio_bytes: of the worst samples' audio that the page may hold.
+        title: the title of the page.
+        about: facts about the evaluation for people, by name.
+        predictions: the predictions of all tasks.
+        skipped: for each sample without a prediction, the reason.
+        meteor: the METEOR scorer; None to score captions without METEOR.
+        read_clips: a function that reads the audio of samples, for the page.
+        audio_bytes: the largest amount of encoded audio that the page may contain.
     """
     scores: list[GroupScore] = []
     samples: list[dict[str, Any]] = []
@@ -98,28 +100,39 @@ def make_card(
 
 
 def group_scores(task: str, metrics: Sequence[Metric], predictions: Sequence[Prediction]) -> list[GroupScore]:
-    """Every metric over all samples, then by every dimension; groups without samples that it is about are left out."""
+    """Score every metric on all samples of a task, then on every group of every dimension.
+
+    Groups to which a metric does not apply are omitted.
+
+    Args:
+        task: the task.
+        metrics: the task's metrics.
+        predictions: the predictions that the metrics were computed from.
+    """
     groups: dict[tuple[str, str], list[int]] = {("", ALL): list(range(len(predictions)))}
     for dimension, name_of in DIMENSIONS.items():
         for i, prediction in enumerate(predictions):
             groups.setdefault((dimension, name_of(prediction)), []).append(i)
     order = list(DIMENSIONS)
 
-    def place(group: tuple[str, str]) -> tuple[int, int, str]:
+    def sort_key(group: tuple[str, str]) -> tuple[int, int, str]:
         dimension, name = group
         band = BANDS.index(name) if dimension == "duration" else 0
         return (order.index(dimension) if dimension else -1, band, name)
 
     return [
         GroupScore(task, *group, metric.name, *measure(metric, rows), len(rows), metric.lower_is_better)
-        for group in sorted(groups, key=place)
+        for group in sorted(groups, key=sort_key)
         for metric in metrics
         if len(rows := metric.rows(groups[group]))
     ]
 
 
 def _listed(task: str, metric: Metric, predictions: Sequence[Prediction], num: int) -> list[dict[str, Any]]:
-    """The `num` worst samples by `metric`, worst first; of equals the one with more errors, then the longer one."""
+    """Return the `num` worst samples by `metric`, worst first.
+
+    Of samples with equal values, the one with more errors is first, then the longer one.
+    """
     values = metric.value(metric.statistics)
     badness = values if metric.lower_is_better else -values
     amount = metric.statistics[:, 0] if metric.lower_is_better else np.zeros(len(values))
@@ -151,14 +164,14 @@ def _sample(task: str, p: Prediction, value: float, lower_is_better: bool) -> di
 
 
 def _audio(samples: Sequence[dict[str, Any]], read_clips: ReadClips, num_bytes: int) -> dict[str, list[str]]:
-    """FLAC in base64 of the worst samples' clips, task by task in turn, until `num_bytes` are full."""
+    """Return the clips of the worst samples as FLAC in base64, up to `num_bytes`, taking the tasks in turn."""
     by_name: dict[str, list[dict[str, Any]]] = {}
     for sample in samples:
         if sample["seconds"] > 0:
             by_name.setdefault(sample["task"], []).append(sample)
     most = max(map(len, by_name.values()), default=0)
     turns = [own[i] for i in range(most) for own in by_name.values() if i < len(own)]
-    # What is read is bounded beforehand: speech in FLAC takes at least an eighth of its raw samples.
+    # This limits the number of clips to read, assuming that FLAC takes at least an eighth of the raw 16-bit samples.
     wanted, expected = [], 0.0
     for sample in turns:
         expected += sample["seconds"] * SAMPLE_RATE * 2 / 8

@@ -1,4 +1,4 @@
-"""Audio for a page: what the model heard, in a form that every browser plays."""
+"""The audio of samples, as the model received it, in a format that every browser plays."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from model.lengths import SAMPLE_RATE
 from trainer.data.decode import SampleError, decode_audio
 from trainer.data.stored import StoredData
 
-_AT_ONCE = 32
+_BATCH_SAMPLES = 32
 
 
 def to_flac(clip: NDArray[np.float32]) -> str:
-    """`[T]` at 16 kHz as 16-bit FLAC, in base64; values beyond ±1 are limited."""
+    """Encode a waveform `[T]` at 16 kHz as 16-bit FLAC in base64. Values beyond ±1 are clipped."""
     file = io.BytesIO()
     soundfile.write(file, np.clip(clip, -1.0, 1.0), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def read_clips(stored: StoredData, keys: Sequence[str]) -> Iterator[tuple[str, list[NDArray[np.float32]]]]:
-    """(key, clips) of each of `keys` that can still be read, in that order."""
-    place_of = {item.key: place for place, item in enumerate(stored.items)}
-    for start in range(0, len(keys), _AT_ONCE):
-        part = keys[start : start + _AT_ONCE]
-        for key, item in zip(part, stored.read([place_of[key] for key in part]), strict=True):
+    """Yield the key and the clips (`[T]` at 16 kHz) of each of `keys`, in order, skipping what cannot be read."""
+    index_of = {item.key: index for index, item in enumerate(stored.items)}
+    for start in range(0, len(keys), _BATCH_SAMPLES):
+        part = keys[start : start + _BATCH_SAMPLES]
+        for key, item in zip(part, stored.read([index_of[key] for key in part]), strict=True):
             try:
                 if isinstance(item, SampleError):
                     raise item
                 yield key, [decode_audio(file) for file in item[0]]
             except SampleError:
-                continue  # it has an answer, so it could be read a moment ago; the page does without
+                continue  # The sample was readable when it was evaluated; the page omits its audio.

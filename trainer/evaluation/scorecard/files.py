@@ -1,4 +1,4 @@
-"""A scorecard as files: JSON, CSV, plots and a page."""
+"""The files of a scorecard: JSON, CSV, plots and a page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def write_files(tree: dict[str, Any], folder: Path) -> list[Path]:
-    """Write scores.json, scores.csv, report.html and the PNG plots; returns their paths. Older ones are replaced."""
+    """Write scores.json, scores.csv, report.html and the PNG plots, replacing older ones.
+
+    Args:
+        tree: the result of `make_card`.
+        folder: the folder to write into, which is created if it does not exist.
+
+    Returns:
+        The paths of the files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {key: value for key, value in tree.items() if key not in ("samples", "audio")}
     write_atomically(folder / "scores.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")

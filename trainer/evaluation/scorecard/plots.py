@@ -1,4 +1,4 @@
-"""A scorecard's PNG plots."""
+"""The PNG plots of a scorecard."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ from trainer.page.figure import SIZE_INCHES, dress, save
 from trainer.scoring.scores import ALL
 
 _MAX_NUMBERED = 12
-"""Classes up to which a confusion matrix shows its counts."""
+"""The largest number of classes with which a confusion matrix shows its counts."""
 
 
 def draw(tree: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw what `tree` (of `make_card`) has: headlines, scores by duration, confusion matrices. Returns the files."""
+    """Draw the main scores, the scores by duration and the confusion matrices.
+
+    Args:
+        tree: the result of `make_card`.
+        folder: the folder to write the PNG files into.
+
+    Returns:
+        The paths of the files.
+    """
     drawn = []
     if tree["headlines"]:
         drawn.append(_headlines(tree, folder / "scores.png"))
@@ -34,7 +42,7 @@ def draw(tree: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def headline_scores(tree: dict[str, Any], task: str, dimension: str) -> list[dict[str, Any]]:
-    """The chief metric's scores of a task by a dimension."""
+    """Return the scores of a task's main metric for the groups of one dimension."""
     wanted = (task, dimension, tree["headlines"][task])
     return [s for s in tree["scores"] if (s["task"], s["dimension"], s["metric"]) == wanted]
 
@@ -48,13 +56,13 @@ def _headlines(tree: dict[str, Any], path: Path) -> Path:
         rows += [(f"  {s['group']}", s) for s in subsets if len(subsets) > 1]
     figure = Figure(figsize=(SIZE_INCHES[0], 0.8 + 0.3 * len(rows)))
     axes = figure.subplots()
-    places = np.arange(len(rows))
+    positions = np.arange(len(rows))
     values = [s["value"] for _, s in rows]
     colours = ["C0" if s["group"] == ALL else "lightsteelblue" for _, s in rows]
-    axes.barh(places, values, xerr=_bounds([s for _, s in rows]), color=colours, ecolor="black", capsize=2)
-    axes.set_yticks(places, [f"{name} ({s['num_samples']:,})" for name, s in rows])
+    axes.barh(positions, values, xerr=_bounds([s for _, s in rows]), color=colours, ecolor="black", capsize=2)
+    axes.set_yticks(positions, [f"{name} ({s['num_samples']:,})" for name, s in rows])
     axes.invert_yaxis()
-    axes.set_title(f"{tree['title']}: chief metric per task, with 95 % intervals")
+    axes.set_title(f"{tree['title']}: main metric of each task, with 95 % intervals")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
@@ -64,9 +72,9 @@ def _headlines(tree: dict[str, Any], path: Path) -> Path:
 def _by_duration(tree: dict[str, Any], task: str, bands: Sequence[dict[str, Any]], path: Path) -> Path:
     figure = Figure(figsize=SIZE_INCHES)
     axes = dress(figure.subplots())
-    places = np.arange(len(bands))
-    axes.bar(places, [s["value"] for s in bands], yerr=_bounds(bands), color="C0", ecolor="black", capsize=3)
-    axes.set_xticks(places, [f"{s['group']}\n{s['num_samples']:,} samples" for s in bands])
+    positions = np.arange(len(bands))
+    axes.bar(positions, [s["value"] for s in bands], yerr=_bounds(bands), color="C0", ecolor="black", capsize=3)
+    axes.set_xticks(positions, [f"{s['group']}\n{s['num_samples']:,} samples" for s in bands])
     axes.set_ylabel(bands[0]["metric"])
     axes.set_title(f"{tree['title']}: {task} by duration, with 95 % intervals")
     return save(figure, path)
@@ -96,5 +104,5 @@ def _confusion(title: str, matrix: dict[str, dict[str, int]], path: Path) -> Pat
 
 
 def _bounds(scores: Sequence[dict[str, Any]]) -> np.ndarray:
-    """[2, N]: how far the interval goes down and up from the value."""
+    """Return the distances `[2, N]` from each value down and up to the bounds of its interval."""
     return np.array([[s["value"] - s["low"] for s in scores], [s["high"] - s["value"] for s in scores]]).clip(min=0)

@@ -1,4 +1,4 @@
-"""A scorecard as text for a terminal."""
+"""The text of a scorecard for a terminal."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ _TITLES = {"": "all samples", "subset": "by subset", "language": "by language", 
 
 
 def describe(tree: dict[str, Any], all_metrics: bool) -> str:
-    """Tables: every metric over all samples; the chief one of each task by the other dimensions (or all of them)."""
+    """Format a scorecard as tables.
+
+    Args:
+        tree: the result of `make_card`.
+        all_metrics: True to show every metric of every group, False to show only the main metric of each task by group.
+    """
     lines = [f"{tree['num_samples']:,} samples, {tree['audio_sec'] / 3600:.2f} h of audio"]
     if tree["num_windowed"]:
         lines.append(
-            f"{tree['num_windowed']:,} recordings were longer than a window: transcribed in overlapping windows and "
-            "joined, nothing was cut"
+            f"{tree['num_windowed']:,} recordings were longer than a window; they were transcribed in overlapping "
+            "windows and joined, and no audio was cut off"
         )
     if tree["num_unfinished"]:
-        lines.append(f"{tree['num_unfinished']:,} answers reached the longest length and were ended there")
+        lines.append(f"{tree['num_unfinished']:,} answers reached the maximum length and were cut off there")
     if tree["num_skipped"]:
         reasons = ", ".join(f"{num} {reason}" for reason, num in tree["num_skipped"].items())
-        lines.append(f"no answer: {reasons}")
+        lines.append(f"samples without an answer: {reasons}")
     blocks = ["\n".join(lines)]
     for dimension, title in _TITLES.items():
         own = [s for s in tree["scores"] if s["dimension"] == dimension]

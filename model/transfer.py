@@ -1,0 +1,24 @@
+"""Small integers and flags from the host to the device: the one way, which does not make the host wait."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def to_device(values: Tensor | NDArray[Any] | Sequence[Any], device: torch.device) -> Tensor:
+    """Return `values` as a tensor on `device`, copied while the host goes on.
+
+    A plain `torch.tensor(values, device=device)` waits until the device has done all that was asked of it before.
+    """
+    host = values if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
+    if host.device == device or device.type == "cpu":
+        return host.to(device)
+    if device.type == "cuda":
+        host = host.pin_memory()  # only from pinned memory is the copy asynchronous
+    return host.to(device, non_blocking=True)

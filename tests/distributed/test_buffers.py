@@ -1,0 +1,35 @@
+"""Buffers of the audio side lie on the rank's device: ZeRO's Init moves parameters only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.harness import run_ranks
+from tools.parity import DS_CONFIG
+from trainer import parity
+from trainer.engine.encoders import AudioEngine
+from trainer.parallel.groups import Groups, connect
+from trainer.parallel.topology import Topology
+
+
+def devices_of_buffers() -> dict[str, str]:
+    """By name, with an engine whose device is another one than that on which the tower is built."""
+    rank, world, _ = connect(timeout_sec=60)
+    assert dist.group.WORLD is not None
+    groups = Groups(Topology(world, 1, 1), rank, torch.device("meta"), dist.group.WORLD, dist.group.WORLD)
+    tower = parity.AudioTower(parity.tiny_model(), 32, parity.VOCAB_SIZE)
+    for name in tower.expert_names:  # no family has buffers today
+        tower.encoder(name).register_buffer("added", torch.zeros(2), persistent=False)
+    engine = AudioEngine(tower, parity.OPTIM, DS_CONFIG, groups, batch_sec=1.0)
+    found = {name: buffer.device.type for name, buffer in engine.tower.named_buffers()}
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.timeout(120)
+def test_every_buffer_is_moved() -> None:
+    (found,) = run_ranks(1, devices_of_buffers, timeout_sec=100)
+    names = {"router.steps_to_enter", *(f"experts.{name}.added" for name in ("hubert", "wavlm", "whisper_tiny"))}
+    assert found == dict.fromkeys(names, "meta")

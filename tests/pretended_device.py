@@ -1,0 +1,247 @@
+"""A device that is not there: tests of what only a GPU would refuse, on a machine without one.
+
+Inside `PretendedDevice()` tensors put on `DEVICE` keep their values on the CPU, but say that they lie elsewhere. An
+operation that mixes them with a CPU tensor raises, as on a GPU, and whatever makes the host wait for a GPU is counted
+by the function of this project that asked for it:
+
+    with PretendedDevice() as device:
+        tower = put(tower)
+        tower(...)
+    device.waits   # {"model/router.py:on_host": 1, …}
+
+The device calls itself `meta`: of all device types without hardware, only that one has what autograd needs. Kernels are
+the CPU's, so it says nothing about numbers, speed, memory, or collectives of a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map
+
+from bench.gpu_waits import ROOT, site_of
+from model.encoders.log_mel import _mel_filters
+
+DEVICE = torch.device("meta")
+_THIS_FILE = Path(__file__).resolve().relative_to(ROOT).as_posix()
+
+_WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "is_nonzero",
+    "_unique2",
+    "unique_dim",
+    "bincount",
+}
+_INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
+_MIXES = {"_to_copy", "copy_", "_ctc_loss", "_cudnn_ctc_loss", "_ctc_loss_backward"}
+"""Operations that take tensors of both sides; CTC's lengths lie on the host."""
+
+Thing = TypeVar("Thing")
+
+
+class DeviceTensor(Tensor):
+    """A tensor of the device; `host` holds its values."""
+
+    host: Tensor
+
+    @staticmethod
+    def __new__(cls, host: Tensor) -> DeviceTensor:
+        found: Any = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            host.shape,
+            strides=host.stride(),
+            storage_offset=host.storage_offset(),
+            dtype=host.dtype,
+            layout=host.layout,
+            device=DEVICE,
+            requires_grad=False,
+        )
+        found.host = host
+        return found  # type: ignore[no-any-return]
+
+    def __repr__(self, *_: Any, **__: Any) -> str:
+        return f"DeviceTensor({self.host})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    @property  # type: ignore[override]
+    def data(self) -> Tensor:
+        """As of any tensor; Megatron assigns it."""
+        return DeviceTensor(self.host.detach())
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        assert isinstance(new, DeviceTensor), "the tensor would leave the device"
+        Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
+        self.host = new.host
+
+    def tolist(self) -> Any:
+        """Read it, which waits."""
+        _note("waits", "tolist")
+        return self.host.tolist()
+
+    def numpy(self, *_: Any, **__: Any) -> Any:
+        """As a tensor of a GPU does."""
+        raise TypeError("can't convert a device tensor to numpy: copy it to the host first")
+
+
+def put(thing: Thing) -> Thing:
+    """Put a tensor on the device, or every parameter and buffer of a module, in place."""
+    if isinstance(thing, nn.Module):
+        for module in thing.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    moved = nn.Parameter(DeviceTensor(parameter.detach()), requires_grad=parameter.requires_grad)
+                    for key, value in vars(parameter).items():
+                        setattr(moved, key, value)
+                    module._parameters[name] = moved
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = DeviceTensor(buffer)
+        return thing
+    assert isinstance(thing, Tensor), type(thing)
+    return DeviceTensor(thing)  # type: ignore[return-value]
+
+
+class PretendedDevice:
+    """Context in which `DEVICE` exists."""
+
+    current: PretendedDevice | None = None
+
+    def __init__(self) -> None:
+        self.waits: Counter[str] = Counter()
+        """Times that the host waited for the device, by `file:function`."""
+        self.transfers: Counter[str] = Counter()
+        """Copies to the device that nobody waited for, by `file:function`."""
+        self.kinds: Counter[tuple[str, str]] = Counter()
+        """Waits by site and operation, for a failing test to show."""
+        self._modes = (_Dispatch(), _Functions())
+
+    def __enter__(self) -> PretendedDevice:
+        assert PretendedDevice.current is None, "one at a time"
+        PretendedDevice.current = self
+        _mel_filters.cache_clear()  # what is kept by device: the plan's tracing has a device of this name, too
+        for mode in self._modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*error)
+        PretendedDevice.current = None
+        _mel_filters.cache_clear()
+
+
+class _Dispatch(TorchDispatchMode):
+    """Sees what is created on the device without any of its tensors."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _Functions(TorchFunctionMode):
+    """Sees `torch.tensor(…, device=…)`, which copies in a way that nothing below can see."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor, torch.asarray) and _is_ours(kwargs.get("device")):
+            del kwargs["device"]
+            _note("waits", "tensor")
+            return DeviceTensor(func(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """One operation: on the values, with the rules of a device."""
+    name = func.overloadpacket.__name__
+    flat, _ = tree_flatten((args, kwargs))
+    ours = [a for a in flat if isinstance(a, DeviceTensor)]
+    others = [a for a in flat if isinstance(a, Tensor) and not isinstance(a, DeviceTensor)]
+    target = kwargs.get("device")
+    if not ours and not _is_ours(target):
+        return func(*args, **kwargs)
+    if name == "_to_copy":
+        return _copied(func, args, kwargs)
+    _check(name, args, kwargs, ours, others)
+    asked = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
+    if target is not None:
+        asked["device"] = torch.device("cpu")
+    found = func(*_stripped(args), **_stripped(asked))
+    if target is not None and not _is_ours(target):
+        return found
+    found = tree_map(lambda t: DeviceTensor(t) if isinstance(t, Tensor) else t, found)
+    return return_and_correct_aliasing(func, args, kwargs, found) if ours and func.namespace == "aten" else found
+
+
+def _copied(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """`Tensor.to` and its like."""
+    source, target = args[0], kwargs.get("device")
+    there = isinstance(source, DeviceTensor)
+    asked = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "non_blocking")}
+    found: Tensor = func(*_stripped(args), **asked)
+    goes = there if target is None else _is_ours(target)
+    if goes and not there:
+        _note("transfers" if kwargs.get("non_blocking") else "waits", "to the device")
+    if there and not goes:
+        _note("waits", "to the host")
+    return DeviceTensor(found) if goes else found
+
+
+def _check(name: str, args: Any, kwargs: Any, ours: Sequence[Any], others: Sequence[Tensor]) -> None:
+    """Raise where a GPU would, and count where the host would wait."""
+    mixed = [t for t in others if t.dim() > 0]
+    if ours and mixed and name not in _MIXES:
+        allowed = name in _INDEXING and isinstance(args[0], DeviceTensor)  # a GPU takes indices from the host
+        if not allowed:
+            raise RuntimeError(
+                f"{name}: expected all tensors on one device, but one of shape {tuple(mixed[0].shape)} is on the CPU"
+            )
+        _note("waits", f"{name} by indices of the host")
+    if name in _WAITS:
+        _note("waits", name)
+    if name in _INDEXING and not _is_fill(name, args):
+        if any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
+            _note("waits", "boolean index")
+    if name == "repeat_interleave" and kwargs.get("output_size") is None:
+        _note("waits", name)
+    if name == "segment_reduce" and not kwargs.get("unsafe"):
+        _note("waits", "segment_reduce checks its lengths")
+    if name == "copy_" and isinstance(args[0], DeviceTensor) != isinstance(args[1], DeviceTensor):
+        _note("waits", "copy_")
+    if name == "_ctc_loss":
+        _note("waits", "ctc_loss copies its lengths")
+
+
+def _is_fill(name: str, args: Any) -> bool:
+    """`x[mask] = number`, which torch carries out as `masked_fill_`. (On a GPU the number stays on the host.)"""
+    return name.startswith(("index_put", "_index_put")) and bool(args[2].dim() == 0)
+
+
+def _stripped(tree: Any) -> Any:
+    return tree_map(lambda a: a.host if isinstance(a, DeviceTensor) else a, tree)
+
+
+def _is_ours(device: Any) -> bool:
+    return device is not None and torch.device(device).type == DEVICE.type
+
+
+def _note(what: str, operation: str) -> None:
+    device = PretendedDevice.current
+    if device is not None:
+        site = site_of(sys._getframe(1), left_out=(_THIS_FILE,))
+        getattr(device, what)[site] += 1
+        if what == "waits":
+            device.kinds[site, operation] += 1

@@ -1,0 +1,84 @@
+"""A whole training step without DeepSpeed and Megatron's optimizers, for a device on which those cannot run.
+
+Everything else is what trains: the tower, dispatch, the exchanges, Megatron's model and schedule, losses, report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.audio_tower import AudioTower
+from model.config import ModelConfig
+from model.llm.megatron import build_megatron
+from model.llm.reference import resolve_hf_config
+from model.llm.weights import RandomSource, load_megatron
+from tests.pretended_device import DEVICE, put
+from trainer import parity
+from trainer.engine.encoders import AudioEngine
+from trainer.engine.llm import LLMEngine
+from trainer.parallel.cpu import megatron_calls
+from trainer.parallel.dispatch import CALL_COST_SAMPLES
+from trainer.parallel.groups import Groups
+from trainer.training.step import Step
+
+
+def _grad_square(parameters: list[torch.nn.Parameter]) -> Tensor:
+    return torch.stack([p.grad.double().square().sum() for p in parameters if p.grad is not None]).sum()
+
+
+class BareAudio(AudioEngine):
+    """`AudioEngine` with a plain module for ZeRO-3."""
+
+    def __init__(self, tower: AudioTower, groups: Groups, batch_samples: int) -> None:
+        self.groups, self.tower = groups, tower
+        self.engine: Any = tower
+        self._dispatch = self._build_dispatch(batch_samples, debug_plan=False)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def grad_norm_sq(self) -> Tensor:
+        return _grad_square(list(self.tower.parameters()))
+
+    def step(self, clip_coef: float, norm: float, lr_scale: float) -> None:
+        self.discard()
+
+    def discard(self) -> None:
+        self.tower.zero_grad()
+
+
+class BareLLM(LLMEngine):
+    """`LLMEngine` without data parallelism and optimizer."""
+
+    def __init__(self, config: ModelConfig, groups: Groups) -> None:
+        self.hf_config, self.groups, self.dtype = resolve_hf_config(config.llm), groups, torch.float32
+        source = RandomSource(self.hf_config, parity.SEED)
+        self.gpt = build_megatron(self.hf_config, tp_size=1, pp_size=1, first_stage=True, last_stage=True)
+        load_megatron(self.gpt, source, self.hf_config, tp_rank=0, tp_size=1)
+        self.model, self.optimizer = self.gpt, None
+
+    def grad_norm_sq(self) -> Tensor:
+        return _grad_square(list(self.gpt.parameters()))
+
+    def step(self, clip_coef: float, lr_scale: float) -> None:
+        self.gpt.zero_grad()
+
+
+def build_step(model: ModelConfig, groups: Groups, on_device: bool) -> Step:
+    """The one rank's step, on the CPU or on the pretended device (inside its context)."""
+    with megatron_calls():
+        llm = BareLLM(model, groups)
+    torch.manual_seed(parity.SEED)
+    tower = AudioTower(model, llm.hf_config.hidden_size, parity.VOCAB_SIZE).train()
+    if on_device:
+        groups = replace(groups, device=DEVICE)
+        CALL_COST_SAMPLES[DEVICE.type] = CALL_COST_SAMPLES["cpu"]  # the same calls
+        put(tower)
+        put(llm.gpt)
+    llm.groups = groups
+    audio = BareAudio(tower, groups, batch_samples=24000)
+    return Step(model, parity.OPTIM, audio, llm, groups, num_steps=10, tokens_per_microbatch=48, seed=parity.SEED)

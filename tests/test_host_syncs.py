@@ -1,0 +1,137 @@
+"""Where a step makes the host wait for the device: the table of docs/gpu.md, counted on a pretended device.
+
+DeepSpeed and Megatron's optimizers are left out: what they wait for is not ours to count here.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from bench.gpu_waits import BACKWARD, ROOT, host_waits, site_of
+from model.batch import IGNORE, Batch
+from tests.distributed.harness import run_ranks
+from tests.pretended_device import DEVICE, PretendedDevice
+from tests.step_on_device import build_step
+from trainer import parity
+from trainer.config.evaluation import EvalConfig
+from trainer.parallel.cpu import megatron_calls
+from trainer.parallel.groups import Groups, build_groups, connect
+from trainer.parallel.topology import Topology
+from trainer.training.evaluate import answer
+
+STEP_WAITS = {
+    "model/router.py:on_host": 1,  # the router's choice: who encodes what depends on it
+    "model/loss.py:ctc_sum": 1,  # inside torch's CTC loss, which moves the lengths itself
+    "trainer/training/step.py:send": 1,  # which rows of this rank's packs are audio
+    "trainer/training/step.py:report": 1,  # losses
+    "trainer/training/step.py:update": 1,  # the gradient norm: it decides about the update
+}
+"""Per step, whatever the number of clips, experts, gates and micro-batches."""
+MOST_PER_STEP, MOST_PER_MICROBATCH = 10, 2
+FIRST_STEP_WAITS = {"model/encoders/log_mel.py:_mel_filters": 1}
+"""Once per process: a constant."""
+NEW_TOKENS = 4
+
+
+def begin() -> tuple[Groups, Any, Batch]:
+    """The only rank."""
+    rank, _, device = connect(timeout_sec=60)
+    groups = build_groups(Topology(1, 1, 1), rank, device, parity.SEED)
+    model = parity.tiny_model()
+    return groups, model, Batch(tuple(parity.make_samples("mixed", 1, model.adapter.strides)[0]))
+
+
+def steps() -> dict[str, Any]:
+    """Two steps on the device, the first one on the CPU as well."""
+    groups, model, batch = begin()
+    expected = build_step(model, groups, on_device=False)(0, batch)
+    with PretendedDevice() as device:
+        step = build_step(model, groups, on_device=True)
+        with megatron_calls(DEVICE):
+            first = step(0, batch)
+            waits = [dict(device.waits)]
+            device.waits.clear()
+            device.transfers.clear()
+            step(1, batch)
+            waits.append(dict(device.waits))
+    return {
+        "waits": waits,
+        "kinds": [f"{site}: {operation}" for site, operation in device.kinds],
+        "transfers": dict(device.transfers),
+        "found": (first.loss, first.grad_norm, *first.losses.values()),
+        "expected": (expected.loss, expected.grad_norm, *expected.losses.values()),
+    }
+
+
+@pytest.mark.timeout(180)
+def test_a_step_waits_where_the_table_says() -> None:
+    (seen,) = run_ranks(1, steps, timeout_sec=160)
+    assert seen["found"] == pytest.approx(seen["expected"], rel=1e-5)
+    first, second = seen["waits"]
+    assert second == STEP_WAITS, seen["kinds"]
+    assert first == {**STEP_WAITS, **FIRST_STEP_WAITS}, seen["kinds"]
+    assert sum(second.values()) <= MOST_PER_STEP
+    assert not set(second) & {"trainer/engine/llm.py:__call__", "model/llm/packing.py:layout"}, "per micro-batch: none"
+    # One transfer for each pack's positions, rows and places, and none that depends on the number of experts.
+    assert seen["transfers"]["model/mixture.py:mix"] == seen["transfers"]["model/adapter.py:forward"] == 1
+
+
+def test_the_documented_table_is_this_one() -> None:
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert {
+        site: int(n) for site, n in re.findall(r"^\| `([^`]+:[^`]+)` \| (\d+) \|", text, re.MULTILINE)
+    } == STEP_WAITS
+
+
+def answers() -> dict[str, Any]:
+    """The same prompts answered on both."""
+    groups, model, batch = begin()
+    prompts = []
+    for sample in batch.samples:
+        length = sample.num_tokens - int((sample.labels != IGNORE).sum()) + 1
+        cut = {name: getattr(sample, name)[:length] for name in ("token_ids", "audio_mask", "labels")}
+        prompts.append(replace(sample, **cut, ctc_targets=sample.ctc_targets[:0]))
+    tokenizer = cast(Any, SimpleNamespace(eos_id=-1, vocab_size=parity.VOCAB_SIZE))
+    config = EvalConfig(max_new_tokens=NEW_TOKENS)
+    plain = build_step(model, groups, on_device=False)
+    expected = answer(plain, Batch(tuple(prompts)), tokenizer, config)
+    with PretendedDevice() as device:
+        step = build_step(model, groups, on_device=True)
+        with megatron_calls(DEVICE):
+            found = answer(step, Batch(tuple(prompts)), tokenizer, config)
+    kinds = [f"{site}: {operation}" for site, operation in device.kinds]
+    return {"waits": dict(device.waits), "kinds": kinds, "found": found, "expected": expected}
+
+
+@pytest.mark.timeout(180)
+def test_decoding_waits_once_per_token() -> None:
+    (seen,) = run_ranks(1, answers, timeout_sec=160)
+    assert seen["found"] == seen["expected"] and all(len(tokens) == NEW_TOKENS for tokens in seen["found"])
+    per_token = seen["waits"].pop("trainer/engine/generate.py:_forward")
+    assert per_token == NEW_TOKENS
+    assert seen["waits"] == {
+        "model/router.py:on_host": 1,
+        "trainer/training/step.py:send": 1,
+        **FIRST_STEP_WAITS,
+    }, seen["kinds"]
+
+
+def test_torchs_own_count_goes_by_site_too() -> None:
+    """What `bench.gpu_check` does with torch's warnings; here they are raised by hand."""
+    modes: list[str] = []
+
+    def work() -> None:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("of something else", stacklevel=1)
+
+    assert host_waits(work, modes.append) == {BACKWARD: 2}
+    assert modes == ["warn", "default"]
+    assert site_of(sys._getframe(), left_out=("tests/test_host_syncs.py",)) == BACKWARD

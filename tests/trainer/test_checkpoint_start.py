@@ -1,0 +1,119 @@
+"""A new run's weights, from a checkpoint and from an export: the same numbers, what is new, and what does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.errors import UserError
+from tests.tools.exportable import tensors_of, write_run
+from tools import export
+from trainer.checkpoint import origin as origins
+from trainer.checkpoint.layout import PARAM, Shard, matrix_of, rects_of_range
+from trainer.checkpoint.origin import Origin, is_export, open_origin
+from trainer.checkpoint.start import fill_weights
+from trainer.parity import tiny_model
+from trainer.storage.store import LocalStore
+
+MODEL = tiny_model()
+EMBEDDING = "llm.model.embed_tokens.weight"
+INITIAL = 7.0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """(a folder with a run and its export in several files, the run's tensors)."""
+    root = tmp_path_factory.mktemp("start")
+    oracle = write_run(root / "run")
+    assert export.main([str(root / "run"), str(root / "out"), "--dtype", "fp32", "--shard-gib", "3e-5"]) == 0
+    return root, tensors_of(oracle)
+
+
+def shards_of(tensors: dict[str, Tensor]) -> list[Shard]:
+    """Every tensor as the slices of three ranks, filled with `INITIAL`."""
+    shards = []
+    for name, tensor in tensors.items():
+        whole = matrix_of(tuple(tensor.shape))
+        for rank in range(3):
+            start, stop = (tensor.numel() * n // 3 for n in (rank, rank + 1))
+            for _, rect in rects_of_range(whole, start, stop):
+                values = torch.full((rect.rows, rect.cols), INITIAL)
+                shards.append(Shard(name, tuple(tensor.shape), rect, {PARAM: values}, 0))
+    return shards
+
+
+def check(shards: list[Shard], wanted: dict[str, Tensor]) -> None:
+    for shard in shards:
+        whole = matrix_of(shard.shape)
+        matrix = wanted[shard.name].detach().reshape(whole.rows, whole.cols)
+        assert shard.values[PARAM].equal(matrix[shard.rect.within(whole)].float()), (shard.name, shard.rect)
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_every_weight_is_taken_and_what_is_new_is_listed(made: tuple[Path, dict[str, Tensor]], exported: bool) -> None:
+    root, tensors = made
+    url = str(root / ("out" if exported else "run"))
+    assert is_export(url) == exported
+    wanted = dict(tensors)
+    if exported:  # it has no CTC head
+        wanted |= {n: torch.full_like(t, INITIAL) for n, t in tensors.items() if n.startswith("audio.ctc_head.")}
+    rows = torch.full((5, tensors[EMBEDDING].shape[1]), INITIAL)
+    wanted[EMBEDDING] = torch.cat([tensors[EMBEDDING].detach(), rows])
+    shards = shards_of(wanted)
+    new = fill_weights(open_origin(url, exported), shards, MODEL)
+    assert set(new) == {"5 rows of model.embed_tokens.weight", *(["the CTC head"] if exported else [])}
+    check(shards, wanted)
+
+
+def test_what_does_not_fit_is_named_with_the_key_that_decides_it(made: tuple[Path, dict[str, Tensor]]) -> None:
+    root, tensors = made
+    origin: Origin = open_origin(str(root / "out"), exported=True)
+    for name, key in (
+        (EMBEDDING, "model.llm"),
+        ("audio.projector.weight", "model.adapter or model.llm"),
+        (next(n for n in tensors if n.startswith("audio.primary.")), "model.primary"),
+        (next(n for n in tensors if n.startswith("audio.experts.")), "model.experts"),
+    ):
+        other = {name: torch.zeros(*tensors[name].shape[:-1], tensors[name].shape[-1] + 1)}
+        with pytest.raises(UserError, match=rf"out: {name} has shape .*, here it is .*; {key} decides it"):
+            fill_weights(origin, shards_of(other), MODEL)
+    fewer = {EMBEDDING: tensors[EMBEDDING][:-1]}
+    with pytest.raises(UserError, match="model.llm decides it"):
+        fill_weights(origin, shards_of(fewer), MODEL)
+    with pytest.raises(UserError, match="holds no audio.adapter.other; model.adapter decides it"):
+        fill_weights(origin, shards_of({"audio.adapter.other": torch.zeros(3)}), MODEL)
+
+
+def test_an_encoder_is_added_to_an_export(made: tuple[Path, dict[str, Tensor]]) -> None:
+    root, tensors = made
+    model = replace(MODEL, experts=(*MODEL.experts, replace(MODEL.experts[0], name="another")))
+    name = "audio.router.independent.logits"
+    old = tensors[name].detach()
+    wanted = {name: torch.cat([old, old.mean(0, keepdim=True)]), "audio.experts.another.x": torch.full((4,), INITIAL)}
+    shards = shards_of(wanted)
+    assert fill_weights(open_origin(str(root / "out"), True), shards, model) == ("encoder another",)
+    check(shards, wanted)
+
+
+def test_an_export_is_read_from_a_bucket(made: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
+    root, tensors = made
+    monkeypatch.setattr(
+        origins, "open_store", lambda url: LocalStore(root / url.removeprefix("s3://bucket").strip("/"))
+    )
+    assert is_export("s3://bucket/out") and not is_export("s3://bucket/run")
+    wanted = {n: t for n, t in tensors.items() if not n.startswith("audio.ctc_head.")}
+    shards = shards_of(wanted)
+    assert fill_weights(open_origin("s3://bucket/out", True), shards, MODEL) == ()
+    check(shards, wanted)
+
+
+def test_another_kind_of_folder_is_one_line(made: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    assert export.main([str(made[0] / "run"), str(tmp_path / "llm"), "--llm-only"]) == 0
+    with pytest.raises(UserError, match="another kind of model .*; name an LLM alone in model.llm.weights"):
+        open_origin(str(tmp_path / "llm"), exported=True)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        open_origin(str(tmp_path), exported=False)

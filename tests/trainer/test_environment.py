@@ -1,0 +1,112 @@
+"""What a process sets before CUDA and process groups start, and how many files a rank has open."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from bench.scale import count_groups
+from tests.distributed.harness import run_ranks
+from trainer.job.node_check import Report, Wanted, look
+from trainer.parallel import environment
+from trainer.parallel.environment import low_limit, needed_descriptors, set_environment
+from trainer.parallel.groups import build_groups, connect
+from trainer.parallel.topology import Topology
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_settings_are_made_once_and_those_of_the_user_stay() -> None:
+    environ: dict[str, str] = {}
+    set_environment(environ)
+    assert environ == {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "TORCH_GLOO_LAZY_INIT": "1",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    }
+    own = {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    set_environment(own)
+    assert own["CUDA_DEVICE_MAX_CONNECTIONS"] == "8" and "PYTORCH_ALLOC_CONF" not in own
+
+
+@pytest.mark.timeout(60)
+def test_every_way_of_starting_sets_them_before_torch_is_imported() -> None:
+    """`python -m trainer` and a rank that torchrun started run the same main."""
+    script = textwrap.dedent("""
+        import json, os, resource, sys
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        from trainer import __main__ as main
+        def stop(options, arguments):
+            names = ("CUDA_DEVICE_MAX_CONNECTIONS", "TORCH_GLOO_LAZY_INIT", "PYTORCH_ALLOC_CONF")
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            print(json.dumps([[os.environ.get(n) for n in names], soft == hard, "torch" in sys.modules]))
+            return 0
+        main._run = stop
+        main.main(["debug"])
+    """)
+    unset = ("CUDA_DEVICE_MAX_CONNECTIONS", "TORCH_GLOO_LAZY_INIT", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    environ = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environ, capture_output=True, timeout=50)
+    assert json.loads(done.stdout) == [["1", "1", "expandable_segments:True"], True, False], done.stderr
+
+
+def test_a_low_limit_is_named_with_the_number_that_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = needed_descriptors(1008, cuda=True)
+    assert low_limit(needed, 1008, cuda=True) is None
+    assert f"may open 1024 files, a rank of 1008 may need {needed}" in (low_limit(1024, 1008, cuda=True) or "")
+    monkeypatch.setattr("trainer.job.node_check.raise_descriptor_limit", lambda: 1024)
+    wanted = Wanted(0, str(tmp_path), (), None, 0, 0, num_ranks=1008)
+    assert [f"a rank of 1008 may need {needed_descriptors(1008, cuda=False)}" in f for f in look(wanted).faults] == [
+        True
+    ]
+    assert isinstance(look(Wanted(0, str(tmp_path), (), None, 0, 0)), Report)
+    assert not look(Wanted(0, str(tmp_path), (), None, 0, 0)).faults
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("topology", "most"),
+    [(Topology(128, 8, 4, 4), 1600), (Topology(1008, 8, 9, 4), 3400), (Topology(4096, 8, 8, 4), 9600)],
+)
+def test_a_rank_joins_two_gloo_groups_at_any_size(topology: Topology, most: int) -> None:
+    found = count_groups(topology, rank=0)
+    assert found.gloo_groups == 2  # the world's and the checkpoints'
+    assert found.gloo_peers == 2 * (topology.world - 1)
+    assert found.groups <= 24
+    assert needed_descriptors(topology.world, cuda=True) <= most
+
+
+def lazy_body() -> dict[str, Any]:
+    """Count this rank's open files: with the groups of a run, and after every pair of ranks has talked."""
+
+    def count() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = count()
+    rank, world, device = connect(timeout_sec=60)
+    after_world = count()
+    build_groups(Topology(world, 2, 2), rank, device, 0)
+    after_groups = count()
+    dist.gather_object(rank, [None] * world if rank == 0 else None)
+    return {"world": after_world - before, "groups": after_groups - after_world, "gather": count() - after_groups}
+
+
+@pytest.mark.timeout(120)
+def test_groups_without_traffic_have_no_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_GLOO_LAZY_INIT", raising=False)
+    world = 8
+    first, *others = run_ranks(world, lazy_body)
+    num_groups = count_groups(Topology(world, 2, 2), rank=0, cuda=False).megatron_groups
+    assert first["groups"] <= num_groups * environment.GLOO_GROUP_DESCRIPTORS + 2
+    for found in others:
+        assert found["groups"] <= num_groups * environment.GLOO_GROUP_DESCRIPTORS + 2
+        assert found["gather"] <= 3  # to rank 0, not to all
+    assert first["world"] + first["gather"] <= needed_descriptors(world, cuda=False) - environment.PROCESS_DESCRIPTORS

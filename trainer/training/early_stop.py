@@ -1,0 +1,38 @@
+"""The end of a run whose evaluations no longer improve: the recipe's `eval.stop_after`."""
+
+from __future__ import annotations
+
+from model.errors import UserError
+from trainer.checkpoint.manager import CheckpointManager
+from trainer.config.evaluation import EvalConfig
+
+
+def stops_early(config: EvalConfig, checkpoints: CheckpointManager, done: int, *, just_evaluated: bool) -> bool:
+    """Return whether `eval.stop_after` ends the run after `done` steps; every rank gets the same answer.
+
+    Collective: every rank of the world must call it.
+
+    Args:
+        config: The recipe's `eval` section.
+        checkpoints: The run's checkpoints, which know the scores of all evaluations so far.
+        done: The number of steps done.
+        just_evaluated: Whether an evaluation took place after the last of these steps.
+
+    Raises:
+        UserError: If an evaluation took place and none so far has `checkpoint.best_metric`.
+    """
+    if not config.stop_after:
+        return False
+    metric = checkpoints.config.best_metric
+    stale = checkpoints.since_best(done)
+    if stale is None and not just_evaluated:
+        return False
+    if stale is None:
+        raise UserError(
+            f"checkpoint.best_metric = {metric}: no evaluation has it; metrics.jsonl shows the names that exist"
+        )
+    if stale < config.stop_after:
+        return False
+    if checkpoints.groups.rank == 0:
+        print(f"stopped at step {done}: {metric} has not improved in {stale} evaluations", flush=True)
+    return True
