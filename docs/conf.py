@@ -17,7 +17,14 @@ copyright = "The earshot maintainers, Apache-2.0"
 extensions = ["myst_parser"]
 source_suffix = {".md": "markdown"}
 root_doc = "README"
-include_patterns = ["README.md", "BENCHMARKS.md", "CONTRIBUTING.md", "CHANGELOG.md", "ds_configs/README.md", "docs/*.md"]
+include_patterns = [
+    "README.md",
+    "BENCHMARKS.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "ds_configs/README.md",
+    "docs/*.md",
+]
 exclude_patterns = [".venv*", "runs", "site"]  # Sphinx would walk through them
 myst_heading_anchors = 3
 suppress_warnings = ["misc.highlighting_failure"]
