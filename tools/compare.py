@@ -1,6 +1,6 @@
 """Compare evaluations of the same samples.
 
-    python -m tools.compare runs/a/predictions-test-step500.jsonl runs/b/predictions-test-step500.jsonl
+    earshot compare runs/a/predictions-test-step500.jsonl runs/b/predictions-test-step500.jsonl
 
 Each file is a predictions*.jsonl of a run or of tools.evaluate. All others are compared with the first one. For every
 metric of every task and subset, the command prints both values and their difference with its 95 % interval by paired
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 2 after printing a UserError, else 0.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="PREDICTIONS", help="two or more predictions*.jsonl")
     parser.add_argument(

@@ -1,7 +1,7 @@
 """Create a small corpus, train a small model on it and show what it learned.
 
-python -m tools.demo                       a few minutes on two CPU cores
-python -m tools.demo train.steps=2000      a longer training
+earshot demo                       a few minutes on two CPU cores
+earshot demo train.steps=2000      a longer training
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 2 after printing a UserError, else that of the training.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="keys of the recipe demo_cpu to change, e.g. train.steps=50"

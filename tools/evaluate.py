@@ -1,7 +1,7 @@
 """Evaluate an exported model, a checkpoint or a run's newest checkpoint.
 
-    python -m tools.evaluate out/model --data test.jsonl                              an exported model
-    python -m tools.evaluate runs/demo --data data/shards --split test --nproc 2      a run, in two processes
+    earshot evaluate out/model --data test.jsonl                              an exported model
+    earshot evaluate runs/demo --data data/shards --split test --nproc 2      a run, in two processes
 
 The command prints every metric with its 95 % interval, and the main metrics by subset, language, source and duration.
 It writes predictions.jsonl (which tools.compare and tools.judge read), scores.json, scores.csv, report.html and plots.
@@ -177,7 +177,7 @@ def _as_json(tree: dict[str, Any], found: Finished, folder: Path) -> dict[str, A
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="an exported folder, a checkpoint, or a run (its newest checkpoint)")

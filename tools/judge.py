@@ -1,6 +1,6 @@
 """Rate open answers with a language model as the judge.
 
-    python -m tools.judge runs/demo/predictions-test-step500.jsonl --url http://localhost:8000/v1 --model llama-3-70b
+    earshot judge runs/demo/predictions-test-step500.jsonl --url http://localhost:8000/v1 --model llama-3-70b
 
 URL is the address of any OpenAI-compatible endpoint. Its key, if it needs one, is read from the environment variable
 OPENAI_API_KEY. Ratings are from 0 to 5 on AudioBench's scale. They are written next to the predictions, into
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 1 if the judge failed on an answer, 2 after printing a UserError, else 0.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="a predictions*.jsonl of an evaluation")
     parser.add_argument("--url", required=True, help="base address of the endpoint, which usually ends in /v1")

@@ -1,7 +1,7 @@
 """Pack the samples of a manifest into WebDataset shards with an index.
 
-    python -m tools.make_shards data/asr.jsonl data/shards --split train
-    python -m tools.make_shards data/asr.jsonl s3://bucket/shards
+    earshot shards make data/asr.jsonl data/shards --split train
+    earshot shards make data/asr.jsonl s3://bucket/shards
 
 OUT is a folder or s3://BUCKET/PREFIX (also gs:// and az://). Rerun an interrupted command to resume it.
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 2 after printing a UserError, else 0.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.make_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot shards make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "manifest", type=Path, metavar="MANIFEST", help="JSONL file; its audio paths are relative to its folder"

@@ -1,8 +1,8 @@
 """Report which encoder experts a run uses, for which tasks, and at what cost.
 
-    python -m tools.profile_experts runs/demo                                  the routing during training
-    python -m tools.profile_experts runs/demo --data test.jsonl                the routing of other data
-    python -m tools.profile_experts runs/demo --fail-on dead,imbalance=1.5     a check for automated pipelines
+    earshot profile runs/demo                                  the routing during training
+    earshot profile runs/demo --data test.jsonl                the routing of other data
+    earshot profile runs/demo --fail-on dead,imbalance=1.5     a check for automated pipelines
 
 The command prints tables, writes report.html, profile.json, cells.csv and plots, and adds these files to the run in
 MLflow. docs/profile.md explains the numbers.
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 1 if a limit of `--fail-on` is exceeded, 2 after printing a UserError, else 0.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.profile_experts",
+        prog="earshot profile",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,7 +1,7 @@
 """Transcribe audio files, or ask a model a question about them.
 
-    python -m tools.transcribe out/model audio.flac                               a recording of any length
-    python -m tools.transcribe runs/demo a.wav b.wav --prompt "Who speaks?"      a question about each recording
+    earshot transcribe out/model audio.flac                               a recording of any length
+    earshot transcribe runs/demo a.wav b.wav --prompt "Who speaks?"      a question about each recording
 
 MODEL is a folder that tools.export wrote, a checkpoint or a run. Recordings longer than a window are transcribed in
 overlapping windows, and the texts are joined. With --prompt, the model receives each recording as a whole, unless
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 2 after printing a UserError, else 0.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.transcribe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot transcribe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", help="an exported folder, a checkpoint, or a run")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""A summary of what a recipe means, for `--dry-run`: layout, sizes and batches. `python -m tools.plan` prints more."""
+"""A summary of what a recipe means, for `--dry-run`: layout, sizes and batches. `earshot plan` prints more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The law of the house: every topology equals the single-process model. `python -m tools.parity` is the whole table."""
+"""The law of the house: every topology equals the single-process model. `earshot parity` is the whole table."""
 
 from __future__ import annotations
 

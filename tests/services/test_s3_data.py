@@ -198,7 +198,7 @@ def test_a_server_away_for_good_stops_the_run_with_its_state_saved(
     (line,) = [x for x in errors.splitlines() if x.startswith("error:")]
     assert "s3://bucket/away/set/shard-" in line and "no usable answer within 2 s" in line
     done = max(losses(tmp_path / "s3"))
-    assert 3 <= done < 16 and f"the state after step {done} is in" in line
+    assert 3 <= done < 16 and f"the state after step {done} is saved in" in line
     assert (tmp_path / "s3" / "debug" / "checkpoints" / f"step-{done:08d}").is_dir()
     code, errors = finish(trainer(tmp_path / "s3", local, "s3://bucket/away/set"))
     assert code == 0 and f"resuming at step {done}" in errors, errors

@@ -23,8 +23,9 @@ def test_every_command_has_help_with_an_example(command: cli.Command, capsys: py
         cli.main([*command.name.split(), "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert re.search(rf"earshot {command.name}\b", text.partition("\n")[0]), text.partition("\n")[0]
-    assert re.search(rf"^ +earshot {command.name}\b", text, flags=re.MULTILINE), f"no example in:\n{text}"
+    usage, _, rest = text.partition("\n")
+    assert usage.startswith(f"usage: earshot {command.name} ")
+    assert re.search(rf"^ *earshot {command.name}\b", rest, flags=re.MULTILINE), f"no example in:\n{text}"
 
 
 def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:

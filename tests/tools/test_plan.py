@@ -1,4 +1,4 @@
-"""`python -m tools.plan`, as a user and as a batch script call it."""
+"""`earshot plan`, as a user and as a batch script call it."""
 
 from __future__ import annotations
 

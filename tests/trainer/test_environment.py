@@ -39,7 +39,7 @@ def test_settings_are_made_once_and_those_of_the_user_stay() -> None:
 
 @pytest.mark.timeout(60)
 def test_every_way_of_starting_sets_them_before_torch_is_imported() -> None:
-    """`python -m trainer` and a rank that torchrun started run the same main."""
+    """`earshot train` and a rank that torchrun started run the same main."""
     script = textwrap.dedent("""
         import json, os, resource, sys
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))

@@ -1,6 +1,6 @@
 """The command that runs a recipe as a Slurm job.
 
-    python -m trainer.job RECIPE [key=value ...]
+    earshot job RECIPE [key=value ...]
 
 It prints the plan, checks the nodes, starts the ranks and requeues the job if needed. Outside a Slurm job, it checks
 only what needs no nodes: the recipe, its plan and its data. This module does not import torch, so that it handles
@@ -216,12 +216,14 @@ class Job:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command `python -m trainer.job`.
+    """Run the command `earshot job`.
 
     Returns:
         The exit code: 0, that of the ranks, or 2 after one line that says what to fix.
     """
-    parser = argparse.ArgumentParser(prog="python -m trainer.job", description="Run a recipe as a Slurm job.")
+    parser = argparse.ArgumentParser(
+        prog="earshot job", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", metavar="RECIPE", help="the name or the file of a recipe")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that override the recipe's")
     options = parser.parse_args(arguments)
