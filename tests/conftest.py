@@ -16,6 +16,8 @@ SLOW_PLACES = (
     "golden",
     "services",
     "test_end_to_end.py",
+    "test_host_syncs.py",
+    "test_run_tokenizer.py",
     "test_survive.py",
     "test_wheel.py",
     "tools/test_kill_test.py",
