@@ -86,6 +86,7 @@ def alone(made: tuple[Path, Path], loaded: Loaded) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 def test_an_export_and_its_checkpoint_say_what_generate_says(
     made: tuple[Path, Path], alone: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +105,7 @@ def test_an_export_and_its_checkpoint_say_what_generate_says(
     assert compare.main([str(tmp_path / name / "predictions.jsonl") for name in "ab"]) == 0
 
 
+@pytest.mark.slow
 def test_shards_and_two_processes_say_the_same(made: tuple[Path, Path], alone: dict[str, str], tmp_path: Path) -> None:
     root, manifest = made
     assert make_shards.main([str(manifest), str(tmp_path / "shards"), "--max-skipped", "0.5"]) == 0
@@ -113,6 +115,7 @@ def test_shards_and_two_processes_say_the_same(made: tuple[Path, Path], alone: d
     assert said(tmp_path / "a") == {key: text for key, text in alone.items() if key in wanted}
 
 
+@pytest.mark.slow
 def test_workers_answer_as_often_as_they_are_asked(made: tuple[Path, Path], alone: dict[str, str]) -> None:
     request = in_batches_of_two(made)
     stored, places = worker.open_wanted(request)
@@ -140,6 +143,7 @@ def test_workers_that_die_while_they_load_are_one_clear_line(made: tuple[Path, P
             list(run([[0]]))
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_with_what_is_missing(
     made: tuple[Path, Path], alone: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -88,6 +88,7 @@ def test_an_encoders_normalisation_goes_along() -> None:
     assert not resolve(audio_config(described).experts[2]).do_normalize
 
 
+@pytest.mark.slow
 def test_every_family_generates_the_same_tokens_without_this_project(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path)
     oracles: dict[str, SpeechLLM] = {}
@@ -264,6 +265,7 @@ def test_a_damaged_checkpoint_is_one_line(
     assert export.main([str(tmp_path / "nothing"), str(tmp_path / "out")]) == 2
 
 
+@pytest.mark.slow
 def test_it_needs_no_more_memory_than_the_largest_tensor(run: Run, tmp_path: Path) -> None:
     """The floor of a process that imports torch and transformers counts, too."""
     done = subprocess.run(

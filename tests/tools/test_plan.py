@@ -18,6 +18,7 @@ def plan(*arguments: str, timeout_sec: float = 200.0) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_sec, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_70b_plan() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -39,6 +40,7 @@ def test_the_70b_plan() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -55,6 +57,7 @@ def test_a_mistake_is_one_line_before_anything_slow(arguments: list[str], messag
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 20
 
 
+@pytest.mark.slow
 def test_a_job_that_cannot_fit_is_refused_with_the_worst_rank() -> None:
     done = plan("debug", "--accelerator", "memory_gib=6.1", "--json")
     assert done.returncode == 2
@@ -65,6 +68,7 @@ def test_a_job_that_cannot_fit_is_refused_with_the_worst_rank() -> None:
     assert json.loads(done.stdout.splitlines()[-1])["fits"] is False
 
 
+@pytest.mark.slow
 def test_the_fastest_layout_that_fits_is_a_legal_recipe() -> None:
     done = plan("debug", "parallel.num_ranks=4", "data.num_lanes=8", "--fit", "--json")
     assert done.returncode == 0, done.stderr

@@ -340,6 +340,7 @@ def test_two_attempts_in_a_save_at_once(start: Start, monkeypatch: pytest.Monkey
     assert names(path.parent) == [path.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["write_tensors", "write_text", "_rename", "clean_up"])
 def test_killed_in_a_save(moment: str, start: Start) -> None:
     old = save(start(), 1)

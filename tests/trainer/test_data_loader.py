@@ -89,6 +89,7 @@ def assert_identical(one: list[list[Sample]], two: list[list[Sample]]) -> None:
         assert all(torch.equal(x, y) for x, y in zip(a.clips, b.clips, strict=True))
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from([1, 2, 3, 8]),
     st.integers(1, 2),
@@ -122,6 +123,7 @@ def test_any_stop_points_and_ranks_give_the_same_batches(
     assert state == end
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=30, deadline=None)
 def test_any_shards_resumed_on_1_then_4_then_2_ranks(

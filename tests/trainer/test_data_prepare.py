@@ -113,6 +113,7 @@ def test_a_lenient_cache_is_no_way_around_a_strict_fraction(corpus: Path) -> Non
         prepare(data_config(corpus, SET), (2,))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not KIT.is_dir(), reason=f"no kit of real recordings at {KIT}; set KIT_DIR")
 def test_the_kit_trains_and_evaluates(tmp_path: Path) -> None:
     datasets = (

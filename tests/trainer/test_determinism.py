@@ -175,6 +175,7 @@ ALERTING = re.compile(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_step_of_all_parts_dispatches_no_operation_that_raises_on_cuda() -> None:
     (found,) = run_ranks(1, dispatched, timeout_sec=150)

@@ -99,6 +99,7 @@ def lazy_body() -> dict[str, Any]:
     return {"world": after_world - before, "groups": after_groups - after_world, "gather": count() - after_groups}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_groups_without_traffic_have_no_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_GLOO_LAZY_INIT", raising=False)

@@ -13,6 +13,7 @@ from trainer.engine.imports import lean_imports
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_rank_loads_neither_mlflow_nor_a_compiler() -> None:
     code = """
     import gc, sys

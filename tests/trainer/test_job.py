@@ -118,6 +118,7 @@ def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
     assert report.faults == [f"{tmp_path}/file/run cannot be written: Not a directory"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -182,6 +183,7 @@ def test_a_node_needs_memory_for_the_plans_snapshot_besides_the_rest(monkeypatch
     assert asked[0].min_memory_gib == 117.5 and asked[0].num_ranks == 128
 
 
+@pytest.mark.slow
 def test_the_check_before_a_job_takes_the_snapshot_from_the_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

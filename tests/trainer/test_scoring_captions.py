@@ -59,6 +59,7 @@ def captions_by_clip(num_clips: int) -> list[list[str]]:
     return [captions for captions in clips.values() if len(captions) > 1][:num_clips]
 
 
+@pytest.mark.slow
 def test_meteor_is_nltks_on_human_captions(wordnet: Path, nltk_reader: Any) -> None:
     from nltk import word_tokenize
     from nltk.translate.meteor_score import meteor_score
@@ -76,6 +77,7 @@ def test_meteor_is_nltks_on_human_captions(wordnet: Path, nltk_reader: Any) -> N
     assert num == 300
 
 
+@pytest.mark.slow
 def test_synonyms_are_those_that_nltk_reads(wordnet: Path, nltk_reader: Any) -> None:
     words = {
         word.lower().strip(".,") for captions in captions_by_clip(60) for text in captions for word in text.split()

@@ -122,6 +122,7 @@ def waiting_body() -> dict[str, Any]:
     return {"phases": timer.take(), "waits": waits.take()}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_waiting_for_a_rank_is_told_from_working() -> None:
     fast, slow = run_ranks(2, waiting_body)

@@ -107,6 +107,7 @@ def mlflow_tracker(root: Path, resume: bool = False, params: dict[str, object] |
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_mlflow_keeps_one_run_across_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -139,6 +140,7 @@ def test_mlflow_keeps_one_run_across_a_resume(tmp_path: Path, monkeypatch: pytes
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_files_join_the_run_they_are_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
