@@ -154,11 +154,11 @@ def _batch(recipe: Recipe, topology: Topology) -> list[str]:
 
 
 def _lengths(train: TrainConfig, topology: Topology) -> str:
-    """Of packs."""
+    """Return the text about the lengths that packs may have."""
     multiple = train.pack_multiple_tokens
     if multiple is None:
-        return f"filled up to a multiple of {topology.tp} (tensor ranks)"
-    return f"filled up to a multiple of {multiple}: {train.llm_tokens_per_microbatch // multiple} lengths"
+        return f"padded to a multiple of {topology.tp} (tensor-parallel ranks)"
+    return f"padded to a multiple of {multiple}: {train.llm_tokens_per_microbatch // multiple} different lengths"
 
 
 def _each(total: int, parts: int) -> str:

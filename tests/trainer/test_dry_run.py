@@ -34,11 +34,11 @@ def test_70b_on_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_lengths_of_packs_are_told() -> None:
-    assert "packs of up to 8192 tokens, filled up to a multiple of 8 (tensor ranks)." in describe(
+    assert "an LLM pack up to 8192 tokens, padded to a multiple of 8 (tensor-parallel ranks)." in describe(
         load_recipe("mowe_70b")
     )
     found = describe(load_recipe("mowe_70b", ["train.pack_multiple_tokens=1024"]))
-    assert "packs of up to 8192 tokens, filled up to a multiple of 1024: 8 lengths." in found
+    assert "an LLM pack up to 8192 tokens, padded to a multiple of 1024: 8 different lengths." in found
 
 
 def test_what_a_resumed_run_is_like_is_told() -> None:
