@@ -131,7 +131,7 @@ def test_a_run_that_starts_from_weights_takes_their_tokenizer(place: Place) -> N
         place.train("d", f"checkpoint.start_from={base}", "model.llm.config.hidden_size=64"),
         "checkpoint.start_from",
         "here it is",
-        "model.adapter or model.llm decides it",
+        "set model.adapter or model.llm as it was",
     )
 
 

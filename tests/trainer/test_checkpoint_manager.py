@@ -162,7 +162,7 @@ def test_damage_is_named_and_the_newest_good_one_taken(
 def test_all_damaged_is_an_error_and_none_is_a_start(start: Start) -> None:
     assert latest(start()) is None
     flip(save(start(), 1) / "audio-00000.safetensors")
-    with pytest.raises(UserError, match="none of its 1 checkpoints is whole"):
+    with pytest.raises(UserError, match="no undamaged checkpoint among 1"):
         start().latest()
 
 
