@@ -378,6 +378,6 @@ def test_a_torn_attempt_file_stops_nobody(start: Start) -> None:
 def test_another_model_leaves_the_engines_alone(start: Start) -> None:
     path = save(start(), 1)
     into = {LEARNED: torch.zeros(SHAPE)}
-    with pytest.raises(UserError, match=r"holds llm.w, the model does not"):
+    with pytest.raises(UserError, match=r"holds llm.w, which the model does not have; restore the recipe"):
         start().load(LocalFolder(path), into)  # type: ignore[arg-type]
     assert not into[LEARNED].any()

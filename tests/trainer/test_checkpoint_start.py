@@ -113,7 +113,10 @@ def test_an_export_is_read_from_a_bucket(made: tuple[Path, dict[str, Tensor]], m
 
 def test_another_kind_of_folder_is_one_line(made: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
     assert export.main([str(made[0] / "run"), str(tmp_path / "llm"), "--llm-only"]) == 0
-    with pytest.raises(UserError, match="another kind of model .*; name an LLM alone in model.llm.weights"):
+    with pytest.raises(
+        UserError,
+        match="another kind of model .*, and name the weights of an LLM without encoders in model.llm.weights",
+    ):
         open_origin(str(tmp_path / "llm"), exported=True)
     with pytest.raises(UserError, match="holds no checkpoint"):
         open_origin(str(tmp_path), exported=False)

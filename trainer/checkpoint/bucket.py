@@ -6,9 +6,9 @@
 
 A process that changes anything reads the newest catalogue and writes the next number, unless that exists already. If
 several processes try this at once, one succeeds and the others read again. Hence a commit, a removal and the beginning
-of an attempt each consist of writing one small object, and an attempt that is not the newest one cannot commit anything.
-Objects that the catalogue does not name are invisible. The newest attempt deletes its own leftovers and those of earlier
-attempts, but never those of a later one.
+of an attempt each consist of writing one small object, and an attempt that is not the newest cannot commit anything.
+Objects that the catalogue does not name are invisible. The newest attempt deletes its own leftovers and those of
+earlier attempts, but never those of a later one.
 """
 
 from __future__ import annotations
