@@ -148,7 +148,7 @@ def test_shards_and_weights_are_looked_at_before_a_job(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert main([*shards, "data.eval_splits=[train]", "eval.final_split=train"]) == 0
     assert main([*shards, "data.eval_splits=[train, dev]", "eval.final_split=train"]) == 2
-    assert "data.eval_splits: no set has samples of split 'dev'" in capsys.readouterr().err
+    assert "data.eval_splits: no dataset has samples of split 'dev'" in capsys.readouterr().err
     assert main([*shards, "data.datasets.0.tasks=[er]"]) == 2 and "select nothing" in capsys.readouterr().err
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main([*shards, "data.eval_splits=[train]", "eval.final_split=train", "model.llm.weights=a/b"]) == 2
