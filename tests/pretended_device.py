@@ -241,7 +241,7 @@ def _is_ours(device: Any) -> bool:
 def _note(what: str, operation: str) -> None:
     device = PretendedDevice.current
     if device is not None:
-        site = site_of(sys._getframe(1), left_out=(_THIS_FILE,))
+        site = site_of(sys._getframe(1), excluded=(_THIS_FILE,))
         getattr(device, what)[site] += 1
         if what == "waits":
             device.kinds[site, operation] += 1
