@@ -74,7 +74,7 @@ def decode_only(samples: Iterable[Utterance]) -> Arm:
 
 
 def ours_clips(prepared: PreparedData) -> Arm:
-    """Return the arm that orders, reads, verifies and decodes samples. Other libraries do the same without verifying."""
+    """Return the arm that orders, reads, verifies and decodes samples. Other libraries do not verify them."""
     (reader,) = prepared.open_training()
 
     def run() -> int:
