@@ -40,7 +40,7 @@ MODULES = {module_of(path): path for path in SOURCES}
 
 
 def package_of(module: str) -> str:
-    """Return a module's package, for example `trainer.data` for `trainer.data.lanes` and `trainer` for `trainer.build`."""
+    """Return a module's package, such as `trainer.data` for `trainer.data.lanes` and `trainer` for `trainer.build`."""
     for length in (2, 1):
         package = ".".join(module.split(".")[:length])
         if package in LAYER_OF:
