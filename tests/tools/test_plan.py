@@ -1,4 +1,4 @@
-"""`earshot plan`, as a user and as a batch script call it."""
+"""The command `earshot plan`, as called by users and batch scripts."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def test_the_70b_plan() -> None:
     assert "fits: " in done.stdout and "mowe_70b on 128 x h100: TP 8 x PP 4 x DP 4" in done.stdout
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["fits"] and found["ranks"] == 128
-    # Weights of the LLM: bf16, over TP and PP; every kind of rank holds its part.
+    # The weights of the LLM are bf16 and split over TP and PP.
     assert sum(k["weights_bytes"] * len(k["stages"]) for k in found["kinds"]) * 8 / 4 > 2 * 70.5e9
-    # 6 FLOPs per weight and token, without the embedding's table.
+    # There are 6 FLOPs per weight and token, without the embedding table.
     assert found["llm_flops"] == pytest.approx(6 * 69.5e9 * found["tokens_per_step"], rel=0.03)
     assert found["step_sec"] == pytest.approx(
         sum(found[k] for k in ("encoders_sec", "llm_sec", "exchange_sec", "update_sec"))
@@ -49,7 +49,7 @@ def test_the_70b_plan() -> None:
         (["mowe_70b", "--accelerator", "v100"], "error: --accelerator v100: legal names are"),
     ],
 )
-def test_a_mistake_is_one_line_before_anything_slow(arguments: list[str], message: str) -> None:
+def test_user_error_is_one_line_before_anything_slow(arguments: list[str], message: str) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = plan(*arguments)
     assert done.returncode == 2 and done.stderr.startswith(message), done.stderr

@@ -162,7 +162,7 @@ def test_damage_is_named_and_the_newest_good_one_taken(
 def test_all_damaged_is_an_error_and_none_is_a_start(start: Start) -> None:
     assert latest(start()) is None
     flip(save(start(), 1) / "audio-00000.safetensors")
-    with pytest.raises(UserError, match="none of its 1 checkpoints is whole"):
+    with pytest.raises(UserError, match="no undamaged checkpoint among 1"):
         start().latest()
 
 
@@ -379,6 +379,6 @@ def test_a_torn_attempt_file_stops_nobody(start: Start) -> None:
 def test_another_model_leaves_the_engines_alone(start: Start) -> None:
     path = save(start(), 1)
     into = {LEARNED: torch.zeros(SHAPE)}
-    with pytest.raises(UserError, match=r"holds llm.w, the model does not"):
+    with pytest.raises(UserError, match=r"holds llm.w, which the model does not have; restore the recipe"):
         start().load(LocalFolder(path), into)  # type: ignore[arg-type]
     assert not into[LEARNED].any()

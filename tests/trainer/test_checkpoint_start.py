@@ -79,12 +79,12 @@ def test_what_does_not_fit_is_named_with_the_key_that_decides_it(made: tuple[Pat
         (next(n for n in tensors if n.startswith("audio.experts.")), "model.experts"),
     ):
         other = {name: torch.zeros(*tensors[name].shape[:-1], tensors[name].shape[-1] + 1)}
-        with pytest.raises(UserError, match=rf"out: {name} has shape .*, here it is .*; {key} decides it"):
+        with pytest.raises(UserError, match=rf"out: {name} has shape .*, here it is .*; set {key} as it was"):
             fill_weights(origin, shards_of(other), MODEL)
     fewer = {EMBEDDING: tensors[EMBEDDING][:-1]}
-    with pytest.raises(UserError, match="model.llm decides it"):
+    with pytest.raises(UserError, match="set model.llm as it was"):
         fill_weights(origin, shards_of(fewer), MODEL)
-    with pytest.raises(UserError, match="holds no audio.adapter.other; model.adapter decides it"):
+    with pytest.raises(UserError, match="holds no audio.adapter.other; set model.adapter as it was"):
         fill_weights(origin, shards_of({"audio.adapter.other": torch.zeros(3)}), MODEL)
 
 
@@ -113,7 +113,10 @@ def test_an_export_is_read_from_a_bucket(made: tuple[Path, dict[str, Tensor]], m
 
 def test_another_kind_of_folder_is_one_line(made: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
     assert export.main([str(made[0] / "run"), str(tmp_path / "llm"), "--llm-only"]) == 0
-    with pytest.raises(UserError, match="another kind of model .*; name an LLM alone in model.llm.weights"):
+    with pytest.raises(
+        UserError,
+        match="another kind of model .*, and name the weights of an LLM without encoders in model.llm.weights",
+    ):
         open_origin(str(tmp_path / "llm"), exported=True)
     with pytest.raises(UserError, match="holds no checkpoint"):
         open_origin(str(tmp_path), exported=False)

@@ -62,7 +62,7 @@ def test_filters_choose_tasks_and_subsets(corpus: Path) -> None:
     with Loader(prepare(config, (2,)), seed=0, num_batches=3) as loader:
         assert {s.key for b, _ in loader for s in b.samples} == {f"text-{i}" for i in range(4)}
     nothing = DatasetConfig(name="none", manifest="set.jsonl", tasks=("er",))
-    with pytest.raises(UserError, match=r"data.datasets 'none': .* select nothing; there are: train/asr/noise"):
+    with pytest.raises(UserError, match=r"data.datasets 'none': .* select nothing; the dataset has: train/asr/noise"):
         prepare(data_config(corpus, nothing), (2,))
 
 
@@ -92,7 +92,7 @@ def test_skipped_eval_samples_are_reported(corpus: Path) -> None:
 def test_what_the_user_got_wrong_is_named(corpus: Path) -> None:
     for config, message in (
         (data_config(corpus), "data.datasets is empty"),
-        (data_config(corpus, SET, eval_splits=("dev",)), r"no set has samples of split 'dev'.*\['test', 'train'\]"),
+        (data_config(corpus, SET, eval_splits=("dev",)), r"no dataset has samples of split 'dev'.*\['test', 'train'\]"),
         (data_config(corpus, DatasetConfig(name="s", manifest="set.jsonl", split="trian")), r"has no split 'trian'"),
         (data_config(corpus, DatasetConfig(name="s", manifest="other.jsonl")), r"other.jsonl: manifest cannot be read"),
         (data_config(corpus, DatasetConfig(name="s", shards="nowhere")), r"no .*shards.json; make shards with"),

@@ -91,7 +91,7 @@ def test_spares_stand_in_for_bad_nodes() -> None:
         ("".join(H100.format(i, 81000, 0) for i in range(7)), ["7 of 8 GPUs answer"]),
         (
             "".join(H100.format(i, 81000 - 40000 * (i == 3), 2 * (i == 5)) for i in range(8)),
-            ["GPU 3: 41000 of 81559 MiB free: another process holds the rest", "GPU 5: 2 uncorrected memory errors"],
+            ["GPU 3: 41000 of 81559 MiB free; another process uses the rest", "GPU 5: 2 uncorrected memory errors"],
         ),
     ],
 )
@@ -105,11 +105,11 @@ def test_a_node_looks_at_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
     wanted = Wanted(1, str(tmp_path / "run"), (), "http://127.0.0.1:1", 1e6, 1e6)
     report = look(wanted)
-    kinds = ["no nvidia-smi", "GiB of memory available, 1e+06 wanted", "GiB free in", "GiB free in"]
+    kinds = ["no nvidia-smi", "GiB of memory available, 1e+06 needed", "GiB free in", "GiB free in"]
     assert all(kind in fault for kind, fault in zip(kinds, report.faults, strict=True))
     assert "metrics go to metrics.jsonl only" in report.warnings[0]
     fine = look(Wanted(0, str(tmp_path / "run"), (), None, 0.01, 0.01))
-    assert not fine.faults and "no GPUs asked for" in fine.facts
+    assert not fine.faults and "no GPUs requested" in fine.facts
 
 
 def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_shards_and_weights_are_looked_at_before_a_job(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert main([*shards, "data.eval_splits=[train]", "eval.final_split=train"]) == 0
     assert main([*shards, "data.eval_splits=[train, dev]", "eval.final_split=train"]) == 2
-    assert "data.eval_splits: no set has samples of split 'dev'" in capsys.readouterr().err
+    assert "data.eval_splits: no dataset has samples of split 'dev'" in capsys.readouterr().err
     assert main([*shards, "data.datasets.0.tasks=[er]"]) == 2 and "select nothing" in capsys.readouterr().err
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main([*shards, "data.eval_splits=[train]", "eval.final_split=train", "model.llm.weights=a/b"]) == 2

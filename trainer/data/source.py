@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ import numpy as np
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE, num_samples
 from trainer.data.augment import augment
+from trainer.data.clip_cache import ClipCache, Decoded
 from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.decode import SampleError, check_metadata, decode_audio
 from trainer.data.fetch import Fetched, ReadAhead, checked, read_samples, read_table, read_unchecked
@@ -26,9 +25,6 @@ from trainer.storage.store import ChangedError, MissingError
 
 Received = dict[int, memoryview]
 """Index of a sample → its bytes, which are not checked yet."""
-
-Decoded = tuple[dict[str, Any], tuple[Clip, ...]]
-"""The metadata and decoded clips of a sample."""
 
 _GRACE_SAMPLES = 200
 """The allowed number of skips is computed from at least this many samples, so that early skips do not stop a run."""
@@ -170,40 +166,6 @@ class DatasetReader:
         table, selected = self.shards.table(shard), self.selected(shard)
         entries = ((index, table[selected[index]]) for index in chunk)
         return tuple(r for r, e in entries if e.task == "asr" and e.subset == subset and e.num_clips == 1)
-
-
-class ClipCache:
-    """A thread-safe cache of decoded samples, which evicts the least recently used ones when it is full."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self._items: OrderedDict[tuple[int, int, int], Decoded] = OrderedDict()
-        self._lock = Lock()
-
-    def get(self, key: tuple[int, int, int]) -> Decoded | None:
-        """Return the metadata and clips of a sample, or None if it is not in the cache."""
-        with self._lock:
-            if key in self._items:
-                self._items.move_to_end(key)
-            return self._items.get(key)
-
-    def __contains__(self, key: tuple[int, int, int]) -> bool:
-        return key in self._items
-
-    def put(self, key: tuple[int, int, int], metadata: dict[str, Any], clips: tuple[Clip, ...]) -> None:
-        """Add a sample. Its metadata and clips must not be modified afterwards."""
-        size = sum(c.nbytes for c in clips)
-        if size > self.max_bytes:
-            return
-        with self._lock:
-            if key in self._items:
-                return
-            self._items[key] = (metadata, clips)
-            self.num_bytes += size
-            while self.num_bytes > self.max_bytes:
-                _, (_, evicted) = self._items.popitem(last=False)
-                self.num_bytes -= sum(c.nbytes for c in evicted)
 
 
 class SampleSource:

@@ -26,7 +26,7 @@ from model.errors import UserError
 from trainer.job import slurm
 from trainer.job.check import Facts
 from trainer.job.node_check import GIB
-from trainer.job.preflight import BadNodesError, preflight, say
+from trainer.job.preflight import BadNodesError, preflight, print_timed
 from trainer.run.exit_codes import ExitCode
 from trainer.telemetry.events import EventLog, read_events
 
@@ -53,7 +53,7 @@ class Signals:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        say(f"job: received {signal.Signals(number).name}")
+        print_timed(f"job: received {signal.Signals(number).name}")
         self.received = True
         self.ending |= number == signal.SIGTERM
         if number == signal.SIGUSR1 and self.step is not None and self.step.poll() is None:
@@ -146,7 +146,7 @@ class Job:
             raise
         code: int = ExitCode.STOPPED
         if not self.signals.received:
-            say(f"job: {self.facts.num_ranks} ranks start on {', '.join(found.nodes)}")
+            print_timed(f"job: {self.facts.num_ranks} ranks start on {', '.join(found.nodes)}")
             code = self._step(
                 slurm.srun(self.allocation, found.nodes, layout.ranks_per_node, ["trainer", *self.arguments])
             )
@@ -157,7 +157,7 @@ class Job:
         try:
             self.log.add(event, **fields)
         except OSError as error:
-            say(f"job: the event '{event}' could not be written: {error}")
+            print_timed(f"job: the event '{event}' could not be written: {error}")
 
     def _note_start(self) -> None:
         """Append `submitted`, after the reason why the previous attempt ended if it could not report that itself."""
@@ -206,7 +206,7 @@ class Job:
         if not self.allocation.restarts or not error.bad:
             self._emit("refused", why=str(error))
             raise error
-        say(f"job: {error}")
+        print_timed(f"job: {error}")
         if set(error.bad) == set(self.allocation.nodes):
             return self._after(ExitCode.FAILED)  # all nodes failed: the cause is probably shared by others, too
         self._emit("requeued", why=f"without {', '.join(error.bad)}")
