@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
     from trainer.expert_usage.files import write_files
     from trainer.expert_usage.history import find_run, profile_history
     from trainer.expert_usage.text import describe
-    from trainer.telemetry.tracker import log_artifacts
+    from trainer.telemetry.trackers.table import add_files
 
     limits = Limits.parse(options.fail_on)
     where = find_run(options.run)
@@ -116,8 +116,8 @@ def _run(options: argparse.Namespace) -> int:
     print(describe(profile))
     files = write_files(profile, folder)
     print(f"\n{', '.join(f.name for f in files)} in {folder}")
-    if (reason := log_artifacts(where.run_dir, files, folder.name)) is not None:
-        print(f"not added to MLflow: {reason}", file=sys.stderr)
+    for failure in add_files(where.run_dir, files, folder.name):
+        print(f"not added to {failure}", file=sys.stderr)
     failures = []
     if limits.dead and profile.dead:
         failures.append(f"dead: {', '.join(profile.dead)}")

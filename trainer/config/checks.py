@@ -21,6 +21,8 @@ from trainer.config.shipped import shipped
 from trainer.engine.determinism import check_variables
 from trainer.engine.ds_config import load_ds_json
 from trainer.parallel.topology import ParallelConfig, build_topology, divisors
+from trainer.scoring.tasks import TASKS
+from trainer.telemetry.trackers.table import check_trackers
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -40,6 +42,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_vocabulary(recipe, hf_config)
     _check_data(recipe)
     _check_steps(recipe)
+    check_trackers(recipe.telemetry.trackers)
     check_packs(recipe.train, recipe.parallel)
     load_ds_json(deepspeed_json(recipe))
     if recipe.train.deterministic:
@@ -185,11 +188,12 @@ def _check_data(recipe: Recipe) -> None:
     _check_lanes(recipe)
     if not data.datasets:
         raise UserError("data.datasets is empty: name at least one manifest or folder of shards")
-    may_hold_asr = any(not s.tasks or "asr" in s.tasks for s in data.datasets)
-    if recipe.model.ctc_weight > 0 and not may_hold_asr:
+    spoken = [task.name for task in TASKS.values() if task.is_transcription]
+    may_hold_transcripts = any(not d.tasks or set(spoken) & set(d.tasks) for d in data.datasets)
+    if recipe.model.ctc_weight > 0 and not may_hold_transcripts:
         raise UserError(
-            f"model.ctc_weight = {recipe.model.ctc_weight}: CTC needs answers of the task asr, and none of "
-            "data.datasets has it; add it or set model.ctc_weight=0"
+            f"model.ctc_weight = {recipe.model.ctc_weight}: CTC needs answers of the task {' or '.join(spoken)}, and "
+            "none of data.datasets has it; add it or set model.ctc_weight=0"
         )
     _check_stop(recipe)
     read = {"final_split": recipe.eval.final_split}
@@ -207,8 +211,9 @@ def _check_stop(recipe: Recipe) -> None:
     if metric is not None and not any(metric.startswith(f"eval/{known}/") for known in recipe.data.eval_splits):
         raise UserError(
             f"checkpoint.best_metric = {metric}: must begin with eval/ and one of data.eval_splits: "
-            f"e.g. eval/{split}/asr/wer"
+            f"e.g. {_example_metric(split)}"
         )
+    _check_best_is(recipe)
     if not after:
         return
     if not recipe.eval.every_steps:
@@ -216,8 +221,26 @@ def _check_stop(recipe: Recipe) -> None:
     if metric is None or not metric.startswith(f"eval/{split}/"):
         raise UserError(
             f"eval.stop_after = {after}: watches checkpoint.best_metric = {metric}, which must be of eval.split: "
-            f"e.g. eval/{split}/asr/wer"
+            f"e.g. {_example_metric(split)}"
         )
+
+
+def _example_metric(split: str) -> str:
+    task = next(iter(TASKS.values()))
+    return f"eval/{split}/{task.name}/{task.headlines[0]}"
+
+
+def _check_best_is(recipe: Recipe) -> None:
+    """Check that the best checkpoint by a task's main metric is not the one with the worst value."""
+    metric, best_is = recipe.checkpoint.best_metric, recipe.checkpoint.best_is
+    for task in TASKS.values() if metric is not None else ():
+        right = "highest" if task.higher_is_better else "lowest"
+        mains = {f"eval/{split}/{task.name}/{task.headlines[0]}" for split in recipe.data.eval_splits}
+        if metric in mains and best_is != right:
+            raise UserError(
+                f"checkpoint.best_is = {best_is}: the best value of checkpoint.best_metric = {metric} is the {right}; "
+                f"set checkpoint.best_is={right}"
+            )
 
 
 def _check_lanes(recipe: Recipe) -> None:

@@ -15,8 +15,12 @@ from model.errors import UserError
 FORMER_KEYS = {
     "data.sets": "datasets",
     "model.router.entry_steps": "added_encoder_warmup_steps",
+    "telemetry.mlflow_experiment": "experiment",
 }
 """The dotted former key, and the last part of its present name; the section is the same."""
+
+FORMER_SWITCHES = {"telemetry.mlflow": ("trackers", {True: ["mlflow"], False: []})}
+"""The dotted former key, the last part of the key that replaces it, and its value for each value of the former key."""
 
 FORMER_VALUES = {"model.router.gates": FORMER_GATES}
 """By dotted key, the items of a list that had other names, and their present ones."""
@@ -34,6 +38,9 @@ def refuse(tree: dict[str, Any]) -> None:
     for section, key, new in _former_keys(tree):
         if key.rpartition(".")[2] in section:
             raise UserError(f"{key}: renamed; write {key.rpartition('.')[0]}.{new} instead")
+    for section, key, new, values in _former_switches(tree):
+        listed = ", ".join(values[section[key.rpartition(".")[2]]])
+        raise UserError(f"{key}: replaced; write {key.rpartition('.')[0]}.{new}=[{listed}] instead")
     for section, key, names in _former_values(tree):
         found = [v for v in section[key.rpartition(".")[2]] if v in names]
         if found:
@@ -50,6 +57,8 @@ def translate(tree: dict[str, Any]) -> None:
         last = key.rpartition(".")[2]
         if last in section:
             section[new] = section.pop(last)
+    for section, key, new, values in _former_switches(tree):
+        section[new] = values[section.pop(key.rpartition(".")[2])]
     for section, key, names in _former_values(tree):
         last = key.rpartition(".")[2]
         section[last] = [names.get(v, v) for v in section[last]]
@@ -60,6 +69,13 @@ def _former_keys(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, st
         section = _section(tree, key)
         if section is not None:
             yield section, key, new
+
+
+def _former_switches(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str, dict[bool, list[str]]]]:
+    for key, (new, values) in FORMER_SWITCHES.items():
+        section = _section(tree, key)
+        if section is not None and isinstance(section.get(key.rpartition(".")[2]), bool):
+            yield section, key, new, values
 
 
 def _former_values(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, dict[str, str]]]:

@@ -13,6 +13,7 @@ from model.errors import UserError
 from trainer.config.convert import from_tree, to_tree
 from trainer.config.former_keys import refuse, translate
 from trainer.config.schema import Recipe
+from trainer.plugins import load_plugins
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -30,7 +31,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(tree, override)
     refuse(tree)
-    return from_tree(Recipe, tree)
+    return _build(tree)
 
 
 def parse_stored_recipe(text: str, where: str) -> Recipe:
@@ -46,6 +47,14 @@ def parse_stored_recipe(text: str, where: str) -> Recipe:
     tree = _parse(text, where)
     if isinstance(tree, dict):
         translate(tree)
+    return _build(tree)
+
+
+def _build(tree: Any) -> Recipe:
+    """Return the recipe of a tree, after its plug-ins are loaded, since its sections may name what they add."""
+    names = tree.get("plugins") if isinstance(tree, dict) else None
+    if isinstance(names, list):  # anything else is refused below
+        load_plugins([name for name in names if isinstance(name, str)])
     return from_tree(Recipe, tree)
 
 

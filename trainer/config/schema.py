@@ -16,8 +16,8 @@ from trainer.engine.optim import OptimConfig
 from trainer.parallel.topology import ParallelConfig
 from trainer.run.restart import RestartConfig
 from trainer.storage.open import join_url
+from trainer.telemetry.config import TelemetryConfig
 from trainer.telemetry.profile_config import ProfileConfig
-from trainer.telemetry.tracker import TelemetryConfig
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class Recipe:
     """Of the run's folder and of the run in trackers."""
     seed: int = 0
     """Of initialisation, data order, augmentation and router noise."""
+    plugins: tuple[str, ...] = ()
+    """The plug-ins that the recipe needs: names of installed packages, or of single entry points; docs/extending.md."""
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

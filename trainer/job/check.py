@@ -29,8 +29,8 @@ class Facts:
     tensor: int
     stores: tuple[str, ...]
     """URLs of buckets that samples are read from."""
-    tracker: str | None
-    """URL of the MLflow server; None: files, or none."""
+    trackers: tuple[str, ...]
+    """URLs of the servers that trackers send to."""
     snapshot_gib: float = 0.0
     """Host memory that a save needs on a node, by the plan; 0: it has not been planned."""
 
@@ -54,18 +54,19 @@ def _check(name: str, overrides: Sequence[str], retry_sec: float) -> None:
     from trainer.config.load import load_recipe
     from trainer.data.prepare import check_stored
     from trainer.storage.open import join_url, scheme_of
-    from trainer.telemetry.tracker import tracking_uri
+    from trainer.telemetry.trackers.table import TRACKERS, check_trackers
 
     recipe = load_recipe(name, overrides)
     run_root = Path(recipe.train.run_dir)
-    tracker = tracking_uri(run_root) if recipe.telemetry.mlflow else ""
+    check_trackers(recipe.telemetry.trackers)
+    servers = [TRACKERS[name].server(run_root) for name in recipe.telemetry.trackers]
     urls = [join_url(recipe.data.root, part.shards) for part in recipe.data.datasets if part.shards is not None]
     facts = Facts(
         str(run_root / recipe.name),
         recipe.parallel.num_ranks,
         recipe.parallel.tensor,
         tuple(url for url in urls if scheme_of(url)),
-        tracker if tracker.startswith("http") else None,
+        tuple(url for url in servers if url is not None),
     )
     print(json.dumps(asdict(facts)), flush=True)  # also where the data is then refused: that belongs to this run
     check_weights(recipe, os.environ)

@@ -34,7 +34,7 @@ class Wanted:
     num_gpus: int
     run_dir: str
     stores: tuple[str, ...]
-    tracker: str | None
+    trackers: tuple[str, ...]
     min_memory_gib: float
     min_disk_gib: float
     """In the run's folder and in the folder for temporary files."""
@@ -63,10 +63,10 @@ def look(wanted: Wanted) -> Report:
         _disk(Path(path), wanted.min_disk_gib, report)
     for url in wanted.stores:
         _try(report, f"store {url}", lambda url=url: _reach_store(url))  # type: ignore[misc]
-    if wanted.tracker is not None:
-        address = urlsplit(wanted.tracker)
-        where = f"tracker {address.hostname}:{address.port or 443}"
-        fault = _try(report, where, lambda: _connect(address.hostname or "", address.port or 443))
+    for url in wanted.trackers:
+        address = urlsplit(url)
+        host, port = address.hostname or "", address.port or 443
+        fault = _try(report, f"tracker {host}:{port}", lambda host=host, port=port: _connect(host, port))  # type: ignore[misc]
         if fault:  # training goes on without it
             report.faults.remove(fault)
             report.warnings.append(f"{fault}; metrics go to metrics.jsonl only")
