@@ -48,10 +48,8 @@ def test_a_plugin_is_loaded_by_package_or_entry_point_and_inherited(
     load_plugins(["single"])
     assert {"whole", "single"} <= set(TASKS) and TASKS["single"].title == "emotion"
     assert os.environ[VARIABLE] == "plug-whole,single"
-    code = (
-        "from trainer.plugins import inherit_plugins as f; from trainer.scoring.tasks import TASKS; f(); print(*TASKS)"
-    )
-    (tmp_path / "show_tasks.py").write_text(code)
+    imports = "from trainer.plugins import inherit_plugins\nfrom trainer.scoring.tasks import TASKS\n"
+    (tmp_path / "show_tasks.py").write_text(f"{imports}inherit_plugins()\nprint(*TASKS)\n")
     assert run("show_tasks", path=tmp_path).stdout.split()[-2:] == ["whole", "single"]
     monkeypatch.setenv(VARIABLE, "gone")
     with pytest.raises(UserError, match="plugins: gone is not installed"):
@@ -74,16 +72,16 @@ def test_a_plugin_is_loaded_by_package_or_entry_point_and_inherited(
             "import no_such_module",
             "earshot.hooks",
             "x",
-            "the entry point x = plug_exits:EXTRA of the package plug_exits cannot be imported (ModuleNotFoundError: No "
-            "module named 'no_such_module')",
+            "the entry point x = plug_exits:EXTRA of the package plug_exits cannot be imported (ModuleNotFoundError: "
+            "No module named 'no_such_module')",
         ),
         (
             "plug_type",
             "EXTRA = 3",
             "earshot.tasks",
             "x",
-            "the entry point x = plug_type:EXTRA of the package plug_type is a int, but the group earshot.tasks needs a "
-            "trainer.scoring.tasks.Task",
+            "the entry point x = plug_type:EXTRA of the package plug_type is a int, but the group earshot.tasks needs "
+            "a trainer.scoring.tasks.Task",
         ),
         (
             "plug_class",

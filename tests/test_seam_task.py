@@ -1,4 +1,4 @@
-"""A task with a metric of its own comes from a plug-in: it trains and is evaluated, and no file of the project changes."""
+"""A task with its own metric comes from a plug-in, trains and is evaluated; no file of the project changes."""
 
 from __future__ import annotations
 
