@@ -5,7 +5,7 @@
     earshot profile runs/demo --fail-on dead,imbalance=1.5     a check for automated pipelines
 
 The command prints tables, writes report.html, profile.json, cells.csv and plots, and adds these files to the run in
-MLflow. docs/profile.md explains the numbers.
+its trackers. docs/profile.md explains the numbers.
 
 Exit code 0: success. 1: a limit of --fail-on is exceeded. 2: invalid arguments, or a run or data that cannot be used.
 """

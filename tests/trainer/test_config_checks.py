@@ -50,6 +50,13 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         ),
         (
             "debug",
+            ["checkpoint.best_metric=eval/dev/sqa/accuracy"],
+            "checkpoint.best_is = lowest: the best value of checkpoint.best_metric = eval/dev/sqa/accuracy is the "
+            "highest; set checkpoint.best_is=highest",
+        ),
+        ("debug", ["telemetry.trackers=[flow]"], "telemetry.trackers: flow is not one of mlflow, tensorboard, wandb"),
+        (
+            "debug",
             ["model.llm.config.num_attention_heads=0"],
             "model.llm.config.num_attention_heads = 0: must be at least 1",
         ),

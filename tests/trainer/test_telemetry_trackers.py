@@ -92,6 +92,7 @@ def test_what_a_full_disk_does_not_take_waits_loudly(tmp_path: Path, caplog: pyt
 
 
 def mlflow_tracker(root: Path, resume: bool = False, params: dict[str, object] | None = None) -> MlflowTracker:
+    (root / "x").mkdir(exist_ok=True)
     return MlflowTracker(TrackedRun("x", root, "tests", params or {}, resume_step=3 if resume else 0))
 
 
