@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
 import pytest
 
-from tests.plugin_package import records, run, train_two_steps, write_plugin, write_task_corpus
+from tests.plugin_package import ROOT, records, run, train_two_steps, write_plugin, write_task_corpus
 from trainer.evaluation.predictions import read_predictions
+from trainer.scoring.tasks import TASKS
+
+WRITERS_OF_DATA = {"tools/demo_corpus.py"}
+"""Files that write data of certain tasks."""
 
 SOURCE = '''
 """A task of repeated commands, scored by the length of the answers."""
@@ -26,6 +31,18 @@ COMMAND = Task(
     "command", "spoken commands", (answer_length, accuracy_metric), ("answer_length",), is_transcription=True
 )
 '''
+
+
+def test_only_the_table_names_tasks() -> None:
+    names = set(TASKS) - {"text"}  # which has other meanings, too
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("model", "trainer", "tools")
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert found == {"trainer/scoring/tasks.py", *WRITERS_OF_DATA}
 
 
 @pytest.mark.timeout(600)
