@@ -104,7 +104,7 @@ def test_a_run_logs_to_all_its_trackers(tmp_path: Path) -> None:
     run_id = (folder / "wandb_run_id").read_text().strip()
     assert file.name == f"run-{run_id}.wandb"
     checkpoint = json.loads((folder / "checkpoints" / "step-00000002" / "state.json").read_text())
-    assert checkpoint["trackers"] == {"wandb": run_id}
+    assert checkpoint["extra"]["trackers"] == {"wandb": run_id}
 
 
 def test_a_missing_package_or_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,11 +33,12 @@ class WandbTracker(BackgroundTracker):
         super().__init__()
 
     def open_run(self) -> None:
-        import wandb
-
         run, id_file = self._run, self._run.folder / self.id_name
         resumes = (run.resume_step > 0 or run.again) and id_file.exists()
         run_id = id_file.read_text(encoding="utf-8").strip() if resumes else uuid.uuid4().hex
+        write_atomically(id_file, run_id + "\n")  # before the slow import, so that the first checkpoint contains it
+        import wandb
+
         self._wandb_run = wandb.init(
             project=run.experiment,
             name=run.name,
@@ -50,7 +51,6 @@ class WandbTracker(BackgroundTracker):
         )
         self._wandb_run.define_metric("step", hidden=True)
         self._wandb_run.define_metric("*", step_metric="step")
-        write_atomically(id_file, run_id + "\n")
 
     def write(self, records: Sequence[Record]) -> None:
         # W&B's own step must increase, but an evaluation has the step of the training record before it.
