@@ -10,8 +10,9 @@ import pytest
 
 from model.errors import UserError
 from tests.plugin_package import records, train_two_steps, write_plugin, write_task_corpus
+from trainer.telemetry.trackers.base import TrackedRun
 from trainer.telemetry.trackers.mlflow import MlflowTracker
-from trainer.telemetry.trackers.table import TRACKERS, check_trackers
+from trainer.telemetry.trackers.table import TRACKERS, add_files, build_trackers, check_trackers
 
 SOURCE = '''
 """A tracker that writes one file, and a hook that writes another one."""
@@ -102,9 +103,26 @@ def test_a_run_logs_to_all_its_trackers(tmp_path: Path) -> None:
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     assert wandb_history(file) == [pytest.approx(r, rel=1e-9) for r in logged]
     run_id = (folder / "wandb_run_id").read_text().strip()
-    assert file.name == f"run-{run_id}.wandb"
+    assert run_id.startswith("mowe/") and file.name == f"run-{run_id.removeprefix('mowe/')}.wandb"
     checkpoint = json.loads((folder / "checkpoints" / "step-00000002" / "state.json").read_text())
     assert checkpoint["extra"]["trackers"] == {"wandb": run_id}
+
+
+@pytest.mark.timeout(120)
+def test_wandb_continues_a_run_and_keeps_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for step in (1, 2):
+        tracker = build_trackers(["wandb"], TrackedRun("x", tmp_path, "tests", {}, resume_step=step - 1))
+        tracker.log({"a": 1.5}, step)
+        tracker.close()
+        assert tracker.num_lost == 0
+    report = tmp_path / "report.html"
+    report.write_text("hello")
+    assert add_files(tmp_path / "x", [report], "profile") == []
+    files = sorted(tmp_path.glob("x/wandb/offline-run-*/*.wandb"))
+    assert {file.stem for file in files} == {"run-" + (tmp_path / "x" / "wandb_run_id").read_text().strip()[6:]}
+    assert [r for file in files for r in wandb_history(file)] == [{"a": 1.5, "step": 1}, {"a": 1.5, "step": 2}]
+    assert b"profile/report.html" in files[-1].read_bytes()
 
 
 def test_a_missing_package_or_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

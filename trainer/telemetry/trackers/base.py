@@ -70,12 +70,12 @@ class Tracker(ABC):
         """Store all outstanding records. `log` must not be called afterwards."""
 
     @classmethod
-    def add_files(cls, run_id: str, root: Path, files: Sequence[Path], folder: str) -> None:
+    def add_files(cls, run_id: str, run_dir: Path, files: Sequence[Path], folder: str) -> None:
         """Add files to a run in the store. A store that keeps no files raises NotImplementedError.
 
         Args:
             run_id: The content of the file `id_name`.
-            root: The folder that contains the run's folder.
+            run_dir: The run's folder.
             files: The files.
             folder: The folder within the store's run.
         """

@@ -73,8 +73,8 @@ class MlflowTracker(BackgroundTracker):
         self._client.set_terminated(self._run_id)
 
     @classmethod
-    def add_files(cls, run_id: str, root: Path, files: Sequence[Path], folder: str) -> None:
-        client = _client(root)
+    def add_files(cls, run_id: str, run_dir: Path, files: Sequence[Path], folder: str) -> None:
+        client = _client(run_dir.parent)
         for file in files:
             client.log_artifact(run_id, str(file), folder)
 

@@ -121,7 +121,7 @@ def add_files(run_dir: Path, files: Sequence[Path], folder: str) -> list[str]:
     failures = []
     for name, run_id in ids.items():
         try:
-            TRACKERS[name].add_files(run_id, run_dir.parent, files, folder)
+            TRACKERS[name].add_files(run_id, run_dir, files, folder)
         except Exception as error:  # noqa: BLE001 - the caller reports the failure; the files exist locally
             failures.append(f"{TRACKERS[name].title}: {without_credentials(f'{type(error).__name__}: {error}')}")
     return failures

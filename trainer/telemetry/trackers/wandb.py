@@ -15,8 +15,8 @@ from trainer.telemetry.trackers.base import TrackedRun, flatten_params
 class WandbTracker(BackgroundTracker):
     """A tracker that logs to Weights & Biases, or to files in the run's folder if `WANDB_MODE=offline` is set.
 
-    Metrics have the run's steps as their x axis in `step`. After a resume, W&B keeps the values logged after the
-    checkpoint next to the new values of the same steps.
+    The file `wandb_run_id` contains `<project>/<id>`. Metrics have the run's steps as their x axis in `step`. After a
+    resume, W&B keeps the values logged after the checkpoint next to the new values of the same steps.
 
     Args:
         run: The training run.
@@ -35,12 +35,13 @@ class WandbTracker(BackgroundTracker):
     def open_run(self) -> None:
         run, id_file = self._run, self._run.folder / self.id_name
         resumes = (run.resume_step > 0 or run.again) and id_file.exists()
-        run_id = id_file.read_text(encoding="utf-8").strip() if resumes else uuid.uuid4().hex
-        write_atomically(id_file, run_id + "\n")  # before the slow import, so that the first checkpoint contains it
+        text = id_file.read_text(encoding="utf-8").strip() if resumes else f"{run.experiment}/{uuid.uuid4().hex}"
+        project, _, run_id = text.rpartition("/")
+        write_atomically(id_file, text + "\n")  # before the slow import, so that the first checkpoint contains it
         import wandb
 
         self._wandb_run = wandb.init(
-            project=run.experiment,
+            project=project,
             name=run.name,
             id=run_id,
             resume="allow",
@@ -61,12 +62,13 @@ class WandbTracker(BackgroundTracker):
         self._wandb_run.finish()
 
     @classmethod
-    def add_files(cls, run_id: str, root: Path, files: Sequence[Path], folder: str) -> None:
+    def add_files(cls, run_id: str, run_dir: Path, files: Sequence[Path], folder: str) -> None:
         import wandb
 
+        project, _, own_id = run_id.rpartition("/")
         settings = wandb.Settings(console="off", silent=True, disable_git=True, save_code=False)
-        with wandb.init(id=run_id, resume="must", dir=str(root), settings=settings) as run:
-            artifact = wandb.Artifact(f"{folder}-{run_id}", type="evaluation")
+        with wandb.init(project=project, id=own_id, resume="allow", dir=str(run_dir), settings=settings) as run:
+            artifact = wandb.Artifact(f"{folder}-{own_id}", type="evaluation")
             for file in files:
                 artifact.add_file(str(file), name=f"{folder}/{file.name}")
             run.log_artifact(artifact)
