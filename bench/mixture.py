@@ -62,7 +62,7 @@ def train(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
     summary = folder / name / "summary.json"
     if not summary.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        keys = [f"name={name}", f"train.run_dir={folder}", f"data.root={KIT}", "telemetry.mlflow=false", *overrides]
+        keys = [f"name={name}", f"train.run_dir={folder}", f"data.root={KIT}", "telemetry.trackers=[]", *overrides]
         with open(folder / f"{name}.txt", "ab") as output:
             command = [sys.executable, "-m", "trainer", RECIPE, *keys]
             environ = {"OMP_NUM_THREADS": "1", **os.environ}

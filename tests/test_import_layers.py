@@ -17,6 +17,7 @@ SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py
 LAYERS = (
     {"model"},
     {"trainer.storage", "trainer.scoring", "trainer.page", "trainer.parallel", "trainer.telemetry"},
+    {"trainer.plugins"},
     {"trainer.data", "trainer.engine"},
     {"trainer.checkpoint", "trainer.run"},
     {"trainer.config"},

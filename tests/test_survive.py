@@ -134,7 +134,7 @@ def losses(run: Path) -> dict[str, list[float]]:
 @pytest.mark.timeout(400)
 def test_signals_and_a_hung_rank_do_not_change_the_result(corpus: Path, tmp_path: Path, spikes: dict[str, Any]) -> None:
     run = tmp_path / "debug"
-    with started(tmp_path, corpus, "telemetry.mlflow=true") as process:
+    with started(tmp_path, corpus, "telemetry.trackers=[mlflow]") as process:
         wait_for(lambda: len(losses(run)) >= 1, process)
         for _ in range(3):
             process.send_signal(signal.SIGTERM)
@@ -147,7 +147,7 @@ def test_signals_and_a_hung_rank_do_not_change_the_result(corpus: Path, tmp_path
     tracked = (run / "mlflow_run_id").read_text()
     assert read_status(run, time.time()).state == "waiting"
 
-    with started(tmp_path, corpus, "telemetry.mlflow=true", "train.hang_timeout_sec=8") as process:
+    with started(tmp_path, corpus, "telemetry.trackers=[mlflow]", "train.hang_timeout_sec=8") as process:
         wait_for(lambda: any(e["event"] == "resumed" for e in read_events(run)), process)
         ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(ranks[1]), signal.SIGSTOP)
@@ -159,7 +159,7 @@ def test_signals_and_a_hung_rank_do_not_change_the_result(corpus: Path, tmp_path
     assert json.loads((run / "hang-2" / "collectives-0.json").read_text())["entries"]
     assert restart.main([str(run), "--exit-code", str(int(ExitCode.HUNG))]) == 0
 
-    with started(tmp_path, corpus, "telemetry.mlflow=true") as process:
+    with started(tmp_path, corpus, "telemetry.trackers=[mlflow]") as process:
         assert process.wait(100) == ExitCode.FINISHED, (tmp_path / "output.txt").read_text()
     events = read_events(run)
     assert [e["attempt"] for e in events if e["event"] == "started"] == [1, 2, 3] and events[-1]["event"] == "finished"

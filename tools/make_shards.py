@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from model.errors import UserError
-from tools.options import check_output
+from tools.options import add_plugins, check_output
 from trainer.data.shard_build import SKIPPED_NAME, BuildReport, ShardLimits, build_shards
 from trainer.storage.open import scheme_of
 
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="threads that check clips (default: one per CPU core)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    add_plugins(parser)
     args = parser.parse_args(argv)
     if args.max_shard_samples < 1 or args.max_shard_bytes < 1:
         parser.error("--max-shard-samples and --max-shard-bytes must be at least 1")

@@ -98,8 +98,7 @@ def _answer(answerer: Answerer, path: Path | None, prompt: str, in_windows: bool
 
     try:
         clips = () if path is None else (decode_audio(path.read_bytes()),)
-        meta = {"task": "asr" if in_windows else "sqa", "instruction": prompt}
-        (answer,) = answerer([Question(str(path), clips, meta)])
+        (answer,) = answerer([Question(str(path), clips, {"instruction": prompt}, in_windows)])
         if isinstance(answer, SampleError):
             raise answer
     except SampleError as error:

@@ -84,7 +84,7 @@ def run_one(bench: Bench, name: str) -> Row:
     if name == TRACKER:
         return _tracker_away(bench)
     options: tuple[str, ...] = ("--time=300", "--signal=B:USR1@150")
-    extra = ["telemetry.mlflow=true"] if name.startswith("USR1") else []
+    extra = ["telemetry.trackers=[mlflow]"] if name.startswith("USR1") else []
     hang = ["train.hang_timeout_sec=30"] if "SIGSTOP" in name else []
     run = bench.submit(name.replace(" ", "-"), *extra, *hang, options=options)
     row = disturb(bench, name, faults.TABLE[name], run)
@@ -120,7 +120,7 @@ def _tracker_away(bench: Bench) -> Row:
     address = bench.cluster.address
     with faults.mlflow_server(bench.folder / "mlflow", address, port) as server:
         env = {"MLFLOW_TRACKING_URI": f"http://{address}:{port}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-        run = bench.submit("tracker", "telemetry.mlflow=true", env=env)
+        run = bench.submit("tracker", "telemetry.trackers=[mlflow]", env=env)
 
         def away(run: Run) -> float:
             faults.end_group(server)

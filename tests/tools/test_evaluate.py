@@ -28,6 +28,7 @@ from trainer.evaluation.offline.answer import Answerer, Decoding, Question, Wind
 from trainer.evaluation.offline.model import Loaded, find_model, load_model
 from trainer.evaluation.offline.pool import open_workers
 from trainer.evaluation.predictions import Prediction, read_predictions
+from trainer.scoring.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
 NUM = 12
@@ -64,7 +65,9 @@ def questions(manifest: Path) -> list[Question]:
     for item, encoded in zip(stored.items, stored.read(range(len(stored.items))), strict=True):
         if item.key != "s3":
             assert isinstance(encoded, tuple)
-            found.append(Question(item.key, tuple(decode_audio(file) for file in encoded[0]), encoded[1]))
+            files, meta = encoded
+            in_windows = TASKS[meta["task"]].is_transcription
+            found.append(Question(item.key, tuple(decode_audio(file) for file in files), meta, in_windows))
     return found
 
 
@@ -262,7 +265,7 @@ def test_long_recording_has_no_lost_and_no_duplicated_words(loaded: Loaded, num_
             return [" ".join(spoken[i] for i in row) for row in rows]
 
     hearing = Hearing(replace(loaded, processor=Processor()), Windows(10.0, 2.0), Decoding(100, 1, 4, 600.0))  # type: ignore[arg-type]
-    (answer,) = hearing([Question("long", (wave,), {"task": "asr", "instruction": "Transcribe.", "answer": ""})])
+    (answer,) = hearing([Question("long", (wave,), {"instruction": "Transcribe.", "answer": ""}, in_windows=True)])
     assert isinstance(answer, Prediction)
     assert answer.hypothesis.split() == spoken
     assert answer.num_windows == (1 if num_words <= 20 else -(-(num_words * 8000 - 32000) // (160000 - 32000)))

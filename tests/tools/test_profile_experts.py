@@ -27,7 +27,8 @@ def test_tables_files_and_json(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert "share of clips that ran each encoder" in shown.out
     assert {"report.html", "cells.csv", "shares.png"} <= {p.name for p in (tmp_path / "p").iterdir()}
     assert shown.err.splitlines() == [
-        f"not added to MLflow: {run / 'mlflow_run_id'} is missing: the run was not logged to MLflow"
+        f"not added to a tracker: {run} has none of mlflow_run_id, wandb_run_id, so no tracker that keeps files knows "
+        "the run"
     ]
 
 

@@ -45,9 +45,16 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
                 "checkpoint.best_metric=eval/dev/asr/wer",
                 "data.eval_splits=[dev, test]",
             ],
-            "eval.stop_after = 2: watches checkpoint.best_metric = eval/dev/asr/wer, which must be of eval.split: e.g. "
+            "eval.stop_after = 2: checkpoint.best_metric = eval/dev/asr/wer must be a score of eval.split: e.g. "
             "eval/test/asr/wer",
         ),
+        (
+            "debug",
+            ["checkpoint.best_metric=eval/dev/sqa/accuracy"],
+            "checkpoint.best_is = lowest: the best value of checkpoint.best_metric = eval/dev/sqa/accuracy is the "
+            "highest; set checkpoint.best_is=highest",
+        ),
+        ("debug", ["telemetry.trackers=[flow]"], "telemetry.trackers: flow is not one of mlflow, tensorboard, wandb"),
         (
             "debug",
             ["model.llm.config.num_attention_heads=0"],

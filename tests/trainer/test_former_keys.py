@@ -23,6 +23,9 @@ from trainer.telemetry.load_history import HISTORY_NAME, read_history
             "model.router.entry_steps=3",
             "model.router.entry_steps: renamed; write model.router.added_encoder_warmup_steps instead",
         ),
+        ("telemetry.mlflow=true", "telemetry.mlflow: replaced; write telemetry.trackers=[mlflow] instead"),
+        ("telemetry.mlflow=false", "telemetry.mlflow: replaced; write telemetry.trackers=[] instead"),
+        ("telemetry.mlflow_experiment=a", "telemetry.mlflow_experiment: renamed; write telemetry.experiment instead"),
         (
             "model.router.gates=[dependent]",
             "model.router.gates: 'dependent' is renamed; write 'data_dependent' instead",
@@ -42,6 +45,8 @@ def test_a_stored_recipe_is_translated() -> None:
     assert [d.name for d in recipe.data.datasets] == ["golden"]
     assert recipe.model.router.added_encoder_warmup_steps == 4
     assert recipe.model.router.gates == ("data_independent", "data_dependent")
+    assert "mlflow: false" in path.read_text()
+    assert (recipe.telemetry.trackers, recipe.telemetry.experiment) == ((), "mowe")
 
 
 def test_a_stored_recipe_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:

@@ -103,18 +103,18 @@ def test_gpus_are_judged_by_what_nvidia_smi_says(table: str, faults: list[str]) 
 
 def test_a_node_looks_at_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
-    wanted = Wanted(1, str(tmp_path / "run"), (), "http://127.0.0.1:1", 1e6, 1e6)
+    wanted = Wanted(1, str(tmp_path / "run"), (), ("http://127.0.0.1:1",), 1e6, 1e6)
     report = look(wanted)
     kinds = ["no nvidia-smi", "GiB of memory available, 1e+06 needed", "GiB free in", "GiB free in"]
     assert all(kind in fault for kind, fault in zip(kinds, report.faults, strict=True))
     assert "metrics go to metrics.jsonl only" in report.warnings[0]
-    fine = look(Wanted(0, str(tmp_path / "run"), (), None, 0.01, 0.01))
+    fine = look(Wanted(0, str(tmp_path / "run"), (), (), 0.01, 0.01))
     assert not fine.faults and "no GPUs requested" in fine.facts
 
 
 def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    report = look(Wanted(0, str(tmp_path / "file" / "run"), (), None, 0, 0))
+    report = look(Wanted(0, str(tmp_path / "file" / "run"), (), (), 0, 0))
     assert report.faults == [f"{tmp_path}/file/run cannot be written: Not a directory"]
 
 
@@ -164,7 +164,7 @@ def test_what_a_job_must_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["debug", *keys]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts.pop("snapshot_gib") == 0  # the plan's, which this command does not make
-    assert facts == {"run_dir": f"{tmp_path}/runs/debug", "num_ranks": 2, "tensor": 1, "stores": [], "tracker": None}
+    assert facts == {"run_dir": f"{tmp_path}/runs/debug", "num_ranks": 2, "tensor": 1, "stores": [], "trackers": []}
 
 
 def test_a_node_needs_memory_for_the_plans_snapshot_besides_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_a_node_needs_memory_for_the_plans_snapshot_besides_the_rest(monkeypatch
         return [{"node": "n1", "mib": 4, "gb_per_sec": 1.0}] * 128
 
     monkeypatch.setattr("trainer.job.preflight._answers", answers)
-    facts = Facts("runs/x", 128, 8, (), None, snapshot_gib=53.5)
+    facts = Facts("runs/x", 128, 8, (), (), snapshot_gib=53.5)
     found = preflight(allocation(16), Layout(16, 8), facts, {"PREFLIGHT_MIN_MEMORY_GIB": "64"})
     assert len(found.nodes) == 16
     assert asked[0].min_memory_gib == 117.5 and asked[0].num_ranks == 128

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.harness import run_ranks
+from trainer.telemetry.config import TelemetryConfig
 from trainer.telemetry.metrics import PhaseTimer, StepReport
 from trainer.telemetry.straggler import RankWork, Straggler, StragglerMeter, _medians_of_others, work_metrics
-from trainer.telemetry.tracker import TelemetryConfig
 from trainer.telemetry.waiting import WaitSampler
 from trainer.training.rank_work import Work
 

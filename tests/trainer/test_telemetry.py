@@ -17,11 +17,12 @@ import torch
 from model.router import Routing
 from trainer.telemetry.events import EventLog, read_events
 from trainer.telemetry.expert_load import ExpertLoad, group_of
+from trainer.telemetry.hook import Hook, RunState
 from trainer.telemetry.load_history import LoadInterval, LoadMeter
 from trainer.telemetry.metrics import EvalReport, PhaseTimer, StepReport, flatten, flatten_eval, peak_memory_bytes
 from trainer.telemetry.progress import Progress
-from trainer.telemetry.tracker import JsonlTracker
-from trainer.training.hooks import EventHook, Hook, ProgressHook, RunState, SummaryHook, TrackerHook
+from trainer.telemetry.trackers.jsonl import JsonlTracker
+from trainer.training.hooks import EventHook, ProgressHook, SummaryHook, TrackerHook
 
 
 def make_report(step: int, loss: float = 2.0, **changes: object) -> StepReport:

@@ -1,4 +1,4 @@
-"""Plain trees (mappings, lists, scalars) ↔ dataclasses, strictly by their annotations."""
+"""Conversion between plain trees (mappings, lists, scalars) and dataclasses, strictly by their annotations."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ T = TypeVar("T")
 
 
 def from_tree(cls: type[T], tree: Any, path: str = "") -> T:
-    """Build the dataclass `cls` from a tree; `path` is the dotted key that leads to it.
+    """Build a dataclass from a tree.
+
+    Args:
+        cls: The dataclass.
+        tree: The tree.
+        path: The dotted key that leads to the tree, for error messages.
 
     Raises:
-        UserError: unknown key (the nearest valid one is offered), missing key, or a value of another type; each with
-            its full path. Errors of the dataclasses' own checks pass through.
+        UserError: If a key is unknown or missing, a value has another type, or a check of a dataclass fails.
     """
     if not isinstance(tree, dict):
         raise UserError(f"{path or 'recipe'} = {_show(tree)}: expected a mapping of {cls.__name__}'s keys")
@@ -40,7 +44,7 @@ def from_tree(cls: type[T], tree: Any, path: str = "") -> T:
 
 
 def to_tree(value: Any) -> Any:
-    """The inverse of `from_tree`; credentials within URLs are masked."""
+    """Return a dataclass as a tree, from which `from_tree` builds an equal one. Credentials in URLs are masked."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -51,7 +55,7 @@ def to_tree(value: Any) -> Any:
 
 
 def describe(annotation: Any) -> str:
-    """An annotation in words for a user."""
+    """Return an annotation in words for a user."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is type(None):
         return "null"

@@ -16,6 +16,7 @@ from model.lengths import audio_tokens_of_samples
 from model.prompt import fill
 from trainer.data.decode import SampleError
 from trainer.data.tokenizer import PlaceholderInText, Tokenizer
+from trainer.scoring.tasks import TASKS
 
 Clip = NDArray[np.float32]
 """A waveform: `[T]` float32 at 16 kHz."""
@@ -59,13 +60,16 @@ def make_sample(
         clips: the decoded clips.
         tokenizer: tokenizer of prompt and answer.
         strides: strides of the adapter, which determine the number of placeholders per clip.
-        ctc: if true, the answer of an ASR sample with exactly one clip is also its CTC target.
+        ctc: if true, the answer of a transcription with exactly one clip is also its CTC target.
         evaluate: if true, encode the prompt alone, after which generation starts.
 
     Raises:
-        SampleError: If the sample's text contains the placeholder token (`placeholder_in_text`), or the prompt has no
-            token (`wrong_type`).
+        SampleError: If the task needs audio and there is none (`empty`), the sample's text contains the placeholder
+            token (`placeholder_in_text`), or the prompt has no token (`wrong_type`).
     """
+    task = TASKS[metadata["task"]]
+    if task.needs_audio and not clips:
+        raise SampleError("empty", f"no audio, which the task {task.name} needs")
     try:
         pieces = tokenizer.prompt(metadata["instruction"], len(clips))
         answer = tokenizer.encode(metadata["answer"])
@@ -86,5 +90,5 @@ def make_sample(
         audio_mask=np.array(mask, dtype=np.bool_),
         target_ids=np.array(targets, dtype=np.int64),
         instruction_ids=np.array(instruction, dtype=np.int64),
-        ctc=ctc and not evaluate and metadata["task"] == "asr" and len(clips) == 1,
+        ctc=ctc and not evaluate and task.is_transcription and len(clips) == 1,
     )

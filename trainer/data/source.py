@@ -21,6 +21,7 @@ from trainer.data.lanes import DatasetOrder, LaneSpan, hash_of
 from trainer.data.sample import Clip, EncodedSample, make_sample
 from trainer.data.shards import RawSample, Selection, ShardSet
 from trainer.data.tokenizer import Tokenizer
+from trainer.scoring.tasks import TASKS
 from trainer.storage.store import ChangedError, MissingError
 
 Received = dict[int, memoryview]
@@ -162,10 +163,15 @@ class DatasetReader:
         return found
 
     def _joinable(self, shard: int, chunk: range, subset: str) -> tuple[int, ...]:
-        """Return the indices of `chunk` that are ASR samples of `subset` with one clip."""
+        """Return the indices of `chunk` that are transcriptions of `subset` with one clip."""
         table, selected = self.shards.table(shard), self.selected(shard)
         entries = ((index, table[selected[index]]) for index in chunk)
-        return tuple(r for r, e in entries if e.task == "asr" and e.subset == subset and e.num_clips == 1)
+        return tuple(r for r, e in entries if _is_transcription(e.task) and e.subset == subset and e.num_clips == 1)
+
+
+def _is_transcription(task: str) -> bool:
+    # The index of shards may name tasks that are unknown; such samples are skipped when they are read.
+    return task in TASKS and TASKS[task].is_transcription
 
 
 class SampleSource:
@@ -279,7 +285,7 @@ class SampleSource:
     ) -> Decoded:
         """Return the sample joined with others of its chunk, or unchanged, as `rng` decides."""
         join, reader, shard = self.config.join, cursor.reader, cursor.shard
-        if metadata["task"] != "asr" or len(clips) != 1 or join.probability == 0 or progress < join.start:
+        if not _is_transcription(metadata["task"]) or len(clips) != 1 or join.probability == 0 or progress < join.start:
             return metadata, clips
         if rng.random() >= join.probability:
             return metadata, clips

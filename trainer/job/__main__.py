@@ -107,7 +107,8 @@ def check(recipe: str, overrides: Sequence[str], retry_sec: float = _STORE_SEC, 
     facts = None
     if line is not None:
         tree = json.loads(line)
-        facts = Facts(**{**tree, "stores": tuple(tree["stores"]), "snapshot_gib": snapshot_gib})
+        lists = {name: tuple(tree[name]) for name in ("stores", "trackers")}
+        facts = Facts(**{**tree, **lists, "snapshot_gib": snapshot_gib})
     for process, (_, errors) in reversed(list(zip(running, outputs, strict=True))):
         if process.returncode:
             raise RefusedError(errors.strip().removeprefix("error: "), facts)

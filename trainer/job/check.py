@@ -33,8 +33,8 @@ class Facts:
     """The size of a tensor-parallel group."""
     stores: tuple[str, ...]
     """URLs of the buckets that samples are read from."""
-    tracker: str | None
-    """The URL of the MLflow server, or None if the run uses none."""
+    trackers: tuple[str, ...]
+    """URLs of the servers that trackers send to."""
     snapshot_gib: float = 0.0
     """The planned host memory that a save needs on a node; 0 if it has not been planned."""
 
@@ -67,18 +67,19 @@ def _check(name: str, overrides: Sequence[str], retry_sec: float) -> None:
     from trainer.config.load import load_recipe
     from trainer.data.prepare import check_stored
     from trainer.storage.open import join_url, scheme_of
-    from trainer.telemetry.tracker import tracking_uri
+    from trainer.telemetry.trackers.table import TRACKERS, check_trackers
 
     recipe = load_recipe(name, overrides)
     run_root = Path(recipe.train.run_dir)
-    tracker = tracking_uri(run_root) if recipe.telemetry.mlflow else ""
+    check_trackers(recipe.telemetry.trackers)
+    servers = [TRACKERS[name].server(run_root) for name in recipe.telemetry.trackers]
     urls = [join_url(recipe.data.root, part.shards) for part in recipe.data.datasets if part.shards is not None]
     facts = Facts(
         str(run_root / recipe.name),
         recipe.parallel.num_ranks,
         recipe.parallel.tensor,
         tuple(url for url in urls if scheme_of(url)),
-        tracker if tracker.startswith("http") else None,
+        tuple(url for url in servers if url is not None),
     )
     print(json.dumps(asdict(facts)), flush=True)  # before the checks, since a failure is recorded in the run's folder
     check_weights(recipe, os.environ)

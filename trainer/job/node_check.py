@@ -38,8 +38,8 @@ class Wanted:
     """The run's folder, which must be writable."""
     stores: tuple[str, ...]
     """URLs of buckets that must be reachable."""
-    tracker: str | None
-    """The URL of the MLflow server, or None if the run uses none."""
+    trackers: tuple[str, ...]
+    """URLs of the servers that trackers send to."""
     min_memory_gib: float
     """The host memory that must be available."""
     min_disk_gib: float
@@ -72,10 +72,10 @@ def look(wanted: Wanted) -> Report:
         _disk(Path(path), wanted.min_disk_gib, report)
     for url in wanted.stores:
         _try(report, f"store {url}", lambda url=url: _reach_store(url))  # type: ignore[misc]
-    if wanted.tracker is not None:
-        address = urlsplit(wanted.tracker)
-        where = f"tracker {address.hostname}:{address.port or 443}"
-        fault = _try(report, where, lambda: _connect(address.hostname or "", address.port or 443))
+    for url in wanted.trackers:
+        address = urlsplit(url)
+        host, port = address.hostname or "", address.port or 443
+        fault = _try(report, f"tracker {host}:{port}", lambda host=host, port=port: _connect(host, port))  # type: ignore[misc]
         if fault:  # training continues without the server
             report.faults.remove(fault)
             report.warnings.append(f"{fault}; metrics go to metrics.jsonl only")

@@ -58,7 +58,7 @@ def preflight(allocation: Allocation, layout: Layout, facts: Facts, environ: Map
         layout.ranks_per_node if allocation.gpus_per_node else 0,
         facts.run_dir,
         facts.stores,
-        facts.tracker,
+        facts.trackers,
         float(environ.get("PREFLIGHT_MIN_MEMORY_GIB", "16")) + facts.snapshot_gib,
         float(environ.get("PREFLIGHT_MIN_DISK_GIB", "10")),
         facts.num_ranks,

@@ -11,11 +11,11 @@ import numpy as np
 
 from model.batch import Batch
 from model.loss import Counts
-from trainer.data.decode import TASKS
 from trainer.parallel.exchange import gather_ragged
 from trainer.parallel.groups import Groups
 from trainer.parallel.packs import PackPlan, plan_packs
 from trainer.parallel.plan import Ints
+from trainer.scoring.tasks import task_names
 
 _FIELDS = 4
 
@@ -31,7 +31,7 @@ class GlobalBatch:
     num_targets: Ints
     """[n]"""
     tasks: Ints
-    """[n] index into `TASKS`."""
+    """[n] index into `task_names()`."""
     audio_samples: Ints
     """[n]"""
     counts: Counts
@@ -45,17 +45,16 @@ class GlobalBatch:
 
 def gather(batch: Batch, counts: Counts, groups: Groups) -> GlobalBatch:
     """Tell all ranks what this one loaded. Every rank must call it, also without samples."""
-    table = [
-        (s.num_tokens, s.num_targets, TASKS.index(s.task), sum(c.shape[0] for c in s.clips)) for s in batch.samples
-    ]
+    tasks = {name: index for index, name in enumerate(task_names())}
+    table = [(s.num_tokens, s.num_targets, tasks[s.task], sum(c.shape[0] for c in s.clips)) for s in batch.samples]
     mine = [counts.targets, counts.ctc_targets, counts.clips, *(v for row in table for v in row)]
     everyone = gather_ragged(np.array(mine, dtype=np.int64), groups.world)
     rows = [r[3:].reshape(-1, _FIELDS) for r in everyone]
     source_ranks = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
-    tokens, targets, tasks, audio = np.ascontiguousarray(np.concatenate(rows).T)
+    tokens, targets, task_indices, audio = np.ascontiguousarray(np.concatenate(rows).T)
     total = Counts(*(int(sum(r[i] for r in everyone)) for i in range(3)))
     before = sum(len(r) for r in rows[: groups.rank])
-    return GlobalBatch(source_ranks, tokens, targets, tasks, audio, total, before)
+    return GlobalBatch(source_ranks, tokens, targets, task_indices, audio, total, before)
 
 
 def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int, multiple_tokens: int | None = None) -> PackPlan:
