@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from model.llm.families import LLM_FAMILIES
 from tools.options import check_at_least
 from trainer.parallel.topology import Topology, divisors
 from trainer.run.command import module_command
@@ -222,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--family",
         default="llama",
-        choices=("llama", "mistral", "qwen2", "qwen3"),
+        choices=tuple(LLM_FAMILIES),
         help="family of the LLM (default: llama)",
     )
     parser.add_argument(

@@ -62,9 +62,15 @@ def write_manifest(folder: Path, num_samples: int = 4) -> Path:
     return path
 
 
-def write_run(run_dir: Path, family: str = "llama", chats: bool = False) -> SpeechLLM:
-    """Write the run's checkpoint as `NUM_RANKS` ranks would have written it, and return the model. `chats` selects a
-    Hugging Face tokenizer with a chat template."""
+def write_run(run_dir: Path, family: str = "llama", chats: bool = False, model: ModelConfig | None = None) -> SpeechLLM:
+    """Write the run's checkpoint as `NUM_RANKS` ranks would have written it, and return the model.
+
+    Args:
+        run_dir: the folder to create.
+        family: the LLM family of the model.
+        chats: True for a Hugging Face tokenizer with a chat template.
+        model: the model; None: `tiny_model(family)`.
+    """
     run_dir.mkdir(parents=True)
     path = run_dir / ("hf" if chats else "tokenizer.model")
     if chats:
@@ -74,7 +80,7 @@ def write_run(run_dir: Path, family: str = "llama", chats: bool = False) -> Spee
         train_sentencepiece(texts, 60, path, TokenizerConfig().placeholder)
     data = DataConfig(tokenizer=TokenizerConfig(template="{audio}{instruction}\n"), min_audio_sec=0.3)
     tokenizer = load_tokenizer(str(path), data.tokenizer)
-    model = with_head_dim(tiny_model(family), family)
+    model = model or with_head_dim(tiny_model(family), family)
     oracle = SpeechLLM(model, tokenizer.vocab_size, seed=1).eval()
     with torch.no_grad():  # biases of 0 and norms of 1 would hide mistakes
         for parameter in oracle.parameters():

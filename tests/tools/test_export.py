@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 
 from model.encoders.hf_config import resolve
 from model.hub.configuration import audio_config, describe
+from model.llm.families import LLM_FAMILIES
 from model.speech_llm import SpeechLLM
 from tests.oracle import greedy
 from tests.tools.exportable import MAX_NEW_TOKENS, STEP, tensors_of, write_manifest, write_run
@@ -23,8 +24,6 @@ from tools import export, transcribe
 from trainer.export.source import Source
 from trainer.export.verify import read_samples
 from trainer.parity import tiny_model
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 # EXPORT_PYTHON (`make export-test`) is the interpreter of an environment without this project. The default is this one:
 # -I ignores the current folder and PYTHONPATH, and -S ignores .pth files, and so editable installations.
@@ -94,12 +93,12 @@ def test_normalisation_of_an_encoder_is_exported() -> None:
 def test_every_family_generates_the_same_tokens_without_this_project(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path)
     oracles: dict[str, SpeechLLM] = {}
-    for family in FAMILIES:
+    for family in LLM_FAMILIES:
         oracles[family] = write_run(tmp_path / f"run-{family}", family)
         out = tmp_path / family
         export_with(tmp_path / f"run-{family}", out, "--dtype", "fp32", "--verify", manifest)
         export_with(tmp_path / f"run-{family}", f"{out}-llm", "--dtype", "fp32", "--llm-only")
-    folders = [(str(tmp_path / family), str(manifest)) for family in FAMILIES]
+    folders = [(str(tmp_path / family), str(manifest)) for family in LLM_FAMILIES]
     found = in_a_fresh_process(folders, tmp_path)
     for family, oracle in oracles.items():
         tokens, together, kind, dtype, logits, ids = found[str(tmp_path / family)]

@@ -141,7 +141,7 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         ),
         ("debug", ["model.llm.config.vocab_size=100"], "data.tokenizer.train_vocab_size = 256: the LLM's vocab_size"),
         ("debug", ["model.router.top_k=3"], "model.router.top_k = 3: legal values are 1..2"),
-        ("debug", ["model.experts.0.length_mode=trim"], "model.experts[0].length_mode = trim: only whisper has length"),
+        ("debug", ["model.experts.0.length_mode=trim"], "model.experts[0].length_mode = trim: legal values for huber"),
         ("debug", ["model.experts.0.config={}"], "model.experts[0]: give weights (a directory or hub id), or config"),
         ("debug", ["model.adapter.strides=[]"], "model.adapter.strides = []: give one positive stride per convolut"),
         ("debug", ["model.adapter.kernel_size=1"], "model.adapter.kernel_size = 1: must be at least the largest stri"),

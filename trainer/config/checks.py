@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from model import lengths
 from model.config import EncoderConfig, LLMConfig
+from model.encoders.family import family_of
 from model.encoders.hf_config import resolve as resolve_encoder
 from model.errors import UserError
 from model.llm.reference import resolve_hf_config
@@ -144,10 +145,10 @@ def _check_encoders(recipe: Recipe) -> None:
 def _check_encoder(place: str, encoder: EncoderConfig) -> None:
     if encoder.weights is None and not encoder.config:
         raise UserError(f"{place}: give weights (a directory or hub id), or config for random weights")
-    if encoder.length_mode == "trim" and encoder.family != "whisper":
+    legal = family_of(encoder).length_modes
+    if encoder.length_mode not in legal:
         raise UserError(
-            f"{place}.length_mode = trim: only whisper has length modes; {encoder.family} always runs on the real "
-            "length; remove the key"
+            f"{place}.length_mode = {encoder.length_mode}: legal values for {encoder.family} are {', '.join(legal)}"
         )
     known = known_encoder(encoder)
     if known is not None:

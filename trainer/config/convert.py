@@ -9,9 +9,10 @@ import re
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from model.errors import UserError
+from model.table import OneOf
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ def from_tree(cls: type[T], tree: Any, path: str = "") -> T:
     """
     if not isinstance(tree, dict):
         raise UserError(f"{path or 'recipe'} = {_show(tree)}: expected a mapping of {cls.__name__}'s keys")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in tree:
         if key not in fields:
@@ -61,6 +62,8 @@ def describe(annotation: Any) -> str:
         return "null"
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
+    if origin is Annotated and isinstance(args[1], OneOf):
+        return "one of " + ", ".join(args[1].table)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(a) for a in args)
     if origin is tuple:
@@ -83,6 +86,11 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
         return _convert_union(annotation, args, value, path)
     if origin is Literal:
         if not any(type(value) is type(a) and value == a for a in args):
+            raise _wrong(annotation, value, path)
+        return value
+    if origin is Annotated:
+        assert isinstance(args[1], OneOf), (path, annotation)
+        if not isinstance(value, str) or value not in args[1].table:
             raise _wrong(annotation, value, path)
         return value
     if origin is tuple:

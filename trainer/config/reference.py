@@ -86,7 +86,7 @@ def as_markdown(found: list[Section]) -> str:
 
 
 def _sections(cls: type[Any], path: str) -> Iterator[Section]:
-    hints, meanings = typing.get_type_hints(cls), _field_docstrings(cls)
+    hints, meanings = typing.get_type_hints(cls, include_extras=True), _field_docstrings(cls)
     keys, inner = [], []
     for field in dataclasses.fields(cls):
         where = f"{path}.{field.name}" if path else field.name
