@@ -143,7 +143,6 @@ def skewed_batch(rank: int, model: ModelConfig) -> Batch:
             audio_mask=torch.tensor([True] * audio_tokens + [False] * 2),
             labels=torch.tensor([IGNORE] * audio_tokens + [2, 3]),
             prompt_ids=torch.tensor([1]),
-            ctc_targets=torch.zeros(0, dtype=torch.int64),
         )
         for i in range(REAL_CLIPS)
     ]

@@ -61,7 +61,7 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class RoutingLossConfig:
-    """Weights of L_MoWE and its terms (see `model/routing_loss.py`)."""
+    """Weights of L_MoWE and its terms (see `model/losses/routing.py`)."""
 
     weight: float = 0.1
     sample_entropy: float = 1.0
@@ -109,6 +109,8 @@ class ModelConfig:
     llm: LLMConfig = field(default_factory=LLMConfig)
     ctc_weight: float = 0.0
     """Weight of the auxiliary CTC loss of ASR answers on the adapter's output; 0: there is no CTC head."""
+    losses: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Options of further losses by name, for example `{distillation: {weight: 0.5}}`. A loss without weight is off."""
 
     def __post_init__(self) -> None:
         check_least("model", self, expert_dim=1, ctc_weight=0)

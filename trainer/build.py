@@ -17,6 +17,7 @@ from model.hub.configuration import describe
 from model.llm.names import Index
 from model.llm.reference import resolve_hf_config, weight_source
 from model.llm.weights import WeightSource
+from model.losses.table import text_fields
 from trainer.checkpoint.catalog import SUBFOLDER
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.checks import check_llm, deepspeed_json
@@ -179,8 +180,10 @@ def _prepare(recipe: Recipe, owned: OwnedTokenizer | None, *, is_first: bool) ->
         tokenizer = owned.load(path)
         if is_first:
             check_named(recipe, owned, tokenizer)
-    ctc = recipe.model.ctc_weight > 0
-    return recipe, prepare(recipe.data, recipe.model.adapter.strides, ctc=ctc, tokenizer_path=path, on_built=say)
+    model = recipe.model
+    fields = text_fields(model)
+    strides = model.adapter.strides
+    return recipe, prepare(recipe.data, strides, text_fields=fields, tokenizer_path=path, on_built=say)
 
 
 class WatchedSource:

@@ -117,8 +117,11 @@ LEGAL = {
     ("model/mixture.py", "cumsum"): "integers",
     ("model/router.py", "cumsum"): "integers",
     ("model/router.py", "EmbeddingBag"): "mode is mean",
-    ("model/loss.py", "cross_entropy"): "of the single-process model; one-dimensional, which does not raise",
-    ("model/loss.py", "ctc_loss"): "only where torch is not restricted",
+    (
+        "model/losses/vocabulary.py",
+        "cross_entropy",
+    ): "of the single-process model; one-dimensional: it does not raise",
+    ("model/losses/ctc.py", "ctc_loss"): "only where torch is not restricted",
     ("trainer/engine/generate.py", "cumsum"): "integers",
     ("trainer/evaluation/offline/decode.py", "cumsum"): "integers",
     ("trainer/telemetry/trace.py", "median"): "on the CPU, without indices",

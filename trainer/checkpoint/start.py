@@ -1,13 +1,14 @@
 """A new run that begins with the weights of another run, of one of its checkpoints, or of an export.
 
 Only weights are taken: optimizers, schedule, generators and data begin anew. What is new keeps its initial (or
-pre-trained) weights and is listed: encoders, the CTC head, rows of a larger vocabulary of the LLM. The entries of an
+pre-trained) weights and is listed: encoders, heads of losses, rows of a larger vocabulary of the LLM. The entries of an
 added encoder in the router are the mean of the others', and come into force gradually (`model.router.ENTRY_OFFSET`):
 the loss of the first step is that of the model that was there.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,7 +27,8 @@ _BY_EXPERT = (
     _ENTERING,
 )
 """Tensors with one row per expert."""
-_CTC = "audio.ctc_head."
+_HEAD = re.compile(r"audio\.(\w+)_head\.")
+"""The tensors of a loss's head."""
 _BY_TOKEN = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
 """Tensors with one row per id of the LLM's vocabulary."""
 _KEYS = (
@@ -35,7 +37,6 @@ _KEYS = (
     ("audio.router.", "model.router"),
     ("audio.adapter.", "model.adapter"),
     ("audio.projector.", "model.adapter or model.llm"),
-    (_CTC, "data.tokenizer or model.adapter"),
     ("llm.", "model.llm"),
 )
 """Beginning of a tensor's name → the recipe key that decides its size."""
@@ -65,8 +66,8 @@ def fill_weights(
             shard.values[PARAM].copy_(rows.view(whole.rows, whole.cols)[shard.rect.within(whole)])
         elif own and shard.name.startswith(own):
             continue
-        elif shard.name.startswith(_CTC) and origin.shape(shard.name) is None:
-            new.append("the CTC head")
+        elif (head := _HEAD.match(shard.name)) and origin.shape(shard.name) is None:
+            new.append(f"the head of the loss {head[1]}")
         elif shard.name in _BY_TOKEN and (num_new := _num_new_rows(origin, shard)) > 0:
             _read_old_rows(origin, shard, shard.shape[0] - num_new)
             new.append(f"{num_new} rows of {shard.name.removeprefix('llm.')}")
@@ -106,8 +107,9 @@ def _check(origin: Origin, shard: Shard, wanted: tuple[int, ...] | None = None) 
     if found == wanted:
         return
     key = next((key for start, key in _KEYS if shard.name.startswith(start)), "model")
+    key = "data.tokenizer or model.adapter" if _HEAD.match(shard.name) else key
     what = f"holds no {shard.name}" if found is None else f"{shard.name} has shape {found}, here it is {wanted}"
     raise UserError(
         f"checkpoint.start_from: {origin.url}: {what}; {key} decides it: give it the value of those weights "
-        "(encoders, a CTC head and more rows in the LLM's vocabulary may be new)"
+        "(encoders, heads of losses and more rows in the LLM's vocabulary may be new)"
     )

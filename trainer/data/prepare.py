@@ -54,7 +54,8 @@ class PreparedData:
     tokenizer_path: str
     """A file, directory or hub id; for export."""
     strides: tuple[int, ...]
-    ctc: bool
+    text_fields: tuple[str, ...]
+    """The further fields of the manifests that are tokenised, for losses."""
 
     def open_training(self) -> tuple[DatasetReader, ...]:
         """One reader per set, for its training split. UserError if a set has nothing to read."""
@@ -65,7 +66,7 @@ def prepare(
     config: DataConfig,
     strides: tuple[int, ...],
     *,
-    ctc: bool = False,
+    text_fields: tuple[str, ...] = (),
     tokenizer_path: str | None = None,
     on_built: Callable[[BuildReport], None] = lambda report: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -75,7 +76,7 @@ def prepare(
     Args:
         config: the recipe's data section.
         strides: of the model's adapter.
-        ctc: whether ASR samples carry CTC targets (`model.ctc_weight` > 0).
+        text_fields: the further fields of the manifests that are tokenised (`model.losses.table.text_fields`).
         tokenizer_path: where the tokenizer of the weights lies, whatever the recipe says; None: there are no weights
             yet, so `config.tokenizer` decides.
         on_built: called with the account of every shard set that had to be made.
@@ -89,7 +90,7 @@ def prepare(
     datasets = tuple(_prepare_dataset(config, s, on_built, on_progress) for s in config.datasets)
     _check_eval_splits(config, datasets)
     path = tokenizer_path or config.tokenizer.path or str(_trained_tokenizer(config, datasets))
-    return PreparedData(config, datasets, load_tokenizer(path, config.tokenizer), path, strides, ctc)
+    return PreparedData(config, datasets, load_tokenizer(path, config.tokenizer), path, strides, text_fields)
 
 
 def check_stored(config: DataConfig) -> None:
