@@ -8,6 +8,7 @@ from model.config import ModelConfig
 from model.errors import UserError
 from model.losses.base import Loss
 from model.losses.ctc import CTC
+from model.losses.distillation import Distillation
 from model.losses.next_token import NextToken
 from model.losses.routing import RoutingLoss
 
@@ -15,6 +16,7 @@ LOSSES: dict[str, Loss] = {
     "next_token": NextToken(),
     "routing": RoutingLoss(),
     "ctc": CTC(),
+    "distillation": Distillation(),
 }
 """Every known loss by its name. Plug-ins add theirs."""
 
