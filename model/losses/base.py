@@ -68,7 +68,7 @@ class Loss(ABC):
         """Return whether the loss is computed and reported."""
         return self.weight(config) > 0
 
-    def check(self, config: ModelConfig) -> None:
+    def check(self, config: ModelConfig) -> None:  # noqa: B027 - most losses have nothing more to check
         """Check the options in the recipe beyond their names and that none is negative.
 
         Raises:

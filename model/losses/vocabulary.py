@@ -20,6 +20,13 @@ class Vocabulary:
         """Return the sum of `values` over the ranks that hold columns; its gradient is that of one rank's copy."""
         return values
 
+    def spread(self, values: Tensor) -> Tensor:
+        """Return `values`, which are equal on the ranks that hold columns, for use with this rank's columns alone.
+
+        The gradient is the sum over these ranks.
+        """
+        return values
+
     def maximum(self, values: Tensor) -> Tensor:
         """Return the maximum of `values`, which have no gradient, over the ranks that hold columns."""
         return values
@@ -29,4 +36,5 @@ class Vocabulary:
         logits = logits.float()
         highest = self.maximum(logits.detach().amax(-1))
         shifted = logits - highest[:, None]
-        return shifted - self.sum(shifted.exp().sum(-1)).log()[:, None]
+        total = self.sum(shifted.exp().sum(-1)).log()
+        return shifted - self.spread(total)[:, None]

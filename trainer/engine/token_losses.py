@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core.parallel_state import get_tensor_model_parallel_group
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    vocab_parallel_cross_entropy,
+)
 from torch import Tensor
 
 from model.config import ModelConfig
@@ -64,6 +68,11 @@ class TensorParallelVocabulary(Vocabulary):
         """Return the sum of `values` over the tensor-parallel group; its gradient is that of one rank's copy."""
         total: Tensor = reduce_from_tensor_model_parallel_region(values.clone())  # it reduces in place
         return total
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Return `values`; their gradient is the sum over the tensor-parallel group."""
+        spread: Tensor = copy_to_tensor_model_parallel_region(values)
+        return spread
 
     def maximum(self, values: Tensor) -> Tensor:
         """Return the maximum of `values` over the tensor-parallel group."""
