@@ -68,8 +68,8 @@ class Distillation(TokenLoss):
         """Return KL(teacher ‖ student) of every row, at the temperature of the recipe."""
         assert reference is not None
         temperature = self.option(config, "temperature")
-        student = vocabulary.log_softmax(logits / temperature)
-        teacher = vocabulary.log_softmax(reference / temperature).detach()
+        student = vocabulary.log_softmax(logits.float() / temperature)
+        teacher = vocabulary.log_softmax(reference.float() / temperature).detach()
         probs = teacher.exp()
         # Columns that only fill the vocabulary up have the logarithm -inf in both.
         return vocabulary.sum(torch.where(probs > 0, probs * (teacher - student), 0.0).sum(-1))

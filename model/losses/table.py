@@ -45,7 +45,10 @@ def check_losses(config: ModelConfig) -> None:
     known = [name for name, loss in LOSSES.items() if loss.options]
     for name, given in config.losses.items():
         if name not in known:
-            raise UserError(f"model.losses.{name}: no loss has this name; legal names are {', '.join(known)}")
+            legal = ", ".join(known)
+            raise UserError(
+                f"model.losses.{name}: no loss has this name; legal names are {legal}, or install its plug-in"
+            )
         for key, value in given.items():
             if key not in LOSSES[name].options:
                 legal = ", ".join(LOSSES[name].options)
