@@ -139,12 +139,12 @@ def skewed_batch(rank: int, model: ModelConfig) -> Batch:
         Sample(
             key=f"{rank}-{i}",
             task="asr",
+            is_transcription=True,
             clips=(0.1 * torch.randn(samples, generator=generator),),
             token_ids=torch.tensor([PLACEHOLDER] * audio_tokens + [1, 2]),
             audio_mask=torch.tensor([True] * audio_tokens + [False] * 2),
             labels=torch.tensor([IGNORE] * audio_tokens + [2, 3]),
             prompt_ids=torch.tensor([1]),
-            ctc_targets=torch.zeros(0, dtype=torch.int64),
         )
         for i in range(REAL_CLIPS)
     ]

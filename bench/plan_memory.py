@@ -178,19 +178,19 @@ def _batch(recipe: Any, workload: Any, rank: int) -> Any:
         audio_tokens = audio_tokens_of_samples(length, recipe.model.adapter.strides)
         ids = torch.randint(0, vocab, (total,), generator=generator)
         labels = torch.full((total,), IGNORE)
-        labels[-9:-1] = ids[-8:]
+        labels[-8:] = ids[-8:]
         mask = torch.zeros(total, dtype=torch.bool)
         mask[:audio_tokens] = True
         samples.append(
             Sample(
                 key=f"{i}",
                 task="asr",
+                is_transcription=True,
                 clips=(0.1 * torch.randn(length, generator=generator),),
                 token_ids=ids,
                 audio_mask=mask,
                 labels=labels,
                 prompt_ids=ids[audio_tokens : audio_tokens + 8],
-                ctc_targets=ids[-8:-6],
             )
         )
     return Batch(tuple(samples))

@@ -1,6 +1,6 @@
-"""The adapter: strided convolutions that bring 50 frames a second down to LLM slots.
+"""The adapter, whose strided convolutions reduce 50 frames per second to the rate of audio tokens.
 
-Shapes: B clips, F frames, S slots, D width.
+Shapes: B clips, F frames, S audio tokens, D width.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from model.transfer import to_device
 
 
 class Adapter(nn.Module):
-    """Convolution, GELU, per stride. What lies past a clip's end is zeroed before every layer, so companions in the
-    batch never change a clip's output."""
+    """One convolution and GELU for each stride.
+
+    What is past the end of a clip is set to zero after every layer, so the other clips of a batch never change its
+    output.
+    """
 
     def __init__(self, config: AdapterConfig, input_dim: int) -> None:
         super().__init__()
@@ -31,8 +34,8 @@ class Adapter(nn.Module):
             for a, b, stride in zip(widths, widths[1:], config.strides, strict=False)
         ]
         for layer in layers:
-            # torch's own initialisation shrinks the signal by three in each of these layers, until their biases drown
-            # it: every slot would begin alike (He 2015, arXiv 1502.01852, keeps the variance).
+            # He's initialisation (arXiv 1502.01852) keeps the variance. With torch's own, each layer would shrink the
+            # signal to a third, and the outputs at all audio tokens would begin nearly equal.
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
@@ -40,7 +43,7 @@ class Adapter(nn.Module):
         self.dim = widths[-1]
 
     def forward(self, features: Ragged) -> Ragged:
-        """[ΣF, D] → [ΣS, hidden_size] with S = `lengths.num_audio_tokens(F, strides)`"""
+        """Return the output [ΣS, hidden_size] for features [ΣF, D], with S = `lengths.num_audio_tokens(F, strides)`."""
         x = features.padded().transpose(1, 2)
         counts = [features.lengths]
         for stride in self.strides:

@@ -72,7 +72,7 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class RoutingLossConfig:
-    """The routing loss L_MoWE and its terms (see `model/routing_loss.py`). Entropies are in nats."""
+    """The routing loss L_MoWE and its terms (see `model/losses/routing.py`). Entropies are in nats."""
 
     weight: float = 0.1
     """The weight of the routing loss in the total loss. 0 switches it off."""
@@ -131,8 +131,10 @@ class ModelConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
     ctc_weight: float = 0.0
-    """The weight of an auxiliary CTC loss on the adapter's output, for the answers of the task asr. 0 builds no CTC
-    head."""
+    """The weight of an auxiliary CTC loss on the adapter's output, for the answers of transcription tasks such as asr.
+    0 builds no CTC head."""
+    losses: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Options of further losses by name, for example `{distillation: {weight: 0.5}}`. A loss without weight is off."""
 
     def __post_init__(self) -> None:
         check_least("model", self, expert_dim=1, ctc_weight=0)

@@ -1,8 +1,8 @@
-"""1-D convolutions for clips of every length, which oneDNN on CPUs is slow at.
+"""1-D convolutions that stay fast on CPUs where the lengths of clips vary.
 
-oneDNN compiles a kernel for each shape of input and keeps the last thousand; batches of ragged clips hardly ever repeat
-one. As a product of matrices a convolution needs no compilation, and over steps with channels last its windows are
-plain slices of memory.
+oneDNN compiles a kernel for each shape of the input and keeps the last thousand of them, but batches of clips hardly
+ever repeat a shape. A convolution as a matrix product needs no compilation. If channels are last in memory, its windows
+are plain slices.
 
 Shapes: B clips, T steps in, L steps out, C channels in, O channels out, k taps.
 """
@@ -21,9 +21,10 @@ from torch.autograd.function import once_differentiable
 
 
 class Conv1d(nn.Conv1d):
-    """`nn.Conv1d`, the same parameters and results; on CPUs by matrix products, unless grouped or dilated.
+    """An `nn.Conv1d` that is computed as a matrix product on CPUs, unless it is grouped or dilated.
 
-    Results of the CPU's way are `[B, O, L]` with channels last in memory, which the next such layer reads as they are.
+    Parameters and results are the same. The result of the matrix product is `[B, O, L]` with channels last in memory,
+    which the next such layer reads without a copy.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -31,9 +32,11 @@ class Conv1d(nn.Conv1d):
 
 
 def use_matrix_products(module: nn.Module, devices: Sequence[str] = ("cpu",)) -> None:
-    """Make every `nn.Conv1d` inside `module`, also one under weight norm, compute as `Conv1d` does.
+    """Make every `nn.Conv1d` inside `module`, even one under weight norm, compute as `Conv1d` does.
 
-    `devices` with matrix products may also name `meta`: to see what a CPU would hold.
+    Args:
+        module: The module, which is changed.
+        devices: The types of devices on which matrix products are used. `meta` shows what a CPU would keep in memory.
     """
     forward = partial(_conv_forward, devices=tuple(devices))
     for child in module.modules():
@@ -53,7 +56,7 @@ def _conv_forward(
 
 
 class _WindowProduct(torch.autograd.Function):
-    """steps [B, T, C], weight [O, C, k], bias [O] → [B, L, O], L = (T - k) // stride + 1"""
+    """The convolution of steps [B, T, C] with weight [O, C, k] and bias [O]: [B, L, O], L = (T - k) // stride + 1."""
 
     @staticmethod
     def forward(ctx: Any, steps: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -61,7 +64,7 @@ class _WindowProduct(torch.autograd.Function):
         (clips, size, channels), (_, _, taps) = steps.shape, weight.shape
         length = (size - taps) // stride + 1
         assert length > 0, f"{size} steps for {taps} taps"
-        # A window's taps and channels lie side by side in memory.
+        # The taps and channels of a window are contiguous in memory.
         windows = steps.as_strided((clips, length, taps * channels), (size * channels, stride * channels, 1))
         rows = windows.reshape(clips * length, taps * channels)
         matrix = weight.transpose(1, 2).flatten(1)

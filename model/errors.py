@@ -1,20 +1,21 @@
-"""The one exception that a user is meant to read."""
+"""The exception whose message is written for the user."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: a recipe key, a file, a sample.
+    """A mistake in something that the user gave, such as a recipe key, a file or a sample.
 
-    The message is one line that names the key or file, the value and the remedy. Command-line entry points print it
-    and exit with code 2; they print no traceback.
+    The message is one line with the key or file, the value and what to do next. Commands print it without a traceback
+    and exit with code 2.
     """
 
 
 def check_least(section: str, config: object, **least: float) -> None:
-    """Raise UserError for the first of these fields of a recipe's `section` that is below its least legal value.
+    """Check that fields of a recipe's `section` are not below their least legal values. None is always legal.
 
-    A field that is None is left to its owner.
+    Raises:
+        UserError: If a field is below its least legal value.
     """
     for name, lowest in least.items():
         value = getattr(config, name)

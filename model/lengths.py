@@ -1,7 +1,7 @@
-"""Seconds → samples → frames → LLM slots. The only home of this arithmetic.
+"""The conversion of seconds to audio samples, frames and audio tokens. It is done nowhere else.
 
-Every encoder of this project reports one frame per 20 ms (50 Hz): Whisper's two stride-1/2 convolutions over 10 ms mel
-frames count ceil, the convolution stacks of HuBERT and WavLM count floor (their last frame is repeated to fill up).
+Every encoder of this project returns one frame per 20 ms (50 Hz). Whisper's convolutions over mel frames of 10 ms round
+their number up. The convolution stacks of HuBERT and WavLM round it down, and their last frame is then repeated.
 """
 
 from collections.abc import Sequence
@@ -18,51 +18,52 @@ FRAME_SAMPLES = 320
 
 
 def num_samples(seconds: float) -> int:
-    """Samples in `seconds` of 16 kHz audio, rounded to the nearest."""
+    """Return the number of samples in `seconds` of 16 kHz audio, rounded to the nearest."""
     return round(seconds * SAMPLE_RATE)
 
 
 def num_frames(samples: Count) -> Count:
-    """Encoder frames (20 ms) that cover `samples` (one number or an array): the last one may be partly filled."""
+    """Return the number of encoder frames (20 ms) that cover `samples`, one number or an array, rounded up."""
     return -(-samples // FRAME_SAMPLES)
 
 
 def num_audio_tokens(frames: int, strides: tuple[int, ...]) -> int:
-    """LLM positions that `frames` take after an adapter with these strides: ceil at every layer."""
+    """Return the number of audio tokens of `frames` after an adapter with these strides; every layer rounds up."""
     for stride in strides:
         frames = -(-frames // stride)
     return frames
 
 
 def audio_tokens_of_samples(samples: int, strides: tuple[int, ...]) -> int:
-    """LLM positions that a clip of `samples` takes."""
+    """Return the number of audio tokens of a clip of `samples`."""
     return num_audio_tokens(num_frames(samples), strides)
 
 
 @dataclass(frozen=True)
 class Windowing:
-    """How an encoder cuts clips into windows, and how long it computes them: what one of its calls costs.
+    """The windows into which an encoder cuts clips, which determine the cost of a call.
 
-    All windows of a call are padded to one length, so a call computes (number of windows) · (longest one, padded).
+    All windows of a call are padded to the same length. So a call computes the number of windows times the padded
+    length of the longest one.
     """
 
     window_samples: int
-    """Longer clips are encoded in consecutive windows of this length."""
+    """The length of the consecutive windows in which longer clips are encoded."""
     least_samples: int = 1
-    """A shorter window is padded to this length before anything is computed."""
+    """The length to which a shorter window is padded before anything is computed."""
 
     def num_windows(self, samples: int) -> int:
-        """Number of windows that a clip of `samples` is cut into."""
+        """Return the number of windows into which a clip of `samples` is cut."""
         return -(-samples // self.window_samples)
 
     def padded_samples(self, samples: int) -> int:
-        """Length at which the longest window of a clip of `samples` is computed, alone in its call."""
+        """Return the padded length of the longest window of a clip of `samples` that is alone in its call."""
         return max(self.least_samples, min(samples, self.window_samples))
 
     def computed_samples(self, clips: Sequence[int]) -> int:
-        """Padded audio samples that one call with clips of these lengths computes."""
+        """Return the number of padded audio samples that one call with clips of these lengths computes."""
         return sum(map(self.num_windows, clips)) * max(map(self.padded_samples, clips), default=0)
 
 
 WHOLE = Windowing(window_samples=1 << 62)
-"""Clips as they are: never cut, padded only to the longest one of a call."""
+"""The windowing of an encoder that never cuts clips and pads them only to the longest one of a call."""

@@ -1,6 +1,7 @@
-"""The prompt around the audio: rendered as text with one placeholder per clip, cut there, filled up with one per slot.
+"""The prompt around the audio.
 
-Shared by training (`trainer/data`) and by the exported processor, so that both see the same tokens.
+It is rendered as text with one placeholder per clip, cut at the placeholders, and filled with one placeholder per audio
+token. Training (`trainer/data`) and the exported processor share this code, so that both see the same tokens.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from collections.abc import Sequence
 
 
 def render(template: str, instruction: str, placeholder: str, num_clips: int) -> str:
-    """`template` with `{instruction}` and, for all clips, `{audio}` filled in."""
-    # One pass over the template, not two replacements: an instruction may itself contain "{audio}".
+    """Return `template` with the instruction in place of `{instruction}` and placeholders in place of `{audio}`."""
+    # The instruction is inserted last because it may itself contain "{audio}".
     before, after = template.split("{instruction}")
     audio = placeholder * num_clips
     return before.replace("{audio}", audio) + instruction + after.replace("{audio}", audio)
 
 
 def cut(ids: Sequence[int], placeholder_id: int) -> list[list[int]]:
-    """Tokens before, between and after the placeholders."""
+    """Return the tokens before, between and after the placeholders."""
     pieces: list[list[int]] = [[]]
     for token in ids:
         if token == placeholder_id:
@@ -30,8 +31,16 @@ def cut(ids: Sequence[int], placeholder_id: int) -> list[list[int]]:
 def fill(
     pieces: Sequence[Sequence[int]], audio_tokens: Sequence[int], placeholder_id: int
 ) -> tuple[list[int], list[bool]]:
-    """Return (token ids, which of them take an audio embedding): `pieces` with `audio_tokens[i]` placeholders after the
-    i-th piece."""
+    """Join `pieces` with placeholders in between.
+
+    Args:
+        pieces: The token ids before, between and after the clips.
+        audio_tokens: The number of audio tokens of each clip, which follows the piece of the same index.
+        placeholder_id: The token id of the placeholder.
+
+    Returns:
+        The token ids, and for each of them whether it takes an audio embedding.
+    """
     assert len(pieces) == len(audio_tokens) + 1, (len(pieces), len(audio_tokens))
     ids, mask = list(pieces[0]), [False] * len(pieces[0])
     for num_audio_tokens, piece in zip(audio_tokens, pieces[1:], strict=True):

@@ -1,8 +1,8 @@
-"""The router: which experts a clip is sent to, and with what weight.
+"""The router, which decides which encoder experts read a clip and with what weight.
 
-MoWE-Audio (arXiv 2409.06635, section 2.2) has two gates over the pool of weak encoders: a data-independent one (a
-learned vector) and a data-dependent one (from the time-average of the base encoder's features). Each gate makes one
-feature stream z = Σ_k r[k]·E_k(a) over its top-k experts. Gating on the instruction follows PaM (arXiv 2502.15178).
+MoWE-Audio (arXiv 2409.06635, section 2.2) has two gates over the pool of weak encoders. The data-independent gate is a
+learned vector. The data-dependent gate reads the average over time of the base encoder's features. Each gate computes
+one feature stream z = Σ_k r[k]·E_k(a) over its top-k experts. Gating on the instruction follows PaM (arXiv 2502.15178).
 
 Shapes: B clips, F frames, P prompt tokens, D width of the gate's input, G gates, K experts.
 """
@@ -23,56 +23,56 @@ from model.transfer import to_device
 
 NUM_MELS = 80
 ENTRY_OFFSET = -30.0
-"""Added to the gate logits of an encoder that is new to a trained model: e^-30 is nothing beside the others in fp32."""
+"""The offset of the gate logits of an encoder that is new to a trained model. In fp32, e^-30 is negligible."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What the router decided for B clips: a value, not module state."""
+    """The decisions of the router for B clips. They are a value, not state of the module."""
 
     probs: Tensor
-    """[B, G, K] softmax of each gate."""
+    """[B, G, K] the softmax of each gate."""
     chosen: Tensor
-    """[B, G, K] bool: the gate's top-k."""
+    """[B, G, K] bool, true for the top-k experts of each gate."""
     gates: tuple[str, ...]
-    """Name of each of the G gates."""
+    """The names of the G gates."""
 
     @property
     def weights(self) -> Tensor:
-        """[B, G, K] mixing weights: the probability of a chosen expert, else 0 (as published, not renormalised)."""
+        """The mixing weights [B, G, K]: the probability of a chosen expert, not renormalised, and 0 for others."""
         return self.probs * self.chosen
 
     @cached_property
     def on_host(self) -> tuple[Tensor, Tensor]:
-        """`probs` and `chosen`, read in one go: the host decides by them who encodes what, and reports them."""
+        """The values of `probs` and `chosen` on the host, read in one transfer. They decide which rank encodes what."""
         probs, chosen = torch.stack([self.probs.detach(), self.chosen.to(self.probs.dtype)]).cpu()
         return probs, chosen.bool()
 
     @property
     def active(self) -> Tensor:
-        """[B, K] bool, on the host: experts that some gate chose for the clip; only these compute."""
+        """The experts that some gate chose for each clip, [B, K] bool on the host. Only these are computed."""
         return self.on_host[1].any(dim=1)
 
     def head(self, num_clips: int) -> Routing:
-        """The routing of the first `num_clips` clips."""
+        """Return the routing of the first `num_clips` clips."""
         return Routing(self.probs[:num_clips], self.chosen[:num_clips], self.gates)
 
 
 def mean_over_time(features: Ragged) -> Tensor:
-    """[B, D]: the average of each clip's rows [ΣF, D], in fp32."""
-    # Not `index_add`: in bf16 it rounds after every frame, and on a GPU it adds in an order of its own.
+    """Return the average [B, D] of each clip's rows [ΣF, D], in fp32."""
+    # `index_add` would round after every frame in bf16, and its order of addition on a GPU is not fixed.
     return torch.stack([frames.mean(0, dtype=torch.float32) for frames in features.split()])
 
 
 class Router(nn.Module):
-    """Gates over `num_experts` experts.
+    """The gates over the experts.
 
     Args:
-        config: what the gates read and how they choose.
-        num_experts: K.
-        primary_dim: width of the primary's features (input `primary`).
-        vocab_size: of the tokenizer (input `prompt`).
-        prompt_dim: width of the prompt's token embeddings (input `prompt`).
+        config: The inputs of the gates and the way in which they choose.
+        num_experts: The number K of experts.
+        primary_dim: The width of the primary's features, for the input `primary`.
+        vocab_size: The size of the tokenizer's vocabulary, for the input `prompt`.
+        prompt_dim: The width of the prompt's token embeddings, for the input `prompt`.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Router(nn.Module):
         self.config = config
         self.num_experts = num_experts
         self.steps_to_enter: Tensor
-        """[K] int64: for an encoder that is coming in, the steps until it stands as the others do; else 0."""
+        """[K] int64, the number of steps until an added encoder has its full logits; 0 for all others."""
         self.register_buffer("steps_to_enter", torch.zeros(num_experts, dtype=torch.int64))
         if "data_independent" in config.gates:
             self.independent = IndependentGate(num_experts)
@@ -96,10 +96,10 @@ class Router(nn.Module):
         """Route B clips.
 
         Args:
-            clips: waveforms [ΣT] (read by input `log_mel`).
-            primary: the primary's features [ΣF, D] (read by input `primary`).
-            prompts: instruction tokens [ΣP] (read by input `prompt`).
-            noise: [B, G, K] standard normal, given in training only; scaled by `noise_std`.
+            clips: The waveforms [ΣT], which the input `log_mel` reads.
+            primary: The primary's features [ΣF, D], which the input `primary` reads; None without a primary.
+            prompts: The instruction tokens [ΣP], which the input `prompt` reads.
+            noise: Standard normal noise [B, G, K], to be scaled by `noise_std`; None outside training.
         """
         logits = []
         for gate in self.config.gates:
@@ -119,7 +119,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def advance(self) -> None:
-        """To be called after every training step: encoders that are coming in come nearer."""
+        """Raise the logits of added encoders by one step. Call it after every training step."""
         self.steps_to_enter.sub_(1).clamp_(min=0)
 
     def _gate_input(self, clips: Ragged, primary: Ragged | None, prompts: Ragged) -> Tensor:
@@ -133,13 +133,13 @@ class Router(nn.Module):
 
 
 class IndependentGate(nn.Module):
-    """One learned vector of K logits, the same for every clip."""
+    """A learned vector of K logits, the same for every clip."""
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
-        # Not zero: equal logits would make top-k pick the first expert forever.
+        # With equal logits, top-k would always choose the first expert.
         self.logits = nn.Parameter(0.1 * torch.randn(num_experts))
 
     def forward(self, num_clips: int) -> Tensor:
-        """[B, K]"""
+        """Return the logits [B, K] of `num_clips` clips."""
         return self.logits.expand(num_clips, -1)

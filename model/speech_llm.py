@@ -2,74 +2,108 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from model.audio_tower import AudioTower, count, usable_ctc_targets
-from model.batch import IGNORE, Batch, Ragged
+from model.audio_output import AudioOutput
+from model.audio_tower import AudioTower
+from model.batch import IGNORE, Batch, Ragged, Sample
 from model.config import ModelConfig
 from model.llm.reference import build_reference
-from model.loss import next_token_sum
+from model.losses.base import LossTerm, TokenLoss, audio_terms, labelled_losses
+from model.losses.table import active_losses
+from model.losses.vocabulary import Vocabulary
 from model.router import Routing
-from model.routing_loss import RoutingSums, routing_loss
 from model.splice import splice
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The terms of one (global) batch, each a scalar mean."""
+    """The loss of one global batch."""
 
-    total: Tensor
-    next_token: Tensor
-    routing: Tensor
-    ctc: Tensor
+    terms: tuple[LossTerm, ...]
+    """The terms of all active losses."""
     decisions: Routing | None
+    """The decisions of the router; None if the batch has no audio or the model no experts."""
+
+    @property
+    def total(self) -> Tensor:
+        """The weighted sum of all terms, a scalar."""
+        return sum((t.weight * self[t.name] for t in self.terms), torch.zeros(()))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the unweighted mean of one term, a scalar."""
+        term = next(t for t in self.terms if t.name == name)
+        return term.sum / max(1, term.count)
 
 
 class SpeechLLM(nn.Module):
-    """Audio tower and LLM. Parameters are named `audio.…` and `llm.…` (Hugging Face's names there).
+    """The audio tower and the LLM.
+
+    Parameters are named `audio.…` and `llm.…`. Behind `llm.` are the names of Hugging Face.
 
     Args:
-        config: the model.
-        vocab_size: of the tokenizer.
-        seed: of random initialisation where a part has no pre-trained weights.
+        config: The config of the model.
+        vocab_size: The size of the tokenizer's vocabulary.
+        seed: The seed of the parts that have no pre-trained weights.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int) -> None:
         super().__init__()
         self.config = config
+        self.losses = active_losses(config)
         torch.manual_seed(seed)
         self.llm = build_reference(config.llm, seed)
         torch.manual_seed(seed)
         self.audio = AudioTower(config, self.llm.config.hidden_size, vocab_size)
 
-    def embed_audio(self, batch: Batch, noise: Tensor | None = None) -> tuple[Ragged | None, Routing | None, Tensor]:
-        """(embeddings [ΣS, H] clip after clip, routing, Σ CTC loss); no audio: (None, None, 0)."""
-        if not batch.clips.lengths:
-            return None, None, torch.zeros(())
-        out = self.audio(batch.clips, batch.prompts, usable_ctc_targets(batch, self.config), noise)
-        return out.embeddings, out.routing, out.ctc_loss_sum
+    def embed_audio(self, batch: Batch, noise: Tensor | None = None) -> AudioOutput | None:
+        """Return the output of the audio side for the clips of `batch`; None if there is no clip.
 
-    def logits(self, batch: Batch, audio: Ragged | None) -> Tensor:
-        """Next-token logits [B, max L, vocabulary]; rows past a sample's end mean nothing."""
+        Args:
+            batch: The batch.
+            noise: Standard normal noise [B, G, K] for the router; None outside training.
+        """
+        return self.audio(batch.clips, batch.prompts, noise) if batch.clips.lengths else None
+
+    def logits(self, batch: Batch, audio: AudioOutput | None) -> Tensor:
+        """Return the next-token logits [B, max L, vocabulary]; those past the end of a sample are meaningless."""
         text = self.llm.get_input_embeddings()(batch.tokens.values)
         if audio is not None:
-            text = splice(text, batch.audio_mask, audio.values)
-        # Right padding needs no mask under causal attention.
+            text = splice(text, batch.audio_mask, audio.embeddings.values)
+        # Padding on the right needs no mask under causal attention.
         return self.llm(inputs_embeds=Ragged(text, batch.tokens.lengths).padded(), use_cache=False).logits
 
     def forward(self, batch: Batch, noise: Tensor | None = None) -> Losses:
-        """Every loss term of `batch`, taken as a global batch."""
-        audio, routing, ctc_sum = self.embed_audio(batch, noise)
-        counts = count(batch, usable_ctc_targets(batch, self.config))
+        """Return every term of the loss of `batch`, which is taken as a global batch.
+
+        Args:
+            batch: The batch.
+            noise: Standard normal noise [B, G, K] for the router; None outside training.
+        """
+        audio = self.embed_audio(batch, noise)
         logits = self.logits(batch, audio)
-        labels = batch.labels.padded(IGNORE)
-        next_token = next_token_sum(logits.flatten(0, 1), labels.flatten()) / max(1, counts.targets)
-        ctc = ctc_sum / max(1, counts.ctc_targets)
-        mowe = torch.zeros(())
-        if routing is not None:
-            mowe = routing_loss(self.config.routing_loss, RoutingSums.of(routing))
-        total = next_token + self.config.routing_loss.weight * mowe + self.config.ctc_weight * ctc
-        return Losses(total, next_token, mowe, ctc, routing)
+        token_terms = [self._token_term(loss, batch, logits) for loss in self.losses if isinstance(loss, TokenLoss)]
+        terms = (*token_terms, *audio_terms(self.losses, audio, batch, self.config))
+        return Losses(terms, None if audio is None else audio.routing)
+
+    def _token_term(self, loss: TokenLoss, batch: Batch, logits: Tensor) -> LossTerm:
+        labels, reference, samples = batch.labels.padded(IGNORE), None, batch.samples
+        if loss.has_reference:
+            pairs = [(i, r) for i, s in enumerate(samples) if (r := loss.reference(s)) is not None]
+            kept = [i for i, _ in pairs]
+            logits, labels = logits[kept][labels[kept] != IGNORE], labels[kept][labels[kept] != IGNORE]
+            reference = self._reference_logits([r for _, r in pairs], logits)
+        losses = labelled_losses(loss, logits.flatten(0, -2), labels.flatten(), reference, Vocabulary(), self.config)
+        return LossTerm(loss.name, loss.weight(self.config), losses.sum(), loss.count(batch, self.config))
+
+    @torch.no_grad()
+    def _reference_logits(self, samples: Sequence[Sample], like: Tensor) -> Tensor:
+        """Return the logits of text-only samples at their labels, [N, vocabulary]."""
+        if not samples:
+            return like[:0]
+        batch = Batch(tuple(samples))
+        return self.logits(batch, None)[batch.labels.padded(IGNORE) != IGNORE]

@@ -1,4 +1,4 @@
-"""Audio embeddings into the placeholder positions of a token sequence."""
+"""The insertion of audio embeddings at the placeholder positions of a token sequence."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from torch import Tensor
 
 
 def splice(text: Tensor, audio_mask: Tensor, audio: Tensor) -> Tensor:
-    """Put `audio` where `audio_mask` is set, in order.
+    """Replace the rows of `text` at which `audio_mask` is true by the rows of `audio`, in order.
 
     Args:
-        text: token embeddings [L, D] (what they hold at placeholder positions is dropped).
-        audio_mask: [L] bool.
-        audio: [number of set positions, D].
+        text: The token embeddings [L, D].
+        audio_mask: The placeholder positions [L], bool.
+        audio: The audio embeddings [number of true positions, D].
 
     Returns:
-        [L, D]; gradients reach `text` only where the mask is clear.
+        The embeddings [L, D]. Gradients reach `text` only where the mask is false.
     """
     assert audio.shape[0] == int(audio_mask.sum()), (audio.shape, int(audio_mask.sum()))
     return text.masked_scatter(audio_mask[:, None], audio.to(text.dtype))

@@ -1,4 +1,4 @@
-"""Small integers and flags from the host to the device: the one way, which does not make the host wait."""
+"""The transfer of small integers and flags from the host to the device without making the host wait."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def to_device(values: Tensor | NDArray[Any] | Sequence[Any], device: torch.device) -> Tensor:
-    """Return `values` as a tensor on `device`, copied while the host goes on.
+    """Return `values` as a tensor on `device`, copied while the host continues.
 
-    A plain `torch.tensor(values, device=device)` waits until the device has done all that was asked of it before.
+    In contrast, `torch.tensor(values, device=device)` waits until the device has finished all earlier work.
     """
     host = values if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
     if host.device == device or device.type == "cpu":
         return host.to(device)
     if device.type == "cuda":
-        host = host.pin_memory()  # only from pinned memory is the copy asynchronous
+        host = host.pin_memory()  # the copy is asynchronous only from pinned memory
     return host.to(device, non_blocking=True)

@@ -21,7 +21,7 @@ def prompt_of(sample: Sample) -> Sample:
 def greedy(oracle: SpeechLLM, sample: Sample, eos_id: int, vocab_size: int, max_new_tokens: int) -> list[int]:
     """Return the tokens that follow a prompt, without the end token."""
     found: list[int] = []
-    audio, _, _ = oracle.embed_audio(Batch((sample,)))
+    audio = oracle.embed_audio(Batch((sample,)))
     while len(found) < max_new_tokens:
         more = torch.tensor(found, dtype=torch.int64)
         ids = torch.cat([sample.token_ids, more])

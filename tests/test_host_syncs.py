@@ -28,7 +28,7 @@ from trainer.training.evaluate import answer
 
 STEP_WAITS = {
     "model/router.py:on_host": 1,  # the router's choice, which determines the ranks that encode
-    "model/loss.py:ctc_sum": 1,  # within torch's CTC loss, which moves the lengths itself
+    "model/losses/ctc.py:ctc_sum": 1,  # within torch's CTC loss, which moves the lengths itself
     "trainer/training/step.py:send": 1,  # the rows of this rank's packs that are audio
     "trainer/training/step.py:report": 1,  # losses
     "trainer/training/step.py:update": 1,  # the gradient norm, which decides about the update
@@ -97,7 +97,7 @@ def answers() -> dict[str, Any]:
     for sample in batch.samples:
         length = sample.num_tokens - int((sample.labels != IGNORE).sum()) + 1
         cut = {name: getattr(sample, name)[:length] for name in ("token_ids", "audio_mask", "labels")}
-        prompts.append(replace(sample, **cut, ctc_targets=sample.ctc_targets[:0]))
+        prompts.append(replace(sample, **cut))
     tokenizer = cast(Any, SimpleNamespace(eos_id=-1, vocab_size=parity.VOCAB_SIZE))
     config = EvalConfig(max_new_tokens=NEW_TOKENS)
     plain = build_step(model, groups, on_device=False)

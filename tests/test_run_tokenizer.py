@@ -125,7 +125,7 @@ def test_run_that_starts_from_weights_uses_their_tokenizer(place: Place) -> None
         overrides = [other, "model.ctc_weight=1", "train.steps=1", f"parallel.num_ranks={num_ranks}"]
         done = place.train(name, f"checkpoint.start_from={start}", *overrides)
         assert done.returncode == 0, done.stderr
-        assert f"starting with the weights of {start}" in done.stderr and "new: the CTC head" in done.stderr
+        assert f"starting with the weights of {start}" in done.stderr and "new: the head of the loss ctc" in done.stderr
         assert place.state(name, 1)[DIGEST] == wanted
     refused(
         place.train("d", f"checkpoint.start_from={base}", "model.llm.config.hidden_size=64"),

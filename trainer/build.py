@@ -1,4 +1,4 @@
-"""The composition root: the only file that knows every part."""
+"""The composition root, which is the only file that knows every part."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from model.hub.configuration import describe
 from model.llm.names import Index
 from model.llm.reference import resolve_hf_config, weight_source
 from model.llm.weights import WeightSource
+from model.losses.table import text_fields
 from trainer.checkpoint.catalog import SUBFOLDER
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.checks import check_llm, deepspeed_json
@@ -62,13 +63,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run_training(recipe: Recipe, env: RankEnv) -> int:
-    """Train `recipe` as one rank; returns the process's exit code."""
+    """Train `recipe` as one rank and return the exit code of the process.
+
+    Collective: every rank of the world must call it.
+    """
     with deterministic_kernels(recipe.train.deterministic):  # before CUDA starts
         return _run(recipe, env)
 
 
 def _run(recipe: Recipe, env: RankEnv) -> int:
-    # The watchdog must bark before a collective gives up.
+    # The watchdog must fire before a collective gives up.
     connect(max(COLLECTIVE_TIMEOUT_SEC, 2 * recipe.train.hang_timeout_sec))
     events = begin_run(recipe, env)
     position = Position()
@@ -77,15 +81,17 @@ def _run(recipe: Recipe, env: RankEnv) -> int:
     except UserError as error:
         emit_mistake(error, position, events)
         raise
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is told, and decides how the process ends
+    except Exception as error:  # noqa: BLE001 - any failure is reported, and decides the exit code
         return emit_failure(error, position, events)
 
 
 def begin_run(recipe: Recipe, env: RankEnv) -> EventLog:
-    """Begin an attempt: rank 0 says so in the run's events and leaves the recipe. Collective.
+    """Begin an attempt. Rank 0 records it in the run's events and writes the recipe.
+
+    Collective: every rank of the world must call it.
 
     Raises:
-        UserError: the run's folder cannot be written.
+        UserError: If the run's folder cannot be written.
     """
     run_dir = Path(recipe.train.run_dir) / recipe.name
     box: list[int | str] = [0]
@@ -111,7 +117,7 @@ def begin_run(recipe: Recipe, env: RankEnv) -> EventLog:
 
 
 def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
-    """What `started` tells of the job."""
+    """Return the fields of the event `started` that describe the Slurm job."""
     names = {"SLURM_JOB_ID": "job", "SLURM_RESTART_COUNT": "restarts", "SLURM_JOB_NODELIST": "nodes"}
     return {key: environ[name] for name, key in names.items() if name in environ}
 
@@ -121,7 +127,7 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
     rank, _, device = connect()
     groups = build_groups(topology, rank, device, recipe.seed)
     run_dir = events.run_dir
-    recipe, prepared = prepare_once(recipe, groups)  # shards that are not there yet may take hours: nobody watches
+    recipe, prepared = prepare_once(recipe, groups)  # without a watchdog: making shards may take hours
     with Watchdog(recipe.train.hang_timeout_sec, events, topology.world) as watchdog:
         step = build_step(recipe, groups, prepared.tokenizer.vocab_size, watchdog.heartbeat)
         evaluator = Evaluator(recipe.eval, prepared, step, run_dir, watchdog.heartbeat)
@@ -140,20 +146,20 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
             if finished and loop.last_evaluation is not None:
                 print(final_table(loop.last_evaluation, prepared, evaluator.meteor), flush=True)
             if not finished:
-                print(f"stopped; the same command goes on from the checkpoint in {recipe.run_url}", flush=True)
+                print(f"stopped; rerun the same command to resume from the checkpoint in {recipe.run_url}", flush=True)
         dist.barrier(groups.world)
     dist.destroy_process_group()
     return ExitCode.FINISHED if finished else ExitCode.STOPPED
 
 
 def prepare_once(recipe: Recipe, groups: Groups) -> tuple[Recipe, PreparedData]:
-    """Return the data that `recipe` reads, and the recipe with the tokenizer settings of the weights it goes on with.
+    """Return the data that `recipe` reads, and the recipe with the tokenizer settings of the weights it starts from.
 
-    Collective: every rank of `groups.world` must call it. Rank 0 makes the shards and the tokenizer that are missing;
-    the others wait and read.
+    Collective: every rank of `groups.world` must call it. Rank 0 makes the shards and the tokenizer if they are
+    missing. The others wait and read them.
 
     Raises:
-        UserError: see `prepare`; the recipe asks for another tokenizer than that of the weights.
+        UserError: As in `prepare`, or if the recipe asks for another tokenizer than that of the weights.
     """
     prepared = None
     box: list[OwnedTokenizer | str | None] = [None]
@@ -171,7 +177,7 @@ def prepare_once(recipe: Recipe, groups: Groups) -> tuple[Recipe, PreparedData]:
 
 
 def _prepare(recipe: Recipe, owned: OwnedTokenizer | None, *, is_first: bool) -> tuple[Recipe, PreparedData]:
-    def say(report: BuildReport) -> None:
+    def announce(report: BuildReport) -> None:
         print(f"made shards in {report.url}: {report.num_samples} samples", flush=True)
 
     path = None
@@ -181,19 +187,21 @@ def _prepare(recipe: Recipe, owned: OwnedTokenizer | None, *, is_first: bool) ->
         tokenizer = owned.load(path)
         if is_first:
             check_named(recipe, owned, tokenizer)
-    ctc = recipe.model.ctc_weight > 0
-    return recipe, prepare(recipe.data, recipe.model.adapter.strides, ctc=ctc, tokenizer_path=path, on_built=say)
+    model = recipe.model
+    fields = text_fields(model)
+    strides = model.adapter.strides
+    return recipe, prepare(recipe.data, strides, text_fields=fields, tokenizer_path=path, on_built=announce)
 
 
 class WatchedSource:
-    """A source of weights, each read of which is told as progress."""
+    """A source of weights that reports each read as progress."""
 
     def __init__(self, source: WeightSource, heartbeat: Callable[[str], None]) -> None:
         self._source, self._heartbeat = source, heartbeat
         self.shape, self.where = source.shape, source.where
 
     def read(self, name: str, index: Index) -> Tensor:
-        """See `WeightSource`."""
+        """Implement `WeightSource.read`."""
         self._heartbeat(f"the read of {name}")
         return self._source.read(name, index)
 
@@ -201,10 +209,18 @@ class WatchedSource:
 def build_step(
     recipe: Recipe, groups: Groups, vocab_size: int, heartbeat: Callable[[str], None] = lambda what: None
 ) -> Step:
-    """Both engines with their initial weights; `heartbeat` is told of progress.
+    """Return the step of a run: both engines with their initial weights.
+
+    Collective: every rank of the world must call it.
+
+    Args:
+        recipe: The recipe of the run.
+        groups: The place of this rank.
+        vocab_size: The size of the tokenizer's vocabulary.
+        heartbeat: Called with a description of each part before it is built.
 
     Raises:
-        UserError: weights are missing or do not fit; the tokenizer has more tokens than the LLM; a pattern of
+        UserError: If weights are missing or do not fit, the tokenizer has more tokens than the LLM, or a pattern of
             `optim.parts` matches nothing.
     """
     hf_config = resolve_hf_config(recipe.model.llm)
@@ -229,7 +245,7 @@ def build_step(
     everyone: list[list[str]] = [[]] * topology.world
     dist.all_gather_object(everyone, held_names, group=groups.world)
     check_patterns(recipe.optim, [name for names in everyone for name in names])
-    # Dropout, where a config has any, must differ between ranks.
+    # If a config has dropout, it must differ between ranks.
     torch.manual_seed(recipe.seed + 1000 * groups.rank)
     return Step(
         recipe.model,
@@ -247,7 +263,7 @@ def build_step(
 
 
 def describe_run(recipe: Recipe, step: Step, prepared: PreparedData) -> dict[str, Any]:
-    """Return what an export must know and the weights do not tell."""
+    """Return what an export needs besides the weights."""
     tokenizer = prepared.tokenizer
     return {
         "model": describe(recipe.model, step.llm.hf_config, tokenizer.vocab_size),

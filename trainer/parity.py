@@ -1,8 +1,8 @@
-"""The law of the house, measured: loss and gradients of a topology against the single-process model.
+"""The parity requirement, measured: loss and gradients of a topology against the single-process model.
 
-Every rank computes the oracle (`model.speech_llm.SpeechLLM` on the whole global batch) and its own distributed part,
-and compares all gradients: those of ZeRO-3 gathered over the world, those of Megatron gathered over the data-parallel
-ranks and cut from the oracle's as the rank's weights are.
+Every rank computes the oracle (`model.speech_llm.SpeechLLM` on the whole global batch) and its own distributed part. It
+compares every term of the loss and all gradients. Those of ZeRO-3 are gathered over the world. Those of Megatron are
+gathered over the data-parallel ranks and compared with the same slices of the oracle's gradients.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from model.lengths import audio_tokens_of_samples
 from model.llm.names import hf_to_local
 from model.llm.reference import resolve_hf_config
 from model.llm.weights import RandomSource
-from model.speech_llm import SpeechLLM
+from model.speech_llm import Losses, SpeechLLM
 from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine
 from trainer.engine.optim import OptimConfig, lr_scale, param_groups
@@ -32,6 +32,7 @@ from trainer.engine.placement import place
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.groups import Groups
 from trainer.scoring.tasks import TASKS
+from trainer.telemetry.metrics import StepReport
 from trainer.training.step import Step
 
 VOCAB_SIZE = 61
@@ -42,7 +43,7 @@ OPTIM = OptimConfig(lr=2e-3, weight_decay=0.01, clip_norm=1.0, schedule="cosine"
 
 
 def tiny_model(llm_family: str = "llama") -> ModelConfig:
-    """All parts of the model, as small as they go: a primary, three unequal experts, both gates, CTC."""
+    """Return a model with all parts, as small as possible: a primary, three unequal experts, both gates, all losses."""
     conv = {"conv_dim": [16] * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4}
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, **conv}
     whisper = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
@@ -75,11 +76,12 @@ def tiny_model(llm_family: str = "llama") -> ModelConfig:
         adapter=AdapterConfig(hidden_size=16),
         llm=LLMConfig(config=llm),
         ctc_weight=0.3,
+        losses={"distillation": {"weight": 0.7, "temperature": 1.5}},
     )
 
 
 def make_sample(index: int, num_clips: int, strides: tuple[int, ...], seed: int) -> Sample:
-    """A sample with `num_clips` clips of 0.12 to 1 s of noise, random tokens around them, and an answer."""
+    """Return a sample with `num_clips` clips of 0.12 to 1 s of noise, random tokens around them, and an answer."""
     generator = torch.Generator().manual_seed(1000 * seed + index)
 
     def integers(low: int, high: int, count: int) -> list[int]:
@@ -93,7 +95,7 @@ def make_sample(index: int, num_clips: int, strides: tuple[int, ...], seed: int)
         audio_tokens = audio_tokens_of_samples(clip.shape[0], strides)
         ids += [PLACEHOLDER] * audio_tokens + integers(0, PLACEHOLDER, 2)
         mask += [True] * audio_tokens + [False] * 2
-    answer = integers(0, PLACEHOLDER, 3 + index % 6)
+    answer = integers(0, PLACEHOLDER, 2 + index % 6)
     labels = [IGNORE] * (len(ids) - 1) + answer + [1]
     return Sample(
         key=f"sample-{seed}-{index}",
@@ -103,12 +105,19 @@ def make_sample(index: int, num_clips: int, strides: tuple[int, ...], seed: int)
         audio_mask=torch.tensor(mask + [False] * len(answer)),
         labels=torch.tensor(labels),
         prompt_ids=torch.tensor(prompt),
-        ctc_targets=torch.tensor(answer[:2] if num_clips == 1 else [], dtype=torch.int64),
+        is_transcription=num_clips == 1,
     )
 
 
 def make_samples(kind: str, world: int, strides: tuple[int, ...], seed: int = 0) -> list[list[Sample]]:
-    """Per rank its samples. Kinds: mixed, text_only, rank_without_audio, fewer_samples_than_ranks, one_expert."""
+    """Return the samples of every rank.
+
+    Args:
+        kind: One of mixed, text_only, rank_without_audio, fewer_samples_than_ranks and one_expert.
+        world: The number of ranks.
+        strides: The strides of the adapter.
+        seed: The seed of the samples.
+    """
     clips_of: Mapping[str, Callable[[int, int], int]] = {
         "mixed": lambda rank, i: (1, 0, 2)[(rank + i) % 3],
         "text_only": lambda rank, i: 0,
@@ -124,18 +133,20 @@ def make_samples(kind: str, world: int, strides: tuple[int, ...], seed: int = 0)
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a topology is from the oracle, relative."""
+    """The relative differences between a topology and the oracle."""
 
     loss: float
+    """The largest difference of the loss or of one of its terms. A term is measured by at least a hundredth of the
+    loss."""
     gradient: float
-    """Largest entry of the difference / largest entry of the parameter's gradient (at least a hundredth of the model's
-    largest gradient), over all parameters."""
+    """The largest difference of a gradient. Each is measured by the largest entry of the parameter's gradient, and by
+    at least a hundredth of the model's largest gradient."""
     worst: str
-    """Parameter with the largest gradient difference."""
+    """The parameter with the largest difference of its gradient."""
 
 
 def build_oracle(config: ModelConfig) -> SpeechLLM:
-    """The single-process model."""
+    """Return the single-process model."""
     return SpeechLLM(config, VOCAB_SIZE, SEED).train()
 
 
@@ -149,7 +160,10 @@ def build_step(
     pack_tokens: int = 48,
     pack_multiple: int | None = None,
 ) -> Step:
-    """The distributed model with the oracle's initial weights."""
+    """Return the distributed model with the oracle's initial weights.
+
+    Collective: every rank of the world must call it.
+    """
     hf_config = resolve_hf_config(config.llm)
     source = RandomSource(hf_config, SEED)
     recompute = groups.topology.pp > 1  # so that both ways are compared
@@ -174,7 +188,7 @@ def build_step(
 
 @contextmanager
 def favoured(step: Step, expert: int | None) -> Iterator[None]:
-    """Let every gate choose this expert for every clip; None: as the router will."""
+    """Let every gate choose one expert for every clip; None leaves the choice to the router."""
     drawn = step.router_noise
     strong = 1e3 * torch.eye(len(step.model.experts))[expert] if expert is not None else 0.0
 
@@ -190,7 +204,10 @@ def favoured(step: Step, expert: int | None) -> Iterator[None]:
 
 
 def compare(step: Step, oracle: SpeechLLM, samples: list[list[Sample]], number: int = 0) -> Difference:
-    """Forward and backward both ways; nothing is updated."""
+    """Compare one step of both, without an update.
+
+    Collective: every rank of the world must call it.
+    """
     rank = step.groups.rank
     report = step.forward_backward(number, Batch(tuple(samples[rank])))
     step.timer.take()
@@ -199,8 +216,7 @@ def compare(step: Step, oracle: SpeechLLM, samples: list[list[Sample]], number: 
     losses = oracle(whole, step.router_noise(number, whole))
     losses.total.backward()
     reference = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in oracle.named_parameters()}
-    # 1e-5 of this is 1e-7 of the model's largest gradient: one unit in the last place of fp32, which no sum in another
-    # order keeps. A key bias' gradient, for one, is zero in exact arithmetic.
+    # 1e-5 of this is 1e-7 of the model's largest gradient, the last place of fp32, which depends on the order of sums.
     floor = 1e-2 * max(float(g.abs().max()) for g in reference.values())
     worst = (0.0, "")
     for name, mine, wanted in (*_audio_gradients(step, reference), *_llm_gradients(step, reference)):
@@ -209,9 +225,20 @@ def compare(step: Step, oracle: SpeechLLM, samples: list[list[Sample]], number: 
     found: list[Any] = [None] * step.groups.topology.world
     dist.all_gather_object(found, worst, group=step.groups.world)
     gradient, name = max(found)
-    total = float(losses.total)
     step.audio.discard()
-    return Difference(abs(report.loss - total) / abs(total), gradient, name)
+    return Difference(_loss_difference(report, losses), gradient, name)
+
+
+def _loss_difference(report: StepReport, losses: Losses) -> float:
+    """Return the largest relative difference of the loss and its terms; infinity if the terms have other names."""
+    total = float(losses.total)
+    if set(report.losses) != {term.name for term in losses.terms}:
+        return float("inf")
+    found = [abs(report.loss - total) / abs(total)]
+    for term in losses.terms:
+        wanted = float(losses[term.name])
+        found.append(abs(report.losses[term.name] - wanted) / max(abs(wanted), 1e-2 * abs(total)))
+    return max(found)
 
 
 def _audio_gradients(step: Step, reference: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
@@ -233,7 +260,10 @@ def _llm_gradients(step: Step, reference: Mapping[str, Tensor]) -> list[tuple[st
 
 
 def _gather_gradients(engine: LLMEngine) -> None:
-    """The distributed optimizer leaves each rank the sum of its own part of the buffers: complete them."""
+    """Complete the gradient buffers, of which the distributed optimizer leaves each rank its own part.
+
+    Collective: every rank of the data-parallel group must call it.
+    """
     from megatron.core import parallel_state
 
     with megatron_calls():
@@ -246,7 +276,10 @@ def _gather_gradients(engine: LLMEngine) -> None:
 
 
 def loss_curves(step: Step, oracle: SpeechLLM, num_steps: int) -> tuple[float, float]:
-    """Train both for `num_steps`; the largest relative difference of their losses, and of their gradient norms."""
+    """Train both for `num_steps` and return the largest relative difference of their losses and of their norms.
+
+    Collective: every rank of the world must call it.
+    """
     named = [(n, p, p.dim()) for n, p in oracle.named_parameters()]
     optimizer = torch.optim.AdamW(param_groups(OPTIM, named), lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
     worst_loss, worst_norm, world, strides = 0.0, 0.0, step.groups.topology.world, step.model.adapter.strides

@@ -69,8 +69,7 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
         assert audio_mask is not None and instruction_ids is not None and instruction_lengths is not None
         clips = Ragged(audio_values, tuple(audio_lengths.tolist()))
         instructions = Ragged(instruction_ids, tuple(instruction_lengths.tolist()))
-        no_targets = Ragged(input_ids.new_zeros(0), (0,) * len(clips))
-        found = self.audio(clips, instructions, no_targets)
+        found = self.audio(clips, instructions)
         # Boolean indexing takes positions row by row: sample after sample, as the clips lie.
         return text.masked_scatter(audio_mask[..., None], found.embeddings.values.to(text.dtype)), found.routing
 

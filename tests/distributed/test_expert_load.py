@@ -28,7 +28,8 @@ def expected(oracle: Any, step: Any, number: int, batch: Batch) -> ExpertLoad:
     seconds = [n / SAMPLE_RATE for n in batch.clips.lengths]
     owners = [batch.samples[i] for i in batch.clip_owner]
     groups = [group_of(s.task, s.meta, sec) for s, sec in zip(owners, seconds, strict=True)]
-    _, routing, _ = oracle.embed_audio(batch, step.router_noise(number, batch))
+    audio = oracle.embed_audio(batch, step.router_noise(number, batch))
+    routing = None if audio is None else audio.routing
     return ExpertLoad.of(routing, groups, seconds, list(oracle.audio.experts))
 
 

@@ -24,7 +24,9 @@ def compare_paddings(tp: int, pp: int) -> dict[str, object]:
     from model.batch import IGNORE
     from model.llm.reference import resolve_hf_config
     from model.llm.weights import RandomSource
+    from model.losses.next_token import NextToken
     from trainer.engine.llm import LLMEngine, Packs
+    from trainer.engine.token_losses import PackedLoss
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.packs import plan_packs
     from trainer.parallel.topology import Topology
@@ -36,29 +38,30 @@ def compare_paddings(tp: int, pp: int) -> dict[str, object]:
     hf_config = resolve_hf_config(tiny_model().llm)
     engine = LLMEngine(hf_config, RandomSource(hf_config, SEED), OPTIM, groups, torch.float32, recompute=False)
     plan = plan_packs(SIZES, topology.dp, MULTIPLE, MULTIPLE)
-    owners = torch.from_numpy(plan.samples_of_rows(0))
-    padding, share = owners == -1, plan.pack_tokens // tp
-    mine = torch.arange(len(owners)).view(plan.num_microbatches, tp, share)[:, groups.place.tp].flatten()
+    rows, share = plan.num_microbatches * plan.pack_tokens, plan.pack_tokens // tp
+    padding = torch.ones(rows, dtype=torch.bool)
+    for first, length in zip(plan.replica_row, plan.num_tokens, strict=True):
+        padding[first : first + length] = False
+    mine = torch.arange(rows).view(plan.num_microbatches, tp, share)[:, groups.place.tp].flatten()
 
     def run(seed: int) -> dict[str, torch.Tensor]:
-        def drawn(fixed: torch.Tensor, other: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-            return torch.where(rows.view(-1, *(1 for _ in fixed.shape[1:])), other, fixed)
+        def drawn(fixed: torch.Tensor, other: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+            return torch.where(chosen.view(-1, *(1 for _ in fixed.shape[1:])), other, fixed)
 
         first, second = torch.Generator().manual_seed(1), torch.Generator().manual_seed(seed)
-        ids = [torch.randint(0, VOCAB_SIZE, owners.shape, generator=g) for g in (first, second)]
-        audio = [torch.randn(len(owners), hf_config.hidden_size, generator=g) for g in (first, second)]
-        labels = torch.randint(0, VOCAB_SIZE, owners.shape, generator=first)
+        ids = [torch.randint(0, VOCAB_SIZE, (rows,), generator=g) for g in (first, second)]
+        audio = [torch.randn(rows, hf_config.hidden_size, generator=g) for g in (first, second)]
+        labels = torch.randint(0, VOCAB_SIZE, (rows,), generator=first)
         packs = Packs(
             lengths=tuple(plan.lengths(0, m) for m in range(plan.num_microbatches)),
             token_ids=drawn(*ids, padding),
             labels=labels.masked_fill(padding, IGNORE),
-            owners=owners,
+            samples=tuple(tuple(plan.members(0, m).tolist()) for m in range(plan.num_microbatches)),
             audio=drawn(*audio, padding)[mine],
-            audio_mask=(torch.arange(len(owners)) % 3 == 0)[mine],
+            audio_mask=(torch.arange(rows) % 3 == 0)[mine],
             num_samples=len(SIZES),
-            num_targets=sum(SIZES),
         )
-        losses, grad = engine.forward_backward(packs)
+        losses, grad = engine.forward_backward(packs, [PackedLoss(NextToken(), tiny_model(), 1 / sum(SIZES))])
         grads = {n: p.main_grad.clone() for n, p in engine.parameters()}  # type: ignore[attr-defined]
         return {"losses": losses, "audio": grad, **grads}
 

@@ -11,10 +11,10 @@ from model import lengths
 from model.adapter import Adapter
 from model.batch import Ragged
 from model.config import AdapterConfig, RouterConfig, RoutingLossConfig
-from model.loss import ctc_feasible, ctc_sum
+from model.losses.ctc import ctc_feasible, ctc_sum
+from model.losses.routing import routing_sum
 from model.mixture import mix
 from model.router import Router, Routing, mean_over_time
-from model.routing_loss import RoutingSums, routing_loss
 from model.splice import splice
 from trainer.engine.determinism import deterministic_kernels
 
@@ -147,11 +147,10 @@ def test_routing_loss_by_hand() -> None:
     probs = torch.tensor([[[0.5, 0.5], [0.9, 0.1]], [[0.5, 0.5], [0.1, 0.9]]])
     routing = Routing(probs, probs > 0.5, ("data_independent", "data_dependent"))
     confident = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
-    loss = routing_loss(RoutingLossConfig(), RoutingSums.of(routing))
+    loss = routing_sum(RoutingLossConfig(), routing) / 2
     assert float(loss) == pytest.approx(confident - math.log(2) + math.log(2), rel=1e-5)
-    assert float(routing_loss(RoutingLossConfig(batch_entropy=0, independent_entropy=0), RoutingSums.of(routing))) == (
-        pytest.approx(confident, rel=1e-5)
-    )
+    only_confident = RoutingLossConfig(batch_entropy=0, independent_entropy=0)
+    assert float(routing_sum(only_confident, routing) / 2) == pytest.approx(confident, rel=1e-5)
 
 
 def test_routing_loss_of_parts_adds_up_to_that_of_the_whole() -> None:
@@ -162,16 +161,22 @@ def test_routing_loss_of_parts_adds_up_to_that_of_the_whole() -> None:
         probs = logits[rows].softmax(-1)
         return Routing(probs, probs > 1, ("data_independent", "data_dependent"))
 
-    whole = routing_loss(RoutingLossConfig(), RoutingSums.of(routing(slice(None))))
+    parts = (slice(0, 2), slice(2, 5), slice(5, 5))
+    whole = routing_sum(RoutingLossConfig(), routing(slice(None)))
     (expected,) = torch.autograd.grad(whole, logits)
-    everything = RoutingSums.of(routing(slice(None)))
-    total = RoutingSums(*(getattr(everything, k).detach() for k in ("probs", "sample_entropy")),
-                        everything.independent_entropy.detach(), 5)  # fmt: skip
-    found = torch.zeros_like(expected)
-    for rows in (slice(0, 2), slice(2, 5)):
-        part = routing_loss(RoutingLossConfig(), RoutingSums.of(routing(rows)), total)
-        torch.testing.assert_close(part, whole)
-        found += torch.autograd.grad(part, logits)[0]
+    local: list[torch.Tensor] = []
+
+    def keep(sums: torch.Tensor) -> torch.Tensor:
+        local.append(sums)
+        return sums
+
+    for rows in parts:
+        routing_sum(RoutingLossConfig(), routing(rows), keep)
+    total, found = torch.stack(local).sum(0), torch.zeros_like(expected)
+    shares = [routing_sum(RoutingLossConfig(), routing(rows), lambda _: total) for rows in parts]
+    torch.testing.assert_close(sum(shares), whole)
+    for share in shares:
+        found += torch.autograd.grad(share, logits)[0]
     torch.testing.assert_close(found, expected)
 
 

@@ -13,7 +13,8 @@ from model.adapter import Adapter
 from model.batch import Ragged
 from model.config import AdapterConfig, EncoderConfig, RouterConfig
 from model.encoders.registry import build_encoder
-from model.loss import ctc_sum, next_token_sum
+from model.losses.ctc import ctc_sum
+from model.losses.vocabulary import Vocabulary
 from model.mixture import mix
 from model.router import Router, Routing
 from model.transfer import to_device
@@ -126,13 +127,16 @@ def test_router_and_mixture_wait_once(source: Any) -> None:
 
 def test_losses() -> None:
     torch.manual_seed(0)
-    logits, labels = torch.randn(6, 9), torch.tensor([1, -100, 3, 4, 5, 6])
+    logits, labels = torch.randn(6, 9), torch.tensor([1, 2, 3, 4, 5, 6])
     targets = Ragged(torch.tensor([1, 2, 3]), (2, 0, 1))
     with PretendedDevice() as device:
-        found = next_token_sum(put(logits), put(labels)), ctc_sum(Ragged(put(logits), (3, 1, 2)), move(targets))
-    torch.testing.assert_close(host(found[0]), next_token_sum(logits, labels))
+        found = (
+            Vocabulary().cross_entropy(put(logits), put(labels)),
+            ctc_sum(Ragged(put(logits), (3, 1, 2)), move(targets)),
+        )
+    torch.testing.assert_close(host(found[0]), Vocabulary().cross_entropy(logits, labels))
     torch.testing.assert_close(host(found[1]), ctc_sum(Ragged(logits, (3, 1, 2)), targets))
-    assert dict(device.waits) == {"model/loss.py:ctc_sum": 1}, device.kinds
+    assert dict(device.waits) == {"model/losses/ctc.py:ctc_sum": 1}, device.kinds
 
 
 def test_tensors_of_two_devices_do_not_mix() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.audio_tower import AudioTower
-from model.batch import IGNORE, Batch, Ragged, Sample
+from model.batch import IGNORE, Batch, Sample
 from model.config import ModelConfig, RouterConfig
 from model.errors import UserError
 from model.speech_llm import SpeechLLM
@@ -28,31 +28,31 @@ def model() -> SpeechLLM:
 
 def test_other_samples_never_change_a_samples_logits(model: SpeechLLM) -> None:
     together = Batch(tuple(samples(1, 0, 2, 1)))
-    audio, _, _ = model.embed_audio(together)
+    audio = model.embed_audio(together)
     logits = model.logits(together, audio)
     for i, sample in enumerate(together.samples):
         alone = Batch((sample,))
-        own_audio, _, _ = model.embed_audio(alone)
+        own_audio = model.embed_audio(alone)
         expected = model.logits(alone, own_audio)[0]
         torch.testing.assert_close(logits[i, : sample.num_tokens], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_next_token_loss_is_the_mean_over_all_targets(model: SpeechLLM) -> None:
     batch = Batch(tuple(samples(1, 0, 2)))
-    audio, _, _ = model.embed_audio(batch)
+    audio = model.embed_audio(batch)
     logits = model.logits(batch, audio)
     token_losses = []
     for row, sample in zip(logits, batch.samples, strict=True):
         log_probs = row[: sample.num_tokens].log_softmax(-1)
         token_losses += [-log_probs[i, label] for i, label in enumerate(sample.labels.tolist()) if label != IGNORE]
     expected = torch.stack(token_losses).mean()
-    torch.testing.assert_close(model(batch).next_token, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(batch)["next_token"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_text_only_batch_has_no_audio_losses(model: SpeechLLM) -> None:
     losses = model(Batch(tuple(samples(0, 0))))
-    assert losses.decisions is None and losses.routing == 0 and losses.ctc == 0
-    assert losses.total == losses.next_token
+    assert losses.decisions is None and all(losses[name] == 0 for name in ("routing", "ctc", "distillation"))
+    assert losses.total == losses["next_token"]
 
 
 def test_only_chosen_experts_compute(model: SpeechLLM) -> None:
@@ -63,8 +63,7 @@ def test_only_chosen_experts_compute(model: SpeechLLM) -> None:
         seen.update(zip(names, wanted.sum(0).tolist(), strict=True))
         return model.audio.encode_here(names, clips, wanted)
 
-    none = Ragged(torch.zeros(0, dtype=torch.int64), (0,) * 3)
-    out = model.audio(batch.clips, batch.prompts, none, encode=run)
+    out = model.audio(batch.clips, batch.prompts, encode=run)
     assert out.routing is not None
     assert seen == {
         "whisper": 3,
@@ -125,6 +124,6 @@ def test_bf16_whichever_expert_is_chosen(chosen: int) -> None:
     tower.router.independent.logits.copy_(torch.eye(3)[chosen] * 9)
     tower.router.dependent.bias.copy_(torch.eye(3)[chosen] * 99)
     batch = Batch(tuple(samples(1)))
-    found = tower(batch.clips, batch.prompts, Ragged(torch.zeros(0, dtype=torch.int64), (0,)))
+    found = tower(batch.clips, batch.prompts)
     assert found.routing is not None and found.routing.active.tolist() == [[chosen == k for k in range(3)]]
     assert found.embeddings.values.dtype == torch.bfloat16

@@ -51,7 +51,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     )
     augment = AugmentConfig(start=0, end=0.5, speed=0.1, gain_db=6, noise_snr_db=10)
     config = data_config(root, *datasets, max_skipped_fraction=0.5, augment=augment, join=JoinConfig(probability=0.5))
-    return prepare(config, (2, 2), ctc=True)
+    return prepare(config, (2, 2))
 
 
 def with_fields(prepared: PreparedData, **fields: Any) -> PreparedData:
@@ -83,7 +83,7 @@ def assert_identical(one: list[list[Sample]], two: list[list[Sample]]) -> None:
     assert [[s.key for s in b] for b in one] == [[s.key for s in b] for b in two]
     for a, b in zip((s for x in one for s in x), (s for x in two for s in x), strict=True):
         assert a.meta == b.meta
-        for name in ("token_ids", "audio_mask", "labels", "prompt_ids", "ctc_targets"):
+        for name in ("token_ids", "audio_mask", "labels", "prompt_ids"):
             assert torch.equal(getattr(a, name), getattr(b, name))
         assert len(a.clips) == len(b.clips)
         assert all(torch.equal(x, y) for x, y in zip(a.clips, b.clips, strict=True))

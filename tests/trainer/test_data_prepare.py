@@ -124,7 +124,7 @@ def test_the_kit_trains_and_evaluates(tmp_path: Path) -> None:
     fields["tokenizer"] = TokenizerConfig()
     lines = [line for s in datasets for line in (KIT / str(s.manifest)).read_text().splitlines()]
     duration_sec = {(row := json.loads(line))["id"]: row["duration"] for line in lines}
-    prepared = prepare(data_config(KIT, *datasets, **fields), (2, 2, 2), ctc=True)
+    prepared = prepare(data_config(KIT, *datasets, **fields), (2, 2, 2))
     assert all(s.skipped_samples == {} for s in prepared.datasets)
     with Loader(prepared, seed=0, num_batches=6) as loader:
         samples = [s for b, _ in loader for s in b.samples]

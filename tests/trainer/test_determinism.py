@@ -114,8 +114,8 @@ ALIASES = {
 # Uses that are legal, and why.
 LEGAL = {
     ("model/router.py", "EmbeddingBag"): "mode is mean",
-    ("model/loss.py", "cross_entropy"): "of the single-process model; one-dimensional, which does not raise",
-    ("model/loss.py", "ctc_loss"): "only where torch is not restricted",
+    ("model/losses/vocabulary.py", "cross_entropy"): "of the single-process model; one-dimensional: does not raise",
+    ("model/losses/ctc.py", "ctc_loss"): "only where torch is not restricted",
     ("trainer/evaluation/offline/decode.py", "cumsum"): "integers",
     ("trainer/telemetry/trace.py", "median"): "on the CPU, without indices",
 }

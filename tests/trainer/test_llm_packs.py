@@ -21,7 +21,6 @@ def packs() -> Packs:
         audio=torch.zeros(8000, 2),
         audio_mask=rows.bool(),
         num_samples=4,
-        num_targets=8000,
     )
 
 
@@ -34,7 +33,7 @@ def test_losses_are_summed_by_sample_without_what_fills_a_pack_up() -> None:
 
 def test_a_micro_batch_leaves_the_gradients_of_the_others_alone() -> None:
     engine = SimpleNamespace(groups=SimpleNamespace(topology=SimpleNamespace(tp=2), is_first_stage=True))
-    forward = _Forward(cast(Any, engine), packs())
+    forward = _Forward(cast(Any, engine), packs(), [])
     assert [part.shape for part in forward.audio] == [(2000, 2)] * 4
     forward.audio[1].sum().backward()
     assert [part.grad is None for part in forward.audio] == [True, False, True, True]

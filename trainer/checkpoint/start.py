@@ -1,13 +1,14 @@
 """The start of a new run with the weights of another run, of one of its checkpoints, or of an export.
 
 Only weights are used; optimizers, schedule, generators and data start from the beginning. Some parts of the model may
-be new: encoders, the CTC head, and rows of a larger vocabulary of the LLM. They keep initial or pre-trained weights.
-The router's entries of an added encoder are the mean of the other encoders' entries. They take effect gradually
-(`model.router.ENTRY_OFFSET`), so that the loss of the first step is that of the original model.
+be new: encoders, heads of losses such as CTC's, and rows of a larger vocabulary of the LLM. They keep initial or
+pre-trained weights. The router's entries of an added encoder are the mean of the other encoders' entries. They take
+effect gradually (`model.router.ENTRY_OFFSET`), so that the loss of the first step is that of the original model.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,7 +27,8 @@ _BY_EXPERT = (
     _ENTERING,
 )
 """Tensors with one row per encoder expert."""
-_CTC = "audio.ctc_head."
+_HEAD = re.compile(r"audio\.(\w+)_head\.")
+"""The tensors of a loss's head."""
 _BY_TOKEN = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
 """Tensors with one row per id of the LLM's vocabulary."""
 _KEYS = (
@@ -35,7 +37,6 @@ _KEYS = (
     ("audio.router.", "model.router"),
     ("audio.adapter.", "model.adapter"),
     ("audio.projector.", "model.adapter or model.llm"),
-    (_CTC, "data.tokenizer or model.adapter"),
     ("llm.", "model.llm"),
 )
 """Pairs of a prefix of tensor names and the recipe key that determines the tensors' size."""
@@ -71,8 +72,8 @@ def fill_weights(
             shard.values[PARAM].copy_(rows.view(whole.rows, whole.cols)[shard.rect.within(whole)])
         elif own and shard.name.startswith(own):
             continue
-        elif shard.name.startswith(_CTC) and origin.shape(shard.name) is None:
-            new.append("the CTC head")
+        elif (head := _HEAD.match(shard.name)) and origin.shape(shard.name) is None:
+            new.append(f"the head of the loss {head[1]}")
         elif shard.name in _BY_TOKEN and (num_new := _num_new_rows(origin, shard)) > 0:
             _read_old_rows(origin, shard, shard.shape[0] - num_new)
             new.append(f"{num_new} rows of {shard.name.removeprefix('llm.')}")
@@ -123,8 +124,9 @@ def _check(origin: Origin, shard: Shard, wanted: tuple[int, ...] | None = None) 
     if found == wanted:
         return
     key = next((key for start, key in _KEYS if shard.name.startswith(start)), "model")
+    key = "data.tokenizer or model.adapter" if _HEAD.match(shard.name) else key
     what = f"holds no {shard.name}" if found is None else f"{shard.name} has shape {found}, here it is {wanted}"
     raise UserError(
         f"checkpoint.start_from: {origin.url}: {what}; set {key} as it was for these weights "
-        "(only encoders, the CTC head and further rows of the LLM's vocabulary may be new)"
+        "(only encoders, heads of losses and further rows of the LLM's vocabulary may be new)"
     )

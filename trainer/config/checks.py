@@ -17,6 +17,7 @@ from model.encoders.family import family_of
 from model.encoders.hf_config import resolve as resolve_encoder
 from model.errors import UserError
 from model.llm.reference import resolve_hf_config
+from model.losses.table import check_losses
 from trainer.config.schema import Recipe, TrainConfig
 from trainer.config.shipped import shipped
 from trainer.engine.determinism import check_variables
@@ -36,6 +37,7 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.parallel.expert > 1 and not recipe.model.experts:
         raise UserError(f"parallel.expert = {recipe.parallel.expert}: the model has no experts; the legal value is 1")
     _check_encoders(recipe)
+    check_losses(recipe.model)
     hf_config = known_llm_config(recipe.model.llm)
     if hf_config is not None:
         check_llm(hf_config, recipe.parallel)

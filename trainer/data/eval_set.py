@@ -50,7 +50,7 @@ def eval_samples(
         items = [items[i] for i in sorted(permutation(len(items), "evaluation", split)[:max_samples].tolist())]
     own = items[rank * len(items) // world : (rank + 1) * len(items) // world]
     config = replace(prepared.config, cache_decoded_mib=0)  # since every sample is read once
-    source = SampleSource(config, prepared.tokenizer, prepared.strides, ctc=False)
+    source = SampleSource(config, prepared.tokenizer, prepared.strides)
     chunks = [
         (reader, shard, indices[start : start + reader.chunk_samples])
         for (reader, shard), group in groupby(own, key=lambda item: item[:2])

@@ -88,8 +88,9 @@ def to_sample(encoded: EncodedSample) -> Sample:
         audio_mask=torch.from_numpy(encoded.audio_mask),
         labels=labels,
         prompt_ids=torch.from_numpy(encoded.instruction_ids),
-        ctc_targets=targets[:-1] if encoded.ctc else targets[:0],
+        texts={name: torch.from_numpy(ids) for name, ids in encoded.texts.items()},
         meta=encoded.meta,
+        is_transcription=encoded.is_transcription,
     )
 
 

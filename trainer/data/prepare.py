@@ -56,8 +56,8 @@ class PreparedData:
     """The file, directory or hub id of the tokenizer."""
     strides: tuple[int, ...]
     """The strides of the adapter."""
-    ctc: bool
-    """True if ASR samples carry CTC targets."""
+    text_fields: tuple[str, ...]
+    """The further fields of the manifests that are tokenized, for losses."""
 
     def open_training(self) -> tuple[DatasetReader, ...]:
         """Return one reader per dataset, which reads its training split.
@@ -72,7 +72,7 @@ def prepare(
     config: DataConfig,
     strides: tuple[int, ...],
     *,
-    ctc: bool = False,
+    text_fields: tuple[str, ...] = (),
     tokenizer_path: str | None = None,
     on_built: Callable[[BuildReport], None] = lambda report: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -82,7 +82,7 @@ def prepare(
     Args:
         config: The recipe's `data` section.
         strides: The strides of the adapter.
-        ctc: Whether ASR samples carry CTC targets (`model.ctc_weight` > 0).
+        text_fields: The further fields of the manifests that are tokenized (`model.losses.table.text_fields`).
         tokenizer_path: The tokenizer of existing weights, which overrides `config.tokenizer`; None if there are no
             weights yet.
         on_built: A function that is called with a report after shards have been made.
@@ -96,7 +96,7 @@ def prepare(
     datasets = tuple(_prepare_dataset(config, s, on_built, on_progress) for s in config.datasets)
     _check_eval_splits(config, datasets)
     path = tokenizer_path or config.tokenizer.path or str(_trained_tokenizer(config, datasets))
-    return PreparedData(config, datasets, load_tokenizer(path, config.tokenizer), path, strides, ctc)
+    return PreparedData(config, datasets, load_tokenizer(path, config.tokenizer), path, strides, text_fields)
 
 
 def check_stored(config: DataConfig) -> None:

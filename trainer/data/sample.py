@@ -38,8 +38,11 @@ class EncodedSample:
     """The answer and the end token; the last token of the prompt predicts the first of them. Empty for evaluation."""
     instruction_ids: NDArray[np.int64]
     """The tokens of the instruction alone."""
-    ctc: bool
-    """True if the answer is also the CTC target."""
+    texts: dict[str, NDArray[np.int64]]
+    """The tokens of further fields of the manifest, for losses; a field that the sample lacks is absent. Empty for
+    evaluation."""
+    is_transcription: bool
+    """True if the answer is the transcript of the audio."""
 
 
 def make_sample(
@@ -49,7 +52,7 @@ def make_sample(
     tokenizer: Tokenizer,
     strides: tuple[int, ...],
     *,
-    ctc: bool,
+    text_fields: tuple[str, ...] = (),
     evaluate: bool = False,
 ) -> EncodedSample:
     """Tokenise one sample.
@@ -60,7 +63,7 @@ def make_sample(
         clips: the decoded clips.
         tokenizer: tokenizer of prompt and answer.
         strides: strides of the adapter, which determine the number of placeholders per clip.
-        ctc: if true, the answer of a transcription with exactly one clip is also its CTC target.
+        text_fields: further fields of the metadata to tokenize; a field that is absent or no text is skipped.
         evaluate: if true, encode the prompt alone, after which generation starts.
 
     Raises:
@@ -74,6 +77,8 @@ def make_sample(
         pieces = tokenizer.prompt(metadata["instruction"], len(clips))
         answer = tokenizer.encode(metadata["answer"])
         instruction = tokenizer.encode(metadata["instruction"])
+        given = {name: metadata.get(name) for name in (() if evaluate else text_fields)}
+        texts = {name: tokenizer.encode(text) for name, text in given.items() if isinstance(text, str)}
     except PlaceholderInText as error:
         raise SampleError("placeholder_in_text", str(error)) from None
     ids, mask = fill(pieces, [audio_tokens_of_samples(c.shape[0], strides) for c in clips], tokenizer.placeholder_id)
@@ -90,5 +95,6 @@ def make_sample(
         audio_mask=np.array(mask, dtype=np.bool_),
         target_ids=np.array(targets, dtype=np.int64),
         instruction_ids=np.array(instruction, dtype=np.int64),
-        ctc=ctc and not evaluate and task.is_transcription and len(clips) == 1,
+        texts={name: np.array(tokens, dtype=np.int64) for name, tokens in texts.items()},
+        is_transcription=task.is_transcription,
     )

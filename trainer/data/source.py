@@ -181,14 +181,21 @@ class SampleSource:
         config: the recipe's data section.
         tokenizer: tokenizer of prompts and answers.
         strides: strides of the adapter.
-        ctc: if true, ASR samples carry CTC targets.
+        text_fields: further fields of the metadata that are tokenised, for losses.
         seed: seed of joining and augmentation.
     """
 
     def __init__(
-        self, config: DataConfig, tokenizer: Tokenizer, strides: tuple[int, ...], *, ctc: bool, seed: int = 0
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        strides: tuple[int, ...],
+        *,
+        text_fields: tuple[str, ...] = (),
+        seed: int = 0,
     ) -> None:
-        self.config, self.tokenizer, self.strides, self.ctc, self.seed = config, tokenizer, strides, ctc, seed
+        self.config, self.tokenizer, self.strides, self.seed = config, tokenizer, strides, seed
+        self.text_fields = text_fields
         self.ahead = ReadAhead(config.read_ahead_mib << 20)
         self._cache = ClipCache(config.cache_decoded_mib << 20)
 
@@ -271,7 +278,7 @@ class SampleSource:
             padded,
             self.tokenizer,
             self.strides,
-            ctc=self.ctc,
+            text_fields=self.text_fields,
             evaluate=evaluate,
         )
 

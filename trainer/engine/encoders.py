@@ -13,7 +13,8 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
 from model import lengths
-from model.audio_tower import AudioOutput, AudioTower
+from model.audio_output import AudioOutput
+from model.audio_tower import AudioTower
 from model.batch import Ragged
 from model.config import EncoderConfig
 from model.encoders.base import AudioEncoder
@@ -162,25 +163,22 @@ class AudioEngine:
         """ZeRO-3 parameters (`ds_shape`, `ds_tensor`) by name, `audio.…`."""
         return [(PREFIX + name, p) for name, p in self.tower.named_parameters()]
 
-    def forward(self, clips: Ragged, prompts: Ragged, ctc_targets: Ragged, noise: Tensor | None) -> AudioOutput:
-        """As `AudioTower.forward`, for any number of clips; every rank must call it. Results lie on the device.
+    def forward(self, clips: Ragged, prompts: Ragged, noise: Tensor | None) -> AudioOutput:
+        """Run `AudioTower.forward` on any number of this rank's clips. The results are on the device.
 
-        A rank without clips computes a stand-in, whose rows are cut off: its gradients are zeros.
+        Collective: every rank of the world must call it. A rank without clips computes a dummy clip, whose rows are
+        dropped, so that its gradients are zeros.
         """
         device, num_clips = self.groups.device, len(clips)
         if num_clips == 0:
             clips, noise = Ragged.of([dummy_clip()]), None
             prompts = Ragged(torch.zeros(1, dtype=torch.int64), (1,))
-            ctc_targets = Ragged(torch.zeros(0, dtype=torch.int64), (0,))
         out: AudioOutput = self.engine(
-            *(Ragged(to_device(part.values, device), part.lengths) for part in (clips, prompts, ctc_targets)),
+            *(Ragged(to_device(part.values, device), part.lengths) for part in (clips, prompts)),
             None if noise is None else to_device(noise, device),
             encode=self._encode,
         )
-        if num_clips:
-            return out
-        routing = None if out.routing is None else out.routing.head(0)
-        return AudioOutput(Ragged(out.embeddings.values[:0], ()), routing, out.ctc_loss_sum * 0.0)
+        return out if num_clips else out.without_clips()
 
     def _encode(self, names: Sequence[str], clips: Ragged, wanted: Tensor) -> list[Ragged]:
         return self._dispatch[tuple(names)](names, clips, wanted)

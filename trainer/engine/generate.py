@@ -1,44 +1,44 @@
 """Greedy decoding with a KV cache over the distributed LLM: tensor, sequence and pipeline parallel as in training.
 
-Every replica decodes its own prompts; its ranks pass through the pipeline once for all prompts together, then once per
-new token.
+Every replica decodes its own prompts. One pass through the pipeline reads all prompts, and each further pass computes
+one new token for every prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from model.llm.megatron import embed_tokens
 from model.llm.packing import KVCache, PackedSequences
 from model.transfer import to_device
-from trainer.engine.llm import LLMEngine, Packs
-from trainer.parallel.cpu import megatron_calls
+from trainer.engine.llm import LLMEngine, Packs, embed_pack
 
 
 @torch.no_grad()
 def generate(
     llm: LLMEngine, packs: Packs, prompt_lengths: Sequence[int], *, eos_id: int, vocab_size: int, max_new_tokens: int
 ) -> list[list[int]]:
-    """Continue every prompt of this replica's only pack.
+    """Return the continuation of every prompt of this replica's only pack.
+
+    Collective: every rank of the replica must call it.
 
     Args:
-        llm: in evaluation mode.
-        packs: with one micro-batch; labels are not read.
-        prompt_lengths: of the pack's prompts, in order; what follows them in the pack is padding. May be empty.
-        eos_id: ends a sequence; it is not returned.
-        vocab_size: of the tokenizer; the LLM's vocabulary may be larger, those tokens are never chosen.
-        max_new_tokens: per prompt. A sequence of this length did not end by itself.
+        llm: The LLM, in evaluation mode.
+        packs: The prompts, in one pack. Labels are not read.
+        prompt_lengths: The lengths of the prompts in the pack, in order. The rest of the pack is padding. There may be
+            no prompt.
+        eos_id: The token that ends a sequence. It is not returned.
+        vocab_size: The size of the tokenizer's vocabulary. Further tokens of the LLM are never chosen.
+        max_new_tokens: The largest number of new tokens per prompt. A sequence of this length did not end on its own.
 
     Returns:
-        Token ids per prompt, the same on every rank of the replica.
+        The token ids of each continuation, the same on every rank of the replica.
     """
     assert len(packs.lengths) == 1
     if not prompt_lengths:
@@ -66,43 +66,20 @@ def generate(
 def _forward(
     llm: LLMEngine, pack: PackedSequences, num_prompts: int, vocab_size: int, ids: Tensor, packs: Packs | None
 ) -> list[int]:
-    """One pass; the token that follows each of the first `num_prompts` segments."""
+    """Return the token that follows each of the first `num_prompts` segments, after one pass through the pipeline."""
     groups, topology = llm.groups, llm.groups.topology
     last_rows = to_device(np.cumsum(pack.lengths[:num_prompts]) - 1, groups.device)
 
-    def choose(logits: Tensor, non_loss_data: bool) -> Tensor:
-        assert non_loss_data
-        wanted = gather_from_tensor_model_parallel_region(logits[0, last_rows].contiguous())
+    def choose(_pack: int, logits: Tensor) -> Tensor:
+        wanted = gather_from_tensor_model_parallel_region(logits[last_rows].contiguous())
         return wanted[:, :vocab_size].argmax(-1)
 
-    def step(microbatches: Any, model: Any) -> tuple[Tensor, Any]:
-        next(microbatches)
-        decoder_input = None
-        if groups.is_first_stage:
-            decoder_input = embed_tokens(llm.gpt, ids)
-            if packs is not None:
-                mask = packs.audio_mask[:, None, None]
-                decoder_input = torch.where(mask, packs.audio[:, None].to(decoder_input.dtype), decoder_input)
-        output = model(
-            input_ids=None,
-            position_ids=None,
-            attention_mask=None,
-            decoder_input=decoder_input,
-            packed_seq_params=pack,
-        )
-        return output, choose
+    def embed(_pack: int) -> Tensor:
+        if packs is None:
+            return embed_tokens(llm.gpt, ids)
+        return embed_pack(llm.gpt, ids, packs.audio, packs.audio_mask)
 
-    with megatron_calls():
-        outputs = get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=iter([0]),
-            model=[llm.gpt],
-            num_microbatches=1,
-            seq_length=pack.num_tokens,
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+    outputs = llm.forward_only([pack], embed, choose)
     chosen = outputs[0] if groups.is_last_stage else torch.zeros(num_prompts, dtype=torch.int64, device=groups.device)
     dist.broadcast(chosen, src=topology.last_stage_ranks(groups.place.dp)[0], group=groups.replica)
     return chosen.tolist()

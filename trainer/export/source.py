@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -159,8 +160,9 @@ class Source:
         saved = self.reader.manifest.tensors
         if llm_only:
             return {name.removeprefix(LLM): name for name in saved if name.startswith(LLM)}
-        skipped = (f"{AUDIO}ctc_head.", *(f"{AUDIO}experts.{name}." for name in selection.dropped))
-        return {name: name for name in saved if not name.startswith(skipped)}
+        dropped = tuple(f"{AUDIO}experts.{name}." for name in selection.dropped)
+        heads = re.compile(rf"{re.escape(AUDIO)}\w+_head\.")  # only losses read them
+        return {name: name for name in saved if not name.startswith(dropped) and not heads.match(name)}
 
     def rows(self, selection: Selection) -> dict[str, tuple[int, ...]]:
         """Return the rows that are kept of the router's tensors, which have one row for each encoder expert.

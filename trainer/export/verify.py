@@ -90,7 +90,8 @@ def verify(
                 "not exported; report this as a bug"
             )
         batch = Batch((sample,))
-        audio, routing, _ = oracle.embed_audio(batch)
+        audio = oracle.embed_audio(batch)
+        routing = None if audio is None else audio.routing
         wanted = oracle.logits(batch, audio)
         attention_mask = inputs.pop("attention_mask")
         embedded, found = exported.embed(**inputs)
@@ -147,9 +148,7 @@ def _samples(source: Source, tokenizer: Tokenizer, manifest: Path, limit: int) -
             check_metadata(row.metadata)
             clips = [decode_audio(path.read_bytes()) for path in row.audio]
             padded = tuple(np.pad(c, (0, max(0, shortest - len(c)))) for c in clips)
-            yield to_sample(
-                make_sample(row.key, row.metadata, padded, tokenizer, source.strides, ctc=False, evaluate=True)
-            )
+            yield to_sample(make_sample(row.key, row.metadata, padded, tokenizer, source.strides, evaluate=True))
         except SampleError as error:
             raise UserError(f"{manifest}: line {row.line}: {error}; fix or remove this line") from None
 

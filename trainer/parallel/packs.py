@@ -44,6 +44,19 @@ class PackPlan:
         """[n] first row in the replica's packs, laid end to end."""
         return self.pack % self.num_microbatches * self.pack_tokens + self.row
 
+    def with_lengths(self, kept: Ints, num_tokens: Ints, multiple: int) -> PackPlan:
+        """Return a plan that sends companions of the samples `kept` where these samples go.
+
+        Args:
+            kept: The indices of the samples that have a companion, in order.
+            num_tokens: The length of each companion, at least 1.
+            multiple: The number of which the rows of a pack are a multiple.
+        """
+        pack = self.pack[kept]
+        longest = int(np.bincount(pack, weights=num_tokens, minlength=1).max())
+        rows = max(multiple, -(-longest // multiple) * multiple)
+        return PackPlan(self.num_microbatches, rows, self.replicas, pack, _starts(num_tokens, pack), num_tokens)
+
 
 def plan_packs(num_tokens: Sequence[int] | Ints, replicas: int, budget_tokens: int, multiple: int) -> PackPlan:
     """Spread samples over `replicas` × micro-batches so that all packs are equally long.

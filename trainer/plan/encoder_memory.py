@@ -173,7 +173,7 @@ def audio_memory(
 
 
 def _after_encoders(tower: AudioTower, loaded_samples: Sequence[int], size: int, device: str) -> Traced:
-    """Return the memory of mixture, adapter, projector and CTC head for the clips that a rank loaded.
+    """Return the memory of mixture, adapter, projector and heads of losses for the clips that a rank loaded.
 
     It is computed from the shapes of their tensors, not traced.
     """
@@ -195,11 +195,10 @@ def _after_encoders(tower: AudioTower, loaded_samples: Sequence[int], size: int,
     audio_tokens = sum(num_audio_tokens(f, tower.adapter.strides) for f in frames)
     out = audio_tokens * (tower.adapter.dim + tower.projector.out_features) * size
     logits = 0
-    if tower.ctc_head is not None:
-        # The logits, and their padded log-softmax in fp32.
-        logits = (
-            audio_tokens * tower.ctc_head.out_features * size + len(frames) * longest * tower.ctc_head.out_features * 8
-        )
+    for name in tower.loss_heads:
+        # Counted as the CTC head, the widest: the logits, and their padded log-softmax in fp32.
+        columns = [m.out_features for m in tower.head_of(name).modules() if isinstance(m, nn.Linear)]
+        logits += max(columns, default=0) * (audio_tokens * size + len(frames) * longest * 8)
     kept += out + logits
     return Traced(kept, kept + 2 * total * joined * size, kept + 2 * padded)
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.audio_tower import count, usable_ctc_targets
 from model.batch import Batch, Sample
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE
@@ -24,15 +23,13 @@ from trainer.data.prepare import PreparedData
 from trainer.data.tokenizer import Tokenizer
 from trainer.engine.generate import generate
 from trainer.evaluation.predictions import Prediction, by_task, columns, score_predictions, write_predictions
-from trainer.parallel.packs import plan_packs
 from trainer.scoring.meteor import Meteor
 from trainer.scoring.scores import TaskScore, confusions, score_values
 from trainer.scoring.tasks import find_task
 from trainer.scoring.wordnet import find_wordnet
 from trainer.telemetry.jsonl import write_atomically
 from trainer.telemetry.metrics import EvalReport
-from trainer.training.global_batch import gather
-from trainer.training.step import Step, send
+from trainer.training.step import Step
 
 log = logging.getLogger(__name__)
 
@@ -180,15 +177,12 @@ def answer(step: Step, batch: Batch, tokenizer: Tokenizer, config: EvalConfig) -
     Collective: every rank of the world must call it.
     """
     groups = step.groups
-    none = usable_ctc_targets(batch, step.model)
-    whole = gather(batch, count(batch, none), groups)
-    packing = plan_packs(whole.num_tokens, groups.topology.dp, int(whole.num_tokens.sum()), multiple=groups.topology.tp)
-    audio = step.audio.forward(batch.clips, batch.prompts, none, noise=None)
-    packs, _ = send(batch, audio.embeddings.values, whole, packing, groups)
-    members = packing.members(groups.place.dp, 0).tolist()
+    embedded = step.embed(batch)
+    whole = embedded.whole
+    members = embedded.packing.members(groups.place.dp, 0).tolist()
     found = generate(
         step.llm,
-        packs,
+        embedded.packs,
         whole.num_tokens[members].tolist(),
         eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,

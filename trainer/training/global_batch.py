@@ -1,16 +1,18 @@
-"""What every rank knows of a step's global batch, and the plan that follows from it.
+"""The description of a step's global batch that every rank has, and the plan of the packs that follows from it.
 
-Each rank contributes a few integers per sample; from all of them every rank computes the same plan.
+Each rank contributes a few integers per sample. From all of them, every rank computes the same plan.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from model.batch import Batch
-from model.loss import Counts
+from model.batch import Batch, Sample
+from model.config import ModelConfig
+from model.losses.base import Loss, TokenLoss
 from trainer.parallel.exchange import gather_ragged
 from trainer.parallel.groups import Groups
 from trainer.parallel.packs import PackPlan, plan_packs
@@ -22,42 +24,111 @@ _FIELDS = 4
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """Samples of all ranks, by rank, in the order in which each rank holds them."""
+    """The n samples of all ranks, rank after rank, in the order in which each rank holds them."""
 
     source_ranks: Ints
-    """[n] rank that loaded the sample."""
+    """[n] the rank that loaded the sample."""
     num_tokens: Ints
-    """[n]"""
+    """[n] the number of LLM positions."""
     num_targets: Ints
-    """[n]"""
+    """[n] the number of positions with a label."""
     tasks: Ints
     """[n] index into `task_names()`."""
     audio_samples: Ints
-    """[n]"""
-    counts: Counts
-    """Divisors of the loss terms."""
+    """[n] the length of all clips, in audio samples."""
+    counts: Mapping[str, int]
+    """The divisor of each loss, by its name."""
+    reference_tokens: Mapping[str, Ints]
+    """[n] the number of LLM positions of the reference of each sample, by the name of the loss; 0 if it has none."""
     first_sample: int
-    """Index of this rank's first sample."""
+    """The index of this rank's first sample."""
 
     def __len__(self) -> int:
         return len(self.source_ranks)
 
+    def references(self, loss: str) -> GlobalBatch:
+        """Return the references of one loss as a global batch, without those samples that have none."""
+        tokens = self.reference_tokens[loss]
+        kept = np.flatnonzero(tokens)
+        return GlobalBatch(
+            self.source_ranks[kept],
+            tokens[kept],
+            self.num_targets[kept],
+            self.tasks[kept],
+            np.zeros_like(kept),
+            {},
+            {},
+            int(np.count_nonzero(tokens[: self.first_sample])),
+        )
 
-def gather(batch: Batch, counts: Counts, groups: Groups) -> GlobalBatch:
-    """Tell all ranks what this one loaded. Every rank must call it, also without samples."""
+
+References = Mapping[str, Sequence[Sample | None]]
+"""For each loss with references, by its name, the reference of each of this rank's samples."""
+
+
+def references_of(batch: Batch, losses: Sequence[Loss]) -> References:
+    """Return the references of this rank's samples."""
+    compared = [loss for loss in losses if isinstance(loss, TokenLoss) and loss.has_reference]
+    return {loss.name: [loss.reference(s) for s in batch.samples] for loss in compared}
+
+
+def gather(
+    batch: Batch, losses: Sequence[Loss], references: References, model: ModelConfig, groups: Groups
+) -> GlobalBatch:
+    """Return the description of the global batch.
+
+    Collective: every rank of the world must call it, with the same losses. A rank may have no sample.
+
+    Args:
+        batch: This rank's samples.
+        losses: The losses whose divisors are wanted.
+        references: The result of `references_of`.
+        model: The model's config.
+        groups: The place of this rank.
+    """
+    counts = [loss.count(batch, model) for loss in losses]
     tasks = {name: index for index, name in enumerate(task_names())}
-    table = [(s.num_tokens, s.num_targets, tasks[s.task], sum(c.shape[0] for c in s.clips)) for s in batch.samples]
-    mine = [counts.targets, counts.ctc_targets, counts.clips, *(v for row in table for v in row)]
+    table = [
+        (
+            *(s.num_tokens, s.num_targets, tasks[s.task], sum(c.shape[0] for c in s.clips)),
+            *(0 if found[i] is None else found[i].num_tokens for found in references.values()),  # type: ignore[union-attr]
+        )
+        for i, s in enumerate(batch.samples)
+    ]
+    mine = [*counts, *(v for row in table for v in row)]
     everyone = gather_ragged(np.array(mine, dtype=np.int64), groups.world)
-    rows = [r[3:].reshape(-1, _FIELDS) for r in everyone]
+    rows = [r[len(losses) :].reshape(-1, _FIELDS + len(references)) for r in everyone]
     source_ranks = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
-    tokens, targets, task_indices, audio = np.ascontiguousarray(np.concatenate(rows).T)
-    total = Counts(*(int(sum(r[i] for r in everyone)) for i in range(3)))
+    tokens, targets, task_indices, audio, *others = np.ascontiguousarray(np.concatenate(rows).T)
+    total = {loss.name: int(sum(r[i] for r in everyone)) for i, loss in enumerate(losses)}
     before = sum(len(r) for r in rows[: groups.rank])
-    return GlobalBatch(source_ranks, tokens, targets, task_indices, audio, total, before)
+    lengths = dict(zip(references, others, strict=True))
+    return GlobalBatch(source_ranks, tokens, targets, task_indices, audio, total, lengths, before)
 
 
-def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int, multiple_tokens: int | None = None) -> PackPlan:
-    """Return where the samples go in the LLM; `multiple_tokens` None: the tensor-parallel size."""
+def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int | None, multiple_tokens: int | None = None) -> PackPlan:
+    """Return where the samples go in the LLM.
+
+    Args:
+        whole: The global batch.
+        groups: The place of this rank.
+        budget_tokens: The number of rows of a pack; None for one pack per replica.
+        multiple_tokens: The number of which the rows of a pack are a multiple; None for the tensor-parallel size.
+    """
     topology = groups.topology
-    return plan_packs(whole.num_tokens, topology.dp, budget_tokens, multiple=multiple_tokens or topology.tp)
+    budget = int(whole.num_tokens.sum()) if budget_tokens is None else budget_tokens
+    return plan_packs(whole.num_tokens, topology.dp, budget, multiple=multiple_tokens or topology.tp)
+
+
+def plan_references(whole: GlobalBatch, packing: PackPlan, loss: str, multiple_tokens: int) -> PackPlan:
+    """Return where the references of a loss go: each to the replica and micro-batch of its sample."""
+    tokens = whole.reference_tokens[loss]
+    return packing.with_lengths(np.flatnonzero(tokens), tokens[tokens > 0], multiple_tokens)
+
+
+def target_rows(whole: GlobalBatch, packing: PackPlan, replica: int, microbatch: int, kept: Ints) -> Ints:
+    """Return the rows of a pack that have a label, of the samples `kept` (indices in the global batch) in order."""
+    members = kept[packing.pack[kept] == replica * packing.num_microbatches + microbatch]
+    ends = packing.row[members] + packing.num_tokens[members]
+    targets = whole.num_targets[members]
+    return np.concatenate([np.arange(e - n, e) for e, n in zip(ends, targets, strict=True)] or [ends[:0]])

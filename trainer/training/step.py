@@ -1,22 +1,24 @@
-"""One training step, as the data sees it (docs/architecture.md has the picture).
+"""One training step, as the data sees it; docs/architecture.md has the picture.
 
-    1 load     each rank takes its share of the global batch          (trainer.data.loader, before this)
-    2 encode   the primary encoder reads every clip                   ┐
-    3 route    the router chooses experts per clip                    │ AudioEngine.forward:
-    4 encode   the chosen experts read the clips                      │ DeepSpeed ZeRO-3
-    5 adapt    features become audio embeddings, at home              ┘
-    6 pack     plan where samples go; embeddings and tokens go there  exchange
-    7 llm      1F1B over the packs                                    LLMEngine: Megatron-core
-    8 back     gradients of the embeddings come home; encoders learn  exchange, AudioEngine.backward
+    1 load     each rank takes its share of the global batch               (trainer.data.loader, before this)
+    2 encode   the primary encoder reads every clip                        ┐
+    3 route    the router chooses experts for each clip                    │ AudioEngine.forward:
+    4 encode   the chosen experts read the clips                           │ DeepSpeed ZeRO-3
+    5 adapt    features become audio embeddings on the source rank         ┘
+    6 pack     tokens and embeddings travel to the LLM, as planned         exchange
+    7 llm      1F1B over the packs, with the losses of the logits          LLMEngine: Megatron-core
+    8 back     gradients of the embeddings return, and the encoders learn  exchange, AudioEngine.backward
     9 update   one norm, one clip coefficient, both optimizers
 
-Whatever the topology, loss and gradients equal those of `model.speech_llm.SpeechLLM` on the global batch.
+For every topology, loss and gradients equal those of `model.speech_llm.SpeechLLM` on the global batch.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import astuple, replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,40 +26,65 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.audio_tower import AudioOutput, count, usable_ctc_targets
+from model.audio_output import AudioOutput
 from model.batch import IGNORE, Batch
 from model.config import ModelConfig
 from model.lengths import SAMPLE_RATE
-from model.routing_loss import RoutingSums, routing_loss
+from model.losses.base import LossTerm, TokenLoss, audio_terms
+from model.losses.table import active_losses
 from model.transfer import to_device
 from trainer.config.spike import SpikeConfig
 from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine, Packs
 from trainer.engine.optim import OptimConfig, lr_scale
+from trainer.engine.token_losses import PackedLoss
 from trainer.parallel.exchange import check_same_plan, exchange
 from trainer.parallel.groups import Groups
 from trainer.parallel.packs import PackPlan, embedding_segments, token_segments
-from trainer.parallel.plan import route
+from trainer.parallel.plan import Ints, route
 from trainer.scoring.tasks import task_names
 from trainer.telemetry.load_history import LoadInterval, LoadMeter
 from trainer.telemetry.metrics import PhaseTimer, StepReport
-from trainer.training.global_batch import GlobalBatch, gather, plan
+from trainer.training.global_batch import (
+    GlobalBatch,
+    References,
+    gather,
+    plan,
+    plan_references,
+    references_of,
+    target_rows,
+)
 from trainer.training.spike_guard import SpikeGuard
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """A global batch at the LLM's entrance, as one rank holds it."""
+
+    whole: GlobalBatch
+    packing: PackPlan
+    references: References
+    audio: AudioOutput
+    """The output of the audio side for this rank's clips."""
+    packs: Packs
+    """The packs of this rank's replica. `packs.audio` carries the graph back to the source ranks."""
+
+
 class Step:
-    """Both engines and the way between them.
+    """Both engines and the exchanges between them.
 
     Args:
-        model, optim: sections of the recipe.
-        audio, llm: the engines.
-        groups: this rank's place.
-        num_steps: of the run (the schedule's length).
-        tokens_per_microbatch: rows that a pack may hold.
-        pack_multiple_tokens: rows of every pack are a multiple of this; None: of the tensor-parallel size.
-        seed: of the router's noise.
-        debug_plan: compare all ranks' plans before each step's exchanges.
-        spike: when an update is left out.
+        model: The model's config.
+        optim: The recipe's section `optim`.
+        audio: The engine of the audio side.
+        llm: The engine of the LLM.
+        groups: The place of this rank.
+        num_steps: The number of steps of the run, which is the length of the schedule.
+        tokens_per_microbatch: The number of rows that a pack may hold.
+        pack_multiple_tokens: The number of which the rows of a pack are a multiple; None for the tensor-parallel size.
+        seed: The seed of the router's noise.
+        debug_plan: If true, the plans of all ranks are compared before the exchanges of each step.
+        spike: The rule by which updates are skipped; None for the defaults.
     """
 
     def __init__(
@@ -78,6 +105,7 @@ class Step:
         self.debug_plan = debug_plan
         self.guard = SpikeGuard(spike or SpikeConfig())
         self.model, self.optim = model, optim
+        self.losses = active_losses(model)
         self.audio, self.llm, self.groups = audio, llm, groups
         self.num_steps, self.tokens_per_microbatch, self.seed = num_steps, tokens_per_microbatch, seed
         self.pack_multiple_tokens = pack_multiple_tokens
@@ -85,8 +113,15 @@ class Step:
         self.timer = PhaseTimer(torch.cuda.synchronize if groups.device.type == "cuda" else None)
 
     def __call__(self, step: int, batch: Batch) -> StepReport:
-        """Train on this rank's part of the global batch; `step` counts from 0. Every rank gets the same report."""
-        self.audio.take_costs()  # an evaluation's
+        """Train on one global batch and return the report, which is the same on every rank.
+
+        Collective: every rank of the world must call it.
+
+        Args:
+            step: The number of steps done before.
+            batch: This rank's part of the global batch.
+        """
+        self.audio.take_costs()  # drops those of an evaluation
         report = self.forward_backward(step, batch)
         with self.timer("update"):
             norm, scale, skip_reason = self.update(step, self.guard.judge(report.loss))
@@ -98,40 +133,118 @@ class Step:
         return report
 
     def take_load(self, step: int) -> LoadInterval | None:
-        """On rank 0, what all ranks' encoders did since the last call; `step` is the last one done. Collective."""
+        """Return the load of all ranks' encoders since the last call on rank 0, and None on all others.
+
+        Collective: every rank of the world must call it.
+
+        Args:
+            step: The number of steps done.
+        """
         parts: list[Any] | None = [None] * self.groups.topology.world if self.groups.rank == 0 else None
         dist.gather_object(self.meter.take(), parts, group=self.groups.world)
         return None if parts is None else self.meter.merge(step, parts)
 
     def forward_backward(self, step: int, batch: Batch) -> StepReport:
-        """Lines 2 to 8: leave the gradients of the global batch's loss in both engines."""
+        """Leave the gradients of the global batch's loss in both engines: lines 2 to 8.
+
+        Collective: every rank of the world must call it.
+
+        Args:
+            step: The number of steps done before.
+            batch: This rank's part of the global batch.
+        """
         timer = self.timer
-        with timer("plan"):
-            ctc_targets = usable_ctc_targets(batch, self.model)
-            whole = gather(batch, count(batch, ctc_targets), self.groups)
-            packing = plan(whole, self.groups, self.tokens_per_microbatch, self.pack_multiple_tokens)
-            if self.debug_plan:
-                check_same_plan("packs", (packing.pack, packing.row, packing.num_tokens), self.groups.world)
-        with timer("encode"):
-            noise = self.router_noise(step, batch)
-            audio = self.audio.forward(batch.clips, batch.prompts, ctc_targets, noise)
-        with timer("exchange"):
-            packs, embeddings = send(batch, audio.embeddings.values, whole, packing, self.groups)
+        embedded = self.embed(batch, self.router_noise(step, batch), training=True)
+        whole, audio, packs = embedded.whole, embedded.audio, embedded.packs
         with timer("llm"):
-            sample_losses, grad = self.llm.forward_backward(packs)
+            packed = [self._packed(loss, embedded) for loss in self.losses if isinstance(loss, TokenLoss)]
+            sample_losses, grad = self.llm.forward_backward(packs, packed)
         with timer("backward"):
-            mowe, ctc = self.auxiliary_losses(audio, whole)
-            auxiliary = self.model.routing_loss.weight * mowe + self.model.ctc_weight * ctc
-            self.audio.backward((embeddings * grad).sum() + auxiliary)
+            terms = audio_terms(self.losses, audio, batch, self.model, self._sum_over_ranks)
+            total = (packs.audio * grad).sum()
+            for term in terms:
+                total = total + term.weight / max(1, whole.counts[term.name]) * term.sum
+            self.audio.backward(total)
         with timer("report"):
-            report = self.report(step, whole, sample_losses, mowe, ctc)
+            token_terms = (
+                LossTerm(p.loss.name, p.loss.weight(self.model), losses.sum(), p.loss.count(batch, self.model))
+                for p, losses in zip(packed, sample_losses, strict=True)
+            )
+            by_task = sum(
+                (losses for p, losses in zip(packed, sample_losses, strict=True) if p.loss.by_task),
+                torch.zeros(len(whole), device=self.groups.device),
+            )
+            report = self.report(step, whole, (*token_terms, *terms), by_task)
             if np.isfinite(report.loss):
                 self.meter.add_clips(batch, audio.routing)
             return report
 
+    def embed(self, batch: Batch, noise: Tensor | None = None, *, training: bool = False) -> Embedded:
+        """Encode the clips of a global batch, and send tokens and embeddings to the LLM: lines 2 to 6.
+
+        Collective: every rank of the world must call it.
+
+        Args:
+            batch: This rank's part of the global batch.
+            noise: Standard normal noise for the router; None outside training.
+            training: If true, losses are prepared, packs are as large as in training, and phases are timed. If false,
+                each replica gets one pack.
+        """
+        phase: Callable[[str], AbstractContextManager[None]] = self.timer if training else lambda name: nullcontext()
+        losses = self.losses if training else ()
+        with phase("plan"):
+            references = references_of(batch, losses)
+            whole = gather(batch, losses, references, self.model, self.groups)
+            if training:
+                packing = plan(whole, self.groups, self.tokens_per_microbatch, self.pack_multiple_tokens)
+            else:
+                packing = plan(whole, self.groups, None)
+            if self.debug_plan:
+                check_same_plan("packs", (packing.pack, packing.row, packing.num_tokens), self.groups.world)
+        with phase("encode"):
+            audio = self.audio.forward(batch.clips, batch.prompts, noise)
+        with phase("exchange"):
+            packs = send(batch, audio.embeddings.values, whole, packing, self.groups)
+        return Embedded(whole, packing, references, audio, packs)
+
+    def _packed(self, loss: TokenLoss, embedded: Embedded) -> PackedLoss:
+        """Return a loss of the packs. Its references, if it has any, pass through the LLM here.
+
+        Collective: every rank of the world must call it.
+        """
+        whole, packing, groups = embedded.whole, embedded.packing, self.groups
+        factor = loss.weight(self.model) / max(1, whole.counts[loss.name])
+        if not loss.has_reference or not whole.reference_tokens[loss.name].any():
+            return PackedLoss(loss, self.model, factor)
+        chosen = whole.references(loss.name)
+        multiple = self.pack_multiple_tokens or groups.topology.tp
+        own_packing = plan_references(whole, packing, loss.name, multiple)
+        batch = Batch(tuple(s for s in embedded.references[loss.name] if s is not None))
+        arrived = send_tokens(batch, chosen, own_packing, groups)
+        packs = _packs(arrived, chosen, own_packing, groups)
+
+        def rows(batch: GlobalBatch, packing: PackPlan, kept: Ints) -> tuple[Tensor, ...]:
+            found = (target_rows(batch, packing, groups.place.dp, m, kept) for m in range(packing.num_microbatches))
+            return tuple(to_device(r, groups.device) for r in found)
+
+        reference = self.llm.reference_logits(packs, rows(chosen, own_packing, np.arange(len(chosen))))
+        kept = np.flatnonzero(whole.reference_tokens[loss.name])
+        return PackedLoss(loss, self.model, factor, rows(whole, packing, kept), reference)
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks in place.
+
+        Collective: every rank of the world must call it.
+        """
+        dist.all_reduce(tensor, group=self.groups.world)
+        return tensor
+
     def router_noise(self, step: int, batch: Batch) -> Tensor | None:
-        """[clips, gates, experts] standard normal, a function of seed, step, sample and the expert's name: not of where
-        the sample ran, nor of what other experts there are."""
+        """Return the router's noise, [clips, gates, experts] standard normal; None if the recipe asks for none.
+
+        It depends on the seed, the step, the sample and the name of the expert. It does not depend on the rank or on
+        the other experts.
+        """
         router = self.model.router
         if router.noise_std == 0 or not batch.clip_owner or not self.model.experts:
             return None
@@ -146,22 +259,19 @@ class Step:
             rows.append(torch.stack(columns, dim=1))
         return torch.stack(rows)
 
-    def auxiliary_losses(self, audio: AudioOutput, whole: GlobalBatch) -> tuple[Tensor, Tensor]:
-        """(L_MoWE of the global batch, this rank's share of L_CTC): their gradients add up over ranks."""
-        ctc = audio.ctc_loss_sum / max(1, whole.counts.ctc_targets)
-        if audio.routing is None:
-            return torch.zeros((), device=self.groups.device), ctc
-        local = RoutingSums.of(audio.routing)
-        sums = torch.cat([local.probs, local.sample_entropy[None], local.independent_entropy[None]]).detach().clone()
-        dist.all_reduce(sums, group=self.groups.world)
-        total = RoutingSums(sums[:-2], sums[-2], sums[-1], whole.counts.clips)
-        return routing_loss(self.model.routing_loss, local, total), ctc
-
     def update(self, step: int, mistrust: str | None = None) -> tuple[float, float, str | None]:
-        """Line 9. Returns (global gradient norm before clipping, factor on the peak learning rates, why the update was
-        left out and all weights are as they were; None: it was not).
+        """Clip the gradients and update all weights: line 9.
 
-        `mistrust`: a reason to leave it out. One rank's is enough; a norm that is not finite is one.
+        Collective: every rank of the world must call it.
+
+        Args:
+            step: The number of steps done before.
+            mistrust: A reason to skip the update; None if this rank has none. The reason of one rank is enough, and a
+                norm that is not finite is a reason, too.
+
+        Returns:
+            The global gradient norm before clipping, the factor on the peak learning rates, and the reason for which
+            the update was skipped (None if it was applied).
         """
         mistrusted = to_device(np.float64(mistrust is not None), self.groups.device)
         sums = torch.stack([self.audio.grad_norm_sq(), self.llm.grad_norm_sq(), mistrusted])
@@ -180,73 +290,99 @@ class Step:
             self.audio.tower.router.advance()
         return norm, scale, None
 
-    def report(self, step: int, whole: GlobalBatch, sample_losses: Tensor, mowe: Tensor, ctc: Tensor) -> StepReport:
-        """One sum over ranks of everything that is reported."""
-        everything = torch.cat([sample_losses.float(), ctc.detach().float()[None]])
+    def report(self, step: int, whole: GlobalBatch, terms: tuple[LossTerm, ...], sample_losses: Tensor) -> StepReport:
+        """Return the report of a step.
+
+        Collective: every rank of the world must call it.
+
+        Args:
+            step: The number of steps done before.
+            whole: The global batch.
+            terms: This rank's shares of all terms of the loss.
+            sample_losses: This rank's share of the sum of the token losses of each sample, for the losses by task.
+        """
+        sums = torch.stack([term.sum.detach().float() for term in terms])
+        everything = torch.cat([sums, sample_losses.float()])
         dist.all_reduce(everything, group=self.groups.world)
-        # Read at once. L_MoWE is the global batch's already.
-        losses, ctc_sum, routing_sum = (
-            torch.cat([everything, mowe.detach().float()[None]]).cpu().split([len(whole), 1, 1])
-        )
-        next_token = float(losses.double().sum()) / max(1, whole.counts.targets)
-        terms = {"next_token": next_token}
-        loss = next_token
-        if self.model.experts:
-            terms["routing"] = float(routing_sum)
-            loss += self.model.routing_loss.weight * terms["routing"]
-        if self.model.ctc_weight > 0:
-            terms["ctc"] = float(ctc_sum)
-            loss += self.model.ctc_weight * terms["ctc"]
+        totals, by_sample = everything.cpu().split([len(terms), len(whole)])  # read at once
+        means = {t.name: total / max(1, whole.counts[t.name]) for t, total in zip(terms, totals.tolist(), strict=True)}
         return StepReport(
             step=step + 1,
-            loss=loss,
-            losses=terms,
-            task_losses=_by_task(whole, losses),
+            loss=sum(t.weight * means[t.name] for t in terms),
+            losses=means,
+            task_losses=_by_task(whole, by_sample),
             num_samples=len(whole),
             num_tokens=int(whole.num_tokens.sum()),
             audio_sec=float(whole.audio_samples.sum()) / SAMPLE_RATE,
         )
 
 
-def send(
-    batch: Batch, embeddings: Tensor, whole: GlobalBatch, packing: PackPlan, groups: Groups
-) -> tuple[Packs, Tensor]:
-    """Line 6: tokens to the first and last stage, audio embeddings [ΣS, H] to the slice of the first stage that needs
-    them. Returns the packs and the arrived embeddings, which carry the graph home."""
-    topology, rank, device, dp = groups.topology, groups.rank, groups.device, groups.place.dp
-    rows = packing.num_microbatches * packing.pack_tokens
-    share = packing.pack_tokens // topology.tp
+def send_tokens(batch: Batch, whole: GlobalBatch, packing: PackPlan, groups: Groups) -> Tensor:
+    """Send the tokens of a global batch to the first and last pipeline stage of their replicas.
+
+    Collective: every rank of the world must call it.
+
+    Returns:
+        The token id, the label and the audio flag of every row of this replica's packs, [M·t, 3] int64. There are no
+        rows on other stages.
+    """
+    topology = groups.topology
+    # Rows that nobody sends arrive as zeros, which the shift turns into IGNORE.
     tokens = torch.stack([batch.tokens.values, batch.labels.values - IGNORE, batch.audio_mask.long()], dim=1)
     at_ends = groups.is_first_stage or groups.is_last_stage
-    token_route = route(
-        token_segments(packing, whole.source_ranks, topology), rank, topology.world, rows if at_ends else 0
+    rows = packing.num_microbatches * packing.pack_tokens if at_ends else 0
+    segments = token_segments(packing, whole.source_ranks, topology)
+    arrived = exchange(
+        to_device(tokens, groups.device), route(segments, groups.rank, topology.world, rows), groups.world
     )
-    arrived = exchange(to_device(tokens, device), token_route, groups.world)
+    arrived[:, 1] += IGNORE
+    return arrived
 
-    flags = torch.zeros(0, dtype=torch.bool, device=device)
+
+def send(batch: Batch, embeddings: Tensor, whole: GlobalBatch, packing: PackPlan, groups: Groups) -> Packs:
+    """Send tokens and audio embeddings to the LLM: line 6.
+
+    Collective: every rank of the world must call it.
+
+    Args:
+        batch: This rank's part of the global batch.
+        embeddings: The audio embeddings [ΣS, H] of this rank's clips. Each is sent to the rank of the first stage whose
+            slice of the pack holds it.
+        whole: The global batch.
+        packing: The place of every sample.
+        groups: The place of this rank.
+    """
+    topology = groups.topology
+    arrived = send_tokens(batch, whole, packing, groups)
+    flags = torch.zeros(0, dtype=torch.bool, device=groups.device)
     if groups.is_first_stage:
-        place = groups.place.tp
-        flags = arrived[:, 2].view(packing.num_microbatches, topology.tp, share)[:, place].flatten().bool()
+        slices = arrived[:, 2].view(packing.num_microbatches, topology.tp, packing.pack_tokens // topology.tp)
+        flags = slices[:, groups.place.tp].flatten().bool()
     segments = embedding_segments(packing, whole.source_ranks, topology)
     is_audio = batch.audio_mask.numpy()
     audio_tokens = np.cumsum(is_audio) - 1
-    audio_route = route(segments, rank, topology.world, len(flags)).restricted(is_audio, flags.cpu().numpy())
-    audio = exchange(embeddings, audio_route.renumbered(audio_tokens), groups.world)
+    all_rows = route(segments, groups.rank, topology.world, len(flags))
+    audio_route = all_rows.restricted(is_audio, flags.cpu().numpy()).renumbered(audio_tokens)
+    audio = exchange(embeddings, audio_route, groups.world)
+    return replace(_packs(arrived, whole, packing, groups), audio=audio, audio_mask=flags)
 
-    packs = Packs(
-        lengths=tuple(packing.lengths(dp, m) for m in range(packing.num_microbatches)),
+
+def _packs(arrived: Tensor, whole: GlobalBatch, packing: PackPlan, groups: Groups) -> Packs:
+    """Return this replica's packs of the result of `send_tokens`, without audio."""
+    microbatches = range(packing.num_microbatches)
+    return Packs(
+        lengths=tuple(packing.lengths(groups.place.dp, m) for m in microbatches),
         token_ids=arrived[:, 0],
-        labels=arrived[:, 1] + IGNORE,
-        samples=tuple(tuple(packing.members(dp, m).tolist()) for m in range(packing.num_microbatches)),
-        audio=audio,
-        audio_mask=flags,
+        labels=arrived[:, 1],
+        samples=tuple(tuple(packing.members(groups.place.dp, m).tolist()) for m in microbatches),
+        audio=torch.zeros(0, device=groups.device),
+        audio_mask=torch.zeros(0, dtype=torch.bool, device=groups.device),
         num_samples=len(whole),
-        num_targets=whole.counts.targets,
     )
-    return packs, audio
 
 
 def _by_task(whole: GlobalBatch, losses: Tensor) -> dict[str, tuple[float, int]]:
+    """Return the sum of the token losses and the number of target tokens, by task."""
     sums: dict[str, tuple[float, int]] = {}
     names = task_names()
     for task, loss, targets in zip(whole.tasks.tolist(), losses.tolist(), whole.num_targets.tolist(), strict=True):

@@ -141,7 +141,7 @@ def _embed(model: EarshotForCausalLM, inputs: dict[str, Tensor]) -> Tensor:
     budget, call_cost = num_samples(_ENCODE_SEC), CALL_COST_SAMPLES[text.device.type]
     embedded: list[Tensor] = [nothing] * len(clips)
     for group in group_by_length(clips.lengths, budget, call_cost, model.audio.windowing):
-        found = model.audio(clips.select(group), instructions.select(group), Ragged(nothing, (0,) * len(group)))
+        found = model.audio(clips.select(group), instructions.select(group))
         for index, audio_tokens in zip(group, found.embeddings.split(), strict=True):
             embedded[index] = audio_tokens
     return text.masked_scatter(inputs["audio_mask"][..., None], torch.cat(embedded).to(text.dtype))

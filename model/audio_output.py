@@ -1,0 +1,36 @@
+"""The result of the audio side, which the LLM and the losses read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from model.batch import Ragged
+from model.router import Routing
+
+
+@dataclass(frozen=True)
+class AudioOutput:
+    """The result of `AudioTower` for B clips with S audio tokens each."""
+
+    embeddings: Ragged
+    """The audio embeddings [ΣS, H] that the LLM reads, clip after clip."""
+    routing: Routing | None
+    """The decisions of the router; None if the model has no experts."""
+    features: Ragged
+    """The output [ΣS, D] of the adapter, which the projector turns into embeddings."""
+    heads: Mapping[str, Ragged] = field(default_factory=dict)
+    """The output [ΣS, ...] of every loss's head, by the loss's name."""
+
+    def without_clips(self) -> AudioOutput:
+        """Return this output without any clip, still part of the autograd graph."""
+        return AudioOutput(
+            _without_rows(self.embeddings),
+            None if self.routing is None else self.routing.head(0),
+            _without_rows(self.features),
+            {name: _without_rows(output) for name, output in self.heads.items()},
+        )
+
+
+def _without_rows(sequences: Ragged) -> Ragged:
+    return Ragged(sequences.values[:0], ())

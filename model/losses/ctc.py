@@ -1,0 +1,115 @@
+"""The CTC loss (Graves 2006) of ASR answers on the adapter's output, divided by their tokens in the global batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model import lengths
+from model.audio_output import AudioOutput
+from model.batch import Batch, Ragged
+from model.config import ModelConfig
+from model.losses.base import AudioLoss, Reduce
+
+
+class CTC(AudioLoss):
+    """The CTC loss of transcripts. It reads samples with one clip whose audio tokens can spell the answer."""
+
+    name = "ctc"
+    options = {}
+
+    def weight(self, config: ModelConfig) -> float:
+        """Return `model.ctc_weight`."""
+        return config.ctc_weight
+
+    def head(self, config: ModelConfig, dim: int, vocab_size: int) -> nn.Module:
+        """Return a layer from the adapter's output to the vocabulary and, last, the blank."""
+        return nn.Linear(dim, vocab_size + 1)
+
+    def targets(self, batch: Batch, config: ModelConfig) -> Ragged:
+        """Return the answer tokens [ΣC] of every clip; none for a clip that takes no part."""
+        none = torch.zeros(0, dtype=torch.int64)
+        targets = []
+        for samples, owner in zip(batch.clips.lengths, batch.clip_owner, strict=True):
+            sample = batch.samples[owner]
+            audio_tokens = lengths.audio_tokens_of_samples(samples, config.adapter.strides)
+            is_readable = sample.is_transcription and len(sample.clips) == 1
+            takes_part = is_readable and ctc_feasible(sample.answer, audio_tokens)
+            targets.append(sample.answer if takes_part else none)
+        return Ragged.of(targets, like=none)
+
+    def count(self, batch: Batch, config: ModelConfig) -> int:
+        """Return the number of answer tokens of the clips that take part."""
+        return len(self.targets(batch, config).values)
+
+    def sum(self, audio: AudioOutput, targets: Ragged | None, config: ModelConfig, reduce: Reduce) -> Tensor:
+        """Return the sum of the CTC loss over this rank's clips."""
+        assert targets is not None
+        return ctc_sum(audio.heads[self.name], targets)
+
+
+def ctc_feasible(targets: Tensor, num_audio_tokens: int) -> bool:
+    """Return whether `num_audio_tokens` outputs can spell `targets` [C]. A repeated token needs a blank in between."""
+    repeats = int((targets[1:] == targets[:-1]).sum())
+    return 0 < len(targets) and len(targets) + repeats <= num_audio_tokens
+
+
+def ctc_sum(logits: Ragged, targets: Ragged) -> Tensor:
+    """Return the sum of the CTC loss over clips, in fp32.
+
+    Where torch is restricted to deterministic algorithms, its own CTC loss raises in the backward pass on CUDA. The
+    same loss is then computed from operations that are deterministic.
+
+    Args:
+        logits: The outputs [ΣS, vocabulary + 1] of the head, one sequence per clip. The last class is the blank.
+        targets: The token ids [ΣC] of each clip. A clip without any takes no part; all others must be feasible.
+    """
+    rows = [i for i, n in enumerate(targets.lengths) if n]
+    if not rows:
+        return logits.values.sum() * 0.0
+    chosen, wanted = logits.select(rows), targets.select(rows)
+    log_probs = chosen.padded().float().log_softmax(-1).transpose(0, 1)
+    if torch.are_deterministic_algorithms_enabled():
+        return _ctc_of_steps(log_probs, chosen.lengths, wanted)
+    return F.ctc_loss(
+        log_probs,
+        wanted.values,
+        torch.tensor(chosen.lengths),
+        torch.tensor(wanted.lengths),
+        blank=log_probs.shape[-1] - 1,
+        reduction="sum",
+    )
+
+
+_NEVER = -1e30
+"""The logarithm of a probability of zero. With -inf, the gradient of a sum of zeros would be NaN."""
+
+
+def _ctc_of_steps(log_probs: Tensor, num_steps: tuple[int, ...], targets: Ragged) -> Tensor:
+    """Return the sum of the CTC loss by the forward recursion over the states blank, token, blank, … of every clip.
+
+    Args:
+        log_probs: The log probabilities [S, B, vocabulary + 1]. The last class is the blank.
+        num_steps: The number of audio tokens of each of the B clips.
+        targets: The token ids [ΣC], at least one per clip.
+    """
+    device = log_probs.device
+    tokens = targets.padded()  # [B, C]
+    emitted = log_probs.gather(2, tokens[None].expand(len(log_probs), -1, -1))
+    blanks = log_probs[:, :, -1:]
+    may_follow = torch.cat([torch.zeros_like(tokens[:, :1], dtype=torch.bool), tokens[:, 1:] != tokens[:, :-1]], dim=1)
+    never = log_probs.new_full((len(tokens), 1), _NEVER)
+    # A path begins as if it had just left the first blank.
+    at_blank = torch.cat([torch.zeros_like(never), never.expand(-1, tokens.shape[1])], dim=1)  # [B, C + 1]
+    at_token = never.expand(-1, tokens.shape[1])  # [B, C]
+    num_audio_tokens = torch.tensor(num_steps, device=device)[:, None]
+    for step in range(len(log_probs)):
+        before = torch.cat([never, at_token], dim=1)
+        skipped = torch.where(may_follow, before[:, :-1], never)
+        new_token = torch.logaddexp(torch.logaddexp(at_token, at_blank[:, :-1]), skipped) + emitted[step]
+        new_blank = torch.logaddexp(at_blank, before) + blanks[step]
+        runs = step < num_audio_tokens
+        at_token, at_blank = torch.where(runs, new_token, at_token), torch.where(runs, new_blank, at_blank)
+    last = torch.tensor(targets.lengths, device=device)[:, None]
+    return -torch.logaddexp(at_blank.gather(1, last), at_token.gather(1, last - 1)).sum()

@@ -1,0 +1,75 @@
+"""Distillation of the LLM's own answers to the transcript into its answers to the audio (Ultravox).
+
+The teacher is the LLM itself without gradient. It reads the sample with the transcript's tokens in place of the audio.
+The student reads the audio. The loss is KL(teacher ‖ student) at the tokens of the answer, divided by the number of
+these tokens in the global batch. It trains the audio side to say to the LLM what the text would have said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from model.batch import IGNORE, Sample
+from model.config import ModelConfig
+from model.errors import UserError
+from model.losses.base import TokenLoss
+from model.losses.vocabulary import Vocabulary
+
+
+class Distillation(TokenLoss):
+    """The divergence from the answers of a teacher that reads the transcript.
+
+    It reads samples with one clip whose transcript is known: the field `transcript` of the manifest or, for a
+    transcription task, the answer.
+    """
+
+    name = "distillation"
+    options = {"weight": 0.0, "temperature": 1.0}
+    text_fields = ("transcript",)
+    has_reference = True
+
+    def check(self, config: ModelConfig) -> None:
+        """Check the temperature.
+
+        Raises:
+            UserError: If it is 0.
+        """
+        if self.option(config, "temperature") == 0:
+            raise UserError("model.losses.distillation.temperature = 0.0: must be positive")
+
+    def reference(self, sample: Sample) -> Sample | None:
+        """Return `sample` with the transcript's tokens in place of the audio; None if there is no transcript."""
+        transcript = sample.answer if sample.is_transcription else sample.texts.get("transcript", sample.answer[:0])
+        if len(sample.clips) != 1 or not len(transcript) or not sample.num_targets:
+            return None
+        first = int(sample.audio_mask.int().argmax())
+        end = first + int(sample.audio_mask.sum())
+
+        labels = torch.full_like(transcript, IGNORE)
+        labels[-1] = sample.labels[end - 1]  # where the answer follows the audio, its first token is predicted here
+
+        def replaced(values: Tensor, middle: Tensor) -> Tensor:
+            return torch.cat([values[:first], middle, values[end:]])
+
+        return replace(
+            sample,
+            clips=(),
+            token_ids=replaced(sample.token_ids, transcript),
+            audio_mask=replaced(sample.audio_mask, torch.zeros(len(transcript), dtype=torch.bool)),
+            labels=replaced(sample.labels, labels),
+        )
+
+    def token_losses(
+        self, logits: Tensor, labels: Tensor, reference: Tensor | None, vocabulary: Vocabulary, config: ModelConfig
+    ) -> Tensor:
+        """Return KL(teacher ‖ student) of every row, at the temperature of the recipe."""
+        assert reference is not None
+        temperature = self.option(config, "temperature")
+        student = vocabulary.log_softmax(logits.float() / temperature)
+        teacher = vocabulary.log_softmax(reference.float() / temperature).detach()
+        probs = teacher.exp()
+        # Columns that only fill the vocabulary up have the logarithm -inf in both.
+        return vocabulary.sum(torch.where(probs > 0, probs * (teacher - student), 0.0).sum(-1))

@@ -1,0 +1,58 @@
+"""The table of all losses. A new loss is one file and one line here."""
+
+from __future__ import annotations
+
+import math
+
+from model.config import ModelConfig
+from model.errors import UserError
+from model.losses.base import Loss
+from model.losses.ctc import CTC
+from model.losses.distillation import Distillation
+from model.losses.next_token import NextToken
+from model.losses.routing import RoutingLoss
+
+LOSSES: dict[str, Loss] = {
+    "next_token": NextToken(),
+    "routing": RoutingLoss(),
+    "ctc": CTC(),
+    "distillation": Distillation(),
+}
+"""Every known loss by its name. Plug-ins add theirs."""
+
+
+def active_losses(config: ModelConfig) -> tuple[Loss, ...]:
+    """Return the losses of a model, in the order of the table.
+
+    Raises:
+        UserError: If `model.losses` names an unknown loss or option, or a negative value.
+    """
+    check_losses(config)
+    return tuple(loss for loss in LOSSES.values() if loss.is_active(config))
+
+
+def text_fields(config: ModelConfig) -> tuple[str, ...]:
+    """Return the fields of the manifests that the losses of a model read as token ids."""
+    return tuple(sorted({field for loss in active_losses(config) for field in loss.text_fields}))
+
+
+def check_losses(config: ModelConfig) -> None:
+    """Check `model.losses`.
+
+    Raises:
+        UserError: If it names an unknown loss or option, or a negative value.
+    """
+    known = [name for name, loss in LOSSES.items() if loss.options]
+    for name, given in config.losses.items():
+        if name not in known:
+            legal = ", ".join(known)
+            raise UserError(
+                f"model.losses.{name}: no loss has this name; legal names are {legal}, or install its plug-in"
+            )
+        for key, value in given.items():
+            if key not in LOSSES[name].options:
+                legal = ", ".join(LOSSES[name].options)
+                raise UserError(f"model.losses.{name}.{key}: unknown option; legal options are {legal}")
+            if not 0 <= value < math.inf:
+                raise UserError(f"model.losses.{name}.{key} = {value}: must be a number of at least 0")
+        LOSSES[name].check(config)

@@ -1,0 +1,93 @@
+"""The table of losses; distillation and the samples that its teacher reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.batch import IGNORE, Batch, Sample
+from model.losses.distillation import Distillation
+from model.losses.table import LOSSES, active_losses, text_fields
+from model.losses.vocabulary import Vocabulary
+from model.speech_llm import SpeechLLM
+from trainer.parity import VOCAB_SIZE, make_sample, tiny_model
+
+STRIDES = (2, 2, 2)
+
+
+def sample(task: str, **texts: list[int]) -> Sample:
+    """The prompt 1 2 with three audio tokens in between, and the answer 7 8."""
+    return Sample(
+        key="k",
+        task=task,
+        clips=(torch.ones(3 * 8 * 320),),
+        token_ids=torch.tensor([1, 0, 0, 0, 2, 7, 8]),
+        audio_mask=torch.tensor([False, True, True, True, False, False, False]),
+        labels=torch.tensor([IGNORE] * 4 + [7, 8, 3]),
+        prompt_ids=torch.tensor([2]),
+        texts={name: torch.tensor(ids, dtype=torch.int64) for name, ids in texts.items()},
+    )
+
+
+def test_every_loss_is_in_the_table_under_its_name() -> None:
+    assert all(name == loss.name for name, loss in LOSSES.items())
+
+
+def test_only_active_losses_ask_for_texts() -> None:
+    config = tiny_model()
+    assert [loss.name for loss in active_losses(config)] == ["next_token", "routing", "ctc", "distillation"]
+    assert text_fields(config) == ("transcript",)
+    off = replace(config, losses={}, ctc_weight=0.0, experts=())
+    assert [loss.name for loss in active_losses(off)] == ["next_token"] and text_fields(off) == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "transcript"),
+    [(sample("asr"), [7, 8]), (sample("sqa", transcript=[5]), [5]), (sample("asr", transcript=[5]), [7, 8])],
+)
+def test_the_teacher_reads_the_transcript_in_place_of_the_audio(given: Sample, transcript: list[int]) -> None:
+    found = Distillation().reference(given)
+    assert found is not None and found.clips == () and not found.audio_mask.any()
+    assert found.token_ids.tolist() == [1, *transcript, 2, 7, 8]
+    assert found.labels.tolist() == [IGNORE] * (1 + len(transcript)) + [7, 8, 3]
+
+
+def test_the_teacher_keeps_a_label_at_the_last_audio_token() -> None:
+    given = sample("sqa", transcript=[5, 6])
+    ids, mask = given.token_ids[[0, 1, 2, 3, 5, 6]], given.audio_mask[[0, 1, 2, 3, 5, 6]]
+    given = replace(given, token_ids=ids, audio_mask=mask, labels=torch.tensor([IGNORE] * 3 + [7, 8, 3]))
+    found = Distillation().reference(given)
+    assert found is not None and found.labels.tolist() == [IGNORE] * 2 + [7, 8, 3]
+
+
+def test_samples_without_a_transcript_have_no_teacher() -> None:
+    loss, config = Distillation(), tiny_model()
+    others = [sample("sqa"), sample("sqa", transcript=[]), make_sample(0, 2, STRIDES, 0), make_sample(0, 0, STRIDES, 0)]
+    assert [loss.reference(s) for s in others] == [None] * 4
+    assert loss.count(Batch((*others, sample("asr"))), config) == 3
+
+
+def test_divergence_by_hand() -> None:
+    config = replace(tiny_model(), losses={"distillation": {"weight": 1.0, "temperature": 2.0}})
+    torch.manual_seed(0)
+    student, teacher = torch.randn(4, 9), torch.randn(4, 9)
+    minus_infinity = torch.full((4, 1), -torch.inf)  # a column that only fills the vocabulary up
+    padded = [torch.cat([logits, minus_infinity], dim=1).requires_grad_() for logits in (student, teacher)]
+    labels = torch.zeros(4, dtype=torch.int64)
+    found = Distillation().token_losses(padded[0], labels, padded[1], Vocabulary(), config)
+    p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
+    torch.testing.assert_close(found, (p * (p / q).log()).sum(-1))
+    found.sum().backward()
+    torch.testing.assert_close(padded[0].grad[:, :-1], (q - p) / 2)
+    assert padded[0].grad[:, -1].tolist() == [0.0] * 4 and padded[1].grad is None
+
+
+def test_distillation_teaches_the_audio_side_but_not_through_the_teacher() -> None:
+    config = replace(tiny_model(), losses={"distillation": {"weight": 1.0}})
+    model = SpeechLLM(config, VOCAB_SIZE, seed=1)
+    model(Batch((sample("sqa", transcript=[50]),)))["distillation"].backward()
+    embedded = model.llm.get_input_embeddings().weight.grad
+    assert embedded[2].abs().sum() > 0 and embedded[50].abs().sum() == 0  # only the teacher reads token 50
+    assert model.audio.projector.weight.grad.abs().sum() > 0
