@@ -88,8 +88,8 @@ def test_step_that_fails_twice_in_the_same_way_is_not_retried(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "debug"
-    body = "from tests.survive_run import failing; from trainer.__main__ import _leave; "
-    body += f"_leave(failing({str(tmp_path)!r}, {str(corpus)!r}))"
+    body = "from tests.survive_run import failing; from trainer.__main__ import leave; "
+    body += f"leave(failing({str(tmp_path)!r}, {str(corpus)!r}))"
     for attempt, again in ((1, 0), (2, 1)):
         code = start_ranks(2, [sys.executable, "-c", body])
         assert code in (ExitCode.FAILED, ExitCode.PEER_LOST)  # that of the rank that ends first
