@@ -48,7 +48,7 @@ def train(folder: str) -> int:
 
     load(folder)
     overrides = ["name=seam", f"data.root={folder}", f"data.cache_dir={folder}/cache", f"train.run_dir={folder}"]
-    overrides += ["train.steps=2", f"model.losses.{NAME}.weight={WEIGHT}"]
+    overrides += ["train.steps=2", f"model.losses.{NAME}.weight={WEIGHT}", "model.losses.distillation.weight=0.5"]
     rank = int(os.environ["RANK"])
     return run_training(load_recipe("tests/golden/recipe.yaml", overrides), RankEnv(rank, rank, 2))
 
@@ -79,8 +79,9 @@ def test_two_steps_report_the_new_loss(plug_in: Path) -> None:
     assert [r["step"] for r in records] == [1, 2]
     for record in records:
         assert record[f"train/loss_{NAME}"] > 0
-        terms = {name: record[f"train/loss_{name}"] for name in ("next_token", "routing", "ctc", NAME)}
-        total = terms["next_token"] + 0.1 * terms["routing"] + terms["ctc"] + WEIGHT * terms[NAME]
+        terms = {name: record[f"train/loss_{name}"] for name in ("next_token", "routing", "ctc", "distillation", NAME)}
+        total = terms["next_token"] + 0.1 * terms["routing"] + terms["ctc"] + 0.5 * terms["distillation"]
+        total += WEIGHT * terms[NAME]
         assert record["train/loss"] == pytest.approx(total, rel=1e-6)
 
 

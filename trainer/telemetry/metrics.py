@@ -26,7 +26,7 @@ class StepReport:
     loss: float
     """The minimised loss, a weighted sum of `losses`."""
     losses: Mapping[str, float] = field(default_factory=dict)
-    """The terms of the loss by name: next_token, routing, ctc."""
+    """The mean of each term of the loss, by the name of the loss."""
     task_losses: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     """The sum of the token losses and the number of target tokens, by task."""
     grad_norm: float = 0.0
