@@ -50,8 +50,8 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         ),
         (
             "debug",
-            ["checkpoint.best_metric=eval/dev/sqa/accuracy"],
-            "checkpoint.best_is = lowest: the best value of checkpoint.best_metric = eval/dev/sqa/accuracy is the "
+            ["checkpoint.best_metric=eval/test/sqa/accuracy"],
+            "checkpoint.best_is = lowest: the best value of checkpoint.best_metric = eval/test/sqa/accuracy is the "
             "highest; set checkpoint.best_is=highest",
         ),
         ("debug", ["telemetry.trackers=[flow]"], "telemetry.trackers: flow is not one of mlflow, tensorboard, wandb"),
@@ -128,7 +128,7 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
             "debug",
             ["parallel.num_ranks=16"],
             "data.global_batch_samples = 8: 16 LLM replicas (parallel.num_ranks / (tensor · pipeline)) would have less "
-            "than a sample each; legal values are multiples of data.num_lanes = 8 from 16",
+            "than one sample each; legal values are multiples of data.num_lanes = 8 from 16",
         ),
         (
             "debug",
