@@ -88,5 +88,5 @@ def test_by_hand(texts: list[str], wanted: str) -> None:
 def test_repetitions_beyond_the_overlap_are_kept() -> None:
     """The word "five" occurs eight times. The windows 0-5 and 3-8 have two of them in common."""
     assert join_windows(["a b c five five five", "five five five x y z"], [0.5]) == "a b c five five five x y z"
-    told = join_units(["five"] * 5, ["five"] * 5, 2, 2)
-    assert [unit.strip() for unit in told] == ["five"] * 8
+    joined = join_units(["five"] * 5, ["five"] * 5, 2, 2)
+    assert [unit.strip() for unit in joined] == ["five"] * 8

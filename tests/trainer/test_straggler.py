@@ -87,7 +87,7 @@ def test_ten_thousand_ranks_are_judged_quickly() -> None:
 
 
 def test_stragglers_are_judged_off_the_training_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads, told = [], []
+    threads, reported = [], []
     add = StragglerMeter.add
 
     def noted(self: StragglerMeter, listed: Any, num_steps: int) -> list[Straggler]:
@@ -98,12 +98,12 @@ def test_stragglers_are_judged_off_the_training_thread(monkeypatch: pytest.Monke
     monkeypatch.setattr(dist, "gather_object", lambda mine, everyone, group: everyone.__setitem__(0, mine))
     groups: Any = SimpleNamespace(rank=0, world=None, topology=SimpleNamespace(world=1))
     report = StepReport(step=7, loss=0.0, grad_norm=0.0, lr=0.0, phase_sec={"encode": 1.0})
-    with Work(TelemetryConfig(), WaitSampler(PhaseTimer()), groups, lambda *what: told.append(what)) as work:
+    with Work(TelemetryConfig(), WaitSampler(PhaseTimer()), groups, lambda *what: reported.append(what)) as work:
         work.add(report)
         work.take(report)
         assert work.summary[0]["work_sec"] == {"encode": 1.0}
     assert threads and threading.get_ident() not in threads
-    assert [(event, step) for event, step, _ in told] == [("straggler", 7)]
+    assert [(event, step) for event, step, _ in reported] == [("straggler", 7)]
 
 
 def waiting_body() -> dict[str, Any]:
