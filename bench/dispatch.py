@@ -153,8 +153,8 @@ def check(arms: dict[str, Callable[[], list[Tensor]]], work: Work) -> None:
     """Check that no arm loses a frame, and that MOELayer, whose expert is the identity, keeps the order of frames."""
     frames, expert = work.frames()
     for name, run in arms.items():
-        away = sum(n for r, n in enumerate(work.frames_to()) if r != dist.get_rank())
-        expected = {"bare": away, "lengths": 2 * WORLD * CLIPS_PER_RANK}.get(name, len(frames))
+        to_others = sum(n for r, n in enumerate(work.frames_to()) if r != dist.get_rank())
+        expected = {"bare": to_others, "lengths": 2 * WORLD * CLIPS_PER_RANK}.get(name, len(frames))
         assert sum(len(t) for t in run()) == expected, name
     (returned,) = arms["MOELayer"]()
     assert torch.equal(returned[:, :FRAME_SAMPLES], frames)

@@ -101,14 +101,14 @@ def build_bare(work: Work) -> Callable[[], list[Tensor]]:
     """Return the arm that sends nothing but the bytes that must be sent."""
     rank = dist.get_rank()
 
-    def away(sizes: list[int]) -> tuple[list[int], list[int]]:
+    def to_others(sizes: list[int]) -> tuple[list[int], list[int]]:
         sizes[rank] = 0
         table = [torch.zeros(WORLD, dtype=torch.int64) for _ in range(WORLD)]
         dist.all_gather(table, torch.tensor(sizes))
         return sizes, [int(row[rank]) for row in table]
 
-    samples_out, samples_in = away(work.samples_to())
-    frames_in, frames_out = away(work.frames_to())
+    samples_out, samples_in = to_others(work.samples_to())
+    frames_in, frames_out = to_others(work.frames_to())
     clips, arrived = torch.randn(sum(samples_out)), torch.empty(sum(samples_in))
     features, returned = torch.randn(sum(frames_out), DIM), torch.empty(sum(frames_in), DIM)
 

@@ -185,8 +185,8 @@ def test_full_disk_does_not_end_a_run(corpus: Path, tmp_path: Path) -> None:
             with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
                 while True:
                     ballast.write(bytes(4096))
-            for told in ("metrics.jsonl CANNOT BE WRITTEN", "CHECKPOINT NOT SAVED"):
-                wait_for(lambda told=told: told in output.read_text(), process)  # type: ignore[misc]
+            for words in ("metrics.jsonl CANNOT BE WRITTEN", "CHECKPOINT NOT SAVED"):
+                wait_for(lambda words=words: words in output.read_text(), process)  # type: ignore[misc]
             (disk / "ballast").unlink()
             assert process.wait(100) == ExitCode.FINISHED, output.read_text()
         assert list(losses(disk / "debug")) == [str(step) for step in range(1, num_steps + 1)]

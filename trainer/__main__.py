@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code, see `ExitCode`; 2 after one line on stderr that tells the user what to fix.
+        The exit code, see `ExitCode`; 2 after one line on stderr that says what to fix.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_intermixed_args(arguments)

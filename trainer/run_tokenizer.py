@@ -2,8 +2,8 @@
 
 Weights are only meaningful together with the token ids that they were trained with. Hence a run that resumes, a run
 that starts with the weights of another one, and all tools that read a checkpoint or an export use the tokenizer, the
-templates and the placeholder of these weights. Every checkpoint and every export contains a digest of them, by which
-another tokenizer is recognised.
+templates and the placeholder of these weights. Every checkpoint and every export contains a digest of them, so that
+any other tokenizer is detected.
 """
 
 from __future__ import annotations

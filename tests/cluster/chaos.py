@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     reason = why_not()
     if reason:
-        print(f"error: no Slurm here: {reason}", file=sys.stderr)
+        print(f"error: Slurm cannot run here: {reason}", file=sys.stderr)
         return 2
     folder = scratch()
     with running(Cluster(folder / "slurm", num_nodes=4)) as cluster:

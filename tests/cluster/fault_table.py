@@ -74,7 +74,7 @@ def start_times(run: Run) -> str:
 def run_one(bench: Bench, name: str) -> Row:
     """Run with one fault, and return its row."""
     if name == STORE:
-        return _store_away(bench)
+        return _store_unreachable(bench)
     if name == DISK:
         run_dir = bench.folder / "disk" / "debug"
         run_dir.mkdir(parents=True)
@@ -82,7 +82,7 @@ def run_one(bench: Bench, name: str) -> Row:
         run = bench.submit("disk")
         return disturb(bench, name, faults.disk_full, run)
     if name == TRACKER:
-        return _tracker_away(bench)
+        return _tracker_unreachable(bench)
     options: tuple[str, ...] = ("--time=300", "--signal=B:USR1@150")
     extra = ["telemetry.trackers=[mlflow]"] if name.startswith("USR1") else []
     hang = ["train.hang_timeout_sec=30"] if "SIGSTOP" in name else []
@@ -93,16 +93,16 @@ def run_one(bench: Bench, name: str) -> Row:
     return row
 
 
-STORE, DISK, TRACKER = "store away for 20 s, a rank killed", "disk full in a save", "tracker away"
+STORE, DISK, TRACKER = "store unreachable for 20 s, a rank killed", "disk full in a save", "tracker unreachable"
 
 
-def _store_away(bench: Bench) -> Row:
+def _store_unreachable(bench: Bench) -> Row:
     with swift.running(bench.folder / "swift", host=bench.cluster.address) as server:
         server.make_bucket("bucket")
         server.upload(bench.shards, "bucket", "shards")
         run = bench.submit("store", shards="s3://bucket/shards", env=server.environ)
 
-        def away(run: Run) -> float:
+        def stop(run: Run) -> float:
             # A rank is killed as well, since the small corpus may already be in memory.
             server.kill_proxy()
             start = faults.rank_killed(run)
@@ -110,10 +110,10 @@ def _store_away(bench: Bench) -> Row:
             server.start_proxy()
             return start
 
-        return disturb(bench, STORE, away, run)
+        return disturb(bench, STORE, stop, run)
 
 
-def _tracker_away(bench: Bench) -> Row:
+def _tracker_unreachable(bench: Bench) -> Row:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -122,11 +122,11 @@ def _tracker_away(bench: Bench) -> Row:
         env = {"MLFLOW_TRACKING_URI": f"http://{address}:{port}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
         run = bench.submit("tracker", "telemetry.trackers=[mlflow]", env=env)
 
-        def away(run: Run) -> float:
+        def stop(run: Run) -> float:
             faults.end_group(server)
             return time.time()
 
-        row = disturb(bench, TRACKER, away, run)
+        row = disturb(bench, TRACKER, stop, run)
         row.note += "the log says that records are lost" * ("RECORDS ARE BEING LOST" in run.log)
         return row
 
@@ -142,7 +142,7 @@ def main(words: Sequence[str]) -> int:
     """Run the test as a command."""
     reason = why_not()
     if reason:
-        print(f"error: no Slurm here: {reason}", file=sys.stderr)
+        print(f"error: Slurm cannot run here: {reason}", file=sys.stderr)
         return 2
     names = [n for n in [*faults.TABLE, STORE, DISK, TRACKER] if not words or any(w in n for w in words)]
     folder, failed = scratch(), False

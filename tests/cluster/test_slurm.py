@@ -25,9 +25,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """Start a cluster of three nodes. Tests are skipped if Slurm cannot start, unless CI sets REQUIRE_SERVICES."""
     reason = why_not()
     if reason and os.environ.get("REQUIRE_SERVICES"):
-        pytest.fail(f"no Slurm here: {reason}")
+        pytest.fail(f"Slurm cannot run here: {reason}")
     if reason:
-        pytest.skip(f"no Slurm here: {reason}")
+        pytest.skip(f"Slurm cannot run here: {reason}")
     with running(Cluster(scratch() / "slurm", num_nodes=3)) as cluster:
         yield Bench(cluster, tmp_path_factory.mktemp("bench"))
 

@@ -35,7 +35,7 @@ class ToyEncoder(nn.Module):
 
 
 def body(num_routings: int) -> int:
-    """Check random routings. Hypothesis is seeded and sees equal outcomes, so it draws the same ones on all ranks."""
+    """Check random routings, which are the same on all ranks: Hypothesis is seeded and sees equal outcomes."""
     rank, world, device = connect(timeout_sec=60)
     assert dist.group.WORLD is not None
     tried = 0

@@ -226,8 +226,8 @@ def _forward_backward(gpt: Any, first: bool, dp: int) -> tuple[list[float], dict
         return output, loss_sum
 
     ddp.zero_grad_buffer()
-    told = AssertionError("a stage told its neighbour the shape of a pack, which both know")
-    with patch.object(P2PCommunicator, "_communicate_shapes", side_effect=told):
+    error = AssertionError("a stage sent the shape of a pack, which both stages know")
+    with patch.object(P2PCommunicator, "_communicate_shapes", side_effect=error):
         losses = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(packs.items()),

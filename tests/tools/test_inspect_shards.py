@@ -1,3 +1,5 @@
+"""The command that inspects and indexes shards."""
+
 from __future__ import annotations
 
 import io

@@ -1,3 +1,5 @@
+"""The commands that make shards and train tokenizers."""
+
 from __future__ import annotations
 
 import contextlib

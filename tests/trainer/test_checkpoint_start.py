@@ -1,4 +1,4 @@
-"""A new run's weights, from a checkpoint and from an export: the same numbers, what is new, and what does not fit."""
+"""The weights of new runs that start from a checkpoint or an export: equal values, new parts, and errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INITIAL = 7.0
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """(a folder with a run and its export in several files, the run's tensors)."""
+    """Return (a folder with a run and its export in several files, the run's tensors)."""
     root = tmp_path_factory.mktemp("start")
     oracle = write_run(root / "run")
     assert export.main([str(root / "run"), str(root / "out"), "--dtype", "fp32", "--shard-gib", "3e-5"]) == 0
@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tens
 
 
 def shards_of(tensors: dict[str, Tensor]) -> list[Shard]:
-    """Every tensor as the slices of three ranks, filled with `INITIAL`."""
+    """Return every tensor as the slices of three ranks, filled with `INITIAL`."""
     shards = []
     for name, tensor in tensors.items():
         whole = matrix_of(tuple(tensor.shape))
@@ -54,12 +54,12 @@ def check(shards: list[Shard], wanted: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("exported", [False, True])
-def test_every_weight_is_taken_and_what_is_new_is_listed(made: tuple[Path, dict[str, Tensor]], exported: bool) -> None:
+def test_every_weight_is_used_and_new_parts_are_listed(made: tuple[Path, dict[str, Tensor]], exported: bool) -> None:
     root, tensors = made
     url = str(root / ("out" if exported else "run"))
     assert is_export(url) == exported
     wanted = dict(tensors)
-    if exported:  # it has no CTC head
+    if exported:  # exports have no CTC head
         wanted |= {n: torch.full_like(t, INITIAL) for n, t in tensors.items() if n.startswith("audio.ctc_head.")}
     rows = torch.full((5, tensors[EMBEDDING].shape[1]), INITIAL)
     wanted[EMBEDDING] = torch.cat([tensors[EMBEDDING].detach(), rows])
@@ -69,7 +69,7 @@ def test_every_weight_is_taken_and_what_is_new_is_listed(made: tuple[Path, dict[
     check(shards, wanted)
 
 
-def test_what_does_not_fit_is_named_with_the_key_that_decides_it(made: tuple[Path, dict[str, Tensor]]) -> None:
+def test_mismatch_is_named_with_the_recipe_key(made: tuple[Path, dict[str, Tensor]]) -> None:
     root, tensors = made
     origin: Origin = open_origin(str(root / "out"), exported=True)
     for name, key in (

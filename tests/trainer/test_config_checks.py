@@ -1,3 +1,5 @@
+"""Checks across the sections of a recipe."""
+
 from __future__ import annotations
 
 import json
@@ -14,7 +16,7 @@ DS_CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_the_recipes_are_legal(name: str) -> None:
+def test_shipped_recipes_are_valid(name: str) -> None:
     check_recipe(load_recipe(name))
 
 
@@ -160,7 +162,7 @@ def test_an_illegal_combination_is_refused(recipe: str, override: list[str], mes
 def test_an_unknown_encoder_field_is_refused_before_any_rank_starts() -> None:
     with pytest.raises(UserError, match="d_modle"):
         check_recipe(load_recipe("debug", ["model.primary.config.d_modle=32"]))
-    with pytest.raises(UserError, match="d_modle"):  # of a hub checkpoint, whose own config is not read here
+    with pytest.raises(UserError, match="d_modle"):  # the config of a hub checkpoint is not read here
         check_recipe(load_recipe("mowe_8b", ["model.primary.config.d_modle=32"]))
 
 
@@ -174,7 +176,7 @@ ZERO = {"zero_optimization": {"stage": 3}}
 
 
 @pytest.mark.parametrize("path", sorted(DS_CONFIGS.glob("*.json")), ids=lambda p: p.stem)
-def test_deepspeed_takes_our_json(path: Path) -> None:
+def test_deepspeed_accepts_our_json(path: Path) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     for precision in ("fp32", "bf16"):
@@ -199,7 +201,7 @@ def test_deepspeed_takes_our_json(path: Path) -> None:
         ("scheduler", "optim.schedule"),
     ],
 )
-def test_a_json_key_that_the_recipe_owns_is_refused_with_its_owner(tmp_path: Path, key: str, owner: str) -> None:
+def test_json_key_that_the_recipe_determines_is_refused(tmp_path: Path, key: str, owner: str) -> None:
     path = write(tmp_path, ZERO | {key: 1})
     with pytest.raises(UserError) as error:
         load_ds_json(path)
@@ -217,7 +219,7 @@ def test_a_json_key_that_the_recipe_owns_is_refused_with_its_owner(tmp_path: Pat
         ('{"aio": {}, "aio": {}}', "key aio is given twice"),
     ],
 )
-def test_a_wrong_json_is_refused(tmp_path: Path, tree: object, message: str) -> None:
+def test_invalid_json_is_refused(tmp_path: Path, tree: object, message: str) -> None:
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         load_ds_json(write(tmp_path, tree))
 

@@ -1,3 +1,5 @@
+"""The summary that `--dry-run` prints."""
+
 from __future__ import annotations
 
 import math

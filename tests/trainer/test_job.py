@@ -1,4 +1,4 @@
-"""A batch job's decisions that need no Slurm: layout, which nodes to use, what a node says of itself."""
+"""The parts of a batch job that need no Slurm: layout, choice of nodes, and the checks of a node and a recipe."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_ranks_fill_nodes(num_nodes: int, num_ranks: int, tensor: int, expected:
     assert lay_out(allocation(num_nodes), num_ranks, tensor) == expected
 
 
-def test_a_layout_that_cannot_be_names_the_remedy() -> None:
+def test_impossible_layout_names_the_remedy() -> None:
     with pytest.raises(UserError, match=r"needs 16 nodes of 8 tasks, the job has 2: sbatch --nodes=16, or .*=16$"):
         lay_out(allocation(2), 128, 8)
     with pytest.raises(UserError, match="parallel.num_ranks = 12: not a multiple of the 8 tasks"):
@@ -57,7 +57,7 @@ def test_a_step_has_its_ranks_in_blocks_on_the_chosen_nodes() -> None:
     assert command[-5:] == [sys.executable, "-u", "-m", "trainer", "debug"]
 
 
-def test_a_container_comes_between_srun_and_python() -> None:
+def test_container_command_is_between_srun_and_python() -> None:
     environ = {"SRUN_OPTIONS": "--container-image=x.sqsh", "RANK_PYTHON": "apptainer exec 'my image' python"}
     command = srun(allocation(1), ("n1",), 8, ["trainer"], environ)
     assert command[-8:] == [
@@ -72,7 +72,7 @@ def test_a_container_comes_between_srun_and_python() -> None:
     ]
 
 
-def test_spares_stand_in_for_bad_nodes() -> None:
+def test_spares_replace_faulty_nodes() -> None:
     nodes = ("n1", "n2", "n3", "n4")
     assert choose(nodes, {}, 3) == ("n1", "n2", "n3")
     assert choose(nodes, {"n2": "7 of 8 GPUs answer"}, 3) == ("n1", "n3", "n4")
@@ -101,7 +101,7 @@ def test_gpus_are_judged_by_what_nvidia_smi_says(table: str, faults: list[str]) 
     assert report.faults == faults
 
 
-def test_a_node_looks_at_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_checks_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
     wanted = Wanted(1, str(tmp_path / "run"), (), ("http://127.0.0.1:1",), 1e6, 1e6)
     report = look(wanted)
@@ -138,7 +138,7 @@ def test_outside_a_job_it_checks_and_refuses(
     assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 
-def test_shards_and_weights_are_looked_at_before_a_job(
+def test_shards_and_weights_are_checked_before_a_job(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from trainer.job.check import main
@@ -156,18 +156,18 @@ def test_shards_and_weights_are_looked_at_before_a_job(
     assert "model.llm.weights = a/b: neither a path nor in the hub's cache" in capsys.readouterr().err
 
 
-def test_what_a_job_must_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_facts_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from trainer.job.check import main
 
     (tmp_path / "demo.jsonl").touch()
     keys = [f"data.root={tmp_path}", f"train.run_dir={tmp_path}/runs"]
     assert main(["debug", *keys]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts.pop("snapshot_gib") == 0  # the plan's, which this command does not make
+    assert facts.pop("snapshot_gib") == 0  # this command does not make a plan
     assert facts == {"run_dir": f"{tmp_path}/runs/debug", "num_ranks": 2, "tensor": 1, "stores": [], "trackers": []}
 
 
-def test_a_node_needs_memory_for_the_plans_snapshot_besides_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_needs_memory_for_the_planned_snapshot_in_addition(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Wanted] = []
 
     def answers(command: list[str]) -> list[dict[str, Any]]:

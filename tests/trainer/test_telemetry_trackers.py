@@ -1,4 +1,4 @@
-"""Trackers: exact on resume, harmless when they fail, silent about secrets."""
+"""Trackers: exact after a resume, harmless if they fail, and without secrets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def steps_in(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def test_jsonl_is_flushed_at_once_and_strict_json(tmp_path: Path) -> None:
+def test_jsonl_is_flushed_immediately_and_is_strict_json(tmp_path: Path) -> None:
     tracker = JsonlTracker(tmp_path / "x" / "metrics.jsonl")
     tracker.log({"a": 1.5, "b": math.nan, "c": -math.inf}, step=1)
 
@@ -70,7 +70,7 @@ def test_jsonl_resume_refuses_a_foreign_file(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\nhello\n'
 
 
-def test_what_a_full_disk_does_not_take_waits_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_records_wait_for_space_on_a_full_disk_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full on this system")
@@ -104,7 +104,7 @@ def test_mlflow_keeps_one_run_across_a_resume(tmp_path: Path, monkeypatch: pytes
     started = time.perf_counter()
     for step in (1, 2, 3):
         first.log({"train/loss": 1.0 / step, "throughput/tokens_per_sec": 10.0}, step)
-    assert time.perf_counter() - started < 0.5  # the store is not even open yet
+    assert time.perf_counter() - started < 0.5  # the store has not been opened yet
     first.close()
     second = mlflow_tracker(tmp_path, resume=True, params={"optim": {"lr": 0.2}})
     second.log({"train/loss": 0.25}, 4)
@@ -131,7 +131,7 @@ def test_mlflow_keeps_one_run_across_a_resume(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_files_join_the_run_they_are_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_added_to_their_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run_dir = tmp_path / "x"
     run_dir.mkdir()
@@ -154,7 +154,7 @@ def test_files_join_the_run_they_are_about(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.timeout(120)
-def test_mlflow_failure_is_loud_once_counted_and_survived(
+def test_mlflow_failure_is_logged_once_counted_and_survived(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -183,7 +183,7 @@ def test_a_run_without_trackers_has_its_file(tmp_path: Path) -> None:
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == ["x", "x/metrics.jsonl"]
 
 
-def test_params_are_flat_and_hold_no_secrets() -> None:
+def test_params_are_flat_and_contain_no_secrets() -> None:
     params = {
         "model": {"primary": {"name": "w"}, "experts": [{"name": "h"}, {"name": "v"}]},
         "data": {"url": "https://user:pass@host/x", "placeholder": "<SpeechHere>", "max_new_tokens": 64},

@@ -106,7 +106,10 @@ class Place:
 
 
 class Save:
-    """A save that runs in the background; `outcome` is set once `wait` has returned."""
+    """A save that runs in the background; `outcome` is set once `wait` has returned.
+
+    Collective: every rank of the world must create this object.
+    """
 
     def __init__(self, place: Place, content: Content) -> None:
         self.place, self.content = place, content
@@ -136,6 +139,10 @@ class Save:
             log.error("CHECKPOINT NOT SAVED: %s: %s", self.url, self.outcome.failure)
 
     def _write_together(self) -> Outcome:
+        """Write this rank's files, and agree with the other ranks on the outcome.
+
+        Collective: every rank of `Place.group` must call it.
+        """
         place, draft = self.place, None
         failure, written = None, None
         try:

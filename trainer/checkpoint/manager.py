@@ -267,6 +267,10 @@ class CheckpointManager:
         return audio | {name for name, _ in engines.audio.named_parameters()} | llm_state.tensor_names(engines.llm)
 
     def _finish(self, engines: Engines, reader: Reader) -> None:
+        """Set the numbers of updates, and copy the loaded fp32 weights to the weights that the forward pass reads.
+
+        Collective: every rank of the world must call it.
+        """
         steps = reader.learned()
         audio_state.set_steps(engines.audio, steps)
         llm_state.set_steps(engines.llm, steps)
@@ -274,6 +278,10 @@ class CheckpointManager:
         llm_state.refresh(engines.llm)
 
     def _everyones_names(self, engines: Engines) -> set[str]:
+        """Return the names of all tensors of the model.
+
+        Collective: every rank of the world must call it.
+        """
         return set().union(*gather(self.groups, self._tensor_names(engines)))
 
     def _checked_shards(self, engines: Engines, reader: Reader, names: set[str]) -> list[Shard]:

@@ -13,7 +13,7 @@ from trainer.checkpoint.layout import Shard
 
 _ALIGNMENT = 64
 CHUNK_BYTES = 256 << 20
-"""The smallest size of a full chunk. All sizes are powers of two, since torch rounds pinned memory up to these."""
+"""The capacity of a chunk, unless one value needs more; a power of two, to which torch rounds up pinned memory."""
 
 
 class Place(NamedTuple):
@@ -58,7 +58,7 @@ class HostBuffer:
         """Allocate memory for values of these sizes, unless it has been allocated by an earlier save."""
         if num_bytes == self._num_bytes:
             return
-        self._num_bytes, self._chunks = num_bytes, []  # free them first
+        self._num_bytes, self._chunks = num_bytes, []  # frees the old chunks before new ones are allocated
         self._places, sizes = place_values(num_bytes)
         self._chunks = [torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned) for size in sizes]
 

@@ -90,7 +90,7 @@ def prepare(
 
     Raises:
         UserError: If shards cannot be made, the tokenizer cannot be read or trained, a dataset has no samples to train
-            on, or no dataset has an evaluation split.
+            on, or an evaluation split has no samples in any dataset.
     """
     _check_datasets(config)
     datasets = tuple(_prepare_dataset(config, s, on_built, on_progress) for s in config.datasets)
@@ -103,8 +103,8 @@ def check_stored(config: DataConfig) -> None:
     """Check what can be checked before anything is made: manifests exist, and shards contain what the recipe reads.
 
     Raises:
-        UserError: If a manifest or an index is missing or cannot be read, shards contain no samples to train on, or no
-            dataset has an evaluation split.
+        UserError: If a manifest or an index is missing or cannot be read, shards contain no samples to train on, or an
+            evaluation split has no samples in any dataset.
     """
     _check_datasets(config)
     given = []

@@ -29,7 +29,7 @@ PROBES = (
     "Was it 3:15 p.m.? Café № ½ ﬁne — “quoted” ÄÖÜ",
     "日本語 русский \U0001f600",
 )
-"""Texts by whose tokens two tokenizers with the same vocabulary can be distinguished."""
+"""Texts whose tokens distinguish tokenizers that have the same vocabulary."""
 UNKNOWN_ID_TEXT = "\ufffd"
 """The text of an id beyond the vocabulary, since an LLM may have more rows than its tokenizer has pieces."""
 

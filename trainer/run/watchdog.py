@@ -1,4 +1,4 @@
-"""The watchdog ends a run that hangs: all ranks write their stacks and exit with a code that stands for a hang.
+"""The watchdog, which ends a run that hangs: all ranks write their stacks and exit with `ExitCode.HUNG`.
 
 Every rank has a thread that checks when the rank made progress last. If one rank hangs, the others wait for it in a
 collective and make no progress either, so that all of them notice. The first one creates a folder, whose existence is
