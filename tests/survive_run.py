@@ -95,7 +95,7 @@ def spikes(folder: str, corpus: str) -> dict[str, Any]:
 def _run(recipe: Any, groups: Groups, nan: frozenset[int], absent: frozenset[int]) -> str | None:
     run_dir = Path(recipe.train.run_dir) / recipe.name
     events = EventLog(run_dir, groups.rank, 1)
-    prepared = prepare_once(recipe, groups)
+    recipe, prepared = prepare_once(recipe, groups)
     step = build_step(recipe, groups, prepared.tokenizer.vocab_size)
     step.__class__ = type("Partial", (Absent,), {"absent": absent})
     checkpoints = CheckpointManager(str(run_dir / "checkpoints"), recipe.checkpoint, groups)
