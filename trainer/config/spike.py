@@ -13,7 +13,7 @@ class SpikeConfig:
     """The recipe's `spike` section: which updates are skipped, and what happens then."""
 
     action: Literal["skip", "rewind", "stop"] = "skip"
-    """What to do after a spike, which is a loss or gradient norm that is not finite, or a loss above `factor`.
+    """What to do after a spike: a loss or gradient norm that is not finite, or a loss that is too high by `factor`.
 
     `skip` skips the update and continues. `rewind` continues after the batch with the weights of the newest checkpoint;
     without a checkpoint it equals `skip`. `stop` saves the state before the batch and ends the run.
