@@ -81,7 +81,7 @@ class SafetensorsSource:
             return tuple(self._handle(self._file_of[name]).get_slice(name).get_shape())
         except SafetensorError as error:
             raise UserError(
-                f"{self.where(name)}: the index says that {name} is here, but it is not ({error}); download it again"
+                f"{self.where(name)}: the index names {name}, which is not here ({error}); download it again"
             ) from error
 
     def read(self, name: str, index: Index) -> Tensor:
@@ -195,7 +195,7 @@ def check_tensor(source: WeightSource, name: str, expected: tuple[int, ...]) -> 
     found = source.shape(name)
     if found is None:
         raise UserError(
-            f"{source.where(name)}: tensor {name} {expected} is missing, so the config is that of another model; make model.llm.config match the weights"
+            f"{source.where(name)}: tensor {name} {expected} is missing; make model.llm.config match the weights"
         )
     if found != expected:
         raise UserError(
