@@ -36,7 +36,8 @@ def test_every_group_has_its_table() -> None:
     for name, group in GROUPS.items():
         module = importlib.import_module(group.module)
         assert isinstance(getattr(module, group.table), dict), name
-        assert isinstance(getattr(module, group.type), type), name
+        place, _, class_name = group.type.partition(":")
+        assert isinstance(getattr(importlib.import_module(place), class_name), type), name
 
 
 def test_a_plugin_is_loaded_by_package_or_entry_point_and_inherited(

@@ -61,6 +61,14 @@ def test_what_the_family_does_not_compute_is_refused(plugin: None) -> None:
         resolve_hf_config(LLMConfig(config=config))
 
 
+def test_the_reference_trains_the_token_of_the_padding_too(plugin: None) -> None:
+    """Seed-OSS pads with token 1, whose embedding transformers would not train."""
+    reference = build_reference(model_with_seed().llm, seed=1)
+    assert reference.config.pad_token_id == 1
+    reference(torch.tensor([[1, 2]])).logits.sum().backward()
+    assert reference.get_input_embeddings().weight.grad[1].abs().sum() > 0
+
+
 def test_its_modules_may_have_other_names(plugin: None) -> None:
     names = {"layer": "transformer.h.{n}", "attention_output": "attention.dense", "embedding": "transformer.wte"}
     LLM_FAMILIES["seed_oss"] = replace(SEED_OSS, modules={**LLAMA_MODULES, **names})

@@ -28,13 +28,18 @@ class Group:
     table: str
     """The name of the table, a dictionary, in the module."""
     type: str
-    """The name of a class in the module: an entry is an instance or a subclass of it."""
+    """The place of a class as `module:NAME`: an entry is an instance or a subclass of it."""
 
 
 GROUPS: Mapping[str, Group] = {
-    "earshot.tasks": Group("trainer.scoring.tasks", "TASKS", "Task"),
-    "earshot.trackers": Group("trainer.telemetry.trackers.table", "TRACKERS", "Tracker"),
-    "earshot.hooks": Group("trainer.telemetry.hook", "HOOKS", "Hook"),
+    "earshot.encoders": Group("model.encoders.families", "ENCODER_FAMILIES", "model.encoders.family:EncoderFamily"),
+    "earshot.llms": Group("model.llm.families", "LLM_FAMILIES", "model.llm.families:LLMFamily"),
+    "earshot.losses": Group("model.losses.table", "LOSSES", "model.losses.base:Loss"),
+    "earshot.tasks": Group("trainer.scoring.tasks", "TASKS", "trainer.scoring.tasks:Task"),
+    "earshot.trackers": Group(
+        "trainer.telemetry.trackers.table", "TRACKERS", "trainer.telemetry.trackers.base:Tracker"
+    ),
+    "earshot.hooks": Group("trainer.telemetry.hook", "HOOKS", "trainer.telemetry.hook:Hook"),
 }
 """The groups of entry points. The name of an entry point is the key in the group's table."""
 
@@ -101,8 +106,9 @@ def _add(name: str, point: EntryPoint) -> None:
 
 
 def _target(group: Group) -> tuple[dict[str, Any], type[Any]]:
-    module = importlib.import_module(group.module)
-    return getattr(module, group.table), getattr(module, group.type)
+    module, _, name = group.type.partition(":")
+    table = getattr(importlib.import_module(group.module), group.table)
+    return table, getattr(importlib.import_module(module), name)
 
 
 def _package(point: EntryPoint) -> str:

@@ -1,4 +1,4 @@
-"""Whisper's log-mel spectrogram, batched and on the device; equals transformers' `WhisperFeatureExtractor`.
+"""Whisper's log-mel spectrogram of a batch, computed on the device. It equals transformers' `WhisperFeatureExtractor`.
 
 Shapes: B clips, T audio samples (16 kHz), M mel frames (10 ms), N mel bins.
 """
@@ -20,18 +20,26 @@ from model.transfer import to_device
 HOP_SAMPLES = 160
 FFT_SAMPLES = 400
 MIN_SAMPLES = 2 * HOP_SAMPLES
-"""Shorter clips are padded to this, so that their edges (half an FFT window) can be mirrored."""
+"""The length to which shorter clips are padded, so that their edges (half an FFT window) can be mirrored."""
 
 
 def num_mel_frames(samples: int) -> int:
-    """Mel frames (10 ms) of a clip: ceil, at least two."""
+    """Return the number of mel frames (10 ms) of a clip, rounded up, at least two."""
     return -(-max(samples, MIN_SAMPLES) // HOP_SAMPLES)
 
 
 def log_mel(audio: Ragged, num_mels: int = 80) -> Ragged:
-    """Log-mel frames `[ΣM, N]` fp32 of clips `[ΣT]`, M = `num_mel_frames(T)`, each clip by itself.
+    """Return the log-mel frames of clips, computed for each clip on its own.
 
-    Equals `WhisperFeatureExtractor(feature_size=num_mels)` on the clip padded with zeros to whole 10 ms.
+    The result equals that of `WhisperFeatureExtractor(feature_size=num_mels)` on the clip, padded with zeros to a
+    multiple of 10 ms.
+
+    Args:
+        audio: waveforms [ΣT].
+        num_mels: N.
+
+    Returns:
+        [ΣM, N] in fp32, with M = `num_mel_frames(T)` for each clip.
     """
     mel, lengths = padded_log_mel(audio, num_mels)
     return Ragged(torch.cat([row[:m] for row, m in zip(mel.transpose(1, 2), lengths, strict=True)]), lengths)
@@ -39,10 +47,16 @@ def log_mel(audio: Ragged, num_mels: int = 80) -> Ragged:
 
 @torch.no_grad()
 def padded_log_mel(audio: Ragged, num_mels: int, pad_samples: int | None = None) -> tuple[Tensor, tuple[int, ...]]:
-    """Log-mel `[B, N, max M]` fp32 of clips `[ΣT]`, zero past each clip's M frames; and every M.
+    """Return the padded log-mel spectrograms of clips. No gradient flows to the waveforms.
 
-    `pad_samples` pads every clip with silence to this length first (Whisper's 30 s), and the spectrogram covers it.
-    No gradient flows to the waveform.
+    Args:
+        audio: waveforms [ΣT].
+        num_mels: N.
+        pad_samples: the length to which every clip is padded with silence first (Whisper's 30 s); the spectrogram
+            includes the silence. None: clips keep their length.
+
+    Returns:
+        [B, N, max M] in fp32, zero after each clip's M frames, and the M of every clip.
     """
     if pad_samples is None:
         num_frames = tuple(num_mel_frames(t) for t in audio.lengths)
@@ -61,7 +75,7 @@ def padded_log_mel(audio: Ragged, num_mels: int, pad_samples: int | None = None)
     power = spectrum.real.square() + spectrum.imag.square()
     log_spec = (_mel_filters(num_mels, device) @ power).clamp(min=1e-10).log10()
     mask = length_mask(num_frames, log_spec.shape[2], device)
-    # The floor is relative to the clip's own loudest bin; a frame past its end may still see its last samples.
+    # The floor is relative to the clip's own loudest bin, not to that of a frame past its end.
     inside = log_spec if mask is None else log_spec.masked_fill(~mask[:, None], -torch.inf)
     log_spec = torch.maximum(log_spec, inside.amax(dim=(1, 2), keepdim=True) - 8.0)
     log_spec = (log_spec + 4.0) / 4.0
@@ -69,9 +83,9 @@ def padded_log_mel(audio: Ragged, num_mels: int, pad_samples: int | None = None)
 
 
 def _mirrored(audio: Ragged, num_frames: tuple[int, ...]) -> Tensor:
-    """Padded clips with both edges reflected as `torch.stft(center=True)` does, but each at its own length."""
+    """Return padded clips whose edges are reflected as by `torch.stft(center=True)`, each at its own length."""
     half = FFT_SAMPLES // 2
-    tail = half - HOP_SAMPLES  # the frame centred on the end is not used, so less of the right edge is needed
+    tail = half - HOP_SAMPLES  # the frame centred on the end is not used
     ends = [m * HOP_SAMPLES for m in num_frames]
     waves = audio.padded().float()
     waves = F.pad(waves, (half, max(ends) + tail - waves.shape[1]))
@@ -83,7 +97,7 @@ def _mirrored(audio: Ragged, num_frames: tuple[int, ...]) -> Tensor:
 
 @cache
 def _mel_filters(num_mels: int, device: torch.device) -> Tensor:
-    """`[N, FFT bins]`; a constant, not a buffer, so that it stays fp32 when a module is cast to bf16."""
+    """Return the mel filters [N, FFT bins]. They are no buffer, so they stay fp32 when a module is cast to bf16."""
     bank = mel_filter_bank(
         num_frequency_bins=FFT_SAMPLES // 2 + 1,
         num_mel_filters=num_mels,

@@ -1,4 +1,4 @@
-"""The LLM in transformers: the config that everything is derived from, and the single-process model."""
+"""The LLM in transformers: its config, from which everything else follows, and the single-process model."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _LEGACY_KEYS = ("model_type", "rope_theta", "rope_scaling", "torch_dtype", "arch
 
 
 def resolve_hf_config(config: LLMConfig) -> PretrainedConfig:
-    """The Hugging Face config that `model.llm` means.
+    """Return the Hugging Face config that the recipe's section `model.llm` describes.
 
     Raises:
-        UserError: unknown family or key, or a feature that the Megatron model does not have.
+        UserError: If the family or a key is unknown, or a feature is not supported by the Megatron model.
     """
     if config.weights is not None:
         hf_config = _load_config(config)
@@ -46,10 +46,15 @@ def resolve_hf_config(config: LLMConfig) -> PretrainedConfig:
 
 
 def weight_source(config: LLMConfig, hf_config: PretrainedConfig, seed: int | None) -> WeightSource:
-    """The weights that `model.llm` means: its checkpoint's, or random ones from `seed` (required without a checkpoint).
+    """Return the weights that the recipe's section `model.llm` describes.
+
+    Args:
+        config: the section.
+        hf_config: the LLM.
+        seed: the seed of random weights; required without a checkpoint.
 
     Raises:
-        UserError: the checkpoint cannot be read, or does not fit `hf_config`.
+        UserError: If the checkpoint cannot be read or does not fit `hf_config`.
     """
     if config.weights is None:
         assert seed is not None, "random weights need a seed"
@@ -61,16 +66,18 @@ def weight_source(config: LLMConfig, hf_config: PretrainedConfig, seed: int | No
 
 @torch.no_grad()
 def build_reference(config: LLMConfig, seed: int | None = None) -> PreTrainedModel:
-    """The transformers model in fp32 with SDPA attention, from the same weights as Megatron's on any topology.
+    """Build the transformers model in fp32 with SDPA attention, with the weights that Megatron gets on any topology.
 
     Raises:
-        UserError: see `resolve_hf_config` and `weight_source`.
+        UserError: If `resolve_hf_config` or `weight_source` raises it, or the family does not describe the model.
     """
     hf_config = resolve_hf_config(config)
     source = weight_source(config, hf_config, seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         hf_config, dtype=torch.float32, attn_implementation="sdpa"
     )
+    # A config with `pad_token_id` would keep that token's embedding from being trained; Megatron trains all of them.
+    model.get_input_embeddings().padding_idx = None  # type: ignore[assignment]
     parameters = dict(model.named_parameters())
     _check_shapes(hf_config, {n: tuple(p.shape) for n, p in parameters.items()})
     for name, parameter in parameters.items():
@@ -142,7 +149,7 @@ def _check_keys(config_class: type, values: dict[str, Any]) -> None:
 
 
 def _check_features(hf_config: PretrainedConfig) -> None:
-    """Refuse what the Megatron model would compute differently."""
+    """Check that the config asks for nothing that the Megatron model would compute differently."""
     where = "model.llm.config"
     check_family(hf_config.model_type)
     heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads

@@ -1,4 +1,4 @@
-"""Where the LLM's weights come from, read slice by slice: a Hugging Face directory, a state dict, or a random seed."""
+"""The sources of the LLM's weights, read slice by slice: a Hugging Face directory, a state dict, or a random seed."""
 
 from __future__ import annotations
 
@@ -17,27 +17,31 @@ from model.errors import UserError
 from model.llm.names import Index, hf_shapes, hf_to_local, local_pieces
 
 RANDOM_BLOCK_ROWS = 256
-"""Rows of a random tensor that share one generator; part of what a seed means."""
+"""The number of rows of a random tensor that are drawn from one generator. Changing it changes every seed's weights."""
 
 
 class WeightSource(Protocol):
-    """Hugging Face tensors by name, readable in part."""
+    """A source of Hugging Face tensors, which can be read in part."""
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of a tensor; None: the source does not hold it."""
+        """Return the shape of a tensor; None if the source does not hold it."""
         ...
 
     def read(self, name: str, index: Index) -> Tensor:
-        """The part of a tensor that `index` cuts out."""
+        """Return the part of a tensor that `index` selects."""
         ...
 
     def where(self, name: str) -> str:
-        """Where the tensor is, or would be, for error messages."""
+        """Return the place of a tensor for error messages."""
         ...
 
 
 class SafetensorsSource:
-    """A directory with `model.safetensors`, or with shards and `model.safetensors.index.json`."""
+    """A directory with `model.safetensors`, or with shards and `model.safetensors.index.json`.
+
+    Raises:
+        UserError: If the directory holds neither, or a file cannot be read; methods raise it, too.
+    """
 
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
@@ -61,7 +65,7 @@ class SafetensorsSource:
     def _handle(self, file: str) -> Any:
         if file not in self._open:
             if Path(file).name != file:
-                raise UserError(f"{self._directory}: the index names {file!r}; shards must lie in the directory itself")
+                raise UserError(f"{self._directory}: the index names {file!r}; shards must be in the directory itself")
             path = self._directory / file
             try:
                 self._open[file] = safe_open(str(path), framework="pt").__enter__()
@@ -70,48 +74,50 @@ class SafetensorsSource:
         return self._open[file]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """See `WeightSource`."""
+        """Implement `WeightSource`."""
         if name not in self._file_of:
             return None
         try:
             return tuple(self._handle(self._file_of[name]).get_slice(name).get_shape())
         except SafetensorError as error:
-            raise UserError(f"{self.where(name)}: the index promises {name}, the file lacks it ({error})") from error
+            raise UserError(
+                f"{self.where(name)}: the index names {name}, which is not here ({error}); download it again"
+            ) from error
 
     def read(self, name: str, index: Index) -> Tensor:
-        """See `WeightSource`."""
+        """Implement `WeightSource`."""
         part: Tensor = self._handle(self._file_of[name]).get_slice(name)[index]
         return part
 
     def where(self, name: str) -> str:
-        """See `WeightSource`."""
+        """Implement `WeightSource`."""
         return str(self._directory / self._file_of.get(name, ""))
 
 
 class StateDictSource:
-    """Tensors in memory, named as in Hugging Face's `state_dict()`."""
+    """Tensors in memory, with the names of Hugging Face's `state_dict()`."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """See `WeightSource`."""
+        """Implement `WeightSource`."""
         return tuple(self._tensors[name].shape) if name in self._tensors else None
 
     def read(self, name: str, index: Index) -> Tensor:
-        """See `WeightSource`."""
+        """Implement `WeightSource`."""
         return self._tensors[name][index]
 
     def where(self, name: str) -> str:
-        """See `WeightSource`."""
+        """Implement `WeightSource`."""
         return "state dict"
 
 
 class RandomSource:
-    """Random initial weights: normal with `initializer_range`, norms 1, biases 0.
+    """Random initial weights: normal with standard deviation `initializer_range`; norms are 1, biases 0.
 
-    Every block of rows comes from a generator seeded by (seed, name, block), so any rank of any topology gets the same
-    values for the slices it reads and never makes more than a block beyond them.
+    Every block of rows is drawn from a generator that is seeded by (seed, name, block). So any rank of any topology
+    gets the same values for the slices that it reads, and draws at most one block more.
     """
 
     def __init__(self, hf_config: PretrainedConfig, seed: int) -> None:
@@ -120,11 +126,11 @@ class RandomSource:
         self._seed = seed
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """See `WeightSource`."""
+        """Implement `WeightSource`."""
         return self._shapes.get(name)
 
     def read(self, name: str, index: Index) -> Tensor:
-        """See `WeightSource`; fp32."""
+        """Implement `WeightSource`; the result is in fp32."""
         shape = self._shapes[name]
         if len(shape) == 1:
             constant = torch.zeros if name.endswith(".bias") else torch.ones
@@ -145,12 +151,16 @@ class RandomSource:
         return torch.randn(RANDOM_BLOCK_ROWS, num_columns, generator=generator).mul_(self._std)
 
     def where(self, name: str) -> str:
-        """See `WeightSource`."""
+        """Implement `WeightSource`."""
         return f"random weights, seed {self._seed}"
 
 
 def local_directory(weights: str) -> Path:
-    """`weights` itself if it is a directory, else the hub id's snapshot (configs and safetensors only)."""
+    """Return the directory of `weights`: itself, or the snapshot of a hub id with its configs and safetensors files.
+
+    Raises:
+        UserError: If it is no directory and cannot be downloaded.
+    """
     if Path(weights).is_dir():
         return Path(weights)
     from huggingface_hub import snapshot_download
@@ -167,16 +177,26 @@ def local_directory(weights: str) -> Path:
 
 
 def check_source(source: WeightSource, hf_config: PretrainedConfig) -> None:
-    """Raise `UserError` unless `source` holds every tensor of the model in its shape."""
+    """Check that `source` holds every tensor of the model in its shape.
+
+    Raises:
+        UserError: If a tensor is missing or has another shape.
+    """
     for name, expected in hf_shapes(hf_config).items():
         check_tensor(source, name, expected)
 
 
 def check_tensor(source: WeightSource, name: str, expected: tuple[int, ...]) -> None:
-    """Raise `UserError` unless `source` holds the tensor `name` in the shape `expected`."""
+    """Check that `source` holds the tensor `name` in the shape `expected`.
+
+    Raises:
+        UserError: If the tensor is missing or has another shape.
+    """
     found = source.shape(name)
     if found is None:
-        raise UserError(f"{source.where(name)}: tensor {name} {expected} is missing; the config is of another model")
+        raise UserError(
+            f"{source.where(name)}: tensor {name} {expected} is missing; make model.llm.config match the weights"
+        )
     if found != expected:
         raise UserError(
             f"{source.where(name)}: tensor {name} has shape {found}, the config needs {expected}; "
@@ -185,7 +205,7 @@ def check_tensor(source: WeightSource, name: str, expected: tuple[int, ...]) -> 
 
 
 def global_parameters(gpt: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A Megatron stage's own parameters, with layers numbered over all pipeline stages."""
+    """Yield the parameters of a Megatron stage, with layers numbered over all pipeline stages."""
     offsets = {i: layer.layer_number - 1 for i, layer in enumerate(gpt.decoder.layers)}  # type: ignore[union-attr,arg-type]
     for name, parameter in gpt.named_parameters():
         parts = name.split(".")
@@ -198,10 +218,10 @@ def global_parameters(gpt: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def load_megatron(
     gpt: nn.Module, source: WeightSource, hf_config: PretrainedConfig, *, tp_rank: int, tp_size: int
 ) -> None:
-    """Fill every parameter of this rank's stage, reading only its slices.
+    """Fill every parameter of this rank's stage, reading only the rank's slices.
 
     Raises:
-        UserError: a tensor is missing or has another shape than the config says (before anything is written).
+        UserError: If a tensor is missing or has another shape than the config says. Nothing is written in this case.
     """
     shapes = hf_shapes(hf_config)
     needed = [(n, p, _hf_names(n, hf_config, tp_rank, tp_size)) for n, p in global_parameters(gpt)]

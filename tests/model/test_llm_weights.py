@@ -88,7 +88,7 @@ def test_unreadable_checkpoints(tmp_path: Path, checkpoint: Path) -> None:
         SafetensorsSource(checkpoint)
     index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="shards must lie in the directory itself"):
+    with pytest.raises(UserError, match="shards must be in the directory itself"):
         SafetensorsSource(checkpoint).shape("model.norm.weight")
 
 

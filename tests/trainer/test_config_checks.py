@@ -205,7 +205,7 @@ def test_json_key_that_the_recipe_determines_is_refused(tmp_path: Path, key: str
     path = write(tmp_path, ZERO | {key: 1})
     with pytest.raises(UserError) as error:
         load_ds_json(path)
-    assert str(error.value) == f"{path}: {key} is owned by the recipe key {owner}; set it there and remove it here"
+    assert str(error.value) == f"{path}: {key} belongs in the recipe as {owner}; set it there and remove it here"
 
 
 @pytest.mark.parametrize(

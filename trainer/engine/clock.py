@@ -1,4 +1,4 @@
-"""What work on a device takes, measured without waiting for it."""
+"""Measurement of how long work on a device takes, without waiting for it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any, TypeAlias
 import torch
 
 Moment: TypeAlias = Any
-"""Seconds of the host, or a CUDA event."""
+"""A time of the host in seconds, or a CUDA event."""
 Lap: TypeAlias = tuple[Moment, Moment]
+"""The begin and the end of a piece of work."""
 
 
 class DeviceClock:
-    """Moments in the work of `device`. A CPU has done its work when the call returns; a GPU marks the moment itself."""
+    """A clock for the work of a device. A CPU has finished when a call returns; a GPU records the moment itself."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def now(self) -> Moment:
-        """Return the moment at which all work asked for so far is done."""
+        """Return the moment at which all work that has been submitted so far is finished."""
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -27,7 +28,7 @@ class DeviceClock:
         return event
 
     def seconds(self, lap: Lap) -> float:
-        """Return what passed between two moments; waits until the second has come."""
+        """Return the seconds between two moments, after waiting for the second one."""
         begin, end = lap
         if self._device.type != "cuda":
             return float(end - begin)

@@ -1,4 +1,4 @@
-"""Deterministic kernels on request (`train.deterministic`): the same inputs give the same bits on the same devices."""
+"""Deterministic kernels for `train.deterministic`: the same inputs give the same bits on the same devices."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from model.errors import UserError
 
 _VARIABLES = {
-    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),  # cuBLAS: no workspace is shared by streams
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),  # cuBLAS: streams share no workspace
     "NCCL_ALGO": ("^NVLS", "Ring", "Tree", "CollnetDirect", "CollnetChain"),  # those that Megatron trusts
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),  # TransformerEngine's attention
 }
-"""Legal values of what libraries read from the environment when they start; the first is set where there is none."""
+"""The legal values of variables that libraries read when they start. The first one is set if there is none."""
 
 
 def check_variables(environ: Mapping[str, str]) -> None:
     """Check that the environment does not ask libraries for kernels that are not deterministic.
 
     Raises:
-        UserError: names the variable, its value and the legal ones.
+        UserError: If a variable has a value that is not deterministic.
     """
     for name, legal in _VARIABLES.items():
         if environ.get(name, legal[0]) not in legal:
@@ -34,11 +34,15 @@ def check_variables(environ: Mapping[str, str]) -> None:
 
 @contextmanager
 def deterministic_kernels(wanted: bool) -> Iterator[None]:
-    """Restrict torch, cuBLAS, cuDNN, NCCL and TransformerEngine to deterministic kernels; an operation that has none
-    raises RuntimeError. All settings are restored in the end. `wanted` False: nothing is changed.
+    """Restrict torch, cuBLAS, cuDNN, NCCL and TransformerEngine to deterministic kernels within the block.
+
+    An operation without a deterministic kernel raises RuntimeError. All settings are restored at the end.
+
+    Args:
+        wanted: False to change nothing.
 
     Raises:
-        UserError: a variable of the environment has another value, or CUDA has been started without it.
+        UserError: If an environment variable has another value, or CUDA has been started without it.
     """
     if not wanted:
         yield
@@ -46,7 +50,7 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
     check_variables(os.environ)
     if torch.cuda.is_initialized() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
         raise UserError(
-            "train.deterministic = true: CUDA was started before cuBLAS could be told; set "
+            "train.deterministic = true: CUDA was started before cuBLAS could be configured; set "
             f"CUBLAS_WORKSPACE_CONFIG={_VARIABLES['CUBLAS_WORKSPACE_CONFIG'][0]} in the environment"
         )
     with ExitStack() as restore:
@@ -68,7 +72,7 @@ def _set_torch(restore: ExitStack) -> None:
     torch.use_deterministic_algorithms(True)
     restore.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # NaN shows a result that depends on memory nobody wrote; that would be another difference between runs.
+    # NaN reveals results that depend on uninitialized memory, another cause of differences between runs.
     for owner, name, value in (
         (torch.utils.deterministic, "fill_uninitialized_memory", True),
         (torch.backends.cudnn, "deterministic", True),

@@ -1,7 +1,7 @@
-"""DeepSpeed's configuration: a JSON file in its own format, completed by what the recipe owns.
+"""The configuration of DeepSpeed: a JSON file in DeepSpeed's format, completed by values from the recipe.
 
-Every number has one owner. The JSON holds how ZeRO-3 works on this hardware (buckets, overlap, offload) and nothing
-that decides what is learned.
+Every setting is in one place only. The JSON file says how ZeRO-3 works on the hardware (buckets, overlap, offload). The
+recipe holds everything that has an effect on the trained weights.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ _ALLOWED = (
 
 
 def load_ds_json(path: Path) -> dict[str, Any]:
-    """Read and check a DeepSpeed JSON.
+    """Read and check a DeepSpeed JSON file.
 
     Raises:
-        UserError: missing or malformed file, a key that the recipe owns (its name is given), an unknown key, or a ZeRO
-            stage other than 3.
+        UserError: If the file is missing or malformed, contains a key that belongs in the recipe or is unknown, or has
+            another ZeRO stage than 3.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates(path))
@@ -70,7 +70,7 @@ def load_ds_json(path: Path) -> dict[str, Any]:
         raise UserError(f"train.deepspeed = {path}: must hold a JSON object")
     for key in tree:
         if key in _OWNERS:
-            raise UserError(f"{path}: {key} is owned by the recipe key {_OWNERS[key]}; set it there and remove it here")
+            raise UserError(f"{path}: {key} belongs in the recipe as {_OWNERS[key]}; set it there and remove it here")
         if key not in _ALLOWED:
             near = difflib.get_close_matches(key, _ALLOWED, n=1)
             hint = f"did you mean {near[0]}?" if near else f"legal keys are {', '.join(_ALLOWED)}"
@@ -83,15 +83,19 @@ def load_ds_json(path: Path) -> dict[str, Any]:
 
 
 def build_ds_config(path: Path, *, precision: Literal["fp32", "bf16"]) -> dict[str, Any]:
-    """The dict for `deepspeed.initialize`: the JSON at `path` and the recipe's keys.
+    """Return the dict for `deepspeed.initialize`: the JSON file at `path`, completed by the recipe's values.
 
-    DeepSpeed's own micro-batch, accumulation and clipping are switched off: the step runs several encoder calls per
-    update and clips by one norm over both engines. Gradients are reduced and kept in fp32 with either precision.
+    Micro-batches, gradient accumulation and clipping of DeepSpeed are not used: a step runs several encoder calls per
+    update, and clips by one norm over both engines. Gradients are reduced and kept in fp32 with either precision.
+
+    Args:
+        path: the JSON file.
+        precision: `train.precision`.
 
     Raises:
-        UserError: as `load_ds_json`, and for a malformed `zero_optimization` section.
+        UserError: If `load_ds_json` raises it, or the section `zero_optimization` is malformed.
     """
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # slow to import: only ranks pay for it
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # slow to import, and only ranks need it
     from pydantic import ValidationError
 
     tree = load_ds_json(path)
@@ -105,7 +109,7 @@ def build_ds_config(path: Path, *, precision: Literal["fp32", "bf16"]) -> dict[s
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
-        "zero_force_ds_cpu_optimizer": False,  # torch.optim.AdamW comes from the engine, offloaded or not
+        "zero_force_ds_cpu_optimizer": False,  # the engine passes torch.optim.AdamW, offloaded or not
     }
     if precision == "bf16":
         owned |= {

@@ -1,5 +1,8 @@
-"""The audio side under DeepSpeed ZeRO-3: an expert's parameters, gradients and optimizer state are sharded over the
-ranks that hold it, those of everything else over all ranks."""
+"""The audio side under DeepSpeed ZeRO-3.
+
+The parameters, gradients and optimizer state of an encoder expert are sharded over its encoder ranks. Those of all
+other modules are sharded over all ranks.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +33,18 @@ PREFIX = "audio."
 
 
 class AudioEngine:
-    """`AudioTower` over all ranks.
+    """An `AudioTower` that is distributed over all ranks.
 
     Args:
-        tower: built on every rank from the same seed or weights, with the experts that `place(config, ep)` gives it.
-        optim: what learns, and how.
-        ds_config: see `trainer.engine.ds_config`.
-        groups: this rank's place.
-        batch_sec: padded audio seconds that one encoder call may hold.
-        debug_plan: compare all ranks' plans before clips travel.
+        tower: the tower, built on every rank from the same seed or weights, with the experts of `place(config, ep)`.
+        optim: the optimizer section of the recipe.
+        ds_config: the configuration of DeepSpeed; see `trainer.engine.ds_config`.
+        groups: the process groups of this rank.
+        batch_sec: the largest number of padded audio seconds in one encoder call.
+        debug_plan: True to compare the plans of all ranks before clips are sent.
+
+    Raises:
+        UserError: If every parameter is frozen.
     """
 
     def __init__(
@@ -54,13 +60,13 @@ class AudioEngine:
         named = [(PREFIX + name, p, p.dim()) for name, p in tower.named_parameters()]
         learned = param_groups(optim, named)
         if not learned:
-            raise UserError("optim.parts: every audio parameter is frozen; leave at least audio.projector.* to learn")
-        # Its shared-memory all-reduce serves inference on CPUs. It compiles C++ at start, and a build that was killed
-        # leaves a lock on which every later start waits without a word.
+            raise UserError("optim.parts: every audio parameter is frozen; train at least audio.projector.*")
+        # DeepSpeed's shared-memory all-reduce is for inference on CPUs. It compiles C++ code at the start, and a build
+        # that was killed leaves a lock on which every later start waits silently.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         ep = groups.topology.ep
         if ds_config.get("bf16", {}).get("enabled"):
-            tower.to(torch.bfloat16)  # DeepSpeed leaves modules that are sharded already as they are
+            tower.to(torch.bfloat16)  # DeepSpeed does not cast modules that are sharded already
         with device_groups(groups.device):
             _partition(tower, ds_config, ep)
             _move_buffers(tower, groups.device)
@@ -70,8 +76,8 @@ class AudioEngine:
             )
         self.tower: AudioTower = self.engine.module
         if ep > 1:
-            # DeepSpeed records the order of module calls to fetch weights ahead, and insists that it is the same on all
-            # ranks; ranks with other experts call other modules. Nothing recorded, nothing fetched ahead.
+            # DeepSpeed prefetches weights by a recorded order of module calls, which must be the same on all ranks.
+            # Ranks with other experts call other modules, so nothing is recorded.
             self.zero.parameter_offload.get_param_coordinator().record_module = lambda module: None
         self._drop_idle_hooks()
         self._keep_persistent()
@@ -79,7 +85,7 @@ class AudioEngine:
         self._dispatch = self._build_dispatch(lengths.num_samples(batch_sec), debug_plan)
 
     def _build_dispatch(self, budget_samples: int, debug_plan: bool) -> dict[tuple[str, ...], EncoderDispatch]:
-        """One for the primary, which every rank holds, and one for all experts."""
+        """Return one dispatch for the primary encoder, which every rank holds, and one for all experts."""
         config, device = self.tower.config, self.groups.device
         dtype = next(self.tower.projector.parameters()).dtype
         placement = place(config, self.groups.topology.ep)
@@ -112,16 +118,18 @@ class AudioEngine:
         return found
 
     def _flush_gradients(self) -> None:
-        """Reduce what is in ZeRO-3's gradient bucket, on all ranks at the same place.
+        """Reduce the gradients in ZeRO-3's bucket at the same point of the backward pass on all ranks.
 
-        Gradients of another group do so by themselves: the experts', between those of the adapter and of the router.
-        A rank that holds no expert has none, and would fill its bucket otherwise than the others.
+        Collective: every rank of the world must call it.
+
+        A gradient of another group closes the bucket: those of the experts come between those of the adapter and of
+        the router. A rank without experts has no such gradient, and would fill its bucket differently.
         """
         for dtype in self.zero.ipg_buckets:
             self.zero._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
 
     def take_costs(self) -> dict[str, EncoderCost]:
-        """What every encoder cost this rank in forward passes since the last call."""
+        """Return the cost of every encoder in this rank's forward passes since the last call."""
         costs: dict[str, EncoderCost] = {}
         for dispatch in self._dispatch.values():
             costs |= dispatch.take_costs()
@@ -133,8 +141,12 @@ class AudioEngine:
         return self.engine.optimizer
 
     def _drop_idle_hooks(self) -> None:
-        """Take DeepSpeed's hooks off modules that own no parameter that is ever released: they would fetch and release
-        nothing, and cost more than a small module's computation. What persists is gathered here for the first time."""
+        """Remove DeepSpeed's hooks from modules all of whose parameters persist, and gather these parameters.
+
+        Collective: every rank of the world must call it.
+
+        Such hooks would fetch and release nothing, but take longer than the computation of a small module.
+        """
         idle = [
             m
             for m in self.tower.modules()
@@ -152,22 +164,24 @@ class AudioEngine:
     def _keep_persistent(self) -> None:
         """Keep parameters below `stage3_param_persistence_threshold` gathered until the next update.
 
-        DeepSpeed releases them too after every call while the order of module calls differs from the last step's, and
-        ours does: the number of calls follows the batch. It releases no parameter that some module still uses.
+        DeepSpeed would release them after every call if the order of module calls differs from that of the last step,
+        which it does here: the number of calls depends on the batch. It releases no parameter that a module still uses,
+        so a made-up module uses them.
         """
         for _, parameter in self.named_parameters():
             if parameter.ds_persist:  # type: ignore[attr-defined]
                 parameter.ds_active_sub_modules.add("persistent")  # type: ignore[attr-defined]
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """ZeRO-3 parameters (`ds_shape`, `ds_tensor`) by name, `audio.…`."""
+        """Return the ZeRO-3 parameters (with `ds_shape` and `ds_tensor`) and their names, `audio.…`."""
         return [(PREFIX + name, p) for name, p in self.tower.named_parameters()]
 
     def forward(self, clips: Ragged, prompts: Ragged, noise: Tensor | None) -> AudioOutput:
-        """Run `AudioTower.forward` on any number of this rank's clips. The results are on the device.
+        """Compute `AudioTower.forward` for any number of this rank's clips. Results are on the device.
 
-        Collective: every rank of the world must call it. A rank without clips computes a dummy clip, whose rows are
-        dropped, so that its gradients are zeros.
+        Collective: every rank of the world must call it.
+
+        A rank without clips computes a dummy clip and drops its rows, so its gradients are zeros.
         """
         device, num_clips = self.groups.device, len(clips)
         if num_clips == 0:
@@ -184,19 +198,25 @@ class AudioEngine:
         return self._dispatch[tuple(names)](names, clips, wanted)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of the sum over ranks of `loss` (DeepSpeed averages over ranks: undone here)."""
+        """Compute the gradients of the sum of `loss` over all ranks; DeepSpeed's averaging over ranks is undone.
+
+        Collective: every rank of the world must call it.
+        """
         scaled = loss * self.groups.topology.world
         if not self._recomputes:
             self.engine.backward(scaled)
             return
-        # A recomputed layer hands over a gradient with each of an encoder's calls, and DeepSpeed would keep the last
-        # one's: they add up here first.
+        # A recomputed layer delivers a gradient with each call of an encoder, and DeepSpeed would keep the last one.
+        # They are added up first.
         with self.engine.coalesce_grad_reduction():
             self.engine.backward(scaled)
             self._reduce_whole_gradients()
 
     def _reduce_whole_gradients(self) -> None:
-        """The experts' apart from the others', whose buckets must be alike on all ranks (see `_flush_gradients`)."""
+        """Reduce the experts' gradients after all others, whose buckets must be the same on all ranks.
+
+        Collective: every rank of the world must call it. `_flush_gradients` says why buckets must be the same.
+        """
         experts = {id(p) for p in self.tower.experts.parameters()}
         for of_experts in (False, True):
             for parameter in self.tower.parameters():
@@ -205,46 +225,54 @@ class AudioEngine:
             self._flush_gradients()
 
     def grad_norm_sq(self) -> Tensor:
-        """Σ g² over this rank's partitions, fp32 on the device: sums over ranks to that of all parameters."""
+        """Return Σ g² over this rank's partitions, in fp32 on the device.
+
+        Its sum over ranks is that of all parameters.
+        """
         partitions = self.zero.get_fp32_grad_partitions()
         flat = [g for group in partitions.values() for g in group.values()]
         return torch.stack([g.double().square().sum() for g in flat]).sum().to(self.groups.device)
 
     def step(self, clip_coef: float, norm: float, lr_scale: float) -> None:
-        """Update.
+        """Update the parameters.
+
+        Collective: every rank of the world must call it.
 
         Args:
-            coefficient: factor on the gradients, at most 1.
-            norm: of the audio side's gradients.
-            lr_scale: factor on every group's peak learning rate.
+            clip_coef: the factor on the gradients, at most 1.
+            norm: the norm of the audio side's gradients.
+            lr_scale: the factor on every group's peak learning rate.
         """
         for group in self.zero.param_groups:
             group["lr"] = group["peak_lr"] * lr_scale
-        # DeepSpeed divides by max(1, (norm + 1e-6) / clip_grad): choose clip_grad so that this is 1 / coefficient.
+        # DeepSpeed divides by max(1, (norm + 1e-6) / clip_grad); this clip_grad makes that 1 / clip_coef.
         self.zero.clip_grad = 0.0 if clip_coef >= 1.0 else (norm + 1e-6) * clip_coef
-        # Its own norm takes one all-reduce per group of this rank's experts: ranks with other experts would hang.
+        # DeepSpeed's own norm needs an all-reduce per group of this rank's experts, and would hang on the others.
         self.zero._get_norm_groups = lambda: [to_device(np.float32(norm), self.groups.device)]
         self.engine.step()
         self._keep_persistent()
 
     def discard(self) -> None:
-        """Forget the gradients of this step."""
+        """Drop the gradients of this step."""
         self.zero._overflow_clean_up(self.zero.loss_scale)
 
     def train(self, mode: bool) -> None:
-        """Training or evaluation mode of every module."""
+        """Set the training or evaluation mode of every module."""
         self.engine.train(mode)
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
-    """Put every buffer on `device`: ZeRO's Init moves parameters only, and the engine trusts that it moved all."""
+    """Move every buffer to `device`. ZeRO's Init moves only parameters, and the engine moves nothing after it."""
     for child in module.modules():
         for name, buffer in child.named_buffers(recurse=False):
             child._buffers[name] = buffer.to(device)
 
 
 def _partition(tower: AudioTower, ds_config: dict[str, Any], ep: int) -> None:
-    """Shard every parameter now: one that is left to `deepspeed.initialize` would inherit another one's group."""
+    """Shard every parameter. `deepspeed.initialize` would shard a remaining one over the group of another.
+
+    Collective: every rank of the world must call it.
+    """
     if ep == 1:
         deepspeed.zero.Init(module=tower, config_dict_or_path=ds_config)
         return
@@ -260,6 +288,6 @@ def _partition(tower: AudioTower, ds_config: dict[str, Any], ep: int) -> None:
         deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
     deepspeed.zero.Init(module=tower.experts, data_parallel_group=replicas, config_dict_or_path=ds_config)
     for parameter in tower.experts.parameters():
-        # Makes the gradients averages over all ranks, not over the holders.
+        # With this, gradients are averaged over all ranks instead of the encoder ranks.
         parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
         parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""Encoders, wherever they are: clips travel to a rank that holds the encoder, features travel home.
+"""Encoding across ranks: clips are sent to a rank that holds the encoder, and features are sent back.
 
-Expert parallelism of whole encoders: as sparsely-gated experts (Shazeer et al. 2017, arXiv 1701.06538; DeepSpeed-MoE,
-arXiv 2201.05596), but experts are whole encoders of different shapes, samples are ragged waveforms, and no expert has
-a capacity.
+This is expert parallelism as for sparsely-gated experts (Shazeer et al. 2017, arXiv 1701.06538; DeepSpeed-MoE, arXiv
+2201.05596). But here an expert is a whole encoder, experts differ in shape, samples are waveforms of unequal length,
+and no expert has a capacity.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ from trainer.parallel.groups import Groups
 
 @dataclass(frozen=True)
 class EncoderCost:
-    """What one encoder cost one rank in forward passes. Encoders that travel together share the waiting evenly."""
+    """The cost of one encoder on one rank in forward passes."""
 
     compute_sec: float = 0.0
+    """The time of the encoder's calls."""
     wait_sec: float = 0.0
-    """In the exchanges: until the slowest rank has come, and while the data travels."""
+    """The time of the exchanges: waiting for the slowest rank, and the transfer. Encoders of one dispatch share it
+    evenly."""
     sent_bytes: int = 0
-    """To other ranks: clips and features."""
+    """The clips and features sent to other ranks."""
     received_bytes: int = 0
+    """The clips and features received from other ranks."""
 
     def __add__(self, other: EncoderCost) -> EncoderCost:
         return EncoderCost(
@@ -54,20 +57,22 @@ class EncoderCost:
 
 
 class EncoderDispatch:
-    """Runs a set of encoders over all ranks (`model.audio_tower.EncodeClips`); every rank must call it.
+    """An implementation of `model.audio_tower.EncodeClips` that runs several encoders across all ranks.
+
+    Collective: every rank of the world must create and call it.
 
     Args:
         held: the encoders that this rank holds, by name.
-        names: of all encoders of the set, on every rank in the same order.
-        costs: of each.
-        windowings: of each, what one of its calls computes.
-        places: of each in the expert-parallel group.
-        ep: size of that group.
-        groups: this rank's place.
-        budget_samples: padded audio samples that one encoder call may hold.
+        names: the names of all encoders, in the same order on every rank.
+        costs: the cost of a clip for each encoder.
+        windowings: how each encoder cuts and pads clips.
+        places: the place of each encoder in the expert-parallel group.
+        ep: the size of that group.
+        groups: the process groups of this rank.
+        budget_samples: the largest number of padded audio samples in one encoder call.
         empty: [0, D] in the dtype and on the device of the features, for a rank that holds none of the encoders.
-        before_backward: called once on every rank when the gradients of the features are about to travel back.
-        debug_plan: compare all ranks' plans before clips travel.
+        before_backward: a function that every rank calls once, before the gradients of the features are sent back.
+        debug_plan: True to compare the plans of all ranks before clips are sent.
     """
 
     def __init__(
@@ -99,7 +104,18 @@ class EncoderDispatch:
         self._learns = bool(learns)
 
     def __call__(self, names: Sequence[str], clips: Ragged, wanted: Tensor) -> list[Ragged]:
-        """Features [ΣF, D] per encoder of the clips [ΣT] wanted of it; `wanted` is [B, K] bool."""
+        """Encode clips wherever their encoders are.
+
+        Collective: every rank of the world must call it.
+
+        Args:
+            names: the names of the K encoders.
+            clips: waveforms [ΣT] of this rank's B clips.
+            wanted: [B, K] bool, true where the encoder must encode the clip.
+
+        Returns:
+            For each encoder, the features [ΣF, D] of the clips wanted of it.
+        """
         assert tuple(names) == self.names, names
         rank, world = self.groups.rank, self.groups.topology.world
         plan = plan_dispatch(self._table(clips, wanted), self.costs, self.places, self.ep, world)
@@ -113,7 +129,8 @@ class EncoderDispatch:
             for work, windowing in zip(part.work, self.windowings, strict=True)
         ]
         calls = torch.tensor([len(b) if n in self.held else 1 for n, b in zip(self.names, batches, strict=True)])
-        # ZeRO-3 gathers weights and reduces gradients per call: all holders must call alike. Agreed while clips travel.
+        # ZeRO-3 gathers weights and reduces gradients per call, so all encoder ranks must call equally often. They
+        # agree on the number while clips are sent.
         alone = world == self.ep
         agreed = None if alone else dist.all_reduce(calls, dist.ReduceOp.MAX, group=self.groups.world, async_op=True)
         arrived = self._send_clips(clips, part)
@@ -127,7 +144,10 @@ class EncoderDispatch:
         return self._return_features(computed, part)
 
     def _table(self, clips: Ragged, wanted: Tensor) -> ClipTable:
-        """Tell all ranks the length of every clip here and which encoders it needs (a bit each)."""
+        """Share with all ranks the length of each clip of this rank and the encoders that it needs, one bit for each.
+
+        Collective: every rank of the world must call it.
+        """
         bits = wanted.cpu().numpy() @ (1 << np.arange(len(self.names), dtype=np.int64))
         mine = np.stack([np.array(clips.lengths, dtype=np.int64), bits], axis=1)
         rows = [r.reshape(-1, 2) for r in gather_ragged(mine.ravel(), self.groups.world)]
@@ -139,7 +159,10 @@ class EncoderDispatch:
         return group_by_length(lengths, self.budget_samples, CALL_COST_SAMPLES[self.groups.device.type], windowing)
 
     def _send_clips(self, clips: Ragged, part: Dispatch) -> list[Tensor]:
-        """The clips that this rank must encode, own ones and others'."""
+        """Return the clips that this rank must encode, its own and those of others.
+
+        Collective: every rank of the world must call it.
+        """
         own = clips.split()
         each = tuple(range(i, i + 1) for i in range(len(part.recv_lengths)))
         parcels = Parcels(part.send_to, part.recv_from, part.recv_lengths, each)
@@ -147,10 +170,13 @@ class EncoderDispatch:
         return arrived
 
     def _return_features(self, computed: list[list[Tensor]], part: Dispatch) -> list[Ragged]:
-        """Per encoder the features of this rank's clips; `computed` as `_compute` gives them."""
+        """Return the features of this rank's clips for each encoder; `computed` holds the results of `_compute`.
+
+        Collective: every rank of the world must call it.
+        """
         rows = [sequence for found in computed for sequence in found[:-1]]
         anchor = torch.cat([self.empty, *(found[-1] for found in computed)])
-        # Where other ranks' encoders learn, this rank must take part in the way back, even if its own are frozen.
+        # If other ranks' encoders are trained, this rank must take part in the backward exchange in any case.
         if self._learns and torch.is_grad_enabled() and not anchor.requires_grad:
             anchor.requires_grad_()
         pieces_of = [_pieces(results, part.result_from, self.groups.rank) for results in part.results]
@@ -176,8 +202,11 @@ class EncoderDispatch:
         return arrived
 
     def _compute(self, name: str, clips: list[Tensor], batches: list[list[int]], num_calls: int) -> list[Tensor]:
-        """One encoder's features of `clips`, clip after clip, and at the end a tensor without rows, which ties
-        calls that had no clip into the graph: their weights' gradients are zeros. `batches` index `clips`."""
+        """Return one encoder's features of `clips`, and at the end a tensor without rows.
+
+        The latter includes calls without a clip in the graph, so that the gradients of their weights are zeros.
+        `batches` holds indices into `clips`.
+        """
         begin = self._clock.now()
         found: list[Tensor] = [self.empty] * len(clips)
         none: list[Tensor] = []
@@ -192,8 +221,10 @@ class EncoderDispatch:
         return [*found, torch.cat([self.empty, *(rows.to(self.empty.dtype) for rows in none)])]
 
     def _count_bytes(self, plan: DispatchPlan, sample_bytes: int, width: int) -> None:
-        """Bytes of this rank's clips and features that cross to or from other ranks. A clip that travels once for
-        several encoders counts for the first."""
+        """Count the bytes of clips and features that this rank exchanges with others.
+
+        A clip that is sent once for several encoders counts for the first.
+        """
         rank, clips = self.groups.rank, plan.clips
         source_rank = clips.source_rank[plan.clip]
         mine = np.flatnonzero((source_rank == rank) != (plan.encoder_rank == rank))
@@ -210,7 +241,7 @@ class EncoderDispatch:
             )
 
     def take_costs(self) -> dict[str, EncoderCost]:
-        """What every encoder cost this rank since the last call."""
+        """Return the cost of every encoder on this rank since the last call."""
         each_sec = sum(map(self._clock.seconds, self._waits)) / len(self.names)
         found = {name: cost + EncoderCost(wait_sec=each_sec) for name, cost in self._moved.items()}
         for name, lap in self._computed:
@@ -221,7 +252,10 @@ class EncoderDispatch:
 
 
 def _pieces(results: Sequence[int], source: Sequence[int], rank: int) -> list[range]:
-    """Arriving sequences `results`, cut where they do not lie end to end; what this rank computed lies apart."""
+    """Return the received sequences `results` as ranges that are contiguous in memory.
+
+    A sequence that this rank computed is a range of its own.
+    """
     found: list[range] = []
     for i in results:
         if found and found[-1].stop == i and rank not in (source[i], source[i - 1]):
@@ -232,10 +266,13 @@ def _pieces(results: Sequence[int], source: Sequence[int], rank: int) -> list[ra
 
 
 def _joined(pieces: list[Tensor], none: Tensor) -> Tensor:
-    """[ΣF, D] end to end, a view where it is one piece."""
+    """Return the concatenation [ΣF, D] of the pieces; a view if there is one piece, `none` if there is none."""
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else none
 
 
 def dummy_clip() -> Tensor:
-    """0.1 s of a faint tone: input for an encoder call that has no clip. Not silence: normalising that divides by 0."""
+    """Return 0.1 s of a faint tone, the input of an encoder call without a clip.
+
+    It is not silence, whose normalization would divide by 0.
+    """
     return 0.01 * torch.sin(torch.arange(1600) * 0.1)

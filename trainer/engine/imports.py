@@ -1,4 +1,4 @@
-"""Import both engines without what they load beside: in every rank, and at every restart, that takes seconds."""
+"""Faster imports of both engines, without modules that a rank does not need. Every start of a rank pays for imports."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
-    """Where what imports DeepSpeed and Megatron-core for the first time should do so.
+    """Make the first import of DeepSpeed and Megatron-core faster within the block.
 
-    DeepSpeed's autotuner tries mlflow, which costs a second. Megatron-core decorates its fused functions with
+    DeepSpeed's autotuner tries to import mlflow, which takes a second. Megatron-core decorates its fused functions with
     `torch.compile`, which loads torch's compiler in every process; here it is loaded at the first call of such a
-    function. Some 700,000 objects that stay are made: nobody looks for garbage among them, now or later.
+    function. The imports create about 700,000 objects that are never freed, so the garbage collector is paused, and
+    skips these objects afterwards.
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -36,7 +37,7 @@ def lean_imports() -> Iterator[None]:
 
 @contextmanager
 def _without(package: str) -> Iterator[None]:
-    """Where imports of a package fail, if it has not been imported yet."""
+    """Make imports of a package fail within the block, unless it has been imported already."""
     if package in sys.modules:
         yield
         return
@@ -49,7 +50,7 @@ def _without(package: str) -> Iterator[None]:
 
 @contextmanager
 def _deferred_compile() -> Iterator[None]:
-    """Where `torch.compile` compiles at the first call, not when it decorates."""
+    """Make `torch.compile` compile at the first call instead of when it decorates, within the block."""
     import torch
 
     compile_now = torch.compile

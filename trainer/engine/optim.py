@@ -1,4 +1,4 @@
-"""What is learned, how fast, and when: one optimizer section for both engines."""
+"""The section `optim` of a recipe: which parameters are trained and how, in both engines."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING, Literal
 from model.errors import UserError, check_least
 
 if TYPE_CHECKING:
-    from torch import nn  # a recipe is read without it
+    from torch import nn  # recipes are read without PyTorch
 
 
 @dataclass(frozen=True)
 class PartConfig:
-    """Settings of the parameters whose name matches; the last matching part wins."""
+    """Settings of the parameters whose names match a pattern. If several patterns match, the last one counts."""
 
     pattern: str = "*"
-    """Shell-style pattern on parameter names, e.g. `audio.encoders.whisper.*` or `llm.*` (Hugging Face names there)."""
+    """A shell-style pattern on parameter names, such as `audio.primary.*`, `audio.experts.hubert.*` or `llm.*`. After
+    `llm.`, names are those of Hugging Face."""
     frozen: bool = False
+    """True to keep the parameters as they are; they then take no gradient and no optimizer state."""
     lr: float | None = None
-    """Peak learning rate; null: `optim.lr`."""
+    """The peak learning rate; null for `optim.lr`."""
     weight_decay: float | None = None
-    """null: `optim.weight_decay`."""
+    """The weight decay; null for `optim.weight_decay`. Vectors (norms, biases) are never decayed."""
 
     def __post_init__(self) -> None:
         check_least(f"optim.parts '{self.pattern}'", self, lr=0, weight_decay=0)
@@ -32,21 +34,27 @@ class PartConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, one schedule, one global-norm clip over both engines."""
+    """AdamW with one learning-rate schedule and one global gradient norm for both engines."""
 
     lr: float = 1e-4
-    """Peak learning rate."""
+    """The peak learning rate, reached after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """The decay rates of AdamW's running averages of the gradient and of its square."""
     eps: float = 1e-8
+    """The term that AdamW adds to the denominator for numerical stability."""
     weight_decay: float = 0.1
-    """Decoupled; vectors (norms, biases) take none."""
+    """The decoupled weight decay of matrices. Vectors (norms, biases) are never decayed."""
     clip_norm: float = 1.0
-    """Largest global gradient norm; 0: no clipping."""
+    """The largest global gradient norm; larger gradients are scaled down to it. 0 disables clipping."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls from its peak to `min_lr_ratio` between the warm-up and `train.steps`. `constant`
+    keeps the peak."""
     warmup_steps: int = 0
+    """The number of steps in which the learning rate rises linearly to its peak. 0 starts at the peak."""
     min_lr_ratio: float = 0.1
-    """End of `linear` and `cosine`, as a share of the peak."""
+    """The learning rate at the end of `linear` and `cosine`, as a share of the peak, from 0 to 1."""
     parts: tuple[PartConfig, ...] = ()
+    """Other settings for some of the parameters, such as a frozen LLM. A pattern that matches nothing is an error."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -62,7 +70,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ParamSetting:
-    """What one parameter gets."""
+    """The settings of one parameter."""
 
     frozen: bool
     lr: float
@@ -70,7 +78,7 @@ class ParamSetting:
 
 
 def setting_of(config: OptimConfig, name: str, num_dims: int) -> ParamSetting:
-    """The setting of the parameter `name` (`audio.…` or `llm.…`) that has `num_dims` dimensions."""
+    """Return the settings of the parameter `name` (`audio.…` or `llm.…`), which has `num_dims` dimensions."""
     frozen, lr, weight_decay = False, config.lr, config.weight_decay if num_dims > 1 else 0.0
     for part in config.parts:
         if fnmatch.fnmatchcase(name, part.pattern):
@@ -82,10 +90,10 @@ def setting_of(config: OptimConfig, name: str, num_dims: int) -> ParamSetting:
 
 
 def check_patterns(config: OptimConfig, names: Iterable[str]) -> None:
-    """Every part must match something: a pattern that matches nothing is a misspelling.
+    """Check that every pattern matches a parameter; one that does not is a misspelling.
 
     Raises:
-        UserError: names the pattern.
+        UserError: If a pattern matches none of `names`.
     """
     names = list(names)
     for i, part in enumerate(config.parts):
@@ -97,9 +105,9 @@ def check_patterns(config: OptimConfig, names: Iterable[str]) -> None:
 
 
 def lr_scale(config: OptimConfig, step: int, num_steps: int) -> float:
-    """Factor on every peak learning rate at `step` (0-based): linear warm-up, then the schedule.
+    """Return the factor on every peak learning rate at `step`, counted from 0: linear warm-up, then the schedule.
 
-    A pure function of the step, so a resumed run needs no scheduler state.
+    The factor depends only on the step, so a resumed run needs no scheduler state.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -112,9 +120,14 @@ def lr_scale(config: OptimConfig, step: int, num_steps: int) -> float:
 
 
 def param_groups(config: OptimConfig, params: Iterable[tuple[str, nn.Parameter, int]]) -> list[dict]:
-    """`torch.optim` groups of the (name, parameter, number of dimensions) that learn; `peak_lr` stays in each group.
+    """Return the parameter groups for a `torch.optim` optimizer, and set `requires_grad=False` for frozen parameters.
 
-    Marks frozen parameters with `requires_grad=False`.
+    Args:
+        config: the optimizer section.
+        params: name, parameter and number of dimensions; ZeRO-3 hides the latter.
+
+    Returns:
+        Groups of the trained parameters. `peak_lr` of a group is kept when the schedule changes its `lr`.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, param, num_dims in params:

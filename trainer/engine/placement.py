@@ -1,4 +1,4 @@
-"""Which expert lives where, and what encoding a clip costs."""
+"""The placement of encoder experts on ranks, and the cost of encoding a clip."""
 
 from __future__ import annotations
 
@@ -18,32 +18,36 @@ _STEP_SAMPLES = num_samples(0.5)
 
 @dataclass(frozen=True)
 class Placement:
-    """Experts on the places of an expert-parallel group."""
+    """The places of the encoder experts in an expert-parallel group, a block of ranks that holds every expert once."""
 
     names: tuple[str, ...]
+    """The names of the experts."""
     places: tuple[int, ...]
-    """Per expert."""
+    """The place of each expert."""
     ep: int
-    """Places there are: block of neighbouring ranks that together hold every expert once."""
+    """The number of places: the size of the group."""
 
     def held_by(self, rank: int) -> tuple[str, ...]:
-        """The experts whose weights `rank` shares in."""
+        """Return the experts of which `rank` holds a part."""
         return tuple(n for n, place in zip(self.names, self.places, strict=True) if place == rank % self.ep)
 
     @property
     def has_empty_place(self) -> bool:
-        """Whether some ranks hold no expert."""
+        """True if some ranks hold no expert."""
         return len(set(self.places)) < self.ep
 
 
 def place(config: ModelConfig, ep: int) -> Placement:
-    """Spread the experts over `ep` places by the FLOPs of ten seconds, the costliest first."""
+    """Spread the encoder experts over `ep` places by the FLOPs of ten seconds of audio, the costliest first."""
     costs = [encoder_flops(e, num_samples(10)) for e in config.experts]
     return Placement(tuple(e.name for e in config.experts), place_experts(costs, ep), ep)
 
 
 def clip_cost(config: EncoderConfig) -> ClipCost:
-    """Forward FLOPs of the encoder for clips of given lengths, looked up in steps of half a second (rounded up)."""
+    """Return a function that estimates the encoder's forward FLOPs for clips of given lengths.
+
+    The function looks the FLOPs up in a table with steps of half a second, rounded up.
+    """
     window = encoder_windowing(config).window_samples
     steps = -(-window // _STEP_SAMPLES)
     table = np.array([0.0, *(encoder_flops(config, min(window, i * _STEP_SAMPLES)) for i in range(1, steps + 1))])

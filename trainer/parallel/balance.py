@@ -1,8 +1,8 @@
-"""Equal work for every rank: pure, deterministic, and cheap enough to be planned in every step.
+"""Distribution of items so that every rank has equal work. It is deterministic and fast enough for every step.
 
-Scheduling jobs on equal machines, with costs known in advance (R. L. Graham, Bounds on multiprocessing timing
-anomalies, SIAM J. Appl. Math. 17, 1969). The longest-processing-time rule is followed in at most a few dozen
-vectorised rounds, so that thousands of ranks cost milliseconds.
+This is scheduling on equal machines with known costs (R. L. Graham, Bounds on multiprocessing timing anomalies, SIAM J.
+Appl. Math. 17, 1969). The longest-processing-time rule is applied in at most a few dozen vectorized rounds, so that
+thousands of ranks take milliseconds.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 TOLERANCE = 0.02
-"""Of alike items, a bin takes as many as fit into the mean load and this share of it."""
+"""The share of the mean load by which `spread_alike` may exceed it."""
 _ROUNDS = 32
 _FEW_ITEMS, _FEW_ITEMS_PER_BIN = 8192, 64
-"""Up to so many the rule alone is quick, and closer than dealing out first."""
+"""The numbers of items up to which the rule alone is fast; it balances better than dealing items out first."""
 
 
 def spread(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
     """Assign items to bins so that all bins hold about the same cost.
 
     Args:
-        costs: [n] of the items, not negative.
-        num_bins: bins there are.
+        costs: the cost of each of n items, not negative.
+        num_bins: the number of bins.
 
     Returns:
-        [n] the bin of every item.
+        [n], the bin of each item.
     """
     if num_bins == 1:
         return np.zeros(len(costs), dtype=np.int64)
@@ -48,11 +48,12 @@ def spread(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
 
 
 def spread_alike(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
-    """As `spread`, but items of like cost share a bin: clips of like length make batches with little padding.
+    """Assign items to bins like `spread`, but so that items of similar cost share a bin.
 
-    The costliest items first, each bin takes the next ones up to the mean and `TOLERANCE`. The gaps that are left (half
-    an item, on average) are filled with what no bin has taken: the cheapest items. Where items are many and small, all
-    bins but the last take the tolerance, and the last is left with less.
+    Clips of similar length make batches with little padding. In the order of falling cost, each bin takes the next
+    items up to the mean plus `TOLERANCE`. The remaining gaps (half an item on average) are filled with the cheapest
+    items, which no bin has taken. If items are many and small, all bins but the last use the tolerance, and the last
+    gets less.
     """
     if num_bins == 1:
         return np.zeros(len(costs), dtype=np.int64)
@@ -70,17 +71,23 @@ def spread_alike(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
 
 
 def place_experts(costs: Sequence[float], ep: int) -> tuple[int, ...]:
-    """For every expert its place in the expert-parallel group (0..ep-1): the costliest first, each to the place that
-    has least; equal costs in their order. With more places than experts, places stay empty."""
+    """Return the place of each expert in the expert-parallel group, from 0 to ep - 1.
+
+    The costliest expert is placed first, and each goes to the place with the lowest cost so far. If there are more
+    places than experts, some stay empty.
+    """
     return tuple(spread(costs, ep).tolist())
 
 
 def _runs(filled: Floats, num_bins: int, limit: float) -> list[int]:
-    """Where each bin's items end if it takes the next ones up to `limit`, at least one; `filled`: their running sum."""
-    sums, num = filled.data, len(filled)  # its floats are Python's, several times as quick as NumPy's one by one
+    """Return where the items of each bin end if it takes the next items up to `limit`, at least one.
+
+    `filled` is the running sum of the costs.
+    """
+    sums, num = filled.data, len(filled)  # single Python floats are several times as fast as those of NumPy
     ends, start, before, step = [], 0, 0.0, 1
     for _ in range(num_bins):
-        # A bin takes about as many as the one before it: look no farther than needed.
+        # A bin takes about as many items as the previous one, so the search begins there.
         stop = start + step
         while stop < num and sums[stop] <= before + limit:
             stop += step
@@ -94,7 +101,7 @@ def _runs(filled: Floats, num_bins: int, limit: float) -> list[int]:
 
 
 def _dealt(order: Ints, num_bins: int) -> Ints:
-    """The bins of items dealt out back and forth in `order`."""
+    """Return the bins of items that are dealt out back and forth in the order `order`."""
     turn, place = np.divmod(np.arange(len(order)), num_bins)
     bins = np.empty_like(place)
     bins[order] = np.where(turn % 2, num_bins - 1 - place, place)
@@ -102,8 +109,10 @@ def _dealt(order: Ints, num_bins: int) -> Ints:
 
 
 def _surplus(costs: Floats, bins: Ints, loads: Floats, limit: float) -> Ints:
-    """The items, the costliest first, that must leave their bins: a bin keeps the costliest up to `limit`, at least
-    one, so that what must find a place is small."""
+    """Return the items that must leave their bins, the costliest first.
+
+    A bin keeps its costliest items up to `limit`, at least one, so that the items to be moved are small.
+    """
     crowded = np.flatnonzero((loads > limit)[bins])
     crowded = crowded[_descending(costs[crowded])]
     crowded = crowded[stable_order(bins[crowded], len(loads))]
@@ -116,10 +125,11 @@ def _surplus(costs: Floats, bins: Ints, loads: Floats, limit: float) -> Ints:
 
 
 def _fill(loads: Floats, bins: Ints, order: Ints, costs: Floats, mean: float) -> None:
-    """Give each of the items `order`, the costliest first, a bin; `loads` and `bins` change in place.
+    """Assign the items `order`, the costliest first, to bins, changing `loads` and `bins` in place.
 
-    In a round the costliest item goes to the emptiest bin, the next to the next, and so on as long as none of them is
-    filled beyond the mean. At least 1/_ROUNDS of the items go in a round; where that is one, this is the rule itself.
+    In a round, the costliest item goes to the emptiest bin, the second to the second emptiest, and so on while no bin
+    is filled beyond the mean. A round assigns at least 1/_ROUNDS of the items. If that is one item, this is the rule
+    itself.
     """
     least = max(1, min(len(loads) // 2, len(order) // _ROUNDS))
     start = 0
@@ -134,12 +144,12 @@ def _fill(loads: Floats, bins: Ints, order: Ints, costs: Floats, mean: float) ->
 
 
 def stable_order(values: Ints, num_values: int) -> Ints:
-    """Stable order of integers from 0 to `num_values` - 1; up to 16 bits they sort in linear time."""
+    """Return the stable order of integers from 0 to `num_values` - 1. Up to 16 bits, sorting takes linear time."""
     return np.argsort(values.astype(np.min_scalar_type(num_values)), kind="stable")
 
 
 def _descending(costs: Floats) -> Ints:
-    """Stable order from the costliest item to the cheapest, by 16 bits of the cost (which sort in linear time)."""
+    """Return the stable order from the costliest item to the cheapest, by 16 bits of the cost, in linear time."""
     top = float(costs.max(initial=0.0))
     if top == 0.0:
         return np.arange(len(costs))
@@ -147,11 +157,11 @@ def _descending(costs: Floats) -> Ints:
 
 
 def _emptiest_first(loads: Floats, count: int) -> Ints:
-    """At most `count` bins, the emptiest first; of equally full ones the first."""
+    """Return at most `count` bins, the emptiest first, and equally full ones in their order."""
     if count == 1:
         return np.array([int(loads.argmin())])
     top = float(loads.max()) or 1.0
-    # Load and number of a bin as one integer: no two are equal, so every sort gives one order, on every machine.
+    # Load and number of a bin form one integer. No two are equal, so the order is the same on every machine.
     keys = (loads / top * 2.0**32).astype(np.int64) * len(loads) + np.arange(len(loads))
     keys.sort()
     return keys[:count] % len(loads)

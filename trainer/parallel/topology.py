@@ -1,4 +1,4 @@
-"""Which rank does what: pure arithmetic on a handful of integers, the same on every rank."""
+"""The grid of ranks: which rank holds which part of the model. Every rank computes it from the same few integers."""
 
 from __future__ import annotations
 
@@ -10,88 +10,100 @@ from model.errors import UserError
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The recipe's `parallel` section. The LLM's data parallelism is what remains: num_ranks / (tensor · pipeline)."""
+    """The parallelism of a run. The data-parallel size of the LLM follows: num_ranks / (tensor · pipeline)."""
 
     num_ranks: int = 1
-    """World size: processes in the job, one per GPU."""
+    """The number of processes of the run, one per GPU."""
     tensor: int = 1
-    """Tensor (and sequence) parallel size of the LLM: ranks that share each of its layers; keep it within a node."""
+    """The tensor-parallel size of the LLM: the ranks that share each of its layers. Raise it if a layer's weights or
+    activations do not fit one GPU, but keep it within a node. Above 1, sequence parallelism is on, too."""
     pipeline: int = 1
-    """Pipeline stages of the LLM."""
+    """The number of pipeline stages of the LLM. Raise it if the LLM does not fit the GPUs of one node."""
     expert: int = 1
-    """Ranks over which the routed encoders are spread: blocks of so many neighbours hold every one of them once. 1: all
-    ranks share in all of them."""
+    """The number of neighbouring ranks over which the encoder experts are spread: each block of this many ranks holds
+    every expert once. With 1, every expert is sharded over all ranks."""
 
 
 class Coordinates(NamedTuple):
-    """Where a rank stands in the LLM's grid."""
+    """The coordinates of a rank in the LLM's grid."""
 
     dp: int
+    """The LLM replica."""
     pp: int
+    """The pipeline stage."""
     tp: int
+    """The tensor-parallel rank."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The rank grid, in Megatron's default order `tp-cp-ep-dp-pp`: rank = tp + TP · (dp + DP · pp)."""
+    """The grid of ranks in Megatron's default order `tp-cp-ep-dp-pp`: rank = tp + TP · (dp + DP · pp)."""
 
     world: int
+    """The number of ranks."""
     tp: int
+    """The tensor-parallel size."""
     pp: int
+    """The number of pipeline stages."""
     ep: int = 1
+    """The number of ranks that together hold every encoder expert once."""
 
     @property
     def dp(self) -> int:
-        """LLM replicas."""
+        """The number of LLM replicas."""
         return self.world // (self.tp * self.pp)
 
     def coordinates(self, rank: int) -> Coordinates:
-        """The grid place of `rank`; inverse of `rank_of`."""
+        """Return the coordinates of `rank`; the inverse of `rank_of`."""
         assert 0 <= rank < self.world, rank
         rest, tp = divmod(rank, self.tp)
         pp, dp = divmod(rest, self.dp)
         return Coordinates(dp, pp, tp)
 
     def rank_of(self, dp: int, pp: int, tp: int) -> int:
-        """The rank at a grid place."""
+        """Return the rank at these coordinates."""
         assert 0 <= dp < self.dp and 0 <= pp < self.pp and 0 <= tp < self.tp, (dp, pp, tp)
         return tp + self.tp * (dp + self.dp * pp)
 
     def stage_ranks(self, dp: int, pp: int) -> tuple[int, ...]:
-        """The tensor-parallel group that holds stage `pp` of replica `dp`, by tensor rank."""
+        """Return the ranks that hold stage `pp` of replica `dp`, in the order of their tensor-parallel rank."""
         return tuple(self.rank_of(dp, pp, tp) for tp in range(self.tp))
 
     def first_stage_ranks(self, dp: int) -> tuple[int, ...]:
-        """Ranks of replica `dp` that take embeddings in."""
+        """Return the ranks of replica `dp` that receive embeddings."""
         return self.stage_ranks(dp, 0)
 
     def last_stage_ranks(self, dp: int) -> tuple[int, ...]:
-        """Ranks of replica `dp` that have the loss."""
+        """Return the ranks of replica `dp` that compute the loss."""
         return self.stage_ranks(dp, self.pp - 1)
 
     def replica_ranks(self, dp: int) -> tuple[int, ...]:
-        """All TP·PP ranks of replica `dp`, stage after stage."""
+        """Return all TP·PP ranks of replica `dp`, stage after stage."""
         return tuple(rank for pp in range(self.pp) for rank in self.stage_ranks(dp, pp))
 
     @property
     def expert_groups(self) -> tuple[tuple[int, ...], ...]:
-        """Ranks that together hold every routed encoder once: blocks of `ep` neighbours.
+        """The groups of `ep` neighbouring ranks that together hold every encoder expert once.
 
-        The same sets as `deepspeed.utils.groups._create_expert_and_data_parallel(ep)`.
+        The groups are those of `deepspeed.utils.groups._create_expert_and_data_parallel(ep)`.
         """
         return tuple(tuple(range(start, start + self.ep)) for start in range(0, self.world, self.ep))
 
     @property
     def expert_replica_groups(self) -> tuple[tuple[int, ...], ...]:
-        """Ranks that hold the same routed encoders and sum their gradients: every `ep`-th rank (source as above)."""
+        """The groups of ranks that hold the same encoder experts and sum their gradients: every `ep`-th rank."""
         return tuple(tuple(range(start, self.world, self.ep)) for start in range(self.ep))
 
 
 def build_topology(parallel: ParallelConfig, world: int) -> Topology:
-    """The grid of `world` ranks that the recipe asks for.
+    """Return the grid of ranks that a recipe describes.
+
+    Args:
+        parallel: the section of the recipe.
+        world: the number of ranks that were started.
 
     Raises:
-        UserError: a size does not divide the ranks (the legal values are listed), or `world` is not the recipe's.
+        UserError: If a size does not divide the ranks, or `world` differs from the recipe's number.
     """
     if parallel.num_ranks < 1:
         raise UserError(f"parallel.num_ranks = {parallel.num_ranks}: must be at least 1")
@@ -108,7 +120,7 @@ def build_topology(parallel: ParallelConfig, world: int) -> Topology:
 
 
 def divisors(number: int) -> list[int]:
-    """All positive divisors, ascending."""
+    """Return all positive divisors of a number in ascending order."""
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
