@@ -134,4 +134,4 @@ def test_waits_reported_by_torch_are_counted_by_site() -> None:
 
     assert host_waits(work, modes.append) == {BACKWARD: 2}
     assert modes == ["warn", "default"]
-    assert site_of(sys._getframe(), left_out=("tests/test_host_syncs.py",)) == BACKWARD
+    assert site_of(sys._getframe(), excluded=("tests/test_host_syncs.py",)) == BACKWARD
