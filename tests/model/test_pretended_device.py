@@ -106,7 +106,7 @@ def test_router_and_mixture_wait_once(source: Any) -> None:
     routing = router(clips, primary, prompts, torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(1)))
 
     def features(routing: Routing) -> list[Ragged]:
-        lengths = [tuple(n for n, r in zip((4, 10), routing.runs[:, k].tolist(), strict=True) if r) for k in range(3)]
+        lengths = [tuple(n for n, r in zip((4, 10), routing.active[:, k].tolist(), strict=True) if r) for k in range(3)]
         return [Ragged(torch.full((sum(n), 4), k + 1.0), n) for k, n in enumerate(lengths)]
 
     expected = mix(primary, features(routing), routing, (4, 10)).values

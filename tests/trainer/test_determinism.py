@@ -125,6 +125,7 @@ LEGAL = {
     ("trainer/engine/generate.py", "cumsum"): "integers",
     ("trainer/evaluation/offline/decode.py", "cumsum"): "integers",
     ("trainer/telemetry/trace.py", "median"): "on the CPU, without indices",
+    ("model/losses/next_token.py", "cross_entropy"): "of `Vocabulary`, see there; distributed, it is Megatron's",
 }
 
 
