@@ -1,6 +1,8 @@
 # make setup   environment in .venv            make demo       train a small model in a few minutes
+# make check   style, types and the fast tests: a minute or so, before every commit
 # make test    everything that CI checks       make parity     distributed = single process, on this machine
 # make gpu-check  the same questions on a GPU  make clean      remove caches (not .venv, not runs)
+# make docs    the documentation site in site/; a broken link is an error
 # make fault-test  every fault on a real Slurm (root; slurmctld slurmd slurm-client munge iproute2)
 # make chaos   20 random faults there, in one run
 # make kill-test  50 kills of a small run      make export-test  an export in an environment without this project
@@ -19,12 +21,13 @@ TORCH_INDEX ?=
 
 PY := .venv/bin/python
 STAMP := .venv/.installed
+DOCS_STAMP := .venv-docs/.installed
 CXX_NAMES := g++ c++ clang++
 
 # DeepSpeed looks for ninja in PATH when it builds its shared-memory operation.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup test demo parity gpu-check kill-test fault-test chaos reshape export-test bench-data soak-data mixture clean
+.PHONY: setup check test lint docs demo parity gpu-check kill-test fault-test chaos reshape export-test bench-data soak-data mixture clean
 
 setup: $(STAMP)
 
@@ -42,11 +45,25 @@ $(STAMP): pyproject.toml setup.py constraints.txt | .venv/bin/python
 	  { echo "error: $$($(PYTHON) --version 2>&1): use Python 3.10 to 3.12, e.g. make PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 
-test: setup
+lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+check: lint
+	$(PY) -m pytest -m 'not slow'
+
+test: lint docs
 	$(PY) -m pytest --durations=40 --durations-min=3
+
+docs: $(DOCS_STAMP)
+	.venv-docs/bin/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet -c docs . site
+	@echo "site/index.html"
+
+$(DOCS_STAMP): docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet -r docs/requirements.txt
+	@touch $@
 
 demo: setup
 	$(PY) -m tools.demo
@@ -88,5 +105,5 @@ mixture: setup
 	$(PY) -m bench.mixture
 
 clean:
-	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

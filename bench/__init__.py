@@ -1,1 +1,4 @@
-"""Benchmarks: `python -m bench.NAME`. Each states its goal, ends with one JSON object, and exits 1 when it misses."""
+"""Benchmarks, started as `python -m bench.NAME`.
+
+Each one states its goal, prints one JSON object as its last line, and exits with code 1 if it misses the goal.
+"""

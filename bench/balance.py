@@ -1,19 +1,20 @@
-"""Equal work for every rank: how equal, how long it takes to plan, and what it gains.
+"""How evenly the dispatch plan distributes work, how long planning takes, and how much time it saves.
 
     python -m bench.balance
 
 Goals:
-- 64 simulated ranks with 16 clips of log-normal duration each: max/mean cost of a rank at most 1.05, for a primary
-  encoder over all ranks and for eight experts over their replicas (beside it: every clip encoded where it was loaded).
-- Planning for 4,096 ranks with 16 clips each takes one core at most 5 ms: the plan and one rank's part of it (a
-  primary; eight experts on eight places, with one and with two experts per clip), and the LLM's packs.
-- On real ranks (gloo, DeepSpeed ZeRO-3 and Megatron as in training, one thread each), with all long clips on one rank,
-  a step takes less with the plan than without.
+- On 64 simulated ranks with 16 clips of log-normal duration each, the maximum cost of a rank is at most 1.05 times the
+  mean, for a primary encoder on all ranks and for eight encoder experts on their replicas. The printed comparison is an
+  arm in which every clip is encoded on its source rank.
+- Planning for 4,096 ranks with 16 clips each takes at most 5 ms on one core. This includes the plan and one rank's part
+  of it (for a primary encoder, and for eight encoder experts with one and with two per clip), and the LLM's packs.
+- On real ranks, with all long clips on one rank, a step takes less time with the plan than without. The ranks use gloo,
+  DeepSpeed ZeRO-3 and Megatron as in training, and one thread each.
 
-"Without" replaces the planner by one that leaves every clip at home. A step of R ranks needs R cores to be as short as
-its busiest rank allows: with fewer, all ranks' work adds up and wall time says nothing. So steps are timed on as many
-ranks as there are cores, at most 4; on 4 ranks with fewer cores, only the busiest rank's CPU seconds count, which are
-what a step would take at least if every rank had a core. Exits 1 on a missed goal.
+The arm without the plan leaves every clip on its source rank. The duration of a step is that of its busiest rank only
+if every rank has a core. Hence steps are timed on as many ranks as there are cores, at most 4. On 4 ranks with fewer
+cores, the CPU seconds of the busiest rank are compared, which are a lower bound of the duration with enough cores. The
+exit code is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ DS_CONFIG = Path(__file__).parent.parent / "ds_configs" / "zero3_cpu.json"
 
 
 def draw_clips(ranks: int, num_encoders: int, chosen: int, seed: int) -> ClipTable:
-    """Log-normal clips, each for `chosen` different ones of the encoders."""
+    """Return clips of log-normal duration, each of which needs `chosen` different encoders."""
     rng = np.random.default_rng(seed)
     n = ranks * CLIPS_PER_RANK
     seconds = np.clip(rng.lognormal(np.log(MEDIAN_SEC), SIGMA, n), 0.5, LONGEST_SEC)
@@ -66,20 +67,20 @@ def draw_clips(ranks: int, num_encoders: int, chosen: int, seed: int) -> ClipTab
 def stay_at_source(
     clips: ClipTable, costs: Sequence[ClipCost], places: Sequence[int], ep: int, world: int
 ) -> DispatchPlan:
-    """`plan_dispatch` without the plan: to the encoder's replica among the neighbours, whatever it has to do."""
+    """Return a plan that sends each clip to the encoder's replica among the neighbouring ranks, whatever its load."""
     plan = plan_dispatch(clips, costs, places, ep, world)
     source_rank = clips.source_rank[plan.clip]
     return replace(plan, encoder_rank=source_rank // ep * ep + np.asarray(places)[plan.encoder])
 
 
 def imbalance(plan: DispatchPlan, ep: int, world: int) -> float:
-    """Largest max/mean cost among ranks that hold the same encoders."""
+    """Return the largest ratio of maximum to mean cost among ranks that hold the same encoders."""
     loads = np.bincount(plan.encoder_rank, weights=plan.cost, minlength=world).reshape(-1, ep)
     return float((loads.max(axis=0) / loads.mean(axis=0)).max())
 
 
 def simulate(ranks: int = 64) -> dict[str, Any]:
-    """max/mean over `NUM_BATCHES` batches: worst and median, with and without the plan."""
+    """Return the worst and the median ratio of maximum to mean cost over several batches, with and without the plan."""
     rows: dict[str, Any] = {}
     print(f"{ranks} ranks, max/mean cost (worst of {NUM_BATCHES} batches)   with plan   without")
     for name, encoders, ep, chosen in (("primary", (PRIMARY,), 1, 1), (f"8 experts, EP{EP}", EXPERTS, EP, 1)):
@@ -98,14 +99,14 @@ def simulate(ranks: int = 64) -> dict[str, Any]:
 
 
 def time_plans(ranks: int = 4096) -> dict[str, Any]:
-    """Median CPU time of a plan for `ranks` ranks: planning is one thread, and others may use the machine."""
-    torch.zeros(num_samples(240))  # freed at once: malloc then keeps large blocks, as it does after any step's first
+    """Return the median CPU time of planning, which other processes on the machine hardly influence."""
+    torch.zeros(num_samples(240))  # freed immediately, after which malloc keeps large blocks, as it does in training
 
     def dispatch(encoders: Sequence[EncoderConfig], ep: int, chosen: int) -> Callable[[], object]:
         clips, costs = draw_clips(ranks, len(encoders), chosen, seed=0), [clip_cost(e) for e in encoders]
         return lambda: dispatch_of(plan_dispatch(clips, costs, range(len(encoders)), ep, ranks), ranks // 2)
 
-    tokens = draw_clips(ranks, 1, 1, seed=0).samples // 2560 + 30  # a slot of 160 ms each, and a short text
+    tokens = draw_clips(ranks, 1, 1, seed=0).samples // 2560 + 30  # an audio token per 160 ms, and a short text
     plans = {
         "primary": dispatch((PRIMARY,), 1, 1),
         f"8 experts, EP{EP}, 1 per clip": dispatch(EXPERTS, EP, 1),
@@ -128,7 +129,7 @@ def time_plans(ranks: int = 4096) -> dict[str, Any]:
 
 
 def skewed_batch(rank: int, model: ModelConfig) -> Batch:
-    """Long clips on rank 0, short ones on the others; noise."""
+    """Return a batch of noise, with long clips on rank 0 and short ones on the others."""
     from trainer.parity import PLACEHOLDER
 
     generator = torch.Generator().manual_seed(rank)
@@ -138,6 +139,7 @@ def skewed_batch(rank: int, model: ModelConfig) -> Batch:
         Sample(
             key=f"{rank}-{i}",
             task="asr",
+            is_transcription=True,
             clips=(0.1 * torch.randn(samples, generator=generator),),
             token_ids=torch.tensor([PLACEHOLDER] * audio_tokens + [1, 2]),
             audio_mask=torch.tensor([True] * audio_tokens + [False] * 2),
@@ -150,7 +152,7 @@ def skewed_batch(rank: int, model: ModelConfig) -> Batch:
 
 
 def work(out: str) -> int:
-    """One of the real ranks: time steps with and without the plan, in turn."""
+    """Run one of the real ranks, which times steps with and without the plan alternately."""
     import torch.distributed as dist
 
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
@@ -186,7 +188,7 @@ def work(out: str) -> int:
 
 
 def measure_steps(ranks: int) -> dict[str, Any]:
-    """Wall seconds of a step, and CPU seconds of its busiest rank."""
+    """Return the wall seconds of a step, and the CPU seconds of its busiest rank."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "found.json"
         if code := start_ranks(ranks, [sys.executable, "-m", "bench.balance", "--worker", str(out)]):
@@ -206,12 +208,12 @@ def measure_steps(ranks: int) -> dict[str, Any]:
 
 
 def num_cores() -> int:
-    """That this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def main() -> int:
-    """Exit code: 0 passed, 1 missed."""
+    """Run the benchmark as a command; the exit code is 0 if the goals are met, else 1."""
     parser = argparse.ArgumentParser(prog="python -m bench.balance", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -1,11 +1,13 @@
-"""How long training stands still for a save of about 1 GiB.
+"""How long a save of about 1 GiB interrupts training.
 
     python -m bench.checkpoint
 
-Arms, interleaved, on two ranks with half of the tensors each: ours in the background, ours until it is committed, and
-`torch.distributed.checkpoint.async_save` (staging buffers kept between saves, as ours). Goal: the stall of ours is at
-most 10 % of the synchronous save. Each save begins when the one before is done, and the first one of each arm, which
-allocates its buffers, is reported by itself. Exits 1 on a missed goal.
+Three arms alternate on two ranks with half of the tensors each: our save in the background, our save including the
+commit, and `torch.distributed.checkpoint.async_save`, which also keeps its staging buffers between saves.
+
+Goal: our save in the background interrupts training for at most 10 % of the time of the synchronous save. Each save
+begins when the previous one has finished. The first save of each arm, which allocates buffers, is reported separately.
+The exit code is 1 if the goal is missed.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ ROWS, COLS, NUM_TENSORS = 1024, 1024, 43  # · 3 kinds · 4 bytes · 2 ranks = 1
 
 
 class TensorsManager(CheckpointManager):
-    """Saves this rank's `tensors` (by kind and number) instead of engines."""
+    """A checkpoint manager that saves this rank's `tensors` (by kind and number) instead of engines."""
 
     def _shards(self, engines: Any) -> dict[str, list[Shard]]:
         shape = (NUM_RANKS * ROWS, COLS)
@@ -44,7 +46,7 @@ class TensorsManager(CheckpointManager):
 
 
 def work(folder: Path) -> int:
-    """One rank."""
+    """Run one rank of the benchmark."""
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
 
@@ -108,7 +110,7 @@ def _ratio(stalls: dict[str, list[float]]) -> float:
 
 
 def _report(stalls: dict[str, list[float]], num_bytes: int) -> None:
-    print(f"{'':14} {'median':>8} {'least':>8} {'most':>8} {'first':>8}   seconds that training stands still")
+    print(f"{'':14} {'median':>8} {'least':>8} {'most':>8} {'first':>8}   seconds for which training is interrupted")
     for name, seconds in stalls.items():
         later = seconds[1:]
         print(f"{name:14} {statistics.median(later):8.3f} {min(later):8.3f} {max(later):8.3f} {seconds[0]:8.3f}")
@@ -124,7 +126,7 @@ def _report(stalls: dict[str, list[float]], num_bytes: int) -> None:
 
 
 def main() -> int:
-    """Exit code 0: the goal is met."""
+    """Run the benchmark as a command; the exit code is 0 if the goal is met, else 1."""
     if "RANK" in os.environ:
         return work(Path(sys.argv[1]))
     folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-"))

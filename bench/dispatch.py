@@ -1,25 +1,26 @@
-"""What it costs to send clips to the encoders that the router chose, and their features home.
+"""The cost of sending clips to the ranks of the chosen encoders, and features back to the source ranks.
 
     python -m bench.dispatch
 
-Four ranks (gloo) hold one encoder each; every clip goes to one of them. All arms move the same clips by the same
-routing, in turn, and no arm computes anything: the "encoder" hands out features that exist already.
+Four ranks (gloo) hold one encoder each, and every clip is sent to one of them. All arms alternate and move the same
+clips with the same routing. They compute nothing: the encoders return features that exist already.
 
-- ours: `trainer.engine.expert_parallel.EncoderDispatch`: tell all ranks the lengths, plan, clips out, features back.
-- bare: two `all_to_all_single` of exactly the bytes that must leave a rank, laid out in advance, into buffers that
-  exist.
-- messages, lengths: two parts of ours by themselves, with everything else known: each clip and each feature sequence as
-  a message from where it lies; and telling all ranks the lengths. What they take together no plan can save.
-- AutoEP: `_AllToAllV` of deepspeed.module_inject, with its own split plan. It moves rows of one width; a row is a frame
-  of 320 samples on the way out and of 768 features on the way back, which pads a clip by at most 20 ms.
-- MOELayer: `deepspeed.moe`. It moves rows of one width both ways, to a capacity which all experts share; a row is a
-  frame in 768 columns, and the capacity is the least that drops none (`drop_tokens=False`). Rows that hold whole clips
-  would pad every one of them to the longest.
+- ours: `trainer.engine.expert_parallel.EncoderDispatch`, which gathers the lengths on all ranks, plans, sends the clips
+  and returns the features.
+- bare: two calls of `all_to_all_single` with exactly the bytes that must leave a rank, between buffers that are
+  arranged in advance.
+- messages, lengths: two parts of ours on their own. `messages` sends each clip and each feature sequence as a message
+  of its own, without copying it first. `lengths` gathers the lengths on all ranks. No plan can avoid these costs.
+- AutoEP: `_AllToAllV` of deepspeed.module_inject, with its own split plan. It moves rows of one width. A row is a
+  frame, with 320 samples on the way to the encoder and 768 features on the way back. This pads a clip by at most 20 ms.
+- MOELayer: `deepspeed.moe`. It moves rows of one width in both directions, up to a capacity that is the same for all
+  experts. A row is a frame in 768 columns, and the capacity is the smallest that drops none (`drop_tokens=False`). With
+  whole clips as rows, every clip would be padded to the longest.
 
-Goals: bytes on the wire at most 1.02 times the payload (samples and features of clips that are encoded on another
-rank), and time at most 1.3 times the bare exchange's. On a busy machine each wait of a rank for another costs a turn of
-the scheduler; the CPU time of all ranks, beside it, does not see that. Bytes are counted at the collectives; a
-reduction counts as a ring's. Exits 1 on a missed goal.
+Goals: at most 1.02 times as many bytes are sent as the payload has, which is the samples and features of clips that are
+encoded on another rank; the time is at most 1.3 times that of the bare exchange. On a busy machine, every wait for
+another rank costs additional time for rescheduling. The CPU time of all ranks, which is printed too, does not include
+it. Bytes are counted in the collectives; a reduction counts as in a ring. The exit code is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ BYTES_LIMIT, TIME_LIMIT = 1.02, 1.3
 
 @dataclass
 class Wire:
-    """Bytes that this rank sends to other ranks."""
+    """A counter of the bytes that this rank sends to other ranks."""
 
     sent_bytes: float = 0.0
     calls: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def tapped(self) -> Iterator[None]:
-        """Count in every collective of torch.distributed that the arms use."""
+        """Count the bytes of every collective of torch.distributed that the arms use."""
         real = {name: getattr(dist, name) for name in _SENT}
 
         def tap(name: str) -> Callable[..., Any]:
@@ -94,7 +95,7 @@ def _sent_all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> float:
     return 2 * tensor.numel() * tensor.element_size() * (WORLD - 1) / WORLD
 
 
-# By the argument names of torch.distributed, which DeepSpeed calls by keyword.
+# The argument names are those of torch.distributed, since DeepSpeed passes keywords.
 _SENT: dict[str, Callable[..., float]] = {
     "all_to_all_single": _sent_all_to_all,
     "batch_isend_irecv": _sent_messages,
@@ -104,7 +105,10 @@ _SENT: dict[str, Callable[..., float]] = {
 
 
 def measure() -> dict[str, Any]:
-    """All arms in turn; every rank must call it. Time is that of the slowest rank, CPU time that of all ranks."""
+    """Measure all arms alternately: the time of the slowest rank, and the CPU time of all ranks.
+
+    Collective: every rank of the world must call it.
+    """
     rank = dist.get_rank()
     work = Work.draw(rank)
     arms = {name: build(work) for name, build in ARMS.items()}
@@ -146,24 +150,24 @@ def measure() -> dict[str, Any]:
 
 
 def check(arms: dict[str, Callable[[], list[Tensor]]], work: Work) -> None:
-    """No arm loses a frame; MOELayer, whose expert returns what it gets, returns every frame to its place."""
+    """Check that no arm loses a frame, and that MOELayer, whose expert is the identity, keeps the order of frames."""
     frames, expert = work.frames()
     for name, run in arms.items():
-        away = sum(n for r, n in enumerate(work.frames_to()) if r != dist.get_rank())
-        expected = {"bare": away, "lengths": 2 * WORLD * CLIPS_PER_RANK}.get(name, len(frames))
+        to_others = sum(n for r, n in enumerate(work.frames_to()) if r != dist.get_rank())
+        expected = {"bare": to_others, "lengths": 2 * WORLD * CLIPS_PER_RANK}.get(name, len(frames))
         assert sum(len(t) for t in run()) == expected, name
     (returned,) = arms["MOELayer"]()
     assert torch.equal(returned[:, :FRAME_SAMPLES], frames)
 
 
 def report(found: dict[str, Any]) -> dict[str, Any]:
-    """A table, and what the last line says."""
+    """Print a table, and return the content of the last line."""
     bare, bare_cpu = found["sec"]["bare"], found["cpu_sec"]["bare"]
     print(f"{'arm':10} {'bytes / payload':>15} {'ms (quartiles)':>22} {'time / bare':>12} {'CPU / bare':>11}   calls")
     rows = {}
     for name, seconds in found["sec"].items():
         low, middle, high = statistics.quantiles(seconds, n=4)
-        # Paired with the bare exchange of the same round: what disturbs the machine disturbs both.
+        # Each time is compared with the bare exchange of the same round, which other load on the machine slows as well.
         ratio = statistics.median(s / b for s, b in zip(seconds, bare, strict=True))
         cpu_ratio = statistics.median(s / b for s, b in zip(found["cpu_sec"][name], bare_cpu, strict=True))
         share = found["sent_bytes"][name] / found["payload_bytes"]
@@ -184,7 +188,7 @@ def report(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def work_rank() -> int:
-    """One rank."""
+    """Run one rank of the benchmark."""
     import deepspeed
 
     from trainer.parallel.groups import connect
@@ -204,7 +208,7 @@ def work_rank() -> int:
 
 
 def main() -> int:
-    """Exit code: 0 passed, 1 missed."""
+    """Run the benchmark as a command; the exit code is 0 if the goals are met, else 1."""
     argparse.ArgumentParser(prog="python -m bench.dispatch", description=(__doc__ or "").splitlines()[0]).parse_args()
     if "RANK" in os.environ:
         return work_rank()

@@ -1,4 +1,4 @@
-"""The ways to send clips to their encoders and features home that `bench.dispatch` compares."""
+"""The arms of `bench.dispatch`, which send clips to their encoders and features back to the source ranks."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ SHORTEST_SEC, LONGEST_SEC = 1.0, 12.0
 
 
 class FeatureBank(nn.Module):
-    """An encoder that costs nothing: the features of its clips are a view of what it has."""
+    """An encoder without computation, which returns a view of existing features."""
 
     def __init__(self, max_frames: int) -> None:
         super().__init__()
         self.register_buffer("features", torch.randn(max_frames, DIM))
 
     def forward(self, clips: Ragged) -> Ragged:
-        """[ΣT] → [ΣF, 768]"""
+        """Return features [ΣF, 768] for samples [ΣT]."""
         frames = tuple(num_frames(n) for n in clips.lengths)
         return Ragged(self.features[: sum(frames)], frames)
 
 
 @dataclass(frozen=True)
 class Work:
-    """One rank's clips, and the encoder (rank) that each must see."""
+    """The clips of one rank, and the rank whose encoder each clip needs."""
 
     clips: Ragged
     chosen: Tensor
-    """[B] int64"""
+    """The rank whose encoder each clip needs, [B] int64."""
 
     @staticmethod
     def draw(rank: int) -> Work:
-        """The same on every call."""
+        """Return random work, which is the same in every call."""
         rng = np.random.default_rng(rank)
         lengths = [num_samples(s) for s in rng.uniform(SHORTEST_SEC, LONGEST_SEC, CLIPS_PER_RANK)]
         clips = Ragged.of([torch.from_numpy(rng.standard_normal(n).astype(np.float32)) for n in lengths])
@@ -49,22 +49,22 @@ class Work:
 
     @property
     def wanted(self) -> Tensor:
-        """[B, K] bool"""
+        """The encoders that each clip needs, [B, K] bool."""
         return nn.functional.one_hot(self.chosen, WORLD).bool()
 
     def samples_to(self) -> list[int]:
-        """[W] samples that go to each rank."""
+        """Return the number of samples that are sent to each rank, [W]."""
         return self._sums(self.clips.lengths)
 
     def frames_to(self) -> list[int]:
-        """[W] frames that come from each rank."""
+        """Return the number of frames that come back from each rank, [W]."""
         return self._sums([num_frames(n) for n in self.clips.lengths])
 
     def _sums(self, sizes: Any) -> list[int]:
         return np.bincount(self.chosen, weights=sizes, minlength=WORLD).astype(int).tolist()
 
     def frames(self) -> tuple[Tensor, Tensor]:
-        """Clips as rows of one frame [ΣF, 320], the last of a clip filled up with zeros, and the encoder of each."""
+        """Return the clips as frames [ΣF, 320], with each clip's last one padded, and the encoder of each frame."""
         counts = [num_frames(n) for n in self.clips.lengths]
         rows = torch.zeros(sum(counts), FRAME_SAMPLES)
         for clip, part in zip(self.clips.split(), rows.split(counts), strict=True):
@@ -73,7 +73,7 @@ class Work:
 
 
 def build_ours(work: Work) -> Callable[[], list[Tensor]]:
-    """The trainer's own exchange."""
+    """Return the arm that uses the trainer's own exchange."""
     from trainer.engine.expert_parallel import EncoderDispatch
     from trainer.parallel.groups import Groups
     from trainer.parallel.topology import Topology
@@ -98,17 +98,17 @@ def build_ours(work: Work) -> Callable[[], list[Tensor]]:
 
 
 def build_bare(work: Work) -> Callable[[], list[Tensor]]:
-    """Nothing but the bytes that must travel."""
+    """Return the arm that sends nothing but the bytes that must be sent."""
     rank = dist.get_rank()
 
-    def away(sizes: list[int]) -> tuple[list[int], list[int]]:
+    def to_others(sizes: list[int]) -> tuple[list[int], list[int]]:
         sizes[rank] = 0
         table = [torch.zeros(WORLD, dtype=torch.int64) for _ in range(WORLD)]
         dist.all_gather(table, torch.tensor(sizes))
         return sizes, [int(row[rank]) for row in table]
 
-    samples_out, samples_in = away(work.samples_to())
-    frames_in, frames_out = away(work.frames_to())
+    samples_out, samples_in = to_others(work.samples_to())
+    frames_in, frames_out = to_others(work.frames_to())
     clips, arrived = torch.randn(sum(samples_out)), torch.empty(sum(samples_in))
     features, returned = torch.randn(sum(frames_out), DIM), torch.empty(sum(frames_in), DIM)
 
@@ -121,7 +121,7 @@ def build_bare(work: Work) -> Callable[[], list[Tensor]]:
 
 
 def build_messages(work: Work) -> Callable[[], list[Tensor]]:
-    """The bytes of the bare exchange as ours sends them: clip by clip, all lengths and routes known."""
+    """Return the arm that sends the bytes of the bare exchange clip by clip, with known lengths and routes."""
     from trainer.parallel.exchange import Parcels, deliver
 
     rank, group = dist.get_rank(), dist.group.WORLD
@@ -148,7 +148,7 @@ def build_messages(work: Work) -> Callable[[], list[Tensor]]:
 
 
 def build_lengths(work: Work) -> Callable[[], list[Tensor]]:
-    """What every dispatch must say before it can plan."""
+    """Return the arm that gathers the lengths on all ranks, which every dispatch needs for its plan."""
     from trainer.parallel.exchange import gather_ragged
 
     mine = np.stack([np.array(work.clips.lengths), work.chosen.numpy()], axis=1).ravel()
@@ -160,7 +160,7 @@ def build_lengths(work: Work) -> Callable[[], list[Tensor]]:
 
 
 def build_autoep(work: Work) -> Callable[[], list[Tensor]]:
-    """AutoEP's plan and exchange, with rows in the order of their expert as its layer sorts them."""
+    """Return the arm with AutoEP's plan and exchange, whose rows are sorted by expert as in its layer."""
     from deepspeed.module_inject.auto_ep_layer import _AllToAllV, compute_split_plan
 
     group, bank = dist.group.WORLD, torch.randn(WORLD * CLIPS_PER_RANK * num_frames(num_samples(LONGEST_SEC)), DIM)
@@ -177,7 +177,7 @@ def build_autoep(work: Work) -> Callable[[], list[Tensor]]:
 
 
 def build_moe_layer(work: Work) -> Callable[[], list[Tensor]]:
-    """DeepSpeed's layer with its own gate, which finds the chosen expert in columns that no sample needs."""
+    """Return the arm with DeepSpeed's layer, whose gate reads the chosen expert from columns that no sample needs."""
     from deepspeed.moe.experts import Experts
     from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 

@@ -2,14 +2,15 @@
 
     python -m bench.evaluate MODEL --data MANIFEST [--samples 128]
 
-MODEL is a folder that tools.export made, a checkpoint or a run (exported first, in fp32). The peer is what anyone
-writes: AutoModelForCausalLM and AutoProcessor with the exported code, files in the manifest's order, `generate`, one
-sample at a time or eight padded ones. All read and decode the same files; loading the model is not counted, a first
-batch warms each up. Rounds alternate, so that a busy machine slows all. Each runs on the whole machine at its best
-setting: the loops with one thread and with a thread per core, tools.evaluate with `--nproc` of one process per core;
-beside it, all with one thread, which tells what batches save apart from what processes do.
+MODEL is an exported folder, or a checkpoint or run, which is first exported in fp32. The loop is straightforward code
+with AutoModelForCausalLM and AutoProcessor: it reads the files in the manifest's order and calls `generate` for single
+samples or for eight padded ones. All arms read and decode the same files. Loading the model is not counted, and each
+arm runs one batch beforehand. Rounds alternate, so that other load on the machine slows all arms. The loops run with
+one thread and with one thread per core, and tools.evaluate with one process per core (`--nproc`). All arms are also
+measured with one thread, which separates the effect of batches from that of processes.
 
-Goals: at least 3 times the loop of one sample, 1.3 times that of eight, with the same texts. Exits 1 on a missed goal.
+Goals: at least 3 times as fast as the loop with single samples and 1.3 times as fast as the loop with eight, with the
+same texts. The exit code is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ BATCH_1_GOAL, BATCH_8_GOAL = 3.0, 1.3
 
 CORES = len(os.sched_getaffinity(0))
 THREADS = tuple(sorted({1, CORES}))
-"""Of the loops."""
+"""The numbers of threads of the loops."""
 OURS, OURS_ALONE = f"tools.evaluate --nproc {CORES}", "tools.evaluate, 1 thread"
 
 Said = dict[str, str]
@@ -50,7 +51,7 @@ Ways = dict[str, Callable[[], Said]]
 
 
 def plain(model: Any, processor: Any, rows: Sequence[Row], batch: int) -> Said:
-    """The loop that anyone writes."""
+    """Transcribe files in a straightforward loop with transformers."""
     said: Said = {}
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
@@ -63,7 +64,7 @@ def plain(model: Any, processor: Any, rows: Sequence[Row], batch: int) -> Said:
 
 
 def ours(answer_jobs: AnswerJobs, jobs: Sequence[Sequence[int]]) -> Said:
-    """What tools.evaluate does once its models are loaded."""
+    """Transcribe files as tools.evaluate does once its models are loaded."""
     outcomes = [o for found in answer_jobs(jobs) for o in found]
     assert not [o for o in outcomes if isinstance(o, Skipped)]
     return {o.key: o.hypothesis for o in outcomes if not isinstance(o, Skipped)}
@@ -71,7 +72,7 @@ def ours(answer_jobs: AnswerJobs, jobs: Sequence[Sequence[int]]) -> Said:
 
 @contextmanager
 def open_ways(request: Request, folder: Path, rows: Sequence[Row], jobs: Sequence[Sequence[int]]) -> Iterator[Ways]:
-    """Every arm, loaded and warm, by its name."""
+    """Yield all arms by name, with models loaded and the first batch done."""
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 
@@ -95,15 +96,15 @@ def open_ways(request: Request, folder: Path, rows: Sequence[Row], jobs: Sequenc
 
 
 def loop_name(batch: int, threads: int) -> str:
-    """Of the loop's arm."""
+    """Return the name of an arm with a loop."""
     return f"transformers, batch {batch}, {threads} thread{'s' * (threads > 1)}"
 
 
 def measure(folder: Path, data: str, split: str | None, num: int, rounds: int, batch_size: int) -> dict[str, Any]:
-    """Seconds of each way and round, and whether all say the same."""
+    """Return the seconds of each arm and round, and how many texts differ between the arms."""
     origin = find_model(folder)
-    windows = Windows.of(origin, 1e6, 0.0)  # none: the peer has none
-    # Several batches for each process, as there are of thousands of samples.
+    windows = Windows.of(origin, 1e6, 0.0)  # no windows, since the loop has none either
+    # Every process gets several batches, as in a large evaluation.
     decoding = Decoding(origin.max_new_tokens, 1, min(batch_size, math.ceil(num / (4 * CORES))), 600.0)
     request = Request(origin, data, split, (), num, "fp32", windows, decoding)
     stored, places = open_wanted(request)
@@ -135,14 +136,18 @@ def measure(folder: Path, data: str, split: str | None, num: int, rounds: int, b
 
 
 def main() -> int:
-    """Exit code 0: the goals are met."""
+    """Run the benchmark as a command; the exit code is 0 if the goals are met, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", required=True, help="a manifest (JSONL)")
     parser.add_argument("--split")
-    parser.add_argument("--samples", type=int, default=128, help="a random choice of them (default: 128)")
+    parser.add_argument(
+        "--samples", type=int, default=128, help="size of a random selection of its samples (default: 128)"
+    )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=64, help="at most (default: 64); four per core")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="largest batch (default: 64); each process gets at least four"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model

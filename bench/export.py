@@ -1,11 +1,13 @@
-"""Consolidating a ZeRO-3 checkpoint: our export against DeepSpeed's `zero_to_fp32`.
+"""Consolidation of a ZeRO-3 checkpoint by our export and by DeepSpeed's `zero_to_fp32`.
 
     python -m bench.export
 
-Two ranks train a model of 1 GiB (fp32 weights) for one step and save it both ways: ours, and DeepSpeed's own
-checkpoint. Then each arm makes safetensors of it, each time in a process of its own, interleaved. Imports are not
-counted; what ours also does (checksums of all it reads, tokenizer, code) is. Neither syncs its files. Goals: at least 5
-times faster, peak memory at most the largest tensor + 400 MiB, tensors bit-equal. Exits 1 on a missed goal.
+Two ranks train a model with 1 GiB of fp32 weights for one step, and save both our checkpoint and DeepSpeed's. Then the
+two arms alternately convert their checkpoint to safetensors, each time in a new process. Imports are not counted, but
+the additional work of our export is: checksums of all files, the tokenizer and code. Neither arm syncs its files.
+
+Goals: our export is at least 5 times as fast, its peak memory is at most the largest tensor plus 400 MiB, and the
+tensors are bit-equal. The exit code is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from trainer.run.launch import start_ranks
 SPEED_GOAL, MEMORY_GOAL_BYTES = 5.0, 400 << 20
 NUM_RANKS, ROUNDS = 2, 3
 WIDTH, LAYERS = 1024, 21
-"""Of the encoder that makes up the size: 12 · width² parameters per layer."""
+"""The width and layers of the encoder that makes up most of the size: 12 · width² parameters per layer."""
 
 OURS = """
 import sys, time
@@ -50,7 +52,7 @@ print(time.perf_counter() - started, peak_memory_bytes()["host"])
 
 
 def work(folder: Path) -> int:
-    """One rank: train a step, save both ways."""
+    """Run one rank, which trains a step and saves both checkpoints."""
     import torch
     import torch.distributed as dist
 
@@ -91,7 +93,7 @@ def work(folder: Path) -> int:
 
 
 def measure(code: str, source: Path, out: Path) -> tuple[float, int]:
-    """(seconds, peak bytes) of one arm."""
+    """Return (seconds, peak bytes) of one arm."""
     done = subprocess.run([sys.executable, "-c", code, source, out], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -100,7 +102,7 @@ def measure(code: str, source: Path, out: Path) -> tuple[float, int]:
 
 
 def compare(ours: Path, peer: Path) -> tuple[int, int, int]:
-    """(tensors, how many of them differ, bytes of the largest)."""
+    """Return (number of tensors, how many of them differ, bytes of the largest)."""
     from safetensors import safe_open
 
     def tensors(folder: Path) -> dict[str, Any]:
@@ -118,7 +120,7 @@ def compare(ours: Path, peer: Path) -> tuple[int, int, int]:
 
 
 def bench(folder: Path) -> int:
-    """Make the checkpoints, run the arms, report."""
+    """Make the checkpoints, run the arms, and report the results."""
     code = start_ranks(NUM_RANKS, [sys.executable, "-m", "bench.export", str(folder)])
     if code:
         return code
@@ -126,7 +128,7 @@ def bench(folder: Path) -> int:
     for n in range(ROUNDS):
         for name, script, source in (("ours", OURS, folder / "run"), ("zero_to_fp32", PEER, folder / "peer")):
             out = folder / f"{name}-{n}"
-            os.sync()  # what an arm leaves to be written must not slow the next one
+            os.sync()  # pending writes of an arm must not slow the next one
             results[name].append(measure(script, source, out))
             if n:
                 shutil.rmtree(out)
@@ -154,7 +156,7 @@ def bench(folder: Path) -> int:
 
 
 def main() -> int:
-    """Exit code 0: all goals are met."""
+    """Run the benchmark as a command; the exit code is 0 if the goals are met, else 1."""
     if "RANK" in os.environ:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return work(Path(sys.argv[1]))

@@ -1,11 +1,11 @@
-"""What CI's CPUs cannot tell: parity, speed and utilisation on one GPU.
+"""Parity, speed and utilisation on one GPU, which CI cannot measure on its CPUs.
 
     python -m bench.gpu_check
 
-Goals: in fp32 loss and gradients equal the single-process model to 1e-4 (matrix products on a GPU sum in another
-order), the loss in bf16 to 2e-2; throughput and model FLOPs utilisation (MFU) against the measured matmul rate are
-reported, and where the host waits for the device in a step (docs/gpu.md). Exits 1 on a missed goal, 3 where there is no
-GPU.
+Goals: the loss and gradients in fp32 equal those of the single-process model to 1e-4, since matrix products on a GPU
+sum in another order, and the loss in bf16 equals it to 2e-2. Throughput, model FLOPs utilisation (MFU, relative to the
+measured matmul rate), and the places in a step where the host waits for the device (docs/gpu.md) are reported without a
+goal. The exit code is 1 if a goal is missed, and 3 without a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LLM = {
 
 
 def matmul_flops_per_sec(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
-    """Measured rate of a square matrix product: what "100 %" means on this device."""
+    """Return the measured rate of a square matrix product, which counts as 100 % utilisation of this device."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     for _ in range(3):
         a @ b
@@ -50,7 +50,7 @@ def matmul_flops_per_sec(device: torch.device, dtype: torch.dtype, size: int = 8
 
 
 def work() -> int:
-    """The check itself, as the only rank."""
+    """Run all checks as the only rank."""
     from tools.parity import DS_CONFIG
     from trainer import parity
     from trainer.parallel.groups import build_groups, connect
@@ -77,7 +77,7 @@ def work() -> int:
 
 
 def throughput(groups: Any, ds_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Tokens, audio seconds, MFU and the host's waits of a 0.9 B LLM behind three encoders in bf16."""
+    """Return throughput, MFU and the host's waits of a model with a 0.9 B LLM and three encoders in bf16."""
     from model.batch import Batch
     from model.config import EncoderConfig, LLMConfig
     from model.encoders.registry import encoder_flops
@@ -120,7 +120,7 @@ def throughput(groups: Any, ds_config: dict[str, Any], device: torch.device) -> 
 
 
 def main() -> int:
-    """Exit code: 0 passed, 1 missed, 3 no GPU."""
+    """Run the benchmark as a command; the exit code is 0 if the goals are met, 1 if not, and 3 without a GPU."""
     if not torch.cuda.is_available():
         print(json.dumps({"passed": None, "reason": "no CUDA device: run this on a machine with a GPU"}))
         return 3

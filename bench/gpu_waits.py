@@ -1,6 +1,6 @@
-"""Where the host waits for a GPU in a step: torch's own count, by the function of this project that asked for it.
+"""Counts of how often the host waits for a GPU in a step, by the function of this project that causes the wait.
 
-`bench.gpu_check` reports it; docs/gpu.md has the table that it should equal.
+torch reports the waits. `bench.gpu_check` prints the counts, which should equal the table in docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -17,31 +17,38 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKWARD = "backward"
-"""Site of what autograd's own threads do: they have no frame of this project."""
+"""The site of waits on autograd's threads, whose stacks contain no function of this project."""
 _MESSAGE = "called a synchronizing CUDA operation"
 _WAY_TO_THE_DEVICE = "model/transfer.py"
-"""Stands for whoever calls it."""
+"""A file of this project that is skipped in favor of its callers."""
 
 
-def site_of(frame: FrameType | None, left_out: Collection[str] = ()) -> str:
-    """Return `file:function` of the innermost frame, from `frame` outwards, that is this project's and not in the files
-    `left_out`."""
+def site_of(frame: FrameType | None, excluded: Collection[str] = ()) -> str:
+    """Return `file:function` of the innermost function of this project on the stack.
+
+    Args:
+        frame: The innermost frame of the stack.
+        excluded: Files whose functions are skipped.
+    """
     while frame is not None:
         path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
         if path.is_relative_to(ROOT) and ".venv" not in path.parts:
             file = path.relative_to(ROOT).as_posix()
-            if file not in (_WAY_TO_THE_DEVICE, *left_out) and not name.startswith(("<", "__torch_function__")):
+            if file not in (_WAY_TO_THE_DEVICE, *excluded) and not name.startswith(("<", "__torch_function__")):
                 return BACKWARD if file.startswith(("tests/", "bench/")) else f"{file}:{name}"
         frame = frame.f_back
     return BACKWARD
 
 
 def host_waits(work: Callable[[], Any], set_mode: Callable[[str], None] | None = None) -> dict[str, int]:
-    """Return how often the host waits for the GPU while `work` runs, by site, the most frequent first.
+    """Count how often the host waits for the GPU while a function runs.
 
     Args:
-        work: what is watched; collectives that wait are not seen.
-        set_mode: `torch.cuda.set_sync_debug_mode`, unless given.
+        work: The function. Waits of collectives are not counted.
+        set_mode: A function that replaces `torch.cuda.set_sync_debug_mode`, for tests.
+
+    Returns:
+        Site → number of waits, in descending order of the number.
     """
     set_mode = set_mode or torch.cuda.set_sync_debug_mode  # type: ignore[assignment]
     assert set_mode is not None

@@ -1,13 +1,15 @@
-"""How much of the time goes to anything but decoding, and how soon the first batch is there.
+"""The throughput of the loader compared with decoding alone, and the time until its first batch.
 
     python -m bench.loader                                   local arms, first batch, resume
-    python -m bench.loader --parts local first resume s3     also from a Swift server here (tests.services.swift)
+    python -m bench.loader --parts local first resume s3     includes reading from a local Swift server
 
-Arms take turns, each in its best setting (one process, no workers: samples per CPU-second; peers hand out the same
-encoded bytes, decoded by the same function). Goals: ours ≥ 95 % of what decoding alone does; from S3 reading no slower
-than obstore alone delivers whole objects; first batch within 1.0 s of process start; resume within 0.5 s at 10³, 10⁵
-and 10⁶ consumed samples. Needs the kit (KIT_DIR); webdataset and lhotse are compared where they are installed
-(`pip install .[peers]`).
+Arms alternate. Each runs in one process without workers, and its samples per CPU-second are measured. The arms of other
+libraries read the same encoded bytes and decode them with the same function. webdataset and lhotse are compared if they
+are installed (`pip install .[peers]`).
+
+Goals: our loader reaches at least 95 % of the throughput of decoding alone. Reading from S3 is not slower than fetching
+whole objects with obstore. The first batch takes at most 1.0 s from the start of the process. Resuming after 10³, 10⁵
+and 10⁶ samples takes at most 0.5 s. The exit code is 1 if a goal is missed, and 3 without the kit (KIT_DIR).
 """
 
 from __future__ import annotations
@@ -35,17 +37,17 @@ from trainer.data.stream import LaneGroup, SampleStream, StreamSpec
 from trainer.storage.open import open_store
 
 NUM_UTTERANCES, PER_SHARD, ROUNDS = 1440, 160, 9
-"""So many that what is read twice at the borders of lanes (parts of chunks) is little, as in sets of real size."""
+"""With this many samples, it is negligible that parts of chunks are read twice at the borders of lanes."""
 LANES, BATCH = 8, 32
 PARTS = ["local", "first", "resume", "s3"]
 GOAL_SHARE, GOAL_FIRST_SEC, GOAL_RESUME_SEC, GOAL_S3 = 0.95, 1.0, 0.5, 1.0
 
 Arm = Callable[[], int]
-"""One pass; returns how many samples it delivered."""
+"""A function that makes one pass over the samples and returns their number."""
 
 
 def config(root: str, tokenizer: str | None = None, **fields: Any) -> DataConfig:
-    """Every arm of ours reads this set."""
+    """Return the data configuration of all arms of our loader."""
     base: dict[str, Any] = {
         "root": root,
         "datasets": (DatasetConfig(name="joined", shards="set"),),
@@ -66,17 +68,17 @@ def _with_tokenizer(made: DataConfig, path: str) -> DataConfig:
 
 
 def decode_only(samples: Iterable[Utterance]) -> Arm:
-    """The limit: encoded clips lie in memory."""
+    """Return the arm that only decodes clips in memory, which is the upper limit."""
     data = [u.data for u in samples]
     return lambda: sum(len(decode_audio(d)) > 0 for d in data)
 
 
 def ours_clips(prepared: PreparedData) -> Arm:
-    """Order, reading, checking, decoding, metadata: what the peers do as well (they check nothing)."""
+    """Return the arm that orders, reads, verifies and decodes samples. Other libraries do not verify them."""
     (reader,) = prepared.open_training()
 
     def run() -> int:
-        reader.shards.table.cache_clear()  # as in a set with more shards than tables are kept
+        reader.shards.table.cache_clear()  # as in a dataset with more shards than tables that are kept
         reader.selected.cache_clear()
         spec = StreamSpec(prepared.config, (), prepared.tokenizer_path, prepared.strides, False, 0, 1)
         lanes = {lane: LaneState() for lane in range(LANES)}
@@ -96,7 +98,7 @@ def ours_clips(prepared: PreparedData) -> Arm:
 
 
 def ours_whole(prepared: PreparedData) -> Arm:
-    """The same with prompts and answers tokenised: what training gets."""
+    """Return the arm that also tokenises prompts and answers, as for training."""
 
     def run() -> int:
         stream = SampleStream(prepared, seed=0, num_batches=prepared.open_training()[0].num_samples // BATCH)
@@ -106,7 +108,7 @@ def ours_whole(prepared: PreparedData) -> Arm:
 
 
 def webdataset_arm(folder: Path) -> Arm:
-    """Plain webdataset over the same tars."""
+    """Return the arm that reads the same tars with webdataset."""
     import webdataset
 
     files = sorted(str(p) for p in folder.glob("*.tar"))
@@ -118,7 +120,7 @@ def webdataset_arm(folder: Path) -> Arm:
 
 
 def lhotse_arm(folder: Path) -> Arm:
-    """lhotse Shar over the same encoded bytes, decoded by its own loader (all clips are 16 kHz mono already)."""
+    """Return the arm that reads the same bytes as lhotse Shar with lhotse's own decoder; all clips are 16 kHz mono."""
     from lhotse import CutSet
 
     def run() -> int:
@@ -128,18 +130,18 @@ def lhotse_arm(folder: Path) -> Arm:
 
 
 def timed(arm: Arm) -> tuple[float, float, int]:
-    """(CPU seconds of all threads, wall seconds, samples)."""
-    gc.collect()  # what the last pass held must not count for this one
+    """Return (CPU seconds of all threads, wall seconds, number of samples)."""
+    gc.collect()  # garbage of the last pass must not count for this one
     cpu, wall = time.process_time(), time.perf_counter()
     num = arm()
     return time.process_time() - cpu, time.perf_counter() - wall, num
 
 
 def compare(arms: dict[str, Arm], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Samples per CPU-second and per second of every arm, one pair per round; the order turns from round to round."""
+    """Return the samples per CPU-second and per second of every arm and round. The order alternates between rounds."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for arm in arms.values():
-        arm()  # page cache, imports
+        arm()  # fills the page cache and imports modules
     names = list(arms)
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
@@ -149,7 +151,7 @@ def compare(arms: dict[str, Arm], rounds: int) -> dict[str, list[tuple[float, fl
 
 
 def table(found: dict[str, list[tuple[float, float]]], limit: str) -> dict[str, dict[str, float]]:
-    """Medians, spreads, and the share of `limit` within the same rounds."""
+    """Print and return medians, ranges, and the ratio to the arm `limit` in the same rounds."""
     rows = {}
     for name, pairs in found.items():
         rates = [p[0] for p in pairs]
@@ -170,7 +172,7 @@ def table(found: dict[str, list[tuple[float, float]]], limit: str) -> dict[str, 
 
 
 def local_arms(root: Path, samples: list[Utterance], prepared: PreparedData) -> tuple[dict[str, Arm], list[str]]:
-    """All arms that can run here, and the peers that are not installed."""
+    """Return all arms that can run, and the libraries that are not installed."""
     arms = {"decode only": decode_only(samples), "ours": ours_clips(prepared), "ours + tokens": ours_whole(prepared)}
     missing = [name for name in ("webdataset", "lhotse") if importlib.util.find_spec(name) is None]
     if "webdataset" not in missing:
@@ -182,7 +184,7 @@ def local_arms(root: Path, samples: list[Utterance], prepared: PreparedData) -> 
 
 
 def measure(root: Path, parts: list[str], samples: list[Utterance], rounds: int) -> dict[str, Any]:
-    """The results of every part that is asked for."""
+    """Return the results of every requested part."""
     results: dict[str, Any] = {}
     write_dataset(open_store(str(root / "set")), samples, PER_SHARD)
     prepared = prepare(config(str(root), cache_dir=str(root / "cache")), (2, 2, 2))
@@ -206,7 +208,7 @@ def measure(root: Path, parts: list[str], samples: list[Utterance], rounds: int)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 the goals are met, 1 they are not, 3 there is no kit."""
+    """Run the benchmark as a command; the exit code is 0 if the goals are met, 1 if not, and 3 without the kit."""
     parser = argparse.ArgumentParser(prog="python -m bench.loader", description=__doc__.split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:-1], help="what to measure")
     parser.add_argument("--rounds", type=int, default=ROUNDS)

@@ -1,4 +1,4 @@
-"""Speech of realistic lengths for the data benches: the kit's utterances joined, as shards, as webdataset, as Shar."""
+"""Speech of realistic lengths for the benchmarks of the loader: joined utterances of the kit, as shards and as Shar."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from trainer.storage.store import Store
 
 KIT = Path(os.environ.get("KIT_DIR", Path(__file__).parents[2] / "shared" / "kit"))
 MEDIAN_SEC, SIGMA, LONGEST_SEC = 7.0, 0.5, 30.0
-"""Log-normal, as utterances of read and spontaneous speech are."""
+"""The parameters of the log-normal durations, which are typical of read and spontaneous speech."""
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One encoded sample."""
+    """An encoded sample."""
 
     key: str
     data: bytes
-    """FLAC, 16 kHz, mono."""
+    """The audio as FLAC, 16 kHz, mono."""
     seconds: float
     metadata: dict[str, Any]
 
 
 def durations(num: int, seed: int = 1) -> list[float]:
-    """Log-normal durations in seconds, cut at `LONGEST_SEC`."""
+    """Return log-normal durations in seconds, cut at `LONGEST_SEC`."""
     drawn = np.random.default_rng(seed).lognormal(np.log(MEDIAN_SEC), SIGMA, num)
     return np.clip(drawn, 1.0, LONGEST_SEC).tolist()
 
 
 def utterances(num: int, subsets: Sequence[str] = ("nemo", "timit_sample", "ljspeech")) -> list[Utterance]:
-    """`num` utterances of real speech: the kit's sentences, one after another, cut to log-normal lengths."""
+    """Return `num` utterances of real speech: consecutive sentences of the kit, cut to log-normal lengths."""
     rows = [json.loads(line) for line in (KIT / "asr.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [r for r in rows if r["subset"] in subsets]
     speech = np.concatenate([decode_audio((KIT / r["audio"]).read_bytes()) for r in rows])
@@ -67,7 +67,7 @@ def utterances(num: int, subsets: Sequence[str] = ("nemo", "timit_sample", "ljsp
 
 
 def write_dataset(store: Store, samples: Sequence[Utterance], per_shard: int) -> None:
-    """Our shards (which are webdataset's as well)."""
+    """Write a dataset as our shards, which webdataset can read too."""
     shards = []
     for start in range(0, len(samples), per_shard):
         writer = ShardWriter(store, len(shards))
@@ -78,7 +78,7 @@ def write_dataset(store: Store, samples: Sequence[Utterance], per_shard: int) ->
 
 
 def write_shar(folder: Path, samples: Sequence[Utterance], per_shard: int) -> None:
-    """The same bytes as lhotse Shar."""
+    """Write the same bytes as lhotse Shar."""
     from lhotse import MonoCut, Recording, SupervisionSegment
     from lhotse.shar import SharWriter
 
@@ -93,7 +93,7 @@ def write_shar(folder: Path, samples: Sequence[Utterance], per_shard: int) -> No
 
 
 def silent_wave(seconds: float) -> bytes:
-    """A WAV of silence: the smallest thing that decodes."""
+    """Return a WAV file of silence, which is cheap to decode."""
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(1)
@@ -104,7 +104,7 @@ def silent_wave(seconds: float) -> bytes:
 
 
 def linked_dataset(folder: Path, real: Path, num_copies: int) -> None:
-    """A set of `num_copies` times the samples of `real`'s first shard: links, and an index that lists them all."""
+    """Write a dataset of `num_copies` links to the first shard of `real`, and an index that lists them."""
     index = json.loads((real / "shards.json").read_text())
     shard = index["shards"][0]
     folder.mkdir(parents=True)
@@ -119,6 +119,6 @@ def linked_dataset(folder: Path, real: Path, num_copies: int) -> None:
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """`items` in pieces of `size`."""
+    """Yield `items` in lists of `size`."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

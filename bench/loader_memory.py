@@ -1,9 +1,9 @@
-"""Whether the loader's memory stays flat: many batches, many epochs, resident memory sampled all along.
+"""The resident memory of the loader over many batches and epochs, which should not grow.
 
-    python -m bench.loader_memory [BATCHES] [WORKERS]     100000 batches on the kit take half an hour; fewer for a look
+    python -m bench.loader_memory [BATCHES] [WORKERS]     100000 batches on the kit take half an hour
 
-Goal: the largest resident memory (this process and its decoding processes) in the last half is at most 5 % above the
-largest in the second tenth of the run. Needs the kit (KIT_DIR).
+Goal: the largest resident memory of this process and its decoding processes in the last half of the batches is at most
+5 % above the largest in the second tenth. The exit code is 1 if the goal is missed, and 3 without the kit (KIT_DIR).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from trainer.data.prepare import prepare
 
 GOAL = 0.05
 SUBSETS = ("digits", "digit_strings", "wake_words")
-"""Short clips: many epochs, and every batch is cheap."""
+"""The kit's subsets with short clips, which give many epochs and cheap batches."""
 
 
 def resident_bytes() -> int:
-    """Of this process and all it has started."""
+    """Return the resident memory of this process and all its descendants, in bytes."""
     here = psutil.Process()
     return sum(p.memory_info().rss for p in [here, *here.children(recursive=True)])
 
 
 def main(num_batches: int = 100_000, num_workers: int = 0) -> int:
-    """Exit code: 0 flat, 1 not, 3 no kit."""
+    """Run the benchmark as a command; the exit code is 0 if the goal is met, 1 if not, and 3 without the kit."""
     if not (KIT / "asr.jsonl").exists():
         print(json.dumps({"passed": None, "reason": f"no kit at {KIT}; set KIT_DIR"}))
         return 3
@@ -44,7 +44,7 @@ def main(num_batches: int = 100_000, num_workers: int = 0) -> int:
             cache_dir=scratch,
             global_batch_samples=16,  # as kit_cpu
             num_workers=num_workers,
-            cache_decoded_mib=32,  # less than the set: clips come and go
+            cache_decoded_mib=32,  # less than the dataset, so that clips are evicted
         )
         sizes: list[tuple[int, int]] = []
         every = max(1, num_batches // 500)

@@ -1,4 +1,4 @@
-"""Times to the first batch: of a new process, and of one that resumes far into a training."""
+"""The time until the first batch in a new process, and after resuming at various positions in the data."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ _STRIDES = (2, 2, 2)
 
 
 def first_batch_sec(config: DataConfig) -> dict[str, float]:
-    """From the start of a Python process to its first batch: as arrays, and as torch tensors (torch's import is most
-    of that; a training has imported it long before). Medians."""
+    """Return the median time from the start of a Python process to its first batch, as arrays and as torch tensors.
+
+    The time of the latter consists mostly of the import of torch, which a training has imported long before.
+    """
     found = {}
     for kind in ("arrays", "tensors"):
         command = [sys.executable, "-m", "bench.loader_resume", kind, json.dumps(asdict(config))]
@@ -38,7 +40,7 @@ def first_batch_sec(config: DataConfig) -> dict[str, float]:
 
 
 def resume_sec(config: DataConfig) -> dict[int, float]:
-    """From opening the data with a state to the first batch that follows it, checked against the order. Medians."""
+    """Return the median time from opening the data with a saved state to the next batch, which is verified."""
     found = {}
     per_batch = config.global_batch_samples
     for consumed in CONSUMED:
@@ -63,7 +65,7 @@ def resume_sec(config: DataConfig) -> dict[int, float]:
             for draw in range(per_batch // config.num_lanes):
                 span = order.span(lane, position + draw)
                 expected.append(reader.key(span.shard, span.indices[0]))
-        assert [s.key for s in samples] == expected, "resumed elsewhere than where the state says"
+        assert [s.key for s in samples] == expected, "the loader did not resume at the saved position"
         found[consumed] = statistics.median(times)
         print(
             f"resume after {consumed:>9,} of {reader.num_samples:,} samples: {found[consumed]:.3f} s "

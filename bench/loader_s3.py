@@ -1,10 +1,11 @@
-"""Reading shards from a real S3 server (Swift, on this machine): ours, checked, against obstore alone.
+"""The throughput of reading shards from a local S3 server (Swift) with our loader and with obstore alone.
 
-    python -m bench.loader_s3 FOLDER_OF_SHARDS TOKENIZER        `bench.loader --parts s3` calls it
+    python -m bench.loader_s3 FOLDER_OF_SHARDS TOKENIZER        called by `bench.loader --parts s3`
 
-Arms take turns. `obstore` fetches whole objects, one after another or four at a time, and throws them away. Ours reads
-every sample in training order by chunks of several sizes (ranged reads), compares each with the index, and parses its
-metadata; `ours + decode` and `obstore + decode` also decode. Server and client share the machine's cores.
+Arms alternate. `obstore` fetches whole objects, one or four at a time, and discards them. `ours` reads every sample in
+training order in chunks of several sizes (ranged reads), verifies each against the index, and parses its metadata.
+`ours + decode` and `obstore + decode` also decode. The server and the client share the machine's cores. The goal is
+stated in `bench.loader`.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from trainer.storage.open import open_store
 
 ROUNDS = 5
 READ_KIB = (512, 2048, 8192, 16384, 1 << 20)
-"""The last: a whole shard, by reads of at most `fetch.MAX_READ_BYTES`."""
+"""The sizes of chunks. The last one covers a whole shard, which takes reads of at most `fetch.MAX_READ_BYTES`."""
 BUCKET_READ_KIB = 8192
-"""What recipes that read from buckets set; goals are about this one."""
+"""The size of chunks in recipes that read from buckets, to which the goal applies."""
 THREADS = 4
 URL = "s3://bench/set"
 
 
 def obstore_alone(num_threads: int) -> Callable[[], int]:
-    """Bytes of all shards, fetched whole."""
+    """Return the arm that fetches whole shards with obstore."""
     store = open_store(URL)
     names = [n for n in store.list() if n.endswith(".tar")]
     inner: Any = store._store  # type: ignore[attr-defined]  # obstore itself, without this project's layer
@@ -56,7 +57,7 @@ def obstore_alone(num_threads: int) -> Callable[[], int]:
 
 
 def ours(reader: DatasetReader, decode: bool) -> Callable[[], int]:
-    """Bytes of all shards, read by chunks, `THREADS` chunks at a time, checked."""
+    """Return the arm that reads and verifies all shards with our loader, `THREADS` chunks at once."""
 
     def run() -> int:
         ahead = ReadAhead(1 << 30, THREADS)
@@ -79,7 +80,7 @@ def ours(reader: DatasetReader, decode: bool) -> Callable[[], int]:
 
 
 def obstore_and_decode(shards: ShardSet) -> Callable[[], int]:
-    """Whole objects by obstore, decoded one after another: no loader at all."""
+    """Return the arm that fetches whole shards with obstore and decodes their samples in order, without a loader."""
 
     def run() -> int:
         for shard, info in enumerate(shards.shards):
@@ -92,7 +93,7 @@ def obstore_and_decode(shards: ShardSet) -> Callable[[], int]:
 
 
 def main(folder: str, tokenizer: str) -> int:
-    """Prints a table and, last, one JSON object."""
+    """Run the benchmark as a command, which prints a table and, as the last line, one JSON object."""
     with tempfile.TemporaryDirectory() as scratch, running(Path(scratch)) as server:
         os.environ.update(server.environ)
         server.make_bucket("bench")
@@ -122,14 +123,14 @@ def main(folder: str, tokenizer: str) -> int:
 
 
 def compare(arms: dict[str, Callable[[], int]]) -> dict[str, dict[str, float]]:
-    """MB/s and client CPU seconds per GiB, medians over rounds in which the arms take turns."""
+    """Return MB/s and CPU seconds of the client per GiB as medians over rounds of alternating arms."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for number in range(ROUNDS + 1):
         for name, arm in arms.items():
             cpu, wall = time.process_time(), time.perf_counter()
             num_bytes = arm()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            if number:  # the first round warms up
+            if number:  # the first round is not counted
                 found[name].append((num_bytes / 1e6 / wall, cpu / (num_bytes / 2**30)))
     rows = {}
     for name, pairs in found.items():

@@ -1,12 +1,13 @@
-"""Is it worth to route? The mixture against the primary encoder alone and against all encoders on every clip.
+"""The benefit of routing, compared with the primary encoder alone and with all encoders on every clip.
 
-    python -m bench.mixture                       kit_cpu, its number of steps, three seeds: nine runs, hours
-    python -m bench.mixture --steps 800 --seeds 1 a first look
+    python -m bench.mixture                       recipe kit_cpu with three seeds: nine runs, which take hours
+    python -m bench.mixture --steps 800 --seeds 1 a quick comparison
 
-Every arm gets the same time: as many steps as fit into the mixture's, by a calibration of a hundred steps each. All are
-evaluated on the kit's test split (KIT_DIR). No goal but the answer: the table names the best arm per metric, and
-whether the seeds' ranges of the best two overlap. Runs lie in `runs/mixture`; started again, it goes on after the
-last whole one. Exits 1 if a run fails, 3 without the kit.
+All arms train for the same time: the others get as many steps as fit into the time of the mixture's steps, according to
+a calibration of a hundred steps each. All are evaluated on the kit's test split. There is no goal: the table shows the
+best arm for each metric, and whether the ranges of the two best arms over the seeds overlap. Runs are stored in
+`runs/mixture`, and an interrupted benchmark continues after the last finished run. The exit code is 1 if a run fails,
+and 3 without the kit (KIT_DIR).
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ METRICS = {
     "sqa/accuracy": max,
     "ac/meteor": max,
 }
-"""With what is better."""
+"""Metric → function that returns the best of several values."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run."""
+    """The outcome of one run."""
 
     arm: str
     seed: int
@@ -53,11 +54,15 @@ class Outcome:
 
 
 def train(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
-    """The summary of a run; trained unless it is there. Raises CalledProcessError."""
+    """Return the summary of a run, which is trained unless its summary exists.
+
+    Raises:
+        CalledProcessError: If the run fails.
+    """
     summary = folder / name / "summary.json"
     if not summary.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        keys = [f"name={name}", f"train.run_dir={folder}", f"data.root={KIT}", "telemetry.mlflow=false", *overrides]
+        keys = [f"name={name}", f"train.run_dir={folder}", f"data.root={KIT}", "telemetry.trackers=[]", *overrides]
         with open(folder / f"{name}.txt", "ab") as output:
             command = [sys.executable, "-m", "trainer", RECIPE, *keys]
             environ = {"OMP_NUM_THREADS": "1", **os.environ}
@@ -67,7 +72,7 @@ def train(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def step_sec(folder: Path, arm: str) -> float:
-    """Of the arm's steps over all phases of the recipe, without the first ones."""
+    """Return the mean duration of an arm's steps over all phases of the recipe, without the first steps."""
     name = f"calibration-{arm.replace(' ', '-')}"
     every = ["eval.every_steps=0", "checkpoint.every_steps=0", "eval.max_samples=4", "eval.max_new_tokens=1"]
     train(
@@ -79,7 +84,7 @@ def step_sec(folder: Path, arm: str) -> float:
 
 
 def run_all(folder: Path, steps: int, num_seeds: int) -> list[Outcome]:
-    """All runs, seed by seed: whatever slows the machine down meets every arm."""
+    """Train all arms seed by seed, so that other load on the machine slows all arms."""
     seconds = {arm: step_sec(folder, arm) for arm in ARMS}
     num_steps = {arm: round(steps * seconds["mixture"] / sec) for arm, sec in seconds.items()}
     for arm, number in num_steps.items():
@@ -104,7 +109,7 @@ def run_all(folder: Path, steps: int, num_seeds: int) -> list[Outcome]:
 
 
 def compare(outcomes: list[Outcome]) -> dict[str, Any]:
-    """The table, printed; per metric the arms' means and ranges over seeds, and the best."""
+    """Print and return a table with each metric's mean and range over the seeds for each arm, and the best arm."""
     table: dict[str, Any] = {}
     print(f"\n{'test split':22} " + " ".join(f"{arm:>22}" for arm in ARMS) + "   best")
     for metric, better in METRICS.items():
@@ -122,9 +127,11 @@ def compare(outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Exit code: 0 the table is there, 1 a run failed, 3 there is no kit."""
+    """Run the benchmark as a command; the exit code is 0, 1 if a run fails, or 3 without the kit."""
     parser = argparse.ArgumentParser(prog="python -m bench.mixture", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=load_recipe(RECIPE, []).train.steps, help="of the mixture")
+    parser.add_argument(
+        "--steps", type=int, default=load_recipe(RECIPE, []).train.steps, help="number of steps of the mixture"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("runs/mixture"))
     options = parser.parse_args()

@@ -1,12 +1,14 @@
-"""How much of the encoders' and the LLM's work is padding.
+"""The share of padding in the work of the encoders and the LLM.
 
     python -m bench.padding
 
-On the kit (every training clip, KIT_DIR) and on log-normal durations: the project's own plan (`trainer.parallel`:
-clips of like length to one rank, cut where padding is least; LLM packs of equal length) over a range of global batches
-and with what a further encoder call is taken to cost on a CPU (`CALL_COST_SAMPLES`),
-beside naive batches in the order of arrival, ten length buckets, and padding every clip to 30 s. Both arms hold the
-same samples and the same budget. Goal: at most 2 % of encoder frames and of LLM tokens.
+The plan of `trainer.parallel` sends clips of similar length to the same rank, cuts them into calls where this gives the
+least padding, and makes LLM packs of equal length. It is compared with batches in the order of arrival, with ten length
+buckets, and with padding of every clip to 30 s, for the same samples and the same budget. The samples are all training
+clips of the kit (KIT_DIR) and clips of log-normal duration, in global batches of several sizes. The plan is also
+measured with the cost that it assumes for a further encoder call on a CPU (`CALL_COST_SAMPLES`).
+
+Goal: at most 2 % of encoder frames and of LLM tokens are padding. The exit code is 1 if the goal is missed.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from trainer.parallel.packs import plan_packs
 GOAL = 0.02
 STRIDES = (2, 2, 2)
 ENCODER_BATCH_SEC, PACK_TOKENS = 480.0, 4096
-"""Defaults of `train.encoder_batch_sec` and `train.llm_tokens_per_microbatch`."""
+"""The defaults of `train.encoder_batch_sec` and `train.llm_tokens_per_microbatch`."""
 RANKS, BATCHES = (1, 8), (64, 256, 1024)
 CALL_COST = CALL_COST_SAMPLES["cpu"]
 OTHER_CALL_COSTS_SEC = (10.0, 3.0, 0.3)
-"""What the plan would do if it took a further encoder call to cost that; the first is that of a GPU."""
+"""The costs of a further encoder call with which the plan is measured; the first one is that of a GPU."""
 NUM_LOG_NORMAL = 16384
 LONGEST_SEC = 30.0
 NUM_BUCKETS = 10
@@ -40,7 +42,7 @@ Groups = list[list[int]]
 
 
 def kit() -> tuple[list[float], list[int]] | None:
-    """Durations and text tokens (about four characters each) of the kit's training samples; None without a kit."""
+    """Return the durations and text tokens (about four characters each) of the kit's training samples, if it exists."""
     seconds, text = [], []
     for path in sorted(KIT.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -52,23 +54,23 @@ def kit() -> tuple[list[float], list[int]] | None:
 
 
 def log_normal() -> tuple[list[float], list[int]]:
-    """The same for a set of log-normal durations, with three words of text per second."""
+    """Return log-normal durations, and text tokens for three words of text per second."""
     seconds = durations(NUM_LOG_NORMAL)
     return seconds, [12 + round(4 * s) for s in seconds]
 
 
 def waste(groups: Groups, frames: Sequence[int]) -> tuple[int, int]:
-    """(padded frames, real frames)."""
+    """Return (padded frames, real frames)."""
     return sum(len(g) * max(frames[i] for i in g) for g in groups if g), sum(frames[i] for g in groups for i in g)
 
 
 def planned(frames: Sequence[int], budget: int, call_cost: int) -> Groups:
-    """As `trainer.engine.expert_parallel` groups the clips of a rank."""
+    """Return batches of a rank's clips as `trainer.engine.expert_parallel` makes them."""
     return group_by_length([FRAME_SAMPLES * f for f in frames], FRAME_SAMPLES * budget, call_cost)
 
 
 def naive(frames: Sequence[int], budget: int) -> Groups:
-    """In the order of arrival, until the padded batch would exceed the budget."""
+    """Return batches in the order of arrival, each of which ends before its padded size would exceed the budget."""
     groups: Groups = [[]]
     for i, length in enumerate(frames):
         longest = max([length, *(frames[j] for j in groups[-1])])
@@ -79,7 +81,7 @@ def naive(frames: Sequence[int], budget: int) -> Groups:
 
 
 def bucketed(frames: Sequence[int], budget: int) -> Groups:
-    """Ten buckets with equally many samples each; batches form within a bucket."""
+    """Return batches within ten length buckets that have the same number of samples."""
     edges = np.quantile(frames, np.linspace(0, 1, NUM_BUCKETS + 1)[1:-1])
     bucket = np.searchsorted(edges, frames, side="left")
     groups: Groups = []
@@ -90,14 +92,14 @@ def bucketed(frames: Sequence[int], budget: int) -> Groups:
 
 
 def steps(num: int, batch: int, seed: int = 0) -> Iterator[list[int]]:
-    """Global batches of one shuffled epoch."""
+    """Yield the global batches of one shuffled epoch."""
     order = np.random.default_rng(seed).permutation(num).tolist()
     for start in range(0, num - batch + 1, batch):
         yield order[start : start + batch]
 
 
 def encoder_waste(frames: Sequence[int], batch: int, ranks: int, call_cost: int = CALL_COST) -> tuple[float, float]:
-    """(share of encoder frames that are padding, encoder calls per step and rank); cost is taken as the length."""
+    """Return (share of padding in encoder frames, encoder calls per step and rank), with the length as the cost."""
     budget, padded, real, calls, num_steps = round(ENCODER_BATCH_SEC * 50), 0, 0, 0, 0
     for step in steps(len(frames), batch):
         rank_of = spread_alike([frames[i] for i in step], ranks)
@@ -111,7 +113,7 @@ def encoder_waste(frames: Sequence[int], batch: int, ranks: int, call_cost: int 
 
 
 def whole_set_waste(frames: Sequence[int], group: Callable[[Sequence[int], int], Groups]) -> float:
-    """The same for a method that may batch across the whole (shuffled) set."""
+    """Return the share of padding of a method that makes batches from the whole shuffled dataset."""
     order = np.random.default_rng(0).permutation(len(frames))
     mine = [frames[i] for i in order]
     padded, real = waste(group(mine, round(ENCODER_BATCH_SEC * 50)), mine)
@@ -119,7 +121,7 @@ def whole_set_waste(frames: Sequence[int], group: Callable[[Sequence[int], int],
 
 
 def llm_waste(tokens: Sequence[int], batch: int, replicas: int) -> float:
-    """Share of the rows of LLM packs that are padding."""
+    """Return the share of padding in the rows of LLM packs."""
     rows = real = 0
     for step in steps(len(tokens), batch):
         packs = plan_packs([tokens[i] for i in step], replicas, PACK_TOKENS, 1)
@@ -129,7 +131,7 @@ def llm_waste(tokens: Sequence[int], batch: int, replicas: int) -> float:
 
 
 def padded_llm_waste(tokens: Sequence[int]) -> float:
-    """Naive LLM batches: samples in the order of arrival, each padded to its batch's longest."""
+    """Return the share of padding in LLM batches in the order of arrival, padded to the longest sample."""
     order = np.random.default_rng(0).permutation(len(tokens))
     mine = [tokens[i] for i in order]
     padded, real = waste(naive(mine, PACK_TOKENS), mine)
@@ -137,7 +139,7 @@ def padded_llm_waste(tokens: Sequence[int]) -> float:
 
 
 def measure(seconds: Sequence[float], text: Sequence[int]) -> dict[str, Any]:
-    """All numbers of one set."""
+    """Return all numbers of one dataset."""
     samples = [num_samples(s) for s in seconds]
     frames = [num_frames(s) for s in samples]
     tokens = [audio_tokens_of_samples(s, STRIDES) + t for s, t in zip(samples, text, strict=True)]
@@ -163,7 +165,10 @@ def measure(seconds: Sequence[float], text: Sequence[int]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Exit code: 0 the goals are met (at the largest batch, on one rank and on eight, on every set), 1 they are not."""
+    """Run the benchmark as a command.
+
+    The exit code is 0 if the goal is met for the largest batch, on one rank and on eight, on every dataset, else 1.
+    """
     datasets = {"log-normal": log_normal()} | ({} if (found := kit()) is None else {"kit": found})
     results: dict[str, Any] = {}
     for name, (seconds, text) in datasets.items():

@@ -1,12 +1,13 @@
-"""What a plan says of memory against what ranks take, on this machine's CPU.
+"""The memory of ranks according to the plan, compared with measurements on this machine's CPU.
 
     python -m bench.plan_memory [CASE …] [--json]
 
-Measured is the peak, within one training step (the second), of all bytes that torch's CPU allocator has handed out and
-not got back: all that was alive before the step (weights, gradients, optimizer, buffers, the batch), and what the step
-takes on top, from torch's own record of allocations. Not in it: the interpreter, libraries, NumPy's arrays, and what
-kernels allocate on their own. The batch has the lengths that the plan assumes. Goal: the plan
-within 10 % of the peak on every rank. Exits 1 on a missed goal.
+The measured value is the largest number of bytes that torch's CPU allocator has allocated at once in the second
+training step. It is the sum of everything that exists before the step (weights, gradients, optimizer, buffers and the
+batch) and of what torch records as allocated within the step. It excludes the interpreter, libraries, NumPy's arrays,
+and what kernels allocate themselves. The batch has the lengths that the plan assumes.
+
+Goal: the plan is within 10 % of the measured peak on every rank. The exit code is 1 if the goal is missed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from trainer.run.launch import start_ranks
 LIMIT = 0.1
 CASES: dict[str, tuple[str, list[str]]] = {
     "demo_cpu": ("demo_cpu", []),
-    # 28 M parameters: experts on one rank each, weights beyond what ZeRO-3 keeps gathered.
+    # 28 M parameters. Each encoder expert is on one rank, and has more weights than ZeRO-3 keeps gathered.
     "medium": (
         "kit_cpu",
         [
@@ -38,7 +39,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
             "data.num_lanes=8",
         ],
     ),
-    # 67 M parameters: a published Whisper's sizes on padded windows, a pipeline with recomputation.
+    # 67 M parameters. It has the sizes of a published Whisper on padded windows, and a pipeline with recomputation.
     "large": (
         "kit_cpu",
         [
@@ -63,7 +64,7 @@ _RESULT = "PLAN_MEMORY_RESULT"
 
 
 def work(case: str) -> int:
-    """One rank: two steps; leaves its numbers as JSON."""
+    """Run one rank, which makes two steps and writes its measurements as JSON."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -95,19 +96,19 @@ def work(case: str) -> int:
 
 
 def _as_planned(recipe: Any, batch: Any) -> Any:
-    """Router noise [clips, gates, experts] that sends sample i to experts i, i + 1, …, as the plan has it."""
+    """Return router noise [clips, gates, experts] that sends sample i to experts i, i + 1, …, as the plan assumes."""
     import torch
 
     gates, experts = len(recipe.model.router.gates), len(recipe.model.experts)
     noise = torch.zeros(len(batch.samples), gates, experts)
     for row, sample in enumerate(batch.samples):
         for gate in range(gates):
-            noise[row, gate, (int(sample.key) + gate) % experts] = 200.0  # more would make probabilities of 0
+            noise[row, gate, (int(sample.key) + gate) % experts] = 200.0  # larger values would give probabilities of 0
     return noise
 
 
 class _Phases:
-    """Marks the step's phases in the profile."""
+    """A listener that marks the phases of a step in the profile."""
 
     def __init__(self) -> None:
         self._open: list[Any] = []
@@ -124,7 +125,7 @@ class _Phases:
 
 
 def _alive_bytes() -> int:
-    """Of all tensors that Python can reach, each storage once."""
+    """Return the bytes of the storages of all tensors that Python can reach."""
     import gc
 
     import torch
@@ -135,7 +136,7 @@ def _alive_bytes() -> int:
 
 
 def _peaks(events: Any, standing: int) -> dict[str, int]:
-    """Most bytes alive in each phase; `standing` were alive before."""
+    """Return the largest number of allocated bytes in each phase, including `standing` bytes from before the step."""
     memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     spans = {
         e.name().removeprefix("phase "): (e.start_ns(), e.start_ns() + e.duration_ns())
@@ -162,7 +163,7 @@ def _case(name: str) -> tuple[Any, Any]:
 
 
 def _batch(recipe: Any, workload: Any, rank: int) -> Any:
-    """This rank's samples: noise of the planned lengths, and an answer of 8 tokens."""
+    """Return this rank's samples, with noise of the planned lengths and answers of 8 tokens."""
     import torch
 
     from model.batch import IGNORE, Batch, Sample
@@ -184,6 +185,7 @@ def _batch(recipe: Any, workload: Any, rank: int) -> Any:
             Sample(
                 key=f"{i}",
                 task="asr",
+                is_transcription=True,
                 clips=(0.1 * torch.randn(length, generator=generator),),
                 token_ids=ids,
                 audio_mask=mask,
@@ -195,7 +197,7 @@ def _batch(recipe: Any, workload: Any, rank: int) -> Any:
 
 
 def compare(case: str) -> list[dict[str, Any]]:
-    """Run the ranks, plan the same, and put both side by side, per rank."""
+    """Run the ranks, plan the same case, and return both results for each rank."""
     from trainer.plan.accelerator import KNOWN
     from trainer.plan.plan import Planner
 
@@ -237,11 +239,11 @@ _MEASURED = {"encode": ("encode",), "llm": ("llm", "exchange"), "backward": ("ba
 
 
 def main() -> int:
-    """Exit code: 0 within the goal, 1 not."""
+    """Run the benchmark as a command; the exit code is 0 if the goal is met, else 1."""
     parser = argparse.ArgumentParser(prog="python -m bench.plan_memory", description=__doc__)
-    parser.add_argument("cases", nargs="*", default=[], help=f"of {', '.join(CASES)}; default: all")
+    parser.add_argument("cases", nargs="*", default=[], help=f"cases to measure, of {', '.join(CASES)}; default: all")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     if options.rank:
         return work(options.cases[0])

@@ -1,11 +1,14 @@
-"""Training from a bucket equals training from disk, also when it is killed and goes on with other numbers of ranks.
+"""A comparison of training from a bucket, with two interruptions, and training from disk.
 
-    python -m bench.s3_training [RECIPE] [--steps N] [key=value …]      default: kit_cpu, as many steps as it says
+    python -m bench.s3_training [RECIPE] [--steps N] [key=value …]      default: kit_cpu with its number of steps
 
-Makes shards of the kit (KIT_DIR), puts them into a Swift server on this machine, trains RECIPE from disk on 2 ranks,
-then from `s3://` on 2, 1 and 2 ranks, killed (SIGKILL, all processes) after a third and after two thirds of the steps.
-Goals: every step's loss within 1e-4 relative of the run from disk (ranks add in another order); the final account of
-samples (positions, skips) is the same, number for number.
+The benchmark makes shards of the kit (KIT_DIR), stores them in a local Swift server, and trains RECIPE from disk on 2
+ranks. Then it trains from `s3://` on 2, 1 and 2 ranks, where all processes are killed (SIGKILL) after a third and after
+two thirds of the steps.
+
+Goals: every step's loss is within 1e-4 relative of that of the run from disk, since other numbers of ranks add in
+another order. The final state of the data (positions and skipped samples) is identical. The exit code is 1 if a goal is
+missed, and 3 without the kit.
 """
 
 from __future__ import annotations
@@ -31,13 +34,13 @@ from trainer.storage.open import open_store
 
 GOAL = 1e-4
 RANKS = (2, 1, 2)
-"""Of the three parts of the run from the bucket; the run from disk has the first."""
+"""The numbers of ranks of the three parts of the run from the bucket. The run from disk has the first."""
 FEW_EVALUATED = ("eval.max_samples=8", "eval.max_new_tokens=4")
-"""Losses are compared, not answers."""
+"""The overrides of all runs, which keep evaluations short since only losses are compared."""
 
 
 def dataset_overrides(recipe: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(manifests of the kit that the recipe's sets read, overrides that make the sets read shards of them)."""
+    """Return (manifests of the recipe's datasets, overrides that make the datasets read shards of them)."""
     datasets = load_recipe(recipe, list(overrides)).data.datasets
     stems = [Path(str(s.manifest)).stem if (KIT / str(s.manifest)).exists() else "asr" for s in datasets]
     changes = [
@@ -49,7 +52,7 @@ def dataset_overrides(recipe: str, overrides: Sequence[str]) -> tuple[list[str],
 
 
 def start(recipe: str, run_dir: Path, ranks: int, overrides: Sequence[str]) -> subprocess.Popen[bytes]:
-    """A training, its output in a file beside the run."""
+    """Start a training whose output goes to a file in the run's folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
     expert = min(ranks, load_recipe(recipe, list(overrides)).parallel.expert)
     here = [f"train.run_dir={run_dir}", f"parallel.num_ranks={ranks}", f"parallel.expert={expert}"]
@@ -60,7 +63,7 @@ def start(recipe: str, run_dir: Path, ranks: int, overrides: Sequence[str]) -> s
 
 
 def losses(run_dir: Path) -> dict[int, float]:
-    """Step → loss, of every step that was logged."""
+    """Return step → loss for every logged step."""
     found = {}
     for path in run_dir.glob("*/metrics.jsonl"):
         for line in path.read_text().splitlines():
@@ -71,7 +74,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def kill(run: subprocess.Popen[bytes]) -> None:
-    """The launcher and all its ranks, at once and without a word."""
+    """Kill the launcher and all its ranks with SIGKILL."""
     family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
     for process in family:
         process.kill()
@@ -83,28 +86,28 @@ def kill_after(run: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
     """Kill the run as soon as it has logged `step`."""
     while max(losses(run_dir), default=0) < step:
         if run.poll() is not None:
-            raise SystemExit(f"the run ended by itself before step {step}: see {run_dir / 'output.txt'}")
+            raise SystemExit(f"the run ended before step {step}; see {run_dir / 'output.txt'}")
         time.sleep(0.1)
     kill(run)
 
 
 def finish(run: subprocess.Popen[bytes], run_dir: Path) -> None:
-    """Wait for the end."""
+    """Wait for the end of a run, and raise an error if it failed."""
     if run.wait() != 0:
-        raise SystemExit(f"exit code {run.returncode}: see {run_dir / 'output.txt'}")
+        raise SystemExit(f"exit code {run.returncode}; see {run_dir / 'output.txt'}")
 
 
 def account(run_dir: Path) -> dict[str, Any]:
-    """The data's state in the run's last checkpoint."""
+    """Return the state of the data in the run's last checkpoint."""
     (last, *_) = sorted(run_dir.glob("*/checkpoints/step-*/state.json"), reverse=True)
     return json.loads(last.read_text())["extra"]["data"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 both runs agree, 1 they do not, 3 no kit."""
+    """Run the benchmark as a command; the exit code is 0 if the goals are met, 1 if not, and 3 without the kit."""
     parser = argparse.ArgumentParser(prog="python -m bench.s3_training", description=__doc__.split("\n")[0])
     parser.add_argument("recipe", nargs="?", default="kit_cpu")
-    parser.add_argument("--steps", type=int, help="instead of the recipe's")
+    parser.add_argument("--steps", type=int, help="number of steps; default: the recipe's")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
     if not (KIT / "asr.jsonl").exists():
@@ -125,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             assert make_shards([str(KIT / f"{stem}.jsonl"), str(root / "disk" / stem)]) == 0
             assert make_shards([str(KIT / f"{stem}.jsonl"), f"s3://kit/{stem}"]) == 0
             names = open_store(f"s3://kit/{stem}").list()
-            assert names == open_store(str(root / "disk" / stem)).list(), "the same input gave other shards"
+            assert names == open_store(str(root / "disk" / stem)).list(), "the same input gave different shards"
         common = [*datasets, *overrides, f"checkpoint.every_steps={every}", f"data.cache_dir={root / 'cache'}"]
         finish(start(args.recipe, root / "a", RANKS[0], [*common, f"data.root={root / 'disk'}"]), root / "a")
         bucket = [*common, "data.root=s3://kit"]

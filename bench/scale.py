@@ -1,10 +1,13 @@
-"""What grows with the number of ranks, on one rank, against bounds.
+"""The resources of one rank that grow with the number of ranks: process groups, connections, open files and time.
 
     python -m bench.scale
 
-Process groups of the full size exist without other ranks (torch's fake process group): the trainer's own code makes
-them, and they are counted. Connections follow from their sizes, open files from `trainer.parallel.environment`. The
-last line is one JSON object; exit code 1 where a goal is missed.
+The trainer's own code creates process groups of the full size with torch's fake process group, which needs no other
+ranks, and the groups are counted. The number of connections follows from their sizes, and the number of open files is
+that of `trainer.parallel.environment`.
+
+Goals: the number of open files, the number of gloo groups and the time for judging stragglers are below the bounds that
+this file states. The last line is one JSON object. The exit code is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from trainer.telemetry.straggler import RankWork, StragglerMeter
 
 TOPOLOGIES = (Topology(128, 8, 4, 4), Topology(1008, 8, 9, 4), Topology(4096, 8, 8, 4))
 GOALS_FILES = {128: 1600, 1008: 3400, 4096: 9600}
-"""Number of ranks → most open files of one."""
+"""Number of ranks → largest allowed number of open files of one rank."""
 GOAL_GLOO_GROUPS = 2
 JUDGE_RANKS, GOAL_JUDGE_SEC = 10_240, 0.05
 GROUP_NAMES = ("groups", "gloo_groups", "gloo_peers")
@@ -36,24 +39,24 @@ GROUP_NAMES = ("groups", "gloo_groups", "gloo_peers")
 
 @dataclass(frozen=True)
 class Counted:
-    """The process groups that one rank of a run belongs to."""
+    """The number of process groups that one rank of a run belongs to."""
 
     groups: int
-    """The world's and the checkpoints' among them."""
+    """The number of all groups, including those of the world and of the checkpoints."""
     megatron_groups: int
     gloo_groups: int
-    """Those that have a gloo backend."""
+    """The number of groups with a gloo backend."""
     gloo_peers: int
-    """Other ranks in these, each counted once per group: the connections of full meshes."""
+    """The number of other ranks in the gloo groups, summed over groups, which is that of connections in full meshes."""
 
 
 def count_groups(topology: Topology, rank: int, cuda: bool = True) -> Counted:
-    """Make the groups of `rank` as a run does, on GPUs or on CPUs, and count them.
+    """Create the groups of a rank as a run does, and count them.
 
     Args:
-        topology: of the run.
-        rank: whose groups to count.
-        cuda: count backends as on GPUs.
+        topology: The topology of the run.
+        rank: The rank whose groups are counted.
+        cuda: Whether to count the backends of GPUs instead of those of CPUs.
     """
     made: list[tuple[int, str | None]] = [(topology.world, None)]
     with _fake_world(topology, rank, made):
@@ -70,7 +73,11 @@ def count_groups(topology: Topology, rank: int, cuda: bool = True) -> Counted:
 
 @contextlib.contextmanager
 def _fake_world(topology: Topology, rank: int, made: list[tuple[int, str | None]]) -> Iterator[None]:
-    """A fake process group of the full size; `made` gets (size, backend) of each further group that has this rank."""
+    """Create a fake process group of the full size, and record further groups.
+
+    Args:
+        made: A list to which (size, backend) of each further group that contains this rank is appended.
+    """
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -93,7 +100,7 @@ def _fake_world(topology: Topology, rank: int, made: list[tuple[int, str | None]
 
 
 def _deepspeed_groups(topology: Topology) -> None:
-    """Those of `trainer.engine.encoders`: DeepSpeed's own world, experts, and the ranks that share one."""
+    """Create the groups of `trainer.engine.encoders`: DeepSpeed's world, and those of encoder experts and replicas."""
     dist.new_group(ranks=range(topology.world))
     if topology.ep > 1:
         for ranks in (*topology.expert_replica_groups, *topology.expert_groups):
@@ -101,7 +108,7 @@ def _deepspeed_groups(topology: Topology) -> None:
 
 
 def judge_sec(num_ranks: int) -> float:
-    """Return the CPU seconds that rank 0 judges one stretch of `num_ranks` ranks' work for, at most of three."""
+    """Return the CPU seconds in which rank 0 judges one stretch of all ranks' work, as the largest of three values."""
     parts = [
         RankWork(r, f"node{r // 8}", {p: 1.0 + r % 7 / 10 for p in ("load", "encode", "llm", "update")}, {"llm": 0.2})
         for r in range(num_ranks)
@@ -116,7 +123,7 @@ def judge_sec(num_ranks: int) -> float:
 
 
 def main() -> int:
-    """Exit code: 0 all goals are met, 1 one is not."""
+    """Run the benchmark as a command; the exit code is 0 if the goals are met, else 1."""
     counted = {t.world: count_groups(t, rank=0) for t in TOPOLOGIES}
     files = {world: needed_descriptors(world, cuda=True) for world in counted}
     judged = judge_sec(JUDGE_RANKS)

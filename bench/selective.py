@@ -1,14 +1,15 @@
-"""What an encoder that the router did not choose costs: nothing.
+"""The cost of encoders that the router does not choose, which should be zero.
 
     python -m bench.selective
 
-One rank, three experts of real families (HuBERT, WavLM, Whisper at the clip's length; random weights), forward and
-backward through `trainer.engine.expert_parallel.EncoderDispatch`. c_k is the measured cost of encoder k alone on all
-clips, p_k the share of the clips that a mix routes to it.
+One rank with three encoder experts of real families (HuBERT, WavLM and Whisper at the clip's length, with random
+weights) runs forward and backward passes through `trainer.engine.expert_parallel.EncoderDispatch`. c_k is the measured
+cost of encoder k alone on all clips, and p_k is the share of the clips that a mix routes to it.
 
-Goal: CPU seconds of a mix / CPU seconds with all encoders on within 5 % of Σ p·c / Σ c, for every mix. Clips are dealt
-to the encoders so that p holds among short clips as among long ones: p counts clips, cost goes by their length. The
-CPU seconds are those of the whole process, so planning and batching count as well. Exits 1 on a missed goal.
+Goal: for every mix, the CPU seconds divided by those with all encoders on all clips are within 5 % of Σ p·c / Σ c. The
+shares p_k are the same among short and long clips, since they count clips while the cost depends on length. The CPU
+seconds are those of the whole process, so that planning and batching are included. The exit code is 1 if the goal is
+missed.
 """
 
 from __future__ import annotations
@@ -53,21 +54,25 @@ MIXES = {
     "HuBERT never": ((1,), (2,)),
     "two gates": ((0, 1), (1, 2), (0, 2), (0,)),
 }
-"""The experts of a clip; these patterns repeat over the clips from the longest to the shortest."""
+"""Mix → encoder experts of each clip. The pattern is repeated over the clips from the longest to the shortest."""
 
 
 def routing(lengths: tuple[int, ...], pattern: tuple[tuple[int, ...], ...]) -> Tensor:
-    """[B, K] bool"""
+    """Return the encoder experts of each clip, [B, K] bool."""
     wanted = torch.zeros(len(lengths), len(ENCODERS), dtype=torch.bool)
     for turn, clip in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
         lap, place = divmod(turn, len(pattern))
-        # Back and forth: else the first of a pattern would always get the longer clip.
+        # The pattern is reversed alternately, since its first element would otherwise always get the longer clips.
         wanted[clip, list(pattern[-1 - place if lap % 2 else place])] = True
     return wanted
 
 
 def measure() -> dict[str, list[float]]:
-    """CPU seconds of a forward and backward pass, by what runs: `all`, an encoder's name, or a mix; one per round."""
+    """Measure the CPU seconds of a forward and backward pass in each round.
+
+    Returns:
+        `all`, the name of an encoder, or that of a mix → CPU seconds by round.
+    """
     import torch.distributed as dist
 
     from trainer.engine.expert_parallel import EncoderDispatch
@@ -102,14 +107,14 @@ def measure() -> dict[str, list[float]]:
         for name in [*runs][:: 1 if number % 2 else -1]:
             start = time.process_time()
             sum(f.values.square().sum() for f in dispatch(names, clips, runs[name])).backward()
-            if number:  # the first round warms up
+            if number:  # the first round is not counted
                 seconds[name].append(time.process_time() - start)
     dist.destroy_process_group()
     return seconds
 
 
 def draw_clips() -> Ragged:
-    """Log-normal durations; noise."""
+    """Return clips of noise with log-normal durations."""
     rng = np.random.default_rng(0)
     durations = np.clip(rng.lognormal(np.log(MEDIAN_SEC), SIGMA, NUM_CLIPS), 1.0, 12.0)
     return Ragged.of(
@@ -118,9 +123,9 @@ def draw_clips() -> Ragged:
 
 
 def report(seconds: dict[str, list[float]]) -> dict[str, object]:
-    """A table, and what the last line says."""
+    """Print a table, and return the content of the last line."""
     lengths, names = draw_clips().lengths, [e.name for e in ENCODERS]
-    # Other work on the machine only ever adds: caches and clock are shared.
+    # Other load on the machine can only increase the measured times, so the least time is used.
     least = {name: min(spent) for name, spent in seconds.items()}
     cost = {name: least[name] for name in names}
     print("least CPU seconds on all clips: " + ", ".join(f"{n} {c:.2f}" for n, c in cost.items()), end="")
@@ -143,10 +148,10 @@ def report(seconds: dict[str, list[float]]) -> dict[str, object]:
 
 
 def main() -> int:
-    """Exit code: 0 passed, 1 missed."""
+    """Run the benchmark as a command; the exit code is 0 if the goal is met, else 1."""
     argparse.ArgumentParser(prog="python -m bench.selective", description=(__doc__ or "").splitlines()[0]).parse_args()
     if "RANK" not in os.environ:
-        # Kernels compiled for the shapes of one run must not push out another's: every run comes back with its shapes.
+        # The cache must hold the kernels of all shapes, since every round has the same shapes again.
         os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "20000"}
         return start_ranks(1, [sys.executable, "-m", "bench.selective"])
     result = report(measure())

@@ -1,12 +1,13 @@
-"""What carries over to a speaker nobody has heard: augmentation and loudness, judged without the test split.
+"""The effect of augmentation and loudness normalisation on a new speaker, measured without the test split.
 
     python -m bench.speakers [--steps 600] [--seeds 1]
 
-The kit (KIT_DIR) has few speakers of digits, and which change to their recordings helps a new one shows only on a
-speaker who was left out. A small Whisper encoder with a mean and a linear layer on top learns the ten digits from all
-speakers of the train and dev splits but one and is asked about that one; so for each of them, with every arm. The arms
-differ in `do_normalize` and in `data.augment`; the clips, their order and the first weights are the same. No goal but
-the answer: error rate per arm and speaker. Five arms take about 15 minutes on one core. Exits 3 without the kit.
+The kit (KIT_DIR) has few speakers of digits, so the effect on a new speaker can only be measured by cross-validation. A
+small Whisper encoder with a mean and a linear layer on top is trained on the ten digits of all speakers of the train
+and dev splits except one, and evaluated on that one. This is repeated for each speaker and each arm. The arms differ in
+`do_normalize` and in `data.augment`, and have the same clips in the same order and the same initial weights. There is
+no goal: the result is the error rate by arm and speaker. Five arms take about 15 minutes on one core. The exit code is
+3 without the kit.
 """
 
 from __future__ import annotations
@@ -42,21 +43,21 @@ ARMS = {
     "equal loudness, augmented": (True, CHANGES),
     "equal loudness, augmented, noise": (True, CHANGES | {"noise_snr_db": 15}),
 }
-"""`do_normalize`, and what of `data.augment` is on."""
+"""Name → arm: the value of `do_normalize`, and the settings of `data.augment`."""
 
 Clip = tuple[NDArray[np.float32], int]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to treat the recordings."""
+    """A way to process the recordings."""
 
     equal_loudness: bool
     changes: AugmentConfig
 
 
 class Classifier(nn.Module):
-    """Whisper's encoder on real lengths, mean over the frames, ten scores."""
+    """A classifier that maps the mean of a Whisper encoder's frames to ten scores."""
 
     def __init__(self, equal_loudness: bool) -> None:
         super().__init__()
@@ -66,13 +67,13 @@ class Classifier(nn.Module):
         self.head = nn.Linear(WIDTH, 10)
 
     def forward(self, clips: Sequence[NDArray[np.float32]]) -> Tensor:
-        """[B, 10] of B clips."""
+        """Return the scores [B, 10] of B clips."""
         features = self.encoder(Ragged.of([torch.from_numpy(c) for c in clips])).split()
         return self.head(torch.stack([f.mean(0) for f in features]))
 
 
 def speakers() -> dict[str, list[Clip]]:
-    """Every single digit of the train and dev splits with its label, by speaker."""
+    """Return the single digits of the train and dev splits with their labels, by speaker."""
     rows = [json.loads(line) for line in (KIT / "asr.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [r for r in rows if r["subset"] == "digits" and r["split"] != "test"]
     words = sorted({r["answer_norm"] for r in rows})
@@ -84,7 +85,7 @@ def speakers() -> dict[str, list[Clip]]:
 
 
 def error_rate(train: Sequence[Clip], asked: Sequence[Clip], arm: Arm, steps: int, seed: int) -> float:
-    """Learn from `train`, then the share of `asked` that is wrong. Augmentation begins after a tenth of the steps."""
+    """Train on `train`, and return the error rate on `asked`. Augmentation begins after a tenth of the steps."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = Classifier(arm.equal_loudness)
@@ -107,7 +108,7 @@ def error_rate(train: Sequence[Clip], asked: Sequence[Clip], arm: Arm, steps: in
 
 
 def main() -> int:
-    """Exit code: 0, or 3 without the kit."""
+    """Run the benchmark as a command; the exit code is 0, or 3 without the kit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=1)
@@ -117,7 +118,7 @@ def main() -> int:
         return 3
     torch.set_num_threads(1)
     clips = speakers()
-    print(f"{'digits, error rate of a speaker left out':44}" + "".join(f"{s:>16}" for s in clips) + f"{'mean':>8}")
+    print(f"{'error rate for digits of the held-out speaker':44}" + "".join(f"{s:>16}" for s in clips) + f"{'mean':>8}")
     results: dict[str, Any] = {}
     for name, (equal_loudness, changes) in ARMS.items():
         arm = Arm(equal_loudness, AugmentConfig(**changes))

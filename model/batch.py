@@ -107,6 +107,8 @@ class Sample:
     texts: Mapping[str, Tensor] = field(default_factory=dict)
     """The token ids of further fields of the manifest, by the field's name. See `Loss.text_fields`."""
     meta: dict[str, Any] = field(default_factory=dict)
+    is_transcription: bool = False
+    """True if the answer is the transcript of the audio."""
 
     @property
     def num_tokens(self) -> int:

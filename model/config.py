@@ -1,51 +1,62 @@
-"""The model's part of a recipe: frozen dataclasses, each field with its meaning, checked where they are defined."""
+"""The section `model` of a recipe: frozen dataclasses that check their own values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from model.encoders.families import ENCODER_FAMILIES
 from model.errors import UserError, check_least
+from model.table import OneOf
 
 FORMER_GATES = {"independent": "data_independent", "dependent": "data_dependent"}
-"""Names of the gates in recipes, exports and load histories of earlier versions, and their present names."""
+"""The present names of gates that recipes, exports and load histories of earlier versions call otherwise."""
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """One audio encoder."""
+    """An audio encoder."""
 
     name: str = ""
-    """Unique within the model; appears in parameter names, metrics and reports."""
-    family: Literal["whisper", "hubert", "wavlm"] = "whisper"
+    """The name of the encoder in parameters, metrics and reports. Required, unique within the model, without a dot."""
+    family: Annotated[str, OneOf(ENCODER_FAMILIES)] = "whisper"
+    """The kind of network. Plug-ins can add families."""
     weights: str | None = None
-    """Local Hugging Face directory or hub id; null builds the encoder from `config` with random weights."""
+    """A local Hugging Face directory or a hub id with pre-trained weights. null builds the encoder from `config` with
+    random weights."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Fields of the family's transformers config that differ from its defaults, or from the checkpoint's."""
+    """Fields of the family's transformers config that should differ from its defaults, or from the checkpoint's values;
+    and optionally `do_normalize`, whether each window is brought to zero mean and unit variance first."""
     length_mode: Literal["full", "trim"] = "full"
-    """Whisper only. `full`: every window is padded to 30 s as in pre-training. `trim`: the clip's real length."""
+    """For Whisper: `full` pads every window to the checkpoint's 30 s, as in pre-training; `trim` computes only the real
+    length of the clips, which is faster. The other families always compute the real length and accept only `full`."""
     window_sec: float = 30.0
-    """Longer audio is encoded in windows of this length and joined. Whisper `full`: the checkpoint's 30 s."""
+    """The longest stretch of audio, in seconds, that is encoded at once. Longer clips are cut into windows of this
+    length and their features are joined. With Whisper's `length_mode: full`, it must be the checkpoint's 30 s."""
 
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Who chooses the experts of a clip (MoWE-Audio, arXiv 2409.06635; PaM, arXiv 2502.15178)."""
+    """The choice of encoder experts for each clip (MoWE-Audio, arXiv 2409.06635; PaM, arXiv 2502.15178)."""
 
     mode: Literal["primary_plus_experts", "all_routed"] = "primary_plus_experts"
-    """`primary_plus_experts`: `model.primary` always runs. `all_routed`: no primary, every encoder is routed."""
+    """`primary_plus_experts`: the encoder `model.primary` encodes every clip, and the experts are routed. `all_routed`:
+    there is no primary encoder, and every encoder is routed."""
     gates: tuple[Literal["data_independent", "data_dependent"], ...] = ("data_independent", "data_dependent")
-    """`independent`: one learned vector for all clips. `dependent`: from the clip (see `input`). One stream each."""
+    """The gates, each of which makes one stream of features. `data_independent`: a learned vector, the same for all
+    clips. `data_dependent`: computed from each clip; see `input`."""
     input: Literal["primary", "log_mel", "prompt"] = "primary"
-    """What the dependent gate reads: the average over time of primary features or log-mel, or the instruction."""
+    """What the data-dependent gate reads: the average over time of the primary encoder's features (`primary`) or of the
+    log-mel spectrogram (`log_mel`), or the average embedding of the instruction's tokens (`prompt`)."""
     top_k: int = 1
-    """Experts per gate and clip."""
+    """The number of experts that each gate chooses for a clip. More experts cost more compute."""
     temperature: float = 1.0
-    """Divides the gate logits."""
+    """The gate logits are divided by this before the softmax. Values above 1 make the probabilities more even."""
     noise_std: float = 0.0
-    """Standard deviation of Gaussian noise on the gate logits, in training only."""
+    """The standard deviation of Gaussian noise that is added to the gate logits in training only. 0 adds none."""
     added_encoder_warmup_steps: int = 1000
-    """Steps in which an encoder that was added to a trained model comes in (`checkpoint.start_from`)."""
+    """The number of steps in which an encoder that was added to a trained model (`checkpoint.start_from`) reaches its
+    full gate logits."""
 
     def __post_init__(self) -> None:
         if not self.gates or len(set(self.gates)) != len(self.gates):
@@ -61,12 +72,17 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class RoutingLossConfig:
-    """Weights of L_MoWE and its terms (see `model/losses/routing.py`)."""
+    """The routing loss L_MoWE and its terms (see `model/losses/routing.py`). Entropies are in nats."""
 
     weight: float = 0.1
+    """The weight of the routing loss in the total loss. 0 switches it off."""
     sample_entropy: float = 1.0
+    """The weight of the mean entropy of the data-dependent gate: raise it to route each clip with confidence."""
     batch_entropy: float = 1.0
+    """The weight of the negative entropy of the data-dependent gate's mean over the global batch: raise it so that the
+    batch as a whole uses all experts."""
     independent_entropy: float = 1.0
+    """The weight of the entropy of the data-independent gate: raise it so that this gate settles on few experts."""
 
     def __post_init__(self) -> None:
         check_least("model.routing_loss", self, weight=0, sample_entropy=0, batch_entropy=0, independent_entropy=0)
@@ -74,12 +90,15 @@ class RoutingLossConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Strided 1-D convolutions over the joined feature stream."""
+    """The adapter: strided 1-D convolutions over the joined features."""
 
     hidden_size: int = 1024
+    """The number of channels of every convolution, and the width of the adapter's output."""
     kernel_size: int = 3
+    """The kernel size of every convolution, in frames. It must be at least the largest stride."""
     strides: tuple[int, ...] = (2, 2, 2)
-    """One convolution per entry; their product is the down-sampling (8 by default: one slot per 160 ms)."""
+    """The stride of each convolution. Their product is the down-sampling: 8 by default, so that an audio token of the
+    LLM covers 160 ms."""
 
     def __post_init__(self) -> None:
         check_least("model.adapter", self, hidden_size=1)
@@ -87,12 +106,14 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class LLMConfig:
-    """The language model, in Hugging Face's terms; Megatron-core's config is derived from it."""
+    """The language model, described as in Hugging Face; Megatron-core's config is derived from it."""
 
     weights: str | None = None
-    """Local directory with config.json and safetensors, or hub id; null: random weights from `config`."""
+    """A local directory with config.json and safetensors files, or a hub id. null builds the LLM from `config` with
+    random weights."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Hugging Face config; with `weights` null it must hold `model_type`: llama, mistral, qwen2 or qwen3."""
+    """Fields of the Hugging Face config. If `weights` is null, they must include `model_type`: llama, mistral, qwen2,
+    qwen3 or a family of a plug-in. Otherwise they override the checkpoint's values."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +121,18 @@ class ModelConfig:
     """The whole model."""
 
     primary: EncoderConfig | None = None
+    """The encoder that encodes every clip. null if and only if `router.mode` is `all_routed`."""
     experts: tuple[EncoderConfig, ...] = ()
+    """The encoder experts, among which the router chooses for each clip. With an empty list there is no router."""
     expert_dim: int = 768
-    """Width to which each expert's features are projected before they are weighted and summed."""
+    """The width to which each expert's features are projected before they are weighted and summed."""
     router: RouterConfig = field(default_factory=RouterConfig)
     routing_loss: RoutingLossConfig = field(default_factory=RoutingLossConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
     ctc_weight: float = 0.0
-    """Weight of the auxiliary CTC loss of ASR answers on the adapter's output; 0: there is no CTC head."""
+    """The weight of an auxiliary CTC loss on the adapter's output, for the answers of transcription tasks such as asr.
+    0 builds no CTC head."""
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
     """Options of further losses by name, for example `{distillation: {weight: 0.5}}`. A loss without weight is off."""
 
@@ -130,5 +154,5 @@ class ModelConfig:
 
     @property
     def encoders(self) -> tuple[EncoderConfig, ...]:
-        """Primary (if any) and experts."""
+        """The primary encoder, if there is one, followed by the experts."""
         return (() if self.primary is None else (self.primary,)) + self.experts

@@ -17,7 +17,7 @@ export TMPDIR="${SCRATCH:-${TMPDIR:-/tmp}}"        # a fast local disk for tempo
 # export AWS_ENDPOINT_URL=https://s3.example.org   # for S3 buckets outside AWS; keys are read from ~/.aws/credentials
 # export MLFLOW_TRACKING_URI=https://mlflow.example.org
 
-# ---- the accelerator of the plan: h100, h200, a100, or numbers (python -m tools.plan --help)
+# ---- the accelerator of the plan: h100, h200, a100, or numbers (earshot plan --help)
 export PLAN_ACCELERATOR="${PLAN_ACCELERATOR:-h100}"
 
 # ---- the free memory and disk space that a node must have before ranks start on it

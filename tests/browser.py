@@ -1,4 +1,4 @@
-"""A report in a real browser: Chromium without a network."""
+"""Rendering of report pages in a real browser: Chromium without a network."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ TIMEOUT_SEC = 60
 
 
 def need_chromium() -> None:
-    """Skip the module where there is no browser; CI has one."""
+    """Skip the module if there is no browser. CI has one."""
     if CHROMIUM is None and "CI" not in os.environ:
         pytest.skip("no chromium here: apt-get install chromium", allow_module_level=True)
 
 
 class Page(HTMLParser):
-    """What a browser made of the page."""
+    """A page after a browser has rendered it."""
 
     def __init__(self, dom: str) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Page(HTMLParser):
 
 
 def browse(path: Path, address: str = "") -> Page:
-    """The page as Chromium shows it once its script has run."""
+    """Return the page as Chromium shows it after its script has run."""
     assert CHROMIUM is not None, "CI installs chromium: see .ci/run"
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"]
     command += [
@@ -68,7 +68,7 @@ def browse(path: Path, address: str = "") -> Page:
         dom, _ = process.communicate(timeout=TIMEOUT_SEC)
     finally:
         try:
-            os.killpg(process.pid, signal.SIGKILL)  # also the helpers it leaves behind
+            os.killpg(process.pid, signal.SIGKILL)  # including its child processes
         except ProcessLookupError:
             pass
         process.wait()
@@ -77,7 +77,7 @@ def browse(path: Path, address: str = "") -> Page:
 
 
 def then_run(path: Path, name: str, script: str) -> Path:
-    """A copy of the page that runs `script` after its own."""
+    """Write a copy of the page that also runs `script` after its own script."""
     changed = path.with_name(name)
     text = path.read_text(encoding="utf-8").replace("</body>", f"<script>{script}</script></body>")
     changed.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Greedy decoding by the single-process model, the simplest way: no cache, no packing, no ranks."""
+"""Greedy decoding by the single-process model, without cache, packing or ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.speech_llm import SpeechLLM
 
 
 def prompt_of(sample: Sample) -> Sample:
-    """The sample up to its answer."""
+    """Return the sample without its answer."""
     length = int((sample.labels != IGNORE).nonzero()[0]) + 1
     ids, mask = sample.token_ids[:length], sample.audio_mask[:length]
     return replace(sample, token_ids=ids, audio_mask=mask, labels=torch.full((length,), IGNORE))
@@ -19,7 +19,7 @@ def prompt_of(sample: Sample) -> Sample:
 
 @torch.no_grad()
 def greedy(oracle: SpeechLLM, sample: Sample, eos_id: int, vocab_size: int, max_new_tokens: int) -> list[int]:
-    """The tokens that follow a prompt, without the end token."""
+    """Return the tokens that follow a prompt, without the end token."""
     found: list[int] = []
     audio = oracle.embed_audio(Batch((sample,)))
     while len(found) < max_new_tokens:

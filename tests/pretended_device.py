@@ -1,16 +1,16 @@
-"""A device that is not there: tests of what only a GPU would refuse, on a machine without one.
+"""A pretended device, with which tests check on a machine without a GPU what only a GPU would refuse.
 
-Inside `PretendedDevice()` tensors put on `DEVICE` keep their values on the CPU, but say that they lie elsewhere. An
-operation that mixes them with a CPU tensor raises, as on a GPU, and whatever makes the host wait for a GPU is counted
-by the function of this project that asked for it:
+Within `PretendedDevice()`, tensors on `DEVICE` keep their values on the CPU, but report another device. An operation
+that mixes them with a CPU tensor raises an error, as on a GPU. Every operation that would make the host wait for a GPU
+is counted under the function of this project that causes it:
 
     with PretendedDevice() as device:
         tower = put(tower)
         tower(...)
     device.waits   # {"model/router.py:on_host": 1, …}
 
-The device calls itself `meta`: of all device types without hardware, only that one has what autograd needs. Kernels are
-the CPU's, so it says nothing about numbers, speed, memory, or collectives of a GPU.
+The device has the type `meta`, the only type without hardware that autograd supports. Since the kernels are those
+of the CPU, tests with it do not cover the numerics, speed, memory or collectives of a GPU.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ _WAITS = {
 }
 _INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
 _MIXES = {"_to_copy", "copy_", "_ctc_loss", "_cudnn_ctc_loss", "_ctc_loss_backward"}
-"""Operations that take tensors of both sides; CTC's lengths lie on the host."""
+"""The operations that accept tensors of both devices; CTC's lengths are on the host."""
 
 Thing = TypeVar("Thing")
 
 
 class DeviceTensor(Tensor):
-    """A tensor of the device; `host` holds its values."""
+    """A tensor on the device; `host` holds its values."""
 
     host: Tensor
 
@@ -79,7 +79,7 @@ class DeviceTensor(Tensor):
 
     @property  # type: ignore[override]
     def data(self) -> Tensor:
-        """As of any tensor; Megatron assigns it."""
+        """The data of the tensor, which Megatron assigns."""
         return DeviceTensor(self.host.detach())
 
     @data.setter
@@ -89,12 +89,12 @@ class DeviceTensor(Tensor):
         self.host = new.host
 
     def tolist(self) -> Any:
-        """Read it, which waits."""
+        """Return the values, for which the host waits."""
         _note("waits", "tolist")
         return self.host.tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
-        """As a tensor of a GPU does."""
+        """Raise the error of a GPU tensor."""
         raise TypeError("can't convert a device tensor to numpy: copy it to the host first")
 
 
@@ -117,23 +117,23 @@ def put(thing: Thing) -> Thing:
 
 
 class PretendedDevice:
-    """Context in which `DEVICE` exists."""
+    """A context in which `DEVICE` exists."""
 
     current: PretendedDevice | None = None
 
     def __init__(self) -> None:
         self.waits: Counter[str] = Counter()
-        """Times that the host waited for the device, by `file:function`."""
+        """`file:function` → how often the host waited for the device there."""
         self.transfers: Counter[str] = Counter()
-        """Copies to the device that nobody waited for, by `file:function`."""
+        """`file:function` → number of copies to the device for which the host did not wait."""
         self.kinds: Counter[tuple[str, str]] = Counter()
-        """Waits by site and operation, for a failing test to show."""
+        """Waits by site and operation, for the messages of failing tests."""
         self._modes = (_Dispatch(), _Functions())
 
     def __enter__(self) -> PretendedDevice:
         assert PretendedDevice.current is None, "one at a time"
         PretendedDevice.current = self
-        _mel_filters.cache_clear()  # what is kept by device: the plan's tracing has a device of this name, too
+        _mel_filters.cache_clear()  # cached by device, and the plan's tracing uses a device of this type too
         for mode in self._modes:
             mode.__enter__()
         return self
@@ -146,14 +146,14 @@ class PretendedDevice:
 
 
 class _Dispatch(TorchDispatchMode):
-    """Sees what is created on the device without any of its tensors."""
+    """Mode that handles the creation of tensors on the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
 
 class _Functions(TorchFunctionMode):
-    """Sees `torch.tensor(…, device=…)`, which copies in a way that nothing below can see."""
+    """Mode that handles `torch.tensor(…, device=…)`, whose copy is invisible at lower levels."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -165,7 +165,7 @@ class _Functions(TorchFunctionMode):
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """One operation: on the values, with the rules of a device."""
+    """Run an operation on the values, with the rules of a device."""
     name = func.overloadpacket.__name__
     flat, _ = tree_flatten((args, kwargs))
     ours = [a for a in flat if isinstance(a, DeviceTensor)]
@@ -187,7 +187,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _copied(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    """`Tensor.to` and its like."""
+    """Handle `Tensor.to` and similar methods."""
     source, target = args[0], kwargs.get("device")
     there = isinstance(source, DeviceTensor)
     asked = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "non_blocking")}
@@ -201,10 +201,10 @@ def _copied(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 
 
 def _check(name: str, args: Any, kwargs: Any, ours: Sequence[Any], others: Sequence[Tensor]) -> None:
-    """Raise where a GPU would, and count where the host would wait."""
+    """Raise an error if a GPU would, and count the operation if the host would wait."""
     mixed = [t for t in others if t.dim() > 0]
     if ours and mixed and name not in _MIXES:
-        allowed = name in _INDEXING and isinstance(args[0], DeviceTensor)  # a GPU takes indices from the host
+        allowed = name in _INDEXING and isinstance(args[0], DeviceTensor)  # a GPU accepts indices on the host
         if not allowed:
             raise RuntimeError(
                 f"{name}: expected all tensors on one device, but one of shape {tuple(mixed[0].shape)} is on the CPU"
@@ -226,7 +226,7 @@ def _check(name: str, args: Any, kwargs: Any, ours: Sequence[Any], others: Seque
 
 
 def _is_fill(name: str, args: Any) -> bool:
-    """`x[mask] = number`, which torch carries out as `masked_fill_`. (On a GPU the number stays on the host.)"""
+    """Return whether this is `x[mask] = number`, which torch executes as `masked_fill_` with the number on the host."""
     return name.startswith(("index_put", "_index_put")) and bool(args[2].dim() == 0)
 
 
@@ -241,7 +241,7 @@ def _is_ours(device: Any) -> bool:
 def _note(what: str, operation: str) -> None:
     device = PretendedDevice.current
     if device is not None:
-        site = site_of(sys._getframe(1), left_out=(_THIS_FILE,))
+        site = site_of(sys._getframe(1), excluded=(_THIS_FILE,))
         getattr(device, what)[site] += 1
         if what == "waits":
             device.kinds[site, operation] += 1

@@ -1,6 +1,6 @@
-"""A whole training step without DeepSpeed and Megatron's optimizers, for a device on which those cannot run.
+"""A complete training step without DeepSpeed and Megatron's optimizers, for a device on which these cannot run.
 
-Everything else is what trains: the tower, dispatch, the exchanges, Megatron's model and schedule, losses, report.
+Everything else is the code of a training: tower, dispatch, exchanges, Megatron's model and schedule, losses, report.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _grad_square(parameters: list[torch.nn.Parameter]) -> Tensor:
 
 
 class BareAudio(AudioEngine):
-    """`AudioEngine` with a plain module for ZeRO-3."""
+    """A replacement of `AudioEngine` that uses a plain module instead of ZeRO-3."""
 
     def __init__(self, tower: AudioTower, groups: Groups, batch_samples: int) -> None:
         self.groups, self.tower = groups, tower
@@ -52,7 +52,7 @@ class BareAudio(AudioEngine):
 
 
 class BareLLM(LLMEngine):
-    """`LLMEngine` without data parallelism and optimizer."""
+    """A replacement of `LLMEngine` without data parallelism and optimizer."""
 
     def __init__(self, config: ModelConfig, groups: Groups) -> None:
         self.hf_config, self.groups, self.dtype = resolve_hf_config(config.llm), groups, torch.float32
@@ -69,7 +69,7 @@ class BareLLM(LLMEngine):
 
 
 def build_step(model: ModelConfig, groups: Groups, on_device: bool) -> Step:
-    """The one rank's step, on the CPU or on the pretended device (inside its context)."""
+    """Return the step of a single rank, on the CPU or on the pretended device (within its context)."""
     with megatron_calls():
         llm = BareLLM(model, groups)
     torch.manual_seed(parity.SEED)

@@ -1,4 +1,4 @@
-"""One rank of a run in which something goes wrong, for `tests.distributed.harness.run_ranks`."""
+"""The ranks of runs in which something fails, for `tests.distributed.harness.run_ranks`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from trainer.training.step import Step
 
 
 class Absent(Step):
-    """Leaves whole steps out: they are not even computed."""
+    """A step that omits whole steps, which are not even computed."""
 
     absent: frozenset[int] = frozenset()
 
@@ -45,7 +45,7 @@ class Absent(Step):
 
 
 def poisoned(steps: frozenset[int]) -> type[Loader]:
-    """A loader whose batches of `steps` (counted from 1) have a clip of NaN on the last rank."""
+    """Return a loader whose batches of `steps` (counted from 1) contain a clip of NaN on the last rank."""
 
     class Poisoned(Loader):
         def __iter__(self) -> Iterator[tuple[Batch, State]]:
@@ -63,7 +63,7 @@ def _poison(sample: Any) -> Any:
 
 
 def spikes(folder: str, corpus: str) -> dict[str, Any]:
-    """Runs that meet a batch of NaN, and runs without some steps: what each left behind, by name."""
+    """Run trainings with batches of NaN and trainings without some steps, and return the results by name."""
     connect()
     groups = None
     found: dict[str, Any] = {}
@@ -95,7 +95,7 @@ def spikes(folder: str, corpus: str) -> dict[str, Any]:
 def _run(recipe: Any, groups: Groups, nan: frozenset[int], absent: frozenset[int]) -> str | None:
     run_dir = Path(recipe.train.run_dir) / recipe.name
     events = EventLog(run_dir, groups.rank, 1)
-    prepared = prepare_once(recipe, groups)
+    recipe, prepared = prepare_once(recipe, groups)
     step = build_step(recipe, groups, prepared.tokenizer.vocab_size)
     step.__class__ = type("Partial", (Absent,), {"absent": absent})
     checkpoints = CheckpointManager(str(run_dir / "checkpoints"), recipe.checkpoint, groups)
@@ -127,7 +127,7 @@ def _losses(run_dir: Path) -> dict[str, list[float]]:
 
 
 def failing(folder: str, corpus: str) -> int:
-    """The exit code of a rank of a run whose third step fails on rank 1."""
+    """Return the exit code of a rank of a run whose third step fails on rank 1."""
     rank = int(os.environ["RANK"])
     overrides = [f"data.root={corpus}", f"data.cache_dir={folder}/cache", "train.steps=4", f"train.run_dir={folder}"]
     usual = Step.forward_backward

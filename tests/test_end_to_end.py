@@ -1,4 +1,4 @@
-"""The program as a user runs it: train, stop, go on; and what bad input gets."""
+"""The program as a user runs it: training, stopping and resuming, and errors after bad input."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(420)
-def test_a_stopped_run_goes_on_bit_identically(corpus: Path, tmp_path: Path) -> None:
+def test_stopped_run_resumes_bit_identically(corpus: Path, tmp_path: Path) -> None:
     common = [f"data.root={corpus}", f"data.cache_dir={tmp_path / 'cache'}", "checkpoint.keep_last=9"]
     done = trainer("debug", *common, f"train.run_dir={tmp_path / 'whole'}", "profile.steps=2:4")
     assert done.returncode == 0, done.stderr
@@ -75,7 +75,7 @@ def test_a_stopped_run_goes_on_bit_identically(corpus: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.timeout(420)
-def test_a_run_with_deterministic_kernels_goes_on_bit_identically(corpus: Path, tmp_path: Path) -> None:
+def test_run_with_deterministic_kernels_resumes_bit_identically(corpus: Path, tmp_path: Path) -> None:
     common = [f"data.root={corpus}", f"data.cache_dir={tmp_path / 'cache'}", "train.deterministic=true"]
     common += ["checkpoint.keep_last=9", "parallel.tensor=2", "train.pack_multiple_tokens=64", "eval.max_samples=4"]
     whole, half = tmp_path / "whole" / "debug", tmp_path / "half" / "debug"
@@ -90,12 +90,12 @@ def test_a_run_with_deterministic_kernels_goes_on_bit_identically(corpus: Path, 
 
 
 @pytest.mark.timeout(420)
-def test_a_run_that_does_not_become_better_ends_early_and_stays_ended(corpus: Path, tmp_path: Path) -> None:
+def test_run_that_does_not_improve_ends_early_and_stays_ended(corpus: Path, tmp_path: Path) -> None:
     overrides = [f"data.root={corpus}", f"data.cache_dir={tmp_path / 'cache'}", f"train.run_dir={tmp_path}"]
     overrides += ["eval.every_steps=1", "eval.split=test", "eval.max_samples=4", "eval.stop_after=2", "optim.lr=1e-12"]
     overrides += ["checkpoint.best_metric=eval/test/asr/cer", "checkpoint.every_steps=4"]
     run = tmp_path / "debug"
-    for _ in range(2):  # the same command again finds it ended
+    for _ in range(2):  # the same command does not continue it
         done = trainer("debug", *overrides)
         assert done.returncode == 0, done.stderr
         assert "stopped at step 3: eval/test/asr/cer has not improved in 2 evaluations" in done.stdout
@@ -106,10 +106,10 @@ def test_a_run_that_does_not_become_better_ends_early_and_stays_ended(corpus: Pa
 
 
 def check_profile(whole: Path, half: Path, corpus: Path) -> None:
-    """What the profile says of the run is what the run's data was, and what its router decides."""
+    """Check that the profile agrees with the run's data and the decisions of its router."""
     history = read_history(whole / HISTORY_NAME)
     assert [i.step for i in history] == [1, 2, 3, 4]
-    # Replayed steps are there once, with the same routing.
+    # Repeated steps are counted once, with the same routing.
     assert [i.load.to_json() for i in read_history(half / HISTORY_NAME)] == [i.load.to_json() for i in history]
     done = run_module("tools.profile_experts", str(whole), "--json", "--fail-on", "imbalance=100")
     assert done.returncode == 0, done.stderr
@@ -137,7 +137,7 @@ def check_profile(whole: Path, half: Path, corpus: Path) -> None:
 
 
 def check_routing(third: ExpertLoad, run: Path) -> None:
-    """Step 3's batch, read again and routed in one process with the weights after step 2, gives its history."""
+    """Check that routing step 3's batch in one process, with the weights after step 2, gives the recorded history."""
     reader, recipe = open_checkpoint(RunPath(run, run / "checkpoints" / "step-00000002"))
     prepared = prepare(recipe.data, recipe.model.adapter.strides)
     with Loader(prepared, seed=recipe.seed, num_batches=recipe.train.steps) as loader:
@@ -164,7 +164,7 @@ def check_routing(third: ExpertLoad, run: Path) -> None:
         (["data.tokenizer.placeholder=two words"], ("placeholder", "one word")),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2(
+def test_user_error_is_one_line_and_exit_code_2(
     corpus: Path, tmp_path: Path, overrides: list[str], words: tuple[str, ...]
 ) -> None:
     done = trainer("debug", f"data.root={corpus}", f"train.run_dir={tmp_path}", *overrides)
@@ -174,7 +174,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert not (tmp_path / "debug" / "metrics.jsonl").exists()
 
 
-def test_the_70b_recipe_is_laid_out_without_a_cluster() -> None:
+def test_70b_recipe_is_laid_out_without_a_cluster() -> None:
     done = trainer("mowe_70b", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "128" in done.stdout and "70" in done.stdout

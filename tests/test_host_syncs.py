@@ -1,6 +1,6 @@
-"""Where a step makes the host wait for the device: the table of docs/gpu.md, counted on a pretended device.
+"""The places in a step where the host waits for the device: the table of docs/gpu.md, on a pretended device.
 
-DeepSpeed and Megatron's optimizers are left out: what they wait for is not ours to count here.
+The waits of DeepSpeed and of Megatron's optimizers are not counted.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from trainer.parallel.topology import Topology
 from trainer.training.evaluate import answer
 
 STEP_WAITS = {
-    "model/router.py:on_host": 1,  # the router's choice: who encodes what depends on it
-    "model/losses/ctc.py:ctc_sum": 1,  # inside torch's CTC loss, which moves the lengths itself
-    "trainer/training/step.py:send": 1,  # which rows of this rank's packs are audio
+    "model/router.py:on_host": 1,  # the router's choice, which determines the ranks that encode
+    "model/losses/ctc.py:ctc_sum": 1,  # within torch's CTC loss, which moves the lengths itself
+    "trainer/training/step.py:send": 1,  # the rows of this rank's packs that are audio
     "trainer/training/step.py:report": 1,  # losses
-    "trainer/training/step.py:update": 1,  # the gradient norm: it decides about the update
+    "trainer/training/step.py:update": 1,  # the gradient norm, which decides about the update
 }
-"""Per step, whatever the number of clips, experts, gates and micro-batches."""
+"""The waits per step, which do not depend on the number of clips, experts, gates and micro-batches."""
 MOST_PER_STEP, MOST_PER_MICROBATCH = 10, 2
 FIRST_STEP_WAITS = {"model/encoders/log_mel.py:_mel_filters": 1}
-"""Once per process: a constant."""
+"""The waits for constants, which happen once per process."""
 NEW_TOKENS = 4
 
 
 def begin() -> tuple[Groups, Any, Batch]:
-    """The only rank."""
+    """Set up the process groups of a single rank."""
     rank, _, device = connect(timeout_sec=60)
     groups = build_groups(Topology(1, 1, 1), rank, device, parity.SEED)
     model = parity.tiny_model()
@@ -49,7 +49,7 @@ def begin() -> tuple[Groups, Any, Batch]:
 
 
 def steps() -> dict[str, Any]:
-    """Two steps on the device, the first one on the CPU as well."""
+    """Run two steps on the device, and the first one on the CPU as well."""
     groups, model, batch = begin()
     expected = build_step(model, groups, on_device=False)(0, batch)
     with PretendedDevice() as device:
@@ -71,7 +71,7 @@ def steps() -> dict[str, Any]:
 
 
 @pytest.mark.timeout(180)
-def test_a_step_waits_where_the_table_says() -> None:
+def test_step_waits_at_the_places_in_the_table() -> None:
     (seen,) = run_ranks(1, steps, timeout_sec=160)
     assert seen["found"] == pytest.approx(seen["expected"], rel=1e-5)
     first, second = seen["waits"]
@@ -79,11 +79,11 @@ def test_a_step_waits_where_the_table_says() -> None:
     assert first == {**STEP_WAITS, **FIRST_STEP_WAITS}, seen["kinds"]
     assert sum(second.values()) <= MOST_PER_STEP
     assert not set(second) & {"trainer/engine/llm.py:__call__", "model/llm/packing.py:layout"}, "per micro-batch: none"
-    # One transfer for each pack's positions, rows and places, and none that depends on the number of experts.
+    # There is one transfer for each pack's positions, rows and places. None depends on the number of experts.
     assert seen["transfers"]["model/mixture.py:mix"] == seen["transfers"]["model/adapter.py:forward"] == 1
 
 
-def test_the_documented_table_is_this_one() -> None:
+def test_documented_table_is_current() -> None:
     text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert {
         site: int(n) for site, n in re.findall(r"^\| `([^`]+:[^`]+)` \| (\d+) \|", text, re.MULTILINE)
@@ -91,7 +91,7 @@ def test_the_documented_table_is_this_one() -> None:
 
 
 def answers() -> dict[str, Any]:
-    """The same prompts answered on both."""
+    """Decode the same prompts on both devices."""
     groups, model, batch = begin()
     prompts = []
     for sample in batch.samples:
@@ -123,8 +123,8 @@ def test_decoding_waits_once_per_token() -> None:
     }, seen["kinds"]
 
 
-def test_torchs_own_count_goes_by_site_too() -> None:
-    """What `bench.gpu_check` does with torch's warnings; here they are raised by hand."""
+def test_waits_reported_by_torch_are_counted_by_site() -> None:
+    """Check how `bench.gpu_check` counts torch's warnings, which this test raises itself."""
     modes: list[str] = []
 
     def work() -> None:

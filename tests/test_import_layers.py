@@ -1,4 +1,4 @@
-"""The import layers of docs/architecture.md, held by reading the source; and no function changes a module's state."""
+"""The import layers of docs/architecture.md, and the rule that no function changes a module's state."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("model", "trainer", "tools", "bench")
 SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 
-# A package may import packages of lower layers, never one of its own layer or of a higher one. The modules directly in
-# trainer/ (`build`, `parity`, …) are the layer "trainer"; tools/ and bench/ stand above everything.
+# A package may import packages of lower layers, but none of its own or a higher layer. The modules directly in
+# trainer/ (`build`, `parity`, …) are the layer "trainer". tools/ and bench/ are above all layers.
 LAYERS = (
     {"model"},
     {"trainer.storage", "trainer.scoring", "trainer.page", "trainer.parallel", "trainer.telemetry"},
+    {"trainer.plugins"},
     {"trainer.data", "trainer.engine"},
     {"trainer.checkpoint", "trainer.run"},
     {"trainer.config"},
@@ -40,7 +41,7 @@ MODULES = {module_of(path): path for path in SOURCES}
 
 
 def package_of(module: str) -> str:
-    """`trainer.data.lanes` → `trainer.data`; `trainer.build` → `trainer`; `tools.x` → `tools`."""
+    """Return a module's package, such as `trainer.data` for `trainer.data.lanes` and `trainer` for `trainer.build`."""
     for length in (2, 1):
         package = ".".join(module.split(".")[:length])
         if package in LAYER_OF:
@@ -49,7 +50,7 @@ def package_of(module: str) -> str:
 
 
 def imports_of(module: str, path: Path) -> Iterator[str]:
-    """Project modules that `module` imports anywhere, also within functions."""
+    """Return the project's modules that `module` imports, including imports within functions."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -72,7 +73,7 @@ def forbidden(module: str, imported: str) -> bool:
     return here != there and LAYER_OF[there] >= LAYER_OF[here]
 
 
-def test_the_sources_are_found() -> None:
+def test_sources_are_found() -> None:
     assert {"model.config", "trainer.config.load", "trainer.data.config", "trainer.__main__"} <= set(MODULES)
     assert "trainer.config.schema" in GRAPH["trainer.config.load"]
 
@@ -82,7 +83,7 @@ def test_imports_go_down_only() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_rules_can_be_broken() -> None:
+def test_violations_are_detected() -> None:
     assert forbidden("model.adapter", "trainer.training.step")
     assert forbidden("trainer.data.lanes", "trainer.engine.llm")
     assert forbidden("trainer.engine.llm", "trainer.config.schema")
@@ -92,7 +93,7 @@ def test_rules_can_be_broken() -> None:
     assert not forbidden("trainer.training.step", "trainer.engine.llm")
 
 
-def test_no_module_imports_itself_through_others() -> None:
+def test_imports_have_no_cycles() -> None:
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
@@ -108,18 +109,18 @@ def test_no_module_imports_itself_through_others() -> None:
 
 
 @pytest.mark.parametrize("name", ["utils", "helpers", "common", "misc"])
-def test_no_file_has_a_name_that_says_nothing(name: str) -> None:
+def test_no_file_has_a_meaningless_name(name: str) -> None:
     assert not [m for m in MODULES if name in m.split(".") or m.endswith((f"_{name}", f".{name}"))]
 
 
-# It exchanges functions of torch, which belong to the process; so does how often that is nested.
+# It replaces functions of torch, which belong to the process, and counts how often that is nested.
 PROCESS_WIDE = {"trainer/parallel/cpu.py: global _depth"}
 
 MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "clear", "discard"}
 
 
 def global_changes(path: Path) -> Iterator[str]:
-    """Places where a function changes a name of its module: `global`, item assignment, or a mutating call."""
+    """Return the places where a function changes a module's variable: `global`, item assignment, or mutating call."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assigned = [n for n in tree.body if isinstance(n, ast.Assign | ast.AnnAssign)]
     targets = [t for n in assigned for t in (n.targets if isinstance(n, ast.Assign) else [n.target])]
@@ -137,12 +138,12 @@ def global_changes(path: Path) -> Iterator[str]:
                 yield f"{path.relative_to(ROOT)}: changes the module's {name.id}"
 
 
-def test_nothing_global_is_changed() -> None:
+def test_no_function_changes_module_state() -> None:
     found = [change for path in SOURCES for change in global_changes(path)]
     assert not set(found) - PROCESS_WIDE, "\n".join(found)
 
 
-def test_global_changes_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_of_module_state_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     source = tmp_path / "m.py"
     source.write_text(

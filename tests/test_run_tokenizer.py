@@ -1,4 +1,4 @@
-"""Weights meet no other tokenizer than their own, whatever way they are read."""
+"""Weights are only ever used with the tokenizer they were trained with."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ JOINING = "data.datasets=[{name: demo, manifest: demo.jsonl}, {name: questions, 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """With a run `base` of four steps."""
+    """Create a place with a run `base` of four steps."""
     place = Place(tmp_path_factory.mktemp("place"))
     done = place.train("base")
     assert done.returncode == 0, done.stderr
@@ -91,7 +91,7 @@ def copy_run(place: Place, name: str) -> Path:
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    """One line that holds all `words`, and exit code 2."""
+    """Check that a training ends with exit code 2 and one line that contains all `words`."""
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and all(word in lines[0] for word in words), done.stderr
@@ -99,7 +99,7 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 
 @needs_kit
 @pytest.mark.timeout(420)
-def test_a_set_that_joins_at_a_resume_keeps_the_tokenizer(place: Place) -> None:
+def test_dataset_added_at_a_resume_keeps_the_tokenizer(place: Place) -> None:
     run = copy_run(place, "joined")
     done = place.train("joined", JOINING, "train.steps=6")
     assert done.returncode == 0, done.stderr
@@ -112,7 +112,7 @@ def test_a_set_that_joins_at_a_resume_keeps_the_tokenizer(place: Place) -> None:
 
 @needs_kit
 @pytest.mark.timeout(420)
-def test_a_run_that_starts_from_weights_takes_their_tokenizer(place: Place) -> None:
+def test_run_that_starts_from_weights_uses_their_tokenizer(place: Place) -> None:
     base = place.runs / "base"
     wanted = place.state("base", 4)[DIGEST]
     assert export.main([str(base), str(place.folder / "exported"), "--dtype", "fp32"]) == 0
@@ -131,13 +131,13 @@ def test_a_run_that_starts_from_weights_takes_their_tokenizer(place: Place) -> N
         place.train("d", f"checkpoint.start_from={base}", "model.llm.config.hidden_size=64"),
         "checkpoint.start_from",
         "here it is",
-        "model.adapter or model.llm decides it",
+        "set model.adapter or model.llm as it was",
     )
 
 
 @needs_kit
 @pytest.mark.timeout(420)
-def test_a_resume_with_another_tokenizer_is_refused(place: Place) -> None:
+def test_resume_with_another_tokenizer_is_refused(place: Place) -> None:
     other = place.folder / "other.model"
     train_sentencepiece(["some other words of text"] * 9, 40, other, TokenizerConfig().placeholder)
     run = copy_run(place, "swapped")
@@ -150,7 +150,7 @@ def test_a_resume_with_another_tokenizer_is_refused(place: Place) -> None:
     assert not (run / "checkpoints" / "step-00000006").exists()
 
 
-# ---- tools, on a tiny run
+# ---- tools on a tiny run
 
 
 @pytest.fixture
@@ -164,13 +164,13 @@ def state_of(run: Path) -> Path:
 
 
 def other_model(run: Path) -> Path:
-    """A tokenizer of as many pieces that mean something else."""
+    """Return a tokenizer with the same number of pieces and other meanings."""
     path = run.parent / "other.model"
     train_sentencepiece(["zebra fox jumps over lazy dogs", "quick brown"] * 9, 60, path, TokenizerConfig().placeholder)
     return path
 
 
-def told(capsys: pytest.CaptureFixture[str], *words: str) -> None:
+def check_error(capsys: pytest.CaptureFixture[str], *words: str) -> None:
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1 and all(w in message for w in words), message
 
@@ -183,7 +183,7 @@ def test_tools_refuse_a_checkpoint_with_another_tokenizer(run: Path, capsys: pyt
     capsys.readouterr()
     other = other_model(run)
     assert export.main([str(run), out, "--tokenizer", str(other)]) == 2
-    told(capsys, str(other), "not the tokenizer that", "put the run's own tokenizer there")
+    check_error(capsys, str(other), "not the tokenizer that", "put the run's own tokenizer there")
     shutil.copy(other, run / "tokenizer.model")
     for tool, arguments in (
         (export, [str(run), out]),
@@ -191,12 +191,12 @@ def test_tools_refuse_a_checkpoint_with_another_tokenizer(run: Path, capsys: pyt
         (evaluate, [str(run), "--data", str(manifest), "--out", str(run.parent / "evaluation")]),
     ):
         assert tool.main(arguments) == 2
-        told(capsys, f"{run}/tokenizer.model", "not the tokenizer that")
+        check_error(capsys, f"{run}/tokenizer.model", "not the tokenizer that")
     assert not Path(out).exists()
 
 
 @pytest.mark.parametrize("chats", [False, True])
-def test_an_export_has_its_checkpoints_digest_and_no_other_tokenizer(
+def test_export_has_the_digest_of_its_checkpoint_and_refuses_other_tokenizers(
     tmp_path: Path, chats: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
@@ -217,10 +217,10 @@ def test_an_export_has_its_checkpoints_digest_and_no_other_tokenizer(
         (evaluate, [str(out), "--data", str(manifest), "--out", str(tmp_path / "evaluation")]),
     ):
         assert tool.main(arguments) == 2
-        told(capsys, str(out), "is not what its weights were trained with", "export it again")
+        check_error(capsys, str(out), "is not what its weights were trained with", "export it again")
 
 
-def test_a_checkpoint_of_before_takes_the_tokenizer_that_is_kept_or_named(run: Path) -> None:
+def test_checkpoint_without_digest_uses_the_stored_or_named_tokenizer(run: Path) -> None:
     extra = json.loads(state_of(run).read_text())
     named = run.parent / "named.model"
     shutil.copy(run / "tokenizer.model", named)
@@ -238,7 +238,7 @@ def test_a_checkpoint_of_before_takes_the_tokenizer_that_is_kept_or_named(run: P
         owned.load(owned.put_into(cache))
 
 
-def test_a_hugging_face_tokenizer_is_kept_next_to_the_checkpoints(tmp_path: Path) -> None:
+def test_hugging_face_tokenizer_is_stored_next_to_the_checkpoints(tmp_path: Path) -> None:
     write_run(tmp_path / "run", chats=True)
     config = TokenizerConfig(path=str(tmp_path / "run" / "hf"), template="{audio}{instruction}\n")
     tokenizer = load_tokenizer(str(config.path), config)
@@ -255,12 +255,12 @@ def test_a_hugging_face_tokenizer_is_kept_next_to_the_checkpoints(tmp_path: Path
 
 
 def next_run(**settings: str) -> Recipe:
-    """A recipe with these settings of the tokenizer."""
+    """Return a recipe with these settings of the tokenizer."""
     config = TokenizerConfig(**settings)  # type: ignore[arg-type]
     return Recipe(name="next", model=tiny_model(), data=DataConfig(tokenizer=config))
 
 
-def test_templates_of_the_weights_are_taken_where_the_recipe_gives_none(run: Path) -> None:
+def test_templates_of_the_weights_are_used_if_the_recipe_gives_none(run: Path) -> None:
     owned = of_checkpoint(find_checkpoint(str(run)))
     tokenizer = owned.load(owned.put_into(str(run.parent / "cache")))
     taken = adopt(next_run(), owned)
@@ -283,7 +283,7 @@ def test_templates_of_the_weights_are_taken_where_the_recipe_gives_none(run: Pat
         check_named(adopt(other, owned), owned, tokenizer)
 
 
-def test_a_tokenizer_that_was_moved_is_recognised_by_its_digest(tmp_path: Path) -> None:
+def test_moved_tokenizer_is_recognised_by_its_digest(tmp_path: Path) -> None:
     run = tmp_path / "run"
     write_run(run, chats=True)
     (run / "hf").rename(tmp_path / "moved")

@@ -1,4 +1,4 @@
-"""What a run meets and survives: batches of NaN, signals, a hung rank, a step that fails each time."""
+"""Faults that a run survives: batches of NaN, signals, a hung rank, a full disk, and a step that fails repeatedly."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def named(run: dict[str, Any], event: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(280)
-def test_a_skipped_batch_of_nan_leaves_no_trace(spikes: dict[str, Any]) -> None:
+def test_skipped_batch_of_nan_has_no_effect(spikes: dict[str, Any]) -> None:
     run, oracle = spikes["skip"], spikes["without 4"]
     assert run["error"] is None and run["losses"]["4"][0] == "nan"
     for step in "12356":
@@ -55,7 +55,7 @@ def test_a_skipped_batch_of_nan_leaves_no_trace(spikes: dict[str, Any]) -> None:
     assert not named(oracle, "skip")
 
 
-def test_a_rewind_goes_on_after_the_batch_with_the_checkpoints_weights(spikes: dict[str, Any]) -> None:
+def test_rewind_continues_after_the_batch_with_the_checkpoints_weights(spikes: dict[str, Any]) -> None:
     run, oracle = spikes["rewind"], spikes["without 3 and 4"]
     assert run["error"] is None
     for step in "1256":
@@ -64,7 +64,7 @@ def test_a_rewind_goes_on_after_the_batch_with_the_checkpoints_weights(spikes: d
     assert (rewind["step"], rewind["to_step"]) == (4, 2)
 
 
-def test_stop_leaves_the_state_before_the_batch(spikes: dict[str, Any]) -> None:
+def test_stop_saves_the_state_before_the_batch(spikes: dict[str, Any]) -> None:
     run = spikes["stop"]
     assert "step 4: loss is nan; spike.action = stop" in run["error"] and "after step 3" in run["error"]
     assert [e["checkpoint"] for e in named(run, "saved")] == ["step-00000002", "step-00000003"]
@@ -72,27 +72,27 @@ def test_stop_leaves_the_state_before_the_batch(spikes: dict[str, Any]) -> None:
         assert sample in run["error"]
 
 
-def test_a_misspelt_metric_ends_a_run_with_its_state_saved(spikes: dict[str, Any]) -> None:
+def test_misspelt_metric_ends_a_run_after_saving_its_state(spikes: dict[str, Any]) -> None:
     run = spikes["misspelt metric"]
     assert "checkpoint.best_metric = eval/test/asr/werr: no evaluation has it" in run["error"]
     assert "the state after step 3 is saved in" in run["error"] and named(run, "saved")[-1]["step"] == 3
 
 
-def test_a_run_that_does_not_recover_stops(spikes: dict[str, Any]) -> None:
+def test_run_that_does_not_recover_stops(spikes: dict[str, Any]) -> None:
     run = spikes["three in a row"]
     assert "last of 3 steps in a row" in run["error"] and [e["step"] for e in named(run, "skip")] == [2, 3, 4]
 
 
 @pytest.mark.timeout(200)
-def test_a_step_that_fails_twice_the_same_way_is_not_tried_again(
+def test_step_that_fails_twice_in_the_same_way_is_not_retried(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "debug"
-    body = "from tests.survive_run import failing; from trainer.__main__ import _leave; "
-    body += f"_leave(failing({str(tmp_path)!r}, {str(corpus)!r}))"
+    body = "from tests.survive_run import failing; from trainer.__main__ import leave; "
+    body += f"leave(failing({str(tmp_path)!r}, {str(corpus)!r}))"
     for attempt, again in ((1, 0), (2, 1)):
         code = start_ranks(2, [sys.executable, "-c", body])
-        assert code in (ExitCode.FAILED, ExitCode.PEER_LOST)  # of whichever rank the launcher sees first
+        assert code in (ExitCode.FAILED, ExitCode.PEER_LOST)  # that of the rank that ends first
         (failed,) = [e for e in read_events(run) if e["event"] == "failed" and e["attempt"] == attempt]
         assert (failed["rank"], failed["step"]) == (1, 3) and len(failed["samples"]) == 4
         capsys.readouterr()
@@ -132,9 +132,9 @@ def losses(run: Path) -> dict[str, list[float]]:
 
 
 @pytest.mark.timeout(400)
-def test_signals_and_a_hung_rank_change_nothing(corpus: Path, tmp_path: Path, spikes: dict[str, Any]) -> None:
+def test_signals_and_a_hung_rank_do_not_change_the_result(corpus: Path, tmp_path: Path, spikes: dict[str, Any]) -> None:
     run = tmp_path / "debug"
-    with started(tmp_path, corpus, "telemetry.mlflow=true") as process:
+    with started(tmp_path, corpus, "telemetry.trackers=[mlflow]") as process:
         wait_for(lambda: len(losses(run)) >= 1, process)
         for _ in range(3):
             process.send_signal(signal.SIGTERM)
@@ -147,7 +147,7 @@ def test_signals_and_a_hung_rank_change_nothing(corpus: Path, tmp_path: Path, sp
     tracked = (run / "mlflow_run_id").read_text()
     assert read_status(run, time.time()).state == "waiting"
 
-    with started(tmp_path, corpus, "telemetry.mlflow=true", "train.hang_timeout_sec=8") as process:
+    with started(tmp_path, corpus, "telemetry.trackers=[mlflow]", "train.hang_timeout_sec=8") as process:
         wait_for(lambda: any(e["event"] == "resumed" for e in read_events(run)), process)
         ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(ranks[1]), signal.SIGSTOP)
@@ -159,7 +159,7 @@ def test_signals_and_a_hung_rank_change_nothing(corpus: Path, tmp_path: Path, sp
     assert json.loads((run / "hang-2" / "collectives-0.json").read_text())["entries"]
     assert restart.main([str(run), "--exit-code", str(int(ExitCode.HUNG))]) == 0
 
-    with started(tmp_path, corpus, "telemetry.mlflow=true") as process:
+    with started(tmp_path, corpus, "telemetry.trackers=[mlflow]") as process:
         assert process.wait(100) == ExitCode.FINISHED, (tmp_path / "output.txt").read_text()
     events = read_events(run)
     assert [e["attempt"] for e in events if e["event"] == "started"] == [1, 2, 3] and events[-1]["event"] == "finished"
@@ -172,7 +172,7 @@ def test_signals_and_a_hung_rank_change_nothing(corpus: Path, tmp_path: Path, sp
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 @pytest.mark.timeout(200)
-def test_a_wholly_full_disk_does_not_end_a_run(corpus: Path, tmp_path: Path) -> None:
+def test_full_disk_does_not_end_a_run(corpus: Path, tmp_path: Path) -> None:
     disk, output, num_steps = tmp_path / "disk", tmp_path / "output.txt", 60
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True)
@@ -185,8 +185,8 @@ def test_a_wholly_full_disk_does_not_end_a_run(corpus: Path, tmp_path: Path) -> 
             with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
                 while True:
                     ballast.write(bytes(4096))
-            for told in ("metrics.jsonl CANNOT BE WRITTEN", "CHECKPOINT NOT SAVED"):
-                wait_for(lambda told=told: told in output.read_text(), process)  # type: ignore[misc]
+            for words in ("metrics.jsonl CANNOT BE WRITTEN", "CHECKPOINT NOT SAVED"):
+                wait_for(lambda words=words: words in output.read_text(), process)  # type: ignore[misc]
             (disk / "ballast").unlink()
             assert process.wait(100) == ExitCode.FINISHED, output.read_text()
         assert list(losses(disk / "debug")) == [str(step) for step in range(1, num_steps + 1)]

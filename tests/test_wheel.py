@@ -1,4 +1,4 @@
-"""The wheel works from an empty folder, also where the user has modules of the same names as ours."""
+"""The wheel works from an empty folder, and where the user has modules with the same names as ours."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def earshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The command in a fresh environment with the wheel and this environment's dependencies, without this checkout."""
+    """Install the wheel in a new environment with this environment's dependencies, without this checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
     def run(command: list[str], timeout_sec: float) -> None:
         subprocess.run(command, check=True, timeout=timeout_sec, env=environ, cwd=folder)
 
-    source = folder / "source"  # a build leaves files in the tree that it builds
+    source = folder / "source"  # a build writes files into its source tree
     run(["git", "clone", "-q", str(ROOT), str(source)], 120)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", str(source)]
     run([*build, "-w", str(folder)], 300)
@@ -35,13 +35,13 @@ def earshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], 120)
     (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
     here = next(p for p in sys.path if p.endswith("site-packages"))
-    (site / "dependencies.pth").write_text(f"{here}\n")  # its own .pth files, so this checkout, do not count
+    (site / "dependencies.pth").write_text(f"{here}\n")  # ignores its own .pth files, and so this checkout
     return folder / "venv" / "bin" / "earshot"
 
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
-    """A folder with a `model.py` and a `tools/` that are not ours."""
+    """Create a folder with a `model.py` and a `tools/` of a user."""
     (tmp_path / "model.py").write_text("raise RuntimeError('the wrong model')\n")
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "__init__.py").write_text("raise RuntimeError('the wrong tools')\n")
@@ -55,14 +55,14 @@ def call(earshot: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProce
     return subprocess.run([str(earshot), *arguments], cwd=cwd, env=environ, capture_output=True, text=True, timeout=300)
 
 
-def test_neither_tests_nor_benches_are_installed(earshot: Path) -> None:
+def test_tests_and_benchmarks_are_not_installed(earshot: Path) -> None:
     (site,) = (earshot.parents[1] / "lib").glob("python*/site-packages")
     assert {"model", "trainer", "tools"} <= {p.name for p in site.iterdir()}
     assert not {"bench", "tests", "slurm", "ds_configs"} & {p.name for p in site.iterdir()}
     assert all((site / name / "py.typed").exists() for name in ("model", "trainer", "tools"))
 
 
-def test_every_recipe_is_laid_out(earshot: Path, foreign: Path) -> None:
+def test_dry_run_of_every_recipe(earshot: Path, foreign: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         done = pool.map(lambda name: (name, call(earshot, foreign, "train", name, "--dry-run")), recipe_names())
         assert not [(name, d.stderr) for name, d in done if d.returncode != 0]

@@ -1,9 +1,9 @@
 """List, verify, compare and remove the checkpoints of a run.
 
-    python -m tools.checkpoints runs/demo                    list the checkpoints
-    python -m tools.checkpoints runs/demo verify             compare every file with its checksum
-    python -m tools.checkpoints runs/demo diff 1000 2000     list the tensors that changed between two steps
-    python -m tools.checkpoints runs/demo prune --keep 2     remove all checkpoints but the newest two
+    earshot checkpoints runs/demo                    list the checkpoints
+    earshot checkpoints runs/demo verify             compare every file with its checksum
+    earshot checkpoints runs/demo diff 1000 2000     list the tensors that changed between two steps
+    earshot checkpoints runs/demo prune --keep 2     remove all checkpoints but the newest two
 
 `prune` also removes files of frozen weights that no remaining checkpoint uses. Do not prune while the run is training.
 
@@ -102,7 +102,7 @@ def _diff(checkpoints: Checkpoints, options: argparse.Namespace) -> dict[str, An
         found = diff(*readers)
     except DamagedError as error:
         raise UserError(
-            f"{checkpoints.url}: {error}; run `python -m tools.checkpoints {options.run} verify` to list the damage"
+            f"{checkpoints.url}: {error}; run `earshot checkpoints {options.run} verify` to list the damage"
         ) from None
     for name in found.only_first:
         print(f"only in step {options.steps[0]}: {name}")
@@ -135,7 +135,7 @@ def _prune(found: Checkpoints, options: argparse.Namespace) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.checkpoints", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot checkpoints", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", metavar="RUN", help="the run, as a folder or as s3://…")
     parser.add_argument(

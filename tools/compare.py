@@ -1,6 +1,6 @@
 """Compare evaluations of the same samples.
 
-    python -m tools.compare runs/a/predictions-test-step500.jsonl runs/b/predictions-test-step500.jsonl
+    earshot compare runs/a/predictions-test-step500.jsonl runs/b/predictions-test-step500.jsonl
 
 Each file is a predictions*.jsonl of a run or of tools.evaluate. All others are compared with the first one. For every
 metric of every task and subset, the command prints both values and their difference with its 95 % interval by paired
@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from tools.options import add_plugins
 from trainer.evaluation.predictions import Prediction, by_task, columns, read_predictions
 from trainer.scoring.meteor import Meteor
 from trainer.scoring.metric import Difference, paired_difference
-from trainer.scoring.scores import ALL, HEADLINES, by_subset, task_metrics
+from trainer.scoring.scores import ALL, by_subset, task_metrics
 from trainer.scoring.table import format_table
+from trainer.scoring.tasks import find_task, is_headline
 from trainer.scoring.wordnet import find_wordnet
 
 
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 2 after printing a UserError, else 0.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="PREDICTIONS", help="two or more predictions*.jsonl")
     parser.add_argument(
@@ -88,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--regressions", type=int, default=10, metavar="N", help="list the N samples that became worst (default: 10)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all metrics and regressions")
+    add_plugins(parser)
     args = parser.parse_args(argv)
     if len(args.files) < 2:
         parser.error("give at least two files")
@@ -96,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names, common = _names(args.files), common_keys(args.files, evaluations)
         shared = [_only(common, predictions) for predictions in evaluations]
         meteor = None
-        if any(p.meta["task"] == "ac" for p in shared[0]):
+        if any(find_task(p.meta["task"]).needs_wordnet for p in shared[0]):
             meteor = Meteor(find_wordnet(args.wordnet))
         found = [compare(shared[0], other, meteor) for other in shared[1:]]
     except UserError as error:
@@ -220,7 +223,7 @@ def _as_text(
         if count
     ]
     for name, (changes, regressions) in zip(names[1:], found, strict=True):
-        shown = [c for c in changes if all_metrics or c.subset == ALL or c.metric in HEADLINES]
+        shown = [c for c in changes if all_metrics or c.subset == ALL or is_headline(c.task, c.metric)]
         blocks.append(f"{name} against {names[0]}\n{format_table([_row(c) for c in shown])}")
         worse = [c for c in changes if c.verdict == "worse"]
         blocks.append(f"{len(worse)} of {len(changes)} metrics and {len(regressions)} samples are worse")

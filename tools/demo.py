@@ -1,7 +1,7 @@
 """Create a small corpus, train a small model on it and show what it learned.
 
-python -m tools.demo                       a few minutes on two CPU cores
-python -m tools.demo train.steps=2000      a longer training
+earshot demo                       a few minutes on two CPU cores
+earshot demo train.steps=2000      a longer training
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from trainer.run.command import module_command
 from trainer.scoring.baseline import majority_baseline
 from trainer.scoring.scores import ALL, TaskScore, score
 from trainer.scoring.table import format_table, score_table
+from trainer.scoring.tasks import find_task
 
 NUM_TRANSCRIPTS = 6
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 2 after printing a UserError, else that of the training.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="keys of the recipe demo_cpu to change, e.g. train.steps=50"
@@ -107,7 +108,7 @@ def report(folder: Path, shown_dir: Path, rows: Sequence[Mapping[str, Any]]) -> 
         [row for row in rows if row["split"] == "train"], [_meta(p, metas) for p in predictions]
     )
     others = [s for s in scores if s.metric == "accuracy" and s.subset == ALL]
-    spoken = [p for p in predictions if p["task"] == "asr"]
+    spoken = [p for p in predictions if find_task(p["task"]).is_transcription]
     # The transcripts are evenly spaced, so that every kind of text is among them.
     shown = [spoken[i * len(spoken) // NUM_TRANSCRIPTS] for i in range(min(NUM_TRANSCRIPTS, len(spoken)))]
     parts = [
@@ -134,10 +135,9 @@ def _next_steps(shown_dir: Path) -> str:
 
 
 def _answer_row(row: Mapping[str, object]) -> dict[str, object]:
-    names = {"sqa": "questions about speech", "er": "emotion", "aqa": "questions about sounds", "ac": "captions"}
-    task = str(row["task"])
+    task = find_task(str(row["task"]))
     return {
-        "task": f"{task}  {names.get(task, '')}".rstrip(),
+        "task": f"{task.name}  {task.title}",
         "correct": row["value"],
         "always the most frequent answer": row["majority"],
     }

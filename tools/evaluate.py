@@ -1,7 +1,7 @@
 """Evaluate an exported model, a checkpoint or a run's newest checkpoint.
 
-    python -m tools.evaluate out/model --data test.jsonl                              an exported model
-    python -m tools.evaluate runs/demo --data data/shards --split test --nproc 2      a run, in two processes
+    earshot evaluate out/model --data test.jsonl                              an exported model
+    earshot evaluate runs/demo --data data/shards --split test --nproc 2      a run, in two processes
 
 The command prints every metric with its 95 % interval, and the main metrics by subset, language, source and duration.
 It writes predictions.jsonl (which tools.compare and tools.judge read), scores.json, scores.csv, report.html and plots.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
-from tools.options import check_at_least, check_output
+from tools.options import add_plugins, check_at_least, check_output
 from trainer.__main__ import be_calm
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _run(options: argparse.Namespace) -> int:
     origin = find_model(options.model)
     request = _request(options, origin)
     stored, indices = open_wanted(request)
-    meteor = _meteor(options.wordnet, any(stored.items[i].task == "ac" for i in indices))
+    meteor = _meteor(options.wordnet, any(_needs_wordnet(stored.items[i].task) for i in indices))
     folder = options.out or _default_folder(origin, options.data, options.split)
     check_output(f"--out {folder}", folder, is_folder=True)
     with tqdm(unit=" samples", desc="evaluate", disable=None) as bar:
@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
     files = write_files(tree, folder)
     print(f"{title}: {describe(tree, options.all_metrics)}")
     print(f"\n{', '.join([PREDICTIONS, *(f.name for f in files)])} in {folder}")
-    _log(options.mlflow or origin.run_dir, [folder / PREDICTIONS, *files], folder.name)
+    _log(options.tracked or origin.run_dir, [folder / PREDICTIONS, *files], folder.name)
     if options.json:
         print(json.dumps(_as_json(tree, found, folder), ensure_ascii=False))
     return 1 if found.skipped else 0
@@ -115,7 +115,7 @@ def _request(options: argparse.Namespace, origin: Origin) -> Request:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from trainer.data.decode import TASKS
+    from trainer.scoring.tasks import TASKS, known_tasks
 
     counts = ("nproc", "beams", "batch_size", "max_new_tokens", "max_samples")
     check_at_least(1, **{name: getattr(options, name) for name in counts})
@@ -125,9 +125,9 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--audio-mib {options.audio_mib:g}: must be at least 0")
     for task in options.tasks:
         if task not in TASKS:
-            raise UserError(f"--tasks {task}: tasks are {', '.join(TASKS)}")
-    if options.mlflow is not None and not options.mlflow.is_dir():
-        raise UserError(f"--mlflow {options.mlflow}: no such folder; give the folder of a run")
+            raise UserError(f"--tasks {task}: tasks are {known_tasks()}")
+    if options.tracked is not None and not options.tracked.is_dir():
+        raise UserError(f"--run {options.tracked}: no such folder; give the folder of a run")
 
 
 def _meteor(wordnet: str | None, needed: bool) -> Meteor | None:
@@ -136,6 +136,12 @@ def _meteor(wordnet: str | None, needed: bool) -> Meteor | None:
 
     # A missing WordNet must be reported before decoding, which may take hours.
     return Meteor(find_wordnet(wordnet)) if needed else None
+
+
+def _needs_wordnet(task: str) -> bool:
+    from trainer.scoring.tasks import TASKS
+
+    return task in TASKS and TASKS[task].needs_wordnet
 
 
 def _default_folder(origin: Origin, data: str, split: str | None) -> Path:
@@ -157,10 +163,10 @@ def _about(request: Request, options: argparse.Namespace, found: Finished) -> di
 
 
 def _log(run_dir: Path | None, files: Sequence[Path], name: str) -> None:
-    from trainer.telemetry.tracker import log_artifacts
+    from trainer.telemetry.trackers.table import add_files
 
-    if run_dir is not None and (reason := log_artifacts(run_dir, files, name)) is not None:
-        print(f"not added to MLflow: {reason}", file=sys.stderr)
+    for failure in add_files(run_dir, files, name) if run_dir is not None else ():
+        print(f"not added to {failure}", file=sys.stderr)
 
 
 def _as_json(tree: dict[str, Any], found: Finished, folder: Path) -> dict[str, Any]:
@@ -177,7 +183,7 @@ def _as_json(tree: dict[str, Any], found: Finished, folder: Path) -> dict[str, A
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="an exported folder, a checkpoint, or a run (its newest checkpoint)")
@@ -211,9 +217,17 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of WordNet 3.0, for METEOR of captions (default: where operating systems' packages install it)",
     )
     add("--audio-mib", type=float, default=12.0, help="audio to include in report.html, in MiB (default: 12)")
-    add("--mlflow", type=Path, metavar="RUN", help="add the files to this run in MLflow (default: the model's run)")
+    add(
+        "--run",
+        "--mlflow",
+        dest="tracked",
+        type=Path,
+        metavar="RUN",
+        help="add the files to this run in its trackers (default: the model's run)",
+    )
     add("--all-metrics", action="store_true", help="print every metric of every group (default: the main ones)")
     add("--json", action="store_true", help="print one JSON object on the last line")
+    add_plugins(parser)
     return parser
 
 

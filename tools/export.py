@@ -1,9 +1,9 @@
 """Export a checkpoint as a folder that transformers loads.
 
-    python -m tools.export runs/demo out/model                           the newest checkpoint of a run
-    python -m tools.export runs/demo out/llm --llm-only                  only the LLM, which needs no remote code
-    python -m tools.export runs/demo out/model --verify dev.jsonl        fail if it differs from the training graph
-    python -m tools.export runs/demo out/small --activated-only 0.01 --dev dev.jsonl
+    earshot export runs/demo out/model                           the newest checkpoint of a run
+    earshot export runs/demo out/llm --llm-only                  only the LLM, which needs no remote code
+    earshot export runs/demo out/model --verify dev.jsonl        fail if it differs from the training graph
+    earshot export runs/demo out/small --activated-only 0.01 --dev dev.jsonl
                                                                          drop encoders chosen for under 1 % of clips
 
 The command needs no GPU. The folder is written under a temporary name and renamed at the end. Rerun an interrupted
@@ -112,7 +112,7 @@ def _export(arguments: argparse.Namespace, options: Options) -> tuple[Source, Fi
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run (its newest checkpoint): a folder or s3://…"

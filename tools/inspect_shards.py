@@ -1,7 +1,7 @@
 r"""Summarise a dataset of shards, and check it against its index.
 
-    python -m tools.inspect_shards data/shards
-    python -m tools.inspect_shards s3://bucket/foreign --build-index --set task=asr --set split=train \
+    earshot shards inspect data/shards
+    earshot shards inspect s3://bucket/foreign --build-index --set task=asr --set split=train \
         --set "instruction=Transcribe the speech."
 
 URL is a folder or s3://BUCKET/PREFIX (also gs:// and az://). --build-index creates the index of WebDataset shards that
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 1 if a shard does not match the index, 2 after printing a UserError, else 0.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.inspect_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot shards inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("url", metavar="URL", help="folder or bucket URL")
     parser.add_argument("--build-index", action="store_true", help="create the index and write it next to the shards")

@@ -1,6 +1,6 @@
 """Rate open answers with a language model as the judge.
 
-    python -m tools.judge runs/demo/predictions-test-step500.jsonl --url http://localhost:8000/v1 --model llama-3-70b
+    earshot judge runs/demo/predictions-test-step500.jsonl --url http://localhost:8000/v1 --model llama-3-70b
 
 URL is the address of any OpenAI-compatible endpoint. Its key, if it needs one, is read from the environment variable
 OPENAI_API_KEY. Ratings are from 0 to 5 on AudioBench's scale. They are written next to the predictions, into
@@ -26,13 +26,14 @@ from typing import Any
 from tqdm import tqdm
 
 from model.errors import UserError
-from tools.options import check_output
+from tools.options import add_plugins, check_output
 from trainer.evaluation.predictions import Prediction, read_predictions
 from trainer.scoring.endpoint import Endpoint
 from trainer.scoring.judge import Item, Judge, Verdict
 from trainer.scoring.metric import mean
 from trainer.scoring.scores import TaskScore, score_metrics
 from trainer.scoring.table import format_table, score_table
+from trainer.scoring.tasks import TASKS
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 1 if the judge failed on an answer, 2 after printing a UserError, else 0.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="a predictions*.jsonl of an evaluation")
     parser.add_argument("--url", required=True, help="base address of the endpoint, which usually ends in /v1")
@@ -52,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tasks",
         nargs="+",
-        default=["aqa", "sqa", "ac"],
+        default=[],
         metavar="TASK",
-        help="tasks whose answers are rated (default: aqa sqa ac)",
+        help=f"tasks whose answers are rated (default: {' '.join(_judged())})",
     )
     parser.add_argument(
         "--cache",
@@ -76,15 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="prices of a million tokens sent and received, to report the cost",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_plugins(parser)
     args = parser.parse_args(argv)
+    tasks = args.tasks or _judged()
     if args.workers < 1 or args.attempts < 1 or args.timeout <= 0:
         parser.error("--workers and --attempts must be at least 1, and --timeout must be above 0")
     try:
-        predictions = [p for p in read_predictions(args.predictions) if p.meta["task"] in args.tasks]
+        predictions = [p for p in read_predictions(args.predictions) if p.meta["task"] in tasks]
         if not predictions:
-            raise UserError(
-                f"{args.predictions}: contains no prediction of {', '.join(args.tasks)}; choose other --tasks"
-            )
+            raise UserError(f"{args.predictions}: contains no prediction of {', '.join(tasks)}; choose other --tasks")
         items = [_item(args.predictions, p) for p in predictions]
         out = _verdicts_path(args.predictions, args.model)
         check_output(f"{out}", out)
@@ -102,6 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         written = out
     print(json.dumps(_as_json(summary, written)) if args.json else _as_text(summary, written))
     return 1 if summary.num_failures else 0
+
+
+def _judged() -> list[str]:
+    """Return the names of the tasks whose answers are rated by default."""
+    return [task.name for task in TASKS.values() if task.is_judged]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Pack the samples of a manifest into WebDataset shards with an index.
 
-    python -m tools.make_shards data/asr.jsonl data/shards --split train
-    python -m tools.make_shards data/asr.jsonl s3://bucket/shards
+    earshot shards make data/asr.jsonl data/shards --split train
+    earshot shards make data/asr.jsonl s3://bucket/shards
 
 OUT is a folder or s3://BUCKET/PREFIX (also gs:// and az://). Rerun an interrupted command to resume it.
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from model.errors import UserError
-from tools.options import check_output
+from tools.options import add_plugins, check_output
 from trainer.data.shard_build import SKIPPED_NAME, BuildReport, ShardLimits, build_shards
 from trainer.storage.open import scheme_of
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 2 after printing a UserError, else 0.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.make_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot shards make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "manifest", type=Path, metavar="MANIFEST", help="JSONL file; its audio paths are relative to its folder"
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="threads that check clips (default: one per CPU core)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    add_plugins(parser)
     args = parser.parse_args(argv)
     if args.max_shard_samples < 1 or args.max_shard_bytes < 1:
         parser.error("--max-shard-samples and --max-shard-bytes must be at least 1")

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from model.errors import UserError
+from trainer.plugins import load_plugins
+
+
+class LoadPlugins(argparse.Action):
+    """The action of an option that names plug-ins, which are loaded while the command line is parsed."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        names = [values] if isinstance(values, str) else [str(value) for value in values or ()]
+        setattr(namespace, self.dest, names)
+        try:
+            load_plugins(names)
+        except UserError as error:
+            parser.exit(2, f"error: {error}\n")
+
+
+def add_plugins(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--plugins`, for commands that read data but no recipe that names the plug-ins."""
+    parser.add_argument(
+        "--plugins", nargs="+", action=LoadPlugins, default=[], metavar="NAME", help="plug-ins that add tasks"
+    )
 
 
 def check_at_least(least: int, **options: int | None) -> None:

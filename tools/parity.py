@@ -1,11 +1,11 @@
 """Compare distributed training with the single-process model on many topologies.
 
-    python -m tools.parity              all topologies of up to 4 processes, with loss curves of 20 steps
-    python -m tools.parity --ranks 2    up to 2 processes
-    python -m tools.parity --steps 0    without loss curves
-    python -m tools.parity --deepspeed ds_configs/zero3_offload.json    with the DeepSpeed settings of a run
-    python -m tools.parity --pack-multiple 24    with train.pack_multiple_tokens, which pads packs more
-    python -m tools.parity --json       also print one JSON object on the last line
+    earshot parity              all topologies of up to 4 processes, with loss curves of 20 steps
+    earshot parity --ranks 2    up to 2 processes
+    earshot parity --steps 0    without loss curves
+    earshot parity --deepspeed ds_configs/zero3_offload.json    with the DeepSpeed settings of a run
+    earshot parity --pack-multiple 24    with train.pack_multiple_tokens, which pads packs more
+    earshot parity --json       also print one JSON object on the last line
 
 Run this command on a new cluster before training there. For each topology and five kinds of batches, it compares the
 loss and all gradients.
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from model.llm.families import LLM_FAMILIES
 from tools.options import check_at_least
 from trainer.parallel.topology import Topology, divisors
 from trainer.run.command import module_command
@@ -213,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 if all differences are within the limits, 1 if not, 2 after printing a UserError.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, default=4, metavar="N", help="largest number of processes (default: 4)")
     parser.add_argument(
@@ -222,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--family",
         default="llama",
-        choices=("llama", "mistral", "qwen2", "qwen3"),
+        choices=tuple(LLM_FAMILIES),
         help="family of the LLM (default: llama)",
     )
     parser.add_argument(

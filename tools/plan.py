@@ -1,8 +1,8 @@
 """Estimate the memory, traffic and time of a training run before it starts.
 
-    python -m tools.plan mowe_70b                                       on H100s
-    python -m tools.plan mowe_70b parallel.tensor=4 --accelerator a100  another layout, on A100s
-    python -m tools.plan mowe_8b --fit                                  the fastest layout that fits
+    earshot plan mowe_70b                                       on H100s
+    earshot plan mowe_70b parallel.tensor=4 --accelerator a100  another layout, on A100s
+    earshot plan mowe_8b --fit                                  the fastest layout that fits
 
 The command needs no GPU, cluster, weights or network. docs/plan.md explains the numbers.
 
@@ -71,7 +71,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe in trainer/recipes, or path of a .yaml file")
     parser.add_argument(

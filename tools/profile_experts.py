@@ -1,11 +1,11 @@
 """Report which encoder experts a run uses, for which tasks, and at what cost.
 
-    python -m tools.profile_experts runs/demo                                  the routing during training
-    python -m tools.profile_experts runs/demo --data test.jsonl                the routing of other data
-    python -m tools.profile_experts runs/demo --fail-on dead,imbalance=1.5     a check for automated pipelines
+    earshot profile runs/demo                                  the routing during training
+    earshot profile runs/demo --data test.jsonl                the routing of other data
+    earshot profile runs/demo --fail-on dead,imbalance=1.5     a check for automated pipelines
 
 The command prints tables, writes report.html, profile.json, cells.csv and plots, and adds these files to the run in
-MLflow. docs/profile.md explains the numbers.
+its trackers. docs/profile.md explains the numbers.
 
 Exit code 0: success. 1: a limit of --fail-on is exceeded. 2: invalid arguments, or a run or data that cannot be used.
 """
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 1 if a limit of `--fail-on` is exceeded, 2 after printing a UserError, else 0.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.profile_experts",
+        prog="earshot profile",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
     from trainer.expert_usage.files import write_files
     from trainer.expert_usage.history import find_run, profile_history
     from trainer.expert_usage.text import describe
-    from trainer.telemetry.tracker import log_artifacts
+    from trainer.telemetry.trackers.table import add_files
 
     limits = Limits.parse(options.fail_on)
     where = find_run(options.run)
@@ -116,8 +116,8 @@ def _run(options: argparse.Namespace) -> int:
     print(describe(profile))
     files = write_files(profile, folder)
     print(f"\n{', '.join(f.name for f in files)} in {folder}")
-    if (reason := log_artifacts(where.run_dir, files, folder.name)) is not None:
-        print(f"not added to MLflow: {reason}", file=sys.stderr)
+    for failure in add_files(where.run_dir, files, folder.name):
+        print(f"not added to {failure}", file=sys.stderr)
     failures = []
     if limits.dead and profile.dead:
         failures.append(f"dead: {', '.join(profile.dead)}")

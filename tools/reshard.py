@@ -1,8 +1,8 @@
 """Check that a run continues identically after its checkpoint is loaded on another topology.
 
-    python -m tools.reshard             all pairs of topologies, on up to 4 processes
-    python -m tools.reshard --ranks 2   checkpoints are loaded on up to 2 processes
-    python -m tools.reshard --json      also print one JSON object on the last line
+    earshot reshard             all pairs of topologies, on up to 4 processes
+    earshot reshard --ranks 2   checkpoints are loaded on up to 2 processes
+    earshot reshard --json      also print one JSON object on the last line
 
 A tiny model trains 2 steps, saves a checkpoint, and trains 10 more steps. Each topology loads the checkpoint and trains
 the same 10 steps. On the same topology, losses and gradient norms must be bit-identical. On other topologies, losses
@@ -285,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 if all differences are within the limits, else 1.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.reshard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot reshard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, default=4, metavar="N", help="largest number of processes (default: 4)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")

@@ -1,7 +1,7 @@
 """Show the state, progress, goodput, losses and recent events of a run.
 
-    python -m tools.status runs/demo            a few lines
-    python -m tools.status runs/demo --json     one JSON object
+    earshot status runs/demo            a few lines
+    earshot status runs/demo --json     one JSON object
 
 The command reads events.jsonl and metrics.jsonl in the run's folder. It works while the run is training.
 
@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 2 after printing a UserError, else 0.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,6 +1,6 @@
 """Train a SentencePiece tokenizer.
 
-    python -m tools.train_tokenizer data/asr.jsonl data/text.txt --vocab-size 512 --out tokenizer.model
+    earshot tokenizer data/asr.jsonl data/text.txt --vocab-size 512 --out tokenizer.model
 
 An INPUT is a manifest (.jsonl), of which the instructions, answers and references of one split are used, or a plain
 text with one sentence per line.
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 2 after printing a UserError, else 0.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.train_tokenizer",
+        prog="earshot tokenizer",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

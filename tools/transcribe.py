@@ -1,7 +1,7 @@
 """Transcribe audio files, or ask a model a question about them.
 
-    python -m tools.transcribe out/model audio.flac                               a recording of any length
-    python -m tools.transcribe runs/demo a.wav b.wav --prompt "Who speaks?"      a question about each recording
+    earshot transcribe out/model audio.flac                               a recording of any length
+    earshot transcribe runs/demo a.wav b.wav --prompt "Who speaks?"      a question about each recording
 
 MODEL is a folder that tools.export wrote, a checkpoint or a run. Recordings longer than a window are transcribed in
 overlapping windows, and the texts are joined. With --prompt, the model receives each recording as a whole, unless
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 2 after printing a UserError, else 0.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.transcribe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="earshot transcribe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", help="an exported folder, a checkpoint, or a run")
     parser.add_argument(
@@ -98,8 +98,7 @@ def _answer(answerer: Answerer, path: Path | None, prompt: str, in_windows: bool
 
     try:
         clips = () if path is None else (decode_audio(path.read_bytes()),)
-        meta = {"task": "asr" if in_windows else "sqa", "instruction": prompt}
-        (answer,) = answerer([Question(str(path), clips, meta)])
+        (answer,) = answerer([Question(str(path), clips, {"instruction": prompt}, in_windows)])
         if isinstance(answer, SampleError):
             raise answer
     except SampleError as error:

@@ -1,4 +1,13 @@
-"""`python -m trainer RECIPE [key=value …]`: train, on one machine or as one rank of a cluster."""
+"""Train a speech-text model with several routed audio encoders, or resume it from its last checkpoint.
+
+    earshot train kit_cpu data.root=DIR                    on this machine
+    earshot train mowe_70b --dry-run                       check the recipe and print its layout
+    earshot train recipe.yaml optim.lr=3e-4 data.datasets.0.weight=0.5
+
+The same command resumes a run that was stopped. Under srun, torchrun or DeepSpeed's launcher it is one rank.
+
+Exit codes are in `docs/operations.md`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +27,11 @@ from trainer.run.exit_codes import ExitCode
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code, see `ExitCode`: 2 after one line on stderr that tells the user what to mend."""
+    """Run the command.
+
+    Returns:
+        The exit code, see `ExitCode`; 2 after one line on stderr that says what to fix.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_intermixed_args(arguments)
     set_environment()
@@ -41,7 +54,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     build_topology(recipe.parallel, recipe.parallel.num_ranks)
     env = launch.rank_env(os.environ, recipe.parallel.num_ranks)
     if env is None and not options.dry_run:
-        # The ranks check the rest: what that imports takes seconds, and they need it anyway.
+        # The ranks check the rest, which imports modules that take seconds to load and that they need anyway.
         return launch.start_ranks(recipe.parallel.num_ranks, module_command("trainer", *arguments))
     from trainer.engine.imports import lean_imports
 
@@ -66,10 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     from trainer.config.load import recipe_names
 
     parser = argparse.ArgumentParser(
-        prog="python -m trainer",
-        description="Train a speech-text model with several routed audio encoders. "
-        "A run that was stopped goes on where its last checkpoint is.",
-        epilog=f"Recipes: {', '.join(recipe_names())}. Values are YAML: optim.lr=3e-4 data.datasets.0.weight=0.5",
+        prog="earshot train",
+        description=__doc__,
+        epilog=f"Recipes: {', '.join(recipe_names())}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name in trainer/recipes, or path of a .yaml file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="recipe keys to change, dotted")
@@ -80,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def be_calm() -> None:
-    """Leave the terminal to the progress bar: other libraries say only what goes wrong."""
+    """Leave the terminal to the progress bar: other libraries log errors only."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -93,7 +106,10 @@ def be_calm() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process. After a failure at once: other threads and libraries may wait for ranks that are gone."""
+    """End the process with `code`.
+
+    After a failure it ends at once, because other threads and libraries may wait for ranks that are gone.
+    """
     if code not in (ExitCode.FAILED, ExitCode.PEER_LOST):
         sys.exit(code)
     sys.stdout.flush()

@@ -49,10 +49,12 @@ from trainer.run_tokenizer import (
 )
 from trainer.storage.open import join_url
 from trainer.telemetry.events import EventLog, begin_attempt
+from trainer.telemetry.hook import HOOKS, Hook
 from trainer.telemetry.jsonl import write_atomically
-from trainer.telemetry.tracker import build_tracker
+from trainer.telemetry.trackers.base import TrackedRun
+from trainer.telemetry.trackers.table import build_trackers
 from trainer.training.evaluate import Evaluator
-from trainer.training.hooks import EventHook, Hook, LoadHook, ProgressHook, SummaryHook, TrackerHook
+from trainer.training.hooks import EventHook, LoadHook, ProgressHook, SummaryHook, TrackerHook
 from trainer.training.loop import Loop
 from trainer.training.report import final_table
 from trainer.training.step import Step
@@ -271,21 +273,17 @@ def describe_run(recipe: Recipe, step: Step, prepared: PreparedData) -> dict[str
 
 
 def build_hooks(recipe: Recipe, run_dir: Path, start: int, events: EventLog) -> list[Hook]:
-    """Return the hooks of the run, for rank 0."""
+    """Return the hooks of a run. Only rank 0 has hooks."""
     telemetry = recipe.telemetry
-    tracker = build_tracker(
-        telemetry,
-        run_name=recipe.name,
-        run_root=run_dir.parent,
-        params=to_tree(recipe),
-        resume_step=start,
-        again=(events.attempt or 1) > 1,
-    )
+    again = (events.attempt or 1) > 1
+    run = TrackedRun(recipe.name, run_dir.parent, telemetry.experiment, to_tree(recipe), start, again)
+    tracker = build_trackers(telemetry.trackers, run)
     hooks: list[Hook] = [
         TrackerHook(tracker, telemetry.log_every_steps),
         LoadHook(run_dir, start),
         SummaryHook(tracker),
         EventHook(events),
+        *(kind() for kind in HOOKS.values()),
     ]
     if telemetry.progress:
         hooks.append(ProgressHook(telemetry.log_every_steps))

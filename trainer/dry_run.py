@@ -1,4 +1,4 @@
-"""A summary of what a recipe means, for `--dry-run`: layout, sizes and batches. `python -m tools.plan` prints more."""
+"""A summary of what a recipe means, for `--dry-run`: layout, sizes and batches. `earshot plan` prints more."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def describe(recipe: Recipe) -> str:
 
 
 def _head(recipe: Recipe) -> list[str]:
-    same = "on CPUs, to rounding on CUDA"
+    same = "on CPUs and equal up to rounding on CUDA"
     if recipe.train.deterministic:
-        same = "on CPUs, and on CUDA as far as its libraries document"
+        same = "on CPUs, and on CUDA as far as its libraries document it"
     return [
         f"{recipe.name}: {recipe.train.steps} steps, {recipe.train.precision}, seed {recipe.seed}",
         f"train.deterministic = {str(recipe.train.deterministic).lower()}: a resumed run is bit-identical {same}.",
@@ -154,11 +154,12 @@ def _batch(recipe: Recipe, topology: Topology) -> list[str]:
 
 
 def _lengths(train: TrainConfig, topology: Topology) -> str:
-    """Of packs."""
+    """Return how the lengths of packs are rounded, as the end of a sentence."""
     multiple = train.pack_multiple_tokens
     if multiple is None:
-        return f"filled up to a multiple of {topology.tp} (tensor ranks)"
-    return f"filled up to a multiple of {multiple}: {train.llm_tokens_per_microbatch // multiple} lengths"
+        return f"padded to a multiple of {topology.tp} (the tensor-parallel ranks)"
+    num_lengths = train.llm_tokens_per_microbatch // multiple
+    return f"padded to a multiple of {multiple}, which gives {num_lengths} different lengths"
 
 
 def _each(total: int, parts: int) -> str:

@@ -31,6 +31,7 @@ from trainer.engine.optim import OptimConfig, lr_scale, param_groups
 from trainer.engine.placement import place
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.groups import Groups
+from trainer.scoring.tasks import TASKS
 from trainer.telemetry.metrics import StepReport
 from trainer.training.step import Step
 
@@ -88,6 +89,7 @@ def make_sample(index: int, num_clips: int, strides: tuple[int, ...], seed: int)
 
     clips = tuple(0.1 * torch.randn(n, generator=generator) for n in integers(2000, 16000, num_clips))
     prompt = integers(0, PLACEHOLDER, 2 + index % 5)
+    kind = (num_clips > 0, num_clips == 1)
     ids, mask = list(prompt), [False] * len(prompt)
     for clip in clips:
         audio_tokens = audio_tokens_of_samples(clip.shape[0], strides)
@@ -97,12 +99,13 @@ def make_sample(index: int, num_clips: int, strides: tuple[int, ...], seed: int)
     labels = [IGNORE] * (len(ids) - 1) + answer + [1]
     return Sample(
         key=f"sample-{seed}-{index}",
-        task="asr" if num_clips == 1 else "sqa" if num_clips else "text",
+        task=next(t.name for t in TASKS.values() if (t.needs_audio, t.is_transcription) == kind),
         clips=clips,
         token_ids=torch.tensor(ids + answer),
         audio_mask=torch.tensor(mask + [False] * len(answer)),
         labels=torch.tensor(labels),
         prompt_ids=torch.tensor(prompt),
+        is_transcription=num_clips == 1,
     )
 
 

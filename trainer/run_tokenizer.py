@@ -1,8 +1,9 @@
-"""The tokenizer that weights belong to: kept next to a run's checkpoints, found again, and told from any other.
+"""The tokenizer that weights were trained with. A copy of it is stored next to a run's checkpoints.
 
-An id means a piece of text only together with the weights that were trained with it. So a run that resumes, a run that
-begins with the weights of another one, and everything that reads a checkpoint or an export take the tokenizer, the
-templates and the placeholder of those weights. A digest of them is in every checkpoint and every export.
+Weights are only meaningful together with the token ids that they were trained with. Hence a run that resumes, a run
+that starts with the weights of another one, and all tools that read a checkpoint or an export use the tokenizer, the
+templates and the placeholder of these weights. Every checkpoint and every export contains a digest of them, so that
+any other tokenizer is detected.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from trainer.storage.open import join_url, open_store
 from trainer.storage.store import Store
 
 DIGEST = "tokenizer_digest"
-"""Key of the digest, in a checkpoint's state.json and in an export's config.json."""
+"""The key of the digest in a checkpoint's state.json and in an export's config.json."""
 FOLDER = "tokenizer"
-"""In a run, next to its checkpoints, where its tokenizer is a Hugging Face one."""
+"""The name of the folder in a run's folder that contains its tokenizer, if that is a Hugging Face tokenizer."""
 PROCESSOR = "processor_config.json"
 _EXPORTED = (
     "tokenizer.json",
@@ -41,38 +42,41 @@ _EXPORTED = (
     "vocab.json",
     "merges.txt",
 )
-"""Files of an export that a tokenizer may consist of."""
+"""The files of an export that may belong to its tokenizer."""
 _KEYS = ("placeholder", "template", "text_template", "chat_template")
-"""Fields of `TokenizerConfig` that belong to the weights."""
+"""The fields of `TokenizerConfig` that belong to the weights."""
 
 
 @dataclass(frozen=True)
 class OwnedTokenizer:
-    """The tokenizer that some weights were trained with; plain values, so that it can be sent to other ranks."""
+    """The tokenizer that some weights were trained with, as plain values that can be sent to other ranks."""
 
     owner: str
-    """The checkpoint or the export."""
+    """The URL of the checkpoint or export that contains the weights."""
     config: TokenizerConfig
-    """With the placeholder and the templates of the weights."""
+    """The settings of the tokenizer, with the placeholder and the templates of the weights."""
     digest: str | None
-    """None: the weights were saved before checkpoints held a digest."""
+    """The tokenizer's digest, or None if the weights were saved by a version that stored none."""
     files: Mapping[str, bytes]
-    """The kept tokenizer; empty: none was kept."""
+    """Name → content of the stored copy's files; empty if there is no copy."""
     where: str
-    """Of `files`, for messages."""
+    """The location of the copy, for messages."""
     named: str | None
-    """The path or hub id that the checkpoint names; it is read if there are no `files`."""
+    """The path or hub id in the checkpoint, which is used if there is no copy."""
 
     def put_into(self, cache_dir: str) -> str:
-        """Return a path that `load_tokenizer` reads; `files` are put below `cache_dir`, under a name of their content.
+        """Write the copy to a cache, if there is one, and return a path that `load_tokenizer` can read.
+
+        Args:
+            cache_dir: The folder of the cache, in which a hash of the content names the copy.
 
         Raises:
-            UserError: there is no tokenizer; `cache_dir` cannot be written.
+            UserError: If there is no tokenizer, or `cache_dir` cannot be written.
         """
         if not self.files:
             if self.named is None:
                 raise UserError(
-                    f"{self.owner}: neither holds nor names its tokenizer; put it next to the checkpoints as "
+                    f"{self.owner}: neither contains nor names its tokenizer; put a copy next to the checkpoints as "
                     f"{TOKENIZER} or as a folder {FOLDER}"
                 )
             return self.named
@@ -86,10 +90,13 @@ class OwnedTokenizer:
         return f"{store.url}/{only}" if len(self.files) == 1 else store.url
 
     def load(self, path: str) -> Tokenizer:
-        """Return the tokenizer at `path`, which `put_into` returned.
+        """Load the tokenizer and verify its digest.
+
+        Args:
+            path: The path that `put_into` returned.
 
         Raises:
-            UserError: it cannot be read, or it is not the one that the weights were trained with.
+            UserError: If it cannot be read, or is not the tokenizer that the weights were trained with.
         """
         try:
             found = load_tokenizer(path, self.config)
@@ -104,10 +111,16 @@ class OwnedTokenizer:
 
 
 def check_digest(tokenizer: Tokenizer, digest: str | None, owner: str, where: str) -> None:
-    """Compare a tokenizer with the digest that weights were saved with; None: there is nothing to compare with.
+    """Check that weights were trained with a given tokenizer.
+
+    Args:
+        tokenizer: The tokenizer, including its templates and placeholder.
+        digest: The digest that was saved with the weights; None skips the check.
+        owner: The checkpoint or export, for the message.
+        where: The location of the tokenizer, for the message.
 
     Raises:
-        UserError: the weights were trained with another tokenizer, template or placeholder.
+        UserError: If the digests differ.
     """
     if digest is not None and tokenizer.digest != digest:
         raise UserError(
@@ -117,10 +130,10 @@ def check_digest(tokenizer: Tokenizer, digest: str | None, owner: str, where: st
 
 
 def find_owned(recipe: Recipe) -> OwnedTokenizer | None:
-    """Return the tokenizer of the weights that `recipe` goes on with; None: it begins with new weights.
+    """Return the tokenizer of the weights with which a recipe resumes or starts, or None if its weights are new.
 
     Raises:
-        UserError: `checkpoint.start_from` names neither a run nor a checkpoint nor an export.
+        UserError: If `checkpoint.start_from` is neither a run nor a checkpoint nor an export.
     """
     newest = _newest_whole(join_url(recipe.run_url, SUBFOLDER), recipe.checkpoint.retry_sec)
     if newest is not None:
@@ -132,12 +145,12 @@ def find_owned(recipe: Recipe) -> OwnedTokenizer | None:
         return None
     moved_to = recipe.data.tokenizer.path
     if moved_to is not None and not owned.files and not _is_readable(owned):
-        owned = replace(owned, named=moved_to)  # the digest, where there is one, tells whether it is the same
+        owned = replace(owned, named=moved_to)  # the digest, if there is one, verifies that it is the same
     return owned
 
 
 def _is_readable(owned: OwnedTokenizer) -> bool:
-    """Whether there is a tokenizer where the checkpoint says that it is."""
+    """Return whether the tokenizer that the checkpoint names can be read."""
     try:
         return owned.named is not None and load_tokenizer(owned.named, owned.config) is not None
     except UserError:
@@ -145,26 +158,27 @@ def _is_readable(owned: OwnedTokenizer) -> bool:
 
 
 def of_checkpoint(folder: Folder, run_dir: str | None = None) -> OwnedTokenizer:
-    """Return the tokenizer of a checkpoint: kept next to the run's checkpoints or in `run_dir`, else the one it names.
+    """Return the tokenizer of a checkpoint: the copy of its run if there is one, else the one named in the checkpoint.
 
     Args:
-        folder: the checkpoint.
-        run_dir: of the run, where the checkpoints lie elsewhere.
+        folder: The checkpoint.
+        run_dir: The run's folder, which is searched in addition to the folder above the checkpoints; None if there is
+            none.
 
     Raises:
-        UserError: the checkpoint's state cannot be read.
+        UserError: If the checkpoint's state cannot be read.
     """
     try:
         extra = read_extra(folder)
     except (OSError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{folder.url}/{STATE}: cannot be read ({error}); take another checkpoint") from None
+        raise UserError(f"{folder.url}/{STATE}: cannot be read ({error}); use another checkpoint") from None
     if "recipe" not in extra:
-        raise UserError(f"{folder.url}/{STATE}: does not hold its recipe; continue the run for a step")
+        raise UserError(f"{folder.url}/{STATE}: does not contain its recipe; resume the run for one step to add it")
     config = parse_stored_recipe(extra["recipe"], f"{folder.url}/{STATE}").data.tokenizer
-    beside = folder.url.rpartition("/")[0].rpartition("/")[0] or "."
+    above = folder.url.rpartition("/")[0].rpartition("/")[0] or "."
     files: Mapping[str, bytes] = {}
     where = ""
-    for place in dict.fromkeys(filter(None, (beside, run_dir))):
+    for place in dict.fromkeys(filter(None, (above, run_dir))):
         if not files and (files := _kept_files(store := open_store(place))):
             where = f"{store.url}/{TOKENIZER if TOKENIZER in files else FOLDER}"
     files = {name.removeprefix(f"{FOLDER}/"): data for name, data in files.items()}
@@ -172,10 +186,10 @@ def of_checkpoint(folder: Folder, run_dir: str | None = None) -> OwnedTokenizer:
 
 
 def of_export(url: str) -> OwnedTokenizer:
-    """Return the tokenizer in an exported folder.
+    """Return the tokenizer of an export.
 
     Raises:
-        UserError: the folder is not a whole export.
+        UserError: If the folder is not a complete export.
     """
     config, store = read_export_config(url), open_store(url)
     try:
@@ -188,7 +202,11 @@ def of_export(url: str) -> OwnedTokenizer:
 
 
 def exported_config(settings: Mapping[str, Any]) -> TokenizerConfig:
-    """Return what an export's processor_config.json says of placeholder and templates."""
+    """Return the placeholder and the templates in the content of an export's processor_config.json.
+
+    Raises:
+        KeyError: If one of them is missing.
+    """
     return TokenizerConfig(
         placeholder=settings["placeholder"],
         template=settings["prompt_with_audio"],
@@ -198,12 +216,12 @@ def exported_config(settings: Mapping[str, Any]) -> TokenizerConfig:
 
 
 def adopt(recipe: Recipe, owned: OwnedTokenizer) -> Recipe:
-    """Return `recipe` with the placeholder and the templates of the weights.
+    """Return the recipe with the placeholder and the templates of the weights.
 
     A key that has its default value counts as not given.
 
     Raises:
-        UserError: the recipe gives another value.
+        UserError: If the recipe gives another value.
     """
     ours, default = recipe.data.tokenizer, TokenizerConfig()
     for key in _KEYS:
@@ -218,10 +236,15 @@ def adopt(recipe: Recipe, owned: OwnedTokenizer) -> Recipe:
 
 
 def check_named(recipe: Recipe, owned: OwnedTokenizer, tokenizer: Tokenizer) -> None:
-    """Compare the tokenizer that an adopted `recipe` names, if it names one, with that of the weights.
+    """Check that the tokenizer which a recipe names, if any, is the tokenizer of the weights.
+
+    Args:
+        recipe: A recipe that `adopt` returned.
+        owned: The description of the weights' tokenizer.
+        tokenizer: The weights' tokenizer.
 
     Raises:
-        UserError: it is another one, or it cannot be read.
+        UserError: If it is another one or cannot be read.
     """
     path = recipe.data.tokenizer.path
     if path is None:
@@ -229,25 +252,25 @@ def check_named(recipe: Recipe, owned: OwnedTokenizer, tokenizer: Tokenizer) -> 
     try:
         named = load_tokenizer(path, recipe.data.tokenizer)
     except UserError:
-        # The copy that was kept serves a run whose original has been moved away since.
+        # The original may have been moved since. The stored copy replaces it.
         if owned.files and path == owned.config.path:
             return
         raise
     if named.digest != tokenizer.digest:
         raise UserError(
-            f"data.tokenizer.path = {path}: another tokenizer than {owned.owner} was trained with; set it to null (the "
-            "run's own is taken), or train from new weights (another name, no checkpoint.start_from)"
+            f"data.tokenizer.path = {path}: another tokenizer than {owned.owner} was trained with; set it to null to "
+            "use that tokenizer, or train from new weights (another name, no checkpoint.start_from)"
         )
 
 
 def keep_tokenizer(tokenizer: Tokenizer, recipe: Recipe, run_dir: Path, *, is_new: bool) -> None:
-    """Put a copy of the tokenizer into the run's folder and next to its checkpoints: its original may be moved away.
+    """Store a copy of the tokenizer in the run's folder and next to its checkpoints, since the original may be moved.
 
     Args:
-        tokenizer: of the run.
-        recipe: of the run.
-        run_dir: its folder.
-        is_new: whether the run has no checkpoint yet: what lies there is another run's then.
+        tokenizer: The run's tokenizer.
+        recipe: The run's recipe.
+        run_dir: The run's folder.
+        is_new: Whether the run has no checkpoint yet. An existing copy is then replaced, else it is kept.
     """
     files = _files_of(tokenizer)
     for place in dict.fromkeys((str(run_dir), recipe.run_url)):
@@ -262,7 +285,10 @@ def keep_tokenizer(tokenizer: Tokenizer, recipe: Recipe, run_dir: Path, *, is_ne
 
 
 def _files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """What is kept, by name in the run's folder; nothing for a tokenizer that does not survive being written."""
+    """Return the files of a tokenizer's copy, by name in the run's folder.
+
+    The result is empty if a Hugging Face tokenizer is not the same after it has been written and read.
+    """
     if isinstance(tokenizer, SentencePieceTokenizer):
         return {TOKENIZER: tokenizer.path.read_bytes()}
     assert isinstance(tokenizer, HuggingFaceTokenizer)
@@ -274,7 +300,12 @@ def _files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def _kept_files(store: Store, first_only: bool = True) -> dict[str, bytes]:
-    """Files of the kept tokenizer, by name in the run's folder."""
+    """Return the files of the stored copy, by name in the run's folder.
+
+    Args:
+        store: The run's folder.
+        first_only: Whether to ignore a Hugging Face tokenizer if there is a SentencePiece model.
+    """
     files = {TOKENIZER: store.get(TOKENIZER)} if store.exists(TOKENIZER) else {}
     if files and first_only:
         return files
@@ -282,13 +313,13 @@ def _kept_files(store: Store, first_only: bool = True) -> dict[str, bytes]:
 
 
 def _newest_whole(url: str, retry_sec: float) -> Folder | None:
-    """The newest checkpoint whose state is as it was written; None: there is none."""
+    """Return the newest checkpoint whose state is undamaged, or None if there is none."""
     found = open_checkpoints(url, retry_sec)
     for step in reversed(found.steps()):
         folder = found.folder(step)
         try:
             check_files(folder, read_manifest(folder), [STATE])
         except DamagedError:
-            continue  # the manager names it when it looks for the checkpoint to load
+            continue  # the checkpoint manager reports it when it loads the newest checkpoint
         return folder
     return None

@@ -1,55 +1,85 @@
-"""What every audio encoder promises, and what families share: windows, masks, normalisation, joining, recomputation.
+"""The interface of audio encoders, and what families share: windows, masks, normalization, frame rates, recomputation.
 
-Shapes: B windows of one call, T audio samples (16 kHz), F frames (20 ms), D width.
+Shapes: B windows of one call, T audio samples (16 kHz), F frames of 20 ms, E frames at the encoder's own rate, D width.
 
-DeepSpeed ZeRO-3 gathers a module's parameters around that module's own `forward`, on all ranks together. So no code
-here reads a child's parameter from outside the child, and one call of an encoder calls each of its modules exactly
-once, whatever the number and length of the clips.
+DeepSpeed ZeRO-3 gathers a module's parameters around that module's own `forward`, on all ranks together. Therefore no
+code here reads a child's parameter from outside the child, and one call of an encoder calls each of its modules exactly
+once, regardless of the number and length of the clips.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.batch import Ragged
-from model.lengths import Windowing, num_frames
+from model.lengths import FRAME_SAMPLES, Windowing, num_frames
 from model.transfer import to_device
 
 
 class AudioEncoder(nn.Module):
-    """Waveforms in, one feature vector per 20 ms out; a clip's features do not depend on its batch companions."""
+    """A module that turns waveforms into one feature vector per 20 ms.
+
+    The features of a clip do not depend on the other clips of the call.
+
+    Args:
+        dim: the width of a feature vector.
+        windowing: how clips are cut and padded. The window must be a multiple of both 320 and `frame_samples`.
+        frame_samples: the audio samples between two frames that `encode` returns.
+    """
 
     dim: int
-    """Width of a feature vector."""
     windowing: Windowing
-    """Longer clips are encoded in consecutive windows of a multiple of 320 samples and joined."""
+    frame_samples: int
 
-    def __init__(self, dim: int, windowing: Windowing) -> None:
+    def __init__(self, dim: int, windowing: Windowing, frame_samples: int = FRAME_SAMPLES) -> None:
         super().__init__()
-        assert windowing.window_samples > 0 and windowing.window_samples % 320 == 0, windowing
+        assert windowing.window_samples > 0, windowing
+        assert windowing.window_samples % math.lcm(FRAME_SAMPLES, frame_samples) == 0, (windowing, frame_samples)
         self.dim = dim
         self.windowing = windowing
+        self.frame_samples = frame_samples
         self.recompute = False
 
     def forward(self, audio: Ragged) -> Ragged:
-        """Encode clips `[ΣT]` to `[ΣF, D]`, F = `num_frames(T)` for each clip, in the parameters' dtype.
+        """Encode clips.
 
-        At least one clip, none empty. All windows run as one padded batch: callers pass clips of similar length.
+        All windows are computed as one padded batch, so clips of a call should have similar lengths.
+
+        Args:
+            audio: waveforms [ΣT], at least one clip, none of them empty.
+
+        Returns:
+            Features [ΣF, D] in the parameters' dtype, with F = `num_frames(T)` for each clip.
         """
         assert audio.lengths and min(audio.lengths) > 0, audio.lengths
-        # Windows of a clip lie end to end in the waveform as in the features: cutting and joining move nothing.
+        # The windows of a clip follow each other in the waveform and in the features: cutting and joining move nothing.
         size = self.windowing.window_samples
         windows = Ragged(audio.values, tuple(t for n in audio.lengths for t in window_lengths(n, size)))
-        return Ragged(self.encode(windows), tuple(num_frames(t) for t in audio.lengths))
+        frames = Ragged(self.encode(windows), tuple(self.num_own_frames(t) for t in audio.lengths))
+        return at_mixture_rate(frames, self.frame_samples, tuple(num_frames(t) for t in audio.lengths))
 
     def encode(self, windows: Ragged) -> Tensor:
-        """Encode windows `[ΣT]`, none longer than `windowing.window_samples`, to `[ΣF, D]`."""
+        """Encode windows at the encoder's own frame rate.
+
+        Args:
+            windows: waveforms [ΣT], none longer than `windowing.window_samples`.
+
+        Returns:
+            Features [ΣE, D], with E = `num_own_frames(T)` for each window.
+        """
         raise NotImplementedError
+
+    def num_own_frames(self, samples: int) -> int:
+        """Return the number of frames at the encoder's own rate that cover `samples`; the last may be partly filled."""
+        return -(-samples // self.frame_samples)
 
     def set_recompute(self, enabled: bool) -> None:
         """Trade compute for memory: keep only each layer's input and run the layer again in the backward pass."""
@@ -57,31 +87,65 @@ class AudioEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' dtype (visible under ZeRO-3 too)."""
+        """The dtype of the parameters, which is visible under ZeRO-3, too."""
         return next(self.parameters()).dtype
 
 
-class DrawnAsTransformers:
-    """Mixed into a transformers model of ours: its random weights are drawn as for transformers' own classes.
+def at_mixture_rate(frames: Ragged, frame_samples: int, lengths: tuple[int, ...]) -> Ragged:
+    """Bring frames to the mixture's rate of 50 Hz by linear interpolation in time.
 
-    Otherwise transformers (5.23) passes over every module without direct parameters, and Whisper's encoder, whose
-    positions never learn, keeps random ones in place of its sinusoids.
+    Each clip is interpolated on its own: the result for a clip does not depend on the others. Frames of 50 Hz are
+    returned unchanged.
+
+    Args:
+        frames: [ΣE, D] at one frame per `frame_samples` audio samples.
+        frame_samples: the audio samples between two frames.
+        lengths: the number of frames at 50 Hz that each clip must have.
+
+    Returns:
+        [ΣF, D], with F as in `lengths`.
+    """
+    if frame_samples == FRAME_SAMPLES:
+        assert frames.lengths == lengths, (frames.lengths, lengths)
+        return frames
+    before, weights, first = [], [], 0
+    for have, want in zip(frames.lengths, lengths, strict=True):
+        # The centres of the wanted frames, in units of frames; past the outer centres the outer frames are repeated.
+        centres = (np.arange(want) + 0.5) * (FRAME_SAMPLES / frame_samples) - 0.5
+        centres = centres.clip(0, have - 1)
+        whole = np.minimum(np.floor(centres).astype(np.int64), max(have - 2, 0))
+        before.append(first + np.stack((whole, np.minimum(whole + 1, have - 1))))
+        weights.append((centres - whole).astype(np.float32))
+        first += have
+    values = frames.values
+    rows = to_device(np.concatenate(before, axis=1), values.device)
+    weight = to_device(np.concatenate(weights), values.device).to(values.dtype)
+    # The gradient of an embedding look-up is summed in one order on a GPU; that of `index_select` is not.
+    left, right = F.embedding(rows, values)
+    return Ragged(torch.lerp(left, right, weight[:, None]), lengths)
+
+
+class DrawnAsTransformers:
+    """A mixin for transformers models of ours: their random weights are drawn as for transformers' own classes.
+
+    Without it, transformers (5.23) skips every module that has no direct parameters. Whisper's encoder, whose positions
+    are never trained, would then keep random positions in place of its sinusoids.
     """
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """See `PreTrainedModel.is_custom_code`, which only initialisation asks."""
+        """Return False. transformers asks this only when it initializes weights (`PreTrainedModel.is_custom_code`)."""
         return False
 
 
 def window_lengths(samples: int, window_samples: int) -> tuple[int, ...]:
-    """Lengths of the consecutive windows of a clip; only the last may be shorter."""
+    """Return the lengths of the consecutive windows of a clip; only the last may be shorter."""
     full, rest = divmod(samples, window_samples)
     return (window_samples,) * full + ((rest,) if rest else ())
 
 
 def length_mask(lengths: Sequence[int], size: int, device: torch.device) -> Tensor | None:
-    """Bool `[B, size]`, true inside each length; None if every length fills `size`, so that nothing needs a mask."""
+    """Return a bool mask [B, size] that is true inside each length; None if every length equals `size`."""
     if min(lengths) == size:
         return None
     return torch.arange(size, device=device) < to_device(lengths, device)[:, None]
@@ -89,9 +153,16 @@ def length_mask(lengths: Sequence[int], size: int, device: torch.device) -> Tens
 
 @torch.no_grad()
 def normalized(waves: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Zero mean and unit variance over each clip's real length, as transformers does for `do_normalize`.
+    """Return waveforms with zero mean and unit variance over each clip's real length.
 
-    `waves[B, T]` fp32 is zero past each length, and so is the result.
+    transformers' feature extractors do the same for `do_normalize`.
+
+    Args:
+        waves: [B, T] in fp32, zero after each length.
+        lengths: the real length of each clip, in samples.
+
+    Returns:
+        [B, T], zero after each length.
     """
     num_samples = to_device(lengths, waves.device)[:, None]
     centered = waves - waves.sum(1, keepdim=True) / num_samples
@@ -103,19 +174,25 @@ def normalized(waves: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def call_layer(layer: nn.Module, *args: Any, recompute: bool) -> Any:
-    """Call `layer(*args)`, recomputing it in the backward pass if asked and if a gradient flows into `args`.
+    """Call `layer(*args)`; recompute it in the backward pass if asked to and if a gradient flows into `args`.
 
-    Without such a gradient (the first convolution, the first layer above a frozen part) the layer just runs: reentrant
-    checkpointing would lose its parameters' gradients. The other kind breaks under ZeRO-3.
+    Without such a gradient (the first convolution, the first layer above a frozen part) the layer is called plainly:
+    reentrant checkpointing would lose the gradients of its parameters. Non-reentrant checkpointing breaks under ZeRO-3.
     """
     flows = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     return checkpoint(layer, *args, use_reentrant=True) if recompute and flows else layer(*args)
 
 
 def join_frames(hidden: Tensor, valid: Sequence[int], wanted: Sequence[int]) -> Tensor:
-    """Lay the valid frames of `hidden[B, F, D]` end to end, repeating each last one up to the wanted count.
+    """Concatenate the valid frames of all windows, repeating each window's last frame up to the wanted count.
 
-    Returns `[Σ wanted, D]`. A `wanted` below `valid` drops frames past the clip's end.
+    Args:
+        hidden: padded frames [B, F, D].
+        valid: the number of valid frames of each window.
+        wanted: the number of frames to return for each window; below `valid`, frames past the window's end are dropped.
+
+    Returns:
+        [Σ wanted, D].
     """
     parts = []
     for row, have, want in zip(hidden.unbind(0), valid, wanted, strict=True):
@@ -123,3 +200,8 @@ def join_frames(hidden: Tensor, valid: Sequence[int], wanted: Sequence[int]) -> 
         if want > have:
             parts.append(row[have - 1 : have].expand(want - have, -1))
     return torch.cat(parts)
+
+
+def layer_flops(frames: int, width: int, ffn_width: int) -> float:
+    """Return the forward FLOPs of one Transformer layer: projections, attention and feed-forward network."""
+    return 8.0 * frames * width**2 + 4.0 * frames**2 * width + 4.0 * frames * width * ffn_width

@@ -1,11 +1,13 @@
-"""What HuBERT and WavLM share: the strided convolutions over waveforms, without a trace of the padding.
+"""The strided convolutions over waveforms that HuBERT and WavLM share, computed so that padding has no effect.
 
 Shapes: B windows, T audio samples, C channels, F frames (20 ms), D width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,24 +16,41 @@ from transformers import HubertConfig, WavLMConfig
 from transformers.activations import ACT2FN
 
 from model.batch import Ragged
-from model.encoders.base import AudioEncoder, call_layer, join_frames, normalized
-from model.lengths import Windowing, num_frames
+from model.config import EncoderConfig
+from model.encoders.base import AudioEncoder, call_layer, join_frames, layer_flops, normalized
+from model.encoders.family import ResolvedEncoder, encoder_error
+from model.lengths import FRAME_SAMPLES, Windowing
 
 ConvConfig = HubertConfig | WavLMConfig
 
+CONV_STACK_DEFAULTS: dict[str, Any] = {
+    "hidden_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "layerdrop": 0.0,
+    "apply_spec_augment": False,
+}
+"""Config fields that switch off the noise of pre-training."""
+
 
 class ConvStackEncoder(AudioEncoder):
-    """HuBERT or WavLM as an `AudioEncoder`; `encoder.*` holds transformers' parameter names."""
+    """HuBERT or WavLM as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
 
-    def __init__(self, encoder: nn.Module, config: ConvConfig, window_samples: int, do_normalize: bool) -> None:
-        """`encoder(waves[B, T], num_samples, recompute)` gives `[B, F, D]`; `do_normalize`: see `normalized`."""
-        super().__init__(config.hidden_size, conv_stack_windowing(config, window_samples))
+    Args:
+        encoder: the network, called as `encoder(waves[B, T], num_samples, recompute)`; returns [B, F, D].
+        resolved: the encoder's settings.
+    """
+
+    def __init__(self, encoder: nn.Module, resolved: ResolvedEncoder) -> None:
+        config: Any = resolved.hf_config
+        super().__init__(config.hidden_size, resolved.windowing, resolved.frame_samples)
         self.encoder = encoder
-        self.do_normalize = do_normalize
+        self.do_normalize = resolved.do_normalize
         self.kernels, self.strides = tuple(config.conv_kernel), tuple(config.conv_stride)
 
     def encode(self, windows: Ragged) -> Tensor:
-        """See `AudioEncoder.encode`. A window below the convolutions' reach is padded with zeros to one frame."""
+        """Implement `AudioEncoder.encode`. A window below the receptive field is padded with zeros to one frame."""
         waves = windows.padded().float()
         if self.do_normalize:
             waves = normalized(waves, windows.lengths)
@@ -39,14 +58,14 @@ class ConvStackEncoder(AudioEncoder):
         waves = F.pad(waves, (0, max(num_samples) - waves.shape[1]))
         hidden = self.encoder(waves.to(self.dtype), num_samples, recompute=self.recompute)
         valid = [conv_lengths(t, self.kernels, self.strides)[-1] for t in num_samples]
-        return join_frames(hidden, valid, [num_frames(t) for t in windows.lengths])
+        return join_frames(hidden, valid, [self.num_own_frames(t) for t in windows.lengths])
 
 
 class RaggedGroupNorm(nn.GroupNorm):
-    """GroupNorm over each clip's real length; the same parameters as `nn.GroupNorm`."""
+    """A GroupNorm over each window's real length, with the parameters of `nn.GroupNorm`."""
 
     def forward(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:  # type: ignore[override]
-        """Normalise `hidden[B, C, T]` over the first `lengths` steps of each clip; zero after them."""
+        """Normalize `hidden` [B, C, T] over the first `lengths` steps of each window; return zeros after them."""
         size = hidden.shape[2]
         if min(lengths) == size:
             return super().forward(hidden)
@@ -58,7 +77,7 @@ class RaggedGroupNorm(nn.GroupNorm):
 
 
 class RaggedGroupNormConvLayer(nn.Module):
-    """First layer of hubert-base and wavlm-base, with the parameter names of transformers' `*GroupNormConvLayer`."""
+    """The first layer of hubert-base and wavlm-base, with the names of transformers' `*GroupNormConvLayer`."""
 
     def __init__(self, config: ConvConfig) -> None:
         super().__init__()
@@ -68,17 +87,43 @@ class RaggedGroupNormConvLayer(nn.Module):
         self.layer_norm = RaggedGroupNorm(num_groups=channels, num_channels=channels)
 
     def forward(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
-        """`hidden[B, 1, T]` to `[B, C, T']`; `lengths` are the valid steps of the output."""
+        """Convolve `hidden` [B, 1, T] to [B, C, T'] and normalize; `lengths` are the valid steps of the output."""
         return self.activation(self.layer_norm(self.conv(hidden), lengths))
 
 
-def conv_stack_windowing(config: ConvConfig, window_samples: int) -> Windowing:
-    """What a call of the encoder computes: windows at their length, at least what one frame sees."""
-    return Windowing(window_samples, receptive_field(config.conv_kernel, config.conv_stride))
+def conv_stack_windowing(_config: EncoderConfig, hf_config: ConvConfig, window_samples: int) -> Windowing:
+    """Return the windowing: windows are computed at their own length, or at the receptive field if that is longer."""
+    return Windowing(window_samples, receptive_field(hf_config.conv_kernel, hf_config.conv_stride))
+
+
+def check_conv_stack(config: EncoderConfig, hf_config: Any, frame_samples: int = FRAME_SAMPLES) -> None:
+    """Check that a transformers config asks for nothing that the network does not compute.
+
+    Raises:
+        UserError: If the frame rate differs from `frame_samples`, or a feature is not supported.
+    """
+    hop = math.prod(hf_config.conv_stride)
+    if hop != frame_samples:
+        rate = f"must be {frame_samples} ({frame_samples / 16:g} ms frames)"
+        raise encoder_error(config, f"config.conv_stride multiplies to {hop}", rate)
+    if hf_config.feat_extract_norm not in ("group", "layer"):
+        raise encoder_error(config, f"config.feat_extract_norm = {hf_config.feat_extract_norm}", "give group or layer")
+    for key in ("add_adapter", "conv_pos_batch_norm"):
+        if getattr(hf_config, key, False):
+            why = "it changes the frame rate" if key == "add_adapter" else "it mixes the clips of a batch"
+            raise encoder_error(config, f"config.{key} = true", f"not supported ({why}): use another checkpoint")
+
+
+def normalizes_as_published(hf_config: Any) -> bool:
+    """Return `do_normalize` of the published models: true for the layer-norm stacks (large), false for the others.
+
+    fairseq and torchaudio's pipelines do the same.
+    """
+    return bool(hf_config.feat_extract_norm == "layer")
 
 
 def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
-    """Samples that one frame of the convolutions sees."""
+    """Return the number of audio samples that one frame depends on."""
     samples = 1
     for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
         samples = (samples - 1) * stride + kernel
@@ -86,7 +131,7 @@ def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
 
 
 def conv_lengths(samples: int, kernels: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    """Steps after each convolution (none padded: floor)."""
+    """Return the number of steps after each convolution; they are not padded, so every count is rounded down."""
     lengths = []
     for kernel, stride in zip(kernels, strides, strict=True):
         samples = (samples - kernel) // stride + 1
@@ -94,12 +139,41 @@ def conv_lengths(samples: int, kernels: Sequence[int], strides: Sequence[int]) -
     return tuple(lengths)
 
 
+def conv_stack_flops(hf: Any, samples: int) -> float:
+    """Return the forward FLOPs of one window: convolutions, projections and Transformer layers."""
+    flops, channels = 0.0, 1
+    steps = padded_conv_lengths(hf, samples)
+    for kernel, width, length in zip(hf.conv_kernel, hf.conv_dim, steps, strict=True):
+        flops += 2.0 * kernel * channels * width * length
+        channels = width
+    frames, width = steps[-1], hf.hidden_size
+    flops += 2.0 * frames * channels * width
+    flops += 2.0 * frames * hf.num_conv_pos_embeddings * width * width / hf.num_conv_pos_embedding_groups
+    return flops + hf.num_hidden_layers * layer_flops(frames, width, hf.intermediate_size)
+
+
+def padded_conv_lengths(hf: Any, samples: int) -> tuple[int, ...]:
+    """Return the number of steps after each convolution for a window that is padded to the receptive field."""
+    padded = max(samples, receptive_field(hf.conv_kernel, hf.conv_stride))
+    return conv_lengths(padded, hf.conv_kernel, hf.conv_stride)
+
+
 def conv_features(
     layers: nn.ModuleList, config: ConvConfig, waves: Tensor, num_samples: Sequence[int], recompute: bool
 ) -> tuple[Tensor, list[int]]:
-    """`waves[B, T]` through the convolutions: `[B, max F, C]` and every clip's valid F.
+    """Run waveforms through the convolutions.
 
-    Unpadded convolutions read only a clip's own steps for its valid output, so padding needs no mask in between.
+    The valid output of unpadded convolutions depends only on a window's own steps, so no mask is needed in between.
+
+    Args:
+        layers: the convolutional layers.
+        config: the transformers config.
+        waves: [B, T].
+        num_samples: the length of each window.
+        recompute: True to recompute the layers in the backward pass.
+
+    Returns:
+        The features [B, max F, C] and the valid F of each window.
     """
     lengths = [conv_lengths(t, config.conv_kernel, config.conv_stride) for t in num_samples]
     hidden = waves[:, None]
@@ -110,7 +184,10 @@ def conv_features(
 
 
 def add_positions(pos_conv_embed: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Add the convolutional position embedding to `hidden[B, F, D]`; padding is zeroed first, as its edges are."""
+    """Add the convolutional position embedding to `hidden` [B, F, D].
+
+    Padding is set to zero first: at the end of an unpadded window the convolution sees zeros, too.
+    """
     if mask is not None:
         hidden = hidden.masked_fill(~mask[:, :, None], 0.0)
     return hidden + pos_conv_embed(hidden)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from transformers import HubertConfig
+from transformers import HubertConfig, Wav2Vec2FeatureExtractor
 from transformers.models.hubert.modeling_hubert import (
     HubertEncoder,
     HubertEncoderStableLayerNorm,
@@ -18,11 +18,22 @@ from transformers.models.hubert.modeling_hubert import (
 )
 
 from model.encoders.base import DrawnAsTransformers, call_layer, length_mask
-from model.encoders.conv_stack import RaggedGroupNormConvLayer, add_positions, conv_features
+from model.encoders.conv_stack import (
+    CONV_STACK_DEFAULTS,
+    ConvStackEncoder,
+    RaggedGroupNormConvLayer,
+    add_positions,
+    check_conv_stack,
+    conv_features,
+    conv_stack_flops,
+    conv_stack_windowing,
+    normalizes_as_published,
+)
+from model.encoders.family import EncoderFamily
 
 
 class RaggedHubert(DrawnAsTransformers, HubertPreTrainedModel):
-    """The parts and parameter names of transformers' `HubertModel`, without its masking for pre-training."""
+    """The modules of transformers' `HubertModel` under the same names, without its masking for pre-training."""
 
     _keys_to_ignore_on_load_unexpected = [r"masked_spec_embed"]
 
@@ -36,7 +47,16 @@ class RaggedHubert(DrawnAsTransformers, HubertPreTrainedModel):
         self.post_init()
 
     def forward(self, waves: Tensor, num_samples: Sequence[int], recompute: bool = False) -> Tensor:
-        """Encode `waves[B, max T]`, zero past each length, to `[B, max F, D]`, F counted by `conv_lengths`."""
+        """Encode waveforms.
+
+        Args:
+            waves: [B, max T], zero after each length.
+            num_samples: the length of each window.
+            recompute: True to recompute every layer in the backward pass.
+
+        Returns:
+            [B, max F, D]; the valid F of each window is the last of `conv_lengths`.
+        """
         stable, encoder = self.config.do_stable_layer_norm, self.encoder
         features, frames = conv_features(self.feature_extractor.conv_layers, self.config, waves, num_samples, recompute)
         hidden = self.feature_projection(features)
@@ -47,3 +67,16 @@ class RaggedHubert(DrawnAsTransformers, HubertPreTrainedModel):
         for layer in encoder.layers:
             hidden = call_layer(layer, hidden, attention_mask, recompute=recompute)
         return encoder.layer_norm(hidden) if stable else hidden
+
+
+HUBERT = EncoderFamily(
+    config_class=HubertConfig,
+    network=RaggedHubert,
+    wrapper=ConvStackEncoder,
+    windowing=conv_stack_windowing,
+    flops=conv_stack_flops,
+    defaults=CONV_STACK_DEFAULTS,
+    check=check_conv_stack,
+    normalizes=normalizes_as_published,
+    feature_extractor=Wav2Vec2FeatureExtractor,
+)

@@ -6,11 +6,12 @@ Shapes: B windows, T audio samples, F frames (20 ms), H heads, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
-from transformers import WavLMConfig
+from transformers import Wav2Vec2FeatureExtractor, WavLMConfig
 from transformers.models.wavlm.modeling_wavlm import (
     WavLMAttention,
     WavLMEncoder,
@@ -21,14 +22,26 @@ from transformers.models.wavlm.modeling_wavlm import (
 )
 
 from model.encoders.base import DrawnAsTransformers, call_layer, length_mask
-from model.encoders.conv_stack import RaggedGroupNormConvLayer, add_positions, conv_features
+from model.encoders.conv_stack import (
+    CONV_STACK_DEFAULTS,
+    ConvStackEncoder,
+    RaggedGroupNormConvLayer,
+    add_positions,
+    check_conv_stack,
+    conv_features,
+    conv_stack_flops,
+    conv_stack_windowing,
+    normalizes_as_published,
+    padded_conv_lengths,
+)
+from model.encoders.family import EncoderFamily
 
 
 class GatedBiasAttention(WavLMAttention):
-    """Attention with WavLM's gated relative position bias, same parameters as transformers' `WavLMAttention`.
+    """Attention with WavLM's gated relative position bias and the parameters of transformers' `WavLMAttention`.
 
-    transformers passes the children's weights to a functional; here every child is called, which ZeRO-3 needs, and
-    the scores go through SDPA.
+    transformers passes the weights of child modules to a functional. Here every child is called, as ZeRO-3 requires,
+    and attention is PyTorch's scaled dot-product attention.
     """
 
     def forward(  # type: ignore[override]
@@ -38,9 +51,16 @@ class GatedBiasAttention(WavLMAttention):
         position_bias: Tensor | None = None,
         index: int = 0,
     ) -> tuple[Tensor, None, Tensor]:
-        """`hidden_states[B, F, D]`; `attention_mask[B, 1, 1, F]`: 0 for keys that count, -inf for padding.
+        """Attend within each window.
 
-        `position_bias[H, F, F]` comes from the first layer, which computes it, and is returned for the next.
+        Args:
+            hidden_states: [B, F, D].
+            attention_mask: [B, 1, 1, F], 0 for real frames and -inf for padding; None if there is no padding.
+            position_bias: [H, F, F] of the first layer; None in the first layer, which computes it.
+            index: not used; part of the signature in transformers.
+
+        Returns:
+            The output [B, F, D], None, and the position bias for the next layer.
         """
         batch, frames, _ = hidden_states.shape
         if position_bias is None:
@@ -59,7 +79,7 @@ class GatedBiasAttention(WavLMAttention):
         return self.out_proj(context.transpose(1, 2).flatten(2)), None, position_bias
 
     def compute_bias(self, query_length: int, key_length: int) -> Tensor:
-        """`[H, query, key]`: one table look-up per distance, not per pair."""
+        """Return the position bias [H, query, key], with one table look-up per distance instead of one per pair."""
         device = self.gru_rel_pos_const.device
         distance = torch.arange(1 - query_length, key_length, device=device)
         by_distance = self.rel_attn_embed(self._relative_positions_bucket(distance)).T
@@ -67,7 +87,7 @@ class GatedBiasAttention(WavLMAttention):
 
 
 class RaggedWavLM(DrawnAsTransformers, WavLMPreTrainedModel):
-    """The parts and parameter names of transformers' `WavLMModel`, without its masking for pre-training."""
+    """The modules of transformers' `WavLMModel` under the same names, without its masking for pre-training."""
 
     _keys_to_ignore_on_load_unexpected = [r"masked_spec_embed"]
 
@@ -90,7 +110,16 @@ class RaggedWavLM(DrawnAsTransformers, WavLMPreTrainedModel):
         self.post_init()
 
     def forward(self, waves: Tensor, num_samples: Sequence[int], recompute: bool = False) -> Tensor:
-        """Encode `waves[B, max T]`, zero past each length, to `[B, max F, D]`, F counted by `conv_lengths`."""
+        """Encode waveforms.
+
+        Args:
+            waves: [B, max T], zero after each length.
+            num_samples: the length of each window.
+            recompute: True to recompute every layer in the backward pass.
+
+        Returns:
+            [B, max F, D]; the valid F of each window is the last of `conv_lengths`.
+        """
         stable, encoder = self.config.do_stable_layer_norm, self.encoder
         features, frames = conv_features(self.feature_extractor.conv_layers, self.config, waves, num_samples, recompute)
         hidden, _ = self.feature_projection(features)
@@ -104,3 +133,24 @@ class RaggedWavLM(DrawnAsTransformers, WavLMPreTrainedModel):
         for layer in encoder.layers:
             hidden, position_bias = call_layer(layer, hidden, key_bias, position_bias, recompute=recompute)
         return encoder.layer_norm(hidden) if stable else hidden
+
+
+def _flops(hf: Any, samples: int) -> float:
+    """Return the forward FLOPs of one window: those of the stack and those of the gated position bias."""
+    frames = padded_conv_lengths(hf, samples)[-1]
+    # The projection of the gates, the gated bias, and its addition to the attention scores.
+    bias = 16.0 * frames * hf.hidden_size + 3.0 * hf.num_attention_heads * frames**2
+    return conv_stack_flops(hf, samples) + hf.num_hidden_layers * bias
+
+
+WAVLM = EncoderFamily(
+    config_class=WavLMConfig,
+    network=RaggedWavLM,
+    wrapper=ConvStackEncoder,
+    windowing=conv_stack_windowing,
+    flops=_flops,
+    defaults=CONV_STACK_DEFAULTS,
+    check=check_conv_stack,
+    normalizes=normalizes_as_published,
+    feature_extractor=Wav2Vec2FeatureExtractor,
+)

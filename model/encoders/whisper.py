@@ -1,4 +1,4 @@
-"""Whisper's encoder (arXiv 2212.04356), at 30 s as pre-trained or at the clip's real length.
+"""Whisper's encoder (arXiv 2212.04356), on windows padded to 30 s as in pre-training or on the clips' real length.
 
 Shapes: B windows, N mel bins, M mel frames (10 ms), F frames (20 ms), D width.
 """
@@ -6,7 +6,7 @@ Shapes: B windows, N mel bins, M mel frames (10 ms), F frames (20 ms), D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,36 +15,41 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from model.batch import Ragged
+from model.config import EncoderConfig
 from model.encoders.base import (
     AudioEncoder,
     DrawnAsTransformers,
     call_layer,
     join_frames,
+    layer_flops,
     length_mask,
     normalized,
 )
-from model.encoders.log_mel import MIN_SAMPLES, padded_log_mel
-from model.lengths import Windowing, num_frames
-
-LengthMode: TypeAlias = Literal["full", "trim"]
-
-
-def whisper_windowing(window_samples: int, length_mode: LengthMode) -> Windowing:
-    """What a call of the encoder computes: with `full`, every window at the full length."""
-    return Windowing(window_samples, window_samples if length_mode == "full" else MIN_SAMPLES)
+from model.encoders.family import EncoderFamily, ResolvedEncoder, encoder_error
+from model.encoders.log_mel import FFT_SAMPLES, MIN_SAMPLES, num_mel_frames, padded_log_mel
+from model.lengths import FRAME_SAMPLES, SAMPLE_RATE, Windowing
 
 
 class RaggedWhisperEncoder(DrawnAsTransformers, WhisperEncoder):
-    """transformers' `WhisperEncoder`, same parameters, for mel spectrograms of unequal length."""
+    """transformers' `WhisperEncoder`, with the same parameters, for mel spectrograms of unequal length."""
 
     def forward(  # type: ignore[override]
         self, mel: Tensor, num_mel_frames: Sequence[int], recompute: bool = False
     ) -> Tensor:
-        """Encode `mel[B, N, max M]`, zero past each clip's M, to `[B, max F, D]`, F = ceil(M / 2)."""
+        """Encode mel spectrograms.
+
+        Args:
+            mel: [B, N, max M], zero after each window's M.
+            num_mel_frames: M of each window.
+            recompute: True to recompute every layer in the backward pass.
+
+        Returns:
+            [B, max F, D], with F = ceil(M / 2) for each window.
+        """
         hidden = F.gelu(self.conv1(mel))
         mel_mask = length_mask(num_mel_frames, hidden.shape[2], hidden.device)
         if mel_mask is not None:
-            hidden = hidden.masked_fill(~mel_mask[:, None], 0.0)  # what conv2's own padding would hold
+            hidden = hidden.masked_fill(~mel_mask[:, None], 0.0)  # as conv2's own padding
         hidden = F.gelu(self.conv2(hidden)).transpose(1, 2)
         hidden = hidden + self.embed_positions(torch.arange(hidden.shape[1], device=hidden.device))
         hidden = F.dropout(hidden, p=self.dropout, training=self.training)
@@ -56,31 +61,74 @@ class RaggedWhisperEncoder(DrawnAsTransformers, WhisperEncoder):
 
 
 class Whisper(AudioEncoder):
-    """Whisper as an `AudioEncoder`; `encoder.*` holds transformers' parameter names."""
+    """Whisper as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
 
-    def __init__(
-        self,
-        encoder: RaggedWhisperEncoder,
-        window_samples: int,
-        length_mode: LengthMode,
-        do_normalize: bool,
-    ) -> None:
-        """`full`: every window is padded to `window_samples`, frames of the padding are dropped after encoding;
-        `do_normalize`: see `normalized`."""
+    In the length mode `full`, every window is padded to the full length, and the frames of the padding are dropped
+    after encoding.
+
+    Args:
+        encoder: the network.
+        resolved: the encoder's settings.
+    """
+
+    def __init__(self, encoder: RaggedWhisperEncoder, resolved: ResolvedEncoder) -> None:
         config: WhisperConfig = encoder.config
-        super().__init__(config.d_model, whisper_windowing(window_samples, length_mode))
+        super().__init__(config.d_model, resolved.windowing, resolved.frame_samples)
         self.encoder = encoder
         self.num_mels = config.num_mel_bins
-        self.length_mode = length_mode
-        self.do_normalize = do_normalize
+        self.length_mode = resolved.length_mode
+        self.do_normalize = resolved.do_normalize
 
     def encode(self, windows: Ragged) -> Tensor:
-        """See `AudioEncoder.encode`."""
+        """Implement `AudioEncoder.encode`."""
         if self.do_normalize:
             waves = normalized(windows.padded().float(), windows.lengths)
             windows = Ragged(torch.cat([w[:t] for w, t in zip(waves, windows.lengths, strict=True)]), windows.lengths)
         pad_samples = self.windowing.window_samples if self.length_mode == "full" else None
         mel, num_mel_frames = padded_log_mel(windows, self.num_mels, pad_samples)
         hidden = self.encoder(mel.to(self.dtype), num_mel_frames, recompute=self.recompute)
-        frames = [num_frames(t) for t in windows.lengths]
+        frames = [self.num_own_frames(t) for t in windows.lengths]
         return join_frames(hidden, frames, frames)
+
+
+def _windowing(config: EncoderConfig, hf_config: WhisperConfig, window_samples: int) -> Windowing:
+    """Return the windowing: in the length mode `full`, every window is computed at the full length.
+
+    Raises:
+        UserError: If the window does not fit the checkpoint's positions.
+    """
+    capacity = hf_config.max_source_positions * FRAME_SAMPLES
+    longest = f"{capacity / SAMPLE_RATE:g} s ({hf_config.max_source_positions} positions)"
+    if window_samples > capacity:
+        raise encoder_error(config, f"window_sec = {config.window_sec}", f"must not exceed {longest}")
+    if config.length_mode == "full" and window_samples != capacity:
+        raise encoder_error(config, f"window_sec = {config.window_sec}", f"must equal {longest} in length_mode full")
+    return Windowing(window_samples, window_samples if config.length_mode == "full" else MIN_SAMPLES)
+
+
+def _flops(hf: Any, samples: int) -> float:
+    """Return the forward FLOPs of one window: mel filters, convolutions and Transformer layers."""
+    mel_frames = num_mel_frames(samples)
+    frames = -(-mel_frames // 2)
+    mel = 2.0 * (FFT_SAMPLES // 2 + 1) * hf.num_mel_bins * mel_frames
+    convs = 6.0 * hf.d_model * (hf.num_mel_bins * mel_frames + hf.d_model * frames)
+    return mel + convs + hf.encoder_layers * layer_flops(frames, hf.d_model, hf.encoder_ffn_dim)
+
+
+WHISPER = EncoderFamily(
+    config_class=WhisperConfig,
+    network=RaggedWhisperEncoder,
+    wrapper=Whisper,
+    windowing=_windowing,
+    flops=_flops,
+    defaults={
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "encoder_layerdrop": 0.0,
+        "apply_spec_augment": False,
+    },
+    length_modes=("full", "trim"),
+    # Published checkpoints hold the whole model: its encoder is stored under `encoder.` or `model.encoder.`.
+    key_mapping={r"^(model\.)?encoder\.": ""},
+)

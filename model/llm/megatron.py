@@ -41,7 +41,8 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model.llm.attention import PackedAttention
-from model.llm.names import has_qk_norm, has_qkv_bias, head_dim, padded_vocab_size, tp_dim
+from model.llm.families import family_of
+from model.llm.names import head_dim, padded_vocab_size, tp_dim
 
 
 class RMSNorm(nn.Module):
@@ -71,6 +72,7 @@ def transformer_config(
     Gradients are plain sums over micro-batches and data-parallel ranks (`calculate_per_token_loss`): the caller divides
     by the global batch's target tokens. `recompute` keeps only every layer's input for the backward pass.
     """
+    family = family_of(hf_config)
     recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
@@ -80,8 +82,8 @@ def transformer_config(
         num_query_groups=hf_config.num_key_value_heads,
         kv_channels=head_dim(hf_config),
         add_bias_linear=False,
-        add_qkv_bias=has_qkv_bias(hf_config),
-        qk_layernorm=has_qk_norm(hf_config),
+        add_qkv_bias=family.qkv_bias,
+        qk_layernorm=family.qk_norm,
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
         normalization="RMSNorm",

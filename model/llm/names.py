@@ -1,14 +1,14 @@
-"""Hugging Face ↔ Megatron parameters: which tensors build which, and which part of them a tensor-parallel rank holds.
+"""The mapping between the parameters of Hugging Face and of Megatron, and the part that a tensor-parallel rank holds.
 
-Pure: shapes and indices, no models. Layers in Megatron names are numbered globally here (`decoder.layers.<n>`, n from 0
-over all pipeline stages). Layouts of Megatron-core's local layer spec:
+The functions compute names, shapes and indices; they touch no model. In Megatron names, layers are numbered globally
+here: `decoder.layers.<n>`, with n from 0 over all pipeline stages. Megatron-core's local layer spec has these layouts:
 
-- `linear_qkv` interleaves per query group: the group's query heads, its key head, its value head. A rank holds a run of
-  rows; with fewer key-value heads than ranks that run is a part of a group.
-- `linear_fc1` holds `[gate_r; up_r]` on rank r: the ranks' shards laid end to end are *not* `[gate; up]`.
-- the vocabulary is padded with zero rows to a multiple of the tensor-parallel size.
+- `linear_qkv` holds for each query group its query heads, its key head and its value head. A rank holds consecutive
+  rows. If there are fewer key-value heads than ranks, these rows are a part of a group.
+- `linear_fc1` holds `[gate_r; up_r]` on rank r, so the shards of all ranks in order are *not* `[gate; up]`.
+- The vocabulary is padded with zero rows to a multiple of the tensor-parallel size.
 
-"Full" always means the shards of all ranks laid end to end along `tp_dim`.
+"Full" always means the concatenation of all ranks' shards along `tp_dim`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from model.llm.families import LLMFamily, family_of
+
 Index = tuple[slice, ...]
 Read = Callable[[str, Index], Tensor]
 
@@ -29,103 +31,114 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _COLUMN_PARALLEL = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "word_embeddings.weight")
 _ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")
 
+_VOCABULARY = {"embedding.word_embeddings.weight": "embedding", "output_layer.weight": "output"}
+_SINGLE = {
+    "self_attention.linear_proj.weight": "attention_output",
+    "self_attention.q_layernorm.weight": "query_norm",
+    "self_attention.k_layernorm.weight": "key_norm",
+    "mlp.linear_fc2.weight": "down",
+    "input_layernorm.weight": "attention_norm",
+    "pre_mlp_layernorm.weight": "mlp_norm",
+}
+"""The parameters of a layer that are one Hugging Face tensor, with its role in `LLAMA_MODULES`."""
+
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of a Hugging Face tensor, or (name None) rows of zeros; a shard is pieces laid end to end."""
+    """A rectangle of a Hugging Face tensor, or rows of zeros. A shard is a concatenation of pieces."""
 
     hf_name: str | None
+    """The name of the tensor; None: rows of zeros."""
     index: Index
 
 
 def tp_dim(megatron_name: str) -> int | None:
-    """Dimension along which tensor parallelism splits the parameter; None: every rank holds all of it."""
+    """Return the dimension along which tensor parallelism splits a parameter; None if every rank holds all of it."""
     if megatron_name == "output_layer.weight" or megatron_name.endswith(_COLUMN_PARALLEL):
         return 0
     return 1 if megatron_name.endswith(_ROW_PARALLEL) else None
 
 
 def padded_vocab_size(hf_config: PretrainedConfig, tp_size: int) -> int:
-    """Rows of embedding and output layer over all tensor-parallel ranks."""
+    """Return the number of rows of the embedding and the output layer over all tensor-parallel ranks."""
     return -(-hf_config.vocab_size // tp_size) * tp_size
 
 
 def head_dim(hf_config: PretrainedConfig) -> int:
-    """Width of one attention head."""
+    """Return the width of one attention head."""
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
 
 
 def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the Hugging Face model, in its order, with its shape; a tied output layer is not listed."""
+    """Return the shape of every tensor of the Hugging Face model, in its order. A tied output layer is not listed."""
+    family = family_of(hf_config)
     hidden, ffn, width = hf_config.hidden_size, hf_config.intermediate_size, head_dim(hf_config)
     queries, keys = hf_config.num_attention_heads * width, hf_config.num_key_value_heads * width
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (hf_config.vocab_size, hidden)}
+    rows = {"query": queries, "key": keys, "value": keys}
+    layer: dict[str, tuple[int, ...]] = {}
+    for role, num_rows in rows.items():
+        layer[f"{role}.weight"] = (num_rows, hidden)
+        if family.qkv_bias:
+            layer[f"{role}.bias"] = (num_rows,)
+    layer["attention_output.weight"] = (hidden, queries)
+    if family.qk_norm:
+        layer["query_norm.weight"] = layer["key_norm.weight"] = (width,)
+    layer["gate.weight"] = layer["up.weight"] = (ffn, hidden)
+    layer["down.weight"] = (hidden, ffn)
+    layer["attention_norm.weight"] = layer["mlp_norm.weight"] = (hidden,)
+    shapes: dict[str, tuple[int, ...]] = {_hf_name(family, "embedding.weight"): (hf_config.vocab_size, hidden)}
     for n in range(hf_config.num_hidden_layers):
-        layer = f"model.layers.{n}."
-        for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-            shapes[f"{layer}self_attn.{name}.weight"] = (rows, hidden)
-            if has_qkv_bias(hf_config):
-                shapes[f"{layer}self_attn.{name}.bias"] = (rows,)
-        shapes[f"{layer}self_attn.o_proj.weight"] = (hidden, queries)
-        if has_qk_norm(hf_config):
-            shapes[f"{layer}self_attn.q_norm.weight"] = shapes[f"{layer}self_attn.k_norm.weight"] = (width,)
-        shapes[f"{layer}mlp.gate_proj.weight"] = shapes[f"{layer}mlp.up_proj.weight"] = (ffn, hidden)
-        shapes[f"{layer}mlp.down_proj.weight"] = (hidden, ffn)
-        shapes[f"{layer}input_layernorm.weight"] = shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
-    shapes["model.norm.weight"] = (hidden,)
+        shapes |= {_hf_name(family, tensor, n): shape for tensor, shape in layer.items()}
+    shapes[_hf_name(family, "final_norm.weight")] = (hidden,)
     if not hf_config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (hf_config.vocab_size, hidden)
+        shapes[_hf_name(family, "output.weight")] = (hf_config.vocab_size, hidden)
     return shapes
 
 
-def has_qkv_bias(hf_config: PretrainedConfig) -> bool:
-    """Whether q, k and v projections have biases."""
-    return bool(hf_config.model_type == "qwen2")
-
-
-def has_qk_norm(hf_config: PretrainedConfig) -> bool:
-    """Whether every query and key head is normalised."""
-    return bool(hf_config.model_type == "qwen3")
+def _hf_name(family: LLMFamily, tensor: str, layer: int | None = None) -> str:
+    """Return the Hugging Face name of `role.weight` or `role.bias`; `layer` is None outside the layers."""
+    role, _, kind = tensor.partition(".")
+    prefix = "" if layer is None else family.modules["layer"].format(n=layer) + "."
+    return f"{prefix}{family.modules[role]}.{kind}"
 
 
 def local_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> list[Piece]:
-    """What rank `tp_rank` of `tp_size` holds of the parameter, laid end to end along dimension 0."""
-    whole = slice(None)
-    vocab = {"embedding.word_embeddings.weight": "model.embed_tokens.weight", "output_layer.weight": "lm_head.weight"}
-    if megatron_name in vocab:
-        tied = hf_config.tie_word_embeddings
+    """Return the pieces that rank `tp_rank` of `tp_size` holds of a parameter, in order along dimension 0."""
+    family, whole = family_of(hf_config), slice(None)
+    if megatron_name in _VOCABULARY:
+        role = "embedding" if hf_config.tie_word_embeddings else _VOCABULARY[megatron_name]
         rows = padded_vocab_size(hf_config, tp_size) // tp_size
-        hf_name = vocab["embedding.word_embeddings.weight" if tied else megatron_name]
-        return _vocab_pieces(hf_name, hf_config, tp_rank * rows, rows)
+        return _vocab_pieces(_hf_name(family, f"{role}.weight"), hf_config, tp_rank * rows, rows)
     if megatron_name == "decoder.final_layernorm.weight":
-        return [Piece("model.norm.weight", (whole,))]
+        return [Piece(_hf_name(family, "final_norm.weight"), (whole,))]
     match = _LAYER.match(megatron_name)
     assert match, f"unknown Megatron parameter {megatron_name}"
-    layer, rest = f"model.layers.{match[1]}.", match[2]
+    layer, rest = int(match[1]), match[2]
     if rest in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
         return list(_qkv_pieces(layer, rest.rsplit(".", 1)[1], hf_config, tp_rank, tp_size))
     if rest == "mlp.linear_fc1.weight":
         rows = hf_config.intermediate_size // tp_size
         index = (slice(tp_rank * rows, (tp_rank + 1) * rows), whole)
-        return [Piece(f"{layer}mlp.{name}.weight", index) for name in ("gate_proj", "up_proj")]
-    single = {
-        "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-        "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-        "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-        "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-        "input_layernorm.weight": "input_layernorm.weight",
-        "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    }
-    assert rest in single, f"unknown Megatron parameter {megatron_name}"
+        return [Piece(_hf_name(family, f"{role}.weight", layer), index) for role in ("gate", "up")]
+    assert rest in _SINGLE, f"unknown Megatron parameter {megatron_name}"
+    hf_name = _hf_name(family, f"{_SINGLE[rest]}.weight", layer)
     if tp_dim(megatron_name) is None:
-        return [Piece(layer + single[rest], (whole,))]
+        return [Piece(hf_name, (whole,))]
     queries = hf_config.num_attention_heads * head_dim(hf_config)
     columns = (queries if rest.startswith("self_attention") else hf_config.intermediate_size) // tp_size
-    return [Piece(layer + single[rest], (whole, slice(tp_rank * columns, (tp_rank + 1) * columns)))]
+    return [Piece(hf_name, (whole, slice(tp_rank * columns, (tp_rank + 1) * columns)))]
 
 
 def hf_to_local(megatron_name: str, read: Read, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> Tensor:
-    """The shard of `tp_rank`, reading only the slices it is made of: `read(hf_name, index)` returns one."""
+    """Return the shard of rank `tp_rank`, reading only the slices that it consists of.
+
+    Args:
+        megatron_name: the parameter.
+        read: returns the part of a Hugging Face tensor, given its name and the index.
+        hf_config: the LLM.
+        tp_rank: the tensor-parallel rank.
+        tp_size: the tensor-parallel size.
+    """
     parts: list[Tensor] = []
     for piece in local_pieces(megatron_name, hf_config, tp_rank, tp_size):
         if piece.hf_name is not None:
@@ -137,10 +150,17 @@ def hf_to_local(megatron_name: str, read: Read, hf_config: PretrainedConfig, tp_
 
 
 def global_to_hf(megatron_name: str, full: Tensor, hf_config: PretrainedConfig, tp_size: int) -> dict[str, Tensor]:
-    """Inverse of `hf_to_local`: the Hugging Face tensors that `full` (all ranks' shards along `tp_dim`) holds."""
+    """Return the Hugging Face tensors that a parameter holds; the inverse of `hf_to_local`.
+
+    Args:
+        megatron_name: the parameter.
+        full: the concatenation of all ranks' shards along `tp_dim`.
+        hf_config: the LLM.
+        tp_size: the tensor-parallel size.
+    """
     dim, shapes = tp_dim(megatron_name), hf_shapes(hf_config)
     tensors: dict[str, Tensor] = {}
-    # A parameter that is not split is the same on every rank: rank 0 of 1 describes it.
+    # A parameter that is not split is the same on every rank, so the pieces of rank 0 of 1 describe it.
     ranks = 1 if dim is None else tp_size
     for rank, shard in enumerate(full.chunk(ranks, dim=dim or 0)):
         row = 0
@@ -163,19 +183,19 @@ def _vocab_pieces(hf_name: str, hf_config: PretrainedConfig, start: int, num_row
     return pieces
 
 
-def _qkv_pieces(layer: str, kind: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> Iterator[Piece]:
-    """Walk the rows of all query groups and cut out the run that the rank holds."""
-    width = head_dim(hf_config)
+def _qkv_pieces(layer: int, kind: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> Iterator[Piece]:
+    """Go through the rows of all query groups and yield the span that the rank holds."""
+    family, width = family_of(hf_config), head_dim(hf_config)
     per_group = hf_config.num_attention_heads // hf_config.num_key_value_heads
     num_rows = hf_config.num_key_value_heads * (per_group + 2) * width
     first, last = tp_rank * num_rows // tp_size, (tp_rank + 1) * num_rows // tp_size
     row = 0
     for group in range(hf_config.num_key_value_heads):
-        for name, heads in (("q_proj", per_group), ("k_proj", 1), ("v_proj", 1)):
+        for role, heads in (("query", per_group), ("key", 1), ("value", 1)):
             size = heads * width
             start, stop = max(first, row) - row, min(last, row + size) - row
             if start < stop:
                 rows = slice(group * size + start, group * size + stop)
                 index = (rows, slice(None)) if kind == "weight" else (rows,)
-                yield Piece(f"{layer}self_attn.{name}.{kind}", index)
+                yield Piece(_hf_name(family, f"{role}.{kind}", layer), index)
             row += size

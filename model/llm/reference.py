@@ -13,10 +13,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from model.config import LLMConfig
 from model.errors import UserError
+from model.llm.families import check_family, family_of
 from model.llm.names import hf_shapes
 from model.llm.weights import RandomSource, SafetensorsSource, WeightSource, check_source, local_directory
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3")
 _SIZES = (
     "vocab_size",
@@ -72,11 +72,20 @@ def build_reference(config: LLMConfig, seed: int | None = None) -> PreTrainedMod
         hf_config, dtype=torch.float32, attn_implementation="sdpa"
     )
     parameters = dict(model.named_parameters())
-    shapes = hf_shapes(hf_config)
-    assert {n: tuple(p.shape) for n, p in parameters.items()} == shapes
+    _check_shapes(hf_config, {n: tuple(p.shape) for n, p in parameters.items()})
     for name, parameter in parameters.items():
         parameter.copy_(source.read(name, (slice(None),) * parameter.dim()))
     return model
+
+
+def _check_shapes(hf_config: PretrainedConfig, found: dict[str, tuple[int, ...]]) -> None:
+    """Check that the family describes the tensors that transformers' model has; a plug-in's family may not."""
+    wrong = sorted(dict(found.items() ^ hf_shapes(hf_config).items()))
+    if wrong:
+        raise UserError(
+            f"model.llm.config.model_type = {hf_config.model_type}: its LLMFamily does not describe the tensors of "
+            f"transformers' model: {wrong[0]} is missing, superfluous or of another shape; correct the family"
+        )
 
 
 def _load_config(config: LLMConfig) -> PretrainedConfig:
@@ -86,7 +95,7 @@ def _load_config(config: LLMConfig) -> PretrainedConfig:
         hf_config: PretrainedConfig = AutoConfig.from_pretrained(str(directory))
     except (StrictDataclassError, OSError, ValueError) as error:
         raise UserError(f"{directory / 'config.json'}: not a usable model config ({_first_line(error)})") from error
-    _check_family(hf_config.model_type)
+    check_family(hf_config.model_type)
     overrides = {k: v for k, v in config.config.items() if k != "model_type"}
     if config.config.get("model_type", hf_config.model_type) != hf_config.model_type:
         raise UserError(
@@ -100,7 +109,7 @@ def _load_config(config: LLMConfig) -> PretrainedConfig:
 
 
 def _make_config(values: dict[str, Any]) -> PretrainedConfig:
-    _check_family(values.get("model_type"))
+    check_family(values.get("model_type"))
     _check_keys(CONFIG_MAPPING[values["model_type"]], values)
     return _construct(values)
 
@@ -123,11 +132,6 @@ def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _check_family(model_type: object) -> None:
-    if model_type not in FAMILIES:
-        raise UserError(f"model.llm.config.model_type = {model_type}: supported families are {', '.join(FAMILIES)}")
-
-
 def _check_keys(config_class: type, values: dict[str, Any]) -> None:
     known = {f.name for f in dataclasses.fields(config_class)} | set(_LEGACY_KEYS)
     for key in values:
@@ -140,7 +144,7 @@ def _check_keys(config_class: type, values: dict[str, Any]) -> None:
 def _check_features(hf_config: PretrainedConfig) -> None:
     """Refuse what the Megatron model would compute differently."""
     where = "model.llm.config"
-    _check_family(hf_config.model_type)
+    check_family(hf_config.model_type)
     heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
     if heads % groups:
         raise UserError(f"{where}.num_key_value_heads = {groups}: must divide num_attention_heads = {heads}")
@@ -159,7 +163,6 @@ def _check_features(hf_config: PretrainedConfig) -> None:
             f"{where}.sliding_window = {window}: sliding-window attention is not supported; set it to null, or "
             f"max_position_embeddings ({hf_config.max_position_embeddings}) to at most {window}"
         )
-    expected = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
-    for key, value in expected.items():
+    for key, value in family_of(hf_config).required.items():
         if getattr(hf_config, key, value) != value:
             raise UserError(f"{where}.{key} = {getattr(hf_config, key)}: only {value} is supported")

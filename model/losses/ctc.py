@@ -14,8 +14,7 @@ from model.losses.base import AudioLoss, Reduce
 
 
 class CTC(AudioLoss):
-    """The CTC loss of the answers of the task asr. It reads samples with one clip whose audio tokens can spell the
-    answer."""
+    """The CTC loss of transcripts. It reads samples with one clip whose audio tokens can spell the answer."""
 
     name = "ctc"
     options = {}
@@ -35,7 +34,8 @@ class CTC(AudioLoss):
         for samples, owner in zip(batch.clips.lengths, batch.clip_owner, strict=True):
             sample = batch.samples[owner]
             audio_tokens = lengths.audio_tokens_of_samples(samples, config.adapter.strides)
-            takes_part = sample.task == "asr" and len(sample.clips) == 1 and ctc_feasible(sample.answer, audio_tokens)
+            is_readable = sample.is_transcription and len(sample.clips) == 1
+            takes_part = is_readable and ctc_feasible(sample.answer, audio_tokens)
             targets.append(sample.answer if takes_part else none)
         return Ragged.of(targets, like=none)
 

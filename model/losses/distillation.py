@@ -22,8 +22,8 @@ from model.losses.vocabulary import Vocabulary
 class Distillation(TokenLoss):
     """The divergence from the answers of a teacher that reads the transcript.
 
-    It reads samples with one clip whose transcript is known: the field `transcript` of the manifest or, for the task
-    asr, the answer.
+    It reads samples with one clip whose transcript is known: the field `transcript` of the manifest or, for a
+    transcription task, the answer.
     """
 
     name = "distillation"
@@ -42,7 +42,7 @@ class Distillation(TokenLoss):
 
     def reference(self, sample: Sample) -> Sample | None:
         """Return `sample` with the transcript's tokens in place of the audio; None if there is no transcript."""
-        transcript = sample.answer if sample.task == "asr" else sample.texts.get("transcript", sample.answer[:0])
+        transcript = sample.answer if sample.is_transcription else sample.texts.get("transcript", sample.answer[:0])
         if len(sample.clips) != 1 or not len(transcript) or not sample.num_targets:
             return None
         first = int(sample.audio_mask.int().argmax())

@@ -2,9 +2,9 @@
 
     python -m tests.cluster.chaos --faults 20 --seed 0
 
-The run must finish, and end as a run that nothing happened to: equal losses and gradient norms at every step, equal
-state of the data, equal tensors in the last checkpoint. Exit code 1 otherwise. `tools.status` then tells, among other
-things, its goodput.
+The run must finish with the results of an undisturbed run: equal losses and gradient norms at every step, equal
+state of the data, and equal tensors in the last checkpoint. Otherwise the exit code is 1. `tools.status` prints the
+run's goodput afterwards.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tests.services.slurm import Cluster, running, why_not
 
 STEPS_PER_FAULT = 7
 CHOICES = [f for name, f in faults.TABLE.items() if not name.startswith(("USR1", "preemption"))] + [faults.warning]
-"""The time limit and a preemption reach the run as a warning does; they themselves take longer."""
+"""The faults to choose from. A time limit and a preemption have the same effect as a warning, but take longer."""
 
 
 def chaos(bench: Bench, num_faults: int, seed: int) -> list[str]:
-    """What is wrong with the run in the end."""
+    """Run with random faults, and return the differences from an undisturbed run."""
     choose, done = random.Random(seed), Counter[str]()
-    # Every kind once, in random order; then whatever comes.
+    # Every kind occurs once in random order, followed by random kinds.
     order = choose.sample(CHOICES, len(CHOICES)) + choose.choices(CHOICES, k=max(0, num_faults - len(CHOICES)))
     run = bench.submit("chaos", "checkpoint.every_steps=2", "train.hang_timeout_sec=30")
     run.wait_step(1)
@@ -50,14 +50,14 @@ def chaos(bench: Bench, num_faults: int, seed: int) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """See the module's docstring."""
+    """Run the test as a command."""
     parser = argparse.ArgumentParser(prog="python -m tests.cluster.chaos", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     reason = why_not()
     if reason:
-        print(f"error: no Slurm here: {reason}", file=sys.stderr)
+        print(f"error: Slurm cannot run here: {reason}", file=sys.stderr)
         return 2
     folder = scratch()
     with running(Cluster(folder / "slurm", num_nodes=4)) as cluster:

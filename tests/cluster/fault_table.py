@@ -1,10 +1,10 @@
-"""Every fault of the table, each in a run of its own on a real Slurm: `make fault-test` (needs root; half an hour).
+"""All faults of a table, each in its own run on a real Slurm: `make fault-test` (needs root; half an hour).
 
     python -m tests.cluster.fault_table                 all
-    python -m tests.cluster.fault_table kill requeue    those whose names contain one of the words
+    python -m tests.cluster.fault_table kill requeue    only faults whose names contain one of the words
 
-Each run must end as if nothing had happened: every loss, every gradient norm, the data's state and the last
-checkpoint's tensors equal those of a run that nothing happened to. Exit code 1 if one does not.
+Each run must end with the results of an undisturbed run: every loss, every gradient norm, the state of the data and the
+tensors of the last checkpoint are equal. Otherwise the exit code is 1.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ AT_STEP = 6
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """A row of the table."""
 
     fault: str
     attempts: int
     back_sec: float | None
-    """From the fault to the next step that was made; None: the attempt went on."""
+    """The time from the fault to the end of the next step; None if the attempt continued."""
     note: str
     differences: list[str]
 
@@ -45,7 +45,7 @@ HEADER = f"{'fault':34} {'attempts':>8} {'back, s':>8}  {'result':8}"
 
 
 def disturb(bench: Bench, name: str, fault: faults.Fault, run: Run) -> Row:
-    """Do `fault` to `run` at its 6th step, and judge how it ends."""
+    """Cause a fault at the 6th step of a run, and compare its end with that of an undisturbed run."""
     run.wait_step(AT_STEP)
     moment = fault(run)
     run.wait_end()
@@ -59,7 +59,7 @@ def disturb(bench: Bench, name: str, fault: faults.Fault, run: Run) -> Row:
 
 
 def start_times(run: Run) -> str:
-    """From `sbatch` to the first step, by parts."""
+    """Return the durations of the parts of the start, from `sbatch` to the first step."""
     launched = next(line for line in run.log.splitlines() if "ranks start on" in line).split()[0]
     hours, minutes, seconds = launched.split(":")
     day = time.localtime(run.submitted_at)
@@ -72,9 +72,9 @@ def start_times(run: Run) -> str:
 
 
 def run_one(bench: Bench, name: str) -> Row:
-    """The row of one fault."""
+    """Run with one fault, and return its row."""
     if name == STORE:
-        return _store_away(bench)
+        return _store_unreachable(bench)
     if name == DISK:
         run_dir = bench.folder / "disk" / "debug"
         run_dir.mkdir(parents=True)
@@ -82,9 +82,9 @@ def run_one(bench: Bench, name: str) -> Row:
         run = bench.submit("disk")
         return disturb(bench, name, faults.disk_full, run)
     if name == TRACKER:
-        return _tracker_away(bench)
+        return _tracker_unreachable(bench)
     options: tuple[str, ...] = ("--time=300", "--signal=B:USR1@150")
-    extra = ["telemetry.mlflow=true"] if name.startswith("USR1") else []
+    extra = ["telemetry.trackers=[mlflow]"] if name.startswith("USR1") else []
     hang = ["train.hang_timeout_sec=30"] if "SIGSTOP" in name else []
     run = bench.submit(name.replace(" ", "-"), *extra, *hang, options=options)
     row = disturb(bench, name, faults.TABLE[name], run)
@@ -93,40 +93,40 @@ def run_one(bench: Bench, name: str) -> Row:
     return row
 
 
-STORE, DISK, TRACKER = "store away for 20 s, a rank killed", "disk full in a save", "tracker away"
+STORE, DISK, TRACKER = "store unreachable for 20 s, a rank killed", "disk full in a save", "tracker unreachable"
 
 
-def _store_away(bench: Bench) -> Row:
+def _store_unreachable(bench: Bench) -> Row:
     with swift.running(bench.folder / "swift", host=bench.cluster.address) as server:
         server.make_bucket("bucket")
         server.upload(bench.shards, "bucket", "shards")
         run = bench.submit("store", shards="s3://bucket/shards", env=server.environ)
 
-        def away(run: Run) -> float:
-            # A rank dies with it: so small a corpus would else be in memory by now.
+        def stop(run: Run) -> float:
+            # A rank is killed as well, since the small corpus may already be in memory.
             server.kill_proxy()
             start = faults.rank_killed(run)
             time.sleep(20)
             server.start_proxy()
             return start
 
-        return disturb(bench, STORE, away, run)
+        return disturb(bench, STORE, stop, run)
 
 
-def _tracker_away(bench: Bench) -> Row:
+def _tracker_unreachable(bench: Bench) -> Row:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     address = bench.cluster.address
     with faults.mlflow_server(bench.folder / "mlflow", address, port) as server:
         env = {"MLFLOW_TRACKING_URI": f"http://{address}:{port}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-        run = bench.submit("tracker", "telemetry.mlflow=true", env=env)
+        run = bench.submit("tracker", "telemetry.trackers=[mlflow]", env=env)
 
-        def away(run: Run) -> float:
+        def stop(run: Run) -> float:
             faults.end_group(server)
             return time.time()
 
-        row = disturb(bench, TRACKER, away, run)
+        row = disturb(bench, TRACKER, stop, run)
         row.note += "the log says that records are lost" * ("RECORDS ARE BEING LOST" in run.log)
         return row
 
@@ -139,10 +139,10 @@ def _num_mlflow_runs(run: Run) -> int:
 
 
 def main(words: Sequence[str]) -> int:
-    """See the module's docstring."""
+    """Run the test as a command."""
     reason = why_not()
     if reason:
-        print(f"error: no Slurm here: {reason}", file=sys.stderr)
+        print(f"error: Slurm cannot run here: {reason}", file=sys.stderr)
         return 2
     names = [n for n in [*faults.TABLE, STORE, DISK, TRACKER] if not words or any(w in n for w in words)]
     folder, failed = scratch(), False

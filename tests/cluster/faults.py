@@ -1,4 +1,4 @@
-"""What can happen to a run, done to one for real. Each function does it once, and returns the moment it was done."""
+"""Faults that happen to a run. Each function causes one of them and returns the time at which it happened."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Fault = Callable[[Run], float]
 
 
 def time_limit(run: Run) -> float:
-    """The time limit comes near: Slurm sends USR1 to the batch script, as `--signal` says.
+    """Make the time limit approach, so that Slurm sends USR1 to the batch script as `--signal` requests.
 
-    Slurm looks at limits every half minute; meanwhile the ranks are frozen, or they would be through.
+    Slurm checks limits every half minute. The ranks are frozen until then, so that the run does not finish before.
     """
     cluster = run.bench.cluster
     ranks = [run.rank_pid(node) for node in run.nodes()]
@@ -38,13 +38,13 @@ def time_limit(run: Run) -> float:
 
 
 def warning(run: Run) -> float:
-    """USR1 alone."""
+    """Send USR1 to the batch script."""
     run.bench.cluster.run("scancel", "--batch", "--signal=USR1", str(run.job_id))
     return time.time()
 
 
 def preemption(run: Run) -> float:
-    """A job of a higher partition wants all nodes."""
+    """Submit a job to a partition of higher priority that needs all nodes."""
     cluster = run.bench.cluster
     start = time.time()
     options = ["--partition=urgent", f"--nodes={cluster.num_nodes}", "--exclusive", "--output=/dev/null"]
@@ -54,24 +54,24 @@ def preemption(run: Run) -> float:
 
 
 def requeue(run: Run) -> float:
-    """Somebody types `scontrol requeue`."""
+    """Call `scontrol requeue`."""
     run.bench.cluster.run("scontrol", "requeue", str(run.job_id))
     return time.time()
 
 
 def power_cut_of_batch_host(run: Run) -> float:
-    """The node that the batch script runs on is gone; it comes back when Slurm has noticed."""
+    """Switch off the node of the batch script, and switch it on after Slurm has noticed."""
     return _power_cut(run, int(_nodes_of_job(run)[0]))
 
 
 def power_cut(run: Run) -> float:
-    """Another node is gone."""
+    """Switch off another node."""
     first, *others = _nodes_of_job(run)
     return _power_cut(run, next(n for n in run.nodes() if n in others))
 
 
 def network_cut(run: Run) -> float:
-    """A node that is not the batch host cannot be reached for a while; its ranks live on."""
+    """Disconnect a node other than the batch host for a while. Its ranks continue."""
     cluster = run.bench.cluster
     first, *others = _nodes_of_job(run)
     node, before = next(n for n in run.nodes() if n in others), len(run.events("submitted"))
@@ -83,12 +83,12 @@ def network_cut(run: Run) -> float:
 
 
 def rank_killed(run: Run) -> float:
-    """One rank gets SIGKILL."""
+    """Send SIGKILL to one rank."""
     return _signal_rank(run, signal.SIGKILL)
 
 
 def gpu_failed(run: Run) -> float:
-    """A GPU reports memory errors and its rank dies: the next attempt must do without the node."""
+    """Make a GPU report memory errors and kill its rank. The next attempt must not use the node."""
     cluster, node, before = run.bench.cluster, run.nodes()[-1], run.log.count("ranks start on")
     cluster.gpus(node, num_errors=7)
     os.kill(run.rank_pid(node), signal.SIGKILL)
@@ -100,12 +100,12 @@ def gpu_failed(run: Run) -> float:
 
 
 def rank_stopped(run: Run) -> float:
-    """One rank gets SIGSTOP: it lives, and does nothing any more."""
+    """Send SIGSTOP to one rank, which then exists but does nothing."""
     return _signal_rank(run, signal.SIGSTOP)
 
 
 def controller_killed(run: Run) -> float:
-    """slurmctld is away, and while it is, a rank is killed: the job cannot be requeued at once."""
+    """Stop slurmctld for a while and kill a rank meanwhile, so that the job cannot be requeued immediately."""
     cluster = run.bench.cluster
     cluster.kill_controller()
     time.sleep(1.0)
@@ -116,7 +116,7 @@ def controller_killed(run: Run) -> float:
 
 
 def disk_full(run: Run) -> float:
-    """No room is left where checkpoints lie for one save; there is again for the next."""
+    """Fill the disk of the checkpoints during one save, and free it before the next one."""
     ballast = run.run_dir / "checkpoints" / "ballast"
     start = time.time()
     with ballast.open("wb", buffering=0) as file:
@@ -134,7 +134,7 @@ def disk_full(run: Run) -> float:
 
 @contextmanager
 def mlflow_server(folder: Path, address: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A tracking server at `address`; it ends with the context."""
+    """Start a tracking server at `address`, which ends with the context."""
     folder.mkdir(parents=True)
     command = [str(Path(sys.executable).parent / "mlflow"), "server", "--host", address, "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers", "1", "--allowed-hosts", "*"]
@@ -151,7 +151,7 @@ def mlflow_server(folder: Path, address: str, port: int) -> Iterator[subprocess.
 
 
 def end_group(server: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to a server and to what it has started."""
+    """Kill a server and its child processes with SIGKILL."""
     if server.poll() is None:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
@@ -166,7 +166,7 @@ def _healthy(url: str) -> bool:
 
 
 def _nodes_of_job(run: Run) -> list[int]:
-    """Numbers of all nodes of the job, the batch host first."""
+    """Return the numbers of all nodes of the job, the batch host first."""
     last = run.events("submitted")[-1]
     return [int(name.removeprefix("n")) for name in str(last["nodes"]).split(",")]
 
@@ -198,6 +198,6 @@ TABLE: dict[str, Fault] = {
     "one GPU fails": gpu_failed,
     "slurmctld killed, then a rank": controller_killed,
 }
-"""What ends an attempt; three more faults, of servers and disks, need a run of their own kind: see `fault_test`."""
+"""The faults that end an attempt. Three more faults, of servers and disks, need special runs (`fault_table`)."""
 
 __all__ = ["NODE_DOWN_SEC", "TABLE", "Bench", "Fault", "disk_full", "end_group", "mlflow_server", "warning"]

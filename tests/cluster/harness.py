@@ -1,4 +1,4 @@
-"""A small run on a real Slurm: handed in as `sbatch slurm/train_70b.sh`, watched, compared with an undisturbed one."""
+"""Small runs on a real Slurm, submitted with `sbatch slurm/train_70b.sh` and compared with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _RANK = r"(?s)^\S*python\S* -u .*trainer debug"
 
 @dataclass
 class Run:
-    """One run of the `debug` recipe and its job."""
+    """A run of the `debug` recipe and its job."""
 
     bench: Bench
     folder: Path
-    """Its `train.run_dir`."""
+    """The run's `train.run_dir`."""
     job_id: int
     submitted_at: float
 
@@ -40,7 +40,7 @@ class Run:
 
     @property
     def log(self) -> str:
-        """What the job has printed."""
+        """The output of the job."""
         path = self.folder / "job.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
@@ -48,7 +48,7 @@ class Run:
         return [e for e in read_events(self.run_dir) if e["event"] == kind]
 
     def records(self) -> list[dict[str, float]]:
-        """Of training steps, as metrics.jsonl has them."""
+        """The records of training steps in metrics.jsonl."""
         path = self.run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         records = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -58,16 +58,20 @@ class Run:
         return max((int(r["step"]) for r in self.records()), default=0)
 
     def nodes(self) -> list[int]:
-        """Numbers of the nodes that ranks run on, the batch host first."""
+        """The numbers of the nodes with ranks, the batch host first."""
         line = next(line for line in reversed(self.log.splitlines()) if "ranks start on" in line)
         return [int(name.strip().removeprefix("n")) for name in line.partition("start on")[2].split(",")]
 
     def rank_pid(self, node: int) -> int:
-        """The rank on that node."""
+        """Return the process id of the rank on a node."""
         return self.bench.cluster.pids(node, _RANK)[-1]
 
     def wait(self, condition: Callable[[], bool], what: str, timeout_sec: float = ATTEMPT_SEC) -> None:
-        """Raises AssertionError, with the job's log."""
+        """Wait for a condition.
+
+        Raises:
+            AssertionError: If it is not met in time; the message contains the job's log.
+        """
         deadline = time.monotonic() + timeout_sec
         while not condition():
             state = self.state()
@@ -76,7 +80,7 @@ class Run:
             time.sleep(0.1)
 
     def wait_step(self, step: int, after: float = 0.0) -> float:
-        """Until a step >= `step` is recorded that was made after the moment `after`; returns when it was made."""
+        """Wait for the record of a step >= `step` that was made after the time `after`, and return its time."""
 
         def made() -> list[float]:
             return [r["time"] for r in self.records() if r["step"] >= step and r["time"] > after]
@@ -85,7 +89,7 @@ class Run:
         return min(made())
 
     def wait_step_after(self, num_steps: int) -> int:
-        """Until the attempt that is under way has made `num_steps`; returns the last one."""
+        """Wait until the current attempt has made `num_steps` steps, and return the last one."""
         start = float(str(self.events("submitted")[-1]["time"]))
         made = lambda: [int(r["step"]) for r in self.records() if r["time"] > start]  # noqa: E731
         self.wait(lambda: len(made()) >= num_steps, f"{num_steps} more steps are not made")
@@ -95,13 +99,13 @@ class Run:
         return self.bench.cluster.job(self.job_id).get("JobState", "unknown")
 
     def wait_end(self, timeout_sec: float = ATTEMPT_SEC) -> None:
-        """Until the job is through."""
+        """Wait until the job has ended."""
         self.wait(lambda: self.state() == "COMPLETED", "the job does not end", timeout_sec)
 
 
 @dataclass
 class Bench:
-    """A cluster, a corpus, its shards, and the run that nothing happened to."""
+    """A cluster, a corpus, its shards, and the undisturbed run."""
 
     cluster: Cluster
     folder: Path
@@ -134,7 +138,7 @@ class Bench:
         folder: Path | None = None,
         shards: str | None = None,
     ) -> Run:
-        """Hand in a run of two ranks on two nodes; the cluster's others are spares."""
+        """Submit a run of two ranks on two nodes; the cluster's other nodes are spares."""
         folder = folder or self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         shape = [f"--nodes={NUM_RANKS}-{self.cluster.num_nodes}", "--gpus-per-node=1"]
@@ -155,14 +159,14 @@ class Bench:
         return Run(self, folder, job_id, start)
 
     def run_whole(self) -> Run:
-        """The undisturbed run."""
+        """Run without faults."""
         run = self.submit("whole")
         run.wait_end()
         self.whole = run
         return run
 
     def differences(self, run: Run) -> list[str]:
-        """What a finished run has otherwise than the undisturbed one; empty: nothing, to the bit."""
+        """Return the differences between a finished run and the undisturbed one; empty if they are bit-identical."""
         assert self.whole is not None
         found = []
         mine, wanted = (
@@ -180,12 +184,12 @@ class Bench:
         return found
 
     def drop(self, run: Run) -> None:
-        """Forget a run that was fine."""
+        """Delete a run."""
         shutil.rmtree(run.folder, ignore_errors=True)
 
 
 def next_start(run: Run, moment: float) -> float:
-    """When the attempt after `moment` has started."""
+    """Wait for the next start of an attempt after `moment`, and return its time."""
 
     def starts() -> list[float]:
         return [float(str(e["time"])) for e in run.events("submitted") if float(str(e["time"])) > moment]
@@ -195,18 +199,18 @@ def next_start(run: Run, moment: float) -> float:
 
 
 def _account(run: Run) -> object:
-    """The data's state after the last step: how far each lane has read, and what it left out."""
+    """Return the state of the data after the last step: the positions and skipped samples of all lanes."""
     extra = read_extra(find_checkpoint(str(run.run_dir)))
     return extra["step"], extra["data"]
 
 
 def _weights(run: Run) -> dict[str, object]:
-    """Digests of the last checkpoint's files of tensors and random generators, whatever folder they lie in."""
+    """Return the digests of the last checkpoint's files of tensors and random generators, without their folders."""
     manifest = read_manifest(find_checkpoint(str(run.run_dir)))
     files = {("frozen/" if "/" in name else "") + Path(name).name: entry for name, entry in manifest.files.items()}
     return {name: entry for name, entry in files.items() if name.endswith(".safetensors")}
 
 
 def scratch() -> Path:
-    """A short path: sockets lie below it."""
+    """Return a temporary folder with a short path, as sockets need it."""
     return Path(os.environ.get("SLURM_TEST_DIR", "/tmp")) / f"earshot-slurm-{os.getpid()}"

@@ -1,4 +1,4 @@
-"""`sbatch slurm/train_70b.sh`, unmodified, on a real Slurm with faked GPUs: it comes back, and it refuses."""
+"""`sbatch slurm/train_70b.sh`, unmodified, on a real Slurm with simulated GPUs: restarts and refusals."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """Three nodes. CI sets REQUIRE_SERVICES: there, a Slurm that cannot start is a failure."""
+    """Start a cluster of three nodes. Tests are skipped if Slurm cannot start, unless CI sets REQUIRE_SERVICES."""
     reason = why_not()
     if reason and os.environ.get("REQUIRE_SERVICES"):
-        pytest.fail(f"no Slurm here: {reason}")
+        pytest.fail(f"Slurm cannot run here: {reason}")
     if reason:
-        pytest.skip(f"no Slurm here: {reason}")
+        pytest.skip(f"Slurm cannot run here: {reason}")
     with running(Cluster(scratch() / "slurm", num_nodes=3)) as cluster:
         yield Bench(cluster, tmp_path_factory.mktemp("bench"))
 
 
-def test_a_run_comes_back_from_a_warning_a_killed_rank_and_a_power_cut(bench: Bench) -> None:
-    # The first node has a GPU with memory errors: it is named, and the spare is used.
+def test_run_resumes_after_a_warning_a_killed_rank_and_a_power_failure(bench: Bench) -> None:
+    # The first node has a GPU with memory errors. It is named, and the spare is used.
     bench.cluster.gpus(1, num_errors=3)
     whole = bench.run_whole()
     assert "n1: BAD: GPU 0: 3 uncorrected memory errors" in whole.log and whole.nodes() == [2, 3]
@@ -54,13 +54,13 @@ def test_a_run_comes_back_from_a_warning_a_killed_rank_and_a_power_cut(bench: Be
     assert counts == {"submitted": 4, "started": 4, "resumed": 3, "requeued": 3, "finished": 1}
 
 
-def test_what_cannot_run_is_refused_in_seconds(bench: Bench, tmp_path: Path) -> None:
+def test_job_that_cannot_run_is_refused_within_seconds(bench: Bench, tmp_path: Path) -> None:
     with swift.running(tmp_path / "swift", host=bench.cluster.address) as server:
         server.make_bucket("bucket")
         cases = {
             "key": (["optim.lrr=1"], {}, "error: optim.lrr: unknown key; did you mean lr?"),
             "bucket": (["data.datasets.0.shards=s3://nowhere/x"], server.environ, "no bucket s3://nowhere"),
-            # The header as it is: 8 tasks on every node of 192 CPUs and 8 GPUs.
+            # The script's own header requests 8 tasks on every node of 192 CPUs and 8 GPUs.
             "nodes": (
                 ["parallel.num_ranks=128", "data.global_batch_samples=128"],
                 {},
@@ -82,11 +82,11 @@ def test_what_cannot_run_is_refused_in_seconds(bench: Bench, tmp_path: Path) -> 
             assert "ranks start on" not in run.log and "Traceback" not in run.log
             minutes, seconds = job["RunTime"].split(":")[-2:]
             print(f"{name}: refused after {int(minutes) * 60 + int(seconds)} s")
-            if name != "key":  # a wrong key leaves it unknown which run it would have been
+            if name != "key":  # with a wrong key, the run is unknown
                 assert [e["event"] for e in run.events("refused")] == ["refused"]
 
 
-def test_submit_checks_before_it_queues(bench: Bench) -> None:
+def test_submit_checks_before_queueing(bench: Bench) -> None:
     before = bench.cluster.run("squeue", "-h", "-a", "-t", "all").stdout
     script = str(ROOT / "slurm" / "submit.sh")
     environ = {**bench.environ, "SLURM_SUBMIT_DIR": str(ROOT)}
@@ -104,7 +104,7 @@ def test_submit_checks_before_it_queues(bench: Bench) -> None:
     assert bench.cluster.run("squeue", "-h", "-a", "-t", "all").stdout == before
 
 
-def test_a_job_goes_back_into_the_queue_without_a_bad_node(bench: Bench, tmp_path: Path) -> None:
+def test_job_is_requeued_without_a_faulty_node(bench: Bench, tmp_path: Path) -> None:
     code = """
     import os, signal
     from trainer.job import slurm

@@ -1,11 +1,11 @@
-"""Run a function on several gloo ranks, each its own process, without a launcher.
+"""Calls of a function on several gloo ranks, which are processes without a launcher.
 
-`run_ranks(4, "tests.distributed.test_x:body", {"tp": 2})` calls `body(tp=2)` on four ranks and returns what each of
-them returned (JSON values). The first rank that fails, or the deadline, ends all of them; the error shows the ends of
-their stderr.
+`run_ranks(4, "tests.distributed.test_x:body", {"tp": 2})` calls `body(tp=2)` on four ranks and returns their results,
+which are JSON values. If a rank fails or the deadline passes, all ranks are ended, and the error shows the last lines
+of their stderr.
 
-Ranks are forked from a server that has imported the engines (`tests.distributed.preload`): each rank would need
-seconds for it. Tests of how a rank starts use `trainer.run.launch` instead.
+Ranks are forked from a server that has imported the engines (`tests.distributed.preload`), since each rank would need
+several seconds to import them. Tests of how a rank starts use `trainer.run.launch` instead.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def run_ranks(
 ) -> list[Any]:
     """Call `target` ("module:function", or an importable function) with `kwargs` (JSON values) on `world` ranks.
 
-    Ranks find RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in their environment; the
-    function makes its own process group.
+    The environment of a rank contains RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. The
+    function must create its own process group.
 
     Returns:
         The ranks' return values, by rank.
 
     Raises:
-        AssertionError: a rank failed or the deadline passed; no rank is left running.
+        AssertionError: If a rank failed or the deadline passed. No rank is left running.
     """
     name = target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
     port = _free_port()
@@ -100,8 +100,8 @@ def _start(rank: int, world: int, port: int, name: str, kwargs: dict[str, Any], 
 
 
 def _run(name: str, kwargs: dict[str, Any], files: str, variables: dict[str, str]) -> None:
-    """What a rank does; it leaves `files`.out, .err and .json."""
-    os.setsid()  # its own session, so that a rank's children die with it
+    """Run a rank, which writes `files`.out, .err and .json."""
+    os.setsid()  # in its own session, a rank's children are killed with it
     for stream, suffix in ((sys.stdout, "out"), (sys.stderr, "err")):
         with open(f"{files}.{suffix}", "wb") as file:
             os.dup2(file.fileno(), stream.fileno())
@@ -119,7 +119,7 @@ def _wait(ranks: list[ForkServerProcess], scratch: Path, deadline: float, timeou
         codes = [process.exitcode for process in ranks]
         failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
         if failed:
-            # A peer's lost connection is a consequence: give the others a moment, so that the cause is shown too.
+            # A lost connection may be a consequence of another rank's failure, which is waited for to show its error.
             time.sleep(0.5)
             codes = [process.exitcode for process in ranks]
             failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
@@ -146,6 +146,6 @@ def _kill(ranks: list[ForkServerProcess]) -> None:
             process.kill()
         process.join()
         try:
-            os.killpg(process.pid, signal.SIGKILL)  # children that it left
+            os.killpg(process.pid, signal.SIGKILL)  # kills its children
         except ProcessLookupError:
             pass

@@ -1,10 +1,10 @@
-"""What every rank of the tests needs, imported once; see `tests.distributed.harness`."""
+"""The imports that all ranks of the tests need, which happen once; see `tests.distributed.harness`."""
 
 from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded
+os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
 
 from trainer.engine.imports import lean_imports
 

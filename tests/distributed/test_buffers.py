@@ -1,4 +1,4 @@
-"""Buffers of the audio side lie on the rank's device: ZeRO's Init moves parameters only."""
+"""Buffers of the audio side are on the rank's device, although ZeRO's Init moves only parameters."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from trainer.parallel.topology import Topology
 
 
 def devices_of_buffers() -> dict[str, str]:
-    """By name, with an engine whose device is another one than that on which the tower is built."""
+    """Return name → device, with an engine on another device than that on which the tower is built."""
     rank, world, _ = connect(timeout_sec=60)
     assert dist.group.WORLD is not None
     groups = Groups(Topology(world, 1, 1), rank, torch.device("meta"), dist.group.WORLD, dist.group.WORLD)
     tower = parity.AudioTower(parity.tiny_model(), 32, parity.VOCAB_SIZE)
-    for name in tower.expert_names:  # no family has buffers today
+    for name in tower.expert_names:  # no encoder family has buffers yet
         tower.encoder(name).register_buffer("added", torch.zeros(2), persistent=False)
     engine = AudioEngine(tower, parity.OPTIM, DS_CONFIG, groups, batch_sec=1.0)
     found = {name: buffer.device.type for name, buffer in engine.tower.named_buffers()}

@@ -1,4 +1,4 @@
-"""Stop and start again: the same losses on the same topology, bit for bit; nearly the same on any other."""
+"""Resumed runs: bit-identical losses on the same topology, and nearly equal ones on any other."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ pytestmark = pytest.mark.timeout(TIMEOUT_SEC + 20)
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
-    """The folder, and what the runs did that were never stopped."""
+    """Return a folder with checkpoints, and the losses of the runs without interruption."""
     folder = tmp_path_factory.mktemp("reshard")
     return folder, reshard.save(folder)
 
 
-def test_the_same_topology_goes_on_bit_identically(saved: tuple[Path, Results]) -> None:
+def test_same_topology_resumes_bit_identically(saved: tuple[Path, Results]) -> None:
     rows = reshard.same(*saved)
     assert len(rows) == len(SAVED | SAME_ONLY) and all(row.passed and row.limit == 0 for row in rows), rows
 
 
 @pytest.mark.parametrize("world", LOADED)
-def test_any_other_topology_goes_on_alike(saved: tuple[Path, Results], world: int) -> None:
+def test_other_topologies_resume_nearly_identically(saved: tuple[Path, Results], world: int) -> None:
     rows = reshard.others(*saved, world)
     assert len(rows) == len(SAVED) * len(LOADED[world]) and all(row.passed for row in rows), rows
 
 
-def test_a_difference_is_seen() -> None:
+def test_difference_is_detected() -> None:
     curve = [float(n) for n in range(1, 11)]
     assert not reshard.Row("a", "b", reshard._difference([*curve[:9], 10.002], curve), 1e-4).passed
     assert not reshard.Row("a", "b", float("nan"), 1e-4).passed
@@ -53,7 +53,7 @@ def test_encoders_are_added_without_a_jump_and_removed(tmp_path: Path) -> None:
 
 
 def grow_cases(folder: str) -> dict[str, Any]:
-    """On every rank: train with two experts, begin anew with three (expert-parallel) and with one of the two."""
+    """Train with two encoder experts, and start new runs with three (expert-parallel) and with one of them."""
     from model.hub.configuration import describe
 
     step, manager = start(folder, "small", without=["wavlm"])

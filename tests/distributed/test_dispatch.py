@@ -1,4 +1,4 @@
-"""Random routings on four ranks: nothing hangs, nothing is lost or doubled, gradients equal those of one process."""
+"""Random routings on four ranks: no hang, no lost or duplicated clip, and the gradients of one process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DIM = 3
 
 
 class ToyEncoder(nn.Module):
-    """[ΣT] → [ΣF, 3]: the first sample of every frame times a weight; encoders differ."""
+    """An encoder [ΣT] → [ΣF, 3] that multiplies the first sample of every frame by a weight of its own."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class ToyEncoder(nn.Module):
 
 
 def body(num_routings: int) -> int:
-    """Hypothesis draws the same examples on every rank: it is seeded, and sees no outcome that differs by rank."""
+    """Check random routings, which are the same on all ranks: Hypothesis is seeded and sees equal outcomes."""
     rank, world, device = connect(timeout_sec=60)
     assert dist.group.WORLD is not None
     tried = 0
@@ -112,7 +112,7 @@ def test_random_routings() -> None:
 
 
 def gather_many(num_values: list[int]) -> list[list[int]]:
-    """Rank r gives r, r+1, …: `num_values[r]` of them."""
+    """Gather arrays, of which that of rank r contains `num_values[r]` numbers from r on."""
     rank, _, _ = connect(timeout_sec=30)
     found = gather_ragged(np.arange(rank, rank + num_values[rank]), dist.group.WORLD)
     dist.destroy_process_group()
@@ -127,7 +127,7 @@ def test_arrays_of_any_length_are_gathered(num_values: list[int]) -> None:
 
 
 def planners_disagree() -> str:
-    """Rank 2 claims other costs than the rest."""
+    """Dispatch with other costs on rank 2 than on the others."""
     rank, world, device = connect(timeout_sec=30)
     assert dist.group.WORLD is not None
     groups = Groups(Topology(world, 1, 1), rank, device, dist.group.WORLD, dist.group.WORLD)
@@ -145,7 +145,7 @@ def planners_disagree() -> str:
 
 
 @pytest.mark.timeout(60)
-def test_ranks_that_plan_otherwise_are_named() -> None:
+def test_ranks_with_a_different_plan_are_named() -> None:
     assert (
         run_ranks(4, planners_disagree, timeout_sec=50)
         == ["encoders: ranks [2] planned otherwise than rank 0: their input or topology differs"] * 4

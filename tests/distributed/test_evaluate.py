@@ -1,4 +1,4 @@
-"""Evaluation during training, on any topology, predicts what the export of the same weights says."""
+"""Evaluation during training, on any topology, has the same predictions as the export of the same weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUM_SAMPLES = 11
 
 
 def body(root: str, tp: int, pp: int, ep: int, out: str) -> int:
-    """Evaluate with the run's weights; returns how many samples this rank had."""
+    """Evaluate with the run's weights, and return the number of samples of this rank."""
     folder = Path(root)
     rank, world, device = connect()
     recipe = Source(folder / "run").recipe
@@ -58,7 +58,7 @@ def body(root: str, tp: int, pp: int, ep: int, out: str) -> int:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[str, bool]]]:
-    """(folder with `run` and `dev.jsonl`, what the export says to each sample in one process)."""
+    """Return (folder with `run` and `dev.jsonl`, predictions of the export in one process)."""
     root = tmp_path_factory.mktemp("evaluate")
     write_run(root / "run")
     manifest = write_manifest(root, NUM_SAMPLES)
@@ -70,7 +70,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tupl
 
 
 @pytest.mark.parametrize(("world", "tp", "pp", "ep"), [(1, 1, 1, 1), (2, 1, 2, 2), (4, 2, 2, 2)])
-def test_it_predicts_what_the_export_says(
+def test_predictions_equal_those_of_the_export(
     made: tuple[Path, dict[str, tuple[str, bool]]], tmp_path: Path, world: int, tp: int, pp: int, ep: int
 ) -> None:
     root, said = made

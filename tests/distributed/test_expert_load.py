@@ -1,4 +1,4 @@
-"""What all ranks' encoders did, against the single process; and the timeline of their phases."""
+"""The encoders' load on all ranks, compared with a single process, and the timeline of their phases."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LATE_SEC = 0.2
 
 
 def expected(oracle: Any, step: Any, number: int, batch: Batch) -> ExpertLoad:
-    """The load of a whole batch in one process."""
+    """Return the load of a whole batch in one process."""
     seconds = [n / SAMPLE_RATE for n in batch.clips.lengths]
     owners = [batch.samples[i] for i in batch.clip_owner]
     groups = [group_of(s.task, s.meta, sec) for s, sec in zip(owners, seconds, strict=True)]
@@ -47,7 +47,9 @@ def body(folder: str) -> list[dict[str, Any]]:
         trace.begin(number + 1)
         with step.timer("load"):
             time.sleep(LATE_SEC * rank)
-        step.forward_backward(number, Batch(tuple(samples[rank])))  # nothing is updated: the oracle stays the same
+        step.forward_backward(
+            number, Batch(tuple(samples[rank]))
+        )  # without an update, so that the expected values remain the same
         step.audio.discard()
         costs = step.audio.take_costs()
         step.meter.add_step({name: (c.compute_sec, 0.0, 0.0, 0.0) for name, c in costs.items()}, 0.0)
@@ -93,7 +95,7 @@ def check_trace(folder: Path) -> None:
                 end = first["ts"] + first["dur"]
                 apart, inside = second["ts"] >= end - 0.01, second["ts"] + second["dur"] <= end + 0.01
                 assert apart or inside, (first, second)
-    # Rank 1 loads late, and rank 0 is seen waiting for it, at the same moment on the common clock.
+    # Rank 1 loads late, and rank 0 waits for it at the same time of the common clock.
     for step in (2, 3):
         late = next(e for e in spans[1] if e["name"] == "load" and e["args"]["step"] == step)
         waits = [e for e in spans[0] if e["name"] == WAIT and e["args"]["step"] == step]

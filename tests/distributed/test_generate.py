@@ -1,4 +1,4 @@
-"""Greedy decoding over the distributed model says what the single-process model says."""
+"""Greedy decoding with the distributed model gives the same tokens as the single-process model."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from tests.distributed.harness import run_ranks
 
 VOCAB = 97  # not divisible by any tensor-parallel size here
 TOLERANCE = 1e-5
-# Micro-batches of equally long packs: a multiple of 4 rows, the largest tensor-parallel size. The last segment fills.
+# All packs have the same length, a multiple of 4, the largest tensor-parallel size. The last segment is padding.
 NUM_LAYERS = 4
 PACKS = ((5, 9, 1, 6, 7), (12, 16), (2, 2, 17, 5, 2), (8, 20))
 
@@ -21,7 +21,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 16},
 }
 
-# world → cases; (fewer key-value heads than ranks: qwen2 at tp 4)
+# world → cases; qwen2 at tp 4 has fewer key-value heads than ranks
 CASES: dict[int, list[dict[str, Any]]] = {
     2: [
         {"family": "qwen3", "tp": 2},
@@ -74,7 +74,7 @@ def _hf_model(family: str) -> tuple[Any, Any]:
     }
     reference = build_reference(LLMConfig(config=config), seed=5)
     generator = torch.Generator().manual_seed(6)
-    with torch.no_grad():  # norms and biases too, which a random initialisation leaves at 1 and 0
+    with torch.no_grad():  # including norms and biases, which are initially 1 and 0
         for parameter in reference.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return reference, reference.config
@@ -94,7 +94,7 @@ def _packs(token_seed: int = 7) -> list[dict[str, Any]]:
                 "lengths": lengths,
                 "ids": torch.randint(0, VOCAB, (rows,), generator=generator),
                 "labels": torch.randint(0, VOCAB, (rows,), generator=generator),
-                "audio": torch.randn(rows, 32, generator=generator),  # added to every row: stands for spliced audio
+                "audio": torch.randn(rows, 32, generator=generator),  # added to every row in place of spliced audio
                 "mask": mask.float(),
             }
         )
@@ -117,7 +117,7 @@ def _reference_gradients(reference: Any) -> tuple[float, dict[str, Any], list[An
 
 
 def compare_cases() -> list[dict[str, float]]:
-    """Every case of this world size: largest relative difference of loss, input and each parameter of this rank."""
+    """Return the largest relative differences of loss, input and parameters on this rank for every case."""
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
 
@@ -173,7 +173,7 @@ def _compare(
     for name, parameter in global_parameters(gpt):
         if frozen:
             continue
-        # Unmarked, a split parameter would count on one rank only in Megatron's gradient norm.
+        # Otherwise Megatron's gradient norm would count a split parameter on one rank only.
         assert getattr(parameter, "tensor_model_parallel", False) == (tp_dim(name) is not None), name
         worst[name] = _difference(parameter.main_grad, hf_to_local(name, reader.read, hf_config, tp_rank, tp))
     return worst
@@ -184,7 +184,7 @@ def _difference(found: Any, want: Any) -> float:
 
 
 def _forward_backward(gpt: Any, first: bool, dp: int) -> tuple[list[float], dict[int, Any]]:
-    """One step over this replica's packs; token losses are summed, not averaged."""
+    """Run one step over this replica's packs, in which token losses are summed, not averaged."""
     from unittest.mock import patch
 
     import torch
@@ -196,7 +196,7 @@ def _forward_backward(gpt: Any, first: bool, dp: int) -> tuple[list[float], dict
     from model.llm.megatron import embed_tokens
     from model.llm.packing import PackedSequences
 
-    # Token counts are not the gradient's divisor here: sums are compared.
+    # Gradients are not divided by token counts, since sums are compared.
     gpt.config.finalize_model_grads_func = lambda chunks, _num_tokens, **kw: finalize_model_grads(chunks, None, **kw)
     ddp = DistributedDataParallel(gpt.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), gpt)
     replica, tp = parallel_state.get_data_parallel_rank(), gpt.config.tensor_model_parallel_size
@@ -226,8 +226,8 @@ def _forward_backward(gpt: Any, first: bool, dp: int) -> tuple[list[float], dict
         return output, loss_sum
 
     ddp.zero_grad_buffer()
-    told = AssertionError("a stage told its neighbour the shape of a pack, which both know")
-    with patch.object(P2PCommunicator, "_communicate_shapes", side_effect=told):
+    error = AssertionError("a stage sent the shape of a pack, which both stages know")
+    with patch.object(P2PCommunicator, "_communicate_shapes", side_effect=error):
         losses = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(packs.items()),
@@ -241,7 +241,7 @@ def _forward_backward(gpt: Any, first: bool, dp: int) -> tuple[list[float], dict
 
 
 def _decode_difference(gpt: Any, reference: Any, tp: int) -> float:
-    """Prefill three sequences, then feed two more tokens each, with rows that fill up to a multiple of `tp`."""
+    """Decode three sequences and then two more tokens of each, with padding to a multiple of `tp`."""
     import torch
 
     from model.llm.megatron import embed_tokens

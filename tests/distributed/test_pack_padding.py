@@ -1,4 +1,4 @@
-"""Rows that only fill packs up have no influence: not in the last bit of a loss or a gradient."""
+"""The padding rows of packs do not change any bit of the loss or the gradients."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ SIZES, MULTIPLE = [9, 5, 7, 3, 11], 24
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
-def test_what_padding_holds_changes_nothing(tp: int, pp: int) -> None:
+def test_content_of_padding_has_no_effect(tp: int, pp: int) -> None:
     for found in run_ranks(2, compare_paddings, {"tp": tp, "pp": pp}, timeout_sec=150):
         assert found["padding_rows"] >= MULTIPLE // 2 and found["learned"] > 4
         assert found["changed"] == [] and found["grad_of_padding"] == 0.0
 
 
 def compare_paddings(tp: int, pp: int) -> dict[str, object]:
-    """Run the same packs twice, with different tokens and audio in their padding; return what differs."""
+    """Run the same packs twice with different tokens and audio in their padding, and return the differences."""
     import torch
 
     from model.batch import IGNORE

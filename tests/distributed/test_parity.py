@@ -1,4 +1,4 @@
-"""The law of the house: every topology equals the single-process model. `python -m tools.parity` is the whole table."""
+"""The parity requirement: every topology equals the single-process model. `earshot parity` covers more cases."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_experts_equal_the_oracle_offloaded_and_with_weights_that_stay_gathered(
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(("topology", "multiple"), [(Topology(2, 2, 1), 24), (Topology(4, 1, 2, 2), 48)])
-def test_packs_filled_up_to_a_grid_equal_the_oracle(topology: Topology, multiple: int) -> None:
+def test_packs_padded_to_a_grid_equal_the_oracle(topology: Topology, multiple: int) -> None:
     rows = check(topology, 2, "qwen2", ("mixed", "text_only"), pack_multiple=multiple)
     assert len(rows) == 3 and all(row.passed for row in rows), rows
 

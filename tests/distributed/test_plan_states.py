@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer: what the plan says, to the byte, on real ranks of six topologies."""
+"""The planned bytes of weights, gradients and optimizer, compared with real ranks of six topologies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.parallel.topology import Topology
 
 DS_CONFIG = Path(__file__).parent.parent.parent / "ds_configs" / "zero3.json"
 
-# world → (tp, pp, ep), LLM family, precision, what is frozen
+# world → (tp, pp, ep), LLM family, precision, frozen parts
 CASES: dict[int, list[tuple[tuple[int, int, int], str, str, str]]] = {
     2: [((2, 1, 1), "llama", "bf16", ""), ((1, 2, 2), "qwen2", "fp32", "")],
     4: [
@@ -33,7 +33,7 @@ def test_model_states_are_exact(world: int) -> None:
         expected = planned(world, *case)
         found = [ranks[i] for ranks in measured]
         assert [f[:3] for f in found] == [e[:3] for e in expected], case
-        # Some weights are held by several ranks and saved by one, and shares are rounded up.
+        # Several ranks hold some weights, one of which saves them, and parts are rounded up.
         assert all(0.6 * e[3] <= f[3] <= e[3] + 4096 for f, e in zip(found, expected, strict=True)), (
             case,
             found,
@@ -43,7 +43,7 @@ def test_model_states_are_exact(world: int) -> None:
 
 
 def planned(world: int, split: tuple[int, int, int], family: str, precision: str, frozen: str) -> list[list[int]]:
-    """[weights, gradients, optimizer, snapshot] of every rank, as the plan tells it."""
+    """Return the planned [weights, gradients, optimizer, snapshot] of every rank."""
     from model.llm.reference import resolve_hf_config
     from trainer.parity import tiny_model
     from trainer.plan.ranks import rank_states
@@ -64,7 +64,7 @@ def optim(frozen: str) -> Any:
 
 
 def held() -> list[list[int]]:
-    """The same as measured on this rank after one step."""
+    """Return the same values as measured on this rank after one step."""
     import torch
     import torch.distributed as dist
     from deepspeed.utils import groups as deepspeed_groups

@@ -1,8 +1,8 @@
-"""A run that the version of commit e967171 wrote still resumes, exports and starts other runs, with the same numbers.
+"""A run of an earlier version (commit e967171) can be resumed, exported and used to start other runs.
 
-`run/` holds its checkpoint after step 2 of 4, on two ranks, of the corpus of `corpus.py`. `export/` holds the weights
-and settings of the model folder that the same version exported from it, without the code. Both are never rewritten:
-they stand for the checkpoints that users have.
+`run/` contains its checkpoint after step 2 of 4, on two ranks, with the corpus of `corpus.py`. `export/` contains the
+weights and settings of the model folder that the same version exported from it, without the code. Neither is ever
+rewritten, since they represent the checkpoints of users.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tools import export
 GOLDEN = Path(__file__).parent
 ROOT = GOLDEN.parents[1]
 LOSS_AND_NORM = {3: (7.941641271114349, 2.018651991508812), 4: (7.886083507537842, 1.9900836047533546)}
-"""By step, as the version that wrote the run went on with it."""
+"""Step → loss after a resume by the version that wrote the run."""
 FIRST_LOSS_OF_A_NEW_RUN = 7.941641038656234
-"""Of a run that takes only the golden run's weights."""
+"""The losses of a run that starts with the weights of the golden run."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_other_runs_start_from_its_weights(corpus: Path, tmp_path: Path) -> None
     assert losses(tmp_path / "new")[1][0] == pytest.approx(FIRST_LOSS_OF_A_NEW_RUN, rel=1e-5)
 
 
-def test_its_export_holds_the_same_tensors(tmp_path: Path) -> None:
+def test_its_export_contains_the_same_tensors(tmp_path: Path) -> None:
     assert export.main([str(GOLDEN / "run"), str(tmp_path / "export")]) == 0
     found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "export", GOLDEN / "export"))
     assert found.keys() == expected.keys()

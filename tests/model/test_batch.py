@@ -1,4 +1,4 @@
-"""Ragged sequences: chosen and parted without loss, and without a copy where they lie as wanted."""
+"""Ragged sequences: selecting and splitting, without copies if the memory is already in the wanted order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolutions as matrix products against torch's own."""
+"""Convolutions as matrix products, compared with torch's convolutions."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def test_equals_torch(channels: int, kernel: int, stride: int, padding: int, bia
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_layers_read_each_other_without_copies() -> None:
+def test_consecutive_layers_need_no_copies() -> None:
     first = Conv1d(2, 3, 3, padding=1)(torch.randn(2, 2, 9))
     assert first.transpose(1, 2).is_contiguous()
 
 
-def test_layers_of_others_are_taught() -> None:
+def test_layers_of_other_libraries_are_replaced() -> None:
     torch.manual_seed(0)
     plain, grouped = nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 3, groups=2)
     normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3), dim=2)
@@ -61,7 +61,7 @@ def test_layers_of_others_are_taught() -> None:
     assert all(p.grad is not None for p in module.parameters())
 
 
-def test_frozen_input_takes_no_gradient() -> None:
+def test_frozen_input_gets_no_gradient() -> None:
     layer = Conv1d(2, 3, 3)
     layer.weight.requires_grad_(False)
     layer(torch.randn(1, 2, 5)).sum().backward()

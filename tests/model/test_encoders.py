@@ -1,4 +1,4 @@
-"""Encoders against transformers on the single unpadded clip, and against themselves in other company."""
+"""Encoders compared with transformers on single unpadded clips, and with themselves in other batches."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ LENGTHS = (12_345, 32_000, 6_400, 19_999, 15_999)
 
 
 def make(name: str) -> AudioEncoder:
-    """The encoder with every parameter drawn afresh, so that no zero bias or unit gate hides a mistake."""
+    """Return an encoder with random parameters, so that no zero bias or unit gate hides a mistake."""
     encoder = build_encoder(CONFIGS[name])
     generator = torch.Generator().manual_seed(3)
     for parameter in encoder.parameters():
@@ -75,7 +75,7 @@ def make(name: str) -> AudioEncoder:
 
 
 def clip(samples: int, seed: int = 0) -> Tensor:
-    """Noise with an offset, which group norm over padding would feel."""
+    """Return noise with an offset, which would change the result if group norm included padding."""
     return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed)) + 0.05
 
 
@@ -96,7 +96,7 @@ def test_log_mel_equals_transformers() -> None:
             expected = extractor(
                 wave.numpy(), sampling_rate=16_000, padding="longest", pad_to_multiple_of=160, return_tensors="pt"
             )["input_features"][0]
-            if wave.shape[0] > 200:  # transformers cannot mirror the edge of a shorter clip
+            if wave.shape[0] > 200:  # transformers cannot mirror the edges of shorter clips
                 close(rows, expected.T)
             assert rows.shape == (num_mel_frames(wave.shape[0]), num_mels)
         windows, _ = padded_log_mel(audio, num_mels, 480_000)
@@ -104,8 +104,8 @@ def test_log_mel_equals_transformers() -> None:
         close(windows, expected["input_features"])
 
 
-def test_log_mel_floor_is_the_clips_own() -> None:
-    """A click on the last sample is loudest in a frame centred past the end, which only a batch has."""
+def test_log_mel_floor_depends_on_the_clip_alone() -> None:
+    """A click on the last sample is loudest in a frame centred after the end, which exists only in a batch."""
     wave = torch.zeros(8_000)
     wave[-1] = 1.0
     close(log_mel(Ragged.of([wave, clip(16_000)])).split()[0], log_mel(Ragged.of([wave])).values)
@@ -136,7 +136,7 @@ def test_whisper_full_equals_transformers(name: str) -> None:
 
 
 def test_whisper_trim_equals_transformers_without_padding() -> None:
-    """transformers encodes any length once its config says that this is the full one."""
+    """Compare with transformers, whose config is set so that the clip's length is the full one."""
     encoder: Any = make("whisper_trim")
     config = encoder.encoder.config
     for length in (32_000, 12_321, 12_345, 6_400):
@@ -147,7 +147,7 @@ def test_whisper_trim_equals_transformers_without_padding() -> None:
         reference.load_state_dict(state)
         mel = log_mel(Ragged.of([clip(length)])).values.T
         mel = mel[None, :, : 2 * frames]
-        if mel.shape[2] < 2 * frames:  # an odd count, which the reference's own shape check refuses
+        if mel.shape[2] < 2 * frames:  # an odd number, which the reference's shape check refuses
             hidden = F.gelu(reference.conv2(F.gelu(reference.conv1(mel)))).transpose(1, 2)
             hidden = hidden + reference.embed_positions.weight
             for layer in reference.layers:
@@ -177,8 +177,8 @@ def test_conv_stacks_equal_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_company_changes_neither_features_nor_gradients(name: str) -> None:
-    """LENGTHS hold a full window, an odd mel count, and clips whose last convolution steps straddle the padding."""
+def test_batch_changes_neither_features_nor_gradients(name: str) -> None:
+    """LENGTHS contain a full window, an odd number of mel frames, and clips whose last convolution meets padding."""
     encoder, audio = make(name), clips()
     together = encoder(audio)
     weights = [torch.randn(f.shape, generator=torch.Generator().manual_seed(9)) for f in together.split()]
@@ -192,7 +192,7 @@ def test_company_changes_neither_features_nor_gradients(name: str) -> None:
     trained = {n for n, p in encoder.named_parameters() if p.requires_grad}
     assert set(gradients) == trained, "every trainable parameter takes part"
     for parameter_name, parameter in encoder.named_parameters():
-        if parameter.grad is not None and not parameter_name.endswith("k_proj.bias"):  # softmax leaves it no gradient
+        if parameter.grad is not None and not parameter_name.endswith("k_proj.bias"):  # softmax cancels it
             scale = parameter.grad.abs().max()
             close(gradients[parameter_name] / scale, parameter.grad / scale)
 
@@ -208,7 +208,7 @@ def test_long_audio_is_encoded_in_windows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_shortest_clips_still_give_their_frames(name: str) -> None:
+def test_shortest_clips_give_all_their_frames(name: str) -> None:
     features = make(name)(clips((1, 320, 321, 399, 400)))
     assert features.lengths == (1, 1, 2, 2, 2) and features.values.isfinite().all()
 
@@ -216,7 +216,7 @@ def test_shortest_clips_still_give_their_frames(name: str) -> None:
 @pytest.mark.parametrize("frozen", ["", "conv"])
 @pytest.mark.parametrize("name", ["whisper_trim", "hubert_base", "wavlm_base"])
 def test_recomputation_changes_no_gradient(name: str, frozen: str) -> None:
-    """Also above a frozen part, whose output carries no gradient."""
+    """Check recomputation, including that above a frozen part, whose output has no gradient."""
     encoder, audio = make(name), clips()
     for parameter_name, parameter in encoder.named_parameters():
         if frozen and (frozen in parameter_name or "feature_" in parameter_name):
@@ -242,7 +242,7 @@ def test_runs_in_bfloat16(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_forward_is_deterministic_in_training_and_calls_each_module_once(name: str) -> None:
-    """ZeRO-3 gathers per call: a number of calls that depended on the clips would leave ranks waiting."""
+    """ZeRO-3 gathers weights per call, so ranks would hang if the number of calls depended on the clips."""
     encoder = make(name).train()
     calls: dict[str, int] = {}
     for module_name, module in encoder.named_modules():

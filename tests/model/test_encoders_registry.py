@@ -1,4 +1,4 @@
-"""Weights from disk, and what bad encoder configs and checkpoints are told."""
+"""Loading of encoder weights, and errors for bad encoder configs and checkpoints."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def save(model: Any, path: Path, do_normalize: bool | None = True) -> Path:
 
 
 def edit(path: Path, **changes: torch.Tensor | None) -> None:
-    """Rewrite the safetensors file with tensors replaced, or removed where None."""
+    """Rewrite the safetensors file with replaced tensors, and without those that are None."""
     tensors = load_file(path / "model.safetensors")
     for name, tensor in changes.items():
         assert name in tensors, sorted(tensors)
@@ -80,7 +80,7 @@ def edit(path: Path, **changes: torch.Tensor | None) -> None:
 
 
 def same(encoder: Any, source: torch.nn.Module) -> None:
-    """Every parameter equals the source's of the same name."""
+    """Check that every parameter equals the source's of the same name."""
     expected = dict(source.named_parameters())
     for name, parameter in encoder.encoder.named_parameters():
         assert parameter.dtype is torch.float32 and torch.equal(parameter, expected[name]), name
@@ -101,7 +101,7 @@ def test_loads_half_precision_as_fp32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("do_normalize", [True, False])
 def test_loads_conv_stacks_with_their_normalisation(do_normalize: bool, tmp_path: Path) -> None:
-    """Also under a task head, and with all pre-training noise of the checkpoint's config switched off."""
+    """Load checkpoints with and without a task head, and check that all pre-training noise is switched off."""
     hubert = HubertForCTC(HubertConfig(**STACK))
     encoder: Any = build_encoder(stack(save(hubert, tmp_path / "h", do_normalize), "hubert"))
     same(encoder, hubert.hubert)
@@ -119,7 +119,7 @@ def test_loads_conv_stacks_with_their_normalisation(do_normalize: bool, tmp_path
     torch.testing.assert_close(other(audio).values[: wanted.shape[0]], wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_loads_the_hubs_old_weight_norm_names(tmp_path: Path) -> None:
+def test_loads_old_weight_norm_names_of_the_hub(tmp_path: Path) -> None:
     model = WavLMModel(WavLMConfig(**STACK))
     save(model, tmp_path)
     prefix = "encoder.pos_conv_embed.conv."
@@ -241,13 +241,13 @@ def test_random_weights_are_drawn_as_transformers_draws_them(family: Any) -> Non
         ("wavlm", "full", (100, 50)),
     ],
 )
-def test_an_encoder_says_what_its_call_computes(family: Any, length_mode: Any, clips: tuple[int, ...]) -> None:
+def test_encoder_reports_what_its_call_computes(family: Any, length_mode: Any, clips: tuple[int, ...]) -> None:
     fields = WHISPER if family == "whisper" else STACK
     config = EncoderConfig("ear", family, window_sec=2.0, config=fields, length_mode=length_mode)
     encoder = build_encoder(config)
     assert encoder.windowing == encoder_windowing(config)
     seen: list[int] = []
-    samples_per_column = 160 if family == "whisper" else 1  # a mel spectrogram, or the waveform itself
+    samples_per_column = 160 if family == "whisper" else 1  # a mel spectrogram or the waveform
     encoder.encoder.register_forward_pre_hook(
         lambda _, args: seen.append(args[0].shape[0] * args[0].shape[-1] * samples_per_column)
     )

@@ -1,4 +1,4 @@
-"""Attention over packs: what TransformerEngine is asked for is what SDPA computes."""
+"""Attention over packs: the request to TransformerEngine is equivalent to what SDPA computes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.llm.reference import resolve_hf_config
 
 
 class ByContract:
-    """`transformer_engine.pytorch.DotProductAttention` as documented for `thd`: returns `[t, H · D]`."""
+    """`transformer_engine.pytorch.DotProductAttention` as documented for `thd`, which returns `[t, H · D]`."""
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""One process: the Megatron model computes what transformers computes."""
+"""The Megatron model in one process computes the same as transformers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def pair(family: str, **options: Any) -> tuple[Any, Any]:
-    """The reference with every parameter random, and the Megatron model with its weights."""
+    """Return the reference with random parameters, and the Megatron model with the same weights."""
     reference = build_reference(LLMConfig(config={**SHAPE, **FAMILIES[family]}), seed=5)
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_logits_and_gradients_equal_transformers(family: str) -> None:
     assert covered == {name for name, _ in reference.named_parameters()}
 
 
-def test_no_segment_sees_another() -> None:
+def test_segments_do_not_see_each_other() -> None:
     _, gpt = pair("llama")
     ids = tokens()
     changed = ids.clone()
@@ -148,7 +148,7 @@ def test_bf16_stays_close() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_decoding_with_a_cache_equals_the_whole_forward(family: str) -> None:
-    """Sequences of different lengths; one ends early; chunks of several tokens and rows that only fill up."""
+    """Decode sequences of different lengths, of which one ends early, in chunks of several tokens with padding."""
     reference, gpt = pair(family)
     sequences = [tokens(n, seed=n) for n in (7, 4, 12)]
     cache, done = KVCache(num_sequences=3, max_tokens=12), [0, 0, 0]

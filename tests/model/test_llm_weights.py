@@ -1,4 +1,4 @@
-"""Sources of weights and the config they belong to: what is read, and what a mistake gets."""
+"""Sources of LLM weights and their configs, and the errors for bad ones."""
 
 from __future__ import annotations
 

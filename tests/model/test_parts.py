@@ -1,4 +1,4 @@
-"""Router, mixture, adapter, splice and losses on hand-made tensors."""
+"""Router, mixture, adapter, splice and losses on small constructed tensors."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_noise_changes_the_choice_only_when_given() -> None:
     assert router(clips, None, prompts, noise).chosen[:, 0].tolist() == [[True, False], [False, True]]
 
 
-def test_an_encoder_that_comes_in_changes_nothing_at_first_and_stands_as_the_others_at_last() -> None:
+def test_added_encoder_has_no_effect_at_first_and_full_effect_after_its_warmup() -> None:
     torch.manual_seed(0)
     config = RouterConfig(gates=("data_independent",), added_encoder_warmup_steps=4)
     old, grown = Router(config, 2, 0, 8, 4), Router(config, 3, 0, 8, 4)
@@ -108,14 +108,14 @@ def test_the_gradient_of_a_mixing_weight_is_summed_over_a_long_clip_in_fp32() ->
     assert probs.grad is not None and probs.grad.tolist() == [[[3000.0, 6000.0]], [[0.0, 20.0]]]
 
 
-def test_mix_with_an_expert_that_nobody_chose() -> None:
+def test_mix_with_an_expert_that_no_clip_chose() -> None:
     routing = Routing(torch.tensor([[[0.7, 0.3]]]), torch.tensor([[[True, False]]]), ("data_independent",))
     mixed = mix(None, [Ragged(torch.ones(2, 1), (2,)), Ragged(torch.zeros(0, 1), ())], routing, (2,))
     torch.testing.assert_close(mixed.values, torch.full((2, 1), 0.7))
 
 
 @pytest.mark.parametrize("strides", [(2, 2, 2), (2,), (4, 2), (3, 1)])
-def test_adapter_lengths_and_companions(strides: tuple[int, ...]) -> None:
+def test_adapter_lengths_and_independence_of_the_batch(strides: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     adapter = Adapter(AdapterConfig(hidden_size=4, strides=strides), 3)
     features = ragged(17, 1, 40)

@@ -1,4 +1,4 @@
-"""Every part of the model on a pretended device: no tensor is left on the CPU, and the host does not wait."""
+"""All parts of the model on a pretended device: no tensor remains on the CPU, and the host does not wait."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ CLIPS = (16_000, 9_000, 40_000)
 
 
 def host(tensor: Any) -> Tensor:
-    """Its values, however it got here."""
+    """Return the values of a tensor on either device."""
     return tensor.host.detach() if hasattr(tensor, "host") else tensor.detach()
 
 
@@ -61,7 +61,10 @@ def move(value: Any) -> Any:
 
 
 def compare(module: nn.Module, *args: Any, waits: dict[str, int] | None = None) -> None:
-    """Results and gradients equal those on the CPU, and the host waits at `waits` only (a second call: constants)."""
+    """Check that results and gradients equal those on the CPU, and that the host waits only at `waits`.
+
+    The function is called twice, since constants are moved in the first call.
+    """
     expected = module(*args)
     expected.values.square().sum().backward()
     gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
@@ -98,7 +101,7 @@ def test_adapter() -> None:
 
 @pytest.mark.parametrize("source", ["primary", "log_mel", "prompt"])
 def test_router_and_mixture_wait_once(source: Any) -> None:
-    """For what the router chose."""
+    """Check that the host waits once, for the choice of the router."""
     torch.manual_seed(0)
     router = Router(RouterConfig(input=source, top_k=2), 3, primary_dim=5, vocab_size=8, prompt_dim=4)
     clips = Ragged(0.1 * torch.randn(4000), (1000, 3000))
@@ -163,7 +166,7 @@ def test_tensors_of_two_devices_do_not_mix() -> None:
         lambda x: torch.segment_reduce(x, "sum", lengths=to_device([1, 2], x.device)),
     ],
 )
-def test_what_makes_the_host_wait_is_counted_once(wait: Any) -> None:
+def test_waits_of_the_host_are_counted_once(wait: Any) -> None:
     with PretendedDevice() as device:
         x = torch.ones(3, device=DEVICE)
         assert not device.waits
@@ -171,7 +174,7 @@ def test_what_makes_the_host_wait_is_counted_once(wait: Any) -> None:
     assert dict(device.waits) == {BACKWARD: 1}, device.kinds
 
 
-def test_what_does_not_make_it_wait_is_not() -> None:
+def test_operations_without_waits_are_not_counted() -> None:
     with PretendedDevice() as device:
         x = to_device([1.0, 2.0], DEVICE)
         x[x > 1] = 0.0  # masked_fill

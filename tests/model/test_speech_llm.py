@@ -1,4 +1,4 @@
-"""The single-process model: what it promises about samples, losses and experts."""
+"""The single-process model: properties of samples, losses and experts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model() -> SpeechLLM:
     return SpeechLLM(tiny_model(), VOCAB_SIZE, seed=1)
 
 
-def test_companions_never_change_a_samples_logits(model: SpeechLLM) -> None:
+def test_other_samples_never_change_a_samples_logits(model: SpeechLLM) -> None:
     together = Batch(tuple(samples(1, 0, 2, 1)))
     audio = model.embed_audio(together)
     logits = model.logits(together, audio)
@@ -71,7 +71,7 @@ def test_only_chosen_experts_compute(model: SpeechLLM) -> None:
     }
 
 
-def test_an_expert_that_nobody_chose_gets_no_gradient() -> None:
+def test_expert_that_no_clip_chose_gets_no_gradient() -> None:
     model = SpeechLLM(tiny_model(), VOCAB_SIZE, seed=1)
     with torch.no_grad():
         model.audio.router.independent.logits.copy_(torch.tensor([9.0, 0.0, 0.0]))
@@ -107,7 +107,7 @@ def test_a_model_without_experts_has_no_router() -> None:
     assert not hasattr(tower, "router")
 
 
-def test_illegal_models_are_refused_in_one_line() -> None:
+def test_invalid_models_are_refused_in_one_line() -> None:
     base = tiny_model()
     with pytest.raises(UserError, match="top_k = 4: legal values are 1..3"):
         replace(base, router=RouterConfig(top_k=4))

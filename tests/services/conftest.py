@@ -12,7 +12,7 @@ from tests.services.swift import Swift, install, running
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swift]:
-    """A Swift of this test session. CI sets REQUIRE_SERVICES: there, a server that cannot be installed is a failure."""
+    """Start a Swift server for this test session. Tests are skipped without one, unless CI sets REQUIRE_SERVICES."""
     try:
         install()
     except (subprocess.CalledProcessError, OSError) as error:
@@ -26,7 +26,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swift]:
 
 @pytest.fixture
 def swift(server: Swift, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Swift:
-    """The server, reached by this process's environment; no file of the machine's user is read."""
+    """Set the environment variables for the server; no configuration file of the machine's user is read."""
     for name in [n for n in os.environ if n.startswith(("AWS_", "GOOGLE_", "AZURE_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""A slow line to a server: forwards TCP connections at a given rate."""
+"""A slow connection to a server, which forwards TCP connections at a given rate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PIECE_BYTES = 8 << 10
 
 @contextmanager
 def slow_line(port: int, bytes_per_sec: float) -> Iterator[int]:
-    """Port that leads to 127.0.0.1:`port`; each connection's answers come at `bytes_per_sec`."""
+    """Yield a port that forwards to 127.0.0.1:`port`, and limits the answers of each connection to `bytes_per_sec`."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=_accept, args=(listener, port, bytes_per_sec), daemon=True).start()
         yield listener.getsockname()[1]
@@ -24,7 +24,7 @@ def _accept(listener: socket.socket, port: int, bytes_per_sec: float) -> None:
     while True:
         try:
             client, _ = listener.accept()
-        except OSError:  # the line is taken down
+        except OSError:  # the relay is closed
             return
         server = socket.create_connection(("127.0.0.1", port))
         for ends, rate in (((client, server), float("inf")), ((server, client), bytes_per_sec)):
@@ -37,7 +37,7 @@ def _forward(source: socket.socket, target: socket.socket, bytes_per_sec: float)
             target.sendall(data)
             time.sleep(len(data) / bytes_per_sec)
     except OSError:
-        pass  # one side has closed; so does the other, below
+        pass  # one side has closed, so the other one is closed below
     finally:
         for end in (source, target):
             end.close()

@@ -1,9 +1,10 @@
-"""A real Slurm on this machine: a controller, and nodes that are network namespaces with process trees of their own.
+"""A real Slurm on this machine: a controller, and nodes that are network namespaces with their own process trees.
 
-    python -m tests.services.slurm DIR NODES      until Ctrl-C; prints the variables that reach it
+    python -m tests.services.slurm DIR NODES      runs until Ctrl-C and prints the environment variables of clients
 
-Needs root, and of Debian: slurmctld slurmd slurm-client munge iproute2. All nodes share this machine's file systems.
-GPUs are faked: character devices for Slurm, and a program `nvidia-smi` that tells of healthy ones (`Cluster.gpus`).
+It needs root and these Debian packages: slurmctld slurmd slurm-client munge iproute2. All nodes share this machine's
+file systems. GPUs are simulated by character devices for Slurm, and by an `nvidia-smi` that reports healthy GPUs
+(`Cluster.gpus`).
 """
 
 from __future__ import annotations
@@ -65,16 +66,16 @@ InactiveLimit=0
 MinJobAge=3600
 """
 _NVIDIA_SMI = """#!/bin/sh
-# What `nvidia-smi --query-gpu=index,name,memory.free,memory.total,ecc.errors.uncorrected.volatile.total` would say.
+# Prints what `nvidia-smi --query-gpu=index,name,memory.free,memory.total,ecc.errors.uncorrected.volatile.total` would.
 exec cat "{root}/gpus-$(uname -n)"
 """
 
 
 class Cluster:
-    """Nodes n1 … nN with `num_cpus` (more than there are is fine) and `num_gpus` faked GPUs each.
+    """A cluster of nodes n1 … nN with `num_cpus` (even more than exist) and `num_gpus` simulated GPUs each.
 
     Args:
-        root: folder of its configuration, state and logs; short, since a socket lies in it.
+        root: The folder of its configuration, state and logs. The path must be short, since it contains a socket.
     """
 
     def __init__(self, root: Path, num_nodes: int, num_cpus: int = 192, num_gpus: int = 8) -> None:
@@ -88,19 +89,19 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        """This machine, as nodes see it."""
+        """The address of this machine in the nodes' network."""
         return f"{self._net}.254"
 
     @property
     def environ(self) -> dict[str, str]:
-        """What Slurm's commands need; PATH has the nodes' faked `nvidia-smi`."""
+        """The environment variables of Slurm's commands; PATH contains the simulated `nvidia-smi` of the nodes."""
         path = os.pathsep.join([str(self.root / "bin"), os.environ["PATH"]])
         return {"SLURM_CONF": str(self.root / "slurm.conf"), "PATH": path}
 
-    # ---- life
+    # ---- lifecycle
 
     def start(self) -> None:
-        """Returns when all nodes are idle."""
+        """Start the cluster, and wait until all nodes are idle."""
         self._configure()
         munge = ["munged", "--foreground", "--force", f"--key-file={self.root}/munge.key"]
         munge += [f"--{kind}-file={self.root}/munged.{kind}" for kind in ("pid", "log", "seed")]
@@ -121,7 +122,7 @@ class Cluster:
         self.wait_idle()
 
     def stop(self) -> None:
-        """Everything ends; nothing is left but the folder."""
+        """Stop everything. Only the folder remains."""
         for process in [*self._nodes.values(), self._controller, self._munged]:
             if process is not None:
                 process.kill()
@@ -134,17 +135,17 @@ class Cluster:
         subprocess.run(["umount", "-q", str(self.root / "small")], check=False, capture_output=True)
 
     def wait_idle(self, num_nodes: int | None = None) -> None:
-        """Until that many nodes (all) are idle."""
+        """Wait until a number of nodes are idle; None waits for all."""
         wanted = self.num_nodes if num_nodes is None else num_nodes
         _until(lambda: self.node_states().count("idle") >= wanted, "nodes do not become idle")
 
     def start_controller(self) -> None:
-        """Also again, after `kill_controller`: it goes on from its state."""
+        """Start the controller. After `kill_controller`, it continues with its saved state."""
         assert self._controller is None
         self._controller = self._launch(["slurmctld", "-D", "-f", self.environ["SLURM_CONF"]], "slurmctld")
 
     def kill_controller(self) -> None:
-        """SIGKILL."""
+        """Kill the controller with SIGKILL."""
         assert self._controller is not None
         self._controller.kill()
         self._controller.wait()
@@ -153,7 +154,7 @@ class Cluster:
     # ---- nodes
 
     def start_node(self, node: int) -> None:
-        """Switch node `node` (from 1) on."""
+        """Start node `node`, counted from 1."""
         _ip(f"link set {self._wire_of(node)} up")
         shown = "/etc/hosts", "/etc/nsswitch.conf"
         binds = [f"mount --bind {self.root}/{Path(p).name} {p}" for p in shown]
@@ -162,39 +163,39 @@ class Cluster:
         self._nodes[node] = self._launch([*command, "--fork", "--kill-child=KILL", "sh", "-c", inside], f"n{node}")
 
     def kill_node(self, node: int) -> None:
-        """Power cut: nothing leaves the node any more, and all of its processes are gone at once."""
+        """Simulate a power failure of a node: its network is cut and all of its processes are killed."""
         self.cut(node)
         process = self._nodes.pop(node)
         process.kill()
         process.wait()
 
     def cut(self, node: int) -> None:
-        """Unplug the node's network; it runs on."""
+        """Disconnect the node's network. Its processes continue."""
         _ip(f"link set {self._wire_of(node)} down")
 
     def heal(self, node: int) -> None:
-        """Plug it in again."""
+        """Connect the node's network again."""
         _ip(f"link set {self._wire_of(node)} up")
 
     def gpus(self, node: int, num_errors: int = 0) -> None:
-        """What the node's `nvidia-smi` tells from now on: all GPUs are there, the first has memory errors."""
+        """Set what the node's `nvidia-smi` reports from now on: all GPUs, of which the first has memory errors."""
         rows = [f"{i}, Fake GPU, 80000, 81559, {0 if i else num_errors}" for i in range(self.num_gpus)]
         (self.root / f"gpus-n{node}").write_text("".join(row + "\n" for row in rows))
 
     def small_disk(self, num_mib: int) -> Path:
-        """A file system of that size, which all nodes see. Call before `start`."""
+        """Create a file system of a given size that all nodes share. Call this method before `start`."""
         folder = self.root / "small"
         folder.mkdir(parents=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={num_mib}m", "tmpfs", str(folder)], check=True)
         return folder
 
     def node_states(self) -> list[str]:
-        """`idle`, `allocated`, `down*` …, by node."""
+        """Return node → state, such as `idle`, `allocated` or `down*`."""
         done = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False)
         return done.stdout.split()
 
     def pids(self, node: int, pattern: str) -> list[int]:
-        """Processes of the node whose command lines match, as this machine numbers them, oldest first."""
+        """Return this machine's ids of the node's processes whose command lines match, oldest first."""
         space = os.readlink(f"/proc/{_only_child(self._nodes[node].pid)}/ns/pid")
         found = []
         for entry in Path("/proc").iterdir():
@@ -212,12 +213,12 @@ class Cluster:
     def run(
         self, *command: str, env: Mapping[str, str] | None = None, check: bool = True, timeout_sec: float = 30.0
     ) -> subprocess.CompletedProcess[str]:
-        """A command that reaches this cluster."""
+        """Run a command of Slurm for this cluster."""
         environ = {**os.environ, **self.environ, **(env or {})}
         return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout_sec, check=check)
 
     def submit(self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> int:
-        """`sbatch`; the job's number."""
+        """Submit a job with `sbatch`, and return its id."""
         environ = {**os.environ, **self.environ, **(env or {})}
         done = subprocess.run(
             ["sbatch", "--parsable", *arguments], cwd=cwd, env=environ, capture_output=True, text=True
@@ -226,11 +227,11 @@ class Cluster:
         return int(done.stdout.split(";")[0])
 
     def job(self, job_id: int) -> dict[str, str]:
-        """What `scontrol show job` says of it; empty while the controller does not answer."""
+        """Return the fields of `scontrol show job`; empty while the controller does not answer."""
         done = self.run("scontrol", "show", "job", "-o", str(job_id), check=False)
         return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
 
-    # ---- inside
+    # ---- internals
 
     @property
     def _bridge(self) -> str:
@@ -271,7 +272,7 @@ class Cluster:
         text += f"PartitionName=main {common} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30\n"
         text += f"PartitionName=urgent {common} PriorityTier=9 PreemptMode=OFF\n"
         (root / "slurm.conf").write_text(text)
-        (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # or slurmd asks which one there is
+        (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # otherwise slurmd detects the version
         for i in range(self.num_gpus):
             subprocess.run(["mknod", str(root / "dev" / f"gpu{i}"), "c", "1", "3"], check=True)
         last = f"[0-{self.num_gpus - 1}]" if self.num_gpus > 1 else "0"
@@ -295,7 +296,7 @@ class Cluster:
 
 
 def why_not() -> str | None:
-    """What keeps a cluster from running here; None: nothing."""
+    """Return why a cluster cannot run on this machine, or None if it can."""
     missing = [p for p in PROGRAMS if shutil.which(p) is None]
     if missing:
         return f"not installed: {', '.join(missing)} (Debian: slurmctld slurmd slurm-client munge iproute2)"
@@ -308,7 +309,7 @@ def why_not() -> str | None:
 
 @contextmanager
 def running(cluster: Cluster) -> Iterator[Cluster]:
-    """A started cluster; all of its processes end with the context."""
+    """Start a cluster, whose processes end with the context."""
     try:
         cluster.start()
         yield cluster
@@ -339,7 +340,7 @@ def _free_port() -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """See the module's docstring."""
+    """Run a cluster as a command until Ctrl-C."""
     reason = why_not()
     if reason or len(arguments) != 2:
         print(reason or __doc__, file=sys.stderr)

@@ -1,7 +1,7 @@
-"""A real S3 server on this machine: OpenStack Swift with its S3 API, in a virtual environment of its own.
+"""A real S3 server on this machine: OpenStack Swift with its S3 API, in its own virtual environment.
 
-    python -m tests.services.swift install               once; a test that needs it does it as well
-    python -m tests.services.swift run DIR [PORT]        until Ctrl-C; prints the variables that reach it
+    python -m tests.services.swift install               once; tests that need it also do it python -m
+    tests.services.swift run DIR [PORT]        runs until Ctrl-C and prints the environment variables of clients
 
 The environment is `.venv/swift`, or $SWIFT_VENV. No root is needed. The key is `test:tester`.
 """
@@ -100,7 +100,11 @@ use = egg:swift#slo
 
 
 def install() -> None:
-    """Make the virtual environment, if it is not there. Raises CalledProcessError."""
+    """Create the virtual environment, unless it exists.
+
+    Raises:
+        CalledProcessError: If the installation fails.
+    """
     if (VENV / ".installed").exists():
         return
     subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
@@ -109,12 +113,12 @@ def install() -> None:
 
 
 class Swift:
-    """One server: a proxy that speaks S3, and three storage servers behind it.
+    """A server that consists of a proxy with the S3 API and three storage servers.
 
     Args:
-        root: folder of its configuration and data.
-        port: of the proxy; null takes a free one.
-        host: address of this machine that the proxy listens at.
+        root: The folder of its configuration and data.
+        port: The port of the proxy; None selects a free one.
+        host: The address at which the proxy listens.
     """
 
     def __init__(self, root: Path, port: int | None = None, host: str = "127.0.0.1") -> None:
@@ -131,7 +135,7 @@ class Swift:
 
     @property
     def environ(self) -> dict[str, str]:
-        """What a client needs."""
+        """The environment variables of a client."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": KEY_ID,
@@ -140,7 +144,7 @@ class Swift:
         }
 
     def start(self) -> None:
-        """All servers; returns when they answer."""
+        """Start all servers, and wait until they answer."""
         self._configure()
         self._storage = [self._launch(kind) for kind in _SERVERS]
         self.start_proxy()
@@ -148,7 +152,7 @@ class Swift:
             _wait_for_port(port)
 
     def start_proxy(self, secret: str | None = None) -> None:
-        """The S3 side alone, after `kill_proxy`; with `secret`, the key is changed."""
+        """Start the proxy again after `kill_proxy`; `secret` changes the key."""
         assert self._proxy is None
         self.secret = secret or self.secret
         self._write("proxy", _PROXY_CONF, self.port, secret=self.secret)
@@ -156,27 +160,27 @@ class Swift:
         _wait_for_port(self.port, self.host)
 
     def kill_proxy(self) -> None:
-        """SIGKILL: clients find connections cut and then refused."""
+        """Kill the proxy with SIGKILL, which closes connections and refuses new ones."""
         assert self._proxy is not None
         self._proxy.kill()
         self._proxy.wait()
         self._proxy = None
 
     def stop(self) -> None:
-        """End all servers."""
+        """Stop all servers."""
         for process in [*self._storage, *([self._proxy] if self._proxy else [])]:
             process.kill()
             process.wait()
         self._storage, self._proxy = [], None
 
     def make_bucket(self, name: str) -> None:
-        """As any S3 client does it: a signed PUT."""
+        """Create a bucket with a signed PUT, like any S3 client."""
         url = obstore.sign(self._open(name), "PUT", "", timedelta(minutes=1))
         with urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=30) as answer:
             assert answer.status == 200, answer.status
 
     def upload(self, folder: Path, bucket: str, prefix: str) -> None:
-        """All files of `folder`, under `prefix`."""
+        """Upload all files of `folder` under `prefix`."""
         for path in (p for p in folder.rglob("*") if p.is_file()):
             obstore.put(self._open(bucket), f"{prefix}/{path.relative_to(folder).as_posix()}", path)
 
@@ -215,7 +219,7 @@ class Swift:
 
 @contextmanager
 def running(root: Path, port: int | None = None, host: str = "127.0.0.1") -> Iterator[Swift]:
-    """A started server; all of its processes end with the context."""
+    """Start a server, whose processes end with the context."""
     install()
     server = Swift(root, port, host)
     try:
@@ -244,12 +248,12 @@ def _wait_for_port(port: int, host: str = "127.0.0.1") -> None:
 
 
 def shell_exports(environ: Mapping[str, str]) -> str:
-    """For `eval` in a shell."""
+    """Return the environment variables as commands for `eval` in a shell."""
     return "\n".join(f"export {name}={value}" for name, value in environ.items())
 
 
 def main(arguments: list[str]) -> int:
-    """See the module's docstring."""
+    """Install or run the server as a command."""
     if arguments[:1] == ["install"]:
         install()
         return 0

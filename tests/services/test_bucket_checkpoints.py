@@ -1,4 +1,4 @@
-"""Checkpoints in a real S3 server: atomic, verified, fenced, kept, and none lost when the server dies in a save."""
+"""Checkpoints in a real S3 server: commits, verification, fencing, retention, and failures of the server."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def url(swift: Swift, request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["s3", "simulated"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of a bucket; or of a folder that is used as one, by objects alone, where a server adds nothing but time."""
+    """Return the URL of a bucket, or of a folder that is used like a bucket in tests that need no server."""
     if request.param == "s3":
         found: str = request.getfixturevalue("url")
         return found
@@ -75,12 +75,12 @@ def opened(place: str) -> BucketCheckpoints:
 
 @pytest.fixture
 def start(place: str, groups: Groups) -> Start:
-    """A new attempt at the run."""
+    """Return a function that begins a new attempt of the run."""
     return lambda **config: PlainManager(place, CheckpointConfig(**{"keep_last": 3, **config}), groups)
 
 
 def save(manager: PlainManager, step: int) -> str:
-    """Until it is committed."""
+    """Save a checkpoint, and wait until it is committed."""
     manager.save(step, engines(float(step)), {"value": float(step)})
     manager.close()
     (url,) = manager.finished()
@@ -88,7 +88,7 @@ def save(manager: PlainManager, step: int) -> str:
 
 
 def newest(manager: PlainManager) -> tuple[str, float]:
-    """URL and content of what a restart resumes from."""
+    """Return the URL and the content of the checkpoint from which a restart resumes."""
     folder = manager.latest()
     assert folder is not None
     into = engines(-1.0)
@@ -141,7 +141,7 @@ DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes] | None, str]] = {
 
 @simulated
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_named_and_the_newest_good_one_taken(
+def test_damage_is_named_and_the_newest_undamaged_checkpoint_is_used(
     damage: str, start: Start, place: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     file, change, line = DAMAGES[damage]
@@ -174,9 +174,7 @@ def test_retention_and_frozen_weights_in_one_copy(start: Start, place: str) -> N
 
 
 @simulated
-def test_what_was_never_committed_is_invisible_and_goes(
-    start: Start, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_uncommitted_files_are_invisible_and_deleted(start: Start, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     save(start(), 1)
 
     def killed(*_: Any) -> None:
@@ -194,8 +192,8 @@ def test_what_was_never_committed_is_invisible_and_goes(
 
 
 @simulated
-def test_an_earlier_attempt_is_fenced(start: Start, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The old one is in the middle of a save when the new one begins, and goes on after the new one has saved."""
+def test_earlier_attempt_is_fenced(start: Start, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old attempt is saving when the new one begins, and continues after the new one has saved."""
     old, reached, go_on = start(), threading.Event(), threading.Event()
     write, mine = background.write_tensors, old._place.attempt.token
 
@@ -219,7 +217,7 @@ def test_an_earlier_attempt_is_fenced(start: Start, place: str, monkeypatch: pyt
 
 
 @s3
-def test_the_server_dies_in_a_save_and_the_run_lives(
+def test_run_survives_the_death_of_the_server_in_a_save(
     server: Swift, start: Start, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = start(retry_sec=1.0)
@@ -236,7 +234,7 @@ def test_the_server_dies_in_a_save_and_the_run_lives(
     try:
         manager.save(2, engines(2.0), {"value": 2.0})
         started = time.monotonic()
-        torch.ones(100).sum()  # training goes on
+        torch.ones(100).sum()  # training continues
         assert time.monotonic() - started < 1 and killed.wait(10)
         save_thread = manager._save
         assert save_thread is not None
@@ -252,7 +250,7 @@ def test_the_server_dies_in_a_save_and_the_run_lives(
     assert newest(start())[1] == 3.0 and not [n for n in objects(place) if n.startswith("step-00000002")]
 
 
-def test_a_large_file_goes_up_in_parts_and_comes_back(url: str) -> None:
+def test_large_file_is_uploaded_in_parts_and_read_back(url: str) -> None:
     checkpoints = open_checkpoints(url)
     attempt = checkpoints.begin_attempt()
     content = os.urandom(40 << 20)
@@ -268,7 +266,7 @@ def test_a_large_file_goes_up_in_parts_and_comes_back(url: str) -> None:
 
 
 def copy_run(run: Path, url: str) -> None:
-    """A local run's checkpoints and tokenizer, as if it had been saved there."""
+    """Copy a local run's checkpoints and tokenizer to the bucket, as if they had been saved there."""
     source, into = LocalCheckpoints(run / "checkpoints"), open_checkpoints(f"{url}/checkpoints")
     attempt = into.begin_attempt()
     from trainer.checkpoint.reader import read_manifest
@@ -302,7 +300,7 @@ def test_tools_read_a_bucket(url: str, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_run_saves_to_a_bucket_and_resumes_on_another_machine(swift: Swift, url: str, tmp_path: Path) -> None:
-    """The recipe's key, both engines, two ranks; the second start knows nothing but the bucket."""
+    """Train with both engines on two ranks; the second start has nothing but the bucket."""
     from tools.demo_corpus import write_corpus
 
     write_corpus(tmp_path / "corpus", scale=0.05)
@@ -331,8 +329,8 @@ def test_a_run_saves_to_a_bucket_and_resumes_on_another_machine(swift: Swift, ur
 
 
 @pytest.mark.parametrize("kind", ["local", "s3"])
-def test_of_many_who_change_the_catalogue_nobody_loses(url: str, tmp_path: Path, kind: str) -> None:
-    """Each of several writers adds its own checkpoints; the rule of the catalogue is the same in any store."""
+def test_concurrent_changes_of_the_catalogue_are_all_kept(url: str, tmp_path: Path, kind: str) -> None:
+    """Several writers add their own checkpoints. The rules of the catalogue are the same in any store."""
     per_writer, writers = (8, 6) if kind == "local" else (3, 4)
 
     def opened() -> Store:
@@ -355,12 +353,12 @@ def test_of_many_who_change_the_catalogue_nobody_loses(url: str, tmp_path: Path,
     assert len(BucketCheckpoints(opened()).steps()) == per_writer * writers
 
 
-def test_one_who_slept_cannot_fill_a_number_that_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_writer_cannot_reuse_a_removed_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = LocalStore(tmp_path)
     old, other = BucketCheckpoints(store), BucketCheckpoints(store)
     attempt = old.begin_attempt()
     asleep = old._newest()
-    for _ in range(6):  # its catalogue, and the number after it, are gone
+    for _ in range(6):  # removes its catalogue and the next number
         other.begin_attempt()
     answers = iter([asleep])
     wake = BucketCheckpoints._newest

@@ -1,4 +1,4 @@
-"""The store against a real S3 server: what it does, and what a user reads when it cannot."""
+"""The store with a real S3 server, and its error messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainer.storage.store import ChangedError, LocalStore, MissingError, Store,
 @pytest.mark.parametrize("kind", ["local", "s3"])
 def test_both_stores_do_the_same(swift: Swift, tmp_path: Path, kind: str) -> None:
     store: Store = LocalStore(tmp_path / "new") if kind == "local" else open_store("s3://bucket/same")
-    big = os.urandom(20 << 20)  # more than one part of an upload
+    big = os.urandom(20 << 20)  # uploaded in several parts
     assert store.list() == {} and not store.exists("a")
     store.put("a", [b"one", b"", b"two"])
     store.put("deep/b", (big[i : i + (1 << 20)] for i in range(0, len(big), 1 << 20)))
@@ -60,7 +60,7 @@ def test_shards_made_in_a_bucket_are_those_made_on_disk(
 
 
 def one_line(swift: Swift, error: UserError) -> str:
-    """The message: one line, with the place, and without the key's secret."""
+    """Check that a message is one line that names the place and does not contain the secret, and return it."""
     text = str(error)
     assert "\n" not in text and swift.secret not in text and "s3://" in text
     assert swift.endpoint in text
@@ -84,7 +84,7 @@ def test_a_wrong_secret_is_one_line(swift: Swift, monkeypatch: pytest.MonkeyPatc
         assert "AWS_ACCESS_KEY_ID in the environment" in text
 
 
-def test_a_missing_bucket_and_a_missing_key_are_told_apart(swift: Swift) -> None:
+def test_missing_bucket_and_missing_key_have_different_errors(swift: Swift) -> None:
     for work in (lambda s: s.get("x"), lambda s: s.put("x", [b"1"]), lambda s: s.list()):
         with pytest.raises(MissingError) as caught:
             work(open_store("s3://no-such-bucket/p"))
@@ -123,7 +123,7 @@ def test_a_profile_is_read_and_named(swift: Swift, monkeypatch: pytest.MonkeyPat
 
 
 def test_credentials_that_expire_while_they_are_used(server: Swift, swift: Swift) -> None:
-    """The key is changed behind the client's back, as an expired one is: what worked is refused."""
+    """The server's key is changed, after which it refuses requests as with an expired key."""
     store = open_store("s3://bucket/expire")
     store.put("x", [b"1"])
     old = server.secret
@@ -141,7 +141,7 @@ def test_credentials_that_expire_while_they_are_used(server: Swift, swift: Swift
     assert store.get("x") == b"1"
 
 
-def test_a_short_absence_is_waited_for_and_a_long_one_is_an_error(server: Swift, swift: Swift) -> None:
+def test_short_outage_is_waited_for_and_a_long_one_is_an_error(server: Swift, swift: Swift) -> None:
     store = open_store("s3://bucket/away")
     store.put("x", [b"1"])
     server.kill_proxy()

@@ -1,4 +1,4 @@
-"""Training data from a real S3 server that fails in the ways that servers do."""
+"""Training data from a real S3 server with typical failures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NUM_SAMPLES, PER_SHARD = 48, 16
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three shards on disk, of about 0.2 MB each."""
+    """Write three shards of about 0.2 MB each to disk."""
     root = tmp_path_factory.mktemp("corpus")
     rows = (row(f"k-{i}", split="test" if i % 12 == 0 else "train") for i in range(NUM_SAMPLES))
     write_shards(root / "set", ((r, [("flac", audio_bytes(0.4, seed=i))]) for i, r in enumerate(rows)), PER_SHARD)
@@ -73,11 +73,11 @@ def test_a_server_that_is_killed_for_ten_seconds_costs_no_sample(
                 back.start()
     back.join()
     assert found == expected
-    # 44 samples are of the training split: 80 draws are the first epoch whole, and most of the second.
+    # The training split has 44 samples, so 80 draws are one epoch and most of the second.
     assert set(Counter(found).values()) <= {1, 2} and len(set(found)) == 44
 
 
-def test_the_network_does_not_block_while_the_buffer_holds(server: Swift, swift: Swift, local: Path) -> None:
+def test_network_outage_does_not_block_while_the_buffer_has_data(server: Swift, swift: Swift, local: Path) -> None:
     upload(local, "s3://bucket/ahead/set")
     data = prepared("s3://bucket/ahead", local, read_kib=128, read_ahead_mib=16)
     with Loader(data, seed=3, num_batches=200) as loader:
@@ -87,7 +87,7 @@ def test_the_network_does_not_block_while_the_buffer_holds(server: Swift, swift:
         server.kill_proxy()
         try:
             start = time.monotonic()
-            for _ in range(6):  # of each lane's eight samples per read, and eight read ahead
+            for _ in range(6):  # each lane reads eight samples at once, and eight in advance
                 next(batches)
             assert time.monotonic() - start < 0.5
         finally:
@@ -100,7 +100,7 @@ def test_a_slow_server_gives_the_same_samples(swift: Swift, local: Path, monkeyp
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         start = time.monotonic()
         found = keys(prepared("s3://bucket/slow", local), 22)
-    assert time.monotonic() - start > 0.5  # it was slow indeed
+    assert time.monotonic() - start > 0.5  # the connection was slow
     assert found == keys(prepared(str(local), local), 22)
 
 
@@ -110,7 +110,7 @@ def test_a_shard_cut_at_a_member_boundary_is_quarantined_by_name(
     upload(local, "s3://bucket/cut/set")
     store = open_store("s3://bucket/cut/set")
     table = json.loads(store.get("shard-000001.idx.json"))
-    boundary = table["samples"][9][4][0][1] - 512  # where the header of the tenth sample begins
+    boundary = table["samples"][9][4][0][1] - 512  # the start of the tenth sample's header
     store.put("shard-000001.tar", [store.get("shard-000001.tar")[:boundary]])
     skips: list[Skip] = []
     found = keys(prepared("s3://bucket/cut", local, max_skipped_fraction=0.5), 30, skips)
@@ -122,12 +122,12 @@ def test_a_shard_cut_at_a_member_boundary_is_quarantined_by_name(
     assert caplog.text.count("s3://bucket/cut/set/shard-000001.tar is quarantined") == 1
 
 
-def test_a_shard_altered_after_indexing_loses_only_what_was_altered(swift: Swift, local: Path) -> None:
+def test_shard_altered_after_indexing_loses_only_the_altered_samples(swift: Swift, local: Path) -> None:
     upload(local, "s3://bucket/altered/set")
     store = open_store("s3://bucket/altered/set")
     table = json.loads(store.get("shard-000002.idx.json"))
     (key, *_, members), data = table["samples"][5], bytearray(store.get("shard-000002.tar"))
-    data[members[0][1] + members[0][2] // 2] ^= 1  # one bit, within the audio: FLAC may decode it without complaint
+    data[members[0][1] + members[0][2] // 2] ^= 1  # one bit of the audio, which FLAC may decode without an error
     store.put("shard-000002.tar", [bytes(data)])
     skips: list[Skip] = []
     found = keys(prepared("s3://bucket/altered", local, max_skipped_fraction=0.5), 30, skips)
@@ -135,7 +135,7 @@ def test_a_shard_altered_after_indexing_loses_only_what_was_altered(swift: Swift
     assert set(found) == {f"k-{i}" for i in range(NUM_SAMPLES) if i % 12} - {key}
 
 
-def test_a_shard_that_is_gone_is_quarantined(swift: Swift, local: Path) -> None:
+def test_missing_shard_is_quarantined(swift: Swift, local: Path) -> None:
     upload(local, "s3://bucket/gone/set")
     open_store("s3://bucket/gone/set").delete("shard-000000.tar")
     open_store("s3://bucket/gone/set").delete("shard-000001.idx.json")
@@ -179,10 +179,10 @@ def finish(run: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 @pytest.mark.timeout(300)
-def test_a_server_away_for_good_stops_the_run_with_its_state_saved(
+def test_permanently_unreachable_server_stops_the_run_after_saving_its_state(
     server: Swift, swift: Swift, local: Path, tmp_path: Path
 ) -> None:
-    """And the same command goes on as if nothing had been, with the losses of a run from disk."""
+    """The same command then resumes the run, with the losses of a run from disk."""
     upload(local, "s3://bucket/away/set")
     code, errors = finish(trainer(tmp_path / "disk", local, str(local / "set")))
     assert code == 0, errors
@@ -198,7 +198,7 @@ def test_a_server_away_for_good_stops_the_run_with_its_state_saved(
     (line,) = [x for x in errors.splitlines() if x.startswith("error:")]
     assert "s3://bucket/away/set/shard-" in line and "no usable answer within 2 s" in line
     done = max(losses(tmp_path / "s3"))
-    assert 3 <= done < 16 and f"the state after step {done} is in" in line
+    assert 3 <= done < 16 and f"the state after step {done} is saved in" in line
     assert (tmp_path / "s3" / "debug" / "checkpoints" / f"step-{done:08d}").is_dir()
     code, errors = finish(trainer(tmp_path / "s3", local, "s3://bucket/away/set"))
     assert code == 0 and f"resuming at step {done}" in errors, errors

@@ -1,4 +1,4 @@
-"""A tiny run that can be exported: recordings, a tokenizer, and a checkpoint of a model that no engine has trained."""
+"""A tiny run that can be exported: recordings, a tokenizer, and a checkpoint of an untrained model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ INSTRUCTION = "what is it"
 
 
 def write_manifest(folder: Path, num_samples: int = 4) -> Path:
-    """Noise of different lengths as FLAC, one sample without audio, one with two clips."""
+    """Write a manifest with noise of different lengths as FLAC, a sample without audio, and one with two clips."""
     rng, rows = np.random.default_rng(0), []
     for i in range(num_samples):
         audio: list[str] = []
@@ -62,9 +62,15 @@ def write_manifest(folder: Path, num_samples: int = 4) -> Path:
     return path
 
 
-def write_run(run_dir: Path, family: str = "llama", chats: bool = False) -> SpeechLLM:
-    """The run's checkpoint, as `NUM_RANKS` ranks would have written it; returns the model. `chats`: with a Hugging Face
-    tokenizer that has a chat template."""
+def write_run(run_dir: Path, family: str = "llama", chats: bool = False, model: ModelConfig | None = None) -> SpeechLLM:
+    """Write the run's checkpoint as `NUM_RANKS` ranks would have written it, and return the model.
+
+    Args:
+        run_dir: the folder to create.
+        family: the LLM family of the model.
+        chats: True for a Hugging Face tokenizer with a chat template.
+        model: the model; None: `tiny_model(family)`.
+    """
     run_dir.mkdir(parents=True)
     path = run_dir / ("hf" if chats else "tokenizer.model")
     if chats:
@@ -74,9 +80,9 @@ def write_run(run_dir: Path, family: str = "llama", chats: bool = False) -> Spee
         train_sentencepiece(texts, 60, path, TokenizerConfig().placeholder)
     data = DataConfig(tokenizer=TokenizerConfig(template="{audio}{instruction}\n"), min_audio_sec=0.3)
     tokenizer = load_tokenizer(str(path), data.tokenizer)
-    model = with_head_dim(tiny_model(family), family)
+    model = model or with_head_dim(tiny_model(family), family)
     oracle = SpeechLLM(model, tokenizer.vocab_size, seed=1).eval()
-    with torch.no_grad():  # all-zero biases and all-one norms would hide mix-ups
+    with torch.no_grad():  # biases of 0 and norms of 1 would hide mistakes
         for parameter in oracle.parameters():
             parameter.add_(
                 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -90,7 +96,7 @@ def write_run(run_dir: Path, family: str = "llama", chats: bool = False) -> Spee
 
 
 def routing_history() -> LoadInterval:
-    """Of 198 clips, half of each task, one of sqa went to wavlm and all others to hubert."""
+    """Write a history in which one of 198 clips, of the task sqa, was routed to wavlm and all others to hubert."""
     pairs, experts = np.ones((1, 2)), ("hubert", "wavlm")
     cells = {
         ClipGroup(task, "en", "-", "0-1 s"): Load(
@@ -104,7 +110,7 @@ def routing_history() -> LoadInterval:
 
 
 def write_chat_tokenizer(folder: Path) -> None:
-    """One token per word, and a chat template."""
+    """Write a tokenizer with one token per word and a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -119,20 +125,20 @@ def write_chat_tokenizer(folder: Path) -> None:
 
 
 def with_head_dim(model: ModelConfig, family: str) -> ModelConfig:
-    """Qwen3's heads may be wider than hidden / heads: make them so."""
+    """Make the heads of Qwen3 wider than hidden size / heads, which the architecture allows."""
     if family != "qwen3":
         return model
     return replace(model, llm=replace(model.llm, config={**model.llm.config, "head_dim": 16}))
 
 
 def tensors_of(oracle: SpeechLLM) -> dict[str, Tensor]:
-    """Parameters and buffers by the names under which engines save them."""
+    """Return parameters and buffers by the names under which engines save them."""
     buffers = {n: t for n, t in oracle.state_dict().items() if n.startswith("audio.")}
     return {**buffers, **dict(oracle.named_parameters())}
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], extra: dict[str, object]) -> None:
-    """`tensors` cut flat into `NUM_RANKS` parts, every third one by columns instead, as tensor parallelism does."""
+    """Write `tensors` in `NUM_RANKS` flat parts, every third tensor by columns as with tensor parallelism."""
     folder.mkdir(parents=True)
     parts: list[list[Shard]] = [[] for _ in range(NUM_RANKS)]
     for i, (name, whole) in enumerate(tensors.items()):

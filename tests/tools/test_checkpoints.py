@@ -1,4 +1,4 @@
-"""The command that lists, verifies, compares and prunes."""
+"""The command that lists, verifies, compares and prunes checkpoints."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_verify_names_the_damage(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert found["damage"]["1"] is None and "moments-00001.safetensors has 9 bytes" in found["damage"]["2"]
 
 
-def test_diff_tells_what_changed_and_how_much(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_reports_what_changed_and_how_much(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = report(capsys, run, "diff", 1, 3)
     assert found == {"changed": {"audio.b": 2.0}, "num_equal": 1, "only_first": [], "only_second": []}
     assert checkpoints.main([str(run), "diff", "1", "9"]) == 2
@@ -56,7 +56,7 @@ def test_diff_tells_what_changed_and_how_much(run: Path, capsys: pytest.CaptureF
         (["diff", "1"], "diff: takes exactly two steps"),
     ],
 )
-def test_steps_belong_to_diff_alone(
+def test_steps_are_accepted_by_diff_only(
     run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     assert checkpoints.main([str(run), *arguments]) == 2

@@ -1,4 +1,4 @@
-"""The command `earshot`: every command exists and explains itself; recipes and their keys can be listed."""
+"""The command `earshot`: every subcommand exists and has help, and recipes and their keys can be listed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def test_every_command_has_help_with_an_example(command: cli.Command, capsys: py
         cli.main([*command.name.split(), "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert re.search(rf"earshot {command.name}\b", text.partition("\n")[0]), text.partition("\n")[0]
-    assert re.search(rf"^ +earshot {command.name}\b", text, flags=re.MULTILINE), f"no example in:\n{text}"
+    usage, _, rest = text.partition("\n")
+    assert usage.startswith(f"usage: earshot {command.name} ")
+    assert re.search(rf"^ *earshot {command.name}\b", rest, flags=re.MULTILINE), f"no example in:\n{text}"
 
 
 def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +68,7 @@ def test_keys_of_a_section(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_shown_recipe_is_a_recipe(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shown_recipe_can_be_loaded(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert recipe.main(["--show", name, "seed=7"]) == 0
     path = tmp_path / "shown.yaml"
     path.write_text(capsys.readouterr().out)
@@ -79,7 +80,7 @@ def test_overrides_need_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "error: seed=7: key=value goes with --show RECIPE\n"
 
 
-def test_init_writes_what_a_site_edits_and_overwrites_nothing(
+def test_init_writes_the_files_to_edit_and_overwrites_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "new" / "project"

@@ -1,4 +1,4 @@
-"""Two evaluations side by side."""
+"""The comparison of two evaluations."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_text_lists_what_became_worse(tmp_path: Path, capsys: pytest.Capture
     assert "a: 1 samples are ignored, since they are not in all other evaluations" in text and "b: 1 samples" in text
 
 
-def test_better_goes_by_the_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_better_depends_on_the_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = write(tmp_path / "a.jsonl", keys(30, "one"))
     b = write(tmp_path / "b.jsonl", keys(30, "one two"))
     compare.main([str(a), str(b), "--json"])

@@ -48,7 +48,7 @@ def test_rows_describe_their_files(corpus: Path, rows: list[dict[str, Any]]) -> 
     assert {row["task"] for row in rows} == {"asr", "sqa", "er", "aqa", "ac"}
 
 
-def test_clips_hold_sound_and_do_not_clip(corpus: Path, rows: list[dict[str, Any]]) -> None:
+def test_clips_contain_sound_and_are_not_clipped(corpus: Path, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         wave, _ = soundfile.read(corpus / row["audio"])
         assert 0.05 < np.abs(wave).max() < 1.0, row["id"]
@@ -79,7 +79,7 @@ def test_full_sizes() -> None:
 
 
 def test_same_seed_same_bytes_and_other_seed_other_bytes(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    # In one process too: espeak-ng would carry state from the first corpus into the second.
+    # Both are made in one process, in which espeak-ng could carry state from the first corpus to the second.
     def read(seed: int) -> list[dict[str, Any]]:
         path = write_corpus(tmp_path / str(seed), seed=seed, scale=SCALE)
         return [json.loads(line) for line in path.read_text().splitlines()]
@@ -149,12 +149,12 @@ def test_report_shows_the_last_predictions(tmp_path: Path, rows: list[dict[str, 
     finished_run(tmp_path, rows)
     text = demo.report(tmp_path, Path("runs/demo"), rows)
     assert "1.00 before  ->  0.21 after" in text
-    assert "captions" in text and "1.000" in text  # of step 90; step 0 had nothing right
+    assert "captions" in text and "1.000" in text  # of step 90, since step 0 had no correct answer
     assert "runs/demo/" in text and max(map(len, text.splitlines())) <= 120
 
 
 def use_trainer_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the demo run in `folder`, with the package `trainer` that is there."""
+    """Make the demo run in `folder` with the package `trainer` that is in it."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(demo, "module_command", lambda module, *a: [sys.executable, "-m", module, *a])
 

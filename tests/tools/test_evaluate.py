@@ -1,4 +1,4 @@
-"""The command: every sample is answered as it is alone, in any number of processes, and after a kill."""
+"""The command: each sample's answer is independent of batches and processes, and survives a kill."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from trainer.evaluation.offline.answer import Answerer, Decoding, Question, Wind
 from trainer.evaluation.offline.model import Loaded, find_model, load_model
 from trainer.evaluation.offline.pool import open_workers
 from trainer.evaluation.predictions import Prediction, read_predictions
+from trainer.scoring.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
 NUM = 12
@@ -35,7 +36,7 @@ NUM = 12
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(a folder with `run` and its export `out`, a manifest with one broken sample)."""
+    """Return (a folder with `run` and its export `out`, a manifest with one broken sample)."""
     root = tmp_path_factory.mktemp("evaluate")
     write_run(root / "run")
     assert export.main([str(root / "run"), str(root / "out"), "--dtype", "fp32"]) == 0
@@ -64,7 +65,9 @@ def questions(manifest: Path) -> list[Question]:
     for item, encoded in zip(stored.items, stored.read(range(len(stored.items))), strict=True):
         if item.key != "s3":
             assert isinstance(encoded, tuple)
-            found.append(Question(item.key, tuple(decode_audio(file) for file in encoded[0]), encoded[1]))
+            files, meta = encoded
+            in_windows = TASKS[meta["task"]].is_transcription
+            found.append(Question(item.key, tuple(decode_audio(file) for file in files), meta, in_windows))
     return found
 
 
@@ -75,7 +78,7 @@ def loaded(made: tuple[Path, Path]) -> Loaded:
 
 @pytest.fixture(scope="module")
 def alone(made: tuple[Path, Path], loaded: Loaded) -> dict[str, str]:
-    """What transformers' own `generate` says to each sample by itself."""
+    """Return the answers of transformers' own `generate` to single samples."""
     found = {}
     for q in questions(made[1]):
         inputs = loaded.processor(audio=[list(q.clips)] if q.clips else None, text=q.meta["instruction"])
@@ -86,7 +89,8 @@ def alone(made: tuple[Path, Path], loaded: Loaded) -> dict[str, str]:
     return found
 
 
-def test_an_export_and_its_checkpoint_say_what_generate_says(
+@pytest.mark.slow
+def test_export_and_checkpoint_give_the_answers_of_generate(
     made: tuple[Path, Path], alone: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, manifest = made
@@ -104,7 +108,10 @@ def test_an_export_and_its_checkpoint_say_what_generate_says(
     assert compare.main([str(tmp_path / name / "predictions.jsonl") for name in "ab"]) == 0
 
 
-def test_shards_and_two_processes_say_the_same(made: tuple[Path, Path], alone: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_shards_and_two_processes_give_the_same_answers(
+    made: tuple[Path, Path], alone: dict[str, str], tmp_path: Path
+) -> None:
     root, manifest = made
     assert make_shards.main([str(manifest), str(tmp_path / "shards"), "--max-skipped", "0.5"]) == 0
     arguments = ["--data", tmp_path / "shards", "--batch-size", 2, "--nproc", 2, "--tasks", "asr", "sqa"]
@@ -113,7 +120,8 @@ def test_shards_and_two_processes_say_the_same(made: tuple[Path, Path], alone: d
     assert said(tmp_path / "a") == {key: text for key, text in alone.items() if key in wanted}
 
 
-def test_workers_answer_as_often_as_they_are_asked(made: tuple[Path, Path], alone: dict[str, str]) -> None:
+@pytest.mark.slow
+def test_workers_answer_every_request(made: tuple[Path, Path], alone: dict[str, str]) -> None:
     request = in_batches_of_two(made)
     stored, places = worker.open_wanted(request)
     jobs = worker.batches(request, stored, places)
@@ -125,7 +133,7 @@ def test_workers_answer_as_often_as_they_are_asked(made: tuple[Path, Path], alon
             assert answers.items() <= alone.items() and len(answers) >= len(outcomes) - 1
 
 
-def test_workers_that_die_while_they_load_are_one_clear_line(made: tuple[Path, Path]) -> None:
+def test_workers_that_die_while_loading_are_one_clear_line(made: tuple[Path, Path]) -> None:
     request = in_batches_of_two(made)
     with open_workers(request, 2) as run:
         outcomes = run([[0], [1], [2], [4], [5]])
@@ -140,7 +148,8 @@ def test_workers_that_die_while_they_load_are_one_clear_line(made: tuple[Path, P
             list(run([[0]]))
 
 
-def test_a_killed_evaluation_goes_on_with_what_is_missing(
+@pytest.mark.slow
+def test_killed_evaluation_continues_with_the_missing_samples(
     made: tuple[Path, Path], alone: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     root, manifest = made
@@ -169,7 +178,7 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    with (out / "predictions.jsonl").open("r+b") as file:  # and the last line was torn
+    with (out / "predictions.jsonl").open("r+b") as file:  # with an incomplete last line
         lines = file.read().splitlines(keepends=True)
         file.truncate(sum(map(len, lines[:2])) - 5)
     kept = len(lines[:2]) - 1
@@ -201,7 +210,7 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(
         (["--nproc", "0"], "--nproc 0: must be at least 1"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_user_error_is_one_line(
     made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, capsys: Any, arguments: list[str], words: str
 ) -> None:
     root, manifest = made
@@ -214,7 +223,7 @@ def test_a_mistake_is_one_line(
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], lines
 
 
-def test_what_is_no_model_is_one_line(made: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
+def test_folder_without_model_is_one_line(made: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
     root, manifest = made
     (tmp_path / "llm").mkdir()
     (tmp_path / "llm" / "config.json").write_text("{}")
@@ -224,7 +233,7 @@ def test_what_is_no_model_is_one_line(made: tuple[Path, Path], tmp_path: Path, c
         assert len(lines) == 1 and words in lines[0], lines
 
 
-def test_beams_are_those_of_transformers(made: tuple[Path, Path], loaded: Loaded) -> None:
+def test_beams_equal_those_of_transformers(made: tuple[Path, Path], loaded: Loaded) -> None:
     own = [q for q in questions(made[1]) if q.meta["task"] == "asr"]
     answers = Answerer(loaded, Windows(30.0, 5.0), Decoding(5, 3, 64, 600.0))(own)
     for question, answer in zip(own, answers, strict=True):
@@ -234,15 +243,15 @@ def test_beams_are_those_of_transformers(made: tuple[Path, Path], loaded: Loaded
 
 
 class Hearing(Answerer):
-    """Hears perfectly: sample i of a clip holds the number of the word that is said there."""
+    """A model that recognises everything: sample i of a clip is the number of the word that is spoken there."""
 
     def _ask(self, prompts: Any) -> list[list[int]]:
         return [sorted(set(np.round(p.clips[0]).astype(int).tolist())) for p in prompts]
 
 
 @pytest.mark.parametrize("num_words", [7, 20, 61, 200])
-def test_of_a_long_recording_nothing_is_cut_and_nothing_doubled(loaded: Loaded, num_words: int) -> None:
-    wave = np.repeat(np.arange(num_words), 8000).astype(np.float32)  # two words a second
+def test_long_recording_has_no_lost_and_no_duplicated_words(loaded: Loaded, num_words: int) -> None:
+    wave = np.repeat(np.arange(num_words), 8000).astype(np.float32)  # two words per second
     spoken = [f"w{i}" for i in range(num_words)]
 
     class Processor:
@@ -256,7 +265,7 @@ def test_of_a_long_recording_nothing_is_cut_and_nothing_doubled(loaded: Loaded, 
             return [" ".join(spoken[i] for i in row) for row in rows]
 
     hearing = Hearing(replace(loaded, processor=Processor()), Windows(10.0, 2.0), Decoding(100, 1, 4, 600.0))  # type: ignore[arg-type]
-    (answer,) = hearing([Question("long", (wave,), {"task": "asr", "instruction": "Transcribe.", "answer": ""})])
+    (answer,) = hearing([Question("long", (wave,), {"instruction": "Transcribe.", "answer": ""}, in_windows=True)])
     assert isinstance(answer, Prediction)
     assert answer.hypothesis.split() == spoken
     assert answer.num_windows == (1 if num_words <= 20 else -(-(num_words * 8000 - 32000) // (160000 - 32000)))
@@ -268,7 +277,7 @@ def test_an_answer_of_no_tokens_is_refused(capsys: pytest.CaptureFixture[str], n
     assert capsys.readouterr().err == f"error: --max-new-tokens {num}: must be at least 1\n"
 
 
-def test_transcribe_tells_of_windows(made: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
+def test_transcribe_reports_windows(made: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
     root, _ = made
     long = tmp_path / "long.wav"
     soundfile.write(long, 0.1 * np.random.default_rng(1).standard_normal(40000), 16000)

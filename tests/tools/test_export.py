@@ -1,4 +1,4 @@
-"""An exported model, in a process that knows nothing of this project, says what the training graph says."""
+"""An exported model gives the same tokens as the training graph, in a process that cannot import this project."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 
 from model.encoders.hf_config import resolve
 from model.hub.configuration import audio_config, describe
+from model.llm.families import LLM_FAMILIES
 from model.speech_llm import SpeechLLM
 from tests.oracle import greedy
 from tests.tools.exportable import MAX_NEW_TOKENS, STEP, tensors_of, write_manifest, write_run
@@ -24,10 +25,8 @@ from trainer.export.source import Source
 from trainer.export.verify import read_samples
 from trainer.parity import tiny_model
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
-# EXPORT_PYTHON (`make export-test`) is the interpreter of an environment without this project. Else this one serves:
-# -I: neither current folder nor PYTHONPATH; -S: no .pth files, so no editable installation of this project either.
+# EXPORT_PYTHON (`make export-test`) is the interpreter of an environment without this project. The default is this one:
+# -I ignores the current folder and PYTHONPATH, and -S ignores .pth files, and so editable installations.
 FRESH = """
 import importlib.util, json, sys
 sys.path += filter(None, sys.argv[1:2])
@@ -79,24 +78,27 @@ def in_a_fresh_process(folders: list[tuple[str, str]], cwd: Path) -> dict[str, A
 
 
 @pytest.mark.timeout(280)
-def test_an_encoders_normalisation_goes_along() -> None:
+def test_normalisation_of_an_encoder_is_exported() -> None:
     described = describe(tiny_model(), LlamaConfig(), 61)["audio"]
     kept = audio_config(described)
     assert kept.primary is not None
     assert [resolve(e).do_normalize for e in (kept.primary, *kept.experts)] == [False, False, False, True]
-    del described["experts"][2]["config"]["do_normalize"]  # an export of before Whisper had the choice
+    del described["experts"][2]["config"][
+        "do_normalize"
+    ]  # as in an export by a version without this setting for Whisper
     assert not resolve(audio_config(described).experts[2]).do_normalize
 
 
+@pytest.mark.slow
 def test_every_family_generates_the_same_tokens_without_this_project(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path)
     oracles: dict[str, SpeechLLM] = {}
-    for family in FAMILIES:
+    for family in LLM_FAMILIES:
         oracles[family] = write_run(tmp_path / f"run-{family}", family)
         out = tmp_path / family
         export_with(tmp_path / f"run-{family}", out, "--dtype", "fp32", "--verify", manifest)
         export_with(tmp_path / f"run-{family}", f"{out}-llm", "--dtype", "fp32", "--llm-only")
-    folders = [(str(tmp_path / family), str(manifest)) for family in FAMILIES]
+    folders = [(str(tmp_path / family), str(manifest)) for family in LLM_FAMILIES]
     found = in_a_fresh_process(folders, tmp_path)
     for family, oracle in oracles.items():
         tokens, together, kind, dtype, logits, ids = found[str(tmp_path / family)]
@@ -142,7 +144,7 @@ def test_tensors_are_bit_equal_and_sharded(run: Run, tmp_path: Path) -> None:
     assert all(half[n].equal(p.to(torch.bfloat16) if p.is_floating_point() else p) for n, p in wanted.items())
 
 
-def test_a_stopped_export_goes_on_after_the_last_file(
+def test_stopped_export_continues_after_the_last_file(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from trainer.export import weights
@@ -169,7 +171,7 @@ def test_a_stopped_export_goes_on_after_the_last_file(
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
 
 
-def test_a_difference_is_not_published(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_that_differs_is_not_published(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trainer.export import publish
 
     write = publish.write_weights
@@ -185,13 +187,13 @@ def test_a_difference_is_not_published(run: Run, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "out").exists()
 
 
-def test_a_chat_tokenizer_goes_along(tmp_path: Path) -> None:
+def test_chat_tokenizer_is_exported(tmp_path: Path) -> None:
     write_run(tmp_path / "run", chats=True)
     export_with(tmp_path / "run", tmp_path / "out", "--dtype", "fp32", "--verify", write_manifest(tmp_path))
     assert json.loads((tmp_path / "out" / "processor_config.json").read_text())["as_chat"]
 
 
-def test_rare_encoders_are_left_out(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rarely_used_encoders_are_dropped(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, oracle, manifest = run
     out = tmp_path / "out"
     arguments = ["--dtype", "fp32", "--activated-only", 0.01, "--dev", manifest, "--verify", manifest, "--json"]
@@ -222,7 +224,7 @@ def test_rare_encoders_are_left_out(run: Run, tmp_path: Path, capsys: pytest.Cap
         (["--dev", "m.jsonl"], "--dev m.jsonl: needs --activated-only"),
     ],
 )
-def test_an_option_that_makes_no_sense_is_one_line(
+def test_invalid_option_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     assert export.main([str(tmp_path / "nothing"), str(tmp_path / "out"), *arguments]) == 2
@@ -230,7 +232,7 @@ def test_an_option_that_makes_no_sense_is_one_line(
     assert message.startswith(f"error: {words}") and message.count("\n") == 1
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
     assert export.main([str(tmp_path / "nothing"), str(tmp_path / "file" / "out")]) == 2
     message = capsys.readouterr().err
@@ -264,8 +266,9 @@ def test_a_damaged_checkpoint_is_one_line(
     assert export.main([str(tmp_path / "nothing"), str(tmp_path / "out")]) == 2
 
 
+@pytest.mark.slow
 def test_it_needs_no_more_memory_than_the_largest_tensor(run: Run, tmp_path: Path) -> None:
-    """The floor of a process that imports torch and transformers counts, too."""
+    """The limit includes the memory of a process that imports torch and transformers."""
     done = subprocess.run(
         [sys.executable, "-m", "tools.export", str(run[0]), str(tmp_path / "out"), "--json"],
         cwd=Path(__file__).parents[2],

@@ -1,3 +1,5 @@
+"""The command that inspects and indexes shards."""
+
 from __future__ import annotations
 
 import io
@@ -42,7 +44,7 @@ def test_counts_hours_and_durations(made: Path, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(("place", "words"), [("nope/x.png", "nope is not a folder"), ("", "(Is a directory")])
-def test_a_place_for_the_plot_is_asked_for_first(
+def test_missing_folder_for_the_plot_is_reported_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, words: str
 ) -> None:
     png = tmp_path / place
@@ -69,7 +71,7 @@ def test_damage_is_named(made: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def foreign(folder: Path) -> None:
-    """As others write them: webdataset's own writer, with transcripts as text, and a sample that cannot be used."""
+    """Write shards with webdataset's writer, with transcripts as text and a sample that cannot be used."""
     folder.mkdir()
     with webdataset.TarWriter(str(folder / "a.tar")) as writer:
         for i in range(4):
@@ -81,7 +83,9 @@ def foreign(folder: Path) -> None:
         writer.write({"__key__": "broken", "flac": b"fLaC", "txt": "no sound"})
 
 
-def test_shards_of_others_are_indexed_and_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shards_of_other_programs_are_indexed_and_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     foreign(tmp_path / "theirs")
     before = {p.name: p.read_bytes() for p in (tmp_path / "theirs").iterdir()}
     defaults = ["--set", "task=asr", "--set", "split=train", "--set", "instruction=Transcribe."]
@@ -110,7 +114,7 @@ def test_shards_of_others_are_indexed_and_trained_on(tmp_path: Path, capsys: pyt
         (["--build-index", "--set", "nothing"], "must be FIELD=TEXT"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_user_errors_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert main([str(tmp_path), *arguments]) == 2
@@ -118,7 +122,7 @@ def test_mistakes_are_one_line(
     assert message in error and error.count("\n") == 1
 
 
-def test_what_is_no_tar_and_what_is_indexed_already(
+def test_non_tar_files_and_existing_indexes_are_refused(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "odd").mkdir()

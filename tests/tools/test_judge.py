@@ -1,4 +1,4 @@
-"""The command around the judge: what it writes, counts and charges."""
+"""The command that calls the judge: its files, counts and costs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.evaluation.predictions import Prediction, write_predictions
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Rates "good" 5, everything else 1; says nothing of use to "odd"."""
+    """A service that rates "good" with 5 and everything else with 1, and gives no rating for "odd"."""
 
     def do_POST(self) -> None:
         prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
@@ -90,9 +90,7 @@ def test_judges_do_not_replace_each_others_ratings(
     assert (tmp_path / "p.judged-two.jsonl").read_bytes() == before
 
 
-def test_a_cache_that_is_a_file_is_refused_before_anything_is_asked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_cache_that_is_a_file_is_refused_before_any_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "p.jsonl"
     write_predictions(path, [Prediction("a", "x", True, 1.0, {"task": "sqa", "answer": "y", "instruction": "What?"})])
     assert judge.main([str(path), "--url", "http://localhost:1/v1", "--model", "m", "--cache", str(path)]) == 2
@@ -100,7 +98,7 @@ def test_a_cache_that_is_a_file_is_refused_before_anything_is_asked(
     assert error.startswith(f"error: --cache {path}: cannot be written (Not a directory") and error.count("\n") == 1
 
 
-def test_what_cannot_be_judged_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unratable_predictions_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "p.jsonl"
     write_predictions(path, [Prediction("a", "x", True, 1.0, {"task": "sqa", "answer": "y"})])
     for more, word in (([], "no instruction"), (["--tasks", "ac"], "no prediction of ac")):

@@ -1,4 +1,4 @@
-"""A rank is killed, in a save and outside of one: the run ends as if it had not been. What it saved can be exported."""
+"""Runs of which a rank is killed, during a save or not, end with the same result, and can be exported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tested(tmp_path_factory: pytest.TempPathFactory) -> Tested:
 
 
 @pytest.mark.parametrize("option", ["--kills", "--steps"])
-def test_a_test_of_nothing_is_refused(capsys: pytest.CaptureFixture[str], option: str) -> None:
+def test_zero_kills_or_steps_are_refused(capsys: pytest.CaptureFixture[str], option: str) -> None:
     assert kill_test_main([option, "0"]) == 2
     assert capsys.readouterr().err == f"error: {option} 0: must be at least 1\n"
 
@@ -44,7 +44,7 @@ def test_two_kills_change_nothing(tested: Tested) -> None:
     assert result.kills == 2 and result.restarts >= 1
 
 
-def test_the_run_is_exported_and_answers_about_a_flac_file(
+def test_run_is_exported_and_answers_about_a_flac_file(
     tested: Tested, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = tested

@@ -1,3 +1,5 @@
+"""The commands that make shards and train tokenizers."""
+
 from __future__ import annotations
 
 import contextlib
@@ -20,7 +22,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-def test_same_input_same_bytes_whatever_the_order_and_the_number_of_workers(tmp_path: Path) -> None:
+def test_bytes_are_independent_of_the_order_and_the_number_of_workers(tmp_path: Path) -> None:
     rows = clip_rows(tmp_path, 9)
     options = ["--max-shard-samples", "4"]
     assert main([str(write_manifest(tmp_path, rows)), str(tmp_path / "one"), "--workers", "1", *options]) == 0
@@ -88,7 +90,7 @@ def test_a_bad_manifest_is_one_line(
     assert main([str(tmp_path / "none.jsonl"), str(tmp_path / "out")]) == 2
 
 
-def test_an_existing_folder_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_folder_is_not_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("x")
@@ -97,7 +99,7 @@ def test_an_existing_folder_is_not_touched(tmp_path: Path, capsys: pytest.Captur
     assert contents(out) == {"mine": b"x"}
 
 
-def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_in_place_of_the_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").write_text("mine")
     manifest = str(write_manifest(tmp_path, clip_rows(tmp_path, 1)))
     for out in (tmp_path / "out", tmp_path / "out" / "below"):
@@ -110,7 +112,7 @@ def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path, capsys: p
 
 
 class Cut(BaseException):
-    """The process dies here."""
+    """Raised in place of the death of the process."""
 
 
 @pytest.mark.parametrize("end", [Cut(), UserError("the store is unreachable"), OSError(5, "Input/output error")])
@@ -154,9 +156,7 @@ def test_an_interrupted_build_resumes(
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_an_unfinished_build_of_something_else_is_not_touched(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unfinished_build_of_other_shards_is_not_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "building.json").write_text('{"source": "other"}')

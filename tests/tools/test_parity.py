@@ -1,4 +1,4 @@
-"""What the command refuses; what it measures is in tests/distributed/test_parity.py."""
+"""Arguments that the command refuses. Its measurements are tested in tests/distributed/test_parity.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tools import parity
         (["--deepspeed", "bad.json"], "zero_optimization.overlap_comm = 'perhaps'"),
     ],
 )
-def test_nothing_is_checked_without_a_word(
+def test_bad_arguments_are_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

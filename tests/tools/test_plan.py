@@ -1,4 +1,4 @@
-"""`python -m tools.plan`, as a user and as a batch script call it."""
+"""The command `earshot plan`, as called by users and batch scripts."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def plan(*arguments: str, timeout_sec: float = 200.0) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_sec, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_70b_plan() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -27,9 +28,9 @@ def test_the_70b_plan() -> None:
     assert "fits: " in done.stdout and "mowe_70b on 128 x h100: TP 8 x PP 4 x DP 4" in done.stdout
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["fits"] and found["ranks"] == 128
-    # Weights of the LLM: bf16, over TP and PP; every kind of rank holds its part.
+    # The weights of the LLM are bf16 and split over TP and PP.
     assert sum(k["weights_bytes"] * len(k["stages"]) for k in found["kinds"]) * 8 / 4 > 2 * 70.5e9
-    # 6 FLOPs per weight and token, without the embedding's table.
+    # There are 6 FLOPs per weight and token, without the embedding table.
     assert found["llm_flops"] == pytest.approx(6 * 69.5e9 * found["tokens_per_step"], rel=0.03)
     assert found["step_sec"] == pytest.approx(
         sum(found[k] for k in ("encoders_sec", "llm_sec", "exchange_sec", "update_sec"))
@@ -39,6 +40,7 @@ def test_the_70b_plan() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -47,7 +49,7 @@ def test_the_70b_plan() -> None:
         (["mowe_70b", "--accelerator", "v100"], "error: --accelerator v100: legal names are"),
     ],
 )
-def test_a_mistake_is_one_line_before_anything_slow(arguments: list[str], message: str) -> None:
+def test_user_error_is_one_line_before_anything_slow(arguments: list[str], message: str) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = plan(*arguments)
     assert done.returncode == 2 and done.stderr.startswith(message), done.stderr
@@ -55,6 +57,7 @@ def test_a_mistake_is_one_line_before_anything_slow(arguments: list[str], messag
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 20
 
 
+@pytest.mark.slow
 def test_a_job_that_cannot_fit_is_refused_with_the_worst_rank() -> None:
     done = plan("debug", "--accelerator", "memory_gib=6.1", "--json")
     assert done.returncode == 2
@@ -65,6 +68,7 @@ def test_a_job_that_cannot_fit_is_refused_with_the_worst_rank() -> None:
     assert json.loads(done.stdout.splitlines()[-1])["fits"] is False
 
 
+@pytest.mark.slow
 def test_the_fastest_layout_that_fits_is_a_legal_recipe() -> None:
     done = plan("debug", "parallel.num_ranks=4", "data.num_lanes=8", "--fit", "--json")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The command: what it prints, writes and returns."""
+"""The command: its output, files and exit codes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def test_tables_files_and_json(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert "share of clips that ran each encoder" in shown.out
     assert {"report.html", "cells.csv", "shares.png"} <= {p.name for p in (tmp_path / "p").iterdir()}
     assert shown.err.splitlines() == [
-        f"not added to MLflow: {run / 'mlflow_run_id'} is missing: the run was not logged to MLflow"
+        f"not added to a tracker: {run} has none of mlflow_run_id, wandb_run_id, so no tracker that keeps files knows "
+        "the run"
     ]
 
 
@@ -59,13 +60,15 @@ def test_limits_set_the_exit_code(
         (["--data", "nowhere.jsonl"], "no checkpoint"),
     ],
 )
-def test_a_mistake_is_one_line(run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+def test_user_error_is_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
     assert main([str(run), *arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
 
 
-def test_files_go_into_no_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_in_place_of_the_folder_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
     assert main([str(run), "--out", str(tmp_path / "file")]) == 2
     shown = capsys.readouterr()

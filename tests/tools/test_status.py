@@ -1,4 +1,4 @@
-"""A run's folder in a few lines."""
+"""The summary of a run's folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write(run: Path, events: list[tuple[float, str, int, dict[str, Any]]], losse
 STARTED = {"name": "demo", "num_steps": 20, "num_ranks": 2}
 
 
-def test_a_run_that_came_back(tmp_path: Path) -> None:
+def test_run_after_a_restart(tmp_path: Path) -> None:
     events: list[tuple[float, str, int, dict[str, Any]]] = [
         (90.0, "submitted", 0, {}),
         (100.0, "started", 1, STARTED),
@@ -47,7 +47,7 @@ def test_a_run_that_came_back(tmp_path: Path) -> None:
     found = read_status(run, now_sec=150.0)
     assert (found.state, found.step, found.attempts, found.num_samples_skipped) == ("running", 10, 2, 3)
     assert found.since_sec == 19.0 and found.silent_sec == 10.0 and found.left_sec == 20.0
-    assert found.num_skipped_updates == 1  # step 7 was done again after the restart
+    assert found.num_skipped_updates == 1  # step 7 was repeated after the restart
     assert found.goodput == pytest.approx(9 * 2.0 / 50.0)
     text = status.describe(found, 150.0)
     for words in (
@@ -96,7 +96,7 @@ def test_sparkline() -> None:
     assert len(sparkline([float(i) for i in range(1000)])) == 60
 
 
-def test_lines_of_others_do_no_harm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_foreign_lines_are_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write(tmp_path / "r", [(100.0, "started", 1, STARTED)], {1: 3.0})
     with (run / "events.jsonl").open("a") as file:
         file.write('{"time": 1.0, "event": "failed"}\n{"time": "now", "event": "failed", "attempt": 1}\n')
@@ -107,7 +107,7 @@ def test_lines_of_others_do_no_harm(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert status.main([str(run)]) == 0 and "2/20" in capsys.readouterr().out
 
 
-def test_the_command_is_quick_and_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_is_fast_and_reports_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write(tmp_path / "r", [(100.0, "started", 1, STARTED)], {1: "nan", 2: 2.0})
     assert status.main([str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

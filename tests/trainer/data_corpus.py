@@ -1,4 +1,4 @@
-"""Small corpora for the data tests: noise clips and text-only samples, as manifests or straight as shards."""
+"""Small corpora for the data tests: noise clips and text-only samples, as manifests or as shards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RATE = 16_000
 
 
 def audio_bytes(seconds: float, seed: int = 0, kind: str = "FLAC", rate: int = RATE, channels: int = 1) -> bytes:
-    """A noise clip as a whole file."""
+    """Return the audio file of a clip of noise."""
     noise = np.random.default_rng(seed).uniform(-0.5, 0.5, (round(seconds * rate), channels))
     buffer = io.BytesIO()
     subtype = {"OPUS": "OPUS"}.get(kind)
@@ -28,20 +28,20 @@ def audio_bytes(seconds: float, seed: int = 0, kind: str = "FLAC", rate: int = R
 
 
 def row(key: str, **fields: Any) -> dict[str, Any]:
-    """One manifest line; `audio` is null unless given."""
+    """Return one line of a manifest; `audio` is null by default."""
     base = {"id": key, "audio": None, "task": "asr", "split": "train", "subset": "noise", "source": "tests"}
     return {**base, "instruction": f"What is said in {key}?", "answer": f"word {key}", "language": "en", **fields}
 
 
 def write_manifest(folder: Path, rows: Iterable[dict[str, Any]], name: str = "set.jsonl") -> Path:
-    """A manifest in `folder`."""
+    """Write a manifest to `folder`, and return its path."""
     path = folder / name
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     return path
 
 
 def clip_rows(folder: Path, num: int, *, prefix: str = "clip", seconds: float = 0.1, **fields: Any) -> list[dict]:
-    """`num` rows with a FLAC clip each, written into `folder`; lengths differ."""
+    """Return `num` rows with one FLAC clip each, of different lengths, which are written to `folder`."""
     rows = []
     for i in range(num):
         name = f"{prefix}-{i}.flac"
@@ -53,7 +53,7 @@ def clip_rows(folder: Path, num: int, *, prefix: str = "clip", seconds: float = 
 def write_shards(
     folder: Path, samples: Iterable[tuple[dict[str, Any], list[tuple[str, bytes]]]], per_shard: int
 ) -> Path:
-    """Shards of samples that nobody checked, as others may have made them."""
+    """Write shards of unchecked samples, as other programs may make them."""
     write_shards_to(str(folder), samples, per_shard)
     return folder
 
@@ -61,7 +61,7 @@ def write_shards(
 def write_shards_to(
     url: str, samples: Iterable[tuple[dict[str, Any], list[tuple[str, bytes]]]], per_shard: int
 ) -> None:
-    """The same, to a folder or a bucket."""
+    """Write shards of unchecked samples to a folder or a bucket."""
     store, items = open_store(url), list(samples)
     shards = []
     for start in range(0, len(items), per_shard):
@@ -73,7 +73,7 @@ def write_shards_to(
 
 
 def data_config(root: Path, *datasets: DatasetConfig, **fields: Any) -> DataConfig:
-    """A small data section: two lanes, two samples, a trained tokenizer of at most 64 pieces."""
+    """Return a small data section with two lanes, two samples and a trained tokenizer of at most 64 pieces."""
     base: dict[str, Any] = {
         "root": str(root),
         "datasets": datasets,

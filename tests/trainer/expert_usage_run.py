@@ -1,4 +1,4 @@
-"""The folder of a run that never ran: a recipe and a routing history, drawn but plausible."""
+"""The folder of an imaginary run: a recipe, and a plausible routing history from random numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLIPS_PER_RANK = 12
 
 
 def write_run(folder: Path, *overrides: str, num_ranks: int = 2) -> Path:
-    """A run of the recipe `kit_cpu` in `folder`/kit_cpu, whose third expert is not used after step 100."""
+    """Write a run of the recipe `kit_cpu` to `folder`/kit_cpu, whose third encoder expert is unused after step 100."""
     run = folder / "kit_cpu"
     run.mkdir(parents=True)
     recipe = load_recipe("kit_cpu", [f"parallel.num_ranks={num_ranks}", *overrides])
@@ -38,7 +38,7 @@ def write_run(folder: Path, *overrides: str, num_ranks: int = 2) -> Path:
 
 
 def make_history(num_ranks: int) -> list[LoadInterval]:
-    """One interval of step 1, and one every 10 steps."""
+    """Return a history with an interval for step 1, and one for every 10 steps."""
     rng = np.random.default_rng(5)
     ends = [1, *range(EVERY_STEPS, LAST_STEP + 1, EVERY_STEPS)]
     history = []
@@ -49,7 +49,7 @@ def make_history(num_ranks: int) -> list[LoadInterval]:
 
 
 def make_part(rng: np.random.Generator, rank: int, num_steps: int, step: int) -> RankLoad:
-    """A rank's clips and costs of some steps; rank 1 computes longer."""
+    """Return the clips and costs of a rank in some steps; rank 1 computes longer."""
     meter = LoadMeter(EXPERTS, "whisper")
     for _ in range(num_steps):
         meter.add_step({"whisper": (0.1, 0.01, 0, 0)} | {e: (0.05 + 0.04 * rank, 0.02, 1e4, 2e4) for e in EXPERTS}, 0.5)
@@ -66,5 +66,5 @@ def make_part(rng: np.random.Generator, rank: int, num_steps: int, step: int) ->
 
 
 def group(task: str, language: str | None, source: str, sec: float) -> ClipGroup:
-    """As the trainer groups a clip whose manifest says so."""
+    """Return the group to which the trainer assigns a clip with these values in its manifest."""
     return group_of(task, {"language": language, "source": source}, sec)

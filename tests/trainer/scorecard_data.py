@@ -1,4 +1,4 @@
-"""Predictions that no model made, and sounds to go with them: every task, two languages, a hostile name."""
+"""Constructed predictions and sounds: every task, two languages, and a name that contains HTML."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAID = ("angry", "happy", "happy", "sad", "", "sad", "I think it is sad")
 
 
 def make_predictions() -> list[Prediction]:
-    """17 of them, worst and best known by hand."""
+    """Return 17 predictions, of which the worst and the best are known."""
     found = []
     for i, (reference, said, subset, language, seconds) in enumerate(ASR):
         meta = {"task": "asr", "answer": reference, "subset": subset, "language": language, "source": "made"}
@@ -42,13 +42,13 @@ def make_predictions() -> list[Prediction]:
 
 
 def tones(keys: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
-    """A second of a tone for each key."""
+    """Return a tone of one second for each key."""
     time_sec = np.arange(16000) / 16000
     for i, key in enumerate(keys):
         yield key, [(0.3 * np.sin(2 * np.pi * (220 + 40 * i) * time_sec)).astype(np.float32)]
 
 
 def make_tree(audio_bytes: int = 4 << 20) -> dict[str, Any]:
-    """Their scorecard, without METEOR."""
+    """Return the scorecard of the predictions, without METEOR."""
     about = {"model": "none", "data": HOSTILE}
     return make_card(f"made up {HOSTILE}", about, make_predictions(), ["broken", "broken"], None, tones, audio_bytes)

@@ -1,4 +1,4 @@
-"""The model as AudioBench calls it: its own main loop's contract, both forms of its samples."""
+"""The model as AudioBench calls it, with both forms of its samples."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bench(folder: Path) -> Any:
-    """AudioBench's `Model` as far as its hooks see it."""
+    """A replacement of AudioBench's `Model` with everything that its hooks use."""
     model = SimpleNamespace(model_name=str(folder), dataset_name="librispeech_test_clean")
     earshot_model_loader(model)
     return model
 
 
 def sample(num: int, name: str, rate: int = 16000, task: str | None = "ASR") -> dict[str, Any]:
-    wave = 0.1 * np.random.default_rng(num).standard_normal(num)  # float64, as datasets gives it
+    wave = 0.1 * np.random.default_rng(num).standard_normal(num)  # float64, as the package datasets returns it
     made = {"audio": {"array": wave, "sampling_rate": rate, "path": None}, name: f"{INSTRUCTION} a", "reference": "x"}
     return made if task is None else {**made, "task_type": task}
 
@@ -43,7 +43,7 @@ def test_both_forms_and_lists_give_the_same(bench: Any) -> None:
     assert isinstance(answer, str) and answer
     assert earshot_model_generation(bench, old) == answer
     assert earshot_model_generation(bench, sample(8000, "text", task=None)) == answer
-    # AudioBench calls some models with the whole data set at once
+    # AudioBench calls some models with the whole dataset at once
     assert earshot_model_generation(bench, [new, sample(5000, "instruction"), old])[::2] == [answer, answer]
 
 
@@ -67,7 +67,7 @@ def test_other_rates_are_resampled_and_long_speech_is_windowed(bench: Any, monke
 
 
 def test_a_sample_of_another_form_is_an_error(bench: Any) -> None:
-    with pytest.raises(ValueError, match="too_long"):  # rather than its first seconds alone
+    with pytest.raises(ValueError, match="too_long"):  # instead of answering about its first seconds
         earshot_model_generation(bench, sample(40 * 16000, "instruction", task="SQA"))
     with pytest.raises(ValueError, match="must have audio"):
         earshot_model_generation(bench, {"audio": {"array": [0.0]}, "instruction": "x"})
@@ -75,7 +75,7 @@ def test_a_sample_of_another_form_is_an_error(bench: Any) -> None:
         earshot_model_generation(bench, {"audio": {"array": [0.0], "sampling_rate": 16000}, "question": "x"})
 
 
-def test_the_variable_wins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_has_precedence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MODEL_VARIABLE, str(folder))
     model = SimpleNamespace(model_name="earshot")
     earshot_model_loader(model)

@@ -1,4 +1,4 @@
-"""Equal work: every item gets a bin, bins are about equally full, and where asked hold items of like cost."""
+"""Balancing: every item gets a bin, bins are about equally full, and may have to contain items of similar cost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_few_items_follow_the_longest_processing_time_rule() -> None:
 def test_no_bin_exceeds_grahams_bound(costs: list[float], num_bins: int, spread_any: Callable[..., Any]) -> None:
     bins = spread_any(costs, num_bins)
     assert bins.shape == (len(costs),) and ((bins >= 0) & (bins < num_bins)).all()
-    # Any list order: an item goes to the emptiest bin, which holds at most the mean (Graham 1969).
+    # In any order, an item goes to the emptiest bin, which contains at most the mean (Graham 1969).
     limit = sum(costs) / num_bins * (1 + TOLERANCE) + max(costs, default=0.0)
     assert loads_of(costs, bins, num_bins).max() <= limit + 1e-6
     assert (spread_any(costs, num_bins) == bins).all()
@@ -38,7 +38,7 @@ def test_equal_items_keep_their_order() -> None:
 
 
 @pytest.mark.parametrize("num_bins", [8, 64])
-def test_alike_items_share_a_bin_and_bins_are_even(num_bins: int) -> None:
+def test_similar_items_share_a_bin_and_bins_are_even(num_bins: int) -> None:
     costs = np.random.default_rng(0).lognormal(0.0, 0.5, 1024)
     bins = spread_alike(costs, num_bins)
     loads = loads_of(costs, bins, num_bins)
@@ -50,7 +50,7 @@ def variance_within(costs: np.ndarray, bins: np.ndarray) -> float:
     return sum(float(costs[bins == b].var()) * int((bins == b).sum()) for b in set(bins.tolist()))
 
 
-def test_many_items_fill_all_bins_alike() -> None:
+def test_many_items_fill_all_bins_equally() -> None:
     costs = np.random.default_rng(0).lognormal(0.0, 0.5, 10_000)
     bins = spread(costs, 40)
     loads = loads_of(costs, bins, 40)

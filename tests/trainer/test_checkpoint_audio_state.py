@@ -1,4 +1,4 @@
-"""A ZeRO-3 parameter is addressed within its own group: experts on half of the ranks are saved whole, and once."""
+"""Addresses of ZeRO-3 parameters within their groups: experts on half of the ranks are saved completely and once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PARAMETERS = {  # name → (shape, group)
 
 
 def held_by(rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Shard]:
-    """The shards of one rank, each element worth its place in the flat tensor."""
+    """Return the shards of one rank, in which each element's value is its place in the flat tensor."""
     monkeypatch.setattr(audio_state.dist, "get_rank", lambda group: GROUPS[group].index(rank))
     found = []
     for name, (shape, group) in PARAMETERS.items():
@@ -39,7 +39,7 @@ def held_by(rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Shard]:
     return found
 
 
-def test_every_tensor_is_saved_whole_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tensor_is_saved_completely_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     shards = [held_by(rank, monkeypatch) for rank in range(WORLD)]
     merged = merge_entries([entries_of(own, f"audio-{rank:05d}.safetensors") for rank, own in enumerate(shards)])
     assert merged.keys() == PARAMETERS.keys()

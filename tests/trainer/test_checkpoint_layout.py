@@ -1,4 +1,4 @@
-"""Rectangles, manifests and files: cut, written, read back and cut otherwise."""
+"""Rectangles, manifests and files of checkpoints, including reading of other rectangles than were written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHAPES = ((7, 5), (6,), (), (3, 2, 4), (1, 9))
 
 
 def cut(name: str, whole: torch.Tensor, cuts: list[int]) -> list[list[Shard]]:
-    """The flat tensor cut at `cuts`: the shards of each part."""
+    """Return the shards of each part of a flat tensor that is cut at `cuts`."""
     shape, flat, bounds = tuple(whole.shape), whole.flatten(), [0, *sorted(cuts), whole.numel()]
     parts = []
     for start, stop in zip(bounds, bounds[1:], strict=False):
@@ -63,7 +63,7 @@ def test_a_range_is_at_most_three_rectangles_of_its_elements(rows: int, cols: in
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(SHAPES), st.lists(st.floats(0, 1), max_size=4), st.lists(st.floats(0, 1), max_size=4))
-def test_any_cut_is_read_from_any_other(
+def test_any_partition_is_read_from_any_other(
     tmp_path_factory: pytest.TempPathFactory, shape: tuple[int, ...], saved: list[float], wanted: list[float]
 ) -> None:
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -113,7 +113,7 @@ def test_pieces_must_cover_the_tensor_once() -> None:
         merge_entries([*parts, parts[0]])
 
 
-def test_manifest_is_not_trusted() -> None:
+def test_malformed_manifests_are_refused() -> None:
     entry = TensorEntry((2, 3), ("param",), None, (("llm-00000.safetensors", Rect(0, 0, 2, 3)),))
     files = {"llm-00000.safetensors": FileEntry(8, "0" * 32)}
     good = Manifest(3, {"world": 1}, files, {"t": entry})

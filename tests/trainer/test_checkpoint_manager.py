@@ -1,4 +1,4 @@
-"""Atomic, verified, retained, fenced: one process, plain tensors in place of the engines."""
+"""Commits, verification, retention and fencing in one process, with plain tensors in place of the engines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LEARNED, FROZEN = "audio", "llm"
 
 
 class PlainManager(CheckpointManager):
-    """Saves and loads one tensor per family: `engines` is a dict of them."""
+    """A checkpoint manager whose `engines` are a dict with one tensor per family."""
 
     def _shards(self, engines: Any) -> dict[str, list[Shard]]:
         found = {}
@@ -79,7 +79,7 @@ Start = Callable[..., PlainManager]
 
 @pytest.fixture
 def start(tmp_path: Path, groups: Groups) -> Start:
-    """A new attempt at the run."""
+    """Return a function that begins a new attempt of the run."""
     return lambda **config: PlainManager(
         str(tmp_path / "checkpoints"), CheckpointConfig(**{"keep_last": 3, **config}), groups
     )
@@ -98,7 +98,7 @@ def loaded(manager: PlainManager, path: Path) -> float:
 
 
 def save(manager: PlainManager, step: int) -> Path:
-    """Until it is committed."""
+    """Save a checkpoint, and wait until it is committed."""
     manager.save(step, engines(float(step)), {"value": float(step)})
     manager.close()
     (url,) = manager.finished()
@@ -111,7 +111,7 @@ def latest(manager: PlainManager) -> Path | None:
 
 
 def names(checkpoints: Path) -> list[str]:
-    """What lies there besides bookkeeping and frozen weights."""
+    """Return the names in the folder, without bookkeeping and frozen weights."""
     return sorted(p.name for p in checkpoints.iterdir() if p.is_dir() and not p.name.startswith("frozen-"))
 
 
@@ -142,7 +142,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_named_and_the_newest_good_one_taken(
+def test_damage_is_named_and_the_newest_undamaged_checkpoint_is_used(
     damage: str, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     inflict, line = DAMAGES[damage]
@@ -159,14 +159,14 @@ def test_damage_is_named_and_the_newest_good_one_taken(
     assert first.exists()
 
 
-def test_all_damaged_is_an_error_and_none_is_a_start(start: Start) -> None:
+def test_only_damaged_checkpoints_are_an_error_and_none_are_a_new_run(start: Start) -> None:
     assert latest(start()) is None
     flip(save(start(), 1) / "audio-00000.safetensors")
-    with pytest.raises(UserError, match="none of its 1 checkpoints is whole"):
+    with pytest.raises(UserError, match="no undamaged checkpoint among 1"):
         start().latest()
 
 
-def test_a_run_that_went_back_replaces_what_was_damaged(start: Start) -> None:
+def test_run_that_returned_to_an_earlier_checkpoint_replaces_the_damaged_one(start: Start) -> None:
     save(start(), 2)
     for step in (4, 6):
         flip(save(start(), step) / "audio-00000.safetensors")
@@ -192,9 +192,9 @@ def test_frozen_weights_are_written_once_and_verified_always(start: Start) -> No
         start().load(LocalFolder(path), engines(0.0))
 
 
-def test_frozen_weights_that_nobody_refers_to_are_removed(start: Start) -> None:
+def test_unused_frozen_weights_are_removed(start: Start) -> None:
     old = frozen_file(save(start(), 1))
-    path = save(start(keep_last=1), 2)  # an attempt that did not load writes its own
+    path = save(start(keep_last=1), 2)  # an attempt that did not load a checkpoint writes its own
     assert not old.exists() and loaded(start(), path) == 2.0
 
 
@@ -206,15 +206,15 @@ def test_retention(start: Start) -> None:
     assert names(path.parent) == [f"step-{n:08d}" for n in (10, 20, 30, 35)]
 
 
-def test_a_metric_that_evaluations_lack_is_told(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+def test_metric_that_evaluations_lack_is_logged(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     manager = start(best_metric="eval/dev/asr/werr")
-    manager.note_scores(1, {"eval/test/asr/wer": 0.5})  # another split's
+    manager.note_scores(1, {"eval/test/asr/wer": 0.5})  # of another split
     assert not caplog.records
     manager.note_scores(2, {"eval/dev/asr/wer": 0.5})
     assert "checkpoint.best_metric = eval/dev/asr/werr: the evaluation of step 2 has no such score" in caplog.text
 
 
-def test_the_best_one_stays() -> None:
+def test_best_checkpoint_is_kept() -> None:
     steps, scores = [1, 2, 3, 4], {1: 0.5, 2: 0.9, 3: 0.7}
     assert kept_steps(CheckpointConfig(keep_last=1, best_metric="m"), steps, scores) == {1, 4}
     assert kept_steps(CheckpointConfig(keep_last=1, best_metric="m", best_is="highest"), steps, scores) == {2, 4}
@@ -226,10 +226,10 @@ def test_evaluations_without_progress_are_counted() -> None:
     scores = {10: 0.5, 20: 0.3, 30: 0.4, 40: 0.3, 50: 0.1}
     assert [evaluations_since_best(lowest, step, scores) for step in (5, 10, 20, 30, 40, 50)] == [0, 0, 0, 1, 2, 0]
     assert [evaluations_since_best(highest, step, scores) for step in (10, 20, 30, 40, 50)] == [0, 1, 2, 3, 4]
-    assert evaluations_since_best(lowest, 45, scores) == 2  # step 50 is of a run that was given up
+    assert evaluations_since_best(lowest, 45, scores) == 2  # the run returned to an earlier checkpoint than step 50
 
 
-def test_training_goes_on_while_a_save_is_written(
+def test_training_continues_while_a_save_is_written(
     start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager, reached, go_on = start(), threading.Event(), threading.Event()
@@ -254,7 +254,7 @@ def test_training_goes_on_while_a_save_is_written(
     assert loaded(start(), first) == 1.0 and loaded(start(), second) == 2.0
 
 
-def test_a_failed_save_is_loud_and_the_next_one_succeeds(
+def test_failed_save_is_logged_and_the_next_one_succeeds(
     start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = start()
@@ -273,7 +273,7 @@ def test_a_failed_save_is_loud_and_the_next_one_succeeds(
     assert save(manager, 3).exists() and loaded(start(), old) == 1.0
 
 
-def test_the_last_save_is_tried_twice(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_save_is_retried_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     write, calls = background.write_tensors, iter([OSError(5, "Input/output error")])
 
     def once(*arguments: Any) -> Any:
@@ -305,7 +305,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path, groups: Groups, caplog: pyte
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_an_earlier_attempt_is_fenced(start: Start) -> None:
+def test_earlier_attempt_is_fenced(start: Start) -> None:
     old = start()
     path = save(old, 1)
     new = start()
@@ -317,8 +317,8 @@ def test_an_earlier_attempt_is_fenced(start: Start) -> None:
     assert loaded(start(), path) == 2.0
 
 
-def test_two_attempts_in_a_save_at_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The old one is in the middle of a save when the new one begins, and goes on after the new one has saved."""
+def test_two_attempts_that_save_at_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old attempt is saving when the new one begins, and continues after the new one has saved."""
     old, reached, go_on = start(), threading.Event(), threading.Event()
     write, mine = background.write_tensors, old._place.attempt.token
 
@@ -340,6 +340,7 @@ def test_two_attempts_in_a_save_at_once(start: Start, monkeypatch: pytest.Monkey
     assert names(path.parent) == [path.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["write_tensors", "write_text", "_rename", "clean_up"])
 def test_killed_in_a_save(moment: str, start: Start) -> None:
     old = save(start(), 1)
@@ -358,7 +359,7 @@ def test_killed_in_a_save(moment: str, start: Start) -> None:
 
 
 def save_and_die(folder: str, moment: str) -> None:
-    """In a process of its own: killed when step 2's save comes to `moment`."""
+    """Save in a process of its own, which is killed when the save of step 2 reaches `moment`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     manager = PlainManager(folder, CheckpointConfig(), make_groups())
@@ -368,16 +369,16 @@ def save_and_die(folder: str, moment: str) -> None:
     save(manager, 2)
 
 
-def test_a_torn_attempt_file_stops_nobody(start: Start) -> None:
+def test_damaged_attempt_file_does_not_stop_a_run(start: Start) -> None:
     path = save(start(), 1)
     (path.parent / "attempt.json").write_text('{"number": 1, "to')
     assert loaded(start(), save(start(), 2)) == 2.0
     assert json.loads((path.parent / "attempt.json").read_text())["number"] >= 1
 
 
-def test_another_model_leaves_the_engines_alone(start: Start) -> None:
+def test_checkpoint_of_another_model_does_not_change_the_engines(start: Start) -> None:
     path = save(start(), 1)
     into = {LEARNED: torch.zeros(SHAPE)}
-    with pytest.raises(UserError, match=r"holds llm.w, the model does not"):
+    with pytest.raises(UserError, match=r"holds llm.w, which the model does not have; restore the recipe"):
         start().load(LocalFolder(path), into)  # type: ignore[arg-type]
     assert not into[LEARNED].any()

@@ -1,4 +1,4 @@
-"""A new run's weights, from a checkpoint and from an export: the same numbers, what is new, and what does not fit."""
+"""The weights of new runs that start from a checkpoint or an export: equal values, new parts, and errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INITIAL = 7.0
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """(a folder with a run and its export in several files, the run's tensors)."""
+    """Return (a folder with a run and its export in several files, the run's tensors)."""
     root = tmp_path_factory.mktemp("start")
     oracle = write_run(root / "run")
     assert export.main([str(root / "run"), str(root / "out"), "--dtype", "fp32", "--shard-gib", "3e-5"]) == 0
@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tens
 
 
 def shards_of(tensors: dict[str, Tensor]) -> list[Shard]:
-    """Every tensor as the slices of three ranks, filled with `INITIAL`."""
+    """Return every tensor as the slices of three ranks, filled with `INITIAL`."""
     shards = []
     for name, tensor in tensors.items():
         whole = matrix_of(tuple(tensor.shape))
@@ -54,12 +54,12 @@ def check(shards: list[Shard], wanted: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("exported", [False, True])
-def test_every_weight_is_taken_and_what_is_new_is_listed(made: tuple[Path, dict[str, Tensor]], exported: bool) -> None:
+def test_every_weight_is_used_and_new_parts_are_listed(made: tuple[Path, dict[str, Tensor]], exported: bool) -> None:
     root, tensors = made
     url = str(root / ("out" if exported else "run"))
     assert is_export(url) == exported
     wanted = dict(tensors)
-    if exported:  # it has no CTC head
+    if exported:  # exports have no CTC head
         wanted |= {n: torch.full_like(t, INITIAL) for n, t in tensors.items() if n.startswith("audio.ctc_head.")}
     rows = torch.full((5, tensors[EMBEDDING].shape[1]), INITIAL)
     wanted[EMBEDDING] = torch.cat([tensors[EMBEDDING].detach(), rows])
@@ -69,7 +69,7 @@ def test_every_weight_is_taken_and_what_is_new_is_listed(made: tuple[Path, dict[
     check(shards, wanted)
 
 
-def test_what_does_not_fit_is_named_with_the_key_that_decides_it(made: tuple[Path, dict[str, Tensor]]) -> None:
+def test_mismatch_is_named_with_the_recipe_key(made: tuple[Path, dict[str, Tensor]]) -> None:
     root, tensors = made
     origin: Origin = open_origin(str(root / "out"), exported=True)
     for name, key in (
@@ -79,12 +79,12 @@ def test_what_does_not_fit_is_named_with_the_key_that_decides_it(made: tuple[Pat
         (next(n for n in tensors if n.startswith("audio.experts.")), "model.experts"),
     ):
         other = {name: torch.zeros(*tensors[name].shape[:-1], tensors[name].shape[-1] + 1)}
-        with pytest.raises(UserError, match=rf"out: {name} has shape .*, here it is .*; {key} decides it"):
+        with pytest.raises(UserError, match=rf"out: {name} has shape .*, here it is .*; set {key} as it was"):
             fill_weights(origin, shards_of(other), MODEL)
     fewer = {EMBEDDING: tensors[EMBEDDING][:-1]}
-    with pytest.raises(UserError, match="model.llm decides it"):
+    with pytest.raises(UserError, match="set model.llm as it was"):
         fill_weights(origin, shards_of(fewer), MODEL)
-    with pytest.raises(UserError, match="holds no audio.adapter.other; model.adapter decides it"):
+    with pytest.raises(UserError, match="holds no audio.adapter.other; set model.adapter as it was"):
         fill_weights(origin, shards_of({"audio.adapter.other": torch.zeros(3)}), MODEL)
 
 
@@ -113,7 +113,10 @@ def test_an_export_is_read_from_a_bucket(made: tuple[Path, dict[str, Tensor]], m
 
 def test_another_kind_of_folder_is_one_line(made: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
     assert export.main([str(made[0] / "run"), str(tmp_path / "llm"), "--llm-only"]) == 0
-    with pytest.raises(UserError, match="another kind of model .*; name an LLM alone in model.llm.weights"):
+    with pytest.raises(
+        UserError,
+        match="another kind of model .*, and name the weights of an LLM without encoders in model.llm.weights",
+    ):
         open_origin(str(tmp_path / "llm"), exported=True)
     with pytest.raises(UserError, match="holds no checkpoint"):
         open_origin(str(tmp_path), exported=False)

@@ -1,3 +1,5 @@
+"""Checks across the sections of a recipe."""
+
 from __future__ import annotations
 
 import json
@@ -14,7 +16,7 @@ DS_CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_the_recipes_are_legal(name: str) -> None:
+def test_shipped_recipes_are_valid(name: str) -> None:
     check_recipe(load_recipe(name))
 
 
@@ -45,9 +47,16 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
                 "checkpoint.best_metric=eval/dev/asr/wer",
                 "data.eval_splits=[dev, test]",
             ],
-            "eval.stop_after = 2: watches checkpoint.best_metric = eval/dev/asr/wer, which must be of eval.split: e.g. "
+            "eval.stop_after = 2: checkpoint.best_metric = eval/dev/asr/wer must be a score of eval.split: e.g. "
             "eval/test/asr/wer",
         ),
+        (
+            "debug",
+            ["checkpoint.best_metric=eval/test/sqa/accuracy"],
+            "checkpoint.best_is = lowest: the best value of checkpoint.best_metric = eval/test/sqa/accuracy is the "
+            "highest; set checkpoint.best_is=highest",
+        ),
+        ("debug", ["telemetry.trackers=[flow]"], "telemetry.trackers: flow is not one of mlflow, tensorboard, wandb"),
         (
             "debug",
             ["model.llm.config.num_attention_heads=0"],
@@ -121,7 +130,7 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
             "debug",
             ["parallel.num_ranks=16"],
             "data.global_batch_samples = 8: 16 LLM replicas (parallel.num_ranks / (tensor · pipeline)) would have less "
-            "than a sample each; legal values are multiples of data.num_lanes = 8 from 16",
+            "than one sample each; legal values are multiples of data.num_lanes = 8 from 16",
         ),
         (
             "debug",
@@ -134,7 +143,7 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         ),
         ("debug", ["model.llm.config.vocab_size=100"], "data.tokenizer.train_vocab_size = 256: the LLM's vocab_size"),
         ("debug", ["model.router.top_k=3"], "model.router.top_k = 3: legal values are 1..2"),
-        ("debug", ["model.experts.0.length_mode=trim"], "model.experts[0].length_mode = trim: only whisper has length"),
+        ("debug", ["model.experts.0.length_mode=trim"], "model.experts[0].length_mode = trim: legal values for huber"),
         ("debug", ["model.experts.0.config={}"], "model.experts[0]: give weights (a directory or hub id), or config"),
         ("debug", ["model.adapter.strides=[]"], "model.adapter.strides = []: give one positive stride per convolut"),
         ("debug", ["model.adapter.kernel_size=1"], "model.adapter.kernel_size = 1: must be at least the largest stri"),
@@ -153,7 +162,7 @@ def test_an_illegal_combination_is_refused(recipe: str, override: list[str], mes
 def test_an_unknown_encoder_field_is_refused_before_any_rank_starts() -> None:
     with pytest.raises(UserError, match="d_modle"):
         check_recipe(load_recipe("debug", ["model.primary.config.d_modle=32"]))
-    with pytest.raises(UserError, match="d_modle"):  # of a hub checkpoint, whose own config is not read here
+    with pytest.raises(UserError, match="d_modle"):  # the config of a hub checkpoint is not read here
         check_recipe(load_recipe("mowe_8b", ["model.primary.config.d_modle=32"]))
 
 
@@ -167,7 +176,7 @@ ZERO = {"zero_optimization": {"stage": 3}}
 
 
 @pytest.mark.parametrize("path", sorted(DS_CONFIGS.glob("*.json")), ids=lambda p: p.stem)
-def test_deepspeed_takes_our_json(path: Path) -> None:
+def test_deepspeed_accepts_our_json(path: Path) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     for precision in ("fp32", "bf16"):
@@ -192,7 +201,7 @@ def test_deepspeed_takes_our_json(path: Path) -> None:
         ("scheduler", "optim.schedule"),
     ],
 )
-def test_a_json_key_that_the_recipe_owns_is_refused_with_its_owner(tmp_path: Path, key: str, owner: str) -> None:
+def test_json_key_that_the_recipe_determines_is_refused(tmp_path: Path, key: str, owner: str) -> None:
     path = write(tmp_path, ZERO | {key: 1})
     with pytest.raises(UserError) as error:
         load_ds_json(path)
@@ -210,7 +219,7 @@ def test_a_json_key_that_the_recipe_owns_is_refused_with_its_owner(tmp_path: Pat
         ('{"aio": {}, "aio": {}}', "key aio is given twice"),
     ],
 )
-def test_a_wrong_json_is_refused(tmp_path: Path, tree: object, message: str) -> None:
+def test_invalid_json_is_refused(tmp_path: Path, tree: object, message: str) -> None:
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         load_ds_json(write(tmp_path, tree))
 

@@ -1,3 +1,5 @@
+"""Loading of recipes: conversion, overrides, inheritance and errors."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -101,7 +103,7 @@ def test_a_duplicate_key_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "- a", "name: [", "name: !!python/object/apply:os.getcwd []", "? [a]\n: b"])
-def test_what_is_no_mapping_of_plain_values_is_refused(tmp_path: Path, text: str) -> None:
+def test_yaml_other_than_a_mapping_of_plain_values_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"r\.yaml"):
         load_recipe(write(tmp_path, text))
 
@@ -163,7 +165,7 @@ def test_a_recipe_inherits_from_its_base(tmp_path: Path) -> None:
     assert recipe.data.eval_splits == ("c",)
 
 
-def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
+def test_cycle_of_bases_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "base: ./b.yaml", "a.yaml")
     with pytest.raises(UserError, match="in a circle"):
         load_recipe(write(tmp_path, "base: ./a.yaml", "b.yaml"))
@@ -182,7 +184,7 @@ def test_a_dumped_recipe_loads_as_the_same_recipe(name: str, tmp_path: Path) -> 
     assert load_recipe(write(tmp_path, dump(recipe))) == recipe
 
 
-def test_a_dump_holds_no_credentials(tmp_path: Path) -> None:
+def test_dump_contains_no_credentials(tmp_path: Path) -> None:
     recipe = dataclasses.replace(load_recipe("debug"), name="x")
     data = dataclasses.replace(recipe.data, root="s3://key:secret@host/bucket")
     assert "secret" not in dump(dataclasses.replace(recipe, data=data))
@@ -190,6 +192,6 @@ def test_a_dump_holds_no_credentials(tmp_path: Path) -> None:
 
 
 def test_every_field_of_every_section_can_be_converted() -> None:
-    # A section with an annotation that the loader cannot convert would fail only when a user sets that key.
+    # An annotation that the loader cannot convert would otherwise fail only when a user sets the key.
     recipe = load_recipe("debug")
     assert from_tree(type(recipe), to_tree(recipe)) == recipe

@@ -1,3 +1,5 @@
+"""Decoding, metadata checks and augmentation of clips."""
+
 from __future__ import annotations
 
 import io
@@ -18,7 +20,7 @@ def test_every_type_becomes_16_khz_mono(kind: str, rate: int, channels: int) -> 
     clip = decode_audio(audio_bytes(1.0, kind=kind, rate=rate, channels=channels))
     assert clip.dtype == np.float32
     assert clip.ndim == 1
-    assert abs(len(clip) - 16_000) <= (2400 if kind == "MP3" else 1)  # MP3 codes whole frames, with a lead-in
+    assert abs(len(clip) - 16_000) <= (2400 if kind == "MP3" else 1)  # MP3 encodes whole frames, after a delay
 
 
 def test_channels_are_averaged() -> None:
@@ -58,7 +60,7 @@ def test_bad_audio_is_named(data: bytes, reason: str) -> None:
         assert caught.value.reason == reason
 
 
-def test_max_sec_itself_is_legal() -> None:
+def test_clip_of_exactly_max_sec_is_accepted() -> None:
     assert len(decode_audio(audio_bytes(1.5), max_sec=1.5)) == 24_000
 
 
@@ -84,7 +86,7 @@ def test_augmentation_is_off_at_strength_0_and_repeats_with_its_seed() -> None:
     assert augment(clip, config, 0.0, np.random.default_rng(1)) is clip
     one, two = (augment(clip, config, 1.0, np.random.default_rng(1)) for _ in range(2))
     np.testing.assert_array_equal(one, two)
-    np.testing.assert_array_equal(clip, before)  # the clip may lie in a cache
+    np.testing.assert_array_equal(clip, before)  # the clip may be in a cache
     assert one.dtype == np.float32
     assert 0.9 * len(clip) <= len(one) <= 1.12 * len(clip)
     assert not np.array_equal(one[: len(clip)], clip[: len(one)])
@@ -98,7 +100,7 @@ def test_augmentation_ramps_in() -> None:
 
 
 @pytest.mark.parametrize("samples", [16_001, 8192, 5])
-def test_frequency_masks_take_a_band_and_leave_the_rest(samples: int) -> None:
+def test_frequency_masks_change_one_band_only(samples: int) -> None:
     config = AugmentConfig(speed=0, gain_db=0, noise_snr_db=None, num_time_masks=0, num_freq_masks=1, freq_mask_hz=2000)
     clip = np.random.default_rng(0).standard_normal(samples).astype(np.float32)
     masked = augment(clip, config, 1.0, np.random.default_rng(3))

@@ -1,4 +1,4 @@
-"""Received samples are checked; those that differ from the index are fetched again, then skipped."""
+"""Verification of received samples: those that differ from the index are fetched again, and then skipped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Recording(LocalStore):
-    """Records every read, and flips a bit in the results of the first `num_bad` reads."""
+    """A store that records every read, and flips a bit in the results of the first `num_bad` reads."""
 
     def __init__(self, folder: Path, num_bad: int = 0) -> None:
         super().__init__(folder)
@@ -52,7 +52,7 @@ def keys(found: fetch.Fetched) -> set[str]:
     return {raw.key for raw in found.values() if isinstance(raw, RawSample)}
 
 
-def test_neighbours_cost_one_read(folder: Path) -> None:
+def test_neighbouring_samples_take_one_read(folder: Path) -> None:
     store = Recording(folder)
     shards = ShardSet(store)
     assert keys(read_samples(shards, 0, range(NUM))) == {f"k-{i}" for i in range(NUM)}
@@ -79,7 +79,7 @@ def test_a_bad_transfer_is_fetched_again(folder: Path) -> None:
     assert second == third and second[1] < first[1]  # only the bad sample is fetched again
 
 
-def test_what_stays_bad_is_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_samples_that_remain_bad_are_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = Recording(folder, num_bad=3)
     shards = ShardSet(store)
     found = read_samples(shards, 0, range(NUM))
@@ -87,7 +87,7 @@ def test_what_stays_bad_is_skipped(folder: Path, caplog: pytest.LogCaptureFixtur
     assert bad.reason == "altered" and "shard-000000.tar: sample k-" in bad.detail
     assert len(keys(found)) == NUM - 1
     assert caplog.text.count("the sample is skipped") == 1
-    store.num_bad = 99  # the sample is known as altered: it costs one read, and is not logged again
+    store.num_bad = 99  # a sample known to be altered takes one read, and is not logged again
     num_reads = len(store.reads)
     index = next(i for i, raw in found.items() if isinstance(raw, SampleError))
     assert isinstance(read_samples(shards, 0, [index])[index], SampleError)

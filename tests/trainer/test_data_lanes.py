@@ -1,3 +1,5 @@
+"""The order of samples in lanes, and the weights of datasets."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -15,19 +17,19 @@ counts = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(sum)
 
 
 def walk(order: DatasetOrder, lane: int, num: int, start: int = 0) -> list[tuple[int, int, int]]:
-    """(epoch, shard, rank) at `num` positions of a lane, each asked for on its own."""
+    """Return (epoch, shard, index) at `num` positions of a lane, which are computed independently."""
     spans = (order.span(lane, start + i) for i in range(num))
     return [(r.epoch, r.shard, r.indices[0]) for r in spans]
 
 
 @given(counts, st.integers(1, 9), st.integers(0, 99), st.booleans(), st.integers(1, 10))
 @settings(max_examples=60, deadline=None)
-def test_every_epoch_holds_every_sample_once(
+def test_every_epoch_contains_every_sample_once(
     per_shard: list[int], num_lanes: int, seed: int, shuffle: bool, chunk: int
 ) -> None:
     order = DatasetOrder("s", per_shard, seed, num_lanes, shuffle, chunk)
     everything = {(shard, i) for shard, n in enumerate(per_shard) for i in range(n)}
-    # After num_lanes epochs every lane has read every sample, so the count ends on whole epochs.
+    # After num_lanes epochs every lane has read every sample, so that the total is a whole number of epochs.
     seen: dict[int, Counter] = {}
     for lane in range(num_lanes):
         places = walk(order, lane, order.num_samples)
@@ -41,7 +43,7 @@ def test_every_epoch_holds_every_sample_once(
 
 @given(counts, st.integers(1, 4), st.booleans(), st.integers(1, 10))
 @settings(max_examples=60, deadline=None)
-def test_a_run_is_what_its_positions_say_and_lies_in_one_chunk(
+def test_span_agrees_with_its_positions_and_is_within_one_chunk(
     per_shard: list[int], num_lanes: int, shuffle: bool, chunk: int
 ) -> None:
     order = DatasetOrder("s", per_shard, 3, num_lanes, shuffle, chunk)
@@ -53,7 +55,7 @@ def test_a_run_is_what_its_positions_say_and_lies_in_one_chunk(
             assert set(span.indices) <= set(order.chunk_of(span.shard, span.indices[0]))
 
 
-def test_a_whole_chunk_is_one_run() -> None:
+def test_whole_chunk_is_one_span() -> None:
     order = DatasetOrder("s", [40, 25], 1, 1, True, 10)
     sizes, position = [], 0
     while position < 65:
@@ -75,7 +77,7 @@ def test_epochs_differ_if_shuffled_and_follow_storage_if_not() -> None:
 
 
 def test_the_order_is_that_of_every_machine_and_version() -> None:
-    """Golden values: a change here makes every checkpoint continue with other samples."""
+    """Compare with golden values: if they change, all existing checkpoints would resume with other samples."""
     assert permutation(8, 7, "set", 3).tolist() == [7, 1, 6, 5, 0, 2, 4, 3]
     order = DatasetOrder("set", [5, 3], 7, 2, True, 2)
     assert [place[1:] for place in walk(order, 1, 6)] == [(0, 0), (1, 1), (1, 0), (1, 2), (0, 4), (0, 1)]
@@ -88,7 +90,7 @@ def test_finding_a_sample_costs_the_same_far_into_the_stream() -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 40))
-def test_lanes_go_to_ranks_in_contiguous_runs(num_lanes: int, world: int) -> None:
+def test_ranks_get_consecutive_lanes(num_lanes: int, world: int) -> None:
     spans = [list(lanes_of_rank(r, world, num_lanes)) for r in range(world)]
     assert [lane for span in spans for lane in span] == list(range(num_lanes))
     assert max(map(len, spans)) - min(map(len, spans)) <= 1
@@ -109,14 +111,14 @@ def test_shares_follow_the_weights_within_every_stretch(weights: list[float], se
     assert not any(weights[i] == 0 for batch in draws for i in batch)
 
 
-def test_no_lane_is_stuck_with_one_set() -> None:
+def test_every_lane_reads_all_datasets() -> None:
     mixture = DatasetMixture(datasets(1.0, 1.0), 0, num_lanes=8, num_per_lane=1)
     for lane in range(8):
         chosen = [mixture.choose(k, lane, 0, 0.0) for k in range(200)]
         assert 70 <= sum(chosen) <= 130
 
 
-def test_temperature_weighs_sets_by_their_size() -> None:
+def test_temperature_weighs_datasets_by_their_size() -> None:
     sizes = [1000, 10]
     for temperature, share in ((None, 0.5), (1.0, 10 / 1010), (2.0, 0.1 / 1.1), (1000.0, 0.5)):
         mixture = DatasetMixture(datasets(1.0, 1.0), 0, 8, 25, sizes, temperature)
@@ -163,13 +165,13 @@ def test_illegal_weights_are_refused(weight: object) -> None:
         datasets(weight)
 
 
-def test_a_set_is_a_manifest_or_shards() -> None:
+def test_dataset_is_a_manifest_or_shards() -> None:
     for fields in ({}, {"manifest": "m", "shards": "s"}):
         with pytest.raises(UserError, match="exactly one of manifest and shards must be set"):
             DatasetConfig(name="s", **fields)
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan")])
-def test_a_set_gets_at_most_the_whole_augmentation(strength: float) -> None:
+def test_augmentation_strength_of_a_dataset_is_at_most_1(strength: float) -> None:
     with pytest.raises(UserError, match=r"data\.datasets 's': augment_strength = .*: must be in \[0, 1\]"):
         DatasetConfig(name="s", manifest="m", augment_strength=strength)

@@ -1,4 +1,4 @@
-"""Resume and rank changes as a property: first part + resumed rest = the uninterrupted order, bit for bit."""
+"""The loader: resumed parts, on any number of ranks, give the uninterrupted order of samples, bit for bit."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def with_fields(prepared: PreparedData, **fields: Any) -> PreparedData:
 def run(
     prepared: PreparedData, num_batches: int, world: int = 1, state: State | None = None, stop: int | None = None
 ) -> tuple[list[list[Sample]], State]:
-    """Global batches until `stop`, in rank order, and the merged state there."""
+    """Return the global batches until `stop`, in the order of ranks, and the merged state at `stop`."""
     stop = num_batches if stop is None else stop
     states, parts = [], []
     for rank in range(world):
@@ -89,6 +89,7 @@ def assert_identical(one: list[list[Sample]], two: list[list[Sample]]) -> None:
         assert all(torch.equal(x, y) for x, y in zip(a.clips, b.clips, strict=True))
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from([1, 2, 3, 8]),
     st.integers(1, 2),
@@ -122,12 +123,13 @@ def test_any_stop_points_and_ranks_give_the_same_batches(
     assert state == end
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=30, deadline=None)
 def test_any_shards_resumed_on_1_then_4_then_2_ranks(
     prepared: PreparedData, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Random sets of text samples: first part + resumed parts = the uninterrupted order, every epoch exactly once."""
+    """Check with random text datasets that resumed parts give the uninterrupted order, and each epoch exactly once."""
     root = tmp_path_factory.mktemp("any")
     sizes = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=3))
     weights = [1.0, *data.draw(st.lists(st.sampled_from([0.0, 0.3, 2.0]), min_size=2, max_size=2))]
@@ -150,7 +152,7 @@ def test_any_shards_resumed_on_1_then_4_then_2_ranks(
     assert_identical(expected, found)
     assert state == end
     for i, size in enumerate(sizes):
-        # A lane's epochs: every sample of the set is drawn once before any is drawn twice, lane by lane.
+        # Within each lane, every sample of the dataset is drawn once before any is drawn twice.
         drawn = Counter(s.key for b in expected for s in b if s.meta["set"] == f"s{i}")
         assert sum(drawn.values()) == sum(end["positions"].get(f"s{i}", [0]))
         assert len(drawn) <= size
@@ -166,7 +168,7 @@ def test_one_lane_draws_everything_once_per_epoch(prepared: PreparedData, tmp_pa
 
 
 class Counting(LocalStore):
-    """Counts requests by kind."""
+    """A store that counts requests by kind."""
 
     requests: Counter[str] = Counter()
 
@@ -180,7 +182,7 @@ class Counting(LocalStore):
 
 
 @pytest.mark.parametrize("consumed", [0, 10**3, 10**6])
-def test_a_resume_costs_the_same_few_reads_however_far_it_is(
+def test_resume_takes_the_same_number_of_reads_at_any_position(
     prepared: PreparedData, monkeypatch: pytest.MonkeyPatch, consumed: int
 ) -> None:
     monkeypatch.setattr("trainer.data.prepare.open_store", lambda url, retry_sec=None: Counting(Path(url)))
@@ -194,12 +196,14 @@ def test_a_resume_costs_the_same_few_reads_however_far_it_is(
     with Loader(data, seed=5, num_batches=10**7, state=state) as loader:
         next(iter(loader))
     assert Counting.requests["json"] == 1
-    assert Counting.requests["idx.json"] <= 2 and Counting.requests["range"] <= 2  # two if it must pass a broken one
+    assert (
+        Counting.requests["idx.json"] <= 2 and Counting.requests["range"] <= 2
+    )  # two if a broken sample must be skipped
     assert sum(Counting.requests.values()) <= 5
 
 
-def test_processes_change_nothing(prepared: PreparedData) -> None:
-    """One rank with 1 process, 4 with none, 2 with 2 each and hardly any shared memory."""
+def test_processes_do_not_change_the_batches(prepared: PreparedData) -> None:
+    """Load on one rank with 1 process, on 4 with none, and on 2 with 2 each and little shared memory."""
     data = with_fields(prepared, num_lanes=4, global_batch_samples=8)
     expected, end = run(data, 12)
     first, state = run(with_fields(data, num_workers=1), 12, 1, None, 4)
@@ -209,8 +213,8 @@ def test_processes_change_nothing(prepared: PreparedData) -> None:
     assert state == end
 
 
-def test_exactly_once_per_epoch_but_for_the_broken(prepared: PreparedData) -> None:
-    """`a` alone, one lane: 13 positions are one epoch, of which 3 are skipped."""
+def test_every_usable_sample_comes_exactly_once_per_epoch(prepared: PreparedData) -> None:
+    """Dataset `a` with one lane has 13 positions per epoch, of which 3 are skipped."""
     data = with_fields(
         prepared, num_lanes=1, global_batch_samples=1, datasets=prepared.config.datasets[:1], join=JoinConfig()
     )
@@ -233,12 +237,12 @@ def test_prefetch_is_not_in_the_state(prepared: PreparedData) -> None:
         _, state = next(iterator)
         workers = loader.stream._source
         assert isinstance(workers, Workers)
-        while not workers._inboxes[0]._connection.poll(0.01):  # the third batch is there already
+        while not workers._inboxes[0]._connection.poll(0.01):  # until the third batch has been prefetched
             pass
         assert loader.state == state == expected
 
 
-def test_weights_may_change_and_sets_may_join_at_a_resume(prepared: PreparedData) -> None:
+def test_weights_may_change_and_datasets_may_be_added_at_a_resume(prepared: PreparedData) -> None:
     only_a = replace(
         prepared, config=replace(prepared.config, datasets=prepared.config.datasets[:1]), datasets=prepared.datasets[:1]
     )
@@ -270,7 +274,7 @@ def test_epochs_are_reported_and_add_up_over_ranks(prepared: PreparedData) -> No
     assert epochs(2) == pytest.approx(whole)
 
 
-def test_the_state_of_256_lanes_and_six_sets_is_a_few_kilobytes() -> None:
+def test_state_of_256_lanes_and_six_datasets_is_a_few_kilobytes() -> None:
     digests = {f"set-{i}": "d" * 36 for i in range(6)}
     lane_state = LaneState({name: 10**6 for name in digests}, 10**7, {"broken": 12})
     state = new_state(1, 256, digests, 10**6, dict.fromkeys(range(256), lane_state))
@@ -297,7 +301,7 @@ def test_skips_are_counted_listed_once_and_stop_the_run(prepared: PreparedData, 
         list(loader)
 
 
-def test_a_set_without_a_usable_sample_stops_instead_of_searching_for_ever(tmp_path: Path) -> None:
+def test_dataset_without_usable_samples_stops_the_run(tmp_path: Path) -> None:
     bad = samples("a", 3, audio=True, broken={"a-0", "a-1", "a-2"})
     write_shards(tmp_path / "a", bad, per_shard=4)
     data = prepare(data_config(tmp_path, DatasetConfig(name="a", shards="a")), (2,))
@@ -341,7 +345,7 @@ def test_short_clips_are_padded_and_long_ones_skipped(tmp_path: Path) -> None:
     assert found["short"].meta["duration"] == 0.1
 
 
-def test_joined_clips_carry_both_texts(prepared: PreparedData) -> None:
+def test_joined_clips_have_both_texts(prepared: PreparedData) -> None:
     join = JoinConfig(probability=1.0, max_clips=2, gap_sec=0.0)
     data = with_fields(prepared, join=join, augment=AugmentConfig(), num_lanes=1, global_batch_samples=1)
     batches, _ = run(data, 8)
@@ -384,7 +388,7 @@ def test_closing_early_leaves_no_thread_and_no_process(prepared: PreparedData) -
             next(iter(loader))
         assert threading.active_count() == before
         assert multiprocessing.active_children() == []
-    assert len(os.listdir("/proc/self/fd")) <= open_files + 1  # the first spawn starts Python's resource tracker
+    assert len(os.listdir("/proc/self/fd")) <= open_files + 1  # the first new process starts Python's resource tracker
 
 
 def test_a_process_that_dies_is_one_clear_line(prepared: PreparedData) -> None:

@@ -1,3 +1,5 @@
+"""Preparation of data: shards from manifests, evaluation splits and tokenizers."""
+
 from __future__ import annotations
 
 import json
@@ -41,7 +43,7 @@ def test_prepare_is_idempotent_and_follows_changes(corpus: Path) -> None:
     assert (again.datasets, again.tokenizer_path) == (first.datasets, first.tokenizer_path)
     (corpus / "clip-0.flac").write_bytes((corpus / "clip-1.flac").read_bytes())
     changed = prepare(config, (2,), on_built=reports.append)
-    assert len(reports) == 3  # the training split alone holds that clip
+    assert len(reports) == 3  # only the training split contains that clip
     assert changed.datasets[0].shards["test"] == first.datasets[0].shards["test"]
 
 
@@ -62,7 +64,7 @@ def test_filters_choose_tasks_and_subsets(corpus: Path) -> None:
     with Loader(prepare(config, (2,)), seed=0, num_batches=3) as loader:
         assert {s.key for b, _ in loader for s in b.samples} == {f"text-{i}" for i in range(4)}
     nothing = DatasetConfig(name="none", manifest="set.jsonl", tasks=("er",))
-    with pytest.raises(UserError, match=r"data.datasets 'none': .* select nothing; there are: train/asr/noise"):
+    with pytest.raises(UserError, match=r"data.datasets 'none': .* select nothing; the dataset has: train/asr/noise"):
         prepare(data_config(corpus, nothing), (2,))
 
 
@@ -89,10 +91,10 @@ def test_skipped_eval_samples_are_reported(corpus: Path) -> None:
     assert len(found) == 6
 
 
-def test_what_the_user_got_wrong_is_named(corpus: Path) -> None:
+def test_user_errors_are_named(corpus: Path) -> None:
     for config, message in (
         (data_config(corpus), "data.datasets is empty"),
-        (data_config(corpus, SET, eval_splits=("dev",)), r"no set has samples of split 'dev'.*\['test', 'train'\]"),
+        (data_config(corpus, SET, eval_splits=("dev",)), r"no dataset has samples of split 'dev'.*\['test', 'train'\]"),
         (data_config(corpus, DatasetConfig(name="s", manifest="set.jsonl", split="trian")), r"has no split 'trian'"),
         (data_config(corpus, DatasetConfig(name="s", manifest="other.jsonl")), r"other.jsonl: manifest cannot be read"),
         (data_config(corpus, DatasetConfig(name="s", shards="nowhere")), r"no .*shards.json; make shards with"),
@@ -104,7 +106,7 @@ def test_what_the_user_got_wrong_is_named(corpus: Path) -> None:
         prepare(data_config(corpus, SET), (2,))
 
 
-def test_a_lenient_cache_is_no_way_around_a_strict_fraction(corpus: Path) -> None:
+def test_cached_shards_are_checked_against_a_lower_limit(corpus: Path) -> None:
     with open(corpus / "set.jsonl", "a") as file:
         file.write(json.dumps(row("mute", answer="")) + "\n")
     lenient = prepare(data_config(corpus, SET, max_skipped_fraction=0.5), (2,))
@@ -113,6 +115,7 @@ def test_a_lenient_cache_is_no_way_around_a_strict_fraction(corpus: Path) -> Non
         prepare(data_config(corpus, SET), (2,))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not KIT.is_dir(), reason=f"no kit of real recordings at {KIT}; set KIT_DIR")
 def test_the_kit_trains_and_evaluates(tmp_path: Path) -> None:
     datasets = (

@@ -1,3 +1,5 @@
+"""Writing and reading of shards and their indexes."""
+
 from __future__ import annotations
 
 import json
@@ -23,7 +25,7 @@ def built(tmp_path: Path) -> tuple[list[dict], Path]:
     return rows, tmp_path / "out"
 
 
-def test_every_sample_comes_back_as_it_was(built: tuple[list[dict], Path], tmp_path: Path) -> None:
+def test_every_sample_is_read_as_it_was_written(built: tuple[list[dict], Path], tmp_path: Path) -> None:
     rows, out = built
     shards = ShardSet(LocalStore(out))
     assert [s.num_samples for s in shards.shards] == [4, 4, 1]

@@ -1,4 +1,4 @@
-"""Tokens and labels, against tensors drawn by hand."""
+"""Tokens and labels, compared with tensors written by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.data.sample import make_sample
 from trainer.data.tokenizer import PlaceholderInText, Tokenizer, load_tokenizer, train_sentencepiece
 
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", PLACEHOLDER, "what", "is", "said", "?", "one", "two", "[U]", "[A]", "listen"]
-"""Ids of the hand-drawn tests: what 5, is 6, said 7, ? 8, one 9, two 10, [U] 11, [A] 12, listen 13."""
+"""The words of the tests; their ids are what 5, is 6, said 7, ? 8, one 9, two 10, [U] 11, [A] 12, listen 13."""
 
 CHAT = "{% for m in messages %}[U] {{ m.content }} {% endfor %}{% if add_generation_prompt %}[A]{% endif %}"
 
@@ -50,12 +50,12 @@ META = {"task": "asr", "instruction": "what is said ?", "answer": "one two"}
 
 
 def tensors(key: str, meta: dict, clips: tuple[torch.Tensor, ...], *args: object, **kwargs: object) -> Sample:
-    """One sample, as the model takes it."""
+    """Return a sample as the model gets it."""
     return to_sample(make_sample(key, meta, tuple(c.numpy() for c in clips), *args, **kwargs))  # type: ignore[arg-type]
 
 
 def clip(num_audio_tokens: int) -> torch.Tensor:
-    """A clip that takes `num_audio_tokens` behind a stride of 2: one slot is 640 samples, the last partly filled."""
+    """Return a clip of `num_audio_tokens` after a stride of 2, of 640 samples each, the last one partly filled."""
     return torch.ones(640 * num_audio_tokens - 639)
 
 
@@ -93,7 +93,7 @@ def test_further_texts_are_tokenised_where_there_are_any(
     assert tensors("k", meta, (clip(1),), words, (2,)).texts == {}
 
 
-def test_evaluation_sees_the_training_prompt_and_nothing_of_the_answer(words: Tokenizer) -> None:
+def test_evaluation_has_the_training_prompt_and_nothing_of_the_answer(words: Tokenizer) -> None:
     trained = tensors("k", META, (clip(2),), words, (2,))
     asked = tensors("k", META, (clip(2),), words, (2,), evaluate=True)
     length = asked.num_tokens
@@ -140,13 +140,13 @@ def test_missing_placeholder_and_missing_file_are_one_line_with_a_remedy(tmp_pat
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", '{"model": 3}', '{"version": "1.0"}'])
-def test_a_file_that_is_no_tokenizer_is_one_line_that_names_it(tmp_path: Path, text: str) -> None:
+def test_file_that_is_not_a_tokenizer_is_named_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match=r"tokenizer.json: transformers cannot read it \("):
         load_tokenizer(str(tmp_path / "tokenizer.json"), word_config())
 
 
-def test_a_fault_of_code_is_not_reported_as_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bug_is_not_reported_as_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise AttributeError("no such thing")
 

@@ -1,4 +1,4 @@
-"""Arrays pass through shared memory in order and unchanged, for all sizes of arrays and of the ring buffer."""
+"""Arrays in shared memory arrive in order and unchanged, for all sizes of arrays and of the ring buffer."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_everything_arrives_in_order_and_unchanged(num_ahead: int) -> None:
 
 
 @pytest.mark.parametrize(("kind", "error", "words"), [("user", UserError, "fix it"), ("ours", RuntimeError, "ZeroDiv")])
-def test_what_ends_a_process_is_raised_after_what_it_had_made(kind: str, error: type, words: str) -> None:
+def test_error_of_a_process_is_raised_after_its_earlier_results(kind: str, error: type, words: str) -> None:
     workers = Workers([(kind,)], serve=failing, num_ahead=2, buffer_bytes=4096)
     try:
         assert workers.lane_batches(0) == [1]
@@ -63,7 +63,7 @@ def test_what_ends_a_process_is_raised_after_what_it_had_made(kind: str, error: 
         workers.close()
 
 
-def test_a_process_is_no_more_ahead_than_it_may() -> None:
+def test_process_is_limited_in_how_far_it_is_ahead() -> None:
     workers = Workers([()], serve=endless, num_ahead=3, buffer_bytes=4096)
     try:
         workers.lane_batches(0)

@@ -1,4 +1,4 @@
-"""`train.deterministic`: what it sets and restores, and that no operation without a deterministic kernel is used."""
+"""`train.deterministic`: the settings that it changes and restores, and the operations that a step may use."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_a_run_has_the_recipes_settings_and_leaves_none(
+def test_settings_hold_during_a_run_and_are_restored(
     wanted: bool, no_variables: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, Any]] = []
@@ -97,7 +97,7 @@ def test_cuda_that_was_started_before_is_refused(no_variables: None, monkeypatch
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-# Operations that raise on CUDA, as the documentation of torch.use_deterministic_algorithms names them, and aliases.
+# The operations that raise on CUDA according to torch.use_deterministic_algorithms's documentation, and their aliases.
 DOCUMENTED = {
     "AvgPool3d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d", "AdaptiveMaxPool2d", "FractionalMaxPool2d",
     "FractionalMaxPool3d", "MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d", "interpolate", "ReflectionPad1d",
@@ -111,18 +111,11 @@ ALIASES = {
     "scatter_reduce_", "kthvalue",
 }  # fmt: skip
 
-# Uses that are legal, and why.
+# Permitted uses and their reasons.
 LEGAL = {
-    ("model/llm/packing.py", "cumsum"): "integers on the CPU",
-    ("model/mixture.py", "cumsum"): "integers",
-    ("model/router.py", "cumsum"): "integers",
     ("model/router.py", "EmbeddingBag"): "mode is mean",
-    (
-        "model/losses/vocabulary.py",
-        "cross_entropy",
-    ): "of the single-process model; one-dimensional: it does not raise",
+    ("model/losses/vocabulary.py", "cross_entropy"): "of the single-process model; one-dimensional: does not raise",
     ("model/losses/ctc.py", "ctc_loss"): "only where torch is not restricted",
-    ("trainer/engine/generate.py", "cumsum"): "integers",
     ("trainer/evaluation/offline/decode.py", "cumsum"): "integers",
     ("trainer/telemetry/trace.py", "median"): "on the CPU, without indices",
     ("model/losses/next_token.py", "cross_entropy"): "of `Vocabulary`, see there; distributed, it is Megatron's",
@@ -130,7 +123,7 @@ LEGAL = {
 
 
 def uses(source: str) -> Iterator[str]:
-    """Names of `DOCUMENTED` or `ALIASES` that are called, except those of NumPy and statistics."""
+    """Return the called names of `DOCUMENTED` or `ALIASES`, except those of NumPy and statistics."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -146,7 +139,7 @@ def uses(source: str) -> Iterator[str]:
                 yield "ReflectionPad1d"
 
 
-def test_the_list_is_that_of_torchs_documentation() -> None:
+def test_list_equals_torchs_documentation() -> None:
     text = (torch.use_deterministic_algorithms.__doc__ or "").split("operations will throw a\n")[1]
     text = text.split("In addition")[0]
     named = {name.rpartition(".")[2] for name in re.findall(r"\* :(?:class|func):`([\w.]+)`", text)}
@@ -164,14 +157,14 @@ def test_no_new_use_of_an_operation_that_raises_in_deterministic_mode() -> None:
     assert found == set(LEGAL), (sorted(found - set(LEGAL)), sorted(set(LEGAL) - found))
 
 
-def test_uses_are_seen() -> None:
+def test_uses_are_detected() -> None:
     source = "x.histc(4)\nnp.bincount(a)\nF.ctc_loss(b)\nnn.AvgPool3d(2)\nF.pad(c, (1, 1), mode='reflect')\nmedian(d)"
     assert [n for n in uses(source) if n in DOCUMENTED | ALIASES] == [
         *("histc", "ctc_loss", "AvgPool3d", "ReflectionPad1d", "median"),
     ]
 
 
-# What alerts in torch's CUDA kernels, by the name that is dispatched; cumsum of floating point is added below.
+# The operations whose CUDA kernels raise, by dispatched name; cumsum of floating point is added below.
 ALERTING = re.compile(
     r"aten::(_?ctc_loss_backward|avg_pool3d_backward|_?adaptive_(avg|max)_pool[23]d_backward|"
     r"fractional_max_pool[23]d_backward|max_unpool[23]d|upsample_\w+_backward|reflection_pad[123]d_backward|"
@@ -179,6 +172,7 @@ ALERTING = re.compile(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_step_of_all_parts_dispatches_no_operation_that_raises_on_cuda() -> None:
     (found,) = run_ranks(1, dispatched, timeout_sec=150)

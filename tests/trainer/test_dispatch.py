@@ -1,4 +1,4 @@
-"""Dispatch plans without processes: every wanted (clip, encoder) pair is computed once, by a holder, and comes home."""
+"""Dispatch plans without processes: every wanted (clip, encoder) pair is computed once, and its features return."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def linear(rate: float):  # noqa: ANN201
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_every_pair_is_computed_once_and_comes_home(data: st.DataObject) -> None:
+def test_every_pair_is_computed_once_and_returned(data: st.DataObject) -> None:
     ep = data.draw(st.sampled_from([1, 2, 4]))
     world = ep * data.draw(st.integers(1, 3))
     num_encoders = data.draw(st.integers(1, 5))
@@ -35,7 +35,7 @@ def test_every_pair_is_computed_once_and_comes_home(data: st.DataObject) -> None
     )
     parts = [dispatch_of(plan, rank) for rank in range(world)]
 
-    # Carry it out: a clip is its global number, a feature sequence is (clip, encoder).
+    # The plan is carried out with numbers in place of clips, and pairs (clip, encoder) in place of features.
     first = np.searchsorted(source_rank, np.arange(world))
     sent = [[int(first[r]) + c for c in parts[r].send_clips] for r in range(world)]
     arriving = [delivered(rank, sent, [p.send_to for p in parts], parts[rank].recv_from) for rank in range(world)]
@@ -58,7 +58,7 @@ def test_every_pair_is_computed_once_and_comes_home(data: st.DataObject) -> None
 
 
 def delivered(rank: int, sent: list[list], to: list[tuple[int, ...]], source: tuple[int, ...]) -> list:
-    """What arrives at `rank` of what all ranks have `sent`: of each source in its order of sending."""
+    """Return what arrives at `rank` from all ranks, in the order in which each of them sent it."""
     left = {s: [x for x, t in zip(sent[s], to[s], strict=True) if t == rank] for s in range(len(sent))}
     found = [left[s].pop(0) for s in source]
     assert not any(left.values()), "something was sent that nobody expects"
@@ -69,7 +69,7 @@ def results_of(part, arriving: list[int]) -> list[tuple[int, int]]:  # noqa: ANN
     return [(arriving[i], k) for k, work in enumerate(part.work) for i in work]
 
 
-def test_holders_get_equal_work_and_clips_of_like_length() -> None:
+def test_encoder_ranks_get_equal_work_and_clips_of_similar_length() -> None:
     source_rank = np.array([0] * 8 + [1, 2, 3])
     clips = ClipTable(source_rank, np.array([1, 2, 4, 8] * 2 + [2, 1, 1]) * 16_000, np.ones((11, 1), dtype=bool))
     plan = plan_dispatch(clips, [linear(1.0)], [0], 1, 4)
@@ -77,14 +77,14 @@ def test_holders_get_equal_work_and_clips_of_like_length() -> None:
     assert runs == [[1, 8], [1, 8], [4, 4], [1, 1, 2, 2, 2]]
 
 
-def test_every_encoder_by_itself_is_balanced_over_its_holders() -> None:
+def test_every_encoder_is_balanced_over_its_ranks() -> None:
     clips = ClipTable(np.arange(4), np.full(4, 16_000), np.ones((4, 2), dtype=bool))
     plan = plan_dispatch(clips, [linear(1.0), linear(5.0)], [0, 0], 1, 4)
     assert plan.encoder.tolist() == [0] * 4 + [1] * 4 and plan.encoder_rank.tolist() == [0, 1, 2, 3] * 2
 
 
 @pytest.mark.parametrize("num_clips", [8, 16, 64])
-def test_encoders_with_few_clips_do_not_all_choose_the_same_holders(num_clips: int) -> None:
+def test_encoders_with_few_clips_do_not_all_use_the_same_ranks(num_clips: int) -> None:
     rng = np.random.default_rng(0)
     wanted = np.zeros((num_clips, 8), dtype=bool)
     wanted[np.arange(num_clips), np.arange(num_clips) % 8] = True
@@ -119,7 +119,7 @@ def brute_force(lengths: list[int], budget: int, windowing: Windowing) -> float:
     st.integers(1, 500_000),
     st.sampled_from([WHOLE, Windowing(64_000), Windowing(64_000, 64_000), Windowing(300_000, 400)]),
 )
-def test_grouping_computes_least(lengths: list[int], budget: int, windowing: Windowing) -> None:
+def test_grouping_minimises_computation(lengths: list[int], budget: int, windowing: Windowing) -> None:
     groups = group_by_length(lengths, budget, CALL_COST, windowing)
     assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
     computed = [windowing.computed_samples([lengths[i] for i in group]) for group in groups]

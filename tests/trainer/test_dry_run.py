@@ -1,3 +1,5 @@
+"""The summary that `--dry-run` prints."""
+
 from __future__ import annotations
 
 import math
@@ -18,7 +20,7 @@ from trainer.plan.sizes import parameter_sizes, sized_model
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: object, **_kwargs: object) -> None:
-        raise AssertionError("a dry run reached for the network")
+        raise AssertionError("a dry run used the network")
 
     monkeypatch.setattr("socket.socket.connect", refuse)
 
@@ -33,17 +35,17 @@ def test_70b_on_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
     assert not torch.distributed.is_initialized()
 
 
-def test_the_lengths_of_packs_are_told() -> None:
-    assert "packs of up to 8192 tokens, filled up to a multiple of 8 (tensor ranks)." in describe(
-        load_recipe("mowe_70b")
-    )
+def test_the_lengths_of_packs_are_printed() -> None:
+    found = describe(load_recipe("mowe_70b"))
+    assert "an LLM pack up to 8192 tokens, padded to a multiple of 8 (the tensor-parallel ranks)." in found
     found = describe(load_recipe("mowe_70b", ["train.pack_multiple_tokens=1024"]))
-    assert "packs of up to 8192 tokens, filled up to a multiple of 1024: 8 lengths." in found
+    assert "an LLM pack up to 8192 tokens, padded to a multiple of 1024, which gives 8 different lengths." in found
 
 
-def test_what_a_resumed_run_is_like_is_told() -> None:
-    assert "train.deterministic = false: a resumed run is bit-identical on CPUs, to rounding on CUDA." in describe(
-        load_recipe("debug")
+def test_the_reproducibility_of_a_resumed_run_is_printed() -> None:
+    found = describe(load_recipe("debug"))
+    assert (
+        "train.deterministic = false: a resumed run is bit-identical on CPUs and equal up to rounding on CUDA." in found
     )
     found = describe(load_recipe("debug", ["train.deterministic=true"]))
     assert "train.deterministic = true: a resumed run is bit-identical on CPUs, and on CUDA as far as" in found
@@ -59,7 +61,7 @@ def test_llama_3_70b_has_its_published_size() -> None:
     assert num_parameters(hf_shapes(hf_config)) == 70_553_706_496
 
 
-def test_a_frozen_part_is_not_learned_and_takes_no_optimizer_state() -> None:
+def test_frozen_part_is_not_trained_and_has_no_optimizer_state() -> None:
     recipe = load_recipe("debug", ["optim.parts=[{pattern: 'audio.primary.*', frozen: true}]"])
     sizes = parameter_sizes(sized_model(recipe), recipe.optim)
     assert all((size.learned == 0) == name.startswith("audio.primary.") for name, size in sizes.items())

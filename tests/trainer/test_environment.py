@@ -1,4 +1,4 @@
-"""What a process sets before CUDA and process groups start, and how many files a rank has open."""
+"""Environment variables of a process before its first use of CUDA, and the number of open files of a rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer.parallel.topology import Topology
 ROOT = Path(__file__).parents[2]
 
 
-def test_settings_are_made_once_and_those_of_the_user_stay() -> None:
+def test_settings_are_made_once_and_keep_those_of_the_user() -> None:
     environ: dict[str, str] = {}
     set_environment(environ)
     assert environ == {
@@ -39,7 +39,7 @@ def test_settings_are_made_once_and_those_of_the_user_stay() -> None:
 
 @pytest.mark.timeout(60)
 def test_every_way_of_starting_sets_them_before_torch_is_imported() -> None:
-    """`python -m trainer` and a rank that torchrun started run the same main."""
+    """`earshot train` and ranks that torchrun starts run the same main function."""
     script = textwrap.dedent("""
         import json, os, resource, sys
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -63,12 +63,12 @@ def test_a_low_limit_is_named_with_the_number_that_is_needed(tmp_path: Path, mon
     assert low_limit(needed, 1008, cuda=True) is None
     assert f"may open 1024 files, a rank of 1008 may need {needed}" in (low_limit(1024, 1008, cuda=True) or "")
     monkeypatch.setattr("trainer.job.node_check.raise_descriptor_limit", lambda: 1024)
-    wanted = Wanted(0, str(tmp_path), (), None, 0, 0, num_ranks=1008)
+    wanted = Wanted(0, str(tmp_path), (), (), 0, 0, num_ranks=1008)
     assert [f"a rank of 1008 may need {needed_descriptors(1008, cuda=False)}" in f for f in look(wanted).faults] == [
         True
     ]
-    assert isinstance(look(Wanted(0, str(tmp_path), (), None, 0, 0)), Report)
-    assert not look(Wanted(0, str(tmp_path), (), None, 0, 0)).faults
+    assert isinstance(look(Wanted(0, str(tmp_path), (), (), 0, 0)), Report)
+    assert not look(Wanted(0, str(tmp_path), (), (), 0, 0)).faults
 
 
 @pytest.mark.timeout(240)
@@ -78,14 +78,14 @@ def test_a_low_limit_is_named_with_the_number_that_is_needed(tmp_path: Path, mon
 )
 def test_a_rank_joins_two_gloo_groups_at_any_size(topology: Topology, most: int) -> None:
     found = count_groups(topology, rank=0)
-    assert found.gloo_groups == 2  # the world's and the checkpoints'
+    assert found.gloo_groups == 2  # those of the world and of the checkpoints
     assert found.gloo_peers == 2 * (topology.world - 1)
     assert found.groups <= 24
     assert needed_descriptors(topology.world, cuda=True) <= most
 
 
 def lazy_body() -> dict[str, Any]:
-    """Count this rank's open files: with the groups of a run, and after every pair of ranks has talked."""
+    """Count this rank's open files with the groups of a run, and after every pair of ranks has communicated."""
 
     def count() -> int:
         return len(os.listdir("/proc/self/fd"))
@@ -99,6 +99,7 @@ def lazy_body() -> dict[str, Any]:
     return {"world": after_world - before, "groups": after_groups - after_world, "gather": count() - after_groups}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_groups_without_traffic_have_no_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_GLOO_LAZY_INIT", raising=False)
@@ -108,5 +109,5 @@ def test_groups_without_traffic_have_no_connections(monkeypatch: pytest.MonkeyPa
     assert first["groups"] <= num_groups * environment.GLOO_GROUP_DESCRIPTORS + 2
     for found in others:
         assert found["groups"] <= num_groups * environment.GLOO_GROUP_DESCRIPTORS + 2
-        assert found["gather"] <= 3  # to rank 0, not to all
+        assert found["gather"] <= 3  # connections to rank 0 only
     assert first["world"] + first["gather"] <= needed_descriptors(world, cuda=False) - environment.PROCESS_DESCRIPTORS

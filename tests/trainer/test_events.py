@@ -1,4 +1,4 @@
-"""What is written of a run's fate is read back, whatever was torn."""
+"""Writing and reading of a run's events, including incomplete files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_an_attempt_begins_with_started(tmp_path: Path) -> None:
     first.add("saved", step=3)
     EventLog(run).add("requeued", why="hung")
     second = begin_attempt(run)
-    first.add("failed", step=4)  # a rank of the old attempt that lived on says so under its own number
+    first.add("failed", step=4)  # a remaining rank of the old attempt writes its own number
     second.add("finished", step=9)
     found = read_events(run)
     assert [(e["event"], e["attempt"]) for e in found] == [
@@ -41,7 +41,7 @@ def test_an_attempt_begins_with_started(tmp_path: Path) -> None:
     assert all(e["host"] and abs(e["time"] - time.time()) < 60 for e in found)
 
 
-def test_a_torn_line_costs_itself_only(tmp_path: Path) -> None:
+def test_incomplete_line_is_the_only_one_lost(tmp_path: Path) -> None:
     EventLog(tmp_path).add("submitted")
     with (tmp_path / EVENTS_NAME).open("a") as file:
         file.write('{"time": 1.0, "event": "sav')
@@ -51,7 +51,7 @@ def test_a_torn_line_costs_itself_only(tmp_path: Path) -> None:
     assert read_events(tmp_path / "nothing") == []
 
 
-def test_what_is_no_event_is_left_out(tmp_path: Path) -> None:
+def test_lines_that_are_not_events_are_skipped(tmp_path: Path) -> None:
     EventLog(tmp_path).add("submitted")
     with (tmp_path / EVENTS_NAME).open("a") as file:
         for line in (
@@ -64,7 +64,7 @@ def test_what_is_no_event_is_left_out(tmp_path: Path) -> None:
             file.write(line + "\n")
     assert [e["event"] for e in read_events(tmp_path)] == ["submitted"]
     assert begin_attempt(tmp_path).attempt == 1
-    assert read_events(tmp_path / EVENTS_NAME) == []  # of a file
+    assert read_events(tmp_path / EVENTS_NAME) == []  # a file instead of a folder
 
 
 def test_events_wait_for_a_full_disk_and_keep_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

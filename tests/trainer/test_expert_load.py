@@ -1,4 +1,4 @@
-"""Which clips went where: hand-drawn routings, sums that add up, and the history on disk."""
+"""The encoders' load: sums over routings and parts, metrics, and the history on disk."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ ER = ClipGroup("er", UNNAMED, "stage", "2-5 s")
 
 
 def routing(*rows: tuple[list[float], list[float]]) -> Routing:
-    """Top-1 of two gates over the experts, per clip."""
+    """Return a routing with the top-1 of two gates over the experts for each clip."""
     probs = torch.tensor(rows, dtype=torch.float64)
     chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, probs.argmax(-1, keepdim=True), True)
     return Routing(probs, chosen, ("data_independent", "data_dependent"))
 
 
 def three_clips() -> ExpertLoad:
-    # Clip by clip: experts {0, 1}, {0}, {0, 1}.
+    # The experts of the clips are {0, 1}, {0} and {0, 1}.
     routed = routing(([0.6, 0.4], [0.1, 0.9]), ([0.6, 0.4], [0.8, 0.2]), ([0.6, 0.4], [0.0, 1.0]))
     return ExpertLoad.of(routed, [ASR, ASR, ER], [1.5, 1.0, 4.0], ["hubert", "wavlm"])
 
@@ -59,7 +59,7 @@ def test_a_routing_becomes_sums_per_group() -> None:
     assert asr.mean_weight == pytest.approx(np.array([[0.6, 0.0], [0.4, 0.45]]))
     assert asr.mean_entropy == pytest.approx([entropy(0.6, 0.4), (entropy(0.1, 0.9) + entropy(0.8, 0.2)) / 2])
     assert asr.entropy_of_mean == pytest.approx([entropy(0.6, 0.4), entropy(0.45, 0.55)])
-    assert load.cells[ER].mean_entropy[1] == 0.0  # a probability of 0 adds nothing, and no nan
+    assert load.cells[ER].mean_entropy[1] == 0.0  # a probability of 0 adds nothing instead of NaN
     assert load.total().clip_share == pytest.approx([1.0, 2 / 3])
     assert list(load.by_task()) == [ALL, "asr", "er"] and load.by_task()["er"].num_clips == 1
 
@@ -85,7 +85,7 @@ def test_parts_add_up_to_the_whole() -> None:
     assert add_up([]).cells == {} and (add_up([]) + whole) == whole
 
 
-def test_a_run_that_grew_adds_up_by_name() -> None:
+def test_loads_with_added_experts_are_summed_by_name() -> None:
     grown = ExpertLoad.of(routing(([0.2, 0.3, 0.5], [0.2, 0.7, 0.1])), [ASR], [1.0], ["wavlm", "hubert", "tiny"])
     both = three_clips() + grown
     assert both.experts == ("hubert", "wavlm", "tiny")
@@ -99,7 +99,7 @@ def test_clips_of_a_model_without_experts_are_counted() -> None:
     assert load.total().num_clips == 2 and load.total().audio_sec == 3.0 and load_metrics(load) == {}
 
 
-def test_json_gives_the_same_back_and_other_json_is_refused() -> None:
+def test_json_round_trip_and_refusal_of_other_json() -> None:
     load = three_clips()
     again = ExpertLoad.from_json(json.loads(json.dumps(load.to_json())))
     assert again.to_json() == load.to_json() and again.gates == load.gates
@@ -137,7 +137,7 @@ def sample(seconds: float, source: str) -> Sample:
 
 
 def interval(step: int = 4) -> LoadInterval:
-    """Two ranks, the second without clips; two steps."""
+    """Return an interval of two steps on two ranks, of which the second has no clips."""
     meter = LoadMeter(["hubert", "wavlm"], "whisper")
     meter.add_clips(Batch((sample(0, "x"), sample(1.5, "radio"))), routing(([0.6, 0.4], [0.1, 0.9])))
     meter.add_step({"whisper": (2.0, 0.5, 10, 20), "hubert": (1.0, 0.0, 0, 0)}, 5.0)
@@ -151,7 +151,7 @@ def interval(step: int = 4) -> LoadInterval:
     return meter.merge(step, [meter.take(), idle.take()])
 
 
-def test_ranks_make_an_interval() -> None:
+def test_parts_of_ranks_become_an_interval() -> None:
     found = interval()
     assert (found.step, found.num_steps, found.step_sec) == (4, 2, 9.0)
     assert found.load.total().num_clips == 2 and found.load.total().audio_sec == 4.0
@@ -165,7 +165,7 @@ def test_ranks_make_an_interval() -> None:
     assert costs.imbalance == pytest.approx(8.5 / 7.0)
 
 
-def test_an_interval_is_metrics() -> None:
+def test_metrics_of_an_interval() -> None:
     metrics = interval_metrics(interval())
     assert metrics["encoders/whisper/compute_sec"] == pytest.approx(1.5)
     assert metrics["encoders/whisper/wait_sec"] == pytest.approx(0.125)
@@ -174,7 +174,7 @@ def test_an_interval_is_metrics() -> None:
     assert metrics["routing/asr/hubert/clip_share"] == 1.0
 
 
-def test_taking_starts_again_from_nothing() -> None:
+def test_take_resets_the_meter() -> None:
     meter = LoadMeter(["hubert"], None)
     meter.add_step({}, 1.0)
     assert meter.take().costs.shape == (1, 1, 4)
@@ -184,7 +184,7 @@ def test_taking_starts_again_from_nothing() -> None:
     assert merged.costs.imbalance == 1.0 and merged.num_steps == 0
 
 
-def test_a_source_per_clip_does_not_fill_the_disk() -> None:
+def test_many_sources_do_not_fill_the_disk() -> None:
     meter = LoadMeter([], "whisper")
     for i in range(MAX_SOURCES + 9):
         meter.add_clips(Batch((sample(1.5, f"url-{i}"),)), None)
@@ -199,7 +199,7 @@ def test_the_history_is_kept_and_resumes(tmp_path: Path) -> None:
         hook.on_step(StepReport(step - 1, 1.0))
         hook.on_step(StepReport(step, 1.0, load=interval(step)))
     with (tmp_path / HISTORY_NAME).open("a") as file:
-        file.write('{"step": 8, "num')  # a crash while it was written
+        file.write('{"step": 8, "num')  # an interrupted write
     assert [i.step for i in read_history(tmp_path / HISTORY_NAME)] == [2, 4, 6]
     resumed = LoadHook(tmp_path, 4)
     resumed.on_step(StepReport(6, 1.0, load=interval(6)))
@@ -211,7 +211,7 @@ def test_the_history_is_kept_and_resumes(tmp_path: Path) -> None:
     assert total.num_steps == 6 and total.step_sec == 27.0
 
 
-def test_the_history_outlives_a_full_disk(tmp_path: Path) -> None:
+def test_history_survives_a_full_disk(tmp_path: Path) -> None:
     hook = LoadHook(tmp_path, 0)
     hook.on_step(StepReport(2, 1.0, load=interval(2)))
     whole = (tmp_path / HISTORY_NAME).stat().st_size

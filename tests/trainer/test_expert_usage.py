@@ -1,4 +1,4 @@
-"""Profiles of drawn histories: what follows from the sums, in every form in which it is written."""
+"""Profiles of random histories, and their text, JSON and plots."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
 
 
 def one_hot(experts: list[int], num: int = 2) -> ExpertLoad:
-    """A clip of a second per entry, sent to that expert by the one gate."""
+    """Return the load of one clip of a second per entry, which the only gate routes to that expert."""
     probs = torch.eye(num)[experts][:, None]
     names = [f"e{k}" for k in range(num)]
     return ExpertLoad.of(Routing(probs, probs.bool(), ("g",)), [ASR] * len(experts), [1.0] * len(experts), names)
@@ -72,10 +72,10 @@ def test_a_dead_expert_and_since_when(profile: Profile) -> None:
     assert profile.dead == ("whisper_tiny",)
     assert profile.last_used_step("whisper_tiny") == TINY_DIES and profile.last_used_step("hubert") == LAST_STEP
     late = of(*(interval(s, one_hot([0] if s < 8 else [0, 1]), [[1.0, 1.0], [1.0, 1.0]]) for s in range(1, 11)))
-    assert late.dead == ()  # used only at the end, and that is when it counts
+    assert late.dead == ()  # used only at the end, which is the part that counts
     assert of(interval(1, one_hot([1]), [[0.0], [1.0]])).last_used_step("e0") is None
     silent = add_up([])
-    assert of(interval(1, silent, [[1.0], [1.0]])).dead == ()  # no clips: no verdict
+    assert of(interval(1, silent, [[1.0], [1.0]])).dead == ()  # unknown without clips
 
 
 def test_drift_is_how_far_the_shares_moved() -> None:
@@ -117,12 +117,12 @@ def test_placement_by_cost() -> None:
     assert advice.current is not None and advice.current.slot_sec == (4.0, 1.0)
     assert advice.suggested.slots == (0, 1, 1) and advice.suggested.slowest_sec == 3.0
     assert advice.saved_sec == 1.0 and advice.suggested.imbalance == pytest.approx(3.0 / 2.5)
-    assert advice.others == ()  # 4 slots for 3 experts would leave one empty
+    assert advice.others == ()  # 4 places for 3 experts would leave one empty
     apart = advise(["a", "b", "c"], [6.0, 2.0, 2.0], ep=1, num_ranks=6, current=None)
     assert [len(p.slot_sec) for p in apart.others] == [2, 3] and apart.saved_sec == 0.0
 
 
-def test_where_experts_are_is_seen_from_who_computed() -> None:
+def test_placement_is_derived_from_the_computing_ranks() -> None:
     computed = [[3.0, 0.0, 3.0, 0.0], [0.0, 1.0, 0.0, 1.0], [0.0, 2.0, 0.0, 2.0]]
     time = measured_time([interval(1, one_hot([0, 1, 2], num=3), computed)])
     assert time is not None and current_slots(time, ["e0", "e1", "e2"], 2) == (0, 1, 1)
@@ -148,7 +148,7 @@ def test_an_expert_parallel_run_gets_advice(tmp_path: Path) -> None:
     assert saved > 0 and f"saves {saved:.3f} s ({saved / 0.5:.1%} of the step)" in describe(found)
 
 
-def test_the_text_says_what_the_numbers_are(profile: Profile) -> None:
+def test_text_contains_the_numbers(profile: Profile) -> None:
     tree, text = profile.to_json(), describe(profile)
     share = tree["tasks"]["asr"]["encoders"]["hubert"]["clip_share"]
     line = next(line for line in text.splitlines() if line.startswith("hubert"))
@@ -162,7 +162,7 @@ def test_the_text_says_what_the_numbers_are(profile: Profile) -> None:
     assert "no clips" in describe(empty) and empty.to_json()["tasks"] == {} and empty.imbalance is None
 
 
-def test_files_hold_the_same_numbers(profile: Profile, tmp_path: Path) -> None:
+def test_files_contain_the_same_numbers(profile: Profile, tmp_path: Path) -> None:
     files = {p.name for p in write_files(profile, tmp_path)}
     assert files == {"profile.json", "cells.csv", "report.html", "shares.png", "drift.png", "ranks.png"}
     tree = json.loads((tmp_path / "profile.json").read_text())
@@ -183,7 +183,7 @@ def test_files_hold_the_same_numbers(profile: Profile, tmp_path: Path) -> None:
     for path in tmp_path.glob("*.png"):
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
     write_files(Profile("x", "y", None, profile.load, (), None, None), tmp_path)
-    assert {p.name for p in tmp_path.glob("*.png")} == {"shares.png"}  # no plots of an earlier profile stay
+    assert {p.name for p in tmp_path.glob("*.png")} == {"shares.png"}  # plots of an earlier profile are deleted
 
 
 def test_entropies_are_bounded(profile: Profile) -> None:

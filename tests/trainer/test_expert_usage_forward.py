@@ -1,4 +1,4 @@
-"""Routing data with a checkpoint's router: the same decisions as the model that was saved."""
+"""Routing of data with a checkpoint's router, which must decide like the saved model."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ VOCAB_SIZE, LLM_DIM = 100, 32
 def make_tower(recipe: Recipe) -> AudioTower:
     torch.manual_seed(9)
     tower = AudioTower(recipe.model, LLM_DIM, VOCAB_SIZE)
-    torch.nn.init.normal_(tower.router.dependent.weight, std=2.0)  # decided, so that a wrong weight shows
+    torch.nn.init.normal_(
+        tower.router.dependent.weight, std=2.0
+    )  # clear decisions, so that a wrong weight has an effect
     return tower.eval()
 
 
 def write_checkpoint(run: Path, recipe: Recipe, tower: AudioTower, step: int) -> Path:
-    """The audio side only, as one rank would save it."""
+    """Write a checkpoint of the audio side alone, as one rank would save it."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
     draft = LocalDraft(folder)
@@ -83,7 +85,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected(manifest: Path, tower: AudioTower, split: str | None) -> ExpertLoad:
-    """Clip by clip, with the model in memory."""
+    """Return the load that the model in memory gives clip by clip."""
     total = ExpertLoad((), (), {})
     for line in manifest.read_text().splitlines():
         meta = json.loads(line)
@@ -111,9 +113,7 @@ def check_equal(found: ExpertLoad, wanted: ExpertLoad) -> None:
 
 
 @pytest.mark.parametrize("split", [None, "train", "test"])
-def test_a_manifest_is_routed_as_the_saved_model_would(
-    run: Path, recipe: Recipe, manifest: Path, split: str | None
-) -> None:
+def test_manifest_is_routed_as_by_the_saved_model(run: Path, recipe: Recipe, manifest: Path, split: str | None) -> None:
     profile = profile_data(find_run(run), manifest, split)
     check_equal(profile.load, expected(manifest, make_tower(recipe), split))
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
@@ -151,7 +151,7 @@ def test_a_gate_that_reads_the_instruction_gets_its_tokens(manifest: Path, tmp_p
         routing = tower.router(Ragged.of([torch.zeros(1)] * 5), None, prompts)
     found = profile_data(find_run(tmp_path / "debug"), manifest, None).load.by_task()["er"]
     assert found.probs == pytest.approx(routing.probs.sum(0).numpy(), abs=1e-4)
-    assert found.entropy_of_mean[1] - found.mean_entropy[1] > 1e-3  # instructions are told apart
+    assert found.entropy_of_mean[1] - found.mean_entropy[1] > 1e-3  # the gate distinguishes instructions
 
 
 def test_shards_are_routed_like_their_manifest(run: Path, manifest: Path, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_shards_are_routed_like_their_manifest(run: Path, manifest: Path, tmp_pa
         profile_data(find_run(run), tmp_path / "shards", "dev")
 
 
-def test_what_cannot_be_used_is_counted(run: Path, tmp_path: Path) -> None:
+def test_unusable_samples_are_counted(run: Path, tmp_path: Path) -> None:
     rows = clip_rows(tmp_path, 2)
     (tmp_path / "cut.flac").write_bytes((tmp_path / "clip-0.flac").read_bytes()[:600])
     broken = [row("cut", audio="cut.flac"), row("other", task="singing"), row("mute", answer=" ")]
@@ -185,7 +185,7 @@ def test_every_tensor_comes_from_the_checkpoint(run: Path, recipe: Recipe) -> No
     assert not [name for name, tensor in wanted.items() if not torch.equal(loaded[name].cpu(), tensor)]
 
 
-def test_the_newest_whole_checkpoint_is_taken(recipe: Recipe, manifest: Path, tmp_path: Path) -> None:
+def test_newest_undamaged_checkpoint_is_used(recipe: Recipe, manifest: Path, tmp_path: Path) -> None:
     run = tmp_path / "debug"
     for step in (3, 5):
         write_checkpoint(run, recipe, make_tower(recipe), step)

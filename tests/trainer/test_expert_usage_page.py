@@ -1,4 +1,4 @@
-"""The HTML report in a real browser: Chromium without a network."""
+"""The HTML report of encoder experts in a real browser: Chromium without a network."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def report(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def check_numbers(page: Page, wanted: dict[str, Any]) -> None:
-    """Every number of the first table and of the gates is that of a task in the JSON."""
+    """Check that the numbers of the first table and of the gates equal those of a task in the JSON."""
     for name, encoder in wanted["encoders"].items():
         for key in ("clip_share", "num_clips", "audio_share", "audio_sec"):
             assert page.numbers[f"encoders.{name}.{key}"] == pytest.approx(encoder[key], rel=1e-5, abs=1e-6), (
@@ -55,7 +55,7 @@ def test_it_renders_and_its_numbers_are_those_of_the_json(report: Path, tree: di
     page = browse(report, "" if task == "all" else f"#task={task}")
     assert (page.root["data-state"], page.root["data-errors"]) == ("ready", "")
     assert {"encoders", "tasks", "confidence", "drift", "by-language", "by-band", "time", "placement"} <= page.ids
-    assert "img" not in page.tags  # names from manifests are text
+    assert "img" not in page.tags  # names from manifests are shown as text
     check_numbers(page, tree["tasks"][task])
     for other, found in tree["tasks"].items():
         for expert in tree["experts"]:
@@ -65,7 +65,7 @@ def test_it_renders_and_its_numbers_are_those_of_the_json(report: Path, tree: di
         assert {k: page.numbers[f"time.{name}.{k}"] for k in encoder} == encoder
 
 
-def test_a_click_filters_and_so_do_the_other_choices(report: Path, tree: dict[str, Any]) -> None:
+def test_clicks_and_other_choices_filter(report: Path, tree: dict[str, Any]) -> None:
     clicks = "[...document.querySelectorAll('.pills a')].find((a) => a.textContent === 'er').click();"
     clicked = then_run(report, "clicked.html", clicks)
     page = browse(clicked)
@@ -93,7 +93,7 @@ def test_a_profile_without_history_or_experts_renders_too(tree: dict[str, Any], 
     assert page.root["data-errors"] == "" and page.root["data-state"] == "ready" and page.ids == set()
 
 
-def test_an_error_in_the_page_is_seen(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_error_in_the_page_is_detected(tree: dict[str, Any], tmp_path: Path) -> None:
     broken = tmp_path / "report.html"
     broken.write_text(page_of({**tree, "time": {}}), encoding="utf-8")
     page = browse(broken)
@@ -104,4 +104,4 @@ def test_the_page_loads_nothing(report: Path) -> None:
     text = report.read_text(encoding="utf-8")
     assert "default-src 'none'" in text
     assert not [mark for mark in ('src="', "@import", "url(", "<link", "fetch(", "XMLHttp") if mark in text]
-    assert text.count("</script>") == 2  # of the data and of the page's own script: none from a manifest
+    assert text.count("</script>") == 2  # of the data and of the page's script, and none from a manifest

@@ -1,4 +1,4 @@
-"""Former recipe keys: an error that names the present one in a user's recipe, a translation in a stored one."""
+"""Former recipe keys, which are an error in a user's recipe and are translated in a stored one."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ from trainer.telemetry.load_history import HISTORY_NAME, read_history
             "model.router.entry_steps=3",
             "model.router.entry_steps: renamed; write model.router.added_encoder_warmup_steps instead",
         ),
+        ("telemetry.mlflow=true", "telemetry.mlflow: replaced; write telemetry.trackers=[mlflow] instead"),
+        ("telemetry.mlflow=false", "telemetry.mlflow: replaced; write telemetry.trackers=[] instead"),
+        ("telemetry.mlflow_experiment=a", "telemetry.mlflow_experiment: renamed; write telemetry.experiment instead"),
         (
             "model.router.gates=[dependent]",
             "model.router.gates: 'dependent' is renamed; write 'data_dependent' instead",
         ),
     ],
 )
-def test_a_users_recipe_must_have_todays_names(override: str, message: str) -> None:
+def test_users_recipe_must_have_current_names(override: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         load_recipe("debug", [override])
     assert str(error.value) == message
@@ -42,6 +45,8 @@ def test_a_stored_recipe_is_translated() -> None:
     assert [d.name for d in recipe.data.datasets] == ["golden"]
     assert recipe.model.router.added_encoder_warmup_steps == 4
     assert recipe.model.router.gates == ("data_independent", "data_dependent")
+    assert "mlflow: false" in path.read_text()
+    assert (recipe.telemetry.trackers, recipe.telemetry.experiment) == ((), "mowe")
 
 
 def test_a_stored_recipe_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
@@ -49,7 +54,7 @@ def test_a_stored_recipe_that_cannot_be_read_is_one_line(tmp_path: Path) -> None
         load_stored_recipe(tmp_path / "recipe.yaml")
 
 
-def test_a_history_and_an_export_of_an_earlier_version_have_todays_gates() -> None:
+def test_histories_and_exports_of_earlier_versions_have_current_gate_names() -> None:
     history = read_history(GOLDEN / "run" / HISTORY_NAME)
     assert history and {i.load.gates for i in history} == {("data_independent", "data_dependent")}
     described = json.loads((GOLDEN / "export" / "config.json").read_text())["audio"]

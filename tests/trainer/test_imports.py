@@ -1,3 +1,5 @@
+"""The modules that a rank imports."""
+
 from __future__ import annotations
 
 import subprocess
@@ -13,6 +15,7 @@ from trainer.engine.imports import lean_imports
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_rank_loads_neither_mlflow_nor_a_compiler() -> None:
     code = """
     import gc, sys
@@ -31,7 +34,7 @@ def test_a_rank_loads_neither_mlflow_nor_a_compiler() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_what_is_decorated_meanwhile_is_compiled_at_its_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_functions_decorated_meanwhile_are_compiled_at_their_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
 
     def compile_now(function, **options):  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""A batch job's decisions that need no Slurm: layout, which nodes to use, what a node says of itself."""
+"""The parts of a batch job that need no Slurm: layout, choice of nodes, and the checks of a node and a recipe."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_ranks_fill_nodes(num_nodes: int, num_ranks: int, tensor: int, expected:
     assert lay_out(allocation(num_nodes), num_ranks, tensor) == expected
 
 
-def test_a_layout_that_cannot_be_names_the_remedy() -> None:
+def test_impossible_layout_names_the_remedy() -> None:
     with pytest.raises(UserError, match=r"needs 16 nodes of 8 tasks, the job has 2: sbatch --nodes=16, or .*=16$"):
         lay_out(allocation(2), 128, 8)
     with pytest.raises(UserError, match="parallel.num_ranks = 12: not a multiple of the 8 tasks"):
@@ -57,7 +57,7 @@ def test_a_step_has_its_ranks_in_blocks_on_the_chosen_nodes() -> None:
     assert command[-5:] == [sys.executable, "-u", "-m", "trainer", "debug"]
 
 
-def test_a_container_comes_between_srun_and_python() -> None:
+def test_container_command_is_between_srun_and_python() -> None:
     environ = {"SRUN_OPTIONS": "--container-image=x.sqsh", "RANK_PYTHON": "apptainer exec 'my image' python"}
     command = srun(allocation(1), ("n1",), 8, ["trainer"], environ)
     assert command[-8:] == [
@@ -72,7 +72,7 @@ def test_a_container_comes_between_srun_and_python() -> None:
     ]
 
 
-def test_spares_stand_in_for_bad_nodes() -> None:
+def test_spares_replace_faulty_nodes() -> None:
     nodes = ("n1", "n2", "n3", "n4")
     assert choose(nodes, {}, 3) == ("n1", "n2", "n3")
     assert choose(nodes, {"n2": "7 of 8 GPUs answer"}, 3) == ("n1", "n3", "n4")
@@ -91,7 +91,7 @@ def test_spares_stand_in_for_bad_nodes() -> None:
         ("".join(H100.format(i, 81000, 0) for i in range(7)), ["7 of 8 GPUs answer"]),
         (
             "".join(H100.format(i, 81000 - 40000 * (i == 3), 2 * (i == 5)) for i in range(8)),
-            ["GPU 3: 41000 of 81559 MiB free: another process holds the rest", "GPU 5: 2 uncorrected memory errors"],
+            ["GPU 3: 41000 of 81559 MiB free; another process uses the rest", "GPU 5: 2 uncorrected memory errors"],
         ),
     ],
 )
@@ -101,23 +101,24 @@ def test_gpus_are_judged_by_what_nvidia_smi_says(table: str, faults: list[str]) 
     assert report.faults == faults
 
 
-def test_a_node_looks_at_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_checks_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
-    wanted = Wanted(1, str(tmp_path / "run"), (), "http://127.0.0.1:1", 1e6, 1e6)
+    wanted = Wanted(1, str(tmp_path / "run"), (), ("http://127.0.0.1:1",), 1e6, 1e6)
     report = look(wanted)
-    kinds = ["no nvidia-smi", "GiB of memory available, 1e+06 wanted", "GiB free in", "GiB free in"]
+    kinds = ["no nvidia-smi", "GiB of memory available, 1e+06 needed", "GiB free in", "GiB free in"]
     assert all(kind in fault for kind, fault in zip(kinds, report.faults, strict=True))
     assert "metrics go to metrics.jsonl only" in report.warnings[0]
-    fine = look(Wanted(0, str(tmp_path / "run"), (), None, 0.01, 0.01))
-    assert not fine.faults and "no GPUs asked for" in fine.facts
+    fine = look(Wanted(0, str(tmp_path / "run"), (), (), 0.01, 0.01))
+    assert not fine.faults and "no GPUs requested" in fine.facts
 
 
 def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    report = look(Wanted(0, str(tmp_path / "file" / "run"), (), None, 0, 0))
+    report = look(Wanted(0, str(tmp_path / "file" / "run"), (), (), 0, 0))
     assert report.faults == [f"{tmp_path}/file/run cannot be written: Not a directory"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -137,7 +138,7 @@ def test_outside_a_job_it_checks_and_refuses(
     assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 
-def test_shards_and_weights_are_looked_at_before_a_job(
+def test_shards_and_weights_are_checked_before_a_job(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from trainer.job.check import main
@@ -148,25 +149,25 @@ def test_shards_and_weights_are_looked_at_before_a_job(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert main([*shards, "data.eval_splits=[train]", "eval.final_split=train"]) == 0
     assert main([*shards, "data.eval_splits=[train, dev]", "eval.final_split=train"]) == 2
-    assert "data.eval_splits: no set has samples of split 'dev'" in capsys.readouterr().err
+    assert "data.eval_splits: no dataset has samples of split 'dev'" in capsys.readouterr().err
     assert main([*shards, "data.datasets.0.tasks=[er]"]) == 2 and "select nothing" in capsys.readouterr().err
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main([*shards, "data.eval_splits=[train]", "eval.final_split=train", "model.llm.weights=a/b"]) == 2
     assert "model.llm.weights = a/b: neither a path nor in the hub's cache" in capsys.readouterr().err
 
 
-def test_what_a_job_must_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_facts_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from trainer.job.check import main
 
     (tmp_path / "demo.jsonl").touch()
     keys = [f"data.root={tmp_path}", f"train.run_dir={tmp_path}/runs"]
     assert main(["debug", *keys]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts.pop("snapshot_gib") == 0  # the plan's, which this command does not make
-    assert facts == {"run_dir": f"{tmp_path}/runs/debug", "num_ranks": 2, "tensor": 1, "stores": [], "tracker": None}
+    assert facts.pop("snapshot_gib") == 0  # this command does not make a plan
+    assert facts == {"run_dir": f"{tmp_path}/runs/debug", "num_ranks": 2, "tensor": 1, "stores": [], "trackers": []}
 
 
-def test_a_node_needs_memory_for_the_plans_snapshot_besides_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_needs_memory_for_the_planned_snapshot_in_addition(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Wanted] = []
 
     def answers(command: list[str]) -> list[dict[str, Any]]:
@@ -176,12 +177,13 @@ def test_a_node_needs_memory_for_the_plans_snapshot_besides_the_rest(monkeypatch
         return [{"node": "n1", "mib": 4, "gb_per_sec": 1.0}] * 128
 
     monkeypatch.setattr("trainer.job.preflight._answers", answers)
-    facts = Facts("runs/x", 128, 8, (), None, snapshot_gib=53.5)
+    facts = Facts("runs/x", 128, 8, (), (), snapshot_gib=53.5)
     found = preflight(allocation(16), Layout(16, 8), facts, {"PREFLIGHT_MIN_MEMORY_GIB": "64"})
     assert len(found.nodes) == 16
     assert asked[0].min_memory_gib == 117.5 and asked[0].num_ranks == 128
 
 
+@pytest.mark.slow
 def test_the_check_before_a_job_takes_the_snapshot_from_the_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

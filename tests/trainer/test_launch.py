@@ -1,3 +1,5 @@
+"""How ranks find their place, and how they are started and ended."""
+
 from __future__ import annotations
 
 import os
@@ -23,8 +25,12 @@ SRUN = {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "16",
         ({}, 2, None),
         (TORCHRUN, 4, RankEnv(3, 1, 4)),
         (SRUN, 16, RankEnv(9, 1, 16)),
-        (SRUN | TORCHRUN, 4, RankEnv(3, 1, 4)),  # torchrun started inside a Slurm task
-        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "16"}, 16, None),  # the batch script: no task
+        (SRUN | TORCHRUN, 4, RankEnv(3, 1, 4)),  # torchrun within a Slurm task
+        (
+            {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "16"},
+            16,
+            None,
+        ),  # the batch script, which is not a task
         (SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, 2, None),  # an interactive shell
         (SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"}, 1, RankEnv(0, 0, 1)),
     ],
@@ -55,7 +61,7 @@ def test_the_first_host_of_a_node_list(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
 
 
-def test_ranks_meet_where_the_launcher_says() -> None:
+def test_ranks_connect_at_the_launchers_address() -> None:
     assert rendezvous({"MASTER_ADDR": "h", "MASTER_PORT": "5"}) == ("h", 5)
     slurm = {"SLURM_JOB_ID": "1234567", "SLURM_JOB_NODELIST": "n[3-4]"}
     assert rendezvous(slurm) == ("n3", 24567)
@@ -91,7 +97,7 @@ def test_one_failing_rank_ends_the_others_at_once_and_gives_the_code() -> None:
     assert time.monotonic() - start < 15
 
 
-def test_a_rank_killed_by_a_signal_gives_the_shells_code() -> None:
+def test_rank_killed_by_a_signal_gives_the_exit_code_of_a_shell() -> None:
     assert start_ranks(1, ranks("import os; os.kill(os.getpid(), 9)")) == 128 + 9
 
 
@@ -179,7 +185,7 @@ def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
         (["debug", "parallel.tensor=3"], "error: parallel.tensor = 3: legal values for 2 ranks are 1, 2\n"),
     ],
 )
-def test_a_users_mistake_gets_one_line_and_exit_code_2(
+def test_user_error_is_one_line_and_exit_code_2(
     arguments: list[str],
     message: str,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""Signals are taken note of, once; a save that takes too long is told."""
+"""Signals are recorded once, and a save that takes too long is reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_repeated_signals_do_not_end_the_process() -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)  # the first of its kind: Slurm's warning came before
+        os.kill(os.getpid(), signal.SIGINT)  # the first SIGINT, after Slurm's warning
         assert stop.signal == signal.SIGUSR1 and abs(time.monotonic() - stop.time_sec) < 5
 
 

@@ -1,4 +1,4 @@
-"""What the LLM engine keeps of a step's packs: sums by sample, and gradients no larger than a pack."""
+"""The LLM engine's results for packs: losses by sample, and gradients by micro-batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.engine.llm import Packs, _Forward
 
 
 def packs() -> Packs:
-    """Two packs of 4000 rows: samples 2 and 0 and padding; sample 1 alone."""
+    """Return two packs of 4000 rows: one with samples 2 and 0 and padding, and one with sample 1 alone."""
     rows = torch.zeros(8000, dtype=torch.int64)
     return Packs(
         lengths=((3000, 900, 100), (4000,)),
@@ -24,14 +24,14 @@ def packs() -> Packs:
     )
 
 
-def test_losses_are_summed_by_sample_without_what_fills_a_pack_up() -> None:
+def test_losses_are_summed_by_sample_without_padding() -> None:
     losses = [torch.full((4000,), 0.5), torch.full((4000,), 0.25)]
     sums = packs().sum_by_sample(losses, torch.device("cpu"))
     assert sums.tolist() == [450.0, 1000.0, 1500.0, 0.0]
     assert packs().sum_by_sample([], torch.device("cpu")).tolist() == [0.0] * 4
 
 
-def test_a_micro_batch_leaves_the_gradients_of_the_others_alone() -> None:
+def test_micro_batch_does_not_change_the_gradients_of_others() -> None:
     engine = SimpleNamespace(groups=SimpleNamespace(topology=SimpleNamespace(tp=2), is_first_stage=True))
     forward = _Forward(cast(Any, engine), packs(), [])
     assert [part.shape for part in forward.audio] == [(2000, 2)] * 4

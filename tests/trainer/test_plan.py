@@ -1,4 +1,4 @@
-"""Plans are pure: any movement they describe is complete, exact and the same on every rank."""
+"""Plans of packs and exchanges: every described transfer is complete, exact and the same on every rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.parallel.topology import Topology
 
 
 def carry_out(routes: list[Route], rows: list[np.ndarray]) -> list[np.ndarray]:
-    """What the all-to-all does, without processes."""
+    """Execute an all-to-all without processes."""
     world = len(routes)
     sent = [np.split(rows[r][routes[r].send_rows], np.cumsum(routes[r].send_counts)[:-1]) for r in range(world)]
     results = []
@@ -31,7 +31,7 @@ TOPOLOGIES = [Topology(1, 1, 1), Topology(2, 1, 1), Topology(2, 2, 1), Topology(
 
 
 def samples_of_rows(packing: PackPlan, replica: int) -> NDArray[np.int64]:
-    """The sample of every row of a replica's packs, as `members` and `lengths` tell; -1 where it is padding."""
+    """Return the sample of every row of a replica's packs according to `members` and `lengths`, or -1 for padding."""
     found = []
     for m in range(packing.num_microbatches):
         lengths = packing.lengths(replica, m)
@@ -41,7 +41,7 @@ def samples_of_rows(packing: PackPlan, replica: int) -> NDArray[np.int64]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(TOPOLOGIES), st.data())
-def test_every_token_arrives_once_where_the_plan_says(topology: Topology, data: st.DataObject) -> None:
+def test_every_token_arrives_once_at_its_planned_place(topology: Topology, data: st.DataObject) -> None:
     per_rank = data.draw(
         st.lists(st.lists(st.integers(1, 30), max_size=4), min_size=topology.world, max_size=topology.world)
     )
@@ -101,7 +101,7 @@ def test_embeddings_go_to_exactly_the_slice_that_needs_them(topology: Topology, 
             assert whole[owners == sample].tolist() == ids[offsets[sample] : offsets[sample + 1]].tolist()
 
 
-def test_restricted_keeps_both_ends_in_step() -> None:
+def test_restricted_plans_agree_on_both_sides() -> None:
     packing = plan_packs([4, 3], 1, 16, 1)
     segments = token_segments(packing, np.array([0, 1]), Topology(2, 2, 1))
     keep = [np.array([True, False, True, False]), np.array([False, True, True])]
@@ -119,7 +119,7 @@ def test_a_sample_longer_than_the_budget_makes_the_packs_longer() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=40), st.sampled_from([2, 8, 32, 64]), st.integers(1, 3))
-def test_a_grid_changes_nothing_but_the_padding_and_keeps_within_the_budget(
+def test_grid_changes_only_the_padding_and_stays_within_the_budget(
     sizes: list[int], multiple: int, replicas: int
 ) -> None:
     plain, grid = (plan_packs(sizes, replicas, 64, m) for m in (1, multiple))

@@ -1,4 +1,4 @@
-"""The assumed global batch, and rates of accelerators."""
+"""The global batch that a plan assumes, and the rates of accelerators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.plan.workload import encoder_work, pack_work, source_ranks_of, typi
 
 
 @pytest.mark.parametrize(("mean", "expected"), [(None, 10.0), (3.0, 3.0), (45.0, 45.0)])
-def test_clips_have_the_wanted_mean_and_no_longer_than_allowed(mean: float | None, expected: float) -> None:
+def test_clips_have_the_wanted_mean_and_are_not_too_long(mean: float | None, expected: float) -> None:
     recipe = load_recipe("mowe_70b")
     found = typical_workload(recipe, build_topology(recipe.parallel, 128), mean)
     assert found.audio_sec / 1024 == pytest.approx(expected, rel=1e-3)
@@ -36,7 +36,7 @@ def test_an_impossible_mean_is_refused() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 8, 12])
-def test_samples_are_at_home_where_their_lane_is(ranks: int) -> None:
+def test_source_rank_of_samples_is_that_of_their_lane(ranks: int) -> None:
     recipe = load_recipe("debug", [f"parallel.num_ranks={ranks}", "data.global_batch_samples=16"])
     source_ranks = source_ranks_of(recipe, build_topology(recipe.parallel, ranks))
     expected = [2 * len(lanes_of_rank(r, ranks, recipe.data.num_lanes)) for r in range(ranks)]
@@ -59,7 +59,7 @@ def test_every_clip_is_encoded_by_the_primary_and_by_two_experts() -> None:
     assert packs.num_microbatches * packs.pack_tokens * topology.dp >= workload.tokens
 
 
-def test_the_plan_fills_packs_up_as_the_recipe_says() -> None:
+def test_plan_pads_packs_as_the_recipe_says() -> None:
     lengths = []
     for multiple in ("null", "4096"):
         recipe = load_recipe("mowe_70b", [f"train.pack_multiple_tokens={multiple}"])
@@ -68,7 +68,7 @@ def test_the_plan_fills_packs_up_as_the_recipe_says() -> None:
     assert lengths[0] % 4096 and lengths[1] == -(-lengths[0] // 4096) * 4096
 
 
-def test_calls_hold_what_their_windows_compute() -> None:
+def test_calls_are_planned_by_what_their_windows_compute() -> None:
     recipe = load_recipe("mowe_70b", ["data.global_batch_samples=4096", "model.primary.length_mode=full"])
     topology = build_topology(recipe.parallel, 128)
     workload = typical_workload(recipe, topology, 2.0)

@@ -1,4 +1,4 @@
-"""Predictions come back from their file as they were scored."""
+"""Files of predictions are read as they were written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PREDICTIONS = [
 ]
 
 
-def test_what_is_read_scores_as_what_was_written(tmp_path: Path) -> None:
+def test_read_predictions_have_the_same_scores(tmp_path: Path) -> None:
     path = tmp_path / "predictions-test-step3.jsonl"
     write_predictions(path, PREDICTIONS)
     found = read_predictions(path)
@@ -48,7 +48,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, word: str) -> None:
     assert word in str(caught.value)
 
 
-def test_a_key_comes_once_and_a_file_has_some(tmp_path: Path) -> None:
+def test_duplicate_keys_and_empty_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     write_predictions(path, [PREDICTIONS[0], PREDICTIONS[0]])
     with pytest.raises(UserError, match="twice"):

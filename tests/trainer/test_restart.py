@@ -1,4 +1,4 @@
-"""When a job that ended early is run again."""
+"""The decision whether a job that ended early is restarted."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def failed(step: int | None, cause: str = "ValueError: # at x.py:f", **fields: A
 
 
 @pytest.mark.parametrize("code", [1, 75, 76, 77, 128 + 9, 128 + 15, 128 + 11, 3])
-def test_whatever_ends_a_run_the_first_time_is_tried_again(code: int) -> None:
+def test_first_failure_of_any_kind_is_retried(code: int) -> None:
     decision = decide([event("started")], code, CONFIG, NOW)
     assert decision.again and "restart 1 of 2" in decision.why
 
 
-def test_a_finished_run_and_a_users_mistake_are_not() -> None:
+def test_finished_runs_and_user_errors_are_not_restarted() -> None:
     assert not decide([event("started")], ExitCode.FINISHED, CONFIG, NOW).again
     assert not decide([event("started")], ExitCode.USER_ERROR, CONFIG, NOW).again
     ended = [event("started"), event("finished", step=9)]
     assert decide(ended, 128 + 9, CONFIG, NOW).why == "the run is finished; its last attempt ended later with an error"
     assert decide([*ended, event("started")], 128 + 9, CONFIG, NOW).again  # with more steps
-    # srun tells the largest code of all ranks: another rank's may hide the mistake's.
+    # srun returns the largest exit code of all ranks, which may hide that of a user error.
     hidden = decide([event("started"), event("failed", user=True, error="data.root")], ExitCode.PEER_LOST, CONFIG, NOW)
     assert not hidden.again and "data.root" in hidden.why
 
@@ -46,11 +46,11 @@ def test_the_killed_rank_does_not_hide_that_the_others_hung() -> None:
     events = [event("started"), event("hang", **{"in": "step 7", "folder": "hang-1"})]
     decision = decide(events, 128 + 9, CONFIG, NOW)
     assert decision.again and decision.why == "hung in step 7, stacks are in hang-1; restart 1 of 2"
-    # An earlier attempt's hang is not this one's.
+    # The hang of an earlier attempt does not count.
     assert "signal 9" in decide([*events, event("requeued", 200), event("started")], 128 + 9, CONFIG, NOW).why
 
 
-def test_at_most_so_many_within_the_window() -> None:
+def test_number_of_restarts_within_the_window_is_limited() -> None:
     events = [event("requeued", 50.0), event("started", 49.0), event("requeued", 20.0), event("started", 10.0)]
     decision = decide(events, 137, CONFIG, NOW)
     assert not decision.again and "2 restarts within 100 s" in decision.why and "signal 9" in decision.why
@@ -58,23 +58,23 @@ def test_at_most_so_many_within_the_window() -> None:
     assert not decide([], 137, RestartConfig(max_restarts=0), NOW).again
 
 
-def test_not_when_a_step_fails_twice_the_same_way() -> None:
+def test_step_that_fails_twice_in_the_same_way_is_not_retried() -> None:
     first = [event("started"), failed(7), event("requeued"), event("started")]
     twice = decide([*first, failed(7)], 1, CONFIG, NOW)
     assert not twice.again and "step 7 failed twice in the same way" in twice.why and "a, b" in twice.why
     assert decide([*first, failed(8)], 1, CONFIG, NOW).again
     assert decide([*first, failed(7, "OSError: disk")], 1, CONFIG, NOW).again
     assert decide([*first, event("peer_lost", step=7)], ExitCode.PEER_LOST, CONFIG, NOW).again
-    # An attempt that died before it could say `started` is not blamed for what the one before it did.
+    # An attempt that died before `started` was written is not charged with the failure of the previous one.
     assert decide([*first, failed(7), event("requeued", 200)], 1, CONFIG, NOW).again
-    # In between, the run was elsewhere.
+    # The run was at another step in between.
     between = [event("signal"), event("requeued", 200), event("started")]
     assert not decide([*first, *between, failed(7)], 1, CONFIG, NOW).again
     start = [event("started"), failed(None), event("requeued"), event("started"), failed(None)]
     assert "before the first step failed twice" in decide(start, 1, CONFIG, NOW).why
 
 
-def test_errors_of_one_cause_look_the_same() -> None:
+def test_errors_with_the_same_cause_are_equal() -> None:
     def error(message: str) -> BaseException:
         try:
             RestartConfig(max_restarts=-int(message))
@@ -87,7 +87,7 @@ def test_errors_of_one_cause_look_the_same() -> None:
     assert fingerprint(error("3")) != fingerprint(ValueError("restart.max_restarts"))
 
 
-def test_the_command_leaves_its_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_its_decision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin_attempt(tmp_path)
     assert restart.main([str(tmp_path), "--exit-code", "76", "--max-restarts", "1"]) == 0
     assert capsys.readouterr().out == "requeue: hung; restart 1 of 1\n"
@@ -104,7 +104,7 @@ def test_the_command_leaves_its_answer(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("torn", ["", "name: [", "restart: {max_restarts: -3}", "restart: {unknown: 3}"])
-def test_a_damaged_recipe_does_not_keep_a_job_from_running_again(
+def test_damaged_recipe_does_not_prevent_a_restart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], torn: str
 ) -> None:
     begin_attempt(tmp_path)

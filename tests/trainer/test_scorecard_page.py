@@ -1,4 +1,4 @@
-"""The report in a real browser: Chromium without a network renders, sorts, filters and plays it."""
+"""The scorecard in a real browser: Chromium without a network renders, sorts, filters and plays it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_it_renders_and_its_numbers_are_those_of_the_tree(report: Path, tree: di
     page = browse(report)
     assert (page.root["data-state"], page.root["data-errors"]) == ("ready", "")
     assert {"scores", "by-subset", "by-duration", "by-language", "samples", "duration-asr"} <= page.ids
-    assert "img" not in page.tags  # names from manifests are text
+    assert "img" not in page.tags  # names from manifests are shown as text
     for score in tree["scores"]:
         if score["dimension"] == "":
             assert page.numbers[f"{score['task']}.{score['metric']}"] == pytest.approx(score["value"])
@@ -108,7 +108,7 @@ def test_it_sorts(report: Path, tree: dict[str, Any]) -> None:
     assert [seconds[key] for key in rising] == sorted(seconds.values())
 
 
-def test_an_error_in_the_page_is_seen(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_error_in_the_page_is_detected(tree: dict[str, Any], tmp_path: Path) -> None:
     broken = tmp_path / "report.html"
     broken.write_text(render(TEMPLATE, "t", {**tree, "scores": None}), encoding="utf-8")
     page = browse(broken)
@@ -121,4 +121,4 @@ def test_the_page_loads_nothing(report: Path) -> None:
     assert not [
         mark for mark in ("@import", "url(", "<link", "fetch(", "XMLHttp", 'http-equiv="refresh') if mark in text
     ]
-    assert text.count("</script>") == 2  # of the data and of the page's own script: none from a manifest
+    assert text.count("</script>") == 2  # of the data and of the page's script, and none from a manifest

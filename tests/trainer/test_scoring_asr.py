@@ -1,4 +1,4 @@
-"""Error rates against jiwer's own, and against values worked out by hand."""
+"""Error rates, compared with jiwer and with values computed by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def values(references: list[str], hypotheses: list[str], language: str = "en") -
 
 
 def random_texts(seed: int, num: int) -> tuple[list[str], list[str]]:
-    """References, and hypotheses with some of their words dropped, doubled and exchanged."""
+    """Return references, and hypotheses in which some words are dropped, duplicated or replaced."""
     source = random.Random(seed)
     references = [" ".join(source.choices(WORDS, k=source.randint(1, 12))) for _ in range(num)]
     hypotheses = []
@@ -30,7 +30,7 @@ def random_texts(seed: int, num: int) -> tuple[list[str], list[str]]:
     return references, hypotheses
 
 
-def test_rates_are_those_of_jiwer() -> None:
+def test_rates_equal_those_of_jiwer() -> None:
     references, hypotheses = random_texts(0, 200)
     found = values(references, hypotheses)
     plain, said = [normalise(t) for t in references], [normalise(t) for t in hypotheses]
@@ -44,7 +44,7 @@ def test_rates_are_those_of_jiwer() -> None:
 
 
 def test_errors_are_summed_before_dividing() -> None:
-    # One substitution in one word, none in four: 1 / 5, not the mean of 1 and 0.
+    # One substitution in one word and none in four gives 1 / 5, not the mean of 1 and 0.
     assert values(["one", "turn the lights on"], ["two", "Turn the lights on!"])["wer"] == pytest.approx(1 / 5)
     assert values(["one two"], [""])["wer"] == 1.0
     assert values(["stop"], ["stop stop stop"])["wer"] == 2.0

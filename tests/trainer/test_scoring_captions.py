@@ -1,4 +1,4 @@
-"""METEOR against NLTK with NLTK's own WordNet reader, on human captions; CIDEr-D against coco-caption's values."""
+"""METEOR, compared with NLTK and its WordNet reader, and CIDEr-D, compared with values of coco-caption."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def wordnet() -> Path:
 
 @pytest.fixture(scope="module")
 def nltk_reader(wordnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """NLTK's reader on the same database, with the one file that it wants besides."""
+    """Return NLTK's reader of the same database, with an additional file that it needs."""
     import nltk
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
@@ -41,10 +41,10 @@ def nltk_reader(wordnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     class Reader(WordNetCorpusReader):  # type: ignore[misc]
         def map_wn(self, version: str = "wordnet") -> None:
-            """Maps versions for other languages' wordnets; wants index.sense."""
+            """Return no mapping: this method, which needs index.sense, is for wordnets of other languages."""
 
     paths = list(nltk.data.path)
-    nltk.data.path.append(str(folder))  # NLTK reads nowhere else
+    nltk.data.path.append(str(folder))  # NLTK reads only from its own path
     yield Reader(str(folder), None)
     nltk.data.path[:] = paths
 
@@ -59,7 +59,8 @@ def captions_by_clip(num_clips: int) -> list[list[str]]:
     return [captions for captions in clips.values() if len(captions) > 1][:num_clips]
 
 
-def test_meteor_is_nltks_on_human_captions(wordnet: Path, nltk_reader: Any) -> None:
+@pytest.mark.slow
+def test_meteor_equals_that_of_nltk_on_human_captions(wordnet: Path, nltk_reader: Any) -> None:
     from nltk import word_tokenize
     from nltk.translate.meteor_score import meteor_score
 
@@ -76,7 +77,8 @@ def test_meteor_is_nltks_on_human_captions(wordnet: Path, nltk_reader: Any) -> N
     assert num == 300
 
 
-def test_synonyms_are_those_that_nltk_reads(wordnet: Path, nltk_reader: Any) -> None:
+@pytest.mark.slow
+def test_synonyms_equal_those_of_nltk(wordnet: Path, nltk_reader: Any) -> None:
     words = {
         word.lower().strip(".,") for captions in captions_by_clip(60) for text in captions for word in text.split()
     }
@@ -88,7 +90,7 @@ def test_synonyms_are_those_that_nltk_reads(wordnet: Path, nltk_reader: Any) -> 
 
 
 def test_meteor_of_the_published_examples(wordnet: Path) -> None:
-    """The values in the documentation of NLTK and of Hugging Face's `evaluate`."""
+    """Compare with the values in the documentation of NLTK and of Hugging Face's `evaluate`."""
     meteor = Meteor(wordnet)
     said = "It is a guide to action which ensures that the military always obeys the commands of the party"
     reference = "It is a guide to action that ensures that the military will forever heed Party commands"
@@ -98,8 +100,8 @@ def test_meteor_of_the_published_examples(wordnet: Path) -> None:
     assert meteor("a dog", ["rain", "a dog"]) == meteor("a dog", ["a dog"]) > 0.9
 
 
-def test_cider_d_is_that_of_coco_caption() -> None:
-    """Values of `CiderScorer(n=4, sigma=6.0)` of pycocoevalcap 1.2 on the same samples."""
+def test_cider_d_equals_that_of_coco_caption() -> None:
+    """Compare with `CiderScorer(n=4, sigma=6.0)` of pycocoevalcap 1.2 on the same samples."""
     samples = [
         ("A dog barks loudly.", ["a dog is barking", "a loud dog barks"]),
         ("rain falls", ["rain is falling on a roof", "heavy rain"]),

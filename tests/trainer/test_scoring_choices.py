@@ -1,4 +1,4 @@
-"""What answers name, and class scores against scikit-learn's."""
+"""The choices that answers name, and class scores compared with scikit-learn."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_token_f1() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_macro_f1_is_that_of_scikit_learn(seed: int) -> None:
+def test_macro_f1_equals_that_of_scikit_learn(seed: int) -> None:
     source = random.Random(seed)
     labels = ["angry", "calm", "happy", "sad"][: 2 + seed % 3]
     references = [source.choice(labels) for _ in range(60)]

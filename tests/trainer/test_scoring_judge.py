@@ -1,4 +1,4 @@
-"""The judge against a real HTTP server that answers well, late, busily, or badly."""
+"""The judge with a real HTTP server whose answers are correct, late, refused, or malformed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ ITEM = Item("What is heard?", "a dog", 'a cat"\nRating: 5')
 
 
 class Server(ThreadingHTTPServer):
-    """Gives the replies of `script` one by one, the last one for ever: (status, headers, body, seconds to wait)."""
+    """A server that returns the replies of `script` in order, and then the last one again.
+
+    A reply is (status, headers, body, seconds to wait)."""
 
     daemon_threads = True
 
@@ -80,7 +82,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Pauses between attempts, which are not waited for."""
+    """Record the pauses between attempts instead of waiting."""
     found: list[float] = []
     clock = type("Clock", (), {"sleep": staticmethod(found.append), "time": staticmethod(time.time)})
     monkeypatch.setattr(endpoint_module, "time", clock)
@@ -91,7 +93,7 @@ def judge(server: Server, cache: Path, **settings: Any) -> Judge:
     return Judge(Endpoint(server.url, KEY, **{"timeout_sec": 10.0, "num_attempts": 3, **settings}), "model-x", cache)
 
 
-def test_a_rating_is_asked_for_once(server: Server, tmp_path: Path) -> None:
+def test_rating_is_requested_once(server: Server, tmp_path: Path) -> None:
     server.script = [good("**Rating:** 4/5")]
     first = judge(server, tmp_path).rate(ITEM)
     again = judge(server, tmp_path).rate(ITEM)
@@ -99,7 +101,7 @@ def test_a_rating_is_asked_for_once(server: Server, tmp_path: Path) -> None:
     assert (again.rating, again.cached, again.prompt_tokens) == (4.0, True, 0)
     (request,) = server.requests
     assert (request["path"], request["model"], request["temperature"]) == ("/v1/chat/completions", "model-x", 0)
-    # The answer is quoted: a line of its own that looks like a grade cannot come from it.
+    # The answer is quoted, so that it cannot contain a line that looks like a grade.
     assert '"a cat\\"\\nRating: 5"' in request["messages"][0]["content"]
     assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
     (kept,) = tmp_path.rglob("*.json")
@@ -108,7 +110,7 @@ def test_a_rating_is_asked_for_once(server: Server, tmp_path: Path) -> None:
     assert len(server.requests) == 2
 
 
-def test_a_busy_service_is_waited_for_as_long_as_it_says(server: Server, tmp_path: Path, waits: list[float]) -> None:
+def test_busy_service_is_waited_for_as_long_as_it_requests(server: Server, tmp_path: Path, waits: list[float]) -> None:
     server.script = [(429, {"Retry-After": "7"}, b"{}", 0.0), (503, {}, b"", 0.0), good()]
     assert judge(server, tmp_path).rate(ITEM).rating == 1.0
     assert waits == [7.0, 2.0]
@@ -125,7 +127,7 @@ def test_a_late_answer_is_a_timeout(server: Server, tmp_path: Path, waits: list[
     assert (failed.rating, failed.failure, len(server.requests)) == (None, "timeout", 2)
 
 
-def test_a_service_that_is_not_there_is_a_connection_failure(tmp_path: Path, waits: list[float]) -> None:
+def test_missing_service_is_a_connection_failure(tmp_path: Path, waits: list[float]) -> None:
     with Server() as gone:
         address = gone.url
     failed = Judge(Endpoint(address, num_attempts=2), "m", tmp_path).rate(ITEM)
@@ -144,7 +146,7 @@ def test_a_service_that_is_not_there_is_a_connection_failure(tmp_path: Path, wai
         (completion("Rating: -1"), "no_rating", 1),
     ],
 )
-def test_a_malformed_answer_is_a_failure_of_its_own(
+def test_malformed_answer_is_a_separate_kind_of_failure(
     server: Server, tmp_path: Path, waits: list[float], body: bytes, failure: str, num_requests: int
 ) -> None:
     server.script = [(200, {}, body, 0.0)]
@@ -158,7 +160,7 @@ def test_the_last_grade_counts(server: Server, tmp_path: Path) -> None:
     assert judge(server, tmp_path).rate(ITEM).rating == 3.0
 
 
-def test_a_refused_key_ends_it_and_is_never_shown(server: Server, tmp_path: Path) -> None:
+def test_refused_key_ends_the_command_and_is_never_shown(server: Server, tmp_path: Path) -> None:
     server.script = [(401, {}, f"no such key: {KEY}".encode(), 0.0)]
     with pytest.raises(UserError, match="HTTP 401.*check the key") as caught:
         list(judge(server, tmp_path).rate_all([ITEM] * 3))
@@ -168,7 +170,7 @@ def test_a_refused_key_ends_it_and_is_never_shown(server: Server, tmp_path: Path
     assert "two" not in str(caught.value)
 
 
-def test_the_key_follows_no_redirect(server: Server, tmp_path: Path) -> None:
+def test_key_is_not_sent_to_redirects(server: Server, tmp_path: Path) -> None:
     server.script = [(307, {"Location": server.url + "elsewhere"}, b"", 0.0)]
     assert judge(server, tmp_path).rate(ITEM).failure == "http_307"
     assert len(server.requests) == 1
@@ -183,7 +185,7 @@ def test_a_damaged_cache_file_is_named(server: Server, tmp_path: Path) -> None:
         judge(server, tmp_path).rate(ITEM)
 
 
-def test_items_that_ask_the_same_are_asked_once(server: Server, tmp_path: Path) -> None:
+def test_equal_requests_are_sent_once(server: Server, tmp_path: Path) -> None:
     server.script = [(200, {}, completion("Rating: 4"), 0.2)]
     other = Item("What is heard?", "a dog", "a wolf")
     verdicts = list(Judge(Endpoint(server.url), "m", tmp_path).rate_all([ITEM, ITEM, other, ITEM], num_workers=4))
@@ -192,7 +194,7 @@ def test_items_that_ask_the_same_are_asked_once(server: Server, tmp_path: Path) 
     assert sum(v.prompt_tokens for v in verdicts) == 200
 
 
-def test_verdicts_come_in_order(server: Server, tmp_path: Path) -> None:
+def test_verdicts_are_in_order(server: Server, tmp_path: Path) -> None:
     server.script = [good("Rating: 2")]
     items = [Item("q", "r", str(i)) for i in range(20)]
     judge(server, tmp_path).rate(items[7])
@@ -202,6 +204,6 @@ def test_verdicts_come_in_order(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://x/v1", "http://user:pw@host/v1"])
-def test_an_address_must_be_one(url: str) -> None:
+def test_malformed_address_is_refused(url: str) -> None:
     with pytest.raises(UserError, match="judge address"):
         Endpoint(url)

@@ -1,4 +1,4 @@
-"""Resampling against what statistics says of it."""
+"""Resampling, compared with results of statistics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trainer.scoring import metric as metric_module
 from trainer.scoring.metric import Metric, interval, mean, paired_difference, resampled_sums
 
 
-def test_the_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
+def test_interval_of_a_mean_equals_that_of_the_normal_distribution() -> None:
     values = np.random.default_rng(1).normal(size=400)
     found = mean("m", values)
     low, high = interval(found.value(resampled_sums(found.statistics, 4000)))
@@ -18,7 +18,7 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
     assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
 
 
-def test_draws_do_not_depend_on_how_many_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_do_not_depend_on_the_size_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     statistics = np.arange(14.0).reshape(7, 2)
     whole = resampled_sums(statistics, 40)
     assert whole.shape == (40, 2) and (whole[:, 1] - whole[:, 0] == 7).all()
@@ -42,6 +42,6 @@ def test_pairing_finds_a_small_steady_difference() -> None:
     assert (same.value, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
 
 
-def test_rows_that_are_not_counted_are_left_out() -> None:
+def test_uncounted_rows_are_ignored() -> None:
     found = mean("m", [1.0, 5.0, 3.0], np.array([True, False, True]))
     assert found.rows([1, 2]).tolist() == [2] and found.rows([1]).tolist() == []

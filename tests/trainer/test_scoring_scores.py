@@ -1,4 +1,4 @@
-"""Scores by task and subset, the majority baseline and the table, against values worked out by hand."""
+"""Scores by task and subset, the majority baseline and the table, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_asr_by_subset() -> None:
     assert score("asr", [], []) == []
 
 
-def test_questions_with_and_without_choices_are_told_apart() -> None:
+def test_questions_with_and_without_choices_are_separate() -> None:
     metas = [{"answer": a, "choices": ["happy", "sad"]} for a in ("sad", "sad")] + [{"answer": "a red car"}]
     scores = score("sqa", ["sad", "so happy", "red bus"], metas)
     values = by_name(scores)
@@ -50,7 +50,7 @@ def test_confusions_count_every_answer() -> None:
     assert confusions(["sad", "dunno", "sad", "seven"], metas) == {"x": {"happy": {"sad": 1}, "sad": {"": 1, "sad": 1}}}
 
 
-def test_captions_are_scored_without_meteor_where_there_is_no_wordnet() -> None:
+def test_captions_are_scored_without_meteor_if_wordnet_is_missing() -> None:
     metas = [{"answer": "rain", "references": ["rain falls", "rain"]}, {"answer": "a dog barks"}]
     assert set(by_name(score("ac", ["rain", "a dog"], metas))) == {
         f"ac/{part}{metric}" for part in ("", "default/") for metric in ("cider", "accuracy")
@@ -86,7 +86,7 @@ def test_majority_reads_the_training_answers_only() -> None:
     assert by_name(majority_baseline([_item("a", "Q")], [_item("b", "Q")] * 3))["aqa/accuracy"] == 0.0
 
 
-def test_majority_is_not_confused_by_letters_of_other_questions() -> None:
+def test_majority_ignores_letters_of_other_questions() -> None:
     train = [_item("(B) rain", "Q1", choices=["wind", "rain"])]
     test = [_item("(A) rain", "Q2", choices=["rain", "sea"])]
     assert by_name(majority_baseline(train, test))["aqa/accuracy"] == 1.0

@@ -1,4 +1,4 @@
-"""Normalisers against values worked out by hand, and against what they are made of."""
+"""Normalisers, compared with values computed by hand and with the libraries on which they are based."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ PLAIN_TEXTS = (
 
 
 @pytest.mark.parametrize("text", PLAIN_TEXTS)
-def test_text_without_numbers_is_as_whispers_normalisers_leave_it(text: str) -> None:
+def test_text_without_numbers_is_normalised_as_by_whisper(text: str) -> None:
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
     assert normalise(text) == " ".join(EnglishTextNormalizer({})(text).split())
@@ -74,7 +74,7 @@ def test_languages_without_spaces_have_a_word_per_character() -> None:
 
 
 def audiobench(text: str) -> str:
-    """The published steps, all of them, also those that find nothing after Whisper's normaliser."""
+    """Apply all published steps, including those that have no effect after Whisper's normaliser."""
     import jiwer
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
@@ -101,7 +101,7 @@ def audiobench(text: str) -> str:
         "",
     ],
 )
-def test_audiobench_text_is_that_of_its_published_steps(text: str) -> None:
+def test_audiobench_text_equals_that_of_its_published_steps(text: str) -> None:
     assert normalise_audiobench(text) == audiobench(text)
 
 
@@ -115,7 +115,7 @@ def test_answer_words_have_no_articles() -> None:
     assert answer_words("die Katze", "de") == ["die", "katze"]
 
 
-def test_tokens_are_those_of_nltk_within_a_sentence() -> None:
+def test_tokens_equal_those_of_nltk_within_a_sentence() -> None:
     from nltk import word_tokenize
 
     text = "Don't stop: a man's dog (barks), loudly."

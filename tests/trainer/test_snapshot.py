@@ -1,4 +1,4 @@
-"""Copies of a rank's state in host memory: what is in them, and how much memory they take."""
+"""Copies of a rank's state in host memory: their content, and the memory that they take."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_copies_equal_what_was_copied_and_do_not_overlap(monkeypatch: Any) -> No
                 assert torch.equal(copied.values[kind], value) and copied.values[kind].data_ptr() != value.data_ptr()
 
 
-def test_memory_is_kept_from_save_to_save() -> None:
+def test_memory_is_reused_by_the_next_save() -> None:
     buffer = HostBuffer(torch.device("cpu"))
     first = [v.data_ptr() for shard in buffer.copy(shards(0)) for v in shard.values.values()]
     assert [v.data_ptr() for shard in buffer.copy(shards(1)) for v in shard.values.values()] == first
 
 
 def test_pinned_memory_is_hardly_more_than_the_state() -> None:
-    """One allocation of 6.3 GiB would take 8."""
+    """A single allocation of 6.3 GiB would take 8 GiB."""
     generator = np.random.default_rng(0)
     pieces = generator.lognormal(np.log(2e6), 1.5, 1600)
     values = np.ceil(pieces * 6.3 * GIB / pieces.sum() / 4).astype(int) * 4
@@ -59,7 +59,7 @@ def test_pinned_memory_is_hardly_more_than_the_state() -> None:
     assert all(end <= sizes[chunk] for chunk, _, end in ends)
 
 
-def test_a_value_larger_than_a_chunk_has_one_that_small_ones_fill() -> None:
+def test_value_larger_than_a_chunk_shares_its_own_chunk_with_small_ones() -> None:
     values = [snapshot.CHUNK_BYTES + 64, *[snapshot.CHUNK_BYTES // 4] * 3]
     places, sizes = place_values(values)
     assert sizes == [2 * snapshot.CHUNK_BYTES] and {p.chunk for p in places} == {0}

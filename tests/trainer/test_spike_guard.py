@@ -1,4 +1,4 @@
-"""Which losses are mistrusted."""
+"""The losses that the spike guard rejects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fed(config: SpikeConfig, losses: list[float]) -> SpikeGuard:
     return guard
 
 
-def test_what_is_not_finite_is_always_mistrusted() -> None:
+def test_losses_that_are_not_finite_are_always_rejected() -> None:
     guard = SpikeGuard(SpikeConfig())
     assert guard.judge(math.nan) == "loss is nan" and guard.judge(math.inf) == "loss is inf"
     assert guard.judge(1e9) is None
@@ -33,10 +33,12 @@ def test_a_spike_is_measured_by_the_median_of_accepted_losses() -> None:
     assert (guard.num_skipped_updates, guard.in_a_row) == (2, 2) and guard.judge(7.0) is not None
     guard.note(8, 2.0, skipped=False)
     assert (guard.num_skipped_updates, guard.in_a_row) == (2, 0)
-    assert fed(SpikeConfig(factor=3.0, window_steps=5), [2.0] * 4).judge(100.0) is None  # too few to compare with
+    assert (
+        fed(SpikeConfig(factor=3.0, window_steps=5), [2.0] * 4).judge(100.0) is None
+    )  # too few losses to compare with
 
 
-def test_a_resumed_run_judges_as_one_that_went_on() -> None:
+def test_resumed_run_judges_like_an_uninterrupted_one() -> None:
     config = SpikeConfig(factor=2.0, window_steps=3)
     losses = [3.0, 2.0, math.nan, 2.5, 9.0, 2.0, 8.0]
     whole = fed(config, losses)
@@ -54,6 +56,6 @@ def test_a_resumed_run_judges_as_one_that_went_on() -> None:
     ("fields", "key"),
     [({"factor": 0.5}, "spike.factor"), ({"window_steps": 0}, "window_steps"), ({"max_in_a_row": 0}, "max_in_a_row")],
 )
-def test_what_makes_no_sense_is_refused(fields: dict[str, float], key: str) -> None:
+def test_invalid_settings_are_refused(fields: dict[str, float], key: str) -> None:
     with pytest.raises(UserError, match=key):
         SpikeConfig(**fields)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Windows cover a recording, and their transcripts become one text: nothing doubled, nothing lost."""
+"""Windows over a recording, and the joining of their transcripts without duplicated or lost words."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def test_windows_cover_everything_and_overlap(num: int, window: int, data: st.Da
     assert spans[0][0] == 0 and spans[-1][1] == num
     assert all(end - begin == min(window, num) for begin, end in spans)
     assert all(a_end - b_begin >= overlap for (_, a_end), (b_begin, _) in zip(spans, spans[1:], strict=False))
-    # No more windows than it takes.
+    # There are no more windows than necessary.
     assert len(spans) == 1 or (len(spans) - 1) * (window - overlap) + overlap < num
 
 
 @given(st.integers(8, 120), st.integers(8, 30), st.data())
 def test_perfect_transcripts_of_windows_give_the_text_back(num: int, window: int, data: st.DataObject) -> None:
-    """Words as long as each other, none twice within what two windows hear."""
+    """All words have the same length, and none occurs twice within two windows."""
     overlap = data.draw(st.integers(1, window // 2))
     words = [f"w{i}" for i in range(num)]
     spans = window_spans(num, window, overlap)
     pairs = zip(spans, spans[1:], strict=False)
     shares = [(a_end - b_begin) / (b_end - b_begin) for (_, a_end), (b_begin, b_end) in pairs]
     if max(shares, default=0.0) > 0.5:
-        return  # the last windows of a short recording lie closer than any overlap that can be asked for
+        return  # the last windows of a short recording overlap more than any possible setting
     texts = [" ".join(words[begin:end]) for begin, end in spans]
     assert join_windows(texts, shares) == " ".join(words)
 
@@ -50,14 +50,14 @@ def test_no_word_outside_of_the_overlap_is_lost(before: list[str], after: list[s
 
 
 @given(WORDS, WORDS, WORDS)
-def test_a_common_run_comes_once(left: list[str], common: list[str], right: list[str]) -> None:
+def test_common_words_occur_once(left: list[str], common: list[str], right: list[str]) -> None:
     before, after = [f"l{w}" for w in left] + common, common + [f"r{w}" for w in right]
     joined = [unit.strip() for unit in join_units(before, after, len(common), len(common))]
     assert joined == [f"l{w}" for w in left] + common + [f"r{w}" for w in right]
 
 
 @given(st.lists(WORD, min_size=1, max_size=30))
-def test_one_window_is_left_as_it_is_and_empty_ones_add_nothing(words: list[str]) -> None:
+def test_single_window_is_unchanged_and_empty_ones_add_nothing(words: list[str]) -> None:
     text = " ".join(words)
     assert join_windows([text], []) == text
     assert join_windows([text, "", ""], [0.2, 0.2]) == text
@@ -68,15 +68,15 @@ def test_one_window_is_left_as_it_is_and_empty_ones_add_nothing(words: list[str]
 @pytest.mark.parametrize(
     ("texts", "wanted"),
     [
-        # cut words at both edges give way to the half that heard them whole
+        # words that are cut at the edge of one window are taken from the other
         (["the quick brown fox jum", "ick brown fox jumps over it"], "the quick brown fox jumps over it"),
-        # case and punctuation do not matter, the first window's stay
+        # case and punctuation are ignored, and those of the first window are kept
         (["He came home. Then,", "then he slept well all night"], "He came home. Then, he slept well all night"),
-        # nothing in common: nothing is dropped
+        # without common words, nothing is dropped
         (["one two three four", "five six seven eight"], "one two three four five six seven eight"),
-        # the same word in the middle of both is no seam
+        # a common word in the middle of both does not count
         (["no a b c d e f g", "h i j k l m n no"], "no a b c d e f g h i j k l m n no"),
-        # one character is one word where no spaces are written
+        # in languages without spaces, each character is a word
         (["今日は天気が", "天気がいいです"], "今日は天気がいいです"),
         (["hello 天気", "天気 world today"], "hello 天気 world today"),
     ],
@@ -85,8 +85,8 @@ def test_by_hand(texts: list[str], wanted: str) -> None:
     assert join_windows(texts, [0.5]) == wanted
 
 
-def test_repeats_beyond_the_overlap_stay() -> None:
-    """Of "five" eight times, cut into 0-5 and 3-8: two of them are heard twice."""
+def test_repetitions_beyond_the_overlap_are_kept() -> None:
+    """The word "five" occurs eight times. The windows 0-5 and 3-8 have two of them in common."""
     assert join_windows(["a b c five five five", "five five five x y z"], [0.5]) == "a b c five five five x y z"
-    told = join_units(["five"] * 5, ["five"] * 5, 2, 2)
-    assert [unit.strip() for unit in told] == ["five"] * 8
+    joined = join_units(["five"] * 5, ["five"] * 5, 2, 2)
+    assert [unit.strip() for unit in joined] == ["five"] * 8

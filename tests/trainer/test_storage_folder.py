@@ -1,4 +1,4 @@
-"""Ranges of local files: a view keeps its content for as long as anything refers to it."""
+"""Ranges of local files, whose views keep their content as long as they are referenced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rank that makes all others wait is found, by what it does rather than by how long its steps take."""
+"""Detection of the rank that makes all others wait, by its work instead of the duration of its steps."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.harness import run_ranks
+from trainer.telemetry.config import TelemetryConfig
 from trainer.telemetry.metrics import PhaseTimer, StepReport
 from trainer.telemetry.straggler import RankWork, Straggler, StragglerMeter, _medians_of_others, work_metrics
-from trainer.telemetry.tracker import TelemetryConfig
 from trainer.telemetry.waiting import WaitSampler
 from trainer.training.rank_work import Work
 
 
 def parts(*work_sec: float, step_sec: float = 10.0) -> list[RankWork]:
-    """Ranks that work so long in `encode` and wait for the rest of the step."""
+    """Return ranks that work for the given times in `encode` and wait for the rest of the step."""
     return [
         RankWork(r, f"node{r}", {"load": 1.0, "encode": step_sec}, {"encode": step_sec - sec})
         for r, sec in enumerate(work_sec)
@@ -32,7 +32,7 @@ def parts(*work_sec: float, step_sec: float = 10.0) -> list[RankWork]:
 def test_three_slow_stretches_in_a_row_make_a_straggler() -> None:
     meter = StragglerMeter(slow=1.3, stretch_sec=20.0)
     found = [meter.add(parts(4.0, 4.0, 6.0, 4.2), num_steps=1) for _ in range(10)]
-    # A stretch is two intervals of 11 s; it is told once.
+    # A stretch consists of two intervals of 11 s. The straggler is reported once.
     assert [bool(f) for f in found] == [False] * 5 + [True] + [False] * 4
     assert found[5] == [Straggler(2, "node2", round(7.0 / 5.0, 2), "encode")]
     summary = meter.summary()
@@ -44,14 +44,14 @@ def test_three_slow_stretches_in_a_row_make_a_straggler() -> None:
     }
 
 
-def test_noise_is_none() -> None:
+def test_noise_is_not_a_straggler() -> None:
     meter = StragglerMeter(slow=1.3, stretch_sec=0.0)
     for i in range(12):
         assert meter.add(parts(9.0 if i % 3 else 4.0, 4.0, 4.0, 4.0), 1) == []  # twice in a row, at most
-    assert meter.add(parts(4.0), 1) == []  # a lone rank has nobody to be slower than
+    assert meter.add(parts(4.0), 1) == []  # a single rank cannot be slower than others
 
 
-def test_a_straggler_is_told_again_after_it_recovered() -> None:
+def test_straggler_is_reported_again_after_a_recovery() -> None:
     meter = StragglerMeter(slow=1.3, stretch_sec=0.0)
     slow, even = parts(4.0, 8.0), parts(4.0, 4.0)
     found = [bool(meter.add(p, 1)) for p in (slow, slow, slow, slow, even, slow, slow, slow)]
@@ -65,7 +65,7 @@ def test_metrics_of_an_interval() -> None:
     assert metrics["ranks/max_wait_sec"] == pytest.approx(3.0) and metrics["ranks/min_wait_sec"] == pytest.approx(1.5)
 
 
-def test_the_median_of_the_others_is_that_of_a_list_without_oneself() -> None:
+def test_median_of_the_others_excludes_the_rank_itself() -> None:
     generator = np.random.default_rng(0)
     for num in (2, 3, 4, 5, 9, 10):
         values = generator.integers(0, 4, num).astype(float)  # with ties
@@ -73,7 +73,7 @@ def test_the_median_of_the_others_is_that_of_a_list_without_oneself() -> None:
         assert _medians_of_others(values).tolist() == others
 
 
-def test_ten_thousand_ranks_are_judged_in_no_time() -> None:
+def test_ten_thousand_ranks_are_judged_quickly() -> None:
     work = [4.0] * 10_240
     work[7000] = 6.0
     meter, found, times = StragglerMeter(slow=1.3, stretch_sec=0.0), [], []
@@ -87,7 +87,7 @@ def test_ten_thousand_ranks_are_judged_in_no_time() -> None:
 
 
 def test_stragglers_are_judged_off_the_training_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads, told = [], []
+    threads, reported = [], []
     add = StragglerMeter.add
 
     def noted(self: StragglerMeter, listed: Any, num_steps: int) -> list[Straggler]:
@@ -98,16 +98,16 @@ def test_stragglers_are_judged_off_the_training_thread(monkeypatch: pytest.Monke
     monkeypatch.setattr(dist, "gather_object", lambda mine, everyone, group: everyone.__setitem__(0, mine))
     groups: Any = SimpleNamespace(rank=0, world=None, topology=SimpleNamespace(world=1))
     report = StepReport(step=7, loss=0.0, grad_norm=0.0, lr=0.0, phase_sec={"encode": 1.0})
-    with Work(TelemetryConfig(), WaitSampler(PhaseTimer()), groups, lambda *what: told.append(what)) as work:
+    with Work(TelemetryConfig(), WaitSampler(PhaseTimer()), groups, lambda *what: reported.append(what)) as work:
         work.add(report)
         work.take(report)
         assert work.summary[0]["work_sec"] == {"encode": 1.0}
     assert threads and threading.get_ident() not in threads
-    assert [(event, step) for event, step, _ in told] == [("straggler", 7)]
+    assert [(event, step) for event, step, _ in reported] == [("straggler", 7)]
 
 
 def waiting_body() -> dict[str, Any]:
-    """Rank 1 sleeps while rank 0 waits for it in a collective."""
+    """Let rank 1 sleep while rank 0 waits for it in a collective."""
     dist.init_process_group("gloo")
     timer = PhaseTimer()
     with WaitSampler(timer) as waits:
@@ -122,8 +122,9 @@ def waiting_body() -> dict[str, Any]:
     return {"phases": timer.take(), "waits": waits.take()}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_waiting_for_a_rank_is_told_from_working() -> None:
+def test_waiting_for_a_rank_does_not_count_as_work() -> None:
     fast, slow = run_ranks(2, waiting_body)
     assert fast["phases"]["encode"] == pytest.approx(slow["phases"]["encode"], rel=0.25)
     assert fast["waits"]["encode"] > 0.7 * fast["phases"]["encode"]

@@ -1,4 +1,4 @@
-"""Reports, timers, terminal and summary."""
+"""Step reports, timers, output on the terminal, and the summary."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ import torch
 from model.router import Routing
 from trainer.telemetry.events import EventLog, read_events
 from trainer.telemetry.expert_load import ExpertLoad, group_of
+from trainer.telemetry.hook import Hook, RunState
 from trainer.telemetry.load_history import LoadInterval, LoadMeter
 from trainer.telemetry.metrics import EvalReport, PhaseTimer, StepReport, flatten, flatten_eval, peak_memory_bytes
 from trainer.telemetry.progress import Progress
-from trainer.telemetry.tracker import JsonlTracker
-from trainer.training.hooks import EventHook, Hook, ProgressHook, RunState, SummaryHook, TrackerHook
+from trainer.telemetry.trackers.jsonl import JsonlTracker
+from trainer.training.hooks import EventHook, ProgressHook, SummaryHook, TrackerHook
 
 
 def make_report(step: int, loss: float = 2.0, **changes: object) -> StepReport:
@@ -72,15 +73,15 @@ def test_flatten_several_steps_weights_tasks_by_tokens() -> None:
     assert metrics["train/loss"] == 3.0
     assert metrics["train/loss/asr"] == pytest.approx(40 / 40)
     assert metrics["train/loss/er"] == 2.0
-    assert "train/loss/ac" not in metrics  # no target tokens: there is no loss, not a loss of 0
+    assert "train/loss/ac" not in metrics  # without target tokens there is no loss, rather than a loss of 0
     assert metrics["train/lr"] == 5e-4
-    assert metrics["time/save_sec"] == 0.5  # mean over both steps, though only one had it
+    assert metrics["time/save_sec"] == 0.5  # the mean over both steps, although only one has this phase
     assert metrics["throughput/tokens_per_sec"] == pytest.approx(600 / 6.0)
     assert metrics["data/skipped/broken"] == 2 and metrics["data/epochs/kit"] == 1.0
 
 
 def make_load(step: int, experts: list[int], task: str = "asr") -> LoadInterval:
-    """One clip of a second per entry of `experts`, each routed to that one of two."""
+    """Return the load of one clip of a second per entry of `experts`, each routed to that one of two experts."""
     probs = torch.eye(2)[experts][:, None]
     group = group_of(task, {}, 1.0)
     load = ExpertLoad.of(
@@ -149,7 +150,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_plain_lines_where_there_is_no_terminal() -> None:
+def test_plain_lines_without_a_terminal() -> None:
     stream = io.StringIO()
     progress = Progress(10, start_step=2, every_steps=4, name="demo", stream=stream)
     for step in range(3, 11):
@@ -185,18 +186,23 @@ def run_hooks(hooks: list[Hook], state: RunState, last_step: int, summary: dict[
         hook.on_end(summary)
 
 
-def test_hooks_leave_metrics_and_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hooks_write_metrics_and_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "runs" / "x"
     tracker = JsonlTracker(run_dir / "metrics.jsonl")
     hooks: list[Hook] = [TrackerHook(tracker, every_steps=2), SummaryHook(tracker), ProgressHook(2)]
     run_hooks(hooks, RunState("x", run_dir, num_steps=5, num_ranks=2), 5, {"wer_before": 1.0, "num_steps": 5})
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if "train/loss" in r] == [1, 2, 4, 5]  # 5: what was left over at the end
+    assert [r["step"] for r in records if "train/loss" in r] == [
+        1,
+        2,
+        4,
+        5,
+    ]  # step 5 is the incomplete interval at the end
     assert next(r for r in records if r["step"] == 4)["train/loss"] == pytest.approx((10 / 3 + 10 / 4) / 2)
     assert next(r for r in records if "eval/test/asr/wer" in r)["eval/test/asr/digits/wer"] == 0.5
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["loss_first"] == 10.0 and summary["loss_last"] == 2.0 and summary["num_ranks"] == 2
-    assert summary["phase_sec"] == {"llm": 1.0}  # the first step's 9 s of warming up are left out
+    assert summary["phase_sec"] == {"llm": 1.0}  # without the first step, which takes 9 s
     assert summary["scores"] == {"test": {"asr/wer": 0.25, "asr/digits/wer": 0.5}}
     assert summary["wer_before"] == 1.0 and summary["num_records_lost"] == 0
     shown = capsys.readouterr().err
@@ -224,7 +230,7 @@ def test_eval_metric_names() -> None:
     }
 
 
-def test_an_evaluation_is_announced_by_its_chief_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_metrics_of_an_evaluation_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     hook = ProgressHook()
     hook.on_start(RunState("r", Path("unused"), 4, 1))
     values = {"asr/wer": 0.25, "asr/cer": 0.125, "asr/digits/wer": 0.5, "er/accuracy": 0.75}
@@ -234,7 +240,7 @@ def test_an_evaluation_is_announced_by_its_chief_metrics(capsys: pytest.CaptureF
     assert "0.125" not in captured.out + captured.err
 
 
-def test_steps_that_were_left_out_do_not_blur_the_mean() -> None:
+def test_skipped_steps_do_not_affect_the_mean() -> None:
     nan = make_report(2, loss=float("nan"), grad_norm=float("nan"), skip_reason="loss is nan", num_skipped_updates=1)
     metrics = flatten([make_report(1), nan])
     assert metrics["train/loss"] == 2.0 and metrics["train/grad_norm"] == 1.5 and metrics["train/skipped_updates"] == 1

@@ -1,4 +1,4 @@
-"""Trackers: exact on resume, harmless when they fail, silent about secrets."""
+"""Trackers: exact after a resume, harmless if they fail, and without secrets."""
 
 from __future__ import annotations
 
@@ -13,23 +13,18 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from trainer.telemetry.tracker import (
-    CompositeTracker,
-    JsonlTracker,
-    MlflowTracker,
-    TelemetryConfig,
-    build_tracker,
-    flatten_params,
-    log_artifacts,
-    tracking_uri,
-)
+from trainer.telemetry.config import TelemetryConfig
+from trainer.telemetry.trackers.base import TrackedRun, flatten_params
+from trainer.telemetry.trackers.jsonl import JsonlTracker
+from trainer.telemetry.trackers.mlflow import MlflowTracker, tracking_uri
+from trainer.telemetry.trackers.table import CompositeTracker, add_files, build_trackers, read_ids, restore_ids
 
 
 def steps_in(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def test_jsonl_is_flushed_at_once_and_strict_json(tmp_path: Path) -> None:
+def test_jsonl_is_flushed_immediately_and_is_strict_json(tmp_path: Path) -> None:
     tracker = JsonlTracker(tmp_path / "x" / "metrics.jsonl")
     tracker.log({"a": 1.5, "b": math.nan, "c": -math.inf}, step=1)
 
@@ -75,7 +70,7 @@ def test_jsonl_resume_refuses_a_foreign_file(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\nhello\n'
 
 
-def test_what_a_full_disk_does_not_take_waits_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_records_wait_for_space_on_a_full_disk_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full on this system")
@@ -97,16 +92,11 @@ def test_what_a_full_disk_does_not_take_waits_loudly(tmp_path: Path, caplog: pyt
 
 
 def mlflow_tracker(root: Path, resume: bool = False, params: dict[str, object] | None = None) -> MlflowTracker:
-    return MlflowTracker(
-        TelemetryConfig(mlflow_experiment="tests"),
-        run_name="x",
-        run_root=root,
-        id_file=root / "mlflow_run_id",
-        params=params or {},
-        resume=resume,
-    )
+    (root / "x").mkdir(exist_ok=True)
+    return MlflowTracker(TrackedRun("x", root, "tests", params or {}, resume_step=3 if resume else 0))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_mlflow_keeps_one_run_across_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -114,7 +104,7 @@ def test_mlflow_keeps_one_run_across_a_resume(tmp_path: Path, monkeypatch: pytes
     started = time.perf_counter()
     for step in (1, 2, 3):
         first.log({"train/loss": 1.0 / step, "throughput/tokens_per_sec": 10.0}, step)
-    assert time.perf_counter() - started < 0.5  # the store is not even open yet
+    assert time.perf_counter() - started < 0.5  # the store has not been opened yet
     first.close()
     second = mlflow_tracker(tmp_path, resume=True, params={"optim": {"lr": 0.2}})
     second.log({"train/loss": 0.25}, 4)
@@ -127,7 +117,7 @@ def test_mlflow_keeps_one_run_across_a_resume(tmp_path: Path, monkeypatch: pytes
     experiment = client.get_experiment_by_name("tests")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.run_id == (tmp_path / "mlflow_run_id").read_text().strip()
+    assert run.info.run_id == (tmp_path / "x" / "mlflow_run_id").read_text().strip()
     assert run.info.status == "FINISHED" and run.info.run_name == "x"
     assert run.data.params == {"optim.lr": "0.1", "data.password": "***"}
     history = client.get_metric_history(run.info.run_id, "train/loss")
@@ -139,29 +129,32 @@ def test_mlflow_keeps_one_run_across_a_resume(tmp_path: Path, monkeypatch: pytes
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_files_join_the_run_they_are_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_added_to_their_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run_dir = tmp_path / "x"
     run_dir.mkdir()
     file = tmp_path / "report.html"
     file.write_text("hello")
-    assert "mlflow_run_id is missing" in str(log_artifacts(run_dir, [file], "profile"))
-    config = TelemetryConfig(mlflow_experiment="tests")
-    build_tracker(config, run_name="x", run_root=tmp_path, params={}).close()
-    assert log_artifacts(run_dir, [file], "profile") is None
+    assert add_files(run_dir, [file], "expert_usage") == [
+        f"a tracker: {run_dir} has none of mlflow_run_id, wandb_run_id, so no tracker that keeps files knows the run"
+    ]
+    build_trackers(["mlflow"], TrackedRun("x", tmp_path, "tests", {})).close()
+    assert add_files(run_dir, [file], "expert_usage") == []
 
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=tracking_uri(tmp_path))
     run_id = (run_dir / "mlflow_run_id").read_text().strip()
-    assert [a.path for a in client.list_artifacts(run_id, "profile")] == ["expert_usage/report.html"]
+    assert [a.path for a in client.list_artifacts(run_id, "expert_usage")] == ["expert_usage/report.html"]
     (run_dir / "mlflow_run_id").write_text("no-such-run\n")
-    assert "no-such-run" in str(log_artifacts(run_dir, [file], "profile"))
+    (failure,) = add_files(run_dir, [file], "expert_usage")
+    assert failure.startswith("MLflow: ") and "no-such-run" in failure
 
 
 @pytest.mark.timeout(120)
-def test_mlflow_failure_is_loud_once_counted_and_survived(
+def test_mlflow_failure_is_logged_once_counted_and_survived(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -176,20 +169,21 @@ def test_mlflow_failure_is_loud_once_counted_and_survived(
     assert sum("LOST" in message for message in warnings) == 1
 
 
-def test_importing_the_tracker_does_not_import_mlflow() -> None:
-    code = "import sys, trainer.telemetry.tracker; sys.exit('mlflow' in sys.modules)"
+def test_importing_the_trackers_does_not_import_their_packages() -> None:
+    packages = {"mlflow", "tensorboard", "wandb"}
+    code = f"import sys, trainer.telemetry.trackers.table; sys.exit(bool({packages} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_build_tracker_without_mlflow(tmp_path: Path) -> None:
-    tracker = build_tracker(TelemetryConfig(mlflow=False), run_name="x", run_root=tmp_path, params={})
+def test_a_run_without_trackers_has_its_file(tmp_path: Path) -> None:
+    tracker = build_trackers([], TrackedRun("x", tmp_path, "tests", {}))
     tracker.log({"a": 1.0}, 1)
     tracker.close()
     assert isinstance(tracker, CompositeTracker) and tracker.num_lost == 0
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == ["x", "x/metrics.jsonl"]
 
 
-def test_params_are_flat_and_hold_no_secrets() -> None:
+def test_params_are_flat_and_contain_no_secrets() -> None:
     params = {
         "model": {"primary": {"name": "w"}, "experts": [{"name": "h"}, {"name": "v"}]},
         "data": {"url": "https://user:pass@host/x", "placeholder": "<SpeechHere>", "max_new_tokens": 64},
@@ -212,5 +206,19 @@ def test_params_are_flat_and_hold_no_secrets() -> None:
 def test_config_is_checked() -> None:
     with pytest.raises(UserError, match="telemetry.log_every_steps = 0"):
         TelemetryConfig(log_every_steps=0)
-    with pytest.raises(UserError, match="telemetry.mlflow_experiment"):
-        TelemetryConfig(mlflow_experiment="")
+    with pytest.raises(UserError, match="telemetry.experiment is empty"):
+        TelemetryConfig(experiment="")
+    with pytest.raises(UserError, match="telemetry.trackers: wandb is given twice"):
+        TelemetryConfig(trackers=("wandb", "wandb"))
+
+
+def test_a_checkpoint_of_any_version_restores_the_ids(tmp_path: Path) -> None:
+    for number, extra in enumerate([{"mlflow_run": "abc"}, {"trackers": {"mlflow": "abc", "wandb": "w", "gone": "g"}}]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        restore_ids(folder, extra)
+        assert read_ids(folder) == {"mlflow": "abc"} | ({"wandb": "w"} if number else {})
+        restore_ids(folder, {"trackers": {"mlflow": "another"}})
+        assert read_ids(folder)["mlflow"] == "abc"
+    restore_ids(tmp_path, {"mlflow_run": None})
+    assert read_ids(tmp_path) == {}

@@ -1,3 +1,5 @@
+"""The places of ranks and their groups."""
+
 from __future__ import annotations
 
 import itertools
@@ -8,8 +10,8 @@ from model.errors import UserError
 from trainer.parallel.topology import ParallelConfig, Topology, build_topology, divisors
 
 
-def test_eight_ranks_drawn_by_hand() -> None:
-    # TP 2, PP 2, DP 2 in Megatron's order tp-cp-ep-dp-pp: stage 0 is ranks 0..3, stage 1 ranks 4..7.
+def test_eight_ranks_written_by_hand() -> None:
+    # With TP 2, PP 2, DP 2 in Megatron's order tp-cp-ep-dp-pp, stage 0 has ranks 0 to 3, and stage 1 ranks 4 to 7.
     topology = Topology(world=8, tp=2, pp=2)
     assert topology.dp == 2
     assert [tuple(topology.coordinates(r)) for r in range(8)] == [
@@ -42,7 +44,7 @@ def test_every_rank_has_one_place_and_one_replica(tp: int, pp: int) -> None:
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 3), (8, 4)])
-def test_groups_are_megatrons(tp: int, pp: int) -> None:
+def test_groups_equal_those_of_megatron(tp: int, pp: int) -> None:
     from megatron.core.parallel_state import RankGenerator
 
     world = 12 * tp * pp
@@ -54,7 +56,7 @@ def test_groups_are_megatrons(tp: int, pp: int) -> None:
     assert replicas == {frozenset(g) for g in order.get_ranks("tp-pp")}
 
 
-def test_expert_groups_are_deepspeeds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expert_groups_equal_those_of_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.utils import groups
 
     made: list[tuple[int, ...]] = []

@@ -1,4 +1,4 @@
-"""Phases as a timeline: of the chosen steps only, nested as they were timed."""
+"""The timeline of phases, which covers the selected steps only and has nested phases."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def run(folder: Path, steps: str, num_steps: int, stop_after: int = 0, start: in
     return timer
 
 
-def test_only_the_chosen_steps_are_there(tmp_path: Path) -> None:
+def test_trace_contains_the_selected_steps_only(tmp_path: Path) -> None:
     timer = run(tmp_path, "10:12", 14)
     assert {e["args"]["step"] for e in spans(tmp_path)} == {10, 11}
     assert timer.listener is None and WAIT in timer.take()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rank0.json", "trace.json"]
 
 
-def test_phases_nest(tmp_path: Path) -> None:
+def test_phases_are_nested(tmp_path: Path) -> None:
     run(tmp_path, "1:2", 1)
     by_name = {e["name"]: e for e in spans(tmp_path)}
     assert [e["name"] for e in spans(tmp_path)] == [WAIT, "inner", "outer", "step 1"]
@@ -55,12 +55,12 @@ def test_phases_nest(tmp_path: Path) -> None:
         assert b["ts"] <= a["ts"] and a["ts"] + a["dur"] <= b["ts"] + b["dur"] + 0.01
 
 
-def test_a_stop_between_writes_what_is_there(tmp_path: Path) -> None:
+def test_stop_writes_the_steps_so_far(tmp_path: Path) -> None:
     run(tmp_path, "2:9", 9, stop_after=3)
     assert {e["args"]["step"] for e in spans(tmp_path)} == {2, 3}
 
 
-def test_a_resumed_run_begins_in_between_or_not_at_all(tmp_path: Path) -> None:
+def test_resumed_run_traces_the_remaining_selected_steps(tmp_path: Path) -> None:
     run(tmp_path / "between", "2:5", 6, start=3)
     assert {e["args"]["step"] for e in spans(tmp_path / "between")} == {4}
     run(tmp_path / "after", "2:5", 9, start=6)

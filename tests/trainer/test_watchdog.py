@@ -1,4 +1,4 @@
-"""What the watchdog writes of the collectives that a rank issued last."""
+"""The watchdog's record of the last collectives of a rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Adam's state, whichever implementation holds it: moments per parameter, number of updates per parameter or group."""
+"""Access to Adam's state, whichever implementation holds it.
+
+All implementations have moments per parameter; some count the updates per parameter, others per parameter group.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,11 @@ _PER_PARAMETER = (torch.optim.Adam, torch.optim.AdamW)
 
 
 def moments(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
-    """exp_avg and exp_avg_sq; made, as the first update would, where there was none."""
+    """Return the moments of a parameter, and create them as zeros if it has had no update yet.
+
+    Returns:
+        `exp_avg` and `exp_avg_sq`, each of the parameter's shape.
+    """
     state = optimizer.state[parameter]
     if not state:
         state[EXP_AVG], state[EXP_AVG_SQ] = (torch.zeros_like(parameter.data) for _ in range(2))
@@ -23,16 +30,16 @@ def moments(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def num_updates(optimizer: Any, parameter: Tensor) -> int:
-    """Updates so far; call `moments` first."""
+    """Return the number of updates of a parameter. Call `moments` first, which creates missing state."""
     if isinstance(optimizer, _PER_PARAMETER):
         return int(optimizer.state[parameter]["step"])
     return int(_group_of(optimizer, parameter).get("step", 0))
 
 
 def set_num_updates(optimizer: Any, parameter: Tensor, step: int) -> None:
-    """As if that many updates had been made."""
+    """Set the number of updates of a parameter to `step`."""
     if isinstance(optimizer, _PER_PARAMETER):
-        # In place, and one tensor per parameter: an aliased one would advance once for each that shares it.
+        # Set in place: if parameters shared one tensor, every update of any of them would advance it.
         optimizer.state[parameter]["step"].fill_(float(step))
     else:
         _group_of(optimizer, parameter)["step"] = step

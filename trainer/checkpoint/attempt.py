@@ -1,4 +1,4 @@
-"""One attempt at a run: a launch of its ranks. Only the newest attempt may commit checkpoints."""
+"""An attempt of a run, which is one start of its ranks. Only the newest attempt may commit checkpoints."""
 
 from __future__ import annotations
 
@@ -11,37 +11,56 @@ from trainer.checkpoint.layout import FROZEN, Manifest, frozen_folder_of
 
 
 class FencedError(Exception):
-    """A newer attempt at the same run has begun."""
+    """Raised when a newer attempt of the same run has begun."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """Who writes."""
+    """The identity of one attempt."""
 
     number: int
+    """The position among the attempts of the run, counted from 1."""
     token: str
+    """A random hexadecimal string, which distinguishes attempts that were begun at the same time."""
 
     @staticmethod
     def after(before: Attempt | None) -> Attempt:
-        """The next one."""
+        """Return a new attempt that follows `before`; None means that the run has no attempt yet."""
         return Attempt(1 if before is None else before.number + 1, secrets.token_hex(4))
 
     @staticmethod
     def from_json(tree: Mapping[str, Any]) -> Attempt:
-        """Inverse of `dataclasses.asdict`. Raises KeyError, TypeError, ValueError."""
+        """Invert `dataclasses.asdict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: If `tree` is not the JSON of an attempt.
+        """
         return Attempt(int(tree["number"]), str(tree["token"]))
 
     def folder(self, kind: str, step: int) -> str:
-        """Name that no other attempt gives to a folder: `step` or `frozen` files of a step."""
+        """Return the name of a folder, which no other attempt gives to a folder.
+
+        Args:
+            kind: `layout.STEP` for the files of a checkpoint or `layout.FROZEN` for frozen weights.
+            step: The step of the checkpoint.
+        """
         return f"{kind}-{step:08d}-{self.number:04d}-{self.token}"
 
     def written(self, manifest: Manifest) -> list[str]:
-        """Files of a checkpoint that this attempt has just written; others are frozen ones of an earlier save."""
+        """Return the files of a checkpoint that its own save wrote, without the frozen files of earlier saves."""
         own = self.folder(FROZEN, manifest.step)
         return [name for name in manifest.files if frozen_folder_of(name) in (None, own)]
 
     def check(self, newest: Attempt | None, where: str) -> None:
-        """Raise FencedError unless this is still the newest attempt."""
+        """Check that this is still the newest attempt.
+
+        Args:
+            newest: The newest attempt, or None if its record cannot be read.
+            where: The URL of the checkpoints, for the message.
+
+        Raises:
+            FencedError: If a newer attempt has begun.
+        """
         if newest != self:
             number = "another" if newest is None else newest.number
             raise FencedError(f"{where}: attempt {number} of this run has begun; attempt {self.number} stops")

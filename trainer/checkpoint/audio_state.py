@@ -1,8 +1,9 @@
 """The audio side's tensors in DeepSpeed ZeRO-3's memory.
 
-ZeRO-3 cuts every flattened parameter into equal slices, one per rank of the parameter's own group (`ds_process_group`),
-the last ones filled up; ranks outside the group hold none of it. Learned slices lie end to end in the fp32 buffer of
-their sub-group, with Adam's moments beside it; a frozen one is `ds_tensor`.
+ZeRO-3 cuts every flattened parameter into slices of equal size, one for each rank of the parameter's own group
+(`ds_process_group`); the last slices are padded. Ranks outside the group hold nothing of it. The slices of trainable
+parameters are stored one after another in the fp32 buffer of their sub-group, and Adam's moments in buffers of the same
+layout. The slice of a frozen parameter is `ds_tensor`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ _PREFIX = "audio."
 
 
 def shards(engine: AudioEngine) -> list[Shard]:
-    """Everything this rank holds. Views into the engine: call `refresh` after writing to them."""
+    """Return everything that this rank holds, as views of the engine's memory. Call `refresh` after writing to them.
+
+    Raises:
+        UserError: If the engine keeps parameters or optimizer state on NVMe.
+    """
     zero = engine.zero
     if zero.swap_optimizer or zero.params_in_nvme_and_cpu:
         raise UserError("zero_optimization.offload_*.device = nvme: checkpoints need cpu or none there")
@@ -39,7 +44,7 @@ def shards(engine: AudioEngine) -> list[Shard]:
 
 
 def set_steps(engine: AudioEngine, steps: dict[str, int]) -> None:
-    """Number of updates of every learned parameter; one for each of ZeRO-3's sub-groups."""
+    """Set the number of updates of every trainable parameter; it must be the same within a ZeRO-3 sub-group."""
     names = {id(p): name for name, p in engine.named_parameters()}
     for i, parameters in enumerate(engine.zero.fp16_groups):
         wanted = {steps[names[id(p)]] for p in parameters}
@@ -48,12 +53,15 @@ def set_steps(engine: AudioEngine, steps: dict[str, int]) -> None:
 
 
 def refresh(engine: AudioEngine) -> None:
-    """Bring what the forward pass reads up to the fp32 weights; collective."""
+    """Copy the fp32 weights to the weights that the forward pass reads.
+
+    Collective: every rank of the world must call it.
+    """
     zero = engine.zero
-    zero.checkpoint_event_prologue()  # frees gathered parameters, also those that persist between steps
+    zero.checkpoint_event_prologue()  # frees gathered parameters, including those that persist between steps
     for i in range(len(zero.fp16_groups)):
         zero._reassign_or_swap_out_partitioned_parameters(i)
-    zero.checkpoint_event_epilogue()  # gathers the persistent ones anew
+    zero.checkpoint_event_epilogue()  # gathers the persistent ones again
 
 
 def _slices_of_group(zero: Any, i: int, parameters: list[Any]) -> dict[int, tuple[dict[str, Tensor], int | None]]:
@@ -98,8 +106,10 @@ def _buffers(tower: nn.Module) -> Iterator[Shard]:
 
 
 def _is_first_holder(tower: nn.Module, path: str) -> bool:
-    """Whether this is the first rank that holds the module at `path`: it or the nearest module around it that has
-    parameters tells by their group."""
+    """Return whether this is the first of the ranks that hold the module at `path`.
+
+    The ranks are those of the group of the module's parameters. If it has none, the nearest enclosing module counts.
+    """
     while path and next(tower.get_submodule(path).parameters(), None) is None:
         path = path.rpartition(".")[0]
     parameter: Any = next(tower.get_submodule(path).parameters())

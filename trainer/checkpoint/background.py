@@ -1,7 +1,7 @@
-"""One save, from a copy in host memory to a committed checkpoint, in a thread of its own on every rank.
+"""One save, from a copy in host memory to a committed checkpoint, on a background thread of every rank.
 
-The threads of all ranks talk over a process group that nobody else uses. Whatever goes wrong on one of them becomes the
-outcome on all; training does not notice.
+The threads of all ranks communicate over a process group that nothing else uses. If one of them fails, the save fails
+on all ranks, and training continues.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "safetensors
 
 @dataclass(frozen=True)
 class Frozen:
-    """Tensors that no checkpoint writes again, and the files that hold them."""
+    """Frozen tensors that have been saved, and the files that hold them. Later checkpoints refer to these files."""
 
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, TensorEntry]
 
     @staticmethod
     def of(manifest: Manifest) -> Frozen:
-        """Those that a checkpoint refers to."""
+        """Return the frozen tensors and files that a checkpoint refers to."""
         files = {name: entry for name, entry in manifest.files.items() if frozen_folder_of(name)}
         tensors = {
             name: entry for name, entry in manifest.tensors.items() if all(file in files for file, _ in entry.pieces)
@@ -63,48 +63,53 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Content:
-    """What one rank brings to a save; all of it in host memory."""
+    """The part of a save that one rank contributes, all of it in host memory."""
 
     step: int
     shards: Mapping[str, Sequence[Shard]]
-    """By file family; what is frozen and saved already is not among them."""
+    """The shards to write, by family of files, without frozen ones that have been saved already."""
     generators: Mapping[str, Tensor]
+    """The states of the random generators by name."""
     extra: Mapping[str, Any]
+    """The trainer's own state as JSON; rank 0's is written."""
     frozen: Frozen
-    """Saved already."""
+    """The frozen tensors that have been saved already."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a save ended, the same on every rank."""
+    """The outcome of a save, which is the same on every rank."""
 
     url: str
-    """Of the checkpoint."""
+    """The URL of the checkpoint."""
     failure: str | None = None
-    """None: it is committed."""
+    """Why the save failed, or None if the checkpoint is committed."""
     fenced: bool = False
-    """A newer attempt has begun: no later save can succeed either."""
+    """True if a newer attempt has begun, so that no later save can succeed either."""
     frozen: Frozen | None = None
-    """As of this checkpoint."""
+    """The frozen tensors that this checkpoint refers to, or None if the save failed."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank writes, and with whom."""
+    """The destination of this rank's saves, and the ranks that write together."""
 
     checkpoints: Checkpoints
     config: CheckpointConfig
     attempt: Attempt
     group: dist.ProcessGroup
-    """Of the writing threads."""
+    """A process group of all ranks that only the writing threads use."""
     rank: int
     topology: Mapping[str, int]
     heartbeat: Callable[[str], None] = lambda what: None
-    """Is called with every file."""
+    """A function that is called with a description of every file before it is written."""
 
 
 class Save:
-    """A save on its way; `outcome` is there once `wait` has returned."""
+    """A save that runs in the background; `outcome` is set once `wait` has returned.
+
+    Collective: every rank of the world must create this object.
+    """
 
     def __init__(self, place: Place, content: Content) -> None:
         self.place, self.content = place, content
@@ -115,10 +120,11 @@ class Save:
 
     @property
     def running(self) -> bool:
+        """True until the save has ended on this rank."""
         return self._thread.is_alive()
 
     def wait(self) -> Outcome:
-        """Until it has ended."""
+        """Wait until the save has ended, and return its outcome."""
         self._thread.join()
         assert self.outcome is not None
         return self.outcome
@@ -126,20 +132,23 @@ class Save:
     def _run(self) -> None:
         try:
             self.outcome = self._write_together()
-        except (
-            Exception
-        ) as error:  # a lost peer, mostly: the run's own exchange will tell; the thread must not die mute
+        except Exception as error:
+            # Usually another rank was lost. Training notices that itself; the failed save must still be logged.
             self.outcome = Outcome(self.url, _text(error))
         if self.outcome.failure is not None and self.place.rank == 0:
             log.error("CHECKPOINT NOT SAVED: %s: %s", self.url, self.outcome.failure)
 
     def _write_together(self) -> Outcome:
+        """Write this rank's files, and agree with the other ranks on the outcome.
+
+        Collective: every rank of `Place.group` must call it.
+        """
         place, draft = self.place, None
         failure, written = None, None
         try:
             draft = place.checkpoints.draft(place.attempt, self.content.step)
             written = self._write(draft)
-        except Exception as error:  # whatever it is, the other ranks' threads wait to hear of it
+        except Exception as error:  # of any kind, because the other ranks wait for this rank's result
             failure = f"rank {place.rank}: {_text(error)}"
         found: list[Any] = [None] * dist.get_world_size(place.group)
         dist.all_gather_object(found, (failure, written), group=place.group)
@@ -155,7 +164,7 @@ class Save:
         return box[0]
 
     def _write(self, draft: Draft) -> tuple[dict[str, FileEntry], dict[str, TensorEntry]]:
-        """This rank's files."""
+        """Write this rank's files, and return their entries and those of the tensors in them."""
         rank, frozen = self.place.rank, self.place.attempt.folder(FROZEN, self.content.step)
         files: dict[str, FileEntry] = {}
         tensors: dict[str, TensorEntry] = {}
@@ -182,7 +191,12 @@ class Save:
         return files, tensors
 
     def _commit(self, draft: Draft, parts: Sequence[Any]) -> Outcome:
-        """By rank 0, when all have written."""
+        """Commit the checkpoint, on rank 0 after all ranks have written their files.
+
+        Args:
+            draft: The draft that all ranks have written to.
+            parts: The entries of files and of tensors that each rank returned from `_write`.
+        """
         place, content = self.place, self.content
         try:
             files = {name: entry for own, _ in parts for name, entry in own.items()}
@@ -191,7 +205,7 @@ class Save:
             place.checkpoints.commit(place.attempt, manifest)
         except FencedError as error:
             return Outcome(self.url, str(error), fenced=True)
-        except Exception as error:  # see above
+        except Exception as error:  # of any kind, because the other ranks wait for the outcome
             return Outcome(self.url, _text(error))
         try:
             place.checkpoints.clean_up(place.config, content.step, place.attempt)

@@ -1,13 +1,14 @@
-"""A run's checkpoints in an object store, which has no rename: a numbered catalogue says which objects count.
+"""A run's checkpoints in an object store. It has no rename, so a numbered catalogue says which objects are checkpoints.
 
-    catalogue/00000007.json                          the newest number is the truth: attempt, checkpoints, scores
+    catalogue/00000007.json                          attempt, checkpoints and scores; the highest number is valid
     step-00000042-0003-1f3a55e0/audio-00000.…        files of a checkpoint, or of a save that was never committed
     frozen-00000042-0003-1f3a55e0/audio-00000.…      frozen weights that checkpoints share
 
-Whoever changes anything reads the newest catalogue and puts the next number if it is absent: of several who try, one
-succeeds, the others read again. So a commit, a removal and the beginning of an attempt each are one small object, and
-an attempt that is not the newest one can commit nothing. Objects that the catalogue does not name are invisible; the
-newest attempt deletes those of earlier attempts and its own leftovers, never those of a later one.
+A process that changes anything reads the newest catalogue and writes the next number, unless that exists already. If
+several processes try this at once, one succeeds and the others read again. Hence a commit, a removal and the beginning
+of an attempt each consist of writing one small object, and an attempt that is not the newest cannot commit anything.
+Objects that the catalogue does not name are invisible. The newest attempt deletes its own leftovers and those of
+earlier attempts, but never those of a later one.
 """
 
 from __future__ import annotations
@@ -39,17 +40,19 @@ _FOLDER = re.compile(r"(?:step|frozen)-\d+-(\d+)-([0-9a-f]+)")
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What the newest object of the catalogue says."""
+    """The content of one object of the catalogue."""
 
     number: int = 0
-    """0: there is none yet."""
+    """The number in the object's name; 0 means that no catalogue exists yet."""
     attempt: Attempt | None = None
+    """The newest attempt of the run."""
     checkpoints: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    """Step → folders: of its own files, then those of frozen ones."""
+    """Step → folders of the checkpoint: the one with its own files, then those with frozen files."""
     scores: Mapping[int, float] = field(default_factory=dict)
+    """Step → `checkpoint.best_metric`."""
 
     def dumps(self) -> bytes:
-        """JSON."""
+        """Return the catalogue as JSON."""
         return json.dumps(
             {
                 "attempt": None if self.attempt is None else asdict(self.attempt),
@@ -60,7 +63,11 @@ class Catalogue:
 
     @staticmethod
     def loads(number: int, content: bytes) -> Catalogue:
-        """Inverse of `dumps`. Raises ValueError, KeyError, TypeError, AttributeError."""
+        """Invert `dumps`.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: If `content` is not a catalogue.
+        """
         tree = json.loads(content)
         checkpoints = {int(step): tuple(map(str, folders)) for step, folders in tree["checkpoints"].items()}
         if any(not folders or not all(map(_FOLDER.fullmatch, folders)) for folders in checkpoints.values()):
@@ -70,12 +77,12 @@ class Catalogue:
 
     @property
     def folders(self) -> set[str]:
-        """All that count."""
+        """The folders of all checkpoints."""
         return {folder for folders in self.checkpoints.values() for folder in folders}
 
 
 class BucketDraft:
-    """Objects that no catalogue names yet; large ones go up in parts, several at a time."""
+    """The objects of a save, which no catalogue names yet. Large objects are uploaded in parallel parts."""
 
     def __init__(self, store: Store, folder: str) -> None:
         self._store, self._folder = store, folder
@@ -87,10 +94,10 @@ class BucketDraft:
 
 
 class BucketCheckpoints:
-    """See `trainer.checkpoint.catalog.Checkpoints`.
+    """The checkpoints of a run in an object store; implements `trainer.checkpoint.catalog.Checkpoints`.
 
     Args:
-        store: everything in it belongs to this run's checkpoints.
+        store: The store, which contains nothing but this run's checkpoints.
     """
 
     def __init__(self, store: Store) -> None:
@@ -137,7 +144,7 @@ class BucketCheckpoints:
         self._change(added)
 
     def discard(self, attempt: Attempt, step: int) -> None:
-        """Nothing: perhaps only the answer to the commit was lost. `sweep` knows more."""
+        """Do nothing: the commit may have succeeded although its answer was lost. `sweep` removes the draft if not."""
 
     def clean_up(self, config: CheckpointConfig, newest: int, attempt: Attempt | None = None) -> list[str]:
         before = Catalogue()
@@ -154,14 +161,14 @@ class BucketCheckpoints:
         removed = sorted(set(before.checkpoints) - set(after.checkpoints))
         for step in removed:
             if step > newest:
-                log.warning("checkpoint %s is removed: the run went back behind it", step_name(step))
+                log.warning("checkpoint %s is removed: the run returned to an earlier one", step_name(step))
         self._delete(before.folders - after.folders)
         return [f"{self.url}/{step_name(step)}" for step in removed]
 
     def sweep(self, attempt: Attempt) -> None:
         named = self._newest().folders
         found = {name.partition("/")[0] for name in self._store.list()} - named
-        # A later attempt may have begun since: what it writes is not ours to take.
+        # A later attempt may have begun meanwhile. Its files must not be deleted.
         self._delete({f for f in found if (m := _FOLDER.fullmatch(f)) and int(m[1]) <= attempt.number})
 
     # ---- scores
@@ -170,7 +177,7 @@ class BucketCheckpoints:
         return {**self._newest().scores, **self._unsaved_scores}
 
     def note_score(self, step: int, value: float) -> None:
-        with self._lock:  # the next commit takes it along: training does not wait for the bucket
+        with self._lock:  # stored by the next commit, so that training does not wait for the bucket
             self._unsaved_scores[step] = value
 
     # ---- the catalogue
@@ -188,11 +195,13 @@ class BucketCheckpoints:
                 return Catalogue.loads(number, content)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 where = f"{self.url}/{_catalogue_name(number)}"
-                raise UserError(f"{where}: cannot be read ({error}); remove it: then the one before counts") from None
-        raise UserError(f"{self.url}/{_CATALOGUE}: changes faster than it can be read; who else writes there?")
+                raise UserError(f"{where}: cannot be read ({error}); delete it to use the previous one") from None
+        raise UserError(
+            f"{self.url}/{_CATALOGUE}: changes faster than it can be read; stop the other programs that write there"
+        )
 
     def _numbers(self) -> list[int]:
-        """Of all catalogues that are there, ascending; [0]: there is none."""
+        """Return the numbers of all catalogues in ascending order, or [0] if there is none."""
         names = self._store.list(_CATALOGUE)
         numbers = sorted(int(name[len(_CATALOGUE) :].partition(".")[0]) for name in names) or [0]
         while self._store.exists(_catalogue_name(numbers[-1] + 1)):  # a listing may lag behind
@@ -200,7 +209,10 @@ class BucketCheckpoints:
         return numbers
 
     def _change(self, change: Callable[[Catalogue], Catalogue]) -> Catalogue:
-        """Apply `change` to the newest catalogue, whoever else does so at the same time; returns what it became."""
+        """Apply `change` to the newest catalogue, and return the result.
+
+        Other processes may change the catalogue at the same time. Then `change` is applied again to what they wrote.
+        """
         while True:
             now = self._newest()
             with self._lock:
@@ -212,8 +224,8 @@ class BucketCheckpoints:
             if not self._store.put_if_absent(_catalogue_name(wanted.number), wanted.dumps()):
                 continue
             numbers = self._numbers()
-            # One who slept since it read may have filled the number of one that was removed meanwhile; and some
-            # servers (Swift) let both of two win who come in the same moment: the later one's object is there then.
+            # A slow process may reuse a number that was removed meanwhile. Some servers (Swift) accept two simultaneous
+            # writes, of which the later one survives.
             if numbers[-1] == wanted.number and self._newest() == wanted:
                 break
         with self._lock:

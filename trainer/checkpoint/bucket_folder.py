@@ -1,4 +1,4 @@
-"""A checkpoint's objects, read in blocks: neighbours are asked for together, and the next block while one is used."""
+"""The files of a checkpoint in a bucket, which are read in blocks. While a block is used, the next one is fetched."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from trainer.storage.store import ChangedError, MissingError, Store
 
 BLOCK_BYTES = 8 << 20
 _NUM_BLOCKS = 12
-"""That are kept."""
+"""The number of blocks that are kept in memory."""
 _NUM_READERS = 4
 
 
 class BucketFolder:
-    """See `trainer.checkpoint.folder.Folder`.
+    """The files of a checkpoint in an object store; implements `trainer.checkpoint.folder.Folder`.
 
     Args:
-        store: holds the folder, and those of frozen files beside it.
-        url: names the checkpoint.
-        folder: of its own objects.
+        store: The store that contains the checkpoint's folder and the folders of frozen files.
+        url: The URL that names the checkpoint in messages.
+        folder: The name of the folder with the checkpoint's own files.
     """
 
     def __init__(self, store: Store, url: str, folder: str) -> None:
@@ -54,7 +54,7 @@ class BucketFolder:
 
     def _block(self, name: str, number: int, size: int) -> memoryview:
         with self._lock:
-            for wanted in (number, number + 1):  # the next one will be asked for soon
+            for wanted in (number, number + 1):  # the next one will probably be needed soon
                 if wanted * BLOCK_BYTES < size and (name, wanted) not in self._blocks:
                     self._blocks[name, wanted] = self._pool.submit(self._fetch, name, wanted, size)
             block = self._blocks[name, number]

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, wherever they lie: what is there, what is whole, which is the newest."""
+"""The checkpoints of a run in a folder or a bucket: which exist, which are undamaged, and which is the newest."""
 
 from __future__ import annotations
 
@@ -18,84 +18,98 @@ from trainer.checkpoint.writer import Draft
 from trainer.storage.open import join_url, open_store, scheme_of
 
 SUBFOLDER = "checkpoints"
-"""Of a run, where they lie."""
+"""The name of the folder in a run's folder that contains its checkpoints."""
 TOKENIZER = "tokenizer.model"
-"""In a run, where its tokenizer is a SentencePiece model."""
+"""The name of the file in a run's folder that contains its tokenizer, if that is a SentencePiece model."""
 
 
 class Checkpoints(Protocol):
-    """All checkpoints of one run. Every rank has an object of its own; only rank 0 changes anything, but for drafts."""
+    """All checkpoints of one run. Every rank has its own object, but only rank 0 changes anything other than drafts."""
 
     @property
     def url(self) -> str:
-        """Where they lie, for messages."""
+        """The location of the checkpoints, for messages."""
         ...
 
     def steps(self) -> list[int]:
-        """Of all committed checkpoints, ascending, damaged ones included."""
+        """Return the steps of all committed checkpoints in ascending order, including damaged ones."""
         ...
 
     def folder(self, step: int) -> Folder:
-        """The checkpoint after `step` steps; whether there is one, its manifest tells."""
+        """Return the files of the checkpoint after `step` steps. If it does not exist, reading its manifest fails."""
         ...
 
     def begin_attempt(self) -> Attempt:
-        """Become the newest attempt; earlier ones can commit nothing after this returns."""
+        """Begin a new attempt, after which earlier attempts cannot commit anything."""
         ...
 
     def draft(self, attempt: Attempt, step: int) -> Draft:
-        """Where a rank writes its part; the same place for all ranks."""
+        """Return the draft of a checkpoint, which is shared by all ranks."""
         ...
 
     def commit(self, attempt: Attempt, manifest: Manifest) -> None:
-        """Make a draft the checkpoint of its step, at once; what was there under that name is gone.
+        """Turn a draft into the checkpoint of its step atomically; a checkpoint of the same step is replaced.
 
         Raises:
-            FencedError: a newer attempt has begun.
-            OSError, UserError: a file of another rank is not there.
+            FencedError: If a newer attempt has begun.
+            OSError, UserError: If a file of another rank is missing.
         """
         ...
 
     def discard(self, attempt: Attempt, step: int) -> None:
-        """Take a draft away that will not be committed."""
+        """Delete a draft that will not be committed."""
         ...
 
     def clean_up(self, config: CheckpointConfig, newest: int, attempt: Attempt | None = None) -> list[str]:
-        """Remove what need not stay: older checkpoints, ones of a future that the run went back from, frozen files
-        that nobody refers to. Returns what was removed.
+        """Delete checkpoints that need not be kept, and frozen files to which no checkpoint refers.
+
+        Args:
+            config: The rules that say which checkpoints are kept.
+            newest: The run's current step. Later checkpoints are deleted, since the run returned to an earlier one.
+            attempt: The attempt that deletes, or None to skip the check that it is the newest.
+
+        Returns:
+            The URLs of what was deleted.
 
         Raises:
-            FencedError: a newer attempt than `attempt` has begun.
+            FencedError: If a newer attempt than `attempt` has begun.
         """
         ...
 
     def sweep(self, attempt: Attempt) -> None:
-        """Take away what earlier attempts left unfinished."""
+        """Delete the unfinished drafts of earlier attempts."""
         ...
 
     def scores(self) -> dict[int, float]:
-        """`checkpoint.best_metric` by step."""
+        """Return the values of `checkpoint.best_metric` by step."""
         ...
 
     def note_score(self, step: int, value: float) -> None:
-        """Remember `checkpoint.best_metric` of a step."""
+        """Store the value of `checkpoint.best_metric` at a step."""
         ...
 
 
 def open_checkpoints(url: str, retry_sec: float | None = None) -> Checkpoints:
-    """Those at `url`, a folder or `s3://…`; there need not be any yet.
+    """Return the checkpoints at `url`, a folder or `s3://…`, which may not contain any yet.
+
+    Args:
+        url: The location of the checkpoints.
+        retry_sec: How long an unreachable bucket is retried; None selects the store's default.
 
     Raises:
-        UserError: see `trainer.storage.open.open_store`.
+        UserError: If the URL is malformed or the bucket cannot be opened.
     """
     return BucketCheckpoints(open_store(url, retry_sec)) if scheme_of(url) else LocalCheckpoints(Path(url))
 
 
 def checkpoints_of(url: str) -> Checkpoints:
-    """Those that `url` (a run, or its folder of checkpoints) means.
+    """Return the checkpoints of a run.
+
+    Args:
+        url: The run's folder, or the folder of its checkpoints.
 
     Raises:
-        UserError: there are none.
+        UserError: If there are none.
     """
     for place in (join_url(url, SUBFOLDER), url):
         found = open_checkpoints(place)
@@ -105,10 +119,10 @@ def checkpoints_of(url: str) -> Checkpoints:
 
 
 def find_checkpoint(url: str) -> Folder:
-    """`url` itself if it is a checkpoint, else the newest of the run.
+    """Return the checkpoint at `url`, or the newest checkpoint if `url` is a run.
 
     Raises:
-        UserError: there is none.
+        UserError: If there is none.
     """
     above, _, name = url.rstrip("/").rpartition("/")
     step = step_of(name)
@@ -119,7 +133,7 @@ def find_checkpoint(url: str) -> Folder:
 
 
 def damage_of(folder: Folder) -> str | None:
-    """What is wrong with a checkpoint: every file is read and compared; None: nothing."""
+    """Read and verify every file of a checkpoint, and return a description of the damage, or None if it has none."""
     try:
         manifest = read_manifest(folder)
         check_files(folder, manifest, manifest.files)
@@ -129,6 +143,6 @@ def damage_of(folder: Folder) -> str | None:
 
 
 def read_extra(folder: Folder) -> dict[str, Any]:
-    """What the trainer handed over when it saved (see `CheckpointManager.save`)."""
+    """Return the `extra` values that were passed to `CheckpointManager.save`."""
     extra: dict[str, Any] = json.loads(read_text(folder, STATE))["extra"]
     return extra

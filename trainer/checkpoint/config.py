@@ -1,4 +1,4 @@
-"""When checkpoints are written and which of them stay."""
+"""The recipe's `checkpoint` section, and the rules that say which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from trainer.storage.open import scheme_of
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The recipe's `checkpoint` section."""
+    """When checkpoints are written, where, and which of them are kept."""
 
     every_steps: int = 500
-    """A checkpoint after every so many steps, and at the end; 0: only at the end."""
+    """Number of steps between two checkpoints; the end of a run is always saved. 0 saves at the end only."""
     root: str | None = None
-    """Folder or `s3://BUCKET/PREFIX` that holds `<name>/checkpoints`; null: `train.run_dir`."""
+    """Folder or `s3://BUCKET/PREFIX` in which the checkpoints are stored as `<name>/checkpoints`; null selects
+    `train.run_dir`. Set it if checkpoints belong in a bucket or on another file system than the rest of the run."""
     retry_sec: float = 120.0
-    """How long a bucket may be away before a save, or loading, fails; a failed save is tried again at the next one."""
+    """How long an unreachable bucket is retried before a save or a load fails, in seconds. A failed save does not stop
+    the run; the next save is the retry."""
     start_from: str | None = None
     """A run, one of its checkpoints, or an export (a folder or `s3://…`), whose weights and tokenizer a new run starts
     with. Encoders may have been added or removed (`model.router.added_encoder_warmup_steps`). Once the new run has a
-    checkpoint of its own, it resumes from that."""
+    checkpoint of its own, it resumes from that. null starts with the initial weights of `model`."""
     keep_last: int = 2
-    """The newest ones stay."""
+    """Number of newest checkpoints that are kept, at least 1."""
     keep_every_steps: int = 0
-    """Those whose step is a multiple of this stay for good; 0: none."""
+    """Checkpoints whose step is a multiple of this number are kept permanently; 0 keeps none of them."""
     best_metric: str | None = None
-    """The best one by this metric stays, too: a name as in metrics.jsonl, e.g. `eval/test/asr/wer`. Only steps that
-    were both saved and evaluated take part."""
+    """Metric by which the best checkpoint is kept in addition, named as in metrics.jsonl, for example
+    `eval/test/asr/wer`. Only steps that were both saved and evaluated are compared. null keeps no best checkpoint."""
     best_is: Literal["lowest", "highest"] = "lowest"
-    """Of `best_metric`."""
+    """Whether the lowest or the highest value of `best_metric` is the best."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 0:
@@ -51,7 +53,13 @@ class CheckpointConfig:
 
 
 def kept_steps(config: CheckpointConfig, steps: Sequence[int], scores: Mapping[int, float]) -> set[int]:
-    """Those of the ascending `steps` that stay; `scores` are `best_metric` of some of them."""
+    """Return the steps whose checkpoints are kept.
+
+    Args:
+        config: The rules.
+        steps: The steps of all checkpoints in ascending order.
+        scores: The values of `best_metric` by step; steps without one are allowed.
+    """
     kept = set(steps[-config.keep_last :])
     if config.keep_every_steps:
         kept |= {step for step in steps if step % config.keep_every_steps == 0}
@@ -63,9 +71,12 @@ def kept_steps(config: CheckpointConfig, steps: Sequence[int], scores: Mapping[i
 
 
 def evaluations_since_best(config: CheckpointConfig, step: int, scores: Mapping[int, float]) -> int:
-    """How many evaluations in a row, the last of them at or before `step`, were no better than an earlier one.
+    """Return the number of evaluations since the best one, up to `step`.
 
-    `scores` are `best_metric` of evaluated steps; later ones than `step` are of a run that was given up.
+    Args:
+        config: The rules, which say whether the lowest or the highest value is the best.
+        step: The run's current step. Later scores are ignored, since the run returned to an earlier checkpoint.
+        scores: The values of `best_metric` by evaluated step.
     """
     known = sorted(s for s in scores if s <= step)
     if not known:

@@ -1,4 +1,4 @@
-"""What changed between two checkpoints, tensor by tensor, whatever topologies wrote them."""
+"""The differences between the weights of two checkpoints, which may have been written by different topologies."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from trainer.checkpoint.reader import Reader
 
 @dataclass(frozen=True)
 class Difference:
-    """Of the weights; optimizer state is not compared."""
+    """The differences between the weights of two checkpoints. Optimizer state is not compared."""
 
     changed: dict[str, float]
-    """Norm of the change over the norm of the first one, by tensor."""
+    """Tensor → norm of the change divided by the norm of the tensor in the first checkpoint."""
     num_equal: int
+    """The number of tensors that are equal."""
     only_first: list[str]
+    """Tensors of the first checkpoint that the second one lacks or has in another shape."""
     only_second: list[str]
-    """Tensors that the other lacks, or has in another shape."""
+    """Tensors of the second checkpoint that the first one lacks or has in another shape."""
 
 
 def diff(first: Reader, second: Reader) -> Difference:
-    """Compare; holds two tensors at a time."""
+    """Compare the weights of two checkpoints; at most two tensors are in memory at once."""
     a, b = first.manifest.tensors, second.manifest.tensors
     common = [name for name in a if name in b and a[name].shape == b[name].shape]
     changed = {}

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files lie, for whoever reads them: by name and byte range."""
+"""Access to the files of a checkpoint by name and byte range."""
 
 from __future__ import annotations
 
@@ -8,24 +8,32 @@ from typing import Protocol
 
 
 class Folder(Protocol):
-    """The files of one checkpoint, frozen ones that it shares with others included."""
+    """The files of one checkpoint, including frozen ones that it shares with other checkpoints."""
 
     @property
     def url(self) -> str:
-        """Names the checkpoint, in messages and to find it again."""
+        """The URL of the checkpoint, which `find_checkpoint` accepts."""
         ...
 
     def size_bytes(self, name: str) -> int:
-        """Raises FileNotFoundError if there is none."""
+        """Return the size of a file.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+        """
         ...
 
     def read_into(self, name: str, offset: int, target: memoryview) -> None:
-        """Fill `target` (bytes) from `offset`. Raises EOFError if the file ends before."""
+        """Fill `target` with the bytes of a file from `offset` on.
+
+        Raises:
+            EOFError: If the file ends before `target` is full.
+        """
         ...
 
 
 class LocalFolder:
-    """A checkpoint's folder in the file system; `<folder of frozen files>/<file>` lies beside it."""
+    """A checkpoint in the file system. The folders of frozen files are next to the checkpoint's folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,20 +44,20 @@ class LocalFolder:
         return str(self.path)
 
     def locate(self, name: str) -> Path:
-        """Path of a file."""
+        """Return the path of a file."""
         return (self.path.parent if "/" in name else self.path) / name
 
     def size_bytes(self, name: str) -> int:
         return self.locate(name).stat().st_size
 
     def handle(self, name: str) -> int:
-        """File descriptor, open for reading as long as this object lives."""
+        """Return a file descriptor for reading, which stays open as long as this object exists."""
         if name not in self._handles:
             self._handles[name] = os.open(self.locate(name), os.O_RDONLY)
         return self._handles[name]
 
     def read_into(self, name: str, offset: int, target: memoryview) -> None:
-        # Not mmap: pages of a mapping count as this process's memory.
+        # mmap is not used, since mapped pages count as this process's memory.
         at = 0
         while at < len(target):
             count = os.preadv(self.handle(name), [target[at:]], offset + at)
@@ -63,7 +71,12 @@ class LocalFolder:
 
 
 def read_text(folder: Folder, name: str) -> str:
-    """A whole file, as UTF-8. Raises FileNotFoundError, UnicodeDecodeError."""
+    """Return the content of a UTF-8 file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UnicodeDecodeError: If it is not UTF-8.
+    """
     content = bytearray(folder.size_bytes(name))
     folder.read_into(name, 0, memoryview(content))
     return content.decode("utf-8")

@@ -1,4 +1,4 @@
-"""States of the random generators: torch's on the host and on this rank's device, and Megatron's own."""
+"""The states of the random generators: those of torch on the host and on this rank's device, and Megatron's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HOST, _DEVICE, _MEGATRON = "host", "device", "megatron/"
 
 
 def get_states(device: torch.device) -> dict[str, Tensor]:
-    """uint8 tensors by generator."""
+    """Return the states of all generators as uint8 tensors by name."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     states = {_HOST: torch.get_rng_state()}
@@ -25,7 +25,7 @@ def get_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_states(states: dict[str, Tensor], device: torch.device) -> None:
-    """Continue where `get_states` was called, on a rank of the same place."""
+    """Restore the states that `get_states` returned on the rank at the same place of the same rank grid."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     with megatron_calls():
@@ -37,7 +37,13 @@ def set_states(states: dict[str, Tensor], device: torch.device) -> None:
 
 
 def reseed(states: dict[str, Tensor]) -> None:
-    """Continue on another rank grid: new streams, a function of rank 0's old ones, so that none is repeated."""
+    """Seed the generators of a run that resumes on another rank grid.
+
+    The seed is derived from rank 0's saved states, so that no random numbers are repeated.
+
+    Args:
+        states: The saved states of rank 0.
+    """
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     digest = hashlib.sha256(states[_HOST].numpy().tobytes()).digest()

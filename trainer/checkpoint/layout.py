@@ -1,10 +1,11 @@
-"""What a checkpoint consists of: rectangles of named tensors, addressed by global offset, never by rank.
+"""The contents of a checkpoint: rectangles of named tensors, which are addressed by global offset, never by rank.
 
-Every tensor is seen as a matrix [rows, cols]: rows are its first dimension, columns all others. A rank's part of it, be
-it a ZeRO-3 partition or a data-parallel shard of a tensor-parallel shard, is a few rectangles of that matrix. Whoever
-needs other rectangles later, on another topology or without one, cuts them out of those that were saved.
+Every tensor is viewed as a matrix [rows, cols], whose rows are the first dimension and whose columns are all others. A
+rank's part of the tensor, such as a ZeRO-3 partition or a data-parallel shard of a tensor-parallel shard, consists of a
+few rectangles of that matrix. A reader that needs other rectangles, for example on another topology, cuts them out of
+the saved ones.
 
-Pure: no files, no engines. `docs/checkpoints.md` describes the files.
+This module uses neither files nor engines. `docs/checkpoints.md` describes the files.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from model.errors import UserError
 FORMAT_VERSION = 3
 PARAM, EXP_AVG, EXP_AVG_SQ = "param", "exp_avg", "exp_avg_sq"
 STEP, FROZEN = "step", "frozen"
-"""Begin the names of folders: of a checkpoint, and of frozen weights, which checkpoints share."""
+"""Prefixes of folder names: of checkpoints, and of frozen weights, which checkpoints share."""
 MOMENTS = "moments"
-"""Family of the files that hold Adam's moments."""
+"""The family of the files that contain Adam's moments."""
 
 _FILE_NAME = re.compile(r"(frozen-[0-9a-f-]+/)?[a-z]+(-\d+)?\.(safetensors|json)")
 _COMMITTED = re.compile(r"step-(\d{8,})")
@@ -34,7 +35,7 @@ _CHECKSUM = re.compile(r"[0-9a-f]{32}")
 
 
 class Rect(NamedTuple):
-    """Rows `row … row + rows` and columns `col … col + cols` of a tensor's matrix."""
+    """A rectangle of a tensor's matrix: `rows` rows from `row` on, and `cols` columns from `col` on."""
 
     row: int
     col: int
@@ -43,30 +44,39 @@ class Rect(NamedTuple):
 
     @property
     def numel(self) -> int:
+        """The number of elements."""
         return self.rows * self.cols
 
     def overlap(self, other: Rect) -> Rect | None:
-        """What both cover, if anything."""
+        """Return the intersection of two rectangles, or None if it is empty."""
         row, col = max(self.row, other.row), max(self.col, other.col)
         rows = min(self.row + self.rows, other.row + other.rows) - row
         cols = min(self.col + self.cols, other.col + other.cols) - col
         return Rect(row, col, rows, cols) if rows > 0 and cols > 0 else None
 
     def within(self, outer: Rect) -> tuple[slice, slice]:
-        """Index of this rectangle in a matrix that holds `outer`."""
+        """Return the index of this rectangle in a matrix that contains the elements of `outer`."""
         row, col = self.row - outer.row, self.col - outer.col
         return slice(row, row + self.rows), slice(col, col + self.cols)
 
 
 def matrix_of(shape: Sequence[int]) -> Rect:
-    """All of a tensor of this shape."""
+    """Return the rectangle that covers a whole tensor of this shape."""
     rows = shape[0] if shape else 1
     return Rect(0, 0, rows, math.prod(shape[1:]))
 
 
 def rects_of_range(box: Rect, start: int, stop: int) -> Iterator[tuple[int, Rect]]:
-    """Elements `start … stop` of `box`, counted row by row, as at most three rectangles; each with its first element's
-    distance from `start`."""
+    """Split a range of elements of a rectangle into at most three rectangles.
+
+    Args:
+        box: The rectangle, whose elements are counted row by row.
+        start: The first element of the range.
+        stop: The element after the last one of the range.
+
+    Yields:
+        The number of elements of the range before the rectangle, and the rectangle.
+    """
     assert 0 <= start <= stop <= box.numel, (box, start, stop)
     at = start
     while at < stop:
@@ -84,52 +94,55 @@ class Shard:
     """A rectangle of a named tensor that this rank holds."""
 
     name: str
-    """`audio.…` or `llm.…` (Hugging Face names there)."""
+    """The tensor's name: `audio.…`, or `llm.…` with Hugging Face's name of the tensor."""
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """The shape of the whole tensor."""
     rect: Rect
+    """The rectangle that this rank holds."""
     values: Mapping[str, Tensor]
-    """By kind, [rect.rows, rect.cols]: views of the engine's own memory, to be saved from and loaded into."""
+    """Kind of value → [rect.rows, rect.cols], a view of the engine's memory that is saved from and loaded into."""
     step: int | None
-    """Updates that the optimizer made to it; None: not learned."""
+    """The number of updates that the optimizer made to the tensor; None if it is not trained."""
     saved_here: bool = True
-    """False: another rank holds the same and saves it."""
+    """False if another rank holds the same values and saves them."""
     frozen: bool = False
-    """It never changes in this run: one copy serves all checkpoints."""
+    """True if the tensor never changes in this run, so that one copy serves all checkpoints."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor in the manifest."""
+    """The entry of one tensor in the manifest."""
 
     shape: tuple[int, ...]
     kinds: tuple[str, ...]
+    """The saved kinds of values: `param`, and Adam's moments if the tensor is trained."""
     step: int | None
+    """The number of updates, or None if the tensor is not trained."""
     pieces: tuple[tuple[str, Rect], ...]
-    """(file, rectangle): together they cover the tensor, once. The moments lie in the rank's file of moments."""
+    """(file, rectangle) of each piece. The pieces cover every element once. Moments are in the rank's moments file."""
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file in the manifest."""
+    """The entry of one file in the manifest."""
 
     size_bytes: int
     checksum: str
-    """XXH3-128, hexadecimal: against damage, at the speed of memory; it is no signature."""
+    """The XXH3-128 checksum in hexadecimal. It reveals damage, but is not a signature."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`: everything needed to read a checkpoint, and to know that it is whole."""
+    """The content of `manifest.json`: everything needed to read a checkpoint and to verify it."""
 
     step: int
     topology: Mapping[str, int]
-    """world, tp, pp, ep of the ranks that saved it; for information, and to know whether generators fit."""
+    """world, tp, pp and ep of the ranks that saved the checkpoint. Generators are restored only if they are equal."""
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, TensorEntry]
 
     def dumps(self) -> str:
-        """As JSON, with a checksum of itself."""
+        """Return the manifest as JSON, including a checksum of itself."""
         body = {
             "version": FORMAT_VERSION,
             "step": self.step,
@@ -141,11 +154,11 @@ class Manifest:
 
     @staticmethod
     def loads(text: str) -> Manifest:
-        """Inverse of `dumps`.
+        """Invert `dumps`.
 
         Raises:
-            ValueError: it was changed, or is none of ours.
-            UserError: another version of this program wrote it.
+            ValueError: If the text was changed, or is not a manifest.
+            UserError: If another version of this program wrote it.
         """
         tree = json.loads(text)
         if not isinstance(tree, dict) or set(tree) != {"sha256", "body"} or tree["sha256"] != _digest(tree["body"]):
@@ -165,49 +178,56 @@ class Manifest:
 
 
 def step_name(step: int) -> str:
-    """Names the checkpoint after `step` steps."""
+    """Return the name of the checkpoint after `step` steps."""
     return f"{STEP}-{step:08d}"
 
 
 def step_of(name: str) -> int | None:
-    """The step that a checkpoint's name tells; None: it is no checkpoint's name."""
+    """Return the step in a checkpoint's name, or None if it is not the name of a checkpoint."""
     found = _COMMITTED.fullmatch(name)
     return int(found[1]) if found else None
 
 
 def file_of(family: str, rank: int) -> str:
-    """Name of a rank's file."""
+    """Return the name of a rank's file of a family."""
     return f"{family}-{rank:05d}.safetensors"
 
 
 def file_of_kind(piece_file: str, kind: str) -> str:
-    """Where a piece's tensor of some kind lies: weights by themselves, so that an export reads nothing else."""
+    """Return the file that contains one kind of values of a piece.
+
+    Weights are stored separately from moments, so that an export reads nothing else.
+
+    Args:
+        piece_file: The file of the piece in the manifest, which contains its weights.
+        kind: The kind of values.
+    """
     return piece_file if kind == PARAM else f"{MOMENTS}{piece_file[piece_file.rindex('-') :]}"
 
 
 def rank_of(file: str) -> int:
-    """The rank that wrote a file."""
+    """Return the rank that wrote a file; it is 0 for files that have no rank in their name."""
     digits = re.search(r"-(\d+)\.", file)
     return int(digits[1]) if digits else 0
 
 
 def frozen_folder_of(file: str) -> str | None:
-    """The folder of frozen files that a file lies in; None: the checkpoint's own."""
+    """Return the folder of frozen weights that contains a file, or None if it is one of the checkpoint's own files."""
     return file.rpartition("/")[0] or None
 
 
 def key_of(name: str, kind: str, rect: Rect) -> str:
-    """Of a piece in its safetensors file."""
+    """Return the key of a piece in its safetensors file."""
     return f"{kind}/{name}@{rect.row},{rect.col}"
 
 
 def entries_of(shards: Sequence[Shard], file: str) -> dict[str, TensorEntry]:
-    """What one rank tells about the shards in its `file`."""
+    """Return the manifest's entries of the shards that one rank wrote to `file`."""
     return _merge((s.name, TensorEntry(s.shape, tuple(s.values), s.step, ((file, s.rect),))) for s in shards)
 
 
 def merge_entries(parts: Sequence[Mapping[str, TensorEntry]]) -> dict[str, TensorEntry]:
-    """One entry per tensor from what each rank tells; together they must have saved all of it, once."""
+    """Merge the entries of all ranks into one entry per tensor, and check that every element was saved once."""
     merged = _merge(item for part in parts for item in part.items())
     for name, entry in merged.items():
         covered = sum(rect.numel for _, rect in entry.pieces)
@@ -249,7 +269,7 @@ def _entry_from_json(name: str, tree: Mapping[str, Any], files: Mapping[str, Any
 
 
 def _file_name(name: str) -> str:
-    # A name from a file is used as a path: it must not lead out of the folder.
+    # The name is used as a path, which must not lead out of the folder.
     if not _FILE_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is not a checkpoint's file name")
     return name

@@ -1,9 +1,9 @@
 """The LLM's tensors in Megatron's memory, under Hugging Face's names.
 
-The distributed optimizer gives each data-parallel rank a flat range of every learned parameter's tensor-parallel shard:
-its fp32 weights and Adam's moments. A shard is rectangles of Hugging Face tensors laid end to end
-(`model.llm.names.local_pieces`), so its range is too. Rows that pad the vocabulary belong to no tensor: they are zero
-and stay zero, and are neither saved nor loaded.
+A tensor-parallel shard of a parameter consists of rectangles of Hugging Face tensors, one after another
+(`model.llm.names.local_pieces`). The distributed optimizer gives each data-parallel rank a flat range of the shard, for
+which it holds fp32 weights and Adam's moments. This range consists of rectangles, too. Rows that pad the vocabulary
+belong to no Hugging Face tensor. They are zero, remain zero, and are neither saved nor loaded.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ PREFIX = "llm."
 
 
 def shards(engine: LLMEngine) -> list[Shard]:
-    """Everything this rank holds. Views into the engine: call `refresh` after writing to them."""
+    """Return everything that this rank holds, as views of the engine's memory. Call `refresh` after writing to them."""
     place, tied = engine.groups.place, engine.hf_config.tie_word_embeddings
     ranges = {id(p): (optimizer, main, start) for optimizer, p, main, start in _ranges(engine)}
     found: list[Shard] = []
     for name, parameter in engine.parameters():
-        # Held by several ranks: norms by every tensor rank, tied embeddings by the first and the last stage.
+        # Every tensor-parallel rank holds the norms. The first and the last stage hold tied embeddings.
         saved_here = (tp_dim(name) is not None or place.tp == 0) and not (tied and name == "output_layer.weight")
         if id(parameter) in ranges:
             optimizer, main, start = ranges[id(parameter)]
@@ -44,14 +44,17 @@ def shards(engine: LLMEngine) -> list[Shard]:
 
 
 def set_steps(engine: LLMEngine, steps: dict[str, int]) -> None:
-    """Number of updates of every learned parameter."""
+    """Set the number of updates of every trainable parameter."""
     names = {id(p): name for name, p in engine.parameters()}
     for optimizer, parameter, main, _ in _ranges(engine):
         adam.set_num_updates(optimizer, main, steps[engine.hf_name(names[id(parameter)])])
 
 
 def refresh(engine: LLMEngine) -> None:
-    """Bring the model's weights up to the fp32 ones; collective over data-parallel ranks."""
+    """Copy the fp32 weights to the weights that the forward pass reads.
+
+    Collective: every rank of the data-parallel group must call it.
+    """
     if engine.optimizer is None:
         return
     with megatron_calls():
@@ -61,12 +64,12 @@ def refresh(engine: LLMEngine) -> None:
 
 
 def tensor_names(engine: LLMEngine) -> set[str]:
-    """Of the whole LLM, on any rank."""
+    """Return the names of all tensors of the LLM; they are the same on every rank."""
     return {PREFIX + name for name in hf_shapes(engine.hf_config)}
 
 
 def _ranges(engine: LLMEngine) -> Iterator[tuple[Any, nn.Parameter, Tensor, int]]:
-    """(Adam, model parameter, this rank's fp32 part of it, where that starts in the flat parameter)."""
+    """Yield (optimizer, model parameter, this rank's fp32 part of it, start of the part in the flat parameter)."""
     if engine.optimizer is None:
         return
     for optimizer in engine.optimizer.chained_optimizers:
@@ -88,7 +91,17 @@ def _shards_of(
     step: int | None,
     saved_here: bool,
 ) -> Iterator[Shard]:
-    """Cut elements `start …` of the rank's shard of a Megatron parameter where Hugging Face tensors begin and end."""
+    """Cut a range of this rank's shard of a Megatron parameter at the boundaries of Hugging Face tensors.
+
+    Args:
+        engine: The LLM's engine.
+        name: Megatron's name of the parameter.
+        parameter: The parameter.
+        start: The first element of the range in the flat parameter.
+        flats: Kind of value → values of the range [elements].
+        step: The number of updates, or None if the parameter is not trained.
+        saved_here: Whether this rank saves the range.
+    """
     shapes, tp = hf_shapes(engine.hf_config), engine.groups.topology.tp
     stop, base = start + flats[PARAM].numel(), 0
     for piece in local_pieces(name, engine.hf_config, engine.groups.place.tp, tp):

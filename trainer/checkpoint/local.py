@@ -1,8 +1,8 @@
-"""A run's checkpoints in a folder of the file system: written aside, committed by a rename.
+"""A run's checkpoints in a folder of the file system. They are written to a draft folder and committed by a rename.
 
-`attempt.json` says who may write. Each attempt puts its token there before it looks for checkpoints, and then takes
-away what others were writing; a commit reads the token and renames its own folder. Whichever comes first, the other one
-sees it: an old attempt that still read its own token has a folder that is then gone, and its rename fails.
+`attempt.json` contains the token of the newest attempt. A new attempt first writes its token there, and then deletes
+the drafts of earlier attempts. A commit first reads the token, and then renames the draft. If an earlier attempt reads
+the file just before the new token is written, its draft is deleted and its rename fails.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from trainer.checkpoint.writer import Hashed
 log = logging.getLogger(__name__)
 
 ASIDE = ".tmp-"
-"""Begins the names of folders that are no checkpoints yet, or no longer."""
+"""The prefix of the names of drafts, and of folders that are being deleted."""
 _ATTEMPT, _SCORES = "attempt.json", "scores.json"
 
 
 class LocalDraft:
-    """A folder that is filled, and renamed at the end."""
+    """A draft folder, which a commit renames."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,7 +48,10 @@ class LocalDraft:
 
 
 class LocalCheckpoints:
-    """See `trainer.checkpoint.catalog.Checkpoints`; all ranks see the same folder."""
+    """The checkpoints of a run in a folder that all ranks share.
+
+    Implements `trainer.checkpoint.catalog.Checkpoints`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -89,12 +92,12 @@ class LocalCheckpoints:
         own = attempt.folder(FROZEN, step)
         if (aside / own).exists():
             _rename(aside / own, self.path / own)
-        if final.exists():  # damaged, or of a future that the run went back from
+        if final.exists():  # it is damaged, or the run returned to an earlier checkpoint
             _remove_folder(final)
         _rename(aside, final)
 
     def discard(self, attempt: Attempt, step: int) -> None:
-        shutil.rmtree(self._aside(attempt, step), ignore_errors=True)  # the save's own failure is what counts
+        shutil.rmtree(self._aside(attempt, step), ignore_errors=True)  # the failure of the save is reported instead
 
     def clean_up(self, config: CheckpointConfig, newest: int, attempt: Attempt | None = None) -> list[str]:
         if attempt is not None:
@@ -105,13 +108,13 @@ class LocalCheckpoints:
         for step in committed:
             if step not in kept:
                 if step > newest:
-                    log.warning("checkpoint %s is removed: the run went back behind it", step_name(step))
+                    log.warning("checkpoint %s is removed: the run returned to an earlier one", step_name(step))
                 _remove_folder(self.path / step_name(step))
                 removed.append(str(self.path / step_name(step)))
         try:
             manifests = [read_manifest(self.folder(step)) for step in self.steps()]
         except DamagedError:
-            return removed  # what it refers to is not known
+            return removed  # the damaged checkpoint may refer to any of the frozen files
         used = {frozen_folder_of(name) for manifest in manifests for name in manifest.files}
         for folder in self.path.glob(f"{FROZEN}-*"):
             if folder.name not in used:
@@ -145,7 +148,7 @@ class LocalCheckpoints:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
-            return None  # torn by a power cut: whoever begins next writes it anew
+            return None  # a power failure interrupted the write; the next attempt writes the file again
 
     def _replace(self, name: str, text: str, suffix: str) -> None:
         part = self.path / f"{name}.{suffix}"
@@ -156,16 +159,16 @@ class LocalCheckpoints:
 
 
 def _rename(part: Path, final: Path) -> None:
-    """Make a folder appear under another name beside it, durably."""
+    """Rename a folder within its parent folder, durably."""
     _sync(part)
     os.rename(part, final)
     _sync(final.parent)
 
 
 def _remove_folder(folder: Path) -> None:
-    """Rename, then delete: a removal cut short leaves no half of a checkpoint, and who still writes there fails.
+    """Delete a folder, if it exists.
 
-    A folder that is not there is as good as removed.
+    It is renamed first, so that an interrupted deletion leaves no partial checkpoint and concurrent writers fail.
     """
     doomed = folder.parent / f"{ASIDE}old-{secrets.token_hex(4)}"
     try:
@@ -177,7 +180,7 @@ def _remove_folder(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Names in `folder` survive a power cut."""
+    """Make the names in `folder` durable, so that they survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,11 +1,11 @@
-"""Save, find and load checkpoints of both engines; all ranks call every method together, unless it says otherwise."""
+"""Saving, finding and loading of checkpoints that contain the state of both engines."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,20 +21,20 @@ from trainer.checkpoint.origin import is_export, open_origin
 from trainer.checkpoint.reader import DamagedError, Reader, check_files, read_manifest
 from trainer.checkpoint.snapshot import HostBuffer
 from trainer.checkpoint.start import fill_weights
+from trainer.checkpoint.together import from_rank0, gather, together
 from trainer.parallel.groups import Groups
 
 if TYPE_CHECKING:
     from trainer.engine.encoders import AudioEngine
     from trainer.engine.llm import LLMEngine
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _NOTICEABLE_SEC = 0.1
 
 
 class Engines(Protocol):
-    """What has state: `trainer.training.step.Step`."""
+    """The two engines whose state is saved; `trainer.training.step.Step` implements it."""
 
     @property
     def audio(self) -> AudioEngine: ...
@@ -44,16 +44,21 @@ class Engines(Protocol):
 
 
 class CheckpointManager:
-    """The checkpoints of one run, written by one attempt at it: making this object fences off earlier attempts.
+    """The checkpoints of one run, as seen by one attempt of the run.
+
+    Collective: every rank of the world must create this object, and must call every method that does not say otherwise.
+
+    Creating it begins a new attempt, after which earlier attempts cannot commit checkpoints.
 
     Args:
-        url: `<run>/checkpoints`, a folder that all ranks see or `s3://…`.
-        config: which of them stay.
-        groups: this rank's place.
-        beat: is called with every file that is written or checked, and every tensor that is read.
+        url: The location of the checkpoints, `<run>/checkpoints`: a folder that all ranks share, or `s3://…`.
+        config: The recipe's `checkpoint` section.
+        groups: This rank's process groups.
+        heartbeat: A function that is called with a description of every file before it is written or verified, and of
+            every tensor before it is read.
 
     Raises:
-        UserError: nothing can be written there.
+        UserError: If the location cannot be written to.
     """
 
     def __init__(
@@ -64,8 +69,8 @@ class CheckpointManager:
         heartbeat: Callable[[str], None] = lambda what: None,
     ) -> None:
         self.config, self.groups = config, groups
-        self.checkpoints = self._together(url, lambda: open_checkpoints(url, config.retry_sec))
-        attempt = self._from_rank0(self.checkpoints.begin_attempt)
+        self.checkpoints = together(self.groups, url, lambda: open_checkpoints(url, config.retry_sec))
+        attempt = from_rank0(groups, url, self.checkpoints.begin_attempt)
         writers = dist.new_group(backend="gloo")
         self._place = Place(self.checkpoints, config, attempt, writers, groups.rank, self._topology(), heartbeat)
         self._buffer = HostBuffer(groups.device)
@@ -78,38 +83,48 @@ class CheckpointManager:
         self._failures: list[Outcome] = []
 
     def save(self, step: int, engines: Engines, extra: dict[str, Any]) -> None:
-        """Begin to save the state after `step` steps. Returns when it is copied to host memory; the rest is done in the
-        background. A save that is still on its way is waited for, and the log says so.
+        """Begin to save the state after `step` steps; the save continues in the background.
 
-        The step that was saved or loaded last is not written again.
+        Collective: every rank of the world must call it.
+
+        This method returns when the state has been copied to host memory. It first waits for a previous save that is
+        still running, and logs a warning if that takes long. The step that was saved or loaded last is not saved again.
+        If a save fails, the failure is logged and reported by `failed`; the next save is the retry.
 
         Args:
-            extra: JSON that `load` returns; rank 0's is written.
+            step: The number of steps done.
+            engines: The engines to save.
+            extra: Further values that `load` returns, as JSON. Those of rank 0 are saved.
 
         Raises:
-            UserError: a newer attempt at this run has begun. A save that fails is logged, not raised: the next one is
-                the retry.
+            UserError: If a newer attempt of this run has begun.
         """
         if step == self._current:
             return
         self._settle(step)
-        content = self._together(f"step {step}: not saved", lambda: self._content(step, engines, extra))
+        content = together(self.groups, f"step {step}: not saved", lambda: self._content(step, engines, extra))
         self._save, self._current = Save(self._place, content), step
 
     def finished(self) -> list[str]:
-        """Checkpoints that were committed since the last call. Not collective."""
+        """Return the URLs of the checkpoints that were committed since the last call. This is not collective."""
         if self._save is not None and not self._save.running:
             self._note(self._save)
         urls, self._unread = self._unread, []
         return urls
 
     def failed(self) -> list[Outcome]:
-        """Saves that failed since the last call; ask after `finished`. Not collective."""
+        """Return the saves that failed since the last call. Call `finished` first. This is not collective."""
         failures, self._failures = self._failures, []
         return failures
 
     def rewind(self, engines: Engines) -> int | None:
-        """Bring the engines back to the newest checkpoint; returns its step, None: there is none."""
+        """Load the newest checkpoint into the engines.
+
+        Collective: every rank of the world must call it.
+
+        Returns:
+            The step of the checkpoint, or None if there is none.
+        """
         self._settle(None)
         latest = self.latest()
         if latest is None:
@@ -118,10 +133,12 @@ class CheckpointManager:
         return self._current
 
     def close(self) -> None:
-        """Wait for the last save; if it failed, try it once more.
+        """Wait for the last save, and retry it once if it failed.
+
+        Collective: every rank of the world must call it.
 
         Raises:
-            UserError: it failed again, so the newest state is lost when this process ends.
+            UserError: If it failed again, so that the newest state is lost when this process ends.
         """
         if self._save is None:
             return
@@ -133,7 +150,12 @@ class CheckpointManager:
                 raise UserError(f"{outcome.url}: not saved, tried twice: {outcome.failure}")
 
     def note_scores(self, step: int, values: Mapping[str, float]) -> None:
-        """Tell the metrics of a step, of which `checkpoint.best_metric` may be one. Rank 0 alone calls this."""
+        """Store the score of a step if `values` contains `checkpoint.best_metric`. Only rank 0 calls this method.
+
+        Args:
+            step: The number of steps done.
+            values: Metrics of the step by name.
+        """
         metric = self.config.best_metric
         if metric is None:
             return
@@ -144,24 +166,29 @@ class CheckpointManager:
             try:
                 self.checkpoints.note_score(step, values[metric])
             except OSError as error:
-                log.warning("%s of step %d is not noted: %s", metric, step, error)
+                log.warning("%s of step %d could not be stored: %s", metric, step, error)
 
     def since_best(self, step: int) -> int | None:
-        """See `evaluations_since_best`; None where `best_metric` was never noted, as with a name that there is not."""
-        scores = self._from_rank0(self.checkpoints.scores)
+        """Return the number of evaluations since the best one, or None if no evaluation has had `best_metric`.
+
+        Collective: every rank of the world must call it.
+        """
+        scores = from_rank0(self.groups, self.checkpoints.url, self.checkpoints.scores)
         return evaluations_since_best(self.config, step, scores) if any(s <= step for s in scores) else None
 
     def steps(self) -> list[int]:
-        """Of all committed checkpoints, ascending. Not collective."""
+        """Return the steps of all committed checkpoints in ascending order. This is not collective."""
         return self.checkpoints.steps()
 
     def latest(self) -> Folder | None:
-        """The newest checkpoint that is whole; None: there never was one. Damaged newer ones are named in the log.
+        """Return the newest undamaged checkpoint, or None if the run has none. Damaged newer ones are logged.
+
+        Collective: every rank of the world must call it.
 
         Raises:
-            UserError: there are checkpoints, but none is whole.
+            UserError: If there are checkpoints and all of them are damaged.
         """
-        steps = self._from_rank0(self.checkpoints.steps)
+        steps = from_rank0(self.groups, self.checkpoints.url, self.checkpoints.steps)
         for step in reversed(steps):
             folder = self.checkpoints.folder(step)
             damage = self._damage(folder)
@@ -171,52 +198,59 @@ class CheckpointManager:
                 log.warning("checkpoint %s is damaged and not used: %s", folder.url, damage)
         if steps:
             raise UserError(
-                f"{self.checkpoints.url}: none of its {len(steps)} checkpoints is whole; "
+                f"{self.checkpoints.url}: no undamaged checkpoint among {len(steps)}; "
                 "restore one, or move the folder away to start from the beginning"
             )
         return None
 
     def load(self, folder: Folder, engines: Engines) -> dict[str, Any]:
-        """Bring both engines, their optimizers and the random generators to a saved state, of any topology.
+        """Load a checkpoint, which any topology may have written, into the engines, optimizers and random generators.
+
+        Collective: every rank of the world must call it.
 
         Returns:
-            `extra` as given to `save`.
+            The `extra` values that were passed to `save`.
 
         Raises:
-            UserError: the checkpoint is damaged, or of another model; nothing was changed then.
+            UserError: If the checkpoint is damaged or belongs to another model. Nothing has been changed then.
         """
         if folder.url not in self._verified and (damage := self._damage(folder)) is not None:
-            raise UserError(f"checkpoint {folder.url} is damaged: {damage}; take another one")
-        reader = Reader(folder, self._together(folder.url, lambda: read_manifest(folder)))
+            raise UserError(f"checkpoint {folder.url} is damaged: {damage}; use another one")
+        reader = Reader(folder, together(self.groups, folder.url, lambda: read_manifest(folder)))
         names = self._everyones_names(engines)
-        shards = self._together(folder.url, lambda: self._checked_shards(engines, reader, names))
-        self._together(folder.url, lambda: _fill(shards, reader, self._place.heartbeat))
+        shards = together(self.groups, folder.url, lambda: self._checked_shards(engines, reader, names))
+        together(self.groups, folder.url, lambda: _fill(shards, reader, self._place.heartbeat))
         self._finish(engines, reader)
         self._restore_generators(reader)
         self._current, self._frozen = reader.manifest.step, Frozen.of(reader.manifest)
-        return self._together(folder.url, lambda: read_extra(folder))
+        return together(self.groups, folder.url, lambda: read_extra(folder))
 
     def start(self, url: str, engines: Engines) -> None:
-        """Begin with the weights of a run, a checkpoint or an export (see `trainer.checkpoint.start`).
+        """Fill the engines with the weights of a run, a checkpoint or an export (see `trainer.checkpoint.start`).
 
-        Collective: every rank of `groups.world` must call it.
+        Collective: every rank of the world must call it.
+
+        Args:
+            url: The run, checkpoint or export.
+            engines: The engines of a new run.
 
         Raises:
-            UserError: no such weights there, or what is not new has other sizes; nothing was trained then.
+            UserError: If `url` has no weights, or they do not fit the model.
         """
         # Other ranks may not see a run's newest checkpoint yet, so rank 0 names it.
-        found, exported = self._from_rank0(lambda: (url, True) if is_export(url) else (find_checkpoint(url).url, False))
         doing = f"checkpoint.start_from = {url}"
+        found, exported = from_rank0(
+            self.groups, doing, lambda: (url, True) if is_export(url) else (find_checkpoint(url).url, False)
+        )
         if not exported and (damage := self._damage(find_checkpoint(found))) is not None:
             raise UserError(f"{doing}: {found} is damaged: {damage}; name another checkpoint")
-        origin = self._together(doing, lambda: open_origin(found, exported))
+        origin = together(self.groups, doing, lambda: open_origin(found, exported))
         shards = [shard for family in self._shards(engines).values() for shard in family]
         model = engines.audio.tower.config
-        new = self._together(doing, lambda: fill_weights(origin, shards, model, self._place.heartbeat))
+        new = together(self.groups, doing, lambda: fill_weights(origin, shards, model, self._place.heartbeat))
         audio_state.refresh(engines.audio)
         llm_state.refresh(engines.llm)
-        everyones: list[Any] = [None] * self.groups.topology.world
-        dist.all_gather_object(everyones, new, group=self.groups.world)
+        everyones = gather(self.groups, new)
         if self.groups.rank == 0:
             listed = ", ".join(dict.fromkeys(what for own in everyones for what in own))
             log.warning("starting with the weights of %s; new: %s", found, listed or "nothing")
@@ -224,15 +258,19 @@ class CheckpointManager:
     # ---- engines
 
     def _shards(self, engines: Engines) -> dict[str, list[Shard]]:
-        """By file family."""
+        """Return everything that this rank holds, by family of files."""
         return {"audio": audio_state.shards(engines.audio), "llm": llm_state.shards(engines.llm)}
 
     def _tensor_names(self, engines: Engines) -> set[str]:
-        """Of the model, as far as this rank knows it."""
+        """Return the names of the model's tensors, as far as this rank knows them."""
         audio = {shard.name for shard in audio_state.shards(engines.audio)}
         return audio | {name for name, _ in engines.audio.named_parameters()} | llm_state.tensor_names(engines.llm)
 
     def _finish(self, engines: Engines, reader: Reader) -> None:
+        """Set the numbers of updates, and copy the loaded fp32 weights to the weights that the forward pass reads.
+
+        Collective: every rank of the world must call it.
+        """
         steps = reader.learned()
         audio_state.set_steps(engines.audio, steps)
         llm_state.set_steps(engines.llm, steps)
@@ -240,14 +278,16 @@ class CheckpointManager:
         llm_state.refresh(engines.llm)
 
     def _everyones_names(self, engines: Engines) -> set[str]:
-        found: list[Any] = [None] * self.groups.topology.world
-        dist.all_gather_object(found, self._tensor_names(engines), group=self.groups.world)
-        return set().union(*found)
+        """Return the names of all tensors of the model.
+
+        Collective: every rank of the world must call it.
+        """
+        return set().union(*gather(self.groups, self._tensor_names(engines)))
 
     def _checked_shards(self, engines: Engines, reader: Reader, names: set[str]) -> list[Shard]:
         surplus = sorted(set(reader.manifest.tensors) - names)
         if surplus:
-            raise UserError(f"holds {surplus[0]}, the model does not: it is of another model; restore the recipe")
+            raise UserError(f"holds {surplus[0]}, which the model does not have; restore the recipe of the run")
         shards = [shard for family in self._shards(engines).values() for shard in family]
         for shard in shards:
             reader.check(shard)
@@ -256,8 +296,8 @@ class CheckpointManager:
     # ---- saving
 
     def _content(self, step: int, engines: Engines, extra: dict[str, Any]) -> Content:
-        """Host copies of what this rank saves: from here on the engines may go on."""
-        # What was frozen when it was saved is frozen still: a run that wants to learn it is refused.
+        """Copy what this rank saves to host memory; afterwards the engines may change."""
+        # Tensors that were saved as frozen are still frozen: `Reader.check` refuses a run that trains them.
         wanted = {
             family: [s for s in shards if s.saved_here and not (s.frozen and s.name in self._frozen.tensors)]
             for family, shards in self._shards(engines).items()
@@ -268,7 +308,14 @@ class CheckpointManager:
         return Content(step, shards, states, extra, self._frozen)
 
     def _settle(self, next_step: int | None) -> Outcome | None:
-        """Wait for the save on its way and take note of how it ended, which is the same on all ranks."""
+        """Wait for the running save, if there is one, and return its outcome.
+
+        Args:
+            next_step: The step that is to be saved next, for the warning about the wait; None omits the warning.
+
+        Raises:
+            UserError: If a newer attempt of this run has begun.
+        """
         if self._save is None:
             return None
         started = time.perf_counter()
@@ -276,7 +323,7 @@ class CheckpointManager:
         waited_sec = time.perf_counter() - started
         if next_step is not None and waited_sec > _NOTICEABLE_SEC and self.groups.rank == 0:
             log.warning(
-                "training waited %.1f s at step %d for the save of %s to end; raise checkpoint.every_steps",
+                "training waited %.1f s at step %d until %s was saved; raise checkpoint.every_steps",
                 waited_sec,
                 next_step,
                 outcome.url.rpartition("/")[2],
@@ -302,7 +349,10 @@ class CheckpointManager:
     # ---- finding
 
     def _damage(self, folder: Folder) -> str | None:
-        """What is wrong with a checkpoint; ranks share the files between them, each preferring those it wrote."""
+        """Verify a checkpoint, and return a description of the damage, or None if it has none.
+
+        Collective: every rank of the world must call it. Each rank verifies a part of the files.
+        """
         rank, world = self.groups.rank, self.groups.topology.world
 
         def check() -> str | None:
@@ -314,9 +364,8 @@ class CheckpointManager:
                 return str(error)
             return None
 
-        found: list[Any] = [None] * world
-        dist.all_gather_object(found, self._together(folder.url, check), group=self.groups.world)
-        damage = next((d for d in found if d is not None), None)
+        own = together(self.groups, folder.url, check)
+        damage = next((d for d in gather(self.groups, own) if d is not None), None)
         if damage is None:
             self._verified.add(folder.url)
         return damage
@@ -331,27 +380,6 @@ class CheckpointManager:
     def _topology(self) -> dict[str, int]:
         topology = self.groups.topology
         return {"world": topology.world, "tp": topology.tp, "pp": topology.pp, "ep": topology.ep}
-
-    # ---- ranks
-
-    def _together(self, doing: str, work: Callable[[], T]) -> T:
-        """Do `work` on every rank; if it fails on one, all raise the same error instead of waiting for that one."""
-        result, failure = None, None
-        try:
-            result = work()
-        except (OSError, EOFError, UserError, DamagedError) as error:
-            failure = str(error)
-        found: list[Any] = [None] * self.groups.topology.world
-        dist.all_gather_object(found, failure, group=self.groups.world)
-        for rank, text in enumerate(found):
-            if text is not None:
-                raise UserError(f"{doing}: rank {rank}: {text}")
-        return result  # type: ignore[return-value]
-
-    def _from_rank0(self, work: Callable[[], T]) -> T:
-        box = [self._together(self.checkpoints.url, lambda: work() if self.groups.rank == 0 else None)]
-        dist.broadcast_object_list(box, src=0, group=self.groups.world)
-        return box[0]  # type: ignore[return-value]
 
 
 @torch.no_grad()

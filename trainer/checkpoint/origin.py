@@ -1,4 +1,7 @@
-"""What a new run may begin with: a checkpoint, the newest one of a run, or an export; in a folder or a bucket."""
+"""The weights with which a new run may start: a checkpoint, the newest one of a run, or an export.
+
+Each may be in a folder or a bucket.
+"""
 
 from __future__ import annotations
 
@@ -25,27 +28,27 @@ _KIND = "earshot"
 
 
 class Origin(Protocol):
-    """Weights by the names under which a checkpoint saves them."""
+    """Saved weights, which are addressed by the names that checkpoints use."""
 
     url: str
     experts: tuple[str, ...]
-    """Names of its encoders behind the router, in order."""
+    """The names of the routed encoders, in order."""
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Of a whole tensor; None: there is no such tensor."""
+        """Return the shape of a whole tensor, or None if there is no such tensor."""
         ...
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor, as it is stored."""
+        """Return the stored dtype of a tensor."""
         ...
 
     def read(self, name: str, wanted: Rect, target: Tensor) -> None:
-        """Read a rectangle of a tensor's matrix into `target` [rows, cols], brought to its dtype."""
+        """Read a rectangle of a tensor's matrix into `target` [rows, cols], converted to the dtype of `target`."""
         ...
 
 
 class CheckpointOrigin:
-    """See `Origin`. The files are to be verified by whoever makes this object."""
+    """The weights in a checkpoint; implements `Origin`. The caller must verify the files."""
 
     def __init__(self, folder: Folder) -> None:
         self.url = folder.url
@@ -64,10 +67,10 @@ class CheckpointOrigin:
 
 
 class ExportOrigin:
-    """See `Origin`: a folder that `tools.export` made.
+    """The weights in a folder that `tools.export` made; implements `Origin`.
 
     Raises:
-        UserError: files are missing or are no safetensors files.
+        UserError: If files are missing or are not safetensors files.
     """
 
     def __init__(self, url: str) -> None:
@@ -107,7 +110,7 @@ def _open(folder: Folder, name: str) -> TensorFile:
 
 
 def is_export(url: str) -> bool:
-    """Whether a model folder of the kind that `tools.export` makes is at `url`, and no checkpoint."""
+    """Return whether `url` is a model folder as `tools.export` makes it, and not a run or a checkpoint."""
     return open_store(url).exists(CONFIG)
 
 
@@ -115,7 +118,7 @@ def read_export_config(url: str) -> dict[str, Any]:
     """Return the config.json of an export.
 
     Raises:
-        UserError: it is of another kind of model.
+        UserError: If it describes another kind of model.
     """
     content = open_store(url).get(CONFIG)
     try:
@@ -124,16 +127,20 @@ def read_export_config(url: str) -> dict[str, Any]:
         raise UserError(f"{url}/{CONFIG}: is not JSON; export it again") from None
     if not isinstance(config, dict) or config.get("model_type") != _KIND:
         raise UserError(
-            f"{url}: holds another kind of model than this program trains; name an LLM alone in model.llm.weights, "
-            "or give a run, a checkpoint, or a whole export"
+            f"{url}: holds another kind of model than this program trains; give a run, a checkpoint or an export, "
+            "and name the weights of an LLM without encoders in model.llm.weights"
         )
     return config
 
 
 def open_origin(url: str, exported: bool) -> Origin:
-    """Return the weights of the export, or the verified checkpoint, at `url`.
+    """Return the weights at `url`.
+
+    Args:
+        url: An export, or a checkpoint that has been verified.
+        exported: Whether it is an export.
 
     Raises:
-        UserError: there is none.
+        UserError: If there is none.
     """
     return ExportOrigin(url) if exported else CheckpointOrigin(find_checkpoint(url))

@@ -1,4 +1,4 @@
-"""Reading a checkpoint back: what is damaged, and any rectangle of any tensor. Nothing is unpickled."""
+"""Verification of checkpoints, and reading of any rectangle of any tensor. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _NUM_HASHERS = 4
 
 
 class DamagedError(Exception):
-    """A checkpoint that is not as it was written; names the file."""
+    """Raised when a checkpoint differs from what was written; the message names the file."""
 
 
 def read_manifest(folder: Folder) -> Manifest:
-    """The manifest of a checkpoint.
+    """Return the manifest of a checkpoint.
 
     Raises:
-        DamagedError: it is missing or changed.
-        UserError: it is of another format.
+        DamagedError: If it is missing or was changed.
+        UserError: If it has another format version.
     """
     try:
         return Manifest.loads(read_text(folder, MANIFEST))
@@ -43,10 +43,16 @@ def read_manifest(folder: Folder) -> Manifest:
 def check_files(
     folder: Folder, manifest: Manifest, names: Iterable[str], heartbeat: Callable[[str], None] = lambda what: None
 ) -> None:
-    """Compare files with the manifest; `heartbeat` is told of each.
+    """Check that files are as the manifest describes them.
+
+    Args:
+        folder: The checkpoint.
+        manifest: Its manifest.
+        names: The files to check.
+        heartbeat: A function that is called with a description of each file before it is read.
 
     Raises:
-        DamagedError: a file is missing, or has another size or content.
+        DamagedError: If a file is missing, or has another size or content.
     """
 
     def damage(name: str) -> str | None:
@@ -71,7 +77,7 @@ def check_files(
 
 
 def hash_file(folder: Folder, name: str) -> FileEntry:
-    """Size and checksum of a file as it is now."""
+    """Return the current size and checksum of a file."""
     digest, size = xxhash.xxh3_128(), folder.size_bytes(name)
     buffer = memoryview(bytearray(min(_CHUNK_BYTES, size)))
     for offset in range(0, size, _CHUNK_BYTES):
@@ -82,21 +88,23 @@ def hash_file(folder: Folder, name: str) -> FileEntry:
 
 
 class Reader:
-    """Tensors of a verified checkpoint."""
+    """A reader of the tensors of a verified checkpoint."""
 
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         self._open: dict[str, TensorFile] = {}
 
     def check(self, shard: Shard) -> None:
-        """Whether the checkpoint holds what `shard` needs.
+        """Check that the checkpoint contains what `shard` needs.
 
         Raises:
-            UserError: the checkpoint is of another model.
+            UserError: If the checkpoint belongs to another model.
         """
         entry = self.manifest.tensors.get(shard.name)
         if entry is None:
-            raise UserError(f"{self.folder.url}: holds no {shard.name}: it is of another model; restore the recipe")
+            raise UserError(
+                f"{self.folder.url}: holds no {shard.name}, so it belongs to another model; restore the recipe"
+            )
         if entry.shape != shard.shape:
             raise UserError(
                 f"{self.folder.url}: {shard.name} has shape {entry.shape}, the model's is {shard.shape}; "
@@ -104,46 +112,46 @@ class Reader:
             )
         if shard.step is not None and entry.step is None:
             raise UserError(
-                f"{self.folder.url}: {shard.name} was frozen and has no optimizer state, and is to learn now; "
+                f"{self.folder.url}: {shard.name} was frozen, so there is no optimizer state to train it with; "
                 "restore optim.parts, or start a new run"
             )
 
     def fill(self, shard: Shard) -> None:
-        """Read the shard's rectangle, of every kind, into its memory; pieces are cut as needed."""
+        """Read the shard's rectangle of every kind of value into the shard's memory."""
         for kind, target in shard.values.items():
             self.read_rect(shard.name, kind, shard.rect, target)
 
     def read_rect(self, name: str, kind: str, wanted: Rect, target: Tensor) -> None:
-        """Read a rectangle of a tensor's matrix into `target` [rows, cols], brought to its dtype."""
+        """Read a rectangle of a tensor's matrix into `target` [rows, cols], converted to the dtype of `target`."""
         found = []
         for file, rect in self.manifest.tensors[name].pieces:
             common = rect.overlap(wanted)
             if common is not None:
                 found.append((file, rect, common))
         covered = sum(common.numel for *_, common in found)
-        assert covered == wanted.numel, f"{name}: {covered} of {wanted.numel} elements are there"
+        assert covered == wanted.numel, f"{name}: {covered} of {wanted.numel} elements are saved"
         for file, rect, common in found:
             file = file_of_kind(file, kind)
             key = self._key(file, name, kind, rect)
             self.file(file).copy_part(key, common.within(rect), target[common.within(wanted)])
 
     def dtype(self, name: str, kind: str) -> torch.dtype:
-        """As it was saved."""
+        """Return the saved dtype of a tensor's values of one kind."""
         file, rect = self.manifest.tensors[name].pieces[0]
         file = file_of_kind(file, kind)
         return self.file(file).spans[self._key(file, name, kind, rect)].dtype
 
     def tensors(self, file: str) -> dict[str, Tensor]:
-        """All tensors of one file."""
+        """Return all tensors of one file by key."""
         found = self.file(file)
         return {key: found.read(key) for key in found.spans}
 
     def learned(self) -> dict[str, int]:
-        """Updates made to each learned tensor."""
+        """Return the number of updates of each trained tensor."""
         return {n: e.step for n, e in self.manifest.tensors.items() if e.step is not None}
 
     def file(self, name: str) -> TensorFile:
-        """One of its safetensors files, kept open."""
+        """Open one of the safetensors files, or return the open one."""
         if name not in self._open:
             try:
                 self._open[name] = TensorFile(self.folder, name)
@@ -156,5 +164,7 @@ class Reader:
     def _key(self, file: str, name: str, kind: str, rect: Rect) -> str:
         key = key_of(name, kind, rect)
         if key not in self.file(file).spans:
-            raise UserError(f"{self.folder.url}: {file} holds no {key}: the manifest is of other files")
+            raise UserError(
+                f"{self.folder.url}: {file} holds no {key}, which the manifest lists; use another checkpoint"
+            )
         return key

@@ -1,4 +1,4 @@
-"""Copies in host memory of what a rank saves: the only part of a save for which training stops."""
+"""Copies of a rank's state in host memory. Training stops only while they are made, not for the rest of a save."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from trainer.checkpoint.layout import Shard
 
 _ALIGNMENT = 64
 CHUNK_BYTES = 256 << 20
-"""A power of two, as all chunks' sizes are: torch rounds pinned memory up to the next one."""
+"""The capacity of a chunk, unless one value needs more; a power of two, to which torch rounds up pinned memory."""
 
 
 class Place(NamedTuple):
-    """Where a value lies."""
+    """The place of a value in host memory."""
 
     chunk: int
+    """The index of the chunk."""
     start: int
+    """The first byte in the chunk."""
 
 
 class HostBuffer:
-    """Memory that is allocated once and filled at every save: fresh pages would cost more than the copy."""
+    """Host memory that is allocated once and reused by every save, since allocating it takes longer than the copy."""
 
     def __init__(self, device: torch.device) -> None:
         self._pinned = device.type == "cuda"
@@ -34,7 +36,11 @@ class HostBuffer:
 
     @torch.no_grad()
     def copy(self, shards: Sequence[Shard]) -> list[Shard]:
-        """The shards with their values here. What an earlier call returned is overwritten."""
+        """Copy the values of shards to host memory.
+
+        Returns:
+            The shards with the copied values. The next call overwrites them.
+        """
         self._hold([value.numel() * value.element_size() for shard in shards for value in shard.values.values()])
         places, copies = iter(self._places), []
         for shard in shards:
@@ -49,22 +55,24 @@ class HostBuffer:
         return copies
 
     def _hold(self, num_bytes: list[int]) -> None:
-        """Make room for values of these sizes, unless it is there from the last save."""
+        """Allocate memory for values of these sizes, unless it has been allocated by an earlier save."""
         if num_bytes == self._num_bytes:
             return
-        self._num_bytes, self._chunks = num_bytes, []  # free them first
+        self._num_bytes, self._chunks = num_bytes, []  # frees the old chunks before new ones are allocated
         self._places, sizes = place_values(num_bytes)
         self._chunks = [torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned) for size in sizes]
 
 
 def place_values(num_bytes: Sequence[int]) -> tuple[list[Place], list[int]]:
-    """Distribute values over chunks whose sizes are powers of two: the largest first, each into the first with room.
+    """Distribute values over chunks whose sizes are powers of two.
+
+    Values are placed in descending order of size, each into the first chunk that has room.
 
     Args:
-        num_bytes: size of each value.
+        num_bytes: The size of each value.
 
     Returns:
-        Where each value lies, and each chunk's size in bytes.
+        The place of each value, and the size of each chunk in bytes.
     """
     places: dict[int, Place] = {}
     sizes: list[int] = []
@@ -86,5 +94,5 @@ def place_values(num_bytes: Sequence[int]) -> tuple[list[Place], list[int]]:
 
 
 def _power_of_two(number: int) -> int:
-    """The least one that is not below `number`."""
+    """Return the smallest power of two that is at least `number`."""
     return 1 << max(0, number - 1).bit_length()

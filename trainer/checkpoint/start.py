@@ -1,9 +1,9 @@
-"""A new run that begins with the weights of another run, of one of its checkpoints, or of an export.
+"""The start of a new run with the weights of another run, of one of its checkpoints, or of an export.
 
-Only weights are taken: optimizers, schedule, generators and data begin anew. What is new keeps its initial (or
-pre-trained) weights and is listed: encoders, heads of losses, rows of a larger vocabulary of the LLM. The entries of an
-added encoder in the router are the mean of the others', and come into force gradually (`model.router.ENTRY_OFFSET`):
-the loss of the first step is that of the model that was there.
+Only weights are used; optimizers, schedule, generators and data start from the beginning. Some parts of the model may
+be new: encoders, heads of losses such as CTC's, and rows of a larger vocabulary of the LLM. They keep initial or
+pre-trained weights. The router's entries of an added encoder are the mean of the other encoders' entries. They take
+effect gradually (`model.router.ENTRY_OFFSET`), so that the loss of the first step is that of the original model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BY_EXPERT = (
     "audio.router.dependent.bias",
     _ENTERING,
 )
-"""Tensors with one row per expert."""
+"""Tensors with one row per encoder expert."""
 _HEAD = re.compile(r"audio\.(\w+)_head\.")
 """The tensors of a loss's head."""
 _BY_TOKEN = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
@@ -39,20 +39,26 @@ _KEYS = (
     ("audio.projector.", "model.adapter or model.llm"),
     ("llm.", "model.llm"),
 )
-"""Beginning of a tensor's name → the recipe key that decides its size."""
+"""Pairs of a prefix of tensor names and the recipe key that determines the tensors' size."""
 
 
 @torch.no_grad()
 def fill_weights(
     origin: Origin, shards: Sequence[Shard], model: ModelConfig, heartbeat: Callable[[str], None] = lambda what: None
 ) -> tuple[str, ...]:
-    """Fill the weights of this rank's `shards` of `model` from `origin`; `heartbeat` is told of each.
+    """Fill this rank's shards with the weights of `origin`.
+
+    Args:
+        origin: The weights to start with.
+        shards: This rank's shards of the new run's model.
+        model: The configuration of the new run's model.
+        heartbeat: A function that is called with a description of each shard before it is read.
 
     Returns:
-        What is new and keeps its initial weights, as far as this rank knows it.
+        Descriptions of what is new and keeps its initial weights, as far as this rank holds it.
 
     Raises:
-        UserError: another part of the model has other sizes, or is missing.
+        UserError: If a part of the model that must not be new has another size or is missing.
     """
     before, now = origin.experts, tuple(e.name for e in model.experts)
     added = tuple(name for name in now if name not in before)
@@ -80,7 +86,18 @@ def fill_weights(
 def _rows(
     origin: Origin, shard: Shard, before: Sequence[str], now: Sequence[str], added_encoder_warmup_steps: int
 ) -> Tensor:
-    """The tensor [experts now, …], from that of the experts before; fp32."""
+    """Return a tensor with one row for each current encoder expert, made from that of the original ones.
+
+    Args:
+        origin: The weights to start with.
+        shard: A shard of the tensor.
+        before: The names of the original encoder experts.
+        now: The names of the current encoder experts.
+        added_encoder_warmup_steps: The recipe's value of this key.
+
+    Returns:
+        The whole tensor in fp32, [current encoder experts, …].
+    """
     _check(origin, shard, (len(before), *shard.shape[1:]))
     whole = matrix_of((len(before), *shard.shape[1:]))
     old = torch.empty(whole.rows, whole.cols, dtype=origin.dtype(shard.name))
@@ -91,7 +108,7 @@ def _rows(
 
 
 def _num_new_rows(origin: Origin, shard: Shard) -> int:
-    """How many rows the model has more; 0 where anything else differs, too."""
+    """Return how many rows the model's tensor has in addition, or 0 if the shapes differ in any other way."""
     shape = origin.shape(shard.name)
     return shard.shape[0] - shape[0] if shape is not None and shape[1:] == shard.shape[1:] else 0
 
@@ -110,6 +127,6 @@ def _check(origin: Origin, shard: Shard, wanted: tuple[int, ...] | None = None) 
     key = "data.tokenizer or model.adapter" if _HEAD.match(shard.name) else key
     what = f"holds no {shard.name}" if found is None else f"{shard.name} has shape {found}, here it is {wanted}"
     raise UserError(
-        f"checkpoint.start_from: {origin.url}: {what}; {key} decides it: give it the value of those weights "
-        "(encoders, heads of losses and more rows in the LLM's vocabulary may be new)"
+        f"checkpoint.start_from: {origin.url}: {what}; set {key} as it was for these weights "
+        "(only encoders, heads of losses and further rows of the LLM's vocabulary may be new)"
     )

@@ -1,4 +1,4 @@
-"""One safetensors file, read in parts. Format: https://github.com/huggingface/safetensors#format"""
+"""Reading of parts of a safetensors file. Its format is described at https://github.com/huggingface/safetensors#format."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ _CHUNK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Span:
-    """Where a tensor lies in its file."""
+    """The type, shape and position of a tensor in its file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
+    """The first byte in the file."""
     num_bytes: int
 
 
@@ -41,7 +42,7 @@ class TensorFile:
     """The tensors of one file, by key.
 
     Raises:
-        ValueError: it is not a safetensors file.
+        ValueError: If it is not a safetensors file.
     """
 
     def __init__(self, folder: Folder, name: str) -> None:
@@ -49,14 +50,20 @@ class TensorFile:
         self.spans = _read_header(folder, name)
 
     def read(self, key: str) -> Tensor:
-        """A whole tensor."""
+        """Return a whole tensor."""
         span = self.spans[key]
         tensor = torch.empty(span.shape, dtype=span.dtype)
         self.folder.read_into(self.name, span.offset, memory_of(tensor))
         return tensor
 
     def copy_part(self, key: str, index: tuple[slice, slice], target: Tensor) -> None:
-        """Copy `index` (of a 2-D tensor) into `target`, some rows at a time, and bring it to the target's dtype."""
+        """Copy a part of a 2-D tensor into `target`, converted to the dtype of `target`.
+
+        Args:
+            key: The tensor's key.
+            index: The rows and columns to copy.
+            target: A tensor of the part's shape.
+        """
         span, (rows, cols) = self.spans[key], index
         width = span.shape[1]
         row_bytes = width * span.dtype.itemsize
@@ -69,7 +76,7 @@ class TensorFile:
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous host tensor."""
+    """Return the memory of a contiguous host tensor as bytes."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -90,6 +97,6 @@ def _read_header(folder: Folder, name: str) -> dict[str, Span]:
         start, stop = (int(n) for n in entry["data_offsets"])
         dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
         if stop - start != math.prod(shape) * dtype.itemsize or not 0 <= start <= stop <= size - 8 - num_header:
-            raise ValueError(f"{name}: {key} does not lie where its header says")
+            raise ValueError(f"{name}: the header gives a wrong position or size of {key}")
         spans[key] = Span(dtype, shape, 8 + num_header + start, stop - start)
     return spans

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: safetensors and JSON, their checksums taken as they are written."""
+"""Writing of a checkpoint's safetensors and JSON files, whose checksums are computed on the way."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Draft(Protocol):
-    """A checkpoint that is being written; nobody sees it before it is committed."""
+    """A checkpoint that is being written. Readers cannot see it before it is committed."""
 
     def write(self, name: str, content: Iterable[bytes | memoryview]) -> FileEntry:
-        """Write a file; it is durable when this returns."""
+        """Write a file, which is durable when this method returns, and return its size and checksum."""
         ...
 
 
 class Hashed:
-    """Passes blocks on in handy pieces, and knows afterwards what they were."""
+    """An iterator over blocks of bytes, in chunks, which counts and hashes them."""
 
     def __init__(self, content: Iterable[bytes | memoryview]) -> None:
         self._content, self._digest, self._size = content, xxhash.xxh3_128(), 0
@@ -42,14 +42,14 @@ class Hashed:
 
     @property
     def entry(self) -> FileEntry:
-        """Of all that has passed."""
+        """The size and checksum of all bytes so far."""
         return FileEntry(self._size, self._digest.hexdigest())
 
 
 def write_tensors(draft: Draft, name: str, tensors: Mapping[str, Tensor]) -> FileEntry:
-    """Write host tensors as safetensors, tensor by tensor (no copy of the whole).
+    """Write host tensors as a safetensors file, one after another, without a copy of all of them.
 
-    Format: https://github.com/huggingface/safetensors#format
+    The format is described at https://github.com/huggingface/safetensors#format.
     """
     header = encode_header({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()})
 
@@ -62,14 +62,19 @@ def write_tensors(draft: Draft, name: str, tensors: Mapping[str, Tensor]) -> Fil
 
 
 def write_text(draft: Draft, name: str, text: str) -> FileEntry:
-    """Write as UTF-8."""
+    """Write a text file in UTF-8."""
     return draft.write(name, [text.encode()])
 
 
 def encode_header(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """What stands before the tensors (dtype and shape, in this order) of a safetensors file."""
+    """Return the bytes that precede the tensors in a safetensors file.
+
+    Args:
+        tensors: Key → (dtype, shape), in the order of the tensors in the file.
+        metadata: The file's metadata, or None if it has none.
+    """
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for key, (dtype, shape) in tensors.items():

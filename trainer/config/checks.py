@@ -1,6 +1,6 @@
-"""Every rule that ties sections together, checked before any process group exists.
+"""The rules that connect sections of a recipe, which are checked before any process group exists.
 
-A rule within one section lives in that section's `__post_init__`.
+The rules within one section are in the `__post_init__` of its dataclass.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from model import lengths
 from model.config import EncoderConfig, LLMConfig
+from model.encoders.family import family_of
 from model.encoders.hf_config import resolve as resolve_encoder
 from model.errors import UserError
 from model.llm.reference import resolve_hf_config
@@ -22,13 +23,15 @@ from trainer.config.shipped import shipped
 from trainer.engine.determinism import check_variables
 from trainer.engine.ds_config import load_ds_json
 from trainer.parallel.topology import ParallelConfig, build_topology, divisors
+from trainer.scoring.tasks import TASKS
+from trainer.telemetry.trackers.table import check_trackers
 
 
 def check_recipe(recipe: Recipe) -> None:
     """Check all rules that can be checked without weights, data or other ranks.
 
     Raises:
-        UserError: the first rule that is broken: key, value, legal values.
+        UserError: If a rule is broken. The message contains the key, its value and the legal values.
     """
     build_topology(recipe.parallel, recipe.parallel.num_ranks)
     if recipe.parallel.expert > 1 and not recipe.model.experts:
@@ -42,6 +45,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_vocabulary(recipe, hf_config)
     _check_data(recipe)
     _check_steps(recipe)
+    check_trackers(recipe.telemetry.trackers)
     check_packs(recipe.train, recipe.parallel)
     load_ds_json(deepspeed_json(recipe))
     if recipe.train.deterministic:
@@ -49,22 +53,26 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def deepspeed_json(recipe: Recipe) -> Path:
-    """Where `train.deepspeed` lies: relative to the current folder, else to the project's."""
+    """Return the path of `train.deepspeed`, relative to the current folder, or else to the project's folder."""
     path = Path(recipe.train.deepspeed)
     return path if path.exists() or path.is_absolute() else shipped(recipe.train.deepspeed)
 
 
 def known_encoder(config: EncoderConfig) -> EncoderConfig | None:
-    """The encoder as far as it is known without a network: a hub id gives way to the recipe's own `config`, if any."""
+    """Return the encoder as far as it is known without a network; None if the recipe contains only a hub id.
+
+    If the recipe contains both a hub id and a `config`, the result has the `config` and no weights.
+    """
     if config.weights is None or Path(config.weights).is_dir():
         return config
     return dataclasses.replace(config, weights=None) if config.config else None
 
 
 def known_llm_config(config: LLMConfig) -> PretrainedConfig | None:
-    """The LLM's Hugging Face config as far as it is known without a network: from a local directory or the recipe.
+    """Return the LLM's Hugging Face config as far as it is known without a network.
 
-    None where the recipe names a hub id and does not repeat the config; the ranks then call `check_llm` themselves.
+    It is read from a local directory or the recipe. If the recipe contains only a hub id, the result is None, and the
+    ranks call `check_llm` themselves.
     """
     if config.weights is None or Path(config.weights).is_dir():
         return resolve_hf_config(config)
@@ -74,10 +82,10 @@ def known_llm_config(config: LLMConfig) -> PretrainedConfig | None:
 
 
 def check_llm(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
-    """Can this LLM be split this way?
+    """Check that the LLM can be divided among the tensor and pipeline ranks.
 
     Raises:
-        UserError: lists the legal sizes.
+        UserError: If it cannot. The message lists the legal sizes.
     """
     tp, pp = parallel.tensor, parallel.pipeline
     heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
@@ -97,10 +105,10 @@ def check_llm(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
 
 
 def check_packs(train: TrainConfig, parallel: ParallelConfig) -> None:
-    """Check that packs of whole multiples can be split over tensor ranks and stay within a micro-batch's tokens.
+    """Check that padded packs can be divided among tensor ranks and do not exceed the tokens of a micro-batch.
 
     Raises:
-        UserError: lists the legal multiples.
+        UserError: If they cannot or do. The message lists the legal values.
     """
     multiple, tp, budget = train.pack_multiple_tokens, parallel.tensor, train.llm_tokens_per_microbatch
     if multiple is None or (multiple % tp == 0 and budget % multiple == 0):
@@ -132,17 +140,17 @@ def _check_encoders(recipe: Recipe) -> None:
     if adapter.kernel_size < max(adapter.strides):
         raise UserError(
             f"model.adapter.kernel_size = {adapter.kernel_size}: must be at least the largest stride, "
-            f"{max(adapter.strides)}, or frames are skipped"
+            f"{max(adapter.strides)}, so that no frames are skipped"
         )
 
 
 def _check_encoder(place: str, encoder: EncoderConfig) -> None:
     if encoder.weights is None and not encoder.config:
         raise UserError(f"{place}: give weights (a directory or hub id), or config for random weights")
-    if encoder.length_mode == "trim" and encoder.family != "whisper":
+    legal = family_of(encoder).length_modes
+    if encoder.length_mode not in legal:
         raise UserError(
-            f"{place}.length_mode = trim: only whisper has length modes; {encoder.family} always runs on the real "
-            "length: remove the key"
+            f"{place}.length_mode = {encoder.length_mode}: legal values for {encoder.family} are {', '.join(legal)}"
         )
     known = known_encoder(encoder)
     if known is not None:
@@ -160,12 +168,12 @@ def _check_lengths(recipe: Recipe, hf_config: PretrainedConfig) -> None:
     if audio_tokens >= positions:
         raise UserError(
             f"data.max_audio_sec = {longest}: such a clip takes {audio_tokens} of the LLM's {positions} positions "
-            "(max_position_embeddings) and leaves none for text; lower it or raise model.adapter.strides"
+            "(max_position_embeddings), which leaves none for text; lower it or raise model.adapter.strides"
         )
 
 
 def _positions(hf_config: PretrainedConfig) -> int:
-    """Positions that the rotary embedding was made for: scaled ones reach as far as the config says, no further."""
+    """Return the number of positions that the LLM's rotary embedding supports, after scaling if the config has any."""
     rope = hf_config.rope_parameters
     stretched = rope.get("original_max_position_embeddings")
     factor = rope.get("factor")
@@ -187,11 +195,12 @@ def _check_data(recipe: Recipe) -> None:
     _check_lanes(recipe)
     if not data.datasets:
         raise UserError("data.datasets is empty: name at least one manifest or folder of shards")
-    may_hold_asr = any(not s.tasks or "asr" in s.tasks for s in data.datasets)
-    if recipe.model.ctc_weight > 0 and not may_hold_asr:
+    spoken = [task.name for task in TASKS.values() if task.is_transcription]
+    may_hold_transcripts = any(not d.tasks or set(spoken) & set(d.tasks) for d in data.datasets)
+    if recipe.model.ctc_weight > 0 and not may_hold_transcripts:
         raise UserError(
-            f"model.ctc_weight = {recipe.model.ctc_weight}: CTC needs answers of the task asr, and none of "
-            "data.datasets has it; add it or set model.ctc_weight=0"
+            f"model.ctc_weight = {recipe.model.ctc_weight}: CTC needs answers of the task {' or '.join(spoken)}, and "
+            "none of data.datasets has it; add it or set model.ctc_weight=0"
         )
     _check_stop(recipe)
     read = {"final_split": recipe.eval.final_split}
@@ -209,17 +218,36 @@ def _check_stop(recipe: Recipe) -> None:
     if metric is not None and not any(metric.startswith(f"eval/{known}/") for known in recipe.data.eval_splits):
         raise UserError(
             f"checkpoint.best_metric = {metric}: must begin with eval/ and one of data.eval_splits: "
-            f"e.g. eval/{split}/asr/wer"
+            f"e.g. {_example_metric(split)}"
         )
+    _check_best_is(recipe)
     if not after:
         return
     if not recipe.eval.every_steps:
         raise UserError(f"eval.stop_after = {after}: counts evaluations; set eval.every_steps")
     if metric is None or not metric.startswith(f"eval/{split}/"):
         raise UserError(
-            f"eval.stop_after = {after}: watches checkpoint.best_metric = {metric}, which must be of eval.split: "
-            f"e.g. eval/{split}/asr/wer"
+            f"eval.stop_after = {after}: checkpoint.best_metric = {metric} must be a score of eval.split: "
+            f"e.g. {_example_metric(split)}"
         )
+
+
+def _example_metric(split: str) -> str:
+    task = next(iter(TASKS.values()))
+    return f"eval/{split}/{task.name}/{task.headlines[0]}"
+
+
+def _check_best_is(recipe: Recipe) -> None:
+    """Check that the best checkpoint by a task's main metric is not the one with the worst value."""
+    metric, best_is = recipe.checkpoint.best_metric, recipe.checkpoint.best_is
+    for task in TASKS.values() if metric is not None else ():
+        right = "highest" if task.higher_is_better else "lowest"
+        mains = {f"eval/{split}/{task.name}/{task.headlines[0]}" for split in recipe.data.eval_splits}
+        if metric in mains and best_is != right:
+            raise UserError(
+                f"checkpoint.best_is = {best_is}: the best value of checkpoint.best_metric = {metric} is the {right}; "
+                f"set checkpoint.best_is={right}"
+            )
 
 
 def _check_lanes(recipe: Recipe) -> None:
@@ -228,8 +256,8 @@ def _check_lanes(recipe: Recipe) -> None:
     if data.global_batch_samples < replicas:
         raise UserError(
             f"data.global_batch_samples = {data.global_batch_samples}: {replicas} LLM replicas (parallel.num_ranks / "
-            f"(tensor · pipeline)) would have less than a sample each; legal values are multiples of data.num_lanes = "
-            f"{data.num_lanes} from {-(-replicas // data.num_lanes) * data.num_lanes}"
+            f"(tensor · pipeline)) would have less than one sample each; legal values are multiples of "
+            f"data.num_lanes = {data.num_lanes} from {-(-replicas // data.num_lanes) * data.num_lanes}"
         )
 
 

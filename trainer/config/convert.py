@@ -1,4 +1,4 @@
-"""Plain trees (mappings, lists, scalars) ↔ dataclasses, strictly by their annotations."""
+"""Conversion between plain trees (mappings, lists, scalars) and dataclasses, strictly by their annotations."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ import re
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from model.errors import UserError
+from model.table import OneOf
 
 T = TypeVar("T")
 
 
 def from_tree(cls: type[T], tree: Any, path: str = "") -> T:
-    """Build the dataclass `cls` from a tree; `path` is the dotted key that leads to it.
+    """Build a dataclass from a tree.
+
+    Args:
+        cls: The dataclass.
+        tree: The tree.
+        path: The dotted key that leads to the tree, for error messages.
 
     Raises:
-        UserError: unknown key (the nearest valid one is offered), missing key, or a value of another type; each with
-            its full path. Errors of the dataclasses' own checks pass through.
+        UserError: If a key is unknown or missing, a value has another type, or a check of a dataclass fails.
     """
     if not isinstance(tree, dict):
         raise UserError(f"{path or 'recipe'} = {_show(tree)}: expected a mapping of {cls.__name__}'s keys")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in tree:
         if key not in fields:
@@ -40,7 +45,7 @@ def from_tree(cls: type[T], tree: Any, path: str = "") -> T:
 
 
 def to_tree(value: Any) -> Any:
-    """The inverse of `from_tree`; credentials within URLs are masked."""
+    """Return a dataclass as a tree, from which `from_tree` builds an equal one. Credentials in URLs are masked."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -51,12 +56,14 @@ def to_tree(value: Any) -> Any:
 
 
 def describe(annotation: Any) -> str:
-    """An annotation in words for a user."""
+    """Return an annotation in words for a user."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is type(None):
         return "null"
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
+    if origin is Annotated and isinstance(args[1], OneOf):
+        return "one of " + ", ".join(args[1].table)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(a) for a in args)
     if origin is tuple:
@@ -79,6 +86,11 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
         return _convert_union(annotation, args, value, path)
     if origin is Literal:
         if not any(type(value) is type(a) and value == a for a in args):
+            raise _wrong(annotation, value, path)
+        return value
+    if origin is Annotated:
+        assert isinstance(args[1], OneOf), (path, annotation)
+        if not isinstance(value, str) or value not in args[1].table:
             raise _wrong(annotation, value, path)
         return value
     if origin is tuple:

@@ -1,4 +1,4 @@
-"""When and on what the model is evaluated."""
+"""The recipe's `eval` section."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ from model.errors import UserError, check_least
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The recipe's `eval` section."""
+    """The recipe's `eval` section: when and on which samples the model is evaluated."""
 
     every_steps: int = 0
-    """Evaluate `split` after every so many steps; 0: only at the end."""
+    """The number of steps between evaluations of `split`; 0 evaluates only after the last step."""
     split: str = "dev"
-    """Read during training."""
+    """The split that is evaluated during training."""
     final_split: str = "test"
-    """Read once, after the last step."""
+    """The split that is evaluated once, after the last step."""
     before: bool = False
-    """Also read `final_split` before the first step, to report where training started."""
+    """Whether to evaluate `final_split` before the first step as well, to report where training started."""
     max_samples: int | None = None
-    """Of `split`, over all tasks, always the same ones; null: all. `final_split` is always read whole."""
+    """The largest number of samples of `split`, over all tasks; null for all.
+
+    The same samples are chosen every time. All samples of `final_split` are always evaluated.
+    """
     stop_after: int = 0
-    """End the run when `checkpoint.best_metric` has not become better in so many evaluations in a row; 0: never."""
+    """The number of consecutive evaluations without a better `checkpoint.best_metric` that end the run; 0 for never."""
     batch_size: int = 32
-    """Samples that one LLM replica decodes together."""
+    """The number of samples that one LLM replica decodes together. Lower it if an evaluation runs out of memory."""
     max_new_tokens: int = 64
-    """A transcript that reaches this length is counted and reported as `num_unfinished`."""
+    """The largest number of tokens in an answer. `num_unfinished` counts the answers that were cut off there."""
     wordnet: str | None = None
-    """Folder of WordNet 3.0, for METEOR of captions; null: where packages put it. Nowhere: METEOR is left out."""
+    """The folder of WordNet 3.0, which METEOR of captions needs; null for where the system's packages install it.
+
+    If it is null and there is no WordNet, captions are scored without METEOR.
+    """
 
     def __post_init__(self) -> None:
         if self.stop_after < 0:

@@ -1,7 +1,7 @@
 """Recipe keys and values that had other names in earlier versions.
 
-A recipe that a user writes must have today's names: `refuse` says which one. A recipe stored in a run or checkpoint is
-brought up to date by `translate`, so that what an earlier version wrote resumes, exports and starts other runs.
+A recipe that a user writes must have the present names; the error of `refuse` says which. A recipe that is stored in a
+run or checkpoint is brought up to date by `translate`, so that runs of earlier versions can still be used.
 """
 
 from __future__ import annotations
@@ -15,25 +15,32 @@ from model.errors import UserError
 FORMER_KEYS = {
     "data.sets": "datasets",
     "model.router.entry_steps": "added_encoder_warmup_steps",
+    "telemetry.mlflow_experiment": "experiment",
 }
-"""The dotted former key, and the last part of its present name; the section is the same."""
+"""The last part of each key's present name by dotted former key. The section is the same."""
+
+FORMER_SWITCHES = {"telemetry.mlflow": ("trackers", {True: ["mlflow"], False: []})}
+"""The last part of the key that replaces a former switch, and its value for each value of the switch, by dotted key."""
 
 FORMER_VALUES = {"model.router.gates": FORMER_GATES}
-"""By dotted key, the items of a list that had other names, and their present ones."""
+"""The present names of list items by their former names, by dotted key of the list."""
 
 
 def refuse(tree: dict[str, Any]) -> None:
     """Check that a user's recipe has no former key or value.
 
     Args:
-        tree: the recipe as nested mappings; not changed.
+        tree: The recipe as nested mappings. It is not changed.
 
     Raises:
-        UserError: it has one; the message names the present one.
+        UserError: If it has one. The message contains the present name.
     """
     for section, key, new in _former_keys(tree):
         if key.rpartition(".")[2] in section:
             raise UserError(f"{key}: renamed; write {key.rpartition('.')[0]}.{new} instead")
+    for section, key, new, values in _former_switches(tree):
+        listed = ", ".join(values[section[key.rpartition(".")[2]]])
+        raise UserError(f"{key}: replaced; write {key.rpartition('.')[0]}.{new}=[{listed}] instead")
     for section, key, names in _former_values(tree):
         found = [v for v in section[key.rpartition(".")[2]] if v in names]
         if found:
@@ -44,12 +51,14 @@ def translate(tree: dict[str, Any]) -> None:
     """Bring a stored recipe up to date, in place.
 
     Args:
-        tree: the recipe as nested mappings.
+        tree: The recipe as nested mappings.
     """
     for section, key, new in _former_keys(tree):
         last = key.rpartition(".")[2]
         if last in section:
             section[new] = section.pop(last)
+    for section, key, new, values in _former_switches(tree):
+        section[new] = values[section.pop(key.rpartition(".")[2])]
     for section, key, names in _former_values(tree):
         last = key.rpartition(".")[2]
         section[last] = [names.get(v, v) for v in section[last]]
@@ -62,6 +71,13 @@ def _former_keys(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, st
             yield section, key, new
 
 
+def _former_switches(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str, dict[bool, list[str]]]]:
+    for key, (new, values) in FORMER_SWITCHES.items():
+        section = _section(tree, key)
+        if section is not None and isinstance(section.get(key.rpartition(".")[2]), bool):
+            yield section, key, new, values
+
+
 def _former_values(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, dict[str, str]]]:
     for key, names in FORMER_VALUES.items():
         section = _section(tree, key)
@@ -70,7 +86,7 @@ def _former_values(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, 
 
 
 def _section(tree: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """Return the mapping that holds the last part of a dotted key; None where the recipe has no such section."""
+    """Return the mapping that contains the last part of a dotted key; None if the recipe has no such section."""
     node: Any = tree
     for part in key.split(".")[:-1]:
         node = node.get(part) if isinstance(node, dict) else None

@@ -1,4 +1,4 @@
-"""Recipes: strict YAML, `base:` inheritance, `key=value` overrides → `Recipe`."""
+"""Loading of recipes: strict YAML, inheritance by `base:`, and `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -13,44 +13,63 @@ from model.errors import UserError
 from trainer.config.convert import from_tree, to_tree
 from trainer.config.former_keys import refuse, translate
 from trainer.config.schema import Recipe
+from trainer.plugins import load_plugins
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of that name in `trainer/recipes`, or of that path, with `key=value` overrides applied in order.
+    """Return a recipe, after loading the plug-ins that it names.
 
-    A recipe may begin with `base: NAME`: it then needs only what differs. Mappings are merged, lists are replaced.
-    Keys of an override are dotted, with numbers for list items (`model.experts.0.name=a`); values are YAML.
+    A recipe with the key `base: NAME` contains only what differs from that recipe. Mappings are merged, and lists are
+    replaced.
+
+    Args:
+        name_or_path: The name of a recipe in `trainer/recipes`, or the path of a YAML file.
+        overrides: Changes as `key=value`, applied in order. Keys are dotted, with numbers for list items
+            (`model.experts.0.name=a`), and values are YAML.
 
     Raises:
-        UserError: no such recipe, malformed YAML, a duplicate or unknown key, a value of the wrong type or range.
+        UserError: If there is no such recipe, its YAML is malformed, a key is unknown or given twice, a value has the
+            wrong type or range, or a plug-in cannot be loaded.
     """
     tree = _load_tree(_find(name_or_path, None), ())
     for override in overrides:
         _apply(tree, override)
     refuse(tree)
-    return from_tree(Recipe, tree)
+    return _build(tree)
 
 
 def parse_stored_recipe(text: str, where: str) -> Recipe:
     """Return the recipe that this or an earlier version wrote as `text`, with former keys translated.
 
     Args:
-        text: YAML of `dump`.
-        where: the file it was read from, for error messages.
+        text: The YAML that `dump` returned.
+        where: The file it was read from, for error messages.
 
     Raises:
-        UserError: see `load_recipe`.
+        UserError: See `load_recipe`.
     """
     tree = _parse(text, where)
     if isinstance(tree, dict):
         translate(tree)
+    return _build(tree)
+
+
+def _build(tree: Any) -> Recipe:
+    """Return the recipe of a tree, after its plug-ins are loaded, since its sections may name what they add."""
+    names = tree.get("plugins") if isinstance(tree, dict) else None
+    if isinstance(names, list):  # `from_tree` refuses anything else
+        load_plugins([name for name in names if isinstance(name, str)])
     return from_tree(Recipe, tree)
 
 
 def load_stored_recipe(path: Path) -> Recipe:
-    """Return the recipe stored as `path`, the `recipe.yaml` of a run; see `parse_stored_recipe`."""
+    """Return the recipe that is stored in the file `path`, such as the `recipe.yaml` of a run.
+
+    Raises:
+        UserError: If the file cannot be read; see also `load_recipe`.
+    """
     try:
         return parse_stored_recipe(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -58,17 +77,20 @@ def load_stored_recipe(path: Path) -> Recipe:
 
 
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe. Holds no secrets."""
+    """Return the resolved recipe as YAML without credentials, from which `load_recipe` makes an equal recipe."""
     return yaml.safe_dump(to_tree(recipe), sort_keys=False, allow_unicode=True, width=120)
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the project."""
+    """Return the names of the recipes that come with the project."""
     return sorted(p.stem for p in RECIPES.glob("*.yaml"))
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2 scalars (`5e-4` is a number, `no` and `12:30` are text) and no duplicate keys."""
+    """A YAML loader that refuses duplicate keys and reads scalars as YAML 1.2 does.
+
+    For example, `5e-4` is a number, and `no` and `12:30` are text.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

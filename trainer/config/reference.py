@@ -1,4 +1,4 @@
-"""The reference of all recipe keys, read from the dataclasses that define them: `docs/recipe.md` is made of it."""
+"""The reference of all recipe keys, read from their dataclasses. `docs/recipe.md` is generated from it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Key:
     """One key of a recipe."""
 
     path: str
-    """Dotted, with `N` for the number of a list's item: `data.datasets.N.weight`."""
+    """The dotted key, with `N` for the number of a list item, for example `data.datasets.N.weight`."""
     type: str
     default: str
-    """As YAML; `required` where there is none."""
+    """The default value as YAML; `required` if there is none."""
     meaning: str
     """The field's docstring, on one line."""
 
@@ -36,7 +36,7 @@ class Section:
     """The keys of one dataclass."""
 
     path: str
-    """Dotted key that leads to it; empty for the keys at the top."""
+    """The dotted key of the section; empty for the top of the recipe."""
     meaning: str
     """The dataclass's docstring."""
     keys: tuple[Key, ...]
@@ -46,7 +46,7 @@ def sections(only: str | None = None) -> list[Section]:
     """Return all sections of a recipe in the order of their definition.
 
     Args:
-        only: dotted key of a section; its own and its inner sections are returned. None: all.
+        only: The dotted key of a section. The section and those within it are returned. None for all sections.
     """
     found = list(_sections(Recipe, ""))
     if only is None:
@@ -86,7 +86,7 @@ def as_markdown(found: list[Section]) -> str:
 
 
 def _sections(cls: type[Any], path: str) -> Iterator[Section]:
-    hints, meanings = typing.get_type_hints(cls), _field_docstrings(cls)
+    hints, meanings = typing.get_type_hints(cls, include_extras=True), _field_docstrings(cls)
     keys, inner = [], []
     for field in dataclasses.fields(cls):
         where = f"{path}.{field.name}" if path else field.name
@@ -101,7 +101,7 @@ def _sections(cls: type[Any], path: str) -> Iterator[Section]:
 
 
 def _nested(annotation: Any) -> tuple[type[Any] | None, bool]:
-    """Return (the dataclass that a field holds or None, whether it is a list of them)."""
+    """Return the dataclass of a field, or None, and whether the field is a list of its instances."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         return annotation, False
@@ -128,7 +128,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def _field_docstrings(cls: type[Any]) -> dict[str, str]:
-    """Return the text under each field of a dataclass, on one line."""
+    """Return the docstring of each field of a dataclass, on one line."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
     found: dict[str, str] = {}

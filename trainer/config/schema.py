@@ -1,4 +1,4 @@
-"""One YAML recipe = one `Recipe`. Every section's dataclass lives beside its owner; this file only composes them."""
+"""The recipe of a run. The dataclass of each section is defined next to the code that reads it and composed here."""
 
 from __future__ import annotations
 
@@ -16,42 +16,65 @@ from trainer.engine.optim import OptimConfig
 from trainer.parallel.topology import ParallelConfig
 from trainer.run.restart import RestartConfig
 from trainer.storage.open import join_url
+from trainer.telemetry.config import TelemetryConfig
 from trainer.telemetry.profile_config import ProfileConfig
-from trainer.telemetry.tracker import TelemetryConfig
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recipe's `train` section: how long, in which precision, and what fits into memory at a time."""
+    """The recipe's `train` section: the length, the precision and the memory limits of training."""
 
     steps: int = 1000
-    """Optimizer updates."""
+    """The number of training steps. Each step is one optimizer update on one global batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of parameters and activations; gradients are reduced, and optimizer states kept, in fp32 with either."""
+    """The type of parameters and activations.
+
+    Gradients are reduced in fp32 and optimizer states are stored in fp32 in either case.
+    """
     llm_tokens_per_microbatch: int = 4096
-    """Tokens of one packed sequence; a single longer sample makes the packs of its step longer."""
+    """The largest number of tokens in one packed sequence. Lower it if the LLM runs out of memory.
+
+    If a single sample is longer, all packs of its step are as long as that sample.
+    """
     pack_multiple_tokens: int | None = None
-    """Packs are filled up with padding to a multiple of this, so that few lengths occur: a multiple of
-    `parallel.tensor` that divides `llm_tokens_per_microbatch`. null: to a multiple of `parallel.tensor`."""
+    """The number of tokens to a multiple of which every pack is padded, so that only few lengths occur.
+
+    It must be a multiple of `parallel.tensor` and divide `llm_tokens_per_microbatch`. null uses `parallel.tensor`.
+    """
     encoder_batch_sec: float = 480.0
-    """Padded audio seconds per encoder call (clips · longest clip); a single longer clip is a call of its own."""
+    """The largest amount of padded audio per encoder call in seconds: the number of clips times the longest clip.
+
+    A single longer clip has a call of its own. Lower the value if an encoder runs out of memory.
+    """
     recompute_llm: bool = False
-    """Activation checkpointing of the LLM: less memory, a second forward pass."""
+    """Whether to recompute the LLM's activations in the backward pass, which saves memory and costs time."""
     recompute_encoders: bool = False
-    """The same for the encoders' layers."""
+    """Whether to recompute the activations of the encoders' layers in the backward pass."""
     deepspeed: str = "ds_configs/zero3.json"
-    """DeepSpeed JSON, relative to the current folder or to the project's."""
+    """The path of the DeepSpeed JSON file, relative to the current folder, or else to the project's folder."""
     run_dir: str = "runs"
-    """The run's own folder is `<run_dir>/<name>`."""
+    """The folder that contains the folders of runs. The run's own folder is `<run_dir>/<name>`."""
     hang_timeout_sec: float = 600.0
-    """A rank without progress for so long (a step, a file of a checkpoint, a batch of an evaluation) counts as hung:
-    all ranks leave their stacks in the run's folder and end. 0: never."""
+    """The seconds without progress after which a rank counts as hung; 0 disables the check.
+
+    Progress is a step, a file of a checkpoint or a batch of an evaluation. All ranks then write their stacks to the
+    run's folder and end. Raise the value if a healthy step takes longer.
+    """
     stop_grace_sec: float = 120.0
-    """From the signal that stops the run to the kill, as the scheduler gives it; a save that takes longer is told."""
+    """The seconds that the scheduler leaves between the signal that stops the run and the kill.
+
+    If the last save takes longer, the event `save_failed` is emitted.
+    """
     deterministic: bool = False
-    """Use only deterministic kernels, so that a resumed run is bit-identical on CUDA as it is on CPUs. Slower."""
+    """Whether to use only deterministic kernels, so that a resumed run is bit-identical on CUDA, too.
+
+    On CPUs it always is. Deterministic kernels are slower.
+    """
     debug_plan: bool = False
-    """Compare every rank's plan of every step with rank 0's, and stop where they differ."""
+    """Whether to compare the plans of all ranks in every step and to end the run if they differ.
+
+    Use it to find the cause of a run that hangs.
+    """
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -70,12 +93,17 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides a run."""
+    """The settings of a run: everything that decides its result, and where it is stored."""
 
     name: str
-    """Of the run's folder and of the run in trackers."""
+    """The name of the run, of its folder, and of the run in trackers."""
     seed: int = 0
-    """Of initialisation, data order, augmentation and router noise."""
+    """The seed of the initial weights, the order of the data, augmentation and router noise."""
+    plugins: tuple[str, ...] = ()
+    """The plug-ins that the recipe needs, as names of installed packages or of single entry points.
+
+    See `docs/extending.md`.
+    """
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -96,5 +124,5 @@ class Recipe:
 
     @property
     def run_url(self) -> str:
-        """Folder or bucket's prefix that holds the run's checkpoints, and what an export of them needs."""
+        """The folder or bucket prefix that contains the run's checkpoints and what an export of them needs."""
         return join_url(self.checkpoint.root or self.train.run_dir, self.name)

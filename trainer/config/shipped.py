@@ -14,7 +14,7 @@ def shipped(name: str) -> Path:
     An installed wheel has the folders inside `trainer/`; in a checkout they are next to it.
 
     Args:
-        name: relative path, such as `ds_configs/zero3.json` or `slurm`.
+        name: The relative path, such as `ds_configs/zero3.json` or `slurm`.
     """
     installed = PACKAGE / name
     return installed if installed.exists() else PACKAGE.parent / name

@@ -1,4 +1,4 @@
-"""The rule for updates that a step must skip."""
+"""The recipe's `spike` section."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from model.errors import UserError
 
 @dataclass(frozen=True)
 class SpikeConfig:
-    """The recipe's `spike` section."""
+    """The recipe's `spike` section: which updates are skipped, and what happens then."""
 
     action: Literal["skip", "rewind", "stop"] = "skip"
-    """`skip`: leave the update out and go on. `rewind`: go on after the batch with the weights of the newest checkpoint
-    (without one: as `skip`). `stop`: save the state before the batch and end the run."""
+    """What to do after a spike: a loss or gradient norm that is not finite, or a loss that is too high by `factor`.
+
+    `skip` skips the update and continues. `rewind` continues after the batch with the weights of the newest checkpoint;
+    without a checkpoint it equals `skip`. `stop` saves the state before the batch and ends the run.
+    """
     factor: float = 0.0
-    """A loss above this many times the median of the last ones is a spike; 0: only what is not finite is one."""
+    """A loss above this many times the median of the last `window_steps` losses is a spike; 0 disables this rule."""
     window_steps: int = 50
-    """The last ones: so many. Until the run has done as many steps, no loss is a spike."""
+    """The number of losses in the median. No finite loss is a spike before the run has done this many steps."""
     max_in_a_row: int = 10
-    """After so many steps in a row that were left out, the run stops: it does not recover by itself."""
+    """The number of consecutive skipped updates after which the run ends, since it does not recover on its own."""
 
     def __post_init__(self) -> None:
         if self.factor != 0 and self.factor <= 1:

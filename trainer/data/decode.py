@@ -12,13 +12,10 @@ import soxr
 from numpy.typing import NDArray
 
 from model.lengths import SAMPLE_RATE
+from trainer.scoring.tasks import TASKS, known_tasks
 
 AUDIO_TYPES = ("flac", "wav", "mp3", "ogg", "opus")
 """The audio types that shards may contain, by file extension."""
-
-TASKS = ("asr", "er", "aqa", "sqa", "ac", "text")
-"""The known tasks: speech recognition, emotion recognition, audio question answering, speech question answering, audio
-captioning, and text without audio."""
 
 Reason = Literal[
     "altered",
@@ -116,6 +113,6 @@ def check_metadata(metadata: dict[str, Any]) -> None:
         if not isinstance(metadata.get(name), str):
             raise SampleError("wrong_type", f"{name} = {metadata.get(name)!r}, but must be a string")
     if metadata["task"] not in TASKS:
-        raise SampleError("unknown_task", f"task = {metadata['task']!r}; known tasks are {', '.join(TASKS)}")
+        raise SampleError("unknown_task", f"task = {metadata['task']!r}; known tasks are {known_tasks()}")
     if not metadata["answer"].strip():
         raise SampleError("empty_answer", "answer is empty")

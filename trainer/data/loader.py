@@ -90,6 +90,7 @@ def to_sample(encoded: EncodedSample) -> Sample:
         prompt_ids=torch.from_numpy(encoded.instruction_ids),
         texts={name: torch.from_numpy(ids) for name, ids in encoded.texts.items()},
         meta=encoded.meta,
+        is_transcription=encoded.is_transcription,
     )
 
 

@@ -1,4 +1,4 @@
-"""From the recipe's data section to what loaders read: shards made of manifests, the tokenizer trained if asked."""
+"""Preparation of a recipe's data for loading: making shards from manifests, and training a tokenizer if needed."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from trainer.storage.store import MissingError
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """One set's shards by split."""
+    """The shards of one dataset by split."""
 
     config: DatasetConfig
     splits: tuple[str, ...]
-    """Splits that the set has."""
+    """The splits that the dataset has."""
     shards: dict[str, tuple[str, ShardIndex]]
-    """URL and index. Made from a manifest: one folder per split that the manifest has. Given as shards: the same for
-    every split."""
+    """Split → (URL, index) of its shards. Every split of a manifest has its own folder of shards. A dataset that is
+    given as shards has the same ones for all splits."""
     skipped_samples: dict[str, int]
-    """Samples of the manifest's training split that are not in its shards, by reason; listed in their skipped.jsonl."""
+    """Reason → number of samples of the manifest's training split that are not in the shards. The file skipped.jsonl
+    next to the shards lists them."""
 
     def open(self, split: str, config: DataConfig) -> DatasetReader | None:
-        """Reader of the set's selection of `split`; None if it has no such sample."""
+        """Return a reader of the samples of `split` that the recipe selects, or None if there are none."""
         if split not in self.shards:
             return None
         url, index = self.shards[split]
@@ -46,19 +47,24 @@ class PreparedDataset:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What `Loader` and `eval_samples` read."""
+    """The prepared data, which `Loader` and `eval_samples` read."""
 
     config: DataConfig
     datasets: tuple[PreparedDataset, ...]
     tokenizer: Tokenizer
     tokenizer_path: str
-    """A file, directory or hub id; for export."""
+    """The file, directory or hub id of the tokenizer."""
     strides: tuple[int, ...]
+    """The strides of the adapter."""
     text_fields: tuple[str, ...]
-    """The further fields of the manifests that are tokenised, for losses."""
+    """The further fields of the manifests that are tokenized, for losses."""
 
     def open_training(self) -> tuple[DatasetReader, ...]:
-        """One reader per set, for its training split. UserError if a set has nothing to read."""
+        """Return one reader per dataset, which reads its training split.
+
+        Raises:
+            UserError: If a dataset has no samples to train on.
+        """
         return tuple(_open_training(s, self.config) for s in self.datasets)
 
 
@@ -71,20 +77,20 @@ def prepare(
     on_built: Callable[[BuildReport], None] = lambda report: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PreparedData:
-    """Make what is not there yet. Idempotent; several processes may call it at once.
+    """Make the shards and the tokenizer of a recipe, unless they exist. Several processes may call this at once.
 
     Args:
-        config: the recipe's data section.
-        strides: of the model's adapter.
-        text_fields: the further fields of the manifests that are tokenised (`model.losses.table.text_fields`).
-        tokenizer_path: where the tokenizer of the weights lies, whatever the recipe says; None: there are no weights
-            yet, so `config.tokenizer` decides.
-        on_built: called with the account of every shard set that had to be made.
-        on_progress: called with (samples done, samples in all) while one is made.
+        config: The recipe's `data` section.
+        strides: The strides of the adapter.
+        text_fields: The further fields of the manifests that are tokenized (`model.losses.table.text_fields`).
+        tokenizer_path: The tokenizer of existing weights, which overrides `config.tokenizer`; None if there are no
+            weights yet.
+        on_built: A function that is called with a report after shards have been made.
+        on_progress: A function that is called with (number of finished samples, number of samples) meanwhile.
 
     Raises:
-        UserError: see `build_shards`, `load_tokenizer`, `train_sentencepiece`; a set without samples to train on; an
-            evaluation split that no set has.
+        UserError: If shards cannot be made, the tokenizer cannot be read or trained, a dataset has no samples to train
+            on, or an evaluation split has no samples in any dataset.
     """
     _check_datasets(config)
     datasets = tuple(_prepare_dataset(config, s, on_built, on_progress) for s in config.datasets)
@@ -94,11 +100,11 @@ def prepare(
 
 
 def check_stored(config: DataConfig) -> None:
-    """What can be told before anything is made: manifests are there, and shards have what the recipe reads.
+    """Check what can be checked before anything is made: manifests exist, and shards contain what the recipe reads.
 
     Raises:
-        UserError: a manifest or an index is not there, or cannot be read; shards without samples to train on; an
-            evaluation split that no set has.
+        UserError: If a manifest or an index is missing or cannot be read, shards contain no samples to train on, or an
+            evaluation split has no samples in any dataset.
     """
     _check_datasets(config)
     given = []
@@ -114,14 +120,14 @@ def check_stored(config: DataConfig) -> None:
 
 def _check_datasets(config: DataConfig) -> None:
     if not config.datasets:
-        raise UserError("data.datasets is empty: give at least one set with a manifest or shards")
+        raise UserError("data.datasets is empty: give at least one dataset with a manifest or shards")
 
 
 def _check_eval_splits(config: DataConfig, datasets: Sequence[PreparedDataset]) -> None:
     for split in config.eval_splits:
         if not any(s.open(split, config) for s in datasets):
             known = sorted({k for s in datasets for k in s.splits})
-            raise UserError(f"data.eval_splits: no set has samples of split '{split}'; splits there are: {known}")
+            raise UserError(f"data.eval_splits: no dataset has samples of split '{split}'; existing splits: {known}")
 
 
 def _prepare_dataset(
@@ -136,7 +142,8 @@ def _prepare_dataset(
     assert part.manifest is not None
     if scheme_of(config.root):
         raise UserError(
-            f"data.datasets '{part.name}': manifests are local, data.root = {config.root} is not; give shards"
+            f"data.datasets '{part.name}': data.root = {config.root} is not a local folder, which manifests need; "
+            "give shards instead of a manifest"
         )
     manifest = Path(config.root) / part.manifest
     rows = _rows_by_split(manifest)
@@ -162,7 +169,7 @@ def _given_shards(config: DataConfig, part: DatasetConfig, wanted: tuple[str, ..
     except MissingError as error:
         raise UserError(
             f"data.datasets '{part.name}': no {url}/{INDEX_NAME}; make shards with tools.make_shards, or index "
-            f"others' with tools.inspect_shards --build-index ({error})"
+            f"existing ones with tools.inspect_shards --build-index ({error})"
         ) from None
     splits = sorted({g.split for g in index.groups})
     return PreparedDataset(part, tuple(splits), dict.fromkeys(wanted, (url, index)), {})
@@ -186,7 +193,7 @@ def _build(
             on_progress=on_progress,
         )
     except UserError:
-        if not (folder / INDEX_NAME).is_file():  # else another process has made it meanwhile
+        if not (folder / INDEX_NAME).is_file():  # otherwise another process has made the shards meanwhile
             raise
     else:
         on_built(report)
@@ -209,13 +216,17 @@ def _skipped_samples(url: str) -> dict[str, int]:
 
 
 def _check_skipped_samples(config: DataConfig, manifest: Path, url: str, index: ShardIndex) -> None:
-    """A folder made under a more lenient fraction is not a way around a stricter one."""
+    """Check the share of skipped samples, since existing shards may have been made with a higher limit.
+
+    Raises:
+        UserError: If more than `data.max_skipped_fraction` of the samples were skipped.
+    """
     num_skipped_samples = sum((counts := _skipped_samples(url)).values())
     total = num_skipped_samples + index.num_samples
     if num_skipped_samples > config.max_skipped_fraction * total:
         raise UserError(
             f"data.max_skipped_fraction = {config.max_skipped_fraction}: {num_skipped_samples} of {total} samples of "
-            f"{manifest} cannot be used ({counts}), see {url}/{SKIPPED_NAME}; mend them or raise the fraction"
+            f"{manifest} cannot be used ({counts}), see {url}/{SKIPPED_NAME}; fix them or raise the fraction"
         )
 
 
@@ -226,7 +237,7 @@ def _open_training(part: PreparedDataset, config: DataConfig) -> DatasetReader:
         known = sorted({f"{g.split}/{g.task}/{g.subset}" for g in index.groups})
         raise UserError(
             f"data.datasets '{part.config.name}': split '{part.config.split}', tasks {list(part.config.tasks)} and "
-            f"subsets {list(part.config.subsets)} select nothing; there are: {', '.join(known)}"
+            f"subsets {list(part.config.subsets)} select nothing; the dataset has: {', '.join(known)}"
         )
     return reader
 
@@ -244,7 +255,7 @@ def _trained_tokenizer(config: DataConfig, datasets: tuple[PreparedDataset, ...]
 
 
 def _texts(config: DataConfig, readers: list[DatasetReader]) -> Iterator[str]:
-    """All text that training shows the model, and the other references of the same answers."""
+    """Yield all text that the model is trained on, and the alternative references of the answers."""
     template = config.tokenizer.template.replace("{audio}", " ")
     for reader in readers:
         for metadata in reader.metadata():

@@ -16,6 +16,7 @@ from model.lengths import audio_tokens_of_samples
 from model.prompt import fill
 from trainer.data.decode import SampleError
 from trainer.data.tokenizer import PlaceholderInText, Tokenizer
+from trainer.scoring.tasks import TASKS
 
 Clip = NDArray[np.float32]
 """A waveform: `[T]` float32 at 16 kHz."""
@@ -40,6 +41,8 @@ class EncodedSample:
     texts: dict[str, NDArray[np.int64]]
     """The tokens of further fields of the manifest, for losses; a field that the sample lacks is absent. Empty for
     evaluation."""
+    is_transcription: bool
+    """True if the answer is the transcript of the audio."""
 
 
 def make_sample(
@@ -60,13 +63,16 @@ def make_sample(
         clips: the decoded clips.
         tokenizer: tokenizer of prompt and answer.
         strides: strides of the adapter, which determine the number of placeholders per clip.
-        text_fields: further fields of the metadata to tokenise; a field that is absent or no text is skipped.
+        text_fields: further fields of the metadata to tokenize; a field that is absent or no text is skipped.
         evaluate: if true, encode the prompt alone, after which generation starts.
 
     Raises:
-        SampleError: If the sample's text contains the placeholder token (`placeholder_in_text`), or the prompt has no
-            token (`wrong_type`).
+        SampleError: If the task needs audio and there is none (`empty`), the sample's text contains the placeholder
+            token (`placeholder_in_text`), or the prompt has no token (`wrong_type`).
     """
+    task = TASKS[metadata["task"]]
+    if task.needs_audio and not clips:
+        raise SampleError("empty", f"no audio, which the task {task.name} needs")
     try:
         pieces = tokenizer.prompt(metadata["instruction"], len(clips))
         answer = tokenizer.encode(metadata["answer"])
@@ -90,4 +96,5 @@ def make_sample(
         target_ids=np.array(targets, dtype=np.int64),
         instruction_ids=np.array(instruction, dtype=np.int64),
         texts={name: np.array(tokens, dtype=np.int64) for name, tokens in texts.items()},
+        is_transcription=task.is_transcription,
     )

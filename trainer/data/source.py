@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ import numpy as np
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE, num_samples
 from trainer.data.augment import augment
+from trainer.data.clip_cache import ClipCache, Decoded
 from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.decode import SampleError, check_metadata, decode_audio
 from trainer.data.fetch import Fetched, ReadAhead, checked, read_samples, read_table, read_unchecked
@@ -22,13 +21,11 @@ from trainer.data.lanes import DatasetOrder, LaneSpan, hash_of
 from trainer.data.sample import Clip, EncodedSample, make_sample
 from trainer.data.shards import RawSample, Selection, ShardSet
 from trainer.data.tokenizer import Tokenizer
+from trainer.scoring.tasks import TASKS
 from trainer.storage.store import ChangedError, MissingError
 
 Received = dict[int, memoryview]
 """Index of a sample → its bytes, which are not checked yet."""
-
-Decoded = tuple[dict[str, Any], tuple[Clip, ...]]
-"""The metadata and decoded clips of a sample."""
 
 _GRACE_SAMPLES = 200
 """The allowed number of skips is computed from at least this many samples, so that early skips do not stop a run."""
@@ -166,44 +163,15 @@ class DatasetReader:
         return found
 
     def _joinable(self, shard: int, chunk: range, subset: str) -> tuple[int, ...]:
-        """Return the indices of `chunk` that are ASR samples of `subset` with one clip."""
+        """Return the indices of `chunk` that are transcriptions of `subset` with one clip."""
         table, selected = self.shards.table(shard), self.selected(shard)
         entries = ((index, table[selected[index]]) for index in chunk)
-        return tuple(r for r, e in entries if e.task == "asr" and e.subset == subset and e.num_clips == 1)
+        return tuple(r for r, e in entries if _is_transcription(e.task) and e.subset == subset and e.num_clips == 1)
 
 
-class ClipCache:
-    """A thread-safe cache of decoded samples, which evicts the least recently used ones when it is full."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self._items: OrderedDict[tuple[int, int, int], Decoded] = OrderedDict()
-        self._lock = Lock()
-
-    def get(self, key: tuple[int, int, int]) -> Decoded | None:
-        """Return the metadata and clips of a sample, or None if it is not in the cache."""
-        with self._lock:
-            if key in self._items:
-                self._items.move_to_end(key)
-            return self._items.get(key)
-
-    def __contains__(self, key: tuple[int, int, int]) -> bool:
-        return key in self._items
-
-    def put(self, key: tuple[int, int, int], metadata: dict[str, Any], clips: tuple[Clip, ...]) -> None:
-        """Add a sample. Its metadata and clips must not be modified afterwards."""
-        size = sum(c.nbytes for c in clips)
-        if size > self.max_bytes:
-            return
-        with self._lock:
-            if key in self._items:
-                return
-            self._items[key] = (metadata, clips)
-            self.num_bytes += size
-            while self.num_bytes > self.max_bytes:
-                _, (_, evicted) = self._items.popitem(last=False)
-                self.num_bytes -= sum(c.nbytes for c in evicted)
+def _is_transcription(task: str) -> bool:
+    # The index of shards may name tasks that are unknown; such samples are skipped when they are read.
+    return task in TASKS and TASKS[task].is_transcription
 
 
 class SampleSource:
@@ -324,7 +292,7 @@ class SampleSource:
     ) -> Decoded:
         """Return the sample joined with others of its chunk, or unchanged, as `rng` decides."""
         join, reader, shard = self.config.join, cursor.reader, cursor.shard
-        if metadata["task"] != "asr" or len(clips) != 1 or join.probability == 0 or progress < join.start:
+        if not _is_transcription(metadata["task"]) or len(clips) != 1 or join.probability == 0 or progress < join.start:
             return metadata, clips
         if rng.random() >= join.probability:
             return metadata, clips

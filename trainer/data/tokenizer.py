@@ -1,8 +1,7 @@
-"""Text ↔ tokens, and the prompt around the audio: SentencePiece and Hugging Face tokenizers behind one interface.
+"""A common interface of SentencePiece and Hugging Face tokenizers, which also tokenises the prompt around the audio.
 
-The prompt is rendered as text with one placeholder per clip, tokenised as a whole and cut at the placeholder token,
-so that text around the audio gets the tokens it would get anyway. The answer is tokenised on its own: training and
-generation see the same prompt tokens.
+The prompt is rendered as text with one placeholder per clip, tokenised as a whole, and cut at the placeholder token.
+The answer is tokenised separately, so that the prompt has the same tokens in training and generation.
 """
 
 from __future__ import annotations
@@ -30,49 +29,67 @@ PROBES = (
     "Was it 3:15 p.m.? Café № ½ ﬁne — “quoted” ÄÖÜ",
     "日本語 русский \U0001f600",
 )
-"""Texts whose tokens tell two tokenizers of the same vocabulary apart."""
+"""Texts whose tokens distinguish tokenizers that have the same vocabulary."""
 UNKNOWN_ID_TEXT = "\ufffd"
-"""Shown for an id beyond the vocabulary (an LLM may have more rows than its tokenizer has pieces)."""
+"""The text of an id beyond the vocabulary, since an LLM may have more rows than its tokenizer has pieces."""
 
 
 class PlaceholderInText(ValueError):
-    """A sample's own text contains the placeholder token."""
+    """Raised when the text of a sample contains the placeholder token."""
 
 
 class Tokenizer(ABC):
-    """Ids are those of the LLM's embedding rows."""
+    """A tokenizer whose ids are the indices of the LLM's embedding rows."""
 
     config: TokenizerConfig
     vocab_size: int
-    """Number of ids; the LLM needs at least as many rows."""
+    """The number of ids; the LLM needs at least as many rows."""
     bos_id: int | None
+    """The id at the beginning of a prompt, or None if the tokenizer has none."""
     eos_id: int
-    """Ends every answer."""
+    """The id at the end of every answer."""
     pad_id: int | None
+    """The id of padding, or None if the tokenizer has none."""
     placeholder_id: int
+    """The id that stands for a clip in a prompt."""
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]:
-        """Tokens of `text`; a placeholder in it becomes its token; nothing is added."""
+        """Return the tokens of a text, which may contain placeholders, without adding special tokens."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` without special tokens."""
+        """Return the text of `ids` without special tokens."""
 
     @property
     @abstractmethod
     def digest(self) -> str:
-        """The identity of vocabulary, templates and placeholder; see `tokenizer_digest`."""
+        """A hash of the vocabulary, the templates and the placeholder; see `tokenizer_digest`."""
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a sample's own text. Raises PlaceholderInText."""
+        """Return the tokens of a sample's text.
+
+        Raises:
+            PlaceholderInText: If the text contains the placeholder.
+        """
         ids = self._encode(text)
         if self.placeholder_id in ids:
             raise PlaceholderInText(f"{text!r} contains {self.config.placeholder}")
         return ids
 
     def prompt(self, instruction: str, num_clips: int) -> list[list[int]]:
-        """Prompt tokens, cut where the clips go: `num_clips + 1` pieces. Raises PlaceholderInText."""
+        """Return the tokens of a prompt, cut at the clips.
+
+        Args:
+            instruction: The instruction of the sample.
+            num_clips: The number of clips.
+
+        Returns:
+            `num_clips + 1` lists of tokens, between which the clips are inserted.
+
+        Raises:
+            PlaceholderInText: If the instruction contains the placeholder.
+        """
         if self.config.placeholder in instruction:
             raise PlaceholderInText(f"{instruction!r} contains {self.config.placeholder}")
         template = self.config.template if num_clips else self.config.text_template
@@ -86,7 +103,15 @@ class Tokenizer(ABC):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `.model` file."""
+    """A tokenizer that is read from a SentencePiece `.model` file.
+
+    Args:
+        path: The file.
+        config: The placeholder and the templates.
+
+    Raises:
+        UserError: If the file cannot be read, or its vocabulary lacks the placeholder or the end token.
+    """
 
     def __init__(self, path: Path, config: TokenizerConfig) -> None:
         self.path, self.config = path, config
@@ -112,22 +137,20 @@ class SentencePieceTokenizer(Tokenizer):
         return self._pieces.EncodeAsIds(text)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Tokens of `text`; unlike `encode` it may hold placeholders."""
+        """Return the tokens of a text, which may contain placeholders."""
         return self._encode(text)
 
     @property
     def digest(self) -> str:
-        """See `Tokenizer`."""
         pieces = [self._pieces.IdToPiece(i) for i in range(self.vocab_size)]
         ids = (self.bos_id, self.eos_id, self.pad_id)
         return tokenizer_digest(pieces, ids, self._encode, self.config, None)
 
     def serialized(self) -> bytes:
-        """The `.model` file's content."""
+        """Return the content of the `.model` file."""
         return self._pieces.serialized_model_proto()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` without special tokens."""
         hidden = {self._pieces.unk_id(), self.bos_id, self.eos_id, self.pad_id, self.placeholder_id}
         text, run = "", []
         for token in [t for t in ids if t not in hidden]:
@@ -139,7 +162,15 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json`, or a directory or hub id that transformers' AutoTokenizer reads without remote code."""
+    """A tokenizer that transformers reads without remote code.
+
+    Args:
+        path: A `tokenizer.json`, a directory, or a hub id.
+        config: The placeholder and the templates.
+
+    Raises:
+        UserError: If it cannot be read, or its vocabulary lacks the placeholder or the end token.
+    """
 
     def __init__(self, path: str, config: TokenizerConfig) -> None:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, and only needed here
@@ -158,20 +189,20 @@ class HuggingFaceTokenizer(Tokenizer):
             else:
                 inner = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:
-            # Files that cannot be read raise these, and plain Exception where Rust reads them; the rest are bugs.
+            # Unreadable files raise one of these, or a plain Exception from Rust. Anything else is a bug.
             if not isinstance(error, OSError | ValueError | KeyError | ImportError) and type(error) is not Exception:
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"data.tokenizer.path = {path}: transformers cannot read it ({reason})") from error
         self.inner = inner
-        self._lock = Lock()  # the Rust tokenizer refuses to be borrowed by two threads
+        self._lock = Lock()  # the Rust tokenizer fails if two threads use it at once
         self.vocab_size = len(inner)
         self.bos_id, self.pad_id = inner.bos_token_id, inner.pad_token_id
         if inner.eos_token_id is None:
             raise UserError(f"data.tokenizer.path = {path}: no eos_token; name it in its tokenizer_config.json")
         self.eos_id = inner.eos_token_id
         found = inner.convert_tokens_to_ids(config.placeholder)
-        # Not the only token: one made of a SentencePiece model puts its prefix before it.
+        # There may be a second token, since tokenizers made from SentencePiece models add a prefix.
         if found in (None, inner.unk_token_id) or self._encode(config.placeholder).count(found) != 1:
             raise UserError(_no_placeholder(path, config.placeholder))
         self.placeholder_id = found
@@ -183,20 +214,18 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def digest(self) -> str:
-        """See `Tokenizer`."""
         return transformers_digest(self.inner, self.config, self._encode)
 
     def _prompt_ids(self, text: str) -> list[int]:
         if not self.chats:
             return super()._prompt_ids(text)
-        # The template is rendered by transformers' sandbox; it brings its own BOS.
+        # transformers renders the template in a sandbox. The template contains the begin token.
         chat = self.inner.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
         return self._encode(chat)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` without special tokens."""
         text, run = "", []
         for token in ids:
             if 0 <= token < self.vocab_size:
@@ -213,16 +242,16 @@ def tokenizer_digest(
     config: TokenizerConfig,
     chat_template: Any,
 ) -> str:
-    """Return the SHA-256 of all that decides which tokens a prompt and an answer become, and what each token means.
+    """Return a SHA-256 hash of everything that determines the tokens of prompts and answers.
 
-    A SentencePiece model and the Hugging Face tokenizer that an export makes of it have the same digest.
+    A SentencePiece model and the Hugging Face tokenizer into which an export converts it have the same digest.
 
     Args:
-        pieces: the text of each id, in order.
-        special_ids: begin, end and padding.
-        encode: tokens of a text; it is asked for those of `PROBES`.
-        config: has the placeholder and the templates. Where it was read from and trained with does not matter.
-        chat_template: that prompts are wrapped in; None: none.
+        pieces: The text of each id, in the order of the ids.
+        special_ids: The ids of begin, end and padding.
+        encode: A function that returns the tokens of a text, which is called with `PROBES`.
+        config: The placeholder and the templates; other fields do not matter.
+        chat_template: The chat template of prompts, or None if there is none.
     """
     content = {
         "pieces": list(pieces),
@@ -237,7 +266,13 @@ def tokenizer_digest(
 
 
 def transformers_digest(inner: Any, config: TokenizerConfig, encode: Callable[[str], list[int]] | None = None) -> str:
-    """Return the `tokenizer_digest` of a transformers tokenizer; `encode` is its own where None."""
+    """Return the `tokenizer_digest` of a transformers tokenizer.
+
+    Args:
+        inner: The tokenizer.
+        config: The placeholder and the templates.
+        encode: A function that returns the tokens of a text; None selects the tokenizer's own.
+    """
 
     def plain(text: str) -> list[int]:
         ids: list[int] = inner.encode(text, add_special_tokens=False)
@@ -250,10 +285,14 @@ def transformers_digest(inner: Any, config: TokenizerConfig, encode: Callable[[s
 
 
 def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
-    """Tokenizer at `path`: a `.model` file, a `tokenizer.json`, a directory with either, or a hub id.
+    """Load a tokenizer.
+
+    Args:
+        path: A `.model` file, a `tokenizer.json`, a directory that contains one of them, or a hub id.
+        config: The placeholder and the templates.
 
     Raises:
-        UserError: it cannot be read, or lacks the placeholder or the end token.
+        UserError: If it cannot be read, or its vocabulary lacks the placeholder or the end token.
     """
     local = Path(path)
     if local.is_dir() and not (local / "tokenizer.json").exists():
@@ -266,7 +305,7 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
     if not local.exists() and not looks_like_hub_id:
         raise UserError(
             f"data.tokenizer.path = {path}: no such file; give a SentencePiece .model, a tokenizer.json, "
-            "a directory that holds one, or null to train one"
+            "a directory that contains one of them, or null to train a tokenizer"
         )
     return HuggingFaceTokenizer(path, config)
 
@@ -274,17 +313,24 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
 def train_sentencepiece(
     texts: Iterable[str], vocab_size: int, path: Path, placeholder: str, *, exact: bool = False
 ) -> None:
-    """Train a unigram SentencePiece model on `texts` and write it to `path` in one move.
+    """Train a unigram SentencePiece model and write it to a file atomically.
 
-    Every character of the corpus gets a piece. Ids: 0 unknown, 1 begin, 2 end, 3 pad, 4 the placeholder. Unless
-    `exact`, a corpus with fewer pieces than `vocab_size` gives a smaller vocabulary.
+    Every character of the corpus gets a piece. The first ids are 0 unknown, 1 begin, 2 end, 3 padding and 4 the
+    placeholder.
+
+    Args:
+        texts: The corpus.
+        vocab_size: The number of pieces.
+        path: The file to write.
+        placeholder: The text of the placeholder token.
+        exact: Whether to fail if the corpus is too small for `vocab_size` pieces, instead of training fewer.
 
     Raises:
-        UserError: no text, or `vocab_size` is too small for the characters.
+        UserError: If there is no text, or `vocab_size` does not suit the corpus.
     """
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
     if not lines:
-        raise UserError(f"{path}: no text to train a tokenizer on; check the sets' split and filters")
+        raise UserError(f"{path}: no text to train a tokenizer on; check the split and the filters of the datasets")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
@@ -305,7 +351,7 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         reason = str(error).splitlines()[0].split(")] ")[-1].strip().rstrip(".")  # without the C++ source line
-        raise UserError(f"{path}: a vocabulary of {vocab_size} cannot be trained ({reason}); change it") from None
+        raise UserError(f"{path}: a vocabulary of {vocab_size} cannot be trained ({reason}); change its size") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -320,6 +366,6 @@ def train_sentencepiece(
 
 def _no_placeholder(path: str, placeholder: str) -> str:
     return (
-        f"data.tokenizer.path = {path}: '{placeholder}' is not one token of it; add it to the tokenizer, name a "
-        "reserved token it has in data.tokenizer.placeholder, or train one with tools.train_tokenizer"
+        f"data.tokenizer.path = {path}: '{placeholder}' is not one token of it; add it to the tokenizer, set "
+        "data.tokenizer.placeholder to one of its reserved tokens, or train another with tools.train_tokenizer"
     )

@@ -20,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from model.errors import UserError
+from trainer.plugins import inherit_plugins
 
 _ALIGN_BYTES = 64
 
@@ -212,6 +213,7 @@ def _run(
     outbox = _Outbox(connection, path, num_ahead)
     try:
         try:
+            inherit_plugins()
             for value in serve(*job):
                 outbox.send(value)
         except UserError as error:

@@ -1,49 +1,103 @@
 """The modelling code of an exported model: the files of `model/` that it needs, in one flat folder.
 
 transformers copies a remote-code module and its relative imports, but does not support sub-packages. Therefore
-`model/encoders/base.py` becomes `encoders_base.py`, and imports are rewritten to match.
+`model/encoders/base.py` becomes `encoders_base.py`, and imports are rewritten to match. The table of encoder families
+is generated: it names the families that the exported model uses, including those of plug-ins.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+import importlib.util
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import model
+from model.encoders.families import ENCODER_FAMILIES
+from model.errors import UserError
 
 CONFIGURATION, MODELING, PROCESSING = "model.hub.configuration", "model.hub.modeling", "model.hub.processing"
+FAMILIES = "model.encoders.families"
 _ROOT = Path(model.__file__ or "").parent
 
 
-def remote_code() -> dict[str, str]:
-    """Return the source code of each file, by file name."""
-    found: dict[str, str] = {}
-    waiting = [CONFIGURATION, MODELING, PROCESSING]
+def remote_code(families: Collection[str]) -> dict[str, str]:
+    """Return the source code of each file, by file name.
+
+    Args:
+        families: names of the encoder families that the exported model uses.
+
+    Raises:
+        UserError: If a family cannot be exported: it must be one file that imports only `model` and installed packages.
+    """
+    places = {name: _place(name) for name in ENCODER_FAMILIES if name in families}
+    found = {f"{remote_name(FAMILIES)}.py": _families(places)}
+    waiting = [CONFIGURATION, MODELING, PROCESSING, *(module for module, _ in places.values())]
     while waiting:
         module = waiting.pop()
         if remote_name(module) + ".py" not in found:
             source = _path(module).read_text(encoding="utf-8")
-            imports = list(_imports(source))
+            imports = list(_imports(module, source))
             found[remote_name(module) + ".py"] = _rewritten(module, source, imports)
             waiting += [imported for _, imported in imports]
     return dict(sorted(found.items()))
 
 
+def _place(family: str) -> tuple[str, str]:
+    """Return the module and the name of a family's value."""
+    entry = ENCODER_FAMILIES[family]
+    if not isinstance(entry, str):
+        raise UserError(
+            f"ENCODER_FAMILIES[{family!r}]: an export needs to know the file of the family; make the entry a text "
+            "'module:NAME'"
+        )
+    module, _, name = entry.partition(":")
+    return module, name
+
+
+def _families(places: dict[str, tuple[str, str]]) -> str:
+    """Return the source of the table with these families."""
+    lines = ["# Generated: the encoder families of this model.", "from typing import TYPE_CHECKING", ""]
+    lines += ["if TYPE_CHECKING:  # transformers copies the files that such lines name"]
+    lines += [f"    from .{remote_name(module)} import {name}" for module, name in places.values()] or ["    pass"]
+    lines += ["", "ENCODER_FAMILIES = {"]
+    lines += [f'    "{family}": ".{remote_name(module)}:{name}",' for family, (module, name) in places.items()]
+    return "\n".join([*lines, "}", ""])
+
+
 def remote_name(module: str) -> str:
     """Return the name of a module in the flat folder: `encoders_base` for `model.encoders.base`."""
-    return module.removeprefix("model.").replace(".", "_")
+    return module.removeprefix("model.").replace(".", "_") if _is_ours(module) else f"plugin_{module.replace('.', '_')}"
 
 
-def _imports(source: str) -> Iterator[tuple[ast.ImportFrom, str]]:
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] == "model"
+
+
+def _imports(module: str, source: str) -> Iterator[tuple[ast.ImportFrom, str]]:
     """Yield the `from` imports of the package `model`, with the module that each imports."""
     for node in ast.walk(ast.parse(source)):
+        if not _is_ours(module):
+            _check_plugin_import(module, node)
         if isinstance(node, ast.Import):
             assert not any(alias.name.split(".")[0] == "model" for alias in node.names), "use `from model.x import y`"
         elif isinstance(node, ast.ImportFrom) and node.module == "model":
             yield from ((node, f"model.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("model."):
             yield node, node.module or ""
+
+
+def _check_plugin_import(module: str, node: ast.AST) -> None:
+    """Check that a plug-in's file does not import other files of the plug-in, which an export does not carry."""
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    if isinstance(node, ast.ImportFrom):
+        names = ["." if node.level else node.module or ""]
+    for name in names:
+        if name == "." or name.split(".")[0] in (module.split(".")[0], "trainer"):
+            raise UserError(
+                f"{_path(module)}: an export carries this one file, which may import only `model` and installed "
+                f"packages, not {'a relative module' if name == '.' else name}; move what it needs into the file"
+            )
 
 
 def _rewritten(module: str, source: str, imports: Sequence[tuple[ast.ImportFrom, str]]) -> str:
@@ -54,9 +108,12 @@ def _rewritten(module: str, source: str, imports: Sequence[tuple[ast.ImportFrom,
         line = lines[node.lineno - 1]
         assert line.lstrip().startswith((before, after)), line
         lines[node.lineno - 1] = line.replace(before, after, 1)
-    origin = _path(module).relative_to(_ROOT.parent).as_posix()
-    return f"# Generated from {origin} of the project that trained this model.\n" + "".join(lines)
+    return f"# Generated from {module} of the project that trained this model.\n" + "".join(lines)
 
 
 def _path(module: str) -> Path:
-    return (_ROOT.parent / module.replace(".", "/")).with_suffix(".py")
+    if _is_ours(module):
+        return (_ROOT.parent / module.replace(".", "/")).with_suffix(".py")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, f"{module} cannot be found"
+    return Path(spec.origin)

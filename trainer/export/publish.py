@@ -147,9 +147,10 @@ def _write_llm_config(source: Source, dtype: torch.dtype, tokenizer: Tokenizer, 
 
 
 def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokenizer: Tokenizer, folder: Path) -> None:
-    for name, text in remote_code().items():
-        (folder / name).write_text(text, encoding="utf-8")
     description = source.description(selection)
+    encoders = [description["audio"]["primary"], *description["audio"]["experts"]]
+    for name, text in remote_code({encoder["family"] for encoder in encoders if encoder is not None}).items():
+        (folder / name).write_text(text, encoding="utf-8")
     text_config = _text_config(source, dtype)
     config = {
         "model_type": "earshot",

@@ -1,4 +1,4 @@
-"""What is exported: a checkpoint, what it says of its model, and which experts stay."""
+"""The source of an export: a checkpoint, the description of its model, and the encoder experts that are kept."""
 
 from __future__ import annotations
 
@@ -27,31 +27,33 @@ from trainer.telemetry.load_history import HISTORY_NAME, read_history
 
 AUDIO, LLM = "audio.", "llm."
 LAST_SHARE = 0.25
-"""Part of the run, at its end, whose routing says what an expert is worth."""
+"""The final share of the run's steps whose routing decides which encoder experts are kept."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which experts stay, and what that costs."""
+    """The encoder experts that an export keeps, and the routed clips that it loses."""
 
     kept: tuple[int, ...]
-    """Indices in the checkpoint's model, ascending."""
+    """The indices of kept encoder experts in the checkpoint's model, in ascending order."""
     dropped: tuple[str, ...]
+    """The names of dropped encoder experts."""
     lost_share: Mapping[str, float]
-    """By task (and `all`): share of routed clips that went to a dropped expert."""
+    """Task, or `all` → share of routed clips that went to a dropped encoder expert."""
 
 
 class Source:
-    """A checkpoint to be exported; its weights are verified meanwhile (`wait_verified`).
+    """A checkpoint to be exported. Its weights are verified in the background (see `wait_verified`).
 
     Args:
-        url: a checkpoint, or a run (its newest is taken); a folder or `s3://…`.
-        tokenizer_path: None: the run's.
-        run_dir: the run's folder, with its scores and routing history; None: where the checkpoint lies in it, else
-            where its recipe says.
+        url: A checkpoint, or a run, whose newest checkpoint is used; a folder or `s3://…`.
+        tokenizer_path: The path of the tokenizer; None selects the run's.
+        run_dir: The run's folder, with its scores and routing history. None selects the folder that contains the
+            checkpoints, or the one in the recipe if the checkpoints are stored elsewhere.
 
     Raises:
-        UserError: there is none, it is damaged, or was written by a program that did not describe its model.
+        UserError: If there is no such checkpoint, or it does not describe its model.
+        DamagedError: If its manifest or its state is damaged.
     """
 
     def __init__(self, url: str | Path, tokenizer_path: str | None = None, run_dir: Path | None = None) -> None:
@@ -61,26 +63,28 @@ class Source:
         # Optimizer state is not read, so it is not verified.
         needed = sorted({file for entry in manifest.tensors.values() for file, _ in entry.pieces})
         check_files(self.folder, manifest, [STATE])
-        # Files are verified while they are read for the first time, by another thread; nothing is published before.
+        # Another thread verifies the files while they are read. Nothing is published before it has finished.
         self._pool = ThreadPoolExecutor(1)
         self._verified = self._pool.submit(check_files, self.folder, manifest, needed)
         self.extra = read_extra(self.folder)
         if "model" not in self.extra or "recipe" not in self.extra:
-            raise UserError(f"{self.folder.url}/{STATE}: does not describe its model; continue the run for a step")
+            raise UserError(
+                f"{self.folder.url}/{STATE}: does not describe its model; resume the run for one step to add it"
+            )
         self.recipe: Recipe = parse_stored_recipe(self.extra["recipe"], f"{self.folder.url}/{STATE}")
         self._tokenizer_path, self._run_dir = tokenizer_path, run_dir
 
     def wait_verified(self) -> None:
-        """Until all that an export reads was compared with its checksum.
+        """Wait until all files that an export reads have been verified.
 
         Raises:
-            DamagedError: a file is not as it was written.
+            DamagedError: If a file differs from what was written.
         """
         self._verified.result()
 
     @property
     def run_dir(self) -> Path:
-        """With what the run wrote besides checkpoints; need not exist."""
+        """The folder with everything that the run wrote besides checkpoints. It may not exist."""
         if self._run_dir is not None:
             return self._run_dir
         if isinstance(self.folder, LocalFolder) and self.recipe.checkpoint.root is None:
@@ -89,14 +93,14 @@ class Source:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Of the adapter."""
+        """The strides of the adapter."""
         return tuple(self.extra["model"]["audio"]["adapter"]["strides"])
 
     def tokenizer(self) -> Tokenizer:
-        """Return the run's tokenizer: the copy that the run keeps, or the one that the checkpoint names.
+        """Return the given tokenizer, or the run's if none was given.
 
         Raises:
-            UserError: it, or the one given, is not the tokenizer that the weights were trained with.
+            UserError: If it cannot be read, or is not the tokenizer that the weights were trained with.
         """
         owned = of_checkpoint(self.folder, str(self.run_dir))
         with tempfile.TemporaryDirectory() as scratch:
@@ -109,11 +113,15 @@ class Source:
         return given
 
     def expert_names(self) -> list[str]:
-        """Of the checkpoint's model."""
+        """Return the names of the encoder experts of the checkpoint's model."""
         return [e["name"] for e in self.extra["model"]["audio"]["experts"]]
 
     def select(self, least_share: float) -> Selection:
-        """The experts that got at least `least_share` of all routed clips; always one."""
+        """Select the encoder experts that got at least a given share of all routed clips; at least one is kept.
+
+        Raises:
+            UserError: If the run has no routing history.
+        """
         names = self.expert_names()
         if not names or least_share <= 0:
             return Selection(tuple(range(len(names))), (), {})
@@ -131,7 +139,7 @@ class Source:
         return Selection(tuple(kept), tuple(dropped), {"all": lost(total), **shares})
 
     def description(self, selection: Selection) -> dict[str, Any]:
-        """Arguments of `EarshotConfig`."""
+        """Return the arguments of `EarshotConfig` for the exported model."""
         whole = self.extra["model"]
         experts = [whole["audio"]["experts"][i] for i in selection.kept]
         router = whole["audio"]["router"]
@@ -140,7 +148,15 @@ class Source:
         return {**whole, "audio": {**whole["audio"], "experts": experts, "router": router}}
 
     def names(self, selection: Selection, llm_only: bool) -> dict[str, str]:
-        """Exported name → saved name."""
+        """Return the tensors to export.
+
+        Args:
+            selection: The encoder experts that are kept.
+            llm_only: Whether to export the LLM without the audio side.
+
+        Returns:
+            Exported name → saved name.
+        """
         saved = self.reader.manifest.tensors
         if llm_only:
             return {name.removeprefix(LLM): name for name in saved if name.startswith(LLM)}
@@ -149,7 +165,11 @@ class Source:
         return {name: name for name in saved if not name.startswith(dropped) and not heads.match(name)}
 
     def rows(self, selection: Selection) -> dict[str, tuple[int, ...]]:
-        """Rows that stay of the router's tensors, one for each expert."""
+        """Return the rows that are kept of the router's tensors, which have one row for each encoder expert.
+
+        Returns:
+            Saved name → indices of rows; empty if all rows are kept.
+        """
         if not selection.dropped:
             return {}
         router = ("independent.logits", "dependent.weight", "dependent.bias", "steps_to_enter")
@@ -158,7 +178,14 @@ class Source:
 
     @torch.no_grad()
     def fill(self, module: nn.Module, names: Sequence[str], selection: Selection, rounded_to: torch.dtype) -> None:
-        """Put the checkpoint's tensors, rounded to a dtype, into the parameters and buffers of the same `names`."""
+        """Fill the parameters and buffers of a module with the checkpoint's tensors of the same names.
+
+        Args:
+            module: The module to fill.
+            names: The names of the tensors.
+            selection: The encoder experts that are kept.
+            rounded_to: The dtype to which floating-point values are rounded before they are copied.
+        """
         rows, state = self.rows(selection), module.state_dict()
         for name in names:
             whole = matrix_of(self.reader.manifest.tensors[name].shape)
@@ -171,10 +198,13 @@ class Source:
 
 
 def routing_counts(run_dir: Path) -> dict[str, dict[str, float]]:
-    """Per task and expert how many clips were routed there in the last quarter of the run's steps.
+    """Count the clips that were routed to each encoder expert in the last quarter of the run's steps.
+
+    Returns:
+        Task → encoder expert → number of clips.
 
     Raises:
-        UserError: the run has no record of it.
+        UserError: If the run has no routing history.
     """
     history = read_history(run_dir / HISTORY_NAME)
     since = history[-1].step * (1 - LAST_SHARE)

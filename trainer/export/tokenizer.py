@@ -1,4 +1,4 @@
-"""Tokenizer and processor files of an exported model; no package but transformers is needed to read them."""
+"""The tokenizer and processor files of an exported model, which transformers reads without further packages."""
 
 from __future__ import annotations
 
@@ -15,25 +15,33 @@ _ALL_SPACES = 1 << 16
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> Any:
-    """Save as a transformers tokenizer with the same tokens for the same text; returns it.
+    """Write a tokenizer in the format of transformers, and return it.
+
+    Args:
+        tokenizer: The tokenizer.
+        folder: The folder to write to.
+
+    Returns:
+        The transformers tokenizer, which gives the same tokens for the same text.
 
     Raises:
-        UserError: a SentencePiece model that transformers' tokenizers cannot express; what was written is read as
-            another tokenizer.
+        UserError: If transformers cannot represent the SentencePiece model, or reads another tokenizer back.
     """
     found = as_transformers(tokenizer)
     found.save_pretrained(folder)
     written = HuggingFaceTokenizer(str(folder), tokenizer.config)
     if written.digest != tokenizer.digest:
-        raise UserError(f"{folder}: the tokenizer has other tokens when it is read back; give the LLM's tokenizer.json")
+        raise UserError(
+            f"{folder}: the tokenizer has different tokens when it is read back; give the LLM's tokenizer.json"
+        )
     return found
 
 
 def as_transformers(tokenizer: Tokenizer) -> Any:
-    """The transformers tokenizer with the same tokens for the same text.
+    """Return a transformers tokenizer that gives the same tokens for the same text.
 
     Raises:
-        UserError: see `write_tokenizer`.
+        UserError: If transformers cannot represent the SentencePiece model.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer.inner
@@ -42,7 +50,7 @@ def as_transformers(tokenizer: Tokenizer) -> Any:
 
 
 def processor_settings(tokenizer: Tokenizer, data: DataConfig, strides: tuple[int, ...]) -> dict[str, Any]:
-    """Arguments of `EarshotProcessor` besides the tokenizer: what training did to samples."""
+    """Return the arguments of `EarshotProcessor`, without the tokenizer, for processing samples as in training."""
     return {
         "placeholder": data.tokenizer.placeholder,
         "prompt_with_audio": data.tokenizer.template,
@@ -55,7 +63,7 @@ def processor_settings(tokenizer: Tokenizer, data: DataConfig, strides: tuple[in
 
 
 def write_processor(tokenizer: Tokenizer, data: DataConfig, strides: tuple[int, ...], folder: Path) -> None:
-    """`processor_config.json`."""
+    """Write `processor_config.json` to a folder."""
     content = {
         "auto_map": {"AutoProcessor": f"{remote_name(PROCESSING)}.EarshotProcessor"},
         "processor_class": "EarshotProcessor",
@@ -71,7 +79,7 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     from tokenizers.models import Unigram
     from transformers import PreTrainedTokenizerFast
 
-    protobuf: Any = sentencepiece_model_pb2  # its classes are made at run time
+    protobuf: Any = sentencepiece_model_pb2  # its classes are created at run time
     proto = protobuf.ModelProto.FromString(tokenizer.serialized())
     where = f"data.tokenizer.path = {tokenizer.path}"
     if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
@@ -81,9 +89,9 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     for p in proto.pieces:
         if p.type == p.NORMAL:
             score = p.score
-        elif p.type == p.USER_DEFINED:  # as SentencePiece ranks them: always above the pieces that they could be cut to
+        elif p.type == p.USER_DEFINED:  # like SentencePiece, prefer them to any pieces into which they could be split
             score = len(p.piece) * max(scores) - 0.1
-        else:  # control pieces are no text: never the best choice
+        else:  # control pieces are not text, so they must never be the best choice
             score = min(scores)
         pieces.append((p.piece, score))
     rules: list[Any] = []
@@ -99,7 +107,7 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     settings = proto.trainer_spec
     inner = FastTokenizer(Unigram(pieces, unk_id=settings.unk_id, byte_fallback=settings.byte_fallback))
     inner.normalizer = normalizers.Sequence(rules)
-    # SentencePiece drops every space that an answer begins with where it removes extra ones, else its own prefix only.
+    # If SentencePiece removes extra spaces, it drops all spaces at the start of a text, else only its own prefix.
     leading = _ALL_SPACES if spec.remove_extra_whitespaces else 1
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", leading, 0)]
@@ -113,5 +121,7 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     for text in (*PROBES, *own, " ".join(own), f"{placeholder}a", f"a {placeholder} b{placeholder}{placeholder}"):
         wanted, made = tokenizer.encode_prompt(text), found.encode(text, add_special_tokens=False)
         if wanted != made:
-            raise UserError(f"{where}: {text[:40]!r} has other tokens in transformers; give the LLM's tokenizer.json")
+            raise UserError(
+                f"{where}: {text[:40]!r} has different tokens in transformers; give the LLM's tokenizer.json"
+            )
     return found

@@ -1,6 +1,6 @@
 """The command that runs a recipe as a Slurm job.
 
-    python -m trainer.job RECIPE [key=value ...]
+    earshot job RECIPE [key=value ...]
 
 It prints the plan, checks the nodes, starts the ranks and requeues the job if needed. Outside a Slurm job, it checks
 only what needs no nodes: the recipe, its plan and its data. This module does not import torch, so that it handles
@@ -26,7 +26,7 @@ from model.errors import UserError
 from trainer.job import slurm
 from trainer.job.check import Facts
 from trainer.job.node_check import GIB
-from trainer.job.preflight import BadNodesError, preflight, say
+from trainer.job.preflight import BadNodesError, preflight, print_timed
 from trainer.run.exit_codes import ExitCode
 from trainer.telemetry.events import EventLog, read_events
 
@@ -53,7 +53,7 @@ class Signals:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        say(f"job: received {signal.Signals(number).name}")
+        print_timed(f"job: received {signal.Signals(number).name}")
         self.received = True
         self.ending |= number == signal.SIGTERM
         if number == signal.SIGUSR1 and self.step is not None and self.step.poll() is None:
@@ -107,7 +107,8 @@ def check(recipe: str, overrides: Sequence[str], retry_sec: float = _STORE_SEC, 
     facts = None
     if line is not None:
         tree = json.loads(line)
-        facts = Facts(**{**tree, "stores": tuple(tree["stores"]), "snapshot_gib": snapshot_gib})
+        lists = {name: tuple(tree[name]) for name in ("stores", "trackers")}
+        facts = Facts(**{**tree, **lists, "snapshot_gib": snapshot_gib})
     for process, (_, errors) in reversed(list(zip(running, outputs, strict=True))):
         if process.returncode:
             raise RefusedError(errors.strip().removeprefix("error: "), facts)
@@ -146,7 +147,7 @@ class Job:
             raise
         code: int = ExitCode.STOPPED
         if not self.signals.received:
-            say(f"job: {self.facts.num_ranks} ranks start on {', '.join(found.nodes)}")
+            print_timed(f"job: {self.facts.num_ranks} ranks start on {', '.join(found.nodes)}")
             code = self._step(
                 slurm.srun(self.allocation, found.nodes, layout.ranks_per_node, ["trainer", *self.arguments])
             )
@@ -157,7 +158,7 @@ class Job:
         try:
             self.log.add(event, **fields)
         except OSError as error:
-            say(f"job: the event '{event}' could not be written: {error}")
+            print_timed(f"job: the event '{event}' could not be written: {error}")
 
     def _note_start(self) -> None:
         """Append `submitted`, after the reason why the previous attempt ended if it could not report that itself."""
@@ -206,7 +207,7 @@ class Job:
         if not self.allocation.restarts or not error.bad:
             self._emit("refused", why=str(error))
             raise error
-        say(f"job: {error}")
+        print_timed(f"job: {error}")
         if set(error.bad) == set(self.allocation.nodes):
             return self._after(ExitCode.FAILED)  # all nodes failed: the cause is probably shared by others, too
         self._emit("requeued", why=f"without {', '.join(error.bad)}")
@@ -216,12 +217,14 @@ class Job:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command `python -m trainer.job`.
+    """Run the command `earshot job`.
 
     Returns:
         The exit code: 0, that of the ranks, or 2 after one line that says what to fix.
     """
-    parser = argparse.ArgumentParser(prog="python -m trainer.job", description="Run a recipe as a Slurm job.")
+    parser = argparse.ArgumentParser(
+        prog="earshot job", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", metavar="RECIPE", help="the name or the file of a recipe")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that override the recipe's")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""A test whether all ranks reach each other, and how fast.
+"""A test that all ranks can communicate, and of the bandwidth between them.
 
     srun python -m trainer.job.all_reduce
 

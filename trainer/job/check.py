@@ -1,6 +1,8 @@
-"""`python -m trainer.job.check RECIPE key=value …`: what must a job know of a recipe, and is there what it reads?
+"""A check of a recipe before its job starts: whether its data and weights exist, and what the job must know about it.
 
-A line of stdout is a JSON object, see `Facts`: also where the data is then found missing.
+    python -m trainer.job.check RECIPE key=value …
+
+The properties of the recipe (`Facts`) are printed to stdout as one line of JSON, even if data is then found missing.
 """
 
 from __future__ import annotations
@@ -22,25 +24,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """Of a recipe, what a job must know."""
+    """The properties of a recipe that a job must know."""
 
     run_dir: str
+    """The run's folder."""
     num_ranks: int
     tensor: int
+    """The size of a tensor-parallel group."""
     stores: tuple[str, ...]
-    """URLs of buckets that samples are read from."""
-    tracker: str | None
-    """URL of the MLflow server; None: files, or none."""
+    """URLs of the buckets that samples are read from."""
+    trackers: tuple[str, ...]
+    """URLs of the servers that trackers send to."""
     snapshot_gib: float = 0.0
-    """Host memory that a save needs on a node, by the plan; 0: it has not been planned."""
+    """The planned host memory that a save needs on a node; 0 if it has not been planned."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line that tells what to mend."""
+    """Check a recipe as a command.
+
+    Args:
+        arguments: The command line's arguments; None uses those of the process.
+
+    Returns:
+        The exit code: 0, or 2 after printing an error.
+    """
     parser = argparse.ArgumentParser(prog="python -m trainer.job.check", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
-    parser.add_argument("--retry-sec", type=float, default=10.0, help="how long a bucket may be away (default 10)")
+    parser.add_argument(
+        "--retry-sec", type=float, default=10.0, help="how long an unreachable bucket is retried (default 10)"
+    )
     options = parser.parse_args(arguments)
     try:
         _check(options.recipe, options.overrides, options.retry_sec)
@@ -54,29 +67,34 @@ def _check(name: str, overrides: Sequence[str], retry_sec: float) -> None:
     from trainer.config.load import load_recipe
     from trainer.data.prepare import check_stored
     from trainer.storage.open import join_url, scheme_of
-    from trainer.telemetry.tracker import tracking_uri
+    from trainer.telemetry.trackers.table import TRACKERS, check_trackers
 
     recipe = load_recipe(name, overrides)
     run_root = Path(recipe.train.run_dir)
-    tracker = tracking_uri(run_root) if recipe.telemetry.mlflow else ""
+    check_trackers(recipe.telemetry.trackers)
+    servers = [TRACKERS[name].server(run_root) for name in recipe.telemetry.trackers]
     urls = [join_url(recipe.data.root, part.shards) for part in recipe.data.datasets if part.shards is not None]
     facts = Facts(
         str(run_root / recipe.name),
         recipe.parallel.num_ranks,
         recipe.parallel.tensor,
         tuple(url for url in urls if scheme_of(url)),
-        tracker if tracker.startswith("http") else None,
+        tuple(url for url in servers if url is not None),
     )
-    print(json.dumps(asdict(facts)), flush=True)  # also where the data is then refused: that belongs to this run
+    print(json.dumps(asdict(facts)), flush=True)  # before the checks, since a failure is recorded in the run's folder
     check_weights(recipe, os.environ)
     check_stored(replace(recipe.data, retry_sec=retry_sec))
 
 
 def check_weights(recipe: Recipe, environ: Mapping[str, str]) -> None:
-    """Without the hub, weights and tokenizers that a recipe names by their hub ids must be on this machine.
+    """Check that the weights and tokenizers which a recipe names by hub id are on this machine, if the hub is disabled.
+
+    Args:
+        recipe: The recipe.
+        environ: The environment variables. HF_HUB_OFFLINE disables the hub.
 
     Raises:
-        UserError: one is not.
+        UserError: If one of them is missing.
     """
     if environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
         return
@@ -98,7 +116,7 @@ def check_weights(recipe: Recipe, environ: Mapping[str, str]) -> None:
         if not found:
             raise UserError(
                 f"{key} = {name}: neither a path nor in the hub's cache of this machine (HF_HOME), and HF_HUB_OFFLINE "
-                f"is set; fetch it beforehand: hf download {name}"
+                f"is set; download it first: hf download {name}"
             )
 
 

@@ -1,6 +1,8 @@
-"""`python -m trainer.job.node_check JSON`: one node looks at itself, before ranks are started on it. Needs no torch.
+"""The check that a node runs on itself before ranks are started on it. It does not need torch.
 
-`JSON` is a `Wanted`; the answer is one line of stdout, a `Report` as JSON.
+    python -m trainer.job.node_check JSON
+
+`JSON` is a `Wanted`. The result is one line of stdout: a `Report` as JSON.
 """
 
 from __future__ import annotations
@@ -24,37 +26,44 @@ from trainer.parallel.environment import low_limit, raise_descriptor_limit
 GIB = 2**30
 _GPU_QUERY = "index,name,memory.free,memory.total,ecc.errors.uncorrected.volatile.total"
 _FREE_SHARE = 0.9
-"""Of a GPU's memory that nothing else may hold."""
+"""The share of a GPU's memory that must be free."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a node must have."""
+    """The requirements of a run on each node."""
 
     num_gpus: int
     run_dir: str
+    """The run's folder, which must be writable."""
     stores: tuple[str, ...]
-    tracker: str | None
+    """URLs of buckets that must be reachable."""
+    trackers: tuple[str, ...]
+    """URLs of the servers that trackers send to."""
     min_memory_gib: float
+    """The host memory that must be available."""
     min_disk_gib: float
-    """In the run's folder and in the folder for temporary files."""
+    """The disk space that must be free in the run's folder and in the folder for temporary files."""
     num_ranks: int = 1
-    """Of the run: how many files a rank has open grows with it."""
+    """The number of ranks of the run, on which the number of open files depends."""
 
 
 @dataclass
 class Report:
-    """What a node found."""
+    """The results of a node's check."""
 
     node: str
+    """The short name of the node."""
     faults: list[str] = field(default_factory=list)
-    """Empty: it can be used."""
+    """The reasons why the node cannot be used; empty if it can."""
     facts: list[str] = field(default_factory=list)
+    """The node's resources and the response times of servers."""
     warnings: list[str] = field(default_factory=list)
+    """The faults with which the node can still be used."""
 
 
 def look(wanted: Wanted) -> Report:
-    """Everything that can be seen from here."""
+    """Check this node."""
     report = Report(socket.gethostname().partition(".")[0])
     _gpus(wanted.num_gpus, report)
     _memory(wanted.min_memory_gib, report)
@@ -63,11 +72,11 @@ def look(wanted: Wanted) -> Report:
         _disk(Path(path), wanted.min_disk_gib, report)
     for url in wanted.stores:
         _try(report, f"store {url}", lambda url=url: _reach_store(url))  # type: ignore[misc]
-    if wanted.tracker is not None:
-        address = urlsplit(wanted.tracker)
-        where = f"tracker {address.hostname}:{address.port or 443}"
-        fault = _try(report, where, lambda: _connect(address.hostname or "", address.port or 443))
-        if fault:  # training goes on without it
+    for url in wanted.trackers:
+        address = urlsplit(url)
+        host, port = address.hostname or "", address.port or 443
+        fault = _try(report, f"tracker {host}:{port}", lambda host=host, port=port: _connect(host, port))  # type: ignore[misc]
+        if fault:  # training continues without the server
             report.faults.remove(fault)
             report.warnings.append(f"{fault}; metrics go to metrics.jsonl only")
     return report
@@ -75,7 +84,7 @@ def look(wanted: Wanted) -> Report:
 
 def _gpus(num_wanted: int, report: Report) -> None:
     if not num_wanted:
-        report.facts.append("no GPUs asked for")
+        report.facts.append("no GPUs requested")
         return
     command = ["nvidia-smi", f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader,nounits"]
     try:
@@ -94,18 +103,24 @@ def _gpus(num_wanted: int, report: Report) -> None:
 
 
 def judge_gpus(table: str, num_wanted: int, report: Report) -> None:
-    """By the lines of `nvidia-smi --query-gpu`."""
+    """Add faults and facts about GPUs to a report.
+
+    Args:
+        table: The output of `nvidia-smi --query-gpu` for `_GPU_QUERY`.
+        num_wanted: The number of GPUs that the node must have.
+        report: The report to add to.
+    """
     rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines() if line.strip()]
     if len(rows) < num_wanted:
         report.faults.append(f"{len(rows)} of {num_wanted} GPUs answer")
     free = []
     for index, _name, free_mib, total_mib, errors in rows:
-        if errors.isdecimal() and int(errors):  # else "[N/A]": no such memory
+        if errors.isdecimal() and int(errors):  # it is "[N/A]" if the memory does not count errors
             report.faults.append(f"GPU {index}: {errors} uncorrected memory errors")
         if free_mib.isdecimal() and total_mib.isdecimal():
             free.append(int(free_mib) / 1024)
             if int(free_mib) < _FREE_SHARE * int(total_mib):
-                report.faults.append(f"GPU {index}: {free_mib} of {total_mib} MiB free: another process holds the rest")
+                report.faults.append(f"GPU {index}: {free_mib} of {total_mib} MiB free; another process uses the rest")
     if rows:
         memory = f", {min(free):.1f} GiB free" if free else ""
         report.facts.append(f"{len(rows)} × {rows[0][1]}{memory}")
@@ -116,7 +131,7 @@ def _memory(min_gib: float, report: Report) -> None:
     gib = next(int(line.split()[1]) * 1024 / GIB for line in lines if line.startswith("MemAvailable:"))
     report.facts.append(f"{gib:.0f} GiB memory")
     if gib < min_gib:
-        report.faults.append(f"{gib:.1f} GiB of memory available, {min_gib:g} wanted")
+        report.faults.append(f"{gib:.1f} GiB of memory available, {min_gib:g} needed")
 
 
 def _descriptors(wanted: Wanted, limit: int, report: Report) -> None:
@@ -138,7 +153,7 @@ def _disk(folder: Path, min_gib: float, report: Report) -> None:
         return
     report.facts.append(f"{gib:.0f} GiB free in {folder}")
     if gib < min_gib:
-        report.faults.append(f"{gib:.2f} GiB free in {folder}, {min_gib:g} wanted")
+        report.faults.append(f"{gib:.2f} GiB free in {folder}, {min_gib:g} needed")
 
 
 def _reach_store(url: str) -> None:
@@ -165,7 +180,14 @@ def _try(report: Report, what: str, work: Callable[[], None]) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: what was found is in the report."""
+    """Check this node as a command, and print the report.
+
+    Args:
+        arguments: The command line's arguments; None uses those of the process.
+
+    Returns:
+        The exit code 0, since faults are in the report.
+    """
     (text,) = sys.argv[1:] if arguments is None else arguments
     print(json.dumps(asdict(look(Wanted(**json.loads(text))))), flush=True)
     return 0

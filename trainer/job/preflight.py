@@ -1,4 +1,4 @@
-"""Before ranks start: every node looks at itself, then all ranks of the chosen nodes add up numbers together."""
+"""The preflight of a job: every node checks itself, and then all ranks of the chosen nodes run an all-reduce."""
 
 from __future__ import annotations
 
@@ -20,16 +20,21 @@ _ANSWER_SEC = 120.0
 
 @dataclass(frozen=True)
 class Found:
-    """What preflight leaves."""
+    """The result of a preflight."""
 
     nodes: tuple[str, ...]
-    """To run on, as many as are needed."""
+    """The nodes to run on, exactly as many as are needed."""
     bad: dict[str, str]
-    """Node → what is wrong with it."""
+    """Faulty node → description of its faults."""
 
 
 class BadNodesError(UserError):
-    """Too few nodes are good."""
+    """Raised when too few nodes are usable.
+
+    Args:
+        message: The error message.
+        bad: The names of the faulty nodes.
+    """
 
     def __init__(self, message: str, bad: Sequence[str]) -> None:
         super().__init__(message)
@@ -37,20 +42,23 @@ class BadNodesError(UserError):
 
 
 def preflight(allocation: Allocation, layout: Layout, facts: Facts, environ: Mapping[str, str]) -> Found:
-    """Look at all nodes of the job and choose those to run on; prints what is found.
+    """Check all nodes of the job, print the results, and choose the nodes to run on.
 
     Args:
-        environ: PREFLIGHT_MIN_MEMORY_GIB (besides what a save needs) and PREFLIGHT_MIN_DISK_GIB, of which defaults are
-            16 and 10.
+        allocation: The job's resources.
+        layout: The distribution of ranks over nodes.
+        facts: The properties of the recipe.
+        environ: The environment variables, of which two are read: PREFLIGHT_MIN_MEMORY_GIB (default 16), in addition
+            to the memory that a save needs, and PREFLIGHT_MIN_DISK_GIB (default 10).
 
     Raises:
-        BadNodesError: fewer nodes are good than the run needs.
+        BadNodesError: If fewer nodes are usable than the run needs.
     """
     wanted = Wanted(
         layout.ranks_per_node if allocation.gpus_per_node else 0,
         facts.run_dir,
         facts.stores,
-        facts.tracker,
+        facts.trackers,
         float(environ.get("PREFLIGHT_MIN_MEMORY_GIB", "16")) + facts.snapshot_gib,
         float(environ.get("PREFLIGHT_MIN_DISK_GIB", "10")),
         facts.num_ranks,
@@ -60,26 +68,31 @@ def preflight(allocation: Allocation, layout: Layout, facts: Facts, environ: Map
     reports = {r["node"]: Report(**r) for r in lines}
     bad = {n: "no answer" for n in allocation.nodes if n not in reports}
     bad |= {n: "; ".join(r.faults) for n, r in reports.items() if r.faults}
-    say(f"preflight: {len(allocation.nodes)} nodes, {layout.num_nodes} needed")
+    print_timed(f"preflight: {len(allocation.nodes)} nodes, {layout.num_nodes} needed")
     for node in allocation.nodes:
         report = reports.get(node, Report(node))
-        say(f"  {node}: " + (f"BAD: {bad[node]}" if node in bad else ", ".join(report.facts)))
+        print_timed(f"  {node}: " + (f"BAD: {bad[node]}" if node in bad else ", ".join(report.facts)))
         for warning in report.warnings:
-            say(f"  {node}: warning: {warning}")
+            print_timed(f"  {node}: warning: {warning}")
     while True:
         nodes = choose(allocation.nodes, bad, layout.num_nodes)
-        silent = _add_up(allocation, nodes, layout)
+        silent = _test_all_reduce(allocation, nodes, layout)
         if not silent:
             return Found(nodes, bad)
         bad |= {n: "did not finish the all-reduce" for n in silent}
-        say(f"  BAD: {', '.join(silent)} did not finish the all-reduce")
+        print_timed(f"  BAD: {', '.join(silent)} did not finish the all-reduce")
 
 
 def choose(nodes: Sequence[str], bad: Mapping[str, str], num_needed: int) -> tuple[str, ...]:
-    """The first good nodes, as many as are needed.
+    """Return the first usable nodes, as many as are needed.
+
+    Args:
+        nodes: All nodes of the job.
+        bad: Faulty node → description of its faults.
+        num_needed: The number of nodes that the run needs.
 
     Raises:
-        BadNodesError: there are not enough.
+        BadNodesError: If there are not enough.
     """
     good = tuple(n for n in nodes if n not in bad)
     if len(good) >= num_needed:
@@ -88,18 +101,22 @@ def choose(nodes: Sequence[str], bad: Mapping[str, str], num_needed: int) -> tup
     without = ",".join(sorted(bad))
     raise BadNodesError(
         f"{num_needed} nodes are needed, {len(good)} of {len(nodes)} are good; {named}; "
-        f"ask for spares (sbatch --nodes={num_needed}-{num_needed + len(bad)}) or leave them out (--exclude={without})",
+        f"request spares (sbatch --nodes={num_needed}-{num_needed + len(bad)}) or exclude them (--exclude={without})",
         sorted(bad),
     )
 
 
-def _add_up(allocation: Allocation, nodes: Sequence[str], layout: Layout) -> list[str]:
-    """Nodes that a failed all-reduce is blamed on; empty: it worked."""
+def _test_all_reduce(allocation: Allocation, nodes: Sequence[str], layout: Layout) -> list[str]:
+    """Run an all-reduce on `nodes`, and return the nodes that caused its failure; empty if it succeeded.
+
+    Raises:
+        BadNodesError: If it failed although all ranks were connected.
+    """
     answers = _answers(srun(allocation, nodes, layout.ranks_per_node, ["trainer.job.all_reduce"]))
     done = [a for a in answers if "gb_per_sec" in a]
     if len(done) == len(nodes) * layout.ranks_per_node:
         slowest = min(done, key=lambda a: float(a["gb_per_sec"]))
-        say(
+        print_timed(
             f"  all-reduce of {slowest['mib']} MiB over {len(done)} ranks: "
             f"{slowest['gb_per_sec']:.2f} GB/s per link (slowest rank, on {slowest['node']})"
         )
@@ -107,13 +124,13 @@ def _add_up(allocation: Allocation, nodes: Sequence[str], layout: Layout) -> lis
     arrived = Counter(a["node"] for a in answers if a.get("arrived"))
     silent = [node for node in nodes if arrived[node] < layout.ranks_per_node]
     if not silent:
-        raise BadNodesError("all ranks met, but their all-reduce failed: the log above has its error", ())
-    # Without the first node, nobody meets: it alone is to blame.
+        raise BadNodesError("all ranks were connected, but their all-reduce failed; see its error in the log above", ())
+    # The ranks connect to the first node. If no node has all of its ranks connected, the first node is at fault.
     return [nodes[0]] if len(silent) == len(nodes) else silent
 
 
 def _answers(command: Sequence[str]) -> list[dict[str, Any]]:
-    """The JSON lines of all tasks, of those that answer in time."""
+    """Run a job step, and return the JSON objects that its tasks print before the timeout."""
     step = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     try:
         output, _ = step.communicate(timeout=_ANSWER_SEC)
@@ -123,7 +140,7 @@ def _answers(command: Sequence[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
-def say(text: str) -> None:
-    """A line for the job's log, with the time of day."""
+def print_timed(text: str) -> None:
+    """Print a line with the time of day to the job's log."""
     now = datetime.now()
     print(f"{now:%H:%M:%S}.{now.microsecond // 100_000} {text}", flush=True)

@@ -1,4 +1,7 @@
-"""What a process needs before its first CUDA call and its first process group. Imports no torch."""
+"""Environment variables and limits that a process needs before its first CUDA call and its first process group.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,32 @@ import sys
 from collections.abc import MutableMapping
 
 _SETTINGS = {
-    # Megatron: communication kernels start in the order in which they are issued.
+    # Megatron needs communication kernels to start in the order in which they are issued.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # Connections of a gloo group are made when they are used, not between all pairs of its ranks at once.
+    # A gloo group connects two ranks when they first communicate, instead of all pairs of ranks at the beginning.
     "TORCH_GLOO_LAZY_INIT": "1",
 }
 _ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _ALLOCATOR = "expandable_segments:True"
-"""Packs differ in length from step to step; fixed segments would fragment."""
+"""The default allocator setting. Packs differ in length from step to step, which would fragment fixed segments."""
 
 PROCESS_DESCRIPTORS = 256
-"""Allowance for files, libraries, data workers and their pipes; an assumption."""
+"""Assumed number of descriptors for files, libraries, data workers and their pipes."""
 NCCL_DESCRIPTORS = 1024
-"""Allowance for all of a rank's NCCL communicators; an assumption."""
+"""Assumed number of descriptors for all NCCL communicators of a rank."""
 GLOO_GROUP_DESCRIPTORS = 4
-"""Of a gloo group without connections, measured with torch 2.13: a listener and its event loop."""
+"""Number of descriptors of a gloo group without connections (a listener and its loop), measured with torch 2.13."""
 STORE_DESCRIPTORS = 16
-"""Of rank 0's store besides its clients, measured likewise."""
+"""Number of descriptors of rank 0's store without those of its clients, measured with torch 2.13."""
 
 
 def set_environment(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set what CUDA, its allocator and gloo read from the environment, and raise the limit on open files.
+    """Set the environment variables of CUDA, its allocator and gloo, and raise the limit on open files.
 
-    Call it before the first CUDA call and the first process group. What the user has set stays.
+    Call this function before the first CUDA call and the first process group. Variables that are already set are kept.
 
     Args:
-        environ: the variables to add to.
+        environ: The environment variables.
     """
     for name, value in _SETTINGS.items():
         environ.setdefault(name, value)
@@ -44,25 +47,25 @@ def set_environment(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def raise_descriptor_limit() -> int:
-    """Raise this process's soft limit on open files to the hard one; returns the limit that holds from now on."""
+    """Raise this process's soft limit on open files to the hard limit, and return the new limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError):  # macOS names a hard limit that it does not grant
+        except (OSError, ValueError):  # macOS reports a hard limit that it does not grant
             return soft
     return sys.maxsize if hard == resource.RLIM_INFINITY else hard
 
 
 def needed_descriptors(num_ranks: int, cuda: bool) -> int:
-    """Return how many files the busiest rank of a run may have open at once.
+    """Return how many files rank 0 may have open at once, which are more than those of any other rank.
 
-    That is rank 0: it holds the store that all ranks connect to, and every rank sends it what it reports. The world has
-    one gloo group, in which any pair of ranks may talk, and checkpoints have another, in which rings and trees do.
+    All ranks are connected to the store of rank 0, and to rank 0 itself in the gloo group of the world. Checkpoints use
+    another gloo group, in which a rank is connected only to its neighbors in rings and trees.
 
     Args:
-        num_ranks: of the run.
-        cuda: whether ranks compute on GPUs, and so have NCCL communicators.
+        num_ranks: The number of ranks of the run.
+        cuda: Whether ranks compute on GPUs, and therefore have NCCL communicators.
     """
     store = STORE_DESCRIPTORS + num_ranks
     world = GLOO_GROUP_DESCRIPTORS + num_ranks - 1
@@ -71,7 +74,13 @@ def needed_descriptors(num_ranks: int, cuda: bool) -> int:
 
 
 def low_limit(limit: int, num_ranks: int, cuda: bool) -> str | None:
-    """Return what to tell the user if `limit` open files are too few for a run of `num_ranks`; None if they suffice."""
+    """Return an error message if the limit on open files is too low for a run, else None.
+
+    Args:
+        limit: The number of files that a process may open.
+        num_ranks: The number of ranks of the run.
+        cuda: Whether ranks compute on GPUs.
+    """
     needed = needed_descriptors(num_ranks, cuda)
     if limit >= needed:
         return None

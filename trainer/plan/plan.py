@@ -1,4 +1,4 @@
-"""The plan of a run, computed before it starts: the numbers that `python -m tools.plan` prints."""
+"""The plan of a run, computed before it starts: the numbers that `earshot plan` prints."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from trainer.plan.tables import bytes_text, count_text, ranks_text, table
 
 
 def report(plan: Plan) -> str:
-    """Return the text that `python -m tools.plan` prints."""
+    """Return the text that `earshot plan` prints."""
     blocks = (_head(plan), _memory(plan), _traffic(plan), _time(plan), _progress(plan))
     return "\n\n".join("\n".join(block) for block in blocks)
 

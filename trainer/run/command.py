@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
-"""The folder that holds the packages `model`, `trainer` and `tools`: a checkout or site-packages."""
+"""The folder that contains the packages `model`, `trainer` and `tools`: a checkout or site-packages."""
 
 _RUN = (
     "import runpy, sys; root, module = sys.argv[1:3]; sys.path[0] = root; sys.argv[1:3] = []; "
@@ -17,10 +17,10 @@ _RUN = (
 def module_command(module: str, *arguments: str) -> list[str]:
     """Return a command like `python -m MODULE ARGUMENTS` that finds this project's modules from any folder.
 
-    `python -m` looks into the current folder first, where a user may have a `model.py` or a `tools/` of their own.
+    `python -m` searches the current folder first, where a user may have another `model.py` or `tools/`.
 
     Args:
-        module: dotted name, such as `trainer`.
-        arguments: of the module's command line.
+        module: The dotted name of the module, such as `trainer`.
+        arguments: The arguments of the module.
     """
     return [sys.executable, "-c", _RUN, str(_ROOT), module, *arguments]

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """The exit codes of `python -m trainer`. A rank that a signal kills has 128 + the signal's number instead."""
+    """The exit codes of `earshot train`. A rank that a signal kills has 128 + the signal's number instead."""
 
     FINISHED = 0
     FAILED = 1

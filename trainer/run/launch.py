@@ -1,7 +1,7 @@
-"""One process per rank: find out which rank this is, or start all ranks of one machine.
+"""The processes of a run, one per rank: which rank this process is, and how to start all ranks on one machine.
 
-The same program runs under `torchrun`, under DeepSpeed's launcher, as a task of `srun`, or alone: then it starts its
-own ranks.
+The same program can be started by `torchrun`, by DeepSpeed's launcher or by `srun`. Without any of these, it starts its
+ranks itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from pathlib import Path
 from model.errors import UserError
 
 _ERROR_DIR = "TRAINER_ERROR_DIR"
-"""Set for ranks that this module started: a rank leaves a user's error there, so that the launcher prints it once."""
+"""Environment variable with the folder to which ranks write a user's error, so that the launcher prints it once.
+
+It is set only for ranks that this module started.
+"""
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _GRACE_SEC = 20.0
@@ -30,25 +33,32 @@ _GRACE_SEC = 20.0
 
 @dataclass(frozen=True)
 class RankEnv:
-    """Who this process is among all."""
+    """The place of this process among all ranks."""
 
     rank: int
     local_rank: int
-    """Among the ranks of this machine: its GPU."""
+    """The place among the ranks of this machine, which is the index of the rank's GPU."""
     world_size: int
 
 
 def rank_env(environ: Mapping[str, str], num_ranks: int) -> RankEnv | None:
-    """This process's place as its launcher tells it; None: there is no launcher, or none that started `num_ranks`.
+    """Return the place that a launcher gave this process.
 
-    A lone Slurm task (an interactive shell) counts as no launcher when the recipe wants several ranks.
+    A single Slurm task, such as an interactive shell, does not count as a launcher if the recipe needs several ranks.
+
+    Args:
+        environ: The environment variables.
+        num_ranks: The number of ranks that the recipe needs.
+
+    Returns:
+        The place of this process, or None if no launcher started it as one of the ranks.
 
     Raises:
-        UserError: a launcher's variables are incomplete.
+        UserError: If the variables of the launcher are incomplete or malformed.
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _read(environ, "RANK", "LOCAL_RANK", "WORLD_SIZE")
-    if "SLURM_STEP_NUM_TASKS" not in environ:  # absent in the batch script itself, which is no task
+    if "SLURM_STEP_NUM_TASKS" not in environ:  # not set in the batch script, which is not a task
         return None
     if environ["SLURM_STEP_NUM_TASKS"] == "1" and num_ranks > 1:
         return None
@@ -56,12 +66,13 @@ def rank_env(environ: Mapping[str, str], num_ranks: int) -> RankEnv | None:
 
 
 def rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
-    """(address, port) where ranks meet: MASTER_ADDR and MASTER_PORT, else Slurm's first host and a port of the step's.
+    """Return the address and port at which the ranks connect.
 
-    Every step of every start of a job has a port of its own: ranks of an earlier one may still be there.
+    They are MASTER_ADDR and MASTER_PORT if set, else Slurm's first host and a port that is derived from the job step.
+    The port differs for every restart and every step of a job, since ranks of an earlier step may still use theirs.
 
     Raises:
-        UserError: neither says where.
+        UserError: If neither MASTER_ADDR nor Slurm's list of nodes is set.
     """
     address = environ.get("MASTER_ADDR")
     if address is None:
@@ -79,7 +90,7 @@ def rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a Slurm node list: `gpu[003-010,12],x5` → `gpu003`."""
+    """Return the first name of a Slurm node list, for example `gpu003` for `gpu[003-010,12],x5`."""
     depth, end = 0, len(nodes)
     for i, char in enumerate(nodes):
         depth += (char == "[") - (char == "]")
@@ -90,7 +101,11 @@ def first_host(nodes: str) -> str:
 
 
 def join(env: RankEnv) -> None:
-    """Put this rank's place into the variables that torch and DeepSpeed read. Call before importing either."""
+    """Set the environment variables that torch and DeepSpeed read. Call this function before importing either.
+
+    Raises:
+        UserError: If the address of the first rank is unknown (see `rendezvous`).
+    """
     address, port = rendezvous(os.environ)
     os.environ |= {
         "RANK": str(env.rank),
@@ -98,7 +113,7 @@ def join(env: RankEnv) -> None:
         "WORLD_SIZE": str(env.world_size),
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
-        # DeepSpeed looks for ninja in PATH; an interpreter called by its path has its own beside it.
+        # DeepSpeed looks for ninja in PATH, and ninja may be next to the interpreter.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
     if _ERROR_DIR in os.environ and sys.platform == "linux":
@@ -107,7 +122,7 @@ def join(env: RankEnv) -> None:
 
 
 def report_error(message: str) -> None:
-    """Show a user's error: to the launcher that started this rank, else on stderr."""
+    """Report a user's error: to the launcher if this module started the rank, else on stderr."""
     folder = os.environ.get(_ERROR_DIR)
     if folder is None:
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -116,9 +131,17 @@ def report_error(message: str) -> None:
 
 
 def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
-    """Run `command` as `num_ranks` ranks on this machine; returns the exit code.
+    """Run a command as all ranks on this machine, and wait for them.
 
-    The first rank that fails decides it; the others are then ended. Signals are passed on to all ranks.
+    If a rank fails, the others are terminated. Signals are forwarded to all ranks.
+
+    Args:
+        num_ranks: The number of ranks.
+        command: The command of each rank.
+
+    Returns:
+        The exit code: 0 if all ranks succeeded, 2 if a rank reported a user's error, else that of the first rank that
+        failed.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = {
@@ -129,12 +152,12 @@ def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
     }
     with tempfile.TemporaryDirectory(prefix="ranks-") as errors:
         ranks: list[subprocess.Popen[bytes]] = []
-        heeded = [s for s in _FORWARDED if signal.getsignal(s) is not signal.SIG_IGN]  # nohup ignores SIGHUP
-        previous = {s: signal.signal(s, lambda number, _frame: _send(ranks, number)) for s in heeded}
+        forwarded = [s for s in _FORWARDED if signal.getsignal(s) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+        previous = {s: signal.signal(s, lambda number, _frame: _send(ranks, number)) for s in forwarded}
         try:
             for rank in range(num_ranks):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank), _ERROR_DIR: errors}
-                # A session of its own: a terminal's Ctrl-C then reaches each rank once, through the launcher.
+                # In a session of its own, a rank gets a terminal's Ctrl-C once, through the launcher.
                 ranks.append(subprocess.Popen(command, env={**os.environ, **shared, **own}, start_new_session=True))
             code = _wait(ranks)
         finally:
@@ -164,7 +187,11 @@ def _free_port() -> int:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """0 when all ranks have ended well; else the first failure's code, as soon as it happens (128 + signal number)."""
+    """Wait until all ranks have succeeded or one has failed.
+
+    Returns:
+        0, or the exit code of the first rank that failed (128 + signal number if a signal ended it).
+    """
     while True:
         codes = [rank.poll() for rank in ranks]
         failed = [c for c in codes if c not in (None, 0)]

@@ -1,9 +1,9 @@
-"""A run that hangs must not hold its nodes until somebody looks: stacks of all ranks, then exit with a code of its own.
+"""The watchdog, which ends a run that hangs: all ranks write their stacks and exit with `ExitCode.HUNG`.
 
-Every rank has a thread that looks at when its rank made progress last. A rank that waits in a collective for one that
-hangs makes none either, so all notice within one step; those that do not (their thread may be late) are told by the
-folder that the first one makes. Python cannot run where C code holds the interpreter's lock: then faulthandler's own
-thread, which needs no lock, writes the stacks and ends the process.
+Every rank has a thread that checks when the rank made progress last. If one rank hangs, the others wait for it in a
+collective and make no progress either, so that all of them notice. The first one creates a folder, whose existence is
+the sign for ranks that have not noticed yet. If C code holds the interpreter's lock, no Python thread can run. In that
+case faulthandler's own thread, which needs no lock, writes the stacks and ends the process.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from trainer.run.exit_codes import ExitCode
 from trainer.telemetry.events import EventLog
 
 _GATHER_SEC = 10.0
-"""How long a rank waits for the others' stacks before it ends."""
+"""How long a rank waits for the stacks of the other ranks before it exits."""
 
 _FLIGHT_RECORDERS = {"gloo": "_dump_fr_trace_json", "nccl": "_dump_nccl_trace_json"}
-"""By backend, the function of `torch._C._distributed_c10d` that returns its record; CPU builds lack NCCL's."""
+"""Backend → name of the function of `torch._C._distributed_c10d` that returns its record. CPU builds lack NCCL's."""
 
 
 def hang_folder(events: EventLog) -> Path:
-    """Where the stacks of an attempt go."""
+    """Return the folder for the stacks of an attempt."""
     return events.run_dir / f"hang-{events.attempt}"
 
 
 def clear_hang(events: EventLog) -> None:
-    """Put the stacks of another run's attempt of this number aside, if its events were removed and they were not."""
+    """Rename an existing folder of stacks, which is left over if a user removed only the events of an earlier run."""
     folder = hang_folder(events)
     if folder.exists():
         folder.rename(folder.with_name(f"{folder.name}-until-{int(time.time())}"))
 
 
 class Watchdog:
-    """A thread that ends the process with `ExitCode.HUNG` when no heartbeat came for `timeout_sec`.
+    """A thread that ends the process with `ExitCode.HUNG` if there is no heartbeat for too long.
 
-    Use it as a context: `with Watchdog(…) as dog: … dog.heartbeat("step 3") …`.
+    Use it as a context manager: `with Watchdog(…) as dog: … dog.heartbeat("step 3") …`.
 
     Args:
-        timeout_sec: longest time between two beats; 0: the watchdog sleeps.
-        events: of this rank; the folder `hang-<attempt>` is made beside them.
-        world: number of ranks.
+        timeout_sec: The longest time between two heartbeats; 0 disables the watchdog.
+        events: The events of this rank. The folder `hang-<attempt>` is created next to them.
+        world: The number of ranks.
     """
 
     def __init__(self, timeout_sec: float, events: EventLog, world: int) -> None:
@@ -67,17 +67,21 @@ class Watchdog:
         self._last_words: TextIO | None = None
 
     def heartbeat(self, what: str) -> None:
-        """Progress: `what` has begun, or goes on."""
+        """Record progress.
+
+        Args:
+            what: A description of what has begun or continues, such as "step 3".
+        """
         self._last = (time.monotonic(), what)
 
     def disarm(self) -> None:
-        """What follows may take as long as it likes."""
+        """Allow the rest of the process to take any time."""
         self._last = (math.inf, "the end")
 
     def __enter__(self) -> Watchdog:
         self.heartbeat("start")
         if self._timeout_sec > 0:
-            # For faulthandler: it can open no file when it is needed.
+            # Opened in advance, since faulthandler cannot open files when it has to write.
             path = self._events.run_dir / ".watchdog" / f"rank-{self._events.rank}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
             self._last_words = path.open("w+", encoding="utf-8")
@@ -94,13 +98,13 @@ class Watchdog:
             self._last_words.close()
             path = Path(self._last_words.name)
             path.unlink(missing_ok=True)
-            with suppress(OSError):  # others' files are still there
+            with suppress(OSError):  # the folder still contains files of other ranks
                 path.parent.rmdir()
 
     def _watch(self) -> None:
         while True:
             assert self._last_words is not None
-            # Postponed again and again, unless this thread does not get the interpreter for so long.
+            # Each iteration postpones this dump. It happens if this thread cannot run for that long.
             faulthandler.dump_traceback_later(self._timeout_sec + _GATHER_SEC, exit=True, file=self._last_words)
             if self._done.wait(self._poll_sec):
                 return
@@ -119,7 +123,7 @@ class Watchdog:
             missing = self._wait_for_others()
             if first:
                 self._emit(silent_sec, what, missing)
-        except OSError as error:  # a full or lost disk must not keep the process alive
+        except OSError as error:  # the process must exit even if the disk is full or unreachable
             print(f"watchdog of rank {self._events.rank}: {error}", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
         os._exit(ExitCode.HUNG)
@@ -147,13 +151,13 @@ class Watchdog:
         part.replace(self._file(rank))
 
     def _write_flight_record(self) -> None:
-        """What torch recorded of the last collectives."""
+        """Write torch's record of the last collectives next to the stacks."""
         record = flight_record()
         if record is not None:
             (self._folder / f"collectives-{self._events.rank}.json").write_text(record, encoding="utf-8")
 
     def _wait_for_others(self) -> list[int]:
-        """Ranks whose stacks did not come."""
+        """Wait for the stacks of all ranks, and return the ranks that did not write theirs in time."""
         deadline = time.monotonic() + _GATHER_SEC
         while True:
             missing = [rank for rank in range(self._world) if not self._file(rank).exists()]
@@ -173,10 +177,11 @@ class Watchdog:
 
 
 def flight_record() -> str | None:
-    """Return torch's records of the last collectives as one JSON object, or None where no recorder has an entry.
+    """Return torch's records of the last collectives as one JSON object, or None if no collective was recorded.
 
-    CUDA builds keep two records, one of gloo's collectives and one of NCCL's. `entries` has those of both in the order
-    in which they were issued, each with its `recorder` ("gloo" or "nccl"); `recorders` has the rest of each record.
+    CUDA builds keep two records, one of gloo's collectives and one of NCCL's. The key `entries` contains those of both
+    in the order in which they were issued, each with its `recorder` ("gloo" or "nccl"). The key `recorders` contains
+    the rest of each record.
     """
     entries: list[dict[str, Any]] = []
     recorders: dict[str, Any] = {}

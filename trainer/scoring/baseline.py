@@ -20,7 +20,8 @@ def majority_baseline(
     uses all answers to the same type of question (`qtype`, `slot`) in the subset, then all answers in the subset, then
     all answers of the task. Answers are counted after normalization; of equally frequent ones, the first in
     alphabetical order is given. If the sample has choices, only training answers among them are counted. Otherwise the
-    answer is given as it was first written. For `asr`, the score is the error rate of the most frequent transcript.
+    answer is given as it was first written. For a transcription, the score is the error rate of the most
+    frequent transcript.
 
     Args:
         train_metas: manifest fields of the training samples.

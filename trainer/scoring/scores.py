@@ -9,18 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.scoring.asr import asr_metrics
 from trainer.scoring.choices import confusion
-from trainer.scoring.cider import cider_d
 from trainer.scoring.meteor import Meteor
-from trainer.scoring.metric import Metric, interval, mean, resampled_sums
-from trainer.scoring.questions import accepted_answers, answer_class, answer_metrics, is_correct
+from trainer.scoring.metric import Metric, interval, resampled_sums
+from trainer.scoring.questions import answer_class
+from trainer.scoring.tasks import Answers, find_task
 
 ALL = "all"
 """The key of scores over all subsets of a task."""
-
-HEADLINES = ("wer", "accuracy", "meteor")
-"""The metrics that are shown where there is room for only a few."""
 
 
 @dataclass(frozen=True)
@@ -48,30 +44,17 @@ def task_metrics(
 ) -> list[Metric]:
     """Return the metrics of one task, beginning with the one that is most informative for a single sample.
 
-    The metrics are those of `asr_metrics` for asr, and those of `answer_metrics` for er, aqa and sqa. For ac they are
-    `meteor`, `cider` (CIDEr-D) and `accuracy` (the share of captions that equal a reference).
-
     Args:
         task: the name of the task.
         hypotheses: the model's answer to each sample.
         metas: the manifest fields of each sample; answer, subset, language, choices and references are used.
         meteor: the METEOR metric; None skips it.
+
+    Raises:
+        UserError: If the task is not known.
     """
-    assert len(hypotheses) == len(metas), (len(hypotheses), len(metas))
-    if task == "asr":
-        languages = [meta.get("language") or "en" for meta in metas]
-        return asr_metrics([meta["answer"] for meta in metas], hypotheses, languages)
-    if task != "ac":
-        return answer_metrics(hypotheses, metas)
-    references = [accepted_answers(meta) for meta in metas]
-    metrics = [
-        mean("cider", cider_d(hypotheses, references)),
-        mean("accuracy", [is_correct(h, meta) for h, meta in zip(hypotheses, metas, strict=True)]),
-    ]
-    if meteor is not None:
-        values = [meteor(h, group) for h, group in zip(hypotheses, references, strict=True)]
-        metrics.insert(0, mean("meteor", values))
-    return metrics
+    answers = Answers(hypotheses, metas, meteor)
+    return [metric for function in find_task(task).metrics for metric in function(answers)]
 
 
 def score(

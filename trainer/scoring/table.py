@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from trainer.scoring.scores import TaskScore
+from trainer.scoring.tasks import find_task
 
 
 def format_table(rows: Sequence[Mapping[str, object]]) -> str:
@@ -27,8 +28,11 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def score_table(scores: Iterable[TaskScore], baseline: Iterable[TaskScore] | None = None) -> list[dict[str, object]]:
-    """Return rows for `format_table`, one per score, with its majority baseline if there is one (except for asr)."""
-    guessed = {s.name: s.value for s in baseline or () if s.task != "asr"}
+    """Return rows for `format_table`, one per score, with its majority baseline if there is one.
+
+    Transcripts have none, since the most frequent transcript says nothing about speech recognition.
+    """
+    guessed = {s.name: s.value for s in baseline or () if not find_task(s.task).is_transcription}
     rows: list[dict[str, object]] = []
     for s in scores:
         row: dict[str, object] = {"task": s.task, "subset": s.subset, "samples": s.num_samples, "metric": s.metric}

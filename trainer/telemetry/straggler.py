@@ -1,4 +1,4 @@
-"""Which rank works slower than the others, and on which host."""
+"""Detection of ranks that work more slowly than the others, and a summary of the work of all ranks."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 NUM_STRETCHES = 3
-"""So many slow stretches in a row make a straggler."""
+"""The number of consecutive slow stretches after which a rank is a straggler."""
 
 
 @dataclass(frozen=True)
 class RankWork:
-    """What one rank did since it was last asked."""
+    """The work of one rank in one interval."""
 
     rank: int
     host: str
     phase_sec: Mapping[str, float]
-    """Wall time by phase."""
+    """Phase → wall time."""
     wait_sec: Mapping[str, float]
-    """The part of it that was spent waiting for other ranks."""
+    """Phase → part of the wall time that was spent waiting for other ranks."""
 
     @property
     def work_sec(self) -> dict[str, float]:
-        """By phase, without waiting."""
+        """Phase → wall time without waiting."""
         return {phase: max(0.0, sec - self.wait_sec.get(phase, 0.0)) for phase, sec in self.phase_sec.items()}
 
 
 @dataclass(frozen=True)
 class Straggler:
-    """A rank that was slow for `NUM_STRETCHES` in a row."""
+    """A rank that was slow in `NUM_STRETCHES` consecutive stretches."""
 
     rank: int
     host: str
     times_median: float
-    """Its work in the last stretch, against that of the others."""
+    """The rank's work in the last stretch, divided by the median of the other ranks' work."""
     phase: str
-    """Where it lost most."""
+    """The phase in which the rank lost the most time."""
 
 
 class _Times:
-    """Seconds by rank (row) and phase (column), summed over intervals."""
+    """Tables of seconds by rank (row) and phase (column), summed over intervals."""
 
     def __init__(self) -> None:
         self.phases: list[str] = []
@@ -55,7 +55,7 @@ class _Times:
         self.wait_sec = np.zeros((0, 0))
 
     def add(self, parts: Sequence[RankWork]) -> None:
-        """Add what some ranks did; rows and columns are made as they are needed."""
+        """Add the work of some ranks; rows and columns are added as needed."""
         kinds = {phase for keys in {(*w.phase_sec, *w.wait_sec) for w in parts} for phase in keys}
         self._make_columns(sorted(kinds))
         ranks, columns = [work.rank for work in parts], self.phases
@@ -69,7 +69,7 @@ class _Times:
                 seconds[ranks, column] += [time.get(phase, 0.0) for time in times]
 
     def add_all(self, other: _Times) -> None:
-        """Add what another one has."""
+        """Add all times of another table."""
         self._make_columns(other.phases)
         self._make_rows(len(other.phase_sec))
         self.hosts |= other.hosts
@@ -87,21 +87,22 @@ class _Times:
 
     @property
     def ranks(self) -> Array:
-        """Ranks that have been added, ascending."""
+        """The ranks whose work has been added, in ascending order."""
         return np.sort(np.fromiter(self.hosts, dtype=np.int64))
 
     @property
     def work_sec(self) -> Array:
-        """Without waiting, at least 0."""
+        """The times without waiting, at least 0; [ranks, phases]."""
         return np.maximum(0.0, self.phase_sec - self.wait_sec)
 
 
 class StragglerMeter:
-    """Collects all ranks' work, on rank 0.
+    """A collector of all ranks' work on rank 0, which finds stragglers.
 
     Args:
-        slow: more than this many times the median of the others' work.
-        stretch_sec: intervals are joined until so much time is in them: a moment's noise is no verdict.
+        slow: A rank is slow if it works more than this many times as long as the median of the others.
+        stretch_sec: The length of the stretches in which ranks are compared. Intervals are joined until they are this
+            long, so that noise in short intervals does not matter.
     """
 
     def __init__(self, slow: float, stretch_sec: float) -> None:
@@ -112,7 +113,15 @@ class StragglerMeter:
         self._reported: set[int] = set()
 
     def add(self, parts: Sequence[RankWork], num_steps: int) -> list[Straggler]:
-        """Take what all ranks did in the last `num_steps` steps; returns those that have just become stragglers."""
+        """Add the work of an interval.
+
+        Args:
+            parts: The work of all ranks.
+            num_steps: The number of steps in the interval.
+
+        Returns:
+            The ranks that have become stragglers in this interval.
+        """
         self._num_steps += num_steps
         interval = _Times()
         interval.add(parts)
@@ -128,7 +137,7 @@ class StragglerMeter:
         ranks = self._stretch.ranks
         by_phase = self._stretch.work_sec[ranks]
         total = by_phase.sum(axis=1)
-        # Of the others: of two ranks, the median of both would hide which is slow.
+        # Each rank is compared with the others only: the median of two ranks would not show which one is slow.
         usual = _medians_of_others(total)
         slow = set(ranks[total > self._slow * usual].tolist())
         self._reported &= slow
@@ -146,7 +155,7 @@ class StragglerMeter:
         return stragglers
 
     def summary(self) -> list[dict[str, Any]]:
-        """Per rank: host, seconds of work and of waiting per step by phase."""
+        """Return, for each rank, its host and its seconds of work and of waiting per step by phase."""
         steps, whole = max(1, self._num_steps), self._whole
         work = whole.work_sec
         return [
@@ -161,7 +170,16 @@ class StragglerMeter:
 
 
 def work_metrics(parts: Sequence[RankWork], num_steps: int) -> dict[str, float]:
-    """Of one interval: the longest work per step by phase, which rank works most, and how much more than usual."""
+    """Compute the metrics of the ranks' work in one interval.
+
+    Args:
+        parts: The work of all ranks.
+        num_steps: The number of steps in the interval.
+
+    Returns:
+        The longest work per step by phase, the rank that works longest, how its work compares with the median, and the
+        shortest and longest waits per step.
+    """
     times = _Times()
     times.add(parts)
     ranks, steps = times.ranks, max(1, num_steps)
@@ -179,7 +197,7 @@ def work_metrics(parts: Sequence[RankWork], num_steps: int) -> dict[str, float]:
 
 
 def _grown(values: Array, shape: tuple[int, int]) -> Array:
-    """`values` [rows, columns] in the upper left corner of zeros of `shape`; the same array where it has that shape."""
+    """Pad a table with zeros at the bottom and on the right; a table that has the shape already is returned itself."""
     if values.shape == shape:
         return values
     grown = np.zeros(shape)
@@ -188,7 +206,7 @@ def _grown(values: Array, shape: tuple[int, int]) -> Array:
 
 
 def _medians_of_others(values: Array) -> Array:
-    """For each of N values, the median of the N - 1 others; of a single one, itself."""
+    """Return, for each of N values, the median of the N - 1 others, or the value itself if it is the only one."""
     num_others = len(values) - 1
     if num_others == 0:
         return values
@@ -198,7 +216,7 @@ def _medians_of_others(values: Array) -> Array:
     place[order] = np.arange(len(values))
 
     def other(at: int) -> Array:
-        return ordered[at + (place <= at)]  # the others in order: one's own place is skipped
+        return ordered[at + (place <= at)]  # the value with index `at` among the others in order
 
     return (other((num_others - 1) // 2) + other(num_others // 2)) / 2
 

@@ -25,6 +25,7 @@ from trainer.engine.generate import generate
 from trainer.evaluation.predictions import Prediction, by_task, columns, score_predictions, write_predictions
 from trainer.scoring.meteor import Meteor
 from trainer.scoring.scores import TaskScore, confusions, score_values
+from trainer.scoring.tasks import find_task
 from trainer.scoring.wordnet import find_wordnet
 from trainer.telemetry.jsonl import write_atomically
 from trainer.telemetry.metrics import EvalReport
@@ -104,7 +105,7 @@ class Evaluator:
         if everyone is None:
             return None
         predictions = sorted((p for part in everyone for p in part), key=lambda p: p.key)
-        if self._no_meteor and any(p.meta["task"] == "ac" for p in predictions):
+        if self._no_meteor and any(find_task(p.meta["task"]).needs_wordnet for p in predictions):
             log.warning("%s; until then captions are scored without METEOR", self._no_meteor)
             self._no_meteor = ""
         scores = score_predictions(predictions, self.meteor)

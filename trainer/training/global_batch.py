@@ -13,11 +13,11 @@ import numpy as np
 from model.batch import Batch, Sample
 from model.config import ModelConfig
 from model.losses.base import Loss, TokenLoss
-from trainer.data.decode import TASKS
 from trainer.parallel.exchange import gather_ragged
 from trainer.parallel.groups import Groups
 from trainer.parallel.packs import PackPlan, plan_packs
 from trainer.parallel.plan import Ints
+from trainer.scoring.tasks import task_names
 
 _FIELDS = 4
 
@@ -33,7 +33,7 @@ class GlobalBatch:
     num_targets: Ints
     """[n] the number of positions with a label."""
     tasks: Ints
-    """[n] the index of the task in `TASKS`."""
+    """[n] index into `task_names()`."""
     audio_samples: Ints
     """[n] the length of all clips, in audio samples."""
     counts: Mapping[str, int]
@@ -87,9 +87,10 @@ def gather(
         groups: The place of this rank.
     """
     counts = [loss.count(batch, model) for loss in losses]
+    tasks = {name: index for index, name in enumerate(task_names())}
     table = [
         (
-            *(s.num_tokens, s.num_targets, TASKS.index(s.task), sum(c.shape[0] for c in s.clips)),
+            *(s.num_tokens, s.num_targets, tasks[s.task], sum(c.shape[0] for c in s.clips)),
             *(0 if found[i] is None else found[i].num_tokens for found in references.values()),  # type: ignore[union-attr]
         )
         for i, s in enumerate(batch.samples)
@@ -98,11 +99,11 @@ def gather(
     everyone = gather_ragged(np.array(mine, dtype=np.int64), groups.world)
     rows = [r[len(losses) :].reshape(-1, _FIELDS + len(references)) for r in everyone]
     source_ranks = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
-    tokens, targets, tasks, audio, *others = np.ascontiguousarray(np.concatenate(rows).T)
+    tokens, targets, task_indices, audio, *others = np.ascontiguousarray(np.concatenate(rows).T)
     total = {loss.name: int(sum(r[i] for r in everyone)) for i, loss in enumerate(losses)}
     before = sum(len(r) for r in rows[: groups.rank])
     lengths = dict(zip(references, others, strict=True))
-    return GlobalBatch(source_ranks, tokens, targets, tasks, audio, total, lengths, before)
+    return GlobalBatch(source_ranks, tokens, targets, task_indices, audio, total, lengths, before)
 
 
 def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int | None, multiple_tokens: int | None = None) -> PackPlan:

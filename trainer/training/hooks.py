@@ -1,110 +1,26 @@
-"""Hooks that watch a training run: the terminal, the trackers, the histories and the summary.
-
-Only rank 0 has hooks. They get values and never the engines, so that a hook cannot start a collective.
-"""
+"""The hooks that every training run has: the terminal, the trackers, the histories and the summary."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from trainer.checkpoint.layout import step_of
-from trainer.scoring.scores import HEADLINES
+from trainer.scoring.tasks import TASKS
 from trainer.telemetry.events import Event, EventLog
+from trainer.telemetry.hook import Hook, RunState
 from trainer.telemetry.jsonl import Backlog, StepLog, write_atomically
 from trainer.telemetry.load_history import HISTORY_NAME
 from trainer.telemetry.metrics import EvalReport, StepReport, flatten, flatten_eval, is_logged
 from trainer.telemetry.progress import Progress
-from trainer.telemetry.tracker import Tracker
+from trainer.telemetry.trackers.base import Tracker
 
 
-@dataclass(frozen=True)
-class RunState:
-    """The facts about a run that are known before its first step."""
-
-    name: str
-    run_dir: Path
-    """The run's folder, `<train.run_dir>/<name>`."""
-    num_steps: int
-    """The number of steps of the whole run."""
-    num_ranks: int
-    start_step: int = 0
-    """The number of steps already done: 0, or the step of the checkpoint that the run resumes from."""
-
-
-class Hook(Protocol):
-    """An observer of a training run. An exception that one of its methods raises ends the run."""
-
-    def on_start(self, state: RunState) -> None:
-        """Prepare for the first step."""
-
-    def on_step(self, report: StepReport) -> None:
-        """Handle the report of a step."""
-
-    def on_eval(self, report: EvalReport) -> None:
-        """Handle the report of an evaluation of one split."""
-
-    def on_save(self, url: str) -> None:
-        """Handle a checkpoint that has just become complete."""
-
-    def on_event(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
-        """Handle an event.
-
-        Args:
-            event: One of `trainer.telemetry.events.EVENTS`.
-            step: The step that was begun last.
-            fields: What else is known about the event.
-        """
-
-    def on_end(self, summary: Mapping[str, Any]) -> None:
-        """Handle the end of the run, after its last step, a signal or an `EndError`.
-
-        Args:
-            summary: What no report contains, for example `wer_before` and `peak_memory_bytes` (one mapping per rank).
-        """
-
-
-class HookList:
-    """Several hooks that are called in the order in which they were added."""
-
-    def __init__(self) -> None:
-        self._hooks: list[Hook] = []
-
-    def extend(self, hooks: Sequence[Hook]) -> None:
-        """Add `hooks`."""
-        self._hooks.extend(hooks)
-
-    def on_start(self, state: RunState) -> None:
-        for hook in self._hooks:
-            hook.on_start(state)
-
-    def on_step(self, report: StepReport) -> None:
-        for hook in self._hooks:
-            hook.on_step(report)
-
-    def on_eval(self, report: EvalReport) -> None:
-        for hook in self._hooks:
-            hook.on_eval(report)
-
-    def on_save(self, url: str) -> None:
-        for hook in self._hooks:
-            hook.on_save(url)
-
-    def on_event(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
-        for hook in self._hooks:
-            hook.on_event(event, step, fields)
-
-    def on_end(self, summary: Mapping[str, Any]) -> None:
-        for hook in self._hooks:
-            hook.on_end(summary)
-
-
-class ProgressHook:
+class ProgressHook(Hook):
     """A progress bar or plain lines on the terminal, with a line for each evaluation, checkpoint and event."""
 
     _SHOWN_OTHERWISE = ("resumed", "finished", "stopped")
@@ -126,8 +42,8 @@ class ProgressHook:
 
     def on_eval(self, report: EvalReport) -> None:
         assert self._progress is not None
-        # Only overall scores are shown: the names of subset scores have one more part.
-        shown = [name for name in report.values if name.count("/") == 1 and name.split("/")[1] in HEADLINES]
+        headlines = {f"{task.name}/{metric}" for task in TASKS.values() for metric in task.headlines}
+        shown = [name for name in report.values if name in headlines]
         scores = "  ".join(_with_interval(name, report) for name in shown)
         self._progress.write(f"step {report.step}: {report.split} ({report.num_samples} samples)  {scores}")
         self._progress.skip_time()
@@ -149,15 +65,12 @@ class ProgressHook:
         self._progress.close()
 
 
-class TrackerHook:
+class TrackerHook(Hook):
     """A hook that logs one record per `every_steps` steps, one for the remaining steps, and one per evaluation."""
 
     def __init__(self, tracker: Tracker, every_steps: int = 1) -> None:
         self._tracker, self._every_steps = tracker, every_steps
         self._pending: list[StepReport] = []
-
-    def on_start(self, state: RunState) -> None:
-        pass
 
     def on_step(self, report: StepReport) -> None:
         self._pending.append(report)
@@ -166,12 +79,6 @@ class TrackerHook:
 
     def on_eval(self, report: EvalReport) -> None:
         self._tracker.log(flatten_eval(report), report.step)
-
-    def on_save(self, url: str) -> None:
-        pass
-
-    def on_event(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
-        pass
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         self._flush()
@@ -183,7 +90,7 @@ class TrackerHook:
             self._pending.clear()
 
 
-class LoadHook:
+class LoadHook(Hook):
     """A hook that writes the load of the encoders to `expert_load.jsonl`, one line per logging interval.
 
     `on_end` raises OSError if lines could not be written, for example because the disk is full. An incomplete history
@@ -194,28 +101,16 @@ class LoadHook:
         self._log = StepLog(run_dir / HISTORY_NAME, resume_step)
         self._intervals: Backlog[Mapping[str, Any]] = Backlog(self._log.append, self._log.path)
 
-    def on_start(self, state: RunState) -> None:
-        pass
-
     def on_step(self, report: StepReport) -> None:
         if report.load is not None:
             self._intervals.add(report.load.to_json())
-
-    def on_eval(self, report: EvalReport) -> None:
-        pass
-
-    def on_save(self, url: str) -> None:
-        pass
-
-    def on_event(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
-        pass
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         self._intervals.flush()
         self._log.close()
 
 
-class EventHook:
+class EventHook(Hook):
     """A hook that writes the run's events to `events.jsonl`.
 
     `on_end` raises OSError if events could not be written, for example because the disk is full.
@@ -228,12 +123,6 @@ class EventHook:
     def on_start(self, state: RunState) -> None:
         if state.start_step:
             self._add("resumed", state.start_step, checkpoint=f"step-{state.start_step:08d}")
-
-    def on_step(self, report: StepReport) -> None:
-        pass
-
-    def on_eval(self, report: EvalReport) -> None:
-        pass
 
     def on_save(self, url: str) -> None:
         name = url.rpartition("/")[2]
@@ -249,7 +138,7 @@ class EventHook:
         self._events.add(self._log.record(event, step, **fields))
 
 
-class SummaryHook:
+class SummaryHook(Hook):
     """A hook that writes `summary.json` to the run's folder when the run ends.
 
     Its keys, besides everything in the summary passed to `on_end`:
@@ -297,12 +186,6 @@ class SummaryHook:
 
     def on_eval(self, report: EvalReport) -> None:
         self._scores[report.split] = dict(report.values)
-
-    def on_save(self, url: str) -> None:
-        pass
-
-    def on_event(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
-        pass
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         state = self._state

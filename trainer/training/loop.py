@@ -21,12 +21,13 @@ from trainer.parallel.groups import Groups
 from trainer.run.failure import Position
 from trainer.run.lifecycle import StopRequest, agree, next_together
 from trainer.run.watchdog import Watchdog
+from trainer.scoring.tasks import TASKS
+from trainer.telemetry.hook import Hook, HookList, RunState
 from trainer.telemetry.metrics import StepReport, flatten_eval, is_logged, peak_memory_bytes
 from trainer.telemetry.trace import Trace
 from trainer.telemetry.waiting import WaitSampler
 from trainer.training.early_stop import stops_early
 from trainer.training.evaluate import Evaluation, Evaluator
-from trainer.training.hooks import Hook, HookList, RunState
 from trainer.training.rank_work import Work
 from trainer.training.saver import Saver
 from trainer.training.spikes import answer_spike
@@ -233,10 +234,12 @@ class Loop:
         return stops
 
     def _evaluate_final_split(self, done: int, summary_key: str) -> None:
-        """Evaluate the whole of `eval.final_split` and note its word error rate in the summary."""
+        """Evaluate the whole of `eval.final_split` and note the error rate of its transcripts in the summary."""
         found = self.evaluate(done, self.recipe.eval.final_split, None)
-        if found is not None and "asr/wer" in found.report.values:
-            self.saver.summary[summary_key] = found.report.values["asr/wer"]
+        mains = [f"{task.name}/{task.headlines[0]}" for task in TASKS.values() if task.is_transcription]
+        rates = [found.report.values[name] for name in mains if name in found.report.values] if found else []
+        if rates:
+            self.saver.summary[summary_key] = rates[0]
         self.last_evaluation = found
 
     def _fail(self, reason: str, done: int, state: State) -> NoReturn:

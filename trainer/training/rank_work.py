@@ -12,10 +12,10 @@ from typing import Any
 import torch.distributed as dist
 
 from trainer.parallel.groups import Groups
+from trainer.telemetry.config import TelemetryConfig
 from trainer.telemetry.events import Emit
 from trainer.telemetry.metrics import StepReport
 from trainer.telemetry.straggler import RankWork, Straggler, StragglerMeter, work_metrics
-from trainer.telemetry.tracker import TelemetryConfig
 from trainer.telemetry.waiting import WaitSampler
 
 

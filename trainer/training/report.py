@@ -8,8 +8,9 @@ from typing import Any
 from trainer.data.prepare import PreparedData
 from trainer.scoring.baseline import majority_baseline
 from trainer.scoring.meteor import Meteor
-from trainer.scoring.scores import ALL, HEADLINES
+from trainer.scoring.scores import ALL
 from trainer.scoring.table import format_table, score_table
+from trainer.scoring.tasks import is_headline
 from trainer.training.evaluate import Evaluation
 
 MAX_BASELINE_SAMPLES = 200_000
@@ -29,7 +30,7 @@ def final_table(found: Evaluation, prepared: PreparedData, meteor: Meteor | None
     baseline = None
     if num_training <= MAX_BASELINE_SAMPLES:
         baseline = majority_baseline(list(_training_metas(prepared)), [p.meta for p in found.predictions], meteor)
-    scores = [s for s in found.scores if s.subset == ALL or s.metric in HEADLINES]
+    scores = [s for s in found.scores if s.subset == ALL or is_headline(s.task, s.metric)]
     unfinished = sum(not p.finished for p in found.predictions)
     head = f"{found.report.split} split after step {found.report.step}: {len(found.predictions)} samples"
     note = f"\n{unfinished} answers reached eval.max_new_tokens and were cut off" if unfinished else ""

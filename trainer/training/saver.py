@@ -15,9 +15,8 @@ from trainer.config.schema import Recipe
 from trainer.data.state import State, merge_states
 from trainer.parallel.groups import Groups
 from trainer.run.lifecycle import StopRequest, deadline
-from trainer.telemetry.jsonl import write_atomically
-from trainer.telemetry.tracker import ID_NAME
-from trainer.training.hooks import Hook
+from trainer.telemetry.hook import Hook
+from trainer.telemetry.trackers.table import read_ids, restore_ids
 from trainer.training.step import Step
 
 
@@ -25,7 +24,7 @@ class Saver:
     """The writer and reader of a run's state, which also reports how each save ended.
 
     The checkpoint manager stores the engines. This class adds everything else a resumed run needs: the position in the
-    data, the spike guard's state, the summary and the id of the MLflow run.
+    data, the spike guard's state, the summary and the ids under which trackers know the run.
 
     Args:
         recipe: The resolved recipe, which every checkpoint contains.
@@ -49,7 +48,7 @@ class Saver:
     ) -> None:
         self._recipe, self._step, self._groups, self._checkpoints = recipe, step, groups, checkpoints
         self._described, self._hooks = described, hooks
-        self._id_file = run_dir / ID_NAME
+        self._run_dir = run_dir
         self._saved_step = 0
         self._deadline = ExitStack()
         self.summary: dict[str, Any] = {}
@@ -75,8 +74,8 @@ class Saver:
         extra = self._checkpoints.load(latest, self._step)
         self.summary.update(extra["summary"])
         self._step.guard.restore(extra.get("guard"))
-        if self._groups.rank == 0 and extra["mlflow_run"] is not None and not self._id_file.exists():
-            write_atomically(self._id_file, extra["mlflow_run"] + "\n")
+        if self._groups.rank == 0:
+            restore_ids(self._run_dir, extra)
         self._saved_step = extra["step"]
         return extra["step"], extra
 
@@ -96,14 +95,13 @@ class Saver:
             return
         states: list[Any] = [None] * self._groups.topology.world
         dist.all_gather_object(states, data_state, group=self._groups.world)
-        mlflow_run = self._id_file.read_text(encoding="utf-8").strip() if self._id_file.exists() else None
         extra = {
             "step": done,
             "data": merge_states(states),
             "recipe": dump(self._recipe),
             "summary": self.summary,
             "guard": self._step.guard.state,
-            "mlflow_run": mlflow_run,
+            "trackers": read_ids(self._run_dir),
         }
         self._checkpoints.save(done, self._step, {**extra, **self._described})
         self._saved_step = done

@@ -34,7 +34,6 @@ from model.losses.base import LossTerm, TokenLoss, audio_terms
 from model.losses.table import active_losses
 from model.transfer import to_device
 from trainer.config.spike import SpikeConfig
-from trainer.data.decode import TASKS
 from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine, Packs
 from trainer.engine.optim import OptimConfig, lr_scale
@@ -43,6 +42,7 @@ from trainer.parallel.exchange import check_same_plan, exchange
 from trainer.parallel.groups import Groups
 from trainer.parallel.packs import PackPlan, embedding_segments, token_segments
 from trainer.parallel.plan import Ints, route
+from trainer.scoring.tasks import task_names
 from trainer.telemetry.load_history import LoadInterval, LoadMeter
 from trainer.telemetry.metrics import PhaseTimer, StepReport
 from trainer.training.global_batch import (
@@ -384,7 +384,8 @@ def _packs(arrived: Tensor, whole: GlobalBatch, packing: PackPlan, groups: Group
 def _by_task(whole: GlobalBatch, losses: Tensor) -> dict[str, tuple[float, int]]:
     """Return the sum of the token losses and the number of target tokens, by task."""
     sums: dict[str, tuple[float, int]] = {}
+    names = task_names()
     for task, loss, targets in zip(whole.tasks.tolist(), losses.tolist(), whole.num_targets.tolist(), strict=True):
-        total, tokens = sums.get(TASKS[task], (0.0, 0))
-        sums[TASKS[task]] = (total + loss, tokens + targets)
+        total, tokens = sums.get(names[task], (0.0, 0))
+        sums[names[task]] = (total + loss, tokens + targets)
     return sums

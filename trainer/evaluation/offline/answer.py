@@ -80,6 +80,9 @@ class Question:
     key: str
     clips: tuple[Clip, ...]
     meta: dict[str, Any]
+    """The manifest fields; the model reads `instruction`."""
+    in_windows: bool = False
+    """Whether a single long clip is cut into windows whose answers are joined, as a transcript allows."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class Answerer:
 
     def _prompts(self, owner: int, question: Question) -> tuple[list[_Prompt], list[float]]:
         instruction = question.meta["instruction"]
-        if question.meta["task"] == "asr" and len(question.clips) == 1:
+        if question.in_windows and len(question.clips) == 1:
             clip = question.clips[0]
             spans = self.windows.spans(len(clip))
             own = [_Prompt(owner, (clip[begin:end],), instruction) for begin, end in spans]

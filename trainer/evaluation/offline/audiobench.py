@@ -81,8 +81,9 @@ def _question(key: str, sample: Mapping[str, Any]) -> Question:
             f"a sample with the keys {', '.join(map(str, sample))}: must have audio (array, sampling_rate) and "
             "instruction or text"
         )
-    task = "asr" if str(sample.get("task_type", "")).upper().startswith("ASR") else "sqa"
-    return Question(key, (_clip(audio["array"], audio["sampling_rate"]),), {"task": task, "instruction": instruction})
+    is_transcription = str(sample.get("task_type", "")).upper().startswith("ASR")
+    clips = (_clip(audio["array"], audio["sampling_rate"]),)
+    return Question(key, clips, {"instruction": instruction}, is_transcription)
 
 
 def _clip(array: Any, rate: int) -> NDArray[np.float32]:

@@ -20,6 +20,8 @@ from trainer.evaluation.offline.answer import Answerer, Decoding, Question, Wind
 from trainer.evaluation.offline.model import DTYPES, Origin, load_model
 from trainer.evaluation.predictions import Prediction
 from trainer.parallel.environment import set_environment
+from trainer.plugins import inherit_plugins
+from trainer.scoring.tasks import TASKS
 
 _READERS = 4
 """The number of threads that decode the audio of the next batch while the current one is answered."""
@@ -168,6 +170,7 @@ def serve(connection: Connection, request: Request, index: int, num: int) -> Non
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        inherit_plugins()
         worker = Worker(request, index, num)
         while True:
             for outcomes in worker.answer_jobs(iter(connection.recv, None)):
@@ -184,6 +187,6 @@ def _decoded(key: str, item: Encoded | SampleError) -> Question | Skipped:
             raise item
         files, meta = item
         check_metadata(meta)
-        return Question(key, tuple(decode_audio(file) for file in files), meta)
+        return Question(key, tuple(decode_audio(file) for file in files), meta, TASKS[meta["task"]].is_transcription)
     except SampleError as error:
         return Skipped(key, error.reason, error.detail)

@@ -1,0 +1,108 @@
+"""The description of an encoder family: everything the program needs to know to build, run and size such encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import FeatureExtractionMixin, PreTrainedConfig, PreTrainedModel
+
+from model.config import EncoderConfig
+from model.encoders.base import AudioEncoder
+from model.encoders.families import ENCODER_FAMILIES
+from model.errors import UserError
+from model.lengths import FRAME_SAMPLES, Windowing
+from model.table import load_entry
+
+
+@dataclass(frozen=True)
+class ResolvedEncoder:
+    """Everything that is needed to build an encoder, apart from its weights."""
+
+    hf_config: PreTrainedConfig
+    windowing: Windowing
+    length_mode: str
+    """One of the family's `length_modes`."""
+    do_normalize: bool
+    """True if each window is brought to zero mean and unit variance before it is encoded."""
+    frame_samples: int
+    """The audio samples between two frames of the encoder."""
+
+
+def _no_check(_config: EncoderConfig, _hf_config: Any) -> None:
+    """Accept every config."""
+
+
+def _never(_hf_config: Any) -> bool:
+    """Return False: the encoder takes waveforms as they are."""
+    return False
+
+
+@dataclass(frozen=True)
+class EncoderFamily:
+    """Everything that distinguishes one encoder family from another.
+
+    A family is one value of this class at the end of its own file, and one line in `ENCODER_FAMILIES`
+    (`model/encoders/families.py`). `docs/extending.md` shows how to add one.
+    """
+
+    config_class: type[PreTrainedConfig]
+    """The transformers config. It must define `hidden_size` (the width of a feature vector) and `num_hidden_layers`.
+    Its `model_type` must be that of the checkpoints' config.json."""
+    network: type[PreTrainedModel]
+    """The network, built from a `config_class`; it loads checkpoints by `from_pretrained`."""
+    wrapper: Callable[[Any, ResolvedEncoder], AudioEncoder]
+    """Makes an `AudioEncoder` of a network."""
+    windowing: Callable[[EncoderConfig, Any, int], Windowing]
+    """Returns how the encoder cuts and pads clips, given the recipe's fields, the transformers config and the window in
+    samples. Raises `encoder_error` if the window is impossible."""
+    flops: Callable[[Any, int], float]
+    """Estimates the forward FLOPs of one window, given the transformers config and the padded window in samples. A
+    multiply-add counts as two. The estimate balances work between ranks."""
+    frame_samples: int = FRAME_SAMPLES
+    """The audio samples between two frames: 320 for 50 Hz, 640 for 25 Hz. `AudioEncoder` brings frames to 50 Hz."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Config fields that are set unless the recipe sets them, also if a checkpoint says otherwise. Dropout and masking
+    belong here, since a checkpoint's config describes its pre-training."""
+    check: Callable[[EncoderConfig, Any], None] = _no_check
+    """Raises `encoder_error` if a transformers config asks for something that the network does not compute."""
+    length_modes: tuple[str, ...] = ("full",)
+    """The legal values of the recipe field `length_mode`."""
+    normalizes: Callable[[Any], bool] = _never
+    """Returns the default of `do_normalize` for a transformers config without a checkpoint."""
+    feature_extractor: type[FeatureExtractionMixin] | None = None
+    """The transformers class whose preprocessor_config.json says whether a checkpoint needs `do_normalize`. None: the
+    checkpoints have no such file, and `normalizes` decides."""
+    key_mapping: Mapping[str, str] = field(default_factory=dict)
+    """Regular expressions on the names of a checkpoint's tensors and their replacements, for checkpoints that hold more
+    than the network."""
+
+
+def family_of(config: EncoderConfig) -> EncoderFamily:
+    """Return the family that an encoder's `family` names.
+
+    Raises:
+        UserError: If no family has this name.
+    """
+    if config.family not in ENCODER_FAMILIES:
+        raise encoder_error(config, f"family = {config.family}", f"choose one of {', '.join(ENCODER_FAMILIES)}")
+    family = load_entry(ENCODER_FAMILIES[config.family])
+    assert isinstance(family, EncoderFamily), f"the entry of {config.family} in ENCODER_FAMILIES is {family!r}"
+    return family
+
+
+def encoder_error(config: EncoderConfig, what: str, remedy: str) -> UserError:
+    """Return the error for an encoder.
+
+    Args:
+        config: the encoder.
+        what: what is wrong, with the field and its value.
+        remedy: what to do about it.
+    """
+    return UserError(f"encoder {config.name or config.family!r}: {what}; {remedy}")
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of a library's exception on one line, cut after 300 characters."""
+    return " ".join(str(error).split())[:300]

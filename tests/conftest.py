@@ -1,0 +1,34 @@
+"""The places whose tests are slow, because they start ranks, servers or a cluster.
+
+Other slow tests carry `@pytest.mark.slow`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SLOW_PLACES = (
+    "cluster",
+    "distributed",
+    "golden",
+    "services",
+    "test_end_to_end.py",
+    "test_host_syncs.py",
+    "test_run_tokenizer.py",
+    "test_survive.py",
+    "test_wheel.py",
+    "tools/test_kill_test.py",
+    "trainer/test_expert_usage_page.py",  # a browser
+    "trainer/test_scorecard_page.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests below `SLOW_PLACES` as slow."""
+    slow = [TESTS / place for place in SLOW_PLACES]
+    for item in items:
+        if any(place in (item.path, *item.path.parents) for place in slow):
+            item.add_marker(pytest.mark.slow)

@@ -1,0 +1,69 @@
+"""Work that all ranks do together, and that fails on all of them if it fails on one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from model.errors import UserError
+from trainer.checkpoint.reader import DamagedError
+from trainer.parallel.groups import Groups
+
+T = TypeVar("T")
+
+
+def gather(groups: Groups, value: T) -> list[T]:
+    """Return the values of all ranks, in the order of the ranks.
+
+    Collective: every rank of the world must call it.
+    """
+    found: list[Any] = [None] * groups.topology.world
+    dist.all_gather_object(found, value, group=groups.world)
+    return found
+
+
+def together(groups: Groups, doing: str, work: Callable[[], T]) -> T:
+    """Call `work` on every rank, and raise the same error on all ranks if it fails on any of them.
+
+    Collective: every rank of the world must call it.
+
+    Args:
+        groups: This rank's process groups.
+        doing: The subject of the error message.
+        work: The function to call, which must not contain collectives.
+
+    Returns:
+        The result of `work` on this rank.
+
+    Raises:
+        UserError: If `work` fails on any rank.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except (OSError, EOFError, UserError, DamagedError) as error:
+        failure = str(error)
+    for rank, text in enumerate(gather(groups, failure)):
+        if text is not None:
+            raise UserError(f"{doing}: rank {rank}: {text}")
+    return result  # type: ignore[return-value]
+
+
+def from_rank0(groups: Groups, doing: str, work: Callable[[], T]) -> T:
+    """Call `work` on rank 0, and return its result on every rank.
+
+    Collective: every rank of the world must call it.
+
+    Args:
+        groups: This rank's process groups.
+        doing: The subject of the error message.
+        work: The function to call, which must not contain collectives.
+
+    Raises:
+        UserError: If `work` fails.
+    """
+    box = [together(groups, doing, lambda: work() if groups.rank == 0 else None)]
+    dist.broadcast_object_list(box, src=0, group=groups.world)
+    return box[0]  # type: ignore[return-value]

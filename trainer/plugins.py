@@ -1,0 +1,117 @@
+"""Plug-ins: installed packages that add entries to this project's tables by Python entry points.
+
+A recipe names the plug-ins that it needs under `plugins`. Every process that loads the recipe loads them before it
+checks the recipe's sections against the tables; processes that it starts load the same ones by `inherit_plugins`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from model.errors import UserError
+
+VARIABLE = "EARSHOT_PLUGINS"
+"""The environment variable that names the loaded plug-ins, separated by commas, for the processes that are started."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The table that a group of entry points adds to. Its module is imported when a plug-in needs it."""
+
+    module: str
+    table: str
+    """The name of the table, a dictionary, in the module."""
+    type: str
+    """The name of a class in the module: an entry is an instance or a subclass of it."""
+
+
+GROUPS: Mapping[str, Group] = {
+    "earshot.tasks": Group("trainer.scoring.tasks", "TASKS", "Task"),
+    "earshot.trackers": Group("trainer.telemetry.trackers.table", "TRACKERS", "Tracker"),
+    "earshot.hooks": Group("trainer.telemetry.hook", "HOOKS", "Hook"),
+}
+"""The groups of entry points. The name of an entry point is the key in the group's table."""
+
+
+def load_plugins(names: Sequence[str]) -> None:
+    """Load plug-ins, each of them once per process.
+
+    Args:
+        names: The names of distributions, each of which stands for all its entry points of the groups in `GROUPS`, or
+            the names of single entry points.
+
+    Raises:
+        UserError: If a plug-in is not installed, cannot be imported, or adds something that its group does not accept.
+    """
+    for name in names:
+        _load_once(name)
+    if names:
+        os.environ[VARIABLE] = ",".join(dict.fromkeys([*_inherited(), *names]))
+
+
+def inherit_plugins() -> None:
+    """Load the plug-ins of the process that started this one.
+
+    Raises:
+        UserError: See `load_plugins`.
+    """
+    load_plugins(_inherited())
+
+
+def _inherited() -> list[str]:
+    return [name for name in os.environ.get(VARIABLE, "").split(",") if name]
+
+
+@cache
+def _load_once(name: str) -> None:
+    available = [point for group in GROUPS for point in entry_points(group=group)]
+    # A package may be found twice on the path, as a checkout and as its installed metadata.
+    wanted = dict.fromkeys(p for p in available if name == p.name or _plain(name) == _plain(_package(p)))
+    if not wanted:
+        known = ", ".join(sorted({_package(point) for point in available})) or "none"
+        raise UserError(f"plugins: {name} is not installed in this environment; installed plug-ins: {known}")
+    for point in wanted:
+        _add(name, point)
+
+
+def _add(name: str, point: EntryPoint) -> None:
+    where = f"plugins: {name}: the entry point {point.name} = {point.value} of the package {_package(point)}"
+    table, expected = _target(GROUPS[point.group])
+    try:
+        value = point.load()
+    except Exception as error:  # noqa: BLE001 - code of others may raise anything
+        raise UserError(f"{where} cannot be imported ({type(error).__name__}: {_one_line(error)})") from error
+    if not (issubclass(value, expected) if isinstance(value, type) else isinstance(value, expected)):
+        found = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+        raise UserError(
+            f"{where} is {found}, but the group {point.group} needs a {expected.__module__}.{expected.__name__}"
+        )
+    own_name = getattr(value, "name", point.name)
+    if isinstance(own_name, str) and own_name != point.name:
+        raise UserError(f"{where} has the name {own_name}; give both the same name")
+    if table.get(point.name, value) is not value:
+        raise UserError(f"{where}: {point.name} exists already in the group {point.group}; give it another name")
+    table[point.name] = value
+
+
+def _target(group: Group) -> tuple[dict[str, Any], type[Any]]:
+    module = importlib.import_module(group.module)
+    return getattr(module, group.table), getattr(module, group.type)
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else point.module
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,43 @@
+"""The recipe's `telemetry` section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.errors import UserError, check_least
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    """The recipe's `telemetry` section: what is logged, how often and where."""
+
+    log_every_steps: int = 1
+    """The number of steps per logging interval. Metrics are means, sums or rates over the interval."""
+    progress: bool = True
+    """Whether to show a progress bar or, if stderr is not a terminal, a plain line per logging interval."""
+    straggler_ratio: float = 1.3
+    """How many times as long as the median of the others a rank must work to be reported as slow.
+
+    It must do so in three consecutive spans of `straggler_stretch_sec`. The value must be above 1; raise it if healthy
+    ranks are reported.
+    """
+    straggler_stretch_sec: float = 30.0
+    """The seconds of training in each span over which the work of ranks is compared; at least one logging interval."""
+    trackers: tuple[str, ...] = ("mlflow",)
+    """The trackers that get the metrics besides `metrics.jsonl`: mlflow, tensorboard, wandb, or those of plug-ins.
+
+    `mlflow` logs to `MLFLOW_TRACKING_URI` if set, else to `<train.run_dir>/mlflow.db` (SQLite). `tensorboard` writes
+    to the folder `tensorboard` of the run. `wandb` needs an API key, or `WANDB_MODE=offline`.
+    """
+    experiment: str = "mowe"
+    """The name under which trackers group runs: MLflow's experiment and W&B's project. It is created if missing."""
+
+    def __post_init__(self) -> None:
+        check_least("telemetry", self, log_every_steps=1, straggler_stretch_sec=0)
+        if self.straggler_ratio <= 1:
+            raise UserError(f"telemetry.straggler_ratio = {self.straggler_ratio}: must be above 1")
+        if self.trackers and not self.experiment:
+            raise UserError("telemetry.experiment is empty: name an experiment, or set telemetry.trackers=[]")
+        for name in self.trackers:
+            if self.trackers.count(name) > 1:
+                raise UserError(f"telemetry.trackers: {name} is given twice; remove one")

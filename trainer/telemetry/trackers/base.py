@@ -1,0 +1,120 @@
+"""The interface of a tracker, which stores the metrics of a run."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """The facts about a training run from which a tracker is built."""
+
+    name: str
+    """The name of the run."""
+    root: Path
+    """The folder that contains the run's folder."""
+    experiment: str
+    """The recipe's `telemetry.experiment`."""
+    params: Mapping[str, Any]
+    """The resolved recipe as nested mappings."""
+    resume_step: int = 0
+    """The step from which the run resumes; 0 if it starts from the beginning."""
+    again: bool = False
+    """Whether this is a later attempt of the run, even if it starts from the beginning."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.root / self.name
+
+
+class Tracker(ABC):
+    """A store of metrics.
+
+    Its methods neither wait for a server nor raise; records that could not be stored are counted. `BackgroundTracker`
+    implements this for a store that is slow or may fail. A class in the table `TRACKERS` has `TrackedRun` as the only
+    argument of its constructor. Only rank 0 has trackers.
+    """
+
+    title: ClassVar[str] = ""
+    """The name of the store, for people."""
+    package: ClassVar[str | None] = None
+    """The package that the tracker imports; None if it needs none."""
+    extra: ClassVar[str | None] = None
+    """The optional extra of this project that installs the package; None if the project itself requires it."""
+    id_name: ClassVar[str | None] = None
+    """The name of the file in the run's folder that contains the id under which the store knows the run.
+
+    Checkpoints contain the id, so that a run that resumes in another folder continues in the store. None if the
+    tracker needs no id.
+    """
+    former_id_key: ClassVar[str | None] = None
+    """The key under which the checkpoints of earlier versions contain the id; None if they never did."""
+
+    @property
+    @abstractmethod
+    def num_lost(self) -> int:
+        """The number of records that were logged but could not be stored."""
+
+    @abstractmethod
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record the metrics of a step. Steps must not decrease between calls."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Store all outstanding records. `log` must not be called afterwards."""
+
+    @classmethod
+    def add_files(cls, run_id: str, run_dir: Path, files: Sequence[Path], folder: str) -> None:
+        """Add files to a run in the store. A store that keeps no files raises NotImplementedError.
+
+        Args:
+            run_id: The content of the file `id_name`.
+            run_dir: The run's folder.
+            files: The files.
+            folder: The folder within the store's run.
+        """
+        raise NotImplementedError(f"{cls.title} keeps no files")
+
+    @classmethod
+    def server(cls, root: Path) -> str | None:
+        """Return the URL of the server that a job must reach; None if the tracker writes files, or queues its records.
+
+        Args:
+            root: The folder that contains the run's folder.
+        """
+        return None
+
+
+_SECRET_KEY = re.compile(r"passw|secret|credential|api_?key|access_?key|(auth|access|hf|bearer)_?token", re.IGNORECASE)
+
+
+def flatten_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return nested mappings and sequences as one mapping from dotted names to text.
+
+    The values of keys that look like secrets and the credentials in URLs are replaced by `***`.
+
+    Args:
+        params: The nested mappings.
+        prefix: The beginning of all names.
+    """
+    flat: dict[str, str] = {}
+    for key, value in params.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten_params(value, f"{name}."))
+        elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+            flat.update(flatten_params({str(i): item for i, item in enumerate(value)}, f"{name}."))
+        else:
+            flat[name] = "***" if _SECRET_KEY.search(str(key)) else without_credentials(str(value))
+    return flat
+
+
+def without_credentials(text: str) -> str:
+    """Return `text` with `***` in place of the credentials in its URLs."""
+    return re.sub(r"(://)[^/\s@]+@", r"\1***@", text)

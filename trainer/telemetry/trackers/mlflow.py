@@ -1,0 +1,98 @@
+"""The tracker that logs to MLflow."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.telemetry.jsonl import write_atomically
+from trainer.telemetry.trackers.background import BackgroundTracker, Record
+from trainer.telemetry.trackers.base import TrackedRun, flatten_params
+
+_NUM_PARAMS_PER_REQUEST = 100
+_NUM_METRICS_PER_REQUEST = 1_000
+_MAX_PARAM_CHARACTERS = 500
+
+
+class MlflowTracker(BackgroundTracker):
+    """A tracker that logs to MLflow.
+
+    The recipe is logged when the MLflow run is created, with dotted names, masked secrets and at most 500 characters
+    per value. After a resume, MLflow keeps the values logged after the checkpoint next to the new values of the same
+    steps; metrics.jsonl contains only the new ones.
+
+    Args:
+        run: The training run.
+    """
+
+    title = "MLflow"
+    package = "mlflow"
+    id_name = "mlflow_run_id"
+    former_id_key = "mlflow_run"
+
+    def __init__(self, run: TrackedRun) -> None:
+        self._run = run
+        self._client: Any = None
+        self._run_id = ""
+        super().__init__()
+
+    def open_run(self) -> None:
+        run, id_file = self._run, self._run.folder / self.id_name
+        self._client = _client(run.root)
+        from mlflow.entities import Param
+
+        if (run.resume_step > 0 or run.again) and id_file.exists():
+            self._run_id = id_file.read_text(encoding="utf-8").strip()
+            self._client.update_run(self._run_id, status="RUNNING")
+            return
+        self._run_id = self._client.create_run(self._experiment_id(), run_name=run.name).info.run_id
+        params = [Param(name, value[:_MAX_PARAM_CHARACTERS]) for name, value in flatten_params(run.params).items()]
+        for i in range(0, len(params), _NUM_PARAMS_PER_REQUEST):
+            self._client.log_batch(self._run_id, params=params[i : i + _NUM_PARAMS_PER_REQUEST])
+        write_atomically(id_file, self._run_id + "\n")
+
+    def _experiment_id(self) -> str:
+        run = self._run
+        experiment = self._client.get_experiment_by_name(run.experiment)
+        if experiment is not None:
+            return str(experiment.experiment_id)
+        local = None if "MLFLOW_TRACKING_URI" in os.environ else str((run.root / "mlflow-artifacts").resolve())
+        return str(self._client.create_experiment(run.experiment, artifact_location=local))
+
+    def write(self, records: Sequence[Record]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(name, value, r.time_ms, r.step) for r in records for name, value in r.metrics.items()]
+        for i in range(0, len(metrics), _NUM_METRICS_PER_REQUEST):
+            self._client.log_batch(self._run_id, metrics=metrics[i : i + _NUM_METRICS_PER_REQUEST])
+
+    def close_run(self) -> None:
+        self._client.set_terminated(self._run_id)
+
+    @classmethod
+    def add_files(cls, run_id: str, run_dir: Path, files: Sequence[Path], folder: str) -> None:
+        client = _client(run_dir.parent)
+        for file in files:
+            client.log_artifact(run_id, str(file), folder)
+
+    @classmethod
+    def server(cls, root: Path) -> str | None:
+        uri = tracking_uri(root)
+        return uri if uri.startswith("http") else None
+
+
+def tracking_uri(root: Path) -> str:
+    """Return `MLFLOW_TRACKING_URI` if set, else the URI of the SQLite store `root/mlflow.db`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').resolve()}"
+
+
+def _client(root: Path) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=tracking_uri(root))

@@ -1,0 +1,46 @@
+"""The tracker that writes TensorBoard's event files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trainer.telemetry.trackers.background import BackgroundTracker, Record
+from trainer.telemetry.trackers.base import TrackedRun, flatten_params
+
+
+class TensorboardTracker(BackgroundTracker):
+    """A tracker that writes to the folder `tensorboard` in the run's folder.
+
+    A resumed run adds a file there, in which TensorBoard finds that the values after the checkpoint are void.
+
+    Args:
+        run: The training run.
+    """
+
+    title = "TensorBoard"
+    package = "tensorboard"
+    extra = "tensorboard"
+
+    def __init__(self, run: TrackedRun) -> None:
+        self._run = run
+        self._writer: Any = None
+        super().__init__()
+
+    def open_run(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        run = self._run
+        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.resume_step + 1)
+        if run.resume_step == 0:
+            rows = (f"| {name} | {value} |" for name, value in flatten_params(run.params).items())
+            self._writer.add_text("recipe", "\n".join(["| key | value |", "|---|---|", *rows]))
+
+    def write(self, records: Sequence[Record]) -> None:
+        for record in records:
+            for name, value in record.metrics.items():
+                self._writer.add_scalar(name, value, record.step, walltime=record.time_ms / 1000)
+        self._writer.flush()
+
+    def close_run(self) -> None:
+        self._writer.close()
