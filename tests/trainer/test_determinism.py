@@ -118,6 +118,7 @@ LEGAL = {
     ("model/losses/ctc.py", "ctc_loss"): "only where torch is not restricted",
     ("trainer/evaluation/offline/decode.py", "cumsum"): "integers",
     ("trainer/telemetry/trace.py", "median"): "on the CPU, without indices",
+    ("model/losses/next_token.py", "cross_entropy"): "of `Vocabulary`, see there; distributed, it is Megatron's",
 }
 
 
