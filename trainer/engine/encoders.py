@@ -228,8 +228,8 @@ class AudioEngine:
             self._flush_gradients()
 
     def grad_norm_sq(self) -> Tensor:
-        """Return Σ g² over this rank's partitions in fp32 on the device. Its sum over ranks is that of all
-        parameters.""" partitions = self.zero.get_fp32_grad_partitions()
+        """Return Σ g² over this rank's partitions, in fp32 on the device; ranks add up to all parameters."""
+        partitions = self.zero.get_fp32_grad_partitions()
         flat = [g for group in partitions.values() for g in group.values()]
         return torch.stack([g.double().square().sum() for g in flat]).sum().to(self.groups.device)
 

@@ -1,4 +1,4 @@
-"""What a process needs before its first CUDA call and its first process group. Imports no torch."""
+"""Settings of a process before its first CUDA call and its first process group. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from collections.abc import MutableMapping
 _SETTINGS = {
     # Megatron: communication kernels start in the order in which they are issued.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # Connections of a gloo group are made when they are used, not between all pairs of its ranks at once.
+    # Connections of a gloo group are made when they are used, instead of between all pairs of ranks at once.
     "TORCH_GLOO_LAZY_INIT": "1",
 }
 _ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _ALLOCATOR = "expandable_segments:True"
-"""Packs differ in length from step to step; fixed segments would fragment."""
+"""Packs differ in length from step to step, so that fixed segments would fragment."""
 
 PROCESS_DESCRIPTORS = 256
-"""Allowance for files, libraries, data workers and their pipes; an assumption."""
+"""The assumed number of descriptors for files, libraries, data workers and their pipes."""
 NCCL_DESCRIPTORS = 1024
-"""Allowance for all of a rank's NCCL communicators; an assumption."""
+"""The assumed number of descriptors for all NCCL communicators of a rank."""
 GLOO_GROUP_DESCRIPTORS = 4
-"""Of a gloo group without connections, measured with torch 2.13: a listener and its event loop."""
+"""The descriptors of a gloo group without connections, measured with torch 2.13: a listener and its event loop."""
 STORE_DESCRIPTORS = 16
-"""Of rank 0's store besides its clients, measured likewise."""
+"""The descriptors of rank 0's store without its clients, also measured."""
 
 
 def set_environment(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set what CUDA, its allocator and gloo read from the environment, and raise the limit on open files.
+    """Set the variables that CUDA, its allocator and gloo read, and raise the limit on open files.
 
-    Call it before the first CUDA call and the first process group. What the user has set stays.
+    It must be called before the first CUDA call and the first process group. Variables that are set already are kept.
 
     Args:
         environ: the variables to add to.
@@ -44,7 +44,7 @@ def set_environment(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def raise_descriptor_limit() -> int:
-    """Raise this process's soft limit on open files to the hard one; returns the limit that holds from now on."""
+    """Raise this process's soft limit on open files to the hard limit, and return the new limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
@@ -55,14 +55,14 @@ def raise_descriptor_limit() -> int:
 
 
 def needed_descriptors(num_ranks: int, cuda: bool) -> int:
-    """Return how many files the busiest rank of a run may have open at once.
+    """Return the largest number of files that rank 0 may have open at once; other ranks need fewer.
 
-    That is rank 0: it holds the store that all ranks connect to, and every rank sends it what it reports. The world has
-    one gloo group, in which any pair of ranks may talk, and checkpoints have another, in which rings and trees do.
+    Rank 0 has the store that all ranks connect to, and every rank sends its reports there. The world has a gloo group
+    in which any two ranks may be connected. Checkpoints have another group, in which ranks form rings and trees.
 
     Args:
-        num_ranks: of the run.
-        cuda: whether ranks compute on GPUs, and so have NCCL communicators.
+        num_ranks: the number of ranks.
+        cuda: True if ranks compute on GPUs and therefore have NCCL communicators.
     """
     store = STORE_DESCRIPTORS + num_ranks
     world = GLOO_GROUP_DESCRIPTORS + num_ranks - 1
@@ -71,7 +71,7 @@ def needed_descriptors(num_ranks: int, cuda: bool) -> int:
 
 
 def low_limit(limit: int, num_ranks: int, cuda: bool) -> str | None:
-    """Return what to tell the user if `limit` open files are too few for a run of `num_ranks`; None if they suffice."""
+    """Return a warning if `limit` open files are too few for a run of `num_ranks` ranks; None if they suffice."""
     needed = needed_descriptors(num_ranks, cuda)
     if limit >= needed:
         return None
