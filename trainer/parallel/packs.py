@@ -15,8 +15,10 @@ from trainer.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class PackPlan:
-    """The positions of n samples in the packs of all replicas. The samples of a pack follow each other in global
-    order."""
+    """The positions of n samples in the packs of all replicas.
+
+    The samples of a pack follow each other in the order of the global batch.
+    """
 
     num_microbatches: int
     """The number of packs of each replica."""
