@@ -50,7 +50,7 @@ NUM_BATCHES, NUM_PLANS = 20, 31
 PARTS = ["simulated", "planning", "steps"]
 REAL_RANKS, REAL_STEPS, LONG_SEC, SHORT_SEC, REAL_CLIPS = 4, 5, 10.0, 1.0, 8
 PRIMARY = EncoderConfig("whisper", "whisper", length_mode="trim")
-EXPERTS = tuple(EncoderConfig(f"{family}{i}", family) for i in range(4) for family in ("hubert", "wavlm"))  # type: ignore[arg-type]
+EXPERTS = tuple(EncoderConfig(f"{family}{i}", family) for i in range(4) for family in ("hubert", "wavlm"))
 SMALL = {"d_model": 256, "encoder_layers": 6, "encoder_attention_heads": 4, "encoder_ffn_dim": 1024}
 DS_CONFIG = Path(__file__).parent.parent / "ds_configs" / "zero3_cpu.json"
 

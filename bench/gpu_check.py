@@ -83,7 +83,7 @@ def throughput(groups: Any, ds_config: dict[str, Any], device: torch.device) -> 
     from model.encoders.registry import encoder_flops
     from trainer import parity
 
-    encoders = tuple(EncoderConfig(f, f) for f in ("whisper", "hubert", "wavlm"))  # type: ignore[arg-type]
+    encoders = tuple(EncoderConfig(f, f) for f in ("whisper", "hubert", "wavlm"))
     primary = replace(encoders[0], length_mode="trim")
     model = replace(parity.tiny_model(), primary=primary, experts=encoders[1:], expert_dim=768, ctc_weight=0.0)
     model = replace(model, llm=LLMConfig(config=LLM))

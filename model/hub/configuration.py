@@ -1,4 +1,4 @@
-"""`config.json` of an exported model: the LLM's Hugging Face config and the audio side's, nothing left to look up."""
+"""The `config.json` of an exported model, which contains the Hugging Face configs of the LLM and of all encoders."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from model.encoders.hf_config import resolve
 
 
 class EarshotConfig(PretrainedConfig):
-    """Config of `model.hub.modeling.EarshotForCausalLM`.
+    """The config of `model.hub.modeling.EarshotForCausalLM`.
 
     Args:
-        text_config: of the LLM (llama, mistral, qwen2 or qwen3).
-        audio: fields of `model.config.ModelConfig` without the LLM; encoders without `weights`.
-        vocab_size: of the tokenizer; the LLM may have more rows.
+        text_config: the config of the LLM.
+        audio: the fields of `model.config.ModelConfig` without the LLM; encoders have no `weights`.
+        vocab_size: the vocabulary size of the tokenizer; the LLM's embedding may have more rows.
     """
 
     model_type = "earshot"
@@ -38,11 +38,18 @@ class EarshotConfig(PretrainedConfig):
 
 
 def describe(config: ModelConfig, hf_config: PretrainedConfig, vocab_size: int) -> dict[str, Any]:
-    """The arguments of `EarshotConfig` that mean `config`: the configs of pre-trained encoders are written out, and
-    what only training needs (CTC head, weights of the loss) is left out.
+    """Return the arguments of `EarshotConfig` that describe a model.
+
+    The configs of pre-trained encoders are written out. What only training needs (the CTC head, the weights of the loss
+    terms) is dropped.
+
+    Args:
+        config: the recipe's model.
+        hf_config: the config of the LLM.
+        vocab_size: the vocabulary size of the tokenizer.
 
     Raises:
-        UserError: an encoder's config cannot be read.
+        UserError: If the config of an encoder cannot be read.
     """
     audio = {
         "primary": None if config.primary is None else _self_contained(config.primary),
@@ -55,7 +62,7 @@ def describe(config: ModelConfig, hf_config: PretrainedConfig, vocab_size: int) 
 
 
 def audio_config(tree: Mapping[str, Any]) -> ModelConfig:
-    """The `ModelConfig` that `EarshotConfig.audio` means (its LLM is not set)."""
+    """Return the `ModelConfig` that `EarshotConfig.audio` describes; its LLM is not set."""
     router, adapter = dict(tree["router"]), tree["adapter"]
     if "entry_steps" in router:  # an export of an earlier version
         router["added_encoder_warmup_steps"] = router.pop("entry_steps")
@@ -70,7 +77,7 @@ def audio_config(tree: Mapping[str, Any]) -> ModelConfig:
 
 
 def _self_contained(config: EncoderConfig) -> dict[str, Any]:
-    """The encoder without its `weights`, every field of its transformers config written out."""
+    """Return the fields of an encoder without `weights`, and with its whole transformers config."""
     found = resolve(config)
     own = {f.name for f in dataclasses.fields(type(found.hf_config))}
     own -= {f.name for f in dataclasses.fields(PretrainedConfig)}

@@ -1,4 +1,4 @@
-"""The exported model, as transformers' Auto classes load it: audio tower and LLM, parameters named as in training.
+"""The exported model for transformers' Auto classes: audio tower and LLM, with the names of parameters in training.
 
 Shapes: B samples, L tokens of the longest, C clips, T audio samples (16 kHz), H width of the LLM.
 """
@@ -18,9 +18,9 @@ from model.router import Routing
 
 
 class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
-    """Speech and text in, text out.
+    """A model that reads speech and text and writes text.
 
-    `processor(audio, text)` makes the inputs of `forward` and `generate`; `generate` returns new tokens only.
+    `processor(audio, text)` makes the inputs of `forward` and `generate`. `generate` returns only new tokens.
     """
 
     config_class = EarshotConfig
@@ -29,7 +29,7 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: EarshotConfig) -> None:
         super().__init__(config)
-        # `from_pretrained(dtype=…)` sets the default; without this the LLM would take the dtype in which it was saved.
+        # `from_pretrained(dtype=…)` sets the default dtype; otherwise the LLM would take the one of its config.
         self.llm = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         self.audio = AudioTower(audio_config(config.audio), config.text_config.hidden_size, config.vocab_size)
         if config.text_config.tie_word_embeddings:
@@ -37,11 +37,11 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> Any:
-        """The LLM's token embeddings."""
+        """Return the LLM's token embeddings."""
         return self.llm.get_input_embeddings()
 
     def get_output_embeddings(self) -> Any:
-        """The LLM's output layer."""
+        """Return the LLM's output layer."""
         return self.llm.get_output_embeddings()
 
     def embed(
@@ -53,15 +53,18 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
         instruction_ids: Tensor | None = None,
         instruction_lengths: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """What the LLM reads, [B, L, H], and which experts every clip was sent to.
+        """Return the input embeddings of the LLM [B, L, H] and the routing of the clips.
 
         Args:
-            input_ids: [B, L], with a placeholder per audio slot.
-            audio_mask: [B, L] bool, the placeholders.
-            audio_values: [ΣT] clips laid end to end, sample after sample.
-            audio_lengths: [C] their lengths.
-            instruction_ids: tokens of every clip's instruction, laid end to end.
-            instruction_lengths: [C] their lengths.
+            input_ids: [B, L], with a placeholder for each audio token.
+            audio_mask: [B, L] bool, true at the placeholders.
+            audio_values: [ΣT], the concatenated clips, sample after sample.
+            audio_lengths: [C], the lengths of the clips in audio samples.
+            instruction_ids: the concatenated tokens of each clip's instruction.
+            instruction_lengths: [C], the lengths of the instructions in tokens.
+
+        Returns:
+            The embeddings, and the routing; None without clips or without experts.
         """
         text = self.get_input_embeddings()(input_ids)
         if audio_values is None or audio_lengths is None or len(audio_lengths) == 0:
@@ -70,7 +73,7 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
         clips = Ragged(audio_values, tuple(audio_lengths.tolist()))
         instructions = Ragged(instruction_ids, tuple(instruction_lengths.tolist()))
         found = self.audio(clips, instructions)
-        # Boolean indexing takes positions row by row: sample after sample, as the clips lie.
+        # `masked_scatter` fills positions row by row, and the clips are in the order of samples.
         return text.masked_scatter(audio_mask[..., None], found.embeddings.values.to(text.dtype)), found.routing
 
     def forward(
@@ -87,7 +90,7 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
         instruction_lengths: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The LLM's output for embedded prompts (see `embed` for the shapes)."""
+        """Return the LLM's output for the embedded prompts; `embed` documents the shapes."""
         if audio_values is not None:
             assert input_ids is not None
             inputs_embeds, _ = self.embed(
@@ -115,10 +118,12 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
         instruction_lengths: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Continue left-padded prompts. The audio is encoded once; `kwargs` are those of transformers' `generate`.
+        """Continue left-padded prompts. The audio is encoded once.
+
+        `embed` documents the shapes; `kwargs` are those of transformers' `generate`.
 
         Returns:
-            New tokens [B, ≤ max_new_tokens], without the prompt.
+            The new tokens [B, at most max_new_tokens], without the prompt.
         """
         embedded, _ = self.embed(
             input_ids, audio_mask, audio_values, audio_lengths, instruction_ids, instruction_lengths

@@ -1,4 +1,4 @@
-"""The exported processor: audio files or waveforms and an instruction → the model's inputs, as in training.
+"""The exported processor, which makes the model's inputs from audio and an instruction, as in training.
 
 Shapes: B samples, L tokens of the longest, C clips, T audio samples (16 kHz).
 """
@@ -17,21 +17,21 @@ from model.lengths import SAMPLE_RATE, audio_tokens_of_samples, num_samples
 from model.prompt import cut, fill, render
 
 Clip = Any
-"""Path of an audio file, or a waveform [T] at 16 kHz (array, list or tensor)."""
+"""The path of an audio file, or a waveform [T] at 16 kHz (array, list or tensor)."""
 
 
 class EarshotProcessor(ProcessorMixin):
-    """Tokenizer, prompt and audio.
+    """The processor of tokenizer, prompt and audio.
 
     Args:
-        tokenizer: of the LLM.
-        placeholder: token that stands for a clip; repeated once per LLM slot.
-        prompt_with_audio: prompt of samples with audio, with `{audio}` and `{instruction}`.
-        prompt_without_audio: prompt of text-only samples.
-        as_chat: wrap prompts in the tokenizer's chat template.
-        strides: of the model's adapter.
-        min_audio_sec: shorter clips are padded with silence at their end.
-        max_audio_sec: training saw no longer clips; longer ones are not refused. None: no limit is known.
+        tokenizer: the tokenizer of the LLM.
+        placeholder: the token that is repeated once for each audio token of a clip.
+        prompt_with_audio: the prompt of samples with audio, which contains `{audio}` and `{instruction}`.
+        prompt_without_audio: the prompt of samples without audio.
+        as_chat: True to wrap prompts in the tokenizer's chat template.
+        strides: the strides of the model's adapter.
+        min_audio_sec: the length to which shorter clips are padded with silence at the end.
+        max_audio_sec: the length of the longest clips in training; longer clips are accepted. None: unknown.
     """
 
     def __init__(
@@ -61,17 +61,17 @@ class EarshotProcessor(ProcessorMixin):
         sampling_rate: int = SAMPLE_RATE,
         return_tensors: str = "pt",
     ) -> BatchFeature:
-        """Inputs of `generate` and `forward`: prompts padded on the left.
+        """Return the inputs of `generate` and `forward`, with prompts padded on the left.
 
         Args:
             audio: one clip; or, for each of several samples, a clip or a list of clips. None: text only.
             text: the instruction, or one for each sample.
-            sampling_rate: of waveforms; only 16 kHz will do.
-            return_tensors: only `pt`.
+            sampling_rate: the rate of waveforms; only 16000 is accepted.
+            return_tensors: only `pt` is accepted.
 
         Raises:
-            ValueError: another rate or kind of tensors; audio that cannot be used; numbers of clips and instructions
-                that do not fit; an instruction that contains the placeholder.
+            ValueError: If the rate or the kind of tensors differs, audio cannot be used, the numbers of samples and
+                instructions differ, or an instruction contains the placeholder.
         """
         if sampling_rate != SAMPLE_RATE or return_tensors != "pt":
             raise ValueError(
@@ -88,7 +88,7 @@ class EarshotProcessor(ProcessorMixin):
             texts *= len(samples)
         if len(texts) != len(samples):
             raise ValueError(f"{len(samples)} samples of audio and {len(texts)} instructions: give one for each")
-        # Many samples ask the same: each text is tokenised once.
+        # Many samples have the same instruction, so each text is tokenized once.
         pieces = {key: self._pieces(*key) for key in {(t, len(own)) for t, own in zip(texts, samples, strict=True)}}
         prompts = [
             fill(pieces[t, len(own)], [self.count_audio_tokens(len(c)) for c in own], self.placeholder_id)
@@ -114,25 +114,29 @@ class EarshotProcessor(ProcessorMixin):
         return BatchFeature(inputs)
 
     def count_text_tokens(self, num_clips: int, text: str = "") -> int:
-        """Length of the prompt with so many clips, without what stands for these.
+        """Return the number of tokens of a prompt without its audio tokens.
+
+        Args:
+            num_clips: the number of clips.
+            text: the instruction.
 
         Raises:
-            ValueError: `text` contains the placeholder.
+            ValueError: If `text` contains the placeholder.
         """
         return sum(map(len, self._pieces(text, num_clips)))
 
     def count_audio_tokens(self, clip_samples: int) -> int:
-        """Positions that stand for a clip of so many samples."""
+        """Return the number of audio tokens of a clip of `clip_samples` audio samples."""
         return audio_tokens_of_samples(max(num_samples(self.min_audio_sec), clip_samples), self.strides)
 
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
-        """Texts of generated tokens, without special ones and placeholders."""
+        """Return the texts of generated tokens, without special tokens and placeholders."""
         rows = [[int(t) for t in row if int(t) != self.placeholder_id] for row in sequences]
         texts: list[str] = self.tokenizer.batch_decode(rows, **{"skip_special_tokens": True, **kwargs})
         return texts
 
     def _pieces(self, instruction: str, num_clips: int) -> list[list[int]]:
-        """The prompt's tokens around its clips."""
+        """Return the tokens of a prompt before, between and after its clips."""
         if self.placeholder in instruction:
             raise ValueError(f"{instruction!r} contains {self.placeholder}, which stands for audio")
         template = self.prompt_with_audio if num_clips else self.prompt_without_audio
@@ -163,7 +167,7 @@ def _is_clip(audio: Any) -> bool:
 
 
 def _read(path: str) -> np.ndarray:
-    """Mean of the channels [T] at 16 kHz."""
+    """Return the mean of a file's channels [T] at 16 kHz."""
     try:
         import soundfile
     except ImportError as error:

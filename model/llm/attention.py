@@ -1,4 +1,4 @@
-"""Megatron's core attention for packed sequences: rotary embedding, then causal attention within every segment.
+"""The core attention of the Megatron model for packed sequences: rotary embedding and causal attention per segment.
 
 Shapes: t rows of a pack, H query heads and G key-value heads of this rank, D head width.
 """
@@ -18,17 +18,23 @@ from model.transfer import to_device
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in Hugging Face's layout: dimension i is paired with i + D/2. `x` `[t, heads, D]`."""
+    """Apply the rotary embedding to `x` [t, heads, D]; as in Hugging Face, i is paired with i + D/2."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class PackedAttention(nn.Module):
-    """Takes q `[t, H, D]`, k and v `[t, G, D]` and a `PackedSequences`; returns `[t, H, D]`.
+    """Causal attention within each segment of a pack.
 
-    It rotates q and k itself, so positions come from the pack and a cache can continue them. TransformerEngine attends
-    where it is installed and can: half precision on a GPU. Otherwise segments of similar length are attended to as one
-    right-padded batch: under a causal mask no token sees the padding after it.
+    The module applies the rotary embedding itself, so that positions come from the pack and a cache can continue them.
+    TransformerEngine computes attention if it is installed, on GPUs in half precision. Otherwise, segments of similar
+    length form a right-padded batch for PyTorch's attention: under a causal mask, no token sees the padding after it.
+
+    Args:
+        config: Megatron's config.
+        layer_number: the number of the layer, from 1.
+        inv_freq: the inverse frequencies [D/2] of the rotary embedding, in fp32.
+        scaling: the factor on cosine and sine.
     """
 
     def __init__(
@@ -37,7 +43,7 @@ class PackedAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_number = layer_number
-        # Not a buffer: casting the model to bf16 would round the frequencies.
+        # This is no buffer, since casting the model to bf16 would round the frequencies.
         self.inv_freq = inv_freq
         self.scaling = scaling
         engine = transformer_engine()
@@ -66,7 +72,20 @@ class PackedAttention(nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
-        """See the class."""
+        """Attend.
+
+        Args:
+            query: [t, H, D].
+            key: [t, G, D].
+            value: [t, G, D].
+            attention_mask: must be None.
+            attn_mask_type: not used; part of the signature in Megatron.
+            attention_bias: must be None.
+            packed_seq_params: the pack, a `PackedSequences`.
+
+        Returns:
+            [t, H, D].
+        """
         packed = packed_seq_params
         assert isinstance(packed, PackedSequences), "pass a PackedSequences as packed_seq_params"
         assert attention_mask is None and attention_bias is None
@@ -86,7 +105,7 @@ class PackedAttention(nn.Module):
 
 
 def transformer_engine() -> ModuleType | None:
-    """`transformer_engine.pytorch`, or None where it is not installed."""
+    """Return the module `transformer_engine.pytorch`, or None if it is not installed."""
     try:
         import transformer_engine.pytorch as engine
     except ImportError:
@@ -95,7 +114,7 @@ def transformer_engine() -> ModuleType | None:
 
 
 def _attend_fused(fused: nn.Module, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-    """Causal attention of every segment to itself, by TransformerEngine on the pack as it is."""
+    """Compute causal attention within each segment by TransformerEngine, which takes the pack as it is."""
     ends = packed.segment_ends(query.device)
     longest = max(packed.lengths)
     attended = fused(
@@ -105,7 +124,7 @@ def _attend_fused(fused: nn.Module, query: Tensor, key: Tensor, value: Tensor, p
 
 
 def _attend_within(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-    """Causal attention of every segment to itself."""
+    """Compute causal attention within each segment by PyTorch."""
     outputs = []
     for bucket in packed.buckets(query.device):
         q, k, v = bucket.pad(query), bucket.pad(key), bucket.pad(value)
@@ -114,9 +133,9 @@ def _attend_within(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequ
 
 
 def _attend_to_cache(query: Tensor, keys: Tensor, values: Tensor, packed: PackedSequences) -> Tensor:
-    """Attention of every segment to its sequence's cache `[sequences, tokens, G, D]`, up to each row's own position.
+    """Compute the attention of each segment to the cache of its sequence, up to the position of each row.
 
-    Rows that only fill the pack up are 0.
+    `keys` and `values` are [sequences, tokens, G, D]. The result is 0 for rows of padding.
     """
     segments = packed.cached_segments(query.device)
     bucket = segments.bucket

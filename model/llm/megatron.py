@@ -1,8 +1,8 @@
-"""The LLM on Megatron-core: one pipeline stage of a `GPTModel` that computes what transformers' model computes.
+"""The LLM on Megatron-core: one pipeline stage of a `GPTModel`, which computes the same as transformers' model.
 
-Every call into what is built here must run inside the caller's Megatron context (on a machine without CUDA that is
-`trainer.parallel.cpu.megatron_calls`), after `parallel_state.initialize_model_parallel` and
-`model_parallel_cuda_manual_seed`.
+Before anything is built here, the caller must call `parallel_state.initialize_model_parallel` and
+`model_parallel_cuda_manual_seed`. On machines without CUDA, all calls must be within
+`trainer.parallel.cpu.megatron_calls`.
 
 Forward, on every stage::
 
@@ -46,7 +46,7 @@ from model.llm.names import head_dim, padded_vocab_size, tp_dim
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension whose weight is marked for Megatron's sequence-parallel gradient all-reduce."""
+    """An RMSNorm over the last dimension. Its weight is marked for Megatron's sequence-parallel gradient all-reduce."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., hidden_size]` to the same."""
+        """Normalize `x` [..., hidden_size]."""
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -67,10 +67,17 @@ def transformer_config(
     dtype: torch.dtype = torch.float32,
     recompute: bool = False,
 ) -> TransformerConfig:
-    """Megatron's config of the model.
+    """Return Megatron's config of the model.
 
-    Gradients are plain sums over micro-batches and data-parallel ranks (`calculate_per_token_loss`): the caller divides
-    by the global batch's target tokens. `recompute` keeps only every layer's input for the backward pass.
+    Gradients are plain sums over micro-batches and data-parallel ranks (`calculate_per_token_loss`). The caller divides
+    by the number of target tokens of the global batch.
+
+    Args:
+        hf_config: the LLM.
+        tp_size: the tensor-parallel size.
+        pp_size: the number of pipeline stages.
+        dtype: the dtype of the parameters.
+        recompute: True to keep only each layer's input for the backward pass.
     """
     family = family_of(hf_config)
     recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -97,9 +104,9 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,
-        # All packs of a step are equally long: a stage knows what arrives from the schedule's `seq_length`.
+        # All packs of a step have one length, so the schedule's `seq_length` gives a stage the shape of its input.
         variable_seq_lengths=False,
-        batch_p2p_sync=False,  # waiting for a transfer orders the streams; the device need not stand still
+        batch_p2p_sync=False,  # waiting for a transfer orders the streams, without a synchronization of the device
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         gradient_accumulation_fusion=False,
@@ -122,10 +129,19 @@ def build_megatron(
     dtype: torch.dtype = torch.float32,
     recompute: bool = False,
 ) -> GPTModel:
-    """This rank's stage of the model, its weights *not initialised*: fill them with `model.llm.weights.load_megatron`.
+    """Build this rank's stage of the model without initializing its weights.
 
-    Layers are split evenly over the stages, the vocabulary is padded to a multiple of `tp_size`; sequence parallelism
-    is on where `tp_size` > 1.
+    `model.llm.weights.load_megatron` fills the weights. Layers are divided evenly over the stages, and the vocabulary
+    is padded to a multiple of `tp_size`. Sequence parallelism is on if `tp_size` > 1.
+
+    Args:
+        hf_config: the LLM.
+        tp_size: the tensor-parallel size.
+        pp_size: the number of pipeline stages.
+        first_stage: True if this rank holds the first pipeline stage.
+        last_stage: True if this rank holds the last pipeline stage.
+        dtype: the dtype of the parameters.
+        recompute: True to keep only each layer's input for the backward pass.
     """
     config = transformer_config(hf_config, tp_size=tp_size, pp_size=pp_size, dtype=dtype, recompute=recompute)
     gpt = GPTModel(
@@ -139,7 +155,7 @@ def build_megatron(
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
     )
     for name, parameter in gpt.named_parameters():
-        # Megatron marks these only when it initialises them; unmarked, they count once per TP rank in the norm.
+        # Megatron marks these only when it initializes them. Unmarked, they would count once per TP rank in the norm.
         dim = tp_dim(name)
         if dim is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, dim, 2 if "linear_fc1" in name else 1)
@@ -151,13 +167,16 @@ def build_megatron(
 
 
 def embed_tokens(gpt: GPTModel, token_ids: Tensor) -> Tensor:
-    """Embeddings `[t/TP, 1, hidden]` of `token_ids` `[t]` on the first stage: this rank's rows of the pack."""
+    """Return the embeddings [t/TP, 1, hidden] of this rank's rows of a pack `token_ids` [t], on the first stage.
+
+    Collective: every rank of the tensor-parallel group must call it.
+    """
     embedded: Tensor = gpt.embedding(input_ids=token_ids[None], position_ids=None)
     return embedded
 
 
 def rotary_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
-    """Inverse frequencies `[head dim / 2]` in fp32 and the factor on cosine and sine, as transformers computes them."""
+    """Return the inverse frequencies [head dim / 2] in fp32 and the factor on cosine and sine, as in transformers."""
     rope = hf_config.rope_parameters
     if rope["rope_type"] != "default":
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config, torch.device("cpu"))
@@ -199,7 +218,10 @@ def _block_spec(config: TransformerConfig, hf_config: PretrainedConfig) -> Trans
 
 
 def _require_grad(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Without this, text under a frozen embedding gives recomputed layers no gradient at all, silently."""
+    """Make the input of the first layer require a gradient.
+
+    Otherwise recomputed layers would get no gradient, without an error, for text under a frozen embedding.
+    """
     x = kwargs["hidden_states"]
     if torch.is_grad_enabled() and not x.requires_grad:
         kwargs["hidden_states"] = x.detach().requires_grad_()
@@ -209,7 +231,7 @@ def _require_grad(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
 def _mask_padded_columns(
     module: ColumnParallelLinear, _args: Any, output: tuple[Tensor, Any], *, vocab_size: int
 ) -> tuple[Tensor, Any]:
-    """Give the vocabulary's padding no probability; without this each padded column adds exp(0) to the softmax."""
+    """Set the logits of the vocabulary's padding to -inf; otherwise each column would add exp(0) to the softmax."""
     logits, bias = output
     gathered = logits.shape[-1] == module.output_size
     first = 0 if gathered else module.tp_group.rank() * module.output_size_per_partition

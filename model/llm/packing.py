@@ -1,4 +1,4 @@
-"""Packed sequences: several token sequences laid end to end, none of which sees another; and the cache for decoding.
+"""Packed sequences, in which several token sequences follow each other without seeing each other, and the KV cache.
 
 Shapes: t rows of a pack, S segments, L tokens of the longest segment of a bucket, G key-value heads, D head width.
 """
@@ -18,28 +18,30 @@ from torch import Tensor
 from model.transfer import to_device
 
 PADDING = -1
-"""Sequence index of a segment that only fills up rows (`KVCache.extend`)."""
+"""The sequence index of a segment of padding (`KVCache.extend`)."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Segments of similar length, to be attended to as one right-padded batch."""
+    """Segments of similar length, which form one right-padded batch for attention."""
 
     num_segments: int
+    """The number of segments."""
     max_length: int
+    """The length of the longest segment in tokens."""
     rows: Tensor
-    """`[n]` rows of the pack that belong to these segments."""
+    """[n], the rows of the pack that belong to these segments."""
     places: Tensor
-    """`[n]` where each row lies in the padded batch `[num_segments * max_length]`."""
+    """[n], the index of each row in the padded batch [num_segments * max_length]."""
 
     def pad(self, x: Tensor) -> Tensor:
-        """Rows of the pack `[t, heads, D]` → `[num_segments, heads, max_length, D]`, zeros on the right."""
+        """Return the padded batch [num_segments, heads, max_length, D] of the pack's rows `x` [t, heads, D]."""
         batch = x.new_zeros(self.num_segments * self.max_length, *x.shape[1:])
         batch = batch.index_copy(0, self.places, x.index_select(0, self.rows))
         return batch.unflatten(0, (self.num_segments, self.max_length)).transpose(1, 2)
 
     def unpad(self, x: Tensor) -> Tensor:
-        """The inverse: → `[n, heads, D]`, in the order of `rows`."""
+        """Return the rows [n, heads, D] of a padded batch, in the order of `rows`; the inverse of `pad`."""
         return x.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
 
 
@@ -48,33 +50,35 @@ class CachedSegments:
     """The B segments of a pack that continue cached sequences."""
 
     bucket: Bucket
+    """The segments as one padded batch."""
     sequences: Tensor
-    """`[B]` the cache's sequence of each."""
+    """[B], the sequence in the cache that each segment continues."""
     starts: Tensor
-    """`[B]` position of each one's first token."""
+    """[B], the position of each segment's first token."""
     num_keys: int
-    """Tokens of the longest sequence, these included."""
+    """The number of tokens of the longest sequence, including those of the pack."""
     row_sequences: Tensor
-    """`[n]` for every row of `bucket.rows` its sequence."""
+    """[n], the sequence of every row of `bucket.rows`."""
     row_positions: Tensor
-    """`[n]` for every row of `bucket.rows` its position."""
+    """[n], the position of every row of `bucket.rows`."""
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """What attention must know of one pack `[t]`; passed to Megatron as `packed_seq_params`.
+    """The segments of a pack of t rows, passed to Megatron as `packed_seq_params`.
 
-    `lengths` are the segments' lengths, in order; they sum to t. Rows that only fill the pack up (t must be a multiple
-    of the tensor-parallel size) are a segment like any other: ignore their labels. The remaining fields serve decoding
-    and are set by `KVCache.extend`.
+    t must be a multiple of the tensor-parallel size. Rows of padding form a segment like any other, whose labels are
+    ignored. `KVCache.extend` sets the fields for decoding.
     """
 
     lengths: tuple[int, ...] = ()
+    """The lengths of the segments in order. Their sum is t."""
     starts: tuple[int, ...] = ()
-    """Position of every segment's first token; empty: all 0."""
+    """The position of each segment's first token; empty if all are 0."""
     sequences: tuple[int, ...] = ()
-    """For every segment its sequence in `cache`, or PADDING."""
+    """The sequence in `cache` of each segment, or PADDING; empty without a cache."""
     cache: KVCache | None = None
+    """The cache that the segments continue; None in training."""
 
     def __post_init__(self) -> None:
         assert self.lengths and all(n > 0 for n in self.lengths), self.lengths
@@ -90,32 +94,33 @@ class PackedSequences(PackedSeqParams):
 
     @property
     def num_tokens(self) -> int:
-        """Rows of the pack, t."""
+        """The number of rows of the pack, t."""
         return sum(self.lengths)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """First row of every segment."""
+        """The first row of each segment."""
         return tuple(sum(self.lengths[:i]) for i in range(len(self.lengths)))
 
     @cached_property
     def positions(self) -> NDArray[np.int64]:
-        """`[t]` position of every row within its sequence."""
-        return _runs(self.starts, self.lengths)
+        """[t], the position of each row in its sequence."""
+        return _spans(self.starts, self.lengths)
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Segments of every bucket: those whose length has the same next power of two, so that a long one does not
-        inflate short ones."""
+        """The segments of each bucket. Lengths in a bucket have the same next power of two, which limits padding."""
         found: dict[int, list[int]] = {}
         for i, length in enumerate(self.lengths):
             found.setdefault((length - 1).bit_length(), []).append(i)
         return tuple(map(tuple, found.values()))
 
     def layout(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Positions, the buckets' rows, their places, and of every row its place among the buckets' rows; `[t]` each.
+        """Return four tensors [t] on the device, computed on the host and moved in one transfer.
 
-        Worked out on the host and moved at once: each transfer costs more than it carries.
+        Returns:
+            The position of each row, the rows of all buckets, their places in the padded batches, and the index of each
+            row among the buckets' rows.
         """
         if self._layout is None:
             parts = [self._rows_and_places(members) for members in self.groups]
@@ -127,9 +132,12 @@ class PackedSequences(PackedSeqParams):
         return positions, rows_there, places_there, inverse_there
 
     def rotation(self, inv_freq: Tensor, scaling: float, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine `[t, 1, D]` of the rotary embedding, in the dtype and on the device of `like`.
+        """Return cosine and sine [t, 1, D] of the rotary embedding, which are computed once per pack for all layers.
 
-        `inv_freq` `[D/2]` fp32, on the same device. Computed once per pack: all layers of a model share them.
+        Args:
+            inv_freq: the inverse frequencies [D/2] in fp32, on the device of `like`.
+            scaling: the factor on cosine and sine.
+            like: a tensor whose dtype and device the result has.
         """
         if self._rotation is None or self._rotation[0].dtype != like.dtype:
             angles = torch.outer(self.layout(like.device)[0].float(), inv_freq).repeat(1, 2)[:, None, :]
@@ -137,7 +145,7 @@ class PackedSequences(PackedSeqParams):
         return self._rotation
 
     def buckets(self, device: torch.device) -> tuple[Bucket, ...]:
-        """Segments of similar length; see `groups`."""
+        """Return the segments of similar length, as in `groups`."""
         if self._buckets is None:
             _, rows, places, _ = self.layout(device)
             lengths = [[self.lengths[i] for i in members] for members in self.groups]
@@ -149,17 +157,17 @@ class PackedSequences(PackedSeqParams):
         return self._buckets
 
     def segment_ends(self, device: torch.device) -> Tensor:
-        """`[S + 1]` int32: 0, then the row after each segment."""
+        """Return [S + 1] in int32: 0, followed by the row after each segment."""
         if self._segment_ends is None:
             self._segment_ends = to_device(np.cumsum((0, *self.lengths), dtype=np.int32), device)
         return self._segment_ends
 
     def unbucket(self, device: torch.device) -> Tensor:
-        """`[t]`: for every row of the pack its place among the buckets' rows laid end to end."""
+        """Return [t], the index of each row of the pack in the concatenation of the buckets' rows."""
         return self.layout(device)[3]
 
     def cached_segments(self, device: torch.device) -> CachedSegments:
-        """The segments that are not padding."""
+        """Return the segments that are not padding."""
         if self._cached_segments is None:
             real = [i for i, sequence in enumerate(self.sequences) if sequence != PADDING]
             rows, places = self._rows_and_places(real)
@@ -178,37 +186,44 @@ class PackedSequences(PackedSeqParams):
         return self._cached_segments
 
     def _rows_and_places(self, segments: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """See `Bucket`."""
+        """Return the fields `rows` and `places` of a `Bucket` with these segments."""
         lengths = [self.lengths[i] for i in segments]
         return (
-            _runs([self.offsets[i] for i in segments], lengths),
-            _runs(range(0, len(lengths) * max(lengths), max(lengths)), lengths),
+            _spans([self.offsets[i] for i in segments], lengths),
+            _spans(range(0, len(lengths) * max(lengths), max(lengths)), lengths),
         )
 
 
-def _runs(starts: Sequence[int], lengths: Sequence[int]) -> NDArray[np.int64]:
-    """start, start + 1, … of every run, end to end."""
+def _spans(starts: Sequence[int], lengths: Sequence[int]) -> NDArray[np.int64]:
+    """Return start, start + 1, …, start + length - 1 of each span, concatenated."""
     return np.concatenate([np.arange(s, s + n, dtype=np.int64) for s, n in zip(starts, lengths, strict=True)])
 
 
 class KVCache:
-    """Keys and values of `num_sequences` sequences, for every layer that stores into it.
+    """The keys and values of `num_sequences` sequences in every layer of a pipeline stage.
 
-    Each pipeline stage has its own. `extend` reserves the places of one forward pass; the layers fill them.
+    `extend` reserves the positions of one forward pass, and the layers fill them.
+
+    Args:
+        num_sequences: the number of sequences.
+        max_tokens: the largest number of tokens of a sequence.
     """
 
     def __init__(self, num_sequences: int, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self.num_tokens = [0] * num_sequences
-        """Tokens that each sequence holds."""
+        """The number of tokens of each sequence."""
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(
         self, lengths: Sequence[int], sequences: Sequence[int] | None = None, num_padding: int = 0
     ) -> PackedSequences:
-        """The pack that appends `lengths[i]` tokens to `sequences[i]` (default: to all, in order).
+        """Return the pack that appends tokens to sequences.
 
-        `num_padding` rows after them fill the pack up; what they hold is ignored and is not stored.
+        Args:
+            lengths: the number of tokens to append to each sequence.
+            sequences: the sequences; None for all, in order.
+            num_padding: the number of rows of padding after them, which are not stored.
         """
         which = tuple(range(len(self.num_tokens))) if sequences is None else tuple(sequences)
         assert len(which) == len(lengths) and len(set(which)) == len(which), (which, lengths)
@@ -225,7 +240,7 @@ class KVCache:
         )
 
     def store(self, layer: int, key: Tensor, value: Tensor, packed: PackedSequences) -> tuple[Tensor, Tensor]:
-        """Write `key` and `value` `[t, G, D]` of a pack; returns the layer's cache `[sequences, tokens, G, D]`."""
+        """Store `key` and `value` [t, G, D] of a pack, and return both caches [sequences, tokens, G, D]."""
         assert not torch.is_grad_enabled(), "a cache is for inference: use torch.no_grad()"
         if layer not in self._layers:
             shape = (len(self.num_tokens), self.max_tokens, *key.shape[1:])

@@ -35,6 +35,8 @@ PREFIX = "audio."
 class AudioEngine:
     """An `AudioTower` that is distributed over all ranks.
 
+    Collective: every rank of the world must create it.
+
     Args:
         tower: the tower, built on every rank from the same seed or weights, with the experts of `place(config, ep)`.
         optim: the optimizer section of the recipe.

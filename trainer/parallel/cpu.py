@@ -1,7 +1,7 @@
-"""Megatron-core without CUDA.
+"""Megatron-core on machines without CUDA.
 
-Megatron-core names CUDA in a few places (allocation, random state, the type strings of the distributed optimizer).
-`megatron_calls()` turns those into CPU for as long as a Megatron call lasts, or into the meta device, where nothing
+Megatron-core names CUDA in a few places: allocation, random state, and the type strings of the distributed optimizer.
+For the duration of a Megatron call, `megatron_calls()` replaces CUDA by the CPU, or by the meta device, where nothing
 takes memory. DeepSpeed compares the same type strings and must never run inside it.
 """
 
@@ -20,7 +20,8 @@ _depth = 0
 
 
 class _CudaMeans(TorchFunctionMode):
-    """`device="cuda"` is `device`, `Tensor.cuda()` does nothing, `Tensor.type()` answers `torch.cuda.*`."""
+    """A mode in which "cuda" means `device`, `Tensor.cuda()` does nothing, and `Tensor.type()` returns
+    `torch.cuda.*`."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -63,12 +64,15 @@ def _replacements(device: torch.device) -> tuple[tuple[Any, str, Callable[..., A
 
 @contextlib.contextmanager
 def megatron_calls(device: torch.device = CPU) -> Iterator[None]:
-    """Surround every Megatron call with this; it does nothing where there is a GPU, and may be nested: the outermost
-    decides which device "CUDA" means.
+    """Make Megatron calls within the block work without CUDA. Every Megatron call must be in such a block.
 
-    It replaces attributes of `torch.cuda` for the whole process while it is active, so no other thread may run
-    DeepSpeed meanwhile. Inside it Megatron's "CUDA" generator is the CPU generator: `model_parallel_cuda_manual_seed`
-    reseeds that.
+    If there is a GPU, nothing is changed. Blocks may be nested; the outermost one decides which device "CUDA" means.
+
+    Attributes of `torch.cuda` are replaced for the whole process, so no other thread may run DeepSpeed at that time.
+    Megatron's "CUDA" generator is the CPU generator within the block: `model_parallel_cuda_manual_seed` reseeds it.
+
+    Args:
+        device: the device that stands for CUDA.
     """
     global _depth
     if torch.cuda.is_available() or _depth > 0:

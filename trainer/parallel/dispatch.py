@@ -1,7 +1,7 @@
-"""Which rank encodes which clip, and what each rank sends and receives for it: pure arithmetic.
+"""The plan of which rank encodes which clip, and of what each rank sends and receives for it.
 
-A clip that is wanted of an encoder travels to one holder of that encoder, once per rank however many encoders want it
-there; its features travel back. Nothing is padded, and there is no capacity that could drop a clip.
+A clip is sent to one encoder rank of each encoder that must encode it, and to each rank only once even if several of
+its encoders need it. The features are sent back. Nothing is padded, and there is no capacity that could drop a clip.
 
 Shapes: N clips of all ranks, K encoders, W ranks.
 """
@@ -20,47 +20,55 @@ from trainer.parallel.balance import Floats, spread_alike
 from trainer.parallel.plan import Ints
 
 ClipCost = Callable[[Ints], Floats]
-"""From the lengths of clips (audio samples) to what encoding each costs, in any unit that all encoders share."""
+"""A function from the lengths of clips (audio samples) to the cost of encoding each, in a unit that encoders share."""
 
 
 @dataclass(frozen=True)
 class ClipTable:
-    """The clips of all ranks, by rank, in the order in which each rank holds them."""
+    """The clips of all ranks, ordered by rank and then as each rank holds them."""
 
     source_rank: Ints
-    """[N] rank that has the clip, ascending."""
+    """[N], the rank that has the clip, ascending."""
     samples: Ints
-    """[N] audio samples."""
+    """[N], the length of the clip in audio samples."""
     wanted: NDArray[np.bool_]
-    """[N, K] encoders that must see the clip."""
+    """[N, K], true where the encoder must encode the clip."""
 
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Where every wanted (clip, encoder) pair is computed: by place of the encoder, then encoder, then clip."""
+    """The ranks that encode clips.
+
+    The pairs of a clip and an encoder are ordered by the place of the encoder, then by encoder, then by clip.
+    """
 
     clips: ClipTable
+    """The clips of all ranks."""
     clip: Ints
+    """The clip of each pair, an index into `clips`."""
     encoder: Ints
+    """The encoder of each pair."""
     encoder_rank: Ints
-    """Rank that computes the pair."""
+    """The rank that computes each pair."""
     cost: Floats
+    """The cost of each pair."""
 
 
 def plan_dispatch(
     clips: ClipTable, costs: Sequence[ClipCost], places: Sequence[int], ep: int, world: int
 ) -> DispatchPlan:
-    """Give all holders of an encoder the same work, and each of them clips of like length.
+    """Plan which rank encodes which clip: encoder ranks get equal work, and each gets clips of similar length.
 
-    An encoder by itself, not all encoders of a rank together: where ZeRO-3 gathers, no rank begins the next one's calls
-    early. What an encoder cannot share evenly, having few clips, goes to those that have least so far.
+    The work of each encoder is balanced on its own rather than the total of a rank: ZeRO-3 gathers weights on all
+    encoder ranks together, so no rank can begin the calls of the next encoder early. If an encoder has too few clips to
+    share them evenly, they go to the ranks with the least work so far.
 
     Args:
-        clips: of all ranks.
-        costs: per encoder.
-        places: per encoder, its place in every expert-parallel group.
-        ep: size of these groups (blocks of neighbouring ranks); 1: every rank holds every encoder.
-        world: ranks.
+        clips: the clips of all ranks.
+        costs: the cost of clips for each encoder.
+        places: the place of each encoder in every expert-parallel group.
+        ep: the size of these groups of neighbouring ranks; with 1, every rank holds every encoder.
+        world: the number of ranks.
     """
     by_place = sorted(range(len(places)), key=lambda k: places[k])
     by_encoder = np.ascontiguousarray(clips.wanted.T)
@@ -75,11 +83,11 @@ def plan_dispatch(
 
 
 def _encoder_ranks(cost: Floats, loads: Floats) -> Ints:
-    """Which of its holders computes each of an encoder's clips; `loads` is what they have, and changes in place."""
+    """Return which encoder rank computes each clip of an encoder; `loads`, their work so far, changes in place."""
     bins = spread_alike(cost, len(loads))
     mine = np.bincount(bins, weights=cost, minlength=len(loads))
     holder_of = np.arange(len(loads))
-    if loads.any():  # where clips are fewer than holders, they are not the same holders for every encoder
+    if loads.any():  # with fewer clips than encoder ranks, other ranks are chosen for each encoder
         holder_of[np.argsort(-mine, kind="stable")] = np.argsort(loads, kind="stable")
     loads[holder_of] += mine
     return holder_of[bins]
@@ -87,33 +95,35 @@ def _encoder_ranks(cost: Floats, loads: Floats) -> Ints:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """One rank's part of a `DispatchPlan`. What goes to a rank, and what comes from it, is listed in the same order at
-    both ends; a rank's own share is listed as well."""
+    """One rank's part of a `DispatchPlan`.
+
+    Sender and receiver list their messages in the same order. What stays on a rank is listed, too.
+    """
 
     send_clips: tuple[int, ...]
-    """Own clips to send, by destination; a clip wanted on several ranks is listed once for each."""
+    """The clips to send, by destination; a clip that goes to several ranks is listed once for each."""
     send_to: tuple[int, ...]
-    """Rank that each goes to."""
+    """The rank that each goes to."""
     recv_lengths: tuple[int, ...]
-    """Audio samples of every arriving clip, in the order of `ClipTable`."""
+    """The audio samples of every received clip, in the order of `ClipTable`."""
     recv_from: tuple[int, ...]
-    """Rank that each comes from."""
+    """The rank that each comes from."""
     work: tuple[tuple[int, ...], ...]
-    """Per encoder the arriving clips that it must see."""
+    """The received clips that each encoder must encode."""
     return_order: tuple[int, ...]
-    """Results to send, as positions in the results laid end to end, encoder after encoder."""
+    """The results to send, as indices into the results of all encoders, encoder after encoder."""
     return_to: tuple[int, ...]
-    """Rank that each goes to, ascending."""
+    """The rank that each goes to, ascending."""
     result_lengths: tuple[int, ...]
-    """Frames of every arriving feature sequence, by the rank that computed it, then encoder, then clip."""
+    """The frames of every received feature sequence, ordered by the rank that computed it, then by encoder and clip."""
     result_from: tuple[int, ...]
-    """Rank that each comes from."""
+    """The rank that each comes from."""
     results: tuple[tuple[int, ...], ...]
-    """Per encoder the arriving feature sequences, in the order of this rank's clips."""
+    """The received feature sequences of each encoder, in the order of this rank's clips."""
 
 
 def dispatch_of(plan: DispatchPlan, rank: int) -> Dispatch:
-    """`rank`'s part of `plan`."""
+    """Return the part of a plan that concerns one rank."""
     clips, source_rank = plan.clips, plan.clips.source_rank[plan.clip]
     num_clips, num_encoders = clips.wanted.shape
     own, here = np.flatnonzero(source_rank == rank), np.flatnonzero(plan.encoder_rank == rank)
@@ -146,23 +156,24 @@ def dispatch_of(plan: DispatchPlan, rank: int) -> Dispatch:
 
 
 CALL_COST_SAMPLES = {"cpu": num_samples(1), "cuda": num_samples(10)}
-"""What one more encoder call costs on a device, as audio: every call passes ZeRO-3's hooks of every module. Measured on
-a CPU with encoders of 1.5 to 2.2 M parameters (1.2 to 2 s; larger ones are slower per second of audio)."""
+"""The cost of one more encoder call on each type of device, in audio samples of equal cost: a call runs ZeRO-3's hooks
+of all modules. On a CPU, 1.2 to 2 s were measured for encoders of 1.5 to 2.2 M parameters; larger ones need more time
+per second of audio. The value for CUDA is an estimate."""
 
 
 def group_by_length(
     lengths: Sequence[int], budget: int, call_cost: int, windowing: Windowing = WHOLE
 ) -> list[list[int]]:
-    """Split clips into padded batches with the least padding.
+    """Split clips into padded batches of the lowest total cost.
 
-    The clips, sorted by length, are cut where Σ (computed samples + call_cost) is smallest (dynamic programming,
-    exact).
+    The clips are sorted by length and cut where Σ (computed samples + call_cost) is smallest. The solution is exact, by
+    dynamic programming.
 
     Args:
-        lengths: of the clips, in samples.
-        budget: most samples that a batch may compute, padding included; a single costlier clip is a batch of its own.
-        call_cost: of one more batch, in samples.
-        windowing: what the encoder makes of clips.
+        lengths: the lengths of the clips, in samples.
+        budget: the largest number of samples in a batch, including padding; a longer clip is a batch of its own.
+        call_cost: the cost of one more batch, in samples.
+        windowing: how the encoder cuts and pads clips.
 
     Returns:
         Groups of indices into `lengths`; without clips, one empty group.

@@ -1,7 +1,4 @@
-"""Environment variables and limits that a process needs before its first CUDA call and its first process group.
-
-This module does not import torch.
-"""
+"""Settings of a process before its first CUDA call and its first process group. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -14,27 +11,27 @@ from collections.abc import MutableMapping
 _SETTINGS = {
     # Megatron needs communication kernels to start in the order in which they are issued.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # A gloo group connects two ranks when they first communicate, instead of all pairs of ranks at the beginning.
+    # Connections of a gloo group are made when they are used, instead of between all pairs of ranks at once.
     "TORCH_GLOO_LAZY_INIT": "1",
 }
 _ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _ALLOCATOR = "expandable_segments:True"
-"""The default allocator setting. Packs differ in length from step to step, which would fragment fixed segments."""
+"""Packs differ in length from step to step, so that fixed segments would fragment."""
 
 PROCESS_DESCRIPTORS = 256
-"""Assumed number of descriptors for files, libraries, data workers and their pipes."""
+"""The assumed number of descriptors for files, libraries, data workers and their pipes."""
 NCCL_DESCRIPTORS = 1024
-"""Assumed number of descriptors for all NCCL communicators of a rank."""
+"""The assumed number of descriptors for all NCCL communicators of a rank."""
 GLOO_GROUP_DESCRIPTORS = 4
-"""Number of descriptors of a gloo group without connections (a listener and its loop), measured with torch 2.13."""
+"""The descriptors of a gloo group without connections, measured with torch 2.13: a listener and its event loop."""
 STORE_DESCRIPTORS = 16
-"""Number of descriptors of rank 0's store without those of its clients, measured with torch 2.13."""
+"""The descriptors of rank 0's store without its clients, also measured."""
 
 
 def set_environment(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set the environment variables of CUDA, its allocator and gloo, and raise the limit on open files.
+    """Set the variables that CUDA, its allocator and gloo read, and raise the limit on open files.
 
-    Call this function before the first CUDA call and the first process group. Variables that are already set are kept.
+    It must be called before the first CUDA call and the first process group. Variables that are set already are kept.
 
     Args:
         environ: The environment variables.
@@ -58,14 +55,14 @@ def raise_descriptor_limit() -> int:
 
 
 def needed_descriptors(num_ranks: int, cuda: bool) -> int:
-    """Return how many files rank 0 may have open at once, which are more than those of any other rank.
+    """Return the largest number of files that rank 0 may have open at once; other ranks need fewer.
 
-    All ranks are connected to the store of rank 0, and to rank 0 itself in the gloo group of the world. Checkpoints use
-    another gloo group, in which a rank is connected only to its neighbors in rings and trees.
+    Rank 0 has the store that all ranks connect to, and every rank sends its reports there. The world has a gloo group
+    in which any two ranks may be connected. Checkpoints have another group, in which ranks form rings and trees.
 
     Args:
-        num_ranks: The number of ranks of the run.
-        cuda: Whether ranks compute on GPUs, and therefore have NCCL communicators.
+        num_ranks: the number of ranks.
+        cuda: True if ranks compute on GPUs and therefore have NCCL communicators.
     """
     store = STORE_DESCRIPTORS + num_ranks
     world = GLOO_GROUP_DESCRIPTORS + num_ranks - 1
@@ -74,13 +71,7 @@ def needed_descriptors(num_ranks: int, cuda: bool) -> int:
 
 
 def low_limit(limit: int, num_ranks: int, cuda: bool) -> str | None:
-    """Return an error message if the limit on open files is too low for a run, else None.
-
-    Args:
-        limit: The number of files that a process may open.
-        num_ranks: The number of ranks of the run.
-        cuda: Whether ranks compute on GPUs.
-    """
+    """Return a warning if `limit` open files are too few for a run of `num_ranks` ranks; None if they suffice."""
     needed = needed_descriptors(num_ranks, cuda)
     if limit >= needed:
         return None

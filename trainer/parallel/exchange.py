@@ -1,7 +1,7 @@
-"""The exchange: one differentiable ragged all-to-all that carries out a plan. Nothing else moves samples.
+"""The exchange: a differentiable ragged all-to-all that carries out a plan. Nothing else moves samples between ranks.
 
-Rows (`exchange`) are put in the order of sending and travel by one collective. Whole sequences (`deliver`) travel from
-where they lie, as the messages that such a collective consists of: ordering them would copy each once more.
+`exchange` moves rows: it puts them in the order of sending and uses one collective. `deliver` moves whole sequences
+from where they are in memory, as point-to-point messages, which saves the copy that ordering would take.
 """
 
 from __future__ import annotations
@@ -21,14 +21,20 @@ from trainer.parallel.plan import Ints, Route
 
 
 def exchange(rows: Tensor, route: Route, group: dist.ProcessGroup | None) -> Tensor:
-    """Move `rows` [N, …] as `route` says; gradients travel the same way back.
+    """Move rows between ranks. Gradients take the same way back.
 
-    Every rank of `group` must call it, also with nothing to send, and where any rank's `rows` require a gradient, all
-    ranks' must. A row may be sent to several ranks: its gradient is
-    the sum of theirs. Rows of the result that nobody sends are zero.
+    Collective: every rank of `group` must call it, also with nothing to send.
+
+    If the rows of any rank require a gradient, those of all ranks must. A row may be sent to several ranks; its
+    gradient is the sum of theirs.
+
+    Args:
+        rows: this rank's rows [N, …].
+        route: which rows go where.
+        group: the ranks; None for the world.
 
     Returns:
-        [route.num_out, …] in the dtype of `rows`.
+        [route.num_out, …] in the dtype of `rows`. Rows that no rank sends are zero.
     """
     device = rows.device
     outgoing = rows.index_select(0, to_device(route.send_rows, device))
@@ -57,16 +63,17 @@ def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.P
 
 @dataclass(frozen=True)
 class Parcels:
-    """One rank's part of a movement of whole sequences between ranks."""
+    """One rank's part of an exchange of whole sequences."""
 
     send_to: tuple[int, ...]
-    """Rank that each own sequence goes to."""
+    """The rank that each of this rank's sequences goes to."""
     recv_from: tuple[int, ...]
-    """Rank that each sequence afterwards comes from."""
+    """The rank that each received sequence comes from."""
     recv_lengths: tuple[int, ...]
-    """Rows of these."""
+    """The number of rows of each received sequence."""
     spans: tuple[range, ...]
-    """The sequences afterwards, cut into pieces, in order; one that stays on its rank is a piece of its own."""
+    """The received sequences, divided into consecutive pieces. A sequence that stays on its rank is a piece of its
+    own."""
 
 
 def deliver(
@@ -76,26 +83,30 @@ def deliver(
     group: dist.ProcessGroup,
     before_backward: Callable[[], None] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Move whole sequences between ranks, each straight from where it lies; gradients travel the same way back.
+    """Move whole sequences between ranks, each from where it is in memory. Gradients take the same way back.
 
-    Between two ranks they keep their order, which both must list alike. One that stays is not copied.
+    Collective: every rank of `group` must call it.
+
+    Sender and receiver must list the sequences between them in the same order. A sequence that stays is not copied.
 
     Args:
-        sequences: own ones, each [rows, …] and contiguous.
-        parcels: where they go, and what comes.
-        anchor: [0, …], in the dtype and on the device of the sequences. Where any rank's sequences require a gradient,
-            all ranks' anchors must: a rank whose own do not still sends gradients to others.
+        sequences: this rank's sequences, each [rows, …] and contiguous.
+        parcels: which sequences go where, and which are received.
+        anchor: [0, …] in the dtype and on the device of the sequences. If the sequences of any rank require a gradient,
+            the anchors of all ranks must: a rank whose own sequences do not still sends gradients to others.
         group: all ranks.
-        before_backward: called once, before gradients travel and before those of any sequence are computed.
+        before_backward: a function that is called once, before gradients are sent and before any sequence's gradient is
+            computed.
 
     Returns:
-        The pieces, and [0, …], which ties this rank into the backward pass.
+        The pieces, and [0, …], which makes this rank take part in the backward pass.
     """
     return cast(tuple[Tensor, ...], _Deliver.apply(parcels, group, before_backward, anchor, *sequences))
 
 
 class _Deliver(torch.autograd.Function):
-    """All gradients arrive at this one node: nothing of what made the sequences runs backward before they travelled."""
+    """A single autograd node for all sequences, so that nothing before it runs backward until gradients are
+    exchanged."""
 
     @staticmethod
     def forward(
@@ -149,7 +160,10 @@ def _carry(
     like: Tensor,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """What comes from other ranks, end to end."""
+    """Send sequences, and return those that come from other ranks, concatenated.
+
+    Collective: every rank of `group` must call it.
+    """
     rank = dist.get_rank(group)
     coming = [(source, n) for source, n in zip(recv_from, recv_lengths, strict=True) if source != rank]
     arriving = like.new_empty(sum(n for _, n in coming), *like.shape[1:])
@@ -169,11 +183,14 @@ def _carry(
 
 
 _FIRST = 64
-"""Integers of every rank that travel with their number; only more than these take a second gathering."""
+"""The number of integers that are gathered together with their count. Longer arrays need a second collective."""
 
 
 def gather_ragged(values: np.ndarray, group: dist.ProcessGroup | None) -> list[np.ndarray]:
-    """Every rank's 1-D int64 array, by rank: the few integers that plans are made of."""
+    """Gather a 1-D int64 array of each rank, in the order of ranks. Plans are made from these few integers.
+
+    Collective: every rank of `group` must call it.
+    """
     begun = _gather(np.array([len(values), *values[:_FIRST]]), 1 + _FIRST, group)
     sizes, found = begun[:, 0], begun[:, 1:]
     if sizes.max() > _FIRST:
@@ -183,7 +200,10 @@ def gather_ragged(values: np.ndarray, group: dist.ProcessGroup | None) -> list[n
 
 
 def _gather(values: np.ndarray, width: int, group: dist.ProcessGroup | None) -> np.ndarray:
-    """[world, width] every rank's values, filled up with zeros."""
+    """Gather the values of all ranks, each filled up with zeros to [width], as [world, width].
+
+    Collective: every rank of `group` must call it.
+    """
     world = dist.get_world_size(group)
     mine = torch.zeros(width, dtype=torch.int64)
     mine[: len(values)] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
@@ -193,15 +213,22 @@ def _gather(values: np.ndarray, width: int, group: dist.ProcessGroup | None) -> 
 
 
 def check_same_plan(what: str, plan: Sequence[Ints], group: dist.ProcessGroup) -> None:
-    """Raise on every rank, naming those that differ from rank 0, instead of hanging in an exchange.
+    """Check that all ranks made the same plan, so that they do not hang in an exchange.
+
+    Collective: every rank of `group` must call it.
 
     Args:
-        what: name of the plan, for the message.
-        plan: its arrays.
-        group: all ranks that planned.
+        what: the name of the plan, for the message.
+        plan: the arrays of the plan.
+        group: all ranks that made the plan.
+
+    Raises:
+        RuntimeError: If a plan differs from that of rank 0. All ranks raise it, with the ranks that differ.
     """
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in plan)).digest()
     digests = [int(d[0]) for d in gather_ragged(np.array([int.from_bytes(digest[:7], "little")]), group)]
     others = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if others:
-        raise RuntimeError(f"{what}: ranks {others} planned otherwise than rank 0: their input or topology differs")
+        raise RuntimeError(
+            f"{what}: the plans of ranks {others} differ from that of rank 0, and so must their input or topology"
+        )

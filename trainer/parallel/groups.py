@@ -1,4 +1,4 @@
-"""Process groups of one rank: created once, passed as a value."""
+"""The process groups of a rank, created once and passed as a value."""
 
 from __future__ import annotations
 
@@ -20,39 +20,53 @@ from trainer.parallel.topology import Coordinates, Topology
 
 @dataclass(frozen=True)
 class Groups:
-    """A rank's place and means of talking.
+    """The position of a rank and its process groups.
 
-    In `world`, CPU tensors travel by gloo and CUDA tensors by NCCL; on GPUs the other groups carry CUDA tensors only.
+    The group `world` uses gloo for CPU tensors and NCCL for CUDA tensors. On GPUs, the other groups accept only CUDA
+    tensors.
     """
 
     topology: Topology
+    """The grid of ranks."""
     rank: int
+    """This rank."""
     device: torch.device
+    """The device on which this rank computes."""
     world: dist.ProcessGroup
+    """All ranks."""
     replica: dist.ProcessGroup
     """The TP·PP ranks that hold one LLM."""
 
     @property
     def place(self) -> Coordinates:
+        """The coordinates of this rank."""
         return self.topology.coordinates(self.rank)
 
     @property
     def is_first_stage(self) -> bool:
+        """True if this rank holds the first pipeline stage."""
         return self.place.pp == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """True if this rank holds the last pipeline stage."""
         return self.place.pp == self.topology.pp - 1
 
 
 COLLECTIVE_TIMEOUT_SEC = 1800.0
-"""A collective that takes longer fails."""
+"""The time after which a collective fails."""
 
 
 def connect(timeout_sec: float = COLLECTIVE_TIMEOUT_SEC) -> tuple[int, int, torch.device]:
-    """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; returns (rank, world, device).
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
     Collective: every rank of the world must call it.
+
+    Args:
+        timeout_sec: the time after which a collective fails.
+
+    Returns:
+        This rank, the number of ranks, and this rank's device.
     """
     set_environment()
     device = torch.device("cpu")
@@ -71,10 +85,10 @@ def connect(timeout_sec: float = COLLECTIVE_TIMEOUT_SEC) -> tuple[int, int, torc
 
 @contextlib.contextmanager
 def device_groups(device: torch.device) -> Iterator[None]:
-    """Let groups that are created inside, without a backend of their own, carry tensors of `device` only.
+    """Restrict groups that are created within the block without an explicit backend to tensors of `device`.
 
-    Megatron and DeepSpeed send no others. By default a group inherits the world's two backends, and with them a gloo
-    group, whose sockets and threads nobody would use.
+    Megatron and DeepSpeed send no other tensors. By default, a group inherits both backends of the world, and its gloo
+    group would open sockets and start threads that nothing uses.
     """
     original = dist.new_group
 
@@ -92,9 +106,15 @@ def device_groups(device: torch.device) -> Iterator[None]:
 
 
 def build_groups(topology: Topology, rank: int, device: torch.device, seed: int) -> Groups:
-    """Create Megatron's groups for `topology` and name those the trainer uses itself.
+    """Create Megatron's groups for a topology, and return those that the trainer itself uses.
 
     Collective: every rank of the world must call it.
+
+    Args:
+        topology: the grid of ranks.
+        rank: this rank.
+        device: the device of this rank.
+        seed: the seed of Megatron's generators.
     """
     from megatron.core import parallel_state, tensor_parallel
 
@@ -102,7 +122,7 @@ def build_groups(topology: Topology, rank: int, device: torch.device, seed: int)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=topology.tp,
             pipeline_model_parallel_size=topology.pp,
-            create_gloo_process_groups=False,  # they serve Megatron's own checkpoints
+            create_gloo_process_groups=False,  # only Megatron's own checkpoints use them
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         replica = parallel_state.get_model_parallel_group()

@@ -1,4 +1,4 @@
-"""Where each sample of the global batch lies in the LLM's packed sequences, and what must move to get it there."""
+"""The plan of the LLM's packed sequences: where each sample of the global batch goes, and which rows must be moved."""
 
 from __future__ import annotations
 
@@ -15,33 +15,37 @@ from trainer.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class PackPlan:
-    """The place of n samples in replicas × micro-batches. Samples of a pack lie in it end to end, in global order."""
+    """The positions of n samples in the packs of all replicas.
+
+    The samples of a pack follow each other in the order of the global batch.
+    """
 
     num_microbatches: int
-    """Packs per replica."""
+    """The number of packs of each replica."""
     pack_tokens: int
-    """Rows of every pack, filled up with padding: one shape for the whole pipeline."""
+    """The number of rows of every pack, including padding. All packs are equal, so the pipeline has one shape."""
     replicas: int
+    """The number of LLM replicas."""
     pack: Ints
-    """[n] replica · num_microbatches + micro-batch."""
+    """[n], the pack of each sample: replica · num_microbatches + micro-batch."""
     row: Ints
-    """[n] first row within the pack."""
+    """[n], the first row of each sample in its pack."""
     num_tokens: Ints
-    """[n]"""
+    """[n], the length of each sample in tokens."""
 
     def members(self, replica: int, microbatch: int) -> Ints:
-        """The samples (index in the global batch) of a pack, in order."""
+        """Return the samples of a pack, in order, as indices into the global batch."""
         return np.flatnonzero(self.pack == replica * self.num_microbatches + microbatch)
 
     def lengths(self, replica: int, microbatch: int) -> tuple[int, ...]:
-        """Segment lengths of a pack; what fills it up is the last segment."""
+        """Return the segment lengths of a pack. Padding, if any, is the last segment."""
         used = self.num_tokens[self.members(replica, microbatch)].tolist()
         rest = self.pack_tokens - sum(used)
         return (*used, rest) if rest else tuple(used)
 
     @cached_property
     def replica_row(self) -> Ints:
-        """[n] first row in the replica's packs, laid end to end."""
+        """[n], the first row of each sample in the concatenation of its replica's packs."""
         return self.pack % self.num_microbatches * self.pack_tokens + self.row
 
     def with_lengths(self, kept: Ints, num_tokens: Ints, multiple: int) -> PackPlan:
@@ -59,16 +63,15 @@ class PackPlan:
 
 
 def plan_packs(num_tokens: Sequence[int] | Ints, replicas: int, budget_tokens: int, multiple: int) -> PackPlan:
-    """Spread samples over `replicas` × micro-batches so that all packs are equally long.
-
-    A pack exceeds `budget_tokens` only where a sample does, or where `multiple` does not divide it.
+    """Distribute samples over packs of equal length.
 
     Args:
-        num_tokens: [n] of the samples of the global batch.
-        replicas: data-parallel size of the LLM.
-        budget_tokens: a pack holds at most this many rows, unless a single sample is longer.
-        multiple: pack length in rows is a multiple of this, and this a multiple of the tensor-parallel size. The larger
-            it is, the fewer lengths there are, and the more rows are padding.
+        num_tokens: [n], the lengths of the samples of the global batch in tokens.
+        replicas: the number of LLM replicas.
+        budget_tokens: the largest number of rows of a pack. It is exceeded only by a longer sample, or if it is not a
+            multiple of `multiple`.
+        multiple: the pack length is a multiple of this, which must be a multiple of the tensor-parallel size. Larger
+            values lead to fewer different lengths and more padding.
     """
     sizes = np.asarray(num_tokens, dtype=np.int64)
     limit = max(budget_tokens, int(sizes.max(initial=0)))
@@ -85,12 +88,12 @@ def plan_packs(num_tokens: Sequence[int] | Ints, replicas: int, budget_tokens: i
 
 
 def token_segments(plan: PackPlan, source_ranks: Ints, topology: Topology) -> Segments:
-    """Token rows from every sample's home to all ranks of its replica's first and last stage.
+    """Return the token rows to move from each sample's source rank to its replica's first and last pipeline stage.
 
     Args:
-        plan: of n samples.
-        homes: [n] rank that loaded the sample; the samples of a home lie there end to end, in global order.
-        topology: of the ranks.
+        plan: the packs of n samples.
+        source_ranks: [n], the rank that loaded each sample. It holds its samples in global order, without gaps.
+        topology: the grid of ranks.
     """
     ends = [sorted({*topology.first_stage_ranks(d), *topology.last_stage_ranks(d)}) for d in range(topology.dp)]
     targets = np.array(ends, dtype=np.int64)
@@ -103,9 +106,16 @@ def token_segments(plan: PackPlan, source_ranks: Ints, topology: Topology) -> Se
 
 
 def embedding_segments(plan: PackPlan, source_ranks: Ints, topology: Topology) -> Segments:
-    """Token rows from every sample's home to the first stage, each to the one tensor rank whose slice of the sequence
-    (sequence parallelism) holds it. There, rows are numbered micro-batch · slice length + place in the slice.
-    Arguments as for `token_segments`."""
+    """Return the rows of embeddings to move from each sample's source rank to the first pipeline stage.
+
+    With sequence parallelism, a row goes only to the tensor-parallel rank whose slice of the sequence contains it.
+    There, its index is micro-batch · slice length + index in the slice.
+
+    Args:
+        plan: the packs of n samples.
+        source_ranks: [n], the rank that loaded each sample. It holds its samples in global order, without gaps.
+        topology: the grid of ranks.
+    """
     share = plan.pack_tokens // topology.tp
     first, last = plan.replica_row // share, (plan.replica_row + plan.num_tokens - 1) // share
     parts = last - first + 1
@@ -125,7 +135,7 @@ def embedding_segments(plan: PackPlan, source_ranks: Ints, topology: Topology) -
 
 
 def _starts(lengths: Ints, owners: Ints) -> Ints:
-    """[n] where each item begins when the items of an owner lie end to end in their order."""
+    """Return [n], the start of each item in the concatenation of its owner's items."""
     by_owner = stable_order(owners, int(owners.max(initial=0)) + 1)
     ends = np.cumsum(lengths[by_owner])
     begins = ends - lengths[by_owner]

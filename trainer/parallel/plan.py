@@ -1,9 +1,8 @@
-"""Plans: pure functions of small integers that every rank knows. Same inputs, same plan, on every rank.
+"""Routes: which rows each rank sends and receives in an exchange.
 
-A `Route` is one rank's part of a ragged all-to-all: which of its rows go to whom, and where arriving rows are put.
-`balance` gives all ranks equal work, `packs` says where samples lie in the LLM, `dispatch` who encodes which clip.
-
-Everything is NumPy: planning never touches a device and never communicates.
+Plans are pure functions of a few integers that every rank knows, so every rank computes the same plan. They use NumPy
+only: planning involves no device and no communication. The module `balance` gives all ranks equal work, `packs` places
+samples in the LLM's sequences, and `dispatch` decides which rank encodes which clip.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Segments:
-    """Runs of rows to be moved: `length` rows from `src_row` of rank `src` to `dst_row` of rank `dst`, each [runs]."""
+    """Spans of rows to be moved: `length` rows from `src_row` of rank `src` to `dst_row` of rank `dst`. Each is
+    [spans]."""
 
     src: Ints
     src_row: Ints
@@ -32,22 +32,22 @@ class Route:
     """One rank's part of an exchange over `world` ranks."""
 
     send_rows: Ints
-    """Own rows to send, by destination rank."""
+    """The rows to send, by destination rank."""
     send_counts: Ints
-    """[world] how many of them go to each rank."""
+    """[world], the number of rows that go to each rank."""
     recv_rows: Ints
-    """Where arriving rows (by source rank) are put."""
+    """The index of each received row in the result, by source rank."""
     recv_counts: Ints
-    """[world] how many arrive from each rank."""
+    """[world], the number of rows that come from each rank."""
     num_out: int
-    """Rows after the exchange."""
+    """The number of rows of the result."""
 
     def restricted(self, keep_sent: NDArray[np.bool_], keep_received: NDArray[np.bool_]) -> Route:
-        """Only rows whose flag is set; the two flags of a row, at its source and its destination, must agree.
+        """Return the route of only some rows. Source and destination of a row must agree on whether it is kept.
 
         Args:
-            keep_sent: per own row before the exchange.
-            keep_received: per row after it.
+            keep_sent: a flag for each of this rank's rows before the exchange.
+            keep_received: a flag for each row of the result.
         """
         sent, received = keep_sent[self.send_rows], keep_received[self.recv_rows]
         return Route(
@@ -59,12 +59,12 @@ class Route:
         )
 
     def renumbered(self, names: Ints) -> Route:
-        """The same movement where own row r is now called `names[r]`."""
+        """Return the same route for rows in another order: this rank's row r has the index `names[r]`."""
         return replace(self, send_rows=names[self.send_rows])
 
 
 def route(segments: Segments, rank: int, world: int, num_out: int) -> Route:
-    """`rank`'s part of moving `segments`; `num_out` rows exist after the exchange on this rank."""
+    """Return one rank's part of moving `segments`; its result has `num_out` rows."""
     sent, received = np.flatnonzero(segments.src == rank), np.flatnonzero(segments.dst == rank)
     # Stable sorts: sender and receiver list the rows of a pair of ranks in the same order.
     sent = sent[np.argsort(segments.dst[sent], kind="stable")]
@@ -84,7 +84,7 @@ def route(segments: Segments, rank: int, world: int, num_out: int) -> Route:
 
 
 def rows_of_spans(starts: Ints, lengths: Ints) -> Ints:
-    """start, start+1, …, start+length-1 for each pair, end to end."""
+    """Return start, start + 1, …, start + length - 1 of each span, concatenated."""
     total = int(lengths.sum())
     first = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
     return first + np.arange(total, dtype=np.int64)
