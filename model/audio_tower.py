@@ -109,7 +109,7 @@ class AudioTower(nn.Module):
     def windowing(self) -> Windowing:
         """What a call of the encoder that pads clips most computes."""
         found = [m.windowing for m in self.modules() if isinstance(m, AudioEncoder)]
-        return max(found, key=lambda w: (w.least_samples, w.window_samples))
+        return max(found, key=lambda w: (w.least_samples, w.silence_samples, w.window_samples))
 
     def set_recompute(self, enabled: bool) -> None:
         """Activation checkpointing of all encoders' layers."""

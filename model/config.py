@@ -24,6 +24,10 @@ class EncoderConfig:
     """Fields of the family's transformers config that differ from its defaults, or from the checkpoint's."""
     length_mode: Literal["full", "trim"] = "full"
     """Whisper only. `full`: every window is padded to 30 s as in pre-training. `trim`: the clip's real length."""
+    trailing_silence_sec: float = 0.0
+    """Silence, in seconds, that is appended to every clip before it is encoded. Only for Whisper with
+    `length_mode: trim`: it brings the features of published weights nearer to those of `full` and costs as much time as
+    that much audio (see `docs/finetune.md`). The number of audio tokens does not change."""
     window_sec: float = 30.0
     """Longer audio is encoded in windows of this length and joined. Whisper `full`: the checkpoint's 30 s."""
 

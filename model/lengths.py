@@ -50,6 +50,8 @@ class Windowing:
     """Longer clips are encoded in consecutive windows of this length."""
     least_samples: int = 1
     """A shorter window is padded to this length before anything is computed."""
+    silence_samples: int = 0
+    """Silence that is appended to every window, as far as `window_samples` has room for it."""
 
     def num_windows(self, samples: int) -> int:
         """Number of windows that a clip of `samples` is cut into."""
@@ -57,7 +59,7 @@ class Windowing:
 
     def padded_samples(self, samples: int) -> int:
         """Length at which the longest window of a clip of `samples` is computed, alone in its call."""
-        return max(self.least_samples, min(samples, self.window_samples))
+        return max(self.least_samples, min(samples + self.silence_samples, self.window_samples))
 
     def computed_samples(self, clips: Sequence[int]) -> int:
         """Padded audio samples that one call with clips of these lengths computes."""

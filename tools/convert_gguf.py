@@ -50,7 +50,9 @@ def convert_llama(path: Path, folder: Path) -> None:
         fields = {name: field.contents() for name, field in reader.fields.items()}
         kind = (fields["general.architecture"], fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"])
         if kind != ("llama", "gpt2", "smollm"):
-            raise UserError(f"{path}: architecture and tokenizer are {kind}; only Llama with SmolLM2's can be converted")
+            raise UserError(
+                f"{path}: architecture and tokenizer are {kind}; only Llama with SmolLM2's can be converted"
+            )
         tensors = {
             _hugging_face_name(t.name): _rotary_halves(
                 t.name, torch.from_numpy(np.array(dequantize(t.data, t.tensor_type), np.float32)), fields

@@ -59,9 +59,12 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from trainer.engine.imports import lean_imports
 
     with lean_imports():
-        from trainer.config.checks import check_recipe
+        from trainer.config.checks import check_recipe, warnings_of
 
     check_recipe(recipe)
+    if env is None or env.rank == 0:
+        for warning in warnings_of(recipe.model):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
     if options.dry_run:
         from trainer.dry_run import describe
 

@@ -68,6 +68,10 @@ class DrawnAsTransformers:
     positions never learn, keeps random ones in place of its sinusoids.
     """
 
+    # Checkpoints also contain decoders and heads, which an encoder does not use: they are not reported. What is
+    # missing is refused in `registry`.
+    _keys_to_ignore_on_load_unexpected: set[str] | list[str] | None = [r".*"]
+
     @classmethod
     def is_custom_code(cls) -> bool:
         """See `PreTrainedModel.is_custom_code`, which only initialisation asks."""

@@ -24,8 +24,6 @@ from model.encoders.conv_stack import RaggedGroupNormConvLayer, add_positions, c
 class RaggedHubert(DrawnAsTransformers, HubertPreTrainedModel):
     """The parts and parameter names of transformers' `HubertModel`, without its masking for pre-training."""
 
-    _keys_to_ignore_on_load_unexpected = [r"masked_spec_embed"]
-
     def __init__(self, config: HubertConfig) -> None:
         super().__init__(config)
         self.feature_extractor = HubertFeatureEncoder(config)

@@ -42,7 +42,9 @@ def build_encoder(config: EncoderConfig) -> AudioEncoder:
     network = _random(config, resolved) if config.weights is None else _pretrained(config, resolved)
     use_matrix_products(network)
     if isinstance(network, RaggedWhisperEncoder):
-        return Whisper(network, resolved.window_samples, config.length_mode, resolved.do_normalize).train()
+        return Whisper(
+            network, resolved.window_samples, config.length_mode, resolved.do_normalize, config.trailing_silence_sec
+        ).train()
     hf_config = cast(Any, resolved.hf_config)
     return ConvStackEncoder(network, hf_config, resolved.window_samples, resolved.do_normalize).train()
 
@@ -56,7 +58,7 @@ def encoder_windowing(config: EncoderConfig) -> Windowing:
     """What one call of the encoder computes, as its module says. Builds nothing."""
     resolved = _resolve_once(_key(config))
     if config.family == "whisper":
-        return whisper_windowing(resolved.window_samples, config.length_mode)
+        return whisper_windowing(resolved.window_samples, config.length_mode, config.trailing_silence_sec)
     return conv_stack_windowing(cast(Any, resolved.hf_config), resolved.window_samples)
 
 

@@ -69,8 +69,6 @@ class GatedBiasAttention(WavLMAttention):
 class RaggedWavLM(DrawnAsTransformers, WavLMPreTrainedModel):
     """The parts and parameter names of transformers' `WavLMModel`, without its masking for pre-training."""
 
-    _keys_to_ignore_on_load_unexpected = [r"masked_spec_embed"]
-
     def __init__(self, config: WavLMConfig) -> None:
         super().__init__(config)
         self.feature_extractor = WavLMFeatureEncoder(config)

@@ -24,14 +24,16 @@ from model.encoders.base import (
     normalized,
 )
 from model.encoders.log_mel import MIN_SAMPLES, padded_log_mel
-from model.lengths import Windowing, num_frames
+from model.lengths import Windowing, num_frames, num_samples
 
 LengthMode: TypeAlias = Literal["full", "trim"]
 
 
-def whisper_windowing(window_samples: int, length_mode: LengthMode) -> Windowing:
-    """What a call of the encoder computes: with `full`, every window at the full length."""
-    return Windowing(window_samples, window_samples if length_mode == "full" else MIN_SAMPLES)
+def whisper_windowing(window_samples: int, length_mode: LengthMode, trailing_silence_sec: float) -> Windowing:
+    """Return what a call of the encoder computes: with `full`, every window at the full length."""
+    if length_mode == "full":
+        return Windowing(window_samples, window_samples)
+    return Windowing(window_samples, MIN_SAMPLES, num_samples(trailing_silence_sec))
 
 
 class RaggedWhisperEncoder(DrawnAsTransformers, WhisperEncoder):
@@ -64,11 +66,12 @@ class Whisper(AudioEncoder):
         window_samples: int,
         length_mode: LengthMode,
         do_normalize: bool,
+        trailing_silence_sec: float = 0.0,
     ) -> None:
-        """`full`: every window is padded to `window_samples`, frames of the padding are dropped after encoding;
-        `do_normalize`: see `normalized`."""
+        """`full`: every window is padded to `window_samples`, frames of the padding are dropped after encoding, as are
+        those of the trailing silence; `do_normalize`: see `normalized`."""
         config: WhisperConfig = encoder.config
-        super().__init__(config.d_model, whisper_windowing(window_samples, length_mode))
+        super().__init__(config.d_model, whisper_windowing(window_samples, length_mode, trailing_silence_sec))
         self.encoder = encoder
         self.num_mels = config.num_mel_bins
         self.length_mode = length_mode
@@ -79,8 +82,16 @@ class Whisper(AudioEncoder):
         if self.do_normalize:
             waves = normalized(windows.padded().float(), windows.lengths)
             windows = Ragged(torch.cat([w[:t] for w, t in zip(waves, windows.lengths, strict=True)]), windows.lengths)
+        frames = [num_frames(t) for t in windows.lengths]
         pad_samples = self.windowing.window_samples if self.length_mode == "full" else None
+        if self.windowing.silence_samples:
+            windows = self._with_silence(windows)
         mel, num_mel_frames = padded_log_mel(windows, self.num_mels, pad_samples)
         hidden = self.encoder(mel.to(self.dtype), num_mel_frames, recompute=self.recompute)
-        frames = [num_frames(t) for t in windows.lengths]
         return join_frames(hidden, frames, frames)
+
+    def _with_silence(self, windows: Ragged) -> Ragged:
+        """Return windows [ΣT] with the trailing silence of `windowing`."""
+        lengths = tuple(map(self.windowing.padded_samples, windows.lengths))
+        padded = [F.pad(w, (0, n - len(w))) for w, n in zip(windows.split(), lengths, strict=True)]
+        return Ragged(torch.cat(padded), lengths)

@@ -12,12 +12,13 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from model import lengths
-from model.config import EncoderConfig, LLMConfig
+from model.config import EncoderConfig, LLMConfig, ModelConfig
 from model.encoders.hf_config import resolve as resolve_encoder
 from model.errors import UserError
 from model.llm.reference import resolve_hf_config
 from trainer.config.schema import Recipe, TrainConfig
 from trainer.config.shipped import shipped
+from trainer.config.weights import check_weights
 from trainer.engine.determinism import check_variables
 from trainer.engine.ds_config import load_ds_json
 from trainer.parallel.topology import ParallelConfig, build_topology, divisors
@@ -33,6 +34,7 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.parallel.expert > 1 and not recipe.model.experts:
         raise UserError(f"parallel.expert = {recipe.parallel.expert}: the model has no experts; the legal value is 1")
     _check_encoders(recipe)
+    check_weights("model.llm.weights", recipe.model.llm.weights)
     hf_config = known_llm_config(recipe.model.llm)
     if hf_config is not None:
         check_llm(hf_config, recipe.parallel)
@@ -50,6 +52,24 @@ def deepspeed_json(recipe: Recipe) -> Path:
     """Where `train.deepspeed` lies: relative to the current folder, else to the project's."""
     path = Path(recipe.train.deepspeed)
     return path if path.exists() or path.is_absolute() else shipped(recipe.train.deepspeed)
+
+
+def warnings_of(model: ModelConfig) -> list[str]:
+    """Return a line for every setting of `model` that is legal and yet may not be intended."""
+    return [
+        f"{place}.length_mode = trim: {encoder.weights} was pre-trained on windows of 30 s, and shorter ones change "
+        "its features (see docs/finetune.md); set its length_mode to full, or for a smaller change its "
+        "trailing_silence_sec to 1"
+        for place, encoder in _places(model)
+        if encoder.family == "whisper" and encoder.length_mode == "trim" and encoder.weights is not None
+        if not encoder.trailing_silence_sec
+    ]
+
+
+def _places(model: ModelConfig) -> list[tuple[str, EncoderConfig]]:
+    """Return all encoders with their keys in a recipe."""
+    places = [("model.primary", model.primary)] if model.primary is not None else []
+    return places + [(f"model.experts[{i}]", expert) for i, expert in enumerate(model.experts)]
 
 
 def known_encoder(config: EncoderConfig) -> EncoderConfig | None:
@@ -120,9 +140,7 @@ def _check_encoders(recipe: Recipe) -> None:
     model = recipe.model
     if not model.encoders:
         raise UserError("model.primary is missing: the model needs at least one encoder")
-    places = [("model.primary", model.primary)] if model.primary is not None else []
-    places += [(f"model.experts[{i}]", expert) for i, expert in enumerate(model.experts)]
-    for place, encoder in places:
+    for place, encoder in _places(model):
         _check_encoder(place, encoder)
     adapter = model.adapter
     if not adapter.strides or any(s < 1 for s in adapter.strides):
@@ -142,6 +160,16 @@ def _check_encoder(place: str, encoder: EncoderConfig) -> None:
             f"{place}.length_mode = trim: only whisper has length modes; {encoder.family} always runs on the real "
             "length: remove the key"
         )
+    silence = encoder.trailing_silence_sec
+    if silence and (encoder.family != "whisper" or encoder.length_mode != "trim"):
+        raise UserError(
+            f"{place}.trailing_silence_sec = {silence}: only whisper with length_mode trim takes it: remove the key"
+        )
+    if not 0 <= silence < encoder.window_sec:
+        raise UserError(
+            f"{place}.trailing_silence_sec = {silence}: must be from 0 to below window_sec = {encoder.window_sec:g}"
+        )
+    check_weights(f"{place}.weights", encoder.weights)
     known = known_encoder(encoder)
     if known is not None:
         layers = resolve_encoder(known).hf_config.num_hidden_layers
