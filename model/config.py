@@ -23,7 +23,8 @@ class EncoderConfig:
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the family's transformers config that differ from its defaults, or from the checkpoint's."""
     length_mode: Literal["full", "trim"] = "full"
-    """Whisper only. `full`: every window is padded to 30 s as in pre-training. `trim`: the clip's real length."""
+    """Whisper only. `full`: every window is padded to 30 s as in pre-training. `trim`: the clip's real length,
+    which takes less time but changes the features of published weights (see `docs/finetune.md`)."""
     trailing_silence_sec: float = 0.0
     """Silence, in seconds, that is appended to every clip before it is encoded. Only for Whisper with
     `length_mode: trim`: it brings the features of published weights nearer to those of `full` and costs as much time as

@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from trainer.engine.imports import lean_imports
 
     with lean_imports():
-        from trainer.config.checks import check_recipe, warnings_of
+        from trainer.config.checks import check_folders, check_recipe, warnings_of
 
     check_recipe(recipe)
     if env is None or env.rank == 0:
@@ -70,6 +70,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
         print(describe(recipe))
         return 0
+    check_folders(recipe)
     assert env is not None
     launch.join(env)
     with lean_imports():

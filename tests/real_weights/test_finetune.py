@@ -132,7 +132,7 @@ def test_the_page(published: Published, kit: Path, tmp_path: Path) -> None:
     clips = [(str(tmp_path / "my_data" / row["audio"]), row["instruction"]) for row in rows]
     texts = transcribe_elsewhere(tmp_path / "my_model", clips)
     assert {row["id"]: text for row, text in zip(rows, texts, strict=True)} == said
-    assert said[rows[0]["id"]].split() == run(tmp_path, transcribe).split()
+    assert run(tmp_path, transcribe).startswith(said[rows[0]["id"]].strip())
 
 
 def write_table(folder: Path, kit: Path) -> None:

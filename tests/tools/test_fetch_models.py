@@ -22,6 +22,7 @@ from tools import fetch_models
 from tools.convert_gguf import convert_llama
 from tools.convert_whisper import convert_whisper
 from tools.fetch_models import MODELS, SOURCE, Package, PublishedModel
+from trainer.config.weights import FETCHED_MODELS
 
 CONTENT = b"weights"
 
@@ -152,6 +153,7 @@ def test_the_list_names_packages_and_licences(tmp_path: Path, capsys: pytest.Cap
         assert model.name in text and f"weights: {model.licence}" in text
         assert all(f"package {p.name} {p.version}: {p.licence}" in text for p in model.packages)
     assert f"not in {tmp_path}" in text
+    assert FETCHED_MODELS == tuple(model.name for model in MODELS)
 
 
 WHISPER = WhisperConfig(

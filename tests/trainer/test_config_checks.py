@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from trainer.config.checks import check_recipe, known_llm_config, warnings_of
+from trainer.config.checks import check_folders, check_recipe, known_llm_config, warnings_of
 from trainer.config.load import load_recipe, recipe_names
 from trainer.engine.ds_config import build_ds_config, load_ds_json
 
@@ -189,6 +189,20 @@ def test_weights_of_other_programs_are_named(
         message = str(error.value)
         assert message.startswith(f"{key} = {path}: ") and words in message and "\n" not in message
         assert "cannot be read; give the Hugging Face folder" in message and "`earshot models`" in message
+
+
+def test_a_missing_folder_is_named_before_the_hub_is_asked(tmp_path: Path) -> None:
+    recipe = load_recipe("finetune_cpu")
+    check_recipe(recipe)  # a dry run needs no weights
+    with pytest.raises(UserError) as error:
+        check_folders(recipe)
+    assert str(error.value) == (
+        "model.primary.weights = models/whisper-base: no such folder; run: earshot models whisper-base --out models"
+    )
+    overrides = [f"model.primary.weights={tmp_path}", f"model.llm.weights={tmp_path / 'llm'}"]
+    with pytest.raises(UserError, match=f"model.llm.weights = {tmp_path / 'llm'}: no such folder; give a folder that"):
+        check_folders(load_recipe("finetune_cpu", overrides))
+    check_folders(load_recipe("mowe_8b"))  # hub ids
 
 
 def test_a_file_is_no_folder_of_weights(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from model.errors import UserError
 from model.llm.reference import resolve_hf_config
 from trainer.config.schema import Recipe, TrainConfig
 from trainer.config.shipped import shipped
-from trainer.config.weights import check_weights
+from trainer.config.weights import check_present, check_weights
 from trainer.engine.determinism import check_variables
 from trainer.engine.ds_config import load_ds_json
 from trainer.parallel.topology import ParallelConfig, build_topology, divisors
@@ -52,6 +52,18 @@ def deepspeed_json(recipe: Recipe) -> Path:
     """Where `train.deepspeed` lies: relative to the current folder, else to the project's."""
     path = Path(recipe.train.deepspeed)
     return path if path.exists() or path.is_absolute() else shipped(recipe.train.deepspeed)
+
+
+def check_folders(recipe: Recipe) -> None:
+    """Check that the folders of weights and of the tokenizer exist, which a training run needs and a dry run does not.
+
+    Raises:
+        UserError: If one is missing and its name cannot be a hub id.
+    """
+    for place, encoder in _places(recipe.model):
+        check_present(f"{place}.weights", encoder.weights)
+    check_present("model.llm.weights", recipe.model.llm.weights)
+    check_present("data.tokenizer.path", recipe.data.tokenizer.path)
 
 
 def warnings_of(model: ModelConfig) -> list[str]:

@@ -1,10 +1,13 @@
-"""Recognition of weights in formats of other programs, which a recipe may name by mistake."""
+"""Checks of the folders of weights that a recipe names: that they exist, in a format that can be read."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from model.errors import UserError
+
+FETCHED_MODELS = ("whisper-tiny.en", "whisper-base", "smollm2-135m")
+"""The names of the models that `earshot models` downloads."""
 
 _GGUF_MAGIC = b"GGUF"
 _REMEDY = (
@@ -61,3 +64,24 @@ def _is_ctranslate2(model_bin: Path) -> bool:
         head = file.read(64)
     version, size = int.from_bytes(head[:4], "little"), int.from_bytes(head[4:6], "little")
     return version < 100 and 0 < size <= 58 and head[6 : 6 + size].endswith(b"Spec\0")
+
+
+def check_present(key: str, folder: str | None) -> None:
+    """Check that a folder exists, unless its name may be a hub id.
+
+    Args:
+        key: the recipe's key, for the error.
+        folder: weights or a tokenizer, or None.
+
+    Raises:
+        UserError: If the folder does not exist.
+    """
+    if folder is None or Path(folder).exists():
+        return
+    # A hub id has at most one slash, and no organisation of the hub is called "models".
+    if folder.startswith(("/", ".", "~", "models/")) or folder.count("/") > 1:
+        path = Path(folder)
+        remedy = "give a folder that exists; ~ is not expanded"
+        if path.name in FETCHED_MODELS:
+            remedy = f"run: earshot models {path.name} --out {path.parent}"
+        raise UserError(f"{key} = {folder}: no such folder; {remedy}")
