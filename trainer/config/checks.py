@@ -55,7 +55,9 @@ def deepspeed_json(recipe: Recipe) -> Path:
 
 
 def check_folders(recipe: Recipe) -> None:
-    """Check that the folders of weights and of the tokenizer exist, which a training run needs and a dry run does not.
+    """Check that the folders of weights exist, which a training run needs and a dry run does not.
+
+    A tokenizer's folder may be missing when a run resumes, since the run keeps a copy.
 
     Raises:
         UserError: If one is missing and its name cannot be a hub id.
@@ -63,7 +65,6 @@ def check_folders(recipe: Recipe) -> None:
     for place, encoder in _places(recipe.model):
         check_present(f"{place}.weights", encoder.weights)
     check_present("model.llm.weights", recipe.model.llm.weights)
-    check_present("data.tokenizer.path", recipe.data.tokenizer.path)
 
 
 def warnings_of(model: ModelConfig) -> list[str]:

@@ -71,7 +71,7 @@ def check_present(key: str, folder: str | None) -> None:
 
     Args:
         key: the recipe's key, for the error.
-        folder: weights or a tokenizer, or None.
+        folder: a folder, a hub id, or None.
 
     Raises:
         UserError: If the folder does not exist.
