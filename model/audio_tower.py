@@ -114,7 +114,7 @@ class AudioTower(nn.Module):
     def windowing(self) -> Windowing:
         """The windows of the encoder that pads clips the most."""
         found = [m.windowing for m in self.modules() if isinstance(m, AudioEncoder)]
-        return max(found, key=lambda w: (w.least_samples, w.window_samples))
+        return max(found, key=lambda w: (w.least_samples, w.silence_samples, w.window_samples))
 
     def set_recompute(self, enabled: bool) -> None:
         """Switch activation checkpointing on or off in the layers of all encoders."""

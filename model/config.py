@@ -29,7 +29,12 @@ class EncoderConfig:
     and optionally `do_normalize`, whether each window is brought to zero mean and unit variance first."""
     length_mode: Literal["full", "trim"] = "full"
     """For Whisper: `full` pads every window to the checkpoint's 30 s, as in pre-training; `trim` computes only the real
-    length of the clips, which is faster. The other families always compute the real length and accept only `full`."""
+    length of the clips, which is faster but changes the features of published weights (see `docs/finetune.md`). The
+    other families always compute the real length and accept only `full`."""
+    trailing_silence_sec: float = 0.0
+    """The silence, in seconds, that is appended to every clip before it is encoded, only with `length_mode: trim`. It
+    brings the features of published Whisper weights nearer to those of `full`, and costs as much time as that much
+    audio (see `docs/finetune.md`). The number of audio tokens does not change."""
     window_sec: float = 30.0
     """The longest stretch of audio, in seconds, that is encoded at once. Longer clips are cut into windows of this
     length and their features are joined. With Whisper's `length_mode: full`, it must be the checkpoint's 30 s."""

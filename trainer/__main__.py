@@ -59,14 +59,18 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from trainer.engine.imports import lean_imports
 
     with lean_imports():
-        from trainer.config.checks import check_recipe
+        from trainer.config.checks import check_folders, check_recipe, warnings_of
 
     check_recipe(recipe)
+    if env is None or env.rank == 0:
+        for warning in warnings_of(recipe.model):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
     if options.dry_run:
         from trainer.dry_run import describe
 
         print(describe(recipe))
         return 0
+    check_folders(recipe)
     assert env is not None
     launch.join(env)
     with lean_imports():

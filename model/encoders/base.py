@@ -132,6 +132,10 @@ class DrawnAsTransformers:
     are never trained, would then keep random positions in place of its sinusoids.
     """
 
+    # Checkpoints also contain decoders and heads, which an encoder does not use: they are not reported. What is
+    # missing is refused in `registry`.
+    _keys_to_ignore_on_load_unexpected: set[str] | list[str] | None = [r".*"]
+
     @classmethod
     def is_custom_code(cls) -> bool:
         """Return False. transformers asks this only when it initializes weights (`PreTrainedModel.is_custom_code`)."""

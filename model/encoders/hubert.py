@@ -35,8 +35,6 @@ from model.encoders.family import EncoderFamily
 class RaggedHubert(DrawnAsTransformers, HubertPreTrainedModel):
     """The modules of transformers' `HubertModel` under the same names, without its masking for pre-training."""
 
-    _keys_to_ignore_on_load_unexpected = [r"masked_spec_embed"]
-
     def __init__(self, config: HubertConfig) -> None:
         super().__init__(config)
         self.feature_extractor = HubertFeatureEncoder(config)

@@ -89,8 +89,6 @@ class GatedBiasAttention(WavLMAttention):
 class RaggedWavLM(DrawnAsTransformers, WavLMPreTrainedModel):
     """The modules of transformers' `WavLMModel` under the same names, without its masking for pre-training."""
 
-    _keys_to_ignore_on_load_unexpected = [r"masked_spec_embed"]
-
     def __init__(self, config: WavLMConfig) -> None:
         super().__init__(config)
         self.feature_extractor = WavLMFeatureEncoder(config)

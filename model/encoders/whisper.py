@@ -27,7 +27,7 @@ from model.encoders.base import (
 )
 from model.encoders.family import EncoderFamily, ResolvedEncoder, encoder_error
 from model.encoders.log_mel import FFT_SAMPLES, MIN_SAMPLES, num_mel_frames, padded_log_mel
-from model.lengths import FRAME_SAMPLES, SAMPLE_RATE, Windowing
+from model.lengths import FRAME_SAMPLES, SAMPLE_RATE, Windowing, num_samples
 
 
 class RaggedWhisperEncoder(DrawnAsTransformers, WhisperEncoder):
@@ -64,7 +64,7 @@ class Whisper(AudioEncoder):
     """Whisper as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
 
     In the length mode `full`, every window is padded to the full length, and the frames of the padding are dropped
-    after encoding.
+    after encoding, as are those of the trailing silence.
 
     Args:
         encoder: the network.
@@ -84,11 +84,19 @@ class Whisper(AudioEncoder):
         if self.do_normalize:
             waves = normalized(windows.padded().float(), windows.lengths)
             windows = Ragged(torch.cat([w[:t] for w, t in zip(waves, windows.lengths, strict=True)]), windows.lengths)
+        frames = [self.num_own_frames(t) for t in windows.lengths]
         pad_samples = self.windowing.window_samples if self.length_mode == "full" else None
+        if self.windowing.silence_samples:
+            windows = self._with_silence(windows)
         mel, num_mel_frames = padded_log_mel(windows, self.num_mels, pad_samples)
         hidden = self.encoder(mel.to(self.dtype), num_mel_frames, recompute=self.recompute)
-        frames = [self.num_own_frames(t) for t in windows.lengths]
         return join_frames(hidden, frames, frames)
+
+    def _with_silence(self, windows: Ragged) -> Ragged:
+        """Return the windows [ΣT] with the trailing silence of `windowing` appended to each."""
+        lengths = tuple(map(self.windowing.padded_samples, windows.lengths))
+        padded = [F.pad(w, (0, n - len(w))) for w, n in zip(windows.split(), lengths, strict=True)]
+        return Ragged(torch.cat(padded), lengths)
 
 
 def _windowing(config: EncoderConfig, hf_config: WhisperConfig, window_samples: int) -> Windowing:
@@ -103,7 +111,9 @@ def _windowing(config: EncoderConfig, hf_config: WhisperConfig, window_samples: 
         raise encoder_error(config, f"window_sec = {config.window_sec}", f"must not exceed {longest}")
     if config.length_mode == "full" and window_samples != capacity:
         raise encoder_error(config, f"window_sec = {config.window_sec}", f"must equal {longest} in length_mode full")
-    return Windowing(window_samples, window_samples if config.length_mode == "full" else MIN_SAMPLES)
+    if config.length_mode == "full":
+        return Windowing(window_samples, window_samples)
+    return Windowing(window_samples, MIN_SAMPLES, num_samples(config.trailing_silence_sec))
 
 
 def _flops(hf: Any, samples: int) -> float:

@@ -55,6 +55,9 @@ CONFIGS = {
     "whisper_full_128": EncoderConfig("a", "whisper", config={**WHISPER, "num_mel_bins": 128}, window_sec=2.0),
     "whisper_full_normalized": EncoderConfig("a", "whisper", config={**WHISPER, "do_normalize": True}, window_sec=2.0),
     "whisper_trim": EncoderConfig("a", "whisper", config=WHISPER, window_sec=2.0, length_mode="trim"),
+    "whisper_trim_silence": EncoderConfig(
+        "a", "whisper", config=WHISPER, window_sec=2.0, length_mode="trim", trailing_silence_sec=0.7
+    ),
     "hubert_base": EncoderConfig("a", "hubert", config=STACK, window_sec=2.0),
     "hubert_large": EncoderConfig("a", "hubert", config={**STACK, **LARGE}, window_sec=2.0),
     "wavlm_base": EncoderConfig("a", "wavlm", config=STACK, window_sec=2.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -232,18 +233,20 @@ def test_random_weights_are_drawn_as_transformers_draws_them(family: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    ("family", "length_mode", "clips"),
+    ("family", "mode", "clips"),
     [
-        ("whisper", "full", (16_000, 4_000, 70_000)),
-        ("whisper", "trim", (16_000, 4_000, 70_000)),
-        ("whisper", "trim", (100,)),
-        ("hubert", "full", (16_000, 4_000, 70_000)),
-        ("wavlm", "full", (100, 50)),
+        ("whisper", {"length_mode": "full"}, (16_000, 4_000, 70_000)),
+        ("whisper", {"length_mode": "trim"}, (16_000, 4_000, 70_000)),
+        ("whisper", {"length_mode": "trim"}, (100,)),
+        ("whisper", {"length_mode": "trim", "trailing_silence_sec": 0.5}, (16_000, 4_000)),
+        ("whisper", {"length_mode": "trim", "trailing_silence_sec": 0.5}, (16_000, 70_000)),
+        ("hubert", {}, (16_000, 4_000, 70_000)),
+        ("wavlm", {}, (100, 50)),
     ],
 )
-def test_encoder_reports_what_its_call_computes(family: Any, length_mode: Any, clips: tuple[int, ...]) -> None:
+def test_encoder_reports_what_its_call_computes(family: Any, mode: dict[str, Any], clips: tuple[int, ...]) -> None:
     fields = WHISPER if family == "whisper" else STACK
-    config = EncoderConfig("ear", family, window_sec=2.0, config=fields, length_mode=length_mode)
+    config = EncoderConfig("ear", family, window_sec=2.0, config=fields, **mode)
     encoder = build_encoder(config)
     assert encoder.windowing == encoder_windowing(config)
     seen: list[int] = []
@@ -256,3 +259,21 @@ def test_encoder_reports_what_its_call_computes(family: Any, length_mode: Any, c
     (computed,) = seen
     # Whisper's spectrograms end on whole 10 ms.
     assert encoder.windowing.computed_samples(clips) <= computed < encoder.windowing.computed_samples(clips) + 160 * 6
+
+
+@pytest.mark.parametrize("family", ["whisper", "hubert"])
+def test_what_an_encoder_does_not_use_is_not_reported(tmp_path: Path, family: str) -> None:
+    records: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("transformers")
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        if family == "whisper":
+            save(WhisperForConditionalGeneration(WhisperConfig(**WHISPER)), tmp_path)
+            build_encoder(whisper(tmp_path))
+        else:
+            save(HubertForCTC(HubertConfig(**STACK)), tmp_path)
+            build_encoder(stack(tmp_path, "hubert"))
+    finally:
+        logger.removeHandler(handler)
+    assert not [text for text in records if "UNEXPECTED" in text or "LOAD REPORT" in text]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from trainer.config.checks import check_recipe, known_llm_config
+from trainer.config.checks import check_folders, check_recipe, known_llm_config, warnings_of
 from trainer.config.load import load_recipe, recipe_names
 from trainer.engine.ds_config import build_ds_config, load_ds_json
 
@@ -144,6 +144,13 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         ("debug", ["model.llm.config.vocab_size=100"], "data.tokenizer.train_vocab_size = 256: the LLM's vocab_size"),
         ("debug", ["model.router.top_k=3"], "model.router.top_k = 3: legal values are 1..2"),
         ("debug", ["model.experts.0.length_mode=trim"], "model.experts[0].length_mode = trim: legal values for huber"),
+        (
+            "debug",
+            ["model.experts.0.trailing_silence_sec=1"],
+            "model.experts[0].trailing_silence_sec = 1.0: only length_mode trim takes it; remove the key",
+        ),
+        ("debug", ["model.primary.trailing_silence_sec=-1"], "model.primary.trailing_silence_sec = -1.0: must be from"),
+        ("debug", ["model.primary.trailing_silence_sec=30"], "model.primary.trailing_silence_sec = 30.0: must be from"),
         ("debug", ["model.experts.0.config={}"], "model.experts[0]: give weights (a directory or hub id), or config"),
         ("debug", ["model.adapter.strides=[]"], "model.adapter.strides = []: give one positive stride per convolut"),
         ("debug", ["model.adapter.kernel_size=1"], "model.adapter.kernel_size = 1: must be at least the largest stri"),
@@ -157,6 +164,60 @@ def test_an_illegal_combination_is_refused(recipe: str, override: list[str], mes
         check_recipe(load_recipe(recipe, override))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_a_window_shorter_than_in_pre_training_is_one_warning() -> None:
+    trim = ["model.primary.length_mode=trim"]
+    (warning,) = warnings_of(load_recipe("mowe_8b", trim).model)[:1]
+    assert warning.startswith("model.primary.length_mode = trim: openai/whisper-large-v3 was pre-trained on windows of")
+    assert (
+        "set its length_mode to full, or for a smaller change its trailing_silence_sec to 1" in warning
+        and "\n" not in warning
+    )
+    assert not warnings_of(load_recipe("mowe_8b", [*trim, "model.primary.trailing_silence_sec=1"]).model)
+    assert not warnings_of(load_recipe("debug").model), "random weights have not been pre-trained"
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("llm.Q4_1.gguf", b"GGUF\3\0\0\0", "llama.cpp"),
+        ("model.bin", b"\6\0\0\0\x0c\0WhisperSpec\0\3\0\0\0", "CTranslate2 (faster-whisper)"),
+    ],
+)
+def test_weights_of_other_programs_are_named(
+    tmp_path: Path, name: str, content: bytes, words: str, as_file: bool
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(content)
+    path = tmp_path / name if as_file else tmp_path
+    for key in ("model.llm.weights", "model.primary.weights"):
+        with pytest.raises(UserError) as error:
+            check_recipe(load_recipe("debug", [f"{key}={path}"]))
+        message = str(error.value)
+        assert message.startswith(f"{key} = {path}: ") and words in message and "\n" not in message
+        assert "cannot be read; give the Hugging Face folder" in message and "`earshot models`" in message
+
+
+def test_a_missing_folder_is_named_before_the_hub_is_asked(tmp_path: Path) -> None:
+    recipe = load_recipe("finetune_cpu")
+    check_recipe(recipe)  # a dry run needs no weights
+    with pytest.raises(UserError) as error:
+        check_folders(recipe)
+    assert str(error.value) == (
+        "model.primary.weights = models/whisper-base: no such folder; run: earshot models whisper-base --out models"
+    )
+    overrides = [f"model.primary.weights={tmp_path}", f"model.llm.weights={tmp_path / 'llm'}"]
+    with pytest.raises(UserError, match=f"model.llm.weights = {tmp_path / 'llm'}: no such folder; give a folder that"):
+        check_folders(load_recipe("finetune_cpu", overrides))
+    check_folders(load_recipe("mowe_8b"))  # hub ids
+
+
+def test_a_file_is_no_folder_of_weights(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="a file; give the Hugging Face folder that contains it"):
+        check_recipe(load_recipe("debug", [f"model.llm.weights={tmp_path / 'model.safetensors'}"]))
 
 
 def test_an_unknown_encoder_field_is_refused_before_any_rank_starts() -> None:

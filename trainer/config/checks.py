@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from model import lengths
-from model.config import EncoderConfig, LLMConfig
+from model.config import EncoderConfig, LLMConfig, ModelConfig
 from model.encoders.family import family_of
 from model.encoders.hf_config import resolve as resolve_encoder
 from model.errors import UserError
@@ -20,6 +20,7 @@ from model.llm.reference import resolve_hf_config
 from model.losses.table import check_losses
 from trainer.config.schema import Recipe, TrainConfig
 from trainer.config.shipped import shipped
+from trainer.config.weights import check_present, check_weights
 from trainer.engine.determinism import check_variables
 from trainer.engine.ds_config import load_ds_json
 from trainer.parallel.topology import ParallelConfig, build_topology, divisors
@@ -38,6 +39,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise UserError(f"parallel.expert = {recipe.parallel.expert}: the model has no experts; the legal value is 1")
     _check_encoders(recipe)
     check_losses(recipe.model)
+    check_weights("model.llm.weights", recipe.model.llm.weights)
     hf_config = known_llm_config(recipe.model.llm)
     if hf_config is not None:
         check_llm(hf_config, recipe.parallel)
@@ -56,6 +58,37 @@ def deepspeed_json(recipe: Recipe) -> Path:
     """Return the path of `train.deepspeed`, relative to the current folder, or else to the project's folder."""
     path = Path(recipe.train.deepspeed)
     return path if path.exists() or path.is_absolute() else shipped(recipe.train.deepspeed)
+
+
+def check_folders(recipe: Recipe) -> None:
+    """Check that the folders of weights exist, which a training run needs and a dry run does not.
+
+    A tokenizer's folder may be missing when a run resumes, since the run keeps a copy.
+
+    Raises:
+        UserError: If one is missing and its name cannot be a hub id.
+    """
+    for place, encoder in _places(recipe.model):
+        check_present(f"{place}.weights", encoder.weights)
+    check_present("model.llm.weights", recipe.model.llm.weights)
+
+
+def warnings_of(model: ModelConfig) -> list[str]:
+    """Return a line for every setting of `model` that is legal and yet may not be intended."""
+    return [
+        f"{place}.length_mode = trim: {encoder.weights} was pre-trained on windows of 30 s, and shorter ones change "
+        "its features (see docs/finetune.md); set its length_mode to full, or for a smaller change its "
+        "trailing_silence_sec to 1"
+        for place, encoder in _places(model)
+        if encoder.length_mode == "trim" and encoder.weights is not None
+        if not encoder.trailing_silence_sec
+    ]
+
+
+def _places(model: ModelConfig) -> list[tuple[str, EncoderConfig]]:
+    """Return all encoders with their keys in a recipe."""
+    places = [("model.primary", model.primary)] if model.primary is not None else []
+    return places + [(f"model.experts[{i}]", expert) for i, expert in enumerate(model.experts)]
 
 
 def known_encoder(config: EncoderConfig) -> EncoderConfig | None:
@@ -130,9 +163,7 @@ def _check_encoders(recipe: Recipe) -> None:
     model = recipe.model
     if not model.encoders:
         raise UserError("model.primary is missing: the model needs at least one encoder")
-    places = [("model.primary", model.primary)] if model.primary is not None else []
-    places += [(f"model.experts[{i}]", expert) for i, expert in enumerate(model.experts)]
-    for place, encoder in places:
+    for place, encoder in _places(model):
         _check_encoder(place, encoder)
     adapter = model.adapter
     if not adapter.strides or any(s < 1 for s in adapter.strides):
@@ -152,6 +183,14 @@ def _check_encoder(place: str, encoder: EncoderConfig) -> None:
         raise UserError(
             f"{place}.length_mode = {encoder.length_mode}: legal values for {encoder.family} are {', '.join(legal)}"
         )
+    silence = encoder.trailing_silence_sec
+    if silence and encoder.length_mode != "trim":
+        raise UserError(f"{place}.trailing_silence_sec = {silence}: only length_mode trim takes it; remove the key")
+    if not 0 <= silence < encoder.window_sec:
+        raise UserError(
+            f"{place}.trailing_silence_sec = {silence}: must be from 0 to below window_sec = {encoder.window_sec:g}"
+        )
+    check_weights(f"{place}.weights", encoder.weights)
     known = known_encoder(encoder)
     if known is not None:
         layers = resolve_encoder(known).hf_config.num_hidden_layers

@@ -95,7 +95,8 @@ class EncoderTracer:
                 weights: tuple[float, ...] = (2.0 * one - two, (two - one) / num_frames(window), 0.0, 0.0)
             else:
                 kept = np.array([float(self.traced(name, _clips(b, f)).kept) for b, f in _SHAPES])
-                terms = np.array([_terms(b, f) for b, f in _SHAPES])
+                computed = [(b, num_frames(windowing.padded_samples(f * FRAME_SAMPLES))) for b, f in _SHAPES]
+                terms = np.array([_terms(b, f) for b, f in computed])
                 weights = tuple(map(float, np.linalg.lstsq(terms, kept, rcond=None)[0]))
             self._calls[name] = CallMemory(weights, windowing)
         return self._calls[name]
