@@ -11,11 +11,8 @@ from trainer.config.checks import check_llm, check_packs
 from trainer.config.schema import Recipe
 from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology, divisors
-from trainer.plan.communication import traffic
-from trainer.plan.flops import step_flops
 from trainer.plan.plan import Plan, Planner
 from trainer.plan.states import FP32_BYTES, States
-from trainer.plan.step_time import step_time
 from trainer.plan.workload import EncoderWork, Workload
 
 _MAX_FULL = 12
@@ -82,7 +79,7 @@ def _variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
 
 def _estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[tuple[float, Recipe]]:
     """Yield (expected seconds of a step, recipe) for the variants that may fit."""
-    accelerator, model, sizes = planner.accelerator, planner.model, planner.sizes
+    accelerator = planner.accelerator
     placed: dict[object, tuple[Topology, list[EncoderWork], PackPlan]] = {}
     for variant in _variants(planner, recipe):
         states = _rough_states(planner, variant)
@@ -94,11 +91,7 @@ def _estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator
         topology, work, packs = placed[key]
         if states.total + _rough_activations(planner, variant, packs) > accelerator.usable_bytes:
             continue
-        flops = step_flops(variant, model, sizes, workload, work)
-        moved = traffic(variant, model, sizes, topology, work, packs, accelerator.per_node)
-        time = step_time(
-            variant, model, topology, accelerator, workload, work, packs, flops, moved, states, planner.ds_json
-        )
+        _, _, time = planner.time(variant, workload, topology, work, packs, states)
         yield time.total, variant
 
 

@@ -17,13 +17,17 @@ from trainer.plan.accelerator import GIB, Accelerator
 from trainer.plan.communication import Traffic, traffic
 from trainer.plan.encoder_memory import EncoderTracer
 from trainer.plan.flops import Flops, step_flops
+from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.memory import MemoryModel, RankMemory, kinds_of_ranks, memory_model
 from trainer.plan.ranks import DTYPES, RankStates, rank_states
 from trainer.plan.sizes import Size, parameter_sizes, sized_model
+from trainer.plan.states import States
 from trainer.plan.step_time import StepTime, step_time
 from trainer.plan.workload import EncoderWork, Workload, encoder_work, pack_work
 
 SECONDS_PER_DAY = 86_400.0
+UNCERTAINTY = 0.15
+"""The share by which the assumed rates may be wrong, for the range of a step's seconds."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class Plan:
     flops: Flops
     traffic: list[Traffic]
     time: StepTime
+    seconds_range: tuple[float, float]
+    """The seconds of a step if all assumed rates are better or worse by the share `UNCERTAINTY`."""
+    mechanisms: Mechanisms = AS_BUILT
 
     @property
     def worst(self) -> RankMemory:
@@ -103,14 +110,17 @@ class Planner:
         recipe: the first variant; others may differ from it only in `parallel` and `train`.
         accelerator: the accelerator to plan for.
         device: the type of device that the ranks run on, `cuda` or `cpu`.
+        mechanisms: assumptions that differ from the trainer.
 
     Raises:
         UserError: If the recipe is illegal.
     """
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, device: str = "cuda") -> None:
+    def __init__(
+        self, recipe: Recipe, accelerator: Accelerator, device: str = "cuda", mechanisms: Mechanisms = AS_BUILT
+    ) -> None:
         check_recipe(recipe)
-        self.accelerator, self.device = accelerator, device
+        self.accelerator, self.device, self.mechanisms = accelerator, device, mechanisms
         self.model = sized_model(recipe)
         self.sizes = parameter_sizes(self.model, recipe.optim)
         self.ds_json = load_ds_json(deepspeed_json(recipe))
@@ -146,13 +156,73 @@ class Planner:
         topology, work, packs = self.place(recipe, workload)
         states = rank_states(self.model, topology, recipe.optim, recipe.train.precision, self.ds_json)
         kinds = kinds_of_ranks(self.memory(recipe, workload, topology, work, packs), states)
-        flops = step_flops(recipe, self.model, self.sizes, workload, work)
-        moved = traffic(recipe, self.model, self.sizes, topology, work, packs, self.accelerator.per_node)
         fullest = max((k.states for k in kinds), key=lambda s: s.total)
-        time = step_time(
-            recipe, self.model, topology, self.accelerator, workload, work, packs, flops, moved, fullest, self.ds_json
+        flops, moved, time = self.time(recipe, workload, topology, work, packs, fullest)
+        slow, fast = (
+            step_time(
+                *self._timed(recipe, topology, self.accelerator.ranging(change), work, packs, flops, moved, fullest)
+            ).total
+            for change in (-UNCERTAINTY, UNCERTAINTY)
         )
-        return Plan(recipe, self.accelerator, topology, self.sizes, workload, packs, states, kinds, flops, moved, time)
+        return Plan(
+            recipe,
+            self.accelerator,
+            topology,
+            self.sizes,
+            workload,
+            packs,
+            states,
+            kinds,
+            flops,
+            moved,
+            time,
+            (fast, slow),
+            self.mechanisms,
+        )
+
+    def time(
+        self,
+        recipe: Recipe,
+        workload: Workload,
+        topology: Topology,
+        work: Sequence[EncoderWork],
+        packs: PackPlan,
+        states: States,
+    ) -> tuple[Flops, list[Traffic], StepTime]:
+        """Return the FLOPs, the traffic and the time of a step, given the model states of the fullest rank."""
+        flops = step_flops(recipe, self.model, self.sizes, workload, work)
+        moved = traffic(
+            recipe, self.model, self.sizes, topology, work, packs, self.accelerator.per_node, self.mechanisms
+        )
+        time = step_time(*self._timed(recipe, topology, self.accelerator, work, packs, flops, moved, states))
+        return flops, moved, time
+
+    def _timed(
+        self,
+        recipe: Recipe,
+        topology: Topology,
+        accelerator: Accelerator,
+        work: Sequence[EncoderWork],
+        packs: PackPlan,
+        flops: Flops,
+        moved: Sequence[Traffic],
+        states: States,
+    ) -> tuple[Any, ...]:
+        """Return the arguments of `step_time`."""
+        return (
+            recipe,
+            self.model,
+            self.sizes,
+            topology,
+            accelerator,
+            work,
+            packs,
+            flops,
+            moved,
+            states,
+            self.ds_json,
+            self.mechanisms,
+        )
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -203,7 +273,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "llm_sec": time.llm,
         "exchange_sec": time.exchange,
         "update_sec": time.update,
+        "step_sec_range": list(plan.seconds_range),
+        "what_if": plan.mechanisms.labels(),
         "mfu": time.mfu,
+        "mfu_full_attention": time.mfu_full_attention,
+        "parts_sec": time.parts,
         "tokens_per_day": plan.workload.tokens * plan.steps_per_day,
         "audio_hours_per_day": plan.workload.audio_sec / 3600 * plan.steps_per_day,
         "days": plan.days,

@@ -19,6 +19,9 @@ from trainer.config.checks import known_encoder, known_llm_config
 from trainer.config.schema import Recipe
 from trainer.engine.optim import OptimConfig, check_patterns, setting_of
 
+_PERSISTENT = 100_000
+"""The default of DeepSpeed's `stage3_param_persistence_threshold`."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -27,9 +30,11 @@ class Size:
     total: int = 0
     learned: int = 0
     """The number of those that are trainable."""
+    large: int = 0
+    """The number of tensors that ZeRO-3 gathers, because they have more than 100,000 elements."""
 
     def __add__(self, other: Size) -> Size:
-        return Size(self.total + other.total, self.learned + other.learned)
+        return Size(self.total + other.total, self.learned + other.learned, self.large + other.large)
 
 
 @dataclass(frozen=True)
@@ -107,4 +112,5 @@ def _unknown_size(place: str, weights: str | None) -> UserError:
 
 def _size(optim: OptimConfig, name: str, shape: tuple[int, ...], learns: bool = True) -> Size:
     count = math.prod(shape)
-    return Size(count, count if learns and not setting_of(optim, name, len(shape)).frozen else 0)
+    trained = learns and not setting_of(optim, name, len(shape)).frozen
+    return Size(count, count if trained else 0, int(count > _PERSISTENT))
