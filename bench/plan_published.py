@@ -144,6 +144,7 @@ def compare(row: Published, memory: bool) -> Compared:
         row: the run.
         memory: True to trace its peak memory too, if that was published.
     """
+    from trainer.parallel.topology import build_topology
     from trainer.plan.accelerator import parse_accelerator
     from trainer.plan.plan import UNCERTAINTY, Planner
     from trainer.plan.states import States
@@ -155,8 +156,6 @@ def compare(row: Published, memory: bool) -> Compared:
     samples = row.settings["global_batch"]
     clips = np.zeros(samples, dtype=np.int64)
     clips[0] = 1600
-    from trainer.parallel.topology import build_topology
-
     topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
     tokens = np.full(samples, row.settings["seq"], dtype=np.int64)
     workload = Workload(clips, tokens, source_ranks_of(recipe, topology))
@@ -206,11 +205,11 @@ def main() -> int:
         found.append(one)
         memory = f"{one.memory_ratio:6.2f}" if one.memory_ratio is not None else ""
         span = f"{one.low_sec:.2f}–{one.high_sec:.2f}"
-        print(
-            f"{row.id:26s} {row.counts:8s} {row.step_sec:9.2f} {one.step_sec:8.2f} {span:>15s} {one.ratio:6.2f} {memory}",
-            flush=True,
-        )
-    result = {counts: summary([one for one in found if one.row.counts == counts]) for counts in ("yes", "what-if", "no")}
+        times = f"{row.step_sec:9.2f} {one.step_sec:8.2f} {span:>15s}"
+        print(f"{row.id:26s} {row.counts:8s} {times} {one.ratio:6.2f} {memory}", flush=True)
+    result = {
+        counts: summary([one for one in found if one.row.counts == counts]) for counts in ("yes", "what-if", "no")
+    }
     for counts, one in result.items():
         print(f"{counts}: {one['rows']} rows, rms {one['rms']:.1%}, ratios {one['least']:.2f}–{one['most']:.2f}, "
               f"{one['in_range']} in the printed range")  # fmt: skip

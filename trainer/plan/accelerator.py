@@ -98,8 +98,14 @@ KNOWN = {
     "h100": Accelerator("h100"),
     "h200": Accelerator("h200", memory_gib=139.8, memory_tb_s=4.8),
     "a100": Accelerator(
-        "a100", tflops=312, fp32_tflops=19.5, memory_gib=79.1, memory_tb_s=2.04, node_gb_s=300, network_gb_s=25,
-        matrix=A100_MATRIX
+        "a100",
+        tflops=312,
+        fp32_tflops=19.5,
+        memory_gib=79.1,
+        memory_tb_s=2.04,
+        node_gb_s=300,
+        network_gb_s=25,
+        matrix=A100_MATRIX,
     ),
 }
 """The accelerators that have a name, by that name.
@@ -157,4 +163,6 @@ def _load(text: str) -> Accelerator | None:
         found["matrix"] = tuple((float(at), float(share)) for at, share in found["matrix"])
         return Accelerator(**found)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--accelerator {text}: cannot be read ({error}); write it with python -m bench.calibrate") from None
+        raise UserError(
+            f"--accelerator {text}: cannot be read ({error}); write it with python -m bench.calibrate"
+        ) from None

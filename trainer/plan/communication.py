@@ -146,7 +146,7 @@ def _llm_traffic(
         Traffic(
             "LLM, gradients over replicas",
             dp,
-            stage * FP32_BYTES * _ring(dp) * llm_learns,
+            stage * (size if mechanisms.bf16_gradients else FP32_BYTES) * _ring(dp) * llm_learns,
             replicas_within,
             members,
             max(1, calls // 2),

@@ -85,7 +85,10 @@ def layer_seconds(
     products = layer_products(config, tp)
     forward = sum(rates.product(rows, n, k, fp8=mechanisms.fp8) for n, k in products)
     weights = sum(n * k for n, k in products)
-    accumulation = rates.memory(weights * (8.0 if mechanisms.fused_kernels else 12.0)) * learned
+    gradient = 2 if mechanisms.bf16_gradients else 4
+    # The sum is read and written; without the fused kernel, the product's own result is, too.
+    moved = 2.0 * gradient + (0 if mechanisms.fused_kernels else 2 * rates.bytes_per_value)
+    accumulation = rates.memory(weights * moved) * learned
     cast = _cast_bytes(products, rows) if mechanisms.fp8 else 0.0
     attention = _attention(config, rates, tp, rows, squares)
     passes = [e + rates.memory(cast) for e in _elementwise(config, rates, tp, rows)]

@@ -32,6 +32,8 @@ class Mechanisms:
     """The backward pass recomputes attention's scores only (arXiv 2205.05198)."""
     fp8: bool = False
     """The layers' matrix products run in fp8, at twice the bf16 rate."""
+    bf16_gradients: bool = False
+    """The LLM's gradients are accumulated and reduced in bf16."""
     sharded_weights: bool = False
     """Weights of the LLM are sharded over replicas and gathered per layer and pass (FSDP)."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from trainer.plan.accelerator import GIB, Accelerator
 from trainer.plan.communication import Traffic, traffic
 from trainer.plan.encoder_memory import EncoderTracer
 from trainer.plan.flops import Flops, step_flops
+from trainer.plan.llm_memory import Kernels
 from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.memory import MemoryModel, RankMemory, kinds_of_ranks, memory_model
 from trainer.plan.ranks import DTYPES, RankStates, rank_states
@@ -111,15 +113,22 @@ class Planner:
         accelerator: the accelerator to plan for.
         device: the type of device that the ranks run on, `cuda` or `cpu`.
         mechanisms: assumptions that differ from the trainer.
+        transformer_engine: True if TransformerEngine is installed on the ranks; it then attends in bf16 on GPUs.
 
     Raises:
         UserError: If the recipe is illegal.
     """
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, device: str = "cuda", mechanisms: Mechanisms = AS_BUILT
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        device: str = "cuda",
+        mechanisms: Mechanisms = AS_BUILT,
+        transformer_engine: bool = False,
     ) -> None:
         check_recipe(recipe)
+        self.transformer_engine = transformer_engine or mechanisms.fused_kernels
         self.accelerator, self.device, self.mechanisms = accelerator, device, mechanisms
         self.model = sized_model(recipe)
         self.sizes = parameter_sizes(self.model, recipe.optim)
@@ -144,7 +153,8 @@ class Planner:
         self, recipe: Recipe, workload: Workload, topology: Topology, work: Sequence[EncoderWork], packs: PackPlan
     ) -> MemoryModel:
         """Return the memory model of a topology, see `memory_model`."""
-        return memory_model(recipe, self.model, topology, self.ds_json, self.tracer(recipe), workload, work, packs)
+        tracer, kernels = self.tracer(recipe), Kernels(self.device, self.transformer_engine, self.mechanisms)
+        return memory_model(recipe, self.model, topology, self.ds_json, tracer, workload, work, packs, kernels)
 
     def plan(self, recipe: Recipe, workload: Workload) -> Plan:
         """Return the plan of `recipe` for `workload`.
@@ -155,6 +165,8 @@ class Planner:
         check_recipe(recipe)
         topology, work, packs = self.place(recipe, workload)
         states = rank_states(self.model, topology, recipe.optim, recipe.train.precision, self.ds_json)
+        if self.mechanisms.bf16_gradients:
+            states = _with_half_gradients(states)
         kinds = kinds_of_ranks(self.memory(recipe, workload, topology, work, packs), states)
         fullest = max((k.states for k in kinds), key=lambda s: s.total)
         flops, moved, time = self.time(recipe, workload, topology, work, packs, fullest)
@@ -223,6 +235,12 @@ class Planner:
             self.ds_json,
             self.mechanisms,
         )
+
+
+def _with_half_gradients(states: RankStates) -> RankStates:
+    """Return `states` with the LLM's gradients in bf16."""
+    llm = tuple(tuple(dataclasses.replace(s, gradients=s.gradients // 2) for s in stage) for stage in states.llm)
+    return dataclasses.replace(states, llm=llm)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
