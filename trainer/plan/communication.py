@@ -12,7 +12,7 @@ from trainer.parallel.topology import Topology
 from trainer.plan.accelerator import Accelerator
 from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.ranks import DTYPES
-from trainer.plan.sizes import Size, SizedModel
+from trainer.plan.sizes import PartSizes, Size, SizedModel
 from trainer.plan.states import FP32_BYTES
 from trainer.plan.workload import EncoderWork
 
@@ -55,7 +55,7 @@ class Traffic:
 def traffic(
     recipe: Recipe,
     model: SizedModel,
-    sizes: dict[str, Size],
+    parts: PartSizes,
     topology: Topology,
     work: Sequence[EncoderWork],
     packs: PackPlan,
@@ -70,15 +70,15 @@ def traffic(
     Args:
         recipe: the recipe of the run.
         model: the model that the recipe describes.
-        sizes: parameter counts by parameter name, see `parameter_sizes`.
+        parts: the sizes of the model's parts.
         topology: the layout of the ranks.
         work: the encoders' work, see `encoder_work`.
         packs: the LLM's packs.
         per_node: the number of ranks per node.
         mechanisms: assumptions that differ from the trainer.
     """
-    llm = _llm_traffic(recipe, model, sizes, topology, packs, per_node, mechanisms)
-    zero = _zero_traffic(recipe, model, sizes, topology, work, per_node)
+    llm = _llm_traffic(recipe, model, parts, topology, packs, per_node, mechanisms)
+    zero = _zero_traffic(recipe, model, parts, topology, work, per_node)
     size, world = DTYPES[recipe.train.precision].itemsize, topology.world
     within = world <= per_node
     tokens = 2 * int(packs.num_tokens.sum()) * model.llm.hidden_size * size / world
@@ -102,7 +102,7 @@ def tensor_units(recompute: bool, sequence_parallel: bool = True) -> int:
 def _llm_traffic(
     recipe: Recipe,
     model: SizedModel,
-    sizes: dict[str, Size],
+    parts: PartSizes,
     topology: Topology,
     packs: PackPlan,
     per_node: int,
@@ -115,10 +115,8 @@ def _llm_traffic(
     microbatches = packs.num_microbatches * mechanisms.context
     hidden = packs.pack_tokens / mechanisms.context * config.hidden_size * size
     layers = config.num_hidden_layers // pp
-    stage = sum(s.total for n, s in sizes.items() if n.startswith("llm.model.layers.")) / pp / tp
-    ends = sum(s.total for n, s in sizes.items() if n in ("llm.model.embed_tokens.weight", "llm.lm_head.weight"))
-    stage += ends / tp / (1 if pp == 1 else 2)
-    llm_learns = any(s.learned for n, s in sizes.items() if n.startswith("llm."))
+    stage = parts.layers.total / pp / tp + parts.ends.total / tp / (1 if pp == 1 else 2)
+    llm_learns = parts.llm.learned > 0
     units = tensor_units(train.recompute_llm, mechanisms.sequence_parallel)
     sends = 2 * microbatches * mechanisms.virtual_stages * (pp > 1)
     replicas_within = tp * dp <= per_node
@@ -165,7 +163,7 @@ def _llm_traffic(
 def _zero_traffic(
     recipe: Recipe,
     model: SizedModel,
-    sizes: dict[str, Size],
+    parts: PartSizes,
     topology: Topology,
     work: Sequence[EncoderWork],
     per_node: int,
@@ -173,9 +171,8 @@ def _zero_traffic(
     """Return ZeRO-3's traffic. Weights are gathered in every call of an encoder, both forward and backward."""
     size, world, ep = DTYPES[recipe.train.precision].itemsize, topology.world, topology.ep
     placement = place(model.config, ep)
-    held = [placement.held_by(r) for r in range(ep)]
-    fullest = max(held, key=lambda names: _held(sizes, names).total)
-    expert, shared = _held(sizes, fullest), _shared(sizes)
+    held = [sum((parts.experts.get(n, Size()) for n in placement.held_by(r)), Size()) for r in range(ep)]
+    expert, shared = max(held, key=lambda size: size.total), parts.shared
     calls = {one.names == _expert_names(model): _most_calls(one) for one in work}
     found = []
     for name, part, sharers, times in (
@@ -225,11 +222,3 @@ def _primary_dim(model: SizedModel) -> int:
 
     assert model.config.primary is not None
     return encoder_dim(model.config.primary)
-
-
-def _held(sizes: dict[str, Size], names: Sequence[str]) -> Size:
-    return sum((s for n, s in sizes.items() if n.startswith("audio.experts.") and n.split(".")[2] in names), Size())
-
-
-def _shared(sizes: dict[str, Size]) -> Size:
-    return sum((s for n, s in sizes.items() if n.startswith("audio.") and n.split(".")[1] != "experts"), Size())

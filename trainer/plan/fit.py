@@ -99,16 +99,15 @@ def _rough_states(planner: Planner, variant: Recipe) -> States:
     """Estimate the model states of a rank of the first stage, which holds its share of the layers and the embedding."""
     parallel, size = variant.parallel, 2 if variant.train.precision == "bf16" else FP32_BYTES
     dp = parallel.num_ranks // (parallel.tensor * parallel.pipeline)
-    layers = [s for n, s in planner.sizes.items() if n.startswith("llm.model.layers.")]
-    ends = [s for n, s in planner.sizes.items() if n == "llm.model.embed_tokens.weight"]
-    audio = [s for n, s in planner.sizes.items() if n.startswith("audio.")]
+    parts = planner.parts
+    audio = sum(parts.experts.values(), parts.shared)
 
     def share(kind: str) -> float:
-        stage = sum(getattr(s, kind) for s in layers) / parallel.pipeline + sum(getattr(s, kind) for s in ends)
-        return stage / parallel.tensor
+        stage = getattr(parts.layers, kind) / parallel.pipeline + getattr(parts.embedding, kind)
+        return float(stage / parallel.tensor)
 
     total, learned = share("total"), share("learned")
-    shared = sum(s.total for s in audio) / parallel.num_ranks
+    shared = audio.total / parallel.num_ranks
     master = 3 if size < FP32_BYTES else 2
     return States(
         int(total * size + shared * size),

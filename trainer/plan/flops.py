@@ -10,7 +10,7 @@ import numpy as np
 from model.llm.names import head_dim, hf_shapes
 from trainer.config.schema import Recipe
 from trainer.engine.optim import setting_of
-from trainer.plan.sizes import Size, SizedModel
+from trainer.plan.sizes import PartSizes, SizedModel
 from trainer.plan.workload import EncoderWork, Workload
 
 
@@ -34,7 +34,7 @@ class Flops:
 
 
 def step_flops(
-    recipe: Recipe, model: SizedModel, sizes: dict[str, Size], workload: Workload, work: Sequence[EncoderWork]
+    recipe: Recipe, model: SizedModel, parts: PartSizes, workload: Workload, work: Sequence[EncoderWork]
 ) -> Flops:
     """Return the FLOPs of a step.
 
@@ -45,7 +45,7 @@ def step_flops(
     """
     llm_forward = llm_forward_flops(model, workload)
     masked = causal_attention_flops(model, workload)
-    learned = any(s.learned for n, s in sizes.items() if n.startswith("llm."))
+    learned = parts.llm.learned > 0
     llm = llm_forward * (3 if learned else 2)
     encoders = recomputed = 0.0
     for one in work:

@@ -120,7 +120,7 @@ class MemoryModel:
 
     def of(self, stage: int, place: int, states: States) -> RankMemory:
         """Return the peak memory, over the phases of a step, of the ranks of `stage` at `place`."""
-        topology, llm, audio = self.topology, self.stages[like(stage, self.topology.pp)], self.audio[place]
+        llm, audio = self.stages[like(stage, self.topology.pp)], self.audio[place]
         zero = self.zero[place]
         permanent = zero.bucket + zero.persistent + llm.buffer
         pipeline = self._pipeline(stage)

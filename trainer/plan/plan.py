@@ -22,7 +22,7 @@ from trainer.plan.llm_memory import Kernels
 from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.memory import MemoryModel, RankMemory, kinds_of_ranks, memory_model
 from trainer.plan.ranks import DTYPES, RankStates, rank_states
-from trainer.plan.sizes import Size, parameter_sizes, sized_model
+from trainer.plan.sizes import Size, parameter_sizes, part_sizes, sized_model
 from trainer.plan.states import States
 from trainer.plan.step_time import StepTime, step_time
 from trainer.plan.workload import EncoderWork, Workload, encoder_work, pack_work
@@ -132,7 +132,9 @@ class Planner:
         self.accelerator, self.device, self.mechanisms = accelerator, device, mechanisms
         self.model = sized_model(recipe)
         self.sizes = parameter_sizes(self.model, recipe.optim)
+        self.parts = part_sizes(self.sizes)
         self.ds_json = load_ds_json(deepspeed_json(recipe))
+        self._encoder_work: dict[tuple[int, int, int, int], tuple[Workload, list[EncoderWork]]] = {}
         self._tracers: dict[tuple[str, bool], EncoderTracer] = {}
 
     def tracer(self, recipe: Recipe) -> EncoderTracer:
@@ -146,8 +148,12 @@ class Planner:
         """Return the recipe's topology, and how a step's work is distributed over it (encoder work and packs)."""
         topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
         budget = num_samples(recipe.train.encoder_batch_sec)
-        work = encoder_work(self.model, workload, topology, budget, self.device)
-        return topology, work, pack_work(recipe, workload, topology)
+        # The encoders' work does not depend on how the LLM is split.
+        key = (topology.world, topology.ep, budget, id(workload))
+        if key not in self._encoder_work:
+            work = encoder_work(self.model, workload, topology, budget, self.device)
+            self._encoder_work[key] = (workload, work)
+        return topology, self._encoder_work[key][1], pack_work(recipe, workload, topology)
 
     def memory(
         self, recipe: Recipe, workload: Workload, topology: Topology, work: Sequence[EncoderWork], packs: PackPlan
@@ -202,9 +208,9 @@ class Planner:
         states: States,
     ) -> tuple[Flops, list[Traffic], StepTime]:
         """Return the FLOPs, the traffic and the time of a step, given the model states of the fullest rank."""
-        flops = step_flops(recipe, self.model, self.sizes, workload, work)
+        flops = step_flops(recipe, self.model, self.parts, workload, work)
         moved = traffic(
-            recipe, self.model, self.sizes, topology, work, packs, self.accelerator.per_node, self.mechanisms
+            recipe, self.model, self.parts, topology, work, packs, self.accelerator.per_node, self.mechanisms
         )
         time = step_time(*self._timed(recipe, topology, self.accelerator, work, packs, flops, moved, states))
         return flops, moved, time
@@ -224,7 +230,7 @@ class Planner:
         return (
             recipe,
             self.model,
-            self.sizes,
+            self.parts,
             topology,
             accelerator,
             work,

@@ -38,6 +38,71 @@ class Size:
 
 
 @dataclass(frozen=True)
+class PartSizes:
+    """The sizes of the model's parts, summed once because a search needs them for every layout."""
+
+    layers: Size
+    """All layers of the LLM."""
+    embedding: Size
+    """The LLM's embedding."""
+    ends: Size
+    """The LLM's embedding and output layer."""
+    llm: Size
+    shared: Size
+    """The audio side without encoder experts."""
+    experts: dict[str, Size]
+    """The encoder experts, by name."""
+    depths: dict[str, int]
+    """The number of layers of each encoder, by its prefix (`audio.primary` or `audio.experts.NAME`)."""
+
+    @property
+    def encoder_width(self) -> float:
+        """The width of a square matrix as large as the audio side's mean large tensor."""
+        total = sum(self.experts.values(), self.shared)
+        return math.sqrt(total.total / total.large) if total.large else 64.0
+
+
+def part_sizes(sizes: dict[str, Size]) -> PartSizes:
+    """Return the sizes of the model's parts, given those of its parameters."""
+
+    def add(found: dict[str, Size], key: str, size: Size) -> None:
+        found[key] = found.get(key, Size()) + size
+
+    parts: dict[str, Size] = {}
+    experts: dict[str, Size] = {}
+    layers: dict[str, set[str]] = {}
+    for name, size in sizes.items():
+        words = name.split(".")
+        if words[0] == "llm":
+            add(parts, "llm", size)
+            if name.startswith("llm.model.layers."):
+                add(parts, "layers", size)
+            elif name == "llm.model.embed_tokens.weight":
+                add(parts, "embedding", size)
+            elif name == "llm.lm_head.weight":
+                add(parts, "head", size)
+            continue
+        prefix = ".".join(words[: 3 if words[1] == "experts" else 2])
+        if words[1] == "experts":
+            add(experts, words[2], size)
+        else:
+            add(parts, "shared", size)
+        if "layers" in words:
+            layers.setdefault(prefix, set()).add(words[words.index("layers") + 1])
+    none = Size()
+    embedding = parts.get("embedding", none)
+    return PartSizes(
+        parts.get("layers", none),
+        embedding,
+        embedding + parts.get("head", none),
+        parts.get("llm", none),
+        parts.get("shared", none),
+        experts,
+        {prefix: len(numbers) for prefix, numbers in layers.items()},
+    )
+
+
+@dataclass(frozen=True)
 class SizedModel:
     """A model in which the shape of every tensor is known."""
 

@@ -17,7 +17,7 @@ from trainer.plan.flops import Flops
 from trainer.plan.layer_time import RankRates, Seconds, attention_seconds, head_seconds, layer_seconds
 from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.ranks import DTYPES
-from trainer.plan.sizes import Size, SizedModel
+from trainer.plan.sizes import PartSizes, SizedModel
 from trainer.plan.states import States
 from trainer.plan.workload import EncoderWork
 
@@ -75,7 +75,7 @@ class _Llm:
 def step_time(
     recipe: Recipe,
     model: SizedModel,
-    sizes: dict[str, Size],
+    parts: PartSizes,
     topology: Topology,
     accelerator: Accelerator,
     work: Sequence[EncoderWork],
@@ -94,7 +94,7 @@ def step_time(
     Args:
         recipe: the recipe of the run.
         model: the model that the recipe describes.
-        sizes: parameter counts by parameter name, see `parameter_sizes`.
+        parts: the sizes of the model's parts.
         topology: the layout of the ranks.
         accelerator: the rates of the accelerator.
         work: the encoders' work.
@@ -107,12 +107,12 @@ def step_time(
     """
     seconds = {t.name: t.seconds(accelerator) for t in traffic}
     rates = RankRates(accelerator, mechanisms, DTYPES[recipe.train.precision].itemsize)
-    compute = _encoder_seconds(recipe, model, sizes, rates, work, flops)
+    compute = _encoder_seconds(recipe, model, parts, rates, work, flops)
     gathers = sum(s for name, s in seconds.items() if name.startswith("ZeRO-3"))
     overlaps = bool(ds_json["zero_optimization"].get("overlap_comm", True))
     encoders = max(compute, gathers) if overlaps else compute + gathers
 
-    llm = _llm(recipe, model, sizes, topology, rates, packs, seconds)
+    llm = _llm(recipe, model, parts, topology, rates, packs, seconds)
     moved = sum(seconds.get(name, 0.0) for name in ("clips and features", "audio embeddings and tokens"))
     updated = 2 * states.optimizer + states.gradients + states.weights
     update = _UPDATE_PASSES * updated / (accelerator.memory_tb_s * accelerator.memory_efficiency * 1e12)
@@ -145,7 +145,7 @@ def step_time(
 def _llm(
     recipe: Recipe,
     model: SizedModel,
-    sizes: dict[str, Size],
+    parts: PartSizes,
     topology: Topology,
     rates: RankRates,
     packs: PackPlan,
@@ -159,7 +159,7 @@ def _llm(
     mechanisms, config, tp, pp = rates.mechanisms, model.llm, topology.tp, topology.pp
     microbatches = packs.num_microbatches * mechanisms.context
     rows = packs.pack_tokens / mechanisms.context
-    learned = any(s.learned for n, s in sizes.items() if n.startswith("llm.model.layers."))
+    learned = parts.layers.learned > 0
     squares = _squares(packs) / mechanisms.context
     layer = layer_seconds(config, rates, tp, rows, squares, learned)
     attention = attention_seconds(config, rates, tp, rows, squares)
@@ -215,7 +215,7 @@ def _with_ring_attention(
 def _encoder_seconds(
     recipe: Recipe,
     model: SizedModel,
-    sizes: dict[str, Size],
+    parts: PartSizes,
     rates: RankRates,
     work: Sequence[EncoderWork],
     flops: Flops,
@@ -231,21 +231,18 @@ def _encoder_seconds(
         rank = int(one.cost.argmax())
         calls = [call for encoder in one.calls[rank] for call in encoder]
         frames = max((sum(call) / 320 for call in calls), default=1.0)
-        large = [s.total for n, s in sizes.items() if n.startswith("audio.") and s.large]
-        width = (sum(large) / len(large)) ** 0.5 if large else 64.0
+        width = parts.encoder_width
         share = rates.accelerator.matrix_share(max(1.0, frames), width, width)
         total += float(one.cost[rank]) * passes / (rates.peak * share)
-        depth = _depth(model, one.names, sizes)
+        depth = _depth(model, one.names, parts)
         total += rates.starts(len(calls) * depth * _ENCODER_LAYER_KERNELS * max(1.0, passes))
     return total
 
 
-def _depth(model: SizedModel, names: Sequence[str], sizes: dict[str, Size]) -> int:
+def _depth(model: SizedModel, names: Sequence[str], parts: PartSizes) -> int:
     """Return the largest number of layers of the encoders `names`."""
     primary = model.config.primary
-    depths = [1]
-    for name in names:
-        part = "audio.primary." if primary is not None and name == primary.name else f"audio.experts.{name}."
-        numbers = {n.split(".layers.")[1].split(".")[0] for n in sizes if n.startswith(part) and ".layers." in n}
-        depths.append(len(numbers))
-    return max(depths)
+    prefixes = [
+        "audio.primary" if primary is not None and name == primary.name else f"audio.experts.{name}" for name in names
+    ]
+    return max(parts.depths.get(prefix, 1) for prefix in prefixes)
