@@ -90,6 +90,10 @@ class Accelerator:
             **{k: getattr(self, k) / factor for k in _LATENCIES},
         )
 
+    def without_fixed_costs(self) -> Accelerator:
+        """Return this accelerator with neither latencies nor a cost of starting kernels."""
+        return dataclasses.replace(self, **dict.fromkeys(_LATENCIES, 0.0))
+
 
 _SHARES = ("efficiency", "attention_efficiency", "memory_efficiency", "link_efficiency")
 _LATENCIES = ("kernel_us", "node_latency_us", "network_latency_us")

@@ -34,7 +34,7 @@ def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, lis
     Raises:
         UserError: If nothing fits. The message describes the candidate that needs the least memory.
     """
-    timed = sorted(_estimates(planner, recipe, workload), key=lambda item: item[0])
+    timed = sorted(estimates(planner, recipe, workload), key=lambda item: item[0])
     if not timed:
         raise UserError(
             f"--fit: no layout of parallel.num_ranks = {recipe.parallel.num_ranks} is legal for this model and can "
@@ -44,7 +44,7 @@ def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, lis
     for _, variant in timed[:_MAX_FULL]:
         plan = planner.plan(variant, workload)
         if plan.fits:
-            return plan, _changes(recipe, variant)
+            return plan, changes_between(recipe, variant)
         if closest is None or plan.worst.total < closest.worst.total:
             closest = plan
     assert closest is not None
@@ -77,7 +77,7 @@ def _variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
             yield dataclasses.replace(recipe, parallel=dataclasses.replace(split, expert=ep), train=train)
 
 
-def _estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[tuple[float, Recipe]]:
+def estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[tuple[float, Recipe]]:
     """Yield (expected seconds of a step, recipe) for the variants that may fit."""
     accelerator = planner.accelerator
     placed: dict[object, tuple[Topology, list[EncoderWork], PackPlan]] = {}
@@ -129,7 +129,8 @@ def _rough_activations(planner: Planner, variant: Recipe, packs: PackPlan) -> fl
     return each * (2 if train.precision == "fp32" else 1) * hf.num_hidden_layers / parallel.pipeline * in_flight
 
 
-def _changes(recipe: Recipe, variant: Recipe) -> list[str]:
+def changes_between(recipe: Recipe, variant: Recipe) -> list[str]:
+    """Return the differences between `recipe` and `variant` as `key=value`."""
     found = []
     for section in ("parallel", "train"):
         old, new = getattr(recipe, section), getattr(variant, section)

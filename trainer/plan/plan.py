@@ -51,7 +51,20 @@ class Plan:
     time: StepTime
     seconds_range: tuple[float, float]
     """The seconds of a step if all assumed rates are better or worse by the share `UNCERTAINTY`."""
+    fixed_share: float
+    """The share of a step that starting kernels and the latencies of links take."""
+    attention: str
+    """The attention kernel whose memory is counted."""
     mechanisms: Mechanisms = AS_BUILT
+
+    @property
+    def too_small(self) -> bool:
+        """True if fixed costs take most of a step, so that its time says nothing about a longer run."""
+        return self.fixed_share > 0.5
+
+    def cost(self, step_sec: float, price_per_gpu_hour: float) -> float:
+        """Return the price of all steps if each takes `step_sec` seconds."""
+        return step_sec * self.recipe.train.steps / 3600 * self.topology.world * price_per_gpu_hour
 
     @property
     def worst(self) -> RankMemory:
@@ -176,12 +189,15 @@ class Planner:
         kinds = kinds_of_ranks(self.memory(recipe, workload, topology, work, packs), states)
         fullest = max((k.states for k in kinds), key=lambda s: s.total)
         flops, moved, time = self.time(recipe, workload, topology, work, packs, fullest)
-        slow, fast = (
-            step_time(
-                *self._timed(recipe, topology, self.accelerator.ranging(change), work, packs, flops, moved, fullest)
-            ).total
-            for change in (-UNCERTAINTY, UNCERTAINTY)
+        slow, fast, free = (
+            step_time(*self._timed(recipe, topology, accelerator, work, packs, flops, moved, fullest)).total
+            for accelerator in (
+                self.accelerator.ranging(-UNCERTAINTY),
+                self.accelerator.ranging(UNCERTAINTY),
+                self.accelerator.without_fixed_costs(),
+            )
         )
+        fused = self.transformer_engine and self.device == "cuda" and recipe.train.precision == "bf16"
         return Plan(
             recipe,
             self.accelerator,
@@ -195,6 +211,8 @@ class Planner:
             moved,
             time,
             (fast, slow),
+            1 - free / time.total,
+            "TransformerEngine" if fused else "PyTorch, on segments padded to batches",
             self.mechanisms,
         )
 
@@ -298,6 +316,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "exchange_sec": time.exchange,
         "update_sec": time.update,
         "step_sec_range": list(plan.seconds_range),
+        "fixed_share": plan.fixed_share,
+        "too_small": plan.too_small,
+        "attention": plan.attention,
         "what_if": plan.mechanisms.labels(),
         "mfu": time.mfu,
         "mfu_full_attention": time.mfu_full_attention,
