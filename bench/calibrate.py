@@ -74,7 +74,7 @@ def calibrate(device: torch.device, dtype: torch.dtype, like: Any, peak_tflops: 
     return type(like)(
         **{
             **known,
-            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu of {like.per_node} ranks",
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "tflops": peak_tflops if size == 2 or device.type == "cpu" else like.tflops,
             "fp32_tflops": peak_tflops if size == 4 or device.type == "cpu" else like.fp32_tflops,
             "matrix": table,

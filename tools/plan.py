@@ -25,8 +25,12 @@ from model.errors import UserError
 
 if TYPE_CHECKING:
     from trainer.config.schema import Recipe
+    from trainer.plan.advice import Advice
     from trainer.plan.plan import Planner
     from trainer.plan.workload import Workload
+
+_ADVICE_RANKS = 1024
+"""The largest number of ranks for which a plan searches for a better layout without being asked to."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,13 +70,15 @@ def _run(options: argparse.Namespace) -> int:
     from trainer.plan.report import explain, report
 
     planner, workload = _planner(options, recipe)
-    advice, changes = None, []
+    advice: Advice | None = None
+    changes: list[str] = []
     if options.fit:
         plan, changes = fit(planner, recipe, workload)
         print(f"fastest layout that fits: {' '.join(changes) or 'the recipe without changes'}\n")
     else:
         plan = planner.plan(recipe, workload)
-        advice = advise(planner, plan, workload) if options.advice else None
+        searched = options.advice and recipe.parallel.num_ranks <= _ADVICE_RANKS
+        advice = advise(planner, plan, workload) if searched else None
     print(report(plan, advice, options.price_per_gpu_hour))
     if options.explain:
         print(f"\n{explain(plan)}")
@@ -156,7 +162,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--explain", action="store_true", help="print what a step's time is spent on, and remedies")
     parser.add_argument(
-        "--no-advice", dest="advice", action="store_false", help="do not search for a better layout, which takes longer"
+        "--no-advice",
+        dest="advice",
+        action="store_false",
+        help="do not search for a better layout, which takes longer; never done beyond 1024 ranks",
     )
     parser.add_argument(
         "--price-per-gpu-hour", type=float, metavar="PRICE", help="price of one accelerator for an hour, to print costs"

@@ -92,7 +92,7 @@ class Accelerator:
 
     def without_fixed_costs(self) -> Accelerator:
         """Return this accelerator with neither latencies nor a cost of starting kernels."""
-        return dataclasses.replace(self, **dict.fromkeys(_LATENCIES, 0.0))
+        return dataclasses.replace(self, kernel_us=0.0, node_latency_us=0.0, network_latency_us=0.0)
 
 
 _SHARES = ("efficiency", "attention_efficiency", "memory_efficiency", "link_efficiency")

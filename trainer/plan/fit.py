@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 
 from model.errors import UserError
-from trainer.config.checks import check_llm, check_packs
+from trainer.config.checks import check_packs, check_recipe
 from trainer.config.schema import Recipe
 from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology, divisors
@@ -52,21 +52,21 @@ def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, lis
     raise AssertionError("check_fits accepted a plan that does not fit")
 
 
-def _variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
+def variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
+    """Yield every layout that the search considers; the trainer accepts all of them."""
     world, parallel, hf = recipe.parallel.num_ranks, recipe.parallel, planner.model.llm
     tensors = [d for d in divisors(world) if d <= planner.accelerator.per_node]
     pipelines = [d for d in divisors(world) if hf.num_hidden_layers % d == 0]
     experts = [d for d in divisors(world) if d <= max(1, len(recipe.model.experts))]
     tokens = sorted({*_TOKENS, recipe.train.llm_tokens_per_microbatch})
-    for tp, pp in itertools.product(tensors, pipelines):
-        split = dataclasses.replace(parallel, tensor=tp, pipeline=pp)
-        if world % (tp * pp):
-            continue
+    unpacked = dataclasses.replace(recipe.train, pack_multiple_tokens=None)
+    for tp, pp, ep in itertools.product(tensors, pipelines, experts):
+        split = dataclasses.replace(parallel, tensor=tp, pipeline=pp, expert=ep)
         try:
-            check_llm(hf, split)
+            check_recipe(dataclasses.replace(recipe, parallel=split, train=unpacked))
         except UserError:
             continue
-        for ep, rows, llm, encoders in itertools.product(experts, tokens, (False, True), (False, True)):
+        for rows, llm, encoders in itertools.product(tokens, (False, True), (False, True)):
             train = dataclasses.replace(
                 recipe.train, llm_tokens_per_microbatch=rows, recompute_llm=llm, recompute_encoders=encoders
             )
@@ -74,14 +74,14 @@ def _variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
                 check_packs(train, split)
             except UserError:
                 continue
-            yield dataclasses.replace(recipe, parallel=dataclasses.replace(split, expert=ep), train=train)
+            yield dataclasses.replace(recipe, parallel=split, train=train)
 
 
 def estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[tuple[float, Recipe]]:
     """Yield (expected seconds of a step, recipe) for the variants that may fit."""
     accelerator = planner.accelerator
     placed: dict[object, tuple[Topology, list[EncoderWork], PackPlan]] = {}
-    for variant in _variants(planner, recipe):
+    for variant in variants(planner, recipe):
         states = _rough_states(planner, variant)
         if states.total > accelerator.usable_bytes:
             continue

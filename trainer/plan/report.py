@@ -70,8 +70,7 @@ def _summary(plan: Plan, advice: Advice | None, price: float | None) -> list[str
         rows.append(("limited by", f"{name}, {seconds / plan.time.total:.0%} of the step"))
     rows += _advice(plan, advice)
     if price is not None and not plan.too_small:
-        low, high = (plan.cost(sec, price) for sec in plan.seconds_range)
-        rows.append(("cost", f"{low:,.0f}–{high:,.0f} for the run at {price:g} per accelerator and hour"))
+        rows.append(("cost", f"{_costs(plan, price)} for the run at {price:g} per accelerator and hour"))
     if plan.mechanisms.labels():
         rows.append(("WHAT IF", f"the trainer cannot run this: {', '.join(plan.mechanisms.labels())}"))
     lines = [f"{plan.recipe.name} on {plan.topology.world} x {plan.accelerator.name}"]
@@ -210,6 +209,10 @@ def _digits(number: float) -> str:
     return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else f"{number:,.0f}"
 
 
+def _costs(plan: Plan, price: float) -> str:
+    return "–".join(_digits(plan.cost(seconds, price)) for seconds in plan.seconds_range)
+
+
 def sweep_table(key: str, rows: Sequence[tuple[str, Plan | str]], price: float | None) -> str:
     """Return a table with one row per value of a swept key.
 
@@ -228,8 +231,11 @@ def sweep_table(key: str, rows: Sequence[tuple[str, Plan | str]], price: float |
         low, high = plan.seconds_range
         steps = plan.recipe.train.steps
         cells = [value, str(plan.topology.world), "yes" if plan.fits else "NO", _gib(plan.worst.total)]
-        cells += [range_text(low, high), f"{plan.time.bubble:.0%}", f"{plan.time.mfu:.1%}"]
-        cells += [range_text(low * steps, high * steps)]
-        cells += [f"{plan.cost(low, price):,.0f}–{plan.cost(high, price):,.0f}"] if price else []
+        if plan.too_small:
+            cells += ["too small", *[""] * (len(header) - 5)]
+        else:
+            cells += [range_text(low, high), f"{plan.time.bubble:.0%}", f"{plan.time.mfu:.1%}"]
+            cells += [range_text(low * steps, high * steps)]
+            cells += [_costs(plan, price)] if price else []
         lines.append(cells)
     return "\n".join([*table(lines), *refused])
