@@ -3,6 +3,8 @@
     earshot plan mowe_70b                                       on H100s
     earshot plan mowe_70b parallel.tensor=4 --accelerator a100  another layout, on A100s
     earshot plan mowe_8b --fit                                  the fastest layout that fits
+    earshot plan mowe_70b --explain                             what a step's time is spent on
+    earshot plan mowe_70b --sweep parallel.num_ranks=64,128,256 --price-per-gpu-hour 2.5
 
 The command needs no GPU, cluster, weights or network. docs/plan.md explains the numbers.
 
@@ -12,12 +14,23 @@ Exit code 0: the run fits into the accelerator's memory. 2: it does not fit, or 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from model.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.config.schema import Recipe
+    from trainer.plan.advice import Advice
+    from trainer.plan.plan import Planner
+    from trainer.plan.workload import Workload
+
+_ADVICE_RANKS = 1024
+"""The largest number of ranks for which a plan searches for a better layout without being asked to."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,30 +56,78 @@ def _run(options: argparse.Namespace) -> int:
     from trainer.config.load import load_recipe
     from trainer.plan.accelerator import parse_accelerator
 
-    accelerator = parse_accelerator(options.accelerator)
+    parse_accelerator(options.accelerator)
+    if options.price_per_gpu_hour is not None and not options.price_per_gpu_hour > 0:
+        raise UserError(f"--price-per-gpu-hour {options.price_per_gpu_hour:g}: must be positive")
+    if options.sweep:
+        return _sweep(options)
     recipe = load_recipe(options.recipe, options.overrides)
     check_recipe(recipe)
     # These modules import Megatron, which takes seconds, so an illegal recipe is reported first.
-    from trainer.parallel.topology import build_topology
+    from trainer.plan.advice import advise
     from trainer.plan.fit import fit
-    from trainer.plan.plan import Planner, as_json
-    from trainer.plan.report import report
-    from trainer.plan.workload import typical_workload
+    from trainer.plan.plan import as_json
+    from trainer.plan.report import explain, report
 
-    topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
-    workload = typical_workload(recipe, topology, options.audio_sec, options.text_tokens)
-    planner = Planner(recipe, accelerator)
+    planner, workload = _planner(options, recipe)
+    advice: Advice | None = None
+    changes: list[str] = []
     if options.fit:
         plan, changes = fit(planner, recipe, workload)
         print(f"fastest layout that fits: {' '.join(changes) or 'the recipe without changes'}\n")
     else:
-        plan, changes = planner.plan(recipe, workload), []
-    print(report(plan))
+        plan = planner.plan(recipe, workload)
+        searched = options.advice and recipe.parallel.num_ranks <= _ADVICE_RANKS
+        advice = advise(planner, plan, workload) if searched else None
+    print(report(plan, advice, options.price_per_gpu_hour))
+    if options.explain:
+        print(f"\n{explain(plan)}")
     if options.json:
-        print(json.dumps({**as_json(plan), "changes": changes}))
+        print(json.dumps({**as_json(plan), "changes": changes, "advice": advice and dataclasses.asdict(advice)}))
     sys.stdout.flush()
     plan.check_fits()
     return 0
+
+
+def _planner(options: argparse.Namespace, recipe: Recipe) -> tuple[Planner, Workload]:
+    """Return a planner for a recipe, and its typical workload."""
+    from model.llm.attention import transformer_engine
+    from trainer.parallel.topology import build_topology
+    from trainer.plan.accelerator import parse_accelerator
+    from trainer.plan.plan import Planner
+    from trainer.plan.workload import typical_workload
+
+    topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
+    workload = typical_workload(recipe, topology, options.audio_sec, options.text_tokens)
+    fused = options.transformer_engine or transformer_engine() is not None
+    return Planner(recipe, parse_accelerator(options.accelerator), transformer_engine=fused), workload
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    """Print a table with one plan per value of a key.
+
+    Returns:
+        0 if any of the plans fits, 2 if none does.
+    """
+    from trainer.config.checks import check_recipe
+    from trainer.config.load import load_recipe
+    from trainer.plan.plan import Plan
+    from trainer.plan.report import sweep_table
+
+    key, equals, values = options.sweep.partition("=")
+    if not equals or not values:
+        raise UserError(f"--sweep {options.sweep}: give a key and its values, such as parallel.num_ranks=64,128,256")
+    rows: list[tuple[str, Plan | str]] = []
+    for value in values.split(","):
+        try:
+            recipe = load_recipe(options.recipe, [*options.overrides, f"{key}={value}"])
+            check_recipe(recipe)
+            planner, workload = _planner(options, recipe)
+            rows.append((value, planner.plan(recipe, workload)))
+        except UserError as error:
+            rows.append((value, str(error)))
+    print(sweep_table(key, rows, options.price_per_gpu_hour))
+    return 0 if any(isinstance(plan, Plan) and plan.fits for _, plan in rows) else 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
         "--accelerator",
         default="h100",
         metavar="NAME[,key=value…]",
-        help="h100, h200, a100, or numbers such as tflops and memory_gib (see docs/plan.md; default: h100)",
+        help="h100, h200, a100, a .json file of bench.calibrate, or numbers such as tflops and memory_gib (see "
+        "docs/plan.md; default: h100)",
     )
     parser.add_argument(
         "--audio-sec",
@@ -93,6 +155,24 @@ def _parser() -> argparse.ArgumentParser:
         "--text-tokens", type=int, default=64, metavar="N", help="text tokens of a sample (default: 64)"
     )
     parser.add_argument("--fit", action="store_true", help="find the fastest layout that fits into the memory")
+    parser.add_argument(
+        "--transformer-engine",
+        action="store_true",
+        help="the ranks have TransformerEngine, which attends without padding (default: as on this machine)",
+    )
+    parser.add_argument("--explain", action="store_true", help="print what a step's time is spent on, and remedies")
+    parser.add_argument(
+        "--no-advice",
+        dest="advice",
+        action="store_false",
+        help="do not search for a better layout, which takes longer; never done beyond 1024 ranks",
+    )
+    parser.add_argument(
+        "--price-per-gpu-hour", type=float, metavar="PRICE", help="price of one accelerator for an hour, to print costs"
+    )
+    parser.add_argument(
+        "--sweep", metavar="KEY=v1,v2,…", help="print a table with one plan per value of a recipe key, and nothing else"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object with all numbers on the last line")
     return parser
 

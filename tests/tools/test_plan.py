@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import subprocess
@@ -9,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from model.errors import UserError
+from trainer.plan.accelerator import KNOWN, parse_accelerator
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +29,15 @@ def test_the_70b_plan() -> None:
     done = plan("mowe_70b", "--json")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    assert "fits: " in done.stdout and "mowe_70b on 128 x h100: TP 8 x PP 4 x DP 4" in done.stdout
+    lines = done.stdout.splitlines()
+    assert [line.split("  ")[1] for line in lines[1:3]] == [
+        "fits",
+        "time",
+    ] and "Layout: TP 8 x PP 4 x DP 4" in done.stdout
+    assert lines[0] == "mowe_70b on 128 x h100" and lines[1].startswith("  fits        yes: ")
+    for word in ("  MFU  ", "  limited by  the pipeline's bubble, ", "  would help  ", "--fit makes it "):
+        assert word in done.stdout
+    assert max(map(len, lines[:-1])) <= 100
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["fits"] and found["ranks"] == 128
     # The weights of the LLM are bf16 and split over TP and PP.
@@ -35,6 +47,12 @@ def test_the_70b_plan() -> None:
     assert found["step_sec"] == pytest.approx(
         sum(found[k] for k in ("encoders_sec", "llm_sec", "exchange_sec", "update_sec"))
     )
+    assert found["step_sec"] == pytest.approx(sum(found["parts_sec"].values()))
+    low, high = found["step_sec_range"]
+    assert 0.8 * found["step_sec"] < low < found["step_sec"] < high < 1.25 * found["step_sec"]
+    assert found["mfu"] < found["mfu_full_attention"] < 1.1 * found["mfu"]
+    assert found["what_if"] == [] and not found["too_small"]
+    assert found["advice"]["layout_speedup"] >= found["advice"]["change_speedup"] > 1
     assert found["days"] == pytest.approx(20000 * found["step_sec"] / 86400)
     assert after.ru_maxrss < 4 * 2**20  # KiB
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
@@ -78,3 +96,55 @@ def test_the_fastest_layout_that_fits_is_a_legal_recipe() -> None:
     assert json.loads(again.stdout.splitlines()[-1])["step_sec"] == pytest.approx(found["step_sec"])
     as_it_is = plan("debug", "parallel.num_ranks=4", "data.num_lanes=8", "--json")
     assert found["step_sec"] <= json.loads(as_it_is.stdout.splitlines()[-1])["step_sec"]
+
+
+def test_a_toy_gets_no_forecast() -> None:
+    done = plan("debug", "--price-per-gpu-hour", "2", "--explain")
+    assert done.returncode == 0, done.stderr
+    assert "too small to forecast" in done.stdout and "per day" not in done.stdout and "cost" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert "What a step's time is spent on" in done.stdout
+
+
+def test_a_sweep_is_a_table() -> None:
+    done = plan("debug", "--sweep", "parallel.num_ranks=1,2,3,16", "--price-per-gpu-hour", "2")
+    assert done.returncode == 0, done.stderr
+    header, *rows = [line.split() for line in done.stdout.splitlines()]
+    assert header[:4] == ["parallel.num_ranks", "ranks", "fits", "GiB"] and header[-1] == "cost"
+    assert [row[:3] for row in rows[:3]] == [["1", "1", "yes"], ["2", "2", "yes"], ["3", "3", "yes"]]
+    assert rows[3] == ["16", "illegal"]
+    assert "parallel.num_ranks=16: data.global_batch_samples = 8: 16 LLM replicas" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert plan("debug", "--sweep", "parallel.num_ranks").returncode == 2
+
+
+def test_a_calibrated_device_can_be_planned_for(tmp_path: Path) -> None:
+    path = tmp_path / "device.json"
+    known = {**dataclasses.asdict(KNOWN["h100"]), "name": "mine", "memory_gib": 40.0}
+    path.write_text(json.dumps(known))
+    assert parse_accelerator(str(path)) == dataclasses.replace(KNOWN["h100"], name="mine", memory_gib=40.0)
+    assert parse_accelerator(f"{path},per_node=4").per_node == 4
+    path.write_text("{}")
+    with pytest.raises(UserError, match="cannot be read .*write it with python -m bench.calibrate"):
+        parse_accelerator(str(path))
+
+
+@pytest.mark.timeout(300)
+def test_405_b_on_ten_thousand_ranks_takes_half_a_minute_and_a_gibibyte() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    sizes = {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128}
+    done = plan(
+        "mowe_70b",
+        *(f"model.llm.config.{key}={value}" for key, value in sizes.items()),
+        "parallel.num_ranks=10080",
+        "parallel.pipeline=9",
+        "data.global_batch_samples=10080",
+        "data.num_lanes=10080",
+        "--json",
+        timeout_sec=280,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["ranks"] == 10080
+    assert after.ru_maxrss < 2**20  # KiB
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 30

@@ -90,9 +90,8 @@ def check(recipe: str, overrides: Sequence[str], retry_sec: float = _STORE_SEC, 
     """
     commands = [["trainer.job.check", recipe, *overrides, f"--retry-sec={retry_sec}"]]
     if plan:
-        commands.append(
-            ["tools.plan", recipe, *overrides, f"--accelerator={os.environ.get('PLAN_ACCELERATOR', 'h100')}", "--json"]
-        )
+        accelerator = os.environ.get("PLAN_ACCELERATOR", "h100")
+        commands.append(["tools.plan", recipe, *overrides, f"--accelerator={accelerator}", "--json", "--no-advice"])
     running = [
         subprocess.Popen([sys.executable, "-m", *command], stdout=PIPE, stderr=PIPE, text=True) for command in commands
     ]

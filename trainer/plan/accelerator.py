@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from model.errors import UserError
 
 GIB = 2**30
+
+H100_MATRIX = ((64.0, 0.17), (256.0, 0.50), (1024.0, 0.68), (4096.0, 0.74))
+A100_MATRIX = ((64.0, 0.35), (256.0, 0.66), (1024.0, 0.79), (4096.0, 0.84))
 
 
 @dataclass(frozen=True)
@@ -29,10 +35,25 @@ class Accelerator:
     """The bandwidth to a device of another node, in GB/s."""
     per_node: int = 8
     """The number of devices per node."""
-    efficiency: float = 0.6
-    """The share of the peak rate that the model's matrix products are assumed to reach."""
+    matrix: tuple[tuple[float, float], ...] = H100_MATRIX
+    """The share of the peak rate that a matrix product reaches, as (FLOPs per byte, share), sorted by the former.
+
+    An [m, k] by [k, n] product in bf16 has mnk / (mk + kn + mn) FLOPs per byte. `python -m bench.calibrate` measures
+    the table."""
+    efficiency: float = 0.0
+    """The share of the peak rate that every matrix product is assumed to reach; 0 looks it up in `matrix`."""
+    attention_efficiency: float = 0.5
+    """The share of the peak rate that fused attention is assumed to reach."""
+    memory_efficiency: float = 0.8
+    """The share of the memory bandwidth that element-wise operations are assumed to reach."""
+    kernel_us: float = 4.0
+    """The time that starting a kernel takes, in microseconds."""
     link_efficiency: float = 0.7
     """The share of the links' bandwidth that collectives are assumed to reach."""
+    node_latency_us: float = 3.4
+    """The latency of a hop within a node, in microseconds (NCCL's tuning table, ring over NVLink)."""
+    network_latency_us: float = 14.0
+    """The latency of a hop between nodes, in microseconds (NCCL's tuning table, ring over a network)."""
     reserve_gib: float = 6.0
     """The memory assumed to be taken by the CUDA context, NCCL, library workspaces and fragmentation, in GiB."""
 
@@ -41,12 +62,54 @@ class Accelerator:
         """The memory available to tensors, in bytes."""
         return (self.memory_gib - self.reserve_gib) * GIB
 
+    def matrix_share(self, rows: float, columns: float, inner: float) -> float:
+        """Return the share of the peak rate that a [rows, inner] by [inner, columns] product reaches.
+
+        Between the entries of `matrix`, the share is interpolated over the logarithm of the FLOPs per byte. Below the
+        first entry it is proportional to them.
+        """
+        if self.efficiency:
+            return self.efficiency
+        intensity = 1 / (1 / rows + 1 / columns + 1 / inner)
+        below, share = self.matrix[0]
+        if intensity <= below:
+            return share * intensity / below
+        for above, next_share in self.matrix[1:]:
+            if intensity <= above:
+                return share + (next_share - share) * math.log(intensity / below) / math.log(above / below)
+            below, share = above, next_share
+        return share
+
+    def ranging(self, change: float) -> Accelerator:
+        """Return this accelerator with all assumed shares multiplied by 1 + `change`, and latencies divided by it."""
+        factor = 1 + change
+        return dataclasses.replace(
+            self,
+            matrix=tuple((at, min(1.0, share * factor)) for at, share in self.matrix),
+            **{k: min(1.0, getattr(self, k) * factor) for k in _SHARES},
+            **{k: getattr(self, k) / factor for k in _LATENCIES},
+        )
+
+    def without_fixed_costs(self) -> Accelerator:
+        """Return this accelerator with neither latencies nor a cost of starting kernels."""
+        return dataclasses.replace(self, kernel_us=0.0, node_latency_us=0.0, network_latency_us=0.0)
+
+
+_SHARES = ("efficiency", "attention_efficiency", "memory_efficiency", "link_efficiency")
+_LATENCIES = ("kernel_us", "node_latency_us", "network_latency_us")
 
 KNOWN = {
     "h100": Accelerator("h100"),
     "h200": Accelerator("h200", memory_gib=139.8, memory_tb_s=4.8),
     "a100": Accelerator(
-        "a100", tflops=312, fp32_tflops=19.5, memory_gib=79.1, memory_tb_s=2.04, node_gb_s=300, network_gb_s=25
+        "a100",
+        tflops=312,
+        fp32_tflops=19.5,
+        memory_gib=79.1,
+        memory_tb_s=2.04,
+        node_gb_s=300,
+        network_gb_s=25,
+        matrix=A100_MATRIX,
     ),
 }
 """The accelerators that have a name, by that name.
@@ -72,9 +135,13 @@ def parse_accelerator(text: str) -> Accelerator:
     first, *rest = text.split(",")
     if "=" in first:
         first, rest = "h100", [first, *rest]
-    if first not in KNOWN:
-        raise UserError(f"--accelerator {first}: legal names are {', '.join(KNOWN)}; or give numbers as key=value,…")
-    legal = [f.name for f in dataclasses.fields(Accelerator) if f.name != "name"]
+    base = KNOWN.get(first) or _load(first)
+    if base is None:
+        raise UserError(
+            f"--accelerator {first}: legal names are {', '.join(KNOWN)}; or give numbers as key=value,… "
+            "or a .json file of bench.calibrate"
+        )
+    legal = [f.name for f in dataclasses.fields(Accelerator) if f.name not in ("name", "matrix")]
     changes: dict[str, float] = {}
     for item in rest:
         key, _, value = item.partition("=")
@@ -84,7 +151,22 @@ def parse_accelerator(text: str) -> Accelerator:
             changes[key] = int(value) if key == "per_node" else float(value)
         except ValueError:
             raise UserError(f"--accelerator {item}: {value!r} is not a number") from None
-        if not changes[key] > 0 and key != "reserve_gib":
+        if not changes[key] > 0 and key not in ("reserve_gib", "efficiency", *_LATENCIES):
             raise UserError(f"--accelerator {item}: must be positive")
-    found: Accelerator = dataclasses.replace(KNOWN[first], **changes)  # type: ignore[arg-type]
+    found: Accelerator = dataclasses.replace(base, **changes)  # type: ignore[arg-type]
     return dataclasses.replace(found, name=text) if changes else found
+
+
+def _load(text: str) -> Accelerator | None:
+    """Read an accelerator that `bench.calibrate` wrote; return None if `text` is not the name of a .json file."""
+    path = Path(text)
+    if path.suffix != ".json":
+        return None
+    try:
+        found = json.loads(path.read_text())
+        found["matrix"] = tuple((float(at), float(share)) for at, share in found["matrix"])
+        return Accelerator(**found)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"--accelerator {text}: cannot be read ({error}); write it with python -m bench.calibrate"
+        ) from None

@@ -9,8 +9,10 @@ from trainer.config.schema import Recipe
 from trainer.engine.placement import place
 from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology
+from trainer.plan.accelerator import Accelerator
+from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.ranks import DTYPES
-from trainer.plan.sizes import Size, SizedModel
+from trainer.plan.sizes import PartSizes, Size, SizedModel
 from trainer.plan.states import FP32_BYTES
 from trainer.plan.workload import EncoderWork
 
@@ -26,80 +28,168 @@ class Traffic:
     """The bytes that the busiest rank sends in a step."""
     within_node: bool
     """True if all ranks of a group are on one node."""
+    members: int = 1
+    """The number of a group's ranks on one node. They share the node's network ports with the members of other
+    groups, so that a group has as many ports as it has members there."""
+    calls: int = 1
+    """The number of collectives."""
+    ring: bool = True
+    """True if the bytes travel around a ring, False if each message takes one hop."""
+
+    def seconds(self, accelerator: Accelerator) -> float:
+        """Return the seconds of these collectives if nothing overlaps with them.
+
+        NCCL chooses between a protocol of full bandwidth and one with a fifth of its latency and a quarter of its
+        bandwidth, which is faster for small messages.
+        """
+        ports = accelerator.network_gb_s * self.members
+        rate = accelerator.node_gb_s if self.within_node else min(accelerator.node_gb_s, ports)
+        moving = self.bytes / (rate * 1e9 * accelerator.link_efficiency)
+        hops = self.ranks - 1 if self.ring else 1
+        between = 0 if self.within_node else min(hops, -(-self.ranks // self.members))
+        waiting = (hops - between) * accelerator.node_latency_us + between * accelerator.network_latency_us
+        waiting *= self.calls * 1e-6
+        return min(moving + waiting, 4 * moving + waiting / 5)
 
 
 def traffic(
     recipe: Recipe,
     model: SizedModel,
-    sizes: dict[str, Size],
+    parts: PartSizes,
     topology: Topology,
     work: Sequence[EncoderWork],
     packs: PackPlan,
     per_node: int,
+    mechanisms: Mechanisms = AS_BUILT,
 ) -> list[Traffic]:
     """Return the traffic of a step, one entry per kind of collective that sends anything.
 
     Each rank in a ring of n ranks sends (n - 1)/n of the gathered bytes (Thakur et al. 2005, Int. J. High Perform.
-    Comput. 19). Sequence parallelism gathers the hidden states twice and scatters them twice, per layer and pass
-    (Korthikanti et al. 2022, arXiv 2205.05198). Recomputing a layer counts as one more pass.
+    Comput. 19).
 
     Args:
         recipe: the recipe of the run.
         model: the model that the recipe describes.
-        sizes: parameter counts by parameter name, see `parameter_sizes`.
+        parts: the sizes of the model's parts.
         topology: the layout of the ranks.
         work: the encoders' work, see `encoder_work`.
         packs: the LLM's packs.
         per_node: the number of ranks per node.
+        mechanisms: assumptions that differ from the trainer.
     """
+    llm = _llm_traffic(recipe, model, parts, topology, packs, per_node, mechanisms)
+    zero = _zero_traffic(recipe, model, parts, topology, work, per_node)
+    size, world = DTYPES[recipe.train.precision].itemsize, topology.world
+    within = world <= per_node
+    tokens = 2 * int(packs.num_tokens.sum()) * model.llm.hidden_size * size / world
+    moved = [
+        Traffic("clips and features", world, _clips(model, work, size) / world, within, 1, 6, ring=False),
+        Traffic("audio embeddings and tokens", world, tokens, within, 1, 3, ring=False),
+    ]
+    return [t for t in (*llm, *zero, *moved) if t.bytes]
+
+
+def tensor_units(recompute: bool, sequence_parallel: bool = True) -> int:
+    """Return how many times the hidden states of a micro-batch pass through a layer's tensor-parallel collectives.
+
+    Sequence parallelism gathers twice and scatters twice per pass (Korthikanti et al. 2022, arXiv 2205.05198). Its
+    backward pass gathers both inputs once more for the gradients of the weights, because only a rank's own part is
+    kept. Without it, each pass has two all-reduces, which count twice.
+    """
+    return 4 + 4 + (2 if sequence_parallel else 0) + (4 if recompute else 0)
+
+
+def _llm_traffic(
+    recipe: Recipe,
+    model: SizedModel,
+    parts: PartSizes,
+    topology: Topology,
+    packs: PackPlan,
+    per_node: int,
+    mechanisms: Mechanisms,
+) -> list[Traffic]:
     train, config = recipe.train, model.llm
     size = DTYPES[train.precision].itemsize
     tp, pp, dp, world = topology.tp, topology.pp, topology.dp, topology.world
-    hidden = packs.pack_tokens * config.hidden_size * size
-    layers, microbatches = config.num_hidden_layers // pp, packs.num_microbatches
-    passes = 3 if train.recompute_llm else 2
-    stage = sum(s.total for n, s in sizes.items() if n.startswith("llm.model.layers.")) / pp / tp
-    ends = sum(s.total for n, s in sizes.items() if n in ("llm.model.embed_tokens.weight", "llm.lm_head.weight"))
-    stage += ends / tp / (1 if pp == 1 else 2)
-    llm_learns = any(s.learned for n, s in sizes.items() if n.startswith("llm."))
-    experts = [p for p in (_held(sizes, place(model.config, topology.ep).held_by(r)) for r in range(topology.ep))]
-    expert, shared = max(experts, key=lambda s: s.total), _shared(sizes)
-    calls = {one.names == _expert_names(model): _most_calls(one) for one in work}
-    shared_calls, expert_calls = calls.get(False, 1), calls.get(True, 0)
-    expert_ring, ring = _ring(world // topology.ep), _ring(world)
-    found = [
-        Traffic("LLM, sequence parallel", tp, layers * microbatches * passes * 4 * hidden * _ring(tp), tp <= per_node),
+    # With context parallelism, a rank has a part of each sequence, and more micro-batches.
+    microbatches = packs.num_microbatches * mechanisms.context
+    hidden = packs.pack_tokens / mechanisms.context * config.hidden_size * size
+    layers = config.num_hidden_layers // pp
+    stage = parts.layers.total / pp / tp + parts.ends.total / tp / (1 if pp == 1 else 2)
+    llm_learns = parts.llm.learned > 0
+    units = tensor_units(train.recompute_llm, mechanisms.sequence_parallel)
+    sends = 2 * microbatches * mechanisms.virtual_stages * (pp > 1)
+    replicas_within = tp * dp <= per_node
+    members = dp if replicas_within else min(dp, max(1, per_node // tp))
+    gathers = 2 if mechanisms.sharded_weights else 1
+    calls = layers * 2 if mechanisms.sharded_weights else 1
+    return [
         Traffic(
-            "LLM, between stages", 2 if pp > 1 else 1, 2 * microbatches * hidden / tp * (pp > 1), world <= per_node
+            "LLM, tensor parallel",
+            tp,
+            layers * microbatches * units * hidden * _ring(tp),
+            tp <= per_node,
+            min(tp, per_node),
+            layers * microbatches * units,
         ),
         Traffic(
-            "LLM, gradients and weights over replicas",
+            "LLM, between stages",
+            2 if pp > 1 else 1,
+            sends * hidden / tp,
+            world <= per_node,
+            1,
+            sends,
+            ring=False,
+        ),
+        Traffic(
+            "LLM, gradients over replicas",
             dp,
-            stage * (FP32_BYTES + size) * _ring(dp) if llm_learns else 0.0,
-            world <= per_node,
-        ),
-        # Weights are gathered in every call of an encoder, both forward and backward.
-        Traffic(
-            "ZeRO-3, weights",
-            world,
-            2 * size * (shared.total * ring * shared_calls + expert.total * expert_ring * expert_calls),
-            world <= per_node,
+            stage * (size if mechanisms.bf16_gradients else FP32_BYTES) * _ring(dp) * llm_learns,
+            replicas_within,
+            members,
+            max(1, calls // 2),
         ),
         Traffic(
-            "ZeRO-3, gradients",
-            world,
-            FP32_BYTES * (shared.learned * ring * shared_calls + expert.learned * expert_ring * expert_calls),
-            world <= per_node,
-        ),
-        Traffic("clips and features", world, _clips(model, work, size) / world, world <= per_node),
-        Traffic(
-            "audio embeddings and tokens",
-            world,
-            2 * int(packs.num_tokens.sum()) * config.hidden_size * size / world,
-            world <= per_node,
+            "LLM, weights over replicas",
+            dp,
+            stage * size * gathers * _ring(dp) * llm_learns,
+            replicas_within,
+            members,
+            calls,
         ),
     ]
-    return [t for t in found if t.bytes]
+
+
+def _zero_traffic(
+    recipe: Recipe,
+    model: SizedModel,
+    parts: PartSizes,
+    topology: Topology,
+    work: Sequence[EncoderWork],
+    per_node: int,
+) -> list[Traffic]:
+    """Return ZeRO-3's traffic. Weights are gathered in every call of an encoder, both forward and backward."""
+    size, world, ep = DTYPES[recipe.train.precision].itemsize, topology.world, topology.ep
+    placement = place(model.config, ep)
+    held = [sum((parts.experts.get(n, Size()) for n in placement.held_by(r)), Size()) for r in range(ep)]
+    expert, shared = max(held, key=lambda size: size.total), parts.shared
+    calls = {one.names == _expert_names(model): _most_calls(one) for one in work}
+    found = []
+    for name, part, sharers, times in (
+        ("ZeRO-3", shared, world, calls.get(False, 1)),
+        ("ZeRO-3 of encoder experts", expert, world // ep, calls.get(True, 0)),
+    ):
+        step = world // sharers
+        within = world <= per_node
+        members = sharers if within else max(1, min(sharers, per_node // step))
+        gathers = times * max(1, part.large)
+        weights = 2 * size * part.total * _ring(sharers) * times
+        gradients = FP32_BYTES * part.learned * _ring(sharers) * times
+        found += [
+            Traffic(f"{name}, weights", sharers, weights, within, members, 2 * gathers),
+            Traffic(f"{name}, gradients", sharers, gradients, within, members, times),
+        ]
+    return found
 
 
 def _expert_names(model: SizedModel) -> tuple[str, ...]:
@@ -132,11 +222,3 @@ def _primary_dim(model: SizedModel) -> int:
 
     assert model.config.primary is not None
     return encoder_dim(model.config.primary)
-
-
-def _held(sizes: dict[str, Size], names: Sequence[str]) -> Size:
-    return sum((s for n, s in sizes.items() if n.startswith("audio.experts.") and n.split(".")[2] in names), Size())
-
-
-def _shared(sizes: dict[str, Size]) -> Size:
-    return sum((s for n, s in sizes.items() if n.startswith("audio.") and n.split(".")[1] != "experts"), Size())

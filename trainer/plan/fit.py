@@ -7,15 +7,12 @@ import itertools
 from collections.abc import Iterator
 
 from model.errors import UserError
-from trainer.config.checks import check_llm, check_packs
+from trainer.config.checks import check_packs, check_recipe
 from trainer.config.schema import Recipe
 from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology, divisors
-from trainer.plan.communication import traffic
-from trainer.plan.flops import step_flops
 from trainer.plan.plan import Plan, Planner
 from trainer.plan.states import FP32_BYTES, States
-from trainer.plan.step_time import step_time
 from trainer.plan.workload import EncoderWork, Workload
 
 _MAX_FULL = 12
@@ -37,7 +34,7 @@ def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, lis
     Raises:
         UserError: If nothing fits. The message describes the candidate that needs the least memory.
     """
-    timed = sorted(_estimates(planner, recipe, workload), key=lambda item: item[0])
+    timed = sorted(estimates(planner, recipe, workload), key=lambda item: item[0])
     if not timed:
         raise UserError(
             f"--fit: no layout of parallel.num_ranks = {recipe.parallel.num_ranks} is legal for this model and can "
@@ -47,7 +44,7 @@ def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, lis
     for _, variant in timed[:_MAX_FULL]:
         plan = planner.plan(variant, workload)
         if plan.fits:
-            return plan, _changes(recipe, variant)
+            return plan, changes_between(recipe, variant)
         if closest is None or plan.worst.total < closest.worst.total:
             closest = plan
     assert closest is not None
@@ -55,21 +52,21 @@ def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, lis
     raise AssertionError("check_fits accepted a plan that does not fit")
 
 
-def _variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
+def variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
+    """Yield every layout that the search considers; the trainer accepts all of them."""
     world, parallel, hf = recipe.parallel.num_ranks, recipe.parallel, planner.model.llm
     tensors = [d for d in divisors(world) if d <= planner.accelerator.per_node]
     pipelines = [d for d in divisors(world) if hf.num_hidden_layers % d == 0]
     experts = [d for d in divisors(world) if d <= max(1, len(recipe.model.experts))]
     tokens = sorted({*_TOKENS, recipe.train.llm_tokens_per_microbatch})
-    for tp, pp in itertools.product(tensors, pipelines):
-        split = dataclasses.replace(parallel, tensor=tp, pipeline=pp)
-        if world % (tp * pp):
-            continue
+    unpacked = dataclasses.replace(recipe.train, pack_multiple_tokens=None)
+    for tp, pp, ep in itertools.product(tensors, pipelines, experts):
+        split = dataclasses.replace(parallel, tensor=tp, pipeline=pp, expert=ep)
         try:
-            check_llm(hf, split)
+            check_recipe(dataclasses.replace(recipe, parallel=split, train=unpacked))
         except UserError:
             continue
-        for ep, rows, llm, encoders in itertools.product(experts, tokens, (False, True), (False, True)):
+        for rows, llm, encoders in itertools.product(tokens, (False, True), (False, True)):
             train = dataclasses.replace(
                 recipe.train, llm_tokens_per_microbatch=rows, recompute_llm=llm, recompute_encoders=encoders
             )
@@ -77,14 +74,14 @@ def _variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
                 check_packs(train, split)
             except UserError:
                 continue
-            yield dataclasses.replace(recipe, parallel=dataclasses.replace(split, expert=ep), train=train)
+            yield dataclasses.replace(recipe, parallel=split, train=train)
 
 
-def _estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[tuple[float, Recipe]]:
+def estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[tuple[float, Recipe]]:
     """Yield (expected seconds of a step, recipe) for the variants that may fit."""
-    accelerator, model, sizes = planner.accelerator, planner.model, planner.sizes
+    accelerator = planner.accelerator
     placed: dict[object, tuple[Topology, list[EncoderWork], PackPlan]] = {}
-    for variant in _variants(planner, recipe):
+    for variant in variants(planner, recipe):
         states = _rough_states(planner, variant)
         if states.total > accelerator.usable_bytes:
             continue
@@ -94,11 +91,7 @@ def _estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator
         topology, work, packs = placed[key]
         if states.total + _rough_activations(planner, variant, packs) > accelerator.usable_bytes:
             continue
-        flops = step_flops(variant, model, sizes, workload, work)
-        moved = traffic(variant, model, sizes, topology, work, packs, accelerator.per_node)
-        time = step_time(
-            variant, model, topology, accelerator, workload, work, packs, flops, moved, states, planner.ds_json
-        )
+        _, _, time = planner.time(variant, workload, topology, work, packs, states)
         yield time.total, variant
 
 
@@ -106,16 +99,15 @@ def _rough_states(planner: Planner, variant: Recipe) -> States:
     """Estimate the model states of a rank of the first stage, which holds its share of the layers and the embedding."""
     parallel, size = variant.parallel, 2 if variant.train.precision == "bf16" else FP32_BYTES
     dp = parallel.num_ranks // (parallel.tensor * parallel.pipeline)
-    layers = [s for n, s in planner.sizes.items() if n.startswith("llm.model.layers.")]
-    ends = [s for n, s in planner.sizes.items() if n == "llm.model.embed_tokens.weight"]
-    audio = [s for n, s in planner.sizes.items() if n.startswith("audio.")]
+    parts = planner.parts
+    audio = sum(parts.experts.values(), parts.shared)
 
     def share(kind: str) -> float:
-        stage = sum(getattr(s, kind) for s in layers) / parallel.pipeline + sum(getattr(s, kind) for s in ends)
-        return stage / parallel.tensor
+        stage = getattr(parts.layers, kind) / parallel.pipeline + getattr(parts.embedding, kind)
+        return float(stage / parallel.tensor)
 
     total, learned = share("total"), share("learned")
-    shared = sum(s.total for s in audio) / parallel.num_ranks
+    shared = audio.total / parallel.num_ranks
     master = 3 if size < FP32_BYTES else 2
     return States(
         int(total * size + shared * size),
@@ -137,7 +129,8 @@ def _rough_activations(planner: Planner, variant: Recipe, packs: PackPlan) -> fl
     return each * (2 if train.precision == "fp32" else 1) * hf.num_hidden_layers / parallel.pipeline * in_flight
 
 
-def _changes(recipe: Recipe, variant: Recipe) -> list[str]:
+def changes_between(recipe: Recipe, variant: Recipe) -> list[str]:
+    """Return the differences between `recipe` and `variant` as `key=value`."""
     found = []
     for section in ("parallel", "train"):
         old, new = getattr(recipe, section), getattr(variant, section)

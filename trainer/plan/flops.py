@@ -10,7 +10,7 @@ import numpy as np
 from model.llm.names import head_dim, hf_shapes
 from trainer.config.schema import Recipe
 from trainer.engine.optim import setting_of
-from trainer.plan.sizes import Size, SizedModel
+from trainer.plan.sizes import PartSizes, SizedModel
 from trainer.plan.workload import EncoderWork, Workload
 
 
@@ -24,6 +24,8 @@ class Flops:
     """The FLOPs of all encoders, without recomputation."""
     recomputed: float
     """The additional FLOPs of activation checkpointing."""
+    masked_attention: float = 0.0
+    """The FLOPs that causal attention saves; NVIDIA's convention of MFU counts them."""
 
     @property
     def model(self) -> float:
@@ -32,7 +34,7 @@ class Flops:
 
 
 def step_flops(
-    recipe: Recipe, model: SizedModel, sizes: dict[str, Size], workload: Workload, work: Sequence[EncoderWork]
+    recipe: Recipe, model: SizedModel, parts: PartSizes, workload: Workload, work: Sequence[EncoderWork]
 ) -> Flops:
     """Return the FLOPs of a step.
 
@@ -42,7 +44,8 @@ def step_flops(
     counted.
     """
     llm_forward = llm_forward_flops(model, workload)
-    learned = any(s.learned for n, s in sizes.items() if n.startswith("llm."))
+    masked = causal_attention_flops(model, workload)
+    learned = parts.llm.learned > 0
     llm = llm_forward * (3 if learned else 2)
     encoders = recomputed = 0.0
     for one in work:
@@ -51,7 +54,7 @@ def step_flops(
         encoders += forward * (3 if trains else 1)
         recomputed += forward if trains and recipe.train.recompute_encoders else 0.0
     recomputed += llm_forward if recipe.train.recompute_llm else 0.0
-    return Flops(llm, encoders, recomputed)
+    return Flops(llm, encoders, recomputed, masked * 3)
 
 
 def llm_forward_flops(model: SizedModel, workload: Workload) -> float:
@@ -60,10 +63,14 @@ def llm_forward_flops(model: SizedModel, workload: Workload) -> float:
     matrices = sum(s[0] * s[1] for n, s in hf_shapes(config).items() if len(s) == 2 and "embed_tokens" not in n)
     if config.tie_word_embeddings:
         matrices += config.vocab_size * config.hidden_size
-    tokens = workload.num_tokens.astype(np.float64)
+    return 2.0 * matrices * workload.tokens + causal_attention_flops(model, workload)
+
+
+def causal_attention_flops(model: SizedModel, workload: Workload) -> float:
+    """Return the FLOPs of causal attention in the LLM's forward pass, half of those of full attention."""
+    config, tokens = model.llm, workload.num_tokens.astype(np.float64)
     width = config.num_attention_heads * head_dim(config)
-    attention = config.num_hidden_layers * 2.0 * width * float((tokens**2).sum())
-    return 2.0 * matrices * float(tokens.sum()) + attention
+    return config.num_hidden_layers * 2.0 * width * float((tokens**2).sum())
 
 
 def _learns(recipe: Recipe, model: SizedModel, encoder: str) -> bool:

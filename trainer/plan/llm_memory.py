@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from model.llm.attention import PackedAttention
 from model.llm.megatron import embed_tokens
+from model.llm.names import head_dim
 from model.llm.packing import PackedSequences
 from trainer.engine.optim import OptimConfig
 from trainer.parallel.topology import Topology
 from trainer.plan.fake_ranks import fake_rank
+from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.states import build_stage
-from trainer.plan.trace import Traced, extrapolated, trace
+from trainer.plan.trace import PackedFlash, Traced, extrapolated, trace
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,10 @@ class StageMemory:
     audio: int
     """On stage 0, the received audio embeddings of all micro-batches, their gradient and its accumulation; else 0."""
 
-    def peak(self, in_flight: int) -> int:
+    def peak(self, in_flight: float) -> int:
         """Return the peak bytes of activations while `in_flight` micro-batches await their backward passes."""
         worst = max(self.traced.forward, self.traced.backward)
-        return (in_flight - 1) * self.traced.kept + worst + self.audio + 2 * self.boundary
+        return int((in_flight - 1) * self.traced.kept) + worst + self.audio + 2 * self.boundary
 
 
 def in_flight(stage: int, pp: int, microbatches: int) -> int:
@@ -44,6 +47,29 @@ def in_flight(stage: int, pp: int, microbatches: int) -> int:
     The schedule is Megatron's 1F1B (Narayanan et al. 2021, arXiv 2104.04473).
     """
     return min(pp - stage, microbatches)
+
+
+def interleaved_in_flight(stage: int, pp: int, microbatches: int, virtual_stages: int) -> float:
+    """Return the most micro-batches, in units of a whole stage, that a rank with virtual stages holds.
+
+    A rank starts 2 (PP - stage - 1) + (V - 1) PP + 1 forward passes of its V chunks before the first backward pass
+    (megatron-core 0.16.1, `get_pp_rank_microbatches`).
+    """
+    if virtual_stages == 1:
+        return in_flight(stage, pp, microbatches)
+    chunks = min(2 * (pp - stage - 1) + (virtual_stages - 1) * pp + 1, microbatches * virtual_stages)
+    return chunks / virtual_stages
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What decides which kernels a rank runs, and therefore which tensors it keeps."""
+
+    device: str = "cuda"
+    """The type of device, `cuda` or `cpu`."""
+    transformer_engine: bool = False
+    """True if TransformerEngine is installed on the ranks. It attends to packs without padding, in bf16 on a GPU."""
+    mechanisms: Mechanisms = AS_BUILT
 
 
 def stage_memory(
@@ -56,6 +82,7 @@ def stage_memory(
     optim: OptimConfig,
     dtype: torch.dtype,
     recompute: bool,
+    kernels: Kernels,
 ) -> StageMemory:
     """Return the memory of a pipeline stage besides its model states.
 
@@ -71,6 +98,7 @@ def stage_memory(
         optim: the optimizer settings, which say what is frozen.
         dtype: the dtype of weights and activations.
         recompute: the value of `train.recompute_llm`.
+        kernels: what the ranks run.
     """
     layers = hf_config.num_hidden_layers // topology.pp
     found, buffer = [], 0
@@ -79,13 +107,44 @@ def stage_memory(
             small = copy.deepcopy(hf_config)
             small.num_hidden_layers = count * topology.pp
             gpt, model = build_stage(small, topology, stage, optim, dtype, recompute)
-            traced, buffer = _trace(gpt, model, topology, stage, lengths)
+            traced, buffer = _trace(gpt, model, topology, stage, lengths, kernels)
             found.append(traced)
     hidden = sum(lengths) // topology.tp * hf_config.hidden_size * dtype.itemsize
-    return StageMemory(extrapolated(found, layers), buffer, hidden, 3 * num_packs * hidden if stage == 0 else 0)
+    whole = extrapolated(found, layers)
+    change = _what_if_bytes(hf_config, topology, sum(lengths), dtype, kernels.mechanisms)
+    # With recomputation, only the layer that is being recomputed holds what the mechanisms change.
+    kept = 0 if recompute else layers * change
+    whole = Traced(whole.kept + kept, whole.forward + (kept or change), whole.backward + (kept or change))
+    return StageMemory(whole, buffer, hidden, 3 * num_packs * hidden if stage == 0 else 0)
 
 
-def _trace(gpt: Any, model: nn.Module, topology: Topology, stage: int, lengths: tuple[int, ...]) -> tuple[Traced, int]:
+def _what_if_bytes(
+    hf_config: PretrainedConfig, topology: Topology, rows: int, dtype: torch.dtype, mechanisms: Mechanisms
+) -> int:
+    """Return what mechanisms that the trainer lacks change in the bytes that a layer keeps per micro-batch.
+
+    A fused SwiGLU keeps its input and output only, not the activated half and Megatron's copy of the other half.
+    Without sequence parallelism, inputs and outputs of both norms are whole on every rank. Attention without a fused
+    kernel keeps 5 bytes per score: the softmax, the dropout's mask and its output (Korthikanti et al. 2022). With fp8,
+    the inputs of matrix products are kept in one byte per value.
+    """
+    h, tp, size = hf_config.hidden_size, topology.tp, dtype.itemsize
+    change = 0.0
+    if mechanisms.fused_kernels:
+        change -= 2 * hf_config.intermediate_size / tp * size
+    if not mechanisms.sequence_parallel:
+        change += 4 * h * (1 - 1 / tp) * size
+    if mechanisms.fp8:
+        width = hf_config.num_attention_heads * head_dim(hf_config)
+        change -= (2 * h + width + hf_config.intermediate_size) / tp * (size - 1)
+    if not mechanisms.fused_attention and not mechanisms.selective:
+        change += 5 * hf_config.num_attention_heads / tp * rows
+    return int(change * rows)
+
+
+def _trace(
+    gpt: Any, model: nn.Module, topology: Topology, stage: int, lengths: tuple[int, ...], kernels: Kernels
+) -> tuple[Traced, int]:
     """Return the traced memory of one micro-batch, and the bytes of Megatron's gathering buffer."""
     from megatron.core import parallel_state
 
@@ -112,9 +171,13 @@ def _trace(gpt: Any, model: nn.Module, topology: Topology, stage: int, lengths: 
         )
         return output if labels is None else output.float().sum()
 
+    fused = kernels.transformer_engine and kernels.device == "cuda" and dtype != torch.float32
+    for module in gpt.modules():
+        if fused and isinstance(module, PackedAttention):
+            module.fused = PackedFlash()
     states = [*gpt.parameters(), *(p.main_grad for p in gpt.parameters() if hasattr(p, "main_grad"))]
     gpt.train()
     with torch.no_grad():
         forward()  # allocates Megatron's own buffers
     buffers = list(parallel_state.get_global_memory_buffer().buffer.values())
-    return trace(forward, [*states, *buffers]), sum(t.untyped_storage().nbytes() for t in buffers)
+    return trace(forward, [*states, *buffers], kernels.device), sum(t.untyped_storage().nbytes() for t in buffers)

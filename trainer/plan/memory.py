@@ -15,7 +15,7 @@ from trainer.engine.placement import place
 from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology
 from trainer.plan.encoder_memory import AudioMemory, EncoderTracer, audio_memory
-from trainer.plan.llm_memory import StageMemory, in_flight, stage_memory
+from trainer.plan.llm_memory import Kernels, StageMemory, interleaved_in_flight, stage_memory
 from trainer.plan.ranks import DTYPES, RankStates, distinct_stages, like
 from trainer.plan.sizes import SizedModel
 from trainer.plan.states import FP32_BYTES, States
@@ -115,13 +115,15 @@ class MemoryModel:
     """The bytes of audio embeddings and tokens that one rank sends and receives in a step."""
     largest_group: tuple[int, ...]
     """The bytes of fp32 parameters that AdamW updates together on the audio side, by place."""
+    virtual_stages: int = 1
+    """The number of virtual stages per rank."""
 
     def of(self, stage: int, place: int, states: States) -> RankMemory:
         """Return the peak memory, over the phases of a step, of the ranks of `stage` at `place`."""
-        topology, llm, audio = self.topology, self.stages[like(stage, self.topology.pp)], self.audio[place]
+        llm, audio = self.stages[like(stage, self.topology.pp)], self.audio[place]
         zero = self.zero[place]
         permanent = zero.bucket + zero.persistent + llm.buffer
-        pipeline = llm.peak(in_flight(stage, topology.pp, self.microbatches))
+        pipeline = self._pipeline(stage)
         phases = {
             "encode": (0, audio.kept + audio.forward, permanent + zero.gathered),
             "llm": (pipeline, audio.kept, permanent + self.travelling),
@@ -130,6 +132,19 @@ class MemoryModel:
         }
         phase, (activations, encoders, buffers) = max(phases.items(), key=lambda item: sum(item[1]))
         return RankMemory((stage,), place, states, activations, encoders, buffers, phase, phases)
+
+    def _pipeline(self, stage: int) -> int:
+        """Return the peak bytes of activations of a stage.
+
+        With virtual stages, only the last chunk of the last stage has logits, and it holds those of one micro-batch.
+        """
+        pp, llm = self.topology.pp, self.stages[like(stage, self.topology.pp)]
+        flight = interleaved_in_flight(stage, pp, self.microbatches, self.virtual_stages)
+        peak = llm.peak(flight)
+        if self.virtual_stages > 1:
+            layers = min(one.traced.kept for one in self.stages.values())
+            peak -= int((flight - 1) * (llm.traced.kept - layers))
+        return peak
 
 
 def memory_model(
@@ -141,6 +156,7 @@ def memory_model(
     workload: Workload,
     work: Sequence[EncoderWork],
     packs: PackPlan,
+    kernels: Kernels,
 ) -> MemoryModel:
     """Build the memory model of a topology by tracing the real modules.
 
@@ -153,18 +169,25 @@ def memory_model(
         workload: the samples of a step.
         work: the encoders' work in this topology, see `encoder_work`.
         packs: the LLM's packs in this topology.
+        kernels: what the ranks run.
     """
+    context = kernels.mechanisms.context
+    lengths = packs.lengths(0, 0)
+    if context > 1:
+        lengths = (-(-packs.pack_tokens // (context * topology.tp)) * topology.tp,)
+    microbatches = packs.num_microbatches * context
     train, dtype = recipe.train, DTYPES[recipe.train.precision]
     stages = {
         stage: stage_memory(
             model.llm,
             topology,
             stage,
-            packs.lengths(0, 0),
-            packs.num_microbatches,
+            lengths,
+            microbatches,
             optim=recipe.optim,
             dtype=dtype,
             recompute=train.recompute_llm,
+            kernels=kernels,
         )
         for stage in distinct_stages(topology.pp)
     }
@@ -179,7 +202,16 @@ def memory_model(
         zero.append(buffers)
         groups.append(_largest_group(tower, recipe, topology))
     per_rank = -(-workload.tokens // topology.world) * model.llm.hidden_size * dtype.itemsize
-    return MemoryModel(topology, packs.num_microbatches, stages, tuple(audio), tuple(zero), 3 * per_rank, tuple(groups))
+    return MemoryModel(
+        topology,
+        microbatches,
+        stages,
+        tuple(audio),
+        tuple(zero),
+        3 * per_rank,
+        tuple(groups),
+        kernels.mechanisms.virtual_stages,
+    )
 
 
 def fullest_rank(tracer: EncoderTracer, work: Sequence[EncoderWork], ranks: Sequence[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,18 @@ from trainer.plan.accelerator import GIB, Accelerator
 from trainer.plan.communication import Traffic, traffic
 from trainer.plan.encoder_memory import EncoderTracer
 from trainer.plan.flops import Flops, step_flops
+from trainer.plan.llm_memory import Kernels
+from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.memory import MemoryModel, RankMemory, kinds_of_ranks, memory_model
 from trainer.plan.ranks import DTYPES, RankStates, rank_states
-from trainer.plan.sizes import Size, parameter_sizes, sized_model
+from trainer.plan.sizes import Size, parameter_sizes, part_sizes, sized_model
+from trainer.plan.states import States
 from trainer.plan.step_time import StepTime, step_time
 from trainer.plan.workload import EncoderWork, Workload, encoder_work, pack_work
 
 SECONDS_PER_DAY = 86_400.0
+UNCERTAINTY = 0.15
+"""The share by which the assumed rates may be wrong, for the range of a step's seconds."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,22 @@ class Plan:
     flops: Flops
     traffic: list[Traffic]
     time: StepTime
+    seconds_range: tuple[float, float]
+    """The seconds of a step if all assumed rates are better or worse by the share `UNCERTAINTY`."""
+    fixed_share: float
+    """The share of a step that starting kernels and the latencies of links take."""
+    attention: str
+    """The attention kernel whose memory is counted."""
+    mechanisms: Mechanisms = AS_BUILT
+
+    @property
+    def too_small(self) -> bool:
+        """True if fixed costs take most of a step, so that its time says nothing about a longer run."""
+        return self.fixed_share > 0.5
+
+    def cost(self, step_sec: float, price_per_gpu_hour: float) -> float:
+        """Return the price of all steps if each takes `step_sec` seconds."""
+        return step_sec * self.recipe.train.steps / 3600 * self.topology.world * price_per_gpu_hour
 
     @property
     def worst(self) -> RankMemory:
@@ -103,17 +125,29 @@ class Planner:
         recipe: the first variant; others may differ from it only in `parallel` and `train`.
         accelerator: the accelerator to plan for.
         device: the type of device that the ranks run on, `cuda` or `cpu`.
+        mechanisms: assumptions that differ from the trainer.
+        transformer_engine: True if TransformerEngine is installed on the ranks; it then attends in bf16 on GPUs.
 
     Raises:
         UserError: If the recipe is illegal.
     """
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, device: str = "cuda") -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        device: str = "cuda",
+        mechanisms: Mechanisms = AS_BUILT,
+        transformer_engine: bool = False,
+    ) -> None:
         check_recipe(recipe)
-        self.accelerator, self.device = accelerator, device
+        self.transformer_engine = transformer_engine or mechanisms.fused_kernels
+        self.accelerator, self.device, self.mechanisms = accelerator, device, mechanisms
         self.model = sized_model(recipe)
         self.sizes = parameter_sizes(self.model, recipe.optim)
+        self.parts = part_sizes(self.sizes)
         self.ds_json = load_ds_json(deepspeed_json(recipe))
+        self._encoder_work: dict[tuple[int, int, int, int], tuple[Workload, list[EncoderWork]]] = {}
         self._tracers: dict[tuple[str, bool], EncoderTracer] = {}
 
     def tracer(self, recipe: Recipe) -> EncoderTracer:
@@ -127,14 +161,19 @@ class Planner:
         """Return the recipe's topology, and how a step's work is distributed over it (encoder work and packs)."""
         topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
         budget = num_samples(recipe.train.encoder_batch_sec)
-        work = encoder_work(self.model, workload, topology, budget, self.device)
-        return topology, work, pack_work(recipe, workload, topology)
+        # The encoders' work does not depend on how the LLM is split.
+        key = (topology.world, topology.ep, budget, id(workload))
+        if key not in self._encoder_work:
+            work = encoder_work(self.model, workload, topology, budget, self.device)
+            self._encoder_work[key] = (workload, work)
+        return topology, self._encoder_work[key][1], pack_work(recipe, workload, topology)
 
     def memory(
         self, recipe: Recipe, workload: Workload, topology: Topology, work: Sequence[EncoderWork], packs: PackPlan
     ) -> MemoryModel:
         """Return the memory model of a topology, see `memory_model`."""
-        return memory_model(recipe, self.model, topology, self.ds_json, self.tracer(recipe), workload, work, packs)
+        tracer, kernels = self.tracer(recipe), Kernels(self.device, self.transformer_engine, self.mechanisms)
+        return memory_model(recipe, self.model, topology, self.ds_json, tracer, workload, work, packs, kernels)
 
     def plan(self, recipe: Recipe, workload: Workload) -> Plan:
         """Return the plan of `recipe` for `workload`.
@@ -145,14 +184,87 @@ class Planner:
         check_recipe(recipe)
         topology, work, packs = self.place(recipe, workload)
         states = rank_states(self.model, topology, recipe.optim, recipe.train.precision, self.ds_json)
+        if self.mechanisms.bf16_gradients:
+            states = _with_half_gradients(states)
         kinds = kinds_of_ranks(self.memory(recipe, workload, topology, work, packs), states)
-        flops = step_flops(recipe, self.model, self.sizes, workload, work)
-        moved = traffic(recipe, self.model, self.sizes, topology, work, packs, self.accelerator.per_node)
         fullest = max((k.states for k in kinds), key=lambda s: s.total)
-        time = step_time(
-            recipe, self.model, topology, self.accelerator, workload, work, packs, flops, moved, fullest, self.ds_json
+        flops, moved, time = self.time(recipe, workload, topology, work, packs, fullest)
+        slow, fast, free = (
+            step_time(*self._timed(recipe, topology, accelerator, work, packs, flops, moved, fullest)).total
+            for accelerator in (
+                self.accelerator.ranging(-UNCERTAINTY),
+                self.accelerator.ranging(UNCERTAINTY),
+                self.accelerator.without_fixed_costs(),
+            )
         )
-        return Plan(recipe, self.accelerator, topology, self.sizes, workload, packs, states, kinds, flops, moved, time)
+        fused = self.transformer_engine and self.device == "cuda" and recipe.train.precision == "bf16"
+        return Plan(
+            recipe,
+            self.accelerator,
+            topology,
+            self.sizes,
+            workload,
+            packs,
+            states,
+            kinds,
+            flops,
+            moved,
+            time,
+            (fast, slow),
+            1 - free / time.total,
+            "TransformerEngine" if fused else "PyTorch, on segments padded to batches",
+            self.mechanisms,
+        )
+
+    def time(
+        self,
+        recipe: Recipe,
+        workload: Workload,
+        topology: Topology,
+        work: Sequence[EncoderWork],
+        packs: PackPlan,
+        states: States,
+    ) -> tuple[Flops, list[Traffic], StepTime]:
+        """Return the FLOPs, the traffic and the time of a step, given the model states of the fullest rank."""
+        flops = step_flops(recipe, self.model, self.parts, workload, work)
+        moved = traffic(
+            recipe, self.model, self.parts, topology, work, packs, self.accelerator.per_node, self.mechanisms
+        )
+        time = step_time(*self._timed(recipe, topology, self.accelerator, work, packs, flops, moved, states))
+        return flops, moved, time
+
+    def _timed(
+        self,
+        recipe: Recipe,
+        topology: Topology,
+        accelerator: Accelerator,
+        work: Sequence[EncoderWork],
+        packs: PackPlan,
+        flops: Flops,
+        moved: Sequence[Traffic],
+        states: States,
+    ) -> tuple[Any, ...]:
+        """Return the arguments of `step_time`."""
+        return (
+            recipe,
+            self.model,
+            self.parts,
+            topology,
+            accelerator,
+            work,
+            packs,
+            flops,
+            moved,
+            states,
+            self.ds_json,
+            self.mechanisms,
+        )
+
+
+def _with_half_gradients(states: RankStates) -> RankStates:
+    """Return `states` with the LLM's gradients in bf16."""
+    llm = tuple(tuple(dataclasses.replace(s, gradients=s.gradients // 2) for s in stage) for stage in states.llm)
+    return dataclasses.replace(states, llm=llm)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -203,7 +315,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "llm_sec": time.llm,
         "exchange_sec": time.exchange,
         "update_sec": time.update,
+        "step_sec_range": list(plan.seconds_range),
+        "fixed_share": plan.fixed_share,
+        "too_small": plan.too_small,
+        "attention": plan.attention,
+        "what_if": plan.mechanisms.labels(),
         "mfu": time.mfu,
+        "mfu_full_attention": time.mfu_full_attention,
+        "parts_sec": time.parts,
         "tokens_per_day": plan.workload.tokens * plan.steps_per_day,
         "audio_hours_per_day": plan.workload.audio_sec / 3600 * plan.steps_per_day,
         "days": plan.days,

@@ -1,52 +1,152 @@
-"""The text that describes a plan."""
+"""The text that describes a plan, in at most 100 columns."""
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
+
 from trainer.plan.accelerator import GIB
+from trainer.plan.advice import WORTH, Advice, limits
 from trainer.plan.memory import RankMemory
-from trainer.plan.plan import Plan
+from trainer.plan.plan import UNCERTAINTY, Plan
 from trainer.plan.tables import bytes_text, count_text, ranks_text, table
 
+WIDTH = 100
+_MAX_STAGES = 6
+"""The largest number of rows of the memory table; stages in the middle are merged beyond it."""
 
-def report(plan: Plan) -> str:
-    """Return the text that `earshot plan` prints."""
-    blocks = (_head(plan), _memory(plan), _traffic(plan), _time(plan), _progress(plan))
+
+def report(plan: Plan, advice: Advice | None = None, price_per_gpu_hour: float | None = None) -> str:
+    """Return the text that `earshot plan` prints.
+
+    Args:
+        plan: the plan.
+        advice: what to change in the recipe; None prints no advice.
+        price_per_gpu_hour: the price of one accelerator for an hour; None prints no costs.
+    """
+    blocks = (_summary(plan, advice, price_per_gpu_hour), _model(plan), _memory(plan), _traffic(plan), _time(plan))
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
-def _head(plan: Plan) -> list[str]:
+def explain(plan: Plan) -> str:
+    """Return a table of what a step's time is spent on, and what makes each part shorter."""
+    lines = ["What a step's time is spent on, and what makes it shorter:"]
+    for name, seconds, remedy in limits(plan):
+        lines.append(f"  {duration_text(seconds):>9s} {seconds / plan.time.total:4.0%}  {name}")
+        lines += textwrap.wrap(remedy, WIDTH, initial_indent=" " * 18, subsequent_indent=" " * 18)
+    return "\n".join(lines)
+
+
+def _summary(plan: Plan, advice: Advice | None, price: float | None) -> list[str]:
+    usable, worst = plan.accelerator.usable_bytes, plan.worst
+    verdict = "yes" if plan.fits else "NO"
+    rows = [
+        (
+            "fits",
+            f"{verdict}: {_gib(worst.total)} of {_gib(usable)} GiB usable on the fullest rank (stage "
+            f"{worst.stages[0]}, in the phase {worst.phase})",
+        )
+    ]
+    if plan.too_small:
+        text = "too small to forecast: starting kernels and waiting for links take over half of a step"
+        rows.append(("time", f"{text} (at least {duration_text(plan.seconds_range[0])})"))
+    else:
+        low, high = plan.seconds_range
+        rows.append(
+            (
+                "time",
+                f"{range_text(low, high)} per step; {plan.recipe.train.steps:,} steps take "
+                f"{range_text(low * plan.recipe.train.steps, high * plan.recipe.train.steps)}, without evaluations "
+                "and checkpoints",
+            )
+        )
+        rows.append(
+            (
+                "MFU",
+                f"{plan.time.mfu:.1%} with causal attention, {plan.time.mfu_full_attention:.1%} as NVIDIA counts it",
+            )
+        )
+        name, seconds, _ = limits(plan)[0]
+        rows.append(("limited by", f"{name}, {seconds / plan.time.total:.0%} of the step"))
+    rows += _advice(plan, advice)
+    if price is not None and not plan.too_small:
+        rows.append(("cost", f"{_costs(plan, price)} for the run at {price:g} per accelerator and hour"))
+    if plan.mechanisms.labels():
+        rows.append(("WHAT IF", f"the trainer cannot run this: {', '.join(plan.mechanisms.labels())}"))
+    lines = [f"{plan.recipe.name} on {plan.topology.world} x {plan.accelerator.name}"]
+    for name, text in rows:
+        lines += textwrap.wrap(text, WIDTH, initial_indent=f"  {name:12s}", subsequent_indent=" " * 14)
+    return lines
+
+
+def _advice(plan: Plan, advice: Advice | None) -> list[tuple[str, str]]:
+    if advice is None or (plan.too_small and plan.fits):
+        return []
+    if not plan.fits:
+        change = f"{advice.change[0]} fits" if advice.change else "no single change fits; try --fit, or more ranks"
+        return [("would help", change)]
+    rows = []
+    if advice.change:
+        rows.append(("would help", f"{advice.change[0]} makes a step {_faster(advice.change_speedup)} faster"))
+    else:
+        rows.append(("would help", "no single change of the layout makes a step faster"))
+    if advice.layout_speedup >= WORTH:
+        rows.append(("", f"--fit makes it {_faster(advice.layout_speedup)} faster: {' '.join(advice.layout)}"))
+    return rows
+
+
+def _faster(speedup: float) -> str:
+    return f"{speedup - 1:.0%}"
+
+
+def _model(plan: Plan) -> list[str]:
     topology, work, packs, recipe = plan.topology, plan.workload, plan.packs, plan.recipe
     total, learned = (sum(getattr(s, k) for s in plan.sizes.values()) for k in ("total", "learned"))
-    return [
-        f"{recipe.name} on {topology.world} x {plan.accelerator.name}: TP {topology.tp} x PP {topology.pp} x DP "
-        f"{topology.dp}, EP {topology.ep} (encoder experts), {recipe.train.precision}; {count_text(total)} parameters, "
-        f"{count_text(learned)} of them trainable",
+    padding = 1 - work.tokens / (packs.num_microbatches * packs.pack_tokens * topology.dp)
+    return _wrapped(
+        f"Layout: TP {topology.tp} x PP {topology.pp} x DP {topology.dp}, EP {topology.ep} (encoder experts), "
+        f"{recipe.train.precision}; {count_text(total)} parameters, {count_text(learned)} of them trainable.",
         f"A step takes {len(work.num_tokens)} samples, {work.audio_sec:,.0f} s of audio, {work.tokens:,} tokens in "
-        f"{packs.num_microbatches} packs of {packs.pack_tokens} per replica, "
-        f"{1 - work.tokens / (packs.num_microbatches * packs.pack_tokens * topology.dp):.1%} of it padding.",
-    ]
+        f"{packs.num_microbatches} packs of {packs.pack_tokens} per replica, {padding:.1%} of it padding.",
+    )
+
+
+def _wrapped(*paragraphs: str) -> list[str]:
+    return [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, WIDTH)]
 
 
 def _memory(plan: Plan) -> list[str]:
-    rows = [["ranks of", "weights", "gradients", "optimizer", "activations", "encoders", "buffers", "total", "peak in"]]
+    unit, name = (GIB, "GiB") if plan.worst.total >= GIB else (2**20, "MiB")
+    rows = [["", "weights", "gradients", "optimizer", "LLM", "encoders", "buffers", "total", "peak in"]]
     for stages, kind in _fullest_by_stage(plan):
         parts = [kind.states.weights, kind.states.gradients, kind.states.optimizer]
         parts += (kind.activations, kind.encoder_activations, kind.buffers, kind.total)
         at = f", EP place {kind.place}" if plan.topology.ep > 1 else ""
-        rows.append([f"stage {ranks_text(stages)}{at}", *map(bytes_text, parts), kind.phase])
-    usable = plan.accelerator.usable_bytes
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
+        rows.append([f"stage {ranks_text(stages)}{at}", *(f"{part / unit:.2f}" for part in parts), kind.phase])
+    device = plan.accelerator
     return [
-        f"Peak memory of the fullest ranks of each stage ({len(plan.kinds)} kinds of ranks in total):",
+        *_wrapped(
+            f"Peak memory in {name} of the fullest ranks of each stage ({len(plan.kinds)} kinds of ranks in total); "
+            "LLM and encoders are activations:"
+        ),
         *table(rows),
-        f"{verdict}: {plan.worst.total / GIB:.1f} of {usable / GIB:.1f} GiB usable "
-        f"({plan.accelerator.memory_gib:g} less {plan.accelerator.reserve_gib:g} for CUDA, NCCL and fragmentation).",
-        f"Host memory for checkpoints: {plan.snapshot_bytes / GIB:.1f} GiB on a node of {plan.accelerator.per_node}.",
+        *_wrapped(
+            f"Usable are {_gib(device.usable_bytes)} GiB: {device.memory_gib:g} less {device.reserve_gib:g} for CUDA, "
+            f"NCCL and fragmentation. LLM attention: {plan.attention}. Host memory for checkpoints: "
+            f"{_gib(plan.snapshot_bytes)} GiB on a node of {device.per_node}."
+        ),
     ]
 
 
+def _gib(number: float) -> str:
+    return f"{number / GIB:.1f}" if number >= 0.1 * GIB else f"{number / GIB:.2g}"
+
+
 def _fullest_by_stage(plan: Plan) -> list[tuple[list[int], RankMemory]]:
-    """Return the kind of rank that needs the most memory for each stage, with consecutive stages of one kind merged."""
+    """Return the kind of rank that needs the most memory for each stage, with consecutive stages of one kind merged.
+
+    If there are many kinds, all stages but the first and the last are merged, and the fullest of them is returned.
+    """
     found: list[tuple[list[int], RankMemory]] = []
     for stage in range(plan.topology.pp):
         kind = max((k for k in plan.kinds if stage in k.stages), key=lambda k: k.total)
@@ -54,29 +154,88 @@ def _fullest_by_stage(plan: Plan) -> list[tuple[list[int], RankMemory]]:
             found[-1][0].append(stage)
         else:
             found.append(([stage], kind))
+    if len(found) > _MAX_STAGES:
+        middle = found[1:-1]
+        stages = [stage for group, _ in middle for stage in group]
+        found = [found[0], (stages, max((kind for _, kind in middle), key=lambda k: k.total)), found[-1]]
     return found
 
 
 def _traffic(plan: Plan) -> list[str]:
-    rows = [["sent per step by the busiest rank", "ranks", "bytes", "over"]]
-    rows += [[t.name, str(t.ranks), bytes_text(t.bytes), "node" if t.within_node else "network"] for t in plan.traffic]
+    rows = [["sent per step by the busiest rank", "ranks", "bytes", "over", "seconds"]]
+    for one in plan.traffic:
+        over = "node" if one.within_node else "network"
+        seconds = f"{one.seconds(plan.accelerator):.3f}"
+        rows.append([one.name, str(one.ranks), bytes_text(one.bytes), over, seconds])
     return table(rows)
 
 
 def _time(plan: Plan) -> list[str]:
-    time, flops = plan.time, plan.flops
-    return [
+    time, flops, device = plan.time, plan.flops, plan.accelerator
+    share = f"{device.efficiency:.0%}" if device.efficiency else f"up to {device.matrix[-1][1]:.0%}"
+    lines = [
         f"FLOPs per step: LLM {flops.llm:.3g}, encoders {flops.encoders:.3g}, recomputed {flops.recomputed:.3g}.",
-        f"Expected step: {time.total:.2f} s = encoders {time.encoders:.2f} + LLM {time.llm:.2f} (bubble "
-        f"{time.bubble:.0%}) + exchange {time.exchange:.2f} + update {time.update:.2f}; MFU {time.mfu:.1%}.",
-        f"Assumed: matrix products reach {plan.accelerator.efficiency:.0%} of the data sheet's rate, links "
-        f"{plan.accelerator.link_efficiency:.0%}.",
+        f"Expected step: {duration_text(time.total)} = encoders {time.encoders:.3g} + LLM {time.llm:.3g} (bubble "
+        f"{time.bubble:.0%}) + exchange {time.exchange:.3g} + update {time.update:.3g}. The range is that of all rates "
+        f"{UNCERTAINTY:.0%} better or worse.",
+        f"Assumed and not measured here: matrix products reach {share} of the data sheet's rate, "
+        f"attention {device.attention_efficiency:.0%}, memory {device.memory_efficiency:.0%}, links "
+        f"{device.link_efficiency:.0%}.",
     ]
+    if not plan.too_small:
+        work, per_day = plan.workload, plan.steps_per_day
+        lines.append(
+            f"{count_text(work.tokens * per_day)} tokens and {work.audio_sec / 3600 * per_day:,.0f} h of audio per day."
+        )
+    return _wrapped(*lines)
 
 
-def _progress(plan: Plan) -> list[str]:
-    work, per_day = plan.workload, plan.steps_per_day
-    return [
-        f"{work.tokens * per_day / 1e9:.2f} B tokens and {work.audio_sec / 3600 * per_day:,.0f} h of audio per day; "
-        f"{plan.recipe.train.steps:,} steps take {plan.days:.1f} days."
-    ]
+def duration_text(seconds: float) -> str:
+    """Return a duration as text such as `23 ms`, `3.1 s`, `5.2 h` or `1.7 days`."""
+    for limit, divisor, unit in ((1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{_digits(seconds / divisor)} {unit}"
+    return f"{_digits(seconds / 86_400)} days"
+
+
+def range_text(low: float, high: float) -> str:
+    """Return a range of durations as text such as `2.6–3.5 s`."""
+    first, last = duration_text(low), duration_text(high)
+    number, unit = first.split(" ", 1)
+    return f"{number}–{last}" if last.endswith(f" {unit}") else f"{first}–{last}"
+
+
+def _digits(number: float) -> str:
+    return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else f"{number:,.0f}"
+
+
+def _costs(plan: Plan, price: float) -> str:
+    return "–".join(_digits(plan.cost(seconds, price)) for seconds in plan.seconds_range)
+
+
+def sweep_table(key: str, rows: Sequence[tuple[str, Plan | str]], price: float | None) -> str:
+    """Return a table with one row per value of a swept key.
+
+    Args:
+        key: the recipe key that is swept.
+        rows: each value with its plan, or with the reason why the recipe is illegal.
+        price: the price of one accelerator for an hour; None omits the costs.
+    """
+    header = [key, "ranks", "fits", "GiB", "step", "bubble", "MFU", "all steps"] + (["cost"] if price else [])
+    lines, refused = [header], []
+    for value, plan in rows:
+        if isinstance(plan, str):
+            lines.append([value, "", "illegal", *[""] * (len(header) - 3)])
+            refused += textwrap.wrap(f"{key}={value}: {plan}", WIDTH, initial_indent="  ", subsequent_indent="    ")
+            continue
+        low, high = plan.seconds_range
+        steps = plan.recipe.train.steps
+        cells = [value, str(plan.topology.world), "yes" if plan.fits else "NO", _gib(plan.worst.total)]
+        if plan.too_small:
+            cells += ["too small", *[""] * (len(header) - 5)]
+        else:
+            cells += [range_text(low, high), f"{plan.time.bubble:.0%}", f"{plan.time.mfu:.1%}"]
+            cells += [range_text(low * steps, high * steps)]
+            cells += [_costs(plan, price)] if price else []
+        lines.append(cells)
+    return "\n".join([*table(lines), *refused])

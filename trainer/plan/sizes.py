@@ -19,6 +19,9 @@ from trainer.config.checks import known_encoder, known_llm_config
 from trainer.config.schema import Recipe
 from trainer.engine.optim import OptimConfig, check_patterns, setting_of
 
+_PERSISTENT = 100_000
+"""The default of DeepSpeed's `stage3_param_persistence_threshold`."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -27,9 +30,76 @@ class Size:
     total: int = 0
     learned: int = 0
     """The number of those that are trainable."""
+    large: int = 0
+    """The number of tensors that ZeRO-3 gathers, because they have more than 100,000 elements."""
 
     def __add__(self, other: Size) -> Size:
-        return Size(self.total + other.total, self.learned + other.learned)
+        return Size(self.total + other.total, self.learned + other.learned, self.large + other.large)
+
+
+@dataclass(frozen=True)
+class PartSizes:
+    """The sizes of the model's parts, summed once because a search needs them for every layout."""
+
+    layers: Size
+    """All layers of the LLM."""
+    embedding: Size
+    """The LLM's embedding."""
+    ends: Size
+    """The LLM's embedding and output layer."""
+    llm: Size
+    shared: Size
+    """The audio side without encoder experts."""
+    experts: dict[str, Size]
+    """The encoder experts, by name."""
+    depths: dict[str, int]
+    """The number of layers of each encoder, by its prefix (`audio.primary` or `audio.experts.NAME`)."""
+
+    @property
+    def encoder_width(self) -> float:
+        """The width of a square matrix as large as the audio side's mean large tensor."""
+        total = sum(self.experts.values(), self.shared)
+        return math.sqrt(total.total / total.large) if total.large else 64.0
+
+
+def part_sizes(sizes: dict[str, Size]) -> PartSizes:
+    """Return the sizes of the model's parts, given those of its parameters."""
+
+    def add(found: dict[str, Size], key: str, size: Size) -> None:
+        found[key] = found.get(key, Size()) + size
+
+    parts: dict[str, Size] = {}
+    experts: dict[str, Size] = {}
+    layers: dict[str, set[str]] = {}
+    for name, size in sizes.items():
+        words = name.split(".")
+        if words[0] == "llm":
+            add(parts, "llm", size)
+            if name.startswith("llm.model.layers."):
+                add(parts, "layers", size)
+            elif name == "llm.model.embed_tokens.weight":
+                add(parts, "embedding", size)
+            elif name == "llm.lm_head.weight":
+                add(parts, "head", size)
+            continue
+        prefix = ".".join(words[: 3 if words[1] == "experts" else 2])
+        if words[1] == "experts":
+            add(experts, words[2], size)
+        else:
+            add(parts, "shared", size)
+        if "layers" in words:
+            layers.setdefault(prefix, set()).add(words[words.index("layers") + 1])
+    none = Size()
+    embedding = parts.get("embedding", none)
+    return PartSizes(
+        parts.get("layers", none),
+        embedding,
+        embedding + parts.get("head", none),
+        parts.get("llm", none),
+        parts.get("shared", none),
+        experts,
+        {prefix: len(numbers) for prefix, numbers in layers.items()},
+    )
 
 
 @dataclass(frozen=True)
@@ -107,4 +177,5 @@ def _unknown_size(place: str, weights: str | None) -> UserError:
 
 def _size(optim: OptimConfig, name: str, shape: tuple[int, ...], learns: bool = True) -> Size:
     count = math.prod(shape)
-    return Size(count, count if learns and not setting_of(optim, name, len(shape)).frozen else 0)
+    trained = learns and not setting_of(optim, name, len(shape)).frozen
+    return Size(count, count if trained else 0, int(count > _PERSISTENT))

@@ -6,18 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from trainer.config.schema import Recipe
 from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology
 from trainer.plan.accelerator import Accelerator
 from trainer.plan.communication import Traffic
-from trainer.plan.flops import Flops, llm_forward_flops
-from trainer.plan.sizes import SizedModel
+from trainer.plan.flops import Flops
+from trainer.plan.layer_time import RankRates, Seconds, attention_seconds, head_seconds, layer_seconds
+from trainer.plan.mechanisms import AS_BUILT, Mechanisms
+from trainer.plan.ranks import DTYPES
+from trainer.plan.sizes import PartSizes, SizedModel
 from trainer.plan.states import States
-from trainer.plan.workload import EncoderWork, Workload
+from trainer.plan.workload import EncoderWork
 
 _UPDATE_PASSES = 3
 """The approximate number of times that AdamW without fused kernels passes over its tensors."""
+_ENCODER_LAYER_KERNELS = 40
+"""The approximate number of kernels of an encoder's layer in one pass."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,10 @@ class StepTime:
     """The share of the pipeline's time in which a stage is idle."""
     mfu: float
     """The model FLOPs utilization: model FLOPs / (time · ranks · peak rate), without recomputation."""
+    mfu_full_attention: float
+    """The same, with attention counted as if it were not causal, which is NVIDIA's convention."""
+    parts: dict[str, float]
+    """The seconds of everything that takes time, by name; they add up to `total`."""
 
     @property
     def total(self) -> float:
@@ -43,79 +54,195 @@ class StepTime:
         return self.encoders + self.llm + self.exchange + self.update
 
 
+@dataclass(frozen=True)
+class _Llm:
+    """The seconds of the LLM's parts in a step."""
+
+    products: float
+    recomputation: float
+    tensor: float
+    bubble: float
+    stages: float
+    gradients: float
+    """Gradients and weights over replicas, as far as nothing hides them."""
+
+    @property
+    def pipeline(self) -> float:
+        """The seconds of the pipeline."""
+        return self.products + self.recomputation + self.tensor + self.bubble + self.stages
+
+
 def step_time(
     recipe: Recipe,
     model: SizedModel,
+    parts: PartSizes,
     topology: Topology,
     accelerator: Accelerator,
-    workload: Workload,
     work: Sequence[EncoderWork],
     packs: PackPlan,
     flops: Flops,
     traffic: Sequence[Traffic],
     states: States,
     ds_json: dict[str, Any],
+    mechanisms: Mechanisms = AS_BUILT,
 ) -> StepTime:
     """Return the expected duration of a step.
 
     ZeRO-3's collectives overlap with the encoders' computation if the DeepSpeed JSON sets `overlap_comm`. Nothing else
-    is assumed to overlap.
+    overlaps unless `mechanisms` says so.
 
     Args:
         recipe: the recipe of the run.
         model: the model that the recipe describes.
+        parts: the sizes of the model's parts.
         topology: the layout of the ranks.
         accelerator: the rates of the accelerator.
-        workload: the samples of a step.
         work: the encoders' work.
         packs: the LLM's packs.
         flops: the FLOPs of a step.
         traffic: the bytes that the busiest rank sends, by kind of collective.
         states: the model states of the fullest rank.
         ds_json: the DeepSpeed JSON.
+        mechanisms: assumptions that differ from the trainer.
     """
-    train = recipe.train
-    peak = (accelerator.tflops if train.precision == "bf16" else accelerator.fp32_tflops) * 1e12
-    rate = peak * accelerator.efficiency
-    seconds = {t.name: t.bytes / _link(t, accelerator) for t in traffic}
-
-    passes = _passes(flops.encoders, sum(float(w.cost.sum()) for w in work), train.recompute_encoders)
-    compute = sum(float(w.cost.max(initial=0.0)) for w in work) * passes / rate
-    gathers = seconds.get("ZeRO-3, weights", 0.0) + seconds.get("ZeRO-3, gradients", 0.0)
+    seconds = {t.name: t.seconds(accelerator) for t in traffic}
+    rates = RankRates(accelerator, mechanisms, DTYPES[recipe.train.precision].itemsize)
+    compute = _encoder_seconds(recipe, model, parts, rates, work, flops)
+    gathers = sum(s for name, s in seconds.items() if name.startswith("ZeRO-3"))
     overlaps = bool(ds_json["zero_optimization"].get("overlap_comm", True))
     encoders = max(compute, gathers) if overlaps else compute + gathers
 
-    microbatches, pp = packs.num_microbatches, topology.pp
-    padded = microbatches * packs.pack_tokens * topology.dp / max(1, workload.tokens)
-    forward = llm_forward_flops(model, workload) * padded / topology.dp / topology.tp
-    head = 2.0 * model.llm.vocab_size * model.llm.hidden_size * workload.tokens * padded / topology.dp / topology.tp
-    slowest = (forward - head) / pp + head
-    llm_passes = _passes(flops.llm, llm_forward_flops(model, workload), train.recompute_llm)
-    one = slowest / microbatches * llm_passes / rate + seconds.get("LLM, sequence parallel", 0.0) / microbatches
-    llm = (microbatches + pp - 1) * one + seconds.get("LLM, between stages", 0.0)
-
-    names = ("clips and features", "audio embeddings and tokens", "LLM, gradients and weights over replicas")
-    exchange = sum(seconds.get(name, 0.0) for name in names)
-    moved = 2 * states.optimizer + states.gradients + states.weights
-    update = _UPDATE_PASSES * moved / (accelerator.memory_tb_s * 1e12)
-    total = encoders + llm + exchange + update
+    llm = _llm(recipe, model, parts, topology, rates, packs, seconds)
+    moved = sum(seconds.get(name, 0.0) for name in ("clips and features", "audio embeddings and tokens"))
+    updated = 2 * states.optimizer + states.gradients + states.weights
+    update = _UPDATE_PASSES * updated / (accelerator.memory_tb_s * accelerator.memory_efficiency * 1e12)
+    exchange = moved + llm.gradients
+    total = encoders + llm.pipeline + exchange + update
+    ran = total * topology.world * rates.peak
     return StepTime(
         encoders,
-        llm,
+        llm.pipeline,
         exchange,
         update,
-        (pp - 1) / (microbatches + pp - 1),
-        flops.model / (total * topology.world * peak),
+        llm.bubble / llm.pipeline,
+        flops.model / ran,
+        (flops.model + flops.masked_attention) / ran,
+        {
+            "computing the LLM": llm.products,
+            "recomputing the LLM's activations": llm.recomputation,
+            "tensor-parallel collectives": llm.tensor,
+            "the pipeline's bubble": llm.bubble,
+            "transfers between stages": llm.stages,
+            "gradients and weights over replicas": llm.gradients,
+            "computing the encoders": min(compute, encoders),
+            "ZeRO-3's collectives": encoders - min(compute, encoders),
+            "exchanging clips and embeddings": moved,
+            "updating the weights": update,
+        },
     )
 
 
-def _passes(model_flops: float, forward: float, recompute: bool) -> float:
-    """Return the work of a step in units of one forward pass."""
-    return (model_flops / forward if forward else 0.0) + recompute
+def _llm(
+    recipe: Recipe,
+    model: SizedModel,
+    parts: PartSizes,
+    topology: Topology,
+    rates: RankRates,
+    packs: PackPlan,
+    seconds: dict[str, float],
+) -> _Llm:
+    """Return the LLM's seconds in the 1F1B schedule.
 
-
-def _link(traffic: Traffic, accelerator: Accelerator) -> float:
-    """Return the bandwidth of the links that `traffic` uses, in bytes per second."""
-    return (
-        (accelerator.node_gb_s if traffic.within_node else accelerator.network_gb_s) * 1e9 * accelerator.link_efficiency
+    Every stage computes M micro-batches. A rank of the slowest stage, the last one, is idle while the first micro-batch
+    passes through the other PP - 1 stages forward and backward; V virtual stages divide this time by V.
+    """
+    mechanisms, config, tp, pp = rates.mechanisms, model.llm, topology.tp, topology.pp
+    microbatches = packs.num_microbatches * mechanisms.context
+    rows = packs.pack_tokens / mechanisms.context
+    learned = parts.layers.learned > 0
+    squares = _squares(packs) / mechanisms.context
+    layer = layer_seconds(config, rates, tp, rows, squares, learned)
+    attention = attention_seconds(config, rates, tp, rows, squares)
+    layer = _with_ring_attention(layer, attention, config, rates, tp, rows)
+    head = head_seconds(config, rates, tp, rows)
+    layers = config.num_hidden_layers / pp
+    plain = Seconds(layers * layer.forward, layers * layer.backward)
+    again = plain.forward if recipe.train.recompute_llm else 0.0
+    tensor = seconds.get("LLM, tensor parallel", 0.0) / microbatches
+    if mechanisms.overlap_tensor:
+        tensor /= tp
+    fill = (pp - 1) / mechanisms.virtual_stages * (plain.total + again + tensor)
+    stages = seconds.get("LLM, between stages", 0.0)
+    scatter, gather = (seconds.get(f"LLM, {kind} over replicas", 0.0) for kind in ("gradients", "weights"))
+    if mechanisms.overlap_data:
+        stages = 0.0
+        # All micro-batches hide the collectives of sharded weights, else only the last or the first one does.
+        hidden = microbatches if mechanisms.sharded_weights else 1
+        scatter = max(scatter - hidden * plain.backward, scatter / layers)
+        gather = max(gather - hidden * plain.forward, gather / layers)
+    return _Llm(
+        microbatches * (plain.total + head.total),
+        microbatches * again,
+        microbatches * tensor,
+        fill,
+        stages,
+        scatter + gather,
     )
+
+
+def _squares(packs: PackPlan) -> float:
+    """Return the mean over packs of the sum of squared segment lengths."""
+    return float((packs.num_tokens.astype(np.float64) ** 2).sum()) / (packs.num_microbatches * packs.replicas)
+
+
+def _with_ring_attention(
+    layer: Seconds, attention: Seconds, config: Any, rates: RankRates, tp: int, rows: float
+) -> Seconds:
+    """Add what context parallelism's exchange of keys and values takes beyond the attention that hides it."""
+    count = rates.mechanisms.context
+    if count == 1:
+        return layer
+    width = config.num_key_value_heads / tp * config.hidden_size / config.num_attention_heads
+    moved = (count - 1) * rows * 2 * width * rates.bytes_per_value
+    accelerator = rates.accelerator
+    link = accelerator.node_gb_s if tp * count <= accelerator.per_node else accelerator.network_gb_s
+    ring = moved / (link * 1e9 * accelerator.link_efficiency)
+    return Seconds(
+        layer.forward + max(0.0, ring - attention.forward), layer.backward + max(0.0, 2 * ring - attention.backward)
+    )
+
+
+def _encoder_seconds(
+    recipe: Recipe,
+    model: SizedModel,
+    parts: PartSizes,
+    rates: RankRates,
+    work: Sequence[EncoderWork],
+    flops: Flops,
+) -> float:
+    """Return the seconds in which the slowest rank computes the encoders.
+
+    An encoder's products are taken to have the shape of its mean weight, and as many rows as a call has frames.
+    """
+    total = 0.0
+    forward = sum(float(w.cost.sum()) for w in work)
+    passes = (flops.encoders / forward if forward else 0.0) + recipe.train.recompute_encoders
+    for one in work:
+        rank = int(one.cost.argmax())
+        calls = [call for encoder in one.calls[rank] for call in encoder]
+        frames = max((sum(call) / 320 for call in calls), default=1.0)
+        width = parts.encoder_width
+        share = rates.accelerator.matrix_share(max(1.0, frames), width, width)
+        total += float(one.cost[rank]) * passes / (rates.peak * share)
+        depth = _depth(model, one.names, parts)
+        total += rates.starts(len(calls) * depth * _ENCODER_LAYER_KERNELS * max(1.0, passes))
+    return total
+
+
+def _depth(model: SizedModel, names: Sequence[str], parts: PartSizes) -> int:
+    """Return the largest number of layers of the encoders `names`."""
+    primary = model.config.primary
+    prefixes = [
+        "audio.primary" if primary is not None and name == primary.name else f"audio.experts.{name}" for name in names
+    ]
+    return max(parts.depths.get(prefix, 1) for prefix in prefixes)

@@ -11,7 +11,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     lines = []
     for first, *rest in rows:
         cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]
-        lines.append("  " + "  ".join(cells))
+        lines.append(("  " + "  ".join(cells)).rstrip())
     return lines
 
 

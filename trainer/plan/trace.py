@@ -32,14 +32,15 @@ class Traced:
     """The peak of the backward pass, including what was kept."""
 
 
-def trace(forward: Callable[[], Tensor], existing: Iterable[Tensor]) -> Traced:
+def trace(forward: Callable[[], Tensor], existing: Iterable[Tensor], device: str = "cpu") -> Traced:
     """Run `forward` and its backward pass, and measure their memory.
 
     Args:
         forward: a function on meta tensors. All storages that it creates are counted.
         existing: tensors that exist already and are not counted.
+        device: the type of device whose kernels are counted, `cuda` or `cpu`.
     """
-    with _Bytes(existing) as count, _flash_attention():
+    with _Bytes(existing) as count, _flash_attention(), _fused_norms(device):
         output = forward()
         kept, peak = count.now, count.peak
         count.peak = count.now
@@ -80,6 +81,47 @@ def _flash_attention() -> Iterator[None]:
         yield
     finally:
         functional.scaled_dot_product_attention = plain
+
+
+@contextmanager
+def _fused_norms(device: str) -> Iterator[None]:
+    """Count the memory of RMSNorm as CUDA's fused kernel uses it: its input and an fp32 scale per row are kept.
+
+    On the meta device, as on the CPU, torch decomposes the norm into operations on fp32 copies.
+    """
+    plain = functional.rms_norm
+    if device != "cuda":
+        yield
+        return
+
+    def normalize(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        return plain(x, shape, weight, eps) if weight is None else cast(Tensor, _FusedRmsNorm.apply(x, weight))
+
+    functional.rms_norm = normalize  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        functional.rms_norm = plain
+
+
+class _FusedRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, torch.empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+class PackedFlash(torch.nn.Module):
+    """Attention that uses the memory of TransformerEngine's attention on packed segments, on the meta device."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        """Return a tensor `[t, H, D]`, given query `[t, H, D]` and key and value `[t, G, D]`."""
+        return cast(Tensor, _Flash.apply(query, key, value))
 
 
 class _Flash(torch.autograd.Function):

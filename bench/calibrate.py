@@ -1,0 +1,146 @@
+"""Measure what the plan assumes of one device: matrix products, attention, memory bandwidth and the start of kernels.
+
+    python -m bench.calibrate [--device cuda|cpu] [--out device.json] [--like h100]
+    earshot plan RECIPE --accelerator device.json
+
+The sweep takes about a minute on one GPU, and on a CPU too. Values that one device cannot show (links, memory size,
+devices per node) are those of the accelerator `--like`. The last line is the JSON object that `--out` stores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+_ROUNDS = 3
+_SECONDS_PER_SHAPE = 0.2
+_GPU_SIDES = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 12288)
+_CPU_SIDES = (32, 64, 128, 256, 512, 1024)
+
+
+def measured_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the least mean seconds of a call, over a few rounds of many calls each."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    call()
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    count = max(1, int(_SECONDS_PER_SHAPE / max(1e-6, time.perf_counter() - start)))
+    least = float("inf")
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        wait()
+        least = min(least, (time.perf_counter() - start) / count)
+    return least
+
+
+def calibrate(device: torch.device, dtype: torch.dtype, like: Any, peak_tflops: float | None = None) -> Any:
+    """Return an accelerator with the measured rates of `device`.
+
+    Args:
+        device: the device to measure.
+        dtype: the dtype of matrix products and attention.
+        like: the accelerator that provides what cannot be measured.
+        peak_tflops: the peak rate to which the shares refer; None takes the data sheet's rate on a GPU, and the
+            fastest product on a CPU.
+    """
+    sides = _GPU_SIDES if device.type == "cuda" else _CPU_SIDES
+    rates = [(side / 3, _product_rate(side, device, dtype)) for side in sides]
+    if peak_tflops is None:
+        listed = like.tflops if dtype == torch.bfloat16 else like.fp32_tflops
+        peak_tflops = listed if device.type == "cuda" else max(rate for _, rate in rates) / 1e12
+    peak = peak_tflops * 1e12
+    size = torch.empty((), dtype=dtype).element_size()
+    # FLOPs per byte are those of bf16, as in `Accelerator.matrix`, whatever the dtype.
+    table = tuple((round(at, 3), round(min(1.0, rate / peak), 4)) for at, rate in rates)
+    memory = _memory_rate(device)
+    known = dataclasses.asdict(like)
+    return type(like)(
+        **{
+            **known,
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "tflops": peak_tflops if size == 2 or device.type == "cpu" else like.tflops,
+            "fp32_tflops": peak_tflops if size == 4 or device.type == "cpu" else like.fp32_tflops,
+            "matrix": table,
+            "attention_efficiency": round(min(1.0, _attention_rate(device, dtype) / peak), 4),
+            "memory_tb_s": round(memory / 1e12, 6),
+            "memory_efficiency": 1.0,
+            "kernel_us": round(_kernel_seconds(device) * 1e6, 3),
+        }
+    )
+
+
+def _product_rate(side: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a product of two square matrices."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2.0 * side**3 / measured_seconds(lambda: a @ b, device)
+
+
+def _attention_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of causal attention, forward, counting only what the mask keeps."""
+    heads, tokens, width = (16, 4096, 128) if device.type == "cuda" else (4, 256, 64)
+    q, k, v = (torch.randn(1, heads, tokens, width, device=device, dtype=dtype) for _ in range(3))
+    seconds = measured_seconds(lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True), device)
+    return 2.0 * heads * width * tokens**2 / seconds
+
+
+def _memory_rate(device: torch.device) -> float:
+    """Return the bytes per second of a sum of two tensors, which reads both and writes a third."""
+    count = 2**28 if device.type == "cuda" else 2**23
+    a, b = (torch.ones(count, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    return 3.0 * a.nbytes / measured_seconds(lambda: torch.add(a, b, out=out), device)
+
+
+def _kernel_seconds(device: torch.device) -> float:
+    """Return the seconds of an operation on one number."""
+    one = torch.ones(1, device=device)
+    return measured_seconds(lambda: one.add(1), device)
+
+
+def main() -> int:
+    """Run the command and return the exit code."""
+    from trainer.plan.accelerator import parse_accelerator
+
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where to store the result")
+    parser.add_argument("--like", default="h100", metavar="NAME", help="accelerator for what is not measured")
+    parser.add_argument("--peak-tflops", type=float, metavar="N", help="peak rate to which the shares refer")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = calibrate(device, dtype, parse_accelerator(options.like), options.peak_tflops)
+    for at, share in found.matrix:
+        print(f"{at:8.1f} FLOPs per byte: {share:6.1%} of {found.tflops:.4g} TFLOP/s")
+    print(
+        f"attention {found.attention_efficiency:.1%}, memory {found.memory_tb_s:.4g} TB/s, "
+        f"start of a kernel {found.kernel_us:.1f} us"
+    )
+    text = json.dumps(dataclasses.asdict(found))
+    if options.out is not None:
+        options.out.write_text(text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""The calibration of a device, on this machine's CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import calibrate as bench
+from trainer.plan.accelerator import KNOWN
+
+
+def test_a_cpu_is_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_SECONDS_PER_SHAPE", 0.005)
+    monkeypatch.setattr(bench, "_CPU_SIDES", (32, 64, 128))
+    found = bench.calibrate(torch.device("cpu"), torch.float32, KNOWN["h100"])
+    assert [at for at, _ in found.matrix] == pytest.approx([32 / 3, 64 / 3, 128 / 3], abs=1e-3)
+    shares = [share for _, share in found.matrix]
+    assert max(shares) == pytest.approx(1) and all(0 < share <= 1 for share in shares)
+    assert 0 < found.attention_efficiency <= 1 and 0 < found.memory_tb_s < 10 and found.kernel_us > 0
+    assert (found.memory_gib, found.node_gb_s) == (KNOWN["h100"].memory_gib, KNOWN["h100"].node_gb_s)
+    # The shares give back the measured rate of the middle product.
+    assert found.matrix_share(64, 64, 64) == pytest.approx(shares[1], rel=1e-3)

@@ -1,0 +1,77 @@
+"""The change that would help a plan most, found by a search over legal layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.config.schema import Recipe
+from trainer.plan.fit import changes_between, estimates
+from trainer.plan.plan import Plan, Planner
+from trainer.plan.workload import Workload
+
+_MAX_TRIED = 3
+"""The largest number of candidates that are planned in full for one piece of advice."""
+WORTH = 1.1
+"""The speed-up from which on `--fit` is recommended."""
+_REMEDIES = {
+    "computing the LLM": "more ranks, or a larger train.llm_tokens_per_microbatch for fuller matrix products",
+    "recomputing the LLM's activations": "train.recompute_llm=false if the memory suffices, or more parallel.tensor",
+    "tensor-parallel collectives": "a smaller parallel.tensor, within a node",
+    "the pipeline's bubble": "more micro-batches (a larger data.global_batch_samples or a smaller "
+    "train.llm_tokens_per_microbatch), or a smaller parallel.pipeline",
+    "transfers between stages": "a smaller parallel.pipeline",
+    "gradients and weights over replicas": "a larger data.global_batch_samples, or fewer replicas",
+    "computing the encoders": "train.recompute_encoders=false if the memory suffices, or more ranks",
+    "ZeRO-3's collectives": "a larger train.encoder_batch_sec, so that there are fewer calls, or parallel.expert",
+    "exchanging clips and embeddings": "a faster network; nothing in the recipe changes it much",
+    "updating the weights": "a larger data.global_batch_samples, so that there are fewer updates",
+}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to change in a recipe."""
+
+    change: tuple[str, ...]
+    """The one `key=value` that makes the step fastest, or that makes it fit; empty if there is none."""
+    change_speedup: float
+    """The recipe's seconds divided by those with `change`."""
+    layout: tuple[str, ...]
+    """The `key=value`s of the fastest layout that fits; empty if it is not faster than the recipe."""
+    layout_speedup: float
+    """The recipe's seconds divided by those of `layout`."""
+
+
+def advise(planner: Planner, plan: Plan, workload: Workload) -> Advice:
+    """Return the advice for `plan`.
+
+    Candidates are ordered by a quick estimate; those that are tried are planned in full and must fit.
+    """
+    timed = sorted(estimates(planner, plan.recipe, workload), key=lambda item: item[0])
+    limit = plan.time.total if plan.fits else float("inf")
+    described = [(sec, changes_between(plan.recipe, v), v) for sec, v in timed if sec < limit]
+    single = _first_that_fits(planner, workload, [(c, v) for _, c, v in described if len(c) == 1])
+    several = _first_that_fits(planner, workload, [(c, v) for _, c, v in described if c])
+    found = []
+    for one in (single, several):
+        seconds = one[1].time.total if one is not None else float("inf")
+        better = one is not None and (seconds < plan.time.total or not plan.fits)
+        found.append((tuple(one[0]), plan.time.total / seconds) if one is not None and better else ((), 1.0))
+    return Advice(*found[0], *found[1])
+
+
+def _first_that_fits(
+    planner: Planner, workload: Workload, candidates: list[tuple[list[str], Recipe]]
+) -> tuple[list[str], Plan] | None:
+    """Return the first candidate that fits and its plan, or None if none of the first few does."""
+    for changes, variant in candidates[:_MAX_TRIED]:
+        plan = planner.plan(variant, workload)
+        if plan.fits:
+            return changes, plan
+    return None
+
+
+def limits(plan: Plan) -> list[tuple[str, float, str]]:
+    """Return (part of the step, seconds, what makes it shorter), the longest part first."""
+    parts = sorted(plan.time.parts.items(), key=lambda item: -item[1])
+    return [(name, seconds, _REMEDIES[name]) for name, seconds in parts if seconds > 0]

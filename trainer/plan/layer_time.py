@@ -1,0 +1,159 @@
+"""Seconds of one rank's computation: a layer of the LLM and its head, for one micro-batch.
+
+A layer's time is that of its matrix products, its attention, its element-wise operations (which take as long as their
+reads and writes of memory) and the start of its kernels. In formulas, h is the hidden size, f the feed-forward size,
+H and G are the query and key-value heads of a rank, and d is the head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from model.llm.names import head_dim
+from trainer.plan.accelerator import Accelerator
+from trainer.plan.mechanisms import Mechanisms
+
+_BF16_BYTES = 2
+_LOGIT_BYTES = 50
+"""The bytes that Megatron's cross entropy reads and writes per logit: its fp32 copy, softmax and gradient."""
+_SCORE_BYTES = (13, 17)
+"""The bytes read and written per attention score by unfused attention with dropout, forward and backward."""
+_HEAD_KERNELS = 20
+_LAYER_KERNELS = {True: (14, 26), False: (34, 66)}
+"""The kernels of a layer, (forward, backward), with TransformerEngine's fused kernels and without."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """The forward and backward seconds of a part of the model."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        """The seconds of both passes."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class RankRates:
+    """The rates of a rank, and the assumptions that decide which kernels it runs."""
+
+    accelerator: Accelerator
+    mechanisms: Mechanisms
+    bytes_per_value: int
+    """The bytes of a weight or activation: 2 for bf16, 4 for fp32."""
+
+    @property
+    def peak(self) -> float:
+        """The peak rate of matrix products, in FLOP/s."""
+        half = self.bytes_per_value == _BF16_BYTES
+        return (self.accelerator.tflops if half else self.accelerator.fp32_tflops) * 1e12
+
+    def product(self, rows: float, columns: float, inner: float, *, fp8: bool = False) -> float:
+        """Return the seconds of a [rows, inner] by [inner, columns] product."""
+        rate = self.peak * self.accelerator.matrix_share(rows, columns, inner) * (2 if fp8 else 1)
+        return 2.0 * rows * columns * inner / rate
+
+    def memory(self, moved_bytes: float) -> float:
+        """Return the seconds in which element-wise operations read and write `moved_bytes`."""
+        return moved_bytes / (self.accelerator.memory_tb_s * 1e12 * self.accelerator.memory_efficiency)
+
+    def starts(self, kernels: float) -> float:
+        """Return the seconds that starting `kernels` kernels takes."""
+        return kernels * self.accelerator.kernel_us * 1e-6
+
+
+def layer_seconds(
+    config: PretrainedConfig, rates: RankRates, tp: int, rows: float, squares: float, learned: bool
+) -> Seconds:
+    """Return the seconds of one layer for one micro-batch, without communication and without recomputation.
+
+    Args:
+        config: the configuration of the LLM.
+        rates: the rates of the rank.
+        tp: the tensor-parallel size.
+        rows: the tokens of the micro-batch on this rank.
+        squares: the sum of the squared lengths of the micro-batch's segments, per context-parallel rank.
+        learned: True if the layer's weights are trained.
+    """
+    mechanisms = rates.mechanisms
+    products = layer_products(config, tp)
+    forward = sum(rates.product(rows, n, k, fp8=mechanisms.fp8) for n, k in products)
+    weights = sum(n * k for n, k in products)
+    gradient = 2 if mechanisms.bf16_gradients else 4
+    # The sum is read and written; without the fused kernel, the product's own result is, too.
+    moved = 2.0 * gradient + (0 if mechanisms.fused_kernels else 2 * rates.bytes_per_value)
+    accumulation = rates.memory(weights * moved) * learned
+    cast = _cast_bytes(products, rows) if mechanisms.fp8 else 0.0
+    attention = _attention(config, rates, tp, rows, squares)
+    passes = [e + rates.memory(cast) for e in _elementwise(config, rates, tp, rows)]
+    starts = [rates.starts(count) for count in _LAYER_KERNELS[mechanisms.fused_kernels]]
+    return Seconds(
+        forward + attention.forward + passes[0] + starts[0],
+        forward * (2 if learned else 1) + accumulation + attention.backward + passes[1] + starts[1],
+    )
+
+
+def layer_products(config: PretrainedConfig, tp: int) -> list[tuple[float, float]]:
+    """Return (columns, inner) of a layer's four matrix products on one rank."""
+    h, f, d = config.hidden_size, config.intermediate_size, head_dim(config)
+    queries, groups = config.num_attention_heads / tp, config.num_key_value_heads / tp
+    return [((queries + 2 * groups) * d, h), (h, queries * d), (2 * f / tp, h), (h, f / tp)]
+
+
+def head_seconds(config: PretrainedConfig, rates: RankRates, tp: int, rows: float) -> Seconds:
+    """Return the seconds of the output layer and the loss for one micro-batch."""
+    columns = config.vocab_size / tp
+    product = rates.product(rows, columns, config.hidden_size)
+    loss = rates.memory(rows * columns * _LOGIT_BYTES) / 2 + rates.starts(_HEAD_KERNELS)
+    return Seconds(product + loss, 2 * product + loss)
+
+
+def attention_seconds(config: PretrainedConfig, rates: RankRates, tp: int, rows: float, squares: float) -> Seconds:
+    """Return the seconds of a layer's attention for one micro-batch."""
+    return _attention(config, rates, tp, rows, squares)
+
+
+def _attention(config: PretrainedConfig, rates: RankRates, tp: int, rows: float, squares: float) -> Seconds:
+    accelerator, heads, d = rates.accelerator, config.num_attention_heads / tp, head_dim(config)
+    causal = 2.0 * heads * d * squares
+    if rates.mechanisms.fused_attention:
+        rate = rates.peak * accelerator.attention_efficiency
+        return Seconds(causal / rate, 2.5 * causal / rate)  # the fused backward pass computes the scores again
+    length = squares / rows
+    rate = rates.peak * accelerator.matrix_share(length, length, d)
+    forward, backward = (rates.memory(heads * squares * each) for each in _SCORE_BYTES)
+    again = (causal / rate + forward) if rates.mechanisms.selective else 0.0
+    return Seconds(2 * causal / rate + forward, 4 * causal / rate + backward + again)
+
+
+def _elementwise(config: PretrainedConfig, rates: RankRates, tp: int, rows: float) -> tuple[float, float]:
+    """Return the seconds of norms, residuals, rotary embedding and activation, forward and backward.
+
+    Norms and residuals read and write 10 h values forward and 12 h backward. With fused kernels, the rotary embedding
+    moves 2 (H + G) d values and the activation 3 f, or 5 f backward. PyTorch's separate kernels move 10 and 5, or 12
+    and 13 backward, and the segments are copied into batches and back for attention.
+    """
+    h, f, d = config.hidden_size, config.intermediate_size / tp, head_dim(config)
+    queries, groups = config.num_attention_heads / tp * d, config.num_key_value_heads / tp * d
+    whole = h / tp if rates.mechanisms.sequence_parallel else h
+    if rates.mechanisms.fused_kernels:
+        values = (10 * whole + 2 * (queries + groups) + 3 * f, 12 * whole + 2 * (queries + groups) + 5 * f)
+    else:
+        copies = 2 * (queries + 2 * groups) + 4 * queries
+        values = (
+            10 * whole + 10 * (queries + groups) + 5 * f + copies,
+            12 * whole + 12 * (queries + groups) + 13 * f + copies,
+        )
+    forward, backward = (rates.memory(rows * v * rates.bytes_per_value) for v in values)
+    return forward, backward
+
+
+def _cast_bytes(products: Sequence[tuple[float, float]], rows: float) -> float:
+    """Return the bytes that casting inputs and weights to fp8 and transposing them moves in one pass."""
+    return sum(4.0 * (rows * k + n * k) for n, k in products)
