@@ -8,6 +8,7 @@ earshot plan mowe_70b                         what a job needs, before it runs
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,7 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> None:
     """Run the console script `earshot` and end the process as `python -m trainer` does."""
-    leave(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    leave(code)
 
 
 def help_text() -> str:

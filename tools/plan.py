@@ -40,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 2 after printing a UserError, else 0.
     """
     from trainer.__main__ import be_calm
+    from trainer.engine.imports import lean_imports
 
     options = _parser().parse_intermixed_args(sys.argv[1:] if arguments is None else list(arguments))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # A plan must not use a GPU even if there is one.
     be_calm()
     try:
-        return _run(options)
+        with lean_imports():
+            return _run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,9 @@ def test_init_writes_the_files_to_edit_and_overwrites_nothing(
     assert "slurm: exists already; move it away, or give another folder" in capsys.readouterr().err
     assert init.main([str(tmp_path / "other"), "--recipe", "none"]) == 2
     assert "--recipe none: choose one of debug" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
+    command = f"{sys.executable} -m tools.cli recipe --keys | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("name  (text") and done.stderr == ""

@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_a_rank_loads_neither_mlflow_nor_a_compiler() -> None:
+def test_a_rank_loads_neither_trackers_nor_a_compiler() -> None:
     code = """
     import gc, sys
     from trainer.engine.imports import lean_imports
     with lean_imports():
         import trainer.build
     assert "deepspeed" in sys.modules and "megatron.core" in sys.modules
-    unwanted = {"mlflow", "torch._inductor.compile_fx"} & set(sys.modules)
+    unwanted = {"mlflow", "wandb", "torch._inductor.compile_fx"} & set(sys.modules)
     assert not unwanted, unwanted
     assert gc.isenabled() and gc.get_freeze_count() > 0
     import mlflow

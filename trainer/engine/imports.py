@@ -15,7 +15,8 @@ from typing import Any
 def lean_imports() -> Iterator[None]:
     """Make the first import of DeepSpeed and Megatron-core faster within the block.
 
-    DeepSpeed's autotuner tries to import mlflow, which takes a second. Megatron-core decorates its fused functions with
+    DeepSpeed and Megatron-core try to import mlflow, wandb and TensorBoard, which takes seconds, and wandb replaces
+    `sys.stdout`; none of them is needed for training. Megatron-core decorates its fused functions with
     `torch.compile`, which loads torch's compiler in every process; here it is loaded at the first call of such a
     function. The imports create about 700,000 objects that are never freed, so the garbage collector is paused, and
     skips these objects afterwards.
@@ -27,7 +28,7 @@ def lean_imports() -> Iterator[None]:
 
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        with _without("mlflow"), _deferred_compile():
+        with _without("mlflow"), _without("wandb"), _without("tensorboard"), _deferred_compile():
             yield
     finally:
         gc.freeze()
