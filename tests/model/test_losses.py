@@ -28,6 +28,7 @@ def sample(task: str, **texts: list[int]) -> Sample:
         labels=torch.tensor([IGNORE] * 4 + [7, 8, 3]),
         prompt_ids=torch.tensor([2]),
         texts={name: torch.tensor(ids, dtype=torch.int64) for name, ids in texts.items()},
+        is_transcription=task == "asr",
     )
 
 
