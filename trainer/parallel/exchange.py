@@ -105,8 +105,7 @@ def deliver(
 
 
 class _Deliver(torch.autograd.Function):
-    """A single autograd node for all sequences, so that nothing before it runs backward until gradients are
-    exchanged."""
+    """A single autograd node for all sequences: nothing before it runs backward until gradients have arrived."""
 
     @staticmethod
     def forward(
