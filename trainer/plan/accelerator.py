@@ -12,8 +12,10 @@ from model.errors import UserError
 
 GIB = 2**30
 
+# Estimates, not measurements, and not fitted to bench/published.csv; bench.calibrate measures a device's own table.
 H100_MATRIX = ((64.0, 0.17), (256.0, 0.50), (1024.0, 0.68), (4096.0, 0.74))
 A100_MATRIX = ((64.0, 0.35), (256.0, 0.66), (1024.0, 0.79), (4096.0, 0.84))
+"""The default shares of the peak rate that bf16 products reach, see `Accelerator.matrix`."""
 
 
 @dataclass(frozen=True)
