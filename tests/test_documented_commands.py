@@ -136,8 +136,8 @@ def recipe_problems(words: list[str], default: str | None) -> Iterator[str]:
     recipe = next((w for w in words if w in recipe_names()), default)
     keys = [w for w in words if "=" in w and not w.startswith("--") and ":" not in w.split("=")[0]]
     named = [k for k in keys if re.match(r"[a-z_]+(\.|=)", k)]
-    if "--accelerator" in words:
-        named = [k for k in named if k != words[words.index("--accelerator") + 1]]
+    for option in {"--accelerator", "--sweep"} & set(words):
+        named = [k for k in named if k != words[words.index(option) + 1]]
     try:
         load_recipe(recipe or "debug", named)
     except UserError as error:
