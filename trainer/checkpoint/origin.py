@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +32,10 @@ class Origin(Protocol):
     experts: tuple[str, ...]
     """Names of its encoders behind the router, in order."""
 
+    def names(self) -> Collection[str]:
+        """Return the names of all tensors."""
+        ...
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Of a whole tensor; None: there is no such tensor."""
         ...
@@ -51,6 +56,9 @@ class CheckpointOrigin:
         self.url = folder.url
         self._reader = Reader(folder, read_manifest(folder))
         self.experts = tuple(e["name"] for e in read_extra(folder)["model"]["audio"]["experts"])
+
+    def names(self) -> Collection[str]:
+        return self._reader.manifest.tensors
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         entry = self._reader.manifest.tensors.get(name)
@@ -87,6 +95,9 @@ class ExportOrigin:
                 matrix = matrix_of(span.shape)
                 self._shapes[key], self._files[key] = span.shape, file
                 file.spans[key] = replace(span, shape=(matrix.rows, matrix.cols))
+
+    def names(self) -> Collection[str]:
+        return self._shapes
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         return self._shapes.get(name)

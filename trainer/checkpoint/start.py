@@ -1,19 +1,19 @@
 """A new run that begins with the weights of another run, of one of its checkpoints, or of an export.
 
 Only weights are taken: optimizers, schedule, generators and data begin anew. What is new keeps its initial (or
-pre-trained) weights and is listed: encoders, the CTC head, rows of a larger vocabulary of the LLM. The entries of an
+pre-trained) weights and is listed: encoders, the CTC head, adapters, rows of a larger vocabulary of the LLM. The entries of an
 added encoder in the router are the mean of the others', and come into force gradually (`model.router.ENTRY_OFFSET`):
 the loss of the first step is that of the model that was there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import ModelConfig, is_factor
 from model.errors import UserError
 from trainer.checkpoint.layout import PARAM, Rect, Shard, matrix_of
 from trainer.checkpoint.origin import Origin
@@ -67,6 +67,8 @@ def fill_weights(
             continue
         elif shard.name.startswith(_CTC) and origin.shape(shard.name) is None:
             new.append("the CTC head")
+        elif is_factor(shard.name) and origin.shape(shard.name) is None:
+            new.append(f"adapters of {_part(shard.name)}")
         elif shard.name in _BY_TOKEN and (num_new := _num_new_rows(origin, shard)) > 0:
             _read_old_rows(origin, shard, shard.shape[0] - num_new)
             new.append(f"{num_new} rows of {shard.name.removeprefix('llm.')}")
@@ -74,6 +76,35 @@ def fill_weights(
             _check(origin, shard)
             origin.read(shard.name, shard.rect, shard.values[PARAM])
     return tuple(dict.fromkeys(new))
+
+
+def check_adapters(origin: Origin, names: Collection[str], model: ModelConfig) -> None:
+    """Check that the new model has all adapters of the origin's encoders and LLM; without them, it would be worse.
+
+    Args:
+        origin: the weights to start from.
+        names: the names of all tensors of the new model.
+        model: the new model.
+
+    Raises:
+        UserError: If an adapter would be dropped silently.
+    """
+    kept = ("llm.", "audio.primary.", *(f"audio.experts.{e.name}." for e in model.experts))
+    for name in origin.names():
+        if is_factor(name) and name.startswith(kept) and name not in names:
+            raise UserError(
+                f"checkpoint.start_from: {origin.url}: holds the adapter {name}, which the recipe's section lora does "
+                "not ask for; give the section of that run, or export the run (earshot export merges adapters) and "
+                "start from the export"
+            )
+
+
+def _part(name: str) -> str:
+    """Return the part of the model that a tensor belongs to, such as llm or audio.experts.hubert."""
+    side, part, *rest = name.split(".")
+    if side == "llm":
+        return side
+    return f"{side}.{part}.{rest[0]}" if part == "experts" else f"{side}.{part}"
 
 
 def _rows(
@@ -106,6 +137,7 @@ def _check(origin: Origin, shard: Shard, wanted: tuple[int, ...] | None = None) 
     if found == wanted:
         return
     key = next((key for start, key in _KEYS if shard.name.startswith(start)), "model")
+    key = "lora" if is_factor(shard.name) else key
     what = f"holds no {shard.name}" if found is None else f"{shard.name} has shape {found}, here it is {wanted}"
     raise UserError(
         f"checkpoint.start_from: {origin.url}: {what}; {key} decides it: give it the value of those weights "

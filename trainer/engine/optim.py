@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from model.config import is_factor
 from model.errors import UserError, check_least
 
 if TYPE_CHECKING:
@@ -19,8 +20,11 @@ class PartConfig:
     """Settings of the parameters whose name matches; the last matching part wins."""
 
     pattern: str = "*"
-    """Shell-style pattern on parameter names, e.g. `audio.encoders.whisper.*` or `llm.*` (Hugging Face names there)."""
+    """A shell-style pattern on parameter names, such as `audio.primary.*`, `audio.experts.hubert.*` or `llm.*`. The
+    LLM's parameters have their Hugging Face names, and adapters (`lora`) end in `.lora_A` and `.lora_B`."""
     frozen: bool = False
+    """Do not train these parameters. Adapters are frozen only by a pattern that contains `lora_`, so `llm.*` freezes
+    the LLM's own weights and keeps its adapters trainable."""
     lr: float | None = None
     """Peak learning rate; null: `optim.lr`."""
     weight_decay: float | None = None
@@ -74,7 +78,7 @@ def setting_of(config: OptimConfig, name: str, num_dims: int) -> ParamSetting:
     frozen, lr, weight_decay = False, config.lr, config.weight_decay if num_dims > 1 else 0.0
     for part in config.parts:
         if fnmatch.fnmatchcase(name, part.pattern):
-            frozen = part.frozen
+            frozen = part.frozen and (not is_factor(name) or "lora_" in part.pattern)
             lr = config.lr if part.lr is None else part.lr
             if num_dims > 1:
                 weight_decay = config.weight_decay if part.weight_decay is None else part.weight_decay
