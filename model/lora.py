@@ -116,6 +116,9 @@ class Adapters:
         return shapes
 
 
+NO_ADAPTERS = Adapters()
+
+
 def can_adapt(name: str) -> bool:
     """Return True if a linear layer of this name can have an adapter: the LLM's projections, and encoders."""
     return bool(_LLM_LAYER.fullmatch(name) or _ENCODER.fullmatch(name))

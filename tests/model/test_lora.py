@@ -22,7 +22,7 @@ from model.llm.names import local_pieces, tp_dim
 from model.llm.packing import PackedSequences
 from model.llm.reference import build_reference, resolve_hf_config
 from model.llm.weights import StateDictSource, global_parameters, load_megatron
-from model.lora import Adapters, add_adapters, adaptable_layers, initial_factor
+from model.lora import Adapters, adaptable_layers, add_adapters, initial_factor
 from model.speech_llm import SpeechLLM
 from trainer.parallel.cpu import megatron_calls
 from trainer.parity import ADAPTERS, VOCAB_SIZE, build_oracle, drawn_factor, make_sample, tiny_model
@@ -90,7 +90,11 @@ def test_the_whole_model_computes_with_merged_weights() -> None:
 
 
 def test_fused_projections_are_frozen_together_and_adapters_are_not() -> None:
-    parts = (LoraConfig("llm.*.q_proj"), LoraConfig("llm.*.o_proj", train_base=True), LoraConfig("audio.primary.*.q_proj"))
+    parts = (
+        LoraConfig("llm.*.q_proj"),
+        LoraConfig("llm.*.o_proj", train_base=True),
+        LoraConfig("audio.primary.*.q_proj"),
+    )
     adapters = Adapters.of(parts, seed=1)
     model = SpeechLLM(tiny_model(), VOCAB_SIZE, seed=1)
     before = dict(model.named_parameters())
@@ -169,9 +173,9 @@ def test_megatron_computes_the_same(one_rank: None, family: str) -> None:
     ids = torch.randint(0, VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
     with megatron_calls():
         x, packed = embed_tokens(gpt, ids), PackedSequences(lengths=LENGTHS)
-        found = gpt(
-            input_ids=None, position_ids=None, attention_mask=None, decoder_input=x, packed_seq_params=packed
-        )[0]
+        found = gpt(input_ids=None, position_ids=None, attention_mask=None, decoder_input=x, packed_seq_params=packed)[
+            0
+        ]
         found.square().sum().backward()
     wanted = torch.cat([reference(input_ids=part[None], use_cache=False).logits[0] for part in ids.split(LENGTHS)])
     wanted.square().sum().backward()

@@ -1,9 +1,9 @@
 """A new run that begins with the weights of another run, of one of its checkpoints, or of an export.
 
 Only weights are taken: optimizers, schedule, generators and data begin anew. What is new keeps its initial (or
-pre-trained) weights and is listed: encoders, the CTC head, adapters, rows of a larger vocabulary of the LLM. The entries of an
-added encoder in the router are the mean of the others', and come into force gradually (`model.router.ENTRY_OFFSET`):
-the loss of the first step is that of the model that was there.
+pre-trained) weights and is listed: encoders, the CTC head, adapters, rows of a larger vocabulary of the LLM. The
+entries of an added encoder in the router are the mean of the others', and come into force gradually
+(`model.router.ENTRY_OFFSET`): the loss of the first step is that of the model that was there.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from model.llm.megatron import build_megatron, embed_tokens
 from model.llm.names import local_pieces
 from model.llm.packing import PackedSequences
 from model.llm.weights import WeightSource, global_parameters, load_megatron
-from model.lora import Adapters
+from model.lora import NO_ADAPTERS, Adapters
 from model.transfer import to_device
 from trainer.engine.optim import OptimConfig, ParamSetting, setting_of
 from trainer.parallel.cpu import megatron_calls
@@ -92,7 +92,7 @@ class LLMEngine:
         groups: Groups,
         dtype: torch.dtype,
         recompute: bool,
-        adapters: Adapters = Adapters(),
+        adapters: Adapters = NO_ADAPTERS,
     ) -> None:
         self.hf_config, self.groups, self.dtype = hf_config, groups, dtype
         self.shapes = llm_shapes(hf_config, adapters)

@@ -9,7 +9,6 @@ import numpy as np
 
 from model.llm.names import head_dim, hf_shapes
 from trainer.config.schema import Recipe
-from trainer.engine.optim import setting_of
 from trainer.plan.sizes import Size, SizedModel
 from trainer.plan.workload import EncoderWork, Workload
 
@@ -42,12 +41,12 @@ def step_flops(
     counted.
     """
     llm_forward = llm_forward_flops(model, workload)
-    learned = any(s.learned for n, s in sizes.items() if n.startswith("llm."))
-    llm = llm_forward * (3 if learned else 2)
+    llm_sizes = [s for n, s in sizes.items() if n.startswith("llm.")]
+    llm = llm_forward * (2 + sum(s.learned for s in llm_sizes) / sum(s.total for s in llm_sizes))
     encoders = recomputed = 0.0
     for one in work:
         forward = float(one.cost.sum())
-        trains = any(_learns(recipe, model, name) for name in one.names)
+        trains = any(_learns(sizes, model, name) for name in one.names)
         encoders += forward * (3 if trains else 1)
         recomputed += forward if trains and recipe.train.recompute_encoders else 0.0
     recomputed += llm_forward if recipe.train.recompute_llm else 0.0
@@ -66,7 +65,7 @@ def llm_forward_flops(model: SizedModel, workload: Workload) -> float:
     return 2.0 * matrices * float(tokens.sum()) + attention
 
 
-def _learns(recipe: Recipe, model: SizedModel, encoder: str) -> bool:
+def _learns(sizes: dict[str, Size], model: SizedModel, encoder: str) -> bool:
     primary = model.config.primary
     part = "primary" if primary is not None and primary.name == encoder else f"experts.{encoder}"
-    return not setting_of(recipe.optim, f"audio.{part}.encoder.weight", 2).frozen
+    return any(size.learned for name, size in sizes.items() if name.startswith(f"audio.{part}.encoder."))

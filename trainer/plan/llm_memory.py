@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from model.llm.megatron import embed_tokens
 from model.llm.packing import PackedSequences
+from model.lora import NO_ADAPTERS, Adapters
 from trainer.engine.optim import OptimConfig
 from trainer.parallel.topology import Topology
 from trainer.plan.fake_ranks import fake_rank
@@ -56,6 +57,7 @@ def stage_memory(
     optim: OptimConfig,
     dtype: torch.dtype,
     recompute: bool,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> StageMemory:
     """Return the memory of a pipeline stage besides its model states.
 
@@ -71,6 +73,7 @@ def stage_memory(
         optim: the optimizer settings, which say what is frozen.
         dtype: the dtype of weights and activations.
         recompute: the value of `train.recompute_llm`.
+        adapters: the low-rank adapters.
     """
     layers = hf_config.num_hidden_layers // topology.pp
     found, buffer = [], 0
@@ -78,7 +81,7 @@ def stage_memory(
         for count in range(1, min(2, layers) + 1):
             small = copy.deepcopy(hf_config)
             small.num_hidden_layers = count * topology.pp
-            gpt, model = build_stage(small, topology, stage, optim, dtype, recompute)
+            gpt, model = build_stage(small, topology, stage, optim, dtype, recompute, adapters)
             traced, buffer = _trace(gpt, model, topology, stage, lengths)
             found.append(traced)
     hidden = sum(lengths) // topology.tp * hf_config.hidden_size * dtype.itemsize

@@ -165,6 +165,7 @@ def memory_model(
             optim=recipe.optim,
             dtype=dtype,
             recompute=train.recompute_llm,
+            adapters=model.adapters,
         )
         for stage in distinct_stages(topology.pp)
     }

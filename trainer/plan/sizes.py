@@ -11,10 +11,11 @@ import torch
 from transformers import PretrainedConfig
 
 from model.audio_tower import AudioTower
-from model.config import EncoderConfig, ModelConfig
+from model.config import EncoderConfig, ModelConfig, is_factor
 from model.encoders.hf_config import resolve
 from model.errors import UserError
-from model.llm.names import hf_shapes
+from model.llm.lora import llm_layers, llm_shapes
+from model.lora import NO_ADAPTERS, Adapters, adaptable_layers, add_adapters, unknown_factor
 from trainer.config.checks import known_encoder, known_llm_config
 from trainer.config.schema import Recipe
 from trainer.engine.optim import OptimConfig, check_patterns, setting_of
@@ -41,6 +42,8 @@ class SizedModel:
     llm: PretrainedConfig
     vocab_size: int
     """The vocabulary size of the tokenizer."""
+    adapters: Adapters = NO_ADAPTERS
+    """The low-rank adapters of the LLM and of encoders."""
 
     def tower(self, held: Collection[str] | None = None) -> AudioTower:
         """Build the audio side on the meta device, which takes no memory.
@@ -49,7 +52,9 @@ class SizedModel:
             held: names of the encoder experts to build; None builds all.
         """
         with torch.device("meta"):
-            return AudioTower(self.config, self.llm.hidden_size, self.vocab_size, held)
+            tower = AudioTower(self.config, self.llm.hidden_size, self.vocab_size, held)
+            add_adapters(tower, "audio.", self.adapters)
+        return tower
 
 
 def sized_model(recipe: Recipe) -> SizedModel:
@@ -68,7 +73,8 @@ def sized_model(recipe: Recipe) -> SizedModel:
     experts = tuple(_sized(f"model.experts[{i}]", e) for i, e in enumerate(model.experts))
     tokenizer = recipe.data.tokenizer
     vocab_size = llm.vocab_size if tokenizer.path is not None else tokenizer.train_vocab_size
-    return SizedModel(dataclasses.replace(model, primary=primary, experts=experts), llm, vocab_size)
+    adapters = Adapters(recipe.lora, unknown_factor)
+    return SizedModel(dataclasses.replace(model, primary=primary, experts=experts), llm, vocab_size, adapters)
 
 
 def parameter_sizes(model: SizedModel, optim: OptimConfig) -> dict[str, Size]:
@@ -77,11 +83,16 @@ def parameter_sizes(model: SizedModel, optim: OptimConfig) -> dict[str, Size]:
     Names begin with `audio.`, or with `llm.` followed by the Hugging Face name.
 
     Raises:
-        UserError: If a pattern in `optim.parts` matches no parameter.
+        UserError: If a pattern in `optim.parts` matches no parameter, or one in `lora` no layer.
     """
-    named = model.tower().named_parameters()
+    tower, adapters = model.tower(), model.adapters
+    adapters.check([*llm_layers(model.llm), *(name for name, _ in adaptable_layers(tower, "audio."))])
+    named = tower.named_parameters()
     sizes = {f"audio.{n}": _size(optim, f"audio.{n}", tuple(p.shape), p.requires_grad) for n, p in named}
-    sizes |= {f"llm.{name}": _size(optim, f"llm.{name}", shape) for name, shape in hf_shapes(model.llm).items()}
+    for hf_name, shape in llm_shapes(model.llm, adapters).items():
+        name = f"llm.{hf_name}"
+        learns = is_factor(name) or not adapters.freezes(name.rpartition(".")[0])
+        sizes[name] = _size(optim, name, shape, learns)
     check_patterns(optim, sizes)
     return sizes
 
