@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers import PretrainedConfig
 
 from model.config import LoraConfig
 from model.errors import UserError
+from model.llm.names import hf_shapes
 
 FACTORS = ("lora_A", "lora_B")
 LLM = "llm."
@@ -93,10 +95,10 @@ class Adapters:
             UserError: If a pattern matches nothing. The message contains it and the nearest names.
         """
         names = sorted(set(names))
-        for i, part in enumerate(self.parts):
+        for part in self.parts:
             if not fnmatch.filter(names, part.pattern):
                 raise UserError(
-                    f"lora[{i}].pattern = {part.pattern}: matches no linear layer; the nearest names are "
+                    f"lora: pattern = {part.pattern}: matches no linear layer; the nearest names are "
                     f"{', '.join(_nearest(part.pattern, names)) or 'none'}; correct the pattern"
                 )
 
@@ -122,6 +124,19 @@ NO_ADAPTERS = Adapters()
 def can_adapt(name: str) -> bool:
     """Return True if a linear layer of this name can have an adapter: the LLM's projections, and encoders."""
     return bool(_LLM_LAYER.fullmatch(name) or _ENCODER.fullmatch(name))
+
+
+def llm_shapes(hf_config: PretrainedConfig, adapters: Adapters) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors of the LLM and of its adapters, by name without `llm.`."""
+    shapes = hf_shapes(hf_config)
+    factors = adapters.factor_shapes((LLM + name, shape) for name, shape in shapes.items())
+    return {**shapes, **{name.removeprefix(LLM): shape for name, shape in factors.items()}}
+
+
+def llm_layers(hf_config: PretrainedConfig) -> list[str]:
+    """Return the names of the LLM's layers that can have an adapter, with `llm.`."""
+    names = (LLM + name.removesuffix(".weight") for name, shape in hf_shapes(hf_config).items() if len(shape) == 2)
+    return [name for name in names if can_adapt(name)]
 
 
 def adaptable_layers(module: nn.Module, prefix: str) -> list[tuple[str, nn.Linear]]:

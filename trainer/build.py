@@ -14,11 +14,10 @@ from torch import Tensor
 from model.audio_tower import AudioTower
 from model.errors import UserError
 from model.hub.configuration import describe
-from model.llm.lora import llm_layers
 from model.llm.names import Index
 from model.llm.reference import resolve_hf_config, weight_source
 from model.llm.weights import WeightSource
-from model.lora import Adapters, adaptable_layers, add_adapters
+from model.lora import Adapters, adaptable_layers, add_adapters, llm_layers
 from trainer.checkpoint.catalog import SUBFOLDER
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.checks import check_llm, deepspeed_json

@@ -28,23 +28,10 @@ from transformers import PretrainedConfig
 
 from model.config import LoraConfig
 from model.llm.names import Piece, hf_shapes, local_pieces
-from model.lora import LLM, Adapters, can_adapt
+from model.lora import LLM, Adapters
 
 _COLUMN_PARALLEL = ("self_attention.linear_qkv", "mlp.linear_fc1")
 _ROW_PARALLEL = ("self_attention.linear_proj", "mlp.linear_fc2")
-
-
-def llm_shapes(hf_config: PretrainedConfig, adapters: Adapters) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors of the LLM and of its adapters, by name without `llm.`."""
-    shapes = hf_shapes(hf_config)
-    factors = adapters.factor_shapes((LLM + name, shape) for name, shape in shapes.items())
-    return {**shapes, **{name.removeprefix(LLM): shape for name, shape in factors.items()}}
-
-
-def llm_layers(hf_config: PretrainedConfig) -> list[str]:
-    """Return the names of the LLM's layers that can have an adapter, with `llm.`."""
-    names = (LLM + name.removesuffix(".weight") for name, shape in hf_shapes(hf_config).items() if len(shape) == 2)
-    return [name for name in names if can_adapt(name)]
 
 
 def add_llm_adapters(gpt: Any, hf_config: PretrainedConfig, adapters: Adapters, *, tp_rank: int, tp_size: int) -> None:

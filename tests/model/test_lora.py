@@ -16,13 +16,13 @@ from torch.func import functional_call
 from model.batch import Batch
 from model.config import LLMConfig, LoraConfig
 from model.errors import UserError
-from model.llm.lora import add_llm_adapters, llm_shapes
+from model.llm.lora import add_llm_adapters
 from model.llm.megatron import build_megatron, embed_tokens
 from model.llm.names import local_pieces, tp_dim
 from model.llm.packing import PackedSequences
 from model.llm.reference import build_reference, resolve_hf_config
 from model.llm.weights import StateDictSource, global_parameters, load_megatron
-from model.lora import Adapters, adaptable_layers, add_adapters, initial_factor
+from model.lora import Adapters, adaptable_layers, add_adapters, initial_factor, llm_shapes
 from model.speech_llm import SpeechLLM
 from trainer.parallel.cpu import megatron_calls
 from trainer.parity import ADAPTERS, VOCAB_SIZE, build_oracle, drawn_factor, make_sample, tiny_model
@@ -109,7 +109,9 @@ def test_fused_projections_are_frozen_together_and_adapters_are_not() -> None:
 def test_a_pattern_that_matches_nothing_is_named_with_the_nearest_layers() -> None:
     names = [name for name, _ in adaptable_layers(SpeechLLM(tiny_model(), VOCAB_SIZE, seed=1), "")]
     Adapters.of((LoraConfig("llm.*.q_proj"), LoraConfig("audio.experts.hubert.*")), 1).check(names)
-    with pytest.raises(UserError, match=r"lora\[1\].pattern = llm.*.query_proj: .*nearest.*\.self_attn\.q_proj"):
+    with pytest.raises(
+        UserError, match=r"lora: pattern = llm.\*.query_proj: .*nearest names are [^,]*\.self_attn\.q_proj"
+    ):
         Adapters.of((LoraConfig("llm.*.q_proj"), LoraConfig("llm.*.query_proj")), 1).check(names)
     with pytest.raises(UserError, match="matches no linear layer"):
         Adapters.of((LoraConfig("audio.projector*"),), 1).check(names)

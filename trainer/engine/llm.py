@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from model.batch import IGNORE
-from model.llm.lora import add_llm_adapters, llm_shapes
+from model.llm.lora import add_llm_adapters
 from model.llm.megatron import build_megatron, embed_tokens
 from model.llm.names import local_pieces
 from model.llm.packing import PackedSequences
 from model.llm.weights import WeightSource, global_parameters, load_megatron
-from model.lora import NO_ADAPTERS, Adapters
+from model.lora import NO_ADAPTERS, Adapters, llm_shapes
 from model.transfer import to_device
 from trainer.engine.optim import OptimConfig, ParamSetting, setting_of
 from trainer.parallel.cpu import megatron_calls

@@ -14,8 +14,7 @@ from model.audio_tower import AudioTower
 from model.config import EncoderConfig, ModelConfig, is_factor
 from model.encoders.hf_config import resolve
 from model.errors import UserError
-from model.llm.lora import llm_layers, llm_shapes
-from model.lora import NO_ADAPTERS, Adapters, adaptable_layers, add_adapters, unknown_factor
+from model.lora import NO_ADAPTERS, Adapters, adaptable_layers, add_adapters, llm_layers, llm_shapes, unknown_factor
 from trainer.config.checks import known_encoder, known_llm_config
 from trainer.config.schema import Recipe
 from trainer.engine.optim import OptimConfig, check_patterns, setting_of
