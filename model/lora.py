@@ -151,7 +151,7 @@ def adaptable_layers(module: nn.Module, prefix: str) -> list[tuple[str, nn.Linea
 
 
 def add_adapters(module: nn.Module, prefix: str, adapters: Adapters) -> None:
-    """Add the adapters to plain linear layers within `module`, and freeze the weights that they replace.
+    """Add the adapters to plain linear layers within `module`, and freeze the weights under them.
 
     Args:
         module: see `adaptable_layers`; its weights must be loaded already.

@@ -35,7 +35,7 @@ _ROW_PARALLEL = ("self_attention.linear_proj", "mlp.linear_fc2")
 
 
 def add_llm_adapters(gpt: Any, hf_config: PretrainedConfig, adapters: Adapters, *, tp_rank: int, tp_size: int) -> None:
-    """Add the adapters to a stage of the LLM, and freeze the weights that they replace.
+    """Add the adapters to a stage of the LLM, and freeze the weights under them.
 
     Args:
         gpt: the stage, on its device, with its weights loaded.

@@ -24,6 +24,7 @@ from model.llm.reference import build_reference, resolve_hf_config
 from model.llm.weights import StateDictSource, global_parameters, load_megatron
 from model.lora import Adapters, adaptable_layers, add_adapters, initial_factor, llm_shapes
 from model.speech_llm import SpeechLLM
+from trainer.engine.optim import OptimConfig, ParamSetting, PartConfig, setting_of
 from trainer.parallel.cpu import megatron_calls
 from trainer.parity import ADAPTERS, VOCAB_SIZE, build_oracle, drawn_factor, make_sample, tiny_model
 
@@ -125,6 +126,15 @@ def test_initial_factors_depend_on_seed_and_name_alone() -> None:
     assert not first.equal(initial_factor("a.lora_A", (4, 64), seed=2))
     assert first.abs().max() <= 1 / 8 and first.abs().max() > 0.1
     assert not initial_factor("a.lora_B", (64, 4), seed=1).any()
+
+
+def test_only_patterns_that_name_adapters_freeze_them() -> None:
+    name = "llm.model.layers.0.self_attn.q_proj."
+    general = OptimConfig(parts=(PartConfig("llm.*", frozen=True, lr=1e-5),))
+    assert setting_of(general, name + "weight", 2).frozen
+    assert setting_of(general, name + "lora_A", 2) == ParamSetting(False, 1e-5, general.weight_decay)
+    named = OptimConfig(parts=(PartConfig("llm.*.lora_?", frozen=True),))
+    assert setting_of(named, name + "lora_B", 2).frozen and not setting_of(named, name + "weight", 2).frozen
 
 
 def test_peft_computes_the_same() -> None:
