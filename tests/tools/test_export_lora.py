@@ -109,5 +109,5 @@ def test_a_run_starts_with_new_adapters_and_never_drops_any(made: tuple[Path, Sp
     assert set(new) == {"adapters of llm", "adapters of audio.experts.hubert"}
     check(shards, {s.name: torch.full(s.shape, INITIAL) for s in shards})
     name = "llm.model.layers.0.self_attn.q_proj.lora_A"
-    with pytest.raises(UserError, match="lora decides it"):
+    with pytest.raises(UserError, match="set lora as it was for these weights"):
         fill_weights(origin, shards_of({name: torch.zeros(5, 32)}), tiny_model())
