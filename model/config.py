@@ -122,6 +122,42 @@ class LLMConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685) on the linear layers whose name matches.
+
+    A layer with weight W computes W·x + alpha / rank · B·A·x. Only A [rank, inputs] and B [outputs, rank] learn. If
+    several entries match a layer, the last one applies.
+    """
+
+    pattern: str
+    """A shell-style pattern on names of linear layers, such as `llm.*.q_proj` or `audio.experts.hubert.*.q_proj`. The
+    LLM's layers have their Hugging Face names: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj. In an
+    encoder, every linear layer can be adapted."""
+    rank: int = 8
+    """The number of rows of A. A larger rank learns more and takes more memory."""
+    alpha: float = 16.0
+    """The adapter's output is multiplied by alpha / rank."""
+    train_base: bool = False
+    """Train W and its bias, too. If false, they are frozen, and so are those of the projections that are computed
+    together with them: q, k and v of the LLM, and its gate and up."""
+
+    def __post_init__(self) -> None:
+        check_least(f"lora '{self.pattern}'", self, rank=1)
+        if not self.alpha > 0:
+            raise UserError(f"lora '{self.pattern}'.alpha = {self.alpha}: must be positive")
+
+    @property
+    def scale(self) -> float:
+        """The factor on the adapter's output."""
+        return self.alpha / self.rank
+
+
+def is_factor(name: str) -> bool:
+    """Return True if the parameter `name` is one of the two factors of an adapter."""
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The whole model."""
 

@@ -2,6 +2,7 @@
 
     earshot export runs/demo out/model                           the newest checkpoint of a run
     earshot export runs/demo out/llm --llm-only                  only the LLM, which needs no remote code
+    earshot export runs/demo out/lora --llm-only --adapter       only the LLM's adapters, for peft
     earshot export runs/demo out/model --verify dev.jsonl        fail if it differs from the training graph
     earshot export runs/demo out/small --activated-only 0.01 --dev dev.jsonl
                                                                          drop encoders chosen for under 1 % of clips
@@ -55,6 +56,8 @@ def _check(options: argparse.Namespace) -> None:
     if not 0 < options.shard_gib < math.inf:
         raise UserError(f"--shard-gib {options.shard_gib:g}: must be above 0")
     check_at_least(1, samples=options.samples)
+    if options.adapter and not options.llm_only:
+        raise UserError("--adapter: peft loads the adapters of the LLM alone; add --llm-only, or use --merge")
     if options.dev is not None and not options.activated_only:
         raise UserError(
             f"--dev {options.dev}: needs --activated-only, whose effect it measures; use --verify to compare the export"
@@ -74,6 +77,7 @@ def _run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         shard_bytes=round(arguments.shard_gib * 2**30),
         llm_only=arguments.llm_only,
+        adapter=arguments.adapter,
         activated_only=arguments.activated_only,
         verify=arguments.verify,
         dev=arguments.dev,
@@ -120,6 +124,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", metavar="OUT", help="folder to create")
     parser.add_argument(
         "--llm-only", action="store_true", help="export only the LLM, as a Llama, Mistral or Qwen model"
+    )
+    adapters = parser.add_mutually_exclusive_group()
+    adapters.add_argument(
+        "--merge", action="store_true", help="add low-rank adapters to the weights they belong to (the default)"
+    )
+    adapters.add_argument(
+        "--adapter", action="store_true", help="with --llm-only: export only the LLM's adapters, as a folder for peft"
     )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="type of the weights (default: bf16)")
     parser.add_argument("--shard-gib", type=float, default=5.0, help="largest file of weights, in GiB (default: 5)")

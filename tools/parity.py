@@ -5,6 +5,7 @@
     earshot parity --steps 0    without loss curves
     earshot parity --deepspeed ds_configs/zero3_offload.json    with the DeepSpeed settings of a run
     earshot parity --pack-multiple 24    with train.pack_multiple_tokens, which pads packs more
+    earshot parity --lora       train low-rank adapters over partly frozen weights
     earshot parity --json       also print one JSON object on the last line
 
 Run this command on a new cluster before training there. For each topology and five kinds of batches, it compares the
@@ -107,6 +108,7 @@ def check(
     kinds: tuple[str, ...] = KINDS,
     deepspeed: str | None = None,
     pack_multiple: int | None = None,
+    lora: bool = False,
 ) -> list[Row]:
     """Compare one topology with the single-process model, in new processes.
 
@@ -117,11 +119,12 @@ def check(
         kinds: the kinds of batches.
         deepspeed: a DeepSpeed JSON file; None for `DS_CONFIG`.
         pack_multiple: `train.pack_multiple_tokens`.
+        lora: train low-rank adapters over partly frozen weights.
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "rows.json"
         shape = [topology.tp, topology.pp, topology.ep]
-        task = json.dumps([*shape, num_steps, family, kinds, deepspeed, pack_multiple, str(out)])
+        task = json.dumps([*shape, num_steps, family, kinds, deepspeed, pack_multiple, lora, str(out)])
         code = start_ranks(topology.world, module_command("tools.parity", "--worker", task))
         if code:
             return [Row(name(topology), f"crashed with exit code {code}", float("nan"), float("nan"), "")]
@@ -146,6 +149,7 @@ def measure(
     kinds: Sequence[str],
     deepspeed: str | None,
     pack_multiple: int | None = None,
+    lora: bool = False,
 ) -> list[dict[str, Any]]:
     """Compare the topology of this launch with the oracle.
 
@@ -160,6 +164,7 @@ def measure(
         kinds: the kinds of batches.
         deepspeed: a DeepSpeed JSON file; None for `DS_CONFIG`.
         pack_multiple: `train.pack_multiple_tokens`.
+        lora: train low-rank adapters over partly frozen weights.
 
     Returns:
         The fields of each `Row`.
@@ -178,8 +183,9 @@ def measure(
     groups = build_groups(topology, rank, device, parity.SEED)
     model = parity.tiny_model(family)
     ds_config = build_ds_config(Path(deepspeed), precision="fp32") if deepspeed else DS_CONFIG
-    step = parity.build_step(model, groups, ds_config, max(1, num_steps), pack_multiple=pack_multiple)
-    oracle = parity.build_oracle(model)
+    learned = parity.ADAPTERS if lora else parity.ALL_WEIGHTS
+    step = parity.build_step(model, groups, ds_config, max(1, num_steps), pack_multiple=pack_multiple, learned=learned)
+    oracle = parity.build_oracle(model, learned)
     rows = []
     for kind in kinds:
         with parity.favoured(step, 1 if kind == "one_expert" else None):
@@ -232,6 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pack-multiple", type=int, metavar="N", help="train.pack_multiple_tokens, a multiple of 4 (default: none)"
     )
+    parser.add_argument(
+        "--lora", action="store_true", help="train low-rank adapters (recipe section `lora`) over partly frozen weights"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -251,7 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{'topology':12} {'batch':26} {'loss':>9} {'gradient':>9}   largest at")
     rows: list[Row] = []
     for topology in topologies(options.ranks):
-        for row in check(topology, options.steps, options.family, KINDS, options.deepspeed, options.pack_multiple):
+        for row in check(
+            topology, options.steps, options.family, KINDS, options.deepspeed, options.pack_multiple, options.lora
+        ):
             rows.append(row)
             verdict = "" if row.passed else "   OVER"
             print(

@@ -246,19 +246,21 @@ def _build(
     frozen: Sequence[str] = (),
     dtype: str = "float32",
     without: Sequence[str] = (),
+    lora: bool = False,
 ) -> Any:
     import torch
 
     from model.audio_tower import AudioTower
     from model.llm.reference import resolve_hf_config
     from model.llm.weights import RandomSource
+    from model.lora import add_adapters
     from trainer.engine.encoders import AudioEngine
     from trainer.engine.llm import LLMEngine
     from trainer.engine.optim import OptimConfig, PartConfig
     from trainer.engine.placement import place
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import ParallelConfig, build_topology
-    from trainer.parity import SEED, VOCAB_SIZE, tiny_model
+    from trainer.parity import ADAPTERS, ALL_WEIGHTS, SEED, VOCAB_SIZE, tiny_model
     from trainer.training.step import Step
 
     rank, world, device = connect()
@@ -266,10 +268,13 @@ def _build(
     model = replace(tiny_model(family), experts=tuple(e for e in tiny_model(family).experts if e.name not in without))
     hf_config = resolve_hf_config(model.llm)
     parts = tuple(PartConfig(pattern, frozen=True) for pattern in frozen)
-    optim = OptimConfig(lr=2e-3, weight_decay=0.01, warmup_steps=2, parts=parts)
-    llm = LLMEngine(hf_config, RandomSource(hf_config, SEED), optim, groups, getattr(torch, dtype), recompute=False)
+    learned = ADAPTERS if lora else ALL_WEIGHTS
+    optim = OptimConfig(lr=2e-3, weight_decay=0.01, warmup_steps=2, parts=(*learned.optim.parts, *parts))
+    source = RandomSource(hf_config, SEED)
+    llm = LLMEngine(hf_config, source, optim, groups, getattr(torch, dtype), False, learned.adapters)
     torch.manual_seed(SEED)
     tower = AudioTower(model, hf_config.hidden_size, VOCAB_SIZE, place(model, ep).held_by(rank)).train()
+    add_adapters(tower, "audio.", learned.adapters)
     zero = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": persistence}
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     if dtype == "bfloat16":

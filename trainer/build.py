@@ -17,6 +17,7 @@ from model.hub.configuration import describe
 from model.llm.names import Index
 from model.llm.reference import resolve_hf_config, weight_source
 from model.llm.weights import WeightSource
+from model.lora import Adapters, adaptable_layers, add_adapters, llm_layers
 from model.losses.table import text_fields
 from trainer.checkpoint.catalog import SUBFOLDER
 from trainer.checkpoint.manager import CheckpointManager
@@ -221,7 +222,7 @@ def build_step(
 
     Raises:
         UserError: If weights are missing or do not fit, the tokenizer has more tokens than the LLM, or a pattern of
-            `optim.parts` matches nothing.
+            `optim.parts` or `lora` matches nothing.
     """
     hf_config = resolve_hf_config(recipe.model.llm)
     check_llm(hf_config, recipe.parallel)
@@ -231,20 +232,23 @@ def build_step(
             "use the LLM's own tokenizer, or a smaller data.tokenizer.train_vocab_size"
         )
     source = WatchedSource(weight_source(recipe.model.llm, hf_config, recipe.seed), heartbeat)
-    train = recipe.train
-    llm = LLMEngine(hf_config, source, recipe.optim, groups, DTYPES[train.precision], train.recompute_llm)
+    train, adapters = recipe.train, Adapters.of(recipe.lora, recipe.seed)
+    llm = LLMEngine(hf_config, source, recipe.optim, groups, DTYPES[train.precision], train.recompute_llm, adapters)
     heartbeat("the encoders")
     torch.manual_seed(recipe.seed)
     topology = groups.topology
     held = place(recipe.model, topology.ep).held_by(groups.rank)
     tower = AudioTower(recipe.model, hf_config.hidden_size, vocab_size, held)
+    layers = [name for name, _ in adaptable_layers(tower, "audio.")]
+    add_adapters(tower, "audio.", adapters)
     tower.set_recompute(train.recompute_encoders)
     ds_config = build_ds_config(deepspeed_json(recipe), precision=train.precision)
     audio = AudioEngine(tower, recipe.optim, ds_config, groups, train.encoder_batch_sec, train.debug_plan)
     held_names = [n for n, _ in audio.named_parameters()] + [llm.hf_name(n) for n, _ in llm.parameters()]
-    everyone: list[list[str]] = [[]] * topology.world
-    dist.all_gather_object(everyone, held_names, group=groups.world)
-    check_patterns(recipe.optim, [name for names in everyone for name in names])
+    everyone: list[tuple[list[str], list[str]]] = [([], [])] * topology.world
+    dist.all_gather_object(everyone, (held_names, layers), group=groups.world)
+    adapters.check([*llm_layers(hf_config), *(name for _, names in everyone for name in names)])
+    check_patterns(recipe.optim, [name for names, _ in everyone for name in names])
     # If a config has dropout, it must differ between ranks.
     torch.manual_seed(recipe.seed + 1000 * groups.rank)
     return Step(

@@ -100,10 +100,9 @@ def _parts(parameters: dict[str, Size]) -> list[str]:
         part = _part_of(name)
         sizes[part] = sizes.get(part, Size()) + size
     whole = sum(sizes.values(), Size())
-    rows = [["part", "parameters", "trainable"]]
-    rows += [
-        [part, count_text(size.total), count_text(size.learned)] for part, size in [*sizes.items(), ("all", whole)]
-    ]
+    rows = [["part", "parameters", "trainable", "frozen"]]
+    for part, size in [*sizes.items(), ("all", whole)]:
+        rows.append([part, *map(count_text, (size.total, size.learned, size.total - size.learned))])
     return table(rows)
 
 

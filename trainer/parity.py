@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,15 +19,16 @@ from torch import Tensor
 
 from model.audio_tower import AudioTower
 from model.batch import IGNORE, Batch, Sample
-from model.config import AdapterConfig, EncoderConfig, LLMConfig, ModelConfig, RouterConfig
+from model.config import AdapterConfig, EncoderConfig, LLMConfig, LoraConfig, ModelConfig, RouterConfig
 from model.lengths import audio_tokens_of_samples
-from model.llm.names import hf_to_local
+from model.llm.names import hf_to_local, local_pieces
 from model.llm.reference import resolve_hf_config
 from model.llm.weights import RandomSource
+from model.lora import Adapters, add_adapters, initial_factor
 from model.speech_llm import Losses, SpeechLLM
 from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine
-from trainer.engine.optim import OptimConfig, lr_scale, param_groups
+from trainer.engine.optim import OptimConfig, PartConfig, lr_scale, param_groups
 from trainer.engine.placement import place
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.groups import Groups
@@ -40,6 +41,47 @@ PLACEHOLDER = 60
 SEED = 3
 
 OPTIM = OptimConfig(lr=2e-3, weight_decay=0.01, clip_norm=1.0, schedule="cosine", warmup_steps=2)
+
+
+def drawn_factor(name: str, shape: tuple[int, int]) -> Tensor:
+    """Return random values for both factors of an adapter: with B = 0, the gradient of A would be zero."""
+    values = initial_factor(f"{name}.random", shape, SEED)
+    return 0.3 * values if name.endswith("lora_B") else values
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a comparison trains."""
+
+    optim: OptimConfig = OPTIM
+    adapters: Adapters = Adapters()
+
+
+ALL_WEIGHTS = Learned()
+ADAPTERS = Learned(
+    replace(
+        OPTIM,
+        parts=(
+            PartConfig("llm.model.embed_tokens*", frozen=True),
+            PartConfig("llm.*norm*", frozen=True),
+            PartConfig("audio.primary.*", frozen=True),
+            PartConfig("audio.experts.hubert.encoder.*", frozen=True),
+        ),
+    ),
+    Adapters(
+        (
+            LoraConfig("llm.model.layers.[012].*", rank=4, alpha=8),
+            LoraConfig("llm.model.layers.[012].self_attn.k_proj", rank=2, alpha=3),
+            LoraConfig("llm.model.layers.2.mlp.*", rank=3, alpha=3, train_base=True),
+            LoraConfig("llm.model.layers.3.self_attn.[qv]_proj", rank=5),
+            LoraConfig("llm.model.layers.3.mlp.up_proj", rank=2),
+            LoraConfig("audio.primary.*.[qv]_proj", rank=3),
+            LoraConfig("audio.experts.*.encoder.*", rank=2, alpha=3),
+        ),
+        drawn_factor,
+    ),
+)
+"""Adapters of unequal ranks, on some projections of fused layers only, over frozen and trainable weights."""
 
 
 def tiny_model(llm_family: str = "llama") -> ModelConfig:
@@ -145,9 +187,12 @@ class Difference:
     """The parameter with the largest difference of its gradient."""
 
 
-def build_oracle(config: ModelConfig) -> SpeechLLM:
-    """Return the single-process model."""
-    return SpeechLLM(config, VOCAB_SIZE, SEED).train()
+def build_oracle(config: ModelConfig, learned: Learned = ALL_WEIGHTS) -> SpeechLLM:
+    """Return the single-process model. Parameters that are not trained require no gradient."""
+    oracle = SpeechLLM(config, VOCAB_SIZE, SEED).train()
+    add_adapters(oracle, "", learned.adapters)
+    param_groups(learned.optim, [(n, p, p.dim()) for n, p in oracle.named_parameters()])
+    return oracle
 
 
 def build_step(
@@ -159,23 +204,26 @@ def build_step(
     batch_sec: float = 1.5,
     pack_tokens: int = 48,
     pack_multiple: int | None = None,
+    learned: Learned = ALL_WEIGHTS,
 ) -> Step:
     """Return the distributed model with the oracle's initial weights.
 
     Collective: every rank of the world must call it.
     """
+    optim = learned.optim
     hf_config = resolve_hf_config(config.llm)
     source = RandomSource(hf_config, SEED)
     recompute = groups.topology.pp > 1  # so that both ways are compared
-    llm = LLMEngine(hf_config, source, OPTIM, groups, dtype, recompute)
+    llm = LLMEngine(hf_config, source, optim, groups, dtype, recompute, learned.adapters)
     torch.manual_seed(SEED)
     held = place(config, groups.topology.ep).held_by(groups.rank)
     tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE, held)
+    add_adapters(tower, "audio.", learned.adapters)
     tower.set_recompute(recompute)
-    audio = AudioEngine(tower.train(), OPTIM, ds_config, groups, batch_sec)
+    audio = AudioEngine(tower.train(), optim, ds_config, groups, batch_sec)
     return Step(
         config,
-        OPTIM,
+        optim,
         audio,
         llm,
         groups,
@@ -216,6 +264,7 @@ def compare(step: Step, oracle: SpeechLLM, samples: list[list[Sample]], number: 
     losses = oracle(whole, step.router_noise(number, whole))
     losses.total.backward()
     reference = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in oracle.named_parameters()}
+    _check_learned(step, oracle)
     # 1e-5 of this is 1e-7 of the model's largest gradient, the last place of fp32, which depends on the order of sums.
     floor = 1e-2 * max(float(g.abs().max()) for g in reference.values())
     worst = (0.0, "")
@@ -241,6 +290,18 @@ def _loss_difference(report: StepReport, losses: Losses) -> float:
     return max(found)
 
 
+def _check_learned(step: Step, oracle: SpeechLLM) -> None:
+    """Check that exactly the parameters that the oracle trains have a gradient here."""
+    wanted = {n: p.requires_grad for n, p in oracle.named_parameters()}
+    for name, parameter in step.audio.named_parameters():
+        assert parameter.requires_grad == wanted[name], name
+    for name, parameter in step.llm.parameters():
+        pieces = local_pieces(name, step.llm.hf_config, step.groups.place.tp, step.groups.topology.tp)
+        for piece in pieces:
+            learns = piece.hf_name is None or wanted[f"llm.{piece.hf_name}"]
+            assert hasattr(parameter, "main_grad") == learns or piece.hf_name is None, (name, piece)
+
+
 def _audio_gradients(step: Step, reference: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
     return [(n, safe_get_full_grad(p), reference[n]) for n, p in step.audio.named_parameters() if p.requires_grad]
 
@@ -254,6 +315,8 @@ def _llm_gradients(step: Step, reference: Mapping[str, Tensor]) -> list[tuple[st
 
     found = []
     for name, parameter in engine.parameters():
+        if not parameter.requires_grad:
+            continue
         wanted = hf_to_local(name, read, engine.hf_config, step.groups.place.tp, topology.tp)
         found.append((f"llm.{name}", parameter.main_grad, wanted))  # type: ignore[attr-defined]
     return found
@@ -281,18 +344,19 @@ def loss_curves(step: Step, oracle: SpeechLLM, num_steps: int) -> tuple[float, f
     Collective: every rank of the world must call it.
     """
     named = [(n, p, p.dim()) for n, p in oracle.named_parameters()]
-    optimizer = torch.optim.AdamW(param_groups(OPTIM, named), lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
+    optim = step.optim
+    optimizer = torch.optim.AdamW(param_groups(optim, named), lr=optim.lr, betas=optim.betas, eps=optim.eps)
     worst_loss, worst_norm, world, strides = 0.0, 0.0, step.groups.topology.world, step.model.adapter.strides
     for number in range(num_steps):
         samples = make_samples("mixed", world, strides, seed=number % 4)
         report = step(number, Batch(tuple(samples[step.groups.rank])))
         whole = Batch(tuple(s for one in samples for s in one))
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * lr_scale(OPTIM, number, step.num_steps)
+            group["lr"] = group["peak_lr"] * lr_scale(optim, number, step.num_steps)
         optimizer.zero_grad()
         loss = oracle(whole, step.router_noise(number, whole)).total
         loss.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(oracle.parameters(), OPTIM.clip_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(oracle.parameters(), optim.clip_norm))
         optimizer.step()
         worst_loss = max(worst_loss, abs(report.loss - float(loss)) / abs(float(loss)))
         worst_norm = max(worst_norm, abs(report.grad_norm - norm) / norm)

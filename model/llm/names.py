@@ -27,6 +27,8 @@ Index = tuple[slice, ...]
 Read = Callable[[str, Index], Tensor]
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
+_FACTOR = re.compile(r"^(.+)\.(lora_[AB])\.([^.]+)$")
+"""A factor of an adapter (`model.llm.lora`): the layer, the factor and the Hugging Face projection."""
 
 _COLUMN_PARALLEL = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "word_embeddings.weight")
 _ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")
@@ -54,6 +56,9 @@ class Piece:
 
 def tp_dim(megatron_name: str) -> int | None:
     """Return the dimension along which tensor parallelism splits a parameter; None if every rank holds all of it."""
+    if (found := _FACTOR.match(megatron_name)) is not None:
+        dim = tp_dim(found[1] + ".weight")
+        return dim if (dim == 0) == (found[2] == "lora_B") else None
     if megatron_name == "output_layer.weight" or megatron_name.endswith(_COLUMN_PARALLEL):
         return 0
     return 1 if megatron_name.endswith(_ROW_PARALLEL) else None
@@ -104,6 +109,8 @@ def _hf_name(family: LLMFamily, tensor: str, layer: int | None = None) -> str:
 
 def local_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> list[Piece]:
     """Return the pieces that rank `tp_rank` of `tp_size` holds of a parameter, in order along dimension 0."""
+    if _FACTOR.match(megatron_name):
+        return _factor_pieces(megatron_name, hf_config, tp_rank, tp_size)
     family, whole = family_of(hf_config), slice(None)
     if megatron_name in _VOCABULARY:
         role = "embedding" if hf_config.tie_word_embeddings else _VOCABULARY[megatron_name]
@@ -199,3 +206,17 @@ def _qkv_pieces(layer: int, kind: str, hf_config: PretrainedConfig, tp_rank: int
                 index = (rows, slice(None)) if kind == "weight" else (rows,)
                 yield Piece(_hf_name(family, f"{role}.{kind}", layer), index)
             row += size
+
+
+def _factor_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> list[Piece]:
+    """Return what a rank holds of a LoRA factor: B is split like the rows of the weight, A like its columns."""
+    found = _FACTOR.match(megatron_name)
+    assert found is not None, megatron_name
+    weight, factor, projection = found[1] + ".weight", found[2], found[3]
+    pieces = local_pieces(weight, hf_config, tp_rank, tp_size)
+    own = [p for p in pieces if p.hf_name is not None and p.hf_name.endswith(f".{projection}.weight")]
+    assert own, f"{megatron_name}: the layer has no such projection"
+    name = f"{str(own[0].hf_name).removesuffix('.weight')}.{factor}"
+    if factor == "lora_A":
+        return [Piece(name, (slice(None), own[0].index[1]))]
+    return [Piece(name, (p.index[0], slice(None))) for p in own]

@@ -19,6 +19,12 @@ CASES = [
     (Topology(2, 1, 1, 2), 20, "llama", KINDS),
     (Topology(4, 1, 1, 4), 2, "llama", ("mixed", "text_only", "one_expert")),
 ]
+LORA_CASES = [
+    (Topology(2, 2, 1), 3, "qwen2", ("mixed", "text_only")),
+    (Topology(2, 1, 2, 2), 3, "llama", ("mixed", "one_expert")),
+    (Topology(4, 2, 2), 0, "qwen3", ("mixed", "text_only")),
+    (Topology(4, 2, 1, 2), 0, "llama", ("mixed", "rank_without_audio")),
+]
 
 
 def check(
@@ -28,9 +34,10 @@ def check(
     kinds: tuple[str, ...],
     deepspeed: str | None = None,
     pack_multiple: int | None = None,
+    lora: bool = False,
 ) -> list[Row]:
     task = {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep, "num_steps": num_steps, "family": family}
-    task |= {"kinds": kinds, "deepspeed": deepspeed, "pack_multiple": pack_multiple}
+    task |= {"kinds": kinds, "deepspeed": deepspeed, "pack_multiple": pack_multiple, "lora": lora}
     return [Row(**row) for row in run_ranks(topology.world, measure, task, timeout_sec=200)[0]]
 
 
@@ -50,6 +57,16 @@ def test_experts_equal_the_oracle_offloaded_and_with_weights_that_stay_gathered(
 def test_packs_padded_to_a_grid_equal_the_oracle(topology: Topology, multiple: int) -> None:
     rows = check(topology, 2, "qwen2", ("mixed", "text_only"), pack_multiple=multiple)
     assert len(rows) == 3 and all(row.passed for row in rows), rows
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("topology", "steps", "family", "kinds"), LORA_CASES)
+def test_adapters_and_frozen_weights_equal_the_oracle(
+    topology: Topology, steps: int, family: str, kinds: tuple[str, ...]
+) -> None:
+    rows = check(topology, steps, family, kinds, lora=True)
+    assert len(rows) == len(kinds) + (steps > 0)
+    assert all(row.passed for row in rows), rows
 
 
 @pytest.mark.timeout(240)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import soundfile
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import LoraConfig, ModelConfig, is_factor
 from model.hub.configuration import describe
+from model.lora import Adapters, add_adapters
 from model.speech_llm import SpeechLLM
 from trainer.checkpoint.layout import (
     MOMENTS,
@@ -35,7 +37,7 @@ from trainer.config.load import dump
 from trainer.config.schema import Recipe
 from trainer.data.config import DataConfig, TokenizerConfig
 from trainer.data.tokenizer import load_tokenizer, train_sentencepiece
-from trainer.parity import tiny_model
+from trainer.parity import drawn_factor, tiny_model
 from trainer.run_tokenizer import DIGEST
 from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, Load
 from trainer.telemetry.load_history import HISTORY_NAME, EncoderCosts, LoadInterval
@@ -62,7 +64,13 @@ def write_manifest(folder: Path, num_samples: int = 4) -> Path:
     return path
 
 
-def write_run(run_dir: Path, family: str = "llama", chats: bool = False, model: ModelConfig | None = None) -> SpeechLLM:
+def write_run(
+    run_dir: Path,
+    family: str = "llama",
+    chats: bool = False,
+    model: ModelConfig | None = None,
+    lora: Sequence[LoraConfig] = (),
+) -> SpeechLLM:
     """Write the run's checkpoint as `NUM_RANKS` ranks would have written it, and return the model.
 
     Args:
@@ -70,6 +78,7 @@ def write_run(run_dir: Path, family: str = "llama", chats: bool = False, model: 
         family: the LLM family of the model.
         chats: True for a Hugging Face tokenizer with a chat template.
         model: the model; None: `tiny_model(family)`.
+        lora: the adapters, over frozen weights of the LLM.
     """
     run_dir.mkdir(parents=True)
     path = run_dir / ("hf" if chats else "tokenizer.model")
@@ -82,15 +91,20 @@ def write_run(run_dir: Path, family: str = "llama", chats: bool = False, model: 
     tokenizer = load_tokenizer(str(path), data.tokenizer)
     model = model or with_head_dim(tiny_model(family), family)
     oracle = SpeechLLM(model, tokenizer.vocab_size, seed=1).eval()
+    add_adapters(oracle, "", Adapters(tuple(lora), drawn_factor))
     with torch.no_grad():  # biases of 0 and norms of 1 would hide mistakes
         for parameter in oracle.parameters():
             parameter.add_(
                 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
             )
-    recipe = Recipe(name=run_dir.name, model=model, data=data, eval=EvalConfig(max_new_tokens=MAX_NEW_TOKENS))
+    recipe = Recipe(
+        name=run_dir.name, model=model, data=data, eval=EvalConfig(max_new_tokens=MAX_NEW_TOKENS), lora=tuple(lora)
+    )
     described = describe(model, oracle.llm.config, tokenizer.vocab_size)
     extra = {"recipe": dump(recipe), "model": described, "tokenizer": str(path), DIGEST: tokenizer.digest}
-    write_checkpoint(run_dir / "checkpoints" / f"step-{STEP:08d}", tensors_of(oracle), extra)
+    write_checkpoint(
+        run_dir / "checkpoints" / f"step-{STEP:08d}", tensors_of(oracle), extra, frozen="llm." if lora else None
+    )
     (run_dir / HISTORY_NAME).write_text(json.dumps(routing_history().to_json()) + "\n")
     return oracle
 
@@ -137,8 +151,13 @@ def tensors_of(oracle: SpeechLLM) -> dict[str, Tensor]:
     return {**buffers, **dict(oracle.named_parameters())}
 
 
-def write_checkpoint(folder: Path, tensors: dict[str, Tensor], extra: dict[str, object]) -> None:
-    """Write `tensors` in `NUM_RANKS` flat parts, every third tensor by columns as with tensor parallelism."""
+def write_checkpoint(
+    folder: Path, tensors: dict[str, Tensor], extra: dict[str, object], frozen: str | None = None
+) -> None:
+    """Write `tensors` in `NUM_RANKS` flat parts, every third tensor by columns as with tensor parallelism.
+
+    Weights whose names begin with `frozen` are not trained; their adapters are.
+    """
     folder.mkdir(parents=True)
     parts: list[list[Shard]] = [[] for _ in range(NUM_RANKS)]
     for i, (name, whole) in enumerate(tensors.items()):
@@ -153,7 +172,8 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], extra: dict[str, 
         for rank, rect in rects:
             cut = value[rect.within(matrix)].contiguous()
             values = {PARAM: cut, "exp_avg": torch.zeros_like(cut), "exp_avg_sq": torch.zeros_like(cut)}
-            parts[rank].append(Shard(name, shape, rect, values, STEP))
+            learned = frozen is None or not name.startswith(frozen) or is_factor(name)
+            parts[rank].append(Shard(name, shape, rect, values, STEP if learned else None))
     files: dict[str, FileEntry] = {}
     for rank, shards in enumerate(parts):
         for file, kinds in ((file_of("audio", rank), (PARAM,)), (file_of(MOMENTS, rank), ("exp_avg", "exp_avg_sq"))):

@@ -31,7 +31,7 @@ def test_70b_on_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
     assert "128 ranks = TP 8 x PP 4 x DP 4" in out
     rows = {tuple(line.split()) for line in out.splitlines()}
     assert ("3", "24-31", "56-63", "88-95", "120-127") in rows
-    assert ("llm", "70.55", "B", "70.55", "B") in rows  # meta-llama/Meta-Llama-3-70B: 70,553,706,496
+    assert ("llm", "70.55", "B", "70.55", "B", "0") in rows  # meta-llama/Meta-Llama-3-70B: 70,553,706,496
     assert not torch.distributed.is_initialized()
 
 

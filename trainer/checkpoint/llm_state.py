@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from model.llm.names import hf_shapes, local_pieces, tp_dim
+from model.llm.names import local_pieces, tp_dim
 from trainer.checkpoint import adam
 from trainer.checkpoint.layout import PARAM, Rect, Shard, matrix_of, rects_of_range
 from trainer.parallel.cpu import megatron_calls
@@ -65,7 +65,7 @@ def refresh(engine: LLMEngine) -> None:
 
 def tensor_names(engine: LLMEngine) -> set[str]:
     """Return the names of all tensors of the LLM; they are the same on every rank."""
-    return {PREFIX + name for name in hf_shapes(engine.hf_config)}
+    return {PREFIX + name for name in engine.shapes}
 
 
 def _ranges(engine: LLMEngine) -> Iterator[tuple[Any, nn.Parameter, Tensor, int]]:
@@ -102,7 +102,7 @@ def _shards_of(
         step: The number of updates, or None if the parameter is not trained.
         saved_here: Whether this rank saves the range.
     """
-    shapes, tp = hf_shapes(engine.hf_config), engine.groups.topology.tp
+    shapes, tp = engine.shapes, engine.groups.topology.tp
     stop, base = start + flats[PARAM].numel(), 0
     for piece in local_pieces(name, engine.hf_config, engine.groups.place.tp, tp):
         if piece.hf_name is None:

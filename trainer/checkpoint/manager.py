@@ -20,7 +20,7 @@ from trainer.checkpoint.layout import Shard, file_of, rank_of
 from trainer.checkpoint.origin import is_export, open_origin
 from trainer.checkpoint.reader import DamagedError, Reader, check_files, read_manifest
 from trainer.checkpoint.snapshot import HostBuffer
-from trainer.checkpoint.start import fill_weights
+from trainer.checkpoint.start import check_adapters, fill_weights
 from trainer.checkpoint.together import from_rank0, gather, together
 from trainer.parallel.groups import Groups
 
@@ -246,7 +246,8 @@ class CheckpointManager:
             raise UserError(f"{doing}: {found} is damaged: {damage}; name another checkpoint")
         origin = together(self.groups, doing, lambda: open_origin(found, exported))
         shards = [shard for family in self._shards(engines).values() for shard in family]
-        model = engines.audio.tower.config
+        model, names = engines.audio.tower.config, self._everyones_names(engines)
+        together(self.groups, doing, lambda: check_adapters(origin, names, model))
         new = together(self.groups, doing, lambda: fill_weights(origin, shards, model, self._place.heartbeat))
         audio_state.refresh(engines.audio)
         llm_state.refresh(engines.llm)

@@ -6,6 +6,7 @@ Each may be in a folder or a bucket.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +35,10 @@ class Origin(Protocol):
     experts: tuple[str, ...]
     """The names of the routed encoders, in order."""
 
+    def names(self) -> Collection[str]:
+        """Return the names of all tensors."""
+        ...
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of a whole tensor, or None if there is no such tensor."""
         ...
@@ -54,6 +59,9 @@ class CheckpointOrigin:
         self.url = folder.url
         self._reader = Reader(folder, read_manifest(folder))
         self.experts = tuple(e["name"] for e in read_extra(folder)["model"]["audio"]["experts"])
+
+    def names(self) -> Collection[str]:
+        return self._reader.manifest.tensors
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         entry = self._reader.manifest.tensors.get(name)
@@ -90,6 +98,9 @@ class ExportOrigin:
                 matrix = matrix_of(span.shape)
                 self._shapes[key], self._files[key] = span.shape, file
                 file.spans[key] = replace(span, shape=(matrix.rows, matrix.cols))
+
+    def names(self) -> Collection[str]:
+        return self._shapes
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         return self._shapes.get(name)

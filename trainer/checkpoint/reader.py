@@ -9,6 +9,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from model.config import is_factor
 from model.errors import UserError
 from trainer.checkpoint.folder import Folder, read_text
 from trainer.checkpoint.layout import FileEntry, Manifest, Rect, Shard, file_of_kind, key_of
@@ -101,6 +102,11 @@ class Reader:
             UserError: If the checkpoint belongs to another model.
         """
         entry = self.manifest.tensors.get(shard.name)
+        if entry is None and is_factor(shard.name):
+            raise UserError(
+                f"{self.folder.url}: holds no {shard.name}: the run was trained without this adapter; restore the "
+                "section lora, or start a new run with checkpoint.start_from"
+            )
         if entry is None:
             raise UserError(
                 f"{self.folder.url}: holds no {shard.name}, so it belongs to another model; restore the recipe"

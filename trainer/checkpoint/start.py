@@ -1,20 +1,20 @@
 """The start of a new run with the weights of another run, of one of its checkpoints, or of an export.
 
 Only weights are used; optimizers, schedule, generators and data start from the beginning. Some parts of the model may
-be new: encoders, heads of losses such as CTC's, and rows of a larger vocabulary of the LLM. They keep initial or
-pre-trained weights. The router's entries of an added encoder are the mean of the other encoders' entries. They take
+be new: encoders, heads of losses such as CTC's, adapters, and rows of a larger vocabulary of the LLM. They keep initial
+or pre-trained weights. The router's entries of an added encoder are the mean of the other encoders' entries. They take
 effect gradually (`model.router.ENTRY_OFFSET`), so that the loss of the first step is that of the original model.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import ModelConfig, is_factor
 from model.errors import UserError
 from trainer.checkpoint.layout import PARAM, Rect, Shard, matrix_of
 from trainer.checkpoint.origin import Origin
@@ -74,6 +74,8 @@ def fill_weights(
             continue
         elif (head := _HEAD.match(shard.name)) and origin.shape(shard.name) is None:
             new.append(f"the head of the loss {head[1]}")
+        elif is_factor(shard.name) and origin.shape(shard.name) is None:
+            new.append(f"adapters of {_part(shard.name)}")
         elif shard.name in _BY_TOKEN and (num_new := _num_new_rows(origin, shard)) > 0:
             _read_old_rows(origin, shard, shard.shape[0] - num_new)
             new.append(f"{num_new} rows of {shard.name.removeprefix('llm.')}")
@@ -81,6 +83,35 @@ def fill_weights(
             _check(origin, shard)
             origin.read(shard.name, shard.rect, shard.values[PARAM])
     return tuple(dict.fromkeys(new))
+
+
+def check_adapters(origin: Origin, names: Collection[str], model: ModelConfig) -> None:
+    """Check that the new model has all adapters of the origin's encoders and LLM; without them, it would be worse.
+
+    Args:
+        origin: the weights to start from.
+        names: the names of all tensors of the new model.
+        model: the new model.
+
+    Raises:
+        UserError: If an adapter would be dropped silently.
+    """
+    kept = ("llm.", "audio.primary.", *(f"audio.experts.{e.name}." for e in model.experts))
+    for name in origin.names():
+        if is_factor(name) and name.startswith(kept) and name not in names:
+            raise UserError(
+                f"checkpoint.start_from: {origin.url}: holds the adapter {name}, which the recipe's section lora does "
+                "not ask for; give the section of that run, or export the run (earshot export merges adapters) and "
+                "start from the export"
+            )
+
+
+def _part(name: str) -> str:
+    """Return the part of the model that a tensor belongs to, such as llm or audio.experts.hubert."""
+    side, part, *rest = name.split(".")
+    if side == "llm":
+        return side
+    return f"{side}.{part}.{rest[0]}" if part == "experts" else f"{side}.{part}"
 
 
 def _rows(
@@ -125,6 +156,7 @@ def _check(origin: Origin, shard: Shard, wanted: tuple[int, ...] | None = None) 
         return
     key = next((key for start, key in _KEYS if shard.name.startswith(start)), "model")
     key = "data.tokenizer or model.adapter" if _HEAD.match(shard.name) else key
+    key = "lora" if is_factor(shard.name) else key
     what = f"holds no {shard.name}" if found is None else f"{shard.name} has shape {found}, here it is {wanted}"
     raise UserError(
         f"checkpoint.start_from: {origin.url}: {what}; set {key} as it was for these weights "

@@ -17,6 +17,7 @@ from model.encoders.family import family_of
 from model.encoders.hf_config import resolve as resolve_encoder
 from model.errors import UserError
 from model.llm.reference import resolve_hf_config
+from model.lora import LLM, Adapters, llm_layers
 from model.losses.table import check_losses
 from trainer.config.schema import Recipe, TrainConfig
 from trainer.config.shipped import shipped
@@ -45,6 +46,8 @@ def check_recipe(recipe: Recipe) -> None:
         check_llm(hf_config, recipe.parallel)
         _check_lengths(recipe, hf_config)
         _check_vocabulary(recipe, hf_config)
+        of_llm = [part for part in recipe.lora if part.pattern.startswith(LLM)]
+        Adapters(tuple(of_llm)).check(llm_layers(hf_config))
     _check_data(recipe)
     _check_steps(recipe)
     check_trackers(recipe.telemetry.trackers)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from model.config import ModelConfig
+from model.config import LoraConfig, ModelConfig
 from model.errors import UserError
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.config.evaluation import EvalConfig
@@ -108,6 +108,8 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: tuple[LoraConfig, ...] = ()
+    """Low-rank adapters on linear layers of the LLM and of encoders (see docs/adapters.md). Empty: none."""
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -6,7 +6,7 @@ Shapes: M micro-batches, t rows of a pack, H hidden width, V vocabulary. All gra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from model.llm.lora import add_llm_adapters
 from model.llm.megatron import build_megatron, embed_tokens
 from model.llm.names import local_pieces
 from model.llm.packing import PackedSequences
 from model.llm.weights import WeightSource, global_parameters, load_megatron
+from model.lora import NO_ADAPTERS, Adapters, llm_shapes
 from model.transfer import to_device
 from trainer.engine.optim import OptimConfig, ParamSetting, setting_of
 from trainer.engine.token_losses import PackedLoss
@@ -96,6 +98,7 @@ class LLMEngine:
         groups: The place of this rank. Megatron's groups must exist.
         dtype: The dtype of weights and activations. Gradients and optimizer state are fp32.
         recompute: If true, only the input of each layer is kept for the backward pass.
+        adapters: The low-rank adapters to add.
     """
 
     def __init__(
@@ -106,8 +109,11 @@ class LLMEngine:
         groups: Groups,
         dtype: torch.dtype,
         recompute: bool,
+        adapters: Adapters = NO_ADAPTERS,
     ) -> None:
         self.hf_config, self.groups, self.dtype = hf_config, groups, dtype
+        self.shapes = llm_shapes(hf_config, adapters)
+        """The shapes of all tensors of the LLM, by name without `llm.`."""
         topology, place = groups.topology, groups.place
         with megatron_calls():
             self.gpt = build_megatron(
@@ -120,6 +126,7 @@ class LLMEngine:
                 recompute=recompute,
             ).to(groups.device)
             load_megatron(self.gpt, source, hf_config, tp_rank=place.tp, tp_size=topology.tp)
+            add_llm_adapters(self.gpt, hf_config, adapters, tp_rank=place.tp, tp_size=topology.tp)
             self.settings = freeze(self.gpt, hf_config, optim)
             self.model: nn.Module = self.gpt
             self.optimizer: Any = None
@@ -331,6 +338,8 @@ def freeze(gpt: nn.Module, hf_config: PretrainedConfig, optim: OptimConfig) -> d
     settings = {}
     for name, parameter in global_parameters(gpt):
         setting = setting_of(optim, hf_name(name, hf_config), parameter.dim())
+        # A weight under an adapter does not require a gradient already.
+        setting = replace(setting, frozen=setting.frozen or not parameter.requires_grad)
         parameter.requires_grad_(not setting.frozen)
         settings[id(parameter)] = setting
     return settings

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from model.config import is_factor
 from model.errors import UserError, check_least
 
 if TYPE_CHECKING:
@@ -20,9 +21,10 @@ class PartConfig:
 
     pattern: str = "*"
     """A shell-style pattern on parameter names, such as `audio.primary.*`, `audio.experts.hubert.*` or `llm.*`. After
-    `llm.`, names are those of Hugging Face."""
+    `llm.`, names are those of Hugging Face, and adapters (`lora`) end in `.lora_A` and `.lora_B`."""
     frozen: bool = False
-    """True to keep the parameters as they are; they then take no gradient and no optimizer state."""
+    """True to keep the parameters as they are; they then take no gradient and no optimizer state. Only a pattern that
+    contains `lora_` freezes adapters, so `llm.*` freezes the LLM's own weights and keeps its adapters trainable."""
     lr: float | None = None
     """The peak learning rate; null for `optim.lr`."""
     weight_decay: float | None = None
@@ -82,7 +84,7 @@ def setting_of(config: OptimConfig, name: str, num_dims: int) -> ParamSetting:
     frozen, lr, weight_decay = False, config.lr, config.weight_decay if num_dims > 1 else 0.0
     for part in config.parts:
         if fnmatch.fnmatchcase(name, part.pattern):
-            frozen = part.frozen
+            frozen = part.frozen and (not is_factor(name) or "lora_" in part.pattern)
             lr = config.lr if part.lr is None else part.lr
             if num_dims > 1:
                 weight_decay = config.weight_decay if part.weight_decay is None else part.weight_decay

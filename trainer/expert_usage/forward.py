@@ -18,9 +18,10 @@ import torch
 
 from model.audio_tower import AudioTower
 from model.batch import Ragged
-from model.config import ModelConfig
+from model.config import LoraConfig, ModelConfig
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE, WHOLE, num_samples
+from model.lora import Adapters, add_adapters
 from trainer.checkpoint.catalog import SUBFOLDER, open_checkpoints, read_extra
 from trainer.checkpoint.layout import PARAM, Manifest, Shard, matrix_of
 from trainer.checkpoint.reader import STATE, DamagedError, Reader, check_files, read_manifest
@@ -59,7 +60,7 @@ def profile_data(where: RunPath, data: Path, split: str | None) -> Profile:
     if not recipe.model.experts:
         raise UserError(f"{where.run_dir}: the model has no encoder experts, so there is nothing to route")
     encode = _prompt_encoder(reader, recipe, where.run_dir)
-    tower = load_tower(recipe.model, reader)
+    tower = load_tower(recipe.model, reader, recipe.lora)
     skipped: Counter[str] = Counter()
     loads, timed = [], None
     for clips, prompts, groups in _chunks(_decoded(data, split, recipe, encode, skipped)):
@@ -107,10 +108,11 @@ def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
     raise UserError(f"{found.url}: contains no checkpoint; wait until the run has saved one")
 
 
-def load_tower(model: ModelConfig, reader: Reader) -> AudioTower:
-    """Build the audio side for inference with the checkpoint's weights, in fp32."""
+def load_tower(model: ModelConfig, reader: Reader, lora: Sequence[LoraConfig] = ()) -> AudioTower:
+    """Build the audio side for inference with the checkpoint's weights and the adapters `lora`, in fp32."""
     llm_dim = reader.manifest.tensors["audio.projector.weight"].shape[0]
     tower = AudioTower(model, llm_dim, _vocab_size(reader.manifest))
+    add_adapters(tower, "audio.", Adapters(tuple(lora)))
     kept = {name for name in tower.state_dict()}
     named = [*tower.named_parameters(), *((n, b) for n, b in tower.named_buffers() if n in kept)]
     with torch.no_grad():

@@ -17,6 +17,8 @@ import torch
 from model.errors import UserError
 from trainer.checkpoint.reader import MANIFEST, hash_file
 from trainer.data.tokenizer import Tokenizer
+from trainer.export.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from trainer.export.adapter import adapter_names, write_adapter_config
 from trainer.export.card import Findings, model_card
 from trainer.export.code import CONFIGURATION, MODELING, remote_code, remote_name
 from trainer.export.source import Selection, Source
@@ -40,6 +42,8 @@ class Options:
     """The largest size of a file of weights, unless a single tensor is larger."""
     llm_only: bool = False
     """Export only the LLM."""
+    adapter: bool = False
+    """Export only the LLM's adapters, in peft's format, without merging them."""
     activated_only: float = 0.0
     """Drop the encoder experts that were chosen for less than this share of routed clips; 0 keeps all."""
     verify: str | None = None
@@ -73,18 +77,22 @@ def export(
     dtype, selection = DTYPES[options.dtype], source.select(options.activated_only)
     tokenizer = source.tokenizer()
     temporary = _temporary_folder(source, out, options, selection)
-    names = source.names(selection, options.llm_only)
+    names = adapter_names(source) if options.adapter else source.names(selection, options.llm_only)
     try:
-        targets = plan_targets(source.reader, names, dtype, source.rows(selection))
+        targets = plan_targets(source.reader, names, dtype, source.rows(selection), source.adapters())
         total = sum(t.num_bytes for t in targets)
-        write_weights(source.reader, plan_shards(targets, options.shard_bytes), temporary, lambda n: on_bytes(n, total))
+        shards = {ADAPTER_WEIGHTS: targets} if options.adapter else plan_shards(targets, options.shard_bytes)
+        write_weights(source.reader, shards, temporary, lambda n: on_bytes(n, total))
     finally:
         source.wait_verified()  # A damaged file explains any error above, so it is reported instead.
     write_tokenizer(tokenizer, temporary)
     settings = generation_config(source, tokenizer)
-    settings.save_pretrained(temporary)
+    if not options.adapter:
+        settings.save_pretrained(temporary)
     found = Findings()
-    if options.llm_only:
+    if options.adapter:
+        write_adapter_config(source, temporary)
+    elif options.llm_only:
         _write_llm_config(source, dtype, tokenizer, temporary)
     else:
         _write_code(source, selection, dtype, tokenizer, temporary)
@@ -107,6 +115,7 @@ def _temporary_folder(source: Source, out: Path, options: Options, selection: Se
         "dtype": options.dtype,
         "shard_bytes": options.shard_bytes,
         "llm_only": options.llm_only,
+        "adapter": options.adapter,
         "dropped": list(selection.dropped),
         # Files are not synced to disk, so those that seem complete may not be after a crash of the machine.
         "boot": _BOOT_ID.read_text(encoding="utf-8").strip(),

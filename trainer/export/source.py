@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.config import is_factor
 from model.errors import UserError
+from model.lora import Adapters
 from trainer.checkpoint.catalog import find_checkpoint, read_extra
 from trainer.checkpoint.folder import LocalFolder
 from trainer.checkpoint.layout import PARAM, Rect, matrix_of
@@ -21,6 +23,7 @@ from trainer.checkpoint.reader import STATE, Reader, check_files, read_manifest
 from trainer.config.load import parse_stored_recipe
 from trainer.config.schema import Recipe
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.export.weights import LowRank, read_merged
 from trainer.run_tokenizer import check_digest, of_checkpoint
 from trainer.telemetry.expert_load import ALL, add_up
 from trainer.telemetry.load_history import HISTORY_NAME, read_history
@@ -157,12 +160,24 @@ class Source:
         Returns:
             Exported name → saved name.
         """
-        saved = self.reader.manifest.tensors
+        saved = [name for name in self.reader.manifest.tensors if not is_factor(name)]
         if llm_only:
             return {name.removeprefix(LLM): name for name in saved if name.startswith(LLM)}
         dropped = tuple(f"{AUDIO}experts.{name}." for name in selection.dropped)
         heads = re.compile(rf"{re.escape(AUDIO)}\w+_head\.")  # only losses read them
         return {name: name for name in saved if not name.startswith(dropped) and not heads.match(name)}
+
+    def adapters(self) -> dict[str, LowRank]:
+        """Return the adapters of the checkpoint, by saved name of the weight that each belongs to."""
+        saved, parts = self.reader.manifest.tensors, Adapters(self.recipe.lora)
+        found = {}
+        for name in saved:
+            layer = name.removesuffix(".lora_A")
+            if layer != name:
+                part = parts.of_layer(layer)
+                assert part is not None, f"{name}: the recipe in the checkpoint has no adapter there"
+                found[f"{layer}.weight"] = LowRank(name, f"{layer}.lora_B", part.scale)
+        return found
 
     def rows(self, selection: Selection) -> dict[str, tuple[int, ...]]:
         """Return the rows that are kept of the router's tensors, which have one row for each encoder expert.
@@ -180,16 +195,21 @@ class Source:
     def fill(self, module: nn.Module, names: Sequence[str], selection: Selection, rounded_to: torch.dtype) -> None:
         """Fill the parameters and buffers of a module with the checkpoint's tensors of the same names.
 
+        Adapters are merged.
+
         Args:
             module: The module to fill.
             names: The names of the tensors.
             selection: The encoder experts that are kept.
             rounded_to: The dtype to which floating-point values are rounded before they are copied.
         """
-        rows, state = self.rows(selection), module.state_dict()
+        rows, adapters, state = self.rows(selection), self.adapters(), module.state_dict()
         for name in names:
             whole = matrix_of(self.reader.manifest.tensors[name].shape)
             target = state[name]
+            if name in adapters:
+                target.copy_(read_merged(self.reader, name, adapters[name]).to(rounded_to).view(target.shape))
+                continue
             saved = torch.empty(
                 whole.rows, whole.cols, dtype=rounded_to if target.is_floating_point() else target.dtype
             )

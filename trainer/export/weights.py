@@ -28,6 +28,16 @@ _METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """An adapter to merge into a weight W, which becomes W + scale·B·A."""
+
+    a: str
+    """The name of A in the checkpoint."""
+    b: str
+    scale: float
+
+
+@dataclass(frozen=True)
 class Target:
     """A tensor of the exported model."""
 
@@ -38,6 +48,8 @@ class Target:
     dtype: torch.dtype
     rows: tuple[int, ...] | None = None
     """The rows of the checkpoint's tensor to export, in order; None: all."""
+    adapter: LowRank | None = None
+    """The adapter to merge into the tensor; None: none."""
 
     @property
     def num_bytes(self) -> int:
@@ -46,7 +58,11 @@ class Target:
 
 
 def plan_targets(
-    reader: Reader, names: Mapping[str, str], dtype: torch.dtype, rows: Mapping[str, tuple[int, ...]]
+    reader: Reader,
+    names: Mapping[str, str],
+    dtype: torch.dtype,
+    rows: Mapping[str, tuple[int, ...]],
+    adapters: Mapping[str, LowRank],
 ) -> list[Target]:
     """Return the tensors to export.
 
@@ -55,6 +71,7 @@ def plan_targets(
         names: the name in the checkpoint of each exported name.
         dtype: the type that floating-point tensors are converted to.
         rows: the rows to export, by name in the checkpoint, of tensors of which only some rows are exported.
+        adapters: the adapters to merge, by name of the weight in the checkpoint.
     """
     targets = []
     for name, source in names.items():
@@ -62,7 +79,8 @@ def plan_targets(
         kept = rows.get(source)
         if kept is not None:
             shape = (len(kept), *shape[1:])
-        targets.append(Target(name, source, shape, dtype if saved.is_floating_point else saved, kept))
+        saved = dtype if saved.is_floating_point else saved
+        targets.append(Target(name, source, shape, saved, kept, adapters.get(source)))
     return targets
 
 
@@ -131,6 +149,9 @@ def _write_shard(reader: Reader, targets: Sequence[Target], path: Path, on_bytes
 def _write_tensor(reader: Reader, target: Target, handle: int, offset: int) -> None:
     entry = reader.manifest.tensors[target.source]
     whole = matrix_of(entry.shape)
+    if target.adapter is not None:
+        _write_at(handle, offset, memory_of(read_merged(reader, target.source, target.adapter).to(target.dtype)))
+        return
     if target.rows is None and all(rect.rows == 1 or rect.cols == whole.cols for _, rect in entry.pieces):
         for file, rect in entry.pieces:
             start = (rect.row * whole.cols + rect.col) * target.dtype.itemsize
@@ -144,6 +165,19 @@ def _write_tensor(reader: Reader, target: Target, handle: int, offset: int) -> N
         for i, row in enumerate(target.rows):
             reader.read_rect(target.source, PARAM, Rect(row, 0, 1, whole.cols), tensor[i : i + 1])
     _write_at(handle, offset, memory_of(tensor))
+
+
+def read_merged(reader: Reader, name: str, adapter: LowRank) -> torch.Tensor:
+    """Return a weight with its adapter merged, [outputs, inputs] in fp32."""
+    weight, a, b = (_read_whole(reader, n) for n in (name, adapter.a, adapter.b))
+    return weight.addmm_(b, a, alpha=adapter.scale)
+
+
+def _read_whole(reader: Reader, name: str) -> torch.Tensor:
+    whole = matrix_of(reader.manifest.tensors[name].shape)
+    tensor = torch.empty(whole.rows, whole.cols)
+    reader.read_rect(name, PARAM, whole, tensor)
+    return tensor
 
 
 def _write_piece(reader: Reader, target: Target, file: str, rect: Rect, handle: int, offset: int) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 
 from model.llm.names import head_dim, hf_shapes
 from trainer.config.schema import Recipe
-from trainer.engine.optim import setting_of
 from trainer.plan.sizes import PartSizes, SizedModel
 from trainer.plan.workload import EncoderWork, Workload
 
@@ -45,12 +44,11 @@ def step_flops(
     """
     llm_forward = llm_forward_flops(model, workload)
     masked = causal_attention_flops(model, workload)
-    learned = parts.llm.learned > 0
-    llm = llm_forward * (3 if learned else 2)
+    llm = llm_forward * (2 + parts.llm.learned / parts.llm.total)
     encoders = recomputed = 0.0
     for one in work:
         forward = float(one.cost.sum())
-        trains = any(_learns(recipe, model, name) for name in one.names)
+        trains = any(_prefix(model, name) in parts.trained for name in one.names)
         encoders += forward * (3 if trains else 1)
         recomputed += forward if trains and recipe.train.recompute_encoders else 0.0
     recomputed += llm_forward if recipe.train.recompute_llm else 0.0
@@ -73,7 +71,7 @@ def causal_attention_flops(model: SizedModel, workload: Workload) -> float:
     return config.num_hidden_layers * 2.0 * width * float((tokens**2).sum())
 
 
-def _learns(recipe: Recipe, model: SizedModel, encoder: str) -> bool:
+def _prefix(model: SizedModel, encoder: str) -> str:
+    """Return the prefix of an encoder's parameters."""
     primary = model.config.primary
-    part = "primary" if primary is not None and primary.name == encoder else f"experts.{encoder}"
-    return not setting_of(recipe.optim, f"audio.{part}.encoder.weight", 2).frozen
+    return "audio.primary" if primary is not None and primary.name == encoder else f"audio.experts.{encoder}"

@@ -14,6 +14,7 @@ from model.llm.attention import PackedAttention
 from model.llm.megatron import embed_tokens
 from model.llm.names import head_dim
 from model.llm.packing import PackedSequences
+from model.lora import NO_ADAPTERS, Adapters
 from trainer.engine.optim import OptimConfig
 from trainer.parallel.topology import Topology
 from trainer.plan.fake_ranks import fake_rank
@@ -83,6 +84,7 @@ def stage_memory(
     dtype: torch.dtype,
     recompute: bool,
     kernels: Kernels,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> StageMemory:
     """Return the memory of a pipeline stage besides its model states.
 
@@ -99,6 +101,7 @@ def stage_memory(
         dtype: the dtype of weights and activations.
         recompute: the value of `train.recompute_llm`.
         kernels: what the ranks run.
+        adapters: the low-rank adapters.
     """
     layers = hf_config.num_hidden_layers // topology.pp
     found, buffer = [], 0
@@ -106,7 +109,7 @@ def stage_memory(
         for count in range(1, min(2, layers) + 1):
             small = copy.deepcopy(hf_config)
             small.num_hidden_layers = count * topology.pp
-            gpt, model = build_stage(small, topology, stage, optim, dtype, recompute)
+            gpt, model = build_stage(small, topology, stage, optim, dtype, recompute, adapters)
             traced, buffer = _trace(gpt, model, topology, stage, lengths, kernels)
             found.append(traced)
     hidden = sum(lengths) // topology.tp * hf_config.hidden_size * dtype.itemsize

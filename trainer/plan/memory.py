@@ -188,6 +188,7 @@ def memory_model(
             dtype=dtype,
             recompute=train.recompute_llm,
             kernels=kernels,
+            adapters=model.adapters,
         )
         for stage in distinct_stages(topology.pp)
     }

@@ -51,7 +51,7 @@ def rank_states(
     stages: dict[int, tuple[States, ...]] = {}
     for stage in distinct_stages(topology.pp):
         with fake_rank(topology, topology.rank_of(0, stage, 0)):
-            gpt, wrapped = build_stage(model.llm, topology, stage, optim, dtype, recompute=False)
+            gpt, wrapped = build_stage(model.llm, topology, stage, optim, dtype, False, model.adapters)
             stages[stage] = tuple(llm_states(gpt, wrapped, topology, dtype))
     llm = tuple(stages[like(stage, topology.pp)] for stage in range(topology.pp))
     placement = place(model.config, topology.ep)

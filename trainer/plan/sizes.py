@@ -11,10 +11,10 @@ import torch
 from transformers import PretrainedConfig
 
 from model.audio_tower import AudioTower
-from model.config import EncoderConfig, ModelConfig
+from model.config import EncoderConfig, ModelConfig, is_factor
 from model.encoders.hf_config import resolve
 from model.errors import UserError
-from model.llm.names import hf_shapes
+from model.lora import NO_ADAPTERS, Adapters, adaptable_layers, add_adapters, llm_layers, llm_shapes, unknown_factor
 from trainer.config.checks import known_encoder, known_llm_config
 from trainer.config.schema import Recipe
 from trainer.engine.optim import OptimConfig, check_patterns, setting_of
@@ -54,6 +54,8 @@ class PartSizes:
     """The encoder experts, by name."""
     depths: dict[str, int]
     """The number of layers of each encoder, by its prefix (`audio.primary` or `audio.experts.NAME`)."""
+    trained: frozenset[str]
+    """The prefixes of the encoders with trainable weights or adapters."""
 
     @property
     def encoder_width(self) -> float:
@@ -71,6 +73,7 @@ def part_sizes(sizes: dict[str, Size]) -> PartSizes:
     parts: dict[str, Size] = {}
     experts: dict[str, Size] = {}
     layers: dict[str, set[str]] = {}
+    trained: set[str] = set()
     for name, size in sizes.items():
         words = name.split(".")
         if words[0] == "llm":
@@ -87,6 +90,8 @@ def part_sizes(sizes: dict[str, Size]) -> PartSizes:
             add(experts, words[2], size)
         else:
             add(parts, "shared", size)
+        if size.learned and name.startswith(f"{prefix}.encoder."):
+            trained.add(prefix)
         if "layers" in words:
             layers.setdefault(prefix, set()).add(words[words.index("layers") + 1])
     none = Size()
@@ -99,6 +104,7 @@ def part_sizes(sizes: dict[str, Size]) -> PartSizes:
         parts.get("shared", none),
         experts,
         {prefix: len(numbers) for prefix, numbers in layers.items()},
+        frozenset(trained),
     )
 
 
@@ -111,6 +117,8 @@ class SizedModel:
     llm: PretrainedConfig
     vocab_size: int
     """The vocabulary size of the tokenizer."""
+    adapters: Adapters = NO_ADAPTERS
+    """The low-rank adapters of the LLM and of encoders."""
 
     def tower(self, held: Collection[str] | None = None) -> AudioTower:
         """Build the audio side on the meta device, which takes no memory.
@@ -119,7 +127,9 @@ class SizedModel:
             held: names of the encoder experts to build; None builds all.
         """
         with torch.device("meta"):
-            return AudioTower(self.config, self.llm.hidden_size, self.vocab_size, held)
+            tower = AudioTower(self.config, self.llm.hidden_size, self.vocab_size, held)
+            add_adapters(tower, "audio.", self.adapters)
+        return tower
 
 
 def sized_model(recipe: Recipe) -> SizedModel:
@@ -138,7 +148,8 @@ def sized_model(recipe: Recipe) -> SizedModel:
     experts = tuple(_sized(f"model.experts[{i}]", e) for i, e in enumerate(model.experts))
     tokenizer = recipe.data.tokenizer
     vocab_size = llm.vocab_size if tokenizer.path is not None else tokenizer.train_vocab_size
-    return SizedModel(dataclasses.replace(model, primary=primary, experts=experts), llm, vocab_size)
+    adapters = Adapters(recipe.lora, unknown_factor)
+    return SizedModel(dataclasses.replace(model, primary=primary, experts=experts), llm, vocab_size, adapters)
 
 
 def parameter_sizes(model: SizedModel, optim: OptimConfig) -> dict[str, Size]:
@@ -147,11 +158,16 @@ def parameter_sizes(model: SizedModel, optim: OptimConfig) -> dict[str, Size]:
     Names begin with `audio.`, or with `llm.` followed by the Hugging Face name.
 
     Raises:
-        UserError: If a pattern in `optim.parts` matches no parameter.
+        UserError: If a pattern in `optim.parts` matches no parameter, or one in `lora` no layer.
     """
-    named = model.tower().named_parameters()
+    tower, adapters = model.tower(), model.adapters
+    adapters.check([*llm_layers(model.llm), *(name for name, _ in adaptable_layers(tower, "audio."))])
+    named = tower.named_parameters()
     sizes = {f"audio.{n}": _size(optim, f"audio.{n}", tuple(p.shape), p.requires_grad) for n, p in named}
-    sizes |= {f"llm.{name}": _size(optim, f"llm.{name}", shape) for name, shape in hf_shapes(model.llm).items()}
+    for hf_name, shape in llm_shapes(model.llm, adapters).items():
+        name = f"llm.{hf_name}"
+        learns = is_factor(name) or not adapters.freezes(name.rpartition(".")[0])
+        sizes[name] = _size(optim, name, shape, learns)
     check_patterns(optim, sizes)
     return sizes
 

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from model.llm.lora import add_llm_adapters
 from model.llm.megatron import build_megatron
 from model.llm.weights import global_parameters
+from model.lora import NO_ADAPTERS, Adapters
 from trainer.engine.llm import data_parallel, freeze
 from trainer.engine.optim import OptimConfig, setting_of
 from trainer.parallel.topology import Topology
@@ -71,7 +73,13 @@ class Offload:
 
 
 def build_stage(
-    hf_config: PretrainedConfig, topology: Topology, stage: int, optim: OptimConfig, dtype: torch.dtype, recompute: bool
+    hf_config: PretrainedConfig,
+    topology: Topology,
+    stage: int,
+    optim: OptimConfig,
+    dtype: torch.dtype,
+    recompute: bool,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> tuple[Any, nn.Module]:
     """Build a pipeline stage of the LLM. Must run within `fake_rank` of one of the stage's ranks.
 
@@ -82,6 +90,7 @@ def build_stage(
         optim: the optimizer settings, which say what is frozen.
         dtype: the dtype of weights and activations.
         recompute: the value of `train.recompute_llm`.
+        adapters: the low-rank adapters.
 
     Returns:
         The GPTModel, and the model wrapped for data parallelism. If the whole LLM is frozen, both are the GPTModel.
@@ -95,6 +104,7 @@ def build_stage(
         dtype=dtype,
         recompute=recompute,
     )
+    add_llm_adapters(gpt, hf_config, adapters, tp_rank=0, tp_size=topology.tp)
     settings = freeze(gpt, hf_config, optim)
     return gpt, gpt if all(s.frozen for s in settings.values()) else data_parallel(gpt)
 

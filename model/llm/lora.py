@@ -1,0 +1,162 @@
+"""Low-rank adapters in Megatron's column- and row-parallel linear layers (see `model.lora`).
+
+Every Hugging Face projection has an adapter of its own, even where Megatron fuses several into one layer: `linear_qkv`
+has the factors `lora_A.q_proj`, `lora_B.q_proj`, `lora_A.k_proj` and so on.
+
+With tensor parallelism, a column-parallel layer splits B along the outputs and a row-parallel layer splits A along the
+inputs. The other factor is the same on all tensor ranks and is applied to this rank's rows of the sequence. It is
+marked `sequence_parallel`, so Megatron adds up its gradient over the tensor ranks. What travels between ranks has
+`rank` columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PretrainedConfig
+
+from model.config import LoraConfig
+from model.llm.names import Piece, hf_shapes, local_pieces
+from model.lora import LLM, Adapters
+
+_COLUMN_PARALLEL = ("self_attention.linear_qkv", "mlp.linear_fc1")
+_ROW_PARALLEL = ("self_attention.linear_proj", "mlp.linear_fc2")
+
+
+def add_llm_adapters(gpt: Any, hf_config: PretrainedConfig, adapters: Adapters, *, tp_rank: int, tp_size: int) -> None:
+    """Add the adapters to a stage of the LLM, and freeze the weights under them.
+
+    Args:
+        gpt: the stage, on its device, with its weights loaded.
+        hf_config: the configuration of the LLM.
+        adapters: the adapters.
+        tp_rank: this rank's index among the tensor ranks.
+        tp_size: the number of tensor ranks.
+    """
+    shapes = hf_shapes(hf_config)
+    for layer in gpt.decoder.layers:
+        for path in (*_COLUMN_PARALLEL, *_ROW_PARALLEL):
+            weight = f"decoder.layers.{layer.layer_number - 1}.{path}.weight"
+            module, pieces = layer.get_submodule(path), local_pieces(weight, hf_config, tp_rank, tp_size)
+            names = dict.fromkeys(_projection(piece) for piece in pieces)
+            if any(adapters.freezes(LLM + name) for name in names):
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(False)
+            parts = {name: part for name in names if (part := adapters.of_layer(LLM + name)) is not None}
+            if parts:
+                add = _add_columns if path in _COLUMN_PARALLEL else _add_rows
+                module.lora_A, module.lora_B = nn.ParameterDict(), nn.ParameterDict()
+                add(module, pieces, parts, shapes, adapters)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The adapter of one projection in a column-parallel layer."""
+
+    key: str
+    """The name of the projection, such as q_proj."""
+    config: LoraConfig
+    rows: Tensor
+    """[outputs of the projection on this rank] int64, their positions in the layer's output."""
+
+
+def _add_columns(
+    module: Any,
+    pieces: Sequence[Piece],
+    parts: Mapping[str, LoraConfig],
+    shapes: Mapping[str, tuple[int, ...]],
+    adapters: Adapters,
+) -> None:
+    """Add the adapters `parts`, by projection, to a column-parallel layer whose weight consists of `pieces`."""
+    found = []
+    for name, config in parts.items():
+        key, (outputs, inputs) = name.rpartition(".")[2], shapes[f"{name}.weight"]
+        a = adapters.initial(f"{LLM}{name}.lora_A", (config.rank, inputs))
+        b = adapters.initial(f"{LLM}{name}.lora_B", (outputs, config.rank))
+        own = [piece.index[0] for piece in pieces if _projection(piece) == name]
+        module.lora_A[key] = _copied(a, module)
+        module.lora_B[key] = _split(torch.cat([b[rows] for rows in own]), module, dim=0)
+        found.append(_Part(key, config, _positions(pieces, name).to(module.weight.device)))
+    module.register_forward_hook(partial(_add_to_columns, parts=found))
+
+
+def _add_rows(
+    module: Any,
+    pieces: Sequence[Piece],
+    parts: Mapping[str, LoraConfig],
+    shapes: Mapping[str, tuple[int, ...]],
+    adapters: Adapters,
+) -> None:
+    """Add the adapter of a row-parallel layer, which is one projection."""
+    ((name, config),) = parts.items()
+    key, (outputs, inputs) = name.rpartition(".")[2], shapes[f"{name}.weight"]
+    a = adapters.initial(f"{LLM}{name}.lora_A", (config.rank, inputs))
+    module.lora_A[key] = _split(a[:, pieces[0].index[1]], module, dim=1)
+    module.lora_B[key] = _copied(adapters.initial(f"{LLM}{name}.lora_B", (outputs, config.rank)), module)
+    module.register_forward_hook(partial(_add_to_rows, key=key, scale=config.scale))
+
+
+def _add_to_columns(module: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any], *, parts: list[_Part]) -> Any:
+    values, bias = output
+    low = linear(args[0], torch.cat([module.lora_A[part.key] for part in parts]))
+    if module.sequence_parallel:
+        low = gather_from_sequence_parallel_region(low, group=module.tp_group)
+    for part, own in zip(parts, low.split([part.config.rank for part in parts], dim=-1), strict=True):
+        values = values.index_add(-1, part.rows, part.config.scale * linear(own, module.lora_B[part.key]))
+    return values, bias
+
+
+def _add_to_rows(module: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any], *, key: str, scale: float) -> Any:
+    values, bias = output
+    low = linear(args[0], module.lora_A[key])  # with several tensor ranks, a part of a sum
+    if module.sequence_parallel:
+        low = reduce_scatter_to_sequence_parallel_region(low, group=module.tp_group)
+    return values + scale * linear(low, module.lora_B[key]), bias
+
+
+def _copied(values: Tensor, module: Any) -> nn.Parameter:
+    """Return a factor that is the same on all tensor ranks."""
+    assert module.sequence_parallel or module.tp_group.size() == 1, "tensor parallelism implies sequence parallelism"
+    parameter = _parameter(values, module)
+    parameter.sequence_parallel = module.sequence_parallel  # type: ignore[attr-defined]
+    return parameter
+
+
+def _split(values: Tensor, module: Any, dim: int) -> nn.Parameter:
+    """Return this rank's part of a factor that tensor parallelism splits along `dim`."""
+    parameter = _parameter(values, module)
+    # Unmarked, it would count on the first tensor rank only in the gradient norm.
+    set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+    return parameter
+
+
+def _parameter(values: Tensor, module: Any) -> nn.Parameter:
+    return nn.Parameter(values.to(device=module.weight.device, dtype=module.weight.dtype, copy=True))
+
+
+def _projection(piece: Piece) -> str:
+    """Return the name of the Hugging Face layer that a piece of a weight belongs to."""
+    assert piece.hf_name is not None, "only the vocabulary is padded"
+    return piece.hf_name.removesuffix(".weight")
+
+
+def _positions(pieces: Sequence[Piece], name: str) -> Tensor:
+    """Return the positions of a projection's rows in the layer whose weight consists of `pieces`."""
+    found, first = [], 0
+    for piece in pieces:
+        count = piece.index[0].stop - piece.index[0].start
+        if _projection(piece) == name:
+            found.append(torch.arange(first, first + count))
+        first += count
+    return torch.cat(found)

@@ -1,0 +1,196 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a linear layer computes W·x + s·B·A·x, in which only A and B learn.
+
+The adapters are added to a finished model from outside. Each is two parameters of the layer, `lora_A` [rank, inputs]
+and `lora_B` [outputs, rank], and a forward hook that adds their product to the layer's output. The hook does not read
+W, so W may have any storage. `model.llm.lora` does the same for Megatron's parallel layers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PretrainedConfig
+
+from model.config import LoraConfig
+from model.errors import UserError
+from model.llm.names import hf_shapes
+
+FACTORS = ("lora_A", "lora_B")
+LLM = "llm."
+_LLM_LAYER = re.compile(r"llm\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
+_ENCODER = re.compile(r"audio\.(primary|experts\.[^.]+\.encoder)\..+")
+_FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+"""The LLM's projections that are one matrix in training, and are therefore frozen together."""
+
+Initial = Callable[[str, tuple[int, int]], Tensor]
+"""(full name of a factor, its shape) → its initial values in fp32."""
+
+
+def unknown_factor(name: str, shape: tuple[int, int]) -> Tensor:
+    """Return a factor without values, on the meta device: for models of which only the shapes are needed."""
+    return torch.empty(shape, device="meta")
+
+
+def initial_factor(name: str, shape: tuple[int, int], seed: int) -> Tensor:
+    """Return the initial values of a factor: zeros for B; for A, uniform values as peft draws them.
+
+    The values depend on the seed and the name alone, so every topology gets the same ones.
+    """
+    if name.endswith("lora_B"):
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    values = torch.rand(shape, generator=generator, device="cpu")
+    return (2 * values - 1) / math.sqrt(shape[1])
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters that a recipe asks for, and their initial values."""
+
+    parts: tuple[LoraConfig, ...] = ()
+    initial: Initial = partial(initial_factor, seed=0)
+
+    @classmethod
+    def of(cls, parts: Sequence[LoraConfig], seed: int) -> Adapters:
+        """Return the adapters of the recipe section `lora`, with initial values from `seed`."""
+        return cls(tuple(parts), partial(initial_factor, seed=seed))
+
+    def of_layer(self, name: str) -> LoraConfig | None:
+        """Return the settings of a layer's adapter.
+
+        Args:
+            name: the name of the layer, `audio.…` or `llm.…`.
+
+        Returns:
+            The last entry that matches; None if the layer has no adapter.
+        """
+        if not can_adapt(name):
+            return None
+        return next((p for p in reversed(self.parts) if fnmatch.fnmatchcase(name, p.pattern)), None)
+
+    def freezes(self, name: str) -> bool:
+        """Return True if the weight and the bias of the layer `name` are frozen because of an adapter."""
+        parts = (self.of_layer(other) for other in _fused_with(name))
+        return any(part is not None and not part.train_base for part in parts)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Check that every pattern matches a layer.
+
+        Args:
+            names: the names of all layers of the model that can be adapted, see `can_adapt`.
+
+        Raises:
+            UserError: If a pattern matches nothing. The message contains it and the nearest names.
+        """
+        names = sorted(set(names))
+        for part in self.parts:
+            if not fnmatch.filter(names, part.pattern):
+                raise UserError(
+                    f"lora: pattern = {part.pattern}: matches no linear layer; the nearest names are "
+                    f"{', '.join(_nearest(part.pattern, names)) or 'none'}; correct the pattern"
+                )
+
+    def factor_shapes(self, weights: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, int]]:
+        """Return the shapes of the factors by name.
+
+        Args:
+            weights: the names and shapes of weights; names end with `.weight`.
+        """
+        shapes = {}
+        for name, shape in weights:
+            layer = name.removesuffix(".weight")
+            part = self.of_layer(layer) if layer != name and len(shape) == 2 else None
+            if part is not None:
+                shapes[f"{layer}.lora_A"] = (part.rank, shape[1])
+                shapes[f"{layer}.lora_B"] = (shape[0], part.rank)
+        return shapes
+
+
+NO_ADAPTERS = Adapters()
+
+
+def can_adapt(name: str) -> bool:
+    """Return True if a linear layer of this name can have an adapter: the LLM's projections, and encoders."""
+    return bool(_LLM_LAYER.fullmatch(name) or _ENCODER.fullmatch(name))
+
+
+def llm_shapes(hf_config: PretrainedConfig, adapters: Adapters) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors of the LLM and of its adapters, by name without `llm.`."""
+    shapes = hf_shapes(hf_config)
+    factors = adapters.factor_shapes((LLM + name, shape) for name, shape in shapes.items())
+    return {**shapes, **{name.removeprefix(LLM): shape for name, shape in factors.items()}}
+
+
+def llm_layers(hf_config: PretrainedConfig) -> list[str]:
+    """Return the names of the LLM's layers that can have an adapter, with `llm.`."""
+    names = (LLM + name.removesuffix(".weight") for name, shape in hf_shapes(hf_config).items() if len(shape) == 2)
+    return [name for name in names if can_adapt(name)]
+
+
+def adaptable_layers(module: nn.Module, prefix: str) -> list[tuple[str, nn.Linear]]:
+    """Return the linear layers within `module` that can have an adapter, with their full names.
+
+    Args:
+        module: plain PyTorch, such as the audio tower or the single-process model.
+        prefix: the full name of `module` and a dot; empty for the single-process model.
+    """
+    named = ((prefix + path, layer) for path, layer in module.named_modules())
+    return [(name, layer) for name, layer in named if isinstance(layer, nn.Linear) and can_adapt(name)]
+
+
+def add_adapters(module: nn.Module, prefix: str, adapters: Adapters) -> None:
+    """Add the adapters to plain linear layers within `module`, and freeze the weights under them.
+
+    Args:
+        module: see `adaptable_layers`; its weights must be loaded already.
+        prefix: see `adaptable_layers`.
+        adapters: the adapters.
+    """
+    for name, layer in adaptable_layers(module, prefix):
+        if adapters.freezes(name):
+            for parameter in layer.parameters(recurse=False):
+                parameter.requires_grad_(False)
+        part = adapters.of_layer(name)
+        if part is not None:
+            shapes = ((part.rank, layer.in_features), (layer.out_features, part.rank))
+            for factor, shape in zip(FACTORS, shapes, strict=True):
+                values = adapters.initial(f"{name}.{factor}", shape).to(layer.weight, copy=True)
+                layer.register_parameter(factor, nn.Parameter(values))
+            layer.register_forward_hook(partial(_add_product, scale=part.scale))
+
+
+def _add_product(layer: nn.Module, args: tuple[Any, ...], output: Tensor, *, scale: float) -> Tensor:
+    return output + scale * linear(linear(args[0], layer.lora_A), layer.lora_B)  # type: ignore[arg-type]
+
+
+def _fused_with(name: str) -> list[str]:
+    """Return the layers whose weights are one matrix with that of `name` in training, itself included."""
+    for group in _FUSED if name.startswith(LLM) else ():
+        for own in group:
+            if name.endswith(own):
+                return [name.removesuffix(own) + other for other in group]
+    return [name]
+
+
+def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
+    """Return up to three names like the pattern, at most one for layers that differ only in their numbers."""
+    last = pattern.rpartition(".")[2]
+
+    def likeness(kind: str) -> tuple[float, float]:
+        ends = difflib.SequenceMatcher(None, last, kind.rpartition(".")[2]).ratio()
+        return ends, difflib.SequenceMatcher(None, pattern, kind).ratio()
+
+    kinds = {re.sub(r"\.\d+\.", ".*.", name) for name in names}
+    return sorted(kinds, key=lambda kind: (likeness(kind), kind), reverse=True)[:3]

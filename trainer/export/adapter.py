@@ -1,0 +1,62 @@
+"""The LLM's adapters as a folder that peft loads on the stock model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from model.config import is_factor
+from model.errors import UserError
+from model.lora import Adapters
+from trainer.export.source import LLM, Source
+
+WEIGHTS = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def adapter_names(source: Source) -> dict[str, str]:
+    """Return the saved name of every factor of the LLM's adapters, by the name that peft gives it.
+
+    Raises:
+        UserError: If the LLM has no adapter, or if other weights of it were trained, which an adapter does not contain.
+    """
+    saved = {name: entry for name, entry in source.reader.manifest.tensors.items() if name.startswith(LLM)}
+    factors = {f"{_PREFIX}{name.removeprefix(LLM)}.weight": name for name in saved if is_factor(name)}
+    where = f"{source.folder.url}: --adapter"
+    if not factors:
+        raise UserError(f"{where}: the LLM has no adapters; export without --adapter")
+    learned = sorted(name for name, entry in saved.items() if entry.step is not None and not is_factor(name))
+    if learned:
+        raise UserError(
+            f"{where}: {len(learned)} other tensors of the LLM were trained, such as {learned[0]}, and an adapter does "
+            "not contain them; export with --merge, or train with optim.parts that freeze llm.*"
+        )
+    return factors
+
+
+def write_adapter_config(source: Source, folder: Path) -> None:
+    """Write the settings from which peft builds the adapters of `adapter_names`."""
+    adapters = Adapters(source.recipe.lora)
+    layers = [name.removesuffix(".lora_A") for name in adapter_names(source).values() if name.endswith(".lora_A")]
+    parts = {name.removeprefix(LLM): adapters.of_layer(name) for name in layers}
+    ranks = {name: part.rank for name, part in parts.items() if part is not None}
+    alphas = {name: part.alpha for name, part in parts.items() if part is not None}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": source.recipe.model.llm.weights,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "target_modules": sorted(parts),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
