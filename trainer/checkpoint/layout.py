@@ -75,7 +75,7 @@ def rects_of_range(box: Rect, start: int, stop: int) -> Iterator[tuple[int, Rect
         stop: The number of the last element in the range, plus 1.
 
     Yields:
-        Pairs of an offset and a rectangle. The offset is the number of elements of the range that precede the rectangle.
+        Pairs of an offset and a rectangle. The offset is the number of elements of the range before the rectangle.
     """
     assert 0 <= start <= stop <= box.numel, (box, start, stop)
     at = start
@@ -209,7 +209,7 @@ def file_of_kind(piece_file: str, kind: str) -> str:
 
 
 def rank_of(file: str) -> int:
-    """Return the rank that wrote a file. Files without a rank in their name are written by rank 0."""
+    """Return the rank in the name of a file, or 0 if the name contains no rank."""
     digits = re.search(r"-(\d+)\.", file)
     return int(digits[1]) if digits else 0
 

@@ -99,7 +99,7 @@ class DatasetOrder:
     def span(self, lane: int, position: int) -> LaneSpan:
         """Return the samples of `lane` that start at `position` and belong to the same chunk.
 
-        The span ends where the chunk ends or where the block that the lane reads in this epoch ends, whichever is first.
+        The span ends with the chunk, or with the block that the lane reads in this epoch, whichever ends first.
 
         Args:
             lane: number of the lane.
@@ -133,7 +133,7 @@ class DatasetOrder:
         return block * self.num_samples // self.num_lanes
 
     def _shards_of_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the shards in the order in which `epoch` reads them, and the cumulative number of samples after each."""
+        """Return the shards in the order in which an epoch reads them, and the cumulative number of samples."""
         n = len(self.num_per_shard)
         order = permutation(n, self.seed, self.name, epoch) if self.shuffle else np.arange(n)
         return order, np.cumsum(self.num_per_shard[order])

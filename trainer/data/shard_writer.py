@@ -23,7 +23,7 @@ GroupKey = tuple[str, str, str, str, str]
 
 
 class ShardWriter:
-    """Builder of one shard, which is kept in memory until `finish` writes it."""
+    """Builds one shard, which is kept in memory until `finish` writes it."""
 
     def __init__(self, store: Store, number: int) -> None:
         self.store = store
@@ -85,7 +85,7 @@ class ShardWriter:
 
 
 class Groups:
-    """The numbers of samples and seconds of a shard, per group."""
+    """The number of samples and the seconds of audio in each group of a shard."""
 
     def __init__(self) -> None:
         self._totals: dict[GroupKey, tuple[int, float]] = {}
@@ -105,7 +105,7 @@ class Groups:
             metadata: fields of the manifest.
             seconds: total length of the clips.
             xxh3: XXH3-64 of the sample's bytes, in hexadecimal.
-            members: see `Entry.members`.
+            members: the extension, the first byte and the number of bytes of every member.
         """
         group = tuple(str(metadata.get(n, "")) for n in ("task", "subset", "split", "language", "source"))
         task, subset, split, language, source = group
@@ -114,7 +114,7 @@ class Groups:
         return Entry(key, task, subset, split, round(seconds, 4), xxh3, members)
 
     def lines(self) -> tuple[Group, ...]:
-        """Return the groups for the index, sorted."""
+        """Return the sorted list of groups for the index."""
         return tuple(Group(*g, count, round(total, 4)) for g, (count, total) in sorted(self._totals.items()))
 
 

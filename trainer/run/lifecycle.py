@@ -1,4 +1,4 @@
-"""Exchanges between ranks around each step, so that a signal or failure on one rank stops all ranks at the same step."""
+"""Exchanges between ranks at each step, so that a signal or a failure on one rank stops all ranks at the same step."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ AnswerJobs = Callable[[Sequence[Sequence[int]]], Iterator[list[Outcome]]]
 The batches are yielded in the order in which they become ready. Exhaust the iterator before calling the function again.
 """
 _AHEAD = 2
-"""The number of batches assigned to each worker: the one that it is answering, and the one whose audio it is reading."""
+"""The number of batches assigned to each worker: the one that it is answering and the one whose audio it is reading."""
 _JOIN_SEC = 10.0
 """The time to wait for a worker to exit after its connection was lost, in seconds. Its exit code is known only then."""
 
