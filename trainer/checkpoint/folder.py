@@ -24,7 +24,7 @@ class Folder(Protocol):
         ...
 
     def read_into(self, name: str, offset: int, target: memoryview) -> None:
-        """Fill `target` with the bytes of a file from `offset` on.
+        """Fill `target` with the bytes of a file, starting at `offset`.
 
         Raises:
             EOFError: If the file ends before `target` is full.

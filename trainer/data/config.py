@@ -225,8 +225,8 @@ class DataConfig:
     retry_sec: float = 120.0
     """How long a bucket may be unreachable, in seconds, before the run saves its state and stops."""
     cache_decoded_mib: int = 256
-    """The memory per rank for a cache of decoded clips, in MiB; 0 disables the cache. With the cache, a small dataset is
-    not decoded again in every epoch."""
+    """The memory per rank for a cache of decoded clips, in MiB; 0 disables the cache. With it, a small dataset need not
+    be decoded again in every epoch."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Waveform augmentation."""
     join: JoinConfig = field(default_factory=JoinConfig)

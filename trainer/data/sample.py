@@ -1,6 +1,6 @@
 """Encoding of one sample from its decoded clips and metadata.
 
-The prompt contains one placeholder per audio token, and only the answer has labels. All results are NumPy arrays, because
+The prompt contains one placeholder per audio token, and only the answer has labels. The results are NumPy arrays, since
 decoding processes do not load torch; `trainer.data.loader` converts them to tensors.
 """
 

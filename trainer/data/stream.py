@@ -155,7 +155,7 @@ class _Lane:
         )
 
     def _check_progress(self, cursor: Cursor, skips_in_a_row: int, last: Skip) -> None:
-        # The limit lets a lane pass a quarantined shard. Beyond twice the size of the dataset, skipping cannot help.
+        # The limit lets a lane pass a quarantined shard, but is at most twice the size of the dataset.
         max_skips = max(_MAX_SKIPS_IN_A_ROW, 2 * max(cursor.reader.num_per_shard))
         if skips_in_a_row >= min(2 * cursor.order.num_samples, max_skips):
             raise UserError(
@@ -167,7 +167,7 @@ class _Lane:
 class SampleStream:
     """An iterable over this rank's part of every global batch, as (samples, state) pairs.
 
-    Iteration starts at the next batch of `state` and ends after batch `num_batches` - 1. The stream can be iterated only
+    Iteration starts at the next batch of `state` and ends after batch `num_batches` - 1. A stream can be iterated only
     once. If the iteration raises UserError, `state` remains the state after the last batch that was yielded.
 
     Args:

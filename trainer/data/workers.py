@@ -61,8 +61,8 @@ class Workers:
     def lane_batches(self, batch: int) -> list[Any]:
         """Return the next list of every process, interleaved in the order of the lanes.
 
-        `SampleStream` assigns lanes to processes in turn. The result therefore contains the first element of every list,
-        then the second element of every list, and so on.
+        `SampleStream` assigns lanes to processes in turn. The result therefore contains the first element of each list,
+        then the second element of each list, and so on.
 
         Args:
             batch: number of the batch; it is not used, since the processes send batches in order.

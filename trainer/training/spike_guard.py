@@ -1,4 +1,4 @@
-"""The decision which updates are skipped because the loss is not finite or is a spike."""
+"""The decision to skip an update because the loss is not finite or is a spike."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class SpikeGuard:
         self.num_skipped_updates = 0
         """The number of updates skipped since the run began."""
         self.in_a_row = 0
-        """The number of updates skipped since the last one that was applied."""
+        """The number of updates skipped since the last update that was applied."""
         self._recent: list[tuple[int, float]] = []
 
     def judge(self, loss: float) -> str | None:
-        """Return why an update with this loss must be skipped; None if it need not be."""
+        """Return the reason why an update with this loss must be skipped, or None if it may be applied."""
         if not math.isfinite(loss):
             return f"loss is {loss}"
         if self.config.factor and len(self._recent) >= self.config.window_steps:
@@ -46,7 +46,7 @@ class SpikeGuard:
             self._recent = [*self._recent, (step, loss)][-self.config.window_steps :]
 
     def forget_after(self, step: int) -> None:
-        """Forget the losses of all steps after `step`, whose weights have been restored."""
+        """Forget the losses of all steps after `step`, because the weights of `step` have been restored."""
         self._recent = [(s, loss) for s, loss in self._recent if s <= step]
 
     @property

@@ -59,7 +59,7 @@ from trainer.training.spike_guard import SpikeGuard
 
 @dataclass(frozen=True)
 class Embedded:
-    """A global batch at the LLM's entrance, as one rank holds it."""
+    """The part of a global batch that one rank holds after the exchange, as input to the LLM."""
 
     whole: GlobalBatch
     packing: PackPlan
@@ -67,7 +67,7 @@ class Embedded:
     audio: AudioOutput
     """The output of the audio side for this rank's clips."""
     packs: Packs
-    """The packs of this rank's replica. `packs.audio` carries the graph back to the source ranks."""
+    """The packs of this rank's replica. The autograd graph of `packs.audio` leads back to the source ranks."""
 
 
 class Step:
@@ -81,7 +81,7 @@ class Step:
         groups: The place of this rank.
         num_steps: The number of steps of the run, which is the length of the schedule.
         tokens_per_microbatch: The number of rows that a pack may hold.
-        pack_multiple_tokens: The number of which the rows of a pack are a multiple; None for the tensor-parallel size.
+        pack_multiple_tokens: The number of rows in a pack is a multiple of this; None for the tensor-parallel size.
         seed: The seed of the router's noise.
         debug_plan: If true, the plans of all ranks are compared before the exchanges of each step.
         spike: The rule by which updates are skipped; None for the defaults.
@@ -121,7 +121,7 @@ class Step:
             step: The number of steps done before.
             batch: This rank's part of the global batch.
         """
-        self.audio.take_costs()  # drops those of an evaluation
+        self.audio.take_costs()  # This discards the costs of an evaluation.
         report = self.forward_backward(step, batch)
         with self.timer("update"):
             norm, scale, skip_reason = self.update(step, self.guard.judge(report.loss))
@@ -145,7 +145,7 @@ class Step:
         return None if parts is None else self.meter.merge(step, parts)
 
     def forward_backward(self, step: int, batch: Batch) -> StepReport:
-        """Leave the gradients of the global batch's loss in both engines: lines 2 to 8.
+        """Compute the gradients of the global batch's loss in both engines (lines 2 to 8 of the module's docstring).
 
         Collective: every rank of the world must call it.
 
@@ -180,15 +180,15 @@ class Step:
             return report
 
     def embed(self, batch: Batch, noise: Tensor | None = None, *, training: bool = False) -> Embedded:
-        """Encode the clips of a global batch, and send tokens and embeddings to the LLM: lines 2 to 6.
+        """Encode the clips of a global batch, and send tokens and embeddings to the LLM (lines 2 to 6).
 
         Collective: every rank of the world must call it.
 
         Args:
             batch: This rank's part of the global batch.
             noise: Standard normal noise for the router; None outside training.
-            training: If true, losses are prepared, packs are as large as in training, and phases are timed. If false,
-                each replica gets one pack.
+            training: If true, losses are prepared, packs have the size that training uses, and phases are timed. If
+                false, each replica gets one pack.
         """
         phase: Callable[[str], AbstractContextManager[None]] = self.timer if training else lambda name: nullcontext()
         losses = self.losses if training else ()
@@ -208,7 +208,7 @@ class Step:
         return Embedded(whole, packing, references, audio, packs)
 
     def _packed(self, loss: TokenLoss, embedded: Embedded) -> PackedLoss:
-        """Return a loss of the packs. Its references, if it has any, pass through the LLM here.
+        """Return a loss prepared for the packs. If the loss has references, this method runs the LLM on them.
 
         Collective: every rank of the world must call it.
         """
@@ -240,10 +240,10 @@ class Step:
         return tensor
 
     def router_noise(self, step: int, batch: Batch) -> Tensor | None:
-        """Return the router's noise, [clips, gates, experts] standard normal; None if the recipe asks for none.
+        """Return standard normal noise [clips, gates, experts] for the router, or None if the recipe disables noise.
 
-        It depends on the seed, the step, the sample and the name of the expert. It does not depend on the rank or on
-        the other experts.
+        The noise depends on the seed, the step, the sample and the name of the expert. It does not depend on the rank
+        or on the other experts.
         """
         router = self.model.router
         if router.noise_std == 0 or not batch.clip_owner or not self.model.experts:
@@ -260,18 +260,18 @@ class Step:
         return torch.stack(rows)
 
     def update(self, step: int, mistrust: str | None = None) -> tuple[float, float, str | None]:
-        """Clip the gradients and update all weights: line 9.
+        """Clip the gradients and update all weights (line 9).
 
         Collective: every rank of the world must call it.
 
         Args:
             step: The number of steps done before.
-            mistrust: A reason to skip the update; None if this rank has none. The reason of one rank is enough, and a
-                norm that is not finite is a reason, too.
+            mistrust: The reason why this rank wants to skip the update; None if it has none. The update is skipped if
+                any rank has a reason or if the gradient norm is not finite.
 
         Returns:
-            The global gradient norm before clipping, the factor on the peak learning rates, and the reason for which
-            the update was skipped (None if it was applied).
+            The global gradient norm before clipping, the factor by which the peak learning rates are multiplied, and
+            the reason why the update was skipped (None if it was applied).
         """
         mistrusted = to_device(np.float64(mistrust is not None), self.groups.device)
         sums = torch.stack([self.audio.grad_norm_sq(), self.llm.grad_norm_sq(), mistrusted])
@@ -298,13 +298,14 @@ class Step:
         Args:
             step: The number of steps done before.
             whole: The global batch.
-            terms: This rank's shares of all terms of the loss.
-            sample_losses: This rank's share of the sum of the token losses of each sample, for the losses by task.
+            terms: This rank's contributions to all terms of the loss.
+            sample_losses: This rank's contribution to the sum of the token losses of each sample, from which the losses
+                by task are computed.
         """
         sums = torch.stack([term.sum.detach().float() for term in terms])
         everything = torch.cat([sums, sample_losses.float()])
         dist.all_reduce(everything, group=self.groups.world)
-        totals, by_sample = everything.cpu().split([len(terms), len(whole)])  # read at once
+        totals, by_sample = everything.cpu().split([len(terms), len(whole)])  # One copy from the device reads both.
         means = {t.name: total / max(1, whole.counts[t.name]) for t, total in zip(terms, totals.tolist(), strict=True)}
         return StepReport(
             step=step + 1,
@@ -318,7 +319,7 @@ class Step:
 
 
 def send_tokens(batch: Batch, whole: GlobalBatch, packing: PackPlan, groups: Groups) -> Tensor:
-    """Send the tokens of a global batch to the first and last pipeline stage of their replicas.
+    """Send the tokens of a global batch to the first and the last pipeline stage of the replicas that process them.
 
     Collective: every rank of the world must call it.
 
