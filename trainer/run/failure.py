@@ -47,8 +47,8 @@ class Position:
 def emit_failure(error: Exception, position: Position, events: EventLog) -> ExitCode:
     """Emit an event for the error, print the error, and return the exit code of the process.
 
-    A lost connection to another rank is a consequence of that rank's own failure. In this case, only the first rank that
-    notices it emits an event.
+    A lost connection to another rank is a consequence of that rank's own failure. In this case, only the first rank to
+    notice it emits an event.
 
     Args:
         error: The exception that ends this rank.

@@ -27,7 +27,7 @@ from trainer.telemetry.events import Event, EventLog, read_events
 
 _PROJECT = Path(__file__).parents[2]
 _BOUNDARIES = ("submitted", "started", "requeued", "refused")
-"""The events that mark the start of an attempt. Later events belong to the attempt that has just ended."""
+"""The events that separate attempts. All events after the last of them belong to the attempt that has just ended."""
 
 
 @dataclass(frozen=True)

@@ -21,22 +21,22 @@ from model.errors import UserError
 
 
 class MissingError(UserError):
-    """An object or a bucket does not exist."""
+    """Raised when an object or a bucket does not exist."""
 
 
 class ChangedError(UserError):
-    """An object differs from what was expected, for example in its size."""
+    """Raised when an object differs from what was expected, for example in its size."""
 
 
 class UnreachableError(UserError):
-    """The store did not answer before the time for retries was over."""
+    """Raised when the store did not answer before the time for retries was over."""
 
 
 class Store(Protocol):
-    """Interface of a store.
+    """The interface of a store.
 
-    Every method that accesses the store may raise UserError. Its message names the URL, what failed, and, for a bucket,
-    where the credentials came from.
+    Every method that accesses the store may raise UserError. The message contains the URL, what failed, and, for a
+    bucket, the origin of the credentials.
     """
 
     @property
@@ -87,7 +87,7 @@ class Store(Protocol):
         ...
 
     def put_if_absent(self, name: str, content: bytes) -> bool:
-        """Write a small object unless one with this name exists. If several processes try, one succeeds.
+        """Write a small object unless one with this name exists. If several processes try at once, only one succeeds.
 
         Returns:
             Whether the object now has this `content`.
@@ -98,10 +98,10 @@ class Store(Protocol):
         """List objects by name.
 
         Args:
-            prefix: beginning of the names to list; empty for all objects, else it must end with '/'.
+            prefix: beginning of the names to list. It is empty for all objects, and must end with '/' otherwise.
 
         Returns:
-            Name to size in bytes, sorted by name.
+            The size in bytes of each object by name, sorted by name.
         """
         ...
 

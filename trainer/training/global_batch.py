@@ -39,7 +39,7 @@ class GlobalBatch:
     counts: Mapping[str, int]
     """The divisor of each loss, by its name."""
     reference_tokens: Mapping[str, Ints]
-    """The number of LLM positions [n] of each sample's reference, by the name of the loss; 0 for samples without one."""
+    """[n] the number of LLM positions of the sample's reference, by the name of the loss; 0 if it has no reference."""
     first_sample: int
     """The index of this rank's first sample."""
 

@@ -66,7 +66,7 @@ class ProgressHook(Hook):
 
 
 class TrackerHook(Hook):
-    """A hook that logs one record per `every_steps` steps, one for the steps left at the end, and one per evaluation."""
+    """A hook that logs one record per `every_steps` steps, one for any steps left over, and one per evaluation."""
 
     def __init__(self, tracker: Tracker, every_steps: int = 1) -> None:
         self._tracker, self._every_steps = tracker, every_steps

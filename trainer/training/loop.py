@@ -135,7 +135,7 @@ class Loop:
     # The parts of a step, in the order in which `run` calls them
 
     def _fetch(self, number: int, batches: Iterator[tuple[Batch, State]], state: State) -> tuple[Batch, State]:
-        """Return this rank's part of the batch of step `number`, and the state of the sample stream after that batch."""
+        """Return this rank's part of the batch of step `number`, and the state of the sample stream after it."""
         self.position.at(number)
         self.watchdog.heartbeat(f"step {number}")
         self.trace.begin(number)
@@ -159,11 +159,11 @@ class Loop:
         return report
 
     def _report(self, report: StepReport, loader: Loader, stop: StopRequest) -> None:
-        """Exchange what each rank knows after a step, and pass the completed report to the hooks."""
+        """Complete the report of a step with the totals over all ranks, and pass it to the hooks."""
         known = agree(stop, loader.num_skipped, loader.epochs, self.groups)
         self.stopped = known.stopping and report.step < self.recipe.train.steps
         self.work.add(report)
-        # Every checkpoint ends a logging interval, so a run resumed from it has lost no part of one.
+        # Every checkpoint ends a logging interval, so that no part of an interval is lost when a run resumes.
         if self._saves_after(report.step) or is_logged(report.step, self.recipe.telemetry.log_every_steps):
             with self.step.timer("report"):
                 load = self.step.take_load(report.step)
@@ -250,8 +250,7 @@ class Loop:
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
-        """Return a context manager that ends the run in order on exit, unless its block raises another error than `EndError`.
-        """
+        """Return a context manager that ends the run in order, unless its block raises an error other than `EndError`."""
         try:
             yield
         except EndError:

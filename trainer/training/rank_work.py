@@ -86,7 +86,7 @@ class Work:
         return replace(report, ranks=work_metrics(parts, num_steps))
 
     def _emit_judged(self) -> None:
-        """Wait until the last search for stragglers has finished, and emit an event for each straggler that it found."""
+        """Wait until the last search for stragglers has finished, and emit an event for each one that it found."""
         judged, self._judged = self._judged, None
         for straggler in judged.result() if judged is not None else ():
             self._emit("straggler", self._judged_step, _fields(straggler))
