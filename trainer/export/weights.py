@@ -1,8 +1,8 @@
 """The conversion of a checkpoint's tensors to safetensors files in Hugging Face's layout, one tensor at a time.
 
 If the dtype of a tensor does not change, the operating system copies its bytes from file to file. Otherwise, the tensor
-is converted piece by piece in memory. A tensor that was sharded by columns is assembled in memory. A file gets its final
-name when it is complete, so an interrupted export resumes after the last complete file.
+is converted piece by piece in memory. A tensor that was sharded by columns is assembled in memory. A file gets its
+final name when it is complete, so an interrupted export resumes after the last complete file.
 """
 
 from __future__ import annotations

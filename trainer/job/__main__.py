@@ -161,7 +161,7 @@ class Job:
             print_timed(f"job: the event '{event}' could not be written: {error}")
 
     def _note_start(self) -> None:
-        """Append the event `submitted`. If the previous attempt could not report why it ended, append the reason first."""
+        """Append the event `submitted`. If the previous attempt could not report why it ended, first append the reason."""
         job = self.allocation
         if job.restarts:
             fields = [e for e in read_events(self.log.run_dir) if e["event"] in ("submitted", "requeued", "refused")]
@@ -206,7 +206,7 @@ class Job:
         return bool(fields) and (fields[-1].get("job"), fields[-1].get("restarts")) == mine
 
     def _without_nodes(self, error: BadNodesError) -> int:
-        """Raise the error in the first attempt; in a later one, let Slurm requeue the job on other nodes."""
+        """Raise the error in the first attempt. In later attempts, let Slurm requeue the job on other nodes."""
         if not self.allocation.restarts or not error.bad:
             self._emit("refused", why=str(error))
             raise error

@@ -28,7 +28,7 @@ def main() -> int:
         The exit code 0.
 
     Raises:
-        RuntimeError: If the all-reduce did not include every rank.
+        RuntimeError: If a rank cannot be reached.
     """
     env = launch.rank_env(os.environ, num_ranks=0)
     assert env is not None, "not a task of srun"

@@ -57,10 +57,10 @@ class BucketStore:
         client = {
             "allow_http": bool(access.endpoint and access.endpoint.startswith("http://")),
             "connect_timeout": timedelta(seconds=5),
-            "timeout": timedelta(seconds=60),  # for one attempt; a part or a range is small
+            "timeout": timedelta(seconds=60),  # This limits one attempt. Parts and ranges are small.
         }
         retry = {
-            "max_retries": 1000,  # high, so that retry_timeout is the limit
+            "max_retries": 1000,  # The number is high, so that retry_timeout is the limit.
             "retry_timeout": timedelta(seconds=retry_sec),
             "backoff": {"init_backoff": timedelta(seconds=0.25), "max_backoff": timedelta(seconds=5), "base": 3},
         }

@@ -91,7 +91,7 @@ class Load:
         """Return the load for another list of experts.
 
         Args:
-            places: For each expert in the new list, its index in the old list; None if the old list does not contain it.
+            places: For each expert in the new list, its index in the old list; None if it is not in the old list.
         """
         index = [len(self.routed_clips) if place is None else place for place in places]
 
@@ -123,7 +123,7 @@ class Load:
 
     @property
     def entropy_of_mean(self) -> Floats:
-        """The entropy of each gate's mean probabilities, in nats, of shape [G]; low if most clips use the same experts."""
+        """The entropy of each gate's mean probabilities, in nats, of shape [G]; low if clips share few experts."""
         mean = _over(self.probs, self.num_clips)
         return -(mean * np.log(np.where(mean > 0, mean, 1.0))).sum(-1)
 
@@ -243,7 +243,7 @@ class ExpertLoad:
 
 
 def load_metrics(load: ExpertLoad) -> dict[str, float]:
-    """Return the metrics `routing/<task or all>/...` by name. The result is empty if there are no experts or no clips."""
+    """Return the metrics `routing/<task or all>/...` by name; empty if there are no experts or no clips."""
     if not load.experts or not load.cells:
         return {}
     metrics: dict[str, float] = {"routing/num_dead": float((load.total().routed_clips == 0).sum())}

@@ -90,7 +90,7 @@ class EncoderCosts:
 
     @property
     def imbalance(self) -> float:
-        """The ratio of the slowest rank's time to the mean time. The best value is 1, which is also the value if nothing
+        """The ratio of the slowest rank's time to the mean time. The best value is 1, which is also returned if nothing
         was computed."""
         return self.slowest_sec / self.mean_sec if self.mean_sec > 0 else 1.0
 

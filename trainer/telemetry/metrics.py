@@ -54,7 +54,7 @@ class StepReport:
     ranks: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the ranks' work in the logging interval that ends with this step; empty if `load` is None."""
     epochs: Mapping[str, float] = field(default_factory=dict)
-    """The number of epochs that have been read from each dataset since the run began, by the dataset's name. It need not
+    """The number of epochs of each dataset that have been read since the run began, by the dataset's name. It need not
     be whole."""
 
     @property

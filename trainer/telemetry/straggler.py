@@ -197,7 +197,7 @@ def work_metrics(parts: Sequence[RankWork], num_steps: int) -> dict[str, float]:
 
 
 def _grown(values: Array, shape: tuple[int, int]) -> Array:
-    """Pad a table with zeros at the bottom and on the right. A table that already has the shape is returned as it is."""
+    """Pad a table with zeros at the bottom and on the right. A table that already has this shape is returned as is."""
     if values.shape == shape:
         return values
     grown = np.zeros(shape)

@@ -67,7 +67,7 @@ class Evaluator:
     ) -> None:
         self.config, self.prepared, self.step, self.folder, self.heartbeat = config, prepared, step, folder, heartbeat
         self.meteor: Meteor | None = None
-        """The METEOR metric; None if `eval.wordnet` is not set. In this case, the first evaluation of captions logs a
+        """The METEOR metric; None if no WordNet folder was found. In this case, the first evaluation of captions logs a
         warning."""
         self._no_meteor = ""
         try:

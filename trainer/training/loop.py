@@ -250,7 +250,10 @@ class Loop:
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
-        """Return a context manager that ends the run in order, unless its block raises an error other than `EndError`."""
+        """Return a context manager that ends the run in order.
+
+        If the block raises an error other than `EndError`, the context manager does nothing.
+        """
         try:
             yield
         except EndError:

@@ -29,7 +29,7 @@ class Windows:
     """The windows into which long recordings are cut."""
 
     window_sec: float
-    """The length of a window in seconds; longer ASR clips are transcribed in windows of this length."""
+    """The length of a window, in seconds. Longer ASR clips are transcribed in windows of this length."""
     overlap_sec: float
     """The minimum overlap of neighbouring windows, in seconds."""
 

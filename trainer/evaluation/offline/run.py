@@ -107,7 +107,7 @@ def request_fields(request: Request, stored: StoredData) -> dict[str, Any]:
 
 
 def _resume(folder: Path, now: dict[str, Any]) -> list[Prediction]:
-    """Prepare `folder`, and return the predictions that an interrupted evaluation with the same request stored there."""
+    """Prepare `folder`, and return the predictions that an interrupted evaluation of the same request stored there."""
     note, predictions = folder / REQUEST, folder / PREDICTIONS
     try:
         folder.mkdir(parents=True, exist_ok=True)

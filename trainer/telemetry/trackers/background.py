@@ -28,8 +28,8 @@ class Record:
 class BackgroundTracker(Tracker):
     """A tracker that works on its own thread, so that a slow import or a slow store does not delay training.
 
-    Subclasses implement `open_run`, `write` and `close_run`. The thread calls these methods, which may raise exceptions.
-    Only the first failure logs a warning, and no failure stops training.
+    Subclasses implement `open_run`, `write` and `close_run`, which the thread calls and which may raise exceptions. The
+    first failure logs a warning, and no failure stops training.
     """
 
     _NUM_QUEUED = 10_000

@@ -83,7 +83,7 @@ class Tracker(ABC):
 
     @classmethod
     def server(cls, root: Path) -> str | None:
-        """Return the URL of the server that a job must reach, or None if the tracker writes files or queues its records.
+        """Return the URL of the server that a job must reach; None if the tracker writes files or queues its records.
 
         Args:
             root: The folder that contains the run's folder.

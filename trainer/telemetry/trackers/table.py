@@ -94,8 +94,8 @@ def restore_ids(run_dir: Path, extra: Mapping[str, Any]) -> None:
 
     Args:
         run_dir: The folder of the training run.
-        extra: The contents of the checkpoint other than the engines. The key `trackers` contains the ids that `read_ids`
-            returned when the checkpoint was saved.
+        extra: The contents of the checkpoint other than the engines. Its key `trackers` contains the ids that
+            `read_ids` returned when the checkpoint was saved.
     """
     for name, kind in TRACKERS.items():
         former = None if kind.former_id_key is None else extra.get(kind.former_id_key)

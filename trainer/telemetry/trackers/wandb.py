@@ -15,8 +15,8 @@ from trainer.telemetry.trackers.base import TrackedRun, flatten_params
 class WandbTracker(BackgroundTracker):
     """A tracker that logs to Weights & Biases, or to files in the run's folder if `WANDB_MODE=offline` is set.
 
-    The file `wandb_run_id` contains `<project>/<id>`. The metric `step` contains the step of the run and is the x axis of
-    all other metrics. After a resume, W&B keeps the earlier values for the steps after the checkpoint in addition to the
+    The file `wandb_run_id` contains `<project>/<id>`. The metric `step` is the step of the run and the x axis of all
+    other metrics. After a resume, W&B keeps the earlier values for the steps after the checkpoint in addition to the
     new values.
 
     Args:
@@ -38,7 +38,7 @@ class WandbTracker(BackgroundTracker):
         resumes = (run.resume_step > 0 or run.again) and id_file.exists()
         text = id_file.read_text(encoding="utf-8").strip() if resumes else f"{run.experiment}/{uuid.uuid4().hex}"
         project, _, run_id = text.rpartition("/")
-        write_atomically(id_file, text + "\n")  # This precedes the slow import, so that the first checkpoint has the id.
+        write_atomically(id_file, text + "\n")  # It precedes the slow import, so that the first checkpoint has the id.
         import wandb
 
         self._wandb_run = wandb.init(
