@@ -135,7 +135,7 @@ class BucketCheckpoints:
         present = self._store.list(f"{own}/")
         for name in attempt.written(manifest):
             place = name if "/" in name else f"{own}/{name}"
-            if place not in present and not self._store.exists(place):  # a listing may lag behind
+            if place not in present and not self._store.exists(place):  # A listing may be out of date.
                 raise UserError(f"{self.url}/{place}, written by another rank, is not there: all ranks must share it")
 
         frozen = sorted({folder for name in manifest.files if (folder := frozen_folder_of(name)) is not None})
@@ -210,7 +210,7 @@ class BucketCheckpoints:
         """Return the numbers of all catalogues in ascending order, or [0] if there is none."""
         names = self._store.list(_CATALOGUE)
         numbers = sorted(int(name[len(_CATALOGUE) :].partition(".")[0]) for name in names) or [0]
-        while self._store.exists(_catalogue_name(numbers[-1] + 1)):  # a listing may lag behind
+        while self._store.exists(_catalogue_name(numbers[-1] + 1)):  # A listing may be out of date.
             numbers.append(numbers[-1] + 1)
         return numbers
 

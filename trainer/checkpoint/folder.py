@@ -57,7 +57,7 @@ class LocalFolder:
         return self._handles[name]
 
     def read_into(self, name: str, offset: int, target: memoryview) -> None:
-        # mmap is not used, since mapped pages count as this process's memory.
+        # mmap is not used, since mapped pages count towards the memory of this process.
         at = 0
         while at < len(target):
             count = os.preadv(self.handle(name), [target[at:]], offset + at)

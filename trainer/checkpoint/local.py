@@ -1,4 +1,4 @@
-"""A run's checkpoints in a folder of the file system. They are written to a draft folder and committed by a rename.
+"""The checkpoints of a run in a folder. Each is written to a draft folder, which a commit renames.
 
 `attempt.json` contains the token of the newest attempt. A new attempt first writes its token there, and then deletes
 the drafts of earlier attempts. A commit first reads the token, and then renames the draft. If an earlier attempt reads

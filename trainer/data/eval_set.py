@@ -49,7 +49,7 @@ def eval_samples(
     if max_samples is not None and max_samples < len(items):
         items = [items[i] for i in sorted(permutation(len(items), "evaluation", split)[:max_samples].tolist())]
     own = items[rank * len(items) // world : (rank + 1) * len(items) // world]
-    config = replace(prepared.config, cache_decoded_mib=0)  # since every sample is read once
+    config = replace(prepared.config, cache_decoded_mib=0)  # Every sample is read only once.
     source = SampleSource(config, prepared.tokenizer, prepared.strides)
     chunks = [
         (reader, shard, indices[start : start + reader.chunk_samples])

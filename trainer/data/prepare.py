@@ -196,7 +196,7 @@ def _build(
             on_progress=on_progress,
         )
     except UserError:
-        if not (folder / INDEX_NAME).is_file():  # otherwise another process has made the shards meanwhile
+        if not (folder / INDEX_NAME).is_file():  # Another process may have built the shards.
             raise
     else:
         on_built(report)

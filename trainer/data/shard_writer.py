@@ -51,7 +51,7 @@ class ShardWriter:
             for name, data in zip([*names, "json"], [*(b for _, b in clips), text], strict=True)
         ]
         digest = xxhash.xxh3_64()
-        for part in self._parts[first_part + 1 :]:  # from the first member's data to the last member's
+        for part in self._parts[first_part + 1 :]:  # The header of the first member is not hashed.
             digest.update(part)
         self.entries.append(self._groups.entry(key, metadata, seconds, digest.hexdigest(), tuple(members)))
 
@@ -71,7 +71,7 @@ class ShardWriter:
         return shard
 
     def _append(self, name: str, data: bytes) -> int:
-        info = tarfile.TarInfo(name)  # its default mtime, uid, gid and mode make the bytes reproducible
+        info = tarfile.TarInfo(name)  # The default mtime, uid, gid and mode make the bytes reproducible.
         info.size = len(data)
         padding = bytes(-self.num_bytes % _BLOCK_BYTES)
         self._write(padding + info.tobuf(tarfile.USTAR_FORMAT))

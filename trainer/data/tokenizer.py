@@ -351,7 +351,7 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].split(")] ")[-1].strip().rstrip(".")  # without the C++ source line
+        reason = str(error).splitlines()[0].split(")] ")[-1].strip().rstrip(".")  # Remove the C++ source line.
         raise UserError(f"{path}: a vocabulary of {vocab_size} cannot be trained ({reason}); change its size") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -225,7 +225,7 @@ def _run(
         except Exception:
             outbox.send(_Failure(traceback.format_exc(), of_user=False))
         while True:
-            connection.recv()  # until the training process has received everything and closes the connection
+            connection.recv()  # Wait until the training process has received everything and closes the connection.
     except (BrokenPipeError, EOFError, ConnectionResetError):
-        # sys.exit would wait for threads that read from an unreachable store.
+        # sys.exit would wait for threads that are reading from an unreachable store.
         os._exit(0)

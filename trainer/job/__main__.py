@@ -161,7 +161,7 @@ class Job:
             print_timed(f"job: the event '{event}' could not be written: {error}")
 
     def _note_start(self) -> None:
-        """Append the event `submitted`. If the previous attempt could not report why it ended, first append the reason."""
+        """Append `submitted`. If the previous attempt could not report why it ended, append the reason first."""
         job = self.allocation
         if job.restarts:
             fields = [e for e in read_events(self.log.run_dir) if e["event"] in ("submitted", "requeued", "refused")]

@@ -153,7 +153,7 @@ def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
     }
     with tempfile.TemporaryDirectory(prefix="ranks-") as errors:
         ranks: list[subprocess.Popen[bytes]] = []
-        forwarded = [s for s in _FORWARDED if signal.getsignal(s) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+        forwarded = [s for s in _FORWARDED if signal.getsignal(s) is not signal.SIG_IGN]  # nohup ignores SIGHUP.
         previous = {s: signal.signal(s, lambda number, _frame: _send(ranks, number)) for s in forwarded}
         try:
             for rank in range(num_ranks):

@@ -25,7 +25,8 @@ class TelemetryConfig:
     """The length of the spans in which the work of ranks is compared, in seconds. A span has at least one logging
     interval."""
     trackers: tuple[str, ...] = ("mlflow",)
-    """The trackers that metrics are sent to in addition to `metrics.jsonl`: mlflow, tensorboard, wandb or plug-ins.
+    """The trackers that receive metrics in addition to `metrics.jsonl`: mlflow, tensorboard, wandb, or those of
+    plug-ins.
 
     `mlflow` logs to `MLFLOW_TRACKING_URI` if set, else to `<train.run_dir>/mlflow.db` (SQLite). `tensorboard` writes
     to the folder `tensorboard` of the run. `wandb` needs an API key, or `WANDB_MODE=offline`.

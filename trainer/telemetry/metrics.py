@@ -231,7 +231,7 @@ def peak_memory_bytes() -> dict[str, int]:
 
 
 def _peak_host_bytes() -> int:
-    # getrusage is not used because a process inherits its maximum from its parent.
+    # getrusage is not used, because a process inherits the maximum of its parent there.
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

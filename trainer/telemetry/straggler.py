@@ -216,7 +216,7 @@ def _medians_of_others(values: Array) -> Array:
     place[order] = np.arange(len(values))
 
     def other(at: int) -> Array:
-        return ordered[at + (place <= at)]  # the value with index `at` among the others in order
+        return ordered[at + (place <= at)]  # This is the value with index `at` among the sorted other values.
 
     return (other((num_others - 1) // 2) + other(num_others // 2)) / 2
 

@@ -112,7 +112,7 @@ def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int | None, multiple
     Args:
         whole: The global batch.
         groups: The place of this rank.
-        budget_tokens: The number of rows in a pack; None for one pack per replica.
+        budget_tokens: The largest number of rows in a pack; None for one pack per replica.
         multiple_tokens: The number of rows in a pack is a multiple of this; None for the tensor-parallel size.
     """
     topology = groups.topology

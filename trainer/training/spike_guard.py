@@ -10,9 +10,9 @@ from trainer.config.spike import SpikeConfig
 
 
 class SpikeGuard:
-    """A guard that compares the loss of each step with those of the steps before it.
+    """Decides whether to skip updates by comparing the loss of each step with the losses of earlier steps.
 
-    All ranks see the same losses and therefore decide identically. Checkpoints must contain its `state`.
+    All ranks see the same losses and therefore make the same decisions. Checkpoints must contain the guard's `state`.
 
     Args:
         config: The recipe's `spike` section.
@@ -55,8 +55,8 @@ class SpikeGuard:
         return {"num_skipped_updates": self.num_skipped_updates, "in_a_row": self.in_a_row, "recent": self._recent}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Continue from a `state`; None, from a checkpoint without one, changes nothing."""
+        """Restore a saved `state`. None, for a checkpoint that contains no state, changes nothing."""
         if state is not None:
-            former = state.get("num_left_out", 0)  # the key of checkpoints before version 0.2
+            former = state.get("num_left_out", 0)  # Checkpoints of versions before 0.2 use this key.
             self.num_skipped_updates, self.in_a_row = state.get("num_skipped_updates", former), state["in_a_row"]
             self._recent = [(step, loss) for step, loss in state["recent"]][-self.config.window_steps :]

@@ -1,4 +1,4 @@
-"""One training step, as the data sees it; docs/architecture.md has the picture.
+"""One training step, as the sequence of operations that a global batch passes through.
 
     1 load     each rank takes its share of the global batch               (trainer.data.loader, before this)
     2 encode   the primary encoder reads every clip                        ┐
@@ -10,7 +10,8 @@
     8 back     gradients of the embeddings return, and the encoders learn  exchange, AudioEngine.backward
     9 update   one norm, one clip coefficient, both optimizers
 
-For every topology, loss and gradients equal those of `model.speech_llm.SpeechLLM` on the global batch.
+For every topology, the loss and the gradients equal those of `model.speech_llm.SpeechLLM` on the global batch.
+`docs/architecture.md` contains an overview.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Embedded:
 
 
 class Step:
-    """Both engines and the exchanges between them.
+    """Executes training steps with both engines and the exchanges between them.
 
     Args:
         model: The model's config.
@@ -79,12 +80,12 @@ class Step:
         audio: The engine of the audio side.
         llm: The engine of the LLM.
         groups: The place of this rank.
-        num_steps: The number of steps of the run, which is the length of the schedule.
-        tokens_per_microbatch: The number of rows that a pack may hold.
+        num_steps: The number of steps in the run, which is the length of the learning-rate schedule.
+        tokens_per_microbatch: The largest number of rows in a pack.
         pack_multiple_tokens: The number of rows in a pack is a multiple of this; None for the tensor-parallel size.
         seed: The seed of the router's noise.
         debug_plan: If true, the plans of all ranks are compared before the exchanges of each step.
-        spike: The rule by which updates are skipped; None for the defaults.
+        spike: The recipe's `spike` section, which determines when updates are skipped; None for the defaults.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class Step:
         self.timer = PhaseTimer(torch.cuda.synchronize if groups.device.type == "cuda" else None)
 
     def __call__(self, step: int, batch: Batch) -> StepReport:
-        """Train on one global batch and return the report, which is the same on every rank.
+        """Train on one global batch, and return the report of the step, which is the same on every rank.
 
         Collective: every rank of the world must call it.
 
@@ -133,7 +134,7 @@ class Step:
         return report
 
     def take_load(self, step: int) -> LoadInterval | None:
-        """Return the load of all ranks' encoders since the last call on rank 0, and None on all others.
+        """Return the load of the encoders on all ranks since the last call. On ranks other than 0, return None.
 
         Collective: every rank of the world must call it.
 
@@ -328,7 +329,7 @@ def send_tokens(batch: Batch, whole: GlobalBatch, packing: PackPlan, groups: Gro
         rows on other stages.
     """
     topology = groups.topology
-    # Rows that nobody sends arrive as zeros, which the shift turns into IGNORE.
+    # Rows that no rank sends arrive as zeros, which the shift turns into IGNORE.
     tokens = torch.stack([batch.tokens.values, batch.labels.values - IGNORE, batch.audio_mask.long()], dim=1)
     at_ends = groups.is_first_stage or groups.is_last_stage
     rows = packing.num_microbatches * packing.pack_tokens if at_ends else 0
@@ -341,16 +342,16 @@ def send_tokens(batch: Batch, whole: GlobalBatch, packing: PackPlan, groups: Gro
 
 
 def send(batch: Batch, embeddings: Tensor, whole: GlobalBatch, packing: PackPlan, groups: Groups) -> Packs:
-    """Send tokens and audio embeddings to the LLM: line 6.
+    """Send tokens and audio embeddings to the LLM (line 6).
 
     Collective: every rank of the world must call it.
 
     Args:
         batch: This rank's part of the global batch.
         embeddings: The audio embeddings [ΣS, H] of this rank's clips. Each is sent to the rank of the first stage whose
-            slice of the pack holds it.
+            slice of the pack contains its position.
         whole: The global batch.
-        packing: The place of every sample.
+        packing: The positions of all samples in the packs.
         groups: The place of this rank.
     """
     topology = groups.topology
@@ -369,7 +370,7 @@ def send(batch: Batch, embeddings: Tensor, whole: GlobalBatch, packing: PackPlan
 
 
 def _packs(arrived: Tensor, whole: GlobalBatch, packing: PackPlan, groups: Groups) -> Packs:
-    """Return this replica's packs of the result of `send_tokens`, without audio."""
+    """Return the packs of this replica, without audio, from the result of `send_tokens`."""
     microbatches = range(packing.num_microbatches)
     return Packs(
         lengths=tuple(packing.lengths(groups.place.dp, m) for m in microbatches),
