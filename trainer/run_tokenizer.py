@@ -1,9 +1,9 @@
 """The tokenizer that weights were trained with. A copy of it is stored next to a run's checkpoints.
 
-Weights are only meaningful together with the token ids that they were trained with. Hence a run that resumes, a run
-that starts with the weights of another one, and all tools that read a checkpoint or an export use the tokenizer, the
-templates and the placeholder of these weights. Every checkpoint and every export contains a digest of them, so that
-any other tokenizer is detected.
+Weights can be used only with the token ids that they were trained with. A run that resumes, a run that starts with the
+weights of another run, and all tools that read a checkpoint or an export therefore use the tokenizer, the templates and
+the placeholder with which the weights were trained. Every checkpoint and every export contains a digest of these three,
+so that a different tokenizer is detected.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trainer.storage.store import Store
 DIGEST = "tokenizer_digest"
 """The key of the digest in a checkpoint's state.json and in an export's config.json."""
 FOLDER = "tokenizer"
-"""The name of the folder in a run's folder that contains its tokenizer, if that is a Hugging Face tokenizer."""
+"""The name of the folder in a run's folder that contains the run's tokenizer, if it is a Hugging Face tokenizer."""
 PROCESSOR = "processor_config.json"
 _EXPORTED = (
     "tokenizer.json",
@@ -44,7 +44,7 @@ _EXPORTED = (
 )
 """The files of an export that may belong to its tokenizer."""
 _KEYS = ("placeholder", "template", "text_template", "chat_template")
-"""The fields of `TokenizerConfig` that belong to the weights."""
+"""The fields of `TokenizerConfig` that must be the same as when the weights were trained."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class OwnedTokenizer:
     digest: str | None
     """The tokenizer's digest, or None if the weights were saved by a version that stored none."""
     files: Mapping[str, bytes]
-    """Name → content of the stored copy's files; empty if there is no copy."""
+    """The contents of the files of the stored copy, by name; empty if there is no copy."""
     where: str
     """The location of the copy, for messages."""
     named: str | None
@@ -68,7 +68,7 @@ class OwnedTokenizer:
         """Write the copy to a cache, if there is one, and return a path that `load_tokenizer` can read.
 
         Args:
-            cache_dir: The folder of the cache, in which a hash of the content names the copy.
+            cache_dir: The folder of the cache. The copy is named by a hash of its content.
 
         Raises:
             UserError: If there is no tokenizer, or `cache_dir` cannot be written.
@@ -96,7 +96,7 @@ class OwnedTokenizer:
             path: The path that `put_into` returned.
 
         Raises:
-            UserError: If it cannot be read, or is not the tokenizer that the weights were trained with.
+            UserError: If the tokenizer cannot be read, or is not the one that the weights were trained with.
         """
         try:
             found = load_tokenizer(path, self.config)
@@ -145,7 +145,7 @@ def find_owned(recipe: Recipe) -> OwnedTokenizer | None:
         return None
     moved_to = recipe.data.tokenizer.path
     if moved_to is not None and not owned.files and not _is_readable(owned):
-        owned = replace(owned, named=moved_to)  # the digest, if there is one, verifies that it is the same
+        owned = replace(owned, named=moved_to)  # The digest, if there is one, shows whether it is the same tokenizer.
     return owned
 
 
@@ -158,7 +158,7 @@ def _is_readable(owned: OwnedTokenizer) -> bool:
 
 
 def of_checkpoint(folder: Folder, run_dir: str | None = None) -> OwnedTokenizer:
-    """Return the tokenizer of a checkpoint: the copy of its run if there is one, else the one named in the checkpoint.
+    """Return the tokenizer of a checkpoint: the copy that its run stored, or else the one that the checkpoint names.
 
     Args:
         folder: The checkpoint.
@@ -218,10 +218,10 @@ def exported_config(settings: Mapping[str, Any]) -> TokenizerConfig:
 def adopt(recipe: Recipe, owned: OwnedTokenizer) -> Recipe:
     """Return the recipe with the placeholder and the templates of the weights.
 
-    A key that has its default value counts as not given.
+    A key with its default value is treated as if it were not set.
 
     Raises:
-        UserError: If the recipe gives another value.
+        UserError: If the recipe sets a different value.
     """
     ours, default = recipe.data.tokenizer, TokenizerConfig()
     for key in _KEYS:
@@ -236,7 +236,7 @@ def adopt(recipe: Recipe, owned: OwnedTokenizer) -> Recipe:
 
 
 def check_named(recipe: Recipe, owned: OwnedTokenizer, tokenizer: Tokenizer) -> None:
-    """Check that the tokenizer which a recipe names, if any, is the tokenizer of the weights.
+    """Check that the tokenizer that a recipe names, if any, is the tokenizer of the weights.
 
     Args:
         recipe: A recipe that `adopt` returned.
@@ -244,7 +244,7 @@ def check_named(recipe: Recipe, owned: OwnedTokenizer, tokenizer: Tokenizer) -> 
         tokenizer: The weights' tokenizer.
 
     Raises:
-        UserError: If it is another one or cannot be read.
+        UserError: If the recipe's tokenizer is a different one or cannot be read.
     """
     path = recipe.data.tokenizer.path
     if path is None:
@@ -252,7 +252,7 @@ def check_named(recipe: Recipe, owned: OwnedTokenizer, tokenizer: Tokenizer) -> 
     try:
         named = load_tokenizer(path, recipe.data.tokenizer)
     except UserError:
-        # The original may have been moved since. The stored copy replaces it.
+        # The original may have been moved in the meantime. The stored copy is used instead.
         if owned.files and path == owned.config.path:
             return
         raise
@@ -270,7 +270,7 @@ def keep_tokenizer(tokenizer: Tokenizer, recipe: Recipe, run_dir: Path, *, is_ne
         tokenizer: The run's tokenizer.
         recipe: The run's recipe.
         run_dir: The run's folder.
-        is_new: Whether the run has no checkpoint yet. An existing copy is then replaced, else it is kept.
+        is_new: Whether the run has no checkpoint yet. If true, an existing copy is replaced; otherwise, it is kept.
     """
     files = _files_of(tokenizer)
     for place in dict.fromkeys((str(run_dir), recipe.run_url)):
@@ -285,9 +285,9 @@ def keep_tokenizer(tokenizer: Tokenizer, recipe: Recipe, run_dir: Path, *, is_ne
 
 
 def _files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Return the files of a tokenizer's copy, by name in the run's folder.
+    """Return the contents of the files that make up a copy of a tokenizer, by name in the run's folder.
 
-    The result is empty if a Hugging Face tokenizer is not the same after it has been written and read.
+    The result is empty for a Hugging Face tokenizer that differs after it has been written and read back.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
         return {TOKENIZER: tokenizer.path.read_bytes()}
@@ -300,7 +300,7 @@ def _files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def _kept_files(store: Store, first_only: bool = True) -> dict[str, bytes]:
-    """Return the files of the stored copy, by name in the run's folder.
+    """Return the contents of the files of the stored copy, by name in the run's folder.
 
     Args:
         store: The run's folder.
@@ -320,6 +320,6 @@ def _newest_whole(url: str, retry_sec: float) -> Folder | None:
         try:
             check_files(folder, read_manifest(folder), [STATE])
         except DamagedError:
-            continue  # the checkpoint manager reports it when it loads the newest checkpoint
+            continue  # The checkpoint manager reports the damage when it loads the newest checkpoint.
         return folder
     return None

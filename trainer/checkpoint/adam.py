@@ -1,6 +1,6 @@
-"""Access to Adam's state, whichever implementation holds it.
+"""Access to the state of Adam, regardless of its implementation.
 
-All implementations have moments per parameter; some count the updates per parameter, others per parameter group.
+All implementations store moments per parameter. Some count the updates per parameter, others per parameter group.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def moments(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def num_updates(optimizer: Any, parameter: Tensor) -> int:
-    """Return the number of updates of a parameter. Call `moments` first, which creates missing state."""
+    """Return the number of updates of a parameter. Call `moments` first, because it creates missing state."""
     if isinstance(optimizer, _PER_PARAMETER):
         return int(optimizer.state[parameter]["step"])
     return int(_group_of(optimizer, parameter).get("step", 0))
@@ -39,7 +39,7 @@ def num_updates(optimizer: Any, parameter: Tensor) -> int:
 def set_num_updates(optimizer: Any, parameter: Tensor, step: int) -> None:
     """Set the number of updates of a parameter to `step`."""
     if isinstance(optimizer, _PER_PARAMETER):
-        # Set in place: if parameters shared one tensor, every update of any of them would advance it.
+        # The value is set in place, because a tensor that parameters share would be advanced by each of their updates.
         optimizer.state[parameter]["step"].fill_(float(step))
     else:
         _group_of(optimizer, parameter)["step"] = step

@@ -1,4 +1,4 @@
-"""An attempt of a run, which is one start of its ranks. Only the newest attempt may commit checkpoints."""
+"""Attempts of a run. An attempt is one start of the run's ranks, and only the newest may commit checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.checkpoint.layout import FROZEN, Manifest, frozen_folder_of
 
 
 class FencedError(Exception):
-    """Raised when a newer attempt of the same run has begun."""
+    """Raised when a newer attempt of the same run has started."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Attempt:
 
     @staticmethod
     def from_json(tree: Mapping[str, Any]) -> Attempt:
-        """Invert `dataclasses.asdict`.
+        """Return the attempt that `dataclasses.asdict` converted to `tree`.
 
         Raises:
             KeyError, TypeError, ValueError: If `tree` is not the JSON of an attempt.
@@ -38,7 +38,7 @@ class Attempt:
         return Attempt(int(tree["number"]), str(tree["token"]))
 
     def folder(self, kind: str, step: int) -> str:
-        """Return the name of a folder, which no other attempt gives to a folder.
+        """Return a name for a folder that no other attempt uses.
 
         Args:
             kind: `layout.STEP` for the files of a checkpoint or `layout.FROZEN` for frozen weights.
@@ -47,7 +47,7 @@ class Attempt:
         return f"{kind}-{step:08d}-{self.number:04d}-{self.token}"
 
     def written(self, manifest: Manifest) -> list[str]:
-        """Return the files of a checkpoint that its own save wrote, without the frozen files of earlier saves."""
+        """Return the files of a checkpoint except the frozen files that earlier saves wrote."""
         own = self.folder(FROZEN, manifest.step)
         return [name for name in manifest.files if frozen_folder_of(name) in (None, own)]
 

@@ -1,7 +1,7 @@
-"""The audio side's tensors in DeepSpeed ZeRO-3's memory.
+"""Access to the tensors of the audio side in the memory of DeepSpeed ZeRO-3.
 
-ZeRO-3 cuts every flattened parameter into slices of equal size, one for each rank of the parameter's own group
-(`ds_process_group`); the last slices are padded. Ranks outside the group hold nothing of it. The slices of trainable
+ZeRO-3 flattens each parameter and cuts it into slices of equal size, one for each rank of the parameter's own group
+(`ds_process_group`). The last slices are padded. Ranks outside the group hold no part of it. The slices of trainable
 parameters are stored one after another in the fp32 buffer of their sub-group, and Adam's moments in buffers of the same
 layout. The slice of a frozen parameter is `ds_tensor`.
 """
@@ -44,7 +44,10 @@ def shards(engine: AudioEngine) -> list[Shard]:
 
 
 def set_steps(engine: AudioEngine, steps: dict[str, int]) -> None:
-    """Set the number of updates of every trainable parameter; it must be the same within a ZeRO-3 sub-group."""
+    """Set the number of updates of every trainable parameter.
+
+    All parameters in a ZeRO-3 sub-group must have the same number.
+    """
     names = {id(p): name for name, p in engine.named_parameters()}
     for i, parameters in enumerate(engine.zero.fp16_groups):
         wanted = {steps[names[id(p)]] for p in parameters}
@@ -58,10 +61,10 @@ def refresh(engine: AudioEngine) -> None:
     Collective: every rank of the world must call it.
     """
     zero = engine.zero
-    zero.checkpoint_event_prologue()  # frees gathered parameters, including those that persist between steps
+    zero.checkpoint_event_prologue()  # This frees gathered parameters, including those that persist between steps.
     for i in range(len(zero.fp16_groups)):
         zero._reassign_or_swap_out_partitioned_parameters(i)
-    zero.checkpoint_event_epilogue()  # gathers the persistent ones again
+    zero.checkpoint_event_epilogue()  # This gathers the persistent parameters again.
 
 
 def _slices_of_group(zero: Any, i: int, parameters: list[Any]) -> dict[int, tuple[dict[str, Tensor], int | None]]:
@@ -106,9 +109,10 @@ def _buffers(tower: nn.Module) -> Iterator[Shard]:
 
 
 def _is_first_holder(tower: nn.Module, path: str) -> bool:
-    """Return whether this is the first of the ranks that hold the module at `path`.
+    """Return whether this rank is the first of the ranks that hold the module at `path`.
 
-    The ranks are those of the group of the module's parameters. If it has none, the nearest enclosing module counts.
+    These are the ranks in the process group of the module's parameters. If the module has no parameters, those of the
+    nearest enclosing module are used.
     """
     while path and next(tower.get_submodule(path).parameters(), None) is None:
         path = path.rpartition(".")[0]

@@ -46,7 +46,7 @@ _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "safetensors
 
 @dataclass(frozen=True)
 class Frozen:
-    """Frozen tensors that have been saved, and the files that hold them. Later checkpoints refer to these files."""
+    """The frozen tensors that have been saved, and the files that contain them, to which later checkpoints refer."""
 
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, TensorEntry]
@@ -67,11 +67,11 @@ class Content:
 
     step: int
     shards: Mapping[str, Sequence[Shard]]
-    """The shards to write, by family of files, without frozen ones that have been saved already."""
+    """The shards to write, by family of files. Frozen shards that have been saved already are not included."""
     generators: Mapping[str, Tensor]
     """The states of the random generators by name."""
     extra: Mapping[str, Any]
-    """The trainer's own state as JSON; rank 0's is written."""
+    """The state of the trainer itself as JSON. Only that of rank 0 is written."""
     frozen: Frozen
     """The frozen tensors that have been saved already."""
 
@@ -83,16 +83,16 @@ class Outcome:
     url: str
     """The URL of the checkpoint."""
     failure: str | None = None
-    """Why the save failed, or None if the checkpoint is committed."""
+    """The reason why the save failed; None if the checkpoint was committed."""
     fenced: bool = False
-    """True if a newer attempt has begun, so that no later save can succeed either."""
+    """True if a newer attempt has started. In this case, no later save can succeed either."""
     frozen: Frozen | None = None
     """The frozen tensors that this checkpoint refers to, or None if the save failed."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """The destination of this rank's saves, and the ranks that write together."""
+    """The destination of the checkpoints, and what this rank needs to write its part of them."""
 
     checkpoints: Checkpoints
     config: CheckpointConfig
@@ -133,13 +133,13 @@ class Save:
         try:
             self.outcome = self._write_together()
         except Exception as error:
-            # Usually another rank was lost. Training notices that itself; the failed save must still be logged.
+            # Usually another rank was lost. Training notices that on its own, but the failed save must be logged.
             self.outcome = Outcome(self.url, _text(error))
         if self.outcome.failure is not None and self.place.rank == 0:
             log.error("CHECKPOINT NOT SAVED: %s: %s", self.url, self.outcome.failure)
 
     def _write_together(self) -> Outcome:
-        """Write this rank's files, and agree with the other ranks on the outcome.
+        """Write this rank's files, and return the outcome of the save, which is the same on all ranks.
 
         Collective: every rank of `Place.group` must call it.
         """
@@ -148,7 +148,7 @@ class Save:
         try:
             draft = place.checkpoints.draft(place.attempt, self.content.step)
             written = self._write(draft)
-        except Exception as error:  # of any kind, because the other ranks wait for this rank's result
+        except Exception as error:  # All exceptions are caught, because the other ranks wait for this rank's result.
             failure = f"rank {place.rank}: {_text(error)}"
         found: list[Any] = [None] * dist.get_world_size(place.group)
         dist.all_gather_object(found, (failure, written), group=place.group)
@@ -164,7 +164,7 @@ class Save:
         return box[0]
 
     def _write(self, draft: Draft) -> tuple[dict[str, FileEntry], dict[str, TensorEntry]]:
-        """Write this rank's files, and return their entries and those of the tensors in them."""
+        """Write this rank's files, and return the manifest's entries for the files and for the tensors in them."""
         rank, frozen = self.place.rank, self.place.attempt.folder(FROZEN, self.content.step)
         files: dict[str, FileEntry] = {}
         tensors: dict[str, TensorEntry] = {}
@@ -191,7 +191,7 @@ class Save:
         return files, tensors
 
     def _commit(self, draft: Draft, parts: Sequence[Any]) -> Outcome:
-        """Commit the checkpoint, on rank 0 after all ranks have written their files.
+        """Commit the checkpoint. Only rank 0 calls this method, after all ranks have written their files.
 
         Args:
             draft: The draft that all ranks have written to.
@@ -205,7 +205,7 @@ class Save:
             place.checkpoints.commit(place.attempt, manifest)
         except FencedError as error:
             return Outcome(self.url, str(error), fenced=True)
-        except Exception as error:  # of any kind, because the other ranks wait for the outcome
+        except Exception as error:  # All exceptions are caught, because the other ranks wait for the outcome.
             return Outcome(self.url, _text(error))
         try:
             place.checkpoints.clean_up(place.config, content.step, place.attempt)

@@ -1,14 +1,17 @@
-"""A run's checkpoints in an object store. It has no rename, so a numbered catalogue says which objects are checkpoints.
+"""The checkpoints of a run in an object store.
+
+Object stores cannot rename objects, so a numbered catalogue lists the folders that belong to checkpoints. The store
+contains these objects:
 
     catalogue/00000007.json                          attempt, checkpoints and scores; the highest number is valid
     step-00000042-0003-1f3a55e0/audio-00000.…        files of a checkpoint, or of a save that was never committed
     frozen-00000042-0003-1f3a55e0/audio-00000.…      frozen weights that checkpoints share
 
-A process that changes anything reads the newest catalogue and writes the next number, unless that exists already. If
-several processes try this at once, one succeeds and the others read again. Hence a commit, a removal and the beginning
-of an attempt each consist of writing one small object, and an attempt that is not the newest cannot commit anything.
-Objects that the catalogue does not name are invisible. The newest attempt deletes its own leftovers and those of
-earlier attempts, but never those of a later one.
+To change anything, a process reads the newest catalogue and writes one with the next number, if none exists yet. If
+several processes try this at once, one succeeds and the others read again. Hence a commit, a removal and the start of
+an attempt each consist of writing one small object, and an attempt that is not the newest cannot commit anything.
+Objects in folders that the catalogue does not name are invisible to readers. The newest attempt deletes its own
+leftovers and those of earlier attempts, but never those of a later attempt.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class Catalogue:
     attempt: Attempt | None = None
     """The newest attempt of the run."""
     checkpoints: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    """Step → folders of the checkpoint: the one with its own files, then those with frozen files."""
+    """The folders of each checkpoint by step: first the folder with its own files, then those with frozen files."""
     scores: Mapping[int, float] = field(default_factory=dict)
     """Step → `checkpoint.best_metric`."""
 
@@ -63,7 +66,7 @@ class Catalogue:
 
     @staticmethod
     def loads(number: int, content: bytes) -> Catalogue:
-        """Invert `dumps`.
+        """Parse the content that `dumps` returned.
 
         Raises:
             ValueError, KeyError, TypeError, AttributeError: If `content` is not a catalogue.
@@ -132,7 +135,7 @@ class BucketCheckpoints:
         present = self._store.list(f"{own}/")
         for name in attempt.written(manifest):
             place = name if "/" in name else f"{own}/{name}"
-            if place not in present and not self._store.exists(place):  # a listing may lag behind
+            if place not in present and not self._store.exists(place):  # A listing may be out of date.
                 raise UserError(f"{self.url}/{place}, written by another rank, is not there: all ranks must share it")
 
         frozen = sorted({folder for name in manifest.files if (folder := frozen_folder_of(name)) is not None})
@@ -144,7 +147,10 @@ class BucketCheckpoints:
         self._change(added)
 
     def discard(self, attempt: Attempt, step: int) -> None:
-        """Do nothing: the commit may have succeeded although its answer was lost. `sweep` removes the draft if not."""
+        """Do nothing, because the commit may have succeeded even if its response was lost.
+
+        `sweep` deletes the draft if the commit did not succeed.
+        """
 
     def clean_up(self, config: CheckpointConfig, newest: int, attempt: Attempt | None = None) -> list[str]:
         before = Catalogue()
@@ -168,7 +174,7 @@ class BucketCheckpoints:
     def sweep(self, attempt: Attempt) -> None:
         named = self._newest().folders
         found = {name.partition("/")[0] for name in self._store.list()} - named
-        # A later attempt may have begun meanwhile. Its files must not be deleted.
+        # A later attempt may have started in the meantime. Its files must not be deleted.
         self._delete({f for f in found if (m := _FOLDER.fullmatch(f)) and int(m[1]) <= attempt.number})
 
     # ---- scores
@@ -177,7 +183,7 @@ class BucketCheckpoints:
         return {**self._newest().scores, **self._unsaved_scores}
 
     def note_score(self, step: int, value: float) -> None:
-        with self._lock:  # stored by the next commit, so that training does not wait for the bucket
+        with self._lock:  # The next commit stores the score, so that training does not wait for the bucket.
             self._unsaved_scores[step] = value
 
     # ---- the catalogue
@@ -190,7 +196,7 @@ class BucketCheckpoints:
             try:
                 content = self._store.get(_catalogue_name(number))
             except MissingError:
-                continue  # it has just been replaced and removed
+                continue  # This catalogue has just been replaced and removed.
             try:
                 return Catalogue.loads(number, content)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -204,14 +210,14 @@ class BucketCheckpoints:
         """Return the numbers of all catalogues in ascending order, or [0] if there is none."""
         names = self._store.list(_CATALOGUE)
         numbers = sorted(int(name[len(_CATALOGUE) :].partition(".")[0]) for name in names) or [0]
-        while self._store.exists(_catalogue_name(numbers[-1] + 1)):  # a listing may lag behind
+        while self._store.exists(_catalogue_name(numbers[-1] + 1)):  # A listing may be out of date.
             numbers.append(numbers[-1] + 1)
         return numbers
 
     def _change(self, change: Callable[[Catalogue], Catalogue]) -> Catalogue:
         """Apply `change` to the newest catalogue, and return the result.
 
-        Other processes may change the catalogue at the same time. Then `change` is applied again to what they wrote.
+        If another process changes the catalogue at the same time, `change` is applied again to the result.
         """
         while True:
             now = self._newest()

@@ -1,4 +1,4 @@
-"""The files of a checkpoint in a bucket, which are read in blocks. While a block is used, the next one is fetched."""
+"""The files of a checkpoint in a bucket. They are read in blocks; while one block is used, the next is fetched."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class BucketFolder:
 
     def _block(self, name: str, number: int, size: int) -> memoryview:
         with self._lock:
-            for wanted in (number, number + 1):  # the next one will probably be needed soon
+            for wanted in (number, number + 1):  # The next block will probably be needed soon.
                 if wanted * BLOCK_BYTES < size and (name, wanted) not in self._blocks:
                     self._blocks[name, wanted] = self._pool.submit(self._fetch, name, wanted, size)
             block = self._blocks[name, number]

@@ -1,4 +1,4 @@
-"""The checkpoints of a run in a folder or a bucket: which exist, which are undamaged, and which is the newest."""
+"""The interface to the checkpoints of a run in a folder or a bucket, and functions that find and verify checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer.storage.open import join_url, open_store, scheme_of
 SUBFOLDER = "checkpoints"
 """The name of the folder in a run's folder that contains its checkpoints."""
 TOKENIZER = "tokenizer.model"
-"""The name of the file in a run's folder that contains its tokenizer, if that is a SentencePiece model."""
+"""The name of the file in a run's folder that contains the run's tokenizer, if it is a SentencePiece model."""
 
 
 class Checkpoints(Protocol):
@@ -40,18 +40,18 @@ class Checkpoints(Protocol):
         ...
 
     def begin_attempt(self) -> Attempt:
-        """Begin a new attempt, after which earlier attempts cannot commit anything."""
+        """Start a new attempt. From then on, earlier attempts cannot commit anything."""
         ...
 
     def draft(self, attempt: Attempt, step: int) -> Draft:
-        """Return the draft of a checkpoint, which is shared by all ranks."""
+        """Return the draft of a checkpoint. All ranks write their files to the same draft."""
         ...
 
     def commit(self, attempt: Attempt, manifest: Manifest) -> None:
-        """Turn a draft into the checkpoint of its step atomically; a checkpoint of the same step is replaced.
+        """Atomically turn a draft into a checkpoint. An existing checkpoint of the same step is replaced.
 
         Raises:
-            FencedError: If a newer attempt has begun.
+            FencedError: If a newer attempt has started.
             OSError, UserError: If a file of another rank is missing.
         """
         ...
@@ -61,18 +61,18 @@ class Checkpoints(Protocol):
         ...
 
     def clean_up(self, config: CheckpointConfig, newest: int, attempt: Attempt | None = None) -> list[str]:
-        """Delete checkpoints that need not be kept, and frozen files to which no checkpoint refers.
+        """Delete checkpoints that need not be kept, and frozen files that no checkpoint refers to.
 
         Args:
-            config: The rules that say which checkpoints are kept.
+            config: The rules that determine which checkpoints are kept.
             newest: The run's current step. Later checkpoints are deleted, since the run returned to an earlier one.
             attempt: The attempt that deletes, or None to skip the check that it is the newest.
 
         Returns:
-            The URLs of what was deleted.
+            The URLs of the checkpoints and folders that were deleted.
 
         Raises:
-            FencedError: If a newer attempt than `attempt` has begun.
+            FencedError: If a newer attempt than `attempt` has started.
         """
         ...
 
@@ -90,11 +90,11 @@ class Checkpoints(Protocol):
 
 
 def open_checkpoints(url: str, retry_sec: float | None = None) -> Checkpoints:
-    """Return the checkpoints at `url`, a folder or `s3://…`, which may not contain any yet.
+    """Return the checkpoints at `url`. The location may contain no checkpoint yet.
 
     Args:
-        url: The location of the checkpoints.
-        retry_sec: How long an unreachable bucket is retried; None selects the store's default.
+        url: The location of the checkpoints: a folder or `s3://…`.
+        retry_sec: The time for which an unreachable bucket is retried, in seconds; None selects the store's default.
 
     Raises:
         UserError: If the URL is malformed or the bucket cannot be opened.
@@ -133,7 +133,7 @@ def find_checkpoint(url: str) -> Folder:
 
 
 def damage_of(folder: Folder) -> str | None:
-    """Read and verify every file of a checkpoint, and return a description of the damage, or None if it has none."""
+    """Verify every file of a checkpoint. Return a description of the damage, or None if the checkpoint is undamaged."""
     try:
         manifest = read_manifest(folder)
         check_files(folder, manifest, manifest.files)

@@ -1,4 +1,4 @@
-"""The recipe's `checkpoint` section, and the rules that say which checkpoints are kept."""
+"""The recipe's `checkpoint` section, and the rules that determine which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.storage.open import scheme_of
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written, where, and which of them are kept."""
+    """The recipe's `checkpoint` section: when and where checkpoints are written, and which of them are kept."""
 
     every_steps: int = 500
     """Number of steps between two checkpoints; the end of a run is always saved. 0 saves at the end only."""
@@ -20,14 +20,14 @@ class CheckpointConfig:
     """Folder or `s3://BUCKET/PREFIX` in which the checkpoints are stored as `<name>/checkpoints`; null selects
     `train.run_dir`. Set it if checkpoints belong in a bucket or on another file system than the rest of the run."""
     retry_sec: float = 120.0
-    """How long an unreachable bucket is retried before a save or a load fails, in seconds. A failed save does not stop
-    the run; the next save is the retry."""
+    """The time for which an unreachable bucket is retried before a save or a load fails, in seconds. A failed save does
+    not stop the run; the next checkpoint is saved as scheduled."""
     start_from: str | None = None
     """A run, one of its checkpoints, or an export (a folder or `s3://…`), whose weights and tokenizer a new run starts
     with. Encoders may have been added or removed (`model.router.added_encoder_warmup_steps`). Once the new run has a
     checkpoint of its own, it resumes from that. null starts with the initial weights of `model`."""
     keep_last: int = 2
-    """Number of newest checkpoints that are kept, at least 1."""
+    """Number of most recent checkpoints to keep, at least 1."""
     keep_every_steps: int = 0
     """Checkpoints whose step is a multiple of this number are kept permanently; 0 keeps none of them."""
     best_metric: str | None = None
@@ -74,7 +74,7 @@ def evaluations_since_best(config: CheckpointConfig, step: int, scores: Mapping[
     """Return the number of evaluations since the best one, up to `step`.
 
     Args:
-        config: The rules, which say whether the lowest or the highest value is the best.
+        config: The rules, which determine whether the lowest or the highest value is the best.
         step: The run's current step. Later scores are ignored, since the run returned to an earlier checkpoint.
         scores: The values of `best_metric` by evaluated step.
     """

@@ -15,7 +15,8 @@ class Difference:
     """The differences between the weights of two checkpoints. Optimizer state is not compared."""
 
     changed: dict[str, float]
-    """Tensor → norm of the change divided by the norm of the tensor in the first checkpoint."""
+    """The relative change of each tensor: the norm of the difference divided by the tensor's norm in the first
+    checkpoint."""
     num_equal: int
     """The number of tensors that are equal."""
     only_first: list[str]
@@ -31,7 +32,7 @@ def diff(first: Reader, second: Reader) -> Difference:
     changed = {}
     for name in common:
         if a[name].pieces == b[name].pieces and all("/" in file for file, _ in a[name].pieces):
-            continue  # the same frozen file
+            continue  # Both checkpoints refer to the same frozen file.
         whole = matrix_of(a[name].shape)
         before, after = (torch.empty(whole.rows, whole.cols, dtype=torch.float32) for _ in range(2))
         first.read_rect(name, PARAM, whole, before)

@@ -24,7 +24,7 @@ class Folder(Protocol):
         ...
 
     def read_into(self, name: str, offset: int, target: memoryview) -> None:
-        """Fill `target` with the bytes of a file from `offset` on.
+        """Fill `target` with the bytes of a file, starting at `offset`.
 
         Raises:
             EOFError: If the file ends before `target` is full.
@@ -57,7 +57,7 @@ class LocalFolder:
         return self._handles[name]
 
     def read_into(self, name: str, offset: int, target: memoryview) -> None:
-        # mmap is not used, since mapped pages count as this process's memory.
+        # mmap is not used, since mapped pages count towards the memory of this process.
         at = 0
         while at < len(target):
             count = os.preadv(self.handle(name), [target[at:]], offset + at)

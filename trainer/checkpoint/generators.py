@@ -1,4 +1,4 @@
-"""The states of the random generators: those of torch on the host and on this rank's device, and Megatron's own."""
+"""The states of the random generators: torch's generators on the host and on this rank's device, and Megatron's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def get_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_states(states: dict[str, Tensor], device: torch.device) -> None:
-    """Restore the states that `get_states` returned on the rank at the same place of the same rank grid."""
+    """Restore the states that `get_states` returned on the rank with the same position in an identical rank grid."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     with megatron_calls():

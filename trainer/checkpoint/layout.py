@@ -1,11 +1,10 @@
-"""The contents of a checkpoint: rectangles of named tensors, which are addressed by global offset, never by rank.
+"""The contents of a checkpoint: rectangles of named tensors, addressed by global offset rather than by rank.
 
-Every tensor is viewed as a matrix [rows, cols], whose rows are the first dimension and whose columns are all others. A
-rank's part of the tensor, such as a ZeRO-3 partition or a data-parallel shard of a tensor-parallel shard, consists of a
-few rectangles of that matrix. A reader that needs other rectangles, for example on another topology, cuts them out of
-the saved ones.
+Every tensor is viewed as a matrix [rows, cols]: the first dimension is the rows, and all other dimensions together are
+the columns. The part of a tensor that a rank holds, for example its ZeRO-3 partition, consists of a few rectangles of
+that matrix. A reader that needs different rectangles, for example on another topology, cuts them out of the saved ones.
 
-This module uses neither files nor engines. `docs/checkpoints.md` describes the files.
+This module accesses neither files nor engines. `docs/checkpoints.md` describes the files.
 """
 
 from __future__ import annotations
@@ -25,9 +24,10 @@ from model.errors import UserError
 FORMAT_VERSION = 3
 PARAM, EXP_AVG, EXP_AVG_SQ = "param", "exp_avg", "exp_avg_sq"
 STEP, FROZEN = "step", "frozen"
-"""Prefixes of folder names: of checkpoints, and of frozen weights, which checkpoints share."""
+"""The prefixes of the names of folders that contain a checkpoint (`STEP`) and frozen weights (`FROZEN`). Several
+checkpoints share one folder of frozen weights."""
 MOMENTS = "moments"
-"""The family of the files that contain Adam's moments."""
+"""The name of the family of files that contain Adam's moments."""
 
 _FILE_NAME = re.compile(r"(frozen-[0-9a-f-]+/)?[a-z]+(-\d+)?\.(safetensors|json)")
 _COMMITTED = re.compile(r"step-(\d{8,})")
@@ -35,7 +35,7 @@ _CHECKSUM = re.compile(r"[0-9a-f]{32}")
 
 
 class Rect(NamedTuple):
-    """A rectangle of a tensor's matrix: `rows` rows from `row` on, and `cols` columns from `col` on."""
+    """A rectangle of a tensor's matrix: `rows` rows starting at `row`, and `cols` columns starting at `col`."""
 
     row: int
     col: int
@@ -44,7 +44,7 @@ class Rect(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """The number of elements."""
+        """The number of elements in the rectangle."""
         return self.rows * self.cols
 
     def overlap(self, other: Rect) -> Rect | None:
@@ -55,27 +55,27 @@ class Rect(NamedTuple):
         return Rect(row, col, rows, cols) if rows > 0 and cols > 0 else None
 
     def within(self, outer: Rect) -> tuple[slice, slice]:
-        """Return the index of this rectangle in a matrix that contains the elements of `outer`."""
+        """Return the slices that select this rectangle from a matrix that contains exactly the elements of `outer`."""
         row, col = self.row - outer.row, self.col - outer.col
         return slice(row, row + self.rows), slice(col, col + self.cols)
 
 
 def matrix_of(shape: Sequence[int]) -> Rect:
-    """Return the rectangle that covers a whole tensor of this shape."""
+    """Return the rectangle that covers a whole tensor of shape `shape`."""
     rows = shape[0] if shape else 1
     return Rect(0, 0, rows, math.prod(shape[1:]))
 
 
 def rects_of_range(box: Rect, start: int, stop: int) -> Iterator[tuple[int, Rect]]:
-    """Split a range of elements of a rectangle into at most three rectangles.
+    """Split a range of elements of `box` into at most three rectangles.
 
     Args:
-        box: The rectangle, whose elements are counted row by row.
-        start: The first element of the range.
-        stop: The element after the last one of the range.
+        box: The rectangle that contains the range. Its elements are numbered row by row.
+        start: The number of the first element in the range.
+        stop: The number of the last element in the range, plus 1.
 
     Yields:
-        The number of elements of the range before the rectangle, and the rectangle.
+        Pairs of an offset and a rectangle. The offset is the number of elements of the range before the rectangle.
     """
     assert 0 <= start <= stop <= box.numel, (box, start, stop)
     at = start
@@ -94,41 +94,43 @@ class Shard:
     """A rectangle of a named tensor that this rank holds."""
 
     name: str
-    """The tensor's name: `audio.…`, or `llm.…` with Hugging Face's name of the tensor."""
+    """The name of the tensor: `audio.…`, or `llm.` followed by the name that the tensor has in Hugging Face's model."""
     shape: tuple[int, ...]
     """The shape of the whole tensor."""
     rect: Rect
     """The rectangle that this rank holds."""
     values: Mapping[str, Tensor]
-    """Kind of value → [rect.rows, rect.cols], a view of the engine's memory that is saved from and loaded into."""
+    """The values [rect.rows, rect.cols] by kind. Each is a view of the engine's memory, which is read when a checkpoint
+    is saved and written when one is loaded."""
     step: int | None
-    """The number of updates that the optimizer made to the tensor; None if it is not trained."""
+    """The number of updates that the optimizer has made to the tensor; None if the tensor is not trained."""
     saved_here: bool = True
-    """False if another rank holds the same values and saves them."""
+    """False if another rank, which holds the same values, saves them."""
     frozen: bool = False
-    """True if the tensor never changes in this run, so that one copy serves all checkpoints."""
+    """True if the tensor never changes in this run, so that all checkpoints can share one copy."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """The entry of one tensor in the manifest."""
+    """The manifest's entry for one tensor."""
 
     shape: tuple[int, ...]
     kinds: tuple[str, ...]
-    """The saved kinds of values: `param`, and Adam's moments if the tensor is trained."""
+    """The kinds of values that are saved: `param`, and Adam's moments if the tensor is trained."""
     step: int | None
-    """The number of updates, or None if the tensor is not trained."""
+    """The number of updates that the optimizer has made to the tensor; None if the tensor is not trained."""
     pieces: tuple[tuple[str, Rect], ...]
-    """(file, rectangle) of each piece. The pieces cover every element once. Moments are in the rank's moments file."""
+    """The file and the rectangle of each piece. Together, the pieces contain every element of the tensor once. The file
+    contains the weights; `file_of_kind` returns the file with the moments of the same piece."""
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """The entry of one file in the manifest."""
+    """The manifest's entry for one file."""
 
     size_bytes: int
     checksum: str
-    """The XXH3-128 checksum in hexadecimal. It reveals damage, but is not a signature."""
+    """The XXH3-128 checksum in hexadecimal. It detects accidental damage, but does not protect against tampering."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +139,13 @@ class Manifest:
 
     step: int
     topology: Mapping[str, int]
-    """world, tp, pp and ep of the ranks that saved the checkpoint. Generators are restored only if they are equal."""
+    """The sizes `world`, `tp`, `pp` and `ep` of the topology that saved the checkpoint. The states of random generators
+    are restored only on a topology with the same sizes."""
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, TensorEntry]
 
     def dumps(self) -> str:
-        """Return the manifest as JSON, including a checksum of itself."""
+        """Return the manifest as JSON text, which includes a checksum of its contents."""
         body = {
             "version": FORMAT_VERSION,
             "step": self.step,
@@ -154,11 +157,11 @@ class Manifest:
 
     @staticmethod
     def loads(text: str) -> Manifest:
-        """Invert `dumps`.
+        """Parse the text that `dumps` returned.
 
         Raises:
-            ValueError: If the text was changed, or is not a manifest.
-            UserError: If another version of this program wrote it.
+            ValueError: If the text was changed or is not a manifest.
+            UserError: If the manifest has a format version that this program does not read.
         """
         tree = json.loads(text)
         if not isinstance(tree, dict) or set(tree) != {"sha256", "body"} or tree["sha256"] != _digest(tree["body"]):
@@ -183,51 +186,55 @@ def step_name(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """Return the step in a checkpoint's name, or None if it is not the name of a checkpoint."""
+    """Return the number of steps in the name of a checkpoint, or None if `name` is not the name of a checkpoint."""
     found = _COMMITTED.fullmatch(name)
     return int(found[1]) if found else None
 
 
 def file_of(family: str, rank: int) -> str:
-    """Return the name of a rank's file of a family."""
+    """Return the name of the file of one family that a rank writes."""
     return f"{family}-{rank:05d}.safetensors"
 
 
 def file_of_kind(piece_file: str, kind: str) -> str:
-    """Return the file that contains one kind of values of a piece.
+    """Return the name of the file that contains the values of one kind for a piece.
 
-    Weights are stored separately from moments, so that an export reads nothing else.
+    Weights are stored separately from moments, so that an export needs to read only the weights.
 
     Args:
-        piece_file: The file of the piece in the manifest, which contains its weights.
-        kind: The kind of values.
+        piece_file: The file that the manifest lists for the piece. It contains the weights.
+        kind: The kind of values: `PARAM`, `EXP_AVG` or `EXP_AVG_SQ`.
     """
     return piece_file if kind == PARAM else f"{MOMENTS}{piece_file[piece_file.rindex('-') :]}"
 
 
 def rank_of(file: str) -> int:
-    """Return the rank that wrote a file; it is 0 for files that have no rank in their name."""
+    """Return the rank in the name of a file, or 0 if the name contains no rank."""
     digits = re.search(r"-(\d+)\.", file)
     return int(digits[1]) if digits else 0
 
 
 def frozen_folder_of(file: str) -> str | None:
-    """Return the folder of frozen weights that contains a file, or None if it is one of the checkpoint's own files."""
+    """Return the folder of frozen weights that contains `file`, or None if `file` is in the checkpoint's own folder."""
     return file.rpartition("/")[0] or None
 
 
 def key_of(name: str, kind: str, rect: Rect) -> str:
-    """Return the key of a piece in its safetensors file."""
+    """Return the key under which a piece is stored in its safetensors file."""
     return f"{kind}/{name}@{rect.row},{rect.col}"
 
 
 def entries_of(shards: Sequence[Shard], file: str) -> dict[str, TensorEntry]:
-    """Return the manifest's entries of the shards that one rank wrote to `file`."""
+    """Return the manifest's entries for the shards that one rank wrote to `file`."""
     return _merge((s.name, TensorEntry(s.shape, tuple(s.values), s.step, ((file, s.rect),))) for s in shards)
 
 
 def merge_entries(parts: Sequence[Mapping[str, TensorEntry]]) -> dict[str, TensorEntry]:
-    """Merge the entries of all ranks into one entry per tensor, and check that every element was saved once."""
+    """Merge the entries of all ranks into one entry per tensor.
+
+    The ranks must agree on the shape, the kinds and the step of each tensor, and the sizes of its pieces must add up to
+    the size of the tensor. Whether the pieces overlap is not checked.
+    """
     merged = _merge(item for part in parts for item in part.items())
     for name, entry in merged.items():
         covered = sum(rect.numel for _, rect in entry.pieces)
@@ -269,7 +276,7 @@ def _entry_from_json(name: str, tree: Mapping[str, Any], files: Mapping[str, Any
 
 
 def _file_name(name: str) -> str:
-    # The name is used as a path, which must not lead out of the folder.
+    # The name is used as a path, which must not lead out of the checkpoint's folder.
     if not _FILE_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is not a checkpoint's file name")
     return name

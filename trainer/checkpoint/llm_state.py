@@ -1,9 +1,9 @@
-"""The LLM's tensors in Megatron's memory, under Hugging Face's names.
+"""Access to the tensors of the LLM in Megatron's memory by the names that Hugging Face uses.
 
-A tensor-parallel shard of a parameter consists of rectangles of Hugging Face tensors, one after another
-(`model.llm.names.local_pieces`). The distributed optimizer gives each data-parallel rank a flat range of the shard, for
-which it holds fp32 weights and Adam's moments. This range consists of rectangles, too. Rows that pad the vocabulary
-belong to no Hugging Face tensor. They are zero, remain zero, and are neither saved nor loaded.
+A tensor-parallel shard of a parameter is a sequence of rectangles of Hugging Face tensors
+(`model.llm.names.local_pieces`). The distributed optimizer assigns each data-parallel rank a flat range of the shard.
+The rank holds the fp32 weights and Adam's moments of this range, which also consists of rectangles. Rows that pad the
+vocabulary belong to no Hugging Face tensor. They are zero, remain zero, and are neither saved nor loaded.
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ def tensor_names(engine: LLMEngine) -> set[str]:
 
 
 def _ranges(engine: LLMEngine) -> Iterator[tuple[Any, nn.Parameter, Tensor, int]]:
-    """Yield (optimizer, model parameter, this rank's fp32 part of it, start of the part in the flat parameter)."""
+    """Yield each optimizer and model parameter with this rank's fp32 part of the parameter and the part's offset.
+
+    The offset is the index of the part's first element in the flattened parameter.
+    """
     if engine.optimizer is None:
         return
     for optimizer in engine.optimizer.chained_optimizers:
@@ -98,7 +101,7 @@ def _shards_of(
         name: Megatron's name of the parameter.
         parameter: The parameter.
         start: The first element of the range in the flat parameter.
-        flats: Kind of value → values of the range [elements].
+        flats: The values in the range [elements], by kind of value.
         step: The number of updates, or None if the parameter is not trained.
         saved_here: Whether this rank saves the range.
     """

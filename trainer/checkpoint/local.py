@@ -1,4 +1,4 @@
-"""A run's checkpoints in a folder of the file system. They are written to a draft folder and committed by a rename.
+"""The checkpoints of a run in a folder. Each is written to a draft folder, which a commit renames.
 
 `attempt.json` contains the token of the newest attempt. A new attempt first writes its token there, and then deletes
 the drafts of earlier attempts. A commit first reads the token, and then renames the draft. If an earlier attempt reads
@@ -31,7 +31,7 @@ _ATTEMPT, _SCORES = "attempt.json", "scores.json"
 
 
 class LocalDraft:
-    """A draft folder, which a commit renames."""
+    """A draft folder, which is renamed when the checkpoint is committed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,12 +92,12 @@ class LocalCheckpoints:
         own = attempt.folder(FROZEN, step)
         if (aside / own).exists():
             _rename(aside / own, self.path / own)
-        if final.exists():  # it is damaged, or the run returned to an earlier checkpoint
+        if final.exists():  # The existing checkpoint is damaged, or the run returned to an earlier one.
             _remove_folder(final)
         _rename(aside, final)
 
     def discard(self, attempt: Attempt, step: int) -> None:
-        shutil.rmtree(self._aside(attempt, step), ignore_errors=True)  # the failure of the save is reported instead
+        shutil.rmtree(self._aside(attempt, step), ignore_errors=True)  # Only the failure of the save is reported.
 
     def clean_up(self, config: CheckpointConfig, newest: int, attempt: Attempt | None = None) -> list[str]:
         if attempt is not None:
@@ -114,7 +114,7 @@ class LocalCheckpoints:
         try:
             manifests = [read_manifest(self.folder(step)) for step in self.steps()]
         except DamagedError:
-            return removed  # the damaged checkpoint may refer to any of the frozen files
+            return removed  # The damaged checkpoint may refer to any of the frozen files.
         used = {frozen_folder_of(name) for manifest in manifests for name in manifest.files}
         for folder in self.path.glob(f"{FROZEN}-*"):
             if folder.name not in used:
@@ -148,7 +148,7 @@ class LocalCheckpoints:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
-            return None  # a power failure interrupted the write; the next attempt writes the file again
+            return None  # A power failure interrupted the write. The next attempt writes the file again.
 
     def _replace(self, name: str, text: str, suffix: str) -> None:
         part = self.path / f"{name}.{suffix}"

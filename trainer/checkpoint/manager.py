@@ -44,11 +44,11 @@ class Engines(Protocol):
 
 
 class CheckpointManager:
-    """The checkpoints of one run, as seen by one attempt of the run.
+    """Saves, finds and loads the checkpoints of a run for one attempt of the run.
 
     Collective: every rank of the world must create this object, and must call every method that does not say otherwise.
 
-    Creating it begins a new attempt, after which earlier attempts cannot commit checkpoints.
+    Creating the object starts a new attempt. From then on, earlier attempts cannot commit checkpoints.
 
     Args:
         url: The location of the checkpoints, `<run>/checkpoints`: a folder that all ranks share, or `s3://…`.
@@ -83,21 +83,21 @@ class CheckpointManager:
         self._failures: list[Outcome] = []
 
     def save(self, step: int, engines: Engines, extra: dict[str, Any]) -> None:
-        """Begin to save the state after `step` steps; the save continues in the background.
+        """Start to save the state after `step` steps. The save continues in the background.
 
         Collective: every rank of the world must call it.
 
         This method returns when the state has been copied to host memory. It first waits for a previous save that is
-        still running, and logs a warning if that takes long. The step that was saved or loaded last is not saved again.
-        If a save fails, the failure is logged and reported by `failed`; the next save is the retry.
+        still running, and logs a warning if that takes long. If `step` is the step that was saved or loaded last, the
+        method does nothing. If a save fails, the failure is logged and reported by `failed`, and training continues.
 
         Args:
             step: The number of steps done.
             engines: The engines to save.
-            extra: Further values that `load` returns, as JSON. Those of rank 0 are saved.
+            extra: Further values to store as JSON, which `load` returns. Only those of rank 0 are saved.
 
         Raises:
-            UserError: If a newer attempt of this run has begun.
+            UserError: If a newer attempt of this run has started.
         """
         if step == self._current:
             return
@@ -138,7 +138,7 @@ class CheckpointManager:
         Collective: every rank of the world must call it.
 
         Raises:
-            UserError: If it failed again, so that the newest state is lost when this process ends.
+            UserError: If the save failed again. The newest state is then lost when this process ends.
         """
         if self._save is None:
             return
@@ -181,7 +181,9 @@ class CheckpointManager:
         return self.checkpoints.steps()
 
     def latest(self) -> Folder | None:
-        """Return the newest undamaged checkpoint, or None if the run has none. Damaged newer ones are logged.
+        """Return the newest undamaged checkpoint, or None if the run has no checkpoint.
+
+        A warning is logged for each newer checkpoint that is damaged.
 
         Collective: every rank of the world must call it.
 
@@ -204,7 +206,9 @@ class CheckpointManager:
         return None
 
     def load(self, folder: Folder, engines: Engines) -> dict[str, Any]:
-        """Load a checkpoint, which any topology may have written, into the engines, optimizers and random generators.
+        """Load a checkpoint into the engines, optimizers and random generators.
+
+        The checkpoint may have been written by a different topology.
 
         Collective: every rank of the world must call it.
 
@@ -212,7 +216,7 @@ class CheckpointManager:
             The `extra` values that were passed to `save`.
 
         Raises:
-            UserError: If the checkpoint is damaged or belongs to another model. Nothing has been changed then.
+            UserError: If the checkpoint is damaged or belongs to another model. In this case, nothing is changed.
         """
         if folder.url not in self._verified and (damage := self._damage(folder)) is not None:
             raise UserError(f"checkpoint {folder.url} is damaged: {damage}; use another one")
@@ -235,7 +239,7 @@ class CheckpointManager:
             engines: The engines of a new run.
 
         Raises:
-            UserError: If `url` has no weights, or they do not fit the model.
+            UserError: If `url` contains no weights, or its weights do not fit the model.
         """
         # Other ranks may not see a run's newest checkpoint yet, so rank 0 names it.
         doing = f"checkpoint.start_from = {url}"
@@ -259,16 +263,16 @@ class CheckpointManager:
     # ---- engines
 
     def _shards(self, engines: Engines) -> dict[str, list[Shard]]:
-        """Return everything that this rank holds, by family of files."""
+        """Return all shards that this rank holds, by family of files."""
         return {"audio": audio_state.shards(engines.audio), "llm": llm_state.shards(engines.llm)}
 
     def _tensor_names(self, engines: Engines) -> set[str]:
-        """Return the names of the model's tensors, as far as this rank knows them."""
+        """Return the names of those tensors of the model that this rank knows."""
         audio = {shard.name for shard in audio_state.shards(engines.audio)}
         return audio | {name for name, _ in engines.audio.named_parameters()} | llm_state.tensor_names(engines.llm)
 
     def _finish(self, engines: Engines, reader: Reader) -> None:
-        """Set the numbers of updates, and copy the loaded fp32 weights to the weights that the forward pass reads.
+        """Set the number of updates of each parameter, and copy the fp32 weights to those that the forward pass reads.
 
         Collective: every rank of the world must call it.
         """
@@ -297,8 +301,8 @@ class CheckpointManager:
     # ---- saving
 
     def _content(self, step: int, engines: Engines, extra: dict[str, Any]) -> Content:
-        """Copy what this rank saves to host memory; afterwards the engines may change."""
-        # Tensors that were saved as frozen are still frozen: `Reader.check` refuses a run that trains them.
+        """Copy everything that this rank saves to host memory, so that training may continue."""
+        # Tensors that were saved as frozen are still frozen, because `Reader.check` rejects a run that trains them.
         wanted = {
             family: [s for s in shards if s.saved_here and not (s.frozen and s.name in self._frozen.tensors)]
             for family, shards in self._shards(engines).items()
@@ -312,10 +316,10 @@ class CheckpointManager:
         """Wait for the running save, if there is one, and return its outcome.
 
         Args:
-            next_step: The step that is to be saved next, for the warning about the wait; None omits the warning.
+            next_step: The step to be saved next, which the warning about a long wait names; None disables the warning.
 
         Raises:
-            UserError: If a newer attempt of this run has begun.
+            UserError: If a newer attempt of this run has started.
         """
         if self._save is None:
             return None
@@ -350,7 +354,7 @@ class CheckpointManager:
     # ---- finding
 
     def _damage(self, folder: Folder) -> str | None:
-        """Verify a checkpoint, and return a description of the damage, or None if it has none.
+        """Verify a checkpoint. Return a description of the damage, or None if the checkpoint is undamaged.
 
         Collective: every rank of the world must call it. Each rank verifies a part of the files.
         """

@@ -1,6 +1,6 @@
-"""The weights with which a new run may start: a checkpoint, the newest one of a run, or an export.
+"""The weights from which a new run can start: a checkpoint, the newest checkpoint of a run, or an export.
 
-Each may be in a folder or a bucket.
+They may be stored in a folder or in a bucket.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _open(folder: Folder, name: str) -> TensorFile:
 
 
 def is_export(url: str) -> bool:
-    """Return whether `url` is a model folder as `tools.export` makes it, and not a run or a checkpoint."""
+    """Return whether `url` is a folder that `tools.export` wrote, rather than a run or a checkpoint."""
     return open_store(url).exists(CONFIG)
 
 
@@ -129,7 +129,7 @@ def read_export_config(url: str) -> dict[str, Any]:
     """Return the config.json of an export.
 
     Raises:
-        UserError: If it describes another kind of model.
+        UserError: If the file is not JSON or describes another kind of model.
     """
     content = open_store(url).get(CONFIG)
     try:

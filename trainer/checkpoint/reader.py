@@ -16,7 +16,7 @@ from trainer.checkpoint.layout import FileEntry, Manifest, Rect, Shard, file_of_
 from trainer.checkpoint.tensor_file import TensorFile
 
 MANIFEST, STATE = "manifest.json", "state.json"
-_CHUNK_BYTES = 1 << 19  # stays in a core's cache until it is hashed
+_CHUNK_BYTES = 1 << 19  # A chunk of this size stays in the core's cache until it is hashed.
 _NUM_HASHERS = 4
 
 
@@ -28,8 +28,8 @@ def read_manifest(folder: Folder) -> Manifest:
     """Return the manifest of a checkpoint.
 
     Raises:
-        DamagedError: If it is missing or was changed.
-        UserError: If it has another format version.
+        DamagedError: If the manifest is missing or was changed.
+        UserError: If the manifest has another format version.
     """
     try:
         return Manifest.loads(read_text(folder, MANIFEST))
@@ -44,7 +44,7 @@ def read_manifest(folder: Folder) -> Manifest:
 def check_files(
     folder: Folder, manifest: Manifest, names: Iterable[str], heartbeat: Callable[[str], None] = lambda what: None
 ) -> None:
-    """Check that files are as the manifest describes them.
+    """Check that the sizes and contents of files match the manifest.
 
     Args:
         folder: The checkpoint.
@@ -53,7 +53,7 @@ def check_files(
         heartbeat: A function that is called with a description of each file before it is read.
 
     Raises:
-        DamagedError: If a file is missing, or has another size or content.
+        DamagedError: If a file is missing, or its size or content differs.
     """
 
     def damage(name: str) -> str | None:

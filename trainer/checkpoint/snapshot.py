@@ -1,4 +1,4 @@
-"""Copies of a rank's state in host memory. Training stops only while they are made, not for the rest of a save."""
+"""Copies of a rank's state in host memory. Training pauses only while the state is copied, not for the whole save."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from trainer.checkpoint.layout import Shard
 
 _ALIGNMENT = 64
 CHUNK_BYTES = 256 << 20
-"""The capacity of a chunk, unless one value needs more; a power of two, to which torch rounds up pinned memory."""
+"""The capacity of a chunk, unless a single value needs more. It is a power of two, because torch rounds the size of
+pinned memory up to a power of two."""
 
 
 class Place(NamedTuple):
@@ -58,7 +59,7 @@ class HostBuffer:
         """Allocate memory for values of these sizes, unless it has been allocated by an earlier save."""
         if num_bytes == self._num_bytes:
             return
-        self._num_bytes, self._chunks = num_bytes, []  # frees the old chunks before new ones are allocated
+        self._num_bytes, self._chunks = num_bytes, []  # This frees the old chunks before new ones are allocated.
         self._places, sizes = place_values(num_bytes)
         self._chunks = [torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned) for size in sizes]
 
@@ -77,7 +78,7 @@ def place_values(num_bytes: Sequence[int]) -> tuple[list[Place], list[int]]:
     places: dict[int, Place] = {}
     sizes: list[int] = []
     used: list[int] = []
-    open_chunks: list[int] = []  # those that may still have room
+    open_chunks: list[int] = []  # The indices of chunks that may still have room.
     for i in sorted(range(len(num_bytes)), key=lambda i: -num_bytes[i]):
         size = -(-num_bytes[i] // _ALIGNMENT) * _ALIGNMENT
         chunk = next((c for c in open_chunks if used[c] + size <= sizes[c]), None)

@@ -1,9 +1,10 @@
-"""The start of a new run with the weights of another run, of one of its checkpoints, or of an export.
+"""Initialization of a new run with the weights of another run, of one of its checkpoints, or of an export.
 
 Only weights are used; optimizers, schedule, generators and data start from the beginning. Some parts of the model may
-be new: encoders, heads of losses such as CTC's, adapters, and rows of a larger vocabulary of the LLM. They keep initial
-or pre-trained weights. The router's entries of an added encoder are the mean of the other encoders' entries. They take
-effect gradually (`model.router.ENTRY_OFFSET`), so that the loss of the first step is that of the original model.
+be new: encoders, the heads of losses such as CTC, adapters, and additional rows of the LLM's vocabulary. New parts keep
+their initial or pre-trained weights. The router's entries for an added encoder are the mean of its entries for the
+other encoders. They take effect gradually (`model.router.ENTRY_OFFSET`), so that the loss of the first step equals that
+of the original model.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ def fill_weights(
         heartbeat: A function that is called with a description of each shard before it is read.
 
     Returns:
-        Descriptions of what is new and keeps its initial weights, as far as this rank holds it.
+        Descriptions of the parts on this rank that are new and keep their initial weights.
 
     Raises:
-        UserError: If a part of the model that must not be new has another size or is missing.
+        UserError: If a part of the model that must not be new is missing from `origin` or has another size there.
     """
     before, now = origin.experts, tuple(e.name for e in model.experts)
     added = tuple(name for name in now if name not in before)
@@ -117,7 +118,7 @@ def _part(name: str) -> str:
 def _rows(
     origin: Origin, shard: Shard, before: Sequence[str], now: Sequence[str], added_encoder_warmup_steps: int
 ) -> Tensor:
-    """Return a tensor with one row for each current encoder expert, made from that of the original ones.
+    """Return a tensor with one row for each current encoder expert, based on the rows of the original experts.
 
     Args:
         origin: The weights to start with.
@@ -139,7 +140,7 @@ def _rows(
 
 
 def _num_new_rows(origin: Origin, shard: Shard) -> int:
-    """Return how many rows the model's tensor has in addition, or 0 if the shapes differ in any other way."""
+    """Return the number of rows that the model's tensor has in addition, or 0 if the shapes differ in any other way."""
     shape = origin.shape(shard.name)
     return shard.shape[0] - shape[0] if shape is not None and shape[1:] == shard.shape[1:] else 0
 

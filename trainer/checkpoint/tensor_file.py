@@ -42,7 +42,7 @@ class TensorFile:
     """The tensors of one file, by key.
 
     Raises:
-        ValueError: If it is not a safetensors file.
+        ValueError: If the file is not a safetensors file.
     """
 
     def __init__(self, folder: Folder, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Work that all ranks do together, and that fails on all of them if it fails on one."""
+"""Functions that run work on all ranks, and that raise an error on all of them if the work fails on any rank."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def together(groups: Groups, doing: str, work: Callable[[], T]) -> T:
 
     Args:
         groups: This rank's process groups.
-        doing: The subject of the error message.
+        doing: A description of the work, with which the error message begins.
         work: The function to call, which must not contain collectives.
 
     Returns:
@@ -58,7 +58,7 @@ def from_rank0(groups: Groups, doing: str, work: Callable[[], T]) -> T:
 
     Args:
         groups: This rank's process groups.
-        doing: The subject of the error message.
+        doing: A description of the work, with which the error message begins.
         work: The function to call, which must not contain collectives.
 
     Raises:

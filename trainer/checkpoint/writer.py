@@ -1,4 +1,4 @@
-"""Writing of a checkpoint's safetensors and JSON files, whose checksums are computed on the way."""
+"""Writing of a checkpoint's safetensors and JSON files. Their checksums are computed while they are written."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Draft(Protocol):
     """A checkpoint that is being written. Readers cannot see it before it is committed."""
 
     def write(self, name: str, content: Iterable[bytes | memoryview]) -> FileEntry:
-        """Write a file, which is durable when this method returns, and return its size and checksum."""
+        """Write a file, and return its size and checksum. The file is durable when this method returns."""
         ...
 
 
 class Hashed:
-    """An iterator over blocks of bytes, in chunks, which counts and hashes them."""
+    """An iterator over blocks of bytes in chunks, which counts and hashes the bytes."""
 
     def __init__(self, content: Iterable[bytes | memoryview]) -> None:
         self._content, self._digest, self._size = content, xxhash.xxh3_128(), 0
@@ -42,12 +42,12 @@ class Hashed:
 
     @property
     def entry(self) -> FileEntry:
-        """The size and checksum of all bytes so far."""
+        """The size and checksum of all bytes that have been yielded so far."""
         return FileEntry(self._size, self._digest.hexdigest())
 
 
 def write_tensors(draft: Draft, name: str, tensors: Mapping[str, Tensor]) -> FileEntry:
-    """Write host tensors as a safetensors file, one after another, without a copy of all of them.
+    """Write host tensors to a safetensors file one after another, without copying all of them at once.
 
     The format is described at https://github.com/huggingface/safetensors#format.
     """

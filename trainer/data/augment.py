@@ -43,7 +43,7 @@ def augment(
             start = int(rng.uniform(0, len(clip) - width))
             clip[start : start + width] = 0
     if config.noise_snr_db is not None:
-        # At strength 0 the ratio is 30 dB above the setting, where the noise is hardly audible.
+        # As the strength approaches 0, the ratio approaches 30 dB above the setting, where noise is hardly audible.
         snr_db = config.noise_snr_db + rng.uniform(0, 20) + 30 * (1 - strength)
         level = float(np.sqrt(np.mean(np.square(clip)))) * 10 ** (-snr_db / 20)
         clip = clip + level * rng.standard_normal(len(clip), dtype=np.float32)
@@ -55,7 +55,7 @@ def augment(
 def _mask_frequencies(
     clip: NDArray[np.float32], config: AugmentConfig, strength: float, rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    # Zeros round the length up, since a transform of an unfavorable length (a large prime) takes ten times as long.
+    # The clip is padded with zeros, because a transform whose length is a large prime takes ten times as long.
     size = -(-len(clip) // _FFT_STEP) * _FFT_STEP
     spectrum = np.fft.rfft(clip, size)
     bins_per_hz = size / SAMPLE_RATE

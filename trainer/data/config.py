@@ -30,7 +30,7 @@ class DatasetConfig:
     """Folder or bucket that contains shards and shards.json (see `tools.make_shards`): a path relative to `data.root`,
     or a URL (`s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `az://CONTAINER/PREFIX`)."""
     split: str = "train"
-    """The split to train on. Evaluation reads the splits `data.eval_splits` of the same dataset."""
+    """The split to train on. Evaluation reads the splits listed in `data.eval_splits` from the same dataset."""
     tasks: tuple[str, ...] = ()
     """The tasks whose samples are read, in training and evaluation; empty for all tasks."""
     subsets: tuple[str, ...] = ()
@@ -80,11 +80,11 @@ class AugmentConfig:
     start: float = 0.2
     """The progress (0 to 1) at which augmentation starts."""
     end: float = 0.5
-    """The progress (0 to 1) from which augmentation has its full strength. The strength rises linearly from `start`."""
+    """The progress (0 to 1) at which augmentation reaches full strength. The strength rises linearly from `start`."""
     speed: float = 0.0
     """The largest relative change of speed and pitch, for example 0.1 for factors from 0.9 to 1.1; 0 disables it."""
     gain_db: float = 0.0
-    """The largest change of the level, in dB, up or down; 0 disables it."""
+    """The largest change of the volume, up or down, in dB; 0 disables it."""
     noise_snr_db: float | None = None
     """The lowest signal-to-noise ratio of added white noise, in dB; null for no noise."""
     num_time_masks: int = 0
@@ -121,9 +121,9 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class JoinConfig:
-    """Joining of short ASR clips into longer ones, together with their answers.
+    """The settings for joining short ASR clips, together with their answers, into longer ones.
 
-    It makes more varied sequences from few recordings.
+    Joining creates more varied sequences from a small number of recordings.
     """
 
     probability: float = 0.0
@@ -131,7 +131,7 @@ class JoinConfig:
     max_clips: int = 3
     """The largest number of clips that are joined into one, at least 2."""
     max_sec: float = 6.0
-    """The largest length of joined audio, in seconds. No clip is added that would exceed it."""
+    """The largest length of joined audio, in seconds. A clip that would make the audio longer is not added."""
     gap_sec: float = 0.2
     """The longest silence between two joined clips, in seconds."""
     start: float = 0.0
@@ -155,7 +155,7 @@ class TokenizerConfig:
     train_vocab_size: int = 512
     """The largest vocabulary of the trained tokenizer if `path` is null. A small corpus may yield fewer pieces."""
     placeholder: str = PLACEHOLDER
-    """The token at the positions of audio embeddings. It is repeated once per audio token of a clip."""
+    """The token that marks the positions of audio embeddings. A prompt contains it once per audio token of a clip."""
     template: str = MOWE_TEMPLATE
     """The prompt of samples with audio. `{audio}` is replaced by all clips, `{instruction}` by the instruction."""
     text_template: str = "{instruction}"
@@ -181,7 +181,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The datasets, the order of their samples, and the limits of memory and of reading in advance."""
+    """The datasets, the order of their samples, and the limits on memory and prefetching."""
 
     root: str = "."
     """The folder that paths of datasets are relative to. It may be a URL if no dataset is a manifest."""
@@ -192,9 +192,10 @@ class DataConfig:
     weight · num_samples ** (1 / temperature), where temperature >= 1. With temperature 1 and equal weights, every
     sample is drawn equally often; larger temperatures favor small datasets."""
     eval_splits: tuple[str, ...] = ("test",)
-    """The splits that evaluation may read. At least one dataset must have samples of each."""
+    """The splits that evaluation may read. Each split must have samples in at least one dataset."""
     cache_dir: str = "runs/cache"
-    """The folder for shards built from manifests and for trained tokenizers, each named by a hash of its input."""
+    """The folder for shards that are built from manifests and for trained tokenizers. A hash of the input is part of
+    each name."""
     global_batch_samples: int = 32
     """The number of samples per step over all ranks; a multiple of `num_lanes`."""
     num_lanes: int = 16
@@ -207,7 +208,7 @@ class DataConfig:
     max_audio_sec: float | None = None
     """The longest clip, in seconds; null for no limit. Samples with a longer clip are skipped, counted and listed."""
     max_skipped_fraction: float = 0.01
-    """The largest share of samples that may be skipped. The run stops when it is exceeded."""
+    """The largest fraction of samples that may be skipped. The run stops if more samples are skipped."""
     num_workers: int = 2
     """The number of decoding processes per rank; 0 decodes in the training process. It does not affect the order."""
     prefetch_batches: int = 4
@@ -216,15 +217,16 @@ class DataConfig:
     """The approximate size of one chunk, that is, of one read of the store, in KiB. It cannot change within a run,
     because shuffling depends on it. Larger values use a bucket's bandwidth better but need more memory."""
     read_ahead_mib: int = 256
-    """The memory per rank for encoded audio that is read in advance, in MiB. One chunk per lane and dataset comes on
-    top; 0 reads nothing else."""
+    """The memory per rank for encoded audio that is read in advance, in MiB. Each lane needs memory for one chunk per
+    dataset in addition; with 0, only these chunks are read."""
     buffer_mib: int = 256
-    """The memory per rank for decoded audio between the decoding processes and the training process, in MiB."""
+    """The shared memory per rank that passes decoded audio from the decoding processes to the training process, in
+    MiB."""
     retry_sec: float = 120.0
     """How long a bucket may be unreachable, in seconds, before the run saves its state and stops."""
     cache_decoded_mib: int = 256
-    """The memory per rank for a cache of decoded clips, in MiB; 0 disables it. It saves decoding a small dataset again
-    in every epoch."""
+    """The memory per rank for a cache of decoded clips, in MiB; 0 disables the cache. With it, a small dataset need not
+    be decoded again in every epoch."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Waveform augmentation."""
     join: JoinConfig = field(default_factory=JoinConfig)

@@ -1,4 +1,4 @@
-"""Decoding of audio to 16 kHz mono float32, and the reasons for which a sample is skipped."""
+"""Decoding of audio to 16 kHz mono float32, and the reasons why a sample may be skipped."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ Reason = Literal[
 
 
 class SampleError(Exception):
-    """The error of a sample that cannot be used. The sample is skipped, counted by `reason` and listed with
-    `detail`."""
+    """Raised when a sample cannot be used. The sample is skipped, counted by `reason` and listed with `detail`."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -45,7 +44,8 @@ def decode_audio(data: bytes | memoryview, max_sec: float | None = None) -> NDAr
 
     Args:
         data: content of a FLAC, WAV, MP3, OGG or Opus file.
-        max_sec: longest legal clip in seconds; a longer one is refused before it is decoded. None for no limit.
+        max_sec: length of the longest clip that is allowed, in seconds; longer clips are rejected before they are
+            decoded. None for no limit.
 
     Returns:
         `[T]` float32 with T > 0; all values are finite.
@@ -65,7 +65,7 @@ def check_audio(data: bytes | memoryview) -> float:
     """Check that a clip can be decoded, and return its length in seconds.
 
     Raises:
-        SampleError: As in `decode_audio`.
+        SampleError: If the clip cannot be used; see `decode_audio`.
     """
     mono, rate = _decode_mono(data, None)
     return len(mono) / rate
@@ -82,7 +82,7 @@ def _decode_mono(data: bytes | memoryview, max_sec: float | None) -> tuple[NDArr
 def _read(data: bytes | memoryview, max_sec: float | None) -> tuple[NDArray[np.float32], int]:
     if not data:
         raise SampleError("empty", "0 bytes")
-    # For a truncated WAV libsndfile reports the frames that are there; only the RIFF header has the full size.
+    # For a truncated WAV file, libsndfile counts only the frames that exist. The RIFF header contains the full size.
     if data[:4] == b"RIFF" and len(data) >= 8 and struct.unpack("<I", data[4:8])[0] not in (0, 0xFFFFFFFF):
         declared = struct.unpack("<I", data[4:8])[0] + 8
         if len(data) < declared - 1:
@@ -107,7 +107,7 @@ def check_metadata(metadata: dict[str, Any]) -> None:
     """Check the task, instruction and answer of a sample.
 
     Raises:
-        SampleError: If one of them is no text, the task is unknown, or the answer is empty.
+        SampleError: If one of them is not a string, the task is unknown, or the answer is empty.
     """
     for name in ("task", "instruction", "answer"):
         if not isinstance(metadata.get(name), str):

@@ -19,7 +19,7 @@ from trainer.data.prepare import PreparedData
 from trainer.data.source import DatasetReader, SampleSource, Skip, check_skipped
 
 _READERS = 4
-"""The least number of threads that read and decode; they may spend most of their time waiting for a bucket."""
+"""The minimum number of threads that read and decode. They may spend most of their time waiting for a bucket."""
 
 
 def eval_samples(
@@ -49,7 +49,7 @@ def eval_samples(
     if max_samples is not None and max_samples < len(items):
         items = [items[i] for i in sorted(permutation(len(items), "evaluation", split)[:max_samples].tolist())]
     own = items[rank * len(items) // world : (rank + 1) * len(items) // world]
-    config = replace(prepared.config, cache_decoded_mib=0)  # since every sample is read once
+    config = replace(prepared.config, cache_decoded_mib=0)  # Every sample is read only once.
     source = SampleSource(config, prepared.tokenizer, prepared.strides)
     chunks = [
         (reader, shard, indices[start : start + reader.chunk_samples])
@@ -71,7 +71,7 @@ def eval_samples(
 
 
 def _items(prepared: PreparedData, split: str) -> list[tuple[DatasetReader, int, int]]:
-    """Return (reader, shard, index) of every sample of the split once, in stored order."""
+    """Return the reader, shard and index of every sample of the split, in stored order and without duplicates."""
     found: dict[tuple[str, int, int], tuple[DatasetReader, int, int]] = {}
     for reader in (s.open(split, prepared.config) for s in prepared.datasets):
         if reader is not None:

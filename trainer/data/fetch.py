@@ -1,8 +1,8 @@
-"""Fetching of encoded samples from the store, by few large ranged reads.
+"""Fetching of encoded samples from the store with a small number of large ranged reads.
 
-Received bytes are compared with the index, by the size of the shard and the XXH3 of each sample. Samples that differ
-are fetched again. If they still differ, they are skipped with reason `altered`, and the log names their shard. An
-unreachable store is a different case: it raises UserError, and no shard is quarantined.
+The size of the shard and the XXH3 hash of each received sample are compared with the index. Samples that differ are
+fetched again. If they still differ, they are skipped with reason `altered`, and their shard is logged. If the store is
+unreachable, UserError is raised instead, and no shard is quarantined.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from trainer.data.shards import Entry, RawSample, ShardSet
 from trainer.storage.store import ChangedError, MissingError
 
 MAX_GAP_BYTES = 256 << 10
-"""The largest gap between two samples that is read along with them, instead of splitting the read in two."""
+"""The largest gap between two samples that one read may include. A larger gap splits the read in two."""
 MAX_READ_BYTES = 32 << 20
 """The size limit of one read, unless a single sample is larger. It is well above the usual `data.read_kib`, so that a
 chunk of large samples still takes one read."""
 REFETCH_AFTER_SEC = (0.1, 1.0)
 """The delays before samples that differ from the index are fetched again, in seconds."""
 _JOIN_SEC = 1.0
-"""How long `ReadAhead.close` waits for its threads."""
+"""The time that `ReadAhead.close` waits for its threads, in seconds."""
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -40,7 +40,7 @@ Fetched = dict[int, RawSample | SampleError]
 
 
 def read_samples(shards: ShardSet, shard: int, indices: Sequence[int]) -> Fetched:
-    """Read and check samples of one shard, by as few reads as their positions in the shard allow.
+    """Read and check samples of one shard, with as few reads as their positions in the shard allow.
 
     Args:
         shards: the shards to read from.
@@ -99,13 +99,13 @@ def read_table(shards: ShardSet, shard: int) -> tuple[Entry, ...]:
 
 
 def read_unchecked(shards: ShardSet, shard: int, indices: Sequence[int]) -> dict[int, memoryview]:
-    """Read samples of one shard without comparing them with the index; use `checked` before they are used.
+    """Read samples of one shard without comparing them with the index. Pass each to `checked` before using it.
 
     Returns:
         Position in the shard's offset table → bytes of the sample.
 
     Raises:
-        UserError: As in `Store.get_range`.
+        UserError: If the store is unreachable or refuses the request.
     """
     table, info = shards.table(shard), shards.shards[shard]
     found = {}
@@ -119,7 +119,7 @@ def read_unchecked(shards: ShardSet, shard: int, indices: Sequence[int]) -> dict
 
 
 def checked(shards: ShardSet, entry: Entry, data: memoryview) -> RawSample | SampleError | None:
-    """Return the sample in `data`, or why it cannot be used, or None if the bytes differ from the index."""
+    """Return the sample in `data`, the reason why it cannot be used, or None if its bytes differ from the index."""
     if xxhash.xxh3_64_hexdigest(data) != entry.xxh3:
         return None
     try:
@@ -129,7 +129,7 @@ def checked(shards: ShardSet, entry: Entry, data: memoryview) -> RawSample | Sam
 
 
 def _group_reads(samples: Sequence[tuple[int, Entry]]) -> list[list[tuple[int, Entry]]]:
-    """Split samples, which are sorted by their first byte, into groups that one read returns."""
+    """Split samples, which must be sorted by their first byte, into groups that are each fetched with one read."""
     groups: list[list[tuple[int, Entry]]] = []
     for item in samples:
         start, end = item[1].span
@@ -143,13 +143,13 @@ def _group_reads(samples: Sequence[tuple[int, Entry]]) -> list[list[tuple[int, E
 
 
 class ReadAhead:
-    """A pool of threads that read in advance, within a budget of memory.
+    """A pool of threads that read in advance, within a memory budget.
 
-    The budget covers the results of reads from their start until their caller releases them.
+    The result of a read counts towards the budget from the start of the read until the caller releases it.
 
     Args:
         max_bytes: size of the budget. Reads that are `required` are counted but never refused.
-        num_threads: largest number of reads at the same time.
+        num_threads: largest number of concurrent reads.
     """
 
     def __init__(self, max_bytes: int, num_threads: int = 4) -> None:
@@ -206,5 +206,5 @@ class ReadAhead:
             future, work = job
             try:
                 future.set_result(work())
-            except BaseException as error:  # raised where the result is awaited
+            except BaseException as error:  # It is raised again where the result is awaited.
                 future.set_exception(error)

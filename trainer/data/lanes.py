@@ -1,17 +1,20 @@
 """The order of samples, as a pure function of the seed, the dataset weights and a few integers.
 
-One epoch of a dataset is a sequence of its samples. The shards are shuffled, then the chunks within each shard, then
-the samples within each chunk. (A chunk is a group of consecutive samples that one read of the store returns.) Samples
-of one chunk rarely meet in a batch, because a lane gives each batch only one sample or a few.
+One epoch of a dataset is a sequence that contains each of its samples once. If shuffling is enabled, the shards are
+shuffled anew for each epoch, then the chunks within each shard, and then the samples within each chunk. (A chunk is a
+group of consecutive samples that one read of the store returns.) Samples of the same chunk are rarely in the same
+batch, because each lane contributes only a few samples to a batch.
 
 The sequence is cut into L = `num_lanes` contiguous blocks. In epoch e, lane l reads block (l + e) mod L, and then
-continues with epoch e + 1. In L epochs every lane reads every sample once. Lanes therefore keep the same pace even if
-the dataset does not divide evenly or has fewer samples than there are lanes. How far a lane has read a dataset is one
-integer, its position. Finding the sample takes the same time at every position.
+continues with epoch e + 1. In L epochs, every lane reads each of the L blocks once. All lanes therefore advance through
+the epochs at the same rate, even if the blocks differ in size or some are empty. With shuffling, the blocks contain
+other samples in each epoch, so one lane may read a sample several times in L epochs, or never; but all lanes together
+read each sample once per epoch. The progress of a lane in a dataset is one integer, its position. Finding the sample at
+a position takes the same time for every position.
 
 The k-th global batch consists of the next `global_batch_samples / num_lanes` samples of every lane. Each rank owns
-consecutive lanes. The concatenation of the ranks' batches is therefore the global batch in lane order, for any number
-of ranks.
+consecutive lanes. For any number of ranks, concatenating the batches of all ranks therefore yields the global batch in
+lane order.
 """
 
 from __future__ import annotations
@@ -27,18 +30,19 @@ from numpy.typing import NDArray
 from trainer.data.config import DatasetConfig
 
 _GOLDEN = 0x9E3779B97F4A7C15
-"""2^64 divided by the golden ratio. Its multiples modulo 2^64 are evenly distributed (a Weyl sequence)."""
+"""2^64 divided by the golden ratio. The multiples of this number modulo 2^64 are evenly distributed (a Weyl
+sequence)."""
 _MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
 class LaneSpan:
-    """Consecutive samples of a lane that belong to the same chunk."""
+    """Consecutive samples of one lane that belong to the same chunk."""
 
     epoch: int
     shard: int
     indices: tuple[int, ...]
-    """The samples in the order in which they are read, as indices among the selected samples of the shard."""
+    """The samples in reading order, as indices into the shard's selected samples."""
 
 
 def hash_of(*key: int | str) -> int:
@@ -47,9 +51,9 @@ def hash_of(*key: int | str) -> int:
 
 
 def permutation(n: int, *key: int | str) -> NDArray[np.int64]:
-    """Return a permutation of 0, ..., n-1 that depends on `key` only.
+    """Return a permutation of 0, ..., n-1 that depends only on `key` and `n`.
 
-    NumPy's random streams are not used, since they may change between its versions.
+    NumPy's random generators are not used, since their streams may change between versions of NumPy.
     """
     with np.errstate(over="ignore"):
         x = np.arange(n, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(hash_of(*key))
@@ -65,15 +69,15 @@ def lanes_of_rank(rank: int, world: int, num_lanes: int) -> range:
 
 
 class DatasetOrder:
-    """The order of one dataset, which maps a lane and a position to a sample.
+    """The order of one dataset, which maps a lane and a position in that lane to a sample.
 
     Args:
-        name: name of the dataset. Datasets of different names have different orders.
-        num_per_shard: number of selected samples of each shard; their sum must be positive.
-        seed: seed of the order.
+        name: name of the dataset. Datasets with different names are shuffled differently.
+        num_per_shard: number of selected samples in each shard; at least one must be positive.
+        seed: seed for shuffling.
         num_lanes: number of lanes.
-        shuffle: if false, samples are in stored order.
-        chunk_samples: number of samples of a chunk.
+        shuffle: if false, samples are read in the order in which they are stored.
+        chunk_samples: number of samples in a chunk; the last chunk of a shard may have fewer.
     """
 
     def __init__(
@@ -93,11 +97,14 @@ class DatasetOrder:
         self._epoch = lru_cache(maxsize=4)(self._shards_of_epoch)
 
     def span(self, lane: int, position: int) -> LaneSpan:
-        """Return the samples of `lane` from `position` to the end of the chunk that it is in.
+        """Return the samples of `lane` that start at `position` and belong to the same chunk.
+
+        The span ends with the chunk, or with the block that the lane reads in this epoch, whichever ends first.
 
         Args:
             lane: number of the lane.
-            position: number of samples that the lane has read before; it is not limited by the size of the dataset.
+            position: number of samples that the lane has already read from this dataset; it may exceed the size of the
+                dataset.
         """
         # A cycle is num_lanes epochs, in which the lane reads every block once.
         cycle, offset = divmod(position, self.num_samples)
@@ -114,22 +121,25 @@ class DatasetOrder:
         return LaneSpan(epoch, shard, tuple(indices[: size - offset].tolist()))
 
     def chunk_of(self, shard: int, index: int) -> range:
-        """Return the indices of the chunk that contains `index`."""
+        """Return the indices of all samples in the chunk that contains the sample `index` of `shard`."""
         start = index - index % self.chunk_samples
         return range(start, min(start + self.chunk_samples, int(self.num_per_shard[shard])))
 
     def _start(self, block: int) -> int:
-        """Return the first sample of a block; blocks beyond `num_lanes` repeat, shifted by the size of the dataset."""
+        """Return the index in the epoch of the first sample of `block`.
+
+        Block numbers from `num_lanes` on denote the same blocks again; their starts are larger by the dataset's size.
+        """
         return block * self.num_samples // self.num_lanes
 
     def _shards_of_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the shards in the order of an epoch, and the number of samples up to the end of each."""
+        """Return the shards in the order in which an epoch reads them, and the cumulative number of samples."""
         n = len(self.num_per_shard)
         order = permutation(n, self.seed, self.name, epoch) if self.shuffle else np.arange(n)
         return order, np.cumsum(self.num_per_shard[order])
 
     def _rest_of_chunk(self, epoch: int, shard: int, offset: int) -> NDArray[np.int64]:
-        """Return the indices from the `offset`-th in the shard's order to the end of its chunk."""
+        """Return the indices of the samples from place `offset` of the shuffled shard to the end of their chunk."""
         num_chunks = -(-int(self.num_per_shard[shard]) // self.chunk_samples)
         order = permutation(num_chunks, self.seed, self.name, epoch, shard, "chunks") if self.shuffle else None
         # All chunks have the same size, except the one that is stored last.
@@ -147,17 +157,17 @@ class DatasetOrder:
 
 
 class DatasetMixture:
-    """The choice of the dataset of each draw.
+    """Chooses the dataset for each draw.
 
-    The shares follow the weights closely over any short time, not only on average.
+    The share of draws from each dataset stays close to its weight even over a few batches, not only on average.
 
     Args:
         datasets: the datasets with their weights.
-        seed: seed of the choice.
+        seed: seed for the choice.
         num_lanes: number of lanes.
-        num_per_lane: samples that each lane gives to a batch.
+        num_per_lane: number of samples that each lane contributes to a batch.
         num_samples: number of samples of each dataset; used only with a temperature.
-        temperature: see `DataConfig.temperature`.
+        temperature: the value of `DataConfig.temperature`.
     """
 
     def __init__(
@@ -174,20 +184,20 @@ class DatasetMixture:
         self.factors = [1.0] * len(datasets) if temperature is None else [n ** (1 / temperature) for n in num_samples]
 
     def weights_at(self, progress: float) -> list[float]:
-        """Return the weight of every dataset at `progress` (0 to 1). They need not sum to 1."""
+        """Return the weights of all datasets at `progress` (0 to 1). The weights need not sum to 1."""
         return [f * s.weight_at(progress) for f, s in zip(self.factors, self.datasets, strict=True)]
 
     def choose(self, batch: int, lane: int, draw: int, progress: float) -> int:
-        """Return the index of the dataset of a draw.
+        """Return the index of the dataset from which a sample is drawn.
 
         Args:
             batch: number of the global batch.
             lane: number of the lane.
-            draw: number of the draw among the lane's draws for the batch.
+            draw: number of the draw among the draws of this lane for this batch.
             progress: progress of the training (0 to 1), which determines the weights.
         """
         weights = self.weights_at(progress)
-        # Lanes change places from batch to batch; at a fixed place a lane could draw from one dataset for a long time.
+        # The lanes are rotated for each batch; otherwise a lane could draw from the same dataset for a long time.
         turn = (lane + hash_of(self.seed, "blend", batch)) % self.num_lanes
         number = (batch * self.num_lanes + turn) * self.num_per_lane + draw
         point = (number * _GOLDEN & _MASK) / (1 << 64) * sum(weights)
@@ -198,4 +208,4 @@ class DatasetMixture:
                 if point < weight:
                     return index
                 point -= weight
-        return last  # rounding may put the point beyond the last weight
+        return last  # Rounding may place the point beyond the last weight.

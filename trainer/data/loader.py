@@ -3,7 +3,7 @@
 Example:
     with Loader(prepared, seed=1, num_batches=1000, rank=r, world=w, state=saved) as loader:
         for batch, state in loader:
-            ...  # a loader that starts from `state` continues with the next batch
+            ...  # A loader that starts from `state` continues with the next batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class Loader:
     """An iterable over this rank's part of every global batch, as `(Batch, State)` pairs.
 
-    Arguments and errors are those of `SampleStream`. A loader can be iterated once.
+    It has the same arguments and errors as `SampleStream`. A loader can be iterated only once.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class Loader:
 
     @property
     def num_skipped(self) -> dict[str, int]:
-        """The number of skipped samples of this rank's lanes, by reason; see `SampleStream.num_skipped`."""
+        """The number of samples that this rank's lanes have skipped, by reason; see `SampleStream.num_skipped`."""
         return self.stream.num_skipped
 
     @property
     def epochs(self) -> dict[str, float]:
-        """How often this rank's lanes have read each dataset; see `SampleStream.epochs`."""
+        """The fraction of each dataset that this rank's lanes have read; see `SampleStream.epochs`."""
         return self.stream.epochs
 
     def __enter__(self) -> Loader:
@@ -97,7 +97,7 @@ def to_sample(encoded: EncodedSample) -> Sample:
 class SkipLog:
     """A callback for `Loader(on_skip=...)` that appends every skipped sample to a JSONL file.
 
-    The first skipped sample creates the file. If it cannot be written, the line is logged instead.
+    The file is created when the first sample is skipped. If the file cannot be written, the line is logged instead.
     """
 
     def __init__(self, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Each line is an object with `id`, `audio` (a path relative to the manifest's folder, a list of such paths, or null),
 `task`, `split`, `instruction` and `answer`. All other fields are kept. Samples are sorted by a hash of their id, so
-that every shard is a random mixture of the samples, whatever the order of the manifest.
+that every shard is a random mixture of the samples, regardless of the order of the manifest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Preparation of a recipe's data for loading: making shards from manifests, and training a tokenizer if needed."""
+"""Preparation of a recipe's data for loading: building shards from manifests, and training a tokenizer if needed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class PreparedDataset:
     next to the shards lists them."""
 
     def open(self, split: str, config: DataConfig) -> DatasetReader | None:
-        """Return a reader of the samples of `split` that the recipe selects, or None if there are none."""
+        """Return a reader for the samples of `split` that the recipe selects, or None if it selects none."""
         if split not in self.shards:
             return None
         url, index = self.shards[split]
@@ -60,7 +60,7 @@ class PreparedData:
     """The further fields of the manifests that are tokenized, for losses."""
 
     def open_training(self) -> tuple[DatasetReader, ...]:
-        """Return one reader per dataset, which reads its training split.
+        """Return one reader per dataset; each reads the dataset's training split.
 
         Raises:
             UserError: If a dataset has no samples to train on.
@@ -77,7 +77,9 @@ def prepare(
     on_built: Callable[[BuildReport], None] = lambda report: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PreparedData:
-    """Make the shards and the tokenizer of a recipe, unless they exist. Several processes may call this at once.
+    """Build the shards and train the tokenizer of a recipe, unless they exist already.
+
+    Several processes may call this function at the same time.
 
     Args:
         config: The recipe's `data` section.
@@ -85,8 +87,9 @@ def prepare(
         text_fields: The further fields of the manifests that are tokenized (`model.losses.table.text_fields`).
         tokenizer_path: The tokenizer of existing weights, which overrides `config.tokenizer`; None if there are no
             weights yet.
-        on_built: A function that is called with a report after shards have been made.
-        on_progress: A function that is called with (number of finished samples, number of samples) meanwhile.
+        on_built: A function that is called with a report after shards have been built.
+        on_progress: A function that is called with the number of finished samples and the number of all samples while
+            shards are being built.
 
     Raises:
         UserError: If shards cannot be made, the tokenizer cannot be read or trained, a dataset has no samples to train
@@ -100,7 +103,7 @@ def prepare(
 
 
 def check_stored(config: DataConfig) -> None:
-    """Check what can be checked before anything is made: manifests exist, and shards contain what the recipe reads.
+    """Check, before anything is built, that manifests exist and that shards contain the samples that the recipe reads.
 
     Raises:
         UserError: If a manifest or an index is missing or cannot be read, shards contain no samples to train on, or an
@@ -193,7 +196,7 @@ def _build(
             on_progress=on_progress,
         )
     except UserError:
-        if not (folder / INDEX_NAME).is_file():  # otherwise another process has made the shards meanwhile
+        if not (folder / INDEX_NAME).is_file():  # Another process may have built the shards.
             raise
     else:
         on_built(report)
@@ -216,7 +219,7 @@ def _skipped_samples(url: str) -> dict[str, int]:
 
 
 def _check_skipped_samples(config: DataConfig, manifest: Path, url: str, index: ShardIndex) -> None:
-    """Check the share of skipped samples, since existing shards may have been made with a higher limit.
+    """Check the fraction of skipped samples, since existing shards may have been built with a higher limit.
 
     Raises:
         UserError: If more than `data.max_skipped_fraction` of the samples were skipped.

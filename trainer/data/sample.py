@@ -1,6 +1,6 @@
 """Encoding of one sample from its decoded clips and metadata.
 
-The prompt gets one placeholder per audio token, and only the answer is labelled. All results are NumPy arrays, because
+The prompt contains one placeholder per audio token, and only the answer has labels. The results are NumPy arrays, since
 decoding processes do not load torch; `trainer.data.loader` converts them to tensors.
 """
 
@@ -24,7 +24,7 @@ Clip = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample as NumPy arrays, from which `loader.to_sample` makes a `model.batch.Sample`. L is its number of
+    """A sample as NumPy arrays, which `loader.to_sample` converts to a `model.batch.Sample`. L is the number of
     tokens."""
 
     key: str
@@ -63,7 +63,7 @@ def make_sample(
         clips: the decoded clips.
         tokenizer: tokenizer of prompt and answer.
         strides: strides of the adapter, which determine the number of placeholders per clip.
-        text_fields: further fields of the metadata to tokenize; a field that is absent or no text is skipped.
+        text_fields: further fields of the metadata to tokenize; a field that is absent or not a string is skipped.
         evaluate: if true, encode the prompt alone, after which generation starts.
 
     Raises:

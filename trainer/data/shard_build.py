@@ -27,7 +27,7 @@ from trainer.storage.store import Store
 SKIPPED_NAME = "skipped.jsonl"
 _BUILDING_NAME = "building.json"
 _CHECKED_AHEAD = 128
-"""The number of rows that are checked in advance; their clips are in memory, in addition to those of the open shard."""
+"""The number of rows that are checked in advance. Their clips are kept in memory, in addition to the open shard's."""
 
 Checked = tuple[list[tuple[str, bytes]], float] | SampleError
 """The clips of a row, as (type, content), and their total length in seconds; or the reason why the row is skipped."""
@@ -35,7 +35,7 @@ Checked = tuple[list[tuple[str, bytes]], float] | SampleError
 
 @dataclass(frozen=True)
 class ShardLimits:
-    """The size limits of a shard, which is full when it has reached one of them."""
+    """The size limits of a shard. A shard is full when it has reached one of the limits."""
 
     max_samples: int = 4096
     max_bytes: int = 256 << 20
@@ -71,7 +71,7 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class _Part:
-    """A finished shard, and how far in the manifest it reaches."""
+    """A finished shard, and the number of manifest rows that have been processed up to its end."""
 
     shard: Shard
     end_row: int
@@ -101,7 +101,7 @@ def build_shards(
         out: folder or URL for the shards; it must be empty or contain an interrupted build of the same shards.
         split: split to read; None for all.
         limits: size limits of a shard.
-        max_skipped_fraction: largest share of samples that may be skipped.
+        max_skipped_fraction: largest fraction of samples that may be skipped.
         num_workers: number of threads that check samples in parallel.
         on_progress: called with (rows done, rows in total).
 
@@ -123,7 +123,10 @@ def build_shards(
 
 
 def source_digest(rows: Sequence[Row], limits: ShardLimits) -> str:
-    """Return a hash of everything that determines the shards: rows, size and time of audio files, limits and format."""
+    """Return a hash of everything that determines the shards.
+
+    These are the rows, the sizes and modification times of the audio files, the limits, and the format version.
+    """
     digest = hashlib.sha256(f"{FORMAT_VERSION} {limits.max_samples} {limits.max_bytes}\n".encode())
     for row in rows:
         digest.update(json.dumps(row.metadata, sort_keys=True).encode() + f"\n{row.line}\n".encode())
@@ -134,7 +137,7 @@ def source_digest(rows: Sequence[Row], limits: ShardLimits) -> str:
 
 
 class UnusableError(UserError):
-    """Too few samples of a manifest can be used."""
+    """Raised when too few samples of a manifest can be used."""
 
 
 class _Build:
@@ -292,7 +295,7 @@ def _check(row: Row) -> Checked:
                 raise SampleError("wrong_type", f"{path.name}: type must be one of {', '.join(AUDIO_TYPES)}")
             try:
                 data = path.read_bytes()
-            except OSError as error:  # a problem of the disk, for which no sample may be skipped
+            except OSError as error:  # No sample may be skipped because of a problem with the disk.
                 raise UserError(
                     f"line {row.line} id {row.key}: {path}: {error.strerror}; rerun the same command to resume"
                 ) from None

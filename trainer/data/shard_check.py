@@ -55,7 +55,7 @@ def build_index(
     """Write offset tables and an index for existing tars, which are not changed.
 
     Args:
-        store: store that contains `*.tar` in WebDataset format, in which the members of a sample are consecutive.
+        store: store that contains `*.tar` files in WebDataset format. The members of each sample must be consecutive.
         defaults: values of manifest fields that a sample's metadata may lack.
         on_shard: called with 1 after every shard.
 

@@ -23,7 +23,7 @@ GroupKey = tuple[str, str, str, str, str]
 
 
 class ShardWriter:
-    """Builder of one shard, which is kept in memory until `finish` writes it."""
+    """Builds one shard, which is kept in memory until `finish` writes it."""
 
     def __init__(self, store: Store, number: int) -> None:
         self.store = store
@@ -51,7 +51,7 @@ class ShardWriter:
             for name, data in zip([*names, "json"], [*(b for _, b in clips), text], strict=True)
         ]
         digest = xxhash.xxh3_64()
-        for part in self._parts[first_part + 1 :]:  # from the first member's data to the last member's
+        for part in self._parts[first_part + 1 :]:  # The header of the first member is not hashed.
             digest.update(part)
         self.entries.append(self._groups.entry(key, metadata, seconds, digest.hexdigest(), tuple(members)))
 
@@ -71,7 +71,7 @@ class ShardWriter:
         return shard
 
     def _append(self, name: str, data: bytes) -> int:
-        info = tarfile.TarInfo(name)  # its default mtime, uid, gid and mode make the bytes reproducible
+        info = tarfile.TarInfo(name)  # The default mtime, uid, gid and mode make the bytes reproducible.
         info.size = len(data)
         padding = bytes(-self.num_bytes % _BLOCK_BYTES)
         self._write(padding + info.tobuf(tarfile.USTAR_FORMAT))
@@ -85,7 +85,7 @@ class ShardWriter:
 
 
 class Groups:
-    """The numbers of samples and seconds of a shard, per group."""
+    """The number of samples and the seconds of audio in each group of a shard."""
 
     def __init__(self) -> None:
         self._totals: dict[GroupKey, tuple[int, float]] = {}
@@ -105,7 +105,7 @@ class Groups:
             metadata: fields of the manifest.
             seconds: total length of the clips.
             xxh3: XXH3-64 of the sample's bytes, in hexadecimal.
-            members: see `Entry.members`.
+            members: the extension, the first byte and the number of bytes of every member.
         """
         group = tuple(str(metadata.get(n, "")) for n in ("task", "subset", "split", "language", "source"))
         task, subset, split, language, source = group
@@ -114,7 +114,7 @@ class Groups:
         return Entry(key, task, subset, split, round(seconds, 4), xxh3, members)
 
     def lines(self) -> tuple[Group, ...]:
-        """Return the groups for the index, sorted."""
+        """Return the sorted list of groups for the index."""
         return tuple(Group(*g, count, round(total, 4)) for g, (count, total) in sorted(self._totals.items()))
 
 

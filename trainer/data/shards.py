@@ -1,4 +1,4 @@
-"""Format of shards: WebDataset tars with random access.
+"""The format of shards: WebDataset tar files with random access.
 
 A shard is a tar file. For each sample it contains `<key>.json` with the fields of the manifest, and `<key>.<type>` with
 the clip. Several clips are named `<key>.0.<type>`, `<key>.1.<type>` and so on; a text sample has none. Two kinds of
@@ -10,8 +10,8 @@ files are stored next to the shards:
   seconds, the byte ranges of its members, and an XXH3-64 hash. The hash covers all bytes from the first member's data
   to the last member's, so that a sample that was fetched by a ranged read can be checked.
 
-`tools.inspect_shards --build-index` writes an index for tars that were made by other programs. Fields that their
-`<key>.json` lacks are in the index as `defaults`, and the content of `<key>.txt` is the answer.
+`tools.inspect_shards --build-index` writes an index for tar files that other programs wrote. The `defaults` of the
+index are the values of fields that are missing in `<key>.json`, and the content of `<key>.txt` is the answer.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ FORMAT_VERSION = 3
 
 @dataclass(frozen=True)
 class Selection:
-    """A selection of samples; an empty field does not restrict it."""
+    """A selection of samples. A field that is empty does not restrict the selection."""
 
     split: str = ""
     tasks: tuple[str, ...] = ()
     subsets: tuple[str, ...] = ()
 
     def matches(self, item: Group | Entry) -> bool:
-        """Return whether a sample, or all samples of a group, are selected."""
+        """Return whether `item`, a sample or a group of samples, is selected."""
         return (
             (not self.split or item.split == self.split)
             and (not self.tasks or item.task in self.tasks)
@@ -84,7 +84,7 @@ class ShardIndex:
     digest: str
     """The SHA-256 of the index file. Shards with the same digest contain the same samples."""
     defaults: dict[str, str] = field(default_factory=dict)
-    """Values of fields that a sample's metadata lack."""
+    """The values of fields that are missing in a sample's metadata."""
 
     @property
     def num_samples(self) -> int:
@@ -141,7 +141,7 @@ def read_index(store: Store) -> ShardIndex:
     """Read the index of the shards in `store`.
 
     Raises:
-        UserError: If the index is missing, malformed, or of another format version.
+        UserError: If the index is missing, is malformed, or has another format version.
     """
     data = store.get(INDEX_NAME)
     index = _json_object(f"{store.url}/{INDEX_NAME}", data)
@@ -175,9 +175,10 @@ class ShardSet:
         self.index = read_index(store) if index is None else index
         self.table = lru_cache(maxsize=num_cached_tables)(self._read_table)
         self.quarantined: dict[int, str] = {}
-        """The shards that differ from the index, each with the reason. Nothing is read from them."""
+        """The shards that are not read because they differ from the index, each with the reason."""
         self.altered: set[tuple[int, int]] = set()
-        """Samples of other shards, as (shard, position in its offset table), that differ whenever they are fetched."""
+        """The samples in other shards that differed from the index each time they were fetched, as pairs of the shard
+        and the position in its offset table."""
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -194,7 +195,7 @@ class ShardSet:
             self.quarantined[shard] = why
 
     def parse(self, entry: Entry, data: memoryview) -> RawSample:
-        """Return a sample from the bytes of its span.
+        """Return the sample that is stored in the bytes `data` of its span.
 
         Raises:
             SampleError: If its metadata is not a JSON object (`wrong_type`).

@@ -1,4 +1,4 @@
-"""Making of samples: reading in advance, decoding, joining, augmentation, padding and tokenisation."""
+"""Production of training samples: reading in advance, decoding, joining, augmentation, padding and tokenisation."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from trainer.scoring.tasks import TASKS
 from trainer.storage.store import ChangedError, MissingError
 
 Received = dict[int, memoryview]
-"""Index of a sample → its bytes, which are not checked yet."""
+"""The bytes of each sample by its index. They have not been checked yet."""
 
 _GRACE_SAMPLES = 200
-"""The allowed number of skips is computed from at least this many samples, so that early skips do not stop a run."""
+"""The minimum number of samples from which the allowed number of skips is computed, so that a few early skips do not
+stop a run."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def check_skipped(num_seen: int, skipped: Mapping[str, int], max_fraction: float
     Args:
         num_seen: number of samples so far, including skipped ones.
         skipped: number of skipped samples by reason.
-        max_fraction: largest share of samples that may be skipped.
+        max_fraction: largest fraction of samples that may be skipped.
 
     Raises:
         UserError: If more samples were skipped; the message summarises the reasons.
@@ -80,7 +81,7 @@ class DatasetReader:
         self.num_samples = sum(self.num_per_shard)
         self.mean_sample_bytes = shards.index.num_bytes // max(1, shards.index.num_samples) + 1
         self.chunk_samples = max(1, read_bytes // self.mean_sample_bytes)
-        """The number of samples of a chunk. The order of samples depends on it."""
+        """The number of samples in a chunk, on which the order of samples depends."""
         self.selected = lru_cache(maxsize=64)(self._selected)
         self.joinable = lru_cache(maxsize=1024)(self._joinable)
 
@@ -100,17 +101,17 @@ class DatasetReader:
         """
         try:
             entries = self.selected(shard)
-        except (MissingError, ChangedError) as error:  # raised for the offset table
+        except (MissingError, ChangedError) as error:  # The offset table cannot be used.
             self.shards.quarantine(shard, str(error))
             return {index: SampleError("altered", str(error)) for index in indices}
         found = read_samples(self.shards, shard, [entries[index] for index in indices])
         return {index: found[entries[index]] for index in indices}
 
     def read_unchecked(self, shard: int, indices: Sequence[int]) -> Received:
-        """Read samples without comparing them with the index; use `checked` before they are used.
+        """Read samples without comparing them with the index. Pass each to `checked` before using it.
 
         Returns:
-            Index → bytes. It is empty if the shard is missing or altered, which `read` then reports.
+            Index → bytes. The mapping is empty if the shard is missing or altered; `read` reports the reason.
 
         Raises:
             UserError: If the store is unreachable or refuses the request.
@@ -123,11 +124,11 @@ class DatasetReader:
         return {index: found[entries[index]] for index in indices}
 
     def checked(self, shard: int, index: int, data: memoryview) -> RawSample | SampleError | None:
-        """Return the sample in `data`, or why it cannot be used, or None if the bytes differ from the index."""
+        """Return the sample in `data`, the reason why it cannot be used, or None if its bytes differ from the index."""
         return checked(self.shards, self.shards.table(shard)[self.selected(shard)[index]], data)
 
     def metadata(self) -> Iterator[dict[str, Any]]:
-        """Yield the metadata of all selected samples in stored order, without those that cannot be used."""
+        """Yield the metadata of all selected samples that can be used, in stored order."""
         for shard, num_here in enumerate(self.num_per_shard):
             for start in range(0, num_here, self.chunk_samples):
                 indices = range(start, min(start + self.chunk_samples, num_here))
@@ -135,7 +136,7 @@ class DatasetReader:
                 yield from (raw.metadata for r in indices if not isinstance(raw := found[r], SampleError))
 
     def key(self, shard: int, index: int) -> str:
-        """Return the key of a sample; empty if the offset table of the shard cannot be read."""
+        """Return the key of a sample, or an empty string if the offset table of its shard cannot be read."""
         try:
             return self.shards.table(shard)[self.selected(shard)[index]].key
         except (MissingError, ChangedError):
@@ -163,26 +164,26 @@ class DatasetReader:
         return found
 
     def _joinable(self, shard: int, chunk: range, subset: str) -> tuple[int, ...]:
-        """Return the indices of `chunk` that are transcriptions of `subset` with one clip."""
+        """Return the indices in `chunk` of the transcription samples that have one clip and belong to `subset`."""
         table, selected = self.shards.table(shard), self.selected(shard)
         entries = ((index, table[selected[index]]) for index in chunk)
         return tuple(r for r, e in entries if _is_transcription(e.task) and e.subset == subset and e.num_clips == 1)
 
 
 def _is_transcription(task: str) -> bool:
-    # The index of shards may name tasks that are unknown; such samples are skipped when they are read.
+    # The index may contain unknown tasks. Samples of these tasks are skipped when they are read.
     return task in TASKS and TASKS[task].is_transcription
 
 
 class SampleSource:
-    """Maker of encoded samples. The same position of a lane always gives the same sample, bit for bit.
+    """Produces encoded samples. The same position of a lane always yields the same sample, bit for bit.
 
     Args:
         config: the recipe's data section.
         tokenizer: tokenizer of prompts and answers.
         strides: strides of the adapter.
         text_fields: further fields of the metadata that are tokenised, for losses.
-        seed: seed of joining and augmentation.
+        seed: seed for joining and augmentation.
     """
 
     def __init__(
@@ -204,7 +205,7 @@ class SampleSource:
         self.ahead.close()
 
     def missing(self, reader: DatasetReader, shard: int, indices: Sequence[int]) -> list[int]:
-        """Return those of `indices` whose decoded samples are not in the cache."""
+        """Return the elements of `indices` whose decoded samples are not in the cache."""
         return [index for index in indices if (id(reader), shard, index) not in self._cache]
 
     def evaluation(self, reader: DatasetReader, shard: int, index: int, received: Received) -> EncodedSample:
@@ -224,7 +225,7 @@ class SampleSource:
         return self._make(reader.key(shard, index), reader, metadata, clips, evaluate=True)
 
     def training(self, cursor: Cursor, progress: float) -> EncodedSample:
-        """Return the training sample at a cursor, joined and augmented.
+        """Return the training sample at the position of a cursor, after joining and augmentation.
 
         Args:
             cursor: cursor whose samples are loaded.
@@ -255,7 +256,7 @@ class SampleSource:
         key = (id(reader), shard, index)
         if (found := self._cache.get(key)) is not None:
             return found
-        # Checked here, not by the reading thread, so that decoding finds the bytes in this core's cache.
+        # The bytes are checked here rather than in the reading thread, so that decoding finds them in the core's cache.
         raw = reader.checked(shard, index, received[index]) if index in received else None
         if raw is None:
             raw = reader.read(shard, [index])[index]
@@ -290,7 +291,7 @@ class SampleSource:
         progress: float,
         rng: np.random.Generator,
     ) -> Decoded:
-        """Return the sample joined with others of its chunk, or unchanged, as `rng` decides."""
+        """Join the sample with others from its chunk with the configured probability; otherwise return it unchanged."""
         join, reader, shard = self.config.join, cursor.reader, cursor.shard
         if not _is_transcription(metadata["task"]) or len(clips) != 1 or join.probability == 0 or progress < join.start:
             return metadata, clips
@@ -304,7 +305,7 @@ class SampleSource:
             try:
                 more, joined = self.decoded(reader, shard, other, cursor.received)
             except SampleError:
-                continue  # counted and listed when it is drawn itself
+                continue  # It is counted and listed when it is drawn itself.
             if sum(map(len, parts)) + len(gap) + len(joined[0]) > join.max_sec * SAMPLE_RATE:
                 break
             parts += [gap, joined[0]]
@@ -315,16 +316,16 @@ class SampleSource:
 
 
 class Cursor:
-    """The position of one lane in one dataset, and the samples that are read there.
+    """The position of one lane in one dataset, and the samples that are read from that position on.
 
     The current span of samples is in memory, and the next span is read in advance.
 
     Args:
-        source: maker of samples, whose threads and budget are used.
+        source: source of samples, whose threads and memory budget are used.
         reader: reader of the dataset.
         order: order of the dataset.
         lane: number of the lane.
-        position: number of samples of the dataset that the lane has read before.
+        position: number of samples that the lane has already read from the dataset.
     """
 
     def __init__(
@@ -334,7 +335,7 @@ class Cursor:
         self.position = position
         """The position of the next sample."""
         self.received: Received = {}
-        """The bytes of the current span that are in memory."""
+        """The samples of the current span whose bytes are in memory."""
         self._span = order.span(lane, position)
         self._start = position
         self._future: Future[Received] | None = self._read(self._span, required=True)

@@ -1,4 +1,4 @@
-"""The data state of a checkpoint, which says in a few kilobytes of JSON how far every lane has read.
+"""The data state of a checkpoint: the position of every lane in every dataset, as a few kilobytes of JSON.
 
 Its keys are:
 
@@ -27,7 +27,7 @@ STATE_VERSION = 2
 
 @dataclass(frozen=True)
 class LaneState:
-    """How far one lane has read."""
+    """The progress of one lane."""
 
     positions: dict[str, int] = field(default_factory=dict)
     """Name of each dataset → number of its samples that the lane has drawn."""
@@ -40,7 +40,7 @@ class LaneState:
 def new_state(
     seed: int, num_lanes: int, digests: Mapping[str, str], batch: int, lane_states: Mapping[int, LaneState]
 ) -> State:
-    """Return the data state that consists of these lane states.
+    """Return the data state that is made up of the given lane states.
 
     Args:
         seed: seed of the order.

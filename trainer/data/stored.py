@@ -34,7 +34,7 @@ class Stored:
     task: str
     """The task; empty if the line of the manifest has no valid one."""
     seconds: float
-    """The total length of its clips, as given by the index or the manifest. It may be inexact."""
+    """The total length of the sample's clips in seconds, as given by the index or the manifest. It may be inexact."""
 
 
 Encoded = tuple[Sequence[bytes | memoryview], dict[str, Any]]
@@ -82,7 +82,7 @@ class ShardData(StoredData):
     """The samples of shards in a folder or a bucket.
 
     Raises:
-        UserError: If there is no sample of the split.
+        UserError: If the shards contain no sample of the split.
     """
 
     def __init__(self, shards: ShardSet, split: str | None) -> None:
@@ -120,7 +120,7 @@ def open_stored(data: str, split: str | None = None) -> StoredData:
         split: split to read; None for all.
 
     Raises:
-        UserError: If `data` is none of these, or has no sample of the split.
+        UserError: If `data` is none of these, or contains no sample of the split.
     """
     if scheme_of(data):
         return ShardData(ShardSet(open_store(data)), split)
@@ -149,5 +149,5 @@ def _seconds_of(row: Row) -> float:
         try:
             seconds += soundfile.info(str(path)).duration
         except soundfile.LibsndfileError:
-            pass  # reported when the sample is decoded
+            pass  # The problem is reported when the sample is decoded.
     return seconds

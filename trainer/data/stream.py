@@ -2,8 +2,8 @@
 
 A global batch consists of one lane batch from every lane. A lane draws, decodes and tokenises its samples one after
 another, so that a skipped sample affects only its own lane and the order cannot depend on timing. The order depends on
-the seed, the dataset weights and the state alone. Each lane batch comes with the state of its lane after it, so the
-state of the stream does not include samples that were only prepared in advance.
+the seed, the dataset weights and the state alone. Each lane batch includes the state of its lane after the batch. The
+state of the stream therefore does not count samples that were only prepared in advance.
 
 This module does not load torch; `trainer.data.loader` converts the samples to tensors.
 """
@@ -89,7 +89,7 @@ class LaneGroup:
             self._read_ahead(first_batch)
 
     def lane_batches(self, batch: int) -> list[LaneBatch]:
-        """Return the lane batches of the global batch `batch`, which must be requested in order.
+        """Return the lane batches of global batch number `batch`. Batches must be requested in ascending order.
 
         Raises:
             UserError: If a dataset has no usable samples, or the store is unreachable or refuses a request.
@@ -122,7 +122,7 @@ class _Lane:
         self._cursors: dict[int, Cursor] = {}
 
     def cursor(self, dataset: int) -> Cursor:
-        """Return the lane's cursor in a dataset. The first call for a dataset starts reading."""
+        """Return the lane's cursor in a dataset. The first call for each dataset starts to read from it."""
         if dataset not in self._cursors:
             group, order = self.group, self.group.orders[dataset]
             position = self._positions.get(order.name, 0)
@@ -155,7 +155,7 @@ class _Lane:
         )
 
     def _check_progress(self, cursor: Cursor, skips_in_a_row: int, last: Skip) -> None:
-        # A lane must get past a quarantined shard. Within twice the dataset's size it draws every sample.
+        # The limit lets a lane pass a quarantined shard, but is at most twice the size of the dataset.
         max_skips = max(_MAX_SKIPS_IN_A_ROW, 2 * max(cursor.reader.num_per_shard))
         if skips_in_a_row >= min(2 * cursor.order.num_samples, max_skips):
             raise UserError(
@@ -167,14 +167,14 @@ class _Lane:
 class SampleStream:
     """An iterable over this rank's part of every global batch, as (samples, state) pairs.
 
-    It starts at the batch of `state` and ends before `num_batches`. It can be iterated once. If the iteration raises
-    UserError, `state` remains that of the last yielded batch.
+    Iteration starts at the next batch of `state` and ends after batch `num_batches` - 1. A stream can be iterated only
+    once. If the iteration raises UserError, `state` remains the state after the last batch that was yielded.
 
     Args:
         prepared: the result of `prepare`.
-        seed: seed of order and augmentation.
-        num_batches: number of batches of the whole training. The progress, on which weights and augmentation depend, is
-            batch / num_batches.
+        seed: seed for the order of samples, for joining and for augmentation.
+        num_batches: number of batches in the whole training. The progress, on which weights and augmentation depend, is
+            the number of the batch divided by `num_batches`.
         rank: index of this process among the ranks that share the lanes.
         world: number of these ranks.
         state: state from which to start, as yielded on one rank or as merged from all ranks by `merge_states`; None for
@@ -220,7 +220,10 @@ class SampleStream:
 
     @property
     def epochs(self) -> dict[str, float]:
-        """How often this rank's lanes have read each dataset. The sum over ranks is the number of epochs."""
+        """The fraction of each dataset that this rank's lanes have read; it exceeds 1 if they read samples repeatedly.
+
+        The sum over all ranks is the number of epochs.
+        """
         positions = self.state["positions"]
         return {r.config.name: sum(positions.get(r.config.name, ())) / r.num_samples for r in self.readers}
 
@@ -270,7 +273,7 @@ class SampleStream:
 
 
 def serve(spec: StreamSpec, lanes: Mapping[int, LaneState], first_batch: int) -> Iterator[list[LaneBatch]]:
-    """Yield the lane batches of every batch; this is the work of one decoding process."""
+    """Yield the lane batches of every global batch. Each decoding process runs this generator."""
     group = LaneGroup(spec, lanes, first_batch)
     for batch in range(first_batch, spec.num_batches):
         yield group.lane_batches(batch)

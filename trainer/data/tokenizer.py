@@ -1,4 +1,4 @@
-"""A common interface of SentencePiece and Hugging Face tokenizers, which also tokenises the prompt around the audio.
+"""A common interface to SentencePiece and Hugging Face tokenizers, which also tokenises the prompt around the audio.
 
 The prompt is rendered as text with one placeholder per clip, tokenised as a whole, and cut at the placeholder token.
 The answer is tokenised separately, so that the prompt has the same tokens in training and generation.
@@ -29,9 +29,9 @@ PROBES = (
     "Was it 3:15 p.m.? Café № ½ ﬁne — “quoted” ÄÖÜ",
     "日本語 русский \U0001f600",
 )
-"""Texts whose tokens distinguish tokenizers that have the same vocabulary."""
+"""Texts that different tokenizers with the same vocabulary split into different tokens."""
 UNKNOWN_ID_TEXT = "\ufffd"
-"""The text of an id beyond the vocabulary, since an LLM may have more rows than its tokenizer has pieces."""
+"""The text of ids beyond the vocabulary. An LLM may have more embedding rows than its tokenizer has pieces."""
 
 
 class PlaceholderInText(ValueError):
@@ -173,7 +173,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     def __init__(self, path: str, config: TokenizerConfig) -> None:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import, and only needed here
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # The import is slow and needed only here.
 
         self.config = config
         inner: Any
@@ -195,7 +195,7 @@ class HuggingFaceTokenizer(Tokenizer):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"data.tokenizer.path = {path}: transformers cannot read it ({reason})") from error
         self.inner = inner
-        self._lock = Lock()  # the Rust tokenizer fails if two threads use it at once
+        self._lock = Lock()  # The Rust tokenizer fails if two threads use it at the same time.
         self.vocab_size = len(inner)
         self.bos_id, self.pad_id = inner.bos_token_id, inner.pad_token_id
         if inner.eos_token_id is None:
@@ -219,7 +219,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _prompt_ids(self, text: str) -> list[int]:
         if not self.chats:
             return super()._prompt_ids(text)
-        # transformers renders the template in a sandbox. The template contains the begin token.
+        # transformers renders the template in a sandbox. The template itself adds the begin token.
         chat = self.inner.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
@@ -250,7 +250,7 @@ def tokenizer_digest(
         pieces: The text of each id, in the order of the ids.
         special_ids: The ids of begin, end and padding.
         encode: A function that returns the tokens of a text, which is called with `PROBES`.
-        config: The placeholder and the templates; other fields do not matter.
+        config: The placeholder and the templates; other fields do not affect the hash.
         chat_template: The chat template of prompts, or None if there is none.
     """
     content = {
@@ -323,7 +323,8 @@ def train_sentencepiece(
         vocab_size: The number of pieces.
         path: The file to write.
         placeholder: The text of the placeholder token.
-        exact: Whether to fail if the corpus is too small for `vocab_size` pieces, instead of training fewer.
+        exact: Whether to raise an error if the corpus is too small for `vocab_size` pieces. If false, the vocabulary
+            then has fewer pieces.
 
     Raises:
         UserError: If there is no text, or `vocab_size` does not suit the corpus.
@@ -350,7 +351,7 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].split(")] ")[-1].strip().rstrip(".")  # without the C++ source line
+        reason = str(error).splitlines()[0].split(")] ")[-1].strip().rstrip(".")  # Remove the C++ source line.
         raise UserError(f"{path}: a vocabulary of {vocab_size} cannot be trained ({reason}); change its size") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -32,7 +32,7 @@ class Workers:
         jobs: arguments of `serve` for each process, as values that can be pickled.
         serve: importable generator function that yields lists.
         num_ahead: largest number of lists that a process may prepare in advance.
-        buffer_bytes: shared memory per process. A list whose arrays do not fit is passed through the pipe.
+        buffer_bytes: size of the shared memory per process. Lists whose arrays do not fit are passed through the pipe.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Workers:
         num_ahead: int,
         buffer_bytes: int,
     ) -> None:
-        # Forking is unsafe, since the training process has threads of gloo, NCCL and the store's client.
+        # Forking is unsafe, since gloo, NCCL and the store's client run threads in the training process.
         context = multiprocessing.get_context("spawn")
         self._processes: list[BaseProcess] = []
         self._inboxes: list[_Inbox] = []
@@ -61,13 +61,14 @@ class Workers:
     def lane_batches(self, batch: int) -> list[Any]:
         """Return the next list of every process, interleaved in the order of the lanes.
 
-        `SampleStream` assigns lanes to processes in turn, so the result takes one element of each list in turn.
+        `SampleStream` assigns lanes to processes in turn. The result therefore contains the first element of each list,
+        then the second element of each list, and so on.
 
         Args:
-            batch: number of the batch. It is not used, since processes send batches in order.
+            batch: number of the batch; it is not used, since the processes send batches in order.
 
         Raises:
-            UserError: If a process raised it, or died.
+            UserError: If a process raised UserError or died.
             RuntimeError: If a process raised any other error; the message contains its traceback.
         """
         lists = [self._take(i) for i in range(len(self._inboxes))]
@@ -125,7 +126,7 @@ class _Inbox:
             found = pickle.loads(header)
         else:
             start, sizes = location
-            # One copy for all arrays of a list, since they are used and freed together.
+            # All arrays of a list are copied at once, since they are used and freed together.
             with memoryview(self._memory) as ring:
                 block = memoryview(bytearray(ring[start : start + sum(map(_aligned, sizes))]))
             buffers, at = [], 0
@@ -133,8 +134,8 @@ class _Inbox:
                 buffers.append(block[at : at + size])
                 at += _aligned(size)
             found = pickle.loads(header, buffers=buffers)
-        with suppress(BrokenPipeError, ConnectionResetError):  # the process has died, which the next call reports
-            self._connection.send(None)  # this frees the memory
+        with suppress(BrokenPipeError, ConnectionResetError):  # If the process has died, the next call reports it.
+            self._connection.send(None)  # This frees the memory.
         return found
 
     def close(self) -> None:
@@ -152,10 +153,11 @@ class _Outbox:
         with open(path, "r+b") as file:
             self._memory = mmap.mmap(file.fileno(), 0)
         self._waiting: list[tuple[int, int]] = []
-        """The byte ranges of lists that were not received yet, oldest first. A range is empty if the pipe was used."""
+        """The byte ranges of the lists that have not been received yet, oldest first. The range of a list that was sent
+        through the pipe is empty."""
 
     def send(self, value: Any) -> None:
-        """Send a value, through the ring buffer if its arrays fit there."""
+        """Send a value. Its arrays are passed through the ring buffer if they fit there."""
         buffers: list[pickle.PickleBuffer] = []
         header = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
         views = [b.raw() for b in buffers]
@@ -175,13 +177,13 @@ class _Outbox:
         self._connection.send((header, (start, [len(v) for v in views])))
 
     def _room(self, size: int) -> int:
-        """Return the offset of `size` free bytes; wait until there are that many."""
+        """Wait until `size` consecutive bytes are free, and return their offset."""
         while True:
             taken = [(start, end) for start, end in self._waiting if start != end]
             if not taken:
                 return 0
             first, last = taken[0][0], taken[-1][1]
-            if first < last:  # the free bytes are after the newest list and before the oldest
+            if first < last:  # The free bytes are after the newest list and before the oldest one.
                 if last + size <= len(self._memory):
                     return last
                 if size < first:
@@ -207,7 +209,7 @@ def _run(
     job: tuple[Any, ...],
 ) -> None:
     """Run one decoding process until the training process closes its connection."""
-    # These signals are for the training process, which needs data until it stops and then kills this process.
+    # Only the training process handles these signals. It needs data until it stops, and then kills this process.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     outbox = _Outbox(connection, path, num_ahead)
@@ -223,7 +225,7 @@ def _run(
         except Exception:
             outbox.send(_Failure(traceback.format_exc(), of_user=False))
         while True:
-            connection.recv()  # until the training process has received everything and closes the connection
+            connection.recv()  # Wait until the training process has received everything and closes the connection.
     except (BrokenPipeError, EOFError, ConnectionResetError):
-        # sys.exit would wait for threads that read from an unreachable store.
+        # sys.exit would wait for threads that are reading from an unreachable store.
         os._exit(0)

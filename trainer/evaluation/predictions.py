@@ -38,7 +38,7 @@ class Prediction:
     audio_sec: float
     """The duration of the sample's audio in seconds."""
     meta: dict[str, Any]
-    """The sample's manifest fields. A prediction that was read from a file has only those that scoring needs."""
+    """The manifest fields of the sample. A prediction that was read from a file has only the fields used in scoring."""
     num_windows: int = 1
     """The number of overlapping windows in which a long recording was transcribed."""
 
@@ -49,7 +49,7 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
 
 
 def to_line(p: Prediction) -> str:
-    """Return a prediction as a line of JSON with everything that scoring reads."""
+    """Return a prediction as a line of JSON that contains everything needed for scoring."""
     line = {
         "key": p.key,
         "task": p.meta["task"],
@@ -98,7 +98,7 @@ def by_task(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
 
 
 def columns(predictions: Sequence[Prediction]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the hypotheses and the manifest fields as two lists, which is the input of scoring."""
+    """Return the hypotheses and the manifest fields as two lists, in the form that the scoring functions take."""
     return [p.hypothesis for p in predictions], [p.meta for p in predictions]
 
 

@@ -37,7 +37,7 @@ class Options:
     """The options of an export."""
 
     dtype: str = "bf16"
-    """The type of the weights, a key of `DTYPES`."""
+    """The dtype of the weights, as a key of `DTYPES`."""
     shard_bytes: int = 5 << 30
     """The largest size of a file of weights, unless a single tensor is larger."""
     llm_only: bool = False
@@ -45,7 +45,7 @@ class Options:
     adapter: bool = False
     """Export only the LLM's adapters, in peft's format, without merging them."""
     activated_only: float = 0.0
-    """Drop the encoder experts that were chosen for less than this share of routed clips; 0 keeps all."""
+    """The fraction of routed clips below which an encoder expert is dropped; 0 keeps all experts."""
     verify: str | None = None
     """A manifest with samples on which to compare the export with the training graph; None skips the comparison."""
     dev: str | None = None
@@ -130,7 +130,7 @@ def _temporary_folder(source: Source, out: Path, options: Options, selection: Se
 
 
 def generation_config(source: Source, tokenizer: Tokenizer) -> Any:
-    """Return the GenerationConfig of transformers that generates as the evaluations of the training run do."""
+    """Return the transformers `GenerationConfig` with the generation settings of the training run's evaluations."""
     from transformers import GenerationConfig
 
     rows = source.extra["model"]["text_config"]["vocab_size"]
@@ -179,7 +179,10 @@ def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokeni
 
 
 def _text_config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the LLM's configuration from the checkpoint, since importing transformers to create one takes seconds."""
+    """Return the configuration of the LLM from the checkpoint.
+
+    It is not created with transformers, because importing transformers takes several seconds.
+    """
     text = source.extra["model"]["text_config"]
     return {**{k: v for k, v in text.items() if k != "_name_or_path"}, "dtype": str(dtype).removeprefix("torch.")}
 

@@ -30,7 +30,7 @@ from trainer.telemetry.load_history import HISTORY_NAME, read_history
 
 AUDIO, LLM = "audio.", "llm."
 LAST_SHARE = 0.25
-"""The final share of the run's steps whose routing decides which encoder experts are kept."""
+"""The fraction of the run's steps, counted from its end, whose routing determines which encoder experts are kept."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Selection:
     dropped: tuple[str, ...]
     """The names of dropped encoder experts."""
     lost_share: Mapping[str, float]
-    """Task, or `all` → share of routed clips that went to a dropped encoder expert."""
+    """The fraction of routed clips that went to a dropped encoder expert, by task, and under `all` for all tasks."""
 
 
 class Source:
@@ -55,8 +55,8 @@ class Source:
             checkpoints, or the one in the recipe if the checkpoints are stored elsewhere.
 
     Raises:
-        UserError: If there is no such checkpoint, or it does not describe its model.
-        DamagedError: If its manifest or its state is damaged.
+        UserError: If there is no such checkpoint, or the checkpoint does not describe its model.
+        DamagedError: If the manifest or the state of the checkpoint is damaged.
     """
 
     def __init__(self, url: str | Path, tokenizer_path: str | None = None, run_dir: Path | None = None) -> None:
@@ -87,7 +87,7 @@ class Source:
 
     @property
     def run_dir(self) -> Path:
-        """The folder with everything that the run wrote besides checkpoints. It may not exist."""
+        """The folder that contains everything that the run wrote except checkpoints. It may not exist."""
         if self._run_dir is not None:
             return self._run_dir
         if isinstance(self.folder, LocalFolder) and self.recipe.checkpoint.root is None:
@@ -120,7 +120,7 @@ class Source:
         return [e["name"] for e in self.extra["model"]["audio"]["experts"]]
 
     def select(self, least_share: float) -> Selection:
-        """Select the encoder experts that got at least a given share of all routed clips; at least one is kept.
+        """Select the encoder experts that received at least a given fraction of all routed clips. Keep at least one.
 
         Raises:
             UserError: If the run has no routing history.
@@ -164,7 +164,7 @@ class Source:
         if llm_only:
             return {name.removeprefix(LLM): name for name in saved if name.startswith(LLM)}
         dropped = tuple(f"{AUDIO}experts.{name}." for name in selection.dropped)
-        heads = re.compile(rf"{re.escape(AUDIO)}\w+_head\.")  # only losses read them
+        heads = re.compile(rf"{re.escape(AUDIO)}\w+_head\.")  # Only losses use these tensors.
         return {name: name for name in saved if not name.startswith(dropped) and not heads.match(name)}
 
     def adapters(self) -> dict[str, LowRank]:
@@ -180,7 +180,7 @@ class Source:
         return found
 
     def rows(self, selection: Selection) -> dict[str, tuple[int, ...]]:
-        """Return the rows that are kept of the router's tensors, which have one row for each encoder expert.
+        """Return the rows to keep in each of the router's tensors that have one row per encoder expert.
 
         Returns:
             Saved name → indices of rows; empty if all rows are kept.

@@ -22,10 +22,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> Any:
         folder: The folder to write to.
 
     Returns:
-        The transformers tokenizer, which gives the same tokens for the same text.
+        The transformers tokenizer, which produces the same tokens for the same text.
 
     Raises:
-        UserError: If transformers cannot represent the SentencePiece model, or reads another tokenizer back.
+        UserError: If transformers cannot represent the SentencePiece model, or if the written tokenizer differs when it
+            is read back.
     """
     found = as_transformers(tokenizer)
     found.save_pretrained(folder)
@@ -38,7 +39,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> Any:
 
 
 def as_transformers(tokenizer: Tokenizer) -> Any:
-    """Return a transformers tokenizer that gives the same tokens for the same text.
+    """Return a transformers tokenizer that produces the same tokens for the same text.
 
     Raises:
         UserError: If transformers cannot represent the SentencePiece model.
@@ -50,7 +51,7 @@ def as_transformers(tokenizer: Tokenizer) -> Any:
 
 
 def processor_settings(tokenizer: Tokenizer, data: DataConfig, strides: tuple[int, ...]) -> dict[str, Any]:
-    """Return the arguments of `EarshotProcessor`, without the tokenizer, for processing samples as in training."""
+    """Return the arguments, except the tokenizer, with which `EarshotProcessor` processes samples as in training."""
     return {
         "placeholder": data.tokenizer.placeholder,
         "prompt_with_audio": data.tokenizer.template,
@@ -79,7 +80,7 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     from tokenizers.models import Unigram
     from transformers import PreTrainedTokenizerFast
 
-    protobuf: Any = sentencepiece_model_pb2  # its classes are created at run time
+    protobuf: Any = sentencepiece_model_pb2  # The classes of this module are created at run time.
     proto = protobuf.ModelProto.FromString(tokenizer.serialized())
     where = f"data.tokenizer.path = {tokenizer.path}"
     if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
@@ -89,9 +90,9 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     for p in proto.pieces:
         if p.type == p.NORMAL:
             score = p.score
-        elif p.type == p.USER_DEFINED:  # like SentencePiece, prefer them to any pieces into which they could be split
+        elif p.type == p.USER_DEFINED:  # SentencePiece prefers these pieces to any split into smaller ones.
             score = len(p.piece) * max(scores) - 0.1
-        else:  # control pieces are not text, so they must never be the best choice
+        else:  # Control pieces are not text, so they must never be the best choice.
             score = min(scores)
         pieces.append((p.piece, score))
     rules: list[Any] = []
@@ -107,7 +108,7 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     settings = proto.trainer_spec
     inner = FastTokenizer(Unigram(pieces, unk_id=settings.unk_id, byte_fallback=settings.byte_fallback))
     inner.normalizer = normalizers.Sequence(rules)
-    # If SentencePiece removes extra spaces, it drops all spaces at the start of a text, else only its own prefix.
+    # If SentencePiece removes extra spaces, it drops all leading spaces of a text. Otherwise, it drops only its prefix.
     leading = _ALL_SPACES if spec.remove_extra_whitespaces else 1
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", leading, 0)]

@@ -1,4 +1,4 @@
-"""The comparison of an exported model, loaded as a user loads it, with the training graph in fp32."""
+"""The comparison in fp32 of an exported model, which is loaded as a user would load it, with the training graph."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def verify(
     dtype: torch.dtype,
     samples: Sequence[Sample],
 ) -> Verified:
-    """Compare an exported model with the training graph that has the same weights, rounded to the same type.
+    """Compare an exported model with the training graph, whose weights are rounded to the dtype of the export.
 
     Args:
         folder: the exported model.
@@ -115,7 +115,7 @@ def verify(
 def scores(
     source: Source, selection: Selection, dtype: torch.dtype, processor: Any, settings: Any, samples: Sequence[Sample]
 ) -> dict[str, float]:
-    """Score the greedy answers of the model with the selected encoders.
+    """Score the answers that the model with the selected encoders generates greedily.
 
     Args:
         source: the checkpoint.

@@ -1,8 +1,8 @@
 """The conversion of a checkpoint's tensors to safetensors files in Hugging Face's layout, one tensor at a time.
 
-If the type of a tensor does not change, the kernel copies its bytes from file to file. Otherwise it passes through
-memory in pieces. A tensor that was sharded by columns is assembled in memory. A file gets its final name when it is
-complete, so an interrupted export resumes after the last complete file.
+If the dtype of a tensor does not change, the operating system copies its bytes from file to file. Otherwise, the tensor
+is converted piece by piece in memory. A tensor that was sharded by columns is assembled in memory. A file gets its
+final name when it is complete, so an interrupted export resumes after the last complete file.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Target:
     shape: tuple[int, ...]
     dtype: torch.dtype
     rows: tuple[int, ...] | None = None
-    """The rows of the checkpoint's tensor to export, in order; None: all."""
+    """The rows of the checkpoint's tensor to export, in order; None for all rows."""
     adapter: LowRank | None = None
-    """The adapter to merge into the tensor; None: none."""
+    """The adapter to merge into the tensor; None for none."""
 
     @property
     def num_bytes(self) -> int:
@@ -70,7 +70,7 @@ def plan_targets(
         reader: the checkpoint.
         names: the name in the checkpoint of each exported name.
         dtype: the type that floating-point tensors are converted to.
-        rows: the rows to export, by name in the checkpoint, of tensors of which only some rows are exported.
+        rows: the rows to export, by name in the checkpoint, for each tensor that is not exported as a whole.
         adapters: the adapters to merge, by name of the weight in the checkpoint.
     """
     targets = []
@@ -112,7 +112,7 @@ def write_weights(
         reader: the checkpoint.
         shards: the targets of each file, by file name.
         folder: the folder to write into.
-        on_bytes: a function that is called with the number of bytes of every tensor that was written or existed.
+        on_bytes: a function that is called with the size in bytes of every tensor that was written or already existed.
     """
     for name, targets in shards.items():
         if (folder / name).is_file():
@@ -142,7 +142,7 @@ def _write_shard(reader: Reader, targets: Sequence[Target], path: Path, on_bytes
             on_bytes(target.num_bytes)
     finally:
         os.close(handle)
-    # Syncing to disk would take longer than everything else, and an export can be repeated.
+    # The file is not synced to disk, since that would take most of the time, and an export can be repeated.
     part.rename(path)
 
 

@@ -32,7 +32,8 @@ from trainer.telemetry.events import EventLog, read_events
 
 _STORE_SEC = 10.0
 _STORE_AGAIN_SEC = 120.0
-"""How long an unreachable bucket is retried: in the first attempt, and in later ones, which no user watches."""
+"""The times in seconds for which an unreachable bucket is retried. The second one is for later attempts, which run
+unattended."""
 
 
 class Signals:
@@ -43,10 +44,10 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.received = "STOPPED_EARLY" in os.environ  # the shell received it before this process started
+        self.received = "STOPPED_EARLY" in os.environ  # The shell received a signal before this process started.
         """Whether any signal was received."""
         self.ending = False
-        """Whether Slurm is ending this job. Errors that its processes report from then on are meaningless."""
+        """Whether Slurm is ending this job. If so, errors that the job's processes report are only a consequence."""
         self.step: subprocess.Popen[bytes] | None = None
         """The `srun` process of the ranks; None before they start."""
         for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -61,11 +62,11 @@ class Signals:
 
 
 class RefusedError(UserError):
-    """The error that a job cannot run.
+    """Raised when a job cannot run.
 
     Args:
         message: The reason, as one line.
-        facts: What the check found out about the job; None if it failed before that.
+        facts: The properties of the recipe; None if the check failed before it had found them.
     """
 
     def __init__(self, message: str, facts: Facts | None) -> None:
@@ -79,11 +80,11 @@ def check(recipe: str, overrides: Sequence[str], retry_sec: float = _STORE_SEC, 
     Args:
         recipe: The name or file of the recipe.
         overrides: The `key=value` arguments.
-        retry_sec: How long an unreachable bucket is tried again.
+        retry_sec: The time for which an unreachable bucket is retried, in seconds.
         plan: Whether to make and print the plan.
 
     Returns:
-        What the job needs to know about the recipe.
+        The properties of the recipe that the job needs.
 
     Raises:
         RefusedError: If the data cannot be read or the plan is impossible.
@@ -153,14 +154,14 @@ class Job:
         return self._after(code)
 
     def _emit(self, event: str, **fields: Any) -> None:
-        """Append an event; if that fails, log it, since a full disk must not keep the job from running again."""
+        """Append an event. If this fails, only log it, since a full disk must not keep the job from running again."""
         try:
             self.log.add(event, **fields)
         except OSError as error:
             print_timed(f"job: the event '{event}' could not be written: {error}")
 
     def _note_start(self) -> None:
-        """Append `submitted`, after the reason why the previous attempt ended if it could not report that itself."""
+        """Append `submitted`. If the previous attempt could not report why it ended, append the reason first."""
         job = self.allocation
         if job.restarts:
             fields = [e for e in read_events(self.log.run_dir) if e["event"] in ("submitted", "requeued", "refused")]
@@ -173,13 +174,13 @@ class Job:
 
     def _step(self, command: Sequence[str]) -> int:
         self.signals.step = step = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        if self.signals.received:  # while srun was being started
+        if self.signals.received:  # The signal arrived while srun was being started.
             step.send_signal(signal.SIGUSR1)
         code = step.wait()
         return code if code >= 0 else 128 - code
 
     def _after(self, code: int) -> int:
-        """Decide whether the job runs again, requeue it if so, and return `code`."""
+        """Decide whether the job should run again, requeue it if so, and return `code`."""
         if code == ExitCode.FINISHED:
             return 0
         state = slurm.job_state(self.allocation.job_id)
@@ -196,19 +197,22 @@ class Job:
         return code
 
     def _is_newest(self) -> bool:
-        """Return False if the job has since started elsewhere, because Slurm lost the connection to this node."""
+        """Return whether this is the job's newest start.
+
+        It is not if Slurm lost the connection to this node and started the job again elsewhere.
+        """
         fields = [e for e in read_events(self.log.run_dir) if e["event"] == "submitted"]
         mine = (self.allocation.job_id, self.allocation.restarts)
         return bool(fields) and (fields[-1].get("job"), fields[-1].get("restarts")) == mine
 
     def _without_nodes(self, error: BadNodesError) -> int:
-        """Raise the error in the first attempt; in a later one, let Slurm requeue the job on other nodes."""
+        """Raise the error in the first attempt. In later attempts, let Slurm requeue the job on other nodes."""
         if not self.allocation.restarts or not error.bad:
             self._emit("refused", why=str(error))
             raise error
         print_timed(f"job: {error}")
         if set(error.bad) == set(self.allocation.nodes):
-            return self._after(ExitCode.FAILED)  # all nodes failed: the cause is probably shared by others, too
+            return self._after(ExitCode.FAILED)  # All nodes failed, so other nodes would probably fail as well.
         self._emit("requeued", why=f"without {', '.join(error.bad)}")
         slurm.requeue(self.allocation.job_id)
         slurm.exclude(self.allocation.job_id, error.bad)
@@ -219,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command `earshot job`.
 
     Returns:
-        The exit code: 0, that of the ranks, or 2 after one line that says what to fix.
+        The exit code: 0, the exit code of the ranks, or 2 after printing an error.
     """
     parser = argparse.ArgumentParser(
         prog="earshot job", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,8 +1,9 @@
-"""A test that all ranks can communicate, and of the bandwidth between them.
+"""A test of whether all ranks can communicate, which also measures the bandwidth between them.
 
     srun python -m trainer.job.all_reduce
 
-Every rank prints two lines of JSON: that it has started, and the bandwidth of an all-reduce over all ranks.
+Every rank prints two lines of JSON. The first reports that the rank has started, the second the bandwidth of an
+all-reduce over all ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main() -> int:
         The exit code 0.
 
     Raises:
-        RuntimeError: If a rank was not reached.
+        RuntimeError: If a rank cannot be reached.
     """
     env = launch.rank_env(os.environ, num_ranks=0)
     assert env is not None, "not a task of srun"

@@ -1,4 +1,4 @@
-"""A check of a recipe before its job starts: whether its data and weights exist, and what the job must know about it.
+"""A check before a job starts that the data and weights of its recipe exist. It also prints properties of the recipe.
 
     python -m trainer.job.check RECIPE key=value …
 
@@ -36,7 +36,7 @@ class Facts:
     trackers: tuple[str, ...]
     """URLs of the servers that trackers send to."""
     snapshot_gib: float = 0.0
-    """The planned host memory that a save needs on a node; 0 if it has not been planned."""
+    """The host memory that saving a checkpoint needs on each node, according to the plan; 0 if there is no plan."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,13 +81,13 @@ def _check(name: str, overrides: Sequence[str], retry_sec: float) -> None:
         tuple(url for url in urls if scheme_of(url)),
         tuple(url for url in servers if url is not None),
     )
-    print(json.dumps(asdict(facts)), flush=True)  # before the checks, since a failure is recorded in the run's folder
+    print(json.dumps(asdict(facts)), flush=True)  # The caller records a failure of the checks in the run's folder.
     check_weights(recipe, os.environ)
     check_stored(replace(recipe.data, retry_sec=retry_sec))
 
 
 def check_weights(recipe: Recipe, environ: Mapping[str, str]) -> None:
-    """Check that the weights and tokenizers which a recipe names by hub id are on this machine, if the hub is disabled.
+    """Check that weights and tokenizers that a recipe names by hub id are on this machine if the hub is disabled.
 
     Args:
         recipe: The recipe.

@@ -26,7 +26,7 @@ from trainer.parallel.environment import low_limit, raise_descriptor_limit
 GIB = 2**30
 _GPU_QUERY = "index,name,memory.free,memory.total,ecc.errors.uncorrected.volatile.total"
 _FREE_SHARE = 0.9
-"""The share of a GPU's memory that must be free."""
+"""The fraction of a GPU's memory that must be free."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Report:
     facts: list[str] = field(default_factory=list)
     """The node's resources and the response times of servers."""
     warnings: list[str] = field(default_factory=list)
-    """The faults with which the node can still be used."""
+    """The problems that do not prevent the use of the node."""
 
 
 def look(wanted: Wanted) -> Report:
-    """Check this node."""
+    """Check this node and return the report."""
     report = Report(socket.gethostname().partition(".")[0])
     _gpus(wanted.num_gpus, report)
     _memory(wanted.min_memory_gib, report)
@@ -76,7 +76,7 @@ def look(wanted: Wanted) -> Report:
         address = urlsplit(url)
         host, port = address.hostname or "", address.port or 443
         fault = _try(report, f"tracker {host}:{port}", lambda host=host, port=port: _connect(host, port))  # type: ignore[misc]
-        if fault:  # training continues without the server
+        if fault:  # Training continues without the server.
             report.faults.remove(fault)
             report.warnings.append(f"{fault}; metrics go to metrics.jsonl only")
     return report
@@ -115,7 +115,7 @@ def judge_gpus(table: str, num_wanted: int, report: Report) -> None:
         report.faults.append(f"{len(rows)} of {num_wanted} GPUs answer")
     free = []
     for index, _name, free_mib, total_mib, errors in rows:
-        if errors.isdecimal() and int(errors):  # it is "[N/A]" if the memory does not count errors
+        if errors.isdecimal() and int(errors):  # The value is "[N/A]" if the memory does not count errors.
             report.faults.append(f"GPU {index}: {errors} uncorrected memory errors")
         if free_mib.isdecimal() and total_mib.isdecimal():
             free.append(int(free_mib) / 1024)

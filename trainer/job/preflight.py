@@ -107,10 +107,10 @@ def choose(nodes: Sequence[str], bad: Mapping[str, str], num_needed: int) -> tup
 
 
 def _test_all_reduce(allocation: Allocation, nodes: Sequence[str], layout: Layout) -> list[str]:
-    """Run an all-reduce on `nodes`, and return the nodes that caused its failure; empty if it succeeded.
+    """Run an all-reduce on `nodes`, and return the nodes that caused it to fail. The list is empty if it succeeded.
 
     Raises:
-        BadNodesError: If it failed although all ranks were connected.
+        BadNodesError: If the all-reduce failed although all ranks were connected.
     """
     answers = _answers(srun(allocation, nodes, layout.ranks_per_node, ["trainer.job.all_reduce"]))
     done = [a for a in answers if "gb_per_sec" in a]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from model.errors import UserError
 
 _CONTROLLER_SEC = 600.0
-"""How long a command is repeated if the Slurm controller does not answer; it may be restarting."""
+"""The time in seconds for which a command is repeated if the Slurm controller, which may be restarting, does not
+answer."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Allocation:
     """The number of times Slurm has restarted this job."""
     nodes: tuple[str, ...]
     tasks_per_node: int
-    """The value of --ntasks-per-node if given, else the number of GPUs of a node."""
+    """The value of --ntasks-per-node if it was given, otherwise the number of GPUs per node."""
     cpus_per_task: int
     gpus_per_node: int
     """The number of GPUs requested per node; if it is 0, ranks compute on CPUs."""
@@ -109,7 +110,8 @@ def srun(
 ) -> list[str]:
     """Return the command that runs a Python module as tasks of a job step.
 
-    If a task fails, srun leaves the others running for a minute, in which they notice and report what they were doing.
+    If a task fails, srun leaves the others running for a minute, so that they can notice the failure and report their
+    state.
 
     Args:
         allocation: The job's resources.
@@ -127,7 +129,7 @@ def srun(
         f"--cpus-per-task={allocation.cpus_per_task}",
         "--distribution=block",
         "--cpu-bind=cores",
-        "--gpu-bind=none",  # every task sees all GPUs of its node and takes the one of its local rank
+        "--gpu-bind=none",  # Every task sees all GPUs of its node and uses the one with the index of its local rank.
         "--kill-on-bad-exit=0",
         "--wait=60",
         *shlex.split(environ.get("SRUN_OPTIONS", "")),
@@ -140,7 +142,7 @@ def srun(
 
 @dataclass(frozen=True)
 class JobState:
-    """The state of a job, as the Slurm controller knows it."""
+    """The state of a job, as reported by the Slurm controller."""
 
     name: str
     """Slurm's name of the state, for example RUNNING or CANCELLED."""
@@ -149,7 +151,7 @@ class JobState:
 
 
 def job_state(job_id: int) -> JobState:
-    """Return the state of a job; wait for the controller if necessary.
+    """Return the state of a job. If the controller does not answer, wait for it.
 
     Raises:
         UserError: If the controller has not answered for ten minutes.
@@ -159,7 +161,7 @@ def job_state(job_id: int) -> JobState:
 
 
 def requeue(job_id: int) -> None:
-    """Make Slurm run a job again from its beginning; it ends the running one with SIGTERM.
+    """Make Slurm run a job again from its beginning. Slurm ends the running job with SIGTERM.
 
     Raises:
         UserError: If Slurm refuses, or the controller has not answered for ten minutes.
@@ -179,7 +181,7 @@ def exclude(job_id: int, nodes: Sequence[str]) -> None:
 
 
 def unavailable(nodes: Sequence[str]) -> list[str]:
-    """Return those of `nodes` that Slurm cannot reach or does not use."""
+    """Return the nodes in `nodes` that Slurm cannot reach or does not use."""
     lines = _ask(["sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T"]).splitlines()
     states = dict(line.split() for line in lines if len(line.split()) == 2)
     return sorted(
@@ -198,8 +200,8 @@ def _ask(command: Sequence[str]) -> str:
 def _persist(command: Sequence[str], ended_is_done: bool = False) -> str:
     """Run a Slurm command until the controller answers, and return its output.
 
-    Slurm may end the command itself when it ends the job's processes with SIGTERM. The command is then repeated, unless
-    `ended_is_done` says that being ended is the effect of this very command.
+    When Slurm ends the job's processes with SIGTERM, this may include the command itself. The command is then repeated,
+    unless `ended_is_done` is true, which means that the command causes the job to end.
     """
     deadline = time.monotonic() + _CONTROLLER_SEC
     while True:

@@ -1,4 +1,4 @@
-"""The exit codes of a rank's process; `docs/operations.md` says what a batch script does with each of them."""
+"""The exit codes of a rank's process. `docs/operations.md` describes how a batch script responds to each of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class ExitCode(IntEnum):
     FAILED = 1
     """An exception was raised; a `failed` event contains the step."""
     USER_ERROR = 2
-    """The user must fix something first; one line on stderr says what."""
+    """The user must fix something first. One line on stderr explains the problem."""
     STOPPED = 75
     """A signal ended the run in order. Its state is saved, and the same command resumes it."""
     HUNG = 76

@@ -1,4 +1,4 @@
-"""Reports about the exception that ends a rank: the step, its samples, and whether another rank is at fault."""
+"""Reports about the exception that ends a rank. They contain the step, its samples, and whether another rank failed."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _PEER_MESSAGES = (
 )
 """Parts of the messages of gloo and NCCL that mean that the connection to another rank was lost."""
 _RANK0_FIRST_SEC = 0.5
-"""How long the other ranks wait, so that rank 0 reports an error that all ranks see."""
+"""The time in seconds that the other ranks wait, so that rank 0 is the one that reports an error of all ranks."""
 
 
 @dataclass
 class Position:
-    """The step and the samples this rank is working on."""
+    """The step and the samples that this rank is working on."""
 
     step: int | None = None
-    """The step that was begun last; None before the first one."""
+    """The most recently started step; None before the first step."""
     samples: tuple[str, ...] = ()
     """The keys of this rank's samples in that step."""
 
     def at(self, step: int, batch: Batch | None = None) -> None:
-        """Note that `step` has begun or, if `batch` is given, that this rank's part of its batch is loaded."""
+        """Record that `step` has started. If `batch` is given, record its samples as well."""
         self.step = step
         self.samples = () if batch is None else tuple(s.key for s in batch.samples)
 
@@ -47,12 +47,12 @@ class Position:
 def emit_failure(error: Exception, position: Position, events: EventLog) -> ExitCode:
     """Emit an event for the error, print the error, and return the exit code of the process.
 
-    If the connection to another rank was lost, which is a consequence of that rank's own failure, only the first rank
-    that notices emits an event.
+    A lost connection to another rank is a consequence of that rank's own failure. In this case, only the first rank to
+    notice it emits an event.
 
     Args:
         error: The exception that ends this rank.
-        position: Where this rank was.
+        position: The step and the samples that this rank was working on.
         events: This rank's event log.
     """
     if is_peer_failure(error):
@@ -72,7 +72,7 @@ def emit_failure(error: Exception, position: Position, events: EventLog) -> Exit
 
 
 def emit_mistake(error: Exception, position: Position, events: EventLog) -> None:
-    """Emit the event of a user's error, which all ranks raise but only one reports."""
+    """Emit the event for a user's error. All ranks raise this error, but only one reports it."""
     _add(events, "failed", position, once=True, error=one_line(error), user=True)
 
 
@@ -93,5 +93,5 @@ def _add(events: EventLog, event: str, position: Position, *, once: bool = False
         ):
             return
         events.add(event, position.step, **fields)
-    except OSError as error:  # the disk may be what failed; the caller still prints the original error
+    except OSError as error:  # The original error may be that of the disk. The caller prints it in any case.
         log.error("%s: the event '%s' could not be written: %s", events.run_dir, event, error)

@@ -1,4 +1,4 @@
-"""The processes of a run, one per rank: which rank this process is, and how to start all ranks on one machine.
+"""The processes of a run, one per rank. This module finds the rank of a process and starts all ranks on one machine.
 
 The same program can be started by `torchrun`, by DeepSpeed's launcher or by `srun`. Without any of these, it starts its
 ranks itself.
@@ -22,7 +22,7 @@ from pathlib import Path
 from model.errors import UserError
 
 _ERROR_DIR = "TRAINER_ERROR_DIR"
-"""Environment variable with the folder to which ranks write a user's error, so that the launcher prints it once.
+"""The environment variable that contains the folder to which ranks write a user's error. The launcher prints it once.
 
 It is set only for ranks that this module started.
 """
@@ -37,12 +37,12 @@ class RankEnv:
 
     rank: int
     local_rank: int
-    """The place among the ranks of this machine, which is the index of the rank's GPU."""
+    """The index among the ranks on this machine, which is also the index of the rank's GPU."""
     world_size: int
 
 
 def rank_env(environ: Mapping[str, str], num_ranks: int) -> RankEnv | None:
-    """Return the place that a launcher gave this process.
+    """Return the place among all ranks that a launcher assigned to this process.
 
     A single Slurm task, such as an interactive shell, does not count as a launcher if the recipe needs several ranks.
 
@@ -58,7 +58,7 @@ def rank_env(environ: Mapping[str, str], num_ranks: int) -> RankEnv | None:
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _read(environ, "RANK", "LOCAL_RANK", "WORLD_SIZE")
-    if "SLURM_STEP_NUM_TASKS" not in environ:  # not set in the batch script, which is not a task
+    if "SLURM_STEP_NUM_TASKS" not in environ:  # It is not set in the batch script, which is not a task.
         return None
     if environ["SLURM_STEP_NUM_TASKS"] == "1" and num_ranks > 1:
         return None
@@ -68,8 +68,9 @@ def rank_env(environ: Mapping[str, str], num_ranks: int) -> RankEnv | None:
 def rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
     """Return the address and port at which the ranks connect.
 
-    They are MASTER_ADDR and MASTER_PORT if set, else Slurm's first host and a port that is derived from the job step.
-    The port differs for every restart and every step of a job, since ranks of an earlier step may still use theirs.
+    These are MASTER_ADDR and MASTER_PORT if they are set. Otherwise, the address is Slurm's first host, and the port is
+    derived from the job step. Each restart and each step of a job has a different port, since ranks of an earlier step
+    may still be using theirs.
 
     Raises:
         UserError: If neither MASTER_ADDR nor Slurm's list of nodes is set.
@@ -117,12 +118,12 @@ def join(env: RankEnv) -> None:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
     if _ERROR_DIR in os.environ and sys.platform == "linux":
-        pr_set_pdeathsig = 1  # a rank must not outlive a launcher that was killed
+        pr_set_pdeathsig = 1  # A rank must not outlive a launcher that was killed.
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def report_error(message: str) -> None:
-    """Report a user's error: to the launcher if this module started the rank, else on stderr."""
+    """Report a user's error to the launcher if this module started the rank, otherwise on stderr."""
     folder = os.environ.get(_ERROR_DIR)
     if folder is None:
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -131,7 +132,7 @@ def report_error(message: str) -> None:
 
 
 def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
-    """Run a command as all ranks on this machine, and wait for them.
+    """Run a command once per rank on this machine, and wait until all ranks have ended.
 
     If a rank fails, the others are terminated. Signals are forwarded to all ranks.
 
@@ -140,8 +141,8 @@ def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
         command: The command of each rank.
 
     Returns:
-        The exit code: 0 if all ranks succeeded, 2 if a rank reported a user's error, else that of the first rank that
-        failed.
+        The exit code: 0 if all ranks succeeded, 2 if a rank reported a user's error, and otherwise the exit code of the
+        first rank that failed.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = {
@@ -152,12 +153,12 @@ def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
     }
     with tempfile.TemporaryDirectory(prefix="ranks-") as errors:
         ranks: list[subprocess.Popen[bytes]] = []
-        forwarded = [s for s in _FORWARDED if signal.getsignal(s) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+        forwarded = [s for s in _FORWARDED if signal.getsignal(s) is not signal.SIG_IGN]  # nohup ignores SIGHUP.
         previous = {s: signal.signal(s, lambda number, _frame: _send(ranks, number)) for s in forwarded}
         try:
             for rank in range(num_ranks):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank), _ERROR_DIR: errors}
-                # In a session of its own, a rank gets a terminal's Ctrl-C once, through the launcher.
+                # In its own session, a rank receives Ctrl-C only once, through the launcher.
                 ranks.append(subprocess.Popen(command, env={**os.environ, **shared, **own}, start_new_session=True))
             code = _wait(ranks)
         finally:

@@ -1,4 +1,4 @@
-"""Agreement between ranks after each step, so that a signal on any rank stops all of them after the same step."""
+"""Exchanges between ranks at each step, so that a signal or a failure on one rank stops all ranks at the same step."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """A request to stop the run, made by SIGTERM, SIGINT or SIGUSR1 (Slurm's warning before a time limit).
+    """A request to stop the run, made by SIGTERM, SIGINT or SIGUSR1 (which Slurm sends before a job's time limit).
 
-    Further signals change nothing, except that a second SIGINT raises KeyboardInterrupt at once.
+    Only the first signal counts. Later signals are ignored, with one exception: if the first signal was SIGINT, another
+    SIGINT raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         """The first signal received; None if there was none."""
         self.time_sec = 0.0
-        """The time at which it was received, by `time.monotonic`."""
+        """The time at which the first signal was received, in seconds of `time.monotonic`; 0 if there was none."""
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Return a context in which the signals set this request."""
+        """Return a context manager that records signals in this request, and restores the previous handlers on exit."""
         previous = {n: signal.signal(n, self._note) for n in SIGNALS}
         try:
             yield self
@@ -54,12 +55,12 @@ class StopRequest:
 
 @contextmanager
 def deadline(grace_sec: float, since_sec: float, late: Callable[[], None]) -> Iterator[None]:
-    """Return a context that calls a function if it lasts too long.
+    """Return a context manager that calls `late` if its block does not end in time.
 
     Args:
-        grace_sec: The time that the context may take.
-        since_sec: The time from which `grace_sec` counts, by `time.monotonic`.
-        late: Called from another thread if the context has not ended by then.
+        grace_sec: The time allowed, in seconds.
+        since_sec: The time from which `grace_sec` is measured, in seconds of `time.monotonic`.
+        late: A function that is called in another thread when the time is over, unless the block has ended.
     """
     timer = threading.Timer(max(0.0, since_sec + grace_sec - time.monotonic()), late)
     timer.daemon = True
@@ -72,34 +73,37 @@ def deadline(grace_sec: float, since_sec: float, late: Callable[[], None]) -> It
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks know about each other after a step."""
+    """The totals over all ranks after a step."""
 
     signals: dict[str, int]
-    """The number of ranks that received a signal, by the signal's name."""
+    """The number of ranks that were stopped by each signal, by the signal's name. Signals that no rank received are
+    omitted."""
     skipped: dict[str, int]
-    """The number of samples skipped on all ranks, by reason."""
+    """The number of samples that all ranks together have skipped, by reason. Reasons with no samples are omitted."""
     epochs: dict[str, float]
-    """The number of times each dataset was read by all ranks together, by the dataset's name."""
+    """The number of epochs of each dataset that all ranks together have read, by the dataset's name. It need not be
+    whole."""
 
     @property
     def stopping(self) -> bool:
-        """True if any rank was asked to stop."""
+        """True if any rank received a signal to stop."""
         return bool(self.signals)
 
 
 def agree(stop: StopRequest, skipped: Mapping[str, int], epochs: Mapping[str, float], groups: Groups) -> Agreement:
-    """Exchange what each rank knows after a step.
+    """Add up the signals, skipped samples and epochs of all ranks after a step.
 
     Collective: every rank of the world must call it.
 
     Args:
         stop: This rank's request to stop.
-        skipped: The number of samples this rank skipped, by reason.
-        epochs: The number of times this rank read each dataset, by the dataset's name.
+        skipped: The number of samples that this rank has skipped, by reason.
+        epochs: The fraction of each dataset that this rank has read, by the dataset's name. It exceeds 1 once the rank
+            has read more samples than the dataset has. All ranks must pass the same datasets in the same order.
         groups: This rank's process groups.
 
     Returns:
-        The sums over all ranks.
+        The totals over all ranks.
     """
     asked = [float(stop.signal == number) for number in SIGNALS]
     mine = [*asked, *(float(skipped.get(r, 0)) for r in REASONS), *epochs.values()]
@@ -113,12 +117,12 @@ def agree(stop: StopRequest, skipped: Mapping[str, int], epochs: Mapping[str, fl
 
 
 def first_failure(mine: str | None, groups: Groups) -> str | None:
-    """Return the failure of the lowest rank that has one; None if no rank has one.
+    """Return the description of the failure on the lowest rank that failed, or None if no rank failed.
 
     Collective: every rank of the world must call it.
 
     Args:
-        mine: A description of this rank's failure; None if it has none.
+        mine: A description of the failure on this rank; None if this rank did not fail.
         groups: This rank's process groups.
     """
     flag = torch.tensor([int(mine is not None)])
@@ -131,16 +135,17 @@ def first_failure(mine: str | None, groups: Groups) -> str | None:
 
 
 def next_together(batches: Iterator[T], groups: Groups) -> tuple[T | None, str | None]:
-    """Load this rank's part of the next global batch, and check that all ranks loaded theirs.
+    """Load this rank's part of the next global batch, and check that every rank has loaded its own part.
 
     Collective: every rank of the world must call it.
 
     Args:
-        batches: This rank's parts of the global batches.
+        batches: An iterator over this rank's part of each global batch.
         groups: This rank's process groups.
 
     Returns:
-        This rank's part and None; or, on all ranks if any of them failed, None and a description of the failure.
+        This rank's part and None if all ranks succeeded. If any rank failed, all ranks return None and a description of
+        the failure.
     """
     loaded, failure = None, None
     try:

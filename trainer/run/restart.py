@@ -1,4 +1,4 @@
-"""The decision whether a batch script runs its job again after the ranks have ended.
+"""The decision whether a batch script should run its job again after the ranks have ended.
 
     python -m trainer.restart runs/mowe_70b --exit-code 137
 
@@ -27,7 +27,7 @@ from trainer.telemetry.events import Event, EventLog, read_events
 
 _PROJECT = Path(__file__).parents[2]
 _BOUNDARIES = ("submitted", "started", "requeued", "refused")
-"""The events after the last of these belong to the attempt that has just ended."""
+"""The events that separate attempts. All events after the last of them belong to the attempt that has just ended."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RestartConfig:
     max_restarts: int = 10
     """The largest number of restarts within `window_sec`; 0 for none. After that many, the job is not run again."""
     window_sec: float = 86400.0
-    """The time in seconds over which restarts are counted; older ones do not count."""
+    """The length of the time window in which restarts are counted, in seconds. Earlier restarts are ignored."""
 
     def __post_init__(self) -> None:
         if self.max_restarts < 0:
@@ -90,7 +90,7 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
 
 
 def fingerprint(error: BaseException) -> str:
-    """Return a text that is the same for two errors with one cause.
+    """Return a text that is the same for two errors that have the same cause.
 
     It consists of the error's class, its message without numbers, and the function that raised it.
     """
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command `python -m trainer.restart`.
 
     Returns:
-        The exit code: 0 to run the job again, 1 not to, 2 for a wrong argument.
+        The exit code: 0 if the job should run again, 1 if it should not, or 2 if an argument is invalid.
     """
     parser = argparse.ArgumentParser(prog="python -m trainer.restart", description="Decide whether a job is run again.")
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's folder")

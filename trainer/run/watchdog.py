@@ -1,9 +1,9 @@
 """The watchdog, which ends a run that hangs: all ranks write their stacks and exit with `ExitCode.HUNG`.
 
-Every rank has a thread that checks when the rank made progress last. If one rank hangs, the others wait for it in a
-collective and make no progress either, so that all of them notice. The first one creates a folder, whose existence is
-the sign for ranks that have not noticed yet. If C code holds the interpreter's lock, no Python thread can run. In that
-case faulthandler's own thread, which needs no lock, writes the stacks and ends the process.
+Every rank has a thread that checks when the rank last made progress. If one rank hangs, the others wait for it in a
+collective and make no progress either, so all of them notice the hang. The first rank that notices it creates a folder,
+and the other ranks stop as soon as the folder exists. If C code holds the interpreter's lock, no Python thread can run.
+In this case, the thread of faulthandler, which does not need the lock, writes the stacks and ends the process.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from trainer.run.exit_codes import ExitCode
 from trainer.telemetry.events import EventLog
 
 _GATHER_SEC = 10.0
-"""How long a rank waits for the stacks of the other ranks before it exits."""
+"""The time that a rank waits for the stacks of the other ranks before it exits, in seconds."""
 
 _FLIGHT_RECORDERS = {"gloo": "_dump_fr_trace_json", "nccl": "_dump_nccl_trace_json"}
-"""Backend → name of the function of `torch._C._distributed_c10d` that returns its record. CPU builds lack NCCL's."""
+"""For each backend, the name of the function in `torch._C._distributed_c10d` that returns its record. The one for NCCL
+does not exist in CPU builds."""
 
 
 def hang_folder(events: EventLog) -> Path:
-    """Return the folder for the stacks of an attempt."""
+    """Return the folder to which the ranks of an attempt write their stacks if they hang."""
     return events.run_dir / f"hang-{events.attempt}"
 
 
 def clear_hang(events: EventLog) -> None:
-    """Rename an existing folder of stacks, which is left over if a user removed only the events of an earlier run."""
+    """Rename an existing folder of stacks. It can exist if a user deleted only the events of an earlier run."""
     folder = hang_folder(events)
     if folder.exists():
         folder.rename(folder.with_name(f"{folder.name}-until-{int(time.time())}"))
@@ -70,18 +71,18 @@ class Watchdog:
         """Record progress.
 
         Args:
-            what: A description of what has begun or continues, such as "step 3".
+            what: A description of the work that has started or is continuing, such as "step 3".
         """
         self._last = (time.monotonic(), what)
 
     def disarm(self) -> None:
-        """Allow the rest of the process to take any time."""
+        """Stop watching, so that the rest of the process may take any amount of time."""
         self._last = (math.inf, "the end")
 
     def __enter__(self) -> Watchdog:
         self.heartbeat("start")
         if self._timeout_sec > 0:
-            # Opened in advance, since faulthandler cannot open files when it has to write.
+            # The file is opened in advance, since faulthandler cannot open files when it has to write.
             path = self._events.run_dir / ".watchdog" / f"rank-{self._events.rank}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
             self._last_words = path.open("w+", encoding="utf-8")
@@ -98,13 +99,13 @@ class Watchdog:
             self._last_words.close()
             path = Path(self._last_words.name)
             path.unlink(missing_ok=True)
-            with suppress(OSError):  # the folder still contains files of other ranks
+            with suppress(OSError):  # The folder may still contain files of other ranks.
                 path.parent.rmdir()
 
     def _watch(self) -> None:
         while True:
             assert self._last_words is not None
-            # Each iteration postpones this dump. It happens if this thread cannot run for that long.
+            # Each iteration postpones this dump, so it happens only if this thread cannot run for that long.
             faulthandler.dump_traceback_later(self._timeout_sec + _GATHER_SEC, exit=True, file=self._last_words)
             if self._done.wait(self._poll_sec):
                 return
@@ -123,7 +124,7 @@ class Watchdog:
             missing = self._wait_for_others()
             if first:
                 self._emit(silent_sec, what, missing)
-        except OSError as error:  # the process must exit even if the disk is full or unreachable
+        except OSError as error:  # The process must exit even if the disk is full or unreachable.
             print(f"watchdog of rank {self._events.rank}: {error}", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
         os._exit(ExitCode.HUNG)
@@ -179,9 +180,9 @@ class Watchdog:
 def flight_record() -> str | None:
     """Return torch's records of the last collectives as one JSON object, or None if no collective was recorded.
 
-    CUDA builds keep two records, one of gloo's collectives and one of NCCL's. The key `entries` contains those of both
-    in the order in which they were issued, each with its `recorder` ("gloo" or "nccl"). The key `recorders` contains
-    the rest of each record.
+    CUDA builds keep two records, one of gloo's collectives and one of NCCL's. The key `entries` contains the entries of
+    both records in the order in which the collectives were issued. Each entry names its `recorder` ("gloo" or "nccl").
+    The key `recorders` contains all other fields of each record.
     """
     entries: list[dict[str, Any]] = []
     recorders: dict[str, Any] = {}

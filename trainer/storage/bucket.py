@@ -19,8 +19,8 @@ from trainer.storage.store import MissingError, UnreachableError, check_size
 T = TypeVar("T")
 
 RETRY_SEC = 120.0
-"""How long a request is retried while the server is unreachable. Beyond five minutes, the signature of a request may
-expire."""
+"""The time in seconds for which a request is retried while the server is unreachable. After five minutes, the signature
+of a request may expire."""
 PART_BYTES = 16 << 20
 """The size of one part of a multipart upload; the last part may be smaller."""
 _CONCURRENT_PARTS = 4
@@ -57,10 +57,10 @@ class BucketStore:
         client = {
             "allow_http": bool(access.endpoint and access.endpoint.startswith("http://")),
             "connect_timeout": timedelta(seconds=5),
-            "timeout": timedelta(seconds=60),  # for one attempt; a part or a range is small
+            "timeout": timedelta(seconds=60),  # This limits one attempt. Parts and ranges are small.
         }
         retry = {
-            "max_retries": 1000,  # high, so that retry_timeout is the limit
+            "max_retries": 1000,  # The number is high, so that retry_timeout is the limit.
             "retry_timeout": timedelta(seconds=retry_sec),
             "backoff": {"init_backoff": timedelta(seconds=0.25), "max_backoff": timedelta(seconds=5), "base": 3},
         }
@@ -106,7 +106,7 @@ class BucketStore:
         while size <= PART_BYTES and (part := next(rest, None)) is not None:
             first.append(part)
             size += len(part)
-        if size <= PART_BYTES:  # one request; a multipart upload needs at least three
+        if size <= PART_BYTES:  # One request is enough, whereas a multipart upload needs at least three.
             self._do(name, lambda: self._store.put(name, b"".join(first)))
             return
         content = chain(first, rest)
@@ -116,7 +116,7 @@ class BucketStore:
         try:
             self._do(name, lambda: self._store.put(name, content, mode="create"))
         except _ExistsError:
-            # A retry of this call may find its own object, if the first answer was lost.
+            # If the response to the first request was lost, a retry finds the object that the first request wrote.
             return self._holds(name, content)
         return True
 
@@ -185,11 +185,11 @@ class BucketStore:
 
 
 class _ExistsError(UserError):
-    """An object with this name exists already."""
+    """Raised when an object with this name exists already."""
 
 
 class _RangeError(UserError):
-    """The store cannot serve the requested range."""
+    """Raised when the store cannot return the requested range."""
 
 
 def _reason(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Endpoint and credentials of an object store, read from the standard environment variables and files only.
+"""Endpoints and credentials of object stores, which are read only from the standard environment variables and files.
 
 No recipe key, URL or external command supplies credentials, and no metadata service is queried. Errors and logs mention
 only `Access.source`, which contains names of variables, files and profiles, but never their values.
@@ -97,7 +97,7 @@ def _s3(environ: Mapping[str, str]) -> Access:
         return Access("no credentials (AWS_SKIP_SIGNATURE is set)", endpoint, {**options, "skip_signature": True})
     path = _credentials_path(environ)
     if "AWS_PROFILE" in environ or _section(path, profile):
-        # Read again every few minutes, since programs that renew short-lived keys write them to this file.
+        # The file is read again every few minutes, since programs that renew short-lived keys write them to it.
         options["credential_provider"] = _profile_reader(path, profile)
         options["credential_provider"]()
         return Access(f"credentials from profile '{profile}' in {path}", endpoint, options)

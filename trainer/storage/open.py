@@ -1,4 +1,4 @@
-"""Opening of the store that a URL or path names."""
+"""Opening of stores by URL or path."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def open_store(url: str, retry_sec: float | None = None) -> Store:
         )
     if not parts.netloc:
         raise UserError(f"{url}: the bucket's name is missing; give {scheme}://BUCKET/PREFIX")
-    # Imported here because loading obstore takes time that local runs need not spend.
+    # The import is here, because local runs do not need obstore, which takes time to load.
     from trainer.storage.bucket import RETRY_SEC, BucketStore
     from trainer.storage.credentials import find_access
 

@@ -21,22 +21,22 @@ from model.errors import UserError
 
 
 class MissingError(UserError):
-    """An object or a bucket does not exist."""
+    """Raised when an object or a bucket does not exist."""
 
 
 class ChangedError(UserError):
-    """An object differs from what was expected, for example in its size."""
+    """Raised when an object differs from what was expected, for example in its size."""
 
 
 class UnreachableError(UserError):
-    """The store did not answer before the time for retries was over."""
+    """Raised when the store did not answer before the time for retries was over."""
 
 
 class Store(Protocol):
-    """Interface of a store.
+    """The interface of a store.
 
-    Every method that accesses the store may raise UserError. Its message names the URL, what failed, and, for a bucket,
-    where the credentials came from.
+    Every method that accesses the store may raise UserError. The message contains the URL, what failed, and, for a
+    bucket, the origin of the credentials.
     """
 
     @property
@@ -87,7 +87,7 @@ class Store(Protocol):
         ...
 
     def put_if_absent(self, name: str, content: bytes) -> bool:
-        """Write a small object unless one with this name exists. If several processes try, one succeeds.
+        """Write a small object unless one with this name exists. If several processes try at once, only one succeeds.
 
         Returns:
             Whether the object now has this `content`.
@@ -98,10 +98,10 @@ class Store(Protocol):
         """List objects by name.
 
         Args:
-            prefix: beginning of the names to list; empty for all objects, else it must end with '/'.
+            prefix: beginning of the names to list. It is empty for all objects, and must end with '/' otherwise.
 
         Returns:
-            Name to size in bytes, sorted by name.
+            The size in bytes of each object by name, sorted by name.
         """
         ...
 
@@ -111,7 +111,7 @@ class Store(Protocol):
 
 
 class LocalStore:
-    """A `Store` in a folder of the file system; the first `put` creates the folder."""
+    """A `Store` in a folder of the file system. The first `put` creates the folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -136,7 +136,7 @@ class LocalStore:
                 num_read = os.preadv(file.fileno(), [data], offset)
         except OSError as error:
             raise self._error(name, error) from None
-        if num_read != num_bytes:  # the file was truncated after its size was read
+        if num_read != num_bytes:  # The file was truncated after its size was read.
             check_size(f"{self.url}/{name}", offset + num_read, offset + num_bytes, None)
         return data.toreadonly()
 
@@ -192,7 +192,7 @@ class LocalStore:
         files = (p for p in (self.folder / prefix).rglob("*") if p.is_file() and not p.name.startswith("."))
         found = {}
         for path in sorted(files):
-            with suppress(FileNotFoundError):  # deleted since the folder was listed
+            with suppress(FileNotFoundError):  # The file may have been deleted since the folder was listed.
                 found[path.relative_to(self.folder).as_posix()] = path.stat().st_size
         return found
 
@@ -210,22 +210,25 @@ class LocalStore:
 
 
 class _Buffers:
-    """A thread-safe pool of read buffers, each of which is reused once nothing refers to its content.
+    """A thread-safe pool of read buffers. A buffer is reused when no view of it exists anymore.
 
-    Freshly allocated memory costs a page fault for every 4 KiB, which takes as much time as the reading.
+    Newly allocated memory causes a page fault for every 4 KiB, which takes as much time as reading the data.
     """
 
     LEAST_BYTES = 1 << 20
     """The size of the smallest buffer."""
     KEPT_BYTES = 64 << 20
-    """The most bytes of unused buffers that are kept per buffer size."""
+    """The largest total size of unused buffers that are kept for each buffer size, in bytes."""
 
     def __init__(self) -> None:
         # Sizes are rounded up to powers of two, so that reads of different lengths can reuse a buffer.
         self._free: defaultdict[int, deque[NDArray[np.uint8]]] = defaultdict(deque)
 
     def take(self, num_bytes: int) -> memoryview:
-        """Return a writable view of `num_bytes`, which returns to the pool when it and all views of it are deleted."""
+        """Return a writable view of `num_bytes` bytes.
+
+        Its buffer returns to the pool when the view and all views derived from it have been deleted.
+        """
         size = max(self.LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
         try:
             memory = self._free[size].pop()
@@ -243,7 +246,7 @@ class _Buffers:
 
 
 def check_size(where: str, size: int, end: int, total_bytes: int | None) -> None:
-    """Check that an object can be read up to a byte.
+    """Check that an object has the expected size and contains all bytes before `end`.
 
     Args:
         where: URL of the object, for the message.

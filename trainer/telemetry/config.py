@@ -16,15 +16,17 @@ class TelemetryConfig:
     progress: bool = True
     """Whether to show a progress bar or, if stderr is not a terminal, a plain line per logging interval."""
     straggler_ratio: float = 1.3
-    """How many times as long as the median of the others a rank must work to be reported as slow.
+    """The ratio of a rank's work time to the median of the other ranks above which the rank counts as slow.
 
-    It must do so in three consecutive spans of `straggler_stretch_sec`. The value must be above 1; raise it if healthy
-    ranks are reported.
+    A rank is reported if it is slow in three consecutive spans of `straggler_stretch_sec`. The value must be above 1;
+    raise it if healthy ranks are reported.
     """
     straggler_stretch_sec: float = 30.0
-    """The seconds of training in each span over which the work of ranks is compared; at least one logging interval."""
+    """The length of the spans in which the work of ranks is compared, in seconds. A span has at least one logging
+    interval."""
     trackers: tuple[str, ...] = ("mlflow",)
-    """The trackers that get the metrics besides `metrics.jsonl`: mlflow, tensorboard, wandb, or those of plug-ins.
+    """The trackers that receive metrics in addition to `metrics.jsonl`: mlflow, tensorboard, wandb, or those of
+    plug-ins.
 
     `mlflow` logs to `MLFLOW_TRACKING_URI` if set, else to `<train.run_dir>/mlflow.db` (SQLite). `tensorboard` writes
     to the folder `tensorboard` of the run. `wandb` needs an API key, or `WANDB_MODE=offline`.

@@ -26,7 +26,7 @@ from typing import Any
 from model.errors import UserError
 
 Emit = Callable[[str, int, Mapping[str, Any]], None]
-"""A function that emits an event, given its name, the step that was begun last, and its fields."""
+"""A function that emits an event, given its name, the most recently started step, and the fields of the event."""
 
 EVENTS_NAME = "events.jsonl"
 """The name of the file in the run's folder."""
@@ -58,12 +58,12 @@ Event = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class EventLog:
-    """The writer of the events of one process.
+    """Writes the events of one process.
 
     Args:
         run_dir: The run's folder, which is created if it does not exist.
         rank: The rank of this process; None if it is not a rank.
-        attempt: The attempt to which the events belong; None for the one that is current when an event is written.
+        attempt: The attempt to which the events belong; None for the attempt that is current when an event is written.
     """
 
     run_dir: Path
@@ -75,8 +75,8 @@ class EventLog:
 
         Args:
             event: One of `EVENTS`.
-            step: The step that was begun last; None if there is none.
-            fields: Further keys and values, which must be JSON.
+            step: The most recently started step; None if there is none.
+            fields: Further keys and values, which must be serializable as JSON.
 
         Raises:
             OSError: If the event could not be written.
@@ -110,7 +110,7 @@ class EventLog:
 
 
 def begin_attempt(run_dir: Path, **fields: Any) -> EventLog:
-    """Begin an attempt by writing `started`. Only rank 0 calls this.
+    """Start an attempt by writing the event `started`. Only rank 0 calls this function.
 
     Args:
         run_dir: The run's folder.
@@ -126,9 +126,9 @@ def begin_attempt(run_dir: Path, **fields: Any) -> EventLog:
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """Return all events of a run in the order in which they were written; none if the file does not exist.
+    """Return all events of a run in the order in which they were written. The list is empty if the file does not exist.
 
-    Lines that are incomplete because of a crash, or have no name, attempt or time, are skipped.
+    Lines that are incomplete because of a crash, or that have no event name, attempt or time, are skipped.
     """
     try:
         lines = (run_dir / EVENTS_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -151,16 +151,16 @@ def _is_event(record: Event) -> bool:
 
 
 def num_attempts(events: Iterable[Event]) -> int:
-    """Return the number of attempts that have begun."""
+    """Return the number of attempts that have started."""
     return sum(e["event"] == "started" for e in events)
 
 
 def _append(path: Path, line: str) -> None:
-    """Append a line in a single write, so that lines of several processes do not mix on a POSIX file system."""
+    """Append a line with a single write, so that lines from several processes do not mix on a POSIX file system."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        # A line that another process is still writing looks torn, too. The empty line that results is harmless.
+        # A line that another process is still writing also looks incomplete. The resulting empty line is harmless.
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
         data = (("\n" if torn else "") + line + "\n").encode()
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command `python -m trainer.telemetry.events`.
 
     Returns:
-        The exit code: 0, or 2 after one line that says what is wrong.
+        The exit code: 0, or 2 after printing an error.
     """
     parser = argparse.ArgumentParser(
         prog="python -m trainer.telemetry.events",

@@ -1,4 +1,4 @@
-"""Statistics of which clips the router sent to which encoder experts, as sums that can be added over steps and ranks.
+"""Statistics about which encoder experts the router chose for clips, as sums that can be added over steps and ranks.
 
 The router decides per clip, so a sample with two clips counts twice, and a sample without audio does not count. With
 several gates, or top-k above 1, a clip may run several experts; the clip shares then add up to more than 1.
@@ -21,7 +21,7 @@ from model.router import Routing
 Floats = NDArray[np.float64]
 
 UNNAMED = "-"
-"""The language or source of clips whose manifest does not name one."""
+"""The name for the language or source of clips whose manifest does not contain it."""
 ALL = "all"
 """The name that stands for all tasks."""
 BANDS_SEC = (1, 2, 5, 10, 20, 30)
@@ -71,7 +71,7 @@ class Load:
 
     @staticmethod
     def none(num_gates: int, num_experts: int) -> Load:
-        """Return the load of no clips."""
+        """Return the load of an empty set of clips."""
         gates, experts = np.zeros(num_gates), np.zeros(num_experts)
         pairs = np.zeros((num_gates, num_experts))
         return Load(0, 0.0, gates, pairs, pairs, experts, experts)
@@ -91,7 +91,7 @@ class Load:
         """Return the load for another list of experts.
 
         Args:
-            places: For each expert of the new list, its index in the old one; None if the old list does not have it.
+            places: For each expert in the new list, its index in the old list; None if it is not in the old list.
         """
         index = [len(self.routed_clips) if place is None else place for place in places]
 
@@ -103,12 +103,12 @@ class Load:
 
     @property
     def clip_share(self) -> Floats:
-        """The share of the clips that ran each expert, of shape [K]; NaN without clips."""
+        """The fraction of clips that ran each expert, of shape [K]; NaN if there are no clips."""
         return _over(self.routed_clips, self.num_clips)
 
     @property
     def audio_share(self) -> Floats:
-        """The share of the audio seconds that ran each expert, of shape [K]; NaN without clips."""
+        """The fraction of audio that ran each expert, by duration, of shape [K]; NaN if there are no clips."""
         return _over(self.routed_sec, self.audio_sec)
 
     @property
@@ -123,21 +123,21 @@ class Load:
 
     @property
     def entropy_of_mean(self) -> Floats:
-        """The entropy of each gate's mean probabilities in nats, of shape [G]; low if clips share their experts."""
+        """The entropy of each gate's mean probabilities, in nats, of shape [G]; low if clips share few experts."""
         mean = _over(self.probs, self.num_clips)
         return -(mean * np.log(np.where(mean > 0, mean, 1.0))).sum(-1)
 
     def to_json(self) -> list[Any]:
-        """Return the sums as a list that can be written as JSON; the inverse of `from_json`."""
+        """Return the sums as a list that can be written as JSON and that `from_json` reads."""
         arrays = (self.entropy, self.probs, self.weights, self.routed_clips, self.routed_sec)
         return [self.num_clips, round(self.audio_sec, _DIGITS), *(a.round(_DIGITS).tolist() for a in arrays)]
 
     @staticmethod
     def from_json(fields: Sequence[Any], num_gates: int, num_experts: int) -> Load:
-        """Return the load that `to_json` wrote.
+        """Return the load that `to_json` converted to `fields`.
 
         Raises:
-            ValueError, TypeError: If the fields do not have the shapes of G gates and K experts.
+            ValueError, TypeError: If the fields do not have the shapes for G gates and K experts.
         """
         num_clips, audio_sec, *arrays = fields
         pairs, experts = (num_gates, num_experts), (num_experts,)
@@ -161,7 +161,7 @@ class ExpertLoad:
         """Return the load of B clips.
 
         Args:
-            routing: What the router decided for the clips; None if the model has no experts.
+            routing: The decisions of the router for the clips; None if the model has no experts.
             groups: The group of each clip, of length B.
             seconds: The duration of each clip, of length B.
             experts: The names of the K experts.
@@ -223,7 +223,7 @@ class ExpertLoad:
         return {ALL: self.total(), **tasks} if tasks else {}
 
     def to_json(self) -> dict[str, Any]:
-        """Return a tree that can be written as JSON, with sums rounded to 6 decimals; the inverse of `from_json`."""
+        """Return a tree that can be written as JSON and that `from_json` reads. Sums are rounded to 6 decimals."""
         cells = [[*group, *load.to_json()] for group, load in sorted(self.cells.items())]
         return {"gates": list(self.gates), "experts": list(self.experts), "cells": cells}
 
@@ -243,7 +243,7 @@ class ExpertLoad:
 
 
 def load_metrics(load: ExpertLoad) -> dict[str, float]:
-    """Return the metrics `routing/<task or all>/...` by name; empty without experts or without clips."""
+    """Return the metrics `routing/<task or all>/...` by name; empty if there are no experts or no clips."""
     if not load.experts or not load.cells:
         return {}
     metrics: dict[str, float] = {"routing/num_dead": float((load.total().routed_clips == 0).sum())}

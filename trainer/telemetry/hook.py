@@ -1,6 +1,6 @@
 """The interface of hooks, which watch a training run.
 
-Only rank 0 has hooks. They get values and never the engines, so that a hook cannot start a collective.
+Only rank 0 has hooks. Hooks receive values but not the engines, so that they cannot start a collective.
 """
 
 from __future__ import annotations
@@ -50,15 +50,16 @@ class Hook:
 
         Args:
             event: One of `trainer.telemetry.events.EVENTS`.
-            step: The step that was begun last.
-            fields: What else is known about the event.
+            step: The most recently started step.
+            fields: Further fields of the event.
         """
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """Handle the end of the run, after its last step, a signal or an `EndError`.
 
         Args:
-            summary: What no report contains, for example `wer_before` and `peak_memory_bytes` (one mapping per rank).
+            summary: Facts about the run that are not in any step or evaluation report, for example `wer_before` and
+                `peak_memory_bytes` (one mapping per rank).
         """
 
 
@@ -98,4 +99,4 @@ class HookList(Hook):
 
 
 HOOKS: dict[str, type[Hook]] = {}
-"""The hooks that plug-ins of the group `earshot.hooks` add; a run has one of each, constructed without arguments."""
+"""The hook classes that plug-ins in the group `earshot.hooks` add. A run constructs one of each without arguments."""

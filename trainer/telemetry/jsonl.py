@@ -1,4 +1,4 @@
-"""Append-only JSONL files that have a step in every line and no duplicate steps after a resume."""
+"""Append-only JSONL files in which every line has a step, without duplicate steps after a resume."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 class Backlog(Generic[T]):
-    """A queue of items that are written in order. Items that cannot be written wait for the next attempt.
+    """A queue of items that are written in order. Items that cannot be written are kept, and are written later.
 
     Args:
-        write: Writes an item. It raises OSError if it cannot, and must then leave no part of the item in the file.
+        write: A function that writes an item. If it raises OSError, no part of the item may remain in the file.
         name: The name of the file, for the log.
     """
 
@@ -49,7 +49,7 @@ class Backlog(Generic[T]):
         """Write all waiting items.
 
         Raises:
-            OSError: If an item could not be written; it and the following ones still wait.
+            OSError: If an item could not be written. This item and the items after it remain in the queue.
         """
         while self._waiting:
             self._write(self._waiting[0])
@@ -76,7 +76,7 @@ class StepLog:
         """Append a record.
 
         Raises:
-            OSError: If the line could not be written; no part of it is in the file then.
+            OSError: If the line could not be written. In this case, no part of it remains in the file.
         """
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         end = os.fstat(self._file.fileno()).st_size
@@ -101,7 +101,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
-            break  # incomplete because of a crash
+            break  # The line is incomplete because of a crash.
         try:
             record = json.loads(line)
             int(record["step"])
@@ -113,7 +113,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace the content of a file so that a crash leaves either the old or the new content."""
+    """Replace the content of a file atomically: after a crash, the file has either the old or the new content."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
         file.write(text)

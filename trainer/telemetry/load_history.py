@@ -1,4 +1,4 @@
-"""The load and the costs of the encoders per logging interval, which are stored in `expert_load.jsonl`.
+"""The history of the encoders' load and costs per logging interval, which is stored in `expert_load.jsonl`.
 
 Each rank adds up its clips and costs in a `LoadMeter`. At the end of an interval, the parts of all ranks are merged
 into a `LoadInterval`, which becomes one line of the file. Intervals can be added, so that a run can be examined as a
@@ -26,7 +26,7 @@ from trainer.telemetry.jsonl import read_lines
 HISTORY_NAME = "expert_load.jsonl"
 """The name of the file in the run's folder."""
 MAX_SOURCES = 64
-"""The largest number of sources a process distinguishes, since a manifest may name a different one for each clip."""
+"""The largest number of sources that a process distinguishes. A manifest may name a different source for each clip."""
 OTHER_SOURCES = "(others)"
 """The source of all clips beyond the first `MAX_SOURCES` sources."""
 _COST_FIELDS = 4
@@ -39,13 +39,13 @@ class EncoderCosts:
     encoders: tuple[str, ...]
     """The names of the primary encoder, if any, and of the experts."""
     compute_sec: Floats
-    """The seconds each rank computed each encoder, of shape [E, R]."""
+    """The seconds for which each rank computed each encoder, of shape [E, R]."""
     wait_sec: Floats
-    """The seconds each rank waited for others in each encoder, of shape [E, R]."""
+    """The seconds for which each rank waited for other ranks in each encoder, of shape [E, R]."""
     sent_bytes: Floats
-    """The bytes all ranks sent for each encoder, of shape [E]."""
+    """The number of bytes that all ranks sent for each encoder, of shape [E]."""
     received_bytes: Floats
-    """The bytes all ranks received for each encoder, of shape [E]."""
+    """The number of bytes that all ranks received for each encoder, of shape [E]."""
     slowest_sec: float
     """The sum over steps of the compute time of the slowest rank, which all others wait for.
 
@@ -65,7 +65,7 @@ class EncoderCosts:
         )
 
     def per_step(self, num_steps: int) -> EncoderCosts:
-        """Return the mean costs of one of `num_steps` steps."""
+        """Return the mean costs per step if these are the costs of `num_steps` steps."""
         return EncoderCosts(
             self.encoders,
             self.compute_sec / num_steps,
@@ -90,11 +90,12 @@ class EncoderCosts:
 
     @property
     def imbalance(self) -> float:
-        """The time of the slowest rank divided by the mean time; 1 is best. It is 1 if nothing was computed."""
+        """The ratio of the slowest rank's time to the mean time. The best value is 1, which is also returned if nothing
+        was computed."""
         return self.slowest_sec / self.mean_sec if self.mean_sec > 0 else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the costs as a tree that can be written as JSON; the inverse of `from_json`."""
+        """Return the costs as a tree that can be written as JSON and that `from_json` reads."""
         return {
             "encoders": list(self.encoders),
             "compute_sec": self.compute_sec.round(5).tolist(),
@@ -151,7 +152,7 @@ class LoadInterval:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return one line of the history as a tree; the inverse of `from_json`."""
+        """Return the interval as a tree that `from_json` reads. It becomes one line of the history."""
         head = {"step": self.step, "num_steps": self.num_steps, "step_sec": round(self.step_sec, 6)}
         return {**head, **self.load.to_json(), "costs": self.costs.to_json()}
 
@@ -177,13 +178,13 @@ class RankLoad:
 
     load: ExpertLoad
     costs: Floats
-    """Seconds computing and waiting, and bytes sent and received, of shape [steps, E, 4]."""
+    """The seconds of computing and of waiting, and the bytes sent and received, of shape [steps, E, 4]."""
     step_sec: float
     """The wall time of the steps, in seconds."""
 
 
 class LoadMeter:
-    """The sum of the load and costs of one rank over a logging interval.
+    """Adds up the load and the costs of one rank over a logging interval.
 
     Args:
         experts: The names of the routed encoders.
@@ -206,7 +207,7 @@ class LoadMeter:
 
         Args:
             batch: This rank's part of the global batch.
-            routing: What the router decided for its clips; None if the model has no experts.
+            routing: The decisions of the router for the clips; None if the model has no experts.
         """
         seconds = [n / SAMPLE_RATE for n in batch.clips.lengths]
         owners = [batch.samples[i] for i in batch.clip_owner]
@@ -224,8 +225,8 @@ class LoadMeter:
         """Add the costs of a step.
 
         Args:
-            costs: By the name of each encoder that this rank called: seconds computing, seconds waiting, bytes sent
-                and bytes received.
+            costs: For each encoder that this rank called, by name: the seconds of computing, the seconds of waiting,
+                the bytes sent and the bytes received.
             step_sec: The wall time of the step.
         """
         assert set(costs) <= set(self.encoders), (sorted(costs), self.encoders)
@@ -233,7 +234,7 @@ class LoadMeter:
         self._step_sec += step_sec
 
     def take(self) -> RankLoad:
-        """Return everything added since the last call, and reset the meter."""
+        """Return the sums since the last call, and reset the meter."""
         costs = np.asarray(self._costs, dtype=np.float64).reshape(-1, len(self.encoders), _COST_FIELDS)
         taken = RankLoad(add_up(self._loads), costs, self._step_sec)
         self._start()

@@ -1,4 +1,4 @@
-"""The reports of steps and evaluations, the metrics they are logged as, and the timer of a step's phases."""
+"""The reports of steps and evaluations, their conversion to metrics, and the timer of a step's phases."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class StepReport:
     grad_norm: float = 0.0
     """The global norm of the gradients of both engines, before clipping."""
     lr: float = 0.0
-    """The learning rate of the parameters that have none of their own in `optim.parts`."""
+    """The learning rate of the parameters without their own learning rate in `optim.parts`."""
     num_samples: int = 0
     num_tokens: int = 0
     """The number of LLM positions, audio tokens included."""
@@ -47,14 +47,15 @@ class StepReport:
     num_skipped_updates: int = 0
     """The number of updates skipped since the run began."""
     load: LoadInterval | None = None
-    """The load of the encoders in the logging interval that ends with this step. Only rank 0 has it.
+    """The load of the encoders in the logging interval that ends with this step.
 
-    None if no interval ends with this step.
+    None if no interval ends with this step, and on ranks other than 0.
     """
     ranks: Mapping[str, float] = field(default_factory=dict)
-    """Metrics of the ranks' work in the logging interval that ends with this step; empty where `load` is None."""
+    """Metrics of the ranks' work in the logging interval that ends with this step; empty if `load` is None."""
     epochs: Mapping[str, float] = field(default_factory=dict)
-    """The number of times each dataset has been read since the run began, by its name."""
+    """The number of epochs of each dataset that have been read since the run began, by the dataset's name. It need not
+    be whole."""
 
     @property
     def seconds(self) -> float:
@@ -78,7 +79,7 @@ class EvalReport:
 
 
 def is_logged(step: int, every_steps: int) -> bool:
-    """Return whether a record ends with `step`. Step 1 has its own record, which shows whether the weights are sane."""
+    """Return whether a logging interval ends with `step`. Step 1 is logged on its own to show the initial loss."""
     return step % every_steps == 0 or step == 1
 
 
@@ -141,7 +142,7 @@ def flatten_eval(report: EvalReport) -> dict[str, float]:
 
 
 class PhaseListener(Protocol):
-    """An observer of the phases that a `PhaseTimer` measures."""
+    """The interface of observers of the phases that a `PhaseTimer` measures."""
 
     def on_phase_begin(self, phase: str, outermost: bool) -> None:
         """Handle the beginning of a phase, before its time starts to count.
@@ -156,8 +157,8 @@ class PhaseListener(Protocol):
 
         Args:
             phase: The name of the phase.
-            start_sec: When it began, by `time.perf_counter`.
-            end_sec: When it ended. The time in between includes nested phases.
+            start_sec: The time at which the phase began, in seconds of `time.perf_counter`.
+            end_sec: The time at which the phase ended. The time in between includes nested phases.
         """
 
 
@@ -171,9 +172,10 @@ class PhaseTimer:
             ...
 
     Args:
-        synchronise: Called at the border of a phase while there is a listener, so that asynchronous device work counts
-            for the phase that launched it, at the cost of overlap. Without a listener the work counts for the phase in
-            which the host next waits for the device. None to measure host time only.
+        synchronise: A function that waits for the device. While there is a listener, it is called at the start and the
+            end of each phase, so that asynchronous work counts towards the phase that launched it, but no longer
+            overlaps with other phases. Without a listener, the work counts towards the phase in which the host next
+            waits for the device. None to measure only the time of the host.
     """
 
     def __init__(self, synchronise: Callable[[], None] | None = None) -> None:
@@ -205,7 +207,7 @@ class PhaseTimer:
         return opened[0] if opened else None
 
     def take(self) -> dict[str, float]:
-        """Return the seconds since the last call by phase, and reset them. No phase may be open."""
+        """Return the seconds spent in each phase since the last call, and reset them. No phase may be open."""
         assert not self._open, f"phase {self._open[-1]} is still open"
         seconds = dict(self._seconds)
         self._seconds.clear()
@@ -229,7 +231,7 @@ def peak_memory_bytes() -> dict[str, int]:
 
 
 def _peak_host_bytes() -> int:
-    # getrusage is not used because a process inherits its maximum from its parent.
+    # getrusage is not used, because a process inherits the maximum of its parent there.
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

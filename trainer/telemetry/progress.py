@@ -21,7 +21,7 @@ class Progress:
         num_steps: The number of steps of the whole run.
         start_step: The number of steps done before this process began.
         every_steps: The number of steps per plain line.
-        name: The name of the run; it begins each line.
+        name: The name of the run, with which each line begins.
         stream: The output; None for stderr.
     """
 
@@ -34,7 +34,7 @@ class Progress:
         self._num_steps, self._start_step, self._every_steps = num_steps, start_step, every_steps
         self._name = name
         self._mark_sec = time.perf_counter()
-        self._rates: tuple[float, float, float] | None = None  # steps, tokens, audio seconds per second
+        self._rates: tuple[float, float, float] | None = None  # The rates of steps, tokens and audio seconds.
         self._bar: tqdm | None = None
         if self._stream.isatty():
             self._bar = tqdm(

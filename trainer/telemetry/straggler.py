@@ -23,13 +23,13 @@ class RankWork:
     rank: int
     host: str
     phase_sec: Mapping[str, float]
-    """Phase → wall time."""
+    """The wall time of each phase, in seconds."""
     wait_sec: Mapping[str, float]
-    """Phase → part of the wall time that was spent waiting for other ranks."""
+    """The part of each phase's wall time that was spent waiting for other ranks, in seconds."""
 
     @property
     def work_sec(self) -> dict[str, float]:
-        """Phase → wall time without waiting."""
+        """The wall time of each phase without waiting, in seconds."""
         return {phase: max(0.0, sec - self.wait_sec.get(phase, 0.0)) for phase, sec in self.phase_sec.items()}
 
 
@@ -55,7 +55,7 @@ class _Times:
         self.wait_sec = np.zeros((0, 0))
 
     def add(self, parts: Sequence[RankWork]) -> None:
-        """Add the work of some ranks; rows and columns are added as needed."""
+        """Add the work of some ranks. Rows and columns are created as needed."""
         kinds = {phase for keys in {(*w.phase_sec, *w.wait_sec) for w in parts} for phase in keys}
         self._make_columns(sorted(kinds))
         ranks, columns = [work.rank for work in parts], self.phases
@@ -97,7 +97,7 @@ class _Times:
 
 
 class StragglerMeter:
-    """A collector of all ranks' work on rank 0, which finds stragglers.
+    """Collects the work of all ranks on rank 0, and finds stragglers.
 
     Args:
         slow: A rank is slow if it works more than this many times as long as the median of the others.
@@ -137,7 +137,7 @@ class StragglerMeter:
         ranks = self._stretch.ranks
         by_phase = self._stretch.work_sec[ranks]
         total = by_phase.sum(axis=1)
-        # Each rank is compared with the others only: the median of two ranks would not show which one is slow.
+        # Each rank is compared only with the others, because the median of two ranks does not show which one is slow.
         usual = _medians_of_others(total)
         slow = set(ranks[total > self._slow * usual].tolist())
         self._reported &= slow
@@ -177,7 +177,7 @@ def work_metrics(parts: Sequence[RankWork], num_steps: int) -> dict[str, float]:
         num_steps: The number of steps in the interval.
 
     Returns:
-        The longest work per step by phase, the rank that works longest, how its work compares with the median, and the
+        The longest work per step by phase, the rank that works longest, the ratio of its work to the median, and the
         shortest and longest waits per step.
     """
     times = _Times()
@@ -197,7 +197,7 @@ def work_metrics(parts: Sequence[RankWork], num_steps: int) -> dict[str, float]:
 
 
 def _grown(values: Array, shape: tuple[int, int]) -> Array:
-    """Pad a table with zeros at the bottom and on the right; a table that has the shape already is returned itself."""
+    """Pad a table with zeros at the bottom and on the right. A table that already has this shape is returned as is."""
     if values.shape == shape:
         return values
     grown = np.zeros(shape)
@@ -216,7 +216,7 @@ def _medians_of_others(values: Array) -> Array:
     place[order] = np.arange(len(values))
 
     def other(at: int) -> Array:
-        return ordered[at + (place <= at)]  # the value with index `at` among the others in order
+        return ordered[at + (place <= at)]  # This is the value with index `at` among the sorted other values.
 
     return (other((num_others - 1) // 2) + other(num_others // 2)) / 2
 

@@ -23,13 +23,13 @@ _NUM_MARKS = 9
 
 
 class Trace:
-    """A recorder of the phases of the chosen steps, which writes them after the last of these steps.
+    """Records the phases of the chosen steps, and writes them to files after the last of these steps.
 
-    While it records, all ranks meet before each phase, in a phase called `wait`. This shows how long a rank waits for
-    the others; without it, the waiting would be part of the next collective.
+    During these steps, all ranks wait for each other before each phase, in a phase called `wait`. This shows how long a
+    rank waits for the others; otherwise, the waiting time would be part of the next collective.
 
     Args:
-        config: The recipe's `profile` section, which names the steps.
+        config: The recipe's `profile` section, which defines the steps to trace.
         timer: The timer whose phases are recorded.
         folder: The folder for the files: `rank<r>.json` for each rank and `trace.json` for all of them.
         rank: The rank of this process within `group`.
@@ -46,7 +46,7 @@ class Trace:
         self._step, self._step_start_sec = 0, 0.0
 
     def begin(self, step: int) -> None:
-        """Begin to record if `step` is one of the chosen steps; call this before its first phase.
+        """Start recording if `step` is one of the chosen steps. Call this method before the first phase of the step.
 
         Collective: every rank of the group must call it.
 
@@ -110,12 +110,12 @@ def _write_events(path: Path, events: list[dict[str, Any]]) -> None:
 
 
 def _meet(group: dist.ProcessGroup | None) -> None:
-    # A barrier of CUDA devices returns on the host before the devices have met; a CPU tensor avoids that.
+    # A barrier on CUDA devices returns on the host before all devices have reached it. A CPU tensor avoids this.
     dist.all_reduce(torch.zeros(1), group=group)
 
 
 def _clock_offset_sec(group: dist.ProcessGroup | None) -> float:
-    """Return what to subtract from this rank's `perf_counter` to get the seconds since rank 0 began to record.
+    """Return the offset to subtract from this rank's `perf_counter` to get the seconds since rank 0 started recording.
 
     Collective: every rank of the group must call it.
 

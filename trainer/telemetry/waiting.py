@@ -1,9 +1,9 @@
-"""A measurement of how long this rank waits for others in collectives, by phase of the step.
+"""Measurement of the time that this rank waits for other ranks in collectives, by phase of the step.
 
-All ranks take the same time for a step, because they wait for the slowest one. They differ only in the time that they
-do not wait. To measure it, a thread looks about fifty times a second whether the innermost Python frames of the main
-thread belong to a collective. This needs no wrappers and covers the collectives of DeepSpeed and Megatron, too. It does
-not see CUDA kernels that wait for other ranks, since the main thread then waits for the device.
+All ranks take the same time for a step, because they wait for the slowest rank. They differ only in how much of this
+time they wait. To measure it, a thread checks about fifty times per second whether the innermost Python frames of the
+main thread belong to a collective. This needs no wrappers, and it covers the collectives of DeepSpeed and Megatron as
+well. It does not detect CUDA kernels that wait for other ranks, since the main thread then waits for the device.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FILES = (
 
 
 class WaitSampler:
-    """A sampler that measures, while its context lasts, how long the thread that created it waits for other ranks.
+    """A context manager that measures how long the thread that created it waits for other ranks.
 
     Example:
         with WaitSampler(timer) as waits:
@@ -59,7 +59,7 @@ class WaitSampler:
         self._thread.join()
 
     def take(self) -> dict[str, float]:
-        """Return the seconds of waiting since the last call, by phase."""
+        """Return the seconds spent waiting since the last call, by phase."""
         with self._lock:
             seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds

@@ -1,4 +1,4 @@
-"""The end of a run whose evaluations no longer improve: the recipe's `eval.stop_after`."""
+"""Early stopping of runs whose evaluations no longer improve, as configured by the recipe's `eval.stop_after`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from trainer.config.evaluation import EvalConfig
 
 
 def stops_early(config: EvalConfig, checkpoints: CheckpointManager, done: int, *, just_evaluated: bool) -> bool:
-    """Return whether `eval.stop_after` ends the run after `done` steps; every rank gets the same answer.
+    """Return whether `eval.stop_after` ends the run after `done` steps. The result is the same on every rank.
 
     Collective: every rank of the world must call it.
 
     Args:
         config: The recipe's `eval` section.
-        checkpoints: The run's checkpoints, which know the scores of all evaluations so far.
+        checkpoints: The run's checkpoints, with which the scores of all evaluations so far are stored.
         done: The number of steps done.
         just_evaluated: Whether an evaluation took place after the last of these steps.
 
     Raises:
-        UserError: If an evaluation took place and none so far has `checkpoint.best_metric`.
+        UserError: If an evaluation has just taken place, and no evaluation so far has had `checkpoint.best_metric`.
     """
     if not config.stop_after:
         return False

@@ -1,4 +1,4 @@
-"""Evaluation during training: all ranks encode, every LLM replica decodes and rank 0 computes the scores."""
+"""Evaluation during training: all ranks encode audio, every LLM replica generates answers, and rank 0 scores them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """An evaluator of the model, with its current weights, on splits of the data.
+    """Evaluates the model with its current weights on splits of the data.
 
     Args:
         config: The recipe's `eval` section.
@@ -67,7 +67,8 @@ class Evaluator:
     ) -> None:
         self.config, self.prepared, self.step, self.folder, self.heartbeat = config, prepared, step, folder, heartbeat
         self.meteor: Meteor | None = None
-        """The METEOR metric; None if there is no WordNet. The first evaluation with captions then logs a warning."""
+        """The METEOR metric; None if no WordNet folder was found. In this case, the first evaluation of captions logs a
+        warning."""
         self._no_meteor = ""
         try:
             self.meteor = Meteor(find_wordnet(config.wordnet))
@@ -115,7 +116,7 @@ class Evaluator:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_predictions(self.folder / f"predictions-{split}-step{step}.jsonl", predictions)
             self._write_scores(scores, predictions, split, step)
-        except OSError as error:  # the run continues: the metrics contain the scores, too
+        except OSError as error:  # The run continues, because the metrics also contain the scores.
             log.warning("%s: step %d: PREDICTIONS ON %s COULD NOT BE WRITTEN: %s", self.folder, step, split, error)
         seconds = time.perf_counter() - start
         report = EvalReport(step, split, values, len(predictions), seconds, {s.name: (s.low, s.high) for s in scores})
@@ -146,7 +147,7 @@ def predict(
     Args:
         step: The engines. They are switched to evaluation and back to training.
         samples: This rank's samples, with prompts and without targets.
-        tokenizer: Decodes the answers.
+        tokenizer: The tokenizer that decodes the answers.
         config: The recipe's `eval` section.
         heartbeat: Called with a description of each batch before it is evaluated.
     """

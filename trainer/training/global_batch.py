@@ -1,6 +1,6 @@
-"""The description of a step's global batch that every rank has, and the plan of the packs that follows from it.
+"""The description of a global batch, and the assignment of its samples to packs that each rank computes from it.
 
-Each rank contributes a few integers per sample. From all of them, every rank computes the same plan.
+Each rank contributes a few integers per sample. After they are gathered, every rank computes the same plan.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FIELDS = 4
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The n samples of all ranks, rank after rank, in the order in which each rank holds them."""
+    """The description of the n samples of all ranks, ordered by rank and then as each rank holds them."""
 
     source_ranks: Ints
     """[n] the rank that loaded the sample."""
@@ -33,13 +33,13 @@ class GlobalBatch:
     num_targets: Ints
     """[n] the number of positions with a label."""
     tasks: Ints
-    """[n] index into `task_names()`."""
+    """[n] the index of the sample's task in `task_names()`."""
     audio_samples: Ints
-    """[n] the length of all clips, in audio samples."""
+    """[n] the total length of the sample's clips, in audio samples."""
     counts: Mapping[str, int]
     """The divisor of each loss, by its name."""
     reference_tokens: Mapping[str, Ints]
-    """[n] the number of LLM positions of the reference of each sample, by the name of the loss; 0 if it has none."""
+    """[n] the number of LLM positions of the sample's reference, by the name of the loss; 0 if it has no reference."""
     first_sample: int
     """The index of this rank's first sample."""
 
@@ -47,7 +47,7 @@ class GlobalBatch:
         return len(self.source_ranks)
 
     def references(self, loss: str) -> GlobalBatch:
-        """Return the references of one loss as a global batch, without those samples that have none."""
+        """Return the references of one loss as a global batch. Samples without a reference are omitted."""
         tokens = self.reference_tokens[loss]
         kept = np.flatnonzero(tokens)
         return GlobalBatch(
@@ -81,7 +81,7 @@ def gather(
 
     Args:
         batch: This rank's samples.
-        losses: The losses whose divisors are wanted.
+        losses: The losses whose divisors are computed.
         references: The result of `references_of`.
         model: The model's config.
         groups: The place of this rank.
@@ -107,13 +107,13 @@ def gather(
 
 
 def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int | None, multiple_tokens: int | None = None) -> PackPlan:
-    """Return where the samples go in the LLM.
+    """Return the plan that assigns each sample of the global batch to a replica, a micro-batch and rows of its pack.
 
     Args:
         whole: The global batch.
         groups: The place of this rank.
-        budget_tokens: The number of rows of a pack; None for one pack per replica.
-        multiple_tokens: The number of which the rows of a pack are a multiple; None for the tensor-parallel size.
+        budget_tokens: The largest number of rows in a pack; None for one pack per replica.
+        multiple_tokens: The number of rows in a pack is a multiple of this; None for the tensor-parallel size.
     """
     topology = groups.topology
     budget = int(whole.num_tokens.sum()) if budget_tokens is None else budget_tokens
@@ -121,13 +121,16 @@ def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int | None, multiple
 
 
 def plan_references(whole: GlobalBatch, packing: PackPlan, loss: str, multiple_tokens: int) -> PackPlan:
-    """Return where the references of a loss go: each to the replica and micro-batch of its sample."""
+    """Return the plan for the references of a loss, which assigns each to the replica and micro-batch of its sample."""
     tokens = whole.reference_tokens[loss]
     return packing.with_lengths(np.flatnonzero(tokens), tokens[tokens > 0], multiple_tokens)
 
 
 def target_rows(whole: GlobalBatch, packing: PackPlan, replica: int, microbatch: int, kept: Ints) -> Ints:
-    """Return the rows of a pack that have a label, of the samples `kept` (indices in the global batch) in order."""
+    """Return the rows of a pack that have a label and belong to the samples `kept`, in the order of `kept`.
+
+    The samples are given by their indices in the global batch.
+    """
     members = kept[packing.pack[kept] == replica * packing.num_microbatches + microbatch]
     ends = packing.row[members] + packing.num_tokens[members]
     targets = whole.num_targets[members]

@@ -24,7 +24,7 @@ class ProgressHook(Hook):
     """A progress bar or plain lines on the terminal, with a line for each evaluation, checkpoint and event."""
 
     _SHOWN_OTHERWISE = ("resumed", "finished", "stopped")
-    """Events that other lines of the terminal already report."""
+    """Events that are not printed, because other lines on the terminal already report them."""
     _HIDDEN_FIELDS = ("samples", "why", "slow_rank", "slow_host", "times_median")
 
     def __init__(self, every_steps: int = 1) -> None:
@@ -66,7 +66,7 @@ class ProgressHook(Hook):
 
 
 class TrackerHook(Hook):
-    """A hook that logs one record per `every_steps` steps, one for the remaining steps, and one per evaluation."""
+    """A hook that logs one record per `every_steps` steps, one for any steps left over, and one per evaluation."""
 
     def __init__(self, tracker: Tracker, every_steps: int = 1) -> None:
         self._tracker, self._every_steps = tracker, every_steps
@@ -141,14 +141,14 @@ class EventHook(Hook):
 class SummaryHook(Hook):
     """A hook that writes `summary.json` to the run's folder when the run ends.
 
-    Its keys, besides everything in the summary passed to `on_end`:
-        name, num_ranks, start_step: As in `RunState`.
+    In addition to everything in the summary that is passed to `on_end`, the file contains these keys:
+        name, num_ranks, start_step: The fields of `RunState` with these names.
         num_steps: The last step done.
         seconds: The time from the first step of this process to its end.
-        loss_first, loss_last: The loss of the run's first step, also after a resume, and of its last step. Steps whose
-            update was skipped do not count.
-        step_sec, phase_sec: The mean time of a step and of each of its phases over the steps of this process. The
-            first step, a warm-up, counts only if there is no other.
+        loss_first, loss_last: The losses of the first and the last step of the whole run, including the steps before a
+            resume. Steps whose update was skipped do not count.
+        step_sec, phase_sec: The mean times of a step and of each phase of a step in this process. The first step counts
+            only if there is no other, because it includes warm-up.
         scores: The scores of the last evaluation of each split.
         num_records_lost: The number of records that the tracker could not store.
     """
@@ -215,7 +215,7 @@ def _with_interval(name: str, report: EvalReport) -> str:
 
 
 def _first_logged_loss(metrics: Path) -> float | None:
-    """Return `train/loss` of the file's first training record, which is that of step 1; None if there is no record."""
+    """Return `train/loss` from the first training record in the file, or None if the file contains no such record."""
     if not metrics.exists():
         return None
     with metrics.open(encoding="utf-8") as lines:

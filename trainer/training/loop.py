@@ -1,4 +1,4 @@
-"""The training loop: fetch, step, report, save, evaluate."""
+"""The training loop, which fetches batches, does training steps, reports, saves checkpoints and evaluates."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from trainer.training.step import Step
 
 
 class EndError(UserError):
-    """An error of the data, the loss or an evaluation that ends the run after its state is saved."""
+    """Raised when the data, the loss or an evaluation ends the run, after the state of the run has been saved."""
 
 
 class Loop:
@@ -51,9 +51,9 @@ class Loop:
         evaluator: Evaluates the model on a split.
         checkpoints: The run's checkpoints.
         run_dir: The run's folder.
-        described: What an export must know about the model; every checkpoint contains it.
-        watchdog: Gets a heartbeat whenever the run makes progress.
-        position: The step and samples this rank is working on, kept up to date for error reports.
+        described: The description of the model that an export needs; it is stored in every checkpoint.
+        watchdog: The watchdog, to which a heartbeat is sent whenever the run makes progress.
+        position: The step and the samples that this rank is working on, which this object updates for error reports.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class Loop:
         self.work = Work(recipe.telemetry, WaitSampler(step.timer), groups, self.hooks.on_event)
         self.trace = Trace(recipe.profile, step.timer, run_dir / "trace", groups.rank, groups.world)
         self.last_step = recipe.train.steps
-        """The step after which the run is finished. Early stopping makes it smaller."""
+        """The step after which the run is finished. Early stopping sets it to an earlier step."""
         self.stopped = False
         """Whether a signal ended the run before its last step."""
         self.last_evaluation: Evaluation | None = None
-        """The newest evaluation of `eval.final_split`; None on ranks other than 0."""
+        """The most recent evaluation of `eval.final_split`; None on ranks other than 0."""
 
     def restore(self) -> tuple[int, dict[str, Any]]:
         """Load the run's newest checkpoint; see `Saver.restore`.
@@ -98,13 +98,13 @@ class Loop:
         Args:
             hooks: This rank's hooks; empty on ranks other than 0.
             start: The number of steps already done.
-            data_state: The state of the data after them; None for the beginning.
+            data_state: The state of the sample stream after those steps; None for the beginning.
 
         Returns:
             False if a signal ended the run before its last step.
 
         Raises:
-            EndError: If the data, the loss or an evaluation ended the run. Its state is saved.
+            EndError: If the data, the loss or an evaluation ended the run. The state of the run has been saved.
         """
         recipe, num_steps = self.recipe, self.recipe.train.steps
         self.hooks.extend(hooks)
@@ -135,7 +135,7 @@ class Loop:
     # The parts of a step, in the order in which `run` calls them
 
     def _fetch(self, number: int, batches: Iterator[tuple[Batch, State]], state: State) -> tuple[Batch, State]:
-        """Return this rank's part of the batch of step `number` and the state of the data after it."""
+        """Return this rank's part of the batch of step `number`, and the state of the sample stream after it."""
         self.position.at(number)
         self.watchdog.heartbeat(f"step {number}")
         self.trace.begin(number)
@@ -147,9 +147,9 @@ class Loop:
         return loaded
 
     def _train(self, number: int, batch: Batch, state: State) -> StepReport:
-        """Do step `number` and, if its update is skipped, what the recipe's `spike.action` says.
+        """Do step `number`. If its update is skipped, respond as the recipe's `spike.action` says.
 
-        `state` is the state of the data before the step.
+        `state` is the state of the sample stream before the step.
         """
         report = self.step(number - 1, batch)
         if report.skip_reason is not None:
@@ -159,11 +159,11 @@ class Loop:
         return report
 
     def _report(self, report: StepReport, loader: Loader, stop: StopRequest) -> None:
-        """Exchange what each rank knows after a step, and pass the completed report to the hooks."""
+        """Complete the report of a step with the totals over all ranks, and pass it to the hooks."""
         known = agree(stop, loader.num_skipped, loader.epochs, self.groups)
         self.stopped = known.stopping and report.step < self.recipe.train.steps
         self.work.add(report)
-        # Every checkpoint ends a logging interval, so a run resumed from it has lost no part of one.
+        # Every checkpoint ends a logging interval, so that no part of an interval is lost when a run resumes.
         if self._saves_after(report.step) or is_logged(report.step, self.recipe.telemetry.log_every_steps):
             with self.step.timer("report"):
                 load = self.step.take_load(report.step)
@@ -181,7 +181,7 @@ class Loop:
         return is_last or _is_due(number, self.recipe.checkpoint.every_steps)
 
     def _evaluates_after(self, number: int) -> bool:
-        # The last step is followed by the evaluation of the final split instead.
+        # After the last step, the final split is evaluated instead.
         return number < self.recipe.train.steps and _is_due(number, self.recipe.eval.every_steps)
 
     def evaluate(self, done: int, split: str, max_samples: int | None) -> Evaluation | None:
@@ -205,7 +205,7 @@ class Loop:
         return found
 
     def _ends_after_evaluation(self, done: int, state: State) -> bool:
-        """Return whether the evaluation after `done` steps ends the run; if so, its state is saved."""
+        """Return whether the evaluation after `done` steps ends the run. If it does, save the state of the run."""
         try:
             stops = self._stops_early(done, just_evaluated=True)
         except UserError as error:
@@ -234,7 +234,7 @@ class Loop:
         return stops
 
     def _evaluate_final_split(self, done: int, summary_key: str) -> None:
-        """Evaluate the whole of `eval.final_split` and note the error rate of its transcripts in the summary."""
+        """Evaluate all of `eval.final_split`, and record the error rate of its transcripts in the summary."""
         found = self.evaluate(done, self.recipe.eval.final_split, None)
         mains = [f"{task.name}/{task.headlines[0]}" for task in TASKS.values() if task.is_transcription]
         rates = [found.report.values[name] for name in mains if name in found.report.values] if found else []
@@ -250,7 +250,10 @@ class Loop:
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
-        """End the run in order when the context ends, unless an error other than `EndError` ends it."""
+        """Return a context manager that ends the run in order.
+
+        If the block raises an error other than `EndError`, the context manager does nothing.
+        """
         try:
             yield
         except EndError:
@@ -266,7 +269,7 @@ class Loop:
         dist.all_gather_object(peaks, peak_memory_bytes(), group=self.groups.world)
         if event is not None:
             self.hooks.on_event(event, self.position.step or self.recipe.train.steps, {})
-        self.watchdog.disarm()  # the trackers have a time limit of their own
+        self.watchdog.disarm()  # The trackers have their own time limit.
         self.hooks.on_end({**self.saver.summary, "peak_memory_bytes": peaks, "ranks": self.work.summary})
 
 

@@ -1,4 +1,4 @@
-"""The work of all ranks, which is gathered once per logging interval."""
+"""Measurement of the work of all ranks, which is gathered once per logging interval."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from trainer.telemetry.waiting import WaitSampler
 
 
 class Work:
-    """A meter of how long this rank works, which compares all ranks to find slow ones.
+    """Measures how long this rank works, and compares all ranks to find slow ones.
 
     Use it as a context manager around the steps.
 
     Args:
-        config: The recipe's `telemetry` section, which says when a rank counts as slow.
-        waits: Measures how long this rank waits in collectives.
+        config: The recipe's `telemetry` section, which determines when a rank counts as slow.
+        waits: The sampler that measures how long this rank waits in collectives.
         groups: This rank's process groups.
-        emit: Gets the `straggler` events, on rank 0.
+        emit: The function that is called for each `straggler` event on rank 0.
     """
 
     def __init__(self, config: TelemetryConfig, waits: WaitSampler, groups: Groups, emit: Emit) -> None:
@@ -61,18 +61,18 @@ class Work:
             self._phase_sec[phase] += sec
 
     def take(self, report: StepReport) -> StepReport:
-        """End the current interval and return `report` with its numbers.
+        """End the current interval, and return `report` with the metrics of the interval.
 
         Collective: every rank of the world must call it.
 
-        Stragglers are judged on another thread of rank 0. They are emitted at the end of the next interval, with the
-        step at which this one ended.
+        Another thread on rank 0 looks for stragglers. Their events are emitted at the end of the next interval, but
+        contain the step at which this interval ended.
 
         Args:
             report: The report of the interval's last step.
 
         Returns:
-            On rank 0, the report with the metrics of all ranks' work; on the others, the report as it was.
+            On rank 0, the report with metrics of the work of all ranks. On other ranks, the unchanged report.
         """
         mine = RankWork(self._groups.rank, socket.gethostname(), dict(self._phase_sec), self._waits.take())
         num_steps, self._num_steps = self._num_steps, 0
@@ -86,7 +86,7 @@ class Work:
         return replace(report, ranks=work_metrics(parts, num_steps))
 
     def _emit_judged(self) -> None:
-        """Emit the stragglers that the last judgment found; wait for it if it is still running."""
+        """Wait until the last search for stragglers has finished, and emit an event for each one that it found."""
         judged, self._judged = self._judged, None
         for straggler in judged.result() if judged is not None else ():
             self._emit("straggler", self._judged_step, _fields(straggler))

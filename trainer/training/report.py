@@ -22,9 +22,9 @@ def final_table(found: Evaluation, prepared: PreparedData, meteor: Meteor | None
 
     Args:
         found: The evaluation.
-        prepared: The training datasets. The baseline always gives their most frequent answer; it is omitted if they
-            have more than `MAX_BASELINE_SAMPLES` samples.
-        meteor: The METEOR metric; None if there is no WordNet.
+        prepared: The training datasets. The baseline gives their most frequent answer to every sample. It is omitted if
+            the datasets have more than `MAX_BASELINE_SAMPLES` samples.
+        meteor: The METEOR metric; None to score captions without it.
     """
     num_training = sum(sum(r.num_per_shard) for r in prepared.open_training())
     baseline = None

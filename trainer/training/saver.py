@@ -1,4 +1,4 @@
-"""The parts of a checkpoint that a run needs to resume, besides the engines."""
+"""The parts of a checkpoint that a run needs in order to resume, other than the state of the engines."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from trainer.training.step import Step
 
 
 class Saver:
-    """The writer and reader of a run's state, which also reports how each save ended.
+    """Saves and restores the state of a run, and reports whether each save succeeded.
 
-    The checkpoint manager stores the engines. This class adds everything else a resumed run needs: the position in the
-    data, the spike guard's state, the summary and the ids under which trackers know the run.
+    The checkpoint manager stores the engines. This class adds everything else that a resumed run needs: the position in
+    the data, the state of the spike guard, the summary, and the run ids that the trackers assigned.
 
     Args:
-        recipe: The resolved recipe, which every checkpoint contains.
+        recipe: The resolved recipe; it is stored in every checkpoint.
         step: The engines and the spike guard.
         groups: This rank's process groups.
         checkpoints: The run's checkpoints.
         run_dir: The run's folder.
-        described: What an export must know about the model; every checkpoint contains it.
+        described: The description of the model that an export needs; it is stored in every checkpoint.
         hooks: The hooks to which finished and failed saves are reported.
     """
 
@@ -52,19 +52,25 @@ class Saver:
         self._saved_step = 0
         self._deadline = ExitStack()
         self.summary: dict[str, Any] = {}
-        """Facts about the run that no report contains. They survive a resume and become part of `summary.json`."""
+        """Facts about the run that are not in any step or evaluation report.
+
+        Checkpoints contain them, so a resumed run keeps them. They become part of `summary.json`.
+        """
 
     def restore(self) -> tuple[int, dict[str, Any]]:
-        """Load the run's newest checkpoint.
+        """Load the run's newest undamaged checkpoint.
 
         Collective: every rank of the world must call it.
 
+        If the run has no checkpoint yet, the weights that `checkpoint.start_from` names are loaded, if it is set.
+
         Returns:
-            The number of steps already done, and what the checkpoint contains besides the engines: 0 and an empty
-            mapping for a new run.
+            The number of steps already done, and the contents of the checkpoint other than the state of the engines.
+            For a run without a checkpoint, these are 0 and an empty mapping.
 
         Raises:
-            UserError: If the checkpoint is damaged or belongs to another model.
+            UserError: If all checkpoints are damaged, if the checkpoint belongs to another model, or if the weights of
+                `checkpoint.start_from` cannot be used.
         """
         latest = self._checkpoints.latest()
         if latest is None:
@@ -80,16 +86,16 @@ class Saver:
         return extra["step"], extra
 
     def save(self, done: int, data_state: State) -> None:
-        """Begin to save the state after `done` steps, unless that state is already saved.
+        """Start to save the state after `done` steps, unless it was already saved.
 
         Collective: every rank of the world must call it.
 
         Args:
             done: The number of steps done.
-            data_state: The state of this rank's data after them.
+            data_state: The state of this rank's sample stream after those steps.
 
         Raises:
-            UserError: If a newer attempt of this run has begun.
+            UserError: If a newer attempt of this run has started.
         """
         if done <= self._saved_step:
             return
@@ -107,10 +113,11 @@ class Saver:
         self._saved_step = done
 
     def set_deadline(self, stop: StopRequest, done: int) -> None:
-        """Emit `save_failed` if `close` has not returned within `train.stop_grace_sec` of the signal.
+        """Emit the event `save_failed` if `close` does not return within `train.stop_grace_sec` seconds of the signal.
 
         Args:
-            stop: The request to stop. If another rank received the signal, the time counts from now.
+            stop: This rank's request to stop. If only other ranks received a signal, the time is measured from this
+                call.
             done: The number of steps done.
         """
         grace_sec = self._recipe.train.stop_grace_sec
@@ -124,10 +131,10 @@ class Saver:
         self._deadline.enter_context(deadline(grace_sec, since_sec, late))
 
     def report_outcomes(self, step: int) -> None:
-        """Report to the hooks which saves finished or failed since the last call.
+        """Report to the hooks which saves have finished or failed since the last call.
 
         Args:
-            step: The step that was begun last.
+            step: The most recently started step.
         """
         for url in self._checkpoints.finished():
             self._hooks.on_save(url)
@@ -135,15 +142,15 @@ class Saver:
             self._hooks.on_event("save_failed", step, {"why": outcome.failure, "checkpoint": outcome.url})
 
     def close(self, step: int) -> None:
-        """Wait for the last save and report how it ended.
+        """Wait for the last save and report whether it succeeded.
 
         Collective: every rank of the world must call it.
 
         Args:
-            step: The step that was begun last.
+            step: The most recently started step.
 
         Raises:
-            UserError: If the last save failed twice.
+            UserError: If the last save failed and its retry failed as well.
         """
         try:
             self._checkpoints.close()

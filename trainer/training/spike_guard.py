@@ -1,4 +1,4 @@
-"""The decision which updates are skipped because the loss is not finite or is a spike."""
+"""The decision to skip an update because the loss is not finite or is a spike."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from trainer.config.spike import SpikeConfig
 
 
 class SpikeGuard:
-    """A guard that compares the loss of each step with those of the steps before it.
+    """Decides whether to skip updates by comparing the loss of each step with the losses of earlier steps.
 
-    All ranks see the same losses and therefore decide identically. Checkpoints must contain its `state`.
+    All ranks see the same losses and therefore make the same decisions. Checkpoints must contain the guard's `state`.
 
     Args:
         config: The recipe's `spike` section.
@@ -23,11 +23,11 @@ class SpikeGuard:
         self.num_skipped_updates = 0
         """The number of updates skipped since the run began."""
         self.in_a_row = 0
-        """The number of updates skipped since the last one that was applied."""
+        """The number of updates skipped since the last update that was applied."""
         self._recent: list[tuple[int, float]] = []
 
     def judge(self, loss: float) -> str | None:
-        """Return why an update with this loss must be skipped; None if it need not be."""
+        """Return the reason why an update with this loss must be skipped, or None if it may be applied."""
         if not math.isfinite(loss):
             return f"loss is {loss}"
         if self.config.factor and len(self._recent) >= self.config.window_steps:
@@ -46,7 +46,7 @@ class SpikeGuard:
             self._recent = [*self._recent, (step, loss)][-self.config.window_steps :]
 
     def forget_after(self, step: int) -> None:
-        """Forget the losses of all steps after `step`, whose weights have been restored."""
+        """Forget the losses of all steps after `step`, because the weights of `step` have been restored."""
         self._recent = [(s, loss) for s, loss in self._recent if s <= step]
 
     @property
@@ -55,8 +55,8 @@ class SpikeGuard:
         return {"num_skipped_updates": self.num_skipped_updates, "in_a_row": self.in_a_row, "recent": self._recent}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Continue from a `state`; None, from a checkpoint without one, changes nothing."""
+        """Restore a saved `state`. None, for a checkpoint that contains no state, changes nothing."""
         if state is not None:
-            former = state.get("num_left_out", 0)  # the key of checkpoints before version 0.2
+            former = state.get("num_left_out", 0)  # Checkpoints of versions before 0.2 use this key.
             self.num_skipped_updates, self.in_a_row = state.get("num_skipped_updates", former), state["in_a_row"]
             self._recent = [(step, loss) for step, loss in state["recent"]][-self.config.window_steps :]

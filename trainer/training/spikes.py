@@ -20,15 +20,15 @@ def answer_spike(
 
     Collective: every rank of the world must call it.
 
-    A rewind restores the weights but neither the step nor the data. The run continues with the next batch, and the
-    updates made since the checkpoint are lost.
+    A rewind restores the weights, but not the step number or the position in the data. The run continues with the next
+    batch, and all updates since the checkpoint are lost.
 
     Args:
         report: The report of the step.
-        batch: This rank's part of its batch.
+        batch: This rank's part of the step's global batch.
         step: The engines and the spike guard.
         checkpoints: The run's checkpoints.
-        emit: Gets the `skip` and `rewind` events.
+        emit: The function that is called for each `skip` and `rewind` event.
 
     Returns:
         The reason why the run must stop; None if it continues.

@@ -1,4 +1,4 @@
-"""One training step, as the data sees it; docs/architecture.md has the picture.
+"""One training step, as the sequence of operations that a global batch passes through.
 
     1 load     each rank takes its share of the global batch               (trainer.data.loader, before this)
     2 encode   the primary encoder reads every clip                        ┐
@@ -10,7 +10,8 @@
     8 back     gradients of the embeddings return, and the encoders learn  exchange, AudioEngine.backward
     9 update   one norm, one clip coefficient, both optimizers
 
-For every topology, loss and gradients equal those of `model.speech_llm.SpeechLLM` on the global batch.
+For every topology, the loss and the gradients equal those of `model.speech_llm.SpeechLLM` on the global batch.
+`docs/architecture.md` contains an overview.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ from trainer.training.spike_guard import SpikeGuard
 
 @dataclass(frozen=True)
 class Embedded:
-    """A global batch at the LLM's entrance, as one rank holds it."""
+    """The part of a global batch that one rank holds after the exchange, as input to the LLM."""
 
     whole: GlobalBatch
     packing: PackPlan
@@ -67,11 +68,11 @@ class Embedded:
     audio: AudioOutput
     """The output of the audio side for this rank's clips."""
     packs: Packs
-    """The packs of this rank's replica. `packs.audio` carries the graph back to the source ranks."""
+    """The packs of this rank's replica. The autograd graph of `packs.audio` leads back to the source ranks."""
 
 
 class Step:
-    """Both engines and the exchanges between them.
+    """Executes training steps with both engines and the exchanges between them.
 
     Args:
         model: The model's config.
@@ -79,12 +80,12 @@ class Step:
         audio: The engine of the audio side.
         llm: The engine of the LLM.
         groups: The place of this rank.
-        num_steps: The number of steps of the run, which is the length of the schedule.
-        tokens_per_microbatch: The number of rows that a pack may hold.
-        pack_multiple_tokens: The number of which the rows of a pack are a multiple; None for the tensor-parallel size.
+        num_steps: The number of steps in the run, which is the length of the learning-rate schedule.
+        tokens_per_microbatch: The largest number of rows in a pack.
+        pack_multiple_tokens: The number of rows in a pack is a multiple of this; None for the tensor-parallel size.
         seed: The seed of the router's noise.
         debug_plan: If true, the plans of all ranks are compared before the exchanges of each step.
-        spike: The rule by which updates are skipped; None for the defaults.
+        spike: The recipe's `spike` section, which determines when updates are skipped; None for the defaults.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class Step:
         self.timer = PhaseTimer(torch.cuda.synchronize if groups.device.type == "cuda" else None)
 
     def __call__(self, step: int, batch: Batch) -> StepReport:
-        """Train on one global batch and return the report, which is the same on every rank.
+        """Train on one global batch, and return the report of the step, which is the same on every rank.
 
         Collective: every rank of the world must call it.
 
@@ -121,7 +122,7 @@ class Step:
             step: The number of steps done before.
             batch: This rank's part of the global batch.
         """
-        self.audio.take_costs()  # drops those of an evaluation
+        self.audio.take_costs()  # This discards the costs of an evaluation.
         report = self.forward_backward(step, batch)
         with self.timer("update"):
             norm, scale, skip_reason = self.update(step, self.guard.judge(report.loss))
@@ -133,7 +134,7 @@ class Step:
         return report
 
     def take_load(self, step: int) -> LoadInterval | None:
-        """Return the load of all ranks' encoders since the last call on rank 0, and None on all others.
+        """Return the load of the encoders on all ranks since the last call. On ranks other than 0, return None.
 
         Collective: every rank of the world must call it.
 
@@ -145,7 +146,7 @@ class Step:
         return None if parts is None else self.meter.merge(step, parts)
 
     def forward_backward(self, step: int, batch: Batch) -> StepReport:
-        """Leave the gradients of the global batch's loss in both engines: lines 2 to 8.
+        """Compute the gradients of the global batch's loss in both engines (lines 2 to 8 of the module's docstring).
 
         Collective: every rank of the world must call it.
 
@@ -180,15 +181,15 @@ class Step:
             return report
 
     def embed(self, batch: Batch, noise: Tensor | None = None, *, training: bool = False) -> Embedded:
-        """Encode the clips of a global batch, and send tokens and embeddings to the LLM: lines 2 to 6.
+        """Encode the clips of a global batch, and send tokens and embeddings to the LLM (lines 2 to 6).
 
         Collective: every rank of the world must call it.
 
         Args:
             batch: This rank's part of the global batch.
             noise: Standard normal noise for the router; None outside training.
-            training: If true, losses are prepared, packs are as large as in training, and phases are timed. If false,
-                each replica gets one pack.
+            training: If true, losses are prepared, packs have the size that training uses, and phases are timed. If
+                false, each replica gets one pack.
         """
         phase: Callable[[str], AbstractContextManager[None]] = self.timer if training else lambda name: nullcontext()
         losses = self.losses if training else ()
@@ -208,7 +209,7 @@ class Step:
         return Embedded(whole, packing, references, audio, packs)
 
     def _packed(self, loss: TokenLoss, embedded: Embedded) -> PackedLoss:
-        """Return a loss of the packs. Its references, if it has any, pass through the LLM here.
+        """Return a loss prepared for the packs. If the loss has references, this method runs the LLM on them.
 
         Collective: every rank of the world must call it.
         """
@@ -240,10 +241,10 @@ class Step:
         return tensor
 
     def router_noise(self, step: int, batch: Batch) -> Tensor | None:
-        """Return the router's noise, [clips, gates, experts] standard normal; None if the recipe asks for none.
+        """Return standard normal noise [clips, gates, experts] for the router, or None if the recipe disables noise.
 
-        It depends on the seed, the step, the sample and the name of the expert. It does not depend on the rank or on
-        the other experts.
+        The noise depends on the seed, the step, the sample and the name of the expert. It does not depend on the rank
+        or on the other experts.
         """
         router = self.model.router
         if router.noise_std == 0 or not batch.clip_owner or not self.model.experts:
@@ -260,18 +261,18 @@ class Step:
         return torch.stack(rows)
 
     def update(self, step: int, mistrust: str | None = None) -> tuple[float, float, str | None]:
-        """Clip the gradients and update all weights: line 9.
+        """Clip the gradients and update all weights (line 9).
 
         Collective: every rank of the world must call it.
 
         Args:
             step: The number of steps done before.
-            mistrust: A reason to skip the update; None if this rank has none. The reason of one rank is enough, and a
-                norm that is not finite is a reason, too.
+            mistrust: The reason why this rank wants to skip the update; None if it has none. The update is skipped if
+                any rank has a reason or if the gradient norm is not finite.
 
         Returns:
-            The global gradient norm before clipping, the factor on the peak learning rates, and the reason for which
-            the update was skipped (None if it was applied).
+            The global gradient norm before clipping, the factor by which the peak learning rates are multiplied, and
+            the reason why the update was skipped (None if it was applied).
         """
         mistrusted = to_device(np.float64(mistrust is not None), self.groups.device)
         sums = torch.stack([self.audio.grad_norm_sq(), self.llm.grad_norm_sq(), mistrusted])
@@ -298,13 +299,14 @@ class Step:
         Args:
             step: The number of steps done before.
             whole: The global batch.
-            terms: This rank's shares of all terms of the loss.
-            sample_losses: This rank's share of the sum of the token losses of each sample, for the losses by task.
+            terms: This rank's contributions to all terms of the loss.
+            sample_losses: This rank's contribution to the sum of the token losses of each sample, from which the losses
+                by task are computed.
         """
         sums = torch.stack([term.sum.detach().float() for term in terms])
         everything = torch.cat([sums, sample_losses.float()])
         dist.all_reduce(everything, group=self.groups.world)
-        totals, by_sample = everything.cpu().split([len(terms), len(whole)])  # read at once
+        totals, by_sample = everything.cpu().split([len(terms), len(whole)])  # One copy from the device reads both.
         means = {t.name: total / max(1, whole.counts[t.name]) for t, total in zip(terms, totals.tolist(), strict=True)}
         return StepReport(
             step=step + 1,
@@ -318,7 +320,7 @@ class Step:
 
 
 def send_tokens(batch: Batch, whole: GlobalBatch, packing: PackPlan, groups: Groups) -> Tensor:
-    """Send the tokens of a global batch to the first and last pipeline stage of their replicas.
+    """Send the tokens of a global batch to the first and the last pipeline stage of the replicas that process them.
 
     Collective: every rank of the world must call it.
 
@@ -327,7 +329,7 @@ def send_tokens(batch: Batch, whole: GlobalBatch, packing: PackPlan, groups: Gro
         rows on other stages.
     """
     topology = groups.topology
-    # Rows that nobody sends arrive as zeros, which the shift turns into IGNORE.
+    # Rows that no rank sends arrive as zeros, which the shift turns into IGNORE.
     tokens = torch.stack([batch.tokens.values, batch.labels.values - IGNORE, batch.audio_mask.long()], dim=1)
     at_ends = groups.is_first_stage or groups.is_last_stage
     rows = packing.num_microbatches * packing.pack_tokens if at_ends else 0
@@ -340,16 +342,16 @@ def send_tokens(batch: Batch, whole: GlobalBatch, packing: PackPlan, groups: Gro
 
 
 def send(batch: Batch, embeddings: Tensor, whole: GlobalBatch, packing: PackPlan, groups: Groups) -> Packs:
-    """Send tokens and audio embeddings to the LLM: line 6.
+    """Send tokens and audio embeddings to the LLM (line 6).
 
     Collective: every rank of the world must call it.
 
     Args:
         batch: This rank's part of the global batch.
         embeddings: The audio embeddings [ΣS, H] of this rank's clips. Each is sent to the rank of the first stage whose
-            slice of the pack holds it.
+            slice of the pack contains its position.
         whole: The global batch.
-        packing: The place of every sample.
+        packing: The positions of all samples in the packs.
         groups: The place of this rank.
     """
     topology = groups.topology
@@ -368,7 +370,7 @@ def send(batch: Batch, embeddings: Tensor, whole: GlobalBatch, packing: PackPlan
 
 
 def _packs(arrived: Tensor, whole: GlobalBatch, packing: PackPlan, groups: Groups) -> Packs:
-    """Return this replica's packs of the result of `send_tokens`, without audio."""
+    """Return the packs of this replica, without audio, from the result of `send_tokens`."""
     microbatches = range(packing.num_microbatches)
     return Packs(
         lengths=tuple(packing.lengths(groups.place.dp, m) for m in microbatches),

@@ -1,4 +1,4 @@
-"""Answers of an exported model to decoded samples; long recordings are transcribed in windows."""
+"""Generation of a model's answers to decoded samples. Long recordings are transcribed in windows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainer.evaluation.predictions import Prediction
 Clip = NDArray[np.float32]
 """A waveform `[T]` at 16 kHz."""
 OVERLAP_SHARE = 1 / 6
-"""The default overlap as a share of a window: 5 s of 30 s."""
+"""The default overlap as a fraction of a window: 5 s of 30 s."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,19 @@ class Windows:
     """The windows into which long recordings are cut."""
 
     window_sec: float
-    """The length of a window in seconds; longer ASR clips are transcribed in windows of this length."""
+    """The length of a window, in seconds. Longer ASR clips are transcribed in windows of this length."""
     overlap_sec: float
-    """The least overlap of neighbouring windows in seconds."""
+    """The minimum overlap of neighbouring windows, in seconds."""
 
     @staticmethod
     def of(origin: Origin, window_sec: float | None, overlap_sec: float | None) -> Windows:
-        """Return the windows that the user chose, or the default ones of the model.
+        """Return the windows that the user chose, with the model's defaults for values that are None.
 
         Args:
             origin: the model.
-            window_sec: the length of a window; None: the longest clip of training, at most 30 s.
-            overlap_sec: the least overlap; None: `OVERLAP_SHARE` of a window.
+            window_sec: the length of a window, in seconds; None selects that of the longest clip in training, but at
+                most 30 s.
+            overlap_sec: the minimum overlap, in seconds; None selects `OVERLAP_SHARE` of a window.
 
         Raises:
             UserError: If a value is out of range.
@@ -55,7 +56,7 @@ class Windows:
         return Windows(window, overlap)
 
     def spans(self, num: int) -> list[tuple[int, int]]:
-        """Return (begin, end) of each window of a clip of `num` samples, in samples."""
+        """Return the first sample and the end of each window of a clip of `num` samples."""
         return window_spans(num, num_samples(self.window_sec), num_samples(self.overlap_sec))
 
 
@@ -70,7 +71,7 @@ class Decoding:
     batch_samples: int
     """The largest number of prompts that are decoded together."""
     batch_sec: float
-    """The largest amount of audio in such a batch, in seconds, after padding to the longest prompt."""
+    """The largest amount of audio in a batch of prompts, in seconds, after padding to the longest one."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,13 @@ class Question:
     meta: dict[str, Any]
     """The manifest fields; the model reads `instruction`."""
     in_windows: bool = False
-    """Whether a single long clip is cut into windows whose answers are joined, as a transcript allows."""
+    """Whether a single long clip may be cut into windows whose answers are joined, which is only correct for
+    transcripts."""
 
 
 @dataclass(frozen=True)
 class _Prompt:
-    """One prompt to the model: a sample, or one window of it."""
+    """One prompt for the model: a sample, or one window of a sample."""
 
     owner: int
     """The index of the sample among the questions."""
@@ -101,7 +103,7 @@ class _Prompt:
 
 
 class Answerer:
-    """A model that answers questions. An answer does not depend on the other questions in its batch.
+    """Answers questions with a model. An answer does not depend on the other questions in the same batch.
 
     Args:
         loaded: the model.
@@ -114,7 +116,7 @@ class Answerer:
         self._count_text_tokens = lru_cache(maxsize=4096)(loaded.processor.count_text_tokens)
 
     def __call__(self, questions: Sequence[Question]) -> list[Prediction | SampleError]:
-        """Return an answer to each question, or the reason why there is none.
+        """Return an answer to each question, or the reason why the question has no answer.
 
         No audio is cut off to make a sample fit.
         """
@@ -159,7 +161,7 @@ class Answerer:
         return [_Prompt(owner, question.clips, instruction)], []
 
     def _check(self, prompt: _Prompt) -> None:
-        """Raise SampleError if the prompt is invalid, or too long for the LLM together with an answer."""
+        """Raise SampleError if the prompt is invalid, or if the prompt and an answer exceed the LLM's positions."""
         processor = self.loaded.processor
         try:
             num = self._count_text_tokens(len(prompt.clips), prompt.instruction)

@@ -36,7 +36,7 @@ MODEL_VARIABLE = "EARSHOT_MODEL"
 MAX_NEW_TOKENS = 512
 """The largest number of tokens in an answer. Some of AudioBench's tasks need longer answers than training did."""
 _INSTRUCTION_KEYS = ("instruction", "text")
-"""The names of the question in current and in older versions of AudioBench."""
+"""The keys that contain the question of a sample in current and in older versions of AudioBench."""
 
 
 def earshot_model_loader(self: Any) -> None:

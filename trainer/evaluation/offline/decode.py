@@ -1,7 +1,7 @@
-"""Batched text generation with an exported model: greedy, with a cache that shrinks as answers end, or beam search.
+"""Batched text generation by greedy decoding, whose cache shrinks as answers end, or by beam search.
 
-In shapes, B is the number of prompts, L the tokens of the longest one, H the LLM's width, G the number of key-value
-heads and D the width of a head.
+In shapes, B is the number of prompts, L the number of tokens in the longest prompt, H the LLM's width, G the number of
+key-value heads and D the width of a head.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from trainer.evaluation.offline.model import Loaded
 from trainer.parallel.dispatch import CALL_COST_SAMPLES, group_by_length
 
 _COMPACT_SHARE = 0.25
-"""The share of a batch's sequences that must have ended before they are removed, since removal copies the cache."""
+"""The fraction of the sequences in a batch that must have ended before they are removed. Each removal copies the
+cache."""
 _ENCODE_SEC = 480.0
-"""The largest amount of padded audio in one call of the encoders, in seconds. A longer clip has a call of its own."""
+"""The largest amount of padded audio in one call of the encoders, in seconds. A longer clip is encoded on its own."""
 
 
 class RoomyLayer(DynamicLayer):
     """The cached keys and values of a layer, `[B, G, L, D]`, in preallocated memory.
 
-    A new token does not copy the older ones.
+    Appending a token does not copy the keys and values of earlier tokens.
 
     Args:
         max_tokens: the number of tokens for which memory is allocated.
@@ -71,10 +72,10 @@ def decode(loaded: Loaded, inputs: dict[str, Tensor], max_new_tokens: int, beams
         loaded: the model.
         inputs: the output of the model's processor, on the model's device. Prompts are padded on the left.
         max_new_tokens: the largest number of tokens in an answer.
-        beams: the number of beams; 1 is greedy decoding, more is the beam search of transformers' `generate`.
+        beams: the number of beams; 1 selects greedy decoding, more select the beam search of transformers' `generate`.
 
     Returns:
-        The tokens of every answer, without the end token. An answer of `max_new_tokens` tokens was cut off there.
+        The tokens of every answer, without the end token. An answer with `max_new_tokens` tokens was cut off.
     """
     ends = _ends(loaded.settings)
     if beams > 1:
@@ -109,7 +110,7 @@ def _greedy(loaded: Loaded, inputs: dict[str, Tensor], max_new_tokens: int, ends
         # An LLM may have more embedding rows than its tokenizer has tokens.
         chosen = logits[:, -1, :vocab_size].argmax(-1)
         for row, token in zip(rows, chosen.tolist(), strict=True):
-            # A row of -1 is a sequence that has ended but is still in the batch.
+            # A row of -1 marks a sequence that has ended but is still in the batch.
             if row >= 0 and token not in ends:
                 found[row].append(token)
         rows = [
@@ -131,7 +132,7 @@ def _greedy(loaded: Loaded, inputs: dict[str, Tensor], max_new_tokens: int, ends
 
 
 def _embed(model: EarshotForCausalLM, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the LLM's input embeddings, `[B, L, H]`, encoding clips of different lengths in separate calls."""
+    """Return the LLM's input embeddings, `[B, L, H]`. Clips of different lengths are encoded in separate calls."""
     text = model.get_input_embeddings()(inputs["input_ids"])
     if "audio_values" not in inputs:
         return text

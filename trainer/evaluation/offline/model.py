@@ -29,7 +29,7 @@ DEFAULT_WINDOW_SEC = 30.0
 
 @dataclass(frozen=True)
 class Origin:
-    """A model that was found but not loaded. It is cheap to pass to other processes."""
+    """The location and properties of a model that is not loaded. It can be passed to other processes cheaply."""
 
     url: str
     """The exported folder or the checkpoint, as a path or as `s3://…`."""
@@ -71,13 +71,13 @@ class Loaded:
 
     @property
     def max_positions(self) -> int:
-        """The number of positions of the LLM, which limits prompt and answer together."""
+        """The number of positions of the LLM, which limits the total length of a prompt and its answer."""
         positions: int = self.model.config.text_config.max_position_embeddings
         return positions
 
 
 def find_model(url: str | Path) -> Origin:
-    """Find the model that `url` names: an exported folder, or a checkpoint or run in a folder or a bucket.
+    """Find the model at `url`, which is an exported folder, or a checkpoint or a run in a folder or a bucket.
 
     Raises:
         UserError: If `url` is none of these, or the checkpoint is damaged.
@@ -94,10 +94,10 @@ def find_model(url: str | Path) -> Origin:
 
 
 def load_model(origin: Origin, dtype: torch.dtype, device: torch.device) -> Loaded:
-    """Load a model in evaluation mode. The code in an exported folder is not executed; this project's own is.
+    """Load a model in evaluation mode. The code of this project is used; code in an exported folder is not executed.
 
     Raises:
-        UserError: If files are missing or damaged, or hold something else.
+        UserError: If files are missing or damaged, or do not contain such a model.
     """
     if origin.is_export:
         loaded = _load_export(Path(origin.url), dtype)
@@ -108,7 +108,7 @@ def load_model(origin: Origin, dtype: torch.dtype, device: torch.device) -> Load
 
 
 def default_dtype(device: torch.device) -> str:
-    """Return the name of the fastest type of weights on `device`, a key of `DTYPES`."""
+    """Return the key in `DTYPES` of the dtype that is fastest on `device`."""
     return "bf16" if device.type == "cuda" else "fp32"
 
 
@@ -162,7 +162,7 @@ def _load_export(path: Path, dtype: torch.dtype) -> Loaded:
 
 
 def _check_tokenizer(path: Path, wanted: str | None, found: str) -> None:
-    """Compare; None: the export was made before exports held a digest."""
+    """Check that the tokenizer has the digest that the export contains; None if the export contains no digest."""
     if wanted not in (None, found):
         raise UserError(
             f"{path}: its tokenizer or its {PROCESSOR} is not what its weights were trained with (digest {found[:12]} "

@@ -1,4 +1,4 @@
-"""The worker processes that share an evaluation's samples."""
+"""The pool of worker processes that answer the samples of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from model.errors import UserError
 from trainer.evaluation.offline.worker import Outcome, Request, Worker, serve
 
 AnswerJobs = Callable[[Sequence[Sequence[int]]], Iterator[list[Outcome]]]
-"""A function of batches of sample indices that yields the outcomes of each batch, in the order in which they are ready.
+"""A function that takes batches of sample indices and returns an iterator over the outcomes of each batch.
 
-Exhaust the iterator before the next call.
+The batches are yielded in the order in which they become ready. Exhaust the iterator before calling the function again.
 """
 _AHEAD = 2
-"""The number of batches that a worker has: one that it answers, and one whose audio it reads."""
+"""The number of batches assigned to each worker: the one that it is answering and the one whose audio it is reading."""
 _JOIN_SEC = 10.0
-"""How long to wait for a worker whose connection was lost, to learn its exit code."""
+"""The time to wait for a worker to exit after its connection was lost, in seconds. Its exit code is known only then."""
 
 
 @contextmanager
 def open_workers(request: Request, num: int) -> Iterator[AnswerJobs]:
-    """Load the model in `num` processes that share the machine's devices, and stop them when the block ends.
+    """Return a context manager that starts `num` worker processes and stops them when the block ends.
+
+    Each process loads the model. The processes share the devices of this machine.
 
     Args:
         request: the evaluation.
-        num: the number of processes; with 1, the model is loaded in this process.
+        num: the number of processes; if it is 1, no process is started, and the model is loaded in this one.
 
     Raises:
-        UserError: If the data or the model cannot be used, or a worker died.
+        UserError: If the data or the model cannot be used, or a worker process ended unexpectedly.
     """
     if num == 1:
         yield Worker(request).answer_jobs
@@ -43,7 +45,7 @@ def open_workers(request: Request, num: int) -> Iterator[AnswerJobs]:
             ours, theirs = context.Pipe()
             process: BaseProcess = context.Process(target=serve, args=(theirs, request, index, num), daemon=True)
             process.start()
-            theirs.close()  # The process must hold the only copy, so that its end closes the connection.
+            theirs.close()  # Only the worker keeps this end open, so that the connection closes when the worker dies.
             workers[ours] = process
         yield lambda jobs: _outcomes(workers, jobs)
     finally:
@@ -59,7 +61,7 @@ def _outcomes(workers: Mapping[Connection, BaseProcess], jobs: Sequence[Sequence
     num_given = dict.fromkeys(workers, 0)
 
     def give(connection: Connection) -> None:
-        # A dead worker is reported where its outcomes are received.
+        # If the worker is dead, `_received` raises the error.
         with suppress(BrokenPipeError, ConnectionResetError):
             connection.send(todo[-1] if todo else None)
             if todo:
@@ -82,7 +84,7 @@ def _outcomes(workers: Mapping[Connection, BaseProcess], jobs: Sequence[Sequence
 def _received(connection: Connection, process: BaseProcess) -> list[Outcome]:
     try:
         message: list[Outcome] | str = connection.recv()
-    except (EOFError, ConnectionResetError):  # The connection is reset if the worker died with unread batches.
+    except (EOFError, ConnectionResetError):  # It is reset if the worker died before it had read all its batches.
         raise _ended(process) from None
     if isinstance(message, str):
         raise UserError(message)

@@ -43,16 +43,17 @@ def run_evaluation(
     num_processes: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Finished:
-    """Predict the samples that have no prediction in `folder` yet.
+    """Generate predictions for the samples that have no prediction in `folder` yet.
 
     Args:
         request: the evaluation.
         folder: the folder for predictions.jsonl, skipped.jsonl and evaluation.json.
         num_processes: the number of worker processes.
-        on_progress: a function that is called with the number of finished samples and of all samples.
+        on_progress: a function that is called with the number of finished samples and the number of all samples.
 
     Raises:
-        UserError: If the folder holds another evaluation, the data or the model cannot be used, or a worker died.
+        UserError: If the folder contains another evaluation, the data or the model cannot be used, or a worker process
+            ended unexpectedly.
     """
     started = time.perf_counter()
     stored, indices = open_wanted(request)
@@ -84,7 +85,7 @@ def run_evaluation(
 
 
 def request_fields(request: Request, stored: StoredData) -> dict[str, Any]:
-    """Return the fields that decide the predictions. An evaluation resumes another one only if these are equal."""
+    """Return the fields that determine the predictions. An evaluation is resumed only if all of these are unchanged."""
     if isinstance(stored, ShardData):
         content = stored.digest
     else:
@@ -106,7 +107,7 @@ def request_fields(request: Request, stored: StoredData) -> dict[str, Any]:
 
 
 def _resume(folder: Path, now: dict[str, Any]) -> list[Prediction]:
-    """Prepare `folder`, and return the predictions that an evaluation of the same request left there."""
+    """Prepare `folder`, and return the predictions that an interrupted evaluation of the same request stored there."""
     note, predictions = folder / REQUEST, folder / PREDICTIONS
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Overlapping windows of a long recording, and the text that joins their transcripts.
+"""Overlapping windows of a long recording, and the joining of their transcripts.
 
-Two neighbouring windows both transcribe their overlap. It is found as the longest sequence of words that is near the
-end of one transcript and near the start of the next. Words between this sequence and the edge of a window may have been
-cut in two by the edge, so the transcript of the other window is used there.
+The overlap of two neighbouring windows is in both transcripts. It is located by the longest sequence of words that
+occurs both near the end of one transcript and near the start of the next. Words between this sequence and the edge of a
+window may have been cut in two by the edge, so the transcript of the other window is used there.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from collections.abc import Sequence
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _UNIT = re.compile(rf"[{_UNSPACED}]\s*|[^\s{_UNSPACED}]+\s*")
 _SLACK = 1.5
-"""How much denser speech may be in the overlap than in the whole window."""
+"""The factor by which speech in the overlap may be denser than in the whole window."""
 _SPARE_WORDS = 2
-"""Words that are added to the expected number of words in an overlap."""
+"""The number of words that is added to the expected number of words in an overlap."""
 
 
 def window_spans(num_samples: int, window: int, overlap: int) -> list[tuple[int, int]]:
-    """Return (begin, end) of each window of a clip, in samples.
+    """Return the first sample and the end of each window of a clip.
 
     The windows are evenly spaced, have equal length and cover the whole clip.
 
     Args:
         num_samples: the length of the clip.
-        window: the length of a window; a clip that is not longer is a single window.
-        overlap: the least overlap of neighbouring windows.
+        window: the length of a window; a clip that is not longer than this is a single window.
+        overlap: the minimum overlap of neighbouring windows.
     """
     assert 0 <= overlap < window, (overlap, window)
     if num_samples <= window:
@@ -43,7 +43,7 @@ def join_windows(texts: Sequence[str], shares: Sequence[float]) -> str:
 
     Args:
         texts: the transcript of each window.
-        shares: for each pair of neighbours, their overlap as a share of a window, between 0 and 1.
+        shares: for each pair of neighbouring windows, the overlap as a fraction of a window, between 0 and 1.
     """
     assert len(shares) == max(0, len(texts) - 1), (len(texts), len(shares))
     joined: list[str] = []
@@ -56,10 +56,10 @@ def join_windows(texts: Sequence[str], shares: Sequence[float]) -> str:
 
 
 def join_units(before: Sequence[str], after: Sequence[str], reach_before: int, reach_after: int) -> list[str]:
-    """Join two lists of words, keeping only one copy of what both have in their overlap.
+    """Join the words of two windows, and keep only one copy of the words in their overlap.
 
-    The longest common sequence of words is kept once. If several are equally long, the one nearest to the seam counts.
-    Words are compared without case and punctuation. If there is no common word, all words are kept.
+    The overlap is located by the longest common sequence of words. If several sequences are equally long, the one
+    nearest to the seam is used. Case and punctuation are ignored. If there is no common word, all words are kept.
 
     Args:
         before: the words of the earlier window.
@@ -100,9 +100,9 @@ def _longest_run(tail: Sequence[str], head: Sequence[str]) -> tuple[int, int, in
 
 
 def _reach(share: float, units: Sequence[str]) -> int:
-    """Return how many words of a window's text may be in an overlap with a neighbour.
+    """Return the number of words in a window's text that may be in the overlap with a neighbouring window.
 
-    This is at most half of the text, so that the overlaps with two neighbours have no word in common.
+    It is at most half of the words, so that the overlaps with the two neighbours have no word in common.
     """
     if share <= 0:
         return 0

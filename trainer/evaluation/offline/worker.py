@@ -29,20 +29,20 @@ _READERS = 4
 
 @dataclass(frozen=True)
 class Request:
-    """An evaluation: everything that decides its predictions, and the sizes of its batches."""
+    """The request for an evaluation: everything that determines its predictions, and the sizes of its batches."""
 
     origin: Origin
     """The model."""
     data: str
     """A manifest, or a folder or bucket of shards."""
     split: str | None
-    """The split to evaluate; None: all."""
+    """The split to evaluate; None for all splits."""
     tasks: tuple[str, ...]
-    """The tasks to evaluate; empty: all."""
+    """The tasks to evaluate; empty for all tasks."""
     max_samples: int | None
-    """The number of samples, chosen at random but identically every time; None: all."""
+    """The largest number of samples to evaluate; None for all. Every evaluation makes the same random choice."""
     dtype: str
-    """The type of weights and activations, a key of `DTYPES`."""
+    """The dtype of weights and activations, as a key of `DTYPES`."""
     windows: Windows
     """The windows into which long recordings are cut."""
     decoding: Decoding
@@ -55,9 +55,9 @@ class Skipped(NamedTuple):
     key: str
     """The sample's key."""
     reason: str
-    """The kind of problem, by which such samples are counted."""
+    """The kind of problem, by which skipped samples are counted."""
     detail: str
-    """The problem, for people."""
+    """A readable description of the problem."""
 
 
 Outcome = Prediction | Skipped
@@ -108,7 +108,7 @@ def batches(request: Request, stored: StoredData, indices: Sequence[int]) -> lis
 
 
 class Worker:
-    """A process's model and data.
+    """The model and the data of one process, which answers batches of samples.
 
     Args:
         request: the evaluation.

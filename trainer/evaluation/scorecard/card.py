@@ -1,4 +1,4 @@
-"""The scorecard of an evaluation: one tree of plain values from which tables, page and plots are made."""
+"""The scorecard of an evaluation: a tree of plain values from which the tables, the page and the plots are made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.scoring.scores import ALL, confusions, measure, subset_of, task_met
 from trainer.telemetry.expert_load import BANDS, BANDS_SEC, UNNAMED
 
 MAX_LISTED = 3000
-"""The number of samples that the page lists: the worst ones of every task."""
+"""The number of samples per task that the page lists. These are the samples with the worst scores."""
 DIMENSIONS: Mapping[str, Callable[[Prediction], str]] = {
     "subset": lambda p: subset_of(p.meta),
     "language": lambda p: str(p.meta.get("language") or UNNAMED),
@@ -29,7 +29,7 @@ DIMENSIONS: Mapping[str, Callable[[Prediction], str]] = {
 """The properties by which the samples of a task are grouped, and the function that returns a sample's group."""
 
 ReadClips = Callable[[Sequence[str]], Iterable[tuple[str, Sequence[Any]]]]
-"""A function of keys that yields each sample's key and clips (`[T]` at 16 kHz), skipping what cannot be read."""
+"""A function that takes keys of samples and yields the key and the clips (`[T]` at 16 kHz) of each readable sample."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class GroupScore:
 
     task: str
     dimension: str
-    """The key of `DIMENSIONS` by which the samples are grouped; empty if the group is `ALL`."""
+    """The key in `DIMENSIONS` of the property by which the samples are grouped; empty if the group is `ALL`."""
     group: str
     """The group's name; `ALL` for all samples of the task."""
     metric: str
@@ -64,7 +64,7 @@ def make_card(
 
     Args:
         title: the title of the page.
-        about: facts about the evaluation for people, by name.
+        about: facts about the evaluation that the page shows, by name.
         predictions: the predictions of all tasks.
         skipped: for each sample without a prediction, the reason.
         meteor: the METEOR scorer; None to score captions without METEOR.
@@ -131,7 +131,7 @@ def group_scores(task: str, metrics: Sequence[Metric], predictions: Sequence[Pre
 def _listed(task: str, metric: Metric, predictions: Sequence[Prediction], num: int) -> list[dict[str, Any]]:
     """Return the `num` worst samples by `metric`, worst first.
 
-    Of samples with equal values, the one with more errors is first, then the longer one.
+    Among samples with equal values, those with more errors come first, and then those with longer audio.
     """
     values = metric.value(metric.statistics)
     badness = values if metric.lower_is_better else -values
@@ -164,7 +164,7 @@ def _sample(task: str, p: Prediction, value: float, lower_is_better: bool) -> di
 
 
 def _audio(samples: Sequence[dict[str, Any]], read_clips: ReadClips, num_bytes: int) -> dict[str, list[str]]:
-    """Return the clips of the worst samples as FLAC in base64, up to `num_bytes`, taking the tasks in turn."""
+    """Return the clips of the worst samples as base64-encoded FLAC, up to `num_bytes`. The tasks take turns."""
     by_name: dict[str, list[dict[str, Any]]] = {}
     for sample in samples:
         if sample["seconds"] > 0:

@@ -14,7 +14,7 @@ from trainer.page.figure import SIZE_INCHES, dress, save
 from trainer.scoring.scores import ALL
 
 _MAX_NUMBERED = 12
-"""The largest number of classes with which a confusion matrix shows its counts."""
+"""The largest number of classes for which the counts are written into the cells of a confusion matrix."""
 
 
 def draw(tree: dict[str, Any], folder: Path) -> list[Path]:
@@ -104,5 +104,5 @@ def _confusion(title: str, matrix: dict[str, dict[str, int]], path: Path) -> Pat
 
 
 def _bounds(scores: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Return the distances `[2, N]` from each value down and up to the bounds of its interval."""
+    """Return the distances `[2, N]` from each value to the lower and to the upper bound of its interval."""
     return np.array([[s["value"] - s["low"] for s in scores], [s["high"] - s["value"] for s in scores]]).clip(min=0)

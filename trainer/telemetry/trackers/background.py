@@ -21,15 +21,15 @@ class Record:
 
     step: int
     time_ms: int
-    """When they were logged, in milliseconds since the epoch."""
+    """The time at which the metrics were logged, in milliseconds since the Unix epoch."""
     metrics: Mapping[str, float]
 
 
 class BackgroundTracker(Tracker):
-    """A tracker that works on a thread of its own, so that a slow import or a slow store delays no step.
+    """A tracker that works on its own thread, so that a slow import or a slow store does not delay training.
 
-    Subclasses implement `open_run`, `write` and `close_run`, all of which this thread calls and which may raise. The
-    first failure logs one warning, and no failure stops training.
+    Subclasses implement `open_run`, `write` and `close_run`, which the thread calls and which may raise exceptions. The
+    first failure logs a warning, and no failure stops training.
     """
 
     _NUM_QUEUED = 10_000

@@ -42,7 +42,7 @@ class Tracker(ABC):
     """
 
     title: ClassVar[str] = ""
-    """The name of the store, for people."""
+    """The display name of the store."""
     package: ClassVar[str | None] = None
     """The package that the tracker imports; None if it needs none."""
     extra: ClassVar[str | None] = None
@@ -83,7 +83,7 @@ class Tracker(ABC):
 
     @classmethod
     def server(cls, root: Path) -> str | None:
-        """Return the URL of the server that a job must reach; None if the tracker writes files, or queues its records.
+        """Return the URL of the server that a job must reach; None if the tracker writes files or queues its records.
 
         Args:
             root: The folder that contains the run's folder.

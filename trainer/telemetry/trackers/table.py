@@ -20,11 +20,11 @@ TRACKERS: dict[str, type[Tracker]] = {
     "tensorboard": TensorboardTracker,
     "wandb": WandbTracker,
 }
-"""The trackers that `telemetry.trackers` can name. Plug-ins of the group `earshot.trackers` add theirs."""
+"""The trackers that `telemetry.trackers` can name. Plug-ins in the group `earshot.trackers` are added to the table."""
 
 
 class CompositeTracker(Tracker):
-    """Several trackers that get the same records."""
+    """A tracker that passes its records to several other trackers."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = tuple(trackers)
@@ -80,7 +80,7 @@ def _build(kind: type[Any], run: TrackedRun) -> Tracker:
 
 
 def read_ids(run_dir: Path) -> dict[str, str]:
-    """Return the ids under which stores know a run, by the names of their trackers.
+    """Return the ids that stores have assigned to a run, by the names of the trackers.
 
     Args:
         run_dir: The folder of the training run.
@@ -90,11 +90,12 @@ def read_ids(run_dir: Path) -> dict[str, str]:
 
 
 def restore_ids(run_dir: Path, extra: Mapping[str, Any]) -> None:
-    """Write the ids that a checkpoint contains to the run's folder, unless the folder has them.
+    """Write the ids that a checkpoint contains to the run's folder, unless the folder already contains them.
 
     Args:
         run_dir: The folder of the training run.
-        extra: The content of the checkpoint besides the engines; its key `trackers` is what `read_ids` returned.
+        extra: The contents of the checkpoint other than the engines. Its key `trackers` contains the ids that
+            `read_ids` returned when the checkpoint was saved.
     """
     for name, kind in TRACKERS.items():
         former = None if kind.former_id_key is None else extra.get(kind.former_id_key)

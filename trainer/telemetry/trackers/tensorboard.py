@@ -12,7 +12,7 @@ from trainer.telemetry.trackers.base import TrackedRun, flatten_params
 class TensorboardTracker(BackgroundTracker):
     """A tracker that writes to the folder `tensorboard` in the run's folder.
 
-    A resumed run adds a file there, in which TensorBoard finds that the values after the checkpoint are void.
+    A resumed run adds a file to this folder, which tells TensorBoard to discard earlier values after the checkpoint.
 
     Args:
         run: The training run.

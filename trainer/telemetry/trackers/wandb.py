@@ -15,8 +15,9 @@ from trainer.telemetry.trackers.base import TrackedRun, flatten_params
 class WandbTracker(BackgroundTracker):
     """A tracker that logs to Weights & Biases, or to files in the run's folder if `WANDB_MODE=offline` is set.
 
-    The file `wandb_run_id` contains `<project>/<id>`. Metrics have the run's steps as their x axis in `step`. After a
-    resume, W&B keeps the values logged after the checkpoint next to the new values of the same steps.
+    The file `wandb_run_id` contains `<project>/<id>`. The metric `step` is the step of the run and the x axis of all
+    other metrics. After a resume, W&B keeps the earlier values for the steps after the checkpoint in addition to the
+    new values.
 
     Args:
         run: The training run.
@@ -37,7 +38,7 @@ class WandbTracker(BackgroundTracker):
         resumes = (run.resume_step > 0 or run.again) and id_file.exists()
         text = id_file.read_text(encoding="utf-8").strip() if resumes else f"{run.experiment}/{uuid.uuid4().hex}"
         project, _, run_id = text.rpartition("/")
-        write_atomically(id_file, text + "\n")  # before the slow import, so that the first checkpoint contains it
+        write_atomically(id_file, text + "\n")  # It precedes the slow import, so that the first checkpoint has the id.
         import wandb
 
         self._wandb_run = wandb.init(
@@ -47,7 +48,7 @@ class WandbTracker(BackgroundTracker):
             resume="allow",
             dir=str(run.folder),
             config=flatten_params(run.params),
-            # The run's own files and terminal belong to the trainer.
+            # W&B must not capture the code, files or terminal output of the run.
             settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
         )
         self._wandb_run.define_metric("step", hidden=True)
