@@ -6,8 +6,8 @@
 All arms train for about the same time. A calibration run of 100 steps measures the step time of each arm, and the other
 arms then train for as many steps as take the same time as the mixture's steps. Every arm is evaluated on the kit's
 test split. The benchmark has no pass criterion: its table shows the best arm for each metric, and whether the ranges of
-the two best arms over the seeds overlap. Runs are stored in `runs/mixture`, and an interrupted benchmark continues after
-the last finished run. The exit code is 1 if a run fails, and 3 if the kit (KIT_DIR) is missing.
+the two best arms over the seeds overlap. Runs are stored in `runs/mixture`, and an interrupted benchmark continues
+after the last finished run. The exit code is 1 if a run fails, and 3 if the kit (KIT_DIR) is missing.
 """
 
 from __future__ import annotations

@@ -141,9 +141,9 @@ def compare(
     """Compare two evaluations of the same samples in the same order.
 
     Args:
-        first: the predictions of the first evaluation.
-        other: the predictions of the other evaluation.
-        meteor: the METEOR scorer; None to score captions without METEOR.
+        first: The predictions of the first evaluation.
+        other: The predictions of the other evaluation.
+        meteor: The METEOR scorer; None to score captions without METEOR.
 
     Returns:
         The change of every metric, and the samples that became worse, worst first.

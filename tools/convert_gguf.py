@@ -34,8 +34,8 @@ def convert_llama(path: Path, folder: Path) -> None:
     """Write the Llama weights of a GGUF file as a Hugging Face folder, dequantized to bf16, with tokenizer.
 
     Args:
-        path: a GGUF file of the architecture `llama` with the tokenizer of SmolLM2.
-        folder: an existing, empty folder.
+        path: A GGUF file of the architecture `llama` with the tokenizer of SmolLM2.
+        folder: An existing, empty folder.
 
     Raises:
         UserError: If the package gguf is missing, or the file holds another kind of model.

@@ -30,8 +30,8 @@ def convert_whisper(model_bin: Path, folder: Path) -> None:
     """Write Whisper weights as a Hugging Face folder, in fp16.
 
     Args:
-        model_bin: a `model.bin` of CTranslate2, in a folder that also contains `config.json` and `tokenizer.json`.
-        folder: an existing, empty folder.
+        model_bin: A `model.bin` of CTranslate2, in a folder that also contains `config.json` and `tokenizer.json`.
+        folder: An existing, empty folder.
 
     Raises:
         UserError: If the file is not a Whisper model in this format.
@@ -62,7 +62,7 @@ def read_ctranslate2(path: Path) -> dict[str, NDArray[Any]]:
     """Return the arrays of a CTranslate2 model by name.
 
     Args:
-        path: a `model.bin` of the format's versions 4 to 6.
+        path: A `model.bin` of the format's versions 4 to 6.
 
     Raises:
         ValueError: If the file is too short, or a count in it makes no sense.
@@ -198,9 +198,9 @@ def _generation_config(config: dict[str, Any], stored: dict[str, Any], ids: dict
     """Return the content of `generation_config.json`.
 
     Args:
-        config: the content of `config.json`.
-        stored: the content of CTranslate2's `config.json`.
-        ids: the ids of the tokenizer's added tokens, by their text.
+        config: The content of `config.json`.
+        stored: The content of CTranslate2's `config.json`.
+        ids: The ids of the tokenizer's added tokens, by their text.
     """
     multilingual = config["vocab_size"] != _ENGLISH_VOCABULARY
     kept = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")

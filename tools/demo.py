@@ -54,7 +54,7 @@ def run_demo(run_dir: Path, overrides: Sequence[str]) -> int:
     """Create the corpus, train and print the report.
 
     Args:
-        run_dir: the folder of the run, relative to the current folder.
+        run_dir: The folder of the run, relative to the current folder.
         overrides: recipe keys to change, as `key=value`.
 
     Returns:
@@ -90,9 +90,9 @@ def report(folder: Path, shown_dir: Path, rows: Sequence[Mapping[str, Any]]) -> 
     """Return the text that is printed at the end.
 
     Args:
-        folder: the folder of the run.
-        shown_dir: the same folder as it is shown to the user.
-        rows: the rows of the corpus manifest.
+        folder: The folder of the run.
+        shown_dir: The same folder as it is shown to the user.
+        rows: The rows of the corpus manifest.
 
     Raises:
         UserError: If the run left no summary or no predictions.

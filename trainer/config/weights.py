@@ -20,8 +20,8 @@ def check_weights(key: str, weights: str | None) -> None:
     """Check that `weights` is not in the format of llama.cpp or CTranslate2.
 
     Args:
-        key: the recipe's key, for the error.
-        weights: a folder, a hub id, or None. Only local files are looked at.
+        key: The recipe's key, for the error.
+        weights: A folder, a hub id, or None. Only local files are looked at.
 
     Raises:
         UserError: If it is a file, or a folder in one of these formats.
@@ -70,8 +70,8 @@ def check_present(key: str, folder: str | None) -> None:
     """Check that a folder exists, unless its name may be a hub id.
 
     Args:
-        key: the recipe's key, for the error.
-        folder: a folder, a hub id, or None.
+        key: The recipe's key, for the error.
+        folder: A folder, a hub id, or None.
 
     Raises:
         UserError: If the folder does not exist.

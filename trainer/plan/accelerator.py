@@ -125,7 +125,7 @@ def parse_accelerator(text: str) -> Accelerator:
     """Parse the value of `--accelerator`.
 
     Args:
-        text: a name (`h100`), a name with changed values (`h100,memory_gib=90`), or only values (`memory_gib=90`).
+        text: A name (`h100`), a name with changed values (`h100,memory_gib=90`), or only values (`memory_gib=90`).
             Values that are not given are those of the named accelerator, or of the h100 if no name is given.
 
     Returns:

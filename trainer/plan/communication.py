@@ -68,13 +68,13 @@ def traffic(
     Comput. 19).
 
     Args:
-        recipe: the recipe of the run.
-        model: the model that the recipe describes.
-        parts: the sizes of the model's parts.
-        topology: the layout of the ranks.
-        work: the encoders' work, see `encoder_work`.
-        packs: the LLM's packs.
-        per_node: the number of ranks per node.
+        recipe: The recipe of the run.
+        model: The model that the recipe describes.
+        parts: The sizes of the model's parts.
+        topology: The layout of the ranks.
+        work: The encoders' work, see `encoder_work`.
+        packs: The LLM's packs.
+        per_node: The number of ranks per node.
         mechanisms: assumptions that differ from the trainer.
     """
     llm = _llm_traffic(recipe, model, parts, topology, packs, per_node, mechanisms)

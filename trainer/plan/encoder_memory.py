@@ -66,11 +66,11 @@ class EncoderTracer:
     further layer is taken to add what the second one added.
 
     Args:
-        tower: the audio tower with all encoder experts, on the meta device.
-        optim: the optimizer settings; frozen parts keep less for the backward pass.
-        dtype: the dtype of weights and activations.
-        recompute: the value of `train.recompute_encoders`.
-        device: the type of device that the ranks run on; on `cpu`, convolutions keep their unfolded windows.
+        tower: The audio tower with all encoder experts, on the meta device.
+        optim: The optimizer settings; frozen parts keep less for the backward pass.
+        dtype: The dtype of weights and activations.
+        recompute: The value of `train.recompute_encoders`.
+        device: The type of device that the ranks run on; on `cpu`, convolutions keep their unfolded windows.
     """
 
     def __init__(self, tower: AudioTower, optim: OptimConfig, dtype: torch.dtype, recompute: bool, device: str) -> None:
@@ -144,12 +144,12 @@ def audio_memory(
     """Return the activation memory of the audio side on one rank.
 
     Args:
-        tracer: the tracer of the model's encoders.
-        work: the encoders' work, see `encoder_work`.
-        rank: the rank whose memory is returned.
+        tracer: The tracer of the model's encoders.
+        work: The encoders' work, see `encoder_work`.
+        rank: The rank whose memory is returned.
         loaded_samples: lengths of the clips that the rank loaded, in audio samples.
         reduce_elements: ZeRO-3's `reduce_bucket_size`, a number of elements.
-        learned: the number of trainable audio parameters that the rank holds a share of.
+        learned: The number of trainable audio parameters that the rank holds a share of.
     """
     tower = tracer.tower
     dtype = next(tower.projector.parameters()).dtype

@@ -74,11 +74,11 @@ def layer_seconds(
     """Return the seconds of one layer for one micro-batch, without communication and without recomputation.
 
     Args:
-        config: the configuration of the LLM.
-        rates: the rates of the rank.
-        tp: the tensor-parallel size.
-        rows: the tokens of the micro-batch on this rank.
-        squares: the sum of the squared lengths of the micro-batch's segments, per context-parallel rank.
+        config: The configuration of the LLM.
+        rates: The rates of the rank.
+        tp: The tensor-parallel size.
+        rows: The tokens of the micro-batch on this rank.
+        squares: The sum of the squared lengths of the micro-batch's segments, per context-parallel rank.
         learned: True if the layer's weights are trained.
     """
     mechanisms = rates.mechanisms

@@ -122,9 +122,9 @@ class Planner:
     """A planner for variants of one recipe, which caches what the variants share.
 
     Args:
-        recipe: the first variant; others may differ from it only in `parallel` and `train`.
-        accelerator: the accelerator to plan for.
-        device: the type of device that the ranks run on, `cuda` or `cpu`.
+        recipe: The first variant; others may differ from it only in `parallel` and `train`.
+        accelerator: The accelerator to plan for.
+        device: The type of device that the ranks run on, `cuda` or `cpu`.
         mechanisms: assumptions that differ from the trainer.
         transformer_engine: True if TransformerEngine is installed on the ranks; it then attends in bf16 on GPUs.
 

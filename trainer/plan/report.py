@@ -20,9 +20,9 @@ def report(plan: Plan, advice: Advice | None = None, price_per_gpu_hour: float |
     """Return the text that `earshot plan` prints.
 
     Args:
-        plan: the plan.
-        advice: what to change in the recipe; None prints no advice.
-        price_per_gpu_hour: the price of one accelerator for an hour; None prints no costs.
+        plan: The plan.
+        advice: What to change in the recipe; None prints no advice.
+        price_per_gpu_hour: The price of one accelerator for an hour; None prints no costs.
     """
     blocks = (_summary(plan, advice, price_per_gpu_hour), _model(plan), _memory(plan), _traffic(plan), _time(plan))
     return "\n\n".join("\n".join(block) for block in blocks)
@@ -217,9 +217,9 @@ def sweep_table(key: str, rows: Sequence[tuple[str, Plan | str]], price: float |
     """Return a table with one row per value of a swept key.
 
     Args:
-        key: the recipe key that is swept.
+        key: The recipe key that is swept.
         rows: each value with its plan, or with the reason why the recipe is illegal.
-        price: the price of one accelerator for an hour; None omits the costs.
+        price: The price of one accelerator for an hour; None omits the costs.
     """
     header = [key, "ranks", "fits", "GiB", "step", "bubble", "MFU", "all steps"] + (["cost"] if price else [])
     lines, refused = [header], []

@@ -76,12 +76,12 @@ def build_stage(
     """Build a pipeline stage of the LLM. Must run within `fake_rank` of one of the stage's ranks.
 
     Args:
-        hf_config: the configuration of the LLM.
-        topology: the layout of the ranks.
-        stage: the index of the stage.
-        optim: the optimizer settings, which say what is frozen.
-        dtype: the dtype of weights and activations.
-        recompute: the value of `train.recompute_llm`.
+        hf_config: The configuration of the LLM.
+        topology: The layout of the ranks.
+        stage: The index of the stage.
+        optim: The optimizer settings, which say what is frozen.
+        dtype: The dtype of weights and activations.
+        recompute: The value of `train.recompute_llm`.
 
     Returns:
         The GPTModel, and the model wrapped for data parallelism. If the whole LLM is frozen, both are the GPTModel.
@@ -103,10 +103,10 @@ def llm_states(gpt: nn.Module, model: nn.Module, topology: Topology, dtype: torc
     """Return the LLM's states of every data-parallel rank.
 
     Args:
-        gpt: the first result of `build_stage`.
+        gpt: The first result of `build_stage`.
         model: its second result.
-        topology: the layout of the ranks.
-        dtype: the dtype of the weights.
+        topology: The layout of the ranks.
+        dtype: The dtype of the weights.
     """
     buffers = list(getattr(model, "buffers", ())) if model is not gpt else []
     frozen = sum(p.numel() for _, p in global_parameters(gpt) if not p.requires_grad)
@@ -138,11 +138,11 @@ def audio_states(
     """Return the audio side's states of a rank.
 
     Args:
-        tower: the audio tower, with only those encoder experts that the rank holds.
-        optim: the optimizer settings.
-        topology: the layout of the ranks.
-        dtype: the dtype of the weights.
-        offload: the states that are kept in host memory.
+        tower: The audio tower, with only those encoder experts that the rank holds.
+        optim: The optimizer settings.
+        topology: The layout of the ranks.
+        dtype: The dtype of the weights.
+        offload: The states that are kept in host memory.
     """
     total = learned = 0
     groups = set()

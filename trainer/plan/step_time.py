@@ -92,17 +92,17 @@ def step_time(
     overlaps unless `mechanisms` says so.
 
     Args:
-        recipe: the recipe of the run.
-        model: the model that the recipe describes.
-        parts: the sizes of the model's parts.
-        topology: the layout of the ranks.
-        accelerator: the rates of the accelerator.
-        work: the encoders' work.
-        packs: the LLM's packs.
-        flops: the FLOPs of a step.
-        traffic: the bytes that the busiest rank sends, by kind of collective.
-        states: the model states of the fullest rank.
-        ds_json: the DeepSpeed JSON.
+        recipe: The recipe of the run.
+        model: The model that the recipe describes.
+        parts: The sizes of the model's parts.
+        topology: The layout of the ranks.
+        accelerator: The rates of the accelerator.
+        work: The encoders' work.
+        packs: The LLM's packs.
+        flops: The FLOPs of a step.
+        traffic: The bytes that the busiest rank sends, by kind of collective.
+        states: The model states of the fullest rank.
+        ds_json: The DeepSpeed JSON.
         mechanisms: assumptions that differ from the trainer.
     """
     seconds = {t.name: t.seconds(accelerator) for t in traffic}

@@ -36,9 +36,9 @@ def trace(forward: Callable[[], Tensor], existing: Iterable[Tensor], device: str
     """Run `forward` and its backward pass, and measure their memory.
 
     Args:
-        forward: a function on meta tensors. All storages that it creates are counted.
+        forward: A function on meta tensors. All storages that it creates are counted.
         existing: tensors that exist already and are not counted.
-        device: the type of device whose kernels are counted, `cuda` or `cpu`.
+        device: The type of device whose kernels are counted, `cuda` or `cpu`.
     """
     with _Bytes(existing) as count, _flash_attention(), _fused_norms(device):
         output = forward()
@@ -53,8 +53,8 @@ def extrapolated(found: Sequence[Traced], layers: int) -> Traced:
     """Extrapolate the memory of all layers from measurements with one layer and with two.
 
     Args:
-        found: the measurements with one layer and, if there are several layers, with two.
-        layers: the number of layers.
+        found: The measurements with one layer and, if there are several layers, with two.
+        layers: The number of layers.
     """
     one, two = found[0], found[-1]
     more = max(0, layers - len(found))

@@ -60,11 +60,11 @@ def typical_workload(
     """Return a global batch of typical clips, of the size that the recipe asks for.
 
     Args:
-        recipe: the recipe of the run.
-        topology: the layout of the ranks.
-        mean_audio_sec: the mean duration of a clip in seconds; None means 10 s, or half of `data.max_audio_sec` if that
+        recipe: The recipe of the run.
+        topology: The layout of the ranks.
+        mean_audio_sec: The mean duration of a clip in seconds; None means 10 s, or half of `data.max_audio_sec` if that
             is less.
-        text_tokens: the number of text tokens in each sample.
+        text_tokens: The number of text tokens in each sample.
 
     Raises:
         UserError: If the mean is not positive or exceeds `data.max_audio_sec`, or if `text_tokens` is not positive.
@@ -96,9 +96,9 @@ def _log_normal(count: int, mean: float, limit: float) -> NDArray[np.float64]:
     """Return evenly spaced quantiles of a log-normal distribution.
 
     Args:
-        count: the number of quantiles.
+        count: The number of quantiles.
         mean: their mean, to which they are scaled.
-        limit: the largest value; larger ones are set to it.
+        limit: The largest value; larger ones are set to it.
     """
     normal = NormalDist()
     shape = np.exp(SIGMA * np.array([normal.inv_cdf((i + 0.5) / count) for i in range(count)]))
@@ -135,11 +135,11 @@ def encoder_work(
     Every gate is assumed to spread its clips evenly over the encoder experts.
 
     Args:
-        model: the model that the recipe describes.
-        workload: the samples of a step.
-        topology: the layout of the ranks.
-        budget_samples: the most audio samples per encoder call.
-        device: the type of device that the ranks run on, `cuda` or `cpu`.
+        model: The model that the recipe describes.
+        workload: The samples of a step.
+        topology: The layout of the ranks.
+        budget_samples: The most audio samples per encoder call.
+        device: The type of device that the ranks run on, `cuda` or `cpu`.
     """
     clips = np.flatnonzero(workload.audio_samples)
     samples, source_ranks = workload.audio_samples[clips], workload.source_ranks[clips]
