@@ -1,7 +1,7 @@
 """Conversion of Whisper weights from CTranslate2's format (faster-whisper) to a Hugging Face folder.
 
-CTranslate2 stores one file `model.bin`: a list of named arrays, with the query, key and value projections of a
-self-attention joined, and those of key and value of a cross-attention.
+CTranslate2 stores a list of named arrays in one file, `model.bin`. The query, key and value projections of each
+self-attention are joined in one array, and so are the key and value projections of each cross-attention.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from model.errors import UserError
 _DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
 _HEAD_DIM = 64
 _ENGLISH_VOCABULARY = 51864
-"""The vocabulary of Whisper's English-only models; multilingual ones have at least one token more."""
+"""The vocabulary size of Whisper's English-only models. Multilingual models have at least one token more."""
 
 
 def convert_whisper(model_bin: Path, folder: Path) -> None:
@@ -103,7 +103,7 @@ def read_ctranslate2(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _hugging_face_tensors(arrays: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
-    """Return the tensors of `WhisperForConditionalGeneration` in fp16; the output layer shares the embedding."""
+    """Return the tensors of `WhisperForConditionalGeneration` in fp16. The output layer shares the embedding."""
     tensors: dict[str, Tensor] = {}
 
     def keep(name: str, value: NDArray[Any]) -> None:

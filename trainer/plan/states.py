@@ -26,12 +26,12 @@ from trainer.parallel.topology import Topology
 FP32_BYTES = 4
 _MOMENTS = 2
 _STEP_BYTES = 4
-"""The bytes of AdamW's step counter; there is one per tensor that it updates."""
+"""The size in bytes of AdamW's step counter, of which there is one per updated tensor."""
 
 
 @dataclass(frozen=True)
 class States:
-    """The bytes of model states on one rank's device."""
+    """The number of bytes of model states on one rank's device."""
 
     weights: int = 0
     gradients: int = 0
@@ -50,7 +50,7 @@ class States:
 
     @property
     def total(self) -> int:
-        """The bytes of all three."""
+        """The total number of bytes."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -60,11 +60,11 @@ class Offload:
 
     weights: bool = False
     optimizer: bool = False
-    """The flag of the optimizer state, and of the gradients with it."""
+    """True if the optimizer state, and with it the gradients, is kept in host memory."""
 
     @classmethod
     def of(cls, ds_json: dict[str, Any]) -> Offload:
-        """Read the settings from a DeepSpeed JSON."""
+        """Return the settings of a DeepSpeed JSON file."""
         zero = ds_json["zero_optimization"]
         weights, optimizer = ((zero.get(k) or {}).get("device", "none") for k in ("offload_param", "offload_optimizer"))
         return cls(weights != "none", optimizer != "none")
@@ -73,13 +73,13 @@ class Offload:
 def build_stage(
     hf_config: PretrainedConfig, topology: Topology, stage: int, optim: OptimConfig, dtype: torch.dtype, recompute: bool
 ) -> tuple[Any, nn.Module]:
-    """Build a pipeline stage of the LLM. Must run within `fake_rank` of one of the stage's ranks.
+    """Build a pipeline stage of the LLM. It must be called within `fake_rank` of one of the stage's ranks.
 
     Args:
         hf_config: The configuration of the LLM.
         topology: The layout of the ranks.
         stage: The index of the stage.
-        optim: The optimizer settings, which say what is frozen.
+        optim: The optimizer settings, which determine the frozen parameters.
         dtype: The dtype of weights and activations.
         recompute: The value of `train.recompute_llm`.
 
@@ -104,7 +104,7 @@ def llm_states(gpt: nn.Module, model: nn.Module, topology: Topology, dtype: torc
 
     Args:
         gpt: The first result of `build_stage`.
-        model: its second result.
+        model: The second result of `build_stage`.
         topology: The layout of the ranks.
         dtype: The dtype of the weights.
     """
@@ -123,7 +123,7 @@ def llm_states(gpt: nn.Module, model: nn.Module, topology: Topology, dtype: torc
 
 
 def _spans(buffer: Any, dp: int, dp_size: int) -> Iterable[int]:
-    """Yield the number of elements that data-parallel rank `dp` updates, for each parameter with any."""
+    """Yield the number of elements that data-parallel rank `dp` updates of each parameter, if there are any."""
     for start, end, bucket in buffer.param_index_map.values():
         first, last = buffer.bucket_indices[bucket]
         share = (last - first) // dp_size
