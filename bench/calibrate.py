@@ -54,10 +54,10 @@ def calibrate(device: torch.device, dtype: torch.dtype, like: Any, peak_tflops: 
     """Return an accelerator with the measured rates of `device`.
 
     Args:
-        device: the device to measure.
-        dtype: the dtype of matrix products and attention.
-        like: the accelerator that provides what cannot be measured.
-        peak_tflops: the peak rate to which the shares refer; None takes the data sheet's rate on a GPU, and the
+        device: The device to measure.
+        dtype: The dtype of matrix products and attention.
+        like: The accelerator that provides what cannot be measured.
+        peak_tflops: The peak rate to which the shares refer; None takes the data sheet's rate on a GPU, and the
             fastest product on a CPU.
     """
     sides = _GPU_SIDES if device.type == "cuda" else _CPU_SIDES

@@ -1,4 +1,4 @@
-"""The time until the first batch in a new process, and after resuming at various positions in the data."""
+"""Benchmarks of the time to the first batch, in a new process and after resuming at several positions in the data."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ _STRIDES = (2, 2, 2)
 
 
 def first_batch_sec(config: DataConfig) -> dict[str, float]:
-    """Return the median time from the start of a Python process to its first batch, as arrays and as torch tensors.
+    """Return the median time in seconds from the start of a Python process to its first batch.
 
-    The time of the latter consists mostly of the import of torch, which a training has imported long before.
+    Returns:
+        One time for batches of arrays ("arrays") and one for batches of torch tensors ("tensors"). The latter consists
+        mostly of importing torch, which a training run has already done when it opens its data.
     """
     found = {}
     for kind in ("arrays", "tensors"):
@@ -40,7 +42,13 @@ def first_batch_sec(config: DataConfig) -> dict[str, float]:
 
 
 def resume_sec(config: DataConfig) -> dict[int, float]:
-    """Return the median time from opening the data with a saved state to the next batch, which is verified."""
+    """Return the median time in seconds to open the data with a saved state and read the next batch.
+
+    The function also checks that this batch contains the expected samples.
+
+    Returns:
+        The time for each number of consumed samples in `CONSUMED`.
+    """
     found = {}
     per_batch = config.global_batch_samples
     for consumed in CONSUMED:
@@ -83,7 +91,7 @@ def _first(kind: str, config: DataConfig) -> None:
         print(time.time())
         stream.close()
     else:
-        from trainer.data.loader import Loader  # loads torch
+        from trainer.data.loader import Loader  # imports torch
 
         with Loader(prepared, seed=0, num_batches=10) as loader:
             next(iter(loader))

@@ -1,13 +1,13 @@
-"""The benefit of routing, compared with the primary encoder alone and with all encoders on every clip.
+"""Compare routing with the primary encoder alone and with all encoders on every clip.
 
-    python -m bench.mixture                       recipe kit_cpu with three seeds: nine runs, which take hours
-    python -m bench.mixture --steps 800 --seeds 1 a quick comparison
+    python -m bench.mixture                         recipe kit_cpu with three seeds; the nine runs take hours
+    python -m bench.mixture --steps 800 --seeds 1   a quick comparison
 
-All arms train for the same time: the others get as many steps as fit into the time of the mixture's steps, according to
-a calibration of a hundred steps each. All are evaluated on the kit's test split. There is no goal: the table shows the
-best arm for each metric, and whether the ranges of the two best arms over the seeds overlap. Runs are stored in
-`runs/mixture`, and an interrupted benchmark continues after the last finished run. The exit code is 1 if a run fails,
-and 3 without the kit (KIT_DIR).
+All arms train for about the same time. A calibration run of 100 steps measures the step time of each arm, and the other
+arms then train for as many steps as take the same time as the mixture's steps. Every arm is evaluated on the kit's
+test split. The benchmark has no pass criterion: its table shows the best arm for each metric, and whether the ranges of
+the two best arms over the seeds overlap. Runs are stored in `runs/mixture`, and an interrupted benchmark continues
+after the last finished run. The exit code is 1 if a run fails, and 3 if the kit (KIT_DIR) is missing.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ METRICS = {
     "sqa/accuracy": max,
     "ac/meteor": max,
 }
-"""Metric → function that returns the best of several values."""
+"""For each metric, the function that returns the best of several values."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of one run."""
+    """The result of one training run."""
 
     arm: str
     seed: int
@@ -54,7 +54,7 @@ class Outcome:
 
 
 def train(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
-    """Return the summary of a run, which is trained unless its summary exists.
+    """Return the summary of a training run. The run is started only if its summary does not exist yet.
 
     Raises:
         CalledProcessError: If the run fails.
@@ -72,7 +72,7 @@ def train(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def step_sec(folder: Path, arm: str) -> float:
-    """Return the mean duration of an arm's steps over all phases of the recipe, without the first steps."""
+    """Return an arm's mean step time in seconds over all phases of the recipe, excluding the first logged value."""
     name = f"calibration-{arm.replace(' ', '-')}"
     every = ["eval.every_steps=0", "checkpoint.every_steps=0", "eval.max_samples=4", "eval.max_new_tokens=1"]
     train(
@@ -84,7 +84,10 @@ def step_sec(folder: Path, arm: str) -> float:
 
 
 def run_all(folder: Path, steps: int, num_seeds: int) -> list[Outcome]:
-    """Train all arms seed by seed, so that other load on the machine slows all arms."""
+    """Train every arm with every seed and return the results.
+
+    All arms are trained with one seed before the next seed, so that other load on the machine affects all of them.
+    """
     seconds = {arm: step_sec(folder, arm) for arm in ARMS}
     num_steps = {arm: round(steps * seconds["mixture"] / sec) for arm, sec in seconds.items()}
     for arm, number in num_steps.items():
@@ -109,7 +112,14 @@ def run_all(folder: Path, steps: int, num_seeds: int) -> list[Outcome]:
 
 
 def compare(outcomes: list[Outcome]) -> dict[str, Any]:
-    """Print and return a table with each metric's mean and range over the seeds for each arm, and the best arm."""
+    """Print a table of the scores, and return the data behind it.
+
+    The printed table contains, for each metric, the mean and range over the seeds of each arm, and the best arm.
+
+    Returns:
+        For each metric, the values of each arm by seed ("values"), the best and the second-best arm ("best",
+        "second"), and whether the ranges of these two are disjoint ("ranges_apart").
+    """
     table: dict[str, Any] = {}
     print(f"\n{'test split':22} " + " ".join(f"{arm:>22}" for arm in ARMS) + "   best")
     for metric, better in METRICS.items():
@@ -127,10 +137,13 @@ def compare(outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run the benchmark as a command; the exit code is 0, 1 if a run fails, or 3 without the kit."""
+    """Run the benchmark and return the exit code: 0, 1 if a run fails, or 3 if the kit is missing."""
     parser = argparse.ArgumentParser(prog="python -m bench.mixture", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--steps", type=int, default=load_recipe(RECIPE, []).train.steps, help="number of steps of the mixture"
+        "--steps",
+        type=int,
+        default=load_recipe(RECIPE, []).train.steps,
+        help="number of training steps of the mixture arm",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("runs/mixture"))

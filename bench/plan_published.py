@@ -141,9 +141,9 @@ def compare(row: Published, memory: bool, scale: float = 1.0) -> Compared:
     """Plan a published run.
 
     Args:
-        row: the run.
+        row: The run.
         memory: True to trace its peak memory too, if that was published.
-        scale: a factor on the shares of the peak rate that matrix products reach.
+        scale: A factor on the shares of the peak rate that matrix products reach.
     """
     from trainer.parallel.topology import build_topology
     from trainer.plan.accelerator import parse_accelerator

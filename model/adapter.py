@@ -17,10 +17,10 @@ from model.transfer import to_device
 
 
 class Adapter(nn.Module):
-    """One convolution and GELU for each stride.
+    """A stack of strided convolutions, each followed by GELU.
 
-    What is past the end of a clip is set to zero after every layer, so the other clips of a batch never change its
-    output.
+    Positions past the end of a clip are set to zero after every layer, so the output for a clip does not depend on the
+    other clips in the batch.
     """
 
     def __init__(self, config: AdapterConfig, input_dim: int) -> None:
@@ -34,8 +34,8 @@ class Adapter(nn.Module):
             for a, b, stride in zip(widths, widths[1:], config.strides, strict=False)
         ]
         for layer in layers:
-            # He's initialisation (arXiv 1502.01852) keeps the variance. With torch's own, each layer would shrink the
-            # signal to a third, and the outputs at all audio tokens would begin nearly equal.
+            # He initialisation (arXiv 1502.01852) keeps the variance. PyTorch's default would shrink the signal to a
+            # third in each layer, and all audio tokens would initially be nearly equal.
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)

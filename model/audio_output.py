@@ -14,16 +14,16 @@ class AudioOutput:
     """The result of `AudioTower` for B clips with S audio tokens each."""
 
     embeddings: Ragged
-    """The audio embeddings [ΣS, H] that the LLM reads, clip after clip."""
+    """The audio embeddings [ΣS, H] that the LLM reads, in the order of the clips."""
     routing: Routing | None
     """The decisions of the router; None if the model has no experts."""
     features: Ragged
     """The output [ΣS, D] of the adapter, which the projector turns into embeddings."""
     heads: Mapping[str, Ragged] = field(default_factory=dict)
-    """The output [ΣS, ...] of every loss's head, by the loss's name."""
+    """The output [ΣS, ...] of each loss head, by the name of the loss."""
 
     def without_clips(self) -> AudioOutput:
-        """Return this output without any clip, still part of the autograd graph."""
+        """Return an output for zero clips that is still connected to the autograd graph."""
         return AudioOutput(
             _without_rows(self.embeddings),
             None if self.routing is None else self.routing.head(0),

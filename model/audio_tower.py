@@ -1,7 +1,8 @@
 """The audio side of the model, which is everything before the LLM: encoders, router, mixture, adapter, projector.
 
-Parallelism enters as one callable, `encode`. Given the names of encoders and the clips that each must read, it returns
-their features. `encode_here` computes them in this process. The trainer's callable sends clips to the encoder ranks.
+The callable `encode` is the only part that depends on parallelism. Given the names of encoders and the clips that each
+must encode, it returns their features. `encode_here` computes them in this process. The trainer passes a callable that
+sends clips to the encoder ranks.
 
 Shapes: B clips, T audio samples, F frames, S audio tokens, D width, H width of the LLM, K experts.
 """
@@ -30,9 +31,9 @@ from model.mixture import Expert, mix
 from model.router import Router
 
 EncodeClips = Callable[[Sequence[str], Ragged, Tensor], Sequence[Ragged]]
-"""A function of K encoder names, clips [ΣT] and wanted [B, K] bool.
+"""A function that computes features, given K encoder names, clips [ΣT] and `wanted` [B, K] bool.
 
-It returns, for each encoder, the features [ΣF, D] of the clips that it is wanted for, in their order.
+For each encoder k, it returns the features [ΣF, D] of the clips b with `wanted[b, k]`, in the order of the clips.
 """
 
 Part = TypeVar("Part", bound=nn.Module | None)
@@ -41,14 +42,14 @@ Part = TypeVar("Part", bound=nn.Module | None)
 class AudioTower(nn.Module):
     """The audio side of the model.
 
-    The initial weights of each part depend only on torch's seed and the name of the part. So they stay the same if
-    encoders are added, removed, or not built on this rank.
+    The initial weights of each part depend only on torch's seed and the name of the part. They therefore do not change
+    if other encoders are added, removed, or not built on this rank.
 
     Args:
         config: The config of the whole model.
         llm_dim: The width H of the LLM.
         vocab_size: The size of the tokenizer's vocabulary, for the prompt gate and the heads of losses.
-        held: The names of the experts to build here; None for all of them. The others cannot be run here.
+        held: The names of the experts to build in this process; None for all experts. The others cannot be called here.
     """
 
     def __init__(self, config: ModelConfig, llm_dim: int, vocab_size: int, held: Collection[str] | None = None) -> None:
@@ -86,7 +87,7 @@ class AudioTower(nn.Module):
         return head is not None
 
     def head_of(self, loss: str) -> nn.Module:
-        """Return the head of a loss, by the loss's name."""
+        """Return the head of the loss named `loss`."""
         return self.get_submodule(f"{loss}_head")
 
     def _expert(self, config: EncoderConfig) -> Expert:
@@ -94,13 +95,13 @@ class AudioTower(nn.Module):
         return Expert(encoder, encoder.dim, self.config.expert_dim)
 
     def encoder(self, name: str) -> nn.Module:
-        """Return the encoder of that name: the primary, or an expert with its projection."""
+        """Return the encoder called `name`: the primary encoder, or an expert including its projection."""
         if self.primary is not None and self.config.primary is not None and name == self.config.primary.name:
             return self.primary
         return self.experts[name]
 
     def encode_here(self, names: Sequence[str], clips: Ragged, wanted: Tensor) -> list[Ragged]:
-        """Encode clips in this process, as an `EncodeClips`. An encoder without clips is not called."""
+        """Encode clips in this process; see `EncodeClips`. An encoder without clips is not called."""
         found = []
         for name, flags in zip(names, wanted.T.cpu(), strict=True):
             rows = flags.nonzero().flatten().tolist()
@@ -112,7 +113,7 @@ class AudioTower(nn.Module):
 
     @property
     def windowing(self) -> Windowing:
-        """The windows of the encoder that pads clips the most."""
+        """The windowing of the encoder that pads short clips the most."""
         found = [m.windowing for m in self.modules() if isinstance(m, AudioEncoder)]
         return max(found, key=lambda w: (w.least_samples, w.silence_samples, w.window_samples))
 
@@ -135,7 +136,7 @@ class AudioTower(nn.Module):
             clips: The waveforms [ΣT] at 16 kHz.
             prompts: The instruction tokens [ΣP], one sequence per clip.
             noise: Standard normal noise [B, G, K] for the router; None outside training.
-            encode: The function that computes the encoders; None for `encode_here`.
+            encode: The function that computes the features; None for `encode_here`.
         """
         encode = encode or self.encode_here
         frames = tuple(lengths.num_frames(n) for n in clips.lengths)
@@ -154,9 +155,9 @@ class AudioTower(nn.Module):
 
 
 def _seeded(part: str, build: Callable[[], Part]) -> Part:
-    """Return `build()`, called with torch's generator seeded by its own seed and the name of the part.
+    """Call `build` with torch's generator seeded from the current seed and the name of the part, and return its result.
 
-    The generator is then restored.
+    The state of the generator is restored afterwards.
     """
     digest = hashlib.sha256(f"{torch.initial_seed()}/{part}".encode()).digest()
     with torch.random.fork_rng(devices=[]):

@@ -1,6 +1,7 @@
-"""Samples and batches as the model reads them: sequences of unequal length, never padded.
+"""The samples and batches that the model reads. Sequences of unequal length are stored without padding.
 
-Shapes: B clips or samples, T audio samples (16 kHz), F frames (20 ms), S audio tokens, L tokens of a sample, D width.
+Shapes: B clips or samples, T audio samples of a clip (16 kHz), L tokens of a sample, P instruction tokens of a sample.
+Σ denotes the sum over all sequences, for example ΣT the total number of audio samples.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Ragged:
-    """Sequences of unequal length, stored end to end in `values[sum(lengths), ...]`."""
+    """Sequences of unequal length, concatenated in `values` of shape `[sum(lengths), ...]`."""
 
     values: Tensor
     lengths: tuple[int, ...]
@@ -31,17 +32,17 @@ class Ragged:
         return len(self.lengths)
 
     def split(self) -> tuple[Tensor, ...]:
-        """Return the sequences, each `[length, ...]`, as views."""
+        """Return one view `[length, ...]` of `values` for each sequence."""
         return self.values.split(list(self.lengths)) if self.lengths else ()
 
     @staticmethod
     def of(sequences: Sequence[Tensor], like: Tensor | None = None) -> Ragged:
-        """Join `sequences` end to end.
+        """Concatenate `sequences`.
 
         Args:
             sequences: The sequences, each `[length, ...]`.
-            like: A tensor with the trailing shape, dtype and device of the result. It is needed if there may be no
-                sequence.
+            like: A tensor with the trailing shape, dtype and device of the result. Required if `sequences` may be
+                empty.
         """
         if not sequences:
             assert like is not None, "an empty Ragged needs `like`"
@@ -49,9 +50,10 @@ class Ragged:
         return Ragged(torch.cat(list(sequences)), tuple(s.shape[0] for s in sequences))
 
     def select(self, rows: Sequence[int]) -> Ragged:
-        """Return the sequences at `rows`, in that order; a view if they are neighbours.
+        """Return the sequences at the indices `rows`, in that order.
 
-        The result is part of the autograd graph even if `rows` is empty.
+        The result is a view if `rows` are consecutive and ascending, and a copy otherwise. It is part of the autograd
+        graph even if `rows` is empty.
         """
         lengths = tuple(self.lengths[i] for i in rows)
         if len(_runs(rows)) <= 1:
@@ -65,17 +67,17 @@ class Ragged:
         return Ragged(self.values.to(*args, **kwargs), self.lengths)
 
     def padded(self, value: float = 0.0) -> Tensor:
-        """Return the sequences as `[B, max length, ...]`, padded on the right with `value`."""
+        """Return the sequences as one tensor `[B, max length, ...]`, padded on the right with `value`."""
         longest = max(self.lengths)
         tail = (0, 0) * (self.values.dim() - 1)
-        # Not pad_sequence: its backward pass copies the whole batch once per sequence.
+        # The backward pass of pad_sequence would copy the whole batch once per sequence.
         return torch.stack(
             [torch.nn.functional.pad(s, (*tail, 0, longest - s.shape[0]), value=value) for s in self.split()]
         )
 
 
 def _runs(rows: Sequence[int]) -> list[range]:
-    """Return `rows` as the longest possible ranges of consecutive numbers."""
+    """Split `rows` into as few ranges of consecutive, ascending numbers as possible."""
     found: list[range] = []
     for i in rows:
         if found and found[-1].stop == i:
@@ -92,27 +94,30 @@ class Sample:
     key: str
     task: str
     clips: tuple[Tensor, ...]
-    """The waveforms [T], 16 kHz."""
+    """The waveforms, each [T] at 16 kHz."""
     token_ids: Tensor
-    """[L] int64, with one placeholder for each audio token, so the length is known before any encoder runs."""
-    audio_mask: Tensor
-    """[L] bool, true at the placeholders."""
-    labels: Tensor
-    """[L] int64, already shifted: `labels[i]` is the token that position i must predict, or IGNORE.
+    """The tokens of the whole sample, [L] int64.
 
-    Only the tokens of the answer and the end token are labels. Their positions are the last ones.
+    They contain one placeholder for each audio token, so the length is known before any encoder runs.
+    """
+    audio_mask: Tensor
+    """The positions of the placeholders, [L] bool."""
+    labels: Tensor
+    """The token that each position must predict, [L] int64, or IGNORE. The labels are already shifted by one position.
+
+    Only the tokens of the answer and the end token are labels, and they are at the end of the sample.
     """
     prompt_ids: Tensor
-    """The tokens of the instruction alone."""
+    """The tokens of the instruction, [P] int64."""
     texts: Mapping[str, Tensor] = field(default_factory=dict)
-    """The token ids of further fields of the manifest, by the field's name. See `Loss.text_fields`."""
+    """The token ids of other manifest fields that a loss reads (see `Loss.text_fields`), by the field's name."""
     meta: dict[str, Any] = field(default_factory=dict)
     is_transcription: bool = False
     """True if the answer is the transcript of the audio."""
 
     @property
     def num_tokens(self) -> int:
-        """The number of LLM positions, audio tokens included."""
+        """The number of LLM positions, including audio tokens."""
         return self.token_ids.shape[0]
 
     @property
@@ -128,37 +133,37 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples that one rank loaded for one step, which is its part of the global batch; there may be none."""
+    """The samples that one rank loads for one step: its part of the global batch. It may be empty."""
 
     samples: tuple[Sample, ...]
 
     @cached_property
     def clips(self) -> Ragged:
-        """The clips of all samples `[ΣT]`, in order."""
+        """The clips of all samples, `[ΣT]`, in the order of the samples."""
         return Ragged.of([c for s in self.samples for c in s.clips], like=torch.zeros(0))
 
     @cached_property
     def clip_owner(self) -> tuple[int, ...]:
-        """The index of each clip's sample."""
+        """The index in `samples` of the sample that each clip belongs to."""
         return tuple(i for i, s in enumerate(self.samples) for _ in s.clips)
 
     @cached_property
     def tokens(self) -> Ragged:
-        """The token ids of all samples `[ΣL]`, int64."""
+        """The token ids of all samples, `[ΣL]` int64."""
         return Ragged.of([s.token_ids for s in self.samples], like=torch.zeros(0, dtype=torch.int64))
 
     @cached_property
     def labels(self) -> Ragged:
-        """The labels of all samples `[ΣL]`, int64."""
+        """The labels of all samples, `[ΣL]` int64."""
         return Ragged.of([s.labels for s in self.samples], like=torch.zeros(0, dtype=torch.int64))
 
     @cached_property
     def audio_mask(self) -> Tensor:
-        """The positions that take an audio embedding, `[ΣL]` bool."""
+        """The positions whose embedding is replaced by an audio embedding, `[ΣL]` bool."""
         return Ragged.of([s.audio_mask for s in self.samples], like=torch.zeros(0, dtype=torch.bool)).values
 
     @cached_property
     def prompts(self) -> Ragged:
-        """The instruction tokens `[ΣP]` of each clip's sample, one sequence per clip. The prompt gate reads them."""
+        """The input of the prompt gate: for each clip, the instruction tokens of its sample, `[ΣP]` int64."""
         none = torch.zeros(0, dtype=torch.int64)
         return Ragged.of([self.samples[i].prompt_ids for i in self.clip_owner], like=none)

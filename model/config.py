@@ -10,7 +10,7 @@ from model.errors import UserError, check_least
 from model.table import OneOf
 
 FORMER_GATES = {"independent": "data_independent", "dependent": "data_dependent"}
-"""The present names of gates that recipes, exports and load histories of earlier versions call otherwise."""
+"""Former names of gates, found in recipes, exports and load histories of earlier versions, and their present names."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""1-D convolutions that stay fast on CPUs where the lengths of clips vary.
+"""1-D convolutions that are fast on CPUs even if every batch has another length.
 
-oneDNN compiles a kernel for each shape of the input and keeps the last thousand of them, but batches of clips hardly
-ever repeat a shape. A convolution as a matrix product needs no compilation. If channels are last in memory, its windows
-are plain slices.
+oneDNN compiles a kernel for each input shape and caches the last thousand kernels, but batches of clips rarely repeat a
+shape. A convolution that is computed as a matrix product needs no compilation. If channels are last in memory, each
+window of the input is a contiguous slice.
 
-Shapes: B clips, T steps in, L steps out, C channels in, O channels out, k taps.
+Shapes: B clips, T input steps, L output steps, C input channels, O output channels, k taps.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 class Conv1d(nn.Conv1d):
     """An `nn.Conv1d` that is computed as a matrix product on CPUs, unless it is grouped or dilated.
 
-    Parameters and results are the same. The result of the matrix product is `[B, O, L]` with channels last in memory,
-    which the next such layer reads without a copy.
+    Parameters and results are those of `nn.Conv1d`. The result `[B, O, L]` of the matrix product has channels last in
+    memory, so that another layer of this class can read it without a copy.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -32,11 +32,12 @@ class Conv1d(nn.Conv1d):
 
 
 def use_matrix_products(module: nn.Module, devices: Sequence[str] = ("cpu",)) -> None:
-    """Make every `nn.Conv1d` inside `module`, even one under weight norm, compute as `Conv1d` does.
+    """Make every `nn.Conv1d` in `module`, including those with weight norm, compute in the way of `Conv1d`.
 
     Args:
-        module: The module, which is changed.
-        devices: The types of devices on which matrix products are used. `meta` shows what a CPU would keep in memory.
+        module: The module, which is changed in place.
+        devices: The device types on which matrix products are used. With `meta`, a run on the meta device has the same
+            saved tensors as one on a CPU.
     """
     forward = partial(_conv_forward, devices=tuple(devices))
     for child in module.modules():
@@ -56,7 +57,7 @@ def _conv_forward(
 
 
 class _WindowProduct(torch.autograd.Function):
-    """The convolution of steps [B, T, C] with weight [O, C, k] and bias [O]: [B, L, O], L = (T - k) // stride + 1."""
+    """The convolution [B, L, O] of steps [B, T, C] with weight [O, C, k] and bias [O]; L = (T - k) // stride + 1."""
 
     @staticmethod
     def forward(ctx: Any, steps: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""The conversion of seconds to audio samples, frames and audio tokens. It is done nowhere else.
+"""Conversions between seconds, audio samples, frames and audio tokens. No other module repeats this arithmetic.
 
-Every encoder of this project returns one frame per 20 ms (50 Hz). Whisper's convolutions over mel frames of 10 ms round
-their number up. The convolution stacks of HuBERT and WavLM round it down, and their last frame is then repeated.
+Every encoder of this project returns one frame per 20 ms (50 Hz), and the number of frames is rounded up. Whisper's
+convolutions over mel frames of 10 ms do so themselves. The convolution stacks of HuBERT and WavLM round down, and their
+last frame is then repeated.
 """
 
 from collections.abc import Sequence
@@ -18,48 +19,52 @@ FRAME_SAMPLES = 320
 
 
 def num_samples(seconds: float) -> int:
-    """Return the number of samples in `seconds` of 16 kHz audio, rounded to the nearest."""
+    """Return the number of samples in `seconds` of 16 kHz audio, rounded to the nearest integer."""
     return round(seconds * SAMPLE_RATE)
 
 
 def num_frames(samples: Count) -> Count:
-    """Return the number of encoder frames (20 ms) that cover `samples`, one number or an array, rounded up."""
+    """Return the number of encoder frames (20 ms) that cover `samples` audio samples, rounded up.
+
+    Args:
+        samples: The number of audio samples, or an array of such numbers.
+    """
     return -(-samples // FRAME_SAMPLES)
 
 
 def num_audio_tokens(frames: int, strides: tuple[int, ...]) -> int:
-    """Return the number of audio tokens of `frames` after an adapter with these strides; every layer rounds up."""
+    """Return the number of audio tokens that an adapter with these strides makes of `frames`. Each layer rounds up."""
     for stride in strides:
         frames = -(-frames // stride)
     return frames
 
 
 def audio_tokens_of_samples(samples: int, strides: tuple[int, ...]) -> int:
-    """Return the number of audio tokens of a clip of `samples`."""
+    """Return the number of audio tokens of a clip of `samples` audio samples."""
     return num_audio_tokens(num_frames(samples), strides)
 
 
 @dataclass(frozen=True)
 class Windowing:
-    """The windows into which an encoder cuts clips, which determine the cost of a call.
+    """The rule by which an encoder cuts clips into windows and pads them, which determines the cost of a call.
 
-    All windows of a call are padded to the same length. So a call computes the number of windows times the padded
-    length of the longest one.
+    All windows of a call are padded to the length of the longest one, so the cost is the number of windows times this
+    length.
     """
 
     window_samples: int
-    """The length of the consecutive windows in which longer clips are encoded."""
+    """The length of the consecutive windows into which longer clips are cut."""
     least_samples: int = 1
-    """The length to which a shorter window is padded before anything is computed."""
+    """The length to which shorter windows are padded before they are encoded."""
     silence_samples: int = 0
-    """The silence that is appended to every window, as far as `window_samples` has room for it."""
+    """The length of the silence that is appended to every window, limited by `window_samples` in total."""
 
     def num_windows(self, samples: int) -> int:
-        """Return the number of windows into which a clip of `samples` is cut."""
+        """Return the number of windows into which a clip of `samples` audio samples is cut."""
         return -(-samples // self.window_samples)
 
     def padded_samples(self, samples: int) -> int:
-        """Return the padded length of the longest window of a clip of `samples` that is alone in its call."""
+        """Return the padded length of the longest window if a clip of `samples` audio samples is encoded alone."""
         return max(self.least_samples, min(samples + self.silence_samples, self.window_samples))
 
     def computed_samples(self, clips: Sequence[int]) -> int:

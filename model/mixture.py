@@ -1,6 +1,6 @@
-"""The mixture of the primary's features and those of the chosen experts into one aligned stream.
+"""The combination of the primary encoder's features with those of the chosen experts.
 
-All encoders return 50 frames per second (`model/lengths.py`), so frames are aligned by their index.
+All encoders return 50 frames per second (`model/lengths.py`), so frames of the same index belong together.
 Shapes: B clips, F frames, G gates, K experts, Dp primary width, De expert width.
 """
 
@@ -19,7 +19,7 @@ from model.transfer import to_device
 
 
 class Expert(nn.Module):
-    """A whole encoder, and the projection of its features to the width that all experts share."""
+    """An encoder, followed by a projection of its features to the common width of all experts."""
 
     def __init__(self, encoder: nn.Module, dim: int, expert_dim: int) -> None:
         super().__init__()
@@ -27,31 +27,32 @@ class Expert(nn.Module):
         self.projection = nn.Linear(dim, expert_dim)
 
     def forward(self, clips: Ragged) -> Ragged:
-        """Return the projected features [ΣF, De] of clips [ΣT]."""
+        """Return the projected features [ΣF, De] of `clips` [ΣT]."""
         features = self.encoder(clips)
         return Ragged(self.projection(features.values), features.lengths)
 
 
 def frame_rows(lengths: Sequence[int], wanted: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return the rows of the frames of the `wanted` [B] clips, where the frames of all clips are stored end to end.
+    """Return the indices of the wanted clips' frames within the concatenated frames of all clips.
 
     Args:
         lengths: The number of frames of each of the B clips.
-        wanted: True for the wanted clips.
+        wanted: [B] bool, true for the wanted clips.
     """
     return np.flatnonzero(np.repeat(wanted, lengths))
 
 
 def per_frame(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return each clip's row of `values` [B, n] once for each of its frames, [ΣF, n].
+    """Repeat each clip's row of `values` [B, n] for each of the clip's frames, giving [ΣF, n].
 
-    The gradient is a sum over the frames of each clip. With `repeat_interleave` its order would not be fixed on a GPU.
+    The gradient sums over the frames of each clip. The backward pass of `repeat_interleave` would sum them in an
+    undetermined order on a GPU.
     """
     return torch.cat([row.expand(n, -1) for row, n in zip(values.split(1), lengths, strict=True)])
 
 
 def mix(primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | None, lengths: tuple[int, ...]) -> Ragged:
-    """Join the streams along channels: the primary's, then Σ_k w[b,g,k]·E_k for each gate g.
+    """Concatenate the primary's features and, for each gate g, the stream Σ_k w[b,g,k]·E_k along the channels.
 
     Args:
         primary: The primary's features [ΣF, Dp]; None in mode `all_routed`.
@@ -60,14 +61,14 @@ def mix(primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | No
         lengths: The number of frames of each of the B clips.
 
     Returns:
-        The joined streams [ΣF, Dp + G·De].
+        The concatenated streams [ΣF, Dp + G·De].
     """
     streams = [] if primary is None else [primary.values]
     if routing is not None:
         active, like = routing.active.numpy(), experts[0].values
         for k, features in enumerate(experts):
             expected = tuple(n for n, wanted in zip(lengths, active[:, k], strict=True) if wanted)
-            assert features.lengths == expected, "an expert returned features of other clips than those it was sent"
+            assert features.lengths == expected, "the lengths of an expert's features differ from those of its clips"
         # One transfer serves all experts. `index_add_` has no race because no row occurs twice within an expert.
         found = [frame_rows(lengths, wanted) for wanted in active.T]
         rows_of = to_device(np.concatenate(found), like.device).split([len(rows) for rows in found])

@@ -1,7 +1,8 @@
 """The prompt around the audio.
 
-It is rendered as text with one placeholder per clip, cut at the placeholders, and filled with one placeholder per audio
-token. Training (`trainer/data`) and the exported processor share this code, so that both see the same tokens.
+The prompt is rendered as text with one placeholder per clip. Its tokens are cut at these placeholders and joined again
+with one placeholder per audio token. Training (`trainer/data`) and the exported processor share this code, so that both
+produce the same tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def render(template: str, instruction: str, placeholder: str, num_clips: int) ->
 
 
 def cut(ids: Sequence[int], placeholder_id: int) -> list[list[int]]:
-    """Return the tokens before, between and after the placeholders."""
+    """Split `ids` at the placeholders, and return the tokens before, between and after them."""
     pieces: list[list[int]] = [[]]
     for token in ids:
         if token == placeholder_id:
@@ -31,15 +32,15 @@ def cut(ids: Sequence[int], placeholder_id: int) -> list[list[int]]:
 def fill(
     pieces: Sequence[Sequence[int]], audio_tokens: Sequence[int], placeholder_id: int
 ) -> tuple[list[int], list[bool]]:
-    """Join `pieces` with placeholders in between.
+    """Join `pieces`, inserting one placeholder for each audio token between them.
 
     Args:
         pieces: The token ids before, between and after the clips.
-        audio_tokens: The number of audio tokens of each clip, which follows the piece of the same index.
+        audio_tokens: The number of audio tokens of each clip. Clip i is inserted after piece i.
         placeholder_id: The token id of the placeholder.
 
     Returns:
-        The token ids, and for each of them whether it takes an audio embedding.
+        The token ids, and a flag for each that is true at a placeholder.
     """
     assert len(pieces) == len(audio_tokens) + 1, (len(pieces), len(audio_tokens))
     ids, mask = list(pieces[0]), [False] * len(pieces[0])

@@ -1,4 +1,4 @@
-"""The router, which decides which encoder experts read a clip and with what weight.
+"""The router, which chooses the encoder experts of each clip and weights their features.
 
 MoWE-Audio (arXiv 2409.06635, section 2.2) has two gates over the pool of weak encoders. The data-independent gate is a
 learned vector. The data-dependent gate reads the average over time of the base encoder's features. Each gate computes
@@ -23,34 +23,34 @@ from model.transfer import to_device
 
 NUM_MELS = 80
 ENTRY_OFFSET = -30.0
-"""The offset of the gate logits of an encoder that is new to a trained model. In fp32, e^-30 is negligible."""
+"""The initial logit offset of an encoder that is added to a trained model. In fp32, e^-30 is negligible."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """The decisions of the router for B clips. They are a value, not state of the module."""
+    """The decisions of the router for B clips, which the router returns and does not store."""
 
     probs: Tensor
-    """[B, G, K] the softmax of each gate."""
+    """The softmax of each gate's logits, [B, G, K]."""
     chosen: Tensor
-    """[B, G, K] bool, true for the top-k experts of each gate."""
+    """The top-k experts of each gate, [B, G, K] bool."""
     gates: tuple[str, ...]
     """The names of the G gates."""
 
     @property
     def weights(self) -> Tensor:
-        """The mixing weights [B, G, K]: the probability of a chosen expert, not renormalised, and 0 for others."""
+        """The mixing weights [B, G, K]: probabilities of the chosen experts, not renormalised; 0 for the others."""
         return self.probs * self.chosen
 
     @cached_property
     def on_host(self) -> tuple[Tensor, Tensor]:
-        """The values of `probs` and `chosen` on the host, read in one transfer. They decide which rank encodes what."""
+        """Copies of `probs` and `chosen` on the host, made in one transfer. Clips are dispatched according to them."""
         probs, chosen = torch.stack([self.probs.detach(), self.chosen.to(self.probs.dtype)]).cpu()
         return probs, chosen.bool()
 
     @property
     def active(self) -> Tensor:
-        """The experts that some gate chose for each clip, [B, K] bool on the host. Only these are computed."""
+        """The experts that at least one gate chose for each clip, [B, K] bool on the host. Only these are computed."""
         return self.on_host[1].any(dim=1)
 
     def head(self, num_clips: int) -> Routing:
@@ -59,16 +59,16 @@ class Routing:
 
 
 def mean_over_time(features: Ragged) -> Tensor:
-    """Return the average [B, D] of each clip's rows [ΣF, D], in fp32."""
-    # `index_add` would round after every frame in bf16, and its order of addition on a GPU is not fixed.
+    """Return the mean [B, D] of each clip's features [ΣF, D] over time, in fp32."""
+    # In bf16, `index_add` would round after every frame, and on a GPU its order of addition is not deterministic.
     return torch.stack([frames.mean(0, dtype=torch.float32) for frames in features.split()])
 
 
 class Router(nn.Module):
-    """The gates over the experts.
+    """The gates that choose among the experts.
 
     Args:
-        config: The inputs of the gates and the way in which they choose.
+        config: The router section of the config.
         num_experts: The number K of experts.
         primary_dim: The width of the primary's features, for the input `primary`.
         vocab_size: The size of the tokenizer's vocabulary, for the input `prompt`.
@@ -82,7 +82,7 @@ class Router(nn.Module):
         self.config = config
         self.num_experts = num_experts
         self.steps_to_enter: Tensor
-        """[K] int64, the number of steps until an added encoder has its full logits; 0 for all others."""
+        """The number of steps until each added encoder's logits have no offset, [K] int64; 0 for all other encoders."""
         self.register_buffer("steps_to_enter", torch.zeros(num_experts, dtype=torch.int64))
         if "data_independent" in config.gates:
             self.independent = IndependentGate(num_experts)
@@ -119,7 +119,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Raise the logits of added encoders by one step. Call it after every training step."""
+        """Reduce the offset of added encoders' logits by one step. It must be called after every training step."""
         self.steps_to_enter.sub_(1).clamp_(min=0)
 
     def _gate_input(self, clips: Ragged, primary: Ragged | None, prompts: Ragged) -> Tensor:
@@ -141,5 +141,5 @@ class IndependentGate(nn.Module):
         self.logits = nn.Parameter(0.1 * torch.randn(num_experts))
 
     def forward(self, num_clips: int) -> Tensor:
-        """Return the logits [B, K] of `num_clips` clips."""
+        """Return the logits [B, K] for `num_clips` = B clips."""
         return self.logits.expand(num_clips, -1)

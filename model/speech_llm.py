@@ -1,4 +1,7 @@
-"""The whole model in one process and plain PyTorch: specification, oracle of all parity tests, and export."""
+"""The whole model in one process in plain PyTorch.
+
+It specifies the model, is the oracle of all parity tests, and is what exports contain.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class Losses:
     terms: tuple[LossTerm, ...]
     """The terms of all active losses."""
     decisions: Routing | None
-    """The decisions of the router; None if the batch has no audio or the model no experts."""
+    """The decisions of the router; None if the batch has no audio or the model has no experts."""
 
     @property
     def total(self) -> Tensor:
@@ -35,7 +38,7 @@ class Losses:
         return sum((t.weight * self[t.name] for t in self.terms), torch.zeros(()))
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the unweighted mean of one term, a scalar."""
+        """Return the mean of the term called `name`, without its weight, as a scalar."""
         term = next(t for t in self.terms if t.name == name)
         return term.sum / max(1, term.count)
 
@@ -43,7 +46,7 @@ class Losses:
 class SpeechLLM(nn.Module):
     """The audio tower and the LLM.
 
-    Parameters are named `audio.…` and `llm.…`. Behind `llm.` are the names of Hugging Face.
+    Parameters are named `audio.…` and `llm.…`. Names after `llm.` are those of Hugging Face.
 
     Args:
         config: The config of the model.
@@ -70,7 +73,7 @@ class SpeechLLM(nn.Module):
         return self.audio(batch.clips, batch.prompts, noise) if batch.clips.lengths else None
 
     def logits(self, batch: Batch, audio: AudioOutput | None) -> Tensor:
-        """Return the next-token logits [B, max L, vocabulary]; those past the end of a sample are meaningless."""
+        """Return the next-token logits [B, max L, vocabulary]. Those past the end of a sample are meaningless."""
         text = self.llm.get_input_embeddings()(batch.tokens.values)
         if audio is not None:
             text = splice(text, batch.audio_mask, audio.embeddings.values)
@@ -78,7 +81,7 @@ class SpeechLLM(nn.Module):
         return self.llm(inputs_embeds=Ragged(text, batch.tokens.lengths).padded(), use_cache=False).logits
 
     def forward(self, batch: Batch, noise: Tensor | None = None) -> Losses:
-        """Return every term of the loss of `batch`, which is taken as a global batch.
+        """Return all terms of the loss, with `batch` as the global batch.
 
         Args:
             batch: The batch.
@@ -102,7 +105,7 @@ class SpeechLLM(nn.Module):
 
     @torch.no_grad()
     def _reference_logits(self, samples: Sequence[Sample], like: Tensor) -> Tensor:
-        """Return the logits of text-only samples at their labels, [N, vocabulary]."""
+        """Return the logits [N, vocabulary] of text-only samples at the positions with a label."""
         if not samples:
             return like[:0]
         batch = Batch(tuple(samples))

@@ -1,4 +1,4 @@
-"""The insertion of audio embeddings at the placeholder positions of a token sequence."""
+"""Insertion of audio embeddings at the placeholder positions of a token sequence."""
 
 from __future__ import annotations
 

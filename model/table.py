@@ -15,9 +15,9 @@ class OneOf:
 
 
 def load_entry(entry: object) -> object:
-    """Return the value of a table's entry: the entry itself, or the object that it names as `module:NAME`."""
+    """Return the entry of a table, importing it if the entry is text of the form `module:NAME`."""
     if not isinstance(entry, str):
         return entry
     module, _, name = entry.partition(":")
-    # In an exported model the modules lie in one package, and their names are relative.
+    # In an exported model, all modules are in one package, and their names are relative.
     return getattr(importlib.import_module(module, __package__), name)

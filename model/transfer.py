@@ -1,4 +1,4 @@
-"""The transfer of small integers and flags from the host to the device without making the host wait."""
+"""Transfers of small arrays from the host to the device that do not block the host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def to_device(values: Tensor | NDArray[Any] | Sequence[Any], device: torch.device) -> Tensor:
-    """Return `values` as a tensor on `device`, copied while the host continues.
+    """Return `values` as a tensor on `device`. The copy runs while the host continues.
 
     In contrast, `torch.tensor(values, device=device)` waits until the device has finished all earlier work.
     """

@@ -3,7 +3,7 @@
     earshot checkpoints runs/demo                    list the checkpoints
     earshot checkpoints runs/demo verify             compare every file with its checksum
     earshot checkpoints runs/demo diff 1000 2000     list the tensors that changed between two steps
-    earshot checkpoints runs/demo prune --keep 2     remove all checkpoints but the newest two
+    earshot checkpoints runs/demo prune --keep 2     remove all checkpoints except the newest two
 
 `prune` also removes files of frozen weights that no remaining checkpoint uses. Do not prune while the run is training.
 
@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         "--keep-every", type=int, default=0, metavar="STEPS", help="for prune: also keep multiples of this step"
     )
     parser.add_argument(
-        "--keep-best", choices=("lowest", "highest"), help="for prune: also keep the one with the best score"
+        "--keep-best", choices=("lowest", "highest"), help="for prune: also keep the checkpoint with the best score"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     return parser

@@ -2,7 +2,7 @@
 
 earshot demo                                  train a small model in a few minutes
 earshot train kit_cpu data.root=DIR           the same as `python -m trainer kit_cpu data.root=DIR`
-earshot plan mowe_70b                         what a job needs, before it runs
+earshot plan mowe_70b                         estimate the memory and time of a run before it starts
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from trainer.__main__ import leave
 
 @dataclass(frozen=True)
 class Command:
-    """One command: `earshot NAME …` calls the `main` of `module`, as `python -m MODULE …` does."""
+    """A subcommand. `earshot NAME …` calls the function `main` of `module`, as `python -m MODULE …` does."""
 
     name: str
-    """One or two words."""
+    """The name, which has one or two words."""
     module: str
     summary: str
 
@@ -61,10 +61,10 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that `arguments` name; by default those of this process.
+    """Run the command that `arguments` name. By default, they are those of this process.
 
     Returns:
-        The command's exit code; 2 for an unknown command, after one line that lists the known ones.
+        The command's exit code; 2 for an unknown command, after printing one line that lists the known commands.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -84,18 +84,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
-    """Run the console script `earshot` and end the process as `python -m trainer` does."""
+    """Run the console script `earshot`, and end the process in the same way as `python -m trainer`."""
     try:
         code = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     leave(code)
 
 
 def help_text() -> str:
-    """Return the text of `earshot --help`: all commands, by what a person wants to do."""
+    """Return the text of `earshot --help`, which lists all commands by purpose."""
     width = max(len(c.name) for group in COMMANDS.values() for c in group)
     lines = ["usage: earshot COMMAND [...]      each command has its own --help, with an example", ""]
     for title, group in COMMANDS.items():

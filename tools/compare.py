@@ -2,9 +2,9 @@
 
     earshot compare runs/a/predictions-test-step500.jsonl runs/b/predictions-test-step500.jsonl
 
-Each file is a predictions*.jsonl of a run or of tools.evaluate. All others are compared with the first one. For every
-metric of every task and subset, the command prints both values and their difference with its 95 % interval by paired
-bootstrap. It also lists the samples that became worse.
+Each file is a predictions*.jsonl of a run or of tools.evaluate. All other files are compared with the first one. For
+every metric of every task and subset, the command prints both values and their difference with its 95 % interval by
+paired bootstrap. It also lists the samples that became worse.
 
 Exit code 0: the evaluations were compared. 2: they could not be compared.
 """
@@ -117,7 +117,7 @@ def common_keys(files: Sequence[Path], evaluations: Sequence[Sequence[Prediction
     """Return the keys of the samples that all evaluations have in common, in the order of the first evaluation.
 
     Raises:
-        UserError: If there is none, or a key belongs to different samples.
+        UserError: If there are none, or a key belongs to different samples.
     """
     by_key = [{p.key: p for p in predictions} for predictions in evaluations]
     common = [p.key for p in evaluations[0] if all(p.key in other for other in by_key[1:])]
@@ -141,9 +141,9 @@ def compare(
     """Compare two evaluations of the same samples in the same order.
 
     Args:
-        first: the predictions of the first evaluation.
-        other: the predictions of the other evaluation.
-        meteor: the METEOR scorer; None to score captions without METEOR.
+        first: The predictions of the first evaluation.
+        other: The predictions of the other evaluation.
+        meteor: The METEOR scorer; None to score captions without METEOR.
 
     Returns:
         The change of every metric, and the samples that became worse, worst first.
@@ -183,7 +183,7 @@ def _only(keys: Sequence[str], predictions: Sequence[Prediction]) -> list[Predic
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """Return a short name for each file: the shortest ends of their paths that differ."""
+    """Return a short name for each file, which is the shortest end of its path that differs from all others."""
     parts = [path.with_suffix("").parts for path in files]
     depth = 1
     while len({p[-depth:] for p in parts}) < len(set(parts)):

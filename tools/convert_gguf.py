@@ -31,11 +31,11 @@ _OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm",
 
 
 def convert_llama(path: Path, folder: Path) -> None:
-    """Write the Llama weights of a GGUF file as a Hugging Face folder, dequantized to bf16, with tokenizer.
+    """Write the Llama weights of a GGUF file as a Hugging Face folder, dequantized to bf16, with the tokenizer.
 
     Args:
-        path: a GGUF file of the architecture `llama` with the tokenizer of SmolLM2.
-        folder: an existing, empty folder.
+        path: A GGUF file of the architecture `llama` with the tokenizer of SmolLM2.
+        folder: An existing, empty folder.
 
     Raises:
         UserError: If the package gguf is missing, or the file holds another kind of model.
@@ -83,7 +83,7 @@ def _hugging_face_name(name: str) -> str:
 def _rotary_halves(name: str, weight: Tensor, fields: dict[str, Any]) -> Tensor:
     """Return a weight with the rows of each head as transformers orders them.
 
-    llama.cpp interleaves the two halves that rotary positions rotate; transformers has one after the other.
+    llama.cpp interleaves the two halves of the rotary embedding, while transformers stores one after the other.
     """
     heads = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
     key = heads.get(name.split(".")[2]) if name.startswith("blk.") else None

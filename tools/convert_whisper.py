@@ -1,7 +1,7 @@
 """Conversion of Whisper weights from CTranslate2's format (faster-whisper) to a Hugging Face folder.
 
-CTranslate2 stores one file `model.bin`: a list of named arrays, with the query, key and value projections of a
-self-attention joined, and those of key and value of a cross-attention.
+CTranslate2 stores a list of named arrays in one file, `model.bin`. The query, key and value projections of each
+self-attention are joined in one array, and so are the key and value projections of each cross-attention.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from model.errors import UserError
 _DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
 _HEAD_DIM = 64
 _ENGLISH_VOCABULARY = 51864
-"""The vocabulary of Whisper's English-only models; multilingual ones have at least one token more."""
+"""The vocabulary size of Whisper's English-only models. Multilingual models have at least one token more."""
 
 
 def convert_whisper(model_bin: Path, folder: Path) -> None:
     """Write Whisper weights as a Hugging Face folder, in fp16.
 
     Args:
-        model_bin: a `model.bin` of CTranslate2, in a folder that also contains `config.json` and `tokenizer.json`.
-        folder: an existing, empty folder.
+        model_bin: A `model.bin` of CTranslate2, in a folder that also contains `config.json` and `tokenizer.json`.
+        folder: An existing, empty folder.
 
     Raises:
         UserError: If the file is not a Whisper model in this format.
@@ -62,7 +62,7 @@ def read_ctranslate2(path: Path) -> dict[str, NDArray[Any]]:
     """Return the arrays of a CTranslate2 model by name.
 
     Args:
-        path: a `model.bin` of the format's versions 4 to 6.
+        path: A `model.bin` of the format's versions 4 to 6.
 
     Raises:
         ValueError: If the file is too short, or a count in it makes no sense.
@@ -103,7 +103,7 @@ def read_ctranslate2(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _hugging_face_tensors(arrays: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
-    """Return the tensors of `WhisperForConditionalGeneration` in fp16; the output layer shares the embedding."""
+    """Return the tensors of `WhisperForConditionalGeneration` in fp16. The output layer shares the embedding."""
     tensors: dict[str, Tensor] = {}
 
     def keep(name: str, value: NDArray[Any]) -> None:
@@ -198,9 +198,9 @@ def _generation_config(config: dict[str, Any], stored: dict[str, Any], ids: dict
     """Return the content of `generation_config.json`.
 
     Args:
-        config: the content of `config.json`.
-        stored: the content of CTranslate2's `config.json`.
-        ids: the ids of the tokenizer's added tokens, by their text.
+        config: The content of `config.json`.
+        stored: The content of CTranslate2's `config.json`.
+        ids: The ids of the tokenizer's added tokens, by their text.
     """
     multilingual = config["vocab_size"] != _ENGLISH_VOCABULARY
     kept = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")

@@ -1,7 +1,7 @@
 """Create a small corpus, train a small model on it and show what it learned.
 
-earshot demo                       a few minutes on two CPU cores
-earshot demo train.steps=2000      a longer training
+earshot demo                       takes a few minutes on two CPU cores
+earshot demo train.steps=2000      trains for more steps
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 2 after printing a UserError, else that of the training.
+        The exit code: 2 after printing a UserError, else that of the training run.
     """
     parser = argparse.ArgumentParser(
         prog="earshot demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -54,11 +54,11 @@ def run_demo(run_dir: Path, overrides: Sequence[str]) -> int:
     """Create the corpus, train and print the report.
 
     Args:
-        run_dir: the folder of the run, relative to the current folder.
-        overrides: recipe keys to change, as `key=value`.
+        run_dir: The folder of the run, relative to the current folder.
+        overrides: Recipe keys to change, as `key=value`.
 
     Returns:
-        The exit code of the training.
+        The exit code of the training run.
 
     Raises:
         UserError: If an override is invalid, the corpus cannot be created, or the run left no results.
@@ -90,9 +90,9 @@ def report(folder: Path, shown_dir: Path, rows: Sequence[Mapping[str, Any]]) -> 
     """Return the text that is printed at the end.
 
     Args:
-        folder: the folder of the run.
-        shown_dir: the same folder as it is shown to the user.
-        rows: the rows of the corpus manifest.
+        folder: The folder of the run.
+        shown_dir: The path of this folder that is shown to the user.
+        rows: The rows of the corpus manifest.
 
     Raises:
         UserError: If the run left no summary or no predictions.
@@ -194,7 +194,7 @@ def _run(command: Sequence[str]) -> int:
             code = process.wait()
             return code if code >= 0 else 128 - code
         except KeyboardInterrupt:
-            # The terminal sent the signal to the training as well, which stops its ranks itself.
+            # The terminal has sent the signal to the training run as well, which then stops its own ranks.
             continue
 
 

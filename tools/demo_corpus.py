@@ -177,9 +177,9 @@ def write_corpus(out: Path, seed: int = 0, scale: float = 1.0) -> Path:
     """Write the corpus, unless it exists already.
 
     Args:
-        out: the folder to write into. A folder with other files is not changed.
-        seed: the seed of all random choices.
-        scale: the factor by which to multiply the number of items.
+        out: The folder to write into. A folder with other files is not changed.
+        seed: The seed of all random choices.
+        scale: The factor by which to multiply the number of items.
 
     Returns:
         The path of the manifest.

@@ -26,9 +26,9 @@ def make_sound(name: str, setting: int, rng: np.random.Generator) -> Wave:
     """Return a sound of 0.6 to 1.0 seconds.
 
     Args:
-        name: a key of `SOUNDS`.
-        setting: the seed of the sound's pitch and tempo; a setting is to sounds what a speaker is to speech.
-        rng: the source of the variation between sounds of the same setting.
+        name: A key of `SOUNDS`.
+        setting: The seed of the sound's pitch and tempo; a setting is to sounds what a speaker is to speech.
+        rng: The source of the variation between sounds of the same setting.
 
     Returns:
         A waveform `[T]` at 16 kHz with peak 1.

@@ -70,9 +70,9 @@ class Espeak:
         """Synthesise a text.
 
         Args:
-            text: the text.
-            voice: the name of a voice of espeak-ng, with variant, such as `en-us+f3`.
-            prosody: the prosody; None for the default one.
+            text: The text.
+            voice: The name of a voice of espeak-ng, with variant, such as `en-us+f3`.
+            prosody: The prosody; None for the default one.
 
         Returns:
             A waveform `[T]` in [-1, 1] at `rate_hz`.

@@ -1,4 +1,4 @@
-"""Write what a site edits into a folder: Slurm scripts, DeepSpeed configs and a commented recipe.
+"""Create a folder with the files that a site edits: Slurm scripts, DeepSpeed configs and a commented recipe.
 
 earshot init my_project
 cd my_project && sbatch slurm/train_8b.sh recipe.yaml data.root=/data
@@ -21,13 +21,15 @@ RECIPE = "recipe.yaml"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="earshot init",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=Path(), help="default: the current one")
+    parser.add_argument(
+        "folder", metavar="DIR", nargs="?", type=Path, default=Path(), help="default: the current folder"
+    )
     parser.add_argument("--recipe", default="mowe_8b", help="recipe to start from (default mowe_8b)")
     options = parser.parse_args(arguments)
     try:
@@ -41,17 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(folder: Path, recipe: str) -> list[str]:
-    """Write the files into `folder`, which is made if it is missing.
+    """Write the files into `folder`, which is created if it is missing.
 
     Args:
-        folder: files that are there already are never overwritten.
-        recipe: name of a recipe that comes with the project.
+        folder: The folder. Existing files in it are never overwritten.
+        recipe: The name of a recipe that is part of the project.
 
     Returns:
-        What was written, relative to `folder`.
+        The folders and files that were written, relative to `folder`.
 
     Raises:
-        UserError: If the recipe is unknown, or something is in the way or cannot be written.
+        UserError: If the recipe is unknown, or a file or folder exists already or cannot be written.
     """
     if recipe not in recipe_names():
         raise UserError(f"--recipe {recipe}: choose one of {', '.join(recipe_names())}")

@@ -112,8 +112,8 @@ def summary(shards: ShardSet, seconds: Sequence[float]) -> dict[str, Any]:
     """Return the counts, the hours by task, language, source, split and subset, and the histogram of durations.
 
     Args:
-        shards: the shards.
-        seconds: the duration of every clip in seconds.
+        shards: The shards.
+        seconds: The duration of every clip in seconds.
     """
     groups = shards.index.groups
     hours: dict[str, dict[str, dict[str, float]]] = {}
@@ -166,9 +166,9 @@ def draw(seconds: Sequence[float], path: Path, title: str) -> None:
     """Write a histogram of durations as PNG.
 
     Args:
-        seconds: the duration of every clip in seconds.
-        path: the file to write.
-        title: the title of the figure.
+        seconds: The duration of every clip in seconds.
+        path: The file to write.
+        title: The title of the figure.
     """
     from matplotlib.figure import Figure  # The import is slow and only needed here.
 

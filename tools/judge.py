@@ -134,9 +134,9 @@ def summarise(
     """Summarise the ratings of a call.
 
     Args:
-        predictions: the predictions that were rated.
-        verdicts: the judge's verdict on each of them.
-        prices: the prices of a million tokens sent and received; None if they are not known.
+        predictions: The predictions that were rated.
+        verdicts: The judge's verdict on each of them.
+        prices: The prices of a million tokens sent and received; None if they are not known.
     """
     rated: dict[str, list[tuple[dict[str, Any], float]]] = {}
     for p, v in zip(predictions, verdicts, strict=True):

@@ -78,11 +78,11 @@ def kill_test(folder: Path, num_kills: int, num_steps: int, seed: int, corpus: P
     """Run the test.
 
     Args:
-        folder: an empty folder for the runs.
-        num_kills: the number of kills.
-        num_steps: the number of steps of a run.
-        seed: the seed of the moments and ranks.
-        corpus: a demo corpus; None to create one.
+        folder: An empty folder for the runs.
+        num_kills: The number of kills.
+        num_steps: The number of steps of a run.
+        seed: The seed of the moments and ranks.
+        corpus: A demo corpus; None to create one.
 
     Raises:
         UserError: If the uninterrupted run fails.

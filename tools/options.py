@@ -42,8 +42,8 @@ def check_at_least(least: int, **options: int | None) -> None:
     """Check that options are at least `least`.
 
     Args:
-        least: the smallest legal value.
-        options: the values by name, with underscores for hyphens; None for an option that was not given.
+        least: The smallest legal value.
+        options: The values by name, with underscores for hyphens; None for an option that was not given.
 
     Raises:
         UserError: If a value is smaller.
@@ -57,8 +57,8 @@ def check_output(what: str, path: Path, *, is_folder: bool = False) -> None:
     """Check that a file, or the files in a folder, can be written. Parent folders need not exist.
 
     Args:
-        what: the path as the user gave it, for the error.
-        path: the file or folder.
+        what: The path as the user gave it, for the error.
+        path: The file or folder.
         is_folder: True if `path` is a folder.
 
     Raises:

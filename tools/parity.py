@@ -113,11 +113,11 @@ def check(
     """Compare one topology with the single-process model, in new processes.
 
     Args:
-        topology: the topology.
-        num_steps: the length of the loss curves; 0 for none.
-        family: the family of the LLM.
-        kinds: the kinds of batches.
-        deepspeed: a DeepSpeed JSON file; None for `DS_CONFIG`.
+        topology: The topology.
+        num_steps: The length of the loss curves; 0 for none.
+        family: The family of the LLM.
+        kinds: The kinds of batches.
+        deepspeed: A DeepSpeed JSON file; None for `DS_CONFIG`.
         pack_multiple: `train.pack_multiple_tokens`.
         lora: train low-rank adapters over partly frozen weights.
     """
@@ -156,13 +156,13 @@ def measure(
     Collective: every rank of the world must call it.
 
     Args:
-        tp: the tensor-parallel size.
-        pp: the pipeline-parallel size.
-        ep: the expert-parallel size.
-        num_steps: the length of the loss curves; 0 for none.
-        family: the family of the LLM.
-        kinds: the kinds of batches.
-        deepspeed: a DeepSpeed JSON file; None for `DS_CONFIG`.
+        tp: The tensor-parallel size.
+        pp: The pipeline-parallel size.
+        ep: The expert-parallel size.
+        num_steps: The length of the loss curves; 0 for none.
+        family: The family of the LLM.
+        kinds: The kinds of batches.
+        deepspeed: A DeepSpeed JSON file; None for `DS_CONFIG`.
         pack_multiple: `train.pack_multiple_tokens`.
         lora: train low-rank adapters over partly frozen weights.
 

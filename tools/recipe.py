@@ -1,8 +1,8 @@
-"""Recipes and their keys.
+"""List recipes, print one with all its values, and explain the keys.
 
-earshot recipe                        the recipes that come with the project
-earshot recipe --keys optim           every key of a section: type, default, meaning
-earshot recipe --show kit_cpu         a recipe with all its values
+earshot recipe                        list the recipes that are part of the project
+earshot recipe --keys optim           explain every key of a section: its type, default and meaning
+earshot recipe --show kit_cpu         print a recipe with all its values, defaults included
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from model.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+    """Run the command and return its exit code."""
     options = _parser().parse_intermixed_args(sys.argv[1:] if arguments is None else list(arguments))
     try:
         print(_text(options), end="")
@@ -31,7 +31,11 @@ def _text(options: argparse.Namespace) -> str:
     if options.show is not None:
         return dump(load_recipe(options.show, options.overrides))
     if options.overrides:
-        raise UserError(f"{options.overrides[0]}: key=value goes with --show RECIPE")
+        first = options.overrides[0]
+        raise UserError(
+            f"{first}: unexpected argument; to show a recipe use --show {'RECIPE' if '=' in first else first}, and put "
+            "key=value overrides after it"
+        )
     if options.markdown or options.keys is not None:
         from trainer.config.reference import as_markdown, as_text, sections
 
@@ -53,10 +57,16 @@ def _parser() -> argparse.ArgumentParser:
         prog="earshot recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--keys", nargs="?", const="", metavar="SECTION", help="all keys, or those of a section")
-    kind.add_argument("--show", metavar="RECIPE", help="a recipe, resolved; key=value overrides may follow")
-    kind.add_argument("--markdown", action="store_true", help="the text of docs/recipe.md")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="with --show: keys to change")
+    kind.add_argument(
+        "--keys", nargs="?", const="", metavar="SECTION", help="explain all keys, or those of one section"
+    )
+    kind.add_argument(
+        "--show", metavar="RECIPE", help="print a recipe with all its values; key=value overrides may follow"
+    )
+    kind.add_argument("--markdown", action="store_true", help="print the text of docs/recipe.md")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="a value to change in the recipe; only with --show"
+    )
     return parser
 
 

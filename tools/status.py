@@ -81,8 +81,8 @@ def read_status(run_dir: Path, now_sec: float) -> Status:
     """Read the status of a run from its folder.
 
     Args:
-        run_dir: the folder of the run.
-        now_sec: the current time in seconds since the epoch.
+        run_dir: The folder of the run.
+        now_sec: The current time in seconds since the epoch.
 
     Raises:
         UserError: If the folder contains no run, or a file is damaged.
@@ -144,9 +144,9 @@ def goodput(records: Sequence[Mapping[str, Any]], undone: set[int], wall_sec: fl
     """Return the share of a time that was spent on steps whose updates are in the weights.
 
     Args:
-        records: the metrics of the run, by logging interval.
-        undone: the steps whose updates are not in the weights.
-        wall_sec: the time in seconds.
+        records: The metrics of the run, by logging interval.
+        undone: The steps whose updates are not in the weights.
+        wall_sec: The time in seconds.
 
     Returns:
         A share between 0 and 1; None if the time is 0.

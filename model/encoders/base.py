@@ -30,9 +30,9 @@ class AudioEncoder(nn.Module):
     The features of a clip do not depend on the other clips of the call.
 
     Args:
-        dim: the width of a feature vector.
-        windowing: how clips are cut and padded. The window must be a multiple of both 320 and `frame_samples`.
-        frame_samples: the audio samples between two frames that `encode` returns.
+        dim: The width of a feature vector.
+        windowing: How clips are cut and padded. The window must be a multiple of both 320 and `frame_samples`.
+        frame_samples: The audio samples between two frames that `encode` returns.
     """
 
     dim: int
@@ -99,8 +99,8 @@ def at_mixture_rate(frames: Ragged, frame_samples: int, lengths: tuple[int, ...]
 
     Args:
         frames: [ΣE, D] at one frame per `frame_samples` audio samples.
-        frame_samples: the audio samples between two frames.
-        lengths: the number of frames at 50 Hz that each clip must have.
+        frame_samples: The audio samples between two frames.
+        lengths: The number of frames at 50 Hz that each clip must have.
 
     Returns:
         [ΣF, D], with F as in `lengths`.
@@ -163,7 +163,7 @@ def normalized(waves: Tensor, lengths: Sequence[int]) -> Tensor:
 
     Args:
         waves: [B, T] in fp32, zero after each length.
-        lengths: the real length of each clip, in samples.
+        lengths: The real length of each clip, in samples.
 
     Returns:
         [B, T], zero after each length.
@@ -192,8 +192,8 @@ def join_frames(hidden: Tensor, valid: Sequence[int], wanted: Sequence[int]) -> 
 
     Args:
         hidden: padded frames [B, F, D].
-        valid: the number of valid frames of each window.
-        wanted: the number of frames to return for each window; below `valid`, frames past the window's end are dropped.
+        valid: The number of valid frames of each window.
+        wanted: The number of frames to return for each window; below `valid`, frames past the window's end are dropped.
 
     Returns:
         [Σ wanted, D].

@@ -38,8 +38,8 @@ class ConvStackEncoder(AudioEncoder):
     """HuBERT or WavLM as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
 
     Args:
-        encoder: the network, called as `encoder(waves[B, T], num_samples, recompute)`; returns [B, F, D].
-        resolved: the encoder's settings.
+        encoder: The network, called as `encoder(waves[B, T], num_samples, recompute)`; returns [B, F, D].
+        resolved: The encoder's settings.
     """
 
     def __init__(self, encoder: nn.Module, resolved: ResolvedEncoder) -> None:
@@ -166,10 +166,10 @@ def conv_features(
     The valid output of unpadded convolutions depends only on a window's own steps, so no mask is needed in between.
 
     Args:
-        layers: the convolutional layers.
-        config: the transformers config.
+        layers: The convolutional layers.
+        config: The transformers config.
         waves: [B, T].
-        num_samples: the length of each window.
+        num_samples: The length of each window.
         recompute: True to recompute the layers in the backward pass.
 
     Returns:

@@ -96,9 +96,9 @@ def encoder_error(config: EncoderConfig, what: str, remedy: str) -> UserError:
     """Return the error for an encoder.
 
     Args:
-        config: the encoder.
-        what: what is wrong, with the field and its value.
-        remedy: what to do about it.
+        config: The encoder.
+        what: What is wrong, with the field and its value.
+        remedy: What to do about it.
     """
     return UserError(f"encoder {config.name or config.family!r}: {what}; {remedy}")
 

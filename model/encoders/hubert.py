@@ -49,7 +49,7 @@ class RaggedHubert(DrawnAsTransformers, HubertPreTrainedModel):
 
         Args:
             waves: [B, max T], zero after each length.
-            num_samples: the length of each window.
+            num_samples: The length of each window.
             recompute: True to recompute every layer in the backward pass.
 
         Returns:

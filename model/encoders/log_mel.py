@@ -52,7 +52,7 @@ def padded_log_mel(audio: Ragged, num_mels: int, pad_samples: int | None = None)
     Args:
         audio: waveforms [ΣT].
         num_mels: N.
-        pad_samples: the length to which every clip is padded with silence first (Whisper's 30 s); the spectrogram
+        pad_samples: The length to which every clip is padded with silence first (Whisper's 30 s); the spectrogram
             includes the silence. None: clips keep their length.
 
     Returns:

@@ -112,7 +112,7 @@ class RaggedWavLM(DrawnAsTransformers, WavLMPreTrainedModel):
 
         Args:
             waves: [B, max T], zero after each length.
-            num_samples: the length of each window.
+            num_samples: The length of each window.
             recompute: True to recompute every layer in the backward pass.
 
         Returns:

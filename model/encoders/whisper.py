@@ -67,8 +67,8 @@ class Whisper(AudioEncoder):
     after encoding, as are those of the trailing silence.
 
     Args:
-        encoder: the network.
-        resolved: the encoder's settings.
+        encoder: The network.
+        resolved: The encoder's settings.
     """
 
     def __init__(self, encoder: RaggedWhisperEncoder, resolved: ResolvedEncoder) -> None:

@@ -16,9 +16,9 @@ class EarshotConfig(PretrainedConfig):
     """The config of `model.hub.modeling.EarshotForCausalLM`.
 
     Args:
-        text_config: the config of the LLM.
-        audio: the fields of `model.config.ModelConfig` without the LLM; encoders have no `weights`.
-        vocab_size: the vocabulary size of the tokenizer; the LLM's embedding may have more rows.
+        text_config: The config of the LLM.
+        audio: The fields of `model.config.ModelConfig` without the LLM; encoders have no `weights`.
+        vocab_size: The vocabulary size of the tokenizer; the LLM's embedding may have more rows.
     """
 
     model_type = "earshot"
@@ -44,9 +44,9 @@ def describe(config: ModelConfig, hf_config: PretrainedConfig, vocab_size: int) 
     terms) is dropped.
 
     Args:
-        config: the recipe's model.
-        hf_config: the config of the LLM.
-        vocab_size: the vocabulary size of the tokenizer.
+        config: The recipe's model.
+        hf_config: The config of the LLM.
+        vocab_size: The vocabulary size of the tokenizer.
 
     Raises:
         UserError: If the config of an encoder cannot be read.

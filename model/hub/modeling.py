@@ -60,7 +60,7 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
             audio_mask: [B, L] bool, true at the placeholders.
             audio_values: [ΣT], the concatenated clips, sample after sample.
             audio_lengths: [C], the lengths of the clips in audio samples.
-            instruction_ids: the concatenated tokens of each clip's instruction.
+            instruction_ids: The concatenated tokens of each clip's instruction.
             instruction_lengths: [C], the lengths of the instructions in tokens.
 
         Returns:

@@ -24,14 +24,14 @@ class EarshotProcessor(ProcessorMixin):
     """The processor of tokenizer, prompt and audio.
 
     Args:
-        tokenizer: the tokenizer of the LLM.
-        placeholder: the token that is repeated once for each audio token of a clip.
-        prompt_with_audio: the prompt of samples with audio, which contains `{audio}` and `{instruction}`.
-        prompt_without_audio: the prompt of samples without audio.
+        tokenizer: The tokenizer of the LLM.
+        placeholder: The token that is repeated once for each audio token of a clip.
+        prompt_with_audio: The prompt of samples with audio, which contains `{audio}` and `{instruction}`.
+        prompt_without_audio: The prompt of samples without audio.
         as_chat: True to wrap prompts in the tokenizer's chat template.
-        strides: the strides of the model's adapter.
-        min_audio_sec: the length to which shorter clips are padded with silence at the end.
-        max_audio_sec: the length of the longest clips in training; longer clips are accepted. None: unknown.
+        strides: The strides of the model's adapter.
+        min_audio_sec: The length to which shorter clips are padded with silence at the end.
+        max_audio_sec: The length of the longest clips in training; longer clips are accepted. None: unknown.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class EarshotProcessor(ProcessorMixin):
         """Return the inputs of `generate` and `forward`, with prompts padded on the left.
 
         Args:
-            audio: one clip; or, for each of several samples, a clip or a list of clips. None: text only.
-            text: the instruction, or one for each sample.
-            sampling_rate: the rate of waveforms; only 16000 is accepted.
+            audio: One clip; or, for each of several samples, a clip or a list of clips. None: text only.
+            text: The instruction, or one for each sample.
+            sampling_rate: The rate of waveforms; only 16000 is accepted.
             return_tensors: only `pt` is accepted.
 
         Raises:
@@ -117,8 +117,8 @@ class EarshotProcessor(ProcessorMixin):
         """Return the number of tokens of a prompt without its audio tokens.
 
         Args:
-            num_clips: the number of clips.
-            text: the instruction.
+            num_clips: The number of clips.
+            text: The instruction.
 
         Raises:
             ValueError: If `text` contains the placeholder.

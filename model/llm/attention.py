@@ -32,9 +32,9 @@ class PackedAttention(nn.Module):
 
     Args:
         config: Megatron's config.
-        layer_number: the number of the layer, from 1.
-        inv_freq: the inverse frequencies [D/2] of the rotary embedding, in fp32.
-        scaling: the factor on cosine and sine.
+        layer_number: The number of the layer, from 1.
+        inv_freq: The inverse frequencies [D/2] of the rotary embedding, in fp32.
+        scaling: The factor on cosine and sine.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PackedAttention(nn.Module):
             attention_mask: must be None.
             attn_mask_type: not used; part of the signature in Megatron.
             attention_bias: must be None.
-            packed_seq_params: the pack, a `PackedSequences`.
+            packed_seq_params: The pack, a `PackedSequences`.
 
         Returns:
             [t, H, D].

@@ -73,10 +73,10 @@ def transformer_config(
     by the number of target tokens of the global batch.
 
     Args:
-        hf_config: the LLM.
-        tp_size: the tensor-parallel size.
-        pp_size: the number of pipeline stages.
-        dtype: the dtype of the parameters.
+        hf_config: The LLM.
+        tp_size: The tensor-parallel size.
+        pp_size: The number of pipeline stages.
+        dtype: The dtype of the parameters.
         recompute: True to keep only each layer's input for the backward pass.
     """
     family = family_of(hf_config)
@@ -135,12 +135,12 @@ def build_megatron(
     is padded to a multiple of `tp_size`. Sequence parallelism is on if `tp_size` > 1.
 
     Args:
-        hf_config: the LLM.
-        tp_size: the tensor-parallel size.
-        pp_size: the number of pipeline stages.
+        hf_config: The LLM.
+        tp_size: The tensor-parallel size.
+        pp_size: The number of pipeline stages.
         first_stage: True if this rank holds the first pipeline stage.
         last_stage: True if this rank holds the last pipeline stage.
-        dtype: the dtype of the parameters.
+        dtype: The dtype of the parameters.
         recompute: True to keep only each layer's input for the backward pass.
     """
     config = transformer_config(hf_config, tp_size=tp_size, pp_size=pp_size, dtype=dtype, recompute=recompute)

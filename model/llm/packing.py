@@ -135,9 +135,9 @@ class PackedSequences(PackedSeqParams):
         """Return cosine and sine [t, 1, D] of the rotary embedding, which are computed once per pack for all layers.
 
         Args:
-            inv_freq: the inverse frequencies [D/2] in fp32, on the device of `like`.
-            scaling: the factor on cosine and sine.
-            like: a tensor whose dtype and device the result has.
+            inv_freq: The inverse frequencies [D/2] in fp32, on the device of `like`.
+            scaling: The factor on cosine and sine.
+            like: A tensor whose dtype and device the result has.
         """
         if self._rotation is None or self._rotation[0].dtype != like.dtype:
             angles = torch.outer(self.layout(like.device)[0].float(), inv_freq).repeat(1, 2)[:, None, :]
@@ -205,8 +205,8 @@ class KVCache:
     `extend` reserves the positions of one forward pass, and the layers fill them.
 
     Args:
-        num_sequences: the number of sequences.
-        max_tokens: the largest number of tokens of a sequence.
+        num_sequences: The number of sequences.
+        max_tokens: The largest number of tokens of a sequence.
     """
 
     def __init__(self, num_sequences: int, max_tokens: int) -> None:
@@ -221,9 +221,9 @@ class KVCache:
         """Return the pack that appends tokens to sequences.
 
         Args:
-            lengths: the number of tokens to append to each sequence.
-            sequences: the sequences; None for all, in order.
-            num_padding: the number of rows of padding after them, which are not stored.
+            lengths: The number of tokens to append to each sequence.
+            sequences: The sequences; None for all, in order.
+            num_padding: The number of rows of padding after them, which are not stored.
         """
         which = tuple(range(len(self.num_tokens))) if sequences is None else tuple(sequences)
         assert len(which) == len(lengths) and len(set(which)) == len(which), (which, lengths)

@@ -49,9 +49,9 @@ def weight_source(config: LLMConfig, hf_config: PretrainedConfig, seed: int | No
     """Return the weights that the recipe's section `model.llm` describes.
 
     Args:
-        config: the section.
-        hf_config: the LLM.
-        seed: the seed of random weights; required without a checkpoint.
+        config: The section.
+        hf_config: The LLM.
+        seed: The seed of random weights; required without a checkpoint.
 
     Raises:
         UserError: If the checkpoint cannot be read or does not fit `hf_config`.

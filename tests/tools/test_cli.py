@@ -79,7 +79,12 @@ def test_shown_recipe_can_be_loaded(name: str, tmp_path: Path, capsys: pytest.Ca
 
 def test_overrides_need_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert recipe.main(["seed=7"]) == 2
-    assert capsys.readouterr().err == "error: seed=7: key=value goes with --show RECIPE\n"
+    hint = "and put key=value overrides after it\n"
+    expected = f"error: seed=7: unexpected argument; to show a recipe use --show RECIPE, {hint}"
+    assert capsys.readouterr().err == expected
+    assert recipe.main(["mowe_8b"]) == 2
+    expected = f"error: mowe_8b: unexpected argument; to show a recipe use --show mowe_8b, {hint}"
+    assert capsys.readouterr().err == expected
 
 
 def test_init_writes_the_files_to_edit_and_overwrites_nothing(

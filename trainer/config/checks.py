@@ -1,4 +1,4 @@
-"""The rules that connect sections of a recipe, which are checked before any process group exists.
+"""The rules that involve several sections of a recipe. They are checked before any process group exists.
 
 The rules within one section are in the `__post_init__` of its dataclass.
 """
@@ -30,7 +30,7 @@ from trainer.telemetry.trackers.table import check_trackers
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Check all rules that can be checked without weights, data or other ranks.
+    """Check all rules that need neither weights nor data nor other ranks.
 
     Raises:
         UserError: If a rule is broken. The message contains the key, its value and the legal values.
@@ -58,18 +58,21 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def deepspeed_json(recipe: Recipe) -> Path:
-    """Return the path of `train.deepspeed`, relative to the current folder, or else to the project's folder."""
+    """Return the path of the DeepSpeed JSON file.
+
+    A relative path is resolved against the current folder, or against the project's folder if there is no such file.
+    """
     path = Path(recipe.train.deepspeed)
     return path if path.exists() or path.is_absolute() else shipped(recipe.train.deepspeed)
 
 
 def check_folders(recipe: Recipe) -> None:
-    """Check that the folders of weights exist, which a training run needs and a dry run does not.
+    """Check that the folders of weights exist. A training run needs them, but a dry run does not.
 
     A tokenizer's folder may be missing when a run resumes, since the run keeps a copy.
 
     Raises:
-        UserError: If one is missing and its name cannot be a hub id.
+        UserError: If a folder is missing and its name cannot be a hub id.
     """
     for place, encoder in _places(recipe.model):
         check_present(f"{place}.weights", encoder.weights)
@@ -77,7 +80,7 @@ def check_folders(recipe: Recipe) -> None:
 
 
 def warnings_of(model: ModelConfig) -> list[str]:
-    """Return a line for every setting of `model` that is legal and yet may not be intended."""
+    """Return a warning for every setting of `model` that is legal but possibly unintended."""
     return [
         f"{place}.length_mode = trim: {encoder.weights} was pre-trained on windows of 30 s, and shorter ones change "
         "its features (see docs/finetune.md); set its length_mode to full, or for a smaller change its "
@@ -89,13 +92,13 @@ def warnings_of(model: ModelConfig) -> list[str]:
 
 
 def _places(model: ModelConfig) -> list[tuple[str, EncoderConfig]]:
-    """Return all encoders with their keys in a recipe."""
+    """Return all encoders with their recipe keys."""
     places = [("model.primary", model.primary)] if model.primary is not None else []
     return places + [(f"model.experts[{i}]", expert) for i, expert in enumerate(model.experts)]
 
 
 def known_encoder(config: EncoderConfig) -> EncoderConfig | None:
-    """Return the encoder as far as it is known without a network; None if the recipe contains only a hub id.
+    """Return what is known of an encoder without network access; None if the recipe contains only a hub id.
 
     If the recipe contains both a hub id and a `config`, the result has the `config` and no weights.
     """
@@ -105,7 +108,7 @@ def known_encoder(config: EncoderConfig) -> EncoderConfig | None:
 
 
 def known_llm_config(config: LLMConfig) -> PretrainedConfig | None:
-    """Return the LLM's Hugging Face config as far as it is known without a network.
+    """Return what is known of the LLM's Hugging Face config without network access.
 
     It is read from a local directory or the recipe. If the recipe contains only a hub id, the result is None, and the
     ranks call `check_llm` themselves.
@@ -144,7 +147,7 @@ def check_packs(train: TrainConfig, parallel: ParallelConfig) -> None:
     """Check that padded packs can be divided among tensor ranks and do not exceed the tokens of a micro-batch.
 
     Raises:
-        UserError: If they cannot or do. The message lists the legal values.
+        UserError: If one of these conditions is not met. The message lists the legal values.
     """
     multiple, tp, budget = train.pack_multiple_tokens, parallel.tensor, train.llm_tokens_per_microbatch
     if multiple is None or (multiple % tp == 0 and budget % multiple == 0):
@@ -215,7 +218,7 @@ def _check_lengths(recipe: Recipe, hf_config: PretrainedConfig) -> None:
 
 
 def _positions(hf_config: PretrainedConfig) -> int:
-    """Return the number of positions that the LLM's rotary embedding supports, after scaling if the config has any."""
+    """Return the number of positions that the LLM's rotary embedding supports, including any configured scaling."""
     rope = hf_config.rope_parameters
     stretched = rope.get("original_max_position_embeddings")
     factor = rope.get("factor")
@@ -280,7 +283,7 @@ def _example_metric(split: str) -> str:
 
 
 def _check_best_is(recipe: Recipe) -> None:
-    """Check that the best checkpoint by a task's main metric is not the one with the worst value."""
+    """Check that a task's main metric is not configured to select the checkpoint with the worst value as the best."""
     metric, best_is = recipe.checkpoint.best_metric, recipe.checkpoint.best_is
     for task in TASKS.values() if metric is not None else ():
         right = "highest" if task.higher_is_better else "lowest"

@@ -1,4 +1,4 @@
-"""Conversion between plain trees (mappings, lists, scalars) and dataclasses, strictly by their annotations."""
+"""Strict conversion between plain trees (mappings, lists, scalars) and annotated dataclasses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def from_tree(cls: type[T], tree: Any, path: str = "") -> T:
         path: The dotted key that leads to the tree, for error messages.
 
     Raises:
-        UserError: If a key is unknown or missing, a value has another type, or a check of a dataclass fails.
+        UserError: If a key is unknown or missing, a value has the wrong type, or a check of a dataclass fails.
     """
     if not isinstance(tree, dict):
         raise UserError(f"{path or 'recipe'} = {_show(tree)}: expected a mapping of {cls.__name__}'s keys")
@@ -45,7 +45,7 @@ def from_tree(cls: type[T], tree: Any, path: str = "") -> T:
 
 
 def to_tree(value: Any) -> Any:
-    """Return a dataclass as a tree, from which `from_tree` builds an equal one. Credentials in URLs are masked."""
+    """Return a dataclass as a tree from which `from_tree` builds an equal dataclass. Credentials in URLs are masked."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -56,7 +56,7 @@ def to_tree(value: Any) -> Any:
 
 
 def describe(annotation: Any) -> str:
-    """Return an annotation in words for a user."""
+    """Return a description of an annotation for users."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is type(None):
         return "null"

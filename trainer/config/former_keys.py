@@ -1,7 +1,7 @@
 """Recipe keys and values that had other names in earlier versions.
 
-A recipe that a user writes must have the present names; the error of `refuse` says which. A recipe that is stored in a
-run or checkpoint is brought up to date by `translate`, so that runs of earlier versions can still be used.
+A recipe that a user writes must use the present names, which the error message of `refuse` contains. A recipe that is
+stored in a run or checkpoint is updated by `translate`, so that runs of earlier versions can still be used.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ FORMER_KEYS = {
     "model.router.entry_steps": "added_encoder_warmup_steps",
     "telemetry.mlflow_experiment": "experiment",
 }
-"""The last part of each key's present name by dotted former key. The section is the same."""
+"""For each former dotted key, the last part of its present name. The section is the same."""
 
 FORMER_SWITCHES = {"telemetry.mlflow": ("trackers", {True: ["mlflow"], False: []})}
-"""The last part of the key that replaces a former switch, and its value for each value of the switch, by dotted key."""
+"""For each former switch, the last part of the key that replaces it, and the key's value for each switch value."""
 
 FORMER_VALUES = {"model.router.gates": FORMER_GATES}
-"""The present names of list items by their former names, by dotted key of the list."""
+"""For each dotted key of a list, the present names of its items by their former names."""
 
 
 def refuse(tree: dict[str, Any]) -> None:
-    """Check that a user's recipe has no former key or value.
+    """Check that a user's recipe contains no former key or value.
 
     Args:
         tree: The recipe as nested mappings. It is not changed.
 
     Raises:
-        UserError: If it has one. The message contains the present name.
+        UserError: If it contains one. The message contains the present name.
     """
     for section, key, new in _former_keys(tree):
         if key.rpartition(".")[2] in section:
@@ -48,7 +48,7 @@ def refuse(tree: dict[str, Any]) -> None:
 
 
 def translate(tree: dict[str, Any]) -> None:
-    """Bring a stored recipe up to date, in place.
+    """Replace former keys and values in a stored recipe, in place.
 
     Args:
         tree: The recipe as nested mappings.

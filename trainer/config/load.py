@@ -1,4 +1,4 @@
-"""Loading of recipes: strict YAML, inheritance by `base:`, and `key=value` overrides."""
+"""Loading of recipes from strict YAML, with inheritance by `base:` and `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def parse_stored_recipe(text: str, where: str) -> Recipe:
 
 
 def _build(tree: Any) -> Recipe:
-    """Return the recipe of a tree, after its plug-ins are loaded, since its sections may name what they add."""
+    """Build a recipe from a tree. Its plug-ins are loaded first, since its sections may refer to what they add."""
     names = tree.get("plugins") if isinstance(tree, dict) else None
     if isinstance(names, list):  # `from_tree` refuses anything else
         load_plugins([name for name in names if isinstance(name, str)])
@@ -82,12 +82,12 @@ def dump(recipe: Recipe) -> str:
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with the project."""
+    """Return the names of the recipes that are part of the project."""
     return sorted(p.stem for p in RECIPES.glob("*.yaml"))
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A YAML loader that refuses duplicate keys and reads scalars as YAML 1.2 does.
+    """A YAML loader that rejects duplicate keys and reads scalars according to YAML 1.2.
 
     For example, `5e-4` is a number, and `no` and `12:30` are text.
     """

@@ -23,7 +23,7 @@ class Key:
     """One key of a recipe."""
 
     path: str
-    """The dotted key, with `N` for the number of a list item, for example `data.datasets.N.weight`."""
+    """The dotted key, with `N` for the index of a list item, for example `data.datasets.N.weight`."""
     type: str
     default: str
     """The default value as YAML; `required` if there is none."""

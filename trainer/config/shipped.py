@@ -1,4 +1,4 @@
-"""Files that come with the project but are not Python: `ds_configs/` and `slurm/`."""
+"""The files of the project that are not Python modules: `ds_configs/` and `slurm/`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def shipped(name: str) -> Path:
-    """Return the path of a file or folder that comes with the project.
+    """Return the path of a file or folder that is part of the project.
 
     An installed wheel has the folders inside `trainer/`; in a checkout they are next to it.
 

@@ -1,4 +1,4 @@
-"""Checks of the folders of weights that a recipe names: that they exist, in a format that can be read."""
+"""Checks that the folders of weights in a recipe exist and have a format that can be read."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def check_weights(key: str, weights: str | None) -> None:
     """Check that `weights` is not in the format of llama.cpp or CTranslate2.
 
     Args:
-        key: the recipe's key, for the error.
-        weights: a folder, a hub id, or None. Only local files are looked at.
+        key: The recipe's key, for the error.
+        weights: A folder, a hub id, or None. Only local files are checked.
 
     Raises:
         UserError: If it is a file, or a folder in one of these formats.
@@ -57,7 +57,7 @@ def _begins_with(path: Path, magic: bytes) -> bool:
 
 
 def _is_ctranslate2(model_bin: Path) -> bool:
-    """Return whether the file begins as CTranslate2's: a small version number, then the length of the model's name."""
+    """Return whether the file begins like those of CTranslate2, with a small version number and a name's length."""
     if not model_bin.is_file():
         return False
     with model_bin.open("rb") as file:
@@ -70,8 +70,8 @@ def check_present(key: str, folder: str | None) -> None:
     """Check that a folder exists, unless its name may be a hub id.
 
     Args:
-        key: the recipe's key, for the error.
-        folder: a folder, a hub id, or None.
+        key: The recipe's key, for the error.
+        folder: A folder, a hub id, or None.
 
     Raises:
         UserError: If the folder does not exist.

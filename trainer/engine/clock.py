@@ -1,4 +1,4 @@
-"""Measurement of how long work on a device takes, without waiting for it."""
+"""Measurement of the duration of work on a device, without waiting for the work when it is submitted."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any, TypeAlias
 import torch
 
 Moment: TypeAlias = Any
-"""A time of the host in seconds, or a CUDA event."""
+"""A point in time: seconds on the host's clock, or a CUDA event."""
 Lap: TypeAlias = tuple[Moment, Moment]
-"""The begin and the end of a piece of work."""
+"""The start and the end of a piece of work."""
 
 
 class DeviceClock:
-    """A clock for the work of a device. A CPU has finished when a call returns; a GPU records the moment itself."""
+    """A clock for work on a device. On a CPU it reads the host's time, on a GPU it records CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def now(self) -> Moment:
-        """Return the moment at which all work that has been submitted so far is finished."""
+        """Return the moment at which all work submitted so far is finished. The call does not wait for that moment."""
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -12,17 +12,17 @@ from model.errors import UserError
 
 _VARIABLES = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),  # cuBLAS: streams share no workspace
-    "NCCL_ALGO": ("^NVLS", "Ring", "Tree", "CollnetDirect", "CollnetChain"),  # those that Megatron trusts
+    "NCCL_ALGO": ("^NVLS", "Ring", "Tree", "CollnetDirect", "CollnetChain"),  # those that Megatron accepts
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),  # TransformerEngine's attention
 }
-"""The legal values of variables that libraries read when they start. The first one is set if there is none."""
+"""The legal values of variables that libraries read when they start. An unset variable is set to the first one."""
 
 
 def check_variables(environ: Mapping[str, str]) -> None:
-    """Check that the environment does not ask libraries for kernels that are not deterministic.
+    """Check that no environment variable makes a library use kernels that are not deterministic.
 
     Raises:
-        UserError: If a variable has a value that is not deterministic.
+        UserError: If a variable has a value that does not guarantee determinism.
     """
     for name, legal in _VARIABLES.items():
         if environ.get(name, legal[0]) not in legal:
@@ -42,7 +42,7 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
         wanted: False to change nothing.
 
     Raises:
-        UserError: If an environment variable has another value, or CUDA has been started without it.
+        UserError: If `check_variables` raises it, or CUDA was started before cuBLAS could be configured.
     """
     if not wanted:
         yield
@@ -68,11 +68,11 @@ def _set_torch(restore: ExitStack) -> None:
         torch.are_deterministic_algorithms_enabled(),
         warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    # Without warn_only, flash and memory-efficient attention take their deterministic backward passes.
+    # Without warn_only, flash and memory-efficient attention use their deterministic backward passes.
     torch.use_deterministic_algorithms(True)
     restore.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # NaN reveals results that depend on uninitialized memory, another cause of differences between runs.
+    # Filling with NaN reveals results that depend on uninitialized memory, another source of differences.
     for owner, name, value in (
         (torch.utils.deterministic, "fill_uninitialized_memory", True),
         (torch.backends.cudnn, "deterministic", True),

@@ -1,7 +1,7 @@
-"""The configuration of DeepSpeed: a JSON file in DeepSpeed's format, completed by values from the recipe.
+"""The configuration of DeepSpeed, which combines a JSON file in DeepSpeed's format with values from the recipe.
 
-Every setting is in one place only. The JSON file says how ZeRO-3 works on the hardware (buckets, overlap, offload). The
-recipe holds everything that has an effect on the trained weights.
+Every setting is in one place only. The JSON file adapts ZeRO-3 to the hardware (buckets, overlap, offload). The recipe
+contains all settings that affect the trained weights.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def load_ds_json(path: Path) -> dict[str, Any]:
     """Read and check a DeepSpeed JSON file.
 
     Raises:
-        UserError: If the file is missing or malformed, contains a key that belongs in the recipe or is unknown, or has
-            another ZeRO stage than 3.
+        UserError: If the file is missing or malformed, contains a key that is unknown or belongs in the recipe, or
+            sets a ZeRO stage other than 3.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates(path))
@@ -83,14 +83,15 @@ def load_ds_json(path: Path) -> dict[str, Any]:
 
 
 def build_ds_config(path: Path, *, precision: Literal["fp32", "bf16"]) -> dict[str, Any]:
-    """Return the dict for `deepspeed.initialize`: the JSON file at `path`, completed by the recipe's values.
+    """Return the dict for `deepspeed.initialize`, from the JSON file at `path` and the values of the recipe.
 
-    Micro-batches, gradient accumulation and clipping of DeepSpeed are not used: a step runs several encoder calls per
-    update, and clips by one norm over both engines. Gradients are reduced and kept in fp32 with either precision.
+    DeepSpeed's micro-batches, gradient accumulation and clipping are not used, because a step runs several encoder
+    calls per update, and clips gradients by one norm over both engines. Gradients are reduced and kept in fp32 with
+    either precision.
 
     Args:
-        path: the JSON file.
-        precision: `train.precision`.
+        path: The JSON file.
+        precision: The value of `train.precision`.
 
     Raises:
         UserError: If `load_ds_json` raises it, or the section `zero_optimization` is malformed.

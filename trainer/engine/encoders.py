@@ -35,14 +35,15 @@ PREFIX = "audio."
 class AudioEngine:
     """An `AudioTower` that is distributed over all ranks.
 
-    Collective: every rank of the world must create it.
+    Collective: every rank of the world must create one.
 
     Args:
-        tower: the tower, built on every rank from the same seed or weights, with the experts of `place(config, ep)`.
-        optim: the optimizer section of the recipe.
-        ds_config: the configuration of DeepSpeed; see `trainer.engine.ds_config`.
-        groups: the process groups of this rank.
-        batch_sec: the largest number of padded audio seconds in one encoder call.
+        tower: The tower, built on every rank from the same seed or weights. It must contain the experts that
+            `place(config, ep)` assigns to this rank.
+        optim: The optimizer section of the recipe.
+        ds_config: The configuration of DeepSpeed; see `trainer.engine.ds_config`.
+        groups: The process groups of this rank.
+        batch_sec: The largest number of padded audio seconds in one encoder call.
         debug_plan: True to compare the plans of all ranks before clips are sent.
 
     Raises:
@@ -63,8 +64,8 @@ class AudioEngine:
         learned = param_groups(optim, named)
         if not learned:
             raise UserError("optim.parts: every audio parameter is frozen; train at least audio.projector.*")
-        # DeepSpeed's shared-memory all-reduce is for inference on CPUs. It compiles C++ code at the start, and a build
-        # that was killed leaves a lock on which every later start waits silently.
+        # DeepSpeed's shared-memory all-reduce (for inference on CPUs) compiles C++ code at the start. If a build is
+        # killed, its lock remains, and every later start waits for it silently.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         ep = groups.topology.ep
         if ds_config.get("bf16", {}).get("enabled"):
@@ -87,7 +88,10 @@ class AudioEngine:
         self._dispatch = self._build_dispatch(lengths.num_samples(batch_sec), debug_plan)
 
     def _build_dispatch(self, budget_samples: int, debug_plan: bool) -> dict[tuple[str, ...], EncoderDispatch]:
-        """Return one dispatch for the primary encoder, which every rank holds, and one for all experts."""
+        """Return one dispatch for the primary encoder, which every rank holds, and one for all experts.
+
+        Collective: every rank of the world must call it.
+        """
         config, device = self.tower.config, self.groups.device
         dtype = next(self.tower.projector.parameters()).dtype
         placement = place(config, self.groups.topology.ep)
@@ -120,18 +124,19 @@ class AudioEngine:
         return found
 
     def _flush_gradients(self) -> None:
-        """Reduce the gradients in ZeRO-3's bucket at the same point of the backward pass on all ranks.
+        """Reduce the gradients in ZeRO-3's buckets at the same point of the backward pass on all ranks.
 
         Collective: every rank of the world must call it.
 
-        A gradient of another group closes the bucket: those of the experts come between those of the adapter and of
-        the router. A rank without experts has no such gradient, and would fill its bucket differently.
+        ZeRO-3 reduces a bucket as soon as a gradient of another process group arrives. The gradients of the experts
+        arrive between those of the adapter and those of the router. A rank without experts has no such gradients, and
+        would reduce its bucket at another point.
         """
         for dtype in self.zero.ipg_buckets:
             self.zero._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
 
     def take_costs(self) -> dict[str, EncoderCost]:
-        """Return the cost of every encoder in this rank's forward passes since the last call."""
+        """Return the cost of every encoder on this rank in the forward passes since the last call of this method."""
         costs: dict[str, EncoderCost] = {}
         for dispatch in self._dispatch.values():
             costs |= dispatch.take_costs()
@@ -143,11 +148,11 @@ class AudioEngine:
         return self.engine.optimizer
 
     def _drop_idle_hooks(self) -> None:
-        """Remove DeepSpeed's hooks from modules all of whose parameters persist, and gather these parameters.
+        """Remove DeepSpeed's hooks from modules whose parameters all persist, and gather these parameters.
 
         Collective: every rank of the world must call it.
 
-        Such hooks would fetch and release nothing, but take longer than the computation of a small module.
+        These hooks have nothing to fetch or release, but take longer than the computation of a small module.
         """
         idle = [
             m
@@ -167,23 +172,23 @@ class AudioEngine:
         """Keep parameters below `stage3_param_persistence_threshold` gathered until the next update.
 
         DeepSpeed would release them after every call if the order of module calls differs from that of the last step,
-        which it does here: the number of calls depends on the batch. It releases no parameter that a module still uses,
-        so a made-up module uses them.
+        which it does here because the number of calls depends on the batch. It never releases a parameter that a module
+        still uses, so the parameters are registered as used by a fictitious module.
         """
         for _, parameter in self.named_parameters():
             if parameter.ds_persist:  # type: ignore[attr-defined]
                 parameter.ds_active_sub_modules.add("persistent")  # type: ignore[attr-defined]
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the ZeRO-3 parameters (with `ds_shape` and `ds_tensor`) and their names, `audio.…`."""
+        """Return the ZeRO-3 parameters, which have `ds_shape` and `ds_tensor`, with their names `audio.…`."""
         return [(PREFIX + name, p) for name, p in self.tower.named_parameters()]
 
     def forward(self, clips: Ragged, prompts: Ragged, noise: Tensor | None) -> AudioOutput:
-        """Compute `AudioTower.forward` for any number of this rank's clips. Results are on the device.
+        """Compute `AudioTower.forward` for this rank's clips, of which there may be none. Results are on the device.
 
         Collective: every rank of the world must call it.
 
-        A rank without clips computes a dummy clip and drops its rows, so its gradients are zeros.
+        A rank without clips computes a dummy clip and drops the resulting rows, so the gradients are zeros.
         """
         device, num_clips = self.groups.device, len(clips)
         if num_clips == 0:
@@ -200,24 +205,28 @@ class AudioEngine:
         return self._dispatch[tuple(names)](names, clips, wanted)
 
     def backward(self, loss: Tensor) -> None:
-        """Compute the gradients of the sum of `loss` over all ranks; DeepSpeed's averaging over ranks is undone.
+        """Compute the gradients of the sum of `loss` over all ranks.
 
         Collective: every rank of the world must call it.
+
+        DeepSpeed averages gradients over the ranks, so `loss` is multiplied by their number first.
         """
         scaled = loss * self.groups.topology.world
         if not self._recomputes:
             self.engine.backward(scaled)
             return
-        # A recomputed layer delivers a gradient with each call of an encoder, and DeepSpeed would keep the last one.
-        # They are added up first.
+        # With recomputation, a layer produces one gradient per encoder call, and DeepSpeed would keep only the last.
+        # The gradients are therefore summed before they are reduced.
         with self.engine.coalesce_grad_reduction():
             self.engine.backward(scaled)
             self._reduce_whole_gradients()
 
     def _reduce_whole_gradients(self) -> None:
-        """Reduce the experts' gradients after all others, whose buckets must be the same on all ranks.
+        """Reduce all gradients, those of the experts last.
 
-        Collective: every rank of the world must call it. `_flush_gradients` says why buckets must be the same.
+        Collective: every rank of the world must call it.
+
+        With this order, the buckets of all other gradients are the same on all ranks; see `_flush_gradients`.
         """
         experts = {id(p) for p in self.tower.experts.parameters()}
         for of_experts in (False, True):
@@ -227,9 +236,9 @@ class AudioEngine:
             self._flush_gradients()
 
     def grad_norm_sq(self) -> Tensor:
-        """Return Σ g² over this rank's partitions, in fp32 on the device.
+        """Return the sum of squared gradients over this rank's partitions, a float64 scalar on the device.
 
-        Its sum over ranks is that of all parameters.
+        Its sum over the ranks is the squared gradient norm of all parameters.
         """
         partitions = self.zero.get_fp32_grad_partitions()
         flat = [g for group in partitions.values() for g in group.values()]
@@ -241,39 +250,41 @@ class AudioEngine:
         Collective: every rank of the world must call it.
 
         Args:
-            clip_coef: the factor on the gradients, at most 1.
-            norm: the norm of the audio side's gradients.
-            lr_scale: the factor on every group's peak learning rate.
+            clip_coef: The factor by which gradients are multiplied, at most 1.
+            norm: The norm of the audio side's gradients.
+            lr_scale: The factor by which the peak learning rate of every parameter group is multiplied.
         """
         for group in self.zero.param_groups:
             group["lr"] = group["peak_lr"] * lr_scale
-        # DeepSpeed divides by max(1, (norm + 1e-6) / clip_grad); this clip_grad makes that 1 / clip_coef.
+        # DeepSpeed divides by max(1, (norm + 1e-6) / clip_grad). With this clip_grad, the divisor is 1 / clip_coef.
         self.zero.clip_grad = 0.0 if clip_coef >= 1.0 else (norm + 1e-6) * clip_coef
-        # DeepSpeed's own norm needs an all-reduce per group of this rank's experts, and would hang on the others.
+        # DeepSpeed's own norm would hang: it needs an all-reduce for each group that contains experts of this rank.
         self.zero._get_norm_groups = lambda: [to_device(np.float32(norm), self.groups.device)]
         self.engine.step()
         self._keep_persistent()
 
     def discard(self) -> None:
-        """Drop the gradients of this step."""
+        """Discard the gradients of this step."""
         self.zero._overflow_clean_up(self.zero.loss_scale)
 
     def train(self, mode: bool) -> None:
-        """Set the training or evaluation mode of every module."""
+        """Set every module to training mode if `mode` is true, else to evaluation mode."""
         self.engine.train(mode)
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
-    """Move every buffer to `device`. ZeRO's Init moves only parameters, and the engine moves nothing after it."""
+    """Move every buffer to `device`. `zero.Init` moves only parameters, and `deepspeed.initialize` moves no buffers."""
     for child in module.modules():
         for name, buffer in child.named_buffers(recurse=False):
             child._buffers[name] = buffer.to(device)
 
 
 def _partition(tower: AudioTower, ds_config: dict[str, Any], ep: int) -> None:
-    """Shard every parameter. `deepspeed.initialize` would shard a remaining one over the group of another.
+    """Shard every parameter over the ranks that hold it.
 
     Collective: every rank of the world must call it.
+
+    `deepspeed.initialize` would shard any remaining parameter over the wrong group.
     """
     if ep == 1:
         deepspeed.zero.Init(module=tower, config_dict_or_path=ds_config)
@@ -290,6 +301,6 @@ def _partition(tower: AudioTower, ds_config: dict[str, Any], ep: int) -> None:
         deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
     deepspeed.zero.Init(module=tower.experts, data_parallel_group=replicas, config_dict_or_path=ds_config)
     for parameter in tower.experts.parameters():
-        # With this, gradients are averaged over all ranks instead of the encoder ranks.
+        # With this value, gradients are averaged over all ranks instead of only the encoder ranks.
         parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
         parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]

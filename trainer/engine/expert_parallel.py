@@ -1,8 +1,8 @@
-"""Encoding across ranks: clips are sent to a rank that holds the encoder, and features are sent back.
+"""Expert parallelism for encoders: clips are sent to a rank that holds the encoder, and features are sent back.
 
-This is expert parallelism as for sparsely-gated experts (Shazeer et al. 2017, arXiv 1701.06538; DeepSpeed-MoE, arXiv
-2201.05596). But here an expert is a whole encoder, experts differ in shape, samples are waveforms of unequal length,
-and no expert has a capacity.
+The method is that of sparsely gated experts (Shazeer et al. 2017, arXiv 1701.06538; DeepSpeed-MoE, arXiv 2201.05596).
+But here an expert is a whole encoder, experts differ in shape, samples are waveforms of unequal length, and experts
+have no capacity limit.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from trainer.parallel.groups import Groups
 
 @dataclass(frozen=True)
 class EncoderCost:
-    """The cost of one encoder on one rank in forward passes."""
+    """The cost of one encoder's forward passes on one rank."""
 
     compute_sec: float = 0.0
-    """The time of the encoder's calls."""
+    """The time in the encoder's calls."""
     wait_sec: float = 0.0
-    """The time of the exchanges: waiting for the slowest rank, and the transfer. Encoders of one dispatch share it
-    evenly."""
+    """The time in exchanges, which includes waiting for the slowest rank. It is divided evenly among the encoders of a
+    dispatch."""
     sent_bytes: int = 0
-    """The clips and features sent to other ranks."""
+    """The size of the clips and features that were sent to other ranks."""
     received_bytes: int = 0
-    """The clips and features received from other ranks."""
+    """The size of the clips and features that were received from other ranks."""
 
     def __add__(self, other: EncoderCost) -> EncoderCost:
         return EncoderCost(
@@ -62,16 +62,17 @@ class EncoderDispatch:
     Collective: every rank of the world must create and call it.
 
     Args:
-        held: the encoders that this rank holds, by name.
-        names: the names of all encoders, in the same order on every rank.
-        costs: the cost of a clip for each encoder.
-        windowings: how each encoder cuts and pads clips.
-        places: the place of each encoder in the expert-parallel group.
-        ep: the size of that group.
-        groups: the process groups of this rank.
-        budget_samples: the largest number of padded audio samples in one encoder call.
-        empty: [0, D] in the dtype and on the device of the features, for a rank that holds none of the encoders.
-        before_backward: a function that every rank calls once, before the gradients of the features are sent back.
+        held: The encoders that this rank holds, by name.
+        names: The names of all encoders, in the same order on every rank.
+        costs: The cost of a clip for each encoder.
+        windowings: The windowing of each encoder.
+        places: The place of each encoder in the expert-parallel group.
+        ep: The size of the expert-parallel group.
+        groups: The process groups of this rank.
+        budget_samples: The largest number of padded audio samples in one encoder call.
+        empty: A tensor [0, D] in the dtype and on the device of the features, for ranks without an encoder.
+        before_backward: A function that every rank calls once per backward pass, before it sends the gradients of the
+            features back.
         debug_plan: True to compare the plans of all ranks before clips are sent.
     """
 
@@ -104,17 +105,17 @@ class EncoderDispatch:
         self._learns = bool(learns)
 
     def __call__(self, names: Sequence[str], clips: Ragged, wanted: Tensor) -> list[Ragged]:
-        """Encode clips wherever their encoders are.
+        """Encode clips on the ranks that hold their encoders.
 
         Collective: every rank of the world must call it.
 
         Args:
-            names: the names of the K encoders.
+            names: The names of the K encoders.
             clips: waveforms [ΣT] of this rank's B clips.
             wanted: [B, K] bool, true where the encoder must encode the clip.
 
         Returns:
-            For each encoder, the features [ΣF, D] of the clips wanted of it.
+            For each encoder, the features [ΣF, D] of the clips that it must encode, in their order.
         """
         assert tuple(names) == self.names, names
         rank, world = self.groups.rank, self.groups.topology.world
@@ -129,8 +130,8 @@ class EncoderDispatch:
             for work, windowing in zip(part.work, self.windowings, strict=True)
         ]
         calls = torch.tensor([len(b) if n in self.held else 1 for n, b in zip(self.names, batches, strict=True)])
-        # ZeRO-3 gathers weights and reduces gradients per call, so all encoder ranks must call equally often. They
-        # agree on the number while clips are sent.
+        # ZeRO-3 gathers weights and reduces gradients in each call, so all encoder ranks must make the same number of
+        # calls. They agree on this number while clips are sent.
         alone = world == self.ep
         agreed = None if alone else dist.all_reduce(calls, dist.ReduceOp.MAX, group=self.groups.world, async_op=True)
         arrived = self._send_clips(clips, part)
@@ -159,7 +160,7 @@ class EncoderDispatch:
         return group_by_length(lengths, self.budget_samples, CALL_COST_SAMPLES[self.groups.device.type], windowing)
 
     def _send_clips(self, clips: Ragged, part: Dispatch) -> list[Tensor]:
-        """Return the clips that this rank must encode, its own and those of others.
+        """Send clips to the ranks that encode them, and return the clips that this rank must encode.
 
         Collective: every rank of the world must call it.
         """
@@ -170,13 +171,17 @@ class EncoderDispatch:
         return arrived
 
     def _return_features(self, computed: list[list[Tensor]], part: Dispatch) -> list[Ragged]:
-        """Return the features of this rank's clips for each encoder; `computed` holds the results of `_compute`.
+        """Send features back, and return those of this rank's clips for each encoder.
 
         Collective: every rank of the world must call it.
+
+        Args:
+            computed: The results of `_compute` for each encoder.
+            part: This rank's part of the plan.
         """
         rows = [sequence for found in computed for sequence in found[:-1]]
         anchor = torch.cat([self.empty, *(found[-1] for found in computed)])
-        # If other ranks' encoders are trained, this rank must take part in the backward exchange in any case.
+        # If any rank trains an encoder, all ranks must take part in the exchange of the backward pass.
         if self._learns and torch.is_grad_enabled() and not anchor.requires_grad:
             anchor.requires_grad_()
         pieces_of = [_pieces(results, part.result_from, self.groups.rank) for results in part.results]
@@ -202,10 +207,15 @@ class EncoderDispatch:
         return arrived
 
     def _compute(self, name: str, clips: list[Tensor], batches: list[list[int]], num_calls: int) -> list[Tensor]:
-        """Return one encoder's features of `clips`, and at the end a tensor without rows.
+        """Return one encoder's features for each of `clips`, followed by a tensor without rows.
 
-        The latter includes calls without a clip in the graph, so that the gradients of their weights are zeros.
-        `batches` holds indices into `clips`.
+        The last tensor keeps calls with a dummy clip in the graph, so that they contribute gradients of zero.
+
+        Args:
+            name: The name of the encoder.
+            clips: The clips to encode.
+            batches: Indices into `clips` for each call.
+            num_calls: The number of calls. Those in excess of `batches` encode a dummy clip.
         """
         begin = self._clock.now()
         found: list[Tensor] = [self.empty] * len(clips)
@@ -221,9 +231,9 @@ class EncoderDispatch:
         return [*found, torch.cat([self.empty, *(rows.to(self.empty.dtype) for rows in none)])]
 
     def _count_bytes(self, plan: DispatchPlan, sample_bytes: int, width: int) -> None:
-        """Count the bytes of clips and features that this rank exchanges with others.
+        """Add up the bytes of clips and features that this rank exchanges with other ranks.
 
-        A clip that is sent once for several encoders counts for the first.
+        A clip that is sent once for several encoders is counted for the first one.
         """
         rank, clips = self.groups.rank, plan.clips
         source_rank = clips.source_rank[plan.clip]
@@ -241,7 +251,7 @@ class EncoderDispatch:
             )
 
     def take_costs(self) -> dict[str, EncoderCost]:
-        """Return the cost of every encoder on this rank since the last call."""
+        """Return the cost of every encoder on this rank since the last call of this method."""
         each_sec = sum(map(self._clock.seconds, self._waits)) / len(self.names)
         found = {name: cost + EncoderCost(wait_sec=each_sec) for name, cost in self._moved.items()}
         for name, lap in self._computed:
@@ -252,9 +262,9 @@ class EncoderDispatch:
 
 
 def _pieces(results: Sequence[int], source: Sequence[int], rank: int) -> list[range]:
-    """Return the received sequences `results` as ranges that are contiguous in memory.
+    """Group the received sequences `results` into ranges that are contiguous in memory.
 
-    A sequence that this rank computed is a range of its own.
+    Each sequence that this rank computed is a separate range.
     """
     found: list[range] = []
     for i in results:
@@ -266,13 +276,13 @@ def _pieces(results: Sequence[int], source: Sequence[int], rank: int) -> list[ra
 
 
 def _joined(pieces: list[Tensor], none: Tensor) -> Tensor:
-    """Return the concatenation [ΣF, D] of the pieces; a view if there is one piece, `none` if there is none."""
+    """Return the concatenation [ΣF, D] of the pieces; a single piece as it is, and `none` if there are no pieces."""
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else none
 
 
 def dummy_clip() -> Tensor:
-    """Return 0.1 s of a faint tone, the input of an encoder call without a clip.
+    """Return 0.1 s of a faint tone, which an encoder call without clips takes as input.
 
-    It is not silence, whose normalization would divide by 0.
+    Silence would not do, because its normalization would divide by zero.
     """
     return 0.01 * torch.sin(torch.arange(1600) * 0.1)

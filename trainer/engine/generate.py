@@ -1,7 +1,7 @@
-"""Greedy decoding with a KV cache over the distributed LLM: tensor, sequence and pipeline parallel as in training.
+"""Greedy decoding with a KV cache. The LLM is distributed as in training (tensor, sequence and pipeline parallelism).
 
-Every replica decodes its own prompts. One pass through the pipeline reads all prompts, and each further pass computes
-one new token for every prompt.
+Every replica decodes its own prompts. The first pass through the pipeline reads all prompts, and each further pass
+computes one new token for every prompt that has not ended.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainer.engine.llm import LLMEngine, Packs, embed_pack
 def generate(
     llm: LLMEngine, packs: Packs, prompt_lengths: Sequence[int], *, eos_id: int, vocab_size: int, max_new_tokens: int
 ) -> list[list[int]]:
-    """Return the continuation of every prompt of this replica's only pack.
+    """Return the continuation of every prompt in this replica's pack.
 
     Collective: every rank of the replica must call it.
 
@@ -34,8 +34,9 @@ def generate(
         prompt_lengths: The lengths of the prompts in the pack, in order. The rest of the pack is padding. There may be
             no prompt.
         eos_id: The token that ends a sequence. It is not returned.
-        vocab_size: The size of the tokenizer's vocabulary. Further tokens of the LLM are never chosen.
-        max_new_tokens: The largest number of new tokens per prompt. A sequence of this length did not end on its own.
+        vocab_size: The size of the tokenizer's vocabulary. Larger token ids of the LLM are never chosen.
+        max_new_tokens: The largest number of new tokens per prompt. A continuation of this length was
+            cut off.
 
     Returns:
         The token ids of each continuation, the same on every rank of the replica.
@@ -66,7 +67,10 @@ def generate(
 def _forward(
     llm: LLMEngine, pack: PackedSequences, num_prompts: int, vocab_size: int, ids: Tensor, packs: Packs | None
 ) -> list[int]:
-    """Return the token that follows each of the first `num_prompts` segments, after one pass through the pipeline."""
+    """Run one pass through the pipeline, and return the token that follows each of the first `num_prompts` segments.
+
+    Collective: every rank of the replica must call it.
+    """
     groups, topology = llm.groups, llm.groups.topology
     last_rows = to_device(np.cumsum(pack.lengths[:num_prompts]) - 1, groups.device)
 

@@ -1,4 +1,4 @@
-"""Faster imports of both engines, without modules that a rank does not need. Every start of a rank pays for imports."""
+"""Faster imports of DeepSpeed and Megatron-core, which shorten every start of a rank."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def lean_imports() -> Iterator[None]:
     """Make the first import of DeepSpeed and Megatron-core faster within the block.
 
     DeepSpeed and Megatron-core try to import mlflow, wandb and TensorBoard, which takes seconds, and wandb replaces
-    `sys.stdout`; none of them is needed for training. Megatron-core decorates its fused functions with
-    `torch.compile`, which loads torch's compiler in every process; here it is loaded at the first call of such a
-    function. The imports create about 700,000 objects that are never freed, so the garbage collector is paused, and
-    skips these objects afterwards.
+    `sys.stdout`. None of them is needed for training, so these imports fail within the block. Megatron-core decorates
+    its fused functions with `torch.compile`, which loads torch's compiler in every process. Within the block, loading
+    is deferred to the first call of such a function. The imports create about 700,000 objects that are never freed, so
+    the garbage collector is paused within the block and ignores these objects afterwards.
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -51,7 +51,7 @@ def _without(package: str) -> Iterator[None]:
 
 @contextmanager
 def _deferred_compile() -> Iterator[None]:
-    """Make `torch.compile` compile at the first call instead of when it decorates, within the block."""
+    """Make `torch.compile` defer compilation to the first call of the decorated function, within the block."""
     import torch
 
     compile_now = torch.compile

@@ -18,17 +18,18 @@ _STEP_SAMPLES = num_samples(0.5)
 
 @dataclass(frozen=True)
 class Placement:
-    """The places of the encoder experts in an expert-parallel group, a block of ranks that holds every expert once."""
+    """The places of the encoder experts in the expert-parallel group, a block of ranks that together hold every expert
+    once."""
 
     names: tuple[str, ...]
     """The names of the experts."""
     places: tuple[int, ...]
     """The place of each expert."""
     ep: int
-    """The number of places: the size of the group."""
+    """The number of places, which is the size of the group."""
 
     def held_by(self, rank: int) -> tuple[str, ...]:
-        """Return the experts of which `rank` holds a part."""
+        """Return the names of the experts of which `rank` holds a shard."""
         return tuple(n for n, place in zip(self.names, self.places, strict=True) if place == rank % self.ep)
 
     @property
@@ -38,7 +39,10 @@ class Placement:
 
 
 def place(config: ModelConfig, ep: int) -> Placement:
-    """Spread the encoder experts over `ep` places by the FLOPs of ten seconds of audio, the costliest first."""
+    """Distribute the encoder experts over `ep` places so that the places have similar cost.
+
+    The cost of an expert is its FLOPs for ten seconds of audio.
+    """
     costs = [encoder_flops(e, num_samples(10)) for e in config.experts]
     return Placement(tuple(e.name for e in config.experts), place_experts(costs, ep), ep)
 
@@ -46,7 +50,7 @@ def place(config: ModelConfig, ep: int) -> Placement:
 def clip_cost(config: EncoderConfig) -> ClipCost:
     """Return a function that estimates the encoder's forward FLOPs for clips of given lengths.
 
-    The function looks the FLOPs up in a table with steps of half a second, rounded up.
+    The function rounds lengths up to half a second and looks the FLOPs up in a table.
     """
     window = encoder_windowing(config).window_samples
     steps = -(-window // _STEP_SAMPLES)

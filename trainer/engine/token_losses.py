@@ -1,4 +1,4 @@
-"""The losses of the LLM's logits, as a rank of the last pipeline stage computes them."""
+"""Losses computed from the LLM's logits on the ranks of the last pipeline stage."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from model.losses.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class PackedLoss:
-    """One loss of a replica's packs. M is their number, t the number of rows of each."""
+    """One token loss, with its inputs for the M packs of a replica. Each pack has t rows."""
 
     loss: TokenLoss
     model: ModelConfig
     factor: float
-    """The factor of the sum of the token losses in the total loss: the weight divided by the global count."""
+    """The weight of the loss divided by its global count, by which the total loss multiplies the sum over tokens."""
     rows: tuple[Tensor, ...] = ()
-    """For each of the M packs, the rows [n] that are compared with a reference; empty if there is no reference."""
+    """The indices [n] of the rows that are compared with a reference, for each pack; empty if there is no reference."""
     reference: tuple[Tensor, ...] = ()
-    """For each of the M packs, this rank's columns [n, V/TP] of the reference's logits; last stage only."""
+    """The reference's logits [n, V/TP] in this rank's columns, for each pack; set only on the last stage."""
 
     def token_losses(self, microbatch: int, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of every row, [t] in fp32, with zero where a row takes no part.
+        """Return the loss of every row, [t] in fp32, which is zero for rows without a label or a reference.
 
         Collective: every rank of the tensor-parallel group must call it.
 
         Args:
-            microbatch: The number of the pack.
-            logits: This rank's columns [t, V/TP].
-            labels: The token ids [t], or IGNORE.
+            microbatch: The index of the pack.
+            logits: The pack's logits [t, V/TP] in the columns that this rank holds.
+            labels: The token id that each row must predict, [t], or IGNORE.
         """
         vocabulary = TensorParallelVocabulary()
         if not self.loss.has_reference:
@@ -55,27 +55,41 @@ class PackedLoss:
 
 
 class TensorParallelVocabulary(Vocabulary):
-    """The operations where each rank of the tensor-parallel group holds some columns of the logits."""
+    """Vocabulary operations for logits whose columns are split over the tensor-parallel group."""
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross entropy [N] of `logits` [N, V/TP] at `labels` [N], in fp32."""
-        # Megatron computes in place, and other losses may read the same logits.
+        """Return the cross entropy [N] of `logits` [N, V/TP] with target ids `labels` [N], in fp32.
+
+        Collective: every rank of the tensor-parallel group must call it.
+        """
+        # Megatron overwrites its input, and other losses may read the same logits.
         values = logits.clone() if logits.dtype == torch.float32 else logits.float()
         losses: Tensor = vocab_parallel_cross_entropy(values, labels)
         return losses
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of `values` over the tensor-parallel group; its gradient is that of one rank's copy."""
-        total: Tensor = reduce_from_tensor_model_parallel_region(values.clone())  # it reduces in place
+        """Return the sum of `values` over the tensor-parallel group.
+
+        Collective: every rank of the tensor-parallel group must call it. In the backward pass, the gradient of the sum
+        is passed to each rank's `values` unchanged, without a reduction.
+        """
+        total: Tensor = reduce_from_tensor_model_parallel_region(values.clone())  # Megatron reduces in place
         return total
 
     def spread(self, values: Tensor) -> Tensor:
-        """Return `values`; their gradient is the sum over the tensor-parallel group."""
+        """Return `values` unchanged, for use with the columns that this rank holds.
+
+        Collective: every rank of the tensor-parallel group must call it. In the backward pass, the gradient is summed
+        over the tensor-parallel group.
+        """
         spread: Tensor = copy_to_tensor_model_parallel_region(values)
         return spread
 
     def maximum(self, values: Tensor) -> Tensor:
-        """Return the maximum of `values` over the tensor-parallel group."""
+        """Return the element-wise maximum of `values` over the tensor-parallel group.
+
+        Collective: every rank of the tensor-parallel group must call it. `values` is overwritten with the result.
+        """
         group = get_tensor_model_parallel_group()
         if dist.get_world_size(group) > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)

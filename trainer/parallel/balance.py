@@ -1,8 +1,8 @@
-"""Distribution of items so that every rank has equal work. It is deterministic and fast enough for every step.
+"""Deterministic load balancing, which is fast enough to run in every step.
 
 This is scheduling on equal machines with known costs (R. L. Graham, Bounds on multiprocessing timing anomalies, SIAM J.
 Appl. Math. 17, 1969). The longest-processing-time rule is applied in at most a few dozen vectorized rounds, so that
-thousands of ranks take milliseconds.
+planning for thousands of ranks takes milliseconds.
 """
 
 from __future__ import annotations
@@ -17,21 +17,24 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 TOLERANCE = 0.02
-"""The share of the mean load by which `spread_alike` may exceed it."""
+"""The fraction of the mean load by which `spread_alike` may exceed the mean."""
 _ROUNDS = 32
 _FEW_ITEMS, _FEW_ITEMS_PER_BIN = 8192, 64
-"""The numbers of items up to which the rule alone is fast; it balances better than dealing items out first."""
+"""The numbers of items, in total and per bin, up to which the rule alone is fast enough.
+
+It balances better than dealing items out first.
+"""
 
 
 def spread(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
-    """Assign items to bins so that all bins hold about the same cost.
+    """Assign items to bins so that all bins have about the same total cost.
 
     Args:
-        costs: the cost of each of n items, not negative.
-        num_bins: the number of bins.
+        costs: The non-negative cost of each of n items.
+        num_bins: The number of bins.
 
     Returns:
-        [n], the bin of each item.
+        The bin of each item, [n].
     """
     if num_bins == 1:
         return np.zeros(len(costs), dtype=np.int64)
@@ -48,12 +51,19 @@ def spread(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
 
 
 def spread_alike(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
-    """Assign items to bins like `spread`, but so that items of similar cost share a bin.
+    """Assign items to bins so that all bins have about the same total cost and contain items of similar cost.
 
-    Clips of similar length make batches with little padding. In the order of falling cost, each bin takes the next
-    items up to the mean plus `TOLERANCE`. The remaining gaps (half an item on average) are filled with the cheapest
-    items, which no bin has taken. If items are many and small, all bins but the last use the tolerance, and the last
-    gets less.
+    For clips, this gives batches with little padding. In descending order of cost, each bin takes the next items up to
+    a load of the mean plus `TOLERANCE`. The remaining gaps, half an item on average, are filled with the cheapest
+    items, which no bin has taken yet. If there are many small items, all bins except the last use the whole tolerance,
+    and the last bin has a lower load.
+
+    Args:
+        costs: The non-negative cost of each of n items.
+        num_bins: The number of bins.
+
+    Returns:
+        The bin of each item, [n].
     """
     if num_bins == 1:
         return np.zeros(len(costs), dtype=np.int64)
@@ -73,18 +83,21 @@ def spread_alike(costs: Sequence[float] | Floats, num_bins: int) -> Ints:
 def place_experts(costs: Sequence[float], ep: int) -> tuple[int, ...]:
     """Return the place of each expert in the expert-parallel group, from 0 to ep - 1.
 
-    The costliest expert is placed first, and each goes to the place with the lowest cost so far. If there are more
-    places than experts, some stay empty.
+    Experts are placed in descending order of cost, each at the place with the lowest total cost so far. If there are
+    more places than experts, some places stay empty.
     """
     return tuple(spread(costs, ep).tolist())
 
 
 def _runs(filled: Floats, num_bins: int, limit: float) -> list[int]:
-    """Return where the items of each bin end if it takes the next items up to `limit`, at least one.
+    """Return the end index of each bin if every bin takes the next items up to the cost `limit`, but at least one.
 
-    `filled` is the running sum of the costs.
+    Args:
+        filled: The running sum of the items' costs.
+        num_bins: The number of bins.
+        limit: The largest total cost of a bin with more than one item.
     """
-    sums, num = filled.data, len(filled)  # single Python floats are several times as fast as those of NumPy
+    sums, num = filled.data, len(filled)  # reading single elements of a memoryview is several times faster
     ends, start, before, step = [], 0, 0.0, 1
     for _ in range(num_bins):
         # A bin takes about as many items as the previous one, so the search begins there.
@@ -101,7 +114,7 @@ def _runs(filled: Floats, num_bins: int, limit: float) -> list[int]:
 
 
 def _dealt(order: Ints, num_bins: int) -> Ints:
-    """Return the bins of items that are dealt out back and forth in the order `order`."""
+    """Return the bin of each item if the items are dealt out back and forth in the order `order`."""
     turn, place = np.divmod(np.arange(len(order)), num_bins)
     bins = np.empty_like(place)
     bins[order] = np.where(turn % 2, num_bins - 1 - place, place)
@@ -109,9 +122,9 @@ def _dealt(order: Ints, num_bins: int) -> Ints:
 
 
 def _surplus(costs: Floats, bins: Ints, loads: Floats, limit: float) -> Ints:
-    """Return the items that must leave their bins, the costliest first.
+    """Return the items to be removed from bins whose load exceeds `limit`, the costliest first.
 
-    A bin keeps its costliest items up to `limit`, at least one, so that the items to be moved are small.
+    Such a bin keeps its costliest items up to `limit`, but at least one, so that the removed items are small.
     """
     crowded = np.flatnonzero((loads > limit)[bins])
     crowded = crowded[_descending(costs[crowded])]
@@ -125,11 +138,11 @@ def _surplus(costs: Floats, bins: Ints, loads: Floats, limit: float) -> Ints:
 
 
 def _fill(loads: Floats, bins: Ints, order: Ints, costs: Floats, mean: float) -> None:
-    """Assign the items `order`, the costliest first, to bins, changing `loads` and `bins` in place.
+    """Assign the items `order`, which are sorted from the costliest, and update `loads` and `bins` in place.
 
-    In a round, the costliest item goes to the emptiest bin, the second to the second emptiest, and so on while no bin
-    is filled beyond the mean. A round assigns at least 1/_ROUNDS of the items. If that is one item, this is the rule
-    itself.
+    In each round, the costliest item is assigned to the emptiest bin, the second to the second emptiest, and so on as
+    long as no bin exceeds the mean. A round assigns at least 1/_ROUNDS of the items. If that is one item, the method is
+    the longest-processing-time rule.
     """
     least = max(1, min(len(loads) // 2, len(order) // _ROUNDS))
     start = 0
@@ -144,12 +157,15 @@ def _fill(loads: Floats, bins: Ints, order: Ints, costs: Floats, mean: float) ->
 
 
 def stable_order(values: Ints, num_values: int) -> Ints:
-    """Return the stable order of integers from 0 to `num_values` - 1. Up to 16 bits, sorting takes linear time."""
+    """Return the indices that stably sort integers in [0, num_values). Up to 16 bits, sorting takes linear time."""
     return np.argsort(values.astype(np.min_scalar_type(num_values)), kind="stable")
 
 
 def _descending(costs: Floats) -> Ints:
-    """Return the stable order from the costliest item to the cheapest, by 16 bits of the cost, in linear time."""
+    """Return the indices that stably sort the items from the costliest to the cheapest.
+
+    Costs are rounded to 16 bits, so that sorting takes linear time.
+    """
     top = float(costs.max(initial=0.0))
     if top == 0.0:
         return np.arange(len(costs))
@@ -157,11 +173,11 @@ def _descending(costs: Floats) -> Ints:
 
 
 def _emptiest_first(loads: Floats, count: int) -> Ints:
-    """Return at most `count` bins, the emptiest first, and equally full ones in their order."""
+    """Return at most `count` bins, the emptiest first. Equally full bins are in ascending order."""
     if count == 1:
         return np.array([int(loads.argmin())])
     top = float(loads.max()) or 1.0
-    # Load and number of a bin form one integer. No two are equal, so the order is the same on every machine.
+    # A bin's load and index form one key. No two keys are equal, so the order is the same on every machine.
     keys = (loads / top * 2.0**32).astype(np.int64) * len(loads) + np.arange(len(loads))
     keys.sort()
     return keys[:count] % len(loads)

@@ -1,8 +1,8 @@
-"""Megatron-core on machines without CUDA.
+"""Support for Megatron-core on machines without CUDA.
 
-Megatron-core names CUDA in a few places: allocation, random state, and the type strings of the distributed optimizer.
-For the duration of a Megatron call, `megatron_calls()` replaces CUDA by the CPU, or by the meta device, where nothing
-takes memory. DeepSpeed compares the same type strings and must never run inside it.
+Megatron-core refers to CUDA explicitly in a few places: allocation, random state, and the type strings of the
+distributed optimizer. Within a `megatron_calls()` block, CUDA is replaced by the CPU, or by the meta device, on which
+nothing takes memory. DeepSpeed compares the same type strings and must never run within such a block.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ def _replacements(device: torch.device) -> tuple[tuple[Any, str, Callable[..., A
 
 @contextlib.contextmanager
 def megatron_calls(device: torch.device = CPU) -> Iterator[None]:
-    """Make Megatron calls within the block work without CUDA. Every Megatron call must be in such a block.
+    """Make Megatron calls work without CUDA within the block. Every Megatron call must be in such a block.
 
     If there is a GPU, nothing is changed. Blocks may be nested; the outermost one decides which device "CUDA" means.
 
-    Attributes of `torch.cuda` are replaced for the whole process, so no other thread may run DeepSpeed at that time.
+    Attributes of `torch.cuda` are replaced in the whole process, so no other thread may run DeepSpeed meanwhile.
     Megatron's "CUDA" generator is the CPU generator within the block: `model_parallel_cuda_manual_seed` reseeds it.
 
     Args:
-        device: the device that stands for CUDA.
+        device: The device that replaces CUDA.
     """
     global _depth
     if torch.cuda.is_available() or _depth > 0:

@@ -1,9 +1,9 @@
-"""The plan of which rank encodes which clip, and of what each rank sends and receives for it.
+"""Planning of which rank encodes which clip, and of the clips and features that each rank sends and receives.
 
 A clip is sent to one encoder rank of each encoder that must encode it, and to each rank only once even if several of
-its encoders need it. The features are sent back. Nothing is padded, and there is no capacity that could drop a clip.
+its encoders need it. The features are sent back. Nothing is padded, and no capacity limit drops clips.
 
-Shapes: N clips of all ranks, K encoders, W ranks.
+Shapes: N clips of all ranks, K encoders.
 """
 
 from __future__ import annotations
@@ -20,26 +20,29 @@ from trainer.parallel.balance import Floats, spread_alike
 from trainer.parallel.plan import Ints
 
 ClipCost = Callable[[Ints], Floats]
-"""A function from the lengths of clips (audio samples) to the cost of encoding each, in a unit that encoders share."""
+"""A function from the lengths of clips (in audio samples) to the cost of encoding each of them.
+
+The unit of the cost is the same for all encoders.
+"""
 
 
 @dataclass(frozen=True)
 class ClipTable:
-    """The clips of all ranks, ordered by rank and then as each rank holds them."""
+    """The clips of all ranks, ordered by source rank and then by index on that rank."""
 
     source_rank: Ints
-    """[N], the rank that has the clip, ascending."""
+    """The rank that loaded each clip, [N], in ascending order."""
     samples: Ints
-    """[N], the length of the clip in audio samples."""
+    """The length of each clip in audio samples, [N]."""
     wanted: NDArray[np.bool_]
-    """[N, K], true where the encoder must encode the clip."""
+    """True where the encoder must encode the clip, [N, K]."""
 
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """The ranks that encode clips.
+    """The assignment of pairs of a clip and an encoder to ranks.
 
-    The pairs of a clip and an encoder are ordered by the place of the encoder, then by encoder, then by clip.
+    The pairs are ordered by the place of the encoder, then by encoder, then by clip.
     """
 
     clips: ClipTable
@@ -57,18 +60,20 @@ class DispatchPlan:
 def plan_dispatch(
     clips: ClipTable, costs: Sequence[ClipCost], places: Sequence[int], ep: int, world: int
 ) -> DispatchPlan:
-    """Plan which rank encodes which clip: encoder ranks get equal work, and each gets clips of similar length.
+    """Plan which rank encodes which clip.
 
-    The work of each encoder is balanced on its own rather than the total of a rank: ZeRO-3 gathers weights on all
-    encoder ranks together, so no rank can begin the calls of the next encoder early. If an encoder has too few clips to
-    share them evenly, they go to the ranks with the least work so far.
+    The ranks of an encoder get equal work, and each of them gets clips of similar length. The work is balanced for each
+    encoder separately rather than in total, because ZeRO-3 gathers weights on all encoder ranks together, so no rank
+    can begin the calls of the next encoder early. If an encoder has too few clips to divide them evenly, they are
+    assigned to the ranks with the least work so far.
 
     Args:
-        clips: the clips of all ranks.
-        costs: the cost of clips for each encoder.
-        places: the place of each encoder in every expert-parallel group.
-        ep: the size of these groups of neighbouring ranks; with 1, every rank holds every encoder.
-        world: the number of ranks.
+        clips: The clips of all ranks.
+        costs: The cost function of each encoder.
+        places: The place of each encoder in every expert-parallel group.
+        ep: The size of an expert-parallel group, which consists of consecutive ranks. With 1, every rank holds every
+            encoder.
+        world: The number of ranks.
     """
     by_place = sorted(range(len(places)), key=lambda k: places[k])
     by_encoder = np.ascontiguousarray(clips.wanted.T)
@@ -83,11 +88,16 @@ def plan_dispatch(
 
 
 def _encoder_ranks(cost: Floats, loads: Floats) -> Ints:
-    """Return which encoder rank computes each clip of an encoder; `loads`, their work so far, changes in place."""
+    """Return the index of the encoder rank that encodes each clip of one encoder.
+
+    Args:
+        cost: The cost of each clip.
+        loads: The work of each encoder rank so far, which is updated in place.
+    """
     bins = spread_alike(cost, len(loads))
     mine = np.bincount(bins, weights=cost, minlength=len(loads))
     holder_of = np.arange(len(loads))
-    if loads.any():  # with fewer clips than encoder ranks, other ranks are chosen for each encoder
+    if loads.any():  # the ranks with the least work so far get the most
         holder_of[np.argsort(-mine, kind="stable")] = np.argsort(loads, kind="stable")
     loads[holder_of] += mine
     return holder_of[bins]
@@ -97,33 +107,33 @@ def _encoder_ranks(cost: Floats, loads: Floats) -> Ints:
 class Dispatch:
     """One rank's part of a `DispatchPlan`.
 
-    Sender and receiver list their messages in the same order. What stays on a rank is listed, too.
+    Sender and receiver list their messages in the same order. Clips and features that stay on the rank are included.
     """
 
     send_clips: tuple[int, ...]
-    """The clips to send, by destination; a clip that goes to several ranks is listed once for each."""
+    """The clips to send, ordered by destination. A clip that is sent to several ranks is listed once for each."""
     send_to: tuple[int, ...]
-    """The rank that each goes to."""
+    """The destination rank of each clip in `send_clips`."""
     recv_lengths: tuple[int, ...]
     """The audio samples of every received clip, in the order of `ClipTable`."""
     recv_from: tuple[int, ...]
-    """The rank that each comes from."""
+    """The source rank of each received clip."""
     work: tuple[tuple[int, ...], ...]
-    """The received clips that each encoder must encode."""
+    """For each encoder, the indices of the received clips that it must encode."""
     return_order: tuple[int, ...]
-    """The results to send, as indices into the results of all encoders, encoder after encoder."""
+    """The results to send back, as indices into the concatenated results of all encoders."""
     return_to: tuple[int, ...]
-    """The rank that each goes to, ascending."""
+    """The destination rank of each result, in ascending order."""
     result_lengths: tuple[int, ...]
-    """The frames of every received feature sequence, ordered by the rank that computed it, then by encoder and clip."""
+    """The number of frames of each received feature sequence, ordered by encoder rank, then encoder, then clip."""
     result_from: tuple[int, ...]
-    """The rank that each comes from."""
+    """The rank that computed each received feature sequence."""
     results: tuple[tuple[int, ...], ...]
-    """The received feature sequences of each encoder, in the order of this rank's clips."""
+    """For each encoder, the indices of its received feature sequences, in the order of this rank's clips."""
 
 
 def dispatch_of(plan: DispatchPlan, rank: int) -> Dispatch:
-    """Return the part of a plan that concerns one rank."""
+    """Return the part of `plan` that `rank` carries out."""
     clips, source_rank = plan.clips, plan.clips.source_rank[plan.clip]
     num_clips, num_encoders = clips.wanted.shape
     own, here = np.flatnonzero(source_rank == rank), np.flatnonzero(plan.encoder_rank == rank)
@@ -156,27 +166,29 @@ def dispatch_of(plan: DispatchPlan, rank: int) -> Dispatch:
 
 
 CALL_COST_SAMPLES = {"cpu": num_samples(1), "cuda": num_samples(10)}
-"""The cost of one more encoder call on each type of device, in audio samples of equal cost: a call runs ZeRO-3's hooks
-of all modules. On a CPU, 1.2 to 2 s were measured for encoders of 1.5 to 2.2 M parameters; larger ones need more time
-per second of audio. The value for CUDA is an estimate."""
+"""The overhead of an encoder call on each type of device, as the number of audio samples whose encoding costs the same.
+
+The overhead is that of ZeRO-3's hooks of all modules. On a CPU, it was measured to equal 1.2 to 2 s of audio for
+encoders of 1.5 to 2.2 M parameters. For larger encoders, it equals less audio. The value for CUDA is an estimate.
+"""
 
 
 def group_by_length(
     lengths: Sequence[int], budget: int, call_cost: int, windowing: Windowing = WHOLE
 ) -> list[list[int]]:
-    """Split clips into padded batches of the lowest total cost.
+    """Split clips into padded batches with the lowest total cost.
 
-    The clips are sorted by length and cut where Σ (computed samples + call_cost) is smallest. The solution is exact, by
-    dynamic programming.
+    The clips are sorted by length. Dynamic programming then finds the cuts with the smallest Σ (computed samples +
+    call_cost) over the batches.
 
     Args:
-        lengths: the lengths of the clips, in samples.
-        budget: the largest number of samples in a batch, including padding; a longer clip is a batch of its own.
-        call_cost: the cost of one more batch, in samples.
-        windowing: how the encoder cuts and pads clips.
+        lengths: The lengths of the clips, in samples.
+        budget: The largest number of samples in a batch, including padding. A longer clip forms a batch on its own.
+        call_cost: The cost of each batch in addition to its samples, in samples.
+        windowing: The windowing of the encoder.
 
     Returns:
-        Groups of indices into `lengths`; without clips, one empty group.
+        Groups of indices into `lengths`; one empty group if there are no clips.
     """
     widths = [windowing.padded_samples(n) for n in lengths]
     order = sorted(range(len(lengths)), key=lambda i: (-widths[i], -lengths[i], i))

@@ -1,4 +1,4 @@
-"""Settings of a process before its first CUDA call and its first process group. This module does not import torch."""
+"""Settings to make before the first CUDA call and the first process group. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from collections.abc import MutableMapping
 _SETTINGS = {
     # Megatron needs communication kernels to start in the order in which they are issued.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # Connections of a gloo group are made when they are used, instead of between all pairs of ranks at once.
+    # A gloo group then connects two ranks when they first communicate, instead of all pairs of ranks at once.
     "TORCH_GLOO_LAZY_INIT": "1",
 }
 _ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _ALLOCATOR = "expandable_segments:True"
-"""Packs differ in length from step to step, so that fixed segments would fragment."""
+"""The allocator setting. The length of packs differs between steps, which would fragment segments of fixed size."""
 
 PROCESS_DESCRIPTORS = 256
-"""The assumed number of descriptors for files, libraries, data workers and their pipes."""
+"""The assumed number of file descriptors for files, libraries, data workers and their pipes."""
 NCCL_DESCRIPTORS = 1024
-"""The assumed number of descriptors for all NCCL communicators of a rank."""
+"""The assumed number of file descriptors for all NCCL communicators of a rank."""
 GLOO_GROUP_DESCRIPTORS = 4
-"""The descriptors of a gloo group without connections, measured with torch 2.13: a listener and its event loop."""
+"""The number of file descriptors of a gloo group without connections (a listener and its event loop), measured with
+torch 2.13."""
 STORE_DESCRIPTORS = 16
-"""The descriptors of rank 0's store without its clients, also measured."""
+"""The number of file descriptors of rank 0's store without clients, measured with torch 2.13."""
 
 
 def set_environment(environ: MutableMapping[str, str] = os.environ) -> None:
     """Set the variables that CUDA, its allocator and gloo read, and raise the limit on open files.
 
-    It must be called before the first CUDA call and the first process group. Variables that are set already are kept.
+    This function must be called before the first CUDA call and the first process group. Variables that are already set
+    keep their values.
 
     Args:
         environ: The environment variables.
@@ -49,19 +51,19 @@ def raise_descriptor_limit() -> int:
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError):  # macOS reports a hard limit that it does not grant
+        except (OSError, ValueError):  # macOS reports a hard limit that it does not allow
             return soft
     return sys.maxsize if hard == resource.RLIM_INFINITY else hard
 
 
 def needed_descriptors(num_ranks: int, cuda: bool) -> int:
-    """Return the largest number of files that rank 0 may have open at once; other ranks need fewer.
+    """Return the largest number of file descriptors that rank 0 may need at once. Other ranks need fewer.
 
-    Rank 0 has the store that all ranks connect to, and every rank sends its reports there. The world has a gloo group
-    in which any two ranks may be connected. Checkpoints have another group, in which ranks form rings and trees.
+    All ranks connect to the store of rank 0. The world has a gloo group, in which any two ranks may be connected.
+    Checkpoints use another gloo group, in which ranks form rings and trees.
 
     Args:
-        num_ranks: the number of ranks.
+        num_ranks: The number of ranks.
         cuda: True if ranks compute on GPUs and therefore have NCCL communicators.
     """
     store = STORE_DESCRIPTORS + num_ranks
@@ -76,6 +78,6 @@ def low_limit(limit: int, num_ranks: int, cuda: bool) -> str | None:
     if limit >= needed:
         return None
     return (
-        f"a process may open {limit} files, a rank of {num_ranks} may need {needed}: raise the hard limit "
+        f"a process may open {limit} files, but a rank of {num_ranks} may need {needed}; raise the hard limit "
         f"(ulimit -Hn {needed}, LimitNOFILE of slurmd, or /etc/security/limits.conf)"
     )

@@ -1,7 +1,8 @@
-"""The exchange: a differentiable ragged all-to-all that carries out a plan. Nothing else moves samples between ranks.
+"""Differentiable exchanges of rows and sequences between ranks according to a plan.
 
-`exchange` moves rows: it puts them in the order of sending and uses one collective. `deliver` moves whole sequences
-from where they are in memory, as point-to-point messages, which saves the copy that ordering would take.
+All samples that move between ranks are moved by this module. `exchange` moves rows: it copies them into the order in
+which they are sent, and uses one collective. `deliver` moves whole sequences as point-to-point messages directly from
+their place in memory, which avoids this copy.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from trainer.parallel.plan import Ints, Route
 
 
 def exchange(rows: Tensor, route: Route, group: dist.ProcessGroup | None) -> Tensor:
-    """Move rows between ranks. Gradients take the same way back.
+    """Move rows between ranks. In the backward pass, gradients are sent in the opposite direction.
 
-    Collective: every rank of `group` must call it, also with nothing to send.
+    Collective: every rank of `group` must call it, even if it has nothing to send.
 
-    If the rows of any rank require a gradient, those of all ranks must. A row may be sent to several ranks; its
-    gradient is the sum of theirs.
+    If the rows of any rank require a gradient, the rows of all ranks must require one. A row may be sent to several
+    ranks. Its gradient is then the sum of the gradients from these ranks.
 
     Args:
-        rows: this rank's rows [N, …].
-        route: which rows go where.
-        group: the ranks; None for the world.
+        rows: This rank's rows, [N, …].
+        route: The rows to send and to receive.
+        group: The ranks; None for the world.
 
     Returns:
-        [route.num_out, …] in the dtype of `rows`. Rows that no rank sends are zero.
+        The received rows [route.num_out, …] in the dtype of `rows`. Rows that no rank sends are zero.
     """
     device = rows.device
     outgoing = rows.index_select(0, to_device(route.send_rows, device))
@@ -66,14 +67,14 @@ class Parcels:
     """One rank's part of an exchange of whole sequences."""
 
     send_to: tuple[int, ...]
-    """The rank that each of this rank's sequences goes to."""
+    """The destination rank of each of this rank's sequences."""
     recv_from: tuple[int, ...]
-    """The rank that each received sequence comes from."""
+    """The source rank of each received sequence."""
     recv_lengths: tuple[int, ...]
     """The number of rows of each received sequence."""
     spans: tuple[range, ...]
-    """The received sequences, divided into consecutive pieces. A sequence that stays on its rank is a piece of its
-    own."""
+    """The index ranges that divide the received sequences into pieces. A sequence that stays on its rank is a separate
+    piece."""
 
 
 def deliver(
@@ -83,29 +84,29 @@ def deliver(
     group: dist.ProcessGroup,
     before_backward: Callable[[], None] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Move whole sequences between ranks, each from where it is in memory. Gradients take the same way back.
+    """Move whole sequences between ranks. In the backward pass, gradients are sent in the opposite direction.
 
     Collective: every rank of `group` must call it.
 
-    Sender and receiver must list the sequences between them in the same order. A sequence that stays is not copied.
+    Sender and receiver must list the sequences between them in the same order. A sequence that stays on its rank is not
+    copied.
 
     Args:
-        sequences: this rank's sequences, each [rows, …] and contiguous.
-        parcels: which sequences go where, and which are received.
-        anchor: [0, …] in the dtype and on the device of the sequences. If the sequences of any rank require a gradient,
-            the anchors of all ranks must: a rank whose own sequences do not still sends gradients to others.
-        group: all ranks.
-        before_backward: a function that is called once, before gradients are sent and before any sequence's gradient is
-            computed.
+        sequences: This rank's sequences, each [rows, …] and contiguous.
+        parcels: The destinations of the sequences, and the sequences to receive.
+        anchor: A tensor [0, …] in the dtype and on the device of the sequences. If the sequences of any rank require a
+            gradient, the anchors of all ranks must require one, because every rank sends gradients to others.
+        group: The ranks.
+        before_backward: A function that the backward pass calls once, before it sends gradients.
 
     Returns:
-        The pieces, and [0, …], which makes this rank take part in the backward pass.
+        The pieces, followed by a tensor [0, …] through which this rank takes part in the backward pass.
     """
     return cast(tuple[Tensor, ...], _Deliver.apply(parcels, group, before_backward, anchor, *sequences))
 
 
 class _Deliver(torch.autograd.Function):
-    """A single autograd node for all sequences: nothing before it runs backward until gradients have arrived."""
+    """One autograd node for all sequences. The backward pass continues after it when all gradients have arrived."""
 
     @staticmethod
     def forward(
@@ -159,7 +160,7 @@ def _carry(
     like: Tensor,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """Send sequences, and return those that come from other ranks, concatenated.
+    """Send sequences, and return the concatenation of those received from other ranks.
 
     Collective: every rank of `group` must call it.
     """
@@ -186,7 +187,7 @@ _FIRST = 64
 
 
 def gather_ragged(values: np.ndarray, group: dist.ProcessGroup | None) -> list[np.ndarray]:
-    """Gather a 1-D int64 array of each rank, in the order of ranks. Plans are made from these few integers.
+    """Gather a 1-D int64 array from each rank, in the order of the ranks. Plans are made from these few integers.
 
     Collective: every rank of `group` must call it.
     """
@@ -199,7 +200,7 @@ def gather_ragged(values: np.ndarray, group: dist.ProcessGroup | None) -> list[n
 
 
 def _gather(values: np.ndarray, width: int, group: dist.ProcessGroup | None) -> np.ndarray:
-    """Gather the values of all ranks, each filled up with zeros to [width], as [world, width].
+    """Gather the values of all ranks, padded with zeros to [width], as one array [world, width].
 
     Collective: every rank of `group` must call it.
     """
@@ -212,17 +213,18 @@ def _gather(values: np.ndarray, width: int, group: dist.ProcessGroup | None) -> 
 
 
 def check_same_plan(what: str, plan: Sequence[Ints], group: dist.ProcessGroup) -> None:
-    """Check that all ranks made the same plan, so that they do not hang in an exchange.
+    """Check that all ranks made the same plan. With different plans, an exchange would hang.
 
     Collective: every rank of `group` must call it.
 
     Args:
-        what: the name of the plan, for the message.
-        plan: the arrays of the plan.
-        group: all ranks that made the plan.
+        what: The name of the plan, for the message.
+        plan: The arrays of the plan.
+        group: All ranks that made the plan.
 
     Raises:
-        RuntimeError: If a plan differs from that of rank 0. All ranks raise it, with the ranks that differ.
+        RuntimeError: If the plan of any rank differs from that of rank 0. All ranks raise it, and the message lists the
+            ranks that differ.
     """
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in plan)).digest()
     digests = [int(d[0]) for d in gather_ragged(np.array([int.from_bytes(digest[:7], "little")]), group)]

@@ -29,13 +29,13 @@ class Groups:
     topology: Topology
     """The grid of ranks."""
     rank: int
-    """This rank."""
+    """The number of this rank in the world."""
     device: torch.device
     """The device on which this rank computes."""
     world: dist.ProcessGroup
     """All ranks."""
     replica: dist.ProcessGroup
-    """The TP·PP ranks that hold one LLM."""
+    """The TP·PP ranks that together hold this rank's LLM replica."""
 
     @property
     def place(self) -> Coordinates:
@@ -54,16 +54,16 @@ class Groups:
 
 
 COLLECTIVE_TIMEOUT_SEC = 1800.0
-"""The time after which a collective fails."""
+"""The default time after which a collective fails."""
 
 
 def connect(timeout_sec: float = COLLECTIVE_TIMEOUT_SEC) -> tuple[int, int, torch.device]:
-    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+    """Join the process group that the environment variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
     Collective: every rank of the world must call it.
 
     Args:
-        timeout_sec: the time after which a collective fails.
+        timeout_sec: The time after which a collective fails.
 
     Returns:
         This rank, the number of ranks, and this rank's device.
@@ -85,10 +85,10 @@ def connect(timeout_sec: float = COLLECTIVE_TIMEOUT_SEC) -> tuple[int, int, torc
 
 @contextlib.contextmanager
 def device_groups(device: torch.device) -> Iterator[None]:
-    """Restrict groups that are created within the block without an explicit backend to tensors of `device`.
+    """Restrict groups that are created within the block to tensors on `device`, unless they name a backend.
 
-    Megatron and DeepSpeed send no other tensors. By default, a group inherits both backends of the world, and its gloo
-    group would open sockets and start threads that nothing uses.
+    Megatron and DeepSpeed send no other tensors. By default, a group would inherit both backends of the world, and gloo
+    would open sockets and start threads that are never used.
     """
     original = dist.new_group
 
@@ -106,15 +106,15 @@ def device_groups(device: torch.device) -> Iterator[None]:
 
 
 def build_groups(topology: Topology, rank: int, device: torch.device, seed: int) -> Groups:
-    """Create Megatron's groups for a topology, and return those that the trainer itself uses.
+    """Create Megatron's process groups for a topology, and return the groups that the trainer itself uses.
 
     Collective: every rank of the world must call it.
 
     Args:
-        topology: the grid of ranks.
-        rank: this rank.
-        device: the device of this rank.
-        seed: the seed of Megatron's generators.
+        topology: The grid of ranks.
+        rank: This rank.
+        device: The device of this rank.
+        seed: The seed of Megatron's random generators.
     """
     from megatron.core import parallel_state, tensor_parallel
 

@@ -1,4 +1,4 @@
-"""The plan of the LLM's packed sequences: where each sample of the global batch goes, and which rows must be moved."""
+"""Planning of the LLM's packed sequences: the position of each sample, and the rows to move between ranks."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from trainer.parallel.topology import Topology
 class PackPlan:
     """The positions of n samples in the packs of all replicas.
 
-    The samples of a pack follow each other in the order of the global batch.
+    Within a pack, samples are in the order of the global batch.
     """
 
     num_microbatches: int
     """The number of packs of each replica."""
     pack_tokens: int
-    """The number of rows of every pack, including padding. All packs are equal, so the pipeline has one shape."""
+    """The number of rows of every pack, including padding. It is the same for all packs, as the pipeline needs."""
     replicas: int
     """The number of LLM replicas."""
     pack: Ints
-    """[n], the pack of each sample: replica · num_microbatches + micro-batch."""
+    """The pack of each sample, [n], which is replica · num_microbatches + micro-batch."""
     row: Ints
-    """[n], the first row of each sample in its pack."""
+    """The first row of each sample in its pack, [n]."""
     num_tokens: Ints
-    """[n], the length of each sample in tokens."""
+    """The length of each sample in tokens, [n]."""
 
     def members(self, replica: int, microbatch: int) -> Ints:
         """Return the samples of a pack, in order, as indices into the global batch."""
@@ -45,16 +45,16 @@ class PackPlan:
 
     @cached_property
     def replica_row(self) -> Ints:
-        """[n], the first row of each sample in the concatenation of its replica's packs."""
+        """The first row of each sample in the concatenation of its replica's packs, [n]."""
         return self.pack % self.num_microbatches * self.pack_tokens + self.row
 
     def with_lengths(self, kept: Ints, num_tokens: Ints, multiple: int) -> PackPlan:
-        """Return a plan that sends companions of the samples `kept` where these samples go.
+        """Return a plan for companions of the samples `kept`, each in the same replica and micro-batch as its sample.
 
         Args:
             kept: The indices of the samples that have a companion, in order.
             num_tokens: The length of each companion, at least 1.
-            multiple: The number of which the rows of a pack are a multiple.
+            multiple: The number of rows of a pack is a multiple of this.
         """
         pack = self.pack[kept]
         longest = int(np.bincount(pack, weights=num_tokens, minlength=1).max())
@@ -66,12 +66,12 @@ def plan_packs(num_tokens: Sequence[int] | Ints, replicas: int, budget_tokens: i
     """Distribute samples over packs of equal length.
 
     Args:
-        num_tokens: [n], the lengths of the samples of the global batch in tokens.
-        replicas: the number of LLM replicas.
-        budget_tokens: the largest number of rows of a pack. It is exceeded only by a longer sample, or if it is not a
-            multiple of `multiple`.
-        multiple: the pack length is a multiple of this, which must be a multiple of the tensor-parallel size. Larger
-            values lead to fewer different lengths and more padding.
+        num_tokens: The lengths [n] of the samples of the global batch in tokens.
+        replicas: The number of LLM replicas.
+        budget_tokens: The largest number of rows of a pack. It is exceeded only if a sample is longer, or if it is not
+            divisible by `multiple`.
+        multiple: The number of rows of a pack is a multiple of this, which must be a multiple of the tensor-parallel
+            size. Larger values lead to fewer distinct pack lengths and more padding.
     """
     sizes = np.asarray(num_tokens, dtype=np.int64)
     limit = max(budget_tokens, int(sizes.max(initial=0)))
@@ -91,9 +91,9 @@ def token_segments(plan: PackPlan, source_ranks: Ints, topology: Topology) -> Se
     """Return the token rows to move from each sample's source rank to its replica's first and last pipeline stage.
 
     Args:
-        plan: the packs of n samples.
+        plan: The packs of n samples.
         source_ranks: [n], the rank that loaded each sample. It holds its samples in global order, without gaps.
-        topology: the grid of ranks.
+        topology: The grid of ranks.
     """
     ends = [sorted({*topology.first_stage_ranks(d), *topology.last_stage_ranks(d)}) for d in range(topology.dp)]
     targets = np.array(ends, dtype=np.int64)
@@ -112,9 +112,9 @@ def embedding_segments(plan: PackPlan, source_ranks: Ints, topology: Topology) -
     There, its index is micro-batch · slice length + index in the slice.
 
     Args:
-        plan: the packs of n samples.
+        plan: The packs of n samples.
         source_ranks: [n], the rank that loaded each sample. It holds its samples in global order, without gaps.
-        topology: the grid of ranks.
+        topology: The grid of ranks.
     """
     share = plan.pack_tokens // topology.tp
     first, last = plan.replica_row // share, (plan.replica_row + plan.num_tokens - 1) // share
@@ -135,7 +135,7 @@ def embedding_segments(plan: PackPlan, source_ranks: Ints, topology: Topology) -
 
 
 def _starts(lengths: Ints, owners: Ints) -> Ints:
-    """Return [n], the start of each item in the concatenation of its owner's items."""
+    """Return the start of each item in the concatenation of its owner's items, [n]."""
     by_owner = stable_order(owners, int(owners.max(initial=0)) + 1)
     ends = np.cumsum(lengths[by_owner])
     begins = ends - lengths[by_owner]

@@ -1,8 +1,8 @@
-"""Routes: which rows each rank sends and receives in an exchange.
+"""Routes, which define the rows that each rank sends and receives in an exchange.
 
-Plans are pure functions of a few integers that every rank knows, so every rank computes the same plan. They use NumPy
-only: planning involves no device and no communication. The module `balance` gives all ranks equal work, `packs` places
-samples in the LLM's sequences, and `dispatch` decides which rank encodes which clip.
+Plans are pure functions of a few integers that every rank knows, so every rank computes the same plan. Planning uses
+NumPy only and involves neither a device nor communication. The module `balance` gives all ranks equal work, `packs`
+places samples in the LLM's sequences, and `dispatch` decides which rank encodes which clip.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Segments:
-    """Spans of rows to be moved: `length` rows from `src_row` of rank `src` to `dst_row` of rank `dst`. Each is
-    [spans]."""
+    """The spans of rows to be moved.
+
+    For each span, `length` rows that begin at row `src_row` of rank `src` are moved to row `dst_row` of rank `dst`. All
+    arrays are [number of spans].
+    """
 
     src: Ints
     src_row: Ints
@@ -32,22 +35,22 @@ class Route:
     """One rank's part of an exchange over `world` ranks."""
 
     send_rows: Ints
-    """The rows to send, by destination rank."""
+    """The indices of the rows to send, ordered by destination rank."""
     send_counts: Ints
-    """[world], the number of rows that go to each rank."""
+    """The number of rows to send to each rank, [world]."""
     recv_rows: Ints
-    """The index of each received row in the result, by source rank."""
+    """The index in the result of each received row, ordered by source rank."""
     recv_counts: Ints
-    """[world], the number of rows that come from each rank."""
+    """The number of rows to receive from each rank, [world]."""
     num_out: int
     """The number of rows of the result."""
 
     def restricted(self, keep_sent: NDArray[np.bool_], keep_received: NDArray[np.bool_]) -> Route:
-        """Return the route of only some rows. Source and destination of a row must agree on whether it is kept.
+        """Return the route of only some rows. The source and destination of a row must agree on whether it is kept.
 
         Args:
-            keep_sent: a flag for each of this rank's rows before the exchange.
-            keep_received: a flag for each row of the result.
+            keep_sent: A flag for each of this rank's rows before the exchange.
+            keep_received: A flag for each row of the result.
         """
         sent, received = keep_sent[self.send_rows], keep_received[self.recv_rows]
         return Route(
@@ -59,14 +62,21 @@ class Route:
         )
 
     def renumbered(self, names: Ints) -> Route:
-        """Return the same route for rows in another order: this rank's row r has the index `names[r]`."""
+        """Return the same route for rows in another order, in which this rank's row r is at index `names[r]`."""
         return replace(self, send_rows=names[self.send_rows])
 
 
 def route(segments: Segments, rank: int, world: int, num_out: int) -> Route:
-    """Return one rank's part of moving `segments`; its result has `num_out` rows."""
+    """Return the route by which one rank moves `segments`.
+
+    Args:
+        segments: The spans of all ranks.
+        rank: The rank whose route is returned.
+        world: The number of ranks.
+        num_out: The number of rows of this rank's result.
+    """
     sent, received = np.flatnonzero(segments.src == rank), np.flatnonzero(segments.dst == rank)
-    # Stable sorts: sender and receiver list the rows of a pair of ranks in the same order.
+    # The sorts are stable, so that sender and receiver list the rows between them in the same order.
     sent = sent[np.argsort(segments.dst[sent], kind="stable")]
     received = received[np.argsort(segments.src[received], kind="stable")]
     length = segments.length
@@ -84,7 +94,7 @@ def route(segments: Segments, rank: int, world: int, num_out: int) -> Route:
 
 
 def rows_of_spans(starts: Ints, lengths: Ints) -> Ints:
-    """Return start, start + 1, …, start + length - 1 of each span, concatenated."""
+    """Return the concatenated rows start, start + 1, …, start + length - 1 of all spans."""
     total = int(lengths.sum())
     first = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
     return first + np.arange(total, dtype=np.int64)

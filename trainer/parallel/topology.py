@@ -1,4 +1,4 @@
-"""The grid of ranks: which rank holds which part of the model. Every rank computes it from the same few integers."""
+"""The grid of ranks, which determines the part of the model that each rank holds."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Topology:
         return self.world // (self.tp * self.pp)
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Return the coordinates of `rank`; the inverse of `rank_of`."""
+        """Return the coordinates of `rank`. This is the inverse of `rank_of`."""
         assert 0 <= rank < self.world, rank
         rest, tp = divmod(rank, self.tp)
         pp, dp = divmod(rest, self.dp)
@@ -78,14 +78,14 @@ class Topology:
         return self.stage_ranks(dp, self.pp - 1)
 
     def replica_ranks(self, dp: int) -> tuple[int, ...]:
-        """Return all TP·PP ranks of replica `dp`, stage after stage."""
+        """Return all TP·PP ranks of replica `dp`, ordered by stage."""
         return tuple(rank for pp in range(self.pp) for rank in self.stage_ranks(dp, pp))
 
     @property
     def expert_groups(self) -> tuple[tuple[int, ...], ...]:
-        """The groups of `ep` neighbouring ranks that together hold every encoder expert once.
+        """The groups of `ep` consecutive ranks that together hold every encoder expert once.
 
-        The groups are those of `deepspeed.utils.groups._create_expert_and_data_parallel(ep)`.
+        They are the groups that `deepspeed.utils.groups._create_expert_and_data_parallel(ep)` creates.
         """
         return tuple(tuple(range(start, start + self.ep)) for start in range(0, self.world, self.ep))
 
@@ -99,11 +99,11 @@ def build_topology(parallel: ParallelConfig, world: int) -> Topology:
     """Return the grid of ranks that a recipe describes.
 
     Args:
-        parallel: the section of the recipe.
-        world: the number of ranks that were started.
+        parallel: The section `parallel` of the recipe.
+        world: The number of ranks that were started.
 
     Raises:
-        UserError: If a size does not divide the ranks, or `world` differs from the recipe's number.
+        UserError: If a size does not divide the number of ranks, or `world` differs from `parallel.num_ranks`.
     """
     if parallel.num_ranks < 1:
         raise UserError(f"parallel.num_ranks = {parallel.num_ranks}: must be at least 1")

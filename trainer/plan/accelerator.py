@@ -20,7 +20,7 @@ A100_MATRIX = ((64.0, 0.35), (256.0, 0.66), (1024.0, 0.79), (4096.0, 0.84))
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One device and its links; rates are per device and per direction."""
+    """One device and its links. Rates are per device and per direction."""
 
     name: str = "custom"
     tflops: float = 989.0
@@ -38,12 +38,12 @@ class Accelerator:
     per_node: int = 8
     """The number of devices per node."""
     matrix: tuple[tuple[float, float], ...] = H100_MATRIX
-    """The share of the peak rate that a matrix product reaches, as (FLOPs per byte, share), sorted by the former.
+    """The share of the peak rate that a matrix product reaches, as pairs (FLOPs per byte, share) in ascending order.
 
     An [m, k] by [k, n] product in bf16 has mnk / (mk + kn + mn) FLOPs per byte. `python -m bench.calibrate` measures
     the table."""
     efficiency: float = 0.0
-    """The share of the peak rate that every matrix product is assumed to reach; 0 looks it up in `matrix`."""
+    """The share of the peak rate that every matrix product is assumed to reach. With 0, it is looked up in `matrix`."""
     attention_efficiency: float = 0.5
     """The share of the peak rate that fused attention is assumed to reach."""
     memory_efficiency: float = 0.8
@@ -53,11 +53,11 @@ class Accelerator:
     link_efficiency: float = 0.7
     """The share of the links' bandwidth that collectives are assumed to reach."""
     node_latency_us: float = 3.4
-    """The latency of a hop within a node, in microseconds (NCCL's tuning table, ring over NVLink)."""
+    """The latency of a hop within a node, in microseconds, from NCCL's tuning table for rings over NVLink."""
     network_latency_us: float = 14.0
-    """The latency of a hop between nodes, in microseconds (NCCL's tuning table, ring over a network)."""
+    """The latency of a hop between nodes, in microseconds, from NCCL's tuning table for rings over a network."""
     reserve_gib: float = 6.0
-    """The memory assumed to be taken by the CUDA context, NCCL, library workspaces and fragmentation, in GiB."""
+    """The memory that the CUDA context, NCCL, library workspaces and fragmentation are assumed to take, in GiB."""
 
     @property
     def usable_bytes(self) -> float:
@@ -114,7 +114,7 @@ KNOWN = {
         matrix=A100_MATRIX,
     ),
 }
-"""The accelerators that have a name, by that name.
+"""The predefined accelerators by name.
 
 Values are those of NVIDIA's data sheets for SXM modules, with 80 GB for the a100 and h100. Each device is assumed to
 have one network port of 400 Gb/s (a100: 200 Gb/s).
@@ -125,7 +125,7 @@ def parse_accelerator(text: str) -> Accelerator:
     """Parse the value of `--accelerator`.
 
     Args:
-        text: a name (`h100`), a name with changed values (`h100,memory_gib=90`), or only values (`memory_gib=90`).
+        text: A name (`h100`), a name with changed values (`h100,memory_gib=90`), or only values (`memory_gib=90`).
             Values that are not given are those of the named accelerator, or of the h100 if no name is given.
 
     Returns:
@@ -160,7 +160,7 @@ def parse_accelerator(text: str) -> Accelerator:
 
 
 def _load(text: str) -> Accelerator | None:
-    """Read an accelerator that `bench.calibrate` wrote; return None if `text` is not the name of a .json file."""
+    """Return the accelerator that `bench.calibrate` wrote; None if `text` is not the name of a .json file."""
     path = Path(text)
     if path.suffix != ".json":
         return None

@@ -1,4 +1,4 @@
-"""The change that would help a plan most, found by a search over legal layouts."""
+"""Advice on the change that improves a plan most, found by a search over legal layouts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.plan.workload import Workload
 _MAX_TRIED = 3
 """The largest number of candidates that are planned in full for one piece of advice."""
 WORTH = 1.1
-"""The speed-up from which on `--fit` is recommended."""
+"""The smallest speed-up for which `--fit` is recommended."""
 _REMEDIES = {
     "computing the LLM": "more ranks, or a larger train.llm_tokens_per_microbatch for fuller matrix products",
     "recomputing the LLM's activations": "train.recompute_llm=false if the memory suffices, or more parallel.tensor",
@@ -30,22 +30,23 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Advice:
-    """What to change in a recipe."""
+    """Recommended changes to a recipe."""
 
     change: tuple[str, ...]
-    """The one `key=value` that makes the step fastest, or that makes it fit; empty if there is none."""
+    """The single `key=value` that makes the step fastest, or makes it fit into memory; empty if there is none."""
     change_speedup: float
-    """The recipe's seconds divided by those with `change`."""
+    """The speed-up by `change`: the step time of the recipe divided by the step time with `change`."""
     layout: tuple[str, ...]
-    """The `key=value`s of the fastest layout that fits; empty if it is not faster than the recipe."""
+    """The overrides `key=value` of the fastest layout that fits; empty if it is not faster than the recipe."""
     layout_speedup: float
-    """The recipe's seconds divided by those of `layout`."""
+    """The speed-up by `layout`: the step time of the recipe divided by the step time with `layout`."""
 
 
 def advise(planner: Planner, plan: Plan, workload: Workload) -> Advice:
     """Return the advice for `plan`.
 
-    Candidates are ordered by a quick estimate; those that are tried are planned in full and must fit.
+    Candidates are ordered by a quick estimate. The best ones are planned in full, and only those that fit into memory
+    are recommended.
     """
     timed = sorted(estimates(planner, plan.recipe, workload), key=lambda item: item[0])
     limit = plan.time.total if plan.fits else float("inf")
@@ -63,7 +64,7 @@ def advise(planner: Planner, plan: Plan, workload: Workload) -> Advice:
 def _first_that_fits(
     planner: Planner, workload: Workload, candidates: list[tuple[list[str], Recipe]]
 ) -> tuple[list[str], Plan] | None:
-    """Return the first candidate that fits and its plan, or None if none of the first few does."""
+    """Return the first candidate that fits into memory, and its plan; None if none of the first few fits."""
     for changes, variant in candidates[:_MAX_TRIED]:
         plan = planner.plan(variant, workload)
         if plan.fits:
@@ -72,6 +73,6 @@ def _first_that_fits(
 
 
 def limits(plan: Plan) -> list[tuple[str, float, str]]:
-    """Return (part of the step, seconds, what makes it shorter), the longest part first."""
+    """Return (part of the step, seconds, a way to shorten it) for each part, the longest part first."""
     parts = sorted(plan.time.parts.items(), key=lambda item: -item[1])
     return [(name, seconds, _REMEDIES[name]) for name, seconds in parts if seconds > 0]

@@ -25,7 +25,7 @@ class Traffic:
     ranks: int
     """The number of ranks in each of its process groups."""
     bytes: float
-    """The bytes that the busiest rank sends in a step."""
+    """The number of bytes that the busiest rank sends in a step."""
     within_node: bool
     """True if all ranks of a group are on one node."""
     members: int = 1
@@ -34,12 +34,12 @@ class Traffic:
     calls: int = 1
     """The number of collectives."""
     ring: bool = True
-    """True if the bytes travel around a ring, False if each message takes one hop."""
+    """True if the bytes are sent around a ring; False if each message takes one hop."""
 
     def seconds(self, accelerator: Accelerator) -> float:
-        """Return the seconds of these collectives if nothing overlaps with them.
+        """Return the duration of these collectives in seconds if nothing overlaps with them.
 
-        NCCL chooses between a protocol of full bandwidth and one with a fifth of its latency and a quarter of its
+        NCCL chooses between a protocol with full bandwidth, and one with a fifth of the latency and a quarter of the
         bandwidth, which is faster for small messages.
         """
         ports = accelerator.network_gb_s * self.members
@@ -68,14 +68,14 @@ def traffic(
     Comput. 19).
 
     Args:
-        recipe: the recipe of the run.
-        model: the model that the recipe describes.
-        parts: the sizes of the model's parts.
-        topology: the layout of the ranks.
-        work: the encoders' work, see `encoder_work`.
-        packs: the LLM's packs.
-        per_node: the number of ranks per node.
-        mechanisms: assumptions that differ from the trainer.
+        recipe: The recipe of the run.
+        model: The model that the recipe describes.
+        parts: The sizes of the model's parts.
+        topology: The layout of the ranks.
+        work: The encoders' work, see `encoder_work`.
+        packs: The LLM's packs.
+        per_node: The number of ranks per node.
+        mechanisms: Assumptions that differ from the trainer.
     """
     llm = _llm_traffic(recipe, model, parts, topology, packs, per_node, mechanisms)
     zero = _zero_traffic(recipe, model, parts, topology, work, per_node)
@@ -93,8 +93,8 @@ def tensor_units(recompute: bool, sequence_parallel: bool = True) -> int:
     """Return how many times the hidden states of a micro-batch pass through a layer's tensor-parallel collectives.
 
     Sequence parallelism gathers twice and scatters twice per pass (Korthikanti et al. 2022, arXiv 2205.05198). Its
-    backward pass gathers both inputs once more for the gradients of the weights, because only a rank's own part is
-    kept. Without it, each pass has two all-reduces, which count twice.
+    backward pass gathers both inputs once more for the gradients of the weights, because a rank keeps only its own
+    part of them. Without sequence parallelism, each pass has two all-reduces, each of which counts twice.
     """
     return 4 + 4 + (2 if sequence_parallel else 0) + (4 if recompute else 0)
 
@@ -197,7 +197,7 @@ def _expert_names(model: SizedModel) -> tuple[str, ...]:
 
 
 def _most_calls(work: EncoderWork) -> int:
-    """Return the most calls of any encoder on any rank; all ranks that hold an encoder call it equally often."""
+    """Return the largest number of calls of any encoder. All ranks that hold an encoder call it equally often."""
     return max(len(calls) for rank in work.calls for calls in rank)
 
 
@@ -208,7 +208,8 @@ def _ring(ranks: int) -> float:
 def _clips(model: SizedModel, work: Sequence[EncoderWork], size: int) -> float:
     """Return the bytes of clips and features that all ranks exchange in a step.
 
-    Waveforms travel in fp32 to the encoder ranks. Features return, and their gradients travel back once more.
+    Waveforms are sent to the encoder ranks in fp32, features are sent back, and the gradients of the features are sent
+    to the encoder ranks.
     """
     total = 0.0
     for one in work:

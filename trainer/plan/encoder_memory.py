@@ -1,4 +1,4 @@
-"""Memory of the audio side's activations: encoder calls are traced with the real modules, the rest is computed.
+"""Activation memory of the audio side. Encoder calls are traced with the real modules, and the rest is computed.
 
 All clips of a step are encoded before the LLM runs, so the activations that the calls keep for the backward pass add
 up. In shapes, B is the number of windows in a call and F is the number of frames of the longest one.
@@ -25,12 +25,12 @@ from trainer.plan.trace import Traced, extrapolated, trace
 from trainer.plan.workload import EncoderWork
 
 _SHAPES = ((1, 50), (1, 100), (2, 100), (1, 200), (3, 200))
-"""The (clips, frames) at which an encoder is traced: enough to fit the terms 1, B·F, B·F² and F²."""
+"""The shapes (clips, frames) for which an encoder is traced, which suffice to fit the terms 1, B·F, B·F² and F²."""
 
 
 @dataclass(frozen=True)
 class CallMemory:
-    """The bytes that an encoder call keeps for its backward pass, as a function of the call's shape.
+    """The number of bytes that an encoder call keeps for its backward pass, as a function of the call's shape.
 
     The function is exact for an encoder whose memory is a sum of the terms 1, B·F, B·F² and F².
     """
@@ -38,10 +38,10 @@ class CallMemory:
     weights: tuple[float, ...]
     """The coefficients of the four terms, in bytes."""
     windowing: Windowing
-    """How the encoder cuts and pads clips."""
+    """The windowing of the encoder."""
 
     def kept(self, clips: Sequence[int]) -> float:
-        """Return the bytes kept by a call with clips of these lengths, given in audio samples."""
+        """Return the number of bytes that a call keeps for clips of these lengths, given in audio samples."""
         windows = sum(map(self.windowing.num_windows, clips))
         frames = num_frames(max(map(self.windowing.padded_samples, clips)))
         return float(np.dot(self.weights, _terms(windows, frames)))
@@ -60,17 +60,17 @@ class AudioMemory:
 
 
 class EncoderTracer:
-    """A tracer of the calls of a tower's encoders, which caches its results.
+    """A tracer of the encoder calls of an audio tower, which caches its results.
 
-    All layers of an encoder have the same shapes. It is therefore traced with one layer and with two, and every
-    further layer is taken to add what the second one added.
+    All layers of an encoder have the same shapes. An encoder is therefore traced with one layer and with two layers,
+    and every further layer is assumed to add as much as the second one.
 
     Args:
-        tower: the audio tower with all encoder experts, on the meta device.
-        optim: the optimizer settings; frozen parts keep less for the backward pass.
-        dtype: the dtype of weights and activations.
-        recompute: the value of `train.recompute_encoders`.
-        device: the type of device that the ranks run on; on `cpu`, convolutions keep their unfolded windows.
+        tower: The audio tower with all encoder experts, on the meta device.
+        optim: The optimizer settings; frozen parts keep less for the backward pass.
+        dtype: The dtype of weights and activations.
+        recompute: The value of `train.recompute_encoders`.
+        device: The type of device that the ranks run on; on `cpu`, convolutions keep their unfolded windows.
     """
 
     def __init__(self, tower: AudioTower, optim: OptimConfig, dtype: torch.dtype, recompute: bool, device: str) -> None:
@@ -86,7 +86,7 @@ class EncoderTracer:
         self._traced: dict[tuple[str, tuple[int, ...]], Traced] = {}
 
     def calls(self, name: str) -> CallMemory:
-        """Return the function that gives the bytes kept by a call of the encoder `name`."""
+        """Return the function that computes the number of bytes that a call of the encoder `name` keeps."""
         if name not in self._calls:
             windowing = _inner(self.tower.encoder(name)).windowing
             window = windowing.window_samples
@@ -128,7 +128,7 @@ def _forget(parameter: Tensor) -> None:
 
 
 def _layers(encoder: Any) -> tuple[Any, list[nn.Module]]:
-    """Return the module that owns an encoder's list of layers, and the layers."""
+    """Return the module that contains an encoder's list of layers, and the list."""
     owner = encoder.encoder if hasattr(encoder.encoder, "layers") else encoder.encoder.encoder
     return owner, list(owner.layers)
 
@@ -144,12 +144,12 @@ def audio_memory(
     """Return the activation memory of the audio side on one rank.
 
     Args:
-        tracer: the tracer of the model's encoders.
-        work: the encoders' work, see `encoder_work`.
-        rank: the rank whose memory is returned.
-        loaded_samples: lengths of the clips that the rank loaded, in audio samples.
+        tracer: The tracer of the model's encoders.
+        work: The encoders' work, see `encoder_work`.
+        rank: The rank whose memory is returned.
+        loaded_samples: The lengths of the clips that the rank loaded, in audio samples.
         reduce_elements: ZeRO-3's `reduce_bucket_size`, a number of elements.
-        learned: the number of trainable audio parameters that the rank holds a share of.
+        learned: The number of trainable audio parameters that the rank holds a share of.
     """
     tower = tracer.tower
     dtype = next(tower.projector.parameters()).dtype
@@ -213,7 +213,7 @@ def _width(module: nn.Module) -> int:
 
 
 def _clips(count: int, frames: int) -> tuple[int, ...]:
-    """Return clip lengths in audio samples; the last clip is shorter, since clips of a real call differ in length."""
+    """Return the lengths of clips in audio samples. The last clip is shorter because real clips differ in length."""
     longest = frames * FRAME_SAMPLES
     return (longest,) * max(1, count - 1) + (longest * 3 // 4,) * (count > 1)
 

@@ -1,4 +1,4 @@
-"""One rank of an imaginary cluster: process groups of the full size, and modules on the meta device."""
+"""Emulation of one rank of a cluster, with process groups of the full size and modules on the meta device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ META = torch.device("meta")
 
 @contextlib.contextmanager
 def fake_rank(topology: Topology, rank: int) -> Iterator[None]:
-    """Make this process act as `rank` of `topology` within the context.
+    """Make this process act as `rank` of `topology` within the block.
 
     Megatron's process groups exist, but collectives return at once without moving data. Tensors and modules are created
     on the meta device. The process must not see a GPU and must not have initialized `torch.distributed`.

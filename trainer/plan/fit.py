@@ -1,4 +1,4 @@
-"""Search for the fastest layout that fits: estimate all legal layouts, then plan the best candidates in full."""
+"""A search for the fastest layout that fits, which estimates all legal layouts and plans the best ones in full."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TOKENS = (2048, 4096, 8192, 16384, 32768)
 
 
 def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, list[str]]:
-    """Find the fastest layout that fits into memory.
+    """Return the plan of the fastest layout that fits into memory.
 
     The search varies the degrees of tensor parallelism (within a node), pipeline parallelism and expert parallelism,
     the tokens per micro-batch, and whether the LLM and the encoders recompute activations. The number of ranks, the
@@ -53,7 +53,7 @@ def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, lis
 
 
 def variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
-    """Yield every layout that the search considers; the trainer accepts all of them."""
+    """Yield every layout that the search considers. The trainer accepts all of them."""
     world, parallel, hf = recipe.parallel.num_ranks, recipe.parallel, planner.model.llm
     tensors = [d for d in divisors(world) if d <= planner.accelerator.per_node]
     pipelines = [d for d in divisors(world) if hf.num_hidden_layers % d == 0]
@@ -117,9 +117,9 @@ def _rough_states(planner: Planner, variant: Recipe) -> States:
 
 
 def _rough_activations(planner: Planner, variant: Recipe, packs: PackPlan) -> float:
-    """Return a lower bound of the bytes that the LLM's layers keep for the backward pass.
+    """Return a lower bound of the number of bytes that the LLM's layers keep for the backward pass.
 
-    With recomputation a layer keeps its input. Without it, a layer keeps 34 bytes per bf16 hidden value
+    With recomputation, a layer keeps its input. Without recomputation, a layer keeps 34 bytes per bf16 hidden value
     (Korthikanti et al. 2022), of which 24 are counted here.
     """
     parallel, train, hf = variant.parallel, variant.train, planner.model.llm

@@ -1,4 +1,4 @@
-"""Seconds of one rank's computation: a layer of the LLM and its head, for one micro-batch.
+"""Computation time of one rank for a layer of the LLM and for its output layer, for one micro-batch.
 
 A layer's time is that of its matrix products, its attention, its element-wise operations (which take as long as their
 reads and writes of memory) and the start of its kernels. In formulas, h is the hidden size, f the feed-forward size,
@@ -18,12 +18,12 @@ from trainer.plan.mechanisms import Mechanisms
 
 _BF16_BYTES = 2
 _LOGIT_BYTES = 50
-"""The bytes that Megatron's cross entropy reads and writes per logit: its fp32 copy, softmax and gradient."""
+"""The number of bytes that Megatron's cross entropy reads and writes per logit, for fp32 copy, softmax and gradient."""
 _SCORE_BYTES = (13, 17)
 """The bytes read and written per attention score by unfused attention with dropout, forward and backward."""
 _HEAD_KERNELS = 20
 _LAYER_KERNELS = {True: (14, 26), False: (34, 66)}
-"""The kernels of a layer, (forward, backward), with TransformerEngine's fused kernels and without."""
+"""The number of kernels of a layer, (forward, backward), with TransformerEngine's fused kernels and without them."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """The seconds of both passes."""
+        """The sum of the forward and backward time in seconds."""
         return self.forward + self.backward
 
 
 @dataclass(frozen=True)
 class RankRates:
-    """The rates of a rank, and the assumptions that decide which kernels it runs."""
+    """The rates of a rank, and the assumptions that determine which kernels it runs."""
 
     accelerator: Accelerator
     mechanisms: Mechanisms
     bytes_per_value: int
-    """The bytes of a weight or activation: 2 for bf16, 4 for fp32."""
+    """The size of a weight or activation in bytes: 2 for bf16, 4 for fp32."""
 
     @property
     def peak(self) -> float:
@@ -55,30 +55,30 @@ class RankRates:
         return (self.accelerator.tflops if half else self.accelerator.fp32_tflops) * 1e12
 
     def product(self, rows: float, columns: float, inner: float, *, fp8: bool = False) -> float:
-        """Return the seconds of a [rows, inner] by [inner, columns] product."""
+        """Return the time of a [rows, inner] by [inner, columns] product in seconds."""
         rate = self.peak * self.accelerator.matrix_share(rows, columns, inner) * (2 if fp8 else 1)
         return 2.0 * rows * columns * inner / rate
 
     def memory(self, moved_bytes: float) -> float:
-        """Return the seconds in which element-wise operations read and write `moved_bytes`."""
+        """Return the time in seconds that element-wise operations take to read and write `moved_bytes`."""
         return moved_bytes / (self.accelerator.memory_tb_s * 1e12 * self.accelerator.memory_efficiency)
 
     def starts(self, kernels: float) -> float:
-        """Return the seconds that starting `kernels` kernels takes."""
+        """Return the time in seconds that starting `kernels` kernels takes."""
         return kernels * self.accelerator.kernel_us * 1e-6
 
 
 def layer_seconds(
     config: PretrainedConfig, rates: RankRates, tp: int, rows: float, squares: float, learned: bool
 ) -> Seconds:
-    """Return the seconds of one layer for one micro-batch, without communication and without recomputation.
+    """Return the time of one layer for one micro-batch in seconds, without communication and recomputation.
 
     Args:
-        config: the configuration of the LLM.
-        rates: the rates of the rank.
-        tp: the tensor-parallel size.
-        rows: the tokens of the micro-batch on this rank.
-        squares: the sum of the squared lengths of the micro-batch's segments, per context-parallel rank.
+        config: The configuration of the LLM.
+        rates: The rates of the rank.
+        tp: The tensor-parallel size.
+        rows: The tokens of the micro-batch on this rank.
+        squares: The sum of the squared lengths of the micro-batch's segments, per context-parallel rank.
         learned: True if the layer's weights are trained.
     """
     mechanisms = rates.mechanisms
@@ -100,14 +100,14 @@ def layer_seconds(
 
 
 def layer_products(config: PretrainedConfig, tp: int) -> list[tuple[float, float]]:
-    """Return (columns, inner) of a layer's four matrix products on one rank."""
+    """Return (columns, inner) for each of the four matrix products of a layer on one rank."""
     h, f, d = config.hidden_size, config.intermediate_size, head_dim(config)
     queries, groups = config.num_attention_heads / tp, config.num_key_value_heads / tp
     return [((queries + 2 * groups) * d, h), (h, queries * d), (2 * f / tp, h), (h, f / tp)]
 
 
 def head_seconds(config: PretrainedConfig, rates: RankRates, tp: int, rows: float) -> Seconds:
-    """Return the seconds of the output layer and the loss for one micro-batch."""
+    """Return the time of the output layer and the loss for one micro-batch in seconds."""
     columns = config.vocab_size / tp
     product = rates.product(rows, columns, config.hidden_size)
     loss = rates.memory(rows * columns * _LOGIT_BYTES) / 2 + rates.starts(_HEAD_KERNELS)
@@ -115,7 +115,7 @@ def head_seconds(config: PretrainedConfig, rates: RankRates, tp: int, rows: floa
 
 
 def attention_seconds(config: PretrainedConfig, rates: RankRates, tp: int, rows: float, squares: float) -> Seconds:
-    """Return the seconds of a layer's attention for one micro-batch."""
+    """Return the time of a layer's attention for one micro-batch in seconds."""
     return _attention(config, rates, tp, rows, squares)
 
 
@@ -133,7 +133,7 @@ def _attention(config: PretrainedConfig, rates: RankRates, tp: int, rows: float,
 
 
 def _elementwise(config: PretrainedConfig, rates: RankRates, tp: int, rows: float) -> tuple[float, float]:
-    """Return the seconds of norms, residuals, rotary embedding and activation, forward and backward.
+    """Return the forward and backward time of norms, residuals, rotary embedding and activation in seconds.
 
     Norms and residuals read and write 10 h values forward and 12 h backward. With fused kernels, the rotary embedding
     moves 2 (H + G) d values and the activation 3 f, or 5 f backward. PyTorch's separate kernels move 10 and 5, or 12
@@ -155,5 +155,5 @@ def _elementwise(config: PretrainedConfig, rates: RankRates, tp: int, rows: floa
 
 
 def _cast_bytes(products: Sequence[tuple[float, float]], rows: float) -> float:
-    """Return the bytes that casting inputs and weights to fp8 and transposing them moves in one pass."""
+    """Return the number of bytes that one pass moves to cast inputs and weights to fp8 and to transpose them."""
     return sum(4.0 * (rows * k + n * k) for n, k in products)

@@ -1,4 +1,4 @@
-"""Measurements of what a real rank holds, to compare with a plan."""
+"""Measurements of the memory of a real rank, for comparison with a plan."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from trainer.plan.states import States
 
 
 def held_states(audio: AudioEngine, llm: LLMEngine) -> States:
-    """Return the bytes of weights, gradients and optimizer state on this rank; each storage is counted once.
+    """Return the bytes of weights, gradients and optimizer state on this rank. Each storage is counted once.
 
-    At least one step must have been taken, since AdamW allocates its moments in the first one.
+    At least one step must have been taken, since AdamW allocates its moments in the first step.
     """
     return _llm_states(llm) + _audio_states(audio)
 

@@ -1,4 +1,4 @@
-"""Mechanisms that published runs use and the trainer does not have, as assumptions of a plan."""
+"""Assumptions of a plan about mechanisms that published runs use but the trainer does not have."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mechanisms:
-    """The assumptions under which a plan asks "what if"; the defaults describe the trainer as it is.
+    """The mechanisms that a plan assumes. The defaults describe the trainer.
 
     `bench.plan_published` sets them to compare the plan with runs of other trainers. A plan that sets any of them says
     so in its output, because the trainer cannot run it.
@@ -19,23 +19,23 @@ class Mechanisms:
     context: int = 1
     """The context-parallel size: the number of ranks that share each sequence."""
     overlap_data: bool = False
-    """Collectives over replicas run during the last backward and the first forward pass of a step."""
+    """True if collectives over replicas overlap with the last backward and the first forward pass of a step."""
     overlap_tensor: bool = False
-    """Tensor-parallel collectives run in TP chunks during the matrix products; only the first chunk is waited for."""
+    """True if tensor-parallel collectives run in TP chunks, of which all but the first overlap with matrix products."""
     sequence_parallel: bool = True
-    """False describes tensor parallelism that all-reduces and keeps norms and residuals whole on every rank."""
+    """True for sequence parallelism; False if ranks all-reduce, and each keeps the whole norms and residuals."""
     fused_kernels: bool = False
-    """TransformerEngine's fused norms, rotary embedding, activation and gradient accumulation."""
+    """True if norms, rotary embedding, activation and gradient accumulation use TransformerEngine's fused kernels."""
     fused_attention: bool = True
-    """False describes attention that writes the scores [heads, t, t] to memory and computes them in full."""
+    """True for fused attention; False if attention computes all scores [heads, t, t] and writes them to memory."""
     selective: bool = False
-    """The backward pass recomputes attention's scores only (arXiv 2205.05198)."""
+    """True if the backward pass recomputes only the attention scores (arXiv 2205.05198)."""
     fp8: bool = False
-    """The layers' matrix products run in fp8, at twice the bf16 rate."""
+    """True if the matrix products of the layers run in fp8, at twice the bf16 rate."""
     bf16_gradients: bool = False
-    """The LLM's gradients are accumulated and reduced in bf16."""
+    """True if the gradients of the LLM are accumulated and reduced in bf16."""
     sharded_weights: bool = False
-    """Weights of the LLM are sharded over replicas and gathered per layer and pass (FSDP)."""
+    """True if the weights of the LLM are sharded over replicas, and gathered for each layer in each pass (FSDP)."""
 
     def labels(self) -> list[str]:
         """Return the assumptions that differ from the trainer, as `name=value`."""
@@ -44,4 +44,4 @@ class Mechanisms:
 
 
 AS_BUILT = Mechanisms()
-"""The mechanisms of the trainer."""
+"""The assumptions that describe the trainer."""

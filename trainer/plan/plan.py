@@ -1,4 +1,4 @@
-"""The plan of a run, computed before it starts: the numbers that `earshot plan` prints."""
+"""The plan of a run, which is computed before the run starts and printed by `earshot plan`."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from trainer.plan.workload import EncoderWork, Workload, encoder_work, pack_work
 
 SECONDS_PER_DAY = 86_400.0
 UNCERTAINTY = 0.15
-"""The share by which the assumed rates may be wrong, for the range of a step's seconds."""
+"""The relative error of the assumed rates, from which the range of the step time is computed."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The needs and the expected speed of one recipe on one kind of accelerator."""
+    """The expected memory and speed of one recipe on one kind of accelerator."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -50,9 +50,9 @@ class Plan:
     traffic: list[Traffic]
     time: StepTime
     seconds_range: tuple[float, float]
-    """The seconds of a step if all assumed rates are better or worse by the share `UNCERTAINTY`."""
+    """The range of the step time in seconds, for assumed rates that are better or worse by `UNCERTAINTY`."""
     fixed_share: float
-    """The share of a step that starting kernels and the latencies of links take."""
+    """The fraction of a step that the start of kernels and the latency of links take."""
     attention: str
     """The attention kernel whose memory is counted."""
     mechanisms: Mechanisms = AS_BUILT
@@ -63,7 +63,7 @@ class Plan:
         return self.fixed_share > 0.5
 
     def cost(self, step_sec: float, price_per_gpu_hour: float) -> float:
-        """Return the price of all steps if each takes `step_sec` seconds."""
+        """Return the price of all steps if each step takes `step_sec` seconds."""
         return step_sec * self.recipe.train.steps / 3600 * self.topology.world * price_per_gpu_hour
 
     @property
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def snapshot_bytes(self) -> int:
-        """Host memory that a save needs on the fullest node."""
+        """The host memory that a save needs on the node that needs the most."""
         per_node, world = self.accelerator.per_node, self.topology.world
         nodes = [range(first, min(first + per_node, world)) for first in range(0, world, per_node)]
         return max(sum(self.states.of_rank(rank).snapshot for rank in node) for node in nodes)
@@ -122,11 +122,12 @@ class Planner:
     """A planner for variants of one recipe, which caches what the variants share.
 
     Args:
-        recipe: the first variant; others may differ from it only in `parallel` and `train`.
-        accelerator: the accelerator to plan for.
-        device: the type of device that the ranks run on, `cuda` or `cpu`.
-        mechanisms: assumptions that differ from the trainer.
-        transformer_engine: True if TransformerEngine is installed on the ranks; it then attends in bf16 on GPUs.
+        recipe: The first variant; others may differ from it only in `parallel` and `train`.
+        accelerator: The accelerator to plan for.
+        device: The type of device that the ranks run on, `cuda` or `cpu`.
+        mechanisms: Assumptions that differ from the trainer.
+        transformer_engine: True if TransformerEngine is installed on the ranks. It then computes attention in bf16 on
+            GPUs.
 
     Raises:
         UserError: If the recipe is illegal.
@@ -158,7 +159,7 @@ class Planner:
         return self._tracers[key]
 
     def place(self, recipe: Recipe, workload: Workload) -> tuple[Topology, list[EncoderWork], PackPlan]:
-        """Return the recipe's topology, and how a step's work is distributed over it (encoder work and packs)."""
+        """Return the topology of the recipe, and the distribution of a step's work over it (encoder work and packs)."""
         topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
         budget = num_samples(recipe.train.encoder_batch_sec)
         # The encoders' work does not depend on how the LLM is split.
@@ -262,13 +263,13 @@ class Planner:
 
 
 def _with_half_gradients(states: RankStates) -> RankStates:
-    """Return `states` with the LLM's gradients in bf16."""
+    """Return the model states `states`, changed to bf16 gradients of the LLM."""
     llm = tuple(tuple(dataclasses.replace(s, gradients=s.gradients // 2) for s in stage) for stage in states.llm)
     return dataclasses.replace(states, llm=llm)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Return all numbers of a plan as JSON values; the names contain the units."""
+    """Return all numbers of a plan as JSON values. Their names contain the units."""
     time, kinds = plan.time, []
     for kind in plan.kinds:
         kinds.append(

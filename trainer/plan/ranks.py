@@ -1,6 +1,7 @@
 """Model states of every kind of rank.
 
-A kind is a stage of the LLM and a place in the expert-parallel group, which says which encoder experts a rank holds.
+A kind is a stage of the LLM together with a place in the expert-parallel group, which determines the encoder experts of
+a rank.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class RankStates:
-    """Model states of all ranks."""
+    """The model states of all ranks."""
 
     topology: Topology
     llm: tuple[tuple[States, ...], ...]
@@ -63,7 +64,7 @@ def rank_states(
 
 
 def distinct_stages(pp: int) -> list[int]:
-    """Return one stage of each kind: the first, one in the middle and the last, as far as they exist."""
+    """Return one stage of each kind: the first, one in the middle and the last, if they exist."""
     return sorted({0, min(1, pp - 1), pp - 1})
 
 

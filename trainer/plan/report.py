@@ -13,23 +13,23 @@ from trainer.plan.tables import bytes_text, count_text, ranks_text, table
 
 WIDTH = 100
 _MAX_STAGES = 6
-"""The largest number of rows of the memory table; stages in the middle are merged beyond it."""
+"""The largest number of rows of the memory table. If there are more, stages in the middle are merged."""
 
 
 def report(plan: Plan, advice: Advice | None = None, price_per_gpu_hour: float | None = None) -> str:
     """Return the text that `earshot plan` prints.
 
     Args:
-        plan: the plan.
-        advice: what to change in the recipe; None prints no advice.
-        price_per_gpu_hour: the price of one accelerator for an hour; None prints no costs.
+        plan: The plan.
+        advice: The recommended changes to the recipe; None prints no advice.
+        price_per_gpu_hour: The price of one accelerator for an hour; None prints no costs.
     """
     blocks = (_summary(plan, advice, price_per_gpu_hour), _model(plan), _memory(plan), _traffic(plan), _time(plan))
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
 def explain(plan: Plan) -> str:
-    """Return a table of what a step's time is spent on, and what makes each part shorter."""
+    """Return a table of the parts of a step with their time and a way to shorten each of them."""
     lines = ["What a step's time is spent on, and what makes it shorter:"]
     for name, seconds, remedy in limits(plan):
         lines.append(f"  {duration_text(seconds):>9s} {seconds / plan.time.total:4.0%}  {name}")
@@ -217,9 +217,9 @@ def sweep_table(key: str, rows: Sequence[tuple[str, Plan | str]], price: float |
     """Return a table with one row per value of a swept key.
 
     Args:
-        key: the recipe key that is swept.
-        rows: each value with its plan, or with the reason why the recipe is illegal.
-        price: the price of one accelerator for an hour; None omits the costs.
+        key: The recipe key that is swept.
+        rows: Each value with its plan, or with the reason why the recipe is illegal.
+        price: The price of one accelerator for an hour; None omits the costs.
     """
     header = [key, "ranks", "fits", "GiB", "step", "bubble", "MFU", "all steps"] + (["cost"] if price else [])
     lines, refused = [header], []

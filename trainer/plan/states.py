@@ -28,12 +28,12 @@ from trainer.parallel.topology import Topology
 FP32_BYTES = 4
 _MOMENTS = 2
 _STEP_BYTES = 4
-"""The bytes of AdamW's step counter; there is one per tensor that it updates."""
+"""The size in bytes of AdamW's step counter, of which there is one per updated tensor."""
 
 
 @dataclass(frozen=True)
 class States:
-    """The bytes of model states on one rank's device."""
+    """The number of bytes of model states on one rank's device."""
 
     weights: int = 0
     gradients: int = 0
@@ -52,7 +52,7 @@ class States:
 
     @property
     def total(self) -> int:
-        """The bytes of all three."""
+        """The total number of bytes."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -62,11 +62,11 @@ class Offload:
 
     weights: bool = False
     optimizer: bool = False
-    """The flag of the optimizer state, and of the gradients with it."""
+    """True if the optimizer state, and with it the gradients, is kept in host memory."""
 
     @classmethod
     def of(cls, ds_json: dict[str, Any]) -> Offload:
-        """Read the settings from a DeepSpeed JSON."""
+        """Return the settings of a DeepSpeed JSON file."""
         zero = ds_json["zero_optimization"]
         weights, optimizer = ((zero.get(k) or {}).get("device", "none") for k in ("offload_param", "offload_optimizer"))
         return cls(weights != "none", optimizer != "none")
@@ -81,16 +81,16 @@ def build_stage(
     recompute: bool,
     adapters: Adapters = NO_ADAPTERS,
 ) -> tuple[Any, nn.Module]:
-    """Build a pipeline stage of the LLM. Must run within `fake_rank` of one of the stage's ranks.
+    """Build a pipeline stage of the LLM. It must be called within `fake_rank` of one of the stage's ranks.
 
     Args:
-        hf_config: the configuration of the LLM.
-        topology: the layout of the ranks.
-        stage: the index of the stage.
-        optim: the optimizer settings, which say what is frozen.
-        dtype: the dtype of weights and activations.
-        recompute: the value of `train.recompute_llm`.
-        adapters: the low-rank adapters.
+        hf_config: The configuration of the LLM.
+        topology: The layout of the ranks.
+        stage: The index of the stage.
+        optim: The optimizer settings, which determine the frozen parameters.
+        dtype: The dtype of weights and activations.
+        recompute: The value of `train.recompute_llm`.
+        adapters: The low-rank adapters.
 
     Returns:
         The GPTModel, and the model wrapped for data parallelism. If the whole LLM is frozen, both are the GPTModel.
@@ -113,10 +113,10 @@ def llm_states(gpt: nn.Module, model: nn.Module, topology: Topology, dtype: torc
     """Return the LLM's states of every data-parallel rank.
 
     Args:
-        gpt: the first result of `build_stage`.
-        model: its second result.
-        topology: the layout of the ranks.
-        dtype: the dtype of the weights.
+        gpt: The first result of `build_stage`.
+        model: The second result of `build_stage`.
+        topology: The layout of the ranks.
+        dtype: The dtype of the weights.
     """
     buffers = list(getattr(model, "buffers", ())) if model is not gpt else []
     frozen = sum(p.numel() for _, p in global_parameters(gpt) if not p.requires_grad)
@@ -133,7 +133,7 @@ def llm_states(gpt: nn.Module, model: nn.Module, topology: Topology, dtype: torc
 
 
 def _spans(buffer: Any, dp: int, dp_size: int) -> Iterable[int]:
-    """Yield the number of elements that data-parallel rank `dp` updates, for each parameter with any."""
+    """Yield the number of elements that data-parallel rank `dp` updates of each parameter, if there are any."""
     for start, end, bucket in buffer.param_index_map.values():
         first, last = buffer.bucket_indices[bucket]
         share = (last - first) // dp_size
@@ -148,11 +148,11 @@ def audio_states(
     """Return the audio side's states of a rank.
 
     Args:
-        tower: the audio tower, with only those encoder experts that the rank holds.
-        optim: the optimizer settings.
-        topology: the layout of the ranks.
-        dtype: the dtype of the weights.
-        offload: the states that are kept in host memory.
+        tower: The audio tower, with only those encoder experts that the rank holds.
+        optim: The optimizer settings.
+        topology: The layout of the ranks.
+        dtype: The dtype of the weights.
+        offload: The states that are kept in host memory.
     """
     total = learned = 0
     groups = set()

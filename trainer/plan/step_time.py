@@ -1,4 +1,4 @@
-"""Expected duration of a step, as the sum of its phases."""
+"""The expected duration of a step, which is the sum of its phases."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer.plan.workload import EncoderWork
 _UPDATE_PASSES = 3
 """The approximate number of times that AdamW without fused kernels passes over its tensors."""
 _ENCODER_LAYER_KERNELS = 40
-"""The approximate number of kernels of an encoder's layer in one pass."""
+"""The approximate number of kernels that one pass through an encoder layer starts."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class StepTime:
     mfu: float
     """The model FLOPs utilization: model FLOPs / (time · ranks · peak rate), without recomputation."""
     mfu_full_attention: float
-    """The same, with attention counted as if it were not causal, which is NVIDIA's convention."""
+    """The model FLOPs utilization with attention counted as if it were not causal, as NVIDIA does."""
     parts: dict[str, float]
-    """The seconds of everything that takes time, by name; they add up to `total`."""
+    """The seconds of each part of the step, by name. Their sum is `total`."""
 
     @property
     def total(self) -> float:
@@ -64,7 +64,7 @@ class _Llm:
     bubble: float
     stages: float
     gradients: float
-    """Gradients and weights over replicas, as far as nothing hides them."""
+    """The exchange of gradients and weights between replicas, without the part that overlaps with computation."""
 
     @property
     def pipeline(self) -> float:
@@ -92,18 +92,18 @@ def step_time(
     overlaps unless `mechanisms` says so.
 
     Args:
-        recipe: the recipe of the run.
-        model: the model that the recipe describes.
-        parts: the sizes of the model's parts.
-        topology: the layout of the ranks.
-        accelerator: the rates of the accelerator.
-        work: the encoders' work.
-        packs: the LLM's packs.
-        flops: the FLOPs of a step.
-        traffic: the bytes that the busiest rank sends, by kind of collective.
-        states: the model states of the fullest rank.
-        ds_json: the DeepSpeed JSON.
-        mechanisms: assumptions that differ from the trainer.
+        recipe: The recipe of the run.
+        model: The model that the recipe describes.
+        parts: The sizes of the model's parts.
+        topology: The layout of the ranks.
+        accelerator: The rates of the accelerator.
+        work: The encoders' work.
+        packs: The LLM's packs.
+        flops: The FLOPs of a step.
+        traffic: The bytes that the busiest rank sends, by kind of collective.
+        states: The model states of the fullest rank.
+        ds_json: The DeepSpeed JSON.
+        mechanisms: Assumptions that differ from the trainer.
     """
     seconds = {t.name: t.seconds(accelerator) for t in traffic}
     rates = RankRates(accelerator, mechanisms, DTYPES[recipe.train.precision].itemsize)
@@ -151,10 +151,10 @@ def _llm(
     packs: PackPlan,
     seconds: dict[str, float],
 ) -> _Llm:
-    """Return the LLM's seconds in the 1F1B schedule.
+    """Return the times of the LLM in the 1F1B schedule.
 
     Every stage computes M micro-batches. A rank of the slowest stage, the last one, is idle while the first micro-batch
-    passes through the other PP - 1 stages forward and backward; V virtual stages divide this time by V.
+    passes through the other PP - 1 stages forward and backward. With V virtual stages, this time is divided by V.
     """
     mechanisms, config, tp, pp = rates.mechanisms, model.llm, topology.tp, topology.pp
     microbatches = packs.num_microbatches * mechanisms.context
@@ -176,7 +176,7 @@ def _llm(
     scatter, gather = (seconds.get(f"LLM, {kind} over replicas", 0.0) for kind in ("gradients", "weights"))
     if mechanisms.overlap_data:
         stages = 0.0
-        # All micro-batches hide the collectives of sharded weights, else only the last or the first one does.
+        # With sharded weights, collectives overlap with all micro-batches, otherwise only with the last or the first.
         hidden = microbatches if mechanisms.sharded_weights else 1
         scatter = max(scatter - hidden * plain.backward, scatter / layers)
         gather = max(gather - hidden * plain.forward, gather / layers)
@@ -198,7 +198,7 @@ def _squares(packs: PackPlan) -> float:
 def _with_ring_attention(
     layer: Seconds, attention: Seconds, config: Any, rates: RankRates, tp: int, rows: float
 ) -> Seconds:
-    """Add what context parallelism's exchange of keys and values takes beyond the attention that hides it."""
+    """Add the time of context parallelism's exchange of keys and values that does not overlap with attention."""
     count = rates.mechanisms.context
     if count == 1:
         return layer
@@ -222,7 +222,8 @@ def _encoder_seconds(
 ) -> float:
     """Return the seconds in which the slowest rank computes the encoders.
 
-    An encoder's products are taken to have the shape of its mean weight, and as many rows as a call has frames.
+    The matrix products of an encoder are assumed to have the shape of its average weight, and as many rows as a call
+    has frames.
     """
     total = 0.0
     forward = sum(float(w.cost.sum()) for w in work)

@@ -1,4 +1,4 @@
-"""Aligned text tables, and numbers for people to read."""
+"""Aligned text tables, and the formatting of numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table whose first column is aligned to the left and the others to the right."""
+    """Return the lines of a table with the first column aligned left and the others aligned right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for first, *rest in rows:

@@ -1,4 +1,4 @@
-"""Activation memory of a module, measured on the meta device: what it keeps for the backward pass, and its peaks.
+"""Activation memory of a module, measured on the meta device: the memory kept for the backward pass, and the peaks.
 
 On the meta device every operation creates tensors of the real shape and dtype without allocating memory. The storages
 of these tensors are counted while they exist. Memory that kernels allocate internally (workspaces of convolutions and
@@ -22,23 +22,23 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Traced:
-    """The memory of one call of a module besides its parameters and their gradients, in bytes."""
+    """The memory of one call of a module in bytes, without its parameters and their gradients."""
 
     kept: int
     """The memory held after the forward pass: saved tensors and the output."""
     forward: int
     """The peak of the forward pass."""
     backward: int
-    """The peak of the backward pass, including what was kept."""
+    """The peak of the backward pass, including the memory held after the forward pass."""
 
 
 def trace(forward: Callable[[], Tensor], existing: Iterable[Tensor], device: str = "cpu") -> Traced:
     """Run `forward` and its backward pass, and measure their memory.
 
     Args:
-        forward: a function on meta tensors. All storages that it creates are counted.
-        existing: tensors that exist already and are not counted.
-        device: the type of device whose kernels are counted, `cuda` or `cpu`.
+        forward: A function on meta tensors. All storages that it creates are counted.
+        existing: Tensors that exist already and are not counted.
+        device: The type of device whose kernels are counted, `cuda` or `cpu`.
     """
     with _Bytes(existing) as count, _flash_attention(), _fused_norms(device):
         output = forward()
@@ -50,11 +50,11 @@ def trace(forward: Callable[[], Tensor], existing: Iterable[Tensor], device: str
 
 
 def extrapolated(found: Sequence[Traced], layers: int) -> Traced:
-    """Extrapolate the memory of all layers from measurements with one layer and with two.
+    """Extrapolate the memory of all layers from measurements with one layer and with two layers.
 
     Args:
-        found: the measurements with one layer and, if there are several layers, with two.
-        layers: the number of layers.
+        found: The measurements with one layer and, if there are several layers, with two.
+        layers: The number of layers.
     """
     one, two = found[0], found[-1]
     more = max(0, layers - len(found))

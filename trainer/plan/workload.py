@@ -1,7 +1,7 @@
 """The work of one step: a global batch of typical lengths, and its distribution over ranks by the trainer's planners.
 
-A recipe does not say how long clips are. The plan assumes log-normal durations, as in speech corpora, with a given mean
-and cut at `data.max_audio_sec`. Every sample is assumed to have the same number of text tokens.
+A recipe does not contain the durations of clips. The plan assumes log-normal durations, as in speech corpora. They have
+a given mean and are limited to `data.max_audio_sec`. Every sample is assumed to have the same number of text tokens.
 """
 
 from __future__ import annotations
@@ -37,34 +37,34 @@ class Workload:
     """The samples of a global batch, in lane order."""
 
     audio_samples: Ints
-    """[n] length of the sample's clip in audio samples; 0 if it has no clip."""
+    """The length of each sample's clip in audio samples, [n]; 0 if it has no clip."""
     num_tokens: Ints
-    """[n] tokens of the sample, including its audio tokens."""
+    """The number of tokens of each sample, including audio tokens, [n]."""
     source_ranks: Ints
-    """[n] rank that loads the sample, ascending."""
+    """The rank that loads each sample, [n], in ascending order."""
 
     @property
     def audio_sec(self) -> float:
-        """The audio of all samples, in seconds."""
+        """The total duration of audio in seconds."""
         return float(self.audio_samples.sum()) / SAMPLE_RATE
 
     @property
     def tokens(self) -> int:
-        """The tokens of all samples, including audio tokens."""
+        """The total number of tokens, including audio tokens."""
         return int(self.num_tokens.sum())
 
 
 def typical_workload(
     recipe: Recipe, topology: Topology, mean_audio_sec: float | None = None, text_tokens: int = DEFAULT_TEXT_TOKENS
 ) -> Workload:
-    """Return a global batch of typical clips, of the size that the recipe asks for.
+    """Return a global batch of typical clips, with the size that the recipe sets.
 
     Args:
-        recipe: the recipe of the run.
-        topology: the layout of the ranks.
-        mean_audio_sec: the mean duration of a clip in seconds; None means 10 s, or half of `data.max_audio_sec` if that
+        recipe: The recipe of the run.
+        topology: The layout of the ranks.
+        mean_audio_sec: The mean duration of a clip in seconds; None means 10 s, or half of `data.max_audio_sec` if that
             is less.
-        text_tokens: the number of text tokens in each sample.
+        text_tokens: The number of text tokens in each sample.
 
     Raises:
         UserError: If the mean is not positive or exceeds `data.max_audio_sec`, or if `text_tokens` is not positive.
@@ -96,9 +96,9 @@ def _log_normal(count: int, mean: float, limit: float) -> NDArray[np.float64]:
     """Return evenly spaced quantiles of a log-normal distribution.
 
     Args:
-        count: the number of quantiles.
-        mean: their mean, to which they are scaled.
-        limit: the largest value; larger ones are set to it.
+        count: The number of quantiles.
+        mean: The mean to which the quantiles are scaled.
+        limit: The largest value. Larger quantiles are set to it.
     """
     normal = NormalDist()
     shape = np.exp(SIGMA * np.array([normal.inv_cdf((i + 0.5) / count) for i in range(count)]))
@@ -118,28 +118,28 @@ class EncoderWork:
 
     names: tuple[str, ...]
     calls: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
-    """Lengths of each call's clips in audio samples, indexed by [rank][encoder][call]."""
+    """The lengths of each call's clips in audio samples, indexed by [rank][encoder][call]."""
     cost: NDArray[np.float64]
-    """[rank] FLOPs of the forward passes."""
+    """The FLOPs of the forward passes of each rank, [number of ranks]."""
     moved_samples: int
-    """The audio samples that source ranks send to other ranks, in total."""
+    """The total number of audio samples that source ranks send to other ranks."""
     moved_frames: int
-    """The frames that encoder ranks send back to other ranks, in total."""
+    """The total number of frames that encoder ranks send back to other ranks."""
 
 
 def encoder_work(
     model: SizedModel, workload: Workload, topology: Topology, budget_samples: int, device: str
 ) -> list[EncoderWork]:
-    """Return the work of the primary encoder, and that of all encoder experts together.
+    """Return the work of the primary encoder, and the work of all encoder experts together.
 
-    Every gate is assumed to spread its clips evenly over the encoder experts.
+    Every gate is assumed to distribute the clips evenly over the encoder experts.
 
     Args:
-        model: the model that the recipe describes.
-        workload: the samples of a step.
-        topology: the layout of the ranks.
-        budget_samples: the most audio samples per encoder call.
-        device: the type of device that the ranks run on, `cuda` or `cpu`.
+        model: The model that the recipe describes.
+        workload: The samples of a step.
+        topology: The layout of the ranks.
+        budget_samples: The largest number of audio samples per encoder call.
+        device: The type of device that the ranks run on, `cuda` or `cpu`.
     """
     clips = np.flatnonzero(workload.audio_samples)
     samples, source_ranks = workload.audio_samples[clips], workload.source_ranks[clips]
