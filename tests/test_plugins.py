@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from model.encoders.families import ENCODER_FAMILIES
 from model.errors import UserError
+from model.llm.families import LLM_FAMILIES
+from model.losses.table import LOSSES
 from tests.plugin_package import run, write_plugin
 from trainer.plugins import GROUPS, VARIABLE, inherit_plugins, load_plugins
 from trainer.scoring.tasks import TASKS
@@ -55,6 +58,37 @@ def test_a_plugin_is_loaded_by_package_or_entry_point_and_inherited(
     monkeypatch.setenv(VARIABLE, "gone")
     with pytest.raises(UserError, match="plugins: gone is not installed"):
         inherit_plugins()
+
+
+def test_plugins_add_families_and_losses(tmp_path: Path) -> None:
+    source = """
+from model.encoders.hubert import HUBERT as EAR
+from model.llm.families import LLMFamily
+from model.losses.routing import RoutingLoss
+
+LLM = LLMFamily(qkv_bias=True)
+
+
+class Quiet(RoutingLoss):
+    name = "quiet"
+
+
+QUIET = Quiet()
+"""
+    points = {
+        "earshot.encoders": {"ear": "EAR"},
+        "earshot.llms": {"llm_x": "LLM"},
+        "earshot.losses": {"quiet": "QUIET"},
+    }
+    write_plugin(tmp_path, "plug_parts", source, points)
+    try:
+        load_plugins(["plug-parts"])
+        # An export copies the module of an encoder family, so the table stores the module's name.
+        assert ENCODER_FAMILIES["ear"] == "plug_parts:EAR"
+        assert LLM_FAMILIES["llm_x"].qkv_bias and LOSSES["quiet"].name == "quiet"
+    finally:
+        for table, name in ((ENCODER_FAMILIES, "ear"), (LLM_FAMILIES, "llm_x"), (LOSSES, "quiet")):
+            table.pop(name, None)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,14 @@ class Group:
     """The name of the table, a dictionary, in the module."""
     type: str
     """The place of a class as `module:NAME`: an entry is an instance or a subclass of it."""
+    by_place: bool = False
+    """Whether the table stores the place of a value, `module:NAME`, instead of the value. Exports copy that module."""
 
 
 GROUPS: Mapping[str, Group] = {
-    "earshot.encoders": Group("model.encoders.families", "ENCODER_FAMILIES", "model.encoders.family:EncoderFamily"),
+    "earshot.encoders": Group(
+        "model.encoders.families", "ENCODER_FAMILIES", "model.encoders.family:EncoderFamily", True
+    ),
     "earshot.llms": Group("model.llm.families", "LLM_FAMILIES", "model.llm.families:LLMFamily"),
     "earshot.losses": Group("model.losses.table", "LOSSES", "model.losses.base:Loss"),
     "earshot.tasks": Group("trainer.scoring.tasks", "TASKS", "trainer.scoring.tasks:Task"),
@@ -100,9 +104,10 @@ def _add(name: str, point: EntryPoint) -> None:
     own_name = getattr(value, "name", point.name)
     if isinstance(own_name, str) and own_name != point.name:
         raise UserError(f"{where} has the name {own_name}; give both the same name")
-    if table.get(point.name, value) is not value:
+    entry = point.value if GROUPS[point.group].by_place else value
+    if table.get(point.name, entry) != entry:
         raise UserError(f"{where}: {point.name} exists already in the group {point.group}; give it another name")
-    table[point.name] = value
+    table[point.name] = entry
 
 
 def _target(group: Group) -> tuple[dict[str, Any], type[Any]]:
