@@ -1,4 +1,4 @@
 """Benchmarks, started as `python -m bench.NAME`.
 
-Each one states its goal, prints one JSON object as its last line, and exits with code 1 if it misses the goal.
+Each benchmark states its goal, prints one JSON object as its last line, and exits with code 1 if it misses the goal.
 """

@@ -1,11 +1,11 @@
-"""How evenly the dispatch plan distributes work, how long planning takes, and how much time it saves.
+"""Measure how evenly the dispatch plan distributes work, how long planning takes, and how much time the plan saves.
 
     python -m bench.balance
 
 Goals:
 - On 64 simulated ranks with 16 clips of log-normal duration each, the maximum cost of a rank is at most 1.05 times the
-  mean, for a primary encoder on all ranks and for eight encoder experts on their replicas. The printed comparison is an
-  arm in which every clip is encoded on its source rank.
+  mean, for a primary encoder on all ranks and for eight encoder experts on their replicas. For comparison, an
+  arm in which every clip is encoded on its source rank is printed.
 - Planning for 4,096 ranks with 16 clips each takes at most 5 ms on one core. This includes the plan and one rank's part
   of it (for a primary encoder, and for eight encoder experts with one and with two per clip), and the LLM's packs.
 - On real ranks, with all long clips on one rank, a step takes less time with the plan than without. The ranks use gloo,
@@ -99,7 +99,7 @@ def simulate(ranks: int = 64) -> dict[str, Any]:
 
 
 def time_plans(ranks: int = 4096) -> dict[str, Any]:
-    """Return the median CPU time of planning, which other processes on the machine hardly influence."""
+    """Return the median CPU time of planning, which other processes on the machine hardly affect."""
     torch.zeros(num_samples(240))  # freed immediately, after which malloc keeps large blocks, as it does in training
 
     def dispatch(encoders: Sequence[EncoderConfig], ep: int, chosen: int) -> Callable[[], object]:
@@ -152,7 +152,7 @@ def skewed_batch(rank: int, model: ModelConfig) -> Batch:
 
 
 def work(out: str) -> int:
-    """Run one of the real ranks, which times steps with and without the plan alternately."""
+    """Run one of the real ranks, which alternately times steps with and without the plan."""
     import torch.distributed as dist
 
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
@@ -188,7 +188,7 @@ def work(out: str) -> int:
 
 
 def measure_steps(ranks: int) -> dict[str, Any]:
-    """Return the wall seconds of a step, and the CPU seconds of its busiest rank."""
+    """Return the wall time of a step and the CPU time of its busiest rank, in seconds."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "found.json"
         if code := start_ranks(ranks, [sys.executable, "-m", "bench.balance", "--worker", str(out)]):

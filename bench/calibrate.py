@@ -1,9 +1,9 @@
-"""Measure what the plan assumes of one device: matrix products, attention, memory bandwidth and the start of kernels.
+"""Measure the rates of a device that the plan needs: matrix products, attention, memory bandwidth and kernel starts.
 
     python -m bench.calibrate [--device cuda|cpu] [--out device.json] [--like h100]
     earshot plan RECIPE --accelerator device.json
 
-The sweep takes about a minute on one GPU, and on a CPU too. Values that one device cannot show (links, memory size,
+The sweep takes about a minute on one GPU or on a CPU. Values that cannot be measured on one device (links, memory size,
 devices per node) are those of the accelerator `--like`. The last line is the JSON object that `--out` stores.
 """
 
@@ -28,7 +28,7 @@ _CPU_SIDES = (32, 64, 128, 256, 512, 1024)
 
 
 def measured_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the least mean seconds of a call, over a few rounds of many calls each."""
+    """Return the mean time of a call in seconds, in the fastest of a few rounds of many calls each."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -93,7 +93,7 @@ def _product_rate(side: int, device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _attention_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of causal attention, forward, counting only what the mask keeps."""
+    """Return the FLOP/s of causal attention in the forward pass, counting only the scores that the mask keeps."""
     heads, tokens, width = (16, 4096, 128) if device.type == "cuda" else (4, 256, 64)
     q, k, v = (torch.randn(1, heads, tokens, width, device=device, dtype=dtype) for _ in range(3))
     seconds = measured_seconds(lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True), device)
@@ -109,7 +109,7 @@ def _memory_rate(device: torch.device) -> float:
 
 
 def _kernel_seconds(device: torch.device) -> float:
-    """Return the seconds of an operation on one number."""
+    """Return the time of an operation on one number in seconds."""
     one = torch.ones(1, device=device)
     return measured_seconds(lambda: one.add(1), device)
 

@@ -1,4 +1,4 @@
-"""How long a save of about 1 GiB interrupts training.
+"""Measure how long a save of about 1 GiB interrupts training.
 
     python -m bench.checkpoint
 

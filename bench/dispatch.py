@@ -1,4 +1,4 @@
-"""The cost of sending clips to the ranks of the chosen encoders, and features back to the source ranks.
+"""Measure the cost of sending clips to the ranks of the chosen encoders, and features back to the source ranks.
 
     python -m bench.dispatch
 
@@ -105,7 +105,7 @@ _SENT: dict[str, Callable[..., float]] = {
 
 
 def measure() -> dict[str, Any]:
-    """Measure all arms alternately: the time of the slowest rank, and the CPU time of all ranks.
+    """Measure the time of the slowest rank and the CPU time of all ranks, with alternating arms.
 
     Collective: every rank of the world must call it.
     """

@@ -41,7 +41,7 @@ class Work:
 
     @staticmethod
     def draw(rank: int) -> Work:
-        """Return random work, which is the same in every call."""
+        """Return random clips with random encoders, the same in every call."""
         rng = np.random.default_rng(rank)
         lengths = [num_samples(s) for s in rng.uniform(SHORTEST_SEC, LONGEST_SEC, CLIPS_PER_RANK)]
         clips = Ragged.of([torch.from_numpy(rng.standard_normal(n).astype(np.float32)) for n in lengths])
@@ -57,14 +57,14 @@ class Work:
         return self._sums(self.clips.lengths)
 
     def frames_to(self) -> list[int]:
-        """Return the number of frames that come back from each rank, [W]."""
+        """Return the number of frames that are received from each rank, [W]."""
         return self._sums([num_frames(n) for n in self.clips.lengths])
 
     def _sums(self, sizes: Any) -> list[int]:
         return np.bincount(self.chosen, weights=sizes, minlength=WORLD).astype(int).tolist()
 
     def frames(self) -> tuple[Tensor, Tensor]:
-        """Return the clips as frames [ΣF, 320], with each clip's last one padded, and the encoder of each frame."""
+        """Return the clips as frames [ΣF, 320], padding the last frame of each clip, and the encoder of each frame."""
         counts = [num_frames(n) for n in self.clips.lengths]
         rows = torch.zeros(sum(counts), FRAME_SAMPLES)
         for clip, part in zip(self.clips.split(), rows.split(counts), strict=True):
@@ -98,7 +98,7 @@ def build_ours(work: Work) -> Callable[[], list[Tensor]]:
 
 
 def build_bare(work: Work) -> Callable[[], list[Tensor]]:
-    """Return the arm that sends nothing but the bytes that must be sent."""
+    """Return the arm that sends only the bytes that must be sent."""
     rank = dist.get_rank()
 
     def to_others(sizes: list[int]) -> tuple[list[int], list[int]]:

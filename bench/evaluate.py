@@ -1,4 +1,4 @@
-"""Samples per second of tools.evaluate against a plain transformers loop on the same export.
+"""Compare the samples per second of tools.evaluate with those of a plain transformers loop on the same export.
 
     python -m bench.evaluate MODEL --data MANIFEST [--samples 128]
 
@@ -64,7 +64,7 @@ def plain(model: Any, processor: Any, rows: Sequence[Row], batch: int) -> Said:
 
 
 def ours(answer_jobs: AnswerJobs, jobs: Sequence[Sequence[int]]) -> Said:
-    """Transcribe files as tools.evaluate does once its models are loaded."""
+    """Transcribe files in the same way as tools.evaluate after its models are loaded."""
     outcomes = [o for found in answer_jobs(jobs) for o in found]
     assert not [o for o in outcomes if isinstance(o, Skipped)]
     return {o.key: o.hypothesis for o in outcomes if not isinstance(o, Skipped)}
@@ -96,12 +96,12 @@ def open_ways(request: Request, folder: Path, rows: Sequence[Row], jobs: Sequenc
 
 
 def loop_name(batch: int, threads: int) -> str:
-    """Return the name of an arm with a loop."""
+    """Return the name of an arm that runs the transformers loop."""
     return f"transformers, batch {batch}, {threads} thread{'s' * (threads > 1)}"
 
 
 def measure(folder: Path, data: str, split: str | None, num: int, rounds: int, batch_size: int) -> dict[str, Any]:
-    """Return the seconds of each arm and round, and how many texts differ between the arms."""
+    """Return the seconds of each arm and round, and the number of texts that differ between the arms."""
     origin = find_model(folder)
     windows = Windows.of(origin, 1e6, 0.0)  # no windows, since the loop has none either
     # Every process gets several batches, as in a large evaluation.

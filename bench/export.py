@@ -1,10 +1,11 @@
-"""Consolidation of a ZeRO-3 checkpoint by our export and by DeepSpeed's `zero_to_fp32`.
+"""Compare our export of a ZeRO-3 checkpoint with DeepSpeed's `zero_to_fp32`.
 
     python -m bench.export
 
 Two ranks train a model with 1 GiB of fp32 weights for one step, and save both our checkpoint and DeepSpeed's. Then the
-two arms alternately convert their checkpoint to safetensors, each time in a new process. Imports are not counted, but
-the additional work of our export is: checksums of all files, the tokenizer and code. Neither arm syncs its files.
+two arms alternately convert their checkpoint to safetensors, each time in a new process. The time of imports is not
+counted. The additional work of our export (checksums of all files, the tokenizer and code) is counted. Neither arm
+syncs its files.
 
 Goals: our export is at least 5 times as fast, its peak memory is at most the largest tensor plus 400 MiB, and the
 tensors are bit-equal. The exit code is 1 if a goal is missed.
@@ -28,7 +29,7 @@ from trainer.run.launch import start_ranks
 SPEED_GOAL, MEMORY_GOAL_BYTES = 5.0, 400 << 20
 NUM_RANKS, ROUNDS = 2, 3
 WIDTH, LAYERS = 1024, 21
-"""The width and layers of the encoder that makes up most of the size: 12 · width² parameters per layer."""
+"""The width and number of layers of the largest encoder, which has 12 · width² parameters per layer."""
 
 OURS = """
 import sys, time
@@ -102,7 +103,7 @@ def measure(code: str, source: Path, out: Path) -> tuple[float, int]:
 
 
 def compare(ours: Path, peer: Path) -> tuple[int, int, int]:
-    """Return (number of tensors, how many of them differ, bytes of the largest)."""
+    """Return (number of tensors, number of tensors that differ, bytes of the largest tensor)."""
     from safetensors import safe_open
 
     def tensors(folder: Path) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def compare(ours: Path, peer: Path) -> tuple[int, int, int]:
 
 
 def bench(folder: Path) -> int:
-    """Make the checkpoints, run the arms, and report the results."""
+    """Create the checkpoints, run the arms, and report the results."""
     code = start_ranks(NUM_RANKS, [sys.executable, "-m", "bench.export", str(folder)])
     if code:
         return code

@@ -1,4 +1,4 @@
-"""Parity, speed and utilisation on one GPU, which CI cannot measure on its CPUs.
+"""Measure parity, speed and utilisation on one GPU, which CI cannot measure on its CPUs.
 
     python -m bench.gpu_check
 

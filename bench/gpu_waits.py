@@ -1,4 +1,4 @@
-"""Counts of how often the host waits for a GPU in a step, by the function of this project that causes the wait.
+"""Count how often the host waits for a GPU in a step, by the function of this project that causes the wait.
 
 torch reports the waits. `bench.gpu_check` prints the counts, which should equal the table in docs/gpu.md.
 """
@@ -48,7 +48,7 @@ def host_waits(work: Callable[[], Any], set_mode: Callable[[str], None] | None =
         set_mode: A function that replaces `torch.cuda.set_sync_debug_mode`, for tests.
 
     Returns:
-        Site → number of waits, in descending order of the number.
+        The number of waits of each site, in descending order.
     """
     set_mode = set_mode or torch.cuda.set_sync_debug_mode  # type: ignore[assignment]
     assert set_mode is not None

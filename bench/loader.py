@@ -1,4 +1,4 @@
-"""The throughput of the loader compared with decoding alone, and the time until its first batch.
+"""Compare the throughput of the loader with that of decoding alone, and measure the time until its first batch.
 
     python -m bench.loader                                   local arms, first batch, resume
     python -m bench.loader --parts local first resume s3     includes reading from a local Swift server
@@ -130,8 +130,8 @@ def lhotse_arm(folder: Path) -> Arm:
 
 
 def timed(arm: Arm) -> tuple[float, float, int]:
-    """Return (CPU seconds of all threads, wall seconds, number of samples)."""
-    gc.collect()  # garbage of the last pass must not count for this one
+    """Make one pass, and return (CPU seconds of all threads, wall seconds, number of samples)."""
+    gc.collect()  # garbage of the previous pass must not count in this one
     cpu, wall = time.process_time(), time.perf_counter()
     num = arm()
     return time.process_time() - cpu, time.perf_counter() - wall, num

@@ -1,4 +1,4 @@
-"""The resident memory of the loader over many batches and epochs, which should not grow.
+"""Check that the resident memory of the loader does not grow over many batches and epochs.
 
     python -m bench.loader_memory [BATCHES] [WORKERS]     100000 batches on the kit take half an hour
 

@@ -1,4 +1,4 @@
-"""The throughput of reading shards from a local S3 server (Swift) with our loader and with obstore alone.
+"""Compare the throughput of reading shards from a local S3 server (Swift) with our loader and with obstore alone.
 
     python -m bench.loader_s3 FOLDER_OF_SHARDS TOKENIZER        called by `bench.loader --parts s3`
 

@@ -1,4 +1,4 @@
-"""The share of padding in the work of the encoders and the LLM.
+"""Measure the share of padding in the work of the encoders and the LLM.
 
     python -m bench.padding
 
@@ -60,12 +60,12 @@ def log_normal() -> tuple[list[float], list[int]]:
 
 
 def waste(groups: Groups, frames: Sequence[int]) -> tuple[int, int]:
-    """Return (padded frames, real frames)."""
+    """Return the numbers of padded frames and of real frames."""
     return sum(len(g) * max(frames[i] for i in g) for g in groups if g), sum(frames[i] for g in groups for i in g)
 
 
 def planned(frames: Sequence[int], budget: int, call_cost: int) -> Groups:
-    """Return batches of a rank's clips as `trainer.engine.expert_parallel` makes them."""
+    """Return the batches into which `trainer.engine.expert_parallel` splits a rank's clips."""
     return group_by_length([FRAME_SAMPLES * f for f in frames], FRAME_SAMPLES * budget, call_cost)
 
 
@@ -139,7 +139,7 @@ def padded_llm_waste(tokens: Sequence[int]) -> float:
 
 
 def measure(seconds: Sequence[float], text: Sequence[int]) -> dict[str, Any]:
-    """Return all numbers of one dataset."""
+    """Return all measurements of one dataset."""
     samples = [num_samples(s) for s in seconds]
     frames = [num_frames(s) for s in samples]
     tokens = [audio_tokens_of_samples(s, STRIDES) + t for s, t in zip(samples, text, strict=True)]

@@ -1,4 +1,4 @@
-"""The memory of ranks according to the plan, compared with measurements on this machine's CPU.
+"""Compare the planned memory of ranks with measurements on this machine's CPU.
 
     python -m bench.plan_memory [CASE …] [--json]
 
@@ -64,7 +64,7 @@ _RESULT = "PLAN_MEMORY_RESULT"
 
 
 def work(case: str) -> int:
-    """Run one rank, which makes two steps and writes its measurements as JSON."""
+    """Run one rank, which trains for two steps and writes its measurements as JSON."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 

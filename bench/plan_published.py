@@ -1,4 +1,4 @@
-"""Hold the plan against training runs that others published: step times and peak memory.
+"""Compare the plan's step times and peak memory with those of training runs that others published.
 
     python -m bench.plan_published [ROW …] [--memory] [--halves]
 
@@ -7,7 +7,7 @@ with a one-layer encoder and one clip of 0.1 s. Its column `mechanisms` lists wh
 have; `counts` is `yes` for runs that decide the exit code, `what-if` for runs with mechanisms that the trainer lacks,
 and `no` for runs whose step time or micro-batch is not certain.
 
-The last line is a JSON object. Exit code 1: a goal is missed.
+The last line is a JSON object. The exit code is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class Compared:
 
     @property
     def ratio(self) -> float:
-        """Planned / published seconds."""
+        """The planned step time divided by the published one."""
         return self.step_sec / self.row.step_sec
 
     @property
     def memory_ratio(self) -> float | None:
-        """Planned / published peak memory, or None if one is unknown."""
+        """The planned peak memory divided by the published one; None if one of them is unknown."""
         if self.peak_gib is None or self.row.peak_gib is None:
             return None
         return self.peak_gib / self.row.peak_gib
@@ -256,7 +256,7 @@ def within(one: Compared) -> bool:
 
 
 def summary(rows: Sequence[Compared]) -> dict[str, Any]:
-    """Return the number of rows, the rms of planned / published - 1, and its extremes."""
+    """Return the number of rows, and the RMS and extremes of planned / published - 1."""
     ratios = [one.ratio for one in rows]
     in_range = sum(one.low_sec <= one.row.step_sec <= one.high_sec for one in rows)
     memory = [one.memory_ratio for one in rows if one.memory_ratio is not None]

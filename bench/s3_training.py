@@ -1,4 +1,4 @@
-"""A comparison of training from a bucket, with two interruptions, and training from disk.
+"""Compare training from a bucket, with two interruptions, with training from disk.
 
     python -m bench.s3_training [RECIPE] [--steps N] [key=value …]      default: kit_cpu with its number of steps
 
@@ -52,7 +52,7 @@ def dataset_overrides(recipe: str, overrides: Sequence[str]) -> tuple[list[str],
 
 
 def start(recipe: str, run_dir: Path, ranks: int, overrides: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start a training whose output goes to a file in the run's folder."""
+    """Start a training run whose output is written to a file in the run's folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
     expert = min(ranks, load_recipe(recipe, list(overrides)).parallel.expert)
     here = [f"train.run_dir={run_dir}", f"parallel.num_ranks={ranks}", f"parallel.expert={expert}"]
@@ -63,7 +63,7 @@ def start(recipe: str, run_dir: Path, ranks: int, overrides: Sequence[str]) -> s
 
 
 def losses(run_dir: Path) -> dict[int, float]:
-    """Return step → loss for every logged step."""
+    """Return the loss of every logged step, by step."""
     found = {}
     for path in run_dir.glob("*/metrics.jsonl"):
         for line in path.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""The resources of one rank that grow with the number of ranks: process groups, connections, open files and time.
+"""Measure the resources of one rank that grow with the number of ranks: process groups, connections, files and time.
 
     python -m bench.scale
 
@@ -31,7 +31,7 @@ from trainer.telemetry.straggler import RankWork, StragglerMeter
 
 TOPOLOGIES = (Topology(128, 8, 4, 4), Topology(1008, 8, 9, 4), Topology(4096, 8, 8, 4))
 GOALS_FILES = {128: 1600, 1008: 3400, 4096: 9600}
-"""Number of ranks → largest allowed number of open files of one rank."""
+"""The largest allowed number of open files of one rank, by the number of ranks."""
 GOAL_GLOO_GROUPS = 2
 JUDGE_RANKS, GOAL_JUDGE_SEC = 10_240, 0.05
 GROUP_NAMES = ("groups", "gloo_groups", "gloo_peers")

@@ -1,4 +1,4 @@
-"""The cost of encoders that the router does not choose, which should be zero.
+"""Check that encoders that the router does not choose cost nothing.
 
     python -m bench.selective
 
@@ -54,7 +54,10 @@ MIXES = {
     "HuBERT never": ((1,), (2,)),
     "two gates": ((0, 1), (1, 2), (0, 2), (0,)),
 }
-"""Mix → encoder experts of each clip. The pattern is repeated over the clips from the longest to the shortest."""
+"""The encoder experts of the clips in each mix, by the name of the mix.
+
+The pattern is repeated over the clips from the longest to the shortest.
+"""
 
 
 def routing(lengths: tuple[int, ...], pattern: tuple[tuple[int, ...], ...]) -> Tensor:
@@ -71,7 +74,7 @@ def measure() -> dict[str, list[float]]:
     """Measure the CPU seconds of a forward and backward pass in each round.
 
     Returns:
-        `all`, the name of an encoder, or that of a mix → CPU seconds by round.
+        The CPU seconds of each round, by `all`, the name of an encoder, or the name of a mix.
     """
     import torch.distributed as dist
 

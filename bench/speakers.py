@@ -1,4 +1,4 @@
-"""The effect of augmentation and loudness normalisation on a new speaker, measured without the test split.
+"""Measure the effect of augmentation and loudness normalisation on a new speaker, without the test split.
 
     python -m bench.speakers [--steps 600] [--seeds 1]
 
@@ -43,7 +43,7 @@ ARMS = {
     "equal loudness, augmented": (True, CHANGES),
     "equal loudness, augmented, noise": (True, CHANGES | {"noise_snr_db": 15}),
 }
-"""Name → arm: the value of `do_normalize`, and the settings of `data.augment`."""
+"""The arms by name: the value of `do_normalize`, and the settings of `data.augment`."""
 
 Clip = tuple[NDArray[np.float32], int]
 

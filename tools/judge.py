@@ -4,7 +4,7 @@
 
 URL is the address of any OpenAI-compatible endpoint. Its key, if it needs one, is read from the environment variable
 OPENAI_API_KEY. Ratings are from 0 to 5 on AudioBench's scale. They are written next to the predictions, into
-PREDICTIONS.judged-NAME.jsonl. A cache keeps them, so that no answer is paid for twice.
+PREDICTIONS.judged-NAME.jsonl. They are also cached, so that no answer is paid for twice.
 
 Exit code 0: all answers were rated. 1: the judge failed on some answers. 2: invalid arguments,
 or predictions that cannot be rated.
@@ -131,7 +131,7 @@ class Summary:
 def summarise(
     predictions: Sequence[Prediction], verdicts: Sequence[Verdict], prices: Sequence[float] | None
 ) -> Summary:
-    """Summarise the ratings of a call.
+    """Summarise the ratings of one call of the command.
 
     Args:
         predictions: The predictions that were rated.

@@ -54,7 +54,7 @@ class Result:
     max_repeated_steps: int = 0
     """The largest number of steps that a restart repeated."""
     failures: list[str] = field(default_factory=list)
-    """What failed, for people; empty if the test passed."""
+    """Descriptions of what failed; empty if the test passed."""
 
     @property
     def passed(self) -> bool:

@@ -1,4 +1,4 @@
-"""Checks of command-line options that commands make before work that may take hours."""
+"""Checks of command-line options before a command starts work that may take hours."""
 
 from __future__ import annotations
 

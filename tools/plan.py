@@ -3,7 +3,7 @@
     earshot plan mowe_70b                                       on H100s
     earshot plan mowe_70b parallel.tensor=4 --accelerator a100  another layout, on A100s
     earshot plan mowe_8b --fit                                  the fastest layout that fits
-    earshot plan mowe_70b --explain                             what a step's time is spent on
+    earshot plan mowe_70b --explain                             how the time of a step is spent
     earshot plan mowe_70b --sweep parallel.num_ranks=64,128,256 --price-per-gpu-hour 2.5
 
 The command needs no GPU, cluster, weights or network. docs/plan.md explains the numbers.

@@ -141,15 +141,15 @@ def undone_steps(events: Sequence[Event], last_step: int) -> set[int]:
 
 
 def goodput(records: Sequence[Mapping[str, Any]], undone: set[int], wall_sec: float) -> float | None:
-    """Return the share of a time that was spent on steps whose updates are in the weights.
+    """Return the share of the elapsed time that was spent on steps whose updates are in the weights.
 
     Args:
         records: The metrics of the run, by logging interval.
         undone: The steps whose updates are not in the weights.
-        wall_sec: The time in seconds.
+        wall_sec: The elapsed time in seconds.
 
     Returns:
-        A share between 0 and 1; None if the time is 0.
+        A share between 0 and 1; None if the elapsed time is 0.
     """
     useful_sec, before = 0.0, 0
     for record in records:

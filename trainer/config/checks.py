@@ -283,7 +283,7 @@ def _example_metric(split: str) -> str:
 
 
 def _check_best_is(recipe: Recipe) -> None:
-    """Check that a task's main metric is not configured to select the checkpoint with the worst value as the best."""
+    """Check that `checkpoint.best_is` fits a `checkpoint.best_metric` that is the main metric of a task."""
     metric, best_is = recipe.checkpoint.best_metric, recipe.checkpoint.best_is
     for task in TASKS.values() if metric is not None else ():
         right = "highest" if task.higher_is_better else "lowest"

@@ -57,7 +57,7 @@ def _begins_with(path: Path, magic: bytes) -> bool:
 
 
 def _is_ctranslate2(model_bin: Path) -> bool:
-    """Return whether the file begins like those of CTranslate2, with a small version number and a name's length."""
+    """Return whether the file begins like a CTranslate2 model: a version number, and the name of the model's class."""
     if not model_bin.is_file():
         return False
     with model_bin.open("rb") as file:
