@@ -21,7 +21,7 @@ class Attempt:
     number: int
     """The position among the attempts of the run, counted from 1."""
     token: str
-    """A random hexadecimal string, which distinguishes attempts that were begun at the same time."""
+    """A random hexadecimal string, which distinguishes attempts that started at the same time."""
 
     @staticmethod
     def after(before: Attempt | None) -> Attempt:
@@ -59,7 +59,7 @@ class Attempt:
             where: The URL of the checkpoints, for the message.
 
         Raises:
-            FencedError: If a newer attempt has begun.
+            FencedError: If a newer attempt has started.
         """
         if newest != self:
             number = "another" if newest is None else newest.number

@@ -52,7 +52,7 @@ class Catalogue:
     checkpoints: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     """The folders of each checkpoint by step: first the folder with its own files, then those with frozen files."""
     scores: Mapping[int, float] = field(default_factory=dict)
-    """Step → `checkpoint.best_metric`."""
+    """The values of `checkpoint.best_metric` by step."""
 
     def dumps(self) -> bytes:
         """Return the catalogue as JSON."""

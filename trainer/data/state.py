@@ -5,11 +5,11 @@ Its keys are:
 - `version`: version of this format.
 - `seed`, `num_lanes`: settings of the order of samples.
 - `batch`: number of the next global batch.
-- `sets`: name of each dataset → digest of its order.
+- `sets`: digest of the order of each dataset, by the dataset's name.
 - `lanes`: numbers of the lanes in this state.
-- `positions`: name of each dataset → position of every lane.
+- `positions`: position of every lane in each dataset, by the dataset's name.
 - `num_seen`: number of samples that every lane has drawn.
-- `skipped`: reason → lane → number of skipped samples.
+- `skipped`: number of skipped samples, by reason and then by lane.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LaneState:
     """The progress of one lane."""
 
     positions: dict[str, int] = field(default_factory=dict)
-    """Name of each dataset → number of its samples that the lane has drawn."""
+    """The number of samples that the lane has drawn from each dataset, by the dataset's name."""
     num_seen: int = 0
     """The number of samples drawn from all datasets, including skipped ones."""
     skipped: dict[str, int] = field(default_factory=dict)

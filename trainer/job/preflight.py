@@ -25,7 +25,7 @@ class Found:
     nodes: tuple[str, ...]
     """The nodes to run on, exactly as many as are needed."""
     bad: dict[str, str]
-    """Faulty node → description of its faults."""
+    """A description of the faults of each faulty node, by the node's name."""
 
 
 class BadNodesError(UserError):

@@ -15,7 +15,7 @@ class ProfileConfig:
     steps: str = ""
     """The steps to trace, as `first:end`, counted from 1 and without `end`; empty for none.
 
-    Traces are written to `<run>/trace/`. Traced steps are slower, since all ranks meet before each phase.
+    Traces are written to `<run>/trace/`. Traced steps are slower, since all ranks synchronize before each phase.
     """
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from trainer.scoring.scores import ALL, confusions, measure, subset_of, task_met
 from trainer.telemetry.expert_load import BANDS, BANDS_SEC, UNNAMED
 
 MAX_LISTED = 3000
-"""The number of samples per task that the page lists. These are the samples with the worst scores."""
+"""The largest number of samples that the page lists. Each task has an equal share, filled by its worst samples."""
 DIMENSIONS: Mapping[str, Callable[[Prediction], str]] = {
     "subset": lambda p: subset_of(p.meta),
     "language": lambda p: str(p.meta.get("language") or UNNAMED),
