@@ -57,7 +57,8 @@ class Windowing:
     least_samples: int = 1
     """The length to which shorter windows are padded before they are encoded."""
     silence_samples: int = 0
-    """The length of the silence that is appended to every window, limited by `window_samples` in total."""
+    """The length of the silence that is appended to every window. A window with its silence is at most `window_samples`
+    long."""
 
     def num_windows(self, samples: int) -> int:
         """Return the number of windows into which a clip of `samples` audio samples is cut."""

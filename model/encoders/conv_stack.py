@@ -31,7 +31,7 @@ CONV_STACK_DEFAULTS: dict[str, Any] = {
     "layerdrop": 0.0,
     "apply_spec_augment": False,
 }
-"""Config fields that switch off the noise of pre-training."""
+"""Config fields that switch off dropout, LayerDrop and SpecAugment."""
 
 
 class ConvStackEncoder(AudioEncoder):
@@ -50,7 +50,10 @@ class ConvStackEncoder(AudioEncoder):
         self.kernels, self.strides = tuple(config.conv_kernel), tuple(config.conv_stride)
 
     def encode(self, windows: Ragged) -> Tensor:
-        """Implement `AudioEncoder.encode`. A window below the receptive field is padded with zeros to one frame."""
+        """Implement `AudioEncoder.encode`.
+
+        A window shorter than the receptive field is padded with zeros until it yields one frame.
+        """
         waves = windows.padded().float()
         if self.do_normalize:
             waves = normalized(waves, windows.lengths)
@@ -163,7 +166,8 @@ def conv_features(
 ) -> tuple[Tensor, list[int]]:
     """Run waveforms through the convolutions.
 
-    The valid output of unpadded convolutions depends only on a window's own steps, so no mask is needed in between.
+    The valid output of unpadded convolutions depends only on a window's own steps, so no mask is needed between the
+    layers.
 
     Args:
         layers: The convolutional layers.

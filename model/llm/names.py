@@ -28,7 +28,7 @@ Read = Callable[[str, Index], Tensor]
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _FACTOR = re.compile(r"^(.+)\.(lora_[AB])\.([^.]+)$")
-"""A factor of an adapter (`model.llm.lora`): the layer, the factor and the Hugging Face projection."""
+"""Matches the name of a LoRA factor (`model.llm.lora`). Its groups are the layer, the factor and the projection."""
 
 _COLUMN_PARALLEL = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "word_embeddings.weight")
 _ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")
@@ -101,7 +101,7 @@ def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _hf_name(family: LLMFamily, tensor: str, layer: int | None = None) -> str:
-    """Return the Hugging Face name of `role.weight` or `role.bias`; `layer` is None outside the layers."""
+    """Return the Hugging Face name of `role.weight` or `role.bias`. `layer` is None for tensors outside the layers."""
     role, _, kind = tensor.partition(".")
     prefix = "" if layer is None else family.modules["layer"].format(n=layer) + "."
     return f"{prefix}{family.modules[role]}.{kind}"
@@ -157,7 +157,7 @@ def hf_to_local(megatron_name: str, read: Read, hf_config: PretrainedConfig, tp_
 
 
 def global_to_hf(megatron_name: str, full: Tensor, hf_config: PretrainedConfig, tp_size: int) -> dict[str, Tensor]:
-    """Return the Hugging Face tensors that a parameter holds; the inverse of `hf_to_local`.
+    """Return the Hugging Face tensors that a parameter holds. This reverses `hf_to_local` for the shards of all ranks.
 
     Args:
         megatron_name: the parameter.
@@ -191,7 +191,7 @@ def _vocab_pieces(hf_name: str, hf_config: PretrainedConfig, start: int, num_row
 
 
 def _qkv_pieces(layer: int, kind: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> Iterator[Piece]:
-    """Go through the rows of all query groups and yield the span that the rank holds."""
+    """Yield the pieces of query, key and value that the rank holds, in the order of their rows in `linear_qkv`."""
     family, width = family_of(hf_config), head_dim(hf_config)
     per_group = hf_config.num_attention_heads // hf_config.num_key_value_heads
     num_rows = hf_config.num_key_value_heads * (per_group + 2) * width

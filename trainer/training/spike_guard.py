@@ -10,7 +10,7 @@ from trainer.config.spike import SpikeConfig
 
 
 class SpikeGuard:
-    """Decides whether to skip updates by comparing the loss of each step with the losses of earlier steps.
+    """Compares the loss of each step with those of earlier steps, and decides whether to skip the update.
 
     All ranks see the same losses and therefore make the same decisions. Checkpoints must contain the guard's `state`.
 
@@ -32,8 +32,9 @@ class SpikeGuard:
             return f"loss is {loss}"
         if self.config.factor and len(self._recent) >= self.config.window_steps:
             usual = statistics.median(loss for _, loss in self._recent)
-            if loss > self.config.factor * usual:
-                return f"loss {loss:.4g} is {loss / usual:.1f} times the median of the last {len(self._recent)}"
+            if loss > self.config.factor * usual > 0:
+                times = f"{loss / usual:.1f} times the median of the losses"
+                return f"loss {loss:.4g} is {times} of the last {len(self._recent)} applied updates"
         return None
 
     def note(self, step: int, loss: float, skipped: bool) -> None:
