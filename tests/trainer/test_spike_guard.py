@@ -60,3 +60,7 @@ def test_resumed_run_judges_like_an_uninterrupted_one() -> None:
 def test_invalid_settings_are_refused(fields: dict[str, float], key: str) -> None:
     with pytest.raises(UserError, match=key):
         SpikeConfig(**fields)  # type: ignore[arg-type]
+
+
+def test_a_median_of_zero_makes_no_loss_a_spike() -> None:
+    assert fed(SpikeConfig(factor=2.0, window_steps=3), [0.0] * 3).judge(1.0) is None
