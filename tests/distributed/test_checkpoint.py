@@ -37,7 +37,7 @@ def test_difference_is_detected() -> None:
     curve = [float(n) for n in range(1, 11)]
     assert not reshard.Row("a", "b", reshard._difference([*curve[:9], 10.002], curve), 1e-4).passed
     assert not reshard.Row("a", "b", float("nan"), 1e-4).passed
-    with pytest.raises(AssertionError, match="every step changes the loss"):
+    with pytest.raises(AssertionError, match="every step must change the loss"):
         reshard._difference([1.0] * 10, [1.0] * 10)
 
 
