@@ -28,7 +28,7 @@ EXTRA = replace(TASKS["er"], name="NAME")
 def restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the process find plug-ins in `tmp_path`, and forget them afterwards."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv(VARIABLE, "")  # so that what a test sets is removed afterwards
     before = dict(TASKS)
     yield
     TASKS.clear()

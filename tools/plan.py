@@ -40,14 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 2 after printing a UserError, else 0.
     """
     from trainer.__main__ import be_calm
-    from trainer.engine.imports import lean_imports
 
     options = _parser().parse_intermixed_args(sys.argv[1:] if arguments is None else list(arguments))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # A plan must not use a GPU even if there is one.
     be_calm()
     try:
-        with lean_imports():
-            return _run(options)
+        return _run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -66,12 +64,12 @@ def _run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     check_recipe(recipe)
     # These modules import Megatron, which takes seconds, so an illegal recipe is reported first.
+    planner, workload = _planner(options, recipe)
     from trainer.plan.advice import advise
     from trainer.plan.fit import fit
     from trainer.plan.plan import as_json
     from trainer.plan.report import explain, report
 
-    planner, workload = _planner(options, recipe)
     advice: Advice | None = None
     changes: list[str] = []
     if options.fit:
@@ -93,11 +91,14 @@ def _run(options: argparse.Namespace) -> int:
 
 def _planner(options: argparse.Namespace, recipe: Recipe) -> tuple[Planner, Workload]:
     """Return a planner for a recipe, and its typical workload."""
-    from model.llm.attention import transformer_engine
-    from trainer.parallel.topology import build_topology
-    from trainer.plan.accelerator import parse_accelerator
-    from trainer.plan.plan import Planner
-    from trainer.plan.workload import typical_workload
+    from trainer.engine.imports import lean_imports
+
+    with lean_imports():
+        from model.llm.attention import transformer_engine
+        from trainer.parallel.topology import build_topology
+        from trainer.plan.accelerator import parse_accelerator
+        from trainer.plan.plan import Planner
+        from trainer.plan.workload import typical_workload
 
     topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
     workload = typical_workload(recipe, topology, options.audio_sec, options.text_tokens)
@@ -113,8 +114,11 @@ def _sweep(options: argparse.Namespace) -> int:
     """
     from trainer.config.checks import check_recipe
     from trainer.config.load import load_recipe
-    from trainer.plan.plan import Plan
-    from trainer.plan.report import sweep_table
+    from trainer.engine.imports import lean_imports
+
+    with lean_imports():
+        from trainer.plan.plan import Plan
+        from trainer.plan.report import sweep_table
 
     key, equals, values = options.sweep.partition("=")
     if not equals or not values:

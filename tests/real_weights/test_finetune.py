@@ -40,7 +40,7 @@ FEWER_STEPS = [
     "checkpoint.keep_last=9",
     "eval.every_steps=0",
     "eval.max_new_tokens=8",
-    "telemetry.mlflow=false",
+    "telemetry.trackers=[]",
     "telemetry.log_every_steps=1",
 ]
 

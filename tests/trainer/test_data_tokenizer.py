@@ -77,7 +77,7 @@ def test_several_clips_keep_their_order(words: Tokenizer) -> None:
 
 
 def test_text_only_has_no_audio_part(words: Tokenizer) -> None:
-    sample = tensors("k", META, (), words, (2,))
+    sample = tensors("k", {**META, "task": "text"}, (), words, (2,))
     assert sample.token_ids.tolist() == [1, 5, 6, 7, 8, 9, 10]
     assert sample.labels.tolist() == [IGNORE] * 4 + [9, 10, 2]
     assert not sample.audio_mask.any()
