@@ -114,7 +114,7 @@ def test_the_page(published: Published, kit: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", csv_to_manifest], cwd=tmp_path, check=True, timeout=60)
     models, plan, train, evaluate, export, transcribe = commands()
     assert run(tmp_path, models).splitlines() == ["models/whisper-base", "models/smollm2-135m"]
-    assert re.search(r"^ +llm +134\.52 M +0$", run(tmp_path, plan + FEWER_STEPS), flags=re.MULTILINE)
+    assert re.search(r"^ +llm +134\.52 M +0 +134\.52 M$", run(tmp_path, plan + FEWER_STEPS), flags=re.MULTILINE)
     run_dir, whole = tmp_path / "runs" / "finetune_cpu", tmp_path / "whole"
     run(tmp_path, train + FEWER_STEPS)
     shutil.copytree(run_dir, whole)
