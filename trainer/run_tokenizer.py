@@ -24,7 +24,13 @@ from trainer.checkpoint.reader import STATE, DamagedError, check_files, read_man
 from trainer.config.load import parse_stored_recipe
 from trainer.config.schema import Recipe
 from trainer.data.config import TokenizerConfig
-from trainer.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from trainer.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    save_without_code,
+)
 from trainer.storage.open import join_url, open_store
 from trainer.storage.store import Store
 
@@ -170,9 +176,9 @@ def of_checkpoint(folder: Folder, run_dir: str | None = None) -> OwnedTokenizer:
     """
     try:
         extra = read_extra(folder)
-    except (OSError, EOFError, ValueError, KeyError) as error:
+    except (OSError, EOFError) as error:
         raise UserError(f"{folder.url}/{STATE}: cannot be read ({error}); use another checkpoint") from None
-    if "recipe" not in extra:
+    if extra.get("recipe") is None:
         raise UserError(f"{folder.url}/{STATE}: does not contain its recipe; resume the run for one step to add it")
     config = parse_stored_recipe(extra["recipe"], f"{folder.url}/{STATE}").data.tokenizer
     above = folder.url.rpartition("/")[0].rpartition("/")[0] or "."
@@ -293,7 +299,7 @@ def _files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
         return {TOKENIZER: tokenizer.path.read_bytes()}
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.inner.save_pretrained(scratch)
+        save_without_code(tokenizer.inner, scratch)
         if load_tokenizer(scratch, tokenizer.config).digest != tokenizer.digest:
             return {}
         return {f"{FOLDER}/{p.name}": p.read_bytes() for p in sorted(Path(scratch).iterdir()) if p.is_file()}

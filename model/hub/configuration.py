@@ -63,17 +63,26 @@ def describe(config: ModelConfig, hf_config: PretrainedConfig, vocab_size: int) 
 
 def audio_config(tree: Mapping[str, Any]) -> ModelConfig:
     """Return the `ModelConfig` that `EarshotConfig.audio` describes; its LLM is not set."""
-    router, adapter = dict(tree["router"]), tree["adapter"]
-    if "entry_steps" in router:  # an export of an earlier version
-        router["added_encoder_warmup_steps"] = router.pop("entry_steps")
-    gates = tuple(FORMER_GATES.get(gate, gate) for gate in router["gates"])
+    router, adapter = rename_former_keys(tree)["router"], tree["adapter"]
     return ModelConfig(
         primary=None if tree["primary"] is None else EncoderConfig(**tree["primary"]),
         experts=tuple(EncoderConfig(**e) for e in tree["experts"]),
         expert_dim=tree["expert_dim"],
-        router=RouterConfig(**{**router, "gates": gates}),
+        router=RouterConfig(**{**router, "gates": tuple(router["gates"])}),
         adapter=AdapterConfig(**{**adapter, "strides": tuple(adapter["strides"])}),
     )
+
+
+def rename_former_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `EarshotConfig.audio` of this or an earlier version with the present names of keys and gates."""
+    router = tree["router"]
+    if isinstance(router, Mapping):
+        router = dict(router)
+        if "entry_steps" in router:
+            router["added_encoder_warmup_steps"] = router.pop("entry_steps")
+        if isinstance(router.get("gates"), list | tuple):
+            router["gates"] = [FORMER_GATES.get(g, g) if isinstance(g, str) else g for g in router["gates"]]
+    return {**tree, "router": router}
 
 
 def _self_contained(config: EncoderConfig) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def test_rarely_used_encoders_are_dropped(run: Run, tmp_path: Path, capsys: pyte
     for name in ("audio.router.independent.logits", "audio.router.dependent.weight", "audio.router.dependent.bias"):
         assert tensors[name].equal(state[name][:1]), name
     card = (out / "README.md").read_text()
-    assert "wavlm" in card and "| sqa | 1.01 % |" in card and "| all | 0.51 % |" in card and "asr/wer" in card
+    assert "wavlm" in card and "| `sqa` | 1.01 % |" in card and "| `all` | 0.51 % |" in card and "asr/wer" in card
     assert transcribe.main([str(out), str(manifest.parent / "0-0.flac"), "--prompt", "what is it a"]) == 0
     assert capsys.readouterr().out.count("\n") == 1
 

@@ -143,6 +143,18 @@ def damage_of(folder: Folder) -> str | None:
 
 
 def read_extra(folder: Folder) -> dict[str, Any]:
-    """Return the `extra` values that were passed to `CheckpointManager.save`."""
-    extra: dict[str, Any] = json.loads(read_text(folder, STATE))["extra"]
+    """Return the `extra` values that were passed to `CheckpointManager.save`.
+
+    Raises:
+        UserError: If the file is not what `CheckpointManager.save` writes.
+        OSError, EOFError: If the file cannot be read.
+    """
+    where = f"{folder.url}/{STATE}"
+    try:
+        extra = json.loads(read_text(folder, STATE))["extra"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read ({type(error).__name__}: {error}); use another checkpoint") from None
+    texts = ("recipe", "tokenizer", "tokenizer_digest")
+    if not isinstance(extra, dict) or not all(isinstance(extra.get(key), str | None) for key in texts):
+        raise UserError(f"{where}: cannot be read (a value has another type); use another checkpoint")
     return extra

@@ -58,7 +58,7 @@ class CheckpointOrigin:
     def __init__(self, folder: Folder) -> None:
         self.url = folder.url
         self._reader = Reader(folder, read_manifest(folder))
-        self.experts = tuple(e["name"] for e in read_extra(folder)["model"]["audio"]["experts"])
+        self.experts = _expert_names(read_extra(folder).get("model"), folder.url)
 
     def names(self) -> Collection[str]:
         return self._reader.manifest.tensors
@@ -83,7 +83,7 @@ class ExportOrigin:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self.experts = tuple(e["name"] for e in read_export_config(url)["audio"]["experts"])
+        self.experts = _expert_names(read_export_config(url), self.url)
         above, _, name = self.url.rpartition("/")
         remote = bool(scheme_of(url))
         folder: Folder = BucketFolder(open_store(above), self.url, name) if remote else LocalFolder(Path(self.url))
@@ -113,6 +113,17 @@ class ExportOrigin:
         self._files[name].copy_part(name, wanted.within(whole), target)
 
 
+def _expert_names(description: Any, where: str) -> tuple[str, ...]:
+    """Return the names of the encoder experts in the description of a model."""
+    try:
+        names = tuple(e["name"] for e in description["audio"]["experts"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where}: does not describe its encoders ({error!r}); use another checkpoint") from None
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: names encoders {names!r:.80}, which are not texts; use another checkpoint")
+    return names
+
+
 def _open(folder: Folder, name: str) -> TensorFile:
     try:
         return TensorFile(folder, name)
@@ -134,7 +145,7 @@ def read_export_config(url: str) -> dict[str, Any]:
     content = open_store(url).get(CONFIG)
     try:
         config = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{url}/{CONFIG}: is not JSON; export it again") from None
     if not isinstance(config, dict) or config.get("model_type") != _KIND:
         raise UserError(

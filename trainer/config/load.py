@@ -116,7 +116,7 @@ for _tag, _pattern, _starts in (
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
 
 

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -282,6 +283,27 @@ def transformers_digest(inner: Any, config: TokenizerConfig, encode: Callable[[s
     ids = (inner.bos_token_id, inner.eos_token_id, inner.pad_token_id)
     chat = inner.chat_template if config.chat_template and inner.chat_template else None
     return tokenizer_digest(pieces, ids, encode or plain, config, chat)
+
+
+def save_without_code(inner: Any, folder: str | Path) -> None:
+    """Write a transformers tokenizer to a folder, without what its source may have said about code.
+
+    Args:
+        inner: The tokenizer.
+        folder: The folder.
+
+    Raises:
+        UserError: If the name of a chat template is not a plain name; transformers makes it the name of a file.
+    """
+    names = inner.chat_template if isinstance(inner.chat_template, dict) else {}
+    for name in names:
+        if not re.fullmatch(r"[\w-]+", str(name)):
+            raise UserError(f"data.tokenizer: the chat template {name!r} must have a name of letters, digits, - and _")
+    inner.save_pretrained(folder)
+    path = Path(folder) / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("auto_map", None) is not None:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:

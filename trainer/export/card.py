@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ def model_card(source: Source, selection: Selection, summary: Mapping[str, Any],
         dtype: the name of the type of the weights.
     """
     manifest = source.reader.manifest
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", source.extra["recipe"])), default=0))
     lines = [
         "---",
         "library_name: transformers",
@@ -64,29 +66,45 @@ def model_card(source: Source, selection: Selection, summary: Mapping[str, Any],
         *_verification(found),
         "## Recipe",
         "",
-        "```yaml",
+        f"{fence}yaml",
         source.extra["recipe"].rstrip(),
-        "```",
+        fence,
         "",
     ]
     return "\n".join(lines)
 
 
 def _scores(summary: Mapping[str, Any]) -> list[str]:
-    by_split = summary.get("scores") or {}
-    if not by_split:
+    by_split = summary.get("scores")
+    if not isinstance(by_split, Mapping):
         return []
-    rows = [f"| {split} | {name} | {value:.4g} |" for split, own in by_split.items() for name, value in own.items()]
+    rows = [
+        f"| {_cell(split)} | {_cell(name)} | {value:.4g} |"
+        for split, own in by_split.items()
+        if isinstance(own, Mapping)
+        for name, value in own.items()
+        if isinstance(value, int | float)
+    ]
+    if not rows:
+        return []
     return ["## Scores", "", "| split | score | value |", "|---|---|---:|", *rows, ""]
+
+
+def _cell(text: str) -> str:
+    """Return a text as code in a cell of a Markdown table, where it cannot be anything else."""
+    return f"`{re.sub(r'[`|<>]|[^ -~]', '?', text)}`"
 
 
 def _dropped_encoders(source: Source, selection: Selection, found: Findings) -> list[str]:
     if not selection.dropped:
         return []
     lines = ["## Dropped encoders", ""]
-    lines += [f"The router chose these encoders rarely, so they were dropped: {', '.join(selection.dropped)}.", ""]
+    lines += [
+        f"The router chose these encoders rarely, so they were dropped: {', '.join(map(_cell, selection.dropped))}.",
+        "",
+    ]
     lines += ["| task | share of routing lost |", "|---|---:|"]
-    lines += [f"| {task} | {100 * share:.2f} % |" for task, share in selection.lost_share.items()]
+    lines += [f"| {_cell(task)} | {100 * share:.2f} % |" for task, share in selection.lost_share.items()]
     if found.scores_whole is not None and found.scores_kept is not None:
         lines += ["", "| score on the dev dataset | all encoders | exported encoders |", "|---|---:|---:|"]
         lines += [f"| {k} | {v:.4g} | {found.scores_kept[k]:.4g} |" for k, v in found.scores_whole.items()]

@@ -22,7 +22,7 @@ from trainer.export.adapter import adapter_names, write_adapter_config
 from trainer.export.card import Findings, model_card
 from trainer.export.code import CONFIGURATION, MODELING, remote_code, remote_name
 from trainer.export.source import Selection, Source
-from trainer.export.tokenizer import write_processor, write_tokenizer
+from trainer.export.tokenizer import read_processor, write_processor, write_tokenizer
 from trainer.export.weights import plan_shards, plan_targets, write_weights
 from trainer.run_tokenizer import DIGEST
 
@@ -97,14 +97,28 @@ def export(
     else:
         _write_code(source, selection, dtype, tokenizer, temporary)
         found = _measure(source, selection, options, tokenizer, settings, temporary)
-    summary = source.run_dir / "summary.json"
-    known = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
     if not options.llm_only:
-        card = model_card(source, selection, known, found, options.dtype)
+        card = model_card(source, selection, _summary(source), found, options.dtype)
         (temporary / "README.md").write_text(card, encoding="utf-8")
     (temporary / _REQUEST).unlink()
     temporary.rename(out)
     return found
+
+
+def _summary(source: Source) -> dict[str, Any]:
+    """Return the content of the run's summary.json; empty if there is none.
+
+    Raises:
+        UserError: If the file is not a JSON object.
+    """
+    path = source.run_dir / "summary.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it, or restore it") from None
+    return found if isinstance(found, dict) else {}
 
 
 def _temporary_folder(source: Source, out: Path, options: Options, selection: Selection) -> Path:
@@ -133,7 +147,7 @@ def generation_config(source: Source, tokenizer: Tokenizer) -> Any:
     """Return the transformers `GenerationConfig` with the generation settings of the training run's evaluations."""
     from transformers import GenerationConfig
 
-    rows = source.extra["model"]["text_config"]["vocab_size"]
+    rows = source.model.text_config["vocab_size"]
     # An LLM may have more embedding rows than its tokenizer has tokens; training never generates those.
     unused = list(range(tokenizer.vocab_size, rows)) or None
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
@@ -162,6 +176,8 @@ def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokeni
         (folder / name).write_text(text, encoding="utf-8")
     text_config = _text_config(source, dtype)
     config = {
+        **{key: description[key] for key in ("audio", "vocab_size")},
+        "text_config": text_config,
         "model_type": "earshot",
         "architectures": ["EarshotForCausalLM"],
         "auto_map": {
@@ -170,8 +186,6 @@ def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokeni
         },
         "dtype": text_config["dtype"],
         "transformers_version": text_config["transformers_version"],
-        **description,
-        "text_config": text_config,
         DIGEST: tokenizer.digest,
     }
     _write_json(folder / "config.json", config)
@@ -179,12 +193,14 @@ def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokeni
 
 
 def _text_config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the configuration of the LLM from the checkpoint.
+    """Return the content of the LLM's config.json, except its architecture."""
+    return {**source.model.text_config, "dtype": str(dtype).removeprefix("torch."), "transformers_version": _version()}
 
-    It is not created with transformers, because importing transformers takes several seconds.
-    """
-    text = source.extra["model"]["text_config"]
-    return {**{k: v for k, v in text.items() if k != "_name_or_path"}, "dtype": str(dtype).removeprefix("torch.")}
+
+def _version() -> str:
+    import transformers
+
+    return transformers.__version__
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -196,8 +212,6 @@ def _measure(
 ) -> Findings:
     if options.verify is None and (options.dev is None or not selection.dropped):
         return Findings()
-    from transformers import AutoProcessor
-
     from trainer.export.verify import read_samples, scores, verify
 
     dtype, found = DTYPES[options.dtype], Findings()
@@ -206,7 +220,7 @@ def _measure(
         found = Findings(verify(folder, source, selection, dtype, samples))
     if options.dev is not None and selection.dropped:
         samples = read_samples(source, tokenizer, Path(options.dev), options.max_samples)
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        processor = read_processor(folder)
         whole = Selection(tuple(range(len(source.expert_names()))), (), {})
         before, after = (scores(source, s, dtype, processor, settings, samples) for s in (whole, selection))
         found = Findings(found.verified, before, after)

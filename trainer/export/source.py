@@ -23,6 +23,7 @@ from trainer.checkpoint.reader import STATE, Reader, check_files, read_manifest
 from trainer.config.load import parse_stored_recipe
 from trainer.config.schema import Recipe
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.export.description import Description, read_description
 from trainer.export.weights import LowRank, read_merged
 from trainer.run_tokenizer import check_digest, of_checkpoint
 from trainer.telemetry.expert_load import ALL, add_up
@@ -70,12 +71,23 @@ class Source:
         self._pool = ThreadPoolExecutor(1)
         self._verified = self._pool.submit(check_files, self.folder, manifest, needed)
         self.extra = read_extra(self.folder)
-        if "model" not in self.extra or "recipe" not in self.extra:
-            raise UserError(
-                f"{self.folder.url}/{STATE}: does not describe its model; resume the run for one step to add it"
-            )
-        self.recipe: Recipe = parse_stored_recipe(self.extra["recipe"], f"{self.folder.url}/{STATE}")
+        state = f"{self.folder.url}/{STATE}"
+        if "model" not in self.extra or self.extra.get("recipe") is None:
+            raise UserError(f"{state}: does not describe its model; resume the run for one step to add it")
+        self.recipe: Recipe = parse_stored_recipe(self.extra["recipe"], state)
+        self.model: Description = read_description(self.extra["model"], state)
+        self._check_shapes(state)
         self._tokenizer_path, self._run_dir = tokenizer_path, run_dir
+
+    def _check_shapes(self, state: str) -> None:
+        """Check that the LLM's tensors have the shapes that the description implies."""
+        for name, shape in self.model.llm_shapes.items():
+            entry = self.reader.manifest.tensors.get(f"{LLM}{name}")
+            if entry is None or entry.shape != shape:
+                found = "is missing" if entry is None else f"has shape {entry.shape}"
+                raise UserError(
+                    f"{state}: describes {LLM}{name} with shape {shape}, but the tensor {found}; use another checkpoint"
+                )
 
     def wait_verified(self) -> None:
         """Wait until all files that an export reads have been verified.
@@ -97,7 +109,7 @@ class Source:
     @property
     def strides(self) -> tuple[int, ...]:
         """The strides of the adapter."""
-        return tuple(self.extra["model"]["audio"]["adapter"]["strides"])
+        return self.model.audio.adapter.strides
 
     def tokenizer(self) -> Tokenizer:
         """Return the given tokenizer, or the run's if none was given.
@@ -117,7 +129,7 @@ class Source:
 
     def expert_names(self) -> list[str]:
         """Return the names of the encoder experts of the checkpoint's model."""
-        return [e["name"] for e in self.extra["model"]["audio"]["experts"]]
+        return [e.name for e in self.model.audio.experts]
 
     def select(self, least_share: float) -> Selection:
         """Select the encoder experts that received at least a given fraction of all routed clips. Keep at least one.
@@ -143,12 +155,7 @@ class Source:
 
     def description(self, selection: Selection) -> dict[str, Any]:
         """Return the arguments of `EarshotConfig` for the exported model."""
-        whole = self.extra["model"]
-        experts = [whole["audio"]["experts"][i] for i in selection.kept]
-        router = whole["audio"]["router"]
-        if experts:
-            router = {**router, "top_k": min(router["top_k"], len(experts))}
-        return {**whole, "audio": {**whole["audio"], "experts": experts, "router": router}}
+        return self.model.tree(selection.kept)
 
     def names(self, selection: Selection, llm_only: bool) -> dict[str, str]:
         """Return the tensors to export.

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
 from trainer.data.config import DataConfig
-from trainer.data.tokenizer import PROBES, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from trainer.data.tokenizer import (
+    PROBES,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    save_without_code,
+)
 from trainer.export.code import PROCESSING, remote_name
+from trainer.run_tokenizer import PROCESSOR
 
+if TYPE_CHECKING:
+    from model.hub.processing import EarshotProcessor
+
+_SETTINGS = (
+    "placeholder",
+    "prompt_with_audio",
+    "prompt_without_audio",
+    "as_chat",
+    "strides",
+    "min_audio_sec",
+    "max_audio_sec",
+)
+"""The arguments of `EarshotProcessor` that an export stores."""
 _ALL_SPACES = 1 << 16
 
 
@@ -29,7 +49,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> Any:
             is read back.
     """
     found = as_transformers(tokenizer)
-    found.save_pretrained(folder)
+    save_without_code(found, folder)
     written = HuggingFaceTokenizer(str(folder), tokenizer.config)
     if written.digest != tokenizer.digest:
         raise UserError(
@@ -70,7 +90,24 @@ def write_processor(tokenizer: Tokenizer, data: DataConfig, strides: tuple[int, 
         "processor_class": "EarshotProcessor",
         **processor_settings(tokenizer, data, strides),
     }
-    (folder / "processor_config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / PROCESSOR).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_processor(folder: Path) -> EarshotProcessor:
+    """Return the processor of an exported model. Classes of this program are used, not the code in the folder.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: If a file is missing or not what an export contains.
+    """
+    from transformers import AutoTokenizer, PretrainedConfig
+
+    from model.hub.processing import EarshotProcessor
+
+    stored = json.loads((folder / PROCESSOR).read_text(encoding="utf-8"))
+    settings = {key: stored[key] for key in _SETTINGS if key in stored}
+    # With a config, transformers does not warn that it does not know the type of the model in config.json.
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=PretrainedConfig(), trust_remote_code=False)
+    return EarshotProcessor(tokenizer, **settings)
 
 
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:

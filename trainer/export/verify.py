@@ -1,4 +1,7 @@
-"""The comparison in fp32 of an exported model, which is loaded as a user would load it, with the training graph."""
+"""The comparison in fp32 of an exported model with the training graph.
+
+The weights and settings are read from the exported folder, but its copy of the code is not executed.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from trainer.data.manifest import read_manifest
 from trainer.data.sample import make_sample
 from trainer.data.tokenizer import Tokenizer
 from trainer.export.source import Selection, Source
+from trainer.export.tokenizer import read_processor
 from trainer.scoring.scores import score, score_values
 
 TOLERANCE = 1e-4
@@ -74,13 +78,11 @@ def verify(
     Raises:
         UserError: If tokens, logits or routing weights differ.
     """
-    from transformers import AutoModelForCausalLM, AutoProcessor
-
     description = source.description(selection)
     oracle = SpeechLLM(_model_config(description), description["vocab_size"], seed=0).eval()
     source.fill(oracle, list(source.names(selection, llm_only=False)), selection, dtype)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    processor = read_processor(folder)
+    exported = EarshotForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     worst = Verified(len(samples), 0.0, 0.0)
     for sample in samples:
         inputs = processor(audio=[list(sample.clips)] if sample.clips else None, text=sample.meta["instruction"])

@@ -17,9 +17,10 @@ from model.hub.processing import EarshotProcessor
 from trainer.checkpoint.folder import read_text
 from trainer.checkpoint.reader import MANIFEST, DamagedError
 from trainer.data.tokenizer import transformers_digest
+from trainer.export.description import read_description
 from trainer.export.publish import generation_config
 from trainer.export.source import Source
-from trainer.export.tokenizer import as_transformers, processor_settings
+from trainer.export.tokenizer import as_transformers, processor_settings, read_processor
 from trainer.run_tokenizer import DIGEST, PROCESSOR, exported_config
 from trainer.storage.open import scheme_of
 
@@ -142,15 +143,15 @@ def _export(path: Path) -> Origin:
 
 
 def _load_export(path: Path, dtype: torch.dtype) -> Loaded:
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
-    settings = _read_json(path / PROCESSOR)
-    for key in ("auto_map", "processor_class"):
-        settings.pop(key, None)
+    stored = _read_json(path / "config.json")
+    described = {key: stored.get(key) for key in ("text_config", "audio", "vocab_size")}
+    config = EarshotConfig(**read_description(described, str(path / "config.json")).tree())
     try:
-        config = EarshotConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        _check_tokenizer(path, getattr(config, DIGEST, None), transformers_digest(tokenizer, exported_config(settings)))
+        processor = read_processor(path)
+        digest = transformers_digest(processor.tokenizer, exported_config(_read_json(path / PROCESSOR)))
+        _check_tokenizer(path, stored.get(DIGEST), digest)
         model = EarshotForCausalLM.from_pretrained(path, config=config, dtype=dtype)
         generation = GenerationConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -158,7 +159,7 @@ def _load_export(path: Path, dtype: torch.dtype) -> Loaded:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be loaded ({reason}); export the model again") from error
-    return Loaded(model, EarshotProcessor(tokenizer, **settings), generation)
+    return Loaded(model, processor, generation)
 
 
 def _check_tokenizer(path: Path, wanted: str | None, found: str) -> None:
