@@ -33,6 +33,7 @@ from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine
 from trainer.engine.optim import check_patterns
 from trainer.engine.placement import place
+from trainer.parallel.exchange import gather_distinct
 from trainer.parallel.groups import COLLECTIVE_TIMEOUT_SEC, Groups, build_groups, connect
 from trainer.parallel.topology import build_topology
 from trainer.run.exit_codes import ExitCode
@@ -245,10 +246,10 @@ def build_step(
     ds_config = build_ds_config(deepspeed_json(recipe), precision=train.precision)
     audio = AudioEngine(tower, recipe.optim, ds_config, groups, train.encoder_batch_sec, train.debug_plan)
     held_names = [n for n, _ in audio.named_parameters()] + [llm.hf_name(n) for n, _ in llm.parameters()]
-    everyone: list[tuple[list[str], list[str]]] = [([], [])] * topology.world
-    dist.all_gather_object(everyone, (held_names, layers), group=groups.world)
-    adapters.check([*llm_layers(hf_config), *(name for _, names in everyone for name in names)])
-    check_patterns(recipe.optim, [name for names, _ in everyone for name in names])
+    all_layers = gather_distinct(layers, groups.world)
+    all_names = gather_distinct(held_names, groups.world)
+    adapters.check([*llm_layers(hf_config), *(name for names in all_layers for name in names)])
+    check_patterns(recipe.optim, [name for names in all_names for name in names])
     # If a config has dropout, it must differ between ranks.
     torch.manual_seed(recipe.seed + 1000 * groups.rank)
     return Step(

@@ -180,6 +180,6 @@ def write_checkpoint(
             written = {key_of(s.name, kind, s.rect): s.values[kind] for s in shards for kind in kinds}
             files[file] = write_tensors(LocalDraft(folder), file, written)
     files[STATE] = write_text(LocalDraft(folder), STATE, json.dumps({"step": STEP, "extra": extra}))
-    entries = merge_entries([entries_of(shards, file_of("audio", rank)) for rank, shards in enumerate(parts)])
+    entries = merge_entries([entries_of(shards, "audio", rank) for rank, shards in enumerate(parts)], [])
     topology = {"world": NUM_RANKS, "tp": 1, "pp": 1, "ep": 1}
     write_text(LocalDraft(folder), MANIFEST, Manifest(STEP, topology, dict(sorted(files.items())), entries).dumps())

@@ -115,6 +115,7 @@ def test_the_fastest_layout_that_fits_is_a_legal_recipe() -> None:
     assert found["step_sec"] <= json.loads(as_it_is.stdout.splitlines()[-1])["step_sec"]
 
 
+@pytest.mark.slow
 def test_a_toy_gets_no_forecast() -> None:
     done = plan("debug", "--price-per-gpu-hour", "2", "--explain")
     assert done.returncode == 0, done.stderr
@@ -123,6 +124,7 @@ def test_a_toy_gets_no_forecast() -> None:
     assert "What a step's time is spent on" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_table() -> None:
     done = plan("debug", "--sweep", "parallel.num_ranks=1,2,3,16", "--price-per-gpu-hour", "2")
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trainer.checkpoint import audio_state
-from trainer.checkpoint.layout import Shard, entries_of, matrix_of, merge_entries
+from trainer.checkpoint.layout import Shard, entries_of, matrix_of, merge_entries, sliced_elements
 
 WORLD = 4
 GROUPS = {"everyone": (0, 1, 2, 3), "first": (0, 2), "second": (1, 3)}
@@ -25,6 +25,7 @@ PARAMETERS = {  # name → (shape, group)
 def held_by(rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Shard]:
     """Return the shards of one rank, in which each element's value is its place in the flat tensor."""
     monkeypatch.setattr(audio_state.dist, "get_rank", lambda group: GROUPS[group].index(rank))
+    monkeypatch.setattr(audio_state.dist, "get_process_group_ranks", lambda group: list(GROUPS[group]))
     found = []
     for name, (shape, group) in PARAMETERS.items():
         if rank in GROUPS[group]:
@@ -41,7 +42,11 @@ def held_by(rank: int, monkeypatch: pytest.MonkeyPatch) -> list[Shard]:
 
 def test_every_tensor_is_saved_completely_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     shards = [held_by(rank, monkeypatch) for rank in range(WORLD)]
-    merged = merge_entries([entries_of(own, f"audio-{rank:05d}.safetensors") for rank, own in enumerate(shards)])
+    entries = [entries_of(own, "audio", rank) for rank, own in enumerate(shards)]
+    merged = merge_entries(entries, [sliced_elements(own) for own in shards])
+    assert {name: list(entry.slices.ranks) for name, entry in merged.items() if entry.slices is not None} == {
+        name: list(GROUPS[group]) for name, (_, group) in PARAMETERS.items()
+    }
     assert merged.keys() == PARAMETERS.keys()
     for own in shards:
         for shard in own:

@@ -20,12 +20,15 @@ from trainer.checkpoint.layout import (
     Manifest,
     Rect,
     Shard,
+    Slices,
     TensorEntry,
     entries_of,
+    files_of,
     key_of,
     matrix_of,
     merge_entries,
     rects_of_range,
+    sliced_elements,
 )
 from trainer.checkpoint.local import LocalDraft
 from trainer.checkpoint.reader import Reader, hash_file
@@ -74,8 +77,8 @@ def test_any_partition_is_read_from_any_other(
         file = f"audio-{rank:05d}.safetensors"
         tensors = {key_of(s.name, "param", s.rect): s.values["param"] for s in shards}
         files[file] = write_tensors(LocalDraft(folder), file, tensors)
-        entries.append(entries_of(shards, file))
-    manifest = Manifest(1, {}, files, merge_entries(entries))
+        entries.append(entries_of(shards, "audio", rank))
+    manifest = Manifest(1, {}, files, merge_entries(entries, []))
     reader = Reader(LocalFolder(folder), Manifest.loads(manifest.dumps()))
     empty = torch.full(shape, -1.0)
     for shards in cut("t", empty, [int(x * numel) for x in wanted]):
@@ -103,14 +106,69 @@ def test_files_are_safetensors(tmp_path: Path) -> None:
 
 
 def test_pieces_must_cover_the_tensor_once() -> None:
-    parts = [
-        entries_of(shards, f"audio-{i:05d}.safetensors") for i, shards in enumerate(cut("t", torch.zeros(4, 3), [5]))
-    ]
-    merge_entries(parts)
+    parts = [entries_of(shards, "audio", i) for i, shards in enumerate(cut("t", torch.zeros(4, 3), [5]))]
+    merge_entries(parts, [])
     with pytest.raises(AssertionError, match="saved 5 elements"):
-        merge_entries(parts[:1])
+        merge_entries(parts[:1], [])
     with pytest.raises(AssertionError, match="saved 17 elements"):
-        merge_entries([*parts, parts[0]])
+        merge_entries([*parts, parts[0]], [])
+
+
+def sliced(shape: tuple[int, ...], ranks: range, numel: int) -> list[list[Shard]]:
+    """Return the shards of each rank of `ranks`, for a tensor that is cut into slices of `numel` elements."""
+    whole, slices = torch.arange(float(math.prod(shape))), Slices(ranks, numel)
+
+    def part(index: int, at: int, rect: Rect) -> torch.Tensor:
+        return whole[index * numel + at :][: rect.numel].view(rect.rows, rect.cols)
+
+    return [
+        [
+            Shard("t", shape, rect, {"param": part(i, at, rect)}, None, slices=slices)
+            for at, rect in slices.rect_of(matrix_of(shape), i)
+        ]
+        for i in range(len(ranks))
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(SHAPES), st.integers(1, 9), st.integers(1, 3), st.lists(st.floats(0, 1), max_size=4))
+def test_slices_are_read_as_any_partition(
+    tmp_path_factory: pytest.TempPathFactory, shape: tuple[int, ...], world: int, stride: int, wanted: list[float]
+) -> None:
+    folder, numel = tmp_path_factory.mktemp("checkpoint"), math.prod(shape)
+    ranks = range(1, 1 + world * stride, stride)
+    files, entries, counts = {}, [], []
+    for rank, shards in zip(ranks, sliced(shape, ranks, -(-numel // world)), strict=True):
+        file = f"audio-{rank:05d}.safetensors"
+        tensors = {key_of(s.name, "param", s.rect): s.values["param"] for s in shards}
+        files[file] = write_tensors(LocalDraft(folder), file, tensors)
+        entries.append(entries_of(shards, "audio", rank))
+        counts.append(sliced_elements(shards))
+    manifest = Manifest(1, {}, files, merge_entries(entries, counts))
+    assert files_of(manifest.tensors.values()) <= set(files)
+    reader, found = Reader(LocalFolder(folder), Manifest.loads(manifest.dumps())), torch.full(shape, -1.0)
+    for shards in cut("t", found, [int(x * numel) for x in wanted]):
+        for shard in shards:
+            reader.fill(shard)
+    assert found.flatten().equal(torch.arange(float(numel)))
+    if world > 1:
+        with pytest.raises(AssertionError, match="slices miss elements"):
+            merge_entries(entries, counts[1:])
+
+
+def test_malformed_slices_are_refused() -> None:
+    files = {f"audio-{rank:05d}.safetensors": FileEntry(8, "0" * 32) for rank in range(2)}
+
+    def manifest(slices: Slices, family: str = "audio") -> str:
+        return Manifest(3, {}, files, {"t": TensorEntry((2, 3), ("param",), None, (), slices, family)}).dumps()
+
+    assert Manifest.loads(manifest(Slices(range(2), 3))).tensors["t"].num_slices == 2
+    for text in (manifest(Slices(range(2), 2)), manifest(Slices(range(2), 0)), manifest(Slices(range(-1, 2), 3))):
+        with pytest.raises(ValueError, match="does not describe slices"):
+            Manifest.loads(text)
+    for text in (manifest(Slices(range(1, 3), 3)), manifest(Slices(range(2), 3), "../audio")):
+        with pytest.raises(ValueError, match="not listed"):
+            Manifest.loads(text)
 
 
 def test_malformed_manifests_are_refused() -> None:

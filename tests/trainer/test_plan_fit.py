@@ -41,6 +41,7 @@ def overrides(draw: st.DrawFn) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @settings(max_examples=270, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(overrides())
@@ -71,6 +72,7 @@ def small() -> Recipe:
     return load_recipe("debug", ["parallel.num_ranks=4", "data.num_lanes=8", "train.llm_tokens_per_microbatch=512"])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_the_search_finds_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.plan.fit._TOKENS", (1024,))
@@ -90,6 +92,7 @@ def _thinned(found: list[Recipe]) -> list[Recipe]:
     return [v for v in found if not v.train.recompute_encoders]
 
 
+@pytest.mark.slow
 def test_estimates_are_those_of_the_full_plan() -> None:
     recipe = small()
     planner = Planner(recipe, KNOWN["h100"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.errors import UserError
 from trainer.checkpoint import adam
-from trainer.checkpoint.layout import PARAM, Shard, matrix_of, rects_of_range
+from trainer.checkpoint.layout import PARAM, Shard, Slices, matrix_of
 
 if TYPE_CHECKING:
     from trainer.engine.encoders import AudioEngine
@@ -90,12 +90,14 @@ def _adam_of(zero: Any, i: int) -> Any:
 
 def _shards_of(name: str, parameter: Any, flats: dict[str, Tensor], step: int | None) -> Iterator[Shard]:
     shape, slice_numel = tuple(parameter.ds_shape), parameter.ds_tensor.ds_numel
-    start = min(slice_numel * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)
-    stop = min(start + slice_numel, parameter.ds_numel)
-    for offset, rect in rects_of_range(matrix_of(shape), start, stop):
+    ranks = dist.get_process_group_ranks(parameter.ds_process_group)
+    stride = ranks[1] - ranks[0] if len(ranks) > 1 else 1
+    slices = Slices(range(ranks[0], ranks[-1] + 1, stride), slice_numel)
+    assert list(slices.ranks) == ranks, f"{name}: the ranks {ranks} are not evenly spaced"
+    for offset, rect in slices.rect_of(matrix_of(shape), dist.get_rank(parameter.ds_process_group)):
         cut = slice(offset, offset + rect.numel)
         values = {kind: flat[cut].view(rect.rows, rect.cols) for kind, flat in flats.items()}
-        yield Shard(name, shape, rect, values, step, frozen=step is None)
+        yield Shard(name, shape, rect, values, step, frozen=step is None, slices=slices)
 
 
 def _buffers(tower: nn.Module) -> Iterator[Shard]:

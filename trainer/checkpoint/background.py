@@ -31,9 +31,12 @@ from trainer.checkpoint.layout import (
     TensorEntry,
     entries_of,
     file_of,
+    files_of,
     frozen_folder_of,
+    is_frozen,
     key_of,
     merge_entries,
+    sliced_elements,
     step_name,
 )
 from trainer.checkpoint.reader import MANIFEST, STATE
@@ -55,10 +58,7 @@ class Frozen:
     def of(manifest: Manifest) -> Frozen:
         """Return the frozen tensors and files that a checkpoint refers to."""
         files = {name: entry for name, entry in manifest.files.items() if frozen_folder_of(name)}
-        tensors = {
-            name: entry for name, entry in manifest.tensors.items() if all(file in files for file, _ in entry.pieces)
-        }
-        return Frozen(files, tensors)
+        return Frozen(files, {name: entry for name, entry in manifest.tensors.items() if is_frozen(entry)})
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,17 @@ class Outcome:
     """True if a newer attempt has started. In this case, no later save can succeed either."""
     frozen: Frozen | None = None
     """The frozen tensors that this checkpoint refers to, or None if the save failed."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one rank wrote, as it is sent to rank 0."""
+
+    files: Mapping[str, FileEntry]
+    tensors: Mapping[str, TensorEntry]
+    """The entries of `trainer.checkpoint.layout.entries_of`."""
+    sliced: Mapping[range, int]
+    """The counts of `trainer.checkpoint.layout.sliced_elements`."""
 
 
 @dataclass(frozen=True)
@@ -150,36 +161,37 @@ class Save:
             written = self._write(draft)
         except Exception as error:  # All exceptions are caught, because the other ranks wait for this rank's result.
             failure = f"rank {place.rank}: {_text(error)}"
-        found: list[Any] = [None] * dist.get_world_size(place.group)
-        dist.all_gather_object(found, (failure, written), group=place.group)
-        failures = [text for text, _ in found if text is not None]
-        outcome = Outcome(self.url, failures[0] if failures else None)
-        if place.rank == 0 and outcome.failure is None:
-            assert draft is not None
-            outcome = self._commit(draft, [part for _, part in found])
-        box = [outcome]
+        found: list[Any] | None = [None] * dist.get_world_size(place.group) if place.rank == 0 else None
+        dist.gather_object((failure, written), found, group=place.group)
+        box: list[Any] = [None]
+        if found is not None:
+            failures = [text for text, _ in found if text is not None]
+            box = [Outcome(self.url, failures[0] if failures else None)]
+            if not failures:
+                assert draft is not None
+                box = [self._commit(draft, [part for _, part in found])]
         dist.broadcast_object_list(box, src=0, group=place.group)
         if box[0].failure is not None and place.rank == 0:
             place.checkpoints.discard(place.attempt, self.content.step)
         return box[0]
 
-    def _write(self, draft: Draft) -> tuple[dict[str, FileEntry], dict[str, TensorEntry]]:
+    def _write(self, draft: Draft) -> Written:
         """Write this rank's files, and return the manifest's entries for the files and for the tensors in them."""
         rank, frozen = self.place.rank, self.place.attempt.folder(FROZEN, self.content.step)
         files: dict[str, FileEntry] = {}
         tensors: dict[str, TensorEntry] = {}
         moments: dict[str, Tensor] = {}
         for family, shards in self.content.shards.items():
-            file = file_of(family, rank)
-            for name, part in (
-                (file, [s for s in shards if not s.frozen]),
-                (f"{frozen}/{file}", [s for s in shards if s.frozen]),
+            for kind, part in (
+                (family, [s for s in shards if not s.frozen]),
+                (f"{frozen}/{family}", [s for s in shards if s.frozen]),
             ):
                 if part:
+                    name = file_of(kind, rank)
                     self.place.heartbeat(f"writing {name}")
                     weights = {key_of(s.name, PARAM, s.rect): s.values[PARAM] for s in part}
                     files[name] = write_tensors(draft, name, weights)
-                    tensors |= entries_of(part, name)
+                    tensors |= entries_of(part, kind, rank)
             moments |= {
                 key_of(s.name, kind, s.rect): value for s in shards for kind, value in s.values.items() if kind != PARAM
             }
@@ -188,19 +200,20 @@ class Save:
             files[file_of(MOMENTS, rank)] = write_tensors(draft, file_of(MOMENTS, rank), moments)
         file = file_of("rng", rank)
         files[file] = write_tensors(draft, file, self.content.generators)
-        return files, tensors
+        return Written(files, tensors, sliced_elements([s for part in self.content.shards.values() for s in part]))
 
-    def _commit(self, draft: Draft, parts: Sequence[Any]) -> Outcome:
+    def _commit(self, draft: Draft, parts: Sequence[Written]) -> Outcome:
         """Commit the checkpoint. Only rank 0 calls this method, after all ranks have written their files.
 
         Args:
             draft: The draft that all ranks have written to.
-            parts: The entries of files and of tensors that each rank returned from `_write`.
+            parts: What each rank returned from `_write`.
         """
         place, content = self.place, self.content
         try:
-            files = {name: entry for own, _ in parts for name, entry in own.items()}
-            manifest = self._manifest(draft, files, merge_entries([entries for _, entries in parts]))
+            files = {name: entry for part in parts for name, entry in part.files.items()}
+            tensors = merge_entries([part.tensors for part in parts], [part.sliced for part in parts])
+            manifest = self._manifest(draft, files, tensors)
             write_text(draft, MANIFEST, manifest.dumps())
             place.checkpoints.commit(place.attempt, manifest)
         except FencedError as error:
@@ -223,8 +236,7 @@ class Save:
             "extra": content.extra,
         }
         files[STATE] = write_text(draft, STATE, json.dumps(state, indent=1))
-        used = {file for entry in content.frozen.tensors.values() for file, _ in entry.pieces}
-        files |= {name: content.frozen.files[name] for name in used}
+        files |= {name: content.frozen.files[name] for name in files_of(content.frozen.tensors.values())}
         tensors |= content.frozen.tensors
         return Manifest(content.step, self.place.topology, dict(sorted(files.items())), dict(sorted(tensors.items())))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.checkpoint.layout import PARAM, matrix_of
+from trainer.checkpoint.layout import PARAM, is_frozen, matrix_of
 from trainer.checkpoint.reader import Reader
 
 
@@ -31,7 +31,7 @@ def diff(first: Reader, second: Reader) -> Difference:
     common = [name for name in a if name in b and a[name].shape == b[name].shape]
     changed = {}
     for name in common:
-        if a[name].pieces == b[name].pieces and all("/" in file for file, _ in a[name].pieces):
+        if a[name] == b[name] and is_frozen(a[name]):
             continue  # Both checkpoints refer to the same frozen file.
         whole = matrix_of(a[name].shape)
         before, after = (torch.empty(whole.rows, whole.cols, dtype=torch.float32) for _ in range(2))

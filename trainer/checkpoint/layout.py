@@ -21,7 +21,9 @@ from torch import Tensor
 
 from model.errors import UserError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+_READABLE_VERSIONS = (3, 4)
+"""Version 4 added `TensorEntry.slices`."""
 PARAM, EXP_AVG, EXP_AVG_SQ = "param", "exp_avg", "exp_avg_sq"
 STEP, FROZEN = "step", "frozen"
 """The prefixes of the names of folders that contain a checkpoint (`STEP`) and frozen weights (`FROZEN`). Several
@@ -90,6 +92,25 @@ def rects_of_range(box: Rect, start: int, stop: int) -> Iterator[tuple[int, Rect
 
 
 @dataclass(frozen=True)
+class Slices:
+    """Slices of equal size into which a tensor is cut, one for each rank of a group, as by ZeRO-3.
+
+    The description has the same size for any number of ranks. A checkpoint of ten thousand ranks has millions of such
+    slices, which cannot all be listed.
+    """
+
+    ranks: range
+    """The ranks of the group, in the order of their slices."""
+    numel: int
+    """The number of elements in a slice. The last slices may be shorter or empty."""
+
+    def rect_of(self, whole: Rect, index: int) -> Iterator[tuple[int, Rect]]:
+        """Return the rectangles of the slice with the given index, as `rects_of_range` does."""
+        start, stop = (min(i * self.numel, whole.numel) for i in (index, index + 1))
+        return rects_of_range(whole, start, stop)
+
+
+@dataclass(frozen=True)
 class Shard:
     """A rectangle of a named tensor that this rank holds."""
 
@@ -108,6 +129,8 @@ class Shard:
     """False if another rank, which holds the same values, saves them."""
     frozen: bool = False
     """True if the tensor never changes in this run, so that all checkpoints can share one copy."""
+    slices: Slices | None = None
+    """The slices that the tensor is cut into, if this rank's slice contains `rect`; None for any other division."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +142,37 @@ class TensorEntry:
     """The kinds of values that are saved: `param`, and Adam's moments if the tensor is trained."""
     step: int | None
     """The number of updates that the optimizer has made to the tensor; None if the tensor is not trained."""
-    pieces: tuple[tuple[str, Rect], ...]
-    """The file and the rectangle of each piece. Together, the pieces contain every element of the tensor once. The file
-    contains the weights; `file_of_kind` returns the file with the moments of the same piece."""
+    listed: tuple[tuple[str, Rect], ...]
+    """The file and the rectangle of each piece, unless the tensor is cut into slices; in that case, this is empty."""
+    slices: Slices | None = None
+    """The slices that the tensor is cut into, or None if its pieces are listed."""
+    family: str = ""
+    """The family of the files that contain the slices, with the folder of frozen weights if they are in one."""
+
+    def pieces(self, wanted: Rect | None = None) -> Iterator[tuple[str, Rect]]:
+        """Return the file and the rectangle of each piece that overlaps a rectangle of the tensor.
+
+        Together, the pieces contain every element once. The file contains the weights; `file_of_kind` returns the file
+        with the moments of the same piece.
+
+        Args:
+            wanted: The rectangle, or None for the whole tensor.
+        """
+        whole = matrix_of(self.shape)
+        wanted = whole if wanted is None else wanted
+        yield from ((file, rect) for file, rect in self.listed if rect.overlap(wanted))
+        if self.slices is not None and wanted.numel:
+            first = wanted.row * whole.cols + wanted.col
+            last = (wanted.row + wanted.rows - 1) * whole.cols + wanted.col + wanted.cols - 1
+            for index in range(first // self.slices.numel, last // self.slices.numel + 1):
+                for _, rect in self.slices.rect_of(whole, index):
+                    if rect.overlap(wanted):
+                        yield file_of(self.family, self.slices.ranks[index]), rect
+
+    @property
+    def num_slices(self) -> int:
+        """The number of slices that are not empty, or 0 if the pieces are listed."""
+        return 0 if self.slices is None else -(-math.prod(self.shape) // self.slices.numel)
 
 
 @dataclass(frozen=True)
@@ -167,17 +218,21 @@ class Manifest:
         if not isinstance(tree, dict) or set(tree) != {"sha256", "body"} or tree["sha256"] != _digest(tree["body"]):
             raise ValueError("its checksum differs")
         body = tree["body"]
-        if body["version"] != FORMAT_VERSION:
-            raise UserError(f"checkpoint format {body['version']!r}: this program reads {FORMAT_VERSION}")
-        return Manifest(
+        if body["version"] not in _READABLE_VERSIONS:
+            known = " and ".join(map(str, _READABLE_VERSIONS))
+            raise UserError(f"checkpoint format {body['version']!r}: this program reads {known}")
+        manifest = Manifest(
             step=int(body["step"]),
             topology={str(k): int(v) for k, v in body["topology"].items()},
             files={
                 _file_name(name): FileEntry(int(size), _checksum(digest))
                 for name, (size, digest) in body["files"].items()
             },
-            tensors={name: _entry_from_json(name, entry, body["files"]) for name, entry in body["tensors"].items()},
+            tensors={name: _entry_from_json(name, entry) for name, entry in body["tensors"].items()},
         )
+        if missing := sorted(files_of(manifest.tensors.values()) - set(manifest.files)):
+            raise ValueError(f"{missing[0]} contains a tensor but is not listed")
+        return manifest
 
 
 def step_name(step: int) -> str:
@@ -224,21 +279,69 @@ def key_of(name: str, kind: str, rect: Rect) -> str:
     return f"{kind}/{name}@{rect.row},{rect.col}"
 
 
-def entries_of(shards: Sequence[Shard], file: str) -> dict[str, TensorEntry]:
-    """Return the manifest's entries for the shards that one rank wrote to `file`."""
-    return _merge((s.name, TensorEntry(s.shape, tuple(s.values), s.step, ((file, s.rect),))) for s in shards)
+def files_of(entries: Iterable[TensorEntry]) -> set[str]:
+    """Return the names of the files that contain the weights of tensors."""
+    entries = list(entries)
+    groups = {(e.family, e.slices.ranks[: e.num_slices]) for e in entries if e.slices is not None}
+    listed = {file for entry in entries for file, _ in entry.listed}
+    return listed | {file_of(family, rank) for family, ranks in groups for rank in ranks}
 
 
-def merge_entries(parts: Sequence[Mapping[str, TensorEntry]]) -> dict[str, TensorEntry]:
+def is_frozen(entry: TensorEntry) -> bool:
+    """Return whether a tensor is stored in a folder of frozen weights, which contains all of its pieces or none."""
+    return frozen_folder_of(entry.family if entry.slices else entry.listed[0][0]) is not None
+
+
+def entries_of(shards: Sequence[Shard], family: str, rank: int) -> dict[str, TensorEntry]:
+    """Return the manifest's entries for the shards that one rank wrote to its file of a family.
+
+    For a tensor that is cut into slices, the first rank of the slices returns the entry, and the others return none.
+    """
+    file = file_of(family, rank)
+    entries = []
+    for s in shards:
+        if s.slices is None:
+            entries.append((s.name, TensorEntry(s.shape, tuple(s.values), s.step, ((file, s.rect),))))
+        elif s.slices.ranks[0] == rank:
+            entries.append((s.name, TensorEntry(s.shape, tuple(s.values), s.step, (), s.slices, family)))
+    return _merge(entries)
+
+
+def sliced_elements(shards: Sequence[Shard]) -> dict[range, int]:
+    """Return the number of elements in shards that are parts of slices, by the ranks that share the slices."""
+    counts: dict[range, int] = {}
+    for shard in shards:
+        if shard.slices is not None:
+            counts[shard.slices.ranks] = counts.get(shard.slices.ranks, 0) + shard.rect.numel
+    return counts
+
+
+def merge_entries(
+    parts: Sequence[Mapping[str, TensorEntry]], sliced: Sequence[Mapping[range, int]]
+) -> dict[str, TensorEntry]:
     """Merge the entries of all ranks into one entry per tensor.
 
     The ranks must agree on the shape, the kinds and the step of each tensor, and the sizes of its pieces must add up to
-    the size of the tensor. Whether the pieces overlap is not checked.
+    the size of the tensor. The slices of all tensors that the same ranks share must add up to the size of these
+    tensors. Whether the pieces overlap is not checked.
+
+    Args:
+        parts: What `entries_of` returned on each rank.
+        sliced: What `sliced_elements` returned on each rank, for the same shards.
     """
     merged = _merge(item for part in parts for item in part.items())
+    missing: dict[range, int] = {}
     for name, entry in merged.items():
-        covered = sum(rect.numel for _, rect in entry.pieces)
-        assert covered == math.prod(entry.shape), f"{name} {entry.shape}: ranks saved {covered} elements"
+        numel = math.prod(entry.shape)
+        if entry.slices is not None:
+            missing[entry.slices.ranks] = missing.get(entry.slices.ranks, 0) + numel
+        else:
+            covered = sum(rect.numel for _, rect in entry.listed)
+            assert covered == numel, f"{name} {entry.shape}: ranks saved {covered} elements"
+    for counts in sliced:
+        for ranks, count in counts.items():
+            missing[ranks] = missing.get(ranks, 0) - count
+    assert not any(missing.values()), f"slices miss elements, by their ranks: {missing}"
     return dict(sorted(merged.items()))
 
 
@@ -247,12 +350,9 @@ def _merge(items: Iterable[tuple[str, TensorEntry]]) -> dict[str, TensorEntry]:
     pieces: dict[str, list[tuple[str, Rect]]] = {}
     for name, entry in items:
         known = first.setdefault(name, entry)
-        same = (known.shape, known.kinds, known.step) == (entry.shape, entry.kinds, entry.step)
-        assert same, (
-            f"{name} differs: {known.shape} {known.kinds} {known.step}, {entry.shape} {entry.kinds} {entry.step}"
-        )
-        pieces.setdefault(name, []).extend(entry.pieces)
-    return {name: replace(entry, pieces=tuple(pieces[name])) for name, entry in first.items()}
+        assert replace(known, listed=()) == replace(entry, listed=()), f"{name} differs: {known}, {entry}"
+        pieces.setdefault(name, []).extend(entry.listed)
+    return {name: replace(entry, listed=tuple(pieces[name])) for name, entry in first.items()}
 
 
 def _digest(body: Any) -> str:
@@ -260,19 +360,30 @@ def _digest(body: Any) -> str:
 
 
 def _entry_to_json(entry: TensorEntry) -> dict[str, Any]:
-    pieces = [[file, *rect] for file, rect in entry.pieces]
-    return {"shape": list(entry.shape), "kinds": list(entry.kinds), "step": entry.step, "pieces": pieces}
+    tree = {"shape": list(entry.shape), "kinds": list(entry.kinds), "step": entry.step}
+    if entry.slices is None:
+        return {**tree, "pieces": [[file, *rect] for file, rect in entry.listed]}
+    ranks = entry.slices.ranks
+    return {**tree, "slices": [entry.family, ranks.start, ranks.stop, ranks.step, entry.slices.numel]}
 
 
-def _entry_from_json(name: str, tree: Mapping[str, Any], files: Mapping[str, Any]) -> TensorEntry:
+def _entry_from_json(name: str, tree: Mapping[str, Any]) -> TensorEntry:
     shape = tuple(int(n) for n in tree["shape"])
-    whole = matrix_of(shape)
-    pieces = tuple((file, Rect(*map(int, rect))) for file, *rect in tree["pieces"])
-    for file, rect in pieces:
-        if file not in files or rect.overlap(whole) != rect:
-            raise ValueError(f"{name}: piece {rect} of {file} is not in the tensor or its file not listed")
     step = None if tree["step"] is None else int(tree["step"])
-    return TensorEntry(shape, tuple(map(str, tree["kinds"])), step, pieces)
+    kinds, whole = tuple(map(str, tree["kinds"])), matrix_of(shape)
+    if "slices" in tree:
+        family, *numbers = tree["slices"]
+        start, stop, stride, numel = map(int, numbers)
+        slices = Slices(range(start, stop, stride), numel)
+        entry = TensorEntry(shape, kinds, step, (), slices, str(family))
+        if numel < 1 or start < 0 or stride < 1 or entry.num_slices > len(slices.ranks):
+            raise ValueError(f"{name}: {tree['slices']} does not describe slices of the tensor")
+        return entry
+    pieces = tuple((str(file), Rect(*map(int, rect))) for file, *rect in tree["pieces"])
+    for _, rect in pieces:
+        if rect.overlap(whole) != rect:
+            raise ValueError(f"{name}: piece {rect} is not in the tensor")
+    return TensorEntry(shape, kinds, step, pieces)
 
 
 def _file_name(name: str) -> str:

@@ -113,7 +113,7 @@ def _shards_of(
             base += (rows.stop - rows.start) * engine.hf_config.hidden_size
             continue
         shape = shapes[piece.hf_name]
-        box = _rect(piece.index, matrix_of(shape))
+        box = rect_of(piece.index, matrix_of(shape))
         low, high = max(start - base, 0), min(stop - base, box.numel)
         if low < high:
             for offset, rect in rects_of_range(box, low, high):
@@ -124,7 +124,8 @@ def _shards_of(
     assert base == parameter.numel(), (name, base, parameter.shape)
 
 
-def _rect(index: tuple[slice, ...], whole: Rect) -> Rect:
+def rect_of(index: tuple[slice, ...], whole: Rect) -> Rect:
+    """Return the rectangle of a tensor's matrix that slices of its first two dimensions select."""
     row, row_stop, _ = index[0].indices(whole.rows)
     col, col_stop, _ = (index[1] if len(index) > 1 else slice(None)).indices(whole.cols)
     return Rect(row, col, row_stop - row, col_stop - col)

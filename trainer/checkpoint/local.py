@@ -55,6 +55,8 @@ class LocalCheckpoints:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._frozen: dict[int, set[str]] = {}
+        """The folders of frozen weights that a checkpoint refers to, by its step, so that a save reads no manifest."""
 
     @property
     def url(self) -> str:
@@ -95,6 +97,7 @@ class LocalCheckpoints:
         if final.exists():  # The existing checkpoint is damaged, or the run returned to an earlier one.
             _remove_folder(final)
         _rename(aside, final)
+        self._frozen[step] = _frozen_folders(manifest)
 
     def discard(self, attempt: Attempt, step: int) -> None:
         shutil.rmtree(self._aside(attempt, step), ignore_errors=True)  # Only the failure of the save is reported.
@@ -111,11 +114,13 @@ class LocalCheckpoints:
                     log.warning("checkpoint %s is removed: the run returned to an earlier one", step_name(step))
                 _remove_folder(self.path / step_name(step))
                 removed.append(str(self.path / step_name(step)))
-        try:
-            manifests = [read_manifest(self.folder(step)) for step in self.steps()]
-        except DamagedError:
-            return removed  # The damaged checkpoint may refer to any of the frozen files.
-        used = {frozen_folder_of(name) for manifest in manifests for name in manifest.files}
+        for step in self.steps():
+            if step not in self._frozen:
+                try:
+                    self._frozen[step] = _frozen_folders(read_manifest(self.folder(step)))
+                except DamagedError:
+                    return removed  # The damaged checkpoint may refer to any of the frozen files.
+        used = {folder for step in self.steps() for folder in self._frozen[step]}
         for folder in self.path.glob(f"{FROZEN}-*"):
             if folder.name not in used:
                 _remove_folder(folder)
@@ -156,6 +161,10 @@ class LocalCheckpoints:
         LocalDraft(self.path).write(part.name, [text.encode()])
         part.replace(self.path / name)
         _sync(self.path)
+
+
+def _frozen_folders(manifest: Manifest) -> set[str]:
+    return {folder for name in manifest.files if (folder := frozen_folder_of(name)) is not None}
 
 
 def _rename(part: Path, final: Path) -> None:

@@ -22,6 +22,7 @@ from trainer.checkpoint.reader import DamagedError, Reader, check_files, read_ma
 from trainer.checkpoint.snapshot import HostBuffer
 from trainer.checkpoint.start import check_adapters, fill_weights
 from trainer.checkpoint.together import from_rank0, gather, together
+from trainer.parallel.exchange import gather_distinct
 from trainer.parallel.groups import Groups
 
 if TYPE_CHECKING:
@@ -287,7 +288,7 @@ class CheckpointManager:
 
         Collective: every rank of the world must call it.
         """
-        return set().union(*gather(self.groups, self._tensor_names(engines)))
+        return set().union(*gather_distinct(sorted(self._tensor_names(engines)), self.groups.world))
 
     def _checked_shards(self, engines: Engines, reader: Reader, names: set[str]) -> list[Shard]:
         surplus = sorted(set(reader.manifest.tensors) - names)

@@ -130,10 +130,10 @@ class Reader:
     def read_rect(self, name: str, kind: str, wanted: Rect, target: Tensor) -> None:
         """Read a rectangle of a tensor's matrix into `target` [rows, cols], converted to the dtype of `target`."""
         found = []
-        for file, rect in self.manifest.tensors[name].pieces:
+        for file, rect in self.manifest.tensors[name].pieces(wanted):
             common = rect.overlap(wanted)
-            if common is not None:
-                found.append((file, rect, common))
+            assert common is not None
+            found.append((file, rect, common))
         covered = sum(common.numel for *_, common in found)
         assert covered == wanted.numel, f"{name}: {covered} of {wanted.numel} elements are saved"
         for file, rect, common in found:
@@ -143,7 +143,7 @@ class Reader:
 
     def dtype(self, name: str, kind: str) -> torch.dtype:
         """Return the saved dtype of a tensor's values of one kind."""
-        file, rect = self.manifest.tensors[name].pieces[0]
+        file, rect = next(self.manifest.tensors[name].pieces())
         file = file_of_kind(file, kind)
         return self.file(file).spans[self._key(file, name, kind, rect)].dtype
 

@@ -23,7 +23,7 @@ from model.errors import UserError
 from model.lengths import SAMPLE_RATE, WHOLE, num_samples
 from model.lora import Adapters, add_adapters
 from trainer.checkpoint.catalog import SUBFOLDER, open_checkpoints, read_extra
-from trainer.checkpoint.layout import PARAM, Manifest, Shard, matrix_of
+from trainer.checkpoint.layout import PARAM, Manifest, Shard, files_of, matrix_of
 from trainer.checkpoint.reader import STATE, DamagedError, Reader, check_files, read_manifest
 from trainer.config.load import load_stored_recipe, parse_stored_recipe
 from trainer.config.schema import Recipe
@@ -98,7 +98,7 @@ def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
             manifest = read_manifest(folder)
             # These files include the frozen parts of the audio side, which are stored in a separate folder.
             audio = (entry for name, entry in manifest.tensors.items() if name.startswith("audio."))
-            check_files(folder, manifest, sorted({STATE, *(file for entry in audio for file, _ in entry.pieces)}))
+            check_files(folder, manifest, sorted({STATE, *files_of(audio)}))
         except DamagedError as error:
             damages.append(f"{folder.url}: {error}")
             continue

@@ -18,7 +18,7 @@ from model.errors import UserError
 from model.lora import Adapters
 from trainer.checkpoint.catalog import find_checkpoint, read_extra
 from trainer.checkpoint.folder import LocalFolder
-from trainer.checkpoint.layout import PARAM, Rect, matrix_of
+from trainer.checkpoint.layout import PARAM, Rect, files_of, matrix_of
 from trainer.checkpoint.reader import STATE, Reader, check_files, read_manifest
 from trainer.config.load import parse_stored_recipe
 from trainer.config.schema import Recipe
@@ -65,7 +65,7 @@ class Source:
         manifest = read_manifest(self.folder)
         self.reader = Reader(self.folder, manifest)
         # Optimizer state is not read, so it is not verified.
-        needed = sorted({file for entry in manifest.tensors.values() for file, _ in entry.pieces})
+        needed = sorted(files_of(manifest.tensors.values()))
         check_files(self.folder, manifest, [STATE])
         # Another thread verifies the files while they are read. Nothing is published before it has finished.
         self._pool = ThreadPoolExecutor(1)

@@ -152,8 +152,8 @@ def _write_tensor(reader: Reader, target: Target, handle: int, offset: int) -> N
     if target.adapter is not None:
         _write_at(handle, offset, memory_of(read_merged(reader, target.source, target.adapter).to(target.dtype)))
         return
-    if target.rows is None and all(rect.rows == 1 or rect.cols == whole.cols for _, rect in entry.pieces):
-        for file, rect in entry.pieces:
+    if target.rows is None and all(rect.rows == 1 or rect.cols == whole.cols for _, rect in entry.pieces()):
+        for file, rect in entry.pieces():
             start = (rect.row * whole.cols + rect.col) * target.dtype.itemsize
             _write_piece(reader, target, file, rect, handle, offset + start)
         return

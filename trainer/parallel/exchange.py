@@ -8,6 +8,7 @@ their place in memory, which avoids this copy.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -210,6 +211,28 @@ def _gather(values: np.ndarray, width: int, group: dist.ProcessGroup | None) -> 
     everyone = torch.empty(world * width, dtype=torch.int64)
     dist.all_gather_into_tensor(everyone, mine, group=group)
     return everyone.view(world, width).numpy()
+
+
+def gather_distinct(texts: Sequence[str], group: dist.ProcessGroup) -> list[list[str]]:
+    """Return the distinct values of `texts` of all ranks, in the order of the first rank that has each.
+
+    Collective: every rank of `group` must call it.
+
+    Only digests are gathered from all ranks. Each distinct value is sent once, so that names that thousands of ranks
+    have in common do not cost a copy per rank.
+    """
+    payload = json.dumps(list(texts)).encode()
+    digest = hashlib.sha256(payload).digest()
+    mine = np.frombuffer(digest + len(payload).to_bytes(8, "little"), dtype=np.int64)
+    everyone = _gather(mine, len(mine), group)
+    found = []
+    for first in sorted({row.tobytes(): rank for rank, row in reversed(list(enumerate(everyone)))}.values()):
+        buffer = torch.zeros(int(everyone[first, -1]), dtype=torch.uint8)
+        if dist.get_rank(group) == first:
+            buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        dist.broadcast(buffer, group=group, group_src=first)
+        found.append(json.loads(buffer.numpy().tobytes()))
+    return found
 
 
 def check_same_plan(what: str, plan: Sequence[Ints], group: dist.ProcessGroup) -> None:
