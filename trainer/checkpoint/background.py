@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from trainer.checkpoint.layout import (
 )
 from trainer.checkpoint.reader import MANIFEST, STATE
 from trainer.checkpoint.writer import Draft, write_tensors, write_text
+from trainer.parallel.tree import gather_bytes
 
 log = logging.getLogger(__name__)
 
@@ -161,10 +163,11 @@ class Save:
             written = self._write(draft)
         except Exception as error:  # All exceptions are caught, because the other ranks wait for this rank's result.
             failure = f"rank {place.rank}: {_text(error)}"
-        found: list[Any] | None = [None] * dist.get_world_size(place.group) if place.rank == 0 else None
-        dist.gather_object((failure, written), found, group=place.group)
         box: list[Any] = [None]
-        if found is not None:
+        # The payloads differ in size, and torch's own function would allocate the largest size for every rank.
+        gathered = gather_bytes(pickle.dumps((failure, written)), place.group)
+        if gathered is not None:
+            found = [pickle.loads(part) for part in gathered]
             failures = [text for text, _ in found if text is not None]
             box = [Outcome(self.url, failures[0] if failures else None)]
             if not failures:

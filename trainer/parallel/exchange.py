@@ -20,6 +20,7 @@ from torch import Tensor
 
 from model.transfer import to_device
 from trainer.parallel.plan import Ints, Route
+from trainer.parallel.tree import all_gather_numbers, broadcast_bytes
 
 
 def exchange(rows: Tensor, route: Route, group: dist.ProcessGroup | None) -> Tensor:
@@ -205,12 +206,9 @@ def _gather(values: np.ndarray, width: int, group: dist.ProcessGroup | None) -> 
 
     Collective: every rank of `group` must call it.
     """
-    world = dist.get_world_size(group)
-    mine = torch.zeros(width, dtype=torch.int64)
-    mine[: len(values)] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
-    everyone = torch.empty(world * width, dtype=torch.int64)
-    dist.all_gather_into_tensor(everyone, mine, group=group)
-    return everyone.view(world, width).numpy()
+    mine = np.zeros(width, dtype=np.int64)
+    mine[: len(values)] = values
+    return all_gather_numbers(mine, group)
 
 
 def gather_distinct(texts: Sequence[str], group: dist.ProcessGroup) -> list[list[str]]:
@@ -222,17 +220,10 @@ def gather_distinct(texts: Sequence[str], group: dist.ProcessGroup) -> list[list
     have in common do not cost a copy per rank.
     """
     payload = json.dumps(list(texts)).encode()
-    digest = hashlib.sha256(payload).digest()
-    mine = np.frombuffer(digest + len(payload).to_bytes(8, "little"), dtype=np.int64)
-    everyone = _gather(mine, len(mine), group)
-    found = []
-    for first in sorted({row.tobytes(): rank for rank, row in reversed(list(enumerate(everyone)))}.values()):
-        buffer = torch.zeros(int(everyone[first, -1]), dtype=torch.uint8)
-        if dist.get_rank(group) == first:
-            buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        dist.broadcast(buffer, group=group, group_src=first)
-        found.append(json.loads(buffer.numpy().tobytes()))
-    return found
+    digest = np.frombuffer(hashlib.sha256(payload).digest(), dtype=np.int64)
+    everyone = all_gather_numbers(digest, group)
+    firsts = sorted({row.tobytes(): rank for rank, row in reversed(list(enumerate(everyone)))}.values())
+    return [json.loads(broadcast_bytes(payload, first, group)) for first in firsts]
 
 
 def check_same_plan(what: str, plan: Sequence[Ints], group: dist.ProcessGroup) -> None:
