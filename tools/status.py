@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from trainer.job.slurm import job_state_now
 from trainer.telemetry.events import Event, num_attempts, read_events
 from trainer.telemetry.jsonl import read_lines
 
@@ -31,12 +32,15 @@ _STATES = {
     "stopped": "waiting",
     "requeued": "waiting",
     "refused": "failed",
+    "cancelled": "cancelled",
     "peer_lost": "failed",
     "hang": "failed",
     "failed": "failed",
     "finished": "finished",
 }
-"""The state of a run after each event that changes it. A `refused` after `finished` does not change it."""
+"""The state of a run after each event that changes it."""
+_FINAL = {"finished": ("submitted", "started"), "cancelled": ("submitted", "started")}
+"""The events that change a final state. Others, such as `stopped` after `cancelled`, do not change it."""
 _BARS = "▁▂▃▄▅▆▇█"
 _NUM_EVENTS = 8
 _NUM_BARS = 60
@@ -48,7 +52,7 @@ class Status:
 
     name: str
     state: str
-    """`running`, `waiting`, `failed` or `finished`."""
+    """`running`, `waiting`, `failed`, `cancelled` or `finished`."""
     since_sec: float
     """The seconds since the event that caused this state."""
     step: int
@@ -167,9 +171,26 @@ def _state(events: Sequence[Event]) -> tuple[str, Event | None]:
     state, cause = "waiting", None
     for event in events:
         new = _STATES.get(event["event"])
-        if new is not None and not (state == "finished" and event["event"] == "refused"):
+        if new is not None and event["event"] in _FINAL.get(state, (event["event"],)):
             state, cause = new, event
+    if state in ("waiting", "running"):
+        ended = _ended_by_slurm(events)
+        state = state if ended is None else ended
     return state, cause
+
+
+def _ended_by_slurm(events: Sequence[Event]) -> str | None:
+    """Return the final state of a run whose job Slurm has ended without running any of its code.
+
+    Such a job was cancelled while it was pending, or killed. The result is None if Slurm does not answer.
+    """
+    job = next((e.get("job") for e in reversed(events) if e["event"] == "submitted"), None)
+    found = job_state_now(job) if isinstance(job, int) else None
+    if found is None:
+        return None
+    if found.name == "CANCELLED":
+        return "cancelled"
+    return "failed" if found.has_ended else None
 
 
 def _recent_step_sec(records: Sequence[Mapping[str, Any]]) -> float | None:

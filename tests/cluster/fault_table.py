@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tests.cluster import faults
+from tests.cluster import cancels, faults
 from tests.cluster.harness import Bench, Run, scratch
 from tests.services import swift
 from tests.services.slurm import Cluster, running, why_not
@@ -73,6 +73,8 @@ def start_times(run: Run) -> str:
 
 def run_one(bench: Bench, name: str) -> Row:
     """Run with one fault, and return its row."""
+    if name in cancels.TABLE:
+        return _cancelled(bench, name)
     if name == STORE:
         return _store_unreachable(bench)
     if name == DISK:
@@ -94,6 +96,15 @@ def run_one(bench: Bench, name: str) -> Row:
 
 
 STORE, DISK, TRACKER = "store unreachable for 20 s, a rank killed", "disk full in a save", "tracker unreachable"
+
+
+def _cancelled(bench: Bench, name: str) -> Row:
+    """Cancel a job, and submit it again."""
+    run = bench.submit(name.replace(" ", "-"))
+    wrong = cancels.cancel(name, run)
+    again = bench.submit(name, folder=run.folder)
+    again.wait_end()
+    return Row(name, 2, None, "resumed by the same sbatch", [*wrong, *bench.differences(again)])
 
 
 def _store_unreachable(bench: Bench) -> Row:
@@ -144,7 +155,9 @@ def main(words: Sequence[str]) -> int:
     if reason:
         print(f"error: Slurm cannot run here: {reason}", file=sys.stderr)
         return 2
-    names = [n for n in [*faults.TABLE, STORE, DISK, TRACKER] if not words or any(w in n for w in words)]
+    names = [
+        n for n in [*faults.TABLE, *cancels.TABLE, STORE, DISK, TRACKER] if not words or any(w in n for w in words)
+    ]
     folder, failed = scratch(), False
     cluster = Cluster(folder / "slurm", num_nodes=3)
     cluster.small_disk(num_mib=16)

@@ -29,7 +29,7 @@ def time_limit(run: Run) -> float:
         os.kill(pid, signal.SIGSTOP)
     minutes = int((time.time() - run.submitted_at) // 60) + 2
     cluster.run("scontrol", "update", f"JobId={run.job_id}", f"TimeLimit={minutes}")
-    run.wait(lambda: "got SIGUSR1" in run.log, "no warning comes")
+    run.wait(lambda: "received SIGUSR1" in run.log, "no warning comes")
     start = time.time()
     cluster.run("scontrol", "update", f"JobId={run.job_id}", "TimeLimit=300")
     for pid in ranks:

@@ -98,6 +98,18 @@ class Run:
     def state(self) -> str:
         return self.bench.cluster.job(self.job_id).get("JobState", "unknown")
 
+    def wait_cancelled(self, timeout_sec: float = ATTEMPT_SEC) -> None:
+        """Wait until Slurm calls the job cancelled.
+
+        Raises:
+            AssertionError: If it does not in time, or the job ends in another way.
+        """
+        deadline = time.monotonic() + timeout_sec
+        while (state := self.state()) != "CANCELLED":
+            ended = state in ("FAILED", "COMPLETED", "TIMEOUT")
+            assert not ended and time.monotonic() < deadline, f"not cancelled: {state}; {self.log[-3000:]}"
+            time.sleep(0.1)
+
     def wait_end(self, timeout_sec: float = ATTEMPT_SEC) -> None:
         """Wait until the job has ended."""
         self.wait(lambda: self.state() == "COMPLETED", "the job does not end", timeout_sec)

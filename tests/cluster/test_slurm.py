@@ -6,16 +6,18 @@ import os
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster import faults
+from tests.cluster import cancels, faults
 from tests.cluster.fault_table import start_times
 from tests.cluster.harness import ROOT, Bench, next_start, scratch
 from tests.services import swift
 from tests.services.slurm import Cluster, running, why_not
+from trainer.telemetry.events import read_events
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -52,6 +54,18 @@ def test_run_resumes_after_a_warning_a_killed_rank_and_a_power_failure(bench: Be
     assert bench.differences(run) == []
     counts = {kind: len(run.events(kind)) for kind in ("submitted", "started", "resumed", "requeued", "finished")}
     assert counts == {"submitted": 4, "started": 4, "resumed": 3, "requeued": 3, "finished": 1}
+
+
+def test_cancelled_job_saves_and_never_runs_again(bench: Bench) -> None:
+    whole = bench.whole or bench.run_whole()
+    run = bench.submit("cancelled")
+    for name in ("scancel twice", "scancel --signal=TERM", "scancel while pending"):
+        assert cancels.cancel(name, run, run.last_step() + 4) == [], (name, run.log[-3000:])
+        run = bench.submit("cancelled", folder=run.folder)
+    run.wait_end()
+    assert bench.differences(run) == [] and whole.folder != run.folder
+    kinds = Counter(str(e["event"]) for e in read_events(run.run_dir))
+    assert (kinds["submitted"], kinds["cancelled"], kinds["requeued"]) == (4, 2, 1)  # one warning, see `pending`
 
 
 def test_job_that_cannot_run_is_refused_within_seconds(bench: Bench, tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ def test_run_after_a_restart(tmp_path: Path) -> None:
         (["started", "failed", "requeued", "refused"], "failed"),
         (["started", "hang"], "failed"),
         (["started", "finished", "refused"], "finished"),
+        (["started", "cancelled", "signal", "saved", "stopped"], "cancelled"),
+        (["started", "cancelled", "submitted"], "waiting"),
     ],
 )
 def test_states(tmp_path: Path, names: list[str], state: str) -> None:

@@ -24,11 +24,12 @@ from typing import Any
 
 from model.errors import UserError
 from trainer.job import slurm
+from trainer.job.cancel import CancelledError, cancelled_by
 from trainer.job.check import Facts
 from trainer.job.node_check import GIB
 from trainer.job.preflight import BadNodesError, preflight, print_timed
 from trainer.run.exit_codes import ExitCode
-from trainer.telemetry.events import EventLog, read_events
+from trainer.telemetry.events import Event, EventLog, read_events
 
 _STORE_SEC = 10.0
 _STORE_AGAIN_SEC = 120.0
@@ -39,26 +40,32 @@ unattended."""
 class Signals:
     """The signals that Slurm has sent to the batch script.
 
-    SIGUSR1, the warning before a time limit or a preemption, is passed on to the ranks. Slurm itself sends SIGTERM to
-    the ranks as well.
+    The ranks are asked to stop by SIGUSR1, the warning before a time limit or a preemption. If Slurm ends the job, it
+    sends SIGTERM to the batch script and the ranks.
     """
 
     def __init__(self) -> None:
         self.received = "STOPPED_EARLY" in os.environ  # The shell received a signal before this process started.
         """Whether any signal was received."""
-        self.ending = False
-        """Whether Slurm is ending this job. If so, errors that the job's processes report are only a consequence."""
+        self.numbers: list[int] = []
+        """The signals that were received, in order."""
         self.step: subprocess.Popen[bytes] | None = None
         """The `srun` process of the ranks; None before they start."""
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._note)
 
+    @property
+    def ending(self) -> bool:
+        """Whether the job is being ended. If so, errors that its processes report are only a consequence."""
+        return signal.SIGTERM in self.numbers
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
         print_timed(f"job: received {signal.Signals(number).name}")
         self.received = True
-        self.ending |= number == signal.SIGTERM
-        if number == signal.SIGUSR1 and self.step is not None and self.step.poll() is None:
-            self.step.send_signal(number)
+        self.numbers.append(number)
+        if self.step is not None and self.step.poll() is None:
+            # The ranks receive SIGTERM only if Slurm ends the whole job; srun would kill them if it were passed on.
+            self.step.send_signal(signal.SIGUSR1)
 
 
 class RefusedError(UserError):
@@ -140,6 +147,8 @@ class Job:
         try:
             layout = slurm.lay_out(self.allocation, self.facts.num_ranks, self.facts.tensor)
             found = preflight(self.allocation, layout, self.facts, os.environ)
+        except CancelledError:
+            return self._after(128 + signal.SIGTERM)
         except BadNodesError as error:
             return self._after(ExitCode.STOPPED) if self.signals.ending else self._without_nodes(error)
         except UserError as error:
@@ -176,7 +185,11 @@ class Job:
         self.signals.step = step = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         if self.signals.received:  # The signal arrived while srun was being started.
             step.send_signal(signal.SIGUSR1)
-        code = step.wait()
+        was_asked = False
+        while (code := _wait(step)) is None:
+            if self.signals.ending and not was_asked:  # Slurm may kill this process before the ranks have saved.
+                was_asked = True
+                self._note_cancelled(slurm.job_state_now(self.allocation.job_id), ExitCode.STOPPED)
         return code if code >= 0 else 128 - code
 
     def _after(self, code: int) -> int:
@@ -188,13 +201,38 @@ class Job:
             if self._is_newest():
                 self._emit("requeued", why="Slurm requeued the job on its own", exit_code=code)
             return code
-        if state.name == "CANCELLED":
-            self._emit("refused", why="the job was cancelled", exit_code=code)
+        if self._note_cancelled(state, code):
+            if not state.is_ending:
+                slurm.cancel(self.allocation.job_id)  # so that Slurm calls the job cancelled as well
             return code
         decide = [sys.executable, "-m", "trainer.restart", str(self.log.run_dir), f"--exit-code={code}"]
-        if subprocess.run(decide).returncode == 0:
+        again = subprocess.run(decide).returncode == 0
+        # The job may have been cancelled meanwhile, and a cancelled job can be requeued.
+        if again and not self._note_cancelled(slurm.job_state(self.allocation.job_id), code):
             slurm.requeue(self.allocation.job_id)
         return code
+
+    def _note_cancelled(self, state: slurm.JobState | None, code: int) -> bool:
+        """Return whether a person has cancelled the job. If so, append the event once.
+
+        Args:
+            state: The state of the job; None if it is not known.
+            code: The exit code of the ranks.
+        """
+        events = read_events(self.log.run_dir)
+        if self._is_cancelled(events):
+            return True
+        if state is None or state.restarts > self.allocation.restarts:
+            return False
+        how = cancelled_by(state, self.signals.numbers, events, code)
+        if how is not None:
+            print_timed(f"job: cancelled by {how}; the job will not run again")
+            self._emit("cancelled", job=self.allocation.job_id, why=how)
+        return how is not None
+
+    def _is_cancelled(self, events: Sequence[Event]) -> bool:
+        last = next((e for e in reversed(events) if e["event"] in ("submitted", "cancelled")), None)
+        return last is not None and last["event"] == "cancelled" and last.get("job") == self.allocation.job_id
 
     def _is_newest(self) -> bool:
         """Return whether this is the job's newest start.
@@ -217,6 +255,14 @@ class Job:
         slurm.requeue(self.allocation.job_id)
         slurm.exclude(self.allocation.job_id, error.bad)
         return ExitCode.FAILED
+
+
+def _wait(step: subprocess.Popen[bytes]) -> int | None:
+    """Return the exit code of a process; None if it has not ended within a second."""
+    try:
+        return step.wait(1.0)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from model.errors import UserError
+from trainer.job.cancel import raise_if_cancelled
 from trainer.job.check import Facts
 from trainer.job.node_check import Report, Wanted
 from trainer.job.slurm import Allocation, Layout, srun
@@ -130,13 +131,19 @@ def _test_all_reduce(allocation: Allocation, nodes: Sequence[str], layout: Layou
 
 
 def _answers(command: Sequence[str]) -> list[dict[str, Any]]:
-    """Run a job step, and return the JSON objects that its tasks print before the timeout."""
+    """Run a job step, and return the JSON objects that its tasks print before the timeout.
+
+    Raises:
+        CancelledError: If a signal that only a person sends has ended the step.
+    """
     step = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     try:
         output, _ = step.communicate(timeout=_ANSWER_SEC)
     except subprocess.TimeoutExpired:
         step.terminate()
         output, _ = step.communicate()
+    else:
+        raise_if_cancelled(step.returncode)
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 

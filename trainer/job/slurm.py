@@ -15,6 +15,7 @@ from model.errors import UserError
 _CONTROLLER_SEC = 600.0
 """The time in seconds for which a command is repeated if the Slurm controller, which may be restarting, does not
 answer."""
+_ASK_SEC = 60.0
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,25 @@ class JobState:
     """Slurm's name of the state, for example RUNNING or CANCELLED."""
     restarts: int
     """The number of times Slurm has restarted the job."""
+    reason: str = "None"
+    """Slurm's reason for the state, for example TimeLimit. It is None (as text) if a person cancelled the job."""
+    is_preempted: bool = False
+    """Whether Slurm is taking the job's nodes for another job."""
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether Slurm itself has ended the job, whose processes may still run for a moment."""
+        return self.name in ("CANCELLED", "COMPLETING")
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether a person has cancelled the job, so that Slurm does not run it again."""
+        return self.is_ending and self.reason == "None"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the job has ended and no process of it runs."""
+        return self.name in ("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 
 
 def job_state(job_id: int) -> JobState:
@@ -156,8 +176,31 @@ def job_state(job_id: int) -> JobState:
     Raises:
         UserError: If the controller has not answered for ten minutes.
     """
-    fields = _fields(_persist(["scontrol", "show", "job", "-o", str(job_id)]))
-    return JobState(fields["JobState"], int(fields["Restarts"]))
+    return _state(_persist(["scontrol", "show", "job", "-o", str(job_id)]))
+
+
+def job_state_now(job_id: int) -> JobState | None:
+    """Return the state of a job; None if the controller does not answer now, or does not know the job."""
+    try:
+        text = _ask(["scontrol", "show", "job", "-o", str(job_id)])
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return _state(text) if "JobState=" in text else None
+
+
+def cancel(job_id: int) -> None:
+    """Make Slurm end a job, so that its state is CANCELLED.
+
+    Raises:
+        UserError: If Slurm refuses, or the controller has not answered for ten minutes.
+    """
+    _persist(["scancel", str(job_id)], ended_is_done=True)
+
+
+def _state(line: str) -> JobState:
+    fields = _fields(line)
+    preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
+    return JobState(fields["JobState"], int(fields["Restarts"]), fields.get("Reason", "None"), preempted)
 
 
 def requeue(job_id: int) -> None:
@@ -194,7 +237,7 @@ def _fields(line: str) -> dict[str, str]:
 
 
 def _ask(command: Sequence[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_ASK_SEC).stdout
 
 
 def _persist(command: Sequence[str], ended_is_done: bool = False) -> str:

@@ -35,6 +35,8 @@ class StopRequest:
         """The first signal received; None if there was none."""
         self.time_sec = 0.0
         """The time at which the first signal was received, in seconds of `time.monotonic`; 0 if there was none."""
+        self.later: int | None = None
+        """A SIGTERM or SIGINT that came after SIGUSR1: the run was also cancelled while it was saving."""
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -51,6 +53,8 @@ class StopRequest:
             raise KeyboardInterrupt
         if self.signal is None:
             self.signal, self.time_sec = number, time.monotonic()
+        elif self.signal == signal.SIGUSR1 and number != signal.SIGUSR1:
+            self.later = number
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from trainer.run.exit_codes import ExitCode
 from trainer.telemetry.events import Event, EventLog, read_events
 
 _PROJECT = Path(__file__).parents[2]
-_BOUNDARIES = ("submitted", "started", "requeued", "refused")
+_BOUNDARIES = ("submitted", "started", "requeued", "refused", "cancelled")
 """The events that separate attempts. All events after the last of them belong to the attempt that has just ended."""
 
 
@@ -66,7 +66,7 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
     """
     if exit_code == ExitCode.FINISHED:
         return Decision(False, "the run is finished")
-    begin = max((i for i, e in enumerate(events) if e["event"] in _BOUNDARIES), default=0)
+    begin = _begin(events)
     if any(e["event"] == "finished" for e in events[begin:]):
         return Decision(False, "the run is finished; its last attempt ended later with an error")
     before, failures = ([e for e in part if e["event"] == "failed"] for part in (events[:begin], events[begin:]))
@@ -87,6 +87,15 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
         limit = f"{recent} restarts within {config.window_sec:g} s, restart.max_restarts = {config.max_restarts}"
         return Decision(False, f"{limit}: {reason}")
     return Decision(True, f"{reason}; restart {recent + 1} of {config.max_restarts}")
+
+
+def current_attempt(events: Sequence[Event]) -> Sequence[Event]:
+    """Return the events of the attempt that runs or has just ended: those from the last boundary of attempts on."""
+    return events[_begin(events) :]
+
+
+def _begin(events: Sequence[Event]) -> int:
+    return max((i for i, e in enumerate(events) if e["event"] in _BOUNDARIES), default=0)
 
 
 def fingerprint(error: BaseException) -> str:

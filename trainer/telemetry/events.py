@@ -41,6 +41,7 @@ EVENTS = {
     "stopped": "the attempt ended in order before the run's last step",
     "requeued": "the job will run again",
     "refused": "the job will not run again",
+    "cancelled": "a person cancelled the job, which will not run again",
     "node_lost": "a node, or the network to it, failed",
     "peer_lost": "a rank lost its connection to another",
     "hang": "no rank made progress",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -109,7 +110,7 @@ class Loop:
         recipe, num_steps = self.recipe, self.recipe.train.steps
         self.hooks.extend(hooks)
         self.hooks.on_start(RunState(recipe.name, self.run_dir, num_steps, self.groups.topology.world, start))
-        with StopRequest().listening() as stop, self._ending():
+        with StopRequest().listening() as stop, self._ending(stop):
             if start == 0 and recipe.eval.before:
                 self._evaluate_final_split(0, "wer_before")
             if start == 0 or not self._stops_early(start, just_evaluated=False):
@@ -249,7 +250,7 @@ class Loop:
         raise EndError(f"{reason}; {where}; fix this and rerun the same command to resume")
 
     @contextmanager
-    def _ending(self) -> Iterator[None]:
+    def _ending(self, stop: StopRequest) -> Iterator[None]:
         """Return a context manager that ends the run in order.
 
         If the block raises an error other than `EndError`, the context manager does nothing.
@@ -257,16 +258,20 @@ class Loop:
         try:
             yield
         except EndError:
-            self._end(None)
+            self._end(None, stop)
             raise
-        self._end("stopped" if self.stopped else "finished")
+        self._end("stopped" if self.stopped else "finished", stop)
 
-    def _end(self, event: str | None) -> None:
+    def _end(self, event: str | None, stop: StopRequest) -> None:
         """Wait for the last save, emit `event` and close the hooks."""
         self.watchdog.heartbeat("the last save")
         self.saver.close(self.position.step or 0)
         peaks: list[Any] = [None] * self.groups.topology.world
         dist.all_gather_object(peaks, peak_memory_bytes(), group=self.groups.world)
+        if stop.later is not None:
+            self.hooks.on_event(
+                "signal", self.position.step or 0, {"name": signal.Signals(stop.later).name, "ranks": 1}
+            )
         if event is not None:
             self.hooks.on_event(event, self.position.step or self.recipe.train.steps, {})
         self.watchdog.disarm()  # The trackers have their own time limit.

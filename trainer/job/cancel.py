@@ -1,0 +1,60 @@
+"""The decision whether a person cancelled a Slurm job, so that it must not run again.
+
+Slurm does not say so directly. While the processes of a cancelled job still run, its state is COMPLETING, as it is
+after a time limit; and `scancel --signal` leaves the state unchanged. This module therefore combines what Slurm reports
+with the signals that the job's processes received.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+from trainer.job.slurm import JobState
+from trainer.run.restart import current_attempt
+from trainer.telemetry.events import Event
+
+_BY_A_PERSON = (signal.SIGTERM, signal.SIGINT)
+"""The signals that only a person, or Slurm itself, sends to a job. SIGUSR1 is the warning before a time limit."""
+
+
+class CancelledError(Exception):
+    """Raised when a signal that only a person sends has ended a job step."""
+
+
+def cancelled_by(state: JobState, batch_signals: Sequence[int], events: Sequence[Event], exit_code: int) -> str | None:
+    """Return how a person cancelled the job; None if nobody did.
+
+    Args:
+        state: The state of the job after its ranks have ended.
+        batch_signals: The signals that the batch script received.
+        events: All events of the run.
+        exit_code: The exit code of the ranks.
+    """
+    if state.is_ending:
+        return "scancel" if state.is_cancelled else None
+    if state.is_preempted:  # Slurm sends SIGTERM before it takes the nodes.
+        return None
+    sent = [n for n in _BY_A_PERSON if n in batch_signals or ended_by(exit_code, n)]
+    attempt = current_attempt(events)
+    if any(e["event"] in ("failed", "hang", "peer_lost") for e in attempt):
+        sent = [n for n in _BY_A_PERSON if n in batch_signals]
+    told = {name for e in attempt if e["event"] == "signal" for name in str(e.get("name")).split("+")}
+    names = [n.name for n in _BY_A_PERSON if n in sent or n.name in told]
+    return f"scancel --signal={names[0].removeprefix('SIG')}" if names else None
+
+
+def ended_by(exit_code: int, number: int) -> bool:
+    """Return whether `exit_code` means that signal `number` killed a process."""
+    return exit_code == 128 + number
+
+
+def raise_if_cancelled(exit_code: int) -> None:
+    """Raise an error if a signal that only a person sends has killed a job step.
+
+    Raises:
+        CancelledError: If the exit code of the step says so.
+    """
+    for number in _BY_A_PERSON:
+        if ended_by(exit_code, number):
+            raise CancelledError(f"a step was ended by {number.name}")
