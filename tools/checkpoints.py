@@ -4,8 +4,10 @@
     earshot checkpoints runs/demo verify             compare every file with its checksum
     earshot checkpoints runs/demo diff 1000 2000     list the tensors that changed between two steps
     earshot checkpoints runs/demo prune --keep 2     remove all checkpoints except the newest two
+    earshot checkpoints runs/demo rollback 1000      remove all checkpoints after step 1000, to resume from there
 
-`prune` also removes files of frozen weights that no remaining checkpoint uses. Do not prune while the run is training.
+`prune` and `rollback` also remove files of frozen weights that no remaining checkpoint uses. Do not use them while the
+run is training.
 
 Exit code 0: success. 1: `verify` found a damaged checkpoint. 2: invalid arguments or unreadable files.
 """
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from trainer.checkpoint.catalog import Checkpoints
 
 
+_NUM_STEPS = {0: "no step", 1: "one step", 2: "two steps"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -36,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         found = _open(options)
-        report = {"list": _list, "verify": _verify, "diff": _diff, "prune": _prune}[options.action](found, options)
+        report = {"list": _list, "verify": _verify, "diff": _diff, "prune": _prune, "rollback": _rollback}[
+            options.action
+        ](found, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -49,9 +56,10 @@ def _open(options: argparse.Namespace) -> Checkpoints:
     from trainer.checkpoint.catalog import checkpoints_of
     from trainer.checkpoint.layout import step_of
 
-    if options.action != "diff" and options.steps:
-        steps = " ".join(map(str, options.steps))
-        raise UserError(f"{options.action} {steps}: only diff takes steps; remove them from the command")
+    wanted = {"diff": 2, "rollback": 1}.get(options.action, 0)
+    if len(options.steps) != wanted:
+        steps = " ".join(map(str, options.steps)) or "nothing"
+        raise UserError(f"{options.action}: takes {_NUM_STEPS[wanted]}, but {steps} was given")
     if step_of(Path(options.run).name) is not None:
         raise UserError(f"{options.run}: is a single checkpoint; give its run, or the folder that it is in")
     return checkpoints_of(options.run)
@@ -94,8 +102,7 @@ def _diff(checkpoints: Checkpoints, options: argparse.Namespace) -> dict[str, An
     from trainer.checkpoint.diff import diff
     from trainer.checkpoint.reader import DamagedError, Reader, read_manifest
 
-    if len(options.steps) != 2:
-        raise UserError("diff: takes exactly two steps")
+    _check_steps(checkpoints, options.steps)
     try:
         folders = [checkpoints.folder(n) for n in options.steps]
         readers = [Reader(folder, read_manifest(folder)) for folder in folders]
@@ -133,15 +140,40 @@ def _prune(found: Checkpoints, options: argparse.Namespace) -> dict[str, Any]:
     return {"removed": removed, "steps": steps}
 
 
+def _rollback(found: Checkpoints, options: argparse.Namespace) -> dict[str, Any]:
+    from trainer.checkpoint.config import CheckpointConfig
+
+    _check_steps(found, options.steps)
+    (newest,) = options.steps
+    removed = found.clean_up(CheckpointConfig(keep_last=len(found.steps())), newest)
+    for url in removed:
+        print(f"removed {url}")
+    print(f"the run's next attempt resumes from step {newest}")
+    return {"removed": removed, "steps": found.steps()}
+
+
+def _check_steps(found: Checkpoints, steps: Sequence[int]) -> None:
+    """Raise a UserError that lists the checkpoints if one of `steps` has none."""
+    known = found.steps()
+    for step in steps:
+        if step not in known:
+            listed = ", ".join(map(str, known))
+            raise UserError(f"{found.url}: there is no checkpoint of step {step}; there are {listed}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="earshot checkpoints", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", metavar="RUN", help="the run, as a folder or as s3://…")
     parser.add_argument(
-        "action", nargs="?", default="list", choices=("list", "verify", "diff", "prune"), help="default: list"
+        "action",
+        nargs="?",
+        default="list",
+        choices=("list", "verify", "diff", "prune", "rollback"),
+        help="default: list",
     )
-    parser.add_argument("steps", nargs="*", type=int, help="for diff: the two steps to compare")
+    parser.add_argument("steps", nargs="*", type=int, help="for diff: the two steps to compare; for rollback: the step")
     parser.add_argument("--keep", type=int, default=2, help="for prune: the number of newest to keep (default: 2)")
     parser.add_argument(
         "--keep-every", type=int, default=0, metavar="STEPS", help="for prune: also keep multiples of this step"

@@ -36,6 +36,7 @@ _STATES = {
     "peer_lost": "failed",
     "hang": "failed",
     "failed": "failed",
+    "diverged": "failed",
     "finished": "finished",
 }
 """The state of a run after each event that changes it."""

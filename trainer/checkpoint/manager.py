@@ -181,6 +181,14 @@ class CheckpointManager:
         """Return the steps of all committed checkpoints in ascending order. This is not collective."""
         return self.checkpoints.steps()
 
+    def settled_steps(self) -> list[int]:
+        """Wait for the running save, and return the steps of all committed checkpoints in ascending order.
+
+        Collective: every rank of the world must call it.
+        """
+        self._settle(None)
+        return from_rank0(self.groups, self.checkpoints.url, self.checkpoints.steps)
+
     def latest(self) -> Folder | None:
         """Return the newest undamaged checkpoint, or None if the run has no checkpoint.
 

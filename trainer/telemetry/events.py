@@ -47,6 +47,7 @@ EVENTS = {
     "hang": "no rank made progress",
     "skip": "a step's update was skipped",
     "rewind": "the weights of an earlier checkpoint were restored",
+    "diverged": "too many updates in a row were skipped, and the run ended without saving its weights",
     "straggler": "one rank works persistently slower than the others",
     "failed": "an exception ended a rank",
     "finished": "the run did its last step",

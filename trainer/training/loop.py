@@ -31,12 +31,8 @@ from trainer.training.early_stop import stops_early
 from trainer.training.evaluate import Evaluation, Evaluator
 from trainer.training.rank_work import Work
 from trainer.training.saver import Saver
-from trainer.training.spikes import answer_spike
+from trainer.training.spikes import EndError, answer_spike
 from trainer.training.step import Step
-
-
-class EndError(UserError):
-    """Raised when the data, the loss or an evaluation ends the run, after the state of the run has been saved."""
 
 
 class Loop:
@@ -105,7 +101,8 @@ class Loop:
             False if a signal ended the run before its last step.
 
         Raises:
-            EndError: If the data, the loss or an evaluation ended the run. The state of the run has been saved.
+            EndError: If the data, the loss or an evaluation ended the run. The state of the run has been saved, unless
+                it diverged.
         """
         recipe, num_steps = self.recipe, self.recipe.train.steps
         self.hooks.extend(hooks)
@@ -154,7 +151,8 @@ class Loop:
         """
         report = self.step(number - 1, batch)
         if report.skip_reason is not None:
-            failure = answer_spike(report, batch, self.step, self.checkpoints, self.hooks.on_event)
+            emit, url = self.hooks.on_event, self.recipe.run_url
+            failure = answer_spike(report, batch, self.step, self.checkpoints, emit, url)
             if failure is not None:
                 self._fail(failure, number - 1, state)
         return report
@@ -179,6 +177,8 @@ class Loop:
 
     def _saves_after(self, number: int) -> bool:
         is_last = self.stopped or number == self.recipe.train.steps
+        if self.step.guard.in_a_row and not is_last:
+            return False  # The last applied update may have ruined the weights. An older checkpoint is worth more.
         return is_last or _is_due(number, self.recipe.checkpoint.every_steps)
 
     def _evaluates_after(self, number: int) -> bool:

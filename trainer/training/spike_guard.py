@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import deque
 from typing import Any
 
 from trainer.config.spike import SpikeConfig
+from trainer.training.divergence import Past
 
 
 class SpikeGuard:
@@ -24,6 +26,8 @@ class SpikeGuard:
         """The number of updates skipped since the run began."""
         self.in_a_row = 0
         """The number of updates skipped since the last update that was applied."""
+        self.history: deque[Past] = deque(maxlen=max(100, 2 * config.max_in_a_row))
+        """The last steps of this process, which an error message shows."""
         self._recent: list[tuple[int, float]] = []
 
     def judge(self, loss: float) -> str | None:
@@ -37,8 +41,9 @@ class SpikeGuard:
                 return f"loss {loss:.4g} is {times} of the last {len(self._recent)} applied updates"
         return None
 
-    def note(self, step: int, loss: float, skipped: bool) -> None:
-        """Record the loss of a step and whether its update was skipped."""
+    def note(self, step: int, loss: float, skipped: bool, grad_norm: float = math.nan) -> None:
+        """Record the loss and the gradient norm of a step, and whether its update was skipped."""
+        self.history.append(Past(step, loss, grad_norm, skipped))
         if skipped:
             self.num_skipped_updates += 1
             self.in_a_row += 1

@@ -7,14 +7,24 @@ from typing import Any
 import torch.distributed as dist
 
 from model.batch import Batch
+from model.errors import UserError
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.telemetry.events import Emit
 from trainer.telemetry.metrics import StepReport
+from trainer.training.divergence import Divergence
 from trainer.training.step import Step
 
 
+class EndError(UserError):
+    """Raised when the data, the loss or an evaluation ends the run in order."""
+
+
+class DivergedError(EndError):
+    """Raised when the run does not recover. Its state has not been saved, since its weights are probably bad."""
+
+
 def answer_spike(
-    report: StepReport, batch: Batch, step: Step, checkpoints: CheckpointManager, emit: Emit
+    report: StepReport, batch: Batch, step: Step, checkpoints: CheckpointManager, emit: Emit, run_url: str
 ) -> str | None:
     """Report a step whose update was skipped, and rewind or stop the run if the recipe says so.
 
@@ -28,10 +38,14 @@ def answer_spike(
         batch: This rank's part of the step's global batch.
         step: The engines and the spike guard.
         checkpoints: The run's checkpoints.
-        emit: The function that is called for each `skip` and `rewind` event.
+        emit: The function that is called for each `skip`, `rewind` and `diverged` event.
+        run_url: The location of the run, for the error message.
 
     Returns:
-        The reason why the run must stop; None if it continues.
+        The reason why the run must stop after saving; None if it continues.
+
+    Raises:
+        DivergedError: If `spike.max_in_a_row` updates in a row were skipped. The weights must not be saved.
     """
     assert report.skip_reason is not None
     keys: list[Any] = [None] * step.groups.topology.world
@@ -48,10 +62,10 @@ def answer_spike(
     if config.action == "stop":
         return f"step {report.step}: {report.skip_reason}; spike.action = stop; its samples: {', '.join(samples)}"
     if step.guard.in_a_row >= config.max_in_a_row:
-        return (
-            f"step {report.step}: {report.skip_reason}; it is the last of {step.guard.in_a_row} steps in a row whose "
-            f"updates were skipped (spike.max_in_a_row); its samples: {', '.join(samples)}"
-        )
+        found = Divergence(tuple(step.guard.history), step.optim, samples)
+        steps = checkpoints.settled_steps()
+        emit("diverged", report.step, found.fields(steps))
+        raise DivergedError(found.message(steps, run_url))
     if config.action == "rewind":
         back = checkpoints.rewind(step)
         if back is not None:

@@ -126,7 +126,7 @@ class Step:
         report = self.forward_backward(step, batch)
         with self.timer("update"):
             norm, scale, skip_reason = self.update(step, self.guard.judge(report.loss))
-        self.guard.note(report.step, report.loss, skip_reason is not None)
+        self.guard.note(report.step, report.loss, skip_reason is not None, norm)
         report = replace(report, grad_norm=norm, lr=self.optim.lr * scale, skip_reason=skip_reason)
         report = replace(report, num_skipped_updates=self.guard.num_skipped_updates, phase_sec=self.timer.take())
         costs = {name: astuple(cost) for name, cost in self.audio.take_costs().items()}
