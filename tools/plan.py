@@ -52,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from trainer.config.checks import check_recipe
     from trainer.config.load import load_recipe
     from trainer.plan.accelerator import parse_accelerator
 
@@ -62,8 +61,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.sweep:
         return _sweep(options)
     recipe = load_recipe(options.recipe, options.overrides)
+    # These modules import torch and Megatron, which takes seconds, so a misspelt key is reported first.
+    from trainer.config.checks import check_recipe
+
     check_recipe(recipe)
-    # These modules import Megatron, which takes seconds, so an illegal recipe is reported first.
     planner, workload = _planner(options, recipe)
     from trainer.plan.advice import advise
     from trainer.plan.fit import fit
@@ -112,11 +113,12 @@ def _sweep(options: argparse.Namespace) -> int:
     Returns:
         0 if any of the plans fits, 2 if none does.
     """
-    from trainer.config.checks import check_recipe
     from trainer.config.load import load_recipe
     from trainer.engine.imports import lean_imports
 
+    load_recipe(options.recipe, options.overrides)  # A misspelt key is reported before torch is imported.
     with lean_imports():
+        from trainer.config.checks import check_recipe
         from trainer.plan.plan import Plan
         from trainer.plan.report import sweep_table
 

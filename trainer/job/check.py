@@ -65,11 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(name: str, overrides: Sequence[str], retry_sec: float) -> None:
     from trainer.config.load import load_recipe
+
+    recipe = load_recipe(name, overrides)  # before modules that import torch
     from trainer.data.prepare import check_stored
     from trainer.storage.open import join_url, scheme_of
     from trainer.telemetry.trackers.table import TRACKERS, check_trackers
 
-    recipe = load_recipe(name, overrides)
     run_root = Path(recipe.train.run_dir)
     check_trackers(recipe.telemetry.trackers)
     servers = [TRACKERS[name].server(run_root) for name in recipe.telemetry.trackers]
