@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 
-from tests.cluster.harness import Run
-from tools.status import read_status
+from tests.cluster.harness import ROOT, Run
 from trainer.telemetry.events import read_events
 
 Cancel = Callable[[Run, int], None]
@@ -88,7 +89,8 @@ def cancel(name: str, run: Run, at_step: int = 5) -> list[str]:
         wrong.append("a restart was used up")
     if "start" in name:
         return wrong
-    state = read_status(run.run_dir, time.time()).state
+    command = [sys.executable, "-m", "tools.status", str(run.run_dir), "--json"]
+    state = json.loads(run.bench.cluster.run(*command, env={"PYTHONPATH": str(ROOT)}).stdout)["state"]
     if state != "cancelled":
         wrong.append(f"the status is {state}")
     if run.last_step() != max((int(str(e["step"])) for e in run.events("saved")), default=0):

@@ -14,9 +14,10 @@ import pytest
 
 from tests.cluster import cancels, faults
 from tests.cluster.fault_table import start_times
-from tests.cluster.harness import ROOT, Bench, next_start, scratch
+from tests.cluster.harness import ROOT, Bench, Run, next_start, scratch
 from tests.services import swift
 from tests.services.slurm import Cluster, running, why_not
+from tools.init import write
 from trainer.telemetry.events import read_events
 
 pytestmark = pytest.mark.timeout(900)
@@ -98,6 +99,24 @@ def test_job_that_cannot_run_is_refused_within_seconds(bench: Bench, tmp_path: P
             print(f"{name}: refused after {int(minutes) * 60 + int(seconds)} s")
             if name != "key":  # with a wrong key, the run is unknown
                 assert [e["event"] for e in run.events("refused")] == ["refused"]
+
+
+def test_documented_command_runs_unchanged(bench: Bench, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
+    block = text.partition("$ python -m tools.demo_corpus demo-data\n")[2].partition("```")[0]
+    lines = [line.removeprefix("$ ").partition("   #")[0] for line in block.splitlines()]
+    assert [line.split()[0] for line in lines] == ["export", "sbatch"]
+    write(tmp_path / "site", "mowe_8b")
+    (tmp_path / "site" / "demo-data").symlink_to(bench.folder / "corpus")
+    path = os.pathsep.join([str(Path(sys.executable).parent), bench.cluster.environ["PATH"]])
+    script = f"cd {tmp_path / 'site'} && " + " && ".join(lines)
+    done = bench.cluster.run("bash", "-c", script, env={"PATH": path, "OMP_NUM_THREADS": "1"})
+    job_id = int(done.stdout.split()[-1])
+    run = Run(bench, tmp_path / "site" / "runs", job_id, time.time())
+    run.wait_end()
+    log = next((tmp_path / "site").glob(f"*-{job_id}.log")).read_text()
+    assert f"job {job_id} on n[" in log.splitlines()[0] and "2 ranks start on" in log
+    assert [e["event"] for e in run.events("finished")] == ["finished"]
 
 
 def test_submit_checks_before_queueing(bench: Bench) -> None:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from bench.scale import count_groups
 from tests.distributed.harness import run_ranks
-from trainer.job.node_check import Report, Wanted, look
+from trainer.job.gpu_check import Report
+from trainer.job.node_check import Wanted, look
 from trainer.parallel import environment
 from trainer.parallel.environment import low_limit, needed_descriptors, set_environment
 from trainer.parallel.groups import build_groups, connect

@@ -14,9 +14,11 @@ import pytest
 from model.errors import UserError
 from tests.trainer.data_corpus import clip_rows, write_manifest
 from tools.make_shards import main as make_shards
+from trainer.job import gpu_check
 from trainer.job.__main__ import check
 from trainer.job.check import Facts
-from trainer.job.node_check import Report, Wanted, judge_gpus, look
+from trainer.job.gpu_check import Report, judge_amd, judge_nvidia
+from trainer.job.node_check import Wanted, look
 from trainer.job.preflight import BadNodesError, choose, preflight
 from trainer.job.slurm import Allocation, Layout, lay_out, srun
 
@@ -97,7 +99,7 @@ def test_spares_replace_faulty_nodes() -> None:
 )
 def test_gpus_are_judged_by_what_nvidia_smi_says(table: str, faults: list[str]) -> None:
     report = Report("n1")
-    judge_gpus(table, 8, report)
+    judge_nvidia(table, 8, report)
     assert report.faults == faults
 
 
@@ -105,11 +107,48 @@ def test_node_checks_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
     wanted = Wanted(1, str(tmp_path / "run"), (), ("http://127.0.0.1:1",), 1e6, 1e6)
     report = look(wanted)
-    kinds = ["no nvidia-smi", "GiB of memory available, 1e+06 needed", "GiB free in", "GiB free in"]
-    assert all(kind in fault for kind, fault in zip(kinds, report.faults, strict=True))
-    assert "metrics go to metrics.jsonl only" in report.warnings[0]
+    kinds = ["memory available, 1e+06 needed (PREFLIGHT_MIN_MEMORY_GIB)", "GiB free in", "(PREFLIGHT_MIN_DISK_GIB)"]
+    assert all(kind in fault for kind, fault in zip(kinds, report.faults, strict=True)), report.faults
+    assert report.warnings[0] == "GPUs are not checked: no nvidia-smi in PATH"
+    assert "metrics go to metrics.jsonl only" in report.warnings[1]
     fine = look(Wanted(0, str(tmp_path / "run"), (), (), 0.01, 0.01))
     assert not fine.faults and "no GPUs requested" in fine.facts
+
+
+AMD = {"VRAM Total Memory (B)": str(192 << 30), "Card Series": "Instinct MI300X"}
+
+
+def test_amd_gpus_are_queried_if_torch_is_built_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = [1 << 20, 150 << 30]
+    cards = {f"card{i}": {**AMD, "VRAM Total Used Memory (B)": str(used[i])} for i in range(2)}
+    tool = tmp_path / "rocm-smi"
+    tool.write_text(f"#!/bin/sh\necho '{json.dumps({**cards, 'system': {}})}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpu_check, "torch_build", lambda: {"hip": "6.4", "cuda": None})
+    report = Report("n1")
+    gpu_check.check_gpus(3, report)
+    assert report.faults == ["2 of 3 GPUs answer", "GPU 1: 43008 of 196608 MiB free; another process uses the rest"]
+    assert report.facts == ["2 × Instinct MI300X, 42.0 GiB free", "memory errors not checked"]
+    unreadable = Report("n1")
+    judge_amd("WARNING: no cards", 1, unreadable)
+    assert not unreadable.faults and "not checked" in unreadable.warnings[0]
+
+
+def test_torch_build_is_read_without_importing_torch() -> None:
+    body = "import sys; from trainer.job.gpu_check import torch_build; assert 'hip' in torch_build()"
+    body += "; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", body], cwd=Path(__file__).parents[2], check=True, timeout=60)
+
+
+def test_fault_of_all_nodes_names_the_check_and_its_variable() -> None:
+    faults = {f"n{i}": f"{20 + i}.5 GiB of memory available, 64 needed (PREFLIGHT_MIN_MEMORY_GIB)" for i in (1, 2)}
+    with pytest.raises(
+        BadNodesError, match=r"^all 2 nodes fail the same check: 21.5 .* 64 needed .*; export a smaller P"
+    ):
+        choose(("n1", "n2"), faults, 1)
+    with pytest.raises(BadNodesError, match="request spares"):
+        choose(("n1", "n2"), {"n1": "no answer", "n2": "1 of 8 GPUs answer"}, 1)
 
 
 def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:

@@ -289,8 +289,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _in_job(recipe: str, overrides: Sequence[str]) -> int:
     signals = Signals()
+    attempt = f", restart {os.environ['SLURM_RESTART_COUNT']}" if "SLURM_RESTART_COUNT" in os.environ else ""
+    print_timed(f"job {os.environ['SLURM_JOB_ID']}{attempt} on {os.environ.get('SLURM_JOB_NODELIST')}: {recipe}")
     allocation = slurm.Allocation.read(os.environ)
     again = allocation.restarts > 0
+    print_timed("job: checking the recipe and its data" + ("" if again else ", and planning"))
     try:
         facts = check(recipe, overrides, _STORE_AGAIN_SEC if again else _STORE_SEC, plan=not again)
     except RefusedError as error:

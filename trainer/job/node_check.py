@@ -11,22 +11,19 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from model.errors import UserError
+from trainer.job.gpu_check import Report, check_gpus
 from trainer.parallel.environment import low_limit, raise_descriptor_limit
 
 GIB = 2**30
-_GPU_QUERY = "index,name,memory.free,memory.total,ecc.errors.uncorrected.volatile.total"
-_FREE_SHARE = 0.9
-"""The fraction of a GPU's memory that must be free."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +45,10 @@ class Wanted:
     """The number of ranks of the run, on which the number of open files depends."""
 
 
-@dataclass
-class Report:
-    """The results of a node's check."""
-
-    node: str
-    """The short name of the node."""
-    faults: list[str] = field(default_factory=list)
-    """The reasons why the node cannot be used; empty if it can."""
-    facts: list[str] = field(default_factory=list)
-    """The node's resources and the response times of servers."""
-    warnings: list[str] = field(default_factory=list)
-    """The problems that do not prevent the use of the node."""
-
-
 def look(wanted: Wanted) -> Report:
     """Check this node and return the report."""
     report = Report(socket.gethostname().partition(".")[0])
-    _gpus(wanted.num_gpus, report)
+    check_gpus(wanted.num_gpus, report)
     _memory(wanted.min_memory_gib, report)
     _descriptors(wanted, raise_descriptor_limit(), report)
     for path in dict.fromkeys([wanted.run_dir, tempfile.gettempdir()]):
@@ -82,56 +65,12 @@ def look(wanted: Wanted) -> Report:
     return report
 
 
-def _gpus(num_wanted: int, report: Report) -> None:
-    if not num_wanted:
-        report.facts.append("no GPUs requested")
-        return
-    command = ["nvidia-smi", f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except FileNotFoundError:
-        report.faults.append("no nvidia-smi: the GPU driver is not installed, or not in PATH")
-        return
-    except subprocess.TimeoutExpired:
-        report.faults.append("nvidia-smi does not answer within 30 s")
-        return
-    if done.returncode:
-        said = " ".join((done.stdout + done.stderr).split())
-        report.faults.append(f"nvidia-smi fails with exit code {done.returncode}: {said}")
-        return
-    judge_gpus(done.stdout, num_wanted, report)
-
-
-def judge_gpus(table: str, num_wanted: int, report: Report) -> None:
-    """Add faults and facts about GPUs to a report.
-
-    Args:
-        table: The output of `nvidia-smi --query-gpu` for `_GPU_QUERY`.
-        num_wanted: The number of GPUs that the node must have.
-        report: The report to add to.
-    """
-    rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines() if line.strip()]
-    if len(rows) < num_wanted:
-        report.faults.append(f"{len(rows)} of {num_wanted} GPUs answer")
-    free = []
-    for index, _name, free_mib, total_mib, errors in rows:
-        if errors.isdecimal() and int(errors):  # The value is "[N/A]" if the memory does not count errors.
-            report.faults.append(f"GPU {index}: {errors} uncorrected memory errors")
-        if free_mib.isdecimal() and total_mib.isdecimal():
-            free.append(int(free_mib) / 1024)
-            if int(free_mib) < _FREE_SHARE * int(total_mib):
-                report.faults.append(f"GPU {index}: {free_mib} of {total_mib} MiB free; another process uses the rest")
-    if rows:
-        memory = f", {min(free):.1f} GiB free" if free else ""
-        report.facts.append(f"{len(rows)} × {rows[0][1]}{memory}")
-
-
 def _memory(min_gib: float, report: Report) -> None:
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     gib = next(int(line.split()[1]) * 1024 / GIB for line in lines if line.startswith("MemAvailable:"))
     report.facts.append(f"{gib:.0f} GiB memory")
     if gib < min_gib:
-        report.faults.append(f"{gib:.1f} GiB of memory available, {min_gib:g} needed")
+        report.faults.append(f"{gib:.1f} GiB of memory available, {min_gib:g} needed (PREFLIGHT_MIN_MEMORY_GIB)")
 
 
 def _descriptors(wanted: Wanted, limit: int, report: Report) -> None:
@@ -153,7 +92,7 @@ def _disk(folder: Path, min_gib: float, report: Report) -> None:
         return
     report.facts.append(f"{gib:.0f} GiB free in {folder}")
     if gib < min_gib:
-        report.faults.append(f"{gib:.2f} GiB free in {folder}, {min_gib:g} needed")
+        report.faults.append(f"{gib:.2f} GiB free in {folder}, {min_gib:g} needed (PREFLIGHT_MIN_DISK_GIB)")
 
 
 def _reach_store(url: str) -> None:

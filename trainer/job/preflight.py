@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,8 @@ from typing import Any
 from model.errors import UserError
 from trainer.job.cancel import raise_if_cancelled
 from trainer.job.check import Facts
-from trainer.job.node_check import Report, Wanted
+from trainer.job.gpu_check import Report
+from trainer.job.node_check import Wanted
 from trainer.job.slurm import Allocation, Layout, srun
 
 _ANSWER_SEC = 120.0
@@ -64,6 +66,7 @@ def preflight(allocation: Allocation, layout: Layout, facts: Facts, environ: Map
         float(environ.get("PREFLIGHT_MIN_DISK_GIB", "10")),
         facts.num_ranks,
     )
+    print_timed(f"preflight: checking {', '.join(allocation.nodes)}")
     module = ["trainer.job.node_check", json.dumps(asdict(wanted))]
     lines = _answers(srun(allocation, allocation.nodes, 1, module))
     reports = {r["node"]: Report(**r) for r in lines}
@@ -77,6 +80,7 @@ def preflight(allocation: Allocation, layout: Layout, facts: Facts, environ: Map
             print_timed(f"  {node}: warning: {warning}")
     while True:
         nodes = choose(allocation.nodes, bad, layout.num_nodes)
+        print_timed(f"preflight: all-reduce on {', '.join(nodes)}")
         silent = _test_all_reduce(allocation, nodes, layout)
         if not silent:
             return Found(nodes, bad)
@@ -99,12 +103,22 @@ def choose(nodes: Sequence[str], bad: Mapping[str, str], num_needed: int) -> tup
     if len(good) >= num_needed:
         return good[:num_needed]
     named = "; ".join(f"{node}: {fault}" for node, fault in sorted(bad.items()))
+    common = [f for f in bad[nodes[0]].split("; ") if all(_kind(f) in _kind(bad[n]) for n in nodes)] if not good else []
+    if common:  # Other nodes would fail as well.
+        variable = next((word.strip("()") for word in common[0].split() if word.startswith("(PREFLIGHT_")), None)
+        remedy = f"export a smaller {variable} if this is enough (slurm/env.sh)" if variable else "fix this first"
+        raise BadNodesError(f"all {len(nodes)} nodes fail the same check: {common[0]}; {remedy}", sorted(bad))
     without = ",".join(sorted(bad))
     raise BadNodesError(
         f"{num_needed} nodes are needed, {len(good)} of {len(nodes)} are good; {named}; "
         f"request spares (sbatch --nodes={num_needed}-{num_needed + len(bad)}) or exclude them (--exclude={without})",
         sorted(bad),
     )
+
+
+def _kind(fault: str) -> str:
+    """Return a fault without its numbers."""
+    return re.sub(r"\d+(\.\d+)?", "#", fault)
 
 
 def _test_all_reduce(allocation: Allocation, nodes: Sequence[str], layout: Layout) -> list[str]:
