@@ -55,8 +55,10 @@ def test_every_token_arrives_once_at_its_planned_place(topology: Topology, data:
     rows = [ids[starts[r] : starts[r + 1]] for r in range(topology.world)]
     num_rows = packing.num_microbatches * packing.pack_tokens
     at_ends = [topology.coordinates(r).pp in (0, topology.pp - 1) for r in range(topology.world)]
-    segments = token_segments(packing, source_ranks, topology)
-    routes = [route(segments, r, topology.world, num_rows if at_ends[r] else 0) for r in range(topology.world)]
+    routes = [
+        route(token_segments(packing, source_ranks, topology, r), r, topology.world, num_rows if at_ends[r] else 0)
+        for r in range(topology.world)
+    ]
     arrived = carry_out(routes, rows)
     first = np.cumsum([0, *sizes])
     for rank in range(topology.world):
@@ -86,9 +88,14 @@ def test_embeddings_go_to_exactly_the_slice_that_needs_them(topology: Topology, 
         np.concatenate([ids[offsets[i] : offsets[i + 1]] for i, h in enumerate(source_ranks) if h == r] or [ids[:0]])
         for r in range(topology.world)
     ]
-    segments = embedding_segments(packing, source_ranks, topology)
+    num_rows = packing.num_microbatches * share
     routes = [
-        route(segments, r, topology.world, packing.num_microbatches * share if topology.coordinates(r).pp == 0 else 0)
+        route(
+            embedding_segments(packing, source_ranks, topology, r),
+            r,
+            topology.world,
+            num_rows if topology.coordinates(r).pp == 0 else 0,
+        )
         for r in range(topology.world)
     ]
     arrived = carry_out(routes, rows)
@@ -103,10 +110,10 @@ def test_embeddings_go_to_exactly_the_slice_that_needs_them(topology: Topology, 
 
 def test_restricted_plans_agree_on_both_sides() -> None:
     packing = plan_packs([4, 3], 1, 16, 1)
-    segments = token_segments(packing, np.array([0, 1]), Topology(2, 2, 1))
+    segments = [token_segments(packing, np.array([0, 1]), Topology(2, 2, 1), r) for r in (0, 1)]
     keep = [np.array([True, False, True, False]), np.array([False, True, True])]
     whole = np.array([True, False, True, False, False, True, True])
-    routes = [route(segments, r, 2, 7).restricted(keep[r], whole) for r in (0, 1)]
+    routes = [route(segments[r], r, 2, 7).restricted(keep[r], whole) for r in (0, 1)]
     arrived = carry_out(routes, [np.arange(4), np.arange(10, 13)])
     assert arrived[0].tolist() == arrived[1].tolist() == [0, -1, 2, -1, -1, 11, 12]
 

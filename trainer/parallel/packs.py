@@ -87,25 +87,27 @@ def plan_packs(num_tokens: Sequence[int] | Ints, replicas: int, budget_tokens: i
     return PackPlan(microbatches, rows, replicas, pack, _starts(sizes, pack), sizes)
 
 
-def token_segments(plan: PackPlan, source_ranks: Ints, topology: Topology) -> Segments:
+def token_segments(plan: PackPlan, source_ranks: Ints, topology: Topology, rank: int) -> Segments:
     """Return the token rows to move from each sample's source rank to its replica's first and last pipeline stage.
 
     Args:
         plan: The packs of n samples.
         source_ranks: [n], the rank that loaded each sample. It holds its samples in global order, without gaps.
         topology: The grid of ranks.
+        rank: The rank that sends or receives. Segments between other ranks may be missing.
     """
+    which = _samples_of(plan, source_ranks, topology, rank)
     ends = [sorted({*topology.first_stage_ranks(d), *topology.last_stage_ranks(d)}) for d in range(topology.dp)]
     targets = np.array(ends, dtype=np.int64)
     num_targets = targets.shape[1]
     src, src_row, dst_row, length = (
-        np.repeat(column, num_targets)
+        np.repeat(column[which], num_targets)
         for column in (source_ranks, _starts(plan.num_tokens, source_ranks), plan.replica_row, plan.num_tokens)
     )
-    return Segments(src, src_row, targets[plan.pack // plan.num_microbatches].ravel(), dst_row, length)
+    return Segments(src, src_row, targets[plan.pack[which] // plan.num_microbatches].ravel(), dst_row, length)
 
 
-def embedding_segments(plan: PackPlan, source_ranks: Ints, topology: Topology) -> Segments:
+def embedding_segments(plan: PackPlan, source_ranks: Ints, topology: Topology, rank: int) -> Segments:
     """Return the rows of embeddings to move from each sample's source rank to the first pipeline stage.
 
     With sequence parallelism, a row goes only to the tensor-parallel rank whose slice of the sequence contains it.
@@ -115,11 +117,14 @@ def embedding_segments(plan: PackPlan, source_ranks: Ints, topology: Topology) -
         plan: The packs of n samples.
         source_ranks: [n], the rank that loaded each sample. It holds its samples in global order, without gaps.
         topology: The grid of ranks.
+        rank: The rank that sends or receives. Segments between other ranks may be missing.
     """
     share = plan.pack_tokens // topology.tp
-    first, last = plan.replica_row // share, (plan.replica_row + plan.num_tokens - 1) // share
+    samples = _samples_of(plan, source_ranks, topology, rank)
+    row = plan.replica_row[samples]
+    first, last = row // share, (row + plan.num_tokens[samples] - 1) // share
     parts = last - first + 1
-    which = np.repeat(np.arange(len(parts)), parts)
+    which = np.repeat(samples, parts)
     piece = rows_of_spans(first, parts)
     begin = np.maximum(plan.replica_row[which], piece * share)
     end = np.minimum((plan.replica_row + plan.num_tokens)[which], (piece + 1) * share)
@@ -134,9 +139,16 @@ def embedding_segments(plan: PackPlan, source_ranks: Ints, topology: Topology) -
     )
 
 
+def _samples_of(plan: PackPlan, source_ranks: Ints, topology: Topology, rank: int) -> Ints:
+    """Return the samples that a rank loaded or that its replica processes, in order."""
+    first = topology.coordinates(rank).dp * plan.num_microbatches
+    return np.flatnonzero((source_ranks == rank) | ((plan.pack >= first) & (plan.pack < first + plan.num_microbatches)))
+
+
 def _starts(lengths: Ints, owners: Ints) -> Ints:
     """Return the start of each item in the concatenation of its owner's items, [n]."""
-    by_owner = stable_order(owners, int(owners.max(initial=0)) + 1)
+    is_sorted = bool((owners[1:] >= owners[:-1]).all())
+    by_owner = np.arange(len(owners)) if is_sorted else stable_order(owners, int(owners.max(initial=0)) + 1)
     ends = np.cumsum(lengths[by_owner])
     begins = ends - lengths[by_owner]
     sizes = np.bincount(owners)

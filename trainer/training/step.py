@@ -333,7 +333,7 @@ def send_tokens(batch: Batch, whole: GlobalBatch, packing: PackPlan, groups: Gro
     tokens = torch.stack([batch.tokens.values, batch.labels.values - IGNORE, batch.audio_mask.long()], dim=1)
     at_ends = groups.is_first_stage or groups.is_last_stage
     rows = packing.num_microbatches * packing.pack_tokens if at_ends else 0
-    segments = token_segments(packing, whole.source_ranks, topology)
+    segments = token_segments(packing, whole.source_ranks, topology, groups.rank)
     arrived = exchange(
         to_device(tokens, groups.device), route(segments, groups.rank, topology.world, rows), groups.world
     )
@@ -360,7 +360,7 @@ def send(batch: Batch, embeddings: Tensor, whole: GlobalBatch, packing: PackPlan
     if groups.is_first_stage:
         slices = arrived[:, 2].view(packing.num_microbatches, topology.tp, packing.pack_tokens // topology.tp)
         flags = slices[:, groups.place.tp].flatten().bool()
-    segments = embedding_segments(packing, whole.source_ranks, topology)
+    segments = embedding_segments(packing, whole.source_ranks, topology, groups.rank)
     is_audio = batch.audio_mask.numpy()
     audio_tokens = np.cumsum(is_audio) - 1
     all_rows = route(segments, groups.rank, topology.world, len(flags))
