@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from trainer.parallel.groups import COLLECTIVE_TIMEOUT_SEC, Groups, build_groups
 from trainer.parallel.topology import build_topology
 from trainer.run.exit_codes import ExitCode
 from trainer.run.failure import Position, emit_failure, emit_mistake
+from trainer.run.hardware import watch_gpus
 from trainer.run.launch import RankEnv
 from trainer.run.watchdog import Watchdog, clear_hang
 from trainer.run_tokenizer import (
@@ -130,7 +132,10 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
     groups = build_groups(topology, rank, device, recipe.seed)
     run_dir = events.run_dir
     recipe, prepared = prepare_once(recipe, groups)  # without a watchdog: making shards may take hours
-    with Watchdog(recipe.train.hang_timeout_sec, events, topology.world) as watchdog:
+    watch = (
+        watch_gpus(events, lambda: position.step) if device.type == "cuda" and env.local_rank == 0 else nullcontext()
+    )
+    with watch, Watchdog(recipe.train.hang_timeout_sec, events, topology.world) as watchdog:
         step = build_step(recipe, groups, prepared.tokenizer.vocab_size, watchdog.heartbeat)
         evaluator = Evaluator(recipe.eval, prepared, step, run_dir, watchdog.heartbeat)
         url = join_url(recipe.run_url, SUBFOLDER)

@@ -65,6 +65,12 @@ class TrainConfig:
 
     If the last save takes longer, the event `save_failed` is emitted.
     """
+    compare_replicas_every_steps: int = 100
+    """After how many steps the weights of the LLM's replicas are compared, to detect a faulty device; 0 for never.
+
+    Unless it is 0, they are also compared before every save, so that a checkpoint has the same weights as all replicas.
+    If they differ, the run ends without saving, and the event `corrupted` names the ranks and their nodes.
+    """
     deterministic: bool = False
     """Whether to use only deterministic kernels, so that a resumed run is bit-identical on CUDA, too.
 
@@ -85,6 +91,11 @@ class TrainConfig:
             raise UserError(f"train.pack_multiple_tokens = {self.pack_multiple_tokens}: must be at least 1, or null")
         if self.hang_timeout_sec < 0:
             raise UserError(f"train.hang_timeout_sec = {self.hang_timeout_sec}: must be positive, or 0 for never")
+        if self.compare_replicas_every_steps < 0:
+            raise UserError(
+                f"train.compare_replicas_every_steps = {self.compare_replicas_every_steps}: must be positive, or 0 for "
+                "never"
+            )
         if self.stop_grace_sec <= 0:
             raise UserError(f"train.stop_grace_sec = {self.stop_grace_sec}: must be positive")
         if self.encoder_batch_sec <= 0:

@@ -29,6 +29,7 @@ from trainer.job.check import Facts
 from trainer.job.node_check import GIB
 from trainer.job.preflight import BadNodesError, preflight, print_timed
 from trainer.run.exit_codes import ExitCode
+from trainer.run.hardware import events_of_job, suspect_nodes
 from trainer.telemetry.events import Event, EventLog, read_events
 
 _STORE_SEC = 10.0
@@ -146,7 +147,8 @@ class Job:
         self._note_start()
         try:
             layout = slurm.lay_out(self.allocation, self.facts.num_ranks, self.facts.tensor)
-            found = preflight(self.allocation, layout, self.facts, os.environ)
+            suspects = suspect_nodes(events_of_job(read_events(self.log.run_dir)))
+            found = preflight(self.allocation, layout, self.facts, os.environ, suspects)
         except CancelledError:
             return self._after(128 + signal.SIGTERM)
         except BadNodesError as error:

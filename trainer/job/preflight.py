@@ -44,7 +44,13 @@ class BadNodesError(UserError):
         self.bad = tuple(bad)
 
 
-def preflight(allocation: Allocation, layout: Layout, facts: Facts, environ: Mapping[str, str]) -> Found:
+def preflight(
+    allocation: Allocation,
+    layout: Layout,
+    facts: Facts,
+    environ: Mapping[str, str],
+    suspects: Mapping[str, str] | None = None,
+) -> Found:
     """Check all nodes of the job, print the results, and choose the nodes to run on.
 
     Args:
@@ -53,6 +59,8 @@ def preflight(allocation: Allocation, layout: Layout, facts: Facts, environ: Map
         facts: The properties of the recipe.
         environ: The environment variables, of which two are read: PREFLIGHT_MIN_MEMORY_GIB (default 16), in addition
             to the memory that a save needs, and PREFLIGHT_MIN_DISK_GIB (default 10).
+        suspects: The nodes with a hardware fault in an earlier attempt of this job, each with a description of it. They
+            are not used.
 
     Raises:
         BadNodesError: If fewer nodes are usable than the run needs.
@@ -72,6 +80,8 @@ def preflight(allocation: Allocation, layout: Layout, facts: Facts, environ: Map
     reports = {r["node"]: Report(**r) for r in lines}
     bad = {n: "no answer" for n in allocation.nodes if n not in reports}
     bad |= {n: "; ".join(r.faults) for n, r in reports.items() if r.faults}
+    earlier = {n: what for n, what in (suspects or {}).items() if n in allocation.nodes and n not in bad}
+    bad |= {n: f"hardware fault in an earlier attempt: {what}" for n, what in earlier.items()}
     print_timed(f"preflight: {len(allocation.nodes)} nodes, {layout.num_nodes} needed")
     for node in allocation.nodes:
         report = reports.get(node, Report(node))

@@ -23,6 +23,7 @@ import yaml
 
 from model.errors import UserError
 from trainer.run.exit_codes import ExitCode
+from trainer.run.hardware import suspect_nodes
 from trainer.telemetry.events import Event, EventLog, read_events
 
 _PROJECT = Path(__file__).parents[2]
@@ -75,7 +76,8 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
         return Decision(False, f"it would fail again: {mistake['error'] if mistake else 'a user error, see the log'}")
     known = {_cause(e) for e in before}
     repeated = next((e for e in failures if _cause(e) in known), None)
-    if repeated is not None:
+    faulty = suspect_nodes(events[begin:])
+    if repeated is not None and not faulty:
         place = "before the first step" if repeated.get("step") is None else f"step {repeated['step']}"
         samples = ", ".join(map(str, repeated.get("samples") or ())) or "unknown"
         return Decision(False, f"{place} failed twice in the same way: {repeated['error']}; its samples: {samples}")
@@ -83,6 +85,8 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
     # A launcher returns the code of one rank only, which may be that of a hung rank that had to be killed.
     hang = next((e for e in events[begin:] if e["event"] == "hang"), None)
     reason = _reason(exit_code) if hang is None else f"hung in {hang['in']}, stacks are in {hang['folder']}"
+    if faulty:
+        reason += "; hardware fault on " + ", ".join(f"{node} ({what})" for node, what in sorted(faulty.items()))
     if recent >= config.max_restarts:
         limit = f"{recent} restarts within {config.window_sec:g} s, restart.max_restarts = {config.max_restarts}"
         return Decision(False, f"{limit}: {reason}")

@@ -48,6 +48,8 @@ EVENTS = {
     "skip": "a step's update was skipped",
     "rewind": "the weights of an earlier checkpoint were restored",
     "diverged": "too many updates in a row were skipped, and the run ended without saving its weights",
+    "corrupted": "replicas of the LLM hold different weights, so a device is faulty",
+    "gpu_fault": "a GPU reported a hardware fault, or reduced its clocks",
     "straggler": "one rank works persistently slower than the others",
     "failed": "an exception ended a rank",
     "finished": "the run did its last step",

@@ -30,6 +30,7 @@ from trainer.telemetry.waiting import WaitSampler
 from trainer.training.early_stop import stops_early
 from trainer.training.evaluate import Evaluation, Evaluator
 from trainer.training.rank_work import Work
+from trainer.training.replicas import check_replicas
 from trainer.training.saver import Saver
 from trainer.training.spikes import EndError, answer_spike
 from trainer.training.step import Step
@@ -118,6 +119,8 @@ class Loop:
                         report = self._train(number, batch, state)
                         state = next_state
                         self._report(report, loader, stop)
+                        if _is_due(number, recipe.train.compare_replicas_every_steps):
+                            check_replicas(number, self.step.llm, self.groups, self.hooks.on_event)
                         if self._saves_after(number):
                             self.saver.save(number, state)
                         if self.stopped:

@@ -17,6 +17,7 @@ from trainer.parallel.groups import Groups
 from trainer.run.lifecycle import StopRequest, deadline
 from trainer.telemetry.hook import Hook
 from trainer.telemetry.trackers.table import read_ids, restore_ids
+from trainer.training.replicas import check_replicas
 from trainer.training.step import Step
 
 
@@ -96,9 +97,12 @@ class Saver:
 
         Raises:
             UserError: If a newer attempt of this run has started.
+            CorruptionError: If the LLM's replicas hold different weights. Nothing is saved.
         """
         if done <= self._saved_step:
             return
+        if self._recipe.train.compare_replicas_every_steps:
+            check_replicas(done, self._step.llm, self._groups, self._hooks.on_event)
         states: list[Any] = [None] * self._groups.topology.world
         dist.all_gather_object(states, data_state, group=self._groups.world)
         extra = {
