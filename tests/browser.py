@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +60,8 @@ def browse(path: Path, address: str = "") -> Page:
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"]
     command += [
         "--autoplay-policy=no-user-gesture-required",
+        "--allow-file-access-from-files",
+        "--hide-scrollbars",
         f"--user-data-dir={path.parent / 'chromium'}",
         f"file://{path}{address}",
     ]
@@ -74,6 +78,30 @@ def browse(path: Path, address: str = "") -> Page:
         process.wait()
     assert process.returncode == 0, process.returncode
     return Page(dom)
+
+
+WIDTHS = (360, 768, 1280, 2560)
+"""The widths in pixels at which pages must be readable: a phone, a tablet, a laptop and a large screen."""
+_MEASURE = """
+addEventListener("load", () => setTimeout(() => {
+  document.documentElement.dataset.found = JSON.stringify([...document.querySelectorAll("iframe")].map((frame) => {
+    const root = frame.contentDocument.documentElement;
+    return { overflow: root.scrollWidth - frame.clientWidth, height: root.scrollHeight, state: root.dataset.state };
+  }));
+}, 300));
+"""
+
+
+def measure(path: Path) -> dict[int, dict[str, Any]]:
+    """Return, for each of `WIDTHS`, by how many pixels a page is wider than the screen, its height, and its state.
+
+    The page is shown in frames, because a browser's own window has a least width.
+    """
+    frame = f"<iframe src='{path.name}' style='width:{{}}px;height:900px;border:0;display:block'></iframe>"
+    frames = path.with_name("frames.html")
+    frames.write_text("".join(frame.format(width) for width in WIDTHS) + f"<script>{_MEASURE}</script>")
+    page = browse(frames)
+    return dict(zip(WIDTHS, json.loads(str(page.root["data-found"])), strict=True))
 
 
 def then_run(path: Path, name: str, script: str) -> Path:

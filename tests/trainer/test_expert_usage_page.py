@@ -8,8 +8,9 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.browser import Page, browse, need_chromium, then_run
+from tests.browser import WIDTHS, Page, browse, measure, need_chromium, then_run
 from tests.trainer.expert_usage_run import KINDS, write_run
+from tests.trainer.page_data import large_usage
 from trainer.expert_usage.files import TEMPLATE
 from trainer.expert_usage.history import find_run, profile_history
 from trainer.page.render import render
@@ -63,6 +64,15 @@ def test_it_renders_and_its_numbers_are_those_of_the_json(report: Path, tree: di
             assert shown == pytest.approx(found["encoders"][expert]["clip_share"], rel=1e-6)
     for name, encoder in tree["time"]["encoders"].items():
         assert {k: page.numbers[f"time.{name}.{k}"] for k in encoder} == encoder
+
+
+def test_eight_encoders_are_no_wider_than_any_screen(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(page_of(large_usage(tmp_path)), encoding="utf-8")
+    found = measure(path)
+    assert {width: (f["overflow"], f["state"]) for width, f in found.items()} == dict.fromkeys(WIDTHS, (0, "ready"))
+    page = browse(path, "#task=asr&language=xx")
+    assert page.root["data-errors"] == "" and "No clip matches the filter." in page.dom
 
 
 def test_clicks_and_other_choices_filter(report: Path, tree: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.browser import browse, need_chromium, then_run
+from tests.browser import WIDTHS, browse, measure, need_chromium, then_run
+from tests.trainer.page_data import large_card
 from tests.trainer.scorecard_data import HOSTILE, make_tree
 from trainer.evaluation.scorecard.files import TEMPLATE
 from trainer.page.render import render
@@ -62,6 +63,10 @@ def test_it_renders_and_its_numbers_are_those_of_the_tree(report: Path, tree: di
     assert [key for key in page.rows if key.startswith("asr-")] == [
         s["key"] for s in tree["samples"] if s["task"] == "asr"
     ]
+    assert ">WER<" in page.dom and "lower is better" in page.dom and "transcripts, " in page.dom
+    # What summarises comes before the list of samples.
+    order = [page.dom.index(f'id="{name}"') for name in ("by-language", "confusion-er-stage", "samples")]
+    assert order == sorted(order)
     assert "<del>sat on</del>" in page.dom and "<ins>on a</ins>" in page.dom
     assert ">2 windows<" in page.dom and ">cut off at the maximum length<" in page.dom and "2 broken" in page.dom
 
@@ -73,7 +78,7 @@ def test_audio_plays(report: Path) -> None:
 
 
 def test_it_filters(report: Path, tree: dict[str, Any]) -> None:
-    clicks = "[...document.querySelectorAll('.pills a')].find((a) => a.textContent === 'er').click();"
+    clicks = "[...document.querySelectorAll('.pills a')].find((a) => a.textContent === 'emotion').click();"
     page = browse(then_run(report, "clicked.html", clicks))
     assert page.root["data-errors"] == "" and page.current == ["#task=er"]
     keys = {sample["key"] for sample in tree["samples"]}
@@ -95,17 +100,37 @@ def test_it_sorts(report: Path, tree: dict[str, Any]) -> None:
 
     def clicked(name: str, times: int) -> list[str]:
         script = f"""
-        const heads = [...document.querySelectorAll('#table-samples th button')];
+        const heads = [...document.querySelectorAll('#table-samples-er th button')];
         for (let i = 0; i < {times}; i += 1) heads.find((b) => b.textContent === '{name}').click();
         """
-        page = browse(then_run(report, f"sorted-{times}.html", script))
+        page = browse(then_run(report, f"sorted-{times}.html", script), "#task=er")
         assert page.root["data-errors"] == ""
-        return [key for key in page.rows if key in keys]
+        return [key for key in page.rows if key in keys and key.startswith("er-")]
 
-    seconds = {sample["key"]: sample["seconds"] for sample in tree["samples"]}
+    seconds = {s["key"]: s["seconds"] for s in tree["samples"] if s["task"] == "er"}
     falling, rising = clicked("length", 1), clicked("length", 2)
     assert [seconds[key] for key in falling] == sorted(seconds.values(), reverse=True)
     assert [seconds[key] for key in rising] == sorted(seconds.values())
+
+
+def test_it_is_no_wider_than_any_screen(tmp_path: Path) -> None:
+    card = large_card()
+    path = tmp_path / "report.html"
+    path.write_text(render(TEMPLATE, card["title"], card), encoding="utf-8")
+    found = measure(path)
+    assert {width: (f["overflow"], f["state"]) for width, f in found.items()} == dict.fromkeys(WIDTHS, (0, "ready"))
+    assert found[360]["height"] < 20_000, found
+
+
+def test_tasks_with_different_metrics_are_listed_separately(report: Path, tree: dict[str, Any]) -> None:
+    page = browse(report)
+    tables = {key.partition("-")[0] for key in page.rows if key in {s["key"] for s in tree["samples"]}}
+    assert len(tables) == page.dom.count('id="table-samples-') == 4
+    # Nothing matches: the page says so, and offers to show everything again.
+    typed = "const box = document.querySelector('input[type=search]'); box.value = 'zzz'; "
+    page = browse(then_run(report, "none.html", typed + "box.dispatchEvent(new Event('input'));"))
+    assert "No sample matches the filter." in page.dom and ">Show all</a>" in page.dom
+    assert page.root["data-errors"] == "" and 'id="table-samples-' not in page.dom
 
 
 def test_error_in_the_page_is_detected(tree: dict[str, Any], tmp_path: Path) -> None:

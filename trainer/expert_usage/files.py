@@ -9,6 +9,7 @@ from pathlib import Path
 from trainer.expert_usage.analysis import Profile
 from trainer.expert_usage.plots import draw
 from trainer.page.render import render
+from trainer.scoring.tasks import TASKS
 from trainer.telemetry.jsonl import write_atomically
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -21,8 +22,9 @@ def write_files(profile: Profile, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     tree = profile.to_json()
+    titles = {name: task.title for name, task in TASKS.items()}
     write_atomically(folder / "profile.json", json.dumps(tree, indent=1, allow_nan=False) + "\n")
-    write_atomically(folder / "report.html", render(TEMPLATE, tree["run"], tree))
+    write_atomically(folder / "report.html", render(TEMPLATE, tree["run"], {**tree, "titles": titles}))
     write_cells(profile, folder / "cells.csv")
     for old in folder.glob("*.png"):
         old.unlink()

@@ -31,8 +31,27 @@ function bytes(x) {
 const cell = (key, value, text, ...more) =>
   h("td", { class: "number", "data-key": key, "data-value": value }, more, h("span", { class: "value" }, text));
 const bar = (share, colour) => h("span", { class: "bar" }, h("i", { style: `width:${100 * Math.min(1, share || 0)}%;background:${colour}` }));
-const heading = (...titles) => h("thead", {}, h("tr", {}, titles.map((t, i) => h("th", { class: i && "number" }, t))));
-const section = (id, title, note, ...content) => h("section", { id }, h("h2", {}, title), h("p", { class: "note" }, note), content);
+const heading = (...titles) => h("thead", {}, h("tr", {}, titles.map((t, i) => h("th", { class: i && "number", scope: "col" }, t))));
+const section = (id, title, note, ...content) =>
+  h("section", { id, "aria-labelledby": `${id}-title` }, h("h2", { id: `${id}-title` }, title), note && h("p", { class: "note" }, note), content);
+// A table that scrolls in its card if it is too wide. `label` says what it shows.
+const scroll = (label, table) => [h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, table),
+  h("p", { class: "hint", "aria-hidden": "true" }, "← scroll for more columns →")];
+const nothing = (what) => h("p", { class: "empty" }, `No ${what} matches the filter. `, h("a", { href: "#" }, "Show all"));
+// The width in pixels of a chart in a card, at most `most`, so that its text keeps its size on narrow screens.
+const chartWidth = (most) => Math.max(260, Math.min(most, (document.getElementById("main").clientWidth || most) - 44));
+// Mark the tables that are wider than their cards. A page calls this after rendering.
+function markOverflow() {
+  for (const box of document.querySelectorAll(".scroll")) box.toggleAttribute("data-overflow", box.scrollWidth > box.clientWidth + 1);
+}
+// Call `render` now, whenever the filter changes, and when the width of the window has changed.
+function start(render) {
+  let width = innerWidth, timer;
+  const draw = () => { render(); markOverflow(); document.documentElement.dataset.state = "ready"; };
+  addEventListener("hashchange", draw);
+  addEventListener("resize", () => { clearTimeout(timer); if (innerWidth !== width) timer = setTimeout(() => { width = innerWidth; draw(); }, 150); });
+  draw();
+}
 const tile = (text, label, bad) => h("div", { class: bad ? "tile bad" : "tile" }, h("b", {}, text), h("span", { class: "faint" }, label));
 
 // ---- the filter is stored in the address, as in #task=asr&language=en
@@ -46,7 +65,7 @@ function hashWith(changes) {
   return "#" + new URLSearchParams(wanted);
 }
 // Return links that set the filter `name` to each of its values; `texts` gives the labels of some values.
-const pills = (name, values, filter, texts = {}) => h("div", { class: "pills" }, ["all", ...values].map((v) =>
+const pills = (name, values, filter, texts = {}) => h("div", { class: "pills", role: "group", "aria-label": DIMENSIONS[name] }, ["all", ...values].map((v) =>
   h("a", { href: hashWith({ [name]: v }), "aria-current": v === filter[name] && "true" }, texts[v] || v)));
 // Return a drop-down list of the values of the filter `name`.
 function choice(name, label, values, filter) {

@@ -16,6 +16,7 @@ from trainer.scoring.asr import alignment
 from trainer.scoring.meteor import Meteor
 from trainer.scoring.metric import Metric
 from trainer.scoring.scores import ALL, confusions, measure, subset_of, task_metrics
+from trainer.scoring.tasks import find_task
 from trainer.telemetry.expert_load import BANDS, BANDS_SEC, UNNAMED
 
 MAX_LISTED = 3000
@@ -92,6 +93,7 @@ def make_card(
         "num_windowed": sum(p.num_windows > 1 for p in predictions),
         "audio_sec": round(sum(p.audio_sec for p in predictions), 3),
         "headlines": headlines,
+        "titles": {task: find_task(task).title for task in headlines},
         "scores": [asdict(s) for s in scores],
         "confusions": tables,
         "samples": samples,
