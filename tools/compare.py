@@ -27,7 +27,7 @@ from trainer.scoring.metric import Difference, paired_difference
 from trainer.scoring.scores import ALL, by_subset, task_metrics
 from trainer.scoring.table import format_table
 from trainer.scoring.tasks import find_task, is_headline
-from trainer.scoring.wordnet import find_wordnet
+from trainer.scoring.wordnet import wordnet_if_any
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shared = [_only(common, predictions) for predictions in evaluations]
         meteor = None
         if any(find_task(p.meta["task"]).needs_wordnet for p in shared[0]):
-            meteor = Meteor(find_wordnet(args.wordnet))
+            folder = wordnet_if_any(args.wordnet, "captions are compared")
+            meteor = None if folder is None else Meteor(folder)
         found = [compare(shared[0], other, meteor) for other in shared[1:]]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from tools.options import add_plugins, check_at_least, check_output
 from trainer.__main__ import be_calm
 
 if TYPE_CHECKING:
+    from trainer.data.stored import StoredData
     from trainer.evaluation.offline.model import Origin
     from trainer.evaluation.offline.run import Finished
     from trainer.evaluation.offline.worker import Request
@@ -61,6 +63,7 @@ def _run(options: argparse.Namespace) -> int:
     origin = find_model(options.model)
     request = _request(options, origin)
     stored, indices = open_wanted(request)
+    _note_choice(options, stored, indices)
     meteor = _meteor(options.wordnet, any(_needs_wordnet(stored.items[i].task) for i in indices))
     folder = options.out or _default_folder(origin, options.data, options.split)
     check_output(f"--out {folder}", folder, is_folder=True)
@@ -130,12 +133,24 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--run {options.tracked}: no such folder; give the folder of a run")
 
 
+def _note_choice(options: argparse.Namespace, stored: StoredData, indices: Sequence[int]) -> None:
+    """Say which samples are evaluated if this may not be what the user expects."""
+    if options.max_samples is not None and len(indices) < options.max_samples:
+        print(f"note: --max-samples {options.max_samples}: there are only {len(indices)} samples", file=sys.stderr)
+    splits = Counter(stored.items[i].split or "none" for i in indices) if options.split is None else Counter[str]()
+    if len(splits) > 1:
+        listed = ", ".join(f"{num} of {name}" for name, num in splits.most_common())
+        advice = "which include training data; name one with --split" if "train" in splits else "name one with --split"
+        print(f"note: no --split: all splits are evaluated ({listed}), {advice}", file=sys.stderr)
+
+
 def _meteor(wordnet: str | None, needed: bool) -> Meteor | None:
     from trainer.scoring.meteor import Meteor
-    from trainer.scoring.wordnet import find_wordnet
+    from trainer.scoring.wordnet import wordnet_if_any
 
     # A missing WordNet must be reported before decoding, which may take hours.
-    return Meteor(find_wordnet(wordnet)) if needed else None
+    folder = wordnet_if_any(wordnet, "captions are scored") if needed else None
+    return None if folder is None else Meteor(folder)
 
 
 def _needs_wordnet(task: str) -> bool:
@@ -188,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="an exported folder, a checkpoint, or a run (its newest checkpoint)")
     add("--data", required=True, help="a manifest (JSONL), or a folder or bucket of shards")
-    add("--split", help="evaluate only this split (default: all)")
+    add("--split", help="evaluate only this split (default: all, with a note if there are several)")
     add("--tasks", nargs="+", default=[], metavar="TASK", help="evaluate only these tasks (default: all)")
     add("--max-samples", type=int, metavar="N", help="evaluate N random samples, always the same (default: all)")
     add("--out", type=Path, help="folder for the files (default: in the run's folder, or next to the export)")

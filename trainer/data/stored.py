@@ -35,6 +35,8 @@ class Stored:
     """The task; empty if the line of the manifest has no valid one."""
     seconds: float
     """The total length of the sample's clips in seconds, as given by the index or the manifest. It may be inexact."""
+    split: str | None = None
+    """The split; None if the line of the manifest has no valid one."""
 
 
 Encoded = tuple[Sequence[bytes | memoryview], dict[str, Any]]
@@ -71,7 +73,7 @@ class ManifestData(StoredData):
 
     def __init__(self, path: Path, split: str | None) -> None:
         self._rows = read_manifest(path, split)
-        self.items = [Stored(r.key, _task_of(r.metadata), _seconds_of(r)) for r in self._rows]
+        self.items = [Stored(r.key, _task_of(r.metadata), _seconds_of(r), _split_of(r.metadata)) for r in self._rows]
 
     def read(self, places: Sequence[int]) -> list[Encoded | SampleError]:
         rows = (self._rows[place] for place in places)
@@ -96,7 +98,7 @@ class ShardData(StoredData):
             for index, entry in enumerate(shards.table(shard)):
                 if split is None or entry.split == split:
                     self._places.append((shard, index))
-                    self.items.append(Stored(entry.key, entry.task, entry.seconds))
+                    self.items.append(Stored(entry.key, entry.task, entry.seconds, entry.split))
 
     @property
     def digest(self) -> str:
@@ -138,6 +140,11 @@ def open_stored(data: str, split: str | None = None) -> StoredData:
 def _task_of(metadata: dict[str, Any]) -> str:
     task = metadata.get("task")
     return task if isinstance(task, str) else ""
+
+
+def _split_of(metadata: dict[str, Any]) -> str | None:
+    split = metadata.get("split")
+    return split if isinstance(split, str) else None
 
 
 def _seconds_of(row: Row) -> float:

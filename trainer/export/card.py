@@ -67,7 +67,7 @@ def model_card(source: Source, selection: Selection, summary: Mapping[str, Any],
         "## Recipe",
         "",
         f"{fence}yaml",
-        source.extra["recipe"].rstrip(),
+        _without_paths(source.extra["recipe"]).rstrip(),
         fence,
         "",
     ]
@@ -83,11 +83,23 @@ def _scores(summary: Mapping[str, Any]) -> list[str]:
         for split, own in by_split.items()
         if isinstance(own, Mapping)
         for name, value in own.items()
-        if isinstance(value, int | float)
+        if isinstance(value, int | float) and not _is_doubled(name, own)
     ]
     if not rows:
         return []
     return ["## Scores", "", "| split | score | value |", "|---|---|---:|", *rows, ""]
+
+
+def _is_doubled(name: str, scores: Mapping[str, Any]) -> bool:
+    """Return whether a score `TASK/SUBSET/METRIC` is that of a subset that is the whole task."""
+    task, *subset, metric = name.split("/")
+    others = [n for n in scores if n.startswith(f"{task}/") and n.endswith(f"/{metric}") and n.count("/") == 2]
+    return bool(subset) and len(others) == 1 and scores.get(f"{task}/{metric}") == scores[name]
+
+
+def _without_paths(recipe: str) -> str:
+    """Return a recipe as YAML in which only the last part of paths on this machine is left."""
+    return re.sub(r"(?<![\w:/.])(?:~|\.{1,2})?(?:/[^\s'\",\]}]+)+/([^\s/'\",\]}]+)", r"…/\1", recipe)
 
 
 def _cell(text: str) -> str:

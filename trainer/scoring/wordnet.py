@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,25 @@ def find_wordnet(given: str | None = None) -> Path:
         f"METEOR needs WordNet, which is not in {' or '.join(FOLDERS)}; run `apt-get install wordnet-base`, or set "
         "WNSEARCHDIR to its folder"
     )
+
+
+def wordnet_if_any(given: str | None, what: str) -> Path | None:
+    """Return the folder of the WordNet database; None after printing a note if none was named and none is installed.
+
+    Args:
+        given: the folder; None as in `find_wordnet`.
+        what: what is done without METEOR, for the note.
+
+    Raises:
+        UserError: If a folder was named, and it is not one of WordNet.
+    """
+    try:
+        return find_wordnet(given)
+    except UserError as error:
+        if given or os.environ.get("WNSEARCHDIR"):
+            raise
+        print(f"note: {what} without METEOR; {error}", file=sys.stderr, flush=True)
+        return None
 
 
 @dataclass(frozen=True)
