@@ -17,7 +17,7 @@ import pytest
 
 from tests.distributed.harness import run_ranks
 from tools.demo_corpus import write_corpus
-from tools.status import read_status
+from tools.run_status import read_status
 from trainer.run import restart
 from trainer.run.exit_codes import ExitCode
 from trainer.run.launch import start_ranks

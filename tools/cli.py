@@ -42,7 +42,8 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     "Train": (
         Command("train", "trainer.__main__", "train or resume a recipe on this machine, or as a rank of a cluster"),
         Command("job", "trainer.job.__main__", "the work of a Slurm batch script: plan, check nodes, run, requeue"),
-        Command("status", "tools.status", "show where a run is and what happened to it"),
+        Command("status", "tools.status", "show where a run or all runs are, and what happened"),
+        Command("metrics", "tools.exporter", "serve the status of runs to Prometheus"),
         Command("checkpoints", "tools.checkpoints", "list, check and compare a run's checkpoints"),
     ),
     "Judge a model": (

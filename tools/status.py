@@ -1,9 +1,12 @@
-"""Show the state, progress, goodput, losses and recent events of a run.
+"""Show the state, progress, scores, goodput and recent events of a run, or a table of all runs in a folder.
 
-    earshot status runs/demo            a few lines
-    earshot status runs/demo --json     one JSON object
+    earshot status runs/demo            one run: a few lines
+    earshot status runs                 all runs below the folder: a table
+    earshot status s3://bucket/runs     runs of which only the checkpoints are known
+    earshot status runs --watch         draw it again every few seconds, until Ctrl-C
+    earshot status runs/demo --json     one JSON object; for several runs, a list of them
 
-The command reads events.jsonl and metrics.jsonl in the run's folder. It works while the run is training.
+The command reads events.jsonl and metrics.jsonl in the runs' folders. It works while runs are training.
 
 Exit code 0: success. 2: there is no run, or its files cannot be read.
 """
@@ -15,188 +18,21 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
-from trainer.job.slurm import job_state_now
-from trainer.telemetry.events import Event, num_attempts, read_events
-from trainer.telemetry.jsonl import read_lines
+from tools.run_status import Status, find_runs, is_run, read_status, read_stored
+from trainer.telemetry.announce import duration
+from trainer.telemetry.events import Event
 
-_STATES = {
-    "submitted": "waiting",
-    "started": "running",
-    "resumed": "running",
-    "stopped": "waiting",
-    "requeued": "waiting",
-    "refused": "failed",
-    "cancelled": "cancelled",
-    "peer_lost": "failed",
-    "hang": "failed",
-    "failed": "failed",
-    "diverged": "failed",
-    "finished": "finished",
-}
-"""The state of a run after each event that changes it."""
-_FINAL = {"finished": ("submitted", "started"), "cancelled": ("submitted", "started")}
-"""The events that change a final state. Others, such as `stopped` after `cancelled`, do not change it."""
 _BARS = "▁▂▃▄▅▆▇█"
-_NUM_EVENTS = 8
 _NUM_BARS = 60
-
-
-@dataclass(frozen=True)
-class Status:
-    """The status of a run."""
-
-    name: str
-    state: str
-    """`running`, `waiting`, `failed`, `cancelled` or `finished`."""
-    since_sec: float
-    """The seconds since the event that caused this state."""
-    step: int
-    """The number of finished steps."""
-    num_steps: int | None
-    """The number of steps of the whole run; None if it is not known."""
-    num_ranks: int | None
-    """The number of ranks; None if it is not known."""
-    left_sec: float | None
-    """The expected seconds until the last step; None if the run is not running, or its speed is not known."""
-    silent_sec: float | None
-    """The seconds since the last event or logged step of a running attempt; None if the run is not running."""
-    attempts: int
-    """The number of attempts that started."""
-    goodput: float | None
-    """The share of the time since the first start that was spent on steps whose updates are in the weights."""
-    losses: list[float]
-    """The loss of each logging interval, without steps that were undone."""
-    num_skipped_updates: int
-    """The number of steps whose updates are not in the weights, because they were skipped or undone by a rewind."""
-    num_samples_skipped: int
-    """The number of samples that could not be used."""
-    straggler: dict[str, Any] | None
-    """The last straggler event of this attempt."""
-    events: list[dict[str, Any]]
-    """The last events."""
-
-
-def read_status(run_dir: Path, now_sec: float) -> Status:
-    """Read the status of a run from its folder.
-
-    Args:
-        run_dir: The folder of the run.
-        now_sec: The current time in seconds since the epoch.
-
-    Raises:
-        UserError: If the folder contains no run, or a file is damaged.
-    """
-    events = read_events(run_dir)
-    records = [record for _, record in read_lines(run_dir / "metrics.jsonl") if "train/loss" in record]
-    if not events and not records:
-        raise UserError(f"{run_dir}: contains no run; give the folder that contains events.jsonl, e.g. runs/demo")
-    started = [e for e in events if e["event"] == "started"]
-    state, state_event = _state(events)
-    step = records[-1]["step"] if records else 0
-    last = started[-1] if started else {}
-    num_steps = last.get("num_steps")
-    undone = undone_steps(events, step)
-    end_sec = now_sec if state == "running" else max([e["time"] for e in events], default=now_sec)
-    step_sec = _recent_step_sec(records)
-    signs = [e["time"] for e in events] + [r["time"] for r in records[-1:] if isinstance(r.get("time"), int | float)]
-    left_sec = (num_steps - step) * step_sec if state == "running" and num_steps and step_sec else None
-    stragglers = [e for e in events if e["event"] == "straggler" and e["attempt"] == num_attempts(events)]
-    return Status(
-        name=last.get("name", run_dir.resolve().name),
-        state=state,
-        since_sec=now_sec - (state_event["time"] if state_event else now_sec),
-        step=step,
-        num_steps=num_steps,
-        num_ranks=last.get("num_ranks"),
-        left_sec=left_sec,
-        silent_sec=now_sec - max(signs) if state == "running" else None,
-        attempts=len(started),
-        goodput=goodput(records, undone, end_sec - started[0]["time"]) if started else None,
-        losses=[float(r["train/loss"]) for r in records],
-        num_skipped_updates=len(undone),
-        num_samples_skipped=int(sum(v for k, v in records[-1].items() if k.startswith("data/skipped/")))
-        if records
-        else 0,
-        straggler=dict(stragglers[-1]) if stragglers else None,
-        events=events[-_NUM_EVENTS:],
-    )
-
-
-def undone_steps(events: Sequence[Event], last_step: int) -> set[int]:
-    """Return the steps up to `last_step` whose updates are not in the weights.
-
-    An attempt repeats the steps after the one it resumed from, so events of earlier attempts about them are ignored.
-    """
-    undone: set[int] = set()
-    for event in events:
-        if event["event"] == "started":
-            resumed = next((e["step"] for e in events if e["event"] == "resumed" and _same(e, event)), 0)
-            undone = {step for step in undone if step <= resumed}
-        elif event["event"] == "skip":
-            undone.add(event["step"])
-        elif event["event"] == "rewind":
-            undone |= set(range(event["to_step"] + 1, event["step"] + 1))
-    return {step for step in undone if step <= last_step}
-
-
-def goodput(records: Sequence[Mapping[str, Any]], undone: set[int], wall_sec: float) -> float | None:
-    """Return the share of the elapsed time that was spent on steps whose updates are in the weights.
-
-    Args:
-        records: The metrics of the run, by logging interval.
-        undone: The steps whose updates are not in the weights.
-        wall_sec: The elapsed time in seconds.
-
-    Returns:
-        A share between 0 and 1; None if the elapsed time is 0.
-    """
-    useful_sec, before = 0.0, 0
-    for record in records:
-        num = sum(step not in undone for step in range(before + 1, record["step"] + 1))
-        useful_sec += num * record.get("time/step_sec", 0.0)
-        before = record["step"]
-    return min(1.0, useful_sec / wall_sec) if wall_sec > 0 else None
-
-
-def _same(event: Event, started: Event) -> bool:
-    return bool(event["attempt"] == started["attempt"])
-
-
-def _state(events: Sequence[Event]) -> tuple[str, Event | None]:
-    state, cause = "waiting", None
-    for event in events:
-        new = _STATES.get(event["event"])
-        if new is not None and event["event"] in _FINAL.get(state, (event["event"],)):
-            state, cause = new, event
-    if state in ("waiting", "running"):
-        ended = _ended_by_slurm(events)
-        state = state if ended is None else ended
-    return state, cause
-
-
-def _ended_by_slurm(events: Sequence[Event]) -> str | None:
-    """Return the final state of a run whose job Slurm has ended without running any of its code.
-
-    Such a job was cancelled while it was pending, or killed. The result is None if Slurm does not answer.
-    """
-    job = next((e.get("job") for e in reversed(events) if e["event"] == "submitted"), None)
-    found = job_state_now(job) if isinstance(job, int) else None
-    if found is None:
-        return None
-    if found.name == "CANCELLED":
-        return "cancelled"
-    return "failed" if found.has_ended else None
-
-
-def _recent_step_sec(records: Sequence[Mapping[str, Any]]) -> float | None:
-    recent = [r["time/step_sec"] for r in records[1:][-10:] or records[-1:] if "time/step_sec" in r]
-    return sum(recent) / len(recent) if recent else None
+_WATCH_SEC = 5.0
+_HOME = "\033[H\033[J"
+"""The control sequence that moves to the top of the terminal and clears it."""
 
 
 def sparkline(values: Sequence[float], width: int = _NUM_BARS) -> str:
@@ -218,30 +54,47 @@ def describe(status: Status, now_sec: float) -> str:
     """Format a status as a few lines for the terminal."""
     of = f"/{status.num_steps}" if status.num_steps else ""
     share = f" ({status.step / status.num_steps:.0%})" if status.num_steps else ""
-    lines = [f"{status.name}: {status.state} for {_duration(status.since_sec)}"]
-    left = f", {_duration(status.left_sec)} left" if status.left_sec is not None else ""
+    since = "" if status.state == "stored" else f" for {duration(status.since_sec)}"
+    lines = [f"{status.name}: {status.state}{since}"]
+    left = f", {duration(status.left_sec)} left" if status.left_sec is not None else ""
     ranks = f" on {status.num_ranks} ranks" if status.num_ranks else ""
     lines.append(f"  step      {status.step}{of}{share}{left}{ranks}")
     if status.silent_sec is not None and status.silent_sec > 120:
-        lines[-1] += f"; no event or logged step for {_duration(status.silent_sec)}"
-    good = "unknown" if status.goodput is None else f"{status.goodput:.1%}"
-    lines.append(f"  goodput   {good} over {status.attempts} attempt{'s' * (status.attempts != 1)}")
+        lines[-1] += f"; no event or logged step for {duration(status.silent_sec)}"
+    if status.attempts:
+        good = "unknown" if status.goodput is None else f"{status.goodput:.1%}"
+        lines.append(f"  goodput   {good} over {status.attempts} attempt{'s' * (status.attempts != 1)}")
     if status.losses:
         lines.append(f"  loss      {status.losses[0]:.3f} {sparkline(status.losses)} {status.losses[-1]:.3f}")
+    lines += _latest(status)
+    lines += [f"  score     {name} {value:.3f}" for name, value in status.scores.items()]
     lines.append(f"  skipped   {status.num_skipped_updates} updates, {status.num_samples_skipped} samples")
     if status.straggler is not None:
         s = status.straggler
         where = f"rank {s['slow_rank']} on {s['slow_host']}"
         lines.append(f"  slow      {where} takes {s['times_median']} times as long as the others in {s['phase']}")
-    lines += ["", *(_line(event, now_sec) for event in status.events)]
+    if status.events:
+        lines += ["", *(_line(event, now_sec) for event in status.events)]
     return "\n".join(lines)
+
+
+def _latest(status: Status) -> list[str]:
+    """Return the lines with the last learning rate, gradient norm, throughput and memory."""
+    known = status.latest
+    speed = [f"{known['tokens_per_sec']:,.0f} tokens/s"] if "tokens_per_sec" in known else []
+    speed += [f"{known['audio_sec_per_sec']:.1f} s of audio per s"] if "audio_sec_per_sec" in known else []
+    speed += [f"MFU {known['mfu']:.1%}"] if "mfu" in known else []
+    speed += [f"{known['peak_bytes'] / 2**30:.1f} GiB at most on rank 0"] if "peak_bytes" in known else []
+    update = [f"learning rate {known['lr']:.2g}"] if "lr" in known else []
+    update += [f"gradient norm {known['grad_norm']:.3g}"] if "grad_norm" in known else []
+    return [f"  {name:9} {', '.join(words)}" for name, words in (("speed", speed), ("update", update)) if words]
 
 
 def _line(event: Event, now_sec: float) -> str:
     known = ("time", "event", "attempt", "host", "rank", "step", "fingerprint", "name", "num_ranks", "num_steps")
     rest = "  ".join(f"{key}={_short(value)}" for key, value in event.items() if key not in known)
     step = f"step {event['step']}" if event.get("step") is not None else ""
-    ago = f"{_duration(now_sec - event['time'])} ago"
+    ago = f"{duration(now_sec - event['time'])} ago"
     return f"  {ago:>14}  #{event['attempt']:<3} {event['event']:<12} {step:<12} {rest}".rstrip()
 
 
@@ -250,13 +103,81 @@ def _short(value: Any) -> str:
     return text if len(text) <= 70 else text[:67] + "…"
 
 
-def _duration(seconds: float) -> str:
-    minutes, sec = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours}:{minutes:02d}:{sec:02d}" if hours else f"{minutes}:{sec:02d}"
+def as_table(runs: Sequence[tuple[str, Status | str]], now_sec: float) -> str:
+    """Format several runs as a table.
+
+    Args:
+        runs: The path of each run, and its status, or the reason why it cannot be read.
+        now_sec: The current time in seconds since the epoch.
+    """
+    head = ["run", "state", "step", "loss", "score", "tokens/s", "MFU", "goodput", "left", "last event"]
+    rows = [head]
+    for path, status in runs:
+        rows.append([path, "unreadable", status] if isinstance(status, str) else [path, *_cells(status, now_sec)])
+    widths = [max(len(row[i]) for row in rows if i < len(row) and len(row) == len(head)) for i in range(len(head))]
+    widths[0] = max(len(row[0]) for row in rows)
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in rows)
+
+
+def _cells(status: Status, now_sec: float) -> list[str]:
+    score = next(iter(status.scores.items()), None)
+    latest = status.latest
+    event = status.events[-1] if status.events else None
+    return [
+        status.state,
+        f"{status.step}/{status.num_steps}" if status.num_steps else str(status.step),
+        f"{status.losses[-1]:.3f}" if status.losses else "-",
+        "-" if score is None else f"{score[0]} {score[1]:.3f}",
+        f"{latest['tokens_per_sec']:,.0f}" if "tokens_per_sec" in latest else "-",
+        f"{latest['mfu']:.1%}" if "mfu" in latest else "-",
+        "-" if status.goodput is None else f"{status.goodput:.0%}",
+        "-" if status.left_sec is None else duration(status.left_sec),
+        "-" if event is None else f"{event['event']} {duration(now_sec - event['time'])} ago",
+    ]
+
+
+def look(place: str, now_sec: float) -> Status | list[tuple[str, Status | str]]:
+    """Return the status of the run at `place`, or those of all runs below it.
+
+    Raises:
+        UserError: If there is none, or the only one cannot be read.
+    """
+    if "://" in place:
+        return [(status.name, status) for status in read_stored(place, now_sec)]
+    folder = Path(place)
+    if is_run(folder) or not folder.is_dir():
+        return read_status(folder, now_sec)
+    found: list[tuple[str, Status | str]] = []
+    for run in find_runs(folder):
+        try:
+            found.append((str(run.relative_to(folder)), read_status(run, now_sec)))
+        except UserError as error:
+            found.append((str(run.relative_to(folder)), str(error)))
+    return found
+
+
+def _text(place: str, as_json: bool) -> str:
+    now_sec = time.time()
+    found = look(place, now_sec)
+    if not as_json:
+        return describe(found, now_sec) if isinstance(found, Status) else as_table(found, now_sec)
+    if isinstance(found, Status):
+        return json.dumps(_tree(found), ensure_ascii=False)
+    rows = [{"run": path, **({"error": s} if isinstance(s, str) else _tree(s))} for path, s in found]
+    return json.dumps(rows, ensure_ascii=False)
+
+
+def _tree(status: Status) -> dict[str, Any]:
+    """Return a status as values that strict JSON can contain. Numbers that are not finite become text."""
+    content = asdict(status)
+    content["losses"] = [_finite(loss) for loss in status.losses]
+    for key in ("scores", "latest"):
+        content[key] = {name: _finite(value) for name, value in content[key].items()}
+    return content
+
+
+def _finite(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -268,22 +189,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="earshot status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("place", metavar="DIR", help="folder of a run, a folder of runs, or s3://BUCKET/PREFIX")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, or a list for several runs")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=float,
+        const=_WATCH_SEC,
+        metavar="SEC",
+        help=f"draw it again every SEC seconds (default {_WATCH_SEC:g})",
+    )
     options = parser.parse_args(arguments)
-    now_sec = time.time()
     try:
-        status = read_status(options.run, now_sec)
+        if options.watch is not None and not options.watch > 0:
+            raise UserError(f"--watch {options.watch:g}: must be above 0")
+        while True:
+            text = _text(options.place, options.json)
+            print(f"{_HOME if options.watch and not options.json else ''}{text}", flush=True)
+            if options.watch is None:
+                return 0
+            time.sleep(options.watch)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        content = asdict(status)
-        content["losses"] = [loss if math.isfinite(loss) else str(loss) for loss in status.losses]
-        print(json.dumps(content, ensure_ascii=False))
-    else:
-        print(describe(status, now_sec))
-    return 0
+    except KeyboardInterrupt:
+        return 0
 
 
 if __name__ == "__main__":

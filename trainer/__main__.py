@@ -24,6 +24,7 @@ from trainer.parallel.environment import set_environment
 from trainer.run import launch
 from trainer.run.command import module_command
 from trainer.run.exit_codes import ExitCode
+from trainer.telemetry.announce import print_timed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +55,10 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     build_topology(recipe.parallel, recipe.parallel.num_ranks)
     env = launch.rank_env(os.environ, recipe.parallel.num_ranks)
     if env is None and not options.dry_run:
+        if recipe.telemetry.progress:
+            num = recipe.parallel.num_ranks
+            ranks = "1 rank starts" if num == 1 else f"{num} ranks start"
+            print_timed(f"{recipe.name}: {ranks}, importing PyTorch, DeepSpeed and Megatron", sys.stderr)
         # The ranks check the rest, which imports modules that take seconds to load and that they need anyway.
         return launch.start_ranks(recipe.parallel.num_ranks, module_command("trainer", *arguments))
     from trainer.engine.imports import lean_imports
@@ -99,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 def be_calm() -> None:
     """Leave the terminal to the progress bar: other libraries log errors only."""
     warnings.filterwarnings("ignore")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,6 +29,7 @@ from trainer.config.load import dump
 from trainer.config.schema import Recipe
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.shard_build import BuildReport
+from trainer.dry_run import PLAN_NAME, write_plan
 from trainer.engine.determinism import deterministic_kernels
 from trainer.engine.ds_config import build_ds_config
 from trainer.engine.encoders import AudioEngine
@@ -52,15 +54,18 @@ from trainer.run_tokenizer import (
     keep_tokenizer,
 )
 from trainer.storage.open import join_url
-from trainer.telemetry.events import EventLog, begin_attempt
+from trainer.telemetry.alerts import Alerts
+from trainer.telemetry.announce import print_timed
+from trainer.telemetry.events import EventLog, begin_attempt, read_events
 from trainer.telemetry.hook import HOOKS, Hook
 from trainer.telemetry.jsonl import write_atomically
+from trainer.telemetry.origin import origin_of
 from trainer.telemetry.trackers.base import TrackedRun
 from trainer.telemetry.trackers.table import build_trackers
 from trainer.training.evaluate import Evaluator
 from trainer.training.hooks import EventHook, LoadHook, ProgressHook, SummaryHook, TrackerHook
 from trainer.training.loop import Loop
-from trainer.training.report import final_table
+from trainer.training.report import closing, final_table
 from trainer.training.step import Step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -87,6 +92,13 @@ def _run(recipe: Recipe, env: RankEnv) -> int:
         raise
     except Exception as error:  # noqa: BLE001 - any failure is reported, and decides the exit code
         return emit_failure(error, position, events)
+
+
+def announcer(recipe: Recipe, env: RankEnv) -> Callable[[str], None]:
+    """Return a function that says on rank 0's terminal what is being done, unless the recipe disables progress."""
+    if env.rank or not recipe.telemetry.progress:
+        return lambda text: None
+    return lambda text: print_timed(f"{recipe.name}: {text}", sys.stderr)
 
 
 def begin_run(recipe: Recipe, env: RankEnv) -> EventLog:
@@ -117,7 +129,7 @@ def begin_run(recipe: Recipe, env: RankEnv) -> EventLog:
     dist.broadcast_object_list(box, src=0)
     if isinstance(box[0], str):
         raise UserError(box[0])
-    return EventLog(run_dir, env.rank, box[0])
+    return EventLog(run_dir, env.rank, box[0], Alerts(run_dir, recipe.telemetry.alerts))
 
 
 def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
@@ -127,31 +139,38 @@ def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -> int:
+    say = announcer(recipe, env)
     topology = build_topology(recipe.parallel, env.world_size)
     rank, _, device = connect()
     groups = build_groups(topology, rank, device, recipe.seed)
     run_dir = events.run_dir
+    say(f"reading {', '.join(part.name for part in recipe.data.datasets)} in {recipe.data.root}")
     recipe, prepared = prepare_once(recipe, groups)  # without a watchdog: making shards may take hours
     watch = (
         watch_gpus(events, lambda: position.step) if device.type == "cuda" and env.local_rank == 0 else nullcontext()
     )
     with watch, Watchdog(recipe.train.hang_timeout_sec, events, topology.world) as watchdog:
+        say(f"building the encoders and the LLM on {env.world_size} ranks")
         step = build_step(recipe, groups, prepared.tokenizer.vocab_size, watchdog.heartbeat)
         evaluator = Evaluator(recipe.eval, prepared, step, run_dir, watchdog.heartbeat)
         url = join_url(recipe.run_url, SUBFOLDER)
         checkpoints = CheckpointManager(url, recipe.checkpoint, groups, watchdog.heartbeat)
         described = describe_run(recipe, step, prepared)
         loop = Loop(recipe, step, groups, prepared, evaluator, checkpoints, run_dir, described, watchdog, position)
+        say(f"looking for checkpoints in {url}")
         watchdog.heartbeat("the last checkpoint")
         start, extra = loop.restore()
         check_digest(prepared.tokenizer, extra.get(DIGEST), recipe.run_url, prepared.tokenizer_path)
         hooks = build_hooks(recipe, run_dir, start, events) if rank == 0 else []
         if rank == 0:
             keep_tokenizer(prepared.tokenizer, recipe, run_dir, is_new=start == 0)
+        if start < recipe.train.steps:
+            say(f"step {start + 1}, which takes longer than the next ones")
         finished = loop.run(hooks, start, extra.get("data"))
         if rank == 0:
             if finished and loop.last_evaluation is not None:
                 print(final_table(loop.last_evaluation, prepared, evaluator.meteor), flush=True)
+                print(closing(loop.last_evaluation, run_dir, recipe.run_url), flush=True)
             if not finished:
                 print(f"stopped; rerun the same command to resume from the checkpoint in {recipe.run_url}", flush=True)
         dist.barrier(groups.world)
@@ -286,7 +305,18 @@ def build_hooks(recipe: Recipe, run_dir: Path, start: int, events: EventLog) -> 
     """Return the hooks of a run. Only rank 0 has hooks."""
     telemetry = recipe.telemetry
     again = (events.attempt or 1) > 1
-    run = TrackedRun(recipe.name, run_dir.parent, telemetry.experiment, to_tree(recipe), start, again)
+    run = TrackedRun(
+        recipe.name,
+        run_dir.parent,
+        telemetry.experiment,
+        to_tree(recipe),
+        start,
+        again,
+        started_sec=next((e["time"] for e in reversed(read_events(run_dir)) if e["event"] == "started"), 0.0),
+        tags=origin_of(dump(recipe)),
+        files=(run_dir / "recipe.yaml", run_dir / PLAN_NAME),
+    )
+    write_plan(recipe, run_dir / PLAN_NAME)
     tracker = build_trackers(telemetry.trackers, run)
     hooks: list[Hook] = [
         TrackerHook(tracker, telemetry.log_every_steps),

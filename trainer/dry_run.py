@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from model import lengths
 from model.encoders.registry import encoder_flops
+from model.errors import UserError
 from trainer.config.checks import deepspeed_json
 from trainer.config.schema import Recipe, TrainConfig
 from trainer.engine.ds_config import load_ds_json
@@ -15,10 +17,18 @@ from trainer.plan.ranks import rank_states
 from trainer.plan.sizes import Size, SizedModel, parameter_sizes, sized_model
 from trainer.plan.states import States
 from trainer.plan.tables import bytes_text, count_text, ranks_text, table
+from trainer.telemetry.jsonl import write_atomically
+
+PLAN_NAME = "plan.txt"
+"""The name of the file in the run's folder that contains the plan of its job, or else this summary."""
 
 
-def describe(recipe: Recipe) -> str:
+def describe(recipe: Recipe, memory: bool = True) -> str:
     """Return the text that `--dry-run` prints.
+
+    Args:
+        recipe: The recipe.
+        memory: Whether to include the memory per rank, which cannot be computed in a process that is a rank.
 
     Raises:
         UserError: If a model is a hub id without `config`, since its sizes are then unknown, or if a pattern in
@@ -32,10 +42,23 @@ def describe(recipe: Recipe) -> str:
         _layout(topology),
         *([_experts(_places(model, topology, sizes))] if topology.ep > 1 else []),
         _parts(sizes),
-        _per_rank(recipe, model, topology),
+        *([_per_rank(recipe, model, topology)] if memory else []),
         _batch(recipe, topology),
     )
     return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def write_plan(recipe: Recipe, path: Path) -> None:
+    """Write the summary to a run's folder, unless a job has already written its plan there.
+
+    Nothing is written if the sizes of the model are not known.
+    """
+    if path.exists():
+        return
+    try:
+        write_atomically(path, describe(recipe, memory=False) + "\n")
+    except UserError:
+        return
 
 
 def _head(recipe: Recipe) -> list[str]:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.tools.exportable import write_checkpoint
 from tools import status
-from tools.status import goodput, read_status, sparkline, undone_steps
+from tools.run_status import goodput, read_status, read_stored, undone_steps
+from tools.status import sparkline
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,3 +125,62 @@ def test_command_is_fast_and_reports_what_is_wrong(tmp_path: Path, capsys: pytes
     code = "import sys, tools.status; print([m for m in ('torch', 'numpy', 'yaml') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_one_run_shows_scores_speed_and_learning_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write(tmp_path / "r", [(100.0, "started", 1, STARTED)], {1: 3.0})
+    record = {"step": 2, "time": 103.0, "train/loss": 2.0, "train/lr": 1e-4, "train/grad_norm": 0.5}
+    speed = {"throughput/tokens_per_sec": 1234.5, "throughput/mfu": 0.41, "memory/rank0_peak_bytes": 3 << 30}
+    score = {"step": 2, "time": 104.0, "eval/dev/asr/wer": 0.25, "eval/dev/asr/digits/wer": 0.5, "eval/dev/seconds": 1}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(r) + "\n" for r in ({**record, **speed}, score)))
+    assert status.main([str(run)]) == 0
+    text = capsys.readouterr().out
+    assert "1,234 tokens/s, MFU 41.0%, 3.0 GiB at most on rank 0" in text
+    assert "learning rate 0.0001, gradient norm 0.5" in text and "score     dev/asr/wer 0.250\n" in text
+    assert "digits" not in text
+
+
+def test_all_runs_below_a_folder_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "a", [(100.0, "started", 1, STARTED), (109.0, "finished", 1, {"step": 20})], {20: 2.5})
+    (tmp_path / "group").mkdir()
+    write(tmp_path / "group" / "b", [(100.0, "started", 1, STARTED), (101.0, "failed", 1, {})], {})
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "metrics.jsonl").write_text("hello\n")
+    assert status.main([str(tmp_path)]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[:5] == ["run", "state", "step", "loss", "score"]
+    assert rows[0].split()[:4] == ["a", "finished", "20/20", "2.500"] and "finished" in rows[0].split()[9]
+    assert rows[1].startswith("broken") and "unreadable" in rows[1] and "line 1" in rows[1]
+    assert rows[2].split()[:3] == ["group/b", "failed", "0/20"]
+    assert status.main([str(tmp_path), "--json"]) == 0
+    assert [r.get("state") for r in json.loads(capsys.readouterr().out)] == ["finished", None, "failed"]
+    (tmp_path / "empty").mkdir()
+    assert status.main([str(tmp_path / "empty")]) == 2 and "contains no run" in capsys.readouterr().err
+
+
+def test_watch_draws_again(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write(tmp_path / "r", [(100.0, "started", 1, STARTED)], {1: 3.0})
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "train/loss": 2.0}\n')
+        if len(slept) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(status.time, "sleep", sleep)
+    assert status.main([str(run), "--watch", "0.5"]) == 0 and slept == [0.5, 0.5]
+    first, second = capsys.readouterr().out.split(status._HOME)[1:]
+    assert "1/20" in first and "2/20" in second
+    assert status.main([str(run), "--watch", "0"]) == 2
+
+
+def test_runs_below_a_prefix_are_known_by_their_checkpoints(tmp_path: Path) -> None:
+    extra = {"step": 3, "recipe": "train: {steps: 3}", "guard": {"num_skipped_updates": 1}}
+    for name, step in (("a", 2), ("b", 3)):
+        write_checkpoint(tmp_path / name / "checkpoints" / f"step-{step:08d}", {"audio.a": torch.zeros(2)}, extra)
+    found = read_stored(str(tmp_path), 0.0)
+    assert [(s.name, s.state, s.step, s.num_steps) for s in found] == [("a", "stored", 2, 3), ("b", "finished", 3, 3)]
+    assert found[0].num_skipped_updates == 1 and "a: stored\n" in status.describe(found[0], 0.0)

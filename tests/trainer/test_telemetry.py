@@ -20,7 +20,7 @@ from trainer.telemetry.expert_load import ExpertLoad, group_of
 from trainer.telemetry.hook import Hook, RunState
 from trainer.telemetry.load_history import LoadInterval, LoadMeter
 from trainer.telemetry.metrics import EvalReport, PhaseTimer, StepReport, flatten, flatten_eval, peak_memory_bytes
-from trainer.telemetry.progress import Progress
+from trainer.telemetry.progress import Progress, fitting, number
 from trainer.telemetry.trackers.jsonl import JsonlTracker
 from trainer.training.hooks import EventHook, ProgressHook, SummaryHook, TrackerHook
 
@@ -158,9 +158,12 @@ def test_plain_lines_without_a_terminal() -> None:
     progress.write("a note")
     progress.close()
     lines = stream.getvalue().splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d\.\d ", line) for line in lines)
+    lines = [line.partition(" ")[2] for line in lines]
     assert [line.split("  ")[0] for line in lines] == [f"demo step {s}/10" for s in (3, 4, 8, 10)] + ["a note"]
-    assert re.fullmatch(r"demo step 3/10  loss 1\.500  [\d,]+ tok/s  \d+x real time  [\d:]+ left", lines[0])
-    assert lines[3].endswith("0:00 left")
+    wanted = r"demo step 3/10  [\d:]+ left  loss 1\.500  lr 0.001  grad 1\.500  [\d,]+ tok/s  \d+x real time"
+    assert re.fullmatch(wanted, lines[0]), lines[0]
+    assert "  0:00 left  " in lines[3]
     assert "\r" not in stream.getvalue()
 
 
@@ -171,6 +174,18 @@ def test_bar_on_a_terminal() -> None:
         progress.update(make_report(step))
     progress.close()
     assert "4/4" in stream.getvalue() and "loss 2.000" in stream.getvalue() and "\r" in stream.getvalue()
+    assert "," not in stream.getvalue().rpartition("4/4")[2].partition("tok/s")[0].rpartition("grad")[0]
+
+
+def test_a_narrow_terminal_keeps_the_remaining_time_and_the_loss() -> None:
+    words = ["12:03 left", "loss 2.000", "lr 0.001", "grad 1.500", "1,000 tok/s", "MFU 41.0%", "61.2 GiB"]
+    assert fitting(words, 10) == "12:03 left" and fitting(words, 30) == "12:03 left  loss 2.000"
+    assert fitting(words, 200) == "  ".join(words)
+
+
+def test_numbers_stay_short_when_a_run_diverges() -> None:
+    values = (3.21456, 41.23, 0.0, 2e-5, 123456.0, -7e12, float("nan"), float("inf"))
+    assert [number(v) for v in values] == ["3.215", "41.2", "0.000", "2.0e-05", "1.2e+05", "-7.0e+12", "nan", "inf"]
 
 
 def run_hooks(hooks: list[Hook], state: RunState, last_step: int, summary: dict[str, object]) -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from model.errors import UserError
 from trainer.telemetry.config import TelemetryConfig
-from trainer.telemetry.trackers.base import TrackedRun, flatten_params
+from trainer.telemetry.origin import origin_of
+from trainer.telemetry.trackers.base import TrackedRun, flatten_params, main_metrics
 from trainer.telemetry.trackers.jsonl import JsonlTracker
 from trainer.telemetry.trackers.mlflow import MlflowTracker, tracking_uri
 from trainer.telemetry.trackers.table import CompositeTracker, add_files, build_trackers, read_ids, restore_ids
@@ -116,6 +117,7 @@ def test_mlflow_keeps_one_run_across_a_resume(tmp_path: Path, monkeypatch: pytes
     client = MlflowClient(tracking_uri=tracking_uri(tmp_path))
     experiment = client.get_experiment_by_name("tests")
     assert experiment is not None
+    assert [e.name for e in client.search_experiments()] == ["tests"]  # no empty `Default`
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_id == (tmp_path / "x" / "mlflow_run_id").read_text().strip()
     assert run.info.status == "FINISHED" and run.info.run_name == "x"
@@ -222,3 +224,49 @@ def test_a_checkpoint_of_any_version_restores_the_ids(tmp_path: Path) -> None:
         assert read_ids(folder)["mlflow"] == "abc"
     restore_ids(tmp_path, {"mlflow_run": None})
     assert read_ids(tmp_path) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_mlflow_knows_where_a_run_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run_dir = tmp_path / "x"
+    run_dir.mkdir()
+    recipe, plan, scores = (run_dir / name for name in ("recipe.yaml", "plan.txt", "scores-test-step1.json"))
+    recipe.write_text("name: x")
+    started = time.time() - 100
+    facts = TrackedRun("x", tmp_path, "tests", {}, 0, False, started, origin_of("name: x"), (recipe, plan))
+    tracker = MlflowTracker(facts)
+    tracker.log({"train/loss": 1.0, "eval/test/asr/wer": 0.5, "eval/test/asr/wer/low": 0.4}, 1)
+    scores.write_text("{}")
+    tracker.close()
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking_uri(tmp_path))
+    run = client.get_run((run_dir / "mlflow_run_id").read_text().strip())
+    assert run.info.start_time == round(1000 * started) and run.info.end_time - run.info.start_time >= 100_000
+    assert {"host", "user", "mlflow.user", "recipe_digest", "version.torch"} <= set(run.data.tags)
+    assert sorted(a.path for a in client.list_artifacts(run.info.run_id)) == ["recipe.yaml", "scores-test-step1.json"]
+    assert set(run.data.metrics) == {"train/loss", "eval/test/asr/wer"} and tracker.num_lost == 0
+
+
+def test_stores_show_the_main_metrics_in_the_order_in_which_people_look_at_them() -> None:
+    names = ["ranks/max_work/llm_sec", "encoders/hubert/wait_sec", "time/step_sec", "eval/test/asr/default/wer"]
+    names += [
+        "eval/test/asr/wer/low",
+        "eval/test/asr/wer",
+        "eval/test/asr/digits/wer",
+        "train/loss",
+        "encoders/imbalance",
+    ]
+    names += ["eval/test/er/default/accuracy"]  # it is not doubled
+    shown = main_metrics(dict.fromkeys(names, 1.0))
+    wanted = ["train/loss", "eval/test/asr/wer", "eval/test/asr/digits/wer", "eval/test/er/default/accuracy"]
+    assert list(shown) == [*wanted, "time/step_sec", "encoders/imbalance"]
+
+
+def test_origin_has_no_empty_tags() -> None:
+    tags = origin_of("name: x", {"SLURM_JOB_ID": "4711"})
+    assert tags["job"] == "4711" and len(tags["recipe_digest"]) == 12 and all(tags.values())
+    assert "job" not in origin_of("name: x", {}) and tags["recipe_digest"] != origin_of("name: y")["recipe_digest"]

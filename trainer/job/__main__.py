@@ -27,9 +27,11 @@ from trainer.job import slurm
 from trainer.job.cancel import CancelledError, cancelled_by
 from trainer.job.check import Facts
 from trainer.job.node_check import GIB
-from trainer.job.preflight import BadNodesError, preflight, print_timed
+from trainer.job.preflight import BadNodesError, preflight
 from trainer.run.exit_codes import ExitCode
 from trainer.run.hardware import events_of_job, suspect_nodes
+from trainer.telemetry.alerts import Alerts
+from trainer.telemetry.announce import print_timed
 from trainer.telemetry.events import Event, EventLog, read_events
 
 _STORE_SEC = 10.0
@@ -302,9 +304,10 @@ def _in_job(recipe: str, overrides: Sequence[str]) -> int:
         if signals.ending:
             return ExitCode.STOPPED
         if error.facts is not None:
-            EventLog(Path(error.facts.run_dir)).add("refused", why=str(error), job=allocation.job_id)
+            run_dir = Path(error.facts.run_dir)
+            EventLog(run_dir, notify=Alerts(run_dir)).add("refused", why=str(error), job=allocation.job_id)
         raise
-    log = EventLog(Path(facts.run_dir))
+    log = EventLog(Path(facts.run_dir), notify=Alerts(Path(facts.run_dir)))
     return Job(allocation, facts, signals, log, (recipe, *overrides)).run()
 
 

@@ -8,7 +8,6 @@ import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from typing import Any
 
 from model.errors import UserError
@@ -17,6 +16,7 @@ from trainer.job.check import Facts
 from trainer.job.gpu_check import Report
 from trainer.job.node_check import Wanted
 from trainer.job.slurm import Allocation, Layout, srun
+from trainer.telemetry.announce import print_timed
 
 _ANSWER_SEC = 120.0
 
@@ -169,9 +169,3 @@ def _answers(command: Sequence[str]) -> list[dict[str, Any]]:
     else:
         raise_if_cancelled(step.returncode)
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-
-
-def print_timed(text: str) -> None:
-    """Print a line with the time of day to the job's log."""
-    now = datetime.now()
-    print(f"{now:%H:%M:%S}.{now.microsecond // 100_000} {text}", flush=True)

@@ -24,6 +24,7 @@ import yaml
 from model.errors import UserError
 from trainer.run.exit_codes import ExitCode
 from trainer.run.hardware import suspect_nodes
+from trainer.telemetry.alerts import Alerts
 from trainer.telemetry.events import Event, EventLog, read_events
 
 _PROJECT = Path(__file__).parents[2]
@@ -173,7 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{'requeue' if decision.again else 'no requeue'}: {decision.why}", flush=True)
     if options.exit_code != ExitCode.FINISHED:
         event = "requeued" if decision.again else "refused"
-        EventLog(options.run_dir).add(event, why=decision.why, exit_code=options.exit_code)
+        EventLog(options.run_dir, notify=Alerts(options.run_dir)).add(
+            event, why=decision.why, exit_code=options.exit_code
+        )
     return 0 if decision.again else 1
 
 

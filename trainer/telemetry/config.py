@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model.errors import UserError, check_least
+from trainer.telemetry.alerts import AlertConfig
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,11 @@ class TelemetryConfig:
     `mlflow` logs to `MLFLOW_TRACKING_URI` if set, else to `<train.run_dir>/mlflow.db` (SQLite). `tensorboard` writes
     to the folder `tensorboard` of the run. `wandb` needs an API key, or `WANDB_MODE=offline`.
     """
-    experiment: str = "mowe"
+    experiment: str = "earshot"
     """The name under which trackers group runs: MLflow's experiment and W&B's project. It is created if missing."""
+
+    alerts: AlertConfig = AlertConfig()
+    """Which events are posted to a webhook (docs/operations.md)."""
 
     def __post_init__(self) -> None:
         check_least("telemetry", self, log_every_steps=1, straggler_stretch_sec=0)

@@ -68,11 +68,13 @@ class EventLog:
         run_dir: The run's folder, which is created if it does not exist.
         rank: The rank of this process; None if it is not a rank.
         attempt: The attempt to which the events belong; None for the attempt that is current when an event is written.
+        notify: A function that is called with every event that was written, such as `trainer.telemetry.alerts.Alerts`.
     """
 
     run_dir: Path
     rank: int | None = None
     attempt: int | None = None
+    notify: Callable[[Event], None] | None = None
 
     def add(self, event: str, step: int | None = None, **fields: Any) -> None:
         """Append an event that happens now, and flush it to disk.
@@ -106,6 +108,8 @@ class EventLog:
             OSError: If the event could not be written.
         """
         _append(self.path, json.dumps(record, ensure_ascii=False))
+        if self.notify is not None:
+            self.notify(record)
 
     @property
     def path(self) -> Path:

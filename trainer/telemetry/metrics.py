@@ -57,6 +57,11 @@ class StepReport:
     """The number of epochs of each dataset that have been read since the run began, by the dataset's name. It need not
     be whole."""
 
+    mfu: float | None = None
+    """The model FLOPs utilization, from 0 to 1; None on CPUs, on unknown devices, and on ranks other than 0."""
+    memory_bytes: int = 0
+    """The peak memory of rank 0 so far: of its device, or of its process on a CPU; 0 on other ranks."""
+
     @property
     def seconds(self) -> float:
         """The wall time of the step, which is the sum of its phases."""
@@ -119,6 +124,11 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
         metrics["throughput/tokens_per_sec"] = sum(r.num_tokens for r in reports) / seconds
         metrics["throughput/audio_sec_per_sec"] = sum(r.audio_sec for r in reports) / seconds
         metrics["throughput/samples_per_sec"] = sum(r.num_samples for r in reports) / seconds
+    used = [r.mfu for r in reports if r.mfu is not None]
+    if used:
+        metrics["throughput/mfu"] = sum(used) / len(used)
+    if last.memory_bytes:
+        metrics["memory/rank0_peak_bytes"] = last.memory_bytes
     for report in reports:
         metrics |= report.ranks
     for name, epochs in last.epochs.items():

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import TextIO
 
 from tqdm import tqdm
 
+from trainer.telemetry.announce import duration, time_of_day
 from trainer.telemetry.metrics import StepReport
+
+_BAR_COLUMNS = 12
+"""The least width of the bar itself, with its frame and the percentage."""
+_MIN_COLUMNS = 80
 
 
 class Progress:
     """A progress bar if the output is a terminal, otherwise one plain line per `every_steps` steps.
 
-    Both show the loss, tokens per second, audio seconds per second (x real time) and the remaining time. Rates are
-    moving averages over the last steps.
+    Both show the remaining time, the loss, the learning rate, the gradient norm, tokens per second, the MFU or audio
+    seconds per second (x real time), and the peak memory of rank 0. A narrow terminal shows only the first of them.
+    Rates are moving averages over the last steps.
 
     Args:
         num_steps: The number of steps of the whole run.
@@ -38,31 +47,27 @@ class Progress:
         self._bar: tqdm | None = None
         if self._stream.isatty():
             self._bar = tqdm(
-                total=num_steps,
-                initial=start_step,
-                desc=name or None,
-                file=self._stream,
-                dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}",
+                total=num_steps, initial=start_step, file=self._stream, dynamic_ncols=True, bar_format=self._format("")
             )
 
     def update(self, report: StepReport) -> None:
         """Show one more step."""
         self._measure(report)
-        text = self._describe(report)
+        words = self._words(report)
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.bar_format = self._format(fitting(words, self._columns_left()))
             self._bar.update(report.step - self._bar.n)
         elif report.step % self._every_steps == 0 or report.step in (self._start_step + 1, self._num_steps):
             head = f"{self._name} " if self._name else ""
-            self._print(f"{head}step {report.step}/{self._num_steps}  {text}")
+            self.write(f"{head}step {report.step}/{self._num_steps}  {'  '.join(words)}")
 
     def write(self, line: str) -> None:
-        """Print a line without breaking the bar."""
+        """Print a line with the time of day, without breaking the bar."""
+        text = f"{time_of_day()} {line}"
         if self._bar is not None:
-            self._bar.write(line, file=self._stream)
+            self._bar.write(text, file=self._stream)
         else:
-            self._print(line)
+            print(text, file=self._stream, flush=True)
 
     def skip_time(self) -> None:
         """Exclude the time since the last step, for example that of an evaluation, from the rates."""
@@ -72,8 +77,20 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def _print(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+    def _format(self, text: str) -> str:
+        """Return the format of tqdm's bar. Its own postfix would begin with a comma."""
+        name, shown = (
+            (f"{part} " if part else "").replace("{", "{{").replace("}", "}}") for part in (self._name, text)
+        )
+        return name + "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} " + shown
+
+    def _columns_left(self) -> int:
+        """Return the number of columns that are left for the words next to a short bar."""
+        try:
+            columns = os.get_terminal_size(self._stream.fileno()).columns
+        except (OSError, ValueError):  # not a real terminal
+            columns = _MIN_COLUMNS
+        return columns - len(self._name) - 1 - _BAR_COLUMNS - 2 * len(str(self._num_steps)) - 4
 
     def _measure(self, report: StepReport) -> None:
         now_sec = time.perf_counter()
@@ -87,15 +104,37 @@ class Progress:
             a = self._SMOOTHING
             self._rates = tuple(a * x + (1 - a) * y for x, y in zip(latest, self._rates, strict=True))  # type: ignore[assignment]
 
-    def _describe(self, report: StepReport) -> str:
+    def _words(self, report: StepReport) -> list[str]:
+        """Return what is shown of a step, the most important first."""
         assert self._rates is not None
         step_sec, num_tokens, audio_sec = self._rates
-        left = _duration((self._num_steps - report.step) * step_sec)
-        rates = f"{num_tokens / step_sec:,.0f} tok/s  {audio_sec / step_sec:.0f}x real time"
-        return f"loss {report.loss:.3f}  {rates}  {left} left"
+        use = f"{audio_sec / step_sec:.0f}x real time" if report.mfu is None else f"MFU {report.mfu:.1%}"
+        return [
+            f"{duration((self._num_steps - report.step) * step_sec)} left",
+            f"loss {number(report.loss)}",
+            f"lr {report.lr:.2g}",
+            f"grad {number(report.grad_norm)}",
+            f"{num_tokens / step_sec:,.0f} tok/s",
+            use,
+            *([f"{report.memory_bytes / 2**30:.1f} GiB"] if report.memory_bytes else []),
+        ]
 
 
-def _duration(seconds: float) -> str:
-    minutes, sec = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{sec:02d}" if hours else f"{minutes}:{sec:02d}"
+def fitting(words: Sequence[str], columns: int) -> str:
+    """Join the first of `words` that fit into a number of columns. The first word is always shown."""
+    text = words[0]
+    for word in words[1:]:
+        if len(text) + 2 + len(word) > columns:
+            break
+        text += f"  {word}"
+    return text
+
+
+def number(value: float) -> str:
+    """Return a loss or norm in few characters: `3.214`, `41.2`, `1.2e+07`, `nan`."""
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if size >= 1e4 or 0 < size < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.3f}" if size < 10 else f"{value:.1f}"

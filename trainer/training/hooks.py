@@ -25,7 +25,7 @@ class ProgressHook(Hook):
 
     _SHOWN_OTHERWISE = ("resumed", "finished", "stopped")
     """Events that are not printed, because other lines on the terminal already report them."""
-    _HIDDEN_FIELDS = ("samples", "why", "slow_rank", "slow_host", "times_median")
+    _HIDDEN_FIELDS = ("samples", "why", "slow_rank", "slow_host", "times_median", "history")
 
     def __init__(self, every_steps: int = 1) -> None:
         self._every_steps = every_steps
@@ -58,7 +58,10 @@ class ProgressHook(Hook):
         if event not in self._SHOWN_OTHERWISE:
             words = [str(fields["why"])] if "why" in fields else []
             words += [f"{key} {value}" for key, value in fields.items() if key not in self._HIDDEN_FIELDS]
-            self._progress.write(f"step {step}: {event.replace('_', ' ')}: {', '.join(words)}")
+            text = f"step {step}: {event.replace('_', ' ')}"
+            self._progress.write(f"{text}: {', '.join(words)}" if words else text)
+            for past, loss, norm in fields.get("history", ()):
+                self._progress.write(f"  step {past:<8} loss {loss:<10} grad norm {norm}")
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         assert self._progress is not None

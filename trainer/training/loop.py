@@ -34,6 +34,7 @@ from trainer.training.replicas import check_replicas
 from trainer.training.saver import Saver
 from trainer.training.spikes import EndError, answer_spike
 from trainer.training.step import Step
+from trainer.training.utilization import utilization_of
 
 
 class Loop:
@@ -74,6 +75,7 @@ class Loop:
         self.saver = Saver(recipe, step, groups, checkpoints, run_dir, described, self.hooks)
         self.work = Work(recipe.telemetry, WaitSampler(step.timer), groups, self.hooks.on_event)
         self.trace = Trace(recipe.profile, step.timer, run_dir / "trace", groups.rank, groups.world)
+        self.utilization = None if groups.rank else utilization_of(recipe, groups.topology, groups.device)
         self.last_step = recipe.train.steps
         """The step after which the run is finished. Early stopping sets it to an earlier step."""
         self.stopped = False
@@ -171,6 +173,10 @@ class Loop:
                 load = self.step.take_load(report.step)
                 report = self.work.take(replace(report, load=load))
         report = replace(report, num_skipped=known.skipped, epochs=known.epochs)
+        if self.groups.rank == 0:
+            peak = peak_memory_bytes()
+            mfu = None if self.utilization is None else self.utilization.mfu(report)
+            report = replace(report, mfu=mfu, memory_bytes=peak.get("device", peak["host"]))
         self.trace.end(report.step, last=known.stopping)
         self.hooks.on_step(report)
         if self.stopped:

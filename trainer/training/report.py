@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from trainer.data.prepare import PreparedData
@@ -10,11 +11,14 @@ from trainer.scoring.baseline import majority_baseline
 from trainer.scoring.meteor import Meteor
 from trainer.scoring.scores import ALL
 from trainer.scoring.table import format_table, score_table
-from trainer.scoring.tasks import is_headline
+from trainer.scoring.tasks import find_task, is_headline
 from trainer.training.evaluate import Evaluation
 
 MAX_BASELINE_SAMPLES = 200_000
 """The largest number of training samples that are read again for the majority baseline."""
+NUM_ANSWERS = 5
+"""The number of answers that are printed at the end of a run."""
+_MAX_CHARACTERS = 55
 
 
 def final_table(found: Evaluation, prepared: PreparedData, meteor: Meteor | None) -> str:
@@ -35,6 +39,33 @@ def final_table(found: Evaluation, prepared: PreparedData, meteor: Meteor | None
     head = f"{found.report.split} split after step {found.report.step}: {len(found.predictions)} samples"
     note = f"\n{unfinished} answers reached eval.max_new_tokens and were cut off" if unfinished else ""
     return f"\n{head}\n{format_table(score_table(scores, baseline))}{note}"
+
+
+def closing(found: Evaluation, run_dir: Path, run_url: str) -> str:
+    """Return the last lines of a run: some of its answers, where its files are, and what to do next.
+
+    Args:
+        found: The last evaluation.
+        run_dir: The run's folder.
+        run_url: The location of the run's checkpoints.
+    """
+    spoken = [p for p in found.predictions if find_task(p.meta["task"]).is_transcription]
+    answers, words = (spoken, "spoken") if spoken else (found.predictions, "wanted")
+    # They are evenly spaced, so that every kind of text is among them.
+    shown = [answers[i * len(answers) // NUM_ANSWERS] for i in range(min(NUM_ANSWERS, len(answers)))]
+    rows = [{words: _cut(p.meta["answer"]), "recognised" if spoken else "answer": _cut(p.hypothesis)} for p in shown]
+    lines = [
+        f"run       {run_dir}" + ("" if run_url == str(run_dir) else f", checkpoints in {run_url}"),
+        f"status    earshot status {run_dir}",
+        f"scores    earshot evaluate {run_url} --data DATA --split {found.report.split}",
+        f"export    earshot export {run_url} OUT",
+    ]
+    return f"\n{format_table(rows)}\n\n" + "\n".join(lines)
+
+
+def _cut(text: object) -> str:
+    line = " ".join(str(text).split())
+    return line if len(line) <= _MAX_CHARACTERS else f"{line[: _MAX_CHARACTERS - 1]}…"
 
 
 def _training_metas(prepared: PreparedData) -> Iterator[dict[str, Any]]:

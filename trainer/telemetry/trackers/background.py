@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trainer.telemetry.trackers.base import Tracker, without_credentials
+from trainer.telemetry.trackers.base import Tracker, main_metrics, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class BackgroundTracker(Tracker):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         try:
-            self._queue.put_nowait(Record(step, time.time_ns() // 1_000_000, dict(metrics)))
+            self._queue.put_nowait(Record(step, time.time_ns() // 1_000_000, main_metrics(metrics)))
         except queue.Full:
             self._lose(1, "its queue is full because the store is slower than training")
 

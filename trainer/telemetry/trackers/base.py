@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +26,13 @@ class TrackedRun:
     """The step from which the run resumes; 0 if it starts from the beginning."""
     again: bool = False
     """Whether this is a later attempt of the run, even if it starts from the beginning."""
+    started_sec: float = 0.0
+    """The time at which the attempt started, in seconds since the Unix epoch; 0 for the time at which the tracker
+    starts."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Facts about where the run comes from, such as the commit, the host and the versions of packages."""
+    files: tuple[Path, ...] = ()
+    """Files that describe the run, such as its recipe. Stores that keep files receive them at the start."""
 
     @property
     def folder(self) -> Path:
@@ -89,6 +96,26 @@ class Tracker(ABC):
             root: The folder that contains the run's folder.
         """
         return None
+
+
+def main_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics that stores show as curves; `metrics.jsonl` contains all of them.
+
+    The bounds of intervals, the scores of a subset that is the whole task, and the parts of the ranks' and encoders'
+    times are left out. The order is that in which people look at them.
+    """
+
+    def is_shown(name: str) -> bool:
+        parts = name.split("/")
+        if parts[0] == "eval":
+            doubled = parts[-2] == "default" and "/".join([*parts[:-2], parts[-1]]) in metrics
+            return parts[-1] not in ("low", "high") and not doubled
+        return not name.startswith(("ranks/max_work/", "encoders/")) or name == "encoders/imbalance"
+
+    groups = ("train", "eval", "throughput", "memory", "time", "router")
+    order = {group: i for i, group in enumerate(groups)}
+    shown = sorted((n for n in metrics if is_shown(n)), key=lambda n: order.get(n.split("/")[0], len(order)))
+    return {name: metrics[name] for name in shown}
 
 
 _SECRET_KEY = re.compile(r"passw|secret|credential|api_?key|access_?key|(auth|access|hf|bearer)_?token", re.IGNORECASE)

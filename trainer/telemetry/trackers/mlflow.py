@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,19 +49,43 @@ class MlflowTracker(BackgroundTracker):
             self._run_id = id_file.read_text(encoding="utf-8").strip()
             self._client.update_run(self._run_id, status="RUNNING")
             return
-        self._run_id = self._client.create_run(self._experiment_id(), run_name=run.name).info.run_id
+        started_ms = round(1000 * (run.started_sec or time.time()))
+        tags = {
+            **run.tags,
+            "mlflow.user": run.tags.get("user", ""),
+            "mlflow.source.git.commit": run.tags.get("commit", ""),
+        }
+        created = self._client.create_run(
+            self._experiment_id(),
+            start_time=started_ms,
+            tags={name: value for name, value in tags.items() if value},
+            run_name=run.name,
+        )
+        self._run_id = created.info.run_id
         params = [Param(name, value[:_MAX_PARAM_CHARACTERS]) for name, value in flatten_params(run.params).items()]
         for i in range(0, len(params), _NUM_PARAMS_PER_REQUEST):
             self._client.log_batch(self._run_id, params=params[i : i + _NUM_PARAMS_PER_REQUEST])
         write_atomically(id_file, self._run_id + "\n")
+        self._add(run.files)
+
+    def _add(self, files: Sequence[Path]) -> None:
+        for file in files:
+            if file.is_file():
+                self._client.log_artifact(self._run_id, str(file))
 
     def _experiment_id(self) -> str:
         run = self._run
         experiment = self._client.get_experiment_by_name(run.experiment)
         if experiment is not None:
             return str(experiment.experiment_id)
-        local = None if "MLFLOW_TRACKING_URI" in os.environ else str((run.root / "mlflow-artifacts").resolve())
-        return str(self._client.create_experiment(run.experiment, artifact_location=local))
+        is_local = "MLFLOW_TRACKING_URI" not in os.environ
+        place = str((run.root / "mlflow-artifacts").resolve()) if is_local else None
+        created = str(self._client.create_experiment(run.experiment, artifact_location=place))
+        if is_local:  # A new store contains an empty experiment `Default`, which nobody asked for.
+            default = self._client.get_experiment_by_name("Default")
+            if default is not None and not self._client.search_runs([default.experiment_id], max_results=1):
+                self._client.delete_experiment(default.experiment_id)
+        return created
 
     def write(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric
@@ -70,6 +95,7 @@ class MlflowTracker(BackgroundTracker):
             self._client.log_batch(self._run_id, metrics=metrics[i : i + _NUM_METRICS_PER_REQUEST])
 
     def close_run(self) -> None:
+        self._add(sorted(self._run.folder.glob("scores-*.json")))  # with the bounds of intervals
         self._client.set_terminated(self._run_id)
 
     @classmethod

@@ -35,6 +35,12 @@ class TensorboardTracker(BackgroundTracker):
         if run.resume_step == 0:
             rows = (f"| {name} | {value} |" for name, value in flatten_params(run.params).items())
             self._writer.add_text("recipe", "\n".join(["| key | value |", "|---|---|", *rows]))
+            tags = (f"| {name} | {value} |" for name, value in run.tags.items())
+            self._writer.add_text("origin", "\n".join(["| tag | value |", "|---|---|", *tags]))
+            for file in run.files:
+                if file.is_file():
+                    text = "".join(f"    {line}\n" for line in file.read_text(encoding="utf-8").splitlines())
+                    self._writer.add_text(file.stem, text)
 
     def write(self, records: Sequence[Record]) -> None:
         for record in records:

@@ -47,10 +47,13 @@ class WandbTracker(BackgroundTracker):
             id=run_id,
             resume="allow",
             dir=str(run.folder),
-            config=flatten_params(run.params),
+            config={**flatten_params(run.params), **{f"origin/{name}": value for name, value in run.tags.items()}},
             # W&B must not capture the code, files or terminal output of the run.
             settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
         )
+        for file in run.files:
+            if file.is_file():
+                self._wandb_run.save(str(file), base_path=str(run.folder), policy="now")
         self._wandb_run.define_metric("step", hidden=True)
         self._wandb_run.define_metric("*", step_metric="step")
 
