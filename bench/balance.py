@@ -37,7 +37,7 @@ import torch
 
 from model.batch import IGNORE, Batch, Sample
 from model.config import EncoderConfig, ModelConfig
-from model.lengths import audio_tokens_of_samples, num_samples
+from model.lengths import num_samples
 from trainer.engine import expert_parallel
 from trainer.engine.placement import clip_cost
 from trainer.parallel.dispatch import ClipCost, ClipTable, DispatchPlan, dispatch_of, plan_dispatch
@@ -134,7 +134,7 @@ def skewed_batch(rank: int, model: ModelConfig) -> Batch:
 
     generator = torch.Generator().manual_seed(rank)
     samples = num_samples(LONG_SEC if rank == 0 else SHORT_SEC)
-    audio_tokens = audio_tokens_of_samples(samples, model.adapter.strides)
+    audio_tokens = model.adapter.rate.tokens_of_samples(samples)
     made = [
         Sample(
             key=f"{rank}-{i}",

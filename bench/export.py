@@ -78,7 +78,7 @@ def work(folder: Path) -> int:
     encoder = EncoderConfig("whisper", "whisper", config=large, length_mode="trim")
     model = replace(tiny, primary=encoder, ctc_weight=0.0)
     step = parity.build_step(model, groups, DS_CONFIG, 1)
-    samples = [parity.make_sample(i, 1, model.adapter.strides, 0) for i in range(world)]
+    samples = [parity.make_sample(i, 1, model.adapter.rate, 0) for i in range(world)]
     step(0, Batch((samples[rank],)))
     manager = CheckpointManager(str(folder / "run" / "checkpoints"), CheckpointConfig(), groups)
     described = describe(model, step.llm.hf_config, parity.VOCAB_SIZE)

@@ -61,7 +61,7 @@ def work() -> int:
     rank, _, device = connect(timeout_sec=300)
     groups = build_groups(Topology(1, 1, 1), rank, device, parity.SEED)
     model = parity.tiny_model()
-    samples = parity.make_samples("mixed", 1, model.adapter.strides)
+    samples = parity.make_samples("mixed", 1, model.adapter.rate)
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     oracle = parity.build_oracle(model)
     fp32 = parity.compare(parity.build_step(model, groups, DS_CONFIG, 1), oracle, samples)
@@ -88,7 +88,7 @@ def throughput(groups: Any, ds_config: dict[str, Any], device: torch.device) -> 
     model = replace(parity.tiny_model(), primary=primary, experts=encoders[1:], expert_dim=768, ctc_weight=0.0)
     model = replace(model, llm=LLMConfig(config=LLM))
     step = parity.build_step(model, groups, ds_config, 1000, torch.bfloat16, batch_sec=480, pack_tokens=8192)
-    samples = tuple(parity.make_sample(i, 1, model.adapter.strides, 7) for i in range(128))
+    samples = tuple(parity.make_sample(i, 1, model.adapter.rate, 7) for i in range(128))
     batch = Batch(samples)
     for number in range(WARMUP_STEPS):
         step(number, batch)

@@ -29,6 +29,7 @@ from typing import Any
 
 from bench.loader_corpus import KIT, Utterance, linked_dataset, utterances, write_dataset, write_shar
 from bench.loader_resume import first_batch_sec, resume_sec
+from model.lengths import TokenRate
 from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.decode import decode_audio
 from trainer.data.prepare import PreparedData, prepare
@@ -80,7 +81,7 @@ def ours_clips(prepared: PreparedData) -> Arm:
     def run() -> int:
         reader.shards.table.cache_clear()  # as in a dataset with more shards than tables that are kept
         reader.selected.cache_clear()
-        spec = StreamSpec(prepared.config, (), prepared.tokenizer_path, prepared.strides, False, 0, 1)
+        spec = StreamSpec(prepared.config, (), prepared.tokenizer_path, prepared.rate, False, 0, 1)
         lanes = {lane: LaneState() for lane in range(LANES)}
         group = LaneGroup(spec, lanes, 0, [reader], prepared.tokenizer)
         delivered = 0
@@ -187,7 +188,7 @@ def measure(root: Path, parts: list[str], samples: list[Utterance], rounds: int)
     """Return the results of every requested part."""
     results: dict[str, Any] = {}
     write_dataset(open_store(str(root / "set")), samples, PER_SHARD)
-    prepared = prepare(config(str(root), cache_dir=str(root / "cache")), (2, 2, 2))
+    prepared = prepare(config(str(root), cache_dir=str(root / "cache")), TokenRate((2, 2, 2)))
     tokenizer = prepared.tokenizer_path
     if "local" in parts:
         arms, missing = local_arms(root, samples, prepared)

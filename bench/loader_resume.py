@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict
 
+from model.lengths import TokenRate
 from trainer.config.convert import from_tree
 from trainer.data.config import DataConfig
 from trainer.data.lanes import DatasetOrder
@@ -18,7 +19,7 @@ from trainer.data.stream import SampleStream
 
 REPEATS = 5
 CONSUMED = (10**3, 10**5, 10**6)
-_STRIDES = (2, 2, 2)
+_RATE = TokenRate((2, 2, 2))
 
 
 def first_batch_sec(config: DataConfig) -> dict[str, float]:
@@ -55,7 +56,7 @@ def resume_sec(config: DataConfig) -> dict[int, float]:
         times = []
         for _ in range(REPEATS):
             start = time.perf_counter()
-            prepared = prepare(config, _STRIDES)
+            prepared = prepare(config, _RATE)
             (reader,) = prepared.open_training()
             position = consumed // config.num_lanes
             lane_state = LaneState({reader.config.name: position}, position)
@@ -84,7 +85,7 @@ def resume_sec(config: DataConfig) -> dict[int, float]:
 
 
 def _first(kind: str, config: DataConfig) -> None:
-    prepared = prepare(config, _STRIDES)
+    prepared = prepare(config, _RATE)
     if kind == "arrays":
         stream = SampleStream(prepared, seed=0, num_batches=10)
         next(iter(stream))

@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from model.lengths import TokenRate
 from tests.services.swift import running
 from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.decode import decode_audio
@@ -102,7 +103,7 @@ def main(folder: str, tokenizer: str) -> int:
             remote.put(name, [local.get(name)])
         config = DataConfig(root="s3://bench", datasets=(DatasetConfig(name="joined", shards="set"),), eval_splits=())
         config = replace(config, tokenizer=replace(config.tokenizer, path=tokenizer))
-        prepared = prepare(config, (2, 2, 2))
+        prepared = prepare(config, TokenRate((2, 2, 2)))
         arms: dict[str, Callable[[], int]] = {f"obstore, {n} at a time": obstore_alone(n) for n in (1, THREADS)}
         readers = {}
         for read_kib in READ_KIB:

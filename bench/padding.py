@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from bench.loader_corpus import KIT, durations
-from model.lengths import FRAME_SAMPLES, audio_tokens_of_samples, num_frames, num_samples
+from model.lengths import FRAME_SAMPLES, TokenRate, num_frames, num_samples
 from trainer.parallel.balance import spread_alike
 from trainer.parallel.dispatch import CALL_COST_SAMPLES, group_by_length
 from trainer.parallel.packs import plan_packs
 
 GOAL = 0.02
-STRIDES = (2, 2, 2)
+RATE = TokenRate((2, 2, 2))
 ENCODER_BATCH_SEC, PACK_TOKENS = 480.0, 4096
 """The defaults of `train.encoder_batch_sec` and `train.llm_tokens_per_microbatch`."""
 RANKS, BATCHES = (1, 8), (64, 256, 1024)
@@ -142,7 +142,7 @@ def measure(seconds: Sequence[float], text: Sequence[int]) -> dict[str, Any]:
     """Return all measurements of one dataset."""
     samples = [num_samples(s) for s in seconds]
     frames = [num_frames(s) for s in samples]
-    tokens = [audio_tokens_of_samples(s, STRIDES) + t for s, t in zip(samples, text, strict=True)]
+    tokens = [RATE.tokens_of_samples(s) + t for s, t in zip(samples, text, strict=True)]
     longest = round(LONGEST_SEC * 50)
     found: dict[str, Any] = {
         "encoder": {

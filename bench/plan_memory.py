@@ -167,7 +167,6 @@ def _batch(recipe: Any, workload: Any, rank: int) -> Any:
     import torch
 
     from model.batch import IGNORE, Batch, Sample
-    from model.lengths import audio_tokens_of_samples
 
     generator, samples = torch.Generator().manual_seed(rank), []
     vocab = recipe.data.tokenizer.train_vocab_size
@@ -175,7 +174,7 @@ def _batch(recipe: Any, workload: Any, rank: int) -> Any:
         if workload.source_ranks[i] != rank:
             continue
         length, total = int(workload.audio_samples[i]), int(workload.num_tokens[i])
-        audio_tokens = audio_tokens_of_samples(length, recipe.model.adapter.strides)
+        audio_tokens = recipe.model.adapter.rate.tokens_of_samples(length)
         ids = torch.randint(0, vocab, (total,), generator=generator)
         labels = torch.full((total,), IGNORE)
         labels[-8:] = ids[-8:]

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from model import lengths
-from model.adapter import Adapter
 from model.audio_output import AudioOutput
 from model.batch import Ragged
 from model.config import EncoderConfig, ModelConfig
+from model.connectors.base import build_adapter
 from model.encoders.base import AudioEncoder
 from model.encoders.registry import build_encoder
 from model.lengths import Windowing
@@ -50,9 +50,18 @@ class AudioTower(nn.Module):
         llm_dim: The width H of the LLM.
         vocab_size: The size of the tokenizer's vocabulary, for the prompt gate and the heads of losses.
         held: The names of the experts to build in this process; None for all experts. The others cannot be called here.
+        embedding_rms: The root mean square of the LLM's token embeddings, to which `model.adapter.normalize` initially
+            scales the audio embeddings.
     """
 
-    def __init__(self, config: ModelConfig, llm_dim: int, vocab_size: int, held: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        llm_dim: int,
+        vocab_size: int,
+        held: Collection[str] | None = None,
+        embedding_rms: float = 1.0,
+    ) -> None:
         super().__init__()
         self.config = config
         self.expert_names = tuple(e.name for e in config.experts)
@@ -70,8 +79,15 @@ class AudioTower(nn.Module):
             router, num_experts = config.router, len(config.experts)
             self.router = _seeded("router", lambda: Router(router, num_experts, width, vocab_size, config.expert_dim))
         joined = width + (len(config.router.gates) * config.expert_dim if config.experts else 0)
-        self.adapter = _seeded("adapter", lambda: Adapter(config.adapter, joined))
+        self.adapter = _seeded("adapter", lambda: build_adapter(config.adapter, joined))
         self.projector = _seeded("projector", lambda: nn.Linear(self.adapter.dim, llm_dim))
+        self.feature_norm: nn.Module | None = None
+        self.output_norm: nn.RMSNorm | None = None
+        if config.adapter.normalize:
+            # Ultravox normalizes before and after its projector in this way, too.
+            self.feature_norm = nn.LayerNorm(joined)
+            self.output_norm = nn.RMSNorm(llm_dim, eps=1e-6)
+            nn.init.constant_(self.output_norm.weight, embedding_rms)
         self.loss_heads: tuple[str, ...] = tuple(
             loss.name
             for loss in active_losses(config)
@@ -149,9 +165,15 @@ class AudioTower(nn.Module):
         if self.expert_names:
             routing = self.router(clips, primary, prompts, noise)
             experts = list(encode(self.expert_names, clips, routing.active))
-        features = self.adapter(mix(primary, experts, routing, frames))
+        joined = mix(primary, experts, routing, frames)
+        if self.feature_norm is not None:
+            joined = Ragged(self.feature_norm(joined.values), joined.lengths)
+        features = self.adapter(joined)
         heads = {name: Ragged(self.head_of(name)(features.values), features.lengths) for name in self.loss_heads}
-        return AudioOutput(Ragged(self.projector(features.values), features.lengths), routing, features, heads)
+        embeddings = self.projector(features.values)
+        if self.output_norm is not None:
+            embeddings = self.output_norm(embeddings)
+        return AudioOutput(Ragged(embeddings, features.lengths), routing, features, heads)
 
 
 def _seeded(part: str, build: Callable[[], Part]) -> Part:

@@ -112,6 +112,8 @@ class Sample:
     texts: Mapping[str, Tensor] = field(default_factory=dict)
     """The token ids of other manifest fields that a loss reads (see `Loss.text_fields`), by the field's name."""
     meta: dict[str, Any] = field(default_factory=dict)
+    answer_text: str = ""
+    """The text of the answer; empty in evaluation."""
     is_transcription: bool = False
     """True if the answer is the transcript of the audio."""
 

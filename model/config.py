@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from model.connectors.kinds import ADAPTERS
 from model.encoders.families import ENCODER_FAMILIES
 from model.errors import UserError, check_least
+from model.lengths import TokenRate
 from model.table import OneOf
 
 FORMER_GATES = {"independent": "data_independent", "dependent": "data_dependent"}
@@ -95,18 +97,39 @@ class RoutingLossConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The adapter: strided 1-D convolutions over the joined features."""
+    """The adapter, which turns the joined features into one vector per audio token, for the projector."""
 
+    kind: Annotated[str, OneOf(ADAPTERS)] = "convolutions"
+    """The kind of network (see `docs/connectors.md`). `convolutions`: strided 1-D convolutions. `stacking`: frames are
+    concatenated and passed to a perceptron. `queries`: learned queries attend to each window of frames."""
     hidden_size: int = 1024
-    """The number of channels of every convolution, and the width of the adapter's output."""
+    """The width of the layers and of the output."""
     kernel_size: int = 3
-    """The kernel size of every convolution, in frames. It must be at least the largest stride."""
+    """For `convolutions`: the kernel size of every convolution, in frames. It must be at least the largest stride."""
     strides: tuple[int, ...] = (2, 2, 2)
-    """The stride of each convolution. Their product is the down-sampling: 8 by default, so that an audio token of the
-    LLM covers 160 ms."""
+    """The down-sampling, as one factor per convolution. Their product is the number of frames that are stacked or that
+    form a window: 8 by default, so that an audio token of the LLM covers 160 ms."""
+    num_queries: int = 1
+    """For `queries`: the number of queries, which is the number of audio tokens of a window."""
+    num_layers: int = 2
+    """For `queries`: the number of layers, each of which attends to the window and then applies a perceptron."""
+    num_heads: int = 8
+    """For `queries`: the number of attention heads; it must divide `hidden_size`."""
+    normalize: bool = False
+    """Whether to normalize the features of every frame, and to scale the audio embeddings to the size of the LLM's
+    token embeddings. Use it with a pre-trained LLM."""
 
     def __post_init__(self) -> None:
-        check_least("model.adapter", self, hidden_size=1)
+        check_least("model.adapter", self, hidden_size=1, num_queries=1, num_layers=1, num_heads=1)
+        if self.kind != "queries" and self.num_queries != 1:
+            raise UserError(
+                f"model.adapter.num_queries = {self.num_queries}: only kind queries has queries; remove the key"
+            )
+
+    @property
+    def rate(self) -> TokenRate:
+        """The number of audio tokens as a function of the length of a clip."""
+        return TokenRate(self.strides, self.num_queries)
 
 
 @dataclass(frozen=True)
@@ -174,11 +197,17 @@ class ModelConfig:
     ctc_weight: float = 0.0
     """The weight of an auxiliary CTC loss on the adapter's output, for the answers of transcription tasks such as asr.
     0 builds no CTC head."""
+    ctc_vocabulary: Literal["tokens", "bytes"] = "tokens"
+    """What the CTC loss spells. `tokens`: the answer in the LLM's tokens, so that the head has as many outputs as the
+    tokenizer. `bytes`: the UTF-8 bytes of the answer in lower case, which need a small head, whatever the LLM."""
+    ctc_outputs: int = 1
+    """The number of CTC outputs per audio token. A clip takes part only if its outputs can spell the answer. Speech has
+    up to 20 bytes per second, so with `bytes`, 6.25 audio tokens per second need 4 outputs each."""
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
     """Options of further losses by name, for example `{distillation: {weight: 0.5}}`. A loss without weight is off."""
 
     def __post_init__(self) -> None:
-        check_least("model", self, expert_dim=1, ctc_weight=0)
+        check_least("model", self, expert_dim=1, ctc_weight=0, ctc_outputs=1)
         names = [e.name for e in self.encoders]
         if len(set(names)) != len(names) or "" in names:
             raise UserError(f"model.experts: encoder names {names} must be unique and not empty")

@@ -32,16 +32,24 @@ def num_frames(samples: Count) -> Count:
     return -(-samples // FRAME_SAMPLES)
 
 
-def num_audio_tokens(frames: int, strides: tuple[int, ...]) -> int:
-    """Return the number of audio tokens that an adapter with these strides makes of `frames`. Each layer rounds up."""
-    for stride in strides:
-        frames = -(-frames // stride)
-    return frames
+@dataclass(frozen=True)
+class TokenRate:
+    """The rule by which an adapter turns frames into audio tokens: their number follows from the length alone."""
 
+    strides: tuple[int, ...]
+    """The down-sampling of each layer. Each layer rounds up."""
+    tokens_per_group: int = 1
+    """The number of audio tokens for every group of frames that the strides leave."""
 
-def audio_tokens_of_samples(samples: int, strides: tuple[int, ...]) -> int:
-    """Return the number of audio tokens of a clip of `samples` audio samples."""
-    return num_audio_tokens(num_frames(samples), strides)
+    def tokens_of_frames(self, frames: int) -> int:
+        """Return the number of audio tokens of `frames` encoder frames."""
+        for stride in self.strides:
+            frames = -(-frames // stride)
+        return frames * self.tokens_per_group
+
+    def tokens_of_samples(self, samples: int) -> int:
+        """Return the number of audio tokens of a clip of `samples` audio samples."""
+        return self.tokens_of_frames(num_frames(samples))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from model.audio_output import AudioOutput
 from model.audio_tower import AudioTower
 from model.batch import IGNORE, Batch, Ragged, Sample
 from model.config import ModelConfig
-from model.llm.reference import build_reference
+from model.llm.reference import build_reference, weight_source
+from model.llm.weights import embedding_rms
 from model.losses.base import LossTerm, TokenLoss, audio_terms, labelled_losses
 from model.losses.table import active_losses
 from model.losses.vocabulary import Vocabulary
@@ -61,7 +62,8 @@ class SpeechLLM(nn.Module):
         torch.manual_seed(seed)
         self.llm = build_reference(config.llm, seed)
         torch.manual_seed(seed)
-        self.audio = AudioTower(config, self.llm.config.hidden_size, vocab_size)
+        rms = embedding_rms(weight_source(config.llm, self.llm.config, seed))
+        self.audio = AudioTower(config, self.llm.config.hidden_size, vocab_size, embedding_rms=rms)
 
     def embed_audio(self, batch: Batch, noise: Tensor | None = None) -> AudioOutput | None:
         """Return the output of the audio side for the clips of `batch`; None if there is no clip.

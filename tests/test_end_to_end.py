@@ -139,7 +139,7 @@ def check_profile(whole: Path, half: Path, corpus: Path) -> None:
 def check_routing(third: ExpertLoad, run: Path) -> None:
     """Check that routing step 3's batch in one process, with the weights after step 2, gives the recorded history."""
     reader, recipe = open_checkpoint(RunPath(run, run / "checkpoints" / "step-00000002"))
-    prepared = prepare(recipe.data, recipe.model.adapter.strides)
+    prepared = prepare(recipe.data, recipe.model.adapter.rate)
     with Loader(prepared, seed=recipe.seed, num_batches=recipe.train.steps) as loader:
         batch = [batch for batch, _ in loader][2]
     tower = load_tower(recipe.model, reader)

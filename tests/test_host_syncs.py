@@ -45,7 +45,7 @@ def begin() -> tuple[Groups, Any, Batch]:
     rank, _, device = connect(timeout_sec=60)
     groups = build_groups(Topology(1, 1, 1), rank, device, parity.SEED)
     model = parity.tiny_model()
-    return groups, model, Batch(tuple(parity.make_samples("mixed", 1, model.adapter.strides)[0]))
+    return groups, model, Batch(tuple(parity.make_samples("mixed", 1, model.adapter.rate)[0]))
 
 
 def steps() -> dict[str, Any]:

@@ -128,7 +128,7 @@ def train(folder: str) -> list[list[float]]:
     rows = []
     for kind, expert in (("mixed", None), ("one_expert", 0)):
         with parity.favoured(step, expert):
-            found = parity.compare(step, oracle, parity.make_samples(kind, world, model.adapter.strides))
+            found = parity.compare(step, oracle, parity.make_samples(kind, world, model.adapter.rate))
         rows.append([found.loss, found.gradient])
     loss, norm = parity.loss_curves(step, oracle, 2)
     torch.distributed.barrier()

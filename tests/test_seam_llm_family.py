@@ -95,7 +95,7 @@ def train(tp: int, pp: int) -> list[list[float]]:
     model = model_with_seed()
     step, oracle = parity.build_step(model, groups, DS_CONFIG, 2), parity.build_oracle(model)
     assert any(name.endswith("linear_qkv.bias") for name, _ in step.llm.parameters())
-    found = parity.compare(step, oracle, parity.make_samples("mixed", world, model.adapter.strides))
+    found = parity.compare(step, oracle, parity.make_samples("mixed", world, model.adapter.rate))
     loss, norm = parity.loss_curves(step, oracle, 2)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

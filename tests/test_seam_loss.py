@@ -66,7 +66,7 @@ def compare(folder: str, tp: int, pp: int) -> dict[str, Any]:
     config = parity.tiny_model()
     config = replace(config, losses={**config.losses, NAME: {"weight": WEIGHT}})
     step, oracle = parity.build_step(config, groups, DS_CONFIG, num_steps=1), parity.build_oracle(config)
-    found = parity.compare(step, oracle, parity.make_samples("mixed", world, config.adapter.strides))
+    found = parity.compare(step, oracle, parity.make_samples("mixed", world, config.adapter.rate))
     return {"loss": found.loss, "gradient": found.gradient, "names": [loss.name for loss in step.losses]}
 
 

@@ -6,6 +6,7 @@
     earshot parity --deepspeed ds_configs/zero3_offload.json    with the DeepSpeed settings of a run
     earshot parity --pack-multiple 24    with train.pack_multiple_tokens, which pads packs more
     earshot parity --lora       train low-rank adapters over partly frozen weights
+    earshot parity --adapter queries    with another kind of adapter, and normalization
     earshot parity --json       also print one JSON object on the last line
 
 Run this command on a new cluster before training there. For each topology and five kinds of batches, it compares the
@@ -27,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from model.connectors.kinds import ADAPTERS
 from model.errors import UserError
 from model.llm.families import LLM_FAMILIES
 from tools.options import check_at_least
@@ -109,6 +111,7 @@ def check(
     deepspeed: str | None = None,
     pack_multiple: int | None = None,
     lora: bool = False,
+    adapter: str = "convolutions",
 ) -> list[Row]:
     """Compare one topology with the single-process model, in new processes.
 
@@ -120,11 +123,12 @@ def check(
         deepspeed: A DeepSpeed JSON file; None for `DS_CONFIG`.
         pack_multiple: `train.pack_multiple_tokens`.
         lora: train low-rank adapters over partly frozen weights.
+        adapter: `model.adapter.kind`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "rows.json"
         shape = [topology.tp, topology.pp, topology.ep]
-        task = json.dumps([*shape, num_steps, family, kinds, deepspeed, pack_multiple, lora, str(out)])
+        task = json.dumps([*shape, num_steps, family, kinds, deepspeed, pack_multiple, lora, adapter, str(out)])
         code = start_ranks(topology.world, module_command("tools.parity", "--worker", task))
         if code:
             return [Row(name(topology), f"crashed with exit code {code}", float("nan"), float("nan"), "")]
@@ -150,6 +154,7 @@ def measure(
     deepspeed: str | None,
     pack_multiple: int | None = None,
     lora: bool = False,
+    adapter: str = "convolutions",
 ) -> list[dict[str, Any]]:
     """Compare the topology of this launch with the oracle.
 
@@ -165,6 +170,7 @@ def measure(
         deepspeed: A DeepSpeed JSON file; None for `DS_CONFIG`.
         pack_multiple: `train.pack_multiple_tokens`.
         lora: train low-rank adapters over partly frozen weights.
+        adapter: `model.adapter.kind`.
 
     Returns:
         The fields of each `Row`.
@@ -181,7 +187,7 @@ def measure(
     rank, world, device = connect(timeout_sec=300)
     topology = Topology(world, tp, pp, ep)
     groups = build_groups(topology, rank, device, parity.SEED)
-    model = parity.tiny_model(family)
+    model = parity.tiny_model(family, adapter)
     ds_config = build_ds_config(Path(deepspeed), precision="fp32") if deepspeed else DS_CONFIG
     learned = parity.ADAPTERS if lora else parity.ALL_WEIGHTS
     step = parity.build_step(model, groups, ds_config, max(1, num_steps), pack_multiple=pack_multiple, learned=learned)
@@ -189,7 +195,7 @@ def measure(
     rows = []
     for kind in kinds:
         with parity.favoured(step, 1 if kind == "one_expert" else None):
-            found = parity.compare(step, oracle, parity.make_samples(kind, world, model.adapter.strides))
+            found = parity.compare(step, oracle, parity.make_samples(kind, world, model.adapter.rate))
         rows.append(Row(name(topology), kind, found.loss, found.gradient, found.worst))
     if num_steps:
         worst_loss, worst_norm = parity.loss_curves(step, oracle, num_steps)
@@ -241,6 +247,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--lora", action="store_true", help="train low-rank adapters (recipe section `lora`) over partly frozen weights"
     )
+    parser.add_argument(
+        "--adapter",
+        default="convolutions",
+        choices=tuple(ADAPTERS),
+        help="kind of the adapter; kinds other than convolutions are compared with normalization",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -261,7 +273,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     for topology in topologies(options.ranks):
         for row in check(
-            topology, options.steps, options.family, KINDS, options.deepspeed, options.pack_multiple, options.lora
+            topology,
+            options.steps,
+            options.family,
+            KINDS,
+            options.deepspeed,
+            options.pack_multiple,
+            options.lora,
+            options.adapter,
         ):
             rows.append(row)
             verdict = "" if row.passed else "   OVER"

@@ -208,7 +208,7 @@ def train(step: Any, first: int, last: int) -> dict[str, Any]:
 
     losses, norms = [], []
     for number in range(first, last):
-        whole = [s for part in make_samples("mixed", 2, step.model.adapter.strides, seed=number) for s in part]
+        whole = [s for part in make_samples("mixed", 2, step.model.adapter.rate, seed=number) for s in part]
         rank, world = step.groups.rank, step.groups.topology.world
         mine = whole[len(whole) * rank // world : len(whole) * (rank + 1) // world]
         report = step(number, Batch(tuple(mine)))

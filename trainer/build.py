@@ -18,7 +18,7 @@ from model.errors import UserError
 from model.hub.configuration import describe
 from model.llm.names import Index
 from model.llm.reference import resolve_hf_config, weight_source
-from model.llm.weights import WeightSource
+from model.llm.weights import WeightSource, embedding_rms
 from model.lora import Adapters, adaptable_layers, add_adapters, llm_layers
 from model.losses.table import text_fields
 from trainer.checkpoint.catalog import SUBFOLDER
@@ -215,8 +215,7 @@ def _prepare(recipe: Recipe, owned: OwnedTokenizer | None, *, is_first: bool) ->
             check_named(recipe, owned, tokenizer)
     model = recipe.model
     fields = text_fields(model)
-    strides = model.adapter.strides
-    return recipe, prepare(recipe.data, strides, text_fields=fields, tokenizer_path=path, on_built=announce)
+    return recipe, prepare(recipe.data, model.adapter.rate, text_fields=fields, tokenizer_path=path, on_built=announce)
 
 
 class WatchedSource:
@@ -263,7 +262,7 @@ def build_step(
     torch.manual_seed(recipe.seed)
     topology = groups.topology
     held = place(recipe.model, topology.ep).held_by(groups.rank)
-    tower = AudioTower(recipe.model, hf_config.hidden_size, vocab_size, held)
+    tower = AudioTower(recipe.model, hf_config.hidden_size, vocab_size, held, embedding_rms(source))
     layers = [name for name, _ in adaptable_layers(tower, "audio.")]
     add_adapters(tower, "audio.", adapters)
     tower.set_recompute(train.recompute_encoders)

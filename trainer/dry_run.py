@@ -164,9 +164,7 @@ def _batch(recipe: Recipe, topology: Topology) -> list[str]:
         f"{train.llm_tokens_per_microbatch} tokens, {_lengths(train, topology)}.",
     ]
     if data.max_audio_sec is not None:
-        audio_tokens = lengths.audio_tokens_of_samples(
-            lengths.num_samples(data.max_audio_sec), recipe.model.adapter.strides
-        )
+        audio_tokens = recipe.model.adapter.rate.tokens_of_samples(lengths.num_samples(data.max_audio_sec))
         lines.append(
             f"The longest clip ({data.max_audio_sec:g} s) becomes {audio_tokens} audio tokens; "
             f"{train.llm_tokens_per_microbatch // max(1, audio_tokens)} such clips without text fill a pack."

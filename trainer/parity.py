@@ -20,10 +20,10 @@ from torch import Tensor
 from model.audio_tower import AudioTower
 from model.batch import IGNORE, Batch, Sample
 from model.config import AdapterConfig, EncoderConfig, LLMConfig, LoraConfig, ModelConfig, RouterConfig
-from model.lengths import audio_tokens_of_samples
+from model.lengths import TokenRate
 from model.llm.names import hf_to_local, local_pieces
 from model.llm.reference import resolve_hf_config
-from model.llm.weights import RandomSource
+from model.llm.weights import RandomSource, embedding_rms
 from model.lora import Adapters, add_adapters, initial_factor
 from model.speech_llm import Losses, SpeechLLM
 from trainer.engine.encoders import AudioEngine
@@ -84,8 +84,21 @@ ADAPTERS = Learned(
 """Adapters of unequal ranks, on some projections of fused layers only, over frozen and trainable weights."""
 
 
-def tiny_model(llm_family: str = "llama") -> ModelConfig:
-    """Return a model with all parts, as small as possible: a primary, three unequal experts, both gates, all losses."""
+ADAPTER_KINDS = {
+    "convolutions": AdapterConfig(hidden_size=16),
+    "stacking": AdapterConfig("stacking", hidden_size=16, strides=(5,), normalize=True),
+    "queries": AdapterConfig("queries", 16, strides=(7,), num_queries=2, num_heads=2, normalize=True),
+}
+"""The adapter of each kind in `tiny_model`. The last group of frames of most clips is not full."""
+
+
+def tiny_model(llm_family: str = "llama", adapter: str = "convolutions") -> ModelConfig:
+    """Return a model with all parts, as small as possible: a primary, three unequal experts, both gates, all losses.
+
+    Args:
+        llm_family: The family of the LLM.
+        adapter: The kind of the adapter.
+    """
     conv = {"conv_dim": [16] * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4}
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, **conv}
     whisper = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
@@ -115,14 +128,16 @@ def tiny_model(llm_family: str = "llama") -> ModelConfig:
         ),
         expert_dim=8,
         router=RouterConfig(noise_std=0.1),
-        adapter=AdapterConfig(hidden_size=16),
+        adapter=ADAPTER_KINDS[adapter],
         llm=LLMConfig(config=llm),
         ctc_weight=0.3,
+        ctc_vocabulary="tokens" if adapter == "convolutions" else "bytes",
+        ctc_outputs=1 if adapter == "convolutions" else 7,
         losses={"distillation": {"weight": 0.7, "temperature": 1.5}},
     )
 
 
-def make_sample(index: int, num_clips: int, strides: tuple[int, ...], seed: int) -> Sample:
+def make_sample(index: int, num_clips: int, rate: TokenRate, seed: int) -> Sample:
     """Return a sample with `num_clips` clips of 0.12 to 1 s of noise, random tokens around them, and an answer."""
     generator = torch.Generator().manual_seed(1000 * seed + index)
 
@@ -134,7 +149,7 @@ def make_sample(index: int, num_clips: int, strides: tuple[int, ...], seed: int)
     kind = (num_clips > 0, num_clips == 1)
     ids, mask = list(prompt), [False] * len(prompt)
     for clip in clips:
-        audio_tokens = audio_tokens_of_samples(clip.shape[0], strides)
+        audio_tokens = rate.tokens_of_samples(clip.shape[0])
         ids += [PLACEHOLDER] * audio_tokens + integers(0, PLACEHOLDER, 2)
         mask += [True] * audio_tokens + [False] * 2
     answer = integers(0, PLACEHOLDER, 2 + index % 6)
@@ -147,17 +162,18 @@ def make_sample(index: int, num_clips: int, strides: tuple[int, ...], seed: int)
         audio_mask=torch.tensor(mask + [False] * len(answer)),
         labels=torch.tensor(labels),
         prompt_ids=torch.tensor(prompt),
+        answer_text=" ".join(f"é{chr(65 + token % 26)}" for token in answer),
         is_transcription=num_clips == 1,
     )
 
 
-def make_samples(kind: str, world: int, strides: tuple[int, ...], seed: int = 0) -> list[list[Sample]]:
+def make_samples(kind: str, world: int, rate: TokenRate, seed: int = 0) -> list[list[Sample]]:
     """Return the samples of every rank.
 
     Args:
         kind: One of mixed, text_only, rank_without_audio, fewer_samples_than_ranks and one_expert.
         world: The number of ranks.
-        strides: The strides of the adapter.
+        rate: The adapter's rule for the number of audio tokens.
         seed: The seed of the samples.
     """
     clips_of: Mapping[str, Callable[[int, int], int]] = {
@@ -169,7 +185,7 @@ def make_samples(kind: str, world: int, strides: tuple[int, ...], seed: int = 0)
     }
     num = 1 if kind == "fewer_samples_than_ranks" else max(3, 8 // world)
     ranks = range(1) if kind == "fewer_samples_than_ranks" else range(world)
-    made = {r: [make_sample(num * r + i, clips_of[kind](r, i), strides, seed) for i in range(num)] for r in ranks}
+    made = {r: [make_sample(num * r + i, clips_of[kind](r, i), rate, seed) for i in range(num)] for r in ranks}
     return [made.get(rank, []) for rank in range(world)]
 
 
@@ -217,7 +233,7 @@ def build_step(
     llm = LLMEngine(hf_config, source, optim, groups, dtype, recompute, learned.adapters)
     torch.manual_seed(SEED)
     held = place(config, groups.topology.ep).held_by(groups.rank)
-    tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE, held)
+    tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE, held, embedding_rms(source))
     add_adapters(tower, "audio.", learned.adapters)
     tower.set_recompute(recompute)
     audio = AudioEngine(tower.train(), optim, ds_config, groups, batch_sec)
@@ -346,9 +362,9 @@ def loss_curves(step: Step, oracle: SpeechLLM, num_steps: int) -> tuple[float, f
     named = [(n, p, p.dim()) for n, p in oracle.named_parameters()]
     optim = step.optim
     optimizer = torch.optim.AdamW(param_groups(optim, named), lr=optim.lr, betas=optim.betas, eps=optim.eps)
-    worst_loss, worst_norm, world, strides = 0.0, 0.0, step.groups.topology.world, step.model.adapter.strides
+    worst_loss, worst_norm, world, rate = 0.0, 0.0, step.groups.topology.world, step.model.adapter.rate
     for number in range(num_steps):
-        samples = make_samples("mixed", world, strides, seed=number % 4)
+        samples = make_samples("mixed", world, rate, seed=number % 4)
         report = step(number, Batch(tuple(samples[step.groups.rank])))
         whole = Batch(tuple(s for one in samples for s in one))
         for group in optimizer.param_groups:

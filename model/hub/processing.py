@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from model.lengths import SAMPLE_RATE, audio_tokens_of_samples, num_samples
+from model.lengths import SAMPLE_RATE, TokenRate, num_samples
 from model.prompt import cut, fill, render
 
 Clip = Any
@@ -30,6 +30,7 @@ class EarshotProcessor(ProcessorMixin):
         prompt_without_audio: The prompt of samples without audio.
         as_chat: True to wrap prompts in the tokenizer's chat template.
         strides: The strides of the model's adapter.
+        tokens_per_group: The number of audio tokens for every group of frames that the strides leave.
         min_audio_sec: The length to which shorter clips are padded with silence at the end.
         max_audio_sec: The length of the longest clips in training; longer clips are accepted. None: unknown.
     """
@@ -44,12 +45,13 @@ class EarshotProcessor(ProcessorMixin):
         strides: Sequence[int],
         min_audio_sec: float = 0.0,
         max_audio_sec: float | None = None,
+        tokens_per_group: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(tokenizer, chat_template=kwargs.get("chat_template"))
         self.placeholder = placeholder
         self.prompt_with_audio, self.prompt_without_audio = prompt_with_audio, prompt_without_audio
-        self.as_chat, self.strides = as_chat, tuple(strides)
+        self.as_chat, self.strides, self.tokens_per_group = as_chat, tuple(strides), tokens_per_group
         self.min_audio_sec, self.max_audio_sec = min_audio_sec, max_audio_sec
         self.placeholder_id = tokenizer.convert_tokens_to_ids(placeholder)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -127,7 +129,8 @@ class EarshotProcessor(ProcessorMixin):
 
     def count_audio_tokens(self, clip_samples: int) -> int:
         """Return the number of audio tokens of a clip of `clip_samples` audio samples."""
-        return audio_tokens_of_samples(max(num_samples(self.min_audio_sec), clip_samples), self.strides)
+        rate = TokenRate(self.strides, self.tokens_per_group)
+        return rate.tokens_of_samples(max(num_samples(self.min_audio_sec), clip_samples))
 
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
         """Return the texts of generated tokens, without special tokens and placeholders."""

@@ -94,6 +94,16 @@ class SafetensorsSource:
         return str(self._directory / self._file_of.get(name, ""))
 
 
+def embedding_rms(source: WeightSource) -> float:
+    """Return the root mean square of the LLM's token embeddings, from at most 16 evenly spaced blocks of 256 rows."""
+    name = "model.embed_tokens.weight"
+    shape = source.shape(name)
+    assert shape is not None, source.where(name)
+    starts = range(0, shape[0], max(RANDOM_BLOCK_ROWS, shape[0] // 16))
+    blocks = [source.read(name, (slice(i, i + RANDOM_BLOCK_ROWS), slice(None))).double() for i in starts]
+    return float(torch.cat(blocks).square().mean().sqrt())
+
+
 class StateDictSource:
     """Tensors in memory, with the names of Hugging Face's `state_dict()`."""
 

@@ -1,4 +1,8 @@
-"""The CTC loss (Graves 2006) of ASR answers on the adapter's output, divided by their tokens in the global batch."""
+"""The CTC loss (Graves 2006) of ASR answers on the adapter's output, divided by their symbols in the global batch.
+
+Symbols are the LLM's tokens, or bytes of the text (`model.ctc_vocabulary`). Several outputs per audio token make room
+for bytes, of which there are more per second than audio tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import lengths
 from model.audio_output import AudioOutput
-from model.batch import Batch, Ragged
+from model.batch import Batch, Ragged, Sample
 from model.config import ModelConfig
 from model.losses.base import AudioLoss, Reduce
 
+NUM_BYTES = 256
+
 
 class CTC(AudioLoss):
-    """The CTC loss of transcripts. It reads samples with one clip whose audio tokens can spell the answer."""
+    """The CTC loss of transcripts. It reads samples with one clip whose outputs can spell the answer."""
 
     name = "ctc"
     options = {}
@@ -24,35 +29,46 @@ class CTC(AudioLoss):
         return config.ctc_weight
 
     def head(self, config: ModelConfig, dim: int, vocab_size: int) -> nn.Module:
-        """Return a layer from the adapter's output to the vocabulary and, last, the blank."""
-        return nn.Linear(dim, vocab_size + 1)
+        """Return a layer from the adapter's output to the symbols and, last, the blank, for every output."""
+        num_symbols = vocab_size if config.ctc_vocabulary == "tokens" else NUM_BYTES
+        return nn.Linear(dim, config.ctc_outputs * (num_symbols + 1))
 
     def targets(self, batch: Batch, config: ModelConfig) -> Ragged:
-        """Return the answer tokens [ΣC] of every clip; none for a clip that takes no part."""
+        """Return the answer's symbols [ΣC] of every clip; none for a clip that takes no part."""
         none = torch.zeros(0, dtype=torch.int64)
         targets = []
         for samples, owner in zip(batch.clips.lengths, batch.clip_owner, strict=True):
             sample = batch.samples[owner]
-            audio_tokens = lengths.audio_tokens_of_samples(samples, config.adapter.strides)
+            num_outputs = config.ctc_outputs * config.adapter.rate.tokens_of_samples(samples)
             is_readable = sample.is_transcription and len(sample.clips) == 1
-            takes_part = is_readable and ctc_feasible(sample.answer, audio_tokens)
-            targets.append(sample.answer if takes_part else none)
+            symbols = _symbols(sample, config) if is_readable else none
+            targets.append(symbols if ctc_feasible(symbols, num_outputs) else none)
         return Ragged.of(targets, like=none)
 
     def count(self, batch: Batch, config: ModelConfig) -> int:
-        """Return the number of answer tokens of the clips that take part."""
+        """Return the number of symbols of the clips that take part."""
         return len(self.targets(batch, config).values)
 
     def sum(self, audio: AudioOutput, targets: Ragged | None, config: ModelConfig, reduce: Reduce) -> Tensor:
         """Return the sum of the CTC loss over this rank's clips."""
         assert targets is not None
-        return ctc_sum(audio.heads[self.name], targets)
+        head, outputs = audio.heads[self.name], config.ctc_outputs
+        logits = head.values.view(len(head.values) * outputs, head.values.shape[1] // outputs)
+        return ctc_sum(Ragged(logits, tuple(outputs * n for n in head.lengths)), targets)
 
 
-def ctc_feasible(targets: Tensor, num_audio_tokens: int) -> bool:
-    """Return whether `num_audio_tokens` outputs can spell `targets` [C]. A repeated token needs a blank in between."""
+def _symbols(sample: Sample, config: ModelConfig) -> Tensor:
+    """Return the symbols [C] of a sample's answer."""
+    if config.ctc_vocabulary == "tokens":
+        return sample.answer
+    text = " ".join(sample.answer_text.lower().split())
+    return torch.tensor(list(text.encode()), dtype=torch.int64)
+
+
+def ctc_feasible(targets: Tensor, num_outputs: int) -> bool:
+    """Return whether `num_outputs` outputs can spell `targets` [C]. A repeated symbol needs a blank in between."""
     repeats = int((targets[1:] == targets[:-1]).sum())
-    return 0 < len(targets) and len(targets) + repeats <= num_audio_tokens
+    return 0 < len(targets) and len(targets) + repeats <= num_outputs
 
 
 def ctc_sum(logits: Ragged, targets: Ragged) -> Tensor:
@@ -62,8 +78,8 @@ def ctc_sum(logits: Ragged, targets: Ragged) -> Tensor:
     same loss is then computed from operations that are deterministic.
 
     Args:
-        logits: The outputs [ΣS, vocabulary + 1] of the head, one sequence per clip. The last class is the blank.
-        targets: The token ids [ΣC] of each clip. A clip without any takes no part; all others must be feasible.
+        logits: The outputs [ΣS, symbols + 1], one sequence per clip. The last class is the blank.
+        targets: The symbols [ΣC] of each clip. A clip without any takes no part; all others must be feasible.
     """
     rows = [i for i, n in enumerate(targets.lengths) if n]
     if not rows:
@@ -87,12 +103,12 @@ _NEVER = -1e30
 
 
 def _ctc_of_steps(log_probs: Tensor, num_steps: tuple[int, ...], targets: Ragged) -> Tensor:
-    """Return the sum of the CTC loss by the forward recursion over the states blank, token, blank, … of every clip.
+    """Return the sum of the CTC loss by the forward recursion over the states blank, symbol, blank, … of every clip.
 
     Args:
-        log_probs: The log probabilities [S, B, vocabulary + 1]. The last class is the blank.
-        num_steps: The number of audio tokens of each of the B clips.
-        targets: The token ids [ΣC], at least one per clip.
+        log_probs: The log probabilities [S, B, symbols + 1]. The last class is the blank.
+        num_steps: The number of outputs of each of the B clips.
+        targets: The symbols [ΣC], at least one per clip.
     """
     device = log_probs.device
     tokens = targets.padded()  # [B, C]
@@ -103,13 +119,13 @@ def _ctc_of_steps(log_probs: Tensor, num_steps: tuple[int, ...], targets: Ragged
     # A path begins as if it had just left the first blank.
     at_blank = torch.cat([torch.zeros_like(never), never.expand(-1, tokens.shape[1])], dim=1)  # [B, C + 1]
     at_token = never.expand(-1, tokens.shape[1])  # [B, C]
-    num_audio_tokens = torch.tensor(num_steps, device=device)[:, None]
+    num_outputs = torch.tensor(num_steps, device=device)[:, None]
     for step in range(len(log_probs)):
         before = torch.cat([never, at_token], dim=1)
         skipped = torch.where(may_follow, before[:, :-1], never)
         new_token = torch.logaddexp(torch.logaddexp(at_token, at_blank[:, :-1]), skipped) + emitted[step]
         new_blank = torch.logaddexp(at_blank, before) + blanks[step]
-        runs = step < num_audio_tokens
+        runs = step < num_outputs
         at_token, at_blank = torch.where(runs, new_token, at_token), torch.where(runs, new_blank, at_blank)
     last = torch.tensor(targets.lengths, device=device)[:, None]
     return -torch.logaddexp(at_blank.gather(1, last), at_token.gather(1, last - 1)).sum()

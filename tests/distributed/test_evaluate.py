@@ -46,7 +46,7 @@ def body(root: str, tp: int, pp: int, ep: int, out: str) -> int:
         eval=replace(recipe.eval, batch_size=3),
     )
     groups = build_groups(build_topology(recipe.parallel, world), rank, device, recipe.seed)
-    prepared = prepare(data, recipe.model.adapter.strides)
+    prepared = prepare(data, recipe.model.adapter.rate)
     step = build_step(recipe, groups, prepared.tokenizer.vocab_size)
     CheckpointManager(f"{out}/checkpoints", CheckpointConfig(), groups).start(str(folder / "run"), step)
     evaluator = Evaluator(recipe.eval, prepared, step, Path(out))

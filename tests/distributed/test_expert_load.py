@@ -42,7 +42,7 @@ def body(folder: str) -> list[dict[str, Any]]:
     trace = Trace(ProfileConfig("2:4"), step.timer, Path(folder), rank, groups.world)
     rows = []
     for number, kind in enumerate(KINDS):
-        samples = parity.make_samples(kind, world, model.adapter.strides, seed=number)
+        samples = parity.make_samples(kind, world, model.adapter.rate, seed=number)
         wanted = expected(oracle, step, number, Batch(tuple(s for one in samples for s in one)))
         trace.begin(number + 1)
         with step.timer("load"):

@@ -28,7 +28,7 @@ def body(tp: int, pp: int) -> list[list[list[int]]]:
     oracle = parity.build_oracle(model).eval()
     step.audio.train(False)
     step.llm.train(False)
-    samples = [[prompt_of(s) for s in own] for own in parity.make_samples("mixed", world, model.adapter.strides)]
+    samples = [[prompt_of(s) for s in own] for own in parity.make_samples("mixed", world, model.adapter.rate)]
     samples[0] = samples[0][:2]
     config: Any = SimpleNamespace(max_new_tokens=MAX_NEW_TOKENS)
     tokenizer: Any = SimpleNamespace(eos_id=EOS, vocab_size=parity.VOCAB_SIZE)

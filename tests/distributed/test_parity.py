@@ -27,6 +27,13 @@ LORA_CASES = [
 ]
 
 
+ADAPTER_CASES = [
+    ("stacking", Topology(2, 2, 1), 3, ("mixed", "text_only")),
+    ("queries", Topology(2, 1, 2, 2), 3, ("mixed", "one_expert")),
+    ("queries", Topology(4, 2, 1, 2), 0, ("mixed", "rank_without_audio")),
+]
+
+
 def check(
     topology: Topology,
     num_steps: int,
@@ -35,9 +42,10 @@ def check(
     deepspeed: str | None = None,
     pack_multiple: int | None = None,
     lora: bool = False,
+    adapter: str = "convolutions",
 ) -> list[Row]:
     task = {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep, "num_steps": num_steps, "family": family}
-    task |= {"kinds": kinds, "deepspeed": deepspeed, "pack_multiple": pack_multiple, "lora": lora}
+    task |= {"kinds": kinds, "deepspeed": deepspeed, "pack_multiple": pack_multiple, "lora": lora, "adapter": adapter}
     return [Row(**row) for row in run_ranks(topology.world, measure, task, timeout_sec=200)[0]]
 
 
@@ -57,6 +65,16 @@ def test_experts_equal_the_oracle_offloaded_and_with_weights_that_stay_gathered(
 def test_packs_padded_to_a_grid_equal_the_oracle(topology: Topology, multiple: int) -> None:
     rows = check(topology, 2, "qwen2", ("mixed", "text_only"), pack_multiple=multiple)
     assert len(rows) == 3 and all(row.passed for row in rows), rows
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("adapter", "topology", "steps", "kinds"), ADAPTER_CASES)
+def test_every_kind_of_adapter_with_normalization_equals_the_oracle(
+    adapter: str, topology: Topology, steps: int, kinds: tuple[str, ...]
+) -> None:
+    rows = check(topology, steps, "llama", kinds, adapter=adapter)
+    assert len(rows) == len(kinds) + (steps > 0)
+    assert all(row.passed for row in rows), rows
 
 
 @pytest.mark.timeout(240)

@@ -95,7 +95,7 @@ def held() -> list[list[int]]:
         tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE, held).train()
         audio = AudioEngine(tower, optim(frozen), build_ds_config(DS_CONFIG, precision=precision), groups, 1.5)  # type: ignore[arg-type]
         step = Step(config, optim(frozen), audio, llm, groups, num_steps=1, tokens_per_microbatch=48, seed=1)
-        step(0, Batch(tuple(make_samples("mixed", world, config.adapter.strides)[rank])))
+        step(0, Batch(tuple(make_samples("mixed", world, config.adapter.rate)[rank])))
         states = held_states(audio, llm)
         copied = [s for s in (*audio_state.shards(audio), *llm_state.shards(llm)) if s.saved_here]
         snapshot = sum(v.numel() * v.element_size() for s in copied for v in s.values.values())

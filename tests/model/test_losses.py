@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from model.batch import IGNORE, Batch, Sample
+from model.audio_output import AudioOutput
+from model.batch import IGNORE, Batch, Ragged, Sample
+from model.lengths import TokenRate
+from model.losses.base import alone
+from model.losses.ctc import CTC
 from model.losses.distillation import Distillation
 from model.losses.table import LOSSES, active_losses, text_fields
 from model.losses.vocabulary import Vocabulary
 from model.speech_llm import SpeechLLM
+from trainer.data.loader import to_sample
+from trainer.data.sample import EncodedSample
 from trainer.parity import VOCAB_SIZE, make_sample, tiny_model
 
-STRIDES = (2, 2, 2)
+RATE = TokenRate((2, 2, 2))
 
 
 def sample(task: str, **texts: list[int]) -> Sample:
@@ -65,7 +72,7 @@ def test_the_teacher_keeps_a_label_at_the_last_audio_token() -> None:
 
 def test_samples_without_a_transcript_have_no_teacher() -> None:
     loss, config = Distillation(), tiny_model()
-    others = [sample("sqa"), sample("sqa", transcript=[]), make_sample(0, 2, STRIDES, 0), make_sample(0, 0, STRIDES, 0)]
+    others = [sample("sqa"), sample("sqa", transcript=[]), make_sample(0, 2, RATE, 0), make_sample(0, 0, RATE, 0)]
     assert [loss.reference(s) for s in others] == [None] * 4
     assert loss.count(Batch((*others, sample("asr"))), config) == 3
 
@@ -92,3 +99,37 @@ def test_distillation_teaches_the_audio_side_but_not_through_the_teacher() -> No
     embedded = model.llm.get_input_embeddings().weight.grad
     assert embedded[2].abs().sum() > 0 and embedded[50].abs().sum() == 0  # only the teacher reads token 50
     assert model.audio.projector.weight.grad.abs().sum() > 0
+
+
+def test_ctc_spells_bytes_with_several_outputs_per_audio_token() -> None:
+    config = replace(tiny_model(), ctc_vocabulary="bytes", ctc_outputs=2)
+    given = replace(sample("asr"), answer_text="  Hé  O")  # 3 audio tokens make 6 outputs
+    batch = Batch((given,))
+    found = CTC().targets(batch, config)
+    assert bytes(found.values.tolist()).decode() == "hé o" and CTC().count(batch, config) == 5
+    assert not len(CTC().targets(batch, replace(config, ctc_outputs=1)).values), "3 outputs cannot spell 5 bytes"
+    assert not len(CTC().targets(Batch((replace(given, task="sqa", is_transcription=False),)), config).values)
+    head = CTC().head(config, dim=8, vocab_size=49152)
+    assert head.weight.shape == (2 * 257, 8)
+
+
+def test_ctc_reads_the_outputs_of_an_audio_token_in_order() -> None:
+    config = replace(tiny_model(), ctc_vocabulary="bytes", ctc_outputs=2)
+    logits = torch.full((2, 2, 257), -20.0)  # two audio tokens with two outputs each
+    for (token, output), symbol in zip(((0, 0), (0, 1), (1, 0), (1, 1)), (*b"ab", 256, *b"c"), strict=True):
+        logits[token, output, symbol] = 20.0
+    none = Ragged(torch.zeros(2, 1), (2,))
+    audio = AudioOutput(none, None, none, {"ctc": Ragged(logits.flatten(1), (2,))})
+
+    def loss_of(text: bytes) -> float:
+        return float(CTC().sum(audio, Ragged(torch.tensor(list(text)), (len(text),)), config, alone))
+
+    assert loss_of(b"abc") < 1e-3 and loss_of(b"acb") > 10
+
+
+def test_the_loader_passes_the_text_of_the_answer_on() -> None:
+    ids = np.array([5, 6], dtype=np.int64)
+    meta = {"task": "asr", "answer": "Two words"}
+    encoded = EncodedSample("k", meta, (), ids, ids > 9, ids[1:], ids, {}, True)
+    assert to_sample(encoded).answer_text == "Two words"
+    assert to_sample(replace(encoded, target_ids=ids[:0])).answer_text == "", "an evaluation must not see the answer"

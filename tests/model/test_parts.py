@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from model import lengths
-from model.adapter import Adapter
 from model.batch import Ragged
 from model.config import AdapterConfig, RouterConfig, RoutingLossConfig
+from model.connectors.base import build_adapter
+from model.connectors.kinds import ADAPTERS
+from model.errors import UserError
 from model.losses.ctc import ctc_feasible, ctc_sum
 from model.losses.routing import routing_sum
 from model.mixture import mix
@@ -114,20 +115,61 @@ def test_mix_with_an_expert_that_no_clip_chose() -> None:
     torch.testing.assert_close(mixed.values, torch.full((2, 1), 0.7))
 
 
-@pytest.mark.parametrize("strides", [(2, 2, 2), (2,), (4, 2), (3, 1)])
-def test_adapter_lengths_and_independence_of_the_batch(strides: tuple[int, ...]) -> None:
+ADAPTER_CASES = [
+    *(AdapterConfig(hidden_size=4, strides=s) for s in ((2, 2, 2), (2,), (4, 2), (3, 1))),
+    AdapterConfig("stacking", 4, strides=(5,)),
+    AdapterConfig("stacking", 4, strides=(2, 4)),
+    AdapterConfig("queries", 4, strides=(7,), num_heads=2),
+    AdapterConfig("queries", 4, strides=(30,), num_heads=2, num_queries=3, num_layers=1),
+]
+
+
+def test_every_kind_of_adapter_is_tested() -> None:
+    assert {case.kind for case in ADAPTER_CASES} == set(ADAPTERS)
+
+
+@pytest.mark.parametrize("config", ADAPTER_CASES, ids=lambda c: f"{c.kind}-{c.strides}")
+def test_adapter_lengths_and_independence_of_the_batch(config: AdapterConfig) -> None:
     torch.manual_seed(0)
-    adapter = Adapter(AdapterConfig(hidden_size=4, strides=strides), 3)
+    adapter = build_adapter(config, 3)
     features = ragged(17, 1, 40)
     out = adapter(features)
-    assert out.lengths == tuple(lengths.num_audio_tokens(f, strides) for f in features.lengths)
+    assert out.lengths == tuple(config.rate.tokens_of_frames(f) for f in features.lengths)
     for i, expected in enumerate(out.split()):
         torch.testing.assert_close(adapter(features.select([i])).values, expected)
 
 
-def test_a_new_adapter_neither_shrinks_nor_hides_its_input() -> None:
+@pytest.mark.parametrize(
+    "config", [c for c in ADAPTER_CASES if c.strides != (4, 2)], ids=lambda c: f"{c.kind}-{c.strides}"
+)
+def test_every_frame_reaches_an_audio_token_of_its_own_clip_only(config: AdapterConfig) -> None:
     torch.manual_seed(0)
-    adapter = Adapter(AdapterConfig(hidden_size=256), 192)
+    adapter, values = build_adapter(config, 3), torch.randn(17 + 9, 3, requires_grad=True)
+    out = adapter(Ragged(values, (17, 9)))
+    (gradient,) = torch.autograd.grad(out.split()[0].square().sum(), values)
+    assert gradient[:17].abs().sum(1).min() > 0 and gradient[17:].abs().max() == 0
+
+
+def test_queries_give_50_audio_tokens_per_30_seconds() -> None:
+    samples = 30 * 16000
+    assert AdapterConfig("queries", strides=(30,)).rate.tokens_of_samples(samples) == 50
+    assert AdapterConfig("queries", strides=(1500,), num_queries=50).rate.tokens_of_samples(samples) == 50
+    assert AdapterConfig("queries", strides=(1500,), num_queries=50).rate.tokens_of_samples(samples + 1) == 100
+
+
+def test_values_that_a_kind_of_adapter_refuses() -> None:
+    with pytest.raises(UserError, match=r"model\.adapter\.num_queries = 2: only kind queries"):
+        AdapterConfig(num_queries=2)
+    with pytest.raises(UserError, match=r"model\.adapter\.num_heads = 3: must divide hidden_size = 4"):
+        build_adapter(AdapterConfig("queries", 4, num_heads=3), 3)
+    with pytest.raises(UserError, match=r"model\.adapter\.kernel_size = 4: must be odd"):
+        build_adapter(AdapterConfig(kernel_size=4), 3)
+
+
+@pytest.mark.parametrize("kind", ["convolutions", "stacking"])
+def test_a_new_adapter_neither_shrinks_nor_hides_its_input(kind: str) -> None:
+    torch.manual_seed(0)
+    adapter = build_adapter(AdapterConfig(kind, hidden_size=256), 192)
     out = adapter(Ragged(torch.randn(800, 192), (800,))).values.detach()
     varying = (out - out.mean(0)).square().mean().sqrt()
     assert 0.3 < varying < 3

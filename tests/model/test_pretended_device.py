@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu_waits import BACKWARD
-from model.adapter import Adapter
 from model.batch import Ragged
 from model.config import AdapterConfig, EncoderConfig, RouterConfig
+from model.connectors.base import build_adapter
+from model.connectors.kinds import ADAPTERS
 from model.encoders.registry import build_encoder
 from model.losses.ctc import ctc_sum
 from model.losses.vocabulary import Vocabulary
@@ -94,9 +95,11 @@ def test_encoders(name: str, recompute: bool) -> None:
     compare(encoder, Ragged(0.1 * torch.randn(sum(CLIPS)), CLIPS))
 
 
-def test_adapter() -> None:
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapter(kind: str) -> None:
     torch.manual_seed(0)
-    compare(Adapter(AdapterConfig(hidden_size=4), 3), Ragged(torch.randn(60, 3), (17, 3, 40)))
+    config = AdapterConfig(kind, hidden_size=4, num_heads=2)
+    compare(build_adapter(config, 3), Ragged(torch.randn(60, 3), (17, 3, 40)))
 
 
 @pytest.mark.parametrize("source", ["primary", "log_mel", "prompt"])

@@ -9,8 +9,9 @@ import torch
 
 from model.audio_tower import AudioTower
 from model.batch import IGNORE, Batch, Sample
-from model.config import ModelConfig, RouterConfig
+from model.config import LLMConfig, ModelConfig, RouterConfig
 from model.errors import UserError
+from model.llm.weights import StateDictSource, embedding_rms
 from model.speech_llm import SpeechLLM
 from trainer.parity import VOCAB_SIZE, make_sample, tiny_model
 
@@ -105,6 +106,24 @@ def test_all_routed_has_no_primary(gate_input: str) -> None:
 def test_a_model_without_experts_has_no_router() -> None:
     tower = AudioTower(replace(tiny_model(), experts=()), 32, VOCAB_SIZE)
     assert not hasattr(tower, "router")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1.0, 0.2])
+def test_normalized_audio_embeddings_are_as_large_as_token_embeddings(scale: float) -> None:
+    base = tiny_model("llama", "queries")
+    config = {**base.llm.config, "initializer_range": scale * base.llm.config["initializer_range"]}
+    model = SpeechLLM(replace(base, llm=LLMConfig(config=config)), VOCAB_SIZE, seed=1)
+    batch = Batch(tuple(samples(1, 2)))
+    tokens = model.llm.get_input_embeddings().weight
+    found = model.audio(batch.clips, batch.prompts).embeddings.values
+    assert float(found.square().mean().sqrt() / tokens.square().mean().sqrt()) == pytest.approx(1, rel=0.02)
+
+
+def test_the_size_of_token_embeddings_is_measured_over_the_whole_table() -> None:
+    table = torch.arange(40_000.0)[:, None] / 40_000
+    found = embedding_rms(StateDictSource({"model.embed_tokens.weight": table}))
+    assert found == pytest.approx(float(table.square().mean().sqrt()), rel=0.1)
 
 
 def test_invalid_models_are_refused_in_one_line() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
+from model.connectors.kinds import ADAPTERS
 from model.encoders.hf_config import resolve
 from model.hub.configuration import audio_config, describe
 from model.llm.families import LLM_FAMILIES
 from model.speech_llm import SpeechLLM
 from tests.oracle import greedy
-from tests.tools.exportable import MAX_NEW_TOKENS, STEP, tensors_of, write_manifest, write_run
+from tests.tools.exportable import MAX_NEW_TOKENS, STEP, tensors_of, with_head_dim, write_manifest, write_run
 from tools import export, transcribe
 from trainer.export.source import Source
 from trainer.export.verify import read_samples
@@ -93,8 +95,9 @@ def test_normalisation_of_an_encoder_is_exported() -> None:
 def test_every_family_generates_the_same_tokens_without_this_project(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path)
     oracles: dict[str, SpeechLLM] = {}
-    for family in LLM_FAMILIES:
-        oracles[family] = write_run(tmp_path / f"run-{family}", family)
+    for family, adapter in zip(LLM_FAMILIES, cycle(ADAPTERS), strict=False):
+        model = with_head_dim(tiny_model(family, adapter), family)
+        oracles[family] = write_run(tmp_path / f"run-{family}", family, model=model)
         out = tmp_path / family
         export_with(tmp_path / f"run-{family}", out, "--dtype", "fp32", "--verify", manifest)
         export_with(tmp_path / f"run-{family}", f"{out}-llm", "--dtype", "fp32", "--llm-only")

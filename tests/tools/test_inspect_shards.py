@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from model.lengths import TokenRate
 from tests.trainer.data_corpus import audio_bytes, clip_rows, data_config, row, write_manifest
 from tools.inspect_shards import main
 from tools.make_shards import main as make_shards
@@ -95,7 +96,7 @@ def test_shards_of_other_programs_are_indexed_and_trained_on(
     (skipped_samples,) = report["skipped_samples"]
     assert "b.tar: broken: broken:" in skipped_samples
     assert {n: d for n, d in before.items() if (tmp_path / "theirs" / n).read_bytes() == d} == before
-    data = prepare(data_config(tmp_path, DatasetConfig(name="theirs", shards="theirs")), (2,))
+    data = prepare(data_config(tmp_path, DatasetConfig(name="theirs", shards="theirs")), TokenRate((2,)))
     with Loader(data, seed=0, num_batches=7) as loader:
         found = {s.key: s for batch, _ in loader for s in batch.samples}
         assert loader.num_skipped == {}

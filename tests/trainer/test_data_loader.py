@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from model.batch import Sample
 from model.errors import UserError
+from model.lengths import TokenRate
 from tests.trainer.data_corpus import audio_bytes, data_config, row, write_shards
 from trainer.data.config import AugmentConfig, DatasetConfig, JoinConfig
 from trainer.data.loader import Loader, SkipLog
@@ -141,7 +142,7 @@ def test_any_shards_resumed_on_1_then_4_then_2_ranks(
         root, *datasets, num_lanes=num_lanes, global_batch_samples=num_lanes * data.draw(st.integers(1, 3))
     )
     config = replace(config, read_kib=1, tokenizer=replace(config.tokenizer, path=prepared.tokenizer_path))
-    made = prepare(config, (2,))
+    made = prepare(config, TokenRate((2,)))
     expected, end = run(made, 20)
     stops = sorted(data.draw(st.tuples(st.integers(0, 20), st.integers(0, 20))))
     found: list[list[Sample]] = []
@@ -162,7 +163,7 @@ def test_one_lane_draws_everything_once_per_epoch(prepared: PreparedData, tmp_pa
     write_shards(tmp_path / "s", samples("s", 17, audio=False), 5)
     config = data_config(tmp_path, DatasetConfig(name="s", shards="s"), num_lanes=1, global_batch_samples=1)
     config = replace(config, read_kib=1, tokenizer=replace(config.tokenizer, path=prepared.tokenizer_path))
-    batches, _ = run(prepare(config, (2,)), 51)
+    batches, _ = run(prepare(config, TokenRate((2,))), 51)
     for epoch in range(3):
         assert len({b[0].key for b in batches[17 * epoch : 17 * epoch + 17]}) == 17
 
@@ -304,7 +305,7 @@ def test_skips_are_counted_listed_once_and_stop_the_run(prepared: PreparedData, 
 def test_dataset_without_usable_samples_stops_the_run(tmp_path: Path) -> None:
     bad = samples("a", 3, audio=True, broken={"a-0", "a-1", "a-2"})
     write_shards(tmp_path / "a", bad, per_shard=4)
-    data = prepare(data_config(tmp_path, DatasetConfig(name="a", shards="a")), (2,))
+    data = prepare(data_config(tmp_path, DatasetConfig(name="a", shards="a")), TokenRate((2,)))
     for num_workers in (0, 1):
         with (
             Loader(with_fields(data, num_workers=num_workers), seed=0, num_batches=4) as loader,
@@ -325,7 +326,9 @@ def test_bad_metadata_in_foreign_shards_is_skipped_by_reason(tmp_path: Path, fie
     good = samples("a", 5, audio=True)
     bad = (row("bad", **fields), [("flac", audio_bytes(0.1))])
     write_shards(tmp_path / "a", [*good, bad], per_shard=9)
-    data = prepare(data_config(tmp_path, DatasetConfig(name="a", shards="a"), max_skipped_fraction=0.3), (2,))
+    data = prepare(
+        data_config(tmp_path, DatasetConfig(name="a", shards="a"), max_skipped_fraction=0.3), TokenRate((2,))
+    )
     with Loader(data, seed=0, num_batches=9) as loader:
         keys = {s.key for batch, _ in loader for s in batch.samples}
         assert set(loader.num_skipped) == {reason}
@@ -336,7 +339,7 @@ def test_short_clips_are_padded_and_long_ones_skipped(tmp_path: Path) -> None:
     clips = {"short": 0.05, "just": 0.1, "longest": 0.5, "long": 0.6}
     write_shards(tmp_path / "a", [(row(k), [("flac", audio_bytes(sec))]) for k, sec in clips.items()], per_shard=9)
     fields = {"min_audio_sec": 0.1, "max_audio_sec": 0.5, "max_skipped_fraction": 0.5}
-    data = prepare(data_config(tmp_path, DatasetConfig(name="a", shards="a"), **fields), (2,))
+    data = prepare(data_config(tmp_path, DatasetConfig(name="a", shards="a"), **fields), TokenRate((2,)))
     with Loader(data, seed=0, num_batches=6) as loader:
         found = {s.key: s for batch, _ in loader for s in batch.samples}
         assert set(loader.num_skipped) == {"too_long"}

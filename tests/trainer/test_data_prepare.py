@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from model.lengths import audio_tokens_of_samples
+from model.lengths import TokenRate
 from tests.trainer.data_corpus import clip_rows, data_config, row, write_manifest
 from trainer.data.config import DatasetConfig, TokenizerConfig
 from trainer.data.eval_set import eval_samples
@@ -36,13 +36,13 @@ SET = DatasetConfig(name="all", manifest="set.jsonl")
 def test_prepare_is_idempotent_and_follows_changes(corpus: Path) -> None:
     reports: list[BuildReport] = []
     config = data_config(corpus, SET, eval_splits=("test",))
-    first = prepare(config, (2,), on_built=reports.append)
+    first = prepare(config, TokenRate((2,)), on_built=reports.append)
     assert sorted(r.num_samples for r in reports) == [7, 10]
-    again = prepare(config, (2,), on_built=reports.append)
+    again = prepare(config, TokenRate((2,)), on_built=reports.append)
     assert len(reports) == 2
     assert (again.datasets, again.tokenizer_path) == (first.datasets, first.tokenizer_path)
     (corpus / "clip-0.flac").write_bytes((corpus / "clip-1.flac").read_bytes())
-    changed = prepare(config, (2,), on_built=reports.append)
+    changed = prepare(config, TokenRate((2,)), on_built=reports.append)
     assert len(reports) == 3  # only the training split contains that clip
     assert changed.datasets[0].shards["test"] == first.datasets[0].shards["test"]
 
@@ -50,7 +50,7 @@ def test_prepare_is_idempotent_and_follows_changes(corpus: Path) -> None:
 def test_processes_may_prepare_at_once(corpus: Path) -> None:
     config = data_config(corpus, SET, eval_splits=("test",))
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: prepare(config, (2,)), range(4)))
+        made = list(pool.map(lambda _: prepare(config, TokenRate((2,))), range(4)))
     assert all(m.datasets == made[0].datasets and m.tokenizer_path == made[0].tokenizer_path for m in made)
     assert [p.name for p in (corpus / "cache" / "shards").iterdir() if p.name.startswith(".")] == []
     with Loader(made[3], seed=0, num_batches=2) as loader:
@@ -61,18 +61,18 @@ def test_filters_choose_tasks_and_subsets(corpus: Path) -> None:
     config = data_config(
         corpus, DatasetConfig(name="prose", manifest="set.jsonl", subsets=("prose",)), global_batch_samples=4
     )
-    with Loader(prepare(config, (2,)), seed=0, num_batches=3) as loader:
+    with Loader(prepare(config, TokenRate((2,))), seed=0, num_batches=3) as loader:
         assert {s.key for b, _ in loader for s in b.samples} == {f"text-{i}" for i in range(4)}
     nothing = DatasetConfig(name="none", manifest="set.jsonl", tasks=("er",))
     with pytest.raises(UserError, match=r"data.datasets 'none': .* select nothing; the dataset has: train/asr/noise"):
-        prepare(data_config(corpus, nothing), (2,))
+        prepare(data_config(corpus, nothing), TokenRate((2,)))
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 9])
 @pytest.mark.parametrize("max_samples", [None, 5])
 def test_every_eval_sample_is_on_exactly_one_rank(corpus: Path, world: int, max_samples: int | None) -> None:
     twice = (SET, DatasetConfig(name="far", manifest="set.jsonl", tasks=("asr",)))
-    prepared = prepare(data_config(corpus, *twice, eval_splits=("test",)), (2,))
+    prepared = prepare(data_config(corpus, *twice, eval_splits=("test",)), TokenRate((2,)))
     parts = [eval_samples(prepared, "test", r, world, max_samples) for r in range(world)]
     keys = [s.key for p in parts for s in p]
     assert len(keys) == len(set(keys)) == (max_samples or 7)
@@ -80,13 +80,13 @@ def test_every_eval_sample_is_on_exactly_one_rank(corpus: Path, world: int, max_
     for sample in (s for p in parts for s in p):
         assert sample.num_targets == 0
         assert sample.meta["answer"] == f"word {sample.key}"
-        assert int(sample.audio_mask.sum()) == audio_tokens_of_samples(len(sample.clips[0]), (2,))
+        assert int(sample.audio_mask.sum()) == TokenRate((2,)).tokens_of_samples(len(sample.clips[0]))
 
 
 def test_skipped_eval_samples_are_reported(corpus: Path) -> None:
     config = data_config(corpus, SET, eval_splits=("test",), max_audio_sec=0.155, max_skipped_fraction=0.1)
     skips: list = []
-    found = eval_samples(prepare(config, (2,)), "test", on_skip=skips.append)
+    found = eval_samples(prepare(config, TokenRate((2,))), "test", on_skip=skips.append)
     assert [(s.key, s.reason) for s in skips] == [("heldout-6", "too_long")]
     assert len(found) == 6
 
@@ -100,19 +100,19 @@ def test_user_errors_are_named(corpus: Path) -> None:
         (data_config(corpus, DatasetConfig(name="s", shards="nowhere")), r"no .*shards.json; make shards with"),
     ):
         with pytest.raises(UserError, match=message):
-            prepare(config, (2,))
+            prepare(config, TokenRate((2,)))
     (corpus / "clip-2.flac").unlink()
     with pytest.raises(UserError, match=r"\(id clip-2\): no audio file .*clip-2.flac; restore it"):
-        prepare(data_config(corpus, SET), (2,))
+        prepare(data_config(corpus, SET), TokenRate((2,)))
 
 
 def test_cached_shards_are_checked_against_a_lower_limit(corpus: Path) -> None:
     with open(corpus / "set.jsonl", "a") as file:
         file.write(json.dumps(row("mute", answer="")) + "\n")
-    lenient = prepare(data_config(corpus, SET, max_skipped_fraction=0.5), (2,))
+    lenient = prepare(data_config(corpus, SET, max_skipped_fraction=0.5), TokenRate((2,)))
     assert lenient.datasets[0].skipped_samples == {"empty_answer": 1}
     with pytest.raises(UserError, match=r"1 of 11 samples of .*set.jsonl cannot be used"):
-        prepare(data_config(corpus, SET), (2,))
+        prepare(data_config(corpus, SET), TokenRate((2,)))
 
 
 @pytest.mark.slow
@@ -126,7 +126,7 @@ def test_the_kit_trains_and_evaluates(tmp_path: Path) -> None:
     fields["tokenizer"] = TokenizerConfig()
     lines = [line for s in datasets for line in (KIT / str(s.manifest)).read_text().splitlines()]
     duration_sec = {(row := json.loads(line))["id"]: row["duration"] for line in lines}
-    prepared = prepare(data_config(KIT, *datasets, **fields), (2, 2, 2))
+    prepared = prepare(data_config(KIT, *datasets, **fields), TokenRate((2, 2, 2)))
     assert all(s.skipped_samples == {} for s in prepared.datasets)
     with Loader(prepared, seed=0, num_batches=6) as loader:
         samples = [s for b, _ in loader for s in b.samples]
@@ -139,5 +139,5 @@ def test_the_kit_trains_and_evaluates(tmp_path: Path) -> None:
         assert answer[-1] == tokenizer.eos_id
         assert tokenizer.decode(answer) == " ".join(sample.meta["answer"].split())
         assert len(sample.clips[0]) / 16_000 == pytest.approx(duration_sec[sample.key], abs=0.01)
-        assert int(sample.audio_mask.sum()) == audio_tokens_of_samples(len(sample.clips[0]), (2, 2, 2))
+        assert int(sample.audio_mask.sum()) == TokenRate((2, 2, 2)).tokens_of_samples(len(sample.clips[0]))
     assert len(eval_samples(prepared, "dev", max_samples=20)) == 20

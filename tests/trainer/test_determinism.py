@@ -206,7 +206,7 @@ def dispatched() -> list[tuple[str, bool]]:
         groups = build_groups(Topology(1, 1, 1), rank, device, SEED)
         model = tiny_model()
         step = build_step(model, groups, DS_CONFIG, 1)
-        (samples,) = make_samples("mixed", 1, model.adapter.strides)
+        (samples,) = make_samples("mixed", 1, model.adapter.rate)
         with Recorder():
             report = step(0, Batch(tuple(samples)))
     assert 0 < report.losses["ctc"] < 100

@@ -136,7 +136,7 @@ def test_a_gate_that_reads_the_instruction_gets_its_tokens(manifest: Path, tmp_p
         "model.router.input=prompt",
     ]
     recipe = load_recipe("debug", overrides)
-    prepared = prepare(recipe.data, recipe.model.adapter.strides)
+    prepared = prepare(recipe.data, recipe.model.adapter.rate)
     tokenizer = prepared.tokenizer
     torch.manual_seed(2)
     tower = AudioTower(recipe.model, LLM_DIM, tokenizer.vocab_size).eval()

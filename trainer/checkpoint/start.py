@@ -38,6 +38,8 @@ _KEYS = (
     ("audio.router.", "model.router"),
     ("audio.adapter.", "model.adapter"),
     ("audio.projector.", "model.adapter or model.llm"),
+    ("audio.feature_norm.", "model.adapter.normalize"),
+    ("audio.output_norm.", "model.adapter.normalize"),
     ("llm.", "model.llm"),
 )
 """Pairs of a prefix of tensor names and the recipe key that determines the tensors' size."""
@@ -156,7 +158,7 @@ def _check(origin: Origin, shard: Shard, wanted: tuple[int, ...] | None = None) 
     if found == wanted:
         return
     key = next((key for start, key in _KEYS if shard.name.startswith(start)), "model")
-    key = "data.tokenizer or model.adapter" if _HEAD.match(shard.name) else key
+    key = "data.tokenizer, model.adapter, model.ctc_vocabulary or model.ctc_outputs" if _HEAD.match(shard.name) else key
     key = "lora" if is_factor(shard.name) else key
     what = f"holds no {shard.name}" if found is None else f"{shard.name} has shape {found}, here it is {wanted}"
     raise UserError(

@@ -174,7 +174,7 @@ def _check_encoders(recipe: Recipe) -> None:
     adapter = model.adapter
     if not adapter.strides or any(s < 1 for s in adapter.strides):
         raise UserError(f"model.adapter.strides = {list(adapter.strides)}: give one positive stride per convolution")
-    if adapter.kernel_size < max(adapter.strides):
+    if adapter.kind == "convolutions" and adapter.kernel_size < max(adapter.strides):
         raise UserError(
             f"model.adapter.kernel_size = {adapter.kernel_size}: must be at least the largest stride, "
             f"{max(adapter.strides)}, so that no frames are skipped"
@@ -208,7 +208,7 @@ def _check_lengths(recipe: Recipe, hf_config: PretrainedConfig) -> None:
     longest = recipe.data.max_audio_sec
     if longest is None:
         return
-    audio_tokens = lengths.audio_tokens_of_samples(lengths.num_samples(longest), recipe.model.adapter.strides)
+    audio_tokens = recipe.model.adapter.rate.tokens_of_samples(lengths.num_samples(longest))
     positions = _positions(hf_config)
     if audio_tokens >= positions:
         raise UserError(

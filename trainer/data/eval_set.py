@@ -50,7 +50,7 @@ def eval_samples(
         items = [items[i] for i in sorted(permutation(len(items), "evaluation", split)[:max_samples].tolist())]
     own = items[rank * len(items) // world : (rank + 1) * len(items) // world]
     config = replace(prepared.config, cache_decoded_mib=0)  # Every sample is read only once.
-    source = SampleSource(config, prepared.tokenizer, prepared.strides)
+    source = SampleSource(config, prepared.tokenizer, prepared.rate)
     chunks = [
         (reader, shard, indices[start : start + reader.chunk_samples])
         for (reader, shard), group in groupby(own, key=lambda item: item[:2])

@@ -90,6 +90,7 @@ def to_sample(encoded: EncodedSample) -> Sample:
         prompt_ids=torch.from_numpy(encoded.instruction_ids),
         texts={name: torch.from_numpy(ids) for name, ids in encoded.texts.items()},
         meta=encoded.meta,
+        answer_text=encoded.meta["answer"] if len(targets) else "",
         is_transcription=encoded.is_transcription,
     )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import UserError
+from model.lengths import TokenRate
 from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.manifest import Row, read_manifest
 from trainer.data.shard_build import SKIPPED_NAME, BuildReport, ShardLimits, build_shards, source_digest
@@ -54,8 +55,8 @@ class PreparedData:
     tokenizer: Tokenizer
     tokenizer_path: str
     """The file, directory or hub id of the tokenizer."""
-    strides: tuple[int, ...]
-    """The strides of the adapter."""
+    rate: TokenRate
+    """The adapter's rule for the number of audio tokens."""
     text_fields: tuple[str, ...]
     """The further fields of the manifests that are tokenized, for losses."""
 
@@ -70,7 +71,7 @@ class PreparedData:
 
 def prepare(
     config: DataConfig,
-    strides: tuple[int, ...],
+    rate: TokenRate,
     *,
     text_fields: tuple[str, ...] = (),
     tokenizer_path: str | None = None,
@@ -83,7 +84,7 @@ def prepare(
 
     Args:
         config: The recipe's `data` section.
-        strides: The strides of the adapter.
+        rate: The adapter's rule for the number of audio tokens.
         text_fields: The further fields of the manifests that are tokenized (`model.losses.table.text_fields`).
         tokenizer_path: The tokenizer of existing weights, which overrides `config.tokenizer`; None if there are no
             weights yet.
@@ -99,7 +100,7 @@ def prepare(
     datasets = tuple(_prepare_dataset(config, s, on_built, on_progress) for s in config.datasets)
     _check_eval_splits(config, datasets)
     path = tokenizer_path or config.tokenizer.path or str(_trained_tokenizer(config, datasets))
-    return PreparedData(config, datasets, load_tokenizer(path, config.tokenizer), path, strides, text_fields)
+    return PreparedData(config, datasets, load_tokenizer(path, config.tokenizer), path, rate, text_fields)
 
 
 def check_stored(config: DataConfig) -> None:

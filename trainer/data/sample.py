@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.lengths import audio_tokens_of_samples
+from model.lengths import TokenRate
 from model.prompt import fill
 from trainer.data.decode import SampleError
 from trainer.data.tokenizer import PlaceholderInText, Tokenizer
@@ -50,7 +50,7 @@ def make_sample(
     metadata: dict[str, Any],
     clips: tuple[Clip, ...],
     tokenizer: Tokenizer,
-    strides: tuple[int, ...],
+    rate: TokenRate,
     *,
     text_fields: tuple[str, ...] = (),
     evaluate: bool = False,
@@ -62,7 +62,7 @@ def make_sample(
         metadata: fields of the manifest, checked by `decode.check_metadata`.
         clips: the decoded clips.
         tokenizer: tokenizer of prompt and answer.
-        strides: strides of the adapter, which determine the number of placeholders per clip.
+        rate: the adapter's rule for the number of placeholders per clip.
         text_fields: further fields of the metadata to tokenize; a field that is absent or not a string is skipped.
         evaluate: if true, encode the prompt alone, after which generation starts.
 
@@ -81,7 +81,7 @@ def make_sample(
         texts = {name: tokenizer.encode(text) for name, text in given.items() if isinstance(text, str)}
     except PlaceholderInText as error:
         raise SampleError("placeholder_in_text", str(error)) from None
-    ids, mask = fill(pieces, [audio_tokens_of_samples(c.shape[0], strides) for c in clips], tokenizer.placeholder_id)
+    ids, mask = fill(pieces, [rate.tokens_of_samples(c.shape[0]) for c in clips], tokenizer.placeholder_id)
     if not ids:
         raise SampleError("wrong_type", "prompt is empty: no instruction, and the tokenizer has no start token")
     targets: list[int] = []

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from model.errors import UserError
-from model.lengths import SAMPLE_RATE, num_samples
+from model.lengths import SAMPLE_RATE, TokenRate, num_samples
 from trainer.data.augment import augment
 from trainer.data.clip_cache import ClipCache, Decoded
 from trainer.data.config import DataConfig, DatasetConfig
@@ -181,7 +181,7 @@ class SampleSource:
     Args:
         config: the recipe's data section.
         tokenizer: tokenizer of prompts and answers.
-        strides: strides of the adapter.
+        rate: the adapter's rule for the number of audio tokens.
         text_fields: further fields of the metadata that are tokenised, for losses.
         seed: seed for joining and augmentation.
     """
@@ -190,12 +190,12 @@ class SampleSource:
         self,
         config: DataConfig,
         tokenizer: Tokenizer,
-        strides: tuple[int, ...],
+        rate: TokenRate,
         *,
         text_fields: tuple[str, ...] = (),
         seed: int = 0,
     ) -> None:
-        self.config, self.tokenizer, self.strides, self.seed = config, tokenizer, strides, seed
+        self.config, self.tokenizer, self.rate, self.seed = config, tokenizer, rate, seed
         self.text_fields = text_fields
         self.ahead = ReadAhead(config.read_ahead_mib << 20)
         self._cache = ClipCache(config.cache_decoded_mib << 20)
@@ -278,7 +278,7 @@ class SampleSource:
             {**metadata, "set": reader.config.name, "duration": duration},
             padded,
             self.tokenizer,
-            self.strides,
+            self.rate,
             text_fields=self.text_fields,
             evaluate=evaluate,
         )

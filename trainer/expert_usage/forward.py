@@ -111,7 +111,7 @@ def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
 def load_tower(model: ModelConfig, reader: Reader, lora: Sequence[LoraConfig] = ()) -> AudioTower:
     """Build the audio side for inference with the checkpoint's weights and the adapters `lora`, in fp32."""
     llm_dim = reader.manifest.tensors["audio.projector.weight"].shape[0]
-    tower = AudioTower(model, llm_dim, _vocab_size(reader.manifest))
+    tower = AudioTower(model, llm_dim, _vocab_size(reader.manifest, model))
     add_adapters(tower, "audio.", Adapters(tuple(lora)))
     kept = {name for name in tower.state_dict()}
     named = [*tower.named_parameters(), *((n, b) for n, b in tower.named_buffers() if n in kept)]
@@ -124,11 +124,11 @@ def load_tower(model: ModelConfig, reader: Reader, lora: Sequence[LoraConfig] = 
     return tower.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _vocab_size(manifest: Manifest) -> int:
+def _vocab_size(manifest: Manifest, model: ModelConfig) -> int:
     """Return the vocabulary size of the tokenizer, or 1 if no tensor of the audio side depends on it."""
     shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
-    if "audio.ctc_head.weight" in shapes:
-        return shapes["audio.ctc_head.weight"][0] - 1
+    if "audio.ctc_head.weight" in shapes and model.ctc_vocabulary == "tokens":
+        return shapes["audio.ctc_head.weight"][0] // model.ctc_outputs - 1
     return shapes.get("audio.router.prompt_embedding.weight", (1,))[0]
 
 

@@ -1,38 +1,46 @@
 """The modelling code of an exported model: the files of `model/` that it needs, in one flat folder.
 
 transformers copies a remote-code module and its relative imports, but does not support sub-packages. Therefore
-`model/encoders/base.py` becomes `encoders_base.py`, and imports are rewritten to match. The table of encoder families
-is generated: it names the families that the exported model uses, including those of plug-ins.
+`model/encoders/base.py` becomes `encoders_base.py`, and imports are rewritten to match. The tables of encoder families
+and of adapters are generated: they name what the exported model uses, including what plug-ins add.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import model
+from model.connectors.kinds import ADAPTERS
 from model.encoders.families import ENCODER_FAMILIES
 from model.errors import UserError
 
 CONFIGURATION, MODELING, PROCESSING = "model.hub.configuration", "model.hub.modeling", "model.hub.processing"
-FAMILIES = "model.encoders.families"
+FAMILIES, KINDS = "model.encoders.families", "model.connectors.kinds"
 _ROOT = Path(model.__file__ or "").parent
 
 
-def remote_code(families: Collection[str]) -> dict[str, str]:
+def remote_code(families: Collection[str], adapter: str = "convolutions") -> dict[str, str]:
     """Return the source code of each file, by file name.
 
     Args:
         families: names of the encoder families that the exported model uses.
+        adapter: The kind of its adapter.
 
     Raises:
-        UserError: If a family cannot be exported: it must be one file that imports only `model` and installed packages.
+        UserError: If a family or the adapter cannot be exported: it must be one file that imports only `model` and
+            installed packages.
     """
-    places = {name: _place(name) for name in ENCODER_FAMILIES if name in families}
-    found = {f"{remote_name(FAMILIES)}.py": _families(places)}
-    waiting = [CONFIGURATION, MODELING, PROCESSING, *(module for module, _ in places.values())]
+    places = {name: _place("ENCODER_FAMILIES", ENCODER_FAMILIES, name) for name in ENCODER_FAMILIES if name in families}
+    kinds = {adapter: _place("ADAPTERS", ADAPTERS, adapter)}
+    found = {
+        f"{remote_name(FAMILIES)}.py": _table("ENCODER_FAMILIES", places),
+        f"{remote_name(KINDS)}.py": _table("ADAPTERS", kinds),
+    }
+    waiting = [CONFIGURATION, MODELING, PROCESSING]
+    waiting += [module for module, _ in (*places.values(), *kinds.values())]
     while waiting:
         module = waiting.pop()
         if remote_name(module) + ".py" not in found:
@@ -43,25 +51,22 @@ def remote_code(families: Collection[str]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _place(family: str) -> tuple[str, str]:
-    """Return the module and the name of a family's value."""
-    entry = ENCODER_FAMILIES[family]
+def _place(title: str, table: Mapping[str, object], key: str) -> tuple[str, str]:
+    """Return the module and the name of the value of a table's entry."""
+    entry = table[key]
     if not isinstance(entry, str):
-        raise UserError(
-            f"ENCODER_FAMILIES[{family!r}]: an export needs to know the file of the family; make the entry a text "
-            "'module:NAME'"
-        )
+        raise UserError(f"{title}[{key!r}]: an export needs to know its file; make the entry a text 'module:NAME'")
     module, _, name = entry.partition(":")
     return module, name
 
 
-def _families(places: dict[str, tuple[str, str]]) -> str:
-    """Return the source of the table with these families."""
-    lines = ["# Generated: the encoder families of this model.", "from typing import TYPE_CHECKING", ""]
+def _table(title: str, places: dict[str, tuple[str, str]]) -> str:
+    """Return the source of the table `title` with these entries."""
+    lines = ["# Generated: the entries that this model uses.", "from typing import TYPE_CHECKING", ""]
     lines += ["if TYPE_CHECKING:  # transformers copies the files that such lines name"]
     lines += [f"    from .{remote_name(module)} import {name}" for module, name in places.values()] or ["    pass"]
-    lines += ["", "ENCODER_FAMILIES = {"]
-    lines += [f'    "{family}": ".{remote_name(module)}:{name}",' for family, (module, name) in places.items()]
+    lines += ["", f"{title} = {{"]
+    lines += [f'    "{key}": ".{remote_name(module)}:{name}",' for key, (module, name) in places.items()]
     return "\n".join([*lines, "}", ""])
 
 

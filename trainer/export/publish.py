@@ -172,7 +172,8 @@ def _write_llm_config(source: Source, dtype: torch.dtype, tokenizer: Tokenizer, 
 def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokenizer: Tokenizer, folder: Path) -> None:
     description = source.description(selection)
     encoders = [description["audio"]["primary"], *description["audio"]["experts"]]
-    for name, text in remote_code({encoder["family"] for encoder in encoders if encoder is not None}).items():
+    families = {encoder["family"] for encoder in encoders if encoder is not None}
+    for name, text in remote_code(families, source.model.audio.adapter.kind).items():
         (folder / name).write_text(text, encoding="utf-8")
     text_config = _text_config(source, dtype)
     config = {
@@ -189,7 +190,7 @@ def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokeni
         DIGEST: tokenizer.digest,
     }
     _write_json(folder / "config.json", config)
-    write_processor(tokenizer, source.recipe.data, source.strides, folder)
+    write_processor(tokenizer, source.recipe.data, source.rate, folder)
 
 
 def _text_config(source: Source, dtype: torch.dtype) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from model.config import is_factor
 from model.errors import UserError
+from model.lengths import TokenRate
 from model.lora import Adapters
 from trainer.checkpoint.catalog import find_checkpoint, read_extra
 from trainer.checkpoint.folder import LocalFolder
@@ -107,9 +108,9 @@ class Source:
         return Path(self.recipe.train.run_dir) / self.recipe.name
 
     @property
-    def strides(self) -> tuple[int, ...]:
-        """The strides of the adapter."""
-        return self.model.audio.adapter.strides
+    def rate(self) -> TokenRate:
+        """The adapter's rule for the number of audio tokens."""
+        return self.model.audio.adapter.rate
 
     def tokenizer(self) -> Tokenizer:
         """Return the given tokenizer, or the run's if none was given.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
+from model.lengths import TokenRate
 from trainer.data.config import DataConfig
 from trainer.data.tokenizer import (
     PROBES,
@@ -27,6 +28,7 @@ _SETTINGS = (
     "prompt_without_audio",
     "as_chat",
     "strides",
+    "tokens_per_group",
     "min_audio_sec",
     "max_audio_sec",
 )
@@ -70,25 +72,26 @@ def as_transformers(tokenizer: Tokenizer) -> Any:
     return _from_sentencepiece(tokenizer)
 
 
-def processor_settings(tokenizer: Tokenizer, data: DataConfig, strides: tuple[int, ...]) -> dict[str, Any]:
+def processor_settings(tokenizer: Tokenizer, data: DataConfig, rate: TokenRate) -> dict[str, Any]:
     """Return the arguments, except the tokenizer, with which `EarshotProcessor` processes samples as in training."""
     return {
         "placeholder": data.tokenizer.placeholder,
         "prompt_with_audio": data.tokenizer.template,
         "prompt_without_audio": data.tokenizer.text_template,
         "as_chat": isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.chats,
-        "strides": list(strides),
+        "strides": list(rate.strides),
+        "tokens_per_group": rate.tokens_per_group,
         "min_audio_sec": data.min_audio_sec,
         "max_audio_sec": data.max_audio_sec,
     }
 
 
-def write_processor(tokenizer: Tokenizer, data: DataConfig, strides: tuple[int, ...], folder: Path) -> None:
+def write_processor(tokenizer: Tokenizer, data: DataConfig, rate: TokenRate, folder: Path) -> None:
     """Write `processor_config.json` to a folder."""
     content = {
         "auto_map": {"AutoProcessor": f"{remote_name(PROCESSING)}.EarshotProcessor"},
         "processor_class": "EarshotProcessor",
-        **processor_settings(tokenizer, data, strides),
+        **processor_settings(tokenizer, data, rate),
     }
     (folder / PROCESSOR).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

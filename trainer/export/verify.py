@@ -150,7 +150,7 @@ def _samples(source: Source, tokenizer: Tokenizer, manifest: Path, limit: int) -
             check_metadata(row.metadata)
             clips = [decode_audio(path.read_bytes()) for path in row.audio]
             padded = tuple(np.pad(c, (0, max(0, shortest - len(c)))) for c in clips)
-            yield to_sample(make_sample(row.key, row.metadata, padded, tokenizer, source.strides, evaluate=True))
+            yield to_sample(make_sample(row.key, row.metadata, padded, tokenizer, source.rate, evaluate=True))
         except SampleError as error:
             raise UserError(f"{manifest}: line {row.line}: {error}; fix or remove this line") from None
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model.audio_tower import AudioTower
 from model.batch import Ragged
 from model.conv import use_matrix_products
-from model.lengths import FRAME_SAMPLES, Windowing, num_audio_tokens, num_frames
+from model.lengths import FRAME_SAMPLES, Windowing, num_frames
 from trainer.engine.optim import OptimConfig, param_groups
 from trainer.plan.fake_ranks import META
 from trainer.plan.states import FP32_BYTES
@@ -182,19 +182,17 @@ def _after_encoders(tower: AudioTower, loaded_samples: Sequence[int], size: int,
     if not frames:
         return Traced(0, 0, 0)
     config, total, longest = tower.config, sum(frames), max(frames)
-    layers: list[Any] = list(tower.adapter.layers)
     gates = len(config.router.gates) if config.experts else 0
-    joined = int(layers[0].in_channels)
+    joined = (0 if tower.primary is None else tower.primary.dim) + gates * config.expert_dim
     streams = total * gates * config.expert_dim * size  # products kept for the gradients of the weights
     padded = len(frames) * longest * joined * size
-    kept = 2 * streams + padded
-    for layer, stride in zip(layers, tower.adapter.strides, strict=True):
-        longest = num_audio_tokens(longest, (stride,))
-        kept += 2 * len(frames) * longest * layer.out_channels * size
-        if device == "cpu":  # the unfolded windows of the convolution
-            kept += len(frames) * longest * layer.kernel_size[0] * layer.in_channels * size
-    audio_tokens = sum(num_audio_tokens(f, tower.adapter.strides) for f in frames)
+    kept = 2 * streams + tower.adapter.kept_elements(frames, device) * size
+    rate = config.adapter.rate
+    longest = rate.tokens_of_frames(longest)
+    audio_tokens = sum(map(rate.tokens_of_frames, frames))
     out = audio_tokens * (tower.adapter.dim + tower.projector.out_features) * size
+    if config.adapter.normalize:
+        kept += (total * joined + audio_tokens * tower.projector.out_features) * size
     logits = 0
     for name in tower.loss_heads:
         # Counted as the CTC head, the widest: the logits, and their padded log-softmax in fp32.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from model.config import EncoderConfig
 from model.encoders.registry import encoder_windowing
 from model.errors import UserError
-from model.lengths import SAMPLE_RATE, audio_tokens_of_samples, num_frames, num_samples
+from model.lengths import SAMPLE_RATE, num_frames, num_samples
 from trainer.config.schema import Recipe
 from trainer.data.lanes import lanes_of_rank, permutation
 from trainer.engine.placement import clip_cost, place
@@ -81,7 +81,7 @@ def typical_workload(
     seconds = _log_normal(data.global_batch_samples, mean, limit)
     seconds = seconds[permutation(len(seconds), "plan")]
     samples = np.array([max(1, num_samples(s)) for s in seconds], dtype=np.int64)
-    audio_tokens = [audio_tokens_of_samples(int(n), recipe.model.adapter.strides) for n in samples]
+    audio_tokens = [recipe.model.adapter.rate.tokens_of_samples(int(n)) for n in samples]
     return Workload(samples, np.array(audio_tokens) + text_tokens, source_ranks_of(recipe, topology))
 
 

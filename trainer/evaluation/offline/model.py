@@ -176,7 +176,7 @@ def _load_checkpoint(url: str, dtype: torch.dtype) -> Loaded:
     everything, tokenizer = source.select(0), source.tokenizer()
     model = EarshotForCausalLM(EarshotConfig(**source.description(everything)))
     source.fill(model, list(source.names(everything, llm_only=False)), everything, torch.float32)
-    settings = processor_settings(tokenizer, source.recipe.data, source.strides)
+    settings = processor_settings(tokenizer, source.recipe.data, source.rate)
     try:
         source.wait_verified()
     except DamagedError as error:

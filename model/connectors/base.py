@@ -1,0 +1,61 @@
+"""What all adapters have in common, and their construction from a recipe.
+
+Shapes: B clips, F frames, S audio tokens, D width. Σ denotes the sum over all clips.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import cast
+
+from torch import nn
+
+from model.batch import Ragged
+from model.config import AdapterConfig
+from model.connectors.kinds import ADAPTERS
+from model.table import load_entry
+
+
+class Adapter(nn.Module, ABC):
+    """A network that turns the features of a clip into one vector per audio token.
+
+    The output for a clip must not depend on the other clips in the batch.
+
+    Args:
+        config: The recipe's `model.adapter`.
+        input_dim: The width D of the features.
+
+    Raises:
+        UserError: If a value of `config` is not legal for this kind.
+    """
+
+    dim: int
+    """The width of the output."""
+
+    def __init__(self, config: AdapterConfig, input_dim: int) -> None:
+        super().__init__()
+        self.rate = config.rate
+
+    @abstractmethod
+    def forward(self, features: Ragged) -> Ragged:
+        """Return the output [ΣS, dim] for features [ΣF, D], with S = `rate.tokens_of_frames(F)`."""
+
+    @abstractmethod
+    def kept_elements(self, frames: Sequence[int], device: str) -> int:
+        """Return the number of elements that are kept from the forward to the backward pass, for `earshot plan`.
+
+        Args:
+            frames: The number of frames of each clip.
+            device: The type of the device, such as `cpu`.
+        """
+
+
+def build_adapter(config: AdapterConfig, input_dim: int) -> Adapter:
+    """Return a new adapter of the kind that `config` names.
+
+    Raises:
+        UserError: If a value of `config` is not legal for its kind.
+    """
+    kind = cast(type[Adapter], load_entry(ADAPTERS[config.kind]))
+    return kind(config, input_dim)

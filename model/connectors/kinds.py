@@ -1,0 +1,11 @@
+"""The kinds of adapters that a recipe can name. It imports nothing, so that recipes are read without PyTorch."""
+
+from __future__ import annotations
+
+ADAPTERS: dict[str, object] = {
+    "convolutions": "model.connectors.convolutions:Convolutions",
+    "stacking": "model.connectors.stacking:Stacking",
+    "queries": "model.connectors.queries:Queries",
+}
+"""For each value of `model.adapter.kind`, a subclass of `model.connectors.base.Adapter` or its place as `module:NAME`,
+which is imported at the first use. A new kind is one file and one line here; plug-ins add entries."""

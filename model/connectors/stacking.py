@@ -1,0 +1,37 @@
+"""Frame stacking and a perceptron, as in Voxtral (arXiv 2507.13264: 4 frames, two linear layers with GELU), SLAM-ASR
+(arXiv 2402.08846: 5 frames) and Ultravox (8 frames). The second linear layer is the projector.
+
+Shapes: F frames, S audio tokens, D width, k frames per audio token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from model.batch import Ragged
+from model.config import AdapterConfig
+from model.connectors.base import Adapter
+from model.connectors.groups import count_groups, group_size, grouped
+
+
+class Stacking(Adapter):
+    """A linear layer with GELU on the concatenation of k frames, where k is the product of the strides."""
+
+    def __init__(self, config: AdapterConfig, input_dim: int) -> None:
+        super().__init__(config, input_dim)
+        self.size, self.dim = group_size(config.rate), config.hidden_size
+        self.linear = nn.Linear(self.size * input_dim, config.hidden_size)
+        # As in `Convolutions`, the variance of the signal is kept.
+        nn.init.kaiming_normal_(self.linear.weight, nonlinearity="relu")
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Ragged) -> Ragged:
+        """Implement `Adapter.forward`."""
+        stacked = grouped(features, self.size).flatten(1)
+        return Ragged(nn.functional.gelu(self.linear(stacked)), count_groups(features.lengths, self.size))
+
+    def kept_elements(self, frames: Sequence[int], device: str) -> int:
+        """Implement `Adapter.kept_elements`: the stacked frames, and the input and output of GELU."""
+        return sum(count_groups(frames, self.size)) * (self.linear.in_features + 2 * self.dim)
