@@ -16,6 +16,7 @@ from torch.func import functional_call
 from model.batch import Batch
 from model.config import LLMConfig, LoraConfig
 from model.errors import UserError
+from model.lengths import TokenRate
 from model.llm.lora import add_llm_adapters
 from model.llm.megatron import build_megatron, embed_tokens
 from model.llm.names import local_pieces, tp_dim
@@ -72,7 +73,7 @@ def close(found: Tensor, wanted: Tensor, limit: float = 1e-5) -> bool:
 def test_the_whole_model_computes_with_merged_weights() -> None:
     model = build_oracle(tiny_model(), ADAPTERS)
     plain = SpeechLLM(tiny_model(), VOCAB_SIZE, seed=3)
-    batch = Batch(tuple(make_sample(i, 1, (2, 2, 2), seed=5) for i in range(2)))
+    batch = Batch(tuple(make_sample(i, 1, TokenRate((2, 2, 2)), seed=5) for i in range(2)))
     names = [n for n, _ in model.named_parameters() if n.endswith(("lora_A", "lora_B"))]
     assert sum(n.startswith("audio.primary") for n in names) == 8 and any("wavlm" in n for n in names)
     loss = model(batch).total

@@ -11,15 +11,16 @@ from model.audio_tower import AudioTower
 from model.batch import IGNORE, Batch, Sample
 from model.config import LLMConfig, ModelConfig, RouterConfig
 from model.errors import UserError
+from model.lengths import TokenRate
 from model.llm.weights import StateDictSource, embedding_rms
 from model.speech_llm import SpeechLLM
 from trainer.parity import VOCAB_SIZE, make_sample, tiny_model
 
-STRIDES = (2, 2, 2)
+RATE = TokenRate((2, 2, 2))
 
 
 def samples(*clips: int) -> list[Sample]:
-    return [make_sample(i, n, STRIDES, seed=5) for i, n in enumerate(clips)]
+    return [make_sample(i, n, RATE, seed=5) for i, n in enumerate(clips)]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from model.lengths import TokenRate
 from tests.services.relay import slow_line
 from tests.services.swift import Swift
 from tests.trainer.data_corpus import audio_bytes, data_config, row, write_shards
@@ -46,7 +47,7 @@ def upload(local: Path, url: str) -> None:
 def prepared(root: str, local: Path, **fields: Any) -> PreparedData:
     base = {"read_kib": 64, "read_ahead_mib": 0, "cache_decoded_mib": 0, "cache_dir": str(local / "cache")}
     config = data_config(local, DatasetConfig(name="set", shards="set"), **{**base, **fields})
-    return prepare(replace(config, root=root), (2,))
+    return prepare(replace(config, root=root), TokenRate((2,)))
 
 
 def keys(data: PreparedData, num_batches: int, skips: list[Skip] | None = None) -> list[str]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model.batch import IGNORE, Sample
 from model.errors import UserError
+from model.lengths import TokenRate
 from trainer.data.config import MOWE_TEMPLATE, PLACEHOLDER, TokenizerConfig
 from trainer.data.decode import SampleError
 from trainer.data.loader import to_sample
@@ -60,7 +61,7 @@ def clip(num_audio_tokens: int) -> torch.Tensor:
 
 
 def test_one_clip(words: Tokenizer) -> None:
-    sample = tensors("k", META, (clip(3),), words, (2,))
+    sample = tensors("k", META, (clip(3),), words, TokenRate((2,)))
     #                                     bos lstn audio    what is said ? one two
     assert sample.token_ids.tolist() == [1, 13, 4, 4, 4, 5, 6, 7, 8, 9, 10]
     assert sample.audio_mask.tolist() == [False] * 2 + [True] * 3 + [False] * 6
@@ -71,13 +72,13 @@ def test_one_clip(words: Tokenizer) -> None:
 
 
 def test_several_clips_keep_their_order(words: Tokenizer) -> None:
-    sample = tensors("k", META, (clip(2), clip(1)), words, (2,))
+    sample = tensors("k", META, (clip(2), clip(1)), words, TokenRate((2,)))
     assert sample.token_ids.tolist() == [1, 13, 4, 4, 4, 5, 6, 7, 8, 9, 10]
     assert int(sample.audio_mask.sum()) == 3
 
 
 def test_text_only_has_no_audio_part(words: Tokenizer) -> None:
-    sample = tensors("k", {**META, "task": "text"}, (), words, (2,))
+    sample = tensors("k", {**META, "task": "text"}, (), words, TokenRate((2,)))
     assert sample.token_ids.tolist() == [1, 5, 6, 7, 8, 9, 10]
     assert sample.labels.tolist() == [IGNORE] * 4 + [9, 10, 2]
     assert not sample.audio_mask.any()
@@ -88,14 +89,14 @@ def test_further_texts_are_tokenised_where_there_are_any(
     words: Tokenizer, given: object, expected: dict[str, list[int]]
 ) -> None:
     meta = META if given is None else {**META, "transcript": given}
-    sample = tensors("k", meta, (clip(1),), words, (2,), text_fields=("transcript",))
+    sample = tensors("k", meta, (clip(1),), words, TokenRate((2,)), text_fields=("transcript",))
     assert {name: ids.tolist() for name, ids in sample.texts.items()} == expected
-    assert tensors("k", meta, (clip(1),), words, (2,)).texts == {}
+    assert tensors("k", meta, (clip(1),), words, TokenRate((2,))).texts == {}
 
 
 def test_evaluation_has_the_training_prompt_and_nothing_of_the_answer(words: Tokenizer) -> None:
-    trained = tensors("k", META, (clip(2),), words, (2,))
-    asked = tensors("k", META, (clip(2),), words, (2,), evaluate=True)
+    trained = tensors("k", META, (clip(2),), words, TokenRate((2,)))
+    asked = tensors("k", META, (clip(2),), words, TokenRate((2,)), evaluate=True)
     length = asked.num_tokens
     assert asked.token_ids.tolist() == trained.token_ids[:length].tolist()
     assert trained.token_ids[length:].tolist() == [9, 10]
@@ -107,10 +108,10 @@ def test_evaluation_has_the_training_prompt_and_nothing_of_the_answer(words: Tok
 
 def test_chat_template_wraps_the_prompt(tmp_path: Path) -> None:
     path = str(word_tokenizer(tmp_path / "hf", chat=CHAT))
-    sample = tensors("k", META, (clip(2),), load_tokenizer(path, word_config()), (2,))
+    sample = tensors("k", META, (clip(2),), load_tokenizer(path, word_config()), TokenRate((2,)))
     assert sample.token_ids.tolist() == [11, 13, 4, 4, 5, 6, 7, 8, 12, 9, 10]
     plain = load_tokenizer(path, word_config(chat_template=False))
-    assert tensors("k", META, (clip(2),), plain, (2,)).token_ids[0] == 1
+    assert tensors("k", META, (clip(2),), plain, TokenRate((2,))).token_ids[0] == 1
 
 
 def test_a_single_tokenizer_json_with_and_without_its_config(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_bug_is_not_reported_as_a_user_error(tmp_path: Path, monkeypatch: pytest
 def test_a_placeholder_in_a_sample_is_an_error_of_that_sample(words: Tokenizer) -> None:
     for field in ("instruction", "answer"):
         with pytest.raises(SampleError, match="placeholder_in_text"):
-            tensors("k", {**META, field: f"what {PLACEHOLDER}"}, (clip(1),), words, (2,))
+            tensors("k", {**META, field: f"what {PLACEHOLDER}"}, (clip(1),), words, TokenRate((2,)))
     with pytest.raises(PlaceholderInText):
         words.prompt(PLACEHOLDER, 0)
 
