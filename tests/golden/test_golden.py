@@ -20,6 +20,9 @@ from safetensors.torch import load_file
 
 from tests.golden.corpus import write_corpus
 from tools import export
+from trainer.checkpoint.catalog import find_checkpoint
+from trainer.checkpoint.layout import EXP_AVG, matrix_of
+from trainer.checkpoint.reader import Reader, read_manifest
 
 GOLDEN = Path(__file__).parent
 ROOT = GOLDEN.parents[1]
@@ -70,3 +73,39 @@ def test_its_export_contains_the_same_tensors(tmp_path: Path) -> None:
     found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "export", GOLDEN / "export"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_new_run_takes_the_moments_of_adam_on_request(corpus: Path, tmp_path: Path) -> None:
+    start = (f"checkpoint.start_from={GOLDEN / 'run'}", "train.steps=1", "optim.warmup_steps=0")
+    found = {}
+    for name, keys in (("without", ()), ("with", ("checkpoint.start_optimizer=true",))):
+        done = train(corpus, tmp_path, f"name={name}", *start, *keys)
+        assert done.returncode == 0, done.stderr
+        found[name] = moments(tmp_path / name, 1)
+    before = moments(GOLDEN / "run", 2)
+    assert losses(tmp_path / "with")[1] == losses(tmp_path / "without")[1], "the weights and the data are the same"
+    beta = 0.9
+    for name, (values, updates) in found["with"].items():
+        assert (updates, found["without"][name][1]) == (3, 1), name
+        carried = values - found["without"][name][0]
+        torch.testing.assert_close(carried, beta * before[name][0], rtol=1e-3, atol=1e-7)
+    assert any(values.abs().max() > 1e-5 for values, _ in before.values())
+
+
+def moments(run: Path, step: int) -> dict[str, tuple[torch.Tensor, int]]:
+    """Return Adam's first moment and the number of updates of every trained tensor of a checkpoint."""
+    folder = find_checkpoint(str(run / "checkpoints" / f"step-{step:08d}"))
+    reader, found = Reader(folder, read_manifest(folder)), {}
+    for name, updates in reader.learned().items():
+        whole = matrix_of(reader.manifest.tensors[name].shape)
+        values = torch.empty(whole.rows, whole.cols)
+        reader.read_rect(name, EXP_AVG, whole, values)
+        found[name] = (values, updates)
+    return found
+
+
+def test_an_export_has_no_moments_to_start_with(corpus: Path, tmp_path: Path) -> None:
+    export_made = tmp_path / "export"
+    assert export.main([str(GOLDEN / "run"), str(export_made), "--dtype", "fp32"]) == 0
+    done = train(corpus, tmp_path, "name=x", f"checkpoint.start_from={export_made}", "checkpoint.start_optimizer=true")
+    assert done.returncode == 2 and "holds no state of an optimizer" in done.stderr and "Traceback" not in done.stderr

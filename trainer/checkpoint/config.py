@@ -26,6 +26,10 @@ class CheckpointConfig:
     """A run, one of its checkpoints, or an export (a folder or `s3://…`), whose weights and tokenizer a new run starts
     with. Encoders may have been added or removed (`model.router.added_encoder_warmup_steps`). Once the new run has a
     checkpoint of its own, it resumes from that. null starts with the initial weights of `model`."""
+    start_optimizer: bool = False
+    """Whether a new run also starts with Adam's moments and their number of updates from the run or checkpoint that
+    `start_from` names. Parameters that did not learn there start with moments of zero. The learning-rate schedule
+    starts at its beginning in any case."""
     keep_last: int = 2
     """Number of most recent checkpoints to keep, at least 1."""
     keep_every_steps: int = 0
@@ -39,6 +43,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every_steps < 0:
             raise UserError(f"checkpoint.every_steps = {self.every_steps}: must be 0 (only at the end) or positive")
+        if self.start_optimizer and self.start_from is None:
+            raise UserError("checkpoint.start_optimizer = true: only with checkpoint.start_from; set it, too")
         if self.retry_sec <= 0:
             raise UserError(f"checkpoint.retry_sec = {self.retry_sec}: must be positive")
         for key, url in (("root", self.root), ("start_from", self.start_from)):

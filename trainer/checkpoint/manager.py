@@ -20,7 +20,7 @@ from trainer.checkpoint.layout import Shard, file_of, rank_of
 from trainer.checkpoint.origin import is_export, open_origin
 from trainer.checkpoint.reader import DamagedError, Reader, check_files, read_manifest
 from trainer.checkpoint.snapshot import HostBuffer
-from trainer.checkpoint.start import check_adapters, fill_weights
+from trainer.checkpoint.start import check_adapters, fill_moments, fill_weights
 from trainer.checkpoint.together import from_rank0, gather, together
 from trainer.parallel.exchange import gather_distinct
 from trainer.parallel.groups import Groups
@@ -262,6 +262,10 @@ class CheckpointManager:
         model, names = engines.audio.tower.config, self._everyones_names(engines)
         together(self.groups, doing, lambda: check_adapters(origin, names, model))
         new = together(self.groups, doing, lambda: fill_weights(origin, shards, model, self._place.heartbeat))
+        if self.config.start_optimizer:
+            updates = together(self.groups, doing, lambda: fill_moments(origin, shards))
+            audio_state.set_steps(engines.audio, dict.fromkeys(names, updates))
+            llm_state.set_steps(engines.llm, dict.fromkeys(names, updates))
         audio_state.refresh(engines.audio)
         llm_state.refresh(engines.llm)
         everyones = gather(self.groups, new)

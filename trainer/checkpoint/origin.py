@@ -6,7 +6,7 @@ They may be stored in a folder or in a bucket.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +51,14 @@ class Origin(Protocol):
         """Read a rectangle of a tensor's matrix into `target` [rows, cols], converted to the dtype of `target`."""
         ...
 
+    def learned(self) -> Mapping[str, int]:
+        """Return the number of updates of each tensor that has moments."""
+        ...
+
+    def read_moment(self, name: str, kind: str, wanted: Rect, target: Tensor) -> None:
+        """Read a rectangle of a moment of a tensor in `learned` into `target` [rows, cols]."""
+        ...
+
 
 class CheckpointOrigin:
     """The weights in a checkpoint; implements `Origin`. The caller must verify the files."""
@@ -72,6 +80,12 @@ class CheckpointOrigin:
 
     def read(self, name: str, wanted: Rect, target: Tensor) -> None:
         self._reader.read_rect(name, PARAM, wanted, target)
+
+    def learned(self) -> Mapping[str, int]:
+        return self._reader.learned()
+
+    def read_moment(self, name: str, kind: str, wanted: Rect, target: Tensor) -> None:
+        self._reader.read_rect(name, kind, wanted, target)
 
 
 class ExportOrigin:
@@ -111,6 +125,12 @@ class ExportOrigin:
     def read(self, name: str, wanted: Rect, target: Tensor) -> None:
         whole = matrix_of(self._shapes[name])
         self._files[name].copy_part(name, wanted.within(whole), target)
+
+    def learned(self) -> Mapping[str, int]:
+        return {}
+
+    def read_moment(self, name: str, kind: str, wanted: Rect, target: Tensor) -> None:
+        raise AssertionError(f"{self.url}: an export has no moments")
 
 
 def _expert_names(description: Any, where: str) -> tuple[str, ...]:

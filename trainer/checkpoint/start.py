@@ -1,6 +1,7 @@
 """Initialization of a new run with the weights of another run, of one of its checkpoints, or of an export.
 
-Only weights are used; optimizers, schedule, generators and data start from the beginning. Some parts of the model may
+Only weights are used, and Adam's moments if `checkpoint.start_optimizer` asks for them. Schedule, generators and data
+start from the beginning. Some parts of the model may
 be new: encoders, the heads of losses such as CTC, adapters, and additional rows of the LLM's vocabulary. New parts keep
 their initial or pre-trained weights. The router's entries for an added encoder are the mean of its entries for the
 other encoders. They take effect gradually (`model.router.ENTRY_OFFSET`), so that the loss of the first step equals that
@@ -86,6 +87,29 @@ def fill_weights(
             _check(origin, shard)
             origin.read(shard.name, shard.rect, shard.values[PARAM])
     return tuple(dict.fromkeys(new))
+
+
+@torch.no_grad()
+def fill_moments(origin: Origin, shards: Sequence[Shard]) -> int:
+    """Fill this rank's moments with those of `origin`, where it has any of the same shape. Others are not changed.
+
+    Returns:
+        The number of updates in the moments of `origin`.
+
+    Raises:
+        UserError: If `origin` has no moments.
+    """
+    learned = origin.learned()
+    if not learned:
+        raise UserError(
+            f"checkpoint.start_optimizer = true: {origin.url}: holds no state of an optimizer; name a run or a "
+            "checkpoint that has one, or set it to false"
+        )
+    for shard in shards:
+        if shard.name in learned and origin.shape(shard.name) == shard.shape:
+            for kind in shard.values.keys() - {PARAM}:
+                origin.read_moment(shard.name, kind, shard.rect, shard.values[kind])
+    return max(learned.values())
 
 
 def check_adapters(origin: Origin, names: Collection[str], model: ModelConfig) -> None:
