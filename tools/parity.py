@@ -6,6 +6,7 @@
     earshot parity --deepspeed ds_configs/zero3_offload.json    with the DeepSpeed settings of a run
     earshot parity --pack-multiple 24    with train.pack_multiple_tokens, which pads packs more
     earshot parity --lora       train low-rank adapters over partly frozen weights
+    earshot parity --stages --steps 11    train other parameters in each of several stages
     earshot parity --adapter queries    with another kind of adapter, and normalization
     earshot parity --json       also print one JSON object on the last line
 
@@ -112,6 +113,7 @@ def check(
     pack_multiple: int | None = None,
     lora: bool = False,
     adapter: str = "convolutions",
+    stages: bool = False,
 ) -> list[Row]:
     """Compare one topology with the single-process model, in new processes.
 
@@ -124,11 +126,12 @@ def check(
         pack_multiple: `train.pack_multiple_tokens`.
         lora: train low-rank adapters over partly frozen weights.
         adapter: `model.adapter.kind`.
+        stages: train other parameters in each of several stages.
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "rows.json"
         shape = [topology.tp, topology.pp, topology.ep]
-        task = json.dumps([*shape, num_steps, family, kinds, deepspeed, pack_multiple, lora, adapter, str(out)])
+        task = json.dumps([*shape, num_steps, family, kinds, deepspeed, pack_multiple, lora, adapter, stages, str(out)])
         code = start_ranks(topology.world, module_command("tools.parity", "--worker", task))
         if code:
             return [Row(name(topology), f"crashed with exit code {code}", float("nan"), float("nan"), "")]
@@ -155,6 +158,7 @@ def measure(
     pack_multiple: int | None = None,
     lora: bool = False,
     adapter: str = "convolutions",
+    stages: bool = False,
 ) -> list[dict[str, Any]]:
     """Compare the topology of this launch with the oracle.
 
@@ -171,6 +175,7 @@ def measure(
         pack_multiple: `train.pack_multiple_tokens`.
         lora: train low-rank adapters over partly frozen weights.
         adapter: `model.adapter.kind`.
+        stages: train other parameters in each of several stages.
 
     Returns:
         The fields of each `Row`.
@@ -189,7 +194,7 @@ def measure(
     groups = build_groups(topology, rank, device, parity.SEED)
     model = parity.tiny_model(family, adapter)
     ds_config = build_ds_config(Path(deepspeed), precision="fp32") if deepspeed else DS_CONFIG
-    learned = parity.ADAPTERS if lora else parity.ALL_WEIGHTS
+    learned = parity.STAGED if stages else parity.ADAPTERS if lora else parity.ALL_WEIGHTS
     step = parity.build_step(model, groups, ds_config, max(1, num_steps), pack_multiple=pack_multiple, learned=learned)
     oracle = parity.build_oracle(model, learned)
     rows = []
@@ -248,6 +253,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--lora", action="store_true", help="train low-rank adapters (recipe section `lora`) over partly frozen weights"
     )
     parser.add_argument(
+        "--stages",
+        action="store_true",
+        help="train other parameters in each of several stages (section `stages`)",
+    )
+    parser.add_argument(
         "--adapter",
         default="convolutions",
         choices=tuple(ADAPTERS),
@@ -281,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.pack_multiple,
             options.lora,
             options.adapter,
+            options.stages,
         ):
             rows.append(row)
             verdict = "" if row.passed else "   OVER"

@@ -53,6 +53,8 @@ class Status:
     """The number of finished steps."""
     num_steps: int | None
     """The number of steps of the whole run; None if it is not known."""
+    stage: str | None
+    """The stage of training that began last, such as `adapters (2 of 3)`; None in a run without stages."""
     num_ranks: int | None
     """The number of ranks; None if it is not known."""
     left_sec: float | None
@@ -150,6 +152,7 @@ def read_status(run_dir: Path, now_sec: float) -> Status:
         since_sec=now_sec - (state_event["time"] if state_event else now_sec),
         step=step,
         num_steps=num_steps,
+        stage=_stage(events),
         num_ranks=last.get("num_ranks"),
         left_sec=left_sec,
         silent_sec=now_sec - max(signs) if state == "running" else None,
@@ -196,6 +199,7 @@ def read_stored(url: str, now_sec: float) -> list[Status]:
                 since_sec=0.0,
                 step=steps[-1],
                 num_steps=num_steps,
+                stage=None,
                 num_ranks=None,
                 left_sec=None,
                 silent_sec=None,
@@ -306,6 +310,11 @@ def _ended_by_slurm(events: Sequence[Event]) -> str | None:
     if found.name == "CANCELLED":
         return "cancelled"
     return "failed" if found.has_ended else None
+
+
+def _stage(events: Sequence[Event]) -> str | None:
+    begun = [e for e in events if e["event"] == "stage_started"]
+    return f"{begun[-1]['stage']} ({begun[-1]['number']})" if begun else None
 
 
 def _recent_step_sec(records: Sequence[Mapping[str, Any]]) -> float | None:

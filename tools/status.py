@@ -59,6 +59,8 @@ def describe(status: Status, now_sec: float) -> str:
     left = f", {duration(status.left_sec)} left" if status.left_sec is not None else ""
     ranks = f" on {status.num_ranks} ranks" if status.num_ranks else ""
     lines.append(f"  step      {status.step}{of}{share}{left}{ranks}")
+    if status.stage is not None:
+        lines[-1] += f", stage {status.stage}"
     if status.silent_sec is not None and status.silent_sec > 120:
         lines[-1] += f"; no event or logged step for {duration(status.silent_sec)}"
     if status.attempts:

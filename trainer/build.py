@@ -36,6 +36,7 @@ from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine
 from trainer.engine.optim import check_patterns
 from trainer.engine.placement import place
+from trainer.engine.stages import check_stages
 from trainer.parallel.exchange import gather_distinct
 from trainer.parallel.groups import COLLECTIVE_TIMEOUT_SEC, Groups, build_groups, connect
 from trainer.parallel.topology import build_topology
@@ -215,7 +216,9 @@ def _prepare(recipe: Recipe, owned: OwnedTokenizer | None, *, is_first: bool) ->
             check_named(recipe, owned, tokenizer)
     model = recipe.model
     fields = text_fields(model)
-    return recipe, prepare(recipe.data, model.adapter.rate, text_fields=fields, tokenizer_path=path, on_built=announce)
+    return recipe, prepare(
+        recipe.staged_data, model.adapter.rate, text_fields=fields, tokenizer_path=path, on_built=announce
+    )
 
 
 class WatchedSource:
@@ -257,7 +260,9 @@ def build_step(
         )
     source = WatchedSource(weight_source(recipe.model.llm, hf_config, recipe.seed), heartbeat)
     train, adapters = recipe.train, Adapters.of(recipe.lora, recipe.seed)
-    llm = LLMEngine(hf_config, source, recipe.optim, groups, DTYPES[train.precision], train.recompute_llm, adapters)
+    llm = LLMEngine(
+        hf_config, source, recipe.staged_optim, groups, DTYPES[train.precision], train.recompute_llm, adapters
+    )
     heartbeat("the encoders")
     torch.manual_seed(recipe.seed)
     topology = groups.topology
@@ -267,17 +272,19 @@ def build_step(
     add_adapters(tower, "audio.", adapters)
     tower.set_recompute(train.recompute_encoders)
     ds_config = build_ds_config(deepspeed_json(recipe), precision=train.precision)
-    audio = AudioEngine(tower, recipe.optim, ds_config, groups, train.encoder_batch_sec, train.debug_plan)
+    audio = AudioEngine(tower, recipe.staged_optim, ds_config, groups, train.encoder_batch_sec, train.debug_plan)
     held_names = [n for n, _ in audio.named_parameters()] + [llm.hf_name(n) for n, _ in llm.parameters()]
     all_layers = gather_distinct(layers, groups.world)
     all_names = gather_distinct(held_names, groups.world)
     adapters.check([*llm_layers(hf_config), *(name for names in all_layers for name in names)])
-    check_patterns(recipe.optim, [name for names in all_names for name in names])
+    everyones = [name for names in all_names for name in names]
+    check_patterns(recipe.optim, everyones)
+    check_stages(recipe.staged_optim, everyones)
     # If a config has dropout, it must differ between ranks.
     torch.manual_seed(recipe.seed + 1000 * groups.rank)
     return Step(
         recipe.model,
-        recipe.optim,
+        recipe.staged_optim,
         audio,
         llm,
         groups,

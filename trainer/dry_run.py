@@ -12,9 +12,10 @@ from trainer.config.checks import deepspeed_json
 from trainer.config.schema import Recipe, TrainConfig
 from trainer.engine.ds_config import load_ds_json
 from trainer.engine.placement import place
+from trainer.engine.stages import stages_of
 from trainer.parallel.topology import Topology, build_topology
 from trainer.plan.ranks import rank_states
-from trainer.plan.sizes import Size, SizedModel, parameter_sizes, sized_model
+from trainer.plan.sizes import Size, SizedModel, parameter_sizes, sized_model, stage_sizes
 from trainer.plan.states import States
 from trainer.plan.tables import bytes_text, count_text, ranks_text, table
 from trainer.telemetry.jsonl import write_atomically
@@ -36,12 +37,13 @@ def describe(recipe: Recipe, memory: bool = True) -> str:
     """
     topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
     model = sized_model(recipe)
-    sizes = parameter_sizes(model, recipe.optim)
+    sizes = parameter_sizes(model, recipe.staged_optim)
     blocks = (
         _head(recipe),
         _layout(topology),
         *([_experts(_places(model, topology, sizes))] if topology.ep > 1 else []),
         _parts(sizes),
+        *([_stages(recipe, model)] if recipe.stages else []),
         *([_per_rank(recipe, model, topology)] if memory else []),
         _batch(recipe, topology),
     )
@@ -129,6 +131,26 @@ def _parts(parameters: dict[str, Size]) -> list[str]:
     return table(rows)
 
 
+def _stages(recipe: Recipe, model: SizedModel) -> list[str]:
+    rows = [["stage", "steps", "trainable", "learning rate", "trains", "weights of datasets"]]
+    for stage, given in zip(stages_of(recipe.staged_optim, recipe.train.steps), recipe.stages, strict=True):
+        last = stage.start + stage.steps
+        count = sum(size.learned for size in stage_sizes(model, stage).values())
+        weights = ", ".join(f"{name} {weight:g}" for name, weight in given.weights.items())
+        steps = f"{stage.start + 1} to {last}"
+        rows.append(
+            [
+                stage.name,
+                steps,
+                count_text(count),
+                f"{stage.optim.lr:g}",
+                ", ".join(given.train) or "all",
+                weights or "-",
+            ]
+        )
+    return ["Stages, one after the other in this run. Adam's moments start from zero in each.", *table(rows)]
+
+
 def _part_of(name: str) -> str:
     side, part, *rest = name.split(".")
     if side == "llm":
@@ -138,7 +160,7 @@ def _part_of(name: str) -> str:
 
 def _per_rank(recipe: Recipe, model: SizedModel, topology: Topology) -> list[str]:
     ds_json = load_ds_json(deepspeed_json(recipe))
-    states = rank_states(model, topology, recipe.optim, recipe.train.precision, ds_json)
+    states = rank_states(model, topology, recipe.staged_optim, recipe.train.precision, ds_json)
     audio = max(states.audio, key=lambda s: s.total)
     stages: dict[States, list[int]] = {}
     for stage, replicas in enumerate(states.llm):

@@ -43,9 +43,17 @@ def check(
     pack_multiple: int | None = None,
     lora: bool = False,
     adapter: str = "convolutions",
+    stages: bool = False,
 ) -> list[Row]:
     task = {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep, "num_steps": num_steps, "family": family}
-    task |= {"kinds": kinds, "deepspeed": deepspeed, "pack_multiple": pack_multiple, "lora": lora, "adapter": adapter}
+    task |= {
+        "kinds": kinds,
+        "deepspeed": deepspeed,
+        "pack_multiple": pack_multiple,
+        "lora": lora,
+        "adapter": adapter,
+        "stages": stages,
+    }
     return [Row(**row) for row in run_ranks(topology.world, measure, task, timeout_sec=200)[0]]
 
 
@@ -75,6 +83,22 @@ def test_every_kind_of_adapter_with_normalization_equals_the_oracle(
     rows = check(topology, steps, "llama", kinds, adapter=adapter)
     assert len(rows) == len(kinds) + (steps > 0)
     assert all(row.passed for row in rows), rows
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("topology", "deepspeed"),
+    [
+        (Topology(2, 2, 1), None),
+        (Topology(2, 1, 2, 2), None),
+        (Topology(2, 1, 1), "ds_configs/zero3_offload.json"),
+        (Topology(4, 1, 1, 4), None),
+    ],
+)
+def test_stages_equal_the_oracle_that_freezes_and_thaws(topology: Topology, deepspeed: str | None) -> None:
+    rows = check(topology, 11, "llama", ("mixed",), deepspeed=deepspeed, stages=True)
+    assert len(rows) == 2 and all(row.passed for row in rows), rows
+    assert rows[1].gradient < 1e-3, rows
 
 
 @pytest.mark.timeout(240)

@@ -45,5 +45,12 @@ def set_num_updates(optimizer: Any, parameter: Tensor, step: int) -> None:
         _group_of(optimizer, parameter)["step"] = step
 
 
+def reset(optimizer: Any, parameter: Tensor) -> None:
+    """Set the moments and the number of updates of a parameter to zero."""
+    for values in moments(optimizer, parameter).values():
+        values.zero_()
+    set_num_updates(optimizer, parameter, 0)
+
+
 def _group_of(optimizer: Any, parameter: Tensor) -> dict[str, Any]:
     return next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))

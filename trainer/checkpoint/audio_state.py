@@ -55,6 +55,12 @@ def set_steps(engine: AudioEngine, steps: dict[str, int]) -> None:
         adam.set_num_updates(_adam_of(engine.zero, i), engine.zero.fp32_partitioned_groups_flat[i], wanted.pop())
 
 
+def reset_moments(engine: AudioEngine) -> None:
+    """Set Adam's moments and the number of updates of every trainable parameter to zero."""
+    for i, flat in enumerate(engine.zero.fp32_partitioned_groups_flat):
+        adam.reset(_adam_of(engine.zero, i), flat)
+
+
 def refresh(engine: AudioEngine) -> None:
     """Copy the fp32 weights to the weights that the forward pass reads.
 

@@ -37,7 +37,7 @@ def shards(engine: LLMEngine) -> list[Shard]:
             flats = {PARAM: main.data, **adam.moments(optimizer, main)}
             step = adam.num_updates(optimizer, main)
             found += _shards_of(engine, name, parameter, start, flats, step, saved_here)
-        elif not parameter.requires_grad:
+        elif engine.settings[id(parameter)].frozen:
             flats = {PARAM: parameter.data.view(-1)}
             found += _shards_of(engine, name, parameter, 0, flats, None, saved_here and place.dp == 0)
     return found
@@ -48,6 +48,12 @@ def set_steps(engine: LLMEngine, steps: dict[str, int]) -> None:
     names = {id(p): name for name, p in engine.parameters()}
     for optimizer, parameter, main, _ in _ranges(engine):
         adam.set_num_updates(optimizer, main, steps[engine.hf_name(names[id(parameter)])])
+
+
+def reset_moments(engine: LLMEngine) -> None:
+    """Set Adam's moments and the number of updates of every trainable parameter to zero."""
+    for optimizer, _, main, _ in _ranges(engine):
+        adam.reset(optimizer, main)
 
 
 def refresh(engine: LLMEngine) -> None:

@@ -61,7 +61,19 @@ def _build(tree: Any) -> Recipe:
     names = tree.get("plugins") if isinstance(tree, dict) else None
     if isinstance(names, list):  # `from_tree` refuses anything else
         load_plugins([name for name in names if isinstance(name, str)])
+    if isinstance(tree, dict):
+        _add_up_steps(tree)
     return from_tree(Recipe, tree)
+
+
+def _add_up_steps(tree: dict[str, Any]) -> None:
+    """Set `train.steps` to the sum over the stages if it is not given. `from_tree` refuses values of a wrong type."""
+    stages, train = tree.get("stages"), tree.get("train", {})
+    if not isinstance(stages, list) or not isinstance(train, dict) or "steps" in train:
+        return
+    steps = [stage.get("steps") for stage in stages if isinstance(stage, dict)]
+    if steps and all(isinstance(n, int) for n in steps):
+        tree["train"] = {**train, "steps": sum(steps)}
 
 
 def load_stored_recipe(path: Path) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from model.config import LoraConfig, ModelConfig
@@ -11,8 +11,9 @@ from model.errors import UserError
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.config.evaluation import EvalConfig
 from trainer.config.spike import SpikeConfig
-from trainer.data.config import DataConfig
+from trainer.data.config import DataConfig, DatasetConfig
 from trainer.engine.optim import OptimConfig
+from trainer.engine.stages import StageConfig, staged_optim
 from trainer.parallel.topology import ParallelConfig
 from trainer.run.restart import RestartConfig
 from trainer.storage.open import join_url
@@ -119,6 +120,9 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    stages: tuple[StageConfig, ...] = ()
+    """Parts of the run that train different parameters, in this order (see docs/training.md). Empty: one stage that
+    trains everything which `optim.parts` does not freeze."""
     lora: tuple[LoraConfig, ...] = ()
     """Low-rank adapters on linear layers of the LLM and of encoders (see docs/adapters.md). Empty: none."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -134,6 +138,49 @@ class Recipe:
             raise UserError(f"name = {self.name!r}: use letters, digits, '.', '_' and '-' (it names the run's folder)")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"seed = {self.seed}: must be in 0..{2**31 - 1}")
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        names, total = [stage.name for stage in self.stages], sum(stage.steps for stage in self.stages)
+        if len(set(names)) != len(names) or "" in names:
+            raise UserError(f"stages: names {names} must be unique and not empty")
+        if self.stages and total != self.train.steps:
+            raise UserError(
+                f"train.steps = {self.train.steps}: the stages have {total} steps together; set it to {total} or leave "
+                "it out, or change stages.N.steps"
+            )
+        known = [dataset.name for dataset in self.data.datasets]
+        for stage in self.stages:
+            for name in stage.weights:
+                if name not in known:
+                    raise UserError(f"stages '{stage.name}'.weights.{name}: no such dataset; known are {known}")
+
+        _ = self.staged_optim, self.staged_data  # They raise if a value is not legal in a stage.
+
+    @property
+    def staged_optim(self) -> OptimConfig:
+        """The section `optim`, with the settings of every stage."""
+        return staged_optim(self.optim, self.stages)
+
+    @property
+    def staged_data(self) -> DataConfig:
+        """The section `data`, with the weights of datasets in every stage as schedules."""
+        if not any(stage.weights for stage in self.stages):
+            return self.data
+        return replace(self.data, datasets=tuple(map(self._staged_dataset, self.data.datasets)))
+
+    def _staged_dataset(self, dataset: DatasetConfig) -> DatasetConfig:
+        points: list[tuple[float, float]] = []
+        start, total = 0, self.train.steps
+        for stage in self.stages:
+            begin, end = start / total, (start + stage.steps) / total
+            if dataset.name in stage.weights:
+                points.append((begin, stage.weights[dataset.name]))
+            else:
+                points.append((begin, dataset.weight_at(begin)))
+                points += [point for point in dataset.schedule if begin < point[0] < end]
+            start += stage.steps
+        return replace(dataset, weight=tuple(points))
 
     @property
     def run_url(self) -> str:

@@ -25,7 +25,7 @@ from model.encoders.registry import encoder_windowing
 from model.errors import UserError
 from model.transfer import to_device
 from trainer.engine.expert_parallel import EncoderCost, EncoderDispatch, dummy_clip
-from trainer.engine.optim import OptimConfig, param_groups
+from trainer.engine.optim import OptimConfig, param_groups, set_rates
 from trainer.engine.placement import clip_cost, place
 from trainer.parallel.groups import Groups, device_groups
 
@@ -64,6 +64,7 @@ class AudioEngine:
         learned = param_groups(optim, named)
         if not learned:
             raise UserError("optim.parts: every audio parameter is frozen; train at least audio.projector.*")
+        self._learned = [(p, group["setting"]) for group in learned for p in group["params"]]
         # DeepSpeed's shared-memory all-reduce (for inference on CPUs) compiles C++ code at the start. If a build is
         # killed, its lock remains, and every later start waits for it silently.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -244,7 +245,20 @@ class AudioEngine:
         flat = [g for group in partitions.values() for g in group.values()]
         return torch.stack([g.double().square().sum() for g in flat]).sum().to(self.groups.device)
 
-    def step(self, clip_coef: float, norm: float, lr_scale: float) -> None:
+    def begin_stage(self, stage: int) -> None:
+        """Let those parameters learn that learn in a stage.
+
+        Collective: every rank of the world must call it.
+        """
+        for parameter, setting in self._learned:
+            parameter.requires_grad_(not setting.in_stage(stage).frozen)
+        for flat in self.zero.fp32_partitioned_groups_flat:
+            if flat.grad is not None:  # With offload, gradients of the last step stay here.
+                flat.grad.zero_()
+        for dispatch in self._dispatch.values():
+            dispatch.agree_on_learning()
+
+    def step(self, clip_coef: float, norm: float, lr_scale: float, stage: int = 0) -> None:
         """Update the parameters.
 
         Collective: every rank of the world must call it.
@@ -253,9 +267,9 @@ class AudioEngine:
             clip_coef: The factor by which gradients are multiplied, at most 1.
             norm: The norm of the audio side's gradients.
             lr_scale: The factor by which the peak learning rate of every parameter group is multiplied.
+            stage: The index of the stage of training.
         """
-        for group in self.zero.param_groups:
-            group["lr"] = group["peak_lr"] * lr_scale
+        set_rates(self.zero.param_groups, stage, lr_scale)
         # DeepSpeed divides by max(1, (norm + 1e-6) / clip_grad). With this clip_grad, the divisor is 1 / clip_coef.
         self.zero.clip_grad = 0.0 if clip_coef >= 1.0 else (norm + 1e-6) * clip_coef
         # DeepSpeed's own norm would hang: it needs an all-reduce for each group that contains experts of this rank.

@@ -100,8 +100,15 @@ class EncoderDispatch:
         self._moved = dict.fromkeys(self.names, EncoderCost())
         self._waits: list[Lap] = []
         self._computed: list[tuple[str, Lap]] = []
-        learns = torch.tensor([int(any(p.requires_grad for e in held.values() for p in e.parameters()))])
-        dist.all_reduce(learns, op=dist.ReduceOp.MAX, group=groups.world)
+        self.agree_on_learning()
+
+    def agree_on_learning(self) -> None:
+        """Note whether any rank trains one of the encoders, after `requires_grad` of parameters has changed.
+
+        Collective: every rank of the world must call it.
+        """
+        learns = torch.tensor([int(any(p.requires_grad for e in self.held.values() for p in e.parameters()))])
+        dist.all_reduce(learns, op=dist.ReduceOp.MAX, group=self.groups.world)
         self._learns = bool(learns)
 
     def __call__(self, names: Sequence[str], clips: Ragged, wanted: Tensor) -> list[Ragged]:

@@ -24,7 +24,7 @@ from model.llm.packing import PackedSequences
 from model.llm.weights import WeightSource, global_parameters, load_megatron
 from model.lora import NO_ADAPTERS, Adapters, llm_shapes
 from model.transfer import to_device
-from trainer.engine.optim import OptimConfig, ParamSetting, setting_of
+from trainer.engine.optim import OptimConfig, ParamSetting, set_rates, setting_of
 from trainer.engine.token_losses import PackedLoss
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.groups import Groups
@@ -249,18 +249,26 @@ class LLMEngine:
                         total += grad.double().square().sum()
         return total
 
-    def step(self, clip_coef: float, lr_scale: float) -> None:
+    def begin_stage(self, stage: int) -> None:
+        """Let those parameters learn that learn in a stage."""
+        for parameter in self.gpt.parameters():
+            setting = self.settings[id(parameter)]
+            if not setting.frozen:
+                parameter.requires_grad_(not setting.in_stage(stage).frozen)
+
+    def step(self, clip_coef: float, lr_scale: float, stage: int = 0) -> None:
         """Update the weights, after `grad_norm_sq`.
 
         Args:
             clip_coef: The factor on the gradients, at most 1.
             lr_scale: The factor on the peak learning rate of every group.
+            stage: The index of the stage of training.
         """
         if self.optimizer is None:
             return
         with megatron_calls():
-            for group in self.optimizer.param_groups:
-                group["lr"], group["weight_decay"] = group["max_lr"] * lr_scale, group.get("start_wd", 0.0)
+            # On a rank without parameters of a setting, Megatron adds an empty group.
+            set_rates((g for g in self.optimizer.param_groups if "setting" in g), stage, lr_scale)
             if clip_coef < 1.0:
                 for optimizer in self.optimizer.chained_optimizers:
                     for parameter in optimizer.get_parameters():
@@ -381,13 +389,11 @@ def _build_optimizer(
 
 
 def _overrides(settings: dict[int, ParamSetting]) -> dict[ParamKey, Any]:
-    """Return one optimizer group per distinct setting. `LLMEngine.step` reads `max_lr` and `start_wd`."""
-    kinds = {(s.lr, s.weight_decay) for s in settings.values() if not s.frozen}
+    """Return one optimizer group per distinct setting, which `set_rates` reads."""
     overrides = {}
-    for lr, weight_decay in kinds:
-        wanted = ParamSetting(False, lr, weight_decay)
-        predicate = ParamPredicate(f"{lr}/{weight_decay}", lambda p, w=wanted: settings.get(id(p)) == w)
-        overrides[ParamKey(predicate=predicate)] = {"max_lr": lr, "start_wd": weight_decay}
+    for wanted in {s for s in settings.values() if not s.frozen}:
+        predicate = ParamPredicate(str(wanted), lambda p, w=wanted: settings.get(id(p)) == w)
+        overrides[ParamKey(predicate=predicate)] = {"max_lr": wanted.lr, "setting": wanted}
     return overrides
 
 

@@ -70,17 +70,26 @@ class OptimConfig:
         check_least("optim", self, eps=0, weight_decay=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class ParamSetting:
     """The settings of one parameter."""
 
     frozen: bool
     lr: float
     weight_decay: float
+    by_stage: tuple[ParamSetting, ...] = ()
+    """The settings in every stage of a run with stages (`trainer.engine.stages`)."""
+
+    def in_stage(self, index: int) -> ParamSetting:
+        """Return the settings in a stage."""
+        return self.by_stage[index] if self.by_stage else self
 
 
 def setting_of(config: OptimConfig, name: str, num_dims: int) -> ParamSetting:
     """Return the settings of the parameter `name` (`audio.…` or `llm.…`), which has `num_dims` dimensions."""
+    if hasattr(config, "setting"):  # a `StagedOptim`
+        found: ParamSetting = config.setting(name, num_dims)
+        return found
     frozen, lr, weight_decay = False, config.lr, config.weight_decay if num_dims > 1 else 0.0
     for part in config.parts:
         if fnmatch.fnmatchcase(name, part.pattern):
@@ -129,13 +138,31 @@ def param_groups(config: OptimConfig, params: Iterable[tuple[str, nn.Parameter, 
         params: name, parameter and number of dimensions; ZeRO-3 hides the latter.
 
     Returns:
-        Groups of the trained parameters. `peak_lr` of a group is kept when the schedule changes its `lr`.
+        Groups of the trained parameters, for `set_rates`. Their order is the same on ranks that hold other parameters.
+        `setting` of a group contains its peak learning rate.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[ParamSetting, list[nn.Parameter]] = {}
     for name, param, num_dims in params:
         setting = setting_of(config, name, num_dims)
         if setting.frozen:
             param.requires_grad_(False)
         if param.requires_grad:
-            groups.setdefault((setting.lr, setting.weight_decay), []).append(param)
-    return [{"params": p, "lr": lr, "peak_lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
+            groups.setdefault(setting, []).append(param)
+    return [
+        {"params": p, "lr": s.lr, "weight_decay": s.weight_decay, "setting": s}
+        for s, p in sorted(groups.items(), key=lambda g: g[0])
+    ]
+
+
+def set_rates(groups: Iterable[dict], stage: int, scale: float) -> None:
+    """Set the learning rate and weight decay of optimizer groups. A group that is frozen in the stage does not move.
+
+    Args:
+        groups: Groups with the key `setting`, a `ParamSetting`.
+        stage: The index of the stage; ignored by groups without stages.
+        scale: The factor on the peak learning rates.
+    """
+    for group in groups:
+        setting = group["setting"].in_stage(stage)
+        group["lr"] = 0.0 if setting.frozen else setting.lr * scale
+        group["weight_decay"] = 0.0 if setting.frozen else setting.weight_decay

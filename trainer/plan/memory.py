@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from trainer.config.schema import Recipe
-from trainer.engine.optim import setting_of
+from trainer.engine.optim import ParamSetting, setting_of
 from trainer.engine.placement import place
 from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology
@@ -88,7 +88,7 @@ def zero_buffers(tower: nn.Module, recipe: Recipe, ep: int, ds_json: dict[str, A
     learned = sum(
         p.numel()
         for n, p in tower.named_parameters()
-        if p.requires_grad and not setting_of(recipe.optim, f"audio.{n}", p.dim()).frozen
+        if p.requires_grad and not setting_of(recipe.staged_optim, f"audio.{n}", p.dim()).frozen
     )
     return ZeroBuffers(
         int(zero.get("reduce_bucket_size", 5e8)) * FP32_BYTES if zero.get("contiguous_gradients", True) else 0,
@@ -184,7 +184,7 @@ def memory_model(
             stage,
             lengths,
             microbatches,
-            optim=recipe.optim,
+            optim=recipe.staged_optim,
             dtype=dtype,
             recompute=train.recompute_llm,
             kernels=kernels,
@@ -231,13 +231,13 @@ def fullest_rank(tracer: EncoderTracer, work: Sequence[EncoderWork], ranks: Sequ
 
 def _largest_group(tower: nn.Module, recipe: Recipe, topology: Topology) -> int:
     """Return the bytes of the largest optimizer group of the audio side on one rank; ZeRO-3 updates a group at once."""
-    sums: dict[tuple[float, float, bool], int] = {}
+    sums: dict[tuple[ParamSetting, bool], int] = {}
     for name, p in tower.named_parameters():
         expert = name.startswith("experts.") and topology.ep > 1
-        setting = setting_of(recipe.optim, f"audio.{name}", p.dim())
+        setting = setting_of(recipe.staged_optim, f"audio.{name}", p.dim())
         if p.requires_grad and not setting.frozen:
             sharers = topology.world // topology.ep if expert else topology.world
-            key = (setting.lr, setting.weight_decay, expert)
+            key = (setting, expert)
             sums[key] = sums.get(key, 0) + -(-p.numel() // sharers) * FP32_BYTES
     return max(sums.values(), default=0)
 

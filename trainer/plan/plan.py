@@ -145,7 +145,7 @@ class Planner:
         self.transformer_engine = transformer_engine or mechanisms.fused_kernels
         self.accelerator, self.device, self.mechanisms = accelerator, device, mechanisms
         self.model = sized_model(recipe)
-        self.sizes = parameter_sizes(self.model, recipe.optim)
+        self.sizes = parameter_sizes(self.model, recipe.staged_optim)
         self.parts = part_sizes(self.sizes)
         self.ds_json = load_ds_json(deepspeed_json(recipe))
         self._encoder_work: dict[tuple[int, int, int, int], tuple[Workload, list[EncoderWork]]] = {}
@@ -155,7 +155,9 @@ class Planner:
         """Return the tracer of the encoders, with the recipe's precision and recomputation."""
         key = (recipe.train.precision, recipe.train.recompute_encoders)
         if key not in self._tracers:
-            self._tracers[key] = EncoderTracer(self.model.tower(), recipe.optim, DTYPES[key[0]], key[1], self.device)
+            self._tracers[key] = EncoderTracer(
+                self.model.tower(), recipe.staged_optim, DTYPES[key[0]], key[1], self.device
+            )
         return self._tracers[key]
 
     def place(self, recipe: Recipe, workload: Workload) -> tuple[Topology, list[EncoderWork], PackPlan]:
@@ -184,7 +186,7 @@ class Planner:
         """
         check_recipe(recipe)
         topology, work, packs = self.place(recipe, workload)
-        states = rank_states(self.model, topology, recipe.optim, recipe.train.precision, self.ds_json)
+        states = rank_states(self.model, topology, recipe.staged_optim, recipe.train.precision, self.ds_json)
         if self.mechanisms.bf16_gradients:
             states = _with_half_gradients(states)
         kinds = kinds_of_ranks(self.memory(recipe, workload, topology, work, packs), states)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from trainer.engine.stages import stages_of
 from trainer.plan.accelerator import GIB
 from trainer.plan.advice import WORTH, Advice, limits
 from trainer.plan.memory import RankMemory
 from trainer.plan.plan import UNCERTAINTY, Plan
+from trainer.plan.sizes import sized_model, stage_sizes
 from trainer.plan.tables import bytes_text, count_text, ranks_text, table
 
 WIDTH = 100
@@ -108,7 +110,25 @@ def _model(plan: Plan) -> list[str]:
         f"{recipe.train.precision}; {count_text(total)} parameters, {count_text(learned)} of them trainable.",
         f"A step takes {len(work.num_tokens)} samples, {work.audio_sec:,.0f} s of audio, {work.tokens:,} tokens in "
         f"{packs.num_microbatches} packs of {packs.pack_tokens} per replica, {padding:.1%} of it padding.",
+        *_stages(plan),
     )
+
+
+def _stages(plan: Plan) -> list[str]:
+    """Return a paragraph about the stages of training, if there are any."""
+    stages = stages_of(plan.recipe.staged_optim, plan.recipe.train.steps) if plan.recipe.stages else ()
+    if not stages:
+        return []
+    model = sized_model(plan.recipe)
+    counts = [sum(s.learned for s in stage_sizes(model, stage).values()) for stage in stages]
+    each = [
+        f"{stage.name} ({stage.steps:,} steps, {count_text(count)} trainable)"
+        for stage, count in zip(stages, counts, strict=True)
+    ]
+    return [
+        f"Stages: {', '.join(each)}. Memory and time are those of a step in which everything learns that learns in any "
+        "stage; optimizer states of all stages are held from the beginning."
+    ]
 
 
 def _wrapped(*paragraphs: str) -> list[str]:

@@ -18,6 +18,7 @@ from model.lora import NO_ADAPTERS, Adapters, adaptable_layers, add_adapters, ll
 from trainer.config.checks import known_encoder, known_llm_config
 from trainer.config.schema import Recipe
 from trainer.engine.optim import OptimConfig, check_patterns, setting_of
+from trainer.engine.stages import Stage, StagedOptim, check_stages
 
 _PERSISTENT = 100_000
 """The default of DeepSpeed's `stage3_param_persistence_threshold`."""
@@ -169,7 +170,14 @@ def parameter_sizes(model: SizedModel, optim: OptimConfig) -> dict[str, Size]:
         learns = is_factor(name) or not adapters.freezes(name.rpartition(".")[0])
         sizes[name] = _size(optim, name, shape, learns)
     check_patterns(optim, sizes)
+    check_stages(optim, sizes)
     return sizes
+
+
+def stage_sizes(model: SizedModel, stage: Stage) -> dict[str, Size]:
+    """Return the size of every parameter of the model, with those as learned that learn in one stage."""
+    settings = {f.name: getattr(stage.optim, f.name) for f in dataclasses.fields(OptimConfig)}
+    return parameter_sizes(model, StagedOptim(**settings, stages=(stage,)))
 
 
 def _sized(place: str, encoder: EncoderConfig) -> EncoderConfig:

@@ -35,6 +35,7 @@ EVENTS = {
     "submitted": "a job was handed to the scheduler",
     "started": "an attempt began",
     "resumed": "the run resumes from a checkpoint",
+    "stage_started": "a stage of training begins, or goes on after a resume",
     "signal": "ranks were asked to stop",
     "saved": "a checkpoint is complete",
     "save_failed": "a checkpoint could not be written, or not in time",

@@ -33,6 +33,8 @@ class StepReport:
     """The global norm of the gradients of both engines, before clipping."""
     lr: float = 0.0
     """The learning rate of the parameters without their own learning rate in `optim.parts`."""
+    stage: int | None = None
+    """The index of the stage of training, counted from 0; None in a run without stages."""
     num_samples: int = 0
     num_tokens: int = 0
     """The number of LLM positions, audio tokens included."""
@@ -135,6 +137,8 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
         metrics[f"data/epochs/{name}"] = epochs
     for reason, count in last.num_skipped.items():
         metrics[f"data/skipped/{reason}"] = count
+    if last.stage is not None:
+        metrics["train/stage"] = last.stage + 1
     return metrics
 
 

@@ -117,6 +117,7 @@ class Loop:
                 with self._loader(data_state) as loader, self.work:
                     batches, state = iter(loader), loader.state
                     for number in range(start + 1, num_steps + 1):
+                        self._announce_stage(number, just_started=number == start + 1)
                         batch, next_state = self._fetch(number, batches, state)
                         report = self._train(number, batch, state)
                         state = next_state
@@ -148,6 +149,13 @@ class Loop:
             self._fail(f"{failure}", number - 1, state)
         self.position.at(number, loaded[0])
         return loaded
+
+    def _announce_stage(self, number: int, just_started: bool) -> None:
+        """Emit an event if step `number` is the first of a stage, or the first of this process."""
+        index, stage = self.step.stages.at(number - 1)
+        if stage.name and (just_started or stage.start == number - 1):
+            fields = {"stage": stage.name, "number": f"{index + 1} of {len(self.recipe.stages)}"}
+            self.hooks.on_event("stage_started", number, fields)
 
     def _train(self, number: int, batch: Batch, state: State) -> StepReport:
         """Do step `number`. If its update is skipped, respond as the recipe's `spike.action` says.

@@ -81,6 +81,7 @@ class Saver:
         extra = self._checkpoints.load(latest, self._step)
         self.summary.update(extra["summary"])
         self._step.guard.restore(extra.get("guard"))
+        self._step.stages.updated = extra["step"]
         if self._groups.rank == 0:
             restore_ids(self._run_dir, extra)
         self._saved_step = extra["step"]
@@ -107,6 +108,7 @@ class Saver:
         dist.all_gather_object(states, data_state, group=self._groups.world)
         extra = {
             "step": done,
+            "stage": self._step.stages.at(done - 1)[1].name,
             "data": merge_states(states),
             "recipe": dump(self._recipe),
             "summary": self.summary,

@@ -70,5 +70,6 @@ def answer_spike(
         back = checkpoints.rewind(step)
         if back is not None:
             step.guard.forget_after(back)
+            step.stages.updated = back
             emit("rewind", report.step, {"to_step": back, "why": report.skip_reason})
     return None

@@ -56,6 +56,7 @@ from trainer.training.global_batch import (
     target_rows,
 )
 from trainer.training.spike_guard import SpikeGuard
+from trainer.training.stage_switch import StageSwitch
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Step:
         self.num_steps, self.tokens_per_microbatch, self.seed = num_steps, tokens_per_microbatch, seed
         self.pack_multiple_tokens = pack_multiple_tokens
         self.meter = LoadMeter([e.name for e in model.experts], None if model.primary is None else model.primary.name)
+        self.stages = StageSwitch(optim, num_steps, audio, llm)
         self.timer = PhaseTimer(torch.cuda.synchronize if groups.device.type == "cuda" else None)
 
     def __call__(self, step: int, batch: Batch) -> StepReport:
@@ -123,11 +125,14 @@ class Step:
             batch: This rank's part of the global batch.
         """
         self.audio.take_costs()  # This discards the costs of an evaluation.
+        self.stages.enter(step)
         report = self.forward_backward(step, batch)
         with self.timer("update"):
             norm, scale, skip_reason = self.update(step, self.guard.judge(report.loss))
         self.guard.note(report.step, report.loss, skip_reason is not None, norm)
-        report = replace(report, grad_norm=norm, lr=self.optim.lr * scale, skip_reason=skip_reason)
+        index, stage = self.stages.at(step)
+        report = replace(report, grad_norm=norm, lr=stage.optim.lr * scale, skip_reason=skip_reason)
+        report = replace(report, stage=index if stage.name else None)
         report = replace(report, num_skipped_updates=self.guard.num_skipped_updates, phase_sec=self.timer.take())
         costs = {name: astuple(cost) for name, cost in self.audio.take_costs().items()}
         self.meter.add_step(costs, report.seconds)
@@ -279,14 +284,16 @@ class Step:
         dist.all_reduce(sums, group=self.groups.world)
         audio_square, llm_square, num_doubts = sums.tolist()
         audio_norm, norm = audio_square**0.5, (audio_square + llm_square) ** 0.5
-        scale = lr_scale(self.optim, step, self.num_steps)
+        index, stage = self.stages.at(step)
+        scale = lr_scale(stage.optim, step - stage.start, stage.steps)
         if not np.isfinite(norm) or num_doubts > 0:
             self.audio.discard()
             why = f"gradient norm is {norm}" if not np.isfinite(norm) else "another rank mistrusts the loss"
             return norm, scale, mistrust or why
         clip_coef = min(1.0, self.optim.clip_norm / (norm + 1e-6)) if self.optim.clip_norm > 0 else 1.0
-        self.audio.step(clip_coef, audio_norm, scale)
-        self.llm.step(clip_coef, scale)
+        self.audio.step(clip_coef, audio_norm, scale, index)
+        self.llm.step(clip_coef, scale, index)
+        self.stages.updated = step + 1
         if self.model.experts:
             self.audio.tower.router.advance()
         return norm, scale, None

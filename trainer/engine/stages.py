@@ -1,0 +1,158 @@
+"""The section `stages` of a recipe: consecutive parts of a run that train different parameters in different ways.
+
+The optimizers hold every parameter that learns in any stage. In a stage, the others have no gradient and a learning
+rate of zero. At the beginning of a stage, Adam's moments are zero. A checkpoint therefore has the same tensors in all
+stages, and a run can resume at any step.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
+
+from model.errors import UserError, check_least
+from trainer.engine.optim import OptimConfig, ParamSetting, PartConfig, setting_of
+
+PARTS = {
+    "connector": (
+        "audio.adapter.*",
+        "audio.projector.*",
+        "audio.feature_norm.*",
+        "audio.output_norm.*",
+        "audio.router.*",
+        "audio.experts.*.projection.*",
+        "audio.*_head.*",
+    ),
+    "encoders": ("audio.primary.*", "audio.experts.*"),
+    "llm": ("llm.*",),
+    "lora": ("*.lora_?",),
+}
+"""For each name that `stages.N.train` accepts, its patterns of parameter names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A stage of training. Values that are null are those of the section `optim`."""
+
+    name: str
+    """The name of the stage, in logs and reports."""
+    steps: int
+    """The number of steps. The sum over all stages is `train.steps`, which need not be given."""
+    train: tuple[str, ...] = ()
+    """What learns: `connector` (adapter, projector, norms, router, projections of experts' features, heads of losses),
+    `encoders`, `llm`, `lora` (all low-rank adapters), or patterns of parameter names. Empty for everything. What
+    `optim.parts` freezes does not learn in any stage."""
+    lr: float | None = None
+    """The peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    """How the learning rate falls between the warm-up and the end of the stage."""
+    warmup_steps: int | None = None
+    """The number of steps in which the learning rate rises at the beginning of the stage."""
+    min_lr_ratio: float | None = None
+    """The learning rate at the end of the stage, as a share of the peak."""
+    parts: tuple[PartConfig, ...] = ()
+    """Other settings for some of the parameters in this stage, which come after those of `optim.parts`."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """The weights of datasets in this stage, by the name of the dataset. The others keep their own `weight`."""
+
+    def __post_init__(self) -> None:
+        where = f"stages '{self.name}'"
+        check_least(where, self, steps=1, warmup_steps=0)
+        if self.lr is not None and self.lr <= 0:
+            raise UserError(f"{where}.lr = {self.lr}: must be positive")
+        if any(weight < 0 for weight in self.weights.values()):
+            raise UserError(f"{where}.weights = {self.weights}: must be at least 0")
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of the parameters that may learn."""
+        return tuple(pattern for entry in self.train for pattern in PARTS.get(entry, (entry,)))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run."""
+
+    name: str
+    start: int
+    """The number of steps before the stage."""
+    steps: int
+    optim: OptimConfig
+    """The settings of the stage."""
+    patterns: tuple[str, ...] = ()
+    """The patterns of the parameters that may learn; empty for all."""
+
+    def setting(self, name: str, num_dims: int) -> ParamSetting:
+        """Return the settings of a parameter in this stage; see `setting_of`."""
+        setting = setting_of(self.optim, name, num_dims)
+        learns = not self.patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
+        return setting if learns else replace(setting, frozen=True)
+
+
+@dataclass(frozen=True)
+class StagedOptim(OptimConfig):
+    """The settings of a run with stages."""
+
+    stages: tuple[Stage, ...] = ()
+
+    def setting(self, name: str, num_dims: int) -> ParamSetting:
+        """Return the settings of a parameter, which is frozen if it is frozen in every stage."""
+        found = tuple(stage.setting(name, num_dims) for stage in self.stages)
+        first = next((setting for setting in found if not setting.frozen), found[0])
+        return replace(first, by_stage=found)
+
+
+def staged_optim(optim: OptimConfig, stages: Sequence[StageConfig]) -> OptimConfig:
+    """Return the settings of a run: `optim` itself if there are no stages.
+
+    Raises:
+        UserError: If a value that a stage inherits is not legal there.
+    """
+    if not stages:
+        return optim
+    found, start = [], 0
+    for stage in stages:
+        own = {key: getattr(stage, key) for key in ("lr", "schedule", "warmup_steps", "min_lr_ratio")}
+        given = {key: value for key, value in own.items() if value is not None}
+        settings = replace(optim, **given, parts=(*optim.parts, *stage.parts))
+        if settings.warmup_steps > stage.steps:
+            raise UserError(
+                f"stages '{stage.name}'.warmup_steps = {settings.warmup_steps}: legal values are 0..{stage.steps} "
+                "(its steps)"
+            )
+        found.append(Stage(stage.name, start, stage.steps, settings, stage.patterns))
+        start += stage.steps
+    return StagedOptim(**{f.name: getattr(optim, f.name) for f in fields(optim)}, stages=tuple(found))
+
+
+def stages_of(optim: OptimConfig, num_steps: int) -> tuple[Stage, ...]:
+    """Return the stages of a run; without the section `stages`, one without a name."""
+    return optim.stages if isinstance(optim, StagedOptim) else (Stage("", 0, num_steps, optim),)
+
+
+def stage_at(optim: OptimConfig, step: int, num_steps: int) -> int:
+    """Return the index of the stage that contains a step, counted from 0."""
+    stages = stages_of(optim, num_steps)
+    return next((i for i, stage in enumerate(stages) if step < stage.start + stage.steps), len(stages) - 1)
+
+
+def check_stages(optim: OptimConfig, names: Iterable[str]) -> None:
+    """Check that every pattern of every stage matches a parameter.
+
+    Raises:
+        UserError: If a pattern matches none of `names`.
+    """
+    names = list(names)
+    known = {pattern for patterns in PARTS.values() for pattern in patterns}
+    for stage in stages_of(optim, 0):
+        for pattern in (*stage.patterns, *(part.pattern for part in stage.optim.parts)):
+            # The name of a part also covers what this model does not have, such as a router.
+            if pattern not in known and not fnmatch.filter(names, pattern):
+                raise UserError(
+                    f"stages '{stage.name}': pattern {pattern} matches no parameter; give one of {', '.join(PARTS)}, "
+                    f"or a pattern (names are like {names[0]})"
+                )
+        if not any(name.startswith("audio.") and not stage.setting(name, 2).frozen for name in names):
+            raise UserError(f"stages '{stage.name}': every audio parameter is frozen; train at least audio.projector.*")
