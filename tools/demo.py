@@ -69,7 +69,7 @@ def run_demo(run_dir: Path, overrides: Sequence[str]) -> int:
     load_recipe("demo_cpu", keys)  # An invalid key is reported before an earlier demo's run is removed.
     start_sec = time.perf_counter()
     print("1/3  corpus: speech from espeak-ng and sounds from numpy for five tasks", flush=True)
-    rows = _read_jsonl(write_corpus(corpus))
+    rows = read_jsonl(write_corpus(corpus))
     num_train = sum(row["split"] == "train" for row in rows)
     took_sec = time.perf_counter() - start_sec
     print(
@@ -77,22 +77,23 @@ def run_demo(run_dir: Path, overrides: Sequence[str]) -> int:
     )
     _clear(folder, keep=corpus)
     print(f"2/3  training: earshot train demo_cpu {' '.join(keys)}", flush=True)
-    code = _run(module_command("trainer", "demo_cpu", *keys))
+    code = run_command(module_command("trainer", "demo_cpu", *keys))
     if code != 0:
         print(f"\ntraining failed (exit code {code}); its messages are above", file=sys.stderr)
         return code
     print("3/3  results on voices and sounds that were not in the training data\n")
-    print(report(folder, run_dir, rows))
+    print(report(folder, rows, _next_steps(run_dir)))
     return 0
 
 
-def report(folder: Path, shown_dir: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+def report(folder: Path, rows: Sequence[Mapping[str, Any]], next_steps: str, split: str = "test") -> str:
     """Return the text that is printed at the end.
 
     Args:
         folder: The folder of the run.
-        shown_dir: The path of this folder that is shown to the user.
-        rows: The rows of the corpus manifest.
+        rows: The rows of the manifests.
+        next_steps: The last paragraph.
+        split: The split that was evaluated before and after training.
 
     Raises:
         UserError: If the run left no summary or no predictions.
@@ -101,7 +102,7 @@ def report(folder: Path, shown_dir: Path, rows: Sequence[Mapping[str, Any]]) -> 
     if not summary_file.exists():
         raise UserError(f"{summary_file}: was not written by the run; see its messages above")
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
-    predictions = _read_jsonl(_last_predictions(folder, "test"))
+    predictions = read_jsonl(_last_predictions(folder, split))
     metas = {row["id"]: row for row in rows}
     scores = _scores(predictions, metas)
     baseline = majority_baseline(
@@ -117,7 +118,7 @@ def report(folder: Path, shown_dir: Path, rows: Sequence[Mapping[str, Any]]) -> 
         format_table([_answer_row(row) for row in score_table(others, baseline)]),
         f"loss {summary['loss_first']:.2f} -> {summary['loss_last']:.2f}, {summary['num_ranks']} ranks, "
         f"{summary['seconds']:.0f} s",
-        _next_steps(shown_dir),
+        next_steps,
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -157,7 +158,7 @@ def _scores(predictions: Sequence[Mapping[str, Any]], metas: Mapping[str, Any]) 
 def _meta(prediction: Mapping[str, Any], metas: Mapping[str, Any]) -> Mapping[str, Any]:
     if prediction["key"] not in metas:
         raise UserError(
-            f"prediction {prediction['key']!r} belongs to no item of the demo corpus; remove runs/demo and run it again"
+            f"prediction {prediction['key']!r} belongs to no item of the data; remove the run's folder and run it again"
         )
     return metas[prediction["key"]]
 
@@ -186,7 +187,7 @@ def _clear(folder: Path, keep: Path) -> None:
             path.unlink()
 
 
-def _run(command: Sequence[str]) -> int:
+def run_command(command: Sequence[str]) -> int:
     """Run `command` and return its exit code; for a signal, 128 + its number, as a shell does."""
     process = subprocess.Popen(command)
     while True:
@@ -198,7 +199,8 @@ def _run(command: Sequence[str]) -> int:
             continue
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -33,9 +33,9 @@ FEWER_STEPS = [
     "model.ctc_weight=0",
     "data.num_lanes=2",
     "data.global_batch_samples=2",
-    "optim.parts.1.frozen=true",
     "optim.warmup_steps=0",
-    "train.steps=3",
+    "stages.0.steps=1",
+    "stages.1.steps=2",
     "checkpoint.every_steps=2",
     "checkpoint.keep_last=9",
     "eval.every_steps=0",
@@ -99,7 +99,7 @@ def test_every_pattern_of_the_page_matches_a_parameter() -> None:
     table = PAGE[PAGE.index("| pattern | parameters |") : PAGE.index("`finetune_cpu` freezes")]
     patterns = re.findall(r"`((?:audio|llm)\.[\w.]*\*)`", table)
     assert len(patterns) >= 9
-    recipe = load_recipe("mowe_8b", ["model.ctc_weight=0.1"])
+    recipe = load_recipe("mowe_8b", ["model.ctc_weight=0.1", "model.adapter.normalize=true"])
     names = list(parameter_sizes(sized_model(recipe), recipe.optim))
     for pattern in patterns:
         check_patterns(replace(recipe.optim, parts=(PartConfig(pattern),)), names)
@@ -114,7 +114,7 @@ def test_the_page(published: Published, kit: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", csv_to_manifest], cwd=tmp_path, check=True, timeout=60)
     models, plan, train, evaluate, export, transcribe = commands()
     assert run(tmp_path, models).splitlines() == ["models/whisper-base", "models/smollm2-135m"]
-    assert re.search(r"^ +llm +134\.52 M +0 +134\.52 M$", run(tmp_path, plan + FEWER_STEPS), flags=re.MULTILINE)
+    assert re.search(r"^ +llm +139\.40 M +4\.88 M +134\.52 M$", run(tmp_path, plan + FEWER_STEPS), flags=re.MULTILINE)
     run_dir, whole = tmp_path / "runs" / "finetune_cpu", tmp_path / "whole"
     run(tmp_path, train + FEWER_STEPS)
     shutil.copytree(run_dir, whole)
@@ -152,9 +152,14 @@ def check_what_was_trained(tensors: dict[str, torch.Tensor], models: Path) -> No
     encoder = load_file(models / "whisper-tiny.en" / "model.safetensors")
     for name in ("conv1.weight", "layers.3.fc2.bias"):
         assert tensors[f"audio.primary.encoder.{name}"].equal(encoder[f"model.encoder.{name}"].float())
-    name = "model.layers.29.mlp.down_proj.weight"
-    assert tensors[f"llm.{name}"].equal(load_file(models / "smollm2-135m" / "model.safetensors")[name].float())
-    assert {name.split(".")[1] for name in tensors if name.startswith("audio.")} == {"primary", "adapter", "projector"}
+    llm = load_file(models / "smollm2-135m" / "model.safetensors")
+    embeddings, merged = "model.embed_tokens.weight", "model.layers.29.mlp.down_proj.weight"
+    assert tensors[f"llm.{embeddings}"].equal(llm[embeddings].float())
+    assert 0 < (tensors[f"llm.{merged}"] - llm[merged].float()).abs().max() < 0.1, "the merged adapter"
+    parts = {name.split(".")[1] for name in tensors if name.startswith("audio.")}
+    assert parts == {"primary", "adapter", "projector", "feature_norm", "output_norm"}
+    rms = tensors[f"llm.{embeddings}"].square().mean().sqrt()
+    assert tensors["audio.output_norm.weight"].mean() == pytest.approx(float(rms), rel=0.1)
 
 
 def transcribe_elsewhere(folder: Path, rows: list[tuple[str, str]]) -> list[str]:

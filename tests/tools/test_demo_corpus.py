@@ -147,7 +147,7 @@ def finished_run(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 def test_report_shows_the_last_predictions(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     finished_run(tmp_path, rows)
-    text = demo.report(tmp_path, Path("runs/demo"), rows)
+    text = demo.report(tmp_path, rows, "files  runs/demo/")
     assert "1.00 before  ->  0.21 after" in text
     assert "captions" in text and "1.000" in text  # of step 90, since step 0 had no correct answer
     assert "runs/demo/" in text and max(map(len, text.splitlines())) <= 120
