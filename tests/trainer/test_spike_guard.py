@@ -64,3 +64,13 @@ def test_invalid_settings_are_refused(fields: dict[str, float], key: str) -> Non
 
 def test_a_median_of_zero_makes_no_loss_a_spike() -> None:
     assert fed(SpikeConfig(factor=2.0, window_steps=3), [0.0] * 3).judge(1.0) is None
+
+
+def test_a_new_stage_may_have_a_much_higher_loss() -> None:
+    guard = SpikeGuard(SpikeConfig(factor=2.0, window_steps=3))
+    for step in range(1, 4):
+        guard.note(step, 1.0, skipped=False)
+    guard.forget_until(0)
+    assert guard.judge(5.0) is not None
+    guard.forget_until(3)
+    assert guard.judge(5.0) is None

@@ -55,6 +55,10 @@ class SpikeGuard:
         """Forget the losses of all steps after `step`, because the weights of `step` have been restored."""
         self._recent = [(s, loss) for s, loss in self._recent if s <= step]
 
+    def forget_until(self, step: int) -> None:
+        """Forget the losses of `step` and all steps before it, because a stage with another loss begins after it."""
+        self._recent = [(s, loss) for s, loss in self._recent if s > step]
+
     @property
     def state(self) -> dict[str, Any]:
         """The guard's state, which can be written as JSON."""

@@ -36,13 +36,16 @@ class StageSwitch:
         index = stage_at(self._optim, step, self._num_steps)
         return index, self._stages[index]
 
-    def enter(self, step: int) -> None:
+    def enter(self, step: int) -> tuple[int, Stage]:
         """Prepare the engines for a step: only what learns in its stage has a gradient, with moments of this stage.
 
         Collective: every rank of the world must call it.
 
         Args:
             step: The number of steps done before.
+
+        Returns:
+            The result of `at`.
         """
         index, stage = self.at(step)
         if len(self._stages) > 1 and index != self._entered:
@@ -52,3 +55,4 @@ class StageSwitch:
         if 0 < stage.start and self.updated <= stage.start:
             audio_state.reset_moments(self._audio)
             llm_state.reset_moments(self._llm)
+        return index, stage

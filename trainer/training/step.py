@@ -125,12 +125,12 @@ class Step:
             batch: This rank's part of the global batch.
         """
         self.audio.take_costs()  # This discards the costs of an evaluation.
-        self.stages.enter(step)
+        index, stage = self.stages.enter(step)
+        self.guard.forget_until(stage.start)
         report = self.forward_backward(step, batch)
         with self.timer("update"):
             norm, scale, skip_reason = self.update(step, self.guard.judge(report.loss))
         self.guard.note(report.step, report.loss, skip_reason is not None, norm)
-        index, stage = self.stages.at(step)
         report = replace(report, grad_norm=norm, lr=stage.optim.lr * scale, skip_reason=skip_reason)
         report = replace(report, stage=index if stage.name else None)
         report = replace(report, num_skipped_updates=self.guard.num_skipped_updates, phase_sec=self.timer.take())
