@@ -37,6 +37,7 @@ GROUPS: Mapping[str, Group] = {
     "earshot.encoders": Group(
         "model.encoders.families", "ENCODER_FAMILIES", "model.encoders.family:EncoderFamily", True
     ),
+    "earshot.adapters": Group("model.connectors.kinds", "ADAPTERS", "model.connectors.base:Adapter", True),
     "earshot.llms": Group("model.llm.families", "LLM_FAMILIES", "model.llm.families:LLMFamily"),
     "earshot.losses": Group("model.losses.table", "LOSSES", "model.losses.base:Loss"),
     "earshot.tasks": Group("trainer.scoring.tasks", "TASKS", "trainer.scoring.tasks:Task"),
