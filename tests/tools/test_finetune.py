@@ -20,6 +20,7 @@ summary = {"wer_before": 1.2, "wer_after": 0.3, "loss_first": 9, "loss_last": 1,
 row = {"key": "a1", "task": "asr", "reference": "two words", "hypothesis": "two swords"}
 (run / "predictions-dev-step200.jsonl").write_text(json.dumps(row) + "\\n")
 """
+SHARED = {"instruction": "What is it?", "subset": "s"}
 MANIFESTS = ("asr", "er", "aqa", "sqa", "ac")
 
 
@@ -32,9 +33,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "data").mkdir()
     for i, name in enumerate(MANIFESTS):
         rows = [
-            {"id": f"{name[0]}{i}{split}", "task": name, "split": split, "answer": "x"} for split in ("train", "dev")
+            {"id": f"{name[0]}{i}{split}", "task": name, "split": split, "answer": "x", **SHARED}
+            for split in ("train", "dev")
         ]
-        rows += [{"id": "a1", "task": "asr", "split": "dev", "answer": "two words"}] if name == "asr" else []
+        rows += [{"id": "a1", "task": "asr", "split": "dev", "answer": "two words", **SHARED}] if name == "asr" else []
         (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 

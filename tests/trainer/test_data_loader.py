@@ -52,7 +52,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     )
     augment = AugmentConfig(start=0, end=0.5, speed=0.1, gain_db=6, noise_snr_db=10)
     config = data_config(root, *datasets, max_skipped_fraction=0.5, augment=augment, join=JoinConfig(probability=0.5))
-    return prepare(config, (2, 2))
+    return prepare(config, TokenRate((2, 2)))
 
 
 def with_fields(prepared: PreparedData, **fields: Any) -> PreparedData:
@@ -191,7 +191,7 @@ def test_resume_takes_the_same_number_of_reads_at_any_position(
     tokenizer = replace(prepared.config.tokenizer, path=prepared.tokenizer_path)
     fields = {"num_lanes": 1, "global_batch_samples": 1, "read_ahead_mib": 0, "read_kib": 1, "join": JoinConfig()}
     config = replace(prepared.config, datasets=prepared.config.datasets[:1], tokenizer=tokenizer, **fields)
-    data = prepare(config, (2, 2))
+    data = prepare(config, TokenRate((2, 2)))
     (reader,) = data.open_training()
     state = new_state(5, 1, {"a": reader.digest}, consumed, {0: LaneState({"a": consumed}, consumed)})
     with Loader(data, seed=5, num_batches=10**7, state=state) as loader:
