@@ -1,10 +1,12 @@
-"""Compare evaluations of the same samples.
+"""Compare runs, or evaluations of the same samples.
 
+    earshot compare runs/a runs/b --html comparison.html
     earshot compare runs/a/predictions-test-step500.jsonl runs/b/predictions-test-step500.jsonl
 
-Each file is a predictions*.jsonl of a run or of tools.evaluate. All other files are compared with the first one. For
-every metric of every task and subset, the command prints both values and their difference with its 95 % interval by
-paired bootstrap. It also lists the samples that became worse.
+Given the folders of runs, the command compares their recipes, losses, last scores and throughput, as text and as one
+HTML page. Otherwise, each file is a predictions*.jsonl of a run or of `earshot evaluate`, and all other files are
+compared with the first one. For every metric of every task and subset, the command prints both values and their
+difference with its 95 % interval by paired bootstrap. It also lists the samples that became worse.
 
 Exit code 0: the evaluations were compared. 2: they could not be compared.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ from typing import Any
 
 from model.errors import UserError
 from tools.options import add_plugins
+from tools.run_status import is_run
 from trainer.evaluation.predictions import Prediction, by_task, columns, read_predictions
 from trainer.scoring.meteor import Meteor
 from trainer.scoring.metric import Difference, paired_difference
@@ -79,7 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="earshot compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", type=Path, nargs="+", metavar="PREDICTIONS", help="two or more predictions*.jsonl")
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="RUN|PREDICTIONS",
+        help="two or more folders of runs, or predictions*.jsonl",
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="for runs: write the comparison as a page")
     parser.add_argument(
         "--wordnet", help="folder of WordNet 3.0, for METEOR (default: where operating systems' packages install it)"
     )
@@ -95,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(args.files) < 2:
         parser.error("give at least two files")
     try:
+        if any(path.is_dir() for path in args.files):
+            return _compare_runs(args)
         evaluations = [read_predictions(path) for path in args.files]
         names, common = _names(args.files), common_keys(args.files, evaluations)
         shared = [_only(common, predictions) for predictions in evaluations]
@@ -111,6 +124,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(_as_json(names, skipped_samples, len(common), found), ensure_ascii=False))
     else:
         print(_as_text(names, skipped_samples, len(common), found, args.all_metrics, args.regressions))
+    return 0
+
+
+def _compare_runs(args: argparse.Namespace) -> int:
+    from tools.compare_runs import compare_runs, describe, write_page
+
+    other = next((path for path in args.files if not is_run(path)), None)
+    if other is not None:
+        raise UserError(f"{other}: is not the folder of a run; give only runs, or only files of predictions")
+    tree = compare_runs(args.files, time.time())
+    print(describe(tree))
+    if args.html is not None:
+        write_page(tree, args.html)
+        print(f"\n{args.html}")
+    if args.json:
+        print(json.dumps(tree, ensure_ascii=False))
     return 0
 
 
