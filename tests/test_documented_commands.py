@@ -25,7 +25,7 @@ DOCUMENTS = [
     ROOT / "ds_configs" / "README.md",
 ]
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-PROGRAMS = ("earshot", "python", "make", "sbatch", "slurm/submit.sh")
+PROGRAMS = ("earshot", "python", "make", "sbatch", "slurm/submit.sh", "slurm/sweep.sh")
 FOLDERS = ("bench", "docs", "ds_configs", "model", "slurm", "tests", "tools", "trainer")
 
 
@@ -97,7 +97,9 @@ def problems(command: Documented) -> Iterator[str]:
     if program == "make":
         yield from (f"no target {w} in the Makefile" for w in words if "=" not in w and w not in TARGETS)
         return
-    if program in ("sbatch", "slurm/submit.sh"):
+    if program in ("sbatch", "slurm/submit.sh", "slurm/sweep.sh"):
+        if program == "slurm/sweep.sh":
+            words = [w.split(",")[0] for w in words]  # the first of each list of values
         scripts = [w for w in words if w.endswith(".sh")]
         yield from (f"no script {s}" for s in scripts if not (ROOT / s).is_file())
         yield from recipe_problems(words, "mowe_70b")

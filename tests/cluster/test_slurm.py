@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import textwrap
 import time
@@ -117,6 +118,26 @@ def test_documented_command_runs_unchanged(bench: Bench, tmp_path: Path) -> None
     log = next((tmp_path / "site").glob(f"*-{job_id}.log")).read_text()
     assert f"job {job_id} on n[" in log.splitlines()[0] and "2 ranks start on" in log
     assert [e["event"] for e in run.events("finished")] == ["finished"]
+
+
+def test_sweep_trains_one_run_per_value_and_prints_a_table(bench: Bench, tmp_path: Path) -> None:
+    write(tmp_path / "site", "mowe_8b")
+    (tmp_path / "site" / "demo-data").symlink_to(bench.folder / "corpus")
+    path = os.pathsep.join([str(Path(sys.executable).parent), bench.cluster.environ["PATH"]])
+    limits = {"PREFLIGHT_MIN_MEMORY_GIB": "1", "PREFLIGHT_MIN_DISK_GIB": "0.001", "OMP_NUM_THREADS": "1"}
+    command = ["slurm/sweep.sh", "--nodes=1", "--gpus-per-node=0", "--ntasks-per-node=1", "slurm/train_8b.sh", "debug"]
+    keys = ["seed=0,1", "data.root=demo-data", "parallel.num_ranks=1", "train.steps=2", "eval.max_new_tokens=1"]
+    script = f"cd {tmp_path / 'site'} && {' '.join([*command, *keys])}"
+    done = bench.cluster.run("bash", "-c", script, env={**limits, "PATH": path}, timeout_sec=120)
+    assert done.stdout.splitlines()[:2] == ["debug-seed_0", "debug-seed_1"], done
+    table = tmp_path / "site" / f"{re.search(r'sweep-[0-9]+', done.stdout)[0]}.log"  # type: ignore[index]
+    deadline = time.monotonic() + 300
+    while not (table.exists() and "debug-seed_1" in table.read_text()):
+        logs = "".join(p.read_text()[-1500:] for p in (tmp_path / "site").glob("*.log"))
+        assert time.monotonic() < deadline, logs
+        time.sleep(0.5)
+    rows = [line.split()[:3] for line in table.read_text().splitlines()[1:]]
+    assert rows == [["debug-seed_0", "finished", "2/2"], ["debug-seed_1", "finished", "2/2"]]
 
 
 def test_submit_checks_before_queueing(bench: Bench) -> None:

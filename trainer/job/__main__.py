@@ -28,6 +28,7 @@ from trainer.job.cancel import CancelledError, cancelled_by
 from trainer.job.check import Facts
 from trainer.job.node_check import GIB
 from trainer.job.preflight import BadNodesError, preflight
+from trainer.job.sweep import choose
 from trainer.run.exit_codes import ExitCode
 from trainer.run.hardware import events_of_job, suspect_nodes
 from trainer.telemetry.alerts import Alerts
@@ -285,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "SLURM_JOB_ID" not in os.environ:
             check(options.recipe, options.overrides)
             return 0
-        return _in_job(options.recipe, options.overrides)
+        return _in_job(options.recipe, choose(options.recipe, options.overrides, os.environ))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.USER_ERROR
