@@ -49,7 +49,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     ),
     "Judge a model": (
         Command("evaluate", "tools.evaluate", "score a model on data: tables and a page with audio"),
-        Command("compare", "tools.compare", "compare two models sample by sample, with intervals"),
+        Command("compare", "tools.compare", "compare runs, or two models sample by sample"),
         Command("judge", "tools.judge", "rate open answers with an LLM behind an HTTP endpoint"),
         Command("profile", "tools.profile_experts", "show which encoder expert works for which task, and its cost"),
         Command("transcribe", "tools.transcribe", "transcribe a recording of any length"),

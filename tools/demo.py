@@ -2,6 +2,8 @@
 
 earshot demo                       takes a few minutes on two CPU cores
 earshot demo train.steps=2000      trains for more steps
+
+The first run is runs/demo, the next ones are runs/demo-2, runs/demo-3 and so on. No run is ever overwritten.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from trainer.scoring.baseline import majority_baseline
 from trainer.scoring.scores import ALL, TaskScore, score
 from trainer.scoring.table import format_table, score_table
 from trainer.scoring.tasks import find_task
+from trainer.telemetry.events import EVENTS_NAME
 
 NUM_TRANSCRIPTS = 6
 
@@ -42,9 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="KEY=VALUE", help="keys of the recipe demo_cpu to change, e.g. train.steps=50"
     )
     options = parser.parse_args(arguments)
-    run_dir = Path("runs/demo")
     try:
-        return run_demo(run_dir, options.overrides)
+        return run_demo(_free_run(Path("runs")), options.overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,22 +66,24 @@ def run_demo(run_dir: Path, overrides: Sequence[str]) -> int:
         UserError: If an override is invalid, the corpus cannot be created, or the run left no results.
     """
     folder = Path.cwd() / run_dir
-    corpus = folder / "corpus"
-    keys = [f"name={run_dir.name}", f"train.run_dir={run_dir.parent}", f"data.root={run_dir}/corpus", *overrides]
-    load_recipe("demo_cpu", keys)  # An invalid key is reported before an earlier demo's run is removed.
+    shown = run_dir.parent / "demo" / "corpus"  # All runs share it.
+    corpus = Path.cwd() / shown
+    keys = [f"name={run_dir.name}", f"train.run_dir={run_dir.parent}", f"data.root={shown}", *overrides]
+    load_recipe("demo_cpu", keys)  # An invalid key is reported before the corpus is made.
     start_sec = time.perf_counter()
     print("1/3  corpus: speech from espeak-ng and sounds from numpy for five tasks", flush=True)
     rows = read_jsonl(write_corpus(corpus))
     num_train = sum(row["split"] == "train" for row in rows)
     took_sec = time.perf_counter() - start_sec
-    print(
-        f"     {num_train} training and {len(rows) - num_train} held-out items in {run_dir}/corpus ({took_sec:.0f} s)"
-    )
-    _clear(folder, keep=corpus)
+    print(f"     {num_train} training and {len(rows) - num_train} held-out items in {shown} ({took_sec:.0f} s)")
     print(f"2/3  training: earshot train demo_cpu {' '.join(keys)}", flush=True)
     code = run_command(module_command("trainer", "demo_cpu", *keys))
     if code != 0:
-        print(f"\ntraining failed (exit code {code}); its messages are above", file=sys.stderr)
+        again = f"resume it with: earshot train demo_cpu {' '.join(keys)}"
+        if not any((folder / "checkpoints").glob("step-*")):
+            _clear(folder, keep=corpus)
+            again = "nothing of it is left"
+        print(f"\ntraining failed (exit code {code}); its messages are above; {again}", file=sys.stderr)
         return code
     print("3/3  results on voices and sounds that were not in the training data\n")
     print(report(folder, rows, _next_steps(run_dir)))
@@ -127,6 +131,9 @@ def _next_steps(shown_dir: Path) -> str:
     return "\n".join(
         [
             f"files           {shown_dir}/  (summary.json, metrics.jsonl, predictions, checkpoints)",
+            f"your audio      earshot transcribe {shown_dir} FILE.wav",
+            "your data       docs/finetune.md leads from a table of recordings to a model",
+            f"what happened   earshot status {shown_dir}",
             f"curves          mlflow ui --backend-store-uri sqlite:///{shown_dir.parent}/mlflow.db",
             "train longer    earshot demo train.steps=2000",
             "real speech     earshot train kit_cpu data.root=<folder of the kit>",
@@ -176,8 +183,20 @@ def _last_predictions(folder: Path, split: str) -> Path:
     return steps[max(steps)]
 
 
+def _free_run(root: Path) -> Path:
+    """Return the folder of a new run: `demo`, or the first of `demo-2`, `demo-3` … that is not in use."""
+    number = 1
+    while True:
+        folder = root / ("demo" if number == 1 else f"demo-{number}")
+        if not any((folder / name).exists() for name in (EVENTS_NAME, "summary.json", "checkpoints")):
+            return folder
+        number += 1
+
+
 def _clear(folder: Path, keep: Path) -> None:
-    """Remove an earlier demo's run, so that this one starts from the first step."""
+    """Remove what a failed run has left in its folder, and the folder if it is then empty."""
+    if not folder.is_dir():
+        return
     for path in folder.iterdir():
         if path == keep:
             continue
@@ -185,6 +204,8 @@ def _clear(folder: Path, keep: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def run_command(command: Sequence[str]) -> int:

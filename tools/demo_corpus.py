@@ -3,9 +3,9 @@
     python -m tools.demo_corpus /tmp/corpus                 the corpus of `make demo`
     python -m tools.demo_corpus /tmp/corpus --scale 0.1     a tenth of it
 
-OUT/demo.jsonl is a manifest as tools.make_shards reads it, and OUT/audio contains its clips as 16 kHz FLAC. Speech is
-synthesised by espeak-ng (PyPI package espeakng-loader), sounds by numpy. Splits have no speaker and no sound setting in
-common. The same seed and scale give the same bytes.
+OUT/demo.jsonl is a manifest as `earshot shards make` reads it, and OUT/audio contains its clips as 16 kHz FLAC. Speech
+is synthesised by espeak-ng (PyPI package espeakng-loader), sounds by numpy. Splits have no speaker and no sound setting
+in common. The same seed and scale give the same bytes.
 
 espeak-ng has the licence GPL-3.0-or-later. It is an optional extra that only this tool loads, and its licence does not
 cover the speech that it synthesises.

@@ -3,7 +3,7 @@
     earshot transcribe out/model audio.flac                               a recording of any length
     earshot transcribe runs/demo a.wav b.wav --prompt "Who speaks?"      a question about each recording
 
-MODEL is a folder that tools.export wrote, a checkpoint or a run. Recordings longer than a window are transcribed in
+MODEL is a folder that `earshot export` wrote, a checkpoint or a run. Recordings longer than a window are transcribed in
 overlapping windows, and the texts are joined. With --prompt, the model receives each recording as a whole, unless
 --window is given.
 

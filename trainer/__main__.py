@@ -71,8 +71,9 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         for warning in warnings_of(recipe.model):
             print(f"warning: {warning}", file=sys.stderr, flush=True)
     if options.dry_run:
-        from trainer.dry_run import describe
+        from trainer.dry_run import check_tokenizer, describe
 
+        check_tokenizer(recipe)
         print(describe(recipe))
         return 0
     check_folders(recipe)

@@ -8,8 +8,9 @@ from pathlib import Path
 from model import lengths
 from model.encoders.registry import encoder_flops
 from model.errors import UserError
-from trainer.config.checks import deepspeed_json
+from trainer.config.checks import deepspeed_json, known_llm_config
 from trainer.config.schema import Recipe, TrainConfig
+from trainer.data.tokenizer import load_tokenizer
 from trainer.engine.ds_config import load_ds_json
 from trainer.engine.placement import place
 from trainer.engine.stages import stages_of
@@ -48,6 +49,24 @@ def describe(recipe: Recipe, memory: bool = True) -> str:
         _batch(recipe, topology),
     )
     return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def check_tokenizer(recipe: Recipe) -> None:
+    """Check the tokenizer of a recipe if it is a file or a folder on this machine.
+
+    Raises:
+        UserError: If it cannot be read, lacks the placeholder or the end token, or has more tokens than the LLM.
+    """
+    path = recipe.data.tokenizer.path
+    if path is None or not Path(path).exists():
+        return
+    vocab_size = load_tokenizer(path, recipe.data.tokenizer).vocab_size
+    config = known_llm_config(recipe.model.llm)
+    if config is not None and vocab_size > config.vocab_size:
+        raise UserError(
+            f"data.tokenizer.path = {path}: {vocab_size} tokens, but the LLM has {config.vocab_size}: "
+            "use the LLM's own tokenizer"
+        )
 
 
 def write_plan(recipe: Recipe, path: Path) -> None:

@@ -174,7 +174,9 @@ def test_demo_reports_a_failed_training(
     assert "seeed: unknown key" in capsys.readouterr().err
     assert demo.main([]) == 3
     assert "training failed (exit code 3)" in capsys.readouterr().err
-    assert not (old / "summary.json").exists() and (old / "corpus").exists()
+    # The earlier run is kept, and the failed one leaves nothing.
+    assert (old / "summary.json").exists() and (old / "corpus").exists()
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["demo"]
 
 
 def test_demo_runs_the_training_and_reports(

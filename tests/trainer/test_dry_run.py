@@ -13,6 +13,7 @@ from model.llm.names import hf_shapes
 from trainer.__main__ import main
 from trainer.config.checks import known_llm_config
 from trainer.config.load import load_recipe
+from trainer.data.tokenizer import train_sentencepiece
 from trainer.dry_run import describe
 from trainer.plan.sizes import parameter_sizes, sized_model
 
@@ -87,3 +88,13 @@ def test_a_local_checkpoint_needs_no_sizes_in_the_recipe(tmp_path: Path) -> None
     Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(tmp_path)
     recipe = load_recipe("debug", [f"model.experts.0.weights={tmp_path}", "model.experts.0.config={}"])
     assert describe(recipe) == describe(expected)
+
+
+def test_tokenizer_is_checked_if_it_is_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_sentencepiece(["some words of text"] * 9, 40, tmp_path / "t.model", "<other>")
+    arguments = ["debug", "--dry-run", "--verbose", f"data.tokenizer.path={tmp_path / 't.model'}"]
+    assert main(arguments) == 2
+    assert "<SpeechHere>" in capsys.readouterr().err
+    assert main([*arguments, "data.tokenizer.placeholder=<other>"]) == 0
+    assert main([*arguments, "data.tokenizer.placeholder=<other>", "model.llm.config.vocab_size=16"]) == 2
+    assert "tokens, but the LLM has 16" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from trainer.config.convert import from_tree, to_tree
 from trainer.config.former_keys import refuse, translate
 from trainer.config.schema import Recipe
 from trainer.plugins import load_plugins
+from trainer.storage.open import join_url
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -37,7 +38,15 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(tree, override)
     refuse(tree)
+    _follow(tree)
     return _build(tree)
+
+
+def _follow(tree: dict[str, Any]) -> None:
+    """Put the cache next to the runs, unless the recipe says where it is."""
+    data, train = tree.setdefault("data", {}), tree.get("train", {})
+    if isinstance(data, dict) and isinstance(train, dict) and isinstance(root := train.get("run_dir", "runs"), str):
+        data.setdefault("cache_dir", join_url(root, "cache"))
 
 
 def parse_stored_recipe(text: str, where: str) -> Recipe:

@@ -27,7 +27,7 @@ class DatasetConfig:
     """Path of a manifest (JSONL, see `docs/data.md`), relative to `data.root`. Audio paths in it are relative to the
     manifest's folder."""
     shards: str | None = None
-    """Folder or bucket that contains shards and shards.json (see `tools.make_shards`): a path relative to `data.root`,
+    """Folder or bucket that has shards and shards.json (see `earshot shards make`): a path relative to `data.root`,
     or a URL (`s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `az://CONTAINER/PREFIX`)."""
     split: str = "train"
     """The split to train on. Evaluation reads the splits listed in `data.eval_splits` from the same dataset."""
@@ -195,7 +195,7 @@ class DataConfig:
     """The splits that evaluation may read. Each split must have samples in at least one dataset."""
     cache_dir: str = "runs/cache"
     """The folder for shards that are built from manifests and for trained tokenizers. A hash of the input is part of
-    each name."""
+    each name. If a recipe does not set it, it is the folder `cache` in `train.run_dir`."""
     global_batch_samples: int = 32
     """The number of samples per step over all ranks; a multiple of `num_lanes`."""
     num_lanes: int = 16

@@ -10,7 +10,7 @@ files are stored next to the shards:
   seconds, the byte ranges of its members, and an XXH3-64 hash. The hash covers all bytes from the first member's data
   to the last member's, so that a sample that was fetched by a ranged read can be checked.
 
-`tools.inspect_shards --build-index` writes an index for tar files that other programs wrote. The `defaults` of the
+`earshot shards inspect --build-index` writes an index for tar files that other programs wrote. The `defaults` of the
 index are the values of fields that are missing in `<key>.json`, and the content of `<key>.txt` is the answer.
 """
 

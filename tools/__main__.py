@@ -1,0 +1,8 @@
+"""The command `python -m tools`, which is the same as `earshot`."""
+
+from __future__ import annotations
+
+from tools.cli import run
+
+if __name__ == "__main__":
+    run()
