@@ -9,6 +9,7 @@ from model.connectors.kinds import ADAPTERS
 from model.encoders.families import ENCODER_FAMILIES
 from model.errors import UserError, check_least
 from model.lengths import TokenRate
+from model.llm.mixture import ExpertConfig, ExpertRouterConfig
 from model.table import OneOf
 
 FORMER_GATES = {"independent": "data_independent", "dependent": "data_dependent"}
@@ -141,7 +142,22 @@ class LLMConfig:
     random weights."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the Hugging Face config. If `weights` is null, they must include `model_type`: llama, mistral, qwen2,
-    qwen3 or a family of a plug-in. Otherwise they override the checkpoint's values."""
+    qwen3, mixtral, qwen3_moe or a family of a plug-in. Otherwise they override the checkpoint's values."""
+    experts: tuple[ExpertConfig, ...] = ()
+    """Experts in the feed-forward layers of a dense LLM (see `docs/experts.md`), of which a router chooses some for
+    each token. Empty: the LLM stays as it is."""
+    moe_layers: Literal["all", "every_2", "second_half"] | tuple[int, ...] = "all"
+    """The layers that get `experts`: all, every second one, the second half, or a list of numbers from 0."""
+    top_k: int = 2
+    """The number of `experts` that a token is sent to."""
+    router: ExpertRouterConfig = field(default_factory=ExpertRouterConfig)
+
+    def __post_init__(self) -> None:
+        if not self.experts and (self.moe_layers, self.top_k, self.router) != ("all", 2, ExpertRouterConfig()):
+            raise UserError(
+                "model.llm: moe_layers, top_k and router set how model.llm.experts are used, which is empty; name the "
+                "experts, or remove these keys"
+            )
 
 
 @dataclass(frozen=True)
@@ -154,8 +170,8 @@ class LoraConfig:
 
     pattern: str
     """A shell-style pattern on names of linear layers, such as `llm.*.q_proj` or `audio.experts.hubert.*.q_proj`. The
-    LLM's layers have their Hugging Face names: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj. In an
-    encoder, every linear layer can be adapted."""
+    LLM's layers have their Hugging Face names: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, those
+    of an expert `llm.*.experts.NAME.gate_proj`. In an encoder, every linear layer can be adapted."""
     rank: int = 8
     """The number of rows of A. A larger rank learns more and takes more memory."""
     alpha: float = 16.0

@@ -28,9 +28,12 @@ from model.llm.names import hf_shapes
 
 FACTORS = ("lora_A", "lora_B")
 LLM = "llm."
-_LLM_LAYER = re.compile(r"llm\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
+_LLM_LAYER = re.compile(
+    r"llm\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(experts\.[^.]+\.)?(gate|up|down)_proj"
+    r"|block_sparse_moe\.experts\.\d+\.w[123])"
+)
 _ENCODER = re.compile(r"audio\.(primary|experts\.[^.]+\.encoder)\..+")
-_FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """The LLM's projections that are one matrix in training, and are therefore frozen together."""
 
 Initial = Callable[[str, tuple[int, int]], Tensor]
@@ -177,10 +180,10 @@ def _add_product(layer: nn.Module, args: tuple[Any, ...], output: Tensor, *, sca
 
 def _fused_with(name: str) -> list[str]:
     """Return the layers whose weights are one matrix with that of `name` in training, itself included."""
+    prefix, _, own = name.rpartition(".")
     for group in _FUSED if name.startswith(LLM) else ():
-        for own in group:
-            if name.endswith(own):
-                return [name.removesuffix(own) + other for other in group]
+        if own in group:
+            return [f"{prefix}.{other}" for other in group]
     return [name]
 
 

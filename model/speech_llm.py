@@ -15,9 +15,11 @@ from model.audio_output import AudioOutput
 from model.audio_tower import AudioTower
 from model.batch import IGNORE, Batch, Ragged, Sample
 from model.config import ModelConfig
+from model.llm.experts import Choice, observed
 from model.llm.reference import build_reference, weight_source
 from model.llm.weights import embedding_rms
-from model.losses.base import LossTerm, TokenLoss, audio_terms, labelled_losses
+from model.losses.base import LossTerm, TokenLoss, alone, audio_terms, labelled_losses
+from model.losses.router import RoutedTokens, RouterLoss
 from model.losses.table import active_losses
 from model.losses.vocabulary import Vocabulary
 from model.router import Routing
@@ -32,6 +34,8 @@ class Losses:
     """The terms of all active losses."""
     decisions: Routing | None
     """The decisions of the router; None if the batch has no audio or the model has no experts."""
+    choices: tuple[Choice, ...] = ()
+    """The choices of the routers in the LLM for all tokens of the batch, for each layer with experts."""
 
     @property
     def total(self) -> Tensor:
@@ -90,10 +94,28 @@ class SpeechLLM(nn.Module):
             noise: Standard normal noise [B, G, K] for the router; None outside training.
         """
         audio = self.embed_audio(batch, noise)
-        logits = self.logits(batch, audio)
+        with observed(self.llm) as padded:
+            logits = self.logits(batch, audio)
+        lengths = torch.tensor(batch.tokens.lengths)
+        real = (torch.arange(int(lengths.max())) < lengths[:, None]).flatten()
+        choices = tuple(Choice(c.logits[real], c.experts[real], c.weights[real]) for c in padded)
+        router_terms = self._router_terms(batch, choices)
         token_terms = [self._token_term(loss, batch, logits) for loss in self.losses if isinstance(loss, TokenLoss)]
-        terms = (*token_terms, *audio_terms(self.losses, audio, batch, self.config))
-        return Losses(terms, None if audio is None else audio.routing)
+        terms = (*token_terms, *router_terms, *audio_terms(self.losses, audio, batch, self.config))
+        return Losses(terms, None if audio is None else audio.routing, choices)
+
+    def _router_terms(self, batch: Batch, choices: Sequence[Choice]) -> list[LossTerm]:
+        """Return the terms of the routers' losses, given the choices of each layer for all tokens."""
+        lengths = torch.tensor(batch.tokens.lengths)
+        samples = torch.arange(len(lengths)).repeat_interleave(lengths)
+        layers = [RoutedTokens(choice, samples, lengths, alone) for choice in choices]
+        terms = []
+        for loss in self.losses:
+            if isinstance(loss, RouterLoss):
+                total = sum((loss.sum(tokens, self.config) for tokens in layers), torch.zeros(()))
+                count = loss.count(batch, self.config)
+                terms.append(LossTerm(loss.name, loss.weight(self.config), total / max(1, len(layers)), count))
+        return terms
 
     def _token_term(self, loss: TokenLoss, batch: Batch, logits: Tensor) -> LossTerm:
         labels, reference, samples = batch.labels.padded(IGNORE), None, batch.samples

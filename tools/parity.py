@@ -8,6 +8,8 @@
     earshot parity --lora       train low-rank adapters over partly frozen weights
     earshot parity --stages --steps 11    train other parameters in each of several stages
     earshot parity --adapter queries    with another kind of adapter, and normalization
+    earshot parity --family mixtral    an LLM with experts, spread over ranks in several ways
+    earshot parity --freeze 'llm.*.experts.*'    with some parameters frozen
     earshot parity --json       also print one JSON object on the last line
 
 Run this command on a new cluster before training there. For each topology and five kinds of batches, it compares the
@@ -41,6 +43,7 @@ KINDS = ("mixed", "text_only", "rank_without_audio", "fewer_samples_than_ranks",
 TOLERANCE = 1e-5
 CURVE_TOLERANCE = 1e-4
 MAX_TENSOR = 4
+MIXTURE = "mixture"
 DS_CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
@@ -68,6 +71,9 @@ class Row:
     """The largest relative difference of a gradient; of a curve, of a gradient norm."""
     worst: str
     """The parameter with the largest difference."""
+    gap: float | None = None
+    """The smallest difference of scores that decided which experts of the LLM a token was sent to; None without
+    experts, and for a curve."""
 
     @property
     def passed(self) -> bool:
@@ -80,26 +86,42 @@ class Row:
         return self.loss <= TOLERANCE and self.gradient <= TOLERANCE
 
 
-def topologies(max_ranks: int) -> list[Topology]:
+def topologies(max_ranks: int, experts: bool = False) -> list[Topology]:
     """Return the topologies of 1, 2, 4, … up to `max_ranks` processes.
 
-    Expert parallelism is 1, 2 (so that ranks hold different numbers of the three experts) and 4 (so that a rank holds
-    no expert).
+    Expert parallelism of the encoders is 1, 2 (so that ranks hold different numbers of the three experts) and 4 (so
+    that a rank holds no expert).
+
+    Args:
+        max_ranks: The largest number of processes.
+        experts: True for an LLM with experts. Its experts are spread over 1, 2 and 4 ranks, each on one rank or shared
+            by the tensor-parallel ranks, and the encoders' experts over all ranks.
     """
     worlds = [w for w in (1, 2, 4, 8, 16) if w <= max_ranks]
+    grids = [
+        (w, tp, pp) for w in worlds for tp in divisors(w) for pp in divisors(w // tp) if tp <= MAX_TENSOR and pp <= 4
+    ]
+    if experts:
+        return [
+            Topology(w, tp, pp, 1, ffn_ep, etp)
+            for w, tp, pp in grids
+            for ffn_ep in (1, 2, 4)
+            for etp in ([tp] if ffn_ep == 1 else sorted({1, tp}))
+            if (w // pp) % (ffn_ep * etp) == 0
+        ]
     return [
-        Topology(w, tp, pp, ep)
-        for ep in (1, 2, 4)
-        for w in worlds
-        for tp in divisors(w)
-        for pp in divisors(w // tp)
-        if tp <= MAX_TENSOR and pp <= 4 and w % ep == 0 and (ep < 4 or tp * pp <= 2)
+        Topology(w, tp, pp, ep) for ep in (1, 2, 4) for w, tp, pp in grids if w % ep == 0 and (ep < 4 or tp * pp <= 2)
     ]
 
 
 def name(topology: Topology) -> str:
-    """Return the name of a topology, such as `DP2·TP2`. Sequence parallelism is on if TP > 1."""
-    sizes = (("DP", topology.dp), ("TP", topology.tp), ("PP", topology.pp), ("EP", topology.ep))
+    """Return the name of a topology, such as `DP2·TP2`. Sequence parallelism is on if TP > 1.
+
+    `FFN-EP` is the number of ranks over which the LLM's experts are spread, and `ETP` the number that share an expert.
+    """
+    sizes = [("DP", topology.dp), ("TP", topology.tp), ("PP", topology.pp), ("EP", topology.ep)]
+    if topology.ffn_ep > 1:
+        sizes += [("FFN-EP", topology.ffn_ep), ("ETP", topology.expert_tp)]
     parts = [f"{k}{n}" for k, n in sizes if n > 1]
     return "·".join(parts) or "1"
 
@@ -114,6 +136,7 @@ def check(
     lora: bool = False,
     adapter: str = "convolutions",
     stages: bool = False,
+    freeze: Sequence[str] = (),
 ) -> list[Row]:
     """Compare one topology with the single-process model, in new processes.
 
@@ -127,11 +150,14 @@ def check(
         lora: train low-rank adapters over partly frozen weights.
         adapter: `model.adapter.kind`.
         stages: train other parameters in each of several stages.
+        freeze: Patterns on the names of parameters that are not trained.
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "rows.json"
         shape = [topology.tp, topology.pp, topology.ep]
-        task = json.dumps([*shape, num_steps, family, kinds, deepspeed, pack_multiple, lora, adapter, stages, str(out)])
+        experts = [topology.ffn_ep, topology.ffn_etp]
+        options = [num_steps, family, kinds, deepspeed, pack_multiple, lora, adapter, stages, *experts, list(freeze)]
+        task = json.dumps([*shape, *options, str(out)])
         code = start_ranks(topology.world, module_command("tools.parity", "--worker", task))
         if code:
             return [Row(name(topology), f"crashed with exit code {code}", float("nan"), float("nan"), "")]
@@ -159,6 +185,9 @@ def measure(
     lora: bool = False,
     adapter: str = "convolutions",
     stages: bool = False,
+    ffn_ep: int = 1,
+    ffn_etp: int | None = None,
+    freeze: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Compare the topology of this launch with the oracle.
 
@@ -176,6 +205,9 @@ def measure(
         lora: train low-rank adapters over partly frozen weights.
         adapter: `model.adapter.kind`.
         stages: train other parameters in each of several stages.
+        ffn_ep: The number of ranks over which the experts of an LLM layer are spread.
+        ffn_etp: The number of ranks that share an expert of the LLM; None for `tp`.
+        freeze: Patterns on the names of parameters that are not trained.
 
     Returns:
         The fields of each `Row`.
@@ -190,18 +222,19 @@ def measure(
     import torch.distributed as dist
 
     rank, world, device = connect(timeout_sec=300)
-    topology = Topology(world, tp, pp, ep)
+    topology = Topology(world, tp, pp, ep, ffn_ep, ffn_etp)
     groups = build_groups(topology, rank, device, parity.SEED)
     model = parity.tiny_model(family, adapter)
     ds_config = build_ds_config(Path(deepspeed), precision="fp32") if deepspeed else DS_CONFIG
-    learned = parity.STAGED if stages else parity.ADAPTERS if lora else parity.ALL_WEIGHTS
+    chosen = parity.STAGED if stages else parity.ADAPTERS if lora else parity.ALL_WEIGHTS
+    learned = parity.without(chosen, freeze)
     step = parity.build_step(model, groups, ds_config, max(1, num_steps), pack_multiple=pack_multiple, learned=learned)
     oracle = parity.build_oracle(model, learned)
     rows = []
     for kind in kinds:
         with parity.favoured(step, 1 if kind == "one_expert" else None):
             found = parity.compare(step, oracle, parity.make_samples(kind, world, model.adapter.rate))
-        rows.append(Row(name(topology), kind, found.loss, found.gradient, found.worst))
+        rows.append(Row(name(topology), kind, found.loss, found.gradient, found.worst, found.gap))
     if num_steps:
         worst_loss, worst_norm = parity.loss_curves(step, oracle, num_steps)
         rows.append(Row(name(topology), f"curve of {num_steps} steps", worst_loss, worst_norm, "gradient norm"))
@@ -240,8 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--family",
         default="llama",
-        choices=tuple(LLM_FAMILIES),
-        help="family of the LLM (default: llama)",
+        choices=(*LLM_FAMILIES, MIXTURE),
+        help=f"family of the LLM (default: llama); {MIXTURE} is a Llama that got experts from the recipe",
     )
     parser.add_argument(
         "--deepspeed", metavar="FILE", help="a DeepSpeed JSON file (default: ZeRO-3 in which no weight stays gathered)"
@@ -251,6 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--lora", action="store_true", help="train low-rank adapters (recipe section `lora`) over partly frozen weights"
+    )
+    parser.add_argument(
+        "--freeze", action="append", default=[], metavar="PATTERN", help="parameters that are not trained (repeatable)"
     )
     parser.add_argument(
         "--stages",
@@ -281,7 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     print(f"{'topology':12} {'batch':26} {'loss':>9} {'gradient':>9}   largest at")
     rows: list[Row] = []
-    for topology in topologies(options.ranks):
+    has_experts = options.family == MIXTURE or LLM_FAMILIES[options.family].experts is not None
+    for topology in topologies(options.ranks, has_experts):
         for row in check(
             topology,
             options.steps,
@@ -292,11 +329,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.lora,
             options.adapter,
             options.stages,
+            options.freeze,
         ):
             rows.append(row)
             verdict = "" if row.passed else "   OVER"
+            gap = "" if row.gap is None else f"   smallest gap {row.gap:.1e}"
             print(
-                f"{row.topology:12} {row.kind:26} {row.loss:9.1e} {row.gradient:9.1e}   {row.worst}{verdict}",
+                f"{row.topology:12} {row.kind:26} {row.loss:9.1e} {row.gradient:9.1e}   {row.worst}{gap}{verdict}",
                 flush=True,
             )
     passed = all(r.passed for r in rows)

@@ -7,7 +7,7 @@ gathered over the data-parallel ranks and compared with the same slices of the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,8 @@ from model.audio_tower import AudioTower
 from model.batch import IGNORE, Batch, Sample
 from model.config import AdapterConfig, EncoderConfig, LLMConfig, LoraConfig, ModelConfig, RouterConfig
 from model.lengths import TokenRate
+from model.llm.experts import smallest_gap
+from model.llm.families import mixture_of
 from model.llm.names import hf_to_local, local_pieces
 from model.llm.reference import resolve_hf_config
 from model.llm.weights import RandomSource, embedding_rms
@@ -59,6 +61,14 @@ class Learned:
 
 
 ALL_WEIGHTS = Learned()
+
+
+def without(learned: Learned, patterns: Sequence[str]) -> Learned:
+    """Return `learned` with the parameters that match one of `patterns` frozen."""
+    parts = (*learned.optim.parts, *(PartConfig(pattern, frozen=True) for pattern in patterns))
+    return replace(learned, optim=replace(learned.optim, parts=parts))
+
+
 ADAPTERS = Learned(
     replace(
         OPTIM,
@@ -83,6 +93,24 @@ ADAPTERS = Learned(
     ),
 )
 """Adapters of unequal ranks, on some projections of fused layers only, over frozen and trainable weights."""
+
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [1],
+    },
+    "mixture": {
+        "model_type": "llama",
+        "ffn_experts": {"experts": ["d", "b", "c", "a"], "layers": [1, 3], "top_k": 2, "normalize": True},
+    },
+}
+"""The fields of the configs of families with experts. One layer of the Qwen3-MoE has no experts. `mixture` is a Llama
+that got experts from the recipe, in every second layer."""
 
 
 ADAPTER_KINDS = {
@@ -129,7 +157,11 @@ def tiny_model(llm_family: str = "llama", adapter: str = "convolutions") -> Mode
         "max_position_embeddings": 256,
         "initializer_range": 0.06,
         "tie_word_embeddings": llm_family == "qwen2",
+        **EXPERTS.get(llm_family, {}),
     }
+    losses = {"distillation": {"weight": 0.7, "temperature": 1.5}}
+    if llm_family in EXPERTS:
+        losses |= {"expert_balance": {"weight": 0.5}, "router_z": {"weight": 0.2}}
     return ModelConfig(
         primary=EncoderConfig("whisper", "whisper", config=whisper, length_mode="trim"),
         experts=(
@@ -149,7 +181,7 @@ def tiny_model(llm_family: str = "llama", adapter: str = "convolutions") -> Mode
         ctc_weight=0.3,
         ctc_vocabulary="tokens" if adapter == "convolutions" else "bytes",
         ctc_outputs=1 if adapter == "convolutions" else 2,
-        losses={"distillation": {"weight": 0.7, "temperature": 1.5}},
+        losses=losses,
     )
 
 
@@ -217,6 +249,9 @@ class Difference:
     at least a hundredth of the model's largest gradient."""
     worst: str
     """The parameter with the largest difference of its gradient."""
+    gap: float | None = None
+    """The smallest difference between the scores of the last chosen and the first other expert of a token in the LLM.
+    Below about 1e-5, rounding may change the choice. None if the LLM has no experts."""
 
 
 def build_oracle(config: ModelConfig, learned: Learned = ALL_WEIGHTS) -> SpeechLLM:
@@ -307,7 +342,9 @@ def compare(step: Step, oracle: SpeechLLM, samples: list[list[Sample]], number: 
     dist.all_gather_object(found, worst, group=step.groups.world)
     gradient, name = max(found)
     step.audio.discard()
-    return Difference(_loss_difference(report, losses), gradient, name)
+    mixture = mixture_of(step.llm.hf_config)
+    gap = None if mixture is None else smallest_gap(losses.choices, mixture.top_k)
+    return Difference(_loss_difference(report, losses), gradient, name, gap)
 
 
 def _loss_difference(report: StepReport, losses: Losses) -> float:
@@ -328,7 +365,7 @@ def _check_learned(step: Step, oracle: SpeechLLM) -> None:
     for name, parameter in step.audio.named_parameters():
         assert parameter.requires_grad == wanted[name], name
     for name, parameter in step.llm.parameters():
-        pieces = local_pieces(name, step.llm.hf_config, step.groups.place.tp, step.groups.topology.tp)
+        pieces = local_pieces(name, step.llm.hf_config, *step.llm.split(name))
         for piece in pieces:
             learns = piece.hf_name is None or wanted[f"llm.{piece.hf_name}"]
             assert hasattr(parameter, "main_grad") == learns or piece.hf_name is None, (name, piece)
@@ -339,7 +376,7 @@ def _audio_gradients(step: Step, reference: Mapping[str, Tensor]) -> list[tuple[
 
 
 def _llm_gradients(step: Step, reference: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
-    engine, topology = step.llm, step.groups.topology
+    engine = step.llm
     _gather_gradients(engine)
 
     def read(name: str, index: tuple[slice, ...]) -> Tensor:
@@ -349,7 +386,7 @@ def _llm_gradients(step: Step, reference: Mapping[str, Tensor]) -> list[tuple[st
     for name, parameter in engine.parameters():
         if not parameter.requires_grad:
             continue
-        wanted = hf_to_local(name, read, engine.hf_config, step.groups.place.tp, topology.tp)
+        wanted = hf_to_local(name, read, engine.hf_config, *engine.split(name))
         found.append((f"llm.{name}", parameter.main_grad, wanted))  # type: ignore[attr-defined]
     return found
 
@@ -357,14 +394,18 @@ def _llm_gradients(step: Step, reference: Mapping[str, Tensor]) -> list[tuple[st
 def _gather_gradients(engine: LLMEngine) -> None:
     """Complete the gradient buffers, of which the distributed optimizer leaves each rank its own part.
 
-    Collective: every rank of the data-parallel group must call it.
+    Collective: every rank of the world must call it.
     """
     from megatron.core import parallel_state
 
     with megatron_calls():
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        for buffer in engine.model.buffers:  # type: ignore[attr-defined]
-            for bucket in buffer.buckets:
+        model: Any = engine.model
+        copies = (
+            (model.buffers, parallel_state.get_data_parallel_group(with_context_parallel=True)),
+            (model.expert_parallel_buffers, parallel_state.get_expert_data_parallel_group()),
+        )
+        for buffers, group in copies:
+            for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
                 parts = bucket.grad_data.chunk(dist.get_world_size(group))
                 mine = parts[dist.get_rank(group)].clone()
                 dist.all_gather(list(parts), mine, group=group)

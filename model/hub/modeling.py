@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from model.audio_tower import AudioTower
 from model.batch import Ragged
 from model.hub.configuration import EarshotConfig, audio_config
+from model.llm.experts import place_experts
+from model.llm.families import modules_of
+from model.llm.mixture import described
 from model.router import Routing
 
 
@@ -31,6 +34,9 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         # `from_pretrained(dtype=…)` sets the default dtype; otherwise the LLM would take the one of its config.
         self.llm = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
+        mixture = described(config.text_config)
+        if mixture is not None:
+            place_experts(self.llm, mixture, modules_of(config.text_config))
         self.audio = AudioTower(audio_config(config.audio), config.text_config.hidden_size, config.vocab_size)
         if config.text_config.tie_word_embeddings:
             self._tied_weights_keys = {"llm.lm_head.weight": "llm.model.embed_tokens.weight"}

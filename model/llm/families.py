@@ -6,11 +6,12 @@ positions. A family differs in the tensors that it adds and in names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
+from model.llm.mixture import Mixture, described, mixtral, qwen3_moe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -54,13 +55,35 @@ class LLMFamily:
     """Fields of the Hugging Face config, if it has them, and the only value that is supported."""
     modules: Mapping[str, str] = field(default_factory=lambda: dict(LLAMA_MODULES))
     """The names of the modules in the checkpoint, by the roles of `LLAMA_MODULES`."""
+    experts: Callable[[PretrainedConfig], Mixture | None] | None = None
+    """A function that returns the experts that a config describes; None if the family has no experts. `modules` then
+    also has the roles `router`, `expert_gate`, `expert_up` and `expert_down` of a layer with experts, which begin with
+    the same module. `{e}` stands for the name of the expert."""
 
+
+MIXTRAL_MODULES: dict[str, str] = {
+    **LLAMA_MODULES,
+    "router": "block_sparse_moe.gate",
+    "expert_gate": "block_sparse_moe.experts.{e}.w1",
+    "expert_up": "block_sparse_moe.experts.{e}.w3",
+    "expert_down": "block_sparse_moe.experts.{e}.w2",
+}
+QWEN3_MOE_MODULES: dict[str, str] = {
+    **LLAMA_MODULES,
+    "router": "mlp.gate",
+    "expert_gate": "mlp.experts.{e}.gate_proj",
+    "expert_up": "mlp.experts.{e}.up_proj",
+    "expert_down": "mlp.experts.{e}.down_proj",
+}
+_EXPERTS_REQUIRED = {**REQUIRED, "output_router_logits": False, "router_jitter_noise": 0.0}
 
 LLM_FAMILIES: dict[str, LLMFamily] = {
     "llama": LLMFamily(),
     "mistral": LLMFamily(),
     "qwen2": LLMFamily(qkv_bias=True),
     "qwen3": LLMFamily(qk_norm=True),
+    "mixtral": LLMFamily(required=_EXPERTS_REQUIRED, modules=MIXTRAL_MODULES, experts=mixtral),
+    "qwen3_moe": LLMFamily(qk_norm=True, required=_EXPERTS_REQUIRED, modules=QWEN3_MOE_MODULES, experts=qwen3_moe),
 }
 """The families by the `model_type` of their Hugging Face config. Plug-ins add entries when they are imported."""
 
@@ -78,3 +101,26 @@ def check_family(model_type: object) -> None:
 def family_of(hf_config: PretrainedConfig) -> LLMFamily:
     """Return the family of a Hugging Face config, whose `model_type` must be known."""
     return LLM_FAMILIES[hf_config.model_type]
+
+
+def mixture_of(hf_config: PretrainedConfig) -> Mixture | None:
+    """Return the experts in the feed-forward layers of an LLM; None if it has none."""
+    experts = family_of(hf_config).experts
+    return described(hf_config) if experts is None else experts(hf_config)
+
+
+def modules_of(hf_config: PretrainedConfig) -> Mapping[str, str]:
+    """Return the names of an LLM's modules in checkpoints by role, including those of its experts.
+
+    An expert of a dense LLM is stored next to the projections of the dense layers, under its name. Its row of the
+    router is a matrix of its own, so that no tensor depends on the order of the experts.
+    """
+    modules = family_of(hf_config).modules
+    if described(hf_config) is None:
+        return modules
+    inserted = {}
+    for role in ("gate", "up", "down"):
+        root, _, leaf = modules[role].rpartition(".")
+        inserted[f"expert_{role}"] = f"{root}.experts.{{e}}.{leaf}"
+    root = modules["gate"].rpartition(".")[0]
+    return {**modules, **inserted, "router": f"{root}.experts.{{e}}.router"}

@@ -7,11 +7,14 @@ With tensor parallelism, a column-parallel layer splits B along the outputs and 
 inputs. The other factor is the same on all tensor ranks and is applied to this rank's rows of the sequence. It is
 marked `sequence_parallel`, so Megatron adds up its gradient over the tensor ranks. What travels between ranks has
 `rank` columns.
+
+An expert has adapters of its own. Expert tensor parallelism splits them in the same way, but Megatron's dispatcher
+gathers and scatters the tokens of an expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,14 +30,21 @@ from torch.nn.functional import linear
 from transformers import PretrainedConfig
 
 from model.config import LoraConfig
-from model.llm.names import Piece, hf_shapes, local_pieces
+from model.llm.names import Piece, hf_shapes, is_expert, local_pieces
 from model.lora import LLM, Adapters
 
-_COLUMN_PARALLEL = ("self_attention.linear_qkv", "mlp.linear_fc1")
-_ROW_PARALLEL = ("self_attention.linear_proj", "mlp.linear_fc2")
+_COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
 
 
-def add_llm_adapters(gpt: Any, hf_config: PretrainedConfig, adapters: Adapters, *, tp_rank: int, tp_size: int) -> None:
+def add_llm_adapters(
+    gpt: Any,
+    hf_config: PretrainedConfig,
+    adapters: Adapters,
+    *,
+    tp_rank: int,
+    tp_size: int,
+    expert_tp: tuple[int, int] | None = None,
+) -> None:
     """Add the adapters to a stage of the LLM, and freeze the weights under them.
 
     Args:
@@ -43,21 +53,42 @@ def add_llm_adapters(gpt: Any, hf_config: PretrainedConfig, adapters: Adapters, 
         adapters: the adapters.
         tp_rank: this rank's index among the tensor ranks.
         tp_size: the number of tensor ranks.
+        expert_tp: this rank's index among the ranks that share an expert, and their number; None for the tensor ranks.
     """
+    if not adapters.parts:
+        return
     shapes = hf_shapes(hf_config)
+    for weight, module in _linear_layers(gpt):
+        split = expert_tp if expert_tp is not None and is_expert(weight) else (tp_rank, tp_size)
+        pieces = local_pieces(weight, hf_config, *split)
+        names = dict.fromkeys(_projection(piece) for piece in pieces)
+        if any(adapters.freezes(LLM + name) for name in names):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+        parts = {name: part for name in names if (part := adapters.of_layer(LLM + name)) is not None}
+        if parts:
+            is_column_parallel = weight.removesuffix(".weight").endswith(_COLUMN_PARALLEL)
+            add = _add_columns if is_column_parallel else _add_rows
+            module.lora_A, module.lora_B = nn.ParameterDict(), nn.ParameterDict()
+            add(module, pieces, parts, shapes, adapters)
+
+
+def _linear_layers(gpt: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the parallel linear layers of a stage with the names of their weights, numbered as in `model.llm.names`."""
     for layer in gpt.decoder.layers:
-        for path in (*_COLUMN_PARALLEL, *_ROW_PARALLEL):
-            weight = f"decoder.layers.{layer.layer_number - 1}.{path}.weight"
-            module, pieces = layer.get_submodule(path), local_pieces(weight, hf_config, tp_rank, tp_size)
-            names = dict.fromkeys(_projection(piece) for piece in pieces)
-            if any(adapters.freezes(LLM + name) for name in names):
-                for parameter in module.parameters(recurse=False):
-                    parameter.requires_grad_(False)
-            parts = {name: part for name in names if (part := adapters.of_layer(LLM + name)) is not None}
-            if parts:
-                add = _add_columns if path in _COLUMN_PARALLEL else _add_rows
-                module.lora_A, module.lora_B = nn.ParameterDict(), nn.ParameterDict()
-                add(module, pieces, parts, shapes, adapters)
+        prefix = f"decoder.layers.{layer.layer_number - 1}."
+        for path in ("self_attention.linear_qkv", "self_attention.linear_proj"):
+            yield f"{prefix}{path}.weight", layer.get_submodule(path)
+        experts = getattr(layer.mlp, "local_expert_indices", None)
+        networks = [("mlp", layer.mlp)]
+        if experts is not None:
+            networks = [
+                (f"mlp.experts.local_experts.{number}", expert)
+                for number, expert in zip(experts, layer.mlp.experts.local_experts, strict=True)
+            ]
+        for path, network in networks:
+            yield f"{prefix}{path}.linear_fc1.weight", network.linear_fc1
+            yield f"{prefix}{path}.linear_fc2.weight", network.linear_fc2
 
 
 @dataclass(frozen=True)
@@ -110,7 +141,7 @@ def _add_rows(
 def _add_to_columns(module: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any], *, parts: list[_Part]) -> Any:
     values, bias = output
     low = linear(args[0], torch.cat([module.lora_A[part.key] for part in parts]))
-    if module.sequence_parallel:
+    if module.sequence_parallel and not module.explicit_expert_comm:
         low = gather_from_sequence_parallel_region(low, group=module.tp_group)
     for part, own in zip(parts, low.split([part.config.rank for part in parts], dim=-1), strict=True):
         values = values.index_add(-1, part.rows, part.config.scale * linear(own, module.lora_B[part.key]))
@@ -120,16 +151,20 @@ def _add_to_columns(module: Any, args: tuple[Tensor, ...], output: tuple[Tensor,
 def _add_to_rows(module: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any], *, key: str, scale: float) -> Any:
     values, bias = output
     low = linear(args[0], module.lora_A[key])  # with several tensor ranks, a part of a sum
-    if module.sequence_parallel:
+    if module.sequence_parallel and not module.explicit_expert_comm:
         low = reduce_scatter_to_sequence_parallel_region(low, group=module.tp_group)
     return values + scale * linear(low, module.lora_B[key]), bias
 
 
 def _copied(values: Tensor, module: Any) -> nn.Parameter:
-    """Return a factor that is the same on all tensor ranks."""
-    assert module.sequence_parallel or module.tp_group.size() == 1, "tensor parallelism implies sequence parallelism"
+    """Return a factor that is the same on all ranks that share the layer."""
     parameter = _parameter(values, module)
-    parameter.sequence_parallel = module.sequence_parallel  # type: ignore[attr-defined]
+    num_ranks = module.tp_group.size()
+    assert module.sequence_parallel or num_ranks == 1, "tensor parallelism implies sequence parallelism"
+    parameter.sequence_parallel = num_ranks > 1  # type: ignore[attr-defined]
+    if module.is_expert and num_ranks == 1:
+        # The tensor ranks hold different experts, so each of them counts in the gradient norm.
+        set_tensor_model_parallel_attributes(parameter, True, 0, 1)
     return parameter
 
 
@@ -142,7 +177,10 @@ def _split(values: Tensor, module: Any, dim: int) -> nn.Parameter:
 
 
 def _parameter(values: Tensor, module: Any) -> nn.Parameter:
-    return nn.Parameter(values.to(device=module.weight.device, dtype=module.weight.dtype, copy=True))
+    weight = module.weight
+    parameter = nn.Parameter(values.to(device=weight.device, dtype=weight.dtype, copy=True))
+    parameter.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined] # false: over copies of experts
+    return parameter
 
 
 def _projection(piece: Piece) -> str:

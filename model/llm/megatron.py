@@ -35,13 +35,18 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model.llm.attention import PackedAttention
-from model.llm.families import family_of
+from model.llm.families import family_of, mixture_of
+from model.llm.megatron_experts import expert_options, expert_spec, watch
 from model.llm.names import head_dim, padded_vocab_size, tp_dim
 
 
@@ -66,6 +71,8 @@ def transformer_config(
     pp_size: int = 1,
     dtype: torch.dtype = torch.float32,
     recompute: bool = False,
+    ep_size: int = 1,
+    expert_tp_size: int | None = None,
 ) -> TransformerConfig:
     """Return Megatron's config of the model.
 
@@ -78,8 +85,13 @@ def transformer_config(
         pp_size: The number of pipeline stages.
         dtype: The dtype of the parameters.
         recompute: True to keep only each layer's input for the backward pass.
+        ep_size: The number of ranks over which the experts of a layer are spread.
+        expert_tp_size: The number of ranks that share an expert; None for `tp_size`.
     """
     family = family_of(hf_config)
+    experts = expert_options(
+        mixture_of(hf_config), tp_size=tp_size, ep_size=ep_size, expert_tp_size=expert_tp_size or tp_size
+    )
     recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
@@ -116,6 +128,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         persist_layer_norm=False,
         **(recomputation if recompute else {}),
+        **experts,
     )
 
 
@@ -128,6 +141,8 @@ def build_megatron(
     last_stage: bool,
     dtype: torch.dtype = torch.float32,
     recompute: bool = False,
+    ep_size: int = 1,
+    expert_tp_size: int | None = None,
 ) -> GPTModel:
     """Build this rank's stage of the model without initializing its weights.
 
@@ -142,8 +157,18 @@ def build_megatron(
         last_stage: True if this rank holds the last pipeline stage.
         dtype: The dtype of the parameters.
         recompute: True to keep only each layer's input for the backward pass.
+        ep_size: The number of ranks over which the experts of a layer are spread.
+        expert_tp_size: The number of ranks that share an expert; None for `tp_size`.
     """
-    config = transformer_config(hf_config, tp_size=tp_size, pp_size=pp_size, dtype=dtype, recompute=recompute)
+    config = transformer_config(
+        hf_config,
+        tp_size=tp_size,
+        pp_size=pp_size,
+        dtype=dtype,
+        recompute=recompute,
+        ep_size=ep_size,
+        expert_tp_size=expert_tp_size,
+    )
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=_block_spec(config, hf_config),
@@ -159,6 +184,7 @@ def build_megatron(
         dim = tp_dim(name)
         if dim is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, dim, 2 if "linear_fc1" in name else 1)
+    watch(gpt)
     if first_stage and recompute:
         gpt.decoder.register_forward_pre_hook(_require_grad, with_kwargs=True)
     if last_stage and padded_vocab_size(hf_config, tp_size) > hf_config.vocab_size:
@@ -199,22 +225,32 @@ def _block_spec(config: TransformerConfig, hf_config: PretrainedConfig) -> Trans
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
-            mlp_bda=get_bias_dropout_add,
-        ),
+    dense = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+    def layer(mlp: ModuleSpec) -> ModuleSpec:
+        return ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=RMSNorm,
+                self_attention=ModuleSpec(
+                    module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+                ),
+                self_attn_bda=get_bias_dropout_add,
+                pre_mlp_layernorm=RMSNorm,
+                mlp=mlp,
+                mlp_bda=get_bias_dropout_add,
+            ),
+        )
+
+    mixture = mixture_of(hf_config)
+    with_experts = () if mixture is None else mixture.layers
+    experts = None if mixture is None else expert_spec(mixture)
+    first = get_transformer_layer_offset(config)
+    numbers = range(first, first + get_num_layers_to_build(config))
+    specs = [layer(experts if n in with_experts and experts is not None else dense) for n in numbers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 
 
 def _require_grad(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

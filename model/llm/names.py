@@ -7,6 +7,8 @@ here: `decoder.layers.<n>`, with n from 0 over all pipeline stages. Megatron-cor
   rows. If there are fewer key-value heads than ranks, these rows are a part of a group.
 - `linear_fc1` holds `[gate_r; up_r]` on rank r, so the shards of all ranks in order are *not* `[gate; up]`.
 - The vocabulary is padded with zero rows to a multiple of the tensor-parallel size.
+- In layers with experts, `mlp.experts.local_experts.<e>` is expert e of all ranks. Expert tensor parallelism divides
+  its `linear_fc1` and `linear_fc2` among ranks, as tensor parallelism divides those of a dense layer.
 
 "Full" always means the concatenation of all ranks' shards along `tp_dim`.
 """
@@ -14,14 +16,14 @@ here: `decoder.layers.<n>`, with n from 0 over all pipeline stages. Megatron-cor
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from model.llm.families import LLMFamily, family_of
+from model.llm.families import family_of, mixture_of, modules_of
 
 Index = tuple[slice, ...]
 Read = Callable[[str, Index], Tensor]
@@ -29,6 +31,7 @@ Read = Callable[[str, Index], Tensor]
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _FACTOR = re.compile(r"^(.+)\.(lora_[AB])\.([^.]+)$")
 """Matches the name of a LoRA factor (`model.llm.lora`). Its groups are the layer, the factor and the projection."""
+_EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
 
 _COLUMN_PARALLEL = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "word_embeddings.weight")
 _ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")
@@ -54,6 +57,11 @@ class Piece:
     index: Index
 
 
+def is_expert(megatron_name: str) -> bool:
+    """Return whether a parameter belongs to an expert, which is divided by expert tensor parallelism."""
+    return ".local_experts." in megatron_name
+
+
 def tp_dim(megatron_name: str) -> int | None:
     """Return the dimension along which tensor parallelism splits a parameter; None if every rank holds all of it."""
     if (found := _FACTOR.match(megatron_name)) is not None:
@@ -76,7 +84,7 @@ def head_dim(hf_config: PretrainedConfig) -> int:
 
 def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the Hugging Face model, in its order. A tied output layer is not listed."""
-    family = family_of(hf_config)
+    family, modules = family_of(hf_config), modules_of(hf_config)
     hidden, ffn, width = hf_config.hidden_size, hf_config.intermediate_size, head_dim(hf_config)
     queries, keys = hf_config.num_attention_heads * width, hf_config.num_key_value_heads * width
     rows = {"query": queries, "key": keys, "value": keys}
@@ -88,36 +96,47 @@ def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     layer["attention_output.weight"] = (hidden, queries)
     if family.qk_norm:
         layer["query_norm.weight"] = layer["key_norm.weight"] = (width,)
-    layer["gate.weight"] = layer["up.weight"] = (ffn, hidden)
-    layer["down.weight"] = (hidden, ffn)
     layer["attention_norm.weight"] = layer["mlp_norm.weight"] = (hidden,)
-    shapes: dict[str, tuple[int, ...]] = {_hf_name(family, "embedding.weight"): (hf_config.vocab_size, hidden)}
+    dense = {"gate.weight": (ffn, hidden), "up.weight": (ffn, hidden), "down.weight": (hidden, ffn)}
+    mixture = mixture_of(hf_config)
+    shapes: dict[str, tuple[int, ...]] = {_hf_name(modules, "embedding.weight"): (hf_config.vocab_size, hidden)}
     for n in range(hf_config.num_hidden_layers):
-        shapes |= {_hf_name(family, tensor, n): shape for tensor, shape in layer.items()}
-    shapes[_hf_name(family, "final_norm.weight")] = (hidden,)
+        shapes |= {_hf_name(modules, tensor, n): shape for tensor, shape in layer.items()}
+        if mixture is None or n not in mixture.layers:
+            shapes |= {_hf_name(modules, tensor, n): shape for tensor, shape in dense.items()}
+            continue
+        shapes |= {name: (num_rows, hidden) for name, num_rows in _router_tensors(hf_config, n)}
+        for expert in mixture.experts:
+            for role in ("expert_gate", "expert_up"):
+                shapes[_hf_name(modules, f"{role}.weight", n, expert)] = (mixture.width, hidden)
+            shapes[_hf_name(modules, "expert_down.weight", n, expert)] = (hidden, mixture.width)
+    shapes[_hf_name(modules, "final_norm.weight")] = (hidden,)
     if not hf_config.tie_word_embeddings:
-        shapes[_hf_name(family, "output.weight")] = (hf_config.vocab_size, hidden)
+        shapes[_hf_name(modules, "output.weight")] = (hf_config.vocab_size, hidden)
     return shapes
 
 
-def _hf_name(family: LLMFamily, tensor: str, layer: int | None = None) -> str:
+def _hf_name(modules: Mapping[str, str], tensor: str, layer: int | None = None, expert: str = "") -> str:
     """Return the Hugging Face name of `role.weight` or `role.bias`. `layer` is None for tensors outside the layers."""
     role, _, kind = tensor.partition(".")
-    prefix = "" if layer is None else family.modules["layer"].format(n=layer) + "."
-    return f"{prefix}{family.modules[role]}.{kind}"
+    prefix = "" if layer is None else modules["layer"].format(n=layer) + "."
+    return f"{prefix}{modules[role].format(e=expert)}.{kind}"
 
 
 def local_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> list[Piece]:
-    """Return the pieces that rank `tp_rank` of `tp_size` holds of a parameter, in order along dimension 0."""
+    """Return the pieces that rank `tp_rank` of `tp_size` holds of a parameter, in order along dimension 0.
+
+    The two numbers are those of expert tensor parallelism if the parameter belongs to an expert (`is_expert`).
+    """
     if _FACTOR.match(megatron_name):
         return _factor_pieces(megatron_name, hf_config, tp_rank, tp_size)
-    family, whole = family_of(hf_config), slice(None)
+    modules, whole = modules_of(hf_config), slice(None)
     if megatron_name in _VOCABULARY:
         role = "embedding" if hf_config.tie_word_embeddings else _VOCABULARY[megatron_name]
         rows = padded_vocab_size(hf_config, tp_size) // tp_size
-        return _vocab_pieces(_hf_name(family, f"{role}.weight"), hf_config, tp_rank * rows, rows)
+        return _vocab_pieces(_hf_name(modules, f"{role}.weight"), hf_config, tp_rank * rows, rows)
     if megatron_name == "decoder.final_layernorm.weight":
-        return [Piece(_hf_name(family, "final_norm.weight"), (whole,))]
+        return [Piece(_hf_name(modules, "final_norm.weight"), (whole,))]
     match = _LAYER.match(megatron_name)
     assert match, f"unknown Megatron parameter {megatron_name}"
     layer, rest = int(match[1]), match[2]
@@ -126,9 +145,13 @@ def local_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, 
     if rest == "mlp.linear_fc1.weight":
         rows = hf_config.intermediate_size // tp_size
         index = (slice(tp_rank * rows, (tp_rank + 1) * rows), whole)
-        return [Piece(_hf_name(family, f"{role}.weight", layer), index) for role in ("gate", "up")]
+        return [Piece(_hf_name(modules, f"{role}.weight", layer), index) for role in ("gate", "up")]
+    if rest == "mlp.router.weight":
+        return [Piece(name, (slice(0, num_rows), whole)) for name, num_rows in _router_tensors(hf_config, layer)]
+    if (expert := _EXPERT.match(rest)) is not None:
+        return _expert_pieces(layer, int(expert[1]), expert[2], hf_config, tp_rank, tp_size)
     assert rest in _SINGLE, f"unknown Megatron parameter {megatron_name}"
-    hf_name = _hf_name(family, f"{_SINGLE[rest]}.weight", layer)
+    hf_name = _hf_name(modules, f"{_SINGLE[rest]}.weight", layer)
     if tp_dim(megatron_name) is None:
         return [Piece(hf_name, (whole,))]
     queries = hf_config.num_attention_heads * head_dim(hf_config)
@@ -192,7 +215,7 @@ def _vocab_pieces(hf_name: str, hf_config: PretrainedConfig, start: int, num_row
 
 def _qkv_pieces(layer: int, kind: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> Iterator[Piece]:
     """Yield the pieces of query, key and value that the rank holds, in the order of their rows in `linear_qkv`."""
-    family, width = family_of(hf_config), head_dim(hf_config)
+    modules, width = modules_of(hf_config), head_dim(hf_config)
     per_group = hf_config.num_attention_heads // hf_config.num_key_value_heads
     num_rows = hf_config.num_key_value_heads * (per_group + 2) * width
     first, last = tp_rank * num_rows // tp_size, (tp_rank + 1) * num_rows // tp_size
@@ -204,8 +227,31 @@ def _qkv_pieces(layer: int, kind: str, hf_config: PretrainedConfig, tp_rank: int
             if start < stop:
                 rows = slice(group * size + start, group * size + stop)
                 index = (rows, slice(None)) if kind == "weight" else (rows,)
-                yield Piece(_hf_name(family, f"{role}.{kind}", layer), index)
+                yield Piece(_hf_name(modules, f"{role}.{kind}", layer), index)
             row += size
+
+
+def _router_tensors(hf_config: PretrainedConfig, layer: int) -> list[tuple[str, int]]:
+    """Return the Hugging Face tensors of a layer's router and their numbers of rows, in order."""
+    modules, mixture = modules_of(hf_config), mixture_of(hf_config)
+    assert mixture is not None, "the LLM has no experts"
+    if "{e}" in modules["router"]:
+        return [(_hf_name(modules, "router.weight", layer, expert), 1) for expert in mixture.experts]
+    return [(_hf_name(modules, "router.weight", layer), len(mixture.experts))]
+
+
+def _expert_pieces(
+    layer: int, expert: int, kind: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int
+) -> list[Piece]:
+    """Return the pieces of an expert's `linear_fc1` or `linear_fc2` that a rank of expert tensor parallelism holds."""
+    modules, mixture = modules_of(hf_config), mixture_of(hf_config)
+    assert mixture is not None, "the LLM has no experts"
+    name, share = mixture.experts[expert], mixture.width // tp_size
+    own = slice(tp_rank * share, (tp_rank + 1) * share)
+    if kind == "linear_fc2":
+        return [Piece(_hf_name(modules, "expert_down.weight", layer, name), (slice(None), own))]
+    roles = ("expert_gate", "expert_up")
+    return [Piece(_hf_name(modules, f"{role}.weight", layer, name), (own, slice(None))) for role in roles]
 
 
 def _factor_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> list[Piece]:

@@ -5,7 +5,7 @@ Shapes: t rows of a pack, S segments, L tokens of the longest segment of a bucke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,6 +79,11 @@ class PackedSequences(PackedSeqParams):
     """The sequence in `cache` of each segment, or PADDING; empty without a cache."""
     cache: KVCache | None = None
     """The cache that the segments continue; None in training."""
+    num_samples: int = 0
+    """The number of segments that are samples. Further segments are padding; used only with `observe`."""
+    observe: Callable[..., Tensor] | None = None
+    """Called in training by the router of every layer with experts, with the number of the layer, its choices, this
+    pack and the tensor-parallel group. It returns a loss, a scalar, to which the router's gradient is added."""
 
     def __post_init__(self) -> None:
         assert self.lengths and all(n > 0 for n in self.lengths), self.lengths
@@ -91,6 +96,7 @@ class PackedSequences(PackedSeqParams):
         self._buckets: tuple[Bucket, ...] | None = None
         self._segment_ends: Tensor | None = None
         self._cached_segments: CachedSegments | None = None
+        self._row_samples: tuple[Tensor, Tensor] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -161,6 +167,21 @@ class PackedSequences(PackedSeqParams):
         if self._segment_ends is None:
             self._segment_ends = to_device(np.cumsum((0, *self.lengths), dtype=np.int32), device)
         return self._segment_ends
+
+    def row_samples(self, device: torch.device) -> Tensor:
+        """Return [t] int64, the index of each row's segment."""
+        return self._samples(device)[0]
+
+    def sample_lengths(self, device: torch.device) -> Tensor:
+        """Return [num_samples] int64, the lengths of the segments that are samples."""
+        return self._samples(device)[1][: self.num_samples]
+
+    def _samples(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._row_samples is None:
+            rows = np.repeat(np.arange(len(self.lengths)), self.lengths)
+            both = to_device(np.concatenate([rows, self.lengths]), device)
+            self._row_samples = both[: len(rows)], both[len(rows) :]
+        return self._row_samples
 
     def unbucket(self, device: torch.device) -> Tensor:
         """Return [t], the index of each row of the pack in the concatenation of the buckets' rows."""

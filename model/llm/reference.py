@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +15,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from model.config import LLMConfig
 from model.errors import UserError
-from model.llm.families import check_family, family_of
+from model.llm.donors import MixtureSource
+from model.llm.experts import place_experts
+from model.llm.families import check_family, family_of, mixture_of, modules_of
+from model.llm.mixture import BASE, FIELD, describe_experts, read_experts
 from model.llm.names import hf_shapes
 from model.llm.weights import RandomSource, SafetensorsSource, WeightSource, check_source, local_directory
 
@@ -27,8 +32,22 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
     "max_position_embeddings",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "decoder_sparse_step",
 )
-_LEGACY_KEYS = ("model_type", "rope_theta", "rope_scaling", "torch_dtype", "architectures", "transformers_version")
+# Keys that transformers reads from a config although some families' classes do not declare them.
+_OTHER_KEYS = (
+    "model_type",
+    "head_dim",
+    "rope_theta",
+    "rope_scaling",
+    "torch_dtype",
+    "architectures",
+    "transformers_version",
+)
 
 
 def resolve_hf_config(config: LLMConfig) -> PretrainedConfig:
@@ -41,27 +60,63 @@ def resolve_hf_config(config: LLMConfig) -> PretrainedConfig:
         hf_config = _load_config(config)
     else:
         hf_config = _make_config(config.config)
+    if (given := getattr(hf_config, FIELD, None)) is not None:
+        setattr(hf_config, FIELD, read_experts(given, hf_config.num_hidden_layers))
+    if config.experts:
+        _add_experts(hf_config, config)
     _check_features(hf_config)
     return hf_config
 
 
-def weight_source(config: LLMConfig, hf_config: PretrainedConfig, seed: int | None) -> WeightSource:
+def dense_config(hf_config: PretrainedConfig) -> PretrainedConfig:
+    """Return the config of a dense LLM without the experts that it got from the recipe."""
+    dense = copy.deepcopy(hf_config)
+    if hasattr(dense, FIELD):
+        delattr(dense, FIELD)
+    return dense
+
+
+def _add_experts(hf_config: PretrainedConfig, config: LLMConfig) -> None:
+    if mixture_of(hf_config) is not None:
+        raise UserError(
+            f"model.llm.experts: the LLM ({hf_config.model_type}) has experts already; give a dense LLM, or remove "
+            "the key"
+        )
+    names = [expert.name for expert in config.experts]
+    layers = hf_config.num_hidden_layers
+    setattr(hf_config, FIELD, describe_experts(names, config.moe_layers, config.top_k, config.router, layers))
+
+
+def weight_source(
+    config: LLMConfig,
+    hf_config: PretrainedConfig,
+    seed: int | None,
+    donors: Mapping[str, WeightSource] | None = None,
+) -> WeightSource:
     """Return the weights that the recipe's section `model.llm` describes.
 
     Args:
         config: The section.
         hf_config: The LLM.
-        seed: The seed of random weights; required without a checkpoint.
+        seed: The seed of random weights; required without a checkpoint, and for the routers of `config.experts`.
+        donors: The weights that experts begin with, by the name of the expert. Those from `base` are not among them.
 
     Raises:
         UserError: If the checkpoint cannot be read or does not fit `hf_config`.
     """
+    own = dense_config(hf_config) if config.experts else hf_config
+    source: WeightSource
     if config.weights is None:
         assert seed is not None, "random weights need a seed"
-        return RandomSource(hf_config, seed)
-    source = SafetensorsSource(local_directory(config.weights))
-    check_source(source, hf_config)
-    return source
+        source = RandomSource(own, seed)
+    else:
+        source = SafetensorsSource(local_directory(config.weights))
+        check_source(source, own)
+    if not config.experts:
+        return source
+    assert seed is not None, "random routers need a seed"
+    given = {e.name: source if e.from_ == BASE else (donors or {})[e.name] for e in config.experts}
+    return MixtureSource(source, given, RandomSource(hf_config, seed), hf_config)
 
 
 @torch.no_grad()
@@ -78,6 +133,8 @@ def build_reference(config: LLMConfig, seed: int | None = None) -> PreTrainedMod
     )
     # A config with `pad_token_id` would keep that token's embedding from being trained; Megatron trains all of them.
     model.get_input_embeddings().padding_idx = None  # type: ignore[assignment]
+    if (mixture := mixture_of(hf_config)) is not None:
+        place_experts(model, mixture, modules_of(hf_config))
     parameters = dict(model.named_parameters())
     _check_shapes(hf_config, {n: tuple(p.shape) for n, p in parameters.items()})
     for name, parameter in parameters.items():
@@ -112,7 +169,9 @@ def _load_config(config: LLMConfig) -> PretrainedConfig:
     if not overrides:
         return hf_config
     _check_keys(type(hf_config), overrides)
-    return _construct({**hf_config.to_dict(), **overrides})
+    # `to_dict` lists a key with two names, such as num_experts, under one of them.
+    listed = type(hf_config).attribute_map
+    return _construct({**hf_config.to_dict(), **{listed.get(k, k): v for k, v in overrides.items()}})
 
 
 def _make_config(values: dict[str, Any]) -> PretrainedConfig:
@@ -140,7 +199,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_keys(config_class: type, values: dict[str, Any]) -> None:
-    known = {f.name for f in dataclasses.fields(config_class)} | set(_LEGACY_KEYS)
+    other_names: dict[str, str] = getattr(config_class, "attribute_map", {})
+    known = {f.name for f in dataclasses.fields(config_class)}
+    known |= {FIELD, *_OTHER_KEYS, *other_names, *other_names.values()}
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -169,6 +230,12 @@ def _check_features(hf_config: PretrainedConfig) -> None:
         raise UserError(
             f"{where}.sliding_window = {window}: sliding-window attention is not supported; set it to null, or "
             f"max_position_embeddings ({hf_config.max_position_embeddings}) to at most {window}"
+        )
+    mixture = mixture_of(hf_config)
+    if mixture is not None and not 1 <= mixture.top_k <= len(mixture.experts):
+        raise UserError(
+            f"{where}.num_experts_per_tok = {mixture.top_k}: legal values are 1..{len(mixture.experts)}, the number of "
+            "experts of a layer"
         )
     for key, value in family_of(hf_config).required.items():
         if getattr(hf_config, key, value) != value:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from model.errors import UserError
-from model.llm.names import Index, hf_shapes, hf_to_local, local_pieces
+from model.llm.names import Index, hf_shapes, hf_to_local, is_expert, local_pieces
 
 RANDOM_BLOCK_ROWS = 256
 """The number of rows of a random tensor that are drawn from one generator. Changing it changes every seed's weights."""
@@ -215,30 +215,55 @@ def check_tensor(source: WeightSource, name: str, expected: tuple[int, ...]) -> 
 
 
 def global_parameters(gpt: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of a Megatron stage, with layers numbered over all pipeline stages."""
-    offsets = {i: layer.layer_number - 1 for i, layer in enumerate(gpt.decoder.layers)}  # type: ignore[union-attr,arg-type]
+    """Yield the parameters of a Megatron stage.
+
+    Layers are numbered over all pipeline stages, and experts over all ranks.
+    """
+    layers: Any = gpt.decoder.layers  # type: ignore[union-attr]
+    offsets = [layer.layer_number - 1 for layer in layers]
+    experts = [getattr(layer.mlp, "local_expert_indices", ()) for layer in layers]
     for name, parameter in gpt.named_parameters():
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
+            if parts[4:6] == ["experts", "local_experts"]:
+                parts[6] = str(experts[int(parts[2])][int(parts[6])])
             parts[2] = str(offsets[int(parts[2])])
         yield ".".join(parts), parameter
 
 
 @torch.no_grad()
 def load_megatron(
-    gpt: nn.Module, source: WeightSource, hf_config: PretrainedConfig, *, tp_rank: int, tp_size: int
+    gpt: nn.Module,
+    source: WeightSource,
+    hf_config: PretrainedConfig,
+    *,
+    tp_rank: int,
+    tp_size: int,
+    expert_tp: tuple[int, int] | None = None,
 ) -> None:
     """Fill every parameter of this rank's stage, reading only the rank's slices.
+
+    Args:
+        gpt: The stage.
+        source: The weights.
+        hf_config: The LLM.
+        tp_rank: The tensor-parallel rank.
+        tp_size: The tensor-parallel size.
+        expert_tp: The rank and the size of expert tensor parallelism; None for those of tensor parallelism.
 
     Raises:
         UserError: If a tensor is missing or has another shape than the config says. Nothing is written in this case.
     """
     shapes = hf_shapes(hf_config)
-    needed = [(n, p, _hf_names(n, hf_config, tp_rank, tp_size)) for n, p in global_parameters(gpt)]
+
+    def split(name: str) -> tuple[int, int]:
+        return expert_tp if expert_tp is not None and is_expert(name) else (tp_rank, tp_size)
+
+    needed = [(n, p, _hf_names(n, hf_config, *split(n))) for n, p in global_parameters(gpt)]
     for hf_name in dict.fromkeys(h for *_, names in needed for h in names):
         check_tensor(source, hf_name, shapes[hf_name])
     for name, parameter, _ in needed:
-        local = hf_to_local(name, source.read, hf_config, tp_rank, tp_size)
+        local = hf_to_local(name, source.read, hf_config, *split(name))
         assert local.shape == parameter.shape, (name, local.shape, parameter.shape)
         parameter.copy_(local)
 

@@ -10,6 +10,7 @@ from model.losses.base import Loss
 from model.losses.ctc import CTC
 from model.losses.distillation import Distillation
 from model.losses.next_token import NextToken
+from model.losses.router import ExpertBalance, RouterZ
 from model.losses.routing import RoutingLoss
 
 LOSSES: dict[str, Loss] = {
@@ -17,6 +18,8 @@ LOSSES: dict[str, Loss] = {
     "routing": RoutingLoss(),
     "ctc": CTC(),
     "distillation": Distillation(),
+    "expert_balance": ExpertBalance(),
+    "router_z": RouterZ(),
 }
 """Every known loss by its name. Plug-ins add theirs."""
 

@@ -46,6 +46,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 8},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [0],
+    },
 }
 
 
@@ -146,7 +155,7 @@ def test_bf16_stays_close() -> None:
     assert difference < 0.02 * expected.abs().mean()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
 def test_decoding_with_a_cache_equals_the_whole_forward(family: str) -> None:
     """Decode sequences of different lengths, of which one ends early, in chunks of several tokens with padding."""
     reference, gpt = pair(family)

@@ -73,6 +73,17 @@ def test_expert_groups_equal_those_of_deepspeed(monkeypatch: pytest.MonkeyPatch)
     assert made == [*topology.expert_replica_groups, *topology.expert_groups]
 
 
+def test_experts_are_spread_over_tensor_ranks_and_replicas() -> None:
+    topology = build_topology(ParallelConfig(16, tensor=2, pipeline=2, ffn_expert=4), 16)
+    assert (topology.expert_tp, topology.experts_span_replicas) == (1, True)
+    stage = [topology.expert_coordinates(rank) for rank in range(8)]
+    assert [at.ep for at in stage] == [0, 1, 2, 3, 0, 1, 2, 3] and [at.dp for at in stage] == [0] * 4 + [1] * 4
+    assert stage == [topology.expert_coordinates(rank) for rank in range(8, 16)]
+    shared = build_topology(ParallelConfig(8, tensor=2, ffn_expert=4, ffn_expert_tensor=2), 8)
+    assert [tuple(shared.expert_coordinates(r)) for r in (0, 1, 2, 7)] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 3, 1)]
+    assert not build_topology(ParallelConfig(8, tensor=4, ffn_expert=4), 8).experts_span_replicas
+
+
 def test_legal_sizes() -> None:
     assert build_topology(ParallelConfig(num_ranks=128, tensor=8, pipeline=4), 128) == Topology(128, 8, 4, 1)
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
@@ -87,6 +98,21 @@ def test_legal_sizes() -> None:
             ParallelConfig(8, tensor=2, pipeline=8),
             8,
             "parallel.pipeline = 8: legal values for 8 ranks with tensor=2 are 1, 2, 4",
+        ),
+        (
+            ParallelConfig(8, tensor=2, ffn_expert_tensor=1),
+            8,
+            "parallel.ffn_expert_tensor = 1: legal values for tensor=2 and ffn_expert=1 are 2",
+        ),
+        (
+            ParallelConfig(8, tensor=4, ffn_expert=2, ffn_expert_tensor=2),
+            8,
+            "parallel.ffn_expert_tensor = 2: legal values for tensor=4 and ffn_expert=2 are 1, 4",
+        ),
+        (
+            ParallelConfig(8, tensor=2, pipeline=2, ffn_expert=4, ffn_expert_tensor=2),
+            8,
+            "parallel.ffn_expert = 4: legal values for 4 ranks per stage with ffn_expert_tensor=2 are 1, 2",
         ),
         (ParallelConfig(8, expert=3), 8, "parallel.expert = 3: legal values for 8 ranks are 1, 2, 4, 8"),
         (

@@ -26,12 +26,13 @@ PREFIX = "llm."
 
 def shards(engine: LLMEngine) -> list[Shard]:
     """Return everything that this rank holds, as views of the engine's memory. Call `refresh` after writing to them."""
-    place, tied = engine.groups.place, engine.hf_config.tie_word_embeddings
+    tied = engine.hf_config.tie_word_embeddings
     ranges = {id(p): (optimizer, main, start) for optimizer, p, main, start in _ranges(engine)}
     found: list[Shard] = []
     for name, parameter in engine.parameters():
         # Every tensor-parallel rank holds the norms. The first and the last stage hold tied embeddings.
-        saved_here = (tp_dim(name) is not None or place.tp == 0) and not (tied and name == "output_layer.weight")
+        is_whole = tp_dim(name) is None
+        saved_here = not (is_whole and engine.split(name)[0]) and not (tied and name == "output_layer.weight")
         if id(parameter) in ranges:
             optimizer, main, start = ranges[id(parameter)]
             flats = {PARAM: main.data, **adam.moments(optimizer, main)}
@@ -39,7 +40,7 @@ def shards(engine: LLMEngine) -> list[Shard]:
             found += _shards_of(engine, name, parameter, start, flats, step, saved_here)
         elif engine.settings[id(parameter)].frozen:
             flats = {PARAM: parameter.data.view(-1)}
-            found += _shards_of(engine, name, parameter, 0, flats, None, saved_here and place.dp == 0)
+            found += _shards_of(engine, name, parameter, 0, flats, None, saved_here and engine.copy_index(name) == 0)
     return found
 
 
@@ -111,9 +112,9 @@ def _shards_of(
         step: The number of updates, or None if the parameter is not trained.
         saved_here: Whether this rank saves the range.
     """
-    shapes, tp = engine.shapes, engine.groups.topology.tp
+    shapes = engine.shapes
     stop, base = start + flats[PARAM].numel(), 0
-    for piece in local_pieces(name, engine.hf_config, engine.groups.place.tp, tp):
+    for piece in local_pieces(name, engine.hf_config, *engine.split(name)):
         if piece.hf_name is None:
             rows = piece.index[0]
             base += (rows.stop - rows.start) * engine.hf_config.hidden_size

@@ -16,9 +16,11 @@ from model.config import EncoderConfig, LLMConfig, ModelConfig
 from model.encoders.family import family_of
 from model.encoders.hf_config import resolve as resolve_encoder
 from model.errors import UserError
+from model.llm.families import mixture_of
 from model.llm.reference import resolve_hf_config
 from model.lora import LLM, Adapters, llm_layers
-from model.losses.table import check_losses
+from model.losses.router import RouterLoss
+from model.losses.table import active_losses, check_losses
 from trainer.config.schema import Recipe, TrainConfig
 from trainer.config.shipped import shipped
 from trainer.config.weights import check_present, check_weights
@@ -44,6 +46,7 @@ def check_recipe(recipe: Recipe) -> None:
     hf_config = known_llm_config(recipe.model.llm)
     if hf_config is not None:
         check_llm(hf_config, recipe.parallel)
+        check_router_losses(recipe.model, hf_config)
         _check_lengths(recipe, hf_config)
         _check_vocabulary(recipe, hf_config)
         of_llm = [part for part in recipe.lora if part.pattern.startswith(LLM)]
@@ -116,19 +119,22 @@ def known_llm_config(config: LLMConfig) -> PretrainedConfig | None:
     if config.weights is None or Path(config.weights).is_dir():
         return resolve_hf_config(config)
     if "model_type" in config.config:
-        return resolve_hf_config(LLMConfig(weights=None, config=config.config))
+        return resolve_hf_config(dataclasses.replace(config, weights=None))
     return None
 
 
 def check_llm(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
-    """Check that the LLM can be divided among the tensor and pipeline ranks.
+    """Check that the LLM can be divided among the tensor and pipeline ranks, and its experts among theirs.
 
     Raises:
         UserError: If it cannot. The message lists the legal sizes.
     """
+    _check_experts(hf_config, parallel)
     tp, pp = parallel.tensor, parallel.pipeline
     heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
-    ffn, layers = hf_config.intermediate_size, hf_config.num_hidden_layers
+    layers, mixture = hf_config.num_hidden_layers, mixture_of(hf_config)
+    has_dense_layers = mixture is None or len(mixture.layers) < layers
+    ffn = hf_config.intermediate_size if has_dense_layers else 0
     if heads % tp or groups % tp or ffn % tp:
         legal = [d for d in divisors(groups) if not (heads % d or ffn % d or parallel.num_ranks % (d * pp))]
         raise UserError(
@@ -141,6 +147,43 @@ def check_llm(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
             f"parallel.pipeline = {pp}: must divide the LLM's {layers} layers; "
             f"{_legal(legal, parallel, f'tensor={tp}')}"
         )
+
+
+def _check_experts(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
+    """Check that the experts of an LLM's layers can be divided among ranks."""
+    ep, mixture = parallel.ffn_expert, mixture_of(hf_config)
+    if mixture is None:
+        if ep > 1:
+            raise UserError(
+                f"parallel.ffn_expert = {ep}: the LLM ({hf_config.model_type}) has no experts; the legal value is 1"
+            )
+        return
+    count, etp = len(mixture.experts), build_topology(parallel, parallel.num_ranks).expert_tp
+    if count % ep:
+        ranks = parallel.num_ranks // parallel.pipeline // etp
+        legal = [d for d in divisors(count) if ranks % d == 0]
+        raise UserError(
+            f"parallel.ffn_expert = {ep}: must divide the {count} experts of a layer of the LLM; "
+            f"{_legal(legal, parallel, f'pipeline={parallel.pipeline} and ffn_expert_tensor={etp}')}"
+        )
+    if mixture.width % etp:
+        raise UserError(
+            f"parallel.ffn_expert_tensor = {etp}: must divide the {mixture.width} channels of an expert; set it to 1 "
+            "with parallel.ffn_expert above 1"
+        )
+
+
+def check_router_losses(model: ModelConfig, hf_config: PretrainedConfig) -> None:
+    """Check that losses of the LLM's routers are on only if the LLM has experts.
+
+    Raises:
+        UserError: If one is on for an LLM without experts.
+    """
+    for loss in active_losses(model):
+        if isinstance(loss, RouterLoss) and mixture_of(hf_config) is None:
+            raise UserError(
+                f"model.losses.{loss.name}: the LLM ({hf_config.model_type}) has no experts; remove the entry"
+            )
 
 
 def check_packs(train: TrainConfig, parallel: ParallelConfig) -> None:

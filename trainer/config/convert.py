@@ -31,23 +31,29 @@ def from_tree(cls: type[T], tree: Any, path: str = "") -> T:
     if not isinstance(tree, dict):
         raise UserError(f"{path or 'recipe'} = {_show(tree)}: expected a mapping of {cls.__name__}'s keys")
     hints = typing.get_type_hints(cls, include_extras=True)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {key_of(f): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in tree:
         if key not in fields:
             raise UserError(f"{_join(path, key)}: unknown key; {_nearest(str(key), list(fields))}")
     values = {}
-    for name, field in fields.items():
-        if name in tree:
-            values[name] = _convert(hints[name], tree[name], _join(path, name))
+    for key, field in fields.items():
+        hint = hints[field.name]
+        if key in tree:
+            values[field.name] = _convert(hint, tree[key], _join(path, key))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{_join(path, name)}: missing; expected {describe(hints[name])}")
+            raise UserError(f"{_join(path, key)}: missing; expected {describe(hint)}")
     return cls(**values)
+
+
+def key_of(field: dataclasses.Field[Any]) -> str:
+    """Return the key of a field: its name without the underscore that follows a word of Python's, as in `from_`."""
+    return field.name.removesuffix("_")
 
 
 def to_tree(value: Any) -> Any:
     """Return a dataclass as a tree from which `from_tree` builds an equal dataclass. Credentials in URLs are masked."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {key_of(f): to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {key: to_tree(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from trainer.config.convert import describe, to_tree
+from trainer.config.convert import describe, key_of, to_tree
 from trainer.config.schema import Recipe
 
 
@@ -89,7 +89,7 @@ def _sections(cls: type[Any], path: str) -> Iterator[Section]:
     hints, meanings = typing.get_type_hints(cls, include_extras=True), _field_docstrings(cls)
     keys, inner = [], []
     for field in dataclasses.fields(cls):
-        where = f"{path}.{field.name}" if path else field.name
+        where = f"{path}.{key_of(field)}" if path else key_of(field)
         nested, is_list = _nested(hints[field.name])
         if nested is not None:
             inner.append((nested, f"{where}.N" if is_list else where))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from transformers import PretrainedConfig
 
 from model.llm.lora import add_llm_adapters
 from model.llm.megatron import build_megatron, embed_tokens
-from model.llm.names import local_pieces
+from model.llm.names import is_expert, local_pieces
 from model.llm.packing import PackedSequences
 from model.llm.weights import WeightSource, global_parameters, load_megatron
 from model.lora import NO_ADAPTERS, Adapters, llm_shapes
 from model.transfer import to_device
 from trainer.engine.optim import OptimConfig, ParamSetting, set_rates, setting_of
+from trainer.engine.router_meter import RouterMeter
 from trainer.engine.token_losses import PackedLoss
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.groups import Groups
@@ -53,6 +55,8 @@ class Packs:
     """[M·t/TP] bool, true where a row of the slice is audio."""
     num_samples: int
     """The number of samples in the global batch."""
+    is_audio: Tensor | None = None
+    """[M·t] bool, true where a row is audio; first and last stage only, and None without audio."""
 
     @property
     def pack_tokens(self) -> int:
@@ -61,7 +65,7 @@ class Packs:
 
     def sequences(self, microbatch: int) -> PackedSequences:
         """Return what attention must know of one pack."""
-        return PackedSequences(lengths=self.lengths[microbatch])
+        return PackedSequences(lengths=self.lengths[microbatch], num_samples=len(self.samples[microbatch]))
 
     def rows(self, microbatch: int) -> slice:
         """Return the rows of one pack among those of all packs."""
@@ -124,9 +128,12 @@ class LLMEngine:
                 last_stage=groups.is_last_stage,
                 dtype=dtype,
                 recompute=recompute,
+                ep_size=topology.ffn_ep,
+                expert_tp_size=topology.expert_tp,
             ).to(groups.device)
-            load_megatron(self.gpt, source, hf_config, tp_rank=place.tp, tp_size=topology.tp)
-            add_llm_adapters(self.gpt, hf_config, adapters, tp_rank=place.tp, tp_size=topology.tp)
+            expert_tp = groups.expert_place.tp, topology.expert_tp
+            load_megatron(self.gpt, source, hf_config, tp_rank=place.tp, tp_size=topology.tp, expert_tp=expert_tp)
+            add_llm_adapters(self.gpt, hf_config, adapters, tp_rank=place.tp, tp_size=topology.tp, expert_tp=expert_tp)
             self.settings = freeze(self.gpt, hf_config, optim)
             self.model: nn.Module = self.gpt
             self.optimizer: Any = None
@@ -138,11 +145,24 @@ class LLMEngine:
         """Return this rank's parameters by Megatron name, with layers numbered over all stages."""
         return list(global_parameters(self.gpt))
 
+    def split(self, name: str) -> tuple[int, int]:
+        """Return this rank's index among the ranks that share the Megatron parameter `name`, and their number."""
+        topology = self.groups.topology
+        if is_expert(name):
+            return self.groups.expert_place.tp, topology.expert_tp
+        return self.groups.place.tp, topology.tp
+
+    def copy_index(self, name: str) -> int:
+        """Return the index of this rank's copy of the Megatron parameter `name`; 0 if there is only one copy."""
+        return self.groups.expert_place.dp if is_expert(name) else self.groups.place.dp
+
     def hf_name(self, name: str) -> str:
         """Return `hf_name` for this LLM."""
         return hf_name(name, self.hf_config)
 
-    def forward_backward(self, packs: Packs, losses: Sequence[PackedLoss]) -> tuple[Tensor, Tensor]:
+    def forward_backward(
+        self, packs: Packs, losses: Sequence[PackedLoss], router: RouterMeter | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run all micro-batches through the pipeline (1F1B) and back.
 
         Collective: every rank of the world must call it.
@@ -150,6 +170,7 @@ class LLMEngine:
         Args:
             packs: The packed sequences of this replica.
             losses: The losses of the logits.
+            router: What measures the choices of the routers; None for an LLM without experts.
 
         Returns:
             sample_losses: The sums of the token losses of each sample, [number of losses, number of samples in the
@@ -157,7 +178,7 @@ class LLMEngine:
                 computed the sample, so the sum over ranks is complete.
             audio_grad: The gradient [M·t/TP, H] of the total of `losses` with respect to `packs.audio`.
         """
-        forward = _Forward(self, packs, losses)
+        forward = _Forward(self, packs, losses, router)
         with megatron_calls():
             if self.optimizer is not None:
                 self.model.zero_grad_buffer()  # type: ignore[operator]
@@ -284,8 +305,11 @@ class LLMEngine:
 class _Forward:
     """The `forward_step_func` of Megatron, which runs one micro-batch through this stage."""
 
-    def __init__(self, engine: LLMEngine, packs: Packs, losses: Sequence[PackedLoss]) -> None:
+    def __init__(
+        self, engine: LLMEngine, packs: Packs, losses: Sequence[PackedLoss], router: RouterMeter | None
+    ) -> None:
         self.engine, self.packs, self.losses = engine, packs, losses
+        self.router = router
         share = packs.pack_tokens // engine.groups.topology.tp
         parts = packs.audio.detach().split(share) if engine.groups.is_first_stage else ()
         self.audio = [part.requires_grad_() for part in parts]
@@ -301,12 +325,13 @@ class _Forward:
             share = packs.pack_tokens // groups.topology.tp
             mask = packs.audio_mask[m * share : (m + 1) * share]
             decoder_input = embed_pack(self.engine.gpt, packs.token_ids[packs.rows(m)], self.audio[m], mask)
+        observe = None if self.router is None else partial(self.router.observe, m)
         output = model(
             input_ids=None,
             position_ids=None,
             attention_mask=None,
             decoder_input=decoder_input,
-            packed_seq_params=packs.sequences(m),
+            packed_seq_params=replace(packs.sequences(m), observe=observe),
         )
         return output, lambda logits: self._loss(m, logits[0])
 

@@ -17,6 +17,7 @@ from model.encoders.hf_config import resolve
 from model.errors import UserError
 from model.hub.configuration import rename_former_keys
 from model.llm.families import check_family
+from model.llm.mixture import FIELD, read_experts
 from model.llm.names import hf_shapes
 from trainer.config.convert import from_tree
 
@@ -113,10 +114,15 @@ def _text_config(tree: object) -> tuple[dict[str, Any], dict[str, tuple[int, ...
     check_family(kind)
     cls = type(AutoConfig.for_model(kind))
     own = {f.name for f in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(PretrainedConfig)}
-    values = {key: value for key, value in tree.items() if key in own}
+    other_names = set(getattr(cls, "attribute_map", {}).values())  # such as num_local_experts for num_experts
+    values = {key: value for key, value in tree.items() if key in own | other_names}
+    if type(tree.get("head_dim")) is int:  # Some classes read it without declaring it.
+        values["head_dim"] = tree["head_dim"]
     layers = values.get("num_hidden_layers")
     if type(layers) is not int or not 1 <= layers <= _MAX_LAYERS:
         raise UserError(f"text_config.num_hidden_layers = {repr(layers)[:80]} is not a number from 1 to {_MAX_LAYERS}")
+    if FIELD in tree:
+        values[FIELD] = read_experts(tree[FIELD], layers)
     try:
         shapes = hf_shapes(cls(**values))
     except Exception as error:  # noqa: BLE001 - the checks of transformers raise whatever the values provoke

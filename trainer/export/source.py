@@ -16,6 +16,9 @@ from torch import nn
 from model.config import is_factor
 from model.errors import UserError
 from model.lengths import TokenRate
+from model.llm.experts import place_experts
+from model.llm.families import mixture_of, modules_of
+from model.llm.mixture import described
 from model.lora import Adapters
 from trainer.checkpoint.catalog import find_checkpoint, read_extra
 from trainer.checkpoint.folder import LocalFolder
@@ -242,3 +245,14 @@ def routing_counts(run_dir: Path) -> dict[str, dict[str, float]]:
         for task, found in load.by_task().items()
         if task != ALL
     }
+
+
+def separate_experts(model: Any) -> None:
+    """Give the LLM of an `EarshotForCausalLM` the tensors that checkpoints have.
+
+    For families with experts, transformers stores the experts of a layer in one tensor, and checkpoints one by one.
+    """
+    hf_config = model.config.text_config
+    mixture = mixture_of(hf_config)
+    if mixture is not None and described(hf_config) is None:
+        place_experts(model.llm, mixture, modules_of(hf_config))

@@ -25,7 +25,7 @@ from trainer.data.loader import to_sample
 from trainer.data.manifest import read_manifest
 from trainer.data.sample import make_sample
 from trainer.data.tokenizer import Tokenizer
-from trainer.export.source import Selection, Source
+from trainer.export.source import Selection, Source, separate_experts
 from trainer.export.tokenizer import read_processor
 from trainer.scoring.scores import score, score_values
 
@@ -131,6 +131,7 @@ def scores(
         The scores by name.
     """
     exported = EarshotForCausalLM(EarshotConfig(**source.description(selection))).eval()
+    separate_experts(exported)
     source.fill(exported, list(source.names(selection, llm_only=False)), selection, dtype)
     answers: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for sample in samples:

@@ -49,10 +49,71 @@ def _set_cpu_rng_state(state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None
     torch.set_rng_state(state)
 
 
-def _replacements(device: torch.device) -> tuple[tuple[Any, str, Callable[..., Any]], ...]:
-    from megatron.core.tensor_parallel import random as megatron_random
+class _Stream:
+    """A stand-in for a CUDA stream and its events, on which everything is computed in order."""
 
+    def wait_stream(self, _stream: Any) -> None:
+        """Do nothing."""
+
+    def record_event(self) -> _Stream:
+        """Return the event."""
+        return self
+
+    def synchronize(self) -> None:
+        """Do nothing."""
+
+
+_STREAM = _Stream()
+
+
+def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Return the sizes of an all-to-all as NumPy values; Megatron converts only tensors on a GPU."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _uneven_gather(even: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Megatron's gather along dimension 0, padding the parts if they differ: gloo gathers only equal parts."""
+
+    def gather(input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        sizes = None if output_split_sizes is None else list(output_split_sizes)
+        if sizes is None or len(set(sizes)) == 1:
+            return even(input_, group, output_split_sizes, use_global_buffer)
+        padded = input_.new_zeros(max(sizes), *input_.shape[1:])
+        padded[: len(input_)] = input_
+        parts = even(padded, group).split(max(sizes))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    return gather
+
+
+def _uneven_scatter(even: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Megatron's reduce-scatter along dimension 0, padding the parts if they differ."""
+
+    def scatter(input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        sizes = None if input_split_sizes is None else list(input_split_sizes)
+        if sizes is None or len(set(sizes)) == 1:
+            return even(input_, group, input_split_sizes, use_global_buffer)
+        padded = input_.new_zeros(len(sizes), max(sizes), *input_.shape[1:])
+        for whole, part in zip(padded, input_.split(sizes), strict=True):
+            whole[: len(part)] = part
+        return even(padded.flatten(0, 1), group)[: sizes[group.rank()]]
+
+    return scatter
+
+
+def _replacements(device: torch.device) -> tuple[tuple[Any, str, Callable[..., Any]], ...]:
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import token_dispatcher
+
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
     return (
+        (torch.cuda, "Stream", lambda *_: _STREAM),
+        (torch.cuda, "current_stream", lambda *_: _STREAM),
+        (torch.cuda, "stream", lambda *_: contextlib.nullcontext()),
+        (token_dispatcher, "maybe_move_tensor_to_cpu", _split_sizes),
+        (mappings, "_gather_along_first_dim", _uneven_gather(gather)),
+        (mappings, "_reduce_scatter_along_first_dim", _uneven_scatter(scatter)),
         (torch.cuda, "current_device", lambda: device),
         (torch.cuda, "synchronize", lambda *_: None),
         (torch.cuda, "get_rng_state", _cpu_rng_state),

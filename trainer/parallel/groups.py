@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.environment import low_limit, raise_descriptor_limit, set_environment
-from trainer.parallel.topology import Coordinates, Topology
+from trainer.parallel.topology import Coordinates, ExpertCoordinates, Topology
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Groups:
     def place(self) -> Coordinates:
         """The coordinates of this rank."""
         return self.topology.coordinates(self.rank)
+
+    @property
+    def expert_place(self) -> ExpertCoordinates:
+        """The coordinates of this rank in the grid of the LLM's experts."""
+        return self.topology.expert_coordinates(self.rank)
 
     @property
     def is_first_stage(self) -> bool:
@@ -122,10 +127,18 @@ def build_groups(topology: Topology, rank: int, device: torch.device, seed: int)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=topology.tp,
             pipeline_model_parallel_size=topology.pp,
+            expert_model_parallel_size=topology.ffn_ep,
+            expert_tensor_parallel_size=topology.expert_tp,
             create_gloo_process_groups=False,  # only Megatron's own checkpoints use them
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         replica = parallel_state.get_model_parallel_group()
+        at = (
+            parallel_state.get_expert_data_parallel_rank(),
+            parallel_state.get_expert_model_parallel_rank(),
+            parallel_state.get_expert_tensor_parallel_rank(),
+        )
+    assert topology.expert_coordinates(rank) == at, (topology, rank, at)
     assert set(dist.get_process_group_ranks(replica)) == set(topology.replica_ranks(topology.coordinates(rank).dp))
     world = dist.group.WORLD
     assert world is not None

@@ -22,6 +22,12 @@ class ParallelConfig:
     expert: int = 1
     """The number of neighbouring ranks over which the encoder experts are spread: each block of this many ranks holds
     every expert once. With 1, every expert is sharded over all ranks."""
+    ffn_expert: int = 1
+    """The number of ranks over which the experts of each of the LLM's layers are spread (`docs/experts.md`). They are
+    tensor-parallel ranks and replicas of one pipeline stage. With 1, every rank of a stage holds all of them."""
+    ffn_expert_tensor: int | None = None
+    """The number of tensor-parallel ranks that share an expert: 1, or `tensor` for few large experts. null: 1 if
+    `ffn_expert` is above 1, else `tensor`."""
 
 
 class Coordinates(NamedTuple):
@@ -33,6 +39,17 @@ class Coordinates(NamedTuple):
     """The pipeline stage."""
     tp: int
     """The tensor-parallel rank."""
+
+
+class ExpertCoordinates(NamedTuple):
+    """The coordinates of a rank among the ranks of its pipeline stage, in the grid of the LLM's experts."""
+
+    dp: int
+    """The copy of the experts. The copies sum their gradients."""
+    ep: int
+    """The part of a layer's experts."""
+    tp: int
+    """The part of each of these experts."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,26 @@ class Topology:
     """The number of pipeline stages."""
     ep: int = 1
     """The number of ranks that together hold every encoder expert once."""
+    ffn_ep: int = 1
+    """The number of ranks over which the experts of an LLM layer are spread."""
+    ffn_etp: int | None = None
+    """The number of ranks that share an expert of the LLM; None for `tp`."""
+
+    @property
+    def expert_tp(self) -> int:
+        """The number of ranks that share an expert of the LLM."""
+        return self.tp if self.ffn_etp is None else self.ffn_etp
+
+    @property
+    def experts_span_replicas(self) -> bool:
+        """True if LLM replicas share experts, so that they must compute the same number of forward passes."""
+        return self.ffn_ep * self.expert_tp > self.tp
+
+    def expert_coordinates(self, rank: int) -> ExpertCoordinates:
+        """Return the coordinates of `rank` in the grid of the LLM's experts."""
+        rest, tp = divmod(rank % (self.tp * self.dp), self.expert_tp)
+        dp, ep = divmod(rest, self.ffn_ep)
+        return ExpertCoordinates(dp, ep, tp)
 
     @property
     def dp(self) -> int:
@@ -116,7 +153,29 @@ def build_topology(parallel: ParallelConfig, world: int) -> Topology:
     stages = world // parallel.tensor
     _check_divides("parallel.pipeline", parallel.pipeline, stages, f"{world} ranks with tensor={parallel.tensor}")
     _check_divides("parallel.expert", parallel.expert, world, f"{world} ranks")
-    return Topology(world=world, tp=parallel.tensor, pp=parallel.pipeline, ep=parallel.expert)
+    return Topology(
+        world=world,
+        tp=parallel.tensor,
+        pp=parallel.pipeline,
+        ep=parallel.expert,
+        ffn_ep=parallel.ffn_expert,
+        ffn_etp=_expert_tensor(parallel),
+    )
+
+
+def _expert_tensor(parallel: ParallelConfig) -> int | None:
+    """Return `Topology.ffn_etp`, after a check of both sizes of the LLM's experts."""
+    tensor, ep, etp = parallel.tensor, parallel.ffn_expert, parallel.ffn_expert_tensor
+    etp = (1 if ep > 1 else tensor) if etp is None else etp
+    legal = [tensor] if ep == 1 else sorted({1, tensor})
+    if etp not in legal:
+        raise UserError(
+            f"parallel.ffn_expert_tensor = {etp}: legal values for tensor={tensor} and ffn_expert={ep} are "
+            f"{', '.join(map(str, legal))}"
+        )
+    ranks = parallel.num_ranks // parallel.pipeline
+    _check_divides("parallel.ffn_expert", ep, ranks // etp, f"{ranks} ranks per stage with ffn_expert_tensor={etp}")
+    return None if etp == tensor else etp
 
 
 def divisors(number: int) -> list[int]:

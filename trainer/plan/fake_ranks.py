@@ -29,7 +29,13 @@ def fake_rank(topology: Topology, rank: int) -> Iterator[None]:
     dist.init_process_group("fake", rank=rank, world_size=topology.world, store=FakeStore())
     try:
         with torch.random.fork_rng(devices=[]), megatron_calls(META), META:
-            parallel_state.initialize_model_parallel(topology.tp, topology.pp, create_gloo_process_groups=False)
+            parallel_state.initialize_model_parallel(
+                topology.tp,
+                topology.pp,
+                expert_model_parallel_size=topology.ffn_ep,
+                expert_tensor_parallel_size=topology.expert_tp,
+                create_gloo_process_groups=False,
+            )
             tensor_parallel.model_parallel_cuda_manual_seed(0)
             yield
     finally:

@@ -103,8 +103,11 @@ def build_stage(
         last_stage=stage == topology.pp - 1,
         dtype=dtype,
         recompute=recompute,
+        ep_size=topology.ffn_ep,
+        expert_tp_size=topology.expert_tp,
     )
-    add_llm_adapters(gpt, hf_config, adapters, tp_rank=0, tp_size=topology.tp)
+    expert_tp = 0, topology.expert_tp
+    add_llm_adapters(gpt, hf_config, adapters, tp_rank=0, tp_size=topology.tp, expert_tp=expert_tp)
     settings = freeze(gpt, hf_config, optim)
     return gpt, gpt if all(s.frozen for s in settings.values()) else data_parallel(gpt)
 
@@ -118,14 +121,19 @@ def llm_states(gpt: nn.Module, model: nn.Module, topology: Topology, dtype: torc
         topology: The layout of the ranks.
         dtype: The dtype of the weights.
     """
-    buffers = list(getattr(model, "buffers", ())) if model is not gpt else []
+    wrapped: Any = model
+    dense, experts = ([], []) if model is gpt else (wrapped.buffers, wrapped.expert_parallel_buffers)
+    num_copies = topology.dp * topology.tp // (topology.ffn_ep * topology.expert_tp)
     frozen = sum(p.numel() for _, p in global_parameters(gpt) if not p.requires_grad)
+    buffers = [*dense, *experts]
     weights = frozen * dtype.itemsize + sum(b.param_data.numel() * b.param_data.element_size() for b in buffers)
     gradients = sum(b.grad_data.numel() * b.grad_data.element_size() for b in buffers)
     per_element = FP32_BYTES * (_MOMENTS + (dtype != torch.float32))
     found = []
     for dp in range(topology.dp):
-        spans = [span for buffer in buffers for span in _spans(buffer, dp, topology.dp)]
+        copy = topology.expert_coordinates(topology.rank_of(dp, 0, 0)).dp
+        spans = [span for buffer in dense for span in _spans(buffer, dp, topology.dp)]
+        spans += [span for buffer in experts for span in _spans(buffer, copy, num_copies)]
         optimizer = sum(spans) * per_element + len(spans) * _STEP_BYTES
         snapshot = sum(spans) * FP32_BYTES * (_MOMENTS + 1) + (frozen * dtype.itemsize if dp == 0 else 0)
         found.append(States(weights, gradients, optimizer, snapshot))

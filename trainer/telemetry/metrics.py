@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from trainer.telemetry.load_history import LoadInterval, interval_metrics
+from trainer.telemetry.token_load import TokenLoad, add_up, token_metrics
 
 T = TypeVar("T")
 
@@ -53,6 +54,8 @@ class StepReport:
 
     None if no interval ends with this step, and on ranks other than 0.
     """
+    token_load: TokenLoad | None = None
+    """The load of the experts in the LLM's layers in the same interval; None also if the LLM has no experts."""
     ranks: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the ranks' work in the logging interval that ends with this step; empty if `load` is None."""
     epochs: Mapping[str, float] = field(default_factory=dict)
@@ -118,6 +121,9 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
     intervals = [r.load for r in reports if r.load is not None]
     if intervals:
         metrics |= interval_metrics(sum(intervals[1:], intervals[0]))
+    token_loads = [r.token_load for r in reports if r.token_load is not None]
+    if token_loads:
+        metrics |= token_metrics(add_up(token_loads))
     for phase, values in _collect(r.phase_sec for r in reports).items():
         metrics[f"time/{phase}_sec"] = sum(values) / num
     seconds = sum(r.seconds for r in reports)

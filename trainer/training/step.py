@@ -31,13 +31,16 @@ from model.audio_output import AudioOutput
 from model.batch import IGNORE, Batch
 from model.config import ModelConfig
 from model.lengths import SAMPLE_RATE
+from model.llm.families import mixture_of
 from model.losses.base import LossTerm, TokenLoss, audio_terms
+from model.losses.router import RouterLoss
 from model.losses.table import active_losses
 from model.transfer import to_device
 from trainer.config.spike import SpikeConfig
 from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine, Packs
 from trainer.engine.optim import OptimConfig, lr_scale
+from trainer.engine.router_meter import RouterMeter, TokenMeter, token_kinds
 from trainer.engine.token_losses import PackedLoss
 from trainer.parallel.exchange import check_same_plan, exchange
 from trainer.parallel.groups import Groups
@@ -46,6 +49,7 @@ from trainer.parallel.plan import Ints, route
 from trainer.scoring.tasks import task_names
 from trainer.telemetry.load_history import LoadInterval, LoadMeter
 from trainer.telemetry.metrics import PhaseTimer, StepReport
+from trainer.telemetry.token_load import MODALITIES, TokenLoad
 from trainer.training.global_batch import (
     GlobalBatch,
     References,
@@ -113,6 +117,10 @@ class Step:
         self.pack_multiple_tokens = pack_multiple_tokens
         self.meter = LoadMeter([e.name for e in model.experts], None if model.primary is None else model.primary.name)
         self.stages = StageSwitch(optim, num_steps, audio, llm)
+        mixture = mixture_of(llm.hf_config)
+        self.token_meter: TokenMeter | None = None
+        if mixture is not None:
+            self.token_meter = TokenMeter(mixture, len(task_names()) * len(MODALITIES), groups.device)
         self.timer = PhaseTimer(torch.cuda.synchronize if groups.device.type == "cuda" else None)
 
     def __call__(self, step: int, batch: Batch) -> StepReport:
@@ -150,6 +158,25 @@ class Step:
         dist.gather_object(self.meter.take(), parts, group=self.groups.world)
         return None if parts is None else self.meter.merge(step, parts)
 
+    def take_token_load(self, step: int) -> TokenLoad | None:
+        """Return the load of the experts in the LLM's layers on all ranks since the last call.
+
+        Collective: every rank of the world must call it.
+
+        Args:
+            step: The number of steps done.
+
+        Returns:
+            The load; None on ranks other than 0, and if the LLM has no experts.
+        """
+        if self.token_meter is None:
+            return None
+        num_steps, sums = self.token_meter.take(self.groups)
+        mixture = self.token_meter.mixture
+        if self.groups.rank != 0:
+            return None
+        return TokenLoad.of(step, num_steps, mixture.experts, mixture.layers, task_names(), sums)
+
     def forward_backward(self, step: int, batch: Batch) -> StepReport:
         """Compute the gradients of the global batch's loss in both engines (lines 2 to 8 of the module's docstring).
 
@@ -164,7 +191,8 @@ class Step:
         whole, audio, packs = embedded.whole, embedded.audio, embedded.packs
         with timer("llm"):
             packed = [self._packed(loss, embedded) for loss in self.losses if isinstance(loss, TokenLoss)]
-            sample_losses, grad = self.llm.forward_backward(packs, packed)
+            router = self._router_meter(whole, packs)
+            sample_losses, grad = self.llm.forward_backward(packs, packed, router)
         with timer("backward"):
             terms = audio_terms(self.losses, audio, batch, self.model, self._sum_over_ranks)
             total = (packs.audio * grad).sum()
@@ -180,9 +208,12 @@ class Step:
                 (losses for p, losses in zip(packed, sample_losses, strict=True) if p.loss.by_task),
                 torch.zeros(len(whole), device=self.groups.device),
             )
-            report = self.report(step, whole, (*token_terms, *terms), by_task)
+            router_terms = () if router is None else router.terms(batch)
+            report = self.report(step, whole, (*token_terms, *router_terms, *terms), by_task)
             if np.isfinite(report.loss):
                 self.meter.add_clips(batch, audio.routing)
+            if self.token_meter is not None:
+                self.token_meter.num_steps += 1
             return report
 
     def embed(self, batch: Batch, noise: Tensor | None = None, *, training: bool = False) -> Embedded:
@@ -236,6 +267,17 @@ class Step:
         reference = self.llm.reference_logits(packs, rows(chosen, own_packing, np.arange(len(chosen))))
         kept = np.flatnonzero(whole.reference_tokens[loss.name])
         return PackedLoss(loss, self.model, factor, rows(whole, packing, kept), reference)
+
+    def _router_meter(self, whole: GlobalBatch, packs: Packs) -> RouterMeter | None:
+        """Return what measures the choices of the LLM's routers in a step; None for an LLM without experts.
+
+        Collective: every rank of the world must call it.
+        """
+        if self.token_meter is None:
+            return None
+        losses = [loss for loss in self.losses if isinstance(loss, RouterLoss)]
+        kinds = token_kinds(packs.lengths, packs.samples, packs.is_audio, whole.tasks, len(MODALITIES), self.groups)
+        return RouterMeter(losses, self.model, whole.counts, self.token_meter, kinds)
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks in place.
@@ -373,7 +415,9 @@ def send(batch: Batch, embeddings: Tensor, whole: GlobalBatch, packing: PackPlan
     all_rows = route(segments, groups.rank, topology.world, len(flags))
     audio_route = all_rows.restricted(is_audio, flags.cpu().numpy()).renumbered(audio_tokens)
     audio = exchange(embeddings, audio_route, groups.world)
-    return replace(_packs(arrived, whole, packing, groups), audio=audio, audio_mask=flags)
+    return replace(
+        _packs(arrived, whole, packing, groups), audio=audio, audio_mask=flags, is_audio=arrived[:, 2].bool()
+    )
 
 
 def _packs(arrived: Tensor, whole: GlobalBatch, packing: PackPlan, groups: Groups) -> Packs:

@@ -19,7 +19,7 @@ from trainer.checkpoint.reader import MANIFEST, DamagedError
 from trainer.data.tokenizer import transformers_digest
 from trainer.export.description import read_description
 from trainer.export.publish import generation_config
-from trainer.export.source import Source
+from trainer.export.source import Source, separate_experts
 from trainer.export.tokenizer import as_transformers, processor_settings, read_processor
 from trainer.run_tokenizer import DIGEST, PROCESSOR, exported_config
 from trainer.storage.open import scheme_of
@@ -175,6 +175,7 @@ def _load_checkpoint(url: str, dtype: torch.dtype) -> Loaded:
     source = _source(url)
     everything, tokenizer = source.select(0), source.tokenizer()
     model = EarshotForCausalLM(EarshotConfig(**source.description(everything)))
+    separate_experts(model)
     source.fill(model, list(source.names(everything, llm_only=False)), everything, torch.float32)
     settings = processor_settings(tokenizer, source.recipe.data, source.rate)
     try:

@@ -1,0 +1,66 @@
+"""The weights of a dense LLM that got experts, each of which begins as the feed-forward network of a donor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from model.llm.families import mixture_of, modules_of
+from model.llm.names import Index
+from model.llm.weights import WeightSource, check_tensor
+
+
+class MixtureSource:
+    """The weights of `base` with experts from `donors`, and random routers; implements `WeightSource`.
+
+    Args:
+        base: The weights of the dense LLM.
+        donors: The weights of a dense LLM of the same architecture for each expert, by its name.
+        routers: The weights of the routers. They must be random: with equal rows, every choice would be a tie.
+        hf_config: The LLM with its experts.
+
+    Raises:
+        UserError: If a donor lacks a tensor of a feed-forward network, or has it in another shape.
+    """
+
+    def __init__(
+        self,
+        base: WeightSource,
+        donors: Mapping[str, WeightSource],
+        routers: WeightSource,
+        hf_config: PretrainedConfig,
+    ) -> None:
+        self._base = base
+        self._sources: dict[str, tuple[WeightSource, str]] = {}
+        """The source of each tensor that is not one of `base`, and its name there."""
+        mixture, modules = mixture_of(hf_config), modules_of(hf_config)
+        assert mixture is not None
+        hidden, width = hf_config.hidden_size, mixture.width
+        shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+        for n in mixture.layers:
+            prefix = modules["layer"].format(n=n)
+            for expert in mixture.experts:
+                for role, shape in shapes.items():
+                    name = f"{prefix}.{modules[role]}.weight"
+                    check_tensor(donors[expert], name, shape)
+                    own = f"{prefix}.{modules[f'expert_{role}'].format(e=expert)}.weight"
+                    self._sources[own] = donors[expert], name
+                router = f"{prefix}.{modules['router'].format(e=expert)}.weight"
+                self._sources[router] = routers, router
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Implement `WeightSource`."""
+        source, other = self._sources.get(name, (self._base, name))
+        return source.shape(other)
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """Implement `WeightSource`."""
+        source, other = self._sources.get(name, (self._base, name))
+        return source.read(other, index)
+
+    def where(self, name: str) -> str:
+        """Implement `WeightSource`."""
+        source, other = self._sources.get(name, (self._base, name))
+        return source.where(other)

@@ -1,0 +1,159 @@
+"""Experts in the LLM's feed-forward layers: the choice of experts, and the layer in plain PyTorch.
+
+A layer with experts has a router, which scores every expert for every token, and one gated feed-forward network per
+expert. A token is sent to the `top_k` experts with the highest scores, and their outputs are added with the router's
+weights. `model.llm.megatron_experts` computes the same over several ranks.
+
+Shapes: n tokens, E experts, k chosen experts per token, H hidden width, F width of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.llm.mixture import Mixture
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The decisions of a router for n tokens."""
+
+    logits: Tensor
+    """The scores [n, E] in fp32."""
+    experts: Tensor
+    """The indices [n, k] of the chosen experts, the highest score first."""
+    weights: Tensor
+    """The weights [n, k] of the chosen experts in fp32, with gradient."""
+
+
+_CERTAIN = 1e4
+"""What is added to the score of a forced expert: the probabilities of all others become exactly 0 in fp32."""
+
+
+def choose(logits: Tensor, mixture: Mixture) -> Choice:
+    """Return the experts that are chosen for each token.
+
+    Args:
+        logits: The router's scores [n, E] in fp32.
+        mixture: The experts.
+    """
+    if mixture.forced is not None:
+        logits = logits + _CERTAIN * functional.one_hot(
+            torch.tensor(mixture.experts.index(mixture.forced), device=logits.device), len(mixture.experts)
+        )
+    weights, experts = logits.softmax(-1).topk(mixture.top_k, dim=-1)
+    if mixture.normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return Choice(logits, experts, weights)
+
+
+class MixtureLayer(nn.Module):
+    """The feed-forward network of a layer with experts, in one process.
+
+    Its parameters have the names that the checkpoint gives them, with one matrix per projection of an expert.
+
+    Args:
+        mixture: The experts.
+        hidden_size: H.
+        router: The name of the router within this module, or of its rows, with `{e}` for the name of the expert.
+        projections: The names of gate, up and down within this module; `{e}` stands for the name of the expert.
+    """
+
+    def __init__(self, mixture: Mixture, hidden_size: int, router: str, projections: tuple[str, str, str]) -> None:
+        super().__init__()
+        self.mixture, self.router, self.projections = mixture, router, projections
+        self.observe: Callable[[Choice], None] | None = None
+        """Called with the choices for the tokens of every forward pass, row by row."""
+        self.has_rows = "{e}" in router
+        if not self.has_rows:
+            _add(self, router, nn.Linear(hidden_size, len(mixture.experts), bias=False))
+        for expert in mixture.experts:
+            gate, up, down = (name.format(e=expert) for name in projections)
+            for name in (gate, up):
+                _add(self, name, nn.Linear(hidden_size, mixture.width, bias=False))
+            _add(self, down, nn.Linear(mixture.width, hidden_size, bias=False))
+            if self.has_rows:
+                _add(self, router.format(e=expert), nn.Linear(hidden_size, 1, bias=False))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the weighted sum of the chosen experts' outputs, in the shape [..., H] of `hidden`."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        names = [self.router.format(e=expert) for expert in self.mixture.experts] if self.has_rows else [self.router]
+        scores = torch.cat([self.get_parameter(f"{name}.weight") for name in names])
+        choice = choose(functional.linear(rows.float(), scores.float()), self.mixture)
+        if self.observe is not None:
+            self.observe(choice)
+        output = torch.zeros_like(rows)
+        for index, expert in enumerate(self.mixture.experts):
+            row, rank = (choice.experts == index).nonzero(as_tuple=True)
+            gate, up, down = (self.get_submodule(name.format(e=expert)) for name in self.projections)
+            own = rows[row]
+            found = functional.silu(gate(own)) * up(own) * choice.weights[row, rank, None].to(own.dtype)
+            output = output.index_add(0, row, down(found))
+        return output.view_as(hidden)
+
+
+def place_experts(model: Any, mixture: Mixture, modules: Mapping[str, str]) -> None:
+    """Replace the feed-forward networks of the layers with experts in a transformers model by `MixtureLayer`.
+
+    Args:
+        model: A transformers model with the submodules `model.layers`.
+        mixture: The experts.
+        modules: The names of the modules in the checkpoint, see `model.llm.families.LLAMA_MODULES`.
+    """
+    root, _, router = modules["router"].partition(".")
+    paths = [modules[role] for role in ("expert_gate", "expert_up", "expert_down")]
+    assert all(path.startswith(f"{root}.") for path in paths), paths
+    gate, up, down = (path.removeprefix(f"{root}.") for path in paths)
+    for number in mixture.layers:
+        layer: Any = model.get_submodule(modules["layer"].format(n=number))
+        like = next(layer.parameters())
+        experts = MixtureLayer(mixture, model.config.hidden_size, router, (gate, up, down))
+        del layer.mlp
+        setattr(layer, root, experts.to(device=like.device, dtype=like.dtype))
+        if root != "mlp":
+            # transformers' layer calls `mlp`, while parameters must have the checkpoint's names.
+            layer.__dict__["mlp"] = experts
+
+
+@contextmanager
+def observed(model: nn.Module) -> Iterator[list[Choice]]:
+    """Collect the choices of all layers with experts during the block, in the order in which they are computed."""
+    layers = [module for module in model.modules() if isinstance(module, MixtureLayer)]
+    found: list[Choice] = []
+    try:
+        for layer in layers:
+            layer.observe = found.append
+        yield found
+    finally:
+        for layer in layers:
+            layer.observe = None
+
+
+def smallest_gap(choices: Sequence[Choice], top_k: int) -> float:
+    """Return the smallest difference between the scores of the last chosen and the first other expert of a token.
+
+    Below about 1e-5, two correct computations of a model may choose different experts.
+
+    Returns:
+        The difference; infinity if there is no other expert or no token.
+    """
+    gaps = [choice.logits.topk(top_k + 1, -1).values for choice in choices if choice.logits.shape[-1] > top_k]
+    return min((float((g[:, -2] - g[:, -1]).min()) for g in gaps if len(g)), default=float("inf"))
+
+
+def _add(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Add a submodule at a dotted path, with empty modules on the way to it."""
+    *parents, leaf = path.split(".")
+    for name in parents:
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    root.add_module(leaf, module)

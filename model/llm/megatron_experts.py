@@ -1,0 +1,130 @@
+"""Layers with experts on Megatron-core: its all-to-all dispatcher and its experts, with a router of our own.
+
+The router chooses experts by the same function as the single-process model (`model.llm.experts.choose`), in fp32.
+Megatron's own auxiliary losses are not used, because their gradients depend on the topology. The losses of the router
+are terms of the loss table instead (`model.losses.router`).
+
+Shapes: t rows of a pack, E experts, H hidden width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from model.llm.experts import choose
+from model.llm.mixture import Mixture
+from model.llm.packing import PackedSequences
+
+
+def expert_options(mixture: Mixture | None, *, tp_size: int, ep_size: int, expert_tp_size: int) -> dict[str, Any]:
+    """Return the fields of Megatron's config that describe the experts; none for an LLM without experts.
+
+    Args:
+        mixture: The experts.
+        tp_size: The tensor-parallel size.
+        ep_size: The number of ranks over which the experts are spread.
+        expert_tp_size: The number of ranks that share an expert. It must be `tp_size` if `ep_size` is 1: otherwise the
+            gradients of megatron-core 0.16.1 are wrong.
+    """
+    if mixture is None:
+        return {}
+    assert ep_size > 1 or expert_tp_size == tp_size, "megatron-core 0.16.1 computes wrong gradients"
+    return {
+        "num_moe_experts": len(mixture.experts),
+        "moe_router_topk": mixture.top_k,
+        "moe_ffn_hidden_size": mixture.width,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_pre_softmax": True,  # our router ignores it, but Megatron refuses top_k = 1 without it
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": ep_size,
+        "expert_tensor_parallel_size": expert_tp_size,
+    }
+
+
+def expert_spec(mixture: Mixture) -> ModuleSpec:
+    """Return the specification of the feed-forward network of a layer with experts."""
+    projections = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts = ModuleSpec(module=SequentialMLP, submodules=projections)
+    router = partial(Router, mixture=mixture)
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=router))
+
+
+class Router(nn.Module):
+    """The router of a layer. With sequence parallelism, each tensor-parallel rank routes its own rows of a pack.
+
+    Args:
+        config: Megatron's config.
+        pg_collection: Megatron's process groups.
+        mixture: The experts.
+    """
+
+    def __init__(self, config: TransformerConfig, pg_collection: Any, mixture: Mixture) -> None:
+        super().__init__()
+        self.mixture, self.tp_group = mixture, pg_collection.tp
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        shape = (len(mixture.experts), config.hidden_size)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.layer_number = 0
+        self.packed: PackedSequences | None = None
+        """The pack whose rows are routed next, which a hook of the layer sets (`watch`)."""
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Set the number of the layer, from 1. Megatron calls this method."""
+        self.layer_number = layer_number
+
+    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the weight of every expert for each row [t/TP, E], zero if not chosen, and the chosen ones as bool.
+
+        Args:
+            hidden: This rank's rows [t/TP, 1, H] of a pack.
+            padding_mask: Must be None.
+        """
+        assert padding_mask is None
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        choice = choose(linear(rows.float(), self.weight.float()), self.mixture)
+        packed = self.packed
+        weights = choice.weights
+        if packed is not None and packed.observe is not None and torch.is_grad_enabled():
+            loss = packed.observe(self.layer_number - 1, choice, packed, self.tp_group)
+            weights = _WithLoss.apply(weights, loss)
+        probs = torch.zeros_like(choice.logits).scatter(1, choice.experts, weights)
+        return probs, torch.zeros_like(choice.logits, dtype=torch.bool).scatter(1, choice.experts, True)
+
+
+def watch(gpt: Any) -> None:
+    """Make every layer with experts tell its router which pack it computes.
+
+    The pack is an argument of the layer, so a recomputed layer sees its own pack again.
+    """
+    for layer in gpt.decoder.layers:
+        if isinstance(layer.mlp, MoELayer):
+            layer.register_forward_pre_hook(_set_pack, with_kwargs=True)
+
+
+def _set_pack(layer: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+    layer.mlp.router.packed = kwargs["packed_seq_params"]
+
+
+class _WithLoss(torch.autograd.Function):
+    """The identity on `values`, which adds the gradient of the scalar `loss` to the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, loss: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad, grad.new_ones(())

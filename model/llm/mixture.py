@@ -1,0 +1,184 @@
+"""The description of the experts in an LLM's feed-forward layers, and how a config gives it.
+
+A family with experts, such as Mixtral, describes them in its Hugging Face config. A dense LLM gets experts from the
+recipe (`model.llm.experts`). They are then stored in the additional field `ffn_experts` of its Hugging Face config.
+
+Shapes: E experts, k chosen experts per token, F width of an expert.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig  # recipes are read without PyTorch
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of an LLM."""
+
+    experts: tuple[str, ...]
+    """The names of the E experts of a layer, in the order of the router's outputs."""
+    top_k: int
+    """The number of experts that a token is sent to, k."""
+    width: int
+    """The width of an expert, F."""
+    layers: tuple[int, ...]
+    """The layers with experts, from 0 and in ascending order. The others have one feed-forward network."""
+    normalize: bool
+    """True if the weights of the chosen experts are divided by their sum, which is the same as a softmax over the
+    chosen experts alone. False if they are the probabilities among all experts."""
+    forced: str | None = None
+    """The expert that every token is sent to with weight 1, for tests; None for the router's choice."""
+
+
+BASE = "base"
+"""The value of `from` of an expert that begins as the feed-forward network of the LLM itself."""
+FIELD = "ffn_experts"
+"""The additional field of the Hugging Face config of a dense LLM that got experts."""
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """An expert that begins as the feed-forward network of a dense LLM."""
+
+    name: str
+    """The name of the expert in tensors, metrics and reports: letters, digits, `_` and `-`, unique."""
+    from_: str = BASE
+    """The weights that the expert begins with: a run, a checkpoint or an export whose LLM has the same architecture, or
+    `base` for those of `model.llm.weights`. Low-rank adapters of a run are merged into them."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise UserError(f"model.llm.experts: name = {self.name!r}: use letters, digits, '_' and '-'")
+
+
+@dataclass(frozen=True)
+class ExpertRouterConfig:
+    """The routers of an LLM that gets experts from the recipe. They compute in fp32, in every layer with experts."""
+
+    normalize: bool = True
+    """Divide the weights of the chosen experts by their sum, which is a softmax over the chosen experts (Uni-MoE's
+    code, Mixtral). false: the softmax is over all experts (Uni-MoE's paper)."""
+    forced: str | None = None
+    """The expert that every token is sent to with weight 1, to test that an expert equals the run that it is from. null
+    for the router's choice."""
+
+
+def describe_experts(
+    names: Sequence[str], layers: str | Sequence[int], top_k: int, router: ExpertRouterConfig, num_layers: int
+) -> dict[str, Any]:
+    """Return the value of `ffn_experts` in the Hugging Face config of a dense LLM that gets experts.
+
+    Args:
+        names: The names of the experts.
+        layers: The value of `model.llm.moe_layers`.
+        top_k: The number of experts per token.
+        router: The settings of the routers.
+        num_layers: The number of layers of the LLM.
+
+    Raises:
+        UserError: If a value is not legal.
+    """
+    patterns = {
+        "all": range(num_layers),
+        "every_2": range(1, num_layers, 2),
+        "second_half": range(num_layers // 2, num_layers),
+    }
+    numbers = list(patterns[layers]) if isinstance(layers, str) else list(layers)
+    if not numbers or numbers != sorted({n for n in numbers if 0 <= n < num_layers}):
+        raise UserError(
+            f"model.llm.moe_layers = {layers}: give {', '.join(patterns)}, or ascending numbers within "
+            f"0..{num_layers - 1}"
+        )
+    if len(set(names)) < len(names):
+        raise UserError(f"model.llm.experts: the names {', '.join(names)} must be unique")
+    if not 1 <= top_k <= len(names):
+        raise UserError(f"model.llm.top_k = {top_k}: legal values are 1..{len(names)}")
+    if router.forced is not None and router.forced not in names:
+        raise UserError(f"model.llm.router.forced = {router.forced}: legal values are {', '.join(names)}, or null")
+    forced = {} if router.forced is None else {"forced": router.forced}
+    return {"experts": list(names), "layers": numbers, "top_k": top_k, "normalize": router.normalize, **forced}
+
+
+def read_experts(tree: object, num_layers: int) -> dict[str, Any]:
+    """Return a value of `ffn_experts` that may have been changed, after a check.
+
+    Args:
+        tree: The value, which may be anything.
+        num_layers: The number of layers of the LLM.
+
+    Raises:
+        UserError: If `describe_experts` did not return it for an LLM with this number of layers.
+    """
+    kinds = {"experts": list, "layers": list, "top_k": int, "normalize": bool}
+    found = tree if isinstance(tree, dict) else {}
+    forced = found.get("forced")
+    if (
+        {*found} - {"forced"} != {*kinds}
+        or any(type(found[key]) is not kind for key, kind in kinds.items())
+        or not all(isinstance(name, str) for name in found["experts"])
+        or not all(type(number) is int for number in found["layers"])
+        or not isinstance(forced, str | None)
+    ):
+        raise UserError(f"{FIELD} = {repr(tree)[:80]}: needs {', '.join(kinds)} of the right types")
+    names = [ExpertConfig(name).name for name in found["experts"]]
+    router = ExpertRouterConfig(found["normalize"], forced)
+    return describe_experts(names, found["layers"], found["top_k"], router, num_layers)
+
+
+def described(hf_config: PretrainedConfig) -> Mixture | None:
+    """Return the experts that a dense LLM got from the recipe; None if it has none."""
+    stored = getattr(hf_config, FIELD, None)
+    if stored is None:
+        return None
+    return Mixture(
+        experts=tuple(stored["experts"]),
+        top_k=stored["top_k"],
+        width=hf_config.intermediate_size,
+        layers=tuple(stored["layers"]),
+        normalize=stored["normalize"],
+        forced=stored.get("forced"),
+    )
+
+
+def every_layer(hf_config: PretrainedConfig) -> tuple[int, ...]:
+    """Return the numbers of all layers."""
+    return tuple(range(hf_config.num_hidden_layers))
+
+
+def mixtral(hf_config: PretrainedConfig) -> Mixture | None:
+    """Return the experts of a Mixtral; None if the config gives it no experts."""
+    if not hf_config.num_local_experts:
+        return None
+    return Mixture(
+        experts=tuple(map(str, range(hf_config.num_local_experts))),
+        top_k=hf_config.num_experts_per_tok,
+        width=hf_config.intermediate_size,
+        layers=every_layer(hf_config),
+        normalize=True,
+    )
+
+
+def qwen3_moe(hf_config: PretrainedConfig) -> Mixture | None:
+    """Return the experts of a Qwen3-MoE; None if the config gives experts to no layer."""
+    layers = tuple(
+        n
+        for n in every_layer(hf_config)
+        if n not in hf_config.mlp_only_layers and (n + 1) % hf_config.decoder_sparse_step == 0
+    )
+    if not layers or not hf_config.num_experts:
+        return None
+    return Mixture(
+        experts=tuple(map(str, range(hf_config.num_experts))),
+        top_k=hf_config.num_experts_per_tok,
+        width=hf_config.moe_intermediate_size,
+        layers=layers,
+        normalize=bool(hf_config.norm_topk_prob),
+    )

@@ -1,0 +1,66 @@
+"""LLMs with experts on several ranks: parity with the oracle. `earshot parity --family mixtral` covers more cases.
+
+Among them, the cases cover experts spread over replicas, over tensor ranks and over both, shared by tensor ranks or
+whole, with recomputation (PP > 1), layers without experts, adapters on experts, and frozen experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.distributed.harness import run_ranks
+from tools.parity import Row, measure
+from trainer.parallel.topology import Topology
+
+CASES: list[tuple[Topology, str, dict[str, Any]]] = [
+    (Topology(2, 1, 1, 1, 2, 1), "mixtral", {"kinds": ["mixed", "fewer_samples_than_ranks"], "num_steps": 3}),
+    (Topology(2, 2, 1, 1, 1, 2), "mixtral", {}),
+    (Topology(2, 2, 1, 1, 2, 1), "qwen3_moe", {"kinds": ["mixed", "text_only"], "num_steps": 3}),
+    (Topology(4, 2, 1, 2, 2, 2), "mixtral", {}),
+    (Topology(4, 1, 2, 1, 2, 1), "qwen3_moe", {"num_steps": 2}),
+]
+MORE_CASES: list[tuple[Topology, str, dict[str, Any]]] = [
+    (Topology(4, 1, 1, 2, 4, 1), "mixtral", {"kinds": ["mixed", "rank_without_audio"]}),
+    (Topology(4, 2, 1, 1, 4, 1), "qwen3_moe", {}),
+    (Topology(4, 2, 2, 1, 2, 1), "qwen3_moe", {"kinds": ["mixed", "text_only"]}),
+    (Topology(4, 4, 1, 1, 2, 1), "qwen3_moe", {}),
+    (Topology(4, 2, 1, 1, 2, 2), "mixtral", {"lora": True, "num_steps": 2}),
+    (Topology(4, 2, 2, 1, 2, 1), "qwen3_moe", {"lora": True, "num_steps": 2}),
+]
+CHANGED_CASES: list[tuple[Topology, str, dict[str, Any]]] = [
+    (Topology(2, 1, 1, 1, 2, 1), "mixtral", {"freeze": ["llm.*.experts.*"], "num_steps": 2}),
+    (Topology(2, 2, 1, 1, 2, 1), "qwen3_moe", {"freeze": ["llm.*", "audio.primary.*"], "lora": True, "num_steps": 2}),
+]
+
+
+def check(topology: Topology, family: str, options: dict[str, Any]) -> list[Row]:
+    task = {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep, "num_steps": 0, "family": family}
+    task |= {"kinds": ["mixed"], "deepspeed": None, "ffn_ep": topology.ffn_ep, "ffn_etp": topology.ffn_etp, **options}
+    rows = [Row(**row) for row in run_ranks(topology.world, measure, task, timeout_sec=200)[0]]
+    assert len(rows) == len(task["kinds"]) + (task["num_steps"] > 0)
+    return rows
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("topology", "family", "options"), CASES)
+def test_topology_equals_the_oracle(topology: Topology, family: str, options: dict[str, Any]) -> None:
+    rows = check(topology, family, options)
+    assert all(row.passed for row in rows), rows
+    assert all(0 < row.gap < 1 for row in rows if row.gap is not None) and rows[0].gap is not None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("topology", "family", "options"), MORE_CASES)
+def test_more_topologies_equal_the_oracle(topology: Topology, family: str, options: dict[str, Any]) -> None:
+    rows = check(topology, family, options)
+    assert all(row.passed for row in rows), rows
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("topology", "family", "options"), CHANGED_CASES)
+def test_frozen_experts_and_adapters_equal_the_oracle(topology: Topology, family: str, options: dict[str, Any]) -> None:
+    rows = check(topology, family, options)
+    assert all(row.passed for row in rows), rows
