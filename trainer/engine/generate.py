@@ -2,6 +2,9 @@
 
 Every replica decodes its own prompts. The first pass through the pipeline reads all prompts, and each further pass
 computes one new token for every prompt that has not ended.
+
+Replicas that share the experts of an LLM exchange tokens in every pass. They therefore run the same number of passes: a
+replica whose prompts have all ended computes a dummy row until those of the others have ended, too.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ def generate(
 ) -> list[list[int]]:
     """Return the continuation of every prompt in this replica's pack.
 
-    Collective: every rank of the replica must call it.
+    Collective: every rank of the replica must call it. If replicas share experts, every rank of the world must call it.
 
     Args:
         llm: The LLM, in evaluation mode.
@@ -42,26 +45,52 @@ def generate(
         The token ids of each continuation, the same on every rank of the replica.
     """
     assert len(packs.lengths) == 1
-    if not prompt_lengths:
-        return []
-    cache = KVCache(len(prompt_lengths), max(prompt_lengths) + max_new_tokens)
+    cache = KVCache(len(prompt_lengths), max(prompt_lengths, default=0) + max_new_tokens)
     found: list[list[int]] = [[] for _ in prompt_lengths]
     active = list(range(len(prompt_lengths)))
-    pack = cache.extend(prompt_lengths, num_padding=packs.pack_tokens - sum(prompt_lengths))
-    chosen = _forward(llm, pack, len(active), vocab_size, packs.token_ids, packs)
-    while True:
+    tokens: list[int] = []
+    while _any_replica(llm, bool(active)):
+        if not active:
+            _compute_dummy_row(llm)
+            continue
+        if tokens:
+            padding = -len(active) % llm.groups.topology.tp
+            pack = cache.extend([1] * len(active), active, num_padding=padding)
+            ids = to_device(tokens + [0] * padding, llm.groups.device)
+            chosen = _forward(llm, pack, len(active), vocab_size, ids, None)
+        else:
+            pack = cache.extend(prompt_lengths, num_padding=packs.pack_tokens - sum(prompt_lengths))
+            chosen = _forward(llm, pack, len(active), vocab_size, packs.token_ids, packs)
         for sequence, token in zip(active, chosen, strict=True):
             if token != eos_id:
                 found[sequence].append(token)
         going = [token != eos_id and len(found[s]) < max_new_tokens for s, token in zip(active, chosen, strict=True)]
         tokens = [token for token, goes in zip(chosen, going, strict=True) if goes]
         active = [s for s, goes in zip(active, going, strict=True) if goes]
-        if not active:
-            return found
-        padding = -len(active) % llm.groups.topology.tp
-        pack = cache.extend([1] * len(active), active, num_padding=padding)
-        ids = to_device(tokens + [0] * padding, llm.groups.device)
-        chosen = _forward(llm, pack, len(active), vocab_size, ids, None)
+    return found
+
+
+def _any_replica(llm: LLMEngine, is_decoding: bool) -> bool:
+    """Return whether this replica or one that shares experts with it is decoding.
+
+    Collective: every rank of the world must call it if replicas share experts.
+    """
+    if not llm.groups.topology.experts_span_replicas:
+        return is_decoding
+    count = torch.tensor([int(is_decoding)])
+    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=llm.groups.world)
+    return bool(count)
+
+
+def _compute_dummy_row(llm: LLMEngine) -> None:
+    """Take part in the exchanges of a pass in which this replica has nothing to decode.
+
+    Collective: every rank of the replica must call it.
+    """
+    num_rows = llm.groups.topology.tp
+    ids = torch.zeros(num_rows, dtype=torch.int64, device=llm.groups.device)
+    rows = PackedSequences(lengths=(num_rows,))
+    llm.forward_only([rows], lambda _pack: embed_tokens(llm.gpt, ids), lambda _pack, logits: logits[:0])
 
 
 def _forward(
