@@ -23,12 +23,14 @@ from model.lora import Adapters, adaptable_layers, add_adapters, llm_layers
 from model.losses.table import text_fields
 from trainer.checkpoint.catalog import SUBFOLDER
 from trainer.checkpoint.manager import CheckpointManager
-from trainer.config.checks import check_llm, deepspeed_json
+from trainer.config.checks import check_llm, check_router_losses, deepspeed_json
 from trainer.config.convert import to_tree
 from trainer.config.load import dump
+from trainer.config.provenance import KEY as ORIGINS
 from trainer.config.schema import Recipe
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.shard_build import BuildReport
+from trainer.donors import donors_of, provenance
 from trainer.dry_run import PLAN_NAME, write_plan
 from trainer.engine.determinism import deterministic_kernels
 from trainer.engine.ds_config import build_ds_config
@@ -161,6 +163,8 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
         say(f"looking for checkpoints in {url}")
         watchdog.heartbeat("the last checkpoint")
         start, extra = loop.restore()
+        if recipe.model.llm.experts and rank == 0:  # rank 0 writes the state of checkpoints
+            described[ORIGINS] = extra.get(ORIGINS) or provenance(recipe.model.llm, recipe.seed)
         check_digest(prepared.tokenizer, extra.get(DIGEST), recipe.run_url, prepared.tokenizer_path)
         hooks = build_hooks(recipe, run_dir, start, events) if rank == 0 else []
         if rank == 0:
@@ -253,12 +257,14 @@ def build_step(
     """
     hf_config = resolve_hf_config(recipe.model.llm)
     check_llm(hf_config, recipe.parallel)
+    check_router_losses(recipe.model, hf_config)
     if vocab_size > hf_config.vocab_size:
         raise UserError(
             f"data.tokenizer: {vocab_size} tokens, but model.llm.config.vocab_size = {hf_config.vocab_size}: "
             "use the LLM's own tokenizer, or a smaller data.tokenizer.train_vocab_size"
         )
-    source = WatchedSource(weight_source(recipe.model.llm, hf_config, recipe.seed), heartbeat)
+    donors = donors_of(recipe, hf_config, groups)
+    source = WatchedSource(weight_source(recipe.model.llm, hf_config, recipe.seed, donors), heartbeat)
     train, adapters = recipe.train, Adapters.of(recipe.lora, recipe.seed)
     llm = LLMEngine(
         hf_config, source, recipe.staged_optim, groups, DTYPES[train.precision], train.recompute_llm, adapters

@@ -1,11 +1,10 @@
 """Initialization of a new run with the weights of another run, of one of its checkpoints, or of an export.
 
 Only weights are used, and Adam's moments if `checkpoint.start_optimizer` asks for them. Schedule, generators and data
-start from the beginning. Some parts of the model may
-be new: encoders, the heads of losses such as CTC, adapters, and additional rows of the LLM's vocabulary. New parts keep
-their initial or pre-trained weights. The router's entries for an added encoder are the mean of its entries for the
-other encoders. They take effect gradually (`model.router.ENTRY_OFFSET`), so that the loss of the first step equals that
-of the original model.
+start from the beginning. Some parts of the model may be new: encoders, the heads of losses such as CTC, adapters,
+experts in the LLM's layers, and additional rows of the LLM's vocabulary. New parts keep their initial or pre-trained
+weights. The router's entries for an added encoder are the mean of its entries for the other encoders. They take effect
+gradually (`model.router.ENTRY_OFFSET`), so that the loss of the first step equals that of the original model.
 """
 
 from __future__ import annotations
@@ -31,6 +30,8 @@ _BY_EXPERT = (
 """Tensors with one row per encoder expert."""
 _HEAD = re.compile(r"audio\.(\w+)_head\.")
 """The tensors of a loss's head."""
+_FFN_EXPERT = re.compile(r"llm\..+\.experts\.([^.]+)\.")
+"""The tensors of an expert in the LLM's feed-forward layers, which begins with the weights of its donor."""
 _BY_TOKEN = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
 """Tensors with one row per id of the LLM's vocabulary."""
 _KEYS = (
@@ -78,6 +79,8 @@ def fill_weights(
             continue
         elif (head := _HEAD.match(shard.name)) and origin.shape(shard.name) is None:
             new.append(f"the head of the loss {head[1]}")
+        elif (expert := _FFN_EXPERT.match(shard.name)) and origin.shape(shard.name) is None:
+            new.append(f"expert {expert[1]} of the LLM")
         elif is_factor(shard.name) and origin.shape(shard.name) is None:
             new.append(f"adapters of {_part(shard.name)}")
         elif shard.name in _BY_TOKEN and (num_new := _num_new_rows(origin, shard)) > 0:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trainer.config.provenance import KEY as ORIGINS
+from trainer.config.provenance import read_origins
 from trainer.export.source import Selection, Source
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ def model_card(source: Source, selection: Selection, summary: Mapping[str, Any],
         f"The weights are {dtype}. A run on {manifest.topology['world']} ranks saved them after {manifest.step} steps.",
         "",
         *_scores(summary),
+        *_experts(source),
         *_dropped_encoders(source, selection, found),
         *_verification(found),
         "## Recipe",
@@ -105,6 +108,22 @@ def _without_paths(recipe: str) -> str:
 def _cell(text: str) -> str:
     """Return a text as code in a cell of a Markdown table, where it cannot be anything else."""
     return f"`{re.sub(r'[`|<>]|[^ -~]', '?', text)}`"
+
+
+def _experts(source: Source) -> list[str]:
+    """Return the table of the experts in the LLM's layers and what each began as."""
+    origins = read_origins(source.extra.get(ORIGINS), source.folder.url)
+    if not origins:
+        return []
+    lines = ["## Experts in the LLM", "", "| expert | began as | step | datasets | recipe | checkpoint | tensors |"]
+    lines += ["|---|---|---:|---|---|---|---|"]
+    for one in origins:
+        # Only the last part of a path says something to others.
+        origin, *datasets = (path.rstrip("/").rpartition("/")[2] for path in (one.origin, *one.datasets))
+        texts = (one.name, one.run or origin, str(one.step or ""), ", ".join(datasets))
+        digests = (digest[:16] for digest in (one.recipe, one.checkpoint, one.tensors))
+        lines.append("| " + " | ".join(_cell(text) if text else "" for text in (*texts, *digests)) + " |")
+    return [*lines, "", "Digests are the beginnings of SHA-256 sums.", ""]
 
 
 def _dropped_encoders(source: Source, selection: Selection, found: Findings) -> list[str]:

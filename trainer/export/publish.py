@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from model.errors import UserError
+from model.llm.mixture import FIELD
 from trainer.checkpoint.reader import MANIFEST, hash_file
 from trainer.data.tokenizer import Tokenizer
 from trainer.export.adapter import WEIGHTS as ADAPTER_WEIGHTS
@@ -74,6 +75,11 @@ def export(
     """
     if out.exists():
         raise UserError(f"{out}: already exists; remove it or choose another name")
+    if (options.llm_only or options.adapter) and FIELD in source.model.text_config:
+        raise UserError(
+            f"{source.folder.url}: --llm-only: its LLM got experts from the recipe, which no family of transformers "
+            "describes; export the whole model, without --llm-only"
+        )
     dtype, selection = DTYPES[options.dtype], source.select(options.activated_only)
     tokenizer = source.tokenizer()
     temporary = _temporary_folder(source, out, options, selection)

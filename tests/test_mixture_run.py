@@ -1,0 +1,62 @@
+"""A run that gives experts to the LLM of another run: it starts, resumes without the donors, and exports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.golden.corpus import write_corpus
+from tests.golden.test_golden import FIRST_LOSS_OF_A_NEW_RUN, GOLDEN, losses, train
+from tools import export
+from trainer.checkpoint.catalog import find_checkpoint, read_extra
+
+RECIPE = (
+    "name=mixture",
+    "parallel={num_ranks: 2, ffn_expert: 2}",
+    "checkpoint.every_steps=2",
+    "model.llm.moe_layers=second_half",
+    "lora=[{pattern: 'llm.*', rank: 2}]",
+    "model.losses={expert_balance: {weight: 0.0001}, router_z: {weight: 0.0001}}",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_experts_are_trained_saved_resumed_and_exported(tmp_path: Path) -> None:
+    corpus, runs, donor = tmp_path / "corpus", tmp_path / "runs", tmp_path / "donor"
+    corpus.mkdir()
+    write_corpus(corpus)
+    shutil.copytree(GOLDEN / "run", donor)
+    experts = f"model.llm.experts=[{{name: speech, from: {donor}}}, {{name: sound, from: {donor}}}]"
+    recipe = (*RECIPE, experts, f"checkpoint.start_from={donor}")
+    done = train(corpus, runs, *recipe, "train.steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "expert speech of the LLM" in done.stdout + done.stderr
+    # Two equal experts and adapters that are zero compute what the donor does; the losses of the router add little.
+    assert losses(runs / "mixture")[1][0] == pytest.approx(FIRST_LOSS_OF_A_NEW_RUN, abs=1e-3)
+    shutil.rmtree(donor)
+    done = train(corpus, runs, *recipe, "train.steps=4")
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 2" in done.stdout + done.stderr and sorted(losses(runs / "mixture")) == [1, 2, 3, 4]
+    origins = read_extra(find_checkpoint(str(runs / "mixture")))["ffn_experts"]
+    assert [(one["name"], one["run"], one["step"]) for one in origins] == [
+        ("speech", "golden", 2),
+        ("sound", "golden", 2),
+    ]
+    manifest = tmp_path / "dev.jsonl"
+    rows = [json.loads(line) for line in (corpus / "golden.jsonl").read_text().splitlines()]
+    own = [row for row in rows if row.get("audio")][:2]
+    for row in own:
+        audio = row["audio"] if isinstance(row["audio"], list) else [row["audio"]]
+        row["audio"] = [str(corpus / path) for path in audio]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in own))
+    command = [str(runs / "mixture"), str(tmp_path / "out"), "--dtype", "fp32", "--merge", "--verify", str(manifest)]
+    assert export.main(command) == 0
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert "llm.model.layers.1.mlp.experts.speech.router.weight" in tensors
+    assert export.main([str(runs / "mixture"), str(tmp_path / "llm"), "--llm-only", "--merge"]) == 2
+    assert "| `speech` | `golden` | `2` |" in (tmp_path / "out" / "README.md").read_text()

@@ -1,0 +1,188 @@
+"""The donors of experts in a dense LLM: the runs, checkpoints or exports that give the experts their first weights."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from model.config import LLMConfig
+from model.errors import UserError
+from model.llm.families import modules_of
+from model.llm.mixture import BASE, ExpertConfig
+from model.llm.names import Index
+from model.llm.reference import dense_config, resolve_hf_config, weight_source
+from model.llm.weights import RandomSource, WeightSource
+from model.lora import LLM, NO_ADAPTERS, Adapters
+from trainer.checkpoint.catalog import SUBFOLDER, find_checkpoint, open_checkpoints, read_extra
+from trainer.checkpoint.folder import read_text
+from trainer.checkpoint.layout import matrix_of
+from trainer.checkpoint.llm_state import rect_of
+from trainer.checkpoint.origin import Origin, is_export, open_origin, read_export_config
+from trainer.checkpoint.reader import MANIFEST, STATE, DamagedError, check_files, read_manifest
+from trainer.config.load import parse_stored_recipe
+from trainer.config.provenance import Provenance
+from trainer.config.schema import Recipe
+from trainer.parallel.groups import Groups
+from trainer.storage.open import join_url
+
+_ARCHITECTURE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers")
+
+
+class DonorSource:
+    """The LLM's weights in a run, a checkpoint or an export, with its adapters merged; implements `WeightSource`.
+
+    Args:
+        origin: The weights.
+        adapters: The settings of the adapters in them.
+    """
+
+    def __init__(self, origin: Origin, adapters: Adapters) -> None:
+        self._origin, self._adapters = origin, adapters
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Implement `WeightSource`."""
+        return self._origin.shape(LLM + name)
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """Implement `WeightSource`; the result is in fp32."""
+        rows, columns = index if len(index) > 1 else (index[0], slice(None))
+        weight = self._read(LLM + name, rows, columns)
+        layer = LLM + name.removesuffix(".weight")
+        if self._origin.shape(f"{layer}.lora_A") is not None:
+            part = self._adapters.of_layer(layer)
+            assert part is not None, f"{layer}: the recipe in the checkpoint has no adapter there"
+            a = self._read(f"{layer}.lora_A", slice(None), columns)
+            b = self._read(f"{layer}.lora_B", rows, slice(None))
+            weight = weight.addmm(b, a, alpha=part.scale)
+        return weight if len(index) > 1 else weight.flatten()
+
+    def where(self, name: str) -> str:
+        """Implement `WeightSource`."""
+        return self._origin.url
+
+    def _read(self, name: str, rows: slice, columns: slice) -> Tensor:
+        shape = self._origin.shape(name)
+        assert shape is not None, name
+        rect = rect_of((rows, columns), matrix_of(shape))
+        target = torch.empty(rect.rows, rect.cols)
+        self._origin.read(name, rect, target)
+        return target
+
+
+def donors_of(recipe: Recipe, hf_config: PretrainedConfig, groups: Groups) -> dict[str, WeightSource]:
+    """Return the weights that experts begin with by the name of the expert; those from `base` are not listed.
+
+    Collective: every rank of the world must call it. If the run has a checkpoint, the experts are about to be read from
+    it, so donors need not exist any more, and the weights are random.
+
+    Args:
+        recipe: The recipe of the run.
+        hf_config: The LLM with its experts.
+        groups: The place of this rank.
+
+    Raises:
+        UserError: If there are no such weights, they are damaged, or the LLM in them has another architecture.
+    """
+    experts = [expert for expert in recipe.model.llm.experts if expert.from_ != BASE]
+    if not experts:
+        return {}
+    box: list[bool | str] = [False]
+    if groups.rank == 0:
+        try:
+            box = [bool(open_checkpoints(join_url(recipe.run_url, SUBFOLDER)).steps())]
+            if not box[0]:
+                for expert in experts:
+                    _check_files(expert)
+        except UserError as error:
+            box = [str(error)]
+    dist.broadcast_object_list(box, src=0, group=groups.world)
+    if isinstance(box[0], str):
+        raise UserError(box[0])
+    dense = dense_config(hf_config)
+    if box[0]:
+        return {expert.name: RandomSource(dense, recipe.seed) for expert in experts}
+    return {expert.name: _open(expert, dense) for expert in experts}
+
+
+def provenance(config: LLMConfig, seed: int) -> list[dict[str, Any]]:
+    """Return the origin of every expert, as plain values. All weights of the experts are read.
+
+    Args:
+        config: The recipe's section `model.llm`.
+        seed: The seed of the recipe.
+
+    Raises:
+        UserError: If the weights of a donor cannot be used.
+    """
+    hf_config = resolve_hf_config(config)
+    donors = {e.name: _open(e, dense_config(hf_config)) for e in config.experts if e.from_ != BASE}
+    source = weight_source(config, hf_config, seed, donors)
+    return [asdict(_provenance(expert, hf_config, source)) for expert in config.experts]
+
+
+def _check_files(expert: ExpertConfig) -> None:
+    """Check that the files of a donor are undamaged."""
+    if is_export(expert.from_):
+        return
+    folder = find_checkpoint(expert.from_)
+    try:
+        manifest = read_manifest(folder)
+        check_files(folder, manifest, {f for e in manifest.tensors.values() for f, _ in e.pieces()} | {STATE})
+    except DamagedError as error:
+        raise UserError(f"{_key(expert)} = {expert.from_}: {folder.url}: {error}; name another checkpoint") from None
+
+
+def _provenance(expert: ExpertConfig, hf_config: PretrainedConfig, source: WeightSource) -> Provenance:
+    tensors = _digest(expert, hf_config, source)
+    if expert.from_ == BASE or is_export(expert.from_):
+        return Provenance(expert.name, expert.from_, "", None, "", (), "", tensors)
+    folder = find_checkpoint(expert.from_)
+    recipe = _recipe_of(expert)
+    return Provenance(
+        name=expert.name,
+        origin=expert.from_,
+        run=recipe.name,
+        step=read_manifest(folder).step,
+        recipe=hashlib.sha256(read_extra(folder)["recipe"].encode()).hexdigest(),
+        datasets=tuple(str(d.manifest or d.shards) for d in recipe.data.datasets),
+        checkpoint=hashlib.sha256(read_text(folder, MANIFEST).encode()).hexdigest(),
+        tensors=tensors,
+    )
+
+
+def _digest(expert: ExpertConfig, hf_config: PretrainedConfig, source: WeightSource) -> str:
+    modules, found = modules_of(hf_config), hashlib.sha256()
+    for n in hf_config.ffn_experts["layers"]:
+        for role in ("expert_gate", "expert_up", "expert_down"):
+            name = f"{modules['layer'].format(n=n)}.{modules[role].format(e=expert.name)}.weight"
+            found.update(source.read(name, (slice(None), slice(None))).float().contiguous().numpy().data)
+    return found.hexdigest()
+
+
+def _open(expert: ExpertConfig, hf_config: PretrainedConfig) -> WeightSource:
+    url = expert.from_
+    exported = is_export(url)
+    described = read_export_config(url) if exported else read_extra(find_checkpoint(url))["model"]
+    for key in _ARCHITECTURE:
+        found, wanted = described["text_config"].get(key), getattr(hf_config, key)
+        if found != wanted:
+            raise UserError(
+                f"{_key(expert)} = {url}: its LLM has {key} = {found}, this one {wanted}; name a run of the same LLM"
+            )
+    adapters = NO_ADAPTERS if exported else Adapters(_recipe_of(expert).lora)
+    return DonorSource(open_origin(url, exported), adapters)
+
+
+def _recipe_of(expert: ExpertConfig) -> Recipe:
+    folder = find_checkpoint(expert.from_)
+    return parse_stored_recipe(read_extra(folder)["recipe"], f"{folder.url}/{STATE}")
+
+
+def _key(expert: ExpertConfig) -> str:
+    return f"model.llm.experts ({expert.name}): from"
