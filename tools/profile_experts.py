@@ -1,4 +1,4 @@
-"""Report which encoder experts a run uses, for which tasks, and at what cost.
+"""Report which encoder experts a run uses, for which tasks, and at what cost, and which experts of its LLM.
 
     earshot profile runs/demo                                  the routing during training
     earshot profile runs/demo --data test.jsonl                the routing of other data
@@ -17,7 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model.errors import UserError
@@ -30,9 +30,11 @@ class Limits:
     """The limits of `--fail-on`."""
 
     dead: bool = False
-    """Fail if an encoder expert is never chosen."""
+    """Fail if an encoder expert, or an expert of the LLM, is never chosen."""
     imbalance: float = math.inf
     """Fail if the load of the slowest rank, relative to the mean, exceeds this."""
+    overload: float = math.inf
+    """Fail if an expert of the LLM gets more than this times an even share of the choices in its layer."""
 
     @staticmethod
     def parse(text: str) -> Limits:
@@ -45,21 +47,26 @@ class Limits:
         for part in filter(None, text.split(",")):
             name, _, value = part.partition("=")
             if part == "dead":
-                limits = Limits(True, limits.imbalance)
+                limits = replace(limits, dead=True)
             elif name == "imbalance":
-                limits = Limits(limits.dead, _limit(part, value))
+                limits = replace(limits, imbalance=_limit(part, value, "slowest rank / mean"))
+            elif name == "overload":
+                limits = replace(limits, overload=_limit(part, value, "share / even share"))
             else:
-                raise UserError(f"--fail-on {part}: must be dead, imbalance=NUMBER, or both joined by a comma")
+                raise UserError(
+                    f"--fail-on {part}: must be dead, imbalance=NUMBER or overload=NUMBER, or several joined by commas"
+                )
         return limits
 
 
-def _limit(part: str, value: str) -> float:
+def _limit(part: str, value: str, what: str) -> float:
     try:
         limit = float(value)
     except ValueError:
         limit = math.nan
     if not 1.0 <= limit < math.inf:
-        raise UserError(f"--fail-on {part}: must be a number of at least 1 (slowest rank / mean), e.g. imbalance=1.5")
+        name = part.partition("=")[0]
+        raise UserError(f"--fail-on {part}: must be a number of at least 1 ({what}), e.g. {name}=1.5")
     return limit
 
 
@@ -97,8 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from trainer.expert_usage.files import write_files
-    from trainer.expert_usage.history import find_run, profile_history
+    from trainer.expert_usage.history import find_run, profile_history, profile_tokens
     from trainer.expert_usage.text import describe
+    from trainer.expert_usage.tokens import describe_tokens, failures_of, write_token_files
     from trainer.telemetry.trackers.table import add_files
 
     limits = Limits.parse(options.fail_on)
@@ -115,6 +123,10 @@ def _run(options: argparse.Namespace) -> int:
         profile = profile_data(where, options.data, options.split)
     print(describe(profile))
     files = write_files(profile, folder)
+    tokens = profile_tokens(where) if options.data is None else None
+    if tokens is not None:
+        print("\n" + describe_tokens(tokens))
+        files += write_token_files(tokens, folder)
     print(f"\n{', '.join(f.name for f in files)} in {folder}")
     for failure in add_files(where.run_dir, files, folder.name):
         print(f"not added to {failure}", file=sys.stderr)
@@ -127,6 +139,10 @@ def _run(options: argparse.Namespace) -> int:
         )
     if profile.imbalance is not None and profile.imbalance > limits.imbalance:
         failures.append(f"imbalance {profile.imbalance:.3f} > {limits.imbalance:g}")
+    if limits.overload < math.inf and tokens is None:
+        raise UserError(f"--fail-on overload={limits.overload:g}: the LLM of the run has no experts; remove this limit")
+    if tokens is not None:
+        failures += failures_of(tokens, limits.dead, limits.overload)
     if failures:
         print(f"failed: {'; '.join(failures)}", file=sys.stderr)
     if options.json:

@@ -6,13 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import UserError
+from trainer.checkpoint.catalog import SUBFOLDER, open_checkpoints, read_extra
 from trainer.checkpoint.layout import step_of
 from trainer.config.load import load_stored_recipe
+from trainer.config.provenance import KEY as ORIGINS
+from trainer.config.provenance import Provenance, read_origins
 from trainer.config.schema import Recipe
 from trainer.expert_usage.analysis import Profile
 from trainer.expert_usage.placement import advise, current_slots, measured_time
+from trainer.expert_usage.tokens import TokenProfile, until
 from trainer.telemetry.expert_load import add_up
 from trainer.telemetry.load_history import HISTORY_NAME, read_history
+from trainer.telemetry.token_load import HISTORY_NAME as TOKEN_HISTORY_NAME
+from trainer.telemetry.token_load import read_history as read_token_history
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,24 @@ def profile_history(where: RunPath) -> Profile:
     first = history[0].step - history[0].num_steps + 1
     origin = f"steps {first} to {history[-1].step}"
     return Profile(recipe.name, origin, primary_name(recipe), load, history, time, advice)
+
+
+def profile_tokens(where: RunPath) -> TokenProfile | None:
+    """Return the profile of the experts in the LLM's layers; None if the LLM has none, or no token was counted.
+
+    Raises:
+        UserError: If the history or the newest checkpoint cannot be read.
+    """
+    history = until(read_token_history(where.run_dir / TOKEN_HISTORY_NAME), where.step)
+    if not history:
+        return None
+    origins: list[Provenance] = []
+    saved = open_checkpoints(str(where.run_dir / SUBFOLDER))
+    if saved.steps():
+        folder = saved.folder(saved.steps()[-1])
+        origins = read_origins(read_extra(folder).get(ORIGINS), folder.url)
+    recipe = load_stored_recipe(where.run_dir / "recipe.yaml")
+    return TokenProfile(recipe.name, history, tuple(origins))
 
 
 def primary_name(recipe: Recipe) -> str | None:

@@ -17,6 +17,7 @@ from trainer.telemetry.jsonl import Backlog, StepLog, write_atomically
 from trainer.telemetry.load_history import HISTORY_NAME
 from trainer.telemetry.metrics import EvalReport, StepReport, flatten, flatten_eval, is_logged
 from trainer.telemetry.progress import Progress
+from trainer.telemetry.token_load import HISTORY_NAME as TOKEN_HISTORY_NAME
 from trainer.telemetry.trackers.base import Tracker
 
 
@@ -96,6 +97,8 @@ class TrackerHook(Hook):
 class LoadHook(Hook):
     """A hook that writes the load of the encoders to `expert_load.jsonl`, one line per logging interval.
 
+    The load of the experts in the LLM's layers, if it has any, is written to `token_load.jsonl`.
+
     `on_end` raises OSError if lines could not be written, for example because the disk is full. An incomplete history
     would otherwise be profiled as if it were complete.
     """
@@ -103,14 +106,25 @@ class LoadHook(Hook):
     def __init__(self, run_dir: Path, resume_step: int) -> None:
         self._log = StepLog(run_dir / HISTORY_NAME, resume_step)
         self._intervals: Backlog[Mapping[str, Any]] = Backlog(self._log.append, self._log.path)
+        self._token_path, self._resume_step = run_dir / TOKEN_HISTORY_NAME, resume_step
+        self._token_log: StepLog | None = None
+        self._token_loads: Backlog[Mapping[str, Any]] | None = None
 
     def on_step(self, report: StepReport) -> None:
         if report.load is not None:
             self._intervals.add(report.load.to_json())
+        if report.token_load is not None:
+            if self._token_loads is None:
+                self._token_log = StepLog(self._token_path, self._resume_step)
+                self._token_loads = Backlog(self._token_log.append, self._token_path)
+            self._token_loads.add(report.token_load.to_json())
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         self._intervals.flush()
         self._log.close()
+        if self._token_loads is not None and self._token_log is not None:
+            self._token_loads.flush()
+            self._token_log.close()
 
 
 class EventHook(Hook):

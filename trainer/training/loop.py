@@ -178,8 +178,8 @@ class Loop:
         # Every checkpoint ends a logging interval, so that no part of an interval is lost when a run resumes.
         if self._saves_after(report.step) or is_logged(report.step, self.recipe.telemetry.log_every_steps):
             with self.step.timer("report"):
-                load = self.step.take_load(report.step)
-                report = self.work.take(replace(report, load=load))
+                load, token_load = self.step.take_load(report.step), self.step.take_token_load(report.step)
+                report = self.work.take(replace(report, load=load, token_load=token_load))
         report = replace(report, num_skipped=known.skipped, epochs=known.epochs)
         if self.groups.rank == 0:
             peak = peak_memory_bytes()

@@ -1,0 +1,168 @@
+"""The profile of the experts in the LLM's layers: which of them computes the tokens of which task and modality."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from trainer.config.provenance import Provenance
+from trainer.page.figure import save
+from trainer.scoring.table import format_table
+from trainer.telemetry.jsonl import write_atomically
+from trainer.telemetry.token_load import MODALITIES, Floats, TokenLoad, add_up
+
+MAX_SHOWN_EXPERTS = 16
+"""The largest number of experts in a table on the terminal. Of a larger number, the most used ones are shown."""
+
+
+@dataclass(frozen=True)
+class TokenProfile:
+    """The load of the experts in the LLM's layers over a run."""
+
+    run: str
+    history: tuple[TokenLoad, ...]
+    """The loads in the order of their steps, at least one."""
+    origins: tuple[Provenance, ...] = ()
+    """What each expert began as; empty for an LLM that has its experts from its family."""
+
+    @cached_property
+    def load(self) -> TokenLoad:
+        """The sum over all steps."""
+        return add_up(self.history)
+
+    @property
+    def drift(self) -> dict[str, float]:
+        """How much the experts' shares changed from the first to the last quarter of the steps, by modality.
+
+        The change is the total variation distance, from 0 to 1, in the mean over layers.
+        """
+        count = max(1, len(self.history) // 4)
+        ends = add_up(self.history[:count]), add_up(self.history[-count:])
+        found = {}
+        for modality in MODALITIES:
+            cells = [end.total(modality=modality) for end in ends]
+            if cells[0] is not None and cells[1] is not None:
+                found[modality] = float(0.5 * np.abs(cells[0].share - cells[1].share).sum(-1).mean())
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `ffn_experts.json`."""
+        load = self.load
+        groups = {}
+        for group, cell in sorted(load.cells.items()):
+            tokens = np.maximum(cell.tokens, 1)
+            groups["/".join(group)] = {
+                "task": group.task,
+                "modality": group.modality,
+                "tokens": cell.tokens.tolist(),
+                "entropy": (cell.entropy / tokens).round(6).tolist(),
+                "share": cell.share.round(6).tolist(),
+                "first_share": (cell.first / tokens[:, None]).round(6).tolist(),
+                "weight": (cell.weights / tokens[:, None]).round(6).tolist(),
+            }
+        return {
+            "run": self.run,
+            "steps": [self.history[0].step - self.history[0].num_steps + 1, load.step],
+            "experts": list(load.experts),
+            "layers": list(load.layers),
+            "origins": [asdict(origin) for origin in self.origins],
+            "groups": groups,
+            "mix": self._mix().round(6).tolist(),
+            "drift": self.drift,
+            "dead": list(load.dead),
+            "overload": load.overload,
+        }
+
+    def _mix(self) -> Floats:
+        """Return the share of each modality in the tokens of each expert [modalities, L, E]."""
+        none = np.zeros((len(self.load.layers), len(self.load.experts)))
+        cells = [self.load.total(modality=modality) for modality in MODALITIES]
+        chosen = np.stack([none if cell is None else cell.chosen for cell in cells])
+        return chosen / np.maximum(chosen.sum(0), 1)
+
+
+def describe_tokens(profile: TokenProfile) -> str:
+    """Return tables of the experts' shares for a terminal."""
+    load = profile.load
+    total = load.total()
+    if total is None:
+        return "experts of the LLM: no tokens"
+    order = np.argsort(-total.share.mean(0), kind="stable")[:MAX_SHOWN_EXPERTS]
+    shown = [load.experts[k] for k in sorted(order)] if len(load.experts) > MAX_SHOWN_EXPERTS else list(load.experts)
+    rows = []
+    for group, cell in sorted(load.cells.items()):
+        shares = dict(zip(load.experts, cell.share.mean(0).tolist(), strict=True))
+        row: dict[str, Any] = {"task": group.task, "modality": group.modality, "tokens": int(cell.tokens.max())}
+        rows.append({**row, **{name: shares[name] for name in shown}})
+    layers = [
+        {"layer": layer, **{name: float(total.share[i, load.experts.index(name)]) for name in shown}}
+        for i, layer in enumerate(load.layers)
+    ]
+    drift = ", ".join(f"{modality} {value:.2f}" for modality, value in profile.drift.items())
+    dead = ", ".join(load.dead[:8]) + (f" and {len(load.dead) - 8} more" if len(load.dead) > 8 else "")
+    return "\n\n".join(
+        [
+            f"experts of the LLM: share of the choices of each task and modality, mean over {len(load.layers)} layers\n"
+            + format_table(rows),
+            "share of the choices in each layer, all tokens\n" + format_table(layers),
+            f"dead       {dead or 'none'} (layer/expert)\n"
+            f"overload   {load.overload:.3f} (largest share of an expert in a layer / even share)\n"
+            f"drift      {drift or 'unknown'} (first to last quarter of the steps, 0 to 1)",
+        ]
+    )
+
+
+def write_token_files(profile: TokenProfile, folder: Path) -> list[Path]:
+    """Write ffn_experts.json and a heat map of layers and experts for every task, and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "ffn_experts.json"
+    write_atomically(path, json.dumps(profile.to_json(), indent=1, allow_nan=False) + "\n")
+    names = {task: re.sub(r"[^A-Za-z0-9_-]", "_", task) for task in profile.load.tasks}
+    return [path, *(_heat_map(profile, task, folder / f"ffn-experts-{name}.png") for task, name in names.items())]
+
+
+def _heat_map(profile: TokenProfile, task: str, path: Path) -> Path:
+    load = profile.load
+    cells = [(modality, load.total(task, modality)) for modality in MODALITIES]
+    found = [(modality, cell) for modality, cell in cells if cell is not None]
+    width = 1.2 + max(2.0, 0.5 * min(len(load.experts), 40))
+    figure = Figure(figsize=(width * len(found), 1.6 + max(1.2, 0.25 * len(load.layers))))
+    for axes, (modality, cell) in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
+        axes.imshow(cell.share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.set_yticks(range(len(load.layers)), list(map(str, load.layers)))
+        if len(load.experts) <= MAX_SHOWN_EXPERTS:
+            axes.set_xticks(range(len(load.experts)), list(load.experts), rotation=30, ha="right")
+        axes.set_xlabel("expert")
+        axes.set_ylabel("layer")
+        axes.set_title(f"{task}, {modality}")
+        axes.spines[:].set_visible(False)
+    return save(figure, path)
+
+
+def failures_of(profile: TokenProfile, dead: bool, overload: float) -> list[str]:
+    """Return what exceeds the limits of `--fail-on`.
+
+    Args:
+        profile: The profile.
+        dead: Whether an expert without tokens is a failure.
+        overload: The largest share of an expert in a layer, relative to an even use.
+    """
+    load, failures = profile.load, []
+    if dead and load.dead:
+        failures.append(f"dead: {len(load.dead)} experts of the LLM, such as {load.dead[0]}")
+    if load.overload > overload:
+        failures.append(f"overload {load.overload:.3f} > {overload:g}")
+    return failures
+
+
+def until(history: Sequence[TokenLoad], step: int | None) -> tuple[TokenLoad, ...]:
+    """Return the part of a history up to a step; None for all of it."""
+    return tuple(load for load in history if step is None or load.step <= step)
