@@ -10,11 +10,15 @@ from trainer.engine.placement import place
 from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology
 from trainer.plan.accelerator import Accelerator
+from trainer.plan.experts import expert_parameters, expert_plan
 from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.ranks import DTYPES
 from trainer.plan.sizes import PartSizes, Size, SizedModel
 from trainer.plan.states import FP32_BYTES
 from trainer.plan.workload import EncoderWork
+
+ALL_TO_ALL = "LLM, tokens to experts and back"
+"""The name of the traffic between the ranks over which the LLM's experts are spread."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,12 @@ def _llm_traffic(
     microbatches = packs.num_microbatches * mechanisms.context
     hidden = packs.pack_tokens / mechanisms.context * config.hidden_size * size
     layers = config.num_hidden_layers // pp
-    stage = parts.layers.total / pp / tp + parts.ends.total / tp / (1 if pp == 1 else 2)
+    experts = expert_parameters(config)
+    stage = (parts.layers.total - experts) / pp / tp + parts.ends.total / tp / (1 if pp == 1 else 2)
+    held = experts / pp / topology.ffn_ep / topology.expert_tp
+    copies = max(1, tp * dp // (topology.ffn_ep * topology.expert_tp))
+    sent = expert_plan(config, topology, packs.pack_tokens, microbatches, size, train.recompute_llm)
+    ring = stage * _ring(dp) + held * _ring(copies)
     llm_learns = parts.llm.learned > 0
     units = tensor_units(train.recompute_llm, mechanisms.sequence_parallel)
     sends = 2 * microbatches * mechanisms.virtual_stages * (pp > 1)
@@ -133,6 +142,15 @@ def _llm_traffic(
             layers * microbatches * units,
         ),
         Traffic(
+            ALL_TO_ALL,
+            topology.ffn_ep,
+            0.0 if sent is None else sent.all_to_all_bytes,
+            topology.ffn_ep * topology.expert_tp <= per_node,
+            min(topology.ffn_ep, per_node),
+            layers * microbatches * (6 if train.recompute_llm else 4),
+            ring=False,
+        ),
+        Traffic(
             "LLM, between stages",
             2 if pp > 1 else 1,
             sends * hidden / tp,
@@ -144,7 +162,7 @@ def _llm_traffic(
         Traffic(
             "LLM, gradients over replicas",
             dp,
-            stage * (size if mechanisms.bf16_gradients else FP32_BYTES) * _ring(dp) * llm_learns,
+            ring * (size if mechanisms.bf16_gradients else FP32_BYTES) * llm_learns,
             replicas_within,
             members,
             max(1, calls // 2),
@@ -152,7 +170,7 @@ def _llm_traffic(
         Traffic(
             "LLM, weights over replicas",
             dp,
-            stage * size * gathers * _ring(dp) * llm_learns,
+            ring * size * gathers * llm_learns,
             replicas_within,
             members,
             calls,

@@ -10,7 +10,8 @@ from model.errors import UserError
 from trainer.config.checks import check_packs, check_recipe
 from trainer.config.schema import Recipe
 from trainer.parallel.packs import PackPlan
-from trainer.parallel.topology import Topology, divisors
+from trainer.parallel.topology import Topology, build_topology, divisors
+from trainer.plan.experts import expert_parameters
 from trainer.plan.plan import Plan, Planner
 from trainer.plan.states import FP32_BYTES, States
 from trainer.plan.workload import EncoderWork, Workload
@@ -98,13 +99,16 @@ def estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[
 def _rough_states(planner: Planner, variant: Recipe) -> States:
     """Estimate the model states of a rank of the first stage, which holds its share of the layers and the embedding."""
     parallel, size = variant.parallel, 2 if variant.train.precision == "bf16" else FP32_BYTES
-    dp = parallel.num_ranks // (parallel.tensor * parallel.pipeline)
-    parts = planner.parts
+    topology, parts = build_topology(parallel, parallel.num_ranks), planner.parts
+    dp = topology.dp
     audio = sum(parts.experts.values(), parts.shared)
 
     def share(kind: str) -> float:
-        stage = getattr(parts.layers, kind) / parallel.pipeline + getattr(parts.embedding, kind)
-        return float(stage / parallel.tensor)
+        layers = getattr(parts.layers, kind)
+        experts = layers * expert_parameters(planner.model.llm) / max(1, parts.layers.total)
+        held = experts / parallel.pipeline / (topology.ffn_ep * topology.expert_tp)
+        stage = (layers - experts) / parallel.pipeline + getattr(parts.embedding, kind)
+        return float(stage / parallel.tensor + held)
 
     total, learned = share("total"), share("learned")
     shared = audio.total / parallel.num_ranks

@@ -9,6 +9,7 @@ import numpy as np
 
 from model.llm.names import head_dim, hf_shapes
 from trainer.config.schema import Recipe
+from trainer.plan.experts import as_dense
 from trainer.plan.sizes import PartSizes, SizedModel
 from trainer.plan.workload import EncoderWork, Workload
 
@@ -57,7 +58,7 @@ def step_flops(
 
 def llm_forward_flops(model: SizedModel, workload: Workload) -> float:
     """Return the FLOPs of the LLM's forward pass over all tokens of the global batch."""
-    config = model.llm
+    config = as_dense(model.llm)
     matrices = sum(s[0] * s[1] for n, s in hf_shapes(config).items() if len(s) == 2 and "embed_tokens" not in n)
     if config.tie_word_embeddings:
         matrices += config.vocab_size * config.hidden_size

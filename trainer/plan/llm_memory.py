@@ -17,6 +17,7 @@ from model.llm.packing import PackedSequences
 from model.lora import NO_ADAPTERS, Adapters
 from trainer.engine.optim import OptimConfig
 from trainer.parallel.topology import Topology
+from trainer.plan.experts import as_dense, expert_plan
 from trainer.plan.fake_ranks import fake_rank
 from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.states import build_stage
@@ -104,6 +105,8 @@ def stage_memory(
         adapters: the low-rank adapters.
     """
     layers = hf_config.num_hidden_layers // topology.pp
+    experts = expert_plan(hf_config, topology, sum(lengths), num_packs, dtype.itemsize, recompute)
+    hf_config = as_dense(hf_config)
     found, buffer = [], 0
     with fake_rank(topology, topology.rank_of(0, stage, 0)):
         for count in range(1, min(2, layers) + 1):
@@ -115,6 +118,8 @@ def stage_memory(
     hidden = sum(lengths) // topology.tp * hf_config.hidden_size * dtype.itemsize
     whole = extrapolated(found, layers)
     change = _what_if_bytes(hf_config, topology, sum(lengths), dtype, kernels.mechanisms)
+    if experts is not None:
+        change += experts.layer_bytes * experts.num_layers // hf_config.num_hidden_layers
     # With recomputation, only the layer that is being recomputed holds what the mechanisms change.
     kept = 0 if recompute else layers * change
     whole = Traced(whole.kept + kept, whole.forward + (kept or change), whole.backward + (kept or change))

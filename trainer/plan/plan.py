@@ -17,6 +17,7 @@ from trainer.parallel.topology import Topology, build_topology
 from trainer.plan.accelerator import GIB, Accelerator
 from trainer.plan.communication import Traffic, traffic
 from trainer.plan.encoder_memory import EncoderTracer
+from trainer.plan.experts import ExpertPlan, expert_plan
 from trainer.plan.flops import Flops, step_flops
 from trainer.plan.llm_memory import Kernels
 from trainer.plan.mechanisms import AS_BUILT, Mechanisms
@@ -56,6 +57,8 @@ class Plan:
     attention: str
     """The attention kernel whose memory is counted."""
     mechanisms: Mechanisms = AS_BUILT
+    experts: ExpertPlan | None = None
+    """What the experts in the LLM's layers take; None if it has none."""
 
     @property
     def too_small(self) -> bool:
@@ -217,6 +220,14 @@ class Planner:
             1 - free / time.total,
             "TransformerEngine" if fused else "PyTorch, on segments padded to batches",
             self.mechanisms,
+            expert_plan(
+                self.model.llm,
+                topology,
+                packs.pack_tokens,
+                packs.num_microbatches,
+                DTYPES[recipe.train.precision].itemsize,
+                recipe.train.recompute_llm,
+            ),
         )
 
     def time(
@@ -299,6 +310,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "pipeline": topology.pp,
         "data": topology.dp,
         "expert": topology.ep,
+        "ffn_expert": topology.ffn_ep,
+        "ffn_expert_tensor": topology.expert_tp,
+        "ffn_experts": None if plan.experts is None else dataclasses.asdict(plan.experts),
         "parameters": sum(s.total for s in plan.sizes.values()),
         "learned_parameters": sum(s.learned for s in plan.sizes.values()),
         "num_microbatches": plan.packs.num_microbatches,

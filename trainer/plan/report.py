@@ -108,10 +108,26 @@ def _model(plan: Plan) -> list[str]:
     return _wrapped(
         f"Layout: TP {topology.tp} x PP {topology.pp} x DP {topology.dp}, EP {topology.ep} (encoder experts), "
         f"{recipe.train.precision}; {count_text(total)} parameters, {count_text(learned)} of them trainable.",
+        *_experts(plan),
         f"A step takes {len(work.num_tokens)} samples, {work.audio_sec:,.0f} s of audio, {work.tokens:,} tokens in "
         f"{packs.num_microbatches} packs of {packs.pack_tokens} per replica, {padding:.1%} of it padding.",
         *_stages(plan),
     )
+
+
+def _experts(plan: Plan) -> list[str]:
+    """Return the paragraph about the experts in the LLM's layers, if it has any."""
+    found = plan.experts
+    if found is None:
+        return []
+    topology = plan.topology
+    return [
+        f"The LLM has {found.num_experts} experts in {found.num_layers} layers, of which a token is sent to "
+        f"{found.top_k}: {count_text(found.active_parameters)} of its {count_text(found.total_parameters)} parameters "
+        f"compute a token. They are spread over {topology.ffn_ep} ranks, {topology.expert_tp} of which share an "
+        f"expert. A rank sends {_gib(found.all_to_all_bytes)} GiB of tokens to experts per step. The memory is that of "
+        f"an even use; if all tokens chose experts of one rank, its peak would be {_gib(found.worst_bytes)} GiB higher."
+    ]
 
 
 def _stages(plan: Plan) -> list[str]:

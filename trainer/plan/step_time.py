@@ -12,7 +12,8 @@ from trainer.config.schema import Recipe
 from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology
 from trainer.plan.accelerator import Accelerator
-from trainer.plan.communication import Traffic
+from trainer.plan.communication import ALL_TO_ALL, Traffic
+from trainer.plan.experts import as_dense
 from trainer.plan.flops import Flops
 from trainer.plan.layer_time import RankRates, Seconds, attention_seconds, head_seconds, layer_seconds
 from trainer.plan.mechanisms import AS_BUILT, Mechanisms
@@ -61,6 +62,7 @@ class _Llm:
     products: float
     recomputation: float
     tensor: float
+    experts: float
     bubble: float
     stages: float
     gradients: float
@@ -69,7 +71,7 @@ class _Llm:
     @property
     def pipeline(self) -> float:
         """The seconds of the pipeline."""
-        return self.products + self.recomputation + self.tensor + self.bubble + self.stages
+        return self.products + self.recomputation + self.tensor + self.experts + self.bubble + self.stages
 
 
 def step_time(
@@ -131,6 +133,7 @@ def step_time(
             "computing the LLM": llm.products,
             "recomputing the LLM's activations": llm.recomputation,
             "tensor-parallel collectives": llm.tensor,
+            **({"sending tokens to experts": llm.experts} if llm.experts else {}),
             "the pipeline's bubble": llm.bubble,
             "transfers between stages": llm.stages,
             "gradients and weights over replicas": llm.gradients,
@@ -156,7 +159,7 @@ def _llm(
     Every stage computes M micro-batches. A rank of the slowest stage, the last one, is idle while the first micro-batch
     passes through the other PP - 1 stages forward and backward. With V virtual stages, this time is divided by V.
     """
-    mechanisms, config, tp, pp = rates.mechanisms, model.llm, topology.tp, topology.pp
+    mechanisms, config, tp, pp = rates.mechanisms, as_dense(model.llm), topology.tp, topology.pp
     microbatches = packs.num_microbatches * mechanisms.context
     rows = packs.pack_tokens / mechanisms.context
     learned = parts.layers.learned > 0
@@ -171,7 +174,8 @@ def _llm(
     tensor = seconds.get("LLM, tensor parallel", 0.0) / microbatches
     if mechanisms.overlap_tensor:
         tensor /= tp
-    fill = (pp - 1) / mechanisms.virtual_stages * (plain.total + again + tensor)
+    experts = seconds.get(ALL_TO_ALL, 0.0) / microbatches
+    fill = (pp - 1) / mechanisms.virtual_stages * (plain.total + again + tensor + experts)
     stages = seconds.get("LLM, between stages", 0.0)
     scatter, gather = (seconds.get(f"LLM, {kind} over replicas", 0.0) for kind in ("gradients", "weights"))
     if mechanisms.overlap_data:
@@ -184,6 +188,7 @@ def _llm(
         microbatches * (plain.total + head.total),
         microbatches * again,
         microbatches * tensor,
+        microbatches * experts,
         fill,
         stages,
         scatter + gather,
