@@ -9,20 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from model.json_text import parse_json
+from trainer.scoring.fields import field_problem, is_amount
 from trainer.scoring.meteor import Meteor
 from trainer.scoring.scores import TaskScore, score
 from trainer.telemetry.jsonl import write_atomically
 
 _META_FIELDS = ("subset", "source", "language", "instruction", "choices", "references", "qtype", "slot")
-_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("key", "task", "reference", "hypothesis"), (str,)),
-    **dict.fromkeys(("subset", "source", "language", "instruction", "qtype", "slot"), (str, type(None))),
-    **dict.fromkeys(("choices", "references"), (list, type(None))),
-    "finished": (bool,),
-    "audio_sec": (int, float),
-    "num_windows": (int,),
-}
-_OPTIONAL = {*_META_FIELDS, "finished", "audio_sec", "num_windows"}
+_REQUIRED = ("key", "task", "reference", "hypothesis")
 
 
 @dataclass(frozen=True)
@@ -70,13 +64,14 @@ def read_predictions(path: Path) -> list[Prediction]:
         UserError: If the file cannot be read, a line is not a prediction, or a key occurs twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read ({reason}); give a predictions*.jsonl of an evaluation") from None
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give a predictions*.jsonl of an evaluation"
+        ) from None
     predictions: dict[str, Prediction] = {}
-    # splitlines() would also split at U+2028 and other characters that JSON strings may contain.
-    for number, line in enumerate(text.split("\n"), 1):
+    # splitlines() would also split at characters that JSON strings may contain.
+    for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             found = _parse(f"{path}, line {number}", line)
             if found.key in predictions:
@@ -112,20 +107,26 @@ def score_predictions(predictions: Sequence[Prediction], meteor: Meteor | None =
     return [s for task, found in by_task(predictions).items() for s in score(task, *columns(found), meteor)]
 
 
-def _parse(where: str, line: str) -> Prediction:
+def _parse(where: str, line: bytes) -> Prediction:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise UserError(f"{where}: is not JSON ({error}); write one object per line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: is not a JSON object; write one object per line")
-    for name, types in _TYPES.items():
-        if not isinstance(row.get(name), types) and not (name in _OPTIONAL and name not in row):
-            raise UserError(f"{where}: {name} = {row.get(name)!r}: must be {' or '.join(t.__name__ for t in types)}")
-    for name in ("choices", "references"):
-        if not all(isinstance(text, str) for text in row.get(name) or ()):
-            raise UserError(f"{where}: {name} = {row[name]!r}: must be a list of strings")
+    problem = field_problem(row)
+    for name in _REQUIRED:
+        if not isinstance(row.get(name), str):
+            problem = f"{name} = {ascii(row.get(name))[:80]}, but must be text"
+    finished, seconds, windows = row.get("finished", True), row.get("audio_sec", 0.0), row.get("num_windows", 1)
+    if not isinstance(finished, bool):
+        problem = f"finished = {finished!r}, but must be true or false"
+    if not is_amount(seconds):
+        problem = f"audio_sec = {seconds!r}, but must be a number, at least 0"
+    if isinstance(windows, bool) or not isinstance(windows, int) or windows < 1:
+        problem = f"num_windows = {windows!r}, but must be a whole number, at least 1"
+    if problem is not None:
+        raise UserError(f"{where}: {problem}; write predictions as `earshot evaluate` does")
     meta = {name: row[name] for name in ("task", *_META_FIELDS) if row.get(name) is not None}
     meta["answer"] = row["reference"]
-    seconds, windows = float(row.get("audio_sec", 0.0)), row.get("num_windows", 1)
-    return Prediction(row["key"], row["hypothesis"], row.get("finished", True), seconds, meta, windows)
+    return Prediction(row["key"], row["hypothesis"], finished, float(seconds), meta, windows)

@@ -10,13 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.scoring.choices import confusion
+from trainer.scoring.fields import ALL
 from trainer.scoring.meteor import Meteor
 from trainer.scoring.metric import Metric, interval, resampled_sums
 from trainer.scoring.questions import answer_class
 from trainer.scoring.tasks import Answers, find_task
-
-ALL = "all"
-"""The key of scores over all subsets of a task."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from trainer.data.prepare import PreparedData
 from trainer.scoring.baseline import majority_baseline
+from trainer.scoring.fields import ALL
 from trainer.scoring.meteor import Meteor
-from trainer.scoring.scores import ALL
 from trainer.scoring.table import format_table, score_table
 from trainer.scoring.tasks import find_task, is_headline
 from trainer.training.evaluate import Evaluation

@@ -13,9 +13,10 @@ from model.lengths import SAMPLE_RATE
 from trainer.evaluation.predictions import Prediction, by_task, columns
 from trainer.evaluation.scorecard.clips import to_flac
 from trainer.scoring.asr import alignment
+from trainer.scoring.fields import ALL
 from trainer.scoring.meteor import Meteor
 from trainer.scoring.metric import Metric
-from trainer.scoring.scores import ALL, confusions, measure, subset_of, task_metrics
+from trainer.scoring.scores import confusions, measure, subset_of, task_metrics
 from trainer.scoring.tasks import find_task
 from trainer.telemetry.expert_load import BANDS, BANDS_SEC, UNNAMED
 

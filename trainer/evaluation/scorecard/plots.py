@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from trainer.page.figure import SIZE_INCHES, dress, save
-from trainer.scoring.scores import ALL
+from trainer.scoring.fields import ALL
 
 _MAX_NUMBERED = 12
 """The largest number of classes for which the counts are written into the cells of a confusion matrix."""

@@ -1,0 +1,56 @@
+"""The types of a sample's fields, which are checked wherever samples or predictions enter the program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+ALL = "all"
+"""The key of scores over all subsets of a task, which therefore cannot be the name of a subset."""
+
+TEXT_FIELDS = ("task", "split", "instruction", "answer", "subset", "source", "language", "qtype", "slot")
+"""The fields that are text."""
+LIST_FIELDS = ("choices", "references")
+"""The fields that are lists of texts."""
+NUMBER_FIELDS = ("duration",)
+"""The fields that are numbers and at least 0."""
+
+
+def field_problem(fields: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the type of a field, or None if nothing is. Fields that are null or absent are legal.
+
+    Args:
+        fields: The fields of a line of a manifest, or of a prediction. Fields that have no meaning to this program may
+            have any type.
+    """
+    for name in TEXT_FIELDS:
+        if not isinstance(value := fields.get(name), str | None):
+            return f"{name} = {_short(value)}, but must be text"
+    for name in LIST_FIELDS:
+        value = fields.get(name)
+        if value is not None and not (isinstance(value, list | tuple) and all(isinstance(t, str) for t in value)):
+            return f"{name} = {_short(value)}, but must be a list of texts"
+    for name in NUMBER_FIELDS:
+        value = fields.get(name)
+        if value is not None and not is_amount(value):
+            return f"{name} = {_short(value)}, but must be a number, at least 0"
+    name = "subset" if fields.get("subset") else "source"
+    if fields.get(name) == ALL:
+        return f"{name} = '{ALL}', which is the name of the scores over all samples; rename it"
+    return None
+
+
+def is_amount(value: Any) -> TypeGuard[int | float]:
+    """Return whether `value` is a finite number that is at least 0; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value) and value >= 0
+    except OverflowError:  # an integer with hundreds of digits
+        return False
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
