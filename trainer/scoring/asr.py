@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.scoring.languages import language_code
 from trainer.scoring.metric import Metric
-from trainer.scoring.text import normalise, normalise_audiobench
+from trainer.scoring.text import normalise, normalise_audiobench, normalise_former
 
 _MAX_LENGTH_RATIO = 2
 """A hypothesis with more than this many times the words of its reference counts as a hallucination."""
@@ -22,21 +23,26 @@ def asr_metrics(references: Sequence[str], hypotheses: Sequence[str], languages:
     samples. It may exceed 1. `substitutions`, `deletions` and `insertions` are rates per reference word, whose sum is
     `wer`. `cer` is the same ratio over the characters of the normalized text, including spaces. `hallucination_rate` is
     the share of hypotheses that are far longer than their reference. `wer_audiobench` is the WER of the English samples
-    with AudioBench's normalization, which expands numbers differently.
+    with AudioBench's normalization, which expands numbers differently. `wer_former` is the WER with the normalization
+    of versions up to 0.2, for comparisons with older runs.
 
     Args:
         references: the correct transcript of each sample.
         hypotheses: the model's transcript of each sample.
-        languages: the language code of each sample.
+        languages: the language of each sample, in any form that `language_code` knows.
     """
     expected = [normalise(text, language) for text, language in zip(references, languages, strict=True)]
     said = [normalise(text, language) for text, language in zip(hypotheses, languages, strict=True)]
     words, characters = edits(expected, said), edits(expected, said, characters=True)
     num_words, num_said = words[:, :3].sum(1), words[:, [0, 1, 3]].sum(1)
-    english = np.array([language == "en" for language in languages], dtype=bool)
+    english = np.array([language_code(language) == "en" for language in languages], dtype=bool)
     audiobench = edits(
         [normalise_audiobench(text) if here else "" for text, here in zip(references, english, strict=True)],
         [normalise_audiobench(text) if here else "" for text, here in zip(hypotheses, english, strict=True)],
+    )
+    former = edits(
+        [normalise_former(text, language) for text, language in zip(references, languages, strict=True)],
+        [normalise_former(text, language) for text, language in zip(hypotheses, languages, strict=True)],
     )
     return [
         _rate("wer", words[:, 1:].sum(1), num_words),
@@ -46,6 +52,7 @@ def asr_metrics(references: Sequence[str], hypotheses: Sequence[str], languages:
         _rate("insertions", words[:, 3], num_words),
         _rate("hallucination_rate", num_said > _MAX_LENGTH_RATIO * num_words, np.ones_like(num_words)),
         _rate("wer_audiobench", audiobench[:, 1:].sum(1), audiobench[:, :3].sum(1), english),
+        _rate("wer_former", former[:, 1:].sum(1), former[:, :3].sum(1)),
     ]
 
 

@@ -55,7 +55,8 @@ def _guess(answers: Mapping[tuple[str, ...], Counter[str]], written: Mapping[str
 
 
 def _majority(answers: Mapping[tuple[str, ...], Counter[str]], meta: Mapping[str, Any]) -> str:
-    legal = {normalise(choice) for choice in meta.get("choices") or ()}
+    language = meta.get("language") or "en"
+    legal = {normalise(choice, language) for choice in meta.get("choices") or ()}
     for group in _question_groups(meta):
         counted = {answer: num for answer, num in answers.get(group, {}).items() if not legal or answer in legal}
         if counted:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,30 +20,67 @@ _LETTER = re.compile(
     re.IGNORECASE,
 )
 
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+"""The characters of scripts without spaces: Thai, Lao, Burmese, Khmer, kana and Chinese characters."""
 
-def chosen(text: str, choices: Sequence[str]) -> str | None:
+
+def chosen(text: str, choices: Sequence[str], language: str = "en") -> str | None:
     """Return the choice that `text` names, or None if it names none or several.
 
-    Texts are compared after normalization and without articles. A text can name a choice in three ways:
+    Texts are compared after normalization in their language and without articles. If choices are then equal or empty,
+    as "C" and "C++" or "5" and "-5", their words are compared as they are written. A text can name a choice in three
+    ways:
 
     - It begins with the choice's letter, as in "(B)", "B. rain" or "The answer is B"; A is the first choice.
     - It equals the choice.
-    - It contains the choice, and no other one, as whole words ("female" does not contain "male"). A choice does not
-      count if it directly follows "not", or is part of a longer choice that the text contains.
+    - It contains the choice, and no other one, as whole words ("female" does not contain "male"), or anywhere in a
+      script without spaces. A choice does not count if it directly follows "not", or is part of a longer choice that
+      the text contains.
 
     A text whose letter and words name different choices names none.
+
+    Args:
+        text: the answer.
+        choices: the choices.
+        language: the language of both; see `language_code`.
     """
     if not text.strip():
         return None
-    plain = " ".join(answer_words(text))
-    normal = {choice: " ".join(answer_words(choice)) for choice in choices}
+    words = words_of(choices, language)
+    plain, normal = words(text), {choice: words(choice) for choice in choices}
     letter = _by_letter(text, choices)
-    named = next((choice for choice, words in normal.items() if words and words == plain), None)
+    named = next((choice for choice, theirs in normal.items() if theirs and theirs == plain), None)
     if named is None:
         named = _only_contained(plain, normal)
     if letter is not None and named is not None and letter != named:
         return None
     return letter if named is None else named
+
+
+def words_of(choices: Sequence[str], language: str) -> Callable[[str], str]:
+    """Return the function that gives the words of a text, separated by spaces, by which the choices differ.
+
+    The words are normalized, unless choices would become equal or empty.
+    """
+
+    def normalised(text: str) -> str:
+        return " ".join(_UNSPACED.sub(r" \g<0> ", " ".join(answer_words(text, language))).split())
+
+    distinct = {choice.strip() for choice in choices}
+    normal = [normalised(choice) for choice in distinct]
+    empty = normalised("")
+    if len(set(normal)) == len(normal) and not {"", empty} & set(normal):
+        return normalised
+    return _as_written
+
+
+def _as_written(text: str) -> str:
+    """Return the words of a text in lower case, without punctuation at their ends."""
+    plain = _UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-"))
+    words = (word.strip(".,;:!?\"'()[]") for word in plain.split())
+    return " ".join(word for word in words if word)
 
 
 def class_metric(name: str, references: Sequence[str], answers: Sequence[str], counted: NDArray[np.bool_]) -> Metric:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.scoring.choices import chosen, class_metric
+from trainer.scoring.choices import chosen, class_metric, words_of
 from trainer.scoring.metric import Metric, mean
 from trainer.scoring.text import answer_words
 
@@ -38,14 +38,15 @@ def answer_metrics(hypotheses: Sequence[str], metas: Sequence[Mapping[str, Any]]
 def answer_class(hypothesis: str, meta: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the correct choice and the named choice (or "") as normalized words, or None for an open question.
 
-    A question is open if it has no choices, or its answer is not one of them.
+    Choices that differ only in what normalization removes are given as they are written. A question is open if it has
+    no choices, or its answer is not one of them.
     """
-    choices = meta.get("choices") or ()
-    right = chosen(meta["answer"], choices)
+    choices, language = meta.get("choices") or (), meta.get("language") or "en"
+    right = chosen(meta["answer"], choices, language)
     if right is None:
         return None
-    named = chosen(hypothesis, choices)
-    return " ".join(answer_words(right)), "" if named is None else " ".join(answer_words(named))
+    named, words = chosen(hypothesis, choices, language), words_of(choices, language)
+    return words(right), "" if named is None else words(named)
 
 
 def is_correct(hypothesis: str, meta: Mapping[str, Any]) -> bool:

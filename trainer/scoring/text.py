@@ -7,6 +7,10 @@ import unicodedata
 from functools import cache
 from typing import Any
 
+import regex
+
+from trainer.scoring.languages import UNSPACED_LANGUAGES, language_code
+
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
@@ -21,7 +25,16 @@ _SMALL_NUMBER = re.compile(r"\b(?:1?\d|[2-9]0)\b", re.ASCII)
 _FILLERS = re.compile(r"\b(?:uh|umm?|er|ah)\b")
 _ARTICLES = re.compile(r"\b(?:an?|the)\b")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-_UNSPACED_LANGUAGES = {"zh", "yue", "ja", "th", "lo", "my"}
+_APOSTROPHE = re.compile("\u02bc|(?<=\\w)[\u2018\u2019\uff07\u00b4\u2032](?=\\w)")
+_MINUS = re.compile("[\u2212\uff0d](?=\\d)")
+_DOTS = re.compile("\\.{2,}|\u2026")
+_LONE_DOTS = re.compile(r"(?<!\S)\.+(?!\S)")
+_BRACKETS = re.compile(r"[<\[][^>\]]*[>\]]|\([^)]+?\)")
+_OPTIONAL_MARKS = re.compile(
+    "[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7"  # Hebrew points
+    "\u0610-\u061a\u0640\u064b-\u0652\u0656-\u065f\u0670\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed"  # Arabic
+    "\u0730-\u074a\ufe00-\ufe0f]"  # Syriac points, variation selectors
+)
 _EMPTY = "empty"
 
 
@@ -35,18 +48,33 @@ def normalise(text: str, language: str = "en") -> str:
     `normalise_audiobench`. British and American spellings ("colour", "color") differ, because transformers does not
     include Whisper's table of spellings.
 
-    Text in other languages goes through Whisper's basic normalizer, which keeps diacritics. Chinese, Cantonese,
-    Japanese, Thai, Lao and Burmese text is split into one word per character, as in Whisper's own evaluation.
+    Text in other languages goes through the steps of Whisper's basic normalizer, but keeps the marks of scripts in
+    which they are letters (Whisper's turns the vowels of Hindi into spaces), and loses the points that Arabic and
+    Hebrew may omit. Chinese, Cantonese, Japanese, Thai, Lao and Burmese text is split into one word per character, as
+    in Whisper's own evaluation. In all languages, typographic apostrophes equal plain ones, and invisible characters
+    and runs of dots are removed.
+
+    Args:
+        text: The text.
+        language: The language as a code, a BCP 47 tag or an English name; see `language_code`.
 
     Returns:
         The normalized text, or "empty" if nothing remains.
     """
+    code, clean = language_code(language), _clean(text)
+    if code != "en":
+        return " ".join(_basic(clean, code in UNSPACED_LANGUAGES).split()) or _EMPTY
+    return _spelled(_LONE_DOTS.sub(" ", _english()(_spaced_zeros(clean)))) or _EMPTY
+
+
+def normalise_former(text: str, language: str = "en") -> str:
+    """Normalize text as `normalise` did up to version 0.2; it will be removed in version 0.4.
+
+    Only exact codes of languages are known, and marks become spaces in all languages but English.
+    """
     if language != "en":
-        return " ".join(_basic(language in _UNSPACED_LANGUAGES)(text).split()) or _EMPTY
-    # Whisper's normalizer reads "00" as the number 0, but "0 0" as two digits.
-    spaced = _LEADING_ZEROS.sub(lambda match: " ".join(match[0]), text)
-    plain = _NUMBER.sub(_spell_number, _FILLERS.sub(" ", _english()(spaced)))
-    return " ".join(plain.split()) or _EMPTY
+        return " ".join(_whisper_basic(language in UNSPACED_LANGUAGES)(text).split()) or _EMPTY
+    return _spelled(_english()(_spaced_zeros(text))) or _EMPTY
 
 
 def normalise_audiobench(text: str) -> str:
@@ -65,13 +93,38 @@ def normalise_audiobench(text: str) -> str:
 def answer_words(text: str, language: str = "en") -> list[str]:
     """Return the normalized words of an answer; in English, articles are removed as in SQuAD's scorer."""
     plain = normalise(text, language)
-    return (_ARTICLES.sub(" ", plain) if language == "en" else plain).split()
+    return (_ARTICLES.sub(" ", plain) if language_code(language) == "en" else plain).split()
 
 
 def tokenise(text: str) -> list[str]:
     """Split text into words and punctuation marks, sentence by sentence, with the tokenizer of `nltk.word_tokenize`."""
     tokenizer = _word_tokenizer()
     return [token for sentence in _SENTENCE_END.split(text.strip()) for token in tokenizer.tokenize(sentence)]
+
+
+def _clean(text: str) -> str:
+    """Return the text with plain apostrophes and minus signs, and without invisible characters and runs of dots."""
+    text = _MINUS.sub("-", _APOSTROPHE.sub("'", _DOTS.sub(" ", text)))
+    # The zero-width space separates words; all other format characters separate nothing.
+    return "".join(c for c in text.replace("\u200b", " ") if unicodedata.category(c) != "Cf")
+
+
+def _basic(text: str, split_letters: bool) -> str:
+    """Return text as Whisper's basic normalizer does, but with the marks that are letters."""
+    text = _BRACKETS.sub("", text.lower()).replace("i\u0307", "i")
+    text = _OPTIONAL_MARKS.sub("", unicodedata.normalize("NFKC", text))
+    text = "".join(" " if unicodedata.category(c)[0] in "SP" else c for c in text).lower()
+    return " ".join(regex.findall(r"\X", text)) if split_letters else text
+
+
+def _spaced_zeros(text: str) -> str:
+    # Whisper's normalizer reads "00" as the number 0, but "0 0" as two digits.
+    return _LEADING_ZEROS.sub(lambda match: " ".join(match[0]), text)
+
+
+def _spelled(plain: str) -> str:
+    """Return normalized English text without fillers, and with numbers digit by digit."""
+    return " ".join(_NUMBER.sub(_spell_number, _FILLERS.sub(" ", plain)).split())
 
 
 def _spell_number(match: re.Match[str]) -> str:
@@ -87,7 +140,7 @@ def _english() -> Any:
 
 
 @cache
-def _basic(split_letters: bool) -> Any:
+def _whisper_basic(split_letters: bool) -> Any:
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
     return BasicTextNormalizer(split_letters=split_letters)
