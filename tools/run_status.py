@@ -13,7 +13,7 @@ from typing import Any
 from model.errors import UserError
 from trainer.job.slurm import job_state_now
 from trainer.telemetry.events import EVENTS_NAME, Event, num_attempts, read_events
-from trainer.telemetry.jsonl import read_lines
+from trainer.telemetry.jsonl import read_metrics
 
 _STATES = {
     "submitted": "waiting",
@@ -131,7 +131,7 @@ def read_status(run_dir: Path, now_sec: float) -> Status:
         UserError: If the folder contains no run, or a file is damaged.
     """
     events = read_events(run_dir)
-    everything = [record for _, record in read_lines(run_dir / _METRICS_NAME)]
+    everything = list(read_metrics(run_dir / _METRICS_NAME))
     records = [record for record in everything if "train/loss" in record]
     if not events and not records:
         raise UserError(f"{run_dir}: contains no run; give the folder that contains events.jsonl, e.g. runs/demo")

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from model.errors import UserError
+from model.json_text import parse_json
 
 FORMAT_VERSION = 4
 _READABLE_VERSIONS = (3, 4)
@@ -214,13 +215,22 @@ class Manifest:
             ValueError: If the text was changed or is not a manifest.
             UserError: If the manifest has a format version that this program does not read.
         """
-        tree = json.loads(text)
+        tree = parse_json(text)
         if not isinstance(tree, dict) or set(tree) != {"sha256", "body"} or tree["sha256"] != _digest(tree["body"]):
             raise ValueError("its checksum differs")
         body = tree["body"]
-        if body["version"] not in _READABLE_VERSIONS:
+        if not isinstance(body, dict):
+            raise ValueError("its content is not a JSON object")
+        if body.get("version") not in _READABLE_VERSIONS:
             known = " and ".join(map(str, _READABLE_VERSIONS))
-            raise UserError(f"checkpoint format {body['version']!r}: this program reads {known}")
+            raise UserError(f"checkpoint format {body.get('version')!r}: this program reads {known}")
+        try:
+            return Manifest._of(body)
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"malformed ({error!r})") from None
+
+    @staticmethod
+    def _of(body: Mapping[str, Any]) -> Manifest:
         manifest = Manifest(
             step=int(body["step"]),
             topology={str(k): int(v) for k, v in body["topology"].items()},

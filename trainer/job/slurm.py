@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from model.errors import UserError
+from trainer.parallel.environment import whole_number
 
 _CONTROLLER_SEC = 600.0
 """The time in seconds for which a command is repeated if the Slurm controller, which may be restarting, does not
@@ -37,24 +38,25 @@ class Allocation:
         """Read the allocation from the environment variables of a batch script.
 
         Raises:
-            UserError: If the job has neither GPUs nor --ntasks-per-node.
+            UserError: If the job has neither GPUs nor --ntasks-per-node, or a variable is missing or malformed.
         """
+        job_id = whole_number(environ, "SLURM_JOB_ID")
         listed = environ.get("SLURM_JOB_NODELIST", "")
         nodes = _ask(["scontrol", "show", "hostnames", listed]).split()
         # In an exclusive job, SLURM_GPUS_ON_NODE counts all GPUs of the node, not only those requested.
         asked = environ.get("SLURM_GPUS_PER_NODE") or environ.get("SLURM_GPUS_ON_NODE") or "0"
-        gpus = int(asked.rpartition(":")[2])
-        tasks = int(environ.get("SLURM_NTASKS_PER_NODE") or gpus)
+        gpus = _num_gpus(asked)
+        tasks = whole_number(environ, "SLURM_NTASKS_PER_NODE", gpus)
         if not nodes or not tasks:
             raise UserError(
                 "the job has no GPUs: submit it with sbatch --gpus-per-node=N, or with --ntasks-per-node=N to use CPUs"
             )
         return Allocation(
-            int(environ["SLURM_JOB_ID"]),
-            int(environ.get("SLURM_RESTART_COUNT", "0")),
+            job_id,
+            whole_number(environ, "SLURM_RESTART_COUNT", 0),
             tuple(nodes),
             tasks,
-            int(environ.get("SLURM_CPUS_PER_TASK", "1")),
+            whole_number(environ, "SLURM_CPUS_PER_TASK", 1),
             gpus,
         )
 
@@ -66,6 +68,12 @@ class Layout:
     num_nodes: int
     """The number of nodes that the ranks need; the job's remaining nodes are spares."""
     ranks_per_node: int
+
+
+def _num_gpus(asked: str) -> int:
+    """Return the number of GPUs in a value such as `4`, `h100:4`, `h100` (one) or `a100:2,h100:2`."""
+    counts = [entry.partition("(")[0].rpartition(":")[2].strip() for entry in asked.split(",")]
+    return sum(int(count) if count.isascii() and count.isdigit() else 1 for count in counts if count)
 
 
 def lay_out(allocation: Allocation, num_ranks: int, tensor: int) -> Layout:

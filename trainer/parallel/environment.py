@@ -6,7 +6,9 @@ import math
 import os
 import resource
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+
+from model.errors import UserError
 
 _SETTINGS = {
     # Megatron needs communication kernels to start in the order in which they are issued.
@@ -43,6 +45,25 @@ def set_environment(environ: MutableMapping[str, str] = os.environ) -> None:
     if not any(name in environ for name in _ALLOCATOR_NAMES):
         environ[_ALLOCATOR_NAMES[0]] = _ALLOCATOR
     raise_descriptor_limit()
+
+
+def whole_number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """Return the value of an environment variable that is a whole number, at least 0.
+
+    Args:
+        environ: The environment variables.
+        name: The variable.
+        default: The value if the variable is not set or empty; None if it must be set.
+
+    Raises:
+        UserError: If the variable is not a whole number, or is not set although it must be.
+    """
+    text = environ.get(name, "").strip()
+    if not text and default is not None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise UserError(f"{name} = {text!r}: must be a whole number; the launcher or the scheduler sets it")
+    return int(text)
 
 
 def raise_descriptor_limit() -> int:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import UserError
+from trainer.parallel.environment import whole_number
 
 _ERROR_DIR = "TRAINER_ERROR_DIR"
 """The environment variable that contains the folder to which ranks write a user's error. The launcher prints it once.
@@ -73,19 +74,21 @@ def rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
     may still be using theirs.
 
     Raises:
-        UserError: If neither MASTER_ADDR nor Slurm's list of nodes is set.
+        UserError: If neither MASTER_ADDR nor Slurm's list of nodes is set, or a number is malformed.
     """
     address = environ.get("MASTER_ADDR")
-    if address is None:
+    if not address:
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
-        if nodes is None:
+        if not nodes:
             raise UserError("MASTER_ADDR is not set: use torchrun, deepspeed or srun, or set it to rank 0's host")
         address = first_host(nodes)
-    port = environ.get("MASTER_PORT")
-    if port is not None:
-        return address, int(port)
+    if environ.get("MASTER_PORT"):
+        port = whole_number(environ, "MASTER_PORT")
+        if not 0 < port < 1 << 16:
+            raise UserError(f"MASTER_PORT = {port}: must be a port from 1 to 65535")
+        return address, port
     job, restart, step = (
-        int(environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
+        whole_number(environ, name, 0) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
     )
     return address, 20_000 + (job + 101 * restart + 11 * step) % 10_000
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import math
 import os
 import socket
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from model.json_text import parse_json
 
 Emit = Callable[[str, int, Mapping[str, Any]], None]
 """A function that emits an event, given its name, the most recently started step, and the fields of the event."""
@@ -140,13 +140,14 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     Lines that are incomplete because of a crash, or that have no event name, attempt or time, are skipped.
     """
     try:
-        lines = (run_dir / EVENTS_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
+        # Not splitlines(), which also splits at characters that JSON strings may contain.
+        lines = (run_dir / EVENTS_NAME).read_bytes().split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
         return []
     found = []
     for line in lines:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             continue
         if isinstance(record, dict) and _is_event(record):
@@ -156,7 +157,9 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 
 def _is_event(record: Event) -> bool:
     name, attempt, at = (record.get(key) for key in ("event", "attempt", "time"))
-    return isinstance(name, str) and isinstance(attempt, int) and isinstance(at, int | float) and math.isfinite(at)
+    if isinstance(attempt, bool) or isinstance(at, bool):
+        return False
+    return isinstance(name, str) and isinstance(attempt, int) and isinstance(at, int | float) and abs(at) < 1e12
 
 
 def num_attempts(events: Iterable[Event]) -> int:

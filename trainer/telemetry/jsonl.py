@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from model.errors import UserError
+from model.json_text import parse_json
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_NOT_FINITE = ("nan", "inf", "-inf")
+"""The texts that stand for the numbers that JSON lacks."""
 
 
 class Backlog(Generic[T]):
@@ -62,13 +66,13 @@ class StepLog:
     Args:
         path: The file. Its folder is created if it does not exist.
         resume_step: The step from which the run resumes. The lines of later steps and an incomplete last line are
-            first removed in one atomic replacement; 0 empties the file.
+            first removed in one atomic replacement, as are damaged lines; 0 empties the file.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line, record in read_lines(path) if record["step"] <= resume_step] if resume_step else []
+        kept = list(_undamaged(path, resume_step)) if resume_step else []
         write_atomically(path, "".join(kept))
         self._file = path.open("ab", buffering=0)
 
@@ -95,21 +99,76 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each complete line and its record; nothing if the file does not exist.
 
     Raises:
-        UserError: If a line is not a JSON object with a step.
+        UserError: If the file cannot be read, or a line is not a JSON object with a step.
     """
-    if not path.exists():
-        return
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break  # The line is incomplete because of a crash.
-        try:
-            record = json.loads(line)
-            int(record["step"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path} line {number}: not a JSON object with a step; correct the line or move the file elsewhere"
-            ) from None
+    for number, line, record in _numbered(path):
+        if isinstance(record, ValueError):
+            raise UserError(f"{path} line {number}: {record}; correct the line or move the file elsewhere")
         yield line, record
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file of metrics, in which every value is a number; nothing if the file does not exist.
+
+    Raises:
+        UserError: If the file cannot be read, or a line is not a record of metrics.
+    """
+    for number, (_, record) in enumerate(read_lines(path), start=1):
+        for name, value in record.items():
+            if value not in _NOT_FINITE and (isinstance(value, bool) or not isinstance(value, int | float)):
+                problem = f"{name} = {ascii(value)[:80]}, but must be a number"
+                raise UserError(f"{path} line {number}: {problem}; correct the line or move the file elsewhere")
+        yield record
+
+
+def undamaged_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of the lines that have one, and skip damaged lines; nothing if the file does not exist.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
+    yield from (record for _, _, record in _numbered(path) if not isinstance(record, ValueError))
+
+
+def _undamaged(path: Path, last_step: int) -> Iterator[str]:
+    """Yield the lines up to `last_step`. Damaged lines are logged, and the damaged file is kept under another name."""
+    damaged = []
+    for number, line, record in _numbered(path):
+        if isinstance(record, ValueError):
+            damaged.append(number)
+        elif record["step"] <= last_step:
+            yield line
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.copyfile(path, aside)
+        log.warning(
+            "%s: %d damaged lines are dropped, the first is line %d; %s has them", path, len(damaged), damaged[0], aside
+        )
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, str, Any]]:
+    """Yield the number and text of each complete line, with its record, or the reason why it has none.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    # Not splitlines(), which also splits at characters that JSON strings may contain. The text after the last line
+    # break is incomplete because of a crash.
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        record: Any
+        try:
+            record = parse_json(line)
+            if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 0:
+                record = ValueError("not a JSON object with a step")
+        except ValueError as error:
+            record = ValueError(f"not a JSON object with a step ({error})")
+        yield number, line.decode("utf-8", "replace") + "\n", record
 
 
 def write_atomically(path: Path, text: str) -> None:

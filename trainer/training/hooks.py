@@ -13,7 +13,7 @@ from trainer.checkpoint.layout import step_of
 from trainer.scoring.tasks import TASKS
 from trainer.telemetry.events import Event, EventLog
 from trainer.telemetry.hook import Hook, RunState
-from trainer.telemetry.jsonl import Backlog, StepLog, write_atomically
+from trainer.telemetry.jsonl import Backlog, StepLog, undamaged_records, write_atomically
 from trainer.telemetry.load_history import HISTORY_NAME
 from trainer.telemetry.metrics import EvalReport, StepReport, flatten, flatten_eval, is_logged
 from trainer.telemetry.progress import Progress
@@ -233,11 +233,5 @@ def _with_interval(name: str, report: EvalReport) -> str:
 
 def _first_logged_loss(metrics: Path) -> float | None:
     """Return `train/loss` from the first training record in the file, or None if the file contains no such record."""
-    if not metrics.exists():
-        return None
-    with metrics.open(encoding="utf-8") as lines:
-        for line in lines:
-            record = json.loads(line)
-            if "train/loss" in record:
-                return float(record["train/loss"])
-    return None
+    losses = (record.get("train/loss") for record in undamaged_records(metrics))
+    return next((float(loss) for loss in losses if isinstance(loss, int | float)), None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,9 @@ from trainer.telemetry.trackers.base import TrackedRun, flatten_params
 _NUM_PARAMS_PER_REQUEST = 100
 _NUM_METRICS_PER_REQUEST = 1_000
 _MAX_PARAM_CHARACTERS = 500
+_MAX_NAME_CHARACTERS = 250
+_REFUSED = re.compile(r"[^\w\-. :/]", re.ASCII)
+"""The characters that MLflow refuses in the names of metrics."""
 
 
 class MlflowTracker(BackgroundTracker):
@@ -90,7 +95,9 @@ class MlflowTracker(BackgroundTracker):
     def write(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [Metric(name, value, r.time_ms, r.step) for r in records for name, value in r.metrics.items()]
+        metrics = [
+            Metric(metric_name(name), value, r.time_ms, r.step) for r in records for name, value in r.metrics.items()
+        ]
         for i in range(0, len(metrics), _NUM_METRICS_PER_REQUEST):
             self._client.log_batch(self._run_id, metrics=metrics[i : i + _NUM_METRICS_PER_REQUEST])
 
@@ -108,6 +115,21 @@ class MlflowTracker(BackgroundTracker):
     def server(cls, root: Path) -> str | None:
         uri = tracking_uri(root)
         return uri if uri.startswith("http") else None
+
+
+def metric_name(name: str) -> str:
+    """Return a name that MLflow accepts; it refuses all metrics of a request if it refuses one name.
+
+    A name that must be changed, such as that of a subset with parentheses, ends with a hash of the original, so that
+    different metrics keep different names.
+    """
+    plain = _REFUSED.sub("_", name)
+    parts = [part for part in plain.split("/") if part.strip(". ")]
+    plain = "/".join(parts)
+    if plain == name and len(name) <= _MAX_NAME_CHARACTERS:
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{plain[: _MAX_NAME_CHARACTERS - 9]}-{digest}"
 
 
 def tracking_uri(root: Path) -> str:
