@@ -11,7 +11,9 @@ import soundfile
 from tests.trainer.data_corpus import audio_bytes
 from trainer.data.augment import augment
 from trainer.data.config import AugmentConfig
-from trainer.data.decode import SampleError, check_audio, check_metadata, decode_audio
+from trainer.data.decode import check_audio, decode_audio
+from trainer.data.errors import SampleError
+from trainer.data.metadata import check_metadata
 
 
 @pytest.mark.parametrize("kind", ["FLAC", "WAV", "MP3", "OGG", "OPUS"])
@@ -75,7 +77,7 @@ def test_clip_of_exactly_max_sec_is_accepted() -> None:
 )
 def test_bad_metadata_is_named(fields: dict, reason: str) -> None:
     with pytest.raises(SampleError) as caught:
-        check_metadata({"task": "asr", "instruction": "?", "answer": "yes", **fields})
+        check_metadata({"task": "asr", "instruction": "?", "answer": "yes", **fields}, 1)
     assert caught.value.reason == reason
 
 

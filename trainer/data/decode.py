@@ -1,10 +1,10 @@
-"""Decoding of audio to 16 kHz mono float32, and the reasons why a sample may be skipped."""
+"""Decoding of audio to 16 kHz mono float32."""
 
 from __future__ import annotations
 
 import io
-import struct
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import soundfile
@@ -12,50 +12,55 @@ import soxr
 from numpy.typing import NDArray
 
 from model.lengths import SAMPLE_RATE
-from trainer.scoring.tasks import TASKS, known_tasks
+from trainer.data.containers import MIN_SHARE, declares_length, whole_files
+from trainer.data.errors import SampleError
 
 AUDIO_TYPES = ("flac", "wav", "mp3", "ogg", "opus")
 """The audio types that shards may contain, by file extension."""
 
-Reason = Literal[
-    "altered",
-    "broken",
-    "empty",
-    "nan",
-    "too_long",
-    "wrong_type",
-    "empty_answer",
-    "unknown_task",
-    "placeholder_in_text",
-]
-
-
-class SampleError(Exception):
-    """Raised when a sample cannot be used. The sample is skipped, counted by `reason` and listed with `detail`."""
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason: Reason = reason
-        self.detail = detail
+MIN_RATE, MAX_RATE = 1_000, 768_000
+"""The sampling rates that are accepted, in Hz."""
+MAX_SEC = 6 * 3600.0
+"""The longest clip that is decoded if nothing else limits its length, in seconds."""
+MAX_VALUES_PER_BYTE = 4096
+"""The largest number of values that a byte of a file may decode to: frames times channels, and samples at 16 kHz. FLAC
+and Opus reach about 3000 for digital silence; a file that has more is meant to exhaust the memory."""
+_FREE_VALUES = 1 << 16
+"""The number of values that any file may decode to."""
+MAX_LEVEL = 100.0
+"""The largest absolute value of audio. Full scale is 1; floating-point files may exceed it a little."""
+_BLOCK_VALUES = 1 << 20
+"""The number of values that are decoded at once."""
 
 
 def decode_audio(data: bytes | memoryview, max_sec: float | None = None) -> NDArray[np.float32]:
     """Decode one clip, average its channels, and resample it to 16 kHz (soxr HQ).
 
+    The clip is decoded and resampled in blocks, so that the memory is that of the result. Concatenated files are one
+    clip.
+
     Args:
         data: content of a FLAC, WAV, MP3, OGG or Opus file.
-        max_sec: length of the longest clip that is allowed, in seconds; longer clips are rejected before they are
-            decoded. None for no limit.
+        max_sec: length of the longest clip that is allowed, in seconds; longer clips are rejected, if possible before
+            they are decoded. None for `MAX_SEC`.
 
     Returns:
         `[T]` float32 with T > 0; all values are finite.
 
     Raises:
-        SampleError: If the clip cannot be used, with reason `broken`, `empty`, `nan` or `too_long`.
+        SampleError: If the clip cannot be used, with reason `broken`, `empty`, `nan`, `out_of_range` or `too_long`.
     """
-    mono, rate = _decode_mono(data, max_sec)
-    if rate != SAMPLE_RATE:
-        mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
+    blocks: list[NDArray[np.float32]] = []
+    resampler: soxr.ResampleStream | None = None
+    rate = SAMPLE_RATE
+    for block in _blocks(data, max_sec):
+        if block.rate != rate:
+            blocks += _rest(resampler)
+            rate = block.rate
+            resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "HQ")
+        blocks.append(block.mono if resampler is None else resampler.resample_chunk(block.mono))
+    blocks += _rest(resampler)
+    mono = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
     if len(mono) == 0:
         raise SampleError("empty", "no audio")
     return np.ascontiguousarray(mono, dtype=np.float32)
@@ -67,52 +72,90 @@ def check_audio(data: bytes | memoryview) -> float:
     Raises:
         SampleError: If the clip cannot be used; see `decode_audio`.
     """
-    mono, rate = _decode_mono(data, None)
-    return len(mono) / rate
+    return sum(len(block.mono) / block.rate for block in _blocks(data, None))
 
 
-def _decode_mono(data: bytes | memoryview, max_sec: float | None) -> tuple[NDArray[np.float32], int]:
-    frames, rate = _read(data, max_sec)
-    mono = frames.mean(axis=1) if frames.shape[1] > 1 else frames[:, 0]
-    if not np.isfinite(mono).all():
-        raise SampleError("nan", f"{int((~np.isfinite(mono)).sum())} of {len(mono)} values are not finite")
-    return mono, rate
+@dataclass(frozen=True)
+class _Block:
+    """Consecutive decoded audio."""
+
+    mono: NDArray[np.float32]
+    """`[N]`: the mean of the channels."""
+    rate: int
+    """The sampling rate in Hz."""
 
 
-def _read(data: bytes | memoryview, max_sec: float | None) -> tuple[NDArray[np.float32], int]:
-    if not data:
-        raise SampleError("empty", "0 bytes")
-    # For a truncated WAV file, libsndfile counts only the frames that exist. The RIFF header contains the full size.
-    if data[:4] == b"RIFF" and len(data) >= 8 and struct.unpack("<I", data[4:8])[0] not in (0, 0xFFFFFFFF):
-        declared = struct.unpack("<I", data[4:8])[0] + 8
-        if len(data) < declared - 1:
-            raise SampleError("broken", f"truncated: {len(data)} of {declared} bytes")
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            declared_frames, rate = file.frames, file.samplerate
-            if max_sec is not None and declared_frames > max_sec * rate:
-                raise SampleError("too_long", f"{declared_frames / rate:.2f} s, the limit is {max_sec} s")
-            frames = file.read(dtype="float32", always_2d=True)
-            exact = file.format in ("FLAC", "WAV")
-    except soundfile.LibsndfileError as error:
-        raise SampleError("broken", str(error.error_string).strip()) from None
-    if len(frames) == 0:
-        raise SampleError("empty", "no audio")
-    if exact and len(frames) != declared_frames:
-        raise SampleError("broken", f"{len(frames)} of {declared_frames} audio frames could be decoded")
-    return frames, rate
+class _Sequential(soundfile.SoundFile):
+    """A file that is read from its beginning to its end.
+
+    soundfile seeks after each read of a file that it believes to be seekable. That changes the samples of some MP3
+    files, and fails if the number of frames is unknown.
+    """
+
+    def seekable(self) -> bool:
+        return False
 
 
-def check_metadata(metadata: dict[str, Any]) -> None:
-    """Check the task, instruction and answer of a sample.
+def _rest(resampler: soxr.ResampleStream | None) -> list[NDArray[np.float32]]:
+    return [] if resampler is None else [resampler.resample_chunk(np.zeros(0, np.float32), last=True)]
+
+
+def _blocks(data: bytes | memoryview, max_sec: float | None) -> Iterator[_Block]:
+    """Yield the audio of one clip, block by block. At least one frame is yielded.
 
     Raises:
-        SampleError: If one of them is not a string, the task is unknown, or the answer is empty.
+        SampleError: If the clip cannot be used; see `decode_audio`.
     """
-    for name in ("task", "instruction", "answer"):
-        if not isinstance(metadata.get(name), str):
-            raise SampleError("wrong_type", f"{name} = {metadata.get(name)!r}, but must be a string")
-    if metadata["task"] not in TASKS:
-        raise SampleError("unknown_task", f"task = {metadata['task']!r}; known tasks are {known_tasks()}")
-    if not metadata["answer"].strip():
-        raise SampleError("empty_answer", "answer is empty")
+    if not data:
+        raise SampleError("empty", "0 bytes")
+    limit, seconds = MAX_SEC if max_sec is None else max_sec, 0.0
+    for file in whole_files(data):
+        try:
+            for block in _blocks_of_file(file, seconds, limit):
+                seconds += len(block.mono) / block.rate
+                yield block
+        except (soundfile.LibsndfileError, ValueError, TypeError, OverflowError) as error:
+            reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
+            raise SampleError("broken", str(reason).strip() or "cannot be decoded") from None
+    if seconds == 0:
+        raise SampleError("empty", "no audio")
+
+
+def _blocks_of_file(data: bytes | memoryview, start_sec: float, max_sec: float) -> Iterator[_Block]:
+    """Yield the audio of one file, which begins `start_sec` after the beginning of its clip."""
+    most_values = MAX_VALUES_PER_BYTE * len(data) + _FREE_VALUES
+    with _Sequential(io.BytesIO(data)) as file:
+        rate, channels = file.samplerate, file.channels
+        if not MIN_RATE <= rate <= MAX_RATE:
+            raise SampleError("broken", f"sampling rate {rate} Hz, but must be {MIN_RATE} to {MAX_RATE} Hz")
+        # A FLAC file that was written to a pipe has no number of frames, and a damaged header may have any number.
+        declared = file.frames if file.frames * channels <= most_values and declares_length(data) else None
+        if declared is not None and declared > (max_sec - start_sec) * rate:
+            raise SampleError("too_long", f"{start_sec + declared / rate:.2f} s, the limit is {max_sec:g} s")
+        at_once = _BLOCK_VALUES // channels
+        at_once = at_once if declared is None else min(at_once, declared + 1)
+        num = 0
+        while len(frames := file.read(at_once, dtype="float32", always_2d=True)):
+            num += len(frames)
+            if num > (max_sec - start_sec) * rate:
+                raise SampleError("too_long", f"more than {max_sec:g} s, which is the limit")
+            if max(num * channels, num * SAMPLE_RATE / rate) > most_values:
+                raise SampleError("broken", f"{len(data)} bytes that decode to more than {most_values} values")
+            yield _Block(_checked_mono(frames), rate)
+    if declared is not None and num < MIN_SHARE * declared:
+        raise SampleError("broken", f"{num} of {declared} audio frames could be decoded")
+
+
+def _checked_mono(frames: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the mean of the channels: `[N, channels]` → `[N]`.
+
+    Raises:
+        SampleError: If a value is not finite (`nan`) or not audio (`out_of_range`).
+    """
+    lowest, highest = float(frames.min()), float(frames.max())
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        raise SampleError("nan", f"{int((~np.isfinite(frames)).sum())} of {frames.size} values are not finite")
+    if max(-lowest, highest) > MAX_LEVEL:
+        raise SampleError("out_of_range", f"a value of {max(-lowest, highest):g}, but full scale is 1; scale the file")
+    mono: NDArray[np.float32] = frames.mean(axis=1) if frames.shape[1] > 1 else frames[:, 0]
+    return mono
