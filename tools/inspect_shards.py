@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from model.errors import UserError
 from tools.options import check_output
-from trainer.data.shard_check import build_index, check_shard
+from trainer.data.shard_check import SkippedSample, build_index, check_shard, summary_of
 from trainer.data.shards import Entry, ShardSet
 from trainer.storage.open import open_store
 
@@ -69,11 +69,11 @@ def _run(args: argparse.Namespace) -> int:
             raise UserError(f"--png {args.png}: {args.png.parent} is not a folder; create it or choose another path")
         check_output(f"--png {args.png}", args.png)
     store = open_store(args.url)
-    skipped_samples: list[str] = []
+    skipped: list[SkippedSample] = []
     if args.build_index:
         defaults = dict(_field(text) for text in args.defaults)
         with tqdm(unit=" shards", disable=None, leave=False) as bar:
-            skipped_samples = build_index(store, defaults, on_shard=bar.update)
+            skipped = build_index(store, defaults, on_shard=bar.update)
     elif args.defaults:
         raise UserError("--set: needs --build-index; add it, or remove --set")
     shards = ShardSet(store, num_cached_tables=1)
@@ -86,7 +86,8 @@ def _run(args: argparse.Namespace) -> int:
             seconds += (e.seconds for e in _entries(shards, shard, damage) if e.num_clips)
             bar.update(info.num_bytes)
     report = summary(shards, seconds)
-    report |= {"checked": not args.no_check, "damage": damage, "skipped_samples": skipped_samples}
+    report |= {"checked": not args.no_check, "damage": damage}
+    report |= {"skipped": summary_of(skipped), "skipped_samples": [str(s) for s in skipped]}
     if args.png:
         draw(seconds, args.png, f"{args.url}: {len(seconds)} clips")
     print(json.dumps(report) if args.json else as_text(report))
@@ -155,7 +156,8 @@ def as_text(report: dict[str, Any]) -> str:
         name = f"{low:g} to {high:g}" if high is not None else f"from {low:g}"
         lines.append(f"{name:>10}  {count:8d}  {'#' * round(_BAR_CHARS * count / most)}")
     lines.append("")
-    lines += [f"skipped: {text}" for text in report["skipped_samples"]]
+    if report["skipped"]:
+        lines.append(f"skipped samples: {report['skipped']}")
     lines += [f"damaged: {text}" for text in report["damage"]]
     if report["checked"] and not report["damage"]:
         lines.append("all shards and samples match the index")

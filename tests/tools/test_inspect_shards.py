@@ -17,6 +17,9 @@ from tools.make_shards import main as make_shards
 from trainer.data.config import DatasetConfig
 from trainer.data.loader import Loader
 from trainer.data.prepare import prepare
+from trainer.data.stream import SampleStream
+
+DEFAULTS = ["--set", "task=asr", "--set", "split=train", "--set", "instruction=Transcribe."]
 
 
 @pytest.fixture
@@ -89,15 +92,14 @@ def test_shards_of_other_programs_are_indexed_and_trained_on(
 ) -> None:
     foreign(tmp_path / "theirs")
     before = {p.name: p.read_bytes() for p in (tmp_path / "theirs").iterdir()}
-    defaults = ["--set", "task=asr", "--set", "split=train", "--set", "instruction=Transcribe."]
-    assert main([str(tmp_path / "theirs"), "--build-index", *defaults, "--json"]) == 0
+    assert main([str(tmp_path / "theirs"), "--build-index", *DEFAULTS, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["num_samples"], report["num_shards"]) == (7, 2)
     (skipped_samples,) = report["skipped_samples"]
     assert "b.tar: broken: broken:" in skipped_samples
     assert {n: d for n, d in before.items() if (tmp_path / "theirs" / n).read_bytes() == d} == before
     data = prepare(data_config(tmp_path, DatasetConfig(name="theirs", shards="theirs")), TokenRate((2,)))
-    with Loader(data, seed=0, num_batches=7) as loader:
+    with Loader(SampleStream(data, seed=0, num_batches=7)) as loader:
         found = {s.key: s for batch, _ in loader for s in batch.samples}
         assert loader.num_skipped == {}
     assert set(found) == {f"talk/{i}" for i in range(4)} | {f"more-{i}" for i in range(3)}
@@ -144,5 +146,5 @@ def test_a_tar_with_folders_and_links_is_read(tmp_path: Path, capsys: pytest.Cap
         info = tarfile.TarInfo("d/one.FLAC")
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
-    assert main([str(tmp_path / "odd"), "--build-index", "--set", "answer=a", "--json"]) == 0
+    assert main([str(tmp_path / "odd"), "--build-index", *DEFAULTS, "--set", "answer=a", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_samples"] == 1

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import xxhash
 
 from model.errors import UserError
-from trainer.data.decode import AUDIO_TYPES, SampleError, check_audio
+from trainer.data.decode import check_audio
+from trainer.data.errors import SampleError, sample_errors
+from trainer.data.metadata import check_metadata
 from trainer.data.shard_writer import Groups, write_index, write_table
-from trainer.data.shards import INDEX_NAME, Entry, Shard, ShardSet
+from trainer.data.shards import INDEX_NAME, Entry, Shard, ShardSet, parse_sample
+from trainer.data.tar_samples import TarSample, tar_samples
 from trainer.storage.store import Store
 
-Member = tuple[str, int, int]
-"""(extension, first byte, number of bytes) of a file in a tar."""
+
+@dataclass(frozen=True)
+class SkippedSample:
+    """A sample of a tar that is not in the index, with the reason."""
+
+    shard: str
+    key: str
+    reason: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.key}: {self.reason}: {self.detail}"
+
+
+def summary_of(skipped: Sequence[SkippedSample]) -> str:
+    """Return the number of skipped samples by reason, with the first one of each; empty if there are none."""
+    by_reason: dict[str, list[SkippedSample]] = {}
+    for sample in skipped:
+        by_reason.setdefault(sample.reason, []).append(sample)
+    return "; ".join(
+        f"{len(found)} {reason} (first: {found[0].shard} {found[0].key}: {found[0].detail})"
+        for reason, found in sorted(by_reason.items())
+    )
 
 
 def check_shard(shards: ShardSet, shard: int) -> list[str]:
@@ -51,8 +73,10 @@ def check_shard(shards: ShardSet, shard: int) -> list[str]:
 
 def build_index(
     store: Store, defaults: Mapping[str, str], on_shard: Callable[[int], Any] = lambda num: None
-) -> list[str]:
+) -> list[SkippedSample]:
     """Write offset tables and an index for existing tars, which are not changed.
+
+    If several samples have the same key, as in tars that several jobs wrote, all but the first get a number: `KEY~2`.
 
     Args:
         store: store that contains `*.tar` files in WebDataset format. The members of each sample must be consecutive.
@@ -60,7 +84,7 @@ def build_index(
         on_shard: called with 1 after every shard.
 
     Returns:
-        One line for each skipped sample, with the reason.
+        The samples that are not in the index, with their reasons.
 
     Raises:
         UserError: If there is an index already, there is no tar, a tar cannot be read, or no sample can be used.
@@ -72,64 +96,48 @@ def build_index(
     if not tars:
         raise UserError(f"{store.url}: contains no *.tar; give the folder or prefix that contains the shards")
     shards: list[Shard] = []
-    skipped_samples: list[str] = []
+    skipped: list[SkippedSample] = []
+    keys: set[str] = set()
     for name in tars:
         data = memoryview(store.get(name))
         groups, entries = Groups(), []
-        for key, members in _samples(data, f"{store.url}/{name}"):
+        for sample in tar_samples(data, f"{store.url}/{name}"):
+            key = _unique(sample.key, keys)
             try:
-                entries.append(_entry(key, members, data, defaults, groups))
+                with sample_errors(key):
+                    entries.append(_entry(sample, key, data, defaults, groups))
             except SampleError as error:
-                skipped_samples.append(f"{name}: {key}: {error}")
+                skipped.append(SkippedSample(name, key, error.reason, error.detail))
         shard = Shard(name, len(data), len(entries), hashlib.sha256(data).hexdigest(), groups.lines())
         write_table(store, shard, entries)
         shards.append(shard)
         on_shard(1)
     if not any(s.num_samples for s in shards):
-        raise UserError(
-            f"{store.url}: no sample can be used; first problem: {(skipped_samples or ['the tars are empty'])[0]}"
-        )
+        raise UserError(f"{store.url}: no sample can be used: {summary_of(skipped) or 'the tars are empty'}")
     write_index(store, shards, defaults)
-    return skipped_samples
+    return skipped
 
 
-def _samples(data: memoryview, where: str) -> list[tuple[str, list[Member]]]:
-    """Return the key and members of every sample, in the order of the tar."""
-    samples: list[tuple[str, list[Member]]] = []
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for info in tar:
-                if not info.isfile():
-                    continue
-                folder, slash, file = info.name.rpartition("/")
-                stem, _, extension = file.partition(".")
-                key = folder + slash + stem
-                if not samples or samples[-1][0] != key:
-                    samples.append((key, []))
-                samples[-1][1].append((extension.lower(), info.offset_data, info.size))
-    except tarfile.TarError as error:
-        raise UserError(f"{where}: cannot be read as a tar ({error}); copy or make it again") from None
-    return samples
-
-
-def _entry(key: str, members: list[Member], data: memoryview, defaults: Mapping[str, str], groups: Groups) -> Entry:
+def _entry(sample: TarSample, key: str, data: memoryview, defaults: Mapping[str, str], groups: Groups) -> Entry:
     """Check a sample, count it in `groups`, and return its entry for the offset table.
 
     Raises:
         SampleError: If the sample cannot be used.
     """
-    metadata: dict[str, Any] = dict(defaults)
-    seconds = 0.0
-    for extension, offset, size in members:
-        kind, part = extension.split(".")[-1], data[offset : offset + size]
-        if kind in AUDIO_TYPES:
-            seconds += check_audio(part)
-        elif kind == "json":
-            try:
-                metadata |= json.loads(bytes(part))
-            except (ValueError, TypeError) as error:
-                raise SampleError("wrong_type", f"metadata is not a JSON object ({error})") from None
-    if not any(extension.split(".")[-1] in (*AUDIO_TYPES, "json", "txt") for extension, _, _ in members):
-        raise SampleError("wrong_type", f"no audio, .json or .txt among its files {[m[0] for m in members]}")
-    span = data[members[0][1] : members[-1][1] + members[-1][2]]
-    return groups.entry(key, metadata, seconds, xxhash.xxh3_64_hexdigest(span), tuple(members))
+    if sample.problem is not None:
+        raise sample.problem
+    span = data[sample.members[0][1] : sample.members[-1][1] + sample.members[-1][2]]
+    entry = Entry(key, "", "", "", 0.0, xxhash.xxh3_64_hexdigest(span), sample.members)
+    raw = parse_sample(entry, span, defaults)
+    check_metadata(raw.metadata, len(raw.clips))
+    seconds = sum(check_audio(clip) for clip in raw.clips)
+    return groups.entry(key, raw.metadata, seconds, entry.xxh3, entry.members)
+
+
+def _unique(key: str, used: set[str]) -> str:
+    """Return `key`, with a number if another sample has it already, and add it to `used`."""
+    found, number = key, 2
+    while found in used:
+        found, number = f"{key}~{number}", number + 1
+    used.add(found)
+    return found

@@ -17,7 +17,6 @@ index are the values of fields that are missing in `<key>.json`, and the content
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,10 @@ from functools import lru_cache
 from typing import Any
 
 from model.errors import UserError
-from trainer.data.decode import AUDIO_TYPES, SampleError
+from model.json_text import parse_json
+from trainer.data.decode import AUDIO_TYPES
+from trainer.data.tar_samples import Member, arrange, metadata_of
+from trainer.scoring.fields import is_amount
 from trainer.storage.store import ChangedError, Store
 
 log = logging.getLogger(__name__)
@@ -110,7 +112,7 @@ class Entry:
     split: str
     seconds: float
     xxh3: str
-    members: tuple[tuple[str, int, int], ...]
+    members: tuple[Member, ...]
     """(extension, first byte, number of bytes) of every member, in the order of the tar."""
 
     @property
@@ -151,8 +153,8 @@ def read_index(store: Store) -> ShardIndex:
             f"{FORMAT_VERSION}; make the shards again"
         )
     try:
-        shards = tuple(_shard(s) for s in index["shards"])
-        defaults = {str(k): str(v) for k, v in index.get("defaults", {}).items()}
+        shards = tuple(read_shard(s) for s in index["shards"])
+        defaults = {_text(k): _text(v) for k, v in index.get("defaults", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{store.url}/{INDEX_NAME}: malformed ({error!r}); make the shards again") from None
     return ShardIndex(shards, hashlib.sha256(data).hexdigest(), defaults)
@@ -195,22 +197,8 @@ class ShardSet:
             self.quarantined[shard] = why
 
     def parse(self, entry: Entry, data: memoryview) -> RawSample:
-        """Return the sample that is stored in the bytes `data` of its span.
-
-        Raises:
-            SampleError: If its metadata is not a JSON object (`wrong_type`).
-        """
-        start = entry.span[0]
-        clips, metadata = [], dict(self.index.defaults)
-        for extension, offset, size in entry.members:
-            kind, part = extension.split(".")[-1], data[offset - start : offset - start + size]
-            if kind in AUDIO_TYPES:
-                clips.append(part)
-            elif kind == "json":
-                metadata |= _metadata(bytes(part))
-            elif extension == "txt":
-                metadata["answer"] = bytes(part).decode("utf-8", errors="replace").strip()
-        return RawSample(entry.key, tuple(clips), metadata)
+        """Return the sample that is stored in the bytes `data` of its span; see `parse_sample`."""
+        return parse_sample(entry, data, self.index.defaults)
 
     def _read_table(self, shard: int) -> tuple[Entry, ...]:
         """Read the offset table of a shard.
@@ -222,42 +210,99 @@ class ShardSet:
         info = self.shards[shard]
         where = f"{self.store.url}/{table_name(info.name)}"
         table = _json_object(where, self.store.get(table_name(info.name)), ChangedError)
-        if table.get("sha256") != info.sha256 or len(table.get("samples", ())) != info.num_samples:
+        samples = table.get("samples")
+        if table.get("sha256") != info.sha256 or not isinstance(samples, list) or len(samples) != info.num_samples:
             raise ChangedError(f"{where}: belongs to another version of the shard; make it again")
         try:
-            return tuple(
-                Entry(key, *_three(table["groups"][group]), seconds, xxh3, tuple((e, o, n) for e, o, n in members))
-                for key, group, seconds, xxh3, members in table["samples"]
-            )
+            return tuple(_entry(sample, table["groups"], info.num_bytes) for sample in samples)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ChangedError(f"{where}: malformed ({error!r}); make the shards again") from None
 
 
-def _shard(line: Mapping[str, Any]) -> Shard:
-    if not isinstance(line["name"], str) or "/" in line["name"] or not line["name"].endswith(".tar"):
-        raise ValueError(f"shard name {line['name']!r}")
-    groups = tuple(Group(**g) for g in line["groups"])
-    return Shard(line["name"], int(line["num_bytes"]), int(line["num_samples"]), str(line["sha256"]), groups)
+def parse_sample(entry: Entry, data: memoryview, defaults: Mapping[str, Any]) -> RawSample:
+    """Return the sample that is stored in the bytes `data` of its span.
+
+    Args:
+        entry: the sample's entry in the offset table.
+        data: the bytes.
+        defaults: the values of fields that the sample may lack.
+
+    Raises:
+        SampleError: If its metadata cannot be read (`wrong_type`), or its files may be several samples (`ambiguous`).
+    """
+    start = entry.span[0]
+    clips, json_place, txt_place = arrange([extension for extension, _, _ in entry.members])
+
+    def part(place: int) -> memoryview:
+        _, offset, size = entry.members[place]
+        return data[offset - start : offset - start + size]
+
+    json_text = None if json_place is None else bytes(part(json_place))
+    answer_text = None if txt_place is None else bytes(part(txt_place))
+    return RawSample(entry.key, tuple(map(part, clips)), metadata_of(defaults, json_text, answer_text))
 
 
-def _three(group: Sequence[str]) -> tuple[str, str, str]:
-    task, subset, split = group
-    return task, subset, split
+def read_shard(line: Mapping[str, Any]) -> Shard:
+    """Return a shard from its line of an index.
+
+    Raises:
+        KeyError, TypeError, ValueError: If the line is malformed.
+    """
+    name = _text(line["name"])
+    if "/" in name or not name.endswith(".tar"):
+        raise ValueError(f"shard name {name!r}")
+    groups = tuple(_group(**group) for group in line["groups"])
+    num_samples = _whole(line["num_samples"])
+    if sum(group.num_samples for group in groups) != num_samples:
+        raise ValueError(f"{name}: the samples of its groups are not {num_samples}")
+    return Shard(name, _whole(line["num_bytes"]), num_samples, _text(line["sha256"]), groups)
 
 
-def _metadata(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise SampleError("wrong_type", f"metadata is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise SampleError("wrong_type", "metadata is not a JSON object")
+def _group(task: Any, subset: Any, split: Any, language: Any, source: Any, num_samples: Any, seconds: Any) -> Group:
+    names = _text(task), _text(subset), _text(split), _text(language), _text(source)
+    return Group(*names, _whole(num_samples), _amount(seconds))
+
+
+def _entry(sample: Any, groups: Sequence[Any], num_bytes: int) -> Entry:
+    """Return an entry of an offset table.
+
+    Raises:
+        ValueError, TypeError, IndexError: If it is malformed, or its members are not in order within the shard.
+    """
+    key, number, seconds, xxh3, members = sample
+    task, subset, split = map(_text, groups[_whole(number)])
+    checked, end = [], 0
+    for extension, offset, size in members:
+        if _whole(offset) < end or offset + _whole(size) > num_bytes:
+            raise ValueError(f"the files of {key!r} are not in order within the shard")
+        end = offset + size
+        checked.append((_text(extension), offset, size))
+    if not checked:
+        raise ValueError(f"{key!r} has no files")
+    return Entry(_text(key), task, subset, split, _amount(seconds), _text(xxh3), tuple(checked))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TypeError(f"{value!r} is not a whole number from 0")
+    return value
+
+
+def _amount(value: Any) -> float:
+    if not is_amount(value):
+        raise TypeError(f"{value!r} is not a number from 0")
     return value
 
 
 def _json_object(where: str, data: bytes, kind: type[UserError] = UserError) -> dict[str, Any]:
     try:
-        value = json.loads(data)
+        value = parse_json(data)
     except ValueError as error:
         raise kind(f"{where}: not JSON ({error}); make the shards again") from None
     if not isinstance(value, dict):
