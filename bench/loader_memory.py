@@ -20,6 +20,7 @@ from model.lengths import TokenRate
 from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.loader import Loader
 from trainer.data.prepare import prepare
+from trainer.data.stream import SampleStream
 
 GOAL = 0.05
 SUBSETS = ("digits", "digit_strings", "wake_words")
@@ -50,7 +51,7 @@ def main(num_batches: int = 100_000, num_workers: int = 0) -> int:
         sizes: list[tuple[int, int]] = []
         every = max(1, num_batches // 500)
         start = time.perf_counter()
-        with Loader(prepare(config, TokenRate((2, 2, 2))), seed=0, num_batches=num_batches) as loader:
+        with Loader(SampleStream(prepare(config, TokenRate((2, 2, 2))), seed=0, num_batches=num_batches)) as loader:
             for number, (_, _) in enumerate(loader):
                 if number % every == 0:
                     sizes.append((number, resident_bytes()))

@@ -94,7 +94,7 @@ def _first(kind: str, config: DataConfig) -> None:
     else:
         from trainer.data.loader import Loader  # imports torch
 
-        with Loader(prepared, seed=0, num_batches=10) as loader:
+        with Loader(SampleStream(prepared, seed=0, num_batches=10)) as loader:
             next(iter(loader))
             print(time.time())
 

@@ -16,6 +16,7 @@ import torch
 from tools.demo_corpus import write_corpus
 from trainer.data.loader import Loader
 from trainer.data.prepare import prepare
+from trainer.data.stream import SampleStream
 from trainer.evaluation.predictions import read_predictions, score_predictions
 from trainer.expert_usage.forward import load_tower, open_checkpoint
 from trainer.expert_usage.history import RunPath
@@ -140,7 +141,7 @@ def check_routing(third: ExpertLoad, run: Path) -> None:
     """Check that routing step 3's batch in one process, with the weights after step 2, gives the recorded history."""
     reader, recipe = open_checkpoint(RunPath(run, run / "checkpoints" / "step-00000002"))
     prepared = prepare(recipe.data, recipe.model.adapter.rate)
-    with Loader(prepared, seed=recipe.seed, num_batches=recipe.train.steps) as loader:
+    with Loader(SampleStream(prepared, seed=recipe.seed, num_batches=recipe.train.steps)) as loader:
         batch = [batch for batch, _ in loader][2]
     tower = load_tower(recipe.model, reader)
     assert tower.primary is not None

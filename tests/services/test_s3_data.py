@@ -23,6 +23,7 @@ from trainer.data.config import DatasetConfig
 from trainer.data.loader import Loader
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.source import Skip
+from trainer.data.stream import SampleStream
 from trainer.storage.open import open_store
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,7 @@ def prepared(root: str, local: Path, **fields: Any) -> PreparedData:
 
 def keys(data: PreparedData, num_batches: int, skips: list[Skip] | None = None) -> list[str]:
     on_skip = (lambda skip: None) if skips is None else skips.append
-    with Loader(data, seed=3, num_batches=num_batches, on_skip=on_skip) as loader:
+    with Loader(SampleStream(data, seed=3, num_batches=num_batches, on_skip=on_skip)) as loader:
         return [s.key for batch, _ in loader for s in batch.samples]
 
 
@@ -66,7 +67,7 @@ def test_a_server_that_is_killed_for_ten_seconds_costs_no_sample(
     expected = keys(prepared(str(local), local), 40)
     found: list[str] = []
     back = threading.Timer(10.0 if num_workers == 0 else 3.0, server.start_proxy)
-    with Loader(prepared(url, local, num_workers=num_workers), seed=3, num_batches=40) as loader:
+    with Loader(SampleStream(prepared(url, local, num_workers=num_workers), seed=3, num_batches=40)) as loader:
         for number, (batch, _) in enumerate(loader):
             found += [s.key for s in batch.samples]
             if number == 2:
@@ -81,7 +82,7 @@ def test_a_server_that_is_killed_for_ten_seconds_costs_no_sample(
 def test_network_outage_does_not_block_while_the_buffer_has_data(server: Swift, swift: Swift, local: Path) -> None:
     upload(local, "s3://bucket/ahead/set")
     data = prepared("s3://bucket/ahead", local, read_kib=128, read_ahead_mib=16)
-    with Loader(data, seed=3, num_batches=200) as loader:
+    with Loader(SampleStream(data, seed=3, num_batches=200)) as loader:
         batches = iter(loader)
         next(batches)
         time.sleep(1.0)  # the next reads arrive

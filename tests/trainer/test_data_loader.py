@@ -10,84 +10,28 @@ import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.batch import Sample
-from model.errors import UserError
 from model.lengths import TokenRate
-from tests.trainer.data_corpus import audio_bytes, data_config, row, write_shards
-from trainer.data.config import AugmentConfig, DatasetConfig, JoinConfig
-from trainer.data.loader import Loader, SkipLog
+from model.errors import UserError
+from tests.trainer.data_corpus import data_config, write_shards
+from tests.trainer.loader_runs import BROKEN, assert_identical, run, samples, small_corpus, with_fields
+from trainer.data.config import DatasetConfig, JoinConfig
+from trainer.data.loader import Loader
 from trainer.data.prepare import PreparedData, prepare
-from trainer.data.state import LaneState, State, merge_states, new_state
+from trainer.data.state import LaneState, State, new_state
+from trainer.data.stream import SampleStream
 from trainer.data.workers import Workers
 from trainer.storage.store import LocalStore
-
-BROKEN = {"a-3", "a-8", "a-9"}
-
-
-def samples(prefix: str, num: int, *, audio: bool, broken: set[str] = frozenset()) -> list:  # type: ignore[assignment]
-    made = []
-    for i in range(num):
-        key = f"{prefix}-{i}"
-        data = b"fLaC, but not really" if key in broken else audio_bytes(0.05 + 0.01 * (i % 5), seed=i)
-        clips = [("flac", data)] if audio else []
-        made.append((row(key, task="asr" if audio else "text"), clips))
-    return made
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
-    root = tmp_path_factory.mktemp("corpus")
-    write_shards(root / "a", samples("a", 13, audio=True, broken=BROKEN), per_shard=4)
-    write_shards(root / "b", samples("b", 5, audio=False), per_shard=3)
-    datasets = (
-        DatasetConfig(name="a", shards="a", weight=2.0),
-        DatasetConfig(name="b", shards="b", weight=((0.0, 0.0), (0.25, 1.0))),
-    )
-    augment = AugmentConfig(start=0, end=0.5, speed=0.1, gain_db=6, noise_snr_db=10)
-    config = data_config(root, *datasets, max_skipped_fraction=0.5, augment=augment, join=JoinConfig(probability=0.5))
-    return prepare(config, TokenRate((2, 2)))
-
-
-def with_fields(prepared: PreparedData, **fields: Any) -> PreparedData:
-    return replace(prepared, config=replace(prepared.config, **fields))
-
-
-def run(
-    prepared: PreparedData, num_batches: int, world: int = 1, state: State | None = None, stop: int | None = None
-) -> tuple[list[list[Sample]], State]:
-    """Return the global batches until `stop`, in the order of ranks, and the merged state at `stop`."""
-    stop = num_batches if stop is None else stop
-    states, parts = [], []
-    for rank in range(world):
-        with Loader(prepared, seed=5, num_batches=num_batches, rank=rank, world=world, state=state) as loader:
-            mine = []
-            if loader.state["batch"] < stop:
-                for batch, reached in loader:
-                    assert reached is loader.state
-                    mine.append(list(batch.samples))
-                    if reached["batch"] == stop:
-                        break
-            states.append(loader.state)
-            parts.append(mine)
-    batches = [[s for rank in ranks for s in rank] for ranks in zip(*parts, strict=True)]
-    return batches, json.loads(json.dumps(merge_states(states)))
-
-
-def assert_identical(one: list[list[Sample]], two: list[list[Sample]]) -> None:
-    assert [[s.key for s in b] for b in one] == [[s.key for s in b] for b in two]
-    for a, b in zip((s for x in one for s in x), (s for x in two for s in x), strict=True):
-        assert a.meta == b.meta
-        for name in ("token_ids", "audio_mask", "labels", "prompt_ids"):
-            assert torch.equal(getattr(a, name), getattr(b, name))
-        assert len(a.clips) == len(b.clips)
-        assert all(torch.equal(x, y) for x, y in zip(a.clips, b.clips, strict=True))
+    return small_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.mark.slow
@@ -194,7 +138,7 @@ def test_resume_takes_the_same_number_of_reads_at_any_position(
     data = prepare(config, TokenRate((2, 2)))
     (reader,) = data.open_training()
     state = new_state(5, 1, {"a": reader.digest}, consumed, {0: LaneState({"a": consumed}, consumed)})
-    with Loader(data, seed=5, num_batches=10**7, state=state) as loader:
+    with Loader(SampleStream(data, seed=5, num_batches=10**7, state=state)) as loader:
         next(iter(loader))
     assert Counting.requests["json"] == 1
     assert (
@@ -232,7 +176,7 @@ def test_every_usable_sample_comes_exactly_once_per_epoch(prepared: PreparedData
 def test_prefetch_is_not_in_the_state(prepared: PreparedData) -> None:
     data = with_fields(prepared, num_workers=1, prefetch_batches=6)
     _, expected = run(prepared, 12, stop=2)
-    with Loader(data, seed=5, num_batches=12) as loader:
+    with Loader(SampleStream(data, seed=5, num_batches=12)) as loader:
         iterator = iter(loader)
         next(iterator)
         _, state = next(iterator)
@@ -264,7 +208,7 @@ def test_epochs_are_reported_and_add_up_over_ranks(prepared: PreparedData) -> No
     def epochs(world: int) -> dict[str, float]:
         total: Counter[str] = Counter()
         for rank in range(world):
-            with Loader(prepared, seed=5, num_batches=20, rank=rank, world=world) as loader:
+            with Loader(SampleStream(prepared, seed=5, num_batches=20, rank=rank, world=world)) as loader:
                 list(loader)
                 total.update(loader.epochs)
         return dict(total)
@@ -284,85 +228,8 @@ def test_state_of_256_lanes_and_six_datasets_is_a_few_kilobytes() -> None:
     assert len(json.dumps(one)) < 3_000
 
 
-def test_skips_are_counted_listed_once_and_stop_the_run(prepared: PreparedData, tmp_path: Path) -> None:
-    log = SkipLog(tmp_path / "run" / "skipped.jsonl")
-    with Loader(prepared, seed=5, num_batches=40, on_skip=log) as loader:
-        for _ in loader:
-            pass
-        counted = loader.num_skipped
-    listed = [json.loads(line) for line in log.path.read_text().splitlines()]
-    assert counted == Counter(s["reason"] for s in listed) == {"broken": len(listed)}
-    assert {s["key"] for s in listed} == BROKEN
-    assert {s["set"] for s in listed} == {"a"}
-    strict = with_fields(prepared, max_skipped_fraction=0.0)
-    with (
-        Loader(strict, seed=5, num_batches=40) as loader,
-        pytest.raises(UserError, match=r"data.max_skipped_fraction = 0.0: .* had to be skipped \(\d broken\)"),
-    ):
-        list(loader)
-
-
-def test_dataset_without_usable_samples_stops_the_run(tmp_path: Path) -> None:
-    bad = samples("a", 3, audio=True, broken={"a-0", "a-1", "a-2"})
-    write_shards(tmp_path / "a", bad, per_shard=4)
-    data = prepare(data_config(tmp_path, DatasetConfig(name="a", shards="a")), TokenRate((2,)))
-    for num_workers in (0, 1):
-        with (
-            Loader(with_fields(data, num_workers=num_workers), seed=0, num_batches=4) as loader,
-            pytest.raises(UserError, match="6 samples in a row.*tar a-[012]: broken:"),
-        ):
-            list(loader)
-
-
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"answer": ""}, "empty_answer"),
-        ({"answer": 3}, "wrong_type"),
-        ({"instruction": "<SpeechHere>"}, "placeholder_in_text"),
-    ],
-)
-def test_bad_metadata_in_foreign_shards_is_skipped_by_reason(tmp_path: Path, fields: dict, reason: str) -> None:
-    good = samples("a", 5, audio=True)
-    bad = (row("bad", **fields), [("flac", audio_bytes(0.1))])
-    write_shards(tmp_path / "a", [*good, bad], per_shard=9)
-    data = prepare(
-        data_config(tmp_path, DatasetConfig(name="a", shards="a"), max_skipped_fraction=0.3), TokenRate((2,))
-    )
-    with Loader(data, seed=0, num_batches=9) as loader:
-        keys = {s.key for batch, _ in loader for s in batch.samples}
-        assert set(loader.num_skipped) == {reason}
-    assert keys == {f"a-{i}" for i in range(5)}
-
-
-def test_short_clips_are_padded_and_long_ones_skipped(tmp_path: Path) -> None:
-    clips = {"short": 0.05, "just": 0.1, "longest": 0.5, "long": 0.6}
-    write_shards(tmp_path / "a", [(row(k), [("flac", audio_bytes(sec))]) for k, sec in clips.items()], per_shard=9)
-    fields = {"min_audio_sec": 0.1, "max_audio_sec": 0.5, "max_skipped_fraction": 0.5}
-    data = prepare(data_config(tmp_path, DatasetConfig(name="a", shards="a"), **fields), TokenRate((2,)))
-    with Loader(data, seed=0, num_batches=6) as loader:
-        found = {s.key: s for batch, _ in loader for s in batch.samples}
-        assert set(loader.num_skipped) == {"too_long"}
-    assert {k: len(s.clips[0]) for k, s in found.items()} == {"short": 1600, "just": 1600, "longest": 8000}
-    assert not found["short"].clips[0][800:].any()
-    assert found["short"].meta["duration"] == 0.1
-
-
-def test_joined_clips_have_both_texts(prepared: PreparedData) -> None:
-    join = JoinConfig(probability=1.0, max_clips=2, gap_sec=0.0)
-    data = with_fields(prepared, join=join, augment=AugmentConfig(), num_lanes=1, global_batch_samples=1)
-    batches, _ = run(data, 8)
-    joined = [s for b in batches for s in b if len(s.meta.get("joined", ())) == 2]
-    assert joined
-    for sample in joined:
-        assert sample.meta["answer"] == " ".join(f"word {key}" for key in sample.meta["joined"])
-        lengths = [round(16_000 * (0.05 + 0.01 * (int(k.split("-")[1]) % 5))) for k in sample.meta["joined"]]
-        assert len(sample.clips[0]) == sum(lengths)
-        assert len(sample.clips) == 1
-
-
 def test_ranks_beyond_the_lanes_get_empty_batches(prepared: PreparedData) -> None:
-    with Loader(with_fields(prepared, num_workers=2), seed=5, num_batches=3, rank=0, world=4) as loader:
+    with Loader(SampleStream(with_fields(prepared, num_workers=2), seed=5, num_batches=3, rank=0, world=4)) as loader:
         batches = [batch for batch, _ in loader]
     assert [len(b.samples) for b in batches] == [0, 0, 0]
     assert batches[0].clips.lengths == ()
@@ -375,19 +242,19 @@ def test_a_state_of_another_training_is_refused(prepared: PreparedData) -> None:
         (with_fields(prepared, num_lanes=1), 5, "data.num_lanes = 1: the checkpoint was made with 2"),
     ):
         with pytest.raises(UserError, match=message):
-            Loader(changed, seed=seed, num_batches=12, state=state)
+            Loader(SampleStream(changed, seed=seed, num_batches=12, state=state))
     with pytest.raises(UserError, match="data.datasets 'a': its shards or data.read_kib changed"):
-        Loader(prepared, seed=5, num_batches=12, state={**state, "sets": {"a": "other"}})
+        Loader(SampleStream(prepared, seed=5, num_batches=12, state={**state, "sets": {"a": "other"}}))
     one = {**state, "lanes": [0]}
     with pytest.raises(UserError, match=r"lanes \[1\] are missing"):
-        Loader(prepared, seed=5, num_batches=12, state=one)
+        Loader(SampleStream(prepared, seed=5, num_batches=12, state=one))
 
 
 def test_closing_early_leaves_no_thread_and_no_process(prepared: PreparedData) -> None:
     before, open_files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     for num_workers in (0, 2):
         data = with_fields(prepared, num_workers=num_workers, prefetch_batches=1)
-        with Loader(data, seed=5, num_batches=50) as loader:
+        with Loader(SampleStream(data, seed=5, num_batches=50)) as loader:
             next(iter(loader))
         assert threading.active_count() == before
         assert multiprocessing.active_children() == []
@@ -395,24 +262,12 @@ def test_closing_early_leaves_no_thread_and_no_process(prepared: PreparedData) -
 
 
 def test_a_process_that_dies_is_one_clear_line(prepared: PreparedData) -> None:
-    with Loader(with_fields(prepared, num_workers=1, prefetch_batches=1), seed=5, num_batches=500) as loader:
+    with Loader(
+        SampleStream(with_fields(prepared, num_workers=1, prefetch_batches=1), seed=5, num_batches=500)
+    ) as loader:
         iterator = iter(loader)
         next(iterator)
         (process,) = multiprocessing.active_children()
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(UserError, match=r"decoding process 0 died \(exit code -9"):
             list(iterator)
-
-
-@pytest.mark.parametrize(("strength", "varied"), [(1.0, True), (0.0, False)])
-def test_a_recording_is_augmented_differently_in_every_lane_and_epoch(
-    prepared: PreparedData, strength: float, varied: bool
-) -> None:
-    data = with_fields(prepared, join=JoinConfig(), augment=AugmentConfig(start=0, end=0, noise_snr_db=10))
-    datasets = tuple(replace(s, config=replace(s.config, augment_strength=strength)) for s in data.datasets)
-    batches, _ = run(replace(data, datasets=datasets), 40)
-    variants: dict[str, list[float]] = {}
-    for sample in (s for b in batches for s in b if s.clips):
-        variants.setdefault(sample.key, []).append(float(sample.clips[0].double().sum()))
-    assert max(map(len, variants.values())) >= 4
-    assert all(len(set(v)) == (len(v) if varied else 1) for v in variants.values())

@@ -1,7 +1,7 @@
 """Loading of training batches as tensors.
 
 Example:
-    with Loader(prepared, seed=1, num_batches=1000, rank=r, world=w, state=saved) as loader:
+    with Loader(SampleStream(prepared, seed=1, num_batches=1000, rank=r, world=w, state=saved)) as loader:
         for batch, state in loader:
             ...  # A loader that starts from `state` continues with the next batch.
 """
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from model.batch import IGNORE, Batch, Sample
-from trainer.data.prepare import PreparedData
 from trainer.data.sample import EncodedSample
 from trainer.data.source import Skip
 from trainer.data.state import State
@@ -29,23 +28,12 @@ log = logging.getLogger(__name__)
 class Loader:
     """An iterable over this rank's part of every global batch, as `(Batch, State)` pairs.
 
-    It has the same arguments and errors as `SampleStream`. A loader can be iterated only once.
+    Args:
+        stream: the samples, as arrays. Like it, a loader can be iterated only once, and it raises the same errors.
     """
 
-    def __init__(
-        self,
-        prepared: PreparedData,
-        *,
-        seed: int,
-        num_batches: int,
-        rank: int = 0,
-        world: int = 1,
-        state: State | None = None,
-        on_skip: Callable[[Skip], None] = lambda skip: None,
-    ) -> None:
-        self.stream = SampleStream(
-            prepared, seed=seed, num_batches=num_batches, rank=rank, world=world, state=state, on_skip=on_skip
-        )
+    def __init__(self, stream: SampleStream) -> None:
+        self.stream = stream
 
     @property
     def state(self) -> State:
@@ -96,7 +84,7 @@ def to_sample(encoded: EncodedSample) -> Sample:
 
 
 class SkipLog:
-    """A callback for `Loader(on_skip=...)` that appends every skipped sample to a JSONL file.
+    """A callback for `SampleStream(on_skip=...)` that appends every skipped sample to a JSONL file.
 
     The file is created when the first sample is skipped. If the file cannot be written, the line is logged instead.
     """

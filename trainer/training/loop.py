@@ -18,6 +18,7 @@ from trainer.config.schema import Recipe
 from trainer.data.loader import Loader, SkipLog
 from trainer.data.prepare import PreparedData
 from trainer.data.state import State
+from trainer.data.stream import SampleStream
 from trainer.parallel.groups import Groups
 from trainer.run.failure import Position
 from trainer.run.lifecycle import StopRequest, agree, next_together
@@ -236,13 +237,15 @@ class Loop:
 
     def _loader(self, state: State | None) -> Loader:
         return Loader(
-            self.prepared,
-            seed=self.recipe.seed,
-            num_batches=self.recipe.train.steps,
-            rank=self.groups.rank,
-            world=self.groups.topology.world,
-            state=state,
-            on_skip=SkipLog(self.run_dir / "skipped.jsonl"),
+            SampleStream(
+                self.prepared,
+                seed=self.recipe.seed,
+                num_batches=self.recipe.train.steps,
+                rank=self.groups.rank,
+                world=self.groups.topology.world,
+                state=state,
+                on_skip=SkipLog(self.run_dir / "skipped.jsonl"),
+            )
         )
 
     def _stops_early(self, done: int, just_evaluated: bool) -> bool:
