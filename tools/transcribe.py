@@ -93,7 +93,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _answer(answerer: Answerer, path: Path | None, prompt: str, in_windows: bool) -> tuple[str, bool]:
     """Return the answer, and True if it ended on its own. The use of windows is reported on stderr."""
-    from trainer.data.decode import SampleError, decode_audio
+    from trainer.data.decode import decode_audio
+    from trainer.data.errors import SampleError
     from trainer.evaluation.offline.answer import Question
 
     try:

@@ -17,7 +17,7 @@ from model.audio_tower import AudioTower
 from model.errors import UserError
 from model.hub.configuration import describe
 from model.llm.names import Index
-from model.llm.reference import resolve_hf_config, weight_source
+from model.llm.reference import num_positions, resolve_hf_config, weight_source
 from model.llm.weights import WeightSource, embedding_rms
 from model.lora import Adapters, adaptable_layers, add_adapters, llm_layers
 from model.losses.table import text_fields
@@ -220,8 +220,14 @@ def _prepare(recipe: Recipe, owned: OwnedTokenizer | None, *, is_first: bool) ->
             check_named(recipe, owned, tokenizer)
     model = recipe.model
     fields = text_fields(model)
+    max_tokens = recipe.data.max_tokens or num_positions(resolve_hf_config(model.llm))
     return recipe, prepare(
-        recipe.staged_data, model.adapter.rate, text_fields=fields, tokenizer_path=path, on_built=announce
+        recipe.staged_data,
+        model.adapter.rate,
+        text_fields=fields,
+        max_tokens=max_tokens,
+        tokenizer_path=path,
+        on_built=announce,
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from model.errors import UserError
 from tests.trainer.data_corpus import audio_bytes, row, write_shards
 from trainer.data import fetch
-from trainer.data.decode import SampleError
+from trainer.data.errors import SampleError
 from trainer.data.fetch import ReadAhead, read_samples
 from trainer.data.shards import RawSample, ShardSet
 from trainer.storage.store import LocalStore, UnreachableError

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.batch import Sample
-from model.lengths import TokenRate
 from model.errors import UserError
+from model.lengths import TokenRate
 from tests.trainer.data_corpus import data_config, write_shards
 from tests.trainer.loader_runs import BROKEN, assert_identical, run, samples, small_corpus, with_fields
 from trainer.data.config import DatasetConfig, JoinConfig

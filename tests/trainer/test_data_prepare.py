@@ -17,6 +17,7 @@ from trainer.data.eval_set import eval_samples
 from trainer.data.loader import Loader
 from trainer.data.prepare import prepare
 from trainer.data.shard_build import BuildReport
+from trainer.data.stream import SampleStream
 
 KIT = Path(os.environ.get("KIT_DIR", Path(__file__).parents[2] / ".." / "shared" / "kit"))
 
@@ -53,7 +54,7 @@ def test_processes_may_prepare_at_once(corpus: Path) -> None:
         made = list(pool.map(lambda _: prepare(config, TokenRate((2,))), range(4)))
     assert all(m.datasets == made[0].datasets and m.tokenizer_path == made[0].tokenizer_path for m in made)
     assert [p.name for p in (corpus / "cache" / "shards").iterdir() if p.name.startswith(".")] == []
-    with Loader(made[3], seed=0, num_batches=2) as loader:
+    with Loader(SampleStream(made[3], seed=0, num_batches=2)) as loader:
         assert sum(len(b.samples) for b, _ in loader) == 4
 
 
@@ -61,7 +62,7 @@ def test_filters_choose_tasks_and_subsets(corpus: Path) -> None:
     config = data_config(
         corpus, DatasetConfig(name="prose", manifest="set.jsonl", subsets=("prose",)), global_batch_samples=4
     )
-    with Loader(prepare(config, TokenRate((2,))), seed=0, num_batches=3) as loader:
+    with Loader(SampleStream(prepare(config, TokenRate((2,))), seed=0, num_batches=3)) as loader:
         assert {s.key for b, _ in loader for s in b.samples} == {f"text-{i}" for i in range(4)}
     nothing = DatasetConfig(name="none", manifest="set.jsonl", tasks=("er",))
     with pytest.raises(UserError, match=r"data.datasets 'none': .* select nothing; the dataset has: train/asr/noise"):
@@ -128,7 +129,7 @@ def test_the_kit_trains_and_evaluates(tmp_path: Path) -> None:
     duration_sec = {(row := json.loads(line))["id"]: row["duration"] for line in lines}
     prepared = prepare(data_config(KIT, *datasets, **fields), TokenRate((2, 2, 2)))
     assert all(s.skipped_samples == {} for s in prepared.datasets)
-    with Loader(prepared, seed=0, num_batches=6) as loader:
+    with Loader(SampleStream(prepared, seed=0, num_batches=6)) as loader:
         samples = [s for b, _ in loader for s in b.samples]
         assert loader.num_skipped == {}
     tasks = [s.task for s in samples]

@@ -17,7 +17,7 @@ from model.encoders.family import family_of
 from model.encoders.hf_config import resolve as resolve_encoder
 from model.errors import UserError
 from model.llm.families import mixture_of
-from model.llm.reference import resolve_hf_config
+from model.llm.reference import num_positions, resolve_hf_config
 from model.lora import LLM, Adapters, llm_layers
 from model.losses.router import RouterLoss
 from model.losses.table import active_losses, check_losses
@@ -248,26 +248,21 @@ def _check_encoder(place: str, encoder: EncoderConfig) -> None:
 
 
 def _check_lengths(recipe: Recipe, hf_config: PretrainedConfig) -> None:
+    positions = num_positions(hf_config)
+    if recipe.data.max_tokens is not None and recipe.data.max_tokens > positions:
+        raise UserError(
+            f"data.max_tokens = {recipe.data.max_tokens}: the LLM has only {positions} positions; lower it, or set it "
+            "to null"
+        )
     longest = recipe.data.max_audio_sec
     if longest is None:
         return
     audio_tokens = recipe.model.adapter.rate.tokens_of_samples(lengths.num_samples(longest))
-    positions = _positions(hf_config)
     if audio_tokens >= positions:
         raise UserError(
             f"data.max_audio_sec = {longest}: such a clip takes {audio_tokens} of the LLM's {positions} positions "
             "(max_position_embeddings), which leaves none for text; lower it or raise model.adapter.strides"
         )
-
-
-def _positions(hf_config: PretrainedConfig) -> int:
-    """Return the number of positions that the LLM's rotary embedding supports, including any configured scaling."""
-    rope = hf_config.rope_parameters
-    stretched = rope.get("original_max_position_embeddings")
-    factor = rope.get("factor")
-    if stretched is None or factor is None:
-        return int(hf_config.max_position_embeddings)
-    return min(int(hf_config.max_position_embeddings), int(stretched * factor))
 
 
 def _check_vocabulary(recipe: Recipe, hf_config: PretrainedConfig) -> None:

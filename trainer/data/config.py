@@ -207,6 +207,9 @@ class DataConfig:
     """The shortest clip, in seconds. Shorter clips are padded with silence at their end."""
     max_audio_sec: float | None = None
     """The longest clip, in seconds; null for no limit. Samples with a longer clip are skipped, counted and listed."""
+    max_tokens: int | None = None
+    """The largest number of tokens of a sample, audio tokens included; null for the number of the LLM's positions.
+    Longer samples are skipped, counted and listed."""
     max_skipped_fraction: float = 0.01
     """The largest fraction of samples that may be skipped. The run stops if more samples are skipped."""
     num_workers: int = 2
@@ -239,7 +242,7 @@ class DataConfig:
         if len(set(names)) != len(names):
             raise UserError(f"data.datasets: names {names} must be unique")
         check_least("data", self, num_lanes=1, num_workers=0, prefetch_batches=1, read_kib=1, buffer_mib=1)
-        check_least("data", self, read_ahead_mib=0, cache_decoded_mib=0, temperature=1)
+        check_least("data", self, read_ahead_mib=0, cache_decoded_mib=0, temperature=1, max_tokens=1)
         if self.global_batch_samples < 1 or self.global_batch_samples % self.num_lanes:
             raise UserError(
                 f"data.global_batch_samples = {self.global_batch_samples}: must be a multiple of "

@@ -12,7 +12,7 @@ import numpy as np
 
 from model.batch import Sample
 from model.errors import UserError
-from trainer.data.decode import SampleError
+from trainer.data.errors import SampleError
 from trainer.data.lanes import permutation
 from trainer.data.loader import to_sample
 from trainer.data.prepare import PreparedData
@@ -50,7 +50,7 @@ def eval_samples(
         items = [items[i] for i in sorted(permutation(len(items), "evaluation", split)[:max_samples].tolist())]
     own = items[rank * len(items) // world : (rank + 1) * len(items) // world]
     config = replace(prepared.config, cache_decoded_mib=0)  # Every sample is read only once.
-    source = SampleSource(config, prepared.tokenizer, prepared.rate)
+    source = SampleSource(config, prepared.tokenizer, prepared.rate, max_tokens=prepared.max_tokens)
     chunks = [
         (reader, shard, indices[start : start + reader.chunk_samples])
         for (reader, shard), group in groupby(own, key=lambda item: item[:2])

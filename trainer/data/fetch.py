@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from trainer.data.decode import SampleError
+from trainer.data.errors import SampleError
 from trainer.data.shards import Entry, RawSample, ShardSet
 from trainer.storage.store import ChangedError, MissingError
 

@@ -7,15 +7,17 @@ that every shard is a random mixture of the samples, regardless of the order of 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
-import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
-from trainer.data.decode import SampleError
+from model.json_text import BrokenTextError, parse_json
+from trainer.data.errors import SampleError
 
 _KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")
 
@@ -41,38 +43,56 @@ def read_manifest(path: Path, split: str | None = None) -> list[Row]:
 
     Raises:
         UserError: If the manifest cannot be read, a line is not a JSON object, two lines have the same id, or an audio
-            file is missing.
+            file is missing. It names the first such line.
     """
-    rows = _rows(path)
-    # A malformed line may lack its split. It is kept, so that it is counted and listed as skipped.
-    rows = [r for r in rows if split is None or r.error or r.metadata["split"] == split]
     lines: dict[str, int] = {}
-    for row in rows:
+    rows = []
+    for row in _rows(path):
+        # A malformed line may lack its split. It is kept, so that it is counted and listed as skipped.
+        if split is not None and row.error is None and row.metadata["split"] != split:
+            continue
         if (first := lines.setdefault(row.key, row.line)) != row.line:
             raise UserError(f"{path}, lines {first} and {row.line}: both have id '{row.key}'; make the ids unique")
-    missing = [(r, a) for r in rows for a in r.audio if not a.is_file()]
+        rows.append(row)
+    missing = [(r, a) for r in rows for a in r.audio if not _is_file(a)]
     if missing:
         row, audio = missing[0]
         more = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""
         raise UserError(
-            f"{path}, line {row.line} (id {row.key}): no audio file {audio}{more}; restore it or delete the line"
+            f"{path}, line {row.line} (id {row.key}): no audio file {_short(audio)}{more}; restore it or delete the "
+            "line"
         )
     return sorted(rows, key=lambda r: hashlib.blake2b(r.key.encode(), digest_size=16).digest())
 
 
-def _rows(path: Path) -> list[Row]:
+def _is_file(path: Path) -> bool:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: manifest cannot be read ({reason}); check its path and data.root") from None
-    # Not splitlines(), which also splits at U+2028 and other characters that JSON strings may contain.
-    return [_row(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or not allowed
+        return False
 
 
-def _row(manifest: Path, number: int, line: str) -> Row:
+def _short(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
+
+
+def _rows(path: Path) -> Iterator[Row]:
     try:
-        metadata = json.loads(line)
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: manifest cannot be read ({error.strerror}); check its path and data.root") from None
+    # Not splitlines(), which also splits at characters that JSON strings may contain.
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        if line.strip():
+            yield _row(path, number, line)
+
+
+def _row(manifest: Path, number: int, line: bytes) -> Row:
+    try:
+        metadata = parse_json(line)
+    except BrokenTextError as error:
+        return Row(number, f"line-{number}", (), {}, SampleError("wrong_type", str(error)))
     except ValueError as error:
         raise UserError(f"{manifest}, line {number}: not JSON ({error}); write one JSON object per line") from None
     if not isinstance(metadata, dict):
@@ -81,11 +101,11 @@ def _row(manifest: Path, number: int, line: str) -> Row:
     paths = audio if isinstance(audio, list) else [] if audio is None else [audio]
     problem = None
     if not isinstance(key, str) or not _KEY.fullmatch(key):
-        problem, key = f"id = {key!r}, but must be 1 to 80 letters, digits, '_' or '-'", f"line-{number}"
+        problem, key = f"id = {ascii(key)[:90]}, but must be 1 to 80 letters, digits, '_' or '-'", f"line-{number}"
     elif not isinstance(split, str) or not split:
-        problem = f"split = {split!r}, but must be a non-empty string"
-    elif not all(isinstance(p, str) and p for p in paths):
-        problem = f"audio = {audio!r}, but must be a path, a list of paths or null"
+        problem = f"split = {ascii(split)[:80]}, but must be a non-empty string"
+    elif not all(isinstance(p, str) and p and "\0" not in p for p in paths):
+        problem = f"audio = {ascii(audio)[:80]}, but must be a path, a list of paths or null"
     if problem:
         return Row(number, key, (), metadata, SampleError("wrong_type", problem))
     return Row(number, key, tuple(manifest.parent / p for p in paths), metadata)

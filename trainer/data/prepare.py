@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import UserError
+from model.json_text import parse_json
 from model.lengths import TokenRate
 from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.manifest import Row, read_manifest
@@ -59,6 +60,8 @@ class PreparedData:
     """The adapter's rule for the number of audio tokens."""
     text_fields: tuple[str, ...]
     """The further fields of the manifests that are tokenized, for losses."""
+    max_tokens: int | None
+    """The largest number of tokens of a sample; None for no limit."""
 
     def open_training(self) -> tuple[DatasetReader, ...]:
         """Return one reader per dataset; each reads the dataset's training split.
@@ -74,6 +77,7 @@ def prepare(
     rate: TokenRate,
     *,
     text_fields: tuple[str, ...] = (),
+    max_tokens: int | None = None,
     tokenizer_path: str | None = None,
     on_built: Callable[[BuildReport], None] = lambda report: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -86,6 +90,7 @@ def prepare(
         config: The recipe's `data` section.
         rate: The adapter's rule for the number of audio tokens.
         text_fields: The further fields of the manifests that are tokenized (`model.losses.table.text_fields`).
+        max_tokens: The largest number of tokens of a sample; None selects `config.max_tokens`.
         tokenizer_path: The tokenizer of existing weights, which overrides `config.tokenizer`; None if there are no
             weights yet.
         on_built: A function that is called with a report after shards have been built.
@@ -98,9 +103,12 @@ def prepare(
     """
     _check_datasets(config)
     datasets = tuple(_prepare_dataset(config, s, on_built, on_progress) for s in config.datasets)
+    for part in datasets:
+        _open_training(part, config)
     _check_eval_splits(config, datasets)
     path = tokenizer_path or config.tokenizer.path or str(_trained_tokenizer(config, datasets))
-    return PreparedData(config, datasets, load_tokenizer(path, config.tokenizer), path, rate, text_fields)
+    limit = config.max_tokens if max_tokens is None else max_tokens
+    return PreparedData(config, datasets, load_tokenizer(path, config.tokenizer), path, rate, text_fields, limit)
 
 
 def check_stored(config: DataConfig) -> None:
@@ -130,6 +138,8 @@ def _check_datasets(config: DataConfig) -> None:
 def _check_eval_splits(config: DataConfig, datasets: Sequence[PreparedDataset]) -> None:
     for split in config.eval_splits:
         if not any(s.open(split, config) for s in datasets):
+            if (part := next((s for s in datasets if split in s.splits), None)) is not None:
+                raise _nothing_selected(part, split)
             known = sorted({k for s in datasets for k in s.splits})
             raise UserError(f"data.eval_splits: no dataset has samples of split '{split}'; existing splits: {known}")
 
@@ -205,9 +215,13 @@ def _build(
 
 def _rows_by_split(manifest: Path) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {}
-    for row in read_manifest(manifest):
+    found = read_manifest(manifest)
+    for row in found:
         if row.error is None:
             rows.setdefault(row.metadata["split"], []).append(row)
+    if found and not rows:
+        first = min(found, key=lambda row: row.line)
+        raise UserError(f"{manifest}, line {first.line}: {first.error}; no line can be used, correct them")
     return rows
 
 
@@ -216,7 +230,14 @@ def _skipped_samples(url: str) -> dict[str, int]:
         lines = open_store(url).get(SKIPPED_NAME).splitlines()
     except MissingError:
         return {}
-    return dict(Counter(json.loads(line)["reason"] for line in lines))
+    return dict(Counter(_reason(f"{url}/{SKIPPED_NAME}", line) for line in lines))
+
+
+def _reason(where: str, line: bytes) -> str:
+    try:
+        return str(parse_json(line)["reason"])
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{where}: damaged; delete its folder, and the shards will be made again") from None
 
 
 def _check_skipped_samples(config: DataConfig, manifest: Path, url: str, index: ShardIndex) -> None:
@@ -237,13 +258,16 @@ def _check_skipped_samples(config: DataConfig, manifest: Path, url: str, index: 
 def _open_training(part: PreparedDataset, config: DataConfig) -> DatasetReader:
     reader = part.open(part.config.split, config)
     if reader is None:
-        _, index = next(iter(part.shards.values()))
-        known = sorted({f"{g.split}/{g.task}/{g.subset}" for g in index.groups})
-        raise UserError(
-            f"data.datasets '{part.config.name}': split '{part.config.split}', tasks {list(part.config.tasks)} and "
-            f"subsets {list(part.config.subsets)} select nothing; the dataset has: {', '.join(known)}"
-        )
+        raise _nothing_selected(part, part.config.split)
     return reader
+
+
+def _nothing_selected(part: PreparedDataset, split: str) -> UserError:
+    known = sorted({f"{g.split}/{g.task}/{g.subset}" for _, index in part.shards.values() for g in index.groups})
+    return UserError(
+        f"data.datasets '{part.config.name}': split '{split}', tasks {list(part.config.tasks)} and subsets "
+        f"{list(part.config.subsets)} select nothing; the dataset has: {', '.join(known)}"
+    )
 
 
 def _trained_tokenizer(config: DataConfig, datasets: tuple[PreparedDataset, ...]) -> Path:
@@ -265,4 +289,5 @@ def _texts(config: DataConfig, readers: list[DatasetReader]) -> Iterator[str]:
         for metadata in reader.metadata():
             yield template.replace("{instruction}", str(metadata.get("instruction", "")))
             yield str(metadata.get("answer", ""))
-            yield from (str(r) for r in metadata.get("references") or ())
+            references = metadata.get("references")
+            yield from (r for r in (references if isinstance(references, list) else ()) if isinstance(r, str))

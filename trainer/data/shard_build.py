@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
-from trainer.data.decode import AUDIO_TYPES, SampleError, check_audio, check_metadata
+from model.json_text import parse_json
+from trainer.data.decode import AUDIO_TYPES, check_audio
+from trainer.data.errors import SampleError, sample_errors
 from trainer.data.manifest import Row, read_manifest
+from trainer.data.metadata import check_metadata
 from trainer.data.shard_writer import ShardWriter, write_index, write_json
-from trainer.data.shards import FORMAT_VERSION, INDEX_NAME, Group, Shard, table_name
+from trainer.data.shards import FORMAT_VERSION, INDEX_NAME, Shard, read_shard, table_name
 from trainer.storage.open import open_store
 from trainer.storage.store import Store
 
@@ -183,7 +186,8 @@ class _Build:
     def publish(self) -> BuildReport:
         """Write the index, and delete the files that only an unfinished build needs."""
         shards = [p.shard for p in self.parts]
-        lines = (json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in self.skipped)
+        in_order = sorted(self.skipped, key=lambda s: s.line)
+        lines = (json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in in_order)
         self.store.put(SKIPPED_NAME, ["".join(lines).encode()])
         write_index(self.store, shards)
         for number in range(len(shards)):
@@ -221,14 +225,18 @@ class _Build:
 
     def _check_skipped(self) -> None:
         skipped, num_rows = self.skipped, len(self.rows)
-        if len(skipped) > self.max_skipped_fraction * num_rows:
+        if len(skipped) > self.max_skipped_fraction * num_rows or 0 < num_rows == len(skipped):
             counts = ", ".join(f"{n} {reason}" for reason, n in sorted(Counter(s.reason for s in skipped).items()))
-            examples = "; ".join(f"line {s.line} id {s.key}: {s.detail}" for s in skipped[:3])
+            first = {s.reason: s for s in sorted(skipped, key=lambda s: -s.line)}
+            examples = "; ".join(
+                f"line {s.line} id {s.key}: {s.detail}" for s in sorted(first.values(), key=lambda s: s.line)
+            )
             raise UnusableError(
                 f"{self.manifest}: {len(skipped)} of {num_rows} samples cannot be used ({counts}), more than "
-                f"max_skipped_fraction = {self.max_skipped_fraction}; first: {examples}; fix them or raise it"
+                f"max_skipped_fraction = {self.max_skipped_fraction}; first of each reason: {examples}; fix them or "
+                "raise it"
             )
-        if num_rows == len(skipped):
+        if not num_rows:
             raise UnusableError(f"{self.manifest}: no samples in the requested split; check the split")
 
 
@@ -243,15 +251,19 @@ def _finished_parts(store: Store, digest: str) -> list[_Part]:
         return []
     if INDEX_NAME in names:
         raise UserError(f"{store.url}: contains finished shards ({INDEX_NAME}); delete them or choose another path")
-    known = json.loads(store.get(_BUILDING_NAME)) if _BUILDING_NAME in names else {}
+    known = _json_object(store, _BUILDING_NAME) if _BUILDING_NAME in names else {}
     if known.get("source") != digest:
         raise UserError(
             f"{store.url}: is not empty, and not an unfinished build of this manifest; delete it or choose another path"
         )
     parts: list[_Part] = []
     while (name := _part_name(len(parts))) in names:
-        part = _read_part(json.loads(store.get(name)))
-        if names.get(part.shard.name) != part.shard.num_bytes or table_name(part.shard.name) not in names:
+        part = _read_part(_json_object(store, name))
+        if (
+            part is None
+            or names.get(part.shard.name) != part.shard.num_bytes
+            or table_name(part.shard.name) not in names
+        ):
             break
         parts.append(part)
     return parts
@@ -261,10 +273,23 @@ def _part_name(number: int) -> str:
     return f"shard-{number:06d}.part.json"
 
 
-def _read_part(value: dict[str, Any]) -> _Part:
-    shard = value["shard"]
-    groups = tuple(Group(**g) for g in shard.pop("groups"))
-    return _Part(Shard(**shard, groups=groups), value["end_row"], tuple(SkippedRow(**s) for s in value["skipped"]))
+def _json_object(store: Store, name: str) -> dict[str, Any]:
+    """Return a file of an unfinished build; empty if it is damaged, so that its shard is made again."""
+    try:
+        value = parse_json(store.get(name))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _read_part(value: dict[str, Any]) -> _Part | None:
+    """Return the finished shard that a file describes, or None if the file is damaged."""
+    try:
+        return _Part(
+            read_shard(value["shard"]), int(value["end_row"]), tuple(SkippedRow(**s) for s in value["skipped"])
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _checked(rows: Sequence[Row], num_workers: int) -> Iterator[tuple[Row, Checked]]:
@@ -284,23 +309,34 @@ def _checked(rows: Sequence[Row], num_workers: int) -> Iterator[tuple[Row, Check
 
 
 def _check(row: Row) -> Checked:
-    clips, seconds = [], 0.0
     try:
-        if row.error:
-            raise row.error
-        check_metadata(row.metadata)
-        for path in row.audio:
-            extension = path.suffix[1:].lower()
-            if extension not in AUDIO_TYPES:
-                raise SampleError("wrong_type", f"{path.name}: type must be one of {', '.join(AUDIO_TYPES)}")
-            try:
-                data = path.read_bytes()
-            except OSError as error:  # No sample may be skipped because of a problem with the disk.
-                raise UserError(
-                    f"line {row.line} id {row.key}: {path}: {error.strerror}; rerun the same command to resume"
-                ) from None
-            seconds += check_audio(data)
-            clips.append((extension, data))
+        with sample_errors(row.key):
+            return _checked_clips(row)
     except SampleError as error:
         return error
+
+
+def _checked_clips(row: Row) -> tuple[list[tuple[str, bytes]], float]:
+    """Return the clips of a row and their total length in seconds.
+
+    Raises:
+        SampleError: If the row cannot be used.
+        UserError: If an audio file cannot be read.
+    """
+    if row.error:
+        raise row.error
+    clips, seconds = [], 0.0
+    check_metadata(row.metadata, len(row.audio))
+    for path in row.audio:
+        extension = path.suffix[1:].lower()
+        if extension not in AUDIO_TYPES:
+            raise SampleError("wrong_type", f"{path.name}: type must be one of {', '.join(AUDIO_TYPES)}")
+        try:
+            data = path.read_bytes()
+        except OSError as error:  # No sample may be skipped because of a problem with the disk.
+            raise UserError(
+                f"line {row.line} id {row.key}: {path}: {error.strerror}; rerun the same command to resume"
+            ) from None
+        seconds += check_audio(data)
+        clips.append((extension, data))
     return clips, seconds

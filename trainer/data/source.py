@@ -15,9 +15,11 @@ from model.lengths import SAMPLE_RATE, TokenRate, num_samples
 from trainer.data.augment import augment
 from trainer.data.clip_cache import ClipCache, Decoded
 from trainer.data.config import DataConfig, DatasetConfig
-from trainer.data.decode import SampleError, check_metadata, decode_audio
+from trainer.data.decode import decode_audio
+from trainer.data.errors import SampleError, sample_errors
 from trainer.data.fetch import Fetched, ReadAhead, checked, read_samples, read_table, read_unchecked
 from trainer.data.lanes import DatasetOrder, LaneSpan, hash_of
+from trainer.data.metadata import check_metadata
 from trainer.data.sample import Clip, EncodedSample, make_sample
 from trainer.data.shards import RawSample, Selection, ShardSet
 from trainer.data.tokenizer import Tokenizer
@@ -183,6 +185,7 @@ class SampleSource:
         tokenizer: tokenizer of prompts and answers.
         rate: the adapter's rule for the number of audio tokens.
         text_fields: further fields of the metadata that are tokenised, for losses.
+        max_tokens: largest number of tokens of a sample; None for no limit.
         seed: seed for joining and augmentation.
     """
 
@@ -193,10 +196,11 @@ class SampleSource:
         rate: TokenRate,
         *,
         text_fields: tuple[str, ...] = (),
+        max_tokens: int | None = None,
         seed: int = 0,
     ) -> None:
         self.config, self.tokenizer, self.rate, self.seed = config, tokenizer, rate, seed
-        self.text_fields = text_fields
+        self.text_fields, self.max_tokens = text_fields, max_tokens
         self.ahead = ReadAhead(config.read_ahead_mib << 20)
         self._cache = ClipCache(config.cache_decoded_mib << 20)
 
@@ -221,8 +225,10 @@ class SampleSource:
             SampleError: If the sample cannot be used.
             UserError: If the store is unreachable or refuses the request.
         """
-        metadata, clips = self.decoded(reader, shard, index, received)
-        return self._make(reader.key(shard, index), reader, metadata, clips, evaluate=True)
+        key = reader.key(shard, index)
+        with sample_errors(key):
+            metadata, clips = self.decoded(reader, shard, index, received)
+            return self._make(key, reader, metadata, clips, evaluate=True)
 
     def training(self, cursor: Cursor, progress: float) -> EncodedSample:
         """Return the training sample at the position of a cursor, after joining and augmentation.
@@ -235,8 +241,14 @@ class SampleSource:
             SampleError: If the sample cannot be used.
             UserError: If the store is unreachable or refuses the request.
         """
-        reader, shard, index = cursor.reader, cursor.shard, cursor.index
-        metadata, clips = self.decoded(reader, shard, index, cursor.received)
+        key = cursor.reader.key(cursor.shard, cursor.index)
+        with sample_errors(key):
+            metadata, clips = self._augmented(cursor, progress)
+            return self._make(key, cursor.reader, metadata, clips, evaluate=False)
+
+    def _augmented(self, cursor: Cursor, progress: float) -> Decoded:
+        reader = cursor.reader
+        metadata, clips = self.decoded(reader, cursor.shard, cursor.index, cursor.received)
         if self.config.join.probability or self.config.augment.enabled:
             key = hash_of(self.seed, "augment", cursor.order.name, cursor.lane, cursor.position)
             rng = np.random.Generator(np.random.PCG64(key))
@@ -244,7 +256,7 @@ class SampleSource:
             if self.config.augment.enabled:
                 strength = self.config.augment.strength_at(progress) * reader.config.augment_strength
                 clips = tuple(augment(c, self.config.augment, strength, rng) for c in clips)
-        return self._make(reader.key(shard, index), reader, metadata, clips, evaluate=False)
+        return metadata, clips
 
     def decoded(self, reader: DatasetReader, shard: int, index: int, received: Received) -> Decoded:
         """Return the metadata and clips of a sample, from the cache, from `received`, or from the store.
@@ -262,7 +274,7 @@ class SampleSource:
             raw = reader.read(shard, [index])[index]
         if isinstance(raw, SampleError):
             raise raw
-        check_metadata(raw.metadata)
+        check_metadata(raw.metadata, len(raw.clips))
         clips = tuple(decode_audio(data, self.config.max_audio_sec) for data in raw.clips)
         self._cache.put(key, raw.metadata, clips)
         return raw.metadata, clips
@@ -280,6 +292,7 @@ class SampleSource:
             self.tokenizer,
             self.rate,
             text_fields=self.text_fields,
+            max_tokens=self.max_tokens,
             evaluate=evaluate,
         )
 

@@ -16,10 +16,11 @@ from typing import Any
 import soundfile
 
 from model.errors import UserError
-from trainer.data.decode import SampleError
+from trainer.data.errors import SampleError
 from trainer.data.fetch import read_samples
 from trainer.data.manifest import Row, read_manifest
 from trainer.data.shards import INDEX_NAME, ShardSet
+from trainer.scoring.fields import is_amount
 from trainer.storage.open import open_store, scheme_of
 
 CHUNK_SAMPLES = 128
@@ -149,7 +150,7 @@ def _split_of(metadata: dict[str, Any]) -> str | None:
 
 def _seconds_of(row: Row) -> float:
     duration = row.metadata.get("duration")
-    if isinstance(duration, int | float) and duration > 0:
+    if is_amount(duration) and duration > 0:
         return float(duration)
     seconds = 0.0
     for path in row.audio:

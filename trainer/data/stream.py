@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from model.errors import UserError
 from model.lengths import TokenRate
 from trainer.data.config import DataConfig, DatasetConfig
-from trainer.data.decode import SampleError
+from trainer.data.errors import SampleError
 from trainer.data.lanes import DatasetMixture, DatasetOrder, lanes_of_rank
 from trainer.data.prepare import PreparedData
 from trainer.data.sample import EncodedSample
@@ -51,6 +51,7 @@ class StreamSpec:
     tokenizer_path: str
     rate: TokenRate
     text_fields: tuple[str, ...]
+    max_tokens: int | None
     seed: int
     num_batches: int
 
@@ -78,7 +79,14 @@ class LaneGroup:
         self.spec = spec
         self.readers = open_readers(spec) if readers is None else readers
         tokenizer = load_tokenizer(spec.tokenizer_path, config.tokenizer) if tokenizer is None else tokenizer
-        self.source = SampleSource(config, tokenizer, spec.rate, text_fields=spec.text_fields, seed=spec.seed)
+        self.source = SampleSource(
+            config,
+            tokenizer,
+            spec.rate,
+            text_fields=spec.text_fields,
+            max_tokens=spec.max_tokens,
+            seed=spec.seed,
+        )
         self.orders = [order_of(r, config, spec.seed) for r in self.readers]
         self.num_per_lane = config.global_batch_samples // config.num_lanes
         datasets, sizes = [r.config for r in self.readers], [r.num_samples for r in self.readers]
@@ -204,7 +212,14 @@ class SampleStream:
         self._tokenizer = prepared.tokenizer
         datasets = tuple((r.config, r.shards.store.url, r.shards.index, r.selection) for r in self.readers)
         self._spec = StreamSpec(
-            self.config, datasets, prepared.tokenizer_path, prepared.rate, prepared.text_fields, seed, num_batches
+            self.config,
+            datasets,
+            prepared.tokenizer_path,
+            prepared.rate,
+            prepared.text_fields,
+            prepared.max_tokens,
+            seed,
+            num_batches,
         )
         digests = {r.config.name: r.digest for r in self.readers}
         own = list(lanes_of_rank(rank, world, self.config.num_lanes))

@@ -23,6 +23,7 @@ import sentencepiece
 from model import prompt
 from model.errors import UserError
 from trainer.data.config import TokenizerConfig
+from trainer.data.errors import SampleError
 
 PROBES = (
     "",
@@ -33,10 +34,6 @@ PROBES = (
 """Texts that different tokenizers with the same vocabulary split into different tokens."""
 UNKNOWN_ID_TEXT = "\ufffd"
 """The text of ids beyond the vocabulary. An LLM may have more embedding rows than its tokenizer has pieces."""
-
-
-class PlaceholderInText(ValueError):
-    """Raised when the text of a sample contains the placeholder token."""
 
 
 class Tokenizer(ABC):
@@ -53,10 +50,16 @@ class Tokenizer(ABC):
     """The id of padding, or None if the tokenizer has none."""
     placeholder_id: int
     """The id that stands for a clip in a prompt."""
+    special_ids: frozenset[int]
+    """The ids that control the model, such as the end of a turn. No text of a sample may contain them."""
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]:
         """Return the tokens of a text, which may contain placeholders, without adding special tokens."""
+
+    @abstractmethod
+    def piece(self, token: int) -> str:
+        """Return the name of an id below `vocab_size`."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -71,11 +74,16 @@ class Tokenizer(ABC):
         """Return the tokens of a sample's text.
 
         Raises:
-            PlaceholderInText: If the text contains the placeholder.
+            SampleError: If the text contains the placeholder (`placeholder_in_text`) or a token that controls the model
+                (`special_token_in_text`).
         """
         ids = self._encode(text)
         if self.placeholder_id in ids:
-            raise PlaceholderInText(f"{text!r} contains {self.config.placeholder}")
+            raise self._placeholder_in(text)
+        if (token := next((t for t in ids if t in self.special_ids), None)) is not None:
+            raise SampleError(
+                "special_token_in_text", f"{shorten(text)} contains {self.piece(token)}, which controls the model"
+            )
         return ids
 
     def prompt(self, instruction: str, num_clips: int) -> list[list[int]]:
@@ -89,15 +97,22 @@ class Tokenizer(ABC):
             `num_clips + 1` lists of tokens, between which the clips are inserted.
 
         Raises:
-            PlaceholderInText: If the instruction contains the placeholder.
+            SampleError: If the instruction contains the placeholder (`placeholder_in_text`), or the chat template
+                changes the prompt (`unexpected`).
         """
         if self.config.placeholder in instruction:
-            raise PlaceholderInText(f"{instruction!r} contains {self.config.placeholder}")
+            raise self._placeholder_in(instruction)
         template = self.config.template if num_clips else self.config.text_template
         ids = self._prompt_ids(prompt.render(template, instruction, self.config.placeholder, num_clips))
         pieces = prompt.cut(ids, self.placeholder_id)
-        assert len(pieces) == num_clips + 1, (instruction, num_clips, pieces)
+        if len(pieces) != num_clips + 1:
+            raise SampleError(
+                "unexpected", f"the prompt of {shorten(instruction)} has {len(pieces) - 1} places for {num_clips} clips"
+            )
         return pieces
+
+    def _placeholder_in(self, text: str) -> SampleError:
+        return SampleError("placeholder_in_text", f"{shorten(text)} contains {self.config.placeholder}")
 
     def _prompt_ids(self, text: str) -> list[int]:
         return ([] if self.bos_id is None else [self.bos_id]) + self._encode(text)
@@ -125,6 +140,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = self._pieces.bos_id() if self._pieces.bos_id() >= 0 else None
         self.pad_id = self._pieces.pad_id() if self._pieces.pad_id() >= 0 else None
         self.eos_id = self._pieces.eos_id()
+        self.special_ids = frozenset(i for i in range(self.vocab_size) if self._pieces.IsControl(i))
         if self.eos_id < 0:
             raise UserError(f"data.tokenizer.path = {path}: the model has no end token; train it with eos_id")
         self.placeholder_id = self._pieces.PieceToId(config.placeholder)
@@ -136,6 +152,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         return self._pieces.EncodeAsIds(text)
+
+    def piece(self, token: int) -> str:
+        return self._pieces.IdToPiece(token)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the tokens of a text, which may contain placeholders."""
@@ -207,11 +226,36 @@ class HuggingFaceTokenizer(Tokenizer):
         if found in (None, inner.unk_token_id) or self._encode(config.placeholder).count(found) != 1:
             raise UserError(_no_placeholder(path, config.placeholder))
         self.placeholder_id = found
+        added = {i for i, token in inner.added_tokens_decoder.items() if token.special}
+        self.special_ids = frozenset({*inner.all_special_ids, *added} - {found, inner.unk_token_id})
         self.chats = config.chat_template and bool(inner.chat_template)
+        if self.chats:
+            self._check_chat_template(path)
+
+    def _check_chat_template(self, path: str) -> None:
+        """Check that the chat template inserts the text of a user message once and unchanged.
+
+        Raises:
+            UserError: If it does not.
+        """
+        for template, num_clips in ((self.config.template, 2), (self.config.text_template, 0)):
+            text = prompt.render(template, "What is said?", self.config.placeholder, num_clips)
+            try:
+                problem = None if self._chat(text).count(text.strip()) == 1 else "does not contain the message once"
+            except SampleError as error:
+                problem = error.detail
+            if problem is not None:
+                raise UserError(
+                    f"data.tokenizer.path = {path}: the chat template of a single user message {problem}; set "
+                    "data.tokenizer.chat_template: false, or correct the template"
+                )
 
     def _encode(self, text: str) -> list[int]:
         with self._lock:
             return self.inner.encode(text, add_special_tokens=False)
+
+    def piece(self, token: int) -> str:
+        return self.inner.convert_ids_to_tokens(token)
 
     @property
     def digest(self) -> str:
@@ -220,11 +264,21 @@ class HuggingFaceTokenizer(Tokenizer):
     def _prompt_ids(self, text: str) -> list[int]:
         if not self.chats:
             return super()._prompt_ids(text)
-        # transformers renders the template in a sandbox. The template itself adds the begin token.
-        chat = self.inner.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-        return self._encode(chat)
+        # The template itself adds the begin token.
+        return self._encode(self._chat(text))
+
+    def _chat(self, text: str) -> str:
+        """Return a user message in the chat template, which transformers renders in a sandbox.
+
+        Raises:
+            SampleError: If the template fails (`unexpected`).
+        """
+        try:
+            return self.inner.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # A template may call raise_exception, and its expressions may fail in any way.
+            raise SampleError("unexpected", f"fails: {type(error).__name__}: {error}".splitlines()[0]) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         text, run = "", []
@@ -385,6 +439,11 @@ def train_sentencepiece(
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def shorten(text: str) -> str:
+    """Return the representation of a text, without its middle if it is long."""
+    return repr(text) if len(text) <= 200 else f"{text[:90]!r} ... {text[-90:]!r}"
 
 
 def _no_placeholder(path: str, placeholder: str) -> str:

@@ -27,9 +27,10 @@ from trainer.checkpoint.layout import PARAM, Manifest, Shard, files_of, matrix_o
 from trainer.checkpoint.reader import STATE, DamagedError, Reader, check_files, read_manifest
 from trainer.config.load import load_stored_recipe, parse_stored_recipe
 from trainer.config.schema import Recipe
-from trainer.data.decode import SampleError, check_metadata, decode_audio
+from trainer.data.decode import decode_audio
+from trainer.data.errors import SampleError
+from trainer.data.metadata import check_metadata
 from trainer.data.stored import CHUNK_SAMPLES, Encoded, StoredData, open_stored
-from trainer.data.tokenizer import PlaceholderInText
 from trainer.expert_usage.analysis import Profile
 from trainer.expert_usage.history import RunPath, primary_name
 from trainer.expert_usage.placement import advise
@@ -159,14 +160,11 @@ def _decoded(
             if isinstance(item, SampleError):
                 raise item
             files, meta = item
-            check_metadata(meta)
+            check_metadata(meta, len(files))
             clips = [decode_audio(file, recipe.data.max_audio_sec) for file in files]
             prompt = torch.tensor(encode(meta["instruction"]), dtype=torch.int64)
         except SampleError as error:
             skipped[error.reason] += 1
-            continue
-        except PlaceholderInText:
-            skipped["placeholder_in_text"] += 1
             continue
         yield [torch.from_numpy(np.pad(c, (0, max(0, shortest - len(c))))) for c in clips], prompt, meta
 

@@ -20,9 +20,11 @@ from model.hub.configuration import EarshotConfig, audio_config
 from model.hub.modeling import EarshotForCausalLM
 from model.lengths import num_samples
 from model.speech_llm import SpeechLLM
-from trainer.data.decode import SampleError, check_metadata, decode_audio
+from trainer.data.decode import decode_audio
+from trainer.data.errors import SampleError
 from trainer.data.loader import to_sample
 from trainer.data.manifest import read_manifest
+from trainer.data.metadata import check_metadata
 from trainer.data.sample import make_sample
 from trainer.data.tokenizer import Tokenizer
 from trainer.export.source import Selection, Source, separate_experts
@@ -148,7 +150,7 @@ def _samples(source: Source, tokenizer: Tokenizer, manifest: Path, limit: int) -
         try:
             if row.error is not None:
                 raise row.error
-            check_metadata(row.metadata)
+            check_metadata(row.metadata, len(row.audio))
             clips = [decode_audio(path.read_bytes()) for path in row.audio]
             padded = tuple(np.pad(c, (0, max(0, shortest - len(c)))) for c in clips)
             yield to_sample(make_sample(row.key, row.metadata, padded, tokenizer, source.rate, evaluate=True))

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError
-from trainer.data.decode import Reason
+from trainer.data.errors import Reason
 from trainer.parallel.groups import Groups
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE, num_samples
-from trainer.data.decode import SampleError
+from trainer.data.errors import SampleError
 from trainer.evaluation.offline.decode import decode
 from trainer.evaluation.offline.model import DEFAULT_WINDOW_SEC, Loaded, Origin
 from trainer.evaluation.offline.stitching import join_windows, window_spans

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from model.lengths import SAMPLE_RATE
-from trainer.data.decode import SampleError
+from trainer.data.errors import SampleError
 from trainer.evaluation.offline.answer import Answerer, Decoding, Question, Windows
 from trainer.evaluation.offline.model import DTYPES, default_dtype, find_model, load_model
 

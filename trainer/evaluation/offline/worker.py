@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 
 from model.errors import UserError
-from trainer.data.decode import SampleError, check_metadata, decode_audio
+from trainer.data.decode import decode_audio
+from trainer.data.errors import SampleError, sample_errors
 from trainer.data.lanes import permutation
+from trainer.data.metadata import check_metadata
 from trainer.data.stored import Encoded, StoredData, open_stored
 from trainer.evaluation.offline.answer import Answerer, Decoding, Question, Windows
 from trainer.evaluation.offline.model import DTYPES, Origin, load_model
@@ -84,7 +86,10 @@ def open_wanted(request: Request) -> tuple[StoredData, list[int]]:
     keys: set[str] = set()
     for index in indices:
         if (key := stored.items[index].key) in keys:
-            raise UserError(f"{request.data}: key '{key}' occurs twice; choose one --split")
+            raise UserError(
+                f"{request.data}: key '{key}' occurs twice; choose one --split, or delete shards.json and index the "
+                "tars again, which gives every sample its own key"
+            )
         keys.add(key)
     return stored, sorted(indices, key=lambda i: (-stored.items[i].seconds, stored.items[i].key))
 
@@ -186,7 +191,9 @@ def _decoded(key: str, item: Encoded | SampleError) -> Question | Skipped:
         if isinstance(item, SampleError):
             raise item
         files, meta = item
-        check_metadata(meta)
-        return Question(key, tuple(decode_audio(file) for file in files), meta, TASKS[meta["task"]].is_transcription)
+        with sample_errors(key):
+            check_metadata(meta, len(files))
+            clips = tuple(decode_audio(file) for file in files)
+        return Question(key, clips, meta, TASKS[meta["task"]].is_transcription)
     except SampleError as error:
         return Skipped(key, error.reason, error.detail)

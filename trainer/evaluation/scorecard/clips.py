@@ -11,7 +11,8 @@ import soundfile
 from numpy.typing import NDArray
 
 from model.lengths import SAMPLE_RATE
-from trainer.data.decode import SampleError, decode_audio
+from trainer.data.decode import decode_audio
+from trainer.data.errors import SampleError
 from trainer.data.stored import StoredData
 
 _BATCH_SAMPLES = 32
