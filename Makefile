@@ -7,6 +7,7 @@
 # make docs    the documentation site in site/; a broken link is an error
 # make fault-test  every fault on a real Slurm (root; slurmctld slurmd slurm-client munge iproute2)
 # make chaos   20 random faults there, in one run
+# make fuzz    2000 changed inputs to every parser of files and texts (minutes)
 # make kill-test  50 kills of a small run      make export-test  an export in an environment without this project
 # make reshape    save and load on other topologies: the table
 # make bench-data  the loader against its peers, padding (minutes; wants a quiet machine and the kit: KIT_DIR)
@@ -29,7 +30,7 @@ CXX_NAMES := g++ c++ clang++
 # DeepSpeed looks for ninja in PATH when it builds its shared-memory operation.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup check test lint docs demo finetune models parity gpu-check kill-test fault-test chaos reshape export-test bench-data soak-data mixture clean
+.PHONY: setup check test fuzz lint docs demo finetune models parity gpu-check kill-test fault-test chaos reshape export-test bench-data soak-data mixture clean
 
 setup: $(STAMP)
 
@@ -57,6 +58,9 @@ check: lint
 
 test: lint docs
 	$(PY) -m pytest --durations=40 --durations-min=3
+
+fuzz: setup
+	$(PY) -m tests.fuzz --inputs 2000
 
 docs: $(DOCS_STAMP)
 	.venv-docs/bin/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet -c docs . site

@@ -68,6 +68,16 @@ def resolve_hf_config(config: LLMConfig) -> PretrainedConfig:
     return hf_config
 
 
+def num_positions(hf_config: PretrainedConfig) -> int:
+    """Return the number of positions that the LLM's rotary embedding supports, including any configured scaling."""
+    rope = hf_config.rope_parameters
+    stretched = rope.get("original_max_position_embeddings")
+    factor = rope.get("factor")
+    if stretched is None or factor is None:
+        return int(hf_config.max_position_embeddings)
+    return min(int(hf_config.max_position_embeddings), int(stretched * factor))
+
+
 def dense_config(hf_config: PretrainedConfig) -> PretrainedConfig:
     """Return the config of a dense LLM without the experts that it got from the recipe."""
     dense = copy.deepcopy(hf_config)
