@@ -11,12 +11,12 @@ Exit code 0: the tokenizer was written. 2: it was not.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from model.errors import UserError
+from model.json_text import parse_json
 from tools.options import check_output
 from trainer.data.config import PLACEHOLDER, TokenizerConfig
 from trainer.data.tokenizer import load_tokenizer, train_sentencepiece
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _texts(path: Path, split: str) -> Iterator[str]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); check the path"
@@ -73,13 +73,14 @@ def _texts(path: Path, split: str) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise UserError(f"{path}, line {number}: is not JSON ({error}); write one object per line") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: is not a JSON object; write one object per line")
         if row.get("split") == split:
-            texts = (row.get("instruction"), row.get("answer"), *(row.get("references") or ()))
+            references = row.get("references")
+            texts = (row.get("instruction"), row.get("answer"), *(references if isinstance(references, list) else ()))
             yield from (t for t in texts if isinstance(t, str))
 
 

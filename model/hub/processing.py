@@ -73,7 +73,7 @@ class EarshotProcessor(ProcessorMixin):
 
         Raises:
             ValueError: If the rate or the kind of tensors differs, audio cannot be used, the numbers of samples and
-                instructions differ, or an instruction contains the placeholder.
+                instructions differ, or an instruction contains the placeholder or a token that controls the model.
         """
         if sampling_rate != SAMPLE_RATE or return_tensors != "pt":
             raise ValueError(
@@ -123,7 +123,7 @@ class EarshotProcessor(ProcessorMixin):
             text: The instruction.
 
         Raises:
-            ValueError: If `text` contains the placeholder.
+            ValueError: If `text` contains the placeholder or a token that controls the model.
         """
         return sum(map(len, self._pieces(text, num_clips)))
 
@@ -142,6 +142,11 @@ class EarshotProcessor(ProcessorMixin):
         """Return the tokens of a prompt before, between and after its clips."""
         if self.placeholder in instruction:
             raise ValueError(f"{instruction!r} contains {self.placeholder}, which stands for audio")
+        special_ids = self._special_ids()
+        for token in self._encode(instruction):
+            if token in special_ids:
+                name = self.tokenizer.convert_ids_to_tokens(token)
+                raise ValueError(f"{instruction!r} contains {name}, which controls the model")
         template = self.prompt_with_audio if num_clips else self.prompt_without_audio
         text = render(template, instruction, self.placeholder, num_clips)
         if self.as_chat:
@@ -151,6 +156,11 @@ class EarshotProcessor(ProcessorMixin):
         begin = self.tokenizer.bos_token_id
         ids = ([] if begin is None or self.as_chat else [begin]) + self._encode(text)
         return cut(ids, self.placeholder_id)
+
+    def _special_ids(self) -> set[int]:
+        """Return the ids that control the model, which no instruction may contain."""
+        added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return {*self.tokenizer.all_special_ids, *added} - {self.placeholder_id, self.tokenizer.unk_token_id}
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE, num_samples
-from trainer.data.errors import SampleError
+from trainer.data.errors import Reason, SampleError
 from trainer.evaluation.offline.decode import decode
 from trainer.evaluation.offline.model import DEFAULT_WINDOW_SEC, Loaded, Origin
 from trainer.evaluation.offline.stitching import join_windows, window_spans
@@ -166,7 +166,9 @@ class Answerer:
         try:
             num = self._count_text_tokens(len(prompt.clips), prompt.instruction)
         except ValueError as error:
-            raise SampleError("placeholder_in_text", str(error)) from None
+            has_placeholder = processor.placeholder in prompt.instruction
+            reason: Reason = "placeholder_in_text" if has_placeholder else "special_token_in_text"
+            raise SampleError(reason, str(error)) from None
         num += sum(processor.count_audio_tokens(len(clip)) for clip in prompt.clips)
         limit = self.loaded.max_positions
         if num + self.decoding.max_new_tokens > limit:
