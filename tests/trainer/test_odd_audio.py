@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import resource
 import struct
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.trainer.data_corpus import audio_bytes
 from trainer.data.decode import MAX_VALUES_PER_BYTE, check_audio, decode_audio
 from trainer.data.errors import SampleError
 
@@ -64,7 +62,7 @@ def test_decoding_in_blocks_gives_the_bits_of_decoding_at_once(
 
 @pytest.mark.parametrize("kind", FORMATS)
 @given(share=st.floats(0.0, 1.0, exclude_max=True))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_a_part_of_a_file_is_refused_unless_it_is_nearly_whole(kind: str, share: float) -> None:
     data = encoded(kind, 1.0)
     found = outcome(data[: int(len(data) * share)])
@@ -73,7 +71,7 @@ def test_a_part_of_a_file_is_refused_unless_it_is_nearly_whole(kind: str, share:
 
 @pytest.mark.parametrize("kind", ["FLAC", "MP3", "VORBIS", "OPUS"])
 @given(seconds=st.lists(st.sampled_from([0.3, 0.5, 1.0]), min_size=2, max_size=4))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_all_files_that_were_concatenated_are_heard(kind: str, seconds: list[float]) -> None:
     parts = [encoded(kind, s, seed=i) for i, s in enumerate(seconds)]
     expected = np.concatenate([decode_audio(part) for part in parts])
@@ -191,11 +189,10 @@ def test_memory_is_bounded_by_the_longest_clip(tmp_path: Path, count: int, expec
     command = [sys.executable, "-c", _CHILD, str(tmp_path / "a.flac")]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
     assert found.stdout.strip() == expected, found.stderr
-    assert resource.RLIMIT_AS is not None
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_only_sample_errors_are_raised(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(sorted(FORMATS)))
     content = bytearray(encoded(kind, 0.2))
@@ -204,7 +201,3 @@ def test_only_sample_errors_are_raised(data: st.DataObject) -> None:
         content[place] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(content)))
     outcome(bytes(content[:cut] if data.draw(st.booleans()) else content))
-
-
-def test_audio_of_the_corpus_is_unchanged() -> None:
-    assert outcome(audio_bytes(0.5)) == 8000

@@ -59,14 +59,16 @@ def eval_samples(
     ]
     samples: list[Sample] = []
     skipped: Counter[str] = Counter()
+    first: dict[str, Skip] = {}
     with ThreadPoolExecutor(max(_READERS, config.num_workers)) as pool:
         for item in chain.from_iterable(pool.map(lambda chunk: _load(source, *chunk), chunks)):
             if isinstance(item, Skip):
                 skipped[item.reason] += 1
+                first.setdefault(item.reason, item)
                 on_skip(item)
             else:
                 samples.append(item)
-    check_skipped(len(own), skipped, prepared.config.max_skipped_fraction)
+    check_skipped(len(own), skipped, prepared.config.max_skipped_fraction, first)
     return samples
 
 

@@ -45,13 +45,16 @@ class Skip:
     detail: str
 
 
-def check_skipped(num_seen: int, skipped: Mapping[str, int], max_fraction: float) -> None:
+def check_skipped(
+    num_seen: int, skipped: Mapping[str, int], max_fraction: float, examples: Mapping[str, Skip] | None = None
+) -> None:
     """Check that not too many samples were skipped.
 
     Args:
         num_seen: number of samples so far, including skipped ones.
         skipped: number of skipped samples by reason.
         max_fraction: largest fraction of samples that may be skipped.
+        examples: a skipped sample for each reason, as far as they are known.
 
     Raises:
         UserError: If more samples were skipped; the message summarises the reasons.
@@ -59,9 +62,11 @@ def check_skipped(num_seen: int, skipped: Mapping[str, int], max_fraction: float
     total = sum(skipped.values())
     if total > max_fraction * max(num_seen, _GRACE_SAMPLES):
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()))
+        first = "; ".join(f"{s.set} {s.shard} {s.key}: {s.detail}" for _, s in sorted((examples or {}).items()))
         raise UserError(
             f"data.max_skipped_fraction = {max_fraction}: {total} of {num_seen} samples had to be skipped ({counts}), "
-            "listed in skipped.jsonl; fix the data, or raise this fraction or data.max_audio_sec"
+            f"listed in skipped.jsonl{f' (first: {first})' if first else ''}; fix the data, or raise this fraction or "
+            "data.max_audio_sec"
         )
 
 

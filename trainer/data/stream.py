@@ -228,6 +228,7 @@ class SampleStream:
         self._lane_states = dict(zip(own, lane_states, strict=True))
         self.state: State = self._state(self._first_batch, lane_states)
         self._source: LaneGroup | Workers | None = None
+        self._first_skips: dict[str, Skip] = {}
 
     @property
     def num_skipped(self) -> dict[str, int]:
@@ -256,10 +257,12 @@ class SampleStream:
                 lane_batches = self._source.lane_batches(batch)
                 self.state = self._state(batch + 1, [p.lane_state for p in lane_batches])
                 for skip in (s for p in lane_batches for s in p.skips):
+                    self._first_skips.setdefault(skip.reason, skip)
                     self.on_skip(skip)
                 if any(p.skips for p in lane_batches):
                     num_seen = sum(p.lane_state.num_seen for p in lane_batches)
-                    check_skipped(num_seen, self.num_skipped, self.config.max_skipped_fraction)
+                    limit = self.config.max_skipped_fraction
+                    check_skipped(num_seen, self.num_skipped, limit, self._first_skips)
                 yield tuple(s for p in lane_batches for s in p.samples), self.state
         finally:
             self.close()
