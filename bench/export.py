@@ -67,7 +67,7 @@ def work(folder: Path) -> int:
     from trainer.config.load import dump
     from trainer.config.schema import Recipe
     from trainer.data.config import TokenizerConfig
-    from trainer.data.tokenizer import train_sentencepiece
+    from trainer.data.sentencepiece_training import train_sentencepiece
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
 

@@ -20,7 +20,8 @@ from trainer.checkpoint.catalog import find_checkpoint
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.config.schema import Recipe, TrainConfig
 from trainer.data.config import DataConfig, TokenizerConfig
-from trainer.data.tokenizer import HuggingFaceTokenizer, load_tokenizer, train_sentencepiece
+from trainer.data.sentencepiece_training import train_sentencepiece
+from trainer.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from trainer.export.source import Source
 from trainer.parity import tiny_model
 from trainer.run_tokenizer import DIGEST, adopt, check_named, find_owned, keep_tokenizer, of_checkpoint, of_export

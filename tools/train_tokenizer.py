@@ -19,7 +19,8 @@ from model.errors import UserError
 from model.json_text import parse_json
 from tools.options import check_output
 from trainer.data.config import PLACEHOLDER, TokenizerConfig
-from trainer.data.tokenizer import load_tokenizer, train_sentencepiece
+from trainer.data.sentencepiece_training import train_sentencepiece
+from trainer.data.tokenizer import load_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -36,7 +36,8 @@ from trainer.config.evaluation import EvalConfig
 from trainer.config.load import dump
 from trainer.config.schema import Recipe
 from trainer.data.config import DataConfig, TokenizerConfig
-from trainer.data.tokenizer import load_tokenizer, train_sentencepiece
+from trainer.data.sentencepiece_training import train_sentencepiece
+from trainer.data.tokenizer import load_tokenizer
 from trainer.parity import drawn_factor, tiny_model
 from trainer.run_tokenizer import DIGEST
 from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, Load

@@ -17,7 +17,8 @@ from trainer.data.config import MOWE_TEMPLATE, PLACEHOLDER, TokenizerConfig
 from trainer.data.errors import SampleError
 from trainer.data.loader import to_sample
 from trainer.data.sample import make_sample
-from trainer.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from trainer.data.sentencepiece_training import train_sentencepiece
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", PLACEHOLDER, "what", "is", "said", "?", "one", "two", "[U]", "[A]", "listen"]
 """The words of the tests; their ids are what 5, is 6, said 7, ? 8, one 9, two 10, [U] 11, [A] 12, listen 13."""

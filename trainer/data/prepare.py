@@ -14,10 +14,11 @@ from model.json_text import parse_json
 from model.lengths import TokenRate
 from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.manifest import Row, read_manifest
+from trainer.data.sentencepiece_training import train_sentencepiece
 from trainer.data.shard_build import SKIPPED_NAME, BuildReport, ShardLimits, build_shards, source_digest
 from trainer.data.shards import INDEX_NAME, Selection, ShardIndex, ShardSet, read_index
 from trainer.data.source import DatasetReader
-from trainer.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.storage.open import join_url, open_store, scheme_of
 from trainer.storage.store import MissingError
 
