@@ -69,7 +69,8 @@ def test_bad_metadata_in_foreign_shards_is_skipped_by_reason(tmp_path: Path, fie
     good = samples("a", 5, audio=True)
     bad = (row("bad", **fields), [("flac", audio_bytes(0.1))])
     write_shards(tmp_path / "a", [*good, bad], per_shard=9)
-    data = prepare(data_config(tmp_path, DatasetConfig(name="a", shards="a"), max_skipped_fraction=0.3), TokenRate((2,)))
+    config = data_config(tmp_path, DatasetConfig(name="a", shards="a"), max_skipped_fraction=0.3)
+    data = prepare(config, TokenRate((2,)))
     with Loader(SampleStream(data, seed=0, num_batches=9)) as loader:
         keys = {s.key for batch, _ in loader for s in batch.samples}
         assert set(loader.num_skipped) == {reason}

@@ -86,7 +86,7 @@ def test_tables_with_other_types_are_refused(tmp_path: Path, name: str, change: 
     path = write_shards(tmp_path / "out", samples, per_shard=2) / name
     text = path.read_text()
     assert change[0] in text
-    path.write_text(text.replace(*change, 1))
+    path.write_text(text.replace(*change))
     with pytest.raises((UserError, ChangedError), match="malformed"):
         ShardSet(LocalStore(tmp_path / "out")).table(0)
 

@@ -63,14 +63,6 @@ def test_jsonl_resume_without_a_file_and_fresh_start(tmp_path: Path) -> None:
     assert steps_in(path) == [1]
 
 
-def test_jsonl_resume_refuses_a_foreign_file(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nhello\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl line 2"):
-        JsonlTracker(path, resume_step=1)
-    assert path.read_text() == '{"step": 1}\nhello\n'
-
-
 def test_records_wait_for_space_on_a_full_disk_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     full = Path("/dev/full")
     if not full.exists():

@@ -26,7 +26,6 @@ _FILLERS = re.compile(r"\b(?:uh|umm?|er|ah)\b")
 _ARTICLES = re.compile(r"\b(?:an?|the)\b")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _APOSTROPHE = re.compile("\u02bc|(?<=\\w)[\u2018\u2019\uff07\u00b4\u2032](?=\\w)")
-_MINUS = re.compile("[\u2212\uff0d](?=\\d)")
 _DOTS = re.compile("\\.{2,}|\u2026")
 _LONE_DOTS = re.compile(r"(?<!\S)\.+(?!\S)")
 _BRACKETS = re.compile(r"[<\[][^>\]]*[>\]]|\([^)]+?\)")
@@ -103,8 +102,8 @@ def tokenise(text: str) -> list[str]:
 
 
 def _clean(text: str) -> str:
-    """Return the text with plain apostrophes and minus signs, and without invisible characters and runs of dots."""
-    text = _MINUS.sub("-", _APOSTROPHE.sub("'", _DOTS.sub(" ", text)))
+    """Return the text with plain apostrophes, and without invisible characters and runs of dots."""
+    text = _APOSTROPHE.sub("'", _DOTS.sub(" ", text))
     # The zero-width space separates words; all other format characters separate nothing.
     return "".join(c for c in text.replace("\u200b", " ") if unicodedata.category(c) != "Cf")
 

@@ -154,7 +154,7 @@ def _numbered(path: Path) -> Iterator[tuple[int, str, Any]]:
     """
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
