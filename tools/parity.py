@@ -5,6 +5,8 @@
     earshot parity --steps 0    without loss curves
     earshot parity --deepspeed ds_configs/zero3_offload.json    with the DeepSpeed settings of a run
     earshot parity --pack-multiple 24    with train.pack_multiple_tokens, which pads packs more
+    earshot parity --gathering per_module    with weights that are gathered around every call of a module
+    earshot parity --recompute-calls    with encoder calls that run again in the backward pass
     earshot parity --lora       train low-rank adapters over partly frozen weights
     earshot parity --stages --steps 11    train other parameters in each of several stages
     earshot parity --adapter queries    with another kind of adapter, and normalization
@@ -137,6 +139,8 @@ def check(
     adapter: str = "convolutions",
     stages: bool = False,
     freeze: Sequence[str] = (),
+    gathering: str = "per_update",
+    recompute_calls: bool = False,
 ) -> list[Row]:
     """Compare one topology with the single-process model, in new processes.
 
@@ -151,12 +155,15 @@ def check(
         adapter: `model.adapter.kind`.
         stages: train other parameters in each of several stages.
         freeze: Patterns on the names of parameters that are not trained.
+        gathering: `train.gather_audio_weights`.
+        recompute_calls: `train.recompute_encoder_calls`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "rows.json"
         shape = [topology.tp, topology.pp, topology.ep]
         experts = [topology.ffn_ep, topology.ffn_etp]
         options = [num_steps, family, kinds, deepspeed, pack_multiple, lora, adapter, stages, *experts, list(freeze)]
+        options += [gathering, recompute_calls]
         task = json.dumps([*shape, *options, str(out)])
         code = start_ranks(topology.world, module_command("tools.parity", "--worker", task))
         if code:
@@ -188,6 +195,8 @@ def measure(
     ffn_ep: int = 1,
     ffn_etp: int | None = None,
     freeze: Sequence[str] = (),
+    gathering: str = "per_update",
+    recompute_calls: bool = False,
 ) -> list[dict[str, Any]]:
     """Compare the topology of this launch with the oracle.
 
@@ -208,6 +217,8 @@ def measure(
         ffn_ep: The number of ranks over which the experts of an LLM layer are spread.
         ffn_etp: The number of ranks that share an expert of the LLM; None for `tp`.
         freeze: Patterns on the names of parameters that are not trained.
+        gathering: `train.gather_audio_weights`.
+        recompute_calls: `train.recompute_encoder_calls`.
 
     Returns:
         The fields of each `Row`.
@@ -228,7 +239,16 @@ def measure(
     ds_config = build_ds_config(Path(deepspeed), precision="fp32") if deepspeed else DS_CONFIG
     chosen = parity.STAGED if stages else parity.ADAPTERS if lora else parity.ALL_WEIGHTS
     learned = parity.without(chosen, freeze)
-    step = parity.build_step(model, groups, ds_config, max(1, num_steps), pack_multiple=pack_multiple, learned=learned)
+    step = parity.build_step(
+        model,
+        groups,
+        ds_config,
+        max(1, num_steps),
+        pack_multiple=pack_multiple,
+        learned=learned,
+        gathering="per_module" if gathering == "per_module" else "per_update",
+        recompute_calls=recompute_calls,
+    )
     oracle = parity.build_oracle(model, learned)
     rows = []
     for kind in kinds:
@@ -299,6 +319,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=tuple(ADAPTERS),
         help="kind of the adapter; kinds other than convolutions are compared with normalization",
     )
+    parser.add_argument(
+        "--gathering",
+        default="per_update",
+        choices=("per_update", "per_module"),
+        help="train.gather_audio_weights (default: per_update)",
+    )
+    parser.add_argument("--recompute-calls", action="store_true", help="train.recompute_encoder_calls")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -330,6 +357,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.adapter,
             options.stages,
             options.freeze,
+            options.gathering,
+            options.recompute_calls,
         ):
             rows.append(row)
             verdict = "" if row.passed else "   OVER"

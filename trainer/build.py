@@ -284,7 +284,16 @@ def build_step(
     add_adapters(tower, "audio.", adapters)
     tower.set_recompute(train.recompute_encoders)
     ds_config = build_ds_config(deepspeed_json(recipe), precision=train.precision)
-    audio = AudioEngine(tower, recipe.staged_optim, ds_config, groups, train.encoder_batch_sec, train.debug_plan)
+    audio = AudioEngine(
+        tower,
+        recipe.staged_optim,
+        ds_config,
+        groups,
+        train.encoder_batch_sec,
+        train.debug_plan,
+        gathering=train.gather_audio_weights,
+        recompute_calls=train.recompute_encoder_calls,
+    )
     held_names = [n for n, _ in audio.named_parameters()] + [llm.hf_name(n) for n, _ in llm.parameters()]
     all_layers = gather_distinct(layers, groups.world)
     all_names = gather_distinct(held_names, groups.world)

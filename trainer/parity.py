@@ -28,6 +28,7 @@ from model.llm.reference import resolve_hf_config
 from model.llm.weights import RandomSource, embedding_rms
 from model.lora import Adapters, add_adapters, initial_factor
 from model.speech_llm import Losses, SpeechLLM
+from trainer.engine.ds_config import Gathering
 from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine
 from trainer.engine.optim import OptimConfig, PartConfig, lr_scale, param_groups, set_rates
@@ -272,6 +273,8 @@ def build_step(
     pack_tokens: int = 48,
     pack_multiple: int | None = None,
     learned: Learned = ALL_WEIGHTS,
+    gathering: Gathering = "per_update",
+    recompute_calls: bool = False,
 ) -> Step:
     """Return the distributed model with the oracle's initial weights.
 
@@ -287,7 +290,9 @@ def build_step(
     tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE, held, embedding_rms(source))
     add_adapters(tower, "audio.", learned.adapters)
     tower.set_recompute(recompute)
-    audio = AudioEngine(tower.train(), optim, ds_config, groups, batch_sec)
+    audio = AudioEngine(
+        tower.train(), optim, ds_config, groups, batch_sec, gathering=gathering, recompute_calls=recompute_calls
+    )
     return Step(
         config,
         optim,

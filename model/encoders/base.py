@@ -2,9 +2,9 @@
 
 Shapes: B windows of one call, T audio samples (16 kHz), F frames of 20 ms, E frames at the encoder's own rate, D width.
 
-DeepSpeed ZeRO-3 gathers a module's parameters around that module's own `forward`, on all ranks together. Therefore no
-code here reads a child's parameter from outside the child, and one call of an encoder calls each of its modules exactly
-once, regardless of the number and length of the clips.
+DeepSpeed ZeRO-3 may gather a module's parameters around that module's own `forward`, on all ranks together. Therefore
+no code here reads a child's parameter from outside the child, and one call of an encoder calls each of its modules
+exactly once, regardless of the number and length of the clips.
 """
 
 from __future__ import annotations

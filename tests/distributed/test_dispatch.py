@@ -67,6 +67,7 @@ def body(num_routings: int) -> int:
             groups,
             budget_samples=data.draw(st.sampled_from([1000, 5000, 100_000])),
             empty=torch.zeros(0, DIM),
+            calls_are_collective=data.draw(st.booleans()),
             debug_plan=True,
         )
         found = dispatch(names, Ragged.of(clips[rank]), wanted[rank])

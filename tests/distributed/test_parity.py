@@ -44,6 +44,8 @@ def check(
     lora: bool = False,
     adapter: str = "convolutions",
     stages: bool = False,
+    gathering: str = "per_update",
+    recompute_calls: bool = False,
 ) -> list[Row]:
     task = {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep, "num_steps": num_steps, "family": family}
     task |= {
@@ -53,18 +55,46 @@ def check(
         "lora": lora,
         "adapter": adapter,
         "stages": stages,
+        "gathering": gathering,
+        "recompute_calls": recompute_calls,
     }
     return [Row(**row) for row in run_ranks(topology.world, measure, task, timeout_sec=200)[0]]
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.parametrize(("topology", "lora"), [(Topology(2, 2, 1), False), (Topology(4, 1, 2, 4), True)])
+def test_weights_gathered_per_module_equal_the_oracle(topology: Topology, lora: bool) -> None:
+    rows = check(topology, 2, "llama", ("mixed", "one_expert"), lora=lora, gathering="per_module")
+    assert len(rows) == 3 and all(row.passed for row in rows), rows
+
+
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    ("deepspeed", "topology"), [("zero3_offload", Topology(4, 1, 1, 2)), ("zero3_cpu", Topology(2, 1, 1, 2))]
+    ("topology", "lora", "gathering"),
+    [
+        (Topology(2, 1, 1, 2), False, "per_update"),
+        (Topology(4, 1, 2, 2), True, "per_update"),
+        (Topology(2, 1, 1), False, "per_module"),
+    ],
+)
+def test_encoder_calls_that_run_again_equal_the_oracle(topology: Topology, lora: bool, gathering: str) -> None:
+    rows = check(topology, 2, "llama", ("mixed", "one_expert"), lora=lora, gathering=gathering, recompute_calls=True)
+    assert len(rows) == 3 and all(row.passed for row in rows), rows
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("deepspeed", "topology", "gathering"),
+    [
+        ("zero3_offload", Topology(4, 1, 1, 2), "per_update"),
+        ("zero3_offload", Topology(2, 1, 1, 2), "per_module"),
+        ("zero3_cpu", Topology(2, 1, 1, 2), "per_module"),
+    ],
 )
 def test_experts_equal_the_oracle_offloaded_and_with_weights_that_stay_gathered(
-    deepspeed: str, topology: Topology
+    deepspeed: str, topology: Topology, gathering: str
 ) -> None:
-    rows = check(topology, 2, "llama", ("mixed",), deepspeed=f"ds_configs/{deepspeed}.json")
+    rows = check(topology, 2, "llama", ("mixed",), deepspeed=f"ds_configs/{deepspeed}.json", gathering=gathering)
     assert len(rows) == 2 and all(row.passed for row in rows), rows
 
 

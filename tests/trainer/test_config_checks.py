@@ -236,6 +236,28 @@ def write(folder: Path, tree: object) -> Path:
 ZERO = {"zero_optimization": {"stage": 3}}
 
 
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ({"zero_hpz_partition_size": 8}, "zero_hpz_partition_size = 8"),
+        ({"zero_quantized_weights": True}, "zero_quantized_weights = True"),
+        ({"offload_param": {"device": "nvme", "nvme_path": "/nvme"}}, "offload_param.device = nvme"),
+    ],
+)
+def test_settings_for_weights_per_module_are_refused_otherwise(
+    tmp_path: Path, setting: dict[str, object], text: str
+) -> None:
+    path = write(tmp_path, {"zero_optimization": {"stage": 3, **setting}})
+    overrides = [f"train.deepspeed={path}"]
+    with pytest.raises(UserError) as error:
+        check_recipe(load_recipe("debug", overrides))
+    assert str(error.value) == (
+        f"{path}: zero_optimization.{text}: needs train.gather_audio_weights = per_module, because per_update gathers "
+        "plain weights from memory"
+    )
+    check_recipe(load_recipe("debug", [*overrides, "train.gather_audio_weights=per_module"]))
+
+
 @pytest.mark.parametrize("path", sorted(DS_CONFIGS.glob("*.json")), ids=lambda p: p.stem)
 def test_deepspeed_accepts_our_json(path: Path) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig

@@ -17,8 +17,9 @@ from trainer.plan.communication import Traffic, tensor_units
 from trainer.plan.llm_memory import Kernels, StageMemory, interleaved_in_flight, stage_memory
 from trainer.plan.mechanisms import Mechanisms
 from trainer.plan.plan import Planner
+from trainer.plan.report import report
 from trainer.plan.states import States
-from trainer.plan.workload import Workload, source_ranks_of
+from trainer.plan.workload import Workload, source_ranks_of, typical_workload
 
 ROWS, HIDDEN = 1024, 512
 FUSED = Kernels(mechanisms=Mechanisms(fused_kernels=True), transformer_engine=True)
@@ -173,3 +174,34 @@ def test_mfu_in_both_conventions() -> None:
     topology, work, packs = planner.place(recipe, workload)
     flops, _, _ = planner.time(recipe, workload, topology, work, packs, States())
     assert (flops.llm + flops.masked_attention) / flops.llm == pytest.approx(54.3 / 50.8, abs=0.01)
+
+
+def test_the_plan_shows_the_price_of_whole_audio_weights() -> None:
+    """Weights and gradients are sent once per update, and their memory is part of the buffers."""
+    recipe = load_recipe("debug")
+    per_module = dataclasses.replace(recipe.train, gather_audio_weights="per_module")
+    planner, workload = Planner(recipe, KNOWN["h100"]), typical_workload(recipe, build_topology(recipe.parallel, 2))
+    whole = planner.plan(recipe, workload)
+    parts = planner.plan(dataclasses.replace(recipe, train=per_module), workload)
+    sizes = [size for name, size in whole.sizes.items() if name.startswith("audio.")]
+    total, learned = sum(s.total for s in sizes), sum(s.learned for s in sizes)
+    for kind, elements in (("weights", total), ("gradients", learned)):
+        found = [t for t in whole.traffic if t.name in (f"ZeRO-3, {kind}", f"ZeRO-3 of encoder experts, {kind}")]
+        assert sum(t.bytes for t in found) == 4 * elements / 2 and [t.calls for t in found] == [1, 1]
+    assert whole.worst.whole_weights == 4 * total and whole.worst.whole_gradients >= 4 * learned
+    assert parts.worst.whole_weights == parts.worst.whole_gradients == 0
+    assert "per_module saves them" in " ".join(report(whole).split())
+
+
+def test_encoder_calls_that_run_again_keep_little_for_a_larger_batch() -> None:
+    kept = {}
+    for samples in (8, 64):
+        recipe = load_recipe("debug", [f"data.global_batch_samples={samples}", "train.encoder_batch_sec=10"])
+        planner = Planner(recipe, KNOWN["h100"])
+        workload = typical_workload(recipe, build_topology(recipe.parallel, 2))
+        for again in (False, True):
+            train = dataclasses.replace(recipe.train, recompute_encoder_calls=again)
+            plan = planner.plan(dataclasses.replace(recipe, train=train), workload)
+            kept[again, samples] = plan.worst.phases["llm"][1]
+    assert kept[True, 8] < kept[False, 8]
+    assert kept[True, 64] - kept[True, 8] < 0.25 * (kept[False, 64] - kept[False, 8])

@@ -66,6 +66,7 @@ def refresh(engine: AudioEngine) -> None:
 
     Collective: every rank of the world must call it.
     """
+    engine.release_weights()
     zero = engine.zero
     zero.checkpoint_event_prologue()  # This frees gathered parameters, including those that persist between steps.
     for i in range(len(zero.fp16_groups)):

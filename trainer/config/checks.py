@@ -25,7 +25,7 @@ from trainer.config.schema import Recipe, TrainConfig
 from trainer.config.shipped import shipped
 from trainer.config.weights import check_present, check_weights
 from trainer.engine.determinism import check_variables
-from trainer.engine.ds_config import load_ds_json
+from trainer.engine.ds_config import check_gathering, load_ds_json
 from trainer.parallel.topology import ParallelConfig, build_topology, divisors
 from trainer.scoring.tasks import TASKS
 from trainer.telemetry.trackers.table import check_trackers
@@ -55,7 +55,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_steps(recipe)
     check_trackers(recipe.telemetry.trackers)
     check_packs(recipe.train, recipe.parallel)
-    load_ds_json(deepspeed_json(recipe))
+    check_gathering(deepspeed_json(recipe), load_ds_json(deepspeed_json(recipe)), recipe.train.gather_audio_weights)
     if recipe.train.deterministic:
         check_variables(os.environ)
 

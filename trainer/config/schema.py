@@ -12,6 +12,7 @@ from trainer.checkpoint.config import CheckpointConfig
 from trainer.config.evaluation import EvalConfig
 from trainer.config.spike import SpikeConfig
 from trainer.data.config import DataConfig, DatasetConfig
+from trainer.engine.ds_config import Gathering
 from trainer.engine.optim import OptimConfig
 from trainer.engine.stages import StageConfig, staged_optim
 from trainer.parallel.topology import ParallelConfig
@@ -51,6 +52,19 @@ class TrainConfig:
     """Whether to recompute the LLM's activations in the backward pass, which saves memory and costs time."""
     recompute_encoders: bool = False
     """Whether to recompute the activations of the encoders' layers in the backward pass."""
+    recompute_encoder_calls: bool = False
+    """Whether to run each encoder call again in the backward pass, which costs one more forward pass of the encoders.
+
+    Only the activations of one call at a time are then in memory, however many samples a global batch has. With
+    `recompute_encoders` as well, a call that runs again keeps only the inputs of its layers.
+    """
+    gather_audio_weights: Gathering = "per_update"
+    """When the weights of encoders, router, adapter and projector are gathered from the ranks that share them.
+
+    `per_update` gathers them once per update, and reduces gradients once per update. Every rank then holds the whole
+    weights of its encoders during a step, and their whole gradients in fp32 during the backward pass. `per_module`
+    gathers the weights of each module around each of its calls, which saves this memory and takes much longer.
+    """
     deepspeed: str = "ds_configs/zero3.json"
     """The path of the DeepSpeed JSON file, relative to the current folder, or else to the project's folder."""
     run_dir: str = "runs"

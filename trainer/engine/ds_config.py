@@ -13,6 +13,13 @@ from typing import Any, Literal
 
 from model.errors import UserError
 
+Gathering = Literal["per_update", "per_module"]
+"""When the audio side's weights are gathered: once per update, or around every call of a module."""
+
+BUCKET_ELEMENTS = 2**29
+"""The largest number of elements that one collective gathers or reduces once per update, unless a single parameter is
+larger. It limits the memory for copies of weights and gradients in the order in which they are sent."""
+
 _OWNERS = {
     "train_batch_size": "data.global_batch_samples",
     "train_micro_batch_size_per_gpu": "train.encoder_batch_sec",
@@ -41,6 +48,13 @@ _OWNERS = {
     "comet": "telemetry",
     "csv_monitor": "telemetry",
 }
+_PER_MODULE = (
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+)
+"""The settings of `zero_optimization` that matter only if weights are gathered around every call of a module."""
 _ALLOWED = (
     "zero_optimization",
     "aio",
@@ -119,6 +133,32 @@ def build_ds_config(path: Path, *, precision: Literal["fp32", "bf16"]) -> dict[s
             "communication_data_type": "fp32",
         }
     return tree | owned
+
+
+def without_buffers(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration in which DeepSpeed gathers no weights and has no buffer to reduce gradients in."""
+    zero = ds_config["zero_optimization"] | {"stage3_param_persistence_threshold": 0, "contiguous_gradients": False}
+    return ds_config | {"zero_optimization": zero}
+
+
+def check_gathering(path: Path, tree: dict[str, Any], gathering: Gathering) -> None:
+    """Check that a DeepSpeed JSON file does not contain settings for another way to gather weights.
+
+    Raises:
+        UserError: If weights are gathered once per update, but the file stores them on NVMe, quantizes them, or keeps
+            a secondary copy of them.
+    """
+    zero = tree["zero_optimization"]
+    offload = (zero.get("offload_param") or {}).get("device", "none")
+    found = {key: zero[key] for key in _PER_MODULE if zero.get(key, 1) not in (False, 1)}
+    if offload == "nvme":
+        found["offload_param.device"] = offload
+    if gathering == "per_update" and found:
+        key, value = next(iter(found.items()))
+        raise UserError(
+            f"{path}: zero_optimization.{key} = {value}: needs train.gather_audio_weights = per_module, because "
+            "per_update gathers plain weights from memory"
+        )
 
 
 def _refuse_duplicates(path: Path) -> Any:

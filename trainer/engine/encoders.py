@@ -20,13 +20,15 @@ from model.audio_output import AudioOutput
 from model.audio_tower import AudioTower
 from model.batch import Ragged
 from model.config import EncoderConfig
-from model.encoders.base import AudioEncoder
 from model.encoders.registry import encoder_windowing
 from model.errors import UserError
 from model.transfer import to_device
+from trainer.engine.ds_config import Gathering, without_buffers
 from trainer.engine.expert_parallel import EncoderCost, EncoderDispatch, dummy_clip
+from trainer.engine.module_weights import ModuleWeights
 from trainer.engine.optim import OptimConfig, param_groups, set_rates
 from trainer.engine.placement import clip_cost, place
+from trainer.engine.whole_weights import WholeWeights
 from trainer.parallel.groups import Groups, device_groups
 
 PREFIX = "audio."
@@ -45,6 +47,8 @@ class AudioEngine:
         groups: The process groups of this rank.
         batch_sec: The largest number of padded audio seconds in one encoder call.
         debug_plan: True to compare the plans of all ranks before clips are sent.
+        gathering: When weights are gathered, see `TrainConfig.gather_audio_weights`.
+        recompute_calls: True to run every encoder call again in the backward pass.
 
     Raises:
         UserError: If every parameter is frozen.
@@ -58,6 +62,8 @@ class AudioEngine:
         groups: Groups,
         batch_sec: float,
         debug_plan: bool = False,
+        gathering: Gathering = "per_update",
+        recompute_calls: bool = False,
     ) -> None:
         self.groups = groups
         named = [(PREFIX + name, p, p.dim()) for name, p in tower.named_parameters()]
@@ -71,6 +77,8 @@ class AudioEngine:
         ep = groups.topology.ep
         if ds_config.get("bf16", {}).get("enabled"):
             tower.to(torch.bfloat16)  # DeepSpeed does not cast modules that are sharded already
+        if gathering == "per_update":
+            ds_config = without_buffers(ds_config)
         with device_groups(groups.device):
             _partition(tower, ds_config, ep)
             _move_buffers(tower, groups.device)
@@ -79,16 +87,16 @@ class AudioEngine:
                 model=tower, optimizer=optimizer, config=ds_config, dist_init_required=False
             )
         self.tower: AudioTower = self.engine.module
-        if ep > 1:
-            # DeepSpeed prefetches weights by a recorded order of module calls, which must be the same on all ranks.
-            # Ranks with other experts call other modules, so nothing is recorded.
-            self.zero.parameter_offload.get_param_coordinator().record_module = lambda module: None
-        self._drop_idle_hooks()
-        self._keep_persistent()
-        self._recomputes = any(isinstance(m, AudioEncoder) and m.recompute for m in tower.modules())
-        self._dispatch = self._build_dispatch(lengths.num_samples(batch_sec), debug_plan)
+        self._weights = (
+            WholeWeights(self.engine, groups.device)
+            if gathering == "per_update"
+            else ModuleWeights(self.engine, groups.topology.world, ep, recompute_calls)
+        )
+        self._dispatch = self._build_dispatch(lengths.num_samples(batch_sec), debug_plan, recompute_calls)
 
-    def _build_dispatch(self, budget_samples: int, debug_plan: bool) -> dict[tuple[str, ...], EncoderDispatch]:
+    def _build_dispatch(
+        self, budget_samples: int, debug_plan: bool, recompute_calls: bool
+    ) -> dict[tuple[str, ...], EncoderDispatch]:
         """Return one dispatch for the primary encoder, which every rank holds, and one for all experts.
 
         Collective: every rank of the world must call it.
@@ -102,7 +110,7 @@ class AudioEngine:
             held = {n: self.tower.encoder(n) for n in names if ep == 1 or n in self.tower.experts}
             assert set(held) == set(names if ep == 1 else placement.held_by(self.groups.rank)), held.keys()
             empty = torch.zeros(0, width, dtype=dtype, device=device)
-            flush = self._flush_gradients if ep > 1 and placement.has_empty_place else None
+            flushes = ep > 1 and placement.has_empty_place
             return EncoderDispatch(
                 held,
                 names,
@@ -113,7 +121,9 @@ class AudioEngine:
                 self.groups,
                 budget_samples=budget_samples,
                 empty=empty,
-                before_backward=flush,
+                before_backward=self._weights.before_features_return if flushes else None,
+                calls_are_collective=self._weights.calls_are_collective,
+                recompute_calls=recompute_calls,
                 debug_plan=debug_plan,
             )
 
@@ -123,18 +133,6 @@ class AudioEngine:
         if config.experts:
             found[placement.names] = build(config.experts, placement.places, placement.ep, config.expert_dim)
         return found
-
-    def _flush_gradients(self) -> None:
-        """Reduce the gradients in ZeRO-3's buckets at the same point of the backward pass on all ranks.
-
-        Collective: every rank of the world must call it.
-
-        ZeRO-3 reduces a bucket as soon as a gradient of another process group arrives. The gradients of the experts
-        arrive between those of the adapter and those of the router. A rank without experts has no such gradients, and
-        would reduce its bucket at another point.
-        """
-        for dtype in self.zero.ipg_buckets:
-            self.zero._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
 
     def take_costs(self) -> dict[str, EncoderCost]:
         """Return the cost of every encoder on this rank in the forward passes since the last call of this method."""
@@ -147,38 +145,6 @@ class AudioEngine:
     def zero(self) -> Any:
         """DeepSpeed's ZeRO-3 optimizer."""
         return self.engine.optimizer
-
-    def _drop_idle_hooks(self) -> None:
-        """Remove DeepSpeed's hooks from modules whose parameters all persist, and gather these parameters.
-
-        Collective: every rank of the world must call it.
-
-        These hooks have nothing to fetch or release, but take longer than the computation of a small module.
-        """
-        idle = [
-            m
-            for m in self.tower.modules()
-            if all(p.ds_persist for p in m.parameters(recurse=False))  # type: ignore[attr-defined]
-        ]
-        dicts = {id(hooks) for m in idle if m is not self.tower for hooks in (m._forward_pre_hooks, m._forward_hooks)}
-        offload = self.zero.parameter_offload
-        for handle in (*offload.forward_hooks, *offload.backward_hooks):
-            if id(handle.hooks_dict_ref()) in dicts:
-                handle.remove()
-        persistent = self.zero.persistent_parameters
-        if persistent:
-            persistent[0].all_gather(persistent)
-
-    def _keep_persistent(self) -> None:
-        """Keep parameters below `stage3_param_persistence_threshold` gathered until the next update.
-
-        DeepSpeed would release them after every call if the order of module calls differs from that of the last step,
-        which it does here because the number of calls depends on the batch. It never releases a parameter that a module
-        still uses, so the parameters are registered as used by a fictitious module.
-        """
-        for _, parameter in self.named_parameters():
-            if parameter.ds_persist:  # type: ignore[attr-defined]
-                parameter.ds_active_sub_modules.add("persistent")  # type: ignore[attr-defined]
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the ZeRO-3 parameters, which have `ds_shape` and `ds_tensor`, with their names `audio.…`."""
@@ -195,7 +161,7 @@ class AudioEngine:
         if num_clips == 0:
             clips, noise = Ragged.of([dummy_clip()]), None
             prompts = Ragged(torch.zeros(1, dtype=torch.int64), (1,))
-        out: AudioOutput = self.engine(
+        out = self._weights.forward(
             *(Ragged(to_device(part.values, device), part.lengths) for part in (clips, prompts)),
             None if noise is None else to_device(noise, device),
             encode=self._encode,
@@ -210,31 +176,16 @@ class AudioEngine:
 
         Collective: every rank of the world must call it.
 
-        DeepSpeed averages gradients over the ranks, so `loss` is multiplied by their number first.
+        The gradients are stored in ZeRO-3's partitions.
         """
-        scaled = loss * self.groups.topology.world
-        if not self._recomputes:
-            self.engine.backward(scaled)
-            return
-        # With recomputation, a layer produces one gradient per encoder call, and DeepSpeed would keep only the last.
-        # The gradients are therefore summed before they are reduced.
-        with self.engine.coalesce_grad_reduction():
-            self.engine.backward(scaled)
-            self._reduce_whole_gradients()
+        self._weights.backward(loss)
 
-    def _reduce_whole_gradients(self) -> None:
-        """Reduce all gradients, those of the experts last.
+    def release_weights(self) -> None:
+        """Free all gathered weights, because the partitions get new values. The next forward pass gathers them again.
 
-        Collective: every rank of the world must call it.
-
-        With this order, the buckets of all other gradients are the same on all ranks; see `_flush_gradients`.
+        Every rank of the world must call it.
         """
-        experts = {id(p) for p in self.tower.experts.parameters()}
-        for of_experts in (False, True):
-            for parameter in self.tower.parameters():
-                if parameter.grad is not None and (id(parameter) in experts) == of_experts:
-                    self.zero.reduce_independent_p_g_buckets_and_remove_grads(parameter)
-            self._flush_gradients()
+        self._weights.release(are_loaded=True)
 
     def grad_norm_sq(self) -> Tensor:
         """Return the sum of squared gradients over this rank's partitions, a float64 scalar on the device.
@@ -274,8 +225,7 @@ class AudioEngine:
         self.zero.clip_grad = 0.0 if clip_coef >= 1.0 else (norm + 1e-6) * clip_coef
         # DeepSpeed's own norm would hang: it needs an all-reduce for each group that contains experts of this rank.
         self.zero._get_norm_groups = lambda: [to_device(np.float32(norm), self.groups.device)]
-        self.engine.step()
-        self._keep_persistent()
+        self._weights.step()
 
     def discard(self) -> None:
         """Discard the gradients of this step."""

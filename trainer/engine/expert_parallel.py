@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.batch import Ragged
 from model.lengths import Windowing, num_frames
@@ -73,6 +74,9 @@ class EncoderDispatch:
         empty: A tensor [0, D] in the dtype and on the device of the features, for ranks without an encoder.
         before_backward: A function that every rank calls once per backward pass, before it sends the gradients of the
             features back.
+        calls_are_collective: True if all ranks of an encoder must call it equally often. Ranks with fewer batches of
+            clips then encode dummy clips.
+        recompute_calls: True to keep no activations of a call, and to run it again in the backward pass.
         debug_plan: True to compare the plans of all ranks before clips are sent.
     """
 
@@ -89,6 +93,8 @@ class EncoderDispatch:
         budget_samples: int,
         empty: Tensor,
         before_backward: Callable[[], None] | None = None,
+        calls_are_collective: bool = False,
+        recompute_calls: bool = False,
         debug_plan: bool = False,
     ) -> None:
         self.held, self.names, self.costs, self.places, self.ep = held, tuple(names), costs, places, ep
@@ -96,6 +102,7 @@ class EncoderDispatch:
         self.groups, self.budget_samples, self.empty = groups, budget_samples, empty
         self.before_backward = before_backward
         self.debug_plan = debug_plan
+        self.calls_are_collective, self.recompute_calls = calls_are_collective, recompute_calls
         self._clock = DeviceClock(groups.device)
         self._moved = dict.fromkeys(self.names, EncoderCost())
         self._waits: list[Lap] = []
@@ -133,14 +140,14 @@ class EncoderDispatch:
         self._count_bytes(plan, clips.values.element_size(), width=self.empty.shape[1] * self.empty.element_size())
 
         batches = [
-            self._group([part.recv_lengths[i] for i in work], windowing)
+            self._batches([part.recv_lengths[i] for i in work], windowing)
             for work, windowing in zip(part.work, self.windowings, strict=True)
         ]
         calls = torch.tensor([len(b) if n in self.held else 1 for n, b in zip(self.names, batches, strict=True)])
-        # ZeRO-3 gathers weights and reduces gradients in each call, so all encoder ranks must make the same number of
-        # calls. They agree on this number while clips are sent.
-        alone = world == self.ep
-        agreed = None if alone else dist.all_reduce(calls, dist.ReduceOp.MAX, group=self.groups.world, async_op=True)
+        # The ranks agree on the number of calls while clips are sent.
+        agreed = None
+        if self.calls_are_collective and world > self.ep:
+            agreed = dist.all_reduce(calls, dist.ReduceOp.MAX, group=self.groups.world, async_op=True)
         arrived = self._send_clips(clips, part)
         if agreed is not None:
             agreed.wait()
@@ -163,8 +170,11 @@ class EncoderDispatch:
         samples, everyone = np.ascontiguousarray(np.concatenate(rows).T)
         return ClipTable(source_rank, samples, (everyone[:, None] >> np.arange(len(self.names)) & 1).astype(bool))
 
-    def _group(self, lengths: list[int], windowing: Windowing) -> list[list[int]]:
-        return group_by_length(lengths, self.budget_samples, CALL_COST_SAMPLES[self.groups.device.type], windowing)
+    def _batches(self, lengths: list[int], windowing: Windowing) -> list[list[int]]:
+        """Return the clips of each call as indices into `lengths`; if calls are collective, there is at least one."""
+        call_cost = CALL_COST_SAMPLES[self.groups.device.type]
+        groups = group_by_length(lengths, self.budget_samples, call_cost, windowing)
+        return groups if self.calls_are_collective else [members for members in groups if members]
 
     def _send_clips(self, clips: Ragged, part: Dispatch) -> list[Tensor]:
         """Send clips to the ranks that encode them, and return the clips that this rank must encode.
@@ -229,13 +239,34 @@ class EncoderDispatch:
         none: list[Tensor] = []
         for members in batches + [[]] * (num_calls - len(batches)):
             if members:
-                features = self.held[name](Ragged.of([clips[i] for i in members]))
+                features = self._call(self.held[name], Ragged.of([clips[i] for i in members]))
                 for i, sequence in zip(members, features.split(), strict=True):
                     found[i] = sequence.to(self.empty.dtype)
             else:
-                none.append(self.held[name](Ragged.of([to_device(dummy_clip(), self.empty.device)])).values[:0])
+                dummy = Ragged.of([to_device(dummy_clip(), self.empty.device)])
+                none.append(self._call(self.held[name], dummy).values[:0])
         self._computed.append((name, (begin, self._clock.now())))
         return [*found, torch.cat([self.empty, *(rows.to(self.empty.dtype) for rows in none)])]
+
+    def _call(self, encoder: nn.Module, clips: Ragged) -> Ragged:
+        """Return the features of clips; if calls are recomputed, keep only the clips for the backward pass."""
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
+        if not (self.recompute_calls and trains):
+            features: Ragged = encoder(clips)
+            return features
+        lengths: tuple[int, ...] = ()
+
+        def run(waveforms: Tensor, _: Tensor) -> Tensor:
+            nonlocal lengths
+            features: Ragged = encoder(Ragged(waveforms, clips.lengths))
+            lengths = features.lengths
+            return features.values
+
+        # Reentrant checkpointing runs again only what depends on an input with a gradient, which a waveform has not. In
+        # contrast to the other kind, it hands over the gradients of each call before the next call runs again.
+        through = torch.zeros((), device=clips.values.device, requires_grad=True)
+        values = checkpoint(run, clips.values, through, use_reentrant=True)
+        return Ragged(values, lengths)
 
     def _count_bytes(self, plan: DispatchPlan, sample_bytes: int, width: int) -> None:
         """Add up the bytes of clips and features that this rank exchanges with other ranks.

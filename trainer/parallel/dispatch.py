@@ -63,9 +63,9 @@ def plan_dispatch(
     """Plan which rank encodes which clip.
 
     The ranks of an encoder get equal work, and each of them gets clips of similar length. The work is balanced for each
-    encoder separately rather than in total, because ZeRO-3 gathers weights on all encoder ranks together, so no rank
-    can begin the calls of the next encoder early. If an encoder has too few clips to divide them evenly, they are
-    assigned to the ranks with the least work so far.
+    encoder separately rather than in total. If weights are gathered per module, all encoder ranks gather them together,
+    so no rank can begin the calls of the next encoder early. If an encoder has too few clips to divide them evenly,
+    they are assigned to the ranks with the least work so far.
 
     Args:
         clips: The clips of all ranks.

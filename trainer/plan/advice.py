@@ -21,8 +21,9 @@ _REMEDIES = {
     "train.llm_tokens_per_microbatch), or a smaller parallel.pipeline",
     "transfers between stages": "a smaller parallel.pipeline",
     "gradients and weights over replicas": "a larger data.global_batch_samples, or fewer replicas",
-    "computing the encoders": "train.recompute_encoders=false if the memory suffices, or more ranks",
-    "ZeRO-3's collectives": "a larger train.encoder_batch_sec, so that there are fewer calls, or parallel.expert",
+    "computing the encoders": "train.recompute_encoders=false and train.recompute_encoder_calls=false if the memory "
+    "suffices, or more ranks",
+    "ZeRO-3's collectives": "train.gather_audio_weights=per_update if the memory suffices, or parallel.expert",
     "exchanging clips and embeddings": "a faster network; nothing in the recipe changes it much",
     "updating the weights": "a larger data.global_batch_samples, so that there are fewer updates",
 }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.config.schema import Recipe
+from trainer.engine.ds_config import BUCKET_ELEMENTS
 from trainer.engine.placement import place
 from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology
@@ -186,7 +187,12 @@ def _zero_traffic(
     work: Sequence[EncoderWork],
     per_node: int,
 ) -> list[Traffic]:
-    """Return ZeRO-3's traffic. Weights are gathered in every call of an encoder, both forward and backward."""
+    """Return ZeRO-3's traffic.
+
+    Weights are gathered and gradients are reduced once per update, or weights are gathered in every call of an encoder,
+    both forward and backward.
+    """
+    per_update = recipe.train.gather_audio_weights == "per_update"
     size, world, ep = DTYPES[recipe.train.precision].itemsize, topology.world, topology.ep
     placement = place(model.config, ep)
     held = [sum((parts.experts.get(n, Size()) for n in placement.held_by(r)), Size()) for r in range(ep)]
@@ -200,12 +206,15 @@ def _zero_traffic(
         step = world // sharers
         within = world <= per_node
         members = sharers if within else max(1, min(sharers, per_node // step))
-        gathers = times * max(1, part.large)
-        weights = 2 * size * part.total * _ring(sharers) * times
-        gradients = FP32_BYTES * part.learned * _ring(sharers) * times
+        weights = size * part.total * _ring(sharers)
+        gradients = FP32_BYTES * part.learned * _ring(sharers)
+        gathers, reductions = -(-part.total // BUCKET_ELEMENTS), -(-part.learned // BUCKET_ELEMENTS)
+        if not per_update:
+            weights, gradients = 2 * times * weights, times * gradients
+            gathers, reductions = 2 * times * max(1, part.large), times
         found += [
-            Traffic(f"{name}, weights", sharers, weights, within, members, 2 * gathers),
-            Traffic(f"{name}, gradients", sharers, gradients, within, members, times),
+            Traffic(f"{name}, weights", sharers, weights, within, members, gathers),
+            Traffic(f"{name}, gradients", sharers, gradients, within, members, reductions),
         ]
     return found
 

@@ -140,6 +140,7 @@ def audio_memory(
     loaded_samples: Sequence[int],
     reduce_elements: int,
     learned: int,
+    recompute_calls: bool = False,
 ) -> AudioMemory:
     """Return the activation memory of the audio side on one rank.
 
@@ -150,6 +151,7 @@ def audio_memory(
         loaded_samples: The lengths of the clips that the rank loaded, in audio samples.
         reduce_elements: ZeRO-3's `reduce_bucket_size`, a number of elements.
         learned: The number of trainable audio parameters that the rank holds a share of.
+        recompute_calls: True if a call keeps only its clips, and runs again in the backward pass.
     """
     tower = tracer.tower
     dtype = next(tower.projector.parameters()).dtype
@@ -158,11 +160,12 @@ def audio_memory(
     for one in work:
         for name, calls in zip(one.names, one.calls[rank], strict=True):
             for clips in calls:
-                kept += tracer.calls(name).kept(clips)
+                kept += sum(clips) * FP32_BYTES if recompute_calls else tracer.calls(name).kept(clips)
             if calls:
                 traced = tracer.traced(name, max(calls, key=tracer.calls(name).windowing.computed_samples))
-                over_forward = max(over_forward, traced.forward - traced.kept)
-                over_backward = max(over_backward, traced.backward - traced.kept)
+                once = 0 if recompute_calls else traced.kept
+                over_forward = max(over_forward, traced.forward - once)
+                over_backward = max(over_backward, traced.backward - once)
                 features += sum(num_frames(n) for clips in calls for n in clips) * _width(tower.encoder(name)) * size
     mixed = _after_encoders(tower, loaded_samples, size, tracer.device)
     in_bucket = min(reduce_elements, learned) * FP32_BYTES * (2 if size < FP32_BYTES else 1)

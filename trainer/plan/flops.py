@@ -51,7 +51,8 @@ def step_flops(
         forward = float(one.cost.sum())
         trains = any(_prefix(model, name) in parts.trained for name in one.names)
         encoders += forward * (3 if trains else 1)
-        recomputed += forward if trains and recipe.train.recompute_encoders else 0.0
+        again = recipe.train.recompute_encoders + recipe.train.recompute_encoder_calls
+        recomputed += forward * again if trains else 0.0
     recomputed += llm_forward if recipe.train.recompute_llm else 0.0
     return Flops(llm, encoders, recomputed, masked * 3)
 

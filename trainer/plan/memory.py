@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from trainer.config.schema import Recipe
+from trainer.engine.ds_config import BUCKET_ELEMENTS
 from trainer.engine.optim import ParamSetting, setting_of
 from trainer.engine.placement import place
 from trainer.parallel.packs import PackPlan
@@ -39,9 +40,13 @@ class RankMemory:
     buffers: int
     """ZeRO-3's buckets and gathered weights, Megatron's gathering buffer, and tensors that are sent or received."""
     phase: str
-    """The phase in which the peak occurs: encode, llm, backward or update."""
+    """The phase in which the peak occurs: encode, llm, backward, reduce or update."""
     phases: dict[str, tuple[int, int, int]]
     """The bytes of (activations, encoder activations, buffers) in every phase."""
+    whole_weights: int = 0
+    """The part of the buffers for the audio side's whole weights; 0 if they are gathered per module."""
+    whole_gradients: int = 0
+    """The audio side's whole gradients, which are part of the buffers in the backward pass; 0 as above."""
 
     @property
     def total(self) -> int:
@@ -56,16 +61,15 @@ class ZeroBuffers:
     bucket: int
     """The buffer of gradients to be reduced (`reduce_bucket_size`); it stays allocated."""
     persistent: int
-    """Small parameters, which stay gathered (`stage3_param_persistence_threshold`)."""
+    """The parameters that stay gathered: small ones (`stage3_param_persistence_threshold`), or all of them."""
     gathered: int
-    """The most memory that large parameters take while they are gathered."""
+    """The most memory that large parameters take while they are gathered for the call of a module."""
     learned: int
     """The number of trainable parameters; a count, not bytes."""
-
-    @property
-    def total(self) -> int:
-        """The sum of all three buffers."""
-        return self.bucket + self.persistent + self.gathered
+    gradients: int = 0
+    """The whole gradients of the backward pass, which are reduced at its end."""
+    copies: int = 0
+    """The gradients of one collective in the order in which they are sent."""
 
 
 def zero_buffers(tower: nn.Module, recipe: Recipe, ep: int, ds_json: dict[str, Any]) -> ZeroBuffers:
@@ -74,6 +78,18 @@ def zero_buffers(tower: nn.Module, recipe: Recipe, ep: int, ds_json: dict[str, A
     Settings that the DeepSpeed JSON omits have the defaults of `DeepSpeedZeroConfig` in deepspeed 0.19.8.
     """
     zero, size = ds_json["zero_optimization"], DTYPES[recipe.train.precision].itemsize
+    learned = sum(
+        p.numel()
+        for n, p in tower.named_parameters()
+        if p.requires_grad and not setting_of(recipe.staged_optim, f"audio.{n}", p.dim()).frozen
+    )
+    if recipe.train.gather_audio_weights == "per_update":
+        whole = sum(p.numel() for p in tower.parameters()) * size
+        # Without recomputation, autograd adds up the gradients of several calls before it hands them over.
+        recomputes = recipe.train.recompute_encoders or recipe.train.recompute_encoder_calls
+        summed = 0 if recomputes else learned * size
+        copies = min(learned, BUCKET_ELEMENTS) * FP32_BYTES
+        return ZeroBuffers(0, whole, 0, learned, learned * FP32_BYTES + summed, copies)
     threshold = int(zero.get("stage3_param_persistence_threshold", 1e5))
     reuse = int(zero.get("stage3_max_reuse_distance", 1e9))
     prefetch = int(zero.get("stage3_prefetch_bucket_size", 5e7))
@@ -83,13 +99,8 @@ def zero_buffers(tower: nn.Module, recipe: Recipe, ep: int, ds_json: dict[str, A
         (sum(p.numel() for p in m.parameters(recurse=False) if p.numel() > threshold) for m in tower.modules()),
         default=0,
     )
-    # With expert parallelism, nothing is prefetched or kept for reuse (trainer/engine/encoders.py).
+    # With expert parallelism, nothing is prefetched or kept for reuse (trainer/engine/module_weights.py).
     live = 2 * widest if ep > 1 else min(large, max(2 * widest, reuse) + prefetch)
-    learned = sum(
-        p.numel()
-        for n, p in tower.named_parameters()
-        if p.requires_grad and not setting_of(recipe.staged_optim, f"audio.{n}", p.dim()).frozen
-    )
     return ZeroBuffers(
         int(zero.get("reduce_bucket_size", 5e8)) * FP32_BYTES if zero.get("contiguous_gradients", True) else 0,
         (sum(sizes) - large) * size,
@@ -127,11 +138,17 @@ class MemoryModel:
         phases = {
             "encode": (0, audio.kept + audio.forward, permanent + zero.gathered),
             "llm": (pipeline, audio.kept, permanent + self.travelling),
-            "backward": (0, audio.kept + audio.backward, permanent + zero.gathered + self.travelling),
+            "backward": (
+                0,
+                audio.kept + audio.backward,
+                permanent + zero.gathered + zero.gradients + self.travelling,
+            ),
+            "reduce": (0, 0, permanent + zero.gradients + zero.copies),
             "update": (0, 0, permanent + 3 * self.largest_group[place]),
         }
         phase, (activations, encoders, buffers) = max(phases.items(), key=lambda item: sum(item[1]))
-        return RankMemory((stage,), place, states, activations, encoders, buffers, phase, phases)
+        whole = zero.persistent if zero.gradients else 0
+        return RankMemory((stage,), place, states, activations, encoders, buffers, phase, phases, whole, zero.gradients)
 
     def _pipeline(self, stage: int) -> int:
         """Return the peak bytes of activations of a stage.
@@ -194,12 +211,15 @@ def memory_model(
     }
     placement, audio, zero, groups = place(model.config, topology.ep), [], [], []
     bucket = int(ds_json["zero_optimization"].get("reduce_bucket_size", 5e8))
+    if recipe.train.gather_audio_weights == "per_update":
+        bucket = 0
     for at in range(topology.ep):
         tower = model.tower(placement.held_by(at))
         buffers = zero_buffers(tower, recipe, topology.ep, ds_json)
         rank = fullest_rank(tracer, work, range(at, topology.world, topology.ep))
         loaded = [int(n) for n in workload.audio_samples[workload.source_ranks == rank] if n]
-        audio.append(audio_memory(tracer, work, rank, loaded, bucket, buffers.learned))
+        again = train.recompute_encoder_calls
+        audio.append(audio_memory(tracer, work, rank, loaded, bucket, buffers.learned, again))
         zero.append(buffers)
         groups.append(_largest_group(tower, recipe, topology))
     per_rank = -(-workload.tokens // topology.world) * model.llm.hidden_size * dtype.itemsize

@@ -105,11 +105,14 @@ class Plan:
         if self.fits:
             return
         worst = self.worst
+        buffers = "a smaller reduce_bucket_size or stage3_max_reuse_distance in train.deepspeed"
+        if worst.whole_weights:
+            buffers = "train.gather_audio_weights=per_module"
         parts = {
             "a larger parallel.tensor or parallel.pipeline, or more ranks": worst.states.total,
             "a smaller train.llm_tokens_per_microbatch, or train.recompute_llm=true": worst.activations,
-            "train.recompute_encoders=true, or a smaller data.global_batch_samples": worst.encoder_activations,
-            "a smaller reduce_bucket_size or stage3_max_reuse_distance in train.deepspeed": worst.buffers,
+            "train.recompute_encoder_calls=true, or train.recompute_encoders=true": worst.encoder_activations,
+            buffers: worst.buffers,
         }
         remedy = max(parts, key=lambda key: parts[key])
         raise UserError(
@@ -296,6 +299,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "activations_bytes": kind.activations,
                 "encoder_activations_bytes": kind.encoder_activations,
                 "buffers_bytes": kind.buffers,
+                "whole_audio_weights_bytes": kind.whole_weights,
+                "whole_audio_gradients_bytes": kind.whole_gradients,
                 "total_bytes": kind.total,
             }
         )

@@ -159,13 +159,20 @@ def _memory(plan: Plan) -> list[str]:
         parts += (kind.activations, kind.encoder_activations, kind.buffers, kind.total)
         at = f", EP place {kind.place}" if plan.topology.ep > 1 else ""
         rows.append([f"stage {ranks_text(stages)}{at}", *(f"{part / unit:.2f}" for part in parts), kind.phase])
-    device = plan.accelerator
+    device, whole = plan.accelerator, []
+    if plan.worst.whole_weights:
+        whole = _wrapped(
+            f"Buffers include the whole weights of the audio side ({_gib(plan.worst.whole_weights)} GiB) and, in the "
+            f"backward pass, their whole gradients ({_gib(plan.worst.whole_gradients)} GiB). "
+            "train.gather_audio_weights=per_module saves them, and gathers each module in each call."
+        )
     return [
         *_wrapped(
             f"Peak memory in {name} of the fullest ranks of each stage ({len(plan.kinds)} kinds of ranks in total); "
             "LLM and encoders are activations:"
         ),
         *table(rows),
+        *whole,
         *_wrapped(
             f"Usable are {_gib(device.usable_bytes)} GiB: {device.memory_gib:g} less {device.reserve_gib:g} for CUDA, "
             f"NCCL and fragmentation. LLM attention: {plan.attention}. Host memory for checkpoints: "

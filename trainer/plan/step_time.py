@@ -90,8 +90,9 @@ def step_time(
 ) -> StepTime:
     """Return the expected duration of a step.
 
-    ZeRO-3's collectives overlap with the encoders' computation if the DeepSpeed JSON sets `overlap_comm`. Nothing else
-    overlaps unless `mechanisms` says so.
+    Gradients of the audio side are reduced while encoders compute if weights are gathered per module and the DeepSpeed
+    JSON sets `overlap_comm`. DeepSpeed gathers no weights ahead, because the order of encoder calls changes from step
+    to step. Nothing else overlaps unless `mechanisms` says so.
 
     Args:
         recipe: The recipe of the run.
@@ -110,9 +111,11 @@ def step_time(
     seconds = {t.name: t.seconds(accelerator) for t in traffic}
     rates = RankRates(accelerator, mechanisms, DTYPES[recipe.train.precision].itemsize)
     compute = _encoder_seconds(recipe, model, parts, rates, work, flops)
-    gathers = sum(s for name, s in seconds.items() if name.startswith("ZeRO-3"))
-    overlaps = bool(ds_json["zero_optimization"].get("overlap_comm", True))
-    encoders = max(compute, gathers) if overlaps else compute + gathers
+    gathers = sum(s for name, s in seconds.items() if name.startswith("ZeRO-3") and name.endswith("weights"))
+    reductions = sum(s for name, s in seconds.items() if name.startswith("ZeRO-3") and name.endswith("gradients"))
+    per_module = recipe.train.gather_audio_weights == "per_module"
+    overlaps = per_module and bool(ds_json["zero_optimization"].get("overlap_comm", True))
+    encoders = gathers + (max(compute, reductions) if overlaps else compute + reductions)
 
     llm = _llm(recipe, model, parts, topology, rates, packs, seconds)
     moved = sum(seconds.get(name, 0.0) for name in ("clips and features", "audio embeddings and tokens"))
@@ -232,7 +235,8 @@ def _encoder_seconds(
     """
     total = 0.0
     forward = sum(float(w.cost.sum()) for w in work)
-    passes = (flops.encoders / forward if forward else 0.0) + recipe.train.recompute_encoders
+    again = recipe.train.recompute_encoders + recipe.train.recompute_encoder_calls
+    passes = (flops.encoders / forward if forward else 0.0) + again
     for one in work:
         rank = int(one.cost.argmax())
         calls = [call for encoder in one.calls[rank] for call in encoder]

@@ -1,0 +1,131 @@
+"""What the audio side sends and keeps in a step, however many encoder calls there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.batch import Batch
+from tests.distributed.harness import run_ranks
+from tools.parity import DS_CONFIG
+from trainer import parity
+from trainer.parallel.groups import build_groups, connect
+from trainer.parallel.topology import Topology
+
+MOST_COLLECTIVES, MOST_BYTES = 12, 1.1
+MOVES_SAMPLES = ("send", "recv", "alltoall")
+
+
+class Counter(TorchDispatchMode):
+    """A mode that counts the collectives on floating-point tensors, except those that move samples.
+
+    Plans are made from integers. The bytes of a collective are those of its largest tensor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and not any(word in func.__name__ for word in MOVES_SAMPLES):
+            flat, _ = torch.utils._pytree.tree_flatten(args)
+            sizes = [t.nbytes for t in flat if isinstance(t, torch.Tensor) and t.is_floating_point()]
+            if sizes:
+                self.names.append(func.__name__)
+                self.bytes += max(sizes)
+        return func(*args, **(kwargs or {}))
+
+
+def measure(tp: int, ep: int, lora: bool, gathering: str) -> dict[str, Any]:
+    """Count the collectives of the audio side in the second of two steps, and the bytes that they should have."""
+    rank, world, device = connect(timeout_sec=250)
+    groups = build_groups(Topology(world, tp, 1, ep), rank, device, parity.SEED)
+    learned = parity.ADAPTERS if lora else parity.ALL_WEIGHTS
+    model = parity.tiny_model()
+    step = parity.build_step(model, groups, DS_CONFIG, 2, batch_sec=0.5, learned=learned, gathering=gathering)  # type: ignore[arg-type]
+    counter, num_calls = Counter(), 0
+
+    def count_call(*unused: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+
+    audio = step.audio
+    for name in audio.tower.expert_names if ep == 1 else tuple(audio.tower.experts):
+        audio.tower.encoder(name).register_forward_hook(count_call)
+    for name in ("forward", "backward", "step"):
+        plain = getattr(audio, name)
+
+        def counted(*args: Any, plain: Any = plain) -> Any:
+            with counter:
+                return plain(*args)
+
+        setattr(audio, name, counted)
+    samples = Batch(tuple(parity.make_samples("mixed", world, model.adapter.rate)[rank]))
+    for number in range(2):
+        counter.names, counter.bytes, num_calls = [], 0, 0
+        step(number, samples)
+    parameters = [p for _, p in audio.named_parameters()]
+    trained = [p for p in parameters if p.requires_grad]
+    elements = {"all": sum(p.ds_numel for p in parameters), "trained": sum(p.ds_numel for p in trained)}  # type: ignore[attr-defined]
+    dist.barrier()
+    dist.destroy_process_group()
+    return {"names": counter.names, "bytes": counter.bytes, "calls": num_calls, **elements}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("world", "tp", "ep", "lora"), [(2, 1, 1, False), (4, 1, 4, False), (2, 2, 2, True)])
+def test_weights_are_gathered_and_gradients_reduced_once_per_update(world: int, tp: int, ep: int, lora: bool) -> None:
+    ranks = run_ranks(world, measure, {"tp": tp, "ep": ep, "lora": lora, "gathering": "per_update"}, timeout_sec=280)
+    assert max(r["calls"] for r in ranks) > 3, ranks
+    for rank in ranks:
+        # Frozen weights stay whole after the first step.
+        once = 4 * rank["trained"] * 2
+        assert len(rank["names"]) <= MOST_COLLECTIVES and once <= rank["bytes"] <= MOST_BYTES * once, rank
+        assert (rank["trained"] < rank["all"]) == lora
+
+
+@pytest.mark.timeout(300)
+def test_weights_that_are_gathered_per_module_take_many_collectives() -> None:
+    ranks = run_ranks(2, measure, {"tp": 1, "ep": 1, "lora": False, "gathering": "per_module"}, timeout_sec=280)
+    assert all(len(r["names"]) > 5 * MOST_COLLECTIVES for r in ranks), ranks
+
+
+def saved_bytes(recompute_calls: bool) -> dict[str, int]:
+    """Return what encoder calls keep for the backward pass, and the bytes of their clips."""
+    rank, world, device = connect(timeout_sec=250)
+    groups = build_groups(Topology(world, 1, 1), rank, device, parity.SEED)
+    model = parity.tiny_model()
+    step = parity.build_step(model, groups, DS_CONFIG, 2, batch_sec=0.5, recompute_calls=recompute_calls)
+    found = {"saved": 0, "clips": 0, "calls": 0}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        found["saved"] += tensor.nbytes
+        return tensor
+
+    for dispatch in step.audio._dispatch.values():
+        plain = dispatch._call
+
+        def call(encoder: Any, clips: Any, plain: Any = plain) -> Any:
+            found["clips"] += clips.values.nbytes
+            found["calls"] += 1
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                return plain(encoder, clips)
+
+        dispatch._call = call  # type: ignore[method-assign]
+    samples = Batch(tuple(parity.make_samples("mixed", world, model.adapter.rate)[rank]))
+    step.audio.forward(samples.clips, samples.prompts, None)
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.timeout(300)
+def test_calls_that_run_again_keep_their_clips_only() -> None:
+    ((again,), (once,)) = (run_ranks(1, saved_bytes, {"recompute_calls": r}, timeout_sec=280) for r in (True, False))
+    assert again["calls"] > 3 and again["clips"] == once["clips"]
+    assert again["saved"] == again["clips"] + 4 * again["calls"]  # one number per call leads the gradient to it
+    assert once["saved"] > 10 * again["saved"]

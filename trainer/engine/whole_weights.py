@@ -1,0 +1,236 @@
+"""The whole weights of the audio side, gathered once per update, with gradients that are reduced once per update.
+
+DeepSpeed ZeRO-3 by itself gathers the parameters of a module around each of the module's calls, and reduces gradients
+in small pieces. Here, all parameters of a process group are gathered by one collective before the first forward pass
+after an update, and stay gathered until the next update. Gradients are added up locally in fp32, and reduced by one
+collective at the end of the backward pass. DeepSpeed keeps what it does between updates: the partitions of weights,
+gradients and optimizer state, and the update itself.
+
+Shapes: n ranks in the process group, k elements in one rank's slice of a parameter, S elements in all slices of a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor, nn
+
+from model.audio_output import AudioOutput
+from trainer.engine.ds_config import BUCKET_ELEMENTS
+
+_ALIGNMENT = 64
+"""Every whole parameter begins at a multiple of this number of elements, as fast kernels require."""
+
+
+class Bucket:
+    """Parameters that one collective gathers, and whose gradients one collective reduces.
+
+    A slice of ZeRO-3 contains k = ceil(numel / n) elements, so that the slices of all ranks contain n·k elements, the
+    last of which are padding.
+
+    Args:
+        parameters: The parameters, partitioned by ZeRO-3 over the ranks of one process group.
+        places: For trainable parameters, the tensors [k] to which this rank's slices of the reduced gradients are
+            written. Empty for frozen parameters.
+        device: The device of the whole weights.
+    """
+
+    def __init__(self, parameters: Sequence[Any], places: list[Tensor], device: torch.device) -> None:
+        assert not places or len(places) == len(parameters)
+        self.parameters, self.places, self.device = parameters, places, device
+        self.group: dist.ProcessGroup = parameters[0].ds_process_group
+        self.num_ranks = dist.get_world_size(self.group)
+        self.slices = [p.ds_tensor.ds_numel for p in parameters]
+        padded = [-(-self.num_ranks * k // _ALIGNMENT) * _ALIGNMENT for k in self.slices]
+        self._whole = torch.empty(sum(padded), dtype=parameters[0].dtype, device=device)
+        parts = self._whole.split(padded)
+        self._rows = [p[: self.num_ranks * k].view(-1, k) for p, k in zip(parts, self.slices, strict=True)]
+        self._weights = [
+            p[: parameter.ds_numel].view(parameter.ds_shape) for p, parameter in zip(parts, parameters, strict=True)
+        ]
+        self._nothing = self._whole[:0]
+        self._is_current = False
+        self._gradients: list[Tensor] = []
+        self.hooks = [self._adder(index) for index in range(len(places))]
+        """For each trainable parameter, a hook that takes a gradient from it."""
+        for parameter, hook in zip(parameters, self.hooks, strict=False):
+            parameter.register_post_accumulate_grad_hook(hook)
+
+    @property
+    def is_gathered(self) -> bool:
+        """True if the parameters are whole."""
+        return self.parameters[0].ds_status is ZeroParamStatus.AVAILABLE
+
+    def gather(self) -> None:
+        """Make the parameters whole. If their values are still in memory, nothing is sent.
+
+        Collective: every rank of the bucket's process group must call it.
+        """
+        if self.is_gathered:
+            return
+        if not self._is_current:
+            mine = torch.empty(sum(self.slices), dtype=self._whole.dtype, device=self.device)
+            torch._foreach_copy_(mine.split(self.slices), [p.ds_tensor.flatten() for p in self.parameters])
+            everyone = mine.new_empty(self.num_ranks, len(mine))
+            dist.all_gather_into_tensor(everyone.view(-1), mine, group=self.group)
+            torch._foreach_copy_(self._rows, everyone.split(self.slices, dim=1))
+            self._is_current = True
+        for parameter, weight in zip(self.parameters, self._weights, strict=True):
+            parameter.data = weight
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+    def release(self, *, are_stale: bool) -> None:
+        """Return the parameters to the partitioned state, in which DeepSpeed expects them.
+
+        Args:
+            are_stale: True if the slices get new values, so that the next `gather` must send them.
+        """
+        self._is_current = self._is_current and not are_stale
+        if self.is_gathered:
+            for parameter in self.parameters:
+                parameter.data = self._nothing
+                parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+    def reduce(self) -> None:
+        """Sum the gradients over the ranks, and write this rank's slices to `places`.
+
+        Collective: every rank of the bucket's process group must call it.
+        """
+        rows = torch.zeros(self.num_ranks, sum(self.slices), dtype=torch.float32, device=self.device)
+        if self._gradients:
+            torch._foreach_copy_(
+                rows.split(self.slices, dim=1),
+                [g[: self.num_ranks * k].view(-1, k) for g, k in zip(self._gradients, self.slices, strict=True)],
+            )
+            self._gradients = []
+        mine = rows.new_empty(rows.shape[1])
+        dist.reduce_scatter_tensor(mine, rows.view(-1), group=self.group)
+        torch._foreach_copy_(self.places, mine.split(self.slices))
+
+    def _adder(self, index: int) -> Callable[[Tensor], None]:
+        """Return a hook that adds a new gradient of a parameter to those of earlier encoder calls."""
+
+        def add(parameter: Tensor) -> None:
+            if not self._gradients:
+                flat = torch.zeros(len(self._whole), dtype=torch.float32, device=self.device)
+                self._gradients = list(flat.split([self._span(i) for i in range(len(self.slices))]))
+            gradient = parameter.grad
+            assert gradient is not None
+            self._gradients[index][: gradient.numel()].add_(gradient.flatten())
+            parameter.grad = None
+
+        return add
+
+    def _span(self, index: int) -> int:
+        return -(-self.num_ranks * self.slices[index] // _ALIGNMENT) * _ALIGNMENT
+
+
+class WholeWeights:
+    """The audio side's parameters, whole from the first forward pass after an update to the next update.
+
+    Collective: every rank of the world must create one.
+
+    DeepSpeed's own hooks for modules and gradients are removed.
+
+    Args:
+        engine: DeepSpeed's engine, which has partitioned all parameters.
+        device: The device of the whole weights.
+    """
+
+    calls_are_collective = False
+    """An encoder call involves no other rank, so that ranks may call an encoder unequally often."""
+
+    def __init__(self, engine: Any, device: torch.device) -> None:
+        self._engine, self._zero, self.tower = engine, engine.optimizer, engine.module
+        self._zero.parameter_offload._remove_module_hooks()
+        for hook in self._zero._grad_acc_hooks:
+            hook.remove()
+        self._zero._grad_acc_hooks.clear()
+        places = self._places()
+        learned = [p for group in self._zero.fp16_groups for p in group]
+        frozen = [p for p in self.tower.parameters() if id(p) not in places]
+        self.learned = [Bucket(b, [places[id(p)] for p in b], device) for b in buckets(learned)]
+        self.frozen = [Bucket(b, [], device) for b in buckets(frozen)]
+
+    def _places(self) -> dict[int, Tensor]:
+        """Return the place of each trainable parameter's reduced gradient in DeepSpeed's memory, by `id`."""
+        zero = self._zero
+        found: dict[int, Tensor] = {}
+        for i, group in enumerate(zero.fp16_groups):
+            whole = zero.fp32_partitioned_groups_flat[i].grad if zero.offload_optimizer else self._flat(i)
+            found |= dict(zip(map(id, group), whole.split([p.ds_tensor.ds_numel for p in group]), strict=True))
+        return found
+
+    def _flat(self, group: int) -> Tensor:
+        """Return the reduced gradients of DeepSpeed's sub-group number `group`."""
+        sizes = self._zero.fp16_partitioned_groups_flat_numel
+        return self._zero.grad_partitions_flat_buffer.narrow(0, sum(sizes[:group]), sizes[group])
+
+    def gather(self) -> None:
+        """Make all parameters whole.
+
+        Collective: every rank of the world must call it.
+        """
+        for bucket in (*self.learned, *self.frozen):
+            bucket.gather()
+
+    def forward(self, *args: Any, **kwargs: Any) -> AudioOutput:
+        """Compute the tower's forward pass.
+
+        Collective: every rank of the world must call it.
+        """
+        self.gather()
+        output: AudioOutput = self.tower(*args, **kwargs)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of the sum of `loss` over all ranks.
+
+        Collective: every rank of the world must call it.
+        """
+        loss.backward()
+        for bucket in self.learned:
+            bucket.reduce()
+        if not self._zero.offload_optimizer:  # there, gradients were written to the fp32 parameters
+            self._zero.averaged_gradients = {i: [self._flat(i)] for i in range(len(self._zero.fp16_groups))}
+
+    def before_features_return(self) -> None:
+        """Do nothing, because no gradient is reduced during the backward pass."""
+
+    def step(self) -> None:
+        """Update the partitions. The next forward pass gathers the new weights."""
+        self.release(are_loaded=False)
+        self._engine.step()
+
+    def release(self, *, are_loaded: bool) -> None:
+        """Free the whole weights, because the partitions get new values.
+
+        Args:
+            are_loaded: True if frozen parameters get new values, too.
+        """
+        for bucket in self.learned:
+            bucket.release(are_stale=True)
+        for bucket in self.frozen:
+            bucket.release(are_stale=are_loaded)
+
+
+def buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[Any]]:
+    """Group parameters by process group, and then in their order, so that a bucket has up to `BUCKET_ELEMENTS`.
+
+    Process groups are in the order of their first parameters, which is the same on all of their ranks.
+    """
+    by_group: dict[int, list[Any]] = {}
+    for parameter in parameters:
+        by_group.setdefault(id(parameter.ds_process_group), []).append(parameter)  # type: ignore[attr-defined]
+    for members in by_group.values():
+        bucket: list[Any] = []
+        for parameter in members:
+            if bucket and sum(p.ds_numel for p in bucket) + parameter.ds_numel > BUCKET_ELEMENTS:
+                yield bucket
+                bucket = []
+            bucket.append(parameter)
+        yield bucket
