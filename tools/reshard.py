@@ -36,7 +36,7 @@ SAVING_RANKS = 2
 SAVED: dict[str, dict[str, Any]] = {
     "dp2·ep2": {"ep": 2, "persistence": 1000, "frozen": ["audio.primary.*", "llm.model.layers.0.*"]},
     "tp2": {"tp": 2, "family": "qwen3"},
-    "pp2·ep2": {"pp": 2, "ep": 2, "family": "qwen2"},
+    "pp2·ep2": {"pp": 2, "ep": 2, "family": "qwen2", "frozen": ["audio.experts.hubert.*"]},
     "ffn-ep2": {"family": "qwen3_moe", "ffn_ep": 2, "frozen": ["llm.model.layers.0.mlp.experts.[0-4].*"]},
 }
 # A case with fp32 master weights of bf16 weights. Its losses depend on the topology, so it is loaded only on its own.
@@ -261,6 +261,7 @@ def _build(
     from model.llm.reference import resolve_hf_config
     from model.llm.weights import RandomSource
     from model.lora import add_adapters
+    from trainer.engine.ds_config import Gathering
     from trainer.engine.encoders import AudioEngine
     from trainer.engine.llm import LLMEngine
     from trainer.engine.optim import OptimConfig, PartConfig
@@ -287,7 +288,8 @@ def _build(
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     if dtype == "bfloat16":
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    audio = AudioEngine(tower, optim, config, groups, batch_sec=1.5)
+    gathering: Gathering = "per_module" if persistence else "per_update"
+    audio = AudioEngine(tower, optim, config, groups, batch_sec=1.5, gathering=gathering)
     return Step(model, optim, audio, llm, groups, num_steps=20, tokens_per_microbatch=48, seed=SEED)
 
 
