@@ -62,20 +62,15 @@ def check(
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("topology", "lora"), [(Topology(2, 2, 1), False), (Topology(4, 1, 2, 4), True)])
-def test_weights_gathered_per_module_equal_the_oracle(topology: Topology, lora: bool) -> None:
-    rows = check(topology, 2, "llama", ("mixed", "one_expert"), lora=lora, gathering="per_module")
+def test_weights_gathered_per_module_equal_the_oracle() -> None:
+    rows = check(Topology(4, 1, 2, 4), 2, "llama", ("mixed", "one_expert"), lora=True, gathering="per_module")
     assert len(rows) == 3 and all(row.passed for row in rows), rows
 
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("topology", "lora", "gathering"),
-    [
-        (Topology(2, 1, 1, 2), False, "per_update"),
-        (Topology(4, 1, 2, 2), True, "per_update"),
-        (Topology(2, 1, 1), False, "per_module"),
-    ],
+    [(Topology(4, 1, 2, 2), True, "per_update"), (Topology(2, 1, 1), False, "per_module")],
 )
 def test_encoder_calls_that_run_again_equal_the_oracle(topology: Topology, lora: bool, gathering: str) -> None:
     rows = check(topology, 2, "llama", ("mixed", "one_expert"), lora=lora, gathering=gathering, recompute_calls=True)
@@ -85,11 +80,7 @@ def test_encoder_calls_that_run_again_equal_the_oracle(topology: Topology, lora:
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("deepspeed", "topology", "gathering"),
-    [
-        ("zero3_offload", Topology(4, 1, 1, 2), "per_update"),
-        ("zero3_offload", Topology(2, 1, 1, 2), "per_module"),
-        ("zero3_cpu", Topology(2, 1, 1, 2), "per_module"),
-    ],
+    [("zero3_offload", Topology(4, 1, 1, 2), "per_update"), ("zero3_cpu", Topology(2, 1, 1, 2), "per_module")],
 )
 def test_experts_equal_the_oracle_offloaded_and_with_weights_that_stay_gathered(
     deepspeed: str, topology: Topology, gathering: str

@@ -45,9 +45,9 @@ class Bucket:
         self.group: dist.ProcessGroup = parameters[0].ds_process_group
         self.num_ranks = dist.get_world_size(self.group)
         self.slices = [p.ds_tensor.ds_numel for p in parameters]
-        padded = [-(-self.num_ranks * k // _ALIGNMENT) * _ALIGNMENT for k in self.slices]
-        self._whole = torch.empty(sum(padded), dtype=parameters[0].dtype, device=device)
-        parts = self._whole.split(padded)
+        self._padded = [-(-self.num_ranks * k // _ALIGNMENT) * _ALIGNMENT for k in self.slices]
+        self._whole = torch.empty(sum(self._padded), dtype=parameters[0].dtype, device=device)
+        parts = self._whole.split(self._padded)
         self._rows = [p[: self.num_ranks * k].view(-1, k) for p, k in zip(parts, self.slices, strict=True)]
         self._weights = [
             p[: parameter.ds_numel].view(parameter.ds_shape) for p, parameter in zip(parts, parameters, strict=True)
@@ -117,16 +117,13 @@ class Bucket:
         def add(parameter: Tensor) -> None:
             if not self._gradients:
                 flat = torch.zeros(len(self._whole), dtype=torch.float32, device=self.device)
-                self._gradients = list(flat.split([self._span(i) for i in range(len(self.slices))]))
+                self._gradients = list(flat.split(self._padded))
             gradient = parameter.grad
             assert gradient is not None
             self._gradients[index][: gradient.numel()].add_(gradient.flatten())
             parameter.grad = None
 
         return add
-
-    def _span(self, index: int) -> int:
-        return -(-self.num_ranks * self.slices[index] // _ALIGNMENT) * _ALIGNMENT
 
 
 class WholeWeights:
