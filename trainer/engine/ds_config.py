@@ -48,13 +48,14 @@ _OWNERS = {
     "comet": "telemetry",
     "csv_monitor": "telemetry",
 }
-_PER_MODULE = (
-    "zero_hpz_partition_size",
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_gradients",
-)
-"""The settings of `zero_optimization` that matter only if weights are gathered around every call of a module."""
+_PER_MODULE = {
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+    "zero_quantized_gradients": False,
+}
+"""The settings of `zero_optimization` that matter only if weights are gathered around every call of a module, with the
+values that switch them off."""
 _ALLOWED = (
     "zero_optimization",
     "aio",
@@ -150,7 +151,7 @@ def check_gathering(path: Path, tree: dict[str, Any], gathering: Gathering) -> N
     """
     zero = tree["zero_optimization"]
     offload = (zero.get("offload_param") or {}).get("device", "none")
-    found = {key: zero[key] for key in _PER_MODULE if zero.get(key, 1) not in (False, 1)}
+    found = {key: zero[key] for key, off in _PER_MODULE.items() if zero.get(key, off) != off}
     if offload == "nvme":
         found["offload_param.device"] = offload
     if gathering == "per_update" and found:
