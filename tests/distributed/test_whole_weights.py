@@ -60,9 +60,9 @@ def measure(tp: int, ep: int, lora: bool, gathering: str) -> dict[str, Any]:
     for name in ("forward", "backward", "step"):
         plain = getattr(audio, name)
 
-        def counted(*args: Any, plain: Any = plain) -> Any:
+        def counted(*args: Any, plain: Any = plain, **kwargs: Any) -> Any:
             with counter:
-                return plain(*args)
+                return plain(*args, **kwargs)
 
         setattr(audio, name, counted)
     samples = Batch(tuple(parity.make_samples("mixed", world, model.adapter.rate)[rank]))
