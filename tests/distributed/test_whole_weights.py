@@ -91,7 +91,8 @@ def test_weights_are_gathered_and_gradients_reduced_once_per_update(world: int, 
 
 @pytest.mark.timeout(300)
 def test_weights_that_are_gathered_per_module_take_many_collectives() -> None:
-    ranks = run_ranks(2, measure, {"tp": 1, "ep": 1, "lora": False, "gathering": "per_module"}, timeout_sec=280)
+    # With expert parallelism, DeepSpeed gathers nothing ahead.
+    ranks = run_ranks(2, measure, {"tp": 1, "ep": 2, "lora": False, "gathering": "per_module"}, timeout_sec=280)
     for rank in ranks:
         assert len(rank["names"]) > MOST_COLLECTIVES and rank["bytes"] > MOST_BYTES * 4 * rank["trained"] * 2, rank
 
