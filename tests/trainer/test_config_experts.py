@@ -1,0 +1,54 @@
+"""Recipes of LLMs with experts: what is refused before any rank starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from model.errors import UserError
+from trainer.config.checks import check_recipe
+from trainer.config.load import dump, load_recipe, parse_stored_recipe
+
+MIXTRAL = "model.llm.config={model_type: mixtral, vocab_size: 256, hidden_size: 32, intermediate_size: 64, \
+num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, num_local_experts: 6, num_experts_per_tok: 2, \
+max_position_embeddings: 1024}"
+EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.ffn_expert=2"], r"parallel.ffn_expert = 2: the LLM \(llama\) has no experts; the legal value is 1"),
+        (
+            [MIXTRAL, "parallel={num_ranks: 4, ffn_expert: 4}"],
+            "parallel.ffn_expert = 4: must divide the 6 experts of a layer of the LLM; .*ffn_expert_tensor=1: 1, 2",
+        ),
+        (
+            [MIXTRAL, "parallel={num_ranks: 4, tensor: 2, ffn_expert_tensor: 1}"],
+            "parallel.ffn_expert_tensor = 1: legal values for tensor=2 and ffn_expert=1 are 2",
+        ),
+        (
+            ["model.losses={expert_balance: {weight: 0.1}}"],
+            r"model.losses.expert_balance: the LLM \(llama\) has no experts; remove the entry",
+        ),
+        ([MIXTRAL, EXPERTS], r"model.llm.experts: the LLM \(mixtral\) has experts already"),
+        (["model.llm.top_k=1"], "moe_layers, top_k and router set how model.llm.experts are used, which is empty"),
+        ([EXPERTS, "model.llm.top_k=3"], r"model.llm.top_k = 3: legal values are 1\.\.2"),
+        ([EXPERTS, "model.llm.moe_layers=[1, 2]"], r"moe_layers = \(1, 2\): give all, .* numbers within 0\.\.1"),
+        ([EXPERTS, "model.llm.router={forced: sound}"], "forced = sound: legal values are speech, text, or null"),
+        (["model.llm.experts=[{name: a.b}]"], "name = 'a.b': use letters, digits"),
+        (["model.llm.experts=[{name: a}, {name: a}]"], "the names a, a must be unique"),
+        (["model.llm.experts=[{name: a, form: x}]"], r"experts\[0\].form: unknown key; did you mean from\?"),
+    ],
+)
+def test_what_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_recipe(load_recipe("debug", overrides))
+
+
+def test_experts_survive_a_stored_recipe_and_adapters_name_them() -> None:
+    lora = "lora=[{pattern: 'llm.*.experts.speech.*', rank: 2}]"
+    recipe = load_recipe("debug", [EXPERTS, "model.llm.moe_layers=second_half", "parallel.ffn_expert=2", lora])
+    check_recipe(recipe)
+    assert [(e.name, e.from_) for e in recipe.model.llm.experts] == [("speech", "runs/speech"), ("text", "base")]
+    stored = dump(recipe)
+    assert "from: runs/speech" in stored and parse_stored_recipe(stored, "here") == recipe

@@ -1,0 +1,69 @@
+"""The experts of an LLM in a plan: parameters, traffic, and the most uneven use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from model.config import LLMConfig
+from model.llm.families import mixture_of
+from model.llm.mixture import ExpertConfig
+from model.llm.names import hf_shapes
+from model.llm.reference import resolve_hf_config
+from trainer.parallel.topology import Topology
+from trainer.plan.experts import active_parameters, as_dense, expert_parameters, expert_plan
+
+QWEN3_30B_A3B: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+LLAMA = {"model_type": "llama", "vocab_size": 64, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 4}
+LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+def test_the_published_sizes_of_qwen3_30b_a3b() -> None:
+    config = resolve_hf_config(LLMConfig(config=QWEN3_30B_A3B))
+    total = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in hf_shapes(config).values())
+    assert total == pytest.approx(30.5e9, rel=0.01) and active_parameters(config) == pytest.approx(3.3e9, rel=0.02)
+    assert expert_parameters(config) == 48 * 128 * 3 * 768 * 2048
+
+
+def test_a_dense_llm_computes_as_much_per_token() -> None:
+    experts = tuple(ExpertConfig(name) for name in "abcd")
+    config = resolve_hf_config(LLMConfig(config=LLAMA, experts=experts, moe_layers="every_2", top_k=2))
+    dense = as_dense(config)
+    assert mixture_of(dense) is None and dense.intermediate_size == (2 * 2 * 16 + 2 * 16) // 4
+    assert mixture_of(config) is not None, "the config itself is not changed"
+    matrices = [sum(s[0] * s[1] for s in hf_shapes(c).values() if len(s) == 2) for c in (config, dense)]
+    routers = 2 * 4 * 8
+    active = matrices[0] - expert_parameters(config) // 2 - routers
+    assert matrices[1] == active
+    assert as_dense(dense) is dense
+
+
+def test_traffic_and_the_most_uneven_use() -> None:
+    config = resolve_hf_config(LLMConfig(config=QWEN3_30B_A3B))
+    topology = Topology(16, 2, 1, 1, 8, 1)
+    plan = expert_plan(config, topology, pack_tokens=4096, microbatches=3, value_bytes=2, recompute=False)
+    assert plan is not None
+    rows = 4096 // 2 * 8
+    assert plan.all_to_all_bytes == 4 * rows * 2048 * 2 * 7 / 8 * 3 * 48
+    # All eight choices of every token of all eight ranks can be for the sixteen experts of one rank.
+    assert plan.worst_bytes == 7 * rows * (2 * 2048 + 3 * 768) * 2 * 48
+    with_recompute = expert_plan(config, topology, 4096, 3, 2, recompute=True)
+    assert with_recompute is not None and with_recompute.worst_bytes * 48 == plan.worst_bytes
+    assert with_recompute.all_to_all_bytes == plan.all_to_all_bytes * 6 / 4
+    alone = expert_plan(config, Topology(2, 2, 1), 4096, 3, 2, recompute=False)
+    assert alone is not None and alone.all_to_all_bytes == alone.worst_bytes == 0
+    assert expert_plan(as_dense(config), topology, 4096, 3, 2, recompute=False) is None
