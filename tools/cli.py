@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     ),
     "Train": (
         Command("train", "trainer.__main__", "train or resume a recipe on this machine, or as a rank of a cluster"),
+        Command("chain", "tools.chain", "train several runs, of which later ones use the weights of earlier ones"),
         Command("job", "trainer.job.__main__", "the work of a Slurm batch script: plan, check nodes, run, requeue"),
         Command("finetune", "tools.finetune", "fine-tune pre-trained models on real recordings, show before and after"),
         Command("status", "tools.status", "show where a run or all runs are, and what happened"),

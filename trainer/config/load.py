@@ -34,12 +34,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: If there is no such recipe, its YAML is malformed, a key is unknown or given twice, a value has the
             wrong type or range, or a plug-in cannot be loaded.
     """
-    tree = _load_tree(_find(name_or_path, None), ())
+    tree = load_tree(_find(name_or_path, None))
+    if "chain" in tree:
+        raise UserError(f"recipe {name_or_path}: is a chain of runs; start it with earshot chain {name_or_path}")
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     refuse(tree)
     _follow(tree)
-    return _build(tree)
+    return build_recipe(tree)
 
 
 def _follow(tree: dict[str, Any]) -> None:
@@ -62,10 +64,10 @@ def parse_stored_recipe(text: str, where: str) -> Recipe:
     tree = _parse(text, where)
     if isinstance(tree, dict):
         translate(tree)
-    return _build(tree)
+    return build_recipe(tree)
 
 
-def _build(tree: Any) -> Recipe:
+def build_recipe(tree: Any) -> Recipe:
     """Build a recipe from a tree. Its plug-ins are loaded first, since its sections may refer to what they add."""
     names = tree.get("plugins") if isinstance(tree, dict) else None
     if isinstance(names, list):  # `from_tree` refuses anything else
@@ -153,7 +155,16 @@ def _find(name_or_path: str, parent: Path | None) -> Path:
     return path
 
 
-def _load_tree(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+def load_tree(path: Path) -> dict[str, Any]:
+    """Return the keys of a recipe's file, merged with those of its `base`, without any check of them.
+
+    Raises:
+        UserError: If a file cannot be read or is no YAML, or recipes inherit from each other in a circle.
+    """
+    return _read_tree(path, ())
+
+
+def _read_tree(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     try:
         tree = _parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -168,17 +179,23 @@ def _load_tree(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     parent, lineage = _find(base, path), (*children, path.resolve())
     if parent.resolve() in lineage:
         raise UserError(f"{path}: base = {base}: the recipes inherit from each other in a circle")
-    merged: dict[str, Any] = _merge(_load_tree(parent, lineage), tree)
+    merged: dict[str, Any] = merge_trees(_read_tree(parent, lineage), tree)
     return merged
 
 
-def _merge(base: Any, tree: Any) -> Any:
+def merge_trees(base: Any, tree: Any) -> Any:
+    """Return the keys of `base`, changed by those of `tree`. Mappings are merged, and other values are replaced."""
     if not isinstance(base, dict) or not isinstance(tree, dict):
         return tree
-    return base | {key: _merge(base[key], value) if key in base else value for key, value in tree.items()}
+    return base | {key: merge_trees(base[key], value) if key in base else value for key, value in tree.items()}
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Change a tree in place as `key=value` says.
+
+    Raises:
+        UserError: If it is not of this form, or names an item that a list does not have.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key or any(not part for part in key.split(".")):
         raise UserError(f"{override}: an override has the form key=value, e.g. optim.lr=3e-4")
