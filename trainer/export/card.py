@@ -95,9 +95,11 @@ def _scores(summary: Mapping[str, Any]) -> list[str]:
 
 def _is_doubled(name: str, scores: Mapping[str, Any]) -> bool:
     """Return whether a score `TASK/SUBSET/METRIC` is that of a subset that is the whole task."""
-    task, *subset, metric = name.split("/")
+    if name.count("/") != 2:
+        return False  # a score of a whole task, or a number such as `num_unfinished`
+    task, _, metric = name.split("/")
     others = [n for n in scores if n.startswith(f"{task}/") and n.endswith(f"/{metric}") and n.count("/") == 2]
-    return bool(subset) and len(others) == 1 and scores.get(f"{task}/{metric}") == scores[name]
+    return len(others) == 1 and scores.get(f"{task}/{metric}") == scores[name]
 
 
 def _without_paths(recipe: str) -> str:
