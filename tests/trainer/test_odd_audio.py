@@ -80,6 +80,14 @@ def test_all_files_that_were_concatenated_are_heard(kind: str, seconds: list[flo
     assert outcome(b"".join(parts), max_sec=0.9 * len(expected) / 16_000) == "too_long"
 
 
+@pytest.mark.parametrize("kind", ["VORBIS", "OPUS"])
+def test_ogg_without_its_first_page_is_refused(kind: str) -> None:
+    data = bytearray(encoded(kind, 0.3))
+    data[5] &= ~2
+    assert outcome(bytes(data)) == "broken"
+    assert outcome(bytes(data[data.find(b"OggS", 4) :])) == "broken"
+
+
 def test_concatenated_files_may_have_different_rates() -> None:
     first, second = encoded("FLAC", 0.5, 8000), encoded("FLAC", 0.5, 16_000)
     expected = np.concatenate([decode_audio(first), decode_audio(second)])

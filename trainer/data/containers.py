@@ -83,9 +83,9 @@ def _ogg_links(data: memoryview) -> Iterator[int]:
     """Yield the first byte of every link of a chained Ogg file.
 
     Raises:
-        SampleError: If a page is truncated, or a stream has no end page.
+        SampleError: If a page is truncated, or a stream has no first or no end page.
     """
-    at, was_first = 0, False
+    at, was_first, num_links = 0, False, 0
     unended: set[int] = set()
     while at < len(data):
         if bytes(data[at : at + 4]) != b"OggS":  # Decoders skip bytes between pages, such as tags at the end.
@@ -103,12 +103,15 @@ def _ogg_links(data: memoryview) -> Iterator[int]:
         if flags & _BOS:
             if not was_first:
                 _check_ended(unended)
+                num_links += 1
                 yield at
             unended.add(serial)
         if flags & _EOS:
             unended.discard(serial)
         at, was_first = end, bool(flags & _BOS)
     _check_ended(unended)
+    if not num_links:
+        raise SampleError("broken", "truncated: it has no first page")
 
 
 def _check_ended(unended: set[int]) -> None:
