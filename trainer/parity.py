@@ -36,6 +36,7 @@ from trainer.engine.placement import place
 from trainer.engine.stages import StageConfig, stage_at, staged_optim, stages_of
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.groups import Groups
+from trainer.parallel.values import all_gather_values
 from trainer.scoring.tasks import TASKS
 from trainer.telemetry.metrics import StepReport
 from trainer.training.step import Step
@@ -343,9 +344,7 @@ def compare(step: Step, oracle: SpeechLLM, samples: list[list[Sample]], number: 
     for name, mine, wanted in (*_audio_gradients(step, reference), *_llm_gradients(step, reference)):
         scale = max(float(wanted.abs().max()), floor)
         worst = max(worst, (float((mine.cpu() - wanted).abs().max()) / scale, name))
-    found: list[Any] = [None] * step.groups.topology.world
-    dist.all_gather_object(found, worst, group=step.groups.world)
-    gradient, name = max(found)
+    gradient, name = max(all_gather_values(worst, step.groups.world))
     step.audio.discard()
     mixture = mixture_of(step.llm.hf_config)
     gap = None if mixture is None else smallest_gap(losses.choices, mixture.top_k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tools.parity import DS_CONFIG
 from trainer import parity
 from trainer.parallel.groups import build_groups, connect
 from trainer.parallel.topology import Topology
+from trainer.parallel.values import gather_values
 from trainer.telemetry.expert_load import ExpertLoad, group_of
 from trainer.telemetry.trace import WAIT, ProfileConfig, Trace
 
@@ -39,7 +41,8 @@ def body(folder: str) -> list[dict[str, Any]]:
     model = parity.tiny_model()
     step = parity.build_step(model, groups, DS_CONFIG, len(KINDS))
     oracle = parity.build_oracle(model)
-    trace = Trace(ProfileConfig("2:4"), step.timer, Path(folder), rank, groups.world)
+    gather = partial(gather_values, group=groups.world)
+    trace = Trace(ProfileConfig("2:4"), step.timer, Path(folder), rank, groups.world, gather)
     rows = []
     for number, kind in enumerate(KINDS):
         samples = parity.make_samples(kind, world, model.adapter.rate, seed=number)

@@ -18,6 +18,7 @@ from trainer.telemetry.config import TelemetryConfig
 from trainer.telemetry.metrics import PhaseTimer, StepReport
 from trainer.telemetry.straggler import RankWork, Straggler, StragglerMeter, _medians_of_others, work_metrics
 from trainer.telemetry.waiting import WaitSampler
+from trainer.training import rank_work
 from trainer.training.rank_work import Work
 
 
@@ -95,7 +96,7 @@ def test_stragglers_are_judged_off_the_training_thread(monkeypatch: pytest.Monke
         return [*add(self, listed, num_steps), Straggler(num_steps, "n", 2.0, "encode")]
 
     monkeypatch.setattr(StragglerMeter, "add", noted)
-    monkeypatch.setattr(dist, "gather_object", lambda mine, everyone, group: everyone.__setitem__(0, mine))
+    monkeypatch.setattr(rank_work, "gather_values", lambda mine, group, kinds: [mine])
     groups: Any = SimpleNamespace(rank=0, world=None, topology=SimpleNamespace(world=1))
     report = StepReport(step=7, loss=0.0, grad_norm=0.0, lr=0.0, phase_sec={"encode": 1.0})
     with Work(TelemetryConfig(), WaitSampler(PhaseTimer()), groups, lambda *what: reported.append(what)) as work:

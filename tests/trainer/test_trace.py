@@ -28,7 +28,7 @@ def spans(folder: Path) -> list[dict]:
 
 def run(folder: Path, steps: str, num_steps: int, stop_after: int = 0, start: int = 0) -> PhaseTimer:
     timer = PhaseTimer()
-    trace = Trace(ProfileConfig(steps), timer, folder, 0, None)
+    trace = Trace(ProfileConfig(steps), timer, folder, 0, None, lambda events: [events])
     for step in range(start + 1, num_steps + 1):
         trace.begin(step)
         with timer("outer"), timer("inner"):

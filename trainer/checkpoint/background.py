@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,9 @@ from trainer.checkpoint.layout import (
     PARAM,
     FileEntry,
     Manifest,
+    Rect,
     Shard,
+    Slices,
     TensorEntry,
     entries_of,
     file_of,
@@ -41,8 +42,9 @@ from trainer.checkpoint.layout import (
     step_name,
 )
 from trainer.checkpoint.reader import MANIFEST, STATE
+from trainer.checkpoint.signing import signing_key
 from trainer.checkpoint.writer import Draft, write_tensors, write_text
-from trainer.parallel.tree import gather_bytes
+from trainer.parallel.values import broadcast_value, gather_values
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +103,10 @@ class Written:
     """The entries of `trainer.checkpoint.layout.entries_of`."""
     sliced: Mapping[range, int]
     """The counts of `trainer.checkpoint.layout.sliced_elements`."""
+
+
+_KINDS = (Outcome, Frozen, Written, FileEntry, TensorEntry, Rect, Slices)
+"""The classes of which the values that ranks send to each other contain instances."""
 
 
 @dataclass(frozen=True)
@@ -163,20 +169,18 @@ class Save:
             written = self._write(draft)
         except Exception as error:  # All exceptions are caught, because the other ranks wait for this rank's result.
             failure = f"rank {place.rank}: {_text(error)}"
-        box: list[Any] = [None]
-        # The payloads differ in size, and torch's own function would allocate the largest size for every rank.
-        gathered = gather_bytes(pickle.dumps((failure, written)), place.group)
-        if gathered is not None:
-            found = [pickle.loads(part) for part in gathered]
-            failures = [text for text, _ in found if text is not None]
-            box = [Outcome(self.url, failures[0] if failures else None)]
+        outcome = Outcome(self.url)
+        parts = gather_values((failure, written), place.group, _KINDS)
+        if parts is not None:
+            failures = [text for text, _ in parts if text is not None]
+            outcome = Outcome(self.url, failures[0] if failures else None)
             if not failures:
                 assert draft is not None
-                box = [self._commit(draft, [part for _, part in found])]
-        dist.broadcast_object_list(box, src=0, group=place.group)
-        if box[0].failure is not None and place.rank == 0:
+                outcome = self._commit(draft, [part for _, part in parts if part is not None])
+        outcome = broadcast_value(outcome, place.group, _KINDS)
+        if outcome.failure is not None and place.rank == 0:
             place.checkpoints.discard(place.attempt, self.content.step)
-        return box[0]
+        return outcome
 
     def _write(self, draft: Draft) -> Written:
         """Write this rank's files, and return the manifest's entries for the files and for the tensors in them."""
@@ -217,7 +221,7 @@ class Save:
             files = {name: entry for part in parts for name, entry in part.files.items()}
             tensors = merge_entries([part.tensors for part in parts], [part.sliced for part in parts])
             manifest = self._manifest(draft, files, tensors)
-            write_text(draft, MANIFEST, manifest.dumps())
+            write_text(draft, MANIFEST, manifest.dumps(signing_key()))
             place.checkpoints.commit(place.attempt, manifest)
         except FencedError as error:
             return Outcome(self.url, str(error), fenced=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import TypeVar
 
 from model.errors import UserError
 from trainer.checkpoint.reader import DamagedError
 from trainer.parallel.groups import Groups
+from trainer.parallel.values import Kinds, all_gather_values, broadcast_value
 
 T = TypeVar("T")
 
@@ -19,9 +18,7 @@ def gather(groups: Groups, value: T) -> list[T]:
 
     Collective: every rank of the world must call it.
     """
-    found: list[Any] = [None] * groups.topology.world
-    dist.all_gather_object(found, value, group=groups.world)
-    return found
+    return all_gather_values(value, groups.world)
 
 
 def together(groups: Groups, doing: str, work: Callable[[], T]) -> T:
@@ -51,7 +48,7 @@ def together(groups: Groups, doing: str, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def from_rank0(groups: Groups, doing: str, work: Callable[[], T]) -> T:
+def from_rank0(groups: Groups, doing: str, work: Callable[[], T], kinds: Kinds = ()) -> T:
     """Call `work` on rank 0, and return its result on every rank.
 
     Collective: every rank of the world must call it.
@@ -60,10 +57,10 @@ def from_rank0(groups: Groups, doing: str, work: Callable[[], T]) -> T:
         groups: This rank's process groups.
         doing: A description of the work, with which the error message begins.
         work: The function to call, which must not contain collectives.
+        kinds: The classes of which the result may contain instances.
 
     Raises:
         UserError: If `work` fails.
     """
-    box = [together(groups, doing, lambda: work() if groups.rank == 0 else None)]
-    dist.broadcast_object_list(box, src=0, group=groups.world)
-    return box[0]  # type: ignore[return-value]
+    found = together(groups, doing, lambda: work() if groups.rank == 0 else None)
+    return broadcast_value(found, groups.world, kinds)  # type: ignore[return-value]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -187,7 +188,9 @@ class Job:
         self._emit("submitted", job=job.job_id, nodes=",".join(job.nodes), restarts=job.restarts)
 
     def _step(self, command: Sequence[str]) -> int:
-        self.signals.step = step = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        # Only the ranks of this start know the names under which they meet (trainer/parallel/meeting.py).
+        environment = {**os.environ, "EARSHOT_JOB_SECRET": secrets.token_hex(32)}
+        self.signals.step = step = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
         if self.signals.received:  # The signal arrived while srun was being started.
             step.send_signal(signal.SIGUSR1)
         was_asked = False

@@ -37,11 +37,15 @@ def main() -> int:
     import torch.distributed as dist
 
     from trainer.parallel.groups import connect
+    from trainer.parallel.meeting import loopback_store, on_one_machine
 
     node = socket.gethostname().partition(".")[0]
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     timeout = timedelta(seconds=_TIMEOUT_SEC)
-    _meeting = dist.TCPStore(address, port + 1, env.world_size, env.rank == 0, timeout, wait_for_workers=False)
+    if on_one_machine(os.environ):
+        _meeting = loopback_store(port + 1, env.rank, env.world_size, timeout)
+    else:
+        _meeting = dist.TCPStore(address, port + 1, env.world_size, env.rank == 0, timeout, wait_for_workers=False)
     # If the all-reduce below hangs, a node that has not printed this line is at fault.
     print(json.dumps({"node": node, "arrived": True}), flush=True)
     _, _, device = connect(_TIMEOUT_SEC)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.environment import low_limit, raise_descriptor_limit, set_environment
+from trainer.parallel.meeting import on_one_machine, open_store, stay_on_this_machine
 from trainer.parallel.topology import Coordinates, ExpertCoordinates, Topology
 
 
@@ -65,6 +66,8 @@ COLLECTIVE_TIMEOUT_SEC = 1800.0
 def connect(timeout_sec: float = COLLECTIVE_TIMEOUT_SEC) -> tuple[int, int, torch.device]:
     """Join the process group that the environment variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
+    `trainer/parallel/meeting.py` says where the ranks meet, and who else could.
+
     Collective: every rank of the world must call it.
 
     Args:
@@ -84,7 +87,12 @@ def connect(timeout_sec: float = COLLECTIVE_TIMEOUT_SEC) -> tuple[int, int, torc
         warning = low_limit(raise_descriptor_limit(), int(os.environ.get("WORLD_SIZE", "1")), device.type == "cuda")
         if warning is not None and os.environ.get("RANK", "0") == "0":
             print(f"warning: {warning}", file=sys.stderr, flush=True)
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_sec))
+        if on_one_machine(os.environ):
+            stay_on_this_machine(os.environ)
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        timeout = datetime.timedelta(seconds=timeout_sec)
+        store = open_store(rank, world, timeout, os.environ)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return dist.get_rank(), dist.get_world_size(), device
 
 

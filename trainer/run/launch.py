@@ -28,6 +28,9 @@ _ERROR_DIR = "TRAINER_ERROR_DIR"
 It is set only for ranks that this module started.
 """
 
+_MEETING_FILE = "EARSHOT_MEETING_FILE"
+"""The environment variable with the path of the file in which the ranks of one machine meet, in a folder that only this
+user can open. `trainer/parallel/meeting.py` reads it."""
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _GRACE_SEC = 20.0
 
@@ -154,7 +157,11 @@ def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // num_ranks))),
     }
-    with tempfile.TemporaryDirectory(prefix="ranks-") as errors:
+    with (
+        tempfile.TemporaryDirectory(prefix="ranks-") as errors,
+        tempfile.TemporaryDirectory(prefix="meeting-") as meeting,
+    ):
+        shared[_MEETING_FILE] = str(Path(meeting, "store"))
         ranks: list[subprocess.Popen[bytes]] = []
         forwarded = [s for s in _FORWARDED if signal.getsignal(s) is not signal.SIG_IGN]  # nohup ignores SIGHUP.
         previous = {s: signal.signal(s, lambda number, _frame: _send(ranks, number)) for s in forwarded}

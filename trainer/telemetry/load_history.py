@@ -20,7 +20,7 @@ from model.batch import Batch
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE
 from model.router import Routing
-from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, Floats, add_up, group_of, load_metrics
+from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, Floats, Load, add_up, group_of, load_metrics
 from trainer.telemetry.jsonl import read_lines
 
 HISTORY_NAME = "expert_load.jsonl"
@@ -181,6 +181,10 @@ class RankLoad:
     """The seconds of computing and of waiting, and the bytes sent and received, of shape [steps, E, 4]."""
     step_sec: float
     """The wall time of the steps, in seconds."""
+
+
+RANK_LOAD_KINDS = (RankLoad, ExpertLoad, Load, ClipGroup)
+"""The classes of which a `RankLoad` contains instances."""
 
 
 class LoadMeter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,20 @@ class Trace:
         folder: The folder for the files: `rank<r>.json` for each rank and `trace.json` for all of them.
         rank: The rank of this process within `group`.
         group: The process group of all ranks; None for the default group.
+        gather: A collective function that returns the lists of all ranks on rank 0, and None on the others.
     """
 
     def __init__(
-        self, config: ProfileConfig, timer: PhaseTimer, folder: Path, rank: int, group: dist.ProcessGroup | None
+        self,
+        config: ProfileConfig,
+        timer: PhaseTimer,
+        folder: Path,
+        rank: int,
+        group: dist.ProcessGroup | None,
+        gather: Callable[[list[Any]], list[list[Any]] | None],
     ) -> None:
         self._steps, self._timer, self._folder = config.range, timer, folder
-        self._rank, self._group = rank, group
+        self._rank, self._group, self._gather = rank, group, gather
         self._events: list[dict[str, Any]] = []
         self._offset_sec = 0.0
         self._step, self._step_start_sec = 0, 0.0
@@ -95,8 +103,7 @@ class Trace:
         label = {"name": "process_name", "ph": "M", "pid": self._rank, "args": {"name": f"rank {self._rank}"}}
         events, self._events = [label, *self._events], []
         _write_events(self._folder / f"rank{self._rank}.json", events)
-        everyone: list[Any] | None = [None] * dist.get_world_size(self._group) if self._rank == 0 else None
-        dist.gather_object(events, everyone, group=self._group)
+        everyone = self._gather(events)
         if everyone is not None:
             _write_events(self._folder / "trace.json", [event for part in everyone for event in part])
 

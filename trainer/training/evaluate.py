@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from trainer.data.prepare import PreparedData
 from trainer.data.tokenizer import Tokenizer
 from trainer.engine.generate import generate
 from trainer.evaluation.predictions import Prediction, by_task, columns, score_predictions, write_predictions
+from trainer.parallel.values import all_gather_values, gather_values
 from trainer.scoring.meteor import Meteor
 from trainer.scoring.scores import TaskScore, confusions, score_values
 from trainer.scoring.tasks import find_task
@@ -101,8 +101,7 @@ class Evaluator:
         mine = predict(
             self.step, self._samples[split, max_samples], self.prepared.tokenizer, self.config, self.heartbeat
         )
-        everyone: list[Any] | None = [None] * groups.topology.world if groups.rank == 0 else None
-        dist.gather_object(mine, everyone, dst=0, group=groups.world)
+        everyone = gather_values(mine, groups.world, (Prediction,))
         if everyone is None:
             return None
         predictions = sorted((p for part in everyone for p in part), key=lambda p: p.key)
@@ -190,7 +189,6 @@ def answer(step: Step, batch: Batch, tokenizer: Tokenizer, config: EvalConfig) -
         max_new_tokens=config.max_new_tokens,
     )
     speaks = groups.place.pp == 0 and groups.place.tp == 0
-    everyone: list[Any] = [None] * groups.topology.world
-    dist.all_gather_object(everyone, dict(zip(members, found, strict=True)) if speaks else {}, group=groups.world)
+    everyone = all_gather_values(dict(zip(members, found, strict=True)) if speaks else {}, groups.world)
     answers = {i: tokens for part in everyone for i, tokens in part.items()}
     return [answers[whole.first_sample + i] for i in range(len(batch.samples))]

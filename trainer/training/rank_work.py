@@ -9,9 +9,8 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
-
 from trainer.parallel.groups import Groups
+from trainer.parallel.values import gather_values
 from trainer.telemetry.config import TelemetryConfig
 from trainer.telemetry.events import Emit
 from trainer.telemetry.metrics import StepReport
@@ -77,8 +76,7 @@ class Work:
         mine = RankWork(self._groups.rank, socket.gethostname(), dict(self._phase_sec), self._waits.take())
         num_steps, self._num_steps = self._num_steps, 0
         self._phase_sec.clear()
-        parts: list[Any] | None = [None] * self._groups.topology.world if self._groups.rank == 0 else None
-        dist.gather_object(mine, parts, group=self._groups.world)
+        parts = gather_values(mine, self._groups.world, (RankWork,))
         if parts is None:
             return report
         self._emit_judged()

@@ -7,13 +7,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.load import dump
 from trainer.config.schema import Recipe
 from trainer.data.state import State, merge_states
 from trainer.parallel.groups import Groups
+from trainer.parallel.values import all_gather_values
 from trainer.run.lifecycle import StopRequest, deadline
 from trainer.telemetry.hook import Hook
 from trainer.telemetry.trackers.table import read_ids, restore_ids
@@ -97,15 +96,14 @@ class Saver:
             data_state: The state of this rank's sample stream after those steps.
 
         Raises:
-            UserError: If a newer attempt of this run has started.
+            FencedRunError: If a newer attempt of this run has started.
             CorruptionError: If the LLM's replicas hold different weights. Nothing is saved.
         """
         if done <= self._saved_step:
             return
         if self._recipe.train.compare_replicas_every_steps:
             check_replicas(done, self._step.llm, self._groups, self._hooks.on_event)
-        states: list[Any] = [None] * self._groups.topology.world
-        dist.all_gather_object(states, data_state, group=self._groups.world)
+        states = all_gather_values(data_state, self._groups.world)
         extra = {
             "step": done,
             "stage": self._step.stages.at(done - 1)[1].name,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch.distributed as dist
-
 from model.batch import Batch
 from model.errors import UserError
 from trainer.checkpoint.manager import CheckpointManager
+from trainer.parallel.values import all_gather_values
 from trainer.telemetry.events import Emit
 from trainer.telemetry.metrics import StepReport
 from trainer.training.divergence import Divergence
@@ -48,8 +45,7 @@ def answer_spike(
         DivergedError: If `spike.max_in_a_row` updates in a row were skipped. The weights must not be saved.
     """
     assert report.skip_reason is not None
-    keys: list[Any] = [None] * step.groups.topology.world
-    dist.all_gather_object(keys, [s.key for s in batch.samples], group=step.groups.world)
+    keys = all_gather_values([s.key for s in batch.samples], step.groups.world)
     samples = [key for some in keys for key in some]
     config = step.guard.config
     fields = {

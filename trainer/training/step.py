@@ -20,7 +20,6 @@ import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -46,8 +45,9 @@ from trainer.parallel.exchange import check_same_plan, exchange
 from trainer.parallel.groups import Groups
 from trainer.parallel.packs import PackPlan, embedding_segments, token_segments
 from trainer.parallel.plan import Ints, route
+from trainer.parallel.values import gather_values
 from trainer.scoring.tasks import task_names
-from trainer.telemetry.load_history import LoadInterval, LoadMeter
+from trainer.telemetry.load_history import RANK_LOAD_KINDS, LoadInterval, LoadMeter
 from trainer.telemetry.metrics import PhaseTimer, StepReport
 from trainer.telemetry.token_load import MODALITIES, TokenLoad
 from trainer.training.global_batch import (
@@ -154,8 +154,7 @@ class Step:
         Args:
             step: The number of steps done.
         """
-        parts: list[Any] | None = [None] * self.groups.topology.world if self.groups.rank == 0 else None
-        dist.gather_object(self.meter.take(), parts, group=self.groups.world)
+        parts = gather_values(self.meter.take(), self.groups.world, RANK_LOAD_KINDS)
         return None if parts is None else self.meter.merge(step, parts)
 
     def take_token_load(self, step: int) -> TokenLoad | None:

@@ -1,0 +1,75 @@
+"""The store by which ranks find each other, and who can reach it.
+
+torch's stores do not authenticate: whoever can connect to one can read and change it. So the ranks of one machine meet
+in a file that only their user can open, or at a port that only this machine can reach. Ranks of several machines meet
+at a port of the first, under names that contain the secret of their job.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import socket
+import sys
+from collections.abc import Mapping, MutableMapping
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+FILE = "EARSHOT_MEETING_FILE"
+"""The environment variable with the path of the file in which ranks meet. The launcher of one machine sets it."""
+SECRET = "EARSHOT_JOB_SECRET"
+"""The environment variable with the secret that all ranks of a job share. `earshot job` draws one for every start."""
+_LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+def on_one_machine(environ: Mapping[str, str]) -> bool:
+    """Return whether the launcher says that all ranks are on this machine."""
+    if FILE in environ or environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    if "LOCAL_WORLD_SIZE" in environ:
+        return environ["LOCAL_WORLD_SIZE"] == environ["WORLD_SIZE"]
+    return environ.get("SLURM_STEP_NUM_NODES") == "1"
+
+
+def stay_on_this_machine(environ: MutableMapping[str, str]) -> None:
+    """Let gloo and NCCL use the loopback interface only, unless the user has chosen another."""
+    for name in _INTERFACES:
+        environ.setdefault(name, _LOOPBACK)
+
+
+def open_store(rank: int, world: int, timeout: datetime.timedelta, environ: Mapping[str, str]) -> dist.Store:
+    """Return the store in which the ranks find each other.
+
+    Collective: every rank of the world must call it.
+
+    Args:
+        rank: This rank.
+        world: The number of ranks.
+        timeout: The time after which a wait for another rank fails.
+        environ: The environment variables: `FILE`, or MASTER_ADDR and MASTER_PORT, and `SECRET`.
+    """
+    store: dist.Store
+    if FILE in environ:
+        store = dist.FileStore(environ[FILE], world)
+    elif on_one_machine(environ) and "TORCHELASTIC_USE_AGENT_STORE" not in environ:
+        store = loopback_store(int(environ["MASTER_PORT"]), rank, world, timeout)
+    else:  # torchrun's agent may already listen there
+        store, _, _ = next(rendezvous("env://", rank, world, timeout=timeout))
+    store.set_timeout(timeout)
+    secret = environ.get(SECRET, "")
+    return dist.PrefixStore(hashlib.sha256(f"earshot ranks {secret}".encode()).hexdigest(), store)
+
+
+def loopback_store(port: int, rank: int, world: int, timeout: datetime.timedelta) -> dist.TCPStore:
+    """Return a store that listens on the loopback interface. torch itself would listen on all interfaces."""
+    if rank != 0:
+        return dist.TCPStore("127.0.0.1", port, world, False, timeout, wait_for_workers=False)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen(world)
+        descriptor = os.dup(listener.fileno())  # The store closes the descriptor that it is given.
+    return dist.TCPStore("127.0.0.1", port, world, True, timeout, wait_for_workers=False, master_listen_fd=descriptor)
