@@ -287,8 +287,11 @@ def _same(event: Event, started: Event) -> bool:
 
 
 def _state(events: Sequence[Event]) -> tuple[str, Event | None]:
-    state, cause = "waiting", None
+    state, cause, attempt = "waiting", None, 0
     for event in events:
+        attempt = max(attempt, event["attempt"])
+        if event["attempt"] < attempt and "rank" in event:
+            continue  # A rank of an earlier attempt still runs somewhere.
         new = _STATES.get(event["event"])
         if new is not None and event["event"] in _FINAL.get(state, (event["event"],)):
             state, cause = new, event

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
+from model.errors import UserError, printable_lines
 from tools.run_status import Status, find_runs, is_run, read_status, read_stored
 from trainer.telemetry.announce import duration
 from trainer.telemetry.events import Event
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--watch {options.watch:g}: must be above 0")
         while True:
             text = _text(options.place, options.json)
-            print(f"{_HOME if options.watch and not options.json else ''}{text}", flush=True)
+            print(f"{_HOME if options.watch and not options.json else ''}{printable_lines(text)}", flush=True)
             if options.watch is None:
                 return 0
             time.sleep(options.watch)

@@ -21,6 +21,7 @@ from model.llm.reference import num_positions, resolve_hf_config, weight_source
 from model.llm.weights import WeightSource, embedding_rms
 from model.lora import Adapters, adaptable_layers, add_adapters, llm_layers
 from model.losses.table import text_fields
+from trainer.checkpoint.attempt import FencedRunError
 from trainer.checkpoint.catalog import SUBFOLDER
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config.checks import check_llm, check_router_losses, deepspeed_json
@@ -28,6 +29,7 @@ from trainer.config.convert import to_tree
 from trainer.config.load import dump
 from trainer.config.provenance import KEY as ORIGINS
 from trainer.config.schema import Recipe
+from trainer.data.config import TokenizerConfig
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.shard_build import BuildReport
 from trainer.donors import donors_of, provenance
@@ -39,11 +41,13 @@ from trainer.engine.llm import LLMEngine
 from trainer.engine.optim import check_patterns
 from trainer.engine.placement import place
 from trainer.engine.stages import check_stages
+from trainer.files import sweep_leftovers
 from trainer.parallel.exchange import gather_distinct
 from trainer.parallel.groups import COLLECTIVE_TIMEOUT_SEC, Groups, build_groups, connect
 from trainer.parallel.topology import build_topology
+from trainer.parallel.values import broadcast_value
 from trainer.run.exit_codes import ExitCode
-from trainer.run.failure import Position, emit_failure, emit_mistake
+from trainer.run.failure import Position, emit_failure, emit_fenced, emit_mistake
 from trainer.run.hardware import watch_gpus
 from trainer.run.launch import RankEnv
 from trainer.run.watchdog import Watchdog, clear_hang
@@ -90,6 +94,8 @@ def _run(recipe: Recipe, env: RankEnv) -> int:
     position = Position()
     try:
         return _train(recipe, env, events, position)
+    except FencedRunError as error:
+        return emit_fenced(error, position, events)
     except UserError as error:
         emit_mistake(error, position, events)
         raise
@@ -117,6 +123,7 @@ def begin_run(recipe: Recipe, env: RankEnv) -> EventLog:
     if env.rank == 0:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            sweep_leftovers(run_dir)
             write_atomically(run_dir / "recipe.yaml", dump(recipe))
             log = begin_attempt(
                 run_dir,
@@ -129,10 +136,10 @@ def begin_run(recipe: Recipe, env: RankEnv) -> EventLog:
             box[0] = log.attempt or 0
         except OSError as error:
             box[0] = f"train.run_dir = {recipe.train.run_dir}: {error}"
-    dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], str):
-        raise UserError(box[0])
-    return EventLog(run_dir, env.rank, box[0], Alerts(run_dir, recipe.telemetry.alerts))
+    found = broadcast_value(box[0], None)
+    if isinstance(found, str):
+        raise UserError(found)
+    return EventLog(run_dir, env.rank, found, Alerts(run_dir, recipe.telemetry.alerts))
 
 
 def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
@@ -193,18 +200,17 @@ def prepare_once(recipe: Recipe, groups: Groups) -> tuple[Recipe, PreparedData]:
         UserError: As in `prepare`, or if the recipe asks for another tokenizer than that of the weights.
     """
     prepared = None
-    box: list[OwnedTokenizer | str | None] = [None]
+    owned: OwnedTokenizer | str | None = None
     if groups.rank == 0:
         try:
             owned = find_owned(recipe)
             recipe, prepared = _prepare(recipe, owned, is_first=True)
-            box = [owned]
         except UserError as error:
-            box = [str(error)]
-    dist.broadcast_object_list(box, src=0, group=groups.world)
-    if isinstance(box[0], str):
-        raise UserError(box[0])
-    return _prepare(recipe, box[0], is_first=False) if prepared is None else (recipe, prepared)
+            owned = str(error)
+    owned = broadcast_value(owned, groups.world, (OwnedTokenizer, TokenizerConfig))
+    if isinstance(owned, str):
+        raise UserError(owned)
+    return _prepare(recipe, owned, is_first=False) if prepared is None else (recipe, prepared)
 
 
 def _prepare(recipe: Recipe, owned: OwnedTokenizer | None, *, is_first: bool) -> tuple[Recipe, PreparedData]:

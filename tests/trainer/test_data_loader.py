@@ -25,7 +25,7 @@ from trainer.data.loader import Loader
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.state import LaneState, State, new_state
 from trainer.data.stream import SampleStream
-from trainer.data.workers import Workers
+from trainer.data.workers import LostWorkerError, Workers
 from trainer.storage.store import LocalStore
 
 
@@ -269,5 +269,5 @@ def test_a_process_that_dies_is_one_clear_line(prepared: PreparedData) -> None:
         next(iterator)
         (process,) = multiprocessing.active_children()
         os.kill(process.pid, signal.SIGKILL)
-        with pytest.raises(UserError, match=r"decoding process 0 died \(exit code -9"):
+        with pytest.raises(LostWorkerError, match=r"decoding process 0 died \(exit code -9"):
             list(iterator)

@@ -105,3 +105,14 @@ def test_shells_do_not_wait_for_torch() -> None:
     code = f"{imports}; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert json.loads(done.stdout) == [], done.stderr
+
+
+def test_separators_and_damaged_lines_do_not_hide_events(tmp_path: Path) -> None:
+    log = begin_attempt(tmp_path)
+    log.add("failed", error="a sample named \u2028 x\u2029\x85\x0b\x1c")
+    for line in (b"\xff\xfe", b"[" * 100_000, b'{"event": "failed", "attempt": true, "time": 1}', b"\x00"):
+        with log.path.open("ab") as file:
+            file.write(line + b"\n")
+    log.add("finished")
+    assert [e["event"] for e in read_events(tmp_path)] == ["started", "failed", "finished"]
+    assert read_events(tmp_path)[1]["error"].startswith("a sample named \u2028 x")

@@ -50,6 +50,41 @@ def test_the_killed_rank_does_not_hide_that_the_others_hung() -> None:
     assert "signal 9" in decide([*events, event("requeued", 200), event("started")], 128 + 9, CONFIG, NOW).why
 
 
+def test_a_fenced_attempt_does_not_decide_about_the_newer_one() -> None:
+    started = [event("started"), event("submitted"), event("started", attempt=2)]
+    mistake = event("failed", rank=0, user=True, error="attempt 2 of this run has begun; attempt 1 stops")
+    # Earlier versions reported a fenced attempt as a user's mistake.
+    assert decide([*started, mistake], 137, CONFIG, NOW).again
+    assert decide([*started, event("fenced", rank=0)], 137, CONFIG, NOW).again
+    assert decide([*started, event("finished", rank=0)], 137, CONFIG, NOW).again  # it cannot have finished this one
+    assert decide([*started, event("hang", rank=1, folder="x")], 137, CONFIG, NOW).why.startswith("a rank was killed")
+    mine = event("failed", rank=0, user=True, error="data.root", attempt=2)
+    assert not decide([*started, mistake, mine], 77, CONFIG, NOW).again
+    # The next attempt ended before its ranks started.
+    assert decide([*started, event("submitted"), mine], 137, CONFIG, NOW).again
+    fenced = decide([*started, event("fenced", rank=0)], ExitCode.FENCED, CONFIG, NOW)
+    assert not fenced.again and fenced.why == "a newer attempt of this run has started"
+
+
+def test_the_decision_about_a_fenced_attempt_is_not_an_event_of_the_newer_one(tmp_path: Path) -> None:
+    begin_attempt(tmp_path)
+    begin_attempt(tmp_path)
+    assert restart.main([str(tmp_path), "--exit-code", str(int(ExitCode.FENCED))]) == 1
+    assert [e["event"] for e in read_events(tmp_path)] == ["started", "started"]
+
+
+def test_a_fault_of_the_machine_is_retried_at_the_same_step() -> None:
+    fault = event("failed", step=7, error="FaultError: rank 0: decoding process 0 died (exit code -9)")
+    assert decide([event("started"), fault, event("requeued", 200), event("started"), fault], 1, CONFIG, NOW).again
+
+
+def test_restarts_in_the_future_are_not_counted() -> None:
+    """The clock of the machine that wrote them was an hour ahead."""
+    events = [event("requeued", -3600.0), event("requeued", -3500.0), event("started", 10.0)]
+    assert decide(events, 137, CONFIG, NOW).again
+    assert not decide([event("requeued", -5.0), event("requeued", 5.0), event("started")], 137, CONFIG, NOW).again
+
+
 def test_number_of_restarts_within_the_window_is_limited() -> None:
     events = [event("requeued", 50.0), event("started", 49.0), event("requeued", 20.0), event("started", 10.0)]
     decision = decide(events, 137, CONFIG, NOW)

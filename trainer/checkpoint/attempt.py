@@ -7,11 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from model.errors import UserError
 from trainer.checkpoint.layout import FROZEN, Manifest, frozen_folder_of
 
 
 class FencedError(Exception):
     """Raised when a newer attempt of the same run has started."""
+
+
+class FencedRunError(UserError):
+    """Raised on all ranks of an attempt when a newer attempt of the same run has started. It ends the attempt."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ from trainer.plugins import inherit_plugins
 _ALIGN_BYTES = 64
 
 
+class LostWorkerError(RuntimeError):
+    """Raised when a decoding process died. A retry may succeed, since the kernel may have killed it for its memory."""
+
+
 class Workers:
     """A group of decoding processes, one per element of `jobs`.
 
@@ -68,7 +72,8 @@ class Workers:
             batch: number of the batch; it is not used, since the processes send batches in order.
 
         Raises:
-            UserError: If a process raised UserError or died.
+            UserError: If a process raised UserError.
+            LostWorkerError: If a process died.
             RuntimeError: If a process raised any other error; the message contains its traceback.
         """
         lists = [self._take(i) for i in range(len(self._inboxes))]
@@ -92,10 +97,9 @@ class Workers:
         except (EOFError, ConnectionResetError):
             process = self._processes[number]
             process.join()
-            raise UserError(
-                f"data.num_workers: decoding process {number} died (exit code {process.exitcode}; -9 usually means out "
-                "of memory); lower data.num_workers, data.buffer_mib or data.read_ahead_mib, and rerun the same "
-                "command to resume"
+            raise LostWorkerError(
+                f"decoding process {number} died (exit code {process.exitcode}; -9 usually means out of memory); if it "
+                "happens again, lower data.num_workers, data.buffer_mib or data.read_ahead_mib"
             ) from None
         if isinstance(found, _Failure):
             raise UserError(found.text) if found.of_user else RuntimeError(f"in a decoding process:\n{found.text}")

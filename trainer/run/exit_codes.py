@@ -19,3 +19,5 @@ class ExitCode(IntEnum):
     """No rank made progress for `train.hang_timeout_sec`; the run's folder contains the stacks of all ranks."""
     PEER_LOST = 77
     """The connection to another rank was lost."""
+    FENCED = 78
+    """A newer attempt of the same run has started; a `fenced` event says so. This attempt must not be run again."""

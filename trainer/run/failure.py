@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from model.batch import Batch
+from trainer.parallel.environment import raise_descriptor_limit
 from trainer.run.exit_codes import ExitCode
 from trainer.run.restart import fingerprint, one_line
 from trainer.telemetry.events import EventLog, read_events
@@ -27,6 +30,10 @@ _PEER_MESSAGES = (
 """Parts of the messages of gloo and NCCL that mean that the connection to another rank was lost."""
 _RANK0_FIRST_SEC = 0.5
 """The time in seconds that the other ranks wait, so that rank 0 is the one that reports an error of all ranks."""
+
+
+class FaultError(RuntimeError):
+    """Raised on all ranks when something outside the program failed on one of them and the state has been saved."""
 
 
 @dataclass
@@ -55,25 +62,46 @@ def emit_failure(error: Exception, position: Position, events: EventLog) -> Exit
         position: The step and the samples that this rank was working on.
         events: This rank's event log.
     """
+    described = one_line(error) + _remedy(error)
     if is_peer_failure(error):
         _add(events, "peer_lost", position, once=True, error=one_line(error))
         log.error("rank %s lost the connection to another rank: %s", events.rank, one_line(error))
         return ExitCode.PEER_LOST
+    if isinstance(error, FaultError):
+        _add(events, "failed", position, once=True, error=one_line(error))
+        log.error("%s", one_line(error))
+        return ExitCode.FAILED
     _add(
         events,
         "failed",
         position,
-        error=one_line(error),
+        error=described,
         fingerprint=fingerprint(error),
         samples=list(position.samples),
     )
     traceback.print_exception(error)
+    log.error("rank %s: %s", events.rank, described)
     return ExitCode.FAILED
+
+
+def _remedy(error: Exception) -> str:
+    """Return what to do about a limit of the machine that is not obvious from the error; empty for other errors."""
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error):
+        return f"; a process may open {raise_descriptor_limit()} files here, raise the hard limit (docs/scale.md)"
+    return ""
 
 
 def emit_mistake(error: Exception, position: Position, events: EventLog) -> None:
     """Emit the event for a user's error. All ranks raise this error, but only one reports it."""
     _add(events, "failed", position, once=True, error=one_line(error), user=True)
+
+
+def emit_fenced(error: Exception, position: Position, events: EventLog) -> ExitCode:
+    """Emit the event for an attempt that a newer one has replaced, print the reason, and return the exit code."""
+    if not events.rank:
+        _add(events, "fenced", position, error=one_line(error))
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return ExitCode.FENCED
 
 
 def is_peer_failure(error: Exception) -> bool:

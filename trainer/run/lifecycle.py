@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 
 from model.errors import UserError
 from trainer.data.errors import Reason
+from trainer.data.workers import LostWorkerError
 from trainer.parallel.groups import Groups
+from trainer.parallel.values import all_gather_values
 
 T = TypeVar("T")
 REASONS: tuple[str, ...] = get_args(Reason)
@@ -120,25 +122,32 @@ def agree(stop: StopRequest, skipped: Mapping[str, int], epochs: Mapping[str, fl
     return Agreement(signals, counts, dict(zip(epochs, numbers[len(REASONS) :], strict=True)))
 
 
-def first_failure(mine: str | None, groups: Groups) -> str | None:
-    """Return the description of the failure on the lowest rank that failed, or None if no rank failed.
+@dataclass(frozen=True)
+class Failure:
+    """The reason why a rank could not load its samples."""
+
+    text: str
+    of_user: bool
+    """True if the user must fix something first, False if the same command may succeed next time."""
+
+
+def first_failure(mine: Failure | None, groups: Groups) -> Failure | None:
+    """Return the failure on the lowest rank that failed, or None if no rank failed.
 
     Collective: every rank of the world must call it.
 
     Args:
-        mine: A description of the failure on this rank; None if this rank did not fail.
+        mine: The failure on this rank; None if this rank did not fail.
         groups: This rank's process groups.
     """
     flag = torch.tensor([int(mine is not None)])
     dist.all_reduce(flag, group=groups.world)
     if int(flag) == 0:
         return None
-    found: list[Any] = [None] * groups.topology.world
-    dist.all_gather_object(found, mine, group=groups.world)
-    return next(text for text in found if text is not None)
+    return next(found for found in all_gather_values(mine, groups.world, (Failure,)) if found is not None)
 
 
-def next_together(batches: Iterator[T], groups: Groups) -> tuple[T | None, str | None]:
+def next_together(batches: Iterator[T], groups: Groups) -> tuple[T | None, Failure | None]:
     """Load this rank's part of the next global batch, and check that every rank has loaded its own part.
 
     Collective: every rank of the world must call it.
@@ -148,13 +157,15 @@ def next_together(batches: Iterator[T], groups: Groups) -> tuple[T | None, str |
         groups: This rank's process groups.
 
     Returns:
-        This rank's part and None if all ranks succeeded. If any rank failed, all ranks return None and a description of
-        the failure.
+        This rank's part and None if all ranks succeeded. If any rank failed, all ranks return None and the failure of
+        the lowest rank that failed.
     """
     loaded, failure = None, None
     try:
         loaded = next(batches)
     except UserError as error:
-        failure = str(error)
+        failure = Failure(str(error), of_user=True)
+    except LostWorkerError as error:
+        failure = Failure(f"rank {groups.rank}: {error}", of_user=False)
     failure = first_failure(failure, groups)
     return (loaded, None) if failure is None else (None, failure)

@@ -30,6 +30,9 @@ from trainer.telemetry.events import Event, EventLog, read_events
 _PROJECT = Path(__file__).parents[2]
 _BOUNDARIES = ("submitted", "started", "requeued", "refused", "cancelled")
 """The events that separate attempts. All events after the last of them belong to the attempt that has just ended."""
+_CLOCK_SEC = 60.0
+"""The largest difference of the clocks of two machines. Events that are further in the future are ignored, because the
+clock that wrote them was wrong."""
 
 
 @dataclass(frozen=True)
@@ -68,23 +71,27 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
     """
     if exit_code == ExitCode.FINISHED:
         return Decision(False, "the run is finished")
-    begin = _begin(events)
-    if any(e["event"] == "finished" for e in events[begin:]):
+    if exit_code == ExitCode.FENCED:
+        return Decision(False, "a newer attempt of this run has started")
+    before, own = _split(events)
+    if any(e["event"] == "finished" for e in own):
         return Decision(False, "the run is finished; its last attempt ended later with an error")
-    before, failures = ([e for e in part if e["event"] == "failed"] for part in (events[:begin], events[begin:]))
+    failures = [e for e in own if e["event"] == "failed"]
     mistake = next((e for e in failures if e.get("user")), None)
     if exit_code == ExitCode.USER_ERROR or mistake is not None:
         return Decision(False, f"it would fail again: {mistake['error'] if mistake else 'a user error, see the log'}")
-    known = {_cause(e) for e in before}
-    repeated = next((e for e in failures if _cause(e) in known), None)
-    faulty = suspect_nodes(events[begin:])
+    known = {_cause(e) for e in before if e["event"] == "failed"}
+    # A fault of the machine, such as a killed data worker, has no fingerprint: it may be gone the next time.
+    repeated = next((e for e in failures if e.get("fingerprint") and _cause(e) in known), None)
+    faulty = suspect_nodes(own)
     if repeated is not None and not faulty:
         place = "before the first step" if repeated.get("step") is None else f"step {repeated['step']}"
         samples = ", ".join(map(str, repeated.get("samples") or ())) or "unknown"
         return Decision(False, f"{place} failed twice in the same way: {repeated['error']}; its samples: {samples}")
-    recent = sum(e["event"] == "requeued" and e["time"] > now_sec - config.window_sec for e in events)
+    window = (now_sec - config.window_sec, now_sec + _CLOCK_SEC)
+    recent = sum(e["event"] == "requeued" and window[0] < e["time"] <= window[1] for e in events)
     # A launcher returns the code of one rank only, which may be that of a hung rank that had to be killed.
-    hang = next((e for e in events[begin:] if e["event"] == "hang"), None)
+    hang = next((e for e in own if e["event"] == "hang"), None)
     reason = _reason(exit_code) if hang is None else f"hung in {hang['in']}, stacks are in {hang['folder']}"
     if faulty:
         reason += "; hardware fault on " + ", ".join(f"{node} ({what})" for node, what in sorted(faulty.items()))
@@ -95,12 +102,24 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
 
 
 def current_attempt(events: Sequence[Event]) -> Sequence[Event]:
-    """Return the events of the attempt that runs or has just ended: those from the last boundary of attempts on."""
-    return events[_begin(events) :]
+    """Return the events of the attempt that runs or has just ended."""
+    return _split(events)[1]
 
 
-def _begin(events: Sequence[Event]) -> int:
-    return max((i for i, e in enumerate(events) if e["event"] in _BOUNDARIES), default=0)
+def _split(events: Sequence[Event]) -> tuple[list[Event], list[Event]]:
+    """Return the events of earlier attempts, and those of the attempt that runs or has just ended.
+
+    Ranks of an earlier attempt may still be running, on a node that Slurm could not reach, when the next attempt
+    starts. What they write belongs to their own attempt, wherever it is in the file.
+    """
+    begin = max((i for i, e in enumerate(events) if e["event"] in _BOUNDARIES), default=0)
+    # No rank of an attempt has written anything before `started`.
+    attempt = events[begin]["attempt"] if events and events[begin]["event"] == "started" else None
+    before: list[Event] = list(events[:begin])
+    own: list[Event] = []
+    for event in events[begin:]:
+        (before if "rank" in event and event["attempt"] != attempt else own).append(event)
+    return before, own
 
 
 def fingerprint(error: BaseException) -> str:
@@ -129,6 +148,7 @@ def _reason(exit_code: int) -> str:
         ExitCode.STOPPED: "stopped in order by a signal",
         ExitCode.HUNG: "hung",
         ExitCode.PEER_LOST: "the connection to a rank was lost",
+        ExitCode.FENCED: "a newer attempt of this run has started",
     }
     if exit_code > 128:
         return f"a rank was killed by signal {exit_code - 128}"
@@ -172,7 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     decision = decide(read_events(options.run_dir), options.exit_code, config, time.time())
     print(f"{'requeue' if decision.again else 'no requeue'}: {decision.why}", flush=True)
-    if options.exit_code != ExitCode.FINISHED:
+    # A fenced attempt has reported itself, and must not add to the events of the newer one.
+    if options.exit_code not in (ExitCode.FINISHED, ExitCode.FENCED):
         event = "requeued" if decision.again else "refused"
         EventLog(options.run_dir, notify=Alerts(options.run_dir)).add(
             event, why=decision.why, exit_code=options.exit_code

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
+from model.errors import UserError, without_credentials
 from model.json_text import parse_json
 
 Emit = Callable[[str, int, Mapping[str, Any]], None]
@@ -45,6 +45,7 @@ EVENTS = {
     "cancelled": "a person cancelled the job, which will not run again",
     "node_lost": "a node, or the network to it, failed",
     "peer_lost": "a rank lost its connection to another",
+    "fenced": "the attempt ended because a newer one had started",
     "hang": "no rank made progress",
     "skip": "a step's update was skipped",
     "rewind": "the weights of an earlier checkpoint were restored",
@@ -100,7 +101,7 @@ class EventLog:
             record["rank"] = self.rank
         if step is not None:
             record["step"] = step
-        return {**record, **fields}
+        return {**record, **{key: _public(value) for key, value in fields.items()}}
 
     def append(self, record: Event) -> None:
         """Append an event that `record` returned.
@@ -116,6 +117,13 @@ class EventLog:
     def path(self) -> Path:
         """The path of the file."""
         return self.run_dir / EVENTS_NAME
+
+
+def _public(value: Any) -> Any:
+    """Return a value of an event with the credentials in its URLs masked."""
+    if isinstance(value, str):
+        return without_credentials(value)
+    return [_public(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def begin_attempt(run_dir: Path, **fields: Any) -> EventLog:
@@ -170,7 +178,7 @@ def num_attempts(events: Iterable[Event]) -> int:
 def _append(path: Path, line: str) -> None:
     """Append a line with a single write, so that lines from several processes do not mix on a POSIX file system."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         # A line that another process is still writing also looks incomplete. The resulting empty line is harmless.
         size = os.fstat(descriptor).st_size

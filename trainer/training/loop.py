@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch.distributed as dist
-
 from model.batch import Batch
 from model.errors import UserError
 from trainer.checkpoint.manager import CheckpointManager
@@ -20,7 +18,8 @@ from trainer.data.prepare import PreparedData
 from trainer.data.state import State
 from trainer.data.stream import SampleStream
 from trainer.parallel.groups import Groups
-from trainer.run.failure import Position
+from trainer.parallel.values import all_gather_values, gather_values
+from trainer.run.failure import FaultError, Position
 from trainer.run.lifecycle import StopRequest, agree, next_together
 from trainer.run.watchdog import Watchdog
 from trainer.scoring.tasks import TASKS
@@ -75,7 +74,14 @@ class Loop:
         self.hooks = HookList()
         self.saver = Saver(recipe, step, groups, checkpoints, run_dir, described, self.hooks)
         self.work = Work(recipe.telemetry, WaitSampler(step.timer), groups, self.hooks.on_event)
-        self.trace = Trace(recipe.profile, step.timer, run_dir / "trace", groups.rank, groups.world)
+        self.trace = Trace(
+            recipe.profile,
+            step.timer,
+            run_dir / "trace",
+            groups.rank,
+            groups.world,
+            lambda events: gather_values(events, groups.world),
+        )
         self.utilization = None if groups.rank else utilization_of(recipe, groups.topology, groups.device)
         self.last_step = recipe.train.steps
         """The step after which the run is finished. Early stopping sets it to an earlier step."""
@@ -107,6 +113,7 @@ class Loop:
         Raises:
             EndError: If the data, the loss or an evaluation ended the run. The state of the run has been saved, unless
                 it diverged.
+            FaultError: If something outside the program failed, such as a data worker. The state has been saved.
         """
         recipe, num_steps = self.recipe, self.recipe.train.steps
         self.hooks.extend(hooks)
@@ -146,8 +153,9 @@ class Loop:
         self.trace.begin(number)
         with self.step.timer("load"):
             loaded, failure = next_together(batches, self.groups)
-        if loaded is None:
-            self._fail(f"{failure}", number - 1, state)
+        if failure is not None:
+            self._fail(failure.text, number - 1, state, of_user=failure.of_user)
+        assert loaded is not None
         self.position.at(number, loaded[0])
         return loaded
 
@@ -263,21 +271,26 @@ class Loop:
             self.saver.summary[summary_key] = rates[0]
         self.last_evaluation = found
 
-    def _fail(self, reason: str, done: int, state: State) -> NoReturn:
-        """Save the state after `done` steps and raise the error that ends the run."""
+    def _fail(self, reason: str, done: int, state: State, *, of_user: bool = True) -> NoReturn:
+        """Save the state after `done` steps and raise the error that ends the run.
+
+        If `of_user` is false, the run may succeed when it is started again, and batch scripts do that.
+        """
         self.saver.save(done, state)
         where = f"the state after step {done} is saved in {self.recipe.run_url}" if done else "no step was done"
+        if not of_user:
+            raise FaultError(f"{reason}; {where}")
         raise EndError(f"{reason}; {where}; fix this and rerun the same command to resume")
 
     @contextmanager
     def _ending(self, stop: StopRequest) -> Iterator[None]:
         """Return a context manager that ends the run in order.
 
-        If the block raises an error other than `EndError`, the context manager does nothing.
+        If the block raises an error other than `EndError` and `FaultError`, the context manager does nothing.
         """
         try:
             yield
-        except EndError:
+        except (EndError, FaultError):
             self._end(None, stop)
             raise
         self._end("stopped" if self.stopped else "finished", stop)
@@ -286,8 +299,7 @@ class Loop:
         """Wait for the last save, emit `event` and close the hooks."""
         self.watchdog.heartbeat("the last save")
         self.saver.close(self.position.step or 0)
-        peaks: list[Any] = [None] * self.groups.topology.world
-        dist.all_gather_object(peaks, peak_memory_bytes(), group=self.groups.world)
+        peaks = all_gather_values(peak_memory_bytes(), self.groups.world)
         if stop.later is not None:
             self.hooks.on_event(
                 "signal", self.position.step or 0, {"name": signal.Signals(stop.later).name, "ranks": 1}
