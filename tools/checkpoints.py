@@ -5,11 +5,12 @@
     earshot checkpoints runs/demo diff 1000 2000     list the tensors that changed between two steps
     earshot checkpoints runs/demo prune --keep 2     remove all checkpoints except the newest two
     earshot checkpoints runs/demo rollback 1000      remove all checkpoints after step 1000, to resume from there
+    earshot checkpoints runs/demo sign               sign all checkpoints with the key in EARSHOT_CHECKPOINT_KEY
 
 `prune` and `rollback` also remove files of frozen weights that no remaining checkpoint uses. Do not use them while the
 run is training.
 
-Exit code 0: success. 1: `verify` found a damaged checkpoint. 2: invalid arguments or unreadable files.
+Exit code 0: success. 1: `verify` or `sign` found a damaged checkpoint. 2: invalid arguments or unreadable files.
 """
 
 from __future__ import annotations
@@ -35,15 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 1 if `verify` found a damaged checkpoint, 2 after printing a UserError, else 0.
+        The exit code: 1 if `verify` or `sign` found a damaged checkpoint, 2 after printing a UserError, else 0.
     """
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         found = _open(options)
-        report = {"list": _list, "verify": _verify, "diff": _diff, "prune": _prune, "rollback": _rollback}[
-            options.action
-        ](found, options)
+        report = _ACTIONS[options.action](found, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -161,18 +160,35 @@ def _check_steps(found: Checkpoints, steps: Sequence[int]) -> None:
             raise UserError(f"{found.url}: there is no checkpoint of step {step}; there are {listed}")
 
 
+def _sign(found: Checkpoints, options: argparse.Namespace) -> dict[str, Any]:
+    from trainer.checkpoint.catalog import sign_checkpoint
+    from trainer.checkpoint.reader import DamagedError
+    from trainer.checkpoint.signing import VARIABLE, signing_key
+
+    key = signing_key()
+    if key is None:
+        raise UserError(f"sign: {VARIABLE} is not set; make a key with `openssl rand -hex 32`")
+    signed, damages = [], {}
+    for step in found.steps():
+        try:
+            if sign_checkpoint(found.folder(step), key):
+                signed.append(step)
+                print(f"step {step}: signed", flush=True)
+        except DamagedError as error:
+            damages[step] = str(error)
+            print(f"step {step}: not signed: {error}", flush=True)
+    return {"passed": not damages, "signed": signed, "damage": damages}
+
+
+_ACTIONS = {"list": _list, "verify": _verify, "diff": _diff, "prune": _prune, "rollback": _rollback, "sign": _sign}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="earshot checkpoints", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", metavar="RUN", help="the run, as a folder or as s3://…")
-    parser.add_argument(
-        "action",
-        nargs="?",
-        default="list",
-        choices=("list", "verify", "diff", "prune", "rollback"),
-        help="default: list",
-    )
+    parser.add_argument("action", nargs="?", default="list", choices=tuple(_ACTIONS), help="default: list")
     parser.add_argument("steps", nargs="*", type=int, help="for diff: the two steps to compare; for rollback: the step")
     parser.add_argument("--keep", type=int, default=2, help="for prune: the number of newest to keep (default: 2)")
     parser.add_argument(

@@ -22,7 +22,7 @@ from trainer.checkpoint import background, local
 from trainer.checkpoint import manager as manager_module
 from trainer.checkpoint.config import CheckpointConfig, evaluations_since_best, kept_steps
 from trainer.checkpoint.folder import LocalFolder
-from trainer.checkpoint.layout import Shard, matrix_of
+from trainer.checkpoint.layout import Manifest, Shard, matrix_of
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.reader import Reader
 from trainer.parallel.groups import Groups
@@ -367,6 +367,21 @@ def save_and_die(folder: str, moment: str) -> None:
     home: Any = {"_rename": local, "clean_up": local.LocalCheckpoints}.get(moment, background)
     setattr(home, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     save(manager, 2)
+
+
+def test_with_a_key_signed_checkpoints_are_saved_and_only_those_are_loaded(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "0123456789abcdef" * 2
+    monkeypatch.setenv("EARSHOT_CHECKPOINT_KEY", key)
+    path = save(start(), 1)
+    found = Manifest.loads((path / "manifest.json").read_text(), key.encode())
+    assert {len(f.checksum) for f in found.files.values()} == {64}
+    again = start()
+    assert latest(again) == path and loaded(again, path) == 1.0
+    (path / "manifest.json").write_text(found.dumps())
+    with pytest.raises(UserError, match="not signed"):
+        latest(start())
 
 
 def test_damaged_attempt_file_does_not_stop_a_run(start: Start) -> None:

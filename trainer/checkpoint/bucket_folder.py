@@ -42,6 +42,13 @@ class BucketFolder:
                 raise FileNotFoundError(str(error)) from None
         return self._sizes[name]
 
+    def replace(self, name: str, text: str) -> None:
+        self._store.put(self._object(name), [text.encode()])
+        with self._lock:
+            self._sizes.pop(name, None)
+            for block in [block for block in self._blocks if block[0] == name]:
+                del self._blocks[block]
+
     def read_into(self, name: str, offset: int, target: memoryview) -> None:
         size, done = self.size_bytes(name), 0
         if offset + len(target) > size:

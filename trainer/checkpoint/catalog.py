@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.folder import Folder, read_text
 from trainer.checkpoint.layout import Manifest, step_of
 from trainer.checkpoint.local import LocalCheckpoints
-from trainer.checkpoint.reader import STATE, DamagedError, check_files, read_manifest
+from trainer.checkpoint.reader import MANIFEST, STATE, DamagedError, check_files, hash_file, read_manifest
 from trainer.checkpoint.writer import Draft
 from trainer.storage.open import join_url, open_store, scheme_of
 
@@ -140,6 +141,30 @@ def damage_of(folder: Folder) -> str | None:
     except DamagedError as error:
         return str(error)
     return None
+
+
+def sign_checkpoint(folder: Folder, key: bytes) -> bool:
+    """Verify a checkpoint by its checksums, and sign its manifest with the SHA-256 of all its files.
+
+    Returns:
+        False if it was already signed with this key.
+
+    Raises:
+        DamagedError: If the checkpoint is damaged.
+        UserError: If the manifest has another format version.
+    """
+    text = read_text(folder, MANIFEST)
+    try:
+        Manifest.loads(text, key)
+    except (UserError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # It is read again below, where the same error is raised unless a missing signature is the only one.
+    else:
+        return False
+    manifest = read_manifest(folder, check_signature=False)
+    check_files(folder, manifest, manifest.files)
+    files = {name: hash_file(folder, name, cryptographic=True) for name in manifest.files}
+    folder.replace(MANIFEST, replace(manifest, files=files).dumps(key))
+    return True
 
 
 def read_extra(folder: Folder) -> dict[str, Any]:

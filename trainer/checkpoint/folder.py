@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from trainer.files import write_whole
+
 
 class Folder(Protocol):
     """The files of one checkpoint, including frozen ones that it shares with other checkpoints."""
@@ -29,6 +31,10 @@ class Folder(Protocol):
         Raises:
             EOFError: If the file ends before `target` is full.
         """
+        ...
+
+    def replace(self, name: str, text: str) -> None:
+        """Replace a text file as a whole."""
         ...
 
 
@@ -55,6 +61,11 @@ class LocalFolder:
         if name not in self._handles:
             self._handles[name] = os.open(self.locate(name), os.O_RDONLY)
         return self._handles[name]
+
+    def replace(self, name: str, text: str) -> None:
+        write_whole(self.locate(name), [text.encode()])
+        if name in self._handles:
+            os.close(self._handles.pop(name))
 
     def read_into(self, name: str, offset: int, target: memoryview) -> None:
         # mmap is not used, since mapped pages count towards the memory of this process.

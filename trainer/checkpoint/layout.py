@@ -21,6 +21,7 @@ from torch import Tensor
 
 from model.errors import UserError
 from model.json_text import parse_json
+from trainer.checkpoint.signing import SHA256_CHARACTERS, VARIABLE, is_signed, sign
 
 FORMAT_VERSION = 4
 _READABLE_VERSIONS = (3, 4)
@@ -34,7 +35,7 @@ MOMENTS = "moments"
 
 _FILE_NAME = re.compile(r"(frozen-[0-9a-f-]+/)?[a-z]+(-\d+)?\.(safetensors|json)")
 _COMMITTED = re.compile(r"step-(\d{8,})")
-_CHECKSUM = re.compile(r"[0-9a-f]{32}")
+_CHECKSUM = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
 
 
 class Rect(NamedTuple):
@@ -182,7 +183,7 @@ class FileEntry:
 
     size_bytes: int
     checksum: str
-    """The XXH3-128 checksum in hexadecimal. It detects accidental damage, but does not protect against tampering."""
+    """The XXH3-128 checksum in hexadecimal, which detects accidental damage; in signed checkpoints the SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,12 @@ class Manifest:
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, TensorEntry]
 
-    def dumps(self) -> str:
-        """Return the manifest as JSON text, which includes a checksum of its contents."""
+    def dumps(self, key: bytes | None = None) -> str:
+        """Return the manifest as JSON text, which includes a checksum of its contents.
+
+        Args:
+            key: The key with which it is signed; None for no signature.
+        """
         body = {
             "version": FORMAT_VERSION,
             "step": self.step,
@@ -205,29 +210,46 @@ class Manifest:
             "files": {name: [f.size_bytes, f.checksum] for name, f in self.files.items()},
             "tensors": {name: _entry_to_json(entry) for name, entry in self.tensors.items()},
         }
-        return json.dumps({"sha256": _digest(body), "body": body}, separators=(",", ":"))
+        tree = {"sha256": _digest(body), "body": body}
+        if key is not None:
+            tree["hmac"] = sign(key, _canonical(body))
+        return json.dumps(tree, separators=(",", ":"))
 
     @staticmethod
-    def loads(text: str) -> Manifest:
+    def loads(text: str, key: bytes | None = None) -> Manifest:
         """Parse the text that `dumps` returned.
+
+        Args:
+            text: The text.
+            key: The key with which it must be signed; None accepts it with any signature and without one.
 
         Raises:
             ValueError: If the text was changed or is not a manifest.
-            UserError: If the manifest has a format version that this program does not read.
+            UserError: If the manifest has a format version that this program does not read, or is not signed.
         """
         tree = parse_json(text)
-        if not isinstance(tree, dict) or set(tree) != {"sha256", "body"} or tree["sha256"] != _digest(tree["body"]):
-            raise ValueError("its checksum differs")
+        if not isinstance(tree, dict) or set(tree) - {"hmac"} != {"sha256", "body"}:
+            raise ValueError("it is not a manifest")
         body = tree["body"]
+        if key is not None and not is_signed(key, _canonical(body), tree.get("hmac")):
+            raise UserError(
+                f"manifest.json is not signed with the key in {VARIABLE}; use another checkpoint, or, if you trust "
+                "this one, sign it with `earshot checkpoints RUN sign`"
+            )
+        if tree["sha256"] != _digest(body):
+            raise ValueError("its checksum differs")
         if not isinstance(body, dict):
             raise ValueError("its content is not a JSON object")
         if body.get("version") not in _READABLE_VERSIONS:
             known = " and ".join(map(str, _READABLE_VERSIONS))
             raise UserError(f"checkpoint format {body.get('version')!r}: this program reads {known}")
         try:
-            return Manifest._of(body)
+            manifest = Manifest._of(body)
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"malformed ({error!r})") from None
+        if key is not None and any(len(f.checksum) != SHA256_CHARACTERS for f in manifest.files.values()):
+            raise ValueError("it is signed, but not all of its files have a SHA-256")
+        return manifest
 
     @staticmethod
     def _of(body: Mapping[str, Any]) -> Manifest:
@@ -365,8 +387,12 @@ def _merge(items: Iterable[tuple[str, TensorEntry]]) -> dict[str, TensorEntry]:
     return {name: replace(entry, listed=tuple(pieces[name])) for name, entry in first.items()}
 
 
+def _canonical(body: Any) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+
 def _digest(body: Any) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(_canonical(body)).hexdigest()
 
 
 def _entry_to_json(entry: TensorEntry) -> dict[str, Any]:
@@ -404,6 +430,6 @@ def _file_name(name: str) -> str:
 
 
 def _checksum(digest: str) -> str:
-    if not _CHECKSUM.fullmatch(digest):
+    if not isinstance(digest, str) or not _CHECKSUM.fullmatch(digest):
         raise ValueError("a file's checksum is malformed")
     return digest

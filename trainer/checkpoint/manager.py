@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from model.errors import UserError
 from trainer.checkpoint import audio_state, generators, llm_state
+from trainer.checkpoint.attempt import Attempt, FencedRunError
 from trainer.checkpoint.background import Content, Frozen, Outcome, Place, Save
 from trainer.checkpoint.catalog import find_checkpoint, open_checkpoints, read_extra
 from trainer.checkpoint.config import CheckpointConfig, evaluations_since_best
@@ -19,6 +20,7 @@ from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.layout import Shard, file_of, rank_of
 from trainer.checkpoint.origin import is_export, open_origin
 from trainer.checkpoint.reader import DamagedError, Reader, check_files, read_manifest
+from trainer.checkpoint.signing import signing_key
 from trainer.checkpoint.snapshot import HostBuffer
 from trainer.checkpoint.start import check_adapters, fill_moments, fill_weights
 from trainer.checkpoint.together import from_rank0, gather, together
@@ -70,8 +72,9 @@ class CheckpointManager:
         heartbeat: Callable[[str], None] = lambda what: None,
     ) -> None:
         self.config, self.groups = config, groups
+        signing_key()  # A key that cannot be used is reported before the first step.
         self.checkpoints = together(self.groups, url, lambda: open_checkpoints(url, config.retry_sec))
-        attempt = from_rank0(groups, url, self.checkpoints.begin_attempt)
+        attempt = from_rank0(groups, url, self.checkpoints.begin_attempt, (Attempt,))
         writers = dist.new_group(backend="gloo")
         self._place = Place(self.checkpoints, config, attempt, writers, groups.rank, self._topology(), heartbeat)
         self._buffer = HostBuffer(groups.device)
@@ -98,7 +101,7 @@ class CheckpointManager:
             extra: Further values to store as JSON, which `load` returns. Only those of rank 0 are saved.
 
         Raises:
-            UserError: If a newer attempt of this run has started.
+            FencedRunError: If a newer attempt of this run has started.
         """
         if step == self._current:
             return
@@ -332,7 +335,7 @@ class CheckpointManager:
             next_step: The step to be saved next, which the warning about a long wait names; None disables the warning.
 
         Raises:
-            UserError: If a newer attempt of this run has started.
+            FencedRunError: If a newer attempt of this run has started.
         """
         if self._save is None:
             return None
@@ -348,7 +351,7 @@ class CheckpointManager:
             )
         self._note(self._save)
         if outcome.fenced:
-            raise UserError(str(outcome.failure))
+            raise FencedRunError(str(outcome.failure))
         return outcome
 
     def _note(self, save: Save) -> None:

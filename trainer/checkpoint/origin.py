@@ -20,6 +20,7 @@ from trainer.checkpoint.catalog import find_checkpoint, read_extra
 from trainer.checkpoint.folder import Folder, LocalFolder
 from trainer.checkpoint.layout import PARAM, Rect, matrix_of
 from trainer.checkpoint.reader import Reader, read_manifest
+from trainer.checkpoint.signing import VARIABLE, signing_key
 from trainer.checkpoint.tensor_file import TensorFile
 from trainer.storage.open import open_store, scheme_of
 
@@ -97,6 +98,8 @@ class ExportOrigin:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        if signing_key() is not None:
+            raise UserError(f"{self.url}: exports are not signed; start from a signed checkpoint, or unset {VARIABLE}")
         self.experts = _expert_names(read_export_config(url), self.url)
         above, _, name = self.url.rpartition("/")
         remote = bool(scheme_of(url))

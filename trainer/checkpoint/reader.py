@@ -6,38 +6,53 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import xxhash
 from torch import Tensor
 
 from model.config import is_factor
 from model.errors import UserError
 from trainer.checkpoint.folder import Folder, read_text
 from trainer.checkpoint.layout import FileEntry, Manifest, Rect, Shard, file_of_kind, key_of
+from trainer.checkpoint.signing import SHA256_CHARACTERS, new_digest, signing_key
 from trainer.checkpoint.tensor_file import TensorFile
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _CHUNK_BYTES = 1 << 19  # A chunk of this size stays in the core's cache until it is hashed.
 _NUM_HASHERS = 4
+_MALFORMED = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError, OSError, EOFError)
+"""The exceptions that the parsing of a damaged manifest may raise."""
 
 
 class DamagedError(Exception):
     """Raised when a checkpoint differs from what was written; the message names the file."""
 
 
-def read_manifest(folder: Folder) -> Manifest:
+def read_manifest(folder: Folder, check_signature: bool = True) -> Manifest:
     """Return the manifest of a checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        check_signature: Whether to refuse a manifest without a valid signature if a key is set.
 
     Raises:
         DamagedError: If the manifest is missing or was changed.
-        UserError: If the manifest has another format version.
+        UserError: If the manifest has another format version, or is not signed although a key is set.
     """
     try:
-        return Manifest.loads(read_text(folder, MANIFEST))
+        return Manifest.loads(read_text(folder, MANIFEST), signing_key() if check_signature else None)
     except FileNotFoundError:
         raise DamagedError(f"{MANIFEST} is missing") from None
     except UserError as error:
         raise UserError(f"{folder.url}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as error:
+    except (
+        ValueError,
+        ArithmeticError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OSError,
+        EOFError,
+    ) as error:
         raise DamagedError(f"{MANIFEST} cannot be read ({error})") from None
 
 
@@ -63,7 +78,7 @@ def check_files(
             size = folder.size_bytes(name)
             if size != wanted.size_bytes:
                 return f"{name} has {size} bytes instead of {wanted.size_bytes}"
-            if hash_file(folder, name) != wanted:
+            if hash_file(folder, name, len(wanted.checksum) == SHA256_CHARACTERS) != wanted:
                 return f"{name} has another checksum than when it was written"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -77,9 +92,9 @@ def check_files(
                 raise DamagedError(found)
 
 
-def hash_file(folder: Folder, name: str) -> FileEntry:
-    """Return the current size and checksum of a file."""
-    digest, size = xxhash.xxh3_128(), folder.size_bytes(name)
+def hash_file(folder: Folder, name: str, cryptographic: bool = False) -> FileEntry:
+    """Return the current size and checksum of a file: the SHA-256 if `cryptographic` is true, else the XXH3-128."""
+    digest, size = new_digest(cryptographic), folder.size_bytes(name)
     buffer = memoryview(bytearray(min(_CHUNK_BYTES, size)))
     for offset in range(0, size, _CHUNK_BYTES):
         part = buffer[: min(_CHUNK_BYTES, size - offset)]

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
-import xxhash
 from torch import Tensor
 
 from trainer.checkpoint.layout import FileEntry
+from trainer.checkpoint.signing import new_digest, signing_key
 from trainer.checkpoint.tensor_file import DTYPES, memory_of
 
 _CHUNK_BYTES = 1 << 24
@@ -30,7 +30,7 @@ class Hashed:
     """An iterator over blocks of bytes in chunks, which counts and hashes the bytes."""
 
     def __init__(self, content: Iterable[bytes | memoryview]) -> None:
-        self._content, self._digest, self._size = content, xxhash.xxh3_128(), 0
+        self._content, self._digest, self._size = content, new_digest(signing_key() is not None), 0
 
     def __iter__(self) -> Iterator[bytes | memoryview]:
         for block in self._content:
