@@ -63,21 +63,24 @@ def _hf_config(config: EncoderConfig, family: EncoderFamily, overrides: dict[str
         raise encoder_error(config, "config.apply_spec_augment = true", "not supported: remove the key")
     stored = {} if config.weights is None else _stored_config(config, family, config.weights)
     try:
-        return cls.from_dict({**stored, **family.defaults, **overrides})
-    except (StrictDataclassError, ValueError, TypeError) as error:
+        found = cls.from_dict({**stored, **family.defaults, **overrides})
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise encoder_error(config, f"config: {one_line(error)}", f"correct the field of {cls.__name__}") from error
+    # The file comes from elsewhere. It must not choose the code that computes attention.
+    found._attn_implementation = None
+    return found
 
 
 def _stored_config(config: EncoderConfig, family: EncoderFamily, weights: str) -> dict[str, Any]:
     try:
         stored, _ = PreTrainedConfig.get_config_dict(weights)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise encoder_error(
             config,
             f"weights = {config.weights}: cannot read config.json ({one_line(error)})",
             "give a directory saved by save_pretrained, or a hub id that this machine can reach",
         ) from error
-    if not stored:
+    if not stored or not isinstance(stored, dict):
         raise encoder_error(
             config,
             f"weights = {config.weights}: no config.json there",

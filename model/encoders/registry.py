@@ -73,11 +73,13 @@ def _pretrained(config: EncoderConfig, resolved: ResolvedEncoder) -> PreTrainedM
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # `_refuse` names the tensor
             output_loading_info=True,
+            use_safetensors=True,  # Other files are pickles, which execute code when they are read.
             **renamed,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         what = f"weights = {config.weights}: cannot load them ({one_line(error)})"
-        raise encoder_error(config, what, "check the files, or download them again") from error
+        remedy = "give weights as safetensors; check the files, or download them again"
+        raise encoder_error(config, what, remedy) from error
     _refuse(config, "lack", sorted(info["missing_keys"]))
     misfits = sorted(info["mismatched_keys"])
     _refuse(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
+from model.chat import render_chat
 from model.lengths import SAMPLE_RATE, TokenRate, num_samples
 from model.prompt import cut, fill, render
 
@@ -150,9 +151,7 @@ class EarshotProcessor(ProcessorMixin):
         template = self.prompt_with_audio if num_clips else self.prompt_without_audio
         text = render(template, instruction, self.placeholder, num_clips)
         if self.as_chat:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
+            text = render_chat(self.tokenizer, text)
         begin = self.tokenizer.bos_token_id
         ids = ([] if begin is None or self.as_chat else [begin]) + self._encode(text)
         return cut(ids, self.placeholder_id)

@@ -56,15 +56,21 @@ def resolve_hf_config(config: LLMConfig) -> PretrainedConfig:
     Raises:
         UserError: If the family or a key is unknown, or a feature is not supported by the Megatron model.
     """
-    if config.weights is not None:
-        hf_config = _load_config(config)
-    else:
+    if config.weights is None:
         hf_config = _make_config(config.config)
-    if (given := getattr(hf_config, FIELD, None)) is not None:
-        setattr(hf_config, FIELD, read_experts(given, hf_config.num_hidden_layers))
-    if config.experts:
-        _add_experts(hf_config, config)
-    _check_features(hf_config)
+        _complete(hf_config, config)
+        return hf_config
+    try:
+        hf_config = _load_config(config)
+        _complete(hf_config, config)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the file comes from elsewhere, and may provoke anything
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(
+            f"model.llm.weights = {config.weights}: config.json is not a usable model config ({reason}); give other "
+            "weights"
+        ) from error
     return hf_config
 
 
@@ -95,6 +101,15 @@ def _add_experts(hf_config: PretrainedConfig, config: LLMConfig) -> None:
     names = [expert.name for expert in config.experts]
     layers = hf_config.num_hidden_layers
     setattr(hf_config, FIELD, describe_experts(names, config.moe_layers, config.top_k, config.router, layers))
+
+
+def _complete(hf_config: PretrainedConfig, config: LLMConfig) -> None:
+    """Add the experts of the feed-forward layers to a config, and check it."""
+    if (given := getattr(hf_config, FIELD, None)) is not None:
+        setattr(hf_config, FIELD, read_experts(given, hf_config.num_hidden_layers))
+    if config.experts:
+        _add_experts(hf_config, config)
+    _check_features(hf_config)
 
 
 def weight_source(

@@ -1,0 +1,79 @@
+"""Rendering of a tokenizer's chat template, which comes from elsewhere, within a time limit.
+
+transformers renders templates in a sandbox. A template there cannot reach files or other objects, but it can loop for
+years, and it can raise any error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from model.errors import UserError
+
+LIMIT_SEC = 10.0
+"""The time in which a template must be rendered. Templates of published models take less than a millisecond."""
+
+
+class _Overdue(BaseException):
+    """Raised in the thread that renders. It is no Exception, so that nothing on the way handles it."""
+
+
+def render_chat(tokenizer: Any, text: str, limit_sec: float = LIMIT_SEC) -> str:
+    """Return the prompt that a tokenizer's chat template makes of one message of the user.
+
+    Args:
+        tokenizer: The transformers tokenizer.
+        text: The message.
+        limit_sec: The time in which the template must be rendered, in seconds.
+
+    Raises:
+        UserError: If the template fails, or takes longer.
+    """
+    chat = [{"role": "user", "content": text}]
+    where = f"the chat template of the tokenizer {tokenizer.name_or_path!r:.200}"
+    try:
+        prompt: str = _within(
+            limit_sec, lambda: tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        )
+    except _Overdue:
+        raise UserError(
+            f"{where} was not rendered within {limit_sec:g} s; use another tokenizer, or set "
+            "data.tokenizer.chat_template to false"
+        ) from None
+    except Exception as error:  # noqa: BLE001 - the template may raise anything
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise UserError(
+            f"{where} cannot be rendered ({reason}); correct it, or set data.tokenizer.chat_template to false"
+        ) from None
+    return prompt
+
+
+def _within(limit_sec: float, work: Callable[[], Any]) -> Any:
+    """Call `work` and return its result. Raise `_Overdue` in it if it takes longer than `limit_sec`.
+
+    It must run Python code: nothing can interrupt a single long call of C code.
+    """
+    thread, lock, state = threading.get_ident(), threading.Lock(), {"done": False, "overdue": False}
+
+    def interrupt() -> None:
+        with lock:
+            if not state["done"]:
+                state["overdue"] = True
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Overdue))
+
+    timer = threading.Timer(limit_sec, interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        return work()
+    finally:
+        timer.cancel()
+        with lock:
+            state["done"] = True
+        if state["overdue"]:  # The exception is raised here if it has not been raised in `work` yet.
+            for _ in range(100):
+                time.sleep(0)
