@@ -16,6 +16,7 @@ SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py
 # trainer/ (`build`, `parity`, …) are the layer "trainer". tools/ and bench/ are above all layers.
 LAYERS = (
     {"model"},
+    {"trainer.files"},
     {"trainer.storage", "trainer.scoring", "trainer.page", "trainer.parallel", "trainer.telemetry"},
     {"trainer.plugins"},
     {"trainer.data", "trainer.engine"},

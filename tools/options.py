@@ -6,11 +6,20 @@ import argparse
 import errno
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from model.errors import UserError
 from trainer.plugins import load_plugins
+
+_REMEDIES = {
+    errno.ENOSPC: "free space, then rerun the same command",
+    errno.EDQUOT: "free space or ask for a larger quota, then rerun the same command",
+    errno.EROFS: "choose another path",
+    errno.EMFILE: "raise the limit on open files (ulimit -n), then rerun the same command",
+    errno.ENFILE: "the machine has too many open files; close programs, then rerun the same command",
+}
 
 
 class LoadPlugins(argparse.Action):
@@ -51,6 +60,25 @@ def check_at_least(least: int, **options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
+@contextmanager
+def plain_faults(out: object) -> Iterator[None]:
+    """Turn faults of the machine that the user can fix into errors of one line.
+
+    Args:
+        out: What the command writes, for the message.
+
+    Raises:
+        UserError: If the disk is full or read-only, a quota is exceeded, or too many files are open.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REMEDIES:
+            raise
+        where = error.filename or out
+        raise UserError(f"{where}: {error.strerror}; {_REMEDIES[error.errno]}") from None
 
 
 def check_output(what: str, path: Path, *, is_folder: bool = False) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
 
 from model.errors import UserError
+from trainer.files import write_whole
 
 
 def train_sentencepiece(
@@ -57,12 +56,4 @@ def train_sentencepiece(
         reason = str(error).splitlines()[0].split(")] ")[-1].strip().rstrip(".")  # Remove the C++ source line.
         raise UserError(f"{path}: a vocabulary of {vocab_size} cannot be trained ({reason}); change its size") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(model.getvalue())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, [model.getvalue()])

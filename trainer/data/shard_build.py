@@ -12,6 +12,7 @@ import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from trainer.data.manifest import Row, read_manifest
 from trainer.data.metadata import check_metadata
 from trainer.data.shard_writer import ShardWriter, write_index, write_json
 from trainer.data.shards import FORMAT_VERSION, INDEX_NAME, Shard, read_shard, table_name
+from trainer.files import locked, sweep_leftovers
 from trainer.storage.open import open_store
-from trainer.storage.store import Store
+from trainer.storage.store import LocalStore, Store
 
 SKIPPED_NAME = "skipped.jsonl"
 _BUILDING_NAME = "building.json"
+_LOCK_NAME = ".building.lock"
 _CHECKED_AHEAD = 128
 """The number of rows that are checked in advance. Their clips are kept in memory, in addition to the open shard's."""
 
@@ -97,7 +100,7 @@ def build_shards(
 
     Skipped samples are listed in `out`/skipped.jsonl. If a build is interrupted, for example because the store failed,
     the same call resumes it at the first missing shard. If too many samples are unusable, all files are
-    deleted.
+    deleted from a folder, and stay as an unfinished build in a bucket.
 
     Args:
         manifest: the manifest.
@@ -115,14 +118,53 @@ def build_shards(
     rows = read_manifest(manifest, split)
     store = open_store(out)
     digest = source_digest(rows, limits)
-    parts = _finished_parts(store, digest)
-    build = _Build(store, rows, parts, limits, digest, f"{manifest}", max_skipped_fraction)
+    with _alone(store) as alone:
+        parts = _finished_parts(store, digest)
+        _claim(store, digest)
+        build = _Build(store, rows, parts, limits, digest, f"{manifest}", max_skipped_fraction)
+        try:
+            build.run(num_workers, on_progress)
+        except UnusableError:
+            if alone:
+                build.remove()
+            raise
+        return replace(build.publish(), num_resumed=len(parts))
+
+
+@contextmanager
+def _alone(store: Store) -> Iterator[bool]:
+    """Wait until no other process builds shards in the same folder, and sweep what killed ones have left there.
+
+    Returns:
+        A context manager that yields whether that is certain. In buckets, it is not: builds of the same shards may run
+        at once and write the same bytes, but none of them may delete anything.
+    """
+    if not isinstance(store, LocalStore):
+        yield False
+        return
     try:
-        build.run(num_workers, on_progress)
-    except UnusableError:
-        build.remove()
-        raise
-    return replace(build.publish(), num_resumed=len(parts))
+        store.folder.mkdir(parents=True, exist_ok=True)
+        with locked(store.folder / _LOCK_NAME) as held:
+            if held:
+                sweep_leftovers(store.folder, older_sec=0)
+            yield held
+    except FileExistsError:
+        raise UserError(f"{store.folder}: is a file, not a folder; choose another path") from None
+    except OSError as error:
+        raise UserError(f"{store.folder}: {error.strerror}; check the path and its permissions") from None
+
+
+def _claim(store: Store, digest: str) -> None:
+    """Write down which shards are built in the store, so that no other build of other shards begins there.
+
+    Raises:
+        UserError: If other shards are being built there, or have been finished in the meantime.
+    """
+    if not store.put_if_absent(_BUILDING_NAME, json.dumps({"source": digest}).encode()):
+        raise UserError(f"{store.url}: another build writes other shards there; choose another path")
+    if store.exists(INDEX_NAME):
+        store.delete(_BUILDING_NAME)
+        raise UserError(f"{store.url}: contains finished shards ({INDEX_NAME}); delete them or choose another path")
 
 
 def source_digest(rows: Sequence[Row], limits: ShardLimits) -> str:
@@ -198,7 +240,7 @@ class _Build:
         return BuildReport(self.store.url, num_samples, len(shards), seconds, tuple(self.skipped))
 
     def remove(self) -> None:
-        """Delete everything that was written."""
+        """Delete everything that was written. No other process may be building the same shards."""
         for number, part in enumerate(self.parts):
             for name in (part.shard.name, table_name(part.shard.name), _part_name(number)):
                 self.store.delete(name)
@@ -216,8 +258,6 @@ class _Build:
     def _finish_shard(self, end_row: int) -> None:
         if self._writer is None:
             return
-        if not self.parts:
-            write_json(self.store, _BUILDING_NAME, {"source": self.digest})
         part = _Part(self._writer.finish(), end_row, tuple(self.skipped[self._num_recorded :]))
         write_json(self.store, _part_name(len(self.parts)), asdict(part))
         self.parts.append(part)

@@ -18,6 +18,7 @@ from typing import Any
 import sentencepiece
 
 from model import prompt
+from model.chat import render_chat
 from model.errors import UserError
 from trainer.data.config import TokenizerConfig
 from trainer.data.errors import SampleError
@@ -29,6 +30,9 @@ PROBES = (
     "日本語 русский \U0001f600",
 )
 """Texts that different tokenizers with the same vocabulary split into different tokens."""
+_MAX_RENDERED = 4096
+"""The largest number of prompts that a tokenizer keeps as rendered by its chat template."""
+_UNREADABLE = (OSError, ValueError, LookupError, ImportError, TypeError, RecursionError, MemoryError)
 UNKNOWN_ID_TEXT = "\ufffd"
 """The text of ids beyond the vocabulary. An LLM may have more embedding rows than its tokenizer has pieces."""
 
@@ -207,7 +211,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 inner = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:
             # Unreadable files raise one of these, or a plain Exception from Rust. Anything else is a bug.
-            if not isinstance(error, OSError | ValueError | KeyError | ImportError) and type(error) is not Exception:
+            if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"data.tokenizer.path = {path}: transformers cannot read it ({reason})") from error
@@ -226,6 +230,7 @@ class HuggingFaceTokenizer(Tokenizer):
         added = {i for i, token in inner.added_tokens_decoder.items() if token.special}
         self.special_ids = frozenset({*inner.all_special_ids, *added} - {found, inner.unk_token_id})
         self.chats = config.chat_template and bool(inner.chat_template)
+        self._rendered: dict[str, str] = {}
         if self.chats:
             self._check_chat_template(path)
 
@@ -270,12 +275,15 @@ class HuggingFaceTokenizer(Tokenizer):
         Raises:
             SampleError: If the template fails (`unexpected`).
         """
-        try:
-            return self.inner.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # A template may call raise_exception, and its expressions may fail in any way.
-            raise SampleError("unexpected", f"fails: {type(error).__name__}: {error}".splitlines()[0]) from error
+        chat = self._rendered.get(text)  # Many samples have the same instruction.
+        if chat is None:
+            try:
+                chat = render_chat(self.inner, text)
+            except UserError as error:
+                raise SampleError("unexpected", f"fails: {error}") from error
+            if len(self._rendered) < _MAX_RENDERED:
+                self._rendered[text] = chat
+        return chat
 
     def decode(self, ids: Sequence[int]) -> str:
         text, run = "", []

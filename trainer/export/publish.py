@@ -6,6 +6,7 @@ The folder is written under a temporary name and verified. Renaming it is the la
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from trainer.export.code import CONFIGURATION, MODELING, remote_code, remote_nam
 from trainer.export.source import Selection, Source
 from trainer.export.tokenizer import read_processor, write_processor, write_tokenizer
 from trainer.export.weights import plan_shards, plan_targets, write_weights
+from trainer.files import locked, write_whole
 from trainer.run_tokenizer import DIGEST
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -80,6 +82,15 @@ def export(
             f"{source.folder.url}: --llm-only: its LLM got experts from the recipe, which no family of transformers "
             "describes; export the whole model, without --llm-only"
         )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(out.parent / f".{out.name}.lock", wait=False):
+            return _export(source, out, options, on_bytes)
+    except BlockingIOError:
+        raise UserError(f"{out}: another export writes it; wait for it, or choose another name") from None
+
+
+def _export(source: Source, out: Path, options: Options, on_bytes: Callable[[int, int], None]) -> Findings:
     dtype, selection = DTYPES[options.dtype], source.select(options.activated_only)
     tokenizer = source.tokenizer()
     temporary = _temporary_folder(source, out, options, selection)
@@ -107,6 +118,8 @@ def export(
         card = model_card(source, selection, _summary(source), found, options.dtype)
         (temporary / "README.md").write_text(card, encoding="utf-8")
     (temporary / _REQUEST).unlink()
+    if out.exists():  # Renaming would replace an empty folder.
+        raise UserError(f"{out}: was created during the export; remove it, or choose another name")
     temporary.rename(out)
     return found
 
@@ -128,7 +141,11 @@ def _summary(source: Source) -> dict[str, Any]:
 
 
 def _temporary_folder(source: Source, out: Path, options: Options, selection: Selection) -> Path:
-    """Create the temporary folder, removing the files of a different export."""
+    """Create the temporary folder, removing the files of a different export.
+
+    Raises:
+        UserError: If there is something at its path that an export did not write.
+    """
     manifest = hash_file(source.folder, MANIFEST)
     wanted = {
         "checkpoint": manifest.checksum,
@@ -142,11 +159,21 @@ def _temporary_folder(source: Source, out: Path, options: Options, selection: Se
     }
     temporary = out.parent / f".{out.name}.part"
     note = temporary / _REQUEST
-    if temporary.exists() and not (note.is_file() and json.loads(note.read_text(encoding="utf-8")) == wanted):
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(wanted), encoding="utf-8")
+    if os.path.lexists(temporary):
+        if temporary.is_symlink() or not (note.is_file() or not any(temporary.iterdir())):
+            raise UserError(f"{temporary}: is not of an interrupted export; move it away, or choose another name")
+        if _read_note(note) != wanted:
+            shutil.rmtree(temporary)
+    temporary.mkdir(exist_ok=True)
+    write_whole(note, [json.dumps(wanted).encode()])
     return temporary
+
+
+def _read_note(note: Path) -> object:
+    try:
+        return json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def generation_config(source: Source, tokenizer: Tokenizer) -> Any:

@@ -84,7 +84,7 @@ def verify(
     oracle = SpeechLLM(_model_config(description), description["vocab_size"], seed=0).eval()
     source.fill(oracle, list(source.names(selection, llm_only=False)), selection, dtype)
     processor = read_processor(folder)
-    exported = EarshotForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    exported = EarshotForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     worst = Verified(len(samples), 0.0, 0.0)
     for sample in samples:
         inputs = processor(audio=[list(sample.clips)] if sample.clips else None, text=sample.meta["instruction"])

@@ -131,7 +131,7 @@ def write_weights(
 def _write_shard(reader: Reader, targets: Sequence[Target], path: Path, on_bytes: Callable[[int], None]) -> None:
     header = encode_header({t.name: (t.dtype, t.shape) for t in targets}, _METADATA)
     part = path.with_name(path.name + ".part")
-    handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
     try:
         os.truncate(handle, len(header) + sum(t.num_bytes for t in targets))
         _write_at(handle, 0, memoryview(header))

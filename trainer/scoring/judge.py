@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from trainer.files import write_whole
 from trainer.scoring.endpoint import Endpoint, RequestFailed
 
 MAX_RATING = 5
@@ -191,6 +191,4 @@ def _repeated(verdict: Verdict) -> Verdict:
 
 def _write_cached(path: Path, body: dict[str, Any], reply: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")  # another process may write the same rating
-    part.write_text(json.dumps({"request": body, "reply": reply}, ensure_ascii=False, indent=1), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, [json.dumps({"request": body, "reply": reply}, ensure_ascii=False, indent=1).encode()])

@@ -6,7 +6,6 @@ A store is opened by URL (`trainer.storage.open`). Names of objects are paths re
 from __future__ import annotations
 
 import os
-import tempfile
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.errors import UserError
+from trainer.files import write_whole
 
 
 class MissingError(UserError):
@@ -159,26 +159,15 @@ class LocalStore:
             return self.exists(name) and self.get(name) == content
         return True
 
-    def _write(self, name: str, parts: Iterable[bytes | memoryview], finish: Callable[[str, Path], None]) -> None:
+    def _write(self, name: str, parts: Iterable[bytes | memoryview], finish: Callable[[Path, Path], object]) -> None:
         path = self.folder / name
-        temporary = None
         try:
             self._make_folder(path.parent)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(handle, "wb") as file:
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            finish(temporary, path)
+            write_whole(path, parts, finish)
         except FileExistsError:
             raise
         except OSError as error:
             raise self._error(name, error) from None
-        finally:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
 
     def _make_folder(self, folder: Path) -> None:
         try:

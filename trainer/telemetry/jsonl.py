@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from model.errors import UserError
 from model.json_text import parse_json
+from trainer.files import write_whole
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -173,9 +174,4 @@ def _numbered(path: Path) -> Iterator[tuple[int, str, Any]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace the content of a file atomically: after a crash, the file has either the old or the new content."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_whole(path, [text.encode()])

@@ -152,7 +152,7 @@ def _load_export(path: Path, dtype: torch.dtype) -> Loaded:
         processor = read_processor(path)
         digest = transformers_digest(processor.tokenizer, exported_config(_read_json(path / PROCESSOR)))
         _check_tokenizer(path, stored.get(DIGEST), digest)
-        model = EarshotForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+        model = EarshotForCausalLM.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True)
         generation = GenerationConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):

@@ -16,6 +16,7 @@ from trainer.data.stored import ShardData, StoredData
 from trainer.evaluation.offline.pool import open_workers
 from trainer.evaluation.offline.worker import Request, Skipped, batches, open_wanted
 from trainer.evaluation.predictions import Prediction, read_predictions, to_line, write_predictions
+from trainer.files import locked, sweep_leftovers
 from trainer.telemetry.jsonl import write_atomically
 
 PREDICTIONS, SKIPPED, REQUEST = "predictions.jsonl", "skipped.jsonl", "evaluation.json"
@@ -55,7 +56,19 @@ def run_evaluation(
         UserError: If the folder contains another evaluation, the data or the model cannot be used, or a worker process
             ended unexpectedly.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / ".lock", wait=False):
+            return _run(request, folder, num_processes, on_progress)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another evaluation writes it; wait for it, or give another --out") from None
+    except FileExistsError:
+        raise UserError(f"{folder}: is a file, not a folder; give another --out") from None
+
+
+def _run(request: Request, folder: Path, num_processes: int, on_progress: Callable[[int, int], None]) -> Finished:
     started = time.perf_counter()
+    sweep_leftovers(folder)
     stored, indices = open_wanted(request)
     done = _resume(folder, request_fields(request, stored))
     wanted = {stored.items[index].key for index in indices}

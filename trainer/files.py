@@ -1,0 +1,105 @@
+"""Files that appear as a whole or not at all, with the permissions that the user's umask asks for."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_SUFFIX = ".part"
+_LEFTOVER_SEC = 3600.0
+"""The age at which an unfinished file is a leftover of a process that was killed."""
+
+
+def write_whole(
+    path: Path, parts: Iterable[bytes | memoryview], finish: Callable[[Path, Path], object] = os.replace
+) -> None:
+    """Write a file, sync it to disk, and give it its name.
+
+    After a crash, `path` has either its old or its new content. Several processes may write the same file at once: each
+    writes to a hidden file of its own next to it. Another user who can write to the folder cannot redirect the write,
+    because the hidden file must be new.
+
+    Args:
+        path: The file.
+        parts: The content, in order.
+        finish: A function that moves the finished hidden file to `path`. `os.link` keeps an existing file.
+
+    Raises:
+        OSError: If the file could not be written. In this case, nothing of it remains.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_SUFFIX}")
+    # Unlike a file of `tempfile`, it has the permissions of any other new file of the user.
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        finish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a file, which is created if it is missing and deleted afterwards.
+
+    The kernel releases the lock of a process that was killed. File systems without locks are used without one.
+
+    Args:
+        path: The file. Its folder must exist.
+        wait: Whether to wait if another process holds the lock.
+
+    Returns:
+        A context manager that yields True, or False on a file system without locks.
+
+    Raises:
+        BlockingIOError: If another process holds the lock and `wait` is false.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
+        except OSError:
+            held = False
+        if not held or _is_at(descriptor, path):
+            break
+        os.close(descriptor)  # The process that held the lock has deleted the file.
+    try:
+        yield held
+    finally:
+        if held and _is_at(descriptor, path):
+            path.unlink()
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def sweep_leftovers(folder: Path, older_sec: float = _LEFTOVER_SEC) -> None:
+    """Delete what killed processes left of `write_whole` in a folder.
+
+    Args:
+        folder: The folder; it need not exist.
+        older_sec: Younger files are kept, because another process may be writing them; 0 if that is impossible.
+    """
+    for path in folder.glob(f".*{_SUFFIX}"):
+        try:
+            if path.is_file() and not path.is_symlink() and time.time() - path.lstat().st_mtime >= older_sec:
+                path.unlink()
+        except FileNotFoundError:
+            continue
