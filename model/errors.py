@@ -1,14 +1,55 @@
-"""The exception whose message is written for the user."""
+"""The exception whose message is written for the user, and what must not reach a terminal."""
 
 from __future__ import annotations
+
+import re
+import unicodedata
+
+_CREDENTIALS = re.compile(r"(://)[^/\s@]+@")
+_CONTROLS = ("Cc", "Cs", "Zl", "Zp")
+"""The Unicode categories of control characters, halves of pairs, and separators of lines."""
+_DIRECTIONS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""The characters that change the direction of the text after them."""
+
+
+def without_credentials(text: str) -> str:
+    """Return `text` with `***` in place of the credentials in its URLs."""
+    return _CREDENTIALS.sub(r"\1***@", text)
+
+
+def has_credentials(text: str) -> bool:
+    """Return whether a text contains a URL with a user name or a password."""
+    return _CREDENTIALS.search(text) is not None
+
+
+def printable(text: str) -> str:
+    """Return a text as one line that cannot steer a terminal: its control characters are escaped as in Python."""
+    if text.isprintable():  # No control character is, and no character that changes the direction.
+        return text
+    return "".join(_escaped(char) for char in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return a text with the same lines, whose other control characters are escaped."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _escaped(char: str) -> str:
+    if unicodedata.category(char) in _CONTROLS or char in _DIRECTIONS:
+        return char.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return char
 
 
 class UserError(ValueError):
     """An error in the user's input, such as a recipe key, a file or a sample.
 
     The message is one line that names the key or file, the value, and what to do next. Commands print it without a
-    traceback and exit with code 2.
+    traceback and exit with code 2. Credentials in URLs are masked, and control characters, which may come from data,
+    are escaped.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(without_credentials(str(message))))
 
 
 def check_least(section: str, config: object, **least: float) -> None:

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
+from model.errors import UserError, printable_lines
 from tools.options import add_plugins
 from tools.run_status import is_run
 from trainer.evaluation.predictions import Prediction, by_task, columns, read_predictions
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps(_as_json(names, skipped_samples, len(common), found), ensure_ascii=False))
     else:
-        print(_as_text(names, skipped_samples, len(common), found, args.all_metrics, args.regressions))
+        print(printable_lines(_as_text(names, skipped_samples, len(common), found, args.all_metrics, args.regressions)))
     return 0
 
 

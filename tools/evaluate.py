@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.errors import UserError
-from tools.options import add_plugins, check_at_least, check_output
+from model.errors import UserError, printable_lines
+from tools.options import add_plugins, check_at_least, check_output, plain_faults
 from trainer.__main__ import be_calm
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     be_calm()
     try:
         _check(options)
-        return _run(options)
+        with plain_faults(options.out or "the evaluation"):
+            return _run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -90,7 +91,7 @@ def _run(options: argparse.Namespace) -> int:
         round(options.audio_mib * 2**20),
     )
     files = write_files(tree, folder)
-    print(f"{title}: {describe(tree, options.all_metrics)}")
+    print(printable_lines(f"{title}: {describe(tree, options.all_metrics)}"))
     print(f"\n{', '.join([PREDICTIONS, *(f.name for f in files)])} in {folder}")
     _log(options.tracked or origin.run_dir, [folder / PREDICTIONS, *files], folder.name)
     if options.json:

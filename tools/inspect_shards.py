@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from model.errors import UserError
+from model.errors import UserError, printable_lines
 from tools.options import check_output
 from trainer.data.shard_check import SkippedSample, build_index, check_shard, summary_of
 from trainer.data.shards import Entry, ShardSet
@@ -90,7 +90,7 @@ def _run(args: argparse.Namespace) -> int:
     report |= {"skipped": summary_of(skipped), "skipped_samples": [str(s) for s in skipped]}
     if args.png:
         draw(seconds, args.png, f"{args.url}: {len(seconds)} clips")
-    print(json.dumps(report) if args.json else as_text(report))
+    print(json.dumps(report) if args.json else printable_lines(as_text(report)))
     return 1 if damage else 0
 
 
@@ -174,10 +174,12 @@ def draw(seconds: Sequence[float], path: Path, title: str) -> None:
     """
     from matplotlib.figure import Figure  # The import is slow and only needed here.
 
+    from trainer.page.figure import plain
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.hist(seconds, bins=60)
-    axes.set(xlabel="seconds", ylabel="clips", title=title)
+    axes.set(xlabel="seconds", ylabel="clips", title=plain(title))
     figure.savefig(path, format="png", dpi=120)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.errors import UserError
+from model.errors import UserError, printable_lines
 from tools.options import check_at_least
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
     for path in options.audio or [None]:
         text, finished = _answer(answerer, path, options.prompt, in_windows)
         ended += not finished
-        print(text if len(options.audio) < 2 else f"{path}: {text}")
+        print(printable_lines(text if len(options.audio) < 2 else f"{path}: {text}"))
     if ended:
         print(f"{ended} answers were cut off at {longest} tokens; raise --max-new-tokens", file=sys.stderr)
     return 0

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from model.errors import UserError
+from model.errors import UserError, printable_lines
 from trainer.parallel.environment import set_environment
 from trainer.run import launch
 from trainer.run.command import module_command
@@ -102,8 +102,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _OneLine(logging.Formatter):
+    """Escapes control characters in log messages, which may contain names from data."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
+
+
 def be_calm() -> None:
     """Leave the terminal to the progress bar: other libraries log errors only."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_OneLine())
     warnings.filterwarnings("ignore")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -29,6 +28,7 @@ from trainer.config.load import parse_stored_recipe
 from trainer.config.provenance import Provenance
 from trainer.config.schema import Recipe
 from trainer.parallel.groups import Groups
+from trainer.parallel.values import broadcast_value
 from trainer.storage.open import join_url
 
 _ARCHITECTURE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -92,20 +92,20 @@ def donors_of(recipe: Recipe, hf_config: PretrainedConfig, groups: Groups) -> di
     experts = [expert for expert in recipe.model.llm.experts if expert.from_ != BASE]
     if not experts:
         return {}
-    box: list[bool | str] = [False]
+    found: bool | str = False
     if groups.rank == 0:
         try:
-            box = [bool(open_checkpoints(join_url(recipe.run_url, SUBFOLDER)).steps())]
-            if not box[0]:
+            found = bool(open_checkpoints(join_url(recipe.run_url, SUBFOLDER)).steps())
+            if not found:
                 for expert in experts:
                     _check_files(expert)
         except UserError as error:
-            box = [str(error)]
-    dist.broadcast_object_list(box, src=0, group=groups.world)
-    if isinstance(box[0], str):
-        raise UserError(box[0])
+            found = str(error)
+    found = broadcast_value(found, groups.world)
+    if isinstance(found, str):
+        raise UserError(found)
     dense = dense_config(hf_config)
-    if box[0]:
+    if found:
         return {expert.name: RandomSource(dense, recipe.seed) for expert in experts}
     return {expert.name: _open(expert, dense) for expert in experts}
 

@@ -11,7 +11,9 @@ import pytest
 from tests.browser import WIDTHS, browse, measure, need_chromium, then_run
 from tests.trainer.page_data import large_card
 from tests.trainer.scorecard_data import HOSTILE, make_tree
-from trainer.evaluation.scorecard.files import TEMPLATE
+from trainer.evaluation.predictions import Prediction
+from trainer.evaluation.scorecard.card import make_card
+from trainer.evaluation.scorecard.files import TEMPLATE, write_files
 from trainer.page.render import render
 
 need_chromium()
@@ -69,6 +71,20 @@ def test_it_renders_and_its_numbers_are_those_of_the_tree(report: Path, tree: di
     assert order == sorted(order)
     assert "<del>sat on</del>" in page.dom and "<ins>on a</ins>" in page.dom
     assert ">2 windows<" in page.dom and ">cut off at the maximum length<" in page.dom and "2 broken" in page.dom
+
+
+def test_names_of_every_object_do_not_blank_the_page(tmp_path: Path) -> None:
+    names, predictions = ("constructor", "__proto__", "toString"), []
+    for i, name in enumerate(names * 2):
+        meta = {"task": "er", "answer": "angry", "choices": ["angry", *names], "subset": name, "language": name}
+        predictions.append(Prediction(name if i < 3 else f"{i}", name, True, 1.0, {**meta, "instruction": "Which?"}))
+    tree = make_card("names", {}, predictions, [], None, lambda keys: iter(()), 0)
+    tree["audio"] = {}
+    write_files(tree, tmp_path)
+    for address in ("", "#subset=constructor", "#subset=__proto__", "#task=toString"):
+        page = browse(tmp_path / "report.html", address)
+        assert page.root["data-errors"] == "", address
+        assert address == "#task=toString" or len(page.rows) == (6 if not address else 2), address
 
 
 def test_audio_plays(report: Path) -> None:

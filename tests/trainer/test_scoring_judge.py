@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,40 @@ def test_a_late_answer_is_a_timeout(server: Server, tmp_path: Path, waits: list[
     server.script = [(200, {}, completion("Rating: 3"), 1.0)]
     failed = judge(server, tmp_path, timeout_sec=0.2, num_attempts=2).rate(ITEM)
     assert (failed.rating, failed.failure, len(server.requests)) == (None, "timeout", 2)
+
+
+@pytest.mark.parametrize("early", [b"", b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n"])
+def test_an_answer_that_drips_is_a_timeout(tmp_path: Path, waits: list[float], early: bytes) -> None:
+    """Every byte comes in time, in the status line as well as in the body."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with connection, suppress(OSError):
+                connection.sendall(early)
+                for _ in range(100):
+                    connection.sendall(b"H")
+                    time.sleep(0.1)
+
+        threading.Thread(target=drip, daemon=True).start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        start = time.monotonic()
+        failed = Judge(Endpoint(address, timeout_sec=0.5, num_attempts=1), "m", tmp_path).rate(ITEM)
+    assert failed.failure == "timeout" and time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("url", "warns"),
+    [
+        ("http://judge.example.org/v1", True),
+        ("https://judge.example.org/v1", False),
+        ("http://localhost:8000/v1", False),
+        ("http://127.0.0.1:8000/v1", False),
+    ],
+)
+def test_a_key_without_encryption_is_a_warning(url: str, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
+    Endpoint(url, KEY)
+    assert ("the key is sent unencrypted" in caplog.text) == warns and KEY not in caplog.text
 
 
 def test_missing_service_is_a_connection_failure(tmp_path: Path, waits: list[float]) -> None:

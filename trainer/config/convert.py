@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 import types
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
-from model.errors import UserError
+from model.errors import UserError, without_credentials
 from model.table import OneOf
 
 T = TypeVar("T")
@@ -58,7 +57,7 @@ def to_tree(value: Any) -> Any:
         return {key: to_tree(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_tree(item) for item in value]
-    return re.sub(r"(://)[^/\s@]+@", r"\1***@", value) if isinstance(value, str) else value
+    return without_credentials(value) if isinstance(value, str) else value
 
 
 def describe(annotation: Any) -> str:

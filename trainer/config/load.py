@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from model.errors import UserError
+from model.errors import UserError, has_credentials
 from trainer.config.convert import from_tree, to_tree
 from trainer.config.former_keys import refuse, translate
 from trainer.config.schema import Recipe
@@ -41,6 +41,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         apply_override(tree, override)
     refuse(tree)
     _follow(tree)
+    _refuse_credentials(tree, "")
     return build_recipe(tree)
 
 
@@ -65,6 +66,18 @@ def parse_stored_recipe(text: str, where: str) -> Recipe:
     if isinstance(tree, dict):
         translate(tree)
     return build_recipe(tree)
+
+
+def _refuse_credentials(tree: Any, path: str) -> None:
+    """Refuse URLs with credentials, because recipes are printed, stored with the run and sent to trackers."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            _refuse_credentials(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, str) and has_credentials(tree):
+        raise UserError(
+            f"{path} = {tree}: a URL in a recipe must not contain credentials; set them in the environment or in their "
+            "standard files (docs/security.md)"
+        )
 
 
 def build_recipe(tree: Any) -> Recipe:

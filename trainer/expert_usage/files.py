@@ -9,6 +9,7 @@ from pathlib import Path
 from trainer.expert_usage.analysis import Profile
 from trainer.expert_usage.plots import draw
 from trainer.page.render import render
+from trainer.page.spreadsheet import as_cell
 from trainer.scoring.tasks import TASKS
 from trainer.telemetry.jsonl import write_atomically
 
@@ -46,10 +47,10 @@ def write_cells(profile: Profile, path: Path) -> None:
         out = csv.writer(file)
         out.writerow(head)
         for group, cell in sorted(load.cells.items()):
-            whole = [*group, cell.num_clips, round(cell.audio_sec, 6)]
+            whole = [*map(as_cell, group), cell.num_clips, round(cell.audio_sec, 6)]
             if profile.primary is not None:
-                out.writerow([profile.primary, *whole, *whole[-2:], 1.0, 1.0, *("" for _ in load.gates)])
+                out.writerow([as_cell(profile.primary), *whole, *whole[-2:], 1.0, 1.0, *("" for _ in load.gates)])
             for k, name in enumerate(load.experts):
                 ran = [int(cell.routed_clips[k]), round(float(cell.routed_sec[k]), 6)]
                 shares = [round(float(cell.clip_share[k]), 6), round(float(cell.audio_share[k]), 6)]
-                out.writerow([name, *whole, *ran, *shares, *cell.mean_weight[:, k].round(6).tolist()])
+                out.writerow([as_cell(name), *whole, *ran, *shares, *cell.mean_weight[:, k].round(6).tolist()])

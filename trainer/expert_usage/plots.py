@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from trainer.page.figure import SIZE_INCHES, save, with_legend
+from trainer.page.figure import SIZE_INCHES, plain, save, with_legend
 
 
 def draw(tree: dict[str, Any], folder: Path) -> list[Path]:
@@ -40,9 +40,9 @@ def _shares(tree: dict[str, Any], path: Path) -> Path:
     for (row, column), share in np.ndenumerate(shares):
         colour = "white" if share > 0.6 else "black"
         axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(tasks)), [f"{t}\n{tree['tasks'][t]['num_clips']:,} clips" for t in tasks])
-    axes.set_yticks(range(len(experts)), experts)
-    axes.set_title(f"{tree['run']}: share of clips that ran each encoder expert")
+    axes.set_xticks(range(len(tasks)), [plain(f"{t}\n{tree['tasks'][t]['num_clips']:,} clips") for t in tasks])
+    axes.set_yticks(range(len(experts)), [plain(name) for name in experts])
+    axes.set_title(plain(f"{tree['run']}: share of clips that ran each encoder expert"))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return save(figure, path)
@@ -55,11 +55,11 @@ def _drift(tree: dict[str, Any], path: Path) -> Path:
     steps = [w["last_step"] for w in windows]
     for k, name in enumerate(tree["experts"]):
         totals = [w["tasks"]["all"] for w in windows]
-        axes.plot(steps, [t["routed_clips"][k] / t["num_clips"] for t in totals], label=name, marker=".")
+        axes.plot(steps, [t["routed_clips"][k] / t["num_clips"] for t in totals], label=plain(name), marker=".")
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("step")
-    axes.set_title(f"{tree['run']}: share of clips that ran each encoder expert, all tasks")
+    axes.set_title(plain(f"{tree['run']}: share of clips that ran each encoder expert, all tasks"))
     return save(with_legend(figure, axes), path)
 
 
@@ -73,7 +73,7 @@ def _ranks(tree: dict[str, Any], path: Path) -> Path:
         colour = (
             "grey" if name == tree["primary"] else f"C{tree['experts'].index(name)}"
         )  # the colors of the drift plot
-        axes.bar(ranks, seconds, bottom=filled, label=name, width=0.8, color=colour)
+        axes.bar(ranks, seconds, bottom=filled, label=plain(name), width=0.8, color=colour)
         filled += np.array(seconds)
     waits = np.array(time["wait_sec_by_rank"])
     if waits.any():

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from model.errors import UserError
 
@@ -80,11 +81,17 @@ def _check(name: str, overrides: Sequence[str], retry_sec: float) -> None:
         recipe.parallel.num_ranks,
         recipe.parallel.tensor,
         tuple(url for url in urls if scheme_of(url)),
-        tuple(url for url in servers if url is not None),
+        tuple(_address(url) for url in servers if url is not None),
     )
     print(json.dumps(asdict(facts)), flush=True)  # The caller records a failure of the checks in the run's folder.
     check_weights(recipe, os.environ)
     check_stored(replace(recipe.data, retry_sec=retry_sec))
+
+
+def _address(url: str) -> str:
+    """Return scheme, host and port of a URL. Other users see the command lines to which the job passes them."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 def check_weights(recipe: Recipe, environ: Mapping[str, str]) -> None:

@@ -1,7 +1,9 @@
 // Shared by all HTML reports. A page must define `DIMENSIONS`, the labels of its filters by their names.
 window.addEventListener("error", (event) => { document.documentElement.dataset.errors += event.message + "\n"; });
 
-const data = JSON.parse(document.getElementById("data").textContent);
+// The maps of the data inherit nothing, so that a name such as `constructor` is found only if it is there.
+const data = JSON.parse(document.getElementById("data").textContent, (_, value) =>
+  value !== null && typeof value === "object" && !Array.isArray(value) ? Object.assign(Object.create(null), value) : value);
 
 // ---- elements; text is never parsed as HTML
 
@@ -66,7 +68,7 @@ function hashWith(changes) {
 }
 // Return links that set the filter `name` to each of its values; `texts` gives the labels of some values.
 const pills = (name, values, filter, texts = {}) => h("div", { class: "pills", role: "group", "aria-label": DIMENSIONS[name] }, ["all", ...values].map((v) =>
-  h("a", { href: hashWith({ [name]: v }), "aria-current": v === filter[name] && "true" }, texts[v] || v)));
+  h("a", { href: hashWith({ [name]: v }), "aria-current": v === filter[name] && "true" }, Object.hasOwn(texts, v) ? texts[v] : v)));
 // Return a drop-down list of the values of the filter `name`.
 function choice(name, label, values, filter) {
   const select = h("select", { name }, ["all", ...values].map((v) => h("option", { value: v, selected: v === filter[name] }, v)));

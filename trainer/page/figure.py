@@ -7,8 +7,15 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from model.errors import printable_lines
+
 SIZE_INCHES = (8.0, 4.0)
 _DPI = 120
+
+
+def plain(text: str) -> str:
+    """Return a text that a plot shows as it is. matplotlib would parse text between two `$` as a formula."""
+    return printable_lines(text).replace("$", r"\$")
 
 
 def dress(axes: Axes) -> Axes:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import email.utils
 import http.client
 import json
+import logging
 import re
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 from model.errors import UserError
+
+log = logging.getLogger(__name__)
 
 MAX_WAIT_SEC = 60.0
 """The longest pause between two attempts, even if the service asks for a longer one."""
@@ -35,6 +42,94 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None  # the key must not be sent to another address
 
 
+class _Deadline:
+    """Breaks the connections of a request when its time is over. A socket's own timeout restarts with every byte.
+
+    Use it as a context manager around the request.
+    """
+
+    def __init__(self, timeout_sec: float) -> None:
+        self._sockets: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._timer = threading.Timer(timeout_sec, self._end)
+        self._timer.daemon = True
+        self.is_over = False
+
+    def __enter__(self) -> _Deadline:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        with self._lock:
+            for other in self._sockets:
+                other.close()
+            self._sockets.clear()
+
+    @contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Return a context manager that turns the errors of a broken connection into TimeoutError."""
+        try:
+            yield
+        except urllib.error.HTTPError:
+            raise
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if self.is_over:
+                raise TimeoutError from error
+            raise
+        if self.is_over:
+            raise TimeoutError
+
+    def connect(self, *arguments: Any, **options: Any) -> socket.socket:
+        """Do what `socket.create_connection` does, and note the connection."""
+        connection = socket.create_connection(*arguments, **options)
+        with self._lock:
+            # TLS takes the socket's descriptor over, so a duplicate is kept.
+            self._sockets.append(connection.dup())
+            if self.is_over:
+                connection.shutdown(socket.SHUT_RDWR)
+        return connection
+
+    def _end(self) -> None:
+        with self._lock:
+            self.is_over = True
+            for other in self._sockets:
+                with suppress(OSError):
+                    other.shutdown(socket.SHUT_RDWR)
+
+
+class _Http(urllib.request.HTTPHandler):
+    def __init__(self, deadline: _Deadline) -> None:
+        super().__init__()
+        self._deadline = deadline
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_connection(http.client.HTTPConnection, self._deadline), request)  # type: ignore[arg-type]
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, deadline: _Deadline) -> None:
+        super().__init__()
+        self._deadline = deadline
+
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_connection(http.client.HTTPSConnection, self._deadline), request)  # type: ignore[arg-type]
+
+
+def _connection(kind: type[http.client.HTTPConnection], deadline: _Deadline) -> Callable[..., Any]:
+    def make(*arguments: Any, **options: Any) -> http.client.HTTPConnection:
+        made = kind(*arguments, **options)
+        made._create_connection = deadline.connect  # type: ignore[attr-defined]
+        return made
+
+    return make
+
+
+def _is_here(host: str) -> bool:
+    """Return whether a host is this machine."""
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """The address of a service, and how to send requests to it.
@@ -52,7 +147,7 @@ class Endpoint:
     key: str | None = field(default=None, repr=False)
     """The bearer token; None sends none. It never appears in a message."""
     timeout_sec: float = 60.0
-    """The timeout of one attempt, in seconds."""
+    """The time in which an attempt must have its whole answer, in seconds."""
     num_attempts: int = 5
 
     def __post_init__(self) -> None:
@@ -65,6 +160,8 @@ class Endpoint:
             raise UserError(
                 "judge key: contains a blank or another character that is not allowed in a header; set it again"
             )
+        if self.key is not None and parts.scheme == "http" and not _is_here(parts.hostname):
+            log.warning("judge address %s: the key is sent unencrypted; use https:// or an SSH tunnel", self.url)
         assert self.num_attempts >= 1, self.num_attempts
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
@@ -110,9 +207,10 @@ class Endpoint:
         request = urllib.request.Request(
             self.url.rstrip("/") + path, data=json.dumps(body).encode(), headers=headers, method="POST"
         )
-        opener = urllib.request.build_opener(_NoRedirects)
-        with opener.open(request, timeout=self.timeout_sec) as response:
-            return json.loads(response.read(_MAX_REPLY_BYTES))
+        with _Deadline(self.timeout_sec) as deadline:
+            opener = urllib.request.build_opener(_NoRedirects, _Http(deadline), _Https(deadline))
+            with deadline.enforced(), opener.open(request, timeout=self.timeout_sec) as response:
+                return json.loads(response.read(_MAX_REPLY_BYTES))
 
     def _failure(self, error: urllib.error.HTTPError) -> Exception:
         said = error.read(500).decode("utf-8", "replace").strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from model.errors import printable
 from trainer.scoring.scores import TaskScore
 from trainer.scoring.tasks import find_task
 
@@ -15,9 +16,10 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
     """
     if not rows:
         return ""
-    head = list(rows[0])
-    cells = [[_cell(row.get(key)) for key in head] for row in rows]
-    is_number = [all(isinstance(row.get(key), int | float | None) for row in rows) for key in head]
+    keys = list(rows[0])
+    head = [printable(key) for key in keys]
+    cells = [[_cell(row.get(key)) for key in keys] for row in rows]
+    is_number = [all(isinstance(row.get(key), int | float | None) for row in rows) for key in keys]
     widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
 
     def line(values: Sequence[str]) -> str:
@@ -46,4 +48,4 @@ def score_table(scores: Iterable[TaskScore], baseline: Iterable[TaskScore] | Non
 def _cell(value: object) -> str:
     if value is None:
         return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else printable(str(value))

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from model.errors import printable
 from trainer.telemetry.announce import duration, time_of_day
 from trainer.telemetry.metrics import StepReport
 
@@ -65,9 +66,9 @@ class Progress:
         """Print a line with the time of day, without breaking the bar."""
         text = f"{time_of_day()} {line}"
         if self._bar is not None:
-            self._bar.write(text, file=self._stream)
+            self._bar.write(printable(text), file=self._stream)
         else:
-            print(text, file=self._stream, flush=True)
+            print(printable(text), file=self._stream, flush=True)
 
     def skip_time(self) -> None:
         """Exclude the time since the last step, for example that of an evaluation, from the rates."""

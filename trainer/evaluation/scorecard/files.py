@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer.evaluation.scorecard.plots import draw
 from trainer.page.render import render
+from trainer.page.spreadsheet import as_cell
 from trainer.telemetry.jsonl import write_atomically
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -31,7 +32,7 @@ def write_files(tree: dict[str, Any], folder: Path) -> list[Path]:
     with (folder / "scores.csv").open("w", encoding="utf-8", newline="") as file:
         out = csv.DictWriter(file, list(tree["scores"][0]) if tree["scores"] else ["task"])
         out.writeheader()
-        out.writerows(tree["scores"])
+        out.writerows({key: as_cell(value) for key, value in score.items()} for score in tree["scores"])
     for old in folder.glob("*.png"):
         old.unlink()
     return [folder / "scores.json", folder / "scores.csv", folder / "report.html", *draw(tree, folder)]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from trainer.page.figure import SIZE_INCHES, dress, save
+from trainer.page.figure import SIZE_INCHES, dress, plain, save
 from trainer.scoring.fields import ALL
 
 _MAX_NUMBERED = 12
@@ -60,9 +60,9 @@ def _headlines(tree: dict[str, Any], path: Path) -> Path:
     values = [s["value"] for _, s in rows]
     colours = ["C0" if s["group"] == ALL else "lightsteelblue" for _, s in rows]
     axes.barh(positions, values, xerr=_bounds([s for _, s in rows]), color=colours, ecolor="black", capsize=2)
-    axes.set_yticks(positions, [f"{name} ({s['num_samples']:,})" for name, s in rows])
+    axes.set_yticks(positions, [plain(f"{name} ({s['num_samples']:,})") for name, s in rows])
     axes.invert_yaxis()
-    axes.set_title(f"{tree['title']}: main metric of each task, with 95 % intervals")
+    axes.set_title(plain(f"{tree['title']}: main metric of each task, with 95 % intervals"))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
@@ -74,9 +74,9 @@ def _by_duration(tree: dict[str, Any], task: str, bands: Sequence[dict[str, Any]
     axes = dress(figure.subplots())
     positions = np.arange(len(bands))
     axes.bar(positions, [s["value"] for s in bands], yerr=_bounds(bands), color="C0", ecolor="black", capsize=3)
-    axes.set_xticks(positions, [f"{s['group']}\n{s['num_samples']:,} samples" for s in bands])
+    axes.set_xticks(positions, [plain(f"{s['group']}\n{s['num_samples']:,} samples") for s in bands])
     axes.set_ylabel(bands[0]["metric"])
-    axes.set_title(f"{tree['title']}: {task} by duration, with 95 % intervals")
+    axes.set_title(plain(f"{tree['title']}: {task} by duration, with 95 % intervals"))
     return save(figure, path)
 
 
@@ -93,11 +93,11 @@ def _confusion(title: str, matrix: dict[str, dict[str, int]], path: Path) -> Pat
             if count:
                 colour = "white" if shares[row, column] > 0.6 else "black"
                 axes.text(column, row, f"{count}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(answers)), [a or "(none)" for a in answers], rotation=45, ha="right")
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(answers)), [plain(a) or "(none)" for a in answers], rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), [plain(row) for row in rows])
     axes.set_xlabel("answer")
     axes.set_ylabel("reference")
-    axes.set_title(title)
+    axes.set_title(plain(title))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return save(figure, path)

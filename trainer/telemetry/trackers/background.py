@@ -10,7 +10,8 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trainer.telemetry.trackers.base import Tracker, main_metrics, without_credentials
+from model.errors import without_credentials
+from trainer.telemetry.trackers.base import Tracker, main_metrics
 
 log = logging.getLogger(__name__)
 

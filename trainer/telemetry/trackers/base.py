@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from model.errors import without_credentials
+
 
 @dataclass(frozen=True)
 class TrackedRun:
@@ -140,8 +142,3 @@ def flatten_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str
         else:
             flat[name] = "***" if _SECRET_KEY.search(str(key)) else without_credentials(str(value))
     return flat
-
-
-def without_credentials(text: str) -> str:
-    """Return `text` with `***` in place of the credentials in its URLs."""
-    return re.sub(r"(://)[^/\s@]+@", r"\1***@", text)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
+from model.errors import UserError, without_credentials
 from trainer.telemetry.jsonl import write_atomically
-from trainer.telemetry.trackers.base import TrackedRun, Tracker, without_credentials
+from trainer.telemetry.trackers.base import TrackedRun, Tracker
 from trainer.telemetry.trackers.jsonl import JsonlTracker
 from trainer.telemetry.trackers.mlflow import MlflowTracker
 from trainer.telemetry.trackers.tensorboard import TensorboardTracker
