@@ -8,18 +8,26 @@
 # make fault-test  every fault on a real Slurm (root; slurmctld slurmd slurm-client munge iproute2)
 # make chaos   20 random faults there, in one run
 # make fuzz    2000 changed inputs to every parser of files and texts (minutes)
+# make kill-all   500 kills of everything that writes files, and every pair of writers at once
 # make kill-test  50 kills of a small run      make export-test  an export in an environment without this project
 # make reshape    save and load on other topologies: the table
 # make bench-data  the loader against its peers, padding (minutes; wants a quiet machine and the kit: KIT_DIR)
 # make mixture  routing against one encoder and against all, three seeds (hours; KIT_DIR)
 # make soak-data   its memory over 10^5 batches, kit_cpu from a bucket with kills (hours)
+# make lock       pin all packages with hashes, after a change of pyproject.toml or constraints.txt
+# make sbom       list them in sbom.json       make audit      ask the advisory databases about them (network)
 #
 # PYTHON=python3.12          another interpreter (3.10 to 3.12)
-# TORCH_SPEC=torch==2.11.0   another torch (2.11 to 2.13)
+# TORCH_SPEC=torch==2.11.0   another torch (2.11 to 2.13); its hash is not checked
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu   where from: this one is small and has no CUDA
 
 PYTHON ?= python3
-TORCH_SPEC ?= torch==2.13.0
+TORCH_SPEC ?=
+# Where pip is configured to find torch without CUDA, that one is installed.
+LOCKED_TORCH = $(PY) -m pip install $(LOCKED) -r requirements/torch-cpu.txt 2>/dev/null || \
+  $(PY) -m pip install $(LOCKED) -r requirements/torch.txt
+CHOSEN_TORCH = $(PY) -m pip install --quiet $(or $(TORCH_SPEC),torch==2.13.0) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+INSTALL_TORCH = $(if $(TORCH_SPEC)$(TORCH_INDEX),$(CHOSEN_TORCH),$(LOCKED_TORCH))
 TORCH_INDEX ?=
 
 PY := .venv/bin/python
@@ -30,17 +38,23 @@ CXX_NAMES := g++ c++ clang++
 # DeepSpeed looks for ninja in PATH when it builds its shared-memory operation.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup check test fuzz lint docs demo finetune models parity gpu-check kill-test fault-test chaos reshape export-test bench-data soak-data mixture clean
+.PHONY: lock sbom audit setup check test fuzz lint docs demo finetune models parity gpu-check kill-all kill-test fault-test chaos reshape export-test bench-data soak-data mixture clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt | .venv/bin/python
+LOCKED := --quiet --require-hashes --no-deps
+LOCK_TOOLS := uv==0.13.9 cyclonedx-bom==7.5.0 pip-audit==2.10.1
+
+$(STAMP): pyproject.toml setup.py $(wildcard requirements/*.txt) | .venv/bin/python
 	@for cxx in $(CXX_NAMES); do command -v $$cxx >/dev/null && exit 0; done; \
 	  echo "error: no C++ compiler; DeepSpeed builds an operation with it. Debian: apt-get install g++" >&2; exit 2
-	$(PY) -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel packaging ninja numpy
-	$(PY) -m pip install --quiet $(TORCH_SPEC) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --no-build-isolation -c constraints.txt deepspeed
-	$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt --editable '.[demo,dev,models]'
+	$(PY) -m pip install $(LOCKED) -r requirements/build.txt
+	$(INSTALL_TORCH)
+	@if $(PY) -c 'import sys; from importlib.metadata import version; sys.exit("+cpu" in version("torch"))'; then \
+	  $(PY) -m pip install $(LOCKED) -r requirements/cuda.txt; fi
+	$(PY) -m pip install $(LOCKED) -r requirements/lock.txt
+	DS_BUILD_OPS=0 $(PY) -m pip install $(LOCKED) --no-build-isolation -r requirements/deepspeed.txt
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
 .venv/bin/python:
@@ -71,6 +85,26 @@ $(DOCS_STAMP): docs/requirements.txt
 	.venv-docs/bin/python -m pip install --quiet -r docs/requirements.txt
 	@touch $@
 
+.venv-lock/bin/uv: Makefile
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet $(LOCK_TOOLS)
+	@touch $@
+
+lock: .venv-lock/bin/uv
+	printf '%s\n' pip setuptools wheel packaging ninja numpy | .venv-lock/bin/uv pip compile --quiet --universal \
+	  --python-version 3.10 --generate-hashes --no-header --no-annotate --extra demo --extra dev --extra models \
+	  -c constraints.txt pyproject.toml - --output-file .venv-lock/compiled.txt
+	$(PYTHON) -m tools.lock .venv-lock/compiled.txt requirements
+
+sbom: .venv-lock/bin/uv
+	cat $(filter-out %/torch-cpu.txt,$(wildcard requirements/*.txt)) > .venv-lock/all.txt
+	.venv-lock/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o sbom.json .venv-lock/all.txt
+	@echo sbom.json
+
+audit: .venv-lock/bin/uv
+	cat $(filter-out %/torch-cpu.txt,$(wildcard requirements/*.txt)) > .venv-lock/all.txt
+	.venv-lock/bin/pip-audit --require-hashes --disable-pip -r .venv-lock/all.txt
+
 demo: setup
 	$(PY) -m tools.demo
 
@@ -89,6 +123,9 @@ gpu-check: setup
 kill-test: setup
 	$(PY) -m tools.kill_test --json
 
+kill-all: setup
+	$(PY) -m tests.kill_all
+
 reshape: setup
 	$(PY) -m tools.reshard --json
 
@@ -100,7 +137,8 @@ chaos: setup
 
 export-test: setup
 	$(PYTHON) -m venv .venv-export
-	.venv-export/bin/python -m pip install --quiet $(TORCH_SPEC) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	.venv-export/bin/python -m pip install --quiet $(or $(TORCH_SPEC),torch==2.13.0) \
+	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	.venv-export/bin/python -m pip install --quiet -c constraints.txt transformers soundfile
 	EXPORT_PYTHON=$(CURDIR)/.venv-export/bin/python $(PY) -m pytest tests/tools/test_export.py -k without_this_project
 
