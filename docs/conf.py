@@ -23,6 +23,7 @@ include_patterns = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "ds_configs/README.md",
+    "requirements/README.md",
     "docs/*.md",
 ]
 exclude_patterns = [".venv*", "runs", "site"]  # Sphinx would walk through them
@@ -49,7 +50,7 @@ PAGES = {
         "ds_configs/README",
     ],
     "Judge and serve": ["docs/evaluation", "docs/profile", "docs/export"],
-    "Understand": ["docs/architecture", "docs/glossary", "docs/gpu", "docs/scale", "BENCHMARKS"],
+    "Understand": ["docs/architecture", "docs/security", "docs/glossary", "docs/gpu", "docs/scale", "BENCHMARKS"],
     "Contribute": ["CONTRIBUTING", "CHANGELOG"],
 }
 

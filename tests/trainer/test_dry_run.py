@@ -13,7 +13,7 @@ from model.llm.names import hf_shapes
 from trainer.__main__ import main
 from trainer.config.checks import known_llm_config
 from trainer.config.load import load_recipe
-from trainer.data.tokenizer import train_sentencepiece
+from trainer.data.sentencepiece_training import train_sentencepiece
 from trainer.dry_run import describe
 from trainer.plan.sizes import parameter_sizes, sized_model
 
