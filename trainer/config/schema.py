@@ -62,7 +62,7 @@ class TrainConfig:
     """When the weights of encoders, router, adapter and projector are gathered from the ranks that share them.
 
     `per_update` gathers them once per update, and reduces gradients once per update. Every rank then holds the whole
-    weights of its encoders during a step, and their whole gradients during the backward pass. `per_module`
+    weights of its encoders during a step, and their whole gradients in fp32 during the backward pass. `per_module`
     gathers the weights of each module around each of its calls, which saves this memory and takes much longer.
     """
     deepspeed: str = "ds_configs/zero3.json"

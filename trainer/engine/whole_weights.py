@@ -2,9 +2,9 @@
 
 DeepSpeed ZeRO-3 by itself gathers the parameters of a module around each of the module's calls, and reduces gradients
 in small pieces. Here, all parameters of a process group are gathered by one collective before the first forward pass
-after an update, and stay gathered until the next update. Gradients are added up locally, in fp32 unless autograd itself
-adds them, and reduced by one collective at the end of the backward pass. DeepSpeed keeps what it does between updates:
-the partitions of weights, gradients and optimizer state, and the update itself.
+after an update, and stay gathered until the next update. Gradients are added up locally in fp32, and reduced by one
+collective at the end of the backward pass. DeepSpeed keeps what it does between updates: the partitions of weights,
+gradients and optimizer state, and the update itself.
 
 Shapes: n ranks in the process group, k elements in one rank's slice of a parameter, S elements in all slices of a rank.
 """
@@ -45,16 +45,16 @@ class Bucket:
         self.group: dist.ProcessGroup = parameters[0].ds_process_group
         self.num_ranks = dist.get_world_size(self.group)
         self.slices = [p.ds_tensor.ds_numel for p in parameters]
-        padded = [-(-self.num_ranks * k // _ALIGNMENT) * _ALIGNMENT for k in self.slices]
-        self._whole = torch.empty(sum(padded), dtype=parameters[0].dtype, device=device)
-        parts = self._whole.split(padded)
+        self._padded = [-(-self.num_ranks * k // _ALIGNMENT) * _ALIGNMENT for k in self.slices]
+        self._whole = torch.empty(sum(self._padded), dtype=parameters[0].dtype, device=device)
+        parts = self._whole.split(self._padded)
         self._rows = [p[: self.num_ranks * k].view(-1, k) for p, k in zip(parts, self.slices, strict=True)]
         self._weights = [
             p[: parameter.ds_numel].view(parameter.ds_shape) for p, parameter in zip(parts, parameters, strict=True)
         ]
         self._nothing = self._whole[:0]
         self._is_current = False
-        self._gradients: list[Tensor | None] = [None] * len(parameters)
+        self._gradients: list[Tensor] = []
         self.hooks = [self._adder(index) for index in range(len(places))]
         """For each trainable parameter, a hook that takes a gradient from it."""
         for parameter, hook in zip(parameters, self.hooks, strict=False):
@@ -101,34 +101,27 @@ class Bucket:
         Collective: every rank of the bucket's process group must call it.
         """
         rows = torch.zeros(self.num_ranks, sum(self.slices), dtype=torch.float32, device=self.device)
-        to: list[Tensor] = []
-        found: list[Tensor] = []
-        for part, gradient, k in zip(rows.split(self.slices, dim=1), self._gradients, self.slices, strict=True):
-            if gradient is not None:
-                num_full, rest = divmod(gradient.numel(), k)
-                flat = gradient.flatten()
-                to.append(part[:num_full])
-                found.append(flat[: num_full * k].view(num_full, k))
-                if rest:
-                    to.append(part[num_full, :rest])
-                    found.append(flat[num_full * k :])
-        if found:
-            torch._foreach_copy_(to, found)
-        self._gradients = [None] * len(self.parameters)
+        if self._gradients:
+            torch._foreach_copy_(
+                rows.split(self.slices, dim=1),
+                [g[: self.num_ranks * k].view(-1, k) for g, k in zip(self._gradients, self.slices, strict=True)],
+            )
+            self._gradients = []
         mine = rows.new_empty(rows.shape[1])
         dist.reduce_scatter_tensor(mine, rows.view(-1), group=self.group)
         torch._foreach_copy_(self.places, mine.split(self.slices))
 
     def _adder(self, index: int) -> Callable[[Tensor], None]:
-        """Return a hook that takes a new gradient of a parameter, and adds it to those of earlier encoder calls."""
+        """Return a hook that adds a new gradient of a parameter to those of earlier encoder calls."""
 
         def add(parameter: Tensor) -> None:
-            before, gradient = self._gradients[index], parameter.grad
+            if not self._gradients:
+                flat = torch.zeros(len(self._whole), dtype=torch.float32, device=self.device)
+                self._gradients = list(flat.split(self._padded))
+            gradient = parameter.grad
             assert gradient is not None
+            self._gradients[index][: gradient.numel()].add_(gradient.flatten())
             parameter.grad = None
-            if before is not None:
-                gradient = (before if before.dtype == torch.float32 else before.float()).add_(gradient)
-            self._gradients[index] = gradient
 
         return add
 

@@ -85,11 +85,11 @@ def zero_buffers(tower: nn.Module, recipe: Recipe, ep: int, ds_json: dict[str, A
     )
     if recipe.train.gather_audio_weights == "per_update":
         whole = sum(p.numel() for p in tower.parameters()) * size
-        # With recomputation, the gradients of several calls are added up in fp32. Otherwise, autograd adds them up.
+        # Without recomputation, autograd adds up the gradients of several calls before it hands them over.
         recomputes = recipe.train.recompute_encoders or recipe.train.recompute_encoder_calls
-        gradients = learned * (FP32_BYTES if recomputes else size)
+        summed = 0 if recomputes else learned * size
         copies = min(learned, BUCKET_ELEMENTS) * FP32_BYTES
-        return ZeroBuffers(0, whole, 0, learned, gradients, copies)
+        return ZeroBuffers(0, whole, 0, learned, learned * FP32_BYTES + summed, copies)
     threshold = int(zero.get("stage3_param_persistence_threshold", 1e5))
     reuse = int(zero.get("stage3_max_reuse_distance", 1e9))
     prefetch = int(zero.get("stage3_prefetch_bucket_size", 5e7))
