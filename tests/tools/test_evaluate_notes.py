@@ -51,6 +51,13 @@ def test_card_has_no_local_paths_and_no_doubled_scores() -> None:
     kept = _without_paths(recipe + "files: ['/a/b/c.jsonl', \"~/x/d\"]\nurl: https://host/a/b\n")
     assert "/home" not in kept and "run_dir: …/runs\n" in kept and "files: ['…/c.jsonl', \"…/d\"]" in kept
     assert "s3://bucket/data" in kept and "ds_configs/zero3.json" in kept and "https://host/a/b" in kept
-    scores = {"asr/wer": 0.5, "asr/default/wer": 0.5, "er/accuracy": 0.5, "er/a/accuracy": 0.4, "er/b/accuracy": 0.6}
+    scores = {
+        "unfinished": 1,
+        "asr/wer": 0.5,
+        "asr/default/wer": 0.5,
+        "er/accuracy": 0.5,
+        "er/a/accuracy": 0.4,
+        "er/b/accuracy": 0.6,
+    }
     lines = "\n".join(_scores({"scores": {"test": scores}}))
-    assert "asr/wer" in lines and "asr/default" not in lines and "er/a/accuracy" in lines
+    assert "asr/wer" in lines and "unfinished" in lines and "asr/default" not in lines and "er/a/accuracy" in lines
