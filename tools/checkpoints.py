@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
+from trainer.__main__ import be_calm
 
 if TYPE_CHECKING:
     from trainer.checkpoint.catalog import Checkpoints
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 1 if `verify` or `sign` found a damaged checkpoint, 2 after printing a UserError, else 0.
     """
     options = _parser().parse_args(arguments)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    be_calm()
     try:
         found = _open(options)
         report = _ACTIONS[options.action](found, options)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from model.errors import UserError
 from tools.options import check_at_least, check_output, plain_faults
+from trainer.__main__ import be_calm
 
 if TYPE_CHECKING:
     from trainer.export.publish import Findings, Options
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 2 after printing a UserError, else 0.
     """
     options = _parser().parse_args(arguments)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    be_calm()
     try:
         _check(options)
         with plain_faults(options.out):

@@ -13,15 +13,14 @@ Exit code 0: all files have an answer. 2: a file or the model cannot be used.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import UserError, printable_lines
 from tools.options import check_at_least
+from trainer.__main__ import be_calm
 
 if TYPE_CHECKING:
     from trainer.evaluation.offline.answer import Answerer
@@ -56,8 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--overlap", type=float, metavar="SEC", help="least overlap of windows (default: a sixth of a window)"
     )
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    be_calm()
     try:
         return _run(options)
     except UserError as error:
