@@ -32,7 +32,7 @@ _STATES = {
 """The state of a run after each event that changes it."""
 STATES = (*dict.fromkeys(_STATES.values()), "stored")
 """All states of a run."""
-_FINAL = {"finished": ("submitted", "started"), "cancelled": ("submitted", "started")}
+_FINAL = {"finished": ("submitted", "started"), "cancelled": ("submitted", "started", "finished")}
 """The events that change a final state. Others, such as `stopped` after `cancelled`, do not change it."""
 _NUM_EVENTS = 8
 _METRICS_NAME = "metrics.jsonl"

@@ -33,7 +33,7 @@ from trainer.data.config import TokenizerConfig
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.shard_build import BuildReport
 from trainer.donors import donors_of, provenance
-from trainer.dry_run import PLAN_NAME, write_plan
+from trainer.dry_run import write_plan
 from trainer.engine.determinism import deterministic_kernels
 from trainer.engine.ds_config import build_ds_config
 from trainer.engine.encoders import AudioEngine
@@ -66,7 +66,7 @@ from trainer.telemetry.announce import print_timed
 from trainer.telemetry.events import EventLog, begin_attempt, read_events
 from trainer.telemetry.hook import HOOKS, Hook
 from trainer.telemetry.jsonl import write_atomically
-from trainer.telemetry.origin import origin_of
+from trainer.telemetry.origin import PLAN_NAME, origin_of
 from trainer.telemetry.trackers.base import TrackedRun
 from trainer.telemetry.trackers.table import build_trackers
 from trainer.training.evaluate import Evaluator
@@ -74,6 +74,7 @@ from trainer.training.hooks import EventHook, LoadHook, ProgressHook, SummaryHoo
 from trainer.training.loop import Loop
 from trainer.training.report import closing, final_table
 from trainer.training.step import Step
+from trainer.training.utilization import kept_generators
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -349,7 +350,8 @@ def build_hooks(recipe: Recipe, run_dir: Path, start: int, events: EventLog) -> 
         tags=origin_of(dump(recipe)),
         files=(run_dir / "recipe.yaml", run_dir / PLAN_NAME),
     )
-    write_plan(recipe, run_dir / PLAN_NAME)
+    with kept_generators(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")):
+        write_plan(recipe, run_dir / PLAN_NAME)
     tracker = build_trackers(telemetry.trackers, run)
     hooks: list[Hook] = [
         TrackerHook(tracker, telemetry.log_every_steps),

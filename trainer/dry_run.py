@@ -21,9 +21,6 @@ from trainer.plan.states import States
 from trainer.plan.tables import bytes_text, count_text, ranks_text, table
 from trainer.telemetry.jsonl import write_atomically
 
-PLAN_NAME = "plan.txt"
-"""The name of the file in the run's folder that contains the plan of its job, or else this summary."""
-
 
 def describe(recipe: Recipe, memory: bool = True) -> str:
     """Return the text that `--dry-run` prints.

@@ -76,6 +76,7 @@ def test_run_after_a_restart(tmp_path: Path) -> None:
         (["started", "finished", "refused"], "finished"),
         (["started", "cancelled", "signal", "saved", "stopped"], "cancelled"),
         (["started", "cancelled", "submitted"], "waiting"),
+        (["started", "cancelled", "saved", "finished"], "finished"),
     ],
 )
 def test_states(tmp_path: Path, names: list[str], state: str) -> None:

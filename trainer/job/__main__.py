@@ -35,6 +35,8 @@ from trainer.run.hardware import events_of_job, suspect_nodes
 from trainer.telemetry.alerts import Alerts
 from trainer.telemetry.announce import print_timed
 from trainer.telemetry.events import Event, EventLog, read_events
+from trainer.telemetry.jsonl import write_atomically
+from trainer.telemetry.origin import PLAN_NAME
 
 _STORE_SEC = 10.0
 _STORE_AGAIN_SEC = 120.0
@@ -109,18 +111,19 @@ def check(recipe: str, overrides: Sequence[str], retry_sec: float = _STORE_SEC, 
         subprocess.Popen([sys.executable, "-m", *command], stdout=PIPE, stderr=PIPE, text=True) for command in commands
     ]
     outputs = [process.communicate() for process in running]
-    snapshot_gib = 0.0
+    snapshot_gib, shown = 0.0, ""
     if plan:
         lines = outputs[-1][0].splitlines()
         text, planned = [x for x in lines if not x.startswith("{")], [x for x in lines if x.startswith("{")]
-        print("\n".join(text).rstrip(), flush=True)
+        shown = "\n".join(text).rstrip()
+        print(shown, flush=True)
         snapshot_gib = json.loads(planned[-1])["snapshot_bytes_per_node"] / GIB if planned else 0.0
     line = next((line for line in outputs[0][0].splitlines() if line.startswith("{")), None)
     facts = None
     if line is not None:
         tree = json.loads(line)
         lists = {name: tuple(tree[name]) for name in ("stores", "trackers")}
-        facts = Facts(**{**tree, **lists, "snapshot_gib": snapshot_gib})
+        facts = Facts(**{**tree, **lists, "snapshot_gib": snapshot_gib, "plan": shown})
     for process, (_, errors) in reversed(list(zip(running, outputs, strict=True))):
         if process.returncode:
             raise RefusedError(errors.strip().removeprefix("error: "), facts)
@@ -311,6 +314,9 @@ def _in_job(recipe: str, overrides: Sequence[str]) -> int:
             run_dir = Path(error.facts.run_dir)
             EventLog(run_dir, notify=Alerts(run_dir)).add("refused", why=str(error), job=allocation.job_id)
         raise
+    if facts.plan:  # Trackers show it.
+        Path(facts.run_dir).mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(facts.run_dir) / PLAN_NAME, facts.plan + "\n")
     log = EventLog(Path(facts.run_dir), notify=Alerts(Path(facts.run_dir)))
     return Job(allocation, facts, signals, log, (recipe, *overrides)).run()
 

@@ -38,6 +38,8 @@ class Facts:
     """URLs of the servers that trackers send to."""
     snapshot_gib: float = 0.0
     """The host memory that saving a checkpoint needs on each node, according to the plan; 0 if there is no plan."""
+    plan: str = ""
+    """The text of the plan; empty if there is none."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

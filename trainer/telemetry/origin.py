@@ -11,6 +11,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+PLAN_NAME = "plan.txt"
+"""The name of the file in a run's folder that contains the plan of its job, or else a summary of its recipe."""
 _PACKAGES = ("earshot", "torch", "deepspeed", "megatron-core", "transformers")
 _PROJECT = Path(__file__).parents[2]
 _GIT_SEC = 5.0

@@ -34,7 +34,7 @@ from trainer.training.replicas import check_replicas
 from trainer.training.saver import Saver
 from trainer.training.spikes import EndError, answer_spike
 from trainer.training.step import Step
-from trainer.training.utilization import utilization_of
+from trainer.training.utilization import kept_generators, utilization_of
 
 
 class Loop:
@@ -82,7 +82,8 @@ class Loop:
             groups.world,
             lambda events: gather_values(events, groups.world),
         )
-        self.utilization = None if groups.rank else utilization_of(recipe, groups.topology, groups.device)
+        with kept_generators(groups.device):
+            self.utilization = None if groups.rank else utilization_of(recipe, groups.topology, groups.device)
         self.last_step = recipe.train.steps
         """The step after which the run is finished. Early stopping sets it to an earlier step."""
         self.stopped = False

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
+from model.errors import UserError
 from model.lengths import num_samples
 from trainer.config.schema import Recipe
 from trainer.parallel.topology import Topology
@@ -34,7 +36,7 @@ class Utilization:
 
 
 def utilization_of(recipe: Recipe, topology: Topology, device: torch.device) -> Utilization | None:
-    """Return the model FLOPs of a run; None on a CPU and on devices whose peak rate is not known.
+    """Return the model FLOPs of a run; None on a CPU, and if the device's peak rate or the sizes are not known.
 
     They are those of `earshot plan` for its typical batch, per token and per second of audio.
     """
@@ -45,7 +47,15 @@ def utilization_of(recipe: Recipe, topology: Topology, device: torch.device) -> 
     if known is None:
         return None
     tflops = known.tflops if recipe.train.precision == "bf16" else known.fp32_tflops
-    return measure(recipe, topology, tflops * 1e12 * topology.world, device.type)
+    try:
+        return measure(recipe, topology, tflops * 1e12 * topology.world, device.type)
+    except UserError:  # A model that is only a hub id has unknown sizes.
+        return None
+
+
+def kept_generators(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context manager that restores torch's random generators, which the sizes of a model are drawn from."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def measure(recipe: Recipe, topology: Topology, peak_flops_per_sec: float, device: str) -> Utilization:
