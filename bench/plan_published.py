@@ -3,9 +3,10 @@
     python -m bench.plan_published [ROW …] [--memory] [--halves]
 
 `bench/published.csv` contains the runs with their sources. Each is planned with the product's own planner as an LLM
-with a one-layer encoder and one clip of 0.1 s. Its column `mechanisms` lists what the run used and the trainer does not
-have; `counts` is `yes` for runs that decide the exit code, `what-if` for runs with mechanisms that the trainer lacks,
-and `no` for runs whose step time or micro-batch is not certain.
+with a one-layer encoder and one clip of 0.1 s. Its column `recipe` lists the recipe keys of mechanisms that the run
+used, and `mechanisms` what the run used and the trainer does not have; `counts` is `yes` for runs that decide the exit
+code, `what-if` for runs that the trainer could not repeat (context parallelism, overlapping tensor parallelism, fp8,
+deterministic kernels), and `no` for runs whose step time or micro-batch is not certain.
 
 The last line is a JSON object. The exit code is 1 if a goal is missed.
 """
@@ -37,6 +38,8 @@ class Published:
     id: str
     counts: str
     accelerator: str
+    recompute: str
+    recipe: str
     mechanisms: str
     settings: dict[str, int]
     step_sec: float
@@ -79,6 +82,8 @@ def published(path: Path = ROWS) -> list[Published]:
                     row["id"],
                     row["counts"],
                     row["accelerator"],
+                    row["recompute"],
+                    row["recipe"],
                     row["mechanisms"],
                     own,
                     float(row["published_step_sec"]),
@@ -89,7 +94,18 @@ def published(path: Path = ROWS) -> list[Published]:
     return found
 
 
-_TEXT = ("id", "counts", "accelerator", "mechanisms", "published_step_sec", "published_peak_gib", "note", "source")
+_TEXT = (
+    "id",
+    "counts",
+    "accelerator",
+    "recompute",
+    "recipe",
+    "mechanisms",
+    "published_step_sec",
+    "published_peak_gib",
+    "note",
+    "source",
+)
 
 
 def recipe_of(row: Published) -> Any:
@@ -119,9 +135,10 @@ def recipe_of(row: Published) -> Any:
             f"data.global_batch_samples={samples}",
             f"data.num_lanes={samples}",
             f"train.llm_tokens_per_microbatch={s['seq'] * s['micro_batch']}",
-            f"train.recompute_llm={str(bool(s['full_recompute'])).lower()}",
+            f"train.recompute_llm={row.recompute}",
             "train.precision=bf16",
             "train.deepspeed=ds_configs/zero3.json",
+            *row.recipe.split(),
         ],
     )
 

@@ -57,15 +57,15 @@ class BareLLM(LLMEngine):
     def __init__(self, config: ModelConfig, groups: Groups) -> None:
         self.hf_config, self.groups, self.dtype = resolve_hf_config(config.llm), groups, torch.float32
         source = RandomSource(self.hf_config, parity.SEED)
-        self.gpt = build_megatron(self.hf_config, tp_size=1, pp_size=1, first_stage=True, last_stage=True)
-        load_megatron(self.gpt, source, self.hf_config, tp_rank=0, tp_size=1)
-        self.model, self.optimizer = self.gpt, None
+        self.chunks = build_megatron(self.hf_config, tp_size=1, pp_size=1, first_stage=True, last_stage=True)
+        load_megatron(self.chunks, source, self.hf_config, tp_rank=0, tp_size=1)
+        self.models, self.optimizer = self.chunks, None
 
     def grad_norm_sq(self) -> Tensor:
-        return _grad_square(list(self.gpt.parameters()))
+        return _grad_square(list(self.chunks[0].parameters()))
 
     def step(self, clip_coef: float, lr_scale: float) -> None:
-        self.gpt.zero_grad()
+        self.chunks[0].zero_grad()
 
 
 def build_step(model: ModelConfig, groups: Groups, on_device: bool) -> Step:
@@ -78,7 +78,7 @@ def build_step(model: ModelConfig, groups: Groups, on_device: bool) -> Step:
         groups = replace(groups, device=DEVICE)
         CALL_COST_SAMPLES[DEVICE.type] = CALL_COST_SAMPLES["cpu"]  # the same calls
         put(tower)
-        put(llm.gpt)
+        put(llm.chunks[0])
     llm.groups = groups
     audio = BareAudio(tower, groups, batch_samples=24000)
     return Step(model, parity.OPTIM, audio, llm, groups, num_steps=10, tokens_per_microbatch=48, seed=parity.SEED)

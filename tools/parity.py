@@ -12,6 +12,7 @@
     earshot parity --adapter queries    with another kind of adapter, and normalization
     earshot parity --family mixtral    an LLM with experts, spread over ranks in several ways
     earshot parity --freeze 'llm.*.experts.*'    with some parameters frozen
+    earshot parity --modes      all modes of the LLM's engine: virtual and uneven stages, recomputation, overlap
     earshot parity --json       also print one JSON object on the last line
 
 Run this command on a new cluster before training there. For each topology and five kinds of batches, it compares the
@@ -23,12 +24,13 @@ Exit code 0: all differences are within the limits. 1: a difference exceeds its 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,7 @@ class Row:
     """The comparison of one topology on one kind of batch."""
 
     topology: str
+    """The name of the topology, and the mode of the LLM's engine if it is not the default."""
     kind: str
     """One of `KINDS`, or `curve of N steps`."""
     loss: float
@@ -88,7 +91,19 @@ class Row:
         return self.loss <= TOLERANCE and self.gradient <= TOLERANCE
 
 
-def topologies(max_ranks: int, experts: bool = False) -> list[Topology]:
+EVEN, UNEVEN = 4, 7
+"""Numbers of layers that two stages, and four chunks, share evenly or not."""
+
+
+def modes(topology: Topology) -> list[dict[str, Any]]:
+    """Return the fields of every `trainer.parity.Mode` that differs from the default on this topology."""
+    layers = (EVEN, UNEVEN) if topology.pp > 1 else (EVEN,)
+    overlaps = ("none", "gradients", "both") if topology.dp > 1 else ("none",)
+    combinations = itertools.product(layers, ("none", "selective", "full"), overlaps)
+    return [{"num_layers": n, "recompute": recompute, "overlap": overlap} for n, recompute, overlap in combinations]
+
+
+def topologies(max_ranks: int, experts: bool = False, max_virtual: int = 1) -> list[Topology]:
     """Return the topologies of 1, 2, 4, … up to `max_ranks` processes.
 
     Expert parallelism of the encoders is 1, 2 (so that ranks hold different numbers of the three experts) and 4 (so
@@ -98,6 +113,7 @@ def topologies(max_ranks: int, experts: bool = False) -> list[Topology]:
         max_ranks: The largest number of processes.
         experts: True for an LLM with experts. Its experts are spread over 1, 2 and 4 ranks, each on one rank or shared
             by the tensor-parallel ranks, and the encoders' experts over all ranks.
+        max_virtual: The largest number of virtual stages on a pipeline of two stages.
     """
     worlds = [w for w in (1, 2, 4, 8, 16) if w <= max_ranks]
     grids = [
@@ -112,7 +128,11 @@ def topologies(max_ranks: int, experts: bool = False) -> list[Topology]:
             if (w // pp) % (ffn_ep * etp) == 0
         ]
     return [
-        Topology(w, tp, pp, ep) for ep in (1, 2, 4) for w, tp, pp in grids if w % ep == 0 and (ep < 4 or tp * pp <= 2)
+        Topology(w, tp, pp, ep, vp=vp)
+        for ep in (1, 2, 4)
+        for w, tp, pp in grids
+        for vp in range(1, max_virtual + 1)
+        if w % ep == 0 and (ep < 4 or tp * pp <= 2) and (vp == 1 or pp == 2)
     ]
 
 
@@ -121,7 +141,8 @@ def name(topology: Topology) -> str:
 
     `FFN-EP` is the number of ranks over which the LLM's experts are spread, and `ETP` the number that share an expert.
     """
-    sizes = [("DP", topology.dp), ("TP", topology.tp), ("PP", topology.pp), ("EP", topology.ep)]
+    sizes = [("DP", topology.dp), ("TP", topology.tp), ("PP", topology.pp), ("VP", topology.vp)]
+    sizes.append(("EP", topology.ep))
     if topology.ffn_ep > 1:
         sizes += [("FFN-EP", topology.ffn_ep), ("ETP", topology.expert_tp)]
     parts = [f"{k}{n}" for k, n in sizes if n > 1]
@@ -141,6 +162,7 @@ def check(
     freeze: Sequence[str] = (),
     gathering: str = "per_update",
     recompute_calls: bool = False,
+    modes: Sequence[Mapping[str, Any]] = ({},),
 ) -> list[Row]:
     """Compare one topology with the single-process model, in new processes.
 
@@ -157,14 +179,15 @@ def check(
         freeze: Patterns on the names of parameters that are not trained.
         gathering: `train.gather_audio_weights`.
         recompute_calls: `train.recompute_encoder_calls`.
+        modes: The fields of each `trainer.parity.Mode` to compare; those not given have their defaults.
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "rows.json"
-        shape = [topology.tp, topology.pp, topology.ep]
+        shape = [topology.tp, topology.pp, topology.ep, topology.vp]
         experts = [topology.ffn_ep, topology.ffn_etp]
         options = [num_steps, family, kinds, deepspeed, pack_multiple, lora, adapter, stages, *experts, list(freeze)]
         options += [gathering, recompute_calls]
-        task = json.dumps([*shape, *options, str(out)])
+        task = json.dumps([*shape, *options, list(modes), str(out)])
         code = start_ranks(topology.world, module_command("tools.parity", "--worker", task))
         if code:
             return [Row(name(topology), f"crashed with exit code {code}", float("nan"), float("nan"), "")]
@@ -184,6 +207,7 @@ def measure(
     tp: int,
     pp: int,
     ep: int,
+    vp: int,
     num_steps: int,
     family: str,
     kinds: Sequence[str],
@@ -197,6 +221,7 @@ def measure(
     freeze: Sequence[str] = (),
     gathering: str = "per_update",
     recompute_calls: bool = False,
+    modes: Sequence[Mapping[str, Any]] = ({},),
 ) -> list[dict[str, Any]]:
     """Compare the topology of this launch with the oracle.
 
@@ -206,6 +231,7 @@ def measure(
         tp: The tensor-parallel size.
         pp: The pipeline-parallel size.
         ep: The expert-parallel size.
+        vp: The number of virtual stages.
         num_steps: The length of the loss curves; 0 for none.
         family: The family of the LLM.
         kinds: The kinds of batches.
@@ -219,6 +245,7 @@ def measure(
         freeze: Patterns on the names of parameters that are not trained.
         gathering: `train.gather_audio_weights`.
         recompute_calls: `train.recompute_encoder_calls`.
+        modes: The fields of each `trainer.parity.Mode` to compare.
 
     Returns:
         The fields of each `Row`.
@@ -233,31 +260,36 @@ def measure(
     import torch.distributed as dist
 
     rank, world, device = connect(timeout_sec=300)
-    topology = Topology(world, tp, pp, ep, ffn_ep, ffn_etp)
+    topology = Topology(world, tp, pp, ep, ffn_ep, ffn_etp, vp)
     groups = build_groups(topology, rank, device, parity.SEED)
-    model = parity.tiny_model(family, adapter)
     ds_config = build_ds_config(Path(deepspeed), precision="fp32") if deepspeed else DS_CONFIG
     chosen = parity.STAGED if stages else parity.ADAPTERS if lora else parity.ALL_WEIGHTS
     learned = parity.without(chosen, freeze)
-    step = parity.build_step(
-        model,
-        groups,
-        ds_config,
-        max(1, num_steps),
-        pack_multiple=pack_multiple,
-        learned=learned,
-        gathering="per_module" if gathering == "per_module" else "per_update",
-        recompute_calls=recompute_calls,
-    )
-    oracle = parity.build_oracle(model, learned)
     rows = []
-    for kind in kinds:
-        with parity.favoured(step, 1 if kind == "one_expert" else None):
-            found = parity.compare(step, oracle, parity.make_samples(kind, world, model.adapter.rate))
-        rows.append(Row(name(topology), kind, found.loss, found.gradient, found.worst, found.gap))
-    if num_steps:
-        worst_loss, worst_norm = parity.loss_curves(step, oracle, num_steps)
-        rows.append(Row(name(topology), f"curve of {num_steps} steps", worst_loss, worst_norm, "gradient norm"))
+    for fields in modes:
+        mode = parity.Mode(**fields)
+        model = parity.tiny_model(family, adapter, mode.num_layers)
+        step = parity.build_step(
+            model,
+            groups,
+            ds_config,
+            max(1, num_steps),
+            pack_multiple=pack_multiple,
+            learned=learned,
+            gathering="per_module" if gathering == "per_module" else "per_update",
+            recompute_calls=recompute_calls,
+            mode=mode,
+        )
+        oracle = parity.build_oracle(model, learned)
+        label = " ".join(filter(None, (name(topology), mode.label)))
+        for kind in kinds:
+            with parity.favoured(step, 1 if kind == "one_expert" else None):
+                found = parity.compare(step, oracle, parity.make_samples(kind, world, model.adapter.rate))
+            rows.append(Row(label, kind, found.loss, found.gradient, found.worst, found.gap))
+        if num_steps:
+            worst_loss, worst_norm = parity.loss_curves(step, oracle, num_steps)
+            rows.append(Row(label, f"curve of {num_steps} steps", worst_loss, worst_norm, "gradient norm"))
+        step.audio.engine.destroy()
     dist.barrier()
     dist.destroy_process_group()
     return [asdict(row) for row in rows]
@@ -326,6 +358,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="train.gather_audio_weights (default: per_update)",
     )
     parser.add_argument("--recompute-calls", action="store_true", help="train.recompute_encoder_calls")
+    parser.add_argument(
+        "--modes",
+        action="store_true",
+        help="compare every mode of the LLM's engine on two kinds of batches: virtual and uneven stages, "
+        "recomputation, and overlap of the exchange between replicas",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -342,15 +380,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    print(f"{'topology':12} {'batch':26} {'loss':>9} {'gradient':>9}   largest at")
+    width = 48 if options.modes else 12
+    print(f"{'topology':{width}} {'batch':26} {'loss':>9} {'gradient':>9}   largest at")
     rows: list[Row] = []
     has_experts = options.family == MIXTURE or LLM_FAMILIES[options.family].experts is not None
-    for topology in topologies(options.ranks, has_experts):
+    for topology in topologies(options.ranks, has_experts, 2 if options.modes else 1):
         for row in check(
             topology,
             options.steps,
             options.family,
-            KINDS,
+            ("mixed", "text_only") if options.modes else KINDS,
             options.deepspeed,
             options.pack_multiple,
             options.lora,
@@ -359,12 +398,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.freeze,
             options.gathering,
             options.recompute_calls,
+            modes(topology) if options.modes else ({},),
         ):
             rows.append(row)
             verdict = "" if row.passed else "   OVER"
             gap = "" if row.gap is None else f"   smallest gap {row.gap:.1e}"
             print(
-                f"{row.topology:12} {row.kind:26} {row.loss:9.1e} {row.gradient:9.1e}   {row.worst}{gap}{verdict}",
+                f"{row.topology:{width}} {row.kind:26} {row.loss:9.1e} {row.gradient:9.1e}   {row.worst}{gap}{verdict}",
                 flush=True,
             )
     passed = all(r.passed for r in rows)

@@ -32,23 +32,26 @@ TOLERANCE = 1e-4
 SAVING_RANKS = 2
 
 # The cases that are saved on two ranks. They cover tied embeddings on two stages, norms of q and k on two tensor ranks,
-# frozen parts, parameters that ZeRO-3 keeps gathered (persistence), and an LLM whose experts are spread over ranks.
+# virtual stages of unequal length, frozen parts, parameters that ZeRO-3 keeps gathered (persistence), and an LLM whose
+# experts are spread over ranks.
 SAVED: dict[str, dict[str, Any]] = {
     "dp2·ep2": {"ep": 2, "persistence": 1000, "frozen": ["audio.primary.*", "llm.model.layers.0.*"]},
     "tp2": {"tp": 2, "family": "qwen3"},
     "pp2·ep2": {"pp": 2, "ep": 2, "family": "qwen2", "frozen": ["audio.experts.hubert.*"]},
     "ffn-ep2": {"family": "qwen3_moe", "ffn_ep": 2, "frozen": ["llm.model.layers.0.mlp.experts.[0-4].*"]},
+    "pp2·vp2": {"pp": 2, "vp": 2, "layers": 7, "family": "qwen2"},
 }
 # A case with fp32 master weights of bf16 weights. Its losses depend on the topology, so it is loaded only on its own.
 SAME_ONLY: dict[str, dict[str, Any]] = {"dp2-bf16": {"dtype": "bfloat16", "persistence": 1000}}
 # The other topologies on which each case of `SAVED` is loaded, by number of ranks. `ffn_ep` counts only for an LLM with
 # experts.
 LOADED: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"1": {"tp": 1, "pp": 1, "ep": 1, "ffn_ep": 1}},
-    2: {"dp2": {"tp": 1, "pp": 1, "ep": 1, "ffn_ep": 1}},
+    1: {"1": {"tp": 1, "pp": 1, "ep": 1, "ffn_ep": 1, "vp": 1}},
+    2: {"dp2": {"tp": 1, "pp": 1, "ep": 1, "ffn_ep": 1, "vp": 1}},
     4: {
-        "tp2·pp2": {"tp": 2, "pp": 2, "ep": 1, "ffn_ep": 2},
-        "dp4·ep2": {"tp": 1, "pp": 1, "ep": 2, "ffn_ep": 4},
+        "tp2·pp2": {"tp": 2, "pp": 2, "ep": 1, "ffn_ep": 2, "vp": 1},
+        "dp2·pp2·vp2": {"tp": 1, "pp": 2, "ep": 1, "ffn_ep": 1, "vp": 2},
+        "dp4·ep2": {"tp": 1, "pp": 1, "ep": 2, "ffn_ep": 4, "vp": 1},
     },
 }
 
@@ -253,6 +256,8 @@ def _build(
     without: Sequence[str] = (),
     lora: bool = False,
     ffn_ep: int = 1,
+    vp: int = 1,
+    layers: int = 4,
 ) -> Any:
     import torch
 
@@ -272,15 +277,18 @@ def _build(
     from trainer.training.step import Step
 
     rank, world, device = connect()
-    model = replace(tiny_model(family), experts=tuple(e for e in tiny_model(family).experts if e.name not in without))
+    model = tiny_model(family, num_layers=layers)
+    model = replace(model, experts=tuple(e for e in model.experts if e.name not in without))
     hf_config = resolve_hf_config(model.llm)
-    parallel = ParallelConfig(world, tp, pp, ep, 1 if mixture_of(hf_config) is None else ffn_ep)
+    parallel = ParallelConfig(world, tp, pp, ep, virtual_stages=vp)
+    if mixture_of(hf_config) is not None:
+        parallel = replace(parallel, ffn_expert=ffn_ep, virtual_stages=1)
     groups = build_groups(build_topology(parallel, world), rank, device, SEED)
     parts = tuple(PartConfig(pattern, frozen=True) for pattern in frozen)
     learned = ADAPTERS if lora else ALL_WEIGHTS
     optim = OptimConfig(lr=2e-3, weight_decay=0.01, warmup_steps=2, parts=(*learned.optim.parts, *parts))
     source = RandomSource(hf_config, SEED)
-    llm = LLMEngine(hf_config, source, optim, groups, getattr(torch, dtype), False, learned.adapters)
+    llm = LLMEngine(hf_config, source, optim, groups, getattr(torch, dtype), adapters=learned.adapters)
     torch.manual_seed(SEED)
     tower = AudioTower(model, hf_config.hidden_size, VOCAB_SIZE, place(model, ep).held_by(rank)).train()
     add_adapters(tower, "audio.", learned.adapters)

@@ -38,6 +38,7 @@ from trainer.engine.determinism import deterministic_kernels
 from trainer.engine.ds_config import build_ds_config
 from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine
+from trainer.engine.llm_optimizer import Reduction
 from trainer.engine.optim import check_patterns
 from trainer.engine.placement import place
 from trainer.engine.stages import check_stages
@@ -280,7 +281,14 @@ def build_step(
     source = WatchedSource(weight_source(recipe.model.llm, hf_config, recipe.seed, donors), heartbeat)
     train, adapters = recipe.train, Adapters.of(recipe.lora, recipe.seed)
     llm = LLMEngine(
-        hf_config, source, recipe.staged_optim, groups, DTYPES[train.precision], train.recompute_llm, adapters
+        hf_config,
+        source,
+        recipe.staged_optim,
+        groups,
+        DTYPES[train.precision],
+        train.recompute_llm,
+        adapters,
+        Reduction.of(recipe.parallel),
     )
     heartbeat("the encoders")
     torch.manual_seed(recipe.seed)

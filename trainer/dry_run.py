@@ -12,6 +12,7 @@ from trainer.config.checks import deepspeed_json, known_llm_config
 from trainer.config.schema import Recipe, TrainConfig
 from trainer.data.tokenizer import load_tokenizer
 from trainer.engine.ds_config import load_ds_json
+from trainer.engine.llm_optimizer import Reduction
 from trainer.engine.placement import place
 from trainer.engine.stages import stages_of
 from trainer.parallel.topology import Topology, build_topology
@@ -176,7 +177,8 @@ def _part_of(name: str) -> str:
 
 def _per_rank(recipe: Recipe, model: SizedModel, topology: Topology) -> list[str]:
     ds_json = load_ds_json(deepspeed_json(recipe))
-    states = rank_states(model, topology, recipe.staged_optim, recipe.train.precision, ds_json)
+    reduction = Reduction.of(recipe.parallel)
+    states = rank_states(model, topology, recipe.staged_optim, recipe.train.precision, ds_json, reduction)
     audio = max(states.audio, key=lambda s: s.total)
     stages: dict[States, list[int]] = {}
     for stage, replicas in enumerate(states.llm):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,12 +25,14 @@ from model.llm.experts import smallest_gap
 from model.llm.families import mixture_of
 from model.llm.names import hf_to_local, local_pieces
 from model.llm.reference import resolve_hf_config
+from model.llm.stages import Recompute
 from model.llm.weights import RandomSource, embedding_rms
 from model.lora import Adapters, add_adapters, initial_factor
 from model.speech_llm import Losses, SpeechLLM
 from trainer.engine.ds_config import Gathering
 from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine
+from trainer.engine.llm_optimizer import Reduction
 from trainer.engine.optim import OptimConfig, PartConfig, lr_scale, param_groups, set_rates
 from trainer.engine.placement import place
 from trainer.engine.stages import StageConfig, stage_at, staged_optim, stages_of
@@ -44,6 +46,7 @@ from trainer.training.step import Step
 VOCAB_SIZE = 61
 PLACEHOLDER = 60
 SEED = 3
+NUM_LAYERS = 4
 
 OPTIM = OptimConfig(lr=2e-3, weight_decay=0.01, clip_norm=1.0, schedule="cosine", warmup_steps=2)
 
@@ -115,6 +118,32 @@ EXPERTS: dict[str, dict[str, Any]] = {
 that got experts from the recipe, in every second layer."""
 
 
+@dataclass(frozen=True)
+class Mode:
+    """How the LLM's engine computes the same thing."""
+
+    num_layers: int = NUM_LAYERS
+    """The number of layers of the LLM, which decides whether stages are even."""
+    recompute: Recompute | None = None
+    """What the LLM recomputes; None for everything on a pipeline and nothing without one, as the encoders do."""
+    overlap: Literal["none", "gradients", "both"] = "none"
+    """The exchanges between replicas that overlap with computation: of gradients, or of gradients and weights."""
+
+    @property
+    def reduction(self) -> Reduction:
+        """How gradients and weights are exchanged. Buckets are so small that the first stage has several of them."""
+        overlaps = self.overlap != "none"
+        return Reduction(overlaps, self.overlap == "both", bucket_elements=4000 if overlaps else None)
+
+    @property
+    def label(self) -> str:
+        """The settings that differ from the defaults, as text."""
+        layers = f"{self.num_layers} layers" if self.num_layers != NUM_LAYERS else ""
+        recompute = f"recompute {self.recompute}" if self.recompute else ""
+        overlap = f"overlap {self.overlap}" if self.overlap != "none" else ""
+        return ", ".join(filter(None, (layers, recompute, overlap)))
+
+
 ADAPTER_KINDS = {
     "convolutions": AdapterConfig(hidden_size=16),
     "stacking": AdapterConfig("stacking", hidden_size=16, strides=(5,), normalize=True),
@@ -138,12 +167,13 @@ STAGED = Learned(
 """Stages in which parts begin to learn, stop, and begin again."""
 
 
-def tiny_model(llm_family: str = "llama", adapter: str = "convolutions") -> ModelConfig:
+def tiny_model(llm_family: str = "llama", adapter: str = "convolutions", num_layers: int = NUM_LAYERS) -> ModelConfig:
     """Return a model with all parts, as small as possible: a primary, three unequal experts, both gates, all losses.
 
     Args:
         llm_family: The family of the LLM.
         adapter: The kind of the adapter.
+        num_layers: The number of layers of the LLM.
     """
     conv = {"conv_dim": [16] * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4}
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, **conv}
@@ -153,7 +183,7 @@ def tiny_model(llm_family: str = "llama", adapter: str = "convolutions") -> Mode
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": num_layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
@@ -276,6 +306,7 @@ def build_step(
     learned: Learned = ALL_WEIGHTS,
     gathering: Gathering = "per_update",
     recompute_calls: bool = False,
+    mode: Mode = Mode(),
 ) -> Step:
     """Return the distributed model with the oracle's initial weights.
 
@@ -285,7 +316,8 @@ def build_step(
     hf_config = resolve_hf_config(config.llm)
     source = RandomSource(hf_config, SEED)
     recompute = groups.topology.pp > 1  # so that both ways are compared
-    llm = LLMEngine(hf_config, source, optim, groups, dtype, recompute, learned.adapters)
+    llm_recompute = mode.recompute or ("full" if recompute else "none")
+    llm = LLMEngine(hf_config, source, optim, groups, dtype, llm_recompute, learned.adapters, mode.reduction)
     torch.manual_seed(SEED)
     held = place(config, groups.topology.ep).held_by(groups.rank)
     tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE, held, embedding_rms(source))
@@ -403,13 +435,15 @@ def _gather_gradients(engine: LLMEngine) -> None:
     from megatron.core import parallel_state
 
     with megatron_calls():
-        model: Any = engine.model
-        copies = (
-            (model.buffers, parallel_state.get_data_parallel_group(with_context_parallel=True)),
-            (model.expert_parallel_buffers, parallel_state.get_expert_data_parallel_group()),
+        dense, experts = (
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+            parallel_state.get_expert_data_parallel_group(),
         )
-        for buffers, group in copies:
-            for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
+        models: list[Any] = engine.models
+        copies = [(buffer, dense) for model in models for buffer in model.buffers]
+        copies += [(buffer, experts) for model in models for buffer in model.expert_parallel_buffers]
+        for buffer, group in copies:
+            for bucket in buffer.buckets:
                 parts = bucket.grad_data.chunk(dist.get_world_size(group))
                 mine = parts[dist.get_rank(group)].clone()
                 dist.all_gather(list(parts), mine, group=group)

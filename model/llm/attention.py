@@ -5,10 +5,12 @@ Shapes: t rows of a pack, H query heads and G key-value heads of this rank, D he
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
@@ -92,6 +94,12 @@ class PackedAttention(nn.Module):
         assert query.shape[0] == packed.num_tokens, (query.shape, packed.num_tokens)
         if self.inv_freq.device != query.device:
             self.inv_freq = to_device(self.inv_freq, query.device)
+        if self.training and self.config.recompute_granularity == "selective":
+            attended: Tensor = checkpoint(partial(self._attend, packed=packed), False, query, key, value)
+            return attended
+        return self._attend(query, key, value, packed)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         cos, sin = packed.rotation(self.inv_freq, self.scaling, like=query)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if packed.cache is None:

@@ -69,7 +69,7 @@ def add_llm_adapters(
         if parts:
             is_column_parallel = weight.removesuffix(".weight").endswith(_COLUMN_PARALLEL)
             add = _add_columns if is_column_parallel else _add_rows
-            module.lora_A, module.lora_B = nn.ParameterDict(), nn.ParameterDict()
+            module.lora_A, module.lora_B = _Factors(), _Factors()
             add(module, pieces, parts, shapes, adapters)
 
 
@@ -89,6 +89,18 @@ def _linear_layers(gpt: Any) -> Iterator[tuple[str, Any]]:
         for path, network in networks:
             yield f"{prefix}{path}.linear_fc1.weight", network.linear_fc1
             yield f"{prefix}{path}.linear_fc2.weight", network.linear_fc2
+
+
+class _Factors(nn.Module):
+    """The factors A or B of a layer's adapters, by projection.
+
+    A factor is read by a call. Megatron waits in hooks on calls for weights that are gathered during the forward pass.
+    """
+
+    def forward(self, key: str) -> Tensor:
+        """Return the factor of a projection."""
+        factor: Tensor = self.get_parameter(key)
+        return factor
 
 
 @dataclass(frozen=True)
@@ -116,8 +128,8 @@ def _add_columns(
         a = adapters.initial(f"{LLM}{name}.lora_A", (config.rank, inputs))
         b = adapters.initial(f"{LLM}{name}.lora_B", (outputs, config.rank))
         own = [piece.index[0] for piece in pieces if _projection(piece) == name]
-        module.lora_A[key] = _copied(a, module)
-        module.lora_B[key] = _split(torch.cat([b[rows] for rows in own]), module, dim=0)
+        module.lora_A.register_parameter(key, _copied(a, module))
+        module.lora_B.register_parameter(key, _split(torch.cat([b[rows] for rows in own]), module, dim=0))
         found.append(_Part(key, config, _positions(pieces, name).to(module.weight.device)))
     module.register_forward_hook(partial(_add_to_columns, parts=found))
 
@@ -133,27 +145,28 @@ def _add_rows(
     ((name, config),) = parts.items()
     key, (outputs, inputs) = name.rpartition(".")[2], shapes[f"{name}.weight"]
     a = adapters.initial(f"{LLM}{name}.lora_A", (config.rank, inputs))
-    module.lora_A[key] = _split(a[:, pieces[0].index[1]], module, dim=1)
-    module.lora_B[key] = _copied(adapters.initial(f"{LLM}{name}.lora_B", (outputs, config.rank)), module)
+    module.lora_A.register_parameter(key, _split(a[:, pieces[0].index[1]], module, dim=1))
+    b = adapters.initial(f"{LLM}{name}.lora_B", (outputs, config.rank))
+    module.lora_B.register_parameter(key, _copied(b, module))
     module.register_forward_hook(partial(_add_to_rows, key=key, scale=config.scale))
 
 
 def _add_to_columns(module: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any], *, parts: list[_Part]) -> Any:
     values, bias = output
-    low = linear(args[0], torch.cat([module.lora_A[part.key] for part in parts]))
+    low = linear(args[0], torch.cat([module.lora_A(part.key) for part in parts]))
     if module.sequence_parallel and not module.explicit_expert_comm:
         low = gather_from_sequence_parallel_region(low, group=module.tp_group)
     for part, own in zip(parts, low.split([part.config.rank for part in parts], dim=-1), strict=True):
-        values = values.index_add(-1, part.rows, part.config.scale * linear(own, module.lora_B[part.key]))
+        values = values.index_add(-1, part.rows, part.config.scale * linear(own, module.lora_B(part.key)))
     return values, bias
 
 
 def _add_to_rows(module: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any], *, key: str, scale: float) -> Any:
     values, bias = output
-    low = linear(args[0], module.lora_A[key])  # with several tensor ranks, a part of a sum
+    low = linear(args[0], module.lora_A(key))  # with several tensor ranks, a part of a sum
     if module.sequence_parallel and not module.explicit_expert_comm:
         low = reduce_scatter_to_sequence_parallel_region(low, group=module.tp_group)
-    return values + scale * linear(low, module.lora_B[key]), bias
+    return values + scale * linear(low, module.lora_B(key)), bias
 
 
 def _copied(values: Tensor, module: Any) -> nn.Parameter:

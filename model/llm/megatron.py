@@ -1,17 +1,17 @@
-"""The LLM on Megatron-core: one pipeline stage of a `GPTModel`, which computes the same as transformers' model.
+"""The LLM on Megatron-core: the `GPTModel`s of one pipeline stage, which compute the same as transformers' model.
 
 Before anything is built here, the caller must call `parallel_state.initialize_model_parallel` and
 `model_parallel_cuda_manual_seed`. On machines without CUDA, all calls must be within
 `trainer.parallel.cpu.megatron_calls`.
 
-Forward, on every stage::
+A stage has one model per virtual stage, called a chunk (`model.llm.stages`). Forward, on every chunk::
 
     gpt(input_ids=None, position_ids=None, attention_mask=None,
-        decoder_input=x,              # first stage: [t/TP, 1, hidden], see embed_tokens; other stages: None
+        decoder_input=x,              # first chunk: [t/TP, 1, hidden], see embed_tokens; other chunks: None
         labels=labels,                # [1, t], no IGNORE (put any valid id and mask the losses); None for logits
         packed_seq_params=packed)     # PackedSequences of t rows, t a multiple of TP
 
-returns, on the last stage, losses `[1, t]` in fp32, or logits `[1, t, padded vocabulary / TP]` (all of it with
+returns, on the last chunk, losses `[1, t]` in fp32, or logits `[1, t, padded vocabulary / TP]` (all of it with
 `runtime_gather_output=True`); on others hidden states `[t/TP, 1, hidden]`. Padded vocabulary columns are -inf.
 """
 
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -31,7 +32,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -44,10 +45,20 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from model.errors import UserError
 from model.llm.attention import PackedAttention
 from model.llm.families import family_of, mixture_of
 from model.llm.megatron_experts import expert_options, expert_spec, watch
+from model.llm.mlp import SwiGLUMLP
 from model.llm.names import head_dim, padded_vocab_size, tp_dim
+from model.llm.stages import Recompute, chunk_layers
+
+_RECOMPUTATION: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    # `RMSNorm`, `PackedAttention` and `SwiGLUMLP` recompute. Megatron's own recomputed norms need TransformerEngine.
+    "selective": {"recompute_granularity": "selective", "recompute_modules": []},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 class RMSNorm(nn.Module):
@@ -58,10 +69,30 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=_device(config)))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.is_recomputed = False
+        self.latest: CheckpointWithoutOutput | None = None
+        """The latest output, which `recompute_after` discards."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x` [..., hidden_size]."""
+        if not (self.is_recomputed and self.training):
+            return self._normalize(x)
+        self.latest = CheckpointWithoutOutput(fp8=None)
+        output: Tensor = self.latest.checkpoint(self._normalize, x)
+        return output
+
+    def _normalize(self, x: Tensor) -> Tensor:
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def recompute_after(self, consumer: nn.Module) -> None:
+        """Discard the norm's output once `consumer` has used it, and compute it again in the backward pass."""
+        self.is_recomputed = True
+        consumer.register_forward_hook(self._discard)
+
+    def _discard(self, _module: nn.Module, _args: Any, output: tuple[Tensor, Any]) -> None:
+        if self.latest is not None:
+            self.latest.discard_output_and_register_recompute(output[0])
+            self.latest = None
 
 
 def transformer_config(
@@ -69,8 +100,9 @@ def transformer_config(
     *,
     tp_size: int = 1,
     pp_size: int = 1,
+    vp_size: int = 1,
     dtype: torch.dtype = torch.float32,
-    recompute: bool = False,
+    recompute: Recompute = "none",
     ep_size: int = 1,
     expert_tp_size: int | None = None,
 ) -> TransformerConfig:
@@ -83,16 +115,19 @@ def transformer_config(
         hf_config: The LLM.
         tp_size: The tensor-parallel size.
         pp_size: The number of pipeline stages.
+        vp_size: The number of virtual stages of each pipeline stage.
         dtype: The dtype of the parameters.
-        recompute: True to keep only each layer's input for the backward pass.
+        recompute: What the backward pass computes again.
         ep_size: The number of ranks over which the experts of a layer are spread.
         expert_tp_size: The number of ranks that share an expert; None for `tp_size`.
+
+    Raises:
+        UserError: If an LLM with experts is to recompute selectively.
     """
-    family = family_of(hf_config)
-    experts = expert_options(
-        mixture_of(hf_config), tp_size=tp_size, ep_size=ep_size, expert_tp_size=expert_tp_size or tp_size
-    )
-    recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    family, mixture = family_of(hf_config), mixture_of(hf_config)
+    if mixture is not None and recompute == "selective":
+        raise UserError("train.recompute_llm = selective: legal values for an LLM with experts are none and full")
+    experts = expert_options(mixture, tp_size=tp_size, ep_size=ep_size, expert_tp_size=expert_tp_size or tp_size)
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
@@ -111,6 +146,10 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=tp_size,
         pipeline_model_parallel_size=pp_size,
+        pipeline_model_parallel_layout=_layout(hf_config.num_hidden_layers, pp_size, vp_size),
+        # With two stages, the same rank is both neighbors; separate transfers keep the two directions apart.
+        overlap_p2p_comm=vp_size > 1,
+        batch_p2p_comm=vp_size == 1,
         sequence_parallel=tp_size > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -127,9 +166,19 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
-        **(recomputation if recompute else {}),
+        **_RECOMPUTATION[recompute],
         **experts,
     )
+
+
+def _layout(num_layers: int, pp_size: int, vp_size: int) -> list[list[str]] | None:
+    """Return what Megatron needs to know of each chunk, in the order of the model; None without a pipeline."""
+    if pp_size == 1:
+        return None
+    chunks = [["decoder"] * count for count in chunk_layers(num_layers, pp_size, vp_size)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 def build_megatron(
@@ -139,15 +188,16 @@ def build_megatron(
     pp_size: int,
     first_stage: bool,
     last_stage: bool,
+    vp_size: int = 1,
     dtype: torch.dtype = torch.float32,
-    recompute: bool = False,
+    recompute: Recompute = "none",
     ep_size: int = 1,
     expert_tp_size: int | None = None,
-) -> GPTModel:
-    """Build this rank's stage of the model without initializing its weights.
+) -> list[GPTModel]:
+    """Build this rank's chunks of the model, one per virtual stage, without initializing their weights.
 
-    `model.llm.weights.load_megatron` fills the weights. Layers are divided evenly over the stages, and the vocabulary
-    is padded to a multiple of `tp_size`. Sequence parallelism is on if `tp_size` > 1.
+    `model.llm.weights.load_megatron` fills the weights. `model.llm.stages` divides the layers, and the vocabulary is
+    padded to a multiple of `tp_size`. Sequence parallelism is on if `tp_size` > 1.
 
     Args:
         hf_config: The LLM.
@@ -155,8 +205,9 @@ def build_megatron(
         pp_size: The number of pipeline stages.
         first_stage: True if this rank holds the first pipeline stage.
         last_stage: True if this rank holds the last pipeline stage.
+        vp_size: The number of virtual stages, which Megatron's groups were created with.
         dtype: The dtype of the parameters.
-        recompute: True to keep only each layer's input for the backward pass.
+        recompute: What the backward pass computes again.
         ep_size: The number of ranks over which the experts of a layer are spread.
         expert_tp_size: The number of ranks that share an expert; None for `tp_size`.
     """
@@ -164,20 +215,35 @@ def build_megatron(
         hf_config,
         tp_size=tp_size,
         pp_size=pp_size,
+        vp_size=vp_size,
         dtype=dtype,
         recompute=recompute,
         ep_size=ep_size,
         expert_tp_size=expert_tp_size,
     )
+    return [
+        _build_chunk(
+            config, hf_config, first_stage and v == 0, last_stage and v == vp_size - 1, v if vp_size > 1 else None
+        )
+        for v in range(vp_size)
+    ]
+
+
+def _build_chunk(
+    config: TransformerConfig, hf_config: PretrainedConfig, first: bool, last: bool, vp_stage: int | None
+) -> GPTModel:
+    """Build one chunk. `first` and `last` say whether it is the first or the last chunk of the whole model."""
+    tp_size = config.tensor_model_parallel_size
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(config, hf_config),
+        transformer_layer_spec=_block_spec(config, hf_config, vp_stage),
         vocab_size=padded_vocab_size(hf_config, tp_size),
         max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=first_stage,
-        post_process=last_stage,
+        pre_process=first,
+        post_process=last,
         position_embedding_type="none",
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+        vp_stage=vp_stage,
     )
     for name, parameter in gpt.named_parameters():
         # Megatron marks these only when it initializes them. Unmarked, they would count once per TP rank in the norm.
@@ -185,9 +251,13 @@ def build_megatron(
         if dim is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, dim, 2 if "linear_fc1" in name else 1)
     watch(gpt)
-    if first_stage and recompute:
+    if config.recompute_granularity == "selective":
+        for layer in gpt.decoder.layers:
+            layer.input_layernorm.recompute_after(layer.self_attention)
+            layer.pre_mlp_layernorm.recompute_after(layer.mlp)
+    if first and config.recompute_granularity is not None:
         gpt.decoder.register_forward_pre_hook(_require_grad, with_kwargs=True)
-    if last_stage and padded_vocab_size(hf_config, tp_size) > hf_config.vocab_size:
+    if last and padded_vocab_size(hf_config, tp_size) > hf_config.vocab_size:
         gpt.output_layer.register_forward_hook(partial(_mask_padded_columns, vocab_size=hf_config.vocab_size))
     return gpt
 
@@ -215,7 +285,9 @@ def _device(config: TransformerConfig) -> Any:
     return None if config.use_cpu_initialization else torch.cuda.current_device()
 
 
-def _block_spec(config: TransformerConfig, hf_config: PretrainedConfig) -> TransformerBlockSubmodules:
+def _block_spec(
+    config: TransformerConfig, hf_config: PretrainedConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     inv_freq, scaling = rotary_frequencies(hf_config)
     head_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
@@ -226,7 +298,7 @@ def _block_spec(config: TransformerConfig, hf_config: PretrainedConfig) -> Trans
         k_layernorm=head_norm,
     )
     dense = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        module=SwiGLUMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
 
     def layer(mlp: ModuleSpec) -> ModuleSpec:
@@ -247,8 +319,8 @@ def _block_spec(config: TransformerConfig, hf_config: PretrainedConfig) -> Trans
     mixture = mixture_of(hf_config)
     with_experts = () if mixture is None else mixture.layers
     experts = None if mixture is None else expert_spec(mixture)
-    first = get_transformer_layer_offset(config)
-    numbers = range(first, first + get_num_layers_to_build(config))
+    first = get_transformer_layer_offset(config, vp_stage)
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage))
     specs = [layer(experts if n in with_experts and experts is not None else dense) for n in numbers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 

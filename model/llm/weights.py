@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -214,11 +214,16 @@ def check_tensor(source: WeightSource, name: str, expected: tuple[int, ...]) -> 
         )
 
 
-def global_parameters(gpt: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of a Megatron stage.
+def global_parameters(chunks: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a stage's chunks.
 
-    Layers are numbered over all pipeline stages, and experts over all ranks.
+    Layers are numbered over the whole model, and experts over all ranks.
     """
+    for chunk in chunks:
+        yield from _global_parameters(chunk)
+
+
+def _global_parameters(gpt: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     layers: Any = gpt.decoder.layers  # type: ignore[union-attr]
     offsets = [layer.layer_number - 1 for layer in layers]
     experts = [getattr(layer.mlp, "local_expert_indices", ()) for layer in layers]
@@ -233,7 +238,7 @@ def global_parameters(gpt: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 @torch.no_grad()
 def load_megatron(
-    gpt: nn.Module,
+    chunks: Sequence[nn.Module],
     source: WeightSource,
     hf_config: PretrainedConfig,
     *,
@@ -241,10 +246,10 @@ def load_megatron(
     tp_size: int,
     expert_tp: tuple[int, int] | None = None,
 ) -> None:
-    """Fill every parameter of this rank's stage, reading only the rank's slices.
+    """Fill every parameter of this rank's chunks, reading only the rank's slices.
 
     Args:
-        gpt: The stage.
+        chunks: The stage.
         source: The weights.
         hf_config: The LLM.
         tp_rank: The tensor-parallel rank.
@@ -259,7 +264,7 @@ def load_megatron(
     def split(name: str) -> tuple[int, int]:
         return expert_tp if expert_tp is not None and is_expert(name) else (tp_rank, tp_size)
 
-    needed = [(n, p, _hf_names(n, hf_config, *split(n))) for n, p in global_parameters(gpt)]
+    needed = [(n, p, _hf_names(n, hf_config, *split(n))) for n, p in global_parameters(chunks)]
     for hf_name in dict.fromkeys(h for *_, names in needed for h in names):
         check_tensor(source, hf_name, shapes[hf_name])
     for name, parameter, _ in needed:

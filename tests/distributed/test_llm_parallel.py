@@ -25,15 +25,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 CASES: dict[int, list[dict[str, Any]]] = {
     2: [
         {"family": "qwen3", "tp": 2},
-        {"family": "qwen3", "tp": 2, "recompute": True},
+        {"family": "qwen3", "tp": 2, "recompute": "full"},
         {"family": "qwen2", "pp": 2},
-        {"family": "llama", "pp": 2, "recompute": True},
+        {"family": "llama", "pp": 2, "recompute": "full"},
         {"family": "llama", "dp": 2},
         {"family": "qwen2", "tp": 2, "frozen": True},
     ],
     4: [
         {"family": "llama", "tp": 2, "pp": 2},
-        {"family": "qwen2", "tp": 2, "pp": 2, "recompute": True},
+        {"family": "qwen2", "tp": 2, "pp": 2, "recompute": "full"},
         {"family": "qwen2", "tp": 4},
         {"family": "qwen3", "tp": 2, "dp": 2},
     ],
@@ -137,7 +137,7 @@ def compare_cases() -> list[dict[str, float]]:
 
 
 def _compare(
-    family: str, tp: int = 1, pp: int = 1, dp: int = 1, recompute: bool = False, frozen: bool = False
+    family: str, tp: int = 1, pp: int = 1, dp: int = 1, recompute: str = "none", frozen: bool = False
 ) -> dict[str, float]:
     import torch
     import torch.distributed as dist

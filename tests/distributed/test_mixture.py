@@ -93,7 +93,7 @@ def forced_logits(folder: str, tp: int, pp: int, ffn_ep: int) -> dict[str, float
         engine.train(False)
 
         def embed(_pack: int, engine: Any = engine) -> Tensor:
-            return embed_tokens(engine.gpt, tokens())
+            return embed_tokens(engine.chunks[0], tokens())
 
         def read(_pack: int, logits: Tensor) -> Tensor:
             return gather_from_tensor_model_parallel_region(logits.contiguous())[:, :VOCAB_SIZE]

@@ -36,7 +36,7 @@ def compare_paddings(tp: int, pp: int) -> dict[str, object]:
     topology = Topology(world, tp, pp)
     groups = build_groups(topology, rank, device, SEED)
     hf_config = resolve_hf_config(tiny_model().llm)
-    engine = LLMEngine(hf_config, RandomSource(hf_config, SEED), OPTIM, groups, torch.float32, recompute=False)
+    engine = LLMEngine(hf_config, RandomSource(hf_config, SEED), OPTIM, groups, torch.float32)
     plan = plan_packs(SIZES, topology.dp, MULTIPLE, MULTIPLE)
     rows, share = plan.num_microbatches * plan.pack_tokens, plan.pack_tokens // tp
     padding = torch.ones(rows, dtype=torch.bool)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import pytest
 
 from tests.distributed.harness import run_ranks
@@ -25,6 +28,16 @@ LORA_CASES = [
     (Topology(4, 2, 2), 0, "qwen3", ("mixed", "text_only")),
     (Topology(4, 2, 1, 2), 0, "llama", ("mixed", "rank_without_audio")),
 ]
+# Topology, LLM family, adapters, modes (layers, recomputation, overlap). Together they contain every pair of settings.
+MODE_CASES: list[tuple[Topology, str, bool, list[tuple[int, str, str]]]] = [
+    (Topology(2, 1, 1), "llama", False, [(4, "selective", "both"), (4, "none", "gradients"), (4, "full", "both")]),
+    (Topology(2, 1, 2, vp=2), "qwen2", False, [(4, "none", "none"), (7, "selective", "none"), (7, "full", "none")]),
+    (Topology(4, 1, 2, vp=2), "llama", False, [(7, "none", "both"), (4, "selective", "gradients")]),
+    (Topology(4, 2, 2, vp=2), "qwen3", False, [(7, "selective", "none"), (4, "full", "none")]),
+    (Topology(4, 1, 2), "qwen2", False, [(7, "selective", "both")]),
+    (Topology(4, 2, 1), "llama", True, [(4, "selective", "both")]),
+    (Topology(4, 1, 2, 2, vp=2), "qwen2", True, [(7, "full", "gradients")]),
+]
 
 
 ADAPTER_CASES = [
@@ -46,9 +59,11 @@ def check(
     stages: bool = False,
     gathering: str = "per_update",
     recompute_calls: bool = False,
+    modes: Sequence[Mapping[str, Any]] = ({},),
 ) -> list[Row]:
-    task = {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep, "num_steps": num_steps, "family": family}
+    task = {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep, "vp": topology.vp, "num_steps": num_steps}
     task |= {
+        "family": family,
         "kinds": kinds,
         "deepspeed": deepspeed,
         "pack_multiple": pack_multiple,
@@ -57,6 +72,7 @@ def check(
         "stages": stages,
         "gathering": gathering,
         "recompute_calls": recompute_calls,
+        "modes": list(modes),
     }
     return [Row(**row) for row in run_ranks(topology.world, measure, task, timeout_sec=200)[0]]
 
@@ -137,4 +153,15 @@ def test_adapters_and_frozen_weights_equal_the_oracle(
 def test_topology_equals_the_oracle(topology: Topology, steps: int, family: str, kinds: tuple[str, ...]) -> None:
     rows = check(topology, steps, family, kinds)
     assert len(rows) == len(kinds) + (steps > 0)
+    assert all(row.passed for row in rows), rows
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("topology", "family", "lora", "modes"), MODE_CASES)
+def test_modes_of_the_llm_equal_the_oracle(
+    topology: Topology, family: str, lora: bool, modes: list[tuple[int, str, str]]
+) -> None:
+    fields = [dict(zip(("num_layers", "recompute", "overlap"), mode, strict=True)) for mode in modes]
+    rows = check(topology, 2, family, ("mixed", "text_only"), lora=lora, modes=fields)
+    assert len(rows) == 3 * len(modes) and len({row.topology for row in rows}) == len(modes)
     assert all(row.passed for row in rows), rows

@@ -13,14 +13,14 @@ from trainer.parallel.topology import Topology
 
 DS_CONFIG = Path(__file__).parent.parent.parent / "ds_configs" / "zero3.json"
 
-# world → (tp, pp, ep), LLM family, precision, frozen parts
-CASES: dict[int, list[tuple[tuple[int, int, int], str, str, str]]] = {
-    2: [((2, 1, 1), "llama", "bf16", ""), ((1, 2, 2), "qwen2", "fp32", "")],
+# world → (tp, pp, ep, vp), LLM family, number of layers, precision of weights and of gradients, frozen parts
+CASES: dict[int, list[tuple[tuple[int, int, int, int], str, int, str, str, str]]] = {
+    2: [((2, 1, 1, 1), "llama", 4, "bf16", "bf16", ""), ((1, 2, 2, 2), "qwen2", 7, "fp32", "fp32", "")],
     4: [
-        ((1, 1, 2), "llama", "bf16", "audio.primary.*"),
-        ((2, 2, 1), "qwen3", "fp32", "llm.*norm*"),
-        ((1, 2, 4), "qwen2", "bf16", ""),
-        ((2, 1, 2), "mistral", "fp32", "llm.*"),
+        ((1, 1, 2, 1), "llama", 4, "bf16", "fp32", "audio.primary.*"),
+        ((2, 2, 1, 1), "qwen3", 5, "fp32", "fp32", "llm.*norm*"),
+        ((1, 2, 4, 2), "qwen2", 6, "bf16", "bf16", ""),
+        ((2, 1, 2, 1), "mistral", 4, "fp32", "fp32", "llm.*"),
     ],
 }
 
@@ -42,17 +42,30 @@ def test_model_states_are_exact(world: int) -> None:
         assert len({tuple(e) for e in expected}) > 1 or case[0][1] == 1  # stages differ
 
 
-def planned(world: int, split: tuple[int, int, int], family: str, precision: str, frozen: str) -> list[list[int]]:
+def reduction(gradients: str) -> Any:
+    """Return an exchange that overlaps, in buckets so small that the first stage has several."""
+    import torch
+
+    from trainer.engine.llm_optimizer import Reduction
+
+    dtype = torch.bfloat16 if gradients == "bf16" else torch.float32
+    return Reduction(True, True, dtype, bucket_elements=4000)
+
+
+def planned(
+    world: int, split: tuple[int, int, int, int], family: str, layers: int, precision: str, gradients: str, frozen: str
+) -> list[list[int]]:
     """Return the planned [weights, gradients, optimizer, snapshot] of every rank."""
     from model.llm.reference import resolve_hf_config
     from trainer.parity import tiny_model
     from trainer.plan.ranks import rank_states
     from trainer.plan.sizes import SizedModel
 
-    config = tiny_model(family)
+    config = tiny_model(family, num_layers=layers)
     model = SizedModel(config, resolve_hf_config(config.llm), vocab_size=61)
     topology = Topology(world, *split)
-    states = rank_states(model, topology, optim(frozen), precision, json.loads(DS_CONFIG.read_text()))
+    ds_json = json.loads(DS_CONFIG.read_text())
+    states = rank_states(model, topology, optim(frozen), precision, ds_json, reduction(gradients))
     found = (states.of_rank(rank) for rank in range(world))
     return [[s.weights, s.gradients, s.optimizer, s.snapshot] for s in found]
 
@@ -86,11 +99,12 @@ def held() -> list[list[int]]:
 
     rank, world, device = connect(timeout_sec=120)
     results = []
-    for split, family, precision, frozen in CASES[world]:
-        config, dtype = tiny_model(family), torch.bfloat16 if precision == "bf16" else torch.float32
+    for split, family, layers, precision, gradients, frozen in CASES[world]:
+        config, dtype = tiny_model(family, num_layers=layers), torch.bfloat16 if precision == "bf16" else torch.float32
         hf_config = resolve_hf_config(config.llm)
         groups = build_groups(Topology(world, *split), rank, device, seed=1)
-        llm = LLMEngine(hf_config, RandomSource(hf_config, 1), optim(frozen), groups, dtype, recompute=False)
+        source = RandomSource(hf_config, 1)
+        llm = LLMEngine(hf_config, source, optim(frozen), groups, dtype, reduction=reduction(gradients))
         held = place(config, groups.topology.ep).held_by(rank)
         tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE, held).train()
         audio = AudioEngine(tower, optim(frozen), build_ds_config(DS_CONFIG, precision=precision), groups, 1.5)  # type: ignore[arg-type]

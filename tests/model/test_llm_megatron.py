@@ -78,8 +78,8 @@ def pair(family: str, **options: Any) -> tuple[Any, Any]:
         for parameter in reference.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     with megatron_calls():
-        gpt = build_megatron(reference.config, tp_size=1, pp_size=1, first_stage=True, last_stage=True, **options)
-        load_megatron(gpt, StateDictSource(reference.state_dict()), reference.config, tp_rank=0, tp_size=1)
+        (gpt,) = build_megatron(reference.config, tp_size=1, pp_size=1, first_stage=True, last_stage=True, **options)
+        load_megatron([gpt], StateDictSource(reference.state_dict()), reference.config, tp_rank=0, tp_size=1)
     return reference, gpt
 
 
@@ -115,7 +115,7 @@ def test_logits_and_gradients_equal_transformers(family: str) -> None:
     with megatron_calls():
         run(gpt, ids, PackedSequences(lengths=LENGTHS), labels).sum().backward()
     reader = StateDictSource({name: p.grad for name, p in reference.named_parameters()})
-    names = dict(global_parameters(gpt))
+    names = dict(global_parameters([gpt]))
     for name, parameter in names.items():
         want = hf_to_local(name, reader.read, reference.config, 0, 1)
         assert (parameter.grad - want).abs().max() <= 1e-5 * want.abs().max(), name
@@ -136,15 +136,18 @@ def test_segments_do_not_see_each_other() -> None:
 @pytest.mark.parametrize("frozen_embedding", [False, True])
 def test_recomputation_changes_nothing(frozen_embedding: bool) -> None:
     gradients = []
-    for recompute in (False, True):
+    for recompute in ("none", "selective", "full"):
         _, gpt = pair("qwen3", recompute=recompute)
-        assert (gpt.config.recompute_granularity == "full") == recompute
+        assert gpt.config.recompute_granularity == (None if recompute == "none" else recompute)
         gpt.embedding.requires_grad_(not frozen_embedding)
         with megatron_calls():
             run(gpt, tokens(), PackedSequences(lengths=LENGTHS), tokens(seed=1)).sum().backward()
         gradients.append([p.grad for p in gpt.parameters() if p.requires_grad])
         assert all(gradient is not None for gradient in gradients[-1])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for plain, selective, full in zip(*gradients, strict=True):
+        assert torch.equal(plain, full)
+        # Without a gradient, torch computes RMSNorm by another kernel, which rounds differently.
+        torch.testing.assert_close(selective, plain, rtol=0, atol=1e-6 * float(plain.abs().max()))
 
 
 def test_bf16_stays_close() -> None:

@@ -179,8 +179,8 @@ def test_megatron_computes_the_same(one_rank: None, family: str) -> None:
     adapters = Adapters(PARTS, drawn_factor)
     reference: Any = build_reference(LLMConfig(config={**SHAPE, "model_type": family}), seed=5)
     with megatron_calls():
-        gpt: Any = build_megatron(reference.config, tp_size=1, pp_size=1, first_stage=True, last_stage=True)
-        load_megatron(gpt, StateDictSource(reference.state_dict()), reference.config, tp_rank=0, tp_size=1)
+        gpt: Any = build_megatron(reference.config, tp_size=1, pp_size=1, first_stage=True, last_stage=True)[0]
+        load_megatron([gpt], StateDictSource(reference.state_dict()), reference.config, tp_rank=0, tp_size=1)
         add_llm_adapters(gpt, reference.config, adapters, tp_rank=0, tp_size=1)
     add_adapters(Holder(reference), "", adapters)
     ids = torch.randint(0, VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
@@ -194,7 +194,7 @@ def test_megatron_computes_the_same(one_rank: None, family: str) -> None:
     wanted.square().sum().backward()
     assert close(found, wanted)
     tensors, checked = dict(reference.named_parameters()), set()
-    for name, parameter in global_parameters(gpt):
+    for name, parameter in global_parameters([gpt]):
         row = 0
         for piece in local_pieces(name, reference.config, 0, 1):
             twin = tensors[str(piece.hf_name)]

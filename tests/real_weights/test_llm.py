@@ -112,9 +112,9 @@ def _pack_logits(folder: str, segments: list[list[int]], tp: int = 1, pp: int = 
     config = LLMConfig(weights=folder)
     hf_config = resolve_hf_config(config)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-    gpt = build_megatron(hf_config, tp_size=tp, pp_size=pp, first_stage=first, last_stage=last).eval()
+    gpt = build_megatron(hf_config, tp_size=tp, pp_size=pp, first_stage=first, last_stage=last)[0].eval()
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    load_megatron(gpt, weight_source(config, hf_config, None), hf_config, tp_rank=tp_rank, tp_size=tp)
+    load_megatron([gpt], weight_source(config, hf_config, None), hf_config, tp_rank=tp_rank, tp_size=tp)
     num_tokens = sum(map(len, segments))
     num_padding = -num_tokens % tp
     ids = torch.tensor([*(token for one in segments for token in one), *[0] * num_padding])

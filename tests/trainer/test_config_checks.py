@@ -81,9 +81,34 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         ),
         (
             "mowe_70b",
-            ["parallel.pipeline=16", "model.llm.config.num_hidden_layers=40"],
-            "parallel.pipeline = 16: must divide the LLM's 40 layers; "
-            "legal values for 128 ranks with tensor=8: 1, 2, 4, 8",
+            ["parallel.pipeline=16", "model.llm.config.num_hidden_layers=12"],
+            "parallel.pipeline = 16: the LLM has only 12 layers; legal values for 128 ranks with tensor=8: 1, 2, 4, 8",
+        ),
+        (
+            "mowe_70b",
+            ["parallel.virtual_stages=21"],
+            "parallel.virtual_stages = 21: the LLM's 80 layers are too few for pipeline=4; legal values are 1..20",
+        ),
+        (
+            "mowe_8b",
+            ["parallel.virtual_stages=2"],
+            "parallel.virtual_stages = 2: legal values for pipeline=1: 1, since there is no pipeline",
+        ),
+        (
+            "mowe_70b",
+            ["parallel.virtual_stages=0"],
+            "parallel.virtual_stages = 0: legal values for pipeline=4: at least 1",
+        ),
+        (
+            "mowe_70b",
+            ["parallel.overlap_grad_reduce=false", "parallel.overlap_param_gather=true"],
+            "parallel.overlap_param_gather = true: set parallel.overlap_grad_reduce=true, too",
+        ),
+        (
+            "debug",
+            ["parallel.grad_reduce_dtype=bf16"],
+            "parallel.grad_reduce_dtype = bf16: gradients have train.precision = fp32; set train.precision=bf16, or "
+            "parallel.grad_reduce_dtype=fp32",
         ),
         (
             "debug",

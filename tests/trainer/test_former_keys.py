@@ -30,6 +30,7 @@ from trainer.telemetry.load_history import HISTORY_NAME, read_history
             "model.router.gates=[dependent]",
             "model.router.gates: 'dependent' is renamed; write 'data_dependent' instead",
         ),
+        ("train.recompute_llm=true", "train.recompute_llm = true: replaced; write train.recompute_llm=full instead"),
     ],
 )
 def test_users_recipe_must_have_current_names(override: str, message: str) -> None:
@@ -45,6 +46,7 @@ def test_a_stored_recipe_is_translated() -> None:
     assert [d.name for d in recipe.data.datasets] == ["golden"]
     assert recipe.model.router.added_encoder_warmup_steps == 4
     assert recipe.model.router.gates == ("data_independent", "data_dependent")
+    assert "recompute_llm: false" in path.read_text() and recipe.train.recompute_llm == "none"
     assert "mlflow: false" in path.read_text()
     assert (recipe.telemetry.trackers, recipe.telemetry.experiment) == ((), "mowe")
 

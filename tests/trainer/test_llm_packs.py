@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from trainer.engine.llm import Packs, _Forward
+from trainer.engine.llm import Packs, _TrainedPacks
 
 
 def packs() -> Packs:
@@ -33,7 +33,7 @@ def test_losses_are_summed_by_sample_without_padding() -> None:
 
 def test_micro_batch_does_not_change_the_gradients_of_others() -> None:
     engine = SimpleNamespace(groups=SimpleNamespace(topology=SimpleNamespace(tp=2), is_first_stage=True))
-    forward = _Forward(cast(Any, engine), packs(), [])
-    assert [part.shape for part in forward.audio] == [(2000, 2)] * 4
-    forward.audio[1].sum().backward()
-    assert [part.grad is None for part in forward.audio] == [True, False, True, True]
+    step = _TrainedPacks(cast(Any, engine), packs(), [], None)
+    assert [part.shape for part in step.audio] == [(2000, 2)] * 4
+    step.audio[1].sum().backward()
+    assert [part.grad is None for part in step.audio] == [True, False, True, True]

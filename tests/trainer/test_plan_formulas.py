@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from model.llm.stages import Recompute
 from trainer.config.load import load_recipe
 from trainer.engine.optim import OptimConfig
 from trainer.parallel.topology import Topology, build_topology
@@ -38,7 +39,7 @@ def gpt(layers: int) -> LlamaConfig:
     )
 
 
-def of_layer(tp: int, recompute: bool, kernels: Kernels) -> float:
+def of_layer(tp: int, recompute: Recompute, kernels: Kernels) -> float:
     """Return the bytes that one more layer keeps, in units of s · b · h / t."""
     found: list[StageMemory] = []
     for layers in (2, 3):
@@ -60,23 +61,30 @@ def of_layer(tp: int, recompute: bool, kernels: Kernels) -> float:
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_full_recomputation_keeps_two_bytes_per_hidden_value(tp: int) -> None:
-    assert of_layer(tp, True, Kernels()) == pytest.approx(2, abs=1e-9)
+    assert of_layer(tp, "full", Kernels()) == pytest.approx(2, abs=1e-9)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_fused_kernels_keep_34_bytes_per_hidden_value(tp: int) -> None:
-    assert of_layer(tp, False, FUSED) == pytest.approx(34, rel=0.1)
+    assert of_layer(tp, "none", FUSED) == pytest.approx(34, rel=0.1)
 
 
 def test_what_the_trainer_keeps_beyond_that() -> None:
-    fused, padded = of_layer(2, False, FUSED), of_layer(2, False, Kernels())
-    attends = of_layer(2, False, Kernels(transformer_engine=True))
-    on_cpu = of_layer(2, False, Kernels("cpu"))
-    # Megatron's unfused SwiGLU keeps 2 f values more, and attention on padded batches copies.
-    assert attends - fused == pytest.approx(2 * 2 * gpt(1).intermediate_size / HIDDEN, rel=0.02)
-    assert attends < padded < on_cpu
+    fused, padded = of_layer(2, "none", FUSED), of_layer(2, "none", Kernels())
+    attends = of_layer(2, "none", Kernels(transformer_engine=True))
+    on_cpu = of_layer(2, "none", Kernels("cpu"))
+    # Attention on padded batches copies.
+    assert fused == attends < padded < on_cpu
     # On a CPU, both norms keep fp32 copies of their inputs.
     assert on_cpu - padded == pytest.approx(12, abs=0.1)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_selective_recomputation_keeps_the_inputs_of_what_it_recomputes(tp: int) -> None:
+    """Kept are the inputs of both norms, the query, key and value, the attention's output and both halves of SwiGLU."""
+    values = 2 + 3 + 1 + 2 * gpt(1).intermediate_size / HIDDEN
+    for kernels in (Kernels(), FUSED):
+        assert of_layer(tp, "selective", kernels) == pytest.approx(2 * values, rel=0.01)
 
 
 @pytest.mark.parametrize(("pp", "microbatches"), [(1, 4), (2, 4), (4, 4), (4, 16), (8, 8)])
@@ -102,6 +110,7 @@ def bubble(pp: int, microbatches: int, virtual: int) -> float:
             "model.llm.config.num_key_value_heads=32",
             f"parallel.num_ranks={pp}",
             f"parallel.pipeline={pp}",
+            f"parallel.virtual_stages={virtual}",
             f"data.global_batch_samples={microbatches}",
             f"data.num_lanes={microbatches}",
             "train.precision=bf16",
@@ -109,7 +118,7 @@ def bubble(pp: int, microbatches: int, virtual: int) -> float:
         ],
     )
     device = dataclasses.replace(KNOWN["h100"], per_node=16, node_gb_s=1e9, node_latency_us=0.0)
-    planner = Planner(recipe, device, mechanisms=Mechanisms(virtual_stages=virtual))
+    planner = Planner(recipe, device)
     topology = build_topology(recipe.parallel, pp)
     clips = np.full(microbatches, 1600, dtype=np.int64)
     tokens = np.full(microbatches, 4096, dtype=np.int64)

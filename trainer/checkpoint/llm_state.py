@@ -67,7 +67,8 @@ def refresh(engine: LLMEngine) -> None:
     with megatron_calls():
         for optimizer in engine.optimizer.chained_optimizers:
             optimizer._copy_main_params_to_model_params()
-        engine.model.start_param_sync(force_sync=True)  # type: ignore[operator]
+        for model in engine.models:
+            model.start_param_sync(force_sync=True)
 
 
 def tensor_names(engine: LLMEngine) -> set[str]:

@@ -46,6 +46,8 @@ def check_recipe(recipe: Recipe) -> None:
     hf_config = known_llm_config(recipe.model.llm)
     if hf_config is not None:
         check_llm(hf_config, recipe.parallel)
+        if mixture_of(hf_config) is not None and recipe.train.recompute_llm == "selective":
+            raise UserError("train.recompute_llm = selective: legal values for an LLM with experts are none and full")
         check_router_losses(recipe.model, hf_config)
         _check_lengths(recipe, hf_config)
         _check_vocabulary(recipe, hf_config)
@@ -55,6 +57,12 @@ def check_recipe(recipe: Recipe) -> None:
     _check_steps(recipe)
     check_trackers(recipe.telemetry.trackers)
     check_packs(recipe.train, recipe.parallel)
+    check_reduction(recipe.train, recipe.parallel)
+    if recipe.stages and recipe.parallel.overlap_grad_reduce:  # Megatron waits for the gradients of the first step
+        raise UserError(
+            "parallel.overlap_grad_reduce = true: the parameters that learn change between stages of training; set it "
+            "to false, or remove stages"
+        )
     check_gathering(deepspeed_json(recipe), load_ds_json(deepspeed_json(recipe)), recipe.train.gather_audio_weights)
     if recipe.train.deterministic:
         check_variables(os.environ)
@@ -141,11 +149,15 @@ def check_llm(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
             f"parallel.tensor = {tp}: must divide the LLM's {heads} attention heads, {groups} key-value heads and "
             f"{ffn} feed-forward channels; {_legal(legal, parallel, f'pipeline={pp}')}"
         )
-    if layers % pp:
-        legal = [d for d in divisors(layers) if not parallel.num_ranks % (d * tp)]
+    if pp > layers:
+        legal = [d for d in divisors(parallel.num_ranks // tp) if d <= layers]
         raise UserError(
-            f"parallel.pipeline = {pp}: must divide the LLM's {layers} layers; "
-            f"{_legal(legal, parallel, f'tensor={tp}')}"
+            f"parallel.pipeline = {pp}: the LLM has only {layers} layers; {_legal(legal, parallel, f'tensor={tp}')}"
+        )
+    if pp * parallel.virtual_stages > layers:
+        raise UserError(
+            f"parallel.virtual_stages = {parallel.virtual_stages}: the LLM's {layers} layers are too few for "
+            f"pipeline={pp}; legal values are 1..{layers // pp}"
         )
 
 
@@ -158,6 +170,16 @@ def _check_experts(hf_config: PretrainedConfig, parallel: ParallelConfig) -> Non
                 f"parallel.ffn_expert = {ep}: the LLM ({hf_config.model_type}) has no experts; the legal value is 1"
             )
         return
+    # An expert without tokens has no gradient, for which an overlapped reduction would wait.
+    for key, value, legal in (
+        ("virtual_stages", parallel.virtual_stages, 1),
+        ("overlap_grad_reduce", parallel.overlap_grad_reduce, False),
+    ):
+        if value != legal:
+            raise UserError(
+                f"parallel.{key} = {str(value).lower()}: the only legal value for an LLM with experts is "
+                f"{str(legal).lower()}"
+            )
     count, etp = len(mixture.experts), build_topology(parallel, parallel.num_ranks).expert_tp
     if count % ep:
         ranks = parallel.num_ranks // parallel.pipeline // etp
@@ -201,6 +223,21 @@ def check_packs(train: TrainConfig, parallel: ParallelConfig) -> None:
         f"train.pack_multiple_tokens = {multiple}: must be a multiple of parallel.tensor = {tp} and divide "
         f"train.llm_tokens_per_microbatch = {budget}; {listed}, or null"
     )
+
+
+def check_reduction(train: TrainConfig, parallel: ParallelConfig) -> None:
+    """Check the settings of the exchange of gradients and weights between replicas.
+
+    Raises:
+        UserError: If they exclude each other.
+    """
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        raise UserError("parallel.overlap_param_gather = true: set parallel.overlap_grad_reduce=true, too")
+    if parallel.grad_reduce_dtype == "bf16" and train.precision != "bf16":
+        raise UserError(
+            f"parallel.grad_reduce_dtype = bf16: gradients have train.precision = {train.precision}; set "
+            "train.precision=bf16, or parallel.grad_reduce_dtype=fp32"
+        )
 
 
 def _legal(values: list[int], parallel: ParallelConfig, other: str) -> str:

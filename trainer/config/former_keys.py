@@ -25,6 +25,9 @@ FORMER_SWITCHES = {"telemetry.mlflow": ("trackers", {True: ["mlflow"], False: []
 FORMER_VALUES = {"model.router.gates": FORMER_GATES}
 """For each dotted key of a list, the present names of its items by their former names."""
 
+FORMER_BOOLEANS = {"train.recompute_llm": {True: "full", False: "none"}}
+"""For each dotted key that was true or false, its present values."""
+
 
 def refuse(tree: dict[str, Any]) -> None:
     """Check that a user's recipe contains no former key or value.
@@ -45,6 +48,9 @@ def refuse(tree: dict[str, Any]) -> None:
         found = [v for v in section[key.rpartition(".")[2]] if v in names]
         if found:
             raise UserError(f"{key}: '{found[0]}' is renamed; write '{names[found[0]]}' instead")
+    for section, key, present in _former_booleans(tree):
+        value = section[key.rpartition(".")[2]]
+        raise UserError(f"{key} = {str(value).lower()}: replaced; write {key}={present[value]} instead")
 
 
 def translate(tree: dict[str, Any]) -> None:
@@ -62,6 +68,9 @@ def translate(tree: dict[str, Any]) -> None:
     for section, key, names in _former_values(tree):
         last = key.rpartition(".")[2]
         section[last] = [names.get(v, v) for v in section[last]]
+    for section, key, present in _former_booleans(tree):
+        last = key.rpartition(".")[2]
+        section[last] = present[section[last]]
 
 
 def _former_keys(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
@@ -82,6 +91,13 @@ def _former_values(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, 
     for key, names in FORMER_VALUES.items():
         section = _section(tree, key)
         if section is not None and isinstance(section.get(key.rpartition(".")[2]), list):
+            yield section, key, names
+
+
+def _former_booleans(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, dict[bool, str]]]:
+    for key, names in FORMER_BOOLEANS.items():
+        section = _section(tree, key)
+        if section is not None and isinstance(section.get(key.rpartition(".")[2]), bool):
             yield section, key, names
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from model.config import LoraConfig, ModelConfig
 from model.errors import UserError
+from model.llm.stages import Recompute
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.config.evaluation import EvalConfig
 from trainer.config.spike import SpikeConfig
@@ -48,8 +49,11 @@ class TrainConfig:
 
     A single longer clip has a call of its own. Lower the value if an encoder runs out of memory.
     """
-    recompute_llm: bool = False
-    """Whether to recompute the LLM's activations in the backward pass, which saves memory and costs time."""
+    recompute_llm: Recompute = "none"
+    """The activations of the LLM that the backward pass computes again, which saves memory and costs time.
+
+    selective: norms, SwiGLU and attention, but no matrix product of a layer. full: everything but the inputs of layers.
+    """
     recompute_encoders: bool = False
     """Whether to recompute the activations of the encoders' layers in the backward pass."""
     recompute_encoder_calls: bool = False

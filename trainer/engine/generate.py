@@ -90,7 +90,7 @@ def _compute_dummy_row(llm: LLMEngine) -> None:
     num_rows = llm.groups.topology.tp
     ids = torch.zeros(num_rows, dtype=torch.int64, device=llm.groups.device)
     rows = PackedSequences(lengths=(num_rows,))
-    llm.forward_only([rows], lambda _pack: embed_tokens(llm.gpt, ids), lambda _pack, logits: logits[:0])
+    llm.forward_only([rows], lambda _pack: embed_tokens(llm.chunks[0], ids), lambda _pack, logits: logits[:0])
 
 
 def _forward(
@@ -109,8 +109,8 @@ def _forward(
 
     def embed(_pack: int) -> Tensor:
         if packs is None:
-            return embed_tokens(llm.gpt, ids)
-        return embed_pack(llm.gpt, ids, packs.audio, packs.audio_mask)
+            return embed_tokens(llm.chunks[0], ids)
+        return embed_pack(llm.chunks[0], ids, packs.audio, packs.audio_mask)
 
     outputs = llm.forward_only([pack], embed, choose)
     chosen = outputs[0] if groups.is_last_stage else torch.zeros(num_prompts, dtype=torch.int64, device=groups.device)

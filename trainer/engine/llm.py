@@ -11,27 +11,32 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from model.llm.lora import add_llm_adapters
 from model.llm.megatron import build_megatron, embed_tokens
-from model.llm.names import is_expert, local_pieces
+from model.llm.names import is_expert
 from model.llm.packing import PackedSequences
+from model.llm.stages import Recompute
 from model.llm.weights import WeightSource, global_parameters, load_megatron
 from model.lora import NO_ADAPTERS, Adapters, llm_shapes
 from model.transfer import to_device
-from trainer.engine.optim import OptimConfig, ParamSetting, set_rates, setting_of
+from trainer.engine.llm_optimizer import (
+    FP32_REDUCTION,
+    Reduction,
+    all_frozen,
+    build_optimizer,
+    data_parallel,
+    freeze,
+    hf_name,
+)
+from trainer.engine.optim import OptimConfig, set_rates
 from trainer.engine.router_meter import RouterMeter
 from trainer.engine.token_losses import PackedLoss
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.groups import Groups
-
-PREFIX = "llm."
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,10 @@ class LLMEngine:
         source: The weights. Every rank reads only its slices.
         optim: The parameters that learn, and their settings.
         groups: The place of this rank. Megatron's groups must exist.
-        dtype: The dtype of weights and activations. Gradients and optimizer state are fp32.
-        recompute: If true, only the input of each layer is kept for the backward pass.
+        dtype: The dtype of weights and activations. The optimizer state is fp32.
+        recompute: What the backward pass computes again instead of keeping it.
         adapters: The low-rank adapters to add.
+        reduction: How gradients and weights are exchanged between replicas.
     """
 
     def __init__(
@@ -112,38 +118,45 @@ class LLMEngine:
         optim: OptimConfig,
         groups: Groups,
         dtype: torch.dtype,
-        recompute: bool,
+        recompute: Recompute = "none",
         adapters: Adapters = NO_ADAPTERS,
+        reduction: Reduction = FP32_REDUCTION,
     ) -> None:
         self.hf_config, self.groups, self.dtype = hf_config, groups, dtype
         self.shapes = llm_shapes(hf_config, adapters)
         """The shapes of all tensors of the LLM, by name without `llm.`."""
         topology, place = groups.topology, groups.place
         with megatron_calls():
-            self.gpt = build_megatron(
+            self.chunks = build_megatron(
                 hf_config,
                 tp_size=topology.tp,
                 pp_size=topology.pp,
+                vp_size=topology.vp,
                 first_stage=groups.is_first_stage,
                 last_stage=groups.is_last_stage,
                 dtype=dtype,
                 recompute=recompute,
                 ep_size=topology.ffn_ep,
                 expert_tp_size=topology.expert_tp,
-            ).to(groups.device)
+            )
+            """The models of this rank, one per virtual stage."""
+            for chunk in self.chunks:
+                chunk.to(groups.device)
             expert_tp = groups.expert_place.tp, topology.expert_tp
-            load_megatron(self.gpt, source, hf_config, tp_rank=place.tp, tp_size=topology.tp, expert_tp=expert_tp)
-            add_llm_adapters(self.gpt, hf_config, adapters, tp_rank=place.tp, tp_size=topology.tp, expert_tp=expert_tp)
-            self.settings = freeze(self.gpt, hf_config, optim)
-            self.model: nn.Module = self.gpt
+            load_megatron(self.chunks, source, hf_config, tp_rank=place.tp, tp_size=topology.tp, expert_tp=expert_tp)
+            for chunk in self.chunks:
+                add_llm_adapters(chunk, hf_config, adapters, tp_rank=place.tp, tp_size=topology.tp, expert_tp=expert_tp)
+            self.settings = freeze(self.chunks, hf_config, optim)
+            self.models: list[Any] = list(self.chunks)
+            """The chunks, in Megatron's data-parallel wrapper if anything learns."""
             self.optimizer: Any = None
-            if not _all_frozen(self.settings, groups):
-                self.model = data_parallel(self.gpt)
-                self.optimizer = _build_optimizer(self.model, optim, self.settings, dtype)
+            if not all_frozen(self.settings, groups):
+                self.models = data_parallel(self.chunks, reduction)
+                self.optimizer = build_optimizer(self.models, optim, self.settings, dtype)
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return this rank's parameters by Megatron name, with layers numbered over all stages."""
-        return list(global_parameters(self.gpt))
+        return list(global_parameters(self.chunks))
 
     def split(self, name: str) -> tuple[int, int]:
         """Return this rank's index among the ranks that share the Megatron parameter `name`, and their number."""
@@ -163,7 +176,7 @@ class LLMEngine:
     def forward_backward(
         self, packs: Packs, losses: Sequence[PackedLoss], router: RouterMeter | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run all micro-batches through the pipeline (1F1B) and back.
+        """Run all micro-batches through the pipeline (1F1B, interleaved with virtual stages) and back.
 
         Collective: every rank of the world must call it.
 
@@ -178,25 +191,18 @@ class LLMEngine:
                 computed the sample, so the sum over ranks is complete.
             audio_grad: The gradient [M·t/TP, H] of the total of `losses` with respect to `packs.audio`.
         """
-        forward = _Forward(self, packs, losses, router)
+        step = _TrainedPacks(self, packs, losses, router)
         with megatron_calls():
             if self.optimizer is not None:
-                self.model.zero_grad_buffer()  # type: ignore[operator]
+                for model in self.models:
+                    model.zero_grad_buffer()
                 self.optimizer.zero_grad()
-            get_forward_backward_func()(
-                forward_step_func=forward,
-                data_iterator=iter(range(len(packs.lengths))),
-                model=[self.model],
-                num_microbatches=len(packs.lengths),
-                seq_length=packs.pack_tokens,
-                micro_batch_size=1,
-                forward_only=False,
-            )
+            self._run(self.models, step.sequences, len(packs.lengths), packs.pack_tokens, step.embed, step.loss)
         counts_here = self.groups.is_last_stage and self.groups.place.tp == 0
         sample_losses = torch.stack(
-            [packs.sum_by_sample(f if counts_here else [], self.groups.device) for f in forward.token_losses]
+            [packs.sum_by_sample(f if counts_here else [], self.groups.device) for f in step.token_losses]
         )
-        grads = [torch.zeros_like(a) if a.grad is None else a.grad for a in forward.audio]
+        grads = [torch.zeros_like(a) if a.grad is None else a.grad for a in step.audio]
         return sample_losses, torch.cat(grads) if grads else torch.zeros_like(packs.audio)
 
     @torch.no_grad()
@@ -218,30 +224,77 @@ class LLMEngine:
         Returns:
             The results of `read`, in order; empty on other stages.
         """
+        count = len(sequences)
+        # The interleaved schedule takes multiples of PP. Dummy packs run while stages would be idle, and store no keys.
+        dummies = -count % self.groups.topology.microbatch_multiple
+        run = [*sequences, *[PackedSequences(lengths=sequences[-1].lengths)] * dummies]
 
-        def forward(microbatches: Iterator[int], model: nn.Module) -> tuple[Tensor, Any]:
-            m = next(microbatches)
+        def read_pack(m: int, logits: Tensor, non_loss_data: bool) -> Tensor | None:
+            return read(m, logits[0]) if m < count else None
+
+        with megatron_calls():
+            found = self._run(
+                self.chunks,
+                run.__getitem__,
+                len(run),
+                sequences[0].num_tokens,
+                lambda m: embed(min(m, count - 1)),
+                read_pack,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        return found[:count] if self.groups.is_last_stage else []
+
+    def _run(
+        self,
+        models: Sequence[Any],
+        sequences: Callable[[int], PackedSequences],
+        num_packs: int,
+        pack_tokens: int,
+        embed: Callable[[int], Tensor],
+        read: Callable[..., Any],
+        *,
+        forward_only: bool = False,
+        collect_non_loss_data: bool = False,
+    ) -> list[Any]:
+        """Run packs through the pipeline by Megatron's schedule.
+
+        Collective: every rank of the replica must call it.
+
+        Args:
+            models: `chunks` or `models`.
+            sequences: Called with the number of a pack, for what attention must know of it.
+            num_packs: The number of packs, a multiple of `topology.microbatch_multiple`.
+            pack_tokens: The number of rows of every pack.
+            embed: Called on the first stage with the number of a pack, for this rank's input [t/TP, 1, H].
+            read: Called on the last stage with the number of a pack, its logits [1, t, V/TP], and Megatron's arguments.
+            forward_only: See Megatron.
+            collect_non_loss_data: See Megatron.
+        """
+
+        def forward(numbers: Iterator[tuple[int, int]], model: nn.Module) -> tuple[Tensor, Any]:
+            chunk, m = next(numbers)
             output = model(
                 input_ids=None,
                 position_ids=None,
                 attention_mask=None,
-                decoder_input=embed(m) if self.groups.is_first_stage else None,
-                packed_seq_params=sequences[m],
+                decoder_input=embed(m) if chunk == 0 and self.groups.is_first_stage else None,
+                packed_seq_params=sequences(m),
             )
-            return output, lambda logits, non_loss_data: read(m, logits[0])
+            return output, partial(read, m)
 
-        with megatron_calls():
-            found: list[Tensor] = get_forward_backward_func()(
-                forward_step_func=forward,
-                data_iterator=iter(range(len(sequences))),
-                model=[self.gpt],
-                num_microbatches=len(sequences),
-                seq_length=sequences[0].num_tokens,
-                micro_batch_size=1,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
-        return found if self.groups.is_last_stage else []
+        numbers = [iter([(chunk, m) for m in range(num_packs)]) for chunk in range(len(models))]
+        found: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=numbers if len(models) > 1 else numbers[0],
+            model=list(models),
+            num_microbatches=num_packs,
+            seq_length=pack_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=collect_non_loss_data,
+        )
+        return found
 
     def reference_logits(self, packs: Packs, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return this rank's columns [n, V/TP] of the logits at the given rows [n] of every pack, without gradient.
@@ -254,7 +307,7 @@ class LLMEngine:
         return tuple(
             self.forward_only(
                 [packs.sequences(m) for m in range(len(packs.lengths))],
-                lambda m: embed_tokens(self.gpt, packs.token_ids[packs.rows(m)]),
+                lambda m: embed_tokens(self.chunks[0], packs.token_ids[packs.rows(m)]),
                 lambda m, logits: logits.index_select(0, rows[m]),
             )
         )
@@ -272,7 +325,7 @@ class LLMEngine:
 
     def begin_stage(self, stage: int) -> None:
         """Let those parameters learn that learn in a stage."""
-        for parameter in self.gpt.parameters():
+        for _, parameter in self.parameters():
             setting = self.settings[id(parameter)]
             if not setting.frozen:
                 parameter.requires_grad_(not setting.in_stage(stage).frozen)
@@ -299,47 +352,41 @@ class LLMEngine:
 
     def train(self, mode: bool) -> None:
         """Switch every module to training mode or to evaluation mode."""
-        self.gpt.train(mode)
+        for chunk in self.chunks:
+            chunk.train(mode)
 
 
-class _Forward:
-    """The `forward_step_func` of Megatron, which runs one micro-batch through this stage."""
+class _TrainedPacks:
+    """The inputs of all micro-batches of a step on the first stage, and their losses on the last stage."""
 
     def __init__(
         self, engine: LLMEngine, packs: Packs, losses: Sequence[PackedLoss], router: RouterMeter | None
     ) -> None:
         self.engine, self.packs, self.losses = engine, packs, losses
         self.router = router
-        share = packs.pack_tokens // engine.groups.topology.tp
-        parts = packs.audio.detach().split(share) if engine.groups.is_first_stage else ()
+        self.share = packs.pack_tokens // engine.groups.topology.tp
+        parts = packs.audio.detach().split(self.share) if engine.groups.is_first_stage else ()
         self.audio = [part.requires_grad_() for part in parts]
         """One leaf of the graph per pack. With a single leaf, every micro-batch's gradient would be as large as all."""
         self.token_losses: list[list[Tensor]] = [[] for _ in losses]
         """For each loss, the token losses [t] in fp32 of the packs so far; last stage only."""
 
-    def __call__(self, microbatches: Iterator[int], model: nn.Module) -> tuple[Tensor, Any]:
-        m = next(microbatches)
-        packs, groups = self.packs, self.engine.groups
-        decoder_input = None
-        if groups.is_first_stage:
-            share = packs.pack_tokens // groups.topology.tp
-            mask = packs.audio_mask[m * share : (m + 1) * share]
-            decoder_input = embed_pack(self.engine.gpt, packs.token_ids[packs.rows(m)], self.audio[m], mask)
+    def sequences(self, m: int) -> PackedSequences:
+        """Return what a layer must know of a pack: its segments, and what measures its routers."""
         observe = None if self.router is None else partial(self.router.observe, m)
-        output = model(
-            input_ids=None,
-            position_ids=None,
-            attention_mask=None,
-            decoder_input=decoder_input,
-            packed_seq_params=replace(packs.sequences(m), observe=observe),
-        )
-        return output, lambda logits: self._loss(m, logits[0])
+        return replace(self.packs.sequences(m), observe=observe)
 
-    def _loss(self, m: int, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def embed(self, m: int) -> Tensor:
+        """Return the input [t/TP, 1, H] of a pack on the first stage."""
+        mask = self.packs.audio_mask[m * self.share : (m + 1) * self.share]
+        return embed_pack(self.engine.chunks[0], self.packs.token_ids[self.packs.rows(m)], self.audio[m], mask)
+
+    def loss(self, m: int, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the loss of a pack in the form that Megatron's schedule expects, given its logits [1, t, V/TP]."""
         labels = self.packs.labels[self.packs.rows(m)]
         total = torch.zeros((), device=logits.device)
         for packed, kept in zip(self.losses, self.token_losses, strict=True):
-            token_losses = packed.token_losses(m, logits, labels)
+            token_losses = packed.token_losses(m, logits[0], labels)
             kept.append(token_losses.detach())
             total = total + packed.factor * token_losses.sum()
         # Megatron divides by this number only if it finalizes the gradients itself, see `data_parallel`.
@@ -358,75 +405,3 @@ def embed_pack(gpt: Any, token_ids: Tensor, audio: Tensor, audio_mask: Tensor) -
     text = embed_tokens(gpt, token_ids)
     # Not masked_scatter: rows without audio must stay in the graph, or a text-only pack would have none.
     return torch.where(audio_mask[:, None, None], audio[:, None].to(text.dtype), text)
-
-
-def hf_name(name: str, hf_config: PretrainedConfig) -> str:
-    """Return `llm.` and the name of the first Hugging Face tensor that the Megatron parameter `name` consists of."""
-    pieces = local_pieces(name, hf_config, 0, 1)
-    return PREFIX + next(p.hf_name for p in pieces if p.hf_name is not None)
-
-
-def freeze(gpt: nn.Module, hf_config: PretrainedConfig, optim: OptimConfig) -> dict[int, ParamSetting]:
-    """Mark the parameters of a stage that do not learn, and return the setting of every parameter by its `id`."""
-    settings = {}
-    for name, parameter in global_parameters(gpt):
-        setting = setting_of(optim, hf_name(name, hf_config), parameter.dim())
-        # A weight under an adapter does not require a gradient already.
-        setting = replace(setting, frozen=setting.frozen or not parameter.requires_grad)
-        parameter.requires_grad_(not setting.frozen)
-        settings[id(parameter)] = setting
-    return settings
-
-
-def data_parallel(gpt: Any) -> nn.Module:
-    """Return a stage in Megatron's data-parallel wrapper.
-
-    The weights that learn and their gradients are stored in flat buffers.
-    """
-    ddp_config = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, overlap_grad_reduce=False, grad_reduce_in_fp32=True
-    )
-    # The loss is already divided by the counts of the global batch, so Megatron must not divide again.
-    gpt.config.finalize_model_grads_func = lambda model, _num_tokens=None, **kw: finalize_model_grads(model, None, **kw)
-    return DistributedDataParallel(gpt.config, ddp_config, gpt)
-
-
-def _build_optimizer(
-    model: nn.Module, optim: OptimConfig, settings: dict[int, ParamSetting], dtype: torch.dtype
-) -> Any:
-    return get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.betas[0],
-            adam_beta2=optim.betas[1],
-            adam_eps=optim.eps,
-            bf16=dtype == torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=True,
-            clip_grad=0.0,
-        ),
-        [model],
-        config_overrides=_overrides(settings),
-        use_gloo_process_groups=False,
-    )
-
-
-def _overrides(settings: dict[int, ParamSetting]) -> dict[ParamKey, Any]:
-    """Return one optimizer group per distinct setting, which `set_rates` reads."""
-    overrides = {}
-    for wanted in {s for s in settings.values() if not s.frozen}:
-        predicate = ParamPredicate(str(wanted), lambda p, w=wanted: settings.get(id(p)) == w)
-        overrides[ParamKey(predicate=predicate)] = {"max_lr": wanted.lr, "setting": wanted}
-    return overrides
-
-
-def _all_frozen(settings: dict[int, ParamSetting], groups: Groups) -> bool:
-    """Return whether no rank has anything to learn in the LLM.
-
-    Collective: every rank of the world must call it.
-    """
-    learned = torch.tensor([sum(not s.frozen for s in settings.values())], device=groups.device)
-    torch.distributed.all_reduce(learned, group=groups.world)
-    return int(learned) == 0

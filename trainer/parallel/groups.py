@@ -137,6 +137,7 @@ def build_groups(topology: Topology, rank: int, device: torch.device, seed: int)
             pipeline_model_parallel_size=topology.pp,
             expert_model_parallel_size=topology.ffn_ep,
             expert_tensor_parallel_size=topology.expert_tp,
+            virtual_pipeline_model_parallel_size=topology.vp if topology.vp > 1 else None,
             create_gloo_process_groups=False,  # only Megatron's own checkpoints use them
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -62,7 +62,9 @@ class PackPlan:
         return PackPlan(self.num_microbatches, rows, self.replicas, pack, _starts(num_tokens, pack), num_tokens)
 
 
-def plan_packs(num_tokens: Sequence[int] | Ints, replicas: int, budget_tokens: int, multiple: int) -> PackPlan:
+def plan_packs(
+    num_tokens: Sequence[int] | Ints, replicas: int, budget_tokens: int, multiple: int, packs_multiple: int = 1
+) -> PackPlan:
     """Distribute samples over packs of equal length.
 
     Args:
@@ -72,16 +74,19 @@ def plan_packs(num_tokens: Sequence[int] | Ints, replicas: int, budget_tokens: i
             divisible by `multiple`.
         multiple: The number of rows of a pack is a multiple of this, which must be a multiple of the tensor-parallel
             size. Larger values lead to fewer distinct pack lengths and more padding.
+        packs_multiple: The number of packs of a replica is a multiple of this. The samples are spread over all packs,
+            so that more packs are shorter ones.
     """
     sizes = np.asarray(num_tokens, dtype=np.int64)
     limit = max(budget_tokens, int(sizes.max(initial=0)))
     microbatches = max(1, -(-int(sizes.sum()) // (replicas * limit)))
+    microbatches = -(-microbatches // packs_multiple) * packs_multiple
     while True:
         bins = spread(sizes.astype(np.float64), replicas * microbatches)
         longest = int(np.bincount(bins, weights=sizes, minlength=1).max())
         if longest <= limit:
             break
-        microbatches += 1
+        microbatches += packs_multiple
     rows = max(multiple, -(-longest // multiple) * multiple)
     pack = bins % replicas * microbatches + bins // replicas
     return PackPlan(microbatches, rows, replicas, pack, _starts(sizes, pack), sizes)

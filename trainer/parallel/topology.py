@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from model.errors import UserError
 
@@ -18,7 +18,8 @@ class ParallelConfig:
     """The tensor-parallel size of the LLM: the ranks that share each of its layers. Raise it if a layer's weights or
     activations do not fit one GPU, but keep it within a node. Above 1, sequence parallelism is on, too."""
     pipeline: int = 1
-    """The number of pipeline stages of the LLM. Raise it if the LLM does not fit the GPUs of one node."""
+    """The number of pipeline stages of the LLM. Raise it if the LLM does not fit the GPUs of one node. If it does not
+    divide the number of layers, the last stages and the first ones have one layer less."""
     expert: int = 1
     """The number of neighbouring ranks over which the encoder experts are spread: each block of this many ranks holds
     every expert once. With 1, every expert is sharded over all ranks."""
@@ -28,6 +29,19 @@ class ParallelConfig:
     ffn_expert_tensor: int | None = None
     """The number of tensor-parallel ranks that share an expert: 1, or `tensor` for few large experts. null: 1 if
     `ffn_expert` is above 1, else `tensor`."""
+    virtual_stages: int = 1
+    """The number of parts of the LLM that every pipeline stage holds (interleaved 1F1B). A larger number divides the
+    idle time of the pipeline by it, but keeps more activations and sends more between stages. Above 1, the number of
+    micro-batches of a step is a multiple of `pipeline`."""
+    overlap_grad_reduce: bool = False
+    """Whether the LLM's gradients are summed over replicas during the last backward pass, rather than after it.
+    Not with `stages`, whose parameters that learn change."""
+    overlap_param_gather: bool = False
+    """Whether the LLM's updated weights are gathered during the next forward pass, rather than before it. Needs
+    `overlap_grad_reduce`."""
+    grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """The type in which the LLM's gradients are accumulated and summed over replicas. bf16 halves their memory and
+    traffic, but small contributions to large sums are lost."""
 
 
 class Coordinates(NamedTuple):
@@ -84,6 +98,14 @@ class Topology:
         rest, tp = divmod(rank % (self.tp * self.dp), self.expert_tp)
         dp, ep = divmod(rest, self.ffn_ep)
         return ExpertCoordinates(dp, ep, tp)
+
+    vp: int = 1
+    """The number of virtual stages of each pipeline stage."""
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """The number of which the number of micro-batches must be a multiple. The interleaved schedule needs it."""
+        return self.pp if self.vp > 1 else 1
 
     @property
     def dp(self) -> int:
@@ -153,6 +175,11 @@ def build_topology(parallel: ParallelConfig, world: int) -> Topology:
     stages = world // parallel.tensor
     _check_divides("parallel.pipeline", parallel.pipeline, stages, f"{world} ranks with tensor={parallel.tensor}")
     _check_divides("parallel.expert", parallel.expert, world, f"{world} ranks")
+    if parallel.virtual_stages < 1 or (parallel.virtual_stages > 1 and parallel.pipeline == 1):
+        raise UserError(
+            f"parallel.virtual_stages = {parallel.virtual_stages}: legal values for pipeline={parallel.pipeline}: "
+            f"{'at least 1' if parallel.pipeline > 1 else '1, since there is no pipeline'}"
+        )
     return Topology(
         world=world,
         tp=parallel.tensor,
@@ -160,6 +187,7 @@ def build_topology(parallel: ParallelConfig, world: int) -> Topology:
         ep=parallel.expert,
         ffn_ep=parallel.ffn_expert,
         ffn_etp=_expert_tensor(parallel),
+        vp=parallel.virtual_stages,
     )
 
 

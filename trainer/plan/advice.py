@@ -15,12 +15,13 @@ WORTH = 1.1
 """The smallest speed-up for which `--fit` is recommended."""
 _REMEDIES = {
     "computing the LLM": "more ranks, or a larger train.llm_tokens_per_microbatch for fuller matrix products",
-    "recomputing the LLM's activations": "train.recompute_llm=false if the memory suffices, or more parallel.tensor",
+    "recomputing the LLM's activations": "train.recompute_llm=selective or none if the memory suffices",
     "tensor-parallel collectives": "a smaller parallel.tensor, within a node",
-    "the pipeline's bubble": "more micro-batches (a larger data.global_batch_samples or a smaller "
-    "train.llm_tokens_per_microbatch), or a smaller parallel.pipeline",
+    "the pipeline's bubble": "more parallel.virtual_stages, more micro-batches (a larger data.global_batch_samples or "
+    "a smaller train.llm_tokens_per_microbatch), or a smaller parallel.pipeline",
     "transfers between stages": "a smaller parallel.pipeline",
-    "gradients and weights over replicas": "a larger data.global_batch_samples, or fewer replicas",
+    "gradients and weights over replicas": "parallel.overlap_grad_reduce=true and parallel.overlap_param_gather=true, "
+    "parallel.grad_reduce_dtype=bf16, or a larger data.global_batch_samples",
     "computing the encoders": "train.recompute_encoders=false and train.recompute_encoder_calls=false if the memory "
     "suffices, or more ranks",
     "ZeRO-3's collectives": "train.gather_audio_weights=per_update if the memory suffices, or parallel.expert",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from model.llm.stages import stage_chunks
 from trainer.config.schema import Recipe
 from trainer.engine.ds_config import BUCKET_ELEMENTS
 from trainer.engine.placement import place
@@ -20,6 +21,8 @@ from trainer.plan.workload import EncoderWork
 
 ALL_TO_ALL = "LLM, tokens to experts and back"
 """The name of the traffic between the ranks over which the LLM's experts are spread."""
+GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
+"""The size of an accumulated gradient of the LLM in bytes, by `parallel.grad_reduce_dtype`."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +97,14 @@ def traffic(
     return [t for t in (*llm, *zero, *moved) if t.bytes]
 
 
-def tensor_units(recompute: bool, sequence_parallel: bool = True) -> int:
+def tensor_units(full_recompute: bool, sequence_parallel: bool = True) -> int:
     """Return how many times the hidden states of a micro-batch pass through a layer's tensor-parallel collectives.
 
     Sequence parallelism gathers twice and scatters twice per pass (Korthikanti et al. 2022, arXiv 2205.05198). Its
     backward pass gathers both inputs once more for the gradients of the weights, because a rank keeps only its own
     part of them. Without sequence parallelism, each pass has two all-reduces, each of which counts twice.
     """
-    return 4 + 4 + (2 if sequence_parallel else 0) + (4 if recompute else 0)
+    return 4 + 4 + (2 if sequence_parallel else 0) + (4 if full_recompute else 0)
 
 
 def _llm_traffic(
@@ -119,16 +122,16 @@ def _llm_traffic(
     # With context parallelism, a rank has a part of each sequence, and more micro-batches.
     microbatches = packs.num_microbatches * mechanisms.context
     hidden = packs.pack_tokens / mechanisms.context * config.hidden_size * size
-    layers = config.num_hidden_layers // pp
+    layers = max(sum(stage_chunks(config.num_hidden_layers, pp, topology.vp, s)) for s in range(pp))
     experts = expert_parameters(config)
     stage = (parts.layers.total - experts) / pp / tp + parts.ends.total / tp / (1 if pp == 1 else 2)
     held = experts / pp / topology.ffn_ep / topology.expert_tp
     copies = max(1, tp * dp // (topology.ffn_ep * topology.expert_tp))
-    sent = expert_plan(config, topology, packs.pack_tokens, microbatches, size, train.recompute_llm)
+    sent = expert_plan(config, topology, packs.pack_tokens, microbatches, size, train.recompute_llm == "full")
     ring = stage * _ring(dp) + held * _ring(copies)
     llm_learns = parts.llm.learned > 0
-    units = tensor_units(train.recompute_llm, mechanisms.sequence_parallel)
-    sends = 2 * microbatches * mechanisms.virtual_stages * (pp > 1)
+    units = tensor_units(train.recompute_llm == "full", mechanisms.sequence_parallel)
+    sends = 2 * microbatches * topology.vp * (pp > 1)
     replicas_within = tp * dp <= per_node
     members = dp if replicas_within else min(dp, max(1, per_node // tp))
     gathers = 2 if mechanisms.sharded_weights else 1
@@ -163,7 +166,7 @@ def _llm_traffic(
         Traffic(
             "LLM, gradients over replicas",
             dp,
-            ring * (size if mechanisms.bf16_gradients else FP32_BYTES) * llm_learns,
+            ring * GRADIENT_BYTES[recipe.parallel.grad_reduce_dtype] * llm_learns,
             replicas_within,
             members,
             max(1, calls // 2),

@@ -32,6 +32,7 @@ def fake_rank(topology: Topology, rank: int) -> Iterator[None]:
             parallel_state.initialize_model_parallel(
                 topology.tp,
                 topology.pp,
+                topology.vp if topology.vp > 1 else None,
                 expert_model_parallel_size=topology.ffn_ep,
                 expert_tensor_parallel_size=topology.expert_tp,
                 create_gloo_process_groups=False,

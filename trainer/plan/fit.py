@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from model.errors import UserError
+from model.llm.families import mixture_of
+from model.llm.stages import Recompute
 from trainer.config.checks import check_packs, check_recipe
 from trainer.config.schema import Recipe
 from trainer.parallel.packs import PackPlan
-from trainer.parallel.topology import Topology, build_topology, divisors
+from trainer.parallel.topology import ParallelConfig, Topology, build_topology, divisors
 from trainer.plan.experts import expert_parameters
+from trainer.plan.llm_memory import interleaved_in_flight
 from trainer.plan.plan import Plan, Planner
 from trainer.plan.states import FP32_BYTES, States
 from trainer.plan.workload import EncoderWork, Workload
@@ -20,14 +23,19 @@ _MAX_FULL = 12
 """The largest number of candidates that are planned in full."""
 _TOKENS = (2048, 4096, 8192, 16384, 32768)
 """The values of `train.llm_tokens_per_microbatch` that are tried."""
+_RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
+_CHUNK_LAYERS, _ENDS = (2, 4), 2
+_KEPT = {"none": 24, "selective": 16, "full": 2}
+"""A lower bound of the bytes that a layer keeps per bf16 hidden value, by `train.recompute_llm`."""
 
 
 def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, list[str]]:
     """Return the plan of the fastest layout that fits into memory.
 
     The search varies the degrees of tensor parallelism (within a node), pipeline parallelism and expert parallelism,
-    the tokens per micro-batch, and whether the LLM and the encoders recompute activations. The number of ranks, the
-    global batch and the model do not change.
+    virtual stages, the tokens per micro-batch, what the LLM and the encoders recompute, and whether the exchange
+    between replicas overlaps with computation. The number of ranks, the global batch, the type in which gradients are
+    summed and the model do not change.
 
     Returns:
         The plan, and the differences between its recipe and `recipe` as `key=value`.
@@ -57,39 +65,79 @@ def variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
     """Yield every layout that the search considers. The trainer accepts all of them."""
     world, parallel, hf = recipe.parallel.num_ranks, recipe.parallel, planner.model.llm
     tensors = [d for d in divisors(world) if d <= planner.accelerator.per_node]
-    pipelines = [d for d in divisors(world) if hf.num_hidden_layers % d == 0]
+    pipelines = [d for d in divisors(world) if d <= hf.num_hidden_layers]
     experts = [d for d in divisors(world) if d <= max(1, len(recipe.model.experts))]
-    tokens = sorted({*_TOKENS, recipe.train.llm_tokens_per_microbatch})
+    tokens = list(dict.fromkeys([recipe.train.llm_tokens_per_microbatch, *_TOKENS]))
     unpacked = dataclasses.replace(recipe.train, pack_multiple_tokens=None)
+    overlaps = dict.fromkeys([(parallel.overlap_grad_reduce, parallel.overlap_param_gather), (True, True)])
+    has_experts = mixture_of(hf) is not None
+    if has_experts or recipe.stages:  # overlap is not legal
+        overlaps = dict.fromkeys([(parallel.overlap_grad_reduce, parallel.overlap_param_gather)])
+    recomputes = [mode for mode in _RECOMPUTES if not (has_experts and mode == "selective")]
     for tp, pp, ep in itertools.product(tensors, pipelines, experts):
-        split = dataclasses.replace(parallel, tensor=tp, pipeline=pp, expert=ep)
+        plain = dataclasses.replace(parallel, tensor=tp, pipeline=pp, expert=ep, virtual_stages=1)
         try:
-            check_recipe(dataclasses.replace(recipe, parallel=split, train=unpacked))
+            check_recipe(dataclasses.replace(recipe, parallel=plain, train=unpacked))
         except UserError:
             continue
-        for rows, llm, encoders in itertools.product(tokens, (False, True), (False, True)):
-            train = dataclasses.replace(
-                recipe.train, llm_tokens_per_microbatch=rows, recompute_llm=llm, recompute_encoders=encoders
+        virtual = [1] if has_experts else _virtual_stages(hf.num_hidden_layers, pp, parallel.virtual_stages)
+        for vp, (gradients, weights) in itertools.product(virtual, overlaps):
+            split = dataclasses.replace(
+                plain, virtual_stages=vp, overlap_grad_reduce=gradients, overlap_param_gather=weights
             )
-            try:
-                check_packs(train, split)
-            except UserError:
-                continue
+            yield from _with_packs(recipe, split, tokens, recomputes)
+
+
+def _with_packs(
+    recipe: Recipe, split: ParallelConfig, tokens: Sequence[int], recomputes: Sequence[Recompute]
+) -> Iterator[Recipe]:
+    """Yield the variants with the parallelism `split`, for the limits `tokens` on a pack and what the LLM recomputes."""
+    for rows in tokens:
+        packed = dataclasses.replace(recipe.train, llm_tokens_per_microbatch=rows)
+        try:
+            check_packs(packed, split)
+        except UserError:
+            continue
+        for llm, encoders in itertools.product(recomputes, (False, True)):
+            train = dataclasses.replace(packed, recompute_llm=llm, recompute_encoders=encoders)
             yield dataclasses.replace(recipe, parallel=split, train=train)
+
+
+def _virtual_stages(num_layers: int, pp: int, current: int) -> list[int]:
+    """Return the numbers of virtual stages that are tried.
+
+    These are 1, that of the recipe, and the ones with chunks of 2 or 4 layers, of which at most the two ends have
+    fewer. If there is no such number, chunks of one layer are tried.
+    """
+    if pp == 1:
+        return [1]
+    most = num_layers // pp
+    found = {vp for size in _CHUNK_LAYERS if (vp := -(-num_layers // (pp * size))) <= most}
+    found = {vp for vp in found if -num_layers % (pp * vp) <= _ENDS} or {most}
+    return sorted({1, *found, min(current, most)})
 
 
 def estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[tuple[float, Recipe]]:
     """Yield (expected seconds of a step, recipe) for the variants that may fit."""
     accelerator = planner.accelerator
-    placed: dict[object, tuple[Topology, list[EncoderWork], PackPlan]] = {}
+    seen: set[object] = set()
+    placed: dict[tuple[int, ...], tuple[Topology, list[EncoderWork], PackPlan]] = {}
     for variant in variants(planner, recipe):
         states = _rough_states(planner, variant)
         if states.total > accelerator.usable_bytes:
             continue
-        key = (variant.parallel, variant.train.llm_tokens_per_microbatch)
+        parallel = variant.parallel
+        key = (
+            *(parallel.tensor, parallel.pipeline, parallel.expert, parallel.virtual_stages),
+            variant.train.llm_tokens_per_microbatch,
+        )
         if key not in placed:
             placed[key] = planner.place(variant, workload)
         topology, work, packs = placed[key]
+        train = dataclasses.replace(variant.train, llm_tokens_per_microbatch=1)
+        if (same := (parallel, train, packs.num_microbatches, packs.pack_tokens)) in seen:
+            continue  # another limit on the tokens of a pack leads to the same packs
+        seen.add(same)
         if states.total + _rough_activations(planner, variant, packs) > accelerator.usable_bytes:
             continue
         _, _, time = planner.time(variant, workload, topology, work, packs, states)
@@ -123,13 +171,13 @@ def _rough_states(planner: Planner, variant: Recipe) -> States:
 def _rough_activations(planner: Planner, variant: Recipe, packs: PackPlan) -> float:
     """Return a lower bound of the number of bytes that the LLM's layers keep for the backward pass.
 
-    With recomputation, a layer keeps its input. Without recomputation, a layer keeps 34 bytes per bf16 hidden value
-    (Korthikanti et al. 2022), of which 24 are counted here.
+    With full recomputation, a layer keeps its input. Without recomputation, a layer keeps 34 bytes per bf16 hidden
+    value (Korthikanti et al. 2022), of which 24 are counted here.
     """
     parallel, train, hf = variant.parallel, variant.train, planner.model.llm
     rows, count = packs.pack_tokens, packs.num_microbatches
-    each = rows * hf.hidden_size / parallel.tensor * (2 if train.recompute_llm else 24)
-    in_flight = min(parallel.pipeline, count)
+    each = rows * hf.hidden_size / parallel.tensor * _KEPT[train.recompute_llm]
+    in_flight = interleaved_in_flight(0, parallel.pipeline, count, parallel.virtual_stages)
     return each * (2 if train.precision == "fp32" else 1) * hf.num_hidden_layers / parallel.pipeline * in_flight
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.llm.names import head_dim, hf_shapes
+from model.llm.names import head_dim
 from trainer.config.schema import Recipe
-from trainer.plan.experts import as_dense
 from trainer.plan.sizes import PartSizes, SizedModel
 from trainer.plan.workload import EncoderWork, Workload
 
@@ -53,17 +52,13 @@ def step_flops(
         encoders += forward * (3 if trains else 1)
         again = recipe.train.recompute_encoders + recipe.train.recompute_encoder_calls
         recomputed += forward * again if trains else 0.0
-    recomputed += llm_forward if recipe.train.recompute_llm else 0.0
+    recomputed += {"none": 0.0, "selective": masked, "full": llm_forward}[recipe.train.recompute_llm]
     return Flops(llm, encoders, recomputed, masked * 3)
 
 
 def llm_forward_flops(model: SizedModel, workload: Workload) -> float:
     """Return the FLOPs of the LLM's forward pass over all tokens of the global batch."""
-    config = as_dense(model.llm)
-    matrices = sum(s[0] * s[1] for n, s in hf_shapes(config).items() if len(s) == 2 and "embed_tokens" not in n)
-    if config.tie_word_embeddings:
-        matrices += config.vocab_size * config.hidden_size
-    return 2.0 * matrices * workload.tokens + causal_attention_flops(model, workload)
+    return 2.0 * model.llm_matrices * workload.tokens + causal_attention_flops(model, workload)
 
 
 def causal_attention_flops(model: SizedModel, workload: Workload) -> float:

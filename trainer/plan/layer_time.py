@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from model.llm.names import head_dim
+from model.llm.stages import Recompute
 from trainer.plan.accelerator import Accelerator
 from trainer.plan.mechanisms import Mechanisms
 
@@ -47,6 +48,8 @@ class RankRates:
     mechanisms: Mechanisms
     bytes_per_value: int
     """The size of a weight or activation in bytes: 2 for bf16, 4 for fp32."""
+    bytes_per_gradient: int = 4
+    """The size of an accumulated gradient of the LLM in bytes."""
 
     @property
     def peak(self) -> float:
@@ -85,7 +88,7 @@ def layer_seconds(
     products = layer_products(config, tp)
     forward = sum(rates.product(rows, n, k, fp8=mechanisms.fp8) for n, k in products)
     weights = sum(n * k for n, k in products)
-    gradient = 2 if mechanisms.bf16_gradients else 4
+    gradient = rates.bytes_per_gradient
     # The sum is read and written; without the fused kernel, the product's own result is, too.
     moved = 2.0 * gradient + (0 if mechanisms.fused_kernels else 2 * rates.bytes_per_value)
     accumulation = rates.memory(weights * moved) * learned
@@ -128,8 +131,29 @@ def _attention(config: PretrainedConfig, rates: RankRates, tp: int, rows: float,
     length = squares / rows
     rate = rates.peak * accelerator.matrix_share(length, length, d)
     forward, backward = (rates.memory(heads * squares * each) for each in _SCORE_BYTES)
-    again = (causal / rate + forward) if rates.mechanisms.selective else 0.0
-    return Seconds(2 * causal / rate + forward, 4 * causal / rate + backward + again)
+    return Seconds(2 * causal / rate + forward, 4 * causal / rate + backward)
+
+
+def recomputed_seconds(
+    config: PretrainedConfig, rates: RankRates, tp: int, rows: float, squares: float, recompute: Recompute
+) -> float:
+    """Return the time that the backward pass of a layer recomputes for one micro-batch in seconds.
+
+    Args:
+        config: The configuration of the LLM.
+        rates: The rates of the rank.
+        tp: The tensor-parallel size.
+        rows: The tokens of the micro-batch on this rank.
+        squares: The sum of the squared lengths of the micro-batch's segments, per context-parallel rank.
+        recompute: The value of `train.recompute_llm`.
+    """
+    if recompute == "none":
+        return 0.0
+    if recompute == "full":
+        return layer_seconds(config, rates, tp, rows, squares, learned=False).forward
+    element_wise, _ = _elementwise(config, rates, tp, rows)
+    starts = rates.starts(_LAYER_KERNELS[rates.mechanisms.fused_kernels][0])
+    return _attention(config, rates, tp, rows, squares).forward + element_wise + starts
 
 
 def _elementwise(config: PretrainedConfig, rates: RankRates, tp: int, rows: float) -> tuple[float, float]:
@@ -137,7 +161,7 @@ def _elementwise(config: PretrainedConfig, rates: RankRates, tp: int, rows: floa
 
     Norms and residuals read and write 10 h values forward and 12 h backward. With fused kernels, the rotary embedding
     moves 2 (H + G) d values and the activation 3 f, or 5 f backward. PyTorch's separate kernels move 10 and 5, or 12
-    and 13 backward, and the segments are copied into batches and back for attention.
+    and 15 backward (`model.llm.mlp`), and the segments are copied into batches and back for attention.
     """
     h, f, d = config.hidden_size, config.intermediate_size / tp, head_dim(config)
     queries, groups = config.num_attention_heads / tp * d, config.num_key_value_heads / tp * d
@@ -148,7 +172,7 @@ def _elementwise(config: PretrainedConfig, rates: RankRates, tp: int, rows: floa
         copies = 2 * (queries + 2 * groups) + 4 * queries
         values = (
             10 * whole + 10 * (queries + groups) + 5 * f + copies,
-            12 * whole + 12 * (queries + groups) + 13 * f + copies,
+            12 * whole + 12 * (queries + groups) + 15 * f + copies,
         )
     forward, backward = (rates.memory(rows * v * rates.bytes_per_value) for v in values)
     return forward, backward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from model.llm.attention import PackedAttention
 from model.llm.megatron import embed_tokens
 from model.llm.names import head_dim
 from model.llm.packing import PackedSequences
+from model.llm.stages import Recompute, stage_chunks
 from model.lora import NO_ADAPTERS, Adapters
 from trainer.engine.optim import OptimConfig
 from trainer.parallel.topology import Topology
@@ -30,6 +32,8 @@ class StageMemory:
 
     traced: Traced
     """The traced memory of one micro-batch."""
+    layers: int
+    """The bytes that the layers alone keep of one micro-batch."""
     buffer: int
     """The buffer in which Megatron's sequence parallelism gathers; it stays allocated."""
     boundary: int
@@ -37,10 +41,14 @@ class StageMemory:
     audio: int
     """On stage 0, the received audio embeddings of all micro-batches, their gradient and its accumulation; else 0."""
 
-    def peak(self, in_flight: float) -> int:
-        """Return the peak bytes of activations while `in_flight` micro-batches await their backward passes."""
+    def peak(self, in_flight: float, virtual_stages: int = 1) -> int:
+        """Return the peak bytes of activations while `in_flight` micro-batches await their backward passes.
+
+        With virtual stages, what the ends of the LLM keep is counted for one micro-batch.
+        """
         worst = max(self.traced.forward, self.traced.backward)
-        return int((in_flight - 1) * self.traced.kept) + worst + self.audio + 2 * self.boundary
+        waiting = self.layers if virtual_stages > 1 else self.traced.kept
+        return int((in_flight - 1) * waiting) + worst + self.audio + 2 * self.boundary
 
 
 def in_flight(stage: int, pp: int, microbatches: int) -> int:
@@ -83,7 +91,7 @@ def stage_memory(
     *,
     optim: OptimConfig,
     dtype: torch.dtype,
-    recompute: bool,
+    recompute: Recompute,
     kernels: Kernels,
     adapters: Adapters = NO_ADAPTERS,
 ) -> StageMemory:
@@ -104,48 +112,52 @@ def stage_memory(
         kernels: what the ranks run.
         adapters: the low-rank adapters.
     """
-    layers = hf_config.num_hidden_layers // topology.pp
-    experts = expert_plan(hf_config, topology, sum(lengths), num_packs, dtype.itemsize, recompute)
+    layers = sum(stage_chunks(hf_config.num_hidden_layers, topology.pp, topology.vp, stage))
+    plain = dataclasses.replace(topology, vp=1)
+    experts = expert_plan(hf_config, topology, sum(lengths), num_packs, dtype.itemsize, recompute == "full")
     hf_config = as_dense(hf_config)
     found, buffer = [], 0
-    with fake_rank(topology, topology.rank_of(0, stage, 0)):
+    with fake_rank(plain, topology.rank_of(0, stage, 0)):
         for count in range(1, min(2, layers) + 1):
             small = copy.deepcopy(hf_config)
             small.num_hidden_layers = count * topology.pp
-            gpt, model = build_stage(small, topology, stage, optim, dtype, recompute, adapters)
+            (gpt,), (model,) = build_stage(small, plain, stage, optim, dtype, recompute, adapters)
             traced, buffer = _trace(gpt, model, topology, stage, lengths, kernels)
             found.append(traced)
     hidden = sum(lengths) // topology.tp * hf_config.hidden_size * dtype.itemsize
     whole = extrapolated(found, layers)
-    change = _what_if_bytes(hf_config, topology, sum(lengths), dtype, kernels.mechanisms)
+    change = _what_if_bytes(hf_config, topology, sum(lengths), dtype, recompute, kernels.mechanisms)
     if experts is not None:
         change += experts.layer_bytes * experts.num_layers // hf_config.num_hidden_layers
-    # With recomputation, only the layer that is being recomputed holds what the mechanisms change.
-    kept = 0 if recompute else layers * change
+    # With full recomputation, only the layer that is being recomputed holds what the mechanisms change.
+    kept = 0 if recompute == "full" else layers * change
+    in_layers = layers * (found[-1].kept - found[0].kept) if layers > 1 else whole.kept
     whole = Traced(whole.kept + kept, whole.forward + (kept or change), whole.backward + (kept or change))
-    return StageMemory(whole, buffer, hidden, 3 * num_packs * hidden if stage == 0 else 0)
+    return StageMemory(whole, in_layers + kept, buffer, hidden, 3 * num_packs * hidden if stage == 0 else 0)
 
 
 def _what_if_bytes(
-    hf_config: PretrainedConfig, topology: Topology, rows: int, dtype: torch.dtype, mechanisms: Mechanisms
+    hf_config: PretrainedConfig,
+    topology: Topology,
+    rows: int,
+    dtype: torch.dtype,
+    recompute: Recompute,
+    mechanisms: Mechanisms,
 ) -> int:
     """Return what mechanisms that the trainer lacks change in the bytes that a layer keeps per micro-batch.
 
-    A fused SwiGLU keeps its input and output only, not the activated half and Megatron's copy of the other half.
     Without sequence parallelism, inputs and outputs of both norms are whole on every rank. Attention without a fused
     kernel keeps 5 bytes per score: the softmax, the dropout's mask and its output (Korthikanti et al. 2022). With fp8,
     the inputs of matrix products are kept in one byte per value.
     """
     h, tp, size = hf_config.hidden_size, topology.tp, dtype.itemsize
     change = 0.0
-    if mechanisms.fused_kernels:
-        change -= 2 * hf_config.intermediate_size / tp * size
     if not mechanisms.sequence_parallel:
         change += 4 * h * (1 - 1 / tp) * size
     if mechanisms.fp8:
         width = hf_config.num_attention_heads * head_dim(hf_config)
         change -= (2 * h + width + hf_config.intermediate_size) / tp * (size - 1)
-    if not mechanisms.fused_attention and not mechanisms.selective:
+    if not mechanisms.fused_attention and recompute != "selective":
         change += 5 * hf_config.num_attention_heads / tp * rows
     return int(change * rows)
 

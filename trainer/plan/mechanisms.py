@@ -14,26 +14,19 @@ class Mechanisms:
     so in its output, because the trainer cannot run it.
     """
 
-    virtual_stages: int = 1
-    """The number of virtual stages per rank (interleaved 1F1B, arXiv 2104.04473)."""
     context: int = 1
     """The context-parallel size: the number of ranks that share each sequence."""
-    overlap_data: bool = False
-    """True if collectives over replicas overlap with the last backward and the first forward pass of a step."""
     overlap_tensor: bool = False
     """True if tensor-parallel collectives run in TP chunks, of which all but the first overlap with matrix products."""
     sequence_parallel: bool = True
     """True for sequence parallelism; False if ranks all-reduce, and each keeps the whole norms and residuals."""
     fused_kernels: bool = False
-    """True if norms, rotary embedding, activation and gradient accumulation use TransformerEngine's fused kernels."""
+    """True if norms, rotary embedding, activation and gradient accumulation are one kernel each, as TransformerEngine
+    has them."""
     fused_attention: bool = True
     """True for fused attention; False if attention computes all scores [heads, t, t] and writes them to memory."""
-    selective: bool = False
-    """True if the backward pass recomputes only the attention scores (arXiv 2205.05198)."""
     fp8: bool = False
     """True if the matrix products of the layers run in fp8, at twice the bf16 rate."""
-    bf16_gradients: bool = False
-    """True if the gradients of the LLM are accumulated and reduced in bf16."""
     sharded_weights: bool = False
     """True if the weights of the LLM are sharded over replicas, and gathered for each layer in each pass (FSDP)."""
 

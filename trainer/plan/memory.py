@@ -17,7 +17,7 @@ from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology
 from trainer.plan.encoder_memory import AudioMemory, EncoderTracer, audio_memory
 from trainer.plan.llm_memory import Kernels, StageMemory, interleaved_in_flight, stage_memory
-from trainer.plan.ranks import DTYPES, RankStates, distinct_stages, like
+from trainer.plan.ranks import DTYPES, RankStates, kinds_of_stages
 from trainer.plan.sizes import SizedModel
 from trainer.plan.states import FP32_BYTES, States
 from trainer.plan.workload import EncoderWork, Workload
@@ -117,7 +117,9 @@ class MemoryModel:
     microbatches: int
     """The number of micro-batches in a step."""
     stages: dict[int, StageMemory]
-    """The memory of the LLM's stages, by representative stage (see `distinct_stages`)."""
+    """The memory of the LLM's stages, for one stage of each kind (see `kinds_of_stages`)."""
+    kinds: tuple[int, ...]
+    """For each stage, the key in `stages` that describes it."""
     audio: tuple[AudioMemory, ...]
     """The audio side's memory on the fullest rank of each place in the expert-parallel group."""
     zero: tuple[ZeroBuffers, ...]
@@ -126,12 +128,10 @@ class MemoryModel:
     """The bytes of audio embeddings and tokens that one rank sends and receives in a step."""
     largest_group: tuple[int, ...]
     """The bytes of fp32 parameters that AdamW updates together on the audio side, by place."""
-    virtual_stages: int = 1
-    """The number of virtual stages per rank."""
 
     def of(self, stage: int, place: int, states: States) -> RankMemory:
         """Return the peak memory, over the phases of a step, of the ranks of `stage` at `place`."""
-        llm, audio = self.stages[like(stage, self.topology.pp)], self.audio[place]
+        llm, audio = self.stages[self.kinds[stage]], self.audio[place]
         zero = self.zero[place]
         permanent = zero.bucket + zero.persistent + llm.buffer
         pipeline = self._pipeline(stage)
@@ -151,17 +151,10 @@ class MemoryModel:
         return RankMemory((stage,), place, states, activations, encoders, buffers, phase, phases, whole, zero.gradients)
 
     def _pipeline(self, stage: int) -> int:
-        """Return the peak bytes of activations of a stage.
-
-        With virtual stages, only the last chunk of the last stage has logits, and it holds those of one micro-batch.
-        """
-        pp, llm = self.topology.pp, self.stages[like(stage, self.topology.pp)]
-        flight = interleaved_in_flight(stage, pp, self.microbatches, self.virtual_stages)
-        peak = llm.peak(flight)
-        if self.virtual_stages > 1:
-            layers = min(one.traced.kept for one in self.stages.values())
-            peak -= int((flight - 1) * (llm.traced.kept - layers))
-        return peak
+        """Return the peak bytes of activations of a stage."""
+        pp, vp = self.topology.pp, self.topology.vp
+        flight = interleaved_in_flight(stage, pp, self.microbatches, vp)
+        return self.stages[self.kinds[stage]].peak(flight, vp)
 
 
 def memory_model(
@@ -194,6 +187,7 @@ def memory_model(
         lengths = (-(-packs.pack_tokens // (context * topology.tp)) * topology.tp,)
     microbatches = packs.num_microbatches * context
     train, dtype = recipe.train, DTYPES[recipe.train.precision]
+    kinds = kinds_of_stages(model.llm.num_hidden_layers, topology)
     stages = {
         stage: stage_memory(
             model.llm,
@@ -207,7 +201,7 @@ def memory_model(
             kernels=kernels,
             adapters=model.adapters,
         )
-        for stage in distinct_stages(topology.pp)
+        for stage in sorted(set(kinds))
     }
     placement, audio, zero, groups = place(model.config, topology.ep), [], [], []
     bucket = int(ds_json["zero_optimization"].get("reduce_bucket_size", 5e8))
@@ -227,11 +221,11 @@ def memory_model(
         topology,
         microbatches,
         stages,
+        tuple(kinds),
         tuple(audio),
         tuple(zero),
         3 * per_rank,
         tuple(groups),
-        kernels.mechanisms.virtual_stages,
     )
 
 

@@ -12,6 +12,7 @@ from model.lengths import num_samples
 from trainer.config.checks import check_recipe, deepspeed_json
 from trainer.config.schema import Recipe
 from trainer.engine.ds_config import load_ds_json
+from trainer.engine.llm_optimizer import Reduction
 from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology, build_topology
 from trainer.plan.accelerator import GIB, Accelerator
@@ -110,7 +111,7 @@ class Plan:
             buffers = "train.gather_audio_weights=per_module"
         parts = {
             "a larger parallel.tensor or parallel.pipeline, or more ranks": worst.states.total,
-            "a smaller train.llm_tokens_per_microbatch, or train.recompute_llm=true": worst.activations,
+            "a smaller train.llm_tokens_per_microbatch, or train.recompute_llm=full": worst.activations,
             "train.recompute_encoder_calls=true, or train.recompute_encoders=true": worst.encoder_activations,
             buffers: worst.buffers,
         }
@@ -192,9 +193,8 @@ class Planner:
         """
         check_recipe(recipe)
         topology, work, packs = self.place(recipe, workload)
-        states = rank_states(self.model, topology, recipe.staged_optim, recipe.train.precision, self.ds_json)
-        if self.mechanisms.bf16_gradients:
-            states = _with_half_gradients(states)
+        reduction = Reduction.of(recipe.parallel)
+        states = rank_states(self.model, topology, recipe.staged_optim, recipe.train.precision, self.ds_json, reduction)
         kinds = kinds_of_ranks(self.memory(recipe, workload, topology, work, packs), states)
         fullest = max((k.states for k in kinds), key=lambda s: s.total)
         flops, moved, time = self.time(recipe, workload, topology, work, packs, fullest)
@@ -229,7 +229,7 @@ class Planner:
                 packs.pack_tokens,
                 packs.num_microbatches,
                 DTYPES[recipe.train.precision].itemsize,
-                recipe.train.recompute_llm,
+                recipe.train.recompute_llm == "full",
             ),
         )
 
@@ -278,12 +278,6 @@ class Planner:
         )
 
 
-def _with_half_gradients(states: RankStates) -> RankStates:
-    """Return the model states `states`, changed to bf16 gradients of the LLM."""
-    llm = tuple(tuple(dataclasses.replace(s, gradients=s.gradients // 2) for s in stage) for stage in states.llm)
-    return dataclasses.replace(states, llm=llm)
-
-
 def as_json(plan: Plan) -> dict[str, Any]:
     """Return all numbers of a plan as JSON values. Their names contain the units."""
     time, kinds = plan.time, []
@@ -313,6 +307,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "ranks": topology.world,
         "tensor": topology.tp,
         "pipeline": topology.pp,
+        "virtual_stages": topology.vp,
         "data": topology.dp,
         "expert": topology.ep,
         "ffn_expert": topology.ffn_ep,

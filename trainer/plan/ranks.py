@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from model.llm.stages import stage_chunks
+from trainer.engine.llm_optimizer import FP32_REDUCTION, Reduction
 from trainer.engine.optim import OptimConfig
 from trainer.engine.placement import place
 from trainer.parallel.topology import Topology
@@ -45,16 +47,24 @@ class RankStates:
 
 
 def rank_states(
-    model: SizedModel, topology: Topology, optim: OptimConfig, precision: str, ds_json: dict[str, Any]
+    model: SizedModel,
+    topology: Topology,
+    optim: OptimConfig,
+    precision: str,
+    ds_json: dict[str, Any],
+    reduction: Reduction = FP32_REDUCTION,
 ) -> RankStates:
     """Return the model states of all ranks, computed from the real modules built on the meta device."""
     dtype = DTYPES[precision]
     stages: dict[int, tuple[States, ...]] = {}
-    for stage in distinct_stages(topology.pp):
+    kinds = kinds_of_stages(model.llm.num_hidden_layers, topology)
+    for stage in sorted(set(kinds)):
         with fake_rank(topology, topology.rank_of(0, stage, 0)):
-            gpt, wrapped = build_stage(model.llm, topology, stage, optim, dtype, False, model.adapters)
-            stages[stage] = tuple(llm_states(gpt, wrapped, topology, dtype))
-    llm = tuple(stages[like(stage, topology.pp)] for stage in range(topology.pp))
+            chunks, models = build_stage(
+                model.llm, topology, stage, optim, dtype, adapters=model.adapters, reduction=reduction
+            )
+            stages[stage] = tuple(llm_states(chunks, models, topology, dtype))
+    llm = tuple(stages[kind] for kind in kinds)
     placement = place(model.config, topology.ep)
     audio = []
     for at in range(topology.ep):
@@ -63,11 +73,12 @@ def rank_states(
     return RankStates(topology, llm, tuple(audio))
 
 
-def distinct_stages(pp: int) -> list[int]:
-    """Return one stage of each kind: the first, one in the middle and the last, if they exist."""
-    return sorted({0, min(1, pp - 1), pp - 1})
-
-
-def like(stage: int, pp: int) -> int:
-    """Return the stage among `distinct_stages` that has the same shapes as `stage`."""
-    return stage if stage in (0, pp - 1) else 1
+def kinds_of_stages(num_layers: int, topology: Topology) -> list[int]:
+    """Return for each stage the first stage that has the same shapes: as many layers in each chunk, and the same end of
+    the LLM, if any."""
+    found: dict[tuple[bool, bool, tuple[int, ...]], int] = {}
+    kinds = []
+    for stage in range(topology.pp):
+        chunks = stage_chunks(num_layers, topology.pp, topology.vp, stage)
+        kinds.append(found.setdefault((stage == 0, stage == topology.pp - 1, chunks), stage))
+    return kinds

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import PretrainedConfig
@@ -14,11 +15,13 @@ from model.audio_tower import AudioTower
 from model.config import EncoderConfig, ModelConfig, is_factor
 from model.encoders.hf_config import resolve
 from model.errors import UserError
+from model.llm.names import hf_shapes
 from model.lora import NO_ADAPTERS, Adapters, adaptable_layers, add_adapters, llm_layers, llm_shapes, unknown_factor
 from trainer.config.checks import known_encoder, known_llm_config
 from trainer.config.schema import Recipe
 from trainer.engine.optim import OptimConfig, check_patterns, setting_of
 from trainer.engine.stages import Stage, StagedOptim, check_stages
+from trainer.plan.experts import as_dense
 
 _PERSISTENT = 100_000
 """The default of DeepSpeed's `stage3_param_persistence_threshold`."""
@@ -120,6 +123,14 @@ class SizedModel:
     """The vocabulary size of the tokenizer."""
     adapters: Adapters = NO_ADAPTERS
     """The low-rank adapters of the LLM and of encoders."""
+
+    @cached_property
+    def llm_matrices(self) -> int:
+        """The number of weights of the LLM that every token is multiplied by."""
+        config = as_dense(self.llm)
+        shapes = (shape for name, shape in hf_shapes(config).items() if "embed_tokens" not in name)
+        tied = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+        return sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2) + tied
 
     def tower(self, held: Collection[str] | None = None) -> AudioTower:
         """Build the audio side on the meta device, which takes no memory.

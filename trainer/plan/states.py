@@ -9,7 +9,7 @@ ZeRO-3 gives each of the n ranks that share a parameter ceil(numel / n) of its e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ from transformers import PretrainedConfig
 
 from model.llm.lora import add_llm_adapters
 from model.llm.megatron import build_megatron
+from model.llm.stages import Recompute
 from model.llm.weights import global_parameters
 from model.lora import NO_ADAPTERS, Adapters
-from trainer.engine.llm import data_parallel, freeze
+from trainer.engine.llm_optimizer import FP32_REDUCTION, Reduction, data_parallel, freeze
 from trainer.engine.optim import OptimConfig, setting_of
 from trainer.parallel.topology import Topology
 
@@ -78,9 +79,10 @@ def build_stage(
     stage: int,
     optim: OptimConfig,
     dtype: torch.dtype,
-    recompute: bool,
+    recompute: Recompute = "none",
     adapters: Adapters = NO_ADAPTERS,
-) -> tuple[Any, nn.Module]:
+    reduction: Reduction = FP32_REDUCTION,
+) -> tuple[list[Any], list[Any]]:
     """Build a pipeline stage of the LLM. It must be called within `fake_rank` of one of the stage's ranks.
 
     Args:
@@ -91,14 +93,17 @@ def build_stage(
         dtype: The dtype of weights and activations.
         recompute: The value of `train.recompute_llm`.
         adapters: The low-rank adapters.
+        reduction: How gradients and weights are exchanged between replicas.
 
     Returns:
-        The GPTModel, and the model wrapped for data parallelism. If the whole LLM is frozen, both are the GPTModel.
+        The stage's chunks, and the chunks wrapped for data parallelism. If the whole stage is frozen, both are the
+        chunks.
     """
-    gpt = build_megatron(
+    chunks = build_megatron(
         hf_config,
         tp_size=topology.tp,
         pp_size=topology.pp,
+        vp_size=topology.vp,
         first_stage=stage == 0,
         last_stage=stage == topology.pp - 1,
         dtype=dtype,
@@ -106,25 +111,31 @@ def build_stage(
         ep_size=topology.ffn_ep,
         expert_tp_size=topology.expert_tp,
     )
-    expert_tp = 0, topology.expert_tp
-    add_llm_adapters(gpt, hf_config, adapters, tp_rank=0, tp_size=topology.tp, expert_tp=expert_tp)
-    settings = freeze(gpt, hf_config, optim)
-    return gpt, gpt if all(s.frozen for s in settings.values()) else data_parallel(gpt)
+    for chunk in chunks:
+        expert_tp = 0, topology.expert_tp
+        add_llm_adapters(chunk, hf_config, adapters, tp_rank=0, tp_size=topology.tp, expert_tp=expert_tp)
+    settings = freeze(chunks, hf_config, optim)
+    if all(s.frozen for s in settings.values()):
+        return chunks, chunks
+    return chunks, data_parallel(chunks, reduction)
 
 
-def llm_states(gpt: nn.Module, model: nn.Module, topology: Topology, dtype: torch.dtype) -> list[States]:
+def llm_states(
+    chunks: Sequence[nn.Module], models: Sequence[Any], topology: Topology, dtype: torch.dtype
+) -> list[States]:
     """Return the LLM's states of every data-parallel rank.
 
     Args:
-        gpt: The first result of `build_stage`.
-        model: The second result of `build_stage`.
+        chunks: The first result of `build_stage`.
+        models: The second result of `build_stage`.
         topology: The layout of the ranks.
         dtype: The dtype of the weights.
     """
-    wrapped: Any = model
-    dense, experts = ([], []) if model is gpt else (wrapped.buffers, wrapped.expert_parallel_buffers)
+    wrapped = [] if models is chunks else models
+    dense = [buffer for model in wrapped for buffer in model.buffers]
+    experts = [buffer for model in wrapped for buffer in model.expert_parallel_buffers]
     num_copies = topology.dp * topology.tp // (topology.ffn_ep * topology.expert_tp)
-    frozen = sum(p.numel() for _, p in global_parameters(gpt) if not p.requires_grad)
+    frozen = sum(p.numel() for _, p in global_parameters(chunks) if not p.requires_grad)
     buffers = [*dense, *experts]
     weights = frozen * dtype.itemsize + sum(b.param_data.numel() * b.param_data.element_size() for b in buffers)
     gradients = sum(b.grad_data.numel() * b.grad_data.element_size() for b in buffers)

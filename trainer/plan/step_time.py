@@ -8,14 +8,22 @@ from typing import Any
 
 import numpy as np
 
+from model.llm.stages import stage_chunks
 from trainer.config.schema import Recipe
 from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology
 from trainer.plan.accelerator import Accelerator
-from trainer.plan.communication import ALL_TO_ALL, Traffic
+from trainer.plan.communication import ALL_TO_ALL, GRADIENT_BYTES, Traffic
 from trainer.plan.experts import as_dense
 from trainer.plan.flops import Flops
-from trainer.plan.layer_time import RankRates, Seconds, attention_seconds, head_seconds, layer_seconds
+from trainer.plan.layer_time import (
+    RankRates,
+    Seconds,
+    attention_seconds,
+    head_seconds,
+    layer_seconds,
+    recomputed_seconds,
+)
 from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.ranks import DTYPES
 from trainer.plan.sizes import PartSizes, SizedModel
@@ -92,7 +100,8 @@ def step_time(
 
     Gradients of the audio side are reduced while encoders compute if weights are gathered per module and the DeepSpeed
     JSON sets `overlap_comm`. DeepSpeed gathers no weights ahead, because the order of encoder calls changes from step
-    to step. Nothing else overlaps unless `mechanisms` says so.
+    to step. The LLM's gradients and weights overlap as the recipe says. Nothing else overlaps unless `mechanisms` says
+    so.
 
     Args:
         recipe: The recipe of the run.
@@ -109,7 +118,8 @@ def step_time(
         mechanisms: Assumptions that differ from the trainer.
     """
     seconds = {t.name: t.seconds(accelerator) for t in traffic}
-    rates = RankRates(accelerator, mechanisms, DTYPES[recipe.train.precision].itemsize)
+    gradient = GRADIENT_BYTES[recipe.parallel.grad_reduce_dtype]
+    rates = RankRates(accelerator, mechanisms, DTYPES[recipe.train.precision].itemsize, gradient)
     compute = _encoder_seconds(recipe, model, parts, rates, work, flops)
     gathers = sum(s for name, s in seconds.items() if name.startswith("ZeRO-3") and name.endswith("weights"))
     reductions = sum(s for name, s in seconds.items() if name.startswith("ZeRO-3") and name.endswith("gradients"))
@@ -159,39 +169,46 @@ def _llm(
 ) -> _Llm:
     """Return the times of the LLM in the 1F1B schedule.
 
-    Every stage computes M micro-batches. A rank of the slowest stage, the last one, is idle while the first micro-batch
-    passes through the other PP - 1 stages forward and backward. With V virtual stages, this time is divided by V.
+    Every stage computes M micro-batches. A rank of the slowest stage is idle while the first micro-batch passes through
+    the other PP - 1 stages forward and backward. With V virtual stages, this time is divided by V, and transfers
+    between stages overlap with computation, except for those of the first micro-batch.
     """
-    mechanisms, config, tp, pp = rates.mechanisms, as_dense(model.llm), topology.tp, topology.pp
+    mechanisms, parallel, config = rates.mechanisms, recipe.parallel, as_dense(model.llm)
+    tp, pp = topology.tp, topology.pp
     microbatches = packs.num_microbatches * mechanisms.context
     rows = packs.pack_tokens / mechanisms.context
-    learned = parts.layers.learned > 0
     squares = _squares(packs) / mechanisms.context
-    layer = layer_seconds(config, rates, tp, rows, squares, learned)
+    layer = layer_seconds(config, rates, tp, rows, squares, parts.layers.learned > 0)
     attention = attention_seconds(config, rates, tp, rows, squares)
     layer = _with_ring_attention(layer, attention, config, rates, tp, rows)
     head = head_seconds(config, rates, tp, rows)
-    layers = config.num_hidden_layers / pp
-    plain = Seconds(layers * layer.forward, layers * layer.backward)
-    again = plain.forward if recipe.train.recompute_llm else 0.0
-    tensor = seconds.get("LLM, tensor parallel", 0.0) / microbatches
+    held = [sum(stage_chunks(config.num_hidden_layers, pp, topology.vp, stage)) for stage in range(pp)]
+    again = recomputed_seconds(config, rates, tp, rows, squares, recipe.train.recompute_llm)
+    # The collectives are those of a stage with the most layers.
+    tensor = seconds.get("LLM, tensor parallel", 0.0) / microbatches / max(held)
     if mechanisms.overlap_tensor:
         tensor /= tp
-    experts = seconds.get(ALL_TO_ALL, 0.0) / microbatches
-    fill = (pp - 1) / mechanisms.virtual_stages * (plain.total + again + tensor + experts)
+    experts = seconds.get(ALL_TO_ALL, 0.0) / microbatches / max(held)
+    each = layer.total + again + tensor + experts
+    with_head = held[-1] * each + head.total
+    slowest = pp - 1 if with_head >= max(held) * each else held.index(max(held))
+    layers = held[slowest]
+    fill = (sum(held) - layers) * each / topology.vp
     stages = seconds.get("LLM, between stages", 0.0)
+    if topology.vp > 1:
+        stages *= (pp - 1) / (microbatches * topology.vp)
     scatter, gather = (seconds.get(f"LLM, {kind} over replicas", 0.0) for kind in ("gradients", "weights"))
-    if mechanisms.overlap_data:
-        stages = 0.0
-        # With sharded weights, collectives overlap with all micro-batches, otherwise only with the last or the first.
-        hidden = microbatches if mechanisms.sharded_weights else 1
-        scatter = max(scatter - hidden * plain.backward, scatter / layers)
-        gather = max(gather - hidden * plain.forward, gather / layers)
+    # With sharded weights, collectives overlap with all micro-batches, otherwise only with the last or the first.
+    hidden = layers * (microbatches if mechanisms.sharded_weights else 1)
+    if parallel.overlap_grad_reduce:
+        scatter = max(scatter - hidden * layer.backward, scatter / layers)
+    if parallel.overlap_param_gather:
+        gather = max(gather - hidden * layer.forward, gather / layers)
     return _Llm(
-        microbatches * (plain.total + head.total),
-        microbatches * again,
-        microbatches * tensor,
-        microbatches * experts,
+        microbatches * (layers * layer.total + (head.total if slowest == pp - 1 else 0.0)),
+        microbatches * layers * again,
+        microbatches * layers * tensor,
+        microbatches * layers * experts,
         fill,
         stages,
         scatter + gather,

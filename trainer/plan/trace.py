@@ -40,7 +40,7 @@ def trace(forward: Callable[[], Tensor], existing: Iterable[Tensor], device: str
         existing: Tensors that exist already and are not counted.
         device: The type of device whose kernels are counted, `cuda` or `cpu`.
     """
-    with _Bytes(existing) as count, _flash_attention(), _fused_norms(device):
+    with _Bytes(existing) as count, _resized_storages(count), _flash_attention(), _fused_norms(device):
         output = forward()
         kept, peak = count.now, count.peak
         count.peak = count.now
@@ -104,6 +104,23 @@ def _fused_norms(device: str) -> Iterator[None]:
         functional.rms_norm = plain
 
 
+@contextmanager
+def _resized_storages(count: _Bytes) -> Iterator[None]:
+    """Report every change of a storage's size to `count`."""
+    plain = torch.UntypedStorage.resize_
+
+    def resize(storage: torch.UntypedStorage, size: int) -> Any:
+        result = plain(storage, size)
+        count.resized(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = plain  # type: ignore[method-assign]
+
+
 class _FusedRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -161,6 +178,14 @@ class _Bytes(TorchDispatchMode):
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._drop, key)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Note that the size of a storage has changed: selective recomputation releases storages of living tensors."""
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            self.now += size - self._alive[key]
+            self._alive[key] = size
+            self.peak = max(self.peak, self.now)
 
     def _drop(self, key: int) -> None:
         self.now -= self._alive.pop(key)

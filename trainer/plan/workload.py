@@ -202,4 +202,5 @@ def pack_work(recipe: Recipe, workload: Workload, topology: Topology) -> PackPla
     """Return the LLM's packs for the samples of a step."""
     train = recipe.train
     multiple = train.pack_multiple_tokens or topology.tp
-    return plan_packs(workload.num_tokens, topology.dp, train.llm_tokens_per_microbatch, multiple)
+    budget = train.llm_tokens_per_microbatch
+    return plan_packs(workload.num_tokens, topology.dp, budget, multiple, topology.microbatch_multiple)

@@ -116,8 +116,10 @@ def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int | None, multiple
         multiple_tokens: The number of rows in a pack is a multiple of this; None for the tensor-parallel size.
     """
     topology = groups.topology
-    budget = int(whole.num_tokens.sum()) if budget_tokens is None else budget_tokens
-    return plan_packs(whole.num_tokens, topology.dp, budget, multiple=multiple_tokens or topology.tp)
+    if budget_tokens is None:
+        return plan_packs(whole.num_tokens, topology.dp, int(whole.num_tokens.sum()), topology.tp)
+    multiple = multiple_tokens or topology.tp
+    return plan_packs(whole.num_tokens, topology.dp, budget_tokens, multiple, topology.microbatch_multiple)
 
 
 def plan_references(whole: GlobalBatch, packing: PackPlan, loss: str, multiple_tokens: int) -> PackPlan:

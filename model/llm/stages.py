@@ -1,0 +1,38 @@
+"""The division of the LLM's layers into the chunks that pipeline stages hold, and what their backward pass recomputes.
+
+With V virtual stages, each of the PP pipeline stages holds V chunks of consecutive layers. The PP·V chunks are numbered
+in the order of the model: chunk c belongs to stage c % PP, where it is virtual stage c // PP.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Recompute = Literal["none", "selective", "full"]
+"""What the backward pass computes again instead of keeping it: nothing; norms, activation functions and attention, but
+no matrix product of a layer; or whole layers, of which only the input is kept."""
+
+
+def chunk_layers(num_layers: int, pp_size: int, vp_size: int = 1) -> tuple[int, ...]:
+    """Return the number of layers of each chunk, in the order of the model.
+
+    The numbers differ by at most one. If some chunks have one layer less, the last one is the first of them, because it
+    also has the output layer and the loss. The next is chunk 0, which has the embedding, then chunk 1, 2 and so on:
+    stages at the beginning keep the activations of more micro-batches.
+
+    Args:
+        num_layers: The number of layers of the LLM, at least one per chunk.
+        pp_size: The number of pipeline stages.
+        vp_size: The number of virtual stages.
+    """
+    count = pp_size * vp_size
+    assert num_layers >= count, (num_layers, count)
+    largest = -(-num_layers // count)
+    order = [count - 1, *range(count - 1)]
+    fewer = set(order[: count * largest - num_layers])
+    return tuple(largest - (chunk in fewer) for chunk in range(count))
+
+
+def stage_chunks(num_layers: int, pp_size: int, vp_size: int, stage: int) -> tuple[int, ...]:
+    """Return the number of layers of each chunk of a stage, in the order of its virtual stages."""
+    return chunk_layers(num_layers, pp_size, vp_size)[stage::pp_size]
