@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.batch import Batch
 from tests.distributed.harness import run_ranks
 from tools.parity import DS_CONFIG
 from trainer import parity
@@ -46,6 +47,22 @@ def test_one_changed_bit_ends_the_run_on_all_ranks(world: int, tp: int, faulty: 
         assert (name, step, fields["ranks"]) == ("corrupted", 4, named) and len(fields["nodes"]) == 1
         assert fields["certain"] == (world == 3)
         assert all(f"{rank} on " in found["error"] for rank in named) and "nothing is saved" in found["error"]
+
+
+def overlapped() -> dict[str, bool]:
+    """Update the weights of two replicas, and compare them before the next forward pass has gathered them."""
+    rank, world, device = connect()
+    groups = build_groups(Topology(world, 1, 1), rank, device, parity.SEED)
+    step = parity.build_step(parity.tiny_model(), groups, DS_CONFIG, 1, mode=parity.Mode(overlap="both"))
+    samples = parity.make_samples("mixed", world, step.model.adapter.strides)[rank]
+    step(0, Batch(tuple(samples)))
+    before = int(weight_digest((p for _, p in step.llm.parameters()), CPU))
+    check_replicas(1, step.llm, groups, lambda *event: pytest.fail(f"healthy replicas differ: {event}"))
+    return {"gathered": before != int(weight_digest((p for _, p in step.llm.parameters()), CPU))}
+
+
+def test_weights_that_are_gathered_later_are_completed_before_the_comparison() -> None:
+    assert all(found["gathered"] for found in run_ranks(2, overlapped))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

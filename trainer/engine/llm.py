@@ -122,7 +122,7 @@ class LLMEngine:
         adapters: Adapters = NO_ADAPTERS,
         reduction: Reduction = FP32_REDUCTION,
     ) -> None:
-        self.hf_config, self.groups, self.dtype = hf_config, groups, dtype
+        self.hf_config, self.groups, self.dtype, self.reduction = hf_config, groups, dtype, reduction
         self.shapes = llm_shapes(hf_config, adapters)
         """The shapes of all tensors of the LLM, by name without `llm.`."""
         topology, place = groups.topology, groups.place
@@ -349,6 +349,19 @@ class LLMEngine:
                         if parameter.grad is not None:
                             parameter.grad.mul_(clip_coef)
             self.optimizer.step_with_ready_grads()
+
+    def finish_gathering(self) -> None:
+        """Complete the updated weights, which `overlap_weights` otherwise gathers in the next forward pass.
+
+        Collective: every rank of the data-parallel group must call it.
+        """
+        if self.optimizer is None or not self.reduction.overlap_weights:
+            return
+        with megatron_calls():
+            for group in (group for model in self.models for group in model.bucket_groups):
+                # Weights that have been gathered since the update are left as they are.
+                if not group.param_gather_dispatched or group.param_gather_handle is not None:
+                    group.start_param_sync(force_sync=True)
 
     def train(self, mode: bool) -> None:
         """Switch every module to training mode or to evaluation mode."""

@@ -33,6 +33,7 @@ def check_replicas(step: int, llm: LLMEngine, groups: Groups, emit: Emit) -> Non
     """
     if groups.topology.dp == 1:
         return
+    llm.finish_gathering()
     weights = (p for _, p in llm.parameters() if getattr(p, "allreduce", True))
     mine = np.array([int(weight_digest(weights, groups.device))])
     different, is_certain = differing_ranks(all_gather_numbers(mine, groups.world)[:, 0], groups.topology)
