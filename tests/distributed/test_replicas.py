@@ -54,7 +54,7 @@ def overlapped() -> dict[str, bool]:
     rank, world, device = connect()
     groups = build_groups(Topology(world, 1, 1), rank, device, parity.SEED)
     step = parity.build_step(parity.tiny_model(), groups, DS_CONFIG, 1, mode=parity.Mode(overlap="both"))
-    samples = parity.make_samples("mixed", world, step.model.adapter.strides)[rank]
+    samples = parity.make_samples("mixed", world, step.model.adapter.rate)[rank]
     step(0, Batch(tuple(samples)))
     before = int(weight_digest((p for _, p in step.llm.parameters()), CPU))
     check_replicas(1, step.llm, groups, lambda *event: pytest.fail(f"healthy replicas differ: {event}"))

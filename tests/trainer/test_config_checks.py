@@ -106,6 +106,12 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         ),
         (
             "debug",
+            ["stages=[{name: all, steps: 4}]", "parallel.overlap_grad_reduce=true"],
+            "parallel.overlap_grad_reduce = true: the parameters that learn change between stages of training; set it "
+            "to false, or remove stages",
+        ),
+        (
+            "debug",
             ["parallel.grad_reduce_dtype=bf16"],
             "parallel.grad_reduce_dtype = bf16: gradients have train.precision = fp32; set train.precision=bf16, or "
             "parallel.grad_reduce_dtype=fp32",
