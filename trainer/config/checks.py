@@ -171,14 +171,14 @@ def _check_experts(hf_config: PretrainedConfig, parallel: ParallelConfig) -> Non
             )
         return
     # An expert without tokens has no gradient, for which an overlapped reduction would wait.
-    for key, value, legal in (
+    for key, value, only in (
         ("virtual_stages", parallel.virtual_stages, 1),
         ("overlap_grad_reduce", parallel.overlap_grad_reduce, False),
     ):
-        if value != legal:
+        if value != only:
             raise UserError(
                 f"parallel.{key} = {str(value).lower()}: the only legal value for an LLM with experts is "
-                f"{str(legal).lower()}"
+                f"{str(only).lower()}"
             )
     count, etp = len(mixture.experts), build_topology(parallel, parallel.num_ranks).expert_tp
     if count % ep:

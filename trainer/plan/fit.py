@@ -91,7 +91,7 @@ def variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
 def _with_packs(
     recipe: Recipe, split: ParallelConfig, tokens: Sequence[int], recomputes: Sequence[Recompute]
 ) -> Iterator[Recipe]:
-    """Yield the variants with the parallelism `split`, for the limits `tokens` on a pack and what the LLM recomputes."""
+    """Yield the variants with the parallelism `split`, for limits on the tokens of a pack and what the LLM recomputes."""
     for rows in tokens:
         packed = dataclasses.replace(recipe.train, llm_tokens_per_microbatch=rows)
         try:
