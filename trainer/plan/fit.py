@@ -91,7 +91,7 @@ def variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
 def _with_packs(
     recipe: Recipe, split: ParallelConfig, tokens: Sequence[int], recomputes: Sequence[Recompute]
 ) -> Iterator[Recipe]:
-    """Yield the variants with the parallelism `split`, for limits on the tokens of a pack and what the LLM recomputes."""
+    """Yield the variants with the parallelism `split`, one per limit on a pack's tokens and kind of recomputation."""
     for rows in tokens:
         packed = dataclasses.replace(recipe.train, llm_tokens_per_microbatch=rows)
         try:
