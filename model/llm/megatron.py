@@ -32,7 +32,6 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -297,11 +296,9 @@ def _block_spec(
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
-    dense = ModuleSpec(
-        module=SwiGLUMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
+    dense = SwiGLUMLP  # a class, since Megatron warns of a ModuleSpec of a class that it does not know
 
-    def layer(mlp: ModuleSpec) -> ModuleSpec:
+    def layer(mlp: ModuleSpec | type[SwiGLUMLP]) -> ModuleSpec:
         return ModuleSpec(
             module=TransformerLayer,
             submodules=TransformerLayerSubmodules(

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
-from megatron.core.transformer.mlp import MLP
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,6 +19,10 @@ class SwiGLUMLP(MLP):
     Autograd would keep the activated gate and the copies of both halves of the input, 2 f values more per token. With
     selective recomputation, the output is not kept either.
     """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        projections = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        super().__init__(config, projections, ffn_hidden_size=config.ffn_hidden_size)
 
     def forward(self, hidden_states: Tensor, per_token_scale: None = None, **_: Any) -> tuple[Tensor, None]:
         """Return the output [t/TP, 1, hidden] for an input of the same shape, and no bias."""
