@@ -1,4 +1,4 @@
-"""Measure the resources of one rank that grow with the number of ranks: process groups, connections, files and time.
+"""Measure what grows with the number of ranks: process groups, connections, files, checkpoints' metadata, and time.
 
     python -m bench.scale
 
@@ -6,8 +6,14 @@ The trainer's own code creates process groups of the full size with torch's fake
 ranks, and the groups are counted. The number of connections follows from their sizes, and the number of open files is
 that of `trainer.parallel.environment`.
 
-Goals: the number of open files, the number of gloo groups and the time for judging stragglers are below the bounds that
-this file states. The last line is one JSON object. The exit code is 1 if a goal is missed.
+The metadata of checkpoints (`bench.scale_checkpoint`), the judgement of stragglers and the planning of a step
+(`bench.scale_step`) are computed by the trainer's own code for data of the full size. Small collectives on the host are
+measured with real processes on this machine. Their number of rounds is known, but the time of a round depends on the
+network.
+
+Goals: the number of open files, the number of gloo groups, the size of the metadata (50 MB anywhere), and the times for
+judging stragglers (50 ms) and planning (15 ms) with 10,240 ranks are below the bounds that this file states. The last
+line is one JSON object. The exit code is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -16,25 +22,30 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from bench.scale_checkpoint import measure
+from bench.scale_step import collective_sec, planning_sec, rounds
+from trainer.config.load import load_recipe
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.environment import needed_descriptors
 from trainer.parallel.groups import build_groups, device_groups
 from trainer.parallel.topology import Topology
+from trainer.plan.sizes import sized_model
 from trainer.telemetry.straggler import RankWork, StragglerMeter
 
 TOPOLOGIES = (Topology(128, 8, 4, 4), Topology(1008, 8, 9, 4), Topology(4096, 8, 8, 4))
 GOALS_FILES = {128: 1600, 1008: 3400, 4096: 9600}
 """The largest allowed number of open files of one rank, by the number of ranks."""
 GOAL_GLOO_GROUPS = 2
-JUDGE_RANKS, GOAL_JUDGE_SEC = 10_240, 0.05
-GROUP_NAMES = ("groups", "gloo_groups", "gloo_peers")
+LARGE = (Topology(128, 8, 4, 4), Topology(1024, 8, 8, 4), Topology(4096, 8, 8, 4), Topology(10_240, 8, 8, 4))
+GOAL_JUDGE_SEC, GOAL_PLANNING_SEC, GOAL_METADATA_BYTES = 0.05, 0.015, 50e6
+PROCESSES = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -126,24 +137,53 @@ def main() -> int:
     """Run the benchmark as a command; the exit code is 0 if the goals are met, else 1."""
     counted = {t.world: count_groups(t, rank=0) for t in TOPOLOGIES}
     files = {world: needed_descriptors(world, cuda=True) for world in counted}
-    judged = judge_sec(JUDGE_RANKS)
-    worlds = list(counted)
-    print(f"{'on rank 0, with GPUs':44}{'grows with':>14}" + "".join(f"{w:>10,}" for w in worlds))
-    rows = (
-        ("process groups", "1", [c.groups for c in counted.values()]),
-        ("of these with gloo", "1", [c.gloo_groups for c in counted.values()]),
-        ("gloo peers, each connected when first used", "N", [c.gloo_peers for c in counted.values()]),
-        ("open files, at most", "N", list(files.values())),
-    )
-    for name, law, values in rows:
-        print(f"{name:44}{law:>14}" + "".join(f"{v:>10,}" for v in values))
-    print(f"one judgement of {JUDGE_RANKS:,} ranks' work: {1000 * judged:.1f} ms of CPU time")
+    print("on rank 0, with GPUs")
+    _print_row("ranks", "grows with", [t.world for t in TOPOLOGIES])
+    _print_row("process groups", "1", [c.groups for c in counted.values()])
+    _print_row("of these with gloo", "1", [c.gloo_groups for c in counted.values()])
+    _print_row("gloo peers, each connected when first used", "N", [c.gloo_peers for c in counted.values()])
+    _print_row("open files, at most", "N", list(files.values()))
     goals = {f"open files, {world} ranks": files[world] <= most for world, most in GOALS_FILES.items()}
     goals |= {f"gloo groups, {world} ranks": c.gloo_groups <= GOAL_GLOO_GROUPS for world, c in counted.items()}
-    goals[f"judging {JUDGE_RANKS} ranks"] = judged <= GOAL_JUDGE_SEC
+
+    model = sized_model(load_recipe("mowe_70b"))
+    saved = {t.world: measure(model, t) for t in LARGE}
+    judged = {t.world: judge_sec(t.world) for t in LARGE}
+    planned = {t.world: planning_sec(t) for t in LARGE}
+    print("\nof mowe_70b")
+    _print_row("ranks", "grows with", [t.world for t in LARGE])
+    _print_row("metadata that a rank sends, KB", "1", [m.sent_bytes / 1e3 for m in saved.values()])
+    _print_row("metadata that rank 0 receives, KB", "N", [m.gathered_bytes / 1e3 for m in saved.values()])
+    _print_row("manifest of a checkpoint, KB", "N", [m.manifest_bytes / 1e3 for m in saved.values()])
+    _print_row("making it on rank 0, CPU ms", "N", [1e3 * m.merge_sec for m in saved.values()])
+    _print_row("reading it on a rank, CPU ms", "N", [1e3 * m.parse_sec for m in saved.values()])
+    _print_row("judging stragglers on rank 0, CPU ms", "N log N", [1e3 * s for s in judged.values()])
+    _print_row("planning of a step, CPU ms", "N log N", [1e3 * sum(p.values()) for p in planned.values()])
+    _print_row("rounds of a small collective", "log N", [rounds(t.world) for t in LARGE])
+    most = LARGE[-1].world
+    goals[f"metadata, {most} ranks"] = (
+        max(saved[most].gathered_bytes, saved[most].manifest_bytes) <= GOAL_METADATA_BYTES
+    )
+    goals[f"judging, {most} ranks"] = judged[most] <= GOAL_JUDGE_SEC
+    goals[f"planning, {most} ranks"] = sum(planned[most].values()) <= GOAL_PLANNING_SEC
+
+    calls = {num: collective_sec(num) for num in PROCESSES}
+    print("\nsmall collective on processes of this machine, ms")
+    _print_row("processes", "grows with", list(PROCESSES))
+    for arm, law in (("tree", "log N"), ("ring", "N")):
+        _print_row(arm, law, [1e3 * found[arm] for found in calls.values()])
     found = {str(world): asdict(c) | {"files": files[world]} for world, c in counted.items()}
-    print(json.dumps({"ranks": found, "judge_cpu_sec": judged, "goals": goals, "passed": all(goals.values())}))
-    return 0 if all(goals.values()) else 1
+    large = {
+        str(t.world): asdict(saved[t.world]) | {"judge_sec": judged[t.world], "planning_sec": planned[t.world]}
+        for t in LARGE
+    }
+    report = {"ranks": found, "large": large, "collective_sec": calls, "goals": goals, "passed": all(goals.values())}
+    print(json.dumps(report))
+    return 0 if report["passed"] else 1
+
+
+def _print_row(name: str, law: str, values: Sequence[float]) -> None:
+    print(f"{name:46}{law:>11}" + "".join(f"{v:>11,.{0 if v >= 100 or v == int(v) else 1}f}" for v in values))
 
 
 if __name__ == "__main__":

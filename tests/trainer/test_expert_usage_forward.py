@@ -57,7 +57,7 @@ def write_checkpoint(run: Path, recipe: Recipe, tower: AudioTower, step: int) ->
     files: dict[str, FileEntry] = {"audio-00000.safetensors": write_tensors(draft, "audio-00000.safetensors", tensors)}
     state = {"step": step, "extra": {"recipe": dump(recipe)}}
     files["state.json"] = write_text(draft, "state.json", json.dumps(state))
-    entries = merge_entries([entries_of(shards, "audio-00000.safetensors")])
+    entries = merge_entries([entries_of(shards, "audio", 0)], [])
     write_text(draft, "manifest.json", Manifest(step, {"world": 1}, files, entries).dumps())
     return folder
 

@@ -1,0 +1,167 @@
+"""The metadata of a checkpoint of many ranks: what each rank sends to rank 0, and the manifest that rank 0 writes.
+
+Used by `python -m bench.scale`. The tensors are those of a recipe's model, divided as both engines divide them. Their
+values are not needed, so the metadata of ten thousand ranks is computed in one process, by the code that saves.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from model.llm.megatron import build_megatron
+from model.llm.names import hf_shapes, local_pieces, tp_dim
+from model.llm.weights import global_parameters
+from trainer.checkpoint.background import Written
+from trainer.checkpoint.layout import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    MOMENTS,
+    PARAM,
+    FileEntry,
+    Manifest,
+    Rect,
+    Shard,
+    Slices,
+    entries_of,
+    file_of,
+    matrix_of,
+    merge_entries,
+    rects_of_range,
+    sliced_elements,
+)
+from trainer.checkpoint.llm_state import rect_of
+from trainer.engine.placement import place
+from trainer.parallel.topology import Topology
+from trainer.plan.fake_ranks import fake_rank
+from trainer.plan.sizes import SizedModel
+
+Shape = tuple[int, ...]
+
+_VALUES: Mapping[str, Any] = dict.fromkeys((PARAM, EXP_AVG, EXP_AVG_SQ))
+_FILE = FileEntry(1 << 30, "0" * 32)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The cost of a checkpoint's metadata."""
+
+    sent_bytes: int
+    """The largest number of bytes that one rank sends."""
+    gathered_bytes: int
+    """The number of bytes that rank 0 receives."""
+    manifest_bytes: int
+    merge_sec: float
+    """CPU seconds in which rank 0 merges what all ranks sent and writes the manifest as text."""
+    parse_sec: float
+    """CPU seconds in which a rank parses the manifest."""
+
+
+def measure(model: SizedModel, topology: Topology) -> Metadata:
+    """Return the cost of the metadata of a model's checkpoint on a topology.
+
+    Args:
+        model: The model.
+        topology: The topology, of which the audio side uses `ep`, and the LLM the other sizes.
+    """
+    sent = [pickle.dumps((None, _written(rank, shards))) for rank, shards in _ranks(model, topology)]
+    parts: list[Written] = [pickle.loads(text)[1] for text in sent]
+    start = time.thread_time()
+    files = {name: entry for part in parts for name, entry in part.files.items()}
+    tensors = merge_entries([part.tensors for part in parts], [part.sliced for part in parts])
+    text = Manifest(1, {}, files, tensors).dumps()
+    merged = time.thread_time()
+    Manifest.loads(text)
+    parsed = time.thread_time()
+    return Metadata(max(map(len, sent)), sum(map(len, sent)), len(text), merged - start, parsed - merged)
+
+
+def _written(rank: int, shards: Mapping[str, list[Shard]]) -> Written:
+    files = {file_of(family, rank): _FILE for family in (*shards, MOMENTS, "rng")}
+    tensors = {name: entry for family, own in shards.items() for name, entry in entries_of(own, family, rank).items()}
+    return Written(files, tensors, sliced_elements([shard for own in shards.values() for shard in own]))
+
+
+def _ranks(model: SizedModel, topology: Topology) -> Iterator[tuple[int, dict[str, list[Shard]]]]:
+    """Yield each rank with its shards, by family of files."""
+    audio = [_audio_parameters(model, topology, position) for position in range(topology.ep)]
+    names, shapes = _megatron_names(model.llm), hf_shapes(model.llm)
+    boxes = {
+        (stage, tp): _stage_boxes(model.llm, names, topology, stage, tp)
+        for stage in range(topology.pp)
+        for tp in range(topology.tp)
+    }
+    for rank in range(topology.world):
+        at = topology.coordinates(rank)
+        yield (
+            rank,
+            {
+                "audio": [shard for parameter in audio[rank % topology.ep] for shard in _slice_of(*parameter, rank)],
+                "llm": list(_llm_shards(boxes[at.pp, at.tp], shapes, topology.dp, at.dp)),
+            },
+        )
+
+
+def _audio_parameters(model: SizedModel, topology: Topology, position: int) -> list[tuple[str, Shape, Slices]]:
+    """Return the parameters of the audio side that a rank at a position of its expert-parallel group holds."""
+    found = []
+    tower = model.tower(place(model.config, topology.ep).held_by(position))
+    for name, parameter in tower.named_parameters():
+        is_expert = name.startswith("experts.") and topology.ep > 1
+        ranks = range(position, topology.world, topology.ep) if is_expert else range(topology.world)
+        slices = Slices(ranks, -(-parameter.numel() // len(ranks)))
+        found.append((f"audio.{name}", tuple(parameter.shape), slices))
+    return found
+
+
+def _slice_of(name: str, shape: Shape, slices: Slices, rank: int) -> Iterator[Shard]:
+    for _, rect in slices.rect_of(matrix_of(shape), slices.ranks.index(rank)):
+        yield Shard(name, shape, rect, _VALUES, 1, slices=slices)
+
+
+def _megatron_names(config: PretrainedConfig) -> list[str]:
+    """Return Megatron's names of all parameters of an LLM."""
+    topology = Topology(8, 8, 1)
+    with fake_rank(topology, 0):
+        gpt = build_megatron(
+            config, tp_size=8, pp_size=1, first_stage=True, last_stage=True, dtype=torch.bfloat16, recompute=True
+        )
+        return [name for name, _ in global_parameters(gpt)]
+
+
+def _stage_boxes(
+    config: PretrainedConfig, names: list[str], topology: Topology, stage: int, tp: int
+) -> list[tuple[str, Rect, bool]]:
+    """Return the rectangles of Hugging Face's tensors that a rank of a stage holds, and whether it saves them."""
+    per_stage, shapes, found = -(-config.num_hidden_layers // topology.pp), hf_shapes(config), []
+    for name in names:
+        words = name.split(".")
+        if words[:2] == ["decoder", "layers"]:
+            own = int(words[2]) // per_stage
+        else:
+            own = 0 if words[0] == "embedding" else topology.pp - 1
+        for piece in local_pieces(name, config, tp, topology.tp) if own == stage else ():
+            if piece.hf_name is not None:
+                box = rect_of(piece.index, matrix_of(shapes[piece.hf_name]))
+                found.append((piece.hf_name, box, tp_dim(name) is not None or tp == 0))
+    return found
+
+
+def _llm_shards(
+    boxes: list[tuple[str, Rect, bool]], shapes: Mapping[str, Shape], num_replicas: int, replica: int
+) -> Iterator[Shard]:
+    """Yield one replica's part of a stage's parameters, which lie in one buffer that the replicas divide equally."""
+    part = -(-sum(box.numel for _, box, _ in boxes) // num_replicas)
+    base = 0
+    for name, box, saved_here in boxes:
+        low, high = max(part * replica - base, 0), min(part * (replica + 1) - base, box.numel)
+        if low < high and saved_here:
+            for _, rect in rects_of_range(box, low, high):
+                yield Shard(f"llm.{name}", shapes[name], rect, _VALUES, 1)
+        base += box.numel

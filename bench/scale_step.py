@@ -1,0 +1,131 @@
+"""What a step costs the host of one rank with many ranks: planning, and small collectives. Used by `bench.scale`.
+
+Planning is measured with the global batch of the full size, in this process. Collectives are measured with real
+processes on this machine, as many as it can run, by the number of rounds that a call takes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from trainer.parallel.dispatch import ClipTable, dispatch_of, plan_dispatch
+from trainer.parallel.packs import embedding_segments, plan_packs, token_segments
+from trainer.parallel.plan import Ints, route
+from trainer.parallel.topology import Topology
+from trainer.parallel.tree import all_gather_numbers
+
+SAMPLES_PER_RANK = 8
+_NUM_EXPERTS = 4
+_CALLS, _WARMUP = 300, 30
+_FIELDS = 5
+
+
+def planning_sec(topology: Topology) -> dict[str, float]:
+    """Return the CPU seconds that one rank needs to plan a step, by part; each is the least of five values."""
+    rng = np.random.default_rng(0)
+    world, num = topology.world, topology.world * SAMPLES_PER_RANK
+    source = np.repeat(np.arange(world), SAMPLES_PER_RANK)
+    tokens, samples = rng.integers(50, 400, num), rng.integers(16_000, 320_000, num)
+    packing = plan_packs(tokens, topology.dp, 4096, topology.tp)
+    wanted = np.zeros((num, _NUM_EXPERTS), dtype=bool)
+    wanted[np.arange(num), rng.integers(0, _NUM_EXPERTS, num)] = True
+    costs = [_cost(1.0 + expert) for expert in range(_NUM_EXPERTS)]
+    places = [expert % topology.ep for expert in range(_NUM_EXPERTS)]
+
+    def exchange() -> None:
+        for segments in (token_segments, embedding_segments):
+            route(segments(packing, source, topology, 0), 0, world, 100)
+
+    def primary() -> None:
+        dispatch_of(
+            plan_dispatch(ClipTable(source, samples, np.ones((num, 1), dtype=bool)), costs[:1], [0], 1, world), 0
+        )
+
+    def experts() -> None:
+        dispatch_of(plan_dispatch(ClipTable(source, samples, wanted), costs, places, topology.ep, world), 0)
+
+    return {
+        "packs": _cpu_sec(lambda: plan_packs(tokens, topology.dp, 4096, topology.tp)),
+        "exchange": _cpu_sec(exchange),
+        "primary": _cpu_sec(primary),
+        "experts": _cpu_sec(experts),
+    }
+
+
+def _cost(factor: float) -> Callable[[Ints], np.ndarray]:
+    return lambda lengths: factor * lengths.astype(np.float64)
+
+
+def _cpu_sec(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(5):
+        start = time.thread_time()
+        work()
+        times.append(time.thread_time() - start)
+    return min(times)
+
+
+def collective_sec(num_ranks: int) -> dict[str, float]:
+    """Return the median time of a small collective on real processes of this machine, by kind.
+
+    Returns:
+        `tree` for `trainer.parallel.tree.all_gather_numbers`, and `ring` for gloo's own all-gather of the same numbers.
+    """
+    code = "from bench.scale_step import rank_main; rank_main()"
+    port = str(20_000 + os.getpid() % 20_000)
+    shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env={**os.environ, **shared, "RANK": str(r)}, stdout=subprocess.PIPE
+        )
+        for r in range(num_ranks)
+    ]
+    try:
+        texts = [rank.communicate(timeout=300)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    found: dict[str, float] = json.loads(texts[0])
+    return found
+
+
+def rank_main() -> None:
+    """Measure collectives as one rank, and print the medians on rank 0."""
+    dist.init_process_group("gloo")
+    mine = np.arange(1 + SAMPLES_PER_RANK * _FIELDS, dtype=np.int64)
+    world = dist.get_world_size()
+    warnings.simplefilter("ignore")  # torch 2.13 prefers another name for the ring, which older versions lack
+    target, source = torch.empty(world * len(mine), dtype=torch.int64), torch.from_numpy(mine)
+    arms: dict[str, Callable[[], object]] = {
+        "tree": lambda: all_gather_numbers(mine, None),
+        "ring": lambda: dist.all_gather_into_tensor(target, source),
+    }
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for call in range(_WARMUP + _CALLS):
+        for name, work in arms.items():
+            start = time.perf_counter()
+            work()
+            if call >= _WARMUP:
+                times[name].append(time.perf_counter() - start)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        print(json.dumps({name: statistics.median(values) for name, values in times.items()}))
+    dist.destroy_process_group()
+
+
+def rounds(num_ranks: int) -> int:
+    """Return the number of rounds of a small collective."""
+    return math.ceil(math.log2(num_ranks))
