@@ -132,7 +132,7 @@ def print_plan(sizes_name: str) -> None:
             1,
             optim=parity.OPTIM,
             dtype=torch.bfloat16,
-            recompute=False,
+            recompute="none",
             kernels=Kernels("cuda"),
         )
         peaks.append(memory.peak(1))

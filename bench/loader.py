@@ -81,7 +81,7 @@ def ours_clips(prepared: PreparedData) -> Arm:
     def run() -> int:
         reader.shards.table.cache_clear()  # as in a dataset with more shards than tables that are kept
         reader.selected.cache_clear()
-        spec = StreamSpec(prepared.config, (), prepared.tokenizer_path, prepared.rate, False, 0, 1)
+        spec = StreamSpec(prepared.config, (), prepared.tokenizer_path, prepared.rate, (), None, 0, 1 << 40)
         lanes = {lane: LaneState() for lane in range(LANES)}
         group = LaneGroup(spec, lanes, 0, [reader], prepared.tokenizer)
         delivered = 0

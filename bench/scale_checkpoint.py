@@ -6,7 +6,6 @@ values are not needed, so the metadata of ten thousand ranks is computed in one 
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from transformers import PretrainedConfig
 from model.llm.megatron import build_megatron
 from model.llm.names import hf_shapes, local_pieces, tp_dim
 from model.llm.weights import global_parameters
-from trainer.checkpoint.background import Written
+from trainer.checkpoint.background import SENT_KINDS, Written
 from trainer.checkpoint.layout import (
     EXP_AVG,
     EXP_AVG_SQ,
@@ -39,6 +38,7 @@ from trainer.checkpoint.layout import (
 from trainer.checkpoint.llm_state import rect_of
 from trainer.engine.placement import place
 from trainer.parallel.topology import Topology
+from trainer.parallel.values import decode, encode
 from trainer.plan.fake_ranks import fake_rank
 from trainer.plan.sizes import SizedModel
 
@@ -70,8 +70,8 @@ def measure(model: SizedModel, topology: Topology) -> Metadata:
         model: The model.
         topology: The topology, of which the audio side uses `ep`, and the LLM the other sizes.
     """
-    sent = [pickle.dumps((None, _written(rank, shards))) for rank, shards in _ranks(model, topology)]
-    parts: list[Written] = [pickle.loads(text)[1] for text in sent]
+    sent = [encode((None, _written(rank, shards)), SENT_KINDS) for rank, shards in _ranks(model, topology)]
+    parts: list[Written] = [decode(text, SENT_KINDS)[1] for text in sent]
     start = time.thread_time()
     files = {name: entry for part in parts for name, entry in part.files.items()}
     tensors = merge_entries([part.tensors for part in parts], [part.sliced for part in parts])
@@ -130,7 +130,7 @@ def _megatron_names(config: PretrainedConfig) -> list[str]:
     topology = Topology(8, 8, 1)
     with fake_rank(topology, 0):
         gpt = build_megatron(
-            config, tp_size=8, pp_size=1, first_stage=True, last_stage=True, dtype=torch.bfloat16, recompute=True
+            config, tp_size=8, pp_size=1, first_stage=True, last_stage=True, dtype=torch.bfloat16, recompute="full"
         )
         return [name for name, _ in global_parameters(gpt)]
 

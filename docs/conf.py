@@ -43,6 +43,7 @@ PAGES = {
         "docs/finetune",
         "docs/connectors",
         "docs/adapters",
+        "docs/experts",
         "docs/plan",
         "docs/slurm",
         "docs/operations",

@@ -30,13 +30,26 @@ def _grad_square(parameters: list[torch.nn.Parameter]) -> Tensor:
     return torch.stack([p.grad.double().square().sum() for p in parameters if p.grad is not None]).sum()
 
 
+class _BareWeights:
+    """The weights of a plain module, which are always whole."""
+
+    calls_are_collective = False
+
+    def __init__(self, tower: AudioTower) -> None:
+        self.forward = tower
+
+    def before_features_return(self) -> None:
+        """Do nothing, because a single rank has nothing to reduce."""
+
+
 class BareAudio(AudioEngine):
     """A replacement of `AudioEngine` that uses a plain module instead of ZeRO-3."""
 
     def __init__(self, tower: AudioTower, groups: Groups, batch_samples: int) -> None:
         self.groups, self.tower = groups, tower
         self.engine: Any = tower
-        self._dispatch = self._build_dispatch(batch_samples, debug_plan=False)
+        self._weights: Any = _BareWeights(tower)
+        self._dispatch = self._build_dispatch(batch_samples, debug_plan=False, recompute_calls=False)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -44,7 +57,7 @@ class BareAudio(AudioEngine):
     def grad_norm_sq(self) -> Tensor:
         return _grad_square(list(self.tower.parameters()))
 
-    def step(self, clip_coef: float, norm: float, lr_scale: float) -> None:
+    def step(self, clip_coef: float, norm: float, lr_scale: float, stage: int = 0) -> None:
         self.discard()
 
     def discard(self) -> None:
@@ -64,7 +77,7 @@ class BareLLM(LLMEngine):
     def grad_norm_sq(self) -> Tensor:
         return _grad_square(list(self.chunks[0].parameters()))
 
-    def step(self, clip_coef: float, lr_scale: float) -> None:
+    def step(self, clip_coef: float, lr_scale: float, stage: int = 0) -> None:
         self.chunks[0].zero_grad()
 
 

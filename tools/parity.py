@@ -374,6 +374,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_at_least(0, steps=options.steps)
         if options.pack_multiple is not None and (options.pack_multiple < 1 or options.pack_multiple % MAX_TENSOR):
             raise UserError(f"--pack-multiple {options.pack_multiple}: must be a multiple of {MAX_TENSOR} tensor ranks")
+        has_experts = options.family == MIXTURE or LLM_FAMILIES[options.family].experts is not None
+        if options.modes and (has_experts or options.stages):
+            raise UserError("--modes: not with --stages or an LLM with experts, which exclude most modes")
         _check_deepspeed(options.deepspeed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -383,7 +386,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     width = 48 if options.modes else 12
     print(f"{'topology':{width}} {'batch':26} {'loss':>9} {'gradient':>9}   largest at")
     rows: list[Row] = []
-    has_experts = options.family == MIXTURE or LLM_FAMILIES[options.family].experts is not None
     for topology in topologies(options.ranks, has_experts, 2 if options.modes else 1):
         for row in check(
             topology,

@@ -89,7 +89,7 @@ def forced_logits(folder: str, tp: int, pp: int, ffn_ep: int) -> dict[str, float
         recipe = Recipe(name="mixture", model=replace(tiny_model(), llm=config))
         hf_config = resolve_hf_config(config)
         source = weight_source(config, hf_config, 1, donors_of(recipe, hf_config, groups))
-        engine = LLMEngine(hf_config, source, OptimConfig(), groups, torch.float32, recompute=False)
+        engine = LLMEngine(hf_config, source, OptimConfig(), groups, torch.float32)
         engine.train(False)
 
         def embed(_pack: int, engine: Any = engine) -> Tensor:

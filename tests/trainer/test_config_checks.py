@@ -22,7 +22,7 @@ def test_shipped_recipes_are_valid(name: str) -> None:
 
 def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
     recipe = load_recipe("mowe_70b")
-    assert (recipe.parallel.num_ranks, recipe.parallel.tensor, recipe.parallel.pipeline) == (128, 8, 4)
+    assert (recipe.parallel.num_ranks, recipe.parallel.tensor, recipe.parallel.pipeline) == (128, 4, 8)
     hf_config = known_llm_config(recipe.model.llm)
     assert hf_config is not None
     assert (hf_config.hidden_size, hf_config.num_hidden_layers, hf_config.num_key_value_heads) == (8192, 80, 8)
@@ -77,17 +77,17 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
             "mowe_70b",
             ["parallel.tensor=16"],
             "parallel.tensor = 16: must divide the LLM's 64 attention heads, 8 key-value heads and 28672 feed-forward "
-            "channels; legal values for 128 ranks with pipeline=4: 1, 2, 4, 8",
+            "channels; legal values for 128 ranks with pipeline=8: 1, 2, 4, 8",
         ),
         (
             "mowe_70b",
-            ["parallel.pipeline=16", "model.llm.config.num_hidden_layers=12"],
-            "parallel.pipeline = 16: the LLM has only 12 layers; legal values for 128 ranks with tensor=8: 1, 2, 4, 8",
+            ["parallel.pipeline=16", "parallel.virtual_stages=1", "model.llm.config.num_hidden_layers=12"],
+            "parallel.pipeline = 16: the LLM has only 12 layers; legal values for 128 ranks with tensor=4: 1, 2, 4, 8",
         ),
         (
             "mowe_70b",
             ["parallel.virtual_stages=21"],
-            "parallel.virtual_stages = 21: the LLM's 80 layers are too few for pipeline=4; legal values are 1..20",
+            "parallel.virtual_stages = 21: the LLM's 80 layers are too few for pipeline=8; legal values are 1..10",
         ),
         (
             "mowe_8b",
@@ -97,7 +97,7 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         (
             "mowe_70b",
             ["parallel.virtual_stages=0"],
-            "parallel.virtual_stages = 0: legal values for pipeline=4: at least 1",
+            "parallel.virtual_stages = 0: legal values for pipeline=8: at least 1",
         ),
         (
             "mowe_70b",

@@ -29,16 +29,16 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_70b_on_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mowe_70b", "--dry-run", "--verbose"]) == 0
     out = capsys.readouterr().out
-    assert "128 ranks = TP 8 x PP 4 x DP 4" in out
+    assert "128 ranks = TP 4 x PP 8 x DP 4" in out
     rows = {tuple(line.split()) for line in out.splitlines()}
-    assert ("3", "24-31", "56-63", "88-95", "120-127") in rows
+    assert ("3", *(f"{16 * stage + 12}-{16 * stage + 15}" for stage in range(8))) in rows
     assert ("llm", "70.55", "B", "70.55", "B", "0") in rows  # meta-llama/Meta-Llama-3-70B: 70,553,706,496
     assert not torch.distributed.is_initialized()
 
 
 def test_the_lengths_of_packs_are_printed() -> None:
     found = describe(load_recipe("mowe_70b"))
-    assert "an LLM pack up to 8192 tokens, padded to a multiple of 8 (the tensor-parallel ranks)." in found
+    assert "an LLM pack up to 8192 tokens, padded to a multiple of 4 (the tensor-parallel ranks)." in found
     found = describe(load_recipe("mowe_70b", ["train.pack_multiple_tokens=1024"]))
     assert "an LLM pack up to 8192 tokens, padded to a multiple of 1024, which gives 8 different lengths." in found
 

@@ -86,8 +86,9 @@ def test_ranks_of_another_job_find_nothing(tmp_path: Path) -> None:
         ({"WORLD_SIZE": "4", FILE: "/x"}, True),
         ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, True),
         ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, False),
-        ({"WORLD_SIZE": "4", "SLURM_STEP_NUM_NODES": "1"}, True),
-        ({"WORLD_SIZE": "4", "SLURM_STEP_NUM_NODES": "2"}, False),
+        ({"WORLD_SIZE": "4", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"WORLD_SIZE": "4", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"WORLD_SIZE": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "4"}, False),
         ({"WORLD_SIZE": "4"}, False),
     ],
 )

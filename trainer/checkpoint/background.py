@@ -105,7 +105,8 @@ class Written:
     """The counts of `trainer.checkpoint.layout.sliced_elements`."""
 
 
-_KINDS = (Outcome, Frozen, Written, FileEntry, TensorEntry, Rect, Slices)
+SENT_KINDS = (Outcome, Frozen, Written, FileEntry, TensorEntry, Rect, Slices)
+"""The dataclasses and named tuples that ranks send each other when they save."""
 """The classes of which the values that ranks send to each other contain instances."""
 
 
@@ -170,14 +171,14 @@ class Save:
         except Exception as error:  # All exceptions are caught, because the other ranks wait for this rank's result.
             failure = f"rank {place.rank}: {_text(error)}"
         outcome = Outcome(self.url)
-        parts = gather_values((failure, written), place.group, _KINDS)
+        parts = gather_values((failure, written), place.group, SENT_KINDS)
         if parts is not None:
             failures = [text for text, _ in parts if text is not None]
             outcome = Outcome(self.url, failures[0] if failures else None)
             if not failures:
                 assert draft is not None
                 outcome = self._commit(draft, [part for _, part in parts if part is not None])
-        outcome = broadcast_value(outcome, place.group, _KINDS)
+        outcome = broadcast_value(outcome, place.group, SENT_KINDS)
         if outcome.failure is not None and place.rank == 0:
             place.checkpoints.discard(place.attempt, self.content.step)
         return outcome

@@ -31,7 +31,9 @@ def on_one_machine(environ: Mapping[str, str]) -> bool:
         return True
     if "LOCAL_WORLD_SIZE" in environ:
         return environ["LOCAL_WORLD_SIZE"] == environ["WORLD_SIZE"]
-    return environ.get("SLURM_STEP_NUM_NODES") == "1"
+    # A launcher that runs within an interactive step of one task may start ranks on other nodes.
+    is_of_srun = environ.get("SLURM_STEP_NUM_TASKS") == environ["WORLD_SIZE"]
+    return is_of_srun and environ.get("SLURM_STEP_NUM_NODES") == "1"
 
 
 def stay_on_this_machine(environ: MutableMapping[str, str]) -> None:

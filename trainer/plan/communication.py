@@ -151,7 +151,7 @@ def _llm_traffic(
             0.0 if sent is None else sent.all_to_all_bytes,
             topology.ffn_ep * topology.expert_tp <= per_node,
             min(topology.ffn_ep, per_node),
-            layers * microbatches * (6 if train.recompute_llm else 4),
+            layers * microbatches * (6 if train.recompute_llm == "full" else 4),
             ring=False,
         ),
         Traffic(

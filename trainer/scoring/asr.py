@@ -24,7 +24,7 @@ def asr_metrics(references: Sequence[str], hypotheses: Sequence[str], languages:
     `wer`. `cer` is the same ratio over the characters of the normalized text, including spaces. `hallucination_rate` is
     the share of hypotheses that are far longer than their reference. `wer_audiobench` is the WER of the English samples
     with AudioBench's normalization, which expands numbers differently. `wer_former` is the WER with the normalization
-    of versions up to 0.2, for comparisons with older runs.
+    of versions before 0.2, for comparisons with older runs.
 
     Args:
         references: the correct transcript of each sample.

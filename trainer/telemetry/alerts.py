@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 WEBHOOK = "EARSHOT_ALERT_WEBHOOK"
 """The environment variable that contains the URL."""
-_ENDING = ("failed", "hang", "peer_lost", "diverged", "finished", "stopped", "requeued", "refused", "cancelled")
+_ENDING = frozenset("failed corrupted hang peer_lost diverged finished stopped requeued refused cancelled".split())
 """Events after which the process may end. Their alerts are sent before `Alerts` returns."""
 _TIMEOUT_SEC = 5.0
 
@@ -44,6 +44,8 @@ class AlertConfig:
         "cancelled",
         "skip",
         "straggler",
+        "gpu_fault",
+        "corrupted",
         "save_failed",
         "finished",
     )

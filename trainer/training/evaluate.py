@@ -157,6 +157,8 @@ def predict(
     dist.all_reduce(rounds, op=dist.ReduceOp.MAX, group=groups.world)
     step.audio.train(False)
     step.llm.train(False)
+    # A replica without prompts runs no forward pass, in which the others would gather weights together with it.
+    step.llm.finish_gathering()
     predictions = []
     for n in range(int(rounds)):
         heartbeat(f"batch {n + 1} of an evaluation")
