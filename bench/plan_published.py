@@ -45,6 +45,8 @@ class Published:
     step_sec: float
     peak_gib: float | None
     source: str
+    note: str
+    """What could not be expressed as a recipe."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def published(path: Path = ROWS) -> list[Published]:
                     float(row["published_step_sec"]),
                     peak,
                     row["source"],
+                    row["note"],
                 )
             )
     return found

@@ -22,6 +22,20 @@ class _Overdue(BaseException):
     """Raised in the thread that renders. It is no Exception, so that nothing on the way handles it."""
 
 
+class ChatError(UserError):
+    """Raised when a chat template cannot be used.
+
+    Args:
+        where: The template.
+        reason: What is wrong, as the rest of a sentence that begins with the template.
+        remedy: What the user can do.
+    """
+
+    def __init__(self, where: str, reason: str, remedy: str) -> None:
+        super().__init__(f"{where} {reason}; {remedy}")
+        self.reason = reason
+
+
 def render_chat(tokenizer: Any, text: str, limit_sec: float = LIMIT_SEC) -> str:
     """Return the prompt that a tokenizer's chat template makes of one message of the user.
 
@@ -31,7 +45,7 @@ def render_chat(tokenizer: Any, text: str, limit_sec: float = LIMIT_SEC) -> str:
         limit_sec: The time in which the template must be rendered, in seconds.
 
     Raises:
-        UserError: If the template fails, or takes longer.
+        ChatError: If the template fails, or takes longer.
     """
     chat = [{"role": "user", "content": text}]
     where = f"the chat template of the tokenizer {tokenizer.name_or_path!r:.200}"
@@ -40,15 +54,12 @@ def render_chat(tokenizer: Any, text: str, limit_sec: float = LIMIT_SEC) -> str:
             limit_sec, lambda: tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         )
     except _Overdue:
-        raise UserError(
-            f"{where} was not rendered within {limit_sec:g} s; use another tokenizer, or set "
-            "data.tokenizer.chat_template to false"
-        ) from None
+        remedy = "use another tokenizer, or set data.tokenizer.chat_template to false"
+        raise ChatError(where, f"was not rendered within {limit_sec:g} s", remedy) from None
     except Exception as error:  # noqa: BLE001 - the template may raise anything
-        reason = f"{type(error).__name__}: {error}"[:300]
-        raise UserError(
-            f"{where} cannot be rendered ({reason}); correct it, or set data.tokenizer.chat_template to false"
-        ) from None
+        reason = f"fails: {type(error).__name__}: {error}"[:300]
+        remedy = "correct it, or set data.tokenizer.chat_template to false"
+        raise ChatError(where, reason, remedy) from None
     return prompt
 
 

@@ -80,7 +80,9 @@ def test_step_waits_at_the_places_in_the_table() -> None:
     assert sum(second.values()) <= MOST_PER_STEP
     assert not set(second) & {"trainer/engine/llm.py:__call__", "model/llm/packing.py:layout"}, "per micro-batch: none"
     # There is one transfer for each pack's positions, rows and places. None depends on the number of experts.
-    assert seen["transfers"]["model/mixture.py:mix"] == seen["transfers"]["model/adapter.py:forward"] == 1
+    assert (
+        seen["transfers"]["model/mixture.py:mix"] == seen["transfers"]["model/connectors/convolutions.py:forward"] == 1
+    )
 
 
 def test_documented_table_is_current() -> None:

@@ -53,7 +53,7 @@ def test_limits_set_the_exit_code(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--fail-on", "daed"], "--fail-on daed: must be dead, imbalance=NUMBER, or both"),
+        (["--fail-on", "daed"], "--fail-on daed: must be dead, imbalance=NUMBER or overload=NUMBER"),
         (["--fail-on", "imbalance=0.5"], "--fail-on imbalance=0.5: must be a number of at least 1"),
         (["--fail-on", "imbalance=nan"], "--fail-on imbalance=nan"),
         (["--split", "test"], "--split test: applies to --data only"),

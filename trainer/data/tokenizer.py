@@ -18,7 +18,7 @@ from typing import Any
 import sentencepiece
 
 from model import prompt
-from model.chat import render_chat
+from model.chat import ChatError, render_chat
 from model.errors import UserError
 from trainer.data.config import TokenizerConfig
 from trainer.data.errors import SampleError
@@ -279,8 +279,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if chat is None:
             try:
                 chat = render_chat(self.inner, text)
-            except UserError as error:
-                raise SampleError("unexpected", f"fails: {error}") from error
+            except ChatError as error:
+                raise SampleError("unexpected", error.reason) from error
             if len(self._rendered) < _MAX_RENDERED:
                 self._rendered[text] = chat
         return chat
