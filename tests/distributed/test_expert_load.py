@@ -79,7 +79,9 @@ def test_two_ranks_report_what_one_process_routes(tmp_path: Path) -> None:
                 assert getattr(found[group], name) == pytest.approx(getattr(load, name), abs=1e-5), name
         compute = row["costs"]["compute_sec"]
         assert row["costs"]["encoders"] == ["whisper", "hubert", "wavlm", "whisper_tiny"]
-        assert [len(ranks) for ranks in compute] == [2, 2, 2, 2] and min(map(min, compute)) > 0
+        # A rank without clips for an encoder does not call it.
+        assert [len(ranks) for ranks in compute] == [2, 2, 2, 2] and min(map(min, compute)) >= 0
+        assert all(max(ranks) > 0 for ranks in compute) or row["kind"] != "mixed"
     check_trace(tmp_path)
 
 

@@ -36,7 +36,7 @@ CHANGED_CASES: list[tuple[Topology, str, dict[str, Any]]] = [
 
 
 def check(topology: Topology, family: str, options: dict[str, Any]) -> list[Row]:
-    task = {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep, "num_steps": 0, "family": family}
+    task = {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep, "vp": 1, "num_steps": 0, "family": family}
     task |= {"kinds": ["mixed"], "deepspeed": None, "ffn_ep": topology.ffn_ep, "ffn_etp": topology.ffn_etp, **options}
     rows = [Row(**row) for row in run_ranks(topology.world, measure, task, timeout_sec=200)[0]]
     assert len(rows) == len(task["kinds"]) + (task["num_steps"] > 0)

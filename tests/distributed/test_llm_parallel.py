@@ -153,9 +153,12 @@ def _compare(
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     with megatron_calls():
-        gpt = build_megatron(hf_config, tp_size=tp, pp_size=pp, first_stage=first, last_stage=last, recompute=recompute)
+        chunks = build_megatron(
+            hf_config, tp_size=tp, pp_size=pp, first_stage=first, last_stage=last, recompute=recompute
+        )
+        (gpt,) = chunks
         source = StateDictSource(reference.state_dict())
-        load_megatron(gpt, source, hf_config, tp_rank=tp_rank, tp_size=tp)
+        load_megatron(chunks, source, hf_config, tp_rank=tp_rank, tp_size=tp)
         gpt.requires_grad_(not frozen)
         losses, audios = _forward_backward(gpt, first, dp)
     worst = {}
@@ -170,7 +173,7 @@ def _compare(
         full = expected_audio[index]
         worst["input"] = max(worst.get("input", 0.0), _difference(gradient, full.chunk(tp)[tp_rank]))
     reader = StateDictSource(expected)
-    for name, parameter in global_parameters(gpt):
+    for name, parameter in global_parameters(chunks):
         if frozen:
             continue
         # Otherwise Megatron's gradient norm would count a split parameter on one rank only.

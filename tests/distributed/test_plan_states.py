@@ -63,7 +63,7 @@ def planned(
 
     config = tiny_model(family, num_layers=layers)
     model = SizedModel(config, resolve_hf_config(config.llm), vocab_size=61)
-    topology = Topology(world, *split)
+    topology = Topology(world, *split[:3], vp=split[3])
     ds_json = json.loads(DS_CONFIG.read_text())
     states = rank_states(model, topology, optim(frozen), precision, ds_json, reduction(gradients))
     found = (states.of_rank(rank) for rank in range(world))
@@ -102,7 +102,7 @@ def held() -> list[list[int]]:
     for split, family, layers, precision, gradients, frozen in CASES[world]:
         config, dtype = tiny_model(family, num_layers=layers), torch.bfloat16 if precision == "bf16" else torch.float32
         hf_config = resolve_hf_config(config.llm)
-        groups = build_groups(Topology(world, *split), rank, device, seed=1)
+        groups = build_groups(Topology(world, *split[:3], vp=split[3]), rank, device, seed=1)
         source = RandomSource(hf_config, 1)
         llm = LLMEngine(hf_config, source, optim(frozen), groups, dtype, reduction=reduction(gradients))
         held = place(config, groups.topology.ep).held_by(rank)
