@@ -12,7 +12,7 @@ import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,18 +142,12 @@ def _alone(store: Store) -> Iterator[bool]:
     if not isinstance(store, LocalStore):
         yield False
         return
-    is_new = not store.folder.exists()
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with locked(store.folder / _LOCK_NAME) as held:
-                if held:
-                    sweep_leftovers(store.folder, older_sec=0)
-                yield held
-        finally:
-            if is_new:
-                with suppress(OSError):  # The folder is not empty: shards or another build are in it.
-                    store.folder.rmdir()
+        with locked(store.folder / _LOCK_NAME) as held:
+            if held:
+                sweep_leftovers(store.folder, older_sec=0)
+            yield held
     except FileExistsError:
         raise UserError(f"{store.folder}: is a file, not a folder; choose another path") from None
     except OSError as error:
