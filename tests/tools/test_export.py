@@ -271,7 +271,14 @@ def test_a_damaged_checkpoint_is_one_line(
 
 @pytest.mark.slow
 def test_it_needs_no_more_memory_than_the_largest_tensor(run: Run, tmp_path: Path) -> None:
-    """The limit includes the memory of a process that imports torch and transformers."""
+    """The memory of a process that only imports the command's packages differs between installations."""
+    code = "import torch, transformers, tools.export, trainer.export.publish; "
+    code += "from trainer.telemetry.metrics import peak_memory_bytes; print(peak_memory_bytes()['host'])"
+    root = Path(__file__).parents[2]
+    idle = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=True
+    )
+    imported_bytes = int(idle.stdout.splitlines()[-1])
     done = subprocess.run(
         [sys.executable, "-m", "tools.export", str(run[0]), str(tmp_path / "out"), "--json"],
         cwd=Path(__file__).parents[2],
@@ -280,4 +287,4 @@ def test_it_needs_no_more_memory_than_the_largest_tensor(run: Run, tmp_path: Pat
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"] < 400 << 20
+    assert json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"] < imported_bytes + (100 << 20)
