@@ -11,7 +11,7 @@ import pytest
 
 from model.errors import UserError
 from tests.plugin_package import records, train_two_steps, write_plugin, write_task_corpus
-from trainer.telemetry.trackers.base import TrackedRun
+from trainer.telemetry.trackers.base import TrackedRun, main_metrics
 from trainer.telemetry.trackers.mlflow import MlflowTracker
 from trainer.telemetry.trackers.table import TRACKERS, add_files, build_trackers, check_trackers
 
@@ -96,15 +96,16 @@ def test_a_run_logs_to_all_its_trackers(tmp_path: Path) -> None:
 
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {name for r in logged for name in r} - {"step"}
+    shown = [{"step": r["step"], **main_metrics({k: v for k, v in r.items() if k != "step"})} for r in logged]
+    assert set(events.Tags()["scalars"]) == {name for r in shown for name in r} - {"step"}
     for name in ("train/loss", "eval/test/asr/wer"):
         expected = [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in logged if name in r]
         assert [(e.step, e.value) for e in events.Scalars(name)] == expected
 
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    assert wandb_history(file) == [pytest.approx(r, rel=1e-9) for r in logged]
+    assert wandb_history(file) == [pytest.approx(r, rel=1e-9) for r in shown]
     run_id = (folder / "wandb_run_id").read_text().strip()
-    assert run_id.startswith("mowe/") and file.name == f"run-{run_id.removeprefix('mowe/')}.wandb"
+    assert run_id.startswith("earshot/") and file.name == f"run-{run_id.removeprefix('earshot/')}.wandb"
     checkpoint = json.loads((folder / "checkpoints" / "step-00000002" / "state.json").read_text())
     assert checkpoint["extra"]["trackers"] == {"wandb": run_id}
 

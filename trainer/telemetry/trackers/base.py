@@ -104,7 +104,7 @@ def main_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics that stores show as curves; `metrics.jsonl` contains all of them.
 
     The bounds of intervals, the scores of a subset that is the whole task, and the parts of the ranks' and encoders'
-    times are left out. The order is that in which people look at them.
+    times are omitted. The order is that in which people look at them.
     """
 
     def is_shown(name: str) -> bool:
