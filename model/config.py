@@ -106,16 +106,16 @@ class AdapterConfig:
     hidden_size: int = 1024
     """The width of the layers and of the output."""
     kernel_size: int = 3
-    """For `convolutions`: the kernel size of every convolution, in frames. It must be at least the largest stride."""
+    """The kernel size of every convolution of `convolutions`, in frames. It must be at least the largest stride."""
     strides: tuple[int, ...] = (2, 2, 2)
     """The down-sampling, as one factor per convolution. Their product is the number of frames that are stacked or that
     form a window: 8 by default, so that an audio token of the LLM covers 160 ms."""
     num_queries: int = 1
-    """For `queries`: the number of queries, which is the number of audio tokens of a window."""
+    """The number of queries of `queries`, which is the number of audio tokens of a window."""
     num_layers: int = 2
-    """For `queries`: the number of layers, each of which attends to the window and then applies a perceptron."""
+    """The number of layers of `queries`, each of which attends to the window and then applies a perceptron."""
     num_heads: int = 8
-    """For `queries`: the number of attention heads; it must divide `hidden_size`."""
+    """The number of attention heads of `queries`, which must divide `hidden_size`."""
     normalize: bool = False
     """Whether to normalize the features of every frame, and to scale the audio embeddings to the size of the LLM's
     token embeddings. Use it with a pre-trained LLM."""

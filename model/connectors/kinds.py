@@ -7,5 +7,5 @@ ADAPTERS: dict[str, object] = {
     "stacking": "model.connectors.stacking:Stacking",
     "queries": "model.connectors.queries:Queries",
 }
-"""For each value of `model.adapter.kind`, a subclass of `model.connectors.base.Adapter` or its place as `module:NAME`,
-which is imported at the first use. A new kind is one file and one line here; plug-ins add entries."""
+"""The adapters by the value of `model.adapter.kind`: a subclass of `model.connectors.base.Adapter`, or its place as
+`module:NAME`, which is imported at the first use. A new kind is one file and one line here; plug-ins add entries."""

@@ -44,7 +44,7 @@ def test_a_template_that_loops_for_years_is_one_line() -> None:
     with pytest.raises(UserError, match="was not rendered within 0.3 s") as caught:
         render_chat(Template(LOOP), "a", limit_sec=0.3)
     assert time.monotonic() - start < 5 and "\n" not in str(caught.value)
-    # In another thread, too, as where samples are decoded; and the thread goes on.
+    # It also works in another thread, as where samples are decoded, and that thread continues.
     found: list[str] = []
 
     def work() -> None:

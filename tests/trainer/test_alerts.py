@@ -90,7 +90,7 @@ def test_slow_or_absent_server_neither_blocks_nor_ends_training(
     received: list[dict[str, Any]] = []
     with server(received, delay_sec=1.0) as url:
         start = time.perf_counter()
-        event_log(tmp_path / "a", url).add("straggler", 3)  # training goes on
+        event_log(tmp_path / "a", url).add("straggler", 3)  # training continues
         assert time.perf_counter() - start < 0.25
         event_log(tmp_path / "a", url).add("failed", 3)  # the process ends
         assert time.perf_counter() - start < 2.0

@@ -17,7 +17,7 @@ LATE = JobState("COMPLETING", 0, "TimeLimit")
 PREEMPTED = JobState("RUNNING", 0, is_preempted=True)
 
 
-def told(name: str) -> list[dict[str, Any]]:
+def signal_event(name: str) -> list[dict[str, Any]]:
     return [{"event": "signal", "name": "SIGTERM"}, SUBMITTED, {"event": "signal", "name": name}]
 
 
@@ -25,16 +25,16 @@ def told(name: str) -> list[dict[str, Any]]:
     ("state", "batch", "events", "code", "how"),
     [
         (ENDING, [signal.SIGTERM], [SUBMITTED], 75, "scancel"),
-        (ENDING, [signal.SIGUSR1, signal.SIGTERM], told("SIGUSR1"), 75, "scancel"),
-        (LATE, [signal.SIGTERM], told("SIGTERM"), 75, None),
-        (RUNNING, [signal.SIGUSR1], told("SIGUSR1"), 75, None),
-        (RUNNING, [], told("SIGTERM"), 75, "scancel --signal=TERM"),
-        (RUNNING, [], told("SIGINT"), 75, "scancel --signal=INT"),
+        (ENDING, [signal.SIGUSR1, signal.SIGTERM], signal_event("SIGUSR1"), 75, "scancel"),
+        (LATE, [signal.SIGTERM], signal_event("SIGTERM"), 75, None),
+        (RUNNING, [signal.SIGUSR1], signal_event("SIGUSR1"), 75, None),
+        (RUNNING, [], signal_event("SIGTERM"), 75, "scancel --signal=TERM"),
+        (RUNNING, [], signal_event("SIGINT"), 75, "scancel --signal=INT"),
         (RUNNING, [], [SUBMITTED], 143, "scancel --signal=TERM"),  # before the ranks listened
         (RUNNING, [], [SUBMITTED, {"event": "failed"}], 143, None),  # the others were ended after a failure
         (RUNNING, [signal.SIGTERM], [SUBMITTED], 138, "scancel --signal=TERM"),
         (RUNNING, [], [SUBMITTED], 137, None),  # out of memory, for example
-        (PREEMPTED, [signal.SIGTERM], told("SIGTERM"), 75, None),
+        (PREEMPTED, [signal.SIGTERM], signal_event("SIGTERM"), 75, None),
     ],
 )
 def test_who_ended_a_job(

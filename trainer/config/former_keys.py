@@ -26,7 +26,7 @@ FORMER_VALUES = {"model.router.gates": FORMER_GATES}
 """For each dotted key of a list, the present names of its items by their former names."""
 
 FORMER_BOOLEANS = {"train.recompute_llm": {True: "full", False: "none"}}
-"""For each dotted key that was true or false, its present values."""
+"""The present values of keys that were true or false, by dotted key."""
 
 
 def refuse(tree: dict[str, Any]) -> None:

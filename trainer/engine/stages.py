@@ -29,7 +29,7 @@ PARTS = {
     "llm": ("llm.*",),
     "lora": ("*.lora_?",),
 }
-"""For each name that `stages.N.train` accepts, its patterns of parameter names."""
+"""The patterns of parameter names that `stages.N.train` accepts, by the name of the part."""
 
 
 @dataclass(frozen=True, kw_only=True)
