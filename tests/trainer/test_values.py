@@ -158,7 +158,7 @@ def train_without_pickles(folder: str) -> str:
     rank = int(os.environ["RANK"])
     options = [f"data.root={folder}/corpus", f"data.cache_dir={folder}/cache", f"train.run_dir={folder}"]
     options += ["train.steps=2", "checkpoint.every_steps=1", "profile.steps=1:2"]
-    options += ["eval.every_steps=1", "eval.max_samples=4"]
+    options += ["eval.every_steps=1", "eval.split=test", "eval.max_samples=4"]
     assert run_training(load_recipe("debug", options), RankEnv(rank, rank, 2)) == 0
     return "trained"
 

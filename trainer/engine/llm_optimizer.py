@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -18,6 +19,7 @@ from model.llm.weights import global_parameters
 from trainer.engine.optim import OptimConfig, ParamSetting, setting_of
 from trainer.parallel.groups import Groups
 from trainer.parallel.topology import ParallelConfig
+from trainer.parallel.values import all_gather_values
 
 PREFIX = "llm."
 
@@ -93,29 +95,36 @@ def build_optimizer(
 ) -> Any:
     """Return Megatron's distributed optimizer of a stage.
 
+    Collective: every rank of the world must call it.
+
     Args:
         models: The result of `data_parallel`.
         optim: The optimizer settings.
         settings: The result of `freeze`.
         dtype: The dtype of the weights.
     """
-    return get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.betas[0],
-            adam_beta2=optim.betas[1],
-            adam_eps=optim.eps,
-            bf16=dtype == torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=True,
-            clip_grad=0.0,
-        ),
-        list(models),
-        config_overrides=_overrides(settings),
-        use_gloo_process_groups=False,
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+        clip_grad=0.0,
     )
+    # Megatron makes the groups of all ranks equal, and would exchange their keys as pickles.
+    with patch("torch.distributed.all_gather_object", _all_gather_keys):
+        return get_megatron_optimizer(
+            config, list(models), config_overrides=_overrides(settings), use_gloo_process_groups=False
+        )
+
+
+def _all_gather_keys(found: list[Any], keys: Any) -> None:
+    """Replace `torch.distributed.all_gather_object` for the keys of optimizer groups."""
+    found[:] = all_gather_values(keys, None, (ParamSetting,))
 
 
 def _overrides(settings: dict[int, ParamSetting]) -> dict[ParamKey, Any]:
