@@ -24,7 +24,7 @@ from trainer.plan.states import FP32_BYTES
 from trainer.plan.trace import Traced, extrapolated, trace
 from trainer.plan.workload import EncoderWork
 
-_SHAPES = ((1, 50), (1, 100), (2, 100), (1, 200), (3, 200))
+_SHAPES = ((1, 50), (1, 100), (1, 200), (3, 200))
 """The shapes (clips, frames) for which an encoder is traced, which suffice to fit the terms 1, B·F, B·F² and F²."""
 
 
@@ -84,6 +84,7 @@ class EncoderTracer:
         tower.set_recompute(recompute)
         self._calls: dict[str, CallMemory] = {}
         self._traced: dict[tuple[str, tuple[int, ...]], Traced] = {}
+        self._warm: set[str] = set()
 
     def calls(self, name: str) -> CallMemory:
         """Return the function that computes the number of bytes that a call of the encoder `name` keeps."""
@@ -106,6 +107,11 @@ class EncoderTracer:
         if (name, clips) not in self._traced:
             module = self.tower.encoder(name)
             owner, layers = _layers(_inner(module))
+            if name not in self._warm:
+                self._warm.add(name)
+                owner.layers = nn.ModuleList(layers[:1])
+                with META:
+                    module(Ragged(torch.empty(1600), (1600,)))  # creates constants that the module keeps
             found = []
             for count in range(1, min(2, len(layers)) + 1):
                 owner.layers = nn.ModuleList(layers[:count])
@@ -117,7 +123,6 @@ class EncoderTracer:
 
 def _trace_encoder(module: nn.Module, clips: tuple[int, ...]) -> Traced:
     with META:
-        module(Ragged(torch.empty(1600), (1600,)))  # creates constants that the module keeps
         return trace(
             lambda: module(Ragged(torch.empty(sum(clips)), clips)).values, [*module.parameters(), *module.buffers()]
         )
