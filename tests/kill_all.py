@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import multiprocessing
 import os
 import random
@@ -104,7 +105,7 @@ def write_tokenizer(_source: Path, folder: Path) -> None:
 
 
 def write_export(source: Path, folder: Path) -> None:
-    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         if not (folder / "out").exists() and export.main([str(source / "run"), str(folder / "out")]):
             raise UserError("refused")
 
