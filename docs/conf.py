@@ -41,6 +41,7 @@ PAGES = {
         "docs/data",
         "docs/training",
         "docs/finetune",
+        "docs/encoders",
         "docs/connectors",
         "docs/adapters",
         "docs/experts",

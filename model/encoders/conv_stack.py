@@ -1,4 +1,4 @@
-"""The strided convolutions over waveforms that HuBERT and WavLM share, computed so that padding has no effect.
+"""The strided convolutions over waveforms of HuBERT, WavLM and wav2vec2, computed so that padding has no effect.
 
 Shapes: B windows, T audio samples, C channels, F frames (20 ms), D width.
 """
@@ -12,16 +12,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import HubertConfig, WavLMConfig
 from transformers.activations import ACT2FN
 
 from model.batch import Ragged
 from model.config import EncoderConfig
-from model.encoders.base import AudioEncoder, call_layer, join_frames, layer_flops, normalized
+from model.encoders.base import (
+    AudioEncoder,
+    DrawnAsTransformers,
+    call_layer,
+    join_frames,
+    layer_flops,
+    length_mask,
+    normalized,
+)
 from model.encoders.family import ResolvedEncoder, encoder_error
 from model.lengths import FRAME_SAMPLES, Windowing
-
-ConvConfig = HubertConfig | WavLMConfig
 
 CONV_STACK_DEFAULTS: dict[str, Any] = {
     "hidden_dropout": 0.0,
@@ -35,7 +40,7 @@ CONV_STACK_DEFAULTS: dict[str, Any] = {
 
 
 class ConvStackEncoder(AudioEncoder):
-    """HuBERT or WavLM as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
+    """A network with such convolutions as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
 
     Args:
         encoder: The network, called as `encoder(waves[B, T], num_samples, recompute)`; returns [B, F, D].
@@ -64,6 +69,42 @@ class ConvStackEncoder(AudioEncoder):
         return join_frames(hidden, valid, [self.num_own_frames(t) for t in windows.lengths])
 
 
+class ConvStackNetwork(DrawnAsTransformers):
+    """The forward pass that HuBERT, wav2vec2, data2vec and UniSpeech-SAT share, for waveforms of unequal length.
+
+    A network has the attributes `feature_extractor`, `feature_projection` and `encoder`, as in transformers.
+    """
+
+    config: Any
+    feature_extractor: Any
+    feature_projection: Any
+    encoder: Any
+
+    def forward(self, waves: Tensor, num_samples: Sequence[int], recompute: bool = False) -> Tensor:
+        """Encode waveforms.
+
+        Args:
+            waves: [B, max T], zero after each length.
+            num_samples: The length of each window.
+            recompute: True to recompute every layer in the backward pass.
+
+        Returns:
+            [B, max F, D]; the valid F of each window is the last of `conv_lengths`.
+        """
+        stable, encoder = getattr(self.config, "do_stable_layer_norm", False), self.encoder
+        features, frames = conv_features(self.feature_extractor.conv_layers, self.config, waves, num_samples, recompute)
+        hidden = self.feature_projection(features)
+        if isinstance(hidden, tuple):  # the second one is for pre-training
+            hidden = hidden[0]
+        mask = length_mask(frames, hidden.shape[1], hidden.device)
+        attention_mask = None if mask is None else mask[:, None, None].expand(-1, -1, hidden.shape[1], -1)
+        hidden = add_positions(encoder.pos_conv_embed, hidden, mask)
+        hidden = encoder.dropout(hidden if stable else encoder.layer_norm(hidden))
+        for layer in encoder.layers:
+            hidden = call_layer(layer, hidden, attention_mask, recompute=recompute)
+        return encoder.layer_norm(hidden) if stable else hidden
+
+
 class RaggedGroupNorm(nn.GroupNorm):
     """A GroupNorm over each window's real length, with the parameters of `nn.GroupNorm`."""
 
@@ -82,7 +123,7 @@ class RaggedGroupNorm(nn.GroupNorm):
 class RaggedGroupNormConvLayer(nn.Module):
     """The first layer of hubert-base and wavlm-base, with the names of transformers' `*GroupNormConvLayer`."""
 
-    def __init__(self, config: ConvConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         channels = config.conv_dim[0]
         self.conv = nn.Conv1d(1, channels, config.conv_kernel[0], stride=config.conv_stride[0], bias=config.conv_bias)
@@ -94,7 +135,11 @@ class RaggedGroupNormConvLayer(nn.Module):
         return self.activation(self.layer_norm(self.conv(hidden), lengths))
 
 
-def conv_stack_windowing(_config: EncoderConfig, hf_config: ConvConfig, window_samples: int) -> Windowing:
+class MaskedPositions(nn.Module):
+    """A marker of position embeddings of several convolutions, which take the mask as their second argument."""
+
+
+def conv_stack_windowing(_config: EncoderConfig, hf_config: Any, window_samples: int) -> Windowing:
     """Return the windowing: windows are computed at their own length, or at the receptive field if that is longer."""
     return Windowing(window_samples, receptive_field(hf_config.conv_kernel, hf_config.conv_stride))
 
@@ -109,12 +154,17 @@ def check_conv_stack(config: EncoderConfig, hf_config: Any, frame_samples: int =
     if hop != frame_samples:
         rate = f"must be {frame_samples} ({frame_samples / 16:g} ms frames)"
         raise encoder_error(config, f"config.conv_stride multiplies to {hop}", rate)
-    if hf_config.feat_extract_norm not in ("group", "layer"):
-        raise encoder_error(config, f"config.feat_extract_norm = {hf_config.feat_extract_norm}", "give group or layer")
+    if feature_norm(hf_config) not in ("group", "layer"):
+        raise encoder_error(config, f"config.feat_extract_norm = {feature_norm(hf_config)}", "give group or layer")
     for key in ("add_adapter", "conv_pos_batch_norm"):
         if getattr(hf_config, key, False):
             why = "it changes the frame rate" if key == "add_adapter" else "it mixes the clips of a batch"
             raise encoder_error(config, f"config.{key} = true", f"not supported ({why}): use another checkpoint")
+
+
+def feature_norm(hf_config: Any) -> str:
+    """Return the norm of the convolutions; data2vec, whose config has no such field, always normalizes each step."""
+    return str(getattr(hf_config, "feat_extract_norm", "layer"))
 
 
 def normalizes_as_published(hf_config: Any) -> bool:
@@ -122,7 +172,7 @@ def normalizes_as_published(hf_config: Any) -> bool:
 
     fairseq and torchaudio's pipelines do the same.
     """
-    return bool(hf_config.feat_extract_norm == "layer")
+    return feature_norm(hf_config) == "layer"
 
 
 def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
@@ -142,8 +192,14 @@ def conv_lengths(samples: int, kernels: Sequence[int], strides: Sequence[int]) -
     return tuple(lengths)
 
 
-def conv_stack_flops(hf: Any, samples: int) -> float:
-    """Return the forward FLOPs of one window: convolutions, projections and Transformer layers."""
+def conv_stack_flops(hf: Any, samples: int, position_taps: int | None = None) -> float:
+    """Return the forward FLOPs of one window: convolutions, projections and Transformer layers.
+
+    Args:
+        hf: The transformers config.
+        samples: The length of the padded window in samples.
+        position_taps: The taps of all convolutions for the positions; None for one of `num_conv_pos_embeddings` taps.
+    """
     flops, channels = 0.0, 1
     steps = padded_conv_lengths(hf, samples)
     for kernel, width, length in zip(hf.conv_kernel, hf.conv_dim, steps, strict=True):
@@ -151,7 +207,8 @@ def conv_stack_flops(hf: Any, samples: int) -> float:
         channels = width
     frames, width = steps[-1], hf.hidden_size
     flops += 2.0 * frames * channels * width
-    flops += 2.0 * frames * hf.num_conv_pos_embeddings * width * width / hf.num_conv_pos_embedding_groups
+    taps = hf.num_conv_pos_embeddings if position_taps is None else position_taps
+    flops += 2.0 * frames * taps * width * width / hf.num_conv_pos_embedding_groups
     return flops + hf.num_hidden_layers * layer_flops(frames, width, hf.intermediate_size)
 
 
@@ -162,7 +219,7 @@ def padded_conv_lengths(hf: Any, samples: int) -> tuple[int, ...]:
 
 
 def conv_features(
-    layers: nn.ModuleList, config: ConvConfig, waves: Tensor, num_samples: Sequence[int], recompute: bool
+    layers: nn.ModuleList, config: Any, waves: Tensor, num_samples: Sequence[int], recompute: bool
 ) -> tuple[Tensor, list[int]]:
     """Run waveforms through the convolutions.
 
@@ -194,4 +251,6 @@ def add_positions(pos_conv_embed: nn.Module, hidden: Tensor, mask: Tensor | None
     """
     if mask is not None:
         hidden = hidden.masked_fill(~mask[:, :, None], 0.0)
+    if isinstance(pos_conv_embed, MaskedPositions):
+        return hidden + pos_conv_embed(hidden, mask)
     return hidden + pos_conv_embed(hidden)

@@ -1,0 +1,135 @@
+"""The table of encoder families: for each, a tiny model, and how transformers computes the features of a clip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Data2VecAudioConfig,
+    Data2VecAudioForCTC,
+    UniSpeechSatConfig,
+    UniSpeechSatForCTC,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+)
+
+from model.config import EncoderConfig, ModelConfig
+from trainer.parity import tiny_model
+
+WINDOW_SEC = 2.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant of a family."""
+
+    family: str
+    config: Mapping[str, Any]
+    """Fields of the family's transformers config."""
+    published: Callable[[dict[str, Any]], Any]
+    """Returns the transformers model that a checkpoint holds, which may contain more than the encoder."""
+    extractor: Callable[[], Any]
+    """Returns transformers' feature extractor."""
+    reference: Callable[[Any, Any, Tensor], Tensor]
+    """Returns the features [E, D] of one clip, computed by transformers from the published model and the extractor."""
+    window_sec: float = WINDOW_SEC
+    frame_samples: int = 320
+
+    def encoder(self, name: str = "ear", **fields: Any) -> EncoderConfig:
+        """Return the recipe's config of the encoder, with random weights unless `fields` say otherwise."""
+        values = {"config": dict(self.config), "window_sec": self.window_sec, **fields}
+        return EncoderConfig(name, self.family, **values)
+
+
+def of_waveform(base: str) -> Callable[[Any, Any, Tensor], Tensor]:
+    """Return the reference of models that read waveforms; `base` is the attribute that holds the encoder."""
+
+    def reference(published: Any, extractor: Any, wave: Tensor) -> Tensor:
+        values = extractor(wave.numpy(), sampling_rate=16_000, return_tensors="pt")["input_values"]
+        found: Tensor = getattr(published, base)(values).last_hidden_state[0]
+        return found
+
+    return reference
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+STACK: dict[str, Any] = {
+    **SMALL,
+    "conv_dim": [16] * 7,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 4,
+}
+LARGE: dict[str, Any] = {**STACK, "feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+CTC: dict[str, Any] = {"vocab_size": 8, "pad_token_id": 0}
+
+
+def ctc(model: Any, config: Any) -> Callable[[dict[str, Any]], Any]:
+    """Return a builder of a model for CTC, as fine-tuned checkpoints are published."""
+    return lambda fields: model(config(**fields, **CTC))
+
+
+def normalizing(do_normalize: bool) -> Callable[[], Any]:
+    """Return a builder of the extractor of waveforms."""
+    return lambda: Wav2Vec2FeatureExtractor(do_normalize=do_normalize)
+
+
+WAV2VEC2 = ctc(Wav2Vec2ForCTC, Wav2Vec2Config)
+UNISPEECH = ctc(UniSpeechSatForCTC, UniSpeechSatConfig)
+DATA2VEC = ctc(Data2VecAudioForCTC, Data2VecAudioConfig)
+POSITIONS = {**STACK, "num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 7}
+CASES: dict[str, Case] = {
+    "wav2vec2_base": Case("wav2vec2", STACK, WAV2VEC2, normalizing(False), of_waveform("wav2vec2")),
+    "wav2vec2_large": Case("wav2vec2", LARGE, WAV2VEC2, normalizing(True), of_waveform("wav2vec2")),
+    "wav2vec2_mixed": Case(
+        "wav2vec2",
+        {**STACK, "do_stable_layer_norm": True},
+        WAV2VEC2,
+        normalizing(True),
+        of_waveform("wav2vec2"),
+    ),
+    "unispeech_sat_base": Case("unispeech-sat", STACK, UNISPEECH, normalizing(False), of_waveform("unispeech_sat")),
+    "unispeech_sat_large": Case("unispeech-sat", LARGE, UNISPEECH, normalizing(True), of_waveform("unispeech_sat")),
+    "data2vec": Case("data2vec-audio", POSITIONS, DATA2VEC, normalizing(True), of_waveform("data2vec_audio")),
+}
+
+
+def clip(samples: int, seed: int = 0) -> Tensor:
+    """Return noise with an offset and a tone, so that no norm over padding goes unnoticed."""
+    noise = 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed))
+    return noise + 0.05 + 0.2 * torch.sin(torch.arange(samples) * 0.05) * (torch.arange(samples) / 20_000)
+
+
+def perturb(module: torch.nn.Module) -> None:
+    """Change all weights and statistics, so that no zero bias or unit gain hides a mistake."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "embed_positions" not in name:
+                parameter += (0.05 if parameter.dim() > 1 else 0.1) * torch.randn(parameter.shape, generator=generator)
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer += 0.1 * torch.randn(buffer.shape, generator=generator)
+            if name.endswith("running_var"):
+                buffer += 0.5 * torch.rand(buffer.shape, generator=generator)
+
+
+def model_of(names: Sequence[str]) -> ModelConfig:
+    """Return the tiny model whose experts are these cases, all of which encode every clip."""
+    model = tiny_model()
+    experts = tuple(CASES[name].encoder(name) for name in names)
+    return replace(model, experts=experts, router=replace(model.router, top_k=len(experts)))
+
+
+def one_per_family() -> list[str]:
+    """Return the name of the first case of each family."""
+    return list({case.family: name for name, case in reversed(CASES.items())}.values())[::-1]

@@ -1,0 +1,139 @@
+"""Every encoder family compared with transformers on single clips, and with itself in other batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.batch import Ragged
+from model.config import EncoderConfig
+from model.encoders.base import AudioEncoder
+from model.encoders.families import ENCODER_FAMILIES
+from model.encoders.registry import build_encoder, encoder_dim, encoder_flops, encoder_windowing
+from model.lengths import num_frames
+from tests.encoder_table import CASES, clip, perturb
+from trainer.config.convert import from_tree
+
+LENGTHS = (12_345, 32_000, 6_400, 19_999, 15_999)
+
+
+def make(name: str) -> AudioEncoder:
+    encoder = build_encoder(CASES[name].encoder())
+    perturb(encoder)
+    return encoder
+
+
+def clips(lengths: tuple[int, ...] = LENGTHS) -> Ragged:
+    return Ragged.of([clip(n, seed) for seed, n in enumerate(lengths)])
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_every_family_is_in_the_table() -> None:
+    tested_elsewhere = {"whisper", "hubert", "wavlm"}
+    assert {case.family for case in CASES.values()} | tested_elsewhere == set(ENCODER_FAMILIES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loaded_weights_compute_what_transformers_computes(name: str, tmp_path: Path) -> None:
+    """Extraction of features, network and loading: a folder saved by transformers is read as it is."""
+    case = CASES[name]
+    published, extractor = case.published(dict(case.config)), case.extractor()
+    perturb(published)
+    published.eval().save_pretrained(tmp_path)
+    extractor.save_pretrained(tmp_path)
+    encoder = build_encoder(case.encoder(weights=str(tmp_path), config={}))
+    assert encoder.training and encoder.frame_samples == case.frame_samples
+    for length in (32_000, 12_345, 6_560, 3_200):
+        expected = case.reference(published, extractor, clip(length))
+        with torch.no_grad():
+            found = encoder.encode(Ragged.of([clip(length)]))
+        assert found.shape[0] == encoder.num_own_frames(length)
+        count = min(len(found), len(expected))
+        assert count >= len(found) - 2, (len(found), len(expected))
+        close(found[:count], expected[:count])
+        assert found[count:].eq(found[count - 1]).all(), "the last frame fills up"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_batch_changes_neither_features_nor_gradients(name: str) -> None:
+    """The encoder is in training mode. LENGTHS contain a full window and clips whose last convolution meets padding."""
+    encoder, audio = make(name), clips()
+    together = encoder(audio)
+    weights = [torch.randn(f.shape, generator=torch.Generator().manual_seed(9)) for f in together.split()]
+    sum((f * w).sum() for f, w in zip(together.split(), weights, strict=True)).backward()
+    gradients = {n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None}
+    state = {n: b.clone() for n, b in encoder.named_buffers()}
+    encoder.zero_grad()
+    for wave, features, weight in zip(audio.split(), together.split(), weights, strict=True):
+        alone = encoder(Ragged.of([wave])).values
+        close(features, alone)
+        (alone * weight).sum().backward()
+    assert set(gradients) == {n for n, p in encoder.named_parameters() if p.requires_grad}, "every parameter takes part"
+    for parameter_name, parameter in encoder.named_parameters():
+        if parameter.grad is not None and not parameter_name.endswith(("k_proj.bias", "linear_k.bias")):
+            scale = parameter.grad.abs().max()  # softmax cancels the bias of keys
+            close(gradients[parameter_name] / scale, parameter.grad / scale)
+    assert all(b.equal(state[n]) for n, b in encoder.named_buffers()), "statistics are those of the checkpoint"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_clips_of_all_lengths_give_all_their_frames(name: str) -> None:
+    encoder = make(name)
+    with torch.no_grad():
+        features = encoder(clips((1, 320, 321, 399, 400, 1_600)))
+        assert features.lengths == (1, 1, 2, 2, 2, 5) and features.values.isfinite().all()
+        long, short = clip(int(2.3 * encoder.windowing.window_samples)), clip(5_000, 1)
+        first, second = encoder(Ragged.of([long, short])).split()
+        close(second, encoder(Ragged.of([short])).values)
+        assert first.shape == (num_frames(long.shape[0]), encoder.dim)
+        windows = Ragged.of(list(long.split(encoder.windowing.window_samples)))
+        own = torch.cat([encoder.encode(Ragged.of([w])) for w in windows.split()])
+        close(encoder.encode(windows), own)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_calls_are_deterministic_and_call_each_module_once(name: str) -> None:
+    """ZeRO-3 gathers weights per call, so ranks would hang if the number of calls depended on the clips."""
+    encoder, calls = make(name), dict[str, int]()
+    for module_name, module in encoder.named_modules():
+        if list(module.parameters(recurse=False)):
+            module.register_forward_hook(lambda *_, n=module_name: calls.__setitem__(n, calls.get(n, 0) + 1))
+    with torch.no_grad():
+        expected = encoder(clips()).values
+        close(encoder(clips()).values, expected, 0.0)
+        assert set(calls.values()) == {2}, calls
+        features = encoder.bfloat16()(clips()).values
+    assert features.dtype is torch.bfloat16
+    assert F.cosine_similarity(features.float(), expected).mean() > 0.99
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recomputation_changes_no_gradient(name: str) -> None:
+    encoder, audio, gradients = make(name), clips(LENGTHS[2:]), []
+    for enabled in (False, True):
+        encoder.zero_grad()
+        encoder.set_recompute(enabled)
+        encoder(audio).values.square().mean().backward()
+        gradients.append([p.grad.clone() for p in encoder.parameters() if p.grad is not None])
+    for plain, recomputed in zip(*gradients, strict=True):
+        close(recomputed, plain, 1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recipe_width_windows_and_flops(name: str) -> None:
+    case, encoder = CASES[name], make(name)
+    tree = {"name": "ear", "family": case.family, "config": dict(case.config), "window_sec": case.window_sec}
+    config = from_tree(EncoderConfig, tree, "model.primary")
+    assert encoder_dim(config) == encoder.dim and encoder_windowing(config) == encoder.windowing
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        encoder(clips((20_000,)))
+    assert encoder_flops(config, 20_000) == pytest.approx(counter.get_total_flops(), rel=0.05)
