@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TypeVar, get_args
 
-import torch
-import torch.distributed as dist
+import numpy as np
 
 from model.errors import UserError
 from trainer.data.errors import Reason
 from trainer.data.workers import LostWorkerError
 from trainer.parallel.groups import Groups
+from trainer.parallel.tree import all_gather_numbers
 from trainer.parallel.values import all_gather_values
 
 T = TypeVar("T")
@@ -113,9 +113,7 @@ def agree(stop: StopRequest, skipped: Mapping[str, int], epochs: Mapping[str, fl
     """
     asked = [float(stop.signal == number) for number in SIGNALS]
     mine = [*asked, *(float(skipped.get(r, 0)) for r in REASONS), *epochs.values()]
-    total = torch.tensor(mine, dtype=torch.float64)
-    dist.all_reduce(total, group=groups.world)
-    numbers = total.tolist()
+    numbers = all_gather_numbers(np.array(mine, dtype=np.float64), groups.world).sum(axis=0).tolist()
     signals = {n.name: int(ranks) for n, ranks in zip(SIGNALS, numbers, strict=False) if ranks}
     numbers = numbers[len(SIGNALS) :]
     counts = {reason: int(n) for reason, n in zip(REASONS, numbers, strict=False) if n}
@@ -140,9 +138,7 @@ def first_failure(mine: Failure | None, groups: Groups) -> Failure | None:
         mine: The failure on this rank; None if this rank did not fail.
         groups: This rank's process groups.
     """
-    flag = torch.tensor([int(mine is not None)])
-    dist.all_reduce(flag, group=groups.world)
-    if int(flag) == 0:
+    if not all_gather_numbers(np.array([mine is not None]), groups.world).any():
         return None
     return next(found for found in all_gather_values(mine, groups.world, (Failure,)) if found is not None)
 
