@@ -40,10 +40,32 @@ class LoadPlugins(argparse.Action):
             parser.exit(2, f"error: {error}\n")
 
 
+class DeclareTasks(argparse.Action):
+    """The action of an option that names a recipe, whose tasks are declared while the command line is parsed."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        from trainer.config.load import load_recipe
+
+        setattr(namespace, self.dest, values)
+        try:
+            load_recipe(str(values))
+        except UserError as error:
+            parser.exit(2, f"error: {error}\n")
+
+
 def add_plugins(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--plugins`, for commands that read data but no recipe that names the plug-ins."""
+    """Add the options `--plugins` and `--tasks-of`, for commands that read data but no recipe that names its tasks."""
     parser.add_argument(
         "--plugins", nargs="+", action=LoadPlugins, default=[], metavar="NAME", help="plug-ins that add tasks"
+    )
+    parser.add_argument(
+        "--tasks-of", action=DeclareTasks, metavar="RECIPE", help="recipe (a name or a file) that declares tasks"
     )
 
 

@@ -66,7 +66,7 @@ def test_keys_of_a_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.startswith("data.join.probability  (a number; default 0.0)") and "data.root" not in text
     assert all(len(line) <= 120 for line in text.splitlines())
     assert recipe.main(["--keys", "dta"]) == 2
-    assert "--keys dta: no such section; choose one of model, data" in capsys.readouterr().err
+    assert "--keys dta: no such section; choose one of tasks, model, data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -14,6 +14,7 @@ from trainer.config.convert import from_tree, to_tree
 from trainer.config.former_keys import refuse, translate
 from trainer.config.schema import Recipe
 from trainer.plugins import load_plugins
+from trainer.scoring.declared import declare_tasks
 from trainer.storage.open import join_url
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -81,13 +82,18 @@ def _refuse_credentials(tree: Any, path: str) -> None:
 
 
 def build_recipe(tree: Any) -> Recipe:
-    """Build a recipe from a tree. Its plug-ins are loaded first, since its sections may refer to what they add."""
+    """Build a recipe from a tree, and declare its tasks.
+
+    Its plug-ins are loaded first, since its sections may refer to what they add.
+    """
     names = tree.get("plugins") if isinstance(tree, dict) else None
     if isinstance(names, list):  # `from_tree` refuses anything else
         load_plugins([name for name in names if isinstance(name, str)])
     if isinstance(tree, dict):
         _add_up_steps(tree)
-    return from_tree(Recipe, tree)
+    recipe = from_tree(Recipe, tree)
+    declare_tasks(recipe.tasks)
+    return recipe
 
 
 def _add_up_steps(tree: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from trainer.engine.optim import OptimConfig
 from trainer.engine.stages import StageConfig, staged_optim
 from trainer.parallel.topology import ParallelConfig
 from trainer.run.restart import RestartConfig
+from trainer.scoring.declared import TaskConfig
 from trainer.storage.open import join_url
 from trainer.telemetry.config import TelemetryConfig
 from trainer.telemetry.profile_config import ProfileConfig
@@ -134,6 +135,8 @@ class Recipe:
 
     See `docs/extending.md`.
     """
+    tasks: tuple[TaskConfig, ...] = ()
+    """Tasks of your own data, besides those that are built in (see docs/evaluation.md)."""
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

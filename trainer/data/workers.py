@@ -21,6 +21,7 @@ from typing import Any
 
 from model.errors import UserError
 from trainer.plugins import inherit_plugins
+from trainer.scoring.declared import inherit_tasks
 
 _ALIGN_BYTES = 64
 
@@ -220,6 +221,7 @@ def _run(
     try:
         try:
             inherit_plugins()
+            inherit_tasks()
             for value in serve(*job):
                 outbox.send(value)
         except UserError as error:

@@ -9,7 +9,18 @@ from typing import Any, TypeGuard
 ALL = "all"
 """The key of scores over all subsets of a task, which therefore cannot be the name of a subset."""
 
-TEXT_FIELDS = ("task", "split", "instruction", "answer", "subset", "source", "language", "qtype", "slot")
+TEXT_FIELDS = (
+    "task",
+    "split",
+    "instruction",
+    "answer",
+    "subset",
+    "source",
+    "language",
+    "target_language",
+    "qtype",
+    "slot",
+)
 """The fields that are text."""
 LIST_FIELDS = ("choices", "references")
 """The fields that are lists of texts."""

@@ -25,7 +25,7 @@ def answer_metrics(hypotheses: Sequence[str], metas: Sequence[Mapping[str, Any]]
     classes = [answer_class(hypothesis, meta) for hypothesis, meta in zip(hypotheses, metas, strict=True)]
     closed = np.array([pair is not None for pair in classes], dtype=bool)
     right = [is_correct(hypothesis, meta) for hypothesis, meta in zip(hypotheses, metas, strict=True)]
-    overlap = [_best_token_f1(hypothesis, meta) for hypothesis, meta in zip(hypotheses, metas, strict=True)]
+    overlap = [best_token_f1(hypothesis, meta) for hypothesis, meta in zip(hypotheses, metas, strict=True)]
     references, answers = zip(*(pair or ("", "") for pair in classes), strict=True) if classes else ((), ())
     return [
         mean("accuracy", right),
@@ -79,7 +79,8 @@ def token_f1(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
     return 2 * num_shared / total if total else 1.0
 
 
-def _best_token_f1(hypothesis: str, meta: Mapping[str, Any]) -> float:
+def best_token_f1(hypothesis: str, meta: Mapping[str, Any]) -> float:
+    """Return `token_f1` of the words of a hypothesis with those of the accepted answer that gives the most."""
     language = meta.get("language") or "en"
     words = answer_words(hypothesis, language)
     return max(token_f1(words, answer_words(reference, language)) for reference in accepted_answers(meta))

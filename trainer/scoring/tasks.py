@@ -12,9 +12,12 @@ from typing import Any
 from model.errors import UserError
 from trainer.scoring.asr import asr_metrics
 from trainer.scoring.cider import cider_d
+from trainer.scoring.intents import intent_metrics
+from trainer.scoring.meetings import meeting_metrics
 from trainer.scoring.meteor import Meteor
 from trainer.scoring.metric import Metric, mean
-from trainer.scoring.questions import accepted_answers, answer_metrics, is_correct
+from trainer.scoring.questions import accepted_answers, answer_metrics, best_token_f1, is_correct
+from trainer.scoring.translation import translation_metrics
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Task:
     """Whether a metric needs WordNet; see `Answers.meteor`."""
     is_judged: bool = False
     """Whether `earshot judge` rates the answers unless its `--tasks` says otherwise."""
+    is_declared: bool = False
+    """Whether a recipe declares the task; see `trainer.scoring.declared`."""
 
 
 def transcription_metrics(answers: Answers) -> list[Metric]:
@@ -92,6 +97,56 @@ def accuracy_metric(answers: Answers) -> list[Metric]:
     return [mean("accuracy", [is_correct(h, meta) for h, meta in zip(answers.hypotheses, answers.metas, strict=True)])]
 
 
+def translations(answers: Answers) -> list[Metric]:
+    """Return the metrics of `translation_metrics`; answers are in `target_language`, or else in `language`."""
+    languages = [meta.get("target_language") or meta.get("language") or "en" for meta in answers.metas]
+    return translation_metrics([accepted_answers(meta) for meta in answers.metas], answers.hypotheses, languages)
+
+
+def commands(answers: Answers) -> list[Metric]:
+    """Return the metrics of `intent_metrics`."""
+    return intent_metrics(answers.hypotheses, answers.metas)
+
+
+def meetings(answers: Answers) -> list[Metric]:
+    """Return the metrics of `meeting_metrics`."""
+    languages = [meta.get("language") or "en" for meta in answers.metas]
+    return meeting_metrics([meta["answer"] for meta in answers.metas], answers.hypotheses, languages)
+
+
+def token_f1_metric(answers: Answers) -> list[Metric]:
+    """Return `token_f1`, the mean overlap of the words of an answer with those of the best reference."""
+    pairs = zip(answers.hypotheses, answers.metas, strict=True)
+    return [mean("token_f1", [best_token_f1(hypothesis, meta) for hypothesis, meta in pairs])]
+
+
+@dataclass(frozen=True)
+class NamedMetrics:
+    """Metrics that a recipe can choose by name for a task that it declares."""
+
+    function: MetricFunction
+    main: str
+    """The main metric, which is the headline unless the recipe names another one."""
+    others: tuple[str, ...] = ()
+    """The names of the other metrics that the function computes."""
+    higher_is_better: bool = True
+    """Whether higher values of these metrics are better."""
+    needs_wordnet: bool = False
+
+
+METRICS: dict[str, NamedMetrics] = {
+    "transcription": NamedMetrics(transcription_metrics, "wer", ("cer", "hallucination_rate"), False),
+    "answers": NamedMetrics(question_metrics, "accuracy", ("macro_f1", "exact_match", "token_f1")),
+    "accuracy": NamedMetrics(accuracy_metric, "accuracy"),
+    "token_f1": NamedMetrics(token_f1_metric, "token_f1"),
+    "meteor": NamedMetrics(meteor_metric, "meteor", needs_wordnet=True),
+    "cider": NamedMetrics(cider_metric, "cider"),
+    "translation": NamedMetrics(translations, "bleu", ("chrf",)),
+    "commands": NamedMetrics(commands, "accuracy", ("slot_f1", "exact_match")),
+    "meeting": NamedMetrics(meetings, "cpwer", ("speaker_count_error",), False),
+}
+"""The metrics that the section `tasks` of a recipe can choose, by name."""
+
 _CAPTION_METRICS = (meteor_metric, cider_metric, accuracy_metric)
 _TASKS = (
     Task("asr", "transcripts", (transcription_metrics,), ("wer",), higher_is_better=False, is_transcription=True),
@@ -100,9 +155,18 @@ _TASKS = (
     Task("sqa", "questions about speech", (question_metrics,), ("accuracy",), is_judged=True),
     Task("ac", "captions", _CAPTION_METRICS, ("meteor", "accuracy"), needs_wordnet=True, is_judged=True),
     Task("text", "text without audio", (question_metrics,), ("accuracy",), needs_audio=False),
+    Task("st", "speech translation", (translations,), ("bleu", "chrf")),
+    Task("lid", "language identification", (question_metrics,), ("accuracy",)),
+    Task("kws", "keywords", (question_metrics,), ("accuracy",)),
+    Task("intent", "spoken commands", (commands,), ("accuracy", "slot_f1")),
+    Task("gr", "gender", (question_metrics,), ("accuracy",)),
+    Task("ar", "accent", (question_metrics,), ("accuracy",)),
+    Task("mcq", "multiple choice", (question_metrics,), ("accuracy",)),
+    Task("chat", "conversations", (token_f1_metric,), ("token_f1",), is_judged=True),
+    Task("meeting", "meetings", (meetings,), ("cpwer",), higher_is_better=False),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
-"""The known tasks by name. Plug-ins of the group `earshot.tasks` add theirs."""
+"""The known tasks by name. Plug-ins of the group `earshot.tasks` and recipes (`declare_tasks`) add theirs."""
 
 
 def find_task(name: str) -> Task:
@@ -112,7 +176,10 @@ def find_task(name: str) -> Task:
         UserError: If it is not known.
     """
     if name not in TASKS:
-        raise UserError(f"task {name}: not one of {known_tasks()}; name the plug-in that adds it under `plugins`")
+        raise UserError(
+            f"task {name}: not one of {known_tasks()}; declare it in the recipe's section `tasks`, or name the plug-in "
+            "that adds it under `plugins`"
+        )
     return TASKS[name]
 
 

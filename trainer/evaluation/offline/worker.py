@@ -23,6 +23,7 @@ from trainer.evaluation.offline.model import DTYPES, Origin, load_model
 from trainer.evaluation.predictions import Prediction
 from trainer.parallel.environment import set_environment
 from trainer.plugins import inherit_plugins
+from trainer.scoring.declared import inherit_tasks
 from trainer.scoring.tasks import TASKS
 
 _READERS = 4
@@ -176,6 +177,7 @@ def serve(connection: Connection, request: Request, index: int, num: int) -> Non
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         inherit_plugins()
+        inherit_tasks()
         worker = Worker(request, index, num)
         while True:
             for outcomes in worker.answer_jobs(iter(connection.recv, None)):
