@@ -20,7 +20,7 @@ LAYERS = (
     {"trainer.storage", "trainer.scoring", "trainer.page", "trainer.parallel", "trainer.telemetry"},
     {"trainer.plugins"},
     {"trainer.data", "trainer.engine"},
-    {"trainer.checkpoint", "trainer.run"},
+    {"trainer.checkpoint", "trainer.run", "trainer.importers"},
     {"trainer.config"},
     {"trainer.run_tokenizer"},
     {"trainer.plan", "trainer.export", "trainer.expert_usage", "trainer.job"},

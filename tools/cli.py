@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command("plan", "tools.plan", "compute memory, traffic and time of a job before it runs"),
     ),
     "Prepare data": (
+        Command("import", "tools.import_data", "import CSV, NeMo, Kaldi, Parquet, tars and other formats"),
         Command("shards make", "tools.make_shards", "make shards from a manifest, in a folder or a bucket"),
         Command("shards inspect", "tools.inspect_shards", "show what shards hold and check that they are whole"),
         Command("tokenizer", "tools.train_tokenizer", "train a SentencePiece tokenizer on a manifest's text"),

@@ -1,0 +1,165 @@
+"""A small corpus in the formats of other programs, each written as its documentation says."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tests.trainer.data_corpus import audio_bytes
+from trainer.data.decode import decode_audio
+
+
+@dataclass(frozen=True)
+class Utterance:
+    key: str
+    text: str
+    data: bytes
+
+    @property
+    def name(self) -> str:
+        return f"{self.key}.wav"
+
+
+UTTERANCES = tuple(
+    Utterance(key, text, audio_bytes(0.3 + 0.05 * i, seed=i, kind="WAV"))
+    for i, (key, text) in enumerate([("a1", "one, two"), ("b-2", 'he said "three"'), ("c_3", "vier ünd fünf")])
+)
+
+
+def joined() -> tuple[bytes, list[tuple[float, float]]]:
+    """Return one WAV file of all utterances, and the start and end of each in seconds."""
+    import soundfile
+
+    parts = [soundfile.read(io.BytesIO(u.data), dtype="int16")[0] for u in UTTERANCES]
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.concatenate(parts), 16_000, format="WAV")
+    ends = np.cumsum([len(p) for p in parts]) / 16_000
+    return buffer.getvalue(), [(float(e - len(p) / 16_000), float(e)) for p, e in zip(parts, ends, strict=True)]
+
+
+def clips(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for u in UTTERANCES:
+        (folder / u.name).write_bytes(u.data)
+
+
+def lines(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def _csv(folder: Path) -> Path:
+    clips(folder)
+    with open(folder / "set.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([("audio", "text"), *((u.name, u.text) for u in UTTERANCES)])
+    return folder / "set.csv"
+
+
+def _audiofolder(folder: Path) -> Path:
+    clips(folder / "train")
+    lines(folder / "train" / "metadata.jsonl", [{"file_name": u.name, "transcription": u.text} for u in UTTERANCES])
+    return folder
+
+
+def _hf(folder: Path) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    audio = pa.array([{"bytes": u.data, "path": u.name} for u in UTTERANCES])
+    columns = {
+        "id": [u.key for u in UTTERANCES],
+        "audio": audio,
+        "sentence": [u.text for u in UTTERANCES],
+        "who": [1, 0, 1],
+    }
+    features = {"who": {"names": ["f", "m"], "_type": "ClassLabel"}, "audio": {"_type": "Audio"}}
+    table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, folder / "train-00000-of-00001.parquet", row_group_size=2)
+    return folder
+
+
+def _nemo(folder: Path) -> Path:
+    folder.mkdir()
+    data, times = joined()
+    (folder / "all.wav").write_bytes(data)
+    cuts = [
+        {"audio_filepath": "all.wav", "offset": s, "duration": e - s, "text": u.text, "id": u.key}
+        for u, (s, e) in zip(UTTERANCES, times, strict=True)
+    ]
+    return lines(folder / "train.json", cuts)
+
+
+def _kaldi(folder: Path) -> Path:
+    folder.mkdir()
+    data, times = joined()
+    (folder / "all.wav").write_bytes(data)
+    (folder / "wav.scp").write_text("rec/1.0 all.wav\n")
+    last = UTTERANCES[-1].key
+    (folder / "segments").write_text(
+        "".join(
+            f"{u.key} rec/1.0 {s} {-1 if u.key == last else e}\n" for u, (s, e) in zip(UTTERANCES, times, strict=True)
+        )
+    )
+    (folder / "text").write_text("".join(f"{u.key} {u.text}\n" for u in UTTERANCES), encoding="utf-8")
+    (folder / "utt2spk").write_text("".join(f"{u.key}\tspk{u.key}\n" for u in UTTERANCES))
+    return folder
+
+
+def _openai(folder: Path) -> Path:
+    folder.mkdir()
+    records = []
+    for u in UTTERANCES:
+        audio = {"data": base64.b64encode(u.data).decode(), "format": "wav"}
+        content = [{"type": "input_audio", "input_audio": audio}, {"type": "text", "text": "What is said?"}]
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": u.text}]
+        records.append({"id": u.key, "task": "asr", "messages": turns})
+    return lines(folder / "chat.jsonl", records)
+
+
+def _swift(folder: Path) -> Path:
+    clips(folder)
+    records = []
+    for u in UTTERANCES:
+        turns = [{"role": "user", "content": "<audio>What is said?"}, {"role": "assistant", "content": u.text}]
+        records.append({"id": u.key, "task": "asr", "messages": turns, "audios": [u.name]})
+    return lines(folder / "swift.jsonl", records)
+
+
+def _webdataset(folder: Path) -> Path:
+    folder.mkdir()
+    with tarfile.open(folder / "000.tar", "w") as tar:
+        for u in UTTERANCES:
+            fields = json.dumps({"id": u.key, "language": "de"}).encode()
+            for ending, data in (("wav", u.data), ("txt", u.text.encode()), ("json", fields)):
+                info = tarfile.TarInfo(f"x/{u.key}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return folder
+
+
+SOURCES: dict[str, Callable[[Path], Path]] = {
+    "csv": _csv,
+    "audiofolder": _audiofolder,
+    "hf": _hf,
+    "nemo": _nemo,
+    "kaldi": _kaldi,
+    "openai": _openai,
+    "swift": _swift,
+    "webdataset": _webdataset,
+}
+"""For each format, a function that writes the corpus to a new folder and returns what is imported."""
+
+
+def heard(data: bytes) -> NDArray[np.float32]:
+    return decode_audio(data)

@@ -1,0 +1,284 @@
+"""Every importer: a corpus written in its format gives the same samples; odd rows are skipped with a reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.trainer.data_corpus import audio_bytes
+from tests.trainer.import_sources import SOURCES, UTTERANCES, heard, lines
+from tools.import_data import main
+from trainer.data.manifest import read_manifest
+from trainer.data.metadata import check_metadata
+from trainer.data.shards import ShardSet, parse_sample
+from trainer.importers.table import IMPORTERS
+from trainer.storage.store import LocalStore
+
+
+def run(form: str, source: Path, out: Path, *options: str, jobs: int = 1) -> int:
+    return main(["--from", form, str(source), str(out), "--jobs", str(jobs), *options])
+
+
+def manifest(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def skipped(out: Path) -> list[tuple[str, str]]:
+    found = [json.loads(line) for line in (out / "skipped.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(line["where"], line["reason"]) for line in found]
+
+
+def test_every_format_has_a_source() -> None:
+    assert set(SOURCES) == set(IMPORTERS)
+
+
+@pytest.mark.parametrize("form", list(SOURCES))
+def test_a_corpus_round_trips(form: str, tmp_path: Path) -> None:
+    source = SOURCES[form](tmp_path / "in")
+    assert run(form, source, tmp_path / "out") == 0
+    rows = read_manifest(tmp_path / "out" / "manifest.jsonl")
+    assert len(rows) == len(UTTERANCES) and skipped(tmp_path / "out") == []
+    by_answer = {row.metadata["answer"]: row for row in rows}
+    for u in UTTERANCES:
+        row = by_answer[u.text]
+        check_metadata(row.metadata, len(row.audio))
+        assert (row.metadata["task"], row.metadata["split"]) == ("asr", "train")
+        assert u.key in (row.key, row.metadata.get("original_id", "").rpartition("/")[2])
+        (path,) = row.audio
+        assert np.array_equal(heard(path.read_bytes()), heard(u.data))
+        assert row.metadata["duration"] == pytest.approx(len(heard(u.data)) / 16_000, abs=1e-3)
+
+
+@pytest.mark.parametrize("form", ["nemo", "hf"])
+def test_shards_hold_the_same_samples(form: str, tmp_path: Path) -> None:
+    source = SOURCES[form](tmp_path / "in")
+    assert run(form, source, tmp_path / "out", "--shards", "--max-shard-samples", "2") == 0
+    shards = ShardSet(LocalStore(tmp_path / "out"))
+    assert len(shards.shards) == 2 and shards.index.num_samples == len(UTTERANCES)
+    found = {}
+    for number in range(2):
+        for entry in shards.table(number):
+            start, end = entry.span
+            data = (tmp_path / "out" / shards.shards[number].name).read_bytes()[start:end]
+            sample = parse_sample(entry, memoryview(data), {})
+            found[sample.metadata["answer"]] = bytes(sample.clips[0])
+    assert all(np.array_equal(heard(found[u.text]), heard(u.data)) for u in UTTERANCES)
+    assert (tmp_path / "out" / "skipped.jsonl").read_text() == ""
+
+
+def test_fields_get_their_names_types_and_defaults(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(audio_bytes(0.2, kind="WAV"))
+    (tmp_path / "t.tsv").write_text(
+        'path\temo\tchoices\tduration\tlang\tn\na.wav\tsad\t["sad", "glad"]\t7.5\tde\t\n', encoding="utf-8"
+    )
+    options = ["--map", "answer=emo", "--set", "task=er", "--set", "instruction=How does it sound?", "--set", "lang=en"]
+    assert run("csv", tmp_path / "t.tsv", tmp_path / "out", *options) == 0
+    (row,) = manifest(tmp_path / "out")
+    assert row == {
+        "id": "a",
+        "audio": str(tmp_path / "a.wav"),
+        "choices": ["sad", "glad"],
+        "duration": 0.2,
+        "language": "de",
+        "answer": "sad",
+        "task": "er",
+        "instruction": "How does it sound?",
+        "lang": "en",
+        "split": "train",
+    }
+
+
+def test_a_task_is_never_guessed_from_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for label in ("dog", "cat"):
+        (tmp_path / "in" / label).mkdir(parents=True)
+        (tmp_path / "in" / label / "x.wav").write_bytes(audio_bytes(0.1, kind="WAV"))
+    assert run("audiofolder", tmp_path / "in", tmp_path / "out") == 2
+    assert "task is missing; give it with --set task=NAME" in capsys.readouterr().err
+    assert run("audiofolder", tmp_path / "in", tmp_path / "out", "--set", "task=aqa", "--set", "instruction=?") == 0
+    assert {(r["original_id"], r["answer"]) for r in manifest(tmp_path / "out")} == {("dog/x", "dog"), ("cat/x", "cat")}
+
+
+def test_ids_become_safe_and_stay_different(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(audio_bytes(0.1, kind="WAV"))
+    ids = ["a.b", "a/b", "a b", "same", "same", "x" * 200, "größe", "-", "ok_1"]
+    rows = [{"id": i, "audio": "a.wav", "text": "t"} for i in ids]
+    assert run("nemo", lines(tmp_path / "m.json", rows), tmp_path / "out") == 0
+    found = manifest(tmp_path / "out")
+    assert [r.get("original_id", r["id"]) for r in found] == ids
+    assert len({r["id"] for r in found}) == len(ids)
+    assert len(read_manifest(tmp_path / "out" / "manifest.jsonl")) == len(ids)
+    assert found[-1] == {**found[-1], "id": "ok_1"} and "original_id" not in found[-1]
+
+
+def test_odd_rows_are_skipped_with_a_reason(tmp_path: Path) -> None:
+    clip = audio_bytes(0.5, kind="WAV")
+    (tmp_path / "a.wav").write_bytes(clip)
+    (tmp_path / "half.wav").write_bytes(clip[: len(clip) // 2])
+    (tmp_path / "text.wav").write_text("no audio")
+    rows = [
+        ({"audio": "a.wav", "text": "fine"}, None),
+        ({"audio": "missing.wav", "text": "t"}, "no_file"),
+        ({"audio": "half.wav", "text": "t"}, "broken"),
+        ({"audio": "text.wav", "text": "t"}, "broken"),
+        ({"audio": "a.wav", "text": " "}, "empty_answer"),
+        ({"audio": "a.wav"}, "wrong_type"),
+        ({"audio": "a.wav", "text": "t", "offset": 0.4, "duration": 0.5}, "broken"),
+        ({"audio": "a.wav", "text": "t", "offset": "x"}, "wrong_type"),
+        ({"audio": "a.wav", "text": "t", "offset": 0.3, "end": 0.2}, "empty"),
+        ({"audio": "a.wav", "text": "t", "channel": 1}, "wrong_type"),
+        ({"audio": ["a.wav", 3], "text": "t"}, "wrong_type"),
+        ({"audio": "https://x.org/a.wav", "text": "t"}, "url"),
+        ({"audio": "a.wav", "text": "t", "_skipme": True}, "skipme"),
+        ({"text": "t"}, "no_audio"),
+        ({"audio": "a.wav", "text": "t", "task": "dance", "instruction": "q"}, "unknown_task"),
+        ({"audio": "a.wav", "text": ["t"]}, "wrong_type"),
+    ]
+    source = lines(tmp_path / "m.json", [fields for fields, _ in rows])
+    source.write_text(source.read_text() + "{\n[1]\n", encoding="utf-8")
+    expected = [(f"m.json:{i}", reason) for i, (_, reason) in enumerate(rows, 1) if reason]
+    expected += [(f"m.json:{len(rows) + i}", "wrong_type") for i in (1, 2)]
+    assert run("nemo", source, tmp_path / "out") == 1
+    assert skipped(tmp_path / "out") == expected
+    assert len(manifest(tmp_path / "out")) == 1
+    assert run("nemo", source, tmp_path / "again", "--max-skipped-fraction", "0.97") == 0
+
+
+def test_parts_and_channels_are_exact(tmp_path: Path) -> None:
+    import soundfile
+
+    stereo = np.random.default_rng(0).integers(-9000, 9000, (16_000, 2), dtype=np.int16)
+    for kind in ("WAV", "FLAC", "AIFF", "AU", "W64"):
+        soundfile.write(tmp_path / f"s.{kind.lower()}", stereo, 16_000, format=kind, subtype="PCM_16")
+    names = ["s.wav", "s.flac", "s.aiff", "s.au", "s.w64"]
+    rows = [{"audio": n, "start": 0.25, "end": 0.75, "channel": c, "text": "t"} for n in names for c in (0, 1)]
+    assert run("nemo", lines(tmp_path / "m.json", rows), tmp_path / "out") == 0
+    for row in manifest(tmp_path / "out"):
+        values, rate = soundfile.read(tmp_path / "out" / row["audio"], dtype="int16")
+        source = row.get("original_id", row["id"])
+        assert rate == 16_000 and values.ndim == 1, source
+        assert any(np.array_equal(values, stereo[4000:12000, c]) for c in (0, 1))
+    assert len(manifest(tmp_path / "out")) == 10
+
+
+@pytest.mark.parametrize("kind", ["MP3", "OGG", "OPUS"])
+def test_parts_of_compressed_recordings_equal_those_of_the_decoded_whole(kind: str, tmp_path: Path) -> None:
+    import soundfile
+
+    (tmp_path / "a.x").write_bytes(audio_bytes(3.0, kind=kind))
+    whole = soundfile.read(tmp_path / "a.x", dtype="float32")[0]
+    rate = soundfile.info(tmp_path / "a.x").samplerate
+    rows = [{"audio": "a.x", "offset": s, "duration": 0.5, "text": "t"} for s in (0.0, 1.25, 0.5, 2.4)]
+    assert run("nemo", lines(tmp_path / "m.json", rows), tmp_path / "out") == 0
+    for row, fields in zip(manifest(tmp_path / "out"), rows, strict=True):
+        part = soundfile.read(tmp_path / "out" / row["audio"], dtype="float32")[0]
+        first = round(fields["offset"] * rate)
+        assert len(part) == round(0.5 * rate)
+        assert np.abs(part - np.clip(whole, -1, 1)[first : first + len(part)]).max() <= 1.01 / 32768
+
+
+def test_only_one_question_and_one_answer_become_a_sample(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(audio_bytes(0.1, kind="WAV"))
+    user, said = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    tagged = {"role": "user", "content": "<audio>Q"}
+    rows = [
+        ({"messages": [tagged, said], "audios": "a.wav"}, None),
+        ({"query": "Q<audio>", "response": "A", "audios": ["a.wav"]}, None),
+        ({"instruction": "Q", "input": "", "output": "A", "audio": "a.wav"}, None),
+        ({"messages": [user, said, user, said], "audios": ["a.wav"]}, "conversation"),
+        ({"messages": [{"role": "system", "content": "S"}, user, said]}, "conversation"),
+        ({"query": "Q", "response": "A", "history": [["a", "b"]]}, "conversation"),
+        ({"messages": [tagged, said], "audios": []}, "wrong_type"),
+        ({"messages": [tagged, said], "audios": ["a.wav", "a.wav"]}, "wrong_type"),
+        ({"messages": [{"role": "user", "content": "a <audio> b"}, said], "audios": ["a.wav"]}, "conversation"),
+        ({"messages": [user, {"role": "assistant", "content": None}]}, "conversation"),
+        ({"messages": [{"role": "tool", "content": "x"}, said]}, "conversation"),
+        ({"messages": "x"}, "wrong_type"),
+        ({}, "wrong_type"),
+    ]
+    source = lines(tmp_path / "m.jsonl", [fields for fields, _ in rows])
+    assert run("swift", source, tmp_path / "out", "--set", "task=sqa") == 1
+    assert [(r["instruction"], r["answer"]) for r in manifest(tmp_path / "out")] == [("Q", "A")] * 3
+    assert skipped(tmp_path / "out") == [(f"m.jsonl:{i}", r) for i, (_, r) in enumerate(rows, 1) if r]
+
+
+def test_ambiguous_tars_are_refused(tmp_path: Path) -> None:
+    import io
+    import tarfile
+
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name in (
+            "a.wav",
+            "a.wav",
+            "a.txt",
+            "b.flac",
+            "b.wav",
+            "b.txt",
+            "c.1.wav",
+            "c.1.txt",
+            "d.wav",
+            "d.pkl",
+            "d.txt",
+        ):
+            data = b"word" if name.endswith("txt") else b"" if name.endswith("pkl") else audio_bytes(0.1, kind="WAV")
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert run("webdataset", tmp_path / "t.tar", tmp_path / "out") == 1
+    assert skipped(tmp_path / "out") == [(f"t.tar/{k}", "ambiguous") for k in "abc"]
+    assert [r["id"] for r in manifest(tmp_path / "out")] == ["d"]
+
+
+def av_bytes(kind: str, codec: str, seconds: float = 1.0, rate: int = 48_000) -> bytes:
+    """Return a file of a tone that PyAV writes."""
+    import io
+
+    av = pytest.importorskip("av")
+    tone = (8000 * np.sin(np.arange(round(seconds * rate)) * 2 * np.pi * 440 / rate)).astype(np.int16)
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono", bit_rate=128_000)
+        frame = av.AudioFrame.from_ndarray(tone[None], format="s16", layout="mono")
+        frame.sample_rate = rate
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            container.mux(packet)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec", "ending"),
+    [("mp4", "aac", "m4a"), ("webm", "libopus", "webm"), ("asf", "wmav2", "wma"), ("adts", "aac", "aac")],
+)
+def test_files_that_libsndfile_lacks_become_flac(kind: str, codec: str, ending: str, tmp_path: Path) -> None:
+    import soundfile
+
+    data = av_bytes(kind, codec)
+    (tmp_path / f"a.{ending}").write_bytes(data)
+    (tmp_path / f"half.{ending}").write_bytes(data[: len(data) // 2])
+    rows = [{"id": k, "audio": f"{k}.{ending}", "text": "t"} for k in ("a", "half")]
+    rows.append({"id": "part", "audio": f"a.{ending}", "text": "t", "start": 0.25, "end": 0.75})
+    run("nemo", lines(tmp_path / "m.json", rows), tmp_path / "out")
+    found = {r["id"]: r for r in manifest(tmp_path / "out")}
+    values, rate = soundfile.read(tmp_path / "out" / found["a"]["audio"])
+    assert rate == 48_000 and len(values) == pytest.approx(48_000, rel=0.1)
+    spectrum = np.abs(np.fft.rfft(values[4000:44_000]))
+    assert np.argmax(spectrum) == pytest.approx(440 * 40_000 / 48_000, abs=1)
+    part = soundfile.read(tmp_path / "out" / found["part"]["audio"])[0]
+    assert np.array_equal(part, values[12_000:36_000])
+    if ending != "aac":  # A stream of frames declares no length.
+        assert skipped(tmp_path / "out") == [("m.json:2", "broken")]
+
+
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+
+    (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x18ftypM4A ")
+    source = lines(tmp_path / "m.json", [{"audio": "a.m4a", "text": "t"}])
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert run("nemo", source, tmp_path / "out") == 2
+    assert "a.m4a: needs the package av; pip install 'earshot[import]'" in capsys.readouterr().err

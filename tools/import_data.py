@@ -1,0 +1,194 @@
+r"""Import data in the formats of other programs, as a manifest or as shards.
+
+    earshot import --from csv corpus.csv data/corpus
+    earshot import --from nemo train.json data/train --follow --set split=train
+    earshot import --from hf emotions/ s3://bucket/emotions --shards --map answer=label --set task=er \
+        --set "instruction=Which emotion is heard?"
+    earshot import --from kaldi data/train data/train-import --check
+
+OUT is a folder, and with --shards also s3://BUCKET/PREFIX (gs://, az://). Audio files that can be used as they are stay
+where they are, unless --shards is given. Parts of recordings and files of other types are written as FLAC to OUT/audio.
+OUT/skipped.jsonl lists the rows that were skipped, with reasons. Repeat an interrupted command to continue it.
+
+Exit code 0: the data is imported. 1: it is, but more rows were skipped than --max-skipped-fraction allows. 2: it is
+not imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from tqdm import tqdm
+
+from model.errors import UserError, printable_lines
+from tools.options import add_plugins, check_at_least, check_output
+from trainer.data.shard_build import SKIPPED_NAME, ShardLimits
+from trainer.importers.fields import Naming
+from trainer.importers.run import ImportReport, run_import
+from trainer.importers.sinks import MANIFEST_NAME, ManifestSink, ShardSink, Sink, alone
+from trainer.importers.source import Source
+from trainer.importers.table import IMPORTERS
+from trainer.storage.open import open_store, scheme_of
+from trainer.storage.store import LocalStore
+
+_VERSION = 1
+"""The version of what an import writes. An unfinished import of another version is not continued."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit code: 1 if too many rows were skipped, 2 after printing a UserError, else 0.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        check_at_least(
+            1, jobs=args.jobs, max_shard_samples=args.max_shard_samples, max_shard_bytes=args.max_shard_bytes
+        )
+        report = _run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(_as_dict(args.out, report)) if args.json else printable_lines(_as_text(args, report)))
+    return 1 if report.skipped_fraction > args.max_skipped_fraction else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    formats = "\n".join(f"  {name:13} {importer.summary}" for name, importer in IMPORTERS.items())
+    parser = argparse.ArgumentParser(
+        prog="earshot import",
+        description=f"{__doc__}\nFormats:\n{formats}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--from", dest="format", required=True, choices=IMPORTERS, metavar="FORMAT", help="see below")
+    parser.add_argument("source", type=Path, metavar="SRC", help="the file or folder in that format")
+    parser.add_argument(
+        "out", metavar="OUT", help="empty folder (or bucket URL), or one with an unfinished import of SRC"
+    )
+    parser.add_argument(
+        "--map", action="append", default=[], metavar="FIELD=NAME", help="the name that SRC gives to a manifest's field"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=TEXT",
+        help="a field of all rows that have none of this name",
+    )
+    parser.add_argument("--columns", metavar="A,B", help="names of the columns of a table without a header")
+    parser.add_argument(
+        "--audio", type=Path, metavar="DIR", help="folder that paths of audio start from (default: SRC's)"
+    )
+    parser.add_argument("--follow", action="store_true", help="also read audio outside of SRC's folder and --audio")
+    parser.add_argument("--shards", action="store_true", help="write shards instead of a manifest, in the order of SRC")
+    limits = ShardLimits()
+    parser.add_argument("--max-shard-samples", type=int, default=limits.max_samples, metavar="N", help="with --shards")
+    parser.add_argument("--max-shard-bytes", type=int, default=limits.max_bytes, metavar="N", help="with --shards")
+    parser.add_argument("--check", action="store_true", help="write nothing; print what would be imported and skipped")
+    jobs = os.cpu_count() or 1
+    parser.add_argument("--jobs", type=int, default=jobs, metavar="N", help="processes (default: one per CPU core)")
+    parser.add_argument(
+        "--max-skipped-fraction", type=float, default=0.01, metavar="SHARE", help="see the exit codes (default: 0.01)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    add_plugins(parser)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> ImportReport:
+    if not args.source.exists():
+        raise UserError(f"{args.source}: does not exist; check SRC")
+    if args.audio is not None and not args.audio.is_dir():
+        raise UserError(f"--audio {args.audio}: is not a folder")
+    names, defaults = _pairs("--map", args.map, "FIELD=NAME"), _pairs("--set", args.set, "FIELD=TEXT")
+    columns = tuple(name.strip() for name in args.columns.split(",")) if args.columns else ()
+    output = None if scheme_of(args.out) else Path(args.out).absolute()
+    source = Source(args.source, args.audio, args.follow, columns, names.get("audio", "audio"), output)
+    identity = {
+        "version": _VERSION,
+        "format": args.format,
+        "source": str(args.source.resolve()),
+        "audio": args.audio and str(args.audio.resolve()),
+        "options": [names, defaults, columns, args.follow],
+        "shards": args.shards and [args.max_shard_samples, args.max_shard_bytes],
+    }
+    sink = _sink(args)
+    folder = sink.folder if isinstance(sink, ManifestSink) else None
+    if isinstance(sink, ShardSink) and isinstance(sink.store, LocalStore):
+        folder = sink.store.folder
+    with nullcontext() if folder is None else alone(folder), tqdm(unit=" rows", disable=None, leave=False) as bar:
+        return run_import(
+            IMPORTERS[args.format].rows,
+            source,
+            Naming(names, defaults),
+            sink,
+            identity,
+            jobs=args.jobs,
+            on_progress=lambda done: bar.update(done - bar.n),
+        )
+
+
+def _sink(args: argparse.Namespace) -> Sink:
+    if args.check:
+        return Sink()
+    if args.shards:
+        if not scheme_of(args.out):
+            check_output(args.out, Path(args.out), is_folder=True)
+        return ShardSink(open_store(args.out), ShardLimits(args.max_shard_samples, args.max_shard_bytes))
+    if scheme_of(args.out):
+        raise UserError(f"{args.out}: a manifest must be written to a folder; choose a folder, or add --shards")
+    check_output(args.out, Path(args.out), is_folder=True)
+    return ManifestSink(Path(args.out))
+
+
+def _pairs(option: str, texts: Sequence[str], form: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, found, value = text.partition("=")
+        if not found or not name or not value:
+            raise UserError(f"{option} {text}: must be {form}")
+        if name in pairs:
+            raise UserError(f"{option} {text}: {name} is given twice; remove one")
+        pairs[name] = value
+    return pairs
+
+
+def _as_dict(out: str, report: ImportReport) -> dict[str, object]:
+    totals = report.totals
+    return {
+        "out": out,
+        "num_rows": totals.num_rows,
+        "num_samples": totals.num_samples,
+        "seconds": round(totals.seconds, 3),
+        "skipped": totals.skipped,
+        "num_changed_ids": report.num_changed_ids,
+        "num_resumed_rows": report.num_resumed,
+    }
+
+
+def _as_text(args: argparse.Namespace, report: ImportReport) -> str:
+    totals = report.totals
+    place = f"{args.out}/{MANIFEST_NAME}" if not args.shards else args.out
+    hours = f"{totals.seconds / 3600:.3f} h of audio"
+    lines = [f"{place}: {totals.num_samples} samples, {hours}, from {totals.num_rows} rows"]
+    if args.check:
+        lines.insert(0, "nothing is written (--check); without it, there would be:")
+    if report.num_resumed:
+        lines.append(f"{report.num_resumed} rows had been imported before")
+    if report.num_changed_ids:
+        lines.append(f"{report.num_changed_ids} ids were changed; the original is in the field original_id")
+    if totals.skipped:
+        listed = "" if args.check else f", listed in {args.out}/{SKIPPED_NAME}"
+        lines.append(f"skipped: {totals.reasons()}{listed}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""The audio of imported samples: whole files are checked, everything else is cut and written as 16-bit FLAC."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from trainer.data.containers import MIN_SHARE, whole_files
+from trainer.data.decode import AUDIO_TYPES, MAX_LEVEL, MAX_RATE, MAX_SEC, MAX_VALUES_PER_BYTE, MIN_RATE, check_audio
+from trainer.data.errors import SampleError
+from trainer.importers.av_audio import av_audio, av_format
+from trainer.importers.row import Clip, RowError
+
+MAX_FILE_BYTES = 2 << 30
+"""The largest file that is read into memory as a whole."""
+_HEAD_BYTES = 256
+_BLOCK_VALUES = 1 << 20
+_FREE_VALUES = 1 << 16
+_FLAC_CHANNELS = 8
+_EXACT_FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "AIFF", "AU", "CAF", "NIST")
+"""The formats of libsndfile in which any frame can be sought exactly. Others are decoded from their beginning."""
+_EXACT_SUBTYPES = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW")
+_SHORT_SUBTYPES = ("PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW")
+"""The encodings whose values are 16-bit integers, so that 16-bit FLAC loses nothing."""
+
+Values = NDArray[Any]
+"""`[frames, channels]`, int16 or float32."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """The audio of a clip in a form that shards may contain."""
+
+    kind: str
+    """The type, which is one of `AUDIO_TYPES`."""
+    seconds: float
+    data: bytes | None
+    """The content; None if the file at `path` can be used as it is."""
+    path: str = ""
+
+
+class Recordings:
+    """Makes the audio of clips. The recording of the last clip stays open, because its next part may follow."""
+
+    def __init__(self) -> None:
+        self._clip: Clip | None = None
+        self._file: soundfile.SoundFile | None = None
+        self._spool: IO[bytes] | None = None
+
+    def __enter__(self) -> Recordings:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def make(self, clip: Clip, with_data: bool) -> Made:
+        """Return the audio of a clip.
+
+        Args:
+            clip: The clip; its path is absolute.
+            with_data: Whether to return the content of files that can be used as they are.
+
+        Raises:
+            RowError: If it cannot be decoded.
+            OSError: If it cannot be read.
+            UserError: If it needs PyAV, which is not installed.
+        """
+        try:
+            if clip.is_whole and (kind := _kind(_head(clip), clip)) is not None:
+                data = _content(clip)
+                seconds = check_audio(data)
+                is_file = clip.data is None and clip.span is None and Path(clip.path).suffix[1:].lower() in AUDIO_TYPES
+                return Made(kind, seconds, data if with_data or not is_file else None, clip.path if is_file else "")
+            return self._encode(clip)
+        except SampleError as error:
+            raise RowError(error.reason, error.detail) from None
+        except (soundfile.LibsndfileError, ValueError, TypeError, OverflowError) as error:
+            reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
+            raise RowError("broken", f"{clip.path}: {str(reason).strip() or 'cannot be decoded'}") from None
+
+    def _encode(self, clip: Clip) -> Made:
+        """Return a part of a recording, or a file of a type that shards may not contain, as FLAC."""
+        file = self._open(clip)
+        rate, first = file.samplerate, round(clip.start * file.samplerate)
+        if not MIN_RATE <= rate <= MAX_RATE:
+            raise RowError("broken", f"sampling rate {rate} Hz, but must be {MIN_RATE} to {MAX_RATE} Hz")
+        if clip.channel is not None and clip.channel >= file.channels:
+            raise RowError("wrong_type", f"channel {clip.channel} of a file with {file.channels} channel(s)")
+        wanted = max(0, file.frames - first) if clip.seconds is None else round(clip.seconds * rate)
+        here = min(wanted, file.frames - first)
+        if here <= 0 or here < MIN_SHARE * wanted:
+            end = "its end" if clip.seconds is None else f"{clip.start + clip.seconds:g} s"
+            raise RowError("broken", f"part from {clip.start:g} s to {end} of {file.frames / rate:g} s of audio")
+        if here > MAX_SEC * rate:
+            raise RowError("too_long", f"{here / rate:.2f} s, the limit is {MAX_SEC:g} s")
+        file.seek(first)
+        buffer, num = io.BytesIO(), 0
+        channels = 1 if clip.channel is not None or file.channels > _FLAC_CHANNELS else file.channels
+        with soundfile.SoundFile(buffer, "w", rate, channels, "PCM_16", format="FLAC") as out:
+            while num < here:
+                values = _read(file, min(here - num, max(1, _BLOCK_VALUES // file.channels)))
+                if not len(values):
+                    break
+                num += len(values)
+                out.write(_selected(values, clip.channel))
+        if num < MIN_SHARE * here:
+            raise RowError("broken", f"{num} of {here} audio frames could be decoded")
+        return Made("flac", num / rate, buffer.getvalue())
+
+    def _open(self, clip: Clip) -> soundfile.SoundFile:
+        """Return the recording of a clip as a file in which any frame can be sought."""
+        known = self._clip
+        if self._file is not None and known is not None and clip.data is known.data:
+            if (clip.path, clip.span) == (known.path, known.span):
+                return self._file
+        self._close()
+        head = _head(clip)
+        form = av_format(head, clip.path)
+        if form is not None:
+            self._file = self._spooled(*av_audio(_stream(clip), form, clip.path), _size(clip))
+        else:
+            if clip.seconds is None and _kind(head, clip) is not None and len(whole_files(_content(clip))) > 1:
+                raise RowError("unsupported", "several files in one, of which a channel or a part is wanted")
+            is_file = clip.data is None and clip.span is None
+            file = soundfile.SoundFile(clip.path if is_file else _stream(clip))
+            if file.format in _EXACT_FORMATS and file.subtype.startswith(_EXACT_SUBTYPES) and file.seekable():
+                self._file = file
+            else:
+                with file:
+                    self._file = self._spooled(file.samplerate, file.channels, _blocks(file), _size(clip))
+        self._clip = clip
+        return self._file
+
+    def _spooled(self, rate: int, channels: int, blocks: Iterator[Values], num_bytes: int) -> soundfile.SoundFile:
+        """Decode a recording from its beginning to its end into a temporary file, and open that.
+
+        Raises:
+            RowError: If it decodes to more than its size allows.
+        """
+        most, num = MAX_VALUES_PER_BYTE * num_bytes + _FREE_VALUES, 0
+        self._spool = tempfile.TemporaryFile(prefix="earshot-import-")
+        with soundfile.SoundFile(self._spool, "w", rate, channels, "PCM_16", format="W64", closefd=False) as out:
+            for values in blocks:
+                num += values.size
+                if num > most or num > MAX_SEC * rate * channels:
+                    raise RowError("broken", f"{num_bytes} bytes that decode to more than {min(most, num - 1)} values")
+                out.write(values)
+        self._spool.seek(0)
+        return soundfile.SoundFile(self._spool)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._spool is not None:
+            self._spool.close()
+        self._clip = self._file = self._spool = None
+
+
+def _blocks(file: soundfile.SoundFile) -> Iterator[Values]:
+    while len(values := _read(file, max(1, _BLOCK_VALUES // file.channels))):
+        yield values
+
+
+def _read(file: soundfile.SoundFile, frames: int) -> Values:
+    """Return the next frames of a file: `[frames, channels]`, int16 where that loses nothing, else float32.
+
+    Raises:
+        RowError: If a value is not finite (`nan`) or not audio (`out_of_range`).
+    """
+    if file.subtype in _SHORT_SUBTYPES:
+        return file.read(frames, dtype="int16", always_2d=True)
+    values = file.read(frames, dtype="float32", always_2d=True)
+    if len(values):
+        level = max(-float(values.min()), float(values.max()))
+        if not np.isfinite(level):
+            raise RowError("nan", f"{int((~np.isfinite(values)).sum())} of {values.size} values are not finite")
+        if level > MAX_LEVEL:
+            raise RowError("out_of_range", f"a value of {level:g}, but full scale is 1; scale the file")
+    return values
+
+
+def _selected(values: Values, channel: int | None) -> Values:
+    """Return one channel, or all of them; their mean if FLAC does not have that many."""
+    if channel is not None:
+        return values[:, channel : channel + 1]
+    if values.shape[1] > _FLAC_CHANNELS:
+        return values.mean(axis=1, keepdims=True).astype(values.dtype)
+    return values
+
+
+def _kind(head: bytes, clip: Clip) -> str | None:
+    """Return the type of a file that shards may contain, by its content; None for other files."""
+    if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
+        return "wav"
+    if head[:4] == b"fLaC":
+        return "flac"
+    if head[:4] == b"OggS":
+        return "opus" if b"OpusHead" in head else "ogg"
+    if av_format(head, clip.path) is not None:
+        return None
+    if head[:3] == b"ID3" or head[:1] == b"\xff" and len(head) > 1 and head[1] & 0xE6 == 0xE2:
+        return "mp3"
+    named = Path(clip.path).suffix[1:].lower()
+    return named if named in AUDIO_TYPES else None
+
+
+def _head(clip: Clip) -> bytes:
+    with _stream(clip) as file:
+        return file.read(_HEAD_BYTES)
+
+
+def _size(clip: Clip) -> int:
+    if clip.data is not None:
+        return len(clip.data)
+    return clip.span[1] if clip.span is not None else Path(clip.path).stat().st_size
+
+
+def _content(clip: Clip) -> bytes:
+    if (size := _size(clip)) > MAX_FILE_BYTES:
+        raise RowError("too_long", f"{size} bytes, the limit of a file is {MAX_FILE_BYTES}")
+    if clip.data is not None:
+        return clip.data
+    with _stream(clip) as file:
+        return file.read()
+
+
+def _stream(clip: Clip) -> IO[bytes]:
+    """Open the audio file that a clip is a part of."""
+    if clip.data is not None:
+        return io.BytesIO(clip.data)
+    file = open(clip.path, "rb")
+    if clip.span is None:
+        return file
+    with file:
+        file.seek(clip.span[0])
+        return io.BytesIO(file.read(clip.span[1]))

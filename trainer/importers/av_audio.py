@@ -1,0 +1,104 @@
+"""Decoding by PyAV of the audio files that libsndfile cannot read (m4a, mp4, aac, 3gp, webm, mka, wma, amr).
+
+PyAV is an optional dependency. Its code is BSD; its wheels contain FFmpeg and codecs under the LGPL and the GPL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.errors import UserError
+from trainer.data.containers import MIN_SHARE
+from trainer.importers.row import RowError
+
+
+def av_format(head: bytes, name: str) -> str | None:
+    """Return FFmpeg's name of a file's format, or None if libsndfile should read it.
+
+    The format is always given to FFmpeg. If it guessed, a playlist could make it open other files and URLs.
+
+    Args:
+        head: The first bytes of the file.
+        name: The name of the file.
+    """
+    if head[4:8] == b"ftyp":
+        return "mov"
+    if head[:4] == b"\x1a\x45\xdf\xa3":
+        return "matroska"
+    if head[:8] == b"\x30\x26\xb2\x75\x8e\x66\xcf\x11":
+        return "asf"
+    if head[:5] == b"#!AMR":
+        return "amr"
+    # The layer of a frame of AAC is 0, that of MP3 is not.
+    if len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0:
+        return "aac"
+    return "aac" if PurePath(name).suffix.lower() == ".aac" and head[:3] == b"ID3" else None
+
+
+def av_audio(file: IO[bytes], form: str, name: str) -> tuple[int, int, Iterator[NDArray[np.int16]]]:
+    """Open the first audio stream of a file.
+
+    Args:
+        file: The file.
+        form: Its format; see `av_format`.
+        name: Its name, for messages.
+
+    Returns:
+        The sampling rate in Hz, the number of channels, and an iterator over the audio: `[frames, channels]` int16.
+
+    Raises:
+        RowError: If it cannot be decoded, also while it is iterated over.
+        UserError: If PyAV is not installed.
+    """
+    try:
+        import av
+    except ImportError:
+        raise UserError(
+            f"{name}: needs the package av; pip install 'earshot[import]', then repeat the command"
+        ) from None
+    try:
+        container = av.open(file, "r", format=form)
+        if not container.streams.audio:
+            raise RowError("broken", f"{name}: has no audio")
+        stream = container.streams.audio[0]
+        rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
+    except (av.error.FFmpegError, ValueError) as error:
+        raise RowError("broken", f"{name}: {_reason(error)}") from None
+    return rate, channels, _blocks(container, stream, name)
+
+
+def _blocks(container: Any, stream: Any, name: str) -> Iterator[NDArray[np.int16]]:
+    import av
+
+    context = stream.codec_context
+    resampler: Any = av.AudioResampler(format="s16", layout=context.layout, rate=context.sample_rate)
+    declared = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+    num = 0
+    try:
+        with container:
+            for frame in _with_end(container.decode(stream)):
+                for part in resampler.resample(frame):
+                    values: NDArray[np.int16] = part.to_ndarray().reshape(-1, context.layout.nb_channels)
+                    num += len(values)
+                    yield values
+    except (av.error.FFmpegError, ValueError) as error:
+        raise RowError("broken", f"{name}: {_reason(error)}") from None
+    if num == 0:
+        raise RowError("empty", f"{name}: no audio")
+    if num < MIN_SHARE * declared * context.sample_rate:
+        raise RowError("broken", f"{name}: {num / context.sample_rate:.2f} of {declared:.2f} s could be decoded")
+
+
+def _with_end(frames: Iterator[Any]) -> Iterator[Any]:
+    """Yield the frames, and None, which makes a resampler return what it still has."""
+    yield from frames
+    yield None
+
+
+def _reason(error: Exception) -> str:
+    return str(error).split("\n")[0][:200] or "cannot be decoded"

@@ -1,0 +1,88 @@
+"""Conversations as OpenAI, Qwen2-Audio, transformers and ms-swift have them: JSON with `messages`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.importers.formats.turns import TAG, Turn, audio_of, fields_of_turns
+from trainer.importers.row import Row, RowError
+from trainer.importers.source import Source, short
+
+_AUDIO_TYPES = ("audio", "audio_url", "input_audio")
+
+
+def rows(source: Source) -> Iterator[Row]:
+    """Yield the conversations of one file, or of all JSON files of a folder.
+
+    The content of a message is a text, or a list of parts. `audios` or `audio` has the clips of the tags `<audio>`.
+    ms-swift's `query`, `response`, `history` and `system`, and alpaca's `instruction`, `input` and `output` are known.
+    """
+    for path in source.files("*.jsonl", "*.json", "*.jsonl.gz", "*.json.gz"):
+        for row in source.objects(path):
+            try:
+                yield row if row.error else Row(row.where, _converted(dict(row.fields)))
+            except RowError as error:
+                yield Row(row.where, error=error)
+
+
+def _converted(fields: dict[str, Any]) -> dict[str, Any]:
+    listed = fields.pop("audios", None)
+    single = fields.pop("audio", None)
+    listed = single if listed is None else listed
+    audio = [audio_of(item) for item in (listed if isinstance(listed, list) else [] if listed is None else [listed])]
+    messages = fields.pop("messages", None)
+    if messages is None:
+        turns = _without_messages(fields)
+    elif isinstance(messages, list):
+        turns, inner = [], []
+        for message in messages:
+            turn, clips = _turn(message)
+            turns.append(turn)
+            inner += clips
+        if inner and audio:
+            raise RowError("wrong_type", "audio in the messages and in the field audios")
+        audio = inner or audio
+    else:
+        raise RowError("wrong_type", f"messages = {short(messages)}, but must be a list")
+    return {**fields, **fields_of_turns(turns, audio)}
+
+
+def _without_messages(fields: dict[str, Any]) -> list[Turn]:
+    """Remove the fields of ms-swift's or alpaca's form, and return their messages."""
+    system, history = fields.pop("system", None), fields.pop("history", None) or []
+    question = fields.pop("query", None)
+    if question is None:
+        parts = [fields.pop("instruction", None), fields.pop("input", None)]
+        question = "\n".join(p for p in parts if isinstance(p, str) and p)
+    answer = fields.pop("response", None)
+    answer = fields.pop("output", None) if answer is None else answer
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise RowError(
+            "wrong_type", f"no messages, query and response, or instruction and output ({short(list(fields))})"
+        )
+    turns = [Turn("system", str(system))] if system else []
+    if not isinstance(history, list) or not all(isinstance(h, list) and len(h) == 2 for h in history):
+        raise RowError("wrong_type", f"history = {short(history)}, but must be a list of pairs")
+    for asked, said in history:
+        turns += [Turn("user", str(asked)), Turn("assistant", str(said))]
+    return [*turns, Turn("user", question), Turn("assistant", answer)]
+
+
+def _turn(message: Any) -> tuple[Turn, list[Any]]:
+    """Return a message and its clips."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise RowError("wrong_type", f"message {short(message)}, but must have a role and a content")
+    content, loss = message.get("content"), message.get("loss")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    text, clips = "", []
+    for part in parts:
+        kind, words = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+        if kind == "text" and isinstance(words, str):
+            text += words
+        elif kind in _AUDIO_TYPES:
+            clips.append(audio_of({k: v for k, v in part.items() if k != "type"}))
+            text += TAG
+        else:
+            raise RowError("conversation", f"a part {short(part)} of a message, which is neither text nor audio")
+    return Turn(message["role"], text, None if loss is None else bool(loss)), clips

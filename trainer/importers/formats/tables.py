@@ -1,0 +1,14 @@
+"""CSV and TSV files with a header."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trainer.importers.row import Row
+from trainer.importers.source import Source
+
+
+def rows(source: Source) -> Iterator[Row]:
+    """Yield the rows of one file, or of all CSV and TSV files of a folder."""
+    for path in source.files("*.csv", "*.tsv", "*.csv.gz", "*.tsv.gz"):
+        yield from source.table(path, "\t" if ".tsv" in path.suffixes else None)

@@ -1,0 +1,107 @@
+"""WebDataset tars of other programs, which the webdataset library reads in one pass and without loading a whole tar."""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+from model.errors import UserError
+from model.json_text import parse_json
+from trainer.data.decode import AUDIO_TYPES
+from trainer.importers.row import Clip, Row, RowError
+from trainer.importers.source import Source, short
+
+_OTHER_AUDIO = ("m4a", "mp4", "aac", "webm", "mka", "wma", "amr", "3gp", "sph", "aiff", "aif", "au", "caf", "w64")
+_TEXT_TYPES = ("txt", "text", "transcript", "lab")
+_TWICE = ".~twice"
+"""The ending that marks the second file of one name, so that no file replaces another."""
+
+
+def rows(source: Source) -> Iterator[Row]:
+    """Yield the samples of one tar, or of all tars of a folder.
+
+    A sample has audio, `.json` with its fields, `.txt` with its text, or `.cls` with its label. Nothing is unpickled.
+
+    Raises:
+        UserError: If the webdataset library is not installed.
+    """
+    try:
+        from webdataset.tariterators import group_by_keys, tar_file_iterator
+    except ImportError:
+        raise UserError("--from webdataset needs the package webdataset; pip install 'earshot[import]'") from None
+    for path in source.files("*.tar", "*.tar.gz", "*.tgz"):
+        with source.open(path, decompress=False) as stream:
+            try:
+                for sample in group_by_keys(_members(tar_file_iterator, stream)):
+                    yield _row(f"{path.name}/{short(sample['__key__'])}", sample)
+            except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, OverflowError) as error:
+                yield Row(
+                    path.name, error=RowError("broken", f"the rest of the tar cannot be read: {short(str(error))}")
+                )
+
+
+def _members(read: Any, stream: IO[bytes]) -> Iterator[dict[str, Any]]:
+    names: set[str] = set()
+    key = ""
+    for member in read(stream):
+        folder, slash, base = member["fname"].removeprefix("./").rpartition("/")
+        if base.startswith("._"):  # companion files of macOS
+            continue
+        stem, _, extension = base.partition(".")
+        if folder + slash + stem != key:
+            key, names = folder + slash + stem, set()
+        if extension.lower() in names:
+            extension += _TWICE
+        names.add(extension.lower())
+        yield {"fname": f"{key}.{extension}", "data": member["data"], "__url__": ""}
+
+
+def _row(where: str, sample: Mapping[str, Any]) -> Row:
+    try:
+        return Row(where, _fields(sample))
+    except RowError as error:
+        return Row(where, error=error)
+
+
+def _fields(sample: Mapping[str, Any]) -> dict[str, Any]:
+    files = {name: data for name, data in sample.items() if not name.startswith("__")}
+    if twice := next((name for name in files if name.endswith(_TWICE)), None):
+        raise RowError("ambiguous", f"two files {sample['__key__']}.{twice.removesuffix(_TWICE)}")
+    fields: dict[str, Any] = {"id": sample["__key__"]}
+    texts = [name for name in files if _kind(name) in ("json", "cls", *_TEXT_TYPES)]
+    if deep := next((name for name in texts if "." in name), None):
+        raise RowError("ambiguous", f"a file {deep}, so that the names do not show where the sample's name ends")
+    for name in texts:
+        try:
+            text = files[name].decode("utf-8-sig")
+            value = parse_json(text) if name == "json" else text.strip()
+        except ValueError as error:
+            raise RowError("wrong_type", f"{name}: {error}") from None
+        if name != "json":
+            fields["label" if name == "cls" else "text"] = value
+        elif isinstance(value, dict):
+            fields |= {k: v for k, v in value.items() if k != "audio"}
+        else:
+            raise RowError("wrong_type", "the .json is not an object")
+    clips = [Clip(f"{sample['__key__']}.{name}", data=files[name]) for name in _ordered(files)]
+    return {**fields, "audio": clips} if clips else fields
+
+
+def _ordered(files: Mapping[str, bytes]) -> list[str]:
+    """Return the names of the audio files: one, or several that are numbered."""
+    names = [name for name in files if _kind(name) in (*AUDIO_TYPES, *_OTHER_AUDIO)]
+    stems = [name.rpartition(".")[0] for name in names]
+    if len(names) == 1 and not stems[0]:
+        return names
+    if names and not all(s.isascii() and s.isdigit() and len(s) < 7 for s in stems):
+        raise RowError("ambiguous", f"its audio files are {', '.join(names[:8])}; name clips as in KEY.0.flac")
+    numbers = [int(s) for s in stems]
+    if sorted(numbers) not in (list(range(len(names))), list(range(1, len(names) + 1))):
+        raise RowError("ambiguous", f"its audio files are {', '.join(names[:8])}; number clips from 0")
+    return [name for _, name in sorted(zip(numbers, names, strict=True))]
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,57 @@
+"""What an importer yields: plain rows, which one writer turns into samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class RowError(Exception):
+    """Raised when a row cannot be imported. The row is skipped, counted by `reason` and listed with `detail`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
+        return RowError, (self.reason, self.detail)  # Workers send it to the main process.
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A reference to audio: a file, a part of a file's bytes, or bytes."""
+
+    path: str = ""
+    """The file, relative to the folder of the audio, or absolute. For `data`, only a name that shows the type."""
+    data: bytes | None = None
+    """The content of an audio file that is not a file of its own."""
+    span: tuple[int, int] | None = None
+    """The first byte and the number of bytes of an audio file within `path`; None for the whole file."""
+    start: float = 0.0
+    """The beginning of the part that is used, in seconds."""
+    seconds: float | None = None
+    """The length of the part that is used; None for everything from `start` on."""
+    channel: int | None = None
+    """The channel that is used, counted from 0; None for all channels."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the audio is used."""
+        return self.start == 0 and self.seconds is None and self.channel is None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample of the data that is imported.
+
+    The fields have the names of the source. The writer renames those that the option `--map` or the table of usual
+    names (`trainer.importers.fields.ALIASES`) names. The field `audio` is a path, a Clip, or a list of them.
+    """
+
+    where: str
+    """The place of the row in the source, for messages: file and line."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    error: RowError | None = None
+    """The reason why the row cannot be imported, as far as the importer knows."""

@@ -1,0 +1,249 @@
+"""Reading of the files that are imported. No file outside of the given folders is read, and no command is run."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from model.errors import UserError
+from model.json_text import parse_json
+from trainer.importers.row import Row, RowError
+
+MAX_LINE_BYTES = 64 << 20
+"""The longest line of a text file. Lines may contain audio as base64."""
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file or folder that is imported."""
+
+    path: Path
+    audio_folder: Path | None = None
+    """The folder that relative paths of audio files start from; None for the folder of `path`."""
+    follow: bool = False
+    """Whether audio files outside of `folder` and `audio_folder` may be read."""
+    columns: tuple[str, ...] = ()
+    """The names of the columns of a table that has no header."""
+    audio_name: str = "audio"
+    """The name that the source gives to the field `audio`."""
+    output: Path | None = None
+    """The folder that the import writes, whose files are no part of the source."""
+
+    @property
+    def folder(self) -> Path:
+        """`path` itself if it is a folder, else the folder that contains it."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def base(self) -> Path:
+        """The folder that relative paths of audio files start from."""
+        return self.audio_folder or self.folder
+
+    def audio_file(self, text: str) -> Path:
+        """Return the absolute path of an audio file, without symbolic links.
+
+        Args:
+            text: The path as the source has it.
+
+        Raises:
+            RowError: If it is a command (`pipe`), a URL (`url`), not a path (`wrong_type`), outside of the source
+                without `follow` (`outside`), or not an existing plain file (`no_file`).
+        """
+        check_path_text(text)
+        return self._inside(self.base / text, text)
+
+    def files(self, *patterns: str) -> list[Path]:
+        """Return the files of the source whose names match one of the patterns, sorted; or the one file that it is.
+
+        Raises:
+            UserError: If there are none.
+        """
+        if not self.path.is_dir():
+            return [self.path]
+        found = sorted({p for pattern in patterns for p in self.path.rglob(pattern) if self._is_part(p)})
+        if not found:
+            raise UserError(f"{self.path}: contains no {' or '.join(patterns)}; check SRC and --from")
+        return found
+
+    def walk(self) -> Iterator[Path]:
+        """Yield all files below the folder in a fixed order, except hidden ones."""
+        for folder, names, files in os.walk(self.path):
+            names[:] = sorted(names)
+            yield from (path for path in (Path(folder) / name for name in sorted(files)) if self._is_part(path))
+
+    def open(self, path: Path, decompress: bool = True) -> IO[bytes]:
+        """Open a file of the source.
+
+        Args:
+            path: The file.
+            decompress: Whether the content of `*.gz` is decompressed.
+
+        Raises:
+            UserError: If it cannot be read, or is a link to a file outside of the source.
+        """
+        try:
+            if path != self.path:
+                self._inside(path, str(path))
+            elif not path.is_file():
+                raise RowError("no_file", "not a file")
+            return cast(IO[bytes], gzip.open(path)) if decompress and path.suffix == ".gz" else open(path, "rb")
+        except RowError as error:
+            raise UserError(f"{path}: cannot be read ({error.detail}); check SRC and --from") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error}); check SRC and --from") from None
+
+    def lines(self, path: Path, keep_empty: bool = False) -> Iterator[tuple[int, bytes]]:
+        """Yield the number and the content of each line, without its end.
+
+        Args:
+            path: The file.
+            keep_empty: Whether to yield empty lines, too.
+
+        Raises:
+            UserError: If the file cannot be read, or a line is too long.
+        """
+        with self.open(path) as file:
+            number = 0
+            try:
+                while line := file.readline(MAX_LINE_BYTES):
+                    number += 1
+                    if len(line) == MAX_LINE_BYTES:
+                        raise UserError(f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes; check --from")
+                    if number == 1:
+                        line = line.removeprefix(codecs.BOM_UTF8)
+                    if keep_empty or line.strip():
+                        yield number, line.rstrip(b"\r\n")
+            except (OSError, EOFError, zlib.error) as error:
+                raise UserError(f"{path}: cannot be read after line {number} ({error}); copy it again") from None
+
+    def objects(self, path: Path) -> Iterator[Row]:
+        """Yield the JSON objects of a file that has one per line, or one array of all.
+
+        Lines that are not JSON objects become rows with an error.
+        """
+        for number, line in self.lines(path):
+            if number == 1 and line.lstrip()[:1] == b"[":
+                yield from self._array(path)
+                return
+            yield json_row(f"{path.name}:{number}", line)
+
+    def table(self, path: Path, delimiter: str | None = None, quoting: bool = True) -> Iterator[Row]:
+        """Yield the rows of a CSV or TSV file as mappings from column names to text. Empty cells are left out.
+
+        Args:
+            path: The file.
+            delimiter: The character between cells; None to take the one that occurs most in the first line.
+            quoting: Whether quotation marks enclose cells.
+        """
+        lines = (line for _, line in self.lines(path))
+        first = next(lines, None)
+        if first is None:
+            raise UserError(f"{path}: is empty; check SRC and --from")
+        if b"\0" in first:
+            raise UserError(f"{path}: is not a text file; check SRC and --from")
+        if delimiter is None:
+            delimiter = max("\t,;|", key=lambda d: first.count(d.encode()))
+        text = (line.decode("utf-8", "surrogateescape") + "\n" for _, line in self.lines(path, keep_empty=True))
+        reader = csv.reader(
+            text, delimiter=delimiter, strict=False, quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
+        )
+        header = self.columns
+        while True:
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield Row(f"{path.name}:{reader.line_num}", error=RowError("wrong_type", f"not a row: {error}"))
+                continue
+            if not cells:
+                continue
+            if not header:
+                header = _header(path, cells)
+                continue
+            where = f"{path.name}:{reader.line_num}"
+            if len(cells) > len(header):
+                detail = f"{len(cells)} cells, but {len(header)} columns; quote cells that contain {delimiter!r}"
+                yield Row(where, error=RowError("wrong_type", detail))
+                continue
+            yield Row(where, {name: cell for name, cell in zip(header, cells, strict=False) if cell.strip()})
+
+    def _is_part(self, path: Path) -> bool:
+        """Return whether a file below the folder is neither hidden nor written by this import."""
+        hidden = any(part.startswith(".") for part in path.relative_to(self.path).parts)
+        return not hidden and (self.output is None or not path.absolute().is_relative_to(self.output))
+
+    def _array(self, path: Path) -> Iterator[Row]:
+        with self.open(path) as file:
+            try:
+                items = parse_json(file.read())
+            except (ValueError, OSError, EOFError, zlib.error) as error:
+                raise UserError(f"{path}: not JSON ({error}); check SRC and --from") from None
+        for number, item in enumerate(items):
+            where = f"{path.name}[{number}]"
+            if isinstance(item, dict):
+                yield Row(where, item)
+            else:
+                yield Row(where, error=RowError("wrong_type", "not a JSON object"))
+
+    def _inside(self, path: Path, text: str) -> Path:
+        try:
+            real = path.resolve()
+            roots = [folder.resolve() for folder in {self.folder, self.base}]
+            if not self.follow and not any(real.is_relative_to(root) for root in roots):
+                raise RowError("outside", f"{short(text)} is outside of {roots[0]}; --follow allows that")
+            if not real.is_file():
+                raise RowError("no_file", f"no file {short(text)}")
+        except (OSError, ValueError, RuntimeError):  # a name that is too long or not allowed, or a circle of links
+            raise RowError("no_file", f"no file {short(text)}") from None
+        return real
+
+
+def check_path_text(text: Any) -> None:
+    """Check that a text may be a path: not a command, a URL or empty.
+
+    Raises:
+        RowError: If it is not.
+    """
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        raise RowError("wrong_type", f"audio = {short(text)}, but must be a path")
+    if text.rstrip().endswith("|") or text.lstrip().startswith(("|", "pipe:")):
+        raise RowError("pipe", f"{short(text)} is a command, which is never run; store the files that it makes")
+    if _URL.match(text):
+        raise RowError("url", f"{short(text)} is a URL, which is never fetched; download the file")
+
+
+def json_row(where: str, line: bytes) -> Row:
+    """Return the row of a line of JSON."""
+    try:
+        value = parse_json(line)
+    except ValueError as error:
+        return Row(where, error=RowError("wrong_type", f"not JSON: {error}"))
+    if not isinstance(value, dict):
+        return Row(where, error=RowError("wrong_type", "not a JSON object"))
+    return Row(where, value)
+
+
+def short(value: Any) -> str:
+    """Return a value as ASCII text of at most 160 characters."""
+    text = value if isinstance(value, str) and value.isascii() and value.isprintable() else ascii(value)
+    return text if len(text) <= 160 else f"{text[:76]}...{text[-76:]}"
+
+
+def _header(path: Path, cells: Sequence[str]) -> tuple[str, ...]:
+    header = tuple(cell.strip() for cell in cells)
+    if "" in header or len(set(header)) < len(header):
+        raise UserError(
+            f"{path}: its columns are {short(list(header))}, but each must have a name of its own; "
+            "name them with --columns if the first line is no header"
+        )
+    return header

@@ -1,0 +1,34 @@
+"""The table of the formats that can be imported. A format is one module with a function that yields rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from trainer.importers.formats import audiofolder, kaldi, messages, nemo, parquet, tables, webdataset_tars
+from trainer.importers.row import Row
+from trainer.importers.source import Source
+
+
+@dataclass(frozen=True)
+class Importer:
+    """A format."""
+
+    rows: Callable[[Source], Iterator[Row]]
+    """The function that yields the rows of a source."""
+    summary: str
+
+
+IMPORTERS: dict[str, Importer] = {
+    "csv": Importer(tables.rows, "CSV or TSV with a header, for example audio,text"),
+    "audiofolder": Importer(
+        audiofolder.rows, "audio files with metadata.csv, .jsonl or .parquet, or a folder per label"
+    ),
+    "hf": Importer(parquet.rows, "Parquet files of the datasets library or the Hugging Face hub"),
+    "nemo": Importer(nemo.rows, "NeMo manifests: audio_filepath, duration, text, offset"),
+    "kaldi": Importer(kaldi.rows, "Kaldi or ESPnet data folders: wav.scp, text, segments"),
+    "openai": Importer(messages.rows, "JSON with messages and parts of text and audio; also Qwen2-Audio, transformers"),
+    "swift": Importer(messages.rows, "ms-swift: messages with <audio> and audios, or query and response"),
+    "webdataset": Importer(webdataset_tars.rows, "WebDataset tars of other programs"),
+}
+"""The formats by name."""
