@@ -105,17 +105,19 @@ class Sample:
     labels: Tensor
     """The token that each position must predict, [L] int64, or IGNORE. The labels are already shifted by one position.
 
-    Only the tokens of the answer and the end token are labels, and they are at the end of the sample.
+    Only the tokens of answers and the end token after each are labels. A conversation may have several answers.
     """
     prompt_ids: Tensor
-    """The tokens of the instruction, [P] int64."""
+    """The tokens of the instruction, [P] int64; in a conversation, of its last question."""
+    clip_prompt_ids: tuple[Tensor, ...] | None = None
+    """The tokens of the question that each clip belongs to, each [P] int64; None if it is `prompt_ids` for all."""
     texts: Mapping[str, Tensor] = field(default_factory=dict)
     """The token ids of other manifest fields that a loss reads (see `Loss.text_fields`), by the field's name."""
     meta: dict[str, Any] = field(default_factory=dict)
     answer_text: str = ""
-    """The text of the answer; empty in evaluation."""
+    """The text of the (last) answer; empty in evaluation."""
     is_transcription: bool = False
-    """True if the answer is the transcript of the audio."""
+    """True if the answer is the transcript of the audio, and the only answer."""
 
     @property
     def num_tokens(self) -> int:
@@ -129,7 +131,7 @@ class Sample:
 
     @property
     def answer(self) -> Tensor:
-        """The tokens of the answer without the end token; empty in evaluation."""
+        """The tokens of the only answer without the end token; empty in evaluation."""
         return self.labels[self.labels != IGNORE][:-1]
 
 
@@ -166,6 +168,7 @@ class Batch:
 
     @cached_property
     def prompts(self) -> Ragged:
-        """The input of the prompt gate: for each clip, the instruction tokens of its sample, `[ΣP]` int64."""
+        """The input of the prompt gate: for each clip, the tokens of the question it belongs to, `[ΣP]` int64."""
         none = torch.zeros(0, dtype=torch.int64)
-        return Ragged.of([self.samples[i].prompt_ids for i in self.clip_owner], like=none)
+        of_clips = (s.clip_prompt_ids or (s.prompt_ids,) * len(s.clips) for s in self.samples)
+        return Ragged.of([ids for own in of_clips for ids in own], like=none)

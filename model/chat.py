@@ -9,9 +9,10 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from model.conversation import Message
 from model.errors import UserError
 
 LIMIT_SEC = 10.0
@@ -36,22 +37,25 @@ class ChatError(UserError):
         self.reason = reason
 
 
-def render_chat(tokenizer: Any, text: str, limit_sec: float = LIMIT_SEC) -> str:
-    """Return the prompt that a tokenizer's chat template makes of one message of the user.
+def render_chat(
+    tokenizer: Any, messages: Sequence[Message], *, prompts: bool = True, limit_sec: float = LIMIT_SEC
+) -> str:
+    """Return the text that a tokenizer's chat template makes of messages.
 
     Args:
         tokenizer: The transformers tokenizer.
-        text: The message.
+        messages: The messages.
+        prompts: Whether the text ends with the beginning of an answer.
         limit_sec: The time in which the template must be rendered, in seconds.
 
     Raises:
         ChatError: If the template fails, or takes longer.
     """
-    chat = [{"role": "user", "content": text}]
     where = f"the chat template of the tokenizer {tokenizer.name_or_path!r:.200}"
     try:
         prompt: str = _within(
-            limit_sec, lambda: tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            limit_sec,
+            lambda: tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompts),
         )
     except _Overdue:
         remedy = "use another tokenizer, or set data.tokenizer.chat_template to false"

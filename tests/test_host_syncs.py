@@ -100,7 +100,7 @@ def answers() -> dict[str, Any]:
         length = sample.num_tokens - int((sample.labels != IGNORE).sum()) + 1
         cut = {name: getattr(sample, name)[:length] for name in ("token_ids", "audio_mask", "labels")}
         prompts.append(replace(sample, **cut))
-    tokenizer = cast(Any, SimpleNamespace(eos_id=-1, vocab_size=parity.VOCAB_SIZE))
+    tokenizer = cast(Any, SimpleNamespace(end_ids=(-1,), vocab_size=parity.VOCAB_SIZE))
     config = EvalConfig(max_new_tokens=NEW_TOKENS)
     plain = build_step(model, groups, on_device=False)
     expected = answer(plain, Batch(tuple(prompts)), tokenizer, config)

@@ -2,8 +2,8 @@
 
     earshot tokenizer data/asr.jsonl data/text.txt --vocab-size 512 --out tokenizer.model
 
-An INPUT is a manifest (.jsonl), of which the instructions, answers and references of one split are used, or a plain
-text with one sentence per line.
+An INPUT is a manifest (.jsonl), of which the instructions, messages, answers and references of one split are
+used, or a plain text with one sentence per line.
 
 Exit code 0: the tokenizer was written. 2: it was not.
 """
@@ -19,6 +19,7 @@ from model.errors import UserError
 from model.json_text import parse_json
 from tools.options import check_output
 from trainer.data.config import PLACEHOLDER, TokenizerConfig
+from trainer.data.metadata import earlier_texts, with_last_turn
 from trainer.data.sentencepiece_training import train_sentencepiece
 from trainer.data.tokenizer import load_tokenizer
 
@@ -81,8 +82,10 @@ def _texts(path: Path, split: str) -> Iterator[str]:
             raise UserError(f"{path}, line {number}: is not a JSON object; write one object per line")
         if row.get("split") == split:
             references = row.get("references")
+            row = with_last_turn(row)
             texts = (row.get("instruction"), row.get("answer"), *(references if isinstance(references, list) else ()))
             yield from (t for t in texts if isinstance(t, str))
+            yield from earlier_texts(row)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from model.encoders.registry import encoder_flops
 from model.errors import UserError
 from trainer.config.checks import deepspeed_json, known_llm_config
 from trainer.config.schema import Recipe, TrainConfig
+from trainer.data.prepare import check_loss_turns
 from trainer.data.tokenizer import load_tokenizer
 from trainer.engine.ds_config import load_ds_json
 from trainer.engine.llm_optimizer import Reduction
@@ -53,18 +54,21 @@ def check_tokenizer(recipe: Recipe) -> None:
     """Check the tokenizer of a recipe if it is a file or a folder on this machine.
 
     Raises:
-        UserError: If it cannot be read, lacks the placeholder or the end token, or has more tokens than the LLM.
+        UserError: If it cannot be read, lacks the placeholder or the end token, or has more tokens than the LLM, or if
+            its chat template does not allow the labels that `data.loss_turns` asks for.
     """
     path = recipe.data.tokenizer.path
     if path is None or not Path(path).exists():
         return
-    vocab_size = load_tokenizer(path, recipe.data.tokenizer).vocab_size
+    tokenizer = load_tokenizer(path, recipe.data.tokenizer)
+    vocab_size = tokenizer.vocab_size
     config = known_llm_config(recipe.model.llm)
     if config is not None and vocab_size > config.vocab_size:
         raise UserError(
             f"data.tokenizer.path = {path}: {vocab_size} tokens, but the LLM has {config.vocab_size}: "
             "use the LLM's own tokenizer"
         )
+    check_loss_turns(recipe.data, tokenizer)
 
 
 def write_plan(recipe: Recipe, path: Path) -> None:

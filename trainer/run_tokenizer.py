@@ -29,8 +29,8 @@ from trainer.data.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
-    save_without_code,
 )
+from trainer.data.tokenizer_digest import save_without_code
 from trainer.storage.open import join_url, open_store
 from trainer.storage.store import Store
 

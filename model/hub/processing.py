@@ -1,4 +1,4 @@
-"""The exported processor, which makes the model's inputs from audio and an instruction, as in training.
+"""The exported processor, which makes the model's inputs from audio and an instruction or messages, as in training.
 
 Shapes: B samples, L tokens of the longest, C clips, T audio samples (16 kHz).
 """
@@ -6,7 +6,7 @@ Shapes: B samples, L tokens of the longest, C clips, T audio samples (16 kHz).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from model.chat import render_chat
+from model.conversation import Message, PromptFormat, Turn, audio_blocks, clip_texts, question, read_turns
 from model.lengths import SAMPLE_RATE, TokenRate, num_samples
-from model.prompt import cut, fill, render
+from model.prompt import cut, fill
 
 Clip = Any
 """The path of an audio file, or a waveform [T] at 16 kHz (array, list or tensor)."""
@@ -91,11 +92,81 @@ class EarshotProcessor(ProcessorMixin):
             texts *= len(samples)
         if len(texts) != len(samples):
             raise ValueError(f"{len(samples)} samples of audio and {len(texts)} instructions: give one for each")
+        return self._inputs([(question(t, len(own)),) for t, own in zip(texts, samples, strict=True)], samples)
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        audio: Sequence[Clip] | Sequence[Sequence[Clip]] | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str = "pt",
+    ) -> Any:
+        """Return a conversation, or a batch of conversations, as text or as the inputs of `generate` and `forward`.
+
+        Args:
+            conversation: The messages, as in `transformers.ProcessorMixin.apply_chat_template`. A message has `role`
+                and `content`: text, or blocks `{"type": "text", "text": …}` and `{"type": "audio", "audio": CLIP}`. In
+                a text, `<audio>` stands for a clip. After an optional system prompt, user and assistant alternate.
+            audio: The clips that the messages themselves do not contain, in order; for a batch, a list for each
+                conversation.
+            add_generation_prompt: Whether the beginning of an answer follows. It must be true if the last message is
+                the user's, and false if it is the assistant's.
+            tokenize: Whether to return tokens instead of text. The text has one placeholder per clip.
+            return_dict: Whether to return all inputs instead of `input_ids` alone.
+            return_tensors: only `pt` is accepted.
+
+        Returns:
+            The text, or `input_ids` [B, L], or a `BatchFeature` with the inputs. The tokens of a prompt are those of
+            training, and so are the tokens of a whole conversation up to the end of its last answer. Conversations are
+            padded on the left.
+
+        Raises:
+            ValueError: If messages have another form, contain the placeholder or a token that controls the model, or
+                have more or fewer places for audio than there are clips; or if `add_generation_prompt` does not fit.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors = {return_tensors!r}: 'pt' only")
+        is_batch = bool(conversation) and not isinstance(conversation[0], Mapping)
+        batch: Any = conversation if is_batch else [conversation]
+        given: Any = audio if is_batch else [audio]
+        turns = [read_turns(messages) for messages in batch]
+        for own in turns:
+            if (own[-1].role == "user") != add_generation_prompt:
+                raise ValueError(
+                    f"add_generation_prompt = {add_generation_prompt}, but the last message is of the {own[-1].role}"
+                )
+        if not tokenize:
+            texts = [self._text(own) for own in turns]
+            return texts if is_batch else texts[0]
+        clips = [
+            [self._clip(clip) for clip in _clips(messages, more)]
+            for messages, more in zip(batch, given or [None] * len(batch), strict=True)
+        ]
+        inputs = self._inputs(turns, clips)
+        return inputs if return_dict else inputs["input_ids"]
+
+    def inputs(self, conversations: Sequence[tuple[Turn, ...]], samples: Sequence[Sequence[Clip]]) -> BatchFeature:
+        """Return the inputs of `generate` and `forward` for conversations and the clips of each.
+
+        Raises:
+            ValueError: If audio cannot be used, the number of clips differs from that of their places, or a text
+                contains the placeholder or a token that controls the model.
+        """
+        return self._inputs(conversations, [[self._clip(clip) for clip in own] for own in samples])
+
+    def _inputs(
+        self, conversations: Sequence[tuple[Turn, ...]], samples: Sequence[Sequence[np.ndarray]]
+    ) -> BatchFeature:
         # Many samples have the same instruction, so each text is tokenized once.
-        pieces = {key: self._pieces(*key) for key in {(t, len(own)) for t, own in zip(texts, samples, strict=True)}}
+        pieces = {turns: self._pieces(turns) for turns in dict.fromkeys(conversations)}
+        for turns, own in zip(conversations, samples, strict=True):
+            if len(pieces[turns]) != len(own) + 1:
+                raise ValueError(f"{len(own)} clips, but {len(pieces[turns]) - 1} places for them in the messages")
         prompts = [
-            fill(pieces[t, len(own)], [self.count_audio_tokens(len(c)) for c in own], self.placeholder_id)
-            for t, own in zip(texts, samples, strict=True)
+            fill(pieces[turns], [self.count_audio_tokens(len(c)) for c in own], self.placeholder_id)
+            for turns, own in zip(conversations, samples, strict=True)
         ]
         longest = max(len(ids) for ids, _ in prompts)
         rows = [(longest - len(ids), ids, mask) for ids, mask in prompts]
@@ -106,13 +177,13 @@ class EarshotProcessor(ProcessorMixin):
         }
         clips = [clip for own in samples for clip in own]
         if clips:
-            encoded = {t: self._encode(t) for t in set(texts)}
-            spoken = [encoded[t] for t, own in zip(texts, samples, strict=True) for _ in own]
+            texts = [text for turns in conversations for text in clip_texts(turns)]
+            encoded = {text: self._encode(text) for text in set(texts)}
             inputs |= {
                 "audio_values": torch.from_numpy(np.concatenate(clips)),
                 "audio_lengths": torch.tensor([len(c) for c in clips]),
-                "instruction_ids": torch.tensor([i for ids in spoken for i in ids], dtype=torch.int64),
-                "instruction_lengths": torch.tensor([len(ids) for ids in spoken]),
+                "instruction_ids": torch.tensor([i for text in texts for i in encoded[text]], dtype=torch.int64),
+                "instruction_lengths": torch.tensor([len(encoded[text]) for text in texts]),
             }
         return BatchFeature(inputs)
 
@@ -126,7 +197,15 @@ class EarshotProcessor(ProcessorMixin):
         Raises:
             ValueError: If `text` contains the placeholder or a token that controls the model.
         """
-        return sum(map(len, self._pieces(text, num_clips)))
+        return self.count_tokens_of((question(text, num_clips),))
+
+    def count_tokens_of(self, turns: tuple[Turn, ...]) -> int:
+        """Return the number of tokens of a conversation without its audio tokens.
+
+        Raises:
+            ValueError: If a text contains the placeholder or a token that controls the model.
+        """
+        return sum(map(len, self._pieces(turns)))
 
     def count_audio_tokens(self, clip_samples: int) -> int:
         """Return the number of audio tokens of a clip of `clip_samples` audio samples."""
@@ -139,22 +218,47 @@ class EarshotProcessor(ProcessorMixin):
         texts: list[str] = self.tokenizer.batch_decode(rows, **{"skip_special_tokens": True, **kwargs})
         return texts
 
-    def _pieces(self, instruction: str, num_clips: int) -> list[list[int]]:
-        """Return the tokens of a prompt before, between and after its clips."""
-        if self.placeholder in instruction:
-            raise ValueError(f"{instruction!r} contains {self.placeholder}, which stands for audio")
+    def _pieces(self, turns: tuple[Turn, ...]) -> list[list[int]]:
+        """Return the tokens of a conversation before, between and after its clips."""
         special_ids = self._special_ids()
-        for token in self._encode(instruction):
-            if token in special_ids:
-                name = self.tokenizer.convert_ids_to_tokens(token)
-                raise ValueError(f"{instruction!r} contains {name}, which controls the model")
-        template = self.prompt_with_audio if num_clips else self.prompt_without_audio
-        text = render(template, instruction, self.placeholder, num_clips)
-        if self.as_chat:
-            text = render_chat(self.tokenizer, text)
+        for text in dict.fromkeys(text for turn in turns for text in (*turn.texts, turn.text)):
+            if self.placeholder in text:
+                raise ValueError(f"{text!r} contains {self.placeholder}, which stands for audio")
+            for token in self._encode(text):
+                if token in special_ids:
+                    name = self.tokenizer.convert_ids_to_tokens(token)
+                    raise ValueError(f"{text!r} contains {name}, which controls the model")
+        form = self._format()
+        if turns[-1].role == "user":
+            segments = form.segments(turns)
+        else:
+            segments = [*form.segments(turns[:-1]), self._encode(turns[-1].text), form.closing(turns)]
+        return cut([token for segment in segments for token in segment], self.placeholder_id)
+
+    def _format(self) -> PromptFormat:
         begin = self.tokenizer.bos_token_id
-        ids = ([] if begin is None or self.as_chat else [begin]) + self._encode(text)
-        return cut(ids, self.placeholder_id)
+        return PromptFormat(
+            template=self.prompt_with_audio,
+            text_template=self.prompt_without_audio,
+            placeholder=self.placeholder,
+            placeholder_id=self.placeholder_id,
+            begin=() if begin is None else (begin,),
+            end_id=self.tokenizer.eos_token_id,
+            encode=self._encode,
+            chat=self._render if self.as_chat else None,
+        )
+
+    def _render(self, messages: Sequence[Message], prompts: bool) -> str:
+        return render_chat(self.tokenizer, messages, prompts=prompts)
+
+    def _text(self, turns: tuple[Turn, ...]) -> str:
+        """Return a conversation as text, with one placeholder per clip."""
+        form = self._format()
+        if form.chat is not None:
+            return form.chat(form.messages(turns), turns[-1].role == "user")
+        ids = [token for piece in self._pieces(turns) for token in (*piece, self.placeholder_id)][:-1]
+        text: str = self.tokenizer.decode(ids)
+        return text
 
     def _special_ids(self) -> set[int]:
         """Return the ids that control the model, which no instruction may contain."""
@@ -170,6 +274,17 @@ class EarshotProcessor(ProcessorMixin):
         if wave.ndim != 1 or len(wave) == 0 or not np.isfinite(wave).all():
             raise ValueError(f"audio of shape {wave.shape}: give [T] finite values at {SAMPLE_RATE} Hz, T > 0")
         return np.pad(wave, (0, max(0, num_samples(self.min_audio_sec) - len(wave))))
+
+
+def _clips(messages: Any, more: Sequence[Clip] | None) -> Iterator[Clip]:
+    """Yield the clips of a conversation: those of its blocks, and the given ones in the other places."""
+    waiting = list(more or ())
+    for clip in audio_blocks(messages):
+        if clip is None and not waiting:
+            raise ValueError("the messages have more places for audio than there are clips")
+        yield waiting.pop(0) if clip is None else clip
+    if waiting:
+        raise ValueError(f"{len(waiting)} more clips than places for audio in the messages")
 
 
 def _is_clip(audio: Any) -> bool:

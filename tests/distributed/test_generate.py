@@ -40,7 +40,7 @@ def body(
     eos = EOS
     if family != "llama":  # the first answer ends after one token
         eos = greedy(oracle, samples[0][0], -1, parity.VOCAB_SIZE, 2)[1]
-    tokenizer: Any = SimpleNamespace(eos_id=eos, vocab_size=parity.VOCAB_SIZE)
+    tokenizer: Any = SimpleNamespace(end_ids=(eos,), vocab_size=parity.VOCAB_SIZE)
     answers = answer(step, Batch(tuple(samples[rank])), tokenizer, config)
     return [answers, [greedy(oracle, s, eos, parity.VOCAB_SIZE, MAX_NEW_TOKENS) for s in samples[rank]]]
 

@@ -23,6 +23,7 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.parity import tiny_model
 
 LOOP = "".join(f"{{% for {i} in range(99999) %}}" for i in "ijk") + 3 * "{% endfor %}"
+QUESTION = [{"role": "user", "content": "a"}]
 
 
 class Template:
@@ -42,7 +43,7 @@ class Template:
 def test_a_template_that_loops_for_years_is_one_line() -> None:
     start = time.monotonic()
     with pytest.raises(UserError, match="was not rendered within 0.3 s") as caught:
-        render_chat(Template(LOOP), "a", limit_sec=0.3)
+        render_chat(Template(LOOP), QUESTION, limit_sec=0.3)
     assert time.monotonic() - start < 5 and "\n" not in str(caught.value)
     # It also works in another thread, as where samples are decoded, and that thread continues.
     found: list[str] = []
@@ -50,7 +51,7 @@ def test_a_template_that_loops_for_years_is_one_line() -> None:
     def work() -> None:
         for source in (LOOP, "{{ messages[0]['content'] }}b"):
             try:
-                found.append(render_chat(Template(source), "a", limit_sec=0.3))
+                found.append(render_chat(Template(source), QUESTION, limit_sec=0.3))
             except UserError as error:
                 found.append(str(error)[-20:])
 
@@ -63,7 +64,7 @@ def test_a_template_that_loops_for_years_is_one_line() -> None:
 def test_a_template_in_time_is_never_interrupted_later() -> None:
     for _ in range(30):  # They end at about the time limit.
         try:
-            assert render_chat(Template("{% for i in range(9000) %}{% endfor %}ok"), "a", limit_sec=0.0005) == "ok"
+            assert render_chat(Template("{% for i in range(9000) %}{% endfor %}ok"), QUESTION, limit_sec=0.0005) == "ok"
         except UserError:
             pass
         time.sleep(0.001)

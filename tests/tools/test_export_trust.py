@@ -20,7 +20,8 @@ from trainer.checkpoint.folder import LocalFolder
 from trainer.checkpoint.layout import Manifest
 from trainer.checkpoint.reader import MANIFEST, STATE, hash_file
 from trainer.data.config import TokenizerConfig
-from trainer.data.tokenizer import load_tokenizer, save_without_code
+from trainer.data.tokenizer import load_tokenizer
+from trainer.data.tokenizer_digest import save_without_code
 from trainer.export.code import CONFIGURATION, MODELING, remote_code, remote_name
 from trainer.export.description import read_description
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from model.errors import UserError, check_least
 from model.lengths import SAMPLE_RATE
@@ -230,6 +231,9 @@ class DataConfig:
     cache_decoded_mib: int = 256
     """The memory per rank for a cache of decoded clips, in MiB; 0 disables the cache. With it, a small dataset need not
     be decoded again in every epoch."""
+    loss_turns: Literal["all", "last"] = "all"
+    """The answers of a conversation that are learned: all, or only the last one. The field `loss` of a message decides
+    for that message. Answers before the last can be learned only if the chat template keeps them unchanged."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Waveform augmentation."""
     join: JoinConfig = field(default_factory=JoinConfig)

@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 Reason = Literal[
     "altered",
     "ambiguous",
+    "bad_messages",
     "broken",
     "empty",
     "empty_answer",

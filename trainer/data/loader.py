@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from model.batch import IGNORE, Batch, Sample
+from model.batch import Batch, Sample
 from trainer.data.sample import EncodedSample
 from trainer.data.source import Skip
 from trainer.data.state import State
@@ -63,22 +63,18 @@ class Loader:
 
 def to_sample(encoded: EncodedSample) -> Sample:
     """Convert a sample to tensors, which share memory with its arrays."""
-    token_ids = torch.from_numpy(encoded.token_ids)
-    targets = torch.from_numpy(encoded.target_ids)
-    labels = torch.full_like(token_ids, IGNORE)
-    if len(targets):
-        labels[-len(targets) :] = targets
     return Sample(
         key=encoded.key,
         task=encoded.meta["task"],
         clips=tuple(torch.from_numpy(c) for c in encoded.clips),
-        token_ids=token_ids,
+        token_ids=torch.from_numpy(encoded.token_ids),
         audio_mask=torch.from_numpy(encoded.audio_mask),
-        labels=labels,
+        labels=torch.from_numpy(encoded.labels),
         prompt_ids=torch.from_numpy(encoded.instruction_ids),
+        clip_prompt_ids=tuple(map(torch.from_numpy, encoded.clip_instruction_ids)),
         texts={name: torch.from_numpy(ids) for name, ids in encoded.texts.items()},
         meta=encoded.meta,
-        answer_text=encoded.meta["answer"] if len(targets) else "",
+        answer_text=encoded.answer,
         is_transcription=encoded.is_transcription,
     )
 

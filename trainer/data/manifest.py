@@ -1,7 +1,8 @@
 """Reading of manifests, which are JSONL files with one sample per line.
 
 Each line is an object with `id`, `audio` (a path relative to the manifest's folder, a list of such paths, or null),
-`task`, `split`, `instruction` and `answer`. All other fields are kept. Samples are sorted by a hash of their id, so
+`task`, `split`, `instruction` and `answer`, or `messages` in place of the last two. In messages, the paths of the
+audio may be in blocks. All other fields are kept. Samples are sorted by a hash of their id, so
 that every shard is a random mixture of the samples, regardless of the order of the manifest.
 """
 
@@ -15,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.conversation import audio_blocks
 from model.errors import UserError
 from model.json_text import BrokenTextError, parse_json
 from trainer.data.errors import SampleError
+from trainer.data.metadata import with_last_turn
 
 _KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")
 
@@ -99,6 +102,7 @@ def _row(manifest: Path, number: int, line: bytes) -> Row:
         raise UserError(f"{manifest}, line {number}: not a JSON object; write one JSON object per line")
     key, audio, split = metadata.get("id"), metadata.get("audio"), metadata.get("split")
     paths = audio if isinstance(audio, list) else [] if audio is None else [audio]
+    blocks = audio_blocks(metadata.get("messages"))
     problem = None
     if not isinstance(key, str) or not _KEY.fullmatch(key):
         problem, key = f"id = {ascii(key)[:90]}, but must be 1 to 80 letters, digits, '_' or '-'", f"line-{number}"
@@ -106,6 +110,12 @@ def _row(manifest: Path, number: int, line: bytes) -> Row:
         problem = f"split = {ascii(split)[:80]}, but must be a non-empty string"
     elif not all(isinstance(p, str) and p and "\0" not in p for p in paths):
         problem = f"audio = {ascii(audio)[:80]}, but must be a path, a list of paths or null"
+    elif any(path is not None for path in blocks):
+        if paths:
+            problem = "both the field audio and messages name audio files; keep one of them"
+        elif not all(isinstance(p, str) and p and "\0" not in p for p in blocks):
+            problem = f"audio in messages = {ascii(blocks)[:80]}, but each must be a path"
+        paths = blocks
     if problem:
         return Row(number, key, (), metadata, SampleError("wrong_type", problem))
-    return Row(number, key, tuple(manifest.parent / p for p in paths), metadata)
+    return Row(number, key, tuple(manifest.parent / p for p in paths), with_last_turn(metadata))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from model.conversation import AUDIO_TAG, ConversationError, Turn, question, read_turns
 from trainer.data.errors import SampleError
 from trainer.scoring.fields import field_problem
 from trainer.scoring.tasks import TASKS, known_tasks
@@ -15,6 +17,61 @@ _OTHER_NAMES = ("audio_filepath", "audio_path", "audios", "wav", "sound", "path"
 """The names that other programs give to the field `audio`."""
 
 
+def with_last_turn(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a sample with the text of its last question and answer as `instruction` and `answer`.
+
+    Evaluation, scores and reports read these. A sample without `messages`, or with messages that `check_metadata`
+    refuses, is returned unchanged.
+    """
+    if metadata.get("messages") is None:
+        return metadata
+    try:
+        turns = read_turns(metadata["messages"])
+    except ConversationError:
+        return metadata
+    if turns[-1].role != "assistant":
+        return metadata
+    last = {"instruction": turns[-2].text, "answer": turns[-1].text}
+    return {**metadata, **{name: text for name, text in last.items() if metadata.get(name) is None}}
+
+
+def prompt_turns(metadata: Mapping[str, Any], num_clips: int) -> tuple[Turn, ...]:
+    """Return the turns of a sample up to its last question; see `turns_of`. The sample needs no answer."""
+    if metadata.get("messages") is not None:
+        return read_turns(metadata["messages"])[:-1]
+    return (question(metadata["instruction"], num_clips),)
+
+
+def turns_of(metadata: Mapping[str, Any], num_clips: int) -> tuple[Turn, ...]:
+    """Return the turns of a sample, of which the last one is the answer.
+
+    Args:
+        metadata: the fields of the manifest, checked by `check_metadata`.
+        num_clips: the number of the sample's clips.
+    """
+    if metadata.get("messages") is not None:
+        return read_turns(metadata["messages"])
+    return *prompt_turns(metadata, num_clips), Turn("assistant", (metadata["answer"],))
+
+
+def earlier_texts(metadata: Mapping[str, Any]) -> list[str]:
+    """Return the texts of a conversation before its last question; none if there is no conversation."""
+    try:
+        turns = read_turns(metadata.get("messages"))
+    except ConversationError:
+        return []
+    return [text for turn in turns[:-2] for text in turn.texts if text]
+
+
+def has_earlier_answers(metadata: Mapping[str, Any]) -> bool:
+    """Return whether a sample is a conversation with several answers."""
+    try:
+        turns = read_turns(metadata.get("messages"))
+    except ConversationError:
+        return False
+    return sum(turn.role == "assistant" for turn in turns) > 1
+
+
 def check_metadata(metadata: dict[str, Any], num_clips: int) -> None:
     """Check the fields of a sample, and that it has audio if its task needs any.
 
@@ -24,8 +81,11 @@ def check_metadata(metadata: dict[str, Any], num_clips: int) -> None:
 
     Raises:
         SampleError: If a field has a wrong type (`wrong_type`), the task is unknown, the answer is empty, or the sample
-            has no audio although its task needs it, or too many clips.
+            has no audio although its task needs it, or too many clips, or messages that are not a conversation with as
+            many clips (`bad_messages`) or differ from its instruction or answer (`ambiguous`).
     """
+    if metadata.get("messages") is not None:
+        _check_messages(metadata, num_clips)
     for name in _REQUIRED:
         if metadata.get(name) is None:
             raise SampleError("wrong_type", f"{name} is missing")
@@ -41,3 +101,20 @@ def check_metadata(metadata: dict[str, Any], num_clips: int) -> None:
         raise SampleError("no_audio", f"no audio, which the task {metadata['task']} needs{hint}")
     if num_clips > MAX_CLIPS:
         raise SampleError("too_many_clips", f"{num_clips} clips, the limit is {MAX_CLIPS}")
+
+
+def _check_messages(metadata: dict[str, Any], num_clips: int) -> None:
+    try:
+        turns = read_turns(metadata["messages"])
+    except ConversationError as error:
+        raise SampleError("bad_messages", str(error)) from None
+    if turns[-1].role != "assistant":
+        raise SampleError("bad_messages", "the last message is of the user, but must be the assistant's answer")
+    places = sum(turn.num_clips for turn in turns)
+    if places != num_clips:
+        raise SampleError(
+            "bad_messages", f"{num_clips} clips, but {places} places for them ({AUDIO_TAG} or blocks of type audio)"
+        )
+    for name, text in (("instruction", turns[-2].text), ("answer", turns[-1].text)):
+        if metadata.get(name) not in (None, text):
+            raise SampleError("ambiguous", f"{name} differs from the last messages; remove it, or messages")

@@ -6,14 +6,19 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from model.errors import UserError
 from model.json_text import parse_json
 from model.lengths import TokenRate
 from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.manifest import Row, read_manifest
+from trainer.data.metadata import earlier_texts, has_earlier_answers
+from trainer.data.sample import earlier_answers_error
 from trainer.data.sentencepiece_training import train_sentencepiece
 from trainer.data.shard_build import SKIPPED_NAME, BuildReport, ShardLimits, build_shards, source_digest
 from trainer.data.shards import INDEX_NAME, Selection, ShardIndex, ShardSet, read_index
@@ -21,6 +26,8 @@ from trainer.data.source import DatasetReader
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.storage.open import join_url, open_store, scheme_of
 from trainer.storage.store import MissingError
+
+_NUM_FIRST = 100
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,42 @@ def prepare(
     _check_eval_splits(config, datasets)
     path = tokenizer_path or config.tokenizer.path or str(_trained_tokenizer(config, datasets))
     limit = config.max_tokens if max_tokens is None else max_tokens
-    return PreparedData(config, datasets, load_tokenizer(path, config.tokenizer), path, rate, text_fields, limit)
+    tokenizer = load_tokenizer(path, config.tokenizer)
+    check_loss_turns(config, tokenizer)
+    return PreparedData(config, datasets, tokenizer, path, rate, text_fields, limit)
+
+
+def check_loss_turns(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Check whether the chat template allows the labels that the first conversations of each dataset would have.
+
+    Later samples are checked when they are loaded.
+
+    Raises:
+        UserError: If it does not, or a manifest or an index cannot be read.
+    """
+    if tokenizer.keeps_answers or config.loss_turns == "last":
+        return
+    for part in config.datasets:
+        if any(has_earlier_answers(metadata) for metadata in _first_metadata(config, part)):
+            raise earlier_answers_error(tokenizer, config.loss_turns)
+
+
+def _first_metadata(config: DataConfig, part: DatasetConfig) -> list[dict[str, Any]]:
+    """Return the fields of the first samples of a dataset, as far as they can be read."""
+    if part.shards is not None:
+        reader = _open_training(_given_shards(config, part, (part.split,)), config)
+        return list(islice(reader.metadata(), _NUM_FIRST))
+    path = Path(config.root) / str(part.manifest)
+    try:
+        with path.open("rb") as file:
+            lines = list(islice(file, _NUM_FIRST))
+    except OSError as error:
+        raise UserError(f"data.datasets '{part.name}': {path}: {error.strerror}; check data.root") from None
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(parse_json(line))
+    return [metadata for metadata in found if isinstance(metadata, dict)]
 
 
 def check_stored(config: DataConfig) -> None:
@@ -292,3 +334,4 @@ def _texts(config: DataConfig, readers: list[DatasetReader]) -> Iterator[str]:
             yield str(metadata.get("answer", ""))
             references = metadata.get("references")
             yield from (r for r in (references if isinstance(references, list) else ()) if isinstance(r, str))
+            yield from earlier_texts(metadata)

@@ -1,25 +1,32 @@
 """Encoding of one sample from its decoded clips and metadata.
 
-The prompt contains one placeholder per audio token, and only the answer has labels. The results are NumPy arrays, since
+The prompt contains one placeholder per audio token, and only answers have labels. The results are NumPy arrays, since
 decoding processes do not load torch; `trainer.data.loader` converts them to tensors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from model.conversation import Turn, clip_texts
+from model.errors import UserError
 from model.lengths import TokenRate
-from model.prompt import fill
+from model.prompt import cut, fill
 from trainer.data.errors import SampleError
+from trainer.data.metadata import turns_of
 from trainer.data.tokenizer import Tokenizer
 from trainer.scoring.tasks import TASKS
 
 _MAX_TOKEN_CHARACTERS = 64
 """The number of characters per token from which a text is too long without counting its tokens."""
+
+IGNORE = -100
+"""The same as `model.batch.IGNORE`, whose module loads torch."""
 
 Clip = NDArray[np.float32]
 """A waveform: `[T]` float32 at 16 kHz."""
@@ -34,18 +41,24 @@ class EncodedSample:
     meta: dict[str, Any]
     clips: tuple[Clip, ...]
     token_ids: NDArray[np.int64]
-    """`[L]`: the prompt with placeholders, then the answer without its end token. For evaluation, the prompt alone."""
+    """`[L]`: the prompt with placeholders, then the answer without its end token; in a conversation, the last prompt
+    with everything before it. For evaluation, the prompt alone."""
     audio_mask: NDArray[np.bool_]
     """`[L]`: true at placeholders."""
-    target_ids: NDArray[np.int64]
-    """The answer and the end token; the last token of the prompt predicts the first of them. Empty for evaluation."""
+    labels: NDArray[np.int64]
+    """`[L]`: the token that follows each position of an answer with a loss, starting at the last token of its prompt
+    and ending with the end token; `IGNORE` elsewhere, and everywhere for evaluation."""
     instruction_ids: NDArray[np.int64]
-    """The tokens of the instruction alone."""
+    """The tokens of the (last) instruction alone."""
+    clip_instruction_ids: tuple[NDArray[np.int64], ...]
+    """The tokens of the instruction of each clip's own turn."""
     texts: dict[str, NDArray[np.int64]]
     """The tokens of further fields of the manifest, for losses; a field that the sample lacks is absent. Empty for
     evaluation."""
     is_transcription: bool
-    """True if the answer is the transcript of the audio."""
+    """True if the answer is the transcript of the audio, and the only answer."""
+    answer: str
+    """The (last) answer; empty for evaluation."""
 
 
 def make_sample(
@@ -57,32 +70,38 @@ def make_sample(
     *,
     text_fields: tuple[str, ...] = (),
     max_tokens: int | None = None,
+    loss_turns: Literal["all", "last"] = "all",
     evaluate: bool = False,
 ) -> EncodedSample:
     """Tokenise one sample.
 
     Args:
         key: key of the sample, unique within its dataset.
-        metadata: fields of the manifest, checked by `decode.check_metadata`.
+        metadata: fields of the manifest, checked by `check_metadata`.
         clips: the decoded clips.
         tokenizer: tokenizer of prompt and answer.
         rate: the adapter's rule for the number of placeholders per clip.
         text_fields: further fields of the metadata to tokenize; a field that is absent or null is skipped.
         max_tokens: largest number of tokens of prompt and answer, audio tokens included; None for no limit.
+        loss_turns: the answers of a conversation that have labels, unless a message says otherwise.
         evaluate: if true, encode the prompt alone, after which generation starts.
 
     Raises:
         SampleError: If the sample's text contains the placeholder token (`placeholder_in_text`) or another special
-            token (`special_token_in_text`), a further field is not text or the prompt has no token (`wrong_type`), or
-            the sample is longer than `max_tokens` (`too_many_tokens`).
+            token (`special_token_in_text`), a further field is not text or the prompt has no token (`wrong_type`),
+            the sample is longer than `max_tokens` (`too_many_tokens`), or no answer has labels (`bad_messages`).
+        UserError: If earlier answers of a conversation should have labels, but the chat template changes them.
     """
     given = {name: metadata[name] for name in (() if evaluate else text_fields) if metadata.get(name) is not None}
-    _check_texts(metadata, given, max_tokens)
-    pieces = tokenizer.prompt(metadata["instruction"], len(clips))
-    answer = tokenizer.encode(metadata["answer"])
-    instruction = tokenizer.encode(metadata["instruction"])
-    texts = {name: tokenizer.encode(text) for name, text in given.items()}
-    ids, mask = fill(pieces, [rate.tokens_of_samples(c.shape[0]) for c in clips], tokenizer.placeholder_id)
+    turns = turns_of(metadata, len(clips))
+    named = {f"message {n}": turn.text for n, turn in enumerate(turns, 1)} if len(turns) > 2 else {}
+    named = named or {"instruction": turns[0].text, "answer": turns[1].text}
+    _check_lengths({**named, **given}, max_tokens)
+    segments = tokenizer.segments(turns[:-1])
+    encoded = {text: tokenizer.encode(text) for text in dict.fromkeys((*named.values(), *given.values()))}
+    answer = encoded[turns[-1].text]
+    counts = [rate.tokens_of_samples(c.shape[0]) for c in clips]
+    ids, mask = fill(cut([t for s in segments for t in s], tokenizer.placeholder_id), counts, tokenizer.placeholder_id)
     if not ids:
         raise SampleError("wrong_type", "prompt is empty: no instruction, and the tokenizer has no start token")
     if max_tokens is not None and len(ids) + len(answer) > max_tokens:
@@ -90,29 +109,81 @@ def make_sample(
             "too_many_tokens",
             f"{len(ids)} tokens of prompt and {len(answer)} of answer, the limit is {max_tokens}",
         )
-    targets: list[int] = []
+    labels = [IGNORE] * len(ids)
     if not evaluate:
-        ids, mask, targets = ids + answer, mask + [False] * len(answer), [*answer, tokenizer.eos_id]
+        ids, mask, labels = ids + answer, mask + [False] * len(answer), labels + [IGNORE] * len(answer)
+        end_id = tokenizer.eos_id if metadata.get("messages") is None else tokenizer.turn_end_id
+        learned = _learned_answers(turns, loss_turns, len(segments), tokenizer)
+        for start, tokens in _spans([*segments, answer], counts, tokenizer.placeholder_id, learned):
+            labels[start - 1 : start + len(tokens)] = [*tokens, end_id]
     return EncodedSample(
         key=key,
         meta=metadata,
         clips=clips,
         token_ids=np.array(ids, dtype=np.int64),
         audio_mask=np.array(mask, dtype=np.bool_),
-        target_ids=np.array(targets, dtype=np.int64),
-        instruction_ids=np.array(instruction, dtype=np.int64),
-        texts={name: np.array(tokens, dtype=np.int64) for name, tokens in texts.items()},
-        is_transcription=TASKS[metadata["task"]].is_transcription,
+        labels=np.array(labels, dtype=np.int64),
+        instruction_ids=np.array(encoded[turns[-2].text], dtype=np.int64),
+        clip_instruction_ids=tuple(np.array(encoded[text], dtype=np.int64) for text in clip_texts(turns)),
+        texts={name: np.array(encoded[text], dtype=np.int64) for name, text in given.items()},
+        is_transcription=TASKS[metadata["task"]].is_transcription and len(turns) == 2,
+        answer="" if evaluate else turns[-1].text,
     )
 
 
-def _check_texts(metadata: dict[str, Any], given: dict[str, Any], max_tokens: int | None) -> None:
+def earlier_answers_error(tokenizer: Tokenizer, loss_turns: str) -> UserError:
+    """Return the error of earlier answers that should have labels, although the chat template changes them."""
+    return UserError(
+        f"data.loss_turns = {loss_turns}: the chat template of {tokenizer.config.path or 'the tokenizer'} changes "
+        "earlier answers of a conversation, so only the last one can have labels; set data.loss_turns: last (and "
+        "remove loss: true from earlier messages), or data.tokenizer.chat_template: false"
+    )
+
+
+def _learned_answers(
+    turns: Sequence[Turn], loss_turns: Literal["all", "last"], num_segments: int, tokenizer: Tokenizer
+) -> list[bool]:
+    """Return whether each answer that is a segment of its own has labels.
+
+    Raises:
+        SampleError: If none has (`bad_messages`), or the chat template changes an earlier one that should
+            (`unexpected`).
+        UserError: If the chat template changes all earlier answers.
+    """
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    wanted = [loss_turns == "all" if turn.loss is None else turn.loss for turn in answers]
+    wanted[-1] = answers[-1].loss is not False
+    if not any(wanted):
+        raise SampleError("bad_messages", "no answer has a loss; remove loss: false from one of them")
+    if num_segments == 1 < len(answers):
+        if not any(wanted[:-1]):
+            return wanted[-1:]
+        if not tokenizer.keeps_answers:
+            raise earlier_answers_error(tokenizer, loss_turns)
+        raise SampleError("unexpected", "the chat template changes an earlier answer, which therefore has no labels")
+    return wanted
+
+
+def _spans(
+    segments: Sequence[Sequence[int]], audio_tokens: Sequence[int], placeholder_id: int, learned: Sequence[bool]
+) -> Iterator[tuple[int, Sequence[int]]]:
+    """Yield the first position and the tokens of each answer with labels; every second segment is an answer."""
+    start, used = 0, 0
+    for number, segment in enumerate(segments):
+        if number % 2 and learned[number // 2]:
+            yield start, segment
+        num_clips = segment.count(placeholder_id) if number % 2 == 0 else 0
+        start += len(segment) - num_clips + sum(audio_tokens[used : used + num_clips])
+        used += num_clips
+
+
+def _check_lengths(texts: dict[str, Any], max_tokens: int | None) -> None:
     """Check the texts of a sample before they are tokenized, which takes long if they are far too long.
 
     Raises:
-        SampleError: If a further field is not text (`wrong_type`), or a text is too long (`too_many_tokens`).
+        SampleError: If a text is not text (`wrong_type`) or too long (`too_many_tokens`).
     """
-    for name, text in {"instruction": metadata["instruction"], "answer": metadata["answer"], **given}.items():
+    for name, text in texts.items():
         if not isinstance(text, str):
             raise SampleError("wrong_type", f"{name} = {ascii(text)[:80]}, but must be text")
         if max_tokens is not None and len(text) > _MAX_TOKEN_CHARACTERS * max_tokens:

@@ -182,6 +182,10 @@ def _is_transcription(task: str) -> bool:
     return task in TASKS and TASKS[task].is_transcription
 
 
+def _is_joinable(metadata: Mapping[str, Any]) -> bool:
+    return _is_transcription(metadata["task"]) and metadata.get("messages") is None
+
+
 class SampleSource:
     """Produces encoded samples. The same position of a lane always yields the same sample, bit for bit.
 
@@ -298,6 +302,7 @@ class SampleSource:
             self.rate,
             text_fields=self.text_fields,
             max_tokens=self.max_tokens,
+            loss_turns=self.config.loss_turns,
             evaluate=evaluate,
         )
 
@@ -311,7 +316,7 @@ class SampleSource:
     ) -> Decoded:
         """Join the sample with others from its chunk with the configured probability; otherwise return it unchanged."""
         join, reader, shard = self.config.join, cursor.reader, cursor.shard
-        if not _is_transcription(metadata["task"]) or len(clips) != 1 or join.probability == 0 or progress < join.start:
+        if not _is_joinable(metadata) or len(clips) != 1 or join.probability == 0 or progress < join.start:
             return metadata, clips
         if rng.random() >= join.probability:
             return metadata, clips
@@ -324,6 +329,8 @@ class SampleSource:
                 more, joined = self.decoded(reader, shard, other, cursor.received)
             except SampleError:
                 continue  # It is counted and listed when it is drawn itself.
+            if not _is_joinable(more):
+                continue
             if sum(map(len, parts)) + len(gap) + len(joined[0]) > join.max_sec * SAMPLE_RATE:
                 break
             parts += [gap, joined[0]]

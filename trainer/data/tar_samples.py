@@ -17,6 +17,7 @@ from model.errors import UserError
 from model.json_text import parse_json
 from trainer.data.decode import AUDIO_TYPES
 from trainer.data.errors import SampleError
+from trainer.data.metadata import with_last_turn
 
 Member = tuple[str, int, int]
 """(extension, first byte, number of bytes) of a file in a tar."""
@@ -126,6 +127,7 @@ def metadata_of(defaults: Mapping[str, Any], json_text: bytes | None, answer_tex
             raise SampleError("wrong_type", f"metadata is not JSON: {error}") from None
         if not isinstance(fields, dict):
             raise SampleError("wrong_type", "metadata is not a JSON object")
+    fields = with_last_turn(fields)
     if answer_text is not None:
         try:
             answer = answer_text.decode("utf-8-sig").strip()

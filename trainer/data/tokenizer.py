@@ -1,16 +1,14 @@
 """A common interface to SentencePiece and Hugging Face tokenizers, which also tokenises the prompt around the audio.
 
 The prompt is rendered as text with one placeholder per clip, tokenised as a whole, and cut at the placeholder token.
-The answer is tokenised separately, so that the prompt has the same tokens in training and generation.
+Answers are tokenised separately, so that a prompt has the same tokens in training and generation. `model.conversation`
+explains how conversations are divided.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -19,17 +17,12 @@ import sentencepiece
 
 from model import prompt
 from model.chat import ChatError, render_chat
+from model.conversation import Chat, ConversationError, Message, PromptFormat, Turn, question
 from model.errors import UserError
 from trainer.data.config import TokenizerConfig
 from trainer.data.errors import SampleError
+from trainer.data.tokenizer_digest import tokenizer_digest, transformers_digest
 
-PROBES = (
-    "",
-    " two  spaces, a tab\tand a line\nbreak ",
-    "Was it 3:15 p.m.? Café № ½ ﬁne — “quoted” ÄÖÜ",
-    "日本語 русский \U0001f600",
-)
-"""Texts that different tokenizers with the same vocabulary split into different tokens."""
 _MAX_RENDERED = 4096
 """The largest number of prompts that a tokenizer keeps as rendered by its chat template."""
 _UNREADABLE = (OSError, ValueError, LookupError, ImportError, TypeError, RecursionError, MemoryError)
@@ -46,13 +39,22 @@ class Tokenizer(ABC):
     bos_id: int | None
     """The id at the beginning of a prompt, or None if the tokenizer has none."""
     eos_id: int
-    """The id at the end of every answer."""
+    """The id at the end of the answer to an `instruction`."""
+    turn_end_id: int
+    """The id at the end of the answers of a conversation: the one that the chat template puts there, or `eos_id`."""
+    keeps_answers: bool
+    """Whether several answers of a conversation can have labels; see `PromptFormat.keeps_answers`."""
     pad_id: int | None
     """The id of padding, or None if the tokenizer has none."""
     placeholder_id: int
     """The id that stands for a clip in a prompt."""
     special_ids: frozenset[int]
     """The ids that control the model, such as the end of a turn. No text of a sample may contain them."""
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer, without duplicates; `eos_id` is the first."""
+        return tuple(dict.fromkeys((self.eos_id, self.turn_end_id)))
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]:
@@ -101,22 +103,50 @@ class Tokenizer(ABC):
             SampleError: If the instruction contains the placeholder (`placeholder_in_text`), or the chat template
                 changes the prompt (`unexpected`).
         """
-        if self.config.placeholder in instruction:
-            raise self._placeholder_in(instruction)
-        template = self.config.template if num_clips else self.config.text_template
-        ids = self._prompt_ids(prompt.render(template, instruction, self.config.placeholder, num_clips))
-        pieces = prompt.cut(ids, self.placeholder_id)
-        if len(pieces) != num_clips + 1:
-            raise SampleError(
-                "unexpected", f"the prompt of {shorten(instruction)} has {len(pieces) - 1} places for {num_clips} clips"
-            )
-        return pieces
+        return prompt.cut(self.segments((question(instruction, num_clips),))[-1], self.placeholder_id)
+
+    def segments(self, turns: Sequence[Turn]) -> list[list[int]]:
+        """Return the tokens of a conversation, divided as `PromptFormat.segments` does.
+
+        Args:
+            turns: The turns, of which the last one is the user's.
+
+        Raises:
+            SampleError: If a text contains the placeholder (`placeholder_in_text`), or the chat template fails or
+                changes the prompt (`unexpected`).
+        """
+        for turn in turns:
+            for text in turn.texts:
+                if self.config.placeholder in text:
+                    raise self._placeholder_in(text)
+        try:
+            return self._format.segments(turns)
+        except ChatError as error:
+            raise SampleError("unexpected", error.reason) from error
+        except ConversationError as error:
+            raise SampleError("unexpected", str(error)) from error
 
     def _placeholder_in(self, text: str) -> SampleError:
         return SampleError("placeholder_in_text", f"{shorten(text)} contains {self.config.placeholder}")
 
-    def _prompt_ids(self, text: str) -> list[int]:
-        return ([] if self.bos_id is None else [self.bos_id]) + self._encode(text)
+    @property
+    def _format(self) -> PromptFormat:
+        """The format of prompts."""
+        return PromptFormat(
+            template=self.config.template,
+            text_template=self.config.text_template,
+            placeholder=self.config.placeholder,
+            placeholder_id=self.placeholder_id,
+            begin=() if self.bos_id is None else (self.bos_id,),
+            end_id=self.eos_id,
+            encode=self._encode,
+            chat=self._chat,
+        )
+
+    @property
+    def _chat(self) -> Chat | None:
+        """The chat template; None if there is none."""
+        return None
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -140,7 +170,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._pieces.GetPieceSize()
         self.bos_id = self._pieces.bos_id() if self._pieces.bos_id() >= 0 else None
         self.pad_id = self._pieces.pad_id() if self._pieces.pad_id() >= 0 else None
-        self.eos_id = self._pieces.eos_id()
+        self.eos_id = self.turn_end_id = self._pieces.eos_id()
+        self.keeps_answers = True
         self.special_ids = frozenset(i for i in range(self.vocab_size) if self._pieces.IsControl(i))
         if self.eos_id < 0:
             raise UserError(f"data.tokenizer.path = {path}: the model has no end token; train it with eos_id")
@@ -221,7 +252,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_id, self.pad_id = inner.bos_token_id, inner.pad_token_id
         if inner.eos_token_id is None:
             raise UserError(f"data.tokenizer.path = {path}: no eos_token; name it in its tokenizer_config.json")
-        self.eos_id = inner.eos_token_id
+        self.eos_id = self.turn_end_id = inner.eos_token_id
+        self.keeps_answers = True
         found = inner.convert_tokens_to_ids(config.placeholder)
         # There may be a second token, since tokenizers made from SentencePiece models add a prefix.
         if found in (None, inner.unk_token_id) or self._encode(config.placeholder).count(found) != 1:
@@ -233,6 +265,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._rendered: dict[str, str] = {}
         if self.chats:
             self._check_chat_template(path)
+            self._probe_answers()
 
     def _check_chat_template(self, path: str) -> None:
         """Check that the chat template inserts the text of a user message once and unchanged.
@@ -243,14 +276,28 @@ class HuggingFaceTokenizer(Tokenizer):
         for template, num_clips in ((self.config.template, 2), (self.config.text_template, 0)):
             text = prompt.render(template, "What is said?", self.config.placeholder, num_clips)
             try:
-                problem = None if self._chat(text).count(text.strip()) == 1 else "does not contain the message once"
-            except SampleError as error:
-                problem = error.detail
+                rendered = self._render([{"role": "user", "content": text}], True)
+                problem = None if rendered.count(text.strip()) == 1 else "does not contain the message once"
+            except ChatError as error:
+                problem = error.reason
             if problem is not None:
                 raise UserError(
                     f"data.tokenizer.path = {path}: the chat template of a single user message {problem}; set "
                     "data.tokenizer.chat_template: false, or correct the template"
                 )
+
+    def _probe_answers(self) -> None:
+        """Find the end of an answer in the chat template, and whether the template keeps earlier answers.
+
+        A template that fails for answers can still be used for samples with one question.
+        """
+        try:
+            self.keeps_answers = self._format.keeps_answers()
+            token = self._format.end_of_answer()
+        except (ChatError, ConversationError):
+            self.keeps_answers = False
+        else:
+            self.turn_end_id = self.eos_id if token is None or token not in self.special_ids else token
 
     def _encode(self, text: str) -> list[int]:
         with self._lock:
@@ -263,24 +310,22 @@ class HuggingFaceTokenizer(Tokenizer):
     def digest(self) -> str:
         return transformers_digest(self.inner, self.config, self._encode)
 
-    def _prompt_ids(self, text: str) -> list[int]:
-        if not self.chats:
-            return super()._prompt_ids(text)
-        # The template itself adds the begin token.
-        return self._encode(self._chat(text))
+    @property
+    def _chat(self) -> Chat | None:
+        return self._render if self.chats else None
 
-    def _chat(self, text: str) -> str:
-        """Return a user message in the chat template, which transformers renders in a sandbox.
+    def _render(self, messages: Sequence[Message], prompts: bool) -> str:
+        """Return messages in the chat template, which transformers renders in a sandbox.
 
         Raises:
-            SampleError: If the template fails (`unexpected`).
+            ChatError: If the template fails.
         """
+        if len(messages) > 1 or not prompts:
+            return render_chat(self.inner, messages, prompts=prompts)
+        text = messages[0]["content"]
         chat = self._rendered.get(text)  # Many samples have the same instruction.
         if chat is None:
-            try:
-                chat = render_chat(self.inner, text)
-            except ChatError as error:
-                raise SampleError("unexpected", error.reason) from error
+            chat = render_chat(self.inner, messages)
             if len(self._rendered) < _MAX_RENDERED:
                 self._rendered[text] = chat
         return chat
@@ -293,76 +338,6 @@ class HuggingFaceTokenizer(Tokenizer):
             else:
                 text, run = text + self.inner.decode(run, skip_special_tokens=True) + UNKNOWN_ID_TEXT, []
         return text + self.inner.decode(run, skip_special_tokens=True)
-
-
-def tokenizer_digest(
-    pieces: Sequence[str | None],
-    special_ids: Sequence[int | None],
-    encode: Callable[[str], list[int]],
-    config: TokenizerConfig,
-    chat_template: Any,
-) -> str:
-    """Return a SHA-256 hash of everything that determines the tokens of prompts and answers.
-
-    A SentencePiece model and the Hugging Face tokenizer into which an export converts it have the same digest.
-
-    Args:
-        pieces: The text of each id, in the order of the ids.
-        special_ids: The ids of begin, end and padding.
-        encode: A function that returns the tokens of a text, which is called with `PROBES`.
-        config: The placeholder and the templates; other fields do not affect the hash.
-        chat_template: The chat template of prompts, or None if there is none.
-    """
-    content = {
-        "pieces": list(pieces),
-        "special_ids": list(special_ids),
-        "probes": [encode(text) for text in PROBES],
-        "placeholder": config.placeholder,
-        "template": config.template,
-        "text_template": config.text_template,
-        "chat_template": chat_template,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def transformers_digest(inner: Any, config: TokenizerConfig, encode: Callable[[str], list[int]] | None = None) -> str:
-    """Return the `tokenizer_digest` of a transformers tokenizer.
-
-    Args:
-        inner: The tokenizer.
-        config: The placeholder and the templates.
-        encode: A function that returns the tokens of a text; None selects the tokenizer's own.
-    """
-
-    def plain(text: str) -> list[int]:
-        ids: list[int] = inner.encode(text, add_special_tokens=False)
-        return ids
-
-    pieces = inner.convert_ids_to_tokens(list(range(len(inner))))
-    ids = (inner.bos_token_id, inner.eos_token_id, inner.pad_token_id)
-    chat = inner.chat_template if config.chat_template and inner.chat_template else None
-    return tokenizer_digest(pieces, ids, encode or plain, config, chat)
-
-
-def save_without_code(inner: Any, folder: str | Path) -> None:
-    """Write a transformers tokenizer to a folder, without what its source may have said about code.
-
-    Args:
-        inner: The tokenizer.
-        folder: The folder.
-
-    Raises:
-        UserError: If the name of a chat template is not a plain name; transformers makes it the name of a file.
-    """
-    names = inner.chat_template if isinstance(inner.chat_template, dict) else {}
-    for name in names:
-        if not re.fullmatch(r"[\w-]+", str(name)):
-            raise UserError(f"data.tokenizer: the chat template {name!r} must have a name of letters, digits, - and _")
-    inner.save_pretrained(folder)
-    path = Path(folder) / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.pop("auto_map", None) is not None:
-        path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:

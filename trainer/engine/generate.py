@@ -9,7 +9,7 @@ replica whose prompts have all ended computes a dummy row until those of the oth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -25,7 +25,13 @@ from trainer.engine.llm import LLMEngine, Packs, embed_pack
 
 @torch.no_grad()
 def generate(
-    llm: LLMEngine, packs: Packs, prompt_lengths: Sequence[int], *, eos_id: int, vocab_size: int, max_new_tokens: int
+    llm: LLMEngine,
+    packs: Packs,
+    prompt_lengths: Sequence[int],
+    *,
+    end_ids: Collection[int],
+    vocab_size: int,
+    max_new_tokens: int,
 ) -> list[list[int]]:
     """Return the continuation of every prompt in this replica's pack.
 
@@ -36,7 +42,7 @@ def generate(
         packs: The prompts, in one pack. Labels are not read.
         prompt_lengths: The lengths of the prompts in the pack, in order. The rest of the pack is padding. There may be
             no prompt.
-        eos_id: The token that ends a sequence. It is not returned.
+        end_ids: The tokens that end a sequence. They are not returned.
         vocab_size: The size of the tokenizer's vocabulary. Larger token ids of the LLM are never chosen.
         max_new_tokens: The largest number of new tokens per prompt. A continuation of this length was
             cut off.
@@ -62,9 +68,11 @@ def generate(
             pack = cache.extend(prompt_lengths, num_padding=packs.pack_tokens - sum(prompt_lengths))
             chosen = _forward(llm, pack, len(active), vocab_size, packs.token_ids, packs)
         for sequence, token in zip(active, chosen, strict=True):
-            if token != eos_id:
+            if token not in end_ids:
                 found[sequence].append(token)
-        going = [token != eos_id and len(found[s]) < max_new_tokens for s, token in zip(active, chosen, strict=True)]
+        going = [
+            token not in end_ids and len(found[s]) < max_new_tokens for s, token in zip(active, chosen, strict=True)
+        ]
         tokens = [token for token, goes in zip(chosen, going, strict=True) if goes]
         active = [s for s, goes in zip(active, going, strict=True) if goes]
     return found

@@ -19,6 +19,7 @@ import torch
 from model.audio_tower import AudioTower
 from model.batch import Ragged
 from model.config import LoraConfig, ModelConfig
+from model.conversation import clip_texts
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE, WHOLE, num_samples
 from model.lora import Adapters, add_adapters
@@ -29,7 +30,7 @@ from trainer.config.load import load_stored_recipe, parse_stored_recipe
 from trainer.config.schema import Recipe
 from trainer.data.decode import decode_audio
 from trainer.data.errors import SampleError
-from trainer.data.metadata import check_metadata
+from trainer.data.metadata import check_metadata, prompt_turns
 from trainer.data.stored import CHUNK_SAMPLES, Encoded, StoredData, open_stored
 from trainer.expert_usage.analysis import Profile
 from trainer.expert_usage.history import RunPath, primary_name
@@ -148,8 +149,8 @@ def _prompt_encoder(reader: Reader, recipe: Recipe, run_dir: Path) -> Encode:
 
 def _decoded(
     data: Path, split: str | None, recipe: Recipe, encode: Encode, skipped: Counter[str]
-) -> Iterator[tuple[list[torch.Tensor], torch.Tensor, dict[str, Any]]]:
-    """Yield the clips, the instruction's tokens and the manifest fields of each sample.
+) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor], dict[str, Any]]]:
+    """Yield the clips, the tokens of each clip's instruction, and the manifest fields of each sample.
 
     Clips are decoded as in training, but without augmentation. Skipped samples are counted by reason in `skipped`.
     """
@@ -162,11 +163,12 @@ def _decoded(
             files, meta = item
             check_metadata(meta, len(files))
             clips = [decode_audio(file, recipe.data.max_audio_sec) for file in files]
-            prompt = torch.tensor(encode(meta["instruction"]), dtype=torch.int64)
+            texts = clip_texts(prompt_turns(meta, len(files)))
+            prompts = [torch.tensor(encode(text), dtype=torch.int64) for text in texts]
         except SampleError as error:
             skipped[error.reason] += 1
             continue
-        yield [torch.from_numpy(np.pad(c, (0, max(0, shortest - len(c))))) for c in clips], prompt, meta
+        yield [torch.from_numpy(np.pad(c, (0, max(0, shortest - len(c))))) for c in clips], prompts, meta
 
 
 def _part(stored: StoredData, start: int) -> list[Encoded | SampleError]:
@@ -174,15 +176,15 @@ def _part(stored: StoredData, start: int) -> list[Encoded | SampleError]:
 
 
 def _chunks(
-    samples: Iterator[tuple[list[torch.Tensor], torch.Tensor, dict[str, Any]]],
+    samples: Iterator[tuple[list[torch.Tensor], list[torch.Tensor], dict[str, Any]]],
 ) -> Iterator[tuple[Ragged, Ragged, list[ClipGroup]]]:
     """Yield chunks of about `_CHUNK_CLIPS` clips, with the prompt and the group of each clip."""
     clips: list[torch.Tensor] = []
     prompts: list[torch.Tensor] = []
     groups: list[ClipGroup] = []
-    for own, prompt, meta in samples:
+    for own, own_prompts, meta in samples:
         clips += own
-        prompts += [prompt] * len(own)
+        prompts += own_prompts
         groups += [group_of(meta["task"], meta, len(clip) / SAMPLE_RATE) for clip in own]
         if len(clips) >= _CHUNK_CLIPS:
             yield Ragged.of(clips), Ragged.of(prompts), groups

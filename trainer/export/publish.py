@@ -188,7 +188,7 @@ def generation_config(source: Source, tokenizer: Tokenizer) -> Any:
         do_sample=False,
         max_new_tokens=source.recipe.eval.max_new_tokens,
         bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
+        eos_token_id=tokenizer.eos_id if len(tokenizer.end_ids) == 1 else list(tokenizer.end_ids),
         pad_token_id=pad,
         suppress_tokens=unused,
     )

@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Any
 from model.errors import UserError
 from model.lengths import TokenRate
 from trainer.data.config import DataConfig
-from trainer.data.tokenizer import (
-    PROBES,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    save_without_code,
-)
+from trainer.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from trainer.data.tokenizer_digest import PROBES, save_without_code
 from trainer.export.code import PROCESSING, remote_name
 from trainer.run_tokenizer import PROCESSOR
 

@@ -24,7 +24,7 @@ from trainer.data.decode import decode_audio
 from trainer.data.errors import SampleError
 from trainer.data.loader import to_sample
 from trainer.data.manifest import read_manifest
-from trainer.data.metadata import check_metadata
+from trainer.data.metadata import check_metadata, prompt_turns
 from trainer.data.sample import make_sample
 from trainer.data.tokenizer import Tokenizer
 from trainer.export.source import Selection, Source, separate_experts
@@ -87,7 +87,7 @@ def verify(
     exported = EarshotForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     worst = Verified(len(samples), 0.0, 0.0)
     for sample in samples:
-        inputs = processor(audio=[list(sample.clips)] if sample.clips else None, text=sample.meta["instruction"])
+        inputs = processor.inputs([prompt_turns(sample.meta, len(sample.clips))], [sample.clips])
         if inputs["input_ids"][0].tolist() != sample.token_ids.tolist():
             raise UserError(
                 f"{sample.key}: the tokens of the exported processor differ from those of training, so the model was "
@@ -137,7 +137,7 @@ def scores(
     source.fill(exported, list(source.names(selection, llm_only=False)), selection, dtype)
     answers: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for sample in samples:
-        inputs = processor(audio=[list(sample.clips)] if sample.clips else None, text=sample.meta["instruction"])
+        inputs = processor.inputs([prompt_turns(sample.meta, len(sample.clips))], [sample.clips])
         (text,) = processor.batch_decode(exported.generate(**inputs, generation_config=settings))
         answers.setdefault(sample.task, []).append((text, sample.meta))
     by_task = (score(task, [t for t, _ in found], [m for _, m in found]) for task, found in answers.items())

@@ -186,7 +186,7 @@ def answer(step: Step, batch: Batch, tokenizer: Tokenizer, config: EvalConfig) -
         step.llm,
         embedded.packs,
         whole.num_tokens[members].tolist(),
-        eos_id=tokenizer.eos_id,
+        end_ids=tokenizer.end_ids,
         vocab_size=tokenizer.vocab_size,
         max_new_tokens=config.max_new_tokens,
     )

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model.chat import ChatError
+from model.conversation import ConversationError, Turn
 from model.errors import UserError
 from model.lengths import SAMPLE_RATE, num_samples
 from trainer.data.errors import Reason, SampleError
+from trainer.data.metadata import prompt_turns
 from trainer.evaluation.offline.decode import decode
 from trainer.evaluation.offline.model import DEFAULT_WINDOW_SEC, Loaded, Origin
 from trainer.evaluation.offline.stitching import join_windows, window_spans
@@ -81,7 +84,7 @@ class Question:
     key: str
     clips: tuple[Clip, ...]
     meta: dict[str, Any]
-    """The manifest fields; the model reads `instruction`."""
+    """The manifest fields; the model reads `messages` without the last answer, or else `instruction`."""
     in_windows: bool = False
     """Whether a single long clip may be cut into windows whose answers are joined, which is only correct for
     transcripts."""
@@ -94,7 +97,8 @@ class _Prompt:
     owner: int
     """The index of the sample among the questions."""
     clips: tuple[Clip, ...]
-    instruction: str
+    turns: tuple[Turn, ...]
+    """The conversation up to the question."""
 
     @property
     def num_samples(self) -> int:
@@ -113,7 +117,7 @@ class Answerer:
 
     def __init__(self, loaded: Loaded, windows: Windows, decoding: Decoding) -> None:
         self.loaded, self.windows, self.decoding = loaded, windows, decoding
-        self._count_text_tokens = lru_cache(maxsize=4096)(loaded.processor.count_text_tokens)
+        self._count_tokens_of = lru_cache(maxsize=4096)(loaded.processor.count_tokens_of)
 
     def __call__(self, questions: Sequence[Question]) -> list[Prediction | SampleError]:
         """Return an answer to each question, or the reason why the question has no answer.
@@ -151,22 +155,26 @@ class Answerer:
         return answers
 
     def _prompts(self, owner: int, question: Question) -> tuple[list[_Prompt], list[float]]:
-        instruction = question.meta["instruction"]
-        if question.in_windows and len(question.clips) == 1:
+        turns = prompt_turns(question.meta, len(question.clips))
+        if question.in_windows and len(question.clips) == 1 and len(turns) == 1:
             clip = question.clips[0]
             spans = self.windows.spans(len(clip))
-            own = [_Prompt(owner, (clip[begin:end],), instruction) for begin, end in spans]
+            own = [_Prompt(owner, (clip[begin:end],), turns) for begin, end in spans]
             pairs = zip(spans, spans[1:], strict=False)
             return own, [(a_end - b_begin) / (b_end - b_begin) for (_, a_end), (b_begin, b_end) in pairs]
-        return [_Prompt(owner, question.clips, instruction)], []
+        return [_Prompt(owner, question.clips, turns)], []
 
     def _check(self, prompt: _Prompt) -> None:
         """Raise SampleError if the prompt is invalid, or if the prompt and an answer exceed the LLM's positions."""
         processor = self.loaded.processor
         try:
-            num = self._count_text_tokens(len(prompt.clips), prompt.instruction)
+            num = self._count_tokens_of(prompt.turns)
+        except ChatError as error:
+            raise SampleError("unexpected", error.reason) from None
+        except ConversationError as error:
+            raise SampleError("unexpected", str(error)) from None
         except ValueError as error:
-            has_placeholder = processor.placeholder in prompt.instruction
+            has_placeholder = any(processor.placeholder in text for turn in prompt.turns for text in turn.texts)
             reason: Reason = "placeholder_in_text" if has_placeholder else "special_token_in_text"
             raise SampleError(reason, str(error)) from None
         num += sum(processor.count_audio_tokens(len(clip)) for clip in prompt.clips)
@@ -191,6 +199,6 @@ class Answerer:
         return batches
 
     def _ask(self, prompts: Sequence[_Prompt]) -> list[list[int]]:
-        inputs = self.loaded.processor(audio=[list(p.clips) for p in prompts], text=[p.instruction for p in prompts])
+        inputs = self.loaded.processor.inputs([p.turns for p in prompts], [p.clips for p in prompts])
         moved = {name: tensor.to(self.loaded.device) for name, tensor in inputs.items()}
         return decode(self.loaded, moved, self.decoding.max_new_tokens, self.decoding.beams)

@@ -16,7 +16,7 @@ from model.hub.modeling import EarshotForCausalLM
 from model.hub.processing import EarshotProcessor
 from trainer.checkpoint.folder import read_text
 from trainer.checkpoint.reader import MANIFEST, DamagedError
-from trainer.data.tokenizer import transformers_digest
+from trainer.data.tokenizer_digest import transformers_digest
 from trainer.export.description import read_description
 from trainer.export.publish import generation_config
 from trainer.export.source import Source, separate_experts
