@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    AudioFlamingo3Config,
+    AudioFlamingo3ForConditionalGeneration,
     Data2VecAudioConfig,
     Data2VecAudioForCTC,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+    SeamlessM4TFeatureExtractor,
     UniSpeechSatConfig,
     UniSpeechSatForCTC,
+    VoxtralConfig,
+    VoxtralForConditionalGeneration,
+    Wav2Vec2BertConfig,
+    Wav2Vec2BertForCTC,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
+    WhisperFeatureExtractor,
 )
 
 from model.config import EncoderConfig, ModelConfig
@@ -78,6 +89,29 @@ def ctc(model: Any, config: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda fields: model(config(**fields, **CTC))
 
 
+BERT = ctc(Wav2Vec2BertForCTC, Wav2Vec2BertConfig)
+
+
+def bert(positions: str | None) -> Case:
+    """Return the case of wav2vec2-BERT with one kind of positions. Distances exceed the largest learned one."""
+    fields = {"left_max_position_embeddings": 8, "right_max_position_embeddings": 3, "conv_depthwise_kernel_size": 5}
+    fields |= {"feature_projection_input_dim": 80, "position_embeddings_type": positions}
+    config = {**SMALL, **fields}
+    extractor = partial(SeamlessM4TFeatureExtractor, feature_size=40, num_mel_bins=40)
+    return Case("wav2vec2-bert", config, BERT, extractor, of_mel("wav2vec2_bert"))
+
+
+def of_mel(base: str) -> Callable[[Any, Any, Tensor], Tensor]:
+    """Return the reference of models that read a spectrogram and a mask; `base` is the attribute with the encoder."""
+
+    def reference(published: Any, extractor: Any, wave: Tensor) -> Tensor:
+        inputs = extractor(wave.numpy(), sampling_rate=16_000, return_tensors="pt")
+        found: Tensor = getattr(published, base)(**inputs).last_hidden_state[0]
+        return found[: int(inputs["attention_mask"].sum())]
+
+    return reference
+
+
 def normalizing(do_normalize: bool) -> Callable[[], Any]:
     """Return a builder of the extractor of waveforms."""
     return lambda: Wav2Vec2FeatureExtractor(do_normalize=do_normalize)
@@ -87,7 +121,62 @@ WAV2VEC2 = ctc(Wav2Vec2ForCTC, Wav2Vec2Config)
 UNISPEECH = ctc(UniSpeechSatForCTC, UniSpeechSatConfig)
 DATA2VEC = ctc(Data2VecAudioForCTC, Data2VecAudioConfig)
 POSITIONS = {**STACK, "num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 7}
+TOWER: dict[str, Any] = {"num_mel_bins": 80, "max_source_positions": 100}
+QWEN: dict[str, Any] = {
+    **TOWER,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+}
+LLM: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "vocab_size": 32, "pad_token_id": 0}
+
+
+def tower(model: Any, config: Any) -> Callable[[dict[str, Any]], Any]:
+    """Return a builder of a speech LLM whose audio tower has the fields of the case."""
+    return lambda fields: model(config(audio_config=fields, text_config=LLM))
+
+
+def of_tower(published: Any, extractor: Any, wave: Tensor) -> Tensor:
+    """Return the frames of the audio tower, as the speech LLM calls it."""
+    inputs = extractor(wave.numpy(), sampling_rate=16_000, return_attention_mask=True, return_tensors="pt")
+    encoder, mask = published.model.audio_tower, inputs["attention_mask"]
+    name = type(encoder).__name__
+    if name.startswith("Voxtral"):
+        frames = -(-len(wave) // 320)
+        found: Tensor = encoder(inputs["input_features"]).last_hidden_state[0, :frames]
+        return found
+    convolved = (int(mask.sum()) - 1) // 2 + 1
+    if name.startswith("Qwen2"):
+        keys = torch.where(torch.arange(mask.shape[1] // 2) < convolved, 0.0, -torch.inf)
+        fields = {"attention_mask": keys.expand(1, 1, len(keys), -1)}
+    else:
+        fields = {"input_features_mask": mask}
+    pooled: Tensor = encoder(inputs["input_features"], **fields).last_hidden_state[0, : convolved // 2]
+    return pooled
+
+
+MEL = partial(WhisperFeatureExtractor, feature_size=80, chunk_length=2)
 CASES: dict[str, Case] = {
+    "voxtral": Case(
+        "voxtral", {**SMALL, **TOWER}, tower(VoxtralForConditionalGeneration, VoxtralConfig), MEL, of_tower
+    ),
+    "qwen2_audio": Case(
+        "qwen2_audio",
+        QWEN,
+        tower(Qwen2AudioForConditionalGeneration, Qwen2AudioConfig),
+        MEL,
+        of_tower,
+        frame_samples=640,
+    ),
+    "audioflamingo3": Case(
+        "audioflamingo3",
+        {**SMALL, **TOWER},
+        tower(AudioFlamingo3ForConditionalGeneration, AudioFlamingo3Config),
+        MEL,
+        of_tower,
+        frame_samples=640,
+    ),
     "wav2vec2_base": Case("wav2vec2", STACK, WAV2VEC2, normalizing(False), of_waveform("wav2vec2")),
     "wav2vec2_large": Case("wav2vec2", LARGE, WAV2VEC2, normalizing(True), of_waveform("wav2vec2")),
     "wav2vec2_mixed": Case(
@@ -99,6 +188,9 @@ CASES: dict[str, Case] = {
     ),
     "unispeech_sat_base": Case("unispeech-sat", STACK, UNISPEECH, normalizing(False), of_waveform("unispeech_sat")),
     "unispeech_sat_large": Case("unispeech-sat", LARGE, UNISPEECH, normalizing(True), of_waveform("unispeech_sat")),
+    "wav2vec2_bert": bert("relative_key"),
+    "wav2vec2_bert_relative": bert("relative"),
+    "wav2vec2_bert_rotary": bert("rotary"),
     "data2vec": Case("data2vec-audio", POSITIONS, DATA2VEC, normalizing(True), of_waveform("data2vec_audio")),
 }
 

@@ -6,7 +6,11 @@ ENCODER_FAMILIES: dict[str, object] = {
     "whisper": "model.encoders.whisper:WHISPER",
     "hubert": "model.encoders.hubert:HUBERT",
     "wavlm": "model.encoders.wavlm:WAVLM",
+    "voxtral": "model.encoders.whisper_offspring:VOXTRAL",
+    "qwen2_audio": "model.encoders.whisper_offspring:QWEN2_AUDIO",
+    "audioflamingo3": "model.encoders.whisper_offspring:AUDIO_FLAMINGO_3",
     "wav2vec2": "model.encoders.wav2vec2:WAV2VEC2",
+    "wav2vec2-bert": "model.encoders.wav2vec2_bert:WAV2VEC2_BERT",
     "data2vec-audio": "model.encoders.data2vec:DATA2VEC_AUDIO",
     "unispeech-sat": "model.encoders.unispeech_sat:UNISPEECH_SAT",
 }

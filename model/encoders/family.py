@@ -28,10 +28,17 @@ class ResolvedEncoder:
     """True if each window is brought to zero mean and unit variance before it is encoded."""
     frame_samples: int
     """The audio samples between two frames of the encoder."""
+    extractor: Mapping[str, Any] = field(default_factory=dict)
+    """The values of the family's `extractor_fields`."""
 
 
 def _no_check(_config: EncoderConfig, _hf_config: Any) -> None:
     """Accept every config."""
+
+
+def _no_features(_hf_config: Any) -> Mapping[str, Any]:
+    """Return nothing: a checkpoint's preprocessor_config.json is not compared."""
+    return {}
 
 
 def _never(_hf_config: Any) -> bool:
@@ -69,11 +76,21 @@ class EncoderFamily:
     """Raises `encoder_error` if a transformers config asks for something that the network does not compute."""
     length_modes: tuple[str, ...] = ("full",)
     """The legal values of the recipe field `length_mode`."""
-    normalizes: Callable[[Any], bool] = _never
-    """Returns the default of `do_normalize` for a transformers config without a checkpoint."""
+    normalizes: Callable[[Any], bool] | None = _never
+    """Returns the default of `do_normalize` for a transformers config without a checkpoint. None: the family has no
+    such choice, and `do_normalize` is refused."""
     feature_extractor: type[FeatureExtractionMixin] | None = None
     """The transformers class whose preprocessor_config.json says whether a checkpoint needs `do_normalize`. None: the
     checkpoints have no such file, and `normalizes` decides."""
+    features: Callable[[Any], Mapping[str, Any]] = _no_features
+    """Returns the fields that preprocessor_config.json must have for a transformers config, and their values. If there
+    are any, a checkpoint must have this file: it says how the features were computed that the network has learned."""
+    extractor_fields: Mapping[str, Any] = field(default_factory=dict)
+    """The fields of preprocessor_config.json that change features and that a recipe can set in `config`, and their
+    values without a checkpoint."""
+    containers: Mapping[str, str] = field(default_factory=dict)
+    """The `model_type` of larger models whose checkpoints hold the encoder, and the field of their config.json that
+    describes it."""
     key_mapping: Mapping[str, str] = field(default_factory=dict)
     """Regular expressions on the names of a checkpoint's tensors and their replacements, for checkpoints that hold more
     than the network."""

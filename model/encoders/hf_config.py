@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import FeatureExtractionMixin, PreTrainedConfig
 
 from model.config import EncoderConfig
 from model.encoders.families import ENCODER_FAMILIES
@@ -29,26 +29,29 @@ def resolve(config: EncoderConfig) -> ResolvedEncoder:
     """
     family = family_of(config)
     overrides = dict(config.config)
-    do_normalize = overrides.pop("do_normalize", None)
+    do_normalize = overrides.pop("do_normalize", None) if family.normalizes is not None else None
     if do_normalize is not None and not isinstance(do_normalize, bool):
         raise encoder_error(config, f"config.do_normalize = {do_normalize!r}", "give true or false")
+    given = {key: overrides.pop(key) for key in family.extractor_fields if key in overrides}
     hf_config = _hf_config(config, family, overrides)
     if config.length_mode not in family.length_modes:
         raise encoder_error(config, f"length_mode = {config.length_mode}", f"give {' or '.join(family.length_modes)}")
     family.check(config, hf_config)
+    extractor = {**_extractor(config, family, hf_config), **given}
     return ResolvedEncoder(
         hf_config,
         family.windowing(config, hf_config, _window_samples(config, family)),
         config.length_mode,
         _do_normalize(config, family, hf_config) if do_normalize is None else do_normalize,
         family.frame_samples,
+        extractor,
     )
 
 
 def _hf_config(config: EncoderConfig, family: EncoderFamily, overrides: dict[str, Any]) -> PreTrainedConfig:
     cls = family.config_class
     legal = {f.name for f in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(PreTrainedConfig)}
-    legal.add("do_normalize")
+    legal |= {*family.extractor_fields, *(("do_normalize",) if family.normalizes is not None else ())}
     for key in overrides:
         if key not in legal:
             near = difflib.get_close_matches(key, legal, n=1)
@@ -87,6 +90,11 @@ def _stored_config(config: EncoderConfig, family: EncoderFamily, weights: str) -
             "give a directory saved by save_pretrained, or a hub id that this machine can reach",
         )
     found = stored.get("model_type")
+    container = family.containers.get(str(found))
+    if container is not None:
+        inner = stored.get(container)
+        stored = inner if isinstance(inner, dict) else {}
+        found = stored.get("model_type", family.config_class.model_type)
     if found != family.config_class.model_type:
         remedy = f"set family = {found} or other weights" if found in ENCODER_FAMILIES else "give other weights"
         raise encoder_error(config, f"weights = {config.weights} hold a {found} model", remedy)
@@ -94,18 +102,40 @@ def _stored_config(config: EncoderConfig, family: EncoderFamily, weights: str) -
 
 
 def _do_normalize(config: EncoderConfig, family: EncoderFamily, hf_config: PreTrainedConfig) -> bool:
+    if family.normalizes is None:
+        return False
     if config.weights is None or family.feature_extractor is None:
         return family.normalizes(hf_config)
-    try:
-        stored, _ = family.feature_extractor.get_feature_extractor_dict(config.weights)
-    except (OSError, ValueError) as error:
-        raise encoder_error(
-            config,
-            f"weights = {config.weights}: cannot read preprocessor_config.json ({one_line(error)})",
-            "add the file, or set config.do_normalize to what the checkpoint was trained with",
-        ) from error
+    remedy = "add the file, or set config.do_normalize to what the checkpoint was trained with"
+    stored = _stored_extractor(config, family.feature_extractor, remedy)
     extractor: Any = family.feature_extractor()
     return bool(stored.get("do_normalize", extractor.do_normalize))
+
+
+def _extractor(config: EncoderConfig, family: EncoderFamily, hf_config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the values of the family's `extractor_fields`, and check the fields that must have a certain value.
+
+    Raises:
+        UserError: If the checkpoint's preprocessor_config.json is missing or describes other features.
+    """
+    wanted = family.features(hf_config)
+    if config.weights is None or family.feature_extractor is None or not (wanted or family.extractor_fields):
+        return dict(family.extractor_fields)
+    stored = _stored_extractor(config, family.feature_extractor, "add the file, which says how features are computed")
+    for key, value in wanted.items():
+        if stored.get(key, value) != value:
+            what = f"weights = {config.weights}: preprocessor_config.json has {key} = {stored[key]}"
+            raise encoder_error(config, what, f"only {value} is supported: use another checkpoint")
+    return {key: stored.get(key, value) for key, value in family.extractor_fields.items()}
+
+
+def _stored_extractor(config: EncoderConfig, cls: type[FeatureExtractionMixin], remedy: str) -> dict[str, Any]:
+    try:
+        stored, _ = cls.get_feature_extractor_dict(str(config.weights))
+    except (OSError, ValueError) as error:
+        what = f"weights = {config.weights}: cannot read preprocessor_config.json ({one_line(error)})"
+        raise encoder_error(config, what, remedy) from error
+    return dict(stored)
 
 
 def _window_samples(config: EncoderConfig, family: EncoderFamily) -> int:

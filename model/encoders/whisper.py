@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import WhisperConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from model.batch import Ragged
@@ -30,8 +30,16 @@ from model.encoders.log_mel import FFT_SAMPLES, MIN_SAMPLES, num_mel_frames, pad
 from model.lengths import FRAME_SAMPLES, SAMPLE_RATE, Windowing, num_samples
 
 
-class RaggedWhisperEncoder(DrawnAsTransformers, WhisperEncoder):
-    """transformers' `WhisperEncoder`, with the same parameters, for mel spectrograms of unequal length."""
+class MelTransformer(DrawnAsTransformers):
+    """The forward pass of `WhisperEncoder` and its copies in transformers, for mel spectrograms of unequal length."""
+
+    conv1: nn.Conv1d
+    conv2: nn.Conv1d
+    embed_positions: nn.Embedding
+    layers: nn.ModuleList
+    layer_norm: nn.LayerNorm
+    dropout: float
+    training: bool
 
     def forward(  # type: ignore[override]
         self, mel: Tensor, num_mel_frames: Sequence[int], recompute: bool = False
@@ -60,6 +68,10 @@ class RaggedWhisperEncoder(DrawnAsTransformers, WhisperEncoder):
         return self.layer_norm(hidden)
 
 
+class RaggedWhisperEncoder(MelTransformer, WhisperEncoder):
+    """transformers' `WhisperEncoder`, with the same parameters."""
+
+
 class Whisper(AudioEncoder):
     """Whisper as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
 
@@ -71,8 +83,8 @@ class Whisper(AudioEncoder):
         resolved: The encoder's settings.
     """
 
-    def __init__(self, encoder: RaggedWhisperEncoder, resolved: ResolvedEncoder) -> None:
-        config: WhisperConfig = encoder.config
+    def __init__(self, encoder: PreTrainedModel, resolved: ResolvedEncoder) -> None:
+        config: Any = resolved.hf_config
         super().__init__(config.d_model, resolved.windowing, resolved.frame_samples)
         self.encoder = encoder
         self.num_mels = config.num_mel_bins
@@ -99,24 +111,33 @@ class Whisper(AudioEncoder):
         return Ragged(torch.cat(padded), lengths)
 
 
-def _windowing(config: EncoderConfig, hf_config: WhisperConfig, window_samples: int) -> Windowing:
+def whisper_windowing(config: EncoderConfig, hf_config: Any, window_samples: int) -> Windowing:
     """Return the windowing: in the length mode `full`, every window is computed at the full length.
 
     Raises:
         UserError: If the window does not fit the checkpoint's positions.
     """
-    capacity = hf_config.max_source_positions * FRAME_SAMPLES
-    longest = f"{capacity / SAMPLE_RATE:g} s ({hf_config.max_source_positions} positions)"
-    if window_samples > capacity:
-        raise encoder_error(config, f"window_sec = {config.window_sec}", f"must not exceed {longest}")
-    if config.length_mode == "full" and window_samples != capacity:
-        raise encoder_error(config, f"window_sec = {config.window_sec}", f"must equal {longest} in length_mode full")
+    check_capacity(config, hf_config, window_samples, config.length_mode == "full")
     if config.length_mode == "full":
         return Windowing(window_samples, window_samples)
     return Windowing(window_samples, MIN_SAMPLES, num_samples(config.trailing_silence_sec))
 
 
-def _flops(hf: Any, samples: int) -> float:
+def check_capacity(config: EncoderConfig, hf_config: Any, window_samples: int, exactly: bool = False) -> None:
+    """Check that the window has at most the checkpoint's positions, or `exactly` that number.
+
+    Raises:
+        UserError: If it has not.
+    """
+    capacity = hf_config.max_source_positions * FRAME_SAMPLES
+    longest = f"{capacity / SAMPLE_RATE:g} s ({hf_config.max_source_positions} positions)"
+    if window_samples > capacity:
+        raise encoder_error(config, f"window_sec = {config.window_sec}", f"must not exceed {longest}")
+    if exactly and window_samples != capacity:
+        raise encoder_error(config, f"window_sec = {config.window_sec}", f"must equal {longest} in length_mode full")
+
+
+def whisper_flops(hf: Any, samples: int) -> float:
     """Return the forward FLOPs of one window: mel filters, convolutions and Transformer layers."""
     mel_frames = num_mel_frames(samples)
     frames = -(-mel_frames // 2)
@@ -129,8 +150,8 @@ WHISPER = EncoderFamily(
     config_class=WhisperConfig,
     network=RaggedWhisperEncoder,
     wrapper=Whisper,
-    windowing=_windowing,
-    flops=_flops,
+    windowing=whisper_windowing,
+    flops=whisper_flops,
     defaults={
         "dropout": 0.0,
         "attention_dropout": 0.0,

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from model.config import FORMER_GATES, AdapterConfig, EncoderConfig, ModelConfig, RouterConfig
+from model.encoders.family import family_of
 from model.encoders.hf_config import resolve
 
 
@@ -91,5 +92,7 @@ def _self_contained(config: EncoderConfig) -> dict[str, Any]:
     own = {f.name for f in dataclasses.fields(type(found.hf_config))}
     own -= {f.name for f in dataclasses.fields(PretrainedConfig)}
     values = {key: value for key, value in found.hf_config.to_dict().items() if key in own}
-    values["do_normalize"] = found.do_normalize
+    values |= found.extractor
+    if family_of(config).normalizes is not None:
+        values["do_normalize"] = found.do_normalize
     return {**dataclasses.asdict(config), "weights": None, "config": values}

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import SeamlessM4TFeatureExtractor
 
 from model.batch import Ragged
 from model.config import EncoderConfig
 from model.encoders.base import AudioEncoder
 from model.encoders.families import ENCODER_FAMILIES
 from model.encoders.registry import build_encoder, encoder_dim, encoder_flops, encoder_windowing
+from model.encoders.wav2vec2_bert import stacked_fbank
+from model.errors import UserError
 from model.lengths import num_frames
 from tests.encoder_table import CASES, clip, perturb
 from trainer.config.convert import from_tree
@@ -137,3 +140,26 @@ def test_recipe_width_windows_and_flops(name: str) -> None:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         encoder(clips((20_000,)))
     assert encoder_flops(config, 20_000) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize("num_mels", [40, 80])
+def test_stacked_filter_banks_equal_transformers(num_mels: int) -> None:
+    extractor = SeamlessM4TFeatureExtractor(feature_size=num_mels, num_mel_bins=num_mels)
+    audio = clips((9_600, 16_001, 1_400, 1_599, 12_345))
+    features, lengths = stacked_fbank(audio, num_mels)
+    for wave, rows, length in zip(audio.split(), features, lengths, strict=True):
+        expected = extractor(wave.numpy(), sampling_rate=16_000, return_tensors="pt")
+        assert length == int(expected["attention_mask"].sum())
+        close(rows[:length], expected["input_features"][0, :length])
+
+
+def test_other_features_than_those_of_the_checkpoint_are_refused(tmp_path: Path) -> None:
+    """For a folder without preprocessor_config.json, transformers would take another extractor without a word."""
+    case = CASES["wav2vec2_bert"]
+    case.published(dict(case.config)).save_pretrained(tmp_path)
+    config = case.encoder(weights=str(tmp_path), config={})
+    with pytest.raises(UserError, match=r"cannot read preprocessor_config.json .*add the file, which says how"):
+        build_encoder(config)
+    SeamlessM4TFeatureExtractor(num_mel_bins=40, stride=1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"preprocessor_config.json has stride = 1; only 2 is supported"):
+        build_encoder(config)

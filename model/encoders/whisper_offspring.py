@@ -1,0 +1,182 @@
+"""The audio towers of Voxtral, Qwen2-Audio and Audio Flamingo 3, which began as the encoder of Whisper large.
+
+Voxtral (arXiv 2507.13264) computes what Whisper computes. Qwen2-Audio (2407.10759) and Audio Flamingo 3 (2507.08128) do
+not attend to the silence that fills up the 30 s, and average pairs of frames before the last norm.
+
+Shapes: B windows, N mel bins, M mel frames (10 ms), F frames (20 ms), E pooled frames (40 ms), D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AudioFlamingo3Encoder,
+    AudioFlamingo3EncoderConfig,
+    PreTrainedModel,
+    Qwen2AudioEncoder,
+    Qwen2AudioEncoderConfig,
+    VoxtralEncoder,
+    VoxtralEncoderConfig,
+    WhisperFeatureExtractor,
+)
+
+from model.batch import Ragged
+from model.config import EncoderConfig
+from model.encoders.base import AudioEncoder, DrawnAsTransformers, call_layer, join_frames, length_mask
+from model.encoders.family import EncoderFamily, ResolvedEncoder
+from model.encoders.log_mel import HOP_SAMPLES, num_mel_frames, padded_log_mel
+from model.encoders.whisper import MelTransformer, Whisper, check_capacity, whisper_flops, whisper_windowing
+from model.lengths import FRAME_SAMPLES, SAMPLE_RATE, Windowing
+
+POOL = 2
+POOLED_SAMPLES = POOL * FRAME_SAMPLES
+AFTER = 3
+"""The mel frames of silence after a window that its last frames depend on: half an FFT window and the convolutions."""
+
+
+class RaggedVoxtralEncoder(MelTransformer, VoxtralEncoder):
+    """transformers' `VoxtralEncoder`, with the same parameters."""
+
+
+class PooledTransformer(DrawnAsTransformers):
+    """The forward pass of Qwen2-Audio's and Audio Flamingo 3's towers, for windows of unequal length."""
+
+    conv1: nn.Conv1d
+    conv2: nn.Conv1d
+    embed_positions: nn.Embedding
+    layers: nn.ModuleList
+    layer_norm: nn.LayerNorm
+    avg_pooler: nn.AvgPool1d
+    dropout: float
+    training: bool
+
+    def forward(self, mel: Tensor, lengths: Sequence[int], recompute: bool = False) -> Tensor:
+        """Encode mel spectrograms, which include the silence after each window.
+
+        Args:
+            mel: [B, N, M].
+            lengths: The F of each window to which frames attend; at most M / 2.
+            recompute: True to recompute every layer in the backward pass.
+
+        Returns:
+            [B, max F // 2, D]; the valid E of each window is F // 2.
+        """
+        hidden = F.gelu(self.conv2(F.gelu(self.conv1(mel)))).transpose(1, 2)[:, : max(lengths)]
+        hidden = hidden + self.embed_positions(torch.arange(hidden.shape[1], device=hidden.device))
+        hidden = F.dropout(hidden, p=self.dropout, training=self.training)
+        mask = length_mask(lengths, hidden.shape[1], hidden.device)
+        attention_mask = None if mask is None else mask[:, None, None].expand(-1, -1, hidden.shape[1], -1)
+        for layer in self.layers:
+            hidden = call_layer(layer, hidden, attention_mask, recompute=recompute)
+        return self.layer_norm(self.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
+
+
+class RaggedQwen2AudioEncoder(PooledTransformer, Qwen2AudioEncoder):
+    """transformers' `Qwen2AudioEncoder`, with the same parameters."""
+
+
+class RaggedAudioFlamingo3Encoder(PooledTransformer, AudioFlamingo3Encoder):
+    """transformers' `AudioFlamingo3Encoder`, with the same parameters."""
+
+
+class PooledWhisper(AudioEncoder):
+    """A tower with pooled frames as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
+
+    Args:
+        encoder: The network.
+        resolved: The encoder's settings.
+    """
+
+    def __init__(self, encoder: PreTrainedModel, resolved: ResolvedEncoder) -> None:
+        config: Any = resolved.hf_config
+        super().__init__(config.d_model, resolved.windowing, resolved.frame_samples)
+        self.encoder = encoder
+        self.num_mels = config.num_mel_bins
+        self.capacity = config.max_source_positions * FRAME_SAMPLES
+
+    def encode(self, windows: Ragged) -> Tensor:
+        """Implement `AudioEncoder.encode`.
+
+        Only as much of the silence up to 30 s is computed as changes the frames of the windows.
+        """
+        lengths = [_frames(t) for t in windows.lengths]
+        mel_frames = POOL * max(lengths)
+        padded = min(self.capacity, (mel_frames + AFTER) * HOP_SAMPLES)
+        mel, _ = padded_log_mel(windows, self.num_mels, padded)
+        hidden = self.encoder(mel[:, :, : mel_frames + 2].to(self.dtype), lengths, recompute=self.recompute)
+        return join_frames(hidden, [n // POOL for n in lengths], [self.num_own_frames(t) for t in windows.lengths])
+
+
+def _frames(samples: int) -> int:
+    """Return the number of frames before pooling; at least two, so that one pooled frame is left."""
+    return max(POOL, -(-num_mel_frames(samples) // 2))
+
+
+def _windowing(config: EncoderConfig, hf_config: Any, window_samples: int) -> Windowing:
+    """Return the windowing: windows are computed at their own length.
+
+    Raises:
+        UserError: If the window exceeds the checkpoint's positions.
+    """
+    check_capacity(config, hf_config, window_samples)
+    return Windowing(window_samples, POOLED_SAMPLES)
+
+
+def _flops(hf: Any, samples: int) -> float:
+    """Return the forward FLOPs of one window."""
+    return whisper_flops(hf, _frames(samples) * FRAME_SAMPLES)
+
+
+def _features(hf_config: Any) -> dict[str, Any]:
+    """Return the fields of preprocessor_config.json that `padded_log_mel` requires."""
+    return {"feature_size": hf_config.num_mel_bins, "sampling_rate": SAMPLE_RATE}
+
+
+KEY_MAPPING = {r"^(model\.)?audio_tower\.": ""}
+VOXTRAL = EncoderFamily(
+    config_class=VoxtralEncoderConfig,
+    network=RaggedVoxtralEncoder,
+    wrapper=Whisper,
+    windowing=whisper_windowing,
+    flops=whisper_flops,
+    defaults={"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0},
+    length_modes=("full", "trim"),
+    normalizes=None,
+    features=_features,
+    feature_extractor=WhisperFeatureExtractor,
+    containers={"voxtral": "audio_config"},
+    key_mapping=KEY_MAPPING,
+)
+QWEN2_AUDIO = EncoderFamily(
+    config_class=Qwen2AudioEncoderConfig,
+    network=RaggedQwen2AudioEncoder,
+    wrapper=PooledWhisper,
+    windowing=_windowing,
+    flops=_flops,
+    frame_samples=POOLED_SAMPLES,
+    defaults={"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0},
+    normalizes=None,
+    features=_features,
+    feature_extractor=WhisperFeatureExtractor,
+    containers={"qwen2_audio": "audio_config"},
+    key_mapping=KEY_MAPPING,
+)
+AUDIO_FLAMINGO_3 = EncoderFamily(
+    config_class=AudioFlamingo3EncoderConfig,
+    network=RaggedAudioFlamingo3Encoder,
+    wrapper=PooledWhisper,
+    windowing=_windowing,
+    flops=_flops,
+    frame_samples=POOLED_SAMPLES,
+    defaults={"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0},
+    normalizes=None,
+    features=_features,
+    feature_extractor=WhisperFeatureExtractor,
+    containers={"audioflamingo3": "audio_config"},
+    key_mapping=KEY_MAPPING,
+)
