@@ -78,9 +78,15 @@ class AudioTower(nn.Module):
         if config.experts:
             router, num_experts = config.router, len(config.experts)
             self.router = _seeded("router", lambda: Router(router, num_experts, width, vocab_size, config.expert_dim))
-        joined = width + (len(config.router.gates) * config.expert_dim if config.experts else 0)
+        streams = len(config.router.gates) * config.expert_dim if config.experts else 0
+        joined = width + streams
+        self.stream_projection: nn.Linear | None = None
+        if streams and config.router.join == "add":
+            joined = width
+            self.stream_projection = nn.Linear(streams, width, bias=False)
+            nn.init.zeros_(self.stream_projection.weight)  # so that added encoders do not change the first loss
         self.adapter = _seeded("adapter", lambda: build_adapter(config.adapter, joined))
-        self.projector = _seeded("projector", lambda: nn.Linear(self.adapter.dim, llm_dim))
+        self.projector = _seeded("projector", lambda: nn.Linear(self.adapter.dim, llm_dim, config.adapter.bias))
         self.feature_norm: nn.Module | None = None
         self.output_norm: nn.RMSNorm | None = None
         if config.adapter.normalize:
@@ -166,6 +172,10 @@ class AudioTower(nn.Module):
             routing = self.router(clips, primary, prompts, noise)
             experts = list(encode(self.expert_names, clips, routing.active))
         joined = mix(primary, experts, routing, frames)
+        if self.stream_projection is not None:
+            assert primary is not None
+            streams = joined.values[:, primary.values.shape[1] :]
+            joined = Ragged(primary.values + self.stream_projection(streams), joined.lengths)
         if self.feature_norm is not None:
             joined = Ragged(self.feature_norm(joined.values), joined.lengths)
         features = self.adapter(joined)

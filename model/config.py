@@ -30,10 +30,12 @@ class EncoderConfig:
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the family's transformers config that should differ from its defaults, or from the checkpoint's values;
     and optionally `do_normalize`, whether each window is brought to zero mean and unit variance first."""
-    length_mode: Literal["full", "trim"] = "full"
+    length_mode: Literal["full", "trim", "masked"] = "full"
     """For Whisper: `full` pads every window to the checkpoint's 30 s, as in pre-training; `trim` computes only the real
-    length of the clips, which is faster but changes the features of published weights (see `docs/finetune.md`). The
-    other families always compute the real length and accept only `full`."""
+    length of the clips, which is faster but changes the features of published weights (see `docs/finetune.md`);
+    `masked` gives the features of windows that are padded to 30 s and whose padding is hidden from attention, as
+    Qwen2-Audio was trained, and also computes only the real length. The other families always compute the real length
+    and accept only `full`."""
     trailing_silence_sec: float = 0.0
     """The silence, in seconds, that is appended to every clip before it is encoded, only with `length_mode: trim`. It
     brings the features of published Whisper weights nearer to those of `full`, and costs as much time as that much
@@ -62,6 +64,10 @@ class RouterConfig:
     """The gate logits are divided by this before the softmax. Values above 1 make the probabilities more even."""
     noise_std: float = 0.0
     """The standard deviation of Gaussian noise that is added to the gate logits in training only. 0 adds none."""
+    join: Literal["concatenate", "add"] = "concatenate"
+    """How the gates' streams of features are joined with those of the primary encoder. `concatenate`: along the width.
+    `add`: a linear layer, whose weights are initially 0, brings the streams to the primary's width, and its output is
+    added. Encoder experts can then be added to a model without a change of its first loss (`docs/published.md`)."""
     added_encoder_warmup_steps: int = 1000
     """The number of steps in which an encoder that was added to a trained model (`checkpoint.start_from`) reaches its
     full gate logits."""
@@ -74,6 +80,8 @@ class RouterConfig:
         check_least("model.router", self, added_encoder_warmup_steps=1, noise_std=0)
         if self.temperature <= 0:
             raise UserError(f"model.router.temperature = {self.temperature}: must be positive")
+        if self.mode == "all_routed" and self.join == "add":
+            raise UserError("model.router.join = add: mode all_routed has no primary to add to; use concatenate")
         if self.mode == "all_routed" and self.input == "primary" and "data_dependent" in self.gates:
             raise UserError("model.router.input = primary: mode all_routed has no primary; use log_mel or prompt")
 
@@ -102,7 +110,9 @@ class AdapterConfig:
 
     kind: Annotated[str, OneOf(ADAPTERS)] = "convolutions"
     """The kind of network (see `docs/connectors.md`). `convolutions`: strided 1-D convolutions. `stacking`: frames are
-    concatenated and passed to a perceptron. `queries`: learned queries attend to each window of frames."""
+    concatenated and passed to a perceptron. `queries`: learned queries attend to each window of frames. `pooling`,
+    `pooling_perceptron` and `swiglu` are those of published models: the average of frames, alone or followed by a
+    perceptron, and stacked frames with a gated perceptron."""
     hidden_size: int = 1024
     """The width of the layers and of the output."""
     kernel_size: int = 3
@@ -116,6 +126,12 @@ class AdapterConfig:
     """The number of layers of `queries`, each of which attends to the window and then applies a perceptron."""
     num_heads: int = 8
     """The number of attention heads of `queries`, which must divide `hidden_size`."""
+    bias: bool = True
+    """Whether the linear layers of the adapter and projector have biases; `convolutions` and `queries` need them."""
+    last_group: Literal["pad", "drop"] = "pad"
+    """What happens to the frames at the end of a clip that are too few for an audio token. `pad`: they are one more
+    audio token. `drop`: they are dropped, except in a clip that would have no audio token. `convolutions` and `queries`
+    accept only `pad`."""
     normalize: bool = False
     """Whether to normalize the features of every frame, and to scale the audio embeddings to the size of the LLM's
     token embeddings. Use it with a pre-trained LLM."""
@@ -130,7 +146,7 @@ class AdapterConfig:
     @property
     def rate(self) -> TokenRate:
         """The number of audio tokens as a function of the length of a clip."""
-        return TokenRate(self.strides, self.num_queries)
+        return TokenRate(self.strides, self.num_queries, self.last_group == "drop")
 
 
 @dataclass(frozen=True)

@@ -37,14 +37,17 @@ class TokenRate:
     """The rule by which an adapter turns frames into audio tokens: their number follows from the length alone."""
 
     strides: tuple[int, ...]
-    """The down-sampling of each layer. Each layer rounds up."""
+    """The down-sampling of each layer. Each layer rounds up, unless `drops_rest`."""
     tokens_per_group: int = 1
     """The number of audio tokens for every group of frames that the strides leave."""
+    drops_rest: bool = False
+    """True if layers round down, so that frames at the end which do not fill a stride are dropped. A clip has at least
+    one group."""
 
     def tokens_of_frames(self, frames: int) -> int:
         """Return the number of audio tokens of `frames` encoder frames."""
         for stride in self.strides:
-            frames = -(-frames // stride)
+            frames = max(1, frames // stride) if self.drops_rest else -(-frames // stride)
         return frames * self.tokens_per_group
 
     def tokens_of_samples(self, samples: int) -> int:

@@ -148,8 +148,13 @@ ADAPTER_KINDS = {
     "convolutions": AdapterConfig(hidden_size=16),
     "stacking": AdapterConfig("stacking", hidden_size=16, strides=(5,), normalize=True),
     "queries": AdapterConfig("queries", 16, strides=(7,), num_queries=2, num_heads=2, normalize=True),
+    "pooling": AdapterConfig("pooling", 32, strides=(2,), last_group="drop"),
+    "pooling_perceptron": AdapterConfig("pooling_perceptron", 16, strides=(3,)),
+    "swiglu": AdapterConfig("swiglu", 16, strides=(4,), bias=False),
 }
 """The adapter of each kind in `tiny_model`. The last group of frames of most clips is not full."""
+ADDING = ("pooling_perceptron", "swiglu")
+"""The kinds of adapters with which `tiny_model` adds the experts' features to those of the primary encoder."""
 
 
 STAGED = Learned(
@@ -178,6 +183,7 @@ def tiny_model(llm_family: str = "llama", adapter: str = "convolutions", num_lay
     conv = {"conv_dim": [16] * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4}
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, **conv}
     whisper = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    primary = EncoderConfig("whisper", "whisper", config=whisper, length_mode="trim")
     llm = {
         "model_type": llm_family,
         "vocab_size": VOCAB_SIZE,
@@ -195,7 +201,7 @@ def tiny_model(llm_family: str = "llama", adapter: str = "convolutions", num_lay
     if llm_family in EXPERTS:
         losses |= {"expert_balance": {"weight": 0.5}, "router_z": {"weight": 0.2}}
     return ModelConfig(
-        primary=EncoderConfig("whisper", "whisper", config=whisper, length_mode="trim"),
+        primary=primary if adapter != "pooling" else replace(primary, family="whisper_no_norm", length_mode="masked"),
         experts=(
             EncoderConfig("hubert", "hubert", config=small),
             EncoderConfig("wavlm", "wavlm", config=small | {"num_hidden_layers": 1}),
@@ -207,7 +213,7 @@ def tiny_model(llm_family: str = "llama", adapter: str = "convolutions", num_lay
             ),
         ),
         expert_dim=8,
-        router=RouterConfig(noise_std=0.1),
+        router=RouterConfig(noise_std=0.1, join="add" if adapter in ADDING else "concatenate"),
         adapter=ADAPTER_KINDS[adapter],
         llm=LLMConfig(config=llm),
         ctc_weight=0.3,

@@ -14,6 +14,7 @@ from torch import nn
 from model.batch import Ragged
 from model.config import AdapterConfig
 from model.connectors.kinds import ADAPTERS
+from model.errors import UserError
 from model.table import load_entry
 
 
@@ -49,6 +50,18 @@ class Adapter(nn.Module, ABC):
             frames: The number of frames of each clip.
             device: The type of the device, such as `cpu`.
         """
+
+
+def check_default_shape(config: AdapterConfig) -> None:
+    """Check that `bias` and `last_group` have their default values, for kinds that compute nothing else.
+
+    Raises:
+        UserError: If one of them has another value.
+    """
+    if not config.bias:
+        raise UserError(f"model.adapter.bias = false: the layers of {config.kind} have biases; remove the key")
+    if config.last_group != "pad":
+        raise UserError(f"model.adapter.last_group = {config.last_group}: {config.kind} pads; remove the key")
 
 
 def build_adapter(config: AdapterConfig, input_dim: int) -> Adapter:

@@ -12,7 +12,7 @@ from torch import nn
 
 from model.batch import Ragged
 from model.config import AdapterConfig
-from model.connectors.base import Adapter
+from model.connectors.base import Adapter, check_default_shape
 from model.conv import Conv1d
 from model.errors import UserError
 from model.lengths import TokenRate
@@ -28,6 +28,7 @@ class Convolutions(Adapter):
 
     def __init__(self, config: AdapterConfig, input_dim: int) -> None:
         super().__init__(config, input_dim)
+        check_default_shape(config)
         if config.kernel_size % 2 == 0:
             raise UserError(f"model.adapter.kernel_size = {config.kernel_size}: must be odd")
         widths = [input_dim] + [config.hidden_size] * len(config.strides)

@@ -1,4 +1,4 @@
-"""Division of the frames of each clip into groups of equal size, the last of which is padded.
+"""Division of the frames of each clip into groups of equal size, the last of which may be padded.
 
 Shapes: B clips, F frames, D width, G groups of k frames each.
 """
@@ -20,27 +20,28 @@ def group_size(rate: TokenRate) -> int:
     return math.prod(rate.strides)
 
 
-def count_groups(frames: Sequence[int], size: int) -> tuple[int, ...]:
+def count_groups(frames: Sequence[int], rate: TokenRate) -> tuple[int, ...]:
     """Return the number of groups of each clip."""
-    return tuple(-(-n // size) for n in frames)
+    return tuple(rate.tokens_of_frames(n) // rate.tokens_per_group for n in frames)
 
 
-def grouped(features: Ragged, size: int) -> Tensor:
+def grouped(features: Ragged, rate: TokenRate) -> Tensor:
     """Return the groups of all clips, [ΣG, k, D], with zeros after the last frame of a clip.
 
     Args:
         features: The features [ΣF, D].
-        size: The number k of frames of a group.
+        rate: The rule that determines the number k of frames of a group, and the number of groups.
     """
-    parts = []
-    for clip in features.split():
-        missing = -clip.shape[0] % size
-        whole = torch.cat([clip, clip.new_zeros(missing, clip.shape[1])]) if missing else clip
+    parts, size = [], group_size(rate)
+    for clip, groups in zip(features.split(), count_groups(features.lengths, rate), strict=True):
+        missing = groups * size - clip.shape[0]
+        whole = torch.cat([clip, clip.new_zeros(missing, clip.shape[1])]) if missing > 0 else clip[: groups * size]
         parts.append(whole.view(-1, size, clip.shape[1]))
     return torch.cat(parts)
 
 
-def real_frames(frames: Sequence[int], size: int, device: torch.device) -> Tensor:
+def real_frames(frames: Sequence[int], rate: TokenRate, device: torch.device) -> Tensor:
     """Return which frames of the result of `grouped` are real and not padding, [ΣG, k] bool."""
-    parts = [torch.arange(groups * size) < n for n, groups in zip(frames, count_groups(frames, size), strict=True)]
+    size = group_size(rate)
+    parts = [torch.arange(groups * size) < n for n, groups in zip(frames, count_groups(frames, rate), strict=True)]
     return torch.cat(parts).view(-1, size).to(device, non_blocking=True)

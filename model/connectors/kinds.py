@@ -6,6 +6,9 @@ ADAPTERS: dict[str, object] = {
     "convolutions": "model.connectors.convolutions:Convolutions",
     "stacking": "model.connectors.stacking:Stacking",
     "queries": "model.connectors.queries:Queries",
+    "pooling": "model.connectors.pooling:Pooling",
+    "pooling_perceptron": "model.connectors.pooling:PoolingPerceptron",
+    "swiglu": "model.connectors.swiglu:SwiGLU",
 }
 """The adapters by the value of `model.adapter.kind`: a subclass of `model.connectors.base.Adapter`, or its place as
 `module:NAME`, which is imported at the first use. A new kind is one file and one line here; plug-ins add entries."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from model.batch import Ragged
 from model.config import AdapterConfig
-from model.connectors.base import Adapter
+from model.connectors.base import Adapter, check_default_shape
 from model.connectors.groups import count_groups, group_size, grouped, real_frames
 from model.errors import UserError
 
@@ -84,6 +84,7 @@ class Queries(Adapter):
 
     def __init__(self, config: AdapterConfig, input_dim: int) -> None:
         super().__init__(config, input_dim)
+        check_default_shape(config)
         dim = config.hidden_size
         if dim % config.num_heads:
             raise UserError(f"model.adapter.num_heads = {config.num_heads}: must divide hidden_size = {dim}")
@@ -98,12 +99,12 @@ class Queries(Adapter):
 
     def forward(self, features: Ragged) -> Ragged:
         """Implement `Adapter.forward`."""
-        frames = self.positions(self.norm(self.linear(grouped(features, self.size))))
-        mask = real_frames(features.lengths, self.size, frames.device)
+        frames = self.positions(self.norm(self.linear(grouped(features, self.rate))))
+        mask = real_frames(features.lengths, self.rate, frames.device)
         x = self.queries(frames.new_zeros(len(frames), self.num_queries, self.dim))
         for layer in self.layers:
             x = layer(x, frames, mask)
-        counts = count_groups(features.lengths, self.size)
+        counts = count_groups(features.lengths, self.rate)
         return Ragged(self.last_norm(x).flatten(0, 1), tuple(n * self.num_queries for n in counts))
 
     def kept_elements(self, frames: Sequence[int], device: str) -> int:
@@ -111,7 +112,7 @@ class Queries(Adapter):
 
         Every layer keeps keys and values of its frames, and about 16 vectors and the perceptron's two per query.
         """
-        windows = sum(count_groups(frames, self.size))
+        windows = sum(count_groups(frames, self.rate))
         per_layer = windows * (2 * self.size + self.num_queries * (16 + 2 * _EXPANSION)) * self.dim
         embedded = windows * self.size * (self.linear.in_features + 3 * self.dim)
         return embedded + len(self.layers) * per_layer

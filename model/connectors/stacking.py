@@ -21,17 +21,18 @@ class Stacking(Adapter):
 
     def __init__(self, config: AdapterConfig, input_dim: int) -> None:
         super().__init__(config, input_dim)
-        self.size, self.dim = group_size(config.rate), config.hidden_size
-        self.linear = nn.Linear(self.size * input_dim, config.hidden_size)
+        self.dim = config.hidden_size
+        self.linear = nn.Linear(group_size(config.rate) * input_dim, config.hidden_size, config.bias)
         # As in `Convolutions`, the variance of the signal is kept.
         nn.init.kaiming_normal_(self.linear.weight, nonlinearity="relu")
-        nn.init.zeros_(self.linear.bias)
+        if config.bias:
+            nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Ragged) -> Ragged:
         """Implement `Adapter.forward`."""
-        stacked = grouped(features, self.size).flatten(1)
-        return Ragged(nn.functional.gelu(self.linear(stacked)), count_groups(features.lengths, self.size))
+        stacked = grouped(features, self.rate).flatten(1)
+        return Ragged(nn.functional.gelu(self.linear(stacked)), count_groups(features.lengths, self.rate))
 
     def kept_elements(self, frames: Sequence[int], device: str) -> int:
         """Implement `Adapter.kept_elements`: the stacked frames, and the input and output of GELU."""
-        return sum(count_groups(frames, self.size)) * (self.linear.in_features + 2 * self.dim)
+        return sum(count_groups(frames, self.rate)) * (self.linear.in_features + 2 * self.dim)

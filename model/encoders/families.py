@@ -4,6 +4,7 @@ from __future__ import annotations
 
 ENCODER_FAMILIES: dict[str, object] = {
     "whisper": "model.encoders.whisper:WHISPER",
+    "whisper_no_norm": "model.encoders.whisper_no_norm:WHISPER_NO_NORM",
     "hubert": "model.encoders.hubert:HUBERT",
     "wavlm": "model.encoders.wavlm:WAVLM",
     "voxtral": "model.encoders.whisper_offspring:VOXTRAL",

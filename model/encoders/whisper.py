@@ -29,6 +29,10 @@ from model.encoders.family import EncoderFamily, ResolvedEncoder, encoder_error
 from model.encoders.log_mel import FFT_SAMPLES, MIN_SAMPLES, num_mel_frames, padded_log_mel
 from model.lengths import FRAME_SAMPLES, SAMPLE_RATE, Windowing, num_samples
 
+MASKED_SILENCE_SAMPLES = 1600
+"""The silence after a clip in the length mode `masked`. The convolutions and the FFT windows of the clip's last frame
+reach 520 samples past its end."""
+
 
 class MelTransformer(DrawnAsTransformers):
     """The forward pass of `WhisperEncoder` and its copies in transformers, for mel spectrograms of unequal length."""
@@ -42,7 +46,7 @@ class MelTransformer(DrawnAsTransformers):
     training: bool
 
     def forward(  # type: ignore[override]
-        self, mel: Tensor, num_mel_frames: Sequence[int], recompute: bool = False
+        self, mel: Tensor, num_mel_frames: Sequence[int], recompute: bool = False, kept: Sequence[int] | None = None
     ) -> Tensor:
         """Encode mel spectrograms.
 
@@ -50,18 +54,23 @@ class MelTransformer(DrawnAsTransformers):
             mel: [B, N, max M], zero after each window's M.
             num_mel_frames: M of each window.
             recompute: True to recompute every layer in the backward pass.
+            kept: The number F of frames of each window to which frames attend; the others are dropped after the
+                convolutions. None: all, F = ceil(M / 2).
 
         Returns:
-            [B, max F, D], with F = ceil(M / 2) for each window.
+            [B, max F, D].
         """
         hidden = F.gelu(self.conv1(mel))
         mel_mask = length_mask(num_mel_frames, hidden.shape[2], hidden.device)
         if mel_mask is not None:
             hidden = hidden.masked_fill(~mel_mask[:, None], 0.0)  # as conv2's own padding
         hidden = F.gelu(self.conv2(hidden)).transpose(1, 2)
+        if kept is None:
+            kept = [-(-m // 2) for m in num_mel_frames]
+        hidden = hidden[:, : max(kept)]
         hidden = hidden + self.embed_positions(torch.arange(hidden.shape[1], device=hidden.device))
         hidden = F.dropout(hidden, p=self.dropout, training=self.training)
-        mask = length_mask([-(-m // 2) for m in num_mel_frames], hidden.shape[1], hidden.device)
+        mask = length_mask(kept, hidden.shape[1], hidden.device)
         attention_mask = None if mask is None else mask[:, None, None].expand(-1, -1, hidden.shape[1], -1)
         for layer in self.layers:
             hidden = call_layer(layer, hidden, attention_mask, recompute=recompute)
@@ -76,7 +85,9 @@ class Whisper(AudioEncoder):
     """Whisper as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
 
     In the length mode `full`, every window is padded to the full length, and the frames of the padding are dropped
-    after encoding, as are those of the trailing silence.
+    after encoding, as are those of the trailing silence. In the length mode `masked`, silence is long enough that the
+    spectrum and the convolutions give what they give for a window of full length, and its frames are dropped before
+    attention.
 
     Args:
         encoder: The network.
@@ -101,7 +112,8 @@ class Whisper(AudioEncoder):
         if self.windowing.silence_samples:
             windows = self._with_silence(windows)
         mel, num_mel_frames = padded_log_mel(windows, self.num_mels, pad_samples)
-        hidden = self.encoder(mel.to(self.dtype), num_mel_frames, recompute=self.recompute)
+        kept = frames if self.length_mode == "masked" else None
+        hidden = self.encoder(mel.to(self.dtype), num_mel_frames, recompute=self.recompute, kept=kept)
         return join_frames(hidden, frames, frames)
 
     def _with_silence(self, windows: Ragged) -> Ragged:
@@ -120,7 +132,8 @@ def whisper_windowing(config: EncoderConfig, hf_config: Any, window_samples: int
     check_capacity(config, hf_config, window_samples, config.length_mode == "full")
     if config.length_mode == "full":
         return Windowing(window_samples, window_samples)
-    return Windowing(window_samples, MIN_SAMPLES, num_samples(config.trailing_silence_sec))
+    silence = MASKED_SILENCE_SAMPLES if config.length_mode == "masked" else num_samples(config.trailing_silence_sec)
+    return Windowing(window_samples, MIN_SAMPLES, silence)
 
 
 def check_capacity(config: EncoderConfig, hf_config: Any, window_samples: int, exactly: bool = False) -> None:
@@ -159,7 +172,7 @@ WHISPER = EncoderFamily(
         "encoder_layerdrop": 0.0,
         "apply_spec_augment": False,
     },
-    length_modes=("full", "trim"),
+    length_modes=("full", "trim", "masked"),
     # Published checkpoints hold the whole model: its encoder is stored under `encoder.` or `model.encoder.`.
     key_mapping={r"^(model\.)?encoder\.": ""},
 )

@@ -58,6 +58,8 @@ CONFIGS = {
     "whisper_trim_silence": EncoderConfig(
         "a", "whisper", config=WHISPER, window_sec=2.0, length_mode="trim", trailing_silence_sec=0.7
     ),
+    "whisper_masked": EncoderConfig("a", "whisper", config=WHISPER, window_sec=2.0, length_mode="masked"),
+    "whisper_full_no_norm": EncoderConfig("a", "whisper_no_norm", config=WHISPER, window_sec=2.0),
     "hubert_base": EncoderConfig("a", "hubert", config=STACK, window_sec=2.0),
     "hubert_large": EncoderConfig("a", "hubert", config={**STACK, **LARGE}, window_sec=2.0),
     "wavlm_base": EncoderConfig("a", "wavlm", config=STACK, window_sec=2.0),

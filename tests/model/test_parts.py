@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from model.batch import Ragged
 from model.config import AdapterConfig, RouterConfig, RoutingLossConfig
@@ -121,6 +122,15 @@ ADAPTER_CASES = [
     AdapterConfig("stacking", 4, strides=(2, 4)),
     AdapterConfig("queries", 4, strides=(7,), num_heads=2),
     AdapterConfig("queries", 4, strides=(30,), num_heads=2, num_queries=3, num_layers=1),
+    AdapterConfig("pooling", 3, strides=(2,)),
+    AdapterConfig("pooling_perceptron", 4, strides=(3,)),
+    AdapterConfig("swiglu", 64, strides=(8,), bias=False),
+]
+DROPPING = [
+    AdapterConfig("pooling", 3, strides=(2,), last_group="drop"),
+    AdapterConfig("pooling_perceptron", 4, strides=(2, 2), last_group="drop"),
+    AdapterConfig("stacking", 4, strides=(4,), last_group="drop", bias=False),
+    AdapterConfig("swiglu", 4, strides=(8,), last_group="drop"),
 ]
 
 
@@ -128,7 +138,7 @@ def test_every_kind_of_adapter_is_tested() -> None:
     assert {case.kind for case in ADAPTER_CASES} == set(ADAPTERS)
 
 
-@pytest.mark.parametrize("config", ADAPTER_CASES, ids=lambda c: f"{c.kind}-{c.strides}")
+@pytest.mark.parametrize("config", [*ADAPTER_CASES, *DROPPING], ids=lambda c: f"{c.kind}-{c.strides}-{c.last_group}")
 def test_adapter_lengths_and_independence_of_the_batch(config: AdapterConfig) -> None:
     torch.manual_seed(0)
     adapter = build_adapter(config, 3)
@@ -150,6 +160,27 @@ def test_every_frame_reaches_an_audio_token_of_its_own_clip_only(config: Adapter
     assert gradient[:17].abs().sum(1).min() > 0 and gradient[17:].abs().max() == 0
 
 
+@pytest.mark.parametrize("config", DROPPING, ids=lambda c: c.kind)
+def test_frames_of_an_incomplete_group_are_dropped(config: AdapterConfig) -> None:
+    torch.manual_seed(0)
+    adapter, size = build_adapter(config, 3), math.prod(config.strides)
+    for frames, groups in ((1, 1), (size, 1), (3 * size, 3), (4 * size - 1, 3)):
+        values = torch.randn(frames, 3, requires_grad=True)
+        out = adapter(Ragged(values, (frames,)))
+        assert out.lengths == (groups,) == (config.rate.tokens_of_frames(frames),)
+        (gradient,) = torch.autograd.grad(out.values.square().sum(), values)
+        assert gradient[groups * size :].abs().sum() == 0
+
+
+def test_pooling_equals_torchs() -> None:
+    torch.manual_seed(0)
+    adapter = build_adapter(AdapterConfig("pooling", 3, strides=(2,), last_group="drop"), 3)
+    values = torch.randn(11, 3)
+    pooled = nn.functional.avg_pool1d(values.T, 2, stride=2).T
+    wanted = nn.functional.layer_norm(pooled, (3,))
+    torch.testing.assert_close(adapter(Ragged(values, (11,))).values, wanted)
+
+
 def test_queries_give_50_audio_tokens_per_30_seconds() -> None:
     samples = 30 * 16000
     assert AdapterConfig("queries", strides=(30,)).rate.tokens_of_samples(samples) == 50
@@ -162,6 +193,14 @@ def test_values_that_a_kind_of_adapter_refuses() -> None:
         AdapterConfig(num_queries=2)
     with pytest.raises(UserError, match=r"model\.adapter\.num_heads = 3: must divide hidden_size = 4"):
         build_adapter(AdapterConfig("queries", 4, num_heads=3), 3)
+    with pytest.raises(UserError, match=r"model\.adapter\.bias = false: the layers of convolutions have biases"):
+        build_adapter(AdapterConfig(bias=False), 3)
+    with pytest.raises(UserError, match=r"model\.adapter\.last_group = drop: queries pads"):
+        build_adapter(AdapterConfig("queries", 4, num_heads=2, last_group="drop"), 3)
+    with pytest.raises(UserError, match=r"model\.adapter\.hidden_size = 4: pooling keeps the width .* set it to 3"):
+        build_adapter(AdapterConfig("pooling", 4), 3)
+    with pytest.raises(UserError, match=r"model\.adapter\.hidden_size = 5: must be even"):
+        build_adapter(AdapterConfig("swiglu", 5), 3)
     with pytest.raises(UserError, match=r"model\.adapter\.kernel_size = 4: must be odd"):
         build_adapter(AdapterConfig(kernel_size=4), 3)
 

@@ -99,6 +99,22 @@ def test_an_encoder_is_added_to_an_export(made: tuple[Path, dict[str, Tensor]]) 
     check(shards, wanted)
 
 
+def test_encoders_and_a_router_are_added_to_a_model_without_them(tmp_path: Path) -> None:
+    plain = replace(MODEL, experts=())
+    before = tensors_of(write_run(tmp_path / "run", model=plain))
+    origin = open_origin(str(tmp_path / "run"), exported=False)
+    more = replace(MODEL, router=replace(MODEL.router, join="add"))
+    new = {name: torch.full((4, 3), INITIAL) for name in ("audio.router.dependent.weight", "audio.experts.hubert.x")}
+    new["audio.stream_projection.weight"] = torch.full((4, 3), INITIAL)
+    shards = shards_of({**before, **new})
+    names = [f"encoder {e.name}" for e in MODEL.experts]
+    assert fill_weights(origin, shards, more) == (*names, "the router")
+    check(shards, {**before, **new})
+    name = next(name for name in before if name.startswith("audio.adapter."))
+    with pytest.raises(UserError, match="set model.router.join: add, if encoders were added, or model.adapter as it"):
+        fill_weights(origin, shards_of({name: torch.zeros(3, 3)}), MODEL)
+
+
 def test_an_export_is_read_from_a_bucket(made: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
     root, tensors = made
     monkeypatch.setattr(

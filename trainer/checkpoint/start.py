@@ -4,7 +4,9 @@ Only weights are used, and Adam's moments if `checkpoint.start_optimizer` asks f
 start from the beginning. Some parts of the model may be new: encoders, the heads of losses such as CTC, adapters,
 experts in the LLM's layers, and additional rows of the LLM's vocabulary. New parts keep their initial or pre-trained
 weights. The router's entries for an added encoder are the mean of its entries for the other encoders. They take effect
-gradually (`model.router.ENTRY_OFFSET`), so that the loss of the first step equals that of the original model.
+gradually (`model.router.ENTRY_OFFSET`), so that the loss of the first step equals that of the original model. If the
+original model has no encoder experts, the router is new, too, and with `model.router.join: add` the loss of the first
+step still is the same.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ _BY_EXPERT = (
     _ENTERING,
 )
 """Tensors with one row per encoder expert."""
+_ROUTING = ("audio.router.", "audio.stream_projection.")
+"""The prefixes of the tensors that a model has if and only if it has encoder experts."""
 _HEAD = re.compile(r"audio\.(\w+)_head\.")
 """The tensors of a loss's head."""
 _FFN_EXPERT = re.compile(r"llm\..+\.experts\.([^.]+)\.")
@@ -38,6 +42,7 @@ _KEYS = (
     ("audio.primary.", "model.primary"),
     ("audio.experts.", "model.experts"),
     ("audio.router.", "model.router"),
+    ("audio.stream_projection.", "model.router.join"),
     ("audio.adapter.", "model.adapter"),
     ("audio.projector.", "model.adapter or model.llm"),
     ("audio.feature_norm.", "model.adapter.normalize"),
@@ -71,7 +76,9 @@ def fill_weights(
     new = [f"encoder {name}" for name in added]
     for shard in shards:
         heartbeat(f"the read of {shard.name}")
-        if shard.name in _BY_EXPERT:
+        if shard.name.startswith(_ROUTING) and not before and origin.shape(shard.name) is None:
+            new.append("the router")
+        elif shard.name in _BY_EXPERT:
             rows = _rows(origin, shard, before, now, model.router.added_encoder_warmup_steps)
             whole = matrix_of(shard.shape)
             shard.values[PARAM].copy_(rows.view(whole.rows, whole.cols)[shard.rect.within(whole)])
@@ -186,6 +193,8 @@ def _check(origin: Origin, shard: Shard, wanted: tuple[int, ...] | None = None) 
         return
     key = next((key for start, key in _KEYS if shard.name.startswith(start)), "model")
     key = "data.tokenizer, model.adapter, model.ctc_vocabulary or model.ctc_outputs" if _HEAD.match(shard.name) else key
+    if shard.name.startswith("audio.adapter.") and not origin.experts:
+        key = "model.router.join: add, if encoders were added, or model.adapter"
     key = "lora" if is_factor(shard.name) else key
     what = f"holds no {shard.name}" if found is None else f"{shard.name} has shape {found}, here it is {wanted}"
     raise UserError(

@@ -22,6 +22,7 @@ PARTS = {
         "audio.feature_norm.*",
         "audio.output_norm.*",
         "audio.router.*",
+        "audio.stream_projection.*",
         "audio.experts.*.projection.*",
         "audio.*_head.*",
     ),
@@ -41,7 +42,7 @@ class StageConfig:
     steps: int
     """The number of steps. The sum over all stages is `train.steps`, which need not be given."""
     train: tuple[str, ...] = ()
-    """What learns: `connector` (adapter, projector, norms, router, projections of experts' features, heads of losses),
+    """What learns: `connector` (adapter, projector, norms, router, projections of features, heads of losses),
     `encoders`, `llm`, `lora` (all low-rank adapters), or patterns of parameter names. Empty for everything. What
     `optim.parts` freezes does not learn in any stage."""
     lr: float | None = None

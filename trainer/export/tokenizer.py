@@ -24,6 +24,7 @@ _SETTINGS = (
     "as_chat",
     "strides",
     "tokens_per_group",
+    "drops_rest",
     "min_audio_sec",
     "max_audio_sec",
 )
@@ -76,6 +77,7 @@ def processor_settings(tokenizer: Tokenizer, data: DataConfig, rate: TokenRate) 
         "as_chat": isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.chats,
         "strides": list(rate.strides),
         "tokens_per_group": rate.tokens_per_group,
+        "drops_rest": rate.drops_rest,
         "min_audio_sec": data.min_audio_sec,
         "max_audio_sec": data.max_audio_sec,
     }

@@ -199,6 +199,8 @@ def _after_encoders(tower: AudioTower, loaded_samples: Sequence[int], size: int,
     longest = rate.tokens_of_frames(longest)
     audio_tokens = sum(map(rate.tokens_of_frames, frames))
     out = audio_tokens * (tower.adapter.dim + tower.projector.out_features) * size
+    if tower.stream_projection is not None:  # its input
+        kept += total * joined * size
     if config.adapter.normalize:
         kept += (total * joined + audio_tokens * tower.projector.out_features) * size
     logits = 0
