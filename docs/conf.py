@@ -42,6 +42,7 @@ PAGES = {
         "docs/training",
         "docs/finetune",
         "docs/encoders",
+        "docs/published",
         "docs/connectors",
         "docs/adapters",
         "docs/experts",

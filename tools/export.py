@@ -3,6 +3,7 @@
     earshot export runs/demo out/model                           the newest checkpoint of a run
     earshot export runs/demo out/llm --llm-only                  only the LLM, which needs no remote code
     earshot export runs/demo out/lora --llm-only --adapter       only the LLM's adapters, for peft
+    earshot export runs/demo out/model --original FOLDER         in the layout of the published model it started from
     earshot export runs/demo out/model --verify dev.jsonl        fail if it differs from the training graph
     earshot export runs/demo out/small --activated-only 0.01 --dev dev.jsonl
                                                                          drop encoders chosen for under 1 % of clips
@@ -59,6 +60,11 @@ def _check(options: argparse.Namespace) -> None:
     check_at_least(1, samples=options.samples)
     if options.adapter and not options.llm_only:
         raise UserError("--adapter: peft loads the adapters of the LLM alone; add --llm-only, or use --merge")
+    if options.original is not None:
+        for flag in ("llm_only", "adapter", "verify", "activated_only"):
+            if getattr(options, flag):
+                name = flag.replace("_", "-")
+                raise UserError(f"--original {options.original}: not possible with --{name}; remove one of the two")
     if options.dev is not None and not options.activated_only:
         raise UserError(
             f"--dev {options.dev}: needs --activated-only, whose effect it measures; use --verify to compare the export"
@@ -79,6 +85,7 @@ def _run(arguments: argparse.Namespace) -> int:
         shard_bytes=round(arguments.shard_gib * 2**30),
         llm_only=arguments.llm_only,
         adapter=arguments.adapter,
+        original=arguments.original,
         activated_only=arguments.activated_only,
         verify=arguments.verify,
         dev=arguments.dev,
@@ -127,6 +134,11 @@ def _parser() -> argparse.ArgumentParser:
         "--llm-only", action="store_true", help="export only the LLM, as a Llama, Mistral or Qwen model"
     )
     adapters = parser.add_mutually_exclusive_group()
+    parser.add_argument(
+        "--original",
+        metavar="FOLDER",
+        help="export in the layout of the published model in FOLDER, from which the run was imported",
+    )
     adapters.add_argument(
         "--merge", action="store_true", help="add low-rank adapters to the weights they belong to (the default)"
     )

@@ -225,27 +225,8 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     def __init__(self, path: str, config: TokenizerConfig) -> None:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # The import is slow and needed only here.
-
         self.config = config
-        inner: Any
-        try:
-            if path.endswith(".json"):
-                folder = Path(path).parent
-                has_config = (folder / "tokenizer_config.json").exists() and Path(path).name == "tokenizer.json"
-                inner = (
-                    AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-                    if has_config
-                    else PreTrainedTokenizerFast(tokenizer_file=path)
-                )
-            else:
-                inner = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except Exception as error:
-            # Unreadable files raise one of these, or a plain Exception from Rust. Anything else is a bug.
-            if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
-                raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"data.tokenizer.path = {path}: transformers cannot read it ({reason})") from error
+        inner = read_transformers(path, f"data.tokenizer.path = {path}")
         self.inner = inner
         self._lock = Lock()  # The Rust tokenizer fails if two threads use it at the same time.
         self.vocab_size = len(inner)
@@ -338,6 +319,33 @@ class HuggingFaceTokenizer(Tokenizer):
             else:
                 text, run = text + self.inner.decode(run, skip_special_tokens=True) + UNKNOWN_ID_TEXT, []
         return text + self.inner.decode(run, skip_special_tokens=True)
+
+
+def read_transformers(path: str, where: str) -> Any:
+    """Return a transformers tokenizer, which is read without remote code.
+
+    Args:
+        path: A `tokenizer.json`, a directory, or a hub id.
+        where: The place of `path`, for error messages.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # The import is slow and needed only here.
+
+    try:
+        if not path.endswith(".json"):
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        folder = Path(path).parent
+        if (folder / "tokenizer_config.json").exists() and Path(path).name == "tokenizer.json":
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return PreTrainedTokenizerFast(tokenizer_file=path)
+    except Exception as error:
+        # Unreadable files raise one of these, or a plain Exception from Rust. Anything else is a bug.
+        if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{where}: transformers cannot read it ({reason})") from error
 
 
 def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:

@@ -8,21 +8,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model.config import ModelConfig
 from model.errors import UserError
 from model.llm.mixture import FIELD
 from trainer.checkpoint.reader import MANIFEST, hash_file
+from trainer.data.config import DataConfig
 from trainer.data.tokenizer import Tokenizer
 from trainer.export.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from trainer.export.adapter import adapter_names, write_adapter_config
 from trainer.export.card import Findings, model_card
 from trainer.export.code import CONFIGURATION, MODELING, remote_code, remote_name
+from trainer.export.published.exporting import original_names, read_original, write_original_files
 from trainer.export.source import Selection, Source
 from trainer.export.tokenizer import read_processor, write_processor, write_tokenizer
 from trainer.export.weights import plan_shards, plan_targets, write_weights
@@ -45,6 +48,8 @@ class Options:
     """The largest size of a file of weights, unless a single tensor is larger."""
     llm_only: bool = False
     """Export only the LLM."""
+    original: str | None = None
+    """The folder of the published model in whose layout to export; None exports in earshot's layout."""
     adapter: bool = False
     """Export only the LLM's adapters, in peft's format, without merging them."""
     activated_only: float = 0.0
@@ -92,9 +97,12 @@ def export(
 
 def _export(source: Source, out: Path, options: Options, on_bytes: Callable[[int, int], None]) -> Findings:
     dtype, selection = DTYPES[options.dtype], source.select(options.activated_only)
+    original = None if options.original is None else read_original(source, Path(options.original))
     tokenizer = source.tokenizer()
     temporary = _temporary_folder(source, out, options, selection)
     names = adapter_names(source) if options.adapter else source.names(selection, options.llm_only)
+    if original is not None:
+        names = original_names(original)
     try:
         targets = plan_targets(source.reader, names, dtype, source.rows(selection), source.adapters())
         total = sum(t.num_bytes for t in targets)
@@ -102,6 +110,23 @@ def _export(source: Source, out: Path, options: Options, on_bytes: Callable[[int
         write_weights(source.reader, shards, temporary, lambda n: on_bytes(n, total))
     finally:
         source.wait_verified()  # A damaged file explains any error above, so it is reported instead.
+    found = Findings()
+    if original is not None:
+        write_original_files(original, str(dtype).removeprefix("torch."), temporary)
+    else:
+        found = _write_own_files(source, selection, options, tokenizer, temporary)
+    (temporary / _REQUEST).unlink()
+    if out.exists():  # Renaming would replace an empty folder.
+        raise UserError(f"{out}: was created during the export; remove it, or choose another name")
+    temporary.rename(out)
+    return found
+
+
+def _write_own_files(
+    source: Source, selection: Selection, options: Options, tokenizer: Tokenizer, temporary: Path
+) -> Findings:
+    """Write all files except weights, and measure the export."""
+    dtype = DTYPES[options.dtype]
     write_tokenizer(tokenizer, temporary)
     settings = generation_config(source, tokenizer)
     if not options.adapter:
@@ -117,10 +142,6 @@ def _export(source: Source, out: Path, options: Options, on_bytes: Callable[[int
     if not options.llm_only:
         card = model_card(source, selection, _summary(source), found, options.dtype)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-    (temporary / _REQUEST).unlink()
-    if out.exists():  # Renaming would replace an empty folder.
-        raise UserError(f"{out}: was created during the export; remove it, or choose another name")
-    temporary.rename(out)
     return found
 
 
@@ -153,6 +174,7 @@ def _temporary_folder(source: Source, out: Path, options: Options, selection: Se
         "shard_bytes": options.shard_bytes,
         "llm_only": options.llm_only,
         "adapter": options.adapter,
+        "original": options.original,
         "dropped": list(selection.dropped),
         # Files are not synced to disk, so those that seem complete may not be after a crash of the machine.
         "boot": _BOOT_ID.read_text(encoding="utf-8").strip(),
@@ -204,11 +226,28 @@ def _write_llm_config(source: Source, dtype: torch.dtype, tokenizer: Tokenizer, 
 
 def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokenizer: Tokenizer, folder: Path) -> None:
     description = source.description(selection)
+    name = str(dtype).removeprefix("torch.")
+    write_model_files(description, source.model.audio, tokenizer, source.recipe.data, name, folder)
+
+
+def write_model_files(
+    description: Mapping[str, Any], audio: ModelConfig, tokenizer: Tokenizer, data: DataConfig, dtype: str, folder: Path
+) -> None:
+    """Write the config, the code and the processor of an exported model.
+
+    Args:
+        description: The arguments of `EarshotConfig`.
+        audio: The audio side of the model.
+        tokenizer: The tokenizer.
+        data: The settings of the processor.
+        dtype: The name of the type of the weights.
+        folder: The folder to write to.
+    """
     encoders = [description["audio"]["primary"], *description["audio"]["experts"]]
     families = {encoder["family"] for encoder in encoders if encoder is not None}
-    for name, text in remote_code(families, source.model.audio.adapter.kind).items():
+    for name, text in remote_code(families, audio.adapter.kind).items():
         (folder / name).write_text(text, encoding="utf-8")
-    text_config = _text_config(source, dtype)
+    text_config = {**description["text_config"], "dtype": dtype, "transformers_version": _version()}
     config = {
         **{key: description[key] for key in ("audio", "vocab_size")},
         "text_config": text_config,
@@ -223,7 +262,7 @@ def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokeni
         DIGEST: tokenizer.digest,
     }
     _write_json(folder / "config.json", config)
-    write_processor(tokenizer, source.recipe.data, source.rate, folder)
+    write_processor(tokenizer, data, audio.adapter.rate, folder)
 
 
 def _text_config(source: Source, dtype: torch.dtype) -> dict[str, Any]:

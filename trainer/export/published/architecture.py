@@ -1,0 +1,113 @@
+"""The description of a published architecture: how its config, its tensors and its prompt become those of earshot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from model.config import AdapterConfig, EncoderConfig
+from model.errors import UserError
+from model.lengths import FRAME_SAMPLES, SAMPLE_RATE
+
+Audio = tuple[EncoderConfig, AdapterConfig]
+"""The primary encoder and the adapter."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that distinguishes one published architecture from another.
+
+    An architecture is one value of this class in its own file, and one line in `PUBLISHED`.
+    """
+
+    title: str
+    """The name in messages."""
+    audio: Callable[[Any, Mapping[str, Any]], Audio]
+    """Returns the encoder and the adapter, given the transformers config of the audio tower and the content of
+    config.json. Raises `unsupported` if the model computes something that earshot does not."""
+    prefixes: tuple[tuple[str, str], ...]
+    """Pairs of a prefix of published tensor names and the prefix of earshot's names; the first match applies."""
+    placeholders: tuple[str, ...]
+    """The tokens that may stand for audio, of which the first that is one token of the tokenizer is used."""
+    template: str
+    """The prompt of samples with audio, with `{audio}` and `{instruction}`."""
+    text_template: str = "{instruction}"
+    """The prompt of samples without audio."""
+    as_chat: bool = True
+    """True if prompts are wrapped in the chat template."""
+    chat_template: str | None = None
+    """The chat template of models whose folder has none; None: the folder must have one if `as_chat`."""
+    audio_model_type: str = "whisper"
+    """The `model_type` of `audio_config` in config.json, if it has none."""
+    pads_clips: bool = False
+    """True if shorter clips are padded with silence to a whole window of the encoder."""
+    max_windows: int = 1
+    """The number of windows of the longest clip that the original takes."""
+
+    def own_name(self, name: str) -> str | None:
+        """Return earshot's name of a published tensor; None if it has none."""
+        name = _as_published(name)
+        for published, own in self.prefixes:
+            if name.startswith(published):
+                return own + name.removeprefix(published)
+        return None
+
+    def published_name(self, name: str) -> str | None:
+        """Return the published name of a tensor of earshot; None if it has none. It is the inverse of `own_name`."""
+        for published, own in self.prefixes:
+            candidate = published + name.removeprefix(own)
+            if name.startswith(own) and self.own_name(candidate) == name:
+                return candidate
+        return None
+
+
+LLM_PREFIXES = (("language_model.", "llm."),)
+"""The prefix of the LLM's tensors, which is the same for all architectures."""
+
+
+def whisper_encoder(
+    audio: Any, family: str = "whisper", length_mode: str = "full", name: str = "whisper"
+) -> EncoderConfig:
+    """Return the encoder of a model whose audio tower is Whisper's.
+
+    Args:
+        audio: The transformers config of the tower.
+        family: The encoder family.
+        length_mode: How windows are padded.
+        name: The name of the encoder.
+    """
+    keys = ("num_mel_bins", "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim")
+    config = {key: getattr(audio, key) for key in (*keys, "max_source_positions", "activation_function")}
+    seconds = audio.max_source_positions * FRAME_SAMPLES / SAMPLE_RATE
+    return EncoderConfig(name, family, config=config, length_mode=length_mode, window_sec=seconds)  # type: ignore[arg-type]
+
+
+def require(config: Mapping[str, Any], title: str, **wanted: Any) -> None:
+    """Check fields of config.json.
+
+    Args:
+        config: The content of config.json.
+        title: The name of the architecture.
+        wanted: The only supported value of each field. A field that is absent has this value.
+
+    Raises:
+        UserError: If a field has another value.
+    """
+    for key, value in wanted.items():
+        if config.get(key, value) != value:
+            raise unsupported(title, f"{key} = {config[key]!r}", f"only {value!r} is supported")
+
+
+def unsupported(title: str, what: str, remedy: str) -> UserError:
+    """Return the error for a model that computes something that earshot does not."""
+    return UserError(f"config.json: {title}: {what}; {remedy}")
+
+
+def _as_published(name: str) -> str:
+    """Return the name in published checkpoints of a tensor that may have its name in transformers 5's modules."""
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    if name.startswith("model.language_model."):
+        return f"language_model.model.{name.removeprefix('model.language_model.')}"
+    return name.removeprefix("model.")

@@ -1,0 +1,74 @@
+"""The export of a checkpoint in the layout of the published model that its run started from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from model.errors import UserError
+from model.llm.mixture import FIELD
+from trainer.export.published.folder import CONFIG, Published, read_json, read_published
+from trainer.export.source import Source
+
+_COPIED = (".json", ".jinja", ".txt", ".model")
+_NOT_COPIED = ("model.safetensors.index.json", CONFIG)
+
+
+def read_original(source: Source, folder: Path) -> Published:
+    """Return the published model in whose layout a checkpoint can be exported.
+
+    Args:
+        source: The checkpoint.
+        folder: The folder of the published model. Its weights need not be there.
+
+    Raises:
+        UserError: If the checkpoint has parts that the published model does not have, or tensors of other shapes.
+    """
+    where = f"{source.folder.url}: --original {folder}"
+    if source.expert_names():
+        raise UserError(f"{where}: the run added encoders, which that layout cannot hold; export without --original")
+    if FIELD in source.model.text_config:
+        raise UserError(f"{where}: the run added experts to the LLM; export without --original")
+    published = read_published(folder, ())
+    wanted, tensors = published.shapes(), source.reader.manifest.tensors
+    names = source.names(source.select(0.0), llm_only=False)
+    for name in sorted(wanted.keys() | names.keys()):
+        if name not in names or name not in wanted:
+            what = "lacks" if name not in names else "also has"
+            raise UserError(f"{where}: the run {what} {name}; give the folder that the run was imported from")
+        if (shape := tensors[name].shape) != wanted[name]:
+            raise UserError(f"{where}: {name} has shape {shape} in the run, by {CONFIG} it is {wanted[name]}")
+    for part in ("primary", "adapter"):
+        if getattr(source.model.audio, part) != getattr(published.description(1).audio, part):
+            raise UserError(
+                f"{where}: model.{part} of the run computes something else; give the folder that the run was imported "
+                "from, or export without --original"
+            )
+    return published
+
+
+def original_names(published: Published) -> dict[str, str]:
+    """Return the name in the checkpoint of every tensor, by its published name."""
+    found = {}
+    for own in published.shapes():
+        name = published.architecture.published_name(own)
+        assert name is not None, own
+        found[name] = own
+    return found
+
+
+def write_original_files(published: Published, dtype: str, folder: Path) -> None:
+    """Write config.json, and copy the published model's tokenizer, processor and other small files except code.
+
+    Args:
+        published: The published model.
+        dtype: The name of the type of the exported weights.
+        folder: The folder to write to.
+    """
+    for path in sorted(published.folder.iterdir()):
+        if path.is_file() and path.suffix in _COPIED and path.name not in _NOT_COPIED:
+            shutil.copyfile(path, folder / path.name)
+    config = read_json(published.folder / CONFIG)
+    config.pop("torch_dtype", None)
+    (folder / CONFIG).write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,42 @@
+"""Ultravox 0.5 and later (fixie-ai/ultravox): Whisper on the real length of clips, stacks of eight frames, SwiGLU.
+
+Published folders hold the projector, and hold the encoder and the LLM only if they were trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from model.config import AdapterConfig
+from trainer.export.published.architecture import LLM_PREFIXES, Architecture, Audio, require, whisper_encoder
+
+_TITLE = "Ultravox"
+
+
+def _audio(audio: Any, config: Mapping[str, Any]) -> Audio:
+    # Version 0.4.1 and earlier has its second norm after the projector, and does not have the key.
+    require({"projector_ln_mid": False, **config}, _TITLE, projector_ln_mid=True)
+    require(config, _TITLE, projector_act="swiglu", audio_latency_block_size=None)
+    require(
+        {"model_type": "whisper", **(config.get("audio_config") or {})}, f"{_TITLE}: audio_config", model_type="whisper"
+    )
+    width, frames = config.get("hidden_size", 4096), config.get("stack_factor", 8)
+    return whisper_encoder(audio, length_mode="trim"), AdapterConfig("swiglu", width, strides=(frames,), bias=False)
+
+
+ULTRAVOX = Architecture(
+    title=_TITLE,
+    audio=_audio,
+    prefixes=(
+        ("audio_tower.", "audio.primary.encoder."),
+        ("multi_modal_projector.ln_pre.", "audio.adapter.norm."),
+        ("multi_modal_projector.linear_1.", "audio.adapter.linear."),
+        ("multi_modal_projector.ln_mid.", "audio.adapter.mid_norm."),
+        ("multi_modal_projector.linear_2.", "audio.projector."),
+        *LLM_PREFIXES,
+    ),
+    # The original has no token of its own for audio. Unused tokens of Llama 3 and Qwen's tokenizers follow.
+    placeholders=("<|audio|>", "<|reserved_special_token_0|>", "<|object_ref_start|>"),
+    template="{instruction}\n{audio}",
+)
