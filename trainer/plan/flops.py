@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from model.llm.features import attention_layers
 from model.llm.names import head_dim
 from trainer.config.schema import Recipe
 from trainer.plan.sizes import PartSizes, SizedModel
@@ -62,10 +64,16 @@ def llm_forward_flops(model: SizedModel, workload: Workload) -> float:
 
 
 def causal_attention_flops(model: SizedModel, workload: Workload) -> float:
-    """Return the FLOPs of causal attention in the LLM's forward pass, half of those of full attention."""
+    """Return the FLOPs of causal attention in the LLM's forward pass, half of those of full attention.
+
+    With a window of w tokens, a sample of n > w tokens needs w n - w²/2 scores instead of n²/2.
+    """
     config, tokens = model.llm, workload.num_tokens.astype(np.float64)
-    width = config.num_attention_heads * head_dim(config)
-    return config.num_hidden_layers * 2.0 * width * float((tokens**2).sum())
+    width, scores = config.num_attention_heads * head_dim(config), 0.0
+    for window, count in Counter(layer.window for layer in attention_layers(config)).items():
+        seen = tokens if window is None else np.minimum(tokens, window)
+        scores += count * float((seen * tokens - seen**2 / 2).sum())
+    return 4.0 * width * scores
 
 
 def _prefix(model: SizedModel, encoder: str) -> str:
