@@ -116,6 +116,7 @@ models: setup
 
 parity: setup
 	$(PY) -m tools.parity
+	$(PY) -m tools.parity --family all --steps 0
 
 gpu-check: setup
 	$(PY) -m bench.gpu_check

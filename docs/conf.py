@@ -45,6 +45,7 @@ PAGES = {
         "docs/published",
         "docs/connectors",
         "docs/adapters",
+        "docs/llms",
         "docs/experts",
         "docs/plan",
         "docs/slurm",

@@ -157,8 +157,8 @@ class LLMConfig:
     """A local directory with config.json and safetensors files, or a hub id. null builds the LLM from `config` with
     random weights."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Fields of the Hugging Face config. If `weights` is null, they must include `model_type`: llama, mistral, qwen2,
-    qwen3, mixtral, qwen3_moe or a family of a plug-in. Otherwise they override the checkpoint's values."""
+    """Fields of the Hugging Face config. If `weights` is null, they must include `model_type`, one of the families of
+    `docs/llms.md` or of a plug-in. Otherwise they override the checkpoint's values."""
     experts: tuple[ExpertConfig, ...] = ()
     """Experts in the feed-forward layers of a dense LLM (see `docs/experts.md`), of which a router chooses some for
     each token. Empty: the LLM stays as it is."""

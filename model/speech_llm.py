@@ -66,7 +66,7 @@ class SpeechLLM(nn.Module):
         torch.manual_seed(seed)
         self.llm = build_reference(config.llm, seed)
         torch.manual_seed(seed)
-        rms = embedding_rms(weight_source(config.llm, self.llm.config, seed))
+        rms = embedding_rms(weight_source(config.llm, self.llm.config, seed), self.llm.config)
         self.audio = AudioTower(config, self.llm.config.hidden_size, vocab_size, embedding_rms=rms)
 
     def embed_audio(self, batch: Batch, noise: Tensor | None = None) -> AudioOutput | None:

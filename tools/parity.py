@@ -11,6 +11,7 @@
     earshot parity --stages --steps 11    train other parameters in each of several stages
     earshot parity --adapter queries    with another kind of adapter, and normalization
     earshot parity --family mixtral    an LLM with experts, spread over ranks in several ways
+    earshot parity --family all --steps 0    every family of LLMs without experts
     earshot parity --freeze 'llm.*.experts.*'    with some parameters frozen
     earshot parity --modes      all modes of the LLM's engine: virtual and uneven stages, recomputation, overlap
     earshot parity --json       also print one JSON object on the last line
@@ -48,6 +49,8 @@ TOLERANCE = 1e-5
 CURVE_TOLERANCE = 1e-4
 MAX_TENSOR = 4
 MIXTURE = "mixture"
+ALL_DENSE = "all"
+"""The value of `--family` for all families without experts, which share the processes of a topology."""
 DS_CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
@@ -268,7 +271,7 @@ def measure(
     rows = []
     for fields in modes:
         mode = parity.Mode(**fields)
-        model = parity.tiny_model(family, adapter, mode.num_layers)
+        model = parity.tiny_model(mode.family or family, adapter, mode.num_layers)
         step = parity.build_step(
             model,
             groups,
@@ -293,6 +296,15 @@ def measure(
     dist.barrier()
     dist.destroy_process_group()
     return [asdict(row) for row in rows]
+
+
+def _compared_modes(
+    options: argparse.Namespace, topology: Topology, dense: Sequence[str]
+) -> Sequence[Mapping[str, Any]]:
+    """Return the fields of each `trainer.parity.Mode` to compare, given the names of the families without experts."""
+    if options.modes:
+        return modes(topology)
+    return [{"family": family} for family in dense] if options.family == ALL_DENSE else ({},)
 
 
 def _check_deepspeed(path: str | None) -> None:
@@ -325,8 +337,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--family",
         default="llama",
-        choices=(*LLM_FAMILIES, MIXTURE),
-        help=f"family of the LLM (default: llama); {MIXTURE} is a Llama that got experts from the recipe",
+        choices=(*LLM_FAMILIES, MIXTURE, ALL_DENSE),
+        help=f"family of the LLM (default: llama); {MIXTURE} is a Llama that got experts from the recipe, and "
+        f"{ALL_DENSE} stands for all families without experts",
     )
     parser.add_argument(
         "--deepspeed", metavar="FILE", help="a DeepSpeed JSON file (default: ZeRO-3 in which no weight stays gathered)"
@@ -374,16 +387,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_at_least(0, steps=options.steps)
         if options.pack_multiple is not None and (options.pack_multiple < 1 or options.pack_multiple % MAX_TENSOR):
             raise UserError(f"--pack-multiple {options.pack_multiple}: must be a multiple of {MAX_TENSOR} tensor ranks")
-        has_experts = options.family == MIXTURE or LLM_FAMILIES[options.family].experts is not None
-        if options.modes and (has_experts or options.stages):
-            raise UserError("--modes: not with --stages or an LLM with experts, which exclude most modes")
+        dense = [name for name, family in LLM_FAMILIES.items() if family.experts is None]
+        has_experts = options.family not in (*dense, ALL_DENSE)
+        if options.modes and (has_experts or options.stages or options.family == ALL_DENSE):
+            raise UserError("--modes: not with --stages, --family all or an LLM with experts, which exclude most modes")
         _check_deepspeed(options.deepspeed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    width = 48 if options.modes else 12
+    width = 48 if options.modes else 24 if options.family == ALL_DENSE else 12
     print(f"{'topology':{width}} {'batch':26} {'loss':>9} {'gradient':>9}   largest at")
     rows: list[Row] = []
     for topology in topologies(options.ranks, has_experts, 2 if options.modes else 1):
@@ -400,7 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.freeze,
             options.gathering,
             options.recompute_calls,
-            modes(topology) if options.modes else ({},),
+            _compared_modes(options, topology, dense),
         ):
             rows.append(row)
             verdict = "" if row.passed else "   OVER"

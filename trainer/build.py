@@ -17,7 +17,8 @@ from model.audio_tower import AudioTower
 from model.errors import UserError
 from model.hub.configuration import describe
 from model.llm.names import Index
-from model.llm.reference import num_positions, resolve_hf_config, weight_source
+from model.llm.reference import resolve_hf_config, weight_source
+from model.llm.rotary import num_positions
 from model.llm.weights import WeightSource, embedding_rms
 from model.lora import Adapters, adaptable_layers, add_adapters, llm_layers
 from model.losses.table import text_fields
@@ -294,7 +295,7 @@ def build_step(
     torch.manual_seed(recipe.seed)
     topology = groups.topology
     held = place(recipe.model, topology.ep).held_by(groups.rank)
-    tower = AudioTower(recipe.model, hf_config.hidden_size, vocab_size, held, embedding_rms(source))
+    tower = AudioTower(recipe.model, hf_config.hidden_size, vocab_size, held, embedding_rms(source, hf_config))
     layers = [name for name, _ in adaptable_layers(tower, "audio.")]
     add_adapters(tower, "audio.", adapters)
     tower.set_recompute(train.recompute_encoders)

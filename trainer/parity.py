@@ -39,6 +39,7 @@ from trainer.engine.stages import StageConfig, stage_at, staged_optim, stages_of
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.groups import Groups
 from trainer.parallel.values import all_gather_values
+from trainer.parity_llms import EXPERTS, features
 from trainer.scoring.tasks import TASKS
 from trainer.telemetry.metrics import StepReport
 from trainer.training.step import Step
@@ -100,28 +101,12 @@ ADAPTERS = Learned(
 """Adapters of unequal ranks, on some projections of fused layers only, over frozen and trainable weights."""
 
 
-EXPERTS: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 24,
-        "norm_topk_prob": False,
-        "mlp_only_layers": [1],
-    },
-    "mixture": {
-        "model_type": "llama",
-        "ffn_experts": {"experts": ["d", "b", "c", "a"], "layers": [1, 3], "top_k": 2, "normalize": True},
-    },
-}
-"""The fields of the configs of families with experts. One layer of the Qwen3-MoE has no experts. `mixture` is a Llama
-that got experts from the recipe, in every second layer."""
-
-
 @dataclass(frozen=True)
 class Mode:
     """How the LLM's engine computes the same thing."""
 
+    family: str | None = None
+    """The family of the LLM; None for that of the whole comparison."""
     num_layers: int = NUM_LAYERS
     """The number of layers of the LLM, which decides whether stages are even."""
     recompute: Recompute | None = None
@@ -141,7 +126,7 @@ class Mode:
         layers = f"{self.num_layers} layers" if self.num_layers != NUM_LAYERS else ""
         recompute = f"recompute {self.recompute}" if self.recompute else ""
         overlap = f"overlap {self.overlap}" if self.overlap != "none" else ""
-        return ", ".join(filter(None, (layers, recompute, overlap)))
+        return ", ".join(filter(None, (self.family, layers, recompute, overlap)))
 
 
 ADAPTER_KINDS = {
@@ -196,6 +181,7 @@ def tiny_model(llm_family: str = "llama", adapter: str = "convolutions", num_lay
         "initializer_range": 0.06,
         "tie_word_embeddings": llm_family == "qwen2",
         **EXPERTS.get(llm_family, {}),
+        **features(llm_family, num_layers),
     }
     losses = {"distillation": {"weight": 0.7, "temperature": 1.5}}
     if llm_family in EXPERTS:
@@ -326,7 +312,7 @@ def build_step(
     llm = LLMEngine(hf_config, source, optim, groups, dtype, llm_recompute, learned.adapters, mode.reduction)
     torch.manual_seed(SEED)
     held = place(config, groups.topology.ep).held_by(groups.rank)
-    tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE, held, embedding_rms(source))
+    tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE, held, embedding_rms(source, hf_config))
     add_adapters(tower, "audio.", learned.adapters)
     tower.set_recompute(recompute)
     audio = AudioEngine(

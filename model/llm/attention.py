@@ -5,6 +5,7 @@ Shapes: t rows of a pack, H query heads and G key-value heads of this rank, D he
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -15,18 +16,26 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.llm.features import AttentionLayer, Scales
 from model.llm.packing import PackedSequences
+from model.llm.rotary import Rotary
 from model.transfer import to_device
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotary embedding to `x` [t, heads, D]; as in Hugging Face, i is paired with i + D/2."""
+    """Apply the rotary embedding to the first R channels of `x` [t, heads, D], given cosine and sine [t, 1, R].
+
+    As in Hugging Face, channel i is paired with i + R/2.
+    """
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class PackedAttention(nn.Module):
-    """Causal attention within each segment of a pack.
+    """Causal attention within each segment of a pack, to all previous tokens or to those in a window.
 
     The module applies the rotary embedding itself, so that positions come from the pack and a cache can continue them.
     TransformerEngine computes attention if it is installed, on GPUs in half precision. Otherwise, segments of similar
@@ -35,19 +44,27 @@ class PackedAttention(nn.Module):
     Args:
         config: Megatron's config.
         layer_number: The number of the layer, from 1.
-        inv_freq: The inverse frequencies [D/2] of the rotary embedding, in fp32.
-        scaling: The factor on cosine and sine.
+        rotary: The rotary embedding; None for a layer without one.
+        layer: The layer's window.
+        scales: The factors on scores and queries.
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *, inv_freq: Tensor, scaling: float, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *,
+        rotary: Rotary | None,
+        layer: AttentionLayer,
+        scales: Scales,
+        **_: Any,
     ) -> None:
         super().__init__()
         self.config = config
         self.layer_number = layer_number
         # This is no buffer, since casting the model to bf16 would round the frequencies.
-        self.inv_freq = inv_freq
-        self.scaling = scaling
+        self.rotary = rotary
+        self.window, self.softmax_scale, self.long_queries = layer.window, scales.softmax, scales.long_queries
         engine = transformer_engine()
         self.fused = (
             engine.DotProductAttention(
@@ -58,6 +75,8 @@ class PackedAttention(nn.Module):
                 qkv_format="thd",
                 attn_mask_type="padding_causal",
                 layer_number=layer_number,
+                window_size=None if self.window is None else (self.window - 1, 0),
+                softmax_scale=self.softmax_scale,
             )
             if engine is not None and config.params_dtype != torch.float32 and not config.use_cpu_initialization
             else None
@@ -92,24 +111,68 @@ class PackedAttention(nn.Module):
         assert isinstance(packed, PackedSequences), "pass a PackedSequences as packed_seq_params"
         assert attention_mask is None and attention_bias is None
         assert query.shape[0] == packed.num_tokens, (query.shape, packed.num_tokens)
-        if self.inv_freq.device != query.device:
-            self.inv_freq = to_device(self.inv_freq, query.device)
+        if self.rotary is not None and self.rotary.inv_freq.device != query.device:
+            self.rotary = replace(self.rotary, inv_freq=to_device(self.rotary.inv_freq, query.device))
         if self.training and self.config.recompute_granularity == "selective":
             attended: Tensor = checkpoint(partial(self._attend, packed=packed), False, query, key, value)
             return attended
         return self._attend(query, key, value, packed)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-        cos, sin = packed.rotation(self.inv_freq, self.scaling, like=query)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if packed.cache is None:
-            if self.fused is not None:
-                return _attend_fused(self.fused, query, key, value, packed)
-            return _attend_within(query, key, value, packed)
-        keys, values = packed.cache.store(self.layer_number, key, value, packed)
-        if not any(packed.starts):
-            return _attend_within(query, key, value, packed)
-        return _attend_to_cache(query, keys, values, packed)
+        if self.rotary is not None:
+            cos, sin = packed.rotation(self.rotary, like=query)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if self.long_queries is not None:
+            query = query * packed.query_factors(*self.long_queries, like=query)
+        if packed.cache is None and self.fused is not None:
+            return _attend_fused(self.fused, query, key, value, packed)
+        if packed.cache is not None:
+            keys, values = packed.cache.store(self.layer_number, key, value, packed)
+            if any(packed.starts):
+                return self._attend_to_cache(query, keys, values, packed)
+        return self._attend_within(query, key, value, packed)
+
+    def _attend_within(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+        """Compute causal attention within each segment by PyTorch."""
+        outputs = []
+        for bucket in packed.buckets(query.device):
+            mask = None
+            if self.window is not None and self.window < bucket.max_length:
+                mask = packed.window_mask(bucket.max_length, self.window, query.device)
+            attended = functional.scaled_dot_product_attention(
+                bucket.pad(query),
+                bucket.pad(key),
+                bucket.pad(value),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=True,
+            )
+            outputs.append(bucket.unpad(attended))
+        return torch.cat(outputs).index_select(0, packed.unbucket(query.device))
+
+    def _attend_to_cache(self, query: Tensor, keys: Tensor, values: Tensor, packed: PackedSequences) -> Tensor:
+        """Compute the attention of each segment to the cache of its sequence, up to the position of each row.
+
+        `keys` and `values` are [sequences, tokens, G, D]. The result is 0 for rows of padding.
+        """
+        segments = packed.cached_segments(query.device)
+        bucket = segments.bucket
+        # [B, 1, L, 1] and [keys]
+        last = (segments.starts[:, None] + torch.arange(bucket.max_length, device=query.device))[:, None, :, None]
+        positions = torch.arange(segments.num_keys, device=query.device)
+        mask = positions <= last
+        if self.window is not None:
+            mask &= positions > last - self.window
+        attended = functional.scaled_dot_product_attention(
+            bucket.pad(query),
+            keys[segments.sequences, : segments.num_keys].transpose(1, 2),
+            values[segments.sequences, : segments.num_keys].transpose(1, 2),
+            attn_mask=mask,
+            scale=self.softmax_scale,
+            enable_gqa=True,
+        )
+        return torch.zeros_like(query).index_copy(0, bucket.rows, bucket.unpad(attended))
 
 
 def transformer_engine() -> ModuleType | None:
@@ -129,32 +192,3 @@ def _attend_fused(fused: nn.Module, query: Tensor, key: Tensor, value: Tensor, p
         query, key, value, cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
     )
     return attended.view_as(query)
-
-
-def _attend_within(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-    """Compute causal attention within each segment by PyTorch."""
-    outputs = []
-    for bucket in packed.buckets(query.device):
-        q, k, v = bucket.pad(query), bucket.pad(key), bucket.pad(value)
-        outputs.append(bucket.unpad(functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)))
-    return torch.cat(outputs).index_select(0, packed.unbucket(query.device))
-
-
-def _attend_to_cache(query: Tensor, keys: Tensor, values: Tensor, packed: PackedSequences) -> Tensor:
-    """Compute the attention of each segment to the cache of its sequence, up to the position of each row.
-
-    `keys` and `values` are [sequences, tokens, G, D]. The result is 0 for rows of padding.
-    """
-    segments = packed.cached_segments(query.device)
-    bucket = segments.bucket
-    # [B, 1, L, keys]
-    last = segments.starts[:, None] + torch.arange(bucket.max_length, device=query.device)
-    mask = torch.arange(segments.num_keys, device=query.device) <= last[:, None, :, None]
-    attended = functional.scaled_dot_product_attention(
-        bucket.pad(query),
-        keys[segments.sequences, : segments.num_keys].transpose(1, 2),
-        values[segments.sequences, : segments.num_keys].transpose(1, 2),
-        attn_mask=mask,
-        enable_gqa=True,
-    )
-    return torch.zeros_like(query).index_copy(0, bucket.rows, bucket.unpad(attended))

@@ -1,7 +1,7 @@
 """The LLM families: what distinguishes them in Megatron-core and in Hugging Face's checkpoints.
 
-All families are decoders of the same kind: RMSNorm before attention and before a gated feed-forward network, and rotary
-positions. A family differs in the tensors that it adds and in names.
+All families are decoders of the same kind: RMSNorms before or after attention and a gated feed-forward network, and
+rotary positions. A family differs in the tensors that it adds, in names, and in what `model.llm.features` describes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
+from model.llm.features import Activation, Norms, Scales, gemma3, granite, ministral3, plain
 from model.llm.mixture import Mixture, described, mixtral, qwen3_moe
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ LLAMA_MODULES: dict[str, str] = {
     "output": "lm_head",
 }
 """The modules of an LLM by their role, as transformers' Llama names them. Those of a layer are relative to `layer`, in
-which `{n}` stands for the layer's number."""
+which `{n}` stands for the layer's number. Roles with the same module are one tensor, in this order. Families with norms
+after attention and after the feed-forward network have the roles `attention_output_norm` and `mlp_output_norm`."""
 
 REQUIRED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
 """Fields of the Hugging Face config with the only value that the Megatron model computes."""
@@ -51,6 +53,18 @@ class LLMFamily:
     """True if the projections of queries, keys and values have biases."""
     qk_norm: bool = False
     """True if every query and key head is normalized by an RMSNorm with learned weights."""
+    all_heads_norm: bool = False
+    """True if an RMSNorm normalizes all query heads together, and another one all key heads. Excludes `qk_norm`."""
+    norms: Norms = "before"
+    """The RMSNorms of a layer."""
+    norms_from_zero: bool = False
+    """True if the factor of a norm is 1 + weight, so that its initial weights are 0."""
+    activation: Activation = "silu"
+    """The activation function of the gate."""
+    partial_rotary: bool = False
+    """True if the config may restrict the rotary embedding to a part of each head (`partial_rotary_factor`)."""
+    scales: Callable[[PretrainedConfig], Scales] = plain
+    """A function that returns the factors that a config describes."""
     required: Mapping[str, Any] = field(default_factory=lambda: dict(REQUIRED))
     """Fields of the Hugging Face config, if it has them, and the only value that is supported."""
     modules: Mapping[str, str] = field(default_factory=lambda: dict(LLAMA_MODULES))
@@ -75,6 +89,29 @@ QWEN3_MOE_MODULES: dict[str, str] = {
     "expert_up": "mlp.experts.{e}.up_proj",
     "expert_down": "mlp.experts.{e}.down_proj",
 }
+PHI3_MODULES: dict[str, str] = {
+    **LLAMA_MODULES,
+    **dict.fromkeys(("query", "key", "value"), "self_attn.qkv_proj"),
+    **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
+}
+GEMMA3_MODULES: dict[str, str] = {
+    **LLAMA_MODULES,
+    "attention_output_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
+OLMO2_MODULES: dict[str, str] = {
+    **LLAMA_MODULES,
+    "attention_output_norm": "post_attention_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
+_GEMMA3_REQUIRED = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "attention_dropout": 0,
+    "attn_logit_softcapping": None,  # transformers ignores it
+    "use_bidirectional_attention": False,
+}
 _EXPERTS_REQUIRED = {**REQUIRED, "output_router_logits": False, "router_jitter_noise": 0.0}
 
 LLM_FAMILIES: dict[str, LLMFamily] = {
@@ -82,6 +119,23 @@ LLM_FAMILIES: dict[str, LLMFamily] = {
     "mistral": LLMFamily(),
     "qwen2": LLMFamily(qkv_bias=True),
     "qwen3": LLMFamily(qk_norm=True),
+    "granite": LLMFamily(scales=granite),
+    "smollm3": LLMFamily(),
+    "phi3": LLMFamily(
+        required={**REQUIRED, "resid_pdrop": 0, "embd_pdrop": 0}, modules=PHI3_MODULES, partial_rotary=True
+    ),
+    "gemma3_text": LLMFamily(
+        qk_norm=True,
+        norms="around",
+        norms_from_zero=True,
+        activation="gelu_tanh",
+        required=_GEMMA3_REQUIRED,
+        modules=GEMMA3_MODULES,
+        scales=gemma3,
+    ),
+    "ministral3": LLMFamily(scales=ministral3),
+    "olmo2": LLMFamily(all_heads_norm=True, norms="after", modules=OLMO2_MODULES),
+    "olmo3": LLMFamily(all_heads_norm=True, norms="after", modules=OLMO2_MODULES),
     "mixtral": LLMFamily(required=_EXPERTS_REQUIRED, modules=MIXTRAL_MODULES, experts=mixtral),
     "qwen3_moe": LLMFamily(qk_norm=True, required=_EXPERTS_REQUIRED, modules=QWEN3_MOE_MODULES, experts=qwen3_moe),
 }
@@ -107,6 +161,12 @@ def mixture_of(hf_config: PretrainedConfig) -> Mixture | None:
     """Return the experts in the feed-forward layers of an LLM; None if it has none."""
     experts = family_of(hf_config).experts
     return described(hf_config) if experts is None else experts(hf_config)
+
+
+def is_fused(hf_config: PretrainedConfig) -> bool:
+    """Return whether the checkpoint stores the projections of gate and up as one tensor."""
+    modules = family_of(hf_config).modules
+    return modules["gate"] == modules["up"]
 
 
 def modules_of(hf_config: PretrainedConfig) -> Mapping[str, str]:

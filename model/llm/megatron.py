@@ -17,13 +17,13 @@ returns, on the last chunk, losses `[1, t]` in fp32, or logits `[1, t, padded vo
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -32,7 +32,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -42,56 +42,24 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model.errors import UserError
 from model.llm.attention import PackedAttention
-from model.llm.families import family_of, mixture_of
+from model.llm.families import LLMFamily, family_of, mixture_of
+from model.llm.features import attention_layers
 from model.llm.megatron_experts import expert_options, expert_spec, watch
-from model.llm.mlp import SwiGLUMLP
+from model.llm.mlp import MLPS
 from model.llm.names import head_dim, padded_vocab_size, tp_dim
+from model.llm.norms import Addition, AllHeadsNorm, RMSNorm
+from model.llm.rotary import rotary_embeddings
 from model.llm.stages import Recompute, chunk_layers
 
 _RECOMPUTATION: dict[Recompute, dict[str, Any]] = {
     "none": {},
-    # `RMSNorm`, `PackedAttention` and `SwiGLUMLP` recompute. Megatron's own recomputed norms need TransformerEngine.
+    # `RMSNorm`, `PackedAttention` and `GatedMLP` recompute. Megatron's own recomputed norms need TransformerEngine.
     "selective": {"recompute_granularity": "selective", "recompute_modules": []},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-
-
-class RMSNorm(nn.Module):
-    """An RMSNorm over the last dimension. Its weight is marked for Megatron's sequence-parallel gradient all-reduce."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=_device(config)))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.is_recomputed = False
-        self.latest: CheckpointWithoutOutput | None = None
-        """The latest output, which `recompute_after` discards."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize `x` [..., hidden_size]."""
-        if not (self.is_recomputed and self.training):
-            return self._normalize(x)
-        self.latest = CheckpointWithoutOutput(fp8=None)
-        output: Tensor = self.latest.checkpoint(self._normalize, x)
-        return output
-
-    def _normalize(self, x: Tensor) -> Tensor:
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-    def recompute_after(self, consumer: nn.Module) -> None:
-        """Discard the norm's output once `consumer` has used it, and compute it again in the backward pass."""
-        self.is_recomputed = True
-        consumer.register_forward_hook(self._discard)
-
-    def _discard(self, _module: nn.Module, _args: Any, output: tuple[Tensor, Any]) -> None:
-        if self.latest is not None:
-            self.latest.discard_output_and_register_recompute(output[0])
-            self.latest = None
 
 
 def transformer_config(
@@ -136,7 +104,7 @@ def transformer_config(
         kv_channels=head_dim(hf_config),
         add_bias_linear=False,
         add_qkv_bias=family.qkv_bias,
-        qk_layernorm=family.qk_norm,
+        qk_layernorm=family.qk_norm or family.all_heads_norm,
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
         normalization="RMSNorm",
@@ -249,15 +217,7 @@ def _build_chunk(
         dim = tp_dim(name)
         if dim is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, dim, 2 if "linear_fc1" in name else 1)
-    watch(gpt)
-    if config.recompute_granularity == "selective":
-        for layer in gpt.decoder.layers:
-            layer.input_layernorm.recompute_after(layer.self_attention)
-            layer.pre_mlp_layernorm.recompute_after(layer.mlp)
-    if first and config.recompute_granularity is not None:
-        gpt.decoder.register_forward_pre_hook(_require_grad, with_kwargs=True)
-    if last and padded_vocab_size(hf_config, tp_size) > hf_config.vocab_size:
-        gpt.output_layer.register_forward_hook(partial(_mask_padded_columns, vocab_size=hf_config.vocab_size))
+    _add_hooks(gpt, hf_config, first, last)
     return gpt
 
 
@@ -267,59 +227,109 @@ def embed_tokens(gpt: GPTModel, token_ids: Tensor) -> Tensor:
     Collective: every rank of the tensor-parallel group must call it.
     """
     embedded: Tensor = gpt.embedding(input_ids=token_ids[None], position_ids=None)
-    return embedded
-
-
-def rotary_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
-    """Return the inverse frequencies [head dim / 2] in fp32 and the factor on cosine and sine, as in transformers."""
-    rope = hf_config.rope_parameters
-    if rope["rope_type"] != "default":
-        inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config, torch.device("cpu"))
-        return inv_freq, float(scaling)
-    width = head_dim(hf_config)
-    return 1.0 / (rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float) / width)), 1.0
-
-
-def _device(config: TransformerConfig) -> Any:
-    return None if config.use_cpu_initialization else torch.cuda.current_device()
+    return embedded if gpt.token_scale == 1.0 else embedded * gpt.token_scale
 
 
 def _block_spec(
     config: TransformerConfig, hf_config: PretrainedConfig, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    inv_freq, scaling = rotary_frequencies(hf_config)
-    head_norm = RMSNorm if config.qk_layernorm else IdentityOp
-    attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
-        core_attention=partial(PackedAttention, inv_freq=inv_freq, scaling=scaling),
-        linear_proj=RowParallelLinear,
-        q_layernorm=head_norm,
-        k_layernorm=head_norm,
-    )
-    dense = SwiGLUMLP  # a class, since Megatron warns of a ModuleSpec of a class that it does not know
-
-    def layer(mlp: ModuleSpec | type[SwiGLUMLP]) -> ModuleSpec:
-        return ModuleSpec(
-            module=TransformerLayer,
-            submodules=TransformerLayerSubmodules(
-                input_layernorm=RMSNorm,
-                self_attention=ModuleSpec(
-                    module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
-                ),
-                self_attn_bda=get_bias_dropout_add,
-                pre_mlp_layernorm=RMSNorm,
-                mlp=mlp,
-                mlp_bda=get_bias_dropout_add,
-            ),
-        )
-
+    family, scales = family_of(hf_config), family_of(hf_config).scales(hf_config)
+    attention, rotary = attention_layers(hf_config), rotary_embeddings(hf_config)
+    norm = ModuleSpec(module=RMSNorm, params={"from_zero": family.norms_from_zero})
+    before = IdentityOp if family.norms == "after" else norm
+    addition = _addition(config, norm if family.norms != "before" else None, scales.branches)
     mixture = mixture_of(hf_config)
     with_experts = () if mixture is None else mixture.layers
     experts = None if mixture is None else expert_spec(mixture)
+
+    def layer(number: int) -> ModuleSpec:
+        own = attention[number]
+        core = partial(PackedAttention, rotary=None if own.rope is None else rotary[own.rope], layer=own, scales=scales)
+        return ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=before,
+                self_attention=ModuleSpec(
+                    module=SelfAttention,
+                    params={"attn_mask_type": AttnMaskType.causal},
+                    submodules=_attention_modules(config, family, norm, core),
+                ),
+                self_attn_bda=addition,
+                pre_mlp_layernorm=before,
+                mlp=experts if number in with_experts and experts is not None else MLPS[family.activation],
+                mlp_bda=addition,
+            ),
+        )
+
     first = get_transformer_layer_offset(config, vp_stage)
     numbers = range(first, first + get_num_layers_to_build(config, vp_stage))
-    specs = [layer(experts if n in with_experts and experts is not None else dense) for n in numbers]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer(n) for n in numbers], layer_norm=norm)
+
+
+def _addition(config: TransformerConfig, norm: ModuleSpec | None, scale: float) -> Any:
+    """Return what adds the output of attention, or of the feed-forward network, to its input."""
+    if norm is None and scale == 1.0:
+        return get_bias_dropout_add
+    sizes = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+    build = None if norm is None else partial(build_module, norm, **sizes)
+    return ModuleSpec(module=Addition, params={"norm": build, "scale": scale})
+
+
+def _attention_modules(config: TransformerConfig, family: LLMFamily, norm: Any, core: Any) -> SelfAttentionSubmodules:
+    """Return the modules of a layer's attention, given those for norms of single heads and for the attention itself."""
+    query_norm = key_norm = norm if family.qk_norm else IdentityOp
+    if family.all_heads_norm:
+        query_norm = ModuleSpec(module=AllHeadsNorm, params={"num_heads": config.num_attention_heads})
+        key_norm = ModuleSpec(module=AllHeadsNorm, params={"num_heads": config.num_query_groups})
+    return SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=core,
+        linear_proj=RowParallelLinear,
+        q_layernorm=query_norm,
+        k_layernorm=key_norm,
+    )
+
+
+def _add_hooks(gpt: GPTModel, hf_config: PretrainedConfig, first: bool, last: bool) -> None:
+    """Add what Megatron's modules do not compute to a chunk. `first` and `last` are those of `_build_chunk`."""
+    config, scales = gpt.config, family_of(hf_config).scales(hf_config)
+    for layer in gpt.decoder.layers:
+        # Megatron enables gradients here even in evaluation, so an `Addition` would keep its inputs.
+        layer.bias_dropout_add_exec_handler = nullcontext
+    watch(gpt)
+    if config.recompute_granularity == "selective":
+        for layer in gpt.decoder.layers:
+            for norm, consumer in (
+                (layer.input_layernorm, layer.self_attention),
+                (layer.pre_mlp_layernorm, layer.mlp),
+            ):
+                if isinstance(norm, RMSNorm):
+                    norm.recompute_after(consumer)
+    if first:
+        # Rounded as in transformers, which stores the factor in the dtype of the weights.
+        gpt.token_scale = float(torch.tensor(scales.tokens, dtype=config.params_dtype, device="cpu"))
+        if scales.inputs != 1.0:
+            gpt.decoder.register_forward_pre_hook(partial(_scale_inputs, scale=scales.inputs), with_kwargs=True)
+        if config.recompute_granularity is not None:
+            gpt.decoder.register_forward_pre_hook(_require_grad, with_kwargs=True)
+    if last and (scales.logits != 1.0 or scales.logits_cap is not None):
+        gpt.output_layer.register_forward_hook(partial(_scale_logits, divisor=scales.logits, cap=scales.logits_cap))
+    if last and padded_vocab_size(hf_config, config.tensor_model_parallel_size) > hf_config.vocab_size:
+        gpt.output_layer.register_forward_hook(partial(_mask_padded_columns, vocab_size=hf_config.vocab_size))
+
+
+def _scale_inputs(_module: nn.Module, args: Any, kwargs: dict[str, Any], *, scale: float) -> tuple[Any, dict[str, Any]]:
+    kwargs["hidden_states"] = kwargs["hidden_states"] * scale
+    return args, kwargs
+
+
+def _scale_logits(
+    _module: nn.Module, _args: Any, output: tuple[Tensor, Any], *, divisor: float, cap: float | None
+) -> tuple[Tensor, Any]:
+    logits, bias = output
+    if divisor != 1.0:
+        logits = logits / divisor
+    return logits if cap is None else torch.tanh(logits / cap) * cap, bias
 
 
 def _require_grad(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

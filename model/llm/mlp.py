@@ -1,7 +1,8 @@
-"""The feed-forward part of a Megatron layer, with a SwiGLU that keeps only its input for the backward pass."""
+"""The feed-forward part of a Megatron layer, with a gate that keeps only its input for the backward pass."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,34 +13,49 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
+from model.llm.features import Activation
 
-class SwiGLUMLP(MLP):
-    """Megatron's MLP for SwiGLU without biases.
+
+class GatedMLP(MLP):
+    """Megatron's MLP with a gate (SwiGLU or GeGLU, arXiv 2002.05202) and without biases.
 
     Autograd would keep the activated gate and the copies of both halves of the input, 2 f values more per token. With
     selective recomputation, the output is not kept either.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, activation: Activation = "silu") -> None:
         projections = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         super().__init__(config, projections, ffn_hidden_size=config.ffn_hidden_size)
+        self.gated = partial(gated, activation=activation)
 
     def forward(self, hidden_states: Tensor, per_token_scale: None = None, **_: Any) -> tuple[Tensor, None]:
         """Return the output [t/TP, 1, hidden] for an input of the same shape, and no bias."""
         assert per_token_scale is None
         both, _bias = self.linear_fc1(hidden_states)
         if not (self.training and self.config.recompute_granularity == "selective"):
-            output, bias = self.linear_fc2(swiglu(both))
+            output, bias = self.linear_fc2(self.gated(both))
             return output, bias
         activation = CheckpointWithoutOutput(fp8=None)
-        output, bias = self.linear_fc2(activation.checkpoint(swiglu, both))
+        output, bias = self.linear_fc2(activation.checkpoint(self.gated, both))
         activation.discard_output_and_register_recompute(output)
         return output, bias
 
 
-def swiglu(both: Tensor) -> Tensor:
-    """Return silu(gate) · up, [..., f], for `both` [..., 2 f], in which the columns of gate precede those of up."""
-    result: Tensor = _SwiGLU.apply(both)
+class GeGLUMLP(GatedMLP):
+    """A `GatedMLP` with the tanh approximation of GELU, as in Gemma."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config, "gelu_tanh")
+
+
+MLPS: dict[Activation, type[GatedMLP]] = {"silu": GatedMLP, "gelu_tanh": GeGLUMLP}
+"""The feed-forward networks by activation function. They are classes of their own, since Megatron warns of a ModuleSpec
+of a class that it does not know."""
+
+
+def gated(both: Tensor, activation: Activation) -> Tensor:
+    """Return activation(gate) · up, [..., f], for `both` [..., 2 f], in which the columns of gate come first."""
+    result: Tensor = (_SwiGLU if activation == "silu" else _GeGLU).apply(both)
     return result
 
 
@@ -55,3 +71,18 @@ class _SwiGLU(torch.autograd.Function):
         (grad,) = grads
         gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
         return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), grad * functional.silu(gate)), dim=-1)
+
+
+class _GeGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, dim=-1)
+        return functional.gelu(gate, approximate="tanh") * up
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,) = grads
+        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
+        of_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+        return torch.cat((of_gate, grad * functional.gelu(gate, approximate="tanh")), dim=-1)

@@ -43,7 +43,9 @@ _SINGLE = {
     "self_attention.k_layernorm.weight": "key_norm",
     "mlp.linear_fc2.weight": "down",
     "input_layernorm.weight": "attention_norm",
+    "self_attn_bda.norm.weight": "attention_output_norm",
     "pre_mlp_layernorm.weight": "mlp_norm",
+    "mlp_bda.norm.weight": "mlp_output_norm",
 }
 """The parameters of a layer that are one Hugging Face tensor, with its role in `LLAMA_MODULES`."""
 
@@ -84,26 +86,23 @@ def head_dim(hf_config: PretrainedConfig) -> int:
 
 def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the Hugging Face model, in its order. A tied output layer is not listed."""
-    family, modules = family_of(hf_config), modules_of(hf_config)
-    hidden, ffn, width = hf_config.hidden_size, hf_config.intermediate_size, head_dim(hf_config)
-    queries, keys = hf_config.num_attention_heads * width, hf_config.num_key_value_heads * width
-    rows = {"query": queries, "key": keys, "value": keys}
-    layer: dict[str, tuple[int, ...]] = {}
-    for role, num_rows in rows.items():
-        layer[f"{role}.weight"] = (num_rows, hidden)
-        if family.qkv_bias:
-            layer[f"{role}.bias"] = (num_rows,)
-    layer["attention_output.weight"] = (hidden, queries)
-    if family.qk_norm:
-        layer["query_norm.weight"] = layer["key_norm.weight"] = (width,)
-    layer["attention_norm.weight"] = layer["mlp_norm.weight"] = (hidden,)
+    modules = modules_of(hf_config)
+    hidden, ffn = hf_config.hidden_size, hf_config.intermediate_size
+    attention = _attention_shapes(hf_config)
     dense = {"gate.weight": (ffn, hidden), "up.weight": (ffn, hidden), "down.weight": (hidden, ffn)}
     mixture = mixture_of(hf_config)
     shapes: dict[str, tuple[int, ...]] = {_hf_name(modules, "embedding.weight"): (hf_config.vocab_size, hidden)}
+
+    def add(tensors: Mapping[str, tuple[int, ...]], layer: int) -> None:
+        for tensor, (rows, *columns) in tensors.items():
+            name = _hf_name(modules, tensor, layer)
+            # Roles that share a module are one tensor.
+            shapes[name] = (shapes.get(name, (0,))[0] + rows, *columns)
+
     for n in range(hf_config.num_hidden_layers):
-        shapes |= {_hf_name(modules, tensor, n): shape for tensor, shape in layer.items()}
+        add(attention, n)
         if mixture is None or n not in mixture.layers:
-            shapes |= {_hf_name(modules, tensor, n): shape for tensor, shape in dense.items()}
+            add(dense, n)
             continue
         shapes |= {name: (num_rows, hidden) for name, num_rows in _router_tensors(hf_config, n)}
         for expert in mixture.experts:
@@ -114,6 +113,46 @@ def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     if not hf_config.tie_word_embeddings:
         shapes[_hf_name(modules, "output.weight")] = (hf_config.vocab_size, hidden)
     return shapes
+
+
+def _attention_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer's tensors, except those of the feed-forward network, by role."""
+    family, hidden, width = family_of(hf_config), hf_config.hidden_size, head_dim(hf_config)
+    rows = _projection_rows(hf_config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for role in ("query", "key", "value"):
+        shapes[f"{role}.weight"] = (rows[role], hidden)
+        if family.qkv_bias:
+            shapes[f"{role}.bias"] = (rows[role],)
+    shapes["attention_output.weight"] = (hidden, rows["query"])
+    if family.qk_norm:
+        shapes["query_norm.weight"] = shapes["key_norm.weight"] = (width,)
+    if family.all_heads_norm:
+        shapes["query_norm.weight"], shapes["key_norm.weight"] = (rows["query"],), (rows["key"],)
+    if family.norms != "after":
+        shapes["attention_norm.weight"] = shapes["mlp_norm.weight"] = (hidden,)
+    if family.norms != "before":
+        shapes["attention_output_norm.weight"] = shapes["mlp_output_norm.weight"] = (hidden,)
+    return shapes
+
+
+def _projection_rows(hf_config: PretrainedConfig) -> dict[str, int]:
+    """Return the numbers of rows of the projections that a checkpoint may store in one tensor, by role."""
+    width = head_dim(hf_config)
+    keys = hf_config.num_key_value_heads * width
+    rows = {"query": hf_config.num_attention_heads * width, "key": keys, "value": keys}
+    return {**rows, "gate": hf_config.intermediate_size, "up": hf_config.intermediate_size}
+
+
+def _first_row(hf_config: PretrainedConfig, role: str) -> int:
+    """Return the first row of a projection in its tensor; not 0 only if it shares the tensor with others."""
+    modules, first = modules_of(hf_config), 0
+    for other, rows in _projection_rows(hf_config).items():
+        if other == role:
+            break
+        if modules[other] == modules[role]:
+            first += rows
+    return first
 
 
 def _hf_name(modules: Mapping[str, str], tensor: str, layer: int | None = None, expert: str = "") -> str:
@@ -144,8 +183,11 @@ def local_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, 
         return list(_qkv_pieces(layer, rest.rsplit(".", 1)[1], hf_config, tp_rank, tp_size))
     if rest == "mlp.linear_fc1.weight":
         rows = hf_config.intermediate_size // tp_size
-        index = (slice(tp_rank * rows, (tp_rank + 1) * rows), whole)
-        return [Piece(_hf_name(modules, f"{role}.weight", layer), index) for role in ("gate", "up")]
+        first = {role: _first_row(hf_config, role) + tp_rank * rows for role in ("gate", "up")}
+        return [
+            Piece(_hf_name(modules, f"{role}.weight", layer), (slice(start, start + rows), whole))
+            for role, start in first.items()
+        ]
     if rest == "mlp.router.weight":
         return [Piece(name, (slice(0, num_rows), whole)) for name, num_rows in _router_tensors(hf_config, layer)]
     if (expert := _EXPERT.match(rest)) is not None:
@@ -225,7 +267,8 @@ def _qkv_pieces(layer: int, kind: str, hf_config: PretrainedConfig, tp_rank: int
             size = heads * width
             start, stop = max(first, row) - row, min(last, row + size) - row
             if start < stop:
-                rows = slice(group * size + start, group * size + stop)
+                first_row = _first_row(hf_config, role) + group * size
+                rows = slice(first_row + start, first_row + stop)
                 index = (rows, slice(None)) if kind == "weight" else (rows,)
                 yield Piece(_hf_name(modules, f"{role}.{kind}", layer), index)
             row += size

@@ -15,6 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.llm.rotary import Rotary
 from model.transfer import to_device
 
 PADDING = -1
@@ -91,7 +92,9 @@ class PackedSequences(PackedSeqParams):
         self.starts = self.starts or (0,) * len(self.lengths)
         assert len(self.starts) == len(self.lengths)
         assert (self.cache is None) == (not self.sequences)
-        self._rotation: tuple[Tensor, Tensor] | None = None
+        self._rotations: dict[tuple[str, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._query_factors: Tensor | None = None
+        self._window_masks: dict[tuple[int, int], Tensor] = {}
         self._layout: Tensor | None = None
         self._buckets: tuple[Bucket, ...] | None = None
         self._segment_ends: Tensor | None = None
@@ -137,18 +140,33 @@ class PackedSequences(PackedSeqParams):
         positions, rows_there, places_there, inverse_there = self._layout.unbind()
         return positions, rows_there, places_there, inverse_there
 
-    def rotation(self, inv_freq: Tensor, scaling: float, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine [t, 1, D] of the rotary embedding, which are computed once per pack for all layers.
+    def rotation(self, rotary: Rotary, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine [t, 1, R] of a rotary embedding, which are computed once per pack for all its layers.
 
         Args:
-            inv_freq: The inverse frequencies [D/2] in fp32, on the device of `like`.
-            scaling: The factor on cosine and sine.
+            rotary: The embedding, on the device of `like`.
             like: A tensor whose dtype and device the result has.
         """
-        if self._rotation is None or self._rotation[0].dtype != like.dtype:
-            angles = torch.outer(self.layout(like.device)[0].float(), inv_freq).repeat(1, 2)[:, None, :]
-            self._rotation = ((angles.cos() * scaling).to(like), (angles.sin() * scaling).to(like))
-        return self._rotation
+        key = (rotary.key, like.dtype)
+        if key not in self._rotations:
+            angles = torch.outer(self.layout(like.device)[0].float(), rotary.inv_freq).repeat(1, 2)[:, None, :]
+            self._rotations[key] = ((angles.cos() * rotary.scaling).to(like), (angles.sin() * rotary.scaling).to(like))
+        return self._rotations[key]
+
+    def query_factors(self, beta: float, length: int, like: Tensor) -> Tensor:
+        """Return the factors [t, 1, 1] on queries, 1 + beta · log(1 + ⌊position / length⌋), as in Llama 4."""
+        if self._query_factors is None or self._query_factors.dtype != like.dtype:
+            spans = torch.div(self.layout(like.device)[0], length, rounding_mode="floor")
+            self._query_factors = (1 + beta * torch.log(1 + spans.float())).to(like)[:, None, None]
+        return self._query_factors
+
+    def window_mask(self, length: int, window: int, device: torch.device) -> Tensor:
+        """Return a mask [length, length] in bool: a row attends to itself and to the `window` - 1 rows before it."""
+        if (length, window) not in self._window_masks:
+            rows = torch.arange(length, device=device)
+            distances = rows[:, None] - rows
+            self._window_masks[length, window] = (distances >= 0) & (distances < window)
+        return self._window_masks[length, window]
 
     def buckets(self, device: torch.device) -> tuple[Bucket, ...]:
         """Return the segments of similar length, as in `groups`."""

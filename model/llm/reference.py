@@ -17,12 +17,13 @@ from model.config import LLMConfig
 from model.errors import UserError
 from model.llm.donors import MixtureSource
 from model.llm.experts import place_experts
-from model.llm.families import check_family, family_of, mixture_of, modules_of
+from model.llm.families import check_family, family_of, is_fused, mixture_of, modules_of
+from model.llm.features import attention_layers, rope_sets
 from model.llm.mixture import BASE, FIELD, describe_experts, read_experts
 from model.llm.names import hf_shapes
+from model.llm.rotary import ROPE_TYPES
 from model.llm.weights import RandomSource, SafetensorsSource, WeightSource, check_source, local_directory
 
-ROPE_TYPES = ("default", "linear", "llama3")
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -74,16 +75,6 @@ def resolve_hf_config(config: LLMConfig) -> PretrainedConfig:
     return hf_config
 
 
-def num_positions(hf_config: PretrainedConfig) -> int:
-    """Return the number of positions that the LLM's rotary embedding supports, including any configured scaling."""
-    rope = hf_config.rope_parameters
-    stretched = rope.get("original_max_position_embeddings")
-    factor = rope.get("factor")
-    if stretched is None or factor is None:
-        return int(hf_config.max_position_embeddings)
-    return min(int(hf_config.max_position_embeddings), int(stretched * factor))
-
-
 def dense_config(hf_config: PretrainedConfig) -> PretrainedConfig:
     """Return the config of a dense LLM without the experts that it got from the recipe."""
     dense = copy.deepcopy(hf_config)
@@ -97,6 +88,11 @@ def _add_experts(hf_config: PretrainedConfig, config: LLMConfig) -> None:
         raise UserError(
             f"model.llm.experts: the LLM ({hf_config.model_type}) has experts already; give a dense LLM, or remove "
             "the key"
+        )
+    if is_fused(hf_config) or family_of(hf_config).activation != "silu":
+        raise UserError(
+            f"model.llm.experts: not supported for {hf_config.model_type}, whose feed-forward network is not three "
+            "projections with SiLU; use another LLM, or remove the key"
         )
     names = [expert.name for expert in config.experts]
     layers = hf_config.num_hidden_layers
@@ -212,7 +208,7 @@ def _construct(values: dict[str, Any]) -> PretrainedConfig:
     arguments = {k: v for k, v in values.items() if k != "model_type"}
     try:
         hf_config: PretrainedConfig = AutoConfig.for_model(values["model_type"], **arguments)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, IndexError) as error:
         raise UserError(
             f"model.llm.config: not a valid {values['model_type']} config ({_first_line(error)})"
         ) from error
@@ -241,21 +237,7 @@ def _check_features(hf_config: PretrainedConfig) -> None:
     heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
     if heads % groups:
         raise UserError(f"{where}.num_key_value_heads = {groups}: must divide num_attention_heads = {heads}")
-    rope = hf_config.rope_parameters
-    if rope.get("rope_type", "default") not in ROPE_TYPES:
-        raise UserError(
-            f"{where}.rope_parameters.rope_type = {rope['rope_type']}: supported are {', '.join(ROPE_TYPES)}"
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor = {rope['partial_rotary_factor']} is not supported; use 1.0")
-    window = getattr(hf_config, "sliding_window", None)
-    layers = getattr(hf_config, "layer_types", None)
-    slides = window is not None and (layers is None or "sliding_attention" in layers)
-    if slides and window < hf_config.max_position_embeddings:
-        raise UserError(
-            f"{where}.sliding_window = {window}: sliding-window attention is not supported; set it to null, or "
-            f"max_position_embeddings ({hf_config.max_position_embeddings}) to at most {window}"
-        )
+    _check_rotary(hf_config)
     mixture = mixture_of(hf_config)
     if mixture is not None and not 1 <= mixture.top_k <= len(mixture.experts):
         raise UserError(
@@ -263,5 +245,19 @@ def _check_features(hf_config: PretrainedConfig) -> None:
             "experts of a layer"
         )
     for key, value in family_of(hf_config).required.items():
-        if getattr(hf_config, key, value) != value:
+        if (getattr(hf_config, key, value) or value) != value:
             raise UserError(f"{where}.{key} = {getattr(hf_config, key)}: only {value} is supported")
+
+
+def _check_rotary(hf_config: PretrainedConfig) -> None:
+    """Check the windows, rotary embeddings and scales of a config."""
+    family = family_of(hf_config)
+    for key, rope in rope_sets(hf_config).items():
+        where = f"model.llm.config.rope_parameters{'.' * bool(key)}{key}"
+        if rope.get("rope_type", "default") not in ROPE_TYPES:
+            raise UserError(f"{where}.rope_type = {rope['rope_type']}: supported are {', '.join(ROPE_TYPES)}")
+        share = rope.get("partial_rotary_factor", 1.0)
+        if share != 1.0 and not family.partial_rotary:
+            raise UserError(f"{where}.partial_rotary_factor = {share}: only 1.0 is supported for this family")
+    attention_layers(hf_config)
+    family.scales(hf_config)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from model.errors import UserError
+from model.llm.families import family_of
 from model.llm.names import Index, hf_shapes, hf_to_local, is_expert, local_pieces
 
 RANDOM_BLOCK_ROWS = 256
@@ -94,14 +95,17 @@ class SafetensorsSource:
         return str(self._directory / self._file_of.get(name, ""))
 
 
-def embedding_rms(source: WeightSource) -> float:
-    """Return the root mean square of the LLM's token embeddings, from at most 16 evenly spaced blocks of 256 rows."""
+def embedding_rms(source: WeightSource, hf_config: PretrainedConfig) -> float:
+    """Return the root mean square of the LLM's token embeddings, from at most 16 evenly spaced blocks of 256 rows.
+
+    Embeddings include the factor that the LLM applies to those of tokens alone (`Scales.tokens`).
+    """
     name = "model.embed_tokens.weight"
     shape = source.shape(name)
     assert shape is not None, source.where(name)
     starts = range(0, shape[0], max(RANDOM_BLOCK_ROWS, shape[0] // 16))
     blocks = [source.read(name, (slice(i, i + RANDOM_BLOCK_ROWS), slice(None))).double() for i in starts]
-    return float(torch.cat(blocks).square().mean().sqrt())
+    return float(torch.cat(blocks).square().mean().sqrt()) * family_of(hf_config).scales(hf_config).tokens
 
 
 class StateDictSource:
@@ -126,6 +130,8 @@ class StateDictSource:
 class RandomSource:
     """Random initial weights: normal with standard deviation `initializer_range`; norms are 1, biases 0.
 
+    Norms are 0 in families whose norms multiply by 1 + weight.
+
     Every block of rows is drawn from a generator that is seeded by (seed, name, block). So any rank of any topology
     gets the same values for the slices that it reads, and draws at most one block more.
     """
@@ -134,6 +140,7 @@ class RandomSource:
         self._shapes = hf_shapes(hf_config)
         self._std = float(hf_config.initializer_range)
         self._seed = seed
+        self._norm = torch.zeros if family_of(hf_config).norms_from_zero else torch.ones
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Implement `WeightSource`."""
@@ -143,7 +150,7 @@ class RandomSource:
         """Implement `WeightSource`; the result is in fp32."""
         shape = self._shapes[name]
         if len(shape) == 1:
-            constant = torch.zeros if name.endswith(".bias") else torch.ones
+            constant = torch.zeros if name.endswith(".bias") else self._norm
             return constant(shape)[index]
         start, stop, _ = index[0].indices(shape[0])
         blocks = range(start // RANDOM_BLOCK_ROWS, -(-stop // RANDOM_BLOCK_ROWS))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.harness import run_ranks
+from trainer.parity_llms import FEATURED, features
 
 VOCAB = 97  # not divisible by any tensor-parallel size here
 TOLERANCE = 1e-5
@@ -19,9 +20,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_key_value_heads": 4},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 16},
+    **{
+        family: {
+            "model_type": family,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            **features(family, NUM_LAYERS),
+        }
+        for family in FEATURED
+    },
 }
 
-# world → cases; qwen2 at tp 4 has fewer key-value heads than ranks
+# world → cases; qwen2, olmo2 and phi3 at tp 4 have fewer key-value heads than ranks
 CASES: dict[int, list[dict[str, Any]]] = {
     2: [
         {"family": "qwen3", "tp": 2},
@@ -30,12 +40,18 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"family": "llama", "pp": 2, "recompute": "full"},
         {"family": "llama", "dp": 2},
         {"family": "qwen2", "tp": 2, "frozen": True},
+        *({"family": family, "tp": 2} for family in ("phi3", "gemma3_text", "olmo3")),
+        *({"family": family, "pp": 2} for family in ("granite", "smollm3", "ministral3")),
     ],
     4: [
         {"family": "llama", "tp": 2, "pp": 2},
         {"family": "qwen2", "tp": 2, "pp": 2, "recompute": "full"},
         {"family": "qwen2", "tp": 4},
         {"family": "qwen3", "tp": 2, "dp": 2},
+        {"family": "olmo2", "tp": 4},
+        {"family": "phi3", "tp": 4, "recompute": "full"},
+        *({"family": family, "tp": 2, "pp": 2, "recompute": "full"} for family in ("granite", "gemma3_text", "olmo3")),
+        {"family": "gemma3_text", "tp": 2, "pp": 2},
     ],
 }
 

@@ -8,9 +8,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from model.config import LLMConfig
 from model.llm.attention import PackedAttention
-from model.llm.megatron import rotary_frequencies, transformer_config
+from model.llm.features import AttentionLayer, Scales
+from model.llm.megatron import transformer_config
 from model.llm.packing import PackedSequences
 from model.llm.reference import resolve_hf_config
+from model.llm.rotary import rotary_embeddings
 
 
 class ByContract:
@@ -42,8 +44,10 @@ def test_the_fused_path_computes_the_same() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 16}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     hf_config = resolve_hf_config(LLMConfig(config={"model_type": "llama", **sizes, **heads}))
-    inv_freq, scaling = rotary_frequencies(hf_config)
-    attention = PackedAttention(transformer_config(hf_config), 1, inv_freq=inv_freq, scaling=scaling)
+    rotary = rotary_embeddings(hf_config)[""]
+    attention = PackedAttention(
+        transformer_config(hf_config), 1, rotary=rotary, layer=AttentionLayer(), scales=Scales()
+    )
     assert attention.fused is None, "fp32 is computed by SDPA"
     packed = PackedSequences(lengths=(5, 1, 9))
     query, key, value = torch.randn(15, 4, 8), torch.randn(15, 2, 8), torch.randn(15, 2, 8)

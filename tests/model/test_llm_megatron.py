@@ -19,6 +19,7 @@ from model.llm.packing import KVCache, PackedSequences
 from model.llm.reference import build_reference
 from model.llm.weights import StateDictSource, global_parameters, load_megatron
 from trainer.parallel.cpu import megatron_calls
+from trainer.parity_llms import FEATURED, features
 
 VOCAB = 97
 LENGTHS = (5, 9, 1, 6)
@@ -43,7 +44,12 @@ LLAMA3_ROPE = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "rope_parameters": LLAMA3_ROPE},
     "llama-linear": {"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama-yarn": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    },
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 8},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 4},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
@@ -55,6 +61,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "mlp_only_layers": [0],
     },
+    **{family: {"model_type": family, **features(family, 2)} for family in FEATURED},
 }
 
 
@@ -133,11 +140,14 @@ def test_segments_do_not_see_each_other() -> None:
     assert not torch.equal(before[5:14], after[5:14])
 
 
-@pytest.mark.parametrize("frozen_embedding", [False, True])
-def test_recomputation_changes_nothing(frozen_embedding: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "frozen_embedding"),
+    [("qwen3", False), ("qwen3", True), ("granite", True), ("gemma3_text", False), ("olmo3", True)],
+)
+def test_recomputation_changes_nothing(family: str, frozen_embedding: bool) -> None:
     gradients = []
     for recompute in ("none", "selective", "full"):
-        _, gpt = pair("qwen3", recompute=recompute)
+        _, gpt = pair(family, recompute=recompute)
         assert gpt.config.recompute_granularity == (None if recompute == "none" else recompute)
         gpt.embedding.requires_grad_(not frozen_embedding)
         with megatron_calls():
@@ -158,7 +168,7 @@ def test_bf16_stays_close() -> None:
     assert difference < 0.02 * expected.abs().mean()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "mistral-window", *FEATURED])
 def test_decoding_with_a_cache_equals_the_whole_forward(family: str) -> None:
     """Decode sequences of different lengths, of which one ends early, in chunks of several tokens with padding."""
     reference, gpt = pair(family)

@@ -12,6 +12,7 @@ from model.batch import IGNORE, Batch, Sample
 from model.config import LLMConfig, ModelConfig, RouterConfig
 from model.errors import UserError
 from model.lengths import TokenRate
+from model.llm.reference import resolve_hf_config
 from model.llm.weights import StateDictSource, embedding_rms
 from model.speech_llm import SpeechLLM
 from trainer.parity import VOCAB_SIZE, make_sample, tiny_model
@@ -123,7 +124,7 @@ def test_normalized_audio_embeddings_are_as_large_as_token_embeddings(scale: flo
 
 def test_the_size_of_token_embeddings_is_measured_over_the_whole_table() -> None:
     table = torch.arange(40_000.0)[:, None] / 40_000
-    found = embedding_rms(StateDictSource({"model.embed_tokens.weight": table}))
+    found = embedding_rms(StateDictSource({"model.embed_tokens.weight": table}), resolve_hf_config(tiny_model().llm))
     assert found == pytest.approx(float(table.square().mean().sqrt()), rel=0.1)
 
 

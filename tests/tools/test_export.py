@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from model.connectors.kinds import ADAPTERS
 from model.encoders.hf_config import resolve
@@ -113,7 +114,7 @@ def test_every_family_generates_the_same_tokens_without_this_project(tmp_path: P
             wanted = greedy(oracle, sample, eos, vocab, MAX_NEW_TOKENS)
             assert cut_at(alone, eos) == cut_at(batched, eos) == wanted, (family, sample.key)
         assert len({tuple(t) for t in tokens}) > 1, "the same answer to everything shows nothing"
-        assert kind.lower() == f"{family.replace('_', '')}forcausallm" and dtype == "torch.float32"
+        assert kind == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family] and dtype == "torch.float32"
         with torch.no_grad():
             expected = oracle.llm(torch.tensor(ids)).logits[0, -1]
         assert torch.tensor(logits).sub(expected).abs().max() < 1e-5

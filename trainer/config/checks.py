@@ -17,7 +17,8 @@ from model.encoders.family import family_of
 from model.encoders.hf_config import resolve as resolve_encoder
 from model.errors import UserError
 from model.llm.families import mixture_of
-from model.llm.reference import num_positions, resolve_hf_config
+from model.llm.reference import resolve_hf_config
+from model.llm.rotary import num_positions
 from model.lora import LLM, Adapters, llm_layers
 from model.losses.router import RouterLoss
 from model.losses.table import active_losses, check_losses

@@ -162,7 +162,6 @@ def _model_config(description: dict[str, Any]) -> ModelConfig:
     config = EarshotConfig(**description)
     text = config.text_config.to_diff_dict()
     ignored = ("transformers_version", "architectures", "dtype")
-    return replace(
-        audio_config(config.audio),
-        llm=LLMConfig(config={key: value for key, value in text.items() if key not in ignored}),
-    )
+    # Some configs list private attributes, from which they have made their fields.
+    fields = {key: value for key, value in text.items() if key not in ignored and not key.startswith("_")}
+    return replace(audio_config(config.audio), llm=LLMConfig(config=fields))

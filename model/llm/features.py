@@ -1,0 +1,133 @@
+"""What an LLM family computes besides the plain decoder layer: attention windows, rotary embeddings by layer, scales.
+
+Everything here is read from the Hugging Face config. Families name the functions that read their scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Norms = Literal["before", "after", "around"]
+"""The RMSNorms of a layer: before attention and before the feed-forward network (Llama), after both (OLMo 2,
+arXiv 2501.00656, section 3.2), or before and after both (Gemma 3)."""
+
+Activation = Literal["silu", "gelu_tanh"]
+"""The activation function of the gate in the feed-forward network."""
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """What distinguishes the attention of one layer from that of others."""
+
+    window: int | None = None
+    """The number of tokens that a token attends to, itself included; None for all previous tokens of its segment."""
+    rope: str | None = ""
+    """The key of the layer's parameters in `rope_parameters`; empty if all layers have the same ones, and None if the
+    layer has no rotary embedding."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The factors by which an LLM multiplies what other LLMs leave as it is."""
+
+    tokens: float = 1.0
+    """The factor on token embeddings. Audio embeddings are not multiplied."""
+    inputs: float = 1.0
+    """The factor on all inputs of the first layer, token embeddings and audio embeddings."""
+    branches: float = 1.0
+    """The factor on the outputs of attention and of the feed-forward network, before they are added to their input."""
+    softmax: float | None = None
+    """The factor on attention scores; None for 1/√D."""
+    logits: float = 1.0
+    """The divisor of logits."""
+    logits_cap: float | None = None
+    """The bound c of logits, which become c · tanh(logits / c); None for no bound."""
+    long_queries: tuple[float, int] | None = None
+    """(β, n): the query at position p is multiplied by 1 + β log(1 + ⌊p / n⌋), as in Llama 4; None for no factor."""
+
+
+def plain(_hf_config: PretrainedConfig) -> Scales:
+    """Return the scales of a family that has none."""
+    return Scales()
+
+
+def granite(hf_config: PretrainedConfig) -> Scales:
+    """Return the scales of a Granite, as in transformers' `modeling_granite.py`."""
+    return Scales(
+        inputs=float(hf_config.embedding_multiplier),
+        branches=float(hf_config.residual_multiplier),
+        softmax=float(hf_config.attention_multiplier),
+        logits=float(hf_config.logits_scaling),
+    )
+
+
+def gemma3(hf_config: PretrainedConfig) -> Scales:
+    """Return the scales of a Gemma 3, as in transformers' `modeling_gemma3.py`."""
+    return Scales(
+        tokens=hf_config.hidden_size**0.5,
+        softmax=hf_config.query_pre_attn_scalar**-0.5,
+        logits_cap=hf_config.final_logit_softcapping,
+    )
+
+
+def ministral3(hf_config: PretrainedConfig) -> Scales:
+    """Return the scales of a Ministral 3, as in transformers' `modeling_ministral3.py`.
+
+    Raises:
+        UserError: If the rotary embedding's parameters lack those of the queries, with which transformers fails.
+    """
+    rope = hf_config.rope_parameters
+    keys = ("llama_4_scaling_beta", "original_max_position_embeddings")
+    for key in keys:
+        if rope.get(key) is None:
+            raise UserError(
+                f"model.llm.config.rope_parameters.{key} is missing: ministral3 scales queries by it; set it (without "
+                "effect: llama_4_scaling_beta = 0)"
+            )
+    return Scales(long_queries=(float(rope[keys[0]]), int(rope[keys[1]])))
+
+
+def rope_sets(hf_config: PretrainedConfig) -> dict[str, dict[str, Any]]:
+    """Return the parameters of the LLM's rotary embeddings by `AttentionLayer.rope`."""
+    rope = hf_config.rope_parameters
+    if any(isinstance(value, dict) for value in rope.values()):
+        used = {layer.rope for layer in attention_layers(hf_config)}
+        return {key: rope[key] for key in rope if key in used}
+    return {"": rope}
+
+
+def attention_layers(hf_config: PretrainedConfig) -> tuple[AttentionLayer, ...]:
+    """Return what distinguishes the attention of each layer.
+
+    A window that is as long as the longest sequence is no window.
+
+    Raises:
+        UserError: If a layer is of an unknown type, or the config describes fewer layers than the LLM has.
+    """
+    count = hf_config.num_hidden_layers
+    window = getattr(hf_config, "sliding_window", None)
+    if window is not None and window >= hf_config.max_position_embeddings:
+        window = None
+    # transformers ignores the types of layers in families whose config does not declare them.
+    declared = any(field.name == "layer_types" for field in fields(type(hf_config)))  # type: ignore[arg-type]
+    types = hf_config.layer_types if declared else ["sliding_attention"] * count
+    rotates = getattr(hf_config, "no_rope_layers", None) or [1] * count
+    for key, values in (("layer_types", types), ("no_rope_layers", rotates)):
+        if len(values) < count:
+            raise UserError(f"model.llm.config.{key}: has {len(values)} entries; num_hidden_layers is {count}")
+    by_type = any(isinstance(value, dict) for value in hf_config.rope_parameters.values())
+    layers = []
+    for kind, rotated in zip(types[:count], rotates[:count], strict=True):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UserError(
+                f"model.llm.config.layer_types = {kind}: supported are full_attention and sliding_attention"
+            )
+        rope = kind if by_type else ""
+        layers.append(AttentionLayer(window if kind == "sliding_attention" else None, rope if rotated else None))
+    return tuple(layers)

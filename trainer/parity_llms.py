@@ -1,0 +1,87 @@
+"""The tiny LLM of each family that the parity requirement is measured with: fields of its Hugging Face config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [1],
+    },
+    "mixture": {
+        "model_type": "llama",
+        "ffn_experts": {"experts": ["d", "b", "c", "a"], "layers": [1, 3], "top_k": 2, "normalize": True},
+    },
+}
+"""The fields of the configs of families with experts. One layer of the Qwen3-MoE has no experts. `mixture` is a Llama
+that got experts from the recipe, in every second layer."""
+
+
+_FEATURES: dict[str, dict[str, Any]] = {
+    "granite": {
+        "embedding_multiplier": 1.7,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.4,
+        "logits_scaling": 1.3,
+    },
+    "smollm3": {"no_rope_layer_interval": 2, "tie_word_embeddings": True, "pad_token_id": None},
+    "phi3": {
+        "pad_token_id": None,
+        "sliding_window": 5,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "short_factor": [1.1, 1.4],
+            "long_factor": [2.0, 4.0],
+        },
+        "original_max_position_embeddings": 128,
+    },
+    "gemma3_text": {
+        "head_dim": 12,
+        "query_pre_attn_scalar": 10,
+        "final_logit_softcapping": 3.0,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+        "tie_word_embeddings": True,
+    },
+    "ministral3": {
+        "head_dim": 8,
+        "pad_token_id": None,
+        "sliding_window": 6,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 32.0,
+            "original_max_position_embeddings": 8,
+            "llama_4_scaling_beta": 0.3,
+        },
+    },
+    "olmo2": {"pad_token_id": None},
+    "olmo3": {
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+    },
+}
+"""The fields of the configs of families that compute more than Llama. Windows are shorter than most samples."""
+
+FEATURED = tuple(_FEATURES)
+"""The families without experts that compute more than Llama."""
+
+
+def features(family: str, num_layers: int) -> dict[str, Any]:
+    """Return the fields of a family's config that differ from Llama's; none for other families than `FEATURED`.
+
+    Args:
+        family: The family. With `hidden_size` 32 it must have 4 heads.
+        num_layers: The number of layers, at most 8.
+    """
+    fields = dict(_FEATURES.get(family, {}))
+    if "layer_types" in fields:
+        fields["layer_types"] = fields["layer_types"][:num_layers]
+    return fields
