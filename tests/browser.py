@@ -56,14 +56,19 @@ class Page(HTMLParser):
 
 def browse(path: Path, address: str = "") -> Page:
     """Return the page as Chromium shows it after its script has run."""
+    return browse_url(f"file://{path}{address}", path.parent)
+
+
+def browse_url(url: str, scratch: Path) -> Page:
+    """Return the page at a URL as Chromium shows it after its script has run and its requests were answered."""
     assert CHROMIUM is not None, "CI installs chromium: see .ci/run"
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"]
     command += [
         "--autoplay-policy=no-user-gesture-required",
         "--allow-file-access-from-files",
         "--hide-scrollbars",
-        f"--user-data-dir={path.parent / 'chromium'}",
-        f"file://{path}{address}",
+        f"--user-data-dir={scratch / 'chromium'}",
+        url,
     ]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True

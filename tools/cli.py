@@ -57,7 +57,10 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command("profile", "tools.profile_experts", "show which encoder expert works for which task, and its cost"),
         Command("transcribe", "tools.transcribe", "transcribe a recording of any length"),
     ),
-    "Serve": (Command("export", "tools.export", "write a checkpoint as a model folder for transformers"),),
+    "Serve": (
+        Command("export", "tools.export", "write a checkpoint as a model folder for transformers"),
+        Command("serve", "tools.serve", "answer OpenAI clients and a page in the browser"),
+    ),
     "Verify": (
         Command("parity", "tools.parity", "compare every topology with the single-process model"),
         Command("reshard", "tools.reshard", "save on one topology, load on others, compare"),

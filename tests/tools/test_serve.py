@@ -1,0 +1,227 @@
+"""`earshot serve` answers a real OpenAI client and a real browser like `generate` of the exported model."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import soundfile
+import torch
+import uvicorn
+from starlette.responses import HTMLResponse
+from starlette.testclient import TestClient
+
+from tests.browser import browse_url, need_chromium
+from tests.tools.exportable import write_run
+from tools import export, serve
+from trainer.evaluation.offline.model import find_model, load_model
+from trainer.serving.app import make_app
+from trainer.serving.service import TRANSCRIBE, Service
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_SEC = 100
+KEY = "only-for-this-test"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("serve")
+    write_run(root / "run")
+    assert export.main([str(root / "run"), str(root / "out"), "--dtype", "fp32"]) == 0
+    return root / "out"
+
+
+@pytest.fixture(scope="module")
+def address(exported: Path) -> Iterator[str]:
+    command = [sys.executable, "-m", "tools.serve", str(exported), "--port", "0", "--max-request-mib", "1"]
+    environment = {**os.environ, "EARSHOT_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert "is ready: http://127.0.0.1:" in line, line
+        yield line.split()[-1]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_SEC) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def client(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, timeout=TIMEOUT_SEC, max_retries=0)
+
+
+def wave(seconds: float = 0.5, seed: int = 0) -> np.ndarray:
+    noise = 0.1 * np.random.default_rng(seed).standard_normal(int(16000 * seconds))
+    return (np.round(noise * 32767) / 32767).astype(np.float32)
+
+
+def wav(samples: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples, 16000, format="WAV")
+    return file.getvalue()
+
+
+def block(samples: np.ndarray) -> dict[str, Any]:
+    data = base64.b64encode(wav(samples)).decode()
+    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+
+
+def generated(exported: Path, samples: np.ndarray, text: str) -> str:
+    loaded = load_model(find_model(exported), torch.float32, torch.device("cpu"))
+    inputs = loaded.processor(audio=samples, text=text)
+    found = loaded.model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    return loaded.processor.batch_decode(found)[0]
+
+
+def test_a_client_gets_the_answer_of_generate(client: openai.OpenAI, exported: Path) -> None:
+    (model,) = client.models.list().data
+    message = {"role": "user", "content": [block(wave()), {"type": "text", "text": "what is it"}]}
+    found = client.chat.completions.create(model=model.id, messages=[message])  # type: ignore[list-item]
+    assert found.choices[0].message.content == generated(exported, wave(), "what is it")
+    assert found.usage is not None and found.usage.prompt_tokens > 5
+    assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
+    (gates,) = found.earshot["routing"]  # type: ignore[attr-defined]
+    for weights in gates.values():
+        assert weights and all(0 < weight <= 1 for weight in weights.values())
+    stream = client.chat.completions.create(model=model.id, messages=[message], stream=True)  # type: ignore[list-item]
+    parts = [chunk.choices[0] for chunk in stream]
+    assert "".join(part.delta.content or "" for part in parts) == found.choices[0].message.content
+    assert parts[-1].finish_reason == found.choices[0].finish_reason
+
+
+def test_a_client_transcribes_files(client: openai.OpenAI, exported: Path) -> None:
+    for samples in (wave(), wave(1.0, seed=1)):
+        found = client.audio.transcriptions.create(model="any", file=("a.wav", wav(samples)))
+        assert found.text == generated(exported, samples, TRANSCRIBE)
+    text = client.audio.transcriptions.create(model="any", file=("a.wav", wav(wave())), response_format="text")
+    assert text == generated(exported, wave(), TRANSCRIBE) + "\n"
+
+
+def test_a_conversation_with_audio_in_two_turns_is_answered(client: openai.OpenAI) -> None:
+    messages = [
+        {"role": "user", "content": [block(wave()), {"type": "text", "text": "what is it"}]},
+        {"role": "assistant", "content": "rain"},
+        {"role": "user", "content": [{"type": "text", "text": "and"}, block(wave(seed=2))]},
+    ]
+    found = client.chat.completions.create(model="any", messages=messages)  # type: ignore[arg-type]
+    assert len(found.earshot["routing"]) == 2  # type: ignore[attr-defined]
+
+
+WRONG: list[tuple[dict[str, Any], str, str | None]] = [
+    ({"messages": []}, "must be a list", "messages"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, "must be the user's", "messages"),
+    ({"messages": [{"role": "user", "content": 3}]}, "must be text or a list", "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "must be a block", "messages[0].content[0]"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "%"}}]}]},
+        "base64",
+        "messages[0].content[0]",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AAAA"}}]}]},
+        "cannot be used",
+        "messages[0].content[0]",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "http://a/b"}}]}]},
+        "only data: URLs",
+        "messages[0].content[0]",
+    ),
+    ({"messages": [{"role": "user", "content": "a <audio> b"}]}, "stands for a clip", "messages[0].content[0].text"),
+    ({"messages": [{"role": "user", "content": "x"}], "temperature": 0.7}, "greedily", "temperature"),
+    ({"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}, "at least 1", "max_tokens"),
+]
+
+
+@pytest.mark.parametrize(("body", "message", "param"), WRONG, ids=[message for _, message, _ in WRONG])
+def test_wrong_requests_are_refused_as_openai_does(
+    client: openai.OpenAI, body: dict[str, Any], message: str, param: str | None
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.post("/chat/completions", body=body, cast_to=object)
+    error = caught.value.body
+    assert isinstance(error, dict) and message in error["message"] and error["param"] == param
+
+
+def status_of(address: str, path: str, data: bytes | None = None, **headers: str) -> int:
+    request = urllib.request.Request(f"{address}{path}", data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SEC) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        assert path == "/" or "error" in json.loads(error.read())
+        return error.code
+
+
+def test_what_is_not_allowed(address: str) -> None:
+    allowed = {"Authorization": f"Bearer {KEY}"}
+    assert status_of(address, "/v1/models") == 401
+    assert status_of(address, "/v1/models", **allowed) == 200
+    assert status_of(address, "/v1/models", **{"Authorization": "Bearer x"}) == 401
+    assert status_of(address, "/v1/chat/completions", b"[" * 100000, **allowed) == 400
+    assert status_of(address, "/v1/chat/completions", b"x" * (2**20 + 1), **allowed) == 413
+    assert status_of(address, "/v1/nothing", **allowed) == 404
+    assert status_of(address, "/", Host="evil.example") == 400
+
+
+DRIVE = """
+(async () => {
+  const bytes = Uint8Array.from(atob("AUDIO"), (c) => c.charCodeAt(0));
+  await take(new Blob([bytes]), "a.wav");
+  document.getElementById("prompt").value = "what is it";
+  await send();
+  document.getElementById("prompt").value = "an <audio> tag";
+  await send();
+})();
+"""
+
+
+@pytest.mark.slow
+def test_the_page_answers_in_a_browser(exported: Path, tmp_path: Path) -> None:
+    need_chromium()
+    service = Service(exported)
+    app = make_app(service, ("127.0.0.1",), None, 2**20)
+    plain = TestClient(app, base_url="http://127.0.0.1").get("/").text
+    driven = plain.replace(
+        "</html>", f"<script>{DRIVE.replace('AUDIO', base64.b64encode(wav(wave())).decode())}</script>"
+    )
+    app.add_api_route("/driven", lambda: HTMLResponse(driven))
+    with serve._listen("127.0.0.1", 0) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            page = browse_url(f"http://127.0.0.1:{listener.getsockname()[1]}/driven", tmp_path)
+        finally:
+            server.should_exit = True
+            thread.join(TIMEOUT_SEC)
+    assert page.root["data-errors"] == ""
+    answer = generated(exported, wave(), "what is it")
+    assert html.escape(answer, quote=False) in page.dom and "data-expert=" in page.dom and "0.5 s of audio" in page.dom
+    assert page.dom.count('class="reply"') == 1 and "which stands for a clip" in page.dom  # the second was refused
+
+
+def test_user_errors_are_one_line(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve.main([str(tmp_path / "nothing"), "--port", "0"]) == 2
+    assert serve.main([str(exported), "--port", "70000"]) == 2
+    assert serve.main([str(exported), "--port", "0", "--max-new-tokens", "0"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)

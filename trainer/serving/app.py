@@ -1,0 +1,201 @@
+"""The web application: OpenAI's endpoints for a model, and a page to try it.
+
+    GET  /                          the page
+    GET  /health                    200 once the model is loaded
+    GET  /v1/models                 the model's name
+    POST /v1/audio/transcriptions   a file → its transcript
+    POST /v1/chat/completions       messages with text and audio → an answer
+
+Responses have OpenAI's fields, and the key `earshot` with the routing of each clip and the time.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+from fastapi import FastAPI, Request
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from trainer.data.errors import SampleError
+from trainer.page.render import render
+from trainer.serving.requests import RequestError, decoded, fields_of, read_messages
+from trainer.serving.service import TRANSCRIBE, Reply, Service
+
+_PAGE = Path(__file__).with_name("page.html")
+MAX_WAITING = 32
+"""The largest number of requests that wait for the model. Further ones are refused with status 503."""
+
+
+def make_app(service: Service, hosts: tuple[str, ...], key: str | None, max_request_bytes: int) -> FastAPI:
+    """Return the web application.
+
+    Args:
+        service: the model.
+        hosts: the names by which clients may address the server. Other names are refused, so that a web page cannot
+            reach a server on this machine under a name of its own (DNS rebinding).
+        key: the key that clients must send as `Authorization: Bearer KEY`; None for no key.
+        max_request_bytes: the largest size of a request's body.
+    """
+    app = FastAPI(title="earshot", docs_url=None, redoc_url=None, openapi_url=None)
+    queue = _Queue(service)
+    app.add_middleware(_Limit, max_request_bytes=max_request_bytes)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    app.add_exception_handler(RequestError, _as_response)
+    app.add_exception_handler(HTTPException, _as_response)
+
+    def check(request: Request) -> None:
+        sent = request.headers.get("authorization", "")
+        if key is not None and not hmac.compare_digest(sent.encode(), f"Bearer {key}".encode()):
+            raise RequestError("the key is missing or wrong", status=401, code="invalid_api_key")
+
+    @app.get("/")
+    def page() -> HTMLResponse:
+        text = render(_PAGE, service.name, {"prompt": TRANSCRIBE})
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+        return HTMLResponse(text, headers={"Content-Security-Policy": policy + "media-src blob:; img-src data:"})
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    def models(request: Request) -> dict[str, Any]:
+        check(request)
+        entry = {"id": service.name, "object": "model", "created": service.created_sec, "owned_by": "earshot"}
+        return {"object": "list", "data": [entry]}
+
+    @app.post("/v1/audio/transcriptions")
+    async def transcriptions(request: Request) -> Response:
+        check(request)
+        form = await request.form()
+        upload, style = form.get("file"), form.get("response_format") or "json"
+        if not isinstance(upload, UploadFile):
+            raise RequestError("send the audio as a file in multipart/form-data", "file")
+        if style not in ("json", "text", "verbose_json"):
+            raise RequestError(f"{style} is not one of json, text, verbose_json", "response_format")
+        clip = await anyio.to_thread.run_sync(decoded, await upload.read(), "file")
+        reply = await queue.answer([clip], {"instruction": TRANSCRIBE}, None)
+        if style == "text":
+            return PlainTextResponse(reply.text + "\n")
+        found: dict[str, Any] = {"text": reply.text, "earshot": reply.details}
+        if style == "verbose_json":
+            found = {"task": "transcribe", "language": form.get("language"), "duration": reply.audio_sec, **found}
+        return JSONResponse(found)
+
+    @app.post("/v1/chat/completions")
+    async def completions(request: Request) -> Response:
+        check(request)
+        body = await _json(request)
+        clips, messages = await anyio.to_thread.run_sync(read_messages, body.get("messages"))
+        longest = body.get("max_completion_tokens", body.get("max_tokens"))
+        if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
+            raise RequestError("must be a whole number, at least 1", "max_tokens")
+        for name, only in (("n", 1), ("temperature", 0)):
+            if body.get(name) not in (None, only):
+                raise RequestError(f"only {only} is possible: answers are decoded greedily", name)
+        reply = await queue.answer(clips, fields_of(clips, messages), longest)
+        return _completion(service, reply, stream=bool(body.get("stream")))
+
+    return app
+
+
+class _Queue:
+    """Lets requests wait for the model in order."""
+
+    def __init__(self, service: Service) -> None:
+        self._service, self._waiting = service, 0
+        self._one = anyio.Lock()
+
+    async def answer(self, clips: list[Any], fields: dict[str, Any], max_new_tokens: int | None) -> Reply:
+        if self._waiting >= MAX_WAITING:
+            raise RequestError(f"{MAX_WAITING} requests are waiting; try again later", status=503, code="overloaded")
+        self._waiting += 1
+        try:
+            async with self._one:
+                return await anyio.to_thread.run_sync(self._service.answer, clips, fields, max_new_tokens)
+        except SampleError as error:
+            raise RequestError(str(error), "messages") from None
+        finally:
+            self._waiting -= 1
+
+
+class _Limit:
+    """Refuses requests with bodies that are too large, whether or not they say how large they are."""
+
+    def __init__(self, app: ASGIApp, max_request_bytes: int) -> None:
+        self._app, self._limit = app, max_request_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._limit:
+                raise RequestError(f"the request is larger than {self._limit} bytes", status=413)
+            return message
+
+        await self._app(scope, counted, send)
+
+
+async def _json(request: Request) -> dict[str, Any]:
+    try:
+        body = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise RequestError("the body must be a JSON object")
+    return body
+
+
+def _completion(service: Service, reply: Reply, stream: bool) -> Response:
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
+    reason = "stop" if reply.finished else "length"
+    if stream:
+
+        async def events() -> AsyncIterator[str]:
+            for delta, end in (({"role": "assistant", "content": reply.text}, None), ({}, reason)):
+                choice = {"index": 0, "delta": delta, "finish_reason": end}
+                more = {} if end is None else {"earshot": reply.details}
+                chunk = {**head, "object": "chat.completion.chunk", "choices": [choice], **more}
+                yield f"data: {json.dumps(chunk)}\n\n"
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+    message = {"role": "assistant", "content": reply.text}
+    usage = {
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.answer_tokens,
+        "total_tokens": reply.prompt_tokens + reply.answer_tokens,
+    }
+    choices = [{"index": 0, "message": message, "finish_reason": reason}]
+    return JSONResponse(
+        {**head, "object": "chat.completion", "choices": choices, "usage": usage, "earshot": reply.details}
+    )
+
+
+def _as_response(_request: Request, error: Exception) -> Response:
+    """Return OpenAI's error object."""
+    if isinstance(error, RequestError):
+        status, message, param, code = error.status, error.message, error.param, error.code
+    else:
+        assert isinstance(error, HTTPException)
+        status, message, param, code = error.status_code, str(error.detail), None, None
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    tree = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return JSONResponse(tree, status_code=status, headers={"Retry-After": "5"} if status == 503 else None)

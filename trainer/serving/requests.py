@@ -1,0 +1,107 @@
+"""Requests in OpenAI's format, turned into clips and the fields that the model reads.
+
+The format is that of OpenAI's API reference for `chat/completions` and `audio/transcriptions`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.data.decode import decode_audio
+from trainer.data.errors import SampleError
+from trainer.evaluation.offline.answer import Clip
+
+_DATA_URL = "data:"
+
+
+class RequestError(Exception):
+    """Raised when a request cannot be served. It becomes a response with OpenAI's error object."""
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.param, self.status, self.code = message, param, status, code
+
+
+def decoded(audio: bytes, param: str) -> Clip:
+    """Return the waveform of an audio file.
+
+    Raises:
+        RequestError: If it cannot be decoded.
+    """
+    try:
+        return decode_audio(audio)
+    except SampleError as error:
+        raise RequestError(f"the audio cannot be used: {error}", param) from None
+
+
+def read_messages(messages: Any) -> tuple[list[Clip], list[dict[str, Any]]]:
+    """Return the clips of a chat, and its messages with a place for each clip.
+
+    A message's content is text, or a list of blocks of type `text`, of type `input_audio` with base64 data, or of type
+    `audio_url` with a `data:` URL. Other URLs are refused, since a server that fetches them reaches what its clients
+    cannot.
+
+    Args:
+        messages: the value of `messages`.
+
+    Raises:
+        RequestError: If it has another form, or audio cannot be decoded.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise RequestError("must be a list of messages", "messages")
+    clips: list[Clip] = []
+    found: list[dict[str, Any]] = []
+    for n, message in enumerate(messages):
+        where = f"messages[{n}]"
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise RequestError("must be an object with role and content", where)
+        role = "system" if message["role"] == "developer" else message["role"]
+        content = message.get("content")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, list):
+            raise RequestError("must be text or a list of blocks", f"{where}.content")
+        blocks = [_block(block, f"{where}.content[{i}]", clips) for i, block in enumerate(content)]
+        found.append({"role": role, "content": blocks})
+    if found[-1]["role"] != "user":
+        raise RequestError("the last message must be the user's", "messages")
+    return clips, found
+
+
+def fields_of(clips: Sequence[Clip], messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the fields that the model reads: `instruction` if there is only a question about clips, else `messages`.
+
+    Training samples with an instruction have their clips first, so the same prompt results.
+    """
+    blocks = messages[0]["content"]
+    kinds = [block["type"] for block in blocks]
+    if len(messages) == 1 and kinds == ["audio"] * len(clips) + ["text"]:
+        return {"instruction": blocks[-1]["text"]}
+    return {"messages": [*messages, {"role": "assistant", "content": "?"}]}
+
+
+def _block(block: Any, where: str, clips: list[Clip]) -> dict[str, Any]:
+    kind = block.get("type") if isinstance(block, Mapping) else None
+    if kind == "text" and isinstance(block.get("text"), str):
+        if "<audio>" in block["text"]:
+            raise RequestError("contains <audio>, which stands for a clip", f"{where}.text")
+        return {"type": "text", "text": block["text"]}
+    value = block.get(kind) if kind in ("input_audio", "audio_url") else None
+    if not isinstance(value, Mapping):
+        raise RequestError("must be a block of type text, input_audio or audio_url", where)
+    encoded = value.get("data" if kind == "input_audio" else "url")
+    if kind == "audio_url" and isinstance(encoded, str):
+        if not encoded.startswith(_DATA_URL):
+            raise RequestError("only data: URLs are read; send the audio itself", where)
+        encoded = encoded.partition(",")[2]
+    try:
+        audio = base64.b64decode(encoded, validate=True) if isinstance(encoded, str) else b""
+    except (binascii.Error, ValueError):
+        audio = b""
+    if not audio:
+        raise RequestError("the audio must be base64", where)
+    clips.append(decoded(audio, where))
+    return {"type": "audio"}

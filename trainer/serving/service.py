@@ -1,0 +1,123 @@
+"""A model in memory that answers one request after another."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.router import Routing
+from trainer.data.errors import SampleError
+from trainer.data.metadata import prompt_turns
+from trainer.evaluation.offline.answer import Answerer, Clip, Decoding, Question, Windows
+from trainer.evaluation.offline.model import DTYPES, default_dtype, find_model, load_model
+
+TRANSCRIBE = "Transcribe the speech."
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to a request."""
+
+    text: str
+    finished: bool
+    """False if the answer was cut off at the maximum length."""
+    audio_sec: float
+    num_windows: int
+    """The number of windows into which a long recording was cut."""
+    prompt_tokens: int
+    """The number of tokens of the prompt with its audio tokens."""
+    answer_tokens: int
+    """The number of tokens of the text, encoded again."""
+    compute_sec: float
+    routing: tuple[dict[str, dict[str, float]], ...]
+    """For each clip or window in the order of encoding, and each gate of the router by name, the weights of the experts
+    that were chosen. Empty for a model without experts."""
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What the reply tells beyond OpenAI's fields, as JSON."""
+        return {
+            "audio_sec": round(self.audio_sec, 3),
+            "compute_sec": round(self.compute_sec, 3),
+            "windows": self.num_windows,
+            "finished": self.finished,
+            "routing": list(self.routing),
+        }
+
+
+class Service:
+    """A model that answers requests, one at a time. It may be called from any thread.
+
+    Args:
+        url: an exported folder, a checkpoint, or a run.
+        max_new_tokens: the largest number of tokens in an answer; None for that of the training run.
+        device: where the model runs; None for a GPU if there is one.
+
+    Raises:
+        UserError: If there is no model at `url`, or it is damaged.
+    """
+
+    def __init__(self, url: str | Path, max_new_tokens: int | None = None, device: torch.device | None = None) -> None:
+        origin = find_model(url)
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.name, self.created_sec = origin.name, int(time.time())
+        self.max_new_tokens = max_new_tokens or origin.max_new_tokens
+        self._loaded = load_model(origin, DTYPES[default_dtype(device)], device)
+        self._windows = Windows.of(origin, None, None)
+        self._lock = threading.Lock()
+        self._routing: list[Routing] = []
+        self._loaded.model.audio.register_forward_hook(self._note)
+        config = self._loaded.model.audio.config
+        self.experts = tuple(expert.name for expert in config.experts)
+
+    def answer(self, clips: Sequence[Clip], fields: dict[str, Any], max_new_tokens: int | None = None) -> Reply:
+        """Answer a request.
+
+        Args:
+            clips: the waveforms.
+            fields: the manifest fields of the request: `instruction`, or `messages` that end with any answer.
+            max_new_tokens: the largest number of tokens in the answer; at most, and by default, that of the service.
+
+        Raises:
+            SampleError: If the model cannot use the request, such as a prompt that is too long.
+        """
+        longest = min(max_new_tokens or self.max_new_tokens, self.max_new_tokens)
+        decoding = Decoding(longest, beams=1, batch_samples=16, batch_sec=480.0)
+        in_windows = fields.get("instruction") == TRANSCRIBE
+        with self._lock:
+            self._routing.clear()
+            start = time.monotonic()
+            (found,) = Answerer(self._loaded, self._windows, decoding)(
+                [Question("request", tuple(clips), fields, in_windows)]
+            )
+            seconds = time.monotonic() - start
+            routing = tuple(row for one in self._routing for row in self._weights(one))
+        if isinstance(found, SampleError):
+            raise found
+        processor = self._loaded.processor
+        asked = processor.count_tokens_of(prompt_turns(fields, len(clips)))
+        asked += sum(processor.count_audio_tokens(len(clip)) for clip in clips)
+        said = len(processor.tokenizer.encode(found.hypothesis, add_special_tokens=False))
+        return Reply(
+            found.hypothesis, found.finished, found.audio_sec, found.num_windows, asked, said, seconds, routing
+        )
+
+    def _note(self, _module: Any, _inputs: Any, output: Any) -> None:
+        if output.routing is not None:
+            self._routing.append(output.routing)
+
+    def _weights(self, routing: Routing) -> list[dict[str, dict[str, float]]]:
+        probs, chosen = routing.on_host
+        return [
+            {
+                gate: {name: round(float(p), 4) for name, p, here in zip(self.experts, row, mask, strict=True) if here}
+                for gate, row, mask in zip(routing.gates, rows, masks, strict=True)
+            }
+            for rows, masks in zip(probs, chosen, strict=True)
+        ]
