@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from tests import fuzz_importers
 from tests.trainer.data_corpus import audio_bytes, row, write_shards
 from trainer.checkpoint.layout import FileEntry, Manifest, Rect, TensorEntry
 from trainer.config.load import load_recipe
@@ -38,6 +39,7 @@ from trainer.data.metadata import check_metadata
 from trainer.data.shard_check import build_index
 from trainer.data.shards import INDEX_NAME, ShardSet
 from trainer.evaluation.predictions import read_predictions, score_predictions
+from trainer.importers.table import IMPORTERS
 from trainer.job.slurm import Allocation
 from trainer.run.launch import rank_env, rendezvous
 from trainer.scoring.text import normalise
@@ -279,6 +281,7 @@ TARGETS: dict[str, Target] = {
         (UserError, ValueError),
     ),
     "environment": Target(_environment, _parse_environment),
+    **{f"import-{f}": Target(fuzz_importers.maker(f, changed, replaced), fuzz_importers.parser(f)) for f in IMPORTERS},
 }
 """The parsers by name."""
 

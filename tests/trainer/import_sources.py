@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import gzip
 import io
 import json
 import tarfile
@@ -148,6 +149,126 @@ def _webdataset(folder: Path) -> Path:
     return folder
 
 
+def _gz(path: Path, records: list[dict[str, Any]]) -> None:
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(r) + "\n" for r in records)
+
+
+def _cut(u: Utterance, start: float, seconds: float, recording: dict[str, Any]) -> dict[str, Any]:
+    supervision = {
+        "id": u.key,
+        "recording_id": "r",
+        "start": 0.0,
+        "duration": seconds,
+        "text": u.text,
+        "language": "de",
+    }
+    cut = {"id": u.key, "start": start, "duration": seconds, "channel": 0, "type": "MonoCut"}
+    return {**cut, "supervisions": [supervision], "recording": recording}
+
+
+def _recording(kind: str, source: str, seconds: float) -> dict[str, Any]:
+    sources = [{"type": kind, "channels": [0], "source": source}]
+    return {"id": "r", "sources": sources, "sampling_rate": 16_000, "duration": seconds, "channel_ids": [0]}
+
+
+def _lhotse(folder: Path) -> Path:
+    folder.mkdir()
+    data, times = joined()
+    (folder / "all.wav").write_bytes(data)
+    whole = _recording("file", "all.wav", times[-1][1])
+    cuts = [_cut(u, s, e - s, whole) for u, (s, e) in zip(UTTERANCES[:1], times, strict=False)]
+    # A cut with two supervisions, whose starts count from the start of the cut.
+    last = _cut(UTTERANCES[1], times[1][0], times[2][1] - times[1][0], whole)
+    last["supervisions"] = [
+        {"id": u.key, "start": s - times[1][0], "duration": e - s, "text": u.text}
+        for u, (s, e) in zip(UTTERANCES[1:], times[1:], strict=True)
+    ]
+    _gz(folder / "my_cuts.jsonl.gz", [*cuts, last])
+    return folder
+
+
+def _shar(folder: Path) -> Path:
+    folder.mkdir()
+    seconds = [len(heard(u.data)) / 16_000 for u in UTTERANCES]
+    placeholders = [_recording("shar", "", s) for s in seconds]
+    cuts = [_cut(u, 7.5, s, r) for u, s, r in zip(UTTERANCES, seconds, placeholders, strict=True)]
+    _gz(folder / "cuts.000000.jsonl.gz", cuts)
+    with tarfile.open(folder / "recording.000000.tar", "w") as tar:
+        for u, placeholder in zip(UTTERANCES, placeholders, strict=True):
+            for ending, data in (("wav", u.data), ("json", json.dumps(placeholder).encode())):
+                info = tarfile.TarInfo(f"{u.key}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return folder
+
+
+def _llamafactory(folder: Path) -> Path:
+    clips(folder)
+    records = []
+    for u in UTTERANCES:
+        turns = [{"from": "human", "value": "<audio>What is said?"}, {"from": "gpt", "value": u.text}]
+        records.append({"id": u.key, "task": "asr", "conversations": turns, "audios": [u.name]})
+    (folder / "data.json").write_text(json.dumps(records, indent=1))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def _commonvoice(folder: Path) -> Path:
+    clips(folder / "de" / "clips")
+    head = "client_id\tpath\tsentence\tup_votes\tgender\n"
+    text = "".join(f"c{u.key}\t{u.name}\t{u.text}\t2\tmale\n" for u in UTTERANCES)
+    (folder / "de" / "train.tsv").write_text(head + text, encoding="utf-8")
+    (folder / "de" / "validated.tsv").write_text(head + text, encoding="utf-8")
+    return folder / "de"
+
+
+def _gigaspeech(folder: Path) -> Path:
+    folder.mkdir()
+    data, times = joined()
+    (folder / "all.wav").write_bytes(data)
+    pairs = zip(UTTERANCES, times, strict=True)
+    segments = [
+        {"sid": u.key, "begin_time": s, "end_time": e, "text_tn": u.text.replace(",", " <COMMA>"), "subsets": ["{XL}"]}
+        for u, (s, e) in pairs
+    ]
+    audio = [
+        {"title": "no [such] thing", "path": "all.wav", "aid": "A", "segments": segments[i : i + 1]} for i in range(3)
+    ]
+    (folder / "GigaSpeech.json").write_text(json.dumps({"dataset": "GigaSpeech", "audios": audio}, indent=2))
+    return folder
+
+
+def _fleurs(folder: Path) -> Path:
+    clips(folder / "audio" / "train")
+    rows = "".join(f"17\t{u.name}\tRAW\t{u.text}\tc | h\t9600\tMALE\n" for u in UTTERANCES)
+    (folder / "train.tsv").write_text(rows, encoding="utf-8")
+    return folder
+
+
+def _wenet(folder: Path) -> Path:
+    clips(folder)
+    return lines(folder / "data.list", [{"key": u.key, "wav": u.name, "txt": u.text} for u in UTTERANCES])
+
+
+def _nemo_chat(folder: Path) -> Path:
+    clips(folder)
+    records = []
+    for u in UTTERANCES:
+        question = {"from": "User", "type": "text", "value": "What is said?"}
+        audio = {"from": "User", "type": "audio", "value": u.name, "duration": 1.0}
+        answer = {"from": "Assistant", "type": "text", "value": u.text}
+        records.append({"id": u.key, "task": "asr", "conversations": [question, audio, answer]})
+    return lines(folder / "chat.jsonl", records)
+
+
+def _slam(folder: Path) -> Path:
+    clips(folder)
+    lines(folder / "multiprompt.jsonl", [{"task": "ASR", "prompt": p} for p in ("Transcribe.", "Write it down.")])
+    lines(folder / "data.jsonl", [{"key": u.key, "task": "ASR", "target": u.text, "path": u.name} for u in UTTERANCES])
+    return folder
+
+
 SOURCES: dict[str, Callable[[Path], Path]] = {
     "csv": _csv,
     "audiofolder": _audiofolder,
@@ -157,6 +278,15 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "openai": _openai,
     "swift": _swift,
     "webdataset": _webdataset,
+    "lhotse": _lhotse,
+    "shar": _shar,
+    "llamafactory": _llamafactory,
+    "commonvoice": _commonvoice,
+    "gigaspeech": _gigaspeech,
+    "fleurs": _fleurs,
+    "wenet": _wenet,
+    "nemo-chat": _nemo_chat,
+    "slam": _slam,
 }
 """For each format, a function that writes the corpus to a new folder and returns what is imported."""
 

@@ -282,3 +282,93 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(sys.modules, "av", None)
     assert run("nemo", source, tmp_path / "out") == 2
     assert "a.m4a: needs the package av; pip install 'earshot[import]'" in capsys.readouterr().err
+
+
+def test_parts_of_lhotse_that_would_need_it_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(audio_bytes(0.5, kind="WAV", channels=2))
+    made = tmp_path / "made"
+
+    def cut(recording: dict[str, Any], **fields: Any) -> dict[str, Any]:
+        whole = {
+            "sources": [{"type": "file", "channels": [0, 1], "source": "a.wav"}],
+            "duration": 0.5,
+            "channel_ids": [0, 1],
+        }
+        text = [{"id": "s", "start": 0.0, "duration": 0.5, "text": "t"}]
+        base = {"id": "c", "start": 0.0, "duration": 0.5, "channel": 1, "supervisions": text, "type": "MonoCut"}
+        return {**base, **fields, "recording": {**whole, **recording}}
+
+    rows = [
+        (cut({}), None),
+        (cut({"sources": [{"type": "command", "channels": [1], "source": f"touch {made}"}]}), "pipe"),
+        (cut({"sources": [{"type": "url", "channels": [1], "source": "https://x.org/a.wav"}]}), "url"),
+        (cut({"sources": [{"type": "shar", "channels": [1], "source": ""}]}), "unsupported"),
+        (cut({"transforms": [{"name": "Speed", "kwargs": {"factor": 1.1}}]}), "unsupported"),
+        (cut({}, type="MixedCut"), "unsupported"),
+        (cut({}, channel=7), "wrong_type"),
+        (cut({}, duration="x"), "wrong_type"),
+        (cut({}, supervisions=3), "wrong_type"),
+        ({"id": "c", "type": "MonoCut", "start": 0, "duration": 1}, "no_audio"),
+    ]
+    assert run("lhotse", lines(tmp_path / "cuts.jsonl", [fields for fields, _ in rows]), tmp_path / "out") == 1
+    assert skipped(tmp_path / "out") == [(f"cuts.jsonl:{i}", r) for i, (_, r) in enumerate(rows, 1) if r]
+    assert not made.exists()
+    (row,) = manifest(tmp_path / "out")
+    import soundfile
+
+    stereo = soundfile.read(tmp_path / "a.wav", dtype="int16")[0]
+    assert np.array_equal(soundfile.read(tmp_path / "out" / row["audio"], dtype="int16")[0], stereo[:, 1])
+
+
+def test_shar_refuses_audio_of_another_cut(tmp_path: Path) -> None:
+    import gzip
+
+    source = SOURCES["shar"](tmp_path / "in")
+    path = source / "cuts.000000.jsonl.gz"
+    cuts = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
+    path.write_bytes(gzip.compress(b"".join([cuts[0], cuts[2], cuts[1]])))
+    assert run("shar", source, tmp_path / "out") == 1
+    assert [r["id"] for r in manifest(tmp_path / "out")] == ["a1"]
+    assert [reason for _, reason in skipped(tmp_path / "out")] == ["no_audio", "no_audio"]
+
+
+@pytest.mark.parametrize("num_bytes", [1, 7, 1 << 20])
+def test_gigaspeech_is_read_in_blocks(num_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.importers.formats.corpora._BLOCK_BYTES", num_bytes)
+    (tmp_path / "a.wav").write_bytes(audio_bytes(2.0, kind="WAV"))
+    texts = ["A <COMMA> B <QUESTIONMARK>", "<SIL>", "ÜBER 東京 <PERIOD>"]
+    segments = [
+        {"sid": f"s{i}", "begin_time": 0.5 * i, "end_time": 0.5 * i + 0.5, "text_tn": t} for i, t in enumerate(texts)
+    ]
+    audio = [{"path": "a.wav", "segments": segments[:2]}, {"path": "a.wav", "segments": segments[2:]}, {"segments": 1}]
+    content = json.dumps({"version": "1", "audios": audio, "x": [1]}, indent=1, ensure_ascii=False)
+    (tmp_path / "g.json").write_text(content, encoding="utf-8")
+    assert run("gigaspeech", tmp_path / "g.json", tmp_path / "out") == 1
+    assert [r["answer"] for r in manifest(tmp_path / "out")] == ["A, B?", "ÜBER 東京."]
+    assert skipped(tmp_path / "out") == [("g.json[0] s1", "no_speech"), ("g.json[2]", "wrong_type")]
+    (tmp_path / "half.json").write_text(content[:-40], encoding="utf-8")
+    assert run("gigaspeech", tmp_path / "half.json", tmp_path / "half") == 2
+
+
+def test_one_sound_serves_every_tag_of_a_conversation(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(audio_bytes(0.5, kind="WAV"))
+    ask = {"from": "human", "value": "<sound> or <speech>\nWhat?"}
+    cut = {"from": "User", "type": "audio", "value": "a.wav", "offset": 0.1, "duration": 0.2}
+    rows = [
+        {
+            "id": "one",
+            "sound": "a.wav",
+            "conversations": [{**ask, "value": "<sound>\nWhat?"}, {"from": "gpt", "value": "A"}],
+        },
+        {"id": "part", "conversations": [cut, {"from": "Assistant", "type": "text", "value": "A"}]},
+    ]
+    assert run("nemo-chat", lines(tmp_path / "m.jsonl", rows), tmp_path / "out", "--set", "task=sqa") == 0
+    found = manifest(tmp_path / "out")
+    assert [r["instruction"] for r in found] == ["What?", ""]
+    assert [r["duration"] for r in found] == [0.5, 0.2]
+
+
+def test_wenet_tars_are_read_as_well(tmp_path: Path) -> None:
+    source = SOURCES["webdataset"](tmp_path / "in")
+    assert run("wenet", source, tmp_path / "out") == 0
+    assert {r["answer"] for r in manifest(tmp_path / "out")} == {u.text for u in UTTERANCES}

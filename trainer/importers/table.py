@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from trainer.importers.formats import audiofolder, kaldi, messages, nemo, parquet, tables, webdataset_tars
+from trainer.importers.formats import (
+    audiofolder,
+    corpora,
+    kaldi,
+    lhotse_cuts,
+    llamafactory,
+    messages,
+    nemo,
+    nemo_chat,
+    parquet,
+    slam,
+    tables,
+    webdataset_tars,
+    wenet,
+)
 from trainer.importers.row import Row
 from trainer.importers.source import Source
 
@@ -30,5 +44,16 @@ IMPORTERS: dict[str, Importer] = {
     "openai": Importer(messages.rows, "JSON with messages and parts of text and audio; also Qwen2-Audio, transformers"),
     "swift": Importer(messages.rows, "ms-swift: messages with <audio> and audios, or query and response"),
     "webdataset": Importer(webdataset_tars.rows, "WebDataset tars of other programs"),
+    "lhotse": Importer(lhotse_cuts.rows, "cuts of lhotse: *cuts*.jsonl or .jsonl.gz"),
+    "shar": Importer(lhotse_cuts.shar_rows, "Shar folders of lhotse: cuts.*.jsonl.gz and recording.*.tar"),
+    "llamafactory": Importer(llamafactory.rows, "LLaMA-Factory: conversations or messages with audios, or alpaca"),
+    "commonvoice": Importer(
+        corpora.commonvoice_rows, "a language of Common Voice: train.tsv, dev.tsv, test.tsv, clips/"
+    ),
+    "gigaspeech": Importer(corpora.gigaspeech_rows, "GigaSpeech.json"),
+    "fleurs": Importer(corpora.fleurs_rows, "a language of FLEURS: train.tsv, dev.tsv, test.tsv, audio/"),
+    "wenet": Importer(wenet.rows, "data.list of WeNet, or its tars"),
+    "nemo-chat": Importer(nemo_chat.rows, "conversations of NeMo, and its ShareGPT form with sound"),
+    "slam": Importer(slam.rows, "SLAM-LLM: key, source, target; or task, path and multiprompt.jsonl"),
 }
 """The formats by name."""

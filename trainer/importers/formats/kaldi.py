@@ -49,7 +49,7 @@ def rows(source: Source) -> Iterator[Row]:
                 raise error
             if recording not in recordings:
                 raise RowError("no_file", f"recording {recording} is not in wav.scp")
-            yield Row(where, {**fields, "audio": _clip(recordings[recording], source), **cut})
+            yield Row(where, {**fields, "audio": recording_clip(recordings[recording], source), **cut})
         except RowError as problem:
             yield Row(where, error=problem)
 
@@ -79,7 +79,7 @@ def _segments(source: Source, path: Path) -> Iterator[tuple[str, str, dict[str, 
         yield key, recording, {"start": start} if end == -1 else {"start": start, "end": end}, None
 
 
-def _clip(entry: str, source: Source) -> Clip:
+def recording_clip(entry: str, source: Source) -> Clip:
     """Return the recording of an entry of `wav.scp`, which is a path, a command, or a place in an ark.
 
     Raises:

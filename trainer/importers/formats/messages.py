@@ -33,7 +33,7 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
     audio = [audio_of(item) for item in (listed if isinstance(listed, list) else [] if listed is None else [listed])]
     messages = fields.pop("messages", None)
     if messages is None:
-        turns = _without_messages(fields)
+        turns = alpaca_turns(fields)
     elif isinstance(messages, list):
         turns, inner = [], []
         for message in messages:
@@ -48,8 +48,12 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, **fields_of_turns(turns, audio)}
 
 
-def _without_messages(fields: dict[str, Any]) -> list[Turn]:
-    """Remove the fields of ms-swift's or alpaca's form, and return their messages."""
+def alpaca_turns(fields: dict[str, Any]) -> list[Turn]:
+    """Remove the fields of ms-swift's or alpaca's form, and return their messages.
+
+    Raises:
+        RowError: If there is no question or no answer.
+    """
     system, history = fields.pop("system", None), fields.pop("history", None) or []
     question = fields.pop("query", None)
     if question is None:

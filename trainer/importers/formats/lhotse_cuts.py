@@ -1,0 +1,171 @@
+"""Cuts of lhotse as JSON lines, and Shar folders. Only the JSON is read: lhotse itself would run commands."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from model.errors import UserError
+from model.json_text import parse_json
+from trainer.importers.row import Clip, Row, RowError
+from trainer.importers.source import Source, short
+
+_TOLERANCE_SEC = 1e-3
+"""Differences of durations that are only rounding."""
+_FIELDS = ("language", "speaker", "gender")
+
+
+def rows(source: Source) -> Iterator[Row]:
+    """Yield the samples of one manifest of cuts, or of all files `*cuts*.jsonl` of a folder.
+
+    A cut with one supervision is one sample. A cut with several is one sample per supervision.
+    """
+    for path in source.files("*cuts*.jsonl", "*cuts*.jsonl.gz"):
+        for row in source.objects(path):
+            yield from _rows_of_cut(row, None)
+
+
+def shar_rows(source: Source) -> Iterator[Row]:
+    """Yield the samples of a Shar folder: the cuts of `cuts.*.jsonl.gz`, with the audio of `recording.*.tar`."""
+    for path in source.files("cuts.*.jsonl", "cuts.*.jsonl.gz"):
+        number = path.name.split(".")[1]
+        tar = path.with_name(f"recording.{number}.tar")
+        if not tar.exists():
+            raise UserError(f"{path}: there is no recording.{number}.tar next to it; check SRC")
+        recordings = _recordings(source, tar)
+        for row in source.objects(path):
+            try:
+                found = next(recordings, None)
+            except RowError as error:
+                yield Row(tar.name, error=error)
+                break
+            if row.error is None and (found is None or found[0] != str(row.fields.get("id"))):
+                yield Row(
+                    row.where, error=RowError("no_audio", f"{tar.name} has {found and short(found[0])} at its place")
+                )
+                continue
+            yield from _rows_of_cut(row, found)
+
+
+def _rows_of_cut(row: Row, stored: tuple[str, Clip | None, float | None] | None) -> Iterator[Row]:
+    """Yield the samples of a cut, whose audio is `stored` in a tar if it is given."""
+    if row.error is not None:
+        yield row
+        return
+    try:
+        audio, start, seconds, whole = _audio(row.fields, stored)
+        supervisions = row.fields.get("supervisions") or []
+        if not isinstance(supervisions, list) or not all(isinstance(s, dict) for s in supervisions):
+            raise RowError("wrong_type", f"supervisions = {short(supervisions)}, but must be a list of objects")
+        common = {**_custom(row.fields), "audio": audio}
+        if len(supervisions) <= 1:
+            cut = {} if whole else {"start": start, "end": start + seconds}
+            fields = _supervision(supervisions[0]) if supervisions else {}
+            yield Row(row.where, {**common, **fields, "id": row.fields.get("id"), **cut})
+            return
+        for supervision in supervisions:
+            begin, length = _number(supervision, "start"), _number(supervision, "duration")
+            cut = {"start": max(0.0, start + begin), "end": start + begin + length}
+            fields = {**common, **_supervision(supervision), "id": supervision.get("id"), **cut}
+            yield Row(f"{row.where} {short(str(supervision.get('id')))}", fields)
+    except RowError as error:
+        yield Row(row.where, error=error)
+
+
+def _audio(
+    cut: Mapping[str, Any], stored: tuple[str, Clip | None, float | None] | None
+) -> tuple[Clip, float, float, bool]:
+    """Return the recording of a cut, the start and the length of the cut in it, and whether it is all of it."""
+    if cut.get("type", "MonoCut") != "MonoCut":
+        raise RowError("unsupported", f"a cut of the type {short(cut['type'])}; only MonoCut is known")
+    start, seconds = _number(cut, "start"), _number(cut, "duration")
+    recording = cut.get("recording")
+    if stored is not None:
+        _, clip, length = stored
+        if clip is None:
+            raise RowError("no_audio", "the cut has no recording")
+        is_cut = length is None or abs(length - seconds) < _TOLERANCE_SEC
+        return clip, 0.0 if is_cut else start, seconds, is_cut
+    if not isinstance(recording, dict):
+        raise RowError("no_audio", "the cut has no recording")
+    if recording.get("transforms"):
+        raise RowError("unsupported", f"a recording with transforms {short(recording['transforms'])}; store its audio")
+    channel, sources = cut.get("channel", 0), recording.get("sources")
+    if not isinstance(sources, list):
+        raise RowError("wrong_type", "recording without a list of sources")
+    for item in sources:
+        of_source = (item.get("channels") or [channel]) if isinstance(item, dict) else None
+        if isinstance(of_source, list) and channel in of_source:
+            clip = _of_source(item, of_source.index(channel) if len(of_source) > 1 else None)
+            break
+    else:
+        raise RowError("wrong_type", f"channel {short(channel)} is in no source of the recording")
+    length = recording.get("duration")
+    is_whole = start == 0 and isinstance(length, int | float) and abs(length - seconds) < _TOLERANCE_SEC
+    return clip, start, seconds, is_whole
+
+
+def _of_source(source: Mapping[str, Any], channel: int | None) -> Clip:
+    kind, value = source.get("type"), source.get("source")
+    if kind == "command":
+        raise RowError("pipe", f"{short(value)} is a command, which is never run; store the files that it makes")
+    if kind == "url":
+        raise RowError("url", f"{short(value)} is a URL, which is never fetched; download the file")
+    if kind == "memory" and isinstance(value, str):
+        try:
+            return Clip("", data=base64.b64decode(value, validate=True), channel=channel)
+        except (binascii.Error, ValueError):
+            raise RowError("broken", "audio that is not base64") from None
+    if kind != "file" or not isinstance(value, str):
+        raise RowError("unsupported", f"audio of the type {short(kind)}; only file and memory are known")
+    return Clip(value, channel=channel)
+
+
+def _supervision(supervision: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {n: supervision[n] for n in _FIELDS if supervision.get(n) is not None}
+    return {**_custom(supervision), **fields, "text": supervision.get("text")}
+
+
+def _custom(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the custom fields, except those that describe arrays or other recordings."""
+    custom = item.get("custom")
+    return {k: v for k, v in custom.items() if not isinstance(v, dict)} if isinstance(custom, dict) else {}
+
+
+def _number(item: Mapping[str, Any], name: str) -> float:
+    value = item.get(name, 0.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e9:
+        raise RowError("wrong_type", f"{name} = {short(value)}, but must be a number of seconds")
+    return float(value)
+
+
+def _recordings(source: Source, path: Path) -> Iterator[tuple[str, Clip | None, float | None]]:
+    """Yield the id, the audio and the seconds of each recording of a Shar tar.
+
+    Raises:
+        RowError: If the tar is damaged.
+    """
+    try:
+        with source.open(path, decompress=False) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+            while (data := tar.next()) is not None:
+                content = tar.extractfile(data)
+                audio = content.read() if content is not None else b""
+                described = tar.next()
+                meta = tar.extractfile(described) if described is not None else None
+                value = parse_json(meta.read()) if meta is not None and not _is_empty(described) else {}
+                tar.members = []  # type: ignore[attr-defined]
+                name = PurePosixPath(data.name)
+                seconds = value.get("duration") if isinstance(value, dict) else None
+                clip = None if name.suffix == ".nodata" else Clip(data.name, data=audio)
+                yield str(name.parent / name.stem), clip, seconds if isinstance(seconds, int | float) else None
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, OverflowError) as error:
+        raise RowError("broken", f"the rest of {path.name} cannot be read: {short(str(error))}") from None
+
+
+def _is_empty(member: tarfile.TarInfo | None) -> bool:
+    return member is None or member.name.endswith(".nometa")
