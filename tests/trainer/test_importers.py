@@ -180,29 +180,40 @@ def test_parts_of_compressed_recordings_equal_those_of_the_decoded_whole(kind: s
         assert np.abs(part - np.clip(whole, -1, 1)[first : first + len(part)]).max() <= 1.01 / 32768
 
 
-def test_only_one_question_and_one_answer_become_a_sample(tmp_path: Path) -> None:
+def test_conversations_keep_their_turns_and_the_places_of_clips(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(audio_bytes(0.1, kind="WAV"))
     user, said = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
-    tagged = {"role": "user", "content": "<audio>Q"}
-    rows = [
-        ({"messages": [tagged, said], "audios": "a.wav"}, None),
-        ({"query": "Q<audio>", "response": "A", "audios": ["a.wav"]}, None),
-        ({"instruction": "Q", "input": "", "output": "A", "audio": "a.wav"}, None),
-        ({"messages": [user, said, user, said], "audios": ["a.wav"]}, "conversation"),
-        ({"messages": [{"role": "system", "content": "S"}, user, said]}, "conversation"),
-        ({"query": "Q", "response": "A", "history": [["a", "b"]]}, "conversation"),
+    tagged, unlearned = {"role": "user", "content": "<audio>Q"}, {**said, "loss": False}
+    inside = {"role": "user", "content": "a <audio> b"}
+    system = {"role": "system", "content": "S"}
+    pair = ("Q", "A")
+    rows: list[tuple[dict[str, Any], Any]] = [
+        ({"messages": [tagged, said], "audios": "a.wav"}, pair),
+        ({"instruction": "Q", "input": "", "output": "A", "audio": "a.wav"}, pair),
+        ({"query": "Q<audio>", "response": "A", "audios": ["a.wav"]}, [{**user, "content": "Q<audio>"}, said]),
+        ({"messages": [user, unlearned, user, said], "audios": ["a.wav"]}, [tagged, unlearned, user, said]),
+        ({"messages": [system, user, said, inside, said], "audio": "a.wav"}, [system, user, said, inside, said]),
+        ({"query": "Q", "response": "A", "history": [["Q", "A"]], "audios": "a.wav"}, [tagged, said, user, said]),
         ({"messages": [tagged, said], "audios": []}, "wrong_type"),
         ({"messages": [tagged, said], "audios": ["a.wav", "a.wav"]}, "wrong_type"),
-        ({"messages": [{"role": "user", "content": "a <audio> b"}, said], "audios": ["a.wav"]}, "conversation"),
-        ({"messages": [user, {"role": "assistant", "content": None}]}, "conversation"),
-        ({"messages": [{"role": "tool", "content": "x"}, said]}, "conversation"),
+        ({"messages": [user, {"role": "assistant", "content": None}], "audio": "a.wav"}, "bad_messages"),
+        ({"messages": [{"role": "tool", "content": "x"}, said], "audio": "a.wav"}, "bad_messages"),
+        ({"messages": [user, user, said], "audio": "a.wav"}, "bad_messages"),
+        ({"messages": [user, {**said, "content": "<audio>"}], "audio": "a.wav"}, "bad_messages"),
         ({"messages": "x"}, "wrong_type"),
         ({}, "wrong_type"),
     ]
     source = lines(tmp_path / "m.jsonl", [fields for fields, _ in rows])
-    assert run("swift", source, tmp_path / "out", "--set", "task=sqa") == 1
-    assert [(r["instruction"], r["answer"]) for r in manifest(tmp_path / "out")] == [("Q", "A")] * 3
-    assert skipped(tmp_path / "out") == [(f"m.jsonl:{i}", r) for i, (_, r) in enumerate(rows, 1) if r]
+    assert run("swift", source, tmp_path / "out", "--set", "task=sqa", "--set", "instruction=none") == 1
+    assert skipped(tmp_path / "out") == [(f"m.jsonl:{i}", r) for i, (_, r) in enumerate(rows, 1) if isinstance(r, str)]
+    found = [r.get("messages") or (r["instruction"], r["answer"]) for r in manifest(tmp_path / "out")]
+    assert found == [wanted for _, wanted in rows if not isinstance(wanted, str)]
+    for row in read_manifest(tmp_path / "out" / "manifest.jsonl"):
+        assert row.error is None and len(row.audio) == 1
+        check_metadata(row.metadata, 1)
+    shards = ["--shards", "--set", "task=sqa"]
+    assert run("swift", source, tmp_path / "shards", *shards) == 1
+    assert ShardSet(LocalStore(tmp_path / "shards")).index.num_samples == len(found)
 
 
 def test_ambiguous_tars_are_refused(tmp_path: Path) -> None:

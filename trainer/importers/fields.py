@@ -14,7 +14,7 @@ from typing import Any
 
 from model.json_text import parse_json
 from trainer.data.errors import SampleError
-from trainer.data.metadata import check_metadata
+from trainer.data.metadata import check_metadata, with_last_turn
 from trainer.importers.row import Clip, Row, RowError
 from trainer.importers.source import Source, short
 from trainer.scoring.fields import LIST_FIELDS, NUMBER_FIELDS, TEXT_FIELDS, is_amount
@@ -38,6 +38,8 @@ MAX_CUT_SEC = 1e7
 _UNSAFE = re.compile(r"[^A-Za-z0-9_\-]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_ID_CHARS, _SHORT_ID_CHARS = 80, 64
+_OF_MESSAGES = ("instruction", "answer")
+"""The fields in whose place a sample may have `messages`."""
 _LIBRARY_FIELDS = ("original_id",)
 
 
@@ -117,7 +119,7 @@ def to_sample(row: Row, number: int, source: Source, naming: Naming, ids: Ids) -
         _set_types(fields)
         _set_defaults(fields, naming, is_transcript)
         _check_text(fields)
-        check_metadata(fields, len(clips))
+        check_metadata(with_last_turn(fields), len(clips))
     except SampleError as error:
         raise RowError(error.reason, error.detail) from None
     except RecursionError:
@@ -158,7 +160,7 @@ def _named(fields: Mapping[str, Any], naming: Naming) -> tuple[dict[str, Any], b
     named |= {new: fields[old] for old, new in taken.items() if fields.get(old) is not None}
     answer_from = naming.names.get("answer", "answer")
     for new, others in ALIASES.items():
-        if new in named:
+        if new in named or (new in _OF_MESSAGES and "messages" in named):
             continue
         old = next((name for name in others if name in named), None)
         if old is not None:
@@ -229,13 +231,17 @@ def _set_types(fields: dict[str, Any]) -> None:
 
 
 def _set_defaults(fields: dict[str, Any], naming: Naming, is_transcript: bool) -> None:
+    has_messages = "messages" in fields
     for name, value in naming.defaults.items():
-        fields.setdefault(name, value)
+        if not (has_messages and name in _OF_MESSAGES):
+            fields.setdefault(name, value)
     fields.setdefault("split", DEFAULT_SPLIT)
     if is_transcript:
         fields.setdefault("task", "asr")
     if "task" not in fields:
         raise RowError("wrong_type", "task is missing; give it with --set task=NAME, or --map task=FIELD")
+    if has_messages:
+        return
     if fields["task"] == "asr":
         fields.setdefault("instruction", DEFAULT_INSTRUCTION)
     if "instruction" not in fields:

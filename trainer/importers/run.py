@@ -87,10 +87,10 @@ def _items(rows: Iterator[Row], source: Source, naming: Naming, ids: Ids) -> Ite
         if sample is None:
             text = f"{row.where} {error}"
         else:
-            clips = [(c.path, c.span, c.start, c.seconds, c.channel, c.data and len(c.data)) for c in sample.clips]
+            clips = [(c.path, c.span, c.start, c.seconds, c.channel, len(c.data or b"")) for c in sample.clips]
             text = json.dumps([row.where, sample.key, clips, sample.fields], sort_keys=True)
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
-        yield Item(row.where, sample, error, digest.hexdigest())
+        yield Item(row.where, sample, error, digest.hexdigest(), number)
 
 
 def _after(items: Iterator[Item], num: int, digest: str) -> Iterator[Item]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import threading
@@ -22,6 +21,8 @@ from trainer.importers.fields import Sample
 from trainer.importers.row import RowError
 
 AUDIO_FOLDER = "audio"
+_FOLDER_ROWS = 1000
+"""The number of rows whose audio is in one folder below `AUDIO_FOLDER`."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Item:
     """The reason why there is no sample."""
     digest: str
     """A hash of this and all earlier rows."""
+    number: int
+    """The number of rows before it."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,10 @@ def _outcome(item: Item, recordings: Recordings, target: Target) -> Outcome:
     audio: tuple[str, ...] = ()
     if target.folder is not None:
         number = [f"-{i}" if len(made) > 1 else "" for i in range(len(made))]
-        audio = tuple(_stored(m, target.folder, sample.key + n) for m, n in zip(made, number, strict=True))
+        audio = tuple(
+            _stored(m, target.folder, item.number // _FOLDER_ROWS, sample.key + n)
+            for m, n in zip(made, number, strict=True)
+        )
     return Outcome(_without_data(item), None, audio, clips, seconds)
 
 
@@ -153,11 +159,11 @@ def _without_data(item: Item) -> Item:
     return replace(item, sample=replace(item.sample, clips=clips))
 
 
-def _stored(made: Made, folder: Path, name: str) -> str:
-    """Return the path of a clip, which is written below `folder` unless its file can be used as it is."""
+def _stored(made: Made, folder: Path, part: int, name: str) -> str:
+    """Return the path of a clip, which is written to a part of `folder` unless its file can be used."""
     if made.data is None:
         return made.path
-    place = f"{AUDIO_FOLDER}/{hashlib.blake2b(name.encode(), digest_size=1).hexdigest()}/{name}.{made.kind}"
+    place = f"{AUDIO_FOLDER}/{part:05d}/{name}.{made.kind}"
     path = folder / place
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     try:

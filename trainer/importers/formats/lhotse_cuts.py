@@ -14,6 +14,7 @@ from model.errors import UserError
 from model.json_text import parse_json
 from trainer.importers.row import Clip, Row, RowError
 from trainer.importers.source import Source, short
+from trainer.scoring.fields import is_amount
 
 _TOLERANCE_SEC = 1e-3
 """Differences of durations that are only rounding."""
@@ -106,7 +107,7 @@ def _audio(
     else:
         raise RowError("wrong_type", f"channel {short(channel)} is in no source of the recording")
     length = recording.get("duration")
-    is_whole = start == 0 and isinstance(length, int | float) and abs(length - seconds) < _TOLERANCE_SEC
+    is_whole = start == 0 and is_amount(length) and abs(length - seconds) < _TOLERANCE_SEC
     return clip, start, seconds, is_whole
 
 
@@ -162,7 +163,7 @@ def _recordings(source: Source, path: Path) -> Iterator[tuple[str, Clip | None, 
                 name = PurePosixPath(data.name)
                 seconds = value.get("duration") if isinstance(value, dict) else None
                 clip = None if name.suffix == ".nodata" else Clip(data.name, data=audio)
-                yield str(name.parent / name.stem), clip, seconds if isinstance(seconds, int | float) else None
+                yield str(name.parent / name.stem), clip, seconds if is_amount(seconds) else None
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, OverflowError) as error:
         raise RowError("broken", f"the rest of {path.name} cannot be read: {short(str(error))}") from None
 

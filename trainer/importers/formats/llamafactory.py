@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.importers.formats.messages import alpaca_turns
-from trainer.importers.formats.turns import Turn, audio_of, fields_of_turns
+from trainer.importers.formats.turns import Message, audio_of, fields_of_messages
 from trainer.importers.row import Row, RowError
 from trainer.importers.source import Source, short
 
@@ -31,13 +31,13 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
     listed = fields.pop("conversations", None)
     listed = fields.pop("messages", None) if listed is None else listed
     if listed is None:
-        return {**fields, **fields_of_turns(alpaca_turns(fields), audio)}
+        return {**fields, **fields_of_messages(alpaca_turns(fields), audio)}
     if not isinstance(listed, list) or not all(isinstance(m, dict) for m in listed):
         raise RowError("wrong_type", f"conversations = {short(listed)}, but must be a list of messages")
-    turns = [Turn("system", str(system))] if (system := fields.pop("system", None)) else []
+    turns = [Message("system", str(system))] if (system := fields.pop("system", None)) else []
     for message in listed:
         role, text = message.get("from", message.get("role")), message.get("value", message.get("content"))
         if not isinstance(text, str):
             raise RowError("wrong_type", f"message {short(message)}, but must have a text")
-        turns.append(Turn(_ROLES.get(str(role), str(role)), text))
-    return {**fields, **fields_of_turns(turns, audio)}
+        turns.append(Message(_ROLES.get(str(role), str(role)), text))
+    return {**fields, **fields_of_messages(turns, audio)}

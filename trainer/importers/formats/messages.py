@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from trainer.importers.formats.turns import TAG, Turn, audio_of, fields_of_turns
+from model.conversation import AUDIO_TAG
+from trainer.importers.formats.turns import Message, audio_of, fields_of_messages
 from trainer.importers.row import Row, RowError
 from trainer.importers.source import Source, short
 
@@ -45,10 +46,10 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
         audio = inner or audio
     else:
         raise RowError("wrong_type", f"messages = {short(messages)}, but must be a list")
-    return {**fields, **fields_of_turns(turns, audio)}
+    return {**fields, **fields_of_messages(turns, audio)}
 
 
-def alpaca_turns(fields: dict[str, Any]) -> list[Turn]:
+def alpaca_turns(fields: dict[str, Any]) -> list[Message]:
     """Remove the fields of ms-swift's or alpaca's form, and return their messages.
 
     Raises:
@@ -65,15 +66,15 @@ def alpaca_turns(fields: dict[str, Any]) -> list[Turn]:
         raise RowError(
             "wrong_type", f"no messages, query and response, or instruction and output ({short(list(fields))})"
         )
-    turns = [Turn("system", str(system))] if system else []
+    turns = [Message("system", str(system))] if system else []
     if not isinstance(history, list) or not all(isinstance(h, list) and len(h) == 2 for h in history):
         raise RowError("wrong_type", f"history = {short(history)}, but must be a list of pairs")
     for asked, said in history:
-        turns += [Turn("user", str(asked)), Turn("assistant", str(said))]
-    return [*turns, Turn("user", question), Turn("assistant", answer)]
+        turns += [Message("user", str(asked)), Message("assistant", str(said))]
+    return [*turns, Message("user", question), Message("assistant", answer)]
 
 
-def _turn(message: Any) -> tuple[Turn, list[Any]]:
+def _turn(message: Any) -> tuple[Message, list[Any]]:
     """Return a message and its clips."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise RowError("wrong_type", f"message {short(message)}, but must have a role and a content")
@@ -86,7 +87,7 @@ def _turn(message: Any) -> tuple[Turn, list[Any]]:
             text += words
         elif kind in _AUDIO_TYPES:
             clips.append(audio_of({k: v for k, v in part.items() if k != "type"}))
-            text += TAG
+            text += AUDIO_TAG
         else:
-            raise RowError("conversation", f"a part {short(part)} of a message, which is neither text nor audio")
-    return Turn(message["role"], text, None if loss is None else bool(loss)), clips
+            raise RowError("bad_messages", f"a part {short(part)} of a message, which is neither text nor audio")
+    return Message(message["role"], text, None if loss is None else bool(loss)), clips

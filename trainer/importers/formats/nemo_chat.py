@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from trainer.importers.formats.turns import TAG, Turn, audio_of, fields_of_turns
+from model.conversation import AUDIO_TAG
+from trainer.importers.formats.turns import Message, audio_of, fields_of_messages
 from trainer.importers.row import Clip, Row, RowError
 from trainer.importers.source import Source, short
 
@@ -36,27 +37,27 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
     sound = original if sound is None else sound
     sounds = sound if isinstance(sound, list) else [] if sound is None else [sound]
     audio: list[Any] = []
-    turns: list[Turn] = []
+    turns: list[Message] = []
     for message in listed:
         role = _ROLES.get(str(message.get("from")).lower(), str(message.get("from")))
         text = message.get("value")
         if message.get("type") == "audio":
             audio.append(_clip(message))
-            text = TAG
+            text = AUDIO_TAG
         if not isinstance(text, str):
             raise RowError("wrong_type", f"turn {short(message)}, but must have a text")
         for tag in _SOUND_TAGS:
-            text = text.replace(tag, TAG)
+            text = text.replace(tag, AUDIO_TAG)
         if turns and turns[-1].role == role:
-            turns[-1] = Turn(role, f"{turns[-1].text} {text}")
+            turns[-1] = Message(role, f"{turns[-1].text} {text}")
         else:
-            turns.append(Turn(role, text))
+            turns.append(Message(role, text))
     if sounds and audio:
         raise RowError("wrong_type", "turns of audio and the field sound")
     if sounds:
-        num_tags = sum(turn.text.count(TAG) for turn in turns)
+        num_tags = sum(turn.text.count(AUDIO_TAG) for turn in turns)
         audio = [audio_of(s) for s in (sounds * num_tags if len(sounds) == 1 and num_tags else sounds)]
-    return {**fields, **fields_of_turns(turns, audio)}
+    return {**fields, **fields_of_messages(turns, audio)}
 
 
 def _clip(turn: dict[str, Any]) -> Clip:

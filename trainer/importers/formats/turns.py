@@ -9,57 +9,55 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from model.conversation import AUDIO_TAG, ConversationError, read_turns
 from trainer.importers.row import Clip, RowError
 from trainer.importers.source import short
 
-TAG = "<audio>"
-"""The place of a clip in a text."""
 _DATA_URL = re.compile(r"data:[a-z]+/([A-Za-z0-9.+-]*)(?:;[^,;]*)*;base64,", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Turn:
+class Message:
     """A message of a conversation."""
 
     role: str
-    """`system`, `user` or `assistant`."""
     text: str
-    """The text, with `TAG` in place of each clip."""
+    """The text, with `AUDIO_TAG` in place of each clip."""
     loss: bool | None = None
-    """Whether the message is trained; None if the source does not say so."""
+    """Whether the answer is trained; None if the source does not say so."""
 
 
-def fields_of_turns(turns: Sequence[Turn], audio: Sequence[Any]) -> dict[str, Any]:
-    """Return the fields of a sample: `instruction`, `answer` and `audio`.
+def fields_of_messages(messages: Sequence[Message], audio: Sequence[Any]) -> dict[str, Any]:
+    """Return the fields of a conversation.
 
+    One question that begins with its clips and one answer are `instruction` and `answer`; all others are `messages`.
     Clips without a tag come first in the first message of the user.
 
     Args:
-        turns: The conversation.
+        messages: The conversation.
         audio: The clips in the order of their tags.
 
     Raises:
-        RowError: If the tags do not match the clips (`wrong_type`), or the conversation is not one question and one
-            answer with all clips before or after the text (`conversation`).
+        RowError: If there are not as many tags as clips (`wrong_type`), or the messages are not a conversation that can
+            be trained (`bad_messages`).
     """
-    if other := next((t.role for t in turns if t.role not in ("system", "user", "assistant")), None):
-        raise RowError(
-            "conversation", f"a message of the role {short(other)}; only system, user and assistant are known"
-        )
-    num_tags = sum(t.text.count(TAG) for t in turns)
+    num_tags = sum(m.text.count(AUDIO_TAG) for m in messages)
     if num_tags not in (0, len(audio)):
-        raise RowError("wrong_type", f"{num_tags} tags {TAG}, but {len(audio)} audio files")
-    if any(TAG in t.text for t in turns if t.role != "user"):
-        raise RowError("conversation", f"a tag {TAG} in a message that is not the user's")
-    if [t.role for t in turns] != ["user", "assistant"] or turns[1].loss is False:
-        roles = " ".join(t.role for t in turns[:6])
-        raise RowError(
-            "conversation", f"{len(turns)} messages ({roles}), but only one question and one answer are known"
-        )
-    text = re.sub(rf"^(\s*{TAG})+\s*|\s*({TAG}\s*)+$", "", turns[0].text)
-    if TAG in text:
-        raise RowError("conversation", f"a clip in the middle of the text {short(text)}")
-    fields = {"instruction": text, "answer": turns[1].text}
+        raise RowError("wrong_type", f"{num_tags} tags {AUDIO_TAG}, but {len(audio)} audio files")
+    first = next((place for place, message in enumerate(messages) if message.role == "user"), None)
+    before = "" if num_tags or first is None else AUDIO_TAG * len(audio)
+    listed = [
+        {"role": m.role, "content": (before if place == first else "") + m.text}
+        | ({} if m.loss is None or m.role != "assistant" else {"loss": m.loss})
+        for place, m in enumerate(messages)
+    ]
+    try:
+        turns = read_turns(listed)
+    except ConversationError as error:
+        raise RowError("bad_messages", str(error)) from None
+    fields: dict[str, Any] = {"messages": listed}
+    if [t.role for t in turns] == ["user", "assistant"] and not any(turns[0].texts[:-1]) and turns[1].loss is not False:
+        fields = {"instruction": turns[0].text.strip(), "answer": turns[1].text}
     return {**fields, "audio": list(audio)} if audio else fields
 
 

@@ -1,0 +1,111 @@
+"""Compare the speed of `earshot import` with that of a loop that only decodes and encodes.
+
+    python -m bench.import_data [--clips 1200]
+
+The input is speech of the kit (KIT_DIR) with realistic lengths as AIFF files, which shards may not contain, so that
+every file becomes FLAC. `earshot import --jobs 2` reads them from a table and writes a manifest. The loop reads each
+file with soundfile and writes it as FLAC with soundfile, in two processes, without checks, ids or a manifest. Both
+include the start of their processes. Rounds alternate, and the best of each counts.
+
+Goal: at least 0.9 times the throughput of the loop. The exit code is 1 if it is missed, and 3 without the kit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import soundfile
+
+from bench.loader_corpus import KIT, utterances
+
+GOAL, JOBS = 0.9, 2
+
+
+def convert(path: Path, out: Path) -> None:
+    """Decode a file and encode it as FLAC."""
+    values, rate = soundfile.read(path, dtype="int16")
+    soundfile.write(out / f"{path.stem}.flac", values, rate, format="FLAC", subtype="PCM_16")
+
+
+def loop_sec(folder: Path, out: Path) -> float:
+    """Return the seconds that the loop takes."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    started = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(JOBS) as pool:
+        pool.map(partial(convert, out=out), sorted(folder.glob("*.aiff")))
+    return time.perf_counter() - started
+
+
+def import_sec(folder: Path, out: Path) -> float:
+    """Return the seconds that the import takes."""
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "tools.import_data", "--from", "csv", str(folder / "set.csv"), str(out)]
+    started = time.perf_counter()
+    subprocess.run([*command, "--jobs", str(JOBS)], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def write_corpus(folder: Path, num: int) -> float:
+    """Write `num` AIFF files and a table, and return their seconds of audio."""
+    folder.mkdir()
+    lines, seconds = ["audio,text\n"], 0.0
+    for number, utterance in enumerate(utterances(num)):
+        source = folder / "one.flac"
+        source.write_bytes(utterance.data)
+        values, rate = soundfile.read(source, dtype="int16")
+        soundfile.write(folder / f"{number:05d}.aiff", values, rate, format="AIFF", subtype="PCM_16")
+        lines.append(f"{number:05d}.aiff,text {number}\n")
+        seconds += len(values) / rate
+    (folder / "one.flac").unlink()
+    (folder / "set.csv").write_text("".join(lines), encoding="utf-8")
+    return seconds
+
+
+def main() -> int:
+    """Run the benchmark and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.import_data", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--clips", type=int, default=1200, help="number of files")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    if not (KIT / "asr.jsonl").exists():
+        print(json.dumps({"passed": None, "reason": f"no kit at {KIT}; set KIT_DIR"}))
+        return 3
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        seconds = write_corpus(folder / "in", options.clips)
+        loops, imports = [], []
+        for number in range(options.rounds):
+            loops.append(loop_sec(folder / "in", folder / "loop"))
+            imports.append(import_sec(folder / "in", folder / "import"))
+            print(f"round {number + 1}: loop {loops[-1]:.2f} s, import {imports[-1]:.2f} s", flush=True)
+        num = len(list((folder / "import" / "audio").rglob("*.flac")))
+        assert num == options.clips, f"{num} files were written"
+    ratio = min(loops) / min(imports)
+    print(f"{options.clips} files, {seconds / 3600:.2f} h: {seconds / min(imports):.0f} s of audio per second")
+    print(
+        json.dumps(
+            {
+                "passed": ratio >= GOAL,
+                "ratio": round(ratio, 3),
+                "goal": GOAL,
+                "hours": round(seconds / 3600, 3),
+                "loop_sec": [round(s, 2) for s in loops],
+                "import_sec": [round(s, 2) for s in imports],
+            }
+        )
+    )
+    return 0 if ratio >= GOAL else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
