@@ -36,6 +36,18 @@ def test_70b_on_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize("num_ranks", [8, 16])
+def test_the_published_mowe(num_ranks: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mowe_published", "--dry-run", f"parallel.num_ranks={num_ranks}"]) == 0
+    out = capsys.readouterr().out
+    assert f"{num_ranks} ranks = TP 2 x PP 1 x DP {num_ranks // 2}" in out
+    rows = {tuple(line.split()) for line in out.splitlines()}
+    # The encoder of openai/whisper-large-v2 has 636,784,640 parameters, of which its positions are not trained.
+    assert ("audio.primary", "636.78", "M", "634.86", "M", "1.92", "M") in rows
+    # Rank 16 on q, k, v and o of 32 layers: 32 * 16 * (3 * 4096 + 1024 + 1024 + 5 * 4096 - 4096) parameters.
+    assert ("llm", "8.04", "B", "13.63", "M", "8.03", "B") in rows
+
+
 def test_the_lengths_of_packs_are_printed() -> None:
     found = describe(load_recipe("mowe_70b"))
     assert "an LLM pack up to 8192 tokens, padded to a multiple of 4 (the tensor-parallel ranks)." in found
