@@ -44,7 +44,7 @@ from trainer.parallel.topology import Topology, divisors
 from trainer.run.command import module_command
 from trainer.run.launch import start_ranks
 
-KINDS = ("mixed", "text_only", "rank_without_audio", "fewer_samples_than_ranks", "one_expert")
+KINDS = ("mixed", "text_only", "rank_without_audio", "fewer_samples_than_ranks", "one_expert", "conversations")
 TOLERANCE = 1e-5
 CURVE_TOLERANCE = 1e-4
 MAX_TENSOR = 4

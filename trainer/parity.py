@@ -239,11 +239,27 @@ def make_sample(index: int, num_clips: int, rate: TokenRate, seed: int) -> Sampl
     )
 
 
+def make_conversation(index: int, num_clips: int, rate: TokenRate, seed: int) -> Sample:
+    """Return a sample with two answers and `num_clips` clips in turn 2; every other sample has a clip in turn 1."""
+    first, second = (make_sample(2 * index + turn, n, rate, seed) for turn, n in enumerate((index % 2, num_clips)))
+    return replace(
+        second,
+        key=f"conversation-{seed}-{index}",
+        task=next(t.name for t in TASKS.values() if t.needs_audio and not t.is_transcription),
+        clips=(*first.clips, *second.clips),
+        token_ids=torch.cat([first.token_ids, second.token_ids]),
+        audio_mask=torch.cat([first.audio_mask, second.audio_mask]),
+        labels=torch.cat([first.labels, second.labels]),
+        clip_prompt_ids=tuple(turn.prompt_ids for turn in (first, second) for _ in turn.clips),
+        is_transcription=False,
+    )
+
+
 def make_samples(kind: str, world: int, rate: TokenRate, seed: int = 0) -> list[list[Sample]]:
     """Return the samples of every rank.
 
     Args:
-        kind: One of mixed, text_only, rank_without_audio, fewer_samples_than_ranks and one_expert.
+        kind: One of mixed, text_only, rank_without_audio, fewer_samples_than_ranks, one_expert and conversations.
         world: The number of ranks.
         rate: The adapter's rule for the number of audio tokens.
         seed: The seed of the samples.
@@ -254,10 +270,12 @@ def make_samples(kind: str, world: int, rate: TokenRate, seed: int = 0) -> list[
         "rank_without_audio": lambda rank, i: 0 if rank == 0 else 1 + i % 2,
         "fewer_samples_than_ranks": lambda rank, i: 1,
         "one_expert": lambda rank, i: 1 + i % 2,
+        "conversations": lambda rank, i: 1 + i % 2,
     }
+    make = make_conversation if kind == "conversations" else make_sample
     num = 1 if kind == "fewer_samples_than_ranks" else max(3, 8 // world)
     ranks = range(1) if kind == "fewer_samples_than_ranks" else range(world)
-    made = {r: [make_sample(num * r + i, clips_of[kind](r, i), rate, seed) for i in range(num)] for r in ranks}
+    made = {r: [make(num * r + i, clips_of[kind](r, i), rate, seed) for i in range(num)] for r in ranks}
     return [made.get(rank, []) for rank in range(world)]
 
 

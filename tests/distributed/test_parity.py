@@ -14,10 +14,10 @@ from trainer.parallel.topology import Topology
 CASES = [
     (Topology(2, 1, 1), 5, "llama", KINDS),
     (Topology(2, 2, 1), 0, "qwen2", KINDS),
-    (Topology(2, 1, 2), 0, "qwen2", ("mixed", "text_only")),
+    (Topology(2, 1, 2), 0, "qwen2", ("mixed", "text_only", "conversations")),
     (Topology(4, 2, 2), 0, "qwen3", ("mixed", "rank_without_audio")),
     (Topology(4, 2, 1), 0, "llama", ("mixed", "fewer_samples_than_ranks")),
-    (Topology(4, 1, 2, 2), 0, "mistral", ("mixed", "one_expert")),
+    (Topology(4, 1, 2, 2), 0, "mistral", ("mixed", "one_expert", "conversations")),
     (Topology(4, 2, 1, 2), 0, "qwen2", ("mixed", "rank_without_audio")),
     (Topology(2, 1, 1, 2), 20, "llama", KINDS),
     (Topology(4, 1, 1, 4), 2, "llama", ("mixed", "text_only", "one_expert")),
