@@ -27,6 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from model.conversation import audio_blocks
 from model.errors import UserError
 from tests import fuzz_importers
 from tests.trainer.data_corpus import audio_bytes, row, write_shards
@@ -34,8 +35,8 @@ from trainer.checkpoint.layout import FileEntry, Manifest, Rect, TensorEntry
 from trainer.config.load import load_recipe
 from trainer.data.decode import decode_audio
 from trainer.data.errors import SampleError
-from trainer.data.manifest import read_manifest
-from trainer.data.metadata import check_metadata
+from trainer.data.manifest import Row, read_manifest
+from trainer.data.metadata import check_metadata, earlier_texts, has_earlier_answers, turns_of
 from trainer.data.shard_check import build_index
 from trainer.data.shards import INDEX_NAME, ShardSet
 from trainer.evaluation.predictions import read_predictions, score_predictions
@@ -248,7 +249,25 @@ _PREDICTION = {
     "audio_sec": 1.0,
 }
 _CHOICE = {"key": "b", "task": "er", "reference": "sad", "hypothesis": "(A)", "choices": ["sad", "glad"], "subset": "x"}
+_MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    {"role": "assistant", "content": "c", "loss": False},
+    {"role": "user", "content": "d"},
+    {"role": "assistant", "content": "e"},
+]
+_TAGS = [{"role": "user", "content": "<audio>f"}, {"role": "assistant", "content": "g"}]
 _EVENT = {"time": 1.0, "event": "started", "attempt": 1, "host": "h", "step": 3}
+
+
+def _parse_messages(row: Row) -> object:
+    num_clips = len(audio_blocks(row.metadata.get("messages")))
+    try:
+        check_metadata(row.metadata, num_clips)
+    except SampleError as error:
+        return error
+    return earlier_texts(row.metadata), has_earlier_answers(row.metadata), turns_of(row.metadata, num_clips)
+
 
 TARGETS: dict[str, Target] = {
     **{kind.lower(): audio(kind) for kind in ("FLAC", "WAV", "MP3", "OGG", "OPUS")},
@@ -260,6 +279,10 @@ TARGETS: dict[str, Target] = {
         of_file(
             "m.jsonl", lambda path: [check_metadata(r.metadata, 1) for r in read_manifest(path) if r.error is None]
         ),
+    ),
+    "messages": Target(
+        lines_of([row("a", task="text", messages=_MESSAGES), row("b", messages=_TAGS)]),
+        of_file("m.jsonl", lambda path: [_parse_messages(r) for r in read_manifest(path) if r.error is None]),
     ),
     "metrics": Target(
         lines_of([{"step": i, "time": 1.5, "train/loss": 2.0} for i in range(3)]),

@@ -65,6 +65,29 @@ def write_manifest(folder: Path, num_samples: int = 4) -> Path:
     return path
 
 
+def messages_about(paths: Sequence[str]) -> list[dict[str, object]]:
+    """Return a conversation with the first clip in turn 1 and the others in turn 2, without the last answer."""
+    blocks = [{"type": "audio", "audio": path} for path in paths]
+    asked = [[*blocks[:1], {"type": "text", "text": f"{INSTRUCTION} a"}]]
+    asked += [[{"type": "text", "text": "it "}, *blocks[1:], {"type": "text", "text": " is b"}]]
+    users = [{"role": "user", "content": content} for content in asked]
+    return [users[0], {"role": "assistant", "content": "ab"}, users[1]]
+
+
+def write_conversations(folder: Path) -> Path:
+    """Write a manifest of two conversations with three clips and two clips."""
+    rng, rows = np.random.default_rng(1), []
+    for i in range(2):
+        names = [f"talk-{i}-{clip}.flac" for clip in range(3 - i)]
+        for name in names:
+            soundfile.write(folder / name, 0.1 * rng.standard_normal(4000 + 2500 * i), 16000)
+        answer = {"role": "assistant", "content": "c"}
+        rows.append({"id": f"talk{i}", "task": "sqa", "split": "dev", "messages": [*messages_about(names), answer]})
+    path = folder / "talk.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def write_run(
     run_dir: Path,
     family: str = "llama",

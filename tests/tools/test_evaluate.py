@@ -19,7 +19,7 @@ import soundfile
 import torch
 
 from model.errors import UserError
-from tests.tools.exportable import INSTRUCTION, STEP, write_manifest, write_run
+from tests.tools.exportable import INSTRUCTION, STEP, messages_about, write_conversations, write_manifest, write_run
 from tools import compare, evaluate, export, make_shards, transcribe
 from trainer.data.decode import decode_audio
 from trainer.data.stored import open_stored
@@ -240,6 +240,20 @@ def test_beams_equal_those_of_transformers(made: tuple[Path, Path], loaded: Load
         inputs = loaded.processor(audio=[list(question.clips)], text=question.meta["instruction"])
         rows = loaded.model.generate(**inputs, generation_config=loaded.settings, num_beams=3)
         assert isinstance(answer, Prediction) and answer.hypothesis == loaded.processor.batch_decode(rows)[0]
+
+
+def test_the_last_turn_of_a_conversation_is_answered(made: tuple[Path, Path], loaded: Loaded, tmp_path: Path) -> None:
+    talk = write_conversations(tmp_path)
+    assert ask(made[0] / "out", "--data", talk, "--out", tmp_path / "found") == 0
+    rows = {p.key: p for p in read_predictions(tmp_path / "found" / "predictions.jsonl")}
+    for index in range(2):
+        names = [str(tmp_path / f"talk-{index}-{clip}.flac") for clip in range(3 - index)]
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        inputs = loaded.processor.apply_chat_template(messages_about(names), **options)
+        ids = loaded.model.generate(**inputs, generation_config=loaded.settings)
+        found = rows[f"talk{index}"]
+        assert found.hypothesis == loaded.processor.batch_decode(ids)[0]
+        assert found.meta["instruction"] == "it  is b" and found.meta["answer"] == "c"
 
 
 class Hearing(Answerer):

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,8 +23,21 @@ from model.hub.configuration import audio_config, describe
 from model.llm.families import LLM_FAMILIES
 from model.speech_llm import SpeechLLM
 from tests.oracle import greedy
-from tests.tools.exportable import MAX_NEW_TOKENS, STEP, tensors_of, with_head_dim, write_manifest, write_run
+from tests.tools.exportable import (
+    MAX_NEW_TOKENS,
+    STEP,
+    messages_about,
+    tensors_of,
+    with_head_dim,
+    write_conversations,
+    write_manifest,
+    write_run,
+)
+from tests.trainer.chat_tokenizers import write_chat_tokenizer as write_ending
 from tools import export, transcribe
+from trainer.data.config import TokenizerConfig
+from trainer.data.tokenizer import load_tokenizer
+from trainer.export.publish import generation_config
 from trainer.export.source import Source
 from trainer.export.verify import read_samples
 from trainer.parity import tiny_model
@@ -47,10 +61,13 @@ for folder, manifest in json.loads(sys.argv[2]):
         tokens.append(model.generate(**processor(audio=audio, text=row["instruction"]))[0].tolist())
     samples = [[f"{root}/{name}" for name in row["audio"] or []] for row in rows]
     together = model.generate(**processor(audio=samples, text=[row["instruction"] for row in rows])).tolist()
+    talk = json.loads(sys.argv[3])
+    inputs = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=True)
+    talked = [inputs["input_ids"][0].tolist(), model.generate(**inputs)[0].tolist()]
     llm = AutoModelForCausalLM.from_pretrained(folder + "-llm")
     ids = AutoTokenizer.from_pretrained(folder + "-llm")("what is it", return_tensors="pt").input_ids
     logits = llm(ids).logits[0, -1].tolist()
-    found[folder] = [tokens, together, type(llm).__name__, str(llm.dtype), logits, ids.tolist()]
+    found[folder] = [tokens, together, type(llm).__name__, str(llm.dtype), logits, ids.tolist(), talked]
 print(json.dumps(found))
 """
 
@@ -59,7 +76,7 @@ def export_with(*arguments: object) -> None:
     assert export.main([str(a) for a in arguments]) == 0
 
 
-def in_a_fresh_process(folders: list[tuple[str, str]], cwd: Path) -> dict[str, Any]:
+def in_a_fresh_process(folders: list[tuple[str, str]], talk: list[dict[str, object]], cwd: Path) -> dict[str, Any]:
     site = next(p for p in sys.path if p.endswith("site-packages"))
     other = os.environ.get("EXPORT_PYTHON")
     command = [sys.executable, "-I", "-S", "-c", FRESH, site] if other is None else [other, "-I", "-c", FRESH, ""]
@@ -68,7 +85,7 @@ def in_a_fresh_process(folders: list[tuple[str, str]], cwd: Path) -> dict[str, A
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [*command, json.dumps(folders)],
+        [*command, json.dumps(folders), json.dumps(talk)],
         cwd=cwd,
         env=environment,
         capture_output=True,
@@ -103,9 +120,11 @@ def test_every_family_generates_the_same_tokens_without_this_project(tmp_path: P
         export_with(tmp_path / f"run-{family}", out, "--dtype", "fp32", "--verify", manifest)
         export_with(tmp_path / f"run-{family}", f"{out}-llm", "--dtype", "fp32", "--llm-only")
     folders = [(str(tmp_path / family), str(manifest)) for family in LLM_FAMILIES]
-    found = in_a_fresh_process(folders, tmp_path)
+    talk = write_conversations(tmp_path)
+    names = [str(tmp_path / f"talk-0-{clip}.flac") for clip in range(3)]
+    found = in_a_fresh_process(folders, messages_about(names), tmp_path)
     for family, oracle in oracles.items():
-        tokens, together, kind, dtype, logits, ids = found[str(tmp_path / family)]
+        tokens, together, kind, dtype, logits, ids, talked = found[str(tmp_path / family)]
         source = Source(tmp_path / f"run-{family}")
         tokenizer = source.tokenizer()
         eos, vocab = tokenizer.eos_id, tokenizer.vocab_size
@@ -113,6 +132,9 @@ def test_every_family_generates_the_same_tokens_without_this_project(tmp_path: P
         for sample, alone, batched in zip(samples, tokens, together, strict=True):
             wanted = greedy(oracle, sample, eos, vocab, MAX_NEW_TOKENS)
             assert cut_at(alone, eos) == cut_at(batched, eos) == wanted, (family, sample.key)
+        sample = next(s for s in read_samples(source, tokenizer, talk, 9) if s.key == "talk0")
+        assert talked[0] == sample.token_ids.tolist() and len(sample.clips) == 3
+        assert cut_at(talked[1], eos) == greedy(oracle, sample, eos, vocab, MAX_NEW_TOKENS)
         assert len({tuple(t) for t in tokens}) > 1, "the same answer to everything shows nothing"
         assert kind == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family] and dtype == "torch.float32"
         with torch.no_grad():
@@ -195,6 +217,23 @@ def test_chat_tokenizer_is_exported(tmp_path: Path) -> None:
     write_run(tmp_path / "run", chats=True)
     export_with(tmp_path / "run", tmp_path / "out", "--dtype", "fp32", "--verify", write_manifest(tmp_path))
     assert json.loads((tmp_path / "out" / "processor_config.json").read_text())["as_chat"]
+
+
+@pytest.mark.parametrize("chats", [True, False])
+def test_conversations_have_the_tokens_of_training(tmp_path: Path, chats: bool) -> None:
+    write_run(tmp_path / "run", chats=chats)
+    export_with(tmp_path / "run", tmp_path / "out", "--dtype", "fp32", "--verify", write_conversations(tmp_path))
+    assert (tmp_path / "out" / "README.md").exists()
+
+
+def test_all_end_tokens_are_exported(tmp_path: Path) -> None:
+    for name, ends in (("gemma", ["<eos>", "<end_of_turn>"]), ("chatml", ["<|im_end|>"])):
+        tokenizer = load_tokenizer(str(write_ending(tmp_path / name, name)), TokenizerConfig())
+        model = SimpleNamespace(text_config={"vocab_size": tokenizer.vocab_size + 2})
+        recipe = SimpleNamespace(eval=SimpleNamespace(max_new_tokens=5))
+        settings = generation_config(cast(Any, SimpleNamespace(model=model, recipe=recipe)), tokenizer)
+        found = settings.eos_token_id
+        assert [tokenizer.piece(i) for i in (found if isinstance(found, list) else [found])] == ends
 
 
 def test_rarely_used_encoders_are_dropped(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,75 @@
+"""A model learns both answers of a conversation with a clip in each turn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model.batch import IGNORE, Batch, Sample
+from model.speech_llm import SpeechLLM
+from tests.oracle import greedy
+from tests.trainer.chat_tokenizers import chat_config, write_chat_tokenizer
+from trainer.data.loader import to_sample
+from trainer.data.metadata import with_last_turn
+from trainer.data.sample import make_sample
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.parity import tiny_model
+
+PITCHES = {"l": 200, "h": 3000}
+NUM_STEPS, BATCH_SAMPLES = 150, 16
+
+
+def conversation(rng: np.random.Generator) -> tuple[dict[str, Any], tuple[np.ndarray, ...]]:
+    """Return a conversation about two tones: is the first one high or low, and is the second one the same?"""
+    names = rng.choice(list(PITCHES), 2).tolist()
+    time = np.arange(4000) / 16000
+    phases = rng.uniform(0, 6, 2)
+    clips = tuple(
+        (0.3 * np.sin(2 * np.pi * PITCHES[n] * time + p)).astype(np.float32) for n, p in zip(names, phases, strict=True)
+    )
+    texts = ("<audio>?", names[0], "<audio>!", "s" if names[0] == names[1] else "o")
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return with_last_turn({"task": "sqa", "messages": messages}), clips
+
+
+def sample_of(tokenizer: Tokenizer, rng: np.random.Generator, **fields: Any) -> Sample:
+    meta, clips = conversation(rng)
+    return to_sample(make_sample("k", meta, clips, tokenizer, tiny_model().adapter.rate, **fields))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_conversation_of_two_turns_is_learned(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(write_chat_tokenizer(tmp_path, "chatml")), chat_config())
+    torch.manual_seed(0)
+    tiny = tiny_model(num_layers=2)
+    llm = replace(tiny.llm, config={**tiny.llm.config, "vocab_size": tokenizer.vocab_size})
+    config = replace(tiny, llm=llm, ctc_weight=0.0, losses={}, experts=())
+    model = SpeechLLM(config, tokenizer.vocab_size, seed=0).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rng = np.random.default_rng(0)
+    for _ in range(NUM_STEPS):
+        batch = Batch(tuple(sample_of(tokenizer, rng) for _ in range(BATCH_SAMPLES)))
+        loss = model(batch).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    right = []
+    for _ in range(20):
+        meta, clips = conversation(rng)
+        rate = config.adapter.rate
+        whole = to_sample(make_sample("k", meta, clips, tokenizer, rate))
+        asked = to_sample(make_sample("k", meta, clips, tokenizer, rate, evaluate=True))
+        said = greedy(model, asked, tokenizer.turn_end_id, tokenizer.vocab_size, 3)
+        with torch.no_grad():
+            logits = model.logits(Batch((whole,)), model.embed_audio(Batch((whole,))))[0]
+        kept = whole.labels != IGNORE
+        both = bool((logits.argmax(-1)[kept] == whole.labels[kept]).all())
+        right.append((tokenizer.decode(said) == meta["answer"], both))
+    assert all(a and b for a, b in right)
