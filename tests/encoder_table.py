@@ -10,10 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTForAudioClassification,
     AudioFlamingo3Config,
     AudioFlamingo3ForConditionalGeneration,
     Data2VecAudioConfig,
     Data2VecAudioForCTC,
+    ParakeetCTCConfig,
+    ParakeetFeatureExtractor,
+    ParakeetForCTC,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
     SeamlessM4TFeatureExtractor,
@@ -24,6 +30,8 @@ from transformers import (
     Wav2Vec2BertConfig,
     Wav2Vec2BertForCTC,
     Wav2Vec2Config,
+    Wav2Vec2ConformerConfig,
+    Wav2Vec2ConformerForCTC,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
     WhisperFeatureExtractor,
@@ -156,6 +164,38 @@ def of_tower(published: Any, extractor: Any, wave: Tensor) -> Tensor:
     return pooled
 
 
+def fast_conformer(fields: dict[str, Any]) -> Any:
+    """Return a published Parakeet, which is a model for CTC."""
+    return ParakeetForCTC(ParakeetCTCConfig(encoder_config=fields, **CTC))
+
+
+def of_parakeet(published: Any, extractor: Any, wave: Tensor) -> Tensor:
+    """Return the frames of the encoder, of which the last may be past the end."""
+    inputs = extractor([wave.numpy()], sampling_rate=16_000, return_tensors="pt")
+    found = published.encoder(**inputs)
+    frames: Tensor = found.last_hidden_state[0, : int(found.attention_mask.sum())]
+    return frames
+
+
+def of_patches(published: Any, extractor: Any, wave: Tensor) -> Tensor:
+    """Return the mean over the frequency bands of the patches at each time within the clip."""
+    values = extractor(wave.numpy(), sampling_rate=16_000, return_tensors="pt")["input_values"]
+    tokens = published.audio_spectrogram_transformer(values).last_hidden_state[0, 2:]
+    steps = (published.config.max_length - 16) // 10 + 1
+    return torch.stack([tokens[t::steps].mean(0) for t in range(min(steps, -(-len(wave) // 1600)))])
+
+
+PARAKEET: dict[str, Any] = {**SMALL, "subsampling_conv_channels": 8, "num_mel_bins": 40, "conv_kernel_size": 5}
+SPECTROGRAM: dict[str, Any] = {**SMALL, "num_mel_bins": 40, "max_length": 200}
+SOUNDS = partial(ASTFeatureExtractor, num_mel_bins=40, max_length=200, mean=-3.5, std=3.0)
+CONFORMER: dict[str, Any] = {
+    **SMALL,
+    "conv_dim": [16] * 7,
+    "conv_depthwise_kernel_size": 5,
+    "feat_extract_norm": "layer",
+    "conv_bias": True,
+}
+FAIRSEQ = ctc(Wav2Vec2ConformerForCTC, Wav2Vec2ConformerConfig)
 MEL = partial(WhisperFeatureExtractor, feature_size=80, chunk_length=2)
 CASES: dict[str, Case] = {
     "voxtral": Case(
@@ -191,6 +231,33 @@ CASES: dict[str, Case] = {
     "wav2vec2_bert": bert("relative_key"),
     "wav2vec2_bert_relative": bert("relative"),
     "wav2vec2_bert_rotary": bert("rotary"),
+    "wav2vec2_conformer": Case(
+        "wav2vec2-conformer", CONFORMER, FAIRSEQ, normalizing(True), of_waveform("wav2vec2_conformer")
+    ),
+    "wav2vec2_conformer_rotary": Case(
+        "wav2vec2-conformer",
+        {**CONFORMER, "position_embeddings_type": "rotary"},
+        FAIRSEQ,
+        normalizing(True),
+        of_waveform("wav2vec2_conformer"),
+    ),
+    "parakeet": Case(
+        "parakeet",
+        PARAKEET,
+        fast_conformer,
+        partial(ParakeetFeatureExtractor, feature_size=40),
+        of_parakeet,
+        window_sec=2.0,
+        frame_samples=1280,
+    ),
+    "ast": Case(
+        "ast",
+        SPECTROGRAM,
+        lambda fields: ASTForAudioClassification(ASTConfig(**fields)),
+        SOUNDS,
+        of_patches,
+        frame_samples=1600,
+    ),
     "data2vec": Case("data2vec-audio", POSITIONS, DATA2VEC, normalizing(True), of_waveform("data2vec_audio")),
 }
 

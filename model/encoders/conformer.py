@@ -81,7 +81,8 @@ class FixedBatchNorm(nn.BatchNorm1d):
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
-        self.num_batches_tracked = None  # counted only while statistics change
+        # It counts only while statistics change, so it is not stored.
+        self.register_buffer("num_batches_tracked", torch.tensor(0), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input` [B, C, F] by the running statistics, in training mode, too."""

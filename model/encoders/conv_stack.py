@@ -200,16 +200,21 @@ def conv_stack_flops(hf: Any, samples: int, position_taps: int | None = None) ->
         samples: The length of the padded window in samples.
         position_taps: The taps of all convolutions for the positions; None for one of `num_conv_pos_embeddings` taps.
     """
+    frames, width = padded_conv_lengths(hf, samples)[-1], hf.hidden_size
+    taps = hf.num_conv_pos_embeddings if position_taps is None else position_taps
+    positions = 2.0 * frames * taps * width * width / hf.num_conv_pos_embedding_groups
+    layers = hf.num_hidden_layers * layer_flops(frames, width, hf.intermediate_size)
+    return conv_only_flops(hf, samples) + positions + layers
+
+
+def conv_only_flops(hf: Any, samples: int) -> float:
+    """Return the forward FLOPs of the convolutions over one window and of the projection of their output."""
     flops, channels = 0.0, 1
     steps = padded_conv_lengths(hf, samples)
     for kernel, width, length in zip(hf.conv_kernel, hf.conv_dim, steps, strict=True):
         flops += 2.0 * kernel * channels * width * length
         channels = width
-    frames, width = steps[-1], hf.hidden_size
-    flops += 2.0 * frames * channels * width
-    taps = hf.num_conv_pos_embeddings if position_taps is None else position_taps
-    flops += 2.0 * frames * taps * width * width / hf.num_conv_pos_embedding_groups
-    return flops + hf.num_hidden_layers * layer_flops(frames, width, hf.intermediate_size)
+    return flops + 2.0 * steps[-1] * channels * hf.hidden_size
 
 
 def padded_conv_lengths(hf: Any, samples: int) -> tuple[int, ...]:

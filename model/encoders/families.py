@@ -12,8 +12,11 @@ ENCODER_FAMILIES: dict[str, object] = {
     "audioflamingo3": "model.encoders.whisper_offspring:AUDIO_FLAMINGO_3",
     "wav2vec2": "model.encoders.wav2vec2:WAV2VEC2",
     "wav2vec2-bert": "model.encoders.wav2vec2_bert:WAV2VEC2_BERT",
+    "wav2vec2-conformer": "model.encoders.wav2vec2_conformer:WAV2VEC2_CONFORMER",
     "data2vec-audio": "model.encoders.data2vec:DATA2VEC_AUDIO",
     "unispeech-sat": "model.encoders.unispeech_sat:UNISPEECH_SAT",
+    "parakeet": "model.encoders.parakeet:PARAKEET",
+    "ast": "model.encoders.spectrogram_transformer:AUDIO_SPECTROGRAM_TRANSFORMER",
 }
 """For each name of `family` in recipes, an `EncoderFamily` or the place of one as `module:NAME`, which is imported at
 the first use. Plug-ins add entries."""

@@ -20,7 +20,7 @@ def devices_of_buffers() -> dict[str, str]:
     assert dist.group.WORLD is not None
     groups = Groups(Topology(world, 1, 1), rank, torch.device("meta"), dist.group.WORLD, dist.group.WORLD)
     tower = parity.AudioTower(parity.tiny_model(), 32, parity.VOCAB_SIZE)
-    for name in tower.expert_names:  # no encoder family has buffers yet
+    for name in tower.expert_names:  # these families have no buffers
         tower.encoder(name).register_buffer("added", torch.zeros(2), persistent=False)
     engine = AudioEngine(tower, parity.OPTIM, DS_CONFIG, groups, batch_sec=1.0)
     found = {name: buffer.device.type for name, buffer in engine.tower.named_buffers()}

@@ -27,6 +27,7 @@ def test_an_export_computes_what_training_computes(tmp_path: Path, capsys: pytes
     assert code == 0, capsys.readouterr().err
     tensors = load_file(out / "model.safetensors")
     assert all(any(name.startswith(f"audio.experts.{expert}.encoder.") for name in tensors) for expert in names)
+    assert "audio.experts.parakeet.encoder.encoder.layers.0.conv.norm.running_var" in tensors
     assert not (out / "encoders_hubert.py").exists()
 
 
