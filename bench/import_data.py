@@ -1,6 +1,6 @@
 """Compare the speed of `earshot import` with that of a loop that only decodes and encodes.
 
-    python -m bench.import_data [--clips 1200]
+    python -m bench.import_data [--clips 2400]
 
 The input is speech of the kit (KIT_DIR) with realistic lengths as AIFF files, which shards may not contain, so that
 every file becomes FLAC. `earshot import --jobs 2` reads them from a table and writes a manifest. The loop reads each
@@ -74,7 +74,7 @@ def write_corpus(folder: Path, num: int) -> float:
 def main() -> int:
     """Run the benchmark and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.import_data", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--clips", type=int, default=1200, help="number of files")
+    parser.add_argument("--clips", type=int, default=2400, help="number of files")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     if not (KIT / "asr.jsonl").exists():

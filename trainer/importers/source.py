@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -38,15 +39,20 @@ class Source:
     output: Path | None = None
     """The folder that the import writes, whose files are no part of the source."""
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """`path` itself if it is a folder, else the folder that contains it."""
         return self.path if self.path.is_dir() else self.path.parent
 
-    @property
+    @cached_property
     def base(self) -> Path:
         """The folder that relative paths of audio files start from."""
         return self.audio_folder or self.folder
+
+    @cached_property
+    def roots(self) -> tuple[Path, ...]:
+        """The folders whose files may be read without `follow`, without symbolic links."""
+        return tuple(dict.fromkeys(folder.resolve() for folder in (self.folder, self.base)))
 
     def audio_file(self, text: str) -> Path:
         """Return the absolute path of an audio file, without symbolic links.
@@ -198,9 +204,8 @@ class Source:
     def _inside(self, path: Path, text: str) -> Path:
         try:
             real = path.resolve()
-            roots = [folder.resolve() for folder in {self.folder, self.base}]
-            if not self.follow and not any(real.is_relative_to(root) for root in roots):
-                raise RowError("outside", f"{short(text)} is outside of {roots[0]}; --follow allows that")
+            if not self.follow and not any(real.is_relative_to(root) for root in self.roots):
+                raise RowError("outside", f"{short(text)} is outside of {self.roots[0]}; --follow allows that")
             if not real.is_file():
                 raise RowError("no_file", f"no file {short(text)}")
         except (OSError, ValueError, RuntimeError):  # a name that is too long or not allowed, or a circle of links
