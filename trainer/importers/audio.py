@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from trainer.data.containers import MIN_SHARE, whole_files
 from trainer.data.decode import AUDIO_TYPES, MAX_LEVEL, MAX_RATE, MAX_SEC, MAX_VALUES_PER_BYTE, MIN_RATE, check_audio
 from trainer.data.errors import SampleError
-from trainer.importers.av_audio import av_audio, av_format
+from trainer.importers.av_audio import av_audio, av_format, opus_of
 from trainer.importers.row import Clip, RowError
 
 MAX_FILE_BYTES = 2 << 30
@@ -82,12 +82,28 @@ class Recordings:
                 seconds = check_audio(data)
                 is_file = clip.data is None and clip.span is None and Path(clip.path).suffix[1:].lower() in AUDIO_TYPES
                 return Made(kind, seconds, data if with_data or not is_file else None, clip.path if is_file else "")
-            return self._encode(clip)
+            copied = self._copied_opus(clip) if clip.is_whole else None
+            return self._encode(clip) if copied is None else copied
         except SampleError as error:
             raise RowError(error.reason, error.detail) from None
         except (soundfile.LibsndfileError, ValueError, TypeError, OverflowError) as error:
             reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
             raise RowError("broken", f"{clip.path}: {str(reason).strip() or 'cannot be decoded'}") from None
+
+    def _copied_opus(self, clip: Clip) -> Made | None:
+        """Return Opus audio of a WebM or Matroska file in an Ogg file, without decoding; None for other audio."""
+        form = av_format(_head(clip), clip.path)
+        if form is None:
+            return None
+        with _stream(clip) as file:
+            opus = opus_of(file, form, clip.path)
+        if opus is None:
+            return None
+        original = self._open(clip)  # It raises RowError if the file is truncated.
+        seconds, wanted = check_audio(opus), original.frames / original.samplerate
+        if seconds < MIN_SHARE * wanted:
+            raise RowError("broken", f"{seconds:.2f} of {wanted:.2f} s could be copied")
+        return Made("opus", seconds, opus)
 
     def _encode(self, clip: Clip) -> Made:
         """Return a part of a recording, or a file of a type that shards may not contain, as FLAC."""

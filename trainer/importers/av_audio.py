@@ -5,6 +5,7 @@ PyAV is an optional dependency. Its code is BSD; its wheels contain FFmpeg and c
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import IO, Any
@@ -55,12 +56,7 @@ def av_audio(file: IO[bytes], form: str, name: str) -> tuple[int, int, Iterator[
         RowError: If it cannot be decoded, also while it is iterated over.
         UserError: If PyAV is not installed.
     """
-    try:
-        import av
-    except ImportError:
-        raise UserError(
-            f"{name}: needs the package av; pip install 'earshot[import]', then repeat the command"
-        ) from None
+    av = _av(name)
     try:
         container = av.open(file, "r", format=form)
         if not container.streams.audio:
@@ -72,11 +68,54 @@ def av_audio(file: IO[bytes], form: str, name: str) -> tuple[int, int, Iterator[
     return rate, channels, _blocks(container, stream, name)
 
 
-def _blocks(container: Any, stream: Any, name: str) -> Iterator[NDArray[np.int16]]:
-    import av
+def opus_of(file: IO[bytes], form: str, name: str) -> bytes | None:
+    """Return the Opus audio of a WebM or Matroska file as an Ogg file with the same packets.
 
+    Args:
+        file: The file.
+        form: Its format; see `av_format`.
+        name: Its name, for messages.
+
+    Returns:
+        The Ogg file, or None if the audio is not Opus.
+
+    Raises:
+        RowError: If it cannot be read.
+        UserError: If PyAV is not installed.
+    """
+    if form != "matroska":
+        return None
+    av, buffer = _av(name), io.BytesIO()
+    try:
+        with av.open(file, "r", format=form) as container:
+            if not container.streams.audio or container.streams.audio[0].codec_context.name not in ("opus", "libopus"):
+                return None
+            stream = container.streams.audio[0]
+            with av.open(buffer, "w", format="ogg") as out:
+                copy = out.add_stream_from_template(stream)
+                for packet in container.demux(stream):
+                    if packet.dts is not None:  # The last packet only marks the end.
+                        packet.stream = copy
+                        out.mux(packet)
+    except (av.error.FFmpegError, ValueError) as error:
+        raise RowError("broken", f"{name}: {_reason(error)}") from None
+    return buffer.getvalue()
+
+
+def _av(name: str) -> Any:
+    try:
+        import av
+    except ImportError:
+        raise UserError(
+            f"{name}: needs the package av; pip install 'earshot[import]', then repeat the command"
+        ) from None
+    return av
+
+
+def _blocks(container: Any, stream: Any, name: str) -> Iterator[NDArray[np.int16]]:
+    av = _av(name)
     context = stream.codec_context
-    resampler: Any = av.AudioResampler(format="s16", layout=context.layout, rate=context.sample_rate)
+    resampler = av.AudioResampler(format="s16", layout=context.layout, rate=context.sample_rate)
     declared = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
     num = 0
     try:
