@@ -90,8 +90,8 @@ class AudioTower(nn.Module):
         self.feature_norm: nn.Module | None = None
         self.output_norm: nn.RMSNorm | None = None
         if config.adapter.normalize:
-            # Ultravox normalizes before and after its projector in this way, too.
             self.feature_norm = nn.LayerNorm(joined)
+        if config.adapter.normalize or self.adapter.normalizes_embeddings:
             self.output_norm = nn.RMSNorm(llm_dim, eps=1e-6)
             nn.init.constant_(self.output_norm.weight, embedding_rms)
         self.loss_heads: tuple[str, ...] = tuple(

@@ -111,8 +111,8 @@ class AdapterConfig:
     kind: Annotated[str, OneOf(ADAPTERS)] = "convolutions"
     """The kind of network (see `docs/connectors.md`). `convolutions`: strided 1-D convolutions. `stacking`: frames are
     concatenated and passed to a perceptron. `queries`: learned queries attend to each window of frames. `pooling`,
-    `pooling_perceptron` and `swiglu` are those of published models: the average of frames, alone or followed by a
-    perceptron, and stacked frames with a gated perceptron."""
+    `pooling_perceptron`, `swiglu` and `swiglu_post_norm` are those of published models: the average of frames, alone or
+    followed by a perceptron, and stacked frames with a gated perceptron."""
     hidden_size: int = 1024
     """The width of the layers and of the output."""
     kernel_size: int = 3

@@ -42,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
     from trainer.export.published.importing import RECIPE, Prompt, import_model
+
+    logging.set_verbosity_error()  # It warns about architectures that it does not know, such as Ultravox.
 
     prompt = Prompt(options.placeholder, options.template, False if options.no_chat_template else None)
     done = import_model(

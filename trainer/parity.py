@@ -136,6 +136,7 @@ ADAPTER_KINDS = {
     "pooling": AdapterConfig("pooling", 32, strides=(2,), last_group="drop"),
     "pooling_perceptron": AdapterConfig("pooling_perceptron", 16, strides=(3,)),
     "swiglu": AdapterConfig("swiglu", 16, strides=(4,), bias=False),
+    "swiglu_post_norm": AdapterConfig("swiglu_post_norm", 16, strides=(4,), bias=False),
 }
 """The adapter of each kind in `tiny_model`. The last group of frames of most clips is not full."""
 ADDING = ("pooling_perceptron", "swiglu")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 from torch import nn
 
@@ -33,6 +33,8 @@ class Adapter(nn.Module, ABC):
 
     dim: int
     """The width of the output."""
+    normalizes_embeddings: ClassVar[bool] = False
+    """True if this kind has an RMSNorm after the projector, as with `model.adapter.normalize`."""
 
     def __init__(self, config: AdapterConfig, input_dim: int) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ ADAPTERS: dict[str, object] = {
     "pooling": "model.connectors.pooling:Pooling",
     "pooling_perceptron": "model.connectors.pooling:PoolingPerceptron",
     "swiglu": "model.connectors.swiglu:SwiGLU",
+    "swiglu_post_norm": "model.connectors.swiglu:SwiGLUPostNorm",
 }
 """The adapters by the value of `model.adapter.kind`: a subclass of `model.connectors.base.Adapter`, or its place as
 `module:NAME`, which is imported at the first use. A new kind is one file and one line here; plug-ins add entries."""

@@ -1,4 +1,4 @@
-"""Frame stacking and a gated perceptron with RMSNorm, as in Ultravox from version 0.5 on (fixie-ai/ultravox).
+"""Frame stacking and a gated perceptron with RMSNorm, as in Ultravox (fixie-ai/ultravox).
 
 Shapes: F frames, S audio tokens, D width, k frames per audio token, C hidden width.
 """
@@ -22,7 +22,7 @@ class SwiGLU(Adapter):
     """RMSNorm, a linear layer, SwiGLU and RMSNorm on k concatenated frames, where k is the product of the strides.
 
     The linear layer has C = `hidden_size` outputs. The first half is multiplied by SiLU of the second half, so the
-    width of the output is C / 2. Ultravox has no biases (`bias: false`).
+    width of the output is C / 2. Ultravox has these norms from version 0.5 on, and no biases (`bias: false`).
     """
 
     def __init__(self, config: AdapterConfig, input_dim: int) -> None:
@@ -33,7 +33,7 @@ class SwiGLU(Adapter):
         width = group_size(config.rate) * input_dim
         self.norm = nn.RMSNorm(width, eps=_EPSILON)
         self.linear = nn.Linear(width, config.hidden_size, config.bias)
-        self.mid_norm = nn.RMSNorm(self.dim, eps=_EPSILON)
+        self.mid_norm = nn.Identity() if self.normalizes_embeddings else nn.RMSNorm(self.dim, eps=_EPSILON)
 
     def forward(self, features: Ragged) -> Ragged:
         """Implement `Adapter.forward`."""
@@ -47,3 +47,9 @@ class SwiGLU(Adapter):
         The input of each norm and of each linear layer is kept, and the two factors of SwiGLU with SiLU of one.
         """
         return sum(count_groups(frames, self.rate)) * (2 * self.linear.in_features + 5 * self.dim)
+
+
+class SwiGLUPostNorm(SwiGLU):
+    """`SwiGLU` whose second norm follows the projector, as in Ultravox up to version 0.4.1."""
+
+    normalizes_embeddings = True

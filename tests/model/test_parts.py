@@ -125,6 +125,7 @@ ADAPTER_CASES = [
     AdapterConfig("pooling", 3, strides=(2,)),
     AdapterConfig("pooling_perceptron", 4, strides=(3,)),
     AdapterConfig("swiglu", 64, strides=(8,), bias=False),
+    AdapterConfig("swiglu_post_norm", 64, strides=(4,)),
 ]
 DROPPING = [
     AdapterConfig("pooling", 3, strides=(2,), last_group="drop"),

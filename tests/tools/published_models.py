@@ -7,6 +7,7 @@ not in transformers: `Ultravox` follows the description of its architecture.
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,14 +69,15 @@ TEXT = {
 }
 SPECIAL = (
     *("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<sound>"),
-    *("[INST]", "[/INST]", "[BEGIN_AUDIO]", "[AUDIO]", "<|audio|>"),
+    "<|audio|>",
 )
 WORDS = (
     *("system", "user", "assistant", "You", "are", "a", "helpful", ".", "Audio", "1", ":", "what", "is", "said", "it"),
     *("red", "green", "blue", "white", "Write", "you", "hear"),
 )
-Logits = Callable[[np.ndarray], tuple[list[int], Tensor]]
-"""A function that returns the tokens of the prompt and the logits [L, vocabulary] for a waveform."""
+Logits = Callable[..., tuple[list[int], Tensor]]
+"""A function that returns the tokens of the prompt and the logits [L, vocabulary] for a waveform and a model, which is
+the reference by default."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def audioflamingo3(folder: Path) -> Reference:
     processor.save_pretrained(folder)
 
     @torch.no_grad()
-    def logits(wave: np.ndarray) -> tuple[list[int], Tensor]:
+    def logits(wave: np.ndarray, model: Any = model) -> tuple[list[int], Tensor]:
         text = f"<|im_start|>user <sound>{INSTRUCTION}<|im_end|><|im_start|>assistant "
         inputs = processor(text=[text], audio=[wave])
         return inputs["input_ids"][0].tolist(), model(**inputs).logits[0]
@@ -158,52 +160,65 @@ def audioflamingo3(folder: Path) -> Reference:
     return Reference(folder, logits, model)
 
 
+def write_tekken(folder: Path) -> None:
+    """Write a tokenizer of bytes in Mistral's own format, the only one in Voxtral's folders."""
+    control = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AUDIO]", "[BEGIN_AUDIO]", "<pad>"]
+    size = 256 + len(control)
+    counts = {"num_vocab_tokens": 256, "default_vocab_size": size, "default_num_special_tokens": len(control)}
+    content = {
+        "config": {"pattern": r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+|\s+", "version": "v7", **counts},
+        "vocab": [{"rank": i, "token_bytes": b64encode(bytes([i])).decode(), "token_str": None} for i in range(256)],
+        "special_tokens": [{"rank": i, "token_str": text, "is_control": True} for i, text in enumerate(control)],
+    }
+    (folder / "tekken.json").write_text(json.dumps(content))
+
+
 def voxtral(folder: Path) -> Reference:
-    token = SPECIAL.index("[AUDIO]")
-    config = VoxtralConfig(
-        audio_config=dict(AUDIO_IN_NEW_NAMES), text_config={**TEXT, "model_type": "llama"}, audio_token_id=token
+    audio, token = dict(AUDIO_IN_NEW_NAMES), 5
+    text = {**TEXT, "model_type": "llama", "vocab_size": 270}
+    model: Any = perturbed(
+        VoxtralForConditionalGeneration(VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=token))
     )
-    model: Any = perturbed(VoxtralForConditionalGeneration(config))
     model.save_pretrained(folder)
-    tokenizer = write_tokenizer(None)
-    tokenizer.save_pretrained(folder)
+    write_tekken(folder)
 
     @torch.no_grad()
-    def logits(wave: np.ndarray) -> tuple[list[int], Tensor]:
+    def logits(wave: np.ndarray, model: Any = model) -> tuple[list[int], Tensor]:
         features = extractor()(wave, sampling_rate=16_000, pad_to_multiple_of=WINDOW_SAMPLES, truncation=False)
         mel = torch.from_numpy(np.stack(features["input_features"]))
-        text = "<s>[INST][BEGIN_AUDIO]" + 25 * "[AUDIO]" + f"{INSTRUCTION}[/INST]"
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        # Ids of bytes follow those of the control tokens.
+        ids = [1, 3, 6, *[token] * 25, *(8 + byte for byte in INSTRUCTION.encode()), 4]
         return ids, model(input_ids=torch.tensor([ids]), input_features=mel).logits[0]
 
     return Reference(folder, logits, model)
 
 
 class Projector(nn.Module):
-    """Ultravox's projector: stacked frames, RMSNorm, a linear layer, SwiGLU, RMSNorm, a linear layer."""
+    """Ultravox's projector: stacked frames, RMSNorm, linear layer, SwiGLU, RMSNorm and linear layer in either order."""
 
-    def __init__(self, width: int, stack: int, hidden: int, out: int) -> None:
+    def __init__(self, width: int, stack: int, hidden: int, out: int, is_old: bool) -> None:
         super().__init__()
         self.stack = stack
         self.ln_pre = LlamaRMSNorm(width * stack)
         self.linear_1 = nn.Linear(width * stack, hidden, bias=False)
-        self.ln_mid = LlamaRMSNorm(hidden // 2)
+        self.ln_mid = nn.Identity() if is_old else LlamaRMSNorm(hidden // 2)
         self.linear_2 = nn.Linear(hidden // 2, out, bias=False)
+        self.ln_post = LlamaRMSNorm(out) if is_old else nn.Identity()
 
     def forward(self, frames: Tensor) -> Tensor:
         frames = F.pad(frames, (0, 0, 0, -frames.shape[1] % self.stack))
         stacked = frames.reshape(1, -1, self.stack * frames.shape[2])
         value, gate = self.linear_1(self.ln_pre(stacked)).chunk(2, dim=-1)
-        return self.linear_2(self.ln_mid(F.silu(gate) * value))
+        return self.ln_post(self.linear_2(self.ln_mid(F.silu(gate) * value)))
 
 
 class Ultravox(nn.Module):
     """The published modules under their published names."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_old: bool) -> None:
         super().__init__()
         self.audio_tower = WhisperEncoder(WhisperConfig(**AUDIO))
-        self.multi_modal_projector = Projector(WIDTH, 8, 24, TEXT["hidden_size"])
+        self.multi_modal_projector = Projector(WIDTH, 8, 24, TEXT["hidden_size"], is_old)
         self.language_model = LlamaForCausalLM(LlamaConfig(**TEXT))
 
     def encode(self, mel: Tensor) -> Tensor:
@@ -216,9 +231,15 @@ class Ultravox(nn.Module):
         return tower.layer_norm(hidden)
 
 
-def ultravox(folder: Path, parts: dict[str, Path] | None = None) -> Reference:
-    """Write the model; with `parts`, the LLM into another folder, which config.json then only names."""
-    model: Any = perturbed(Ultravox())
+def ultravox(folder: Path, llm_folder: Path | None = None, is_old: bool = False) -> Reference:
+    """Write the model.
+
+    Args:
+        folder: The folder to write to.
+        llm_folder: Another folder for the LLM, which config.json then only names; None for none.
+        is_old: True for the layout up to version 0.4.1.
+    """
+    model: Any = perturbed(Ultravox(is_old))
     folder.mkdir(exist_ok=True)
     config = {
         "model_type": "ultravox",
@@ -231,9 +252,11 @@ def ultravox(folder: Path, parts: dict[str, Path] | None = None) -> Reference:
         "projector_ln_mid": True,
         "dtype": "float32",
     }
+    if is_old:
+        del config["projector_ln_mid"]
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if parts is not None:
-        model.language_model.save_pretrained(parts["llm"])
+    if llm_folder is not None:
+        model.language_model.save_pretrained(llm_folder)
         config |= {"text_config": None, "text_model_id": "meta-llama/somewhere"}
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("language_model.")}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -243,7 +266,7 @@ def ultravox(folder: Path, parts: dict[str, Path] | None = None) -> Reference:
     tokenizer.save_pretrained(folder)
 
     @torch.no_grad()
-    def logits(wave: np.ndarray) -> tuple[list[int], Tensor]:
+    def logits(wave: np.ndarray, model: Any = model) -> tuple[list[int], Tensor]:
         features = extractor()(wave, sampling_rate=16_000, padding="longest", pad_to_multiple_of=160)
         audio = model.multi_modal_projector(model.encode(torch.from_numpy(np.stack(features["input_features"]))))
         text = f"{INSTRUCTION}\n" + audio.shape[1] * "<|audio|>"

@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.hub.modeling import EarshotForCausalLM
+from tests.tools.exportable import write_checkpoint
 from tests.tools.published_models import INSTRUCTION, MODELS, WINDOW_SAMPLES, Reference, ultravox
-from tools import import_model
+from tools import export, import_model
+from trainer.config.load import dump, load_recipe
 from trainer.export.published.table import PUBLISHED
 from trainer.export.tokenizer import read_processor
+from trainer.run_tokenizer import DIGEST, adopt, of_export
 
 # The last window is full, nearly full, or ends in the middle of a pair of frames or of a mel frame.
 LENGTHS = (9_613, 16_300, WINDOW_SAMPLES - 700, WINDOW_SAMPLES)
@@ -64,11 +67,17 @@ def test_clips_of_several_windows(references: dict[str, Reference]) -> None:
 
 
 def test_the_llm_may_be_in_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reference = ultravox(tmp_path / "original", {"llm": tmp_path / "llm"})
+    reference = ultravox(tmp_path / "original", tmp_path / "llm")
     command = [str(tmp_path / "original"), str(tmp_path / "imported")]
     assert import_model.main(command) == 2
     assert "names the LLM (meta-llama/somewhere) instead of containing it; give its folder" in capsys.readouterr().err
     assert import_model.main([*command, "--part", str(tmp_path / "llm")]) == 0
+    assert difference(reference, tmp_path / "imported", LENGTHS[0]) < 1e-4
+
+
+def test_ultravox_up_to_version_0_4_1(tmp_path: Path) -> None:
+    reference = ultravox(tmp_path / "original", is_old=True)
+    assert import_model.main([str(tmp_path / "original"), str(tmp_path / "imported")]) == 0
     assert difference(reference, tmp_path / "imported", LENGTHS[0]) < 1e-4
 
 
@@ -95,7 +104,7 @@ def test_what_does_not_fit_is_refused_and_named(tmp_path: Path, capsys: pytest.C
 
     for changed, expected in (
         ({"model_type": "granite_speech"}, "unknown architecture; known are qwen2_audio, ultravox, voxtral"),
-        ({"projector_ln_mid": False}, "projector_ln_mid = False; only True is supported"),
+        ({"projector_ln_mid": False}, "multi_modal_projector.ln_mid.weight: not a tensor of Ultravox"),
         ({"audio_latency_block_size": 100}, "audio_latency_block_size = 100; only None is supported"),
         ({"text_config": {**config["text_config"], "model_type": "bloom"}}, "supported families are"),
         ({"text_config": 3}, "does not describe the LLM"),
@@ -119,3 +128,49 @@ def test_what_does_not_fit_is_refused_and_named(tmp_path: Path, capsys: pytest.C
     assert "config.json: not a JSON object" in refusal(capsys, folder)
     (folder / "config.json").unlink()
     assert "config.json: no such file" in refusal(capsys, folder)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_original_layout_is_exported(references: dict[str, Reference], name: str, tmp_path: Path) -> None:
+    original = references[name].folder
+    write_run_of(original.parent / "imported", tmp_path / "run")
+    command = [str(tmp_path / "run"), str(tmp_path / "out"), "--original", str(original), "--dtype", "fp32"]
+    assert export.main(command) == 0
+    found, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", original))
+    assert found.keys() == before.keys()
+    assert all(torch.equal(found[tensor], before[tensor]) for tensor in before)
+    files = {p.name for p in original.iterdir()}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == files
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", original)]
+    assert configs[0] == configs[1]
+    if name != "ultravox":
+        again = type(references[name].model).from_pretrained(tmp_path / "out").eval()
+        assert references[name].logits(wave(LENGTHS[0]), again)[1].equal(references[name].logits(wave(LENGTHS[0]))[1])
+
+
+def write_run_of(imported: Path, run_dir: Path) -> None:
+    """Write a run with one checkpoint that contains the imported weights."""
+    config = json.loads((imported / "config.json").read_text())
+    recipe = load_recipe(str(imported / "recipe.yaml"), ["data.tokenizer.train_vocab_size=64"])
+    tokenizer = of_export(str(imported))
+    extra = {
+        "recipe": dump(adopt(recipe, tokenizer)),
+        "model": {key: config[key] for key in ("text_config", "audio", "vocab_size")},
+        "tokenizer": str(imported),
+        DIGEST: config[DIGEST],
+    }
+    write_checkpoint(run_dir / "checkpoints" / "step-00000040", load_file(imported / "model.safetensors"), extra)
+
+
+def test_another_model_is_not_exported_in_the_original_layout(
+    references: dict[str, Reference], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run_of(references["qwen2_audio"].folder.parent / "imported", tmp_path / "run")
+    for name, expected in (
+        ("audioflamingo3", "the run lacks audio.adapter.linear.bias; give the folder that the run was imported from"),
+        ("voxtral", "the run lacks audio.adapter.linear.weight"),
+    ):
+        command = [str(tmp_path / "run"), str(tmp_path / "out"), "--original", str(references[name].folder)]
+        assert export.main(command) == 2
+        assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -201,8 +201,10 @@ def _after_encoders(tower: AudioTower, loaded_samples: Sequence[int], size: int,
     out = audio_tokens * (tower.adapter.dim + tower.projector.out_features) * size
     if tower.stream_projection is not None:  # its input
         kept += total * joined * size
-    if config.adapter.normalize:
-        kept += (total * joined + audio_tokens * tower.projector.out_features) * size
+    if tower.feature_norm is not None:
+        kept += total * joined * size
+    if tower.output_norm is not None:
+        kept += audio_tokens * tower.projector.out_features * size
     logits = 0
     for name in tower.loss_heads:
         # Counted as the CTC head, the widest: the logits, and their padded log-softmax in fp32.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from model.config import AdapterConfig, EncoderConfig
@@ -38,6 +38,8 @@ class Architecture:
     """True if prompts are wrapped in the chat template."""
     chat_template: str | None = None
     """The chat template of models whose folder has none; None: the folder must have one if `as_chat`."""
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    """The special tokens, such as `eos_token`, of a tokenizer whose files do not name them."""
     audio_model_type: str = "whisper"
     """The `model_type` of `audio_config` in config.json, if it has none."""
     pads_clips: bool = False

@@ -141,6 +141,9 @@ def _write_text_side(published: Published, prompt: Prompt, folder: Path) -> None
 def _read_tokenizer(published: Published, prompt: Prompt) -> Any:
     """Return the transformers tokenizer of a published model, with the chat template of its processor."""
     inner = read_transformers(str(published.folder), str(published.folder))
+    for role, token in published.architecture.special_tokens.items():
+        if getattr(inner, role) is None and token in inner.get_vocab():
+            setattr(inner, role, token)
     as_chat = published.architecture.as_chat if prompt.as_chat is None else prompt.as_chat
     if as_chat:
         template = _stored_template(published.folder) or inner.chat_template or published.architecture.chat_template

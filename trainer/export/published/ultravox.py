@@ -1,4 +1,4 @@
-"""Ultravox 0.5 and later (fixie-ai/ultravox): Whisper on the real length of clips, stacks of eight frames, SwiGLU.
+"""Ultravox (fixie-ai/ultravox): Whisper on the real length of clips, stacks of eight frames, SwiGLU.
 
 Published folders hold the projector, and hold the encoder and the LLM only if they were trained.
 """
@@ -15,14 +15,14 @@ _TITLE = "Ultravox"
 
 
 def _audio(audio: Any, config: Mapping[str, Any]) -> Audio:
-    # Version 0.4.1 and earlier has its second norm after the projector, and does not have the key.
-    require({"projector_ln_mid": False, **config}, _TITLE, projector_ln_mid=True)
     require(config, _TITLE, projector_act="swiglu", audio_latency_block_size=None)
     require(
         {"model_type": "whisper", **(config.get("audio_config") or {})}, f"{_TITLE}: audio_config", model_type="whisper"
     )
     width, frames = config.get("hidden_size", 4096), config.get("stack_factor", 8)
-    return whisper_encoder(audio, length_mode="trim"), AdapterConfig("swiglu", width, strides=(frames,), bias=False)
+    # Up to version 0.4.1, the second norm follows the projector, and config.json does not have the key.
+    kind = "swiglu" if config.get("projector_ln_mid", False) else "swiglu_post_norm"
+    return whisper_encoder(audio, length_mode="trim"), AdapterConfig(kind, width, strides=(frames,), bias=False)
 
 
 ULTRAVOX = Architecture(
@@ -34,6 +34,7 @@ ULTRAVOX = Architecture(
         ("multi_modal_projector.linear_1.", "audio.adapter.linear."),
         ("multi_modal_projector.ln_mid.", "audio.adapter.mid_norm."),
         ("multi_modal_projector.linear_2.", "audio.projector."),
+        ("multi_modal_projector.ln_post.", "audio.output_norm."),
         *LLM_PREFIXES,
     ),
     # The original has no token of its own for audio. Unused tokens of Llama 3 and Qwen's tokenizers follow.
