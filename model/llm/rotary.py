@@ -41,7 +41,8 @@ def rotary_embeddings(hf_config: PretrainedConfig) -> dict[str, Rotary]:
             found[key] = Rotary(key, inv_freq, 1.0)
         else:
             initial = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
-            inv_freq, scaling = initial(hf_config, torch.device("cpu"), layer_type=key or None)
+            with torch.device("cpu"):  # YaRN creates some tensors on the default device, which a plan sets to meta
+                inv_freq, scaling = initial(hf_config, torch.device("cpu"), layer_type=key or None)
             found[key] = Rotary(key, inv_freq, float(scaling))
     return found
 

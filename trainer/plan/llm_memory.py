@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from model.llm.attention import PackedAttention
+from model.llm.features import attention_layers
 from model.llm.megatron import embed_tokens
 from model.llm.names import head_dim
 from model.llm.packing import PackedSequences
@@ -97,8 +98,8 @@ def stage_memory(
 ) -> StageMemory:
     """Return the memory of a pipeline stage besides its model states.
 
-    All layers of a stage have the same shapes. The stage is therefore traced with one layer and with two, and every
-    further layer is taken to add what the second one added.
+    All layers of a stage have the same shapes, and are taken to have the same attention. The stage is therefore traced
+    with one layer and with two, and every further layer is taken to add what the second one added.
 
     Args:
         hf_config: the configuration of the whole LLM.
@@ -119,8 +120,7 @@ def stage_memory(
     found, buffer = [], 0
     with fake_rank(plain, topology.rank_of(0, stage, 0)):
         for count in range(1, min(2, layers) + 1):
-            small = copy.deepcopy(hf_config)
-            small.num_hidden_layers = count * topology.pp
+            small = _with_equal_layers(hf_config, count * topology.pp)
             (gpt,), (model,) = build_stage(small, plain, stage, optim, dtype, recompute, adapters)
             traced, buffer = _trace(gpt, model, topology, stage, lengths, kernels)
             found.append(traced)
@@ -134,6 +134,20 @@ def stage_memory(
     in_layers = layers * (found[-1].kept - found[0].kept) if layers > 1 else whole.kept
     whole = Traced(whole.kept + kept, whole.forward + (kept or change), whole.backward + (kept or change))
     return StageMemory(whole, in_layers + kept, buffer, hidden, 3 * num_packs * hidden if stage == 0 else 0)
+
+
+def _with_equal_layers(hf_config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    """Return the config of an LLM with `num_layers` layers, whose attention is that of most layers of `hf_config`.
+
+    Layers of one kind share cosine, sine and mask of a pack, so a layer of another kind would seem to need them anew.
+    """
+    small, layers = copy.deepcopy(hf_config), attention_layers(hf_config)
+    typical = layers.index(max(layers, key=layers.count))
+    small.num_hidden_layers = num_layers
+    for key in ("layer_types", "no_rope_layers"):
+        if getattr(hf_config, key, None) is not None:
+            setattr(small, key, [getattr(hf_config, key)[typical]] * num_layers)
+    return small
 
 
 def _what_if_bytes(

@@ -1,0 +1,88 @@
+"""The plan of LLM families that compute more than Llama: parameters, memory and the FLOPs of windows."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model.config import LLMConfig
+from model.llm.names import hf_shapes
+from model.llm.reference import resolve_hf_config
+from model.llm.rotary import num_positions
+from model.llm.stages import Recompute
+from trainer.engine.optim import OptimConfig
+from trainer.parallel.topology import Topology
+from trainer.parity import tiny_model
+from trainer.parity_llms import FEATURED
+from trainer.plan.flops import causal_attention_flops
+from trainer.plan.llm_memory import Kernels, stage_memory
+
+PUBLISHED: dict[str, tuple[float, dict[str, Any]]] = {
+    "Phi-4-mini": (
+        3.84e9,
+        {"model_type": "phi3", "vocab_size": 200064, "num_attention_heads": 24, "num_key_value_heads": 8}
+        | {"tie_word_embeddings": True},
+    ),
+    "Gemma 3 1B": (
+        1.0e9,
+        {"model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912}
+        | {"num_attention_heads": 4, "num_key_value_heads": 1},
+    ),
+    "SmolLM3 3B": (3.08e9, {"model_type": "smollm3"}),
+    "OLMo 2 7B": (7.30e9, {"model_type": "olmo2", "vocab_size": 100352}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name: str) -> None:
+    size, fields = PUBLISHED[name]
+    shapes = hf_shapes(resolve_hf_config(LLMConfig(config=fields)))
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == pytest.approx(size, rel=0.005)
+
+
+@pytest.mark.parametrize("family", FEATURED)
+def test_memory_is_traced_with_the_modules_of_the_family(family: str) -> None:
+    """More is kept of a layer that normalizes more, and only the input of a recomputed layer."""
+
+    def kept(name: str, recompute: Recompute) -> int:
+        hf_config = resolve_hf_config(tiny_model(name).llm)
+        kernels = Kernels(device="cuda", transformer_engine=True)
+        memory = stage_memory(
+            hf_config,
+            Topology(4, 2, 2),
+            1,
+            (40, 24),
+            2,
+            optim=OptimConfig(),
+            dtype=torch.bfloat16,
+            recompute=recompute,
+            kernels=kernels,
+        )
+        return memory.layers
+
+    plain, featured = kept("llama", "none"), kept(family, "none")
+    assert featured > 0.9 * plain and (featured > plain) == (family in ("gemma3_text", "olmo2", "olmo3"))
+    assert kept(family, "full") == 2 * 64 // 2 * 32 * 2
+
+
+def test_windows_save_flops() -> None:
+    fields = {"model_type": "mistral", "sliding_window": 64, "num_hidden_layers": 3, "max_position_embeddings": 4096}
+    tokens = np.array([1000, 32])
+    workload: Any = SimpleNamespace(num_tokens=tokens)
+    found = []
+    for window in (64, None):
+        config = resolve_hf_config(LLMConfig(config={**fields, "sliding_window": window}))
+        model: Any = SimpleNamespace(llm=config)
+        scores = sum(min(i + 1, window or i + 1) for n in tokens for i in range(n))
+        found.append(causal_attention_flops(model, workload))
+        assert found[-1] == pytest.approx(3 * 4.0 * 4096 * scores, rel=0.02)
+    assert found[0] < 0.13 * found[1]
+
+
+def test_longrope_supports_the_original_number_of_positions() -> None:
+    assert num_positions(resolve_hf_config(tiny_model("phi3").llm)) == 128
+    assert num_positions(resolve_hf_config(tiny_model("ministral3").llm)) == 256
