@@ -40,6 +40,11 @@ MODE_CASES: list[tuple[Topology, str, bool, list[tuple[int, str, str]]]] = [
 ]
 
 
+# Topology, adapters, LLM families, which share the processes.
+FAMILY_CASES = [
+    (Topology(2, 2, 1), True, ("phi3", "granite")),
+    (Topology(4, 2, 2), False, ("gemma3_text", "olmo3")),
+]
 ADAPTER_CASES = [
     ("stacking", Topology(2, 2, 1), 3, ("mixed", "text_only")),
     ("queries", Topology(2, 1, 2, 2), 3, ("mixed", "one_expert")),
@@ -155,6 +160,14 @@ def test_adapters_and_frozen_weights_equal_the_oracle(
 def test_topology_equals_the_oracle(topology: Topology, steps: int, family: str, kinds: tuple[str, ...]) -> None:
     rows = check(topology, steps, family, kinds)
     assert len(rows) == len(kinds) + (steps > 0)
+    assert all(row.passed for row in rows), rows
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("topology", "lora", "families"), FAMILY_CASES)
+def test_families_equal_the_oracle(topology: Topology, lora: bool, families: tuple[str, ...]) -> None:
+    rows = check(topology, 0, "llama", ("mixed",), lora=lora, modes=[{"family": family} for family in families])
+    assert [row.topology.rpartition(" ")[2] for row in rows] == list(families)
     assert all(row.passed for row in rows), rows
 
 

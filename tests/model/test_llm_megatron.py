@@ -160,8 +160,9 @@ def test_recomputation_changes_nothing(family: str, frozen_embedding: bool) -> N
         torch.testing.assert_close(selective, plain, rtol=0, atol=1e-6 * float(plain.abs().max()))
 
 
-def test_bf16_stays_close() -> None:
-    reference, gpt = pair("llama", dtype=torch.bfloat16)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo3"])
+def test_bf16_stays_close(family: str) -> None:
+    reference, gpt = pair(family, dtype=torch.bfloat16)
     assert {p.dtype for p in gpt.parameters()} == {torch.bfloat16}
     expected = run_reference(reference, tokens())
     difference = (run(gpt, tokens(), PackedSequences(lengths=LENGTHS)).float() - expected).abs().mean()

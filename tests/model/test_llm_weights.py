@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from model.config import LLMConfig
 from model.errors import UserError
+from model.llm.mixture import ExpertConfig
 from model.llm.names import hf_shapes
 from model.llm.reference import build_reference, resolve_hf_config
 from model.llm.weights import RandomSource, SafetensorsSource, local_directory
@@ -127,6 +129,13 @@ def test_neither_directory_nor_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_configs_that_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve_hf_config(llm(**fields))
+
+
+@pytest.mark.parametrize("family", ["phi3", "gemma3_text"])
+def test_other_feed_forward_networks_get_no_experts(family: str) -> None:
+    config = replace(llm(model_type=family), experts=(ExpertConfig("a"), ExpertConfig("b")))
+    with pytest.raises(UserError, match=f"model.llm.experts: not supported for {family}"):
+        resolve_hf_config(config)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,43 @@
+"""Checkpoints of LLM families with shared tensors, and with norms after the branches, resume on another topology."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.harness import run_ranks
+from tools.reshard import BEFORE, TOLERANCE, start, stop, train
+
+STEPS = 2
+FAMILIES = {"phi3": True, "gemma3_text": False}
+"""The families, and whether they train adapters."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_families_resume_on_a_pipeline_after_tensor_parallelism(tmp_path: Path) -> None:
+    for found in run_ranks(2, resume_families, {"folder": str(tmp_path)}, timeout_sec=180):
+        assert found.keys() == FAMILIES.keys()
+        for family, (whole, resumed) in found.items():
+            assert len(set(whole)) == STEPS, (family, "every step changes the loss")
+            assert resumed == pytest.approx(whole, rel=TOLERANCE), family
+
+
+def resume_families(folder: str) -> dict[str, list[list[float]]]:
+    """Return the losses of each family on this rank: on TP2, and after its checkpoint is loaded on PP2."""
+    found = {}
+    for family, lora in FAMILIES.items():
+        step, manager = start(folder, family, family=family, lora=lora, tp=2)
+        train(step, 0, BEFORE)
+        manager.save(BEFORE, step, {})
+        losses = [train(step, BEFORE, BEFORE + STEPS)["losses"]]
+        manager.close()
+        stop()
+        step, manager = start(folder, family, family=family, lora=lora, pp=2)
+        manager.load(manager.latest(), step)
+        losses.append(train(step, BEFORE, BEFORE + STEPS)["losses"])
+        manager.close()
+        stop()
+        found[family] = losses
+    return found
