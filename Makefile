@@ -14,6 +14,7 @@
 # make bench-data  the loader against its peers, padding (minutes; wants a quiet machine and the kit: KIT_DIR)
 # make mixture  routing against one encoder and against all, three seeds (hours; KIT_DIR)
 # make soak-data   its memory over 10^5 batches, kit_cpu from a bucket with kills (hours)
+# make wheelhouse  all packages in one folder, to install them on a cluster without internet
 # make lock       pin all packages with hashes, after a change of pyproject.toml or constraints.txt
 # make sbom       list them in sbom.json       make audit      ask the advisory databases about them (network)
 #
@@ -38,7 +39,7 @@ CXX_NAMES := g++ c++ clang++
 # DeepSpeed looks for ninja in PATH when it builds its shared-memory operation.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: lock sbom audit setup check test fuzz lint docs demo finetune models parity gpu-check kill-all kill-test fault-test chaos reshape export-test bench-data soak-data mixture clean
+.PHONY: lock sbom audit wheelhouse setup check test fuzz lint docs demo finetune models parity gpu-check kill-all kill-test fault-test chaos reshape export-test bench-data soak-data mixture clean
 
 setup: $(STAMP)
 
@@ -61,6 +62,14 @@ $(STAMP): pyproject.toml setup.py $(wildcard requirements/*.txt) | .venv/bin/pyt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
 	  { echo "error: $$($(PYTHON) --version 2>&1): use Python 3.10 to 3.12, e.g. make PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
+
+wheelhouse: setup
+	$(PY) -m pip download $(LOCKED) --dest wheelhouse -r requirements/build.txt
+	$(PY) -m pip download $(LOCKED) --dest wheelhouse $$($(PY) -c 'import sys; from importlib.metadata import version; \
+	  print("-r requirements/torch-cpu.txt" if "+cpu" in version("torch") else "-r requirements/torch.txt -r requirements/cuda.txt")')
+	$(PY) -m pip download $(LOCKED) --dest wheelhouse -r requirements/lock.txt
+	DS_BUILD_OPS=0 $(PY) -m pip download $(LOCKED) --dest wheelhouse --no-build-isolation -r requirements/deepspeed.txt
+	@echo "copy wheelhouse/ and this folder to the cluster, and there: PIP_NO_INDEX=1 PIP_FIND_LINKS=\$$PWD/wheelhouse make setup"
 
 lint: setup
 	$(PY) -m ruff check .
