@@ -17,6 +17,7 @@ from model.lengths import TokenRate
 from tests.trainer.chat_tokenizers import chat_config, write_chat_tokenizer
 from tests.trainer.data_corpus import audio_bytes, data_config, row, write_manifest, write_shards
 from tools import make_shards
+from trainer.config.load import load_recipe
 from trainer.data.config import DatasetConfig
 from trainer.data.errors import SampleError
 from trainer.data.eval_set import eval_samples
@@ -26,6 +27,7 @@ from trainer.data.prepare import check_loss_turns, prepare
 from trainer.data.shard_check import build_index
 from trainer.data.stored import open_stored
 from trainer.data.stream import SampleStream
+from trainer.dry_run import check_tokenizer
 from trainer.storage.store import LocalStore
 
 RATE = TokenRate((2, 2))
@@ -132,6 +134,20 @@ def test_a_template_that_changes_answers_is_refused_before_the_training(manifest
     prepared = prepare(replace(config, loss_turns="last"), RATE)
     with pytest.raises(UserError, match="set data.loss_turns: last"):
         check_loss_turns(config, prepared.tokenizer)
+    url, _ = prepared.datasets[0].shards["train"]
+    with pytest.raises(UserError, match="set data.loss_turns: last"):
+        check_loss_turns(replace(config, datasets=(DatasetConfig("d", shards=url),), root="/"), prepared.tokenizer)
+    keys = {
+        "data.root": root,
+        "data.datasets": '[{name: d, manifest: "set.jsonl"}]',
+        "data.tokenizer.path": tokenizer.path,
+    }
+    keys |= {"data.tokenizer.template": "'{audio}{instruction}'", "model.llm.config.vocab_size": 300}
+    with pytest.raises(UserError, match="set data.loss_turns: last"):
+        check_tokenizer(load_recipe("debug", [f"{name}={value}" for name, value in keys.items()]))
+    check_tokenizer(
+        load_recipe("debug", [f"{name}={value}" for name, value in keys.items()] + ["data.loss_turns=last"])
+    )
     with Loader(SampleStream(prepared, seed=0, num_batches=1)) as loader:
         for sample in next(iter(loader))[0].samples:
             assert sample.num_targets == len("Wind.") + 1

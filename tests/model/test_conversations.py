@@ -1,4 +1,4 @@
-"""A model learns both answers of a conversation with a clip in each turn."""
+"""The model and conversations: clips are routed by their own turn, and both answers are learned."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from model.batch import IGNORE, Batch, Sample
+from model.config import RouterConfig
 from model.speech_llm import SpeechLLM
 from tests.oracle import greedy
 from tests.trainer.chat_tokenizers import chat_config, write_chat_tokenizer
@@ -18,7 +19,8 @@ from trainer.data.loader import to_sample
 from trainer.data.metadata import with_last_turn
 from trainer.data.sample import make_sample
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
-from trainer.parity import tiny_model
+from trainer.parity import VOCAB_SIZE, make_conversation, tiny_model
+from trainer.parity import make_sample as parity_sample
 
 PITCHES = {"l": 200, "h": 3000}
 NUM_STEPS, BATCH_SAMPLES = 150, 16
@@ -40,6 +42,20 @@ def conversation(rng: np.random.Generator) -> tuple[dict[str, Any], tuple[np.nda
 def sample_of(tokenizer: Tokenizer, rng: np.random.Generator, **fields: Any) -> Sample:
     meta, clips = conversation(rng)
     return to_sample(make_sample("k", meta, clips, tokenizer, tiny_model().adapter.rate, **fields))
+
+
+def test_each_clip_is_routed_by_the_question_of_its_turn() -> None:
+    config = replace(tiny_model(), router=RouterConfig(input="prompt", noise_std=0.0))
+    rate, index = config.adapter.rate, 3
+    model = SpeechLLM(config, VOCAB_SIZE, seed=0).eval()
+    both = make_conversation(index, 2, rate, 0)
+    turns = [parity_sample(2 * index + turn, num_clips, rate, 0) for turn, num_clips in enumerate((1, 2))]
+    assert not torch.equal(turns[0].prompt_ids, turns[1].prompt_ids) and len(both.clips) == 3
+    with torch.no_grad():
+        found, wanted = (model.embed_audio(Batch(samples)) for samples in ((both,), tuple(turns)))
+    assert found is not None and wanted is not None and found.routing is not None and wanted.routing is not None
+    assert torch.equal(found.routing.weights, wanted.routing.weights)
+    assert not torch.equal(found.routing.weights[0], found.routing.weights[1])
 
 
 @pytest.mark.slow
