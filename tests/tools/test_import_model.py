@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
 from model.hub.modeling import EarshotForCausalLM
 from tests.tools.exportable import write_checkpoint
-from tests.tools.published_models import INSTRUCTION, MODELS, WINDOW_SAMPLES, Reference, ultravox
-from tools import export, import_model
+from tests.tools.published_models import INSTRUCTION, MODELS, TEXT, WINDOW_SAMPLES, Reference, ultravox
+from tools import export, import_model, transcribe
 from trainer.config.load import dump, load_recipe
 from trainer.export.published.table import PUBLISHED
 from trainer.export.tokenizer import read_processor
@@ -59,6 +60,24 @@ def test_logits_equal_those_of_the_original(references: dict[str, Reference], na
     imported = references[name].folder.parent / "imported"
     for samples in LENGTHS:
         assert difference(references[name], imported, samples) < 1e-4, samples
+
+
+def test_an_imported_model_transcribes(
+    references: dict[str, Reference], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soundfile.write(tmp_path / "clip.wav", wave(LENGTHS[0]), 16_000)
+    folder = references["qwen2_audio"].folder.parent / "imported"
+    assert transcribe.main([str(folder), str(tmp_path / "clip.wav"), "--prompt", INSTRUCTION]) == 0
+    printed = capsys.readouterr().out.strip()
+    processor = read_processor(folder)
+    model = EarshotForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert model.generation_config.suppress_tokens == list(range(len(processor.tokenizer), TEXT["vocab_size"]))
+    sound, _ = soundfile.read(tmp_path / "clip.wav", dtype="float32")
+    with torch.no_grad():
+        tokens = model.generate(**processor(audio=sound, text=INSTRUCTION))
+    assert processor.batch_decode(tokens)[0].strip() == printed
+    _, wanted = references["qwen2_audio"].logits(sound)
+    assert tokens[0, 0] == wanted[-1, : len(processor.tokenizer)].argmax()
 
 
 def test_clips_of_several_windows(references: dict[str, Reference]) -> None:

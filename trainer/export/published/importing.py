@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from model.errors import UserError
+from trainer.config.evaluation import EvalConfig
 from trainer.data.config import DataConfig, TokenizerConfig
-from trainer.data.tokenizer import load_tokenizer, read_transformers
+from trainer.data.tokenizer import Tokenizer, load_tokenizer, read_transformers
 from trainer.data.tokenizer_digest import save_without_code
 from trainer.export.publish import write_model_files
 from trainer.export.published.folder import Published, audio_tree, find_tensors, read_json, read_published
@@ -131,11 +132,28 @@ def _write_text_side(published: Published, prompt: Prompt, folder: Path) -> None
     data = replace(_data(published), tokenizer=settings)
     description = published.description(tokenizer.vocab_size)
     write_model_files(description.tree(), description.audio, tokenizer, data, _dtype(published), folder)
+    _write_generation_config(published, tokenizer, folder)
+
+
+def _write_generation_config(published: Published, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write settings with which the imported model answers greedily, as in evaluations.
+
+    The ends of answers are those of the original, and the tokenizer's end token, with which answers end in training.
+    """
     stored = published.folder / "generation_config.json"
-    generation: dict[str, Any] = read_json(stored) if stored.is_file() else {}
-    generation |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": generation.get("eos_token_id", tokenizer.eos_id)}
-    generation["pad_token_id"] = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    given: dict[str, Any] = read_json(stored) if stored.is_file() else {}
+    ends = given.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    unused = list(range(tokenizer.vocab_size, published.hf_config.vocab_size))
+    content = {
+        "do_sample": False,
+        "max_new_tokens": given.get("max_new_tokens", EvalConfig().max_new_tokens),
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": sorted({*ends, tokenizer.eos_id}),
+        "pad_token_id": tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id,
+        "suppress_tokens": unused or None,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_tokenizer(published: Published, prompt: Prompt) -> Any:
