@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from trainer.export.published.table import PUBLISHED
 from trainer.export.tokenizer import read_processor
 from trainer.run_tokenizer import DIGEST, adopt, of_export
 
+NOTHING: Mapping[str, torch.Tensor] = {}
 # The last window is full, nearly full, or ends in the middle of a pair of frames or of a mel frame.
 LENGTHS = (9_613, 16_300, WINDOW_SAMPLES - 700, WINDOW_SAMPLES)
 
@@ -167,10 +169,26 @@ def test_the_original_layout_is_exported(references: dict[str, Reference], name:
         assert references[name].logits(wave(LENGTHS[0]), again)[1].equal(references[name].logits(wave(LENGTHS[0]))[1])
 
 
-def write_run_of(imported: Path, run_dir: Path) -> None:
-    """Write a run with one checkpoint that contains the imported weights."""
+def test_low_rank_adapters_are_merged(references: dict[str, Reference], tmp_path: Path) -> None:
+    original = references["voxtral"].folder
+    layer = "llm.model.layers.1.self_attn.q_proj"
+    a, b = torch.randn(1, 32), torch.randn(32, 1)
+    lora = f"lora=[{{pattern: '{layer}', rank: 1, alpha: 3}}]"
+    factors = {f"{layer}.lora_A": a, f"{layer}.lora_B": b}
+    write_run_of(original.parent / "imported", tmp_path / "run", lora, more=factors)
+    command = [str(tmp_path / "run"), str(tmp_path / "out"), "--original", str(original), "--dtype", "fp32"]
+    assert export.main(command) == 0
+    found, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", original))
+    assert found.keys() == before.keys()
+    name = "language_model.model.layers.1.self_attn.q_proj.weight"
+    torch.testing.assert_close(found[name], before[name] + 3 * b @ a)
+    assert all(torch.equal(found[other], before[other]) for other in before if other != name)
+
+
+def write_run_of(imported: Path, run_dir: Path, *overrides: str, more: Mapping[str, torch.Tensor] = NOTHING) -> None:
+    """Write a run with one checkpoint that contains the imported weights, and `more` tensors."""
     config = json.loads((imported / "config.json").read_text())
-    recipe = load_recipe(str(imported / "recipe.yaml"), ["data.tokenizer.train_vocab_size=64"])
+    recipe = load_recipe(str(imported / "recipe.yaml"), ["data.tokenizer.train_vocab_size=64", *overrides])
     tokenizer = of_export(str(imported))
     extra = {
         "recipe": dump(adopt(recipe, tokenizer)),
@@ -178,7 +196,8 @@ def write_run_of(imported: Path, run_dir: Path) -> None:
         "tokenizer": str(imported),
         DIGEST: config[DIGEST],
     }
-    write_checkpoint(run_dir / "checkpoints" / "step-00000040", load_file(imported / "model.safetensors"), extra)
+    tensors = {**load_file(imported / "model.safetensors"), **more}
+    write_checkpoint(run_dir / "checkpoints" / "step-00000040", tensors, extra)
 
 
 def test_another_model_is_not_exported_in_the_original_layout(
