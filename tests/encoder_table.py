@@ -17,12 +17,16 @@ from transformers import (
     AudioFlamingo3ForConditionalGeneration,
     Data2VecAudioConfig,
     Data2VecAudioForCTC,
+    LasrEncoder,
+    LasrFeatureExtractor,
     ParakeetCTCConfig,
     ParakeetFeatureExtractor,
     ParakeetForCTC,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
     SeamlessM4TFeatureExtractor,
+    SEWForCTC,
+    UniSpeechForCTC,
     UniSpeechSatConfig,
     UniSpeechSatForCTC,
     VoxtralConfig,
@@ -37,7 +41,10 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from model.batch import Ragged
 from model.config import EncoderConfig, ModelConfig
+from model.encoders.base import at_mixture_rate
+from model.lengths import num_frames
 from trainer.parity import tiny_model
 
 WINDOW_SEC = 2.0
@@ -196,8 +203,47 @@ CONFORMER: dict[str, Any] = {
     "conv_bias": True,
 }
 FAIRSEQ = ctc(Wav2Vec2ConformerForCTC, Wav2Vec2ConformerConfig)
+
+
+def automatic(model: Any, fields: Mapping[str, Any], extractor: Any, reference: Any) -> Case:
+    """Return a case of the family `auto`; its reference at another rate is brought to 50 Hz."""
+    config = {**fields, "model_type": model.config_class.model_type, "extractor": extractor.to_dict()}
+
+    def published(given: dict[str, Any]) -> Any:
+        own = {k: v for k, v in given.items() if k not in ("model_type", "extractor")}
+        return model(model.config_class(**own))
+
+    return Case("auto", config, published, lambda: extractor, reference)
+
+
+def of_lasr(published: Any, extractor: Any, wave: Tensor) -> Tensor:
+    """Return the frames of LASR, which are 40 ms apart, at 50 Hz."""
+    inputs = extractor([wave.numpy()], sampling_rate=16_000, return_tensors="pt")
+    frames = published(**inputs).last_hidden_state[0]
+    return at_mixture_rate(Ragged(frames, (len(frames),)), 640, (num_frames(len(wave)),)).values
+
+
+SQUEEZED = {**STACK, "conv_dim": [16] * 13}
+AUTOMATIC = {
+    "auto_sew": automatic(
+        SEWForCTC, {**SQUEEZED, **CTC}, Wav2Vec2FeatureExtractor(return_attention_mask=True), of_waveform("sew")
+    ),
+    "auto_unispeech": automatic(
+        UniSpeechForCTC,
+        {**LARGE, **CTC},
+        Wav2Vec2FeatureExtractor(return_attention_mask=True),
+        of_waveform("unispeech"),
+    ),
+    "auto_lasr": automatic(
+        LasrEncoder,
+        {**SMALL, "subsampling_conv_channels": 8, "num_mel_bins": 40, "conv_kernel_size": 8},
+        LasrFeatureExtractor(feature_size=40),
+        of_lasr,
+    ),
+}
 MEL = partial(WhisperFeatureExtractor, feature_size=80, chunk_length=2)
 CASES: dict[str, Case] = {
+    **AUTOMATIC,
     "voxtral": Case(
         "voxtral", {**SMALL, **TOWER}, tower(VoxtralForConditionalGeneration, VoxtralConfig), MEL, of_tower
     ),

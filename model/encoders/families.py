@@ -17,6 +17,7 @@ ENCODER_FAMILIES: dict[str, object] = {
     "unispeech-sat": "model.encoders.unispeech_sat:UNISPEECH_SAT",
     "parakeet": "model.encoders.parakeet:PARAKEET",
     "ast": "model.encoders.spectrogram_transformer:AUDIO_SPECTROGRAM_TRANSFORMER",
+    "auto": "model.encoders.auto:AUTO",
 }
 """For each name of `family` in recipes, an `EncoderFamily` or the place of one as `module:NAME`, which is imported at
 the first use. Plug-ins add entries."""

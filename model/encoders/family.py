@@ -41,6 +41,11 @@ def _no_features(_hf_config: Any) -> Mapping[str, Any]:
     return {}
 
 
+def _no_notes(_resolved: ResolvedEncoder) -> list[str]:
+    """Return nothing: there is nothing special about the encoder."""
+    return []
+
+
 def _never(_hf_config: Any) -> bool:
     """Return False: the encoder takes waveforms as they are."""
     return False
@@ -54,19 +59,20 @@ class EncoderFamily:
     (`model/encoders/families.py`). `docs/extending.md` shows how to add one.
     """
 
-    config_class: type[PreTrainedConfig]
+    config_class: type[PreTrainedConfig] | None
     """The transformers config. It must define `hidden_size` (the width of a feature vector) and `num_hidden_layers`.
-    Its `model_type` must be that of the checkpoints' config.json."""
-    network: type[PreTrainedModel]
+    Its `model_type` must be that of the checkpoints' config.json. None: the `model_type` of the checkpoint or of the
+    recipe's `config` decides."""
+    network: Callable[[Any], PreTrainedModel]
     """The network, built from a `config_class`; it loads checkpoints by `from_pretrained`."""
     wrapper: Callable[[Any, ResolvedEncoder], AudioEncoder]
     """Makes an `AudioEncoder` of a network."""
     windowing: Callable[[EncoderConfig, Any, int], Windowing]
     """Returns how the encoder cuts and pads clips, given the recipe's fields, the transformers config and the window in
     samples. Raises `encoder_error` if the window is impossible."""
-    flops: Callable[[Any, int], float]
+    flops: Callable[[Any, int], float] | None
     """Estimates the forward FLOPs of one window, given the transformers config and the padded window in samples. A
-    multiply-add counts as two. The estimate balances work between ranks."""
+    multiply-add counts as two. The estimate balances work between ranks. None: see `flops_of`."""
     frame_samples: int = FRAME_SAMPLES
     """The audio samples between two frames: 320 for 50 Hz, 640 for 25 Hz. `AudioEncoder` brings frames to 50 Hz."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -91,6 +97,13 @@ class EncoderFamily:
     containers: Mapping[str, str] = field(default_factory=dict)
     """The `model_type` of larger models whose checkpoints hold the encoder, and the field of their config.json that
     describes it."""
+    flops_of: Callable[[ResolvedEncoder], Callable[[int], float]] | None = None
+    """Returns the function of the padded window that estimates FLOPs, if it must be measured; None: see `flops`."""
+    notes: Callable[[ResolvedEncoder], list[str]] = _no_notes
+    """Returns what a user should know about an encoder before training begins."""
+    gathers_per_module: bool = True
+    """False if one call may call modules several times or read parameters of child modules. Such an encoder cannot be
+    trained with `train.gather_audio_weights: per_module`."""
     key_mapping: Mapping[str, str] = field(default_factory=dict)
     """Regular expressions on the names of a checkpoint's tensors and their replacements, for checkpoints that hold more
     than the network."""

@@ -8,12 +8,15 @@ import math
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import FeatureExtractionMixin, PreTrainedConfig
+from transformers import CONFIG_MAPPING, FeatureExtractionMixin, PreTrainedConfig
 
 from model.config import EncoderConfig
 from model.encoders.families import ENCODER_FAMILIES
 from model.encoders.family import EncoderFamily, ResolvedEncoder, encoder_error, family_of, one_line
 from model.lengths import FRAME_SAMPLES, SAMPLE_RATE
+
+WHOLE_EXTRACTOR = "extractor"
+"""The entry of `extractor_fields` that stands for the whole preprocessor_config.json."""
 
 
 def resolve(config: EncoderConfig) -> ResolvedEncoder:
@@ -49,7 +52,8 @@ def resolve(config: EncoderConfig) -> ResolvedEncoder:
 
 
 def _hf_config(config: EncoderConfig, family: EncoderFamily, overrides: dict[str, Any]) -> PreTrainedConfig:
-    cls = family.config_class
+    stored = {} if config.weights is None else _stored_config(config, family, config.weights)
+    cls = family.config_class or _config_class(config, overrides.pop("model_type", stored.get("model_type")))
     legal = {f.name for f in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(PreTrainedConfig)}
     legal |= {*family.extractor_fields, *(("do_normalize",) if family.normalizes is not None else ())}
     for key in overrides:
@@ -64,14 +68,35 @@ def _hf_config(config: EncoderConfig, family: EncoderFamily, overrides: dict[str
             )
     if overrides.get("apply_spec_augment"):
         raise encoder_error(config, "config.apply_spec_augment = true", "not supported: remove the key")
-    stored = {} if config.weights is None else _stored_config(config, family, config.weights)
+    defaults = family.defaults if family.config_class is not None else without_dropout(cls)
     try:
-        found = cls.from_dict({**stored, **family.defaults, **overrides})
+        found = cls.from_dict({**stored, **defaults, **overrides})
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise encoder_error(config, f"config: {one_line(error)}", f"correct the field of {cls.__name__}") from error
     # The file comes from elsewhere. It must not choose the code that computes attention.
     found._attn_implementation = None
     return found
+
+
+def _config_class(config: EncoderConfig, model_type: object) -> type[PreTrainedConfig]:
+    """Return transformers' config class of a `model_type`.
+
+    Raises:
+        UserError: If transformers has none.
+    """
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        remedy = "give weights, or config.model_type of an audio encoder of transformers"
+        raise encoder_error(config, f"model_type = {model_type} is unknown to transformers", remedy)
+    found: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
+    return found
+
+
+def without_dropout(cls: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Return the fields of a config class that switch off dropout, LayerDrop and SpecAugment, and their values."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    dropped = (n for n in names if "dropout" in n or n.endswith("layerdrop") or n == "drop_path_rate")
+    switches = {"apply_spec_augment": False} if "apply_spec_augment" in names else {}
+    return {**dict.fromkeys(dropped, 0.0), **switches}
 
 
 def _stored_config(config: EncoderConfig, family: EncoderFamily, weights: str) -> dict[str, Any]:
@@ -94,8 +119,8 @@ def _stored_config(config: EncoderConfig, family: EncoderFamily, weights: str) -
     if container is not None:
         inner = stored.get(container)
         stored = inner if isinstance(inner, dict) else {}
-        found = stored.get("model_type", family.config_class.model_type)
-    if found != family.config_class.model_type:
+        found = stored.get("model_type", getattr(family.config_class, "model_type", None))
+    if family.config_class is not None and found != family.config_class.model_type:
         remedy = f"set family = {found} or other weights" if found in ENCODER_FAMILIES else "give other weights"
         raise encoder_error(config, f"weights = {config.weights} hold a {found} model", remedy)
     return stored
@@ -126,6 +151,8 @@ def _extractor(config: EncoderConfig, family: EncoderFamily, hf_config: PreTrain
         if stored.get(key, value) != value:
             what = f"weights = {config.weights}: preprocessor_config.json has {key} = {stored[key]}"
             raise encoder_error(config, what, f"only {value} is supported: use another checkpoint")
+    if WHOLE_EXTRACTOR in family.extractor_fields:
+        return {WHOLE_EXTRACTOR: stored}
     return {key: stored.get(key, value) for key, value in family.extractor_fields.items()}
 
 

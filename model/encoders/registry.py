@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
@@ -50,9 +51,14 @@ def encoder_flops(config: EncoderConfig, samples: int) -> float:
     A multiply-add counts as two. The families count convolutions, projections, mel filters and attention; they do not
     count norms, activations and Fourier transforms.
     """
-    resolved, flops = _resolve_once(_key(config)), family_of(config).flops
+    resolved, family = _resolve_once(_key(config)), family_of(config)
+    if family.flops is not None:
+        flops: Callable[[int], float] = partial(family.flops, resolved.hf_config)
+    else:
+        assert family.flops_of is not None, f"{config.family} has neither flops nor flops_of"
+        flops = family.flops_of(resolved)
     lengths = window_lengths(samples, resolved.windowing.window_samples)
-    return sum(flops(resolved.hf_config, resolved.windowing.padded_samples(t)) for t in lengths)
+    return sum(flops(resolved.windowing.padded_samples(t)) for t in lengths)
 
 
 def _random(config: EncoderConfig, resolved: ResolvedEncoder) -> PreTrainedModel:
@@ -64,7 +70,8 @@ def _random(config: EncoderConfig, resolved: ResolvedEncoder) -> PreTrainedModel
 
 def _pretrained(config: EncoderConfig, resolved: ResolvedEncoder) -> PreTrainedModel:
     family = family_of(config)
-    load: Any = family.network.from_pretrained
+    network_class: Any = family.network
+    load = network_class.from_pretrained
     renamed = {"key_mapping": dict(family.key_mapping)} if family.key_mapping else {}
     try:
         network, info = load(

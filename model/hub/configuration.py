@@ -93,6 +93,8 @@ def _self_contained(config: EncoderConfig) -> dict[str, Any]:
     own -= {f.name for f in dataclasses.fields(PretrainedConfig)}
     values = {key: value for key, value in found.hf_config.to_dict().items() if key in own}
     values |= found.extractor
+    if family_of(config).config_class is None:
+        values["model_type"] = found.hf_config.model_type
     if family_of(config).normalizes is not None:
         values["do_normalize"] = found.do_normalize
     return {**dataclasses.asdict(config), "weights": None, "config": values}

@@ -22,7 +22,8 @@ def train(ep: int, gathering: str) -> list[list[float | str]]:
 
     rank, world, device = connect(timeout_sec=150)
     groups = build_groups(Topology(world, 1, 1, ep), rank, device, parity.SEED)
-    model = model_of(one_per_family())
+    names = [name for name in one_per_family() if gathering == "per_update" or not name.startswith("auto")]
+    model = model_of(names)
     step = parity.build_step(model, groups, DS_CONFIG, 2, gathering=gathering)  # type: ignore[arg-type]
     oracle = parity.build_oracle(model)
     for part in (step.audio.tower, oracle):

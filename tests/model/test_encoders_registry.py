@@ -206,7 +206,7 @@ def test_normalisation_is_never_guessed_for_a_checkpoint(tmp_path: Path) -> None
         (EncoderConfig("ear", "whisper", window_sec=40.0), "window_sec = 40.0; must not exceed 30 s"),
         (EncoderConfig("ear", "whisper", config=WHISPER), r"must not exceed 2 s \(100 positions\)"),
         (EncoderConfig("ear", "whisper", window_sec=10.0), "must equal 30 s"),
-        (EncoderConfig("ear", "mert"), "choose one of whisper, hubert, wavlm"),
+        (EncoderConfig("ear", "mert"), "choose one of whisper, .*hubert, wavlm"),
     ],
 )
 def test_bad_configs(config: EncoderConfig, message: str) -> None:

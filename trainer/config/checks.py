@@ -42,6 +42,13 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.parallel.expert > 1 and not recipe.model.experts:
         raise UserError(f"parallel.expert = {recipe.parallel.expert}: the model has no experts; the legal value is 1")
     _check_encoders(recipe)
+    if recipe.train.gather_audio_weights == "per_module":
+        for place, encoder in _places(recipe.model):
+            if not family_of(encoder).gathers_per_module:
+                raise UserError(
+                    f"train.gather_audio_weights = per_module: {place} has the family {encoder.family}, whose modules "
+                    "cannot be gathered one by one; set it to per_update"
+                )
     check_losses(recipe.model)
     check_weights("model.llm.weights", recipe.model.llm.weights)
     hf_config = known_llm_config(recipe.model.llm)
@@ -93,7 +100,14 @@ def check_folders(recipe: Recipe) -> None:
 
 def warnings_of(model: ModelConfig) -> list[str]:
     """Return a warning for every setting of `model` that is legal but possibly unintended."""
-    return [
+    known = [(place, known_encoder(encoder)) for place, encoder in _places(model)]
+    notes = [
+        f"{place}: {note}"
+        for place, encoder in known
+        if encoder is not None
+        for note in family_of(encoder).notes(resolve_encoder(encoder))
+    ]
+    return notes + [
         f"{place}.length_mode = trim: {encoder.weights} was pre-trained on windows of 30 s, and shorter ones change "
         "its features (see docs/finetune.md); set its length_mode to full, or for a smaller change its "
         "trailing_silence_sec to 1"
