@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from model.config import LLMConfig
+from model.llm import attention as attention_module
 from model.llm.attention import PackedAttention
 from model.llm.features import AttentionLayer, Scales
 from model.llm.megatron import transformer_config
@@ -54,3 +59,21 @@ def test_the_fused_path_computes_the_same() -> None:
     expected = attention(query, key, value, packed_seq_params=packed)
     attention.fused = ByContract()  # type: ignore[assignment]
     torch.testing.assert_close(attention(query, key, value, packed_seq_params=packed), expected)
+
+
+def test_the_fused_path_gets_the_window_and_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TransformerEngine's window counts the tokens before a token, ours also the token itself."""
+    asked: dict[str, Any] = {}
+
+    def stub(*_args: Any, **options: Any) -> nn.Module:
+        asked.update(options)
+        return nn.Identity()
+
+    monkeypatch.setattr(attention_module, "transformer_engine", lambda: SimpleNamespace(DotProductAttention=stub))
+    hf_config = resolve_hf_config(LLMConfig(config={"model_type": "llama", "num_hidden_layers": 1}))
+    config = transformer_config(hf_config, dtype=torch.bfloat16)
+    config.use_cpu_initialization = False
+    PackedAttention(config, 1, rotary=None, layer=AttentionLayer(window=4), scales=Scales(softmax=0.3))
+    assert asked["window_size"] == (3, 0) and asked["softmax_scale"] == 0.3
+    PackedAttention(config, 1, rotary=None, layer=AttentionLayer(), scales=Scales())
+    assert asked["window_size"] is None and asked["softmax_scale"] is None
