@@ -117,7 +117,7 @@ def perturbed(model: nn.Module) -> nn.Module:
 def qwen2_audio(folder: Path) -> Reference:
     config = Qwen2AudioConfig(
         audio_config=dict(AUDIO),
-        text_config={**TEXT, "model_type": "qwen2"},
+        text_config={**TEXT, "model_type": "qwen2", "use_mrope": False},  # a key that Qwen2's config does not have
         audio_token_index=SPECIAL.index("<|AUDIO|>"),
     )
     model: Any = perturbed(Qwen2AudioForConditionalGeneration(config))

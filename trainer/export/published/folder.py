@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,7 @@ def read_published(folder: Path, parts: Sequence[Path] = ()) -> Published:
         text, audio = _sub_configs(config, kind, architecture, parts)
         config = {**config, "text_config": text.to_dict()}
         primary, adapter = architecture.audio(audio, config)
-        fields = {key: value for key, value in text.to_diff_dict().items() if key not in _WRITTEN_BY_TRANSFORMERS}
-        llm = LLMConfig(config={**fields, "model_type": text.model_type})
+        llm = LLMConfig(config={**_own_fields(text), "model_type": text.model_type})
         hf_config = resolve_hf_config(llm)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
@@ -89,7 +88,14 @@ def read_published(folder: Path, parts: Sequence[Path] = ()) -> Published:
     return Published(folder, config, architecture, ModelConfig(primary, adapter=adapter, llm=llm), hf_config)
 
 
-_WRITTEN_BY_TRANSFORMERS = ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path")
+def _own_fields(text: Any) -> dict[str, Any]:
+    """Return the values of the fields of the LLM's config class.
+
+    Published configs also have fields that the class does not know, such as `use_mrope` in Qwen2-Audio's. They have no
+    effect on the network.
+    """
+    known = {field.name for field in fields(text)} - {"architectures", "dtype", "transformers_version"} | {"head_dim"}
+    return {key: value for key, value in text.to_diff_dict().items() if key in known}
 
 
 def _sub_configs(
