@@ -15,11 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -36,23 +40,44 @@ def convert(path: Path, out: Path) -> None:
     soundfile.write(out / f"{path.stem}.flac", values, rate, format="FLAC", subtype="PCM_16")
 
 
-def loop_sec(folder: Path, out: Path) -> float:
-    """Return the seconds that the loop takes."""
+@dataclass
+class Taken:
+    """The time that some processes took."""
+
+    seconds: float = 0.0
+    cpu_sec: float = 0.0
+    """The CPU seconds of all processes, which other load on the machine changes less."""
+
+
+@contextmanager
+def timed() -> Iterator[Taken]:
+    """Measure the time of the child processes that begin and end within the context."""
+    taken, before, started = Taken(), resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    yield taken
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    taken.seconds = time.perf_counter() - started
+    taken.cpu_sec = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def loop_time(folder: Path, out: Path) -> Taken:
+    """Return the time that the loop takes."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    started = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(JOBS) as pool:
+    with timed() as taken:
+        pool = multiprocessing.get_context("spawn").Pool(JOBS)
         pool.map(partial(convert, out=out), sorted(folder.glob("*.aiff")))
-    return time.perf_counter() - started
+        pool.close()
+        pool.join()
+    return taken
 
 
-def import_sec(folder: Path, out: Path) -> float:
-    """Return the seconds that the import takes."""
+def import_time(folder: Path, out: Path) -> Taken:
+    """Return the time that the import takes."""
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "tools.import_data", "--from", "csv", str(folder / "set.csv"), str(out)]
-    started = time.perf_counter()
-    subprocess.run([*command, "--jobs", str(JOBS)], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started
+    with timed() as taken:
+        subprocess.run([*command, "--jobs", str(JOBS)], check=True, stdout=subprocess.DEVNULL)
+    return taken
 
 
 def write_corpus(folder: Path, num: int) -> float:
@@ -85,22 +110,25 @@ def main() -> int:
         seconds = write_corpus(folder / "in", options.clips)
         loops, imports = [], []
         for number in range(options.rounds):
-            loops.append(loop_sec(folder / "in", folder / "loop"))
-            imports.append(import_sec(folder / "in", folder / "import"))
-            print(f"round {number + 1}: loop {loops[-1]:.2f} s, import {imports[-1]:.2f} s", flush=True)
+            loops.append(loop_time(folder / "in", folder / "loop"))
+            imports.append(import_time(folder / "in", folder / "import"))
+            print(f"round {number + 1}: loop {loops[-1]}, import {imports[-1]}", flush=True)
         num = len(list((folder / "import" / "audio").rglob("*.flac")))
         assert num == options.clips, f"{num} files were written"
-    ratio = min(loops) / min(imports)
-    print(f"{options.clips} files, {seconds / 3600:.2f} h: {seconds / min(imports):.0f} s of audio per second")
+    best = min(taken.seconds for taken in imports)
+    ratio = min(taken.seconds for taken in loops) / best
+    cpu_ratio = min(taken.cpu_sec for taken in loops) / min(taken.cpu_sec for taken in imports)
+    print(f"{options.clips} files, {seconds / 3600:.2f} h: {seconds / best:.0f} s of audio per second")
     print(
         json.dumps(
             {
                 "passed": ratio >= GOAL,
                 "ratio": round(ratio, 3),
+                "cpu_ratio": round(cpu_ratio, 3),
                 "goal": GOAL,
                 "hours": round(seconds / 3600, 3),
-                "loop_sec": [round(s, 2) for s in loops],
-                "import_sec": [round(s, 2) for s in imports],
+                "loop_sec": [round(taken.seconds, 2) for taken in loops],
+                "import_sec": [round(taken.seconds, 2) for taken in imports],
             }
         )
     )

@@ -228,6 +228,12 @@ class DataConfig:
     MiB."""
     retry_sec: float = 120.0
     """How long a bucket may be unreachable, in seconds, before the run saves its state and stops."""
+    node_cache_gib: float = 0.0
+    """The size of a cache on the disk of each node for shards from a bucket, in GiB; 0 disables it. All ranks of a node
+    share it."""
+    node_cache_dir: str | None = None
+    """The folder of that cache, which must belong to this user alone; null for `earshot-cache-UID` in the folder for
+    temporary files (`TMPDIR`)."""
     cache_decoded_mib: int = 256
     """The memory per rank for a cache of decoded clips, in MiB; 0 disables the cache. With it, a small dataset need not
     be decoded again in every epoch."""
@@ -247,6 +253,7 @@ class DataConfig:
             raise UserError(f"data.datasets: names {names} must be unique")
         check_least("data", self, num_lanes=1, num_workers=0, prefetch_batches=1, read_kib=1, buffer_mib=1)
         check_least("data", self, read_ahead_mib=0, cache_decoded_mib=0, temperature=1, max_tokens=1)
+        check_least("data", self, node_cache_gib=0)
         if self.global_batch_samples < 1 or self.global_batch_samples % self.num_lanes:
             raise UserError(
                 f"data.global_batch_samples = {self.global_batch_samples}: must be a multiple of "

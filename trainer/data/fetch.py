@@ -60,7 +60,7 @@ def read_samples(shards: ShardSet, shard: int, indices: Sequence[int]) -> Fetche
     for wait_sec in (0.0, *REFETCH_AFTER_SEC):
         time.sleep(wait_sec)
         try:
-            received, unusable = read_unchecked(shards, shard, pending), None
+            received, unusable = read_unchecked(shards, shard, pending, fresh=wait_sec > 0), None
         except (ChangedError, MissingError) as error:
             unusable = str(error)
             continue
@@ -98,8 +98,16 @@ def read_table(shards: ShardSet, shard: int) -> tuple[Entry, ...]:
     return shards.table(shard)
 
 
-def read_unchecked(shards: ShardSet, shard: int, indices: Sequence[int]) -> dict[int, memoryview]:
+def read_unchecked(
+    shards: ShardSet, shard: int, indices: Sequence[int], *, fresh: bool = False
+) -> dict[int, memoryview]:
     """Read samples of one shard without comparing them with the index. Pass each to `checked` before using it.
+
+    Args:
+        shards: the shards to read from.
+        shard: number of the shard.
+        indices: positions of the samples in the shard's offset table.
+        fresh: whether to read from the store even if the bytes are cached on this node.
 
     Returns:
         Position in the shard's offset table → bytes of the sample.
@@ -107,11 +115,11 @@ def read_unchecked(shards: ShardSet, shard: int, indices: Sequence[int]) -> dict
     Raises:
         UserError: If the store is unreachable or refuses the request.
     """
-    table, info = shards.table(shard), shards.shards[shard]
+    table = shards.table(shard)
     found = {}
     for group in _group_reads(sorted(((i, table[i]) for i in indices), key=lambda item: item[1].span)):
         start, end = group[0][1].span[0], max(entry.span[1] for _, entry in group)
-        data = shards.store.get_range(info.name, start, end - start, info.num_bytes)
+        data = shards.read(shard, start, end - start, fresh=fresh)
         for index, entry in group:
             first, last = entry.span
             found[index] = data[first - start : last - start]

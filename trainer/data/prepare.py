@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -18,6 +20,7 @@ from model.lengths import TokenRate
 from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.manifest import Row, read_manifest
 from trainer.data.metadata import earlier_texts, has_earlier_answers
+from trainer.data.node_cache import NodeCache
 from trainer.data.sample import earlier_answers_error
 from trainer.data.sentencepiece_training import train_sentencepiece
 from trainer.data.shard_build import SKIPPED_NAME, BuildReport, ShardLimits, build_shards, source_digest
@@ -25,9 +28,17 @@ from trainer.data.shards import INDEX_NAME, Selection, ShardIndex, ShardSet, rea
 from trainer.data.source import DatasetReader
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.storage.open import join_url, open_store, scheme_of
-from trainer.storage.store import MissingError
+from trainer.storage.store import LocalStore, MissingError
 
 _NUM_FIRST = 100
+
+
+def open_cache(config: DataConfig) -> NodeCache | None:
+    """Return the cache of this node for shards from a bucket, or None if the recipe does not ask for one."""
+    if not config.node_cache_gib:
+        return None
+    folder = config.node_cache_dir or f"{tempfile.gettempdir()}/earshot-cache-{os.getuid()}"
+    return NodeCache(Path(folder), round(config.node_cache_gib * 2**30))
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,8 @@ class PreparedDataset:
             return None
         url, index = self.shards[split]
         selection = Selection(split, self.config.tasks, self.config.subsets)
-        shards = ShardSet(open_store(url, config.retry_sec), index)
+        store = open_store(url, config.retry_sec)
+        shards = ShardSet(store, index, cache=None if isinstance(store, LocalStore) else open_cache(config))
         reader = DatasetReader(self.config, shards, selection, config.read_kib << 10)
         return reader if reader.num_samples else None
 

@@ -26,6 +26,7 @@ from typing import Any
 from model.errors import UserError
 from model.json_text import parse_json
 from trainer.data.decode import AUDIO_TYPES
+from trainer.data.node_cache import NodeCache
 from trainer.data.tar_samples import Member, arrange, metadata_of
 from trainer.scoring.fields import is_amount
 from trainer.storage.store import ChangedError, Store
@@ -167,13 +168,21 @@ class ShardSet:
         store: store that contains the shards.
         index: result of `read_index`; None to read it now.
         num_cached_tables: largest number of offset tables that are kept in memory.
+        cache: cache of byte ranges on the disk of this node; None to read all of them from the store.
 
     Raises:
         UserError: If the index cannot be read; see `read_index`.
     """
 
-    def __init__(self, store: Store, index: ShardIndex | None = None, num_cached_tables: int = 64) -> None:
+    def __init__(
+        self,
+        store: Store,
+        index: ShardIndex | None = None,
+        num_cached_tables: int = 64,
+        cache: NodeCache | None = None,
+    ) -> None:
         self.store = store
+        self.cache = cache
         self.index = read_index(store) if index is None else index
         self.table = lru_cache(maxsize=num_cached_tables)(self._read_table)
         self.quarantined: dict[int, str] = {}
@@ -189,6 +198,28 @@ class ShardSet:
     def num_selected(self, selection: Selection) -> tuple[int, ...]:
         """Return the number of selected samples per shard, computed from the index alone."""
         return tuple(sum(g.num_samples for g in s.groups if selection.matches(g)) for s in self.shards)
+
+    def read(self, shard: int, offset: int, num_bytes: int, *, fresh: bool = False) -> memoryview:
+        """Return a byte range of a shard, which may come from the cache.
+
+        Args:
+            shard: number of the shard.
+            offset: first byte of the range.
+            num_bytes: length of the range.
+            fresh: whether to read from the store in any case, because the cached bytes were wrong.
+
+        Raises:
+            UserError: See `Store.get_range`.
+        """
+        info = self.shards[shard]
+
+        def fetch() -> memoryview:
+            return self.store.get_range(info.name, offset, num_bytes, info.num_bytes)
+
+        if self.cache is None:
+            return fetch()
+        key = f"{self.store.url} {info.name} {info.sha256} {offset} {num_bytes}"
+        return self.cache.read(key, fetch, fresh=fresh)
 
     def quarantine(self, shard: int, why: str) -> None:
         """Exclude `shard` from use, and log its name and the reason once."""

@@ -125,10 +125,20 @@ class DatasetReader:
         """
         try:
             entries = self.selected(shard)
-            found = read_unchecked(self.shards, shard, [entries[index] for index in indices])
+            found: dict[int, memoryview] = {}
+            for part in self._parts(shard, indices):
+                found |= read_unchecked(self.shards, shard, [entries[index] for index in part])
         except (MissingError, ChangedError):
             return {}
         return {index: found[entries[index]] for index in indices}
+
+    def _parts(self, shard: int, indices: Sequence[int]) -> list[Sequence[int]]:
+        """Return the samples to read at once: with a cache on the node, whole chunks, which are the same every time."""
+        if self.shards.cache is None:
+            return [indices]
+        size, num_here = self.chunk_samples, int(self.num_per_shard[shard])
+        starts = sorted({index // size * size for index in indices})
+        return [range(start, min(start + size, num_here)) for start in starts]
 
     def checked(self, shard: int, index: int, data: memoryview) -> RawSample | SampleError | None:
         """Return the sample in `data`, the reason why it cannot be used, or None if its bytes differ from the index."""

@@ -1,0 +1,130 @@
+"""The cache of a node for byte ranges of shards: it is bounded, shared, and only costs speed if it fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.data_corpus import audio_bytes, row, write_shards
+from trainer.data.fetch import read_samples
+from trainer.data.node_cache import NodeCache
+from trainer.data.shards import RawSample, ShardSet
+from trainer.storage.store import LocalStore
+
+SIZE = 1000
+
+
+class Bucket:
+    """Counts what is fetched."""
+
+    def __init__(self) -> None:
+        self.fetched: list[int] = []
+
+    def range(self, number: int) -> Callable[[], memoryview]:
+        def fetch() -> memoryview:
+            self.fetched.append(number)
+            return memoryview(content(number))
+
+        return fetch
+
+
+def content(number: int) -> bytes:
+    return (b"%d " % number * SIZE)[:SIZE]
+
+
+def read(cache: NodeCache, bucket: Bucket, number: int) -> None:
+    assert cache.read(f"range {number}", bucket.range(number)) == content(number)
+
+
+def files(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("??/*")]
+
+
+def test_a_range_is_fetched_once_by_all_processes_of_a_node(tmp_path: Path) -> None:
+    bucket, first, second = Bucket(), NodeCache(tmp_path / "c", 1 << 20), NodeCache(tmp_path / "c", 1 << 20)
+    for number in range(5):
+        read(first, bucket, number)
+    first.wait()
+    for number in range(5):
+        read(second, bucket, number)
+    assert bucket.fetched == [0, 1, 2, 3, 4]
+    assert first.read("range 0", bucket.range(0), fresh=True) == content(0)
+    assert bucket.fetched[5:] == [0]
+
+
+def test_damaged_ranges_are_fetched_again(tmp_path: Path) -> None:
+    bucket, cache = Bucket(), NodeCache(tmp_path / "c", 1 << 20)
+    read(cache, bucket, 0)
+    cache.wait()
+    (path,) = files(tmp_path / "c")
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-1], whole[:100] + b"x" + whole[101:], whole + b"x"):
+        path.write_bytes(damaged)
+        read(cache, bucket, 0)
+        cache.wait()
+        assert path.read_bytes() == whole
+    assert len(bucket.fetched) == 5
+
+
+def test_the_oldest_ranges_are_deleted(tmp_path: Path) -> None:
+    bucket, cache = Bucket(), NodeCache(tmp_path / "c", 20 * SIZE)
+    for number in range(100):
+        read(cache, bucket, number)
+        cache.wait()
+        read(cache, bucket, 0)  # It is always young.
+        for path in files(tmp_path / "c"):
+            status = path.stat()
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - 10**9))
+        assert sum(p.stat().st_size for p in files(tmp_path / "c")) <= 23 * (SIZE + 8)
+    assert bucket.fetched.count(0) == 1
+    read(cache, bucket, 99)
+    assert bucket.fetched.count(99) == 1
+
+
+@pytest.mark.parametrize("fault", ["full", "shared", "file"])
+def test_a_cache_that_fails_only_costs_speed(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "c"
+    if fault == "shared":
+        folder.mkdir()
+        folder.chmod(0o777)
+    elif fault == "file":
+        folder.write_bytes(b"")
+    else:
+
+        def full(*args: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("trainer.data.node_cache.os.replace", full)
+    bucket, cache = Bucket(), NodeCache(folder, 1 << 20)
+    for number in (0, 1, 0, 1):
+        read(cache, bucket, number)
+        cache.wait()
+    assert bucket.fetched == [0, 1, 0, 1]
+    assert caplog.text.count("data.node_cache_dir") == 1
+    assert fault == "file" or files(folder) == []
+
+
+def test_wrong_bytes_from_the_bucket_do_not_stay_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.data.fetch.REFETCH_AFTER_SEC", (0.01, 0.01))
+    folder = write_shards(tmp_path / "s", [(row("a"), [("flac", audio_bytes(0.1))])], per_shard=1)
+    shards = ShardSet(LocalStore(folder), cache=NodeCache(tmp_path / "c", 1 << 20))
+    right, wrong = shards.store.get_range, iter([True])
+
+    def get_range(*args: object) -> memoryview:
+        data = memoryview(bytearray(right(*args)))  # type: ignore[arg-type]
+        if next(wrong, False):
+            data[5] ^= 1
+        return data
+
+    monkeypatch.setattr(shards.store, "get_range", get_range)
+    assert isinstance(read_samples(shards, 0, [0])[0], RawSample)
+    assert shards.cache is not None
+    shards.cache.wait()
+    monkeypatch.setattr(shards.store, "get_range", None)
+    assert isinstance(read_samples(shards, 0, [0])[0], RawSample)
