@@ -99,7 +99,8 @@ def test_encoders(name: str, recompute: bool) -> None:
 def test_adapter(kind: str) -> None:
     torch.manual_seed(0)
     config = AdapterConfig(kind, hidden_size=4, num_heads=2)
-    compare(build_adapter(config, 3), Ragged(torch.randn(60, 3), (17, 3, 40)))
+    width = config.hidden_size  # `pooling` keeps the width of its input
+    compare(build_adapter(config, width), Ragged(torch.randn(60, width), (17, 3, 40)))
 
 
 @pytest.mark.parametrize("source", ["primary", "log_mel", "prompt"])
