@@ -112,7 +112,7 @@ def main() -> int:
         for number in range(options.rounds):
             loops.append(loop_time(folder / "in", folder / "loop"))
             imports.append(import_time(folder / "in", folder / "import"))
-            print(f"round {number + 1}: loop {loops[-1]}, import {imports[-1]}", flush=True)
+            print(f"round {number + 1}: loop {loops[-1].seconds:.2f} s, import {imports[-1].seconds:.2f} s", flush=True)
         num = len(list((folder / "import" / "audio").rglob("*.flac")))
         assert num == options.clips, f"{num} files were written"
     best = min(taken.seconds for taken in imports)
