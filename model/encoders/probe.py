@@ -27,7 +27,7 @@ from model.lengths import SAMPLE_RATE
 
 INPUTS = ("input_features", "input_values")
 MASKS = ("attention_mask", "padding_mask", "input_features_mask", "feature_attention_mask")
-SHORT, LONG = 17_777, 80_000
+SHORT, LONG = 11_111, 48_000
 """The lengths of the two clips, in samples."""
 HOP_UNITS = (160, 64, 16, 1)
 TOLERANCE = 1e-4
@@ -160,11 +160,10 @@ def _probe(config_json: str, extractor_json: str) -> Probe:
         if len(axes) != 1:
             raise Unsupported(f"{type(extractor).__name__} makes features of one length of all clips")
         with torch.no_grad():
-            sizes = [run(large, *item)[0].shape[1] for item in items]
+            frames = [run(large, *item)[0] for item in items]
+        sizes, width = [f.shape[1] for f in frames], frames[0].shape[2]
         if sizes[1] <= sizes[0]:
             raise Unsupported(f"{type(large).__name__} makes {sizes[0]} and {sizes[1]} vectors, which are no frames")
-        with torch.no_grad():
-            width = run(large, *items[0])[0].shape[2]
         hop = _hop(LONG - SHORT, sizes[1] - sizes[0])
         cost = [[_flops(net, extractor, wave) for wave in waves] for net in (small, large)]
         leak = _leak(large.double(), items, axes[0])

@@ -53,8 +53,8 @@ def describe(config: ModelConfig, hf_config: PretrainedConfig, vocab_size: int) 
         UserError: If the config of an encoder cannot be read.
     """
     audio = {
-        "primary": None if config.primary is None else _self_contained(config.primary),
-        "experts": [_self_contained(e) for e in config.experts],
+        "primary": None if config.primary is None else self_contained(config.primary),
+        "experts": [self_contained(e) for e in config.experts],
         "expert_dim": config.expert_dim,
         "router": dataclasses.asdict(config.router),
         "adapter": dataclasses.asdict(config.adapter),
@@ -86,7 +86,7 @@ def rename_former_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {**tree, "router": router}
 
 
-def _self_contained(config: EncoderConfig) -> dict[str, Any]:
+def self_contained(config: EncoderConfig) -> dict[str, Any]:
     """Return the fields of an encoder without `weights`, and with its whole transformers config."""
     found = resolve(config)
     own = {f.name for f in dataclasses.fields(type(found.hf_config))}

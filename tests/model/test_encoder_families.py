@@ -27,6 +27,7 @@ from model.encoders.parakeet import normalized_mel
 from model.encoders.registry import build_encoder, encoder_dim, encoder_flops, encoder_windowing
 from model.encoders.wav2vec2_bert import stacked_fbank
 from model.errors import UserError
+from model.hub.configuration import self_contained
 from model.lengths import num_frames
 from tests.encoder_table import CASES, clip, perturb
 from trainer.config.checks import check_recipe, warnings_of
@@ -66,6 +67,8 @@ def test_loaded_weights_compute_what_transformers_computes(name: str, tmp_path: 
     extractor.save_pretrained(tmp_path)
     encoder = build_encoder(case.encoder(weights=str(tmp_path), config={}))
     assert encoder.training and encoder.frame_samples == case.frame_samples
+    described = EncoderConfig(**self_contained(case.encoder(weights=str(tmp_path), config={})))
+    assert encoder_windowing(described) == encoder.windowing and encoder_dim(described) == encoder.dim
     for length in (32_000, 12_345, 6_560, *(() if name.startswith("auto") else (3_200,))):
         expected = case.reference(published, extractor, clip(length))
         with torch.no_grad():

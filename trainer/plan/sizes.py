@@ -13,8 +13,8 @@ from transformers import PretrainedConfig
 
 from model.audio_tower import AudioTower
 from model.config import EncoderConfig, ModelConfig, is_factor
-from model.encoders.hf_config import resolve
 from model.errors import UserError
+from model.hub.configuration import self_contained
 from model.llm.names import hf_shapes
 from model.lora import NO_ADAPTERS, Adapters, adaptable_layers, add_adapters, llm_layers, llm_shapes, unknown_factor
 from trainer.config.checks import known_encoder, known_llm_config
@@ -195,12 +195,7 @@ def _sized(place: str, encoder: EncoderConfig) -> EncoderConfig:
     known = known_encoder(encoder)
     if known is None:
         raise _unknown_size(place, encoder.weights)
-    if known.weights is None:
-        return known
-    stored = resolve(known).hf_config
-    shared = {f.name for f in dataclasses.fields(PretrainedConfig)}
-    own = [f.name for f in dataclasses.fields(stored) if f.name not in shared]
-    return dataclasses.replace(known, weights=None, config={name: getattr(stored, name) for name in own})
+    return known if known.weights is None else EncoderConfig(**self_contained(known))
 
 
 def _unknown_size(place: str, weights: str | None) -> UserError:
