@@ -133,7 +133,7 @@ def sample(seconds: float, source: str) -> Sample:
     none = torch.zeros(0, dtype=torch.int64)
     clips = (torch.zeros(round(seconds * 16000)),) if seconds else ()
     meta = {"language": "en", "source": source}
-    return Sample(source, "asr" if seconds else "text", clips, none, none.bool(), none, none, none, meta)
+    return Sample(source, "asr" if seconds else "text", clips, none, none.bool(), none, none, meta=meta)
 
 
 def interval(step: int = 4) -> LoadInterval:
