@@ -26,11 +26,11 @@ _BLOCK_KEYS = {"text": {"type", "text"}, "audio": {"type", "audio"}}
 Message = dict[str, str]
 """A message with the keys `role` and `content`, as chat templates read it."""
 Chat = Callable[[Sequence[Message], bool], str]
-"""A function that renders messages in a chat template. The flag says whether the beginning of an answer follows."""
+"""A function that renders messages in a chat template. If the flag is true, the beginning of an answer follows them."""
 
 
 class ConversationError(ValueError):
-    """Raised when messages are not a conversation, or a chat template does not keep them."""
+    """Raised when messages are not a conversation, or when a chat template does not preserve them."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _texts(where: str, content: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """The format of prompts, and the tokenizer behind it."""
+    """The format of prompts, and the tokenizer that encodes them."""
 
     template: str
     """The text of a user's message that begins with its clips; see `model.prompt.render`."""
@@ -195,7 +195,7 @@ class PromptFormat:
             them, the whole prompt is the only segment.
 
         Raises:
-            ConversationError: If the prompt does not have one place for each clip.
+            ConversationError: If the prompt does not have exactly one place for each clip.
         """
         texts = self._plain(turns) if self.chat is None else self._rendered(self.chat, turns)
         found = [self.encode(text) for text in texts]
@@ -213,10 +213,10 @@ class PromptFormat:
         return found
 
     def closing(self, turns: Sequence[Turn]) -> list[int]:
-        """Return the tokens after the answer with which a conversation ends.
+        """Return the tokens that follow the last answer of a conversation.
 
         Raises:
-            ConversationError: If the chat template does not contain the answer once.
+            ConversationError: If the rendered conversation does not contain the answer exactly once.
         """
         if self.chat is None:
             return [self.end_id]
@@ -230,12 +230,12 @@ class PromptFormat:
         """Return the first token after an answer; None if there is none.
 
         Raises:
-            ConversationError: If the chat template does not contain the answer once.
+            ConversationError: If the rendered conversation does not contain the answer exactly once.
         """
         return next(iter(self.closing((_QUESTION, Turn("assistant", (_ANSWER,))))), None)
 
     def keeps_answers(self) -> bool:
-        """Return whether the chat template adds to a conversation without changing its earlier part.
+        """Return whether the chat template extends a conversation without changing its earlier part.
 
         Only then can one sequence of tokens have labels for several answers.
         """
@@ -246,7 +246,7 @@ class PromptFormat:
         return [{"role": turn.role, "content": self.content(turn)} for turn in turns]
 
     def content(self, turn: Turn) -> str:
-        """Return the text of a turn with placeholders, in the template if the clips are at its beginning."""
+        """Return the text of a turn with placeholders; in the prompt template, if the clips are at its beginning."""
         if turn.role != "user":
             return turn.text
         if any(turn.texts[:-1]):

@@ -6,12 +6,12 @@ r"""Import data in the formats of other programs, as a manifest or as shards.
         --set "instruction=Which emotion is heard?"
     earshot import --from kaldi data/train data/train-import --check
 
-OUT is a folder, and with --shards also s3://BUCKET/PREFIX (gs://, az://). Audio files that can be used as they are stay
-where they are, unless --shards is given. Parts of recordings and files of other types are written as FLAC to OUT/audio.
-OUT/skipped.jsonl lists the rows that were skipped, with reasons. Repeat an interrupted command to continue it.
+OUT is a folder. With --shards, it may also be s3://BUCKET/PREFIX (gs://, az://). Without --shards, audio files of types
+that shards may contain stay where they are; parts of recordings and files of other types are written as FLAC to
+OUT/audio. OUT/skipped.jsonl lists the rows that were skipped, with reasons. Repeat an interrupted command to continue.
 
-Exit code 0: the data is imported. 1: it is, but more rows were skipped than --max-skipped-fraction allows. 2: it is
-not imported.
+Exit code 0: the data was imported. 1: it was imported, but more rows were skipped than --max-skipped-fraction allows.
+2: it was not imported.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FIELD=TEXT",
-        help="a field of all rows that have none of this name",
+        help="a field to add to all rows that lack it",
     )
     parser.add_argument("--columns", metavar="A,B", help="names of the columns of a table without a header")
     parser.add_argument(
-        "--audio", type=Path, metavar="DIR", help="folder that paths of audio start from (default: SRC's)"
+        "--audio", type=Path, metavar="DIR", help="folder to which paths of audio are relative (default: SRC's)"
     )
     parser.add_argument("--follow", action="store_true", help="also read audio outside of SRC's folder and --audio")
     parser.add_argument("--shards", action="store_true", help="write shards instead of a manifest, in the order of SRC")
@@ -179,7 +179,7 @@ def _as_text(args: argparse.Namespace, report: ImportReport) -> str:
     hours = f"{totals.seconds / 3600:.3f} h of audio"
     lines = [f"{place}: {totals.num_samples} samples, {hours}, from {totals.num_rows} rows"]
     if args.check:
-        lines.insert(0, "nothing is written (--check); without it, there would be:")
+        lines.insert(0, "nothing was written (--check); without --check, there would be:")
     if report.num_resumed:
         lines.append(f"{report.num_resumed} rows had been imported before")
     if report.num_changed_ids:

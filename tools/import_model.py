@@ -6,8 +6,8 @@
 
 FOLDER is the folder of the published model, with config.json, safetensors files and tokenizer. OUT becomes a folder in
 the layout of `earshot export`, with the same weights under other names, and a recipe that starts from it. `--part` is
-the folder of the LLM or of the encoder, if FOLDER only names it. The architectures are Qwen2-Audio, Ultravox, Voxtral
-and Audio Flamingo 3.
+the folder of the LLM or of the encoder, if FOLDER names it but does not contain it. The supported architectures are
+Qwen2-Audio, Ultravox, Voxtral and Audio Flamingo 3.
 
 Exit code 0: the model was imported. 2: it was not.
 """

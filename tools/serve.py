@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace) -> int:
     import uvicorn
 
     class Server(uvicorn.Server):
-        """A server that ends in order on Ctrl-C or SIGTERM, and does not pass the signal on."""
+        """A server that shuts down cleanly on Ctrl-C or SIGTERM, and does not pass the signal on."""
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:

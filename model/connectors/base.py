@@ -55,7 +55,7 @@ class Adapter(nn.Module, ABC):
 
 
 def check_default_shape(config: AdapterConfig) -> None:
-    """Check that `bias` and `last_group` have their default values, for kinds that compute nothing else.
+    """Check that `bias` and `last_group` have their default values, for kinds that support no other values.
 
     Raises:
         UserError: If one of them has another value.

@@ -1,4 +1,4 @@
-"""Any audio encoder of transformers, by its folder: transformers' feature extractor, its model, and a self-test.
+"""Any audio encoder of transformers, given by its folder: transformers' feature extractor and model, and a self-test.
 
 Shapes: B windows, T audio samples, E frames at the encoder's own rate, F frames (20 ms), D width.
 """
@@ -49,7 +49,7 @@ class AutoNetwork:
 
     @staticmethod
     def from_pretrained(weights: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Return the encoder with the weights of a folder or hub id, and what was missing there."""
+        """Return the encoder with the weights of a folder or hub id, and a mapping that names the missing weights."""
         network, info = AutoModel.from_pretrained(weights, trust_remote_code=False, **options)
         missing = [key for key in info["missing_keys"] if "masked_spec_embed" not in key]
         try:
@@ -140,13 +140,13 @@ def _windowing(_config: EncoderConfig, _hf_config: Any, window_samples: int) -> 
 
 
 def _check(config: EncoderConfig, hf_config: Any) -> None:
-    """Check that a recipe or a checkpoint says what to build."""
+    """Check that the config of the encoder has a `hidden_size`."""
     if not isinstance(getattr(hf_config, "hidden_size", None), int):
         raise encoder_error(config, "its config has no hidden_size", "use another checkpoint")
 
 
 def _flops_of(resolved: ResolvedEncoder) -> Callable[[int], float]:
-    """Return the estimate of the forward FLOPs of a window, from two measured lengths."""
+    """Return the estimate of the forward FLOPs of a window, which is fitted to measurements at two lengths."""
     linear, square = probed(resolved).flops
     return lambda samples: linear * samples + square * samples**2
 

@@ -40,7 +40,9 @@ CONV_STACK_DEFAULTS: dict[str, Any] = {
 
 
 class ConvStackEncoder(AudioEncoder):
-    """A network with such convolutions as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
+    """A network with convolutions over waveforms as an `AudioEncoder`.
+
+    The parameters under `encoder.` have transformers' names.
 
     Args:
         encoder: The network, called as `encoder(waves[B, T], num_samples, recompute)`; returns [B, F, D].
@@ -94,7 +96,7 @@ class ConvStackNetwork(DrawnAsTransformers):
         stable, encoder = getattr(self.config, "do_stable_layer_norm", False), self.encoder
         features, frames = conv_features(self.feature_extractor.conv_layers, self.config, waves, num_samples, recompute)
         hidden = self.feature_projection(features)
-        if isinstance(hidden, tuple):  # the second one is for pre-training
+        if isinstance(hidden, tuple):  # the second element is for pre-training
             hidden = hidden[0]
         mask = length_mask(frames, hidden.shape[1], hidden.device)
         attention_mask = None if mask is None else mask[:, None, None].expand(-1, -1, hidden.shape[1], -1)
@@ -136,7 +138,7 @@ class RaggedGroupNormConvLayer(nn.Module):
 
 
 class MaskedPositions(nn.Module):
-    """A marker of position embeddings of several convolutions, which take the mask as their second argument."""
+    """The base class of position embeddings that consist of several convolutions and take a mask as second argument."""
 
 
 def conv_stack_windowing(_config: EncoderConfig, hf_config: Any, window_samples: int) -> Windowing:

@@ -90,7 +90,7 @@ class EncoderFamily:
     checkpoints have no such file, and `normalizes` decides."""
     features: Callable[[Any], Mapping[str, Any]] = _no_features
     """Returns the fields that preprocessor_config.json must have for a transformers config, and their values. If there
-    are any, a checkpoint must have this file: it says how the features were computed that the network has learned."""
+    are any, a checkpoint must have this file, because it describes the features that the network was trained on."""
     extractor_fields: Mapping[str, Any] = field(default_factory=dict)
     """The fields of preprocessor_config.json that change features and that a recipe can set in `config`, and their
     values without a checkpoint."""
@@ -98,7 +98,7 @@ class EncoderFamily:
     """The `model_type` of larger models whose checkpoints hold the encoder, and the field of their config.json that
     describes it."""
     flops_of: Callable[[ResolvedEncoder], Callable[[int], float]] | None = None
-    """Returns the function of the padded window that estimates FLOPs, if it must be measured; None: see `flops`."""
+    """Returns a function that estimates the FLOPs of a padded window, if they must be measured. None: see `flops`."""
     notes: Callable[[ResolvedEncoder], list[str]] = _no_notes
     """Returns what a user should know about an encoder before training begins."""
     gathers_per_module: bool = True

@@ -138,13 +138,13 @@ def normalized_mel(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...
 
 
 def subsampled(mel_frames: int) -> int:
-    """Return the number of frames of `mel_frames` mel frames; each of the strided convolutions rounds up."""
+    """Return the number of frames for `mel_frames` mel frames; each of the strided convolutions rounds up."""
     return -(-mel_frames // SUBSAMPLING)
 
 
 @cache
 def _mel_filters(num_mels: int, device: torch.device) -> Tensor:
-    """Return the mel filters [N, FFT bins]. They are no buffer, so they stay fp32 when a module is cast to bf16."""
+    """Return the mel filters [N, FFT bins]. They are not a buffer, so they stay fp32 if a module is cast to bf16."""
     bank = mel_filter_bank(
         num_frequency_bins=FFT_SAMPLES // 2 + 1,
         num_mel_filters=num_mels,
@@ -166,7 +166,7 @@ def _check(config: EncoderConfig, hf_config: Any) -> None:
     """Check that the frames of a transformers config last 80 ms.
 
     Raises:
-        UserError: If the subsampling is another one.
+        UserError: If the config has another subsampling.
     """
     wanted = {
         "subsampling_factor": SUBSAMPLING,

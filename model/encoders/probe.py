@@ -44,13 +44,13 @@ class Probe:
     time_axis: int
     """The axis of the extractor's output that is time."""
     leak: str
-    """The reason why clips of unequal length must not be padded to one batch; empty if they may."""
+    """The reason why clips of unequal length must not be padded to one batch; empty if they may be."""
     flops: tuple[float, float]
     """The FLOPs of one window of T samples are flops[0]·T + flops[1]·T²."""
 
 
 class Unsupported(Exception):
-    """The reason why a network or an extractor cannot be used."""
+    """Raised when a network or an extractor cannot be used. The message is the reason."""
 
 
 def make_network(hf_config: Any) -> PreTrainedModel:
@@ -104,7 +104,7 @@ def joined(items: Sequence[tuple[Tensor, Tensor | None]], axis: int) -> tuple[Te
 
 
 def run(network: PreTrainedModel, features: Tensor, mask: Tensor | None) -> tuple[Tensor, list[int] | None]:
-    """Return the frames [B, max E, D], and the number of each clip's if the network or the mask says so.
+    """Return the frames [B, max E, D], and the number of frames of each clip if the network or the mask determines it.
 
     The mask is on the CPU, so that the numbers can be read without waiting for the device.
     """
@@ -163,7 +163,7 @@ def _probe(config_json: str, extractor_json: str) -> Probe:
             frames = [run(large, *item)[0] for item in items]
         sizes, width = [f.shape[1] for f in frames], frames[0].shape[2]
         if sizes[1] <= sizes[0]:
-            raise Unsupported(f"{type(large).__name__} makes {sizes[0]} and {sizes[1]} vectors, which are no frames")
+            raise Unsupported(f"{type(large).__name__} makes {sizes[0]} and {sizes[1]} vectors, which are not frames")
         hop = _hop(LONG - SHORT, sizes[1] - sizes[0])
         cost = [[_flops(net, extractor, wave) for wave in waves] for net in (small, large)]
         leak = _leak(large.double(), items, axes[0])
@@ -174,8 +174,8 @@ def _probe(config_json: str, extractor_json: str) -> Probe:
 
 
 def _hop(samples: int, frames: int) -> int:
-    """Return the roundest number of samples per frame that explains `frames` frames for `samples` samples, give or take
-    one frame."""
+    """Return the roundest number of samples per frame with which `samples` samples have `frames` frames, to within one
+    frame."""
     for unit in HOP_UNITS:
         hop = max(1, round(samples / frames / unit)) * unit
         if samples / (frames + 1) <= hop <= samples / max(1, frames - 1):

@@ -1,4 +1,4 @@
-"""The Audio Spectrogram Transformer (arXiv 2104.01778), whose features describe sounds of all kinds, from transformers.
+"""The Audio Spectrogram Transformer (arXiv 2104.01778) of transformers, whose features describe sounds of all kinds.
 
 Shapes: B windows, T audio samples, M mel frames (10 ms), N mel bins, Q frequency bands, E frames (100 ms), D width.
 """
@@ -105,7 +105,7 @@ def _check(config: EncoderConfig, hf_config: Any) -> None:
     """Check that the frames of a transformers config last 100 ms.
 
     Raises:
-        UserError: If the stride is another one.
+        UserError: If the config has another stride.
     """
     if hf_config.time_stride != TIME_STRIDE:
         found = f"config.time_stride = {hf_config.time_stride}"

@@ -1,4 +1,4 @@
-"""wav2vec2-BERT (arXiv 2312.05187), a Conformer on log-mel filter banks, from transformers' modules.
+"""w2v-BERT 2.0 (arXiv 2312.05187), a Conformer on log-mel filter banks, from transformers' modules.
 
 Shapes: B windows, M mel frames (10 ms), N mel bins, F frames (20 ms), D width, H heads, d width of a head.
 """
@@ -111,7 +111,7 @@ class RaggedWav2Vec2Bert(DrawnAsTransformers, Wav2Vec2BertPreTrainedModel):
 
 
 class Wav2Vec2Bert(AudioEncoder):
-    """wav2vec2-BERT as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
+    """w2v-BERT 2.0 as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
 
     Args:
         encoder: The network.

@@ -54,8 +54,8 @@ class MelTransformer(DrawnAsTransformers):
             mel: [B, N, max M], zero after each window's M.
             num_mel_frames: M of each window.
             recompute: True to recompute every layer in the backward pass.
-            kept: The number F of frames of each window to which frames attend; the others are dropped after the
-                convolutions. None: all, F = ceil(M / 2).
+            kept: The number F of frames of each window that are kept; the others are dropped after the convolutions.
+                None to keep all, F = ceil(M / 2).
 
         Returns:
             [B, max F, D].
@@ -85,9 +85,9 @@ class Whisper(AudioEncoder):
     """Whisper as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
 
     In the length mode `full`, every window is padded to the full length, and the frames of the padding are dropped
-    after encoding, as are those of the trailing silence. In the length mode `masked`, silence is long enough that the
-    spectrum and the convolutions give what they give for a window of full length, and its frames are dropped before
-    attention.
+    after encoding, as are those of the trailing silence. In the length mode `masked`, so much silence is appended that
+    the spectrum and the convolutions of the clip equal those in a window of full length. The frames of the silence are
+    dropped before attention.
 
     Args:
         encoder: The network.
@@ -137,10 +137,10 @@ def whisper_windowing(config: EncoderConfig, hf_config: Any, window_samples: int
 
 
 def check_capacity(config: EncoderConfig, hf_config: Any, window_samples: int, exactly: bool = False) -> None:
-    """Check that the window has at most the checkpoint's positions, or `exactly` that number.
+    """Check that the window needs no more positions than the checkpoint has, or with `exactly`, the same number.
 
     Raises:
-        UserError: If it has not.
+        UserError: If it does not.
     """
     capacity = hf_config.max_source_positions * FRAME_SAMPLES
     longest = f"{capacity / SAMPLE_RATE:g} s ({hf_config.max_source_positions} positions)"

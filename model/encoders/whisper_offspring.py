@@ -1,4 +1,4 @@
-"""The audio towers of Voxtral, Qwen2-Audio and Audio Flamingo 3, which began as the encoder of Whisper large.
+"""The audio towers of Voxtral, Qwen2-Audio and Audio Flamingo 3, which were initialized from Whisper large's encoder.
 
 Voxtral (arXiv 2507.13264) computes what Whisper computes. Qwen2-Audio (2407.10759) and Audio Flamingo 3 (2507.08128) do
 not attend to the silence that fills up the 30 s, and average pairs of frames before the last norm.
@@ -102,7 +102,7 @@ class PooledWhisper(AudioEncoder):
     def encode(self, windows: Ragged) -> Tensor:
         """Implement `AudioEncoder.encode`.
 
-        Only as much of the silence up to 30 s is computed as changes the frames of the windows.
+        Of the silence up to 30 s, only the part that affects the frames of the windows is computed.
         """
         lengths = [_frames(t) for t in windows.lengths]
         mel_frames = POOL * max(lengths)

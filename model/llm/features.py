@@ -34,7 +34,7 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class Scales:
-    """The factors by which an LLM multiplies what other LLMs leave as it is."""
+    """The factors by which an LLM multiplies values that other LLMs leave unchanged."""
 
     tokens: float = 1.0
     """The factor on token embeddings. Audio embeddings are not multiplied."""
@@ -80,15 +80,15 @@ def ministral3(hf_config: PretrainedConfig) -> Scales:
     """Return the scales of a Ministral 3, as in transformers' `modeling_ministral3.py`.
 
     Raises:
-        UserError: If the rotary embedding's parameters lack those of the queries, with which transformers fails.
+        UserError: If `rope_parameters` lacks those that scale queries. transformers fails without them.
     """
     rope = hf_config.rope_parameters
     keys = ("llama_4_scaling_beta", "original_max_position_embeddings")
     for key in keys:
         if rope.get(key) is None:
             raise UserError(
-                f"model.llm.config.rope_parameters.{key} is missing: ministral3 scales queries by it; set it (without "
-                "effect: llama_4_scaling_beta = 0)"
+                f"model.llm.config.rope_parameters.{key} is missing: ministral3 scales queries by it; set it "
+                "(llama_4_scaling_beta = 0 has no effect)"
             )
     return Scales(long_queries=(float(rope[keys[0]]), int(rope[keys[1]])))
 
@@ -105,7 +105,7 @@ def rope_sets(hf_config: PretrainedConfig) -> dict[str, dict[str, Any]]:
 def attention_layers(hf_config: PretrainedConfig) -> tuple[AttentionLayer, ...]:
     """Return what distinguishes the attention of each layer.
 
-    A window that is as long as the longest sequence is no window.
+    A window that is at least as long as the longest sequence is ignored.
 
     Raises:
         UserError: If a layer is of an unknown type, or the config describes fewer layers than the LLM has.

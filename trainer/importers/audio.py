@@ -49,7 +49,7 @@ class Made:
 
 
 class Recordings:
-    """Makes the audio of clips. The recording of the last clip stays open, because its next part may follow."""
+    """A reader of the audio of clips. It keeps the recording of the last clip open, as its next part may follow."""
 
     def __init__(self) -> None:
         self._clip: Clip | None = None
@@ -72,9 +72,9 @@ class Recordings:
             with_data: Whether to return the content of files that can be used as they are.
 
         Raises:
-            RowError: If it cannot be decoded.
-            OSError: If it cannot be read.
-            UserError: If it needs PyAV, which is not installed.
+            RowError: If the audio cannot be decoded.
+            OSError: If the file cannot be read.
+            UserError: If the format needs PyAV, which is not installed.
         """
         try:
             if clip.is_whole and (kind := _kind(_head(clip), clip)) is not None:
@@ -91,7 +91,7 @@ class Recordings:
             raise RowError("broken", f"{clip.path}: {str(reason).strip() or 'cannot be decoded'}") from None
 
     def _copied_opus(self, clip: Clip) -> Made | None:
-        """Return Opus audio of a WebM or Matroska file in an Ogg file, without decoding; None for other audio."""
+        """Return Opus audio of a WebM or Matroska file in an Ogg file, without re-encoding it; None otherwise."""
         form = av_format(_head(clip), clip.path)
         if form is None:
             return None
@@ -147,7 +147,7 @@ class Recordings:
             self._file = self._spooled(*av_audio(_stream(clip), form, clip.path), _size(clip))
         else:
             if clip.seconds is None and _kind(head, clip) is not None and len(whole_files(_content(clip))) > 1:
-                raise RowError("unsupported", "several files in one, of which a channel or a part is wanted")
+                raise RowError("unsupported", "a part or a channel of several concatenated files")
             is_file = clip.data is None and clip.span is None
             file = soundfile.SoundFile(clip.path if is_file else _stream(clip))
             if file.format in _EXACT_FORMATS and file.subtype.startswith(_EXACT_SUBTYPES) and file.seekable():
@@ -159,10 +159,10 @@ class Recordings:
         return self._file
 
     def _spooled(self, rate: int, channels: int, blocks: Iterator[Values], num_bytes: int) -> soundfile.SoundFile:
-        """Decode a recording from its beginning to its end into a temporary file, and open that.
+        """Decode a whole recording into a temporary file, and return that file, opened for reading.
 
         Raises:
-            RowError: If it decodes to more than its size allows.
+            RowError: If it decodes to more values than its size in bytes allows.
         """
         most, num = MAX_VALUES_PER_BYTE * num_bytes + _FREE_VALUES, 0
         self._spool = tempfile.TemporaryFile(prefix="earshot-import-")
@@ -207,7 +207,7 @@ def _read(file: soundfile.SoundFile, frames: int) -> Values:
 
 
 def _selected(values: Values, channel: int | None) -> Values:
-    """Return one channel, or all of them; their mean if FLAC does not have that many."""
+    """Return one channel, or all channels, or their mean if there are more than FLAC supports."""
     if channel is not None:
         return values[:, channel : channel + 1]
     if values.shape[1] > _FLAC_CHANNELS:

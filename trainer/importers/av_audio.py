@@ -1,4 +1,4 @@
-"""Decoding by PyAV of the audio files that libsndfile cannot read (m4a, mp4, aac, 3gp, webm, mka, wma, amr).
+"""Decoding with PyAV of audio files that libsndfile cannot read (m4a, mp4, aac, 3gp, webm, mka, wma, amr).
 
 PyAV is an optional dependency. Its code is BSD; its wheels contain FFmpeg and codecs under the LGPL and the GPL.
 """
@@ -35,7 +35,7 @@ def av_format(head: bytes, name: str) -> str | None:
         return "asf"
     if head[:5] == b"#!AMR":
         return "amr"
-    # The layer of a frame of AAC is 0, that of MP3 is not.
+    # In the header of an AAC frame, the layer is 0. In that of an MP3 frame, it is not.
     if len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0:
         return "aac"
     return "aac" if PurePath(name).suffix.lower() == ".aac" and head[:3] == b"ID3" else None
@@ -53,7 +53,7 @@ def av_audio(file: IO[bytes], form: str, name: str) -> tuple[int, int, Iterator[
         The sampling rate in Hz, the number of channels, and an iterator over the audio: `[frames, channels]` int16.
 
     Raises:
-        RowError: If it cannot be decoded, also while it is iterated over.
+        RowError: If the audio cannot be decoded. The iterator can raise this, too.
         UserError: If PyAV is not installed.
     """
     av = _av(name)
@@ -80,7 +80,7 @@ def opus_of(file: IO[bytes], form: str, name: str) -> bytes | None:
         The Ogg file, or None if the audio is not Opus.
 
     Raises:
-        RowError: If it cannot be read.
+        RowError: If the file cannot be read.
         UserError: If PyAV is not installed.
     """
     if form != "matroska":
@@ -134,7 +134,7 @@ def _blocks(container: Any, stream: Any, name: str) -> Iterator[NDArray[np.int16
 
 
 def _with_end(frames: Iterator[Any]) -> Iterator[Any]:
-    """Yield the frames, and None, which makes a resampler return what it still has."""
+    """Yield the frames, and then None, which makes a resampler return the rest of its audio."""
     yield from frames
     yield None
 

@@ -1,4 +1,4 @@
-"""From the rows of an importer to the fields of a manifest: names, types, defaults and ids."""
+"""The conversion of an importer's rows to the fields of a manifest: names, types, defaults and ids."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "start": ("offset", "begin", "start_time", "begin_time"),
     "end": ("end_time",),
 }
-"""The usual names of fields in other formats. The first one that a row has is taken if the field itself is absent."""
+"""The usual names of fields in other formats. If a row lacks a field, the first of these names that it has is used."""
 TRANSCRIPT_NAMES = ("text", "transcript", "transcription", "sentence", "txt", "normalized_text")
-"""The names of `answer` that say that it is a transcript, so that the task of a row without one is `asr`."""
+"""The names of `answer` which imply that it is a transcript, so that a row without a task gets the task `asr`."""
 DEFAULT_SPLIT = "train"
 DEFAULT_INSTRUCTION = "Transcribe the speech in this recording."
 """The instruction of samples of the task `asr` that have none."""
@@ -39,7 +39,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_\-]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_ID_CHARS, _SHORT_ID_CHARS = 80, 64
 _OF_MESSAGES = ("instruction", "answer")
-"""The fields in whose place a sample may have `messages`."""
+"""The fields that a sample with `messages` lacks."""
 _LIBRARY_FIELDS = ("original_id",)
 
 
@@ -67,14 +67,14 @@ class Sample:
 
 
 class Ids:
-    """The ids that have been given, so that each is given once. It takes about 65 bytes per id."""
+    """The ids that have been assigned, so that no id is assigned twice. Each takes about 65 bytes of memory."""
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
         self.num_changed = 0
 
     def take(self, original: str, number: int) -> str:
-        """Return a unique id of the characters that keys may have.
+        """Return a unique id that contains only characters which keys may have.
 
         Args:
             original: The id in the source.
@@ -102,9 +102,9 @@ def to_sample(row: Row, number: int, source: Source, naming: Naming, ids: Ids) -
     Args:
         row: The row.
         number: Its number in the source.
-        source: What is imported, which decides about the paths.
+        source: The source, which resolves the paths of audio files.
         naming: The user's names and defaults.
-        ids: The ids that have been given.
+        ids: The ids that have been assigned.
 
     Raises:
         RowError: If the row cannot be imported.
@@ -137,7 +137,7 @@ def to_sample(row: Row, number: int, source: Source, naming: Naming, ids: Ids) -
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON has it; None for what JSON cannot express (bytes, NaN and infinite numbers)."""
+    """Return a value converted to JSON's types; None for what JSON cannot express (bytes, NaN, infinite numbers)."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -214,7 +214,7 @@ def _number(value: Any, name: str) -> float | None:
 
 
 def _set_types(fields: dict[str, Any]) -> None:
-    """Give the fields of a table, whose cells are text, and numbers in place of texts their types."""
+    """Convert texts to numbers and lists in the fields that require them, and numbers to texts in text fields."""
     for name in NUMBER_FIELDS:
         if isinstance(fields.get(name), str):
             fields[name] = _number(fields[name], name)

@@ -46,12 +46,12 @@ class Clip:
 class Row:
     """One sample of the data that is imported.
 
-    The fields have the names of the source. The writer renames those that the option `--map` or the table of usual
-    names (`trainer.importers.fields.ALIASES`) names. The field `audio` is a path, a Clip, or a list of them.
+    The fields have the names of the source. They are renamed later, by the option `--map` and by the table of usual
+    names (`trainer.importers.fields.ALIASES`). The field `audio` is a path, a Clip, or a list of them.
     """
 
     where: str
     """The place of the row in the source, for messages: file and line."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     error: RowError | None = None
-    """The reason why the row cannot be imported, as far as the importer knows."""
+    """The reason why the row cannot be imported; None if the importer has not found one."""

@@ -1,4 +1,4 @@
-"""Importing: the rows of an importer become samples, whose audio is made by several processes and written in order."""
+"""The import of a source: rows become samples, whose audio several processes make, and which are written in order."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def run_import(
         source: What is imported.
         naming: The names and defaults of fields.
         sink: The output.
-        identity: Everything that determines the output, as JSON. An unfinished import is only continued if it is equal.
+        identity: Everything that determines the output, as JSON. An unfinished import is continued only if it has
+            the same identity.
         jobs: The number of processes that make audio.
         on_progress: Called with the number of rows that are done.
 
@@ -97,7 +98,7 @@ def _after(items: Iterator[Item], num: int, digest: str) -> Iterator[Item]:
     """Yield the items after the first `num`, which must have the given digest.
 
     Raises:
-        UserError: If they do not.
+        UserError: If they have another digest, or there are fewer items.
     """
     number = 0
     for number, item in enumerate(items, 1):
@@ -110,7 +111,7 @@ def _after(items: Iterator[Item], num: int, digest: str) -> Iterator[Item]:
 
 
 def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Yield the items in lists for one process each. Consecutive parts of one recording stay together."""
+    """Yield the items in lists, each for one process. Consecutive parts of a recording stay together."""
     chunk: list[Item] = []
     num_bytes, path = 0, ""
     for item in items:

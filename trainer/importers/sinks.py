@@ -59,7 +59,7 @@ class Totals:
 
 
 class Sink:
-    """An output that counts and writes nothing."""
+    """An output that counts the samples but does not write them."""
 
     def __init__(self, target: Target = Target()) -> None:  # noqa: B008 (frozen)
         self.target = target
@@ -218,10 +218,10 @@ class ShardSink(Sink):
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Create the folder of an import, and hold it against other imports into it.
+    """Create the folder of an import, and lock it against other imports.
 
     Raises:
-        UserError: If the folder cannot be written, or another import writes there.
+        UserError: If the folder cannot be written, or another import has locked it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

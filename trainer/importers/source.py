@@ -37,7 +37,7 @@ class Source:
     audio_name: str = "audio"
     """The name that the source gives to the field `audio`."""
     output: Path | None = None
-    """The folder that the import writes, whose files are no part of the source."""
+    """The folder that the import writes, whose files are not part of the source."""
 
     @cached_property
     def folder(self) -> Path:
@@ -68,7 +68,7 @@ class Source:
         return self._inside(self.base / text, text)
 
     def files(self, *patterns: str) -> list[Path]:
-        """Return the files of the source whose names match one of the patterns, sorted; or the one file that it is.
+        """Return the sorted files of a folder whose names match one of the patterns, or the file that the source is.
 
         Raises:
             UserError: If there are none.
@@ -108,7 +108,7 @@ class Source:
             raise UserError(f"{path}: cannot be read ({error.strerror or error}); check SRC and --from") from None
 
     def lines(self, path: Path, keep_empty: bool = False) -> Iterator[tuple[int, bytes]]:
-        """Yield the number and the content of each line, without its end.
+        """Yield the number and the content of each line, without the line break.
 
         Args:
             path: The file.
@@ -132,7 +132,7 @@ class Source:
                 raise UserError(f"{path}: cannot be read after line {number} ({error}); copy it again") from None
 
     def objects(self, path: Path) -> Iterator[Row]:
-        """Yield the JSON objects of a file that has one per line, or one array of all.
+        """Yield the JSON objects of a file that has one object per line or one array of objects.
 
         Lines that are not JSON objects become rows with an error.
         """
@@ -143,7 +143,7 @@ class Source:
             yield json_row(f"{path.name}:{number}", line)
 
     def table(self, path: Path, delimiter: str | None = None, quoting: bool = True) -> Iterator[Row]:
-        """Yield the rows of a CSV or TSV file as mappings from column names to text. Empty cells are left out.
+        """Yield the rows of a CSV or TSV file as mappings from column names to text. Empty cells are omitted.
 
         Args:
             path: The file.
@@ -214,7 +214,7 @@ class Source:
 
 
 def check_path_text(text: Any) -> None:
-    """Check that a text may be a path: not a command, a URL or empty.
+    """Check that a text may be a path, which means that it is not a command, not a URL and not empty.
 
     Raises:
         RowError: If it is not.
@@ -249,6 +249,6 @@ def _header(path: Path, cells: Sequence[str]) -> tuple[str, ...]:
     if "" in header or len(set(header)) < len(header):
         raise UserError(
             f"{path}: its columns are {short(list(header))}, but each must have a name of its own; "
-            "name them with --columns if the first line is no header"
+            "name them with --columns if the first line is not a header"
         )
     return header

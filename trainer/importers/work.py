@@ -1,4 +1,4 @@
-"""The work of importing that runs in several processes: making the audio of samples."""
+"""The part of an import that runs in several processes: making the audio of samples."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Target:
 
 
 def outcomes(chunks: Iterable[Sequence[Item]], target: Target, jobs: int) -> Iterator[list[Outcome]]:
-    """Yield the outcomes of each chunk, in order, which several processes compute.
+    """Compute the outcomes of each chunk in several processes, and yield them in order.
 
     Args:
         chunks: The items. At most two chunks per process are read ahead.
@@ -160,7 +160,7 @@ def _without_data(item: Item) -> Item:
 
 
 def _stored(made: Made, folder: Path, part: int, name: str) -> str:
-    """Return the path of a clip, which is written to a part of `folder` unless its file can be used."""
+    """Return the path of a clip, which is written to a part of `folder` unless the original file can be used."""
     if made.data is None:
         return made.path
     place = f"{AUDIO_FOLDER}/{part:05d}/{name}.{made.kind}"

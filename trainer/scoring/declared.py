@@ -11,29 +11,29 @@ from model.errors import UserError
 from trainer.scoring.tasks import METRICS, TASKS, Task
 
 VARIABLE = "EARSHOT_TASKS"
-"""The environment variable with the declared tasks as JSON, for the processes that are started."""
+"""The environment variable that passes the declared tasks, as JSON, to the processes that are started."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """A task of the recipe's own data, in the section `tasks`."""
+    """A task that a recipe declares for its own data, in the section `tasks`."""
 
     name: str
     """The name of the task in the field `task` of a manifest, and in the names of scores."""
     title: str = ""
-    """The task in words, for people. Empty: the name."""
+    """A readable name of the task, for reports. Empty: `name`."""
     metrics: tuple[str, ...] = ("answers",)
     """The metrics that score the answers: transcription, answers, accuracy, token_f1, meteor, cider, translation,
     commands, meeting. See docs/evaluation.md."""
     headline: str | None = None
-    """The main metric, which is shown where there is room for only one; null for the main one of the first of
+    """The main metric, which is shown where there is room for only one; null for the main metric of the first entry of
     `metrics`."""
     needs_audio: bool = True
     """Whether a sample without audio is skipped."""
     is_transcription: bool = False
     """Whether an answer is the transcript of the audio. See docs/extending.md."""
     is_judged: bool = False
-    """Whether `earshot judge` rates the answers unless its `--tasks` says otherwise."""
+    """Whether `earshot judge` rates the answers if its option `--tasks` is not given."""
 
     def __post_init__(self) -> None:
         where = f"tasks.{self.name}"
@@ -90,6 +90,6 @@ def declare_tasks(configs: Sequence[TaskConfig]) -> None:
 
 
 def inherit_tasks() -> None:
-    """Declare the tasks of the process that started this one."""
+    """Declare the tasks that the process which started this one has declared."""
     trees = json.loads(os.environ.get(VARIABLE, "[]"))
     declare_tasks([TaskConfig(**{**tree, "metrics": tuple(tree["metrics"])}) for tree in trees])

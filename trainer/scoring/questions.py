@@ -80,7 +80,7 @@ def token_f1(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
 
 
 def best_token_f1(hypothesis: str, meta: Mapping[str, Any]) -> float:
-    """Return `token_f1` of the words of a hypothesis with those of the accepted answer that gives the most."""
+    """Return `token_f1` of the words of a hypothesis with those of the accepted answer that gives the highest value."""
     language = meta.get("language") or "en"
     words = answer_words(hypothesis, language)
     return max(token_f1(words, answer_words(reference, language)) for reference in accepted_answers(meta))

@@ -63,7 +63,7 @@ class Task:
     needs_wordnet: bool = False
     """Whether a metric needs WordNet; see `Answers.meteor`."""
     is_judged: bool = False
-    """Whether `earshot judge` rates the answers unless its `--tasks` says otherwise."""
+    """Whether `earshot judge` rates the answers if its option `--tasks` is not given."""
     is_declared: bool = False
     """Whether a recipe declares the task; see `trainer.scoring.declared`."""
 

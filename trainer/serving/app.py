@@ -34,7 +34,7 @@ from trainer.serving.service import TRANSCRIBE, Reply, Service
 
 _PAGE = Path(__file__).with_name("page.html")
 MAX_WAITING = 32
-"""The largest number of requests that wait for the model. Further ones are refused with status 503."""
+"""The largest number of requests that wait for the model. Further requests are refused with status 503."""
 
 
 def make_app(service: Service, hosts: tuple[str, ...], key: str | None, max_request_bytes: int) -> FastAPI:
@@ -111,7 +111,7 @@ def make_app(service: Service, hosts: tuple[str, ...], key: str | None, max_requ
 
 
 class _Queue:
-    """Lets requests wait for the model in order."""
+    """A queue in which requests wait for the model."""
 
     def __init__(self, service: Service) -> None:
         self._service, self._waiting = service, 0
@@ -131,7 +131,7 @@ class _Queue:
 
 
 class _Limit:
-    """Refuses requests with bodies that are too large, whether or not they say how large they are."""
+    """A middleware that refuses requests whose body is too large, whether or not they declare its size."""
 
     def __init__(self, app: ASGIApp, max_request_bytes: int) -> None:
         self._app, self._limit = app, max_request_bytes

@@ -29,7 +29,7 @@ def decoded(audio: bytes, param: str) -> Clip:
     """Return the waveform of an audio file.
 
     Raises:
-        RequestError: If it cannot be decoded.
+        RequestError: If the file cannot be decoded.
     """
     try:
         return decode_audio(audio)
@@ -41,14 +41,14 @@ def read_messages(messages: Any) -> tuple[list[Clip], list[dict[str, Any]]]:
     """Return the clips of a chat, and its messages with a place for each clip.
 
     A message's content is text, or a list of blocks of type `text`, of type `input_audio` with base64 data, or of type
-    `audio_url` with a `data:` URL. Other URLs are refused, since a server that fetches them reaches what its clients
-    cannot.
+    `audio_url` with a `data:` URL. Other URLs are refused, because a server that fetched them could reach hosts that
+    its clients cannot.
 
     Args:
         messages: the value of `messages`.
 
     Raises:
-        RequestError: If it has another form, or audio cannot be decoded.
+        RequestError: If the messages have another form, or their audio cannot be decoded.
     """
     if not isinstance(messages, list) or not messages:
         raise RequestError("must be a list of messages", "messages")
@@ -72,7 +72,7 @@ def read_messages(messages: Any) -> tuple[list[Clip], list[dict[str, Any]]]:
 
 
 def fields_of(clips: Sequence[Clip], messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the fields that the model reads: `instruction` if there is only a question about clips, else `messages`.
+    """Return the fields that the model reads: `instruction` for one question that follows its clips, else `messages`.
 
     Training samples with an instruction have their clips first, so the same prompt results.
     """

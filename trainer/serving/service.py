@@ -31,7 +31,7 @@ class Reply:
     num_windows: int
     """The number of windows into which a long recording was cut."""
     prompt_tokens: int
-    """The number of tokens of the prompt with its audio tokens."""
+    """The number of tokens of the prompt, including audio tokens."""
     answer_tokens: int
     """The number of tokens of the text, encoded again."""
     compute_sec: float
@@ -41,7 +41,7 @@ class Reply:
 
     @property
     def details(self) -> dict[str, Any]:
-        """What the reply tells beyond OpenAI's fields, as JSON."""
+        """The fields of the reply that OpenAI's format lacks, as JSON."""
         return {
             "audio_sec": round(self.audio_sec, 3),
             "compute_sec": round(self.compute_sec, 3),
@@ -81,11 +81,11 @@ class Service:
 
         Args:
             clips: the waveforms.
-            fields: the manifest fields of the request: `instruction`, or `messages` that end with any answer.
+            fields: the manifest fields of the request: `instruction`, or `messages` whose last one is any answer.
             max_new_tokens: the largest number of tokens in the answer; at most, and by default, that of the service.
 
         Raises:
-            SampleError: If the model cannot use the request, such as a prompt that is too long.
+            SampleError: If the model cannot use the request, for example because the prompt is too long.
         """
         longest = min(max_new_tokens or self.max_new_tokens, self.max_new_tokens)
         decoding = Decoding(longest, beams=1, batch_samples=16, batch_sec=480.0)

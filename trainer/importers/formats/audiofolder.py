@@ -20,8 +20,8 @@ _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 def rows(source: Source) -> Iterator[Row]:
     """Yield one row for each row of the metadata files, or for each audio file if there are none.
 
-    Paths in a metadata file start from its folder. Without one, the label of a file is the name of its folder. A folder
-    such as `train` or `validation` gives the split.
+    Paths in a metadata file are relative to its folder. Without metadata, the answer of a file is the name of its
+    folder. A folder with a name such as `train` or `validation` determines the split.
     """
     metadata = [path for path in source.walk() if path.name in _METADATA]
     for path in metadata:

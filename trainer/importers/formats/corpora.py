@@ -15,7 +15,7 @@ from trainer.importers.source import Source, short
 
 _BLOCK_BYTES = 1 << 20
 _MOST_CHARS = 1 << 28
-"""The largest description of one recording of GigaSpeech."""
+"""The largest number of characters in the description of one recording of GigaSpeech."""
 _GAP = re.compile(r"[\s,]*")
 _MARKS = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}
 _NO_SPEECH = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")
@@ -25,7 +25,7 @@ _FLEURS_COLUMNS = ("sentence_id", "file", "raw_transcription", "transcription", 
 def commonvoice_rows(source: Source) -> Iterator[Row]:
     """Yield the rows of one table of Common Voice, or of `train.tsv`, `dev.tsv` and `test.tsv` of a folder.
 
-    The name of the folder is the language, unless there is a column `locale`.
+    The name of the folder is the language, unless the table has a column `locale`.
     """
     for path in source.files("train.tsv", "dev.tsv", "test.tsv"):
         clips = path.parent.resolve().relative_to(source.folder.resolve()) / "clips"
@@ -44,8 +44,8 @@ def commonvoice_rows(source: Source) -> Iterator[Row]:
 def fleurs_rows(source: Source) -> Iterator[Row]:
     """Yield the rows of one table of FLEURS, or of the tables of a folder of a language.
 
-    The recordings are in `audio/SPLIT`, `SPLIT` or next to the table. The id is the name of the file, because the id of
-    the table is that of the sentence.
+    The recordings are in `audio/SPLIT`, `SPLIT` or next to the table. The id is the name of the file, because the id in
+    the table is that of the sentence, which several speakers may read.
     """
     for path in source.files("train.tsv", "dev.tsv", "test.tsv"):
         split = path.stem if path.stem in ("train", "dev", "test") else "train"
@@ -127,7 +127,7 @@ def _items(source: Source, path: Path, name: str) -> Iterator[dict[str, Any]]:
                     yield value
             text = text[at:]
             if not block or len(text) > _MOST_CHARS:
-                raise UserError(f"{path}: no whole array {name} of recordings; check SRC and --from")
+                raise UserError(f"{path}: no complete array {name} of recordings; check SRC and --from")
 
 
 def _is_file(path: Path) -> bool:

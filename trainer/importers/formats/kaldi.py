@@ -80,7 +80,7 @@ def _segments(source: Source, path: Path) -> Iterator[tuple[str, str, dict[str, 
 
 
 def recording_clip(entry: str, source: Source) -> Clip:
-    """Return the recording of an entry of `wav.scp`, which is a path, a command, or a place in an ark.
+    """Return the recording that an entry of `wav.scp` names by a path, a command, or a place in an ark.
 
     Raises:
         RowError: If it is a command that does more than decode one file (`pipe`), or a place without audio.

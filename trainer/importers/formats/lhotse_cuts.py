@@ -17,7 +17,7 @@ from trainer.importers.source import Source, short
 from trainer.scoring.fields import is_amount
 
 _TOLERANCE_SEC = 1e-3
-"""Differences of durations that are only rounding."""
+"""The largest difference of durations that is attributed to rounding."""
 _FIELDS = ("language", "speaker", "gender")
 
 
@@ -54,7 +54,7 @@ def shar_rows(source: Source) -> Iterator[Row]:
 
 
 def _rows_of_cut(row: Row, stored: tuple[str, Clip | None, float | None] | None) -> Iterator[Row]:
-    """Yield the samples of a cut, whose audio is `stored` in a tar if it is given."""
+    """Yield the samples of a cut. If `stored` is given, the audio of the cut is stored in a tar."""
     if row.error is not None:
         yield row
         return
@@ -81,9 +81,9 @@ def _rows_of_cut(row: Row, stored: tuple[str, Clip | None, float | None] | None)
 def _audio(
     cut: Mapping[str, Any], stored: tuple[str, Clip | None, float | None] | None
 ) -> tuple[Clip, float, float, bool]:
-    """Return the recording of a cut, the start and the length of the cut in it, and whether it is all of it."""
+    """Return the recording of a cut, the start and the length of the cut in it, and whether the cut is all of it."""
     if cut.get("type", "MonoCut") != "MonoCut":
-        raise RowError("unsupported", f"a cut of the type {short(cut['type'])}; only MonoCut is known")
+        raise RowError("unsupported", f"a cut of the type {short(cut['type'])}; only MonoCut is supported")
     start, seconds = _number(cut, "start"), _number(cut, "duration")
     recording = cut.get("recording")
     if stored is not None:
@@ -123,7 +123,7 @@ def _of_source(source: Mapping[str, Any], channel: int | None) -> Clip:
         except (binascii.Error, ValueError):
             raise RowError("broken", "audio that is not base64") from None
     if kind != "file" or not isinstance(value, str):
-        raise RowError("unsupported", f"audio of the type {short(kind)}; only file and memory are known")
+        raise RowError("unsupported", f"audio of the type {short(kind)}; only file and memory are supported")
     return Clip(value, channel=channel)
 
 

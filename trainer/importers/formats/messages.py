@@ -1,4 +1,4 @@
-"""Conversations as OpenAI, Qwen2-Audio, transformers and ms-swift have them: JSON with `messages`."""
+"""Conversations in the format of OpenAI, Qwen2-Audio, transformers and ms-swift: JSON with `messages`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def rows(source: Source) -> Iterator[Row]:
     """Yield the conversations of one file, or of all JSON files of a folder.
 
     The content of a message is a text, or a list of parts. `audios` or `audio` has the clips of the tags `<audio>`.
-    ms-swift's `query`, `response`, `history` and `system`, and alpaca's `instruction`, `input` and `output` are known.
+    ms-swift's `query`, `response`, `history` and `system`, and alpaca's `instruction`, `input` and `output` are also
+    read.
     """
     for path in source.files("*.jsonl", "*.json", "*.jsonl.gz", "*.json.gz"):
         for row in source.objects(path):

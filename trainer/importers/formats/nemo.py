@@ -11,8 +11,8 @@ from trainer.importers.source import Source
 def rows(source: Source) -> Iterator[Row]:
     """Yield the rows of one manifest, or of all JSON files of a folder.
 
-    A row with an `offset` is a part of its recording, of `duration` seconds. Without one, `duration` is only a fact
-    about the file. Rows with `_skipme` are skipped.
+    A row with an `offset` is a part of its recording that lasts `duration` seconds. In a row without `offset`, the
+    `duration` only describes the file. Rows with `_skipme` are skipped.
     """
     for path in source.files("*.json", "*.jsonl", "*.json.gz", "*.jsonl.gz"):
         for row in source.objects(path):

@@ -18,8 +18,8 @@ _SOUND_TAGS = ("<sound>", "<speech>")
 def rows(source: Source) -> Iterator[Row]:
     """Yield the conversations of one file, or of all JSON files of a folder.
 
-    Consecutive turns of one role are joined with a space, as in NeMo. One `sound` serves every `<sound>` of a
-    conversation.
+    Consecutive turns of one role are joined with a space, as in NeMo. Every `<sound>` of a conversation stands for the
+    same clip if there is only one `sound`.
     """
     for path in source.files("*.json", "*.jsonl", "*.json.gz", "*.jsonl.gz"):
         for row in source.objects(path):

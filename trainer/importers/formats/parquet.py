@@ -17,7 +17,7 @@ _SPLIT = re.compile(r"(train|validation|dev|test)[-_.]")
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Yield the rows of one file, or of all Parquet files of a folder. The beginning of a file's name gives the split.
+    """Yield the rows of one file, or of all Parquet files of a folder. The beginning of a file's name names the split.
 
     An audio column is a struct of `bytes` and `path`. A number of a ClassLabel becomes its name.
     """
@@ -32,7 +32,7 @@ def rows(source: Source) -> Iterator[Row]:
 def file_rows(source: Source) -> Callable[[Path], Iterator[Row]]:
     """Return a function that yields the rows of a Parquet file.
 
-    It raises UserError if pyarrow is not installed, or the file cannot be read.
+    That function raises a UserError if pyarrow is not installed or the file cannot be read.
     """
 
     def read(path: Path) -> Iterator[Row]:

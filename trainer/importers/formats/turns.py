@@ -24,14 +24,14 @@ class Message:
     text: str
     """The text, with `AUDIO_TAG` in place of each clip."""
     loss: bool | None = None
-    """Whether the answer is trained; None if the source does not say so."""
+    """Whether the answer is learned; None if the source does not say."""
 
 
 def fields_of_messages(messages: Sequence[Message], audio: Sequence[Any]) -> dict[str, Any]:
     """Return the fields of a conversation.
 
-    One question that begins with its clips and one answer are `instruction` and `answer`; all others are `messages`.
-    Clips without a tag come first in the first message of the user.
+    One question that begins with its clips and one answer become `instruction` and `answer`. Any other conversation
+    becomes `messages`. Clips without a tag are placed at the beginning of the user's first message.
 
     Args:
         messages: The conversation.
@@ -62,10 +62,10 @@ def fields_of_messages(messages: Sequence[Message], audio: Sequence[Any]) -> dic
 
 
 def audio_of(value: Any) -> str | Clip:
-    """Return the audio that a value of a conversation means: a path, a data URL or a mapping with one of them.
+    """Return the audio that a value in a conversation names: a path, a data URL, or a mapping with one of them.
 
     Raises:
-        RowError: If it is neither, or its base64 is damaged.
+        RowError: If it is none of these, or its base64 is damaged.
     """
     if isinstance(value, dict):
         found = next((value[n] for n in ("path", "url", "audio_url", "audio", "input_audio") if value.get(n)), None)

@@ -16,7 +16,7 @@ from trainer.importers.source import Source, short
 _OTHER_AUDIO = ("m4a", "mp4", "aac", "webm", "mka", "wma", "amr", "3gp", "sph", "aiff", "aif", "au", "caf", "w64")
 _TEXT_TYPES = ("txt", "text", "transcript", "lab")
 _TWICE = ".~twice"
-"""The ending that marks the second file of one name, so that no file replaces another."""
+"""The suffix that marks the second of two files with the same name, so that no file replaces another."""
 
 
 def rows(source: Source) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from trainer.importers.source import Source
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Yield the rows of a `data.list` of the kind `raw`, or the samples of a tar or a folder of tars."""
+    """Yield the rows of a `data.list` of the type `raw`, or the samples of a tar or a folder of tars."""
     if source.path.is_dir() or source.path.name.endswith((".tar", ".tar.gz", ".tgz")):
         yield from webdataset_tars.rows(source)
     else:
