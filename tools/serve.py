@@ -71,6 +71,9 @@ def _run(options: argparse.Namespace) -> int:
             __import__(package)
     except ImportError:
         raise UserError("earshot serve needs more packages; install them: pip install 'earshot[serve]'") from None
+    for name in options.allow_host:
+        if "*" in name.removeprefix("*."):
+            raise UserError(f"--allow-host {name}: give a name, or *. and a domain")
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -108,8 +111,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror}; choose another one") from None
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--host {host} --port {port}: {reason}; choose another one") from None
     listener.listen(128)
     return listener
 

@@ -48,7 +48,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(exported: Path) -> Iterator[str]:
-    command = [sys.executable, "-m", "tools.serve", str(exported), "--port", "0", "--max-request-mib", "1"]
+    command = [sys.executable, "-m", "tools.serve", str(exported), "--port", "0", "--max-request-mib", "8"]
     environment = {**os.environ, "EARSHOT_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
@@ -82,6 +82,13 @@ def wav(samples: np.ndarray) -> bytes:
 def block(samples: np.ndarray) -> dict[str, Any]:
     data = base64.b64encode(wav(samples)).decode()
     return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+
+
+def hours_of_silence() -> dict[str, Any]:
+    """Return a clip of 62 minutes in about a hundred kilobytes."""
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(16000 * 3700, np.int16), 16000, format="FLAC")
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(file.getvalue()).decode()}}
 
 
 def generated(exported: Path, samples: np.ndarray, text: str) -> str:
@@ -146,6 +153,16 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
         "messages[0].content[0]",
     ),
     ({"messages": [{"role": "user", "content": "a <audio> b"}]}, "stands for a clip", "messages[0].content[0].text"),
+    ({"messages": [{"role": "user", "content": "x"}] * 2}, "must be of the assistant", "messages"),
+    ({"messages": [{"role": "tool", "content": "x"}, {"role": "user", "content": "x"}]}, "role", "messages"),
+    ({"messages": [{"role": "user", "content": []}]}, "empty", "messages"),
+    ({"messages": [{"role": "user", "content": "a " * 100_000}]}, "characters of text", "messages"),
+    (
+        {"messages": [{"role": "user", "content": [block(wave())] * 257}]},
+        "more than 256 clips",
+        "messages[0].content[256]",
+    ),
+    ({"messages": [{"role": "user", "content": [hours_of_silence()] * 2}]}, "the limit is", "messages[0].content[1]"),
     ({"messages": [{"role": "user", "content": "x"}], "temperature": 0.7}, "greedily", "temperature"),
     ({"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}, "at least 1", "max_tokens"),
 ]
@@ -177,7 +194,11 @@ def test_what_is_not_allowed(address: str) -> None:
     assert status_of(address, "/v1/models", **allowed) == 200
     assert status_of(address, "/v1/models", **{"Authorization": "Bearer x"}) == 401
     assert status_of(address, "/v1/chat/completions", b"[" * 100000, **allowed) == 400
-    assert status_of(address, "/v1/chat/completions", b"x" * (2**20 + 1), **allowed) == 413
+    surrogate = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
+    assert status_of(address, "/v1/chat/completions", surrogate, **allowed) == 400
+    assert status_of(address, "/v1/models", **allowed, Origin="http://evil.example") == 403
+    assert status_of(address, "/v1/models", **allowed, Origin=address) == 200
+    assert status_of(address, "/v1/chat/completions", b"x" * (2**23 + 1), **allowed) == 413
     assert status_of(address, "/v1/nothing", **allowed) == 404
     assert status_of(address, "/", Host="evil.example") == 400
 
@@ -223,5 +244,7 @@ def test_user_errors_are_one_line(exported: Path, tmp_path: Path, capsys: pytest
     assert serve.main([str(tmp_path / "nothing"), "--port", "0"]) == 2
     assert serve.main([str(exported), "--port", "70000"]) == 2
     assert serve.main([str(exported), "--port", "0", "--max-new-tokens", "0"]) == 2
+    assert serve.main([str(exported), "--port", "0", "--host", "a" * 64]) == 2
+    assert serve.main([str(exported), "--port", "0", "--allow-host", "a*"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
+    assert len(lines) == 5 and all(line.startswith("error: ") for line in lines)

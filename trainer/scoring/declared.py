@@ -86,7 +86,8 @@ def declare_tasks(configs: Sequence[TaskConfig]) -> None:
     for config in configs:
         TASKS[config.name] = config.task
     if configs:
-        os.environ[VARIABLE] = json.dumps([asdict(config) for config in configs])
+        others = [tree for tree in json.loads(os.environ.get(VARIABLE, "[]")) if tree["name"] not in names]
+        os.environ[VARIABLE] = json.dumps([*others, *map(asdict, configs)])
 
 
 def inherit_tasks() -> None:

@@ -11,13 +11,15 @@ Responses have OpenAI's fields, and the key `earshot` with the routing of each c
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import anyio
 from fastapi import FastAPI, Request
@@ -27,14 +29,16 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from model.json_text import parse_json
 from trainer.data.errors import SampleError
 from trainer.page.render import render
-from trainer.serving.requests import RequestError, decoded, fields_of, read_messages
+from trainer.serving.requests import RequestError, decoded, read_messages
 from trainer.serving.service import TRANSCRIBE, Reply, Service
 
 _PAGE = Path(__file__).with_name("page.html")
-MAX_WAITING = 32
-"""The largest number of requests that wait for the model. Further requests are refused with status 503."""
+MAX_WAITING = 16
+"""The largest number of requests that are read or wait for the model. Further requests are refused with status 503."""
+T = TypeVar("T")
 
 
 def make_app(service: Service, hosts: tuple[str, ...], key: str | None, max_request_bytes: int) -> FastAPI:
@@ -48,13 +52,16 @@ def make_app(service: Service, hosts: tuple[str, ...], key: str | None, max_requ
         max_request_bytes: the largest size of a request's body.
     """
     app = FastAPI(title="earshot", docs_url=None, redoc_url=None, openapi_url=None)
-    queue = _Queue(service)
+    queue = _Queue()
     app.add_middleware(_Limit, max_request_bytes=max_request_bytes)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     app.add_exception_handler(RequestError, _as_response)
     app.add_exception_handler(HTTPException, _as_response)
 
     def check(request: Request) -> None:
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+            raise RequestError("pages of other sites may not use this server", status=403)
         sent = request.headers.get("authorization", "")
         if key is not None and not hmac.compare_digest(sent.encode(), f"Bearer {key}".encode()):
             raise RequestError("the key is missing or wrong", status=401, code="invalid_api_key")
@@ -78,56 +85,68 @@ def make_app(service: Service, hosts: tuple[str, ...], key: str | None, max_requ
     @app.post("/v1/audio/transcriptions")
     async def transcriptions(request: Request) -> Response:
         check(request)
-        form = await request.form()
-        upload, style = form.get("file"), form.get("response_format") or "json"
-        if not isinstance(upload, UploadFile):
-            raise RequestError("send the audio as a file in multipart/form-data", "file")
-        if style not in ("json", "text", "verbose_json"):
-            raise RequestError(f"{style} is not one of json, text, verbose_json", "response_format")
-        clip = await anyio.to_thread.run_sync(decoded, await upload.read(), "file")
-        reply = await queue.answer([clip], {"instruction": TRANSCRIBE}, None)
+        async with queue.place():
+            form = await request.form()
+            upload, style, language = form.get("file"), form.get("response_format") or "json", form.get("language")
+            if not isinstance(upload, UploadFile):
+                raise RequestError("send the audio as a file in multipart/form-data", "file")
+            if style not in ("json", "text", "verbose_json"):
+                raise RequestError("must be one of json, text, verbose_json", "response_format")
+            audio = await upload.read()
+            reply = await queue.run(
+                request, lambda: service.answer([decoded(audio, "file")], {"instruction": TRANSCRIBE}, None)
+            )
         if style == "text":
             return PlainTextResponse(reply.text + "\n")
         found: dict[str, Any] = {"text": reply.text, "earshot": reply.details}
         if style == "verbose_json":
-            found = {"task": "transcribe", "language": form.get("language"), "duration": reply.audio_sec, **found}
+            spoken = language if isinstance(language, str) else None
+            found = {"task": "transcribe", "language": spoken, "duration": reply.audio_sec, **found}
         return JSONResponse(found)
 
     @app.post("/v1/chat/completions")
     async def completions(request: Request) -> Response:
         check(request)
-        body = await _json(request)
-        clips, messages = await anyio.to_thread.run_sync(read_messages, body.get("messages"))
-        longest = body.get("max_completion_tokens", body.get("max_tokens"))
-        if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
-            raise RequestError("must be a whole number, at least 1", "max_tokens")
-        for name, only in (("n", 1), ("temperature", 0)):
-            if body.get(name) not in (None, only):
-                raise RequestError(f"only {only} is possible: answers are decoded greedily", name)
-        reply = await queue.answer(clips, fields_of(clips, messages), longest)
-        return _completion(service, reply, stream=bool(body.get("stream")))
+        async with queue.place():
+            content = await request.body()
+
+            def answer() -> tuple[Reply, bool]:
+                body = _read_body(content)
+                clips, fields = read_messages(body.get("messages"), service.max_chars)
+                return service.answer(clips, fields, _max_tokens(body)), bool(body.get("stream"))
+
+            reply, streams = await queue.run(request, answer)
+        return _completion(service, reply, streams)
 
     return app
 
 
 class _Queue:
-    """A queue in which requests wait for the model."""
+    """A queue in which requests wait for the model. Audio is decoded only when it is the request's turn."""
 
-    def __init__(self, service: Service) -> None:
-        self._service, self._waiting = service, 0
-        self._one = anyio.Lock()
+    def __init__(self) -> None:
+        self._places, self._turn, self._thread = 0, anyio.Lock(), anyio.CapacityLimiter(1)
 
-    async def answer(self, clips: list[Any], fields: dict[str, Any], max_new_tokens: int | None) -> Reply:
-        if self._waiting >= MAX_WAITING:
+    @contextlib.asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """Return a context manager that holds a place in the queue."""
+        if self._places >= MAX_WAITING:
             raise RequestError(f"{MAX_WAITING} requests are waiting; try again later", status=503, code="overloaded")
-        self._waiting += 1
+        self._places += 1
         try:
-            async with self._one:
-                return await anyio.to_thread.run_sync(self._service.answer, clips, fields, max_new_tokens)
+            yield
+        finally:
+            self._places -= 1
+
+    async def run(self, request: Request, work: Callable[[], T]) -> T:
+        """Return what `work` returns, which runs in a thread when it is the request's turn."""
+        try:
+            async with self._turn:
+                if await request.is_disconnected():
+                    raise RequestError("the client has closed the connection", status=499)
+                return await anyio.to_thread.run_sync(work, limiter=self._thread)
         except SampleError as error:
             raise RequestError(str(error), "messages") from None
-        finally:
-            self._waiting -= 1
 
 
 class _Limit:
@@ -153,14 +172,25 @@ class _Limit:
         await self._app(scope, counted, send)
 
 
-async def _json(request: Request) -> dict[str, Any]:
+def _read_body(content: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(await request.body())
-    except (ValueError, RecursionError):
-        body = None
+        body = parse_json(content)
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object")
     return body
+
+
+def _max_tokens(body: dict[str, Any]) -> int | None:
+    """Return the largest number of tokens that a request asks for, after checking the settings of decoding."""
+    longest: int | None = body.get("max_completion_tokens", body.get("max_tokens"))
+    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
+        raise RequestError("must be a whole number, at least 1", "max_tokens")
+    for name, only in (("n", 1), ("temperature", 0)):
+        if body.get(name) not in (None, only):
+            raise RequestError(f"only {only} is possible: answers are decoded greedily", name)
+    return longest
 
 
 def _completion(service: Service, reply: Reply, stream: bool) -> Response:

@@ -10,10 +10,16 @@ import binascii
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from model.conversation import ConversationError, read_turns
+from model.lengths import SAMPLE_RATE
 from trainer.data.decode import decode_audio
 from trainer.data.errors import SampleError
+from trainer.data.metadata import MAX_CLIPS
 from trainer.evaluation.offline.answer import Clip
 
+MAX_AUDIO_SEC = 2 * 3600.0
+"""The largest amount of audio in a request. Compressed silence of hours is smaller than a megabyte, so the size of a
+request alone does not limit the memory."""
 _DATA_URL = "data:"
 
 
@@ -25,20 +31,28 @@ class RequestError(Exception):
         self.message, self.param, self.status, self.code = message, param, status, code
 
 
-def decoded(audio: bytes, param: str) -> Clip:
+def decoded(audio: bytes, param: str, others: Sequence[Clip] = ()) -> Clip:
     """Return the waveform of an audio file.
 
+    Args:
+        audio: the file.
+        param: where it stands in the request.
+        others: the clips of the same request that were decoded before.
+
     Raises:
-        RequestError: If the file cannot be decoded.
+        RequestError: If the file cannot be decoded, or the request has too much audio.
     """
+    if len(others) == MAX_CLIPS:
+        raise RequestError(f"more than {MAX_CLIPS} clips", param)
+    used_sec = sum(len(clip) for clip in others) / SAMPLE_RATE
     try:
-        return decode_audio(audio)
+        return decode_audio(audio, MAX_AUDIO_SEC - used_sec)
     except SampleError as error:
         raise RequestError(f"the audio cannot be used: {error}", param) from None
 
 
-def read_messages(messages: Any) -> tuple[list[Clip], list[dict[str, Any]]]:
-    """Return the clips of a chat, and its messages with a place for each clip.
+def read_messages(messages: Any, max_chars: int) -> tuple[list[Clip], dict[str, Any]]:
+    """Return the clips of a chat, and the fields that the model reads; see `_fields`.
 
     A message's content is text, or a list of blocks of type `text`, of type `input_audio` with base64 data, or of type
     `audio_url` with a `data:` URL. Other URLs are refused, because a server that fetched them could reach hosts that
@@ -46,9 +60,10 @@ def read_messages(messages: Any) -> tuple[list[Clip], list[dict[str, Any]]]:
 
     Args:
         messages: the value of `messages`.
+        max_chars: the largest number of characters in all texts.
 
     Raises:
-        RequestError: If the messages have another form, or their audio cannot be decoded.
+        RequestError: If the messages have another form, their texts are too long, or their audio cannot be decoded.
     """
     if not isinstance(messages, list) or not messages:
         raise RequestError("must be a list of messages", "messages")
@@ -68,10 +83,13 @@ def read_messages(messages: Any) -> tuple[list[Clip], list[dict[str, Any]]]:
         found.append({"role": role, "content": blocks})
     if found[-1]["role"] != "user":
         raise RequestError("the last message must be the user's", "messages")
-    return clips, found
+    num_chars = sum(len(block.get("text", "")) for message in found for block in message["content"])
+    if num_chars > max_chars:
+        raise RequestError(f"{num_chars} characters of text, the limit is {max_chars}", "messages")
+    return clips, _fields(clips, found)
 
 
-def fields_of(clips: Sequence[Clip], messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _fields(clips: Sequence[Clip], messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the fields that the model reads: `instruction` for one question that follows its clips, else `messages`.
 
     Training samples with an instruction have their clips first, so the same prompt results.
@@ -80,7 +98,12 @@ def fields_of(clips: Sequence[Clip], messages: Sequence[Mapping[str, Any]]) -> d
     kinds = [block["type"] for block in blocks]
     if len(messages) == 1 and kinds == ["audio"] * len(clips) + ["text"]:
         return {"instruction": blocks[-1]["text"]}
-    return {"messages": [*messages, {"role": "assistant", "content": "?"}]}
+    conversation = [*messages, {"role": "assistant", "content": "?"}]
+    try:
+        read_turns(conversation)
+    except ConversationError as error:
+        raise RequestError(str(error), "messages") from None
+    return {"messages": conversation}
 
 
 def _block(block: Any, where: str, clips: list[Clip]) -> dict[str, Any]:
@@ -103,5 +126,5 @@ def _block(block: Any, where: str, clips: list[Clip]) -> dict[str, Any]:
         audio = b""
     if not audio:
         raise RequestError("the audio must be base64", where)
-    clips.append(decoded(audio, where))
+    clips.append(decoded(audio, where, clips))
     return {"type": "audio"}

@@ -18,6 +18,8 @@ from trainer.evaluation.offline.answer import Answerer, Clip, Decoding, Question
 from trainer.evaluation.offline.model import DTYPES, default_dtype, find_model, load_model
 
 TRANSCRIBE = "Transcribe the speech."
+_MOST_CHARS_PER_TOKEN = 64
+"""A longer text than this many characters per position of the LLM is refused without being tokenized."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Service:
         self.name, self.created_sec = origin.name, int(time.time())
         self.max_new_tokens = max_new_tokens or origin.max_new_tokens
         self._loaded = load_model(origin, DTYPES[default_dtype(device)], device)
+        self.max_chars = _MOST_CHARS_PER_TOKEN * self._loaded.max_positions
         self._windows = Windows.of(origin, None, None)
         self._lock = threading.Lock()
         self._routing: list[Routing] = []
