@@ -96,8 +96,8 @@ def read_turns(messages: Any) -> tuple[Turn, ...]:
         wanted = ROLES[1 + place % 2]
         if turn.role != wanted:
             raise ConversationError(
-                f"message {first + place + 1} is of the {turn.role}, but must be of the {wanted}: after an optional "
-                "system prompt, user and assistant alternate"
+                f"message {first + place + 1} is from the {turn.role}, but must be from the {wanted}: after an "
+                "optional system prompt, user and assistant alternate"
             )
     return turns
 

@@ -138,7 +138,7 @@ class EarshotProcessor(ProcessorMixin):
         for own in turns:
             if (own[-1].role == "user") != add_generation_prompt:
                 raise ValueError(
-                    f"add_generation_prompt = {add_generation_prompt}, but the last message is of the {own[-1].role}"
+                    f"add_generation_prompt = {add_generation_prompt}, but the last message is from the {own[-1].role}"
                 )
         if not tokenize:
             texts = [self._text(own) for own in turns]

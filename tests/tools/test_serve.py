@@ -153,7 +153,7 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
         "messages[0].content[0]",
     ),
     ({"messages": [{"role": "user", "content": "a <audio> b"}]}, "stands for a clip", "messages[0].content[0].text"),
-    ({"messages": [{"role": "user", "content": "x"}] * 2}, "must be of the assistant", "messages"),
+    ({"messages": [{"role": "user", "content": "x"}] * 2}, "must be from the assistant", "messages"),
     ({"messages": [{"role": "tool", "content": "x"}, {"role": "user", "content": "x"}]}, "role", "messages"),
     ({"messages": [{"role": "user", "content": []}]}, "empty", "messages"),
     ({"messages": [{"role": "user", "content": "a " * 100_000}]}, "characters of text", "messages"),

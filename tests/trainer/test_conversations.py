@@ -180,7 +180,7 @@ def test_text_and_blocks_are_the_same_and_clips_may_be_anywhere(tokenizers: dict
         processor.apply_chat_template(text, audio=clips[:1], tokenize=True)
     with pytest.raises(ValueError, match="1 more clips than places"):
         processor.apply_chat_template(text, audio=(*clips, clips[0]), tokenize=True)
-    with pytest.raises(ValueError, match="add_generation_prompt = True, but the last message is of the assistant"):
+    with pytest.raises(ValueError, match="add_generation_prompt = True, but the last message is from the assistant"):
         processor.apply_chat_template(text, audio=clips, add_generation_prompt=True)
 
 
@@ -261,11 +261,11 @@ ODD: list[tuple[Any, str]] = [
     ({"role": "user"}, "must be a list"),
     (["x"], "message 1 = 'x', but must be an object"),
     ([S], "only a system prompt"),
-    ([A], "message 1 is of the assistant, but must be of the user"),
-    ([U, U, A], "message 2 is of the user, but must be of the assistant"),
-    ([U, A, A], "message 3 is of the assistant"),
-    ([U, S, A], "message 2 is of the system"),
-    ([U], "the last message is of the user"),
+    ([A], "message 1 is from the assistant, but must be from the user"),
+    ([U, U, A], "message 2 is from the user, but must be from the assistant"),
+    ([U, A, A], "message 3 is from the assistant"),
+    ([U, S, A], "message 2 is from the system"),
+    ([U], "the last message is from the user"),
     ([{"role": "tool", "content": "x"}, A], "role = 'tool', but must be one of system, user, assistant"),
     ([{"role": ["user"], "content": "x"}, A], "role = "),
     ([{"role": "user"}, A], "content = None"),

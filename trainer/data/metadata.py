@@ -109,7 +109,7 @@ def _check_messages(metadata: dict[str, Any], num_clips: int) -> None:
     except ConversationError as error:
         raise SampleError("bad_messages", str(error)) from None
     if turns[-1].role != "assistant":
-        raise SampleError("bad_messages", "the last message is of the user, but must be the assistant's answer")
+        raise SampleError("bad_messages", "the last message is from the user, but must be the assistant's answer")
     places = sum(turn.num_clips for turn in turns)
     if places != num_clips:
         raise SampleError(
