@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import tarfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,8 +12,11 @@ from model.errors import UserError
 from model.json_text import parse_json
 from trainer.importers.row import Clip, Row, RowError
 from trainer.importers.source import Source, short
+from trainer.importers.tar_stream import tar_members
 from trainer.scoring.fields import is_amount
 
+_Stored = tuple[str, Clip | RowError | None, float | None]
+"""The id, the audio (or why it cannot be read) and the seconds of a recording of a Shar tar."""
 _TOLERANCE_SEC = 1e-3
 """The largest difference of durations that is attributed to rounding."""
 _FIELDS = ("language", "speaker", "gender")
@@ -53,7 +54,7 @@ def shar_rows(source: Source) -> Iterator[Row]:
             yield from _rows_of_cut(row, found)
 
 
-def _rows_of_cut(row: Row, stored: tuple[str, Clip | None, float | None] | None) -> Iterator[Row]:
+def _rows_of_cut(row: Row, stored: _Stored | None) -> Iterator[Row]:
     """Yield the samples of a cut. If `stored` is given, the audio of the cut is stored in a tar."""
     if row.error is not None:
         yield row
@@ -78,9 +79,7 @@ def _rows_of_cut(row: Row, stored: tuple[str, Clip | None, float | None] | None)
         yield Row(row.where, error=error)
 
 
-def _audio(
-    cut: Mapping[str, Any], stored: tuple[str, Clip | None, float | None] | None
-) -> tuple[Clip, float, float, bool]:
+def _audio(cut: Mapping[str, Any], stored: _Stored | None) -> tuple[Clip, float, float, bool]:
     """Return the recording of a cut, the start and the length of the cut in it, and whether the cut is all of it."""
     if cut.get("type", "MonoCut") != "MonoCut":
         raise RowError("unsupported", f"a cut of the type {short(cut['type'])}; only MonoCut is supported")
@@ -90,6 +89,8 @@ def _audio(
         _, clip, length = stored
         if clip is None:
             raise RowError("no_audio", "the cut has no recording")
+        if isinstance(clip, RowError):
+            raise clip
         is_cut = length is None or abs(length - seconds) < _TOLERANCE_SEC
         return clip, 0.0 if is_cut else start, seconds, is_cut
     if not isinstance(recording, dict):
@@ -145,28 +146,20 @@ def _number(item: Mapping[str, Any], name: str) -> float:
     return float(value)
 
 
-def _recordings(source: Source, path: Path) -> Iterator[tuple[str, Clip | None, float | None]]:
-    """Yield the id, the audio and the seconds of each recording of a Shar tar.
+def _recordings(source: Source, path: Path) -> Iterator[_Stored]:
+    """Yield the recordings of a Shar tar: pairs of a file with audio and one with its description.
 
     Raises:
         RowError: If the tar is damaged.
     """
-    try:
-        with source.open(path, decompress=False) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
-            while (data := tar.next()) is not None:
-                content = tar.extractfile(data)
-                audio = content.read() if content is not None else b""
-                described = tar.next()
-                meta = tar.extractfile(described) if described is not None else None
-                value = parse_json(meta.read()) if meta is not None and not _is_empty(described) else {}
-                tar.members = []  # type: ignore[attr-defined]
-                name = PurePosixPath(data.name)
-                seconds = value.get("duration") if isinstance(value, dict) else None
-                clip = None if name.suffix == ".nodata" else Clip(data.name, data=audio)
-                yield str(name.parent / name.stem), clip, seconds if is_amount(seconds) else None
-    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, OverflowError) as error:
-        raise RowError("broken", f"the rest of {path.name} cannot be read: {short(str(error))}") from None
-
-
-def _is_empty(member: tarfile.TarInfo | None) -> bool:
-    return member is None or member.name.endswith(".nometa")
+    members = tar_members(source, path, lambda name: not name.endswith((".nodata", ".nometa")))
+    for _, name, audio in members:
+        _, _, described = next(members, (0, "", b""))
+        try:
+            value = parse_json(described) if isinstance(described, bytes) and described else {}
+        except ValueError as error:
+            raise RowError("broken", f"the rest of {path.name} after {short(name)} cannot be read: {error}") from None
+        seconds = value.get("duration") if isinstance(value, dict) else None
+        place = PurePosixPath(name)
+        clip = None if place.suffix == ".nodata" else audio if isinstance(audio, RowError) else Clip(name, data=audio)
+        yield str(place.parent / place.stem), clip, seconds if is_amount(seconds) else None

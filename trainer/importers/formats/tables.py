@@ -9,6 +9,7 @@ from trainer.importers.source import Source
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Yield the rows of one file, or of all CSV and TSV files of a folder."""
+    """Yield the rows of one file, or of all CSV and TSV files of a folder. Quotation marks in TSV are plain text."""
     for path in source.files("*.csv", "*.tsv", "*.csv.gz", "*.tsv.gz"):
-        yield from source.table(path, "\t" if ".tsv" in path.suffixes else None)
+        is_tsv = ".tsv" in path.suffixes
+        yield from source.table(path, "\t" if is_tsv else None, quoting=not is_tsv)

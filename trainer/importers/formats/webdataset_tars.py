@@ -1,20 +1,23 @@
-"""WebDataset tars of other programs, which the webdataset library reads in one pass and without loading a whole tar."""
+"""WebDataset tars of other programs, whose files the webdataset library groups to samples."""
 
 from __future__ import annotations
 
-import tarfile
-import zlib
-from collections.abc import Iterator, Mapping
-from typing import IO, Any
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from model.errors import UserError
 from model.json_text import parse_json
 from trainer.data.decode import AUDIO_TYPES
 from trainer.importers.row import Clip, Row, RowError
 from trainer.importers.source import Source, short
+from trainer.importers.tar_stream import tar_members
 
 _OTHER_AUDIO = ("m4a", "mp4", "aac", "webm", "mka", "wma", "amr", "3gp", "sph", "aiff", "aif", "au", "caf", "w64")
 _TEXT_TYPES = ("txt", "text", "transcript", "lab")
+_READ_TYPES = (*AUDIO_TYPES, *_OTHER_AUDIO, "json", "cls", *_TEXT_TYPES)
+_IGNORED = re.compile(r"__[^/]*__($|/)")
+"""Names of the metadata of a whole tar, which the webdataset library ignores."""
 _TWICE = ".~twice"
 """The suffix that marks the second of two files with the same name, so that no file replaces another."""
 
@@ -28,34 +31,42 @@ def rows(source: Source) -> Iterator[Row]:
         UserError: If the webdataset library is not installed.
     """
     try:
-        from webdataset.tariterators import group_by_keys, tar_file_iterator
+        from webdataset.tariterators import group_by_keys
     except ImportError:
         raise UserError("--from webdataset needs the package webdataset; pip install 'earshot[import]'") from None
     for path in source.files("*.tar", "*.tar.gz", "*.tgz"):
-        with source.open(path, decompress=False) as stream:
-            try:
-                for sample in group_by_keys(_members(tar_file_iterator, stream)):
-                    yield _row(f"{path.name}/{short(sample['__key__'])}", sample)
-            except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, OverflowError) as error:
-                yield Row(
-                    path.name, error=RowError("broken", f"the rest of the tar cannot be read: {short(str(error))}")
-                )
+        try:
+            for sample in group_by_keys(_members(tar_members(source, path, _is_read))):
+                yield _row(f"{path.name}/{short(sample['__key__'])}", sample)
+        except RowError as error:
+            yield Row(path.name, error=error)
 
 
-def _members(read: Any, stream: IO[bytes]) -> Iterator[dict[str, Any]]:
+def _members(members: Iterable[tuple[int, str, bytes | RowError]]) -> Iterator[dict[str, Any]]:
     names: set[str] = set()
-    key = ""
-    for member in read(stream):
-        folder, slash, base = member["fname"].removeprefix("./").rpartition("/")
-        if base.startswith("._"):  # companion files of macOS
-            continue
-        stem, _, extension = base.partition(".")
-        if folder + slash + stem != key:
-            key, names = folder + slash + stem, set()
-        if extension.lower() in names:
-            extension += _TWICE
-        names.add(extension.lower())
-        yield {"fname": f"{key}.{extension}", "data": member["data"], "__url__": ""}
+    key, number = "", 0
+    try:
+        for part, name, content in members:
+            if part != number:
+                yield {}  # A sample ends with its tar.
+                key, number = "", part
+            folder, slash, base = name.removeprefix("./").rpartition("/")
+            if base.startswith("._") or _IGNORED.match(name):  # companion files of macOS
+                continue
+            stem, _, extension = base.partition(".")
+            if folder + slash + stem != key:
+                key, names = folder + slash + stem, set()
+            if extension.lower() in names:
+                extension += _TWICE
+            names.add(extension.lower())
+            yield {"fname": f"{key}.{extension}", "data": content, "__url__": ""}
+    except RowError as error:
+        lost = f"; its last sample {short(key)} may lack files and is skipped as well" if key else ""
+        raise RowError(error.reason, error.detail + lost) from None
+
+
+def _is_read(name: str) -> bool:
+    return _kind(name.lower()) in _READ_TYPES
 
 
 def _row(where: str, sample: Mapping[str, Any]) -> Row:
@@ -69,6 +80,8 @@ def _fields(sample: Mapping[str, Any]) -> dict[str, Any]:
     files = {name: data for name, data in sample.items() if not name.startswith("__")}
     if twice := next((name for name in files if name.endswith(_TWICE)), None):
         raise RowError("ambiguous", f"two files {sample['__key__']}.{twice.removesuffix(_TWICE)}")
+    if problem := next((data for data in files.values() if isinstance(data, RowError)), None):
+        raise problem
     fields: dict[str, Any] = {"id": sample["__key__"]}
     texts = [name for name in files if _kind(name) in ("json", "cls", *_TEXT_TYPES)]
     if deep := next((name for name in texts if "." in name), None):
