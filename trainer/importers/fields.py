@@ -83,9 +83,10 @@ class Ids:
         safe = _UNSAFE.sub("-", original).strip("-")
         if safe != original or len(safe) > _MAX_ID_CHARS:
             safe = f"{safe[:_SHORT_ID_CHARS]}-{_digest(original)}".lstrip("-")
-        if not self._add(safe):
-            safe = f"{safe[:_SHORT_ID_CHARS]}-{_digest(f'{number} {original}')}"
-            self._add(safe)
+        begin, attempt = safe[:_SHORT_ID_CHARS], 0
+        while not self._add(safe):
+            safe = f"{begin}-{_digest(f'{number} {original}' + '+' * attempt)}"
+            attempt += 1
         return safe
 
     def _add(self, key: str) -> bool:
@@ -155,14 +156,16 @@ def plain(value: Any) -> Any:
 
 def _named(fields: Mapping[str, Any], naming: Naming) -> tuple[dict[str, Any], bool]:
     """Return the fields under their names in a manifest, and whether the answer is known to be a transcript."""
-    taken = {old: new for new, old in naming.names.items()}
-    named = {k: v for k, v in fields.items() if v is not None and k not in taken and k not in _LIBRARY_FIELDS}
-    named |= {new: fields[old] for old, new in taken.items() if fields.get(old) is not None}
+    # A field that the user maps is never taken from anywhere else, also not from a field of its own name.
+    used = {*naming.names, *naming.names.values(), *_LIBRARY_FIELDS}
+    named = {k: v for k, v in fields.items() if v is not None and k not in used}
+    named |= {new: fields[old] for new, old in naming.names.items() if fields.get(old) is not None}
     answer_from = naming.names.get("answer", "answer")
     for new, others in ALIASES.items():
-        if new in named or (new in _OF_MESSAGES and "messages" in named):
+        if new in named or new in naming.names or (new in _OF_MESSAGES and "messages" in named):
             continue
-        old = next((name for name in others if name in named), None)
+        # `--map file=file` keeps a field under its own name.
+        old = next((name for name in others if name in named and naming.names.get(name) != name), None)
         if old is not None:
             named[new] = named.pop(old)
             if new == "answer":
