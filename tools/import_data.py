@@ -37,7 +37,7 @@ from trainer.importers.table import IMPORTERS
 from trainer.storage.open import open_store, scheme_of
 from trainer.storage.store import LocalStore
 
-_VERSION = 1
+_VERSION = 2
 """The version of what an import writes. An unfinished import of another version is not continued."""
 
 

@@ -142,7 +142,8 @@ def _outcome(item: Item, recordings: Recordings, target: Target) -> Outcome:
     clips = tuple((m.kind, m.data or b"") for m in made) if target.with_data else ()
     audio: tuple[str, ...] = ()
     if target.folder is not None:
-        number = [f"-{i}" if len(made) > 1 else "" for i in range(len(made))]
+        # No key contains a dot, so that a clip of `conv` never has the name of a clip of `conv-1`.
+        number = [f".{i}" if len(made) > 1 else "" for i in range(len(made))]
         audio = tuple(
             _stored(m, target.folder, item.number // _FOLDER_ROWS, sample.key + n)
             for m, n in zip(made, number, strict=True)
