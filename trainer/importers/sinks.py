@@ -51,7 +51,7 @@ class Totals:
             return
         reason = outcome.error.reason
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
-        self.examples.setdefault(reason, f"{outcome.item.where}: {outcome.error.detail}")
+        self.examples.setdefault(reason, _escaped(f"{outcome.item.where}: {outcome.error.detail}"))
 
     def reasons(self) -> str:
         """Return the number of skipped rows by reason, with the first one of each."""
@@ -245,10 +245,15 @@ def _read_totals(line: bytes) -> Totals | None:
 
 def _skipped(outcomes: Sequence[Outcome]) -> list[dict[str, str]]:
     return [
-        {"where": o.item.where, "reason": o.error.reason, "detail": o.error.detail}
+        {"where": _escaped(o.item.where), "reason": o.error.reason, "detail": _escaped(o.error.detail)}
         for o in outcomes
         if o.error is not None
     ]
+
+
+def _escaped(text: str) -> str:
+    """Return a text, which may be the name of a file in another encoding, as text that can be written as UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _part_name(number: int) -> str:

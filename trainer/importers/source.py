@@ -20,6 +20,7 @@ from trainer.importers.row import Row, RowError
 
 MAX_LINE_BYTES = 64 << 20
 """The longest line of a text file. Lines may contain audio as base64."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
 
@@ -65,7 +66,10 @@ class Source:
                 without `follow` (`outside`), or not an existing plain file (`no_file`).
         """
         check_path_text(text)
-        return self._inside(self.base / text, text)
+        real = self._inside(self.base / text, text)
+        if _SURROGATE.search(str(real)):  # It could not be written to a manifest.
+            raise RowError("wrong_type", f"{short(str(real))} is not UTF-8; rename it")
+        return real
 
     def files(self, *patterns: str) -> list[Path]:
         """Return the sorted files of a folder whose names match one of the patterns, or the file that the source is.
@@ -160,16 +164,19 @@ class Source:
             delimiter = max("\t,;|", key=lambda d: first.count(d.encode()))
         text = (line.decode("utf-8", "surrogateescape") + "\n" for _, line in self.lines(path, keep_empty=True))
         reader = csv.reader(
-            text, delimiter=delimiter, strict=False, quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
+            text, delimiter=delimiter, strict=True, quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
         )
         header = self.columns
         while True:
+            begin = reader.line_num + 1
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Row(f"{path.name}:{reader.line_num}", error=RowError("wrong_type", f"not a row: {error}"))
+                num = reader.line_num + 1 - begin
+                detail = f"not a row: {error}" + (f"; {num} lines were read as one, up to here" if num > 1 else "")
+                yield Row(f"{path.name}:{reader.line_num}", error=RowError("wrong_type", detail))
                 continue
             if not cells:
                 continue

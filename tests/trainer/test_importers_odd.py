@@ -1,0 +1,174 @@
+"""Imports whose source is damaged, ambiguous or of another encoding: nothing is lost, merged or replaced silently."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.trainer.data_corpus import audio_bytes
+from tests.trainer.import_sources import SOURCES, heard, lines
+from tests.trainer.test_importers import manifest, run, skipped
+from tools.make_shards import main as make_shards
+from trainer.data.manifest import read_manifest
+from trainer.importers.fields import Ids
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> bytes:
+    """Return the content of `a.wav`, which the source contains."""
+    data = audio_bytes(0.2, kind="WAV")
+    (tmp_path / "a.wav").write_bytes(data)
+    return data
+
+
+def tar_bytes(files: dict[str, bytes | tarfile.TarInfo]) -> bytes:
+    """Return a tar with two blocks of zeros at its end, and no more."""
+    buffer = io.BytesIO()
+    for name, data in files.items():
+        info = data if isinstance(data, tarfile.TarInfo) else tarfile.TarInfo(name)
+        content = b"" if isinstance(data, tarfile.TarInfo) else data
+        info.size = info.size or len(content)
+        buffer.write(info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512))
+    return buffer.getvalue() + bytes(1024)
+
+
+def sample(key: str, clip: bytes) -> dict[str, bytes | tarfile.TarInfo]:
+    return {f"{key}.wav": clip, f"{key}.txt": key.encode()}
+
+
+def test_no_clip_replaces_one_of_another_sample(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.m").write_bytes(audio_bytes(0.2 + 0.1 * i, seed=i, kind="WAV"))
+    rows = [{"id": "conv", "audio": ["0.m", "1.m"], "text": "t"}, {"id": "conv-1", "audio": "2.m", "text": "t"}]
+    assert run("nemo", lines(tmp_path / "m.json", rows), tmp_path / "out") == 0
+    first, second = read_manifest(tmp_path / "out" / "manifest.jsonl")
+    for i, path in enumerate((*first.audio, *second.audio)):
+        assert np.array_equal(heard(path.read_bytes()), heard((tmp_path / f"{i}.m").read_bytes()))
+    assert make_shards([str(tmp_path / "out" / "manifest.jsonl"), str(tmp_path / "shards")]) == 0
+
+
+@pytest.mark.parametrize("form", ["webdataset", "wenet"])
+@pytest.mark.parametrize("ending", [".tar", ".tgz"])
+def test_concatenated_tars_are_read_to_their_end(form: str, ending: str, tmp_path: Path, clip: bytes) -> None:
+    parts = [tar_bytes(sample("a", clip)), tar_bytes(sample("b", clip) | sample("c", clip)), bytes(9000)]
+    (tmp_path / f"t{ending}").write_bytes(b"".join(parts) if ending == ".tar" else b"".join(map(gzip.compress, parts)))
+    assert run(form, tmp_path / f"t{ending}", tmp_path / "out") == 0
+    assert [r["id"] for r in manifest(tmp_path / "out")] == ["a", "b", "c"]
+
+
+def test_what_is_lost_of_a_damaged_tar_is_reported(tmp_path: Path, clip: bytes) -> None:
+    whole = tar_bytes(sample("a", clip) | sample("b", clip) | sample("c", clip))
+    third = whole.index(b"c.wav\0")
+    damaged = {
+        "header": whole[:third] + b"\xff" * 512 + whole[third + 512 :],
+        "cut": whole[:third],
+        "cut_in_header": whole[: third + 100],
+        "cut_in_file": whole[: third + 1000],
+        "other": whole[:third] + bytes(1024) + b"no tar" * 200,
+    }
+    (tmp_path / "in").mkdir()
+    for name, data in damaged.items():
+        (tmp_path / "in" / f"{name}.tar").write_bytes(data)
+        (tmp_path / "in" / f"{name}.tar.gz").write_bytes(gzip.compress(data))
+    (tmp_path / "in" / "half.tar.gz").write_bytes(gzip.compress(whole)[:-400])
+    assert run("webdataset", tmp_path / "in", tmp_path / "out") == 1
+    names = sorted([*(f"{n}.tar" for n in damaged), *(f"{n}.tar.gz" for n in damaged), "half.tar.gz"])
+    assert skipped(tmp_path / "out") == [(name, "broken") for name in names]
+    found = [r.get("original_id", r["id"])[0] for r in manifest(tmp_path / "out")]
+    assert found.count("a") >= 2 * len(damaged) and "c" not in found
+
+
+def test_a_damaged_shar_tar_is_reported(tmp_path: Path) -> None:
+    source = SOURCES["shar"](tmp_path / "in")
+    path = source / "recording.000000.tar"
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"b-2.")])
+    assert run("shar", source, tmp_path / "out") == 1
+    assert ("recording.000000.tar", "broken") in skipped(tmp_path / "out")
+
+
+def test_sparse_huge_and_linked_files_of_tars_are_not_read(tmp_path: Path, clip: bytes) -> None:
+    sparse, huge, link = (tarfile.TarInfo(f"{name}.wav") for name in ("sparse", "huge", "link"))
+    sparse.type, link.type, link.linkname = tarfile.GNUTYPE_SPARSE, tarfile.LNKTYPE, "a.wav"
+    header = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"77777777777\0"  # The size of the file that the sparse one stands for: 8 GiB.
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    files = tar_bytes(sample("a", clip) | {"link.wav": link, "link.txt": b"link"})[:-1024]
+    text = tar_bytes({"sparse.txt": b"sparse"})[:-1024]
+    huge.size = (2 << 30) + 1
+    with open(tmp_path / "t.tar", "wb") as file:
+        file.write(files + bytes(header) + text + huge.tobuf(tarfile.GNU_FORMAT))
+        file.seek(huge.size + -huge.size % 512, os.SEEK_CUR)
+        file.write(tar_bytes({"huge.txt": b"huge"} | sample("z", clip)))
+    assert run("webdataset", tmp_path / "t.tar", tmp_path / "out") == 1
+    wanted = [("t.tar/link", "wrong_type"), ("t.tar/sparse", "wrong_type"), ("t.tar/huge", "too_long")]
+    assert skipped(tmp_path / "out") == wanted
+    assert [r["id"] for r in manifest(tmp_path / "out")] == ["a", "z"]
+
+
+def test_an_empty_mapped_field_is_not_taken_from_another_column(tmp_path: Path, clip: bytes) -> None:
+    (tmp_path / "t.csv").write_text("audio,emotion,text,answer\na.wav,sad,hello,x\na.wav,,hello,x\n")
+    options = ["--set", "task=er", "--set", "instruction=?"]
+    assert run("csv", tmp_path / "t.csv", tmp_path / "out", "--map", "answer=emotion", *options) == 1
+    assert [r["answer"] for r in manifest(tmp_path / "out")] == ["sad"]
+    assert skipped(tmp_path / "out") == [("t.csv:3", "empty_answer")]
+
+
+def test_a_mapping_of_a_column_to_itself_turns_its_alias_off(tmp_path: Path, clip: bytes) -> None:
+    (tmp_path / "t.csv").write_text("audio,text,question,target\na.wav,hello,why,x\n")
+    assert run("csv", tmp_path / "t.csv", tmp_path / "plain") == 0
+    (row,) = manifest(tmp_path / "plain")
+    assert row["instruction"] == "why"
+    assert run("csv", tmp_path / "t.csv", tmp_path / "out", "--map", "question=question") == 0
+    (row,) = manifest(tmp_path / "out")
+    assert row["question"] == "why" and row["instruction"].startswith("Transcribe")
+
+
+def test_one_column_may_give_two_fields(tmp_path: Path, clip: bytes) -> None:
+    (tmp_path / "t.csv").write_text("audio,name\na.wav,dog\n")
+    options = ["--map", "answer=name", "--map", "subset=name", "--set", "task=ac", "--set", "instruction=?"]
+    assert run("csv", tmp_path / "t.csv", tmp_path / "out", *options) == 0
+    (row,) = manifest(tmp_path / "out")
+    assert (row["answer"], row["subset"]) == ("dog", "dog")
+
+
+def test_a_stray_quotation_mark_does_not_merge_rows_silently(tmp_path: Path, clip: bytes) -> None:
+    rows = ["audio,text", "a.wav,one", 'a.wav,"two', "a.wav,three", 'a.wav,"four"', "a.wav,five"]
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    assert run("csv", tmp_path / "t.csv", tmp_path / "out") == 1
+    assert [r["answer"] for r in manifest(tmp_path / "out")] == ["one", "five"]
+    (line,) = (json.loads(s) for s in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines())
+    assert line["where"] == "t.csv:5" and "3 lines were read as one" in line["detail"]
+    (tmp_path / "open.csv").write_text('audio,text\na.wav,one\na.wav,"two\na.wav,three\n')
+    assert run("csv", tmp_path / "open.csv", tmp_path / "open") == 1
+    assert [r["answer"] for r in manifest(tmp_path / "open")] == ["one"] and len(skipped(tmp_path / "open")) == 1
+    (tmp_path / "t.tsv").write_text('audio\ttext\na.wav\t"one\na.wav\t"two" three\n')
+    assert run("csv", tmp_path / "t.tsv", tmp_path / "tsv") == 0
+    assert [r["answer"] for r in manifest(tmp_path / "tsv")] == ['"one', '"two" three']
+
+
+@pytest.mark.parametrize("shards", [[], ["--shards"]])
+def test_names_that_are_not_utf8_are_skipped(shards: list[str], tmp_path: Path, clip: bytes) -> None:
+    (tmp_path / "in" / "dog").mkdir(parents=True)
+    for name in (b"dog/ok.wav", b"dog/\xff.wav"):
+        with open(os.fsencode(tmp_path / "in") + b"/" + name, "wb") as file:
+            file.write(clip)
+    options = ["--set", "task=aqa", "--set", "instruction=?", *shards]
+    assert run("audiofolder", tmp_path / "in", tmp_path / "out", *options) == 1
+    assert skipped(tmp_path / "out") == [("dog/\\udcff.wav", "wrong_type")]
+
+
+def test_ids_stay_different_however_short_their_hashes_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = iter(["same", "same", "same", "other"])
+    monkeypatch.setattr("trainer.importers.fields._digest", lambda text: next(digests))
+    ids = Ids()
+    taken = [ids.take("x", number) for number in range(3)]
+    assert taken == ["x", "x-same", "x-other"]
