@@ -111,13 +111,13 @@ def attention_layers(hf_config: PretrainedConfig) -> tuple[AttentionLayer, ...]:
         UserError: If a layer is of an unknown type, or the config describes fewer layers than the LLM has.
     """
     count = hf_config.num_hidden_layers
-    window = getattr(hf_config, "sliding_window", None)
+    # transformers keeps fields that a config class does not declare, but its models ignore them.
+    declared = {field.name for field in fields(type(hf_config))}  # type: ignore[arg-type]
+    window = hf_config.sliding_window if "sliding_window" in declared else None
     if window is not None and window >= hf_config.max_position_embeddings:
         window = None
-    # transformers ignores the types of layers in families whose config does not declare them.
-    declared = any(field.name == "layer_types" for field in fields(type(hf_config)))  # type: ignore[arg-type]
-    types = hf_config.layer_types if declared else ["sliding_attention"] * count
-    rotates = getattr(hf_config, "no_rope_layers", None) or [1] * count
+    types = hf_config.layer_types if "layer_types" in declared else ["sliding_attention"] * count
+    rotates = (hf_config.no_rope_layers if "no_rope_layers" in declared else None) or [1] * count
     for key, values in (("layer_types", types), ("no_rope_layers", rotates)):
         if len(values) < count:
             raise UserError(f"model.llm.config.{key}: has {len(values)} entries; num_hidden_layers is {count}")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from model.config import LLMConfig
 from model.errors import UserError
+from model.llm.features import AttentionLayer, attention_layers
 from model.llm.mixture import ExpertConfig
 from model.llm.names import hf_shapes
 from model.llm.reference import build_reference, resolve_hf_config
@@ -151,3 +152,13 @@ def test_configs_that_are_accepted(fields: dict[str, Any]) -> None:
     hf_config = resolve_hf_config(llm(**fields))
     parameters = {n: tuple(p.shape) for n, p in build_reference(llm(**fields), seed=0).named_parameters()}
     assert hf_shapes(hf_config) == parameters
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "olmo2"])
+def test_fields_that_transformers_ignores_change_nothing(family: str) -> None:
+    """A checkpoint's config.json may have fields of other families, which transformers' models do not read."""
+    foreign = {"sliding_window": 4, "no_rope_layers": [0, 1], "layer_types": ["sliding_attention"] * 2}
+    cls: Any = type(resolve_hf_config(llm(model_type=family)))
+    found = cls(**{**SHAPE, "model_type": family, **foreign, "max_position_embeddings": 64})
+    assert found.sliding_window == 4, "stored, but not read"
+    assert attention_layers(found) == (AttentionLayer(), AttentionLayer())
