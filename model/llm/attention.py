@@ -136,18 +136,14 @@ class PackedAttention(nn.Module):
         """Compute causal attention within each segment by PyTorch."""
         outputs = []
         for bucket in packed.buckets(query.device):
-            mask = None
+            padded = bucket.pad(query), bucket.pad(key), bucket.pad(value)
             if self.window is not None and self.window < bucket.max_length:
                 mask = packed.window_mask(bucket.max_length, self.window, query.device)
-            attended = functional.scaled_dot_product_attention(
-                bucket.pad(query),
-                bucket.pad(key),
-                bucket.pad(value),
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=self.softmax_scale,
-                enable_gqa=True,
-            )
+                attended = _attend_masked(*padded, mask, self.softmax_scale)
+            else:
+                attended = functional.scaled_dot_product_attention(
+                    *padded, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+                )
             outputs.append(bucket.unpad(attended))
         return torch.cat(outputs).index_select(0, packed.unbucket(query.device))
 
@@ -164,13 +160,12 @@ class PackedAttention(nn.Module):
         mask = positions <= last
         if self.window is not None:
             mask &= positions > last - self.window
-        attended = functional.scaled_dot_product_attention(
+        attended = _attend_masked(
             bucket.pad(query),
             keys[segments.sequences, : segments.num_keys].transpose(1, 2),
             values[segments.sequences, : segments.num_keys].transpose(1, 2),
-            attn_mask=mask,
-            scale=self.softmax_scale,
-            enable_gqa=True,
+            mask,
+            self.softmax_scale,
         )
         return torch.zeros_like(query).index_copy(0, bucket.rows, bucket.unpad(attended))
 
@@ -182,6 +177,27 @@ def transformer_engine() -> ModuleType | None:
     except ImportError:
         return None
     return engine
+
+
+def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Compute attention under a mask by PyTorch.
+
+    Keys and values are repeated for all query heads: with both a mask and `enable_gqa`, CUDA has no kernel but the one
+    that stores the scores of all heads.
+
+    Args:
+        query: [B, H, L, D].
+        key: [B, G, K, D].
+        value: [B, G, K, D].
+        mask: True where a query attends to a key; can be broadcast to [B, H, L, K].
+        scale: The factor on scores; None for 1/√D.
+
+    Returns:
+        [B, H, L, D].
+    """
+    copies = query.shape[1] // key.shape[1]
+    key, value = (x[:, :, None].expand(-1, -1, copies, -1, -1).flatten(1, 2) for x in (key, value))
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def _attend_fused(fused: nn.Module, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:

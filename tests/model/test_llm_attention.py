@@ -15,7 +15,7 @@ from model.llm import attention as attention_module
 from model.llm.attention import PackedAttention
 from model.llm.features import AttentionLayer, Scales
 from model.llm.megatron import transformer_config
-from model.llm.packing import PackedSequences
+from model.llm.packing import KVCache, PackedSequences
 from model.llm.reference import resolve_hf_config
 from model.llm.rotary import rotary_embeddings
 
@@ -77,3 +77,27 @@ def test_the_fused_path_gets_the_window_and_the_scale(monkeypatch: pytest.Monkey
     assert asked["window_size"] == (3, 0) and asked["softmax_scale"] == 0.3
     PackedAttention(config, 1, rotary=None, layer=AttentionLayer(), scales=Scales())
     assert asked["window_size"] is None and asked["softmax_scale"] is None
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_mask_is_not_combined_with_groups(monkeypatch: pytest.MonkeyPatch, is_cached: bool) -> None:
+    """With a mask and `enable_gqa`, PyTorch's only kernel on GPUs stores all scores."""
+    calls: list[dict[str, Any]] = []
+
+    def recorded(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        calls.append({**options, "copies": query.shape[1] // key.shape[1]})
+        return scaled_dot_product_attention(query, key, value, **options)
+
+    monkeypatch.setattr(attention_module.functional, "scaled_dot_product_attention", recorded)
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    config = transformer_config(resolve_hf_config(LLMConfig(config={"model_type": "llama", **sizes})))
+    attention = PackedAttention(config, 1, rotary=None, layer=AttentionLayer(window=4), scales=Scales())
+    cache = KVCache(1, 16)
+    query, key, value = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    with torch.no_grad():
+        for part in (slice(0, 6), slice(6, 9)) if is_cached else (slice(0, 9),):
+            length = part.stop - part.start
+            packed = cache.extend([length]) if is_cached else PackedSequences(lengths=(length,))
+            attention(query[part], key[part], value[part], packed_seq_params=packed)
+    assert all(call["attn_mask"] is not None and call["copies"] == 1 for call in calls)
+    assert len(calls) == 1 + is_cached and not any(call.get("enable_gqa") for call in calls)
