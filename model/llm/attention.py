@@ -25,13 +25,13 @@ from model.transfer import to_device
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply the rotary embedding to the first R channels of `x` [t, heads, D], given cosine and sine [t, 1, R].
 
-    As in Hugging Face, channel i is paired with i + R/2.
+    As in Hugging Face, channel i is paired with i + R/2. The result has the dtype of `x`.
     """
     width = cos.shape[-1]
     if width < x.shape[-1]:
         return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1)
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 class PackedAttention(nn.Module):

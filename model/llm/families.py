@@ -61,6 +61,8 @@ class LLMFamily:
     """True if the factor of a norm is 1 + weight, so that its initial weights are 0."""
     activation: Activation = "silu"
     """The activation function of the gate."""
+    rotates_in_fp32: bool = False
+    """True if queries and keys are rotated in fp32 in half precision, too, as transformers' OLMo 2 does."""
     partial_rotary: bool = False
     """True if the config may restrict the rotary embedding to a part of each head (`partial_rotary_factor`)."""
     scales: Callable[[PretrainedConfig], Scales] = plain
@@ -134,8 +136,8 @@ LLM_FAMILIES: dict[str, LLMFamily] = {
         scales=gemma3,
     ),
     "ministral3": LLMFamily(scales=ministral3),
-    "olmo2": LLMFamily(all_heads_norm=True, norms="after", modules=OLMO2_MODULES),
-    "olmo3": LLMFamily(all_heads_norm=True, norms="after", modules=OLMO2_MODULES),
+    "olmo2": LLMFamily(all_heads_norm=True, norms="after", rotates_in_fp32=True, modules=OLMO2_MODULES),
+    "olmo3": LLMFamily(all_heads_norm=True, norms="after", rotates_in_fp32=True, modules=OLMO2_MODULES),
     "mixtral": LLMFamily(required=_EXPERTS_REQUIRED, modules=MIXTRAL_MODULES, experts=mixtral),
     "qwen3_moe": LLMFamily(qk_norm=True, required=_EXPERTS_REQUIRED, modules=QWEN3_MOE_MODULES, experts=qwen3_moe),
 }

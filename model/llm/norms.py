@@ -101,7 +101,7 @@ class AllHeadsNorm(nn.Module):
             first = parallel_state.get_tensor_model_parallel_rank() // copies * own
             weight = weight[first : first + own]
         scale = torch.rsqrt(squares / (self.num_heads * self.width) + self.eps)
-        return (values * scale).to(x.dtype) * weight
+        return (values * scale * weight).to(x.dtype)  # transformers rounds after the product with the weight, too
 
 
 class Addition(nn.Module):

@@ -145,12 +145,14 @@ class PackedSequences(PackedSeqParams):
 
         Args:
             rotary: The embedding, on the device of `like`.
-            like: A tensor whose dtype and device the result has.
+            like: A tensor whose device the result has, and whose dtype it has unless `rotary.in_fp32`.
         """
-        key = (rotary.key, like.dtype)
+        dtype = torch.float32 if rotary.in_fp32 else like.dtype
+        key = (rotary.key, dtype)
         if key not in self._rotations:
             angles = torch.outer(self.layout(like.device)[0].float(), rotary.inv_freq).repeat(1, 2)[:, None, :]
-            self._rotations[key] = ((angles.cos() * rotary.scaling).to(like), (angles.sin() * rotary.scaling).to(like))
+            cos, sin = angles.cos() * rotary.scaling, angles.sin() * rotary.scaling
+            self._rotations[key] = (cos.to(dtype), sin.to(dtype))
         return self._rotations[key]
 
     def query_factors(self, beta: float, length: int, like: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from model.llm.families import family_of
 from model.llm.features import rope_sets
 from model.llm.names import head_dim
 
@@ -25,6 +26,8 @@ class Rotary:
     """The inverse frequencies [R/2] in fp32."""
     scaling: float
     """The factor on cosine and sine."""
+    in_fp32: bool = False
+    """True if queries and keys are rotated in fp32, whatever their dtype."""
 
 
 def rotary_embeddings(hf_config: PretrainedConfig) -> dict[str, Rotary]:
@@ -33,17 +36,17 @@ def rotary_embeddings(hf_config: PretrainedConfig) -> dict[str, Rotary]:
     Those of the type longrope are valid for sequences of up to `original_max_position_embeddings` tokens, for which
     transformers uses `short_factor`.
     """
-    found = {}
+    found, in_fp32 = {}, family_of(hf_config).rotates_in_fp32
     for key, rope in rope_sets(hf_config).items():
         if rope["rope_type"] == "default":
             width = int(head_dim(hf_config) * rope.get("partial_rotary_factor", 1.0))
             inv_freq = 1.0 / (rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float) / width))
-            found[key] = Rotary(key, inv_freq, 1.0)
+            found[key] = Rotary(key, inv_freq, 1.0, in_fp32)
         else:
             initial = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
             with torch.device("cpu"):  # YaRN creates some tensors on the default device, which a plan sets to meta
                 inv_freq, scaling = initial(hf_config, torch.device("cpu"), layer_type=key or None)
-            found[key] = Rotary(key, inv_freq, float(scaling))
+            found[key] = Rotary(key, inv_freq, float(scaling), in_fp32)
     return found
 
 

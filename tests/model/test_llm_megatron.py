@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
+from transformers.models.olmo3.modeling_olmo3 import apply_rotary_pos_emb
 
 from model.config import LLMConfig
+from model.llm.attention import rotate
 from model.llm.megatron import build_megatron, embed_tokens
 from model.llm.names import global_to_hf, hf_to_local
 from model.llm.packing import KVCache, PackedSequences
@@ -167,6 +169,24 @@ def test_bf16_stays_close(family: str) -> None:
     expected = run_reference(reference, tokens())
     difference = (run(gpt, tokens(), PackedSequences(lengths=LENGTHS)).float() - expected).abs().mean()
     assert difference < 0.02 * expected.abs().mean()
+
+
+def test_olmo_rounds_to_bf16_where_transformers_does() -> None:
+    """Queries are rotated in fp32, and their norm is rounded after the product with the weight."""
+    reference, gpt = pair("olmo3", dtype=torch.bfloat16)
+    theirs, ours = reference.model, gpt.decoder.layers[0].self_attention
+    query = torch.randn(sum(LENGTHS), 1, 4, 8, generator=torch.Generator().manual_seed(3)).bfloat16()
+    normed = ours.q_layernorm(query)
+    wanted = theirs.layers[0].self_attn.q_norm.bfloat16()(query.flatten(-2)).view_as(query)
+    assert normed.dtype == torch.bfloat16 and (normed == wanted).float().mean() > 0.99
+    packed, positions = PackedSequences(lengths=LENGTHS), torch.cat([torch.arange(n) for n in LENGTHS])
+    rotated = rotate(query[:, 0], *packed.rotation(ours.core_attention.rotary, like=query))
+    kind = reference.config.layer_types[0]
+    cos, sin = theirs.rotary_emb(query, positions[None], kind)
+    heads_first = query[None, :, 0].transpose(1, 2)
+    wanted, _ = apply_rotary_pos_emb(heads_first, heads_first, cos, sin)
+    assert rotated.dtype == torch.bfloat16
+    torch.testing.assert_close(rotated, wanted[0].transpose(0, 1), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "mistral-window", *FEATURED])
