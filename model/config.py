@@ -42,7 +42,8 @@ class EncoderConfig:
     audio (see `docs/finetune.md`). The number of audio tokens does not change."""
     window_sec: float = 30.0
     """The longest stretch of audio, in seconds, that is encoded at once. Longer clips are cut into windows of this
-    length and their features are joined. With Whisper's `length_mode: full`, it must be the checkpoint's 30 s."""
+    length and their features are joined. With Whisper's `length_mode: full` and `masked`, it must be the checkpoint's
+    30 s."""
 
 
 @dataclass(frozen=True)

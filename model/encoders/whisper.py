@@ -127,9 +127,9 @@ def whisper_windowing(config: EncoderConfig, hf_config: Any, window_samples: int
     """Return the windowing: in the length mode `full`, every window is computed at the full length.
 
     Raises:
-        UserError: If the window does not fit the checkpoint's positions.
+        UserError: If the window exceeds the checkpoint's positions, or is shorter in another length mode than `trim`.
     """
-    check_capacity(config, hf_config, window_samples, config.length_mode == "full")
+    check_capacity(config, hf_config, window_samples, config.length_mode != "trim")
     if config.length_mode == "full":
         return Windowing(window_samples, window_samples)
     silence = MASKED_SILENCE_SAMPLES if config.length_mode == "masked" else num_samples(config.trailing_silence_sec)
@@ -147,7 +147,9 @@ def check_capacity(config: EncoderConfig, hf_config: Any, window_samples: int, e
     if window_samples > capacity:
         raise encoder_error(config, f"window_sec = {config.window_sec}", f"must not exceed {longest}")
     if exactly and window_samples != capacity:
-        raise encoder_error(config, f"window_sec = {config.window_sec}", f"must equal {longest} in length_mode full")
+        raise encoder_error(
+            config, f"window_sec = {config.window_sec}", f"must equal {longest} in length_mode {config.length_mode}"
+        )
 
 
 def whisper_flops(hf: Any, samples: int) -> float:

@@ -206,6 +206,7 @@ def test_normalisation_is_never_guessed_for_a_checkpoint(tmp_path: Path) -> None
         (EncoderConfig("ear", "whisper", window_sec=40.0), "window_sec = 40.0; must not exceed 30 s"),
         (EncoderConfig("ear", "whisper", config=WHISPER), r"must not exceed 2 s \(100 positions\)"),
         (EncoderConfig("ear", "whisper", window_sec=10.0), "must equal 30 s"),
+        (EncoderConfig("ear", "whisper", window_sec=10.0, length_mode="masked"), "equal 30 s .* length_mode masked"),
         (EncoderConfig("ear", "mert"), "choose one of whisper, .*hubert, wavlm"),
     ],
 )
