@@ -36,6 +36,10 @@ def _no_check(_config: EncoderConfig, _hf_config: Any) -> None:
     """Accept every config."""
 
 
+def _no_extractor_check(_config: EncoderConfig, _extractor: Mapping[str, Any]) -> None:
+    """Accept all values."""
+
+
 def _no_features(_hf_config: Any) -> Mapping[str, Any]:
     """Return nothing: a checkpoint's preprocessor_config.json is not compared."""
     return {}
@@ -94,6 +98,8 @@ class EncoderFamily:
     extractor_fields: Mapping[str, Any] = field(default_factory=dict)
     """The fields of preprocessor_config.json that change features and that a recipe can set in `config`, and their
     values without a checkpoint."""
+    check_extractor: Callable[[EncoderConfig, Mapping[str, Any]], None] = _no_extractor_check
+    """Raises `encoder_error` if a value of `extractor_fields`, of a checkpoint or of the recipe, is illegal."""
     containers: Mapping[str, str] = field(default_factory=dict)
     """The `model_type` of larger models whose checkpoints hold the encoder, and the field of their config.json that
     describes it."""

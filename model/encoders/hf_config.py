@@ -41,6 +41,7 @@ def resolve(config: EncoderConfig) -> ResolvedEncoder:
         raise encoder_error(config, f"length_mode = {config.length_mode}", f"give {' or '.join(family.length_modes)}")
     family.check(config, hf_config)
     extractor = {**_extractor(config, family, hf_config), **given}
+    family.check_extractor(config, extractor)
     return ResolvedEncoder(
         hf_config,
         family.windowing(config, hf_config, _window_samples(config, family)),

@@ -5,6 +5,8 @@ Shapes: B windows, T audio samples, M mel frames (10 ms), N mel bins, Q frequenc
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -112,6 +114,22 @@ def _check(config: EncoderConfig, hf_config: Any) -> None:
         raise encoder_error(config, found, f"only {TIME_STRIDE} is supported: use another checkpoint")
 
 
+def _check_extractor(config: EncoderConfig, extractor: Mapping[str, Any]) -> None:
+    """Check the values that spectrograms are normalized with.
+
+    Raises:
+        UserError: If one is of another type, or `std` is not positive.
+    """
+    for key, value in extractor.items():
+        is_number = type(value) in (int, float) and math.isfinite(value)
+        if key == "do_normalize" and type(value) is not bool:
+            raise encoder_error(config, f"config.do_normalize = {value!r}", "give true or false")
+        if key == "mean" and not is_number:
+            raise encoder_error(config, f"config.mean = {value!r}", "give a number")
+        if key == "std" and not (is_number and value > 0):
+            raise encoder_error(config, f"config.std = {value!r}", "give a positive number")
+
+
 def _features(hf_config: Any) -> dict[str, Any]:
     """Return the fields of preprocessor_config.json that `AST.features` requires."""
     return {
@@ -143,6 +161,7 @@ AUDIO_SPECTROGRAM_TRANSFORMER = EncoderFamily(
     normalizes=None,
     features=_features,
     extractor_fields={"do_normalize": True, "mean": -4.2677393, "std": 4.5689974},
+    check_extractor=_check_extractor,
     feature_extractor=ASTFeatureExtractor,
     # Checkpoints have the names of earlier versions of transformers, which renames them for its own class only.
     key_mapping={

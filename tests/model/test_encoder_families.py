@@ -199,6 +199,9 @@ def test_mean_and_deviation_are_those_of_the_checkpoint_or_the_recipe(tmp_path: 
     case.extractor().save_pretrained(tmp_path)
     found: Any = build_encoder(case.encoder(weights=str(tmp_path), config={"std": 4.0}))
     assert found.extractor == {"do_normalize": True, "mean": -3.5, "std": 4.0}
+    for key, value in (("std", 0), ("std", "4"), ("std", True), ("mean", "low"), ("mean", None), ("do_normalize", 1)):
+        with pytest.raises(UserError, match=rf"config.{key} = {value!r}; give"):
+            build_encoder(case.encoder(config={**case.config, key: value}))
     with pytest.raises(UserError, match=r"window_sec = 30.0; must not exceed 2 s \(200 mel frames\)"):
         build_encoder(case.encoder(window_sec=30.0))
     with pytest.raises(UserError, match=r"config.do_normalize is unknown"):
