@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from model.hub.modeling import EarshotForCausalLM
 from tests.tools.exportable import write_checkpoint
-from tests.tools.published_models import INSTRUCTION, MODELS, TEXT, WINDOW_SAMPLES, Reference, ultravox
+from tests.tools.published_models import INSTRUCTION, MODELS, SPECIAL, TEXT, WINDOW_SAMPLES, Reference, ultravox
 from tools import export, import_model, transcribe
 from trainer.config.load import dump, load_recipe
 from trainer.export.published.table import PUBLISHED
 from trainer.export.tokenizer import read_processor
 from trainer.run_tokenizer import DIGEST, adopt, of_export
 
-NOTHING: Mapping[str, torch.Tensor] = {}
+NOTHING: Mapping[str, Any] = {}
 # The last window is full, nearly full, or ends in the middle of a pair of frames or of a mel frame.
 LENGTHS = (9_613, 16_300, WINDOW_SAMPLES - 700, WINDOW_SAMPLES)
 
@@ -73,6 +74,7 @@ def test_an_imported_model_transcribes(
     printed = capsys.readouterr().out.strip()
     processor = read_processor(folder)
     model = EarshotForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert model.generation_config.eos_token_id == [SPECIAL.index("</s>"), SPECIAL.index("<|im_end|>")]
     assert model.generation_config.suppress_tokens == list(range(len(processor.tokenizer), TEXT["vocab_size"]))
     sound, _ = soundfile.read(tmp_path / "clip.wav", dtype="float32")
     with torch.no_grad():
@@ -185,14 +187,24 @@ def test_low_rank_adapters_are_merged(references: dict[str, Reference], tmp_path
     assert all(torch.equal(found[other], before[other]) for other in before if other != name)
 
 
-def write_run_of(imported: Path, run_dir: Path, *overrides: str, more: Mapping[str, torch.Tensor] = NOTHING) -> None:
-    """Write a run with one checkpoint that contains the imported weights, and `more` tensors."""
+def write_run_of(
+    imported: Path,
+    run_dir: Path,
+    *overrides: str,
+    more: Mapping[str, torch.Tensor] = NOTHING,
+    fields: Mapping[str, object] = NOTHING,
+) -> None:
+    """Write a run with one checkpoint that contains the imported weights and `more` tensors.
+
+    `fields` replace those of the LLM's config.
+    """
     config = json.loads((imported / "config.json").read_text())
     recipe = load_recipe(str(imported / "recipe.yaml"), ["data.tokenizer.train_vocab_size=64", *overrides])
     tokenizer = of_export(str(imported))
     extra = {
         "recipe": dump(adopt(recipe, tokenizer)),
-        "model": {key: config[key] for key in ("text_config", "audio", "vocab_size")},
+        "model": {key: config[key] for key in ("audio", "vocab_size")}
+        | {"text_config": config["text_config"] | fields},
         "tokenizer": str(imported),
         DIGEST: config[DIGEST],
     }
@@ -211,4 +223,8 @@ def test_another_model_is_not_exported_in_the_original_layout(
         command = [str(tmp_path / "run"), str(tmp_path / "out"), "--original", str(references[name].folder)]
         assert export.main(command) == 2
         assert expected in capsys.readouterr().err
+    original = references["qwen2_audio"].folder
+    write_run_of(original.parent / "imported", tmp_path / "changed", fields={"rms_norm_eps": 0.5})
+    assert export.main([str(tmp_path / "changed"), str(tmp_path / "out"), "--original", str(original)]) == 2
+    assert "the run changed rms_norm_eps of the LLM's config" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from model.errors import UserError
 from model.llm.mixture import FIELD
 from trainer.export.published.folder import CONFIG, Published, read_json, read_published
@@ -13,6 +15,8 @@ from trainer.export.source import Source
 
 _COPIED = (".json", ".jinja", ".txt", ".model")
 _NOT_COPIED = ("model.safetensors.index.json", CONFIG)
+_WRITTEN = ("architectures", "dtype", "transformers_version")
+"""The fields of an LLM's config that do not describe what it computes."""
 
 
 def read_original(source: Source, folder: Path) -> Published:
@@ -39,8 +43,16 @@ def read_original(source: Source, folder: Path) -> Published:
             raise UserError(f"{where}: the run {what} {name}; give the folder that the run was imported from")
         if (shape := tensors[name].shape) != wanted[name]:
             raise UserError(f"{where}: {name} has shape {shape} in the run, by {CONFIG} it is {wanted[name]}")
+    described = published.description(1)
+    fields, own = (AutoConfig.for_model(**model.text_config).to_dict() for model in (described, source.model))
+    changed = sorted(k for k in fields.keys() | own.keys() if k not in _WRITTEN and fields.get(k) != own.get(k))
+    if changed:
+        raise UserError(
+            f"{where}: the run changed {', '.join(changed)} of the LLM's config, which {CONFIG} contradicts; give the "
+            "folder that the run was imported from, or export without --original"
+        )
     for part in ("primary", "adapter"):
-        if getattr(source.model.audio, part) != getattr(published.description(1).audio, part):
+        if getattr(source.model.audio, part) != getattr(described.audio, part):
             raise UserError(
                 f"{where}: model.{part} of the run computes something else; give the folder that the run was imported "
                 "from, or export without --original"

@@ -138,7 +138,7 @@ def _write_text_side(published: Published, prompt: Prompt, folder: Path) -> None
 def _write_generation_config(published: Published, tokenizer: Tokenizer, folder: Path) -> None:
     """Write settings with which the imported model answers greedily, as in evaluations.
 
-    The ends of answers are those of the original, and the tokenizer's end token, with which answers end in training.
+    The ends of answers are those of the original, and those with which answers end in training.
     """
     stored = published.folder / "generation_config.json"
     given: dict[str, Any] = read_json(stored) if stored.is_file() else {}
@@ -149,7 +149,7 @@ def _write_generation_config(published: Published, tokenizer: Tokenizer, folder:
         "do_sample": False,
         "max_new_tokens": given.get("max_new_tokens", EvalConfig().max_new_tokens),
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": sorted({*ends, tokenizer.eos_id}),
+        "eos_token_id": sorted({*ends, *tokenizer.end_ids}),
         "pad_token_id": tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id,
         "suppress_tokens": unused or None,
     }
