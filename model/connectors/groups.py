@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.batch import Ragged
 from model.lengths import TokenRate
+from model.transfer import to_device
 
 
 def group_size(rate: TokenRate) -> int:
@@ -44,4 +45,4 @@ def real_frames(frames: Sequence[int], rate: TokenRate, device: torch.device) ->
     """Return which frames of the result of `grouped` are real and not padding, [ΣG, k] bool."""
     size = group_size(rate)
     parts = [torch.arange(groups * size) < n for n, groups in zip(frames, count_groups(frames, rate), strict=True)]
-    return torch.cat(parts).view(-1, size).to(device, non_blocking=True)
+    return to_device(torch.cat(parts).view(-1, size), device)
