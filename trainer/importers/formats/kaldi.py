@@ -49,7 +49,12 @@ def rows(source: Source) -> Iterator[Row]:
                 raise error
             if recording not in recordings:
                 raise RowError("no_file", f"recording {recording} is not in wav.scp")
-            yield Row(where, {**fields, "audio": recording_clip(recordings[recording], source), **cut})
+            clip = recording_clip(recordings[recording], source)
+            if clip.channel is not None and cut.pop("channel", 0) != 0:
+                raise RowError(
+                    "wrong_type", f"a channel other than 0 of {recording}, of which wav.scp takes one channel"
+                )
+            yield Row(where, {**fields, "audio": clip, **cut})
         except RowError as problem:
             yield Row(where, error=problem)
 
@@ -68,15 +73,23 @@ def _by_tab(line: str) -> tuple[str, str, str]:
     return key, " ", line.strip()[len(key) :]
 
 
-def _segments(source: Source, path: Path) -> Iterator[tuple[str, str, dict[str, float], RowError | None]]:
+def _segments(source: Source, path: Path) -> Iterator[tuple[str, str, dict[str, Any], RowError | None]]:
     for key, rest in _lines(source, path):
         words = rest.split()
         try:
             recording, start, end = words[0], float(words[1]), float(words[2])
+            if len(words) > 4:
+                raise ValueError
+            channel = {"channel": int(words[3])} if words[3:] else {}
         except (IndexError, ValueError):
-            yield key, "", {}, RowError("wrong_type", f"segment {rest!r:.80}, but must be RECORDING START END")
+            yield (
+                key,
+                "",
+                {},
+                RowError("wrong_type", f"segment {rest!r:.80}, but must be RECORDING START END [CHANNEL]"),
+            )
             continue
-        yield key, recording, {"start": start} if end == -1 else {"start": start, "end": end}, None
+        yield key, recording, {"start": start, **({} if end == -1 else {"end": end}), **channel}, None
 
 
 def recording_clip(entry: str, source: Source) -> Clip:
@@ -119,9 +132,12 @@ def _decoded_file(entry: str) -> Clip:
 def _ark_clip(source: Source, path: str, first: int) -> Clip:
     """Return the audio file at a place in an ark, as kaldiio writes it: a WAV file, or `AUDIO`, a length and a file."""
     real = source.audio_file(path)
-    with open(real, "rb") as file:
-        file.seek(first)
-        head = file.read(_BYTE_HEADER)
+    try:
+        with open(real, "rb") as file:
+            file.seek(first)
+            head = file.read(_BYTE_HEADER)
+    except OSError as error:
+        raise UserError(f"{real}: cannot be read ({error.strerror}); repeat the command to continue") from None
     if head[:4] == b"RIFF" and len(head) >= 8:
         return Clip(path, span=(first, int.from_bytes(head[4:8], "little") + 8))
     if head[:5] == b"AUDIO" and len(head) > 5 and 0 < head[5] <= 8:
