@@ -74,8 +74,8 @@ def _fields(item: Mapping[str, Any], labels: Mapping[str, list[str]], audio_name
     for name, value in item.items():
         if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
             audio.append((name, value))
-        elif name in labels and isinstance(value, int) and 0 <= value < len(labels[name]):
-            fields[name] = labels[name][value]
+        elif name in labels and isinstance(value, int):  # The datasets library stores -1 for an unknown label.
+            fields[name] = labels[name][value] if 0 <= value < len(labels[name]) else None
         else:
             fields[name] = value
     chosen = [value for name, value in audio if name == audio_name] or [value for _, value in audio]
