@@ -53,11 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             1, jobs=args.jobs, max_shard_samples=args.max_shard_samples, max_shard_bytes=args.max_shard_bytes
         )
         report = _run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {error if isinstance(error, UserError) else _disk_problem(args.source, error)}", file=sys.stderr)
         return 2
     print(json.dumps(_as_dict(args.out, report)) if args.json else printable_lines(_as_text(args, report)))
     return 1 if report.skipped_fraction > args.max_skipped_fraction else 0
+
+
+def _disk_problem(source: Path, error: OSError) -> UserError:
+    return UserError(f"{error.filename or source}: {error.strerror or error}; check the path and its permissions")
 
 
 def _parser() -> argparse.ArgumentParser:

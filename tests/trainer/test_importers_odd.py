@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
 import os
+import resource
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from tests.trainer.data_corpus import audio_bytes
 from tests.trainer.import_sources import SOURCES, heard, lines
-from tests.trainer.test_importers import manifest, run, skipped
+from tests.trainer.test_importers import av_bytes, manifest, run, skipped
 from tools.make_shards import main as make_shards
 from trainer.data.manifest import read_manifest
 from trainer.importers.fields import Ids
@@ -172,3 +176,111 @@ def test_ids_stay_different_however_short_their_hashes_are(monkeypatch: pytest.M
     ids = Ids()
     taken = [ids.take("x", number) for number in range(3)]
     assert taken == ["x", "x-same", "x-other"]
+
+
+def test_the_channel_of_a_segment_of_kaldi_is_used(tmp_path: Path) -> None:
+    stereo = np.random.default_rng(0).integers(-9000, 9000, (16_000, 2), dtype=np.int16)
+    soundfile.write(tmp_path / "s.wav", stereo, 16_000)
+    (tmp_path / "wav.scp").write_text("rec s.wav\nleft sph2pipe -f wav -p -c 1 s.wav |\n")
+    segments = [
+        "a rec 0.25 0.75 1",
+        "b rec 0.25 0.75 0",
+        "c left 0.25 0.75 0",
+        "d left 0 1 1",
+        "e rec 0 1 x",
+        "f rec 0 1 0 0",
+    ]
+    (tmp_path / "segments").write_text("".join(f"{line}\n" for line in segments))
+    (tmp_path / "text").write_text("".join(f"{line[0]} t\n" for line in segments))
+    assert run("kaldi", tmp_path, tmp_path / "out") == 1
+    for row, channel in zip(manifest(tmp_path / "out"), (1, 0, 0), strict=True):
+        values = soundfile.read(tmp_path / "out" / row["audio"], dtype="int16")[0]
+        assert np.array_equal(values, stereo[4000:12_000, channel])
+    assert skipped(tmp_path / "out") == [(f"{tmp_path.name}/{k}", "wrong_type") for k in "def"]
+
+
+def test_an_unknown_label_is_no_answer(tmp_path: Path, clip: bytes) -> None:
+    pa = pytest.importorskip("pyarrow")
+    features = {"label": {"names": ["dog", "cat"], "_type": "ClassLabel"}, "audio": {"_type": "Audio"}}
+    columns = {"audio": pa.array([{"bytes": clip, "path": "a.wav"}] * 3), "label": [1, -1, 2]}
+    table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pyarrow_parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow_parquet.write_table(table, tmp_path / "t.parquet")
+    options = ["--map", "answer=label", "--set", "task=aqa", "--set", "instruction=?"]
+    assert run("hf", tmp_path / "t.parquet", tmp_path / "out", *options) == 1
+    assert [r["answer"] for r in manifest(tmp_path / "out")] == ["cat"]
+    assert skipped(tmp_path / "out") == [(f"t.parquet:{i}", "empty_answer") for i in (1, 2)]
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_damaged_gigaspeech_is_a_user_error(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = gzip.compress(json.dumps({"audios": [{"path": f"{i:x}"} for i in range(10_000)]}).encode())
+    content = content[:-3000] if damage == "cut" else content[:2000] + b"\xff" * 100 + content[2100:]
+    (tmp_path / "g.json.gz").write_bytes(content)
+    assert run("gigaspeech", tmp_path / "g.json.gz", tmp_path / "out") == 2
+    assert "g.json.gz: cannot be read" in capsys.readouterr().err
+
+
+def test_an_unreadable_source_is_a_user_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: object, *args: object) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "x.ark").write_bytes(b"RIFF1234")
+    (tmp_path / "wav.scp").write_text("a x.ark:0\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.importers.formats.kaldi.open", refuse, raising=False)
+        assert run("kaldi", tmp_path, tmp_path / "out", "--check") == 2
+    assert "x.ark: cannot be read (Permission denied)" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert run("kaldi", tmp_path, tmp_path / "out", "--check") == 2
+    assert f"{tmp_path}: Permission denied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_problem_with_the_disk_is_not_a_missing_file(
+    number: int, tmp_path: Path, clip: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "b.wav").write_bytes(clip)
+    source = lines(tmp_path / "m.json", [{"audio": f"{k}.wav", "text": "t"} for k in ("a", "b", "missing")])
+    original = Path.stat
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        if path.name == "b.wav":
+            raise OSError(number, os.strerror(number), str(path))
+        return original(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert run("nemo", source, tmp_path / "out") == 2
+    assert f"b.wav: {os.strerror(number)}" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run("nemo", source, tmp_path / "out") == 1
+    assert skipped(tmp_path / "out") == [("m.json:3", "no_file")] and len(manifest(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("kind", ["MP3", "webm"])
+def test_a_full_disk_for_temporary_files_ends_the_import(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = audio_bytes(3.0, kind="MP3") if kind == "MP3" else av_bytes("webm", "libopus")
+    (tmp_path / "a.x").write_bytes(data)
+    source = lines(tmp_path / "m.json", [{"audio": "a.x", "start": 0.5, "end": 0.6, "text": "t"}])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (32 << 10, limits[1]))
+    try:
+        assert run("nemo", source, tmp_path / "out") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = capsys.readouterr().err
+    assert "m.json:1: a temporary file in" in message and "set TMPDIR" in message and "broken" not in message
+    assert run("nemo", source, tmp_path / "out") == 0
+
+
+def test_a_missing_package_ends_an_import_with_other_rows(
+    tmp_path: Path, clip: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x18ftypM4A ")
+    source = lines(tmp_path / "m.json", [{"audio": name, "text": "t"} for name in ("a.wav", "a.m4a")])
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert run("nemo", source, tmp_path / "out", "--max-skipped-fraction", "1") == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from model.errors import UserError
 from trainer.data.containers import MIN_SHARE, whole_files
 from trainer.data.decode import AUDIO_TYPES, MAX_LEVEL, MAX_RATE, MAX_SEC, MAX_VALUES_PER_BYTE, MIN_RATE, check_audio
 from trainer.data.errors import SampleError
@@ -22,6 +24,8 @@ from trainer.importers.row import Clip, RowError
 
 MAX_FILE_BYTES = 2 << 30
 """The largest file that is read into memory as a whole."""
+_SYSTEM_ERROR = 2
+"""The error of libsndfile for system calls that fail."""
 _HEAD_BYTES = 256
 _BLOCK_VALUES = 1 << 20
 _FREE_VALUES = 1 << 16
@@ -84,11 +88,12 @@ class Recordings:
                 return Made(kind, seconds, data if with_data or not is_file else None, clip.path if is_file else "")
             copied = self._copied_opus(clip) if clip.is_whole else None
             return self._encode(clip) if copied is None else copied
+        except UserError:  # It is a ValueError as well.
+            raise
         except SampleError as error:
             raise RowError(error.reason, error.detail) from None
         except (soundfile.LibsndfileError, ValueError, TypeError, OverflowError) as error:
-            reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
-            raise RowError("broken", f"{clip.path}: {str(reason).strip() or 'cannot be decoded'}") from None
+            raise _broken(clip, error) from None
 
     def _copied_opus(self, clip: Clip) -> Made | None:
         """Return Opus audio of a WebM or Matroska file in an Ogg file, without re-encoding it; None otherwise."""
@@ -154,7 +159,7 @@ class Recordings:
                 self._file = file
             else:
                 with file:
-                    self._file = self._spooled(file.samplerate, file.channels, _blocks(file), _size(clip))
+                    self._file = self._spooled(file.samplerate, file.channels, _blocks(file, clip), _size(clip))
         self._clip = clip
         return self._file
 
@@ -163,15 +168,23 @@ class Recordings:
 
         Raises:
             RowError: If it decodes to more values than its size in bytes allows.
+            OSError: If the temporary file cannot be written.
         """
         most, num = MAX_VALUES_PER_BYTE * num_bytes + _FREE_VALUES, 0
         self._spool = tempfile.TemporaryFile(prefix="earshot-import-")
-        with soundfile.SoundFile(self._spool, "w", rate, channels, "PCM_16", format="W64", closefd=False) as out:
-            for values in blocks:
-                num += values.size
-                if num > most or num > MAX_SEC * rate * channels:
-                    raise RowError("broken", f"{num_bytes} bytes that decode to more than {min(most, num - 1)} values")
-                out.write(values)
+        # libsndfile writes to the descriptor: it would not see the errors of a file object of Python.
+        descriptor = self._spool.fileno()
+        try:
+            with soundfile.SoundFile(descriptor, "w", rate, channels, "PCM_16", format="W64", closefd=False) as out:
+                for values in blocks:
+                    num += values.size
+                    if num > most or num > MAX_SEC * rate * channels:
+                        detail = f"{num_bytes} bytes that decode to more than {min(most, num - 1)} values"
+                        raise RowError("broken", detail)
+                    out.write(values)
+        except soundfile.LibsndfileError as error:
+            folder = f"a temporary file in {tempfile.gettempdir()}"
+            raise OSError(errno.EIO, f"{error.error_string.strip()} Free space there or set TMPDIR", folder) from None
         self._spool.seek(0)
         return soundfile.SoundFile(self._spool)
 
@@ -183,9 +196,31 @@ class Recordings:
         self._clip = self._file = self._spool = None
 
 
-def _blocks(file: soundfile.SoundFile) -> Iterator[Values]:
-    while len(values := _read(file, max(1, _BLOCK_VALUES // file.channels))):
+def _blocks(file: soundfile.SoundFile, clip: Clip) -> Iterator[Values]:
+    while True:
+        try:
+            values = _read(file, max(1, _BLOCK_VALUES // file.channels))
+        except soundfile.LibsndfileError as error:
+            raise _broken(clip, error) from None
+        if not len(values):
+            return
         yield values
+
+
+def _broken(clip: Clip, error: Exception) -> RowError:
+    """Return the reason why the audio of a clip cannot be decoded.
+
+    Raises:
+        OSError: If the reason is that the file cannot be read from the disk.
+    """
+    reason: object = error
+    if isinstance(error, soundfile.LibsndfileError):
+        reason = error.error_string
+        if error.code == _SYSTEM_ERROR and clip.data is None:  # A damaged file may have made it seek to a wrong place.
+            with open(clip.path, "rb") as file:
+                while file.read(_BLOCK_VALUES):
+                    pass
+    return RowError("broken", f"{clip.path}: {str(reason).strip() or 'cannot be decoded'}")
 
 
 def _read(file: soundfile.SoundFile, frames: int) -> Values:

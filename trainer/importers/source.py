@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import codecs
 import csv
+import errno
 import gzip
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from trainer.importers.row import Row, RowError
 MAX_LINE_BYTES = 64 << 20
 """The longest line of a text file. Lines may contain audio as base64."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""The errors that say that there is no file of a name."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
 
@@ -62,6 +66,7 @@ class Source:
             text: The path as the source has it.
 
         Raises:
+            UserError: If the disk or permissions do not allow to look for it.
             RowError: If it is a command (`pipe`), a URL (`url`), not a path (`wrong_type`), outside of the source
                 without `follow` (`outside`), or not an existing plain file (`no_file`).
         """
@@ -211,13 +216,29 @@ class Source:
     def _inside(self, path: Path, text: str) -> Path:
         try:
             real = path.resolve()
-            if not self.follow and not any(real.is_relative_to(root) for root in self.roots):
-                raise RowError("outside", f"{short(text)} is outside of {self.roots[0]}; --follow allows that")
-            if not real.is_file():
-                raise RowError("no_file", f"no file {short(text)}")
-        except (OSError, ValueError, RuntimeError):  # a name that is too long or not allowed, or a circle of links
+        except (ValueError, RuntimeError):  # a name that is not allowed, or a circle of links
             raise RowError("no_file", f"no file {short(text)}") from None
+        if not self.follow and not any(real.is_relative_to(root) for root in self.roots):
+            raise RowError("outside", f"{short(text)} is outside of {self.roots[0]}; --follow allows that")
+        if not _is_plain_file(real):
+            raise RowError("no_file", f"no file {short(text)}")
         return real
+
+
+def _is_plain_file(path: Path) -> bool:
+    """Return whether a plain file exists.
+
+    Raises:
+        UserError: If this cannot be determined, because of the disk or of permissions. Such rows must not be skipped.
+    """
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except ValueError:  # a name that is not allowed
+        return False
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return False
+        raise UserError(f"{path}: {error.strerror}; check the disk and permissions, then repeat the command") from None
 
 
 def check_path_text(text: Any) -> None:

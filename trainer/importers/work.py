@@ -137,7 +137,8 @@ def _outcome(item: Item, recordings: Recordings, target: Target) -> Outcome:
     except SampleError as error:
         return Outcome(_without_data(item), RowError(error.reason, error.detail))
     except OSError as error:  # No row may be skipped because of a problem with the disk.
-        raise UserError(f"{item.where}: {error.filename}: {error.strerror}; repeat the command to continue") from None
+        problem = f"{error.filename or 'its audio'}: {error.strerror or error}"
+        raise UserError(f"{item.where}: {problem}; repeat the command to continue") from None
     seconds = sum(m.seconds for m in made)
     clips = tuple((m.kind, m.data or b"") for m in made) if target.with_data else ()
     audio: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def fleurs_rows(source: Source) -> Iterator[Row]:
             fields: dict[str, Any] = dict(zip(_FLEURS_COLUMNS, cells, strict=True))
             del fields["characters"], fields["num_samples"]
             name = fields.pop("file")
-            place = next((p for p in places if _is_file(source.base / p / name)), places[0])
+            place = next((p for p in places if _is_audio(source, str(p / name))), places[0])
             yield Row(where, {**fields, "id": Path(name).stem, "audio": str(place / name), "split": split})
 
 
@@ -110,7 +111,10 @@ def _items(source: Source, path: Path, name: str) -> Iterator[dict[str, Any]]:
     with source.open(path) as file:
         while True:
             # The blocks grow with the object that is being read, so that the time is linear in its size.
-            block = file.read(max(_BLOCK_BYTES, len(text)))
+            try:
+                block = file.read(max(_BLOCK_BYTES, len(text)))
+            except (OSError, EOFError, zlib.error) as error:
+                raise UserError(f"{path}: cannot be read ({error}); copy it again") from None
             text += as_text.decode(block, final=not block)
             at = 0
             if not is_inside and (begin := re.search(rf'"{name}"\s*:\s*\[', text)) is not None:
@@ -130,8 +134,9 @@ def _items(source: Source, path: Path, name: str) -> Iterator[dict[str, Any]]:
                 raise UserError(f"{path}: no complete array {name} of recordings; check SRC and --from")
 
 
-def _is_file(path: Path) -> bool:
+def _is_audio(source: Source, text: str) -> bool:
     try:
-        return path.is_file()
-    except (OSError, ValueError):
+        source.audio_file(text)
+    except RowError:
         return False
+    return True
