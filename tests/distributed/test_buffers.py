@@ -1,4 +1,7 @@
-"""Buffers of the audio side are on the rank's device, although ZeRO's Init moves only parameters."""
+"""Buffers of the audio side are on the rank's device, although ZeRO's Init moves only parameters.
+
+Those that follow from the config stay in fp32 in half precision.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,22 @@ from trainer.parallel.groups import Groups, connect
 from trainer.parallel.topology import Topology
 
 
-def devices_of_buffers() -> dict[str, str]:
-    """Return name → device, with an engine on another device than that on which the tower is built."""
+def kinds_of_buffers() -> dict[str, str]:
+    """Return name → device and dtype, with an engine in bf16 on another device than that of the tower."""
     rank, world, _ = connect(timeout_sec=60)
     assert dist.group.WORLD is not None
     groups = Groups(Topology(world, 1, 1), rank, torch.device("meta"), dist.group.WORLD, dist.group.WORLD)
     tower = parity.AudioTower(parity.tiny_model(), 32, parity.VOCAB_SIZE)
     for name in tower.expert_names:  # these families have no buffers
         tower.encoder(name).register_buffer("added", torch.zeros(2), persistent=False)
-    engine = AudioEngine(tower, parity.OPTIM, DS_CONFIG, groups, batch_sec=1.0)
-    found = {name: buffer.device.type for name, buffer in engine.tower.named_buffers()}
+    engine = AudioEngine(tower, parity.OPTIM, DS_CONFIG | {"bf16": {"enabled": True}}, groups, batch_sec=1.0)
+    found = {name: f"{buffer.device.type} {buffer.dtype}" for name, buffer in engine.tower.named_buffers()}
     dist.destroy_process_group()
     return found
 
 
 @pytest.mark.timeout(120)
 def test_every_buffer_is_moved() -> None:
-    (found,) = run_ranks(1, devices_of_buffers, timeout_sec=100)
-    names = {"router.steps_to_enter", *(f"experts.{name}.added" for name in ("hubert", "wavlm", "whisper_tiny"))}
-    assert found == dict.fromkeys(names, "meta")
+    (found,) = run_ranks(1, kinds_of_buffers, timeout_sec=100)
+    added = {f"experts.{name}.added": "meta torch.float32" for name in ("hubert", "wavlm", "whisper_tiny")}
+    assert found == added | {"router.steps_to_enter": "meta torch.int64"}

@@ -76,6 +76,12 @@ def loaded(made: tuple[Path, Path]) -> Loaded:
     return load_model(find_model(made[0] / "out"), torch.float32, torch.device("cpu"))
 
 
+def test_rotary_frequencies_of_a_checkpoint_stay_in_fp32(made: tuple[Path, Path], loaded: Loaded) -> None:
+    half = load_model(find_model(made[0] / "run"), torch.bfloat16, torch.device("cpu")).model
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.llm.model.rotary_emb.inv_freq.equal(loaded.model.llm.model.rotary_emb.inv_freq)
+
+
 @pytest.fixture(scope="module")
 def alone(made: tuple[Path, Path], loaded: Loaded) -> dict[str, str]:
     """Return the answers of transformers' own `generate` to single samples."""

@@ -22,6 +22,7 @@ from model.batch import Ragged
 from model.config import EncoderConfig
 from model.encoders.registry import encoder_windowing
 from model.errors import UserError
+from model.precision import cast
 from model.transfer import to_device
 from trainer.engine.ds_config import Gathering, without_buffers
 from trainer.engine.expert_parallel import EncoderCost, EncoderDispatch, dummy_clip
@@ -76,7 +77,7 @@ class AudioEngine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         ep = groups.topology.ep
         if ds_config.get("bf16", {}).get("enabled"):
-            tower.to(torch.bfloat16)  # DeepSpeed does not cast modules that are sharded already
+            cast(tower, torch.bfloat16)  # DeepSpeed does not cast modules that are sharded already
         if gathering == "per_update":
             ds_config = without_buffers(ds_config)
         with device_groups(groups.device):

@@ -14,6 +14,7 @@ from model.errors import UserError
 from model.hub.configuration import EarshotConfig
 from model.hub.modeling import EarshotForCausalLM
 from model.hub.processing import EarshotProcessor
+from model.precision import cast
 from trainer.checkpoint.folder import read_text
 from trainer.checkpoint.reader import MANIFEST, DamagedError
 from trainer.data.tokenizer_digest import transformers_digest
@@ -183,7 +184,7 @@ def _load_checkpoint(url: str, dtype: torch.dtype) -> Loaded:
     except DamagedError as error:
         raise UserError(f"{url}: damaged: {error}; take another checkpoint") from None
     processor = EarshotProcessor(as_transformers(tokenizer), **settings)
-    model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps it without its types
+    cast(model, dtype)
     return Loaded(model, processor, generation_config(source, tokenizer))
 
 

@@ -1,0 +1,24 @@
+"""The cast of a model to half precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters and those buffers that checkpoints contain to a floating-point type, as `nn.Module.to` does.
+
+    Buffers that are not persistent keep their type, as when transformers loads a model in `dtype`. They are computed
+    from the config, and some need their precision: in bf16, rotary frequencies would have errors that grow with the
+    position.
+    """
+    kept = [
+        (child, name, buffer)
+        for child in module.modules()
+        for name, buffer in child.named_buffers(recurse=False)
+        if name in child._non_persistent_buffers_set
+    ]
+    module.to(dtype)
+    for child, name, buffer in kept:
+        child._buffers[name] = buffer
