@@ -148,7 +148,7 @@ def _check(config: EncoderConfig, hf_config: Any) -> None:
 def _flops_of(resolved: ResolvedEncoder) -> Callable[[int], float]:
     """Return the estimate of the forward FLOPs of a window, which is fitted to measurements at two lengths."""
     linear, square = probed(resolved).flops
-    return lambda samples: linear * samples + square * samples**2
+    return lambda samples: float(round(linear * samples + square * samples**2))
 
 
 def _notes(resolved: ResolvedEncoder) -> list[str]:

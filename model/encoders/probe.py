@@ -12,15 +12,16 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
+from transformers.modeling_utils import local_torch_dtype
 from transformers.models.auto.feature_extraction_auto import feature_extractor_class_from_name
 
 from model.lengths import SAMPLE_RATE
@@ -45,17 +46,22 @@ class Probe:
     """The axis of the extractor's output that is time."""
     leak: str
     """The reason why clips of unequal length must not be padded to one batch; empty if they may be."""
-    flops: tuple[float, float]
-    """The FLOPs of one window of T samples are flops[0]·T + flops[1]·T²."""
+    flops: tuple[Fraction, Fraction]
+    """The FLOPs of one window of T samples are flops[0]·T + flops[1]·T². They are exact, so that all ranks, which plan
+    with them, have equal values."""
 
 
 class Unsupported(Exception):
     """Raised when a network or an extractor cannot be used. The message is the reason."""
 
 
-def make_network(hf_config: Any) -> PreTrainedModel:
-    """Return the audio encoder of a transformers config with random weights, in fp32."""
-    return encoder_of(AutoModel.from_config(hf_config, dtype=torch.float32))
+def make_network(hf_config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Return the audio encoder of a transformers config with random weights.
+
+    Its dtype is `dtype`; None for torch's default dtype, which `from_pretrained(dtype=…)` of an exported model sets.
+    """
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    return encoder_of(AutoModel.from_config(hf_config, dtype=dtype, trust_remote_code=False))
 
 
 def encoder_of(network: Any) -> PreTrainedModel:
@@ -138,7 +144,8 @@ def probe(hf_config: Any, extractor: Mapping[str, Any]) -> Probe:
     Raises:
         Unsupported: If the network does not map the extractor's features to frames.
     """
-    return _probe(json.dumps(hf_config.to_dict(), sort_keys=True), json.dumps(dict(extractor), sort_keys=True))
+    fields = {key: value for key, value in hf_config.to_dict().items() if key != "dtype"}
+    return _probe(json.dumps(fields, sort_keys=True), json.dumps(dict(extractor), sort_keys=True))
 
 
 @cache
@@ -148,7 +155,7 @@ def _probe(config_json: str, extractor_json: str) -> Probe:
     hf_config._attn_implementation = None
     extractor = make_extractor(json.loads(extractor_json))
     generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), local_torch_dtype(torch.float32):
         torch.manual_seed(0)
         small, large = (_shortened(hf_config, layers) for layers in (1, 2))
         with torch.no_grad():
@@ -168,9 +175,10 @@ def _probe(config_json: str, extractor_json: str) -> Probe:
         cost = [[_flops(net, extractor, wave) for wave in waves] for net in (small, large)]
         leak = _leak(large.double(), items, axes[0])
     extra = getattr(hf_config, "num_hidden_layers", 2) - 2
-    totals = np.array(cost[1]) + extra * (np.array(cost[1]) - np.array(cost[0]))
-    linear, square = np.linalg.solve(np.array([[SHORT, SHORT**2], [LONG, LONG**2]], dtype=np.float64), totals)
-    return Probe(width, hop, axes[0], leak, (float(linear), float(square)))
+    # The FLOPs per sample of both clips.
+    short, long = (Fraction(two + extra * (two - one), n) for one, two, n in zip(*cost, (SHORT, LONG), strict=True))
+    square = (long - short) / (LONG - SHORT)
+    return Probe(width, hop, axes[0], leak, (short - square * SHORT, square))
 
 
 def _hop(samples: int, frames: int) -> int:
@@ -187,14 +195,14 @@ def _shortened(hf_config: Any, layers: int) -> PreTrainedModel:
     short = copy.deepcopy(hf_config)
     if getattr(short, "num_hidden_layers", 0) > layers:
         short.num_hidden_layers = layers
-    return make_network(short).eval()
+    return make_network(short, torch.float32).eval()
 
 
-def _flops(network: PreTrainedModel, extractor: Any, wave: Tensor) -> float:
+def _flops(network: PreTrainedModel, extractor: Any, wave: Tensor) -> int:
     """Return the forward FLOPs of one clip, including those of its features if they are computed by PyTorch."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run(network, *extract(extractor, wave))
-    return float(counter.get_total_flops())
+    return int(counter.get_total_flops())
 
 
 def _leak(network: PreTrainedModel, items: Sequence[tuple[Tensor, Tensor | None]], axis: int) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,12 @@ from model.encoders.parakeet import normalized_mel
 from model.encoders.registry import build_encoder, encoder_dim, encoder_flops, encoder_windowing
 from model.encoders.wav2vec2_bert import stacked_fbank
 from model.errors import UserError
-from model.hub.configuration import self_contained
+from model.hub.configuration import EarshotConfig, describe, self_contained
+from model.hub.modeling import EarshotForCausalLM
 from model.lengths import num_frames
-from tests.encoder_table import CASES, clip, perturb
+from model.llm.reference import resolve_hf_config
+from model.precision import cast
+from tests.encoder_table import CASES, clip, model_of, perturb
 from trainer.config.checks import check_recipe, warnings_of
 from trainer.config.convert import from_tree
 from trainer.config.schema import Recipe
@@ -224,6 +229,34 @@ def test_the_self_test_finds_what_padding_changes() -> None:
     model = replace(tiny_model(), primary=CASES["auto_sew"].encoder())
     (warning,) = warnings_of(model)
     assert warning.startswith("model.primary: only clips of equal length are encoded together, because padding changes")
+
+
+@torch.no_grad()
+def test_half_precision_keeps_rotary_frequencies(tmp_path: Path) -> None:
+    """In training, and in an exported model with an encoder of transformers, whose probe stays in fp32."""
+    model = model_of(["auto_lasr"])
+    hf_config = resolve_hf_config(model.llm)
+    whole = EarshotForCausalLM(EarshotConfig(**describe(model, hf_config, hf_config.vocab_size)))
+    whole.save_pretrained(tmp_path)
+    loaded = EarshotForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    audio, prompts = clips((20_000, 16_000)), Ragged(torch.arange(6), (2, 4))
+    full = whole.eval().audio(audio, prompts).embeddings.values
+    trained: Any = deepcopy(whole.audio)
+    cast(trained, torch.bfloat16)
+    for tower in (loaded.eval().audio, trained):
+        assert {p.dtype for p in tower.parameters()} == {torch.bfloat16}
+        frequencies = [e.experts["auto_lasr"].encoder.encoder.rotary_emb.inv_freq for e in (tower, whole.audio)]
+        assert frequencies[0].equal(frequencies[1])
+        half = tower(audio, prompts).embeddings.values
+        assert half.dtype == torch.bfloat16 and F.cosine_similarity(half.float(), full).min() > 0.99
+
+
+def test_flops_of_auto_are_the_same_on_every_rank() -> None:
+    """Ranks plan with them, so they may not depend on how a library rounds."""
+    config = CASES["auto_lasr"].encoder()
+    encoder: Any = build_encoder(config)
+    assert all(type(part) is Fraction for part in encoder.probe.flops)
+    assert all(encoder_flops(config, n).is_integer() for n in range(8_000, 32_000, 1_777))
 
 
 def test_what_auto_cannot_encode_is_refused() -> None:
