@@ -139,7 +139,7 @@ ADAPTER_KINDS = {
     "swiglu_post_norm": AdapterConfig("swiglu_post_norm", 16, strides=(4,), bias=False),
 }
 """The adapter of each kind in `tiny_model`. The last group of frames of most clips is not full."""
-ADDING = ("pooling_perceptron", "swiglu")
+ADDING = ("pooling_perceptron", "swiglu", "swiglu_post_norm")
 """The kinds of adapters with which `tiny_model` adds the experts' features to those of the primary encoder."""
 
 
@@ -297,9 +297,22 @@ class Difference:
     Below about 1e-5, rounding may change the choice. None if the LLM has no experts."""
 
 
+def draw_projection(tower: AudioTower) -> None:
+    """Give the projection of added features random weights: with its zeros, experts would have no gradient.
+
+    With `swiglu` it keeps its zeros: the experts' gradients in fp32 would differ from those in fp64 by more than 1e-5,
+    in one process already. `swiglu_post_norm` has the same parts in another order.
+    """
+    if tower.stream_projection is not None and tower.config.adapter.kind != "swiglu":
+        weight = tower.stream_projection.weight
+        with torch.no_grad():
+            weight.copy_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(SEED)))
+
+
 def build_oracle(config: ModelConfig, learned: Learned = ALL_WEIGHTS) -> SpeechLLM:
     """Return the single-process model. Parameters that are not trained require no gradient."""
     oracle = SpeechLLM(config, VOCAB_SIZE, SEED).train()
+    draw_projection(oracle.audio)
     add_adapters(oracle, "", learned.adapters)
     param_groups(learned.optim, [(n, p, p.dim()) for n, p in oracle.named_parameters()])
     return oracle
@@ -332,6 +345,7 @@ def build_step(
     torch.manual_seed(SEED)
     held = place(config, groups.topology.ep).held_by(groups.rank)
     tower = AudioTower(config, hf_config.hidden_size, VOCAB_SIZE, held, embedding_rms(source, hf_config))
+    draw_projection(tower)
     add_adapters(tower, "audio.", learned.adapters)
     tower.set_recompute(recompute)
     audio = AudioEngine(

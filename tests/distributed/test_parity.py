@@ -50,7 +50,9 @@ ADAPTER_CASES = [
     ("queries", Topology(2, 1, 2, 2), 3, ("mixed", "one_expert")),
     ("queries", Topology(4, 2, 1, 2), 0, ("mixed", "rank_without_audio")),
     ("pooling", Topology(2, 1, 1, 2), 0, ("mixed",)),
-    ("swiglu", Topology(2, 2, 1), 3, ("mixed", "one_expert")),
+    ("swiglu", Topology(2, 2, 1), 0, ("mixed", "one_expert")),
+    ("swiglu_post_norm", Topology(2, 2, 1), 3, ("mixed", "one_expert")),
+    ("pooling_perceptron", Topology(2, 1, 1, 2), 0, ("mixed",)),
 ]
 
 

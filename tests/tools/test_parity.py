@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tools import parity
+from trainer.parity import build_oracle, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,10 @@ def test_bad_arguments_are_one_line(
     shown = capsys.readouterr()
     assert shown.err.startswith("error: ") and words in shown.err and shown.err.count("\n") == 1
     assert shown.out == ""
+
+
+@pytest.mark.parametrize("adapter", ["pooling_perceptron", "swiglu_post_norm"])
+def test_added_features_take_part_in_the_comparison(adapter: str) -> None:
+    """With the initial zeros, no expert would have a gradient."""
+    projection = build_oracle(tiny_model(adapter=adapter)).audio.stream_projection
+    assert projection is not None and projection.weight.abs().min() > 0
