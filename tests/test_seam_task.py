@@ -12,8 +12,8 @@ from tests.plugin_package import ROOT, records, run, train_two_steps, write_plug
 from trainer.evaluation.predictions import read_predictions
 from trainer.scoring.tasks import TASKS
 
-WRITERS_OF_DATA = {"tools/demo_corpus.py"}
-"""Files that write data of certain tasks."""
+WRITERS_OF_DATA = {"tools/demo_corpus.py", "trainer/importers/fields.py"}
+"""Files that write data of certain tasks. Imported recordings with nothing but a transcript belong to asr."""
 
 SOURCE = '''
 """A task of repeated commands, scored by the length of the answers."""
@@ -34,7 +34,7 @@ COMMAND = Task(
 
 
 def test_only_the_table_names_tasks() -> None:
-    names = set(TASKS) - {"text"}  # which has other meanings, too
+    names = set(TASKS) - {"text", "intent"}  # which have other meanings, too
     found = {
         path.relative_to(ROOT).as_posix()
         for package in ("model", "trainer", "tools")

@@ -159,7 +159,8 @@ def test_signals_and_a_hung_rank_do_not_change_the_result(corpus: Path, tmp_path
     hang = read_events(run)[-1]
     assert hang["event"] == "hang" and hang["ranks_without_stacks"] == [1] and hang["silent_sec"] >= 8
     stacks = (run / "hang-2" / "rank-0.txt").read_text()
-    assert "rank 0 on " in stacks and "loop.py" in stacks and "distributed_c10d.py" in stacks
+    assert "rank 0 on " in stacks and "loop.py" in stacks
+    assert "distributed_c10d.py" in stacks or "trainer/parallel/tree.py" in stacks  # where it waits for rank 1
     assert json.loads((run / "hang-2" / "collectives-0.json").read_text())["entries"]
     assert restart.main([str(run), "--exit-code", str(int(ExitCode.HUNG))]) == 0
 

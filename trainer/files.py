@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _SUFFIX = ".part"
+_LEFTOVER = re.compile(rf"\.[0-9a-f]{{16}}{re.escape(_SUFFIX)}$")
+"""The end of the names of unfinished files, which other programs are unlikely to use."""
 _LEFTOVER_SEC = 3600.0
 """The age at which an unfinished file is a leftover of a process that was killed."""
 
@@ -98,6 +101,8 @@ def sweep_leftovers(folder: Path, older_sec: float = _LEFTOVER_SEC) -> None:
         older_sec: Younger files are kept, because another process may be writing them; 0 if that is impossible.
     """
     for path in folder.glob(f".*{_SUFFIX}"):
+        if not _LEFTOVER.search(path.name):
+            continue
         try:
             if path.is_file() and not path.is_symlink() and time.time() - path.lstat().st_mtime >= older_sec:
                 path.unlink()

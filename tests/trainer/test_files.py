@@ -81,13 +81,15 @@ def test_many_writers_of_one_file_leave_one_whole_content(tmp_path: Path) -> Non
 
 
 def test_leftovers_are_swept(tmp_path: Path) -> None:
-    old, young, other = (tmp_path / name for name in (".a.0123.part", ".b.0123.part", ".c"))
+    old, young, other = (
+        tmp_path / name for name in (".a.0123456789abcdef.part", ".b.0123456789abcdef.part", ".c.0123.part")
+    )
     for path in (old, young, other):
         path.write_bytes(b"")
     os.utime(old, (0, 0))
     os.utime(other, (0, 0))
     sweep_leftovers(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".b.0123.part", ".c"]
+    assert sorted(os.listdir(tmp_path)) == [".b.0123456789abcdef.part", ".c.0123.part"]
     sweep_leftovers(tmp_path / "nothing")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import sentencepiece
 
 from model.errors import UserError
-from trainer.files import write_whole
+from trainer.files import sweep_leftovers, write_whole
 
 
 def train_sentencepiece(
@@ -56,4 +56,5 @@ def train_sentencepiece(
         reason = str(error).splitlines()[0].split(")] ")[-1].strip().rstrip(".")  # Remove the C++ source line.
         raise UserError(f"{path}: a vocabulary of {vocab_size} cannot be trained ({reason}); change its size") from None
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_leftovers(path.parent)
     write_whole(path, [model.getvalue()])
