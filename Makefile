@@ -30,8 +30,8 @@ LOCKED_TORCH = $(PY) -m pip install $(LOCKED) -r requirements/torch-cpu.txt 2>/d
 CHOSEN_TORCH = $(PY) -m pip install --quiet $(or $(TORCH_SPEC),torch==2.13.0) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 INSTALL_TORCH = $(if $(TORCH_SPEC)$(TORCH_INDEX),$(CHOSEN_TORCH),$(LOCKED_TORCH))
 TORCH_INDEX ?=
-# How many files of tests run side by side.
-JOBS ?= 2
+# How many files of tests run side by side, e.g. make test JOBS=2. Tests that wait for processes may then time out.
+JOBS ?= 1
 
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -82,7 +82,7 @@ check: lint
 	$(PY) -m pytest -m 'not slow'
 
 test: lint docs
-	$(PY) -m pytest -n $(JOBS) --dist loadfile --durations=40 --durations-min=3
+	$(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile) --durations=40 --durations-min=3
 
 fuzz: setup
 	$(PY) -m tests.fuzz --inputs 2000
