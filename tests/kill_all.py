@@ -140,7 +140,7 @@ def newest_of(checkpoints: Checkpoints) -> int:
 def shards_of(folder: Path) -> dict[str, int | bytes]:
     """Return the contents of finished shards. A kill after the index was written leaves the state of the build."""
     found = contents(folder)
-    return {name: value for name, value in found.items() if not name.endswith(("/building.json", ".idx.json"))}
+    return {name: value for name, value in found.items() if not name.endswith(("/building.json", ".part.json"))}
 
 
 def last_two(checkpoints: Checkpoints) -> list[int]:
@@ -165,7 +165,7 @@ def contents(folder: Path) -> dict[str, int | bytes]:
 WRITERS = (
     Writer("events", write_events, num_events, all_events),
     Writer("metrics", write_metrics, lambda folder: len(metrics_of(folder)), metrics_of),
-    Writer("shards", write_shards, lambda folder: (folder / "shards" / "index.json").is_file(), shards_of),
+    Writer("shards", write_shards, lambda folder: (folder / "shards" / "shards.json").is_file(), shards_of),
     Writer("tokenizer", write_tokenizer, lambda folder: (folder / "t.model").is_file(), contents),
     Writer("export", write_export, lambda folder: (folder / "out").exists(), contents),
     Writer(
