@@ -6,9 +6,10 @@ import argparse
 import errno
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from model.errors import UserError
 from trainer.plugins import load_plugins
@@ -22,8 +23,17 @@ _REMEDIES = {
 }
 
 
-class LoadPlugins(argparse.Action):
-    """The action of an option that names plug-ins, which are loaded while the command line is parsed."""
+class AddToTables(argparse.Action):
+    """The action of an option that adds entries to the tables of the program while the command line is parsed.
+
+    Args:
+        add: A function of the option's values, which may raise a UserError.
+        arguments: The arguments of `argparse.Action`.
+    """
+
+    def __init__(self, *, add: Callable[[list[str]], object], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._add = add
 
     def __call__(
         self,
@@ -35,37 +45,35 @@ class LoadPlugins(argparse.Action):
         names = [values] if isinstance(values, str) else [str(value) for value in values or ()]
         setattr(namespace, self.dest, names)
         try:
-            load_plugins(names)
+            self._add(names)
         except UserError as error:
             parser.exit(2, f"error: {error}\n")
 
 
-class DeclareTasks(argparse.Action):
-    """The action of an option that names a recipe, whose tasks are declared while the command line is parsed."""
+def _declare_tasks(recipes: Sequence[str]) -> None:
+    from trainer.config.load import load_recipe
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[object] | None,
-        option_string: str | None = None,
-    ) -> None:
-        from trainer.config.load import load_recipe
-
-        setattr(namespace, self.dest, values)
-        try:
-            load_recipe(str(values))
-        except UserError as error:
-            parser.exit(2, f"error: {error}\n")
+    for recipe in recipes:
+        load_recipe(recipe)
 
 
 def add_plugins(parser: argparse.ArgumentParser) -> None:
     """Add the options `--plugins` and `--tasks-of`, for commands that read data but no recipe that names its tasks."""
     parser.add_argument(
-        "--plugins", nargs="+", action=LoadPlugins, default=[], metavar="NAME", help="plug-ins that add tasks"
+        "--plugins",
+        nargs="+",
+        action=AddToTables,
+        add=load_plugins,
+        default=[],
+        metavar="NAME",
+        help="plug-ins that add tasks",
     )
     parser.add_argument(
-        "--tasks-of", action=DeclareTasks, metavar="RECIPE", help="recipe (a name or a file) that declares tasks"
+        "--tasks-of",
+        action=AddToTables,
+        add=_declare_tasks,
+        metavar="RECIPE",
+        help="recipe (a name or a file) that declares tasks",
     )
 
 
