@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map
 
 from bench.gpu_waits import ROOT, site_of
-from model.encoders.log_mel import _mel_filters
+from model.encoders.log_mel import mel_filters
 
 DEVICE = torch.device("meta")
 _THIS_FILE = Path(__file__).resolve().relative_to(ROOT).as_posix()
@@ -133,7 +133,7 @@ class PretendedDevice:
     def __enter__(self) -> PretendedDevice:
         assert PretendedDevice.current is None, "one at a time"
         PretendedDevice.current = self
-        _mel_filters.cache_clear()  # cached by device, and the plan's tracing uses a device of this type too
+        mel_filters.cache_clear()  # cached by device, and the plan's tracing uses a device of this type too
         for mode in self._modes:
             mode.__enter__()
         return self
@@ -142,7 +142,7 @@ class PretendedDevice:
         for mode in reversed(self._modes):
             mode.__exit__(*error)
         PretendedDevice.current = None
-        _mel_filters.cache_clear()
+        mel_filters.cache_clear()
 
 
 class _Dispatch(TorchDispatchMode):

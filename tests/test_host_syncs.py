@@ -35,7 +35,7 @@ STEP_WAITS = {
 }
 """The waits per step, which do not depend on the number of clips, experts, gates and micro-batches."""
 MOST_PER_STEP, MOST_PER_MICROBATCH = 10, 2
-FIRST_STEP_WAITS = {"model/encoders/log_mel.py:_mel_filters": 1}
+FIRST_STEP_WAITS = {"model/encoders/log_mel.py:mel_filters": 1}
 """The waits for constants, which happen once per process."""
 NEW_TOKENS = 4
 

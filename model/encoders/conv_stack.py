@@ -6,12 +6,13 @@ Shapes: B windows, T audio samples, C channels, F frames (20 ms), D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, Wav2Vec2FeatureExtractor
 from transformers.activations import ACT2FN
 
 from model.batch import Ragged
@@ -25,7 +26,7 @@ from model.encoders.base import (
     length_mask,
     normalized,
 )
-from model.encoders.family import ResolvedEncoder, encoder_error
+from model.encoders.family import EncoderFamily, ResolvedEncoder, encoder_error
 from model.lengths import FRAME_SAMPLES, Windowing
 
 CONV_STACK_DEFAULTS: dict[str, Any] = {
@@ -78,9 +79,21 @@ class ConvStackNetwork(DrawnAsTransformers):
     """
 
     config: Any
+    post_init: Callable[[], None]
     feature_extractor: Any
     feature_projection: Any
     encoder: Any
+
+    def _add_modules(
+        self, feature_encoder: type[nn.Module], projection: type[nn.Module], encoder: type[nn.Module]
+    ) -> None:
+        """Add the modules, of transformers' classes for this architecture and config, and initialize them."""
+        self.feature_extractor = feature_encoder(self.config)
+        if self.config.feat_extract_norm == "group":
+            self.feature_extractor.conv_layers[0] = RaggedGroupNormConvLayer(self.config)
+        self.feature_projection = projection(self.config)
+        self.encoder = encoder(self.config)
+        self.post_init()
 
     def forward(self, waves: Tensor, num_samples: Sequence[int], recompute: bool = False) -> Tensor:
         """Encode waveforms.
@@ -261,3 +274,30 @@ def add_positions(pos_conv_embed: nn.Module, hidden: Tensor, mask: Tensor | None
     if isinstance(pos_conv_embed, MaskedPositions):
         return hidden + pos_conv_embed(hidden, mask)
     return hidden + pos_conv_embed(hidden)
+
+
+def conv_stack_family(
+    config_class: type[PreTrainedConfig],
+    network: type[PreTrainedModel],
+    flops: Callable[[Any, int], float] = conv_stack_flops,
+    defaults: Mapping[str, Any] = CONV_STACK_DEFAULTS,
+) -> EncoderFamily:
+    """Return the family of a network with convolutions over waveforms.
+
+    Args:
+        config_class: The transformers config.
+        network: The network, which `ConvStackEncoder` can call.
+        flops: See `EncoderFamily.flops`.
+        defaults: See `EncoderFamily.defaults`.
+    """
+    return EncoderFamily(
+        config_class=config_class,
+        network=network,
+        wrapper=ConvStackEncoder,
+        windowing=conv_stack_windowing,
+        flops=flops,
+        defaults=defaults,
+        check=check_conv_stack,
+        normalizes=normalizes_as_published,
+        feature_extractor=Wav2Vec2FeatureExtractor,
+    )

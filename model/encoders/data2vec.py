@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import Data2VecAudioConfig, Wav2Vec2FeatureExtractor
+from transformers import Data2VecAudioConfig
 from transformers.models.data2vec.modeling_data2vec_audio import (
     Data2VecAudioEncoder,
     Data2VecAudioFeatureEncoder,
@@ -18,16 +18,11 @@ from transformers.models.data2vec.modeling_data2vec_audio import (
 )
 
 from model.encoders.conv_stack import (
-    CONV_STACK_DEFAULTS,
-    ConvStackEncoder,
     ConvStackNetwork,
     MaskedPositions,
-    check_conv_stack,
+    conv_stack_family,
     conv_stack_flops,
-    conv_stack_windowing,
-    normalizes_as_published,
 )
-from model.encoders.family import EncoderFamily
 
 
 class RaggedPositions(MaskedPositions, Data2VecAudioPositionalConvEmbedding):
@@ -64,14 +59,4 @@ def _flops(hf: Any, samples: int) -> float:
     return conv_stack_flops(hf, samples, position_taps=hf.num_conv_pos_embeddings * hf.conv_pos_kernel_size)
 
 
-DATA2VEC_AUDIO = EncoderFamily(
-    config_class=Data2VecAudioConfig,
-    network=RaggedData2VecAudio,
-    wrapper=ConvStackEncoder,
-    windowing=conv_stack_windowing,
-    flops=_flops,
-    defaults=CONV_STACK_DEFAULTS,
-    check=check_conv_stack,
-    normalizes=normalizes_as_published,
-    feature_extractor=Wav2Vec2FeatureExtractor,
-)
+DATA2VEC_AUDIO = conv_stack_family(Data2VecAudioConfig, RaggedData2VecAudio, flops=_flops)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import HubertConfig, Wav2Vec2FeatureExtractor
+from transformers import HubertConfig
 from transformers.models.hubert.modeling_hubert import (
     HubertEncoder,
     HubertEncoderStableLayerNorm,
@@ -11,17 +11,7 @@ from transformers.models.hubert.modeling_hubert import (
     HubertPreTrainedModel,
 )
 
-from model.encoders.conv_stack import (
-    CONV_STACK_DEFAULTS,
-    ConvStackEncoder,
-    ConvStackNetwork,
-    RaggedGroupNormConvLayer,
-    check_conv_stack,
-    conv_stack_flops,
-    conv_stack_windowing,
-    normalizes_as_published,
-)
-from model.encoders.family import EncoderFamily
+from model.encoders.conv_stack import ConvStackNetwork, conv_stack_family
 
 
 class RaggedHubert(ConvStackNetwork, HubertPreTrainedModel):
@@ -29,22 +19,8 @@ class RaggedHubert(ConvStackNetwork, HubertPreTrainedModel):
 
     def __init__(self, config: HubertConfig) -> None:
         super().__init__(config)
-        self.feature_extractor = HubertFeatureEncoder(config)
-        if config.feat_extract_norm == "group":
-            self.feature_extractor.conv_layers[0] = RaggedGroupNormConvLayer(config)
-        self.feature_projection = HubertFeatureProjection(config)
-        self.encoder = (HubertEncoderStableLayerNorm if config.do_stable_layer_norm else HubertEncoder)(config)
-        self.post_init()
+        encoder = HubertEncoderStableLayerNorm if config.do_stable_layer_norm else HubertEncoder
+        self._add_modules(HubertFeatureEncoder, HubertFeatureProjection, encoder)
 
 
-HUBERT = EncoderFamily(
-    config_class=HubertConfig,
-    network=RaggedHubert,
-    wrapper=ConvStackEncoder,
-    windowing=conv_stack_windowing,
-    flops=conv_stack_flops,
-    defaults=CONV_STACK_DEFAULTS,
-    check=check_conv_stack,
-    normalizes=normalizes_as_published,
-    feature_extractor=Wav2Vec2FeatureExtractor,
-)
+HUBERT = conv_stack_family(HubertConfig, RaggedHubert)

@@ -73,7 +73,7 @@ def padded_log_mel(audio: Ragged, num_mels: int, pad_samples: int | None = None)
         return_complex=True,
     )
     power = spectrum.real.square() + spectrum.imag.square()
-    log_spec = (_mel_filters(num_mels, device) @ power).clamp(min=1e-10).log10()
+    log_spec = (mel_filters(num_mels, FFT_SAMPLES, device) @ power).clamp(min=1e-10).log10()
     mask = length_mask(num_frames, log_spec.shape[2], device)
     # The floor is relative to the clip's own loudest bin, not to that of a frame past its end.
     inside = log_spec if mask is None else log_spec.masked_fill(~mask[:, None], -torch.inf)
@@ -96,10 +96,13 @@ def _mirrored(audio: Ragged, num_frames: tuple[int, ...]) -> Tensor:
 
 
 @cache
-def _mel_filters(num_mels: int, device: torch.device) -> Tensor:
-    """Return the mel filters [N, FFT bins]. They are no buffer, so they stay fp32 when a module is cast to bf16."""
+def mel_filters(num_mels: int, fft_samples: int, device: torch.device) -> Tensor:
+    """Return the mel filters [N, fft_samples // 2 + 1] of Slaney's scale, up to the highest frequency.
+
+    They are not a buffer, so they stay fp32 if a module is cast to bf16.
+    """
     bank = mel_filter_bank(
-        num_frequency_bins=FFT_SAMPLES // 2 + 1,
+        num_frequency_bins=fft_samples // 2 + 1,
         num_mel_filters=num_mels,
         min_frequency=0.0,
         max_frequency=SAMPLE_RATE / 2,

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import ParakeetEncoderConfig, ParakeetFeatureExtractor
-from transformers.audio_utils import mel_filter_bank
 from transformers.models.parakeet.modeling_parakeet import (
     ParakeetEncoderBlock,
     ParakeetEncoderSubsamplingConv2D,
@@ -26,6 +24,7 @@ from model.config import EncoderConfig
 from model.encoders.base import AudioEncoder, DrawnAsTransformers, call_layer, join_frames, length_mask
 from model.encoders.conformer import FixedBatchNorm, conformer_flops, relative_flops, relative_positions
 from model.encoders.family import EncoderFamily, ResolvedEncoder, encoder_error
+from model.encoders.log_mel import mel_filters
 from model.lengths import SAMPLE_RATE, Windowing
 from model.transfer import to_device
 
@@ -126,7 +125,9 @@ def normalized_mel(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...
         emphasized, FFT_SAMPLES, HOP_SAMPLES, WINDOW_SAMPLES, window, pad_mode="constant", return_complex=True
     )
     power = spectrum.real.square() + spectrum.imag.square()
-    mel = (_mel_filters(num_mels, waves.device) @ power + LOG_GUARD).log().transpose(1, 2)[:, : max(lengths)]
+    mel = (
+        (mel_filters(num_mels, FFT_SAMPLES, waves.device) @ power + LOG_GUARD).log().transpose(1, 2)[:, : max(lengths)]
+    )
     mask = length_mask(lengths, mel.shape[1], mel.device)
     count = to_device(lengths, mel.device)[:, None, None]
     if mask is not None:
@@ -140,21 +141,6 @@ def normalized_mel(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...
 def subsampled(mel_frames: int) -> int:
     """Return the number of frames for `mel_frames` mel frames; each of the strided convolutions rounds up."""
     return -(-mel_frames // SUBSAMPLING)
-
-
-@cache
-def _mel_filters(num_mels: int, device: torch.device) -> Tensor:
-    """Return the mel filters [N, FFT bins]. They are not a buffer, so they stay fp32 if a module is cast to bf16."""
-    bank = mel_filter_bank(
-        num_frequency_bins=FFT_SAMPLES // 2 + 1,
-        num_mel_filters=num_mels,
-        min_frequency=0.0,
-        max_frequency=SAMPLE_RATE / 2,
-        sampling_rate=SAMPLE_RATE,
-        norm="slaney",
-        mel_scale="slaney",
-    )
-    return torch.from_numpy(bank).float().T.contiguous().to(device)
 
 
 def _windowing(_config: EncoderConfig, _hf_config: Any, window_samples: int) -> Windowing:

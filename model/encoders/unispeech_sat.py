@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import UniSpeechSatConfig, Wav2Vec2FeatureExtractor
+from transformers import UniSpeechSatConfig
 from transformers.models.unispeech_sat.modeling_unispeech_sat import (
     UniSpeechSatEncoder,
     UniSpeechSatEncoderStableLayerNorm,
@@ -11,17 +11,7 @@ from transformers.models.unispeech_sat.modeling_unispeech_sat import (
     UniSpeechSatPreTrainedModel,
 )
 
-from model.encoders.conv_stack import (
-    CONV_STACK_DEFAULTS,
-    ConvStackEncoder,
-    ConvStackNetwork,
-    RaggedGroupNormConvLayer,
-    check_conv_stack,
-    conv_stack_flops,
-    conv_stack_windowing,
-    normalizes_as_published,
-)
-from model.encoders.family import EncoderFamily
+from model.encoders.conv_stack import ConvStackNetwork, conv_stack_family
 
 
 class RaggedUniSpeechSat(ConvStackNetwork, UniSpeechSatPreTrainedModel):
@@ -29,24 +19,8 @@ class RaggedUniSpeechSat(ConvStackNetwork, UniSpeechSatPreTrainedModel):
 
     def __init__(self, config: UniSpeechSatConfig) -> None:
         super().__init__(config)
-        self.feature_extractor = UniSpeechSatFeatureEncoder(config)
-        if config.feat_extract_norm == "group":
-            self.feature_extractor.conv_layers[0] = RaggedGroupNormConvLayer(config)
-        self.feature_projection = UniSpeechSatFeatureProjection(config)
-        self.encoder = (UniSpeechSatEncoderStableLayerNorm if config.do_stable_layer_norm else UniSpeechSatEncoder)(
-            config
-        )
-        self.post_init()
+        encoder = UniSpeechSatEncoderStableLayerNorm if config.do_stable_layer_norm else UniSpeechSatEncoder
+        self._add_modules(UniSpeechSatFeatureEncoder, UniSpeechSatFeatureProjection, encoder)
 
 
-UNISPEECH_SAT = EncoderFamily(
-    config_class=UniSpeechSatConfig,
-    network=RaggedUniSpeechSat,
-    wrapper=ConvStackEncoder,
-    windowing=conv_stack_windowing,
-    flops=conv_stack_flops,
-    defaults=CONV_STACK_DEFAULTS,
-    check=check_conv_stack,
-    normalizes=normalizes_as_published,
-    feature_extractor=Wav2Vec2FeatureExtractor,
-)
+UNISPEECH_SAT = conv_stack_family(UniSpeechSatConfig, RaggedUniSpeechSat)

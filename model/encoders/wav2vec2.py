@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
+from transformers import Wav2Vec2Config
 from transformers.models.wav2vec2.modeling_wav2vec2 import (
     Wav2Vec2Encoder,
     Wav2Vec2EncoderStableLayerNorm,
@@ -11,17 +11,7 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import (
     Wav2Vec2PreTrainedModel,
 )
 
-from model.encoders.conv_stack import (
-    CONV_STACK_DEFAULTS,
-    ConvStackEncoder,
-    ConvStackNetwork,
-    RaggedGroupNormConvLayer,
-    check_conv_stack,
-    conv_stack_flops,
-    conv_stack_windowing,
-    normalizes_as_published,
-)
-from model.encoders.family import EncoderFamily
+from model.encoders.conv_stack import ConvStackNetwork, conv_stack_family
 
 
 class RaggedWav2Vec2(ConvStackNetwork, Wav2Vec2PreTrainedModel):
@@ -29,22 +19,8 @@ class RaggedWav2Vec2(ConvStackNetwork, Wav2Vec2PreTrainedModel):
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__(config)
-        self.feature_extractor = Wav2Vec2FeatureEncoder(config)
-        if config.feat_extract_norm == "group":
-            self.feature_extractor.conv_layers[0] = RaggedGroupNormConvLayer(config)
-        self.feature_projection = Wav2Vec2FeatureProjection(config)
-        self.encoder = (Wav2Vec2EncoderStableLayerNorm if config.do_stable_layer_norm else Wav2Vec2Encoder)(config)
-        self.post_init()
+        encoder = Wav2Vec2EncoderStableLayerNorm if config.do_stable_layer_norm else Wav2Vec2Encoder
+        self._add_modules(Wav2Vec2FeatureEncoder, Wav2Vec2FeatureProjection, encoder)
 
 
-WAV2VEC2 = EncoderFamily(
-    config_class=Wav2Vec2Config,
-    network=RaggedWav2Vec2,
-    wrapper=ConvStackEncoder,
-    windowing=conv_stack_windowing,
-    flops=conv_stack_flops,
-    defaults=CONV_STACK_DEFAULTS,
-    check=check_conv_stack,
-    normalizes=normalizes_as_published,
-    feature_extractor=Wav2Vec2FeatureExtractor,
-)
+WAV2VEC2 = conv_stack_family(Wav2Vec2Config, RaggedWav2Vec2)

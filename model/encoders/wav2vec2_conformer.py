@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import Wav2Vec2ConformerConfig, Wav2Vec2FeatureExtractor
+from transformers import Wav2Vec2ConformerConfig
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import (
     Wav2Vec2ConformerConvolutionModule,
     Wav2Vec2ConformerEncoder,
@@ -23,16 +23,12 @@ from model.encoders.base import DrawnAsTransformers, call_layer, length_mask
 from model.encoders.conformer import FixedBatchNorm, conformer_flops, positions_of, relative_flops
 from model.encoders.conv_stack import (
     CONV_STACK_DEFAULTS,
-    ConvStackEncoder,
     RaggedGroupNormConvLayer,
-    check_conv_stack,
     conv_features,
     conv_only_flops,
-    conv_stack_windowing,
-    normalizes_as_published,
+    conv_stack_family,
     padded_conv_lengths,
 )
-from model.encoders.family import EncoderFamily
 
 
 class MaskedConvolutions(Wav2Vec2ConformerConvolutionModule):
@@ -118,14 +114,9 @@ def _flops(hf: Any, samples: int) -> float:
     return conv_only_flops(hf, samples) + hf.num_hidden_layers * layer
 
 
-WAV2VEC2_CONFORMER = EncoderFamily(
-    config_class=Wav2Vec2ConformerConfig,
-    network=RaggedWav2Vec2Conformer,
-    wrapper=ConvStackEncoder,
-    windowing=conv_stack_windowing,
+WAV2VEC2_CONFORMER = conv_stack_family(
+    Wav2Vec2ConformerConfig,
+    RaggedWav2Vec2Conformer,
     flops=_flops,
     defaults={**CONV_STACK_DEFAULTS, "conformer_conv_dropout": 0.0},
-    check=check_conv_stack,
-    normalizes=normalizes_as_published,
-    feature_extractor=Wav2Vec2FeatureExtractor,
 )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
-from transformers import Wav2Vec2FeatureExtractor, WavLMConfig
+from transformers import WavLMConfig
 from transformers.models.wavlm.modeling_wavlm import (
     WavLMAttention,
     WavLMEncoder,
@@ -23,18 +23,13 @@ from transformers.models.wavlm.modeling_wavlm import (
 
 from model.encoders.base import DrawnAsTransformers, call_layer, length_mask
 from model.encoders.conv_stack import (
-    CONV_STACK_DEFAULTS,
-    ConvStackEncoder,
     RaggedGroupNormConvLayer,
     add_positions,
-    check_conv_stack,
     conv_features,
+    conv_stack_family,
     conv_stack_flops,
-    conv_stack_windowing,
-    normalizes_as_published,
     padded_conv_lengths,
 )
-from model.encoders.family import EncoderFamily
 
 
 class GatedBiasAttention(WavLMAttention):
@@ -141,14 +136,4 @@ def _flops(hf: Any, samples: int) -> float:
     return conv_stack_flops(hf, samples) + hf.num_hidden_layers * bias
 
 
-WAVLM = EncoderFamily(
-    config_class=WavLMConfig,
-    network=RaggedWavLM,
-    wrapper=ConvStackEncoder,
-    windowing=conv_stack_windowing,
-    flops=_flops,
-    defaults=CONV_STACK_DEFAULTS,
-    check=check_conv_stack,
-    normalizes=normalizes_as_published,
-    feature_extractor=Wav2Vec2FeatureExtractor,
-)
+WAVLM = conv_stack_family(WavLMConfig, RaggedWavLM, flops=_flops)

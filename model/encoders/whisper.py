@@ -67,14 +67,23 @@ class MelTransformer(DrawnAsTransformers):
         hidden = F.gelu(self.conv2(hidden)).transpose(1, 2)
         if kept is None:
             kept = [-(-m // 2) for m in num_mel_frames]
-        hidden = hidden[:, : max(kept)]
+        return self.layer_norm(self.transform(hidden[:, : max(kept)], kept, recompute))
+
+    def transform(self, hidden: Tensor, lengths: Sequence[int], recompute: bool) -> Tensor:
+        """Add the positions to frames [B, F, D] and pass them through the layers, without the last norm.
+
+        Args:
+            hidden: The output of the convolutions.
+            lengths: The number of frames of each window to which frames attend.
+            recompute: True to recompute every layer in the backward pass.
+        """
         hidden = hidden + self.embed_positions(torch.arange(hidden.shape[1], device=hidden.device))
         hidden = F.dropout(hidden, p=self.dropout, training=self.training)
-        mask = length_mask(kept, hidden.shape[1], hidden.device)
+        mask = length_mask(lengths, hidden.shape[1], hidden.device)
         attention_mask = None if mask is None else mask[:, None, None].expand(-1, -1, hidden.shape[1], -1)
         for layer in self.layers:
             hidden = call_layer(layer, hidden, attention_mask, recompute=recompute)
-        return self.layer_norm(hidden)
+        return hidden
 
 
 class RaggedWhisperEncoder(MelTransformer, WhisperEncoder):

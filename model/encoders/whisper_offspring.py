@@ -9,9 +9,9 @@ Shapes: B windows, N mel bins, M mel frames (10 ms), F frames (20 ms), E pooled 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
@@ -27,7 +27,7 @@ from transformers import (
 
 from model.batch import Ragged
 from model.config import EncoderConfig
-from model.encoders.base import AudioEncoder, DrawnAsTransformers, call_layer, join_frames, length_mask
+from model.encoders.base import AudioEncoder, join_frames
 from model.encoders.family import EncoderFamily, ResolvedEncoder
 from model.encoders.log_mel import HOP_SAMPLES, num_mel_frames, padded_log_mel
 from model.encoders.whisper import MelTransformer, Whisper, check_capacity, whisper_flops, whisper_windowing
@@ -43,19 +43,14 @@ class RaggedVoxtralEncoder(MelTransformer, VoxtralEncoder):
     """transformers' `VoxtralEncoder`, with the same parameters."""
 
 
-class PooledTransformer(DrawnAsTransformers):
+class PooledTransformer(MelTransformer):
     """The forward pass of Qwen2-Audio's and Audio Flamingo 3's towers, for windows of unequal length."""
 
-    conv1: nn.Conv1d
-    conv2: nn.Conv1d
-    embed_positions: nn.Embedding
-    layers: nn.ModuleList
-    layer_norm: nn.LayerNorm
     avg_pooler: nn.AvgPool1d
-    dropout: float
-    training: bool
 
-    def forward(self, mel: Tensor, lengths: Sequence[int], recompute: bool = False) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, mel: Tensor, lengths: Sequence[int], recompute: bool = False
+    ) -> Tensor:
         """Encode mel spectrograms, which include the silence after each window.
 
         Args:
@@ -67,12 +62,7 @@ class PooledTransformer(DrawnAsTransformers):
             [B, max F // 2, D]; the valid E of each window is F // 2.
         """
         hidden = F.gelu(self.conv2(F.gelu(self.conv1(mel)))).transpose(1, 2)[:, : max(lengths)]
-        hidden = hidden + self.embed_positions(torch.arange(hidden.shape[1], device=hidden.device))
-        hidden = F.dropout(hidden, p=self.dropout, training=self.training)
-        mask = length_mask(lengths, hidden.shape[1], hidden.device)
-        attention_mask = None if mask is None else mask[:, None, None].expand(-1, -1, hidden.shape[1], -1)
-        for layer in self.layers:
-            hidden = call_layer(layer, hidden, attention_mask, recompute=recompute)
+        hidden = self.transform(hidden, lengths, recompute)
         return self.layer_norm(self.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
 
 
@@ -137,6 +127,7 @@ def _features(hf_config: Any) -> dict[str, Any]:
     return {"feature_size": hf_config.num_mel_bins, "sampling_rate": SAMPLE_RATE}
 
 
+_NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
 KEY_MAPPING = {r"^(model\.)?audio_tower\.": ""}
 VOXTRAL = EncoderFamily(
     config_class=VoxtralEncoderConfig,
@@ -144,7 +135,7 @@ VOXTRAL = EncoderFamily(
     wrapper=Whisper,
     windowing=whisper_windowing,
     flops=whisper_flops,
-    defaults={"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0},
+    defaults={**_NO_DROPOUT, "layerdrop": 0.0},
     length_modes=("full", "trim"),
     normalizes=None,
     features=_features,
@@ -159,24 +150,17 @@ QWEN2_AUDIO = EncoderFamily(
     windowing=_windowing,
     flops=_flops,
     frame_samples=POOLED_SAMPLES,
-    defaults={"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0},
+    defaults={**_NO_DROPOUT, "encoder_layerdrop": 0.0},
     normalizes=None,
     features=_features,
     feature_extractor=WhisperFeatureExtractor,
     containers={"qwen2_audio": "audio_config"},
     key_mapping=KEY_MAPPING,
 )
-AUDIO_FLAMINGO_3 = EncoderFamily(
+AUDIO_FLAMINGO_3 = replace(
+    QWEN2_AUDIO,
     config_class=AudioFlamingo3EncoderConfig,
     network=RaggedAudioFlamingo3Encoder,
-    wrapper=PooledWhisper,
-    windowing=_windowing,
-    flops=_flops,
-    frame_samples=POOLED_SAMPLES,
-    defaults={"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0},
-    normalizes=None,
-    features=_features,
-    feature_extractor=WhisperFeatureExtractor,
+    defaults=VOXTRAL.defaults,
     containers={"audioflamingo3": "audio_config"},
-    key_mapping=KEY_MAPPING,
 )

@@ -125,7 +125,7 @@ def test_router_and_mixture_wait_once(source: Any) -> None:
         mixed.square().sum().backward()
         router.advance()
     torch.testing.assert_close(host(mixed), expected.detach(), rtol=1e-4, atol=1e-5)
-    device.waits.pop("model/encoders/log_mel.py:_mel_filters", None)
+    device.waits.pop("model/encoders/log_mel.py:mel_filters", None)
     assert dict(device.waits) == {"model/router.py:on_host": 1}, device.kinds
 
 
