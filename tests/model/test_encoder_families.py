@@ -233,7 +233,7 @@ def test_the_self_test_finds_what_padding_changes() -> None:
 
 @torch.no_grad()
 def test_half_precision_keeps_rotary_frequencies(tmp_path: Path) -> None:
-    """In training, and in an exported model with an encoder of transformers, whose probe stays in fp32."""
+    """This holds in training, and in an exported model with an encoder of transformers, whose probe stays in fp32."""
     model = model_of(["auto_lasr"])
     hf_config = resolve_hf_config(model.llm)
     whole = EarshotForCausalLM(EarshotConfig(**describe(model, hf_config, hf_config.vocab_size)))

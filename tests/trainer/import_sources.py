@@ -288,7 +288,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "nemo-chat": _nemo_chat,
     "slam": _slam,
 }
-"""For each format, a function that writes the corpus to a new folder and returns what is imported."""
+"""The functions by format. Each one writes the corpus to a new folder and returns what is imported."""
 
 
 def heard(data: bytes) -> NDArray[np.float32]:

@@ -38,8 +38,8 @@ class Reply:
     """The number of tokens of the text, encoded again."""
     compute_sec: float
     routing: tuple[dict[str, dict[str, float]], ...]
-    """For each clip or window in the order of encoding, and each gate of the router by name, the weights of the experts
-    that were chosen. Empty for a model without experts."""
+    """The weights of the chosen experts by name, for each gate of the router, for each clip or window in the order of
+    encoding. It is empty for a model without experts."""
 
     @property
     def details(self) -> dict[str, Any]:
