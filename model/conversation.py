@@ -102,6 +102,11 @@ def read_turns(messages: Any) -> tuple[Turn, ...]:
     return turns
 
 
+def plain_messages(turns: Sequence[Turn]) -> list[Message]:
+    """Return turns as messages whose content is text, in which `<audio>` stands for each clip."""
+    return [{"role": turn.role, "content": AUDIO_TAG.join(turn.texts)} for turn in turns]
+
+
 def audio_blocks(messages: Any) -> list[Any]:
     """Return the value of `audio` for each clip of messages in order, and None for a clip without one.
 

@@ -6,6 +6,12 @@ URL is the address of any OpenAI-compatible endpoint. Its key, if it needs one, 
 OPENAI_API_KEY. Ratings are from 0 to 5 on AudioBench's scale. They are written next to the predictions, into
 PREDICTIONS.judged-NAME.jsonl. They are also cached, so that no answer is paid for twice.
 
+    earshot judge runs/b/predictions-test.jsonl --against runs/a/predictions-test.jsonl --url … --model NAME
+
+With --against, the judge compares the answers with those of another evaluation of the same samples. Each pair of
+answers is compared twice, with the answers swapped. The score is the share of pairs in which the answer of PREDICTIONS
+is better, where a tie counts as a half.
+
 Exit code 0: all answers were rated. 1: the judge failed on some answers. 2: invalid arguments,
 or predictions that cannot be rated.
 """
@@ -26,12 +32,12 @@ from typing import Any
 from tqdm import tqdm
 
 from model.errors import UserError
+from tools import judge_pairs
 from tools.options import add_plugins, check_output
 from trainer.evaluation.predictions import Prediction, read_predictions
 from trainer.scoring.endpoint import Endpoint
-from trainer.scoring.judge import Item, Judge, Verdict
-from trainer.scoring.metric import mean
-from trainer.scoring.scores import TaskScore, score_metrics
+from trainer.scoring.judge import Item, Judge, Judged, Verdict
+from trainer.scoring.scores import TaskScore
 from trainer.scoring.table import format_table, score_table
 from trainer.scoring.tasks import TASKS
 
@@ -48,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="earshot judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="a predictions*.jsonl of an evaluation")
+    parser.add_argument(
+        "--against", type=Path, metavar="PREDICTIONS", help="compare with the answers of this evaluation instead"
+    )
     parser.add_argument("--url", required=True, help="base address of the endpoint, which usually ends in /v1")
     parser.add_argument("--model", required=True, metavar="NAME", help="name of the judge at the endpoint")
     parser.add_argument(
@@ -86,23 +95,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         predictions = [p for p in read_predictions(args.predictions) if p.meta["task"] in tasks]
         if not predictions:
             raise UserError(f"{args.predictions}: contains no prediction of {', '.join(tasks)}; choose other --tasks")
-        items = [_item(args.predictions, p) for p in predictions]
-        out = _verdicts_path(args.predictions, args.model)
-        check_output(f"{out}", out)
         check_output(f"--cache {args.cache}", args.cache, is_folder=True)
         endpoint = Endpoint(args.url, os.environ.get(KEY_VARIABLE) or None, args.timeout, args.attempts)
-        rated = Judge(endpoint, args.model, args.cache).rate_all(items, args.workers)
-        verdicts = list(tqdm(rated, total=len(items), unit=" answers", disable=None, leave=False))
+        judge = Judge(endpoint, args.model, args.cache)
+        return (_rate if args.against is None else _compare)(args, judge, predictions)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    summary = summarise(predictions, verdicts, args.prices)
+
+
+def _rate(args: argparse.Namespace, judge: Judge, predictions: Sequence[Prediction]) -> int:
+    """Rate the predictions, and return the exit code."""
+    items = [_item(args.predictions, p) for p in predictions]
+    out = _verdicts_path(args.predictions, args.model)
+    check_output(f"{out}", out)
+    verdicts = _verdicts(judge, items, args.workers)
+    scores = judge_pairs.mean_scores("judge", predictions, [v.rating for v in verdicts])
+    summary = summarise(scores, verdicts, args.prices)
     written = None
     if summary.scores:  # Without any rating, the file of an earlier call is kept.
         _write(out, args.model, predictions, verdicts)
         written = out
     print(json.dumps(_as_json(summary, written)) if args.json else _as_text(summary, written))
     return 1 if summary.num_failures else 0
+
+
+def _compare(args: argparse.Namespace, judge: Judge, predictions: Sequence[Prediction]) -> int:
+    """Compare the predictions with those of another evaluation, and return the exit code."""
+    tasks = {p.meta["task"] for p in predictions}
+    others = [p for p in read_predictions(args.against) if p.meta["task"] in tasks]
+    pairs = judge_pairs.align(args.predictions, predictions, args.against, others)
+    for ours, _ in pairs:
+        _item(args.predictions, ours)
+    other = f".against-{_file_part('-'.join(args.against.absolute().with_suffix('').parts[-2:]))}"
+    out = _verdicts_path(args.predictions.with_suffix(f"{other}.jsonl"), args.model)
+    check_output(f"{out}", out)
+    found = judge_pairs.comparisons(pairs, _verdicts(judge, judge_pairs.questions(pairs), args.workers))
+    written = None
+    summary = summarise(judge_pairs.preferences(found), judge_pairs.asked(found), args.prices)
+    if summary.scores:
+        judge_pairs.write(out, args.model, (args.predictions, args.against), found)
+        written = out
+    num_ignored = (len(predictions) - len(pairs), len(others) - len(pairs))
+    if args.json:
+        print(json.dumps(_as_json(summary, written) | judge_pairs.outcomes(found) | {"num_ignored": num_ignored}))
+    else:
+        ignored = f"{sum(num_ignored)} answers are ignored, since only one file has them\n" if any(num_ignored) else ""
+        print(ignored + judge_pairs.as_text(summary.scores, found) + "\n" + _requests(summary, written))
+    return 1 if summary.num_failures else 0
+
+
+def _verdicts(judge: Judge, items: Sequence[Judged], num_workers: int) -> list[Verdict]:
+    rated = judge.rate_all(items, num_workers)
+    return list(tqdm(rated, total=len(items), unit=" answers", disable=None, leave=False))
 
 
 def _judged() -> list[str]:
@@ -115,7 +160,7 @@ class Summary:
     """The mean ratings and the cost of judging."""
 
     scores: list[TaskScore]
-    """The mean rating of every task and subset, over the answers that were rated."""
+    """The mean rating or preference of every task and subset, over the answers that were rated."""
     num_cached: int
     """The number of ratings that were in the cache."""
     num_failures: dict[str, int]
@@ -128,25 +173,14 @@ class Summary:
     """The cost in the currency of the prices; None if no prices were given."""
 
 
-def summarise(
-    predictions: Sequence[Prediction], verdicts: Sequence[Verdict], prices: Sequence[float] | None
-) -> Summary:
-    """Summarise the ratings of one call of the command.
+def summarise(scores: list[TaskScore], verdicts: Sequence[Verdict], prices: Sequence[float] | None) -> Summary:
+    """Summarise one call of the command.
 
     Args:
-        predictions: The predictions that were rated.
-        verdicts: The judge's verdict on each of them.
+        scores: The scores.
+        verdicts: The judge's verdicts.
         prices: The prices of a million tokens sent and received; None if they are not known.
     """
-    rated: dict[str, list[tuple[dict[str, Any], float]]] = {}
-    for p, v in zip(predictions, verdicts, strict=True):
-        if v.rating is not None:
-            rated.setdefault(p.meta["task"], []).append((p.meta, v.rating))
-    scores = [
-        s
-        for task, pairs in rated.items()
-        for s in score_metrics(task, [mean("judge", [rating for _, rating in pairs])], [meta for meta, _ in pairs])
-    ]
     sent, received = sum(v.prompt_tokens for v in verdicts), sum(v.completion_tokens for v in verdicts)
     return Summary(
         scores,
@@ -161,12 +195,17 @@ def summarise(
 def _item(path: Path, p: Prediction) -> Item:
     if not p.meta.get("instruction"):
         raise UserError(f"{path}: '{p.key}' has no instruction, which the judge needs; repeat the evaluation")
-    return Item(p.meta["instruction"], p.meta["answer"], p.hypothesis)
+    return Item(p.meta["instruction"], p.meta["answer"], p.hypothesis, judge_pairs.history(p.meta))
 
 
 def _verdicts_path(predictions: Path, model: str) -> Path:
     """Return the file of a judge's verdicts. Each judge has its own, since ratings of different judges differ."""
-    return predictions.with_suffix(f".judged-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)[:100]}.jsonl")
+    return predictions.with_suffix(f".judged-{_file_part(model)}.jsonl")
+
+
+def _file_part(text: str) -> str:
+    """Return a text as a part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:100]
 
 
 def _write(path: Path, model: str, predictions: Sequence[Prediction], verdicts: Sequence[Verdict]) -> None:
@@ -200,7 +239,13 @@ def _as_json(summary: Summary, out: Path | None) -> dict[str, Any]:
 
 
 def _as_text(summary: Summary, out: Path | None) -> str:
-    lines = [format_table(score_table(summary.scores))] if summary.scores else ["no answer could be rated"]
+    table = format_table(score_table(summary.scores)) if summary.scores else "no answer could be rated"
+    return f"{table}\n{_requests(summary, out)}"
+
+
+def _requests(summary: Summary, out: Path | None) -> str:
+    """Return the lines about failures, tokens and the file of verdicts."""
+    lines = []
     if summary.num_failures:
         counts = ", ".join(f"{n} {kind}" for kind, n in sorted(summary.num_failures.items()))
         lines.append(

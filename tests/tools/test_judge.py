@@ -12,15 +12,27 @@ from typing import Any
 import pytest
 
 from tools import judge
-from trainer.evaluation.predictions import Prediction, write_predictions
+from trainer.evaluation.predictions import Prediction, read_predictions, write_predictions
+
+PROMPTS: list[str] = []
+"""The prompts that the service received since the test began."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A service that rates "good" with 5 and everything else with 1, and gives no rating for "odd"."""
+    """A service that rates "good" with 5 and everything else with 1, and gives no rating for "odd".
+
+    Of two answers, it prefers "good" to all others, and else the first one.
+    """
 
     def do_POST(self) -> None:
         prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
-        text = "no idea" if '"odd"' in prompt else "Rating: 5" if '"good"' in prompt else "Rating: 1"
+        PROMPTS.append(prompt)
+        if '"odd"' in prompt:
+            text = "no idea"
+        elif "Answer 2" in prompt:
+            text = "Better: 2" if 'Answer 2: "good"' in prompt else "**Better:** 1"
+        else:
+            text = "Rating: 5" if '"good"' in prompt else "Rating: 1"
         usage = {"prompt_tokens": 1000, "completion_tokens": 100}
         reply = json.dumps({"choices": [{"message": {"content": text}}], "usage": usage}).encode()
         self.send_response(200)
@@ -34,6 +46,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url() -> Iterator[str]:
+    PROMPTS.clear()
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
@@ -105,3 +118,78 @@ def test_unratable_predictions_are_one_line(tmp_path: Path, capsys: pytest.Captu
         assert judge.main([str(path), "--url", "http://localhost:1/v1", "--model", "m", *more]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and word in error and error.count("\n") == 1
+
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "audio", "audio": "a.flac"}, {"type": "text", "text": "What is this?"}]},
+    {"role": "assistant", "content": "Rain."},
+    {"role": "user", "content": "And <audio>?"},
+    {"role": "assistant", "content": "Wind."},
+]
+PLAIN = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "<audio>What is this?"},
+    {"role": "assistant", "content": "Rain."},
+]
+
+
+def chat(key: str, text: str, **fields: Any) -> Prediction:
+    meta = {"task": "chat", "messages": TURNS, "instruction": "And ?", "answer": "Wind.", "subset": "x", **fields}
+    return Prediction(key, text, True, 1.0, meta)
+
+
+def test_judge_reads_the_conversation_before_the_question(url: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    alone = Prediction("b", "bad", True, 1.0, {"task": "sqa", "instruction": "What?", "answer": "reference"})
+    write_predictions(path, [chat("a", "good"), alone])
+    command = [str(path), "--url", url, "--model", "m", "--cache", str(tmp_path / "cache")]
+    assert judge.main(command) == 0
+    first, second = sorted(PROMPTS, key=lambda prompt: "Be brief" not in prompt)
+    assert f'Question: "And ?"\nConversation before the question: {json.dumps(PLAIN)}\nReference' in first
+    assert "Conversation" not in second
+    # Predictions that were read and written again, as when an evaluation is continued, are the same.
+    write_predictions(tmp_path / "again.jsonl", read_predictions(path))
+    assert (tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
+
+
+def test_two_evaluations_are_compared_in_both_orders(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, other = tmp_path / "b" / "p.jsonl", tmp_path / "a" / "p.jsonl"
+    said = {"won": ("good", "x"), "lost": ("x", "good"), "order": ("x", "y"), "same": ("x", "x"), "odd": ("x", "odd")}
+    for path, place in ((ours, 0), (other, 1)):
+        path.parent.mkdir()
+        more = [chat(f"only{place}", "x")]
+        write_predictions(path, [*(chat(key, texts[place]) for key, texts in said.items()), *more])
+    command = [str(ours), "--against", str(other), "--url", url, "--model", "m", "--cache", str(tmp_path / "cache")]
+    assert judge.main([*command, "--json"]) == 1  # one pair could not be compared
+    found = json.loads(capsys.readouterr().out)
+    assert len(PROMPTS) == 6 and all(json.dumps(PLAIN) in prompt for prompt in PROMPTS)
+    score = found["scores"]["chat/preference"]
+    assert (score["value"], found["num_rated"]["chat/preference"]) == (0.5, 4)
+    assert score["low"] < 0.5 < score["high"]
+    counts = {name: found[name] for name in ("num_won", "num_tied", "num_lost", "num_equal", "num_order_dependent")}
+    assert list(counts.values()) == [1, 2, 1, 1, 1]
+    assert (found["num_ignored"], found["num_failures"], found["prompt_tokens"]) == ([1, 1], {"no_rating": 2}, 6000)
+    out = Path(found["verdicts"])
+    assert out.parent == ours.parent and out.name == "p.against-a-p.judged-m.jsonl"
+    lines = {d["key"]: d["preference"] for d in map(json.loads, out.read_text().splitlines())}
+    assert lines == {"won": 1.0, "lost": 0.0, "order": 0.5, "same": 0.5, "odd": None}
+    assert judge.main(command) == 1
+    text = capsys.readouterr().out
+    assert "1 better, 2 tied, 1 worse; 1 pairs of answers are equal; in 1 pairs" in text
+    assert len(PROMPTS) == 8  # The failed pair was asked again, and all others were in the cache.
+
+
+def test_evaluations_of_other_questions_are_not_compared(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, other = tmp_path / "b.jsonl", tmp_path / "a.jsonl"
+    write_predictions(ours, [chat("a", "x")])
+    write_predictions(other, [chat("a", "y", instruction="What else?")])
+    command = [str(ours), "--against", str(other), "--url", url, "--model", "m", "--cache", str(tmp_path / "cache")]
+    assert judge.main(command) == 2
+    error = capsys.readouterr().err
+    assert f"{other}: instruction of 'a' is not that of {ours}" in error and error.count("\n") == 1
+    assert PROMPTS == []

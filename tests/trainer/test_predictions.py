@@ -14,6 +14,7 @@ PREDICTIONS = [
     Prediction("a", "one\u2028two", True, 1.5, {"task": "asr", "answer": "one", "subset": "x", "licence": "CC"}),
     Prediction("b", "(B)", False, 0.25, {"task": "er", "answer": "sad", "choices": ["happy", "sad"], "source": "s"}),
     Prediction("c", "", True, 2.0, {"task": "ac", "answer": "rain", "references": ["rain"], "instruction": "What?"}),
+    Prediction("d", "很好", True, 1.0, {"task": "st", "answer": "天气很好", "language": "en", "target_language": "zh"}),
 ]
 
 
@@ -37,6 +38,7 @@ def test_read_predictions_have_the_same_scores(tmp_path: Path) -> None:
         ('{"key": "a", "task": "asr", "reference": "x", "hypothesis": 3}', "hypothesis = 3"),
         ('{"key": "a", "task": "er", "reference": "x", "hypothesis": "y", "choices": [1]}', "choices"),
         ('{"key": "a", "task": "er", "reference": "x", "hypothesis": "y", "finished": null}', "finished"),
+        ('{"key": "a", "task": "er", "reference": "x", "hypothesis": "y", "messages": [1]}', "messages"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, word: str) -> None:

@@ -23,16 +23,20 @@ def with_last_turn(metadata: dict[str, Any]) -> dict[str, Any]:
     Evaluation, scores and reports read these. A sample without `messages`, or with messages that `check_metadata`
     refuses, is returned unchanged.
     """
-    if metadata.get("messages") is None:
-        return metadata
-    try:
-        turns = read_turns(metadata["messages"])
-    except ConversationError:
-        return metadata
-    if turns[-1].role != "assistant":
+    turns = conversation_of(metadata)
+    if not turns:
         return metadata
     last = {"instruction": turns[-2].text, "answer": turns[-1].text}
     return {**metadata, **{name: text for name, text in last.items() if metadata.get(name) is None}}
+
+
+def conversation_of(metadata: Mapping[str, Any]) -> tuple[Turn, ...]:
+    """Return the turns of `messages` if they are a conversation that ends with an answer, else nothing."""
+    try:
+        turns = read_turns(metadata.get("messages"))
+    except ConversationError:
+        return ()
+    return turns if turns[-1].role == "assistant" else ()
 
 
 def prompt_turns(metadata: Mapping[str, Any], num_clips: int) -> tuple[Turn, ...]:

@@ -8,14 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.conversation import plain_messages
 from model.errors import UserError
 from model.json_text import parse_json
+from trainer.data.metadata import conversation_of
 from trainer.scoring.fields import field_problem, is_amount
 from trainer.scoring.meteor import Meteor
 from trainer.scoring.scores import TaskScore, score
 from trainer.telemetry.jsonl import write_atomically
 
-_META_FIELDS = ("subset", "source", "language", "instruction", "choices", "references", "qtype", "slot")
+_META_FIELDS = (
+    "subset",
+    "source",
+    "language",
+    "target_language",
+    "instruction",
+    "choices",
+    "references",
+    "qtype",
+    "slot",
+)
 _REQUIRED = ("key", "task", "reference", "hypothesis")
 
 
@@ -48,6 +60,7 @@ def to_line(p: Prediction) -> str:
         "key": p.key,
         "task": p.meta["task"],
         **{name: p.meta[name] for name in _META_FIELDS if p.meta.get(name) is not None},
+        **({"messages": plain_messages(turns)} if (turns := conversation_of(p.meta)) else {}),
         "reference": p.meta["answer"],
         "hypothesis": p.hypothesis,
         "finished": p.finished,
@@ -129,4 +142,8 @@ def _parse(where: str, line: bytes) -> Prediction:
         raise UserError(f"{where}: {problem}; write predictions as `earshot evaluate` does")
     meta = {name: row[name] for name in ("task", *_META_FIELDS) if row.get(name) is not None}
     meta["answer"] = row["reference"]
+    if row.get("messages") is not None:
+        if not conversation_of(row):
+            raise UserError(f"{where}: messages is not a conversation; write predictions as `earshot evaluate` does")
+        meta["messages"] = row["messages"]
     return Prediction(row["key"], row["hypothesis"], finished, float(seconds), meta, windows)
