@@ -30,8 +30,8 @@ LOCKED_TORCH = $(PY) -m pip install $(LOCKED) -r requirements/torch-cpu.txt 2>/d
 CHOSEN_TORCH = $(PY) -m pip install --quiet $(or $(TORCH_SPEC),torch==2.13.0) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 INSTALL_TORCH = $(if $(TORCH_SPEC)$(TORCH_INDEX),$(CHOSEN_TORCH),$(LOCKED_TORCH))
 TORCH_INDEX ?=
-# How many files of tests run side by side, e.g. make test JOBS=2. Tests that wait for processes may then time out.
-JOBS ?= 1
+# How many files of tests run side by side. A test that fails beside another one runs again alone (tests/run_all.sh).
+JOBS ?= 2
 
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -79,10 +79,10 @@ lint: setup
 	$(PY) -m mypy
 
 check: lint
-	$(PY) -m pytest -m 'not slow'
+	$(PY) -m pytest -m 'not slow' -n $(JOBS) --dist loadfile
 
 test: lint docs
-	$(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile) --durations=40 --durations-min=3
+	tests/run_all.sh $(PY) $(JOBS)
 
 fuzz: setup
 	$(PY) -m tests.fuzz --inputs 2000
@@ -114,7 +114,7 @@ sbom: .venv-lock/bin/uv
 
 audit: .venv-lock/bin/uv
 	cat $(filter-out %/torch-cpu.txt,$(wildcard requirements/*.txt)) > .venv-lock/all.txt
-	.venv-lock/bin/pip-audit --require-hashes --disable-pip -r .venv-lock/all.txt
+	.venv-lock/bin/pip-audit --strict --require-hashes --disable-pip -r .venv-lock/all.txt
 
 demo: setup
 	$(PY) -m tools.demo
