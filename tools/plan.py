@@ -19,6 +19,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import UserError
@@ -70,6 +71,7 @@ def _run(options: argparse.Namespace) -> int:
     from trainer.plan.fit import fit
     from trainer.plan.plan import as_json
     from trainer.plan.report import explain, report
+    from trainer.plan.store import store
 
     advice: Advice | None = None
     changes: list[str] = []
@@ -87,6 +89,10 @@ def _run(options: argparse.Namespace) -> int:
         print(json.dumps({**as_json(plan), "changes": changes, "advice": advice and dataclasses.asdict(advice)}))
     sys.stdout.flush()
     plan.check_fits()
+    if options.store:
+        folder = Path(recipe.train.run_dir) / recipe.name
+        store(plan, folder)
+        print(f"stored in {folder}: the run will be compared with this plan", file=sys.stderr)
     return 0
 
 
@@ -180,6 +186,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--sweep", metavar="KEY=v1,v2,…", help="print a table with one plan per value of a recipe key, and nothing else"
+    )
+    parser.add_argument(
+        "--store", action="store_true", help="store the plan in the run's folder, so that the run is compared with it"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object with all numbers on the last line")
     return parser

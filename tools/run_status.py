@@ -75,6 +75,8 @@ class Status:
     """The last straggler event of this attempt."""
     events: list[dict[str, Any]]
     """The last events."""
+    plan: dict[str, Any] | None = None
+    """The last comparison of this attempt with the run's plan, see `trainer.training.plan_check.compare`."""
     scores: dict[str, float] = field(default_factory=dict)
     """The main scores of the last evaluation of each split, by `SPLIT/TASK/METRIC`."""
     host: str | None = None
@@ -145,7 +147,9 @@ def read_status(run_dir: Path, now_sec: float) -> Status:
     step_sec = _recent_step_sec(records)
     signs = [e["time"] for e in events] + [r["time"] for r in records[-1:] if isinstance(r.get("time"), int | float)]
     left_sec = (num_steps - step) * step_sec if state == "running" and num_steps and step_sec else None
-    stragglers = [e for e in events if e["event"] == "straggler" and e["attempt"] == num_attempts(events)]
+    of_attempt = [e for e in events if e["attempt"] == num_attempts(events)]
+    stragglers = [e for e in of_attempt if e["event"] == "straggler"]
+    compared = [e for e in of_attempt if e["event"] == "plan_checked"]
     return Status(
         name=last.get("name", run_dir.resolve().name),
         state=state,
@@ -165,6 +169,7 @@ def read_status(run_dir: Path, now_sec: float) -> Status:
         else 0,
         straggler=dict(stragglers[-1]) if stragglers else None,
         events=events[-_NUM_EVENTS:],
+        plan=dict(compared[-1]) if compared else None,
         scores=main_scores(everything),
         host=last.get("host"),
         event_counts=dict(Counter(e["event"] for e in events)),

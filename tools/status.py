@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -30,6 +31,7 @@ from trainer.telemetry.events import Event
 
 _BARS = "▁▂▃▄▅▆▇█"
 _NUM_BARS = 60
+_WIDTH = 100
 _WATCH_SEC = 5.0
 _HOME = "\033[H\033[J"
 """The control sequence that moves to the top of the terminal and clears it."""
@@ -75,9 +77,26 @@ def describe(status: Status, now_sec: float) -> str:
         s = status.straggler
         where = f"rank {s['slow_rank']} on {s['slow_host']}"
         lines.append(f"  slow      {where} takes {s['times_median']} times as long as the others in {s['phase']}")
+    lines += _plan(status)
     if status.events:
         lines += ["", *(_line(event, now_sec) for event in status.events)]
     return "\n".join(lines)
+
+
+def _plan(status: Status) -> list[str]:
+    """Return the lines about the comparison with the plan, if there was one."""
+    if status.plan is None:
+        return []
+    parts = status.plan.get("compared", {}).get("parts_sec", {})
+    each = ", ".join(f"{name} {seconds:.3g} s ({planned:.3g})" for name, (seconds, planned) in parts.items())
+    lines = textwrap.wrap(
+        str(status.plan.get("why", "")), _WIDTH, initial_indent="  plan      ", subsequent_indent=" " * 12
+    )
+    if each:
+        lines += textwrap.wrap(
+            f"measured (planned): {each}", _WIDTH, initial_indent=" " * 12, subsequent_indent=" " * 12
+        )
+    return lines
 
 
 def _latest(status: Status) -> list[str]:
@@ -93,7 +112,19 @@ def _latest(status: Status) -> list[str]:
 
 
 def _line(event: Event, now_sec: float) -> str:
-    known = ("time", "event", "attempt", "host", "rank", "step", "fingerprint", "name", "num_ranks", "num_steps")
+    known = (
+        "time",
+        "event",
+        "attempt",
+        "host",
+        "rank",
+        "step",
+        "fingerprint",
+        "name",
+        "num_ranks",
+        "num_steps",
+        "compared",
+    )
     rest = "  ".join(f"{key}={_short(value)}" for key, value in event.items() if key not in known)
     step = f"step {event['step']}" if event.get("step") is not None else ""
     ago = f"{duration(now_sec - event['time'])} ago"

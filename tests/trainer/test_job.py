@@ -202,7 +202,8 @@ def test_facts_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     keys = [f"data.root={tmp_path}", f"train.run_dir={tmp_path}/runs"]
     assert main(["debug", *keys]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (facts.pop("snapshot_gib"), facts.pop("plan")) == (0, "")  # this command does not make a plan
+    # This command does not make a plan.
+    assert (facts.pop("snapshot_gib"), facts.pop("plan"), facts.pop("plan_json")) == (0, "", "")
     assert facts == {"run_dir": f"{tmp_path}/runs/debug", "num_ranks": 2, "tensor": 1, "stores": [], "trackers": []}
 
 
@@ -228,6 +229,6 @@ def test_the_check_before_a_job_takes_the_snapshot_from_the_plan(
 ) -> None:
     (tmp_path / "demo.jsonl").touch()
     facts = check("debug", [f"data.root={tmp_path}", f"train.run_dir={tmp_path}/runs"])
-    assert 0 < facts.snapshot_gib < 1
+    assert 0 < facts.snapshot_gib < 1 and json.loads(facts.plan_json)["recipe"] == "debug"
     text = capsys.readouterr().out
     assert "Host memory for checkpoints: " in text and "{" not in text

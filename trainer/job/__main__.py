@@ -36,7 +36,7 @@ from trainer.telemetry.alerts import Alerts
 from trainer.telemetry.announce import print_timed
 from trainer.telemetry.events import Event, EventLog, read_events
 from trainer.telemetry.jsonl import write_atomically
-from trainer.telemetry.origin import PLAN_NAME
+from trainer.telemetry.origin import PLAN_JSON_NAME, PLAN_NAME
 
 _STORE_SEC = 10.0
 _STORE_AGAIN_SEC = 120.0
@@ -111,19 +111,20 @@ def check(recipe: str, overrides: Sequence[str], retry_sec: float = _STORE_SEC, 
         subprocess.Popen([sys.executable, "-m", *command], stdout=PIPE, stderr=PIPE, text=True) for command in commands
     ]
     outputs = [process.communicate() for process in running]
-    snapshot_gib, shown = 0.0, ""
+    snapshot_gib, shown, numbers = 0.0, "", ""
     if plan:
         lines = outputs[-1][0].splitlines()
         text, planned = [x for x in lines if not x.startswith("{")], [x for x in lines if x.startswith("{")]
         shown = "\n".join(text).rstrip()
         print(shown, flush=True)
-        snapshot_gib = json.loads(planned[-1])["snapshot_bytes_per_node"] / GIB if planned else 0.0
+        numbers = planned[-1] if planned else ""
+        snapshot_gib = json.loads(numbers)["snapshot_bytes_per_node"] / GIB if planned else 0.0
     line = next((line for line in outputs[0][0].splitlines() if line.startswith("{")), None)
     facts = None
     if line is not None:
         tree = json.loads(line)
         lists = {name: tuple(tree[name]) for name in ("stores", "trackers")}
-        facts = Facts(**{**tree, **lists, "snapshot_gib": snapshot_gib, "plan": shown})
+        facts = Facts(**{**tree, **lists, "snapshot_gib": snapshot_gib, "plan": shown, "plan_json": numbers})
     for process, (_, errors) in reversed(list(zip(running, outputs, strict=True))):
         if process.returncode:
             raise RefusedError(errors.strip().removeprefix("error: "), facts)
@@ -314,9 +315,10 @@ def _in_job(recipe: str, overrides: Sequence[str]) -> int:
             run_dir = Path(error.facts.run_dir)
             EventLog(run_dir, notify=Alerts(run_dir)).add("refused", why=str(error), job=allocation.job_id)
         raise
-    if facts.plan:  # Trackers show it.
+    if facts.plan:  # Trackers show it, and the run is compared with it.
         Path(facts.run_dir).mkdir(parents=True, exist_ok=True)
         write_atomically(Path(facts.run_dir) / PLAN_NAME, facts.plan + "\n")
+        write_atomically(Path(facts.run_dir) / PLAN_JSON_NAME, facts.plan_json + "\n")
     log = EventLog(Path(facts.run_dir), notify=Alerts(Path(facts.run_dir)))
     return Job(allocation, facts, signals, log, (recipe, *overrides)).run()
 

@@ -40,6 +40,8 @@ class Facts:
     """The host memory that saving a checkpoint needs on each node, according to the plan; 0 if there is no plan."""
     plan: str = ""
     """The text of the plan; empty if there is none."""
+    plan_json: str = ""
+    """The numbers of the plan as one JSON object; empty if there is none."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from trainer.plan.communication import Traffic, traffic
 from trainer.plan.encoder_memory import EncoderTracer
 from trainer.plan.experts import ExpertPlan, expert_plan
 from trainer.plan.flops import Flops, step_flops
+from trainer.plan.forecast import digest_of
 from trainer.plan.llm_memory import Kernels
 from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.memory import MemoryModel, RankMemory, kinds_of_ranks, memory_model
@@ -301,6 +302,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     topology = plan.topology
     return {
         "recipe": plan.recipe.name,
+        "digest": digest_of(plan.recipe),
         "accelerator": plan.accelerator.name,
         "usable_bytes": int(plan.accelerator.usable_bytes),
         "fits": plan.fits,

@@ -83,7 +83,7 @@ def text_of(event: Event, name: str) -> str:
     """Return an alert as one line of text."""
     step = f" at step {event['step']}" if event.get("step") is not None else ""
     what = str(event["event"]).replace("_", " ")
-    hidden = ("time", "event", "attempt", "host", "step", "samples", "history", "fingerprint", "num_steps")
+    hidden = ("time", "event", "attempt", "host", "step", "samples", "history", "fingerprint", "num_steps", "compared")
     details = ", ".join(f"{key} {value}" for key, value in event.items() if key not in hidden)
     text = f"{name}: {what}{step} (attempt {event['attempt']}, {event['host']})" + (f": {details}" if details else "")
     return text if len(text) <= 1000 else text[:999] + "…"

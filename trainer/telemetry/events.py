@@ -52,6 +52,7 @@ EVENTS = {
     "diverged": "too many updates in a row were skipped, and the run ended without saving its weights",
     "corrupted": "replicas of the LLM hold different weights, so a device is faulty",
     "gpu_fault": "a GPU reported a hardware fault, or reduced its clocks",
+    "plan_checked": "the time and memory of steps were compared with the run's plan",
     "straggler": "one rank works persistently slower than the others",
     "failed": "an exception ended a rank",
     "finished": "the run did its last step",

@@ -58,6 +58,8 @@ class StepReport:
     """The load of the experts in the LLM's layers in the same interval; None also if the LLM has no experts."""
     ranks: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the ranks' work in the logging interval that ends with this step; empty if `load` is None."""
+    plan: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the comparison with the run's plan; empty if there is none, and in steps that end no interval."""
     epochs: Mapping[str, float] = field(default_factory=dict)
     """The number of epochs of each dataset that have been read since the run began, by the dataset's name. It need not
     be whole."""
@@ -138,7 +140,7 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
     if last.memory_bytes:
         metrics["memory/rank0_peak_bytes"] = last.memory_bytes
     for report in reports:
-        metrics |= report.ranks
+        metrics |= {**report.ranks, **report.plan}
     for name, epochs in last.epochs.items():
         metrics[f"data/epochs/{name}"] = epochs
     for reason, count in last.num_skipped.items():
@@ -200,6 +202,8 @@ class PhaseTimer:
 
     def __init__(self, synchronise: Callable[[], None] | None = None) -> None:
         self.listener: PhaseListener | None = None
+        self.marker: Callable[[str | None], None] | None = None
+        """A function that is called when the innermost open phase changes, with its name or None. It must not wait."""
         self._synchronise = synchronise
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._open: list[str] = []
@@ -211,12 +215,14 @@ class PhaseTimer:
             self.listener.on_phase_begin(phase, outermost=not self._open)
         self._lap()
         self._open.append(phase)
+        self._mark(phase)
         start_sec = self._mark_sec
         try:
             yield
         finally:
             self._lap()
             self._open.pop()
+            self._mark(self.current)
             if self.listener is not None:
                 self.listener.on_phase_end(phase, start_sec, self._mark_sec)
 
@@ -232,6 +238,10 @@ class PhaseTimer:
         seconds = dict(self._seconds)
         self._seconds.clear()
         return seconds
+
+    def _mark(self, phase: str | None) -> None:
+        if self.marker is not None:
+            self.marker(phase)
 
     def _lap(self) -> None:
         if self._synchronise is not None and self.listener is not None:

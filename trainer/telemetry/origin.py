@@ -13,6 +13,8 @@ from pathlib import Path
 
 PLAN_NAME = "plan.txt"
 """The name of the file in a run's folder that contains the plan of its job, or else a summary of its recipe."""
+PLAN_JSON_NAME = "plan.json"
+"""The name of the file in a run's folder that contains the numbers of its plan, with which the run is compared."""
 _PACKAGES = ("earshot", "torch", "deepspeed", "megatron-core", "transformers")
 _PROJECT = Path(__file__).parents[2]
 _GIT_SEC = 5.0

@@ -26,6 +26,8 @@ class RankWork:
     """The wall time of each phase, in seconds."""
     wait_sec: Mapping[str, float]
     """The part of each phase's wall time that was spent waiting for other ranks, in seconds."""
+    peak_bytes: int = 0
+    """The peak memory of the rank's device so far; 0 on a CPU."""
 
     @property
     def work_sec(self) -> dict[str, float]:
@@ -177,8 +179,8 @@ def work_metrics(parts: Sequence[RankWork], num_steps: int) -> dict[str, float]:
         num_steps: The number of steps in the interval.
 
     Returns:
-        The longest work per step by phase, the rank that works longest, the ratio of its work to the median, and the
-        shortest and longest waits per step.
+        The longest work per step by phase, the rank that works longest, the ratio of its work to the median, the
+        shortest and longest waits per step, and the peak memory of the fullest device.
     """
     times = _Times()
     times.add(parts)
@@ -193,6 +195,9 @@ def work_metrics(parts: Sequence[RankWork], num_steps: int) -> dict[str, float]:
         metrics[f"ranks/max_work/{phase}_sec"] = float(work[:, times.phases.index(phase)].max()) / steps
     metrics["ranks/min_wait_sec"] = float(waits.min()) / steps
     metrics["ranks/max_wait_sec"] = float(waits.max()) / steps
+    peak = max(work.peak_bytes for work in parts)
+    if peak:
+        metrics["memory/max_peak_bytes"] = float(peak)
     return metrics
 
 

@@ -26,7 +26,7 @@ class ProgressHook(Hook):
 
     _SHOWN_OTHERWISE = ("resumed", "finished", "stopped")
     """Events that are not printed, because other lines on the terminal already report them."""
-    _HIDDEN_FIELDS = ("samples", "why", "slow_rank", "slow_host", "times_median", "history")
+    _HIDDEN_FIELDS = ("samples", "why", "slow_rank", "slow_host", "times_median", "history", "as_planned", "compared")
 
     def __init__(self, every_steps: int = 1) -> None:
         self._every_steps = every_steps

@@ -29,6 +29,7 @@ from trainer.telemetry.trace import Trace
 from trainer.telemetry.waiting import WaitSampler
 from trainer.training.early_stop import stops_early
 from trainer.training.evaluate import Evaluation, Evaluator
+from trainer.training.plan_check import PlanCheck, plan_check_of
 from trainer.training.rank_work import Work
 from trainer.training.replicas import check_replicas
 from trainer.training.saver import Saver
@@ -82,6 +83,9 @@ class Loop:
             groups.world,
             lambda events: gather_values(events, groups.world),
         )
+        self.plan_check: PlanCheck | None = None
+        if groups.rank == 0:
+            self.plan_check = plan_check_of(recipe, run_dir, step.timer, groups.device, self.hooks.on_event)
         with kept_generators(groups.device):
             self.utilization = None if groups.rank else utilization_of(recipe, groups.topology, groups.device)
         self.last_step = recipe.train.steps
@@ -195,6 +199,8 @@ class Loop:
             peak = peak_memory_bytes()
             mfu = None if self.utilization is None else self.utilization.mfu(report)
             report = replace(report, mfu=mfu, memory_bytes=peak.get("device", peak["host"]))
+        if self.plan_check is not None:
+            report = self.plan_check.add(report)
         self.trace.end(report.step, last=known.stopping)
         self.hooks.on_step(report)
         if self.stopped:

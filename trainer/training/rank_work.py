@@ -13,7 +13,7 @@ from trainer.parallel.groups import Groups
 from trainer.parallel.values import gather_values
 from trainer.telemetry.config import TelemetryConfig
 from trainer.telemetry.events import Emit
-from trainer.telemetry.metrics import StepReport
+from trainer.telemetry.metrics import StepReport, peak_memory_bytes
 from trainer.telemetry.straggler import RankWork, Straggler, StragglerMeter, work_metrics
 from trainer.telemetry.waiting import WaitSampler
 
@@ -73,7 +73,8 @@ class Work:
         Returns:
             On rank 0, the report with metrics of the work of all ranks. On other ranks, the unchanged report.
         """
-        mine = RankWork(self._groups.rank, socket.gethostname(), dict(self._phase_sec), self._waits.take())
+        peak = peak_memory_bytes().get("device", 0)
+        mine = RankWork(self._groups.rank, socket.gethostname(), dict(self._phase_sec), self._waits.take(), peak)
         num_steps, self._num_steps = self._num_steps, 0
         self._phase_sec.clear()
         parts = gather_values(mine, self._groups.world, (RankWork,))
