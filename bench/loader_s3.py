@@ -4,8 +4,9 @@
 
 Arms alternate. `obstore` fetches whole objects, one or four at a time, and discards them. `ours` reads every sample in
 training order in chunks of several sizes (ranged reads), verifies each against the index, and parses its metadata.
-`ours + decode` and `obstore + decode` also decode. The server and the client share the machine's cores. The goal is
-stated in `bench.loader`.
+`ours + decode` and `obstore + decode` also decode. `cached` reads through the cache of the node, which the first round
+fills, and `disk` reads the same shards from a folder. The server and the client share the machine's cores. The goals
+are stated in `bench.loader`.
 """
 
 from __future__ import annotations
@@ -93,6 +94,21 @@ def obstore_and_decode(shards: ShardSet) -> Callable[[], int]:
     return run
 
 
+def count_reads(reader: DatasetReader) -> Callable[[], int]:
+    """Return a function that returns the number of ranges that `reader` has read from its store so far."""
+    store: Any = reader.shards.store
+    read, num = store.get_range, 0
+
+    def get_range(*args: Any) -> memoryview:
+        nonlocal num
+        num += 1
+        found: memoryview = read(*args)
+        return found
+
+    store.get_range = get_range
+    return lambda: num
+
+
 def main(folder: str, tokenizer: str) -> int:
     """Run the benchmark as a command, which prints a table and, as the last line, one JSON object."""
     with tempfile.TemporaryDirectory() as scratch, running(Path(scratch)) as server:
@@ -110,21 +126,37 @@ def main(folder: str, tokenizer: str) -> int:
             part = replace(prepared, config=replace(config, read_kib=read_kib))
             readers[read_kib] = part.open_training()[0]
             arms[f"ours, {read_kib} KiB"] = ours(readers[read_kib], decode=False)
+        fields = {"read_kib": BUCKET_READ_KIB, "node_cache_gib": 8.0, "node_cache_dir": f"{scratch}/cache"}
+        through = replace(prepared, config=replace(config, **fields)).open_training()[0]
+        num_fetched = count_reads(through)
+        arms["cached"] = ours(through, decode=False)
+        disk = replace(config, root=str(Path(folder).parent), read_kib=BUCKET_READ_KIB)
+        arms["disk"] = ours(prepare(disk, TokenRate((2, 2, 2))).open_training()[0], decode=False)
         arms["ours + decode"] = ours(readers[BUCKET_READ_KIB], decode=True)
         arms["obstore + decode"] = obstore_and_decode(readers[BUCKET_READ_KIB].shards)
-        rows = compare(arms)
+        fetched_first: list[int] = []
+        rows = compare(arms, on_first_round=lambda: fetched_first.append(num_fetched()))
+        fetched_later = num_fetched() - fetched_first[0]
     best = max(row["mb_per_sec"] for name, row in rows.items() if name.startswith("obstore,"))
     result = {
         "arms": rows,
         "ours_of_obstore": rows[f"ours, {BUCKET_READ_KIB} KiB"]["mb_per_sec"] / best,
+        "cached_of_disk": rows["cached"]["mb_per_sec"] / rows["disk"]["mb_per_sec"],
+        "cached_of_s3": rows["cached"]["mb_per_sec"] / rows[f"ours, {BUCKET_READ_KIB} KiB"]["mb_per_sec"],
+        "cached_reads": {"first_round": fetched_first[0], "later_rounds": fetched_later},
         "with_decode": rows["ours + decode"]["mb_per_sec"] / rows["obstore + decode"]["mb_per_sec"],
     }
     print(json.dumps(result))
     return 0
 
 
-def compare(arms: dict[str, Callable[[], int]]) -> dict[str, dict[str, float]]:
-    """Return MB/s and CPU seconds of the client per GiB as medians over rounds of alternating arms."""
+def compare(arms: dict[str, Callable[[], int]], on_first_round: Callable[[], None]) -> dict[str, dict[str, float]]:
+    """Return MB/s and CPU seconds of the client per GiB as medians over rounds of alternating arms.
+
+    Args:
+        arms: the functions that read all shards and return the number of bytes, by name.
+        on_first_round: a function that is called after the first round, which is not counted.
+    """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for number in range(ROUNDS + 1):
         for name, arm in arms.items():
@@ -133,6 +165,8 @@ def compare(arms: dict[str, Callable[[], int]]) -> dict[str, dict[str, float]]:
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             if number:  # the first round is not counted
                 found[name].append((num_bytes / 1e6 / wall, cpu / (num_bytes / 2**30)))
+        if not number:
+            on_first_round()
     rows = {}
     for name, pairs in found.items():
         rates = [p[0] for p in pairs]

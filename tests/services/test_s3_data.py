@@ -208,22 +208,26 @@ def test_permanently_unreachable_server_stops_the_run_after_saving_its_state(
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_second_epoch_is_read_from_the_cache_of_the_node(
-    server: Swift, swift: Swift, local: Path, tmp_path: Path
+    server: Swift, swift: Swift, local: Path, tmp_path: Path, num_workers: int
 ) -> None:
-    url = "s3://bucket/cached"
+    url = f"s3://bucket/cached{num_workers}"
     upload(local, f"{url}/set")
     cached = {"node_cache_gib": 0.1, "node_cache_dir": str(tmp_path / "cache")}
     expected = keys(prepared(str(local), local), 66)
     found: list[str] = []
-    data = prepared(url, local, retry_sec=1.0, **cached)
-    # 44 samples are an epoch of 22 batches. Without the server, only the cache has the other two epochs.
-    with Loader(SampleStream(data, seed=3, num_batches=66)) as loader:
-        for number, (batch, _) in enumerate(loader):
-            found += [s.key for s in batch.samples]
-            if number == 24:
-                deadline = time.monotonic() + 10
-                while time.monotonic() < deadline and len(list((tmp_path / "cache").glob("??/*"))) < 9:
-                    time.sleep(0.05)
-                server.kill_proxy()
+    data = prepared(url, local, retry_sec=1.0, num_workers=num_workers, **cached)
+    # 44 samples are an epoch of 22 batches. Without the server, only the cache has the third epoch.
+    try:
+        with Loader(SampleStream(data, seed=3, num_batches=66)) as loader:
+            for number, (batch, _) in enumerate(loader):
+                found += [s.key for s in batch.samples]
+                if number == 46:
+                    deadline = time.monotonic() + 10
+                    while time.monotonic() < deadline and len(list((tmp_path / "cache").glob("??/*"))) < 9:
+                        time.sleep(0.05)
+                    server.kill_proxy()
+    finally:
+        server.start_proxy()
     assert found == expected

@@ -5,15 +5,22 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 
-from tests.trainer.data_corpus import audio_bytes, row, write_shards
+from model.lengths import TokenRate
+from tests.trainer.data_corpus import audio_bytes, data_config, row, write_shards
+from trainer.data.config import DatasetConfig
 from trainer.data.fetch import read_samples
-from trainer.data.node_cache import NodeCache
-from trainer.data.shards import RawSample, ShardSet
-from trainer.storage.store import LocalStore
+from trainer.data.node_cache import QUEUE_BYTES, NodeCache
+from trainer.data.prepare import open_shards
+from trainer.data.shards import RawSample, Selection, ShardSet, table_name
+from trainer.data.stream import StreamSpec, open_readers
+from trainer.storage.store import ChangedError, LocalStore
 
 SIZE = 1000
 
@@ -54,6 +61,41 @@ def test_a_range_is_fetched_once_by_all_processes_of_a_node(tmp_path: Path) -> N
     assert bucket.fetched == [0, 1, 2, 3, 4]
     assert first.read("range 0", bucket.range(0), fresh=True) == content(0)
     assert bucket.fetched[5:] == [0]
+
+
+def test_what_waits_to_be_written_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_write = Event()
+    rename = os.replace
+
+    def slow(*args: str) -> None:
+        assert may_write.wait(10)
+        rename(*args)
+
+    monkeypatch.setattr("trainer.data.node_cache.os.replace", slow)
+    bucket, cache = Bucket(), NodeCache(tmp_path / "c", 1 << 20, queue_bytes=SIZE // 2)
+    for number in range(3):  # The first one may wait although it is larger than the queue.
+        read(cache, bucket, number)
+    may_write.set()
+    cache.wait()
+    for number in range(3):
+        read(cache, bucket, number)
+    assert bucket.fetched == [0, 1, 2, 1, 2]
+
+
+def test_datasets_of_a_process_share_a_cache_and_those_of_a_rank_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = ShardSet(LocalStore(write_shards(tmp_path / "s", [(row("a"), [])], per_shard=1))).index
+    monkeypatch.setattr("trainer.data.prepare.open_store", lambda url, retry_sec: SimpleNamespace(url=url))
+    fields = {"node_cache_gib": 1.0, "node_cache_dir": str(tmp_path / "c"), "num_workers": 4}
+    config = data_config(tmp_path, **fields)
+    datasets = tuple((DatasetConfig(name=n, shards=n), f"s3://b/{n}", index, Selection()) for n in "ab")
+    spec = StreamSpec(config, datasets, "", TokenRate((2,)), (), None, 0, 1)
+    caches = [reader.shards.cache for reader in open_readers(spec)]  # as in a decoding process
+    caches += [open_shards("s3://b/c", index, config).cache]
+    assert caches[0] is not None and all(c is caches[0] for c in caches)
+    assert caches[0].queue_bytes * 4 == QUEUE_BYTES
+    assert open_shards("s3://b/c", index, replace(config, node_cache_gib=0.0)).cache is None
 
 
 def test_damaged_ranges_are_fetched_again(tmp_path: Path) -> None:
@@ -108,6 +150,23 @@ def test_a_cache_that_fails_only_costs_speed(
     assert bucket.fetched == [0, 1, 0, 1]
     assert caplog.text.count("data.node_cache_dir") == 1
     assert fault == "file" or files(folder) == []
+
+
+def test_offset_tables_are_cached_and_wrong_ones_are_fetched_again(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "s", [(row("a"), [("flac", audio_bytes(0.1))])], per_shard=1)
+    cache = NodeCache(tmp_path / "c", 1 << 20)
+    path = folder / table_name(ShardSet(LocalStore(folder)).shards[0].name)
+    right = path.read_bytes()
+    path.write_bytes(right.replace(b'"sha256"', b'"sha257"'))
+    with pytest.raises(ChangedError, match="another version"):
+        ShardSet(LocalStore(folder), cache=cache).table(0)
+    cache.wait()
+    path.write_bytes(right)
+    shards = ShardSet(LocalStore(folder), cache=cache)
+    assert [entry.key for entry in shards.table(0)] == ["a"]
+    cache.wait()
+    path.unlink()
+    assert ShardSet(shards.store, shards.index, cache=cache).table(0) == shards.table(0)
 
 
 def test_wrong_bytes_from_the_bucket_do_not_stay_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ import xxhash
 from trainer.files import locked
 
 _HASH_BYTES = 8
-_QUEUED_BYTES = 128 << 20
-"""The memory for ranges that wait to be written. Further ranges are not cached."""
+QUEUE_BYTES = 128 << 20
+"""The memory of a rank for ranges that wait to be written. Further ranges are not cached."""
 _SWEEP_BYTES = 64 << 20
 """The bytes that a process writes before it deletes old ranges again, at most."""
 _KEPT_SHARE = 0.9
@@ -38,10 +38,11 @@ class NodeCache:
     Args:
         folder: a folder that belongs to this user alone; it is created if it is missing.
         max_bytes: the size limit. It may be exceeded by 64 MiB per process.
+        queue_bytes: the memory for ranges that wait to be written. One range may wait in any case.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.folder, self.max_bytes = folder, max_bytes
+    def __init__(self, folder: Path, max_bytes: int, queue_bytes: int = QUEUE_BYTES) -> None:
+        self.folder, self.max_bytes, self.queue_bytes = folder, max_bytes, queue_bytes
         self._lock = Lock()
         self._jobs: SimpleQueue[tuple[Path, memoryview]] = SimpleQueue()
         self._queued_bytes = 0
@@ -100,7 +101,7 @@ class NodeCache:
 
     def _write_later(self, path: Path, data: memoryview) -> None:
         with self._lock:
-            if not self._is_usable or self._queued_bytes + len(data) > _QUEUED_BYTES:
+            if not self._is_usable or (self._queued_bytes and self._queued_bytes + len(data) > self.queue_bytes):
                 return
             self._queued_bytes += len(data)
             if self._thread is None:

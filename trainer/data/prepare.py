@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from model.lengths import TokenRate
 from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.manifest import Row, read_manifest
 from trainer.data.metadata import earlier_texts, has_earlier_answers
-from trainer.data.node_cache import NodeCache
+from trainer.data.node_cache import QUEUE_BYTES, NodeCache
 from trainer.data.sample import earlier_answers_error
 from trainer.data.sentencepiece_training import train_sentencepiece
 from trainer.data.shard_build import SKIPPED_NAME, BuildReport, ShardLimits, build_shards, source_digest
@@ -33,12 +34,20 @@ from trainer.storage.store import LocalStore, MissingError
 _NUM_FIRST = 100
 
 
-def open_cache(config: DataConfig) -> NodeCache | None:
-    """Return the cache of this node for shards from a bucket, or None if the recipe does not ask for one."""
-    if not config.node_cache_gib:
-        return None
+def open_shards(url: str, index: ShardIndex, config: DataConfig) -> ShardSet:
+    """Open shards without sending a request. Shards in a bucket are read through the node's cache if there is one."""
+    store = open_store(url, config.retry_sec)
+    if isinstance(store, LocalStore) or not config.node_cache_gib:
+        return ShardSet(store, index)
     folder = config.node_cache_dir or f"{tempfile.gettempdir()}/earshot-cache-{os.getuid()}"
-    return NodeCache(Path(folder), round(config.node_cache_gib * 2**30))
+    max_bytes, queue_bytes = round(config.node_cache_gib * 2**30), QUEUE_BYTES // max(1, config.num_workers)
+    return ShardSet(store, index, cache=_open_cache(Path(folder), max_bytes, queue_bytes))
+
+
+@cache
+def _open_cache(folder: Path, max_bytes: int, queue_bytes: int) -> NodeCache:
+    """Return the cache of this process, which all of its datasets share, so that the memory of its queue is bounded."""
+    return NodeCache(folder, max_bytes, queue_bytes)
 
 
 @dataclass(frozen=True)
@@ -61,9 +70,7 @@ class PreparedDataset:
             return None
         url, index = self.shards[split]
         selection = Selection(split, self.config.tasks, self.config.subsets)
-        store = open_store(url, config.retry_sec)
-        shards = ShardSet(store, index, cache=None if isinstance(store, LocalStore) else open_cache(config))
-        reader = DatasetReader(self.config, shards, selection, config.read_kib << 10)
+        reader = DatasetReader(self.config, open_shards(url, index, config), selection, config.read_kib << 10)
         return reader if reader.num_samples else None
 
 

@@ -239,8 +239,22 @@ class ShardSet:
             ChangedError: If the table is malformed or does not belong to the shard.
         """
         info = self.shards[shard]
+        name = table_name(info.name)
+        if self.cache is None:
+            return self._parse_table(info, self.store.get(name))
+
+        def fetch() -> memoryview:
+            return memoryview(self.store.get(name))
+
+        key = f"{self.store.url} {name} {self.index.digest}"
+        try:
+            return self._parse_table(info, bytes(self.cache.read(key, fetch)))
+        except ChangedError:
+            return self._parse_table(info, bytes(self.cache.read(key, fetch, fresh=True)))
+
+    def _parse_table(self, info: Shard, content: bytes) -> tuple[Entry, ...]:
         where = f"{self.store.url}/{table_name(info.name)}"
-        table = _json_object(where, self.store.get(table_name(info.name)), ChangedError)
+        table = _json_object(where, content, ChangedError)
         samples = table.get("samples")
         if table.get("sha256") != info.sha256 or not isinstance(samples, list) or len(samples) != info.num_samples:
             raise ChangedError(f"{where}: belongs to another version of the shard; make it again")

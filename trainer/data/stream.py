@@ -18,14 +18,13 @@ from model.lengths import TokenRate
 from trainer.data.config import DataConfig, DatasetConfig
 from trainer.data.errors import SampleError
 from trainer.data.lanes import DatasetMixture, DatasetOrder, lanes_of_rank
-from trainer.data.prepare import PreparedData
+from trainer.data.prepare import PreparedData, open_shards
 from trainer.data.sample import EncodedSample
-from trainer.data.shards import Selection, ShardIndex, ShardSet
+from trainer.data.shards import Selection, ShardIndex
 from trainer.data.source import Cursor, DatasetReader, SampleSource, Skip, check_skipped
 from trainer.data.state import LaneState, State, new_state, num_skipped, open_state
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.data.workers import Workers
-from trainer.storage.open import open_store
 
 _MAX_SKIPS_IN_A_ROW = 1000
 """A lane that skips this many samples in a row stops the run. The limit is higher for large shards and lower for small
@@ -302,7 +301,7 @@ def open_readers(spec: StreamSpec) -> list[DatasetReader]:
     """Open the readers of all datasets without sending any request to their stores."""
     config = spec.config
     return [
-        DatasetReader(dataset, ShardSet(open_store(url, config.retry_sec), index), selection, config.read_kib << 10)
+        DatasetReader(dataset, open_shards(url, index, config), selection, config.read_kib << 10)
         for dataset, url, index, selection in spec.datasets
     ]
 
