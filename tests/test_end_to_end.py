@@ -176,6 +176,6 @@ def test_user_error_is_one_line_and_exit_code_2(
 
 
 def test_70b_recipe_is_laid_out_without_a_cluster() -> None:
-    done = trainer("mowe_70b", "--dry-run")
+    done = trainer("mowe_70b", "--dry-run", "--no-data")
     assert done.returncode == 0, done.stderr
     assert "128" in done.stdout and "70" in done.stdout

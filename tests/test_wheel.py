@@ -64,7 +64,9 @@ def test_tests_and_benchmarks_are_not_installed(earshot: Path) -> None:
 
 def test_dry_run_of_every_recipe(earshot: Path, foreign: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
-        done = pool.map(lambda name: (name, call(earshot, foreign, "train", name, "--dry-run")), recipe_names())
+        done = pool.map(
+            lambda name: (name, call(earshot, foreign, "train", name, "--dry-run", "--no-data")), recipe_names()
+        )
         assert not [(name, d.stderr) for name, d in done if d.returncode != 0]
 
 
@@ -73,7 +75,7 @@ def test_init_and_a_few_steps_of_the_demo(earshot: Path, foreign: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (foreign / "project" / "slurm" / "env.sh").exists()
     assert (foreign / "project" / "ds_configs" / "zero3.json").exists()
-    done = call(earshot, foreign / "project", "train", "recipe.yaml", "--dry-run")
+    done = call(earshot, foreign / "project", "train", "recipe.yaml", "--dry-run", "--no-data")
     assert done.returncode == 0, done.stderr
     done = call(earshot, foreign, "demo", "train.steps=2", "optim.warmup_steps=1", "eval.max_new_tokens=2")
     assert done.returncode == 0 and "word error rate" in done.stdout, done.stderr

@@ -27,6 +27,7 @@ from model.errors import UserError
 if TYPE_CHECKING:
     from trainer.config.schema import Recipe
     from trainer.plan.advice import Advice
+    from trainer.plan.data import DataSummary
     from trainer.plan.plan import Planner
     from trainer.plan.workload import Workload
 
@@ -105,12 +106,30 @@ def _planner(options: argparse.Namespace, recipe: Recipe) -> tuple[Planner, Work
         from trainer.parallel.topology import build_topology
         from trainer.plan.accelerator import parse_accelerator
         from trainer.plan.plan import Planner
-        from trainer.plan.workload import typical_workload
+        from trainer.plan.workload import data_workload, typical_workload
 
     topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
-    workload = typical_workload(recipe, topology, options.audio_sec, options.text_tokens)
+    data = _data(options, recipe)
+    if data is None:
+        workload = typical_workload(recipe, topology, options.audio_sec, options.text_tokens)
+    else:
+        workload = data_workload(recipe, topology, data, options.text_tokens)
     fused = options.transformer_engine or transformer_engine() is not None
     return Planner(recipe, parse_accelerator(options.accelerator), transformer_engine=fused), workload
+
+
+def _data(options: argparse.Namespace, recipe: Recipe) -> DataSummary | None:
+    """Return the lengths of the recipe's data; None if they are to be assumed.
+
+    Raises:
+        UserError: If the data is asked for, but missing or unreadable.
+    """
+    from trainer.plan.data import is_present, summarize
+
+    if options.audio_sec is not None and options.data:
+        raise UserError(f"--audio-sec {options.audio_sec:g}: --data reads the lengths of clips; give one of them")
+    wanted = options.data or (options.data is None and options.audio_sec is None and is_present(recipe.data))
+    return summarize(recipe) if wanted else None
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -163,7 +182,14 @@ def _parser() -> argparse.ArgumentParser:
         "--audio-sec",
         type=float,
         metavar="SEC",
-        help="mean length of a clip in seconds (default: 10, or half of the longest clip if that is less)",
+        help="mean length of a clip in seconds, if it is assumed (default: 10, or half of the longest clip if that is "
+        "less)",
+    )
+    parser.add_argument(
+        "--data",
+        action=argparse.BooleanOptionalAction,
+        help="read the lengths of clips from the recipe's manifests and shards, in buckets as well; --no-data assumes "
+        "them (default: read them if all data is on this machine)",
     )
     parser.add_argument(
         "--text-tokens", type=int, default=64, metavar="N", help="text tokens of a sample (default: 64)"

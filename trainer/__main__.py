@@ -1,7 +1,7 @@
 """Train a speech-text model with several routed audio encoders, or resume it from its last checkpoint.
 
     earshot train kit_cpu data.root=DIR                    on this machine
-    earshot train mowe_70b --dry-run                       check the recipe and print its layout
+    earshot train mowe_70b --dry-run                       check the recipe and its data and print its layout
     earshot train recipe.yaml optim.lr=3e-4 data.datasets.0.weight=0.5
 
 The same command resumes a run that was stopped. Under srun, torchrun or DeepSpeed's launcher it is one rank.
@@ -71,8 +71,10 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         for warning in warnings_of(recipe.model):
             print(f"warning: {warning}", file=sys.stderr, flush=True)
     if options.dry_run:
-        from trainer.dry_run import check_tokenizer, describe
+        from trainer.dry_run import check_data, check_tokenizer, describe
 
+        if not options.no_data:
+            check_data(recipe)
         check_tokenizer(recipe)
         print(describe(recipe))
         return 0
@@ -96,7 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name in trainer/recipes, or path of a .yaml file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="recipe keys to change, dotted")
-    parser.add_argument("--dry-run", action="store_true", help="check the recipe, print its layout and sizes, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the recipe and its data, print its layout and sizes, and stop"
+    )
+    parser.add_argument("--no-data", action="store_true", help="with --dry-run, do not check that the data exists")
     parser.add_argument("--verbose", action="store_true", help="show the log lines of DeepSpeed, Megatron and others")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher appends it
     return parser

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model import lengths
@@ -10,17 +10,19 @@ from model.encoders.registry import encoder_flops
 from model.errors import UserError
 from trainer.config.checks import deepspeed_json, known_llm_config
 from trainer.config.schema import Recipe, TrainConfig
-from trainer.data.prepare import check_loss_turns
+from trainer.data.prepare import check_loss_turns, check_stored
 from trainer.data.tokenizer import load_tokenizer
 from trainer.engine.ds_config import load_ds_json
 from trainer.engine.llm_optimizer import Reduction
 from trainer.engine.placement import place
 from trainer.engine.stages import stages_of
 from trainer.parallel.topology import Topology, build_topology
+from trainer.plan.data import place_of
 from trainer.plan.ranks import rank_states
 from trainer.plan.sizes import Size, SizedModel, parameter_sizes, sized_model, stage_sizes
 from trainer.plan.states import States
 from trainer.plan.tables import bytes_text, count_text, ranks_text, table
+from trainer.storage.open import scheme_of
 from trainer.telemetry.jsonl import write_atomically
 
 
@@ -69,6 +71,23 @@ def check_tokenizer(recipe: Recipe) -> None:
             "use the LLM's own tokenizer"
         )
     check_loss_turns(recipe.data, tokenizer)
+
+
+def check_data(recipe: Recipe) -> None:
+    """Check the datasets of a recipe that are in folders of this machine. Those in buckets are not read.
+
+    Raises:
+        UserError: If a manifest or an index is missing or cannot be read, or shards contain no samples to train on.
+    """
+    data = recipe.staged_data
+    local = tuple(part for part in data.datasets if not scheme_of(place_of(data, part)))
+    try:
+        if len(local) == len(data.datasets):
+            check_stored(data)
+        elif local:
+            check_stored(replace(data, datasets=local, eval_splits=()))
+    except UserError as error:
+        raise UserError(f"{error}; --no-data skips this check if the data is on another machine") from None
 
 
 def write_plan(recipe: Recipe, path: Path) -> None:

@@ -27,7 +27,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_70b_on_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["mowe_70b", "--dry-run", "--verbose"]) == 0
+    assert main(["mowe_70b", "--dry-run", "--no-data", "--verbose"]) == 0
     out = capsys.readouterr().out
     assert "128 ranks = TP 4 x PP 8 x DP 4" in out
     rows = {tuple(line.split()) for line in out.splitlines()}
@@ -38,7 +38,7 @@ def test_70b_on_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("num_ranks", [8, 16])
 def test_the_published_mowe(num_ranks: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["mowe_published", "--dry-run", f"parallel.num_ranks={num_ranks}"]) == 0
+    assert main(["mowe_published", "--dry-run", "--no-data", f"parallel.num_ranks={num_ranks}"]) == 0
     out = capsys.readouterr().out
     assert f"{num_ranks} ranks = TP 2 x PP 1 x DP {num_ranks // 2}" in out
     rows = {tuple(line.split()) for line in out.splitlines()}
@@ -104,7 +104,7 @@ def test_a_local_checkpoint_needs_no_sizes_in_the_recipe(tmp_path: Path) -> None
 
 def test_tokenizer_is_checked_if_it_is_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_sentencepiece(["some words of text"] * 9, 40, tmp_path / "t.model", "<other>")
-    arguments = ["debug", "--dry-run", "--verbose", f"data.tokenizer.path={tmp_path / 't.model'}"]
+    arguments = ["debug", "--dry-run", "--no-data", "--verbose", f"data.tokenizer.path={tmp_path / 't.model'}"]
     assert main(arguments) == 2
     assert "<SpeechHere>" in capsys.readouterr().err
     assert main([*arguments, "data.tokenizer.placeholder=<other>"]) == 0

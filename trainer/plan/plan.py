@@ -17,6 +17,7 @@ from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology, build_topology
 from trainer.plan.accelerator import GIB, Accelerator
 from trainer.plan.communication import Traffic, traffic
+from trainer.plan.data import DatasetSummary
 from trainer.plan.encoder_memory import EncoderTracer
 from trainer.plan.experts import ExpertPlan, expert_plan
 from trainer.plan.flops import Flops, step_flops
@@ -28,7 +29,7 @@ from trainer.plan.ranks import DTYPES, RankStates, rank_states
 from trainer.plan.sizes import Size, parameter_sizes, part_sizes, sized_model
 from trainer.plan.states import States
 from trainer.plan.step_time import StepTime, step_time
-from trainer.plan.workload import EncoderWork, Workload, encoder_work, pack_work
+from trainer.plan.workload import EncoderWork, Workload, encoder_balance, encoder_padding, encoder_work, pack_work
 
 SECONDS_PER_DAY = 86_400.0
 UNCERTAINTY = 0.15
@@ -59,6 +60,10 @@ class Plan:
     attention: str
     """The attention kernel whose memory is counted."""
     mechanisms: Mechanisms = AS_BUILT
+    encoder_balance: float = 1.0
+    """The encoders' FLOPs on the busiest rank, divided by the mean over ranks."""
+    encoder_padding: float = 0.0
+    """The fraction of padding in encoder calls."""
     experts: ExpertPlan | None = None
     """What the experts in the LLM's layers take; None if it has none."""
 
@@ -224,6 +229,8 @@ class Planner:
             1 - free / time.total,
             "TransformerEngine" if fused else "PyTorch, on segments padded to batches",
             self.mechanisms,
+            encoder_balance(work),
+            encoder_padding(work),
             expert_plan(
                 self.model.llm,
                 topology,
@@ -279,6 +286,20 @@ class Planner:
         )
 
 
+def _dataset(one: DatasetSummary) -> dict[str, Any]:
+    lengths = one.lengths
+    return {
+        "name": one.name,
+        "num_samples": lengths.num_samples,
+        "hours": lengths.hours,
+        "share": one.share,
+        "epochs": one.epochs,
+        "mean_sec": float(lengths.seconds.mean()),
+        "longest_sec": float(lengths.seconds.max()),
+        "num_too_long": lengths.num_too_long,
+    }
+
+
 def as_json(plan: Plan) -> dict[str, Any]:
     """Return all numbers of a plan as JSON values. Their names contain the units."""
     time, kinds = plan.time, []
@@ -321,6 +342,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "pack_tokens": plan.packs.pack_tokens,
         "tokens_per_step": plan.workload.tokens,
         "audio_sec_per_step": plan.workload.audio_sec,
+        "encoder_balance": plan.encoder_balance,
+        "encoder_padding": plan.encoder_padding,
+        "datasets": None if plan.workload.data is None else [_dataset(d) for d in plan.workload.data.datasets],
         "kinds": kinds,
         "snapshot_bytes_per_node": plan.snapshot_bytes,
         "model_flops": plan.flops.model,

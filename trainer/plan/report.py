@@ -5,6 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+import numpy as np
+
 from trainer.engine.stages import stages_of
 from trainer.plan.accelerator import GIB
 from trainer.plan.advice import WORTH, Advice, limits
@@ -26,7 +28,14 @@ def report(plan: Plan, advice: Advice | None = None, price_per_gpu_hour: float |
         advice: The recommended changes to the recipe; None prints no advice.
         price_per_gpu_hour: The price of one accelerator for an hour; None prints no costs.
     """
-    blocks = (_summary(plan, advice, price_per_gpu_hour), _model(plan), _memory(plan), _traffic(plan), _time(plan))
+    blocks = (
+        _summary(plan, advice, price_per_gpu_hour),
+        _model(plan),
+        _data(plan),
+        _memory(plan),
+        _traffic(plan),
+        _time(plan),
+    )
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
@@ -113,6 +122,30 @@ def _model(plan: Plan) -> list[str]:
         f"{packs.num_microbatches} packs of {packs.pack_tokens} per replica, {padding:.1%} of it padding.",
         *_stages(plan),
     )
+
+
+def _data(plan: Plan) -> list[str]:
+    """Return the table of datasets, and what their lengths lead to."""
+    balance = f"The busiest rank computes {plan.encoder_balance:.2f} times the encoders' mean"
+    work = f"{balance}, and {plan.encoder_padding:.0%} of encoder calls are padding."
+    data = plan.workload.data
+    if data is None:
+        return _wrapped(f"The lengths of clips are assumed (log-normal) and not read from the data. {work}")
+    rows = [["dataset", "samples", "hours", "share", "epochs", "mean s", "95 % s", "longest s", "too long"]]
+    for one in data.datasets:
+        lengths = one.lengths
+        shown = (lengths.seconds.mean(), np.quantile(lengths.seconds, 0.95), lengths.seconds.max())
+        count = f"{lengths.num_samples:,}"
+        cells = [one.name, count, f"{lengths.hours:,.1f}", f"{one.share:.1%}", f"{one.epochs:.2f}"]
+        rows.append([*cells, *(f"{sec:.1f}" for sec in shown), f"{lengths.num_too_long:,}"])
+    notes = [work]
+    if data.skipped_fraction > data.max_skipped_fraction:
+        notes.insert(
+            0,
+            f"WARNING: {data.skipped_fraction:.1%} of the samples are longer than data.max_audio_sec, and the run "
+            f"stops at data.max_skipped_fraction = {data.max_skipped_fraction:g}; raise one of them.",
+        )
+    return [*table(rows), *_wrapped(*notes)]
 
 
 def _experts(plan: Plan) -> list[str]:

@@ -1,7 +1,8 @@
 """The work of one step: a global batch of typical lengths, and its distribution over ranks by the trainer's planners.
 
-A recipe does not contain the durations of clips. The plan assumes log-normal durations, as in speech corpora. They have
-a given mean and are limited to `data.max_audio_sec`. Every sample is assumed to have the same number of text tokens.
+A recipe does not contain the durations of clips. Unless they are read from its data (`trainer/plan/data.py`), the plan
+assumes log-normal durations, as in speech corpora. They have a given mean and are limited to `data.max_audio_sec`.
+Every sample is assumed to have the same number of text tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from trainer.parallel.dispatch import CALL_COST_SAMPLES, ClipTable, dispatch_of,
 from trainer.parallel.packs import PackPlan, plan_packs
 from trainer.parallel.plan import Ints
 from trainer.parallel.topology import Topology
+from trainer.plan.data import DataSummary
 from trainer.plan.sizes import SizedModel
 
 SIGMA = 0.6
@@ -42,6 +44,8 @@ class Workload:
     """The number of tokens of each sample, including audio tokens, [n]."""
     source_ranks: Ints
     """The rank that loads each sample, [n], in ascending order."""
+    data: DataSummary | None = None
+    """The datasets whose lengths the samples have; None if the lengths are assumed."""
 
     @property
     def audio_sec(self) -> float:
@@ -76,13 +80,40 @@ def typical_workload(
     mean = min(DEFAULT_AUDIO_SEC, limit / 2) if mean_audio_sec is None else mean_audio_sec
     if mean > limit:
         raise UserError(f"--audio-sec = {mean:g}: must be within 0..{limit:g} s (data.max_audio_sec)")
-    if text_tokens < 1:
-        raise UserError(f"--text-tokens = {text_tokens}: must be at least 1")
+    _check_text_tokens(text_tokens)
     seconds = _log_normal(data.global_batch_samples, mean, limit)
     seconds = seconds[permutation(len(seconds), "plan")]
     samples = np.array([max(1, num_samples(s)) for s in seconds], dtype=np.int64)
     audio_tokens = [recipe.model.adapter.rate.tokens_of_samples(int(n)) for n in samples]
     return Workload(samples, np.array(audio_tokens) + text_tokens, source_ranks_of(recipe, topology))
+
+
+def data_workload(
+    recipe: Recipe, topology: Topology, data: DataSummary, text_tokens: int = DEFAULT_TEXT_TOKENS
+) -> Workload:
+    """Return a global batch with the lengths of the recipe's own data.
+
+    Args:
+        recipe: The recipe of the run.
+        topology: The layout of the ranks.
+        data: The lengths of the samples.
+        text_tokens: The number of text tokens in each sample.
+
+    Raises:
+        UserError: If `text_tokens` is not positive.
+    """
+    _check_text_tokens(text_tokens)
+    seconds = data.batch(recipe.data.global_batch_samples)
+    seconds = seconds[permutation(len(seconds), "plan")]
+    samples = np.array([max(1, num_samples(s)) if s > 0 else 0 for s in seconds], dtype=np.int64)
+    rate = recipe.model.adapter.rate
+    audio_tokens = [rate.tokens_of_samples(int(n)) if n else 0 for n in samples]
+    return Workload(samples, np.array(audio_tokens) + text_tokens, source_ranks_of(recipe, topology), data)
+
+
+def _check_text_tokens(text_tokens: int) -> None:
+    if text_tokens < 1:
+        raise UserError(f"--text-tokens = {text_tokens}: must be at least 1")
 
 
 def source_ranks_of(recipe: Recipe, topology: Topology) -> Ints:
@@ -196,6 +227,22 @@ def _spread(
         int(clips.samples[once].sum()),
         int(num_frames(clips.samples[plan.clip[moved]]).sum()),
     )
+
+
+def encoder_balance(work: Sequence[EncoderWork]) -> float:
+    """Return the encoders' FLOPs on the busiest rank, divided by the mean over ranks; 1 without encoders."""
+    cost = sum((one.cost for one in work), np.zeros(1))
+    return float(cost.max() / cost.mean()) if cost.any() else 1.0
+
+
+def encoder_padding(work: Sequence[EncoderWork]) -> float:
+    """Return the fraction of encoder calls that is padding, if each clip is padded to the longest of its call.
+
+    Encoders that cut their clips into windows of a fixed length pad in another way.
+    """
+    calls = [call for one in work for rank in one.calls for encoder in rank for call in encoder if call]
+    padded = sum(max(call) * len(call) for call in calls)
+    return 1 - sum(map(sum, calls)) / padded if padded else 0.0
 
 
 def pack_work(recipe: Recipe, workload: Workload, topology: Topology) -> PackPlan:

@@ -1,0 +1,224 @@
+"""The lengths of a recipe's samples, read from the indexes of its shards and from its manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from model.errors import UserError
+from trainer.config.schema import Recipe
+from trainer.data.config import DataConfig, DatasetConfig
+from trainer.data.lanes import DatasetMixture
+from trainer.data.manifest import Row, read_manifest
+from trainer.data.shards import INDEX_NAME, Selection, ShardSet, read_index
+from trainer.scoring.fields import is_amount
+from trainer.storage.open import join_url, open_store, scheme_of
+from trainer.storage.store import MissingError
+
+_MOST_TABLES = 32
+"""The largest number of offset tables per dataset from which lengths are read."""
+_MOST_HEADERS = 2000
+"""The largest number of audio files per dataset whose headers are read, because the manifest gives no duration."""
+_PROGRESS_POINTS = 200
+"""The number of points of the training's progress at which the weights of datasets are averaged."""
+
+Seconds = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The lengths of the training samples of one dataset, or of an even selection of them."""
+
+    num_samples: int
+    """The number of all training samples of the dataset that the recipe selects."""
+    hours: float
+    """The duration of all their audio."""
+    seconds: Seconds = field(repr=False)
+    """The total duration of each selected sample's clips in ascending order, [n]; 0 without audio. Samples with a
+    longer clip than `data.max_audio_sec` are not among them."""
+    num_too_long: int
+    """The expected number of samples with such a clip, among all of them."""
+
+    @property
+    def num_usable(self) -> int:
+        """The number of samples that are not too long."""
+        return max(0, self.num_samples - self.num_too_long)
+
+
+@dataclass(frozen=True)
+class DatasetSummary:
+    """What a run reads of one dataset."""
+
+    name: str
+    lengths: Lengths
+    share: float
+    """The mean fraction of the samples of a step that are drawn from it, over the whole run."""
+    epochs: float
+    """How often the run reads each of its samples on average."""
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What a run reads of its datasets."""
+
+    datasets: tuple[DatasetSummary, ...]
+    max_skipped_fraction: float
+
+    @property
+    def skipped_fraction(self) -> float:
+        """The fraction of the samples that the run draws that are too long, so that it skips them."""
+        return sum(d.share * d.lengths.num_too_long / d.lengths.num_samples for d in self.datasets)
+
+    def batch(self, num_samples: int) -> Seconds:
+        """Return the durations of `num_samples` samples, with each dataset's share and distribution of lengths."""
+        exact = np.array([d.share * num_samples for d in self.datasets])
+        counts = np.floor(exact).astype(np.int64)
+        # The largest remainders are rounded up, so that the counts add up.
+        missing = num_samples - int(counts.sum())
+        counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+        parts = [
+            np.quantile(d.lengths.seconds, (np.arange(count) + 0.5) / count)
+            for d, count in zip(self.datasets, counts.tolist(), strict=True)
+            if count
+        ]
+        return np.concatenate(parts)
+
+
+def is_local(data: DataConfig) -> bool:
+    """Return whether all datasets are in folders of this machine, whether they exist or not."""
+    return not any(scheme_of(place_of(data, part)) for part in data.datasets)
+
+
+def is_present(data: DataConfig) -> bool:
+    """Return whether all datasets are on this machine: their manifests, or the indexes of their shards."""
+    return (
+        bool(data.datasets)
+        and is_local(data)
+        and all(
+            (
+                Path(place_of(data, part)) / INDEX_NAME if part.shards is not None else Path(place_of(data, part))
+            ).is_file()
+            for part in data.datasets
+        )
+    )
+
+
+def summarize(recipe: Recipe) -> DataSummary:
+    """Read the lengths of a recipe's training samples.
+
+    The numbers of samples and hours of shards are those of their index. Lengths are read from the offset tables of at
+    most 32 shards per dataset, and of manifests without `duration` from at most 2000 audio files per dataset. The
+    training reads neither the audio nor the text.
+
+    Raises:
+        UserError: If a dataset is missing or cannot be read, has no samples to train on, or only samples that are too
+            long.
+    """
+    data = recipe.staged_data
+    if not data.datasets:
+        raise UserError("data.datasets is empty: give at least one dataset with a manifest or shards")
+    lengths = [_lengths(data, part) for part in data.datasets]
+    counts = [one.num_samples for one in lengths]
+    mixture = DatasetMixture(data.datasets, recipe.seed, data.num_lanes, 1, counts, data.temperature)
+    shares = np.zeros(len(counts))
+    for point in range(_PROGRESS_POINTS):
+        weights = np.array(mixture.weights_at((point + 0.5) / _PROGRESS_POINTS))
+        shares += weights / weights.sum() / _PROGRESS_POINTS
+    drawn = recipe.train.steps * data.global_batch_samples
+    found = [
+        DatasetSummary(part.name, one, float(share), float(share) * drawn / max(1, one.num_usable))
+        for part, one, share in zip(data.datasets, lengths, shares, strict=True)
+    ]
+    return DataSummary(tuple(found), data.max_skipped_fraction)
+
+
+def place_of(data: DataConfig, part: DatasetConfig) -> str:
+    """Return the path or URL of a dataset's manifest or shards."""
+    return join_url(data.root, str(part.shards if part.shards is not None else part.manifest))
+
+
+def _lengths(data: DataConfig, part: DatasetConfig) -> Lengths:
+    found = _of_shards(data, part) if part.shards is not None else _of_manifest(data, part)
+    total, hours, seconds, longest = found
+    where = f"data.datasets '{part.name}'"
+    if not total:
+        raise UserError(
+            f"{where}: {place_of(data, part)} has no samples of split '{part.split}' with the selected tasks and "
+            "subsets; change them"
+        )
+    limit = data.max_audio_sec
+    fits = longest <= limit if limit is not None else np.ones(len(longest), dtype=bool)
+    if not fits.any():
+        raise UserError(
+            f"data.max_audio_sec = {limit:g}: all samples of {where} are longer; raise it, or remove the dataset"
+        )
+    kept = np.where(seconds > 0, np.maximum(seconds, data.min_audio_sec), 0.0)[fits]
+    return Lengths(total, hours, np.sort(kept), round(total * float(1 - fits.mean())))
+
+
+def _of_shards(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Seconds, Seconds]:
+    """Return the number of samples, the hours, and the durations of selected samples and of their longest clips."""
+    url = place_of(data, part)
+    store = open_store(url, data.retry_sec)
+    try:
+        shards = ShardSet(store, read_index(store))
+    except MissingError:
+        raise UserError(
+            f"data.datasets '{part.name}': no {url}/{INDEX_NAME}; check data.root = {data.root}, or make shards with "
+            "`earshot shards make`"
+        ) from None
+    selection = Selection(part.split, part.tasks, part.subsets)
+    chosen = [group for group in shards.index.groups if selection.matches(group)]
+    numbers = np.flatnonzero(shards.num_selected(selection))
+    read = numbers[np.linspace(0, len(numbers) - 1, min(_MOST_TABLES, len(numbers))).astype(np.int64)]
+    entries = [entry for shard in read.tolist() for entry in shards.table(shard) if selection.matches(entry)]
+    seconds = np.array([entry.seconds if entry.num_clips else 0.0 for entry in entries], dtype=np.float64)
+    clips = np.array([max(1, entry.num_clips) for entry in entries])
+    # The table has the total length of a sample's clips, which are taken to be equally long.
+    total = sum(group.num_samples for group in chosen)
+    return total, sum(group.seconds for group in chosen) / 3600, seconds, seconds / clips
+
+
+def _of_manifest(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Seconds, Seconds]:
+    """Return what `_of_shards` returns, for a manifest. The hours follow from the samples whose length is read."""
+    path = Path(place_of(data, part))
+    if scheme_of(str(data.root)) or not path.is_file():
+        raise UserError(f"data.datasets '{part.name}': {path}: no such file; check data.root = {data.root}")
+    rows = [r for r in read_manifest(path, part.split) if r.error is None and _is_selected(r, part)]
+    known = [r for r in rows if _given_seconds(r) is not None]
+    if len(known) < len(rows):
+        known = rows[:: max(1, -(-len(rows) // _MOST_HEADERS))]
+    seconds = np.array([_seconds(row) for row in known], dtype=np.float64)
+    clips = np.array([max(1, len(row.audio)) for row in known])
+    hours = float(seconds.mean()) * len(rows) / 3600 if known else 0.0
+    return len(rows), hours, seconds, seconds / clips
+
+
+def _is_selected(row: Row, part: DatasetConfig) -> bool:
+    fields: Sequence[tuple[str, tuple[str, ...]]] = (("task", part.tasks), ("subset", part.subsets))
+    return all(not allowed or row.metadata.get(name, "") in allowed for name, allowed in fields)
+
+
+def _given_seconds(row: Row) -> float | None:
+    duration = row.metadata.get("duration")
+    if not row.audio:
+        return 0.0
+    return float(duration) if is_amount(duration) and duration > 0 else None
+
+
+def _seconds(row: Row) -> float:
+    given = _given_seconds(row)
+    if given is not None:
+        return given
+    total = 0.0
+    for path in row.audio:
+        try:
+            total += soundfile.info(str(path)).duration
+        except soundfile.LibsndfileError:
+            pass  # The loader skips such a sample and reports it.
+    return total
