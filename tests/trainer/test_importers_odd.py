@@ -144,16 +144,36 @@ def test_one_column_may_give_two_fields(tmp_path: Path, clip: bytes) -> None:
     assert (row["answer"], row["subset"]) == ("dog", "dog")
 
 
-def test_a_stray_quotation_mark_does_not_merge_rows_silently(tmp_path: Path, clip: bytes) -> None:
-    rows = ["audio,text", "a.wav,one", 'a.wav,"two', "a.wav,three", 'a.wav,"four"', "a.wav,five"]
-    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
-    assert run("csv", tmp_path / "t.csv", tmp_path / "out") == 1
-    assert [r["answer"] for r in manifest(tmp_path / "out")] == ["one", "five"]
-    (line,) = (json.loads(s) for s in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines())
-    assert line["where"] == "t.csv:5" and "3 lines were read as one" in line["detail"]
-    (tmp_path / "open.csv").write_text('audio,text\na.wav,one\na.wav,"two\na.wav,three\n')
-    assert run("csv", tmp_path / "open.csv", tmp_path / "open") == 1
-    assert [r["answer"] for r in manifest(tmp_path / "open")] == ["one"] and len(skipped(tmp_path / "open")) == 1
+@pytest.mark.parametrize(
+    ("rows", "answers", "bad_lines"),
+    [
+        # The mark is closed by that of a later row, after which the row is malformed.
+        (['a.wav,"two', "a.wav,three", 'a.wav,"four"'], ["three", "four"], [3]),
+        # It is closed at the end of a later cell, so that the record is well-formed.
+        (['a.wav,"two', "a.wav,three", 'a.wav,four"'], ["three"], [3, 5]),
+        (['a.wav,"two', 'a.wav,three"', "a.wav,four"], ["four"], [3, 4]),
+        (['"a.wav,two', 'a.wav,three"', "a.wav,four"], ["four"], [3, 4]),
+        (['a.wav,"two', "a.wav,three", "a.wav,four"], ["three", "four"], [3]),
+        # Texts may have several lines.
+        (
+            ['a.wav,"two', "lines, or", 'three, in a.wav"', 'a.wav,"a, b"'],
+            ["two\nlines, or\nthree, in a.wav", "a, b"],
+            [],
+        ),
+    ],
+)
+def test_a_stray_quotation_mark_joins_no_rows(
+    rows: list[str], answers: list[str], bad_lines: list[int], tmp_path: Path, clip: bytes
+) -> None:
+    (tmp_path / "t.csv").write_text("\n".join(["audio,text", "a.wav,one", *rows, "a.wav,five"]) + "\n")
+    assert run("csv", tmp_path / "t.csv", tmp_path / "out") == bool(bad_lines)
+    assert [r["answer"] for r in manifest(tmp_path / "out")] == ["one", *answers, "five"]
+    lines = [json.loads(s) for s in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [line["where"] for line in lines] == [f"t.csv:{number}" for number in bad_lines]
+    assert all("quotation mark" in line["detail"] or "not a row" in line["detail"] for line in lines)
+
+
+def test_quotation_marks_of_tsv_are_text(tmp_path: Path, clip: bytes) -> None:
     (tmp_path / "t.tsv").write_text('audio\ttext\na.wav\t"one\na.wav\t"two" three\n')
     assert run("csv", tmp_path / "t.tsv", tmp_path / "tsv") == 0
     assert [r["answer"] for r in manifest(tmp_path / "tsv")] == ['"one', '"two" three']

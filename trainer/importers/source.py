@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import csv
 import errno
 import gzip
 import os
@@ -18,6 +17,7 @@ from typing import IO, Any, cast
 
 from model.errors import UserError
 from model.json_text import parse_json
+from trainer.importers.csv_table import records
 from trainer.importers.row import Row, RowError
 
 MAX_LINE_BYTES = 64 << 20
@@ -167,33 +167,23 @@ class Source:
             raise UserError(f"{path}: is not a text file; check SRC and --from")
         if delimiter is None:
             delimiter = max("\t,;|", key=lambda d: first.count(d.encode()))
-        text = (line.decode("utf-8", "surrogateescape") + "\n" for _, line in self.lines(path, keep_empty=True))
-        reader = csv.reader(
-            text, delimiter=delimiter, strict=True, quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
+        text = (
+            (number, line.decode("utf-8", "surrogateescape") + "\n")
+            for number, line in self.lines(path, keep_empty=True)
         )
         header = self.columns
-        while True:
-            begin = reader.line_num + 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                num = reader.line_num + 1 - begin
-                detail = f"not a row: {error}" + (f"; {num} lines were read as one, up to here" if num > 1 else "")
-                yield Row(f"{path.name}:{reader.line_num}", error=RowError("wrong_type", detail))
-                continue
-            if not cells:
-                continue
-            if not header:
-                header = _header(path, cells)
-                continue
-            where = f"{path.name}:{reader.line_num}"
-            if len(cells) > len(header):
-                detail = f"{len(cells)} cells, but {len(header)} columns; quote cells that contain {delimiter!r}"
+        for record in records(text, header, delimiter, quoting):
+            where = f"{path.name}:{record.line}"
+            if record.problem:
+                yield Row(where, error=RowError("wrong_type", record.problem))
+            elif record.cells and not header:
+                header = _header(path, record.cells)
+            elif len(record.cells) > len(header):
+                detail = f"{len(record.cells)} cells, but {len(header)} columns; quote cells that contain {delimiter!r}"
                 yield Row(where, error=RowError("wrong_type", detail))
-                continue
-            yield Row(where, {name: cell for name, cell in zip(header, cells, strict=False) if cell.strip()})
+            elif record.cells:
+                cells = zip(header, record.cells, strict=False)
+                yield Row(where, {name: cell for name, cell in cells if cell.strip()})
 
     def _is_part(self, path: Path) -> bool:
         """Return whether a file below the folder is neither hidden nor written by this import."""
