@@ -304,3 +304,37 @@ def test_a_missing_package_ends_an_import_with_other_rows(
     source = lines(tmp_path / "m.json", [{"audio": name, "text": "t"} for name in ("a.wav", "a.m4a")])
     monkeypatch.setitem(sys.modules, "av", None)
     assert run("nemo", source, tmp_path / "out", "--max-skipped-fraction", "1") == 2
+
+
+@pytest.mark.parametrize("peak", [1.0, 1.5])
+def test_values_above_full_scale_are_not_clipped(peak: float, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).uniform(-0.5, 0.5, (8000, 2)).astype(np.float32)
+    values[4000, 1] = peak
+    soundfile.write(tmp_path / "a.wav", values, 16_000, subtype="FLOAT")
+    rows = [{"audio": "a.wav", "text": "t", "channel": c, "offset": 0.2, "duration": 0.2} for c in (0, 1)]
+    assert run("nemo", lines(tmp_path / "m.json", rows), tmp_path / "out") == 0
+    paths = [tmp_path / "out" / row["audio"] for row in manifest(tmp_path / "out")]
+    assert [path.suffix for path in paths] == [".flac", ".wav" if peak > 1 else ".flac"]
+    for channel, path in enumerate(paths):
+        part = soundfile.read(path, dtype="float32")[0]
+        step = 0.0 if path.suffix == ".wav" else 1.01 / 32768
+        assert np.abs(part - values[3200:6400, channel]).max() <= step
+    assert make_shards([str(tmp_path / "out" / "manifest.jsonl"), str(tmp_path / "shards")]) == 0
+
+
+@pytest.mark.parametrize("kind", ["WAV", "MP3"])
+def test_parts_of_recordings_that_are_longer_than_a_clip_may_be(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.importers.audio.MAX_SEC", 1.0)
+    monkeypatch.setattr("trainer.data.decode.MAX_SEC", 1.0)
+    (tmp_path / "a.x").write_bytes(audio_bytes(3.0, kind=kind))
+    rows = [{"audio": "a.x", "text": "t", "offset": 2.2, "duration": 0.5}, {"audio": "a.x", "text": "t"}]
+    rows += [{"audio": "a.x", "text": "t", "offset": 0.5, "duration": 1.5}]
+    source = lines(tmp_path / "m.json", rows)
+    assert run("nemo", source, tmp_path / "out", "--max-skipped-fraction", "1") == 0
+    assert [row["duration"] for row in manifest(tmp_path / "out")] == [0.5]
+    assert skipped(tmp_path / "out") == [("m.json:2", "too_long"), ("m.json:3", "too_long")]
+    monkeypatch.setattr("trainer.importers.audio._MAX_RECORDING_SEC", 2.5)
+    # Parts of WAV files are read without decoding the rest.
+    assert run("nemo", source, tmp_path / "again", "--max-skipped-fraction", "1") == (0 if kind == "WAV" else 2)

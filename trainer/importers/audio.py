@@ -1,4 +1,8 @@
-"""The audio of imported samples: whole files are checked, everything else is cut and written as 16-bit FLAC."""
+"""The audio of imported samples: whole files are checked, everything else is cut and written as 16-bit FLAC.
+
+Parts of floating-point files with values above full scale, which FLAC cannot represent, are written as WAV. Lossy audio
+is decoded to 16 bits, so that such values become full scale.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +33,8 @@ _SYSTEM_ERROR = 2
 _HEAD_BYTES = 256
 _BLOCK_VALUES = 1 << 20
 _FREE_VALUES = 1 << 16
+_MAX_RECORDING_SEC = 7 * 24 * 3600.0
+"""The longest recording that is decoded into a temporary file, from which parts are cut."""
 _FLAC_CHANNELS = 8
 _EXACT_FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "AIFF", "AU", "CAF", "NIST")
 """The formats of libsndfile in which any frame can be sought exactly. Others are decoded from their beginning."""
@@ -125,19 +131,10 @@ class Recordings:
             raise RowError("broken", f"part from {clip.start:g} s to {end} of {file.frames / rate:g} s of audio")
         if here > MAX_SEC * rate:
             raise RowError("too_long", f"{here / rate:.2f} s, the limit is {MAX_SEC:g} s")
-        file.seek(first)
-        buffer, num = io.BytesIO(), 0
-        channels = 1 if clip.channel is not None or file.channels > _FLAC_CHANNELS else file.channels
-        with soundfile.SoundFile(buffer, "w", rate, channels, "PCM_16", format="FLAC") as out:
-            while num < here:
-                values = _read(file, min(here - num, max(1, _BLOCK_VALUES // file.channels)))
-                if not len(values):
-                    break
-                num += len(values)
-                out.write(_selected(values, clip.channel))
-        if num < MIN_SHARE * here:
-            raise RowError("broken", f"{num} of {here} audio frames could be decoded")
-        return Made("flac", num / rate, buffer.getvalue())
+        try:
+            return _written(file, clip.channel, first, here, "flac")
+        except _AboveFullScale:
+            return _written(file, clip.channel, first, here, "wav")
 
     def _open(self, clip: Clip) -> soundfile.SoundFile:
         """Return the recording of a clip as a file in which any frame can be sought."""
@@ -167,7 +164,7 @@ class Recordings:
         """Decode a whole recording into a temporary file, and return that file, opened for reading.
 
         Raises:
-            RowError: If it decodes to more values than its size in bytes allows.
+            RowError: If it decodes to more values than its size in bytes allows, or is too long.
             OSError: If the temporary file cannot be written.
         """
         most, num = MAX_VALUES_PER_BYTE * num_bytes + _FREE_VALUES, 0
@@ -178,9 +175,11 @@ class Recordings:
             with soundfile.SoundFile(descriptor, "w", rate, channels, "PCM_16", format="W64", closefd=False) as out:
                 for values in blocks:
                     num += values.size
-                    if num > most or num > MAX_SEC * rate * channels:
-                        detail = f"{num_bytes} bytes that decode to more than {min(most, num - 1)} values"
-                        raise RowError("broken", detail)
+                    if num > most:
+                        raise RowError("broken", f"{num_bytes} bytes that decode to more than {most} values")
+                    if num > _MAX_RECORDING_SEC * rate * channels:
+                        detail = f"a recording of more than {_MAX_RECORDING_SEC / 3600:g} h; divide it"
+                        raise RowError("too_long", detail)
                     out.write(values)
         except soundfile.LibsndfileError as error:
             folder = f"a temporary file in {tempfile.gettempdir()}"
@@ -194,6 +193,45 @@ class Recordings:
         if self._spool is not None:
             self._spool.close()
         self._clip = self._file = self._spool = None
+
+
+class _AboveFullScale(Exception):
+    """Raised when 16-bit audio cannot represent the values of a recording."""
+
+
+def _written(file: soundfile.SoundFile, channel: int | None, first: int, num_frames: int, kind: str) -> Made:
+    """Write a part of a recording as 16-bit FLAC or floating-point WAV.
+
+    Args:
+        file: The recording.
+        channel: The channel, counted from 0; None for all channels, or for their mean if FLAC does not support them.
+        first: The first frame.
+        num_frames: The number of frames.
+        kind: `flac` or `wav`.
+
+    Raises:
+        RowError: If the audio cannot be decoded, or is too long for a WAV file.
+        _AboveFullScale: If it cannot be written as FLAC.
+    """
+    channels = 1 if channel is not None or file.channels > _FLAC_CHANNELS else file.channels
+    if kind == "wav" and (size := 4 * num_frames * channels) > MAX_FILE_BYTES:
+        raise RowError("too_long", f"{size} bytes of floating-point audio, the limit of a file is {MAX_FILE_BYTES}")
+    file.seek(first)
+    buffer, num = io.BytesIO(), 0
+    form, subtype = ("FLAC", "PCM_16") if kind == "flac" else ("WAV", "FLOAT")
+    with soundfile.SoundFile(buffer, "w", file.samplerate, channels, subtype, format=form) as out:
+        while num < num_frames:
+            values = _read(file, min(num_frames - num, max(1, _BLOCK_VALUES // file.channels)))
+            if not len(values):
+                break
+            num += len(values)
+            values = _selected(values, channel)
+            if kind == "flac" and values.dtype == np.float32 and np.abs(values).max() > 1:
+                raise _AboveFullScale
+            out.write(values)
+    if num < MIN_SHARE * num_frames:
+        raise RowError("broken", f"{num} of {num_frames} audio frames could be decoded")
+    return Made(kind, num / file.samplerate, buffer.getvalue())
 
 
 def _blocks(file: soundfile.SoundFile, clip: Clip) -> Iterator[Values]:
