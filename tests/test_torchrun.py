@@ -1,4 +1,4 @@
-"""Two torchrun agents, as on two nodes: a killed rank and a lost node start all ranks anew, which resume."""
+"""Two torchrun agents, as on two nodes: all ranks start again after a rank is killed or a node is replaced."""
 
 from __future__ import annotations
 
@@ -23,24 +23,34 @@ from trainer.telemetry.events import read_events
 ROOT = Path(__file__).parents[1]
 NUM_STEPS = 12
 CONTAINERS = ROOT / "tools" / "containers"
+SHARE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
-def agent(port: int, folder: Path) -> subprocess.Popen[str]:
+def agent(port: int, folder: Path, program: list[str], address: str = "127.0.0.1") -> subprocess.Popen[str]:
     """Start the ranks of one node, as `tools/containers/kubernetes.yaml` does."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"]
-    command += [
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint=127.0.0.1:{port}",
-        "--rdzv-id=earshot",
-        "--local-addr=127.0.0.1",
-    ]
-    command += ["-m", "trainer", "debug", f"data.root={folder / 'corpus'}", f"train.run_dir={folder}"]
-    command += [f"train.steps={NUM_STEPS}", "checkpoint.every_steps=3", "eval.every_steps=0", "eval.max_samples=2"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=earshot"]
+    command += ["--rdzv-conf=keep_alive_interval=1", f"--local-addr={address}", *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "EARSHOT_JOB_SECRET": "of this test"}
     log = (folder / f"log-{time.monotonic_ns()}").open("w")
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
     )
+
+
+def kill(one: subprocess.Popen[str]) -> None:
+    """Kill an agent and its ranks, which are in sessions of their own, as if its node were lost."""
+    if one.poll() is None:
+        for process in (psutil.Process(one.pid), *psutil.Process(one.pid).children(recursive=True)):
+            process.kill()
+    one.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -49,7 +59,7 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def wait_until(ready: Callable[[], bool], agents: list[subprocess.Popen[str]], folder: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 100
     while not ready():
         logs = "\n".join(path.read_text()[-3000:] for path in folder.glob("log-*"))
         assert all(one.poll() is None for one in agents), logs
@@ -57,22 +67,23 @@ def wait_until(ready: Callable[[], bool], agents: list[subprocess.Popen[str]], f
         time.sleep(0.1)
 
 
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def saved(folder: Path) -> list[int]:
     return [event["step"] for event in read_events(folder / "debug") if event["event"] == "saved"]
 
 
-@pytest.mark.skipif(
-    "TORCHRUN_TEST" not in os.environ,
-    reason="ranks do not always meet again after a restart by torchrun; set TORCHRUN_TEST=1 to look for the cause",
-)
 @pytest.mark.slow
 @pytest.mark.timeout(290)
-def test_ranks_start_anew_on_both_nodes_and_resume(tmp_path: Path) -> None:
+def test_ranks_start_again_on_both_nodes_and_resume(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", scale=0.05)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    agents = [agent(port, tmp_path), agent(port, tmp_path)]
+    program = ["-m", "trainer", "debug", f"data.root={tmp_path / 'corpus'}", f"train.run_dir={tmp_path}"]
+    program += [f"train.steps={NUM_STEPS}", "checkpoint.every_steps=3", "eval.every_steps=0", "eval.max_samples=2"]
+    port = free_port()
+    agents = [agent(port, tmp_path, program) for _ in range(2)]
     try:
         wait_until(lambda: 3 in saved(tmp_path), agents, tmp_path)
         (rank,) = ranks_of(agents[1])
@@ -80,16 +91,59 @@ def test_ranks_start_anew_on_both_nodes_and_resume(tmp_path: Path) -> None:
         assert [one.wait(150) for one in agents] == [0, 0]
     finally:
         for one in agents:
-            if one.poll() is None:
-                ranks = ranks_of(one)  # in sessions of their own
-                for process in (psutil.Process(one.pid), *ranks):
-                    process.kill()
-            one.wait()
+            kill(one)
     events = read_events(tmp_path / "debug")
     assert len({e["attempt"] for e in events if e["event"] == "saved"}) == 2
     assert [e["step"] for e in events if e["event"] == "finished"] == [NUM_STEPS]
     (resumed,) = [e for e in events if e["event"] == "resumed"]
     assert resumed["step"] in saved(tmp_path) and resumed["step"] >= 3
+
+
+RANK = """
+import os, pathlib, sys, time
+import torch, torch.distributed as dist
+from trainer.parallel.groups import connect
+
+rank, world, _ = connect(60)
+folder = pathlib.Path(sys.argv[1])
+(folder / f"met-{rank}-{os.getpid()}").touch()
+while True:
+    done = torch.tensor([float((folder / "done").exists())])
+    dist.all_reduce(done)
+    if done == world:
+        break
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(290)
+def test_ranks_meet_again_after_a_node_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lost node is that of rank 0, and the other one holds torchrun's own store."""
+    manifest = list(yaml.safe_load_all((CONTAINERS / "kubernetes.yaml").read_text(encoding="utf-8")))[1]
+    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    settings = {entry["name"]: entry.get("value") for entry in container["env"]}
+    monkeypatch.setenv(SHARE, settings[SHARE])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "rank.py").write_text(RANK)
+    program, port = [str(tmp_path / "rank.py"), str(tmp_path)], free_port()
+
+    def met(number: int) -> bool:
+        return all(len(list(tmp_path.glob(f"met-{rank}-*"))) == number for rank in range(2))
+
+    agents = [agent(port, tmp_path, program, "127.0.0.2")]
+    try:
+        wait_until(lambda: is_listening(port), agents, tmp_path)
+        agents.append(agent(port, tmp_path, program))  # whose lower address makes it the first node
+        wait_until(lambda: met(1), agents, tmp_path)
+        kill(agents.pop())
+        agents.append(agent(port, tmp_path, program))
+        wait_until(lambda: met(2), agents, tmp_path)
+        (tmp_path / "done").touch()
+        assert [one.wait(60) for one in agents] == [0, 0]
+    finally:
+        for one in agents:
+            kill(one)
 
 
 def test_the_kubernetes_example_is_valid_and_waits_for_the_last_save() -> None:

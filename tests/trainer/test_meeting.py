@@ -6,6 +6,9 @@ import datetime
 import json
 import os
 import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,6 +80,36 @@ def test_ranks_of_another_job_find_nothing(tmp_path: Path) -> None:
     mine.set("key", "value")
     assert same.get("key") == b"value"
     assert not other.check(["key"])
+
+
+@pytest.fixture()
+def torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """Yield the environment variables of ranks whose torchrun holds a store, which is there until the test ends."""
+    agent = dist.TCPStore("127.0.0.1", 0, None, True, datetime.timedelta(seconds=20), wait_for_workers=False)
+    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in environ.items():  # `rendezvous` reads them
+        monkeypatch.setenv(name, value)
+    yield environ | {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "1", SECRET: "a"}
+
+
+def test_a_start_finds_nothing_of_the_former_start_in_the_store_of_torchrun(torchrun: dict[str, str]) -> None:
+    """The first rank to arrive waits for the others of its own start, although all names of the former are there."""
+
+    def start(rank: int, delays: tuple[float, ...]) -> dist.Store:
+        time.sleep(delays[rank])
+        return open_store(rank, 3, datetime.timedelta(seconds=20), torchrun)
+
+    with ThreadPoolExecutor(3) as threads:
+        for attempt, delays in enumerate([(0.0, 0.0, 0.0), (0.3, 0.0, 0.6), (0.0, 0.3, 0.0)]):
+            stores = list(threads.map(start, range(3), [delays] * 3))
+            assert not any(store.check(["address"]) for store in stores)
+            stores[0].set("address", str(attempt))
+            assert [store.get("address") for store in stores] == [str(attempt).encode()] * 3
+
+
+def test_rank_0_names_the_ranks_that_did_not_arrive(torchrun: dict[str, str]) -> None:
+    with pytest.raises(TimeoutError, match=r"ranks \[1, 2\] did not arrive within 0.3 s"):
+        open_store(0, 3, datetime.timedelta(seconds=0.3), torchrun)
 
 
 @pytest.mark.parametrize(

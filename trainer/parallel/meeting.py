@@ -3,6 +3,9 @@
 torch's stores do not authenticate: whoever can connect to one can read and change it. So the ranks of one machine meet
 in a file that only their user can open, or at a port that only this machine can reach. Ranks of several machines meet
 at a port of the first, under names that contain the secret of their job.
+
+The store of torchrun outlives the ranks. After a restart it still contains the addresses of the former ranks, so every
+start agrees on a name of its own first.
 """
 
 from __future__ import annotations
@@ -10,8 +13,10 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import secrets
 import socket
 import sys
+import time
 from collections.abc import Mapping, MutableMapping
 
 import torch.distributed as dist
@@ -21,6 +26,7 @@ FILE = "EARSHOT_MEETING_FILE"
 """The environment variable with the path of the file in which ranks meet. The launcher of one machine sets it."""
 SECRET = "EARSHOT_JOB_SECRET"
 """The environment variable with the secret that all ranks of a job share. `earshot job` draws one for every start."""
+_POLL_SEC = 0.05
 _LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -52,17 +58,57 @@ def open_store(rank: int, world: int, timeout: datetime.timedelta, environ: Mapp
         world: The number of ranks.
         timeout: The time after which a wait for another rank fails.
         environ: The environment variables: `FILE`, or MASTER_ADDR and MASTER_PORT, and `SECRET`.
+
+    Raises:
+        TimeoutError: If other ranks have not arrived within `timeout` in the store of torchrun.
     """
     store: dist.Store
+    is_of_torchrun = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if FILE in environ:
         store = dist.FileStore(environ[FILE], world)
-    elif on_one_machine(environ) and "TORCHELASTIC_USE_AGENT_STORE" not in environ:
+    elif on_one_machine(environ) and not is_of_torchrun:
         store = loopback_store(int(environ["MASTER_PORT"]), rank, world, timeout)
-    else:  # torchrun's agent may already listen there
+    else:  # torchrun's agent already listens there, or rank 0 will
         store, _, _ = next(rendezvous("env://", rank, world, timeout=timeout))
     store.set_timeout(timeout)
     secret = environ.get(SECRET, "")
-    return dist.PrefixStore(hashlib.sha256(f"earshot ranks {secret}".encode()).hexdigest(), store)
+    store = dist.PrefixStore(hashlib.sha256(f"earshot ranks {secret}".encode()).hexdigest(), store)
+    return dist.PrefixStore(_name_of_start(store, rank, world, timeout), store) if is_of_torchrun else store
+
+
+def _name_of_start(store: dist.Store, rank: int, world: int, timeout: datetime.timedelta) -> str:
+    """Agree on a name that no former start of these ranks has used.
+
+    Every other rank writes a number that it has drawn, and rank 0 answers under this number. Nothing that a former
+    start has left can be mistaken for this answer. Rank 0 repeats this until all ranks have confirmed the name, since
+    the numbers that it reads first may be those of former ranks. The number of restarts in torchrun's environment would
+    not do as a name, because it can differ between nodes.
+
+    Collective: every rank of the world must call it.
+
+    Returns:
+        The name, which is the same on all ranks.
+
+    Raises:
+        TimeoutError: If a rank has not confirmed the name within `timeout`.
+    """
+    own = secrets.token_hex(16)
+    if rank != 0:
+        store.set(f"arrived/{rank}", own)
+        name = store.get(f"answer/{own}").decode()
+        store.set(f"confirmed/{name}/{rank}", "")
+        return name
+    deadline = time.monotonic() + timeout.total_seconds()
+    missing = list(range(1, world))
+    while missing:
+        for other in missing:
+            if store.check([f"arrived/{other}"]):
+                store.set(f"answer/{store.get(f'arrived/{other}').decode()}", own)
+        missing = [other for other in missing if not store.check([f"confirmed/{own}/{other}"])]
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {missing} did not arrive within {timeout.total_seconds():g} s")
+        time.sleep(_POLL_SEC)
+    return own
 
 
 def loopback_store(port: int, rank: int, world: int, timeout: datetime.timedelta) -> dist.TCPStore:
