@@ -152,6 +152,7 @@ def test_an_unusable_plugin_is_one_line(
     assert str(error.value) == f"plugins: {package}: {message}"
 
 
+@pytest.mark.slow
 def test_a_command_ends_with_exit_code_2_before_it_starts_ranks(tmp_path: Path) -> None:
     write_plugin(tmp_path, "plug_broken", "raise OSError('x')", {"earshot.tasks": {"x": "EXTRA"}})
     for name, expected in (("plug_broken", "cannot be imported (OSError: x)"), ("gone", "gone is not installed")):

@@ -53,6 +53,7 @@ def test_runs_and_predictions_are_not_mixed(tmp_path: Path, capsys: pytest.Captu
     assert compare.main([str(run), str(tmp_path)]) == 2
 
 
+@pytest.mark.slow
 def test_page_is_readable_at_every_width(tmp_path: Path) -> None:
     if CHROMIUM is None:
         pytest.skip("no chromium here: apt-get install chromium")

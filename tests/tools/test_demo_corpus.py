@@ -78,6 +78,7 @@ def test_full_sizes() -> None:
     assert all(150 <= SIZES["train"][task] <= 300 for task in ("sqa", "er", "aqa", "ac"))
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_and_other_seed_other_bytes(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     # Both are made in one process, in which espeak-ng could carry state from the first corpus to the second.
     def read(seed: int) -> list[dict[str, Any]]:

@@ -213,6 +213,7 @@ def test_export_that_differs_is_not_published(run: Run, tmp_path: Path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_chat_tokenizer_is_exported(tmp_path: Path) -> None:
     write_run(tmp_path / "run", chats=True)
     export_with(tmp_path / "run", tmp_path / "out", "--dtype", "fp32", "--verify", write_manifest(tmp_path))

@@ -17,6 +17,7 @@ from trainer.engine.optim import OptimConfig
 from trainer.plan.encoder_memory import EncoderTracer
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_an_export_computes_what_training_computes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`--verify` compares the answers and logits of the exported folder's own code with the training graph."""

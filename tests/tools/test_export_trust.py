@@ -157,6 +157,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_description_is_data_or_an_error(run: Path, data: st.DataObject) -> None:

@@ -98,6 +98,7 @@ def test_a_damaged_shar_tar_is_reported(tmp_path: Path) -> None:
     assert ("recording.000000.tar", "broken") in skipped(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_sparse_huge_and_linked_files_of_tars_are_not_read(tmp_path: Path, clip: bytes) -> None:
     sparse, huge, link = (tarfile.TarInfo(f"{name}.wav") for name in ("sparse", "huge", "link"))
     sparse.type, link.type, link.linkname = tarfile.GNUTYPE_SPARSE, tarfile.LNKTYPE, "a.wav"

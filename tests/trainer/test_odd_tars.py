@@ -154,6 +154,7 @@ KEYS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(keys=KEYS, data=st.data())
 @settings(max_examples=80, deadline=None)
 def test_a_sample_is_itself_or_refused(

@@ -69,6 +69,7 @@ def test_fused_kernels_keep_34_bytes_per_hidden_value(tp: int) -> None:
     assert of_layer(tp, "none", FUSED) == pytest.approx(34, rel=0.1)
 
 
+@pytest.mark.slow
 def test_what_the_trainer_keeps_beyond_that() -> None:
     fused, padded = of_layer(2, "none", FUSED), of_layer(2, "none", Kernels())
     attends = of_layer(2, "none", Kernels(transformer_engine=True))
@@ -185,6 +186,7 @@ def test_mfu_in_both_conventions() -> None:
     assert (flops.llm + flops.masked_attention) / flops.llm == pytest.approx(54.3 / 50.8, abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_plan_shows_the_price_of_whole_audio_weights() -> None:
     """Weights and gradients are sent once per update, and their memory is part of the buffers."""
     recipe = load_recipe("debug")
@@ -202,6 +204,7 @@ def test_the_plan_shows_the_price_of_whole_audio_weights() -> None:
     assert "per_module saves them" in " ".join(report(whole).split())
 
 
+@pytest.mark.slow
 def test_encoder_calls_that_run_again_keep_little_for_a_larger_batch() -> None:
     kept = {}
     for samples in (8, 64):

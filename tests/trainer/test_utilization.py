@@ -16,6 +16,7 @@ from trainer.telemetry.metrics import StepReport, flatten
 from trainer.training.utilization import kept_generators, measure, utilization_of
 
 
+@pytest.mark.slow
 def test_a_step_like_the_plans_has_the_plans_utilization() -> None:
     recipe = load_recipe("debug")
     topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
