@@ -180,15 +180,40 @@ class EarshotProcessor(ProcessorMixin):
         }
         clips = [clip for own in samples for clip in own]
         if clips:
-            texts = [text for turns in conversations for text in clip_texts(turns)]
-            encoded = {text: self._encode(text) for text in set(texts)}
-            inputs |= {
-                "audio_values": torch.from_numpy(np.concatenate(clips)),
-                "audio_lengths": torch.tensor([len(c) for c in clips]),
-                "instruction_ids": torch.tensor([i for text in texts for i in encoded[text]], dtype=torch.int64),
-                "instruction_lengths": torch.tensor([len(encoded[text]) for text in texts]),
-            }
+            inputs |= self.clip_inputs(clips, [text for turns in conversations for text in clip_texts(turns)])
         return BatchFeature(inputs)
+
+    def clip_inputs(self, clips: Sequence[Clip], instructions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return the inputs of the audio tower: those of `EarshotForCausalLM.embed` that are not of tokens.
+
+        Args:
+            clips: At least one clip.
+            instructions: The text of the message that each clip belongs to.
+
+        Raises:
+            ValueError: If audio cannot be used.
+        """
+        waves = [self._clip(clip) for clip in clips]
+        encoded = {text: self._encode(text) for text in set(instructions)}
+        return {
+            "audio_values": torch.from_numpy(np.concatenate(waves)),
+            "audio_lengths": torch.tensor([len(wave) for wave in waves]),
+            "instruction_ids": torch.tensor([i for text in instructions for i in encoded[text]], dtype=torch.int64),
+            "instruction_lengths": torch.tensor([len(encoded[text]) for text in instructions]),
+        }
+
+    def prompt_ids(self, text: str, num_clips: int) -> list[int]:
+        """Return the tokens of a prompt with one placeholder per clip.
+
+        Args:
+            text: The instruction.
+            num_clips: The number of clips.
+
+        Raises:
+            ValueError: If `text` contains the placeholder or a token that controls the model.
+        """
+        pieces = self._pieces((question(text, num_clips),))
+        return fill(pieces, [1] * num_clips, self.placeholder_id)[0]
 
     def count_text_tokens(self, num_clips: int, text: str = "") -> int:
         """Return the number of tokens of a prompt without its audio tokens.

@@ -26,6 +26,7 @@ from trainer.export.adapter import adapter_names, write_adapter_config
 from trainer.export.card import Findings, model_card
 from trainer.export.code import CONFIGURATION, MODELING, remote_code, remote_name
 from trainer.export.published.exporting import original_names, read_original, write_original_files
+from trainer.export.serving.folder import write_vllm_folder
 from trainer.export.source import Selection, Source
 from trainer.export.tokenizer import read_processor, write_processor, write_tokenizer
 from trainer.export.weights import plan_shards, plan_targets, write_weights
@@ -233,7 +234,9 @@ def _write_code(source: Source, selection: Selection, dtype: torch.dtype, tokeni
 def write_model_files(
     description: Mapping[str, Any], audio: ModelConfig, tokenizer: Tokenizer, data: DataConfig, dtype: str, folder: Path
 ) -> None:
-    """Write the config, the code and the processor of an exported model.
+    """Write the config, the code and the processor of an exported model, whose tokenizer is already in the folder.
+
+    The plug-in for vLLM is written unless the LLM has experts of the recipe, which vLLM does not compute.
 
     Args:
         description: The arguments of `EarshotConfig`.
@@ -263,6 +266,8 @@ def write_model_files(
     }
     _write_json(folder / "config.json", config)
     write_processor(tokenizer, data, audio.adapter.rate, folder)
+    if FIELD not in text_config:
+        write_vllm_folder(folder)
 
 
 def _text_config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
