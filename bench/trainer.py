@@ -1,0 +1,193 @@
+"""Compare the speed and the memory of training with those of Hugging Face Trainer with DeepSpeed ZeRO-3.
+
+    python -m bench.trainer [--ranks 2 4] [--tune]
+
+The model has a primary encoder, four encoder experts of which each of two gates chooses one per clip, and a Llama of
+31 M parameters. All arms train the same model from the same weights (`model.speech_llm.SpeechLLM`) on clips of noise
+with the lengths of the kit's clips (KIT_DIR), in fp32, with the same optimizer and the same number of clips per update:
+
+- earshot: its step, with data parallelism.
+- padded: Trainer with padded micro-batches in random order. Every encoder expert encodes every clip, and those that the
+  router did not choose get the weight 0. This is how such models are commonly trained.
+- grouped: the same with clips of similar length in a micro-batch (`group_by_length`). Trainer's `batch_rebalance`,
+  which divides the clips of an update into micro-batches of equal cost, is one of the settings that `--tune` measures.
+
+The peer profits from parts of earshot: its encoders compute only the real length of clips instead of 30 s, and their
+convolutions are fast on CPUs. Each arm has the best of the settings that `--tune` measures. In each round, all arms are
+started one after the other, and train on the same clips. The first update is not timed. The updates of `padded` have
+the same clips as those of `earshot`, so their losses must be equal.
+
+Goals: at least 2 times the tokens per second of the best peer, at most the peak memory of this peer's ranks, and losses
+that agree within 1e-4. The exit code is 1 if a goal is missed. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trainer.run.launch import start_ranks
+
+Record = dict[str, Any]
+
+SPEED_GOAL, MEMORY_GOAL, LOSS_LIMIT = 2.0, 1.0, 1e-4
+ROUNDS = 3
+OURS = "earshot"
+SAME_CLIPS, GROUPED = "padded", "grouped"
+PEERS = (SAME_CLIPS, GROUPED)
+BEST: dict[str, dict[str, Any]] = {OURS: {"expert": 2}, SAME_CLIPS: {"micro": 8}, GROUPED: {"micro": 8}}
+"""The best settings of each arm that `--tune` found."""
+MICRO = [{"micro": clips} for clips in (4, 8, 16)]
+CANDIDATES: dict[str, list[dict[str, Any]]] = {
+    OURS: [{}, {"expert": 2}, {"tensor": 2}, {"recompute_calls": True}],
+    SAME_CLIPS: [*MICRO, {"micro": 8, "persistent": 10**9}],
+    GROUPED: [*MICRO, {"micro": 8, "persistent": 10**9}, {"kind": "balanced", "micro": 8}],
+}
+
+
+def run_arm(kind: str, setting: Mapping[str, Any], ranks: int, sizes: Mapping[str, int]) -> Record:
+    """Run an arm in new processes, and return its measurements.
+
+    Raises:
+        SystemExit: If a rank fails.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "found.json"
+        job = json.dumps({"setting": {"kind": kind, **setting}, "sizes": dict(sizes), "out": str(out)})
+        if code := start_ranks(ranks, [sys.executable, "-m", "bench.trainer_arms", job]):
+            raise SystemExit(code)
+        record: Record = json.loads(out.read_text(encoding="utf-8"))
+        return record
+
+
+def tune(ranks: int, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Measure the settings of each arm on their own, and return the tokens per second of each."""
+    work = work_of(sizes)
+    found: dict[str, Any] = {}
+    for kind, settings in CANDIDATES.items():
+        for setting in settings:
+            row, name = summary([run_arm(kind, setting, ranks, sizes)], work), f"{kind} {setting}"
+            found[name] = row
+            print(f"  {name:52} {row['tokens_per_sec']:8.1f} tokens/s {row['peak_mib']:7.0f} MiB", flush=True)
+    return found
+
+
+def work_of(sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Return the number of clips, of tokens and of seconds of audio that an arm trains on in the timed part."""
+    from bench.trainer_work import Sizes, draw_samples
+    from model.lengths import SAMPLE_RATE
+
+    chosen = Sizes(**sizes)
+    samples = draw_samples(chosen)[chosen.global_batch :]
+    return {
+        "clips": len(samples),
+        "tokens": sum(s.num_tokens for s in samples),
+        "audio_sec": sum(len(s.clips[0]) for s in samples) / SAMPLE_RATE,
+    }
+
+
+def summary(records: Sequence[Record], work: Mapping[str, Any]) -> dict[str, Any]:
+    """Return medians over rounds, and the range of the speed."""
+    tokens, clips = work["tokens"], work["clips"]
+    seconds = [r["sec"] for r in records]
+    return {
+        "tokens_per_sec": tokens / statistics.median(seconds),
+        "range": [tokens / max(seconds), tokens / min(seconds)],
+        "clips_per_sec": clips / statistics.median(seconds),
+        "cpu_sec_per_clip": statistics.median(r["cpu_sec"] for r in records) / clips,
+        "peak_mib": max(r["peak_mib"] for r in records),
+    }
+
+
+def compare(found: Mapping[str, Sequence[Record]], work: Mapping[str, Any], ranks: int) -> dict[str, Any]:
+    """Print a table, and return the measurements of one number of ranks."""
+    rows = {name: summary(records, work) for name, records in found.items()}
+    print(
+        f"{ranks} ranks: {work['clips']} clips, {work['audio_sec']:.0f} s of audio, {work['tokens']} tokens per round"
+    )
+    print(f"  {'arm':10} {'tokens/s (range)':>24} {'clips/s':>8} {'CPU s/clip':>11} {'peak MiB/rank':>14}")
+    for name, row in rows.items():
+        low, high = row["range"]
+        speed = f"{row['tokens_per_sec']:.1f} ({low:.1f}–{high:.1f})"
+        rest = f"{row['clips_per_sec']:8.2f} {row['cpu_sec_per_clip']:11.3f} {row['peak_mib']:14.0f}"
+        print(f"  {name:10} {speed:>24} {rest}")
+    peers = [name for name in rows if name != OURS]
+    # Each round is compared with the same round of the peer, which other load on the machine slows as well.
+    ratios = {
+        name: [theirs["sec"] / ours["sec"] for ours, theirs in zip(found[OURS], found[name], strict=True)]
+        for name in peers
+    }
+    cpu_ratios = {name: rows[name]["cpu_sec_per_clip"] / rows[OURS]["cpu_sec_per_clip"] for name in peers}
+    best = min(peers, key=lambda name: statistics.median(ratios[name]))
+    speed, memory = statistics.median(ratios[best]), rows[OURS]["peak_mib"] / rows[best]["peak_mib"]
+    pairs = zip(found[OURS][0]["losses"], found[SAME_CLIPS][0]["losses"], strict=True)
+    difference = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
+    passed = speed >= SPEED_GOAL and memory <= MEMORY_GOAL and difference <= LOSS_LIMIT
+    low, high = min(ratios[best]), max(ratios[best])
+    print(f"  {speed:.2f} ({low:.2f}–{high:.2f}) times the tokens/s of the best peer, which is {best},")
+    print(f"  with {1 / cpu_ratios[best]:.2f} times its CPU time and {memory:.2f} times its memory", flush=True)
+    print(f"  losses agree within {difference:.1e}", flush=True)
+    return {
+        "passed": passed,
+        "speed": speed,
+        "speed_of_rounds": ratios,
+        "cpu_time_of_peers": cpu_ratios,
+        "best_peer": best,
+        "memory": memory,
+        "loss_difference": difference,
+        "arms": rows,
+    }
+
+
+def run(ranks: Sequence[int], rounds: int, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Measure all arms on each number of ranks, and return the content of the last line."""
+    work, found = work_of(sizes), {}
+    for num_ranks in ranks:
+        records: dict[str, list[Record]] = {kind: [] for kind in (OURS, *PEERS)}
+        for number in range(rounds):
+            for kind in list(records)[:: -1 if number % 2 else 1]:
+                records[kind].append(run_arm(kind, BEST[kind], num_ranks, sizes))
+        found[f"{num_ranks} ranks"] = compare(records, work, num_ranks)
+    return {"passed": all(part["passed"] for part in found.values()), "work": work, "settings": BEST, **found}
+
+
+def main() -> int:
+    """Run the benchmark as a command; the exit code is 0 if the goals are met, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m bench.trainer", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2], metavar="N", help="numbers of ranks (default: 2)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"rounds (default: {ROUNDS})")
+    parser.add_argument("--tune", action="store_true", help="measure other settings of each arm instead")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to check the benchmark itself")
+    options = parser.parse_args()
+    if importlib.util.find_spec("accelerate") is None:
+        print("error: accelerate is not installed, which Trainer needs: pip install accelerate", file=sys.stderr)
+        return 2
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+    sizes: dict[str, int] = {}
+    if options.tiny:
+        from bench.trainer_work import TINY
+
+        sizes = asdict(TINY)
+    if options.tune:
+        print(json.dumps({f"{n} ranks": tune(n, sizes) for n in options.ranks}))
+        return 0
+    result = run(options.ranks, options.rounds, sizes)
+    print(
+        f"goals: {SPEED_GOAL} times the speed of the best peer, at most its memory, equal losses: "
+        + ("met" if result["passed"] else "MISSED")
+    )
+    print(json.dumps(result))
+    return 0 if result["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
