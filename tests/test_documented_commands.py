@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -138,8 +139,8 @@ def recipe_problems(words: list[str], default: str | None) -> Iterator[str]:
     recipe = next((w for w in words if w in recipe_names()), default)
     keys = [w for w in words if "=" in w and not w.startswith("--") and ":" not in w.split("=")[0]]
     named = [k for k in keys if re.match(r"[a-z_]+(\.|=)", k)]
-    for option in {"--accelerator", "--sweep"} & set(words):
-        named = [k for k in named if k != words[words.index(option) + 1]]
+    of_options = [value for option, value in itertools.pairwise(words) if option in ("--accelerator", "--sweep")]
+    named = [k for k in named if k not in of_options]
     try:
         load_recipe(recipe or "debug", named)
     except UserError as error:

@@ -62,6 +62,8 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError(f"--price-per-gpu-hour {options.price_per_gpu_hour:g}: must be positive")
     if options.sweep:
         return _sweep(options)
+    if options.plot is not None:
+        raise UserError(f"--plot {options.plot}: draws a sweep; add --sweep KEY=v1,v2,…")
     recipe = load_recipe(options.recipe, options.overrides)
     # These modules import torch and Megatron, which takes seconds, so a misspelt key is reported first.
     from trainer.config.checks import check_recipe
@@ -133,7 +135,7 @@ def _data(options: argparse.Namespace, recipe: Recipe) -> DataSummary | None:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    """Print a table with one plan per value of a key.
+    """Print a table with one plan for every combination of the values of some keys, and draw it if asked to.
 
     Returns:
         0 if any of the plans fits, 2 if none does.
@@ -141,26 +143,35 @@ def _sweep(options: argparse.Namespace) -> int:
     from trainer.config.load import load_recipe
     from trainer.engine.imports import lean_imports
 
-    load_recipe(options.recipe, options.overrides)  # A misspelt key is reported before torch is imported.
+    recipe = load_recipe(options.recipe, options.overrides)  # A misspelt key is reported before torch is imported.
     with lean_imports():
         from trainer.config.checks import check_recipe
+        from trainer.plan.accelerator import parse_accelerator
         from trainer.plan.plan import Plan
-        from trainer.plan.report import sweep_table
+        from trainer.plan.sweep import as_tree, fastest, parse_sweeps, sweep, sweep_table
+        from trainer.plan.sweep_plot import check_plot, plot
 
-    key, equals, values = options.sweep.partition("=")
-    if not equals or not values:
-        raise UserError(f"--sweep {options.sweep}: give a key and its values, such as parallel.num_ranks=64,128,256")
-    rows: list[tuple[str, Plan | str]] = []
-    for value in values.split(","):
-        try:
-            recipe = load_recipe(options.recipe, [*options.overrides, f"{key}={value}"])
-            check_recipe(recipe)
-            planner, workload = _planner(options, recipe)
-            rows.append((value, planner.plan(recipe, workload)))
-        except UserError as error:
-            rows.append((value, str(error)))
-    print(sweep_table(key, rows, options.price_per_gpu_hour))
-    return 0 if any(isinstance(plan, Plan) and plan.fits for _, plan in rows) else 2
+    swept = parse_sweeps(options.sweep)
+    if options.plot is not None:
+        check_plot(options.plot)
+
+    def planned(overrides: list[str]) -> Plan:
+        variant = load_recipe(options.recipe, [*options.overrides, *overrides])
+        check_recipe(variant)
+        planner, workload = _planner(options, variant)
+        return planner.plan(variant, workload)
+
+    device = parse_accelerator(options.accelerator).name
+    found = sweep(recipe.name, device, swept, planned, options.price_per_gpu_hour)
+    print(sweep_table(found))
+    if fastest(found):
+        print(f"\n{fastest(found)}")
+    if options.plot is not None:
+        plot(as_tree(found), options.plot)
+        print(f"plot: {options.plot}")
+    if options.json:
+        print(json.dumps(as_tree(found)))
+    return 0 if found.any_fits else 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -211,7 +222,17 @@ def _parser() -> argparse.ArgumentParser:
         "--price-per-gpu-hour", type=float, metavar="PRICE", help="price of one accelerator for an hour, to print costs"
     )
     parser.add_argument(
-        "--sweep", metavar="KEY=v1,v2,…", help="print a table with one plan per value of a recipe key, and nothing else"
+        "--sweep",
+        action="append",
+        metavar="KEY=v1,v2,…",
+        help="print a table with one plan per value of a recipe key, and nothing else; may be repeated, for all "
+        "combinations",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE.png|FILE.html",
+        help="also draw the table of --sweep: time, MFU, memory, cost",
     )
     parser.add_argument(
         "--store", action="store_true", help="store the plan in the run's folder, so that the run is compared with it"

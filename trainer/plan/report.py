@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from trainer.plan.advice import WORTH, Advice, limits
 from trainer.plan.memory import RankMemory
 from trainer.plan.plan import UNCERTAINTY, Plan
 from trainer.plan.sizes import sized_model, stage_sizes
-from trainer.plan.tables import bytes_text, count_text, ranks_text, table
+from trainer.plan.tables import bytes_text, count_text, gib, ranks_text, table
 
 WIDTH = 100
 _MAX_STAGES = 6
@@ -54,7 +53,7 @@ def _summary(plan: Plan, advice: Advice | None, price: float | None) -> list[str
     rows = [
         (
             "fits",
-            f"{verdict}: {_gib(worst.total)} of {_gib(usable)} GiB usable on the fullest rank (stage "
+            f"{verdict}: {gib(worst.total)} of {gib(usable)} GiB usable on the fullest rank (stage "
             f"{worst.stages[0]}, in the phase {worst.phase})",
         )
     ]
@@ -81,7 +80,7 @@ def _summary(plan: Plan, advice: Advice | None, price: float | None) -> list[str
         rows.append(("limited by", f"{name}, {seconds / plan.time.total:.0%} of the step"))
     rows += _advice(plan, advice)
     if price is not None and not plan.too_small:
-        rows.append(("cost", f"{_costs(plan, price)} for the run at {price:g} per accelerator and hour"))
+        rows.append(("cost", f"{costs(plan, price)} for the run at {price:g} per accelerator and hour"))
     if plan.mechanisms.labels():
         rows.append(("WHAT IF", f"the trainer cannot run this: {', '.join(plan.mechanisms.labels())}"))
     lines = [f"{plan.recipe.name} on {plan.topology.world} x {plan.accelerator.name}"]
@@ -158,8 +157,8 @@ def _experts(plan: Plan) -> list[str]:
         f"The LLM has {found.num_experts} experts in {found.num_layers} layers, of which a token is sent to "
         f"{found.top_k}: {count_text(found.active_parameters)} of its {count_text(found.total_parameters)} parameters "
         f"compute a token. They are spread over {topology.ffn_ep} ranks, {topology.expert_tp} of which share an "
-        f"expert. A rank sends {_gib(found.all_to_all_bytes)} GiB of tokens to experts per step. The memory is that of "
-        f"an even use; if all tokens chose experts of one rank, its peak would be {_gib(found.worst_bytes)} GiB higher."
+        f"expert. A rank sends {gib(found.all_to_all_bytes)} GiB of tokens to experts per step. The memory is that of "
+        f"an even use; if all tokens chose experts of one rank, its peak would be {gib(found.worst_bytes)} GiB higher."
     ]
 
 
@@ -195,8 +194,8 @@ def _memory(plan: Plan) -> list[str]:
     device, whole = plan.accelerator, []
     if plan.worst.whole_weights:
         whole = _wrapped(
-            f"Buffers include the whole weights of the audio side ({_gib(plan.worst.whole_weights)} GiB) and, in the "
-            f"backward pass, their whole gradients ({_gib(plan.worst.whole_gradients)} GiB). "
+            f"Buffers include the whole weights of the audio side ({gib(plan.worst.whole_weights)} GiB) and, in the "
+            f"backward pass, their whole gradients ({gib(plan.worst.whole_gradients)} GiB). "
             "train.gather_audio_weights=per_module saves them, and gathers each module in each call."
         )
     return [
@@ -207,15 +206,11 @@ def _memory(plan: Plan) -> list[str]:
         *table(rows),
         *whole,
         *_wrapped(
-            f"Usable are {_gib(device.usable_bytes)} GiB: {device.memory_gib:g} less {device.reserve_gib:g} for CUDA, "
+            f"Usable are {gib(device.usable_bytes)} GiB: {device.memory_gib:g} less {device.reserve_gib:g} for CUDA, "
             f"NCCL and fragmentation. LLM attention: {plan.attention}. Host memory for checkpoints: "
-            f"{_gib(plan.snapshot_bytes)} GiB on a node of {device.per_node}."
+            f"{gib(plan.snapshot_bytes)} GiB on a node of {device.per_node}."
         ),
     ]
-
-
-def _gib(number: float) -> str:
-    return f"{number / GIB:.1f}" if number >= 0.1 * GIB else f"{number / GIB:.2g}"
 
 
 def _fullest_by_stage(plan: Plan) -> list[tuple[list[int], RankMemory]]:
@@ -285,33 +280,6 @@ def _digits(number: float) -> str:
     return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else f"{number:,.0f}"
 
 
-def _costs(plan: Plan, price: float) -> str:
+def costs(plan: Plan, price: float) -> str:
+    """Return the range of the cost of all steps as text."""
     return "–".join(_digits(plan.cost(seconds, price)) for seconds in plan.seconds_range)
-
-
-def sweep_table(key: str, rows: Sequence[tuple[str, Plan | str]], price: float | None) -> str:
-    """Return a table with one row per value of a swept key.
-
-    Args:
-        key: The recipe key that is swept.
-        rows: Each value with its plan, or with the reason why the recipe is illegal.
-        price: The price of one accelerator for an hour; None omits the costs.
-    """
-    header = [key, "ranks", "fits", "GiB", "step", "bubble", "MFU", "all steps"] + (["cost"] if price else [])
-    lines, refused = [header], []
-    for value, plan in rows:
-        if isinstance(plan, str):
-            lines.append([value, "", "illegal", *[""] * (len(header) - 3)])
-            refused += textwrap.wrap(f"{key}={value}: {plan}", WIDTH, initial_indent="  ", subsequent_indent="    ")
-            continue
-        low, high = plan.seconds_range
-        steps = plan.recipe.train.steps
-        cells = [value, str(plan.topology.world), "yes" if plan.fits else "NO", _gib(plan.worst.total)]
-        if plan.too_small:
-            cells += ["too small", *[""] * (len(header) - 5)]
-        else:
-            cells += [range_text(low, high), f"{plan.time.bubble:.0%}", f"{plan.time.mfu:.1%}"]
-            cells += [range_text(low * steps, high * steps)]
-            cells += [_costs(plan, price)] if price else []
-        lines.append(cells)
-    return "\n".join([*table(lines), *refused])

@@ -37,3 +37,8 @@ def bytes_text(number: float) -> str:
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return f"{int(number)} B"
+
+
+def gib(number: float) -> str:
+    """Return bytes as a number of GiB without the unit, such as `54.0` or `0.0049`."""
+    return f"{number / 2**30:.1f}" if number >= 0.1 * 2**30 else f"{number / 2**30:.2g}"

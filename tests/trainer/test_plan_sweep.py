@@ -1,0 +1,102 @@
+"""Sweeps over recipe keys: their values, tables and plots."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from model.errors import UserError
+from tests.browser import browse, measure, need_chromium
+from trainer.config.load import load_recipe
+from trainer.parallel.topology import build_topology
+from trainer.plan.accelerator import parse_accelerator
+from trainer.plan.plan import Plan, Planner
+from trainer.plan.report import WIDTH, duration_text
+from trainer.plan.sweep import Sweep, as_tree, fastest, parse_sweeps, sweep, sweep_table
+from trainer.plan.sweep_plot import check_plot, plot
+from trainer.plan.workload import typical_workload
+
+
+def test_values_may_contain_commas_in_brackets() -> None:
+    found = parse_sweeps(["a.b=1,2", "data.datasets=[{name: x, shards: y}],[]"])
+    assert found == [("a.b", ["1", "2"]), ("data.datasets", ["[{name: x, shards: y}]", "[]"])]
+    for wrong in ("a.b", "a.b=", "a.b=1,,2", "=1"):
+        with pytest.raises(UserError, match=f"--sweep {wrong}: give a key and its values"):
+            parse_sweeps([wrong])
+    with pytest.raises(UserError, match="the key a is given twice"):
+        parse_sweeps(["a=1", "a=2"])
+
+
+@pytest.fixture(scope="module")
+def found() -> Sweep:
+    """Return a sweep of `debug` on a slow device, so that its plans are not too small to forecast."""
+    slow = parse_accelerator(
+        "h100,fp32_tflops=0.01,memory_tb_s=0.001,kernel_us=0,network_latency_us=0,node_latency_us=0"
+    )
+    device = dataclasses.replace(slow, name="slow")
+
+    def planned(overrides: list[str]) -> Plan:
+        recipe = load_recipe("debug", overrides)
+        workload = typical_workload(recipe, build_topology(recipe.parallel, recipe.parallel.num_ranks))
+        return Planner(recipe, device).plan(recipe, workload)
+
+    swept = parse_sweeps(["parallel.num_ranks=1,2,16", "train.llm_tokens_per_microbatch=256,2048"])
+    whole = sweep("debug", "slow", swept, planned, 2.0)
+    # The memory is chosen so that half of the plans fit.
+    peaks = sorted(row.plan.worst.total for row in whole.rows if row.plan is not None)
+    small = dataclasses.replace(device, memory_gib=(peaks[1] + peaks[2]) / 2**31 + device.reserve_gib)
+    rows = [
+        row if row.plan is None else dataclasses.replace(row, plan=dataclasses.replace(row.plan, accelerator=small))
+        for row in whole.rows
+    ]
+    return dataclasses.replace(whole, rows=tuple(rows))
+
+
+def test_the_table_has_all_combinations(found: Sweep) -> None:
+    text = sweep_table(found)
+    # The names of the keys would make the table wider than 100 columns.
+    assert text.startswith("  a: parallel.num_ranks\n  b: train.llm_tokens_per_microbatch\n")
+    header, *lines = text.splitlines()[2:]
+    assert header.split()[:4] == ["a", "b", "ranks", "fits"]
+    assert header.split()[-1] == "cost" and max(map(len, text.splitlines())) <= WIDTH
+    values = [tuple(line.split()[:2]) for line in lines[:6]]
+    assert values == [(ranks, tokens) for ranks in ("1", "2", "16") for tokens in ("256", "2048")]
+    assert {line.split()[3] for line in lines[:4]} == {"yes", "NO"}
+    assert text.count("illegal") == 2 and "16 LLM replicas" in " ".join(text.split())
+    fitting = [row.plan for row in found.rows if row.plan is not None and row.plan.fits]
+    assert found.any_fits and f"after {duration_text(86400 * min(p.days for p in fitting))}." in fastest(found)
+
+
+def test_the_png_is_drawn(found: Sweep, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.png"
+    plot(as_tree(found), path)
+    with Image.open(path) as image:
+        assert image.width > 1000 and image.height > 700
+        assert len(set(image.convert("RGB").resize((200, 150)).getdata())) > 50  # neither blank nor of one color
+
+
+@pytest.mark.slow
+def test_the_page_shows_the_plans_on_all_screens(found: Sweep, tmp_path: Path) -> None:
+    need_chromium()
+    path = tmp_path / "sweep.html"
+    plot(as_tree(found), path)
+    page = browse(path)
+    assert page.root["data-state"] == "ready" and page.root["data-errors"] == ""
+    assert page.ids == {"time", "mfu", "memory", "cost", "plans"} and len(page.rows) == 6
+    legal = [row.plan for row in found.rows if row.plan is not None]
+    shown = [page.numbers[f"{n} MFU"] for n in range(len(legal))]
+    assert shown == pytest.approx([plan.time.mfu for plan in legal])
+    high = [plan.cost(plan.seconds_range[1], 2.0) for plan in legal]
+    assert [page.numbers[f"{n} cost"] for n in range(len(legal))] == pytest.approx(high)
+    for width, screen in measure(path).items():
+        assert screen["overflow"] <= 0 and screen["state"] == "ready", (width, screen)
+
+
+def test_the_name_of_the_plot_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--plot x.pdf: the name must end with .png or .html"):
+        check_plot(Path("x.pdf"))
+    with pytest.raises(UserError, match="make it first"):
+        check_plot(tmp_path / "no" / "x.png")
