@@ -31,7 +31,7 @@ import torch
 from model.errors import UserError
 from tests.tools.exportable import write_manifest, write_run
 from tools import export
-from trainer.checkpoint.attempt import FencedError
+from trainer.checkpoint.attempt import Attempt, FencedError
 from trainer.checkpoint.bucket import BucketCheckpoints
 from trainer.checkpoint.catalog import Checkpoints, damage_of
 from trainer.checkpoint.config import CheckpointConfig
@@ -114,20 +114,24 @@ def write_export(source: Path, folder: Path) -> None:
 def save_all(checkpoints: Checkpoints) -> None:
     """Save checkpoints until the last step, as a run that starts anew or resumes."""
     attempt = checkpoints.begin_attempt()
-    for step in range(max(checkpoints.steps(), default=0) + 1, NUM_STEPS + 1):
-        draft, value = checkpoints.draft(attempt, step), torch.full((64, 64), float(step))
-        shard = Shard("llm.w", (64, 64), Rect(0, 0, 64, 64), {PARAM: value}, None)
-        file = file_of("llm", 0)
-        files = {file: write_tensors(draft, file, {key_of(shard.name, PARAM, shard.rect): value})}
-        files[STATE] = write_text(draft, STATE, f'{{"step": {step}, "extra": {{}}}}')
-        manifest = Manifest(step, {"world": 1, "tp": 1, "pp": 1, "ep": 1}, files, entries_of([shard], "llm", 0))
-        write_text(draft, MANIFEST, manifest.dumps())
-        try:
-            checkpoints.commit(attempt, manifest)
-            checkpoints.clean_up(CheckpointConfig(keep_last=2), step, attempt)
-            checkpoints.sweep(attempt)
-        except (FencedError, OSError) as error:
-            raise UserError(str(error)) from None
+    try:
+        for step in range(max(checkpoints.steps(), default=0) + 1, NUM_STEPS + 1):
+            save(checkpoints, attempt, step)
+    except (FencedError, OSError) as error:  # A newer attempt has begun, and deleted the draft of this one.
+        raise UserError(str(error)) from None
+
+
+def save(checkpoints: Checkpoints, attempt: Attempt, step: int) -> None:
+    draft, value = checkpoints.draft(attempt, step), torch.full((64, 64), float(step))
+    shard = Shard("llm.w", (64, 64), Rect(0, 0, 64, 64), {PARAM: value}, None)
+    file = file_of("llm", 0)
+    files = {file: write_tensors(draft, file, {key_of(shard.name, PARAM, shard.rect): value})}
+    files[STATE] = write_text(draft, STATE, f'{{"step": {step}, "extra": {{}}}}')
+    manifest = Manifest(step, {"world": 1, "tp": 1, "pp": 1, "ep": 1}, files, entries_of([shard], "llm", 0))
+    write_text(draft, MANIFEST, manifest.dumps())
+    checkpoints.commit(attempt, manifest)
+    checkpoints.clean_up(CheckpointConfig(keep_last=2), step, attempt)
+    checkpoints.sweep(attempt)
 
 
 def newest_of(checkpoints: Checkpoints) -> int:
