@@ -66,6 +66,8 @@ def read_forecast(path: Path, recipe: Recipe) -> Forecast | None:
         return None if tree["too_small"] else _forecast(tree)
     except FileNotFoundError:
         return None
+    except UserError:  # it is a ValueError
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a plan ({error!r}); write it again with earshot plan --store") from None
 
