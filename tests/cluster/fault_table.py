@@ -44,7 +44,7 @@ class Row:
 HEADER = f"{'fault':34} {'attempts':>8} {'back, s':>8}  {'result':8}"
 
 
-def disturb(bench: Bench, name: str, fault: faults.Fault, run: Run) -> Row:
+def disturb(bench: Bench, name: str, fault: faults.Fault, run: Run, tolerance: float = 0.0) -> Row:
     """Cause a fault at the 6th step of a run, and compare its end with that of an undisturbed run."""
     run.wait_step(AT_STEP)
     moment = fault(run)
@@ -55,7 +55,7 @@ def disturb(bench: Bench, name: str, fault: faults.Fault, run: Run) -> Row:
     if later:
         back = min(r["time"] for r in run.records() if r["time"] > later[-1]) - moment
     note = ", ".join(str(e["why"]) for e in run.events("requeued"))
-    return Row(name, len(starts), back, note, bench.differences(run))
+    return Row(name, len(starts), back, note, bench.differences(run, tolerance))
 
 
 def start_times(run: Run) -> str:
@@ -83,6 +83,9 @@ def run_one(bench: Bench, name: str) -> Row:
         (run_dir / "checkpoints").symlink_to(bench.cluster.root / "small")
         run = bench.submit("disk")
         return disturb(bench, name, faults.disk_full, run)
+    if name == FEWER:
+        run = bench.submit("fewer", "restart.min_nodes=1", options=("--nodes=1-3",))
+        return disturb(bench, name, faults.gpus_failed_on_all_nodes_but_one, run, FEWER_TOLERANCE)
     if name == TRACKER:
         return _tracker_unreachable(bench)
     options: tuple[str, ...] = ("--time=300", "--signal=B:USR1@150")
@@ -96,6 +99,9 @@ def run_one(bench: Bench, name: str) -> Row:
 
 
 STORE, DISK, TRACKER = "store unreachable for 20 s, a rank killed", "disk full in a save", "tracker unreachable"
+FEWER = "GPUs fail on all nodes but one"
+FEWER_TOLERANCE = 1e-4
+"""The largest relative difference of losses and gradient norms after the number of ranks has changed."""
 
 
 def _cancelled(bench: Bench, name: str) -> Row:
@@ -156,7 +162,9 @@ def main(words: Sequence[str]) -> int:
         print(f"error: Slurm cannot run here: {reason}", file=sys.stderr)
         return 2
     names = [
-        n for n in [*faults.TABLE, *cancels.TABLE, STORE, DISK, TRACKER] if not words or any(w in n for w in words)
+        n
+        for n in [*faults.TABLE, *cancels.TABLE, STORE, DISK, TRACKER, FEWER]
+        if not words or any(w in n for w in words)
     ]
     folder, failed = scratch(), False
     cluster = Cluster(folder / "slurm", num_nodes=3)

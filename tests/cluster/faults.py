@@ -99,6 +99,21 @@ def gpu_failed(run: Run) -> float:
     return start
 
 
+def gpus_failed_on_all_nodes_but_one(run: Run) -> float:
+    """Make the GPUs of all nodes but that of rank 0 report memory errors until the job continues, and kill a rank."""
+    cluster, (first, *_, last) = run.bench.cluster, run.nodes()
+    bad = [node for node in range(1, cluster.num_nodes + 1) if node != first]
+    for node in bad:
+        cluster.gpus(node, num_errors=7)
+    os.kill(run.rank_pid(last), signal.SIGKILL)
+    start = time.time()
+    run.wait(lambda: bool(run.events("fewer_nodes")), "the job does not continue on fewer nodes")
+    run.wait(lambda: run.nodes() == [first], "the ranks do not start on the node that is left")
+    for node in bad:
+        cluster.gpus(node)
+    return start
+
+
 def rank_stopped(run: Run) -> float:
     """Send SIGSTOP to one rank, which then exists but does nothing."""
     return _signal_rank(run, signal.SIGSTOP)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import cancels, faults
-from tests.cluster.fault_table import start_times
+from tests.cluster.fault_table import FEWER, run_one, start_times
 from tests.cluster.harness import ROOT, Bench, Run, next_start, scratch
 from tests.services import swift
 from tests.services.slurm import Cluster, running, why_not
@@ -56,6 +56,18 @@ def test_run_resumes_after_a_warning_a_killed_rank_and_a_power_failure(bench: Be
     assert bench.differences(run) == []
     counts = {kind: len(run.events(kind)) for kind in ("submitted", "started", "resumed", "requeued", "finished")}
     assert counts == {"submitted": 4, "started": 4, "resumed": 3, "requeued": 3, "finished": 1}
+
+
+def test_job_continues_on_fewer_nodes_with_the_same_batches(bench: Bench) -> None:
+    assert bench.whole or bench.run_whole()
+    row = run_one(bench, FEWER)
+    assert row.differences == [] and row.attempts == 3, row
+    run = Run(bench, bench.folder / "fewer", 0, 0.0)
+    (fewer,) = run.events("fewer_nodes")
+    assert (fewer["nodes"], fewer["num_ranks"]) == (1, 1)
+    assert [e["num_ranks"] for e in run.events("started")] == [2, 1]
+    assert [e["why"] for e in run.events("requeued")][1].startswith("without n"), run.log[-3000:]
+    assert len(run.nodes()) == 1
 
 
 def test_cancelled_job_saves_and_never_runs_again(bench: Bench) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from model.errors import UserError
 from tests.trainer.data_corpus import clip_rows, write_manifest
 from tools.make_shards import main as make_shards
 from trainer.job import gpu_check
-from trainer.job.__main__ import check
+from trainer.job.__main__ import Job, RefusedError, Signals, check
 from trainer.job.check import Facts
 from trainer.job.gpu_check import Report, judge_amd, judge_nvidia
 from trainer.job.node_check import Wanted, look
 from trainer.job.preflight import BadNodesError, choose, preflight
 from trainer.job.slurm import Allocation, Layout, lay_out, srun
+from trainer.telemetry.events import EventLog, read_events
 
 H100 = "{}, NVIDIA H100 80GB HBM3, {}, 81559, {}\n"
 
@@ -204,7 +206,39 @@ def test_facts_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     facts = json.loads(capsys.readouterr().out)
     # This command does not make a plan.
     assert (facts.pop("snapshot_gib"), facts.pop("plan"), facts.pop("plan_json")) == (0, "", "")
-    assert facts == {"run_dir": f"{tmp_path}/runs/debug", "num_ranks": 2, "tensor": 1, "stores": [], "trackers": []}
+    wanted = {"num_ranks": 2, "tensor": 1, "min_nodes": None, "stores": [], "trackers": []}
+    assert facts == {"run_dir": f"{tmp_path}/runs/debug", **wanted}
+
+
+def test_a_restarted_job_takes_the_largest_number_of_nodes_that_is_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def check(recipe: str, overrides: Sequence[str], retry_sec: float) -> Facts:
+        asked.append(int(overrides[-1].removeprefix("parallel.num_ranks=")))
+        if asked[-1] % 16:
+            raise RefusedError("no whole pipelines", None)
+        return replace(facts, num_ranks=asked[-1])
+
+    monkeypatch.setattr("trainer.job.__main__.check", check)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest keeps its handlers
+    facts = Facts("runs/x", 128, 8, 12, (), ())
+
+    def job(num_nodes: int, restarts: int, min_nodes: int | None) -> Job:
+        nodes = replace(allocation(num_nodes), restarts=restarts)
+        return Job(nodes, replace(facts, min_nodes=min_nodes), Signals(), EventLog(tmp_path), ("x", "optim.lr=1"))
+
+    fewer = job(15, 1, 12)._fit()
+    assert asked == [120, 112] and fewer.facts.num_ranks == 112
+    assert fewer.arguments == ("x", "optim.lr=1", "parallel.num_ranks=112")
+    (event,) = read_events(tmp_path)
+    assert (event["event"], event["nodes"], event["num_ranks"]) == ("fewer_nodes", 14, 112)
+    asked.clear()
+    for unchanged in (job(15, 0, 12), job(15, 1, None), job(16, 1, 12), job(11, 1, 12)):
+        assert unchanged._fit() is unchanged
+    assert asked == []
+    assert job(13, 1, 13)._fit().facts.num_ranks == 128 and asked == [104]
 
 
 def test_node_needs_memory_for_the_planned_snapshot_in_addition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +251,7 @@ def test_node_needs_memory_for_the_planned_snapshot_in_addition(monkeypatch: pyt
         return [{"node": "n1", "mib": 4, "gb_per_sec": 1.0}] * 128
 
     monkeypatch.setattr("trainer.job.preflight._answers", answers)
-    facts = Facts("runs/x", 128, 8, (), (), snapshot_gib=53.5)
+    facts = Facts("runs/x", 128, 8, None, (), (), snapshot_gib=53.5)
     found = preflight(allocation(16), Layout(16, 8), facts, {"PREFLIGHT_MIN_MEMORY_GIB": "64"})
     assert len(found.nodes) == 16
     assert asked[0].min_memory_gib == 117.5 and asked[0].num_ranks == 128

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import PIPE
 from types import FrameType
@@ -153,6 +153,9 @@ class Job:
             UserError: If the job cannot run.
         """
         self._note_start()
+        return self._fit()._attempt()
+
+    def _attempt(self) -> int:
         try:
             layout = slurm.lay_out(self.allocation, self.facts.num_ranks, self.facts.tensor)
             suspects = suspect_nodes(events_of_job(read_events(self.log.run_dir)))
@@ -162,6 +165,8 @@ class Job:
         except BadNodesError as error:
             return self._after(ExitCode.STOPPED) if self.signals.ending else self._without_nodes(error)
         except UserError as error:
+            if self.signals.ending:
+                return self._after(ExitCode.STOPPED)
             self._emit("refused", why=str(error))
             raise
         code: int = ExitCode.STOPPED
@@ -171,6 +176,30 @@ class Job:
                 slurm.srun(self.allocation, found.nodes, layout.ranks_per_node, ["trainer", *self.arguments])
             )
         return self._after(code)
+
+    def _fit(self) -> Job:
+        """Return this job, or one with fewer ranks if there are too few nodes and `restart.min_nodes` allows it.
+
+        The largest number of nodes is chosen for which the recipe is legal and its plan fits into memory. A job that
+        starts for the first time needs all nodes, because somebody is likely to read why it does not start.
+        """
+        nodes, facts = self.allocation.nodes, self.facts
+        per_node = min(self.allocation.tasks_per_node, facts.num_ranks)
+        if not self.allocation.restarts or facts.min_nodes is None or len(nodes) * per_node >= facts.num_ranks:
+            return self
+        for num_nodes in range(len(nodes), facts.min_nodes - 1, -1):
+            num_ranks = num_nodes * per_node
+            print_timed(f"job: {facts.num_ranks} ranks do not fit on {', '.join(nodes)}; planning {num_ranks} ranks")
+            arguments = (*self.arguments, f"parallel.num_ranks={num_ranks}")
+            try:
+                fewer = check(arguments[0], arguments[1:], _STORE_AGAIN_SEC)
+            except RefusedError as error:
+                print_timed(f"job: not possible: {error}")
+                continue
+            why = f"{facts.num_ranks} ranks do not fit on {', '.join(nodes)}"
+            self._emit("fewer_nodes", why=why, nodes=num_nodes, num_ranks=num_ranks)
+            return replace(self, facts=fewer, arguments=arguments)
+        return self
 
     def _emit(self, event: str, **fields: Any) -> None:
         """Append an event. If this fails, only log it, since a full disk must not keep the job from running again."""

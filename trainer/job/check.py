@@ -32,6 +32,8 @@ class Facts:
     num_ranks: int
     tensor: int
     """The size of a tensor-parallel group."""
+    min_nodes: int | None
+    """The recipe's `restart.min_nodes`."""
     stores: tuple[str, ...]
     """URLs of the buckets that samples are read from."""
     trackers: tuple[str, ...]
@@ -84,6 +86,7 @@ def _check(name: str, overrides: Sequence[str], retry_sec: float) -> None:
         str(run_root / recipe.name),
         recipe.parallel.num_ranks,
         recipe.parallel.tensor,
+        recipe.restart.min_nodes,
         tuple(url for url in urls if scheme_of(url)),
         tuple(_address(url) for url in servers if url is not None),
     )

@@ -43,12 +43,19 @@ class RestartConfig:
     """The largest number of restarts within `window_sec`; 0 for none. After that many, the job is not run again."""
     window_sec: float = 86400.0
     """The length of the time window in which restarts are counted, in seconds. Earlier restarts are ignored."""
+    min_nodes: int | None = None
+    """The smallest number of nodes on which a restarted Slurm job may continue if it has too few; null for all.
+
+    There are then fewer data-parallel replicas, and the global batch and the order of samples stay the same.
+    """
 
     def __post_init__(self) -> None:
         if self.max_restarts < 0:
             raise UserError(f"restart.max_restarts = {self.max_restarts}: must be positive, or 0 for none")
         if self.window_sec <= 0:
             raise UserError(f"restart.window_sec = {self.window_sec}: must be positive")
+        if self.min_nodes is not None and self.min_nodes < 1:
+            raise UserError(f"restart.min_nodes = {self.min_nodes}: must be at least 1, or null for all nodes")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ EVENTS = {
     "refused": "the job will not run again",
     "cancelled": "a person cancelled the job, which will not run again",
     "node_lost": "a node, or the network to it, failed",
+    "fewer_nodes": "the job continues with fewer replicas, because nodes are missing",
     "peer_lost": "a rank lost its connection to another",
     "fenced": "the attempt ended because a newer one had started",
     "hang": "no rank made progress",
