@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Wav2Vec2FeatureExtractor
 
 from model.audio_tower import AudioTower
-from tests.encoder_table import model_of, one_per_family
+from model.config import EncoderConfig
+from tests.encoder_table import CASES, model_of, one_per_family
 from tests.tools.exportable import write_manifest, write_run
 from tools import export
 from trainer.engine.optim import OptimConfig
+from trainer.parity import tiny_model
+from trainer.plan import encoder_memory
 from trainer.plan.encoder_memory import EncoderTracer
 
 
@@ -48,3 +52,26 @@ def test_the_memory_of_a_call_is_traced_and_fits_its_shape() -> None:
     for name in names:
         clips = (40_000, 40_000) if name.startswith("auto") else (50_000, 30_000)  # `auto` may pad less than the plan
         assert tracer.calls(name).kept(clips) == pytest.approx(tracer.traced(name, clips).kept, rel=0.05), name
+
+
+def tracer_of(encoder: EncoderConfig) -> EncoderTracer:
+    with torch.device("meta"):
+        tower = AudioTower(replace(tiny_model(), primary=encoder), 32, 61)
+    return EncoderTracer(tower, OptimConfig(), torch.float32, recompute=False, device="cuda")
+
+
+def test_an_encoder_without_a_list_of_layers_is_traced_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SEW-D, which `auto` takes, calls its list `layer`."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    stack = {"conv_dim": [16] * 4, "conv_kernel": [10, 3, 3, 2], "conv_stride": [5, 4, 4, 4]}
+    positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "squeeze_factor": 2}
+    config = {"model_type": "sew-d", **sizes, **stack, **positions}
+    extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True).to_dict()
+    kept = tracer_of(EncoderConfig("ear", "auto", config={**config, "extractor": extractor})).calls("ear").kept
+    assert 0 < kept((20_000,)) < kept((40_000,))
+    many = {**CASES["wav2vec2_large"].config, "num_hidden_layers": 4}
+    four = CASES["wav2vec2_large"].encoder("ear", config=many)
+    layered = tracer_of(four).traced("ear", (20_000,))
+    monkeypatch.setattr(encoder_memory, "_owner_of_layers", lambda encoder: None)
+    whole = tracer_of(four).traced("ear", (20_000,))
+    assert layered.kept == pytest.approx(whole.kept, rel=0.01)

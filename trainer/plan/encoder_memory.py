@@ -6,7 +6,8 @@ up. In shapes, B is the number of windows in a call and F is the number of frame
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,8 @@ class EncoderTracer:
     """A tracer of the encoder calls of an audio tower, which caches its results.
 
     All layers of an encoder have the same shapes. An encoder is therefore traced with one layer and with two layers,
-    and every further layer is assumed to add as much as the second one.
+    and every further layer is assumed to add as much as the second one. An encoder without a list `layers` is traced as
+    a whole.
 
     Args:
         tower: The audio tower with all encoder experts, on the meta device.
@@ -106,18 +108,18 @@ class EncoderTracer:
         """Trace a call of the encoder `name` with clips of these lengths, given in audio samples."""
         if (name, clips) not in self._traced:
             module = self.tower.encoder(name)
-            owner, layers = _layers(_inner(module))
+            owner = _owner_of_layers(_inner(module))
+            layers = [] if owner is None else list(owner.layers)
             if name not in self._warm:
                 self._warm.add(name)
-                owner.layers = nn.ModuleList(layers[:1])
-                with META:
+                with META, _only(owner, layers[:1]):
                     module(Ragged(torch.empty(1600), (1600,)))  # creates constants that the module keeps
             found = []
             for count in range(1, min(2, len(layers)) + 1):
-                owner.layers = nn.ModuleList(layers[:count])
-                found.append(_trace_encoder(module, clips))
-            owner.layers = nn.ModuleList(layers)
-            self._traced[name, clips] = extrapolated(found, len(layers))
+                with _only(owner, layers[:count]):
+                    found.append(_trace_encoder(module, clips))
+            whole = _trace_encoder(module, clips) if owner is None else extrapolated(found, len(layers))
+            self._traced[name, clips] = whole
         return self._traced[name, clips]
 
 
@@ -132,10 +134,26 @@ def _forget(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _layers(encoder: Any) -> tuple[Any, list[nn.Module]]:
-    """Return the module that contains an encoder's list of layers, and the list."""
-    owner = encoder.encoder if hasattr(encoder.encoder, "layers") else encoder.encoder.encoder
-    return owner, list(owner.layers)
+def _owner_of_layers(encoder: Any) -> Any:
+    """Return the module that has an encoder's list `layers`; None if there is none, as in some models of `auto`."""
+    inner = encoder.encoder
+    for owner in (inner, getattr(inner, "encoder", None)):
+        if isinstance(getattr(owner, "layers", None), nn.ModuleList):
+            return owner
+    return None
+
+
+@contextmanager
+def _only(owner: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Give `owner` only these layers during the block; nothing is changed if it is None."""
+    if owner is None:
+        yield
+        return
+    before, owner.layers = owner.layers, nn.ModuleList(layers)
+    try:
+        yield
+    finally:
+        owner.layers = before
 
 
 def audio_memory(
