@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import json
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ import pytest
 import soundfile
 import torch
 import uvicorn
+from fastapi import FastAPI
 from starlette.responses import HTMLResponse
 from starlette.testclient import TestClient
 
@@ -31,7 +34,7 @@ from tests.tools.exportable import write_run
 from tools import export, serve
 from trainer.evaluation.offline.model import find_model, load_model
 from trainer.serving.app import make_app
-from trainer.serving.service import TRANSCRIBE, Service
+from trainer.serving.service import TRANSCRIBE, Service, _Text
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SEC = 100
@@ -112,6 +115,8 @@ def test_a_client_gets_the_answer_of_generate(client: openai.OpenAI, exported: P
     parts = [chunk.choices[0] for chunk in stream]
     assert "".join(part.delta.content or "" for part in parts) == found.choices[0].message.content
     assert parts[-1].finish_reason == found.choices[0].finish_reason
+    with pytest.raises(openai.BadRequestError, match="must be a list"):
+        client.chat.completions.create(model=model.id, messages=[], stream=True)
 
 
 def test_a_client_transcribes_files(client: openai.OpenAI, exported: Path) -> None:
@@ -203,6 +208,68 @@ def test_what_is_not_allowed(address: str) -> None:
     assert status_of(address, "/", Host="evil.example") == 400
 
 
+@contextlib.contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """Serve an application in a thread, and yield its address."""
+    with serve._listen("127.0.0.1", 0) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(TIMEOUT_SEC)
+
+
+def test_text_is_streamed_while_it_is_generated_and_not_computed_for_a_client_that_is_gone(exported: Path) -> None:
+    service = Service(exported, max_new_tokens=100)
+    service._loaded.settings.eos_token_id = -1  # so that every answer has 100 tokens
+    calls: list[float] = []
+
+    def slow(*_: Any) -> None:
+        calls.append(time.monotonic())
+        time.sleep(0.02)
+
+    service._loaded.model.llm.register_forward_pre_hook(slow)
+    message: Any = {"role": "user", "content": [block(wave()), {"type": "text", "text": "what is it"}]}
+    with serving(make_app(service, ("127.0.0.1",), None, 2**20)) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=TIMEOUT_SEC, max_retries=0)
+        whole = client.chat.completions.create(model="any", messages=[message]).choices[0].message.content
+        assert len(calls) == 100 and whole is not None
+        calls.clear()
+        seen = []  # the parts of the text, and the number of tokens when each arrived
+        for chunk in client.chat.completions.create(model="any", messages=[message], stream=True):
+            if chunk.choices[0].delta.content:
+                seen.append((chunk.choices[0].delta.content, len(calls)))
+        assert "".join(part for part, _ in seen) == whole
+        assert len(seen) > 10 and seen[0][1] < 50 and len(calls) == 100
+        for streams in (True, False):
+            calls.clear()
+            if streams:
+                stream = client.chat.completions.create(model="any", messages=[message], stream=True)
+                next(iter(stream))
+                stream.close()
+            else:
+                with pytest.raises(openai.APITimeoutError):
+                    client.with_options(timeout=0.3).chat.completions.create(model="any", messages=[message])
+            time.sleep(0.5)
+            while calls and time.monotonic() - calls[-1] < 0.5:
+                time.sleep(0.05)
+            assert len(calls) < 90, streams
+        short = client.chat.completions.create(model="any", messages=[message], max_tokens=2)
+        assert whole.startswith(short.choices[0].message.content or "")
+
+
+def test_parts_of_a_text_are_never_taken_back() -> None:
+    parts: list[str] = []
+    text = _Text(parts.append)
+    for so_far in ("Yes", "Yes 's", "Yes's it", "Yes's it ,", "Yes's it, caf\ufffd", "Yes's it, café"):
+        text.extend(so_far)
+    text.finish("Yes's it, café!")
+    assert "".join(parts) == "Yes's it, café!" and len(parts) > 1 and not any("\ufffd" in part for part in parts)
+
+
 DRIVE = """
 (async () => {
   const bytes = Uint8Array.from(atob("AUDIO"), (c) => c.charCodeAt(0));
@@ -225,15 +292,8 @@ def test_the_page_answers_in_a_browser(exported: Path, tmp_path: Path) -> None:
         "</html>", f"<script>{DRIVE.replace('AUDIO', base64.b64encode(wav(wave())).decode())}</script>"
     )
     app.add_api_route("/driven", lambda: HTMLResponse(driven))
-    with serve._listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        try:
-            page = browse_url(f"http://127.0.0.1:{listener.getsockname()[1]}/driven", tmp_path)
-        finally:
-            server.should_exit = True
-            thread.join(TIMEOUT_SEC)
+    with serving(app) as address:
+        page = browse_url(f"{address}/driven", tmp_path)
     assert page.root["data-errors"] == ""
     answer = generated(exported, wave(), "what is it")
     assert html.escape(answer, quote=False) in page.dom and "data-expert=" in page.dom and "0.5 s of audio" in page.dom

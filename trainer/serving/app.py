@@ -11,9 +11,11 @@ Responses have OpenAI's fields, and the key `earshot` with the routing of each c
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import json
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -33,11 +35,13 @@ from model.json_text import parse_json
 from trainer.data.errors import SampleError
 from trainer.page.render import render
 from trainer.serving.requests import RequestError, decoded, read_messages
-from trainer.serving.service import TRANSCRIBE, Reply, Service
+from trainer.serving.service import TRANSCRIBE, Reply, Service, Stopped
 
 _PAGE = Path(__file__).with_name("page.html")
 MAX_WAITING = 16
 """The largest number of requests that are read or wait for the model. Further requests are refused with status 503."""
+_POLL_SEC = 0.2
+"""The time between two checks whether a client has closed its connection."""
 T = TypeVar("T")
 
 
@@ -93,8 +97,9 @@ def make_app(service: Service, hosts: tuple[str, ...], key: str | None, max_requ
             if style not in ("json", "text", "verbose_json"):
                 raise RequestError("must be one of json, text, verbose_json", "response_format")
             audio = await upload.read()
+            asked = {"instruction": TRANSCRIBE}
             reply = await queue.run(
-                request, lambda: service.answer([decoded(audio, "file")], {"instruction": TRANSCRIBE}, None)
+                request, lambda gone: service.answer([decoded(audio, "file")], asked, unwanted=gone.is_set)
             )
         if style == "text":
             return PlainTextResponse(reply.text + "\n")
@@ -107,16 +112,40 @@ def make_app(service: Service, hosts: tuple[str, ...], key: str | None, max_requ
     @app.post("/v1/chat/completions")
     async def completions(request: Request) -> Response:
         check(request)
-        async with queue.place():
-            content = await request.body()
+        parts: asyncio.Queue[str | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
 
-            def answer() -> tuple[Reply, bool]:
-                body = _read_body(content)
-                clips, fields = read_messages(body.get("messages"), service.max_chars)
-                return service.answer(clips, fields, _max_tokens(body)), bool(body.get("stream"))
+        def tell(part: str | None) -> None:
+            loop.call_soon_threadsafe(parts.put_nowait, part)
 
-            reply, streams = await queue.run(request, answer)
-        return _completion(service, reply, streams)
+        async def answer() -> tuple[Reply, bool]:
+            async with queue.place():
+                content = await request.body()
+
+                def compute(gone: threading.Event) -> tuple[Reply, bool]:
+                    body = _read_body(content)
+                    clips, fields = read_messages(body.get("messages"), service.max_chars)
+                    streams = bool(body.get("stream"))
+                    emit = tell if streams else None
+                    return service.answer(clips, fields, _max_tokens(body), emit, gone.is_set), streams
+
+                return await queue.run(request, compute)
+
+        def end(task: asyncio.Task[Any]) -> None:
+            if not task.cancelled():
+                task.exception()  # Otherwise asyncio would log that nobody has read it if the client is gone.
+            tell(None)
+
+        task = asyncio.create_task(answer())
+        task.add_done_callback(end)
+        # An error before the first part of the text has a status of its own.
+        part = await parts.get()
+        if part is None:
+            reply, streams = await task
+            if not streams:
+                return _completion(service, reply)
+            tell(None)
+        return StreamingResponse(_events(service, part or "", parts, task), media_type="text/event-stream")
 
     return app
 
@@ -138,15 +167,33 @@ class _Queue:
         finally:
             self._places -= 1
 
-    async def run(self, request: Request, work: Callable[[], T]) -> T:
-        """Return what `work` returns, which runs in a thread when it is the request's turn."""
+    async def run(self, request: Request, work: Callable[[threading.Event], T]) -> T:
+        """Return what `work` returns, which runs in a thread when it is the request's turn.
+
+        Args:
+            request: the request, whose body has been read.
+            work: a function whose argument is set once the client has closed the connection.
+        """
+        gone = threading.Event()
+        watch = asyncio.create_task(_watch(request, gone))
         try:
             async with self._turn:
-                if await request.is_disconnected():
-                    raise RequestError("the client has closed the connection", status=499)
-                return await anyio.to_thread.run_sync(work, limiter=self._thread)
+                if gone.is_set() or await request.is_disconnected():
+                    raise Stopped
+                return await anyio.to_thread.run_sync(work, gone, limiter=self._thread)
+        except Stopped:
+            raise RequestError("the client has closed the connection", status=499) from None
         except SampleError as error:
             raise RequestError(str(error), "messages") from None
+        finally:
+            watch.cancel()
+
+
+async def _watch(request: Request, gone: threading.Event) -> None:
+    """Set `gone` once the client has closed the connection."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(_POLL_SEC)
+    gone.set()
 
 
 class _Limit:
@@ -193,29 +240,49 @@ def _max_tokens(body: dict[str, Any]) -> int | None:
     return longest
 
 
-def _completion(service: Service, reply: Reply, stream: bool) -> Response:
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
-    reason = "stop" if reply.finished else "length"
-    if stream:
+def _head(service: Service) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
 
-        async def events() -> AsyncIterator[str]:
-            for delta, end in (({"role": "assistant", "content": reply.text}, None), ({}, reason)):
-                choice = {"index": 0, "delta": delta, "finish_reason": end}
-                more = {} if end is None else {"earshot": reply.details}
-                chunk = {**head, "object": "chat.completion.chunk", "choices": [choice], **more}
-                yield f"data: {json.dumps(chunk)}\n\n"
-            yield "data: [DONE]\n\n"
 
-        return StreamingResponse(events(), media_type="text/event-stream")
+async def _events(
+    service: Service, first: str, parts: asyncio.Queue[str | None], task: asyncio.Task[tuple[Reply, bool]]
+) -> AsyncIterator[str]:
+    """Yield an answer as server-sent events while it is generated.
+
+    Args:
+        service: the model.
+        first: the first part of the text.
+        parts: the other parts, followed by None.
+        task: the task that computes the answer.
+    """
+    head = {**_head(service), "object": "chat.completion.chunk"}
+
+    def event(delta: dict[str, str], reason: str | None = None, **more: Any) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        return f"data: {json.dumps({**head, 'choices': [choice], **more})}\n\n"
+
+    yield event({"role": "assistant", "content": first})
+    while (part := await parts.get()) is not None:
+        yield event({"content": part})
+    reply, _ = await task
+    yield event({}, _reason(reply), earshot=reply.details)
+    yield "data: [DONE]\n\n"
+
+
+def _reason(reply: Reply) -> str:
+    return "stop" if reply.finished else "length"
+
+
+def _completion(service: Service, reply: Reply) -> Response:
     message = {"role": "assistant", "content": reply.text}
     usage = {
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": reply.answer_tokens,
         "total_tokens": reply.prompt_tokens + reply.answer_tokens,
     }
-    choices = [{"index": 0, "message": message, "finish_reason": reason}]
+    choices = [{"index": 0, "message": message, "finish_reason": _reason(reply)}]
     return JSONResponse(
-        {**head, "object": "chat.completion", "choices": choices, "usage": usage, "earshot": reply.details}
+        {**_head(service), "object": "chat.completion", "choices": choices, "usage": usage, "earshot": reply.details}
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from trainer.evaluation.offline.model import DTYPES, default_dtype, find_model, 
 TRANSCRIBE = "Transcribe the speech."
 _MOST_CHARS_PER_TOKEN = 64
 """A longer text than this many characters per position of the LLM is refused without being tokenized."""
+
+_SETTLED_CHARS = 4
+"""The number of characters after which no tokenizer removes the space before a word (`'ve` has three)."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class Reply:
         }
 
 
+class Stopped(Exception):
+    """Raised when an answer is no longer wanted."""
+
+
 class Service:
     """A model that answers requests, one at a time. It may be called from any thread.
 
@@ -79,30 +86,50 @@ class Service:
         config = self._loaded.model.audio.config
         self.experts = tuple(expert.name for expert in config.experts)
 
-    def answer(self, clips: Sequence[Clip], fields: dict[str, Any], max_new_tokens: int | None = None) -> Reply:
+    def answer(
+        self,
+        clips: Sequence[Clip],
+        fields: dict[str, Any],
+        max_new_tokens: int | None = None,
+        emit: Callable[[str], None] | None = None,
+        unwanted: Callable[[], bool] = lambda: False,
+    ) -> Reply:
         """Answer a request.
 
         Args:
             clips: the waveforms.
             fields: the manifest fields of the request: `instruction`, or `messages` whose last one is any answer.
             max_new_tokens: the largest number of tokens in the answer; at most, and by default, that of the service.
+            emit: a function that is called with the parts of the text as they are generated, which are the whole text
+                when this method returns; a transcript of several windows is one part. None for no function.
+            unwanted: a function that says whether the answer is no longer wanted. It is called after every token.
 
         Raises:
+            Stopped: If `unwanted` returned True.
             SampleError: If the model cannot use the request, for example because the prompt is too long.
         """
         longest = min(max_new_tokens or self.max_new_tokens, self.max_new_tokens)
         decoding = Decoding(longest, beams=1, batch_samples=16, batch_sec=480.0)
         in_windows = fields.get("instruction") == TRANSCRIBE
+        text = _Text(emit)
+
+        def progress(tokens: list[int] | None) -> None:
+            if unwanted():
+                raise Stopped
+            if emit is not None and tokens is not None:
+                text.extend(self._loaded.processor.batch_decode([tokens])[0])
+
         with self._lock:
             self._routing.clear()
             start = time.monotonic()
             (found,) = Answerer(self._loaded, self._windows, decoding)(
-                [Question("request", tuple(clips), fields, in_windows)]
+                [Question("request", tuple(clips), fields, in_windows)], progress
             )
             seconds = time.monotonic() - start
             routing = tuple(row for one in self._routing for row in self._weights(one))
         if isinstance(found, SampleError):
             raise found
+        text.finish(found.hypothesis)
         processor = self._loaded.processor
         asked = processor.count_tokens_of(prompt_turns(fields, len(clips)))
         asked += sum(processor.count_audio_tokens(len(clip)) for clip in clips)
@@ -124,3 +151,32 @@ class Service:
             }
             for rows, masks in zip(probs, chosen, strict=True)
         ]
+
+
+class _Text:
+    """A text that grows, whose new parts are emitted as soon as later tokens cannot change them."""
+
+    def __init__(self, emit: Callable[[str], None] | None) -> None:
+        self._emit, self._emitted = emit, ""
+
+    def extend(self, text: str) -> None:
+        """Emit what is new in the text so far.
+
+        A character whose bytes are not complete is held back. So is the last word until it has `_SETTLED_CHARS`
+        characters, because some tokenizers remove the space before punctuation and contractions.
+        """
+        word = text.rfind(" ")
+        if len(text) - word - 1 < _SETTLED_CHARS:
+            text = text[: max(word, 0)]
+        if not text.endswith("\ufffd") and text.startswith(self._emitted):
+            self._send(text)
+
+    def finish(self, text: str) -> None:
+        """Emit the rest of the whole text."""
+        assert text.startswith(self._emitted), (text, self._emitted)
+        self._send(text)
+
+    def _send(self, text: str) -> None:
+        part, self._emitted = text[len(self._emitted) :], text
+        if part and self._emit is not None:
+            self._emit(part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,7 @@ from model.errors import UserError
 from model.lengths import SAMPLE_RATE, num_samples
 from trainer.data.errors import Reason, SampleError
 from trainer.data.metadata import prompt_turns
-from trainer.evaluation.offline.decode import decode
+from trainer.evaluation.offline.decode import Progress, decode
 from trainer.evaluation.offline.model import DEFAULT_WINDOW_SEC, Loaded, Origin
 from trainer.evaluation.offline.stitching import join_windows, window_spans
 from trainer.evaluation.predictions import Prediction
@@ -119,10 +119,17 @@ class Answerer:
         self.loaded, self.windows, self.decoding = loaded, windows, decoding
         self._count_tokens_of = lru_cache(maxsize=4096)(loaded.processor.count_tokens_of)
 
-    def __call__(self, questions: Sequence[Question]) -> list[Prediction | SampleError]:
+    def __call__(
+        self, questions: Sequence[Question], progress: Callable[[list[int] | None], None] | None = None
+    ) -> list[Prediction | SampleError]:
         """Return an answer to each question, or the reason why the question has no answer.
 
         No audio is cut off to make a sample fit.
+
+        Args:
+            questions: the questions.
+            progress: a function to call after every step of greedy decoding, with the tokens of the answer so far if
+                there is only one prompt, else with None; it may raise an exception to stop. None for no function.
         """
         failures: dict[int, SampleError] = {}
         prompts: list[_Prompt] = []
@@ -138,8 +145,13 @@ class Answerer:
             prompts += own
             overlaps.append(overlap)
         generated: dict[int, list[int]] = {}
+
+        def observe(rows: list[list[int]]) -> None:
+            if progress is not None:
+                progress(rows[0] if len(prompts) == 1 else None)
+
         for batch in self._batches(prompts):
-            for index, tokens in zip(batch, self._ask([prompts[index] for index in batch]), strict=True):
+            for index, tokens in zip(batch, self._ask([prompts[index] for index in batch], observe), strict=True):
                 generated[index] = tokens
         answers: list[Prediction | SampleError] = []
         for owner, question in enumerate(questions):
@@ -198,7 +210,7 @@ class Answerer:
             batches[-1].append(index)
         return batches
 
-    def _ask(self, prompts: Sequence[_Prompt]) -> list[list[int]]:
+    def _ask(self, prompts: Sequence[_Prompt], progress: Progress) -> list[list[int]]:
         inputs = self.loaded.processor.inputs([p.turns for p in prompts], [p.clips for p in prompts])
         moved = {name: tensor.to(self.loaded.device) for name, tensor in inputs.items()}
-        return decode(self.loaded, moved, self.decoding.max_new_tokens, self.decoding.beams)
+        return decode(self.loaded, moved, self.decoding.max_new_tokens, self.decoding.beams, progress)

@@ -7,6 +7,7 @@ key-value heads and D the width of a head.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from model.lengths import num_samples
 from trainer.evaluation.offline.model import Loaded
 from trainer.parallel.dispatch import CALL_COST_SAMPLES, group_by_length
 
+Progress = Callable[[list[list[int]]], None]
+"""A function that is called after every step of greedy decoding with the tokens of every answer so far. It may raise an
+exception to stop the decoding."""
 _COMPACT_SHARE = 0.25
 """The fraction of the sequences in a batch that must have ended before they are removed. Each removal copies the
 cache."""
@@ -65,7 +69,9 @@ class RoomyLayer(DynamicLayer):
 
 
 @torch.inference_mode()
-def decode(loaded: Loaded, inputs: dict[str, Tensor], max_new_tokens: int, beams: int = 1) -> list[list[int]]:
+def decode(
+    loaded: Loaded, inputs: dict[str, Tensor], max_new_tokens: int, beams: int = 1, progress: Progress | None = None
+) -> list[list[int]]:
     """Generate an answer to every prompt.
 
     Args:
@@ -73,6 +79,7 @@ def decode(loaded: Loaded, inputs: dict[str, Tensor], max_new_tokens: int, beams
         inputs: the output of the model's processor, on the model's device. Prompts are padded on the left.
         max_new_tokens: the largest number of tokens in an answer.
         beams: the number of beams; 1 selects greedy decoding, more select the beam search of transformers' `generate`.
+        progress: a function to call after every step of greedy decoding; None for none.
 
     Returns:
         The tokens of every answer, without the end token. An answer with `max_new_tokens` tokens was cut off.
@@ -83,10 +90,12 @@ def decode(loaded: Loaded, inputs: dict[str, Tensor], max_new_tokens: int, beams
         settings.num_beams, settings.max_new_tokens = beams, max_new_tokens
         rows = loaded.model.generate(**inputs, generation_config=settings).tolist()
         return [_until(row, ends) for row in rows]
-    return _greedy(loaded, inputs, max_new_tokens, ends)
+    return _greedy(loaded, inputs, max_new_tokens, ends, progress)
 
 
-def _greedy(loaded: Loaded, inputs: dict[str, Tensor], max_new_tokens: int, ends: set[int]) -> list[list[int]]:
+def _greedy(
+    loaded: Loaded, inputs: dict[str, Tensor], max_new_tokens: int, ends: set[int], progress: Progress | None
+) -> list[list[int]]:
     model, vocab_size = loaded.model, loaded.model.config.vocab_size
     mask, embedded = inputs["attention_mask"], _embed(model, inputs)
     num, length = mask.shape
@@ -113,6 +122,8 @@ def _greedy(loaded: Loaded, inputs: dict[str, Tensor], max_new_tokens: int, ends
             # A row of -1 marks a sequence that has ended but is still in the batch.
             if row >= 0 and token not in ends:
                 found[row].append(token)
+        if progress is not None:
+            progress(found)
         rows = [
             row if row >= 0 and token not in ends and len(found[row]) < max_new_tokens else -1
             for row, token in zip(rows, chosen.tolist(), strict=True)
