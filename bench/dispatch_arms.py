@@ -154,7 +154,7 @@ def build_lengths(work: Work) -> Callable[[], list[Tensor]]:
     mine = np.stack([np.array(work.clips.lengths), work.chosen.numpy()], axis=1).ravel()
 
     def run() -> list[Tensor]:
-        return [torch.from_numpy(found) for found in gather_ragged(mine, dist.group.WORLD)]
+        return [torch.from_numpy(found) for found in gather_ragged(mine, dist.group.WORLD)[0]]
 
     return run
 

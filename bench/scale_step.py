@@ -1,7 +1,7 @@
 """What a step costs the host of one rank with many ranks: planning, and small collectives. Used by `bench.scale`.
 
 Planning is measured with the global batch of the full size, in this process. Collectives are measured with real
-processes on this machine, as many as it can run, by the number of rounds that a call takes.
+processes on this machine, as many as it can run. For more ranks, a model adds up the time of each round.
 """
 
 from __future__ import annotations
@@ -21,21 +21,32 @@ import torch
 import torch.distributed as dist
 
 from trainer.parallel.dispatch import ClipTable, dispatch_of, plan_dispatch
+from trainer.parallel.exchange import FIRST
 from trainer.parallel.packs import embedding_segments, plan_packs, token_segments
 from trainer.parallel.plan import Ints, route
 from trainer.parallel.topology import Topology
 from trainer.parallel.tree import all_gather_numbers
+from trainer.training.global_batch import global_batch
 
 SAMPLES_PER_RANK = 8
 _NUM_EXPERTS = 4
 _CALLS, _WARMUP = 300, 30
 _FIELDS = 5
+_HEAD = 16
+"""The number of integers that a rank contributes besides those of samples and clips."""
+COLLECTIVES = 2
+"""The number of small collectives per step (tests/test_host_syncs.py)."""
+_NETWORK_SEC, _BYTES_PER_SEC = 30e-6, 1e9
+"""The assumed latency of a message between nodes, and the assumed rate of a connection of gloo."""
 
 
 def planning_sec(topology: Topology) -> dict[str, float]:
-    """Return the CPU seconds that one rank needs to plan a step, by part; each is the least of five values."""
+    """Return the CPU seconds that one rank needs to plan a step, by part; each is the least of 15 values."""
     rng = np.random.default_rng(0)
     world, num = topology.world, topology.world * SAMPLES_PER_RANK
+    # Once a process has freed a large tensor, glibc no longer returns the memory of freed arrays to the kernel.
+    # (mallopt(3), M_MMAP_THRESHOLD). This is so in every run after its first batch.
+    np.empty(31 << 20, dtype=np.uint8)
     source = np.repeat(np.arange(world), SAMPLES_PER_RANK)
     tokens, samples = rng.integers(50, 400, num), rng.integers(16_000, 320_000, num)
     packing = plan_packs(tokens, topology.dp, 4096, topology.tp)
@@ -56,7 +67,13 @@ def planning_sec(topology: Topology) -> dict[str, float]:
     def experts() -> None:
         dispatch_of(plan_dispatch(ClipTable(source, samples, wanted), costs, places, topology.ep, world), 0)
 
+    described = np.concatenate([np.ones((world, _HEAD)), np.ones((world, 5 * SAMPLES_PER_RANK))], axis=1).astype(int)
+    described[:, :2] = SAMPLES_PER_RANK
+
     return {
+        "description": _cpu_sec(
+            lambda: global_batch(described, np.full(world, described.shape[1]), ["loss"], [], _HEAD - 3, 0)
+        ),
         "packs": _cpu_sec(lambda: plan_packs(tokens, topology.dp, 4096, topology.tp)),
         "exchange": _cpu_sec(exchange),
         "primary": _cpu_sec(primary),
@@ -70,7 +87,7 @@ def _cost(factor: float) -> Callable[[Ints], np.ndarray]:
 
 def _cpu_sec(work: Callable[[], object]) -> float:
     times = []
-    for _ in range(5):
+    for _ in range(15):
         start = time.thread_time()
         work()
         times.append(time.thread_time() - start)
@@ -78,10 +95,12 @@ def _cpu_sec(work: Callable[[], object]) -> float:
 
 
 def collective_sec(num_ranks: int) -> dict[str, float]:
-    """Return the median time of a small collective on real processes of this machine, by kind.
+    """Return the time of a small collective on real processes of this machine, by kind.
 
     Returns:
-        `tree` for `trainer.parallel.tree.all_gather_numbers`, and `ring` for gloo's own all-gather of the same numbers.
+        The median for `tree`, which is `trainer.parallel.tree.all_gather_numbers`, and for `ring`, which is gloo's own
+        all-gather of the same numbers. `undisturbed` is the first decile for `tree`: a rank has a core of its own on a
+        cluster, but not on a busy machine.
     """
     code = "from bench.scale_step import rank_main; rank_main()"
     port = str(20_000 + os.getpid() % 20_000)
@@ -122,8 +141,21 @@ def rank_main() -> None:
                 times[name].append(time.perf_counter() - start)
     dist.barrier()
     if dist.get_rank() == 0:
-        print(json.dumps({name: statistics.median(values) for name, values in times.items()}))
+        undisturbed = statistics.quantiles(times["tree"], n=10)[0]
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        print(json.dumps({**medians, "undisturbed": undisturbed}))
     dist.destroy_process_group()
+
+
+def modelled_sec(num_ranks: int, round_sec: float) -> float:
+    """Return the time of the small collectives of a step by a model.
+
+    Args:
+        num_ranks: The number of ranks.
+        round_sec: The measured time of a round between two processes of one machine.
+    """
+    received = (num_ranks - 1) * 8 * (1 + FIRST)
+    return COLLECTIVES * (rounds(num_ranks) * (round_sec + _NETWORK_SEC) + received / _BYTES_PER_SEC)
 
 
 def rounds(num_ranks: int) -> int:

@@ -36,9 +36,9 @@ class Absent(Step):
 
     absent: frozenset[int] = frozenset()
 
-    def __call__(self, step: int, batch: Batch) -> StepReport:
+    def __call__(self, step: int, batch: Batch, *shared: Any) -> StepReport:
         if step + 1 not in self.absent:
-            return super().__call__(step, batch)
+            return super().__call__(step, batch, *shared)
         self.timer.take()
         self.meter.add_step({name: astuple(cost) for name, cost in self.audio.take_costs().items()}, 0.0)
         return StepReport(step + 1, 0.0)
@@ -132,10 +132,10 @@ def failing(folder: str, corpus: str) -> int:
     overrides = [f"data.root={corpus}", f"data.cache_dir={folder}/cache", "train.steps=4", f"train.run_dir={folder}"]
     usual = Step.forward_backward
 
-    def fails(self: Step, step: int, batch: Batch) -> StepReport:
+    def fails(self: Step, step: int, batch: Batch, *shared: Any) -> StepReport:
         if step == 2 and rank == 1:
             raise ValueError(f"cannot do {id(batch)}")
-        return usual(self, step, batch)
+        return usual(self, step, batch, *shared)
 
     with patch.object(Step, "forward_backward", fails):
         code = run_training(load_recipe("debug", [*overrides, "telemetry.progress=false"]), RankEnv(rank, rank, 2))

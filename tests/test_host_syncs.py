@@ -8,11 +8,16 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from bench.gpu_waits import BACKWARD, ROOT, host_waits, site_of
 from model.batch import IGNORE, Batch
@@ -21,6 +26,7 @@ from tests.pretended_device import DEVICE, PretendedDevice
 from tests.step_on_device import build_step
 from trainer import parity
 from trainer.config.evaluation import EvalConfig
+from trainer.parallel import exchange, values
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.groups import Groups, build_groups, connect
 from trainer.parallel.topology import Topology
@@ -38,6 +44,32 @@ MOST_PER_STEP, MOST_PER_MICROBATCH = 10, 2
 FIRST_STEP_WAITS = {"model/encoders/log_mel.py:mel_filters": 1}
 """The waits for constants, which happen once per process."""
 NEW_TOKENS = 4
+
+
+MOST_COLLECTIVES = 2
+"""The number of collectives of a step for which the ranks' hosts exchange numbers (docs/scale.md)."""
+
+
+@contextmanager
+def host_collectives() -> Iterator[list[str]]:
+    """Return a context manager that records the collectives of CPU tensors that the step calls."""
+    found: list[str] = []
+
+    def recorded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(first: Any, *args: Any, **options: Any) -> Any:
+            if not isinstance(first, torch.Tensor) or first.device.type == "cpu":
+                found.append(name)
+            return original(first, *args, **options)
+
+        return call
+
+    with ExitStack() as stack:
+        places: list[tuple[Any, str]] = [(exchange, "all_gather_numbers"), (exchange, "broadcast_bytes")]
+        places += [(values, "gather_bytes"), (values, "broadcast_bytes"), (dist, "all_reduce"), (dist, "broadcast")]
+        places += [(dist, "all_gather"), (dist, "all_gather_into_tensor"), (dist, "all_to_all_single")]
+        for module, name in places:
+            stack.enter_context(patch.object(module, name, recorded(name, getattr(module, name))))
+        yield found
 
 
 def begin() -> tuple[Groups, Any, Batch]:
@@ -59,12 +91,14 @@ def steps() -> dict[str, Any]:
             waits = [dict(device.waits)]
             device.waits.clear()
             device.transfers.clear()
-            step(1, batch)
+            with host_collectives() as collectives:
+                step(1, batch)
             waits.append(dict(device.waits))
     return {
         "waits": waits,
         "kinds": [f"{site}: {operation}" for site, operation in device.kinds],
         "transfers": dict(device.transfers),
+        "collectives": collectives,
         "found": (first.loss, first.grad_norm, *first.losses.values()),
         "expected": (expected.loss, expected.grad_norm, *expected.losses.values()),
     }
@@ -78,6 +112,7 @@ def test_step_waits_at_the_places_in_the_table() -> None:
     assert second == STEP_WAITS, seen["kinds"]
     assert first == {**STEP_WAITS, **FIRST_STEP_WAITS}, seen["kinds"]
     assert sum(second.values()) <= MOST_PER_STEP
+    assert seen["collectives"] == ["all_gather_numbers"] * MOST_COLLECTIVES
     assert not set(second) & {"trainer/engine/llm.py:__call__", "model/llm/packing.py:layout"}, "per micro-batch: none"
     # There is one transfer for each pack's positions, rows and places. None depends on the number of experts.
     assert (

@@ -44,6 +44,7 @@ from trainer.engine.optim import check_patterns
 from trainer.engine.placement import place
 from trainer.engine.stages import check_stages
 from trainer.files import sweep_leftovers
+from trainer.parallel.environment import meeting_limit_sec
 from trainer.parallel.exchange import gather_distinct
 from trainer.parallel.groups import COLLECTIVE_TIMEOUT_SEC, Groups, build_groups, connect
 from trainer.parallel.topology import build_topology
@@ -92,7 +93,7 @@ def run_training(recipe: Recipe, env: RankEnv) -> int:
 
 def _run(recipe: Recipe, env: RankEnv) -> int:
     # The watchdog must fire before a collective gives up.
-    connect(max(COLLECTIVE_TIMEOUT_SEC, 2 * recipe.train.hang_timeout_sec))
+    connect(max(COLLECTIVE_TIMEOUT_SEC, 2 * recipe.train.hang_timeout_sec, meeting_limit_sec(env.world_size)))
     events = begin_run(recipe, env)
     position = Position()
     try:

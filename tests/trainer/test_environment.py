@@ -18,7 +18,14 @@ from tests.distributed.harness import run_ranks
 from trainer.job.gpu_check import Report
 from trainer.job.node_check import Wanted, look
 from trainer.parallel import environment
-from trainer.parallel.environment import low_limit, needed_descriptors, set_environment
+from trainer.parallel.environment import (
+    START_LIMIT,
+    low_limit,
+    meeting_limit_sec,
+    needed_descriptors,
+    set_environment,
+    start_limit_sec,
+)
 from trainer.parallel.groups import build_groups, connect
 from trainer.parallel.topology import Topology
 
@@ -36,6 +43,12 @@ def test_settings_are_made_once_and_keep_those_of_the_user() -> None:
     own = {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
     set_environment(own)
     assert own["CUDA_DEVICE_MAX_CONNECTIONS"] == "8" and "PYTORCH_ALLOC_CONF" not in own
+
+
+def test_the_time_to_start_grows_with_the_ranks_unless_it_is_set() -> None:
+    assert meeting_limit_sec(2, {}) == 60 and start_limit_sec(2, {}) == pytest.approx(120, abs=1)
+    assert 800 < meeting_limit_sec(10_240, {}) < 1000 and start_limit_sec(10_240, {}) > 1400
+    assert meeting_limit_sec(10_240, {START_LIMIT: "300"}) == 300
 
 
 @pytest.mark.timeout(60)

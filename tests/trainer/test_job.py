@@ -243,8 +243,10 @@ def test_a_restarted_job_takes_the_largest_number_of_nodes_that_is_possible(
 
 def test_node_needs_memory_for_the_planned_snapshot_in_addition(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Wanted] = []
+    limits: list[float] = []
 
-    def answers(command: list[str]) -> list[dict[str, Any]]:
+    def answers(command: list[str], limit_sec: float) -> list[dict[str, Any]]:
+        limits.append(limit_sec)
         if "trainer.job.node_check" in command:
             asked.append(Wanted(**json.loads(command[-1])))
             return [asdict(Report(f"n{i + 1}")) for i in range(16)]
@@ -255,6 +257,7 @@ def test_node_needs_memory_for_the_planned_snapshot_in_addition(monkeypatch: pyt
     found = preflight(allocation(16), Layout(16, 8), facts, {"PREFLIGHT_MIN_MEMORY_GIB": "64"})
     assert len(found.nodes) == 16
     assert asked[0].min_memory_gib == 117.5 and asked[0].num_ranks == 128
+    assert 120 < limits[0] < limits[1] < 130
 
 
 @pytest.mark.slow

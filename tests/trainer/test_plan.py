@@ -69,6 +69,9 @@ def test_every_token_arrives_once_at_its_planned_place(topology: Topology, data:
         for sample in set(owners.tolist()) - {-1}:
             assert arrived[rank][owners == sample].tolist() == ids[first[sample] : first[sample + 1]].tolist()
         assert (arrived[rank][owners == -1] == -1).all()
+    some = np.arange(len(sizes))[::-2]
+    rows_in_replica = packing.pack % packing.num_microbatches * packing.pack_tokens + packing.row
+    assert packing.replica_rows(some).tolist() == rows_in_replica[some].tolist()
     packs = [(d, m) for d in range(topology.dp) for m in range(packing.num_microbatches)]
     placed = [i for d, m in packs for i in packing.members(d, m).tolist()]
     assert sorted(placed) == list(range(len(sizes)))

@@ -25,11 +25,12 @@ from model.errors import UserError
 from model.precision import cast
 from model.transfer import to_device
 from trainer.engine.ds_config import Gathering, without_buffers
-from trainer.engine.expert_parallel import EncoderCost, EncoderDispatch, dummy_clip
+from trainer.engine.expert_parallel import EncoderCost, EncoderDispatch, dummy_clip, gather_lengths
 from trainer.engine.module_weights import ModuleWeights
 from trainer.engine.optim import OptimConfig, param_groups, set_rates
 from trainer.engine.placement import clip_cost, place
 from trainer.engine.whole_weights import WholeWeights
+from trainer.parallel.dispatch import ClipLengths
 from trainer.parallel.groups import Groups, device_groups
 
 PREFIX = "audio."
@@ -106,7 +107,9 @@ class AudioEngine:
         dtype = next(self.tower.projector.parameters()).dtype
         placement = place(config, self.groups.topology.ep)
 
-        def build(encoders: Sequence[EncoderConfig], places: Sequence[int], ep: int, width: int) -> EncoderDispatch:
+        def build(
+            encoders: Sequence[EncoderConfig], places: Sequence[int], ep: int, width: int, every_clip: bool
+        ) -> EncoderDispatch:
             names = [e.name for e in encoders]
             held = {n: self.tower.encoder(n) for n in names if ep == 1 or n in self.tower.experts}
             assert set(held) == set(names if ep == 1 else placement.held_by(self.groups.rank)), held.keys()
@@ -125,14 +128,17 @@ class AudioEngine:
                 before_backward=self._weights.before_features_return if flushes else None,
                 calls_are_collective=self._weights.calls_are_collective,
                 recompute_calls=recompute_calls,
+                every_clip=every_clip,
                 debug_plan=debug_plan,
             )
 
         found: dict[tuple[str, ...], EncoderDispatch] = {}
         if config.primary is not None and self.tower.primary is not None:
-            found[(config.primary.name,)] = build([config.primary], [0], 1, self.tower.primary.dim)
+            found[(config.primary.name,)] = build([config.primary], [0], 1, self.tower.primary.dim, every_clip=True)
         if config.experts:
-            found[placement.names] = build(config.experts, placement.places, placement.ep, config.expert_dim)
+            found[placement.names] = build(
+                config.experts, placement.places, placement.ep, config.expert_dim, every_clip=False
+            )
         return found
 
     def take_costs(self) -> dict[str, EncoderCost]:
@@ -151,26 +157,39 @@ class AudioEngine:
         """Return the ZeRO-3 parameters, which have `ds_shape` and `ds_tensor`, with their names `audio.…`."""
         return [(PREFIX + name, p) for name, p in self.tower.named_parameters()]
 
-    def forward(self, clips: Ragged, prompts: Ragged, noise: Tensor | None) -> AudioOutput:
+    def forward(
+        self, clips: Ragged, prompts: Ragged, noise: Tensor | None, everyone: ClipLengths | None = None
+    ) -> AudioOutput:
         """Compute `AudioTower.forward` for this rank's clips, of which there may be none. Results are on the device.
 
         Collective: every rank of the world must call it.
 
         A rank without clips computes a dummy clip and drops the resulting rows, so the gradients are zeros.
+
+        Args:
+            clips: The waveforms [ΣT] of this rank's clips at 16 kHz.
+            prompts: The instruction tokens [ΣP], one sequence per clip.
+            noise: Standard normal noise [B, G, K] for the router; None outside training.
+            everyone: The lengths of the clips of all ranks, without dummy clips; None to gather them.
         """
         device, num_clips = self.groups.device, len(clips)
         if num_clips == 0:
             clips, noise = Ragged.of([dummy_clip()]), None
             prompts = Ragged(torch.zeros(1, dtype=torch.int64), (1,))
+        if everyone is None:
+            lengths_of_all = gather_lengths(clips, self.groups)
+        else:
+            lengths_of_all = everyone.with_dummies(self.groups.topology.world, len(dummy_clip()))
+
+        def encode(names: Sequence[str], clips: Ragged, wanted: Tensor) -> list[Ragged]:
+            return self._dispatch[tuple(names)](names, clips, wanted, lengths_of_all)
+
         out = self._weights.forward(
             *(Ragged(to_device(part.values, device), part.lengths) for part in (clips, prompts)),
             None if noise is None else to_device(noise, device),
-            encode=self._encode,
+            encode=encode,
         )
         return out if num_clips else out.without_clips()
-
-    def _encode(self, names: Sequence[str], clips: Ragged, wanted: Tensor) -> list[Ragged]:
-        return self._dispatch[tuple(names)](names, clips, wanted)
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of the sum of `loss` over all ranks.

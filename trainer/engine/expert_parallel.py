@@ -23,6 +23,7 @@ from trainer.engine.clock import DeviceClock, Lap
 from trainer.parallel.dispatch import (
     CALL_COST_SAMPLES,
     ClipCost,
+    ClipLengths,
     ClipTable,
     Dispatch,
     DispatchPlan,
@@ -30,7 +31,7 @@ from trainer.parallel.dispatch import (
     group_by_length,
     plan_dispatch,
 )
-from trainer.parallel.exchange import Parcels, check_same_plan, deliver, gather_ragged
+from trainer.parallel.exchange import Parcels, check_same_plan, deliver, gather_padded, gather_ragged, take_spans
 from trainer.parallel.groups import Groups
 
 
@@ -77,6 +78,7 @@ class EncoderDispatch:
         calls_are_collective: True if all ranks of an encoder must call it equally often. Ranks with fewer batches of
             clips then encode dummy clips.
         recompute_calls: True to keep no activations of a call, and to run it again in the backward pass.
+        every_clip: True if every encoder encodes every clip, so that ranks need not tell each other what they want.
         debug_plan: True to compare the plans of all ranks before clips are sent.
     """
 
@@ -95,13 +97,14 @@ class EncoderDispatch:
         before_backward: Callable[[], None] | None = None,
         calls_are_collective: bool = False,
         recompute_calls: bool = False,
+        every_clip: bool = False,
         debug_plan: bool = False,
     ) -> None:
         self.held, self.names, self.costs, self.places, self.ep = held, tuple(names), costs, places, ep
         self.windowings = tuple(windowings)
         self.groups, self.budget_samples, self.empty = groups, budget_samples, empty
         self.before_backward = before_backward
-        self.debug_plan = debug_plan
+        self.every_clip, self.debug_plan = every_clip, debug_plan
         self.calls_are_collective, self.recompute_calls = calls_are_collective, recompute_calls
         self._clock = DeviceClock(groups.device)
         self._moved = dict.fromkeys(self.names, EncoderCost())
@@ -118,7 +121,9 @@ class EncoderDispatch:
         dist.all_reduce(learns, op=dist.ReduceOp.MAX, group=self.groups.world)
         self._learns = bool(learns)
 
-    def __call__(self, names: Sequence[str], clips: Ragged, wanted: Tensor) -> list[Ragged]:
+    def __call__(
+        self, names: Sequence[str], clips: Ragged, wanted: Tensor, everyone: ClipLengths | None = None
+    ) -> list[Ragged]:
         """Encode clips on the ranks that hold their encoders.
 
         Collective: every rank of the world must call it.
@@ -127,13 +132,15 @@ class EncoderDispatch:
             names: The names of the K encoders.
             clips: waveforms [ΣT] of this rank's B clips.
             wanted: [B, K] bool, true where the encoder must encode the clip.
+            everyone: The lengths of the clips of all ranks; None to gather them.
 
         Returns:
             For each encoder, the features [ΣF, D] of the clips that it must encode, in their order.
         """
         assert tuple(names) == self.names, names
         rank, world = self.groups.rank, self.groups.topology.world
-        plan = plan_dispatch(self._table(clips, wanted), self.costs, self.places, self.ep, world)
+        everyone = everyone or gather_lengths(clips, self.groups)
+        plan = plan_dispatch(self._table(wanted, everyone), self.costs, self.places, self.ep, world)
         if self.debug_plan:
             check_same_plan("encoders", (plan.clip, plan.encoder, plan.encoder_rank), self.groups.world)
         part = dispatch_of(plan, rank)
@@ -143,32 +150,39 @@ class EncoderDispatch:
             self._batches([part.recv_lengths[i] for i in work], windowing)
             for work, windowing in zip(part.work, self.windowings, strict=True)
         ]
-        calls = torch.tensor([len(b) if n in self.held else 1 for n, b in zip(self.names, batches, strict=True)])
+        num_calls = [len(b) if n in self.held else 1 for n, b in zip(self.names, batches, strict=True)]
         # The ranks agree on the number of calls while clips are sent.
         agreed = None
         if self.calls_are_collective and world > self.ep:
-            agreed = dist.all_reduce(calls, dist.ReduceOp.MAX, group=self.groups.world, async_op=True)
+            most = to_device(num_calls, self.groups.device)
+            agreed = dist.all_reduce(most, dist.ReduceOp.MAX, group=self.groups.world, async_op=True)
         arrived = self._send_clips(clips, part)
         if agreed is not None:
             agreed.wait()
+            num_calls = most.tolist()
         computed = [
-            self._compute(name, [arrived[i] for i in work], batch, num_calls)
-            for name, work, batch, num_calls in zip(self.names, part.work, batches, calls.tolist(), strict=True)
+            self._compute(name, [arrived[i] for i in work], batch, calls)
+            for name, work, batch, calls in zip(self.names, part.work, batches, num_calls, strict=True)
             if name in self.held
         ]
         return self._return_features(computed, part)
 
-    def _table(self, clips: Ragged, wanted: Tensor) -> ClipTable:
-        """Share with all ranks the length of each clip of this rank and the encoders that it needs, one bit for each.
+    def _table(self, wanted: Tensor, everyone: ClipLengths) -> ClipTable:
+        """Share with all ranks the encoders that each clip of this rank needs, one bit for each.
 
         Collective: every rank of the world must call it.
         """
-        bits = wanted.cpu().numpy() @ (1 << np.arange(len(self.names), dtype=np.int64))
-        mine = np.stack([np.array(clips.lengths, dtype=np.int64), bits], axis=1)
-        rows = [r.reshape(-1, 2) for r in gather_ragged(mine.ravel(), self.groups.world)]
-        source_rank = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
-        samples, everyone = np.ascontiguousarray(np.concatenate(rows).T)
-        return ClipTable(source_rank, samples, (everyone[:, None] >> np.arange(len(self.names)) & 1).astype(bool))
+        num_encoders = len(self.names)
+        if self.every_clip:
+            flags = np.ones((len(everyone.samples), num_encoders), dtype=bool)
+            return ClipTable(everyone.source_rank, everyone.samples, flags)
+        counts = np.bincount(everyone.source_rank, minlength=self.groups.topology.world)
+        mine = wanted.cpu().numpy() @ (1 << np.arange(num_encoders, dtype=np.int64))
+        assert len(mine) == counts[self.groups.rank], (len(mine), counts[self.groups.rank])
+        found = gather_padded(mine, int(counts.max()), self.groups.world)
+        bits = take_spans(found, np.zeros_like(counts), counts)
+        flags = (bits[:, None] >> np.arange(num_encoders) & 1).astype(bool)
+        return ClipTable(everyone.source_rank, everyone.samples, flags)
 
     def _batches(self, lengths: list[int], windowing: Windowing) -> list[list[int]]:
         """Return the clips of each call as indices into `lengths`; if calls are collective, there is at least one."""
@@ -297,6 +311,16 @@ class EncoderDispatch:
         self._moved = dict.fromkeys(self.names, EncoderCost())
         self._waits, self._computed = [], []
         return found
+
+
+def gather_lengths(clips: Ragged, groups: Groups) -> ClipLengths:
+    """Return the lengths of the clips of all ranks.
+
+    Collective: every rank of the world must call it.
+    """
+    found, counts = gather_ragged(np.array(clips.lengths, dtype=np.int64), groups.world)
+    samples = take_spans(found, np.zeros_like(counts), counts)
+    return ClipLengths(np.repeat(np.arange(len(counts)), counts), samples)
 
 
 def _pieces(results: Sequence[int], source: Sequence[int], rank: int) -> list[range]:

@@ -17,7 +17,6 @@ from datetime import timedelta
 
 from trainer.run import launch
 
-_TIMEOUT_SEC = 60.0
 _NUM_TIMES = 5
 
 
@@ -36,19 +35,21 @@ def main() -> int:
     import torch
     import torch.distributed as dist
 
+    from trainer.parallel.environment import meeting_limit_sec
     from trainer.parallel.groups import connect
     from trainer.parallel.meeting import loopback_store, on_one_machine
 
     node = socket.gethostname().partition(".")[0]
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    timeout = timedelta(seconds=_TIMEOUT_SEC)
+    limit_sec = meeting_limit_sec(env.world_size)
+    timeout = timedelta(seconds=limit_sec)
     if on_one_machine(os.environ):
         _meeting = loopback_store(port + 1, env.rank, env.world_size, timeout)
     else:
         _meeting = dist.TCPStore(address, port + 1, env.world_size, env.rank == 0, timeout, wait_for_workers=False)
     # If the all-reduce below hangs, a node that has not printed this line is at fault.
     print(json.dumps({"node": node, "arrived": True}), flush=True)
-    _, _, device = connect(_TIMEOUT_SEC)
+    _, _, device = connect(limit_sec)
     num_bytes = (256 if device.type == "cuda" else 4) << 20
     numbers = torch.ones(num_bytes // 4, device=device)
     dist.all_reduce(numbers)

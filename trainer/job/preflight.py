@@ -16,9 +16,8 @@ from trainer.job.check import Facts
 from trainer.job.gpu_check import Report
 from trainer.job.node_check import Wanted
 from trainer.job.slurm import Allocation, Layout, srun
+from trainer.parallel.environment import start_limit_sec
 from trainer.telemetry.announce import print_timed
-
-_ANSWER_SEC = 120.0
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,9 @@ def preflight(
         allocation: The job's resources.
         layout: The distribution of ranks over nodes.
         facts: The properties of the recipe.
-        environ: The environment variables, of which two are read: PREFLIGHT_MIN_MEMORY_GIB (default 16), in addition
-            to the memory that a save needs, and PREFLIGHT_MIN_DISK_GIB (default 10).
+        environ: The environment variables, of which three are read: PREFLIGHT_MIN_MEMORY_GIB (default 16), in addition
+            to the memory that a save needs, PREFLIGHT_MIN_DISK_GIB (default 10), and EARSHOT_START_SEC (see
+            `trainer.parallel.environment.meeting_limit_sec`).
         suspects: The nodes with a hardware fault in an earlier attempt of this job, each with a description of it. They
             are not used.
 
@@ -76,7 +76,8 @@ def preflight(
     )
     print_timed(f"preflight: checking {', '.join(allocation.nodes)}")
     module = ["trainer.job.node_check", json.dumps(asdict(wanted))]
-    lines = _answers(srun(allocation, allocation.nodes, 1, module))
+    limit_sec = start_limit_sec(len(allocation.nodes), environ)
+    lines = _answers(srun(allocation, allocation.nodes, 1, module), limit_sec)
     reports = {r["node"]: Report(**r) for r in lines}
     bad = {n: "no answer" for n in allocation.nodes if n not in reports}
     bad |= {n: "; ".join(r.faults) for n, r in reports.items() if r.faults}
@@ -91,7 +92,7 @@ def preflight(
     while True:
         nodes = choose(allocation.nodes, bad, layout.num_nodes)
         print_timed(f"preflight: all-reduce on {', '.join(nodes)}")
-        silent = _test_all_reduce(allocation, nodes, layout)
+        silent = _test_all_reduce(allocation, nodes, layout, environ)
         if not silent:
             return Found(nodes, bad)
         bad |= {n: "did not finish the all-reduce" for n in silent}
@@ -131,13 +132,16 @@ def _kind(fault: str) -> str:
     return re.sub(r"\d+(\.\d+)?", "#", fault)
 
 
-def _test_all_reduce(allocation: Allocation, nodes: Sequence[str], layout: Layout) -> list[str]:
+def _test_all_reduce(
+    allocation: Allocation, nodes: Sequence[str], layout: Layout, environ: Mapping[str, str]
+) -> list[str]:
     """Run an all-reduce on `nodes`, and return the nodes that caused it to fail. The list is empty if it succeeded.
 
     Raises:
         BadNodesError: If the all-reduce failed although all ranks were connected.
     """
-    answers = _answers(srun(allocation, nodes, layout.ranks_per_node, ["trainer.job.all_reduce"]))
+    limit_sec = start_limit_sec(len(nodes) * layout.ranks_per_node, environ)
+    answers = _answers(srun(allocation, nodes, layout.ranks_per_node, ["trainer.job.all_reduce"]), limit_sec)
     done = [a for a in answers if "gb_per_sec" in a]
     if len(done) == len(nodes) * layout.ranks_per_node:
         slowest = min(done, key=lambda a: float(a["gb_per_sec"]))
@@ -154,15 +158,15 @@ def _test_all_reduce(allocation: Allocation, nodes: Sequence[str], layout: Layou
     return [nodes[0]] if len(silent) == len(nodes) else silent
 
 
-def _answers(command: Sequence[str]) -> list[dict[str, Any]]:
-    """Run a job step, and return the JSON objects that its tasks print before the timeout.
+def _answers(command: Sequence[str], limit_sec: float) -> list[dict[str, Any]]:
+    """Run a job step, and return the JSON objects that its tasks print within `limit_sec` seconds.
 
     Raises:
         CancelledError: If a signal that only a person sends has ended the step.
     """
     step = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     try:
-        output, _ = step.communicate(timeout=_ANSWER_SEC)
+        output, _ = step.communicate(timeout=limit_sec)
     except subprocess.TimeoutExpired:
         step.terminate()
         output, _ = step.communicate()

@@ -27,6 +27,22 @@ The unit of the cost is the same for all encoders.
 
 
 @dataclass(frozen=True)
+class ClipLengths:
+    """The lengths of the clips of all ranks, ordered by source rank and then by index on that rank."""
+
+    source_rank: Ints
+    """The rank that loaded each clip, [N], in ascending order."""
+    samples: Ints
+    """The length of each clip in audio samples, [N]."""
+
+    def with_dummies(self, world: int, dummy_samples: int) -> ClipLengths:
+        """Return the lengths if every rank without a clip has one of `dummy_samples` audio samples."""
+        without = np.flatnonzero(np.bincount(self.source_rank, minlength=world) == 0)
+        places = np.searchsorted(self.source_rank, without)
+        return ClipLengths(np.insert(self.source_rank, places, without), np.insert(self.samples, places, dummy_samples))
+
+
+@dataclass(frozen=True)
 class ClipTable:
     """The clips of all ranks, ordered by source rank and then by index on that rank."""
 
@@ -81,9 +97,10 @@ def plan_dispatch(
     clip, encoder = np.concatenate(wanted), np.repeat(by_place, [len(which) for which in wanted])
     cost_of = [costs[k](clips.samples[which]) for k, which in zip(by_place, wanted, strict=True)]
     loads = np.zeros((ep, world // ep))
-    encoder_ranks = [
-        _encoder_ranks(c, loads[places[k]]) * ep + places[k] for k, c in zip(by_place, cost_of, strict=True)
-    ]
+    encoder_ranks = [_encoder_ranks(c, loads[places[k]]) for k, c in zip(by_place, cost_of, strict=True)]
+    for k, ranks in zip(by_place, encoder_ranks, strict=True):
+        ranks *= ep
+        ranks += places[k]
     return DispatchPlan(clips, clip, encoder, np.concatenate(encoder_ranks), np.concatenate(cost_of))
 
 
@@ -96,9 +113,11 @@ def _encoder_ranks(cost: Floats, loads: Floats) -> Ints:
     """
     bins = spread_alike(cost, len(loads))
     mine = np.bincount(bins, weights=cost, minlength=len(loads))
-    holder_of = np.arange(len(loads))
-    if loads.any():  # the ranks with the least work so far get the most
-        holder_of[np.argsort(-mine, kind="stable")] = np.argsort(loads, kind="stable")
+    if not loads.any():
+        loads += mine
+        return bins
+    holder_of = np.empty_like(bins, shape=len(loads))  # The ranks with the least work so far get the most.
+    holder_of[np.argsort(-mine, kind="stable")] = np.argsort(loads, kind="stable")
     loads[holder_of] += mine
     return holder_of[bins]
 

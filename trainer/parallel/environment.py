@@ -20,6 +20,13 @@ _ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _ALLOCATOR = "expandable_segments:True"
 """The allocator setting. The length of packs differs between steps, which would fragment segments of fixed size."""
 
+START_LIMIT = "EARSHOT_START_SEC"
+"""The environment variable that sets the time in seconds within which the ranks of a job must have connected."""
+_PAIR_SEC = 8e-6
+"""The allowed time per pair of ranks, about twice the time that `bench.scale_start` measured on a busy machine."""
+_LAUNCH_SEC = 0.05
+"""The assumed time by which each process delays the start of the last one."""
+
 PROCESS_DESCRIPTORS = 256
 """The assumed number of file descriptors for files, libraries, data workers and their pipes."""
 NCCL_DESCRIPTORS = 1024
@@ -64,6 +71,27 @@ def whole_number(environ: Mapping[str, str], name: str, default: int | None = No
     if not (text.isascii() and text.isdigit() and len(text) < 19):
         raise UserError(f"{name} = {text!r}: must be a whole number; the launcher or the scheduler sets it")
     return int(text)
+
+
+def meeting_limit_sec(num_ranks: int, environ: Mapping[str, str] = os.environ) -> float:
+    """Return the time within which all ranks must have found each other and connected.
+
+    A gloo group of N ranks makes N² requests to the store of rank 0, which take `_PAIR_SEC` each.
+
+    Args:
+        num_ranks: The number of ranks.
+        environ: The environment variables. `START_LIMIT` sets the time instead.
+    """
+    return whole_number(environ, START_LIMIT, round(60 + _PAIR_SEC * num_ranks**2))
+
+
+def start_limit_sec(num_ranks: int, environ: Mapping[str, str] = os.environ) -> float:
+    """Return the time within which a job step of `num_ranks` processes must have started, connected and answered.
+
+    Besides connecting, every process is launched and reads its modules from a disk that all of them share, for which
+    the limit allows a minute and `_LAUNCH_SEC` per process.
+    """
+    return meeting_limit_sec(num_ranks, environ) + 60 + _LAUNCH_SEC * num_ranks
 
 
 def raise_descriptor_limit() -> int:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.transfer import to_device
-from trainer.parallel.plan import Ints, Route
+from trainer.parallel.plan import Ints, Route, rows_of_spans
 from trainer.parallel.tree import all_gather_numbers, broadcast_bytes
 
 
@@ -184,24 +184,36 @@ def _carry(
     return arriving
 
 
-_FIRST = 64
-"""The number of integers that are gathered together with their count. Longer arrays need a second collective."""
+FIRST = 64
+"""The default number of integers that are gathered together with their count."""
 
 
-def gather_ragged(values: np.ndarray, group: dist.ProcessGroup | None) -> list[np.ndarray]:
+def gather_ragged(
+    values: np.ndarray, group: dist.ProcessGroup | None, first: int = FIRST
+) -> tuple[np.ndarray, np.ndarray]:
     """Gather a 1-D int64 array from each rank, in the order of the ranks. Plans are made from these few integers.
 
     Collective: every rank of `group` must call it.
+
+    Args:
+        values: This rank's array.
+        group: The ranks; None for the world.
+        first: The number of integers that are gathered together with their count, which must be the same on all ranks.
+            If an array is longer, a second collective gathers the rest.
+
+    Returns:
+        The arrays as the rows of a matrix [ranks, at least the longest length], which is filled up with zeros, and the
+        length of each, [ranks].
     """
-    begun = _gather(np.array([len(values), *values[:_FIRST]]), 1 + _FIRST, group)
+    begun = gather_padded(np.array([len(values), *values[:first]]), 1 + first, group)
     sizes, found = begun[:, 0], begun[:, 1:]
-    if sizes.max() > _FIRST:
-        rest = _gather(values[_FIRST:], int(sizes.max()) - _FIRST, group)
+    if sizes.max() > first:
+        rest = gather_padded(values[first:], int(sizes.max()) - first, group)
         found = np.concatenate([found, rest], axis=1)
-    return [row[:n] for row, n in zip(found, sizes, strict=True)]
+    return found, sizes
 
 
-def _gather(values: np.ndarray, width: int, group: dist.ProcessGroup | None) -> np.ndarray:
+def gather_padded(values: np.ndarray, width: int, group: dist.ProcessGroup | None) -> np.ndarray:
     """Gather the values of all ranks, padded with zeros to [width], as one array [world, width].
 
     Collective: every rank of `group` must call it.
@@ -209,6 +221,19 @@ def _gather(values: np.ndarray, width: int, group: dist.ProcessGroup | None) -> 
     mine = np.zeros(width, dtype=np.int64)
     mine[: len(values)] = values
     return all_gather_numbers(mine, group)
+
+
+def take_spans(rows: np.ndarray, first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return a span of each row of a matrix, concatenated.
+
+    Args:
+        rows: The matrix [number of rows, width].
+        first: The first column of each span, [number of rows].
+        counts: The number of columns of each span, [number of rows].
+    """
+    if (first == first[0]).all() and (counts == counts[0]).all():
+        return rows[:, first[0] : first[0] + counts[0]].ravel()
+    return rows.ravel()[rows_of_spans(np.arange(len(rows)) * rows.shape[1] + first, counts)]
 
 
 def gather_distinct(texts: Sequence[str], group: dist.ProcessGroup) -> list[list[str]]:
@@ -241,7 +266,7 @@ def check_same_plan(what: str, plan: Sequence[Ints], group: dist.ProcessGroup) -
             ranks that differ.
     """
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in plan)).digest()
-    digests = [int(d[0]) for d in gather_ragged(np.array([int.from_bytes(digest[:7], "little")]), group)]
+    digests = all_gather_numbers(np.array([int.from_bytes(digest[:7], "little")]), group)[:, 0]
     others = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if others:
         raise RuntimeError(

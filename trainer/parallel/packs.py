@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -28,10 +28,28 @@ class PackPlan:
     """The number of LLM replicas."""
     pack: Ints
     """The pack of each sample, [n], which is replica · num_microbatches + micro-batch."""
-    row: Ints
-    """The first row of each sample in its pack, [n]."""
     num_tokens: Ints
     """The length of each sample in tokens, [n]."""
+
+    @cached_property
+    def row(self) -> Ints:
+        """The first row of each sample in its pack, [n]."""
+        return _starts(self.num_tokens, self.pack)
+
+    def replica_rows(self, samples: Ints) -> Ints:
+        """Return the first row of each of some samples in the concatenation of its replica's packs.
+
+        Only the packs of these samples are computed, which takes far less time than those of all replicas.
+
+        Args:
+            samples: The indices of the samples in the global batch, in any order.
+        """
+        concerned = np.zeros(self.replicas * self.num_microbatches, dtype=bool)
+        concerned[self.pack[samples]] = True
+        members = np.flatnonzero(concerned[self.pack])
+        pack = self.pack[members]
+        row = pack % self.num_microbatches * self.pack_tokens + _starts(self.num_tokens[members], pack)
+        return row[np.searchsorted(members, samples)]
 
     def members(self, replica: int, microbatch: int) -> Ints:
         """Return the samples of a pack, in order, as indices into the global batch."""
@@ -46,7 +64,12 @@ class PackPlan:
     @cached_property
     def replica_row(self) -> Ints:
         """The first row of each sample in the concatenation of its replica's packs, [n]."""
-        return self.pack % self.num_microbatches * self.pack_tokens + self.row
+        return self.replica_rows(np.arange(len(self.pack)))
+
+    @cached_property
+    def tokens_before(self) -> Ints:
+        """The number of tokens of all samples before each sample in the global batch, [n]."""
+        return np.cumsum(self.num_tokens) - self.num_tokens
 
     def with_lengths(self, kept: Ints, num_tokens: Ints, multiple: int) -> PackPlan:
         """Return a plan for companions of the samples `kept`, each in the same replica and micro-batch as its sample.
@@ -59,7 +82,7 @@ class PackPlan:
         pack = self.pack[kept]
         longest = int(np.bincount(pack, weights=num_tokens, minlength=1).max())
         rows = max(multiple, -(-longest // multiple) * multiple)
-        return PackPlan(self.num_microbatches, rows, self.replicas, pack, _starts(num_tokens, pack), num_tokens)
+        return PackPlan(self.num_microbatches, rows, self.replicas, pack, num_tokens)
 
 
 def plan_packs(
@@ -89,7 +112,7 @@ def plan_packs(
         microbatches += packs_multiple
     rows = max(multiple, -(-longest // multiple) * multiple)
     pack = bins % replicas * microbatches + bins // replicas
-    return PackPlan(microbatches, rows, replicas, pack, _starts(sizes, pack), sizes)
+    return PackPlan(microbatches, rows, replicas, pack, sizes)
 
 
 def token_segments(plan: PackPlan, source_ranks: Ints, topology: Topology, rank: int) -> Segments:
@@ -102,14 +125,14 @@ def token_segments(plan: PackPlan, source_ranks: Ints, topology: Topology, rank:
         rank: The rank that sends or receives. Segments between other ranks may be missing.
     """
     which = _samples_of(plan, source_ranks, topology, rank)
-    ends = [sorted({*topology.first_stage_ranks(d), *topology.last_stage_ranks(d)}) for d in range(topology.dp)]
-    targets = np.array(ends, dtype=np.int64)
-    num_targets = targets.shape[1]
-    src, src_row, dst_row, length = (
-        np.repeat(column[which], num_targets)
-        for column in (source_ranks, _starts(plan.num_tokens, source_ranks), plan.replica_row, plan.num_tokens)
-    )
-    return Segments(src, src_row, targets[plan.pack[which] // plan.num_microbatches].ravel(), dst_row, length)
+    columns = (source_ranks[which], _source_rows(plan, source_ranks, which), plan.replica_rows(which))
+    replica, length = plan.pack[which] // plan.num_microbatches, plan.num_tokens[which]
+    targets = _end_ranks(topology)[replica]
+    # Other ranks send to all targets, but what they send to other ranks is of no interest here.
+    chosen = (source_ranks[which] == rank)[:, None] | (targets == rank)
+    item = np.nonzero(chosen)[0]
+    src, src_row, dst_row = (column[item] for column in columns)
+    return Segments(src, src_row, targets[chosen], dst_row, length[item])
 
 
 def embedding_segments(plan: PackPlan, source_ranks: Ints, topology: Topology, rank: int) -> Segments:
@@ -126,28 +149,52 @@ def embedding_segments(plan: PackPlan, source_ranks: Ints, topology: Topology, r
     """
     share = plan.pack_tokens // topology.tp
     samples = _samples_of(plan, source_ranks, topology, rank)
-    row = plan.replica_row[samples]
-    first, last = row // share, (row + plan.num_tokens[samples] - 1) // share
+    row, length = plan.replica_rows(samples), plan.num_tokens[samples]
+    first, last = row // share, (row + length - 1) // share
     parts = last - first + 1
-    which = np.repeat(samples, parts)
+    which = np.repeat(np.arange(len(samples)), parts)
     piece = rows_of_spans(first, parts)
-    begin = np.maximum(plan.replica_row[which], piece * share)
-    end = np.minimum((plan.replica_row + plan.num_tokens)[which], (piece + 1) * share)
-    stages = np.array([topology.first_stage_ranks(d) for d in range(topology.dp)], dtype=np.int64)
+    begin = np.maximum(row[which], piece * share)
+    end = np.minimum((row + length)[which], (piece + 1) * share)
+    stages = _first_stages(topology)
     microbatch, tensor_rank = np.divmod(piece, topology.tp)
     return Segments(
-        src=source_ranks[which],
-        src_row=_starts(plan.num_tokens, source_ranks)[which] + begin - plan.replica_row[which],
-        dst=stages[plan.pack[which] // plan.num_microbatches, tensor_rank],
+        src=source_ranks[samples[which]],
+        src_row=_source_rows(plan, source_ranks, samples)[which] + begin - row[which],
+        dst=stages[plan.pack[samples[which]] // plan.num_microbatches, tensor_rank],
         dst_row=microbatch * share + begin - piece * share,
         length=end - begin,
     )
 
 
+@cache
+def _first_stages(topology: Topology) -> Ints:
+    """Return the ranks of the first stage of each replica, [replicas, tensor-parallel size]."""
+    return np.array([topology.first_stage_ranks(d) for d in range(topology.dp)], dtype=np.int64)
+
+
+@cache
+def _end_ranks(topology: Topology) -> Ints:
+    """Return the ranks of the first and the last stage of each replica, [replicas, number of these ranks]."""
+    ends = [sorted({*topology.first_stage_ranks(d), *topology.last_stage_ranks(d)}) for d in range(topology.dp)]
+    return np.array(ends, dtype=np.int64)
+
+
 def _samples_of(plan: PackPlan, source_ranks: Ints, topology: Topology, rank: int) -> Ints:
     """Return the samples that a rank loaded or that its replica processes, in order."""
     first = topology.coordinates(rank).dp * plan.num_microbatches
-    return np.flatnonzero((source_ranks == rank) | ((plan.pack >= first) & (plan.pack < first + plan.num_microbatches)))
+    concerned = np.zeros(plan.replicas * plan.num_microbatches, dtype=bool)
+    concerned[first : first + plan.num_microbatches] = True
+    is_concerned = concerned[plan.pack]
+    begin, end = np.searchsorted(source_ranks, [rank, rank + 1])
+    is_concerned[begin:end] = True
+    return np.flatnonzero(is_concerned)
+
+
+def _source_rows(plan: PackPlan, source_ranks: Ints, samples: Ints) -> Ints:
+    """Return the first row of each of some samples in the concatenation of its source rank's samples."""
+    before = plan.tokens_before
+    return before[samples] - before[np.searchsorted(source_ranks, source_ranks[samples])]
 
 
 def _starts(lengths: Ints, owners: Ints) -> Ints:

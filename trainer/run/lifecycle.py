@@ -5,19 +5,17 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import TypeVar, get_args
 
-import numpy as np
-
 from model.errors import UserError
 from trainer.data.errors import Reason
 from trainer.data.workers import LostWorkerError
+from trainer.parallel.balance import Floats
 from trainer.parallel.groups import Groups
-from trainer.parallel.tree import all_gather_numbers
 from trainer.parallel.values import all_gather_values
 
 T = TypeVar("T")
@@ -39,6 +37,11 @@ class StopRequest:
         """The time at which the first signal was received, in seconds of `time.monotonic`; 0 if there was none."""
         self.later: int | None = None
         """A SIGTERM or SIGINT that came after SIGUSR1: the run was also cancelled while it was saving."""
+
+    @property
+    def votes(self) -> list[float]:
+        """One number for each of `SIGNALS`: 1 for the signal received, and 0 for all others."""
+        return [float(self.signal == number) for number in SIGNALS]
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -77,47 +80,13 @@ def deadline(grace_sec: float, since_sec: float, late: Callable[[], None]) -> It
         timer.cancel()
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """The totals over all ranks after a step."""
-
-    signals: dict[str, int]
-    """The number of ranks that were stopped by each signal, by the signal's name. Signals that no rank received are
-    omitted."""
-    skipped: dict[str, int]
-    """The number of samples that all ranks together have skipped, by reason. Reasons with no samples are omitted."""
-    epochs: dict[str, float]
-    """The number of epochs of each dataset that all ranks together have read, by the dataset's name. It need not be
-    whole."""
-
-    @property
-    def stopping(self) -> bool:
-        """True if any rank received a signal to stop."""
-        return bool(self.signals)
-
-
-def agree(stop: StopRequest, skipped: Mapping[str, int], epochs: Mapping[str, float], groups: Groups) -> Agreement:
-    """Add up the signals, skipped samples and epochs of all ranks after a step.
-
-    Collective: every rank of the world must call it.
+def signal_counts(votes: Sequence[float]) -> dict[str, int]:
+    """Return the number of ranks that received each signal, by its name. Signals that no rank received are omitted.
 
     Args:
-        stop: This rank's request to stop.
-        skipped: The number of samples that this rank has skipped, by reason.
-        epochs: The fraction of each dataset that this rank has read, by the dataset's name. It exceeds 1 once the rank
-            has read more samples than the dataset has. All ranks must pass the same datasets in the same order.
-        groups: This rank's process groups.
-
-    Returns:
-        The totals over all ranks.
+        votes: The sum of `StopRequest.votes` over the ranks.
     """
-    asked = [float(stop.signal == number) for number in SIGNALS]
-    mine = [*asked, *(float(skipped.get(r, 0)) for r in REASONS), *epochs.values()]
-    numbers = all_gather_numbers(np.array(mine, dtype=np.float64), groups.world).sum(axis=0).tolist()
-    signals = {n.name: int(ranks) for n, ranks in zip(SIGNALS, numbers, strict=False) if ranks}
-    numbers = numbers[len(SIGNALS) :]
-    counts = {reason: int(n) for reason, n in zip(REASONS, numbers, strict=False) if n}
-    return Agreement(signals, counts, dict(zip(epochs, numbers[len(REASONS) :], strict=True)))
+    return {number.name: int(ranks) for number, ranks in zip(SIGNALS, votes, strict=True) if ranks}
 
 
 @dataclass(frozen=True)
@@ -129,39 +98,66 @@ class Failure:
     """True if the user must fix something first, False if the same command may succeed next time."""
 
 
-def first_failure(mine: Failure | None, groups: Groups) -> Failure | None:
+@dataclass(frozen=True)
+class Totals:
+    """What all ranks together have read from the data."""
+
+    skipped: dict[str, int]
+    """The number of samples that all ranks together have skipped, by reason. Reasons with no samples are omitted."""
+    epochs: dict[str, float]
+    """The number of epochs of each dataset that all ranks together have read, by the dataset's name. It need not be
+    whole."""
+
+
+def notes_of(failure: Failure | None, skipped: Mapping[str, int], epochs: Mapping[str, float]) -> list[float]:
+    """Return what a rank tells all others after it has loaded its part of a global batch.
+
+    Args:
+        failure: The reason why the rank could not load its part; None if it could.
+        skipped: The number of samples that the rank has skipped, by reason.
+        epochs: The fraction of each dataset that the rank has read, by the dataset's name. It exceeds 1 once the rank
+            has read more samples than the dataset has. All ranks must pass the same datasets in the same order.
+    """
+    return [float(failure is not None), *(float(skipped.get(r, 0)) for r in REASONS), *epochs.values()]
+
+
+def totals_of(notes: Floats, datasets: Iterable[str]) -> Totals:
+    """Return the totals over all ranks.
+
+    Args:
+        notes: The result of `notes_of` of each rank, [world, number of notes].
+        datasets: The names of the datasets, in the order of `notes_of`.
+    """
+    _, *numbers = notes.sum(axis=0).tolist()
+    skipped = {reason: int(n) for reason, n in zip(REASONS, numbers, strict=False) if n}
+    return Totals(skipped, dict(zip(datasets, numbers[len(REASONS) :], strict=True)))
+
+
+def first_failure(mine: Failure | None, notes: Floats, groups: Groups) -> Failure | None:
     """Return the failure on the lowest rank that failed, or None if no rank failed.
 
-    Collective: every rank of the world must call it.
+    Collective: every rank of the world must call it. Ranks communicate only if one failed.
 
     Args:
         mine: The failure on this rank; None if this rank did not fail.
+        notes: The result of `notes_of` of each rank, [world, number of notes].
         groups: This rank's process groups.
     """
-    if not all_gather_numbers(np.array([mine is not None]), groups.world).any():
+    if not notes[:, 0].any():
         return None
     return next(found for found in all_gather_values(mine, groups.world, (Failure,)) if found is not None)
 
 
-def next_together(batches: Iterator[T], groups: Groups) -> tuple[T | None, Failure | None]:
-    """Load this rank's part of the next global batch, and check that every rank has loaded its own part.
-
-    Collective: every rank of the world must call it.
+def load_next(batches: Iterator[T], rank: int) -> tuple[T | None, Failure | None]:
+    """Load this rank's part of the next global batch, and return it, or the reason why that failed.
 
     Args:
         batches: An iterator over this rank's part of each global batch.
-        groups: This rank's process groups.
-
-    Returns:
-        This rank's part and None if all ranks succeeded. If any rank failed, all ranks return None and the failure of
-        the lowest rank that failed.
+        rank: This rank.
     """
-    loaded, failure = None, None
     try:
-        loaded = next(batches)
+        return next(batches), None
     except UserError as error:
-        failure = Failure(str(error), of_user=True)
+        return None, Failure(str(error), of_user=True)
     except LostWorkerError as error:
-        failure = Failure(f"rank {groups.rank}: {error}", of_user=False)
-    failure = first_failure(failure, groups)
-    return (loaded, None) if failure is None else (None, failure)
+        return None, Failure(f"rank {rank}: {error}", of_user=False)

@@ -64,6 +64,8 @@ class StepReport:
     """The number of epochs of each dataset that have been read since the run began, by the dataset's name. It need not
     be whole."""
 
+    signals: Mapping[str, int] = field(default_factory=dict)
+    """The number of ranks that each signal has asked to stop, by the signal's name; empty if no rank must stop."""
     mfu: float | None = None
     """The model FLOPs utilization, from 0 to 1; None on CPUs, on unknown devices, and on ranks other than 0."""
     memory_bytes: int = 0

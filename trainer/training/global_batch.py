@@ -1,6 +1,6 @@
 """The description of a global batch, and the assignment of its samples to packs that each rank computes from it.
 
-Each rank contributes a few integers per sample. After they are gathered, every rank computes the same plan.
+Each rank contributes a few integers per sample and clip. After they are gathered, every rank computes the same plan.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import numpy as np
 from model.batch import Batch, Sample
 from model.config import ModelConfig
 from model.losses.base import Loss, TokenLoss
-from trainer.parallel.exchange import gather_ragged
+from trainer.parallel.balance import Floats
+from trainer.parallel.dispatch import ClipLengths
+from trainer.parallel.exchange import FIRST, gather_ragged, take_spans
 from trainer.parallel.groups import Groups
 from trainer.parallel.packs import PackPlan, plan_packs
 from trainer.parallel.plan import Ints
@@ -42,6 +44,12 @@ class GlobalBatch:
     """[n] the number of LLM positions of the sample's reference, by the name of the loss; 0 if it has no reference."""
     first_sample: int
     """The index of this rank's first sample."""
+    clips: ClipLengths
+    """The lengths of the clips of all samples."""
+    notes: Floats
+    """[world, number of notes] further numbers of each rank; see `gather`."""
+    num_values: int
+    """The largest number of integers that a rank contributed."""
 
     def __len__(self) -> int:
         return len(self.source_ranks)
@@ -59,11 +67,22 @@ class GlobalBatch:
             {},
             {},
             int(np.count_nonzero(tokens[: self.first_sample])),
+            ClipLengths(kept[:0], kept[:0]),
+            self.notes[:, :0],
+            0,
         )
 
 
 References = Mapping[str, Sequence[Sample | None]]
 """For each loss with references, by its name, the reference of each of this rank's samples."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a rank knows about a global batch after the ranks have described their parts to each other."""
+
+    whole: GlobalBatch
+    references: References
 
 
 def references_of(batch: Batch, losses: Sequence[Loss]) -> References:
@@ -73,7 +92,13 @@ def references_of(batch: Batch, losses: Sequence[Loss]) -> References:
 
 
 def gather(
-    batch: Batch, losses: Sequence[Loss], references: References, model: ModelConfig, groups: Groups
+    batch: Batch,
+    losses: Sequence[Loss],
+    references: References,
+    model: ModelConfig,
+    groups: Groups,
+    notes: Sequence[float] | Floats = (),
+    expected_values: int = FIRST,
 ) -> GlobalBatch:
     """Return the description of the global batch.
 
@@ -85,25 +110,69 @@ def gather(
         references: The result of `references_of`.
         model: The model's config.
         groups: The place of this rank.
+        notes: Further numbers to share with all ranks in the same exchange, as many on every rank.
+        expected_values: The number of integers per rank for which one exchange suffices, which must be the same on all
+            ranks. If a rank contributes more, there is a second one.
     """
     counts = [loss.count(batch, model) for loss in losses]
     tasks = {name: index for index, name in enumerate(task_names())}
     table = [
         (
-            *(s.num_tokens, s.num_targets, tasks[s.task], sum(c.shape[0] for c in s.clips)),
+            *(s.num_tokens, s.num_targets, tasks[s.task], len(s.clips)),
             *(0 if found[i] is None else found[i].num_tokens for found in references.values()),  # type: ignore[union-attr]
         )
         for i, s in enumerate(batch.samples)
     ]
-    mine = [*counts, *(v for row in table for v in row)]
-    everyone = gather_ragged(np.array(mine, dtype=np.int64), groups.world)
-    rows = [r[len(losses) :].reshape(-1, _FIELDS + len(references)) for r in everyone]
-    source_ranks = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
-    tokens, targets, task_indices, audio, *others = np.ascontiguousarray(np.concatenate(rows).T)
-    total = {loss.name: int(sum(r[i] for r in everyone)) for i, loss in enumerate(losses)}
-    before = sum(len(r) for r in rows[: groups.rank])
-    lengths = dict(zip(references, others, strict=True))
-    return GlobalBatch(source_ranks, tokens, targets, task_indices, audio, total, lengths, before)
+    clips = [c.shape[0] for s in batch.samples for c in s.clips]
+    noted = np.array(notes, dtype=np.float64).view(np.int64)
+    head = [len(table), len(clips), *counts, *noted.tolist()]
+    mine = np.array([*head, *(v for row in table for v in row), *clips], dtype=np.int64)
+    everyone, sizes = gather_ragged(mine, groups.world, expected_values)
+    return global_batch(everyone, sizes, [loss.name for loss in losses], list(references), len(noted), groups.rank)
+
+
+def global_batch(
+    everyone: Ints, sizes: Ints, losses: Sequence[str], references: Sequence[str], num_notes: int, rank: int
+) -> GlobalBatch:
+    """Return the description of the global batch from what all ranks contributed.
+
+    Args:
+        everyone: The integers of all ranks, [world, at least the largest size]: the number of samples, the number of
+            clips, a count for each loss, the bits of the notes, a row for each sample, the length of each clip.
+        sizes: The number of integers of each rank, [world].
+        losses: The names of the losses.
+        references: The names of the losses with references.
+        num_notes: The number of notes.
+        rank: This rank.
+    """
+    world = len(everyone)
+    num_samples, num_clips = everyone[:, 0], everyone[:, 1]
+    head, fields = 2 + len(losses) + num_notes, _FIELDS + len(references)
+    begins = np.full(world, head)
+    rows = take_spans(everyone, begins, num_samples * fields).reshape(-1, fields)
+    tokens, targets, tasks, clips_of, *others = np.ascontiguousarray(rows.T)
+    clips = take_spans(everyone, begins + num_samples * fields, num_clips)
+    return GlobalBatch(
+        source_ranks=np.repeat(np.arange(world), num_samples),
+        num_tokens=tokens,
+        num_targets=targets,
+        tasks=tasks,
+        audio_samples=_sums(clips, clips_of),
+        counts=dict(zip(losses, everyone[:, 2 : 2 + len(losses)].sum(axis=0).tolist(), strict=True)),
+        reference_tokens=dict(zip(references, others, strict=True)),
+        first_sample=int(num_samples[:rank].sum()),
+        clips=ClipLengths(np.repeat(np.arange(world), num_clips), clips),
+        notes=np.ascontiguousarray(everyone[:, head - num_notes : head]).view(np.float64),
+        num_values=int(sizes.max()),
+    )
+
+
+def _sums(values: Ints, counts: Ints) -> Ints:
+    """Return the sum of each of consecutive groups of `values`, of which the i-th has `counts[i]` values."""
+    if (counts == 1).all():
+        return values
+    sums, ends = np.concatenate([[0], np.cumsum(values)]), np.cumsum(counts)
+    return (sums[ends] - sums[ends - counts]).astype(np.int64)
 
 
 def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int | None, multiple_tokens: int | None = None) -> PackPlan:
@@ -134,6 +203,6 @@ def target_rows(whole: GlobalBatch, packing: PackPlan, replica: int, microbatch:
     The samples are given by their indices in the global batch.
     """
     members = kept[packing.pack[kept] == replica * packing.num_microbatches + microbatch]
-    ends = packing.row[members] + packing.num_tokens[members]
+    ends = packing.replica_rows(members) - microbatch * packing.pack_tokens + packing.num_tokens[members]
     targets = whole.num_targets[members]
     return np.concatenate([np.arange(e - n, e) for e, n in zip(ends, targets, strict=True)] or [ends[:0]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from trainer.data.stream import SampleStream
 from trainer.parallel.groups import Groups
 from trainer.parallel.values import all_gather_values, gather_values
 from trainer.run.failure import FaultError, Position
-from trainer.run.lifecycle import StopRequest, agree, next_together
+from trainer.run.lifecycle import StopRequest, first_failure, load_next, notes_of, totals_of
 from trainer.run.watchdog import Watchdog
 from trainer.scoring.tasks import TASKS
 from trainer.telemetry.hook import Hook, HookList, RunState
@@ -29,6 +29,7 @@ from trainer.telemetry.trace import Trace
 from trainer.telemetry.waiting import WaitSampler
 from trainer.training.early_stop import stops_early
 from trainer.training.evaluate import Evaluation, Evaluator
+from trainer.training.global_batch import Shared
 from trainer.training.plan_check import PlanCheck, plan_check_of
 from trainer.training.rank_work import Work
 from trainer.training.replicas import check_replicas
@@ -131,10 +132,10 @@ class Loop:
                     batches, state = iter(loader), loader.state
                     for number in range(start + 1, num_steps + 1):
                         self._announce_stage(number, just_started=number == start + 1)
-                        batch, next_state = self._fetch(number, batches, state)
-                        report = self._train(number, batch, state)
+                        batch, shared, next_state = self._fetch(number, loader, batches, state)
+                        report = self._train(number, batch, shared, state, stop)
                         state = next_state
-                        self._report(report, loader, stop)
+                        self._report(report, shared, loader.epochs, stop)
                         if _is_due(number, recipe.train.compare_replicas_every_steps):
                             check_replicas(number, self.step.llm, self.groups, self.hooks.on_event)
                         if self._saves_after(number):
@@ -151,18 +152,26 @@ class Loop:
 
     # The parts of a step, in the order in which `run` calls them
 
-    def _fetch(self, number: int, batches: Iterator[tuple[Batch, State]], state: State) -> tuple[Batch, State]:
-        """Return this rank's part of the batch of step `number`, and the state of the sample stream after it."""
+    def _fetch(
+        self, number: int, loader: Loader, batches: Iterator[tuple[Batch, State]], state: State
+    ) -> tuple[Batch, Shared, State]:
+        """Return this rank's part of the batch of step `number`, what all ranks know about the whole batch, and the
+        state of the sample stream after it.
+
+        One exchange tells all ranks whether every rank has its part, and what is in it.
+        """
         self.position.at(number)
         self.watchdog.heartbeat(f"step {number}")
         self.trace.begin(number)
         with self.step.timer("load"):
-            loaded, failure = next_together(batches, self.groups)
+            loaded, mine = load_next(batches, self.groups.rank)
+            batch, next_state = loaded or (Batch(()), state)
+            shared = self.step.share(batch, notes_of(mine, loader.num_skipped, loader.epochs))
+            failure = first_failure(mine, shared.whole.notes, self.groups)
         if failure is not None:
             self._fail(failure.text, number - 1, state, of_user=failure.of_user)
-        assert loaded is not None
-        self.position.at(number, loaded[0])
-        return loaded
+        self.position.at(number, batch)
+        return batch, shared, next_state
 
     def _announce_stage(self, number: int, just_started: bool) -> None:
         """Emit an event if step `number` is the first of a stage, or the first of this process."""
@@ -171,12 +180,12 @@ class Loop:
             fields = {"stage": stage.name, "number": f"{index + 1} of {len(self.recipe.stages)}"}
             self.hooks.on_event("stage_started", number, fields)
 
-    def _train(self, number: int, batch: Batch, state: State) -> StepReport:
+    def _train(self, number: int, batch: Batch, shared: Shared, state: State, stop: StopRequest) -> StepReport:
         """Do step `number`. If its update is skipped, respond as the recipe's `spike.action` says.
 
         `state` is the state of the sample stream before the step.
         """
-        report = self.step(number - 1, batch)
+        report = self.step(number - 1, batch, shared, stop)
         if report.skip_reason is not None:
             emit, url = self.hooks.on_event, self.recipe.run_url
             failure = answer_spike(report, batch, self.step, self.checkpoints, emit, url)
@@ -184,16 +193,19 @@ class Loop:
                 self._fail(failure, number - 1, state)
         return report
 
-    def _report(self, report: StepReport, loader: Loader, stop: StopRequest) -> None:
-        """Complete the report of a step with the totals over all ranks, and pass it to the hooks."""
-        known = agree(stop, loader.num_skipped, loader.epochs, self.groups)
-        self.stopped = known.stopping and report.step < self.recipe.train.steps
+    def _report(self, report: StepReport, shared: Shared, datasets: Iterable[str], stop: StopRequest) -> None:
+        """Complete the report of a step with the totals over all ranks, and pass it to the hooks.
+
+        `datasets` are the names of the datasets whose epochs are counted.
+        """
+        self.stopped = bool(report.signals) and report.step < self.recipe.train.steps
         self.work.add(report)
         # Every checkpoint ends a logging interval, so that no part of an interval is lost when a run resumes.
         if self._saves_after(report.step) or is_logged(report.step, self.recipe.telemetry.log_every_steps):
             with self.step.timer("report"):
                 load, token_load = self.step.take_load(report.step), self.step.take_token_load(report.step)
                 report = self.work.take(replace(report, load=load, token_load=token_load))
+        known = totals_of(shared.whole.notes, datasets)
         report = replace(report, num_skipped=known.skipped, epochs=known.epochs)
         if self.groups.rank == 0:
             peak = peak_memory_bytes()
@@ -201,10 +213,10 @@ class Loop:
             report = replace(report, mfu=mfu, memory_bytes=peak.get("device", peak["host"]))
         if self.plan_check is not None:
             report = self.plan_check.add(report)
-        self.trace.end(report.step, last=known.stopping)
+        self.trace.end(report.step, last=bool(report.signals))
         self.hooks.on_step(report)
         if self.stopped:
-            names, num_ranks = "+".join(known.signals), sum(known.signals.values())
+            names, num_ranks = "+".join(report.signals), sum(report.signals.values())
             self.hooks.on_event("signal", report.step, {"name": names, "ranks": num_ranks})
             self.saver.set_deadline(stop, report.step)
 

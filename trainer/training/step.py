@@ -17,7 +17,7 @@ For every topology, the loss and the gradients equal those of `model.speech_llm.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, replace
 
@@ -41,11 +41,13 @@ from trainer.engine.llm import LLMEngine, Packs
 from trainer.engine.optim import OptimConfig, lr_scale
 from trainer.engine.router_meter import RouterMeter, TokenMeter, token_kinds
 from trainer.engine.token_losses import PackedLoss
-from trainer.parallel.exchange import check_same_plan, exchange
+from trainer.parallel.balance import Floats
+from trainer.parallel.exchange import FIRST, check_same_plan, exchange
 from trainer.parallel.groups import Groups
 from trainer.parallel.packs import PackPlan, embedding_segments, token_segments
 from trainer.parallel.plan import Ints, route
 from trainer.parallel.values import gather_values
+from trainer.run.lifecycle import StopRequest, signal_counts
 from trainer.scoring.tasks import task_names
 from trainer.telemetry.load_history import RANK_LOAD_KINDS, LoadInterval, LoadMeter
 from trainer.telemetry.metrics import PhaseTimer, StepReport
@@ -53,6 +55,7 @@ from trainer.telemetry.token_load import MODALITIES, TokenLoad
 from trainer.training.global_batch import (
     GlobalBatch,
     References,
+    Shared,
     gather,
     plan,
     plan_references,
@@ -61,6 +64,20 @@ from trainer.training.global_batch import (
 )
 from trainer.training.spike_guard import SpikeGuard
 from trainer.training.stage_switch import StageSwitch
+
+
+@dataclass(frozen=True)
+class Update:
+    """The result of an update, which is the same on every rank."""
+
+    grad_norm: float
+    """The global gradient norm before clipping."""
+    lr_scale: float
+    """The factor by which the peak learning rates are multiplied."""
+    skip_reason: str | None
+    """The reason why the update was skipped; None if it was applied."""
+    signals: Mapping[str, int]
+    """The number of ranks that each signal has asked to stop, by the signal's name."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +139,11 @@ class Step:
         if mixture is not None:
             self.token_meter = TokenMeter(mixture, len(task_names()) * len(MODALITIES), groups.device)
         self.timer = PhaseTimer(torch.cuda.synchronize if groups.device.type == "cuda" else None)
+        self._expected_values = FIRST
 
-    def __call__(self, step: int, batch: Batch) -> StepReport:
+    def __call__(
+        self, step: int, batch: Batch, shared: Shared | None = None, stop: StopRequest | None = None
+    ) -> StepReport:
         """Train on one global batch, and return the report of the step, which is the same on every rank.
 
         Collective: every rank of the world must call it.
@@ -131,15 +151,19 @@ class Step:
         Args:
             step: The number of steps done before.
             batch: This rank's part of the global batch.
+            shared: The result of `share` for the batch; None to call it.
+            stop: This rank's request to stop, which is shared with all ranks together with the norm of the gradients;
+                None if there is none.
         """
         self.audio.take_costs()  # This discards the costs of an evaluation.
         index, stage = self.stages.enter(step)
         self.guard.forget_until(stage.start)
-        report = self.forward_backward(step, batch)
+        report = self.forward_backward(step, batch, shared)
         with self.timer("update"):
-            norm, scale, skip_reason = self.update(step, self.guard.judge(report.loss))
-        self.guard.note(report.step, report.loss, skip_reason is not None, norm)
-        report = replace(report, grad_norm=norm, lr=stage.optim.lr * scale, skip_reason=skip_reason)
+            done = self.update(step, self.guard.judge(report.loss), stop or StopRequest())
+        self.guard.note(report.step, report.loss, done.skip_reason is not None, done.grad_norm)
+        report = replace(report, grad_norm=done.grad_norm, lr=stage.optim.lr * done.lr_scale)
+        report = replace(report, skip_reason=done.skip_reason, signals=done.signals)
         report = replace(report, stage=index if stage.name else None)
         report = replace(report, num_skipped_updates=self.guard.num_skipped_updates, phase_sec=self.timer.take())
         costs = {name: astuple(cost) for name, cost in self.audio.take_costs().items()}
@@ -176,7 +200,24 @@ class Step:
             return None
         return TokenLoad.of(step, num_steps, mixture.experts, mixture.layers, task_names(), sums)
 
-    def forward_backward(self, step: int, batch: Batch) -> StepReport:
+    def share(self, batch: Batch, notes: Sequence[float] | Floats = (), *, training: bool = True) -> Shared:
+        """Describe this rank's part of a global batch to all ranks, and return their descriptions.
+
+        Collective: every rank of the world must call it.
+
+        Args:
+            batch: This rank's part of the global batch.
+            notes: Further numbers to share with all ranks in the same exchange, as many on every rank.
+            training: If true, losses are prepared.
+        """
+        losses = self.losses if training else ()
+        references = references_of(batch, losses)
+        whole = gather(batch, losses, references, self.model, self.groups, notes, self._expected_values)
+        # The next batch probably needs about as many values as this one.
+        self._expected_values = -(-whole.num_values // FIRST) * FIRST
+        return Shared(whole, references)
+
+    def forward_backward(self, step: int, batch: Batch, shared: Shared | None = None) -> StepReport:
         """Compute the gradients of the global batch's loss in both engines (lines 2 to 8 of the module's docstring).
 
         Collective: every rank of the world must call it.
@@ -184,9 +225,10 @@ class Step:
         Args:
             step: The number of steps done before.
             batch: This rank's part of the global batch.
+            shared: The result of `share` for the batch; None to call it.
         """
         timer = self.timer
-        embedded = self.embed(batch, self.router_noise(step, batch), training=True)
+        embedded = self.embed(batch, self.router_noise(step, batch), shared, training=True)
         whole, audio, packs = embedded.whole, embedded.audio, embedded.packs
         with timer("llm"):
             packed = [self._packed(loss, embedded) for loss in self.losses if isinstance(loss, TokenLoss)]
@@ -215,7 +257,9 @@ class Step:
                 self.token_meter.num_steps += 1
             return report
 
-    def embed(self, batch: Batch, noise: Tensor | None = None, *, training: bool = False) -> Embedded:
+    def embed(
+        self, batch: Batch, noise: Tensor | None = None, shared: Shared | None = None, *, training: bool = False
+    ) -> Embedded:
         """Encode the clips of a global batch, and send tokens and embeddings to the LLM (lines 2 to 6).
 
         Collective: every rank of the world must call it.
@@ -223,14 +267,14 @@ class Step:
         Args:
             batch: This rank's part of the global batch.
             noise: Standard normal noise for the router; None outside training.
+            shared: The result of `share` for the batch; None to call it.
             training: If true, losses are prepared, packs have the size that training uses, and phases are timed. If
                 false, each replica gets one pack.
         """
         phase: Callable[[str], AbstractContextManager[None]] = self.timer if training else lambda name: nullcontext()
-        losses = self.losses if training else ()
         with phase("plan"):
-            references = references_of(batch, losses)
-            whole = gather(batch, losses, references, self.model, self.groups)
+            shared = shared or self.share(batch, training=training)
+            whole = shared.whole
             if training:
                 packing = plan(whole, self.groups, self.tokens_per_microbatch, self.pack_multiple_tokens)
             else:
@@ -238,10 +282,10 @@ class Step:
             if self.debug_plan:
                 check_same_plan("packs", (packing.pack, packing.row, packing.num_tokens), self.groups.world)
         with phase("encode"):
-            audio = self.audio.forward(batch.clips, batch.prompts, noise)
+            audio = self.audio.forward(batch.clips, batch.prompts, noise, whole.clips)
         with phase("exchange"):
             packs = send(batch, audio.embeddings.values, whole, packing, self.groups)
-        return Embedded(whole, packing, references, audio, packs)
+        return Embedded(whole, packing, shared.references, audio, packs)
 
     def _packed(self, loss: TokenLoss, embedded: Embedded) -> PackedLoss:
         """Return a loss prepared for the packs. If the loss has references, this method runs the LLM on them.
@@ -306,8 +350,8 @@ class Step:
             rows.append(torch.stack(columns, dim=1))
         return torch.stack(rows)
 
-    def update(self, step: int, mistrust: str | None = None) -> tuple[float, float, str | None]:
-        """Clip the gradients and update all weights (line 9).
+    def update(self, step: int, mistrust: str | None, stop: StopRequest) -> Update:
+        """Clip the gradients and update all weights (line 9), and count the ranks that were asked to stop.
 
         Collective: every rank of the world must call it.
 
@@ -315,29 +359,27 @@ class Step:
             step: The number of steps done before.
             mistrust: The reason why this rank wants to skip the update; None if it has none. The update is skipped if
                 any rank has a reason or if the gradient norm is not finite.
-
-        Returns:
-            The global gradient norm before clipping, the factor by which the peak learning rates are multiplied, and
-            the reason why the update was skipped (None if it was applied).
+            stop: This rank's request to stop.
         """
-        mistrusted = to_device(np.float64(mistrust is not None), self.groups.device)
-        sums = torch.stack([self.audio.grad_norm_sq(), self.llm.grad_norm_sq(), mistrusted])
+        votes = to_device(np.array([mistrust is not None, *stop.votes], dtype=np.float64), self.groups.device)
+        sums = torch.cat([torch.stack([self.audio.grad_norm_sq(), self.llm.grad_norm_sq()]), votes])
         dist.all_reduce(sums, group=self.groups.world)
-        audio_square, llm_square, num_doubts = sums.tolist()
+        audio_square, llm_square, num_doubts, *votes_of_all = sums.tolist()
+        signals = signal_counts(votes_of_all)
         audio_norm, norm = audio_square**0.5, (audio_square + llm_square) ** 0.5
         index, stage = self.stages.at(step)
         scale = lr_scale(stage.optim, step - stage.start, stage.steps)
         if not np.isfinite(norm) or num_doubts > 0:
             self.audio.discard()
             why = f"gradient norm is {norm}" if not np.isfinite(norm) else "another rank mistrusts the loss"
-            return norm, scale, mistrust or why
+            return Update(norm, scale, mistrust or why, signals)
         clip_coef = min(1.0, self.optim.clip_norm / (norm + 1e-6)) if self.optim.clip_norm > 0 else 1.0
         self.audio.step(clip_coef, audio_norm, scale, index)
         self.llm.step(clip_coef, scale, index)
         self.stages.updated = step + 1
         if self.model.experts:
             self.audio.tower.router.advance()
-        return norm, scale, None
+        return Update(norm, scale, None, signals)
 
     def report(self, step: int, whole: GlobalBatch, terms: tuple[LossTerm, ...], sample_losses: Tensor) -> StepReport:
         """Return the report of a step.
