@@ -28,6 +28,7 @@ import argparse
 import itertools
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -47,7 +48,7 @@ from trainer.run.launch import start_ranks
 KINDS = ("mixed", "text_only", "rank_without_audio", "fewer_samples_than_ranks", "one_expert", "conversations")
 TOLERANCE = 1e-5
 CURVE_TOLERANCE = 1e-4
-MAX_TENSOR = 4
+MAX_TENSOR, MAX_CONTEXT = 4, 4
 MIXTURE = "mixture"
 ALL_DENSE = "all"
 """The value of `--family` for all families without experts, which share the processes of a topology."""
@@ -101,7 +102,7 @@ EVEN, UNEVEN = 4, 7
 def modes(topology: Topology) -> list[dict[str, Any]]:
     """Return the fields of every `trainer.parity.Mode` that differs from the default on this topology."""
     layers = (EVEN, UNEVEN) if topology.pp > 1 else (EVEN,)
-    overlaps = ("none", "gradients", "both") if topology.dp > 1 else ("none",)
+    overlaps = ("none", "gradients", "both") if topology.without_context.dp > 1 else ("none",)
     combinations = itertools.product(layers, ("none", "selective", "full"), overlaps)
     return [{"num_layers": n, "recompute": recompute, "overlap": overlap} for n, recompute, overlap in combinations]
 
@@ -110,7 +111,7 @@ def topologies(max_ranks: int, experts: bool = False, max_virtual: int = 1) -> l
     """Return the topologies of 1, 2, 4, … up to `max_ranks` processes.
 
     Expert parallelism of the encoders is 1, 2 (so that ranks hold different numbers of the three experts) and 4 (so
-    that a rank holds no expert).
+    that a rank holds no expert). Context parallelism is compared without it, as the encoders do not see it.
 
     Args:
         max_ranks: The largest number of processes.
@@ -131,11 +132,12 @@ def topologies(max_ranks: int, experts: bool = False, max_virtual: int = 1) -> l
             if (w // pp) % (ffn_ep * etp) == 0
         ]
     return [
-        Topology(w, tp, pp, ep, vp=vp)
+        Topology(w, tp, pp, ep, vp=vp, cp=cp)
         for ep in (1, 2, 4)
         for w, tp, pp in grids
+        for cp in (divisors(w // (tp * pp)) if ep == 1 else (1,))
         for vp in range(1, max_virtual + 1)
-        if w % ep == 0 and (ep < 4 or tp * pp <= 2) and (vp == 1 or pp == 2)
+        if w % ep == 0 and (ep < 4 or tp * pp <= 2) and (vp == 1 or pp == 2) and cp <= MAX_CONTEXT
     ]
 
 
@@ -144,7 +146,7 @@ def name(topology: Topology) -> str:
 
     `FFN-EP` is the number of ranks over which the LLM's experts are spread, and `ETP` the number that share an expert.
     """
-    sizes = [("DP", topology.dp), ("TP", topology.tp), ("PP", topology.pp), ("VP", topology.vp)]
+    sizes = [("DP", topology.dp), ("TP", topology.tp), ("CP", topology.cp), ("PP", topology.pp), ("VP", topology.vp)]
     sizes.append(("EP", topology.ep))
     if topology.ffn_ep > 1:
         sizes += [("FFN-EP", topology.ffn_ep), ("ETP", topology.expert_tp)]
@@ -188,9 +190,9 @@ def check(
         out = Path(scratch) / "rows.json"
         shape = [topology.tp, topology.pp, topology.ep, topology.vp]
         experts = [topology.ffn_ep, topology.ffn_etp]
-        options = [num_steps, family, kinds, deepspeed, pack_multiple, lora, adapter, stages, *experts, list(freeze)]
-        options += [gathering, recompute_calls]
-        task = json.dumps([*shape, *options, list(modes), str(out)])
+        options: list[Any] = [num_steps, family, kinds, deepspeed, pack_multiple, lora, adapter, stages, *experts]
+        options += [list(freeze), gathering, recompute_calls, list(modes), topology.cp]
+        task = json.dumps([*shape, *options, str(out)])
         code = start_ranks(topology.world, module_command("tools.parity", "--worker", task))
         if code:
             return [Row(name(topology), f"crashed with exit code {code}", float("nan"), float("nan"), "")]
@@ -225,6 +227,7 @@ def measure(
     gathering: str = "per_update",
     recompute_calls: bool = False,
     modes: Sequence[Mapping[str, Any]] = ({},),
+    cp: int = 1,
 ) -> list[dict[str, Any]]:
     """Compare the topology of this launch with the oracle.
 
@@ -249,6 +252,7 @@ def measure(
         gathering: `train.gather_audio_weights`.
         recompute_calls: `train.recompute_encoder_calls`.
         modes: The fields of each `trainer.parity.Mode` to compare.
+        cp: The context-parallel size.
 
     Returns:
         The fields of each `Row`.
@@ -263,7 +267,7 @@ def measure(
     import torch.distributed as dist
 
     rank, world, device = connect(timeout_sec=300)
-    topology = Topology(world, tp, pp, ep, ffn_ep, ffn_etp, vp)
+    topology = Topology(world, tp, pp, ep, ffn_ep, ffn_etp, vp, cp)
     groups = build_groups(topology, rank, device, parity.SEED)
     ds_config = build_ds_config(Path(deepspeed), precision="fp32") if deepspeed else DS_CONFIG
     chosen = parity.STAGED if stages else parity.ADAPTERS if lora else parity.ALL_WEIGHTS
@@ -345,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--deepspeed", metavar="FILE", help="a DeepSpeed JSON file (default: ZeRO-3 in which no weight stays gathered)"
     )
     parser.add_argument(
-        "--pack-multiple", type=int, metavar="N", help="train.pack_multiple_tokens, a multiple of 4 (default: none)"
+        "--pack-multiple", type=int, metavar="N", help="train.pack_multiple_tokens, a multiple of 8 (default: none)"
     )
     parser.add_argument(
         "--lora", action="store_true", help="train low-rank adapters (recipe section `lora`) over partly frozen weights"
@@ -385,12 +389,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return work(options.worker)
         check_at_least(1, ranks=options.ranks)
         check_at_least(0, steps=options.steps)
-        if options.pack_multiple is not None and (options.pack_multiple < 1 or options.pack_multiple % MAX_TENSOR):
-            raise UserError(f"--pack-multiple {options.pack_multiple}: must be a multiple of {MAX_TENSOR} tensor ranks")
         dense = [name for name, family in LLM_FAMILIES.items() if family.experts is None]
         has_experts = options.family not in (*dense, ALL_DENSE)
         if options.modes and (has_experts or options.stages or options.family == ALL_DENSE):
             raise UserError("--modes: not with --stages, --family all or an LLM with experts, which exclude most modes")
+        compared = topologies(options.ranks, has_experts, 2 if options.modes else 1)
+        rows_of_ranks = math.lcm(*(topology.row_multiple for topology in compared))
+        if options.pack_multiple is not None and (options.pack_multiple < 1 or options.pack_multiple % rows_of_ranks):
+            raise UserError(
+                f"--pack-multiple {options.pack_multiple}: must be a multiple of {rows_of_ranks}, so that packs can be "
+                "divided among tensor and context ranks"
+            )
         _check_deepspeed(options.deepspeed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -400,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     width = 48 if options.modes else 24 if options.family == ALL_DENSE else 12
     print(f"{'topology':{width}} {'batch':26} {'loss':>9} {'gradient':>9}   largest at")
     rows: list[Row] = []
-    for topology in topologies(options.ranks, has_experts, 2 if options.modes else 1):
+    for topology in compared:
         for row in check(
             topology,
             options.steps,

@@ -32,26 +32,30 @@ TOLERANCE = 1e-4
 SAVING_RANKS = 2
 
 # The cases that are saved on two ranks. They cover tied embeddings on two stages, norms of q and k on two tensor ranks,
-# virtual stages of unequal length, frozen parts, parameters that ZeRO-3 keeps gathered (persistence), and an LLM whose
-# experts are spread over ranks.
+# virtual stages of unequal length, context parallelism, frozen parts, parameters that ZeRO-3 keeps gathered
+# (persistence), and an LLM whose experts are spread over ranks.
 SAVED: dict[str, dict[str, Any]] = {
     "dp2·ep2": {"ep": 2, "persistence": 1000, "frozen": ["audio.primary.*", "llm.model.layers.0.*"]},
     "tp2": {"tp": 2, "family": "qwen3"},
     "pp2·ep2": {"pp": 2, "ep": 2, "family": "qwen2", "frozen": ["audio.experts.hubert.*"]},
     "ffn-ep2": {"family": "qwen3_moe", "ffn_ep": 2, "frozen": ["llm.model.layers.0.mlp.experts.[0-4].*"]},
     "pp2·vp2": {"pp": 2, "vp": 2, "layers": 7, "family": "qwen2"},
+    "cp2": {"cp": 2, "family": "qwen3", "frozen": ["llm.model.layers.1.*"]},
 }
 # A case with fp32 master weights of bf16 weights. Its losses depend on the topology, so it is loaded only on its own.
 SAME_ONLY: dict[str, dict[str, Any]] = {"dp2-bf16": {"dtype": "bfloat16", "persistence": 1000}}
 # The other topologies on which each case of `SAVED` is loaded, by number of ranks. `ffn_ep` counts only for an LLM with
-# experts.
+# experts, and `cp` only for one without.
 LOADED: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"1": {"tp": 1, "pp": 1, "ep": 1, "ffn_ep": 1, "vp": 1}},
-    2: {"dp2": {"tp": 1, "pp": 1, "ep": 1, "ffn_ep": 1, "vp": 1}},
+    1: {"1": {"tp": 1, "pp": 1, "ep": 1, "ffn_ep": 1, "vp": 1, "cp": 1}},
+    2: {
+        "dp2": {"tp": 1, "pp": 1, "ep": 1, "ffn_ep": 1, "vp": 1, "cp": 1},
+        "cp2": {"tp": 1, "pp": 1, "ep": 1, "ffn_ep": 1, "vp": 1, "cp": 2},
+    },
     4: {
-        "tp2·pp2": {"tp": 2, "pp": 2, "ep": 1, "ffn_ep": 2, "vp": 1},
-        "dp2·pp2·vp2": {"tp": 1, "pp": 2, "ep": 1, "ffn_ep": 1, "vp": 2},
-        "dp4·ep2": {"tp": 1, "pp": 1, "ep": 2, "ffn_ep": 4, "vp": 1},
+        "tp2·pp2": {"tp": 2, "pp": 2, "ep": 1, "ffn_ep": 2, "vp": 1, "cp": 1},
+        "dp2·pp2·vp2": {"tp": 1, "pp": 2, "ep": 1, "ffn_ep": 1, "vp": 2, "cp": 1},
+        "dp4·ep2": {"tp": 1, "pp": 1, "ep": 2, "ffn_ep": 4, "vp": 1, "cp": 1},
     },
 }
 
@@ -258,6 +262,7 @@ def _build(
     ffn_ep: int = 1,
     vp: int = 1,
     layers: int = 4,
+    cp: int = 1,
 ) -> Any:
     import torch
 
@@ -280,9 +285,9 @@ def _build(
     model = tiny_model(family, num_layers=layers)
     model = replace(model, experts=tuple(e for e in model.experts if e.name not in without))
     hf_config = resolve_hf_config(model.llm)
-    parallel = ParallelConfig(world, tp, pp, ep, virtual_stages=vp)
+    parallel = ParallelConfig(world, tp, pp, expert=ep, virtual_stages=vp, context=cp)
     if mixture_of(hf_config) is not None:
-        parallel = replace(parallel, ffn_expert=ffn_ep, virtual_stages=1)
+        parallel = replace(parallel, ffn_expert=ffn_ep, virtual_stages=1, context=1)
     groups = build_groups(build_topology(parallel, world), rank, device, SEED)
     parts = tuple(PartConfig(pattern, frozen=True) for pattern in frozen)
     learned = ADAPTERS if lora else ALL_WEIGHTS

@@ -115,8 +115,9 @@ def _head(recipe: Recipe) -> list[str]:
 
 def _layout(topology: Topology) -> list[str]:
     over = "" if topology.ep == 1 else f" (each encoder expert over {topology.world // topology.ep} ranks)"
+    context = f" x CP {topology.cp}" if topology.cp > 1 else ""
     head = (
-        f"{topology.world} ranks = TP {topology.tp} x PP {topology.pp} x DP {topology.dp}; "
+        f"{topology.world} ranks = TP {topology.tp}{context} x PP {topology.pp} x DP {topology.dp}; "
         f"encoders: ZeRO-3 over all ranks{over}"
     )
     rows = [["replica", *(f"stage {pp}" for pp in range(topology.pp))]]
@@ -240,6 +241,8 @@ def _lengths(train: TrainConfig, topology: Topology) -> str:
     """Return how the lengths of packs are rounded, as the end of a sentence."""
     multiple = train.pack_multiple_tokens
     if multiple is None:
+        if topology.cp > 1:
+            return f"padded to a multiple of {topology.row_multiple} (2 · the context- and tensor-parallel ranks)"
         return f"padded to a multiple of {topology.tp} (the tensor-parallel ranks)"
     num_lengths = train.llm_tokens_per_microbatch // multiple
     return f"padded to a multiple of {multiple}, which gives {num_lengths} different lengths"

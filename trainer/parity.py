@@ -452,6 +452,16 @@ def _llm_gradients(step: Step, reference: Mapping[str, Tensor]) -> list[tuple[st
     return found
 
 
+def gradients_of(step: Step) -> dict[str, Tensor]:
+    """Return all gradients of a step without tensor and pipeline parallelism, by name in this trainer.
+
+    Collective: every rank of the world must call it.
+    """
+    _gather_gradients(step.llm)
+    found = {n: safe_get_full_grad(p) for n, p in step.audio.named_parameters() if p.requires_grad}
+    return found | {f"llm.{n}": p.main_grad for n, p in step.llm.parameters() if p.requires_grad}  # type: ignore[attr-defined]
+
+
 def _gather_gradients(engine: LLMEngine) -> None:
     """Complete the gradient buffers, of which the distributed optimizer leaves each rank its own part.
 

@@ -11,11 +11,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.llm.context import ContinuedAttention
 from model.llm.features import AttentionLayer, Scales
 from model.llm.packing import PackedSequences
 from model.llm.rotary import Rotary
@@ -124,7 +126,7 @@ class PackedAttention(nn.Module):
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if self.long_queries is not None:
             query = query * packed.query_factors(*self.long_queries, like=query)
-        if packed.cache is None and self.fused is not None:
+        if packed.cache is None and self.fused is not None and not packed.gathers_keys:
             return _attend_fused(self.fused, query, key, value, packed)
         if packed.cache is not None:
             keys, values = packed.cache.store(self.layer_number, key, value, packed)
@@ -135,6 +137,9 @@ class PackedAttention(nn.Module):
     def _attend_within(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """Compute causal attention within each segment by PyTorch."""
         outputs = []
+        if packed.gathers_keys:
+            settings = packed.continued, self.window, self.softmax_scale, get_context_parallel_group()
+            outputs.append(ContinuedAttention.apply(query, key, value, *settings))
         for bucket in packed.buckets(query.device):
             padded = bucket.pad(query), bucket.pad(key), bucket.pad(value)
             if self.window is not None and self.window < bucket.max_length:

@@ -68,6 +68,7 @@ def transformer_config(
     tp_size: int = 1,
     pp_size: int = 1,
     vp_size: int = 1,
+    cp_size: int = 1,
     dtype: torch.dtype = torch.float32,
     recompute: Recompute = "none",
     ep_size: int = 1,
@@ -83,6 +84,7 @@ def transformer_config(
         tp_size: The tensor-parallel size.
         pp_size: The number of pipeline stages.
         vp_size: The number of virtual stages of each pipeline stage.
+        cp_size: The context-parallel size.
         dtype: The dtype of the parameters.
         recompute: What the backward pass computes again.
         ep_size: The number of ranks over which the experts of a layer are spread.
@@ -113,6 +115,7 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=tp_size,
         pipeline_model_parallel_size=pp_size,
+        context_parallel_size=cp_size,
         pipeline_model_parallel_layout=_layout(hf_config.num_hidden_layers, pp_size, vp_size),
         # With two stages, the same rank is both neighbors; separate transfers keep the two directions apart.
         overlap_p2p_comm=vp_size > 1,
@@ -156,6 +159,7 @@ def build_megatron(
     first_stage: bool,
     last_stage: bool,
     vp_size: int = 1,
+    cp_size: int = 1,
     dtype: torch.dtype = torch.float32,
     recompute: Recompute = "none",
     ep_size: int = 1,
@@ -173,6 +177,7 @@ def build_megatron(
         first_stage: True if this rank holds the first pipeline stage.
         last_stage: True if this rank holds the last pipeline stage.
         vp_size: The number of virtual stages, which Megatron's groups were created with.
+        cp_size: The context-parallel size.
         dtype: The dtype of the parameters.
         recompute: What the backward pass computes again.
         ep_size: The number of ranks over which the experts of a layer are spread.
@@ -183,6 +188,7 @@ def build_megatron(
         tp_size=tp_size,
         pp_size=pp_size,
         vp_size=vp_size,
+        cp_size=cp_size,
         dtype=dtype,
         recompute=recompute,
         ep_size=ep_size,

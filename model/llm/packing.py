@@ -15,6 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.llm.context import ContextPart, Continued, crosses_chunks, pieces
 from model.llm.rotary import Rotary
 from model.transfer import to_device
 
@@ -82,6 +83,10 @@ class PackedSequences(PackedSeqParams):
     """The cache that the segments continue; None in training."""
     num_samples: int = 0
     """The number of segments that are samples. Further segments are padding; used only with `observe`."""
+    continued: tuple[Continued, ...] = ()
+    """The segments that continue one of another chunk, in order (`of_part`)."""
+    gathers_keys: bool = False
+    """True if any of the context-parallel ranks has a segment in `continued`; see `of_part`."""
     observe: Callable[..., Tensor] | None = None
     """Called in training by the router of every layer with experts, with the number of the layer, its choices, this
     pack and the tensor-parallel group. It returns a loss, a scalar, to which the router's gradient is added."""
@@ -101,6 +106,25 @@ class PackedSequences(PackedSeqParams):
         self._cached_segments: CachedSegments | None = None
         self._row_samples: tuple[Tensor, Tensor] | None = None
 
+    @classmethod
+    def of_part(cls, lengths: tuple[int, ...], part: ContextPart) -> PackedSequences:
+        """Return the rows of a pack that one of several context-parallel ranks holds, as a pack of its own.
+
+        Its segments are the pieces of the pack's segments (`model.llm.context`).
+
+        Args:
+            lengths: The lengths of the segments of the whole pack.
+            part: The rank's part.
+        """
+        own = pieces(lengths, part)
+        rows = np.cumsum([0, *(piece.length for piece in own)]).tolist()
+        return cls(
+            lengths=tuple(piece.length for piece in own),
+            starts=tuple(piece.start for piece in own),
+            continued=tuple(Continued(row, piece) for row, piece in zip(rows, own, strict=False) if piece.start),
+            gathers_keys=crosses_chunks(lengths, part),
+        )
+
     @property
     def num_tokens(self) -> int:
         """The number of rows of the pack, t."""
@@ -118,11 +142,16 @@ class PackedSequences(PackedSeqParams):
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """The segments of each bucket. Lengths in a bucket have the same next power of two, which limits padding."""
+        """The segments of each bucket. Lengths in a bucket have the same next power of two, which limits padding.
+
+        The segments in `continued` come first, each in a bucket of its own.
+        """
+        alone = [self.offsets.index(own.row) for own in self.continued]
         found: dict[int, list[int]] = {}
         for i, length in enumerate(self.lengths):
-            found.setdefault((length - 1).bit_length(), []).append(i)
-        return tuple(map(tuple, found.values()))
+            if i not in alone:
+                found.setdefault((length - 1).bit_length(), []).append(i)
+        return (*((i,) for i in alone), *map(tuple, found.values()))
 
     def layout(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return four tensors [t] on the device, computed on the host and moved in one transfer.
@@ -171,15 +200,16 @@ class PackedSequences(PackedSeqParams):
         return self._window_masks[length, window]
 
     def buckets(self, device: torch.device) -> tuple[Bucket, ...]:
-        """Return the segments of similar length, as in `groups`."""
+        """Return the segments of similar length, as in `groups`, without those in `continued`."""
         if self._buckets is None:
             _, rows, places, _ = self.layout(device)
             lengths = [[self.lengths[i] for i in members] for members in self.groups]
             sizes = [sum(members) for members in lengths]
-            self._buckets = tuple(
+            found = [
                 Bucket(len(members), max(members), own_rows, own_places)
                 for members, own_rows, own_places in zip(lengths, rows.split(sizes), places.split(sizes), strict=True)
-            )
+            ]
+            self._buckets = tuple(found[len(self.continued) :])
         return self._buckets
 
     def segment_ends(self, device: torch.device) -> Tensor:

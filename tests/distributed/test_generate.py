@@ -21,11 +21,11 @@ EOS = 7
 
 
 def body(
-    tp: int, pp: int, family: str = "llama", ffn_ep: int = 1, num_samples: int | None = None, vp: int = 1
+    tp: int, pp: int, family: str = "llama", ffn_ep: int = 1, num_samples: int | None = None, vp: int = 1, cp: int = 1
 ) -> list[list[list[int]]]:
     """Return the answers to this rank's prompts and those of the oracle; `num_samples` keeps the first prompts."""
     rank, world, device = connect()
-    topology = Topology(world, tp, pp, 1, ffn_ep, 1 if ffn_ep > 1 else tp, vp)
+    topology = Topology(world, tp, pp, 1, ffn_ep, 1 if ffn_ep > 1 else tp, vp, cp)
     groups = build_groups(topology, rank, device, parity.SEED)
     model = parity.tiny_model(family)
     step = parity.build_step(model, groups, DS_CONFIG, 1)
@@ -45,9 +45,12 @@ def body(
     return [answers, [greedy(oracle, s, eos, parity.VOCAB_SIZE, MAX_NEW_TOKENS) for s in samples[rank]]]
 
 
-@pytest.mark.parametrize(("world", "tp", "pp", "vp"), [(2, 1, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1), (2, 1, 2, 2)])
-def test_decoding_equals_the_oracle(world: int, tp: int, pp: int, vp: int) -> None:
-    for answers, expected in run_ranks(world, body, {"tp": tp, "pp": pp, "vp": vp}):
+@pytest.mark.parametrize(
+    ("world", "tp", "pp", "vp", "cp"),
+    [(2, 1, 1, 1, 1), (2, 2, 1, 1, 1), (2, 1, 2, 1, 1), (2, 1, 2, 2, 1), (2, 1, 1, 1, 2), (4, 1, 2, 1, 2)],
+)
+def test_decoding_equals_the_oracle(world: int, tp: int, pp: int, vp: int, cp: int) -> None:
+    for answers, expected in run_ranks(world, body, {"tp": tp, "pp": pp, "vp": vp, "cp": cp}):
         assert answers == expected
         assert len({tuple(a) for a in answers}) > 1, "the same answer to everything shows nothing"
 

@@ -22,6 +22,15 @@ CASES = [
     (Topology(2, 1, 1, 2), 20, "llama", KINDS),
     (Topology(4, 1, 1, 4), 2, "llama", ("mixed", "text_only", "one_expert")),
 ]
+# Topology, LLM family, adapters, kinds of batches, modes.
+CONTEXT_CASES: list[tuple[Topology, str, bool, tuple[str, ...], list[dict[str, Any]]]] = [
+    (Topology(2, 1, 1, cp=2), "gemma3_text", False, ("mixed", "text_only", "fewer_samples_than_ranks"), [{}]),
+    (Topology(2, 1, 1, cp=2), "llama", True, ("mixed",), [{"recompute": "full"}]),
+    (Topology(4, 1, 1, cp=4), "qwen3", False, ("mixed",), [{"recompute": "selective"}]),
+    (Topology(4, 2, 1, cp=2), "qwen2", True, ("mixed", "conversations"), [{"recompute": "selective"}]),
+    (Topology(4, 1, 2, cp=2), "qwen2", False, ("mixed", "rank_without_audio"), [{"recompute": "none"}]),
+    (Topology(4, 1, 1, cp=2), "llama", False, ("mixed",), [{"overlap": "both"}]),
+]
 LORA_CASES = [
     (Topology(2, 2, 1), 3, "qwen2", ("mixed", "text_only")),
     (Topology(2, 1, 2, 2), 3, "llama", ("mixed", "one_expert")),
@@ -71,6 +80,7 @@ def check(
     modes: Sequence[Mapping[str, Any]] = ({},),
 ) -> list[Row]:
     task = {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep, "vp": topology.vp, "num_steps": num_steps}
+    task |= {"cp": topology.cp}
     task |= {
         "family": family,
         "kinds": kinds,
@@ -163,6 +173,16 @@ def test_topology_equals_the_oracle(topology: Topology, steps: int, family: str,
     rows = check(topology, steps, family, kinds)
     assert len(rows) == len(kinds) + (steps > 0)
     assert all(row.passed for row in rows), rows
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("topology", "family", "lora", "kinds", "modes"), CONTEXT_CASES)
+def test_context_parallelism_equals_the_oracle(
+    topology: Topology, family: str, lora: bool, kinds: tuple[str, ...], modes: list[dict[str, Any]]
+) -> None:
+    rows = check(topology, 3, family, kinds, lora=lora, modes=modes)
+    assert len(rows) == len(kinds) + 1 and all(row.passed for row in rows), rows
+    assert rows[-1].gradient < 1e-4, "the norms of the curve"
 
 
 @pytest.mark.timeout(240)

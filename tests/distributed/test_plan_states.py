@@ -1,4 +1,4 @@
-"""The planned bytes of weights, gradients and optimizer, compared with real ranks of six topologies."""
+"""The planned bytes of weights, gradients and optimizer, compared with real ranks of seven topologies."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from trainer.parallel.topology import Topology
 
 DS_CONFIG = Path(__file__).parent.parent.parent / "ds_configs" / "zero3.json"
 
-# world → (tp, pp, ep, vp), LLM family, number of layers, precision of weights and of gradients, frozen parts
-CASES: dict[int, list[tuple[tuple[int, int, int, int], str, int, str, str, str]]] = {
-    2: [((2, 1, 1, 1), "llama", 4, "bf16", "bf16", ""), ((1, 2, 2, 2), "qwen2", 7, "fp32", "fp32", "")],
+# world → (tp, pp, ep, vp, cp), LLM family, number of layers, precision of weights and of gradients, frozen parts
+CASES: dict[int, list[tuple[tuple[int, int, int, int, int], str, int, str, str, str]]] = {
+    2: [((2, 1, 1, 1, 1), "llama", 4, "bf16", "bf16", ""), ((1, 2, 2, 2, 1), "qwen2", 7, "fp32", "fp32", "")],
     4: [
-        ((1, 1, 2, 1), "llama", 4, "bf16", "fp32", "audio.primary.*"),
-        ((2, 2, 1, 1), "qwen3", 5, "fp32", "fp32", "llm.*norm*"),
-        ((1, 2, 4, 2), "qwen2", 6, "bf16", "bf16", ""),
-        ((2, 1, 2, 1), "mistral", 4, "fp32", "fp32", "llm.*"),
+        ((1, 1, 2, 1, 1), "llama", 4, "bf16", "fp32", "audio.primary.*"),
+        ((2, 2, 1, 1, 1), "qwen3", 5, "fp32", "fp32", "llm.*norm*"),
+        ((1, 2, 4, 2, 1), "qwen2", 6, "bf16", "bf16", ""),
+        ((2, 1, 2, 1, 1), "mistral", 4, "fp32", "fp32", "llm.*"),
+        ((1, 1, 1, 1, 2), "llama", 4, "bf16", "fp32", "llm.*norm*"),
     ],
 }
 
@@ -53,7 +54,13 @@ def reduction(gradients: str) -> Any:
 
 
 def planned(
-    world: int, split: tuple[int, int, int, int], family: str, layers: int, precision: str, gradients: str, frozen: str
+    world: int,
+    split: tuple[int, int, int, int, int],
+    family: str,
+    layers: int,
+    precision: str,
+    gradients: str,
+    frozen: str,
 ) -> list[list[int]]:
     """Return the planned [weights, gradients, optimizer, snapshot] of every rank."""
     from model.llm.reference import resolve_hf_config
@@ -63,7 +70,7 @@ def planned(
 
     config = tiny_model(family, num_layers=layers)
     model = SizedModel(config, resolve_hf_config(config.llm), vocab_size=61)
-    topology = Topology(world, *split[:3], vp=split[3])
+    topology = Topology(world, *split[:3], vp=split[3], cp=split[4])
     ds_json = json.loads(DS_CONFIG.read_text())
     states = rank_states(model, topology, optim(frozen), precision, ds_json, reduction(gradients))
     found = (states.of_rank(rank) for rank in range(world))
@@ -102,7 +109,7 @@ def held() -> list[list[int]]:
     for split, family, layers, precision, gradients, frozen in CASES[world]:
         config, dtype = tiny_model(family, num_layers=layers), torch.bfloat16 if precision == "bf16" else torch.float32
         hf_config = resolve_hf_config(config.llm)
-        groups = build_groups(Topology(world, *split[:3], vp=split[3]), rank, device, seed=1)
+        groups = build_groups(Topology(world, *split[:3], vp=split[3], cp=split[4]), rank, device, seed=1)
         source = RandomSource(hf_config, 1)
         llm = LLMEngine(hf_config, source, optim(frozen), groups, dtype, reduction=reduction(gradients))
         held = place(config, groups.topology.ep).held_by(rank)

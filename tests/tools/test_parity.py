@@ -15,7 +15,10 @@ from trainer.parity import build_oracle, tiny_model
     [
         (["--ranks", "0"], "--ranks 0: must be at least 1"),
         (["--steps", "-1"], "--steps -1: must be at least 0"),
-        (["--pack-multiple", "6"], "--pack-multiple 6: must be a multiple of 4 tensor ranks"),
+        (
+            ["--pack-multiple", "6"],
+            "--pack-multiple 6: must be a multiple of 8, so that packs can be divided among tensor and",
+        ),
         (["--deepspeed", "nope.json"], "nope.json: no such file"),
         (["--deepspeed", "bad.json"], "zero_optimization.overlap_comm = 'perhaps'"),
     ],

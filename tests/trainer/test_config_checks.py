@@ -123,6 +123,17 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         ),
         ("debug", ["optim.warmup_steps=9"], "optim.warmup_steps = 9: legal values are 0..4 (train.steps)"),
         ("debug", ["profile.steps=3:9"], "profile.steps = 3:9: ends after train.steps = 4"),
+        (
+            "debug",
+            ["parallel.num_ranks=2", "parallel.context=3"],
+            "parallel.context = 3: legal values for 2 ranks with tensor=1 and pipeline=1 are 1, 2",
+        ),
+        (
+            "debug",
+            ["parallel.num_ranks=4", "parallel.context=2", "parallel.tensor=2", "train.pack_multiple_tokens=4"],
+            "train.pack_multiple_tokens = 4: must be a multiple of 2 · parallel.context · parallel.tensor = 8 and "
+            "divide ",
+        ),
         ("debug", ["train.pack_multiple_tokens=0"], "train.pack_multiple_tokens = 0: must be at least 1, or null"),
         (
             "debug",
@@ -160,8 +171,8 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         (
             "debug",
             ["parallel.num_ranks=16"],
-            "data.global_batch_samples = 8: 16 LLM replicas (parallel.num_ranks / (tensor · pipeline)) would have less "
-            "than one sample each; legal values are multiples of data.num_lanes = 8 from 16",
+            "data.global_batch_samples = 8: 16 LLM replicas (parallel.num_ranks / (tensor · context · pipeline)) would "
+            "have less than one sample each; legal values are multiples of data.num_lanes = 8 from 16",
         ),
         (
             "debug",

@@ -23,6 +23,10 @@ EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
             "parallel.ffn_expert = 4: must divide the 6 experts of a layer of the LLM; .*ffn_expert_tensor=1: 1, 2",
         ),
         (
+            [MIXTRAL, "parallel={num_ranks: 2, context: 2}"],
+            "parallel.context = 2: the only legal value for an LLM with experts is 1",
+        ),
+        (
             [MIXTRAL, "parallel={num_ranks: 4, tensor: 2, ffn_expert_tensor: 1}"],
             "parallel.ffn_expert_tensor = 1: legal values for tensor=2 and ffn_expert=1 are 2",
         ),

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from model.llm.context import ContextPart
 from trainer.parallel.packs import PackPlan, embedding_segments, plan_packs, token_segments
 from trainer.parallel.plan import Route, route
 from trainer.parallel.topology import Topology
@@ -27,7 +28,8 @@ def carry_out(routes: list[Route], rows: list[np.ndarray]) -> list[np.ndarray]:
 
 
 TOPOLOGIES = [Topology(1, 1, 1), Topology(2, 1, 1), Topology(2, 2, 1), Topology(4, 2, 2), Topology(4, 1, 2),
-              Topology(8, 2, 2), Topology(6, 1, 3)]  # fmt: skip
+              Topology(8, 2, 2), Topology(6, 1, 3), Topology(2, 1, 1, cp=2), Topology(12, 3, 1, cp=2),
+              Topology(8, 1, 2, cp=4), Topology(16, 2, 2, cp=2)]  # fmt: skip
 
 
 def samples_of_rows(packing: PackPlan, replica: int) -> NDArray[np.int64]:
@@ -47,7 +49,7 @@ def test_every_token_arrives_once_at_its_planned_place(topology: Topology, data:
     )
     sizes = [n for own in per_rank for n in own]
     source_ranks = np.array([rank for rank, own in enumerate(per_rank) for _ in own], dtype=np.int64)
-    multiple = topology.tp * data.draw(st.sampled_from([1, 1, 3, 8]))
+    multiple = topology.row_multiple * data.draw(st.sampled_from([1, 1, 3, 8]))
     packing = plan_packs(sizes, topology.dp, data.draw(st.integers(1, 64)), multiple)
     assert packing.pack_tokens % multiple == 0
     ids = np.arange(sum(sizes))
@@ -83,8 +85,8 @@ def test_every_token_arrives_once_at_its_planned_place(topology: Topology, data:
 @given(st.sampled_from(TOPOLOGIES), st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 50))
 def test_embeddings_go_to_exactly_the_slice_that_needs_them(topology: Topology, sizes: list[int], budget: int) -> None:
     source_ranks = np.sort(np.arange(len(sizes)) % topology.world)
-    packing = plan_packs(sizes, topology.dp, budget, topology.tp)
-    share = packing.pack_tokens // topology.tp
+    packing = plan_packs(sizes, topology.dp, budget, topology.row_multiple)
+    share = packing.pack_tokens // (topology.tp * topology.cp)
     ids = np.arange(sum(sizes))
     offsets = np.cumsum([0, *sizes])
     rows = [
@@ -105,7 +107,10 @@ def test_embeddings_go_to_exactly_the_slice_that_needs_them(topology: Topology, 
     assert sorted(np.concatenate(arrived)[np.concatenate(arrived) >= 0].tolist()) == ids.tolist()
     for d in range(topology.dp):
         slices = [arrived[r].reshape(packing.num_microbatches, share) for r in topology.first_stage_ranks(d)]
-        whole = np.concatenate(slices, axis=1).flatten()
+        held = [ContextPart(cp, topology.cp).rows(packing.pack_tokens) for cp in range(topology.cp)]
+        packs = np.empty((packing.num_microbatches, packing.pack_tokens), dtype=np.int64)
+        packs[:, np.concatenate(held)] = np.concatenate(slices, axis=1)
+        whole = packs.flatten()
         owners = samples_of_rows(packing, d)
         for sample in set(owners.tolist()) - {-1}:
             assert whole[owners == sample].tolist() == ids[offsets[sample] : offsets[sample + 1]].tolist()

@@ -14,7 +14,7 @@ from trainer.config.load import load_recipe
 from trainer.engine.optim import OptimConfig
 from trainer.parallel.topology import Topology, build_topology
 from trainer.plan.accelerator import KNOWN
-from trainer.plan.communication import Traffic, tensor_units
+from trainer.plan.communication import CONTEXT, Traffic, tensor_units, traffic
 from trainer.plan.llm_memory import Kernels, StageMemory, interleaved_in_flight, stage_memory
 from trainer.plan.mechanisms import Mechanisms
 from trainer.plan.plan import Planner
@@ -39,14 +39,14 @@ def gpt(layers: int) -> LlamaConfig:
     )
 
 
-def of_layer(tp: int, recompute: Recompute, kernels: Kernels) -> float:
-    """Return the bytes that one more layer keeps, in units of s · b · h / t."""
+def of_layer(tp: int, recompute: Recompute, kernels: Kernels, cp: int = 1) -> float:
+    """Return the bytes that one more layer keeps, in units of s · b · h / (t · c)."""
     found: list[StageMemory] = []
     for layers in (2, 3):
         found.append(
             stage_memory(
                 gpt(layers),
-                Topology(tp, tp, 1),
+                Topology(tp * cp, tp, 1, cp=cp),
                 0,
                 (ROWS,),
                 1,
@@ -56,7 +56,7 @@ def of_layer(tp: int, recompute: Recompute, kernels: Kernels) -> float:
                 kernels=kernels,
             )
         )
-    return (found[1].traced.kept - found[0].traced.kept) / (ROWS * HIDDEN / tp)
+    return (found[1].traced.kept - found[0].traced.kept) / (ROWS * HIDDEN / tp / cp)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -86,6 +86,29 @@ def test_selective_recomputation_keeps_the_inputs_of_what_it_recomputes(tp: int)
     values = 2 + 3 + 1 + 2 * gpt(1).intermediate_size / HIDDEN
     for kernels in (Kernels(), FUSED):
         assert of_layer(tp, "selective", kernels) == pytest.approx(2 * values, rel=0.01)
+
+
+def test_context_parallel_ranks_keep_their_part_of_a_pack() -> None:
+    assert of_layer(2, "full", Kernels(), cp=4) == pytest.approx(2, abs=1e-9)
+    assert of_layer(2, "selective", Kernels(), cp=4) == pytest.approx(of_layer(2, "selective", Kernels()), rel=0.01)
+    # Queries, keys and values are kept for gathered keys, and those of whole segments in padded batches, too.
+    assert 1 < of_layer(1, "none", Kernels(), cp=2) / of_layer(1, "none", Kernels()) < 1.1
+
+
+@pytest.mark.parametrize(("recompute", "gathers"), [("none", 2), ("full", 3)])
+def test_keys_and_values_are_gathered_over_context_and_their_gradients_summed(recompute: str, gathers: int) -> None:
+    overrides = ["parallel.tensor=2", "parallel.context=4", f"train.recompute_llm={recompute}"]
+    recipe = load_recipe("mowe_8b", overrides)
+    planner = Planner(recipe, KNOWN["h100"])
+    topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
+    _, work, packs = planner.place(recipe, typical_workload(recipe, topology))
+    sent = traffic(recipe, planner.model, planner.parts, topology, work, packs, 8)
+    (found,) = (t for t in sent if t.name == CONTEXT)
+    assert topology.dp == 2 and packs.replicas == 2 and packs.pack_tokens % 16 == 0
+    values = (
+        32 * packs.num_microbatches * packs.pack_tokens * 2 * 8 * 128 / 2
+    )  # keys and values in all layers of a rank
+    assert found.bytes == pytest.approx(values * 3 / 4 * (2 * gathers + 4)) and found.within_node
 
 
 @pytest.mark.parametrize(("pp", "microbatches"), [(1, 4), (2, 4), (4, 4), (4, 16), (8, 8)])

@@ -15,14 +15,14 @@ def test_eight_ranks_written_by_hand() -> None:
     topology = Topology(world=8, tp=2, pp=2)
     assert topology.dp == 2
     assert [tuple(topology.coordinates(r)) for r in range(8)] == [
-        (0, 0, 0),
-        (0, 0, 1),
-        (1, 0, 0),
-        (1, 0, 1),
-        (0, 1, 0),
-        (0, 1, 1),
-        (1, 1, 0),
-        (1, 1, 1),
+        (0, 0, 0, 0),
+        (0, 0, 1, 0),
+        (1, 0, 0, 0),
+        (1, 0, 1, 0),
+        (0, 1, 0, 0),
+        (0, 1, 1, 0),
+        (1, 1, 0, 0),
+        (1, 1, 1, 0),
     ]
     assert topology.first_stage_ranks(0) == (0, 1)
     assert topology.last_stage_ranks(0) == (4, 5)
@@ -34,26 +34,33 @@ def test_one_pipeline_stage_is_first_and_last() -> None:
     assert topology.first_stage_ranks(1) == topology.last_stage_ranks(1) == topology.replica_ranks(1) == (2, 3)
 
 
-@pytest.mark.parametrize(("tp", "pp"), list(itertools.product([1, 2, 4], [1, 2, 3])))
-def test_every_rank_has_one_place_and_one_replica(tp: int, pp: int) -> None:
-    topology = Topology(world=24, tp=tp, pp=pp)
+@pytest.mark.parametrize(("tp", "cp", "pp"), list(itertools.product([1, 2, 4], [1, 2], [1, 3])))
+def test_every_rank_has_one_place_and_one_replica(tp: int, cp: int, pp: int) -> None:
+    topology = Topology(world=24, tp=tp, pp=pp, cp=cp)
     assert [topology.rank_of(*topology.coordinates(r)) for r in range(24)] == list(range(24))
     replicas = [topology.replica_ranks(dp) for dp in range(topology.dp)]
     assert sorted(itertools.chain(*replicas)) == list(range(24))
     assert all(topology.coordinates(r).dp == dp for dp, ranks in enumerate(replicas) for r in ranks)
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 3), (8, 4)])
-def test_groups_equal_those_of_megatron(tp: int, pp: int) -> None:
+@pytest.mark.parametrize(
+    ("tp", "cp", "pp"), [(1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 1, 2), (4, 1, 3), (8, 1, 4), (2, 3, 2), (1, 2, 3)]
+)
+def test_groups_equal_those_of_megatron(tp: int, cp: int, pp: int) -> None:
     from megatron.core.parallel_state import RankGenerator
 
-    world = 12 * tp * pp
-    topology = Topology(world=world, tp=tp, pp=pp)
-    order = RankGenerator(tp=tp, ep=1, dp=topology.dp, pp=pp, cp=1, order="tp-cp-ep-dp-pp")
+    world = 12 * tp * cp * pp
+    topology = Topology(world=world, tp=tp, pp=pp, cp=cp)
+    order = RankGenerator(tp=tp, ep=1, dp=topology.dp, pp=pp, cp=cp, order="tp-cp-ep-dp-pp")
     stages = {topology.stage_ranks(dp, stage) for dp in range(topology.dp) for stage in range(pp)}
-    assert stages == {tuple(g) for g in order.get_ranks("tp")}
+    assert stages == {tuple(g) for g in order.get_ranks("tp-cp")}
     replicas = {frozenset(topology.replica_ranks(dp)) for dp in range(topology.dp)}
-    assert replicas == {frozenset(g) for g in order.get_ranks("tp-pp")}
+    assert replicas == {frozenset(g) for g in order.get_ranks("tp-cp-pp")}
+    copies = topology.without_context
+    same_weights = {
+        tuple(copies.rank_of(copy, stage, t) for copy in range(copies.dp)) for stage in range(pp) for t in range(tp)
+    }
+    assert same_weights == {tuple(g) for g in order.get_ranks("dp-cp")}
 
 
 def test_expert_groups_equal_those_of_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:

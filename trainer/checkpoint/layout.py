@@ -192,8 +192,8 @@ class Manifest:
 
     step: int
     topology: Mapping[str, int]
-    """The sizes `world`, `tp`, `pp` and `ep` of the topology that saved the checkpoint. The states of random generators
-    are restored only on a topology with the same sizes."""
+    """The sizes `world`, `tp`, `pp` and `ep` of the topology that saved the checkpoint, and `cp` if above 1. The states
+    of random generators are restored only on a topology with the same sizes."""
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, TensorEntry]
 

@@ -400,7 +400,8 @@ class CheckpointManager:
 
     def _topology(self) -> dict[str, int]:
         topology = self.groups.topology
-        return {"world": topology.world, "tp": topology.tp, "pp": topology.pp, "ep": topology.ep}
+        sizes = {"world": topology.world, "tp": topology.tp, "pp": topology.pp, "ep": topology.ep}
+        return sizes | ({"cp": topology.cp} if topology.cp > 1 else {})
 
 
 @torch.no_grad()

@@ -185,8 +185,10 @@ def _check_experts(hf_config: PretrainedConfig, parallel: ParallelConfig) -> Non
                 f"parallel.ffn_expert = {ep}: the LLM ({hf_config.model_type}) has no experts; the legal value is 1"
             )
         return
-    # An expert without tokens has no gradient, for which an overlapped reduction would wait.
+    # An expert without tokens has no gradient, for which an overlapped reduction would wait. The losses of the routers
+    # are computed from the samples of whole packs.
     for key, value, only in (
+        ("context", parallel.context, 1),
         ("virtual_stages", parallel.virtual_stages, 1),
         ("overlap_grad_reduce", parallel.overlap_grad_reduce, False),
     ):
@@ -224,18 +226,20 @@ def check_router_losses(model: ModelConfig, hf_config: PretrainedConfig) -> None
 
 
 def check_packs(train: TrainConfig, parallel: ParallelConfig) -> None:
-    """Check that padded packs can be divided among tensor ranks and do not exceed the tokens of a micro-batch.
+    """Check that padded packs can be divided among ranks and do not exceed the tokens of a micro-batch.
 
     Raises:
         UserError: If one of these conditions is not met. The message lists the legal values.
     """
-    multiple, tp, budget = train.pack_multiple_tokens, parallel.tensor, train.llm_tokens_per_microbatch
-    if multiple is None or (multiple % tp == 0 and budget % multiple == 0):
+    multiple, budget = train.pack_multiple_tokens, train.llm_tokens_per_microbatch
+    rows = build_topology(parallel, parallel.num_ranks).row_multiple
+    if multiple is None or (multiple % rows == 0 and budget % multiple == 0):
         return
-    legal = [d for d in divisors(budget) if d % tp == 0]
+    legal = [d for d in divisors(budget) if d % rows == 0]
+    what = "parallel.tensor" if parallel.context == 1 else "2 · parallel.context · parallel.tensor"
     listed = f"legal values are {', '.join(map(str, legal))}" if legal else "no value is legal: change one of the two"
     raise UserError(
-        f"train.pack_multiple_tokens = {multiple}: must be a multiple of parallel.tensor = {tp} and divide "
+        f"train.pack_multiple_tokens = {multiple}: must be a multiple of {what} = {rows} and divide "
         f"train.llm_tokens_per_microbatch = {budget}; {listed}, or null"
     )
 
@@ -387,11 +391,11 @@ def _check_best_is(recipe: Recipe) -> None:
 
 def _check_lanes(recipe: Recipe) -> None:
     data, parallel = recipe.data, recipe.parallel
-    replicas = parallel.num_ranks // (parallel.tensor * parallel.pipeline)
+    replicas = parallel.num_ranks // (parallel.tensor * parallel.context * parallel.pipeline)
     if data.global_batch_samples < replicas:
         raise UserError(
             f"data.global_batch_samples = {data.global_batch_samples}: {replicas} LLM replicas (parallel.num_ranks / "
-            f"(tensor · pipeline)) would have less than one sample each; legal values are multiples of "
+            f"(tensor · context · pipeline)) would have less than one sample each; legal values are multiples of "
             f"data.num_lanes = {data.num_lanes} from {-(-replicas // data.num_lanes) * data.num_lanes}"
         )
 

@@ -1,7 +1,8 @@
 """Greedy decoding with a KV cache. The LLM is distributed as in training (tensor, sequence and pipeline parallelism).
 
-Every replica decodes its own prompts. The first pass through the pipeline reads all prompts, and each further pass
-computes one new token for every prompt that has not ended.
+Every replica decodes its own prompts. Context-parallel ranks hold the same weights, and decode like replicas. The first
+pass through the pipeline reads all prompts, and each further pass computes one new token for every prompt that has not
+ended.
 
 Replicas that share the experts of an LLM exchange tokens in every pass. They therefore run the same number of passes: a
 replica whose prompts have all ended computes a dummy row until those of the others have ended, too.
@@ -108,7 +109,7 @@ def _forward(
 
     Collective: every rank of the replica must call it.
     """
-    groups, topology = llm.groups, llm.groups.topology
+    groups = llm.groups.without_context
     last_rows = to_device(np.cumsum(pack.lengths[:num_prompts]) - 1, groups.device)
 
     def choose(_pack: int, logits: Tensor) -> Tensor:
@@ -122,5 +123,5 @@ def _forward(
 
     outputs = llm.forward_only([pack], embed, choose)
     chosen = outputs[0] if groups.is_last_stage else torch.zeros(num_prompts, dtype=torch.int64, device=groups.device)
-    dist.broadcast(chosen, src=topology.last_stage_ranks(groups.place.dp)[0], group=groups.replica)
+    dist.broadcast(chosen, src=groups.topology.last_stage_ranks(groups.place.dp)[0], group=groups.replica)
     return chosen.tolist()

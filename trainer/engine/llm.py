@@ -1,6 +1,7 @@
 """The LLM under Megatron-core: tensor, sequence and pipeline parallel, data parallel with the distributed optimizer.
 
-Shapes: M micro-batches, t rows of a pack, H hidden width, V vocabulary. All gradients are sums over the global batch.
+Shapes: M micro-batches, t rows of a pack, or of this rank's part of it with context parallelism, H hidden width, V
+vocabulary. All gradients are sums over the global batch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from model.llm.context import ContextPart
 from model.llm.lora import add_llm_adapters
 from model.llm.megatron import build_megatron, embed_tokens
 from model.llm.names import is_expert
@@ -44,7 +46,7 @@ class Packs:
     """The packed sequences of one replica in a step, as one of its ranks holds them."""
 
     lengths: tuple[tuple[int, ...], ...]
-    """The lengths of the segments of each of the M packs. Those of a pack sum to t."""
+    """The lengths of the segments of each of the M packs. Those of a pack sum to t times the context-parallel size."""
     token_ids: Tensor
     """[M·t] int64; first and last stage only."""
     labels: Tensor
@@ -62,14 +64,18 @@ class Packs:
     """The number of samples in the global batch."""
     is_audio: Tensor | None = None
     """[M·t] bool, true where a row is audio; first and last stage only, and None without audio."""
+    part: ContextPart = ContextPart()
+    """The part of every pack that this rank holds."""
 
     @property
     def pack_tokens(self) -> int:
-        """The number of rows t of every pack."""
-        return sum(self.lengths[0])
+        """The number of rows t of every pack on this rank."""
+        return sum(self.lengths[0]) // self.part.size
 
     def sequences(self, microbatch: int) -> PackedSequences:
         """Return what attention must know of one pack."""
+        if self.part.size > 1:
+            return PackedSequences.of_part(self.lengths[microbatch], self.part)
         return PackedSequences(lengths=self.lengths[microbatch], num_samples=len(self.samples[microbatch]))
 
     def rows(self, microbatch: int) -> slice:
@@ -89,12 +95,21 @@ class Packs:
         places = [place for one in self.samples for place in one]
         if not token_losses or not places:
             return sums
+        token_losses = [self._whole(losses) for losses in token_losses]
         # Padding is dropped before the sum because it has no sample.
         parts = [t[: sum(n[: len(s)])] for t, n, s in zip(token_losses, self.lengths, self.samples, strict=True)]
         lengths = [n for one, s in zip(self.lengths, self.samples, strict=True) for n in one[: len(s)]]
         sizes, rows = to_device([lengths, places], device)
         # `unsafe` omits a check of the lengths, for which the host would wait.
         return sums.index_copy_(0, rows, torch.segment_reduce(torch.cat(parts), "sum", lengths=sizes, unsafe=True))
+
+    def _whole(self, values: Tensor) -> Tensor:
+        """Return the values of all rows of a pack, given those [t] of this rank; 0 for the rows of other ranks."""
+        if self.part.size == 1:
+            return values
+        num_rows = len(values) * self.part.size
+        rows = to_device(self.part.rows(num_rows), values.device)
+        return values.new_zeros(num_rows).index_copy(0, rows, values)
 
 
 class LLMEngine:
@@ -132,6 +147,7 @@ class LLMEngine:
                 tp_size=topology.tp,
                 pp_size=topology.pp,
                 vp_size=topology.vp,
+                cp_size=topology.cp,
                 first_stage=groups.is_first_stage,
                 last_stage=groups.is_last_stage,
                 dtype=dtype,
@@ -167,7 +183,7 @@ class LLMEngine:
 
     def copy_index(self, name: str) -> int:
         """Return the index of this rank's copy of the Megatron parameter `name`; 0 if there is only one copy."""
-        return self.groups.expert_place.dp if is_expert(name) else self.groups.place.dp
+        return self.groups.expert_place.dp if is_expert(name) else self.groups.without_context.place.dp
 
     def hf_name(self, name: str) -> str:
         """Return `hf_name` for this LLM."""
@@ -188,7 +204,8 @@ class LLMEngine:
         Returns:
             sample_losses: The sums of the token losses of each sample, [number of losses, number of samples in the
                 global batch] in fp32. They are non-zero only on tensor rank 0 of the last stage of the replica that
-                computed the sample, so the sum over ranks is complete.
+                computed the sample, and context-parallel ranks add those of their own rows, so the sum over ranks is
+                complete.
             audio_grad: The gradient [M·t/TP, H] of the total of `losses` with respect to `packs.audio`.
         """
         step = _TrainedPacks(self, packs, losses, router)
@@ -265,7 +282,7 @@ class LLMEngine:
             models: `chunks` or `models`.
             sequences: Called with the number of a pack, for what attention must know of it.
             num_packs: The number of packs, a multiple of `topology.microbatch_multiple`.
-            pack_tokens: The number of rows of every pack.
+            pack_tokens: The number of rows of every pack on this rank.
             embed: Called on the first stage with the number of a pack, for this rank's input [t/TP, 1, H].
             read: Called on the last stage with the number of a pack, its logits [1, t, V/TP], and Megatron's arguments.
             forward_only: See Megatron.
@@ -289,7 +306,7 @@ class LLMEngine:
             data_iterator=numbers if len(models) > 1 else numbers[0],
             model=list(models),
             num_microbatches=num_packs,
-            seq_length=pack_tokens,
+            seq_length=pack_tokens * self.groups.topology.cp,  # of which a context-parallel rank holds a part
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=collect_non_loss_data,

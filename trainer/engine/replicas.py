@@ -51,7 +51,7 @@ def differing_ranks(digests: np.ndarray, topology: Topology) -> tuple[list[int],
 
     Args:
         digests: [world] the digest of each rank.
-        topology: The grid of ranks.
+        topology: The grid of ranks, without context parallelism, so that ranks with equal weights are replicas.
     """
     found: list[int] = []
     is_certain = True

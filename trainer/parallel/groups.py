@@ -7,12 +7,13 @@ import datetime
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from model.llm.context import ContextPart
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.environment import low_limit, raise_descriptor_limit, set_environment
 from trainer.parallel.meeting import on_one_machine, open_store, stay_on_this_machine
@@ -36,12 +37,22 @@ class Groups:
     world: dist.ProcessGroup
     """All ranks."""
     replica: dist.ProcessGroup
-    """The TP·PP ranks that together hold this rank's LLM replica."""
+    """The TP·PP ranks that together hold this rank's copy of the LLM's weights."""
 
     @property
     def place(self) -> Coordinates:
         """The coordinates of this rank."""
         return self.topology.coordinates(self.rank)
+
+    @property
+    def part(self) -> ContextPart:
+        """The part of every pack that this rank holds."""
+        return ContextPart(self.place.cp, self.topology.cp)
+
+    @property
+    def without_context(self) -> Groups:
+        """The same groups for packs that are not divided among context-parallel ranks; see `Topology`."""
+        return replace(self, topology=self.topology.without_context)
 
     @property
     def expert_place(self) -> ExpertCoordinates:
@@ -135,6 +146,7 @@ def build_groups(topology: Topology, rank: int, device: torch.device, seed: int)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=topology.tp,
             pipeline_model_parallel_size=topology.pp,
+            context_parallel_size=topology.cp,
             expert_model_parallel_size=topology.ffn_ep,
             expert_tensor_parallel_size=topology.expert_tp,
             virtual_pipeline_model_parallel_size=topology.vp if topology.vp > 1 else None,
@@ -148,7 +160,9 @@ def build_groups(topology: Topology, rank: int, device: torch.device, seed: int)
             parallel_state.get_expert_tensor_parallel_rank(),
         )
     assert topology.expert_coordinates(rank) == at, (topology, rank, at)
-    assert set(dist.get_process_group_ranks(replica)) == set(topology.replica_ranks(topology.coordinates(rank).dp))
     world = dist.group.WORLD
     assert world is not None
-    return Groups(topology, rank, device, world, replica)
+    groups = Groups(topology, rank, device, world, replica)
+    copy = groups.without_context
+    assert set(dist.get_process_group_ranks(replica)) == set(copy.topology.replica_ranks(copy.place.dp))
+    return groups

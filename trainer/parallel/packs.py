@@ -8,6 +8,7 @@ from functools import cache, cached_property
 
 import numpy as np
 
+from model.llm.context import ContextPart
 from trainer.parallel.balance import spread, stable_order
 from trainer.parallel.plan import Ints, Segments, rows_of_spans
 from trainer.parallel.topology import Topology
@@ -95,8 +96,8 @@ def plan_packs(
         replicas: The number of LLM replicas.
         budget_tokens: The largest number of rows of a pack. It is exceeded only if a sample is longer, or if it is not
             divisible by `multiple`.
-        multiple: The number of rows of a pack is a multiple of this, which must be a multiple of the tensor-parallel
-            size. Larger values lead to fewer distinct pack lengths and more padding.
+        multiple: The number of rows of a pack is a multiple of this, which must be a multiple of
+            `Topology.row_multiple`. Larger values lead to fewer distinct pack lengths and more padding.
         packs_multiple: The number of packs of a replica is a multiple of this. The samples are spread over all packs,
             so that more packs are shorter ones.
     """
@@ -138,8 +139,8 @@ def token_segments(plan: PackPlan, source_ranks: Ints, topology: Topology, rank:
 def embedding_segments(plan: PackPlan, source_ranks: Ints, topology: Topology, rank: int) -> Segments:
     """Return the rows of embeddings to move from each sample's source rank to the first pipeline stage.
 
-    With sequence parallelism, a row goes only to the tensor-parallel rank whose slice of the sequence contains it.
-    There, its index is micro-batch · slice length + index in the slice.
+    A row goes only to the context- and tensor-parallel rank whose slice of the pack contains it. There, its index is
+    micro-batch · slice length + index in the slice.
 
     Args:
         plan: The packs of n samples.
@@ -147,29 +148,51 @@ def embedding_segments(plan: PackPlan, source_ranks: Ints, topology: Topology, r
         topology: The grid of ranks.
         rank: The rank that sends or receives. Segments between other ranks may be missing.
     """
-    share = plan.pack_tokens // topology.tp
+    holders, places = _slices(topology)
+    num_units = len(holders)
+    unit = plan.pack_tokens // num_units
+    share = plan.pack_tokens // (topology.tp * topology.cp)
     samples = _samples_of(plan, source_ranks, topology, rank)
     row, length = plan.replica_rows(samples), plan.num_tokens[samples]
-    first, last = row // share, (row + length - 1) // share
+    first, last = row // unit, (row + length - 1) // unit
     parts = last - first + 1
     which = np.repeat(np.arange(len(samples)), parts)
     piece = rows_of_spans(first, parts)
-    begin = np.maximum(row[which], piece * share)
-    end = np.minimum((row + length)[which], (piece + 1) * share)
+    begin = np.maximum(row[which], piece * unit)
+    end = np.minimum((row + length)[which], (piece + 1) * unit)
     stages = _first_stages(topology)
-    microbatch, tensor_rank = np.divmod(piece, topology.tp)
+    microbatch, in_pack = np.divmod(piece, num_units)
     return Segments(
         src=source_ranks[samples[which]],
         src_row=_source_rows(plan, source_ranks, samples)[which] + begin - row[which],
-        dst=stages[plan.pack[samples[which]] // plan.num_microbatches, tensor_rank],
-        dst_row=microbatch * share + begin - piece * share,
+        dst=stages[plan.pack[samples[which]] // plan.num_microbatches, holders[in_pack]],
+        dst_row=microbatch * share + places[in_pack] * unit + begin - piece * unit,
         length=end - begin,
     )
 
 
 @cache
+def _slices(topology: Topology) -> tuple[Ints, Ints]:
+    """Return which ranks of a stage hold the rows of a pack, which is divided into U units of equal length.
+
+    With context parallelism, there are TP units in each of the 2·CP chunks (`model.llm.context.ContextPart`). A slice
+    then consists of two units, also where it lies in both chunks of a rank.
+
+    Returns:
+        The index in `Topology.stage_ranks` of the rank that holds each unit, and the index of the unit in the rank's
+        slice, both [U].
+    """
+    if topology.cp == 1:
+        return np.arange(topology.tp), np.zeros(topology.tp, dtype=np.int64)
+    held = np.stack([ContextPart(cp, topology.cp).rows(topology.row_multiple) for cp in range(topology.cp)])
+    holders, places = np.empty((2, topology.row_multiple), dtype=np.int64)
+    holders[held.ravel()], places[held.ravel()] = np.divmod(np.arange(topology.row_multiple), 2)
+    return holders, places
+
+
+@cache
 def _first_stages(topology: Topology) -> Ints:
-    """Return the ranks of the first stage of each replica, [replicas, tensor-parallel size]."""
+    """Return the ranks of the first stage of each replica, [replicas, ranks of a stage]."""
     return np.array([topology.first_stage_ranks(d) for d in range(topology.dp)], dtype=np.int64)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from model.errors import UserError
@@ -10,7 +10,7 @@ from model.errors import UserError
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The parallelism of a run. The data-parallel size of the LLM follows: num_ranks / (tensor · pipeline)."""
+    """The parallelism of a run. The LLM has num_ranks / (tensor · context · pipeline) data-parallel replicas."""
 
     num_ranks: int = 1
     """The number of processes of the run, one per GPU."""
@@ -20,6 +20,9 @@ class ParallelConfig:
     pipeline: int = 1
     """The number of pipeline stages of the LLM. Raise it if the LLM does not fit the GPUs of one node. If it does not
     divide the number of layers, the last stages and the first ones have one layer less."""
+    context: int = 1
+    """The context-parallel size of the LLM: the number of ranks that share the tokens of each pack, for recordings and
+    texts whose activations do not fit one GPU (`docs/training.md`). Not for an LLM with experts."""
     expert: int = 1
     """The number of neighbouring ranks over which the encoder experts are spread: each block of this many ranks holds
     every expert once. With 1, every expert is sharded over all ranks."""
@@ -53,6 +56,8 @@ class Coordinates(NamedTuple):
     """The pipeline stage."""
     tp: int
     """The tensor-parallel rank."""
+    cp: int = 0
+    """The context-parallel rank."""
 
 
 class ExpertCoordinates(NamedTuple):
@@ -68,7 +73,7 @@ class ExpertCoordinates(NamedTuple):
 
 @dataclass(frozen=True)
 class Topology:
-    """The grid of ranks in Megatron's default order `tp-cp-ep-dp-pp`: rank = tp + TP · (dp + DP · pp)."""
+    """The grid of ranks in Megatron's default order `tp-cp-ep-dp-pp`: rank = tp + TP · (cp + CP · (dp + DP · pp))."""
 
     world: int
     """The number of ranks."""
@@ -95,12 +100,27 @@ class Topology:
 
     def expert_coordinates(self, rank: int) -> ExpertCoordinates:
         """Return the coordinates of `rank` in the grid of the LLM's experts."""
-        rest, tp = divmod(rank % (self.tp * self.dp), self.expert_tp)
+        rest, tp = divmod(rank % (self.world // self.pp), self.expert_tp)
         dp, ep = divmod(rest, self.ffn_ep)
         return ExpertCoordinates(dp, ep, tp)
 
     vp: int = 1
     """The number of virtual stages of each pipeline stage."""
+    cp: int = 1
+    """The number of ranks that share the rows of a pack."""
+
+    @property
+    def without_context(self) -> Topology:
+        """The same ranks, in which every copy of the LLM's weights is a replica that processes whole packs.
+
+        Context-parallel ranks hold the same weights. Where packs are not divided, they are replicas.
+        """
+        return replace(self, cp=1)
+
+    @property
+    def row_multiple(self) -> int:
+        """The number of which the number of rows of a pack must be a multiple, so that all ranks hold equally many."""
+        return self.tp if self.cp == 1 else 2 * self.cp * self.tp
 
     @property
     def microbatch_multiple(self) -> int:
@@ -110,23 +130,25 @@ class Topology:
     @property
     def dp(self) -> int:
         """The number of LLM replicas."""
-        return self.world // (self.tp * self.pp)
+        return self.world // (self.tp * self.cp * self.pp)
 
     def coordinates(self, rank: int) -> Coordinates:
         """Return the coordinates of `rank`. This is the inverse of `rank_of`."""
         assert 0 <= rank < self.world, rank
         rest, tp = divmod(rank, self.tp)
+        rest, cp = divmod(rest, self.cp)
         pp, dp = divmod(rest, self.dp)
-        return Coordinates(dp, pp, tp)
+        return Coordinates(dp, pp, tp, cp)
 
-    def rank_of(self, dp: int, pp: int, tp: int) -> int:
+    def rank_of(self, dp: int, pp: int, tp: int, cp: int = 0) -> int:
         """Return the rank at these coordinates."""
-        assert 0 <= dp < self.dp and 0 <= pp < self.pp and 0 <= tp < self.tp, (dp, pp, tp)
-        return tp + self.tp * (dp + self.dp * pp)
+        assert 0 <= dp < self.dp and 0 <= pp < self.pp and 0 <= tp < self.tp and 0 <= cp < self.cp, (dp, pp, tp, cp)
+        return tp + self.tp * (cp + self.cp * (dp + self.dp * pp))
 
     def stage_ranks(self, dp: int, pp: int) -> tuple[int, ...]:
-        """Return the ranks that hold stage `pp` of replica `dp`, in the order of their tensor-parallel rank."""
-        return tuple(self.rank_of(dp, pp, tp) for tp in range(self.tp))
+        """Return the ranks that hold stage `pp` of replica `dp`, ordered by context- and then tensor-parallel rank."""
+        first = self.rank_of(dp, pp, 0)
+        return tuple(range(first, first + self.tp * self.cp))
 
     def first_stage_ranks(self, dp: int) -> tuple[int, ...]:
         """Return the ranks of replica `dp` that receive embeddings."""
@@ -137,7 +159,7 @@ class Topology:
         return self.stage_ranks(dp, self.pp - 1)
 
     def replica_ranks(self, dp: int) -> tuple[int, ...]:
-        """Return all TP·PP ranks of replica `dp`, ordered by stage."""
+        """Return all TP·CP·PP ranks of replica `dp`, ordered by stage."""
         return tuple(rank for pp in range(self.pp) for rank in self.stage_ranks(dp, pp))
 
     @property
@@ -174,6 +196,8 @@ def build_topology(parallel: ParallelConfig, world: int) -> Topology:
     _check_divides("parallel.tensor", parallel.tensor, world, f"{world} ranks")
     stages = world // parallel.tensor
     _check_divides("parallel.pipeline", parallel.pipeline, stages, f"{world} ranks with tensor={parallel.tensor}")
+    held = f"{world} ranks with tensor={parallel.tensor} and pipeline={parallel.pipeline}"
+    _check_divides("parallel.context", parallel.context, stages // parallel.pipeline, held)
     _check_divides("parallel.expert", parallel.expert, world, f"{world} ranks")
     if parallel.virtual_stages < 1 or (parallel.virtual_stages > 1 and parallel.pipeline == 1):
         raise UserError(
@@ -188,6 +212,7 @@ def build_topology(parallel: ParallelConfig, world: int) -> Topology:
         ffn_ep=parallel.ffn_expert,
         ffn_etp=_expert_tensor(parallel),
         vp=parallel.virtual_stages,
+        cp=parallel.context,
     )
 
 

@@ -17,6 +17,8 @@ _REMEDIES = {
     "computing the LLM": "more ranks, or a larger train.llm_tokens_per_microbatch for fuller matrix products",
     "recomputing the LLM's activations": "train.recompute_llm=selective or none if the memory suffices",
     "tensor-parallel collectives": "a smaller parallel.tensor, within a node",
+    "sending tokens to experts": "a smaller parallel.ffn_expert, within a node",
+    "gathering keys and values": "a smaller parallel.context, within a node",
     "the pipeline's bubble": "more parallel.virtual_stages, more micro-batches (a larger data.global_batch_samples or "
     "a smaller train.llm_tokens_per_microbatch), or a smaller parallel.pipeline",
     "transfers between stages": "a smaller parallel.pipeline",

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from model.llm.stages import stage_chunks
+from transformers import PretrainedConfig
+
+from model.llm.names import head_dim
+from model.llm.stages import Recompute, stage_chunks
 from trainer.config.schema import Recipe
 from trainer.engine.ds_config import BUCKET_ELEMENTS
 from trainer.engine.placement import place
@@ -19,6 +22,8 @@ from trainer.plan.sizes import PartSizes, Size, SizedModel
 from trainer.plan.states import FP32_BYTES
 from trainer.plan.workload import EncoderWork
 
+CONTEXT = "LLM, keys and values over context"
+"""The name of the traffic between context-parallel ranks."""
 ALL_TO_ALL = "LLM, tokens to experts and back"
 """The name of the traffic between the ranks over which the LLM's experts are spread."""
 GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
@@ -118,10 +123,10 @@ def _llm_traffic(
 ) -> list[Traffic]:
     train, config = recipe.train, model.llm
     size = DTYPES[train.precision].itemsize
-    tp, pp, dp, world = topology.tp, topology.pp, topology.dp, topology.world
-    # With context parallelism, a rank has a part of each sequence, and more micro-batches.
+    tp, pp, dp, world = topology.tp, topology.pp, topology.without_context.dp, topology.world
+    # With context parallelism, a rank has a part of each sequence. The packs take that of the trainer into account.
     microbatches = packs.num_microbatches * mechanisms.context
-    hidden = packs.pack_tokens / mechanisms.context * config.hidden_size * size
+    hidden = packs.pack_tokens / mechanisms.context / topology.cp * config.hidden_size * size
     layers = max(sum(stage_chunks(config.num_hidden_layers, pp, topology.vp, s)) for s in range(pp))
     experts = expert_parameters(config)
     stage = (parts.layers.total - experts) / pp / tp + parts.ends.total / tp / (1 if pp == 1 else 2)
@@ -136,6 +141,7 @@ def _llm_traffic(
     members = dp if replicas_within else min(dp, max(1, per_node // tp))
     gathers = 2 if mechanisms.sharded_weights else 1
     calls = layers * 2 if mechanisms.sharded_weights else 1
+    passes = context_gathers(train.recompute_llm)
     return [
         Traffic(
             "LLM, tensor parallel",
@@ -153,6 +159,14 @@ def _llm_traffic(
             min(topology.ffn_ep, per_node),
             layers * microbatches * (6 if train.recompute_llm == "full" else 4),
             ring=False,
+        ),
+        Traffic(
+            CONTEXT,
+            topology.cp,
+            layers * microbatches * _keys(config, topology, packs.pack_tokens, size, passes),
+            tp * topology.cp <= per_node,
+            min(topology.cp, max(1, per_node // tp)),
+            layers * microbatches * (passes + 1),
         ),
         Traffic(
             "LLM, between stages",
@@ -180,6 +194,23 @@ def _llm_traffic(
             calls,
         ),
     ]
+
+
+def context_gathers(recompute: Recompute) -> int:
+    """Return how often a layer gathers keys and values over context-parallel ranks for one micro-batch.
+
+    It gathers them in the forward pass, in its recomputation, and for the gradients (`model.llm.context`).
+    """
+    return 2 if recompute == "none" else 3
+
+
+def _keys(config: PretrainedConfig, topology: Topology, pack_tokens: int, size: int, gathers: int) -> float:
+    """Return the bytes of keys and values that a rank sends to context-parallel ranks in one layer for one pack.
+
+    Their gradients are summed in fp32.
+    """
+    values = 2 * pack_tokens * config.num_key_value_heads / topology.tp * head_dim(config)
+    return values * (gathers * size + FP32_BYTES) * _ring(topology.cp)
 
 
 def _zero_traffic(

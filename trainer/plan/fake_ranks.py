@@ -33,6 +33,7 @@ def fake_rank(topology: Topology, rank: int) -> Iterator[None]:
                 topology.tp,
                 topology.pp,
                 topology.vp if topology.vp > 1 else None,
+                context_parallel_size=topology.cp,
                 expert_model_parallel_size=topology.ffn_ep,
                 expert_tensor_parallel_size=topology.expert_tp,
                 create_gloo_process_groups=False,

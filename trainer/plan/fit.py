@@ -148,7 +148,7 @@ def _rough_states(planner: Planner, variant: Recipe) -> States:
     """Estimate the model states of a rank of the first stage, which holds its share of the layers and the embedding."""
     parallel, size = variant.parallel, 2 if variant.train.precision == "bf16" else FP32_BYTES
     topology, parts = build_topology(parallel, parallel.num_ranks), planner.parts
-    dp = topology.dp
+    dp = topology.without_context.dp
     audio = sum(parts.experts.values(), parts.shared)
 
     def share(kind: str) -> float:
@@ -175,7 +175,7 @@ def _rough_activations(planner: Planner, variant: Recipe, packs: PackPlan) -> fl
     value (Korthikanti et al. 2022), of which 24 are counted here.
     """
     parallel, train, hf = variant.parallel, variant.train, planner.model.llm
-    rows, count = packs.pack_tokens, packs.num_microbatches
+    rows, count = packs.pack_tokens / parallel.context, packs.num_microbatches
     each = rows * hf.hidden_size / parallel.tensor * _KEPT[train.recompute_llm]
     in_flight = interleaved_in_flight(0, parallel.pipeline, count, parallel.virtual_stages)
     return each * (2 if train.precision == "fp32" else 1) * hf.num_hidden_layers / parallel.pipeline * in_flight

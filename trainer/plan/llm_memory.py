@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from model.llm.attention import PackedAttention
+from model.llm.context import ContextPart
 from model.llm.features import attention_layers
 from model.llm.megatron import embed_tokens
 from model.llm.names import head_dim
@@ -38,7 +39,7 @@ class StageMemory:
     buffer: int
     """The buffer in which Megatron's sequence parallelism gathers; it stays allocated."""
     boundary: int
-    """The hidden states [t/TP, H] of a micro-batch that are sent between stages."""
+    """The hidden states [t/(CP·TP), H] of a micro-batch that are sent between stages."""
     audio: int
     """On stage 0, the received audio embeddings of all micro-batches, their gradient and its accumulation; else 0."""
 
@@ -124,9 +125,9 @@ def stage_memory(
             (gpt,), (model,) = build_stage(small, plain, stage, optim, dtype, recompute, adapters)
             traced, buffer = _trace(gpt, model, topology, stage, lengths, kernels)
             found.append(traced)
-    hidden = sum(lengths) // topology.tp * hf_config.hidden_size * dtype.itemsize
+    hidden = sum(lengths) // (topology.cp * topology.tp) * hf_config.hidden_size * dtype.itemsize
     whole = extrapolated(found, layers)
-    change = _what_if_bytes(hf_config, topology, sum(lengths), dtype, recompute, kernels.mechanisms)
+    change = _what_if_bytes(hf_config, topology, sum(lengths) // topology.cp, dtype, recompute, kernels.mechanisms)
     if experts is not None:
         change += experts.layer_bytes * experts.num_layers // hf_config.num_hidden_layers
     # With full recomputation, only the layer that is being recomputed holds what the mechanisms change.
@@ -182,7 +183,10 @@ def _trace(
     """Return the traced memory of one micro-batch, and the bytes of Megatron's gathering buffer."""
     from megatron.core import parallel_state
 
-    config, rows = gpt.config, sum(lengths)
+    packed = PackedSequences(lengths=lengths)
+    if topology.cp > 1:
+        packed = PackedSequences.of_part(lengths, ContextPart(0, topology.cp))
+    config, rows = gpt.config, packed.num_tokens
     share, dtype = rows // topology.tp, config.params_dtype
 
     def forward() -> Tensor:
@@ -201,7 +205,7 @@ def _trace(
             attention_mask=None,
             decoder_input=decoder_input,
             labels=labels,
-            packed_seq_params=PackedSequences(lengths=lengths),
+            packed_seq_params=packed,
         )
         return output if labels is None else output.float().sum()
 

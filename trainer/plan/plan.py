@@ -117,7 +117,8 @@ class Plan:
             buffers = "train.gather_audio_weights=per_module"
         parts = {
             "a larger parallel.tensor or parallel.pipeline, or more ranks": worst.states.total,
-            "a smaller train.llm_tokens_per_microbatch, or train.recompute_llm=full": worst.activations,
+            "a smaller train.llm_tokens_per_microbatch, train.recompute_llm=full, or for long samples a larger "
+            "parallel.context": worst.activations,
             "train.recompute_encoder_calls=true, or train.recompute_encoders=true": worst.encoder_activations,
             buffers: worst.buffers,
         }
@@ -329,6 +330,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "ranks": topology.world,
         "tensor": topology.tp,
+        "context": topology.cp,
         "pipeline": topology.pp,
         "virtual_stages": topology.vp,
         "data": topology.dp,

@@ -28,8 +28,9 @@ class RankStates:
     """The model states of all ranks."""
 
     topology: Topology
+    """The layout of the ranks, without context parallelism."""
     llm: tuple[tuple[States, ...], ...]
-    """The states of the LLM, indexed by [stage][replica]."""
+    """The states of the LLM, indexed by [stage][copy of the weights]."""
     audio: tuple[States, ...]
     """The states of the audio side, indexed by the place in the expert-parallel group."""
 
@@ -63,14 +64,14 @@ def rank_states(
             chunks, models = build_stage(
                 model.llm, topology, stage, optim, dtype, adapters=model.adapters, reduction=reduction
             )
-            stages[stage] = tuple(llm_states(chunks, models, topology, dtype))
+            stages[stage] = tuple(llm_states(chunks, models, topology.without_context, dtype))
     llm = tuple(stages[kind] for kind in kinds)
     placement = place(model.config, topology.ep)
     audio = []
     for at in range(topology.ep):
         tower = model.tower(placement.held_by(at))
         audio.append(audio_states(tower, optim, topology, dtype, Offload.of(ds_json)))
-    return RankStates(topology, llm, tuple(audio))
+    return RankStates(topology.without_context, llm, tuple(audio))
 
 
 def kinds_of_stages(num_layers: int, topology: Topology) -> list[int]:

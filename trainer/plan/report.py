@@ -113,8 +113,9 @@ def _model(plan: Plan) -> list[str]:
     topology, work, packs, recipe = plan.topology, plan.workload, plan.packs, plan.recipe
     total, learned = (sum(getattr(s, k) for s in plan.sizes.values()) for k in ("total", "learned"))
     padding = 1 - work.tokens / (packs.num_microbatches * packs.pack_tokens * topology.dp)
+    context = f" x CP {topology.cp}" if topology.cp > 1 else ""
     return _wrapped(
-        f"Layout: TP {topology.tp} x PP {topology.pp} x DP {topology.dp}, EP {topology.ep} (encoder experts), "
+        f"Layout: TP {topology.tp}{context} x PP {topology.pp} x DP {topology.dp}, EP {topology.ep} (encoder experts), "
         f"{recipe.train.precision}; {count_text(total)} parameters, {count_text(learned)} of them trainable.",
         *_experts(plan),
         f"A step takes {len(work.num_tokens)} samples, {work.audio_sec:,.0f} s of audio, {work.tokens:,} tokens in "

@@ -104,6 +104,7 @@ def build_stage(
         tp_size=topology.tp,
         pp_size=topology.pp,
         vp_size=topology.vp,
+        cp_size=topology.cp,
         first_stage=stage == 0,
         last_stage=stage == topology.pp - 1,
         dtype=dtype,
@@ -128,7 +129,7 @@ def llm_states(
     Args:
         chunks: The first result of `build_stage`.
         models: The second result of `build_stage`.
-        topology: The layout of the ranks.
+        topology: The layout of the ranks, without context parallelism: ranks with the same weights share their states.
         dtype: The dtype of the weights.
     """
     wrapped = [] if models is chunks else models

@@ -13,7 +13,7 @@ from trainer.config.schema import Recipe
 from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import Topology
 from trainer.plan.accelerator import Accelerator
-from trainer.plan.communication import ALL_TO_ALL, GRADIENT_BYTES, Traffic
+from trainer.plan.communication import ALL_TO_ALL, CONTEXT, GRADIENT_BYTES, Traffic
 from trainer.plan.experts import as_dense
 from trainer.plan.flops import Flops
 from trainer.plan.layer_time import (
@@ -71,6 +71,7 @@ class _Llm:
     recomputation: float
     tensor: float
     experts: float
+    context: float
     bubble: float
     stages: float
     gradients: float
@@ -79,7 +80,8 @@ class _Llm:
     @property
     def pipeline(self) -> float:
         """The seconds of the pipeline."""
-        return self.products + self.recomputation + self.tensor + self.experts + self.bubble + self.stages
+        exchanges = self.tensor + self.experts + self.context + self.stages
+        return self.products + self.recomputation + exchanges + self.bubble
 
 
 def step_time(
@@ -147,6 +149,7 @@ def step_time(
             "recomputing the LLM's activations": llm.recomputation,
             "tensor-parallel collectives": llm.tensor,
             **({"sending tokens to experts": llm.experts} if llm.experts else {}),
+            **({"gathering keys and values": llm.context} if llm.context else {}),
             "the pipeline's bubble": llm.bubble,
             "transfers between stages": llm.stages,
             "gradients and weights over replicas": llm.gradients,
@@ -176,20 +179,24 @@ def _llm(
     mechanisms, parallel, config = rates.mechanisms, recipe.parallel, as_dense(model.llm)
     tp, pp = topology.tp, topology.pp
     microbatches = packs.num_microbatches * mechanisms.context
-    rows = packs.pack_tokens / mechanisms.context
-    squares = _squares(packs) / mechanisms.context
+    # The chunks of a pack are divided so that all context-parallel ranks compute as many scores.
+    rows = packs.pack_tokens / mechanisms.context / topology.cp
+    squares = _squares(packs) / mechanisms.context / topology.cp
     layer = layer_seconds(config, rates, tp, rows, squares, parts.layers.learned > 0)
     attention = attention_seconds(config, rates, tp, rows, squares)
     layer = _with_ring_attention(layer, attention, config, rates, tp, rows)
     head = head_seconds(config, rates, tp, rows)
     held = [sum(stage_chunks(config.num_hidden_layers, pp, topology.vp, stage)) for stage in range(pp)]
     again = recomputed_seconds(config, rates, tp, rows, squares, recipe.train.recompute_llm)
+    if topology.cp > 1:  # the gradients of attention to gathered keys need its forward pass again
+        again += attention.forward
     # The collectives are those of a stage with the most layers.
     tensor = seconds.get("LLM, tensor parallel", 0.0) / microbatches / max(held)
     if mechanisms.overlap_tensor:
         tensor /= tp
     experts = seconds.get(ALL_TO_ALL, 0.0) / microbatches / max(held)
-    each = layer.total + again + tensor + experts
+    context = seconds.get(CONTEXT, 0.0) / microbatches / max(held)
+    each = layer.total + again + tensor + experts + context
     with_head = held[-1] * each + head.total
     slowest = pp - 1 if with_head >= max(held) * each else held.index(max(held))
     layers = held[slowest]
@@ -209,6 +216,7 @@ def _llm(
         microbatches * layers * again,
         microbatches * layers * tensor,
         microbatches * layers * experts,
+        microbatches * layers * context,
         fill,
         stages,
         scatter + gather,

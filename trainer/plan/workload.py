@@ -248,6 +248,6 @@ def encoder_padding(work: Sequence[EncoderWork]) -> float:
 def pack_work(recipe: Recipe, workload: Workload, topology: Topology) -> PackPlan:
     """Return the LLM's packs for the samples of a step."""
     train = recipe.train
-    multiple = train.pack_multiple_tokens or topology.tp
+    multiple = train.pack_multiple_tokens or topology.row_multiple
     budget = train.llm_tokens_per_microbatch
     return plan_packs(workload.num_tokens, topology.dp, budget, multiple, topology.microbatch_multiple)

@@ -151,7 +151,7 @@ def predict(
         heartbeat: Called with a description of each batch before it is evaluated.
     """
     groups = step.groups
-    share = max(1, config.batch_size * groups.topology.dp // groups.topology.world)
+    share = max(1, config.batch_size * groups.topology.without_context.dp // groups.topology.world)
     order = sorted(range(len(samples)), key=lambda i: (samples[i].num_tokens, i))
     rounds = torch.tensor([-(-len(samples) // share)])
     dist.all_reduce(rounds, op=dist.ReduceOp.MAX, group=groups.world)
@@ -178,7 +178,7 @@ def answer(step: Step, batch: Batch, tokenizer: Tokenizer, config: EvalConfig) -
 
     Collective: every rank of the world must call it.
     """
-    groups = step.groups
+    groups = step.groups.without_context
     embedded = step.embed(batch)
     whole = embedded.whole
     members = embedded.packing.members(groups.place.dp, 0).tolist()

@@ -182,12 +182,12 @@ def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int | None, multiple
         whole: The global batch.
         groups: The place of this rank.
         budget_tokens: The largest number of rows in a pack; None for one pack per replica.
-        multiple_tokens: The number of rows in a pack is a multiple of this; None for the tensor-parallel size.
+        multiple_tokens: The number of rows in a pack is a multiple of this; None for `Topology.row_multiple`.
     """
     topology = groups.topology
     if budget_tokens is None:
-        return plan_packs(whole.num_tokens, topology.dp, int(whole.num_tokens.sum()), topology.tp)
-    multiple = multiple_tokens or topology.tp
+        return plan_packs(whole.num_tokens, topology.dp, int(whole.num_tokens.sum()), topology.row_multiple)
+    multiple = multiple_tokens or topology.row_multiple
     return plan_packs(whole.num_tokens, topology.dp, budget_tokens, multiple, topology.microbatch_multiple)
 
 

@@ -31,12 +31,13 @@ def check_replicas(step: int, llm: LLMEngine, groups: Groups, emit: Emit) -> Non
         CorruptionError: If the weights of any replica differ, on all ranks. The state must not be saved. The last
             checkpoint was saved after a successful check.
     """
-    if groups.topology.dp == 1:
+    copies = groups.topology.without_context
+    if copies.dp == 1:
         return
     llm.finish_gathering()
     weights = (p for _, p in llm.parameters() if getattr(p, "allreduce", True))
     mine = np.array([int(weight_digest(weights, groups.device))])
-    different, is_certain = differing_ranks(all_gather_numbers(mine, groups.world)[:, 0], groups.topology)
+    different, is_certain = differing_ranks(all_gather_numbers(mine, groups.world)[:, 0], copies)
     if not different:
         return
     nodes = {rank: broadcast_bytes(node_name().encode(), rank, groups.world).decode() for rank in different}

@@ -104,7 +104,7 @@ class Step:
         groups: The place of this rank.
         num_steps: The number of steps in the run, which is the length of the learning-rate schedule.
         tokens_per_microbatch: The largest number of rows in a pack.
-        pack_multiple_tokens: The number of rows in a pack is a multiple of this; None for the tensor-parallel size.
+        pack_multiple_tokens: The number of rows in a pack is a multiple of this; None for `Topology.row_multiple`.
         seed: The seed of the router's noise.
         debug_plan: If true, the plans of all ranks are compared before the exchanges of each step.
         spike: The recipe's `spike` section, which determines when updates are skipped; None for the defaults.
@@ -269,22 +269,23 @@ class Step:
             noise: Standard normal noise for the router; None outside training.
             shared: The result of `share` for the batch; None to call it.
             training: If true, losses are prepared, packs have the size that training uses, and phases are timed. If
-                false, each replica gets one pack.
+                false, each copy of the LLM's weights gets one pack, which is not divided among context-parallel ranks.
         """
+        groups = self.groups if training else self.groups.without_context
         phase: Callable[[str], AbstractContextManager[None]] = self.timer if training else lambda name: nullcontext()
         with phase("plan"):
             shared = shared or self.share(batch, training=training)
             whole = shared.whole
             if training:
-                packing = plan(whole, self.groups, self.tokens_per_microbatch, self.pack_multiple_tokens)
+                packing = plan(whole, groups, self.tokens_per_microbatch, self.pack_multiple_tokens)
             else:
-                packing = plan(whole, self.groups, None)
+                packing = plan(whole, groups, None)
             if self.debug_plan:
                 check_same_plan("packs", (packing.pack, packing.row, packing.num_tokens), self.groups.world)
         with phase("encode"):
             audio = self.audio.forward(batch.clips, batch.prompts, noise, whole.clips)
         with phase("exchange"):
-            packs = send(batch, audio.embeddings.values, whole, packing, self.groups)
+            packs = send(batch, audio.embeddings.values, whole, packing, groups)
         return Embedded(whole, packing, shared.references, audio, packs)
 
     def _packed(self, loss: TokenLoss, embedded: Embedded) -> PackedLoss:
@@ -297,19 +298,25 @@ class Step:
         if not loss.has_reference or not whole.reference_tokens[loss.name].any():
             return PackedLoss(loss, self.model, factor)
         chosen = whole.references(loss.name)
-        multiple = self.pack_multiple_tokens or groups.topology.tp
+        multiple = self.pack_multiple_tokens or groups.topology.row_multiple
         own_packing = plan_references(whole, packing, loss.name, multiple)
         batch = Batch(tuple(s for s in embedded.references[loss.name] if s is not None))
         arrived = send_tokens(batch, chosen, own_packing, groups)
         packs = _packs(arrived, chosen, own_packing, groups)
 
-        def rows(batch: GlobalBatch, packing: PackPlan, kept: Ints) -> tuple[Tensor, ...]:
-            found = (target_rows(batch, packing, groups.place.dp, m, kept) for m in range(packing.num_microbatches))
-            return tuple(to_device(r, groups.device) for r in found)
+        def rows(batch: GlobalBatch, packing: PackPlan, kept: Ints) -> list[Ints]:
+            return [target_rows(batch, packing, groups.place.dp, m, kept) for m in range(packing.num_microbatches)]
 
-        reference = self.llm.reference_logits(packs, rows(chosen, own_packing, np.arange(len(chosen))))
-        kept = np.flatnonzero(whole.reference_tokens[loss.name])
-        return PackedLoss(loss, self.model, factor, rows(whole, packing, kept), reference)
+        wanted = rows(chosen, own_packing, np.arange(len(chosen)))
+        compared = rows(whole, packing, np.flatnonzero(whole.reference_tokens[loss.name]))
+        # Context-parallel ranks compute the references, which are short, as a whole, and read what their rows need.
+        place = np.full(packing.pack_tokens, -1)
+        place[groups.part.rows(packing.pack_tokens)] = np.arange(packing.pack_tokens // groups.topology.cp)
+        own = [place[r] >= 0 for r in compared]
+        wanted_here = tuple(to_device(r[kept], groups.device) for r, kept in zip(wanted, own, strict=True))
+        compared_here = tuple(to_device(place[r[kept]], groups.device) for r, kept in zip(compared, own, strict=True))
+        reference = self.llm.reference_logits(packs, wanted_here)
+        return PackedLoss(loss, self.model, factor, compared_here, reference)
 
     def _router_meter(self, whole: GlobalBatch, packs: Packs) -> RouterMeter | None:
         """Return what measures the choices of the LLM's routers in a step; None for an LLM without experts.
@@ -446,9 +453,12 @@ def send(batch: Batch, embeddings: Tensor, whole: GlobalBatch, packing: PackPlan
     """
     topology = groups.topology
     arrived = send_tokens(batch, whole, packing, groups)
+    if topology.cp > 1:
+        own = to_device(groups.part.rows(packing.pack_tokens), groups.device)
+        arrived = arrived.view(-1, packing.pack_tokens, 3).index_select(1, own).flatten(0, 1)
     flags = torch.zeros(0, dtype=torch.bool, device=groups.device)
     if groups.is_first_stage:
-        slices = arrived[:, 2].view(packing.num_microbatches, topology.tp, packing.pack_tokens // topology.tp)
+        slices = arrived[:, 2].view(packing.num_microbatches, topology.tp, -1)
         flags = slices[:, groups.place.tp].flatten().bool()
     segments = embedding_segments(packing, whole.source_ranks, topology, groups.rank)
     is_audio = batch.audio_mask.numpy()
@@ -457,12 +467,16 @@ def send(batch: Batch, embeddings: Tensor, whole: GlobalBatch, packing: PackPlan
     audio_route = all_rows.restricted(is_audio, flags.cpu().numpy()).renumbered(audio_tokens)
     audio = exchange(embeddings, audio_route, groups.world)
     return replace(
-        _packs(arrived, whole, packing, groups), audio=audio, audio_mask=flags, is_audio=arrived[:, 2].bool()
+        _packs(arrived, whole, packing, groups),
+        audio=audio,
+        audio_mask=flags,
+        is_audio=arrived[:, 2].bool(),
+        part=groups.part,
     )
 
 
 def _packs(arrived: Tensor, whole: GlobalBatch, packing: PackPlan, groups: Groups) -> Packs:
-    """Return the packs of this replica, without audio, from the result of `send_tokens`."""
+    """Return the whole packs of this replica, without audio, from the result of `send_tokens`."""
     microbatches = range(packing.num_microbatches)
     return Packs(
         lengths=tuple(packing.lengths(groups.place.dp, m) for m in microbatches),
