@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from tqdm import tqdm
 
 from model.errors import UserError, printable_lines
 from tools.options import check_output
+from trainer.data.metadata import conversation_of
 from trainer.data.shard_check import SkippedSample, build_index, check_shard, summary_of
-from trainer.data.shards import Entry, ShardSet
+from trainer.data.shards import Entry, RawSample, ShardSet
 from trainer.storage.open import open_store
 
 EDGES_SEC = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 30.0, 60.0, float("inf"))
@@ -79,19 +81,49 @@ def _run(args: argparse.Namespace) -> int:
     shards = ShardSet(store, num_cached_tables=1)
     damage: list[str] = []
     seconds: list[float] = []
+    conversations = Conversations()
     with tqdm(total=shards.index.num_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for shard, info in enumerate(shards.shards):
             if not args.no_check:
-                damage += check_shard(shards, shard)
+                damage += check_shard(shards, shard, conversations.add)
             seconds += (e.seconds for e in _entries(shards, shard, damage) if e.num_clips)
             bar.update(info.num_bytes)
     report = summary(shards, seconds)
     report |= {"checked": not args.no_check, "damage": damage}
+    report["conversations"] = None if args.no_check else conversations.counts()
     report |= {"skipped": summary_of(skipped), "skipped_samples": [str(s) for s in skipped]}
     if args.png:
         draw(seconds, args.png, f"{args.url}: {len(seconds)} clips")
     print(json.dumps(report) if args.json else printable_lines(as_text(report)))
     return 1 if damage else 0
+
+
+class Conversations:
+    """The samples of shards that have `messages`, by their form."""
+
+    def __init__(self) -> None:
+        self._answers: Counter[int] = Counter()
+        self._forms: Counter[str] = Counter()
+
+    def add(self, sample: RawSample) -> None:
+        """Count a sample if it is a conversation."""
+        turns = conversation_of(sample.metadata)
+        if not turns:
+            return
+        users = [turn for turn in turns if turn.role == "user"]
+        self._answers[len(users)] += 1
+        self._forms["num_with_system_prompt"] += turns[0].role == "system"
+        self._forms["num_with_later_audio"] += any(turn.num_clips for turn in users[1:])
+
+    def counts(self) -> dict[str, Any]:
+        """Return the number of conversations, of their answers and of their forms."""
+        return {
+            "num_samples": self._answers.total(),
+            "num_answers": sum(num * count for num, count in self._answers.items()),
+            "num_with_system_prompt": self._forms["num_with_system_prompt"],
+            "num_with_later_audio": self._forms["num_with_later_audio"],
+            "answers": {str(num): self._answers[num] for num in sorted(self._answers)},
+        }
 
 
 def _entries(shards: ShardSet, shard: int, damage: list[str]) -> Iterator[Entry]:
@@ -156,6 +188,14 @@ def as_text(report: dict[str, Any]) -> str:
         name = f"{low:g} to {high:g}" if high is not None else f"from {low:g}"
         lines.append(f"{name:>10}  {count:8d}  {'#' * round(_BAR_CHARS * count / most)}")
     lines.append("")
+    found = report["conversations"]
+    if found and found["num_samples"]:
+        by_answers = ", ".join(f"{count} with {num}" for num, count in found["answers"].items())
+        lines.append(
+            f"conversations: {found['num_samples']} with {found['num_answers']} answers ({by_answers}); "
+            f"{found['num_with_system_prompt']} with a system prompt, {found['num_with_later_audio']} with audio after "
+            "the first question"
+        )
     if report["skipped"]:
         lines.append(f"skipped samples: {report['skipped']}")
     lines += [f"damaged: {text}" for text in report["damage"]]

@@ -47,6 +47,29 @@ def test_counts_hours_and_durations(made: Path, tmp_path: Path, capsys: pytest.C
     assert "all shards and samples match the index" in capsys.readouterr().out
 
 
+def test_conversations_are_counted_by_their_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (first, second) = clip_rows(tmp_path, 2, seconds=0.2)
+    ask, said = {"role": "user", "content": "<audio>Q"}, {"role": "assistant", "content": "A"}
+    system, plain = {"role": "system", "content": "S"}, {"role": "user", "content": "Q"}
+    both = [first["audio"], second["audio"]]
+    rows = [
+        {"id": "one", "messages": [ask, said], "audio": both[0]},
+        {"id": "two", "messages": [system, ask, said, plain, said], "audio": both[0]},
+        {"id": "three", "messages": [ask, said, plain, said, ask, said], "audio": both},
+    ]
+    rows = [{"task": "sqa", "split": "train", **fields} for fields in rows]
+    manifest = write_manifest(tmp_path, [first, *rows])
+    assert make_shards([str(manifest), str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path / "out")]) == 0
+    assert (
+        "conversations: 3 with 6 answers (1 with 1, 1 with 2, 1 with 3); 1 with a system prompt, 1 with audio after "
+        "the first question\n"
+    ) in capsys.readouterr().out
+    assert main([str(tmp_path / "out"), "--no-check", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["conversations"] is None
+
+
 @pytest.mark.parametrize(("place", "words"), [("nope/x.png", "nope is not a folder"), ("", "(Is a directory")])
 def test_missing_folder_for_the_plot_is_reported_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, words: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from trainer.data.decode import check_audio
 from trainer.data.errors import SampleError, sample_errors
 from trainer.data.metadata import check_metadata
 from trainer.data.shard_writer import Groups, write_index, write_table
-from trainer.data.shards import INDEX_NAME, Entry, Shard, ShardSet, parse_sample
+from trainer.data.shards import INDEX_NAME, Entry, RawSample, Shard, ShardSet, parse_sample
 from trainer.data.tar_samples import TarSample, tar_samples
 from trainer.storage.store import Store
 
@@ -43,8 +44,13 @@ def summary_of(skipped: Sequence[SkippedSample]) -> str:
     )
 
 
-def check_shard(shards: ShardSet, shard: int) -> list[str]:
+def check_shard(shards: ShardSet, shard: int, on_sample: Callable[[RawSample], Any] = lambda sample: None) -> list[str]:
     """Read a whole shard and compare it with the index and its offset table.
+
+    Args:
+        shards: the shards.
+        shard: number of the shard.
+        on_sample: called with each sample that is as the table says and can be read.
 
     Returns:
         One line for each problem: a wrong size or SHA-256, an unusable table, or a sample that differs from its hash.
@@ -68,6 +74,9 @@ def check_shard(shards: ShardSet, shard: int) -> list[str]:
         start, end = entry.span
         if end > len(data) or xxhash.xxh3_64_hexdigest(data[start:end]) != entry.xxh3:
             problems.append(f"{where}: sample {entry.key} is truncated or altered")
+            continue
+        with suppress(SampleError):
+            on_sample(parse_sample(entry, data[start:end], shards.index.defaults))
     return problems
 
 
