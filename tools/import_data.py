@@ -86,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIELD=TEXT",
         help="a field to add to all rows that lack it",
     )
+    parser.add_argument(
+        "--divide",
+        default="",
+        metavar="SPLIT=SHARE,…",
+        help="splits that get shares of the recordings of rows without a split, such as dev=0.05,test=0.05; the others "
+        "get the split train",
+    )
     parser.add_argument("--columns", metavar="A,B", help="names of the columns of a table without a header")
     parser.add_argument(
         "--audio", type=Path, metavar="DIR", help="folder to which paths of audio are relative (default: SRC's)"
@@ -112,6 +119,7 @@ def _run(args: argparse.Namespace) -> ImportReport:
     if args.audio is not None and not args.audio.is_dir():
         raise UserError(f"--audio {args.audio}: is not a folder")
     names, defaults = _pairs("--map", args.map, "FIELD=NAME"), _pairs("--set", args.set, "FIELD=TEXT")
+    shares = _shares(args.divide)
     columns = tuple(name.strip() for name in args.columns.split(",")) if args.columns else ()
     output = None if scheme_of(args.out) else Path(args.out).absolute()
     source = Source(args.source, args.audio, args.follow, columns, names.get("audio", "audio"), output)
@@ -120,7 +128,7 @@ def _run(args: argparse.Namespace) -> ImportReport:
         "format": args.format,
         "source": str(args.source.resolve()),
         "audio": args.audio and str(args.audio.resolve()),
-        "options": [names, defaults, columns, args.follow],
+        "options": [names, defaults, columns, args.follow, *([shares] if shares else [])],
         "shards": args.shards and [args.max_shard_samples, args.max_shard_bytes],
     }
     sink = _sink(args)
@@ -131,12 +139,25 @@ def _run(args: argparse.Namespace) -> ImportReport:
         return run_import(
             IMPORTERS[args.format].rows,
             source,
-            Naming(names, defaults),
+            Naming(names, defaults, shares),
             sink,
             identity,
             jobs=args.jobs,
             on_progress=lambda done: bar.update(done - bar.n),
         )
+
+
+def _shares(text: str) -> dict[str, float]:
+    """Return the value of `--divide`."""
+    shares = {}
+    for split, share in _pairs("--divide", text.split(",") if text else [], "SPLIT=SHARE").items():
+        try:
+            shares[split] = float(share)
+        except ValueError:
+            raise UserError(f"--divide {text}: {share} is not a number") from None
+    if not all(0 < share < 1 for share in shares.values()) or not sum(shares.values()) < 1:
+        raise UserError(f"--divide {text}: the shares must be above 0, and their sum below 1")
+    return shares
 
 
 def _sink(args: argparse.Namespace) -> Sink:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +265,23 @@ def _exported(form: str, rows: list[dict[str, Any]], folder: Path) -> Path:
             choices = {"choices": json.dumps(r["choices"])} if "choices" in r else {}
             writer.writerow({"audio": r["audio"], "text": r["answer"], **o, **choices})
     return folder / "kit.csv"
+
+
+def test_rows_without_a_split_are_divided_by_recording(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ["audio,text,start,end,split"]
+    for i in range(200):
+        (tmp_path / f"{i}.wav").write_bytes(audio_bytes(0.1, kind="WAV"))
+        rows += [f"{i}.wav,one,0,0.05,", f"{i}.wav,two,0.05,0.1,"]
+    rows.append("0.wav,three,0,0.05,mine")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    source, out = tmp_path / "t.csv", tmp_path / "out"
+    assert run("csv", source, out, "--divide", "dev=0.2,test=0.1") == 0
+    found = manifest(out)
+    assert found.pop()["split"] == "mine"
+    assert [r["split"] for r in found[::2]] == [r["split"] for r in found[1::2]]
+    counts = Counter(r["split"] for r in found[::2])
+    assert 25 <= counts["dev"] <= 55 and 8 <= counts["test"] <= 32 and counts.total() == 200
+    assert run("csv", source, out, "--divide", "dev=0.3") == 2  # not the import that OUT contains
+    for wrong in ("dev", "dev=x", "dev=0.5,test=0.5", "dev=-1"):
+        assert run("csv", source, out, "--divide", wrong) == 2
+        assert f"--divide {wrong}" in capsys.readouterr().err

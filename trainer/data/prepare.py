@@ -203,7 +203,10 @@ def _check_eval_splits(config: DataConfig, datasets: Sequence[PreparedDataset]) 
             if (part := next((s for s in datasets if split in s.splits), None)) is not None:
                 raise _nothing_selected(part, split)
             known = sorted({k for s in datasets for k in s.splits})
-            raise UserError(f"data.eval_splits: no dataset has samples of split '{split}'; existing splits: {known}")
+            raise UserError(
+                f"data.eval_splits: no dataset has samples of split '{split}'; existing splits: {known}; name some of "
+                "them here, in eval.split and in eval.final_split, or make splits with `earshot import --divide`"
+            )
 
 
 def _prepare_dataset(

@@ -6,6 +6,7 @@ import datetime
 import decimal
 import hashlib
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,8 @@ class Naming:
     """The name in the source of a field of the manifest (`--map`)."""
     defaults: Mapping[str, str] = field(default_factory=dict)
     """The values of fields for rows that lack them (`--set`)."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """The share of the recordings of rows without a split that each of these splits gets (`--divide`)."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,9 @@ def to_sample(row: Row, number: int, source: Source, naming: Naming, ids: Ids) -
         original = fields.pop("id", None)
         _set_types(fields)
         _set_defaults(fields, naming, is_transcript)
+        if "split" not in fields:
+            recording = os.path.relpath(clips[0].path, source.folder) if clips and clips[0].path else ""
+            fields["split"] = _split_of(recording or str(original or number), naming.shares)
         _check_text(fields)
         check_metadata(with_last_turn(fields), len(clips))
     except SampleError as error:
@@ -238,7 +244,6 @@ def _set_defaults(fields: dict[str, Any], naming: Naming, is_transcript: bool) -
     for name, value in naming.defaults.items():
         if not (has_messages and name in _OF_MESSAGES):
             fields.setdefault(name, value)
-    fields.setdefault("split", DEFAULT_SPLIT)
     if is_transcript:
         fields.setdefault("task", "asr")
     if "task" not in fields:
@@ -251,6 +256,17 @@ def _set_defaults(fields: dict[str, Any], naming: Naming, is_transcript: bool) -
         raise RowError("wrong_type", 'instruction is missing; give it with --set "instruction=TEXT" or --map')
     if "answer" not in fields:
         raise RowError("empty_answer", f"no answer; give its field with --map answer=FIELD ({short(sorted(fields))})")
+
+
+def _split_of(recording: str, shares: Mapping[str, float]) -> str:
+    """Return the split of a recording, which does not depend on the other rows."""
+    digest = hashlib.blake2b(recording.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    place = int.from_bytes(digest, "big") / 2**64
+    for split, share in shares.items():
+        if place < share:
+            return split
+        place -= share
+    return DEFAULT_SPLIT
 
 
 def _check_text(value: Any) -> None:
