@@ -13,6 +13,7 @@ from tests.golden.corpus import write_corpus
 from tests.golden.test_golden import FIRST_LOSS_OF_A_NEW_RUN, GOLDEN, losses, train
 from tools import export
 from trainer.checkpoint.catalog import find_checkpoint, read_extra
+from trainer.telemetry.token_load import HISTORY_NAME, read_history
 
 RECIPE = (
     "name=mixture",
@@ -38,6 +39,9 @@ def test_experts_are_trained_saved_resumed_and_exported(tmp_path: Path) -> None:
     assert "expert speech of the LLM" in done.stdout + done.stderr
     # Two equal experts and adapters that are zero compute what the donor does; the losses of the router add little.
     assert losses(runs / "mixture")[1][0] == pytest.approx(FIRST_LOSS_OF_A_NEW_RUN, abs=1e-3)
+    *_, load = read_history(runs / "mixture" / HISTORY_NAME)
+    assert {(group.task, group.language) for group in load.cells} == {("asr", "en")}
+    rows = [json.loads(line) for line in (corpus / "golden.jsonl").read_text().splitlines()]
     shutil.rmtree(donor)
     done = train(corpus, runs, *recipe, "train.steps=4")
     assert done.returncode == 0, done.stderr
@@ -48,7 +52,6 @@ def test_experts_are_trained_saved_resumed_and_exported(tmp_path: Path) -> None:
         ("sound", "golden", 2),
     ]
     manifest = tmp_path / "dev.jsonl"
-    rows = [json.loads(line) for line in (corpus / "golden.jsonl").read_text().splitlines()]
     own = [row for row in rows if row.get("audio")][:2]
     for row in own:
         audio = row["audio"] if isinstance(row["audio"], list) else [row["audio"]]

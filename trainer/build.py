@@ -63,6 +63,7 @@ from trainer.run_tokenizer import (
     find_owned,
     keep_tokenizer,
 )
+from trainer.scoring.tasks import task_names
 from trainer.storage.open import join_url
 from trainer.telemetry.alerts import Alerts
 from trainer.telemetry.announce import print_timed
@@ -70,6 +71,7 @@ from trainer.telemetry.events import EventLog, begin_attempt, read_events
 from trainer.telemetry.hook import HOOKS, Hook
 from trainer.telemetry.jsonl import write_atomically
 from trainer.telemetry.origin import PLAN_NAME, origin_of
+from trainer.telemetry.token_load import SampleKinds
 from trainer.telemetry.trackers.base import TrackedRun
 from trainer.telemetry.trackers.table import build_trackers
 from trainer.training.evaluate import Evaluator
@@ -165,7 +167,8 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
     )
     with watch, Watchdog(recipe.train.hang_timeout_sec, events, topology.world) as watchdog:
         say(f"building the encoders and the LLM on {env.world_size} ranks")
-        step = build_step(recipe, groups, prepared.tokenizer.vocab_size, watchdog.heartbeat)
+        kinds = SampleKinds.of(task_names(), prepared.num_by_language())
+        step = build_step(recipe, groups, prepared.tokenizer.vocab_size, watchdog.heartbeat, kinds)
         evaluator = Evaluator(recipe.eval, prepared, step, run_dir, watchdog.heartbeat)
         url = join_url(recipe.run_url, SUBFOLDER)
         checkpoints = CheckpointManager(url, recipe.checkpoint, groups, watchdog.heartbeat)
@@ -255,7 +258,11 @@ class WatchedSource:
 
 
 def build_step(
-    recipe: Recipe, groups: Groups, vocab_size: int, heartbeat: Callable[[str], None] = lambda what: None
+    recipe: Recipe,
+    groups: Groups,
+    vocab_size: int,
+    heartbeat: Callable[[str], None] = lambda what: None,
+    kinds: SampleKinds | None = None,
 ) -> Step:
     """Return the step of a run: both engines with their initial weights.
 
@@ -266,6 +273,7 @@ def build_step(
         groups: The place of this rank.
         vocab_size: The size of the tokenizer's vocabulary.
         heartbeat: Called with a description of each part before it is built.
+        kinds: The kinds of samples whose tokens are counted separately; None to count them by task.
 
     Raises:
         UserError: If weights are missing or do not fit, the tokenizer has more tokens than the LLM, or a pattern of
@@ -332,6 +340,7 @@ def build_step(
         pack_multiple_tokens=train.pack_multiple_tokens,
         debug_plan=train.debug_plan,
         spike=recipe.spike,
+        kinds=kinds,
     )
 
 

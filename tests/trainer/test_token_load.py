@@ -13,6 +13,10 @@ from tests.trainer.expert_usage_run import write_run
 from tools import profile_experts
 from trainer.telemetry.token_load import (
     HISTORY_NAME,
+    MAX_KINDS,
+    OTHER,
+    UNNAMED,
+    SampleKinds,
     TokenGroup,
     TokenLoad,
     add_up,
@@ -20,22 +24,24 @@ from trainer.telemetry.token_load import (
     token_metrics,
 )
 
-EXPERTS, LAYERS, TASKS = ("speech", "sound", "text"), (1, 3), ("asr", "sqa")
+EXPERTS, LAYERS = ("speech", "sound", "text"), (1, 3)
+KINDS = SampleKinds((("asr", "en"), ("sqa", "en"), ("asr", "pl")))
 
 
 def load(step: int, chosen: dict[tuple[int, int], list[int]]) -> TokenLoad:
-    """Return the load of two steps in which each kind (task, modality) chose the experts so often, in both layers."""
-    sums = np.zeros((len(TASKS) * 2, len(LAYERS), 2 + 3 * len(EXPERTS)))
-    for (task, modality), counts in chosen.items():
+    """Return the load of two steps in which each (kind, modality) chose the experts so often, in both layers."""
+    sums = np.zeros((len(KINDS.pairs) * 2, len(LAYERS), 2 + 3 * len(EXPERTS)))
+    for (kind, modality), counts in chosen.items():
         tokens = sum(counts) / 2
         row = [tokens, 0.5 * tokens, *counts, *(c / 2 for c in counts), *(c / 2 for c in counts)]
-        sums[2 * task + modality] = row
-    return TokenLoad.of(step, 2, EXPERTS, LAYERS, TASKS, sums)
+        sums[2 * kind + modality] = row
+    return TokenLoad.of(step, 2, EXPERTS, LAYERS, KINDS, sums)
 
 
 def test_shares_sum_to_one_for_every_layer_task_and_modality() -> None:
     found = load(2, {(0, 0): [0, 2, 8], (0, 1): [30, 10, 0], (1, 1): [5, 5, 0]})
-    assert set(found.cells) == {TokenGroup("asr", "text"), TokenGroup("asr", "audio"), TokenGroup("sqa", "audio")}
+    groups = {TokenGroup("asr", "text", "en"), TokenGroup("asr", "audio", "en"), TokenGroup("sqa", "audio", "en")}
+    assert set(found.cells) == groups
     for cell in found.cells.values():
         np.testing.assert_allclose(cell.share.sum(-1), 1)
     audio = found.total(modality="audio")
@@ -52,23 +58,54 @@ def test_loads_are_added_and_survive_a_file(tmp_path: Path) -> None:
     (tmp_path / HISTORY_NAME).write_text("".join(json.dumps(one.to_json()) + "\n" for one in loads))
     both = add_up(read_history(tmp_path / HISTORY_NAME))
     assert (both.step, both.num_steps) == (4, 4) and both.dead == ("1/text", "3/text")
-    assert both.cells[TokenGroup("asr", "audio")].chosen.tolist() == [[8, 8, 0]] * 2
+    assert both.cells[TokenGroup("asr", "audio", "en")].chosen.tolist() == [[8, 8, 0]] * 2
     assert read_history(tmp_path / "none.jsonl") == []
     (tmp_path / HISTORY_NAME).write_text('{"step": 1}\n')
     with pytest.raises(UserError, match=r"line 1: not a record of experts .*restore the file"):
         read_history(tmp_path / HISTORY_NAME)
 
 
+def test_languages_are_counted_where_there_are_several() -> None:
+    found = load(2, {(0, 0): [0, 2, 8], (0, 1): [30, 10, 0], (2, 1): [0, 0, 10]})
+    assert found.totals("task", "modality")["asr", "audio"].chosen.tolist() == [[30, 10, 10]] * 2
+    assert list(found.totals("language")) == [("en",), ("pl",)]
+    polish = found.total(modality="audio", language="pl")
+    assert polish is not None and polish.chosen.tolist() == [[0, 0, 10]] * 2
+    metrics = token_metrics(found)
+    assert metrics["ffn_expert/asr/audio/speech/share"] == 0.6
+    assert metrics["ffn_expert/language/en/audio/speech/share"] == 0.75
+    assert metrics["ffn_expert/language/pl/audio/text/share"] == 1.0
+    assert not any("language" in name for name in token_metrics(load(2, {(0, 0): [0, 2, 8]})))
+    tree = found.to_json()
+    assert {cell.pop("language") for cell in tree["cells"]} == {"en", "pl"}
+    tree["cells"] = tree["cells"][:2]  # as a version that did not count languages wrote it
+    assert {group.language for group in TokenLoad.from_json(tree).cells} == {UNNAMED}
+
+
+def test_the_most_frequent_languages_are_counted_separately() -> None:
+    counts = {("asr", f"l{i:02d}"): 100 - i for i in range(MAX_KINDS + 5)} | {("sqa", ""): 1000}
+    kinds = SampleKinds.of(("asr", "sqa"), counts)
+    assert len(kinds.pairs) == MAX_KINDS + 2
+    assert kinds == SampleKinds.of(("asr", "sqa"), dict(reversed(counts.items())))
+    assert kinds.pairs[kinds.place("sqa", None)] == ("sqa", UNNAMED)
+    assert kinds.pairs[kinds.place("asr", "l00")] == ("asr", "l00")
+    assert kinds.pairs[kinds.place("asr", f"l{MAX_KINDS:02d}")] == ("asr", OTHER)
+    assert kinds.pairs[kinds.place("sqa", "en")] == ("sqa", OTHER)
+
+
 def test_the_profile_shows_the_experts_of_the_llm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path)
-    loads = [load(100, {(0, 1): [8, 2, 0], (0, 0): [0, 1, 9]}), load(200, {(0, 1): [8, 2, 0], (0, 0): [0, 1, 9]})]
+    chosen = {(0, 1): [8, 2, 0], (2, 1): [8, 2, 0], (0, 0): [0, 2, 18]}
+    loads = [load(100, chosen), load(200, chosen)]
     (run / HISTORY_NAME).write_text("".join(json.dumps(one.to_json()) + "\n" for one in loads))
     assert profile_experts.main([str(run), "--fail-on", "overload=2.0"]) == 0
     shown = capsys.readouterr().out
     assert "share of the choices of each task and modality" in shown and "speech" in shown
+    assert "share of the choices of each language and modality" in shown and "pl" in shown
     assert {p.name for p in (run / "profile").glob("ffn*")} == {"ffn_experts.json", "ffn-experts-asr.png"}
     tree = json.loads((run / "profile" / "ffn_experts.json").read_text())
     assert tree["groups"]["asr/audio"]["share"][0] == [0.8, 0.2, 0.0]
+    assert [cell["language"] for cell in tree["cells"]] == ["en", "pl", "en"]
     assert tree["mix"][1][0] == [1.0, 0.666667, 0.0] and tree["drift"] == {"text": 0.0, "audio": 0.0}
     assert profile_experts.main([str(run), "--fail-on", "overload=1.1"]) == 1
     assert "overload 1.350 > 1.1" in capsys.readouterr().err

@@ -98,6 +98,16 @@ class PreparedData:
         """
         return tuple(_open_training(s, self.config) for s in self.datasets)
 
+    def num_by_language(self) -> Counter[tuple[str, str]]:
+        """Return the number of training samples by task and language, which is empty if a sample has none."""
+        counts: Counter[tuple[str, str]] = Counter()
+        for part in self.datasets:
+            selection = Selection(part.config.split, part.config.tasks, part.config.subsets)
+            for group in part.shards[part.config.split][1].groups:
+                if selection.matches(group):
+                    counts[group.task, group.language] += group.num_samples
+        return counts
+
 
 def prepare(
     config: DataConfig,

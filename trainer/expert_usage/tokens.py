@@ -1,4 +1,4 @@
-"""The profile of the experts in the LLM's layers: which of them computes the tokens of which task and modality."""
+"""The profile of the experts in the LLM's layers: which computes the tokens of which task, modality and language."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.config.provenance import Provenance
 from trainer.page.figure import save
 from trainer.scoring.table import format_table
 from trainer.telemetry.jsonl import write_atomically
-from trainer.telemetry.token_load import MODALITIES, Floats, TokenLoad, add_up
+from trainer.telemetry.token_load import MODALITIES, Floats, TokenCell, TokenLoad, add_up
 
 MAX_SHOWN_EXPERTS = 16
 """The largest number of experts in a table on the terminal. Of a larger number, the most used ones are shown."""
@@ -56,18 +56,11 @@ class TokenProfile:
     def to_json(self) -> dict[str, Any]:
         """Return the content of `ffn_experts.json`."""
         load = self.load
-        groups = {}
-        for group, cell in sorted(load.cells.items()):
-            tokens = np.maximum(cell.tokens, 1)
-            groups["/".join(group)] = {
-                "task": group.task,
-                "modality": group.modality,
-                "tokens": cell.tokens.tolist(),
-                "entropy": (cell.entropy / tokens).round(6).tolist(),
-                "share": cell.share.round(6).tolist(),
-                "first_share": (cell.first / tokens[:, None]).round(6).tolist(),
-                "weight": (cell.weights / tokens[:, None]).round(6).tolist(),
-            }
+        groups = {
+            "/".join(key): {"task": key[0], "modality": key[1], **_as_json(cell)}
+            for key, cell in load.totals("task", "modality").items()
+        }
+        cells = [{**group._asdict(), **_as_json(cell)} for group, cell in sorted(load.cells.items())]
         return {
             "run": self.run,
             "steps": [self.history[0].step - self.history[0].num_steps + 1, load.step],
@@ -75,6 +68,7 @@ class TokenProfile:
             "layers": list(load.layers),
             "origins": [asdict(origin) for origin in self.origins],
             "groups": groups,
+            "cells": cells,
             "mix": self._mix().round(6).tolist(),
             "drift": self.drift,
             "dead": list(load.dead),
@@ -89,6 +83,17 @@ class TokenProfile:
         return chosen / np.maximum(chosen.sum(0), 1)
 
 
+def _as_json(cell: TokenCell) -> dict[str, Any]:
+    tokens = np.maximum(cell.tokens, 1)
+    return {
+        "tokens": cell.tokens.tolist(),
+        "entropy": (cell.entropy / tokens).round(6).tolist(),
+        "share": cell.share.round(6).tolist(),
+        "first_share": (cell.first / tokens[:, None]).round(6).tolist(),
+        "weight": (cell.weights / tokens[:, None]).round(6).tolist(),
+    }
+
+
 def describe_tokens(profile: TokenProfile) -> str:
     """Return tables of the experts' shares for a terminal."""
     load = profile.load
@@ -97,11 +102,10 @@ def describe_tokens(profile: TokenProfile) -> str:
         return "experts of the LLM: no tokens"
     order = np.argsort(-total.share.mean(0), kind="stable")[:MAX_SHOWN_EXPERTS]
     shown = [load.experts[k] for k in sorted(order)] if len(load.experts) > MAX_SHOWN_EXPERTS else list(load.experts)
-    rows = []
-    for group, cell in sorted(load.cells.items()):
-        shares = dict(zip(load.experts, cell.share.mean(0).tolist(), strict=True))
-        row: dict[str, Any] = {"task": group.task, "modality": group.modality, "tokens": int(cell.tokens.max())}
-        rows.append({**row, **{name: shares[name] for name in shown}})
+    rows = _rows(load, shown, "task", "modality")
+    by_language = _rows(load, shown, "language", "modality")
+    if len({row["language"] for row in by_language}) < 2:
+        by_language = []
     layers = [
         {"layer": layer, **{name: float(total.share[i, load.experts.index(name)]) for name in shown}}
         for i, layer in enumerate(load.layers)
@@ -112,12 +116,27 @@ def describe_tokens(profile: TokenProfile) -> str:
         [
             f"experts of the LLM: share of the choices of each task and modality, mean over {len(load.layers)} layers\n"
             + format_table(rows),
+            *(
+                ["share of the choices of each language and modality\n" + format_table(by_language)]
+                if by_language
+                else []
+            ),
             "share of the choices in each layer, all tokens\n" + format_table(layers),
             f"dead       {dead or 'none'} (layer/expert)\n"
             f"overload   {load.overload:.3f} (largest share of an expert in a layer / even share)\n"
             f"drift      {drift or 'unknown'} (first to last quarter of the steps, 0 to 1)",
         ]
     )
+
+
+def _rows(load: TokenLoad, shown: Sequence[str], *properties: str) -> list[dict[str, Any]]:
+    """Return one row of a table per group of tokens, with the shares of the experts `shown`."""
+    rows = []
+    for key, cell in load.totals(*properties).items():
+        shares = dict(zip(load.experts, cell.share.mean(0).tolist(), strict=True))
+        row: dict[str, Any] = {**dict(zip(properties, key, strict=True)), "tokens": int(cell.tokens.max())}
+        rows.append({**row, **{name: shares[name] for name in shown}})
+    return rows
 
 
 def write_token_files(profile: TokenProfile, folder: Path) -> list[Path]:

@@ -1,15 +1,17 @@
 """Statistics about which experts of the LLM's layers compute which tokens, and their history `token_load.jsonl`.
 
-All numbers are sums over tokens, so they can be added over steps and ranks. Tokens are grouped by the task of their
-sample and by their modality.
+All numbers are sums over tokens, so they can be added over steps and ranks. Tokens are grouped by the task and the
+language of their sample and by their modality.
 
 Shapes: L layers with experts, E experts.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,12 @@ HISTORY_NAME = "token_load.jsonl"
 """The name of the file in the run's folder."""
 MODALITIES = ("text", "audio")
 """The modalities of tokens: those of the tokenizer, and audio embeddings."""
+UNNAMED = "-"
+"""The language of samples whose manifest does not contain it."""
+OTHER = "other"
+"""The language of samples whose task and language are not counted separately."""
+MAX_KINDS = 64
+"""The largest number of pairs of a task and a language that are counted separately."""
 MAX_METRIC_EXPERTS = 16
 """The largest number of experts for which trackers get metrics of every expert."""
 
@@ -35,6 +43,43 @@ class TokenGroup(NamedTuple):
     task: str
     modality: str
     """One of `MODALITIES`."""
+    language: str = UNNAMED
+    """The language of the sample as the manifest has it, `UNNAMED` or `OTHER`."""
+
+
+@dataclass(frozen=True)
+class SampleKinds:
+    """The kinds of samples whose tokens are counted separately, in an order in which all ranks agree."""
+
+    pairs: tuple[tuple[str, str], ...]
+    """The task and the language of each kind."""
+
+    @staticmethod
+    def of(tasks: Sequence[str], num_samples: Mapping[tuple[str, str], int]) -> SampleKinds:
+        """Return the most frequent kinds of the data, and one more kind of each task for all other samples.
+
+        Args:
+            tasks: The names of all tasks.
+            num_samples: The number of samples by task and language, whose name is empty if there is none.
+        """
+        counts = Counter({(task, language or UNNAMED): num for (task, language), num in num_samples.items()})
+        # The order of pairs of equal number must not depend on the order in which they are given.
+        frequent = sorted(counts, key=lambda pair: (-counts[pair], pair))[:MAX_KINDS]
+        return SampleKinds((*sorted(frequent), *((task, OTHER) for task in tasks)))
+
+    @cached_property
+    def _places(self) -> dict[tuple[str, str], int]:
+        return {pair: place for place, pair in enumerate(self.pairs)}
+
+    def place(self, task: str, language: object) -> int:
+        """Return the index of the kind of a sample.
+
+        Args:
+            task: The task.
+            language: The field `language` of the manifest, or None.
+        """
+        found = self._places.get((task, str(language or UNNAMED)))
+        return self._places[task, OTHER] if found is None else found
 
 
 @dataclass(frozen=True)
@@ -82,7 +127,7 @@ class TokenLoad:
 
     @staticmethod
     def of(
-        step: int, num_steps: int, experts: Sequence[str], layers: Sequence[int], tasks: Sequence[str], sums: Floats
+        step: int, num_steps: int, experts: Sequence[str], layers: Sequence[int], kinds: SampleKinds, sums: Floats
     ) -> TokenLoad:
         """Return the load that `sums` describes.
 
@@ -91,15 +136,16 @@ class TokenLoad:
             num_steps: The number of steps.
             experts: The names of the experts.
             layers: The numbers of the layers.
-            tasks: The names of all tasks.
-            sums: [tasks · modalities, L, 2 + 3·E]: tokens, entropy, and `chosen`, `first` and `weights` of each expert.
+            kinds: The kinds of samples.
+            sums: [kinds · modalities, L, 2 + 3·E]: tokens, entropy, and `chosen`, `first` and `weights` of each expert.
         """
         cells, count = {}, len(experts)
         for index, own in enumerate(sums):
             if own[:, 0].any():
-                task, modality = divmod(index, len(MODALITIES))
+                kind, modality = divmod(index, len(MODALITIES))
                 parts = np.split(own[:, 2:], [count, 2 * count], axis=1)
-                cells[TokenGroup(tasks[task], MODALITIES[modality])] = TokenCell(own[:, 0], own[:, 1], *parts)
+                task, language = kinds.pairs[kind]
+                cells[TokenGroup(task, MODALITIES[modality], language)] = TokenCell(own[:, 0], own[:, 1], *parts)
         return TokenLoad(step, num_steps, tuple(experts), tuple(layers), cells)
 
     def __add__(self, later: TokenLoad) -> TokenLoad:
@@ -109,14 +155,28 @@ class TokenLoad:
             cells[group] = cells[group] + cell if group in cells else cell
         return replace(later, num_steps=self.num_steps + later.num_steps, cells=cells)
 
-    def total(self, task: str | None = None, modality: str | None = None) -> TokenCell | None:
-        """Return the sum over the groups of a task, a modality or both; None if there are no such tokens."""
+    def total(
+        self, task: str | None = None, modality: str | None = None, language: str | None = None
+    ) -> TokenCell | None:
+        """Return the sum over the groups with the given properties; None if there are no such tokens."""
         found = [
             cell
             for group, cell in self.cells.items()
-            if task in (None, group.task) and modality in (None, group.modality)
+            if task in (None, group.task) and modality in (None, group.modality) and language in (None, group.language)
         ]
         return sum(found[1:], found[0]) if found else None
+
+    def totals(self, *properties: str) -> dict[tuple[str, ...], TokenCell]:
+        """Return the sums over the groups that are equal in some properties, in alphabetical order.
+
+        Args:
+            properties: Fields of `TokenGroup`, whose values are the keys of the result.
+        """
+        found: dict[tuple[str, ...], TokenCell] = {}
+        for group, cell in sorted(self.cells.items()):
+            key = tuple(getattr(group, name) for name in properties)
+            found[key] = found[key] + cell if key in found else cell
+        return dict(sorted(found.items()))
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -168,7 +228,9 @@ class TokenLoad:
             pairs = (len(layers), len(experts))
             if [a.shape for a in arrays] != [(len(layers),), (len(layers),), pairs, pairs, pairs]:
                 raise ValueError("the shapes do not match the numbers of layers and experts")
-            cells[TokenGroup(str(own["task"]), str(own["modality"]))] = TokenCell(*arrays)
+            # Earlier versions did not count languages.
+            group = TokenGroup(str(own["task"]), str(own["modality"]), str(own.get("language", UNNAMED)))
+            cells[group] = TokenCell(*arrays)
         return TokenLoad(int(tree["step"]), int(tree["num_steps"]), experts, layers, cells)
 
 
@@ -193,12 +255,16 @@ def token_metrics(load: TokenLoad) -> dict[str, float]:
     }
     if len(load.experts) > MAX_METRIC_EXPERTS:
         return metrics
-    for group, cell in sorted(load.cells.items()):
+    kinds = {f"ffn_expert/{'/'.join(key)}": cell for key, cell in load.totals("task", "modality").items()}
+    languages = load.totals("language", "modality")
+    if len({language for language, _ in languages}) > 1:
+        kinds |= {f"ffn_expert/language/{'/'.join(key)}": cell for key, cell in languages.items()}
+    for name, cell in kinds.items():
         shares = cell.share.mean(0)
         weights = (cell.weights / np.maximum(cell.tokens, 1)[:, None]).mean(0)
         for expert, share, weight in zip(load.experts, shares, weights, strict=True):
-            metrics[f"ffn_expert/{group.task}/{group.modality}/{expert}/share"] = float(share)
-            metrics[f"ffn_expert/{group.task}/{group.modality}/{expert}/weight"] = float(weight)
+            metrics[f"{name}/{expert}/share"] = float(share)
+            metrics[f"{name}/{expert}/weight"] = float(weight)
     return metrics
 
 

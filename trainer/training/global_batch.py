@@ -20,8 +20,11 @@ from trainer.parallel.groups import Groups
 from trainer.parallel.packs import PackPlan, plan_packs
 from trainer.parallel.plan import Ints
 from trainer.scoring.tasks import task_names
+from trainer.telemetry.token_load import SampleKinds
 
 _FIELDS = 4
+_KIND_SHIFT = 20
+"""The bit of a number at which the kind of a sample begins, behind the index of its task."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class GlobalBatch:
     """[n] the number of positions with a label."""
     tasks: Ints
     """[n] the index of the sample's task in `task_names()`."""
+    kinds: Ints
+    """[n] the index of the sample's task and language, see `SampleKinds`; 0 if they are not counted."""
     audio_samples: Ints
     """[n] the total length of the sample's clips, in audio samples."""
     counts: Mapping[str, int]
@@ -63,6 +68,7 @@ class GlobalBatch:
             tokens[kept],
             self.num_targets[kept],
             self.tasks[kept],
+            self.kinds[kept],
             np.zeros_like(kept),
             {},
             {},
@@ -97,6 +103,7 @@ def gather(
     references: References,
     model: ModelConfig,
     groups: Groups,
+    kinds: SampleKinds | None = None,
     notes: Sequence[float] | Floats = (),
     expected_values: int = FIRST,
 ) -> GlobalBatch:
@@ -110,6 +117,7 @@ def gather(
         references: The result of `references_of`.
         model: The model's config.
         groups: The place of this rank.
+        kinds: The kinds of samples whose tokens are counted separately; None if they are not counted.
         notes: Further numbers to share with all ranks in the same exchange, as many on every rank.
         expected_values: The number of integers per rank for which one exchange suffices, which must be the same on all
             ranks. If a rank contributes more, there is a second one.
@@ -118,7 +126,7 @@ def gather(
     tasks = {name: index for index, name in enumerate(task_names())}
     table = [
         (
-            *(s.num_tokens, s.num_targets, tasks[s.task], len(s.clips)),
+            *(s.num_tokens, s.num_targets, tasks[s.task] | _kind(s, kinds) << _KIND_SHIFT, len(s.clips)),
             *(0 if found[i] is None else found[i].num_tokens for found in references.values()),  # type: ignore[union-attr]
         )
         for i, s in enumerate(batch.samples)
@@ -156,7 +164,8 @@ def global_batch(
         source_ranks=np.repeat(np.arange(world), num_samples),
         num_tokens=tokens,
         num_targets=targets,
-        tasks=tasks,
+        tasks=tasks & (1 << _KIND_SHIFT) - 1,
+        kinds=tasks >> _KIND_SHIFT,
         audio_samples=_sums(clips, clips_of),
         counts=dict(zip(losses, everyone[:, 2 : 2 + len(losses)].sum(axis=0).tolist(), strict=True)),
         reference_tokens=dict(zip(references, others, strict=True)),
@@ -165,6 +174,10 @@ def global_batch(
         notes=np.ascontiguousarray(everyone[:, head - num_notes : head]).view(np.float64),
         num_values=int(sizes.max()),
     )
+
+
+def _kind(sample: Sample, kinds: SampleKinds | None) -> int:
+    return 0 if kinds is None else kinds.place(sample.task, sample.meta.get("language"))
 
 
 def _sums(values: Ints, counts: Ints) -> Ints:

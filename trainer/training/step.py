@@ -51,7 +51,7 @@ from trainer.run.lifecycle import StopRequest, signal_counts
 from trainer.scoring.tasks import task_names
 from trainer.telemetry.load_history import RANK_LOAD_KINDS, LoadInterval, LoadMeter
 from trainer.telemetry.metrics import PhaseTimer, StepReport
-from trainer.telemetry.token_load import MODALITIES, TokenLoad
+from trainer.telemetry.token_load import MODALITIES, SampleKinds, TokenLoad
 from trainer.training.global_batch import (
     GlobalBatch,
     References,
@@ -108,6 +108,7 @@ class Step:
         seed: The seed of the router's noise.
         debug_plan: If true, the plans of all ranks are compared before the exchanges of each step.
         spike: The recipe's `spike` section, which determines when updates are skipped; None for the defaults.
+        kinds: The kinds of samples whose tokens are counted separately; None to count them by task.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Step:
         pack_multiple_tokens: int | None = None,
         debug_plan: bool = False,
         spike: SpikeConfig | None = None,
+        kinds: SampleKinds | None = None,
     ) -> None:
         self.debug_plan = debug_plan
         self.guard = SpikeGuard(spike or SpikeConfig())
@@ -135,9 +137,10 @@ class Step:
         self.meter = LoadMeter([e.name for e in model.experts], None if model.primary is None else model.primary.name)
         self.stages = StageSwitch(optim, num_steps, audio, llm)
         mixture = mixture_of(llm.hf_config)
+        self.kinds = kinds or SampleKinds.of(task_names(), {})
         self.token_meter: TokenMeter | None = None
         if mixture is not None:
-            self.token_meter = TokenMeter(mixture, len(task_names()) * len(MODALITIES), groups.device)
+            self.token_meter = TokenMeter(mixture, len(self.kinds.pairs) * len(MODALITIES), groups.device)
         self.timer = PhaseTimer(torch.cuda.synchronize if groups.device.type == "cuda" else None)
         self._expected_values = FIRST
 
@@ -198,7 +201,7 @@ class Step:
         mixture = self.token_meter.mixture
         if self.groups.rank != 0:
             return None
-        return TokenLoad.of(step, num_steps, mixture.experts, mixture.layers, task_names(), sums)
+        return TokenLoad.of(step, num_steps, mixture.experts, mixture.layers, self.kinds, sums)
 
     def share(self, batch: Batch, notes: Sequence[float] | Floats = (), *, training: bool = True) -> Shared:
         """Describe this rank's part of a global batch to all ranks, and return their descriptions.
@@ -212,7 +215,7 @@ class Step:
         """
         losses = self.losses if training else ()
         references = references_of(batch, losses)
-        whole = gather(batch, losses, references, self.model, self.groups, notes, self._expected_values)
+        whole = gather(batch, losses, references, self.model, self.groups, self.kinds, notes, self._expected_values)
         # The next batch probably needs about as many values as this one.
         self._expected_values = -(-whole.num_values // FIRST) * FIRST
         return Shared(whole, references)
@@ -326,7 +329,7 @@ class Step:
         if self.token_meter is None:
             return None
         losses = [loss for loss in self.losses if isinstance(loss, RouterLoss)]
-        kinds = token_kinds(packs.lengths, packs.samples, packs.is_audio, whole.tasks, len(MODALITIES), self.groups)
+        kinds = token_kinds(packs.lengths, packs.samples, packs.is_audio, whole.kinds, len(MODALITIES), self.groups)
         return RouterMeter(losses, self.model, whole.counts, self.token_meter, kinds)
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
