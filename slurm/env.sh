@@ -21,8 +21,8 @@ export TMPDIR="${SCRATCH:-${TMPDIR:-/tmp}}"        # a fast local disk for tempo
 export PLAN_ACCELERATOR="${PLAN_ACCELERATOR:-h100}"
 
 # ---- the free memory and disk space that a node must have before ranks start on it
-export PREFLIGHT_MIN_MEMORY_GIB="${PREFLIGHT_MIN_MEMORY_GIB:-64}"   # in addition to what the plan needs for checkpoints
-export PREFLIGHT_MIN_DISK_GIB="${PREFLIGHT_MIN_DISK_GIB:-50}"   # in the run's folder and in TMPDIR
+export PREFLIGHT_MIN_MEMORY_GIB="${PREFLIGHT_MIN_MEMORY_GIB:-64}"   # in addition to what the plan needs
+export PREFLIGHT_MIN_DISK_GIB="${PREFLIGHT_MIN_DISK_GIB:-50}"   # in the run's folder, in addition to checkpoints, and in TMPDIR
 
 # ---- rarely changed
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"

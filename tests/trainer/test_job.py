@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -205,7 +206,8 @@ def test_facts_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["debug", *keys]) == 0
     facts = json.loads(capsys.readouterr().out)
     # This command does not make a plan.
-    assert (facts.pop("snapshot_gib"), facts.pop("plan"), facts.pop("plan_json")) == (0, "", "")
+    assert (facts.pop("host_gib"), facts.pop("disk_gib"), facts.pop("plan"), facts.pop("plan_json")) == (0, 0, "", "")
+    assert facts.pop("checkpoints") == f"{tmp_path}/runs/debug"
     wanted = {"num_ranks": 2, "tensor": 1, "min_nodes": None, "stores": [], "trackers": []}
     assert facts == {"run_dir": f"{tmp_path}/runs/debug", **wanted}
 
@@ -253,19 +255,32 @@ def test_node_needs_memory_for_the_planned_snapshot_in_addition(monkeypatch: pyt
         return [{"node": "n1", "mib": 4, "gb_per_sec": 1.0}] * 128
 
     monkeypatch.setattr("trainer.job.preflight._answers", answers)
-    facts = Facts("runs/x", 128, 8, None, (), (), snapshot_gib=53.5)
+    facts = Facts("runs/x", 128, 8, None, (), (), host_gib=53.5, disk_gib=7.5, checkpoints="runs/x")
     found = preflight(allocation(16), Layout(16, 8), facts, {"PREFLIGHT_MIN_MEMORY_GIB": "64"})
     assert len(found.nodes) == 16
     assert asked[0].min_memory_gib == 117.5 and asked[0].num_ranks == 128
     assert 120 < limits[0] < limits[1] < 130
+    assert (asked[0].checkpoints, asked[0].checkpoints_gib, asked[0].min_disk_gib) == ("runs/x", 7.5, 10)
+
+
+def test_node_needs_disk_space_for_the_planned_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints" / "step-1").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-1" / "weights").write_bytes(bytes(2**20))
+    usage = SimpleNamespace(free=12.5 * 2**30)
+    monkeypatch.setattr("trainer.job.node_check.shutil.disk_usage", lambda folder: usage)
+    wanted = Wanted(0, str(tmp_path), (), (), 0, 10, checkpoints=str(tmp_path), checkpoints_gib=2.5)
+    assert look(wanted).faults == []
+    wanted = replace(wanted, checkpoints_gib=2.5 + 2 / 1024)  # 1 MiB of them exists.
+    (fault,) = look(wanted).faults
+    assert "12.50 GiB free in " in fault and "but checkpoints need 2.50 (checkpoint.keep_last), and 10 must" in fault
 
 
 @pytest.mark.slow
-def test_the_check_before_a_job_takes_the_snapshot_from_the_plan(
+def test_the_check_before_a_job_takes_the_memory_from_the_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "demo.jsonl").touch()
+    write_manifest(tmp_path, clip_rows(tmp_path, 2), "demo.jsonl")
     facts = check("debug", [f"data.root={tmp_path}", f"train.run_dir={tmp_path}/runs"])
-    assert 0 < facts.snapshot_gib < 1 and json.loads(facts.plan_json)["recipe"] == "debug"
+    assert 1 < facts.host_gib < 5 and 0 < facts.disk_gib < 0.1 and json.loads(facts.plan_json)["recipe"] == "debug"
     text = capsys.readouterr().out
-    assert "Host memory for checkpoints: " in text and "{" not in text
+    assert "Host memory of a node of 2: " in text and "{" not in text

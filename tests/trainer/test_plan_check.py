@@ -168,6 +168,9 @@ def test_a_run_that_differs_from_its_plan_says_so(planned: dict[str, Any], tmp_p
     found = read_status(run, 0.0)
     assert found.plan is not None and found.plan["as_planned"] is False
     assert set(found.plan["compared"]["parts_sec"]) == {"encoders", "LLM", "update", "loading", "other"}
+    saved = sum(path.stat().st_size for path in (run / "checkpoints" / "step-00000010").rglob("*"))
+    # Two ranks pad their parts of ZeRO's and Megatron's buffers, and a checkpoint describes its tensors.
+    assert planned["checkpoint_bytes"] == pytest.approx(saved, rel=0.15)
     shown = status.describe(found, 0.0)
     assert "  plan      a step takes" in shown and "measured (planned): " in shown
     assert max(map(len, [line for line in shown.splitlines() if line.startswith("   " * 4)])) <= 100

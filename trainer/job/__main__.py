@@ -111,20 +111,23 @@ def check(recipe: str, overrides: Sequence[str], retry_sec: float = _STORE_SEC, 
         subprocess.Popen([sys.executable, "-m", *command], stdout=PIPE, stderr=PIPE, text=True) for command in commands
     ]
     outputs = [process.communicate() for process in running]
-    snapshot_gib, shown, numbers = 0.0, "", ""
+    host_gib, disk_gib, shown, numbers = 0.0, 0.0, "", ""
     if plan:
         lines = outputs[-1][0].splitlines()
         text, planned = [x for x in lines if not x.startswith("{")], [x for x in lines if x.startswith("{")]
         shown = "\n".join(text).rstrip()
         print(shown, flush=True)
         numbers = planned[-1] if planned else ""
-        snapshot_gib = json.loads(numbers)["snapshot_bytes_per_node"] / GIB if planned else 0.0
+        if planned:
+            tree = json.loads(numbers)
+            host_gib, disk_gib = tree["host_bytes_per_node"]["total"] / GIB, tree["disk_bytes_per_run"] / GIB
     line = next((line for line in outputs[0][0].splitlines() if line.startswith("{")), None)
     facts = None
     if line is not None:
         tree = json.loads(line)
         lists = {name: tuple(tree[name]) for name in ("stores", "trackers")}
-        facts = Facts(**{**tree, **lists, "snapshot_gib": snapshot_gib, "plan": shown, "plan_json": numbers})
+        needed = {"host_gib": host_gib, "disk_gib": disk_gib}
+        facts = Facts(**{**tree, **lists, **needed, "plan": shown, "plan_json": numbers})
     for process, (_, errors) in reversed(list(zip(running, outputs, strict=True))):
         if process.returncode:
             raise RefusedError(errors.strip().removeprefix("error: "), facts)

@@ -38,8 +38,13 @@ class Facts:
     """URLs of the buckets that samples are read from."""
     trackers: tuple[str, ...]
     """URLs of the servers that trackers send to."""
-    snapshot_gib: float = 0.0
-    """The host memory that saving a checkpoint needs on each node, according to the plan; 0 if there is no plan."""
+    host_gib: float = 0.0
+    """The host memory that each node needs, according to the plan; 0 if there is no plan."""
+    disk_gib: float = 0.0
+    """The disk space that the run's checkpoints take, according to the plan; 0 if there is no plan, or if they are
+    written to a bucket."""
+    checkpoints: str = ""
+    """The folder of the run's checkpoints; empty if they are written to a bucket."""
     plan: str = ""
     """The text of the plan; empty if there is none."""
     plan_json: str = ""
@@ -89,6 +94,7 @@ def _check(name: str, overrides: Sequence[str], retry_sec: float) -> None:
         recipe.restart.min_nodes,
         tuple(url for url in urls if scheme_of(url)),
         tuple(_address(url) for url in servers if url is not None),
+        checkpoints="" if scheme_of(recipe.run_url) else recipe.run_url,
     )
     print(json.dumps(asdict(facts)), flush=True)  # The caller records a failure of the checks in the run's folder.
     check_weights(recipe, os.environ)

@@ -43,6 +43,10 @@ class Wanted:
     """The disk space that must be free in the run's folder and in the folder for temporary files."""
     num_ranks: int = 1
     """The number of ranks of the run, on which the number of open files depends."""
+    checkpoints: str = ""
+    """The folder of the run's checkpoints; empty if they are not written to a disk."""
+    checkpoints_gib: float = 0.0
+    """The disk space that the run's checkpoints take in addition to `min_disk_gib`, including those that exist."""
 
 
 def look(wanted: Wanted) -> Report:
@@ -53,6 +57,8 @@ def look(wanted: Wanted) -> Report:
     _descriptors(wanted, raise_descriptor_limit(), report)
     for path in dict.fromkeys([wanted.run_dir, tempfile.gettempdir()]):
         _disk(Path(path), wanted.min_disk_gib, report)
+    if wanted.checkpoints:
+        _checkpoint_space(wanted, report)
     for url in wanted.stores:
         _try(report, f"store {url}", lambda url=url: _reach_store(url))  # type: ignore[misc]
     for url in wanted.trackers:
@@ -93,6 +99,25 @@ def _disk(folder: Path, min_gib: float, report: Report) -> None:
     report.facts.append(f"{gib:.0f} GiB free in {folder}")
     if gib < min_gib:
         report.faults.append(f"{gib:.2f} GiB free in {folder}, {min_gib:g} needed (PREFLIGHT_MIN_DISK_GIB)")
+
+
+def _checkpoint_space(wanted: Wanted, report: Report) -> None:
+    """Check that the checkpoints of the run fit in addition to what must remain free."""
+    folder = Path(wanted.checkpoints)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Checkpoints of an earlier job are replaced by those of this one.
+        used = sum(path.stat().st_size for path in folder.glob("checkpoints/**/*") if path.is_file()) / GIB
+        free = shutil.disk_usage(folder).free / GIB
+    except OSError as error:
+        report.faults.append(f"{folder} cannot be written: {error.strerror}")
+        return
+    needed = max(0.0, wanted.checkpoints_gib - used)
+    if free < needed + wanted.min_disk_gib:
+        report.faults.append(
+            f"{free:.2f} GiB free in {folder}, but checkpoints need {needed:.2f} (checkpoint.keep_last), and "
+            f"{wanted.min_disk_gib:g} must remain (PREFLIGHT_MIN_DISK_GIB)"
+        )
 
 
 def _reach_store(url: str) -> None:

@@ -56,8 +56,8 @@ def preflight(
         allocation: The job's resources.
         layout: The distribution of ranks over nodes.
         facts: The properties of the recipe.
-        environ: The environment variables, of which three are read: PREFLIGHT_MIN_MEMORY_GIB (default 16), in addition
-            to the memory that a save needs, PREFLIGHT_MIN_DISK_GIB (default 10), and EARSHOT_START_SEC (see
+        environ: The environment variables, of which three are read: PREFLIGHT_MIN_MEMORY_GIB (default 16) and
+            PREFLIGHT_MIN_DISK_GIB (default 10), both in addition to what the plan needs, and EARSHOT_START_SEC (see
             `trainer.parallel.environment.meeting_limit_sec`).
         suspects: The nodes with a hardware fault in an earlier attempt of this job, each with a description of it. They
             are not used.
@@ -70,9 +70,11 @@ def preflight(
         facts.run_dir,
         facts.stores,
         facts.trackers,
-        float(environ.get("PREFLIGHT_MIN_MEMORY_GIB", "16")) + facts.snapshot_gib,
+        float(environ.get("PREFLIGHT_MIN_MEMORY_GIB", "16")) + facts.host_gib,
         float(environ.get("PREFLIGHT_MIN_DISK_GIB", "10")),
         facts.num_ranks,
+        facts.checkpoints,
+        facts.disk_gib,
     )
     print_timed(f"preflight: checking {', '.join(allocation.nodes)}")
     module = ["trainer.job.node_check", json.dumps(asdict(wanted))]

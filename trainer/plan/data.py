@@ -43,6 +43,8 @@ class Lengths:
     longer clip than `data.max_audio_sec` are not among them."""
     num_too_long: int
     """The expected number of samples with such a clip, among all of them."""
+    num_bytes: int = 0
+    """The size of the shards; 0 if the dataset is a manifest, whose shards are built later."""
 
     @property
     def num_usable(self) -> int:
@@ -143,8 +145,8 @@ def place_of(data: DataConfig, part: DatasetConfig) -> str:
 
 
 def _lengths(data: DataConfig, part: DatasetConfig) -> Lengths:
-    found = _of_shards(data, part) if part.shards is not None else _of_manifest(data, part)
-    total, hours, seconds, longest = found
+    found = _of_shards(data, part) if part.shards is not None else (*_of_manifest(data, part), 0)
+    total, hours, seconds, longest, num_bytes = found
     where = f"data.datasets '{part.name}'"
     if not total:
         raise UserError(
@@ -158,11 +160,12 @@ def _lengths(data: DataConfig, part: DatasetConfig) -> Lengths:
             f"data.max_audio_sec = {limit:g}: all samples of {where} are longer; raise it, or remove the dataset"
         )
     kept = np.where(seconds > 0, np.maximum(seconds, data.min_audio_sec), 0.0)[fits]
-    return Lengths(total, hours, np.sort(kept), round(total * float(1 - fits.mean())))
+    return Lengths(total, hours, np.sort(kept), round(total * float(1 - fits.mean())), num_bytes)
 
 
-def _of_shards(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Seconds, Seconds]:
-    """Return the number of samples, the hours, and the durations of selected samples and of their longest clips."""
+def _of_shards(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Seconds, Seconds, int]:
+    """Return the number of samples, the hours, the durations of selected samples and of their longest clips, and the
+    size of all shards in bytes."""
     url = place_of(data, part)
     store = open_store(url, data.retry_sec)
     try:
@@ -181,11 +184,12 @@ def _of_shards(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Secon
     clips = np.array([max(1, entry.num_clips) for entry in entries])
     # The table has the total length of a sample's clips, which are taken to be equally long.
     total = sum(group.num_samples for group in chosen)
-    return total, sum(group.seconds for group in chosen) / 3600, seconds, seconds / clips
+    hours = sum(group.seconds for group in chosen) / 3600
+    return total, hours, seconds, seconds / clips, shards.index.num_bytes
 
 
 def _of_manifest(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Seconds, Seconds]:
-    """Return what `_of_shards` returns, for a manifest. The hours follow from the samples whose length is read."""
+    """Return what `_of_shards` returns except the size. The hours follow from the lengths that are read."""
     path = Path(place_of(data, part))
     if scheme_of(str(data.root)) or not path.is_file():
         raise UserError(f"data.datasets '{part.name}': {path}: no such file; check data.root = {data.root}")

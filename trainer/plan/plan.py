@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from model.errors import UserError
@@ -22,6 +23,7 @@ from trainer.plan.encoder_memory import EncoderTracer
 from trainer.plan.experts import ExpertPlan, expert_plan
 from trainer.plan.flops import Flops, step_flops
 from trainer.plan.forecast import digest_of
+from trainer.plan.host import DiskSpace, HostMemory, disk_space, host_memory
 from trainer.plan.llm_memory import Kernels
 from trainer.plan.mechanisms import AS_BUILT, Mechanisms
 from trainer.plan.memory import MemoryModel, RankMemory, kinds_of_ranks, memory_model
@@ -86,12 +88,15 @@ class Plan:
         """True if every rank's peak memory fits into the accelerator's usable memory."""
         return self.worst.total <= self.accelerator.usable_bytes
 
-    @property
-    def snapshot_bytes(self) -> int:
-        """The host memory that a save needs on the node that needs the most."""
-        per_node, world = self.accelerator.per_node, self.topology.world
-        nodes = [range(first, min(first + per_node, world)) for first in range(0, world, per_node)]
-        return max(sum(self.states.of_rank(rank).snapshot for rank in node) for node in nodes)
+    @cached_property
+    def host(self) -> HostMemory:
+        """The host memory of the node that needs the most."""
+        return host_memory(self.recipe, self.states, self.workload, self.accelerator.per_node)
+
+    @cached_property
+    def disk(self) -> DiskSpace:
+        """The disk space of checkpoints."""
+        return disk_space(self.recipe, self.states)
 
     @property
     def steps_per_day(self) -> float:
@@ -348,7 +353,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "encoder_padding": plan.encoder_padding,
         "datasets": None if plan.workload.data is None else [_dataset(d) for d in plan.workload.data.datasets],
         "kinds": kinds,
-        "snapshot_bytes_per_node": plan.snapshot_bytes,
+        "host_bytes_per_node": {"total": plan.host.total, **dataclasses.asdict(plan.host)},
+        "checkpoint_bytes": plan.disk.checkpoint,
+        "checkpoints_kept": plan.disk.num_kept,
+        "disk_bytes_per_run": 0 if plan.disk.in_bucket else plan.disk.run,
         "model_flops": plan.flops.model,
         "llm_flops": plan.flops.llm,
         "encoder_flops": plan.flops.encoders,

@@ -208,10 +208,32 @@ def _memory(plan: Plan) -> list[str]:
         *whole,
         *_wrapped(
             f"Usable are {gib(device.usable_bytes)} GiB: {device.memory_gib:g} less {device.reserve_gib:g} for CUDA, "
-            f"NCCL and fragmentation. LLM attention: {plan.attention}. Host memory for checkpoints: "
-            f"{gib(plan.snapshot_bytes)} GiB on a node of {device.per_node}."
+            f"NCCL and fragmentation. LLM attention: {plan.attention}."
         ),
+        *_host(plan),
     ]
+
+
+def _host(plan: Plan) -> list[str]:
+    host, disk, per_node = plan.host, plan.disk, min(plan.accelerator.per_node, plan.topology.world)
+    parts = {
+        "processes": host.processes,
+        "loading": host.loading,
+        "shared memory": host.shared,
+        "pinned batches": host.pinned,
+        "checkpoints": host.snapshot,
+    }
+    named = ", ".join(f"{name} {gib(number)}" for name, number in parts.items() if number)
+    where = "the bucket" if disk.in_bucket else "the disk"
+    size = sum(one.lengths.num_bytes for one in plan.workload.data.datasets) if plan.workload.data else 0
+    cache = (
+        f" The shards have {gib(size)} GiB; a node reads them once if its page cache has room for them." if size else ""
+    )
+    return _wrapped(
+        f"Host memory of a node of {per_node}: {gib(host.total)} GiB ({named}), without page cache.{cache}",
+        f"A checkpoint has {bytes_text(disk.checkpoint)}, and up to {disk.num_kept} at once take "
+        f"{bytes_text(disk.run)} of {where}.",
+    )
 
 
 def _fullest_by_stage(plan: Plan) -> list[tuple[list[int], RankMemory]]:
