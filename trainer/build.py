@@ -33,7 +33,7 @@ from trainer.config.schema import Recipe
 from trainer.data.config import TokenizerConfig
 from trainer.data.prepare import PreparedData, prepare
 from trainer.data.shard_build import BuildReport
-from trainer.donors import donors_of, provenance
+from trainer.donors import Donors, find_donors, provenance
 from trainer.dry_run import write_plan
 from trainer.engine.determinism import deterministic_kernels
 from trainer.engine.ds_config import build_ds_config
@@ -161,14 +161,16 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
     groups = build_groups(topology, rank, device, recipe.seed)
     run_dir = events.run_dir
     say(f"reading {', '.join(part.name for part in recipe.data.datasets)} in {recipe.data.root}")
-    recipe, prepared = prepare_once(recipe, groups)  # without a watchdog: making shards may take hours
+    # Making shards and hashing the donors of experts may take hours, so there is no watchdog yet.
+    recipe, prepared = prepare_once(recipe, groups)
+    donors = find_donors(recipe, resolve_hf_config(recipe.model.llm), groups)
     watch = (
         watch_gpus(events, lambda: position.step) if device.type == "cuda" and env.local_rank == 0 else nullcontext()
     )
     with watch, Watchdog(recipe.train.hang_timeout_sec, events, topology.world) as watchdog:
         say(f"building the encoders and the LLM on {env.world_size} ranks")
         kinds = SampleKinds.of(task_names(), prepared.num_by_language())
-        step = build_step(recipe, groups, prepared.tokenizer.vocab_size, watchdog.heartbeat, kinds)
+        step = build_step(recipe, groups, prepared.tokenizer.vocab_size, watchdog.heartbeat, kinds, donors)
         evaluator = Evaluator(recipe.eval, prepared, step, run_dir, watchdog.heartbeat)
         url = join_url(recipe.run_url, SUBFOLDER)
         checkpoints = CheckpointManager(url, recipe.checkpoint, groups, watchdog.heartbeat)
@@ -178,7 +180,7 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
         watchdog.heartbeat("the last checkpoint")
         start, extra = loop.restore()
         if recipe.model.llm.experts and rank == 0:  # rank 0 writes the state of checkpoints
-            described[ORIGINS] = extra.get(ORIGINS) or provenance(recipe.model.llm, recipe.seed)
+            described[ORIGINS] = extra.get(ORIGINS) or donors.origins or provenance(recipe.model.llm, recipe.seed)
         check_digest(prepared.tokenizer, extra.get(DIGEST), recipe.run_url, prepared.tokenizer_path)
         hooks = build_hooks(recipe, run_dir, start, events) if rank == 0 else []
         if rank == 0:
@@ -263,6 +265,7 @@ def build_step(
     vocab_size: int,
     heartbeat: Callable[[str], None] = lambda what: None,
     kinds: SampleKinds | None = None,
+    donors: Donors | None = None,
 ) -> Step:
     """Return the step of a run: both engines with their initial weights.
 
@@ -274,6 +277,7 @@ def build_step(
         vocab_size: The size of the tokenizer's vocabulary.
         heartbeat: Called with a description of each part before it is built.
         kinds: The kinds of samples whose tokens are counted separately; None to count them by task.
+        donors: The weights that experts begin with; None to look for them.
 
     Raises:
         UserError: If weights are missing or do not fit, the tokenizer has more tokens than the LLM, or a pattern of
@@ -287,8 +291,8 @@ def build_step(
             f"data.tokenizer: {vocab_size} tokens, but model.llm.config.vocab_size = {hf_config.vocab_size}: "
             "use the LLM's own tokenizer, or a smaller data.tokenizer.train_vocab_size"
         )
-    donors = donors_of(recipe, hf_config, groups)
-    source = WatchedSource(weight_source(recipe.model.llm, hf_config, recipe.seed, donors), heartbeat)
+    donors = donors or find_donors(recipe, hf_config, groups)
+    source = WatchedSource(weight_source(recipe.model.llm, hf_config, recipe.seed, donors.sources), heartbeat)
     train, adapters = recipe.train, Adapters.of(recipe.lora, recipe.seed)
     llm = LLMEngine(
         hf_config,

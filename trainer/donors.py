@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -75,11 +76,22 @@ class DonorSource:
         return target
 
 
-def donors_of(recipe: Recipe, hf_config: PretrainedConfig, groups: Groups) -> dict[str, WeightSource]:
-    """Return the weights that experts begin with by the name of the expert; those from `base` are not listed.
+@dataclass(frozen=True)
+class Donors:
+    """What the experts of a run begin with."""
 
-    Collective: every rank of the world must call it. If the run has a checkpoint, the experts are about to be read from
-    it, so donors need not exist any more, and the weights are random.
+    sources: Mapping[str, WeightSource]
+    """The weights by the name of the expert; those from `base` are not listed."""
+    origins: list[dict[str, Any]]
+    """The origin of every expert on rank 0, see `provenance`; empty on other ranks, and if the run is resumed."""
+
+
+def find_donors(recipe: Recipe, hf_config: PretrainedConfig, groups: Groups) -> Donors:
+    """Return the weights that experts begin with, after a check of the files and a hash of the tensors on rank 0.
+
+    Collective: every rank of the world must call it. It may take many minutes, so no watchdog may be watching. If the
+    run has a checkpoint, the experts are about to be read from it, so donors need not exist any more, and the weights
+    are random.
 
     Args:
         recipe: The recipe of the run.
@@ -90,15 +102,17 @@ def donors_of(recipe: Recipe, hf_config: PretrainedConfig, groups: Groups) -> di
         UserError: If there are no such weights, they are damaged, or the LLM in them has another architecture.
     """
     experts = [expert for expert in recipe.model.llm.experts if expert.from_ != BASE]
-    if not experts:
-        return {}
+    if not recipe.model.llm.experts:
+        return Donors({}, [])
     found: bool | str = False
+    origins: list[dict[str, Any]] = []
     if groups.rank == 0:
         try:
             found = bool(open_checkpoints(join_url(recipe.run_url, SUBFOLDER)).steps())
             if not found:
                 for expert in experts:
                     _check_files(expert)
+                origins = provenance(recipe.model.llm, recipe.seed)
         except UserError as error:
             found = str(error)
     found = broadcast_value(found, groups.world)
@@ -106,8 +120,8 @@ def donors_of(recipe: Recipe, hf_config: PretrainedConfig, groups: Groups) -> di
         raise UserError(found)
     dense = dense_config(hf_config)
     if found:
-        return {expert.name: RandomSource(dense, recipe.seed) for expert in experts}
-    return {expert.name: _open(expert, dense) for expert in experts}
+        return Donors({expert.name: RandomSource(dense, recipe.seed) for expert in experts}, [])
+    return Donors({expert.name: _open(expert, dense) for expert in experts}, origins)
 
 
 def provenance(config: LLMConfig, seed: int) -> list[dict[str, Any]]:

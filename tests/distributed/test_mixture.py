@@ -74,7 +74,7 @@ def forced_logits(folder: str, tp: int, pp: int, ffn_ep: int) -> dict[str, float
     from model.llm.megatron import embed_tokens
     from model.llm.packing import PackedSequences
     from model.llm.reference import resolve_hf_config, weight_source
-    from trainer.donors import donors_of
+    from trainer.donors import find_donors
     from trainer.engine.llm import LLMEngine
     from trainer.engine.optim import OptimConfig
     from trainer.parallel.groups import build_groups, connect
@@ -88,7 +88,7 @@ def forced_logits(folder: str, tp: int, pp: int, ffn_ep: int) -> dict[str, float
         config = llm_config(folder, forced)
         recipe = Recipe(name="mixture", model=replace(tiny_model(), llm=config))
         hf_config = resolve_hf_config(config)
-        source = weight_source(config, hf_config, 1, donors_of(recipe, hf_config, groups))
+        source = weight_source(config, hf_config, 1, find_donors(recipe, hf_config, groups).sources)
         engine = LLMEngine(hf_config, source, OptimConfig(), groups, torch.float32)
         engine.train(False)
 

@@ -1,12 +1,16 @@
-"""The watchdog's record of the last collectives of a rank."""
+"""The watchdog's record of the last collectives of a rank, and when it begins to watch."""
 
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from trainer import build
+from trainer.config.load import load_recipe
+from trainer.config.schema import Recipe
 from trainer.run.watchdog import flight_record
 
 C10D = torch._C._distributed_c10d
@@ -43,3 +47,28 @@ def test_nccl_entries_alone_are_a_record(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_empty_records_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(C10D, "_dump_fr_trace_json", lambda: record())
     assert flight_record() is None
+
+
+def test_what_may_take_hours_is_done_before_the_watchdog_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Watching(Exception):
+        pass
+
+    def watch(*args: object) -> None:
+        done.append("watchdog")
+        raise Watching
+
+    def prepare_once(recipe: Recipe, groups: object) -> tuple[Recipe, None]:
+        done.append("shards")
+        return recipe, None
+
+    monkeypatch.setattr(build, "connect", lambda: (0, 1, torch.device("cpu")))
+    monkeypatch.setattr(build, "build_groups", lambda *args: None)
+    monkeypatch.setattr(build, "prepare_once", prepare_once)
+    monkeypatch.setattr(build, "find_donors", lambda *args: done.append("donors"))
+    monkeypatch.setattr(build, "Watchdog", watch)
+    env = SimpleNamespace(world_size=1, rank=1, local_rank=0)
+    with pytest.raises(Watching):
+        build._train(load_recipe("debug", ["parallel.num_ranks=1"]), env, SimpleNamespace(run_dir=None), None)  # type: ignore[arg-type]
+    assert done == ["shards", "donors", "watchdog"]
