@@ -39,6 +39,13 @@ EXPERTS = "model.llm.experts=[{name: speech, from: runs/speech}, {name: text}]"
         ([EXPERTS, "model.llm.top_k=3"], r"model.llm.top_k = 3: legal values are 1\.\.2"),
         ([EXPERTS, "model.llm.moe_layers=[1, 2]"], r"moe_layers = \(1, 2\): give all, .* numbers within 0\.\.1"),
         ([EXPERTS, "model.llm.router={forced: sound}"], "forced = sound: legal values are speech, text, or null"),
+        ([EXPERTS, "model.llm.router={jitter: 0.1}"], "model.llm.router.jitter: unknown key; legal keys are"),
+        ([MIXTRAL[:-1] + ", router_jitter_noise: 0.1}"], "router_jitter_noise = 0.1: only 0.0 is supported"),
+        ([MIXTRAL.replace("mixtral", "qwen2_moe")], "model_type = qwen2_moe: supported families are"),
+        (
+            [MIXTRAL.replace("layers: 2", "layers: 4"), "parallel={num_ranks: 2, pipeline: 2, virtual_stages: 2}"],
+            "parallel.virtual_stages = 2: the only legal value for an LLM with experts is 1",
+        ),
         (["model.llm.experts=[{name: a.b}]"], "name = 'a.b': use letters, digits"),
         (["model.llm.experts=[{name: a}, {name: a}]"], "the names a, a must be unique"),
         (["model.llm.experts=[{name: a, form: x}]"], r"experts\[0\].form: unknown key; did you mean from\?"),

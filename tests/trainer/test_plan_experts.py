@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,15 @@ from model.llm.families import mixture_of
 from model.llm.mixture import ExpertConfig
 from model.llm.names import hf_shapes
 from model.llm.reference import resolve_hf_config
-from trainer.parallel.topology import Topology
+from trainer.config.chain import load_chain
+from trainer.config.checks import check_recipe
+from trainer.config.load import load_recipe
+from trainer.config.schema import Recipe
+from trainer.parallel.topology import Topology, build_topology
+from trainer.plan.accelerator import KNOWN
 from trainer.plan.experts import active_parameters, as_dense, expert_parameters, expert_plan
+from trainer.plan.plan import Planner
+from trainer.plan.workload import typical_workload
 
 QWEN3_30B_A3B: dict[str, Any] = {
     "model_type": "qwen3_moe",
@@ -30,6 +38,28 @@ QWEN3_30B_A3B: dict[str, Any] = {
 }
 LLAMA = {"model_type": "llama", "vocab_size": 64, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 4}
 LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [16, 64])
+@pytest.mark.parametrize("name", ["mowe_30b_a3b", "unimoe_8b"])
+def test_large_recipes_with_experts_fit(name: str, num_ranks: int) -> None:
+    recipe = mixture_of_chain() if name == "unimoe_8b" else load_recipe(name)
+    check_recipe(recipe)
+    recipe = replace(recipe, parallel=replace(recipe.parallel, num_ranks=num_ranks))
+    topology = build_topology(recipe.parallel, num_ranks)
+    plan = Planner(recipe, KNOWN["h100"]).plan(recipe, typical_workload(recipe, topology))
+    assert plan.fits
+    traffic = {part.name: part.bytes for part in plan.traffic}
+    if name == "unimoe_8b":  # 0.3 % of the LLM is trained
+        assert 0 < traffic["LLM, gradients over replicas"] < 0.2 * 2**30
+    else:
+        assert traffic["LLM, gradients over replicas"] > 2**30
+
+
+def mixture_of_chain() -> Recipe:
+    (found,) = (recipe for recipe in load_chain("unimoe_8b") if recipe.name == "unimoe_8b_mixture")
+    return found
 
 
 def test_the_published_sizes_of_qwen3_30b_a3b() -> None:

@@ -134,7 +134,7 @@ def _llm_traffic(
     copies = max(1, tp * dp // (topology.ffn_ep * topology.expert_tp))
     sent = expert_plan(config, topology, packs.pack_tokens, microbatches, size, train.recompute_llm == "full")
     ring = stage * _ring(dp) + held * _ring(copies)
-    llm_learns = parts.llm.learned > 0
+    learned = parts.llm.learned / parts.llm.total  # only trained parameters are exchanged
     units = tensor_units(train.recompute_llm == "full", mechanisms.sequence_parallel)
     sends = 2 * microbatches * topology.vp * (pp > 1)
     replicas_within = tp * dp <= per_node
@@ -180,7 +180,7 @@ def _llm_traffic(
         Traffic(
             "LLM, gradients over replicas",
             dp,
-            ring * GRADIENT_BYTES[recipe.parallel.grad_reduce_dtype] * llm_learns,
+            ring * GRADIENT_BYTES[recipe.parallel.grad_reduce_dtype] * learned,
             replicas_within,
             members,
             max(1, calls // 2),
@@ -188,7 +188,7 @@ def _llm_traffic(
         Traffic(
             "LLM, weights over replicas",
             dp,
-            ring * size * gathers * llm_learns,
+            ring * size * gathers * learned,
             replicas_within,
             members,
             calls,
