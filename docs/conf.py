@@ -36,6 +36,7 @@ html_copy_source = False
 html_show_sphinx = False
 
 PAGES = {
+    "Tutorials": ["docs/tutorial_recordings", "docs/tutorial_cluster", "docs/tutorial_encoder"],
     "Use": [
         "docs/recipe",
         "docs/data",

@@ -1,8 +1,11 @@
-"""An encoder family that is not part of the project: one file and one line, trained on two ranks and exported."""
+"""The encoder family of docs/tutorial_encoder.md, of which no file of the project knows, and the commands there."""
 
 from __future__ import annotations
 
-import shutil
+import os
+import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,13 +26,15 @@ from model.lengths import num_frames
 from tests.distributed.harness import run_ranks
 from tests.tools.exportable import write_manifest, write_run
 from tools import export
+from tools.demo_corpus import write_corpus
 from trainer.config.convert import from_tree
 from trainer.config.reference import sections
 from trainer.export.code import remote_code
 from trainer.parallel.topology import Topology
 from trainer.parity import tiny_model
 
-SOURCE = Path(__file__).parent / "toy_encoder.py"
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "tutorial_encoder.md").read_text(encoding="utf-8")
 LENGTHS = (6_400, 12_345, 639, 100, 40_000, 1_281)
 
 
@@ -38,6 +43,13 @@ def register(folder: str) -> None:
     if folder not in sys.path:
         sys.path.append(folder)
     ENCODER_FAMILIES["toy"] = "toy_encoder:TOY"
+
+
+def write_package(folder: Path) -> None:
+    """Write the two files of the page."""
+    for name, language in (("pyproject.toml", "toml"), ("toy_encoder.py", "python")):
+        (text,) = re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def model_with_toys() -> ModelConfig:
@@ -51,7 +63,7 @@ def model_with_toys() -> ModelConfig:
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "plugin"
     folder.mkdir()
-    shutil.copy(SOURCE, folder)
+    write_package(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
     register(str(folder))
     yield folder
@@ -168,3 +180,38 @@ def test_a_family_of_several_files_is_not_exported(plugin: Path, spoil: Callable
     spoil(plugin / "toy_encoder.py")
     with pytest.raises(UserError, match=message):
         remote_code({"toy"})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_commands_of_the_page(tmp_path: Path) -> None:
+    commands = [shlex.split(line) for line in re.findall(r"^\$ (.*)", PAGE.replace("\\\n", ""), flags=re.MULTILINE)]
+    commands = [words[: words.index("#")] if "#" in words else words for words in commands]
+    install, corpus, *others = commands
+    (tmp_path / "toy_encoder").mkdir()
+    write_package(tmp_path / "toy_encoder")
+    write_corpus(tmp_path / corpus[-1], scale=0.05)  # a smaller one than that of the command
+    assert install[:4] == ["python", "-m", "pip", "install"] and install[-2:] == ["-e", "toy_encoder"]
+    installed = tmp_path / "installed"
+    install = [*install[1:-2], "--quiet", "--no-index", f"--target={installed}", "./toy_encoder"]
+    subprocess.run([sys.executable, *install], cwd=tmp_path, check=True, timeout=100)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{installed}"}
+    fewer = ["train.steps=2", "eval.max_samples=2", "eval.max_new_tokens=2", "checkpoint.every_steps=2"]
+    printed = {}
+    for program, name, *words in others:
+        assert program == "earshot"
+        command = [sys.executable, "-m", "tools", name, *words, *(fewer if name == "train" else [])]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stdout
+        printed[name] = done.stdout
+    assert list(printed) == ["train", "profile", "export"]
+    assert re.search(r"^toy +1\.000 ", printed["profile"], flags=re.MULTILINE), printed
+    assert (tmp_path / "toy_model" / "plugin_toy_encoder.py").exists()

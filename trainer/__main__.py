@@ -12,12 +12,15 @@ Exit codes are in `docs/operations.md`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from model.errors import UserError, printable_lines
 from trainer.parallel.environment import set_environment
@@ -25,6 +28,10 @@ from trainer.run import launch
 from trainer.run.command import module_command
 from trainer.run.exit_codes import ExitCode
 from trainer.telemetry.announce import print_timed
+from trainer.telemetry.events import read_events
+
+if TYPE_CHECKING:
+    from trainer.config.schema import Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,12 +62,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     build_topology(recipe.parallel, recipe.parallel.num_ranks)
     env = launch.rank_env(os.environ, recipe.parallel.num_ranks)
     if env is None and not options.dry_run:
-        if recipe.telemetry.progress:
-            num = recipe.parallel.num_ranks
-            ranks = "1 rank starts" if num == 1 else f"{num} ranks start"
-            print_timed(f"{recipe.name}: {ranks}, importing PyTorch, DeepSpeed and Megatron", sys.stderr)
-        # The ranks check the rest, which imports modules that take seconds to load and that they need anyway.
-        return launch.start_ranks(recipe.parallel.num_ranks, module_command("trainer", *arguments))
+        return _start_ranks(recipe, arguments)
     from trainer.engine.imports import lean_imports
 
     with lean_imports():
@@ -85,6 +87,25 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         from trainer.build import run_training
 
     return run_training(recipe, env)
+
+
+def _start_ranks(recipe: Recipe, arguments: Sequence[str]) -> int:
+    """Run the recipe on this machine. If a mistake ends the first try before any step, remove its folder."""
+    if recipe.telemetry.progress:
+        num = recipe.parallel.num_ranks
+        ranks = "1 rank starts" if num == 1 else f"{num} ranks start"
+        print_timed(f"{recipe.name}: {ranks}, importing PyTorch, DeepSpeed and Megatron", sys.stderr)
+    root = Path(recipe.train.run_dir)
+    new = [folder for folder in (root / recipe.name, root) if not folder.exists()]
+    # The ranks check the rest, which imports modules that take seconds to load and that they need anyway.
+    code = launch.start_ranks(recipe.parallel.num_ranks, module_command("trainer", *arguments))
+    if code == ExitCode.USER_ERROR and new:
+        if all(event["event"] in ("started", "failed") for event in read_events(new[0])):
+            shutil.rmtree(new[0], ignore_errors=True)
+        if len(new) > 1:
+            with contextlib.suppress(OSError):  # It is missing, or contains something else.
+                root.rmdir()
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -115,10 +115,13 @@ def test_job_that_cannot_run_is_refused_within_seconds(bench: Bench, tmp_path: P
 
 
 def test_documented_command_runs_unchanged(bench: Bench, tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "tutorial_cluster.md").read_text(encoding="utf-8")
     block = text.partition("$ python -m tools.demo_corpus demo-data\n")[2].partition("```")[0]
     lines = [line.removeprefix("$ ").partition("   #")[0] for line in block.splitlines()]
-    assert [line.split()[0] for line in lines] == ["export", "sbatch"]
+    status = lines.pop()
+    assert [line.split()[0] for line in lines] == ["export", "sbatch"] and status.startswith(
+        "earshot status runs/debug"
+    )
     write(tmp_path / "site", "mowe_8b")
     (tmp_path / "site" / "demo-data").symlink_to(bench.folder / "corpus")
     path = os.pathsep.join([str(Path(sys.executable).parent), bench.cluster.environ["PATH"]])
@@ -130,6 +133,10 @@ def test_documented_command_runs_unchanged(bench: Bench, tmp_path: Path) -> None
     log = next((tmp_path / "site").glob(f"*-{job_id}.log")).read_text()
     assert f"job {job_id} on n[" in log.splitlines()[0] and "2 ranks start on" in log
     assert [e["event"] for e in run.events("finished")] == ["finished"]
+    shown = bench.cluster.run(
+        "bash", "-c", f"cd {tmp_path / 'site'} && {status.replace('earshot', 'python -m tools', 1)}", env={"PATH": path}
+    )
+    assert shown.stdout.startswith("debug: finished"), shown
 
 
 def test_sweep_trains_one_run_per_value_and_prints_a_table(bench: Bench, tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
+from trainer.__main__ import main as train
 from trainer.run.launch import RankEnv, first_host, rank_env, rendezvous, start_ranks
+from trainer.telemetry.events import EventLog
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
 SRUN = {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16"}
@@ -95,6 +97,37 @@ def test_one_failing_rank_ends_the_others_at_once_and_gives_the_code() -> None:
     code = "import os, sys, time; time.sleep(60 if os.environ['RANK'] != '1' else 0); sys.exit(7)"
     assert start_ranks(3, ranks(code)) == 7
     assert time.monotonic() - start < 15
+
+
+@pytest.mark.parametrize(
+    ("events", "code", "left"),
+    [
+        (["started", "failed"], 2, []),
+        ([], 2, []),
+        (["started", "skip", "diverged"], 2, ["runs"]),
+        (["started", "failed"], 1, ["runs"]),
+    ],
+)
+def test_a_first_try_that_is_a_mistake_leaves_no_folder(
+    events: list[str], code: int, left: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "debug"
+
+    def ranks(num_ranks: int, command: list[str]) -> int:
+        assert num_ranks == 2 and command[-2:] == ["debug", f"train.run_dir={tmp_path / 'runs'}"]
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "recipe.yaml").touch()
+        for event in events:
+            EventLog(run).add(event)
+        return code
+
+    monkeypatch.setattr("trainer.run.launch.start_ranks", ranks)
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    arguments = ["debug", f"train.run_dir={tmp_path / 'runs'}"]
+    assert train(arguments) == code and [path.name for path in tmp_path.iterdir()] == left
+    run.mkdir(parents=True, exist_ok=True)  # of an earlier try, or of a user
+    assert train(arguments) == code and (run / "recipe.yaml").exists()
 
 
 def test_rank_killed_by_a_signal_gives_the_exit_code_of_a_shell() -> None:

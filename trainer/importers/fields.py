@@ -33,7 +33,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 TRANSCRIPT_NAMES = ("text", "transcript", "transcription", "sentence", "txt", "normalized_text")
 """The names of `answer` which imply that it is a transcript, so that a row without a task gets the task `asr`."""
 DEFAULT_SPLIT = "train"
-DEFAULT_INSTRUCTION = "Transcribe the speech in this recording."
+DEFAULT_INSTRUCTION = "Transcribe the speech."
 """The instruction of samples of the task `asr` that have none."""
 MAX_CUT_SEC = 1e7
 _UNSAFE = re.compile(r"[^A-Za-z0-9_\-]+")

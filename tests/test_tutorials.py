@@ -1,0 +1,76 @@
+"""Commands of docs/tutorial_recordings.md. test_seam_encoder_family.py and tests/cluster run those of the others."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.demo_corpus import write_corpus
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+TUTORIALS = sorted(DOCS.glob("tutorial_*.md"))
+TWO_SCREENS = 100
+"""The number of lines of two screens, to which the lines of a complete file are not counted."""
+
+
+def commands(page: str) -> list[list[str]]:
+    """Return the words of all commands on a page, in order."""
+    text = (DOCS / page).read_text(encoding="utf-8").replace("\\\n", "")
+    return [shlex.split(line, comments=True) for line in re.findall(r"^\$ (.*)$", text, flags=re.MULTILINE)]
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_a_tutorial_has_two_screens_and_is_listed(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert (
+        len(re.sub(r"^```(python|toml)\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).splitlines()) <= TWO_SCREENS
+    )
+    assert f"docs/{page.name}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_recordings_are_imported_and_tried(tmp_path: Path) -> None:
+    check, imports, try_out, status, *others = commands("tutorial_recordings.md")
+    folder = tmp_path / "my_recordings"
+    manifest = write_corpus(folder, scale=0.05)
+    rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    spoken = [row for row in rows if row["task"] == "asr"]
+    with (folder / "clips.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["audio", "text", "split"])
+        table.writerows([row["audio"], row["answer"], row["split"]] for row in spoken)
+    assert {row["split"] for row in spoken} == {"train", "dev", "test"}
+
+    def run(words: list[str], *more: str) -> str:
+        command = [sys.executable, "-m", "tools", *words[1:], *more]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    run(check)
+    assert not (tmp_path / "my_data").exists()
+    run(imports)
+    assert len((tmp_path / "my_data" / "manifest.jsonl").read_text().splitlines()) == len(spoken)
+    run(try_out, "train.steps=2", "eval.max_samples=2", "eval.max_new_tokens=2")
+    assert "finished" in run(status) and "2/2" in run(status)
+    tested = commands("finetune.md")  # tests/real_weights/test_finetune.py runs them with real weights
+    assert len(others) == 6 and all(words in tested for words in others)
