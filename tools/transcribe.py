@@ -85,7 +85,8 @@ def _run(options: argparse.Namespace) -> int:
         ended += not finished
         print(printable_lines(text if len(options.audio) < 2 else f"{path}: {text}"))
     if ended:
-        print(f"{ended} answers were cut off at {longest} tokens; raise --max-new-tokens", file=sys.stderr)
+        answers = "1 answer was" if ended == 1 else f"{ended} answers were"
+        print(f"{answers} cut off at {longest} tokens; raise --max-new-tokens", file=sys.stderr)
     return 0
 
 
