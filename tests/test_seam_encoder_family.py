@@ -196,7 +196,13 @@ def test_the_commands_of_the_page(tmp_path: Path) -> None:
     install = [*install[1:-2], "--quiet", "--no-index", f"--target={installed}", "./toy_encoder"]
     subprocess.run([sys.executable, *install], cwd=tmp_path, check=True, timeout=100)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{installed}"}
-    fewer = ["train.steps=2", "eval.max_samples=2", "eval.max_new_tokens=2", "checkpoint.every_steps=2"]
+    fewer = [
+        "parallel.num_ranks=1",
+        "train.steps=2",
+        "eval.max_samples=2",
+        "eval.max_new_tokens=2",
+        "checkpoint.every_steps=2",
+    ]
     printed = {}
     for program, name, *words in others:
         assert program == "earshot"

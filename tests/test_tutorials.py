@@ -70,7 +70,7 @@ def test_recordings_are_imported_and_tried(tmp_path: Path) -> None:
     assert not (tmp_path / "my_data").exists()
     run(imports)
     assert len((tmp_path / "my_data" / "manifest.jsonl").read_text().splitlines()) == len(spoken)
-    run(try_out, "train.steps=2", "eval.max_samples=2", "eval.max_new_tokens=2")
+    run(try_out, "parallel.num_ranks=1", "train.steps=2", "eval.max_samples=2", "eval.max_new_tokens=2")
     assert "finished" in run(status) and "2/2" in run(status)
     tested = commands("finetune.md")  # tests/real_weights/test_finetune.py runs them with real weights
     assert len(others) == 6 and all(words in tested for words in others)
