@@ -133,9 +133,8 @@ def test_documented_command_runs_unchanged(bench: Bench, tmp_path: Path) -> None
     log = next((tmp_path / "site").glob(f"*-{job_id}.log")).read_text()
     assert f"job {job_id} on n[" in log.splitlines()[0] and "2 ranks start on" in log
     assert [e["event"] for e in run.events("finished")] == ["finished"]
-    shown = bench.cluster.run(
-        "bash", "-c", f"cd {tmp_path / 'site'} && {status.replace('earshot', 'python -m tools', 1)}", env={"PATH": path}
-    )
+    status = f"cd {tmp_path / 'site'} && {status.replace('earshot', 'python -m tools', 1)}"
+    shown = bench.cluster.run("bash", "-c", status, env={"PATH": path}, timeout_sec=120)
     assert shown.stdout.startswith("debug: finished"), shown
 
 
