@@ -33,16 +33,23 @@ def test_arms_train_the_same_model() -> None:
 
 
 def records(sec: float, peak_mib: float = 900.0, loss: float = 8.0) -> list[bench.Record]:
-    return [{"sec": s, "cpu_sec": 2 * s, "peak_mib": peak_mib, "losses": [loss, 7.0]} for s in (sec, 1.1 * sec)]
+    return [{"sec": s, "cpu_sec": 9 + s, "peak_mib": peak_mib, "losses": [loss, 7.0]} for s in (sec, 1.1 * sec)]
 
 
 def test_a_slower_peer_meets_the_goals() -> None:
     found = {"earshot": records(2.0), "padded": records(6.0), "grouped": records(4.2)}
-    result = bench.compare(found, WORK, ranks=2)
-    assert result["passed"] and result["best_peer"] == "grouped"
+    result = bench.compare(found, WORK, ranks=2, cores=2)
+    assert result["passed"] and result["best_peer"] == "grouped" and result["decided_by"] == "time"
     assert result["speed"] == pytest.approx(2.1) and result["memory"] == pytest.approx(1.0)
     assert result["arms"]["earshot"]["tokens_per_sec"] == pytest.approx(400 / 2.1)
-    assert result["arms"]["padded"]["cpu_sec_per_clip"] == pytest.approx(2 * 6.3 / 8)
+    assert result["arms"]["padded"]["cpu_sec_per_clip"] == pytest.approx(15.3 / 8)
+
+
+def test_cpu_time_decides_on_a_busy_machine() -> None:
+    found = {"earshot": records(2.0), "padded": records(6.0), "grouped": records(4.2)}
+    result = bench.compare(found, WORK, ranks=2, cores=1)
+    assert not result["passed"] and result["decided_by"] == "CPU time"
+    assert result["speed"] == pytest.approx((13.2 / 11 + 13.62 / 11.2) / 2)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +57,7 @@ def test_a_slower_peer_meets_the_goals() -> None:
 )
 def test_every_goal_can_be_missed(ours: list[bench.Record]) -> None:
     found = {"earshot": ours, "padded": records(6.0), "grouped": records(4.2)}
-    assert not bench.compare(found, WORK, ranks=2)["passed"]
+    assert not bench.compare(found, WORK, ranks=2, cores=2)["passed"]
 
 
 def test_clips_have_the_lengths_of_the_kit(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
