@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model import lengths
 from model.audio_output import AudioOutput
@@ -28,7 +30,7 @@ from model.lengths import Windowing
 from model.losses.base import AudioLoss
 from model.losses.table import active_losses
 from model.mixture import Expert, mix
-from model.router import Router
+from model.router import Router, Routing
 
 EncodeClips = Callable[[Sequence[str], Ragged, Tensor], Sequence[Ragged]]
 """A function that computes features, given K encoder names, clips [ΣT] and `wanted` [B, K] bool.
@@ -100,6 +102,8 @@ class AudioTower(nn.Module):
             if isinstance(loss, AudioLoss) and self._add_head(loss, vocab_size)
         )
         """The names of the losses that have a head."""
+        self.recompute_joined = False
+        """Whether the backward pass computes again what follows the encoders: mixture, adapter, projector and heads."""
 
     def _add_head(self, loss: AudioLoss, vocab_size: int) -> bool:
         name = f"{loss.name}_head"
@@ -171,6 +175,13 @@ class AudioTower(nn.Module):
         if self.expert_names:
             routing = self.router(clips, primary, prompts, noise)
             experts = list(encode(self.expert_names, clips, routing.active))
+        join = self._join_recomputed if self.recompute_joined and torch.is_grad_enabled() else self._join
+        return join(primary, experts, routing, frames)
+
+    def _join(
+        self, primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | None, frames: tuple[int, ...]
+    ) -> AudioOutput:
+        """Return the output for the features of all encoders, see `mix`."""
         joined = mix(primary, experts, routing, frames)
         if self.stream_projection is not None:
             assert primary is not None
@@ -184,6 +195,30 @@ class AudioTower(nn.Module):
         if self.output_norm is not None:
             embeddings = self.output_norm(embeddings)
         return AudioOutput(Ragged(embeddings, features.lengths), routing, features, heads)
+
+    def _join_recomputed(
+        self, primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | None, frames: tuple[int, ...]
+    ) -> AudioOutput:
+        """Return what `_join` returns, and keep only its arguments and its result for the backward pass."""
+        given = [] if primary is None else [primary]
+        given += experts
+        lengths: list[tuple[int, ...]] = []
+
+        def run(_: Tensor, probs: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
+            parts = [Ragged(v, part.lengths) for v, part in zip(values, given, strict=True)]
+            first = parts.pop(0) if primary is not None else None
+            decided = None if routing is None or probs is None else replace(routing, probs=probs)
+            output = self._join(first, parts, decided, frames)
+            found = (output.embeddings, output.features, *output.heads.values())
+            lengths[:] = [part.lengths for part in found]
+            return tuple(part.values for part in found)
+
+        # The first argument gives the result a gradient even if none flows into the features (see `call_layer`).
+        through = torch.zeros((), device=self.projector.weight.device, requires_grad=True)
+        probs = None if routing is None else routing.probs
+        values = checkpoint(run, through, probs, *(part.values for part in given), use_reentrant=True)
+        embeddings, features, *heads = (Ragged(v, n) for v, n in zip(values, lengths, strict=True))
+        return AudioOutput(embeddings, routing, features, dict(zip(self.loss_heads, heads, strict=True)))
 
 
 def _seeded(part: str, build: Callable[[], Part]) -> Part:

@@ -60,8 +60,9 @@ class TrainConfig:
     recompute_encoder_calls: bool = False
     """Whether to run each encoder call again in the backward pass, which costs one more forward pass of the encoders.
 
-    Only the activations of one call at a time are then in memory, however many samples a global batch has. With
-    `recompute_encoders` as well, a call that runs again keeps only the inputs of its layers.
+    Only the activations of one call at a time are then in memory, however many samples a global batch has. Mixture,
+    adapter and projector run again as well. With `recompute_encoders`, a call that runs again keeps only the inputs of
+    its layers.
     """
     gather_audio_weights: Gathering = "per_update"
     """When the weights of encoders, router, adapter and projector are gathered from the ranks that share them.

@@ -50,7 +50,7 @@ class AudioEngine:
         batch_sec: The largest number of padded audio seconds in one encoder call.
         debug_plan: True to compare the plans of all ranks before clips are sent.
         gathering: When weights are gathered, see `TrainConfig.gather_audio_weights`.
-        recompute_calls: True to run every encoder call again in the backward pass.
+        recompute_calls: True to run every encoder call again in the backward pass, and all that follows the encoders.
 
     Raises:
         UserError: If every parameter is frozen.
@@ -89,6 +89,7 @@ class AudioEngine:
                 model=tower, optimizer=optimizer, config=ds_config, dist_init_required=False
             )
         self.tower: AudioTower = self.engine.module
+        self.tower.recompute_joined = recompute_calls
         self._weights = (
             WholeWeights(self.engine, groups.device)
             if gathering == "per_update"

@@ -174,7 +174,8 @@ def audio_memory(
         loaded_samples: The lengths of the clips that the rank loaded, in audio samples.
         reduce_elements: ZeRO-3's `reduce_bucket_size`, a number of elements.
         learned: The number of trainable audio parameters that the rank holds a share of.
-        recompute_calls: True if a call keeps only its clips, and runs again in the backward pass.
+        recompute_calls: True if a call keeps only its clips, and runs again in the backward pass. What follows the
+            encoders then keeps only features and embeddings.
     """
     tower = tracer.tower
     dtype = next(tower.projector.parameters()).dtype
@@ -185,17 +186,18 @@ def audio_memory(
             for clips in calls:
                 kept += sum(clips) * FP32_BYTES if recompute_calls else tracer.calls(name).kept(clips)
             if calls:
-                traced = tracer.traced(name, max(calls, key=tracer.calls(name).windowing.computed_samples))
+                traced = tracer.traced(name, max(calls, key=tracer.calls(name).kept))
                 once = 0 if recompute_calls else traced.kept
                 over_forward = max(over_forward, traced.forward - once)
                 over_backward = max(over_backward, traced.backward - once)
                 features += sum(num_frames(n) for clips in calls for n in clips) * _width(tower.encoder(name)) * size
     mixed = _after_encoders(tower, loaded_samples, size, tracer.device)
+    kept_after = _inputs_and_outputs(tower, loaded_samples, size) if recompute_calls else mixed.kept
     in_bucket = min(reduce_elements, learned) * FP32_BYTES * (2 if size < FP32_BYTES else 1)
     return AudioMemory(
-        int(kept) + mixed.kept + sum(loaded_samples) * FP32_BYTES,
-        max(over_forward, 2 * features + mixed.forward - mixed.kept),
-        max(over_backward, mixed.backward - mixed.kept) + in_bucket,
+        int(kept) + kept_after + sum(loaded_samples) * FP32_BYTES,
+        max(over_forward, 2 * features + mixed.forward - kept_after),
+        max(over_backward, mixed.backward - (0 if recompute_calls else kept_after)) + in_bucket,
     )
 
 
@@ -216,20 +218,37 @@ def _after_encoders(tower: AudioTower, loaded_samples: Sequence[int], size: int,
     rate = config.adapter.rate
     longest = rate.tokens_of_frames(longest)
     audio_tokens = sum(map(rate.tokens_of_frames, frames))
-    out = audio_tokens * (tower.adapter.dim + tower.projector.out_features) * size
     if tower.stream_projection is not None:  # its input
         kept += total * joined * size
     if tower.feature_norm is not None:
         kept += total * joined * size
     if tower.output_norm is not None:
         kept += audio_tokens * tower.projector.out_features * size
+    kept += _outputs(tower, frames, size)
+    return Traced(kept, kept + 2 * total * joined * size, kept + 2 * padded)
+
+
+def _outputs(tower: AudioTower, frames: Sequence[int], size: int) -> int:
+    """Return the bytes of the outputs of adapter, projector and heads for clips with these numbers of frames."""
+    rate = tower.config.adapter.rate
+    audio_tokens = sum(map(rate.tokens_of_frames, frames))
     logits = 0
     for name in tower.loss_heads:
         # Counted as the CTC head, the widest: the logits, and their padded log-softmax in fp32.
         columns = [m.out_features for m in tower.head_of(name).modules() if isinstance(m, nn.Linear)]
-        logits += max(columns, default=0) * (audio_tokens * size + len(frames) * longest * 8)
-    kept += out + logits
-    return Traced(kept, kept + 2 * total * joined * size, kept + 2 * padded)
+        padded = len(frames) * rate.tokens_of_frames(max(frames))
+        logits += max(columns, default=0) * (audio_tokens * size + padded * 8)
+    return audio_tokens * (tower.adapter.dim + tower.projector.out_features) * size + logits
+
+
+def _inputs_and_outputs(tower: AudioTower, loaded_samples: Sequence[int], size: int) -> int:
+    """Return the bytes of the features that arrive from the encoders, and of `_outputs`."""
+    frames, config = [num_frames(n) for n in loaded_samples], tower.config
+    if not frames:
+        return 0
+    chosen = min(len(config.experts), len(config.router.gates) * config.router.top_k)
+    width = (0 if tower.primary is None else tower.primary.dim) + chosen * config.expert_dim
+    return sum(frames) * width * size + _outputs(tower, frames, size)
 
 
 def _inner(module: nn.Module) -> Any:

@@ -41,16 +41,17 @@ class StageMemory:
     boundary: int
     """The hidden states [t/(CP·TP), H] of a micro-batch that are sent between stages."""
     audio: int
-    """On stage 0, the received audio embeddings of all micro-batches, their gradient and its accumulation; else 0."""
+    """On stage 0, the received audio embeddings of all micro-batches; else 0."""
 
     def peak(self, in_flight: float, virtual_stages: int = 1) -> int:
         """Return the peak bytes of activations while `in_flight` micro-batches await their backward passes.
 
-        With virtual stages, what the ends of the LLM keep is counted for one micro-batch.
+        With virtual stages, what the ends of the LLM keep is counted for one micro-batch. The gradients of the audio
+        embeddings are as large as these, and are concatenated after the last micro-batch.
         """
         worst = max(self.traced.forward, self.traced.backward)
         waiting = self.layers if virtual_stages > 1 else self.traced.kept
-        return int((in_flight - 1) * waiting) + worst + self.audio + 2 * self.boundary
+        return max(int((in_flight - 1) * waiting) + worst + 2 * (self.audio + self.boundary), 3 * self.audio)
 
 
 def in_flight(stage: int, pp: int, microbatches: int) -> int:
@@ -134,7 +135,7 @@ def stage_memory(
     kept = 0 if recompute == "full" else layers * change
     in_layers = layers * (found[-1].kept - found[0].kept) if layers > 1 else whole.kept
     whole = Traced(whole.kept + kept, whole.forward + (kept or change), whole.backward + (kept or change))
-    return StageMemory(whole, in_layers + kept, buffer, hidden, 3 * num_packs * hidden if stage == 0 else 0)
+    return StageMemory(whole, in_layers + kept, buffer, hidden, num_packs * hidden if stage == 0 else 0)
 
 
 def _with_equal_layers(hf_config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
