@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.fusions.fused_bias_swiglu import SwiGLUFunction
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -54,8 +55,16 @@ of a class that it does not know."""
 
 
 def gated(both: Tensor, activation: Activation) -> Tensor:
-    """Return activation(gate) · up, [..., f], for `both` [..., 2 f], in which the columns of gate come first."""
-    result: Tensor = (_SwiGLU if activation == "silu" else _GeGLU).apply(both)
+    """Return activation(gate) · up, [..., f], for `both` [..., 2 f], in which the columns of gate come first.
+
+    On CUDA, SwiGLU is Megatron's function, which `torch.compile` fuses: one kernel that reads and writes 3 f values per
+    token, and one with 5 f in the backward pass, where PyTorch's separate kernels take 5 f and 15 f.
+    """
+    result: Tensor
+    if activation == "silu" and both.is_cuda:
+        result = SwiGLUFunction.apply(both, False, False)
+    else:
+        result = (_SwiGLU if activation == "silu" else _GeGLU).apply(both)
     return result
 
 

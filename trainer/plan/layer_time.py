@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from model.llm.families import family_of
 from model.llm.names import head_dim
 from model.llm.stages import Recompute
 from trainer.plan.accelerator import Accelerator
@@ -23,7 +24,7 @@ _LOGIT_BYTES = 50
 _SCORE_BYTES = (13, 17)
 """The bytes read and written per attention score by unfused attention with dropout, forward and backward."""
 _HEAD_KERNELS = 20
-_LAYER_KERNELS = {True: (14, 26), False: (34, 66)}
+_LAYER_KERNELS = {True: (14, 26), False: (33, 62)}
 """The number of kernels of a layer, (forward, backward), with TransformerEngine's fused kernels and without them."""
 
 
@@ -159,23 +160,28 @@ def recomputed_seconds(
 def _elementwise(config: PretrainedConfig, rates: RankRates, tp: int, rows: float) -> tuple[float, float]:
     """Return the forward and backward time of norms, residuals, rotary embedding and activation in seconds.
 
-    Norms and residuals read and write 10 h values forward and 12 h backward. With fused kernels, the rotary embedding
-    moves 2 (H + G) d values and the activation 3 f, or 5 f backward. PyTorch's separate kernels move 10 and 5, or 12
-    and 15 backward (`model.llm.mlp`), and the segments are copied into batches and back for attention.
+    Norms and residuals read and write 10 h values forward and 12 h backward. SwiGLU moves 3 f values, or 5 f backward,
+    and other activations 5 f and 15 f (`model.llm.mlp`). With fused kernels, the rotary embedding moves 2 (H + G) d
+    values. PyTorch's separate kernels move 10 or 12 of them, and the segments are copied into batches and back for
+    attention.
     """
     h, f, d = config.hidden_size, config.intermediate_size / tp, head_dim(config)
     queries, groups = config.num_attention_heads / tp * d, config.num_key_value_heads / tp * d
     whole = h / tp if rates.mechanisms.sequence_parallel else h
+    gate = (3 * f, 5 * f) if rates.mechanisms.fused_kernels or _fuses_gate(config) else (5 * f, 15 * f)
     if rates.mechanisms.fused_kernels:
-        values = (10 * whole + 2 * (queries + groups) + 3 * f, 12 * whole + 2 * (queries + groups) + 5 * f)
+        rotary = (2 * (queries + groups),) * 2
     else:
         copies = 2 * (queries + 2 * groups) + 4 * queries
-        values = (
-            10 * whole + 10 * (queries + groups) + 5 * f + copies,
-            12 * whole + 12 * (queries + groups) + 15 * f + copies,
-        )
+        rotary = (10 * (queries + groups) + copies, 12 * (queries + groups) + copies)
+    values = (10 * whole + rotary[0] + gate[0], 12 * whole + rotary[1] + gate[1])
     forward, backward = (rates.memory(rows * v * rates.bytes_per_value) for v in values)
     return forward, backward
+
+
+def _fuses_gate(config: PretrainedConfig) -> bool:
+    """Return True if the activation is SwiGLU, which the trainer computes by one kernel (`model.llm.mlp.gated`)."""
+    return family_of(config).activation == "silu"
 
 
 def _cast_bytes(products: Sequence[tuple[float, float]], rows: float) -> float:
