@@ -29,9 +29,9 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_70b_on_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mowe_70b", "--dry-run", "--no-data", "--verbose"]) == 0
     out = capsys.readouterr().out
-    assert "128 ranks = TP 4 x PP 8 x DP 4" in out
+    assert "128 ranks = TP 4 x PP 4 x DP 8" in out
     rows = {tuple(line.split()) for line in out.splitlines()}
-    assert ("3", *(f"{16 * stage + 12}-{16 * stage + 15}" for stage in range(8))) in rows
+    assert ("3", *(f"{32 * stage + 12}-{32 * stage + 15}" for stage in range(4))) in rows
     assert ("llm", "70.55", "B", "70.55", "B", "0") in rows  # meta-llama/Meta-Llama-3-70B: 70,553,706,496
     assert not torch.distributed.is_initialized()
 

@@ -21,7 +21,7 @@ from trainer.plan.workload import encoder_work, pack_work, source_ranks_of, typi
 def test_clips_have_the_wanted_mean_and_are_not_too_long(mean: float | None, expected: float) -> None:
     recipe = load_recipe("mowe_70b")
     found = typical_workload(recipe, build_topology(recipe.parallel, 128), mean)
-    assert found.audio_sec / 1024 == pytest.approx(expected, rel=1e-3)
+    assert found.audio_sec / recipe.data.global_batch_samples == pytest.approx(expected, rel=1e-3)
     assert 0 < found.audio_samples.min() and found.audio_samples.max() <= num_samples(60)
 
 
