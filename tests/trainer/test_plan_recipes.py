@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ def planned(name: str, overrides: list[str]) -> Plan:
     return Planner(recipe, KNOWN["h100"]).plan(recipe, typical_workload(recipe, topology))
 
 
+def is_close(line: str, other: str) -> bool:
+    """Return True if two lines differ only in numbers, by at most 2 %."""
+    number = r"[0-9][0-9,.]*"
+    if re.sub(number, "", line) != re.sub(number, "", other):
+        return False
+    values = [[float(n.replace(",", "").rstrip(".")) for n in re.findall(number, text)] for text in (line, other)]
+    return values[0] == pytest.approx(values[1], rel=0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
@@ -54,7 +64,7 @@ def test_large_recipes_are_fast_within_their_token_budget(
     for page in pages:
         shown = (ROOT / page).read_text(encoding="utf-8").splitlines()
         for line in report(plan).split("\n\n")[0].splitlines():
-            assert line in shown, f"{page} does not show: {line}"
+            assert any(is_close(line, other) for other in shown), f"{page} does not show: {line}"
     if overrides:
         documented = (ROOT / "trainer" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
         assert all(override in documented for override in overrides)
