@@ -132,7 +132,7 @@ def _next_steps(shown_dir: Path) -> str:
         [
             f"files           {shown_dir}/  (summary.json, metrics.jsonl, predictions, checkpoints)",
             f"your audio      earshot transcribe {shown_dir} FILE.wav",
-            "your data       docs/finetune.md leads from a table of recordings to a model",
+            "your data       docs/tutorial_recordings.md leads from a table of recordings to a model",
             f"what happened   earshot status {shown_dir}",
             f"curves          mlflow ui --backend-store-uri sqlite:///{shown_dir.parent}/mlflow.db",
             "train longer    earshot demo train.steps=2000",
