@@ -134,6 +134,9 @@ def test_files_are_added_to_their_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert add_files(run_dir, [file], "expert_usage") == [
         f"a tracker: {run_dir} has none of mlflow_run_id, wandb_run_id, so no tracker that keeps files knows the run"
     ]
+    (run_dir / "recipe.yaml").write_text("telemetry: {trackers: []}\n")
+    assert add_files(run_dir, [file], "expert_usage") == []
+    (run_dir / "recipe.yaml").unlink()
     build_trackers(["mlflow"], TrackedRun("x", tmp_path, "tests", {})).close()
     assert add_files(run_dir, [file], "expert_usage") == []
 

@@ -104,6 +104,17 @@ def restore_ids(run_dir: Path, extra: Mapping[str, Any]) -> None:
             write_atomically(run_dir / kind.id_name, f"{run_id}\n")
 
 
+def _wants_none(run_dir: Path) -> bool:
+    """Return whether the recipe in a run's folder names no trackers."""
+    import yaml
+
+    try:
+        tree: Any = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
+        return bool(tree["telemetry"]["trackers"] == [])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return False
+
+
 def add_files(run_dir: Path, files: Sequence[Path], folder: str) -> list[str]:
     """Add files to a training run in every store that keeps files and knows the run.
 
@@ -113,9 +124,12 @@ def add_files(run_dir: Path, files: Sequence[Path], folder: str) -> list[str]:
         folder: The folder within the store's run.
 
     Returns:
-        The stores to which the files could not be added, each with the reason, as text.
+        The stores to which the files could not be added, each with the reason, as text. Empty if the run's recipe
+        names no trackers.
     """
     ids = read_ids(run_dir)
+    if not ids and _wants_none(run_dir):
+        return []
     if not ids:
         names = ", ".join(kind.id_name for kind in TRACKERS.values() if kind.id_name is not None)
         return [f"a tracker: {run_dir} has none of {names}, so no tracker that keeps files knows the run"]
