@@ -7,29 +7,13 @@ from dataclasses import dataclass
 from trainer.config.schema import Recipe
 from trainer.plan.fit import changes_between, estimates
 from trainer.plan.plan import Plan, Planner
+from trainer.plan.remedies import remedy
 from trainer.plan.workload import Workload
 
 _MAX_TRIED = 3
 """The largest number of candidates that are planned in full for one piece of advice."""
 WORTH = 1.1
 """The smallest speed-up for which `--fit` is recommended."""
-_REMEDIES = {
-    "computing the LLM": "more ranks, or a larger train.llm_tokens_per_microbatch for fuller matrix products",
-    "recomputing the LLM's activations": "train.recompute_llm=selective or none if the memory suffices",
-    "tensor-parallel collectives": "a smaller parallel.tensor, within a node",
-    "sending tokens to experts": "a smaller parallel.ffn_expert, within a node",
-    "gathering keys and values": "a smaller parallel.context, within a node",
-    "the pipeline's bubble": "more parallel.virtual_stages, more micro-batches (a larger data.global_batch_samples or "
-    "a smaller train.llm_tokens_per_microbatch), or a smaller parallel.pipeline",
-    "transfers between stages": "a smaller parallel.pipeline",
-    "gradients and weights over replicas": "parallel.overlap_grad_reduce=true and parallel.overlap_param_gather=true, "
-    "parallel.grad_reduce_dtype=bf16, or a larger data.global_batch_samples",
-    "computing the encoders": "train.recompute_encoders=false and train.recompute_encoder_calls=false if the memory "
-    "suffices, or more ranks",
-    "ZeRO-3's collectives": "train.gather_audio_weights=per_update if the memory suffices, or parallel.expert",
-    "exchanging clips and embeddings": "a faster network; nothing in the recipe changes it much",
-    "updating the weights": "a larger data.global_batch_samples, so that there are fewer updates",
-}
 
 
 @dataclass(frozen=True)
@@ -79,4 +63,4 @@ def _first_that_fits(
 def limits(plan: Plan) -> list[tuple[str, float, str]]:
     """Return (part of the step, seconds, a way to shorten it) for each part, the longest part first."""
     parts = sorted(plan.time.parts.items(), key=lambda item: -item[1])
-    return [(name, seconds, _REMEDIES[name]) for name, seconds in parts if seconds > 0]
+    return [(name, seconds, remedy(name, plan.recipe)) for name, seconds in parts if seconds > 0]

@@ -1,0 +1,56 @@
+"""What `earshot plan --explain` recommends."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from trainer.config.checks import check_recipe
+from trainer.config.load import load_recipe
+from trainer.plan.remedies import remedy
+
+PARTS = (
+    "computing the LLM",
+    "recomputing the LLM's activations",
+    "tensor-parallel collectives",
+    "sending tokens to experts",
+    "gathering keys and values",
+    "the pipeline's bubble",
+    "transfers between stages",
+    "gradients and weights over replicas",
+    "computing the encoders",
+    "ZeRO-3's collectives",
+    "exchanging clips and embeddings",
+    "updating the weights",
+)
+ALL_OFF = ["train.recompute_llm=full", "train.recompute_encoders=true", "train.gather_audio_weights=per_module"]
+ALL_ON = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "train.recompute_encoders=false"]
+
+
+@pytest.mark.parametrize("overrides", [ALL_OFF, ALL_ON, ["train.recompute_encoder_calls=true"]])
+def test_every_recommended_value_is_legal_and_new(overrides: list[str]) -> None:
+    recipe = load_recipe("mowe_8b", overrides)
+    for part in PARTS:
+        text = remedy(part, recipe)
+        # Keys that are joined by "and" belong together.
+        for option in re.split(r", | or ", text):
+            keys = re.findall(r"[a-z_]+\.[a-z_]+=[a-z0-9_]+", option)
+            if keys:
+                changed = load_recipe("mowe_8b", [*overrides, *keys])
+                check_recipe(changed)
+                assert changed != recipe, (part, option)
+
+
+def test_what_the_recipe_already_does_is_not_recommended() -> None:
+    off, on = load_recipe("mowe_8b", ALL_OFF), load_recipe("mowe_8b", ALL_ON)
+    assert "overlap_grad_reduce=true and parallel.overlap_param_gather=true" in remedy(PARTS[7], load_recipe("debug"))
+    assert "overlap" not in remedy(PARTS[7], on)
+    assert remedy("computing the encoders", on) == "more ranks"
+    assert remedy("computing the encoders", off).startswith("train.recompute_encoders=false if the memory suffices")
+    assert "gather_audio_weights" in remedy("ZeRO-3's collectives", off)
+    assert "gather_audio_weights" not in remedy("ZeRO-3's collectives", on)
+    assert remedy("exchanging clips and embeddings", on) == "nothing in the recipe changes it much"
+    whole = load_recipe("mowe_70b")  # Every layer is a stage of its own.
+    assert "virtual_stages" not in remedy("the pipeline's bubble", whole)
+    assert "virtual_stages" in remedy("the pipeline's bubble", load_recipe("mowe_70b", ["parallel.virtual_stages=2"]))

@@ -1,0 +1,74 @@
+"""Ways to shorten the parts of a step, without those that a recipe already uses."""
+
+from __future__ import annotations
+
+from trainer.config.schema import Recipe
+
+_LARGER_BATCH = "a larger data.global_batch_samples"
+
+
+def remedy(part: str, recipe: Recipe) -> str:
+    """Return what would make a part of the step shorter, as a phrase.
+
+    Args:
+        part: The name of the part, as in `StepTime.parts`.
+        recipe: The recipe of the run.
+    """
+    options = [text for text, applies in _options(part, recipe) if applies]
+    if not options:
+        return "nothing in the recipe changes it much"
+    return ", ".join(options[:-1]) + (" or " if len(options) > 1 else "") + options[-1]
+
+
+def _options(part: str, recipe: Recipe) -> list[tuple[str, bool]]:
+    """Return the ways to shorten a part, each with whether the recipe leaves it open."""
+    parallel, train = recipe.parallel, recipe.train
+    layers = recipe.model.llm.config.get("num_hidden_layers", 0)
+    whole_stages = parallel.pipeline * parallel.virtual_stages < layers if layers else True
+    per_update = train.gather_audio_weights == "per_update"
+    return {
+        "computing the LLM": [
+            ("more ranks", True),
+            ("a larger train.llm_tokens_per_microbatch for fuller matrix products", True),
+        ],
+        "recomputing the LLM's activations": [
+            ("train.recompute_llm=selective if the memory suffices", train.recompute_llm == "full"),
+            ("train.recompute_llm=none if the memory suffices", train.recompute_llm != "none"),
+        ],
+        "tensor-parallel collectives": [("a smaller parallel.tensor, within a node", True)],
+        "sending tokens to experts": [("a smaller parallel.ffn_expert, within a node", True)],
+        "gathering keys and values": [("a smaller parallel.context, within a node", True)],
+        "the pipeline's bubble": [
+            ("more parallel.virtual_stages", whole_stages),
+            (f"more micro-batches ({_LARGER_BATCH} or a smaller train.llm_tokens_per_microbatch)", True),
+            ("a smaller parallel.pipeline", True),
+        ],
+        "transfers between stages": [("a smaller parallel.pipeline", True)],
+        "gradients and weights over replicas": [
+            (
+                "parallel.overlap_grad_reduce=true and parallel.overlap_param_gather=true",
+                not parallel.overlap_grad_reduce and not recipe.stages,
+            ),
+            (
+                "parallel.overlap_param_gather=true",
+                parallel.overlap_grad_reduce and not parallel.overlap_param_gather,
+            ),
+            ("parallel.grad_reduce_dtype=bf16", parallel.grad_reduce_dtype != "bf16" and train.precision == "bf16"),
+            (_LARGER_BATCH, True),
+        ],
+        "computing the encoders": [
+            ("train.recompute_encoders=false if the memory suffices", train.recompute_encoders),
+            ("train.recompute_encoder_calls=false if the memory suffices", train.recompute_encoder_calls),
+            ("more ranks", True),
+        ],
+        "ZeRO-3's collectives": [
+            (
+                "train.gather_audio_weights=per_update if the memory suffices",
+                train.gather_audio_weights != "per_update",
+            ),
+            ("a larger parallel.expert", parallel.expert < len(recipe.model.experts)),
+            (_LARGER_BATCH, per_update),
+        ],
+        "exchanging clips and embeddings": [],
+        "updating the weights": [(f"{_LARGER_BATCH}, so that there are fewer updates", True)],
+    }[part]
