@@ -27,8 +27,8 @@ _GPU_SIDES = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 12288)
 _CPU_SIDES = (32, 64, 128, 256, 512, 1024)
 
 
-def measured_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the mean time of a call in seconds, in the fastest of a few rounds of many calls each."""
+def measured_seconds(call: Callable[[], Any], device: torch.device, round_sec: float = _SECONDS_PER_SHAPE) -> float:
+    """Return the mean time of a call in seconds, in the fastest of a few rounds of `round_sec` seconds each."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -39,7 +39,7 @@ def measured_seconds(call: Callable[[], Any], device: torch.device) -> float:
     start = time.perf_counter()
     call()
     wait()
-    count = max(1, int(_SECONDS_PER_SHAPE / max(1e-6, time.perf_counter() - start)))
+    count = max(1, int(round_sec / max(1e-6, time.perf_counter() - start)))
     least = float("inf")
     for _ in range(_ROUNDS):
         start = time.perf_counter()
@@ -50,7 +50,13 @@ def measured_seconds(call: Callable[[], Any], device: torch.device) -> float:
     return least
 
 
-def calibrate(device: torch.device, dtype: torch.dtype, like: Any, peak_tflops: float | None = None) -> Any:
+def calibrate(
+    device: torch.device,
+    dtype: torch.dtype,
+    like: Any,
+    peak_tflops: float | None = None,
+    round_sec: float = _SECONDS_PER_SHAPE,
+) -> Any:
     """Return an accelerator with the measured rates of `device`.
 
     Args:
@@ -59,9 +65,10 @@ def calibrate(device: torch.device, dtype: torch.dtype, like: Any, peak_tflops: 
         like: The accelerator that provides what cannot be measured.
         peak_tflops: The peak rate to which the shares refer; None takes the data sheet's rate on a GPU, and the
             fastest product on a CPU.
+        round_sec: The length of a round of one measurement, of which there are three.
     """
     sides = _GPU_SIDES if device.type == "cuda" else _CPU_SIDES
-    rates = [(side / 3, _product_rate(side, device, dtype)) for side in sides]
+    rates = [(side / 3, _product_rate(side, device, dtype, round_sec)) for side in sides]
     if peak_tflops is None:
         listed = like.tflops if dtype == torch.bfloat16 else like.fp32_tflops
         peak_tflops = listed if device.type == "cuda" else max(rate for _, rate in rates) / 1e12
@@ -69,7 +76,7 @@ def calibrate(device: torch.device, dtype: torch.dtype, like: Any, peak_tflops: 
     size = torch.empty((), dtype=dtype).element_size()
     # FLOPs per byte are those of bf16, as in `Accelerator.matrix`, whatever the dtype.
     table = tuple((round(at, 3), round(min(1.0, rate / peak), 4)) for at, rate in rates)
-    memory = _memory_rate(device)
+    memory = _memory_rate(device, round_sec)
     known = dataclasses.asdict(like)
     return type(like)(
         **{
@@ -78,40 +85,42 @@ def calibrate(device: torch.device, dtype: torch.dtype, like: Any, peak_tflops: 
             "tflops": peak_tflops if size == 2 or device.type == "cpu" else like.tflops,
             "fp32_tflops": peak_tflops if size == 4 or device.type == "cpu" else like.fp32_tflops,
             "matrix": table,
-            "attention_efficiency": round(min(1.0, _attention_rate(device, dtype) / peak), 4),
+            "attention_efficiency": round(min(1.0, _attention_rate(device, dtype, round_sec) / peak), 4),
             "memory_tb_s": round(memory / 1e12, 6),
             "memory_efficiency": 1.0,
-            "kernel_us": round(_kernel_seconds(device) * 1e6, 3),
+            "kernel_us": round(_kernel_seconds(device, round_sec) * 1e6, 3),
         }
     )
 
 
-def _product_rate(side: int, device: torch.device, dtype: torch.dtype) -> float:
+def _product_rate(side: int, device: torch.device, dtype: torch.dtype, round_sec: float) -> float:
     """Return the FLOP/s of a product of two square matrices."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2.0 * side**3 / measured_seconds(lambda: a @ b, device)
+    return 2.0 * side**3 / measured_seconds(lambda: a @ b, device, round_sec)
 
 
-def _attention_rate(device: torch.device, dtype: torch.dtype) -> float:
+def _attention_rate(device: torch.device, dtype: torch.dtype, round_sec: float) -> float:
     """Return the FLOP/s of causal attention in the forward pass, counting only the scores that the mask keeps."""
     heads, tokens, width = (16, 4096, 128) if device.type == "cuda" else (4, 256, 64)
     q, k, v = (torch.randn(1, heads, tokens, width, device=device, dtype=dtype) for _ in range(3))
-    seconds = measured_seconds(lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True), device)
+    seconds = measured_seconds(
+        lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True), device, round_sec
+    )
     return 2.0 * heads * width * tokens**2 / seconds
 
 
-def _memory_rate(device: torch.device) -> float:
+def _memory_rate(device: torch.device, round_sec: float) -> float:
     """Return the bytes per second of a sum of two tensors, which reads both and writes a third."""
     count = 2**28 if device.type == "cuda" else 2**23
     a, b = (torch.ones(count, device=device) for _ in range(2))
     out = torch.empty_like(a)
-    return 3.0 * a.nbytes / measured_seconds(lambda: torch.add(a, b, out=out), device)
+    return 3.0 * a.nbytes / measured_seconds(lambda: torch.add(a, b, out=out), device, round_sec)
 
 
-def _kernel_seconds(device: torch.device) -> float:
+def _kernel_seconds(device: torch.device, round_sec: float) -> float:
     """Return the time of an operation on one number in seconds."""
     one = torch.ones(1, device=device)
-    return measured_seconds(lambda: one.add(1), device)
+    return measured_seconds(lambda: one.add(1), device, round_sec)
 
 
 def main() -> int:

@@ -83,12 +83,15 @@ class Accelerator:
         return share
 
     def ranging(self, change: float) -> Accelerator:
-        """Return this accelerator with all assumed shares multiplied by 1 + `change`, and latencies divided by it."""
+        """Return this accelerator with all assumed shares multiplied by 1 + `change`, and latencies divided by it.
+
+        Shares may exceed 1, because measured rates (`bench.calibrate`) have shares of 1.
+        """
         factor = 1 + change
         return dataclasses.replace(
             self,
-            matrix=tuple((at, min(1.0, share * factor)) for at, share in self.matrix),
-            **{k: min(1.0, getattr(self, k) * factor) for k in _SHARES},
+            matrix=tuple((at, share * factor) for at, share in self.matrix),
+            **{k: getattr(self, k) * factor for k in _SHARES},
             **{k: getattr(self, k) / factor for k in _LATENCIES},
         )
 
