@@ -32,11 +32,12 @@ _FOLDER = "LONG_RECORDING_FOLDER"
 _LLM = {
     "model_type": "llama",
     "vocab_size": 61,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
     "max_position_embeddings": 65536,
 }
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-BLOCK_ROWS = 1024
+BLOCK_ROWS = 256
 """The number of queries whose scores exist at the same time. The mask of a block has this many rows of keys."""
 
 

@@ -28,7 +28,7 @@ CONTEXT_CASES: list[tuple[Topology, str, bool, tuple[str, ...], list[dict[str, A
     (Topology(2, 1, 1, cp=2), "llama", True, ("mixed",), [{"recompute": "full"}]),
     (Topology(4, 1, 1, cp=4), "qwen3", False, ("mixed",), [{"recompute": "selective"}]),
     (Topology(4, 2, 1, cp=2), "qwen2", True, ("mixed", "conversations"), [{"recompute": "selective"}]),
-    (Topology(4, 1, 2, cp=2), "qwen2", False, ("mixed", "rank_without_audio"), [{"recompute": "none"}]),
+    (Topology(4, 1, 2, vp=2, cp=2), "qwen2", False, ("mixed", "rank_without_audio"), [{"recompute": "none"}]),
     (Topology(4, 1, 1, cp=2), "llama", False, ("mixed",), [{"overlap": "both"}]),
 ]
 LORA_CASES = [

@@ -15,7 +15,8 @@ class Mechanisms:
     """
 
     context: int = 1
-    """The context-parallel size: the number of ranks that share each sequence."""
+    """The number of ranks that share each sequence and exchange keys and values in a ring during attention. The trainer
+    gathers them before attention instead (`parallel.context`)."""
     overlap_tensor: bool = False
     """True if tensor-parallel collectives run in TP chunks, of which all but the first overlap with matrix products."""
     sequence_parallel: bool = True
