@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from model.llm.names import local_pieces, tp_dim
+from model.llm.names import tp_dim
 from trainer.checkpoint import adam
 from trainer.checkpoint.layout import PARAM, Rect, Shard, matrix_of, rects_of_range
 from trainer.parallel.cpu import megatron_calls
@@ -115,7 +115,7 @@ def _shards_of(
     """
     shapes = engine.shapes
     stop, base = start + flats[PARAM].numel(), 0
-    for piece in local_pieces(name, engine.hf_config, *engine.split(name)):
+    for piece in engine.pieces(name):
         if piece.hf_name is None:
             rows = piece.index[0]
             base += (rows.stop - rows.start) * engine.hf_config.hidden_size

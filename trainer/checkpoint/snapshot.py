@@ -44,12 +44,17 @@ class HostBuffer:
         """
         self._hold([value.numel() * value.element_size() for shard in shards for value in shard.values.values()])
         places, copies = iter(self._places), []
+        typed: dict[tuple[int, torch.dtype], Tensor] = {}  # A view of a chunk costs as much as a small copy.
         for shard in shards:
             values = {}
             for kind, value in shard.values.items():
                 chunk, start = next(places)
-                memory = self._chunks[chunk][start : start + value.numel() * value.element_size()]
-                values[kind] = memory.view(value.dtype).view(value.shape).copy_(value, non_blocking=True)
+                of_type = (chunk, value.dtype)
+                if of_type not in typed:
+                    typed[of_type] = self._chunks[chunk].view(value.dtype)
+                first = start // value.element_size()
+                memory = typed[of_type][first : first + value.numel()]
+                values[kind] = memory.view(value.shape).copy_(value, non_blocking=True)
             copies.append(replace(shard, values=values))
         if self._pinned:
             torch.cuda.synchronize()

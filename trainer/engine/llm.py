@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from model.llm.context import ContextPart
 from model.llm.lora import add_llm_adapters
 from model.llm.megatron import build_megatron, embed_tokens
-from model.llm.names import is_expert
+from model.llm.names import Piece, is_expert, local_pieces
 from model.llm.packing import PackedSequences
 from model.llm.stages import Recompute
 from model.llm.weights import WeightSource, global_parameters, load_megatron
@@ -138,6 +138,7 @@ class LLMEngine:
         reduction: Reduction = FP32_REDUCTION,
     ) -> None:
         self.hf_config, self.groups, self.dtype, self.reduction = hf_config, groups, dtype, reduction
+        self._pieces: dict[str, tuple[Piece, ...]] = {}
         self.shapes = llm_shapes(hf_config, adapters)
         """The shapes of all tensors of the LLM, by name without `llm.`."""
         topology, place = groups.topology, groups.place
@@ -180,6 +181,12 @@ class LLMEngine:
         if is_expert(name):
             return self.groups.expert_place.tp, topology.expert_tp
         return self.groups.place.tp, topology.tp
+
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """Return `local_pieces` of the Megatron parameter `name`, which are kept because saves need them."""
+        if name not in self._pieces:
+            self._pieces[name] = tuple(local_pieces(name, self.hf_config, *self.split(name)))
+        return self._pieces[name]
 
     def copy_index(self, name: str) -> int:
         """Return the index of this rank's copy of the Megatron parameter `name`; 0 if there is only one copy."""
