@@ -11,10 +11,10 @@ The metadata of checkpoints (`bench.scale_checkpoint`), the judgement of straggl
 measured with real processes on this machine. For more ranks, a model multiplies the number of rounds by the measured
 time of a round and an assumed latency of the network.
 
-Goals: the number of open files, the number of gloo groups, the size of the metadata (50 MB anywhere), the times for
-judging stragglers (50 ms) and planning (15 ms) with 10,240 ranks, and the modelled time of a step's small collectives
-with 1,024 ranks (10 ms) are below the bounds that this file states. The last line is one JSON object. The exit code is
-1 if a goal is missed.
+Goals: the number of open files, the number of gloo groups, the number of a checkpoint's files, the size of the metadata
+(50 MB anywhere), the times for judging stragglers (50 ms) and planning (15 ms) with 10,240 ranks, and the modelled time
+of a step's small collectives with 1,024 ranks (10 ms) are below the bounds that this file states. The last line is one
+JSON object. The exit code is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bench.scale_checkpoint import measure
+from bench.scale_checkpoint import RANKS_PER_NODE, measure
 from bench.scale_start import start_sec
 from bench.scale_step import COLLECTIVES, collective_sec, modelled_sec, planning_sec, rounds
 from trainer.config.load import load_recipe
@@ -159,6 +159,7 @@ def main() -> int:
     _print_row("metadata that a rank sends, KB", "1", [m.sent_bytes / 1e3 for m in saved.values()])
     _print_row("metadata that rank 0 receives, KB", "N", [m.gathered_bytes / 1e3 for m in saved.values()])
     _print_row("manifest of a checkpoint, KB", "N", [m.manifest_bytes / 1e3 for m in saved.values()])
+    _print_row("files of a checkpoint, 8 ranks per node", "nodes", [m.num_files for m in saved.values()])
     _print_row("making it on rank 0, CPU ms", "N", [1e3 * m.merge_sec for m in saved.values()])
     _print_row("reading it on a rank, CPU ms", "N", [1e3 * m.parse_sec for m in saved.values()])
     _print_row("judging stragglers on rank 0, CPU ms", "N log N", [1e3 * s for s in judged.values()])
@@ -168,6 +169,7 @@ def main() -> int:
     goals[f"metadata, {most} ranks"] = (
         max(saved[most].gathered_bytes, saved[most].manifest_bytes) <= GOAL_METADATA_BYTES
     )
+    goals["files of a checkpoint"] = all(m.num_files <= world / RANKS_PER_NODE + 2 for world, m in saved.items())
     goals[f"judging, {most} ranks"] = judged[most] <= GOAL_JUDGE_SEC
     goals[f"planning, {most} ranks"] = sum(planned[most].values()) <= GOAL_PLANNING_SEC
 

@@ -30,12 +30,14 @@ from trainer.checkpoint.layout import (
     Slices,
     entries_of,
     file_of,
+    joined_file,
     matrix_of,
     merge_entries,
     rects_of_range,
     sliced_elements,
 )
 from trainer.checkpoint.llm_state import rect_of
+from trainer.checkpoint.reader import MANIFEST, STATE
 from trainer.engine.placement import place
 from trainer.parallel.topology import Topology
 from trainer.parallel.values import decode, encode
@@ -45,7 +47,7 @@ from trainer.plan.sizes import SizedModel
 Shape = tuple[int, ...]
 
 _VALUES: Mapping[str, Any] = dict.fromkeys((PARAM, EXP_AVG, EXP_AVG_SQ))
-_FILE = FileEntry(1 << 30, "0" * 32)
+RANKS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Metadata:
     gathered_bytes: int
     """The number of bytes that rank 0 receives."""
     manifest_bytes: int
+    num_files: int
+    """The number of files if a node has `RANKS_PER_NODE` ranks, including the manifest and the trainer's state."""
     merge_sec: float
     """CPU seconds in which rank 0 merges what all ranks sent and writes the manifest as text."""
     parse_sec: float
@@ -79,11 +83,13 @@ def measure(model: SizedModel, topology: Topology) -> Metadata:
     merged = time.thread_time()
     Manifest.loads(text)
     parsed = time.thread_time()
-    return Metadata(max(map(len, sent)), sum(map(len, sent)), len(text), merged - start, parsed - merged)
+    num_files = len({entry.stored_in or name for name, entry in files.items()} | {MANIFEST, STATE})
+    return Metadata(max(map(len, sent)), sum(map(len, sent)), len(text), num_files, merged - start, parsed - merged)
 
 
 def _written(rank: int, shards: Mapping[str, list[Shard]]) -> Written:
-    files = {file_of(family, rank): _FILE for family in (*shards, MOMENTS, "rng")}
+    place = FileEntry(1 << 30, "0" * 32, joined_file(None, rank // RANKS_PER_NODE), 1 << 33)
+    files = {file_of(family, rank): place for family in (*shards, MOMENTS, "rng")}
     tensors = {name: entry for family, own in shards.items() for name, entry in entries_of(own, family, rank).items()}
     return Written(files, tensors, sliced_elements([shard for own in shards.values() for shard in own]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,10 @@ from trainer.checkpoint.layout import (
     rects_of_range,
     sliced_elements,
 )
-from trainer.checkpoint.local import LocalDraft
-from trainer.checkpoint.reader import Reader, hash_file
+from trainer.checkpoint.local import JoinedDraft, LocalDraft
+from trainer.checkpoint.reader import DamagedError, Reader, check_files, hash_file
 from trainer.checkpoint.tensor_file import TensorFile
-from trainer.checkpoint.writer import write_tensors
+from trainer.checkpoint.writer import Region, num_bytes, write_tensors
 
 SHAPES = ((7, 5), (6,), (), (3, 2, 4), (1, 9))
 
@@ -103,6 +104,54 @@ def test_files_are_safetensors(tmp_path: Path) -> None:
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     assert all(read[k].equal(v) and read[k].dtype == v.dtype for k, v in tensors.items())
+
+
+def test_ranks_of_a_node_share_a_file(tmp_path: Path) -> None:
+    frozen = "frozen-00000001-0001-ab"
+    tensors = {
+        (folder, rank): {f"t{rank}": torch.randn(300, 5 + rank)} for folder in ("", f"{frozen}/") for rank in (1, 0)
+    }
+    files: dict[str, FileEntry] = {}
+    for rank in (1, 0):
+        draft = JoinedDraft(tmp_path, Region(node=3, own_start=4096 * 4 * rank, frozen_start=4096 * 2 * rank))
+        for folder in ("", f"{frozen}/"):
+            name = f"{folder}audio-{rank:05d}.safetensors"
+            files[name] = write_tensors(draft, name, tensors[folder, rank])
+            assert files[name].size_bytes == num_bytes(tensors[folder, rank])
+        files[f"rng-{rank:05d}.safetensors"] = write_tensors(
+            draft, f"rng-{rank:05d}.safetensors", {"g": torch.arange(9)}
+        )
+    draft.sync()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [frozen, "node-00003.joined"]
+    assert [path.name for path in (tmp_path / frozen).iterdir()] == ["node-00003.joined"]
+
+    (tmp_path / frozen).rename(tmp_path.parent / frozen)  # as a commit does
+    manifest = Manifest.loads(Manifest(1, {}, files, {}).dumps())
+    assert manifest.files == files
+    folder = LocalFolder(tmp_path)
+    check_files(folder, manifest, files)
+    reader = Reader(folder, manifest)
+    for (where, rank), wanted in tensors.items():
+        read = reader.tensors(f"{where}audio-{rank:05d}.safetensors")
+        assert read.keys() == wanted.keys() and all(read[k].equal(v) for k, v in wanted.items())
+    joined = tmp_path / "node-00003.joined"
+    os.truncate(joined, joined.stat().st_size - 9)
+    with pytest.raises(DamagedError, match=r"rng-00001.safetensors has \d+ bytes instead of"):
+        check_files(folder, manifest, files)
+    with open(joined, "r+b") as file:
+        file.seek(files["audio-00000.safetensors"].offset + 500)
+        file.write(b"\xff\xff")
+    with pytest.raises(DamagedError, match=r"audio-00000.safetensors has another checksum"):
+        check_files(folder, manifest, ["audio-00000.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "stored_in", ["../node-00000.joined", "audio-00000.safetensors", f"frozen-1/{'node-00000'}.joined"]
+)
+def test_joined_files_elsewhere_are_refused(stored_in: str) -> None:
+    files = {"llm-00000.safetensors": FileEntry(8, "0" * 32, stored_in, 0)}
+    with pytest.raises(ValueError, match="is not the name of a joined file"):
+        Manifest.loads(Manifest(1, {}, files, {}).dumps())
 
 
 def test_pieces_must_cover_the_tensor_once() -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
@@ -43,11 +44,14 @@ from trainer.checkpoint.layout import (
 )
 from trainer.checkpoint.reader import MANIFEST, STATE
 from trainer.checkpoint.signing import signing_key
-from trainer.checkpoint.writer import Draft, write_tensors, write_text
+from trainer.checkpoint.writer import Draft, Region, num_bytes, write_tensors, write_text
+from trainer.parallel.plan import Ints
+from trainer.parallel.tree import all_gather_numbers
 from trainer.parallel.values import broadcast_value, gather_values
 
 log = logging.getLogger(__name__)
 
+_PAGE_BYTES = 1 << 12
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "safetensors")
 
 
@@ -123,6 +127,9 @@ class Place:
     topology: Mapping[str, int]
     heartbeat: Callable[[str], None] = lambda what: None
     """A function that is called with a description of every file before it is written."""
+    nodes: Ints | None = None
+    """[ranks] the number of each rank's node, if the ranks of a node write to joined files; None for files of each
+    rank."""
 
 
 class Save:
@@ -165,11 +172,15 @@ class Save:
         """
         place, draft = self.place, None
         failure, written = None, None
+        files = self._files()
+        region = None if place.nodes is None else self._region(files, place.nodes)
         try:
-            draft = place.checkpoints.draft(place.attempt, self.content.step)
-            written = self._write(draft)
+            draft = place.checkpoints.draft(place.attempt, self.content.step, region)
+            written = self._write(draft, files)
         except Exception as error:  # All exceptions are caught, because the other ranks wait for this rank's result.
             failure = f"rank {place.rank}: {_text(error)}"
+        if place.nodes is not None:
+            failure = self._sync(draft, failure, place.nodes)
         outcome = Outcome(self.url)
         parts = gather_values((failure, written), place.group, SENT_KINDS)
         if parts is not None:
@@ -183,32 +194,75 @@ class Save:
             place.checkpoints.discard(place.attempt, self.content.step)
         return outcome
 
-    def _write(self, draft: Draft) -> Written:
-        """Write this rank's files, and return the manifest's entries for the files and for the tensors in them."""
-        rank, frozen = self.place.rank, self.place.attempt.folder(FROZEN, self.content.step)
-        files: dict[str, FileEntry] = {}
-        tensors: dict[str, TensorEntry] = {}
-        moments: dict[str, Tensor] = {}
+    def _parts(self) -> Iterator[tuple[str, list[Shard]]]:
+        """Yield this rank's shards by family of files, where the names of frozen families include their folder."""
+        frozen = self.place.attempt.folder(FROZEN, self.content.step)
         for family, shards in self.content.shards.items():
-            for kind, part in (
+            for name, part in (
                 (family, [s for s in shards if not s.frozen]),
                 (f"{frozen}/{family}", [s for s in shards if s.frozen]),
             ):
                 if part:
-                    name = file_of(kind, rank)
-                    self.place.heartbeat(f"writing {name}")
-                    weights = {key_of(s.name, PARAM, s.rect): s.values[PARAM] for s in part}
-                    files[name] = write_tensors(draft, name, weights)
-                    tensors |= entries_of(part, kind, rank)
-            moments |= {
-                key_of(s.name, kind, s.rect): value for s in shards for kind, value in s.values.items() if kind != PARAM
-            }
+                    yield name, part
+
+    def _files(self) -> dict[str, Mapping[str, Tensor]]:
+        """Return the tensors of each file that this rank writes, by the file's name."""
+        rank, files = self.place.rank, dict[str, Mapping[str, Tensor]]()
+        for family, part in self._parts():
+            files[file_of(family, rank)] = {key_of(s.name, PARAM, s.rect): s.values[PARAM] for s in part}
+        moments = {
+            key_of(s.name, kind, s.rect): value
+            for shards in self.content.shards.values()
+            for s in shards
+            for kind, value in s.values.items()
+            if kind != PARAM
+        }
         if moments:
-            self.place.heartbeat(f"writing {file_of(MOMENTS, rank)}")
-            files[file_of(MOMENTS, rank)] = write_tensors(draft, file_of(MOMENTS, rank), moments)
-        file = file_of("rng", rank)
-        files[file] = write_tensors(draft, file, self.content.generators)
-        return Written(files, tensors, sliced_elements([s for part in self.content.shards.values() for s in part]))
+            files[file_of(MOMENTS, rank)] = moments
+        files[file_of("rng", rank)] = self.content.generators
+        return files
+
+    def _region(self, files: Mapping[str, Mapping[str, Tensor]], nodes: Ints) -> Region:
+        """Return the part of the joined files that this rank writes. It begins after those of the node's lower ranks.
+
+        Collective: every rank of `Place.group` must call it.
+        """
+        sizes = [sum(num_bytes(t) for name, t in files.items() if ("/" in name) == frozen) for frozen in (False, True)]
+        everyone = all_gather_numbers(np.array(sizes, dtype=np.int64), self.place.group)
+        mine = nodes[self.place.rank]
+        before = everyone[: self.place.rank][nodes[: self.place.rank] == mine]
+        # Ranks do not share a page, so that each page is written by one rank.
+        own, frozen = (-(-before // _PAGE_BYTES) * _PAGE_BYTES).sum(axis=0).tolist()
+        return Region(int(mine), own, frozen)
+
+    def _sync(self, draft: Draft | None, failure: str | None, nodes: Ints) -> str | None:
+        """Let the first rank of each node sync the joined files when all ranks have written their parts.
+
+        Collective: every rank of `Place.group` must call it.
+
+        Returns:
+            The reason why the save failed on this rank; None if it did not.
+        """
+        rank = self.place.rank
+        written = all_gather_numbers(np.array([failure is None]), self.place.group).all()
+        if written and draft is not None and rank == int((nodes == nodes[rank]).argmax()):
+            self.place.heartbeat("syncing the files of the node")
+            try:
+                draft.sync()
+            except OSError as error:
+                return f"rank {rank}: {_text(error)}"
+        return failure
+
+    def _write(self, draft: Draft, files: Mapping[str, Mapping[str, Tensor]]) -> Written:
+        """Write this rank's files, and return the manifest's entries for the files and for the tensors in them."""
+        entries: dict[str, FileEntry] = {}
+        for name, content in files.items():
+            self.place.heartbeat(f"writing {name}")
+            entries[name] = write_tensors(draft, name, content)
+        tensors: dict[str, TensorEntry] = {}
+        for family, part in self._parts():
+            tensors |= entries_of(part, family, self.place.rank)
+        return Written(entries, tensors, sliced_elements([s for part in self.content.shards.values() for s in part]))
 
     def _commit(self, draft: Draft, parts: Sequence[Written]) -> Outcome:
         """Commit the checkpoint. Only rank 0 calls this method, after all ranks have written their files.

@@ -29,7 +29,7 @@ from trainer.checkpoint.attempt import Attempt
 from trainer.checkpoint.bucket_folder import BucketFolder
 from trainer.checkpoint.config import CheckpointConfig, kept_steps
 from trainer.checkpoint.layout import STEP, FileEntry, Manifest, frozen_folder_of, step_name
-from trainer.checkpoint.writer import Hashed
+from trainer.checkpoint.writer import Hashed, Region
 from trainer.storage.store import MissingError, Store
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,9 @@ class BucketDraft:
         self._store.put(name if "/" in name else f"{self._folder}/{name}", hashed)
         return hashed.entry
 
+    def sync(self) -> None:
+        """Do nothing, because an object is durable when it has been written."""
+
 
 class BucketCheckpoints:
     """The checkpoints of a run in an object store; implements `trainer.checkpoint.catalog.Checkpoints`.
@@ -127,7 +130,8 @@ class BucketCheckpoints:
         self.sweep(begun.attempt)
         return begun.attempt
 
-    def draft(self, attempt: Attempt, step: int) -> BucketDraft:
+    def draft(self, attempt: Attempt, step: int, region: Region | None = None) -> BucketDraft:
+        assert region is None, "an object cannot be written by several ranks"
         return BucketDraft(self._store, attempt.folder(STEP, step))
 
     def commit(self, attempt: Attempt, manifest: Manifest) -> None:

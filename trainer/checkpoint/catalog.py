@@ -15,7 +15,7 @@ from trainer.checkpoint.folder import Folder, read_text
 from trainer.checkpoint.layout import Manifest, step_of
 from trainer.checkpoint.local import LocalCheckpoints
 from trainer.checkpoint.reader import MANIFEST, STATE, DamagedError, check_files, hash_file, read_manifest
-from trainer.checkpoint.writer import Draft
+from trainer.checkpoint.writer import Draft, Region
 from trainer.storage.open import join_url, open_store, scheme_of
 
 SUBFOLDER = "checkpoints"
@@ -44,8 +44,14 @@ class Checkpoints(Protocol):
         """Start a new attempt. From then on, earlier attempts cannot commit anything."""
         ...
 
-    def draft(self, attempt: Attempt, step: int) -> Draft:
-        """Return the draft of a checkpoint. All ranks write their files to the same draft."""
+    def draft(self, attempt: Attempt, step: int, region: Region | None = None) -> Draft:
+        """Return the draft of a checkpoint. All ranks write their files to the same draft.
+
+        Args:
+            attempt: The attempt that writes.
+            step: The number of steps done.
+            region: The part of the joined files of its node that this rank writes; None for files of its own.
+        """
         ...
 
     def commit(self, attempt: Attempt, manifest: Manifest) -> None:
@@ -162,7 +168,7 @@ def sign_checkpoint(folder: Folder, key: bytes) -> bool:
         return False
     manifest = read_manifest(folder, check_signature=False)
     check_files(folder, manifest, manifest.files)
-    files = {name: hash_file(folder, name, cryptographic=True) for name in manifest.files}
+    files = {name: hash_file(folder, name, True, entry) for name, entry in manifest.files.items()}
     folder.replace(MANIFEST, replace(manifest, files=files).dumps(key))
     return True
 

@@ -23,9 +23,9 @@ from model.errors import UserError
 from model.json_text import parse_json
 from trainer.checkpoint.signing import SHA256_CHARACTERS, VARIABLE, is_signed, sign
 
-FORMAT_VERSION = 4
-_READABLE_VERSIONS = (3, 4)
-"""Version 4 added `TensorEntry.slices`."""
+FORMAT_VERSION = 5
+_READABLE_VERSIONS = (3, 4, 5)
+"""Version 4 added `TensorEntry.slices`, and version 5 `FileEntry.stored_in`."""
 PARAM, EXP_AVG, EXP_AVG_SQ = "param", "exp_avg", "exp_avg_sq"
 STEP, FROZEN = "step", "frozen"
 """The prefixes of the names of folders that contain a checkpoint (`STEP`) and frozen weights (`FROZEN`). Several
@@ -34,6 +34,7 @@ MOMENTS = "moments"
 """The name of the family of files that contain Adam's moments."""
 
 _FILE_NAME = re.compile(r"(frozen-[0-9a-f-]+/)?[a-z]+(-\d+)?\.(safetensors|json)")
+_JOINED_NAME = re.compile(r"(frozen-[0-9a-f-]+/)?node-\d+\.joined")
 _COMMITTED = re.compile(r"step-(\d{8,})")
 _CHECKSUM = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
 
@@ -184,6 +185,10 @@ class FileEntry:
     size_bytes: int
     checksum: str
     """The XXH3-128 checksum in hexadecimal, which detects accidental damage; in signed checkpoints the SHA-256."""
+    stored_in: str | None = None
+    """The joined file of a node that contains this file; None if it is stored under its own name."""
+    offset: int = 0
+    """The position of the first byte in the joined file."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ class Manifest:
             "version": FORMAT_VERSION,
             "step": self.step,
             "topology": dict(self.topology),
-            "files": {name: [f.size_bytes, f.checksum] for name, f in self.files.items()},
+            "files": {name: _file_to_json(f) for name, f in self.files.items()},
             "tensors": {name: _entry_to_json(entry) for name, entry in self.tensors.items()},
         }
         tree = {"sha256": _digest(body), "body": body}
@@ -256,10 +261,7 @@ class Manifest:
         manifest = Manifest(
             step=int(body["step"]),
             topology={str(k): int(v) for k, v in body["topology"].items()},
-            files={
-                _file_name(name): FileEntry(int(size), _checksum(digest))
-                for name, (size, digest) in body["files"].items()
-            },
+            files={_file_name(name): _file_from_json(name, *entry) for name, entry in body["files"].items()},
             tensors={name: _entry_from_json(name, entry) for name, entry in body["tensors"].items()},
         )
         if missing := sorted(files_of(manifest.tensors.values()) - set(manifest.files)):
@@ -317,6 +319,16 @@ def files_of(entries: Iterable[TensorEntry]) -> set[str]:
     groups = {(e.family, e.slices.ranks[: e.num_slices]) for e in entries if e.slices is not None}
     listed = {file for entry in entries for file, _ in entry.listed}
     return listed | {file_of(family, rank) for family, ranks in groups for rank in ranks}
+
+
+def joined_file(folder: str | None, node: int) -> str:
+    """Return the name of the file in which the ranks of a node store their files of a folder.
+
+    Args:
+        folder: The folder of frozen weights; None for the checkpoint's own folder.
+        node: The number of the node.
+    """
+    return f"{'' if folder is None else folder + '/'}node-{node:05d}.joined"
 
 
 def is_frozen(entry: TensorEntry) -> bool:
@@ -420,6 +432,21 @@ def _entry_from_json(name: str, tree: Mapping[str, Any]) -> TensorEntry:
         if rect.overlap(whole) != rect:
             raise ValueError(f"{name}: piece {rect} is not in the tensor")
     return TensorEntry(shape, kinds, step, pieces)
+
+
+def _file_to_json(entry: FileEntry) -> list[Any]:
+    place = [] if entry.stored_in is None else [entry.stored_in, entry.offset]
+    return [entry.size_bytes, entry.checksum, *place]
+
+
+def _file_from_json(name: str, size: int, digest: str, stored_in: str | None = None, offset: int = 0) -> FileEntry:
+    if stored_in is not None and (
+        not _JOINED_NAME.fullmatch(stored_in) or frozen_folder_of(stored_in) != frozen_folder_of(name)
+    ):
+        raise ValueError(f"{stored_in!r} is not the name of a joined file next to {name}")
+    if int(offset) < 0:
+        raise ValueError(f"{name} begins at byte {offset}")
+    return FileEntry(int(size), _checksum(digest), stored_in, int(offset))
 
 
 def _file_name(name: str) -> str:

@@ -13,15 +13,15 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from trainer.checkpoint.attempt import Attempt
 from trainer.checkpoint.config import CheckpointConfig, kept_steps
 from trainer.checkpoint.folder import LocalFolder
-from trainer.checkpoint.layout import FROZEN, FileEntry, Manifest, frozen_folder_of, step_name, step_of
+from trainer.checkpoint.layout import FROZEN, FileEntry, Manifest, frozen_folder_of, joined_file, step_name, step_of
 from trainer.checkpoint.reader import DamagedError, read_manifest
-from trainer.checkpoint.writer import Hashed
+from trainer.checkpoint.writer import Hashed, Region
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,46 @@ class LocalDraft:
             file.flush()
             os.fsync(file.fileno())
         return hashed.entry
+
+    def sync(self) -> None:
+        """Do nothing, because every file is synced when it is written."""
+
+
+class JoinedDraft(LocalDraft):
+    """A draft folder in which the ranks of a node write their tensors to one file, each to a part of its own.
+
+    Args:
+        path: The folder.
+        region: This rank's part.
+    """
+
+    def __init__(self, path: Path, region: Region) -> None:
+        super().__init__(path)
+        self._node = region.node
+        self._starts = {False: region.own_start, True: region.frozen_start}
+
+    def write(self, name: str, content: Iterable[bytes | memoryview]) -> FileEntry:
+        if not name.endswith(".safetensors"):
+            return super().write(name, content)
+        folder = frozen_folder_of(name)
+        file, start = joined_file(folder, self._node), self._starts[folder is not None]
+        path, hashed, at = self.path / file, Hashed(content), start
+        path.parent.mkdir(exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            for chunk in hashed:
+                done = 0
+                while done < len(chunk):
+                    done += os.pwrite(handle, chunk[done:], at + done)
+                at += done
+        finally:
+            os.close(handle)
+        self._starts[folder is not None] = at
+        return replace(hashed.entry, stored_in=file, offset=start)
+
+    def sync(self) -> None:
+        for path in (*self.path.glob(joined_file(None, self._node)), *self.path.glob(joined_file("*", self._node))):
+            _sync(path)
 
 
 class LocalCheckpoints:
@@ -79,15 +119,15 @@ class LocalCheckpoints:
         self.sweep(mine)
         return mine
 
-    def draft(self, attempt: Attempt, step: int) -> LocalDraft:
+    def draft(self, attempt: Attempt, step: int, region: Region | None = None) -> LocalDraft:
         aside = self._aside(attempt, step)
         aside.mkdir(parents=True, exist_ok=True)
-        return LocalDraft(aside)
+        return LocalDraft(aside) if region is None else JoinedDraft(aside, region)
 
     def commit(self, attempt: Attempt, manifest: Manifest) -> None:
         step = manifest.step
         aside, final = self._aside(attempt, step), self.path / step_name(step)
-        for name in attempt.written(manifest):
+        for name in dict.fromkeys(manifest.files[file].stored_in or file for file in attempt.written(manifest)):
             if not (aside / name).exists():
                 raise OSError(f"{name}, written by another rank, is not there: all ranks must share {self.path}")
         attempt.check(self._attempt(), self.url)
@@ -189,7 +229,7 @@ def _remove_folder(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make the names in `folder` durable, so that they survive a power failure."""
+    """Make a file, or the names in a folder, durable, so that they survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

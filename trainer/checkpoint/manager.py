@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -14,18 +17,21 @@ from model.errors import UserError
 from trainer.checkpoint import audio_state, generators, llm_state
 from trainer.checkpoint.attempt import Attempt, FencedRunError
 from trainer.checkpoint.background import Content, Frozen, Outcome, Place, Save
+from trainer.checkpoint.bucket import BucketCheckpoints
 from trainer.checkpoint.catalog import find_checkpoint, open_checkpoints, read_extra
 from trainer.checkpoint.config import CheckpointConfig, evaluations_since_best
 from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.layout import Shard, file_of, rank_of
 from trainer.checkpoint.origin import is_export, open_origin
-from trainer.checkpoint.reader import DamagedError, Reader, check_files, read_manifest
+from trainer.checkpoint.reader import DamagedError, Reader, check_files, manifest_text, parse_manifest
 from trainer.checkpoint.signing import signing_key
 from trainer.checkpoint.snapshot import HostBuffer
 from trainer.checkpoint.start import check_adapters, fill_moments, fill_weights
 from trainer.checkpoint.together import from_rank0, gather, together
 from trainer.parallel.exchange import gather_distinct
 from trainer.parallel.groups import Groups
+from trainer.parallel.plan import Ints
+from trainer.parallel.tree import all_gather_numbers
 
 if TYPE_CHECKING:
     from trainer.engine.encoders import AudioEngine
@@ -76,7 +82,8 @@ class CheckpointManager:
         self.checkpoints = together(self.groups, url, lambda: open_checkpoints(url, config.retry_sec))
         attempt = from_rank0(groups, url, self.checkpoints.begin_attempt, (Attempt,))
         writers = dist.new_group(backend="gloo")
-        self._place = Place(self.checkpoints, config, attempt, writers, groups.rank, self._topology(), heartbeat)
+        nodes = None if isinstance(self.checkpoints, BucketCheckpoints) else _nodes(groups)
+        self._place = Place(self.checkpoints, config, attempt, writers, groups.rank, self._topology(), heartbeat, nodes)
         self._buffer = HostBuffer(groups.device)
         self._verified: set[str] = set()
         self._current: int | None = None
@@ -232,7 +239,8 @@ class CheckpointManager:
         """
         if folder.url not in self._verified and (damage := self._damage(folder)) is not None:
             raise UserError(f"checkpoint {folder.url} is damaged: {damage}; use another one")
-        reader = Reader(folder, together(self.groups, folder.url, lambda: read_manifest(folder)))
+        text = from_rank0(self.groups, folder.url, lambda: manifest_text(folder))
+        reader = Reader(folder, together(self.groups, folder.url, lambda: parse_manifest(folder, text)))
         names = self._everyones_names(engines)
         shards = together(self.groups, folder.url, lambda: self._checked_shards(engines, reader, names))
         together(self.groups, folder.url, lambda: _fill(shards, reader, self._place.heartbeat))
@@ -372,13 +380,24 @@ class CheckpointManager:
     def _damage(self, folder: Folder) -> str | None:
         """Verify a checkpoint. Return a description of the damage, or None if the checkpoint is undamaged.
 
-        Collective: every rank of the world must call it. Each rank verifies a part of the files.
+        Collective: every rank of the world must call it. Rank 0 reads the manifest for all ranks, and each rank
+        verifies a part of the files.
         """
         rank, world = self.groups.rank, self.groups.topology.world
 
+        def read() -> tuple[str, str | None]:
+            try:
+                return manifest_text(folder), None
+            except DamagedError as error:
+                return "", str(error)
+
+        text, unreadable = from_rank0(self.groups, folder.url, read)
+        if unreadable is not None:
+            return unreadable
+
         def check() -> str | None:
             try:
-                manifest = read_manifest(folder)
+                manifest = parse_manifest(folder, text)
                 mine = [n for n in manifest.files if rank_of(n) % world == rank]
                 check_files(folder, manifest, mine, self._place.heartbeat)
             except DamagedError as error:
@@ -402,6 +421,20 @@ class CheckpointManager:
         topology = self.groups.topology
         sizes = {"world": topology.world, "tp": topology.tp, "pp": topology.pp, "ep": topology.ep}
         return sizes | ({"cp": topology.cp} if topology.cp > 1 else {})
+
+
+def _nodes(groups: Groups) -> Ints | None:
+    """Return the number of each rank's node; None if no node has more than one rank.
+
+    Collective: every rank of the world must call it.
+    """
+    digest = hashlib.sha256(socket.gethostname().encode()).digest()
+    names = all_gather_numbers(np.frombuffer(digest[:8], dtype=np.int64), groups.world)[:, 0]
+    _, first, number = np.unique(names, return_index=True, return_inverse=True)
+    if len(first) == len(names):
+        return None
+    ordered = np.argsort(np.argsort(first))  # Nodes are numbered in the order of their first ranks.
+    return ordered[number]
 
 
 @torch.no_grad()

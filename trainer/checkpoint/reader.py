@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from trainer.checkpoint.tensor_file import TensorFile
 MANIFEST, STATE = "manifest.json", "state.json"
 _CHUNK_BYTES = 1 << 19  # A chunk of this size stays in the core's cache until it is hashed.
 _NUM_HASHERS = 4
+_ON_ITS_OWN = FileEntry(0, "")
+"""The place of a file that is stored under its own name."""
 _MALFORMED = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError, OSError, EOFError)
 """The exceptions that the parsing of a damaged manifest may raise."""
 
@@ -37,10 +40,27 @@ def read_manifest(folder: Folder, check_signature: bool = True) -> Manifest:
         DamagedError: If the manifest is missing or was changed.
         UserError: If the manifest has another format version, or is not signed although a key is set.
     """
+    return parse_manifest(folder, manifest_text(folder), check_signature)
+
+
+def manifest_text(folder: Folder) -> str:
+    """Return the text of a checkpoint's manifest.
+
+    Raises:
+        DamagedError: If it cannot be read.
+    """
     try:
-        return Manifest.loads(read_text(folder, MANIFEST), signing_key() if check_signature else None)
+        return read_text(folder, MANIFEST)
     except FileNotFoundError:
         raise DamagedError(f"{MANIFEST} is missing") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise DamagedError(f"{MANIFEST} cannot be read ({error})") from None
+
+
+def parse_manifest(folder: Folder, text: str, check_signature: bool = True) -> Manifest:
+    """Return a manifest from the text that `manifest_text` returned; see `read_manifest`."""
+    try:
+        return Manifest.loads(text, signing_key() if check_signature else None)
     except UserError as error:
         raise UserError(f"{folder.url}: {error}") from None
     except (
@@ -75,10 +95,11 @@ def check_files(
         wanted = manifest.files[name]
         heartbeat(f"the check of {name}")
         try:
-            size = folder.size_bytes(name)
+            size = _stored_bytes(folder, name, wanted)
             if size != wanted.size_bytes:
                 return f"{name} has {size} bytes instead of {wanted.size_bytes}"
-            if hash_file(folder, name, len(wanted.checksum) == SHA256_CHARACTERS) != wanted:
+            found = hash_file(folder, name, len(wanted.checksum) == SHA256_CHARACTERS, wanted)
+            if found.checksum != wanted.checksum:
                 return f"{name} has another checksum than when it was written"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -92,15 +113,29 @@ def check_files(
                 raise DamagedError(found)
 
 
-def hash_file(folder: Folder, name: str, cryptographic: bool = False) -> FileEntry:
-    """Return the current size and checksum of a file: the SHA-256 if `cryptographic` is true, else the XXH3-128."""
-    digest, size = new_digest(cryptographic), folder.size_bytes(name)
+def hash_file(folder: Folder, name: str, cryptographic: bool = False, stored: FileEntry = _ON_ITS_OWN) -> FileEntry:
+    """Return the current size and checksum of a file.
+
+    Args:
+        folder: The folder that contains the file.
+        name: The name of the file.
+        cryptographic: True for the SHA-256, False for the XXH3-128.
+        stored: The manifest's entry for the file, if it may be stored in a joined file.
+    """
+    digest, size = new_digest(cryptographic), _stored_bytes(folder, name, stored)
     buffer = memoryview(bytearray(min(_CHUNK_BYTES, size)))
-    for offset in range(0, size, _CHUNK_BYTES):
-        part = buffer[: min(_CHUNK_BYTES, size - offset)]
-        folder.read_into(name, offset, part)
+    for at in range(0, size, _CHUNK_BYTES):
+        part = buffer[: min(_CHUNK_BYTES, size - at)]
+        folder.read_into(stored.stored_in or name, stored.offset + at, part)
         digest.update(part)
-    return FileEntry(size, digest.hexdigest())
+    return replace(stored, size_bytes=size, checksum=digest.hexdigest())
+
+
+def _stored_bytes(folder: Folder, name: str, stored: FileEntry) -> int:
+    """Return the current size of a file, which is less than `stored.size_bytes` if it was cut off."""
+    if stored.stored_in is None:
+        return folder.size_bytes(name)
+    return min(stored.size_bytes, max(0, folder.size_bytes(stored.stored_in) - stored.offset))
 
 
 class Reader:
@@ -175,7 +210,7 @@ class Reader:
         """Open one of the safetensors files, or return the open one."""
         if name not in self._open:
             try:
-                self._open[name] = TensorFile(self.folder, name)
+                self._open[name] = TensorFile(self.folder, name, self.manifest.files[name])
             except UserError:
                 raise
             except (OSError, EOFError, ValueError, KeyError, TypeError) as error:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.folder import Folder
+from trainer.checkpoint.layout import FileEntry
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,26 +35,35 @@ class Span:
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
-    """The first byte in the file."""
+    """The first byte in the file that is stored, `TensorFile.stored_in`."""
     num_bytes: int
 
 
 class TensorFile:
     """The tensors of one file, by key.
 
+    Args:
+        folder: The folder that contains the file.
+        name: The name of the file.
+        entry: The manifest's entry for the file, if it may be stored in a joined file.
+
     Raises:
         ValueError: If the file is not a safetensors file.
     """
 
-    def __init__(self, folder: Folder, name: str) -> None:
+    def __init__(self, folder: Folder, name: str, entry: FileEntry | None = None) -> None:
         self.folder, self.name = folder, name
-        self.spans = _read_header(folder, name)
+        is_joined = entry is not None and entry.stored_in is not None
+        self.stored_in = entry.stored_in if entry is not None and entry.stored_in is not None else name
+        offset = entry.offset if entry is not None and is_joined else 0
+        size = entry.size_bytes if entry is not None and is_joined else folder.size_bytes(name)
+        self.spans = _read_header(folder, self.stored_in, offset, size)
 
     def read(self, key: str) -> Tensor:
         """Return a whole tensor."""
         span = self.spans[key]
         tensor = torch.empty(span.shape, dtype=span.dtype)
-        self.folder.read_into(self.name, span.offset, memory_of(tensor))
+        self.folder.read_into(self.stored_in, span.offset, memory_of(tensor))
         return tensor
 
     def copy_part(self, key: str, index: tuple[slice, slice], target: Tensor) -> None:
@@ -71,7 +81,7 @@ class TensorFile:
         for first in range(rows.start, rows.stop, step):
             last = min(first + step, rows.stop)
             chunk = torch.empty((last - first, width), dtype=span.dtype)
-            self.folder.read_into(self.name, span.offset + first * row_bytes, memory_of(chunk))
+            self.folder.read_into(self.stored_in, span.offset + first * row_bytes, memory_of(chunk))
             target[first - rows.start : last - rows.start].copy_(chunk[:, cols])
 
 
@@ -80,15 +90,14 @@ def memory_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _read_header(folder: Folder, name: str) -> dict[str, Span]:
-    size = folder.size_bytes(name)
+def _read_header(folder: Folder, name: str, offset: int, size: int) -> dict[str, Span]:
     length = bytearray(8)
-    folder.read_into(name, 0, memoryview(length))
+    folder.read_into(name, offset, memoryview(length))
     num_header = int.from_bytes(length, "little")
     if not 2 <= num_header <= min(_MAX_HEADER_BYTES, size - 8):
         raise ValueError(f"{name}: not a safetensors file (a header of {num_header} bytes)")
     header = bytearray(num_header)
-    folder.read_into(name, 8, memoryview(header))
+    folder.read_into(name, offset + 8, memoryview(header))
     tree = json.loads(header)
     spans = {}
     for key, entry in tree.items():
@@ -98,5 +107,5 @@ def _read_header(folder: Folder, name: str) -> dict[str, Span]:
         dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
         if stop - start != math.prod(shape) * dtype.itemsize or not 0 <= start <= stop <= size - 8 - num_header:
             raise ValueError(f"{name}: the header gives a wrong position or size of {key}")
-        spans[key] = Span(dtype, shape, 8 + num_header + start, stop - start)
+        spans[key] = Span(dtype, shape, offset + 8 + num_header + start, stop - start)
     return spans

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,11 +19,30 @@ _CHUNK_BYTES = 1 << 24
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+@dataclass(frozen=True)
+class Region:
+    """The part of the joined files of a node that one rank writes."""
+
+    node: int
+    """The number of the node."""
+    own_start: int
+    """The first byte in the joined file of the checkpoint's own folder."""
+    frozen_start: int
+    """The first byte in the joined file of the folder of frozen weights."""
+
+
 class Draft(Protocol):
     """A checkpoint that is being written. Readers cannot see it before it is committed."""
 
     def write(self, name: str, content: Iterable[bytes | memoryview]) -> FileEntry:
-        """Write a file, and return its size and checksum. The file is durable when this method returns."""
+        """Write a file, and return its size, its checksum and its place.
+
+        The file is durable when this method returns, unless it is a part of a joined file.
+        """
+        ...
+
+    def sync(self) -> None:
+        """Make the joined files of this rank's node durable, after all ranks of the node have written their parts."""
         ...
 
 
@@ -59,6 +79,12 @@ def write_tensors(draft: Draft, name: str, tensors: Mapping[str, Tensor]) -> Fil
             yield memory_of(tensor.contiguous())
 
     return draft.write(name, content())
+
+
+def num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return the size of the file that `write_tensors` writes."""
+    header = encode_header({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()})
+    return len(header) + sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def write_text(draft: Draft, name: str, text: str) -> FileEntry:

@@ -182,13 +182,14 @@ def _read_whole(reader: Reader, name: str) -> torch.Tensor:
 
 def _write_piece(reader: Reader, target: Target, file: str, rect: Rect, handle: int, offset: int) -> None:
     """Write a piece of a tensor that is contiguous in the target as well as in the checkpoint."""
-    span, folder = reader.file(file).spans[key_of(target.source, PARAM, rect)], reader.folder
+    source, folder = reader.file(file), reader.folder
+    span = source.spans[key_of(target.source, PARAM, rect)]
     if span.dtype == target.dtype and isinstance(folder, LocalFolder):
-        _copy(folder.handle(file), span.offset, handle, offset, span.num_bytes)
+        _copy(folder.handle(source.stored_in), span.offset, handle, offset, span.num_bytes)
         return
     for first in range(0, rect.numel, _CHUNK_ELEMENTS):
         chunk = torch.empty(min(_CHUNK_ELEMENTS, rect.numel - first), dtype=span.dtype)
-        folder.read_into(file, span.offset + first * span.dtype.itemsize, memory_of(chunk))
+        folder.read_into(source.stored_in, span.offset + first * span.dtype.itemsize, memory_of(chunk))
         _write_at(handle, offset + first * target.dtype.itemsize, memory_of(chunk.to(target.dtype)))
 
 
