@@ -21,7 +21,7 @@ def all_gather_numbers(values: np.ndarray, group: dist.ProcessGroup | None) -> n
     """
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     # Row i is the array of rank (rank + i) % world.
-    found = torch.empty((world, *values.shape), dtype=torch.from_numpy(values[:0]).dtype)
+    found = torch.empty((world, *values.shape), dtype=torch.from_numpy(values[:0].copy()).dtype)
     found[0] = torch.from_numpy(np.ascontiguousarray(values))
     count = 1
     while count < world:
