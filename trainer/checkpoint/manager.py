@@ -7,6 +7,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -428,7 +429,9 @@ def _nodes(groups: Groups) -> Ints | None:
 
     Collective: every rank of the world must call it.
     """
-    digest = hashlib.sha256(socket.gethostname().encode()).digest()
+    boot = Path("/proc/sys/kernel/random/boot_id")  # Machines may have the same name.
+    machine = socket.gethostname() + (boot.read_text() if boot.is_file() else "")
+    digest = hashlib.sha256(machine.encode()).digest()
     names = all_gather_numbers(np.frombuffer(digest[:8], dtype=np.int64), groups.world)[:, 0]
     _, first, number = np.unique(names, return_index=True, return_inverse=True)
     if len(first) == len(names):
