@@ -230,7 +230,10 @@ def _account(run: Run) -> object:
 def _weights(run: Run) -> dict[str, object]:
     """Return the digests of the last checkpoint's files of tensors and random generators, without their folders."""
     manifest = read_manifest(find_checkpoint(str(run.run_dir)))
-    files = {("frozen/" if "/" in name else "") + Path(name).name: entry for name, entry in manifest.files.items()}
+    files = {
+        ("frozen/" if "/" in name else "") + Path(name).name: (entry.size_bytes, entry.checksum)
+        for name, entry in manifest.files.items()
+    }
     return {name: entry for name, entry in files.items() if name.endswith(".safetensors")}
 
 
