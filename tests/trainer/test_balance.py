@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.parallel import balance
 from trainer.parallel.balance import TOLERANCE, place_experts, spread, spread_alike
 
 
@@ -63,3 +65,12 @@ def test_many_items_fill_all_bins_equally() -> None:
 )
 def test_the_costliest_expert_is_placed_first(costs: list[float], ep: int, places: tuple[int, ...]) -> None:
     assert place_experts(costs, ep) == places
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 9), max_size=60), st.integers(1, 12), st.floats(0.5, 30))
+def test_ends_of_bins_do_not_depend_on_the_way_to_search(costs: list[int], num_bins: int, limit: float) -> None:
+    filled = np.cumsum(np.array(costs, dtype=np.float64))
+    with patch.object(balance, "_MANY_ITEMS_PER_BIN", 1000):
+        at_once = balance._runs(filled, num_bins, limit)
+    assert at_once.tolist() == balance._runs_one_by_one(filled, num_bins, limit).tolist()

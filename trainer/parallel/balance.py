@@ -7,6 +7,7 @@ planning for thousands of ranks takes milliseconds.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ Floats = NDArray[np.float64]
 
 TOLERANCE = 0.02
 """The fraction of the mean load by which `spread_alike` may exceed the mean."""
+_MANY_ITEMS_PER_BIN = 16
+"""The number of items per bin above which the ends of bins are found faster one by one than all at once."""
 _ROUNDS = 16
 _FEW_ITEMS, _FEW_ITEMS_PER_BIN = 8192, 64
 """The numbers of items, in total and per bin, up to which the rule alone is fast enough.
@@ -94,6 +97,8 @@ def _runs(filled: Floats, num_bins: int, limit: float) -> Ints:
         limit: The largest total cost of a bin with more than one item.
     """
     num, start = len(filled), 0
+    if num > _MANY_ITEMS_PER_BIN * num_bins:
+        return _runs_one_by_one(filled, num_bins, limit)
     # The end of a bin that begins at each item. Following them from bin to bin is the only part that is not vectorized.
     limits = np.full(num + 1, limit)
     limits[1:] += filled
@@ -107,6 +112,24 @@ def _runs(filled: Floats, num_bins: int, limit: float) -> Ints:
     starts = np.array([0, *(start := end_of[start] for _ in range((num_bins - 1) // 4))])
     found = np.stack([ends[starts], second[starts], ends[second[starts]], fourth[starts]], axis=1)
     return found.ravel()[:num_bins]
+
+
+def _runs_one_by_one(filled: Floats, num_bins: int, limit: float) -> Ints:
+    """Return what `_runs` returns. This is faster if there are many items per bin."""
+    sums, num = filled.data, len(filled)
+    ends, start, before, step = [], 0, 0.0, 1
+    for _ in range(num_bins):
+        # A bin takes about as many items as the previous one, so the search begins there.
+        stop = start + step
+        while stop < num and sums[stop] <= before + limit:
+            stop += step
+        end = bisect_right(sums, before + limit, start, stop if stop < num else num)
+        if end == start < num:
+            end += 1
+        step = end - start or 1
+        start, before = end, sums[end - 1] if end else 0.0
+        ends.append(end)
+    return np.array(ends, dtype=np.int64)
 
 
 def _deal(costs: Floats, order: Ints, bins: Ints, loads: Floats, limit: float) -> Ints:
