@@ -62,6 +62,8 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError(f"--price-per-gpu-hour {options.price_per_gpu_hour:g}: must be positive")
     if options.sweep:
         return _sweep(options)
+    if options.tokens_per_update is not None and not options.fit:
+        raise UserError(f"--tokens-per-update {options.tokens_per_update:g}: chooses the batch of --fit; add --fit")
     if options.plot is not None:
         raise UserError(f"--plot {options.plot}: draws a sweep; add --sweep KEY=v1,v2,…")
     recipe = load_recipe(options.recipe, options.overrides)
@@ -69,17 +71,22 @@ def _run(options: argparse.Namespace) -> int:
     from trainer.config.checks import check_recipe
 
     check_recipe(recipe)
+    given = recipe
     planner, workload = _planner(options, recipe)
     from trainer.plan.advice import advise
-    from trainer.plan.fit import fit
+    from trainer.plan.fit import batch_within, changes_between, fit
     from trainer.plan.plan import as_json
     from trainer.plan.report import explain, report
     from trainer.plan.store import store
 
+    if options.tokens_per_update is not None:
+        recipe = batch_within(recipe, workload, options.tokens_per_update)
+        planner, workload = _planner(options, recipe)
     advice: Advice | None = None
     changes: list[str] = []
     if options.fit:
-        plan, changes = fit(planner, recipe, workload)
+        plan, _ = fit(planner, recipe, workload)
+        changes = changes_between(given, plan.recipe)
         print(f"fastest layout that fits: {' '.join(changes) or 'the recipe without changes'}\n")
     else:
         plan = planner.plan(recipe, workload)
@@ -174,6 +181,15 @@ def _sweep(options: argparse.Namespace) -> int:
     return 0 if found.any_fits else 2
 
 
+def _count(text: str) -> float:
+    """Return the number that `text` gives with an optional suffix, such as 500k or 2.1M."""
+    units = {"k": 1e3, "M": 1e6}
+    number = float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError(text)
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="earshot plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -206,6 +222,12 @@ def _parser() -> argparse.ArgumentParser:
         "--text-tokens", type=int, default=64, metavar="N", help="text tokens of a sample (default: 64)"
     )
     parser.add_argument("--fit", action="store_true", help="find the fastest layout that fits into the memory")
+    parser.add_argument(
+        "--tokens-per-update",
+        type=_count,
+        metavar="N",
+        help="with --fit, also choose data.global_batch_samples: as many as have N tokens together, such as 2.1M",
+    )
     parser.add_argument(
         "--transformer-engine",
         action="store_true",

@@ -14,7 +14,7 @@ from trainer.config.load import load_recipe
 from trainer.config.schema import Recipe
 from trainer.parallel.topology import build_topology
 from trainer.plan.accelerator import KNOWN
-from trainer.plan.fit import changes_between, estimates, fit, variants
+from trainer.plan.fit import batch_within, changes_between, estimates, fit, variants
 from trainer.plan.plan import Planner
 from trainer.plan.workload import typical_workload
 
@@ -88,8 +88,22 @@ def test_the_search_finds_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _thinned(found: list[Recipe]) -> list[Recipe]:
-    """Return the variants without encoder recomputation, which never helps where everything fits."""
-    return [v for v in found if not v.train.recompute_encoders]
+    """Return the variants without recomputation of encoders, which never helps where everything fits."""
+    return [v for v in found if not v.train.recompute_encoders and not v.train.recompute_encoder_calls]
+
+
+def test_a_budget_of_tokens_decides_the_batch() -> None:
+    recipe = load_recipe("mowe_8b")
+    workload = typical_workload(recipe, build_topology(recipe.parallel, 16))
+    found = batch_within(recipe, workload, 2.1e6)
+    check_recipe(found)
+    assert changes_between(recipe, found) == ["data.global_batch_samples=16384"]
+    tokens = typical_workload(found, build_topology(found.parallel, 16)).tokens
+    assert tokens <= 2.1e6 < tokens * (1 + 256 / 16384)
+    with pytest.raises(
+        UserError, match=r"--tokens-per-update 1000: one sample in each of data.num_lanes = 256 has 32,5"
+    ):
+        batch_within(recipe, workload, 1000)
 
 
 @pytest.mark.slow

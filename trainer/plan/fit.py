@@ -13,8 +13,10 @@ from trainer.config.checks import check_packs, check_recipe
 from trainer.config.schema import Recipe
 from trainer.parallel.packs import PackPlan
 from trainer.parallel.topology import ParallelConfig, Topology, build_topology, divisors
+from trainer.plan.encoder_memory import audio_memory
 from trainer.plan.experts import expert_parameters
 from trainer.plan.llm_memory import interleaved_in_flight
+from trainer.plan.memory import fullest_rank
 from trainer.plan.plan import Plan, Planner
 from trainer.plan.states import FP32_BYTES, States
 from trainer.plan.workload import EncoderWork, Workload
@@ -33,9 +35,9 @@ def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, lis
     """Return the plan of the fastest layout that fits into memory.
 
     The search varies the degrees of tensor parallelism (within a node), pipeline parallelism and expert parallelism,
-    virtual stages, the tokens per micro-batch, what the LLM and the encoders recompute, and whether the exchange
-    between replicas overlaps with computation. The number of ranks, the global batch, the type in which gradients are
-    summed and the model do not change.
+    virtual stages, the tokens per micro-batch, what the LLM and the encoders recompute, whether encoder calls run
+    again, and whether the exchange between replicas overlaps with computation. The number of ranks, the global batch,
+    the type in which gradients are summed and the model do not change.
 
     Returns:
         The plan, and the differences between its recipe and `recipe` as `key=value`.
@@ -98,8 +100,10 @@ def _with_packs(
             check_packs(packed, split)
         except UserError:
             continue
-        for llm, encoders in itertools.product(recomputes, (False, True)):
-            train = dataclasses.replace(packed, recompute_llm=llm, recompute_encoders=encoders)
+        for llm, layers, calls in itertools.product(recomputes, (False, True), (False, True)):
+            train = dataclasses.replace(
+                packed, recompute_llm=llm, recompute_encoders=layers, recompute_encoder_calls=calls
+            )
             yield dataclasses.replace(recipe, parallel=split, train=train)
 
 
@@ -122,6 +126,7 @@ def estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[
     accelerator = planner.accelerator
     seen: set[object] = set()
     placed: dict[tuple[int, ...], tuple[Topology, list[EncoderWork], PackPlan]] = {}
+    audio: dict[tuple[int, bool, bool], tuple[int, int]] = {}
     for variant in variants(planner, recipe):
         states = _rough_states(planner, variant)
         if states.total > accelerator.usable_bytes:
@@ -138,7 +143,13 @@ def estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[
         if (same := (parallel, train, packs.num_microbatches, packs.pack_tokens)) in seen:
             continue  # another limit on the tokens of a pack leads to the same packs
         seen.add(same)
-        if states.total + _rough_activations(planner, variant, packs) > accelerator.usable_bytes:
+        train = variant.train
+        encoders = (topology.ep, train.recompute_encoders, train.recompute_encoder_calls)
+        if encoders not in audio:
+            audio[encoders] = _audio_activations(planner, variant, workload, topology, work)
+        kept, backward = audio[encoders]
+        activations = max(kept + _rough_activations(planner, variant, packs), backward)
+        if states.total + activations > accelerator.usable_bytes:
             continue
         _, _, time = planner.time(variant, workload, topology, work, packs, states)
         yield time.total, variant
@@ -181,10 +192,45 @@ def _rough_activations(planner: Planner, variant: Recipe, packs: PackPlan) -> fl
     return each * (2 if train.precision == "fp32" else 1) * hf.num_hidden_layers / parallel.pipeline * in_flight
 
 
+def _audio_activations(
+    planner: Planner, variant: Recipe, workload: Workload, topology: Topology, work: Sequence[EncoderWork]
+) -> tuple[int, int]:
+    """Return the bytes that the audio side keeps while the LLM runs, and those at the peak of its backward pass.
+
+    They are those of the rank with the largest encoder calls, without ZeRO-3's buffers.
+    """
+    tracer = planner.tracer(variant)
+    rank = fullest_rank(tracer, work, range(topology.world))
+    loaded = [int(n) for n in workload.audio_samples[workload.source_ranks == rank] if n]
+    found = audio_memory(tracer, work, rank, loaded, 0, 0, variant.train.recompute_encoder_calls)
+    return found.kept, found.kept + found.backward
+
+
+def batch_within(recipe: Recipe, workload: Workload, tokens_per_update: float) -> Recipe:
+    """Return the recipe with as many samples per update as fit into a number of tokens.
+
+    Args:
+        recipe: The recipe. The result is a multiple of its `data.num_lanes`.
+        workload: A typical global batch, from which the mean number of tokens per sample is taken.
+        tokens_per_update: The largest number of tokens per update.
+
+    Raises:
+        UserError: If one sample per lane already has more tokens.
+    """
+    lanes, mean = recipe.data.num_lanes, workload.tokens / len(workload.num_tokens)
+    samples = int(tokens_per_update / mean / lanes) * lanes
+    if samples < 1:
+        raise UserError(
+            f"--tokens-per-update {tokens_per_update:g}: one sample in each of data.num_lanes = {lanes} has "
+            f"{lanes * mean:,.0f} tokens; allow more, or lower data.num_lanes"
+        )
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, global_batch_samples=samples))
+
+
 def changes_between(recipe: Recipe, variant: Recipe) -> list[str]:
     """Return the differences between `recipe` and `variant` as `key=value`."""
     found = []
-    for section in ("parallel", "train"):
+    for section in ("data", "parallel", "train"):
         old, new = getattr(recipe, section), getattr(variant, section)
         for field in dataclasses.fields(old):
             value = getattr(new, field.name)
