@@ -13,7 +13,7 @@ with the lengths of the kit's clips (KIT_DIR), in fp32, with the same optimizer 
   which divides the clips of an update into micro-batches of equal cost, is one of the settings that `--tune` measures.
 
 The peer profits from parts of earshot: its encoders compute only the real length of clips instead of 30 s, and their
-convolutions are fast on CPUs. Each arm has the best of the settings that `--tune` measures. In each round, all arms are
+convolutions are fast on CPUs. `--tune` measures other settings than those in `BEST`. In each round, all arms are
 started one after the other, and train on the same clips. The first update is not timed. The updates of `padded` have
 the same clips as those of `earshot`, so their losses must be equal.
 
@@ -46,7 +46,7 @@ OURS = "earshot"
 SAME_CLIPS, GROUPED = "padded", "grouped"
 PEERS = (SAME_CLIPS, GROUPED)
 BEST: dict[str, dict[str, Any]] = {OURS: {"expert": 2}, SAME_CLIPS: {"micro": 8}, GROUPED: {"micro": 8}}
-"""The best settings of each arm that `--tune` found."""
+"""The settings of each arm. Not all candidates have been measured (BENCHMARKS.md)."""
 MICRO = [{"micro": clips} for clips in (4, 8, 16)]
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     OURS: [{}, {"expert": 2}, {"tensor": 2}, {"recompute_calls": True}],
