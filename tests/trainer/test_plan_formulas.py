@@ -97,8 +97,8 @@ def test_context_parallel_ranks_keep_their_part_of_a_pack() -> None:
 
 @pytest.mark.parametrize(("recompute", "gathers"), [("none", 2), ("full", 3)])
 def test_keys_and_values_are_gathered_over_context_and_their_gradients_summed(recompute: str, gathers: int) -> None:
-    overrides = ["parallel.tensor=2", "parallel.context=4", f"train.recompute_llm={recompute}"]
-    recipe = load_recipe("mowe_8b", overrides)
+    parallel = ["parallel.tensor=2", "parallel.context=4", "parallel.pipeline=1", "parallel.virtual_stages=1"]
+    recipe = load_recipe("mowe_8b", [*parallel, f"train.recompute_llm={recompute}"])
     planner = Planner(recipe, KNOWN["h100"])
     topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
     _, work, packs = planner.place(recipe, typical_workload(recipe, topology))
