@@ -64,6 +64,33 @@ CASES: dict[str, tuple[str, list[str]]] = {
             "train.recompute_encoders=true",
         ],
     ),
+    # The encoders take most of the time.
+    "encoders": (
+        "kit_cpu",
+        [
+            "model.primary.config.d_model=512",
+            "model.primary.config.encoder_layers=6",
+            "model.primary.config.encoder_attention_heads=8",
+            "model.primary.config.encoder_ffn_dim=2048",
+            "data.global_batch_samples=8",
+            "data.num_lanes=8",
+            "train.encoder_batch_sec=20",
+        ],
+    ),
+    # The LLM learns adapters only.
+    "lora": (
+        "kit_cpu",
+        [
+            "model.llm.config.hidden_size=512",
+            "model.llm.config.intermediate_size=1536",
+            "model.llm.config.num_hidden_layers=6",
+            "model.llm.config.num_attention_heads=8",
+            "model.llm.config.num_key_value_heads=4",
+            "lora=[{pattern: 'llm.*.[qkvo]_proj', rank: 8, alpha: 16}]",
+            "data.global_batch_samples=8",
+            "data.num_lanes=8",
+        ],
+    ),
 }
 _RESULT = "PLAN_MEMORY_RESULT"
 
