@@ -189,7 +189,7 @@ def test_olmo_rounds_to_bf16_where_transformers_does() -> None:
     torch.testing.assert_close(rotated, wanted[0].transpose(0, 1), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "mistral-window", *FEATURED])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "mistral-window", *FEATURED])
 def test_decoding_with_a_cache_equals_the_whole_forward(family: str) -> None:
     """Decode sequences of different lengths, of which one ends early, in chunks of several tokens with padding."""
     reference, gpt = pair(family)

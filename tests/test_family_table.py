@@ -1,0 +1,29 @@
+"""Every registered family has every property, and docs/families.md says which test shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from tests.family_table import ENCODERS, OPEN, TABLES, Fill, empty_cells, fill, markdown
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+
+
+@pytest.mark.parametrize(("families", "columns"), TABLES.values(), ids=list(TABLES))
+def test_every_cell_is_filled(families: Iterable[str], columns: dict[str, list[Fill]]) -> None:
+    assert set(empty_cells(families, columns)) == {cell for cell in OPEN if cell[0] in families and cell[1] in columns}
+    for fills in columns.values():
+        for one in fills:
+            assert one.families and one.families <= set(families) | {"mixture"}, one.place
+
+
+def test_a_family_without_a_test_is_found() -> None:
+    column = {"FLOPs": [fill(test_a_family_without_a_test_is_found, ["whisper"])]}
+    assert empty_cells(["whisper", "new"], {**column, **ENCODERS})[0] == ("new", "FLOPs")
+
+
+def test_the_page_has_the_table() -> None:
+    assert markdown() in PAGE.read_text(encoding="utf-8"), "insert the output of: python -m tests.family_table"
