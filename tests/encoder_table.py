@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -24,6 +25,9 @@ from transformers import (
     ParakeetForCTC,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
+    Qwen3ASRConfig,
+    Qwen3ASRFeatureExtractor,
+    Qwen3ASRForConditionalGeneration,
     SeamlessM4TFeatureExtractor,
     SEWForCTC,
     UniSpeechForCTC,
@@ -171,6 +175,20 @@ def of_tower(published: Any, extractor: Any, wave: Tensor) -> Tensor:
     return pooled
 
 
+def of_chunks(published: Any, extractor: Any, wave: Tensor) -> Tensor:
+    """Return the frames of Qwen3-ASR's encoder at 50 Hz. They are 80 ms apart, but the last of a chunk is shorter."""
+    options = {"return_tensors": "pt", "return_attention_mask": True, "padding": True}
+    inputs = extractor([wave.numpy()], sampling_rate=16_000, **options)
+    mask = inputs["attention_mask"]
+    frames = published.model.audio_tower(inputs["input_features"], mask).last_hidden_state.detach().numpy()
+    own, mel_frames = 2 * published.config.audio_config.n_window, int(mask.sum())
+    starts = [first + j for first in range(0, mel_frames, own) for j in range(0, min(own, mel_frames - first), 8)]
+    ends = [min(start + 8, start // own * own + own, mel_frames + mel_frames % 2) for start in starts]
+    centres = np.array([(a + b) / 4 - 0.5 for a, b in zip(starts, ends, strict=True)])
+    wanted = np.arange(num_frames(len(wave)))
+    return torch.from_numpy(np.stack([np.interp(wanted, centres, column) for column in frames.T], axis=1)).float()
+
+
 def fast_conformer(fields: dict[str, Any]) -> Any:
     """Return a published Parakeet, which is a model for CTC."""
     return ParakeetForCTC(ParakeetCTCConfig(encoder_config=fields, **CTC))
@@ -262,6 +280,18 @@ CASES: dict[str, Case] = {
         MEL,
         of_tower,
         frame_samples=640,
+    ),
+    "qwen3_asr": Case(
+        "qwen3_asr",
+        {
+            **{key: QWEN[key] for key in QWEN if key != "max_source_positions"},
+            "downsample_hidden_size": 8,
+            "output_dim": 16,
+            "n_window_infer": 200,
+        },
+        tower(Qwen3ASRForConditionalGeneration, Qwen3ASRConfig),
+        partial(Qwen3ASRFeatureExtractor, feature_size=80),
+        of_chunks,
     ),
     "wav2vec2_base": Case("wav2vec2", STACK, WAV2VEC2, normalizing(False), of_waveform("wav2vec2")),
     "wav2vec2_large": Case("wav2vec2", LARGE, WAV2VEC2, normalizing(True), of_waveform("wav2vec2")),
