@@ -1,4 +1,5 @@
 """Benchmarks, started as `python -m bench.NAME`.
 
 Each benchmark states its goal, prints one JSON object as its last line, and exits with code 1 if it misses the goal.
+An *arm* is one of the variants that a benchmark compares. A *peer* is an arm that uses another library.
 """

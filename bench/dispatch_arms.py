@@ -1,4 +1,4 @@
-"""The arms of `bench.dispatch`, which send clips to their encoders and features back to the source ranks."""
+"""The variants (arms) that `bench.dispatch` compares: ways to send clips to encoder ranks and features back."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Work:
 
     @staticmethod
     def draw(rank: int) -> Work:
-        """Return random clips with random encoders, the same in every call."""
+        """Return random clips with random encoders, which are the same in every call with this rank."""
         rng = np.random.default_rng(rank)
         lengths = [num_samples(s) for s in rng.uniform(SHORTEST_SEC, LONGEST_SEC, CLIPS_PER_RANK)]
         clips = Ragged.of([torch.from_numpy(rng.standard_normal(n).astype(np.float32)) for n in lengths])
@@ -121,7 +121,7 @@ def build_bare(work: Work) -> Callable[[], list[Tensor]]:
 
 
 def build_messages(work: Work) -> Callable[[], list[Tensor]]:
-    """Return the arm that sends the bytes of the bare exchange clip by clip, with known lengths and routes."""
+    """Return the arm that sends the same bytes as the bare exchange, clip by clip, with known lengths and routes."""
     from trainer.parallel.exchange import Parcels, deliver
 
     rank, group = dist.get_rank(), dist.group.WORLD
@@ -160,7 +160,7 @@ def build_lengths(work: Work) -> Callable[[], list[Tensor]]:
 
 
 def build_autoep(work: Work) -> Callable[[], list[Tensor]]:
-    """Return the arm with AutoEP's plan and exchange, whose rows are sorted by expert as in its layer."""
+    """Return the arm that uses AutoEP's plan and exchange. Rows are sorted by expert, as in AutoEP's layer."""
     from deepspeed.module_inject.auto_ep_layer import _AllToAllV, compute_split_plan
 
     group, bank = dist.group.WORLD, torch.randn(WORLD * CLIPS_PER_RANK * num_frames(num_samples(LONGEST_SEC)), DIM)
@@ -177,7 +177,7 @@ def build_autoep(work: Work) -> Callable[[], list[Tensor]]:
 
 
 def build_moe_layer(work: Work) -> Callable[[], list[Tensor]]:
-    """Return the arm with DeepSpeed's layer, whose gate reads the chosen expert from columns that no sample needs."""
+    """Return the arm that uses DeepSpeed's MoE layer. Its gate reads the chosen expert from unused columns."""
     from deepspeed.moe.experts import Experts
     from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 

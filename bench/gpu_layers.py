@@ -1,7 +1,7 @@
-"""Time, memory and utilization of single layers, measured on a device by the difference of two depths.
+"""Time, memory and utilization of single layers, measured as the difference between models of two depths.
 
-Used by `bench.gpu_check`. A model with one layer and one with three are measured in the same way. Half of the
-difference is what a layer takes, without embeddings, losses, or what is allocated once.
+Used by `bench.gpu_check`. A model with one layer and a model with three layers are measured in the same way. Half of
+the difference is the cost of one layer, excluding embeddings, the loss and one-time allocations.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEPTHS = (1, 3)
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer takes in a forward and a backward pass."""
+    """The cost of one layer in a forward and a backward pass."""
 
     sec: float
     flops: float
@@ -38,7 +38,7 @@ class Layer:
 
 
 def llm_layer(sizes: Sizes, groups: Groups, ds_config: dict[str, Any], dtype: torch.dtype) -> Layer:
-    """Measure a layer of the LLM on one pack of text, in a whole step with update."""
+    """Measure one LLM layer on one packed text sequence, in a full training step including the optimizer update."""
     found = []
     for depth in DEPTHS:
         model = sizes.model(("whisper",), depth)
@@ -52,14 +52,14 @@ def llm_layer(sizes: Sizes, groups: Groups, ds_config: dict[str, Any], dtype: to
     (first_sec, first_peak), (last_sec, last_peak) = found
     between = DEPTHS[1] - DEPTHS[0]
     width = sizes.llm["hidden_size"]
-    # A causal product counts half of the scores. Segments are a quarter of a pack.
+    # Causal attention computes half of the score matrix. Each of the four samples is a quarter of the packed sequence.
     attention = 3 * 2 * 2 * (sizes.tokens // 4) ** 2 / 2 * width * 4
     memory = None if first_peak is None or last_peak is None else (last_peak - first_peak) // between
     return Layer((last_sec - first_sec) / between, 6.0 * parameters * sizes.tokens + attention, memory)
 
 
 def encoder_layer(sizes: Sizes, family: str, device: torch.device, dtype: torch.dtype) -> Layer:
-    """Measure a layer of an encoder on a batch of clips."""
+    """Measure one layer of an encoder on a batch of clips."""
     length = num_samples(sizes.clip_sec)
     clips = Ragged.of([0.1 * torch.randn(length, device=device) for _ in range(sizes.num_clips)])
     times, flops = [], []
@@ -77,7 +77,7 @@ def encoder_layer(sizes: Sizes, family: str, device: torch.device, dtype: torch.
 
 
 def _measured(work: Callable[[], Any], device: torch.device, rounds: tuple[int, int]) -> tuple[float, int | None]:
-    """Return the seconds of one call, and the largest number of allocated bytes; None on a CPU."""
+    """Return the seconds per call, and the peak allocated bytes (None on a CPU)."""
     before, count = rounds
     for _ in range(before):
         work()
@@ -100,7 +100,8 @@ def _wait(device: torch.device) -> None:
 def planned_bytes(sizes_name: str) -> int:
     """Return the bytes of activations that the plan expects per layer of the LLM.
 
-    The plan must not see a GPU, so it runs in another process.
+    The planner must not see a GPU, since it builds modules on the meta device (`trainer.plan.fake_ranks`). It therefore
+    runs in another process, from which the GPUs are hidden.
     """
     code = f"from bench.gpu_layers import print_plan; print_plan({sizes_name!r})"
     environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -108,7 +109,7 @@ def planned_bytes(sizes_name: str) -> int:
         environ.pop(name, None)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environ, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"the plan of a layer failed: {done.stderr[-2000:]}")
+        raise RuntimeError(f"planning the memory of a layer failed: {done.stderr[-2000:]}")
     return int(done.stdout.split()[-1])
 
 

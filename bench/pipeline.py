@@ -1,16 +1,16 @@
-"""Measure what it gains to spread encoders over all pipeline stages instead of running them on the first stage.
+"""Measure the speedup from spreading encoders over all pipeline stages instead of running them on the first stage.
 
     python -m bench.pipeline
 
 Two real ranks (gloo) hold two equal stages of an LLM (`parallel.pipeline: 2`), and train the model of `bench.trainer`.
-The arms take turns in the same processes and compute the same loss:
+Two variants (*arms*) take turns in the same processes and compute the same loss:
 
 - spread: earshot's order. All ranks encode clips, with equal work, before the LLM's pipeline begins, and compute the
-  backward passes of the encoders after it has ended.
+  backward passes of the encoders after the pipeline has ended.
 - first stage: the ranks of the first stage encode all clips, as usual with Megatron.
 
 Goals: `spread` is at least 1.3 times as fast as `first stage`, and the losses agree within 1e-5. If there are fewer
-idle cores than ranks, the CPU seconds of the busiest rank are compared, which are a lower bound of the time with enough
+idle cores than ranks, the CPU seconds of the busiest rank are compared, which are a lower bound on the time with enough
 cores. The exit code is 1 if a goal is missed. The last line is one JSON object.
 """
 
@@ -35,7 +35,7 @@ import numpy as np
 from bench.trainer import idle_cores
 from trainer.run.launch import start_ranks
 
-if TYPE_CHECKING:  # ranks import them
+if TYPE_CHECKING:  # imported at run time by the ranks only
     from bench.trainer_work import Sizes
     from model.batch import Batch
     from trainer.training.step import Step
@@ -43,9 +43,9 @@ if TYPE_CHECKING:  # ranks import them
 SPEED_GOAL, LOSS_LIMIT = 1.3, 1e-5
 ROUNDS, RANKS = 5, 2
 PACK_TOKENS = 160
-"""The largest number of tokens of a micro-batch, of which a step then has seven."""
+"""The largest number of tokens in a micro-batch. A step then has seven micro-batches."""
 LLM_LAYERS = 8
-"""The number of layers, which both stages share evenly."""
+"""The number of LLM layers, half of which are on each stage."""
 SPREAD, FIRST_STAGE = "spread", "first stage"
 TIMES = ("step_sec", "busiest_rank_cpu_sec")
 
@@ -71,7 +71,7 @@ def encoders_on_first_stage() -> Iterator[None]:
 
 
 def build(sizes: Sizes, pack_tokens: int) -> Step:
-    """Return the step of the model of `bench.trainer` with one pipeline stage per rank, without recomputation.
+    """Return a training step for the model of `bench.trainer` with one pipeline stage per rank, without recomputation.
 
     Collective: every rank of the world must call it.
     """
@@ -103,7 +103,7 @@ def timed(step: Step, batch: Batch) -> dict[str, Any]:
 
     Returns:
         The loss; `times`, the wall time and the CPU time of the slowest rank; `phases`, the seconds in each phase of
-        this rank's step; and `encoder_sec`, the seconds of each rank in encoder calls (forward).
+        this rank's step; and `encoder_sec`, the seconds that each rank spends in forward calls of encoders.
     """
     import torch
     import torch.distributed as dist
@@ -129,7 +129,7 @@ def measure(sizes: Mapping[str, int], rounds: int, pack_tokens: int = PACK_TOKEN
     Args:
         sizes: The fields of `bench.trainer_work.Sizes` that differ from the defaults.
         rounds: The number of steps of each arm after the warm-up.
-        pack_tokens: The largest number of tokens of a micro-batch.
+        pack_tokens: The largest number of tokens in a micro-batch.
     """
     from trainer.engine.imports import lean_imports
 
@@ -141,7 +141,8 @@ def measure(sizes: Mapping[str, int], rounds: int, pack_tokens: int = PACK_TOKEN
     from bench.trainer_work import Sizes, draw_samples
     from model.batch import Batch
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles C++ at start, for inference on CPUs
+    # Off: it would compile a C++ extension at startup that only CPU inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     work = Sizes(**{"llm_layers": LLM_LAYERS, **sizes})
     step = build(work, pack_tokens)
     rank, world, samples = dist.get_rank(), dist.get_world_size(), draw_samples(work)[: work.global_batch]
@@ -159,7 +160,7 @@ def measure(sizes: Mapping[str, int], rounds: int, pack_tokens: int = PACK_TOKEN
 
 
 def compare(found: Mapping[str, Sequence[Record]], cores: int) -> dict[str, Any]:
-    """Print a table, and return the content of the last line.
+    """Print a table, and return the result, which the caller prints as JSON on the last line.
 
     Args:
         found: The result of `measure`.

@@ -1,4 +1,4 @@
-"""The arms of `bench.trainer`, each of which runs in one process per rank."""
+"""The variants (arms) that `bench.trainer` compares, each of which runs in one process per rank."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def measure(setting: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, A
     chosen, work = Setting(**setting), Sizes(**sizes)
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles C++ at start, for inference on CPUs
+    # Off: it would compile a C++ extension at startup that only CPU inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     rank, world, _ = connect(timeout_sec=600)
     run = run_earshot
     if chosen.kind != "earshot":

@@ -1,8 +1,8 @@
-"""The routing loss L_MoWE, which rewards a confident and diverse use of the encoder experts.
+"""The routing loss L_MoWE, which rewards confident and diverse use of the encoder experts.
 
-MoWE-Audio (arXiv 2409.06635, section 2.3) adds 0.1·L_MoWE to the next-token loss. The exact terms of the paper could
-not be verified, so these are our own. Each has a weight in the recipe (`model.routing_loss`) and is taken over the N
-clips of the *global* batch:
+MoWE-Audio (arXiv 2409.06635, section 2.3) adds 0.1·L_MoWE to the next-token loss. The exact terms in the paper could
+not be verified, so the terms below are our own. Each has a weight in the recipe (`model.routing_loss`) and is computed
+over the N clips of the *global* batch:
 
     sample_entropy       mean over clips of H(p_dependent)     low if each clip is routed with confidence
     batch_entropy      − H(mean over clips of p_dependent)     low if the batch as a whole uses all experts
@@ -24,7 +24,10 @@ from model.router import Routing
 
 
 class RoutingLoss(AudioLoss):
-    """L_MoWE, divided by the number of clips. It is reported for every model with experts, even at weight 0."""
+    """L_MoWE, which is N·L_MoWE (`sum`) divided by N clips (`count`).
+
+    The loss is reported for every model with experts, even at weight 0.
+    """
 
     name = "routing"
     options = {}
@@ -48,7 +51,7 @@ class RoutingLoss(AudioLoss):
 
 
 def entropy(probs: Tensor) -> Tensor:
-    """Return the entropy in nats over the last dimension."""
+    """Return the entropy over the last dimension, in nats."""
     return torch.special.entr(probs).sum(-1)
 
 
@@ -57,8 +60,8 @@ def routing_sum(config: RoutingLossConfig, routing: Routing, reduce: Reduce = al
 
     Collective: every rank of the world must call it, because it calls `reduce`.
 
-    The batch entropy is not linear in the clips. So the values of all ranks add up to N·L_MoWE of the global batch,
-    while the gradient is that of N·L_MoWE with respect to this rank's clips alone: gradients of ranks add up, too.
+    The batch entropy is not linear in the clips, so the ranks' values are constructed to sum to N·L_MoWE of the global
+    batch. Each rank's gradient is that of N·L_MoWE with respect to its own clips only, so gradients also sum correctly.
 
     Args:
         config: The weights of the terms. The caller applies `config.weight`.
@@ -69,7 +72,8 @@ def routing_sum(config: RoutingLossConfig, routing: Routing, reduce: Reduce = al
     by_gate = dict(zip(routing.gates, routing.probs.unbind(1), strict=True))
     none = routing.probs.new_zeros(0, num_experts)
     dependent, independent = by_gate.get("data_dependent", none), by_gate.get("data_independent", none)
-    # The independent gate is the same for every clip; summing it over clips gives each rank its share.
+    # The independent gate is the same for every clip. Summing its entropy over local clips weights each rank by its
+    # number of clips.
     local = torch.cat(
         [
             dependent.sum(0),

@@ -1,4 +1,4 @@
-"""The common style of the PNG plots of reports."""
+"""Shared style for the PNG plots in reports."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _DPI = 120
 
 
 def plain(text: str) -> str:
-    """Return a text that a plot shows as it is. matplotlib would parse text between two `$` as a formula."""
+    """Escape text so that matplotlib shows it verbatim. Text between two `$` would otherwise be parsed as a formula."""
     return printable_lines(text).replace("$", r"\$")
 
 
 def dress(axes: Axes) -> Axes:
-    """Draw horizontal grid lines behind the data, and hide the top and right parts of the frame."""
+    """Draw horizontal grid lines behind the data, and hide the top and right spines."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)

@@ -1,7 +1,7 @@
 """Statistics about which encoder experts the router chose for clips, as sums that can be added over steps and ranks.
 
 The router decides per clip, so a sample with two clips counts twice, and a sample without audio does not count. With
-several gates, or top-k above 1, a clip may run several experts; the clip shares then add up to more than 1.
+several gates, or with top-k above 1, several experts may run on a clip. The clip shares then add up to more than 1.
 
 Shapes: B clips, G gates, K encoder experts.
 """
@@ -21,7 +21,7 @@ from model.router import Routing
 Floats = NDArray[np.float64]
 
 UNNAMED = "-"
-"""The name for the language or source of clips whose manifest does not contain it."""
+"""The language or source of clips whose manifest entry does not name one."""
 ALL = "all"
 """The name that stands for all tasks."""
 BANDS_SEC = (1, 2, 5, 10, 20, 30)
@@ -45,7 +45,7 @@ def group_of(task: str, meta: Mapping[str, Any], seconds: float) -> ClipGroup:
 
     Args:
         task: The task of the clip's sample.
-        meta: The manifest's fields of the clip's sample.
+        meta: The fields of the manifest entry of the clip's sample.
         seconds: The duration of the clip.
     """
     language, source = (str(meta.get(name) or UNNAMED) for name in ("language", "source"))
@@ -54,7 +54,7 @@ def group_of(task: str, meta: Mapping[str, Any], seconds: float) -> ClipGroup:
 
 @dataclass(frozen=True)
 class Load:
-    """Sums over a number of clips."""
+    """Sums over a set of clips."""
 
     num_clips: int
     audio_sec: float
@@ -65,9 +65,9 @@ class Load:
     weights: Floats
     """The sum of the mixing weights, of shape [G, K]: the probability if the gate chose the expert, else 0."""
     routed_clips: Floats
-    """The number of clips that ran each expert, of shape [K]."""
+    """The number of clips on which each expert ran, of shape [K]."""
     routed_sec: Floats
-    """The audio seconds of these clips, of shape [K]."""
+    """The total duration of these clips in seconds, of shape [K]."""
 
     @staticmethod
     def none(num_gates: int, num_experts: int) -> Load:
@@ -91,7 +91,7 @@ class Load:
         """Return the load for another list of experts.
 
         Args:
-            places: For each expert in the new list, its index in the old list; None if it is not in the old list.
+            places: For each expert in the new list, its index in the old list, or None if it is not in the old list.
         """
         index = [len(self.routed_clips) if place is None else place for place in places]
 
@@ -103,12 +103,12 @@ class Load:
 
     @property
     def clip_share(self) -> Floats:
-        """The fraction of clips that ran each expert, of shape [K]; NaN if there are no clips."""
+        """The fraction of clips on which each expert ran, of shape [K]; NaN if there are no clips."""
         return _over(self.routed_clips, self.num_clips)
 
     @property
     def audio_share(self) -> Floats:
-        """The fraction of audio that ran each expert, by duration, of shape [K]; NaN if there are no clips."""
+        """The fraction of audio, by duration, that each expert processed, of shape [K]; NaN if there are no clips."""
         return _over(self.routed_sec, self.audio_sec)
 
     @property
@@ -123,7 +123,7 @@ class Load:
 
     @property
     def entropy_of_mean(self) -> Floats:
-        """The entropy of each gate's mean probabilities, in nats, of shape [G]; low if clips share few experts."""
+        """The entropy of each gate's mean probabilities, in nats, of shape [G]; low if most clips go to few experts."""
         mean = _over(self.probs, self.num_clips)
         return -(mean * np.log(np.where(mean > 0, mean, 1.0))).sum(-1)
 
@@ -218,7 +218,7 @@ class ExpertLoad:
         return tuple(sorted({group.task for group in self.cells}))
 
     def by_task(self) -> dict[str, Load]:
-        """Return the load of all tasks together, under the name `ALL`, and of each task; empty without clips."""
+        """Return the load of all tasks together, named `ALL`, and of each task. It is empty if there are no clips."""
         tasks = {task: self.total(lambda g, task=task: g.task == task) for task in self.tasks}  # type: ignore[misc]
         return {ALL: self.total(), **tasks} if tasks else {}
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 NUM_STRETCHES = 3
-"""The number of consecutive slow stretches after which a rank is a straggler."""
+"""The number of consecutive slow periods after which a rank is a straggler. Ranks are compared once per period."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class RankWork:
 
 @dataclass(frozen=True)
 class Straggler:
-    """A rank that was slow in `NUM_STRETCHES` consecutive stretches."""
+    """A rank that was slow in `NUM_STRETCHES` consecutive periods."""
 
     rank: int
     host: str
     times_median: float
-    """The rank's work in the last stretch, divided by the median of the other ranks' work."""
+    """The rank's work time in the last period, divided by the median of the other ranks' work times."""
     phase: str
-    """The phase in which the rank lost the most time."""
+    """The phase in which the rank's work time exceeded the median of the other ranks by the most seconds."""
 
 
 class _Times:
@@ -102,9 +102,9 @@ class StragglerMeter:
     """Collects the work of all ranks on rank 0, and finds stragglers.
 
     Args:
-        slow: A rank is slow if it works more than this many times as long as the median of the others.
-        stretch_sec: The length of the stretches in which ranks are compared. Intervals are joined until they are this
-            long, so that noise in short intervals does not matter.
+        slow: A rank is slow if its work time exceeds this multiple of the other ranks' median.
+        stretch_sec: The length of the periods over which ranks are compared, in seconds. Intervals are merged until
+            together they last this long, so that noise in short intervals does not matter.
     """
 
     def __init__(self, slow: float, stretch_sec: float) -> None:
@@ -139,7 +139,8 @@ class StragglerMeter:
         ranks = self._stretch.ranks
         by_phase = self._stretch.work_sec[ranks]
         total = by_phase.sum(axis=1)
-        # Each rank is compared only with the others, because the median of two ranks does not show which one is slow.
+        # Each rank is compared with the others only. A median of two ranks that includes the slow one is pulled halfway
+        # toward it, which hides the slowness.
         usual = _medians_of_others(total)
         slow = set(ranks[total > self._slow * usual].tolist())
         self._reported &= slow
@@ -157,7 +158,7 @@ class StragglerMeter:
         return stragglers
 
     def summary(self) -> list[dict[str, Any]]:
-        """Return, for each rank, its host and its seconds of work and of waiting per step by phase."""
+        """Return the host of each rank, and the seconds per step that the rank works and waits in each phase."""
         steps, whole = max(1, self._num_steps), self._whole
         work = whole.work_sec
         return [
@@ -179,8 +180,8 @@ def work_metrics(parts: Sequence[RankWork], num_steps: int) -> dict[str, float]:
         num_steps: The number of steps in the interval.
 
     Returns:
-        The longest work per step by phase, the rank that works longest, the ratio of its work to the median, the
-        shortest and longest waits per step, and the peak memory of the fullest device.
+        The longest work time per step in each phase, the rank that works longest, the ratio of its work time to the
+        median over all ranks, the shortest and longest waits per step, and the peak memory of the fullest device.
     """
     times = _Times()
     times.add(parts)
