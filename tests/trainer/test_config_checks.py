@@ -22,7 +22,7 @@ def test_shipped_recipes_are_valid(name: str) -> None:
 
 def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
     recipe = load_recipe("mowe_70b")
-    assert (recipe.parallel.num_ranks, recipe.parallel.tensor, recipe.parallel.pipeline) == (128, 4, 8)
+    assert (recipe.parallel.num_ranks, recipe.parallel.tensor, recipe.parallel.pipeline) == (128, 4, 4)
     hf_config = known_llm_config(recipe.model.llm)
     assert hf_config is not None
     assert (hf_config.hidden_size, hf_config.num_hidden_layers, hf_config.num_key_value_heads) == (8192, 80, 8)
@@ -77,7 +77,7 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
             "mowe_70b",
             ["parallel.tensor=16"],
             "parallel.tensor = 16: must divide the LLM's 64 attention heads, 8 key-value heads and 28672 feed-forward "
-            "channels; legal values for 128 ranks with pipeline=8: 1, 2, 4, 8",
+            "channels; legal values for 128 ranks with pipeline=4: 1, 2, 4, 8",
         ),
         (
             "mowe_70b",
@@ -87,17 +87,17 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         (
             "mowe_70b",
             ["parallel.virtual_stages=21"],
-            "parallel.virtual_stages = 21: the LLM's 80 layers are too few for pipeline=8; legal values are 1..10",
+            "parallel.virtual_stages = 21: the LLM's 80 layers are too few for pipeline=4; legal values are 1..20",
         ),
         (
             "mowe_8b",
-            ["parallel.virtual_stages=2"],
+            ["parallel.pipeline=1", "parallel.virtual_stages=2"],
             "parallel.virtual_stages = 2: legal values for pipeline=1: 1, since there is no pipeline",
         ),
         (
             "mowe_70b",
             ["parallel.virtual_stages=0"],
-            "parallel.virtual_stages = 0: legal values for pipeline=8: at least 1",
+            "parallel.virtual_stages = 0: legal values for pipeline=4: at least 1",
         ),
         (
             "mowe_70b",
