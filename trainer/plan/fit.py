@@ -18,6 +18,7 @@ from trainer.plan.experts import expert_parameters
 from trainer.plan.llm_memory import interleaved_in_flight
 from trainer.plan.memory import fullest_rank
 from trainer.plan.plan import Plan, Planner
+from trainer.plan.sizes import Size
 from trainer.plan.states import FP32_BYTES, States
 from trainer.plan.workload import EncoderWork, Workload
 
@@ -148,7 +149,8 @@ def estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[
         if encoders not in audio:
             audio[encoders] = _audio_activations(planner, variant, workload, topology, work)
         kept, backward = audio[encoders]
-        activations = max(kept + _rough_activations(planner, variant, packs), backward)
+        weights, gradients = _rough_whole_weights(planner, variant, topology)
+        activations = weights + max(kept + _rough_activations(planner, variant, packs), backward + gradients)
         if states.total + activations > accelerator.usable_bytes:
             continue
         _, _, time = planner.time(variant, workload, topology, work, packs, states)
@@ -190,6 +192,17 @@ def _rough_activations(planner: Planner, variant: Recipe, packs: PackPlan) -> fl
     each = rows * hf.hidden_size / parallel.tensor * _KEPT[train.recompute_llm]
     in_flight = interleaved_in_flight(0, parallel.pipeline, count, parallel.virtual_stages)
     return each * (2 if train.precision == "fp32" else 1) * hf.num_hidden_layers / parallel.pipeline * in_flight
+
+
+def _rough_whole_weights(planner: Planner, variant: Recipe, topology: Topology) -> tuple[float, float]:
+    """Return lower bounds of the bytes of the audio side's whole weights and whole gradients on a rank."""
+    if variant.train.gather_audio_weights != "per_update":
+        return 0, 0
+    size = 2 if variant.train.precision == "bf16" else FP32_BYTES
+    parts = planner.parts
+    experts = sum(parts.experts.values(), Size())
+    total, learned = (getattr(parts.shared, n) + getattr(experts, n) / topology.ep for n in ("total", "learned"))
+    return total * size, learned * FP32_BYTES
 
 
 def _audio_activations(
