@@ -1,4 +1,4 @@
-"""The result of the audio side, which the LLM and the losses read."""
+"""The output of the audio tower, which the LLM and the losses read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.router import Routing
 
 @dataclass(frozen=True)
 class AudioOutput:
-    """The result of `AudioTower` for B clips with S audio tokens each."""
+    """The output of `AudioTower` for B clips, of which each has S audio tokens."""
 
     embeddings: Ragged
     """The audio embeddings [ΣS, H] that the LLM reads, in the order of the clips."""

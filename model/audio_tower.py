@@ -1,4 +1,4 @@
-"""The audio side of the model, which is everything before the LLM: encoders, router, mixture, adapter, projector.
+"""The audio tower, which is the part of the model before the LLM: encoders, router, mixture, adapter and projector.
 
 The callable `encode` is the only part that depends on parallelism. Given the names of encoders and the clips that each
 must encode, it returns their features. `encode_here` computes them in this process. The trainer passes a callable that
@@ -42,7 +42,7 @@ Part = TypeVar("Part", bound=nn.Module | None)
 
 
 class AudioTower(nn.Module):
-    """The audio side of the model.
+    """The part of the model before the LLM.
 
     The initial weights of each part depend only on torch's seed and the name of the part. They therefore do not change
     if other encoders are added, removed, or not built on this rank.
@@ -50,7 +50,7 @@ class AudioTower(nn.Module):
     Args:
         config: The config of the whole model.
         llm_dim: The width H of the LLM.
-        vocab_size: The size of the tokenizer's vocabulary, for the prompt gate and the heads of losses.
+        vocab_size: The size of the tokenizer's vocabulary, for the prompt gate and the loss heads.
         held: The names of the experts to build in this process; None for all experts. The others cannot be called here.
         embedding_rms: The root mean square of the LLM's token embeddings, to which `model.adapter.normalize` initially
             scales the audio embeddings.
@@ -86,7 +86,7 @@ class AudioTower(nn.Module):
         if streams and config.router.join == "add":
             joined = width
             self.stream_projection = nn.Linear(streams, width, bias=False)
-            nn.init.zeros_(self.stream_projection.weight)  # so that added encoders do not change the first loss
+            nn.init.zeros_(self.stream_projection.weight)  # so that added encoders do not change the initial loss
         self.adapter = _seeded("adapter", lambda: build_adapter(config.adapter, joined))
         self.projector = _seeded("projector", lambda: nn.Linear(self.adapter.dim, llm_dim, config.adapter.bias))
         self.feature_norm: nn.Module | None = None
@@ -103,7 +103,8 @@ class AudioTower(nn.Module):
         )
         """The names of the losses that have a head."""
         self.recompute_joined = False
-        """Whether the backward pass computes again what follows the encoders: mixture, adapter, projector and heads."""
+        """Whether the modules after the encoders (mixture, adapter, projector, heads) are recomputed in the backward
+        pass."""
 
     def _add_head(self, loss: AudioLoss, vocab_size: int) -> bool:
         name = f"{loss.name}_head"
@@ -181,7 +182,7 @@ class AudioTower(nn.Module):
     def _join(
         self, primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | None, frames: tuple[int, ...]
     ) -> AudioOutput:
-        """Return the output for the features of all encoders, see `mix`."""
+        """Return the output for the features of all encoders; see `mix`."""
         joined = mix(primary, experts, routing, frames)
         if self.stream_projection is not None:
             assert primary is not None
@@ -213,7 +214,7 @@ class AudioTower(nn.Module):
             lengths[:] = [part.lengths for part in found]
             return tuple(part.values for part in found)
 
-        # The first argument gives the result a gradient even if none flows into the features (see `call_layer`).
+        # The first argument makes the result require a gradient even if none flows into the features (`call_layer`).
         through = torch.zeros((), device=self.projector.weight.device, requires_grad=True)
         probs = None if routing is None else routing.probs
         values = checkpoint(run, through, probs, *(part.values for part in given), use_reentrant=True)

@@ -98,19 +98,20 @@ class Sample:
     token_ids: Tensor
     """The tokens of the whole sample, [L] int64.
 
-    They contain one placeholder for each audio token, so the length is known before any encoder runs.
+    They contain one placeholder for each audio token, so L is known before any encoder runs.
     """
     audio_mask: Tensor
     """The positions of the placeholders, [L] bool."""
     labels: Tensor
     """The token that each position must predict, [L] int64, or IGNORE. The labels are already shifted by one position.
 
-    Only the tokens of answers and the end token after each are labels. A conversation may have several answers.
+    Only the tokens of answers, and the end token after each answer, are labels. A conversation may have several
+    answers.
     """
     prompt_ids: Tensor
     """The tokens of the instruction, [P] int64; in a conversation, of its last question."""
     clip_prompt_ids: tuple[Tensor, ...] | None = None
-    """The tokens of the question that each clip belongs to, each [P] int64; None if it is `prompt_ids` for all."""
+    """The tokens of the question that each clip belongs to, each [P] int64; None if they are `prompt_ids` for all."""
     texts: Mapping[str, Tensor] = field(default_factory=dict)
     """The token ids of other manifest fields that a loss reads (see `Loss.text_fields`), by the field's name."""
     meta: dict[str, Any] = field(default_factory=dict)
@@ -131,7 +132,7 @@ class Sample:
 
     @property
     def answer(self) -> Tensor:
-        """The tokens of the only answer without the end token; empty in evaluation."""
+        """The tokens of the only answer, without the end token; empty in evaluation."""
         return self.labels[self.labels != IGNORE][:-1]
 
 

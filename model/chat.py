@@ -1,7 +1,7 @@
-"""Rendering of a tokenizer's chat template, which comes from elsewhere, within a time limit.
+"""Rendering of a tokenizer's chat template within a time limit, since the template is not trusted.
 
-transformers renders templates in a sandbox. A template there cannot reach files or other objects, but it can loop for
-years, and it can raise any error.
+transformers renders templates in a sandbox. In the sandbox, a template cannot access files or other objects, but it can
+loop for years, and it can raise any error.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from model.conversation import Message
 from model.errors import UserError
 
 LIMIT_SEC = 10.0
-"""The time in which a template must be rendered. Templates of published models take less than a millisecond."""
+"""The time limit for rendering, in seconds. Templates of published models need less than a millisecond."""
 
 
 class _Overdue(BaseException):
-    """Raised in the thread that renders. It is no Exception, so that nothing on the way handles it."""
+    """Raised in the rendering thread. It is not an Exception, so that no handler in between catches it."""
 
 
 class ChatError(UserError):
@@ -40,16 +40,16 @@ class ChatError(UserError):
 def render_chat(
     tokenizer: Any, messages: Sequence[Message], *, prompts: bool = True, limit_sec: float = LIMIT_SEC
 ) -> str:
-    """Return the text that a tokenizer's chat template makes of messages.
+    """Return the text that a tokenizer's chat template renders for messages.
 
     Args:
         tokenizer: The transformers tokenizer.
         messages: The messages.
         prompts: Whether the text ends with the beginning of an answer.
-        limit_sec: The time in which the template must be rendered, in seconds.
+        limit_sec: The time limit for rendering, in seconds.
 
     Raises:
-        ChatError: If the template fails, or takes longer.
+        ChatError: If the template raises an error, or rendering takes longer than the limit.
     """
     where = f"the chat template of the tokenizer {tokenizer.name_or_path!r:.200}"
     try:
@@ -70,7 +70,7 @@ def render_chat(
 def _within(limit_sec: float, work: Callable[[], Any]) -> Any:
     """Call `work` and return its result. Raise `_Overdue` in it if it takes longer than `limit_sec`.
 
-    It must run Python code: nothing can interrupt a single long call of C code.
+    `work` must run Python code, since a single long call of C code cannot be interrupted.
     """
     thread, lock, state = threading.get_ident(), threading.Lock(), {"done": False, "overdue": False}
 

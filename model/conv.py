@@ -1,8 +1,8 @@
-"""1-D convolutions that are fast on CPUs even if every batch has another length.
+"""1-D convolutions that are fast on CPUs even if every batch has a different length.
 
 oneDNN compiles a kernel for each input shape and caches the last thousand kernels, but batches of clips rarely repeat a
-shape. A convolution that is computed as a matrix product needs no compilation. If channels are last in memory, each
-window of the input is a contiguous slice.
+shape. A convolution that is computed as a matmul needs no compilation. If channels are last in memory, each window of
+the input is a contiguous slice.
 
 Shapes: B clips, T input steps, L output steps, C input channels, O output channels, k taps.
 """
@@ -21,10 +21,10 @@ from torch.autograd.function import once_differentiable
 
 
 class Conv1d(nn.Conv1d):
-    """An `nn.Conv1d` that is computed as a matrix product on CPUs, unless it is grouped or dilated.
+    """An `nn.Conv1d` that is computed as a matmul on CPUs, unless it is grouped or dilated.
 
-    Parameters and results are those of `nn.Conv1d`. The result `[B, O, L]` of the matrix product has channels last in
-    memory, so that another layer of this class can read it without a copy.
+    Parameters and results are those of `nn.Conv1d`. The result `[B, O, L]` of the matmul has channels last in memory,
+    so that another layer of this class can read it without a copy.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -32,12 +32,12 @@ class Conv1d(nn.Conv1d):
 
 
 def use_matrix_products(module: nn.Module, devices: Sequence[str] = ("cpu",)) -> None:
-    """Make every `nn.Conv1d` in `module`, including those with weight norm, compute in the way of `Conv1d`.
+    """Make every `nn.Conv1d` in `module`, including those with weight norm, compute in the same way as `Conv1d`.
 
     Args:
         module: The module, which is changed in place.
-        devices: The device types on which matrix products are used. With `meta`, a run on the meta device has the same
-            saved tensors as one on a CPU.
+        devices: The device types on which matmuls are used. With `meta`, a run on the meta device saves the same
+            tensors for the backward pass as a run on a CPU.
     """
     forward = partial(_conv_forward, devices=tuple(devices))
     for child in module.modules():

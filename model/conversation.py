@@ -1,4 +1,4 @@
-"""Conversations: the checks of `messages`, and their tokens.
+"""Conversations: checking and tokenization of `messages`.
 
 A conversation is tokenized in segments: the prompt up to the first answer, the first answer, the prompt up to the
 second answer, and so on. Training (`trainer/data`) and the exported processor share this code, so that both produce
@@ -40,9 +40,9 @@ class Turn:
     role: str
     """`system`, `user` or `assistant`."""
     texts: tuple[str, ...]
-    """The texts before, between and after the clips."""
+    """The pieces of text before, between and after the clips."""
     loss: bool | None = None
-    """Whether the answer has labels; None if the recipe decides."""
+    """Whether the answer has labels; None to use the recipe's setting."""
 
     @property
     def num_clips(self) -> int:
@@ -56,7 +56,7 @@ class Turn:
 
 
 def question(instruction: str, num_clips: int) -> Turn:
-    """Return the message of the user in a sample with one instruction, which follows the clips."""
+    """Return the user's message in a sample with one instruction. The instruction follows the clips."""
     return Turn("user", ("",) * num_clips + (instruction,))
 
 
@@ -81,8 +81,8 @@ def read_turns(messages: Any) -> tuple[Turn, ...]:
         around answers is removed.
 
     Raises:
-        ConversationError: If a message has another form, is empty or out of order, or has audio although it is not the
-            user's.
+        ConversationError: If a message has a different form, is empty or out of order, or has audio although it is not
+            from the user.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise ConversationError(f"messages = {_short(messages)}, but must be a list of objects with role and content")
@@ -110,7 +110,7 @@ def plain_messages(turns: Sequence[Turn]) -> list[Message]:
 def audio_blocks(messages: Any) -> list[Any]:
     """Return the value of `audio` for each clip of messages in order, and None for a clip without one.
 
-    The messages need not be valid; whatever is not a block or a tag is ignored.
+    The messages need not be valid. Everything except blocks and tags is ignored.
     """
     found: list[Any] = []
     for message in messages if isinstance(messages, list | tuple) else ():
@@ -146,7 +146,7 @@ def _turn(where: str, message: Any) -> Turn:
 
 
 def _texts(where: str, content: Any) -> tuple[str, ...]:
-    """Return the texts before, between and after the clips of a message."""
+    """Return the pieces of text before, between and after the clips of a message."""
     if isinstance(content, str):
         return tuple(content.split(AUDIO_TAG))
     if not isinstance(content, list | tuple):
@@ -184,7 +184,7 @@ class PromptFormat:
     end_id: int
     """The token after each answer of a conversation without a chat template."""
     encode: Callable[[str], list[int]]
-    """A function that returns the tokens of a text, which may contain placeholders, without adding others."""
+    """A function that returns the tokens of text, which may contain placeholders, without adding other tokens."""
     chat: Chat | None
     """The chat template; None if there is none."""
 
@@ -195,9 +195,9 @@ class PromptFormat:
             turns: The turns.
 
         Returns:
-            The prompt before the first answer, the first answer, the prompt between first and second answer, and so
-            on up to the prompt before the next answer. If the chat template changes earlier answers or what surrounds
-            them, the whole prompt is the only segment.
+            The prompt before the first answer, the first answer, the prompt between the first and the second answer,
+            and so on up to the prompt before the next answer. If the chat template changes earlier answers or the text
+            around them, the whole prompt is the only segment.
 
         Raises:
             ConversationError: If the prompt does not have exactly one place for each clip.
@@ -260,12 +260,12 @@ class PromptFormat:
         return render(template, turn.text, self.placeholder, turn.num_clips)
 
     def _plain(self, turns: Sequence[Turn]) -> list[str]:
-        """Return the texts of the turns. A system prompt is the first line of the first message."""
+        """Return the text of each turn. A system prompt becomes the first line of the first message."""
         texts = [self.content(turn) for turn in turns]
         return ["\n".join(texts[:2]), *texts[2:]] if turns[0].role == "system" else texts
 
     def _rendered(self, chat: Chat, turns: Sequence[Turn]) -> list[str]:
-        """Return the texts of the segments in the chat template."""
+        """Return the text of each segment in the chat template."""
         messages = self.messages(turns)
         places = [place for place, turn in enumerate(turns) if turn.role == "user"]
         prompts = [chat(messages[: place + 1], True) for place in places]

@@ -1,4 +1,4 @@
-"""The exception whose message is written for the user, and what must not reach a terminal."""
+"""The exception whose message is written for the user, and the removal of text that must not reach a terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 
 _CREDENTIALS = re.compile(r"(://)[^/\s@]+@")
 _CONTROLS = ("Cc", "Cs", "Zl", "Zp")
-"""The Unicode categories of control characters, halves of pairs, and separators of lines."""
+"""The Unicode categories of control characters, unpaired surrogates, and line and paragraph separators."""
 _DIRECTIONS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """The characters that change the direction of the text after them."""
 
@@ -18,19 +18,19 @@ def without_credentials(text: str) -> str:
 
 
 def has_credentials(text: str) -> bool:
-    """Return whether a text contains a URL with a user name or a password."""
+    """Return whether `text` contains a URL with a user name or a password."""
     return _CREDENTIALS.search(text) is not None
 
 
 def printable(text: str) -> str:
-    """Return a text as one line that cannot steer a terminal: its control characters are escaped as in Python."""
-    if text.isprintable():  # No control character is, and no character that changes the direction.
+    """Return `text` as one line that cannot control a terminal. Control characters are escaped as in Python."""
+    if text.isprintable():  # Control characters and characters that change the direction are not printable.
         return text
     return "".join(_escaped(char) for char in text)
 
 
 def printable_lines(text: str) -> str:
-    """Return a text with the same lines, whose other control characters are escaped."""
+    """Return `text` with all control characters except line breaks escaped."""
     return "\n".join(map(printable, text.split("\n")))
 
 
@@ -53,15 +53,15 @@ class UserError(ValueError):
 
 
 def check_least(section: str, config: object, **least: float) -> None:
-    """Check that fields of a recipe section are not below their least legal values. None is always legal.
+    """Check that fields of a recipe section are not below their smallest valid values. None is always valid.
 
     Args:
         section: The name of the section, for the message.
         config: The section.
-        **least: The least legal value of each field, by the field's name.
+        **least: The smallest valid value of each field, by the field's name.
 
     Raises:
-        UserError: If a field is below its least legal value.
+        UserError: If a field is below its smallest valid value.
     """
     for name, lowest in least.items():
         value = getattr(config, name)

@@ -1,4 +1,4 @@
-"""Reading of JSON that this program did not write, with every defect as one kind of error."""
+"""Reading of JSON that this program did not write. Every defect raises the same kind of error."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def parse_json(text: str | bytes) -> Any:
         text: The document. Bytes must be UTF-8; a byte order mark is skipped.
 
     Raises:
-        ValueError: If the document is not valid; the message is a reason in one line. It is a BrokenTextError if only
-            text in it is invalid.
+        ValueError: If the document is not valid. The message is a reason in one line. The error is a BrokenTextError if
+            only text in the document is invalid.
     """
     if isinstance(text, bytes):
         try:
@@ -46,7 +46,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _broken_text(value: Any) -> str | None:
-    """Return a text in `value` that has an unpaired surrogate, or None if there is none."""
+    """Return a string in `value` that has an unpaired surrogate, or None if there is none."""
     waiting = [value]
     while waiting:
         item = waiting.pop()

@@ -1,8 +1,8 @@
 """Conversions between seconds, audio samples, frames and audio tokens. No other module repeats this arithmetic.
 
 Every encoder of this project returns one frame per 20 ms (50 Hz), and the number of frames is rounded up. Whisper's
-convolutions over mel frames of 10 ms do so themselves. The convolution stacks of HuBERT and WavLM round down, and their
-last frame is then repeated.
+convolutions over mel frames of 10 ms round up by themselves. The convolution stacks of HuBERT and WavLM round down, and
+their last frame is then repeated.
 """
 
 from collections.abc import Sequence
@@ -34,14 +34,14 @@ def num_frames(samples: Count) -> Count:
 
 @dataclass(frozen=True)
 class TokenRate:
-    """The rule by which an adapter turns frames into audio tokens: their number follows from the length alone."""
+    """The rule by which an adapter turns frames into audio tokens. It depends only on the number of frames."""
 
     strides: tuple[int, ...]
     """The down-sampling of each layer. Each layer rounds up, unless `drops_rest`."""
     tokens_per_group: int = 1
     """The number of audio tokens for every group of frames that the strides leave."""
     drops_rest: bool = False
-    """True if layers round down, so that frames at the end which do not fill a stride are dropped. A clip has at least
+    """True if layers round down, so that frames at the end that do not fill a stride are dropped. A clip has at least
     one group."""
 
     def tokens_of_frames(self, frames: int) -> int:

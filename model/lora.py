@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): a linear layer computes W·x + s·B·A·x, in which only A and B learn.
 
-The adapters are added to a finished model from outside. Each is two parameters of the layer, `lora_A` [rank, inputs]
-and `lora_B` [outputs, rank], and a forward hook that adds their product to the layer's output. The hook does not read
-W, so W may have any storage. `model.llm.lora` does the same for Megatron's parallel layers.
+The adapters are added to a model after it has been built. Each consists of two parameters of the layer, `lora_A` [rank,
+inputs] and `lora_B` [outputs, rank], and a forward hook that adds s·B·A·x to the layer's output. The hook does not read
+W, so W may be stored in any way. `model.llm.lora` does the same for Megatron's parallel layers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Initial = Callable[[str, tuple[int, int]], Tensor]
 
 
 def unknown_factor(name: str, shape: tuple[int, int]) -> Tensor:
-    """Return a factor without values, on the meta device: for models of which only the shapes are needed."""
+    """Return a factor without values, on the meta device, for models of which only the shapes are needed."""
     return torch.empty(shape, device="meta")
 
 
@@ -95,7 +95,7 @@ class Adapters:
             names: the names of all layers of the model that can be adapted, see `can_adapt`.
 
         Raises:
-            UserError: If a pattern matches nothing. The message contains it and the nearest names.
+            UserError: If a pattern matches nothing. The message contains the pattern and the most similar names.
         """
         names = sorted(set(names))
         for part in self.parts:
@@ -125,7 +125,7 @@ NO_ADAPTERS = Adapters()
 
 
 def can_adapt(name: str) -> bool:
-    """Return True if a linear layer of this name can have an adapter: the LLM's projections, and encoders."""
+    """Return True if the linear layer `name` can have an adapter, as the LLM's projections and encoder layers can."""
     return bool(_LLM_LAYER.fullmatch(name) or _ENCODER.fullmatch(name))
 
 
@@ -179,7 +179,7 @@ def _add_product(layer: nn.Module, args: tuple[Any, ...], output: Tensor, *, sca
 
 
 def _fused_with(name: str) -> list[str]:
-    """Return the layers whose weights are one matrix with that of `name` in training, itself included."""
+    """Return the layers whose weights form one matrix in training with that of `name`, including `name`."""
     prefix, _, own = name.rpartition(".")
     for group in _FUSED if name.startswith(LLM) else ():
         if own in group:
@@ -188,7 +188,7 @@ def _fused_with(name: str) -> list[str]:
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
-    """Return up to three names like the pattern, at most one for layers that differ only in their numbers."""
+    """Return up to three names similar to the pattern, at most one among layers that differ only in their numbers."""
     last = pattern.rpartition(".")[2]
 
     def likeness(kind: str) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """The combination of the primary encoder's features with those of the chosen experts.
 
-All encoders return 50 frames per second (`model/lengths.py`), so frames of the same index belong together.
+All encoders return 50 frames per second (`model/lengths.py`), so frames with the same index cover the same 20 ms.
 Shapes: B clips, F frames, G gates, K experts, Dp primary width, De expert width.
 """
 
@@ -45,17 +45,17 @@ def frame_rows(lengths: Sequence[int], wanted: NDArray[np.bool_]) -> NDArray[np.
 def per_frame(values: Tensor, lengths: Sequence[int]) -> Tensor:
     """Repeat each clip's row of `values` [B, n] for each of the clip's frames, giving [ΣF, n].
 
-    The gradient sums over the frames of each clip. The backward pass of `repeat_interleave` would sum them in an
-    undetermined order on a GPU.
+    The gradient is the sum over the frames of each clip. On a GPU, the backward pass of `repeat_interleave` would add
+    the frames in an undetermined order.
     """
     return torch.cat([row.expand(n, -1) for row, n in zip(values.split(1), lengths, strict=True)])
 
 
 def mix(primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | None, lengths: tuple[int, ...]) -> Ragged:
-    """Concatenate the primary's features and, for each gate g, the stream Σ_k w[b,g,k]·E_k along the channels.
+    """Concatenate the primary encoder's features and, for each gate g, the stream Σ_k w[b,g,k]·E_k along the channels.
 
     Args:
-        primary: The primary's features [ΣF, Dp]; None in mode `all_routed`.
+        primary: The primary encoder's features [ΣF, Dp]; None in mode `all_routed`.
         experts: For each expert, the features [ΣF, De] of the clips for which `routing.active` is true, in order.
         routing: The decisions for all B clips; None if there are no experts.
         lengths: The number of frames of each of the B clips.
@@ -69,7 +69,7 @@ def mix(primary: Ragged | None, experts: Sequence[Ragged], routing: Routing | No
         for k, features in enumerate(experts):
             expected = tuple(n for n, wanted in zip(lengths, active[:, k], strict=True) if wanted)
             assert features.lengths == expected, "the lengths of an expert's features differ from those of its clips"
-        # One transfer serves all experts. `index_add_` has no race because no row occurs twice within an expert.
+        # One transfer serves all experts. `index_add_` is deterministic because no row occurs twice within an expert.
         found = [frame_rows(lengths, wanted) for wanted in active.T]
         rows_of = to_device(np.concatenate(found), like.device).split([len(rows) for rows in found])
         num_gates, num_experts = routing.weights.shape[1:]

@@ -1,8 +1,9 @@
 """The router, which chooses the encoder experts of each clip and weights their features.
 
-MoWE-Audio (arXiv 2409.06635, section 2.2) has two gates over the pool of weak encoders. The data-independent gate is a
-learned vector. The data-dependent gate reads the average over time of the base encoder's features. Each gate computes
-one feature stream z = Σ_k r[k]·E_k(a) over its top-k experts. Gating on the instruction follows PaM (arXiv 2502.15178).
+MoWE-Audio (arXiv 2409.06635, section 2.2) has two gates over the pool of weak encoders (here: encoder experts). The
+data-independent gate is a learned vector. The data-dependent gate reads the average over time of the features of the
+base encoder (here: primary encoder). Each gate computes one feature stream z = Σ_k r[k]·E_k(a) over its top-k experts.
+Gating on the instruction follows PaM (arXiv 2502.15178).
 
 Shapes: B clips, F frames, P prompt tokens, D width of the gate's input, G gates, K experts.
 """
@@ -50,7 +51,7 @@ class Routing:
 
     @property
     def active(self) -> Tensor:
-        """The experts that at least one gate chose for each clip, [B, K] bool on the host. Only these are computed."""
+        """The experts that at least one gate chose for each clip, [B, K] bool on the host. Only these experts run."""
         return self.on_host[1].any(dim=1)
 
     def head(self, num_clips: int) -> Routing:
@@ -70,7 +71,7 @@ class Router(nn.Module):
     Args:
         config: The router section of the config.
         num_experts: The number K of experts.
-        primary_dim: The width of the primary's features, for the input `primary`.
+        primary_dim: The width of the primary encoder's features, for the input `primary`.
         vocab_size: The size of the tokenizer's vocabulary, for the input `prompt`.
         prompt_dim: The width of the prompt's token embeddings, for the input `prompt`.
     """
@@ -97,7 +98,7 @@ class Router(nn.Module):
 
         Args:
             clips: The waveforms [ΣT], which the input `log_mel` reads.
-            primary: The primary's features [ΣF, D], which the input `primary` reads; None without a primary.
+            primary: The primary encoder's features [ΣF, D], which the input `primary` reads; None if there is none.
             prompts: The instruction tokens [ΣP], which the input `prompt` reads.
             noise: Standard normal noise [B, G, K], to be scaled by `noise_std`; None outside training.
         """

@@ -70,7 +70,7 @@ class SpeechLLM(nn.Module):
         self.audio = AudioTower(config, self.llm.config.hidden_size, vocab_size, embedding_rms=rms)
 
     def embed_audio(self, batch: Batch, noise: Tensor | None = None) -> AudioOutput | None:
-        """Return the output of the audio side for the clips of `batch`; None if there is no clip.
+        """Return the output of the audio tower for the clips of `batch`; None if there is no clip.
 
         Args:
             batch: The batch.

@@ -28,7 +28,7 @@ class Adapter(nn.Module, ABC):
         input_dim: The width D of the features.
 
     Raises:
-        UserError: If a value of `config` is not legal for this kind.
+        UserError: If a value of `config` is invalid for this kind.
     """
 
     dim: int
@@ -46,7 +46,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def kept_elements(self, frames: Sequence[int], device: str) -> int:
-        """Return the number of elements that are kept from the forward to the backward pass, for `earshot plan`.
+        """Return the number of elements that are saved for the backward pass, for `earshot plan`.
 
         Args:
             frames: The number of frames of each clip.
@@ -70,7 +70,7 @@ def build_adapter(config: AdapterConfig, input_dim: int) -> Adapter:
     """Return a new adapter of the kind that `config` names.
 
     Raises:
-        UserError: If a value of `config` is not legal for its kind.
+        UserError: If a value of `config` is invalid for its kind.
     """
     kind = cast(type[Adapter], load_entry(ADAPTERS[config.kind]))
     return kind(config, input_dim)

@@ -37,8 +37,8 @@ class Convolutions(Adapter):
             for a, b, stride in zip(widths, widths[1:], config.strides, strict=False)
         ]
         for layer in layers:
-            # He initialisation (arXiv 1502.01852) keeps the variance. PyTorch's default would shrink the signal to a
-            # third in each layer, and all audio tokens would initially be nearly equal.
+            # He initialisation (arXiv 1502.01852) preserves the variance. PyTorch's default would shrink the signal to
+            # a third in each layer, and all audio tokens would initially be nearly equal.
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)

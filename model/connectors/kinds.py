@@ -1,4 +1,4 @@
-"""The kinds of adapters that a recipe can name. It imports nothing, so that recipes are read without PyTorch."""
+"""The kinds of adapters that a recipe can name. This module imports nothing, so recipes are read without PyTorch."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _EXPANSION = 4
 class LearnedVectors(nn.Module):
     """Adds a table of learned vectors [N, C] to its input [G, N, C].
 
-    It is a module of its own because ZeRO-3 gathers parameters for the backward pass of modules that return tensors.
+    It is a separate module because ZeRO-3 gathers parameters for the backward pass of modules that return tensors.
     """
 
     def __init__(self, count: int, dim: int, std: float) -> None:
@@ -110,7 +110,8 @@ class Queries(Adapter):
     def kept_elements(self, frames: Sequence[int], device: str) -> int:
         """Implement `Adapter.kept_elements`.
 
-        Every layer keeps keys and values of its frames, and about 16 vectors and the perceptron's two per query.
+        Every layer saves the keys and values of its frames and, for every query, about 16 vectors and the perceptron's
+        two hidden vectors.
         """
         windows = sum(count_groups(frames, self.rate))
         per_layer = windows * (2 * self.size + self.num_queries * (16 + 2 * _EXPANSION)) * self.dim

@@ -23,7 +23,7 @@ class Stacking(Adapter):
         super().__init__(config, input_dim)
         self.dim = config.hidden_size
         self.linear = nn.Linear(group_size(config.rate) * input_dim, config.hidden_size, config.bias)
-        # As in `Convolutions`, the variance of the signal is kept.
+        # As in `Convolutions`, the initialization preserves the variance of the signal.
         nn.init.kaiming_normal_(self.linear.weight, nonlinearity="relu")
         if config.bias:
             nn.init.zeros_(self.linear.bias)

@@ -44,7 +44,8 @@ class SwiGLU(Adapter):
     def kept_elements(self, frames: Sequence[int], device: str) -> int:
         """Implement `Adapter.kept_elements`.
 
-        The input of each norm and of each linear layer is kept, and the two factors of SwiGLU with SiLU of one.
+        The inputs of each norm and of each linear layer are saved, and so are the two factors of SwiGLU and the SiLU of
+        one of them.
         """
         return sum(count_groups(frames, self.rate)) * (2 * self.linear.in_features + 5 * self.dim)
 

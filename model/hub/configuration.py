@@ -41,8 +41,8 @@ class EarshotConfig(PretrainedConfig):
 def describe(config: ModelConfig, hf_config: PretrainedConfig, vocab_size: int) -> dict[str, Any]:
     """Return the arguments of `EarshotConfig` that describe a model.
 
-    The configs of pre-trained encoders are written out. What only training needs (the CTC head, the weights of the loss
-    terms) is dropped.
+    The configs of pre-trained encoders are written out. Settings that only training needs (the CTC head and the weights
+    of the loss terms) are dropped.
 
     Args:
         config: The recipe's model.
@@ -75,7 +75,7 @@ def audio_config(tree: Mapping[str, Any]) -> ModelConfig:
 
 
 def rename_former_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `EarshotConfig.audio` of this or an earlier version with the present names of keys and gates."""
+    """Return `EarshotConfig.audio`, written by this or an earlier version, with the current names of keys and gates."""
     router = tree["router"]
     if isinstance(router, Mapping):
         router = dict(router)

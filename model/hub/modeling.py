@@ -1,4 +1,4 @@
-"""The exported model for transformers' Auto classes: audio tower and LLM, with the names of parameters in training.
+"""The exported model for transformers' Auto classes: audio tower and LLM, with the same parameter names as in training.
 
 Shapes: B samples, L tokens of the longest, C clips, T audio samples (16 kHz), H width of the LLM.
 """
@@ -32,7 +32,7 @@ class EarshotForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: EarshotConfig) -> None:
         super().__init__(config)
-        # `from_pretrained(dtype=…)` sets the default dtype; otherwise the LLM would take the one of its config.
+        # `from_pretrained(dtype=…)` sets the default dtype. Otherwise, the LLM would use the dtype in its config.
         self.llm = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         mixture = described(config.text_config)
         if mixture is not None:

@@ -111,7 +111,7 @@ class EarshotProcessor(ProcessorMixin):
         Args:
             conversation: The messages, as in `transformers.ProcessorMixin.apply_chat_template`. A message has `role`
                 and `content`: text, or blocks `{"type": "text", "text": …}` and `{"type": "audio", "audio": CLIP}`. In
-                a text, `<audio>` stands for a clip. After an optional system prompt, user and assistant alternate.
+                text, `<audio>` stands for a clip. After an optional system prompt, user and assistant alternate.
             audio: The clips that the messages themselves do not contain, in order; for a batch, a list for each
                 conversation.
             add_generation_prompt: Whether the beginning of an answer follows. It must be true if the last message is
@@ -126,8 +126,9 @@ class EarshotProcessor(ProcessorMixin):
             padded on the left.
 
         Raises:
-            ValueError: If messages have another form, contain the placeholder or a token that controls the model, or
-                have more or fewer places for audio than there are clips; or if `add_generation_prompt` does not fit.
+            ValueError: If messages have a different form, contain the placeholder or a token that controls the model,
+                or have more or fewer places for audio than there are clips, or if `add_generation_prompt` does not
+                match the last message.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors = {return_tensors!r}: 'pt' only")
@@ -154,7 +155,7 @@ class EarshotProcessor(ProcessorMixin):
         """Return the inputs of `generate` and `forward` for conversations and the clips of each.
 
         Raises:
-            ValueError: If audio cannot be used, the number of clips differs from that of their places, or a text
+            ValueError: If audio cannot be used, the number of clips differs from the number of places for them, or text
                 contains the placeholder or a token that controls the model.
         """
         return self._inputs(conversations, [[self._clip(clip) for clip in own] for own in samples])
@@ -162,7 +163,7 @@ class EarshotProcessor(ProcessorMixin):
     def _inputs(
         self, conversations: Sequence[tuple[Turn, ...]], samples: Sequence[Sequence[np.ndarray]]
     ) -> BatchFeature:
-        # Many samples have the same instruction, so each text is tokenized once.
+        # Many samples have the same instruction, so each distinct text is tokenized only once.
         pieces = {turns: self._pieces(turns) for turns in dict.fromkeys(conversations)}
         for turns, own in zip(conversations, samples, strict=True):
             if len(pieces[turns]) != len(own) + 1:
@@ -184,7 +185,7 @@ class EarshotProcessor(ProcessorMixin):
         return BatchFeature(inputs)
 
     def clip_inputs(self, clips: Sequence[Clip], instructions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the inputs of the audio tower: those of `EarshotForCausalLM.embed` that are not of tokens.
+        """Return the inputs of the audio tower, which are those of `EarshotForCausalLM.embed` except tokens and mask.
 
         Args:
             clips: At least one clip.
@@ -231,7 +232,7 @@ class EarshotProcessor(ProcessorMixin):
         """Return the number of tokens of a conversation without its audio tokens.
 
         Raises:
-            ValueError: If a text contains the placeholder or a token that controls the model.
+            ValueError: If text contains the placeholder or a token that controls the model.
         """
         return sum(map(len, self._pieces(turns)))
 
@@ -241,7 +242,7 @@ class EarshotProcessor(ProcessorMixin):
         return rate.tokens_of_samples(max(num_samples(self.min_audio_sec), clip_samples))
 
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
-        """Return the texts of generated tokens, without special tokens and placeholders."""
+        """Return the text of each sequence of generated tokens, without special tokens and placeholders."""
         rows = [[int(t) for t in row if int(t) != self.placeholder_id] for row in sequences]
         texts: list[str] = self.tokenizer.batch_decode(rows, **{"skip_special_tokens": True, **kwargs})
         return texts
@@ -322,7 +323,7 @@ def _is_clip(audio: Any) -> bool:
 
 
 def _read(path: str) -> np.ndarray:
-    """Return the mean of a file's channels [T] at 16 kHz."""
+    """Read an audio file, and return the mean over its channels [T] at 16 kHz."""
     try:
         import soundfile
     except ImportError as error:

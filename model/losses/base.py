@@ -1,8 +1,8 @@
 """The interface of a loss, and the value that it adds to the total loss.
 
 The total is Σ weight · (sum over all ranks of `sum`) / (sum over all ranks of `count`), over the active losses. An
-`AudioLoss` is computed on the rank that loaded the samples, from the output of the audio side. A `TokenLoss` is
-computed where the LLM's logits are, which is the last pipeline stage of the replica that was sent the samples.
+`AudioLoss` is computed on the rank that loaded the samples, from the output of the audio tower. A `TokenLoss` is
+computed where the LLM's logits are, which is the last pipeline stage of the LLM replica to which the samples were sent.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class LossTerm:
     weight: float
     """The factor of the term in the total loss."""
     sum: Tensor
-    """This rank's share of the sum over the global batch, a scalar. It carries the gradient where one is still to be
-    computed."""
+    """This rank's share of the sum over the global batch, a scalar. It requires a gradient if the backward pass of the
+    term has yet to run."""
     count: int
     """This rank's share of the number by which the sum over the global batch is divided."""
 
@@ -69,10 +69,10 @@ class Loss(ABC):
         return self.weight(config) > 0
 
     def check(self, config: ModelConfig) -> None:  # noqa: B027 - most losses have nothing more to check
-        """Check the options in the recipe beyond their names and that none is negative.
+        """Check the options in the recipe. `check_losses` has already checked names, and that no value is negative.
 
         Raises:
-            UserError: If a value is not legal.
+            UserError: If a value is invalid.
         """
 
     @abstractmethod
@@ -81,7 +81,7 @@ class Loss(ABC):
 
 
 class AudioLoss(Loss):
-    """A loss that is computed from the output of the audio side."""
+    """A loss that is computed from the output of the audio tower."""
 
     def head(self, config: ModelConfig, dim: int, vocab_size: int) -> nn.Module | None:
         """Return a new layer that reads the adapter's output; None if the loss needs none.
@@ -96,7 +96,7 @@ class AudioLoss(Loss):
         return None
 
     def targets(self, batch: Batch, config: ModelConfig) -> Ragged | None:
-        """Return what the loss reads of `batch`, on the host, one sequence per clip; None if it reads nothing."""
+        """Return the targets of the loss in `batch`, on the host, one sequence per clip; None if it has no targets."""
         return None
 
     @abstractmethod
@@ -106,10 +106,10 @@ class AudioLoss(Loss):
         Collective: every rank of the world must call it, because it may call `reduce`. A rank may have no clip.
 
         Args:
-            audio: The output of the audio side for this rank's clips.
+            audio: The output of the audio tower for this rank's clips.
             targets: The result of `targets`, on the device of `audio`.
             config: The model's config.
-            reduce: The sum over ranks, for a loss that is not linear in the samples.
+            reduce: A function that returns the sum over ranks, for a loss that is not linear in the samples.
         """
 
 
@@ -117,7 +117,7 @@ class TokenLoss(Loss):
     """A loss that is computed from the LLM's logits at the positions with a label."""
 
     has_reference: ClassVar[bool] = False
-    """True if the logits are compared with those of `reference`. Samples without a reference then take no part."""
+    """True if the logits are compared with those of `reference`. Samples without a reference are then left out."""
     by_task: ClassVar[bool] = False
     """True if the mean over the tokens of each task is reported as `train/loss/<task>`."""
 
@@ -129,7 +129,7 @@ class TokenLoss(Loss):
         return None
 
     def count(self, batch: Batch, config: ModelConfig) -> int:
-        """Return the number of labelled positions of the samples that take part."""
+        """Return the number of labelled positions in the samples that are not left out."""
         return sum(s.num_targets for s in batch.samples if not self.has_reference or self.reference(s) is not None)
 
     @abstractmethod
@@ -140,9 +140,9 @@ class TokenLoss(Loss):
 
         Args:
             logits: The columns [N, V] of the logits that this rank holds. They must not be changed in place.
-            labels: The token ids [N] that the rows must predict. Where a row has no label, any id.
+            labels: The token ids [N] that the rows must predict. A row without a label has an arbitrary id.
             reference: The logits [N, V] of the reference at the same labels; None without `has_reference`.
-            vocabulary: Operations over the whole vocabulary, of which other ranks may hold other columns.
+            vocabulary: Operations over the whole vocabulary, whose columns may be divided among ranks.
             config: The model's config.
         """
 
@@ -156,10 +156,10 @@ def audio_terms(
 
     Args:
         losses: The active losses.
-        audio: The output of the audio side for the clips of `batch`; None if there is no clip in the global batch.
+        audio: The output of the audio tower for the clips of `batch`; None if there is no clip in the global batch.
         batch: This rank's part of the global batch.
         config: The model's config.
-        reduce: The sum over ranks.
+        reduce: A function that returns the sum over ranks.
     """
     terms = []
     for loss in losses:

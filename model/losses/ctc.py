@@ -1,7 +1,7 @@
 """The CTC loss (Graves 2006) of ASR answers on the adapter's output, divided by their symbols in the global batch.
 
-Symbols are the LLM's tokens, or bytes of the text (`model.ctc_vocabulary`). Several outputs per audio token make room
-for bytes, of which there are more per second than audio tokens.
+Symbols are the LLM's tokens, or the bytes of the text (`model.ctc_vocabulary`). Speech has more bytes per second than
+audio tokens, so there can be several outputs per audio token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NUM_BYTES = 256
 
 
 class CTC(AudioLoss):
-    """The CTC loss of transcripts. It reads samples with one clip whose outputs can spell the answer."""
+    """The CTC loss of transcripts, computed for samples with one clip whose outputs can spell the answer."""
 
     name = "ctc"
     options = {}
@@ -29,12 +29,12 @@ class CTC(AudioLoss):
         return config.ctc_weight
 
     def head(self, config: ModelConfig, dim: int, vocab_size: int) -> nn.Module:
-        """Return a layer from the adapter's output to the symbols and, last, the blank, for every output."""
+        """Return a layer from the adapter's output to the scores, for every output, of the symbols and the blank."""
         num_symbols = vocab_size if config.ctc_vocabulary == "tokens" else NUM_BYTES
         return nn.Linear(dim, config.ctc_outputs * (num_symbols + 1))
 
     def targets(self, batch: Batch, config: ModelConfig) -> Ragged:
-        """Return the answer's symbols [ΣC] of every clip; none for a clip that takes no part."""
+        """Return the symbols [ΣC] of every clip's answer; none for a clip that is left out."""
         none = torch.zeros(0, dtype=torch.int64)
         targets = []
         for samples, owner in zip(batch.clips.lengths, batch.clip_owner, strict=True):
@@ -46,7 +46,7 @@ class CTC(AudioLoss):
         return Ragged.of(targets, like=none)
 
     def count(self, batch: Batch, config: ModelConfig) -> int:
-        """Return the number of symbols of the clips that take part."""
+        """Return the number of symbols of the clips that are not left out."""
         return len(self.targets(batch, config).values)
 
     def sum(self, audio: AudioOutput, targets: Ragged | None, config: ModelConfig, reduce: Reduce) -> Tensor:
@@ -74,12 +74,12 @@ def ctc_feasible(targets: Tensor, num_outputs: int) -> bool:
 def ctc_sum(logits: Ragged, targets: Ragged) -> Tensor:
     """Return the sum of the CTC loss over clips, in fp32.
 
-    Where torch is restricted to deterministic algorithms, its own CTC loss raises in the backward pass on CUDA. The
-    same loss is then computed from operations that are deterministic.
+    If torch is restricted to deterministic algorithms, its own CTC loss raises an error in the backward pass on CUDA.
+    The same loss is then computed from deterministic operations.
 
     Args:
         logits: The outputs [ΣS, symbols + 1], one sequence per clip. The last class is the blank.
-        targets: The symbols [ΣC] of each clip. A clip without any takes no part; all others must be feasible.
+        targets: The symbols [ΣC] of each clip. A clip without symbols is left out. All others must be feasible.
     """
     rows = [i for i, n in enumerate(targets.lengths) if n]
     if not rows:
@@ -103,7 +103,7 @@ _NEVER = -1e30
 
 
 def _ctc_of_steps(log_probs: Tensor, num_steps: tuple[int, ...], targets: Ragged) -> Tensor:
-    """Return the sum of the CTC loss by the forward recursion over the states blank, symbol, blank, … of every clip.
+    """Return the sum of the CTC loss, from the forward recursion over the states blank, symbol, blank, … of every clip.
 
     Args:
         log_probs: The log probabilities [S, B, symbols + 1]. The last class is the blank.

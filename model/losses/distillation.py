@@ -1,8 +1,8 @@
 """Distillation of the LLM's own answers to the transcript into its answers to the audio (Ultravox).
 
-The teacher is the LLM itself without gradient. It reads the sample with the transcript's tokens in place of the audio.
+The teacher is the LLM itself, without gradient. It reads the sample with the transcript's tokens in place of the audio.
 The student reads the audio. The loss is KL(teacher ‖ student) at the tokens of the answer, divided by the number of
-these tokens in the global batch. It trains the audio side to say to the LLM what the text would have said.
+these tokens in the global batch. It trains the audio tower to have the same effect on the LLM as the transcript.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from model.losses.vocabulary import Vocabulary
 class Distillation(TokenLoss):
     """The divergence from the answers of a teacher that reads the transcript.
 
-    It reads samples with one clip whose transcript is known: the field `transcript` of the manifest or, for a
-    transcription task, the answer.
+    It is computed for samples with one clip whose transcript is known. The transcript is the field `transcript` of the
+    manifest or, for a transcription task, the answer.
     """
 
     name = "distillation"
@@ -71,5 +71,5 @@ class Distillation(TokenLoss):
         student = vocabulary.log_softmax(logits.float() / temperature)
         teacher = vocabulary.log_softmax(reference.float() / temperature).detach()
         probs = teacher.exp()
-        # Columns that only fill the vocabulary up have the logarithm -inf in both.
+        # Columns that pad the vocabulary have the log probability -inf in both.
         return vocabulary.sum(torch.where(probs > 0, probs * (teacher - student), 0.0).sum(-1))

@@ -1,8 +1,8 @@
 """Losses of the routers of an LLM with experts: the balance of the experts and the size of the router's scores.
 
-Both are averages over the layers with experts, and are sums over samples or tokens that do not depend on where a sample
-was computed. Other definitions do: those of Megatron-core are products of averages over a micro-batch, and the one of
-transformers is a product of averages over the batch and all layers.
+Both losses are averages over the layers with experts, and are sums over samples or tokens that do not depend on the
+micro-batch or rank of a sample. Other definitions do depend on them: Megatron-core's losses are products of averages
+over a micro-batch, and the loss in transformers is a product of averages over the batch and all layers.
 
 Shapes: n tokens, S samples, E experts, k chosen experts per token.
 """
@@ -24,7 +24,7 @@ from model.losses.base import Loss
 
 @dataclass(frozen=True)
 class RoutedTokens:
-    """The choices of one layer's router for tokens of some samples, of which other ranks may hold further tokens."""
+    """The choices of one layer's router for tokens of some samples. Other ranks may hold other tokens of them."""
 
     choice: Choice
     """The choices for n tokens."""
@@ -33,7 +33,8 @@ class RoutedTokens:
     lengths: Tensor
     """The number of tokens [S] of each sample, including those on other ranks."""
     reduce: Callable[[Tensor], Tensor]
-    """Returns the sum of a tensor without gradient over the ranks that hold tokens of these samples."""
+    """A function that returns the sum of a tensor, without gradient, over the ranks that hold tokens of these samples.
+    """
 
 
 class RouterLoss(Loss):
@@ -50,8 +51,8 @@ class RouterLoss(Loss):
 class ExpertBalance(RouterLoss):
     """The mean over samples of E/k · Σᵢ fᵢ·Pᵢ, which is 1 if every expert is chosen equally often.
 
-    fᵢ is the number of choices of expert i per token of the sample, and Pᵢ is the mean probability of expert i over its
-    tokens (Switch Transformer, arXiv 2101.03961, per sample as in DeepSeek-V3, arXiv 2412.19437).
+    fᵢ is the number of choices of expert i per token of the sample, and Pᵢ is the mean probability of expert i over the
+    sample's tokens (Switch Transformer, arXiv 2101.03961, per sample as in DeepSeek-V3, arXiv 2412.19437).
     """
 
     name = "expert_balance"

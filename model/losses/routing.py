@@ -66,7 +66,7 @@ def routing_sum(config: RoutingLossConfig, routing: Routing, reduce: Reduce = al
     Args:
         config: The weights of the terms. The caller applies `config.weight`.
         routing: The decisions for this rank's clips.
-        reduce: The sum over ranks.
+        reduce: A function that returns the sum over ranks.
     """
     num_local, _, num_experts = routing.probs.shape
     by_gate = dict(zip(routing.gates, routing.probs.unbind(1), strict=True))

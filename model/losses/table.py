@@ -21,7 +21,7 @@ LOSSES: dict[str, Loss] = {
     "expert_balance": ExpertBalance(),
     "router_z": RouterZ(),
 }
-"""Every known loss by its name. Plug-ins add theirs."""
+"""All known losses by name. Plug-ins add theirs."""
 
 
 def active_losses(config: ModelConfig) -> tuple[Loss, ...]:

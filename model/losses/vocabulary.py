@@ -1,4 +1,4 @@
-"""Operations over the whole vocabulary, for losses that are written once and run on any number of ranks."""
+"""Operations over the whole vocabulary, with which a loss can be written once for any number of ranks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch.nn import functional as F
 
 
 class Vocabulary:
-    """The operations where one rank holds the logits of the whole vocabulary.
+    """The operations for a rank that holds the logits of the whole vocabulary.
 
-    Where tensor parallelism splits the columns over ranks, all ranks of the tensor-parallel group must call them.
+    If tensor parallelism splits the columns over ranks, a subclass is used, whose operations all ranks of the
+    tensor-parallel group must call.
     """
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -17,7 +18,7 @@ class Vocabulary:
         return F.cross_entropy(logits.float(), labels, reduction="none")
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of `values` over the ranks that hold columns; its gradient is that of one rank's copy."""
+        """Return the sum of `values` over the ranks that hold columns. The gradient is that of one rank's copy."""
         return values
 
     def spread(self, values: Tensor) -> Tensor:
