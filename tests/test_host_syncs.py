@@ -35,7 +35,7 @@ from trainer.training.evaluate import answer
 STEP_WAITS = {
     "model/router.py:on_host": 1,  # the router's choice, which determines the ranks that encode
     "model/losses/ctc.py:ctc_sum": 1,  # within torch's CTC loss, which moves the lengths itself
-    "trainer/training/step.py:send": 1,  # the rows of this rank's packs that are audio
+    "trainer/training/send.py:send": 1,  # the rows of this rank's packs that are audio
     "trainer/training/step.py:report": 1,  # losses
     "trainer/training/step.py:update": 1,  # the gradient norm, which decides about the update
 }
@@ -155,7 +155,7 @@ def test_decoding_waits_once_per_token() -> None:
     assert per_token == NEW_TOKENS
     assert seen["waits"] == {
         "model/router.py:on_host": 1,
-        "trainer/training/step.py:send": 1,
+        "trainer/training/send.py:send": 1,
         **FIRST_STEP_WAITS,
     }, seen["kinds"]
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.audio_output import AudioOutput
-from model.batch import IGNORE, Batch
+from model.batch import Batch
 from model.config import ModelConfig
 from model.lengths import SAMPLE_RATE
 from model.llm.families import mixture_of
@@ -42,10 +42,10 @@ from trainer.engine.optim import OptimConfig, lr_scale
 from trainer.engine.router_meter import RouterMeter, TokenMeter, token_kinds
 from trainer.engine.token_losses import PackedLoss
 from trainer.parallel.balance import Floats
-from trainer.parallel.exchange import FIRST, check_same_plan, exchange
+from trainer.parallel.exchange import FIRST, check_same_plan
 from trainer.parallel.groups import Groups
-from trainer.parallel.packs import PackPlan, embedding_segments, token_segments
-from trainer.parallel.plan import Ints, route
+from trainer.parallel.packs import PackPlan
+from trainer.parallel.plan import Ints
 from trainer.parallel.values import gather_values
 from trainer.run.lifecycle import StopRequest, signal_counts
 from trainer.scoring.tasks import task_names
@@ -62,6 +62,7 @@ from trainer.training.global_batch import (
     references_of,
     target_rows,
 )
+from trainer.training.send import send, send_text
 from trainer.training.spike_guard import SpikeGuard
 from trainer.training.stage_switch import StageSwitch
 
@@ -304,8 +305,7 @@ class Step:
         multiple = self.pack_multiple_tokens or groups.topology.row_multiple
         own_packing = plan_references(whole, packing, loss.name, multiple)
         batch = Batch(tuple(s for s in embedded.references[loss.name] if s is not None))
-        arrived = send_tokens(batch, chosen, own_packing, groups)
-        packs = _packs(arrived, chosen, own_packing, groups)
+        packs = send_text(batch, chosen, own_packing, groups)
 
         def rows(batch: GlobalBatch, packing: PackPlan, kept: Ints) -> list[Ints]:
             return [target_rows(batch, packing, groups.place.dp, m, kept) for m in range(packing.num_microbatches)]
@@ -417,79 +417,6 @@ class Step:
             num_tokens=int(whole.num_tokens.sum()),
             audio_sec=float(whole.audio_samples.sum()) / SAMPLE_RATE,
         )
-
-
-def send_tokens(batch: Batch, whole: GlobalBatch, packing: PackPlan, groups: Groups) -> Tensor:
-    """Send the tokens of a global batch to the first and the last pipeline stage of the replicas that process them.
-
-    Collective: every rank of the world must call it.
-
-    Returns:
-        The token id, the label and the audio flag of every row of this replica's packs, [M·t, 3] int64. There are no
-        rows on other stages.
-    """
-    topology = groups.topology
-    # Rows that no rank sends arrive as zeros, which the shift turns into IGNORE.
-    tokens = torch.stack([batch.tokens.values, batch.labels.values - IGNORE, batch.audio_mask.long()], dim=1)
-    at_ends = groups.is_first_stage or groups.is_last_stage
-    rows = packing.num_microbatches * packing.pack_tokens if at_ends else 0
-    segments = token_segments(packing, whole.source_ranks, topology, groups.rank)
-    arrived = exchange(
-        to_device(tokens, groups.device), route(segments, groups.rank, topology.world, rows), groups.world
-    )
-    arrived[:, 1] += IGNORE
-    return arrived
-
-
-def send(batch: Batch, embeddings: Tensor, whole: GlobalBatch, packing: PackPlan, groups: Groups) -> Packs:
-    """Send tokens and audio embeddings to the LLM (line 6).
-
-    Collective: every rank of the world must call it.
-
-    Args:
-        batch: This rank's part of the global batch.
-        embeddings: The audio embeddings [ΣS, H] of this rank's clips. Each is sent to the rank of the first stage whose
-            slice of the pack contains its position.
-        whole: The global batch.
-        packing: The positions of all samples in the packs.
-        groups: The place of this rank.
-    """
-    topology = groups.topology
-    arrived = send_tokens(batch, whole, packing, groups)
-    if topology.cp > 1:
-        own = to_device(groups.part.rows(packing.pack_tokens), groups.device)
-        arrived = arrived.view(-1, packing.pack_tokens, 3).index_select(1, own).flatten(0, 1)
-    flags = torch.zeros(0, dtype=torch.bool, device=groups.device)
-    if groups.is_first_stage:
-        slices = arrived[:, 2].view(packing.num_microbatches, topology.tp, -1)
-        flags = slices[:, groups.place.tp].flatten().bool()
-    segments = embedding_segments(packing, whole.source_ranks, topology, groups.rank)
-    is_audio = batch.audio_mask.numpy()
-    audio_tokens = np.cumsum(is_audio) - 1
-    all_rows = route(segments, groups.rank, topology.world, len(flags))
-    audio_route = all_rows.restricted(is_audio, flags.cpu().numpy()).renumbered(audio_tokens)
-    audio = exchange(embeddings, audio_route, groups.world)
-    return replace(
-        _packs(arrived, whole, packing, groups),
-        audio=audio,
-        audio_mask=flags,
-        is_audio=arrived[:, 2].bool(),
-        part=groups.part,
-    )
-
-
-def _packs(arrived: Tensor, whole: GlobalBatch, packing: PackPlan, groups: Groups) -> Packs:
-    """Return the whole packs of this replica, without audio, from the result of `send_tokens`."""
-    microbatches = range(packing.num_microbatches)
-    return Packs(
-        lengths=tuple(packing.lengths(groups.place.dp, m) for m in microbatches),
-        token_ids=arrived[:, 0],
-        labels=arrived[:, 1],
-        samples=tuple(tuple(packing.members(groups.place.dp, m).tolist()) for m in microbatches),
-        audio=torch.zeros(0, device=groups.device),
-        audio_mask=torch.zeros(0, dtype=torch.bool, device=groups.device),
-        num_samples=len(whole),
-    )
 
 
 def _by_task(whole: GlobalBatch, losses: Tensor) -> dict[str, tuple[float, int]]:
