@@ -1,4 +1,4 @@
-"""Any audio encoder of transformers, given by its folder: transformers' feature extractor and model, and a self-test.
+"""Any audio encoder in transformers, given by its folder: transformers' feature extractor and model, and a self-test.
 
 Shapes: B windows, T audio samples, E frames at the encoder's own rate, F frames (20 ms), D width.
 """
@@ -38,7 +38,7 @@ MIN_SAMPLES = 4800
 
 
 class AutoNetwork:
-    """Makes the audio encoder of a transformers config, as the classes of other families do."""
+    """Builds the audio encoder that a transformers config describes, as the network classes of other families do."""
 
     def __new__(cls, hf_config: Any) -> Any:
         """Return the encoder with random weights."""
@@ -59,11 +59,11 @@ class AutoNetwork:
 
 
 class AutoEncoder(AudioEncoder):
-    """An encoder of transformers as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
+    """An encoder from transformers as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
 
-    The network stays in evaluation mode: batch norms use the statistics of the checkpoint, and nothing is dropped. If
-    the self-test found that padding changes features, only windows of equal length are computed together. Layers are
-    not recomputed; `train.recompute_encoder_calls` recomputes whole calls.
+    The network stays in evaluation mode: batch norms use the statistics of the checkpoint, and dropout is off. If the
+    self-test found that padding changes features, only windows of equal length are computed together. Layers are not
+    recomputed, but `train.recompute_encoder_calls` can recompute whole calls.
 
     Args:
         encoder: The network.
@@ -152,7 +152,7 @@ def _flops_of(resolved: ResolvedEncoder) -> Callable[[int], float]:
 
 
 def _notes(resolved: ResolvedEncoder) -> list[str]:
-    """Return what a user should know about the encoder."""
+    """Return the notes that a user should read about the encoder."""
     leak = probed(resolved).leak
     return [f"only clips of equal length are encoded together, because {leak}"] if leak else []
 

@@ -1,4 +1,6 @@
-"""The interface of audio encoders, and what families share: windows, masks, normalization, frame rates, recomputation.
+"""The interface of audio encoders, and code that families share: windows, masks, frame rates and recomputation.
+
+A *call* is one forward pass of an encoder on a padded batch of windows. A *window* is a clip or a part of a long clip.
 
 Shapes: B windows of one call, T audio samples (16 kHz), F frames of 20 ms, E frames at the encoder's own rate, D width.
 
@@ -27,11 +29,11 @@ from model.transfer import to_device
 class AudioEncoder(nn.Module):
     """A module that turns waveforms into one feature vector per 20 ms.
 
-    The features of a clip do not depend on the other clips of the call.
+    The features of a clip do not depend on the other clips in the call.
 
     Args:
         dim: The width of a feature vector.
-        windowing: How clips are cut and padded. The window must be a multiple of both 320 and `frame_samples`.
+        windowing: How clips are cut and padded. The window must be a multiple of both 320 samples and `frame_samples`.
         frame_samples: The audio samples between two frames that `encode` returns.
     """
 
@@ -51,7 +53,7 @@ class AudioEncoder(nn.Module):
     def forward(self, audio: Ragged) -> Ragged:
         """Encode clips.
 
-        All windows are computed as one padded batch, so clips of a call should have similar lengths.
+        All windows are computed as one padded batch, so the clips in a call should have similar lengths.
 
         Args:
             audio: waveforms [ΣT], at least one clip, none of them empty.
@@ -60,7 +62,7 @@ class AudioEncoder(nn.Module):
             Features [ΣF, D] in the parameters' dtype, with F = `num_frames(T)` for each clip.
         """
         assert audio.lengths and min(audio.lengths) > 0, audio.lengths
-        # The windows of a clip follow each other in the waveform and in the features: cutting and joining move nothing.
+        # A clip's windows are consecutive in the waveform and in the features, so cutting and joining need no copy.
         size = self.windowing.window_samples
         windows = Ragged(audio.values, tuple(t for n in audio.lengths for t in window_lengths(n, size)))
         frames = Ragged(self.encode(windows), tuple(self.num_own_frames(t) for t in audio.lengths))
@@ -78,24 +80,24 @@ class AudioEncoder(nn.Module):
         raise NotImplementedError
 
     def num_own_frames(self, samples: int) -> int:
-        """Return the number of frames at the encoder's own rate that cover `samples`; the last may be partly filled."""
+        """Return the number of frames at the encoder's own rate that cover `samples`. The last may be partly filled."""
         return -(-samples // self.frame_samples)
 
     def set_recompute(self, enabled: bool) -> None:
-        """Trade compute for memory: keep only each layer's input and run the layer again in the backward pass."""
+        """Choose whether to save only each layer's input, and run the layer again in the backward pass."""
         self.recompute = enabled
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters, which is visible under ZeRO-3, too."""
+        """The dtype of the parameters, which is correct even under ZeRO-3."""
         return next(self.parameters()).dtype
 
 
 def at_mixture_rate(frames: Ragged, frame_samples: int, lengths: tuple[int, ...]) -> Ragged:
     """Bring frames to the mixture's rate of 50 Hz by linear interpolation in time.
 
-    Each clip is interpolated on its own: the result for a clip does not depend on the others. Frames of 50 Hz are
-    returned unchanged.
+    Each clip is interpolated separately, so the result for a clip does not depend on the other clips. Frames at 50 Hz
+    are returned unchanged.
 
     Args:
         frames: [ΣE, D] at one frame per `frame_samples` audio samples.
@@ -110,7 +112,8 @@ def at_mixture_rate(frames: Ragged, frame_samples: int, lengths: tuple[int, ...]
         return frames
     before, weights, first = [], [], 0
     for have, want in zip(frames.lengths, lengths, strict=True):
-        # The centres of the wanted frames, in units of frames; past the outer centres the outer frames are repeated.
+        # The centers of the wanted frames, in units of input frames. Beyond the outermost centers, the outermost frames
+        # are repeated.
         centres = (np.arange(want) + 0.5) * (FRAME_SAMPLES / frame_samples) - 0.5
         centres = centres.clip(0, have - 1)
         whole = np.minimum(np.floor(centres).astype(np.int64), max(have - 2, 0))
@@ -120,20 +123,20 @@ def at_mixture_rate(frames: Ragged, frame_samples: int, lengths: tuple[int, ...]
     values = frames.values
     rows = to_device(np.concatenate(before, axis=1), values.device)
     weight = to_device(np.concatenate(weights), values.device).to(values.dtype)
-    # The gradient of an embedding look-up is summed in one order on a GPU; that of `index_select` is not.
+    # On a GPU, the gradient of an embedding look-up is summed in a fixed order, unlike that of `index_select`.
     left, right = F.embedding(rows, values)
     return Ragged(torch.lerp(left, right, weight[:, None]), lengths)
 
 
 class DrawnAsTransformers:
-    """A mixin for transformers models of ours: their random weights are drawn as for transformers' own classes.
+    """A mixin for this project's transformers models, whose random weights are then drawn as by transformers' classes.
 
-    Without it, transformers (5.23) skips every module that has no direct parameters. Whisper's encoder, whose positions
-    are never trained, would then keep random positions in place of its sinusoids.
+    Without this mixin, transformers (5.23) skips every module that has no direct parameters. Whisper's encoder, whose
+    positions are never trained, would then keep random positions in place of its sinusoids.
     """
 
-    # Checkpoints also contain decoders and heads, which an encoder does not use: they are not reported. What is
-    # missing is refused in `registry`.
+    # Checkpoints also contain decoders and heads, which an encoder does not use, so they are not reported. `registry`
+    # raises an error if weights are missing.
     _keys_to_ignore_on_load_unexpected: set[str] | list[str] | None = [r".*"]
 
     @classmethod
@@ -178,10 +181,11 @@ def normalized(waves: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def call_layer(layer: nn.Module, *args: Any, recompute: bool) -> Any:
-    """Call `layer(*args)`; recompute it in the backward pass if asked to and if a gradient flows into `args`.
+    """Call `layer(*args)`. With `recompute`, recompute it in the backward pass if a gradient flows into `args`.
 
-    Without such a gradient (the first convolution, the first layer above a frozen part) the layer is called plainly:
-    reentrant checkpointing would lose the gradients of its parameters. Non-reentrant checkpointing breaks under ZeRO-3.
+    Without such a gradient (in the first convolution, or the first layer above a frozen part), the layer is called
+    without checkpointing, since reentrant checkpointing would lose the gradients of its parameters. Non-reentrant
+    checkpointing fails under ZeRO-3.
     """
     flows = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     return checkpoint(layer, *args, use_reentrant=True) if recompute and flows else layer(*args)
@@ -193,7 +197,7 @@ def join_frames(hidden: Tensor, valid: Sequence[int], wanted: Sequence[int]) -> 
     Args:
         hidden: padded frames [B, F, D].
         valid: The number of valid frames of each window.
-        wanted: The number of frames to return for each window; below `valid`, frames past the window's end are dropped.
+        wanted: The number of frames to return for each window. If it is below `valid`, the last frames are dropped.
 
     Returns:
         [Σ wanted, D].
@@ -207,5 +211,5 @@ def join_frames(hidden: Tensor, valid: Sequence[int], wanted: Sequence[int]) -> 
 
 
 def layer_flops(frames: int, width: int, ffn_width: int) -> float:
-    """Return the forward FLOPs of one Transformer layer: projections, attention and feed-forward network."""
+    """Return the forward FLOPs of one Transformer layer, for projections, attention and the feed-forward network."""
     return 8.0 * frames * width**2 + 4.0 * frames**2 * width + 4.0 * frames * width * ffn_width

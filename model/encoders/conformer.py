@@ -1,4 +1,4 @@
-"""What Conformer encoders (arXiv 2005.08100) share: positions, batch norms, and the FLOPs of a layer.
+"""Code that Conformer encoders (arXiv 2005.08100) share: positions, batch norms, and the FLOPs of a layer.
 
 Positions are computed in fp32 for every call, from the number of frames alone. transformers keeps them in buffers,
 which lose precision when a model is cast to half precision.
@@ -51,7 +51,7 @@ def rotary_positions(hidden: Tensor, head_width: int, base: float) -> Tensor:
 
 
 def positions_of(config: Any, hidden: Tensor) -> Tensor | None:
-    """Return the positions that the layers of a transformers Conformer take; None if they need none."""
+    """Return the positions that the layers of a transformers Conformer expect; None if they need none."""
     if config.position_embeddings_type == "relative":
         return relative_positions(hidden)
     if config.position_embeddings_type == "rotary":
@@ -74,18 +74,18 @@ def by_distance(scores: Tensor) -> Tensor:
 
 
 class FixedBatchNorm(nn.BatchNorm1d):
-    """A batch norm that always uses the statistics of the checkpoint.
+    """A batch norm that always uses the statistics in the checkpoint.
 
-    With the statistics of a batch, the features of a clip would depend on the other clips, and on the number of ranks.
+    With batch statistics, the features of a clip would depend on the other clips and on the number of ranks.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
-        # It counts only while statistics change, so it is not stored.
+        # This counter is only needed if statistics change, so it is not stored.
         self.register_buffer("num_batches_tracked", torch.tensor(0), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize `input` [B, C, F] by the running statistics, in training mode, too."""
+        """Normalize `input` [B, C, F] by the running statistics, even in training mode."""
         return functional.batch_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
         )

@@ -41,12 +41,12 @@ CONV_STACK_DEFAULTS: dict[str, Any] = {
 
 
 class ConvStackEncoder(AudioEncoder):
-    """A network with convolutions over waveforms as an `AudioEncoder`.
+    """A network with convolutions over waveforms, as an `AudioEncoder`.
 
     The parameters under `encoder.` have transformers' names.
 
     Args:
-        encoder: The network, called as `encoder(waves[B, T], num_samples, recompute)`; returns [B, F, D].
+        encoder: The network. `encoder(waves[B, T], num_samples, recompute)` returns [B, F, D].
         resolved: The encoder's settings.
     """
 
@@ -87,7 +87,7 @@ class ConvStackNetwork(DrawnAsTransformers):
     def _add_modules(
         self, feature_encoder: type[nn.Module], projection: type[nn.Module], encoder: type[nn.Module]
     ) -> None:
-        """Add the modules, of transformers' classes for this architecture and config, and initialize them."""
+        """Add the modules, which are instances of transformers' classes for this architecture, and initialize them."""
         self.feature_extractor = feature_encoder(self.config)
         if self.config.feat_extract_norm == "group":
             self.feature_extractor.conv_layers[0] = RaggedGroupNormConvLayer(self.config)
@@ -104,7 +104,7 @@ class ConvStackNetwork(DrawnAsTransformers):
             recompute: True to recompute every layer in the backward pass.
 
         Returns:
-            [B, max F, D]; the valid F of each window is the last of `conv_lengths`.
+            [B, max F, D]. The number F of valid frames of each window is the last of `conv_lengths`.
         """
         stable, encoder = getattr(self.config, "do_stable_layer_norm", False), self.encoder
         features, frames = conv_features(self.feature_extractor.conv_layers, self.config, waves, num_samples, recompute)
@@ -121,7 +121,7 @@ class ConvStackNetwork(DrawnAsTransformers):
 
 
 class RaggedGroupNorm(nn.GroupNorm):
-    """A GroupNorm over each window's real length, with the parameters of `nn.GroupNorm`."""
+    """A GroupNorm over each window's real length, with the same parameters as `nn.GroupNorm`."""
 
     def forward(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:  # type: ignore[override]
         """Normalize `hidden` [B, C, T] over the first `lengths` steps of each window; return zeros after them."""
@@ -136,7 +136,7 @@ class RaggedGroupNorm(nn.GroupNorm):
 
 
 class RaggedGroupNormConvLayer(nn.Module):
-    """The first layer of hubert-base and wavlm-base, with the names of transformers' `*GroupNormConvLayer`."""
+    """The first layer of hubert-base and wavlm-base, with the same names as in transformers' `*GroupNormConvLayer`."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class RaggedGroupNormConvLayer(nn.Module):
 
 
 class MaskedPositions(nn.Module):
-    """The base class of position embeddings that consist of several convolutions and take a mask as second argument."""
+    """The base class of position embeddings that consist of several convolutions and expect a mask as well."""
 
 
 def conv_stack_windowing(_config: EncoderConfig, hf_config: Any, window_samples: int) -> Windowing:
@@ -160,10 +160,10 @@ def conv_stack_windowing(_config: EncoderConfig, hf_config: Any, window_samples:
 
 
 def check_conv_stack(config: EncoderConfig, hf_config: Any, frame_samples: int = FRAME_SAMPLES) -> None:
-    """Check that a transformers config asks for nothing that the network does not compute.
+    """Check that a transformers config requires nothing that the network does not compute.
 
     Raises:
-        UserError: If the frame rate differs from `frame_samples`, or a feature is not supported.
+        UserError: If a frame does not have `frame_samples` audio samples, or a feature is not supported.
     """
     hop = math.prod(hf_config.conv_stride)
     if hop != frame_samples:
@@ -178,14 +178,14 @@ def check_conv_stack(config: EncoderConfig, hf_config: Any, frame_samples: int =
 
 
 def feature_norm(hf_config: Any) -> str:
-    """Return the norm of the convolutions; data2vec, whose config has no such field, always normalizes each step."""
+    """Return the norm of the convolutions. data2vec, whose config has no such field, always normalizes each step."""
     return str(getattr(hf_config, "feat_extract_norm", "layer"))
 
 
 def normalizes_as_published(hf_config: Any) -> bool:
-    """Return `do_normalize` of the published models: true for the layer-norm stacks (large), false for the others.
+    """Return `do_normalize` of the published models: true for stacks with layer norm (large), false for the others.
 
-    fairseq and torchaudio's pipelines do the same.
+    fairseq and torchaudio's pipelines use the same values.
     """
     return feature_norm(hf_config) == "layer"
 
@@ -199,7 +199,7 @@ def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
 
 
 def conv_lengths(samples: int, kernels: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    """Return the number of steps after each convolution; they are not padded, so every count is rounded down."""
+    """Return the number of steps after each convolution. Inputs are not padded, so every number is rounded down."""
     lengths = []
     for kernel, stride in zip(kernels, strides, strict=True):
         samples = (samples - kernel) // stride + 1
@@ -208,12 +208,13 @@ def conv_lengths(samples: int, kernels: Sequence[int], strides: Sequence[int]) -
 
 
 def conv_stack_flops(hf: Any, samples: int, position_taps: int | None = None) -> float:
-    """Return the forward FLOPs of one window: convolutions, projections and Transformer layers.
+    """Return the forward FLOPs of one window, for convolutions, projections and Transformer layers.
 
     Args:
         hf: The transformers config.
         samples: The length of the padded window in samples.
-        position_taps: The taps of all convolutions for the positions; None for one of `num_conv_pos_embeddings` taps.
+        position_taps: The total number of taps of the convolutions for the positions; None for a single convolution
+            with `num_conv_pos_embeddings` taps.
     """
     frames, width = padded_conv_lengths(hf, samples)[-1], hf.hidden_size
     taps = hf.num_conv_pos_embeddings if position_taps is None else position_taps
@@ -267,7 +268,7 @@ def conv_features(
 def add_positions(pos_conv_embed: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
     """Add the convolutional position embedding to `hidden` [B, F, D].
 
-    Padding is set to zero first: at the end of an unpadded window the convolution sees zeros, too.
+    Padding is first set to zero, because the convolution also sees zeros at the end of an unpadded window.
     """
     if mask is not None:
         hidden = hidden.masked_fill(~mask[:, :, None], 0.0)
@@ -286,7 +287,7 @@ def conv_stack_family(
 
     Args:
         config_class: The transformers config.
-        network: The network, which `ConvStackEncoder` can call.
+        network: The class of the network, which `ConvStackEncoder` can call.
         flops: See `EncoderFamily.flops`.
         defaults: See `EncoderFamily.defaults`.
     """

@@ -28,8 +28,8 @@ from model.encoders.conv_stack import (
 class RaggedPositions(MaskedPositions, Data2VecAudioPositionalConvEmbedding):
     """transformers' convolutional positions, with padding set to zero before each of the convolutions.
 
-    transformers sets it to zero before the first convolution only, and the output of the later ones then depends on the
-    length of the padding.
+    transformers sets padding to zero only before the first convolution. The output of the later convolutions then
+    depends on the length of the padding.
     """
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:

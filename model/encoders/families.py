@@ -1,4 +1,4 @@
-"""The encoder families that a recipe can name. It imports nothing, so that recipes are read without PyTorch."""
+"""The encoder families that a recipe can name. This module imports nothing, so recipes are read without PyTorch."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ ENCODER_FAMILIES: dict[str, object] = {
     "ast": "model.encoders.spectrogram_transformer:AUDIO_SPECTROGRAM_TRANSFORMER",
     "auto": "model.encoders.auto:AUTO",
 }
-"""For each name of `family` in recipes, an `EncoderFamily` or the place of one as `module:NAME`, which is imported at
-the first use. Plug-ins add entries."""
+"""The encoder families by the value of `family` in recipes. A value is an `EncoderFamily`, or its location as
+`module:NAME`, which is imported at the first use. Plug-ins add entries."""

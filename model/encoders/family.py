@@ -41,17 +41,17 @@ def _no_extractor_check(_config: EncoderConfig, _extractor: Mapping[str, Any]) -
 
 
 def _no_features(_hf_config: Any) -> Mapping[str, Any]:
-    """Return nothing: a checkpoint's preprocessor_config.json is not compared."""
+    """Return nothing, so that a checkpoint's preprocessor_config.json is not checked."""
     return {}
 
 
 def _no_notes(_resolved: ResolvedEncoder) -> list[str]:
-    """Return nothing: there is nothing special about the encoder."""
+    """Return no notes."""
     return []
 
 
 def _never(_hf_config: Any) -> bool:
-    """Return False: the encoder takes waveforms as they are."""
+    """Return False, since the encoder expects waveforms without normalization."""
     return False
 
 
@@ -59,8 +59,8 @@ def _never(_hf_config: Any) -> bool:
 class EncoderFamily:
     """Everything that distinguishes one encoder family from another.
 
-    A family is one value of this class at the end of its own file, and one line in `ENCODER_FAMILIES`
-    (`model/encoders/families.py`). `docs/extending.md` shows how to add one.
+    A family consists of one instance of this class at the end of the family's file, and one line in `ENCODER_FAMILIES`
+    (`model/encoders/families.py`). `docs/extending.md` shows how to add a family.
     """
 
     config_class: type[PreTrainedConfig] | None
@@ -68,9 +68,9 @@ class EncoderFamily:
     Its `model_type` must be that of the checkpoints' config.json. None: the `model_type` of the checkpoint or of the
     recipe's `config` decides."""
     network: Callable[[Any], PreTrainedModel]
-    """The network, built from a `config_class`; it loads checkpoints by `from_pretrained`."""
+    """The class of the network, which is built from a `config_class` and loads checkpoints with `from_pretrained`."""
     wrapper: Callable[[Any, ResolvedEncoder], AudioEncoder]
-    """Makes an `AudioEncoder` of a network."""
+    """Returns an `AudioEncoder` that wraps a network."""
     windowing: Callable[[EncoderConfig, Any, int], Windowing]
     """Returns how the encoder cuts and pads clips, given the recipe's fields, the transformers config and the window in
     samples. Raises `encoder_error` if the window is impossible."""
@@ -80,15 +80,15 @@ class EncoderFamily:
     frame_samples: int = FRAME_SAMPLES
     """The audio samples between two frames: 320 for 50 Hz, 640 for 25 Hz. `AudioEncoder` brings frames to 50 Hz."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Config fields that are set unless the recipe sets them, also if a checkpoint says otherwise. Dropout and masking
-    belong here, since a checkpoint's config describes its pre-training."""
+    """Config fields that get these values unless the recipe sets them, even if a checkpoint has other values. They
+    should include dropout and masking, since a checkpoint's config describes its pre-training."""
     check: Callable[[EncoderConfig, Any], None] = _no_check
-    """Raises `encoder_error` if a transformers config asks for something that the network does not compute."""
+    """Raises `encoder_error` if a transformers config requires something that the network does not compute."""
     length_modes: tuple[str, ...] = ("full",)
-    """The legal values of the recipe field `length_mode`."""
+    """The valid values of the recipe field `length_mode`."""
     normalizes: Callable[[Any], bool] | None = _never
     """Returns the default of `do_normalize` for a transformers config without a checkpoint. None: the family has no
-    such choice, and `do_normalize` is refused."""
+    such option, and setting `do_normalize` is an error."""
     feature_extractor: type[FeatureExtractionMixin] | None = None
     """The transformers class whose preprocessor_config.json says whether a checkpoint needs `do_normalize`. None: the
     checkpoints have no such file, and `normalizes` decides."""
@@ -96,17 +96,17 @@ class EncoderFamily:
     """Returns the fields that preprocessor_config.json must have for a transformers config, and their values. If there
     are any, a checkpoint must have this file, because it describes the features that the network was trained on."""
     extractor_fields: Mapping[str, Any] = field(default_factory=dict)
-    """The fields of preprocessor_config.json that change features and that a recipe can set in `config`, and their
-    values without a checkpoint."""
+    """The fields of preprocessor_config.json that change features and that a recipe can set in `config`, with the
+    values that they have without a checkpoint."""
     check_extractor: Callable[[EncoderConfig, Mapping[str, Any]], None] = _no_extractor_check
-    """Raises `encoder_error` if a value of `extractor_fields`, of a checkpoint or of the recipe, is illegal."""
+    """Raises `encoder_error` if a value of `extractor_fields`, from a checkpoint or the recipe, is invalid."""
     containers: Mapping[str, str] = field(default_factory=dict)
     """The `model_type` of larger models whose checkpoints hold the encoder, and the field of their config.json that
     describes it."""
     flops_of: Callable[[ResolvedEncoder], Callable[[int], float]] | None = None
-    """Returns a function that estimates the FLOPs of a padded window, if they must be measured. None: see `flops`."""
+    """Returns a function that estimates the FLOPs of a padded window from measurements. None: `flops` is used."""
     notes: Callable[[ResolvedEncoder], list[str]] = _no_notes
-    """Returns what a user should know about an encoder before training begins."""
+    """Returns the notes that a user should read about an encoder before training begins."""
     gathers_per_module: bool = True
     """False if one call may call modules several times or read parameters of child modules. Such an encoder cannot be
     trained with `train.gather_audio_weights: per_module`."""

@@ -34,12 +34,12 @@ def padded_fbank(
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Return the padded log-mel filter banks of clips. No gradient flows to the waveforms.
 
-    Quiet bins next to loud ones need more digits than fp32 has, so spectra are computed in fp64, as by transformers.
+    Quiet bins next to loud ones need more digits than fp32 has, so spectra are computed in fp64, as in transformers.
 
     Args:
         audio: waveforms [ΣT].
         num_mels: N.
-        window: The window, as a name of transformers' `window_function`.
+        window: The name of the window for transformers' `window_function`.
         scale: The factor by which samples are multiplied; 2¹⁵ for models that were trained on 16-bit integers.
         least_frames: Shorter clips are padded with zeros until they have this number of frames.
 

@@ -1,4 +1,4 @@
-"""The checked transformers config that a recipe's `EncoderConfig` means. Only small JSON files are read, no weights."""
+"""The transformers config that a recipe's `EncoderConfig` describes, after checks. No weights are read."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from model.encoders.family import EncoderFamily, ResolvedEncoder, encoder_error,
 from model.lengths import FRAME_SAMPLES, SAMPLE_RATE
 
 WHOLE_EXTRACTOR = "extractor"
-"""The entry of `extractor_fields` that stands for the whole preprocessor_config.json."""
+"""The key in `extractor_fields` that stands for the whole preprocessor_config.json."""
 
 
 def resolve(config: EncoderConfig) -> ResolvedEncoder:
     """Read the checkpoint's config, if there is one, apply the recipe's overrides and check the result.
 
-    `config.config` holds fields of the family's transformers config, and optionally `do_normalize`. Without the latter,
-    the checkpoint's preprocessor_config.json decides, or the family's default if there is none. All dropouts default
-    to 0, with a checkpoint, too.
+    `config.config` holds fields of the family's transformers config, and optionally `do_normalize`. If the recipe does
+    not set `do_normalize`, the checkpoint's preprocessor_config.json decides, or the family's default if there is none.
+    All dropouts default to 0, even with a checkpoint.
 
     Raises:
-        UserError: If a field is unknown or illegal, the checkpoint cannot be read or is of another family, or the
+        UserError: If a field is unknown or invalid, the checkpoint cannot be read or is of a different family, or the
             window is impossible.
     """
     family = family_of(config)
@@ -74,16 +74,16 @@ def _hf_config(config: EncoderConfig, family: EncoderFamily, overrides: dict[str
         found = cls.from_dict({**stored, **defaults, **overrides})
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise encoder_error(config, f"config: {one_line(error)}", f"correct the field of {cls.__name__}") from error
-    # The file comes from elsewhere. It must not choose the code that computes attention.
+    # The file is not trusted, so it must not choose the code that computes attention.
     found._attn_implementation = None
     return found
 
 
 def _config_class(config: EncoderConfig, model_type: object) -> type[PreTrainedConfig]:
-    """Return transformers' config class of a `model_type`.
+    """Return transformers' config class for a `model_type`.
 
     Raises:
-        UserError: If transformers has none.
+        UserError: If transformers has no class for it.
     """
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         remedy = "give weights, or config.model_type of an audio encoder of transformers"

@@ -1,4 +1,4 @@
-"""Whisper's log-mel spectrogram of a batch, computed on the device. It equals transformers' `WhisperFeatureExtractor`.
+"""Whisper's log-mel spectrogram of a batch, computed on the device with the results of `WhisperFeatureExtractor`.
 
 Shapes: B clips, T audio samples (16 kHz), M mel frames (10 ms), N mel bins.
 """
@@ -29,7 +29,7 @@ def num_mel_frames(samples: int) -> int:
 
 
 def log_mel(audio: Ragged, num_mels: int = 80) -> Ragged:
-    """Return the log-mel frames of clips, computed for each clip on its own.
+    """Return the log-mel frames of clips, computed separately for each clip.
 
     The result equals that of `WhisperFeatureExtractor(feature_size=num_mels)` on the clip, padded with zeros to a
     multiple of 10 ms.
@@ -52,7 +52,7 @@ def padded_log_mel(audio: Ragged, num_mels: int, pad_samples: int | None = None)
     Args:
         audio: waveforms [ΣT].
         num_mels: N.
-        pad_samples: The length to which every clip is padded with silence first (Whisper's 30 s); the spectrogram
+        pad_samples: The length to which every clip is first padded with silence (Whisper's 30 s). The spectrogram
             includes the silence. None: clips keep their length.
 
     Returns:
@@ -75,7 +75,7 @@ def padded_log_mel(audio: Ragged, num_mels: int, pad_samples: int | None = None)
     power = spectrum.real.square() + spectrum.imag.square()
     log_spec = (mel_filters(num_mels, FFT_SAMPLES, device) @ power).clamp(min=1e-10).log10()
     mask = length_mask(num_frames, log_spec.shape[2], device)
-    # The floor is relative to the clip's own loudest bin, not to that of a frame past its end.
+    # The floor is relative to the loudest bin within the clip, excluding frames past its end.
     inside = log_spec if mask is None else log_spec.masked_fill(~mask[:, None], -torch.inf)
     log_spec = torch.maximum(log_spec, inside.amax(dim=(1, 2), keepdim=True) - 8.0)
     log_spec = (log_spec + 4.0) / 4.0
@@ -85,7 +85,7 @@ def padded_log_mel(audio: Ragged, num_mels: int, pad_samples: int | None = None)
 def _mirrored(audio: Ragged, num_frames: tuple[int, ...]) -> Tensor:
     """Return padded clips whose edges are reflected as by `torch.stft(center=True)`, each at its own length."""
     half = FFT_SAMPLES // 2
-    tail = half - HOP_SAMPLES  # the frame centred on the end is not used
+    tail = half - HOP_SAMPLES  # the frame that is centered on the end is not used
     ends = [m * HOP_SAMPLES for m in num_frames]
     waves = audio.padded().float()
     waves = F.pad(waves, (half, max(ends) + tail - waves.shape[1]))
@@ -99,7 +99,7 @@ def _mirrored(audio: Ragged, num_frames: tuple[int, ...]) -> Tensor:
 def mel_filters(num_mels: int, fft_samples: int, device: torch.device) -> Tensor:
     """Return the mel filters [N, fft_samples // 2 + 1] of Slaney's scale, up to the highest frequency.
 
-    They are not a buffer, so they stay fp32 if a module is cast to bf16.
+    The filters are not a buffer, so they remain in fp32 if a module is cast to bf16.
     """
     bank = mel_filter_bank(
         num_frequency_bins=fft_samples // 2 + 1,

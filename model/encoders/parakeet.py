@@ -139,7 +139,7 @@ def normalized_mel(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...
 
 
 def subsampled(mel_frames: int) -> int:
-    """Return the number of frames for `mel_frames` mel frames; each of the strided convolutions rounds up."""
+    """Return the number of frames for `mel_frames` mel frames. Each of the strided convolutions rounds up."""
     return -(-mel_frames // SUBSAMPLING)
 
 
@@ -152,7 +152,7 @@ def _check(config: EncoderConfig, hf_config: Any) -> None:
     """Check that the frames of a transformers config last 80 ms.
 
     Raises:
-        UserError: If the config has another subsampling.
+        UserError: If the config has a different subsampling.
     """
     wanted = {
         "subsampling_factor": SUBSAMPLING,
@@ -210,6 +210,6 @@ PARAKEET = EncoderFamily(
     features=_features,
     feature_extractor=ParakeetFeatureExtractor,
     containers={"parakeet_ctc": "encoder_config", "parakeet_rnnt": "encoder_config", "parakeet_tdt": "encoder_config"},
-    # Published checkpoints hold the whole model: its encoder is stored under `encoder.` or `model.encoder.`.
+    # Published checkpoints hold the whole model, in which the encoder is stored under `encoder.` or `model.encoder.`.
     key_mapping={r"^(model\.)?encoder\.": ""},
 )

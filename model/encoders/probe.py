@@ -1,6 +1,6 @@
 """The self-test of an unknown transformers encoder: its frame rate, its cost, and whether padding changes features.
 
-It runs on a CPU, in fp64, on a copy of the network with random weights and at most two layers.
+The self-test runs on a CPU, in fp64, on a copy of the network with random weights and at most two layers.
 
 Shapes: B clips, T audio samples, E frames at the encoder's own rate, D width.
 """
@@ -36,7 +36,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Probe:
-    """What the self-test found."""
+    """The result of the self-test."""
 
     width: int
     """D."""
@@ -47,8 +47,8 @@ class Probe:
     leak: str
     """The reason why clips of unequal length must not be padded to one batch; empty if they may be."""
     flops: tuple[Fraction, Fraction]
-    """The FLOPs of one window of T samples are flops[0]·T + flops[1]·T². They are exact, so that all ranks, which plan
-    with them, have equal values."""
+    """The FLOPs of one window of T samples are flops[0]·T + flops[1]·T². The coefficients are exact fractions, so that
+    all ranks plan with equal values."""
 
 
 class Unsupported(Exception):
@@ -58,14 +58,15 @@ class Unsupported(Exception):
 def make_network(hf_config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Return the audio encoder of a transformers config with random weights.
 
-    Its dtype is `dtype`; None for torch's default dtype, which `from_pretrained(dtype=…)` of an exported model sets.
+    Its dtype is `dtype`. None stands for torch's default dtype, which `from_pretrained(dtype=…)` sets when it loads an
+    exported model.
     """
     dtype = torch.get_default_dtype() if dtype is None else dtype
     return encoder_of(AutoModel.from_config(hf_config, dtype=dtype, trust_remote_code=False))
 
 
 def encoder_of(network: Any) -> PreTrainedModel:
-    """Return the encoder of an encoder-decoder model, or the model itself; it stays in evaluation mode."""
+    """Return the encoder of an encoder-decoder model, or the model itself, in evaluation mode."""
     found: PreTrainedModel = network.get_encoder() if network.config.is_encoder_decoder else network
     if found.main_input_name not in INPUTS:
         raise Unsupported(f"{type(found).__name__} reads {found.main_input_name}, not audio features")
@@ -97,7 +98,7 @@ def extract(extractor: Any, wave: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def joined(items: Sequence[tuple[Tensor, Tensor | None]], axis: int) -> tuple[Tensor, Tensor]:
-    """Return features and masks of several clips, padded with zeros along the axis of time."""
+    """Return features and masks of several clips, padded with zeros along the time axis."""
     size = max(features.shape[axis] for features, _ in items)
     rows, masks = [], []
     for features, mask in items:
@@ -182,7 +183,7 @@ def _probe(config_json: str, extractor_json: str) -> Probe:
 
 
 def _hop(samples: int, frames: int) -> int:
-    """Return the roundest number of samples per frame with which `samples` samples have `frames` frames, to within one
+    """Return the roundest number of samples per frame for which `samples` samples have `frames` frames, to within one
     frame."""
     for unit in HOP_UNITS:
         hop = max(1, round(samples / frames / unit)) * unit
@@ -206,7 +207,7 @@ def _flops(network: PreTrainedModel, extractor: Any, wave: Tensor) -> int:
 
 
 def _leak(network: PreTrainedModel, items: Sequence[tuple[Tensor, Tensor | None]], axis: int) -> str:
-    """Return how a padded batch changes features or gradients; empty if it does not."""
+    """Return a description of how padding changes features or gradients; empty if it does not."""
     items = [(features.double(), mask) for features, mask in items]
     alone = []
     for item in items:

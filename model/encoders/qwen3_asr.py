@@ -1,7 +1,7 @@
 """The audio encoder of Qwen3-ASR (Qwen3-Omni, arXiv 2509.17765): convolutions on chunks of 1 s, attention within 8 s.
 
-The mel frames of a window are divided into chunks. Three convolutions make 13 frames of a chunk of 1 s, each of which
-covers 80 ms, and the last one 40 ms. A frame attends to the frames of its span of 8 chunks.
+The mel frames of a window are divided into chunks. Three convolutions turn a chunk of 1 s into 13 frames, of which the
+last covers 40 ms and the others 80 ms. A frame attends to the frames of its span of 8 chunks.
 
 Shapes: B windows, T audio samples, N mel bins, M mel frames (10 ms), K chunks of all windows, E frames of the encoder,
 F frames of 20 ms, D width.
@@ -27,13 +27,13 @@ from model.lengths import SAMPLE_RATE, Windowing, num_frames
 from model.transfer import to_device
 
 LEAST_SAMPLES = 8000
-"""The length to which shorter clips are padded with silence, as by transformers' extractor."""
+"""The length to which shorter clips are padded with silence, as in transformers' extractor."""
 _STRIDE = 4
 """The number of frames of 20 ms that a frame of the encoder covers."""
 
 
 def convolved(length: int) -> int:
-    """Return the number of frames that the three convolutions make of a chunk of `length` mel frames."""
+    """Return the number of frames into which the three convolutions turn a chunk of `length` mel frames."""
     for _ in range(3):
         length = (length - 1) // 2 + 1
     return length
@@ -68,7 +68,7 @@ class RaggedQwen3ASREncoder(DrawnAsTransformers, Qwen3ASREncoder):
         counts = [convolved(n) for own in chunks for n in own]
         rows = [k * hidden.shape[1] + j for k, count in enumerate(counts) for j in range(count)]
         hidden = hidden.flatten(0, 1)[to_device(rows, mel.device)]
-        # On the CPU, since transformers' attention reads the values.
+        # The tensor is on the CPU, since transformers' attention reads its values.
         bounds = torch.tensor([0, *np.cumsum(self._spans(chunks))], dtype=torch.int32, device="cpu")
         for layer in self.layers:
             (hidden,) = call_layer(layer, hidden, bounds, recompute=recompute)
@@ -139,13 +139,13 @@ def frame_centres(mel_frames: int, chunk: int) -> np.ndarray:
 
 @torch.no_grad()
 def clip_log_mel(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the log-mel spectrograms of clips as transformers' `Qwen3ASRFeatureExtractor` makes them of single clips.
+    """Return the log-mel spectrograms of clips, as transformers' `Qwen3ASRFeatureExtractor` computes them for one clip.
 
-    Unlike `padded_log_mel`, the spectrum is reflected at the end of the clip itself, and the last, incomplete mel frame
-    is dropped. No gradient flows to the waveforms.
+    Unlike in `padded_log_mel`, the waveform is reflected at the end of each clip, and the last, incomplete mel frame is
+    dropped. No gradient flows to the waveforms.
 
     Args:
-        audio: waveforms [ΣT]; shorter ones than `LEAST_SAMPLES` are padded with silence.
+        audio: waveforms [ΣT]. Waveforms shorter than `LEAST_SAMPLES` are padded with silence.
         num_mels: N.
 
     Returns:
@@ -162,7 +162,7 @@ def clip_log_mel(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...]]
     power = (spectrum.real.square() + spectrum.imag.square())[:, :, : max(lengths)]
     log_spec = (mel_filters(num_mels, FFT_SAMPLES, padded.device) @ power).clamp(min=1e-10).log10()
     mask = length_mask(lengths, log_spec.shape[2], padded.device)
-    # The floor is relative to the clip's own loudest bin.
+    # The floor is relative to the loudest bin within the clip.
     inside = log_spec if mask is None else log_spec.masked_fill(~mask[:, None], -torch.inf)
     log_spec = (torch.maximum(log_spec, inside.amax(dim=(1, 2), keepdim=True) - 8.0) + 4.0) / 4.0
     return log_spec if mask is None else log_spec.masked_fill(~mask[:, None], 0.0), lengths

@@ -1,4 +1,4 @@
-"""Building of audio encoders with random or pre-trained weights, and their width and cost."""
+"""Functions that build audio encoders with random or pre-trained weights, and return their width and cost."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from model.lengths import Windowing
 def build_encoder(config: EncoderConfig) -> AudioEncoder:
     """Build an fp32 encoder in training mode on the default device.
 
-    With `config.weights` (a local Hugging Face directory or a hub id), every parameter is read from there. Without, the
-    parameters are drawn as transformers draws them, from torch's global generator.
+    With `config.weights` (a local Hugging Face directory or a hub id), every parameter is read from there. Without it,
+    parameters are drawn from torch's global generator, as in transformers.
 
     Raises:
-        UserError: If `hf_config.resolve` raises it, or weights are unreadable, missing or of another shape.
+        UserError: If `hf_config.resolve` raises it, or weights are unreadable, missing or of a different shape.
     """
     family, resolved = family_of(config), resolve(config)
     network = _random(config, resolved) if config.weights is None else _pretrained(config, resolved)
@@ -48,8 +48,8 @@ def encoder_windowing(config: EncoderConfig) -> Windowing:
 def encoder_flops(config: EncoderConfig, samples: int) -> float:
     """Estimate the forward FLOPs for one clip without building the encoder.
 
-    A multiply-add counts as two. The families count convolutions, projections, mel filters and attention; they do not
-    count norms, activations and Fourier transforms.
+    A multiply-add counts as two. The families count convolutions, projections, mel filters and attention, but not
+    norms, activations and Fourier transforms.
     """
     resolved, family = _resolve_once(_key(config)), family_of(config)
     if family.flops is not None:

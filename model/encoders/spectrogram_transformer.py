@@ -1,4 +1,4 @@
-"""The Audio Spectrogram Transformer (arXiv 2104.01778) of transformers, whose features describe sounds of all kinds.
+"""The Audio Spectrogram Transformer (arXiv 2104.01778) in transformers, whose features describe sounds of all kinds.
 
 Shapes: B windows, T audio samples, M mel frames (10 ms), N mel bins, Q frequency bands, E frames (100 ms), D width.
 """
@@ -51,7 +51,7 @@ class AveragedAST(DrawnAsTransformers, ASTModel):
 class AST(AudioEncoder):
     """AST as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
 
-    Every window is padded to the full length, as in pre-training. Frames of the padding are dropped after encoding.
+    Every window is padded to the full length, as in pre-training. Frames of padding are dropped after encoding.
 
     Args:
         encoder: The network.
@@ -83,7 +83,7 @@ class AST(AudioEncoder):
 
 
 def patches(hf_config: Any) -> tuple[int, int]:
-    """Return the numbers of frequency bands and of time steps."""
+    """Return the number of frequency bands and the number of time steps."""
     size = hf_config.patch_size
     bands = (hf_config.num_mel_bins - size) // hf_config.frequency_stride + 1
     return bands, (hf_config.max_length - size) // hf_config.time_stride + 1
@@ -107,7 +107,7 @@ def _check(config: EncoderConfig, hf_config: Any) -> None:
     """Check that the frames of a transformers config last 100 ms.
 
     Raises:
-        UserError: If the config has another stride.
+        UserError: If the config has a different stride.
     """
     if hf_config.time_stride != TIME_STRIDE:
         found = f"config.time_stride = {hf_config.time_stride}"
@@ -115,10 +115,10 @@ def _check(config: EncoderConfig, hf_config: Any) -> None:
 
 
 def _check_extractor(config: EncoderConfig, extractor: Mapping[str, Any]) -> None:
-    """Check the values that spectrograms are normalized with.
+    """Check the values with which spectrograms are normalized.
 
     Raises:
-        UserError: If one is of another type, or `std` is not positive.
+        UserError: If a value is of the wrong type, or `std` is not positive.
     """
     for key, value in extractor.items():
         is_number = type(value) in (int, float) and math.isfinite(value)
@@ -163,7 +163,7 @@ AUDIO_SPECTROGRAM_TRANSFORMER = EncoderFamily(
     extractor_fields={"do_normalize": True, "mean": -4.2677393, "std": 4.5689974},
     check_extractor=_check_extractor,
     feature_extractor=ASTFeatureExtractor,
-    # Checkpoints have the names of earlier versions of transformers, which renames them for its own class only.
+    # Checkpoints have names from earlier versions of transformers, which renames tensors only for its own class.
     key_mapping={
         r"encoder\.layer\.": "layers.",
         r"attention\.query": "q_proj",

@@ -37,7 +37,7 @@ MIN_SAMPLES = FRAME_LENGTH + HOP_SAMPLES
 class ShawAttention(Wav2Vec2BertSelfAttention):
     """Attention with relative keys (arXiv 1803.02155), with the parameters of transformers' module.
 
-    transformers makes a tensor [F, F, d] of the embedded distances. Here the scores are computed once per distance.
+    transformers creates a tensor [F, F, d] of the embedded distances. Here, scores are computed once per distance.
     """
 
     def forward(  # type: ignore[override]
@@ -135,15 +135,15 @@ class Wav2Vec2Bert(AudioEncoder):
 def stacked_fbank(audio: Ragged, num_mels: int) -> tuple[Tensor, tuple[int, ...]]:
     """Return pairs of mel frames, each bin with zero mean and unit variance over the clip.
 
-    The result equals that of `SeamlessM4TFeatureExtractor(num_mel_bins=num_mels)` on each clip. An odd last mel frame
-    counts for the mean and the variance, but is not part of a pair.
+    The result equals that of `SeamlessM4TFeatureExtractor(num_mel_bins=num_mels)` on each clip. If the number of mel
+    frames is odd, the last one counts for the mean and the variance, but is not part of a pair.
 
     Args:
         audio: waveforms [ΣT].
         num_mels: N.
 
     Returns:
-        [B, max F, 2N] in fp32, of which the first F frames of each clip count, and the F of every clip.
+        [B, max F, 2N] in fp32, of which the first F frames of each clip are valid, and the F of every clip.
     """
     mel, lengths = padded_fbank(audio, num_mels, "povey", scale=2.0**15, least_frames=STACKED)
     count = to_device(lengths, mel.device)[:, None, None]
@@ -163,7 +163,7 @@ def _windowing(_config: EncoderConfig, _hf_config: Any, window_samples: int) -> 
 
 
 def _check(config: EncoderConfig, hf_config: Any) -> None:
-    """Check that a transformers config asks for nothing that the network does not compute.
+    """Check that a transformers config requires nothing that the network does not compute.
 
     Raises:
         UserError: If the config has an adapter, or features of another kind.

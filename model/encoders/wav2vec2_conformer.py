@@ -32,7 +32,7 @@ from model.encoders.conv_stack import (
 
 
 class MaskedConvolutions(Wav2Vec2ConformerConvolutionModule):
-    """transformers' convolutions, with padding set to zero before the one over time, and fixed statistics."""
+    """transformers' convolutions, with padding set to zero before the convolution over time, and fixed statistics."""
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__(config)
@@ -48,7 +48,7 @@ class MaskedConvolutions(Wav2Vec2ConformerConvolutionModule):
 
 
 class MaskedConformerLayer(Wav2Vec2ConformerEncoderLayer):
-    """transformers' Conformer layer, which also passes the mask to the convolutions."""
+    """transformers' Conformer layer, except that it also passes the mask to the convolutions."""
 
     def __init__(self, config: Wav2Vec2ConformerConfig) -> None:
         super().__init__(config)

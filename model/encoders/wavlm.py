@@ -35,8 +35,8 @@ from model.encoders.conv_stack import (
 class GatedBiasAttention(WavLMAttention):
     """Attention with WavLM's gated relative position bias and the parameters of transformers' `WavLMAttention`.
 
-    transformers passes the weights of child modules to a functional. Here every child is called, as ZeRO-3 requires,
-    and attention is PyTorch's scaled dot-product attention.
+    transformers passes the weights of child modules to a function. Here, every child module is called, as ZeRO-3
+    requires, and attention is PyTorch's scaled dot-product attention.
     """
 
     def forward(  # type: ignore[override]
@@ -111,7 +111,7 @@ class RaggedWavLM(DrawnAsTransformers, WavLMPreTrainedModel):
             recompute: True to recompute every layer in the backward pass.
 
         Returns:
-            [B, max F, D]; the valid F of each window is the last of `conv_lengths`.
+            [B, max F, D]. The number F of valid frames of each window is the last of `conv_lengths`.
         """
         stable, encoder = self.config.do_stable_layer_norm, self.encoder
         features, frames = conv_features(self.feature_extractor.conv_layers, self.config, waves, num_samples, recompute)
@@ -129,7 +129,7 @@ class RaggedWavLM(DrawnAsTransformers, WavLMPreTrainedModel):
 
 
 def _flops(hf: Any, samples: int) -> float:
-    """Return the forward FLOPs of one window: those of the stack and those of the gated position bias."""
+    """Return the forward FLOPs of one window, for the network of `conv_stack_flops` and the gated position bias."""
     frames = padded_conv_lengths(hf, samples)[-1]
     # The projection of the gates, the gated bias, and its addition to the attention scores.
     bias = 16.0 * frames * hf.hidden_size + 3.0 * hf.num_attention_heads * frames**2

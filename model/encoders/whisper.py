@@ -1,4 +1,4 @@
-"""Whisper's encoder (arXiv 2212.04356), on windows padded to 30 s as in pre-training or on the clips' real length.
+"""Whisper's encoder (arXiv 2212.04356), on windows padded to 30 s, as in pre-training, or on the clips' real length.
 
 Shapes: B windows, N mel bins, M mel frames (10 ms), F frames (20 ms), D width.
 """
@@ -54,8 +54,8 @@ class MelTransformer(DrawnAsTransformers):
             mel: [B, N, max M], zero after each window's M.
             num_mel_frames: M of each window.
             recompute: True to recompute every layer in the backward pass.
-            kept: The number F of frames of each window that are kept; the others are dropped after the convolutions.
-                None to keep all, F = ceil(M / 2).
+            kept: The number F of frames of each window that are kept. The others are dropped after the convolutions.
+                None to keep all F = ceil(M / 2) frames.
 
         Returns:
             [B, max F, D].
@@ -93,10 +93,10 @@ class RaggedWhisperEncoder(MelTransformer, WhisperEncoder):
 class Whisper(AudioEncoder):
     """Whisper as an `AudioEncoder`; the parameters under `encoder.` have transformers' names.
 
-    In the length mode `full`, every window is padded to the full length, and the frames of the padding are dropped
-    after encoding, as are those of the trailing silence. In the length mode `masked`, so much silence is appended that
-    the spectrum and the convolutions of the clip equal those in a window of full length. The frames of the silence are
-    dropped before attention.
+    In the length mode `full`, every window is padded to the full length, and the frames of padding and of trailing
+    silence are dropped after encoding. In the length mode `masked`, just enough silence is appended that the spectrum
+    and the convolutions of the clip equal those in a window of full length. The frames of silence are dropped before
+    attention.
 
     Args:
         encoder: The network.
@@ -136,7 +136,7 @@ def whisper_windowing(config: EncoderConfig, hf_config: Any, window_samples: int
     """Return the windowing: in the length mode `full`, every window is computed at the full length.
 
     Raises:
-        UserError: If the window exceeds the checkpoint's positions, or is shorter in another length mode than `trim`.
+        UserError: If the window exceeds the checkpoint's positions, or is shorter in a length mode other than `trim`.
     """
     check_capacity(config, hf_config, window_samples, config.length_mode != "trim")
     if config.length_mode == "full":
@@ -146,7 +146,7 @@ def whisper_windowing(config: EncoderConfig, hf_config: Any, window_samples: int
 
 
 def check_capacity(config: EncoderConfig, hf_config: Any, window_samples: int, exactly: bool = False) -> None:
-    """Check that the window needs no more positions than the checkpoint has, or with `exactly`, the same number.
+    """Check that the window needs no more positions than the checkpoint has or, with `exactly`, the same number.
 
     Raises:
         UserError: If it does not.
@@ -184,6 +184,6 @@ WHISPER = EncoderFamily(
         "apply_spec_augment": False,
     },
     length_modes=("full", "trim", "masked"),
-    # Published checkpoints hold the whole model: its encoder is stored under `encoder.` or `model.encoder.`.
+    # Published checkpoints hold the whole model, in which the encoder is stored under `encoder.` or `model.encoder.`.
     key_mapping={r"^(model\.)?encoder\.": ""},
 )

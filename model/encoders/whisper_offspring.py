@@ -1,7 +1,7 @@
 """The audio towers of Voxtral, Qwen2-Audio and Audio Flamingo 3, which were initialized from Whisper large's encoder.
 
-Voxtral (arXiv 2507.13264) computes what Whisper computes. Qwen2-Audio (2407.10759) and Audio Flamingo 3 (2507.08128) do
-not attend to the silence that fills up the 30 s, and average pairs of frames before the last norm.
+Voxtral (arXiv 2507.13264) computes the same as Whisper. Qwen2-Audio (2407.10759) and Audio Flamingo 3 (2507.08128) do
+not attend to the silence that pads a window to 30 s, and average pairs of frames before the last norm.
 
 Shapes: B windows, N mel bins, M mel frames (10 ms), F frames (20 ms), E pooled frames (40 ms), D width.
 """
@@ -36,7 +36,8 @@ from model.lengths import FRAME_SAMPLES, SAMPLE_RATE, Windowing
 POOL = 2
 POOLED_SAMPLES = POOL * FRAME_SAMPLES
 AFTER = 3
-"""The mel frames of silence after a window that its last frames depend on: half an FFT window and the convolutions."""
+"""The number of mel frames of silence after a window on which its last frames depend, because of FFT windows and
+convolutions."""
 
 
 class RaggedVoxtralEncoder(MelTransformer, VoxtralEncoder):
@@ -55,11 +56,11 @@ class PooledTransformer(MelTransformer):
 
         Args:
             mel: [B, N, M].
-            lengths: The F of each window to which frames attend; at most M / 2.
+            lengths: The number F of frames of each window to which frames attend, at most M / 2.
             recompute: True to recompute every layer in the backward pass.
 
         Returns:
-            [B, max F // 2, D]; the valid E of each window is F // 2.
+            [B, max F // 2, D]. The number E of valid frames of each window is F // 2.
         """
         hidden = F.gelu(self.conv2(F.gelu(self.conv1(mel)))).transpose(1, 2)[:, : max(lengths)]
         hidden = self.transform(hidden, lengths, recompute)
@@ -103,7 +104,7 @@ class PooledWhisper(AudioEncoder):
 
 
 def _frames(samples: int) -> int:
-    """Return the number of frames before pooling; at least two, so that one pooled frame is left."""
+    """Return the number of frames before pooling, at least two, so that there is one pooled frame."""
     return max(POOL, -(-num_mel_frames(samples) // 2))
 
 

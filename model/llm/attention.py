@@ -1,5 +1,7 @@
 """The core attention of the Megatron model for packed sequences: rotary embedding and causal attention per segment.
 
+A *pack* is a packed sequence (`model.llm.packing`).
+
 Shapes: t rows of a pack, H query heads and G key-value heads of this rank, D head width.
 """
 
@@ -39,15 +41,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class PackedAttention(nn.Module):
     """Causal attention within each segment of a pack, to all previous tokens or to those in a window.
 
-    The module applies the rotary embedding itself, so that positions come from the pack and a cache can continue them.
-    TransformerEngine computes attention if it is installed, on GPUs in half precision. Otherwise, segments of similar
-    length form a right-padded batch for PyTorch's attention: under a causal mask, no token sees the padding after it.
+    The module applies the rotary embedding itself, so that positions come from the pack and continue those in a cache.
+    On GPUs in half precision, TransformerEngine computes attention if it is installed. Otherwise, segments of similar
+    length form a right-padded batch for PyTorch's attention. Under a causal mask, no token attends to padding after it.
 
     Args:
         config: Megatron's config.
-        layer_number: The number of the layer, from 1.
-        rotary: The rotary embedding; None for a layer without one.
-        layer: The layer's window.
+        layer_number: The number of the layer, counted from 1.
+        rotary: The rotary embedding; None for a layer without rotary embedding.
+        layer: The description of the layer's attention, of which the window is used.
         scales: The factors on scores and queries.
     """
 
@@ -64,7 +66,7 @@ class PackedAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_number = layer_number
-        # This is no buffer, since casting the model to bf16 would round the frequencies.
+        # This is not a buffer, since casting the model to bf16 would round the frequencies.
         self.rotary = rotary
         self.window, self.softmax_scale, self.long_queries = layer.window, scales.softmax, scales.long_queries
         engine = transformer_engine()
@@ -95,7 +97,7 @@ class PackedAttention(nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
-        """Attend.
+        """Compute the attention of the pack's rows.
 
         Args:
             query: [t, H, D].
@@ -135,7 +137,7 @@ class PackedAttention(nn.Module):
         return self._attend_within(query, key, value, packed)
 
     def _attend_within(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-        """Compute causal attention within each segment by PyTorch."""
+        """Compute causal attention within each segment with PyTorch."""
         outputs = []
         if packed.gathers_keys:
             settings = packed.continued, self.window, self.softmax_scale, get_context_parallel_group()
@@ -185,9 +187,9 @@ def transformer_engine() -> ModuleType | None:
 
 
 def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-    """Compute attention under a mask by PyTorch.
+    """Compute attention under a mask with PyTorch.
 
-    Keys and values are repeated for all query heads: with both a mask and `enable_gqa`, CUDA has no kernel but the one
+    Keys and values are repeated for all query heads. With both a mask and `enable_gqa`, the only CUDA kernel is the one
     that stores the scores of all heads.
 
     Args:
@@ -206,7 +208,7 @@ def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scal
 
 
 def _attend_fused(fused: nn.Module, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-    """Compute causal attention within each segment by TransformerEngine, which takes the pack as it is."""
+    """Compute causal attention within each segment with TransformerEngine, which reads the pack without padding."""
     ends = packed.segment_ends(query.device)
     longest = max(packed.lengths)
     attended = fused(

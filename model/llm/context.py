@@ -1,8 +1,9 @@
 """Context parallelism: the rows of a pack that each rank holds, and attention to keys that other ranks hold.
 
-A pack of T rows is cut into 2·N equal chunks for N ranks. Rank i holds the chunks i and 2·N - 1 - i, in this order.
-Under a causal mask, late rows attend to more keys than early ones, and this division gives all ranks the same work
-(arXiv 2407.21783, section 3.3.2). As in that work, keys and values are gathered from all ranks.
+A *pack* is a packed sequence (`model.llm.packing`). A pack of T rows is cut into 2·N equal chunks for N ranks. Rank i
+holds the chunks i and 2·N - 1 - i, in this order. Under a causal mask, late rows attend to more keys than early rows.
+This division nevertheless gives all ranks the same work (arXiv 2407.21783, section 3.3.2). As in that paper, keys and
+values are gathered from all ranks.
 
 Shapes: T rows of a whole pack, t = T/N rows of a rank, H query heads and G key-value heads of a rank, D head width.
 """
@@ -20,11 +21,11 @@ from torch import Tensor
 from torch.nn import functional
 
 BLOCK_ROWS = 256
-"""The number of queries whose scores exist at the same time. The mask of a block has this many rows of keys."""
+"""The number of queries in a block, whose scores exist at the same time. The mask of a block has one row per query."""
 
 
 class ContextPart(NamedTuple):
-    """The part of every pack that a rank holds."""
+    """The part of every pack that one rank holds."""
 
     rank: int = 0
     """The index of this rank among the context-parallel ranks."""
@@ -32,7 +33,7 @@ class ContextPart(NamedTuple):
     """The number of context-parallel ranks, N."""
 
     def chunks(self, num_rows: int) -> tuple[range, ...]:
-        """Return the rows of a pack that this rank holds, as spans in the order in which it holds them.
+        """Return the rows of a pack that this rank holds, as ranges in the order in which the rank stores them.
 
         Args:
             num_rows: The number of rows of the pack, a multiple of 2·N if N > 1.
@@ -56,7 +57,7 @@ class Piece(NamedTuple):
     length: int
     """The number of rows."""
     first_key: int
-    """The row of the whole pack in which the segment begins."""
+    """The row of the whole pack at which the segment begins."""
 
 
 def pieces(lengths: tuple[int, ...], part: ContextPart) -> list[Piece]:
@@ -81,7 +82,7 @@ def crosses_chunks(lengths: tuple[int, ...], part: ContextPart) -> bool:
 
 
 class Continued(NamedTuple):
-    """A piece that continues a segment of an earlier chunk."""
+    """A piece that continues a segment from an earlier chunk."""
 
     row: int
     """The first row of the piece among this rank's rows."""
@@ -90,12 +91,12 @@ class Continued(NamedTuple):
 
 
 class ContinuedAttention(torch.autograd.Function):
-    """The attention of a rank's continued pieces to the keys of their segments, which all ranks hold together.
+    """The attention of a rank's continued pieces to the keys of their segments, which are distributed over all ranks.
 
-    Only this rank's queries, keys and values are kept for the backward pass, which gathers the keys again and computes
-    the scores of one block of queries after another again. Gradients of keys are added up in fp32.
+    Only this rank's queries, keys and values are saved for the backward pass. The backward pass gathers the keys again,
+    and recomputes the scores one block of queries at a time. Gradients of keys are added up in fp32.
 
-    Collective: every rank of the context-parallel group must call it, in both passes, also without such a piece.
+    Collective: every rank of the context-parallel group must call it, in both passes, even if it has no such piece.
     """
 
     @staticmethod
@@ -154,7 +155,8 @@ class ContinuedAttention(torch.autograd.Function):
 def _blocks(
     continued: tuple[Continued, ...], window: int | None, device: torch.device
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield blocks of queries: their rows, the rows of the whole pack of their keys, and the mask [L, K]."""
+    """Yield, for each block of queries, the rows of the queries, the rows of their keys in the whole pack, and the mask
+    [L, K]."""
     for row, piece in continued:
         for first in range(0, piece.length, BLOCK_ROWS):
             count = min(BLOCK_ROWS, piece.length - first)
@@ -172,7 +174,7 @@ def _blocks(
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     """Return the attention [L, H, D] of queries [L, H, D] to keys and values [K, G, D] under a mask [L, K].
 
-    The query heads that share a key head form a batch, so that keys are not copied for them.
+    The query heads that share a key head form a batch, so that keys are not copied for each query head.
     """
     copies = query.shape[1] // key.shape[1]
     by_group = query.unflatten(1, (-1, copies)).permute(2, 1, 0, 3)
@@ -193,7 +195,7 @@ def _gather(key: Tensor, value: Tensor, group: dist.ProcessGroup) -> tuple[Tenso
 
 
 def _scatter(keys: Tensor, values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the sum over all ranks of this rank's rows of `keys` and `values` [T, G, D], [2, t, G, D]."""
+    """Return this rank's rows [2, t, G, D] of the sums of `keys` and `values` [T, G, D] over all ranks."""
     chunks = torch.stack((keys, values)).unflatten(1, (2 * group.size(), -1))
     early, late = chunks.transpose(0, 1).chunk(2)
     by_rank = torch.stack((early, late.flip(0)), dim=2).flatten(2, 3).contiguous()

@@ -1,4 +1,4 @@
-"""The weights of a dense LLM that got experts, each of which begins as the feed-forward network of a donor."""
+"""The weights of a dense LLM to which experts are added. Each expert starts as the feed-forward network of a donor."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class MixtureSource:
     Args:
         base: The weights of the dense LLM.
         donors: The weights of a dense LLM of the same architecture for each expert, by its name.
-        routers: The weights of the routers. They must be random: with equal rows, every choice would be a tie.
+        routers: The weights of the routers, which must be random. With equal rows, every choice would be a tie.
         hf_config: The LLM with its experts.
 
     Raises:
-        UserError: If a donor lacks a tensor of a feed-forward network, or has it in another shape.
+        UserError: If a donor lacks a tensor of a feed-forward network, or has it in a different shape.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class MixtureSource:
     ) -> None:
         self._base = base
         self._sources: dict[str, tuple[WeightSource, str]] = {}
-        """The source of each tensor that is not one of `base`, and its name there."""
+        """The source of each tensor that is not from `base`, and the tensor's name in this source."""
         mixture, modules = mixture_of(hf_config), modules_of(hf_config)
         assert mixture is not None
         hidden, width = hf_config.hidden_size, mixture.width

@@ -1,8 +1,8 @@
 """Experts in the LLM's feed-forward layers: the choice of experts, and the layer in plain PyTorch.
 
 A layer with experts has a router, which scores every expert for every token, and one gated feed-forward network per
-expert. A token is sent to the `top_k` experts with the highest scores, and their outputs are added with the router's
-weights. `model.llm.megatron_experts` computes the same over several ranks.
+expert. A token is sent to the `top_k` experts with the highest scores, and their outputs are summed with the router's
+weights. `model.llm.megatron_experts` computes the same on several ranks.
 
 Shapes: n tokens, E experts, k chosen experts per token, H hidden width, F width of an expert.
 """
@@ -34,7 +34,7 @@ class Choice:
 
 
 _CERTAIN = 1e4
-"""What is added to the score of a forced expert: the probabilities of all others become exactly 0 in fp32."""
+"""The number that is added to the score of a forced expert, so that all other probabilities are exactly 0 in fp32."""
 
 
 def choose(logits: Tensor, mixture: Mixture) -> Choice:
@@ -57,20 +57,21 @@ def choose(logits: Tensor, mixture: Mixture) -> Choice:
 class MixtureLayer(nn.Module):
     """The feed-forward network of a layer with experts, in one process.
 
-    Its parameters have the names that the checkpoint gives them, with one matrix per projection of an expert.
+    Its parameters have the same names as in checkpoints, with one matrix per projection of an expert.
 
     Args:
         mixture: The experts.
         hidden_size: H.
-        router: The name of the router within this module, or of its rows, with `{e}` for the name of the expert.
-        projections: The names of gate, up and down within this module; `{e}` stands for the name of the expert.
+        router: The name of the router within this module. If it contains `{e}`, which stands for the name of the
+            expert, it names the router's row for each expert.
+        projections: The names of gate, up and down within this module. `{e}` stands for the name of the expert.
     """
 
     def __init__(self, mixture: Mixture, hidden_size: int, router: str, projections: tuple[str, str, str]) -> None:
         super().__init__()
         self.mixture, self.router, self.projections = mixture, router, projections
         self.observe: Callable[[Choice], None] | None = None
-        """Called with the choices for the tokens of every forward pass, row by row."""
+        """A function that is called in every forward pass with the choices for its tokens, row by row."""
         self.has_rows = "{e}" in router
         if not self.has_rows:
             _add(self, router, nn.Linear(hidden_size, len(mixture.experts), bias=False))
@@ -119,13 +120,13 @@ def place_experts(model: Any, mixture: Mixture, modules: Mapping[str, str]) -> N
         del layer.mlp
         setattr(layer, root, experts.to(device=like.device, dtype=like.dtype))
         if root != "mlp":
-            # transformers' layer calls `mlp`, while parameters must have the checkpoint's names.
+            # transformers' layer calls `mlp`, but parameters must have the checkpoint's names.
             layer.__dict__["mlp"] = experts
 
 
 @contextmanager
 def observed(model: nn.Module) -> Iterator[list[Choice]]:
-    """Collect the choices of all layers with experts during the block, in the order in which they are computed."""
+    """Collect the choices of all layers with experts during the `with` block, in the order of computation."""
     layers = [module for module in model.modules() if isinstance(module, MixtureLayer)]
     found: list[Choice] = []
     try:
@@ -138,19 +139,19 @@ def observed(model: nn.Module) -> Iterator[list[Choice]]:
 
 
 def smallest_gap(choices: Sequence[Choice], top_k: int) -> float:
-    """Return the smallest difference between the scores of the last chosen and the first other expert of a token.
+    """Return the smallest difference, over all tokens, between the lowest chosen and the highest unchosen score.
 
     Below about 1e-5, two correct computations of a model may choose different experts.
 
     Returns:
-        The difference; infinity if there is no other expert or no token.
+        The difference, or infinity if all experts are chosen or there is no token.
     """
     gaps = [choice.logits.topk(top_k + 1, -1).values for choice in choices if choice.logits.shape[-1] > top_k]
     return min((float((g[:, -2] - g[:, -1]).min()) for g in gaps if len(g)), default=float("inf"))
 
 
 def _add(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Add a submodule at a dotted path, with empty modules on the way to it."""
+    """Add a submodule at a dotted path, and create empty parent modules where they are missing."""
     *parents, leaf = path.split(".")
     for name in parents:
         if name not in root._modules:

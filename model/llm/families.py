@@ -34,19 +34,19 @@ LLAMA_MODULES: dict[str, str] = {
     "final_norm": "model.norm",
     "output": "lm_head",
 }
-"""The modules of an LLM by their role, as transformers' Llama names them. Those of a layer are relative to `layer`, in
-which `{n}` stands for the layer's number. Roles with the same module are one tensor, in this order. Families with norms
+"""The names of an LLM's modules in transformers' Llama, by role. Names within a layer are relative to `layer`, in which
+`{n}` stands for the layer's number. Roles with the same module share one tensor, in this order. Families with norms
 after attention and after the feed-forward network have the roles `attention_output_norm` and `mlp_output_norm`."""
 
 REQUIRED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
-"""Fields of the Hugging Face config with the only value that the Megatron model computes."""
+"""Fields of the Hugging Face config, with the only value that the Megatron model supports."""
 
 
 @dataclass(frozen=True)
 class LLMFamily:
     """Everything that distinguishes one LLM family from another.
 
-    A family is one entry of `LLM_FAMILIES`. `docs/extending.md` shows how to add one.
+    A family is one entry in `LLM_FAMILIES`. `docs/extending.md` shows how to add a family.
     """
 
     qkv_bias: bool = False
@@ -54,15 +54,15 @@ class LLMFamily:
     qk_norm: bool = False
     """True if every query and key head is normalized by an RMSNorm with learned weights."""
     all_heads_norm: bool = False
-    """True if an RMSNorm normalizes all query heads together, and another one all key heads. Excludes `qk_norm`."""
+    """True if one RMSNorm normalizes all query heads together, and another all key heads. Excludes `qk_norm`."""
     norms: Norms = "before"
-    """The RMSNorms of a layer."""
+    """The places of the RMSNorms in a layer."""
     norms_from_zero: bool = False
     """True if the factor of a norm is 1 + weight, so that its initial weights are 0."""
     activation: Activation = "silu"
     """The activation function of the gate."""
     rotates_in_fp32: bool = False
-    """True if queries and keys are rotated in fp32 in half precision, too, as transformers' OLMo 2 does."""
+    """True if queries and keys are rotated in fp32 even in half precision, as in transformers' OLMo 2."""
     partial_rotary: bool = False
     """True if the config may restrict the rotary embedding to a part of each head (`partial_rotary_factor`)."""
     scales: Callable[[PretrainedConfig], Scales] = plain
@@ -72,8 +72,8 @@ class LLMFamily:
     modules: Mapping[str, str] = field(default_factory=lambda: dict(LLAMA_MODULES))
     """The names of the modules in the checkpoint, by the roles of `LLAMA_MODULES`."""
     experts: Callable[[PretrainedConfig], Mixture | None] | None = None
-    """A function that returns the experts that a config describes; None if the family has no experts. `modules` then
-    also has the roles `router`, `expert_gate`, `expert_up` and `expert_down` of a layer with experts, which begin with
+    """A function that returns the experts that a config describes; None if the family has no experts. For a family with
+    experts, `modules` also has the roles `router`, `expert_gate`, `expert_up` and `expert_down`, whose names begin with
     the same module. `{e}` stands for the name of the expert."""
 
 
@@ -166,16 +166,16 @@ def mixture_of(hf_config: PretrainedConfig) -> Mixture | None:
 
 
 def is_fused(hf_config: PretrainedConfig) -> bool:
-    """Return whether the checkpoint stores the projections of gate and up as one tensor."""
+    """Return whether the checkpoint stores the gate and up projections as one tensor."""
     modules = family_of(hf_config).modules
     return modules["gate"] == modules["up"]
 
 
 def modules_of(hf_config: PretrainedConfig) -> Mapping[str, str]:
-    """Return the names of an LLM's modules in checkpoints by role, including those of its experts.
+    """Return the names of an LLM's modules in checkpoints, including those of its experts, by role.
 
-    An expert of a dense LLM is stored next to the projections of the dense layers, under its name. Its row of the
-    router is a matrix of its own, so that no tensor depends on the order of the experts.
+    An expert that was added to a dense LLM is stored under its name, next to the projections of the dense layers. Its
+    row of the router is stored as a separate matrix, so that no tensor depends on the order of the experts.
     """
     modules = family_of(hf_config).modules
     if described(hf_config) is None:

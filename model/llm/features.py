@@ -1,6 +1,6 @@
-"""What an LLM family computes besides the plain decoder layer: attention windows, rotary embeddings by layer, scales.
+"""LLM features beyond the plain decoder layer: attention windows, rotary embeddings that depend on the layer, scales.
 
-Everything here is read from the Hugging Face config. Families name the functions that read their scales.
+All features are read from the Hugging Face config. Each family names the function that reads its scales.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ Activation = Literal["silu", "gelu_tanh"]
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """What distinguishes the attention of one layer from that of others."""
+    """The properties in which the attention of a layer may differ from that of other layers."""
 
     window: int | None = None
     """The number of tokens that a token attends to, itself included; None for all previous tokens of its segment."""
     rope: str | None = ""
-    """The key of the layer's parameters in `rope_parameters`; empty if all layers have the same ones, and None if the
-    layer has no rotary embedding."""
+    """The key of the layer's parameters in `rope_parameters`; empty if all layers have the same parameters, and None if
+    the layer has no rotary embedding."""
 
 
 @dataclass(frozen=True)
 class Scales:
-    """The factors by which an LLM multiplies values that other LLMs leave unchanged."""
+    """The factors by which some LLMs multiply values that others leave unchanged."""
 
     tokens: float = 1.0
     """The factor on token embeddings. Audio embeddings are not multiplied."""
@@ -53,12 +53,12 @@ class Scales:
 
 
 def plain(_hf_config: PretrainedConfig) -> Scales:
-    """Return the scales of a family that has none."""
+    """Return the scales of a family that multiplies nothing."""
     return Scales()
 
 
 def granite(hf_config: PretrainedConfig) -> Scales:
-    """Return the scales of a Granite, as in transformers' `modeling_granite.py`."""
+    """Return the scales of a Granite model, as in transformers' `modeling_granite.py`."""
     return Scales(
         inputs=float(hf_config.embedding_multiplier),
         branches=float(hf_config.residual_multiplier),
@@ -68,7 +68,7 @@ def granite(hf_config: PretrainedConfig) -> Scales:
 
 
 def gemma3(hf_config: PretrainedConfig) -> Scales:
-    """Return the scales of a Gemma 3, as in transformers' `modeling_gemma3.py`."""
+    """Return the scales of a Gemma 3 model, as in transformers' `modeling_gemma3.py`."""
     return Scales(
         tokens=hf_config.hidden_size**0.5,
         softmax=hf_config.query_pre_attn_scalar**-0.5,
@@ -77,10 +77,10 @@ def gemma3(hf_config: PretrainedConfig) -> Scales:
 
 
 def ministral3(hf_config: PretrainedConfig) -> Scales:
-    """Return the scales of a Ministral 3, as in transformers' `modeling_ministral3.py`.
+    """Return the scales of a Ministral 3 model, as in transformers' `modeling_ministral3.py`.
 
     Raises:
-        UserError: If `rope_parameters` lacks those that scale queries. transformers fails without them.
+        UserError: If `rope_parameters` lacks the parameters that scale queries. transformers fails without them.
     """
     rope = hf_config.rope_parameters
     keys = ("llama_4_scaling_beta", "original_max_position_embeddings")
@@ -103,7 +103,7 @@ def rope_sets(hf_config: PretrainedConfig) -> dict[str, dict[str, Any]]:
 
 
 def attention_layers(hf_config: PretrainedConfig) -> tuple[AttentionLayer, ...]:
-    """Return what distinguishes the attention of each layer.
+    """Return the properties of the attention of each layer.
 
     A window that is at least as long as the longest sequence is ignored.
 
@@ -111,7 +111,7 @@ def attention_layers(hf_config: PretrainedConfig) -> tuple[AttentionLayer, ...]:
         UserError: If a layer is of an unknown type, or the config describes fewer layers than the LLM has.
     """
     count = hf_config.num_hidden_layers
-    # transformers keeps fields that a config class does not declare, but its models ignore them.
+    # transformers keeps fields that a config class does not declare, but models ignore these fields.
     declared = {field.name for field in fields(type(hf_config))}  # type: ignore[arg-type]
     window = hf_config.sliding_window if "sliding_window" in declared else None
     if window is not None and window >= hf_config.max_position_embeddings:

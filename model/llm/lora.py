@@ -1,15 +1,15 @@
 """Low-rank adapters in Megatron's column- and row-parallel linear layers (see `model.lora`).
 
-Every Hugging Face projection has an adapter of its own, even where Megatron fuses several into one layer: `linear_qkv`
-has the factors `lora_A.q_proj`, `lora_B.q_proj`, `lora_A.k_proj` and so on.
+Every Hugging Face projection has its own adapter, even where Megatron fuses several projections into one layer. For
+example, `linear_qkv` has the factors `lora_A.q_proj`, `lora_B.q_proj`, `lora_A.k_proj` and so on.
 
 With tensor parallelism, a column-parallel layer splits B along the outputs and a row-parallel layer splits A along the
-inputs. The other factor is the same on all tensor ranks and is applied to this rank's rows of the sequence. It is
-marked `sequence_parallel`, so Megatron adds up its gradient over the tensor ranks. What travels between ranks has
-`rank` columns.
+inputs. The other factor is the same on all tensor-parallel ranks and is applied to this rank's rows of the sequence. It
+is marked `sequence_parallel`, so Megatron sums its gradient over the tensor-parallel ranks. The tensors that ranks
+exchange have only `rank` columns.
 
-An expert has adapters of its own. Expert tensor parallelism splits them in the same way, but Megatron's dispatcher
-gathers and scatters the tokens of an expert.
+An expert has its own adapters. Expert tensor parallelism splits them in the same way, but Megatron's dispatcher gathers
+and scatters the tokens of an expert.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ def add_llm_adapters(
         gpt: the stage, on its device, with its weights loaded.
         hf_config: the configuration of the LLM.
         adapters: the adapters.
-        tp_rank: this rank's index among the tensor ranks.
-        tp_size: the number of tensor ranks.
-        expert_tp: this rank's index among the ranks that share an expert, and their number; None for the tensor ranks.
+        tp_rank: this rank's index among the tensor-parallel ranks.
+        tp_size: the number of tensor-parallel ranks.
+        expert_tp: this rank's index among the ranks that share an expert, and the number of these ranks. None for
+            `tp_rank` and `tp_size`.
     """
     if not adapters.parts:
         return
@@ -94,7 +95,8 @@ def _linear_layers(gpt: Any) -> Iterator[tuple[str, Any]]:
 class _Factors(nn.Module):
     """The factors A or B of a layer's adapters, by projection.
 
-    A factor is read by a call. Megatron waits in hooks on calls for weights that are gathered during the forward pass.
+    A factor is read by calling this module, because Megatron waits for weights that are gathered during the forward
+    pass in hooks on module calls.
     """
 
     def forward(self, key: str) -> Tensor:
@@ -111,7 +113,7 @@ class _Part:
     """The name of the projection, such as q_proj."""
     config: LoraConfig
     rows: Tensor
-    """[outputs of the projection on this rank] int64, their positions in the layer's output."""
+    """The positions of the projection's outputs on this rank in the layer's output, [outputs] int64."""
 
 
 def _add_columns(
@@ -141,7 +143,7 @@ def _add_rows(
     shapes: Mapping[str, tuple[int, ...]],
     adapters: Adapters,
 ) -> None:
-    """Add the adapter of a row-parallel layer, which is one projection."""
+    """Add the adapter of a row-parallel layer, which consists of one projection."""
     ((name, config),) = parts.items()
     key, (outputs, inputs) = name.rpartition(".")[2], shapes[f"{name}.weight"]
     a = adapters.initial(f"{LLM}{name}.lora_A", (config.rank, inputs))
@@ -163,7 +165,7 @@ def _add_to_columns(module: Any, args: tuple[Tensor, ...], output: tuple[Tensor,
 
 def _add_to_rows(module: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any], *, key: str, scale: float) -> Any:
     values, bias = output
-    low = linear(args[0], module.lora_A(key))  # with several tensor ranks, a part of a sum
+    low = linear(args[0], module.lora_A(key))  # a partial sum if there are several tensor-parallel ranks
     if module.sequence_parallel and not module.explicit_expert_comm:
         low = reduce_scatter_to_sequence_parallel_region(low, group=module.tp_group)
     return values + scale * linear(low, module.lora_B(key)), bias
@@ -176,7 +178,7 @@ def _copied(values: Tensor, module: Any) -> nn.Parameter:
     assert module.sequence_parallel or num_ranks == 1, "tensor parallelism implies sequence parallelism"
     parameter.sequence_parallel = num_ranks > 1  # type: ignore[attr-defined]
     if module.is_expert and num_ranks == 1:
-        # The tensor ranks hold different experts, so each of them counts in the gradient norm.
+        # The tensor-parallel ranks hold different experts, so the gradient norm must count the factor on each of them.
         set_tensor_model_parallel_attributes(parameter, True, 0, 1)
     return parameter
 
@@ -184,7 +186,7 @@ def _copied(values: Tensor, module: Any) -> nn.Parameter:
 def _split(values: Tensor, module: Any, dim: int) -> nn.Parameter:
     """Return this rank's part of a factor that tensor parallelism splits along `dim`."""
     parameter = _parameter(values, module)
-    # Unmarked, it would count on the first tensor rank only in the gradient norm.
+    # Without this mark, the gradient norm would count the factor only on the first tensor-parallel rank.
     set_tensor_model_parallel_attributes(parameter, True, dim, 1)
     return parameter
 

@@ -1,18 +1,20 @@
-"""The LLM on Megatron-core: the `GPTModel`s of one pipeline stage, which compute the same as transformers' model.
+"""The LLM in Megatron-core: the `GPTModel`s of one pipeline stage, which compute the same as transformers' model.
 
 Before anything is built here, the caller must call `parallel_state.initialize_model_parallel` and
 `model_parallel_cuda_manual_seed`. On machines without CUDA, all calls must be within
 `trainer.parallel.cpu.megatron_calls`.
 
-A stage has one model per virtual stage, called a chunk (`model.llm.stages`). Forward, on every chunk::
+A stage has one model per virtual stage, called a chunk (`model.llm.stages`). A *pack* is a packed sequence
+(`model.llm.packing`). The forward pass of every chunk ::
 
     gpt(input_ids=None, position_ids=None, attention_mask=None,
         decoder_input=x,              # first chunk: [t/TP, 1, hidden], see embed_tokens; other chunks: None
-        labels=labels,                # [1, t], no IGNORE (put any valid id and mask the losses); None for logits
+        labels=labels,                # [1, t], no IGNORE (use any valid id and mask the losses); None for logits
         packed_seq_params=packed)     # PackedSequences of t rows, t a multiple of TP
 
-returns, on the last chunk, losses `[1, t]` in fp32, or logits `[1, t, padded vocabulary / TP]` (all of it with
-`runtime_gather_output=True`); on others hidden states `[t/TP, 1, hidden]`. Padded vocabulary columns are -inf.
+returns, on the last chunk, losses `[1, t]` in fp32, or logits `[1, t, padded vocabulary / TP]` (all columns with
+`runtime_gather_output=True`). On other chunks, it returns hidden states `[t/TP, 1, hidden]`. The logits of padded
+vocabulary columns are -inf.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ from model.llm.stages import Recompute, chunk_layers
 
 _RECOMPUTATION: dict[Recompute, dict[str, Any]] = {
     "none": {},
-    # `RMSNorm`, `PackedAttention` and `GatedMLP` recompute. Megatron's own recomputed norms need TransformerEngine.
+    # `RMSNorm`, `PackedAttention` and `GatedMLP` recompute themselves. Megatron's recomputed norms need
+    # TransformerEngine.
     "selective": {"recompute_granularity": "selective", "recompute_modules": []},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
@@ -86,12 +89,12 @@ def transformer_config(
         vp_size: The number of virtual stages of each pipeline stage.
         cp_size: The context-parallel size.
         dtype: The dtype of the parameters.
-        recompute: What the backward pass computes again.
-        ep_size: The number of ranks over which the experts of a layer are spread.
+        recompute: What the backward pass recomputes.
+        ep_size: The number of ranks over which the experts of a layer are distributed.
         expert_tp_size: The number of ranks that share an expert; None for `tp_size`.
 
     Raises:
-        UserError: If an LLM with experts is to recompute selectively.
+        UserError: If selective recomputation is requested for an LLM with experts.
     """
     family, mixture = family_of(hf_config), mixture_of(hf_config)
     if mixture is not None and recompute == "selective":
@@ -125,9 +128,9 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,
-        # All packs of a step have one length, so the schedule's `seq_length` gives a stage the shape of its input.
+        # All packs of a step have the same length, so a stage knows the shape of its input from `seq_length`.
         variable_seq_lengths=False,
-        batch_p2p_sync=False,  # waiting for a transfer orders the streams, without a synchronization of the device
+        batch_p2p_sync=False,  # waiting for a transfer already orders the streams, without synchronizing the device
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         gradient_accumulation_fusion=False,
@@ -142,7 +145,7 @@ def transformer_config(
 
 
 def _layout(num_layers: int, pp_size: int, vp_size: int) -> list[list[str]] | None:
-    """Return what Megatron needs to know of each chunk, in the order of the model; None without a pipeline."""
+    """Return the layers of each chunk in Megatron's format, in the order of the model; None without a pipeline."""
     if pp_size == 1:
         return None
     chunks = [["decoder"] * count for count in chunk_layers(num_layers, pp_size, vp_size)]
@@ -176,11 +179,11 @@ def build_megatron(
         pp_size: The number of pipeline stages.
         first_stage: True if this rank holds the first pipeline stage.
         last_stage: True if this rank holds the last pipeline stage.
-        vp_size: The number of virtual stages, which Megatron's groups were created with.
+        vp_size: The number of virtual stages with which Megatron's groups were created.
         cp_size: The context-parallel size.
         dtype: The dtype of the parameters.
-        recompute: What the backward pass computes again.
-        ep_size: The number of ranks over which the experts of a layer are spread.
+        recompute: What the backward pass recomputes.
+        ep_size: The number of ranks over which the experts of a layer are distributed.
         expert_tp_size: The number of ranks that share an expert; None for `tp_size`.
     """
     config = transformer_config(
@@ -219,7 +222,8 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     for name, parameter in gpt.named_parameters():
-        # Megatron marks these only when it initializes them. Unmarked, they would count once per TP rank in the norm.
+        # Megatron marks these only when it initializes them. Without the mark, the norm would count them once per TP
+        # rank.
         dim = tp_dim(name)
         if dim is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, dim, 2 if "linear_fc1" in name else 1)
@@ -273,7 +277,7 @@ def _block_spec(
 
 
 def _addition(config: TransformerConfig, norm: ModuleSpec | None, scale: float) -> Any:
-    """Return what adds the output of attention, or of the feed-forward network, to its input."""
+    """Return the module that adds the output of attention, or of the feed-forward network, to its input."""
     if norm is None and scale == 1.0:
         return get_bias_dropout_add
     sizes = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
@@ -282,7 +286,7 @@ def _addition(config: TransformerConfig, norm: ModuleSpec | None, scale: float) 
 
 
 def _attention_modules(config: TransformerConfig, family: LLMFamily, norm: Any, core: Any) -> SelfAttentionSubmodules:
-    """Return the modules of a layer's attention, given those for norms of single heads and for the attention itself."""
+    """Return the modules of a layer's attention, given the modules for head norms and for the core attention."""
     query_norm = key_norm = norm if family.qk_norm else IdentityOp
     if family.all_heads_norm:
         query_norm = ModuleSpec(module=AllHeadsNorm, params={"num_heads": config.num_attention_heads})
@@ -297,7 +301,7 @@ def _attention_modules(config: TransformerConfig, family: LLMFamily, norm: Any, 
 
 
 def _add_hooks(gpt: GPTModel, hf_config: PretrainedConfig, first: bool, last: bool) -> None:
-    """Add what Megatron's modules do not compute to a chunk. `first` and `last` are those of `_build_chunk`."""
+    """Add computations that Megatron's modules lack to a chunk. `first` and `last` are those of `_build_chunk`."""
     config, scales = gpt.config, family_of(hf_config).scales(hf_config)
     for layer in gpt.decoder.layers:
         # Megatron enables gradients here even in evaluation, so an `Addition` would keep its inputs.
@@ -341,7 +345,7 @@ def _scale_logits(
 def _require_grad(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Make the input of the first layer require a gradient.
 
-    Otherwise recomputed layers would get no gradient, without an error, for text under a frozen embedding.
+    Otherwise, for text under a frozen embedding, recomputed layers would get no gradient, and no error would be raised.
     """
     x = kwargs["hidden_states"]
     if torch.is_grad_enabled() and not x.requires_grad:
@@ -352,7 +356,7 @@ def _require_grad(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
 def _mask_padded_columns(
     module: ColumnParallelLinear, _args: Any, output: tuple[Tensor, Any], *, vocab_size: int
 ) -> tuple[Tensor, Any]:
-    """Set the logits of the vocabulary's padding to -inf; otherwise each column would add exp(0) to the softmax."""
+    """Set the logits of the vocabulary's padding to -inf. Otherwise, each column would add exp(0) to the softmax."""
     logits, bias = output
     gathered = logits.shape[-1] == module.output_size
     first = 0 if gathered else module.tp_group.rank() * module.output_size_per_partition

@@ -1,8 +1,10 @@
-"""Layers with experts on Megatron-core: its all-to-all dispatcher and its experts, with a router of our own.
+"""Layers with experts in Megatron-core: Megatron's all-to-all dispatcher and experts, with this project's router.
 
 The router chooses experts by the same function as the single-process model (`model.llm.experts.choose`), in fp32.
 Megatron's own auxiliary losses are not used, because their gradients depend on the topology. The losses of the router
 are terms of the loss table instead (`model.losses.router`).
+
+A *pack* is a packed sequence (`model.llm.packing`).
 
 Shapes: t rows of a pack, E experts, H hidden width.
 """
@@ -33,9 +35,9 @@ def expert_options(mixture: Mixture | None, *, tp_size: int, ep_size: int, exper
     Args:
         mixture: The experts.
         tp_size: The tensor-parallel size.
-        ep_size: The number of ranks over which the experts are spread.
-        expert_tp_size: The number of ranks that share an expert. It must be `tp_size` if `ep_size` is 1: otherwise the
-            gradients of megatron-core 0.16.1 are wrong.
+        ep_size: The number of ranks over which the experts are distributed.
+        expert_tp_size: The number of ranks that share an expert. It must be `tp_size` if `ep_size` is 1, since
+            otherwise the gradients of megatron-core 0.16.1 are wrong.
     """
     if mixture is None:
         return {}
@@ -45,7 +47,7 @@ def expert_options(mixture: Mixture | None, *, tp_size: int, ep_size: int, exper
         "moe_router_topk": mixture.top_k,
         "moe_ffn_hidden_size": mixture.width,
         "moe_router_load_balancing_type": "none",
-        "moe_router_pre_softmax": True,  # our router ignores it, but Megatron refuses top_k = 1 without it
+        "moe_router_pre_softmax": True,  # our router ignores it, but Megatron rejects top_k = 1 without it
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
         "expert_model_parallel_size": ep_size,
@@ -79,14 +81,14 @@ class Router(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.layer_number = 0
         self.packed: PackedSequences | None = None
-        """The pack whose rows are routed next, which a hook of the layer sets (`watch`)."""
+        """The pack whose rows are routed next, which a hook on the layer sets (`watch`)."""
 
     def set_layer_number(self, layer_number: int) -> None:
         """Set the number of the layer, from 1. Megatron calls this method."""
         self.layer_number = layer_number
 
     def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the weight of every expert for each row [t/TP, E], zero if not chosen, and the chosen ones as bool.
+        """Return the weight [t/TP, E] of every expert for each row, zero if not chosen, and a bool mask of the chosen.
 
         Args:
             hidden: This rank's rows [t/TP, 1, H] of a pack.
@@ -105,9 +107,9 @@ class Router(nn.Module):
 
 
 def watch(gpt: Any) -> None:
-    """Make every layer with experts tell its router which pack it computes.
+    """Make every layer with experts tell its router which pack the layer processes.
 
-    The pack is an argument of the layer, so a recomputed layer sees its own pack again.
+    The pack is an argument of the layer, so a recomputed layer gets the same pack again.
     """
     for layer in gpt.decoder.layers:
         if isinstance(layer.mlp, MoELayer):

@@ -1,4 +1,4 @@
-"""The description of the experts in an LLM's feed-forward layers, and how a config gives it.
+"""The description of the experts in an LLM's feed-forward layers, and functions that read it from a config.
 
 A family with experts, such as Mixtral, describes them in its Hugging Face config. A dense LLM gets experts from the
 recipe (`model.llm.experts`). They are then stored in the additional field `ffn_experts` of its Hugging Face config.
@@ -26,22 +26,22 @@ class Mixture:
     experts: tuple[str, ...]
     """The names of the E experts of a layer, in the order of the router's outputs."""
     top_k: int
-    """The number of experts that a token is sent to, k."""
+    """The number k of experts to which a token is sent."""
     width: int
     """The width of an expert, F."""
     layers: tuple[int, ...]
-    """The layers with experts, from 0 and in ascending order. The others have one feed-forward network."""
+    """The layers with experts, counted from 0, in ascending order. The others have one feed-forward network."""
     normalize: bool
     """True if the weights of the chosen experts are divided by their sum, which is the same as a softmax over the
     chosen experts alone. False if they are the probabilities among all experts."""
     forced: str | None = None
-    """The expert that every token is sent to with weight 1, for tests; None for the router's choice."""
+    """The expert to which every token is sent with weight 1, for tests; None for the router's choice."""
 
 
 BASE = "base"
-"""The value of `from` of an expert that begins as the feed-forward network of the LLM itself."""
+"""The value of `from` for an expert that starts as the feed-forward network of the LLM itself."""
 FIELD = "ffn_experts"
-"""The additional field of the Hugging Face config of a dense LLM that got experts."""
+"""The additional field in the Hugging Face config of a dense LLM to which experts were added."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def describe_experts(
         num_layers: The number of layers of the LLM.
 
     Raises:
-        UserError: If a value is not legal.
+        UserError: If a value is invalid.
     """
     patterns = {
         "all": range(num_layers),
@@ -108,14 +108,14 @@ def describe_experts(
 
 
 def read_experts(tree: object, num_layers: int) -> dict[str, Any]:
-    """Return a value of `ffn_experts` that may have been changed, after a check.
+    """Check a value of `ffn_experts`, which may have been changed, and return it.
 
     Args:
-        tree: The value, which may be anything.
+        tree: The value, of any type.
         num_layers: The number of layers of the LLM.
 
     Raises:
-        UserError: If `describe_experts` did not return it for an LLM with this number of layers.
+        UserError: If it is not a value that `describe_experts` returns for an LLM with this number of layers.
     """
     kinds = {"experts": list, "layers": list, "top_k": int, "normalize": bool}
     found = tree if isinstance(tree, dict) else {}
@@ -134,7 +134,7 @@ def read_experts(tree: object, num_layers: int) -> dict[str, Any]:
 
 
 def described(hf_config: PretrainedConfig) -> Mixture | None:
-    """Return the experts that a dense LLM got from the recipe; None if it has none."""
+    """Return the experts that the recipe added to a dense LLM; None if there are none."""
     stored = getattr(hf_config, FIELD, None)
     if stored is None:
         return None
@@ -154,7 +154,7 @@ def every_layer(hf_config: PretrainedConfig) -> tuple[int, ...]:
 
 
 def mixtral(hf_config: PretrainedConfig) -> Mixture | None:
-    """Return the experts of a Mixtral; None if the config gives it no experts."""
+    """Return the experts of a Mixtral model; None if the config describes no experts."""
     if not hf_config.num_local_experts:
         return None
     return Mixture(
@@ -167,7 +167,7 @@ def mixtral(hf_config: PretrainedConfig) -> Mixture | None:
 
 
 def qwen3_moe(hf_config: PretrainedConfig) -> Mixture | None:
-    """Return the experts of a Qwen3-MoE; None if the config gives experts to no layer."""
+    """Return the experts of a Qwen3-MoE model; None if no layer has experts."""
     dense, step = set(hf_config.mlp_only_layers), hf_config.decoder_sparse_step  # reading a field takes microseconds
     layers = tuple(n for n in every_layer(hf_config) if n not in dense and (n + 1) % step == 0)
     if not layers or not hf_config.num_experts:

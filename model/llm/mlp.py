@@ -1,4 +1,4 @@
-"""The feed-forward part of a Megatron layer, with a gate that keeps only its input for the backward pass."""
+"""The feed-forward network of a Megatron layer, with a gate that saves only its input for the backward pass."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from model.llm.features import Activation
 class GatedMLP(MLP):
     """Megatron's MLP with a gate (SwiGLU or GeGLU, arXiv 2002.05202) and without biases.
 
-    Autograd would keep the activated gate and the copies of both halves of the input, 2 f values more per token. With
-    selective recomputation, the output is not kept either.
+    Autograd would also save the activated gate and copies of both halves of the input, which are 2 f more values per
+    token, where f is the hidden width. With selective recomputation, the gate's output is not saved either.
     """
 
     def __init__(self, config: TransformerConfig, activation: Activation = "silu") -> None:
@@ -50,15 +50,16 @@ class GeGLUMLP(GatedMLP):
 
 
 MLPS: dict[Activation, type[GatedMLP]] = {"silu": GatedMLP, "gelu_tanh": GeGLUMLP}
-"""The feed-forward networks by activation function. They are classes of their own, since Megatron warns of a ModuleSpec
-of a class that it does not know."""
+"""The feed-forward networks by activation function. They are separate classes, since Megatron warns about a ModuleSpec
+of an unknown class."""
 
 
 def gated(both: Tensor, activation: Activation) -> Tensor:
     """Return activation(gate) · up, [..., f], for `both` [..., 2 f], in which the columns of gate come first.
 
-    On CUDA, SwiGLU is Megatron's function, which `torch.compile` fuses: one kernel that reads and writes 3 f values per
-    token, and one with 5 f in the backward pass, where PyTorch's separate kernels take 5 f and 15 f.
+    On CUDA, SwiGLU is Megatron's function, which `torch.compile` fuses into one kernel per pass. These kernels read and
+    write 3 f values per token in the forward pass and 5 f in the backward pass. PyTorch's separate kernels read and
+    write 5 f and 15 f values.
     """
     result: Tensor
     if activation == "silu" and both.is_cuda:

@@ -1,11 +1,12 @@
-"""The mapping between the parameters of Hugging Face and of Megatron, and the part that a tensor-parallel rank holds.
+"""The mapping between Hugging Face's and Megatron's parameters, and the part that a tensor-parallel rank holds.
 
-The functions compute names, shapes and indices; they touch no model. In Megatron names, layers are numbered globally
-here: `decoder.layers.<n>`, with n from 0 over all pipeline stages. Megatron-core's local layer spec has these layouts:
+The functions only compute names, shapes and indices, and do not access a model. In Megatron names, layers are numbered
+globally here: `decoder.layers.<n>`, with n counted from 0 over all pipeline stages. Megatron-core's local layer spec
+has these layouts:
 
 - `linear_qkv` holds for each query group its query heads, its key head and its value head. A rank holds consecutive
   rows. If there are fewer key-value heads than ranks, these rows are a part of a group.
-- `linear_fc1` holds `[gate_r; up_r]` on rank r, so the shards of all ranks in order are *not* `[gate; up]`.
+- `linear_fc1` holds `[gate_r; up_r]` on rank r, so the concatenation of all ranks' shards is *not* `[gate; up]`.
 - The vocabulary is padded with zero rows to a multiple of the tensor-parallel size.
 - In layers with experts, `mlp.experts.local_experts.<e>` is expert e of all ranks. Expert tensor parallelism divides
   its `linear_fc1` and `linear_fc2` among ranks, as tensor parallelism divides those of a dense layer.
@@ -47,7 +48,7 @@ _SINGLE = {
     "pre_mlp_layernorm.weight": "mlp_norm",
     "mlp_bda.norm.weight": "mlp_output_norm",
 }
-"""The parameters of a layer that are one Hugging Face tensor, with its role in `LLAMA_MODULES`."""
+"""The parameters of a layer that correspond to a single Hugging Face tensor, with its role in `LLAMA_MODULES`."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ class Piece:
     """A rectangle of a Hugging Face tensor, or rows of zeros. A shard is a concatenation of pieces."""
 
     hf_name: str | None
-    """The name of the tensor; None: rows of zeros."""
+    """The name of the tensor; None for rows of zeros."""
     index: Index
 
 
 def is_expert(megatron_name: str) -> bool:
-    """Return whether a parameter belongs to an expert, which is divided by expert tensor parallelism."""
+    """Return whether a parameter belongs to an expert, so that expert tensor parallelism divides it."""
     return ".local_experts." in megatron_name
 
 
@@ -85,7 +86,7 @@ def head_dim(hf_config: PretrainedConfig) -> int:
 
 
 def hf_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of the Hugging Face model, in its order. A tied output layer is not listed."""
+    """Return the shape of every tensor of the Hugging Face model, in the model's order, without a tied output layer."""
     modules = modules_of(hf_config)
     hidden, ffn = hf_config.hidden_size, hf_config.intermediate_size
     attention = _attention_shapes(hf_config)
@@ -137,7 +138,7 @@ def _attention_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]
 
 
 def _projection_rows(hf_config: PretrainedConfig) -> dict[str, int]:
-    """Return the numbers of rows of the projections that a checkpoint may store in one tensor, by role."""
+    """Return the number of rows of each projection that a checkpoint may store in one tensor with others, by role."""
     width = head_dim(hf_config)
     keys = hf_config.num_key_value_heads * width
     rows = {"query": hf_config.num_attention_heads * width, "key": keys, "value": keys}
@@ -145,7 +146,7 @@ def _projection_rows(hf_config: PretrainedConfig) -> dict[str, int]:
 
 
 def _first_row(hf_config: PretrainedConfig, role: str) -> int:
-    """Return the first row of a projection in its tensor; not 0 only if it shares the tensor with others."""
+    """Return the first row of a projection in its tensor, which is 0 unless projections share the tensor."""
     modules, first = modules_of(hf_config), 0
     for other, rows in _projection_rows(hf_config).items():
         if other == role:
@@ -232,7 +233,7 @@ def global_to_hf(megatron_name: str, full: Tensor, hf_config: PretrainedConfig, 
     """
     dim, shapes = tp_dim(megatron_name), hf_shapes(hf_config)
     tensors: dict[str, Tensor] = {}
-    # A parameter that is not split is the same on every rank, so the pieces of rank 0 of 1 describe it.
+    # A parameter that is not split is the same on every rank, so it is described by the pieces of a single rank.
     ranks = 1 if dim is None else tp_size
     for rank, shard in enumerate(full.chunk(ranks, dim=dim or 0)):
         row = 0
@@ -275,7 +276,7 @@ def _qkv_pieces(layer: int, kind: str, hf_config: PretrainedConfig, tp_rank: int
 
 
 def _router_tensors(hf_config: PretrainedConfig, layer: int) -> list[tuple[str, int]]:
-    """Return the Hugging Face tensors of a layer's router and their numbers of rows, in order."""
+    """Return the Hugging Face tensors of a layer's router with their numbers of rows, in order."""
     modules, mixture = modules_of(hf_config), mixture_of(hf_config)
     assert mixture is not None, "the LLM has no experts"
     if "{e}" in modules["router"]:
@@ -298,7 +299,7 @@ def _expert_pieces(
 
 
 def _factor_pieces(megatron_name: str, hf_config: PretrainedConfig, tp_rank: int, tp_size: int) -> list[Piece]:
-    """Return what a rank holds of a LoRA factor: B is split like the rows of the weight, A like its columns."""
+    """Return the pieces of a LoRA factor that a rank holds. B is split like the weight's rows, A like its columns."""
     found = _FACTOR.match(megatron_name)
     assert found is not None, megatron_name
     weight, factor, projection = found[1] + ".weight", found[2], found[3]

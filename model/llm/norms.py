@@ -1,4 +1,4 @@
-"""The norms of a Megatron layer, and the addition of what attention or the feed-forward network computes."""
+"""The norms of a Megatron layer, and the addition of the output of attention or the feed-forward network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def parameter_device(config: TransformerConfig) -> Any:
-    """Return the device on which Megatron creates parameters; None for the default one."""
+    """Return the device on which Megatron creates parameters; None for the default device."""
     return None if config.use_cpu_initialization else torch.cuda.current_device()
 
 
@@ -57,7 +57,7 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
 
     def recompute_after(self, consumer: nn.Module) -> None:
-        """Discard the norm's output once `consumer` has used it, and compute it again in the backward pass."""
+        """Discard the norm's output once `consumer` has used it, and recompute it in the backward pass."""
         self.is_recomputed = True
         consumer.register_forward_hook(self._discard)
 
@@ -70,8 +70,8 @@ class RMSNorm(nn.Module):
 class AllHeadsNorm(nn.Module):
     """An RMSNorm over all heads of all tensor-parallel ranks together, as OLMo 2 normalizes queries and keys.
 
-    Every rank holds the weights of all heads and uses those of its own. They are marked for Megatron's
-    sequence-parallel all-reduce, which adds up the gradients of the parts.
+    Every rank holds the weights of all heads and uses those of its own heads. The weights are marked for Megatron's
+    sequence-parallel all-reduce, which sums the ranks' gradients.
 
     Args:
         config: Megatron's config.
@@ -96,12 +96,12 @@ class AllHeadsNorm(nn.Module):
         squares = values.square().sum((-2, -1), keepdim=True)
         if self.tp_size > 1:
             copies = own * self.tp_size // self.num_heads
-            # The sum over ranks is added up forward, and so are the ranks' gradients of it backward.
+            # The forward pass sums over ranks, and the backward pass sums the ranks' gradients.
             squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares)) / copies
             first = parallel_state.get_tensor_model_parallel_rank() // copies * own
             weight = weight[first : first + own]
         scale = torch.rsqrt(squares / (self.num_heads * self.width) + self.eps)
-        return (values * scale * weight).to(x.dtype)  # transformers rounds after the product with the weight, too
+        return (values * scale * weight).to(x.dtype)  # as in transformers, rounded after the product with the weight
 
 
 class Addition(nn.Module):
@@ -110,7 +110,7 @@ class Addition(nn.Module):
     It takes the place of Megatron's bias-dropout-add.
 
     Args:
-        norm: Returns the norm of the output; None for no norm.
+        norm: A function that returns the norm for the output; None for no norm.
         scale: The factor on the output.
     """
 

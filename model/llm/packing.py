@@ -1,4 +1,7 @@
-"""Packed sequences, in which several token sequences follow each other without seeing each other, and the KV cache.
+"""Packed sequences, and the KV cache.
+
+A packed sequence, or *pack*, is a concatenation of several token sequences (*segments*) that do not attend to each
+other. A pack has one row per token, including padding.
 
 Shapes: t rows of a pack, S segments, L tokens of the longest segment of a bucket, G key-value heads, D head width.
 """
@@ -25,7 +28,7 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class Bucket:
-    """Segments of similar length, which form one right-padded batch for attention."""
+    """Segments of similar length that form one right-padded batch for attention."""
 
     num_segments: int
     """The number of segments."""
@@ -54,23 +57,23 @@ class CachedSegments:
     bucket: Bucket
     """The segments as one padded batch."""
     sequences: Tensor
-    """[B], the sequence in the cache that each segment continues."""
+    """[B], the index in the cache of the sequence that each segment continues."""
     starts: Tensor
     """[B], the position of each segment's first token."""
     num_keys: int
     """The number of tokens of the longest sequence, including those of the pack."""
     row_sequences: Tensor
-    """[n], the sequence of every row of `bucket.rows`."""
+    """[n], the index in the cache of the sequence of every row of `bucket.rows`."""
     row_positions: Tensor
-    """[n], the position of every row of `bucket.rows`."""
+    """[n], the position in its sequence of every row of `bucket.rows`."""
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
     """The segments of a pack of t rows, passed to Megatron as `packed_seq_params`.
 
-    t must be a multiple of the tensor-parallel size. Rows of padding form a segment like any other, whose labels are
-    ignored. `KVCache.extend` sets the fields for decoding.
+    t must be a multiple of the tensor-parallel size. Rows of padding form a segment like any other, but their labels
+    are ignored. `KVCache.extend` sets the fields for decoding.
     """
 
     lengths: tuple[int, ...] = ()
@@ -82,14 +85,15 @@ class PackedSequences(PackedSeqParams):
     cache: KVCache | None = None
     """The cache that the segments continue; None in training."""
     num_samples: int = 0
-    """The number of segments that are samples. Further segments are padding; used only with `observe`."""
+    """The number of segments that are samples, used only with `observe`. The segments after them are padding."""
     continued: tuple[Continued, ...] = ()
-    """The segments that continue one of another chunk, in order (`of_part`)."""
+    """The segments that continue a segment from another chunk, in order (`of_part`)."""
     gathers_keys: bool = False
     """True if any of the context-parallel ranks has a segment in `continued`; see `of_part`."""
     observe: Callable[..., Tensor] | None = None
-    """Called in training by the router of every layer with experts, with the number of the layer, its choices, this
-    pack and the tensor-parallel group. It returns a loss, a scalar, to which the router's gradient is added."""
+    """A function that the router of every layer with experts calls in training, with the number of the layer, the
+    router's choices, this pack and the tensor-parallel group. It returns a loss, a scalar, whose gradient is added to
+    that of the router."""
 
     def __post_init__(self) -> None:
         assert self.lengths and all(n > 0 for n in self.lengths), self.lengths
@@ -108,9 +112,9 @@ class PackedSequences(PackedSeqParams):
 
     @classmethod
     def of_part(cls, lengths: tuple[int, ...], part: ContextPart) -> PackedSequences:
-        """Return the rows of a pack that one of several context-parallel ranks holds, as a pack of its own.
+        """Return the rows of a pack that one of several context-parallel ranks holds, as a separate pack.
 
-        Its segments are the pieces of the pack's segments (`model.llm.context`).
+        The segments of the new pack are pieces of the given pack's segments (`model.llm.context`).
 
         Args:
             lengths: The lengths of the segments of the whole pack.
@@ -144,7 +148,7 @@ class PackedSequences(PackedSeqParams):
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """The segments of each bucket. Lengths in a bucket have the same next power of two, which limits padding.
 
-        The segments in `continued` come first, each in a bucket of its own.
+        The segments in `continued` come first, each in a separate bucket.
         """
         alone = [self.offsets.index(own.row) for own in self.continued]
         found: dict[int, list[int]] = {}
@@ -154,7 +158,7 @@ class PackedSequences(PackedSeqParams):
         return (*((i,) for i in alone), *map(tuple, found.values()))
 
     def layout(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return four tensors [t] on the device, computed on the host and moved in one transfer.
+        """Return four tensors [t] on the device, which are computed on the host and moved in one transfer.
 
         Returns:
             The position of each row, the rows of all buckets, their places in the padded batches, and the index of each
@@ -170,11 +174,11 @@ class PackedSequences(PackedSeqParams):
         return positions, rows_there, places_there, inverse_there
 
     def rotation(self, rotary: Rotary, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine [t, 1, R] of a rotary embedding, which are computed once per pack for all its layers.
+        """Return cosine and sine [t, 1, R] of a rotary embedding, which are computed once per pack for all layers.
 
         Args:
             rotary: The embedding, on the device of `like`.
-            like: A tensor whose device the result has, and whose dtype it has unless `rotary.in_fp32`.
+            like: A tensor with the device of the result and, unless `rotary.in_fp32`, its dtype.
         """
         dtype = torch.float32 if rotary.in_fp32 else like.dtype
         key = (rotary.key, dtype)
@@ -192,7 +196,7 @@ class PackedSequences(PackedSeqParams):
         return self._query_factors
 
     def window_mask(self, length: int, window: int, device: torch.device) -> Tensor:
-        """Return a mask [length, length] in bool: a row attends to itself and to the `window` - 1 rows before it."""
+        """Return a bool mask [length, length]: a row attends to itself and to the `window` - 1 rows before it."""
         if (length, window) not in self._window_masks:
             rows = torch.arange(length, device=device)
             distances = rows[:, None] - rows
@@ -213,7 +217,7 @@ class PackedSequences(PackedSeqParams):
         return self._buckets
 
     def segment_ends(self, device: torch.device) -> Tensor:
-        """Return [S + 1] in int32: 0, followed by the row after each segment."""
+        """Return [S + 1] in int32, which is 0 followed by the row after the end of each segment."""
         if self._segment_ends is None:
             self._segment_ends = to_device(np.cumsum((0, *self.lengths), dtype=np.int32), device)
         return self._segment_ends

@@ -1,4 +1,4 @@
-"""The LLM in transformers: its config, from which everything else follows, and the single-process model."""
+"""The LLM in transformers: its config, which determines everything else, and the single-process model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SIZES = (
     "moe_intermediate_size",
     "decoder_sparse_step",
 )
-# Keys that transformers reads from a config although some families' classes do not declare them.
+# Keys that transformers reads from a config even though some families' config classes do not declare them.
 _OTHER_KEYS = (
     "model_type",
     "head_dim",
@@ -76,7 +76,7 @@ def resolve_hf_config(config: LLMConfig) -> PretrainedConfig:
 
 
 def dense_config(hf_config: PretrainedConfig) -> PretrainedConfig:
-    """Return the config of a dense LLM without the experts that it got from the recipe."""
+    """Return the config of a dense LLM without the experts that the recipe added."""
     dense = copy.deepcopy(hf_config)
     if hasattr(dense, FIELD):
         delattr(dense, FIELD)
@@ -120,7 +120,7 @@ def weight_source(
         config: The section.
         hf_config: The LLM.
         seed: The seed of random weights; required without a checkpoint, and for the routers of `config.experts`.
-        donors: The weights that experts begin with, by the name of the expert. Those from `base` are not among them.
+        donors: The initial weights of experts, by the name of the expert, except for experts from `base`.
 
     Raises:
         UserError: If the checkpoint cannot be read or does not fit `hf_config`.
@@ -142,17 +142,17 @@ def weight_source(
 
 @torch.no_grad()
 def build_reference(config: LLMConfig, seed: int | None = None) -> PreTrainedModel:
-    """Build the transformers model in fp32 with SDPA attention, with the weights that Megatron gets on any topology.
+    """Build the transformers model in fp32 with SDPA attention, with the weights that Megatron loads on any topology.
 
     Raises:
-        UserError: If `resolve_hf_config` or `weight_source` raises it, or the family does not describe the model.
+        UserError: If `resolve_hf_config` or `weight_source` raises it, or the family's tensors are not the model's.
     """
     hf_config = resolve_hf_config(config)
     source = weight_source(config, hf_config, seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         hf_config, dtype=torch.float32, attn_implementation="sdpa"
     )
-    # A config with `pad_token_id` would keep that token's embedding from being trained; Megatron trains all of them.
+    # With `pad_token_id` in the config, that token's embedding would not be trained. Megatron trains all embeddings.
     model.get_input_embeddings().padding_idx = None  # type: ignore[assignment]
     if (mixture := mixture_of(hf_config)) is not None:
         place_experts(model, mixture, modules_of(hf_config))
@@ -164,7 +164,7 @@ def build_reference(config: LLMConfig, seed: int | None = None) -> PreTrainedMod
 
 
 def _check_shapes(hf_config: PretrainedConfig, found: dict[str, tuple[int, ...]]) -> None:
-    """Check that the family describes the tensors that transformers' model has; a plug-in's family may not."""
+    """Check that the family describes the tensors of transformers' model, since a plug-in's family may be wrong."""
     wrong = sorted(dict(found.items() ^ hf_shapes(hf_config).items()))
     if wrong:
         raise UserError(
@@ -190,7 +190,7 @@ def _load_config(config: LLMConfig) -> PretrainedConfig:
     if not overrides:
         return hf_config
     _check_keys(type(hf_config), overrides)
-    # `to_dict` lists a key with two names, such as num_experts, under one of them.
+    # `to_dict` lists a key that has two names, such as num_experts, under only one of them.
     listed = type(hf_config).attribute_map
     return _construct({**hf_config.to_dict(), **{listed.get(k, k): v for k, v in overrides.items()}})
 
@@ -231,7 +231,7 @@ def _check_keys(config_class: type, values: dict[str, Any]) -> None:
 
 
 def _check_features(hf_config: PretrainedConfig) -> None:
-    """Check that the config asks for nothing that the Megatron model would compute differently."""
+    """Check that the config requires nothing that the Megatron model would compute differently."""
     where = "model.llm.config"
     check_family(hf_config.model_type)
     heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads

@@ -1,4 +1,4 @@
-"""The frequencies of rotary embeddings, as transformers computes them."""
+"""The frequencies of rotary embeddings, as in transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
-    """A rotary embedding of R of the D channels of a head."""
+    """A rotary embedding that rotates R of the D channels of a head."""
 
     key: str
     """The name of this embedding among those of the LLM, `AttentionLayer.rope`."""
@@ -27,14 +27,14 @@ class Rotary:
     scaling: float
     """The factor on cosine and sine."""
     in_fp32: bool = False
-    """True if queries and keys are rotated in fp32, whatever their dtype."""
+    """True if queries and keys are rotated in fp32, regardless of their dtype."""
 
 
 def rotary_embeddings(hf_config: PretrainedConfig) -> dict[str, Rotary]:
     """Return the rotary embeddings of an LLM by `AttentionLayer.rope`.
 
-    Those of the type longrope are valid for sequences of up to `original_max_position_embeddings` tokens, for which
-    transformers uses `short_factor`.
+    Embeddings of the type longrope are valid for sequences of up to `original_max_position_embeddings` tokens, for
+    which transformers uses `short_factor`.
     """
     found, in_fp32 = {}, family_of(hf_config).rotates_in_fp32
     for key, rope in rope_sets(hf_config).items():

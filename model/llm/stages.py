@@ -1,4 +1,4 @@
-"""The division of the LLM's layers into the chunks that pipeline stages hold, and what their backward pass recomputes.
+"""The division of the LLM's layers into chunks for pipeline stages, and what the backward pass recomputes.
 
 With V virtual stages, each of the PP pipeline stages holds V chunks of consecutive layers. The PP·V chunks are numbered
 in the order of the model: chunk c belongs to stage c % PP, where it is virtual stage c // PP.
@@ -9,16 +9,16 @@ from __future__ import annotations
 from typing import Literal
 
 Recompute = Literal["none", "selective", "full"]
-"""What the backward pass computes again instead of keeping it: nothing; norms, activation functions and attention, but
-no matrix product of a layer; or whole layers, of which only the input is kept."""
+"""What the backward pass recomputes. `none`: nothing. `selective`: norms, activation functions and attention, but none
+of the matmuls of linear layers. `full`: whole layers, of which only the input is saved."""
 
 
 def chunk_layers(num_layers: int, pp_size: int, vp_size: int = 1) -> tuple[int, ...]:
     """Return the number of layers of each chunk, in the order of the model.
 
-    The numbers differ by at most one. If some chunks have one layer less, the last one is the first of them, because it
-    also has the output layer and the loss. The next is chunk 0, which has the embedding, then chunk 1, 2 and so on:
-    stages at the beginning keep the activations of more micro-batches.
+    The numbers differ by at most one. If some chunks must have one layer fewer, the last chunk is chosen first, because
+    it also has the output layer and the loss. Chunk 0, which has the embedding, is chosen next, followed by chunks 1, 2
+    and so on, because early stages hold the activations of more micro-batches.
 
     Args:
         num_layers: The number of layers of the LLM, at least one per chunk.

@@ -1,4 +1,4 @@
-"""The sources of the LLM's weights, read slice by slice: a Hugging Face directory, a state dict, or a random seed."""
+"""Sources of the LLM's weights, read slice by slice: a Hugging Face directory, a state dict, or a random seed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class WeightSource(Protocol):
         ...
 
     def where(self, name: str) -> str:
-        """Return the place of a tensor for error messages."""
+        """Return the location of a tensor, for error messages."""
         ...
 
 
@@ -41,7 +41,7 @@ class SafetensorsSource:
     """A directory with `model.safetensors`, or with shards and `model.safetensors.index.json`.
 
     Raises:
-        UserError: If the directory holds neither, or a file cannot be read; methods raise it, too.
+        UserError: If the directory holds neither, or a file cannot be read. Methods can also raise this error.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -98,7 +98,7 @@ class SafetensorsSource:
 def embedding_rms(source: WeightSource, hf_config: PretrainedConfig) -> float:
     """Return the root mean square of the LLM's token embeddings, from at most 16 evenly spaced blocks of 256 rows.
 
-    Embeddings include the factor that the LLM applies to those of tokens alone (`Scales.tokens`).
+    The embeddings include the factor that the LLM applies only to token embeddings (`Scales.tokens`).
     """
     name = "model.embed_tokens.weight"
     shape = source.shape(name)
@@ -132,8 +132,8 @@ class RandomSource:
 
     Norms are 0 in families whose norms multiply by 1 + weight.
 
-    Every block of rows is drawn from a generator that is seeded by (seed, name, block). So any rank of any topology
-    gets the same values for the slices that it reads, and draws at most one block more.
+    Every block of rows is drawn from a generator that is seeded by (seed, name, block). Any rank of any topology
+    therefore gets the same values for the slices that it reads, and draws at most one additional block.
     """
 
     def __init__(self, hf_config: PretrainedConfig, seed: int) -> None:
@@ -176,7 +176,7 @@ def local_directory(weights: str) -> Path:
     """Return the directory of `weights`: itself, or the snapshot of a hub id with its configs and safetensors files.
 
     Raises:
-        UserError: If it is no directory and cannot be downloaded.
+        UserError: If it is not a directory and cannot be downloaded.
     """
     if Path(weights).is_dir():
         return Path(weights)
@@ -197,7 +197,7 @@ def check_source(source: WeightSource, hf_config: PretrainedConfig) -> None:
     """Check that `source` holds every tensor of the model in its shape.
 
     Raises:
-        UserError: If a tensor is missing or has another shape.
+        UserError: If a tensor is missing or has a different shape.
     """
     for name, expected in hf_shapes(hf_config).items():
         check_tensor(source, name, expected)
@@ -207,7 +207,7 @@ def check_tensor(source: WeightSource, name: str, expected: tuple[int, ...]) -> 
     """Check that `source` holds the tensor `name` in the shape `expected`.
 
     Raises:
-        UserError: If the tensor is missing or has another shape.
+        UserError: If the tensor is missing or has a different shape.
     """
     found = source.shape(name)
     if found is None:
@@ -264,7 +264,7 @@ def load_megatron(
         expert_tp: The rank and the size of expert tensor parallelism; None for those of tensor parallelism.
 
     Raises:
-        UserError: If a tensor is missing or has another shape than the config says. Nothing is written in this case.
+        UserError: If a tensor is missing or its shape does not match the config. No parameter is written in this case.
     """
     shapes = hf_shapes(hf_config)
 
