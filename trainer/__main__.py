@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code, see `ExitCode`; 2 after one line on stderr that says what to fix.
+        The exit code (see `ExitCode`). It is 2 if the user must fix something, which one line on stderr describes.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_intermixed_args(arguments)
@@ -90,14 +90,14 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _start_ranks(recipe: Recipe, arguments: Sequence[str]) -> int:
-    """Run the recipe on this machine. If a mistake ends the first try before any step, remove its folder."""
+    """Start all ranks on this machine. If a user error ends the first attempt of a run, remove the run's folder."""
     if recipe.telemetry.progress:
         num = recipe.parallel.num_ranks
         ranks = "1 rank starts" if num == 1 else f"{num} ranks start"
         print_timed(f"{recipe.name}: {ranks}, importing PyTorch, DeepSpeed and Megatron", sys.stderr)
     root = Path(recipe.train.run_dir)
     new = [folder for folder in (root / recipe.name, root) if not folder.exists()]
-    # The ranks check the rest, which imports modules that take seconds to load and that they need anyway.
+    # The ranks do the remaining checks, which need modules that take seconds to import and that ranks import anyway.
     code = launch.start_ranks(recipe.parallel.num_ranks, module_command("trainer", *arguments))
     if code == ExitCode.USER_ERROR and new:
         if all(event["event"] in ("started", "failed") for event in read_events(new[0])):
@@ -147,7 +147,7 @@ def be_calm() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("DeepSpeed", "megatron", "transformers", "torch", "alembic", "mlflow"):
-        # A filter, since these libraries set their loggers' levels themselves when they are imported.
+        # A filter, not a level, because these libraries set the levels of their loggers when they are imported.
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 

@@ -1,4 +1,4 @@
-"""The composition root, which is the only file that knows every part."""
+"""The composition root: the only module that knows all parts of the trainer. It builds and connects them."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def run_training(recipe: Recipe, env: RankEnv) -> int:
 
 
 def _run(recipe: Recipe, env: RankEnv) -> int:
-    # The watchdog must fire before a collective gives up.
+    # The watchdog must fire before a collective times out.
     connect(max(COLLECTIVE_TIMEOUT_SEC, 2 * recipe.train.hang_timeout_sec, meeting_limit_sec(env.world_size)))
     events = begin_run(recipe, env)
     position = Position()
@@ -161,7 +161,7 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
     groups = build_groups(topology, rank, device, recipe.seed)
     run_dir = events.run_dir
     say(f"reading {', '.join(part.name for part in recipe.data.datasets)} in {recipe.data.root}")
-    # Making shards and hashing the donors of experts may take hours, so there is no watchdog yet.
+    # Making shards and hashing the weights that experts start from may take hours, so there is no watchdog yet.
     recipe, prepared = prepare_once(recipe, groups)
     donors = find_donors(recipe, resolve_hf_config(recipe.model.llm), groups)
     watch = (
@@ -273,11 +273,11 @@ def build_step(
 
     Args:
         recipe: The recipe of the run.
-        groups: The place of this rank.
+        groups: The process groups of this rank.
         vocab_size: The size of the tokenizer's vocabulary.
         heartbeat: Called with a description of each part before it is built.
         kinds: The kinds of samples whose tokens are counted separately; None to count them by task.
-        donors: The weights that experts begin with; None to look for them.
+        donors: The weights from which the experts of the LLM are initialized; None to look for them.
 
     Raises:
         UserError: If weights are missing or do not fit, the tokenizer has more tokens than the LLM, or a pattern of
@@ -330,7 +330,7 @@ def build_step(
     everyones = [name for names in all_names for name in names]
     check_patterns(recipe.optim, everyones)
     check_stages(recipe.staged_optim, everyones)
-    # If a config has dropout, it must differ between ranks.
+    # If a config enables dropout, the dropped values must differ between ranks.
     torch.manual_seed(recipe.seed + 1000 * groups.rank)
     return Step(
         recipe.model,

@@ -36,24 +36,25 @@ class TrainConfig:
     Gradients are reduced in fp32 and optimizer states are stored in fp32 in either case.
     """
     llm_tokens_per_microbatch: int = 4096
-    """The largest number of tokens in one packed sequence. Lower it if the LLM runs out of memory.
+    """The largest number of tokens in one packed sequence (a pack). Lower it if the LLM runs out of memory.
 
     If a single sample is longer, all packs of its step are as long as that sample.
     """
     pack_multiple_tokens: int | None = None
-    """The number of tokens to a multiple of which every pack is padded, so that only few lengths occur.
+    """Every pack is padded to a multiple of this number of tokens, so that only a few lengths occur.
 
     It must be a multiple of `parallel.tensor` and divide `llm_tokens_per_microbatch`. null uses `parallel.tensor`.
     """
     encoder_batch_sec: float = 480.0
-    """The largest amount of padded audio per encoder call in seconds: the number of clips times the longest clip.
+    """The largest amount of padded audio in one encoder call, in seconds: the number of clips times the longest clip.
 
-    A single longer clip has a call of its own. Lower the value if an encoder runs out of memory.
+    An encoder call is one forward pass of an encoder on a batch of clips. A single longer clip has a call of its own.
+    Lower the value if an encoder runs out of memory.
     """
     recompute_llm: Recompute = "none"
-    """The activations of the LLM that the backward pass computes again, which saves memory and costs time.
+    """The activations of the LLM that are recomputed in the backward pass, which saves memory but costs time.
 
-    selective: norms, SwiGLU and attention, but no matrix product of a layer. full: everything but the inputs of layers.
+    selective: norms, SwiGLU and attention, but none of a layer's matmuls. full: everything but the inputs of layers.
     """
     recompute_encoders: bool = False
     """Whether to recompute the activations of the encoders' layers in the backward pass."""
@@ -69,7 +70,7 @@ class TrainConfig:
 
     `per_update` gathers them once per update, and reduces gradients once per update. Every rank then holds the whole
     weights of its encoders during a step, and their whole gradients in fp32 during the backward pass. `per_module`
-    gathers the weights of each module around each of its calls, which saves this memory and takes much longer.
+    gathers the weights of each module around each of its calls, which saves this memory but takes much longer.
     """
     deepspeed: str = "ds_configs/zero3.json"
     """The path of the DeepSpeed JSON file, relative to the current folder, or else to the project's folder."""
@@ -82,12 +83,12 @@ class TrainConfig:
     run's folder and end. Raise the value if a healthy step takes longer.
     """
     stop_grace_sec: float = 120.0
-    """The seconds that the scheduler leaves between the signal that stops the run and the kill.
+    """The seconds that the scheduler leaves between the signal that asks the run to stop and the one that kills it.
 
     If the last save takes longer, the event `save_failed` is emitted.
     """
     compare_replicas_every_steps: int = 100
-    """After how many steps the weights of the LLM's replicas are compared, to detect a faulty device; 0 for never.
+    """How often, in steps, the weights of the LLM's replicas are compared to detect a faulty device; 0 for never.
 
     Unless it is 0, they are also compared before every save, so that a checkpoint has the same weights as all replicas.
     If they differ, the run ends without saving, and the event `corrupted` names the ranks and their nodes.
@@ -95,7 +96,7 @@ class TrainConfig:
     deterministic: bool = False
     """Whether to use only deterministic kernels, so that a resumed run is bit-identical on CUDA, too.
 
-    On CPUs it always is. Deterministic kernels are slower.
+    On CPUs, a resumed run is always bit-identical. Deterministic kernels are slower.
     """
     debug_plan: bool = False
     """Whether to compare the plans of all ranks in every step and to end the run if they differ.
@@ -137,16 +138,16 @@ class Recipe:
     See `docs/extending.md`.
     """
     tasks: tuple[TaskConfig, ...] = ()
-    """Tasks of your own data, besides those that are built in (see docs/evaluation.md)."""
+    """Tasks of your own, in addition to the built-in ones (see docs/evaluation.md)."""
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     stages: tuple[StageConfig, ...] = ()
-    """Parts of the run that train different parameters, in this order (see docs/training.md). Empty: one stage that
-    trains everything which `optim.parts` does not freeze."""
+    """Parts of the run that train different parameters, in this order (see docs/training.md). If empty, there
+    is one stage, which trains everything that `optim.parts` does not freeze."""
     lora: tuple[LoraConfig, ...] = ()
-    """Low-rank adapters on linear layers of the LLM and of encoders (see docs/adapters.md). Empty: none."""
+    """Low-rank adapters on linear layers of the LLM and of encoders (see docs/adapters.md); empty for none."""
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -75,7 +75,7 @@ class AugmentConfig:
 
     Each setting is the largest change at full strength; all changes are off by default. The strength increases from 0
     to 1 while the training's progress goes from `start` to `end`. On small datasets trained from scratch, augmentation
-    helps when it is ramped in but hurts from the first step.
+    helps when its strength increases gradually, but hurts if it is applied from the first step.
     """
 
     start: float = 0.2
@@ -128,7 +128,8 @@ class JoinConfig:
     """
 
     probability: float = 0.0
-    """The probability that an ASR sample is joined with other clips of its subset and its chunk; 0 disables joining."""
+    """The probability that an ASR sample is joined with other clips of the same subset and chunk (`data.read_kib`);
+    0 disables joining."""
     max_clips: int = 3
     """The largest number of clips that are joined into one, at least 2."""
     max_sec: float = 6.0
@@ -185,7 +186,7 @@ class DataConfig:
     """The datasets, the order of their samples, and the limits on memory and prefetching."""
 
     root: str = "."
-    """The folder that paths of datasets are relative to. It may be a URL if no dataset is a manifest."""
+    """The folder to which the paths of datasets are relative. It may be a URL if no dataset is a manifest."""
     datasets: tuple[DatasetConfig, ...] = ()
     """The datasets to train on, mixed by their weights."""
     temperature: float | None = None

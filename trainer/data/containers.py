@@ -1,7 +1,7 @@
 """The framing of audio files: whether a file is whole, and where files that were concatenated begin.
 
-libsndfile decodes a truncated file as if it were whole, and only the first of several concatenated files. The functions
-of this module therefore read the lengths and the end marks that the formats have.
+libsndfile decodes a truncated file as if it were whole, and it decodes only the first of several concatenated files.
+The functions of this module therefore read the lengths and the end marks that the formats have.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MIN_SHARE = 0.95
 """The share of the declared audio that a file must have. A file with less is a part of a file."""
 
 _STREAMED_BYTES = 0x7FFF0000
-"""The least size that programs write in place of an unknown one: sox 0x7FFFF000, others 0x7FFFFFFF or 0xFFFFFFFF."""
+"""The smallest size that programs write in place of an unknown one: sox 0x7FFFF000, others 0x7FFFFFFF or 0xFFFFFFFF."""
 _FLAC_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
 _OGG_PAGE = re.compile(rb"OggS")
 _MP3_INFO = re.compile(rb"Xing|Info")

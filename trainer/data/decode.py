@@ -36,8 +36,8 @@ _BLOCK_VALUES = 1 << 20
 def decode_audio(data: bytes | memoryview, max_sec: float | None = None) -> NDArray[np.float32]:
     """Decode one clip, average its channels, and resample it to 16 kHz (soxr HQ).
 
-    The clip is decoded and resampled in blocks, so that the memory is that of the result. Concatenated files are one
-    clip.
+    The clip is decoded and resampled in blocks, so that no more memory is needed than for the result.
+    Concatenated files are one clip.
 
     Args:
         data: content of a FLAC, WAV, MP3, OGG or Opus file.

@@ -45,7 +45,8 @@ class SampleError(Exception):
 def sample_errors(key: str) -> Iterator[None]:
     """Turn unexpected errors of the work on one sample into SampleError, so that one sample cannot end a run.
 
-    The traceback is logged. Problems with files or the store (OSError, UserError) are not those of a sample.
+    The traceback is logged. Problems with files or the store (OSError, UserError) are not those of a sample, so they
+    are raised unchanged.
 
     Args:
         key: key of the sample.

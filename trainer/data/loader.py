@@ -29,7 +29,7 @@ class Loader:
     """An iterable over this rank's part of every global batch, as `(Batch, State)` pairs.
 
     Args:
-        stream: the samples, as arrays. Like it, a loader can be iterated only once, and it raises the same errors.
+        stream: the samples, as arrays. Like the stream, a loader can be iterated only once, and raises the same errors.
     """
 
     def __init__(self, stream: SampleStream) -> None:

@@ -1,9 +1,9 @@
 """Reading of manifests, which are JSONL files with one sample per line.
 
 Each line is an object with `id`, `audio` (a path relative to the manifest's folder, a list of such paths, or null),
-`task`, `split`, `instruction` and `answer`, or `messages` in place of the last two. In messages, the paths of the
-audio may be in blocks. All other fields are kept. Samples are sorted by a hash of their id, so
-that every shard is a random mixture of the samples, regardless of the order of the manifest.
+`task`, `split`, `instruction` and `answer`, or `messages` in place of the last two. Messages may give the paths
+of audio in blocks. All other fields are kept. Samples are sorted by a hash of their id, so that every shard is a random
+mixture of the samples, regardless of the order of the manifest.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _HASH_BYTES = 8
 QUEUE_BYTES = 128 << 20
 """The memory of a rank for ranges that wait to be written. Further ranges are not cached."""
 _SWEEP_BYTES = 64 << 20
-"""The bytes that a process writes before it deletes old ranges again, at most."""
+"""The largest number of bytes that a process writes before it deletes old ranges again."""
 _KEPT_SHARE = 0.9
 """The share of the size limit that remains when old ranges are deleted."""
 _LOCK_NAME = ".lock"
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class NodeCache:
-    """Byte ranges as files, of which those that were not read for the longest time are deleted.
+    """Byte ranges as files, of which the least recently read ones are deleted when the cache is full.
 
     Args:
         folder: a folder that belongs to this user alone; it is created if it is missing.
@@ -139,7 +139,7 @@ class NodeCache:
         self._written_bytes += len(data)
 
     def _sweep(self) -> None:
-        """Delete the ranges that were not read for the longest time, unless another process is doing so."""
+        """Delete the least recently read ranges, unless another process is doing so."""
         try:
             with locked(self.folder / _LOCK_NAME, wait=False):
                 found = []

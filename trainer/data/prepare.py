@@ -99,7 +99,7 @@ class PreparedData:
         return tuple(_open_training(s, self.config) for s in self.datasets)
 
     def num_by_language(self) -> Counter[tuple[str, str]]:
-        """Return the number of training samples by task and language, which is empty if a sample has none."""
+        """Return the number of training samples by task and language, which is empty if a sample names none."""
         counts: Counter[tuple[str, str]] = Counter()
         for part in self.datasets:
             selection = Selection(part.config.split, part.config.tasks, part.config.subsets)
@@ -156,7 +156,7 @@ def check_loss_turns(config: DataConfig, tokenizer: Tokenizer) -> None:
     Later samples are checked when they are loaded.
 
     Raises:
-        UserError: If it does not, or a manifest or an index cannot be read.
+        UserError: If the template does not allow them, or a manifest or an index cannot be read.
     """
     if tokenizer.keeps_answers or config.loss_turns == "last":
         return

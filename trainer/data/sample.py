@@ -23,7 +23,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.scoring.tasks import TASKS
 
 _MAX_TOKEN_CHARACTERS = 64
-"""The number of characters per token from which a text is too long without counting its tokens."""
+"""The number of characters per allowed token above which text is rejected without counting its tokens."""
 
 IGNORE = -100
 """The same as `model.batch.IGNORE`, whose module loads torch."""
@@ -34,8 +34,10 @@ Clip = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample as NumPy arrays, which `loader.to_sample` converts to a `model.batch.Sample`. L is the number of
-    tokens."""
+    """A sample as NumPy arrays, which `loader.to_sample` converts to a `model.batch.Sample`.
+
+    L is the number of tokens.
+    """
 
     key: str
     meta: dict[str, Any]
@@ -73,7 +75,7 @@ def make_sample(
     loss_turns: Literal["all", "last"] = "all",
     evaluate: bool = False,
 ) -> EncodedSample:
-    """Tokenise one sample.
+    """Tokenize one sample.
 
     Args:
         key: key of the sample, unique within its dataset.
@@ -146,7 +148,7 @@ def _learned_answers(
     """Return whether each answer that is a segment of its own has labels.
 
     Raises:
-        SampleError: If none has (`bad_messages`), or the chat template changes an earlier one that should
+        SampleError: If no answer has labels (`bad_messages`), or the chat template changes an earlier one that should
             (`unexpected`).
         UserError: If the chat template changes all earlier answers.
     """

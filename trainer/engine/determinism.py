@@ -15,7 +15,7 @@ _VARIABLES = {
     "NCCL_ALGO": ("^NVLS", "Ring", "Tree", "CollnetDirect", "CollnetChain"),  # those that Megatron accepts
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),  # TransformerEngine's attention
 }
-"""The legal values of variables that libraries read when they start. An unset variable is set to the first one."""
+"""The allowed values of variables that libraries read when they start. An unset variable is set to the first one."""
 
 
 def check_variables(environ: Mapping[str, str]) -> None:

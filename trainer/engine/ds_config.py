@@ -1,6 +1,6 @@
 """The configuration of DeepSpeed, which combines a JSON file in DeepSpeed's format with values from the recipe.
 
-Every setting is in one place only. The JSON file adapts ZeRO-3 to the hardware (buckets, overlap, offload). The recipe
+Every setting has only one place. The JSON file adapts ZeRO-3 to the hardware (buckets, overlap, offload). The recipe
 contains all settings that affect the trained weights.
 """
 
@@ -14,11 +14,13 @@ from typing import Any, Literal
 from model.errors import UserError
 
 Gathering = Literal["per_update", "per_module"]
-"""When the audio side's weights are gathered: once per update, or around every call of a module."""
+"""When the weights of encoders, router, adapter and projector are gathered: once per update, or around every call of a
+module."""
 
 BUCKET_ELEMENTS = 2**29
 """The largest number of elements that one collective gathers or reduces once per update, unless a single parameter is
-larger. It limits the memory for copies of weights and gradients in the order in which they are sent."""
+larger. This limits the memory for the copies that put weights and gradients in the order in which they are
+sent."""
 
 _OWNERS = {
     "train_batch_size": "data.global_batch_samples",
@@ -100,8 +102,8 @@ def load_ds_json(path: Path) -> dict[str, Any]:
 def build_ds_config(path: Path, *, precision: Literal["fp32", "bf16"]) -> dict[str, Any]:
     """Return the dict for `deepspeed.initialize`, from the JSON file at `path` and the values of the recipe.
 
-    DeepSpeed's micro-batches, gradient accumulation and clipping are not used, because a step runs several encoder
-    calls per update, and clips gradients by one norm over both engines. Gradients are reduced and kept in fp32 with
+    DeepSpeed's micro-batches, gradient accumulation and clipping are not used, because a step makes several encoder
+    calls per update and clips gradients by one norm over both engines. Gradients are reduced and kept in fp32 with
     either precision.
 
     Args:

@@ -1,7 +1,7 @@
-"""The audio side under DeepSpeed ZeRO-3.
+"""The audio side of the model (encoders, router, adapter, projector) under DeepSpeed ZeRO-3.
 
-The parameters, gradients and optimizer state of an encoder expert are sharded over its encoder ranks. Those of all
-other modules are sharded over all ranks.
+The parameters, gradients and optimizer state of an encoder expert are sharded over its encoder ranks, which
+are the ranks that hold the expert. Those of all other modules are sharded over all ranks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class AudioEngine:
         batch_sec: The largest number of padded audio seconds in one encoder call.
         debug_plan: True to compare the plans of all ranks before clips are sent.
         gathering: When weights are gathered, see `TrainConfig.gather_audio_weights`.
-        recompute_calls: True to run every encoder call again in the backward pass, and all that follows the encoders.
+        recompute_calls: True to recompute every encoder call, and the modules after the encoders, in the backward pass.
 
     Raises:
         UserError: If every parameter is frozen.
@@ -73,8 +73,8 @@ class AudioEngine:
         if not learned:
             raise UserError("optim.parts: every audio parameter is frozen; train at least audio.projector.*")
         self._learned = [(p, group["setting"]) for group in learned for p in group["params"]]
-        # DeepSpeed's shared-memory all-reduce (for inference on CPUs) compiles C++ code at the start. If a build is
-        # killed, its lock remains, and every later start waits for it silently.
+        # This disables DeepSpeed's shared-memory all-reduce for inference on CPUs, which compiles C++ code at startup.
+        # If that build is killed, its lock remains, and every later start waits for the lock silently.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         ep = groups.topology.ep
         if ds_config.get("bf16", {}).get("enabled"):
@@ -165,7 +165,7 @@ class AudioEngine:
 
         Collective: every rank of the world must call it.
 
-        A rank without clips computes a dummy clip and drops the resulting rows, so the gradients are zeros.
+        A rank without clips encodes a dummy clip and drops the resulting rows, so the gradients are zeros.
 
         Args:
             clips: The waveforms [ΣT] of this rank's clips at 16 kHz.
@@ -218,14 +218,14 @@ class AudioEngine:
         return torch.stack([g.double().square().sum() for g in flat]).sum().to(self.groups.device)
 
     def begin_stage(self, stage: int) -> None:
-        """Let those parameters learn that learn in a stage.
+        """Make exactly those parameters trainable that learn in a stage.
 
         Collective: every rank of the world must call it.
         """
         for parameter, setting in self._learned:
             parameter.requires_grad_(not setting.in_stage(stage).frozen)
         for flat in self.zero.fp32_partitioned_groups_flat:
-            if flat.grad is not None:  # With offload, gradients of the last step stay here.
+            if flat.grad is not None:  # With offload, the gradients of the last step are still here.
                 flat.grad.zero_()
         for dispatch in self._dispatch.values():
             dispatch.agree_on_learning()
@@ -244,7 +244,7 @@ class AudioEngine:
         set_rates(self.zero.param_groups, stage, lr_scale)
         # DeepSpeed divides by max(1, (norm + 1e-6) / clip_grad). With this clip_grad, the divisor is 1 / clip_coef.
         self.zero.clip_grad = 0.0 if clip_coef >= 1.0 else (norm + 1e-6) * clip_coef
-        # DeepSpeed's own norm would hang: it needs an all-reduce for each group that contains experts of this rank.
+        # DeepSpeed's own norm would hang: it does an all-reduce per group of experts, but ranks hold different experts.
         self.zero._get_norm_groups = lambda: [to_device(np.float32(norm), self.groups.device)]
         self._weights.step()
 

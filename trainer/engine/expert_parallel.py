@@ -1,8 +1,8 @@
 """Expert parallelism for encoders: clips are sent to a rank that holds the encoder, and features are sent back.
 
 The method is that of sparsely gated experts (Shazeer et al. 2017, arXiv 1701.06538; DeepSpeed-MoE, arXiv 2201.05596).
-But here an expert is a whole encoder, experts differ in shape, samples are waveforms of unequal length, and experts
-have no capacity limit.
+Here, however, an expert is a whole encoder, experts differ in shape, samples are waveforms of unequal length, and
+experts have no capacity limit.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class EncoderCost:
     """The cost of one encoder's forward passes on one rank."""
 
     compute_sec: float = 0.0
-    """The time in the encoder's calls."""
+    """The time spent in calls of the encoder."""
     wait_sec: float = 0.0
-    """The time in exchanges, which includes waiting for the slowest rank. It is divided evenly among the encoders of a
-    dispatch."""
+    """The time spent in exchanges, including the wait for the slowest rank. The time of a dispatch is divided evenly
+    among its encoders."""
     sent_bytes: int = 0
     """The size of the clips and features that were sent to other ranks."""
     received_bytes: int = 0
@@ -78,7 +78,7 @@ class EncoderDispatch:
         calls_are_collective: True if all ranks of an encoder must call it equally often. Ranks with fewer batches of
             clips then encode dummy clips.
         recompute_calls: True to keep no activations of a call, and to run it again in the backward pass.
-        every_clip: True if every encoder encodes every clip, so that ranks need not tell each other what they want.
+        every_clip: True if every encoder encodes every clip, so that ranks need not exchange which ones they need.
         debug_plan: True to compare the plans of all ranks before clips are sent.
     """
 
@@ -168,7 +168,7 @@ class EncoderDispatch:
         return self._return_features(computed, part)
 
     def _table(self, wanted: Tensor, everyone: ClipLengths) -> ClipTable:
-        """Share with all ranks the encoders that each clip of this rank needs, one bit for each.
+        """Tell all ranks which encoders each clip of this rank needs, with one bit per encoder.
 
         Collective: every rank of the world must call it.
         """
@@ -276,8 +276,9 @@ class EncoderDispatch:
             lengths = features.lengths
             return features.values
 
-        # Reentrant checkpointing runs again only what depends on an input with a gradient, which a waveform has not. In
-        # contrast to the other kind, it hands over the gradients of each call before the next call runs again.
+        # Reentrant checkpointing recomputes only what depends on an input that requires a gradient, so the waveform
+        # alone is not enough. Unlike non-reentrant checkpointing, it passes on the gradients of each call before the
+        # next call is recomputed.
         through = torch.zeros((), device=clips.values.device, requires_grad=True)
         values = checkpoint(run, clips.values, through, use_reentrant=True)
         return Ragged(values, lengths)
@@ -343,8 +344,8 @@ def _joined(pieces: list[Tensor], none: Tensor) -> Tensor:
 
 
 def dummy_clip() -> Tensor:
-    """Return 0.1 s of a faint tone, which an encoder call without clips takes as input.
+    """Return 0.1 s of a faint tone, which is the input of an encoder call without clips.
 
-    Silence would not do, because its normalization would divide by zero.
+    Silence cannot be used, because its normalization would divide by zero.
     """
     return 0.01 * torch.sin(torch.arange(1600) * 0.1)

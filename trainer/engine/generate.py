@@ -5,7 +5,7 @@ pass through the pipeline reads all prompts, and each further pass computes one 
 ended.
 
 Replicas that share the experts of an LLM exchange tokens in every pass. They therefore run the same number of passes: a
-replica whose prompts have all ended computes a dummy row until those of the others have ended, too.
+replica whose prompts have all ended computes a dummy row until those of all other replicas have ended, too.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ def generate(
             no prompt.
         end_ids: The tokens that end a sequence. They are not returned.
         vocab_size: The size of the tokenizer's vocabulary. Larger token ids of the LLM are never chosen.
-        max_new_tokens: The largest number of new tokens per prompt. A continuation of this length was
-            cut off.
+        max_new_tokens: The largest number of new tokens per prompt. A continuation of this length was cut off.
 
     Returns:
         The token ids of each continuation, the same on every rank of the replica.

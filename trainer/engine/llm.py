@@ -1,6 +1,9 @@
-"""The LLM under Megatron-core: tensor, sequence and pipeline parallel, data parallel with the distributed optimizer.
+"""The LLM under Megatron-core, with tensor, sequence, context, pipeline and data parallelism.
 
-Shapes: M micro-batches, t rows of a pack, or of this rank's part of it with context parallelism, H hidden width, V
+The optimizer is Megatron's distributed optimizer. A pack is a packed sequence: several samples, the segments, one after
+another, followed by padding. One pack is one micro-batch.
+
+Shapes: M micro-batches, t rows of a pack (with context parallelism, of this rank's part of a pack), H hidden width, V
 vocabulary. All gradients are sums over the global batch.
 """
 
@@ -73,7 +76,7 @@ class Packs:
         return sum(self.lengths[0]) // self.part.size
 
     def sequences(self, microbatch: int) -> PackedSequences:
-        """Return what attention must know of one pack."""
+        """Return what attention must know about one pack."""
         if self.part.size > 1:
             return PackedSequences.of_part(self.lengths[microbatch], self.part)
         return PackedSequences(lengths=self.lengths[microbatch], num_samples=len(self.samples[microbatch]))
@@ -100,7 +103,7 @@ class Packs:
         parts = [t[: sum(n[: len(s)])] for t, n, s in zip(token_losses, self.lengths, self.samples, strict=True)]
         lengths = [n for one, s in zip(self.lengths, self.samples, strict=True) for n in one[: len(s)]]
         sizes, rows = to_device([lengths, places], device)
-        # `unsafe` omits a check of the lengths, for which the host would wait.
+        # `unsafe` skips a check of the lengths that would make the host wait for the device.
         return sums.index_copy_(0, rows, torch.segment_reduce(torch.cat(parts), "sum", lengths=sizes, unsafe=True))
 
     def _whole(self, values: Tensor) -> Tensor:
@@ -119,9 +122,9 @@ class LLMEngine:
         hf_config: The Hugging Face config of the LLM.
         source: The weights. Every rank reads only its slices.
         optim: The parameters that learn, and their settings.
-        groups: The place of this rank. Megatron's groups must exist.
+        groups: The process groups of this rank. Megatron's groups must already exist.
         dtype: The dtype of weights and activations. The optimizer state is fp32.
-        recompute: What the backward pass computes again instead of keeping it.
+        recompute: Which activations the backward pass recomputes instead of keeping them.
         adapters: The low-rank adapters to add.
         reduction: How gradients and weights are exchanged between replicas.
     """
@@ -199,20 +202,20 @@ class LLMEngine:
     def forward_backward(
         self, packs: Packs, losses: Sequence[PackedLoss], router: RouterMeter | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run all micro-batches through the pipeline (1F1B, interleaved with virtual stages) and back.
+        """Run the forward and backward passes of all micro-batches (1F1B, interleaved if there are virtual stages).
 
         Collective: every rank of the world must call it.
 
         Args:
             packs: The packed sequences of this replica.
             losses: The losses of the logits.
-            router: What measures the choices of the routers; None for an LLM without experts.
+            router: The meter of the routers' choices; None for an LLM without experts.
 
         Returns:
-            sample_losses: The sums of the token losses of each sample, [number of losses, number of samples in the
-                global batch] in fp32. They are non-zero only on tensor rank 0 of the last stage of the replica that
-                computed the sample, and context-parallel ranks add those of their own rows, so the sum over ranks is
-                complete.
+            sample_losses: The sum of the token losses of each sample, [number of losses, number of samples in the
+                global batch] in fp32. It is non-zero only on tensor rank 0 of the last stage of the replica that
+                computed the sample, where each context-parallel rank sums over its own rows. The sum over all ranks is
+                therefore complete.
             audio_grad: The gradient [M·t/TP, H] of the total of `losses` with respect to `packs.audio`.
         """
         step = _TrainedPacks(self, packs, losses, router)
@@ -249,7 +252,8 @@ class LLMEngine:
             The results of `read`, in order; empty on other stages.
         """
         count = len(sequences)
-        # The interleaved schedule takes multiples of PP. Dummy packs run while stages would be idle, and store no keys.
+        # The interleaved schedule needs a multiple of PP packs. The dummy packs that are added run while stages would
+        # otherwise be idle, and store no keys.
         dummies = -count % self.groups.topology.microbatch_multiple
         run = [*sequences, *[PackedSequences(lengths=sequences[-1].lengths)] * dummies]
 
@@ -287,7 +291,7 @@ class LLMEngine:
 
         Args:
             models: `chunks` or `models`.
-            sequences: Called with the number of a pack, for what attention must know of it.
+            sequences: Called with the number of a pack, for what attention must know about it.
             num_packs: The number of packs, a multiple of `topology.microbatch_multiple`.
             pack_tokens: The number of rows of every pack on this rank.
             embed: Called on the first stage with the number of a pack, for this rank's input [t/TP, 1, H].
@@ -348,18 +352,18 @@ class LLMEngine:
         return total
 
     def begin_stage(self, stage: int) -> None:
-        """Let those parameters learn that learn in a stage."""
+        """Make exactly those parameters trainable that learn in a stage."""
         for _, parameter in self.parameters():
             setting = self.settings[id(parameter)]
             if not setting.frozen:
                 parameter.requires_grad_(not setting.in_stage(stage).frozen)
 
     def step(self, clip_coef: float, lr_scale: float, stage: int = 0) -> None:
-        """Update the weights, after `grad_norm_sq`.
+        """Update the weights. `grad_norm_sq` must be called first.
 
         Args:
-            clip_coef: The factor on the gradients, at most 1.
-            lr_scale: The factor on the peak learning rate of every group.
+            clip_coef: The factor by which gradients are multiplied, at most 1.
+            lr_scale: The factor by which the peak learning rate of every group is multiplied.
             stage: The index of the stage of training.
         """
         if self.optimizer is None:
@@ -404,12 +408,13 @@ class _TrainedPacks:
         self.share = packs.pack_tokens // engine.groups.topology.tp
         parts = packs.audio.detach().split(self.share) if engine.groups.is_first_stage else ()
         self.audio = [part.requires_grad_() for part in parts]
-        """One leaf of the graph per pack. With a single leaf, every micro-batch's gradient would be as large as all."""
+        """One leaf of the graph per pack. With a single leaf, the gradient of each
+        micro-batch would be as large as that of all packs together."""
         self.token_losses: list[list[Tensor]] = [[] for _ in losses]
         """For each loss, the token losses [t] in fp32 of the packs so far; last stage only."""
 
     def sequences(self, m: int) -> PackedSequences:
-        """Return what a layer must know of a pack: its segments, and what measures its routers."""
+        """Return what a layer must know about a pack: its segments, and the meter of its routers."""
         observe = None if self.router is None else partial(self.router.observe, m)
         return replace(self.packs.sequences(m), observe=observe)
 

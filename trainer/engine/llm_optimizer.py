@@ -29,18 +29,19 @@ class Reduction:
     """How gradients and weights are exchanged between the replicas of the LLM."""
 
     overlap_gradients: bool = False
-    """True to reduce the gradients of a bucket of weights during the rest of the last backward pass."""
+    """True to reduce the gradients of each bucket of weights while the last backward pass still runs."""
     overlap_weights: bool = False
     """True to gather updated weights during the first forward pass after the update."""
     dtype: torch.dtype = torch.float32
     """The type in which gradients are accumulated over micro-batches and summed over replicas."""
     bucket_elements: int | None = None
-    """The number of weights after which a bucket is closed; None is Megatron's choice. Only `overlap_gradients` divides
-    weights into buckets, and only on the first stage and its first chunk, where the exchange cannot hide otherwise."""
+    """The number of weights after which a bucket is closed; None uses Megatron's default. Weights are divided into
+    buckets only with `overlap_gradients`, and only in the first chunk of the first stage, where nothing else could hide
+    the exchange."""
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> Reduction:
-        """Return what a recipe asks for."""
+        """Return the settings that a recipe asks for."""
         dtype = torch.bfloat16 if parallel.grad_reduce_dtype == "bf16" else torch.float32
         return cls(parallel.overlap_grad_reduce, parallel.overlap_param_gather, dtype)
 
@@ -60,7 +61,7 @@ def freeze(chunks: Sequence[nn.Module], hf_config: PretrainedConfig, optim: Opti
     settings = {}
     for name, parameter in global_parameters(chunks):
         setting = setting_of(optim, hf_name(name, hf_config), parameter.dim())
-        # A weight under an adapter does not require a gradient already.
+        # A weight with an adapter already does not require a gradient.
         setting = replace(setting, frozen=setting.frozen or not parameter.requires_grad)
         parameter.requires_grad_(not setting.frozen)
         settings[id(parameter)] = setting
@@ -115,7 +116,7 @@ def build_optimizer(
         use_distributed_optimizer=True,
         clip_grad=0.0,
     )
-    # Megatron makes the groups of all ranks equal, and would exchange their keys as pickles.
+    # Megatron makes the optimizer groups of all ranks equal, for which it would exchange their keys as pickles.
     with patch("torch.distributed.all_gather_object", _all_gather_keys):
         return get_megatron_optimizer(
             config, list(models), config_overrides=_overrides(settings), use_gloo_process_groups=False

@@ -1,6 +1,6 @@
 """The weights of the audio side as DeepSpeed ZeRO-3 handles them: gathered around the call of each module.
 
-This needs the least memory, and many small collectives: every call of an encoder gathers each of its modules in the
+This needs the least memory, but many small collectives: every call of an encoder gathers each of its modules in the
 forward pass and in the backward pass. `trainer.engine.whole_weights` is the alternative.
 """
 
@@ -33,7 +33,7 @@ class ModuleWeights:
         self._engine, self._zero, self.tower, self._world = engine, engine.optimizer, engine.module, world
         if ep > 1:
             # DeepSpeed prefetches weights by a recorded order of module calls, which must be the same on all ranks.
-            # Ranks with other experts call other modules, so nothing is recorded.
+            # Ranks with different experts call different modules, so nothing is recorded.
             self._zero.parameter_offload.get_param_coordinator().record_module = lambda module: None
         self._drop_idle_hooks()
         self._keep_persistent()

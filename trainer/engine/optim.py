@@ -23,7 +23,7 @@ class PartConfig:
     """A shell-style pattern on parameter names, such as `audio.primary.*`, `audio.experts.hubert.*` or `llm.*`. After
     `llm.`, names are those of Hugging Face, and adapters (`lora`) end in `.lora_A` and `.lora_B`."""
     frozen: bool = False
-    """True to keep the parameters as they are; they then take no gradient and no optimizer state. Only a pattern that
+    """True to keep the parameters as they are; they then have no gradient and no optimizer state. Only a pattern that
     contains `lora_` freezes adapters, so `llm.*` freezes the LLM's own weights and keeps its adapters trainable."""
     lr: float | None = None
     """The peak learning rate; null for `optim.lr`."""
@@ -138,8 +138,8 @@ def param_groups(config: OptimConfig, params: Iterable[tuple[str, nn.Parameter, 
         params: name, parameter and number of dimensions; ZeRO-3 hides the latter.
 
     Returns:
-        Groups of the trained parameters, for `set_rates`. Their order is the same on ranks that hold other parameters.
-        `setting` of a group contains its peak learning rate.
+        Groups of the trained parameters, for `set_rates`. Their order is the same on all ranks, even if ranks hold
+        different parameters. The key `setting` of a group contains its peak learning rate.
     """
     groups: dict[ParamSetting, list[nn.Parameter]] = {}
     for name, param, num_dims in params:
@@ -155,12 +155,12 @@ def param_groups(config: OptimConfig, params: Iterable[tuple[str, nn.Parameter, 
 
 
 def set_rates(groups: Iterable[dict], stage: int, scale: float) -> None:
-    """Set the learning rate and weight decay of optimizer groups. A group that is frozen in the stage does not move.
+    """Set the learning rate and weight decay of optimizer groups. A group that is frozen in the stage is not updated.
 
     Args:
         groups: Groups with the key `setting`, a `ParamSetting`.
         stage: The index of the stage; ignored by groups without stages.
-        scale: The factor on the peak learning rates.
+        scale: The factor by which peak learning rates are multiplied.
     """
     for group in groups:
         setting = group["setting"].in_stage(stage)

@@ -18,8 +18,10 @@ _STEP_SAMPLES = num_samples(0.5)
 
 @dataclass(frozen=True)
 class Placement:
-    """The places of the encoder experts in the expert-parallel group, a block of ranks that together hold every expert
-    once."""
+    """The places of the encoder experts in the expert-parallel group.
+
+    The group is a block of ranks that together hold every expert once.
+    """
 
     names: tuple[str, ...]
     """The names of the experts."""

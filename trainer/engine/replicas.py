@@ -25,7 +25,7 @@ def weight_digest(weights: Iterable[Tensor], device: torch.device) -> Tensor:
     """Return a digest of the bits of weights, an int64 scalar on `device`. The host does not wait for the device.
 
     Any change of a single element changes the digest. Other changes are missed with a probability of about 2⁻⁶⁴, unless
-    they are chosen to be missed.
+    they are constructed to be missed.
 
     Args:
         weights: The tensors on `device`, in a fixed order. Those of an LLM's experts must not be among them if its

@@ -1,4 +1,4 @@
-"""What the routers in the LLM do in a step: their losses, and which experts compute which tokens.
+"""Measurements of the LLM's routers in a step: their losses, and which experts process which tokens.
 
 Both are computed in the forward pass of each layer with experts, on the rank that routes the tokens.
 
@@ -28,7 +28,7 @@ from trainer.parallel.plan import Ints
 
 
 class TokenMeter:
-    """Adds up which experts compute which tokens, over the steps of a logging interval.
+    """Counts the tokens that each expert processes, over the steps of a logging interval.
 
     Args:
         mixture: The experts.
@@ -68,7 +68,7 @@ class TokenMeter:
 
         Returns:
             The sums are [kinds, L, 2 + 3·E]: the number of tokens, the sum of the entropies of the probabilities, and
-            for every expert the number of tokens that it computed, the number for which it had the highest score, and
+            for every expert the number of tokens that it processed, the number for which it had the highest score, and
             the sum of its weights.
         """
         dist.all_reduce(self._sums, group=groups.world)
@@ -79,13 +79,13 @@ class TokenMeter:
 
 
 class RouterMeter:
-    """What the routers of this rank's stage contribute to a step.
+    """Collects the losses and the choices of the routers in this rank's stage during a step.
 
     Args:
         losses: The losses of the routers.
         model: The model's config.
         counts: The number by which each loss is divided in the global batch, by its name.
-        tokens: What counts the tokens of each expert.
+        tokens: The meter that counts the tokens of each expert.
         kinds: The kind [M·t] int64 of each row of this replica's packs.
     """
 

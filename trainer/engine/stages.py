@@ -35,16 +35,16 @@ PARTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """A stage of training. Values that are null are those of the section `optim`."""
+    """A stage of training. Null values are taken from the section `optim`."""
 
     name: str
     """The name of the stage, in logs and reports."""
     steps: int
     """The number of steps. The sum over all stages is `train.steps`, which need not be given."""
     train: tuple[str, ...] = ()
-    """What learns: `connector` (adapter, projector, norms, router, projections of features, heads of losses),
-    `encoders`, `llm`, `lora` (all low-rank adapters), or patterns of parameter names. Empty for everything. What
-    `optim.parts` freezes does not learn in any stage."""
+    """The parameters that learn: `connector` (adapter, projector, norms, router, projections of features, heads of
+    losses), `encoders`, `llm`, `lora` (all low-rank adapters), or patterns of parameter names. Empty for everything.
+    What `optim.parts` freezes does not learn in any stage."""
     lr: float | None = None
     """The peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] | None = None
@@ -54,7 +54,7 @@ class StageConfig:
     min_lr_ratio: float | None = None
     """The learning rate at the end of the stage, as a share of the peak."""
     parts: tuple[PartConfig, ...] = ()
-    """Other settings for some of the parameters in this stage, which come after those of `optim.parts`."""
+    """Other settings for some of the parameters in this stage, applied after those of `optim.parts`."""
     weights: dict[str, float] = field(default_factory=dict)
     """The weights of datasets in this stage, by the name of the dataset. The others keep their own `weight`."""
 
@@ -109,7 +109,7 @@ def staged_optim(optim: OptimConfig, stages: Sequence[StageConfig]) -> OptimConf
     """Return the settings of a run: `optim` itself if there are no stages.
 
     Raises:
-        UserError: If a value that a stage inherits is not legal there.
+        UserError: If a value that a stage inherits is not valid there.
     """
     if not stages:
         return optim
@@ -129,7 +129,7 @@ def staged_optim(optim: OptimConfig, stages: Sequence[StageConfig]) -> OptimConf
 
 
 def stages_of(optim: OptimConfig, num_steps: int) -> tuple[Stage, ...]:
-    """Return the stages of a run; without the section `stages`, one without a name."""
+    """Return the stages of a run; without the section `stages`, a single stage without a name."""
     return optim.stages if isinstance(optim, StagedOptim) else (Stage("", 0, num_steps, optim),)
 
 
@@ -149,7 +149,7 @@ def check_stages(optim: OptimConfig, names: Iterable[str]) -> None:
     known = {pattern for patterns in PARTS.values() for pattern in patterns}
     for stage in stages_of(optim, 0):
         for pattern in (*stage.patterns, *(part.pattern for part in stage.optim.parts)):
-            # The name of a part also covers what this model does not have, such as a router.
+            # The name of a part is accepted even if this model lacks some of its modules, such as a router.
             if pattern not in known and not fnmatch.filter(names, pattern):
                 raise UserError(
                     f"stages '{stage.name}': pattern {pattern} matches no parameter; give one of {', '.join(PARTS)}, "

@@ -1,10 +1,10 @@
-"""The whole weights of the audio side, gathered once per update, with gradients that are reduced once per update.
+"""Gathering of the audio side's weights, and reduction of their gradients, once per update.
 
 DeepSpeed ZeRO-3 by itself gathers the parameters of a module around each of the module's calls, and reduces gradients
 in small pieces. Here, all parameters of a process group are gathered by one collective before the first forward pass
 after an update, and stay gathered until the next update. Gradients are added up locally in fp32, and reduced by one
-collective at the end of the backward pass. DeepSpeed keeps what it does between updates: the partitions of weights,
-gradients and optimizer state, and the update itself.
+collective at the end of the backward pass. DeepSpeed still manages the partitions of weights, gradients and optimizer
+state between updates, and computes the update itself.
 
 Shapes: n ranks in the process group, k elements in one rank's slice of a parameter, S elements in all slices of a rank.
 """
@@ -56,7 +56,7 @@ class Bucket:
         self._is_current = False
         self._gradients: list[Tensor] = []
         self.hooks = [self._adder(index) for index in range(len(places))]
-        """For each trainable parameter, a hook that takes a gradient from it."""
+        """For each trainable parameter, a hook that moves a new gradient from it to the bucket."""
         for parameter, hook in zip(parameters, self.hooks, strict=False):
             parameter.register_post_accumulate_grad_hook(hook)
 
@@ -139,7 +139,7 @@ class WholeWeights:
     """
 
     calls_are_collective = False
-    """An encoder call involves no other rank, so that ranks may call an encoder unequally often."""
+    """An encoder call involves no other rank, so ranks may differ in the number of calls."""
 
     def __init__(self, engine: Any, device: torch.device) -> None:
         self._engine, self._zero, self.tower = engine, engine.optimizer, engine.module

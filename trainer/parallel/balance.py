@@ -1,8 +1,8 @@
 """Deterministic load balancing, which is fast enough to run in every step.
 
-This is scheduling on equal machines with known costs (R. L. Graham, Bounds on multiprocessing timing anomalies, SIAM J.
-Appl. Math. 17, 1969). The longest-processing-time rule is applied in at most a few dozen vectorized rounds, so that
-planning for thousands of ranks takes milliseconds.
+The problem is that of scheduling on equal machines with known costs (R. L. Graham, Bounds on multiprocessing timing
+anomalies, SIAM J. Appl. Math. 17, 1969). The longest-processing-time rule is applied in at most a few dozen vectorized
+rounds, so that planning for thousands of ranks takes milliseconds.
 """
 
 from __future__ import annotations
@@ -99,13 +99,13 @@ def _runs(filled: Floats, num_bins: int, limit: float) -> Ints:
     num, start = len(filled), 0
     if num > _MANY_ITEMS_PER_BIN * num_bins:
         return _runs_one_by_one(filled, num_bins, limit)
-    # The end of a bin that begins at each item. Following them from bin to bin is the only part that is not vectorized.
+    # For each item, the end of a bin that begins there. Only following these ends from bin to bin is not vectorized.
     limits = np.full(num + 1, limit)
     limits[1:] += filled
     ends = np.searchsorted(filled, limits, side="right")
     np.maximum(ends[:num], np.arange(1, num + 1), out=ends[:num])
     ends[num] = num
-    # Following four bins at a time leaves a quarter of the steps.
+    # Following four bins at a time takes a quarter of the steps.
     second = ends[ends]
     fourth = second[second]
     end_of = fourth.data  # Reading single elements of a memoryview is several times faster.

@@ -2,7 +2,7 @@
 
 Megatron-core refers to CUDA explicitly in a few places: allocation, random state, and the type strings of the
 distributed optimizer. Within a `megatron_calls()` block, CUDA is replaced by the CPU, or by the meta device, on which
-nothing takes memory. DeepSpeed compares the same type strings and must never run within such a block.
+tensors need no memory. DeepSpeed compares the same type strings and must never run within such a block.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ _depth = 0
 
 
 class _CudaMeans(TorchFunctionMode):
-    """A mode in which "cuda" means `device`, `Tensor.cuda()` does nothing, and `Tensor.type()` returns
-    `torch.cuda.*`."""
+    """A mode in which "cuda" means `device`.
+
+    `Tensor.cuda()` does nothing, and `Tensor.type()` returns `torch.cuda.*`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()

@@ -116,7 +116,7 @@ def _encoder_ranks(cost: Floats, loads: Floats) -> Ints:
     if not loads.any():
         loads += mine
         return bins
-    holder_of = np.empty_like(bins, shape=len(loads))  # The ranks with the least work so far get the most.
+    holder_of = np.empty_like(bins, shape=len(loads))  # The ranks with the least work so far get the most work.
     holder_of[np.argsort(-mine, kind="stable")] = np.argsort(loads, kind="stable")
     loads[holder_of] += mine
     return holder_of[bins]
@@ -187,7 +187,7 @@ def dispatch_of(plan: DispatchPlan, rank: int) -> Dispatch:
 CALL_COST_SAMPLES = {"cpu": num_samples(1), "cuda": num_samples(10)}
 """The overhead of an encoder call on each type of device, as the number of audio samples whose encoding costs the same.
 
-The overhead is that of ZeRO-3's hooks of all modules. On a CPU, it was measured to equal 1.2 to 2 s of audio for
+The overhead comes from ZeRO-3's hooks on all modules. On a CPU, it was measured to equal 1.2 to 2 s of audio for
 encoders of 1.5 to 2.2 M parameters. For larger encoders, it equals less audio. The value for CUDA is an estimate.
 """
 

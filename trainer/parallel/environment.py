@@ -11,7 +11,7 @@ from collections.abc import Mapping, MutableMapping
 from model.errors import UserError
 
 _SETTINGS = {
-    # Megatron needs communication kernels to start in the order in which they are issued.
+    # Megatron needs communication kernels to start in the order in which they are launched.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     # A gloo group then connects two ranks when they first communicate, instead of all pairs of ranks at once.
     "TORCH_GLOO_LAZY_INIT": "1",

@@ -1,11 +1,11 @@
 """The store by which ranks find each other, and who can reach it.
 
-torch's stores do not authenticate: whoever can connect to one can read and change it. So the ranks of one machine meet
-in a file that only their user can open, or at a port that only this machine can reach. Ranks of several machines meet
-at a port of the first, under names that contain the secret of their job.
+torch's stores do not authenticate: whoever can connect to one can read and change it. Therefore, the ranks of one
+machine meet in a file that only their user can open, or at a port that only this machine can reach. Ranks of several
+machines meet at a port of the first, under names that contain the secret of their job.
 
-The store of torchrun outlives the ranks. After a restart it still contains the addresses of the former ranks, so every
-start agrees on a name of its own first.
+The store of torchrun outlives the ranks. After a restart it still contains the addresses of the former ranks, so the
+ranks of every start first agree on a name that no other start uses.
 """
 
 from __future__ import annotations

@@ -46,7 +46,9 @@ class Route:
     """The number of rows of the result."""
 
     def restricted(self, keep_sent: NDArray[np.bool_], keep_received: NDArray[np.bool_]) -> Route:
-        """Return the route of only some rows. The source and destination of a row must agree on whether it is kept.
+        """Return the route restricted to some of the rows.
+
+        The source and destination of a row must agree on whether it is kept.
 
         Args:
             keep_sent: A flag for each of this rank's rows before the exchange.

@@ -15,14 +15,15 @@ class ParallelConfig:
     num_ranks: int = 1
     """The number of processes of the run, one per GPU."""
     tensor: int = 1
-    """The tensor-parallel size of the LLM: the ranks that share each of its layers. Raise it if a layer's weights or
-    activations do not fit one GPU, but keep it within a node. Above 1, sequence parallelism is on, too."""
+    """The tensor-parallel size of the LLM: the number of ranks that share each layer. Raise it if a layer's weights or
+    activations do not fit one GPU, but keep it within a node. Above 1, sequence parallelism is also on."""
     pipeline: int = 1
     """The number of pipeline stages of the LLM. Raise it if the LLM does not fit the GPUs of one node. If it does not
     divide the number of layers, the last stages and the first ones have one layer less."""
     context: int = 1
-    """The context-parallel size of the LLM: the number of ranks that share the tokens of each pack, for recordings and
-    texts whose activations do not fit one GPU (`docs/training.md`). Not for an LLM with experts."""
+    """The context-parallel size of the LLM: the number of ranks that share the tokens of each pack (packed
+    sequence). Raise it for recordings and texts whose activations do not fit one GPU (`docs/training.md`). It is not
+    supported for an LLM with experts."""
     expert: int = 1
     """The number of neighbouring ranks over which the encoder experts are spread: each block of this many ranks holds
     every expert once. With 1, every expert is sharded over all ranks."""
@@ -38,9 +39,9 @@ class ParallelConfig:
     micro-batches of a step is a multiple of `pipeline`."""
     overlap_grad_reduce: bool = False
     """Whether the LLM's gradients are summed over replicas during the last backward pass, rather than after it.
-    Not with `stages`, whose parameters that learn change."""
+    It cannot be combined with `stages`, in which the trained parameters change."""
     overlap_param_gather: bool = False
-    """Whether the LLM's updated weights are gathered during the next forward pass, rather than before it. Needs
+    """Whether the LLM's updated weights are gathered during the next forward pass, rather than before it. It needs
     `overlap_grad_reduce`."""
     grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """The type in which the LLM's gradients are accumulated and summed over replicas. bf16 halves their memory and
@@ -119,12 +120,12 @@ class Topology:
 
     @property
     def row_multiple(self) -> int:
-        """The number of which the number of rows of a pack must be a multiple, so that all ranks hold equally many."""
+        """The number that must divide the number of rows of a pack, so that all ranks hold equally many rows."""
         return self.tp if self.cp == 1 else 2 * self.cp * self.tp
 
     @property
     def microbatch_multiple(self) -> int:
-        """The number of which the number of micro-batches must be a multiple. The interleaved schedule needs it."""
+        """The number that must divide the number of micro-batches, as the interleaved schedule requires."""
         return self.pp if self.vp > 1 else 1
 
     @property

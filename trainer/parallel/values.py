@@ -1,9 +1,9 @@
 """Collectives for small values that are not tensors. Nothing is pickled, so a value from another rank is only data.
 
-A value is sent as a line of JSON, followed by the bytes of its arrays. Besides what JSON has, values may contain
-tuples, ranges, sets, bytes, dictionaries with other keys than texts, NumPy arrays of numbers, and instances of the
-dataclasses and named tuples that the caller lists. torch's own collectives for objects execute whatever code a
-message names.
+A value is sent as a line of JSON, followed by the bytes of its arrays. Besides the types that JSON has, values
+may contain tuples, ranges, sets, bytes, dictionaries whose keys are not strings, NumPy arrays of numbers, and instances
+of the dataclasses and named tuples that the caller lists. In contrast, torch's own collectives for objects execute
+whatever code a message names.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def encode(value: Any, kinds: Kinds = ()) -> bytes:
     """Return a value as bytes, from which `decode` makes an equal value.
 
     Raises:
-        TypeError: If the value contains something else than the module's docstring lists.
+        TypeError: If the value contains anything that the module's docstring does not list.
     """
     arrays: list[bytes] = []
     head = json.dumps(_Writer(kinds, arrays).tree(value), separators=(",", ":")).encode()
@@ -88,7 +88,7 @@ def broadcast_value(value: T, group: dist.ProcessGroup | None, kinds: Kinds = ()
 
 
 class _Writer:
-    """Turns a value into a tree of JSON. A mapping with one key marks what JSON does not have."""
+    """Turns a value into a tree of JSON. A mapping with one key marks a type that JSON does not have."""
 
     def __init__(self, kinds: Kinds, arrays: list[bytes]) -> None:
         self._numbers = {kind: number for number, kind in enumerate(kinds)}

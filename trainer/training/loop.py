@@ -1,4 +1,4 @@
-"""The training loop, which fetches batches, does training steps, reports, saves checkpoints and evaluates."""
+"""The training loop, which loads batches, runs training steps, reports them, saves checkpoints and evaluates."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Loop:
 
     Args:
         recipe: The resolved recipe.
-        step: The engines; one call is one training step.
+        step: The training step, which holds the engines of the audio modules and of the LLM; a call runs one step.
         groups: This rank's process groups.
         prepared: The datasets and the tokenizer.
         evaluator: Evaluates the model on a split.
@@ -54,7 +54,7 @@ class Loop:
         run_dir: The run's folder.
         described: The description of the model that an export needs; it is stored in every checkpoint.
         watchdog: The watchdog, to which a heartbeat is sent whenever the run makes progress.
-        position: The step and the samples that this rank is working on, which this object updates for error reports.
+        position: The step and the samples that this rank is working on. The loop updates it for error reports.
     """
 
     def __init__(
@@ -111,14 +111,14 @@ class Loop:
         Args:
             hooks: This rank's hooks; empty on ranks other than 0.
             start: The number of steps already done.
-            data_state: The state of the sample stream after those steps; None for the beginning.
+            data_state: The state of the sample stream after those steps; None to start from the beginning.
 
         Returns:
             False if a signal ended the run before its last step.
 
         Raises:
             EndError: If the data, the loss or an evaluation ended the run. The state of the run has been saved, unless
-                it diverged.
+                the run diverged.
             FaultError: If something outside the program failed, such as a data worker. The state has been saved.
         """
         recipe, num_steps = self.recipe, self.recipe.train.steps
@@ -155,10 +155,13 @@ class Loop:
     def _fetch(
         self, number: int, loader: Loader, batches: Iterator[tuple[Batch, State]], state: State
     ) -> tuple[Batch, Shared, State]:
-        """Return this rank's part of the batch of step `number`, what all ranks know about the whole batch, and the
-        state of the sample stream after it.
+        """Load the batch of step `number`.
 
-        One exchange tells all ranks whether every rank has its part, and what is in it.
+        One exchange tells all ranks whether every rank could load its part of the batch, and what the parts contain.
+
+        Returns:
+            This rank's part of the batch, what all ranks know about the whole batch, and the state of the sample stream
+            after the batch.
         """
         self.position.at(number)
         self.watchdog.heartbeat(f"step {number}")
@@ -223,7 +226,7 @@ class Loop:
     def _saves_after(self, number: int) -> bool:
         is_last = self.stopped or number == self.recipe.train.steps
         if self.step.guard.in_a_row and not is_last:
-            return False  # The last applied update may have ruined the weights. An older checkpoint is worth more.
+            return False  # The last applied update may have ruined the weights. An older checkpoint is safer.
         return is_last or _is_due(number, self.recipe.checkpoint.every_steps)
 
     def _evaluates_after(self, number: int) -> bool:
@@ -293,7 +296,8 @@ class Loop:
     def _fail(self, reason: str, done: int, state: State, *, of_user: bool = True) -> NoReturn:
         """Save the state after `done` steps and raise the error that ends the run.
 
-        If `of_user` is false, the run may succeed when it is started again, and batch scripts do that.
+        `of_user` is true if the user must fix something. Otherwise, the run may succeed when it is restarted, and batch
+        scripts restart it.
         """
         self.saver.save(done, state)
         where = f"the state after step {done} is saved in {self.recipe.run_url}" if done else "no step was done"
@@ -303,7 +307,7 @@ class Loop:
 
     @contextmanager
     def _ending(self, stop: StopRequest) -> Iterator[None]:
-        """Return a context manager that ends the run in order.
+        """Return a context manager that ends the run cleanly.
 
         If the block raises an error other than `EndError` and `FaultError`, the context manager does nothing.
         """
