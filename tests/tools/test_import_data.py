@@ -20,6 +20,9 @@ from tests.trainer.data_corpus import audio_bytes, clip_rows
 from tests.trainer.import_sources import SOURCES, UTTERANCES, heard, lines
 from tests.trainer.test_importers import manifest, run, skipped
 from trainer.data.manifest import read_manifest
+from trainer.importers.fields import Ids, Naming, to_sample
+from trainer.importers.row import Clip, Row
+from trainer.importers.source import Source
 
 KIT = Path(os.environ.get("KIT_DIR", Path(__file__).parents[2] / ".." / "shared" / "kit"))
 needs_kit = pytest.mark.skipif(not KIT.is_dir(), reason=f"no kit of real recordings at {KIT}; set KIT_DIR")
@@ -285,3 +288,16 @@ def test_rows_without_a_split_are_divided_by_recording(tmp_path: Path, capsys: p
     for wrong in ("dev", "dev=x", "dev=0.5,test=0.5", "dev=-1"):
         assert run("csv", source, out, "--divide", wrong) == 2
         assert f"--divide {wrong}" in capsys.readouterr().err
+
+
+def test_recordings_that_are_not_files_of_their_own_are_divided_one_by_one(tmp_path: Path) -> None:
+    (tmp_path / "all.ark").write_bytes(b"")
+    source, naming = Source(tmp_path), Naming(shares={"dev": 0.5})
+
+    def splits(clips: list[Clip]) -> list[str]:
+        rows = [Row(f"row {i}", {"audio": clip, "text": "one"}) for i, clip in enumerate(clips)]
+        return [to_sample(row, i, source, naming, Ids()).fields["split"] for i, row in enumerate(rows)]
+
+    embedded = splits([Clip(".wav", data=bytes([i // 2])) for i in range(40)])
+    assert embedded[::2] == embedded[1::2] and set(embedded) == {"dev", "train"}
+    assert set(splits([Clip("all.ark", span=(i, 1)) for i in range(20)])) == {"dev", "train"}

@@ -123,8 +123,8 @@ def to_sample(row: Row, number: int, source: Source, naming: Naming, ids: Ids) -
         _set_types(fields)
         _set_defaults(fields, naming, is_transcript)
         if "split" not in fields:
-            recording = os.path.relpath(clips[0].path, source.folder) if clips and clips[0].path else ""
-            fields["split"] = _split_of(recording or str(original or number), naming.shares)
+            recording = _recording(clips[0], source) if clips and naming.shares else str(original or number)
+            fields["split"] = _split_of(recording, naming.shares)
         _check_text(fields)
         check_metadata(with_last_turn(fields), len(clips))
     except SampleError as error:
@@ -256,6 +256,14 @@ def _set_defaults(fields: dict[str, Any], naming: Naming, is_transcript: bool) -
         raise RowError("wrong_type", 'instruction is missing; give it with --set "instruction=TEXT" or --map')
     if "answer" not in fields:
         raise RowError("empty_answer", f"no answer; give its field with --map answer=FIELD ({short(sorted(fields))})")
+
+
+def _recording(clip: Clip, source: Source) -> str:
+    """Return a text that is the same for all parts of a recording, and differs between recordings."""
+    if clip.data is not None:  # Its name only shows the type, so several recordings may have the same one.
+        return hashlib.blake2b(clip.data, digest_size=16).hexdigest()
+    path = os.path.relpath(clip.path, source.folder)
+    return path if clip.span is None else f"{path}:{clip.span[0]}"
 
 
 def _split_of(recording: str, shares: Mapping[str, float]) -> str:
