@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,6 +30,7 @@ from model.config import ModelConfig
 from tests import vllm_stub
 from tests.tools.exportable import messages_about, write_conversations, write_manifest, write_run
 from tools import export
+from trainer.export.serving.folder import literal
 from trainer.parity import tiny_model
 
 
@@ -168,6 +170,12 @@ def test_the_chat_template_makes_the_prompts_of_training(served: Served) -> None
             assert got["input_ids"] == once, messages
         else:  # neighboring clips
             assert [i for i in got["input_ids"] if i not in places] == [i for i in once if i not in places]
+
+
+def test_texts_of_the_chat_template_are_unchanged() -> None:
+    text = 'Hör zu 🎧\n"what" \\ {{x}} %} \x01'
+    template = ImmutableSandboxedEnvironment().from_string(f"{{%- set A = {literal(text)} -%}}{{{{- A -}}}}")
+    assert template.render() == text
 
 
 def test_experts_of_a_recipe_and_untrusted_code_are_refused(served: Served) -> None:

@@ -95,6 +95,12 @@ def write_vllm_folder(folder: Path) -> None:
         "BEGIN": tokenizer.bos_token or "",
         "END": tokenizer.eos_token or "",
     }
-    constants = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in values.items())
+    constants = "".join(f"{{%- set {name} = {literal(value)} -%}}\n" for name, value in values.items())
     rest = tokenizer.chat_template if processor.as_chat else _PLAIN
     (own / TEMPLATE).write_text(f"{constants}{_MESSAGES}{rest}", encoding="utf-8")
+
+
+def literal(text: str) -> str:
+    """Return a text as a string literal of Jinja."""
+    # Jinja does not join the two surrogates with which JSON escapes characters above U+FFFF.
+    return json.dumps(text, ensure_ascii=False)
