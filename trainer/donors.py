@@ -78,7 +78,7 @@ class DonorSource:
 
 @dataclass(frozen=True)
 class Donors:
-    """What the experts of a run begin with."""
+    """The weights from which the experts of a run are initialized."""
 
     sources: Mapping[str, WeightSource]
     """The weights by the name of the expert; those from `base` are not listed."""
@@ -89,14 +89,14 @@ class Donors:
 def find_donors(recipe: Recipe, hf_config: PretrainedConfig, groups: Groups) -> Donors:
     """Return the weights that experts begin with, after a check of the files and a hash of the tensors on rank 0.
 
-    Collective: every rank of the world must call it. It may take many minutes, so no watchdog may be watching. If the
-    run has a checkpoint, the experts are about to be read from it, so donors need not exist any more, and the weights
+    Collective: every rank of the world must call it. It may take many minutes, so no watchdog may be active. If the run
+    has a checkpoint, the experts will be read from it. Donors then need not exist any more, and the returned weights
     are random.
 
     Args:
         recipe: The recipe of the run.
         hf_config: The LLM with its experts.
-        groups: The place of this rank.
+        groups: The process groups of this rank.
 
     Raises:
         UserError: If there are no such weights, they are damaged, or the LLM in them has another architecture.

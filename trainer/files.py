@@ -94,7 +94,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def sweep_leftovers(folder: Path, older_sec: float = _LEFTOVER_SEC) -> None:
-    """Delete what killed processes left of `write_whole` in a folder.
+    """Delete the unfinished files of `write_whole` that killed processes left in a folder.
 
     Args:
         folder: The folder; it need not exist.

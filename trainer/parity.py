@@ -1,4 +1,4 @@
-"""The parity requirement, measured: loss and gradients of a topology against the single-process model.
+"""Measurement of parity: the loss and gradients of a topology against those of the single-process model.
 
 Every rank computes the oracle (`model.speech_llm.SpeechLLM` on the whole global batch) and its own distributed part. It
 compares every term of the loss and all gradients. Those of ZeRO-3 are gathered over the world. Those of Megatron are
@@ -103,14 +103,14 @@ ADAPTERS = Learned(
 
 @dataclass(frozen=True)
 class Mode:
-    """How the LLM's engine computes the same thing."""
+    """The way in which the LLM's engine computes the same result."""
 
     family: str | None = None
     """The family of the LLM; None for that of the whole comparison."""
     num_layers: int = NUM_LAYERS
     """The number of layers of the LLM, which decides whether stages are even."""
     recompute: Recompute | None = None
-    """What the LLM recomputes; None for everything on a pipeline and nothing without one, as the encoders do."""
+    """What the LLM recomputes; None for everything with a pipeline and nothing without one, as for encoders."""
     overlap: Literal["none", "gradients", "both"] = "none"
     """The exchanges between replicas that overlap with computation: of gradients, or of gradients and weights."""
 
@@ -159,7 +159,7 @@ STAGED = Learned(
 
 
 def tiny_model(llm_family: str = "llama", adapter: str = "convolutions", num_layers: int = NUM_LAYERS) -> ModelConfig:
-    """Return a model with all parts, as small as possible: a primary, three unequal experts, both gates, all losses.
+    """Return a tiny model with all parts: a primary encoder, three unequal experts, both gates and all losses.
 
     Args:
         llm_family: The family of the LLM.
@@ -285,11 +285,11 @@ class Difference:
     """The relative differences between a topology and the oracle."""
 
     loss: float
-    """The largest difference of the loss or of one of its terms. A term is measured by at least a hundredth of the
-    loss."""
+    """The largest difference of the loss or of one of its terms. The difference of a term is divided by the
+    term, or by a hundredth of the loss if that is larger."""
     gradient: float
-    """The largest difference of a gradient. Each is measured by the largest entry of the parameter's gradient, and by
-    at least a hundredth of the model's largest gradient."""
+    """The largest difference of a gradient. Each is divided by the largest entry of the parameter's gradient, or by a
+    hundredth of the model's largest gradient if that is larger."""
     worst: str
     """The parameter with the largest difference of its gradient."""
     gap: float | None = None
@@ -301,7 +301,7 @@ def draw_projection(tower: AudioTower) -> None:
     """Give the projection of added features random weights: with its zeros, experts would have no gradient.
 
     With `swiglu` it keeps its zeros: the experts' gradients in fp32 would differ from those in fp64 by more than 1e-5,
-    in one process already. `swiglu_post_norm` has the same parts in another order.
+    even in one process. `swiglu_post_norm` has the same parts in another order.
     """
     if tower.stream_projection is not None and tower.config.adapter.kind != "swiglu":
         weight = tower.stream_projection.weight
@@ -382,7 +382,7 @@ def favoured(step: Step, expert: int | None) -> Iterator[None]:
 
 
 def compare(step: Step, oracle: SpeechLLM, samples: list[list[Sample]], number: int = 0) -> Difference:
-    """Compare one step of both, without an update.
+    """Compare one step of the distributed and the single-process model, without an update.
 
     Collective: every rank of the world must call it.
     """
@@ -463,7 +463,7 @@ def gradients_of(step: Step) -> dict[str, Tensor]:
 
 
 def _gather_gradients(engine: LLMEngine) -> None:
-    """Complete the gradient buffers, of which the distributed optimizer leaves each rank its own part.
+    """Complete the gradient buffers, of which the distributed optimizer sums only this rank's own part.
 
     Collective: every rank of the world must call it.
     """
@@ -485,7 +485,7 @@ def _gather_gradients(engine: LLMEngine) -> None:
 
 
 def loss_curves(step: Step, oracle: SpeechLLM, num_steps: int) -> tuple[float, float]:
-    """Train both for `num_steps` and return the largest relative difference of their losses and of their norms.
+    """Train both models, and return the largest relative difference of their losses and of their gradient norms.
 
     Collective: every rank of the world must call it.
     """

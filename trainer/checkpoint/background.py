@@ -111,7 +111,6 @@ class Written:
 
 SENT_KINDS = (Outcome, Frozen, Written, FileEntry, TensorEntry, Rect, Slices)
 """The dataclasses and named tuples that ranks send each other when they save."""
-"""The classes of which the values that ranks send to each other contain instances."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Signatures of checkpoints, an option for storage to which others can write.
+"""Signatures of checkpoints, which are optional and meant for storage to which others can write.
 
 If the environment variable `EARSHOT_CHECKPOINT_KEY` is set, checkpoints are saved with an HMAC of the manifest, which
-contains a SHA-256 of every file, and checkpoints without a valid one are refused. Whoever has the key can sign, so all
+contains a SHA-256 of every file, and checkpoints without a valid HMAC are refused. Whoever has the key can sign, so all
 runs that share a key trust each other.
 """
 

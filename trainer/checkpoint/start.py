@@ -5,8 +5,8 @@ start from the beginning. Some parts of the model may be new: encoders, the head
 experts in the LLM's layers, and additional rows of the LLM's vocabulary. New parts keep their initial or pre-trained
 weights. The router's entries for an added encoder are the mean of its entries for the other encoders. They take effect
 gradually (`model.router.ENTRY_OFFSET`), so that the loss of the first step equals that of the original model. If the
-original model has no encoder experts, the router is new, too, and with `model.router.join: add` the loss of the first
-step still is the same.
+original model has no encoder experts, the router is new as well. With `model.router.join: add`, the loss of the first
+step is the same in this case, too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ROUTING = ("audio.router.", "audio.stream_projection.")
 _HEAD = re.compile(r"audio\.(\w+)_head\.")
 """The tensors of a loss's head."""
 _FFN_EXPERT = re.compile(r"llm\..+\.experts\.([^.]+)\.")
-"""The tensors of an expert in the LLM's feed-forward layers, which begins with the weights of its donor."""
+"""The tensors of an expert in the LLM's feed-forward layers, whose initial weights are those of its donor."""
 _BY_TOKEN = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
 """Tensors with one row per id of the LLM's vocabulary."""
 _KEYS = (

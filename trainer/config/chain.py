@@ -33,7 +33,7 @@ def load_chain(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recipe
         overrides: Changes of every run as `key=value`, or of one run as `NAME:key=value`.
 
     Raises:
-        UserError: If there is no such chain, or one of its recipes is illegal; see `load_recipe`.
+        UserError: If there is no such chain, or one of its recipes is invalid; see `load_recipe`.
     """
     path = CHAINS / f"{name_or_path}.yaml"
     if not path.is_file():

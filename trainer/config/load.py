@@ -178,7 +178,7 @@ def load_tree(path: Path) -> dict[str, Any]:
     """Return the keys of a recipe's file, merged with those of its `base`, without any check of them.
 
     Raises:
-        UserError: If a file cannot be read or is no YAML, or recipes inherit from each other in a circle.
+        UserError: If a file cannot be read or is not YAML, or recipes inherit from each other in a circle.
     """
     return _read_tree(path, ())
 

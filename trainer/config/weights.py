@@ -78,7 +78,7 @@ def check_present(key: str, folder: str | None) -> None:
     """
     if folder is None or Path(folder).exists():
         return
-    # A hub id has at most one slash, and no organisation of the hub is called "models".
+    # A hub id has at most one slash, and no organization on the hub is called "models".
     if folder.startswith(("/", ".", "~", "models/")) or folder.count("/") > 1:
         path = Path(folder)
         remedy = "give a folder that exists; ~ is not expanded"

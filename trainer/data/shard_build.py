@@ -100,7 +100,7 @@ def build_shards(
 
     Skipped samples are listed in `out`/skipped.jsonl. If a build is interrupted, for example because the store failed,
     the same call resumes it at the first missing shard. If too many samples are unusable, all files are
-    deleted from a folder, and stay as an unfinished build in a bucket.
+    deleted from a folder, but remain as an unfinished build in a bucket.
 
     Args:
         manifest: the manifest.
@@ -133,11 +133,12 @@ def build_shards(
 
 @contextmanager
 def _alone(store: Store) -> Iterator[bool]:
-    """Wait until no other process builds shards in the same folder, and sweep what killed ones have left there.
+    """Wait until no other process builds shards in the same folder, and delete what killed ones have left there.
 
     Returns:
-        A context manager that yields whether that is certain. In buckets, it is not: builds of the same shards may run
-        at once and write the same bytes, but none of them may delete anything.
+        A context manager that yields whether this process is certainly the only builder. In a bucket this is never
+        certain: builds of the same shards may run at once and write the same bytes, but none of them may delete
+        anything.
     """
     if not isinstance(store, LocalStore):
         yield False

@@ -50,7 +50,7 @@ def check_shard(shards: ShardSet, shard: int, on_sample: Callable[[RawSample], A
     Args:
         shards: the shards.
         shard: number of the shard.
-        on_sample: called with each sample that is as the table says and can be read.
+        on_sample: called with each sample that matches the table and can be read.
 
     Returns:
         One line for each problem: a wrong size or SHA-256, an unusable table, or a sample that differs from its hash.

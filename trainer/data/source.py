@@ -1,4 +1,4 @@
-"""Production of training samples: reading in advance, decoding, joining, augmentation, padding and tokenisation."""
+"""Production of training samples: reading in advance, decoding, joining, augmentation, padding and tokenization."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_skipped(
         examples: a skipped sample for each reason, as far as they are known.
 
     Raises:
-        UserError: If more samples were skipped; the message summarises the reasons.
+        UserError: If more samples were skipped; the message summarizes the reasons.
     """
     total = sum(skipped.values())
     if total > max_fraction * max(num_seen, _GRACE_SAMPLES):
@@ -133,7 +133,7 @@ class DatasetReader:
         return {index: found[entries[index]] for index in indices}
 
     def _parts(self, shard: int, indices: Sequence[int]) -> list[Sequence[int]]:
-        """Return the samples to read at once: with a cache on the node, whole chunks, which are the same every time."""
+        """Return the groups of samples to read at once; with a node cache, whole chunks, which are always the same."""
         if self.shards.cache is None:
             return [indices]
         size, num_here = self.chunk_samples, int(self.num_per_shard[shard])
@@ -203,7 +203,7 @@ class SampleSource:
         config: the recipe's data section.
         tokenizer: tokenizer of prompts and answers.
         rate: the adapter's rule for the number of audio tokens.
-        text_fields: further fields of the metadata that are tokenised, for losses.
+        text_fields: further fields of the metadata that are tokenized, for losses.
         max_tokens: largest number of tokens of a sample; None for no limit.
         seed: seed for joining and augmentation.
     """

@@ -124,6 +124,5 @@ def merge_states(states: Sequence[State]) -> State:
 
 
 def num_skipped(state: State) -> dict[str, int]:
-    """Return the number of samples that the lanes of `state` have skipped since the start of the training, by
-    reason."""
+    """Return the number of samples, by reason, that the lanes of `state` have skipped since the start of training."""
     return {reason: sum(by_lane.values()) for reason, by_lane in state["skipped"].items()}

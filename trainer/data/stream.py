@@ -1,6 +1,6 @@
 """The sample stream of a rank: its part of every global batch, as NumPy arrays.
 
-A global batch consists of one lane batch from every lane. A lane draws, decodes and tokenises its samples one after
+A global batch consists of one lane batch from every lane. A lane draws, decodes and tokenizes its samples one after
 another, so that a skipped sample affects only its own lane and the order cannot depend on timing. The order depends on
 the seed, the dataset weights and the state alone. Each lane batch includes the state of its lane after the batch. The
 state of the stream therefore does not count samples that were only prepared in advance.

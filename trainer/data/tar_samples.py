@@ -1,7 +1,7 @@
 """The samples of WebDataset tars that other programs wrote, and the order of a sample's files.
 
-A sample consists of neighboring files that have the same name up to the first dot. This module refuses whatever else
-could be meant by the names, so that two samples are never merged and one is never split.
+A sample consists of neighboring files that have the same name up to the first dot. This module refuses names that
+could be read in another way, so that two samples are never merged and one is never split.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A common interface to SentencePiece and Hugging Face tokenizers, which also tokenises the prompt around the audio.
+"""A common interface to SentencePiece and Hugging Face tokenizers, which also tokenizes the prompt around the audio.
 
-The prompt is rendered as text with one placeholder per clip, tokenised as a whole, and cut at the placeholder token.
-Answers are tokenised separately, so that a prompt has the same tokens in training and generation. `model.conversation`
+The prompt is rendered as text with one placeholder per clip, tokenized as a whole, and cut at the placeholder token.
+Answers are tokenized separately, so that a prompt has the same tokens in training and generation. `model.conversation`
 explains how conversations are divided.
 """
 

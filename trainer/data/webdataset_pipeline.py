@@ -1,6 +1,7 @@
-"""Our shards as a pipeline of the webdataset library, for use outside of the trainer.
+"""The project's shards as a pipeline of the webdataset library, for use outside the trainer.
 
-The trainer has an order of its own, because its position must be resumed exactly on another number of ranks.
+The trainer orders samples in its own way, because a run must resume at exactly the same position even on another
+number of ranks.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def token_kinds(
         is_audio: [M·t] bool, true where a row is audio; None without audio. Only the first stage's is used.
         kinds_of_samples: The kind of each sample of the global batch, for example its task.
         num_modalities: The number of modalities, of which 0 is text and 1 is audio.
-        groups: The place of this rank.
+        groups: The process groups of this rank.
     """
     of_rows = np.zeros((len(lengths), sum(lengths[0])), dtype=np.int64)  # padding is not counted
     for own, own_lengths, own_samples in zip(of_rows, lengths, samples, strict=True):

@@ -1,4 +1,4 @@
-"""The description of a model in a checkpoint's state.json, of which nothing but known fields is used.
+"""The description of a model in a checkpoint's state.json, of which only known fields are used.
 
 Whoever can write the checkpoint can write anything there, and an export is a folder whose code its users execute.
 Everything in an export that names code, such as `auto_map`, is therefore written by this program, and the values of the
@@ -102,7 +102,8 @@ def _text_config(tree: object) -> tuple[dict[str, Any], dict[str, tuple[int, ...
     """Return the fields that the config class of the LLM's family itself has, and the shapes of the LLM's tensors.
 
     All others are dropped: those of every config, such as `architectures`, are written by the export, and those that
-    the class does not know have no effect on the network. Attention hooks, quantization and code are among the latter.
+    the class does not know have no effect on the network. Settings of attention hooks, quantization and code are among
+    the latter.
     """
     from transformers import AutoConfig, PretrainedConfig
 

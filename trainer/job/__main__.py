@@ -40,7 +40,7 @@ from trainer.telemetry.origin import PLAN_JSON_NAME, PLAN_NAME
 
 _STORE_SEC = 10.0
 _STORE_AGAIN_SEC = 120.0
-"""The times in seconds for which an unreachable bucket is retried. The second one is for later attempts, which run
+"""The times in seconds for which an unreachable bucket is retried, in the first attempt and in later ones, which run
 unattended."""
 
 
@@ -183,7 +183,7 @@ class Job:
     def _fit(self) -> Job:
         """Return this job, or one with fewer ranks if there are too few nodes and `restart.min_nodes` allows it.
 
-        The largest number of nodes is chosen for which the recipe is legal and its plan fits into memory. A job that
+        The largest number of nodes is chosen for which the recipe is valid and its plan fits into memory. A job that
         starts for the first time needs all nodes, because somebody is likely to read why it does not start.
         """
         nodes, facts = self.allocation.nodes, self.facts

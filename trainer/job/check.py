@@ -41,7 +41,7 @@ class Facts:
     host_gib: float = 0.0
     """The host memory that each node needs, according to the plan; 0 if there is no plan."""
     disk_gib: float = 0.0
-    """The disk space that the run's checkpoints take, according to the plan; 0 if there is no plan, or if they are
+    """The disk space that the run's checkpoints need, according to the plan; 0 if there is no plan, or if they are
     written to a bucket."""
     checkpoints: str = ""
     """The folder of the run's checkpoints; empty if they are written to a bucket."""

@@ -1,6 +1,6 @@
-"""The check of a node's GPUs, by the tool of their vendor. It does not import torch.
+"""The check of a node's GPUs with their vendor's tool. This module does not import torch.
 
-Which vendor it is follows from torch's build. Without the tool, the GPUs are not checked, and the job continues.
+The vendor is known from torch's build. Without the tool, the GPUs are not checked, and the job continues.
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ def judge_amd(text: str, num_wanted: int, report: Report) -> None:
 
 
 def _judge(names: Sequence[str], sizes_mib: dict[str, tuple[int, int]], num_wanted: int, report: Report) -> None:
-    """Add what is the same for all vendors. `sizes_mib` contains the free and the whole memory of each GPU."""
+    """Add the faults and facts that are found in the same way for all vendors.
+
+    `sizes_mib` contains the free and the whole memory of each GPU.
+    """
     if len(names) < num_wanted:
         report.faults.append(f"{len(names)} of {num_wanted} GPUs answer")
     for index, (free, total) in sizes_mib.items():

@@ -25,7 +25,7 @@ class ParallelConfig:
     sequence). Raise it for recordings and texts whose activations do not fit one GPU (`docs/training.md`). It is not
     supported for an LLM with experts."""
     expert: int = 1
-    """The number of neighbouring ranks over which the encoder experts are spread: each block of this many ranks holds
+    """The number of neighboring ranks over which the encoder experts are spread: each block of this many ranks holds
     every expert once. With 1, every expert is sharded over all ranks."""
     ffn_expert: int = 1
     """The number of ranks over which the experts of each of the LLM's layers are spread (`docs/experts.md`). They are

@@ -157,7 +157,7 @@ def predict(
     dist.all_reduce(rounds, op=dist.ReduceOp.MAX, group=groups.world)
     step.audio.train(False)
     step.llm.train(False)
-    # A replica without prompts runs no forward pass, in which the others would gather weights together with it.
+    # Weights cannot be gathered in a forward pass here, because a replica without prompts does not run one.
     step.llm.finish_gathering()
     predictions = []
     for n in range(int(rounds)):

@@ -116,7 +116,7 @@ def gather(
         losses: The losses whose divisors are computed.
         references: The result of `references_of`.
         model: The model's config.
-        groups: The place of this rank.
+        groups: The process groups of this rank.
         kinds: The kinds of samples whose tokens are counted separately; None if they are not counted.
         notes: Further numbers to share with all ranks in the same exchange, as many on every rank.
         expected_values: The number of integers per rank for which one exchange suffices, which must be the same on all
@@ -193,7 +193,7 @@ def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int | None, multiple
 
     Args:
         whole: The global batch.
-        groups: The place of this rank.
+        groups: The process groups of this rank.
         budget_tokens: The largest number of rows in a pack; None for one pack per replica.
         multiple_tokens: The number of rows in a pack is a multiple of this; None for `Topology.row_multiple`.
     """

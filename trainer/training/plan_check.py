@@ -27,14 +27,14 @@ WARM_UP_STEPS = 5
 WINDOW_STEPS = 15
 """The number of steps after the warm-up over which times are compared with the plan."""
 _LEAST_STEPS = 3
-"""The least number of steps that are compared if the run ends earlier."""
+"""The smallest number of steps that are compared if the run ends earlier."""
 MEMORY_TOLERANCE = 0.15
-"""The relative difference of the peak memory from the plan's that counts as planned."""
+"""The largest relative difference between the measured and the planned peak memory that counts as planned."""
 _WORKLOAD_TOLERANCE = 0.1
 _GIB = 2**30
 LOAD, OTHER = "loading", "other"
 _PARTS = {"encode": ENCODERS, "exchange": ENCODERS, "backward": ENCODERS, "llm": LLM, "update": UPDATE, "load": LOAD}
-"""The part of the plan that each phase belongs to. Other phases, such as reports, are in no plan."""
+"""The part of the plan that covers each phase. Other phases, such as reports, are not planned."""
 
 
 class PlanCheck:

@@ -13,7 +13,7 @@ from trainer.training.step import Step
 
 
 class EndError(UserError):
-    """Raised when the data, the loss or an evaluation ends the run in order."""
+    """Raised when the data, the loss or an evaluation ends the run in an orderly way."""
 
 
 class DivergedError(EndError):

@@ -15,7 +15,7 @@ class StageSwitch:
     Args:
         optim: The settings of the run.
         num_steps: The number of steps of the run.
-        audio: The engine of the audio side.
+        audio: The engine of the audio modules.
         llm: The engine of the LLM.
     """
 

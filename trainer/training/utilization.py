@@ -30,7 +30,7 @@ class Utilization:
     """The peak rate of all devices together."""
 
     def mfu(self, report: StepReport) -> float | None:
-        """Return the utilization in a step, from 0 to 1; None if the step has no time."""
+        """Return the utilization in a step, from 0 to 1; None if its duration was not measured."""
         done = self.flops_per_token * report.num_tokens + self.flops_per_audio_sec * report.audio_sec
         return done / (report.seconds * self.peak_flops_per_sec) if report.seconds > 0 else None
 
@@ -54,7 +54,7 @@ def utilization_of(recipe: Recipe, topology: Topology, device: torch.device) -> 
 
 
 def kept_generators(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context manager that restores torch's random generators, which the sizes of a model are drawn from."""
+    """Return a context manager that restores torch's random generators, which computing a model's sizes advances."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 

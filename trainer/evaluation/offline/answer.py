@@ -34,7 +34,7 @@ class Windows:
     window_sec: float
     """The length of a window, in seconds. Longer ASR clips are transcribed in windows of this length."""
     overlap_sec: float
-    """The minimum overlap of neighbouring windows, in seconds."""
+    """The minimum overlap of neighboring windows, in seconds."""
 
     @staticmethod
     def of(origin: Origin, window_sec: float | None, overlap_sec: float | None) -> Windows:

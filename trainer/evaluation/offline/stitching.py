@@ -1,6 +1,6 @@
 """Overlapping windows of a long recording, and the joining of their transcripts.
 
-The overlap of two neighbouring windows is in both transcripts. It is located by the longest sequence of words that
+The overlap of two neighboring windows is in both transcripts. It is located by the longest sequence of words that
 occurs both near the end of one transcript and near the start of the next. Words between this sequence and the edge of a
 window may have been cut in two by the edge, so the transcript of the other window is used there.
 """
@@ -28,7 +28,7 @@ def window_spans(num_samples: int, window: int, overlap: int) -> list[tuple[int,
     Args:
         num_samples: the length of the clip.
         window: the length of a window; a clip that is not longer than this is a single window.
-        overlap: the minimum overlap of neighbouring windows.
+        overlap: the minimum overlap of neighboring windows.
     """
     assert 0 <= overlap < window, (overlap, window)
     if num_samples <= window:
@@ -43,7 +43,7 @@ def join_windows(texts: Sequence[str], shares: Sequence[float]) -> str:
 
     Args:
         texts: the transcript of each window.
-        shares: for each pair of neighbouring windows, the overlap as a fraction of a window, between 0 and 1.
+        shares: for each pair of neighboring windows, the overlap as a fraction of a window, between 0 and 1.
     """
     assert len(shares) == max(0, len(texts) - 1), (len(texts), len(shares))
     joined: list[str] = []
@@ -100,9 +100,9 @@ def _longest_run(tail: Sequence[str], head: Sequence[str]) -> tuple[int, int, in
 
 
 def _reach(share: float, units: Sequence[str]) -> int:
-    """Return the number of words in a window's text that may be in the overlap with a neighbouring window.
+    """Return the number of words in a window's text that may be in the overlap with a neighboring window.
 
-    It is at most half of the words, so that the overlaps with the two neighbours have no word in common.
+    It is at most half of the words, so that the overlaps with the two neighbors have no word in common.
     """
     if share <= 0:
         return 0

@@ -45,7 +45,7 @@ class Architecture:
     pads_clips: bool = False
     """True if shorter clips are padded with silence to a whole window of the encoder."""
     max_windows: int = 1
-    """The number of windows of the longest clip that the original takes."""
+    """The number of windows of the longest clip that the original accepts."""
 
     def own_name(self, name: str) -> str | None:
         """Return earshot's name of a published tensor; None if it has none."""

@@ -32,7 +32,7 @@ RECIPE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an architecture's defaults for the prompt are replaced by. None keeps the default."""
+    """Replacements for an architecture's defaults for the prompt. None keeps the default."""
 
     placeholder: str | None = None
     template: str | None = None
@@ -206,7 +206,7 @@ def _settings(published: Published, prompt: Prompt, inner: Any) -> TokenizerConf
 
 
 def _data(published: Published) -> DataConfig:
-    """Return the settings of the data: clips as long as those that the original takes."""
+    """Return the settings of the data: clips as long as the original accepts."""
     architecture, primary = published.architecture, published.model.primary
     assert primary is not None
     shortest = primary.window_sec if architecture.pads_clips else 0.0

@@ -1,4 +1,4 @@
-"""Qwen2-Audio (arXiv 2407.10759): Whisper-large-v3 whose frames are averaged in pairs, one linear layer, Qwen2.
+"""Qwen2-Audio (arXiv 2407.10759): Whisper-large-v3 with frames averaged in pairs, one linear layer, and Qwen2.
 
 The shapes and names are those of `Qwen2AudioForConditionalGeneration` in transformers.
 """

@@ -1,4 +1,4 @@
-"""The published architectures that `earshot import-model` reads. It imports nothing that is slow."""
+"""The published architectures that `earshot import-model` reads. This module imports nothing slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ultravox (fixie-ai/ultravox): Whisper on the real length of clips, stacks of eight frames, SwiGLU.
+"""Ultravox (fixie-ai/ultravox): Whisper on unpadded clips, stacks of eight frames, and SwiGLU.
 
 Published folders hold the projector, and hold the encoder and the LLM only if they were trained.
 """

@@ -1,4 +1,4 @@
-"""Voxtral (arXiv 2507.13264): Whisper-large-v3 on whole windows of 30 s, stacks of four frames, a perceptron, Llama.
+"""Voxtral (arXiv 2507.13264): Whisper-large-v3 on whole 30 s windows, stacks of four frames, a perceptron, and Llama.
 
 The shapes and names are those of `VoxtralForConditionalGeneration` in transformers.
 """

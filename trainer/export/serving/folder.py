@@ -27,7 +27,7 @@ earshot = "earshot_vllm:register"
 [tool.setuptools]
 py-modules = ["earshot_vllm", "earshot_vllm_model"]
 """
-# Makes of each message with parts the text that the training prompts had (`PromptFormat.content`).
+# Turns each message with parts into the text that training prompts had (`PromptFormat.content`).
 _MESSAGES = """\
 {%- set all = namespace(messages=[]) -%}
 {%- for message in messages -%}

@@ -1,4 +1,4 @@
-"""The exported model in vLLM: its audio tower is the export's own code, and its LLM is vLLM's.
+"""The exported model in vLLM, with the export's own code for the audio tower and vLLM's code for the LLM.
 
 An export contains this file. It therefore imports neither the project nor anything but torch, transformers and vLLM. It
 follows the interface of multimodal models of vLLM 0.32 and 0.33 (`SupportsMultiModal`, `BaseMultiModalProcessor`).
@@ -40,7 +40,7 @@ _PROFILED_SECONDS = 30.0
 
 
 class Info(BaseProcessingInfo):  # type: ignore[misc]
-    """What vLLM needs to know of the export before it loads weights."""
+    """What vLLM needs to know about the export before it loads weights."""
 
     def get_data_parser(self) -> Any:
         """Return the parser that resamples clips to 16 kHz and averages their channels."""
