@@ -1,14 +1,14 @@
 """Train a chain of recipes, one run after the other.
 
     earshot chain unimoe_cpu data.root=DIR              run or resume all runs of the chain
-    earshot chain unimoe_cpu --list                     print the runs and how far they are
+    earshot chain unimoe_cpu --list                     print the runs and their progress
     earshot chain unimoe_cpu --show unimoe_mixture      print the resolved recipe of one run
     earshot chain unimoe_cpu unimoe_align:train.steps=100      change one of the runs
 
 A run that is finished is not started again, and an unfinished one resumes from its newest checkpoint. The same command
 therefore continues a chain that was stopped at any point.
 
-Exit code: 0 if all runs are finished; 2 for an illegal chain; otherwise that of the run that did not finish.
+Exit code 0: all runs are finished. 2: the chain is invalid. Otherwise, it is that of the run that did not finish.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("chain", metavar="CHAIN", help="name of a chain, or path of its YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of all runs, or NAME:KEY=VALUE")
     parser.add_argument("--show", metavar="NAME", help="print the resolved recipe of a run")
-    parser.add_argument("--list", action="store_true", help="print the runs and how far they are")
+    parser.add_argument("--list", action="store_true", help="print the runs and their progress")
     options = parser.parse_intermixed_args(arguments)
     be_calm()
     try:

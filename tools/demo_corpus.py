@@ -4,11 +4,11 @@
     python -m tools.demo_corpus /tmp/corpus --scale 0.1     a tenth of it
 
 OUT/demo.jsonl is a manifest as `earshot shards make` reads it, and OUT/audio contains its clips as 16 kHz FLAC. Speech
-is synthesised by espeak-ng (PyPI package espeakng-loader), sounds by numpy. Splits have no speaker and no sound setting
-in common. The same seed and scale give the same bytes.
+is synthesized by espeak-ng (PyPI package espeakng-loader), and sounds by numpy. Splits have no speaker and no sound
+setting in common. The same seed and scale give the same bytes.
 
 espeak-ng has the licence GPL-3.0-or-later. It is an optional extra that only this tool loads, and its licence does not
-cover the speech that it synthesises.
+cover the speech that it synthesizes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ CAPTION = "Describe the audio."
 
 @dataclass(frozen=True)
 class Speaker:
-    """The settings of the synthesiser for one speaker, around which clips vary slightly."""
+    """The settings of the synthesizer for one speaker, around which clips vary slightly."""
 
     name: str
     voice: str
@@ -135,12 +135,12 @@ class _Corpus:
         return SPEAKERS[split][int(self.rng.integers(len(SPEAKERS[split])))]
 
     def speak(self, split: str, text: str, speaker: Speaker, prosody: Prosody) -> dict[str, Any]:
-        """Synthesise and write a clip of speech, and return the manifest fields of its file."""
+        """Synthesize and write a clip of speech, and return the manifest fields of its file."""
         wave = soxr.resample(self._espeak.speak(text, speaker.voice, prosody), self._espeak.rate_hz, SAMPLE_RATE)
         return self._write(split, "speech", wave) | {"group": speaker.name, "source": self._speech_source}
 
     def sound(self, split: str, names: Sequence[str]) -> dict[str, Any]:
-        """Synthesise and write a clip of consecutive sounds, and return the manifest fields of its file."""
+        """Synthesize and write a clip of consecutive sounds, and return the manifest fields of its file."""
         setting = int(self.rng.choice(SOUND_SETTINGS[split]))
         waves = [make_sound(name, setting, self.rng) for name in names]
         gap = np.zeros(SAMPLE_RATE // 10, np.float32)

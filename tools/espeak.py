@@ -36,7 +36,7 @@ class Prosody:
 
 
 class Espeak:
-    """A synthesiser. The same calls in the same order give the same waveforms.
+    """A synthesizer. The same calls in the same order give the same waveforms.
 
     Raises:
         UserError: If espeakng-loader is not installed.
@@ -49,7 +49,7 @@ class Espeak:
             raise UserError(
                 "espeakng-loader is not installed: run `make setup`, or `pip install espeakng-loader`"
             ) from None
-        # A copy of the library starts without the state that utterances leave, which initialising does not reset. The
+        # A copy of the library starts without the state that utterances leave, which initializing does not reset. The
         # link is needed since the library's data path may have at most 160 characters.
         self._folder = tempfile.TemporaryDirectory(prefix="espeak-")
         library = Path(self._folder.name) / "libespeak-ng.so"
@@ -67,7 +67,7 @@ class Espeak:
         self._library.espeak_SetSynthCallback(self._callback)
 
     def speak(self, text: str, voice: str, prosody: Prosody | None = None) -> NDArray[np.float32]:
-        """Synthesise a text.
+        """Synthesize speech from text.
 
         Args:
             text: The text.

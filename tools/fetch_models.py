@@ -29,7 +29,7 @@ from trainer.files import locked
 SOURCE = "source.json"
 """The file in a model's folder that lists the packages from which the model was made."""
 _FORMAT = 1
-"""Increased when a converter changes, so that models are converted again."""
+"""The version of the conversion. It is increased when a converter changes, so that models are converted again."""
 _DOWNLOAD_TIMEOUT_SEC = 900
 _NUM_RETRIES = 2
 

@@ -1,4 +1,4 @@
-r"""Summarise a dataset of shards, and check it against its index.
+r"""Summarize a dataset of shards, and check it against its index.
 
     earshot shards inspect data/shards
     earshot shards inspect s3://bucket/foreign --build-index --set task=asr --set split=train \

@@ -174,7 +174,7 @@ class Summary:
 
 
 def summarise(scores: list[TaskScore], verdicts: Sequence[Verdict], prices: Sequence[float] | None) -> Summary:
-    """Summarise one call of the command.
+    """Summarize one run of the command.
 
     Args:
         scores: The scores.

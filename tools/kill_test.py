@@ -5,7 +5,8 @@
     python -m tools.kill_test --json         also print one JSON object on the last line
 
 Two ranks train a tiny model. SIGKILL is sent to a random rank at a random moment, and the same command restarts the
-run. A run is killed at most ten times. Then it ends and is compared with an uninterrupted run, and the next one starts.
+run. A run is killed at most ten times. Then it runs to its end and is compared with an uninterrupted run, and the next
+run starts.
 
 The test passes if
 - every restart resumes from the newest committed checkpoint,
@@ -81,7 +82,7 @@ def kill_test(folder: Path, num_kills: int, num_steps: int, seed: int, corpus: P
         folder: An empty folder for the runs.
         num_kills: The number of kills.
         num_steps: The number of steps of a run.
-        seed: The seed of the moments and ranks.
+        seed: The seed for choosing the ranks to kill and the moments.
         corpus: A demo corpus; None to create one.
 
     Raises:

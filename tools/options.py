@@ -58,7 +58,7 @@ def _declare_tasks(recipes: Sequence[str]) -> None:
 
 
 def add_plugins(parser: argparse.ArgumentParser) -> None:
-    """Add the options `--plugins` and `--tasks-of`, for commands that read data but no recipe that names its tasks."""
+    """Add the options `--plugins` and `--tasks-of`, for commands that read data but not the recipe with its tasks."""
     parser.add_argument(
         "--plugins",
         nargs="+",
@@ -81,7 +81,7 @@ def check_at_least(least: int, **options: int | None) -> None:
     """Check that options are at least `least`.
 
     Args:
-        least: The smallest legal value.
+        least: The smallest allowed value.
         options: The values by name, with underscores for hyphens; None for an option that was not given.
 
     Raises:
@@ -94,7 +94,7 @@ def check_at_least(least: int, **options: int | None) -> None:
 
 @contextmanager
 def plain_faults(out: object) -> Iterator[None]:
-    """Turn faults of the machine that the user can fix into errors of one line.
+    """Turn faults of the machine that the user can fix into one-line errors.
 
     Args:
         out: What the command writes, for the message.

@@ -8,7 +8,7 @@
     earshot parity --gathering per_module    with weights that are gathered around every call of a module
     earshot parity --recompute-calls    with encoder calls that run again in the backward pass
     earshot parity --lora       train low-rank adapters over partly frozen weights
-    earshot parity --stages --steps 11    train other parameters in each of several stages
+    earshot parity --stages --steps 11    train different parameters in each of several stages
     earshot parity --adapter queries    with another kind of adapter, and normalization
     earshot parity --family mixtral    an LLM with experts, spread over ranks in several ways
     earshot parity --family all --steps 0    every family of LLMs without experts
@@ -96,7 +96,7 @@ class Row:
 
 
 EVEN, UNEVEN = 4, 7
-"""Numbers of layers that two stages, and four chunks, share evenly or not."""
+"""Numbers of layers that can and cannot be divided evenly among two stages, and among four chunks."""
 
 
 def modes(topology: Topology) -> list[dict[str, Any]]:
@@ -360,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--stages",
         action="store_true",
-        help="train other parameters in each of several stages (section `stages`)",
+        help="train different parameters in each of several stages (section `stages`)",
     )
     parser.add_argument(
         "--adapter",

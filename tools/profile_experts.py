@@ -1,4 +1,4 @@
-"""Report which encoder experts a run uses, for which tasks, and at what cost, and which experts of its LLM.
+"""Report which encoder experts a run uses for which tasks, what they cost, and which experts its LLM uses.
 
     earshot profile runs/demo                                  the routing during training
     earshot profile runs/demo --data test.jsonl                the routing of other data
@@ -34,7 +34,7 @@ class Limits:
     imbalance: float = math.inf
     """Fail if the load of the slowest rank, relative to the mean, exceeds this."""
     overload: float = math.inf
-    """Fail if an expert of the LLM gets more than this times an even share of the choices in its layer."""
+    """Fail if an expert of the LLM is chosen more than this many times as often as the average expert of its layer."""
 
     @staticmethod
     def parse(text: str) -> Limits:

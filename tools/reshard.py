@@ -42,7 +42,8 @@ SAVED: dict[str, dict[str, Any]] = {
     "pp2·vp2": {"pp": 2, "vp": 2, "layers": 7, "family": "qwen2"},
     "cp2": {"cp": 2, "family": "qwen3", "frozen": ["llm.model.layers.1.*"]},
 }
-# A case with fp32 master weights of bf16 weights. Its losses depend on the topology, so it is loaded only on its own.
+# A case with fp32 master weights of bf16 weights. Its losses depend on the topology, so only the topology that
+# saved it loads it.
 SAME_ONLY: dict[str, dict[str, Any]] = {"dp2-bf16": {"dtype": "bfloat16", "persistence": 1000}}
 # The other topologies on which each case of `SAVED` is loaded, by number of ranks. `ffn_ep` counts only for an LLM with
 # experts, and `cp` only for one without.

@@ -37,7 +37,7 @@ _FINAL = {"finished": ("submitted", "started"), "cancelled": ("submitted", "star
 _NUM_EVENTS = 8
 _METRICS_NAME = "metrics.jsonl"
 _DEPTH = 3
-"""The number of folders below the given one in which runs are looked for."""
+"""The number of levels of folders below the given one that are searched for runs."""
 
 
 @dataclass(frozen=True)

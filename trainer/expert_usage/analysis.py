@@ -1,4 +1,4 @@
-"""Profiles of encoder usage: which encoder experts ran for which tasks, how that changed, and what they cost.
+"""Profiles of encoder usage: which encoder experts ran for which tasks, how this changed, and what they cost.
 
 The functions are pure. In shapes, G is the number of gates and K the number of encoder experts.
 """
@@ -18,11 +18,11 @@ from trainer.telemetry.expert_load import ExpertLoad, Floats, Load, add_up
 from trainer.telemetry.load_history import LoadInterval
 
 DEAD_SHARE = 0.001
-"""An encoder expert that runs for less than this share of the latest clips is called dead."""
+"""An encoder expert that runs on less than this share of the latest clips is called dead."""
 LATEST = 0.25
 """The share of a history's steps that counts as the latest ones and, for the drift, as the earliest ones."""
 MAX_WINDOWS = 60
-"""The most windows that a history is divided into."""
+"""The largest number of windows into which a history is divided."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Profile:
     history: tuple[LoadInterval, ...]
     """The load of each interval of steps; empty for a pass over data."""
     time: EncoderTime | None
-    """What the encoders took; None if it was not measured."""
+    """The time that the encoders took; None if it was not measured."""
     advice: PlacementAdvice | None
     """The suggested placement of encoder experts; None without measured costs."""
     skipped: Mapping[str, int] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Profile:
     def dead(self) -> tuple[str, ...]:
         """The encoder experts that hardly ever run.
 
-        They ran for less than `DEAD_SHARE` of the latest clips or, for a pass over data, of all clips.
+        They ran on less than `DEAD_SHARE` of the latest clips or, for a pass over data, of all clips.
         """
         latest = self._part(last=True) if self.history else self.load
         share = dict(zip(latest.experts, latest.total().clip_share, strict=True))
@@ -69,7 +69,8 @@ class Profile:
     def imbalance(self) -> float | None:
         """The load of the slowest rank divided by the mean.
 
-        It is the measured one if there is one, else the one expected from the placement. None if neither is known.
+        This is the measured value if there is one, and otherwise the value expected from the placement. None if neither
+        is known.
         """
         if self.time is not None:
             return self.time.costs.imbalance

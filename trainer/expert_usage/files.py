@@ -37,7 +37,7 @@ def write_cells(profile: Profile, path: Path) -> None:
     """Write a CSV file with one line per encoder and group of clips.
 
     A group is a combination of task, language, source and duration band. `group_clips` and `group_audio_sec` describe
-    the whole group; `clips` and `audio_sec` describe the clips of the group that the encoder ran for. The weight of
+    the whole group; `clips` and `audio_sec` describe the clips of the group on which the encoder ran. The weight of
     each gate is the mean mixing weight over the group's clips; it is empty for the primary encoder.
     """
     load = profile.load

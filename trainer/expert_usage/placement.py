@@ -1,4 +1,4 @@
-"""Costs of the encoders, of waiting for the slowest rank, and the best placement of encoder experts on ranks.
+"""The costs of encoders and of waiting for the slowest rank, and the best placement of encoder experts on ranks.
 
 The functions are pure. In shapes, E is the number of encoders (the primary first), K the number of encoder experts, and
 R the number of ranks. An expert-parallel group of `ep` ranks has `ep` slots; rank r is in slot r mod `ep` of its group.
@@ -118,7 +118,7 @@ class PlacementAdvice:
     current: Placement | None
     """The current placement; None if nothing was measured or every rank holds all encoder experts."""
     suggested: Placement
-    """The best placement for `parallel.expert`: costliest expert first, each goes into the emptiest slot."""
+    """The best placement for `parallel.expert`: from the costliest on, each expert goes into the emptiest slot."""
     others: tuple[Placement, ...]
     """The best placement for every other size of expert-parallel groups in which no slot is empty."""
 

@@ -1,4 +1,4 @@
-"""The profile of the experts in the LLM's layers: which computes the tokens of which task, modality and language."""
+"""The profile of the LLM's experts: which expert processes tokens of which task, modality and language."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer.telemetry.jsonl import write_atomically
 from trainer.telemetry.token_load import MODALITIES, Floats, TokenCell, TokenLoad, add_up
 
 MAX_SHOWN_EXPERTS = 16
-"""The largest number of experts in a table on the terminal. Of a larger number, the most used ones are shown."""
+"""The largest number of experts in a table on the terminal. If there are more, the most used ones are shown."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TokenProfile:
     history: tuple[TokenLoad, ...]
     """The loads in the order of their steps, at least one."""
     origins: tuple[Provenance, ...] = ()
-    """What each expert began as; empty for an LLM that has its experts from its family."""
+    """The origin of each expert's initial weights; empty if the experts are those of the LLM's family."""
 
     @cached_property
     def load(self) -> TokenLoad:
@@ -42,7 +42,7 @@ class TokenProfile:
     def drift(self) -> dict[str, float]:
         """How much the experts' shares changed from the first to the last quarter of the steps, by modality.
 
-        The change is the total variation distance, from 0 to 1, in the mean over layers.
+        The change is the total variation distance, from 0 to 1, averaged over layers.
         """
         count = max(1, len(self.history) // 4)
         ends = add_up(self.history[:count]), add_up(self.history[-count:])
@@ -167,12 +167,12 @@ def _heat_map(profile: TokenProfile, task: str, path: Path) -> Path:
 
 
 def failures_of(profile: TokenProfile, dead: bool, overload: float) -> list[str]:
-    """Return what exceeds the limits of `--fail-on`.
+    """Return a description of each limit of `--fail-on` that is exceeded.
 
     Args:
         profile: The profile.
         dead: Whether an expert without tokens is a failure.
-        overload: The largest share of an expert in a layer, relative to an even use.
+        overload: The largest share of an expert in a layer, relative to an even distribution.
     """
     load, failures = profile.load, []
     if dead and load.dead:

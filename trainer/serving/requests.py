@@ -36,7 +36,7 @@ def decoded(audio: bytes, param: str, others: Sequence[Clip] = ()) -> Clip:
 
     Args:
         audio: the file.
-        param: where it stands in the request.
+        param: the place of the file in the request.
         others: the clips of the same request that were decoded before.
 
     Raises:

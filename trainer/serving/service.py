@@ -19,7 +19,7 @@ from trainer.evaluation.offline.model import DTYPES, default_dtype, find_model, 
 
 TRANSCRIBE = "Transcribe the speech."
 _MOST_CHARS_PER_TOKEN = 64
-"""A longer text than this many characters per position of the LLM is refused without being tokenized."""
+"""Text with more than this many characters per position of the LLM is refused without being tokenized."""
 
 _SETTLED_CHARS = 4
 """The number of characters after which no tokenizer removes the space before a word (`'ve` has three)."""
@@ -100,8 +100,8 @@ class Service:
             clips: the waveforms.
             fields: the manifest fields of the request: `instruction`, or `messages` whose last one is any answer.
             max_new_tokens: the largest number of tokens in the answer; at most, and by default, that of the service.
-            emit: a function that is called with the parts of the text as they are generated, which are the whole text
-                when this method returns; a transcript of several windows is one part. None for no function.
+            emit: a function that is called with each part of the text when it is generated. Together, the parts are the
+                whole text. A transcript of several windows is one part. None for no function.
             unwanted: a function that says whether the answer is no longer wanted. It is called after every token.
 
         Raises:
