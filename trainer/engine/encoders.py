@@ -47,7 +47,7 @@ class AudioEngine:
         optim: The optimizer section of the recipe.
         ds_config: The configuration of DeepSpeed; see `trainer.engine.ds_config`.
         groups: The process groups of this rank.
-        batch_sec: The largest number of padded audio seconds in one encoder call.
+        batch_sec: The largest number of padded audio seconds in one encoder call, which encodes a batch of clips.
         debug_plan: True to compare the plans of all ranks before clips are sent.
         gathering: When weights are gathered, see `TrainConfig.gather_audio_weights`.
         recompute_calls: True to recompute every encoder call, and the modules after the encoders, in the backward pass.

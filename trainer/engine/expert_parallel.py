@@ -71,7 +71,7 @@ class EncoderDispatch:
         places: The place of each encoder in the expert-parallel group.
         ep: The size of the expert-parallel group.
         groups: The process groups of this rank.
-        budget_samples: The largest number of padded audio samples in one encoder call.
+        budget_samples: The largest number of padded audio samples in one encoder call, which encodes a batch of clips.
         empty: A tensor [0, D] in the dtype and on the device of the features, for ranks without an encoder.
         before_backward: A function that every rank calls once per backward pass, before it sends the gradients of the
             features back.

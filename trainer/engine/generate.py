@@ -40,9 +40,8 @@ def generate(
 
     Args:
         llm: The LLM, in evaluation mode.
-        packs: The prompts, in one pack. Labels are not read.
-        prompt_lengths: The lengths of the prompts in the pack, in order. The rest of the pack is padding. There may be
-            no prompt.
+        packs: The prompts, in one pack (packed sequence). Labels are not read.
+        prompt_lengths: The lengths of the prompts in the pack, in order; may be empty. The rest of the pack is padding.
         end_ids: The tokens that end a sequence. They are not returned.
         vocab_size: The size of the tokenizer's vocabulary. Larger token ids of the LLM are never chosen.
         max_new_tokens: The largest number of new tokens per prompt. A continuation of this length was cut off.

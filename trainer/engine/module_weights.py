@@ -1,5 +1,7 @@
 """The weights of the audio side as DeepSpeed ZeRO-3 handles them: gathered around the call of each module.
 
+The audio side consists of the encoders, the router, the adapter and the projector.
+
 This needs the least memory, but many small collectives: every call of an encoder gathers each of its modules in the
 forward pass and in the backward pass. `trainer.engine.whole_weights` is the alternative.
 """

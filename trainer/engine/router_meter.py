@@ -2,7 +2,8 @@
 
 Both are computed in the forward pass of each layer with experts, on the rank that routes the tokens.
 
-Shapes: M micro-batches, t rows of a pack, L layers with experts, E experts, k chosen experts per token.
+Shapes: M micro-batches, t rows of a pack (packed sequence), L layers with experts, E experts, k experts chosen per
+token.
 """
 
 from __future__ import annotations

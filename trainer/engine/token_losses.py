@@ -21,7 +21,7 @@ from model.losses.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class PackedLoss:
-    """One token loss, with its inputs for the M packs of a replica. Each pack has t rows."""
+    """One token loss, with its inputs for the M packs (packed sequences) of a replica. Each pack has t rows."""
 
     loss: TokenLoss
     model: ModelConfig

@@ -1,5 +1,7 @@
 """Gathering of the audio side's weights, and reduction of their gradients, once per update.
 
+The audio side consists of the encoders, the router, the adapter and the projector.
+
 DeepSpeed ZeRO-3 by itself gathers the parameters of a module around each of the module's calls, and reduces gradients
 in small pieces. Here, all parameters of a process group are gathered by one collective before the first forward pass
 after an update, and stay gathered until the next update. Gradients are added up locally in fp32, and reduced by one

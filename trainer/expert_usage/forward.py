@@ -98,7 +98,7 @@ def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
         folder = found.folder(step)
         try:
             manifest = read_manifest(folder)
-            # These files include the frozen parts of the audio side, which are stored in a separate folder.
+            # These files include the frozen parts of the tower, which are stored in a separate folder.
             audio = (entry for name, entry in manifest.tensors.items() if name.startswith("audio."))
             check_files(folder, manifest, sorted({STATE, *files_of(audio)}))
         except DamagedError as error:
@@ -111,7 +111,7 @@ def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
 
 
 def load_tower(model: ModelConfig, reader: Reader, lora: Sequence[LoraConfig] = ()) -> AudioTower:
-    """Build the audio side for inference with the checkpoint's weights and the adapters `lora`, in fp32."""
+    """Build the `AudioTower` for inference with the checkpoint's weights and the adapters `lora`, in fp32."""
     llm_dim = reader.manifest.tensors["audio.projector.weight"].shape[0]
     tower = AudioTower(model, llm_dim, _vocab_size(reader.manifest, model))
     add_adapters(tower, "audio.", Adapters(tuple(lora)))
@@ -127,7 +127,7 @@ def load_tower(model: ModelConfig, reader: Reader, lora: Sequence[LoraConfig] = 
 
 
 def _vocab_size(manifest: Manifest, model: ModelConfig) -> int:
-    """Return the vocabulary size of the tokenizer, or 1 if no tensor of the audio side depends on it."""
+    """Return the vocabulary size of the tokenizer, or 1 if no tensor of the tower depends on it."""
     shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
     if "audio.ctc_head.weight" in shapes and model.ctc_vocabulary == "tokens":
         return shapes["audio.ctc_head.weight"][0] // model.ctc_outputs - 1

@@ -1,4 +1,4 @@
-"""Planning of the LLM's packed sequences: the position of each sample, and the rows to move between ranks."""
+"""Planning of packs, the LLM's packed sequences: the position of each sample, and the rows to move between ranks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The description of a global batch, and the assignment of its samples to packs that each rank computes from it.
+"""The description of a global batch, and the assignment of its samples to packs (the LLM's packed sequences).
 
-Each rank contributes a few integers per sample and clip. After they are gathered, every rank computes the same plan.
+Each rank contributes a few integers per sample and clip. After these are gathered, every rank computes the same
+assignment, the plan.
 """
 
 from __future__ import annotations
