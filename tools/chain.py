@@ -8,7 +8,7 @@
 A run that is finished is not started again, and an unfinished one resumes from its newest checkpoint. The same command
 therefore continues a chain that was stopped at any point.
 
-Exit code 0: all runs are finished. 2: the chain is invalid. Otherwise, it is that of the run that did not finish.
+Exit code 0: all runs are finished. 2: the chain is invalid. Other codes are those of the run that did not finish.
 """
 
 from __future__ import annotations

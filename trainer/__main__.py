@@ -90,7 +90,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _start_ranks(recipe: Recipe, arguments: Sequence[str]) -> int:
-    """Start all ranks on this machine. If a user error ends the first attempt of a run, remove the run's folder."""
+    """Start all ranks on this machine. If a user error ends a new run before its first step, remove its folder."""
     if recipe.telemetry.progress:
         num = recipe.parallel.num_ranks
         ranks = "1 rank starts" if num == 1 else f"{num} ranks start"

@@ -99,7 +99,7 @@ class PreparedData:
         return tuple(_open_training(s, self.config) for s in self.datasets)
 
     def num_by_language(self) -> Counter[tuple[str, str]]:
-        """Return the number of training samples by task and language, which is empty if a sample names none."""
+        """Return the number of training samples by task and language, which is empty for samples without a language."""
         counts: Counter[tuple[str, str]] = Counter()
         for part in self.datasets:
             selection = Selection(part.config.split, part.config.tasks, part.config.subsets)

@@ -78,7 +78,7 @@ class EncoderDispatch:
         calls_are_collective: True if all ranks of an encoder must call it equally often. Ranks with fewer batches of
             clips then encode dummy clips.
         recompute_calls: True to keep no activations of a call, and to run it again in the backward pass.
-        every_clip: True if every encoder encodes every clip, so that ranks need not exchange which ones they need.
+        every_clip: True if every encoder encodes every clip, so that ranks need not say which encoders they need.
         debug_plan: True to compare the plans of all ranks before clips are sent.
     """
 

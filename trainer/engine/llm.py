@@ -408,8 +408,8 @@ class _TrainedPacks:
         self.share = packs.pack_tokens // engine.groups.topology.tp
         parts = packs.audio.detach().split(self.share) if engine.groups.is_first_stage else ()
         self.audio = [part.requires_grad_() for part in parts]
-        """One leaf of the graph per pack. With a single leaf, the gradient of each
-        micro-batch would be as large as that of all packs together."""
+        """One leaf of the graph per pack. With a single leaf, each micro-batch's gradient would be as large as that of
+        all packs together."""
         self.token_losses: list[list[Tensor]] = [[] for _ in losses]
         """For each loss, the token losses [t] in fp32 of the packs so far; last stage only."""
 

@@ -61,7 +61,7 @@ def freeze(chunks: Sequence[nn.Module], hf_config: PretrainedConfig, optim: Opti
     settings = {}
     for name, parameter in global_parameters(chunks):
         setting = setting_of(optim, hf_name(name, hf_config), parameter.dim())
-        # A weight with an adapter already does not require a gradient.
+        # Weights with an adapter have been frozen already.
         setting = replace(setting, frozen=setting.frozen or not parameter.requires_grad)
         parameter.requires_grad_(not setting.frozen)
         settings[id(parameter)] = setting
