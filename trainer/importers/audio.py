@@ -1,7 +1,7 @@
-"""The audio of imported samples: whole files are checked, everything else is cut and written as 16-bit FLAC.
+"""The audio of imported samples. Whole files are checked; all other audio is cut out and written as 16-bit FLAC.
 
 Parts of floating-point files with values above full scale, which FLAC cannot represent, are written as WAV. Lossy audio
-is decoded to 16 bits, so that such values become full scale.
+is decoded to 16 bits, which clips such values to full scale.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trainer.importers.row import Clip, RowError
 MAX_FILE_BYTES = 2 << 30
 """The largest file that is read into memory as a whole."""
 _SYSTEM_ERROR = 2
-"""The error of libsndfile for system calls that fail."""
+"""libsndfile's error code for a system call that failed."""
 _HEAD_BYTES = 256
 _BLOCK_VALUES = 1 << 20
 _FREE_VALUES = 1 << 16
@@ -37,7 +37,7 @@ _MAX_RECORDING_SEC = 7 * 24 * 3600.0
 """The longest recording that is decoded into a temporary file, from which parts are cut."""
 _FLAC_CHANNELS = 8
 _EXACT_FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "AIFF", "AU", "CAF", "NIST")
-"""The formats of libsndfile in which any frame can be sought exactly. Others are decoded from their beginning."""
+"""The libsndfile formats in which seeking to any frame is exact. Other formats are decoded from the beginning."""
 _EXACT_SUBTYPES = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 _SHORT_SUBTYPES = ("PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW")
 """The encodings whose values are 16-bit integers, so that 16-bit FLAC loses nothing."""
@@ -51,7 +51,7 @@ class Made:
     """The audio of a clip in a form that shards may contain."""
 
     kind: str
-    """The type, which is one of `AUDIO_TYPES`."""
+    """The type of the file, one of `AUDIO_TYPES`."""
     seconds: float
     data: bytes | None
     """The content; None if the file at `path` can be used as it is."""
@@ -59,7 +59,7 @@ class Made:
 
 
 class Recordings:
-    """A reader of the audio of clips. It keeps the recording of the last clip open, as its next part may follow."""
+    """A reader of clips' audio. It keeps the last recording open, since its next part is likely to be read next."""
 
     def __init__(self) -> None:
         self._clip: Clip | None = None
@@ -94,7 +94,7 @@ class Recordings:
                 return Made(kind, seconds, data if with_data or not is_file else None, clip.path if is_file else "")
             copied = self._copied_opus(clip) if clip.is_whole else None
             return self._encode(clip) if copied is None else copied
-        except UserError:  # It is a ValueError as well.
+        except UserError:  # A UserError is also a ValueError.
             raise
         except SampleError as error:
             raise RowError(error.reason, error.detail) from None
@@ -102,7 +102,7 @@ class Recordings:
             raise _broken(clip, error) from None
 
     def _copied_opus(self, clip: Clip) -> Made | None:
-        """Return Opus audio of a WebM or Matroska file in an Ogg file, without re-encoding it; None otherwise."""
+        """Return the Opus audio of a WebM or Matroska file as an Ogg file, without re-encoding it; None otherwise."""
         form = av_format(_head(clip), clip.path)
         if form is None:
             return None
@@ -137,7 +137,7 @@ class Recordings:
             return _written(file, clip.channel, first, here, "wav")
 
     def _open(self, clip: Clip) -> soundfile.SoundFile:
-        """Return the recording of a clip as a file in which any frame can be sought."""
+        """Return the recording of a clip as a file that supports exact seeking."""
         known = self._clip
         if self._file is not None and known is not None and clip.data is known.data:
             if (clip.path, clip.span) == (known.path, known.span):
@@ -164,12 +164,12 @@ class Recordings:
         """Decode a whole recording into a temporary file, and return that file, opened for reading.
 
         Raises:
-            RowError: If it decodes to more values than its size in bytes allows, or is too long.
+            RowError: If it decodes to more values than is plausible for its size in bytes, or is too long.
             OSError: If the temporary file cannot be written.
         """
         most, num = MAX_VALUES_PER_BYTE * num_bytes + _FREE_VALUES, 0
         self._spool = tempfile.TemporaryFile(prefix="earshot-import-")
-        # libsndfile writes to the descriptor: it would not see the errors of a file object of Python.
+        # libsndfile writes to the file descriptor, because it would not notice errors of a Python file object.
         descriptor = self._spool.fileno()
         try:
             with soundfile.SoundFile(descriptor, "w", rate, channels, "PCM_16", format="W64", closefd=False) as out:
@@ -211,7 +211,7 @@ def _written(file: soundfile.SoundFile, channel: int | None, first: int, num_fra
 
     Raises:
         RowError: If the audio cannot be decoded, or is too long for a WAV file.
-        _AboveFullScale: If it cannot be written as FLAC.
+        _AboveFullScale: If it cannot be written as FLAC because of values above full scale.
     """
     channels = 1 if channel is not None or file.channels > _FLAC_CHANNELS else file.channels
     if kind == "wav" and (size := 4 * num_frames * channels) > MAX_FILE_BYTES:
@@ -246,15 +246,15 @@ def _blocks(file: soundfile.SoundFile, clip: Clip) -> Iterator[Values]:
 
 
 def _broken(clip: Clip, error: Exception) -> RowError:
-    """Return the reason why the audio of a clip cannot be decoded.
+    """Return an error that states why the audio of a clip cannot be decoded.
 
     Raises:
-        OSError: If the reason is that the file cannot be read from the disk.
+        OSError: If the file cannot be read from the disk.
     """
     reason: object = error
     if isinstance(error, soundfile.LibsndfileError):
         reason = error.error_string
-        if error.code == _SYSTEM_ERROR and clip.data is None:  # A damaged file may have made it seek to a wrong place.
+        if error.code == _SYSTEM_ERROR and clip.data is None:  # A damaged file may have caused an invalid seek.
             with open(clip.path, "rb") as file:
                 while file.read(_BLOCK_VALUES):
                     pass
@@ -262,7 +262,7 @@ def _broken(clip: Clip, error: Exception) -> RowError:
 
 
 def _read(file: soundfile.SoundFile, frames: int) -> Values:
-    """Return the next frames of a file: `[frames, channels]`, int16 where that loses nothing, else float32.
+    """Return the next frames of a file, `[frames, channels]`, as int16 if that is lossless, else as float32.
 
     Raises:
         RowError: If a value is not finite (`nan`) or not audio (`out_of_range`).
@@ -289,7 +289,7 @@ def _selected(values: Values, channel: int | None) -> Values:
 
 
 def _kind(head: bytes, clip: Clip) -> str | None:
-    """Return the type of a file that shards may contain, by its content; None for other files."""
+    """Return the type of a file, determined from its content, if shards may contain this type; None otherwise."""
     if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
         return "wav"
     if head[:4] == b"fLaC":

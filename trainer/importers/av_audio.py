@@ -1,6 +1,7 @@
 """Decoding with PyAV of audio files that libsndfile cannot read (m4a, mp4, aac, 3gp, webm, mka, wma, amr).
 
-PyAV is an optional dependency. Its code is BSD; its wheels contain FFmpeg and codecs under the LGPL and the GPL.
+PyAV is an optional dependency. Its code has a BSD license, but its wheels contain FFmpeg and codecs under the LGPL and
+the GPL.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from trainer.importers.row import RowError
 
 
 def av_format(head: bytes, name: str) -> str | None:
-    """Return FFmpeg's name of a file's format, or None if libsndfile should read it.
+    """Return FFmpeg's name for a file's format, or None if libsndfile should read the file.
 
-    The format is always given to FFmpeg. If it guessed, a playlist could make it open other files and URLs.
+    FFmpeg is always told the format. If FFmpeg guessed the format, a playlist could make it open other files and URLs.
 
     Args:
         head: The first bytes of the file.
@@ -134,7 +135,7 @@ def _blocks(container: Any, stream: Any, name: str) -> Iterator[NDArray[np.int16
 
 
 def _with_end(frames: Iterator[Any]) -> Iterator[Any]:
-    """Yield the frames, and then None, which makes a resampler return the rest of its audio."""
+    """Yield the frames and then None, which makes a resampler return its remaining audio."""
     yield from frames
     yield None
 

@@ -13,10 +13,10 @@ _EXTENSION = re.compile(r"\.[A-Za-z0-9]{2,5}\s*$")
 
 @dataclass(frozen=True)
 class Record:
-    """A row of a table, or the reason why a line is none."""
+    """A row of a table, or a line that is not a row, with the reason."""
 
     line: int
-    """The number of its last line; that of the line itself if it is not a row."""
+    """The number of the row's last line, or of the line that is not a row."""
     cells: tuple[str, ...] = ()
     problem: str = ""
     """What is wrong with the line; empty if it is a row."""
@@ -46,16 +46,16 @@ class _Lines:
 def records(
     lines: Iterable[tuple[int, str]], columns: Sequence[str], delimiter: str, quoting: bool
 ) -> Iterator[Record]:
-    """Yield the records of a CSV file, of which empty ones have no cells.
+    """Yield the records of a CSV file. Empty records have no cells.
 
-    A quotation mark that is never closed, or that is closed by one of a later row, would join rows. Such a record is
-    detected if the text after it is malformed, or if one of its lines is a row by itself: it has all cells, and one of
-    them has the extension of a file's name that the record has there. In this case, only the lines with the misplaced
-    marks are reported.
+    A quotation mark that is never closed, or that is closed by a mark in a later row, would join rows. Such a record is
+    detected if the text after the mark is malformed, or if one of its lines looks like a separate row, which has all
+    cells and, in the same column as the record, a file name with the same extension. In this case, only the lines with
+    misplaced marks are reported.
 
     Args:
-        lines: The numbers and the texts of the lines, with line breaks.
-        columns: The names of the columns; none if the first record contains them.
+        lines: The number and the text of each line, with line breaks.
+        columns: The names of the columns; empty if the first record contains them.
         delimiter: The character between cells.
         quoting: Whether quotation marks enclose cells.
     """
@@ -78,7 +78,7 @@ def records(
             problem = f"a quotation mark is missing or misplaced{_joined(len(source.taken))}"
             yield Record(source.taken[0][0], problem=problem)
             number, last = source.taken[-1]
-            if last.count('"') % 2:  # It has the mark that closed the record, which is no part of its text.
+            if last.count('"') % 2:  # This line has the mark that closed the record, which is not part of its text.
                 source.taken.pop()
                 yield Record(number, problem="a quotation mark is misplaced")
             source.retry()
@@ -92,7 +92,7 @@ def _joined(num_lines: int) -> str:
 
 
 def _is_joined(cells: Sequence[str], lines: Sequence[str], num_columns: int, delimiter: str) -> bool:
-    """Return whether a record of several lines consists of several rows."""
+    """Return whether a record with several lines consists of several rows."""
     for line in lines[1:]:
         try:
             alone = next(csv.reader([line], delimiter=delimiter), [])

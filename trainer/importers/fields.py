@@ -29,12 +29,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "start": ("offset", "begin", "start_time", "begin_time"),
     "end": ("end_time",),
 }
-"""The usual names of fields in other formats. If a row lacks a field, the first of these names that it has is used."""
+"""Common names of fields in other formats. If a row lacks a field, the first of these names that it has is used."""
 TRANSCRIPT_NAMES = ("text", "transcript", "transcription", "sentence", "txt", "normalized_text")
 """The names of `answer` which imply that it is a transcript, so that a row without a task gets the task `asr`."""
 DEFAULT_SPLIT = "train"
 DEFAULT_INSTRUCTION = "Transcribe the speech."
-"""The instruction of samples of the task `asr` that have none."""
+"""The instruction for samples of the task `asr` that have no instruction."""
 MAX_CUT_SEC = 1e7
 _UNSAFE = re.compile(r"[^A-Za-z0-9_\-]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -49,20 +49,20 @@ class Naming:
     """The user's choice of names and defaults."""
 
     names: Mapping[str, str] = field(default_factory=dict)
-    """The name in the source of a field of the manifest (`--map`)."""
+    """The names in the source of fields of the manifest (`--map`)."""
     defaults: Mapping[str, str] = field(default_factory=dict)
     """The values of fields for rows that lack them (`--set`)."""
     shares: Mapping[str, float] = field(default_factory=dict)
-    """The share of the recordings of rows without a split that each of these splits gets (`--divide`)."""
+    """The share of recordings that each of these splits gets, for rows without a split (`--divide`)."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row with the fields of a manifest, whose audio has not been read yet."""
+    """A row with the fields of a manifest. Its audio has not been read yet."""
 
     where: str
     key: str
-    """The safe and unique id."""
+    """The unique id, which contains only allowed characters."""
     clips: tuple[Clip, ...]
     """The clips; their paths are absolute."""
     fields: dict[str, Any]
@@ -70,18 +70,18 @@ class Sample:
 
 
 class Ids:
-    """The ids that have been assigned, so that no id is assigned twice. Each takes about 65 bytes of memory."""
+    """The ids that have been assigned, so that no id is assigned twice. Each id uses about 65 bytes of memory."""
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
         self.num_changed = 0
 
     def take(self, original: str, number: int) -> str:
-        """Return a unique id that contains only characters which keys may have.
+        """Return a unique id that contains only characters that keys may have.
 
         Args:
             original: The id in the source.
-            number: The number of the row in the source, which makes the ids of two rows different.
+            number: The number of the row in the source, with which the ids of two rows are made different.
         """
         safe = _UNSAFE.sub("-", original).strip("-")
         if safe != original or len(safe) > _MAX_ID_CHARS:
@@ -144,7 +144,7 @@ def to_sample(row: Row, number: int, source: Source, naming: Naming, ids: Ids) -
 
 
 def plain(value: Any) -> Any:
-    """Return a value converted to JSON's types; None for what JSON cannot express (bytes, NaN, infinite numbers)."""
+    """Convert a value to JSON types. Values that JSON cannot represent (bytes, NaN, infinite numbers) become None."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -162,7 +162,7 @@ def plain(value: Any) -> Any:
 
 def _named(fields: Mapping[str, Any], naming: Naming) -> tuple[dict[str, Any], bool]:
     """Return the fields under their names in a manifest, and whether the answer is known to be a transcript."""
-    # A field that the user maps is never taken from anywhere else, also not from a field of its own name.
+    # A field that the user maps is never taken from elsewhere, not even from a field with the same name.
     used = {*naming.names, *naming.names.values(), *_LIBRARY_FIELDS}
     named = {k: v for k, v in fields.items() if v is not None and k not in used}
     named |= {new: fields[old] for new, old in naming.names.items() if fields.get(old) is not None}
@@ -180,7 +180,7 @@ def _named(fields: Mapping[str, Any], naming: Naming) -> tuple[dict[str, Any], b
 
 
 def _clips(fields: dict[str, Any], source: Source) -> tuple[Clip, ...]:
-    """Remove the audio and its cut from the fields, and return the clips with absolute paths."""
+    """Remove the audio and its start, end and channel from the fields, and return the clips with absolute paths."""
     value = fields.pop("audio", None)
     start, end, channel = (_number(fields.pop(name, None), name) for name in ("start", "end", "channel"))
     items = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
@@ -223,7 +223,7 @@ def _number(value: Any, name: str) -> float | None:
 
 
 def _set_types(fields: dict[str, Any]) -> None:
-    """Convert texts to numbers and lists in the fields that require them, and numbers to texts in text fields."""
+    """Convert strings to numbers and lists in the fields that require them, and numbers to strings in text fields."""
     for name in NUMBER_FIELDS:
         if isinstance(fields.get(name), str):
             fields[name] = _number(fields[name], name)
@@ -291,7 +291,7 @@ def _check_text(value: Any) -> None:
 
 
 def _default_id(clips: tuple[Clip, ...], number: int) -> str:
-    """Return an id for a row that has none: the name and the start of its first clip, or its number."""
+    """Return an id for a row without one, which is the name and the start of its first clip, or its number."""
     if not clips or not clips[0].path:
         return f"row-{number:08d}"
     start = f"-{round(clips[0].start * 1000):08d}" if clips[0].start else ""

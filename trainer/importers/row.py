@@ -1,4 +1,4 @@
-"""What an importer yields: plain rows, which one writer turns into samples."""
+"""The rows that an importer yields. The same code turns the rows of all importers into samples."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Clip:
     """A reference to audio: a file, a part of a file's bytes, or bytes."""
 
     path: str = ""
-    """The file, relative to the folder of the audio, or absolute. For `data`, only a name that shows the type."""
+    """The file, relative to the folder of the audio, or absolute. With `data`, only a name that shows the type."""
     data: bytes | None = None
-    """The content of an audio file that is not a file of its own."""
+    """The content of an audio file that is stored within another file."""
     span: tuple[int, int] | None = None
     """The first byte and the number of bytes of an audio file within `path`; None for the whole file."""
     start: float = 0.0

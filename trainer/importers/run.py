@@ -1,4 +1,4 @@
-"""The import of a source: rows become samples, whose audio several processes make, and which are written in order."""
+"""The import of a source. Rows become samples, several processes prepare their audio, and they are written in order."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class ImportReport:
 
     totals: Totals
     num_resumed: int
-    """The number of rows that an earlier, interrupted import had written."""
+    """The number of rows that an earlier, interrupted import has written."""
     num_changed_ids: int
-    """The number of ids that had to be changed; the samples have the original in the field `original_id`."""
+    """The number of ids that had to be changed. Their samples have the original id in the field `original_id`."""
 
     @property
     def skipped_fraction(self) -> float:
@@ -49,14 +49,14 @@ def run_import(
     """Import the rows of a source.
 
     Args:
-        rows: The importer, which yields the rows.
-        source: What is imported.
+        rows: The function of the importer, which yields the rows.
+        source: The file or folder that is imported.
         naming: The names and defaults of fields.
         sink: The output.
         identity: Everything that determines the output, as JSON. An unfinished import is continued only if it has
             the same identity.
-        jobs: The number of processes that make audio.
-        on_progress: Called with the number of rows that are done.
+        jobs: The number of processes that prepare audio.
+        on_progress: A function that is called with the number of rows that are done.
 
     Raises:
         UserError: If the source cannot be read, the output cannot be written or contains something else, no row can be
@@ -98,7 +98,7 @@ def _after(items: Iterator[Item], num: int, digest: str) -> Iterator[Item]:
     """Yield the items after the first `num`, which must have the given digest.
 
     Raises:
-        UserError: If they have another digest, or there are fewer items.
+        UserError: If they have a different digest, or there are fewer items.
     """
     number = 0
     for number, item in enumerate(items, 1):
@@ -111,7 +111,7 @@ def _after(items: Iterator[Item], num: int, digest: str) -> Iterator[Item]:
 
 
 def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Yield the items in lists, each for one process. Consecutive parts of a recording stay together."""
+    """Yield the items in lists, each of which is for one process. Consecutive parts of a recording stay together."""
     chunk: list[Item] = []
     num_bytes, path = 0, ""
     for item in items:

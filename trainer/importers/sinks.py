@@ -1,6 +1,6 @@
 """The outputs of an import: a manifest with a folder of audio, shards, or nothing.
 
-Each output keeps a journal, so that an import that was killed continues after the last rows that were written.
+Each output keeps a journal, so that an import that was killed can continue after the last rows that were written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Totals:
     skipped: dict[str, int] = field(default_factory=dict)
     """The number of skipped rows by reason."""
     examples: dict[str, str] = field(default_factory=dict)
-    """The first skipped row of each reason."""
+    """The first row that was skipped for each reason."""
     digest: str = ""
     """A hash of all rows so far."""
 
@@ -54,7 +54,7 @@ class Totals:
         self.examples.setdefault(reason, _escaped(f"{outcome.item.where}: {outcome.error.detail}"))
 
     def reasons(self) -> str:
-        """Return the number of skipped rows by reason, with the first one of each."""
+        """Return, as text, the number of skipped rows by reason, with the first row for each reason."""
         return "; ".join(f"{n} {reason} (first: {self.examples[reason]})" for reason, n in sorted(self.skipped.items()))
 
 
@@ -252,7 +252,7 @@ def _skipped(outcomes: Sequence[Outcome]) -> list[dict[str, str]]:
 
 
 def _escaped(text: str) -> str:
-    """Return a text, which may be the name of a file in another encoding, as text that can be written as UTF-8."""
+    """Return `text`, which may be a file name in another encoding, as text that can be written as UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -1,4 +1,4 @@
-"""Reading of the files that are imported. No file outside of the given folders is read, and no command is run."""
+"""Reading of imported files. No file outside the given folders is read unless the user allows it; no command is run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from trainer.importers.csv_table import records
 from trainer.importers.row import Row, RowError
 
 MAX_LINE_BYTES = 64 << 20
-"""The longest line of a text file. Lines may contain audio as base64."""
+"""The longest allowed line in a text file, in bytes. Lines may contain audio as base64."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
-"""The errors that say that there is no file of a name."""
+"""The error numbers that mean that there is no file with a given name."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
 
@@ -34,15 +34,15 @@ class Source:
 
     path: Path
     audio_folder: Path | None = None
-    """The folder that relative paths of audio files start from; None for the folder of `path`."""
+    """The folder to which paths of audio files are relative; None for the folder of `path`."""
     follow: bool = False
-    """Whether audio files outside of `folder` and `audio_folder` may be read."""
+    """Whether audio files outside `folder` and `audio_folder` may be read."""
     columns: tuple[str, ...] = ()
-    """The names of the columns of a table that has no header."""
+    """The names of the columns of a table without a header."""
     audio_name: str = "audio"
     """The name that the source gives to the field `audio`."""
     output: Path | None = None
-    """The folder that the import writes, whose files are not part of the source."""
+    """The folder to which the import writes. Its files are not part of the source."""
 
     @cached_property
     def folder(self) -> Path:
@@ -51,7 +51,7 @@ class Source:
 
     @cached_property
     def base(self) -> Path:
-        """The folder that relative paths of audio files start from."""
+        """The folder to which paths of audio files are relative."""
         return self.audio_folder or self.folder
 
     @cached_property
@@ -63,12 +63,12 @@ class Source:
         """Return the absolute path of an audio file, without symbolic links.
 
         Args:
-            text: The path as the source has it.
+            text: The path as it is written in the source.
 
         Raises:
-            UserError: If the disk or permissions do not allow to look for it.
-            RowError: If it is a command (`pipe`), a URL (`url`), not a path (`wrong_type`), outside of the source
-                without `follow` (`outside`), or not an existing plain file (`no_file`).
+            UserError: If a disk error or missing permissions prevent looking for the file.
+            RowError: If `text` is a command (`pipe`), a URL (`url`), not a path (`wrong_type`), outside the source
+                without `follow` (`outside`), or not an existing regular file (`no_file`).
         """
         check_path_text(text)
         real = self._inside(self.base / text, text)
@@ -77,10 +77,10 @@ class Source:
         return real
 
     def files(self, *patterns: str) -> list[Path]:
-        """Return the sorted files of a folder whose names match one of the patterns, or the file that the source is.
+        """Return the sorted files in a folder whose names match a pattern, or the source itself if it is a file.
 
         Raises:
-            UserError: If there are none.
+            UserError: If there are no such files.
         """
         if not self.path.is_dir():
             return [self.path]
@@ -90,7 +90,7 @@ class Source:
         return found
 
     def walk(self) -> Iterator[Path]:
-        """Yield all files below the folder in a fixed order, except hidden ones."""
+        """Yield all files below the folder in a fixed order, except hidden files and output of the import."""
         for folder, names, files in os.walk(self.path):
             names[:] = sorted(names)
             yield from (path for path in (Path(folder) / name for name in sorted(files)) if self._is_part(path))
@@ -103,7 +103,7 @@ class Source:
             decompress: Whether the content of `*.gz` is decompressed.
 
         Raises:
-            UserError: If it cannot be read, or is a link to a file outside of the source.
+            UserError: If it cannot be read, or is a link to a file outside the source.
         """
         try:
             if path != self.path:
@@ -121,7 +121,7 @@ class Source:
 
         Args:
             path: The file.
-            keep_empty: Whether to yield empty lines, too.
+            keep_empty: Whether to yield empty lines as well.
 
         Raises:
             UserError: If the file cannot be read, or a line is too long.
@@ -156,7 +156,7 @@ class Source:
 
         Args:
             path: The file.
-            delimiter: The character between cells; None to take the one that occurs most in the first line.
+            delimiter: The character between cells; None to use the one that is most frequent in the first line.
             quoting: Whether quotation marks enclose cells.
         """
         lines = (line for _, line in self.lines(path))
@@ -206,7 +206,7 @@ class Source:
     def _inside(self, path: Path, text: str) -> Path:
         try:
             real = path.resolve()
-        except (ValueError, RuntimeError):  # a name that is not allowed, or a circle of links
+        except (ValueError, RuntimeError):  # a name that is not allowed, or a loop of links
             raise RowError("no_file", f"no file {short(text)}") from None
         if not self.follow and not any(real.is_relative_to(root) for root in self.roots):
             raise RowError("outside", f"{short(text)} is outside of {self.roots[0]}; --follow allows that")
@@ -216,10 +216,10 @@ class Source:
 
 
 def _is_plain_file(path: Path) -> bool:
-    """Return whether a plain file exists.
+    """Return whether `path` is an existing regular file.
 
     Raises:
-        UserError: If this cannot be determined, because of the disk or of permissions. Such rows must not be skipped.
+        UserError: If a disk error or missing permissions prevent finding out. Such rows must not be skipped.
     """
     try:
         return stat.S_ISREG(path.stat().st_mode)
@@ -232,10 +232,10 @@ def _is_plain_file(path: Path) -> bool:
 
 
 def check_path_text(text: Any) -> None:
-    """Check that a text may be a path, which means that it is not a command, not a URL and not empty.
+    """Check that `text` can be a path, which means that it is not a command, not a URL and not empty.
 
     Raises:
-        RowError: If it is not.
+        RowError: If it cannot be a path.
     """
     if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise RowError("wrong_type", f"audio = {short(text)}, but must be a path")
@@ -246,7 +246,7 @@ def check_path_text(text: Any) -> None:
 
 
 def json_row(where: str, line: bytes) -> Row:
-    """Return the row of a line of JSON."""
+    """Return the row that a line of JSON contains."""
     try:
         value = parse_json(line)
     except ValueError as error:
@@ -257,7 +257,7 @@ def json_row(where: str, line: bytes) -> Row:
 
 
 def short(value: Any) -> str:
-    """Return a value as ASCII text of at most 160 characters."""
+    """Return a value as ASCII text with at most 160 characters."""
     text = value if isinstance(value, str) and value.isascii() and value.isprintable() else ascii(value)
     return text if len(text) <= 160 else f"{text[:76]}...{text[-76:]}"
 

@@ -1,4 +1,4 @@
-"""The table of the formats that can be imported. A format is one module with a function that yields rows."""
+"""The table of formats that can be imported. A format is a module with a function that yields rows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Reading of tars, also of compressed and concatenated ones, in one pass and without loading a whole tar.
+"""Reading of tar files, which may be compressed or concatenated, in one pass and without loading a whole file.
 
-tarfile ends without an error at a damaged header and at the first end mark. `tar_members` reports the former, and reads
-on after the latter.
+tarfile stops without an error at a damaged header and at the first end mark. `tar_members` reports a damaged header,
+and continues after an end mark.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ def tar_members(
     """Yield the files of a tar, or of several concatenated ones.
 
     Args:
-        source: What is imported.
-        path: The tar, which may be compressed by gzip, bzip2 or xz.
-        wanted: Whether the content of a file of this name is needed.
+        source: The file or folder that is imported.
+        path: The tar, which may be compressed with gzip, bzip2 or xz.
+        wanted: A function that returns whether the content of a file with the given name is needed.
 
     Yields:
-        The number of the tar among the concatenated ones; the name of the file; and its content, or no bytes if it is
-        not wanted, or the reason why it is not read: a link, a sparse or special file, or more than `MAX_FILE_BYTES`.
+        The number of the tar among the concatenated tars, the name of the file, and its content. The content is empty
+        if it is not wanted, and an error if it is not read because the file is a link, sparse, special, or larger than
+        `MAX_FILE_BYTES`.
 
     Raises:
         RowError: If the rest of the tar is damaged, or the tar does not end with an end mark (`broken`).
@@ -69,7 +70,7 @@ def tar_members(
 
 
 class _Forward:
-    """A stream that is read once, in which tarfile can seek forward and a short distance back."""
+    """A stream that is read in one pass. tarfile can seek forward, and a short distance back."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -83,7 +84,7 @@ class _Forward:
         return self._place
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= MAX_FILE_BYTES:  # Headers with long names have a size as well.
+        if not 0 <= size <= MAX_FILE_BYTES:  # Headers with long names also have a size.
             raise tarfile.ReadError(f"damaged header before byte {self._place}")
         back = self._end - self._place
         known = self._last[len(self._last) - back :][:size]

@@ -1,4 +1,4 @@
-"""The part of an import that runs in several processes: making the audio of samples."""
+"""The part of an import that runs in several processes, which is the preparation of samples' audio."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from trainer.importers.row import RowError
 
 AUDIO_FOLDER = "audio"
 _FOLDER_ROWS = 1000
-"""The number of rows whose audio is in one folder below `AUDIO_FOLDER`."""
+"""The number of rows whose audio is stored in one folder below `AUDIO_FOLDER`."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A row of the source on its way to the output."""
+    """A row of the source, with its sample if it could be converted."""
 
     where: str
     """The place in the source."""
@@ -42,7 +42,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Outcome:
-    """An item whose audio has been made."""
+    """An item whose audio has been prepared."""
 
     item: Item
     error: RowError | None
@@ -67,7 +67,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Target:
-    """What happens with the audio."""
+    """The destination of the audio."""
 
     folder: Path | None = None
     """The folder of the manifest, to which audio is written; None to write nothing."""
@@ -80,8 +80,8 @@ def outcomes(chunks: Iterable[Sequence[Item]], target: Target, jobs: int) -> Ite
 
     Args:
         chunks: The items. At most two chunks per process are read ahead.
-        target: What happens with the audio.
-        jobs: The number of processes; 1 to work in this one.
+        target: The destination of the audio.
+        jobs: The number of processes; 1 to use only this process.
 
     Raises:
         UserError: If a file cannot be read or written, a package is missing, or a process was killed.
@@ -108,7 +108,7 @@ def outcomes(chunks: Iterable[Sequence[Item]], target: Target, jobs: int) -> Ite
 
 
 def _end_with_parent() -> None:
-    """Make this process end when its parent is killed."""
+    """Make this process end if its parent is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -143,7 +143,7 @@ def _outcome(item: Item, recordings: Recordings, target: Target) -> Outcome:
     clips = tuple((m.kind, m.data or b"") for m in made) if target.with_data else ()
     audio: tuple[str, ...] = ()
     if target.folder is not None:
-        # No key contains a dot, so that a clip of `conv` never has the name of a clip of `conv-1`.
+        # Keys contain no dots, so a clip of `conv` never has the same name as a clip of `conv-1`.
         number = [f".{i}" if len(made) > 1 else "" for i in range(len(made))]
         audio = tuple(
             _stored(m, target.folder, item.number // _FOLDER_ROWS, sample.key + n)
@@ -153,7 +153,7 @@ def _outcome(item: Item, recordings: Recordings, target: Target) -> Outcome:
 
 
 def _without_data(item: Item) -> Item:
-    """Return the item without the content of its clips, which would be sent between processes again."""
+    """Return the item without the content of its clips, which would otherwise be sent between processes again."""
     assert item.sample is not None
     if all(clip.data is None for clip in item.sample.clips):
         return item

@@ -1,4 +1,4 @@
-"""Self-contained HTML reports, made of a template, a common style, common functions and the data."""
+"""Self-contained HTML reports, which combine a template, a common style, common functions and the data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STYLE, _ELEMENTS = (Path(__file__).with_name(name) for name in ("base.css", "el
 def render(template: Path, title: str, tree: dict[str, Any]) -> str:
     """Return the HTML page of a report.
 
-    The page loads nothing from elsewhere. Names that come from manifests are never parsed as HTML.
+    The page loads no other files. Names that come from manifests are never parsed as HTML.
 
     Args:
         template: an HTML file that contains `{{title}}`, `{{style}}` (for base.css), `{{data}}` and `{{elements}}` (for

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")
-"""The first characters of texts that a spreadsheet program may execute as a formula."""
+"""The first characters of text that a spreadsheet program may execute as a formula."""
 
 
 def as_cell(value: object) -> object:
-    """Return a value for a cell. A text that a spreadsheet program may execute is preceded by an apostrophe."""
+    """Return a value for a cell. Text that a spreadsheet may execute as a formula is preceded by an apostrophe."""
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_STARTS) else value

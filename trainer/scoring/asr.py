@@ -19,12 +19,12 @@ _MAX_LENGTH_RATIO = 2
 def asr_metrics(references: Sequence[str], hypotheses: Sequence[str], languages: Sequence[str]) -> list[Metric]:
     """Return the metrics of speech recognition; lower is better for all of them.
 
-    `wer` is (S + D + I) / (S + D + H), where S, D, I and H are the substitutions, deletions, insertions and hits of all
-    samples. It may exceed 1. `substitutions`, `deletions` and `insertions` are rates per reference word, whose sum is
-    `wer`. `cer` is the same ratio over the characters of the normalized text, including spaces. `hallucination_rate` is
-    the share of hypotheses that are far longer than their reference. `wer_audiobench` is the WER of the English samples
-    with AudioBench's normalization, which expands numbers differently. `wer_former` is the WER with the normalization
-    of versions before 0.2, for comparisons with older runs.
+    `wer` is (S + D + I) / (S + D + H), where S, D, I and H are the numbers of substitutions, deletions, insertions and
+    hits in all samples. It may exceed 1. `substitutions`, `deletions` and `insertions` are rates per reference word,
+    whose sum is `wer`. `cer` is the same ratio as `wer` for the characters of the normalized text, including spaces.
+    `hallucination_rate` is the share of hypotheses that are far longer than their reference. `wer_audiobench` is the
+    WER of the English samples with AudioBench's normalization, which expands numbers differently. `wer_former` is the
+    WER with the normalization of versions before 0.2, for comparisons with older runs.
 
     Args:
         references: the correct transcript of each sample.
@@ -57,7 +57,7 @@ def asr_metrics(references: Sequence[str], hypotheses: Sequence[str], languages:
 
 
 def alignment(reference: str, hypothesis: str, language: str = "en") -> list[tuple[str, str, str]]:
-    """Align the normalized words of two texts.
+    """Align the normalized words of a reference and a hypothesis.
 
     Returns:
         The parts of the alignment in order, each as (`equal`, `substitute`, `delete` or `insert`, words of the
@@ -75,10 +75,11 @@ def alignment(reference: str, hypothesis: str, language: str = "en") -> list[tup
 
 
 def edits(references: Sequence[str], hypotheses: Sequence[str], characters: bool = False) -> NDArray[np.float64]:
-    """Count the edits in the best alignment of each pair of texts.
+    """Count the edits in the best alignment of each reference and hypothesis.
 
     Returns:
-        [N, 4] hits, substitutions, deletions and insertions, in words, or in characters if `characters` is set.
+        [N, 4] numbers of hits, substitutions, deletions and insertions, of words, or of characters if `characters` is
+        set.
     """
     import jiwer
 

@@ -1,4 +1,4 @@
-"""The majority baseline: scores of always giving the most frequent training answer to a question."""
+"""The majority baseline, which always gives the most frequent training answer to a question, and its scores."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def majority_baseline(
 ) -> list[TaskScore]:
     """Score the strategy of always giving the most frequent training answer to the same question.
 
-    A question is a subset together with an instruction text. If it does not occur in the training data, the strategy
-    uses all answers to the same type of question (`qtype`, `slot`) in the subset, then all answers in the subset, then
-    all answers of the task. Answers are counted after normalization; of equally frequent ones, the first in
-    alphabetical order is given. If the sample has choices, only training answers among them are counted. Otherwise the
-    answer is given as it was first written. For a transcription, the score is the error rate of the most
-    frequent transcript.
+    A question is identified by its subset and instruction. If it does not occur in the training data, the strategy uses
+    all answers to the same type of question (`qtype`, `slot`) in the subset, else all answers in the subset, else all
+    answers of the task. Answers are counted after normalization. Among equally frequent answers, the first in
+    alphabetical order is given. If the sample has choices, only training answers that are among the choices are
+    counted. Otherwise, the answer is given as it was first written. For a transcription task, the score is the error
+    rate of the most frequent transcript.
 
     Args:
         train_metas: manifest fields of the training samples.

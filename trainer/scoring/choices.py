@@ -29,9 +29,9 @@ _UNSPACED = re.compile(
 def chosen(text: str, choices: Sequence[str], language: str = "en") -> str | None:
     """Return the choice that `text` names, or None if it names none or several.
 
-    Texts are compared after normalization in their language and without articles. If choices are then equal or empty,
-    as "C" and "C++" or "5" and "-5", their words are compared as they are written. A text can name a choice in three
-    ways:
+    The answer and the choices are compared after normalization in their language and without articles. If choices are
+    then equal or empty, such as "C" and "C++" or "5" and "-5", words are compared as they are written. An answer can
+    name a choice in three ways:
 
     - It begins with the choice's letter, as in "(B)", "B. rain" or "The answer is B"; A is the first choice.
     - It equals the choice.
@@ -39,12 +39,12 @@ def chosen(text: str, choices: Sequence[str], language: str = "en") -> str | Non
       script without spaces. A choice does not count if it directly follows "not", or is part of a longer choice that
       the text contains.
 
-    A text whose letter and words name different choices names none.
+    An answer whose letter and words name different choices names none.
 
     Args:
         text: the answer.
         choices: the choices.
-        language: the language of both; see `language_code`.
+        language: the language of the answer and the choices; see `language_code`.
     """
     if not text.strip():
         return None
@@ -60,9 +60,9 @@ def chosen(text: str, choices: Sequence[str], language: str = "en") -> str | Non
 
 
 def words_of(choices: Sequence[str], language: str) -> Callable[[str], str]:
-    """Return the function that gives the words of a text, separated by spaces, by which the choices differ.
+    """Return a function that returns the words of `text`, separated by spaces, such that the choices differ in them.
 
-    The words are normalized, unless choices would become equal or empty.
+    The words are normalized, unless this would make choices equal or empty.
     """
 
     def normalised(text: str) -> str:
@@ -77,14 +77,14 @@ def words_of(choices: Sequence[str], language: str) -> Callable[[str], str]:
 
 
 def _as_written(text: str) -> str:
-    """Return the words of a text in lower case, without punctuation at their ends."""
+    """Return the words of `text` in lower case, without punctuation at their ends."""
     plain = _UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-"))
     words = (word.strip(".,;:!?\"'()[]") for word in plain.split())
     return " ".join(word for word in words if word)
 
 
 def class_metric(name: str, references: Sequence[str], answers: Sequence[str], counted: NDArray[np.bool_]) -> Metric:
-    """Return the macro-F1 metric, see `macro_f1`.
+    """Return the macro-F1 metric; see `macro_f1`.
 
     Args:
         name: the name of the metric.
@@ -126,7 +126,7 @@ def macro_f1(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, dict[str, int]]:
     """Return how often each reference class was answered with each class, without zeros.
 
-    The answer "" stands for texts that name no choice.
+    The answer "" stands for answers that name no choice.
     """
     rows: dict[str, Counter[str]] = {}
     for reference, answer in zip(references, answers, strict=True):

@@ -1,4 +1,4 @@
-"""Tasks that a recipe declares, from metrics that it chooses by name."""
+"""Tasks that a recipe declares, with metrics that the recipe chooses by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.errors import UserError
 from trainer.scoring.tasks import METRICS, TASKS, Task
 
 VARIABLE = "EARSHOT_TASKS"
-"""The environment variable that passes the declared tasks, as JSON, to the processes that are started."""
+"""The environment variable that passes the declared tasks to child processes, as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class TaskConfig:
 
 
 def declare_tasks(configs: Sequence[TaskConfig]) -> None:
-    """Add tasks to the table of tasks. A task replaces another one of its name that was declared before.
+    """Add tasks to the table of tasks. A task replaces an earlier declared task of the same name.
 
     Args:
         configs: The section `tasks` of a recipe.
@@ -91,6 +91,6 @@ def declare_tasks(configs: Sequence[TaskConfig]) -> None:
 
 
 def inherit_tasks() -> None:
-    """Declare the tasks that the process which started this one has declared."""
+    """Declare the tasks that the parent process has declared."""
     trees = json.loads(os.environ.get(VARIABLE, "[]"))
     declare_tasks([TaskConfig(**{**tree, "metrics": tuple(tree["metrics"])}) for tree in trees])

@@ -30,7 +30,7 @@ _USERS = {401: "check the key", 403: "check the key", 404: "check the address an
 
 
 class RequestFailed(Exception):
-    """A request without a usable answer; `kind` is one word by which failures are counted."""
+    """Raised when a request has no usable answer. `kind` is one word by which failures are counted."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 class _Deadline:
-    """Breaks the connections of a request when its time is over. A socket's own timeout restarts with every byte.
+    """Closes the connections of a request when its time is over. A socket's own timeout restarts with every byte.
 
     Use it as a context manager around the request.
     """
@@ -68,7 +68,7 @@ class _Deadline:
 
     @contextmanager
     def enforced(self) -> Iterator[None]:
-        """Return a context manager that turns the errors of a broken connection into TimeoutError."""
+        """Return a context manager that turns the errors of a closed connection into a TimeoutError."""
         try:
             yield
         except urllib.error.HTTPError:
@@ -81,10 +81,10 @@ class _Deadline:
             raise TimeoutError
 
     def connect(self, *arguments: Any, **options: Any) -> socket.socket:
-        """Do what `socket.create_connection` does, and note the connection."""
+        """Do the same as `socket.create_connection`, and record the connection."""
         connection = socket.create_connection(*arguments, **options)
         with self._lock:
-            # TLS takes the socket's descriptor over, so a duplicate is kept.
+            # TLS takes over the socket's descriptor, so a duplicate is kept.
             self._sockets.append(connection.dup())
             if self.is_over:
                 connection.shutdown(socket.SHUT_RDWR)
@@ -132,11 +132,11 @@ def _is_here(host: str) -> bool:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """The address of a service, and how to send requests to it.
+    """The address of a service, and settings for requests to it.
 
-    A request is tried again after a timeout, a broken connection, a reply that is not JSON, or a status of a busy
-    service (408, 409, 425, 429, 500, 502, 503, 504). The pause before the next attempt is the one that `Retry-After`
-    asks for, or else 1, 2, 4, … seconds, but at most `MAX_WAIT_SEC`.
+    A request is retried after a timeout, a broken connection, a reply that is not JSON, or a status that means that the
+    service is busy (408, 409, 425, 429, 500, 502, 503, 504). The pause before the next attempt is the one that
+    `Retry-After` asks for, or else 1, 2, 4, … seconds, but at most `MAX_WAIT_SEC`.
 
     Raises:
         UserError: If the address is not an HTTP address or contains a password, or the key cannot be sent in a header.
@@ -147,7 +147,7 @@ class Endpoint:
     key: str | None = field(default=None, repr=False)
     """The bearer token; None sends none. It never appears in a message."""
     timeout_sec: float = 60.0
-    """The time in which an attempt must have its whole answer, in seconds."""
+    """The time limit for the whole answer to an attempt, in seconds."""
     num_attempts: int = 5
 
     def __post_init__(self) -> None:
@@ -172,7 +172,7 @@ class Endpoint:
             body: the JSON value to send.
 
         Raises:
-            RequestFailed: If all attempts failed, or one failed in a way that another attempt cannot fix.
+            RequestFailed: If all attempts failed, or an attempt failed in a way that a retry cannot fix.
             UserError: If the service rejects the key, or does not know the address or the model.
         """
         failure: Exception

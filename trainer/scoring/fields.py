@@ -1,4 +1,4 @@
-"""The types of a sample's fields, which are checked wherever samples or predictions enter the program."""
+"""The types of a sample's fields, which are checked wherever samples or predictions are read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 ALL = "all"
-"""The key of scores over all subsets of a task, which therefore cannot be the name of a subset."""
+"""The key of scores over all subsets of a task. It can therefore not be the name of a subset."""
 
 TEXT_FIELDS = (
     "task",
@@ -23,17 +23,17 @@ TEXT_FIELDS = (
 )
 """The fields that are text."""
 LIST_FIELDS = ("choices", "references")
-"""The fields that are lists of texts."""
+"""The fields that are lists of strings."""
 NUMBER_FIELDS = ("duration",)
 """The fields that are numbers and at least 0."""
 
 
 def field_problem(fields: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the type of a field, or None if nothing is. Fields that are null or absent are legal.
+    """Return what is wrong with the type of a field, or None if nothing is. Fields that are null or absent are valid.
 
     Args:
-        fields: The fields of a line of a manifest, or of a prediction. Fields that have no meaning to this program may
-            have any type.
+        fields: The fields of a line of a manifest, or of a prediction. Fields that this program does not use may have
+            any type.
     """
     for name in TEXT_FIELDS:
         if not isinstance(value := fields.get(name), str | None):
@@ -53,7 +53,7 @@ def field_problem(fields: Mapping[str, Any]) -> str | None:
 
 
 def is_amount(value: Any) -> TypeGuard[int | float]:
-    """Return whether `value` is a finite number that is at least 0; true and false are none."""
+    """Return whether `value` is a finite number that is at least 0. Booleans are not numbers here."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:

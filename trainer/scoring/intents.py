@@ -1,7 +1,7 @@
 """Metrics of spoken commands: the intent, and the slots that fill in its details.
 
 An answer is a JSON object such as `{"intent": "set_alarm", "slots": {"time": "seven"}}`. The value of a slot may be a
-list of texts. Text that is not such an object is an intent without slots.
+list of strings. Any other text is interpreted as an intent without slots.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def intent_metrics(hypotheses: Sequence[str], metas: Sequence[Mapping[str, Any]]
     """Return the metrics of commands; higher is better.
 
     `accuracy` is the share of commands whose intent is correct. `slot_f1` is the micro-averaged F1 score over pairs of
-    a slot's name and its value, as in Wang et al. 2005 ("Spoken language understanding", section on evaluation); it
-    applies to all samples, and is 1 where neither text has slots. `exact_match` is the share of commands whose intent
-    and slots are all correct. Texts are compared after normalization.
+    a slot's name and its value, as in Wang et al. 2005 ("Spoken language understanding", section on evaluation). It
+    applies to all samples, and is 1 if neither the answers nor the references have slots. `exact_match` is the share of
+    commands whose intent and slots are all correct. Names and values are compared after normalization.
 
     Args:
         hypotheses: the model's answer to each sample.
@@ -53,7 +53,7 @@ def intent_metrics(hypotheses: Sequence[str], metas: Sequence[Mapping[str, Any]]
 
 
 def command_of(text: str, language: str = "en") -> Command:
-    """Return the command that a text contains.
+    """Return the command that `text` contains.
 
     Args:
         text: an answer, in which other text may surround the JSON object.

@@ -1,4 +1,4 @@
-"""The codes of languages, however a data set writes them."""
+"""Language codes, and their lookup from the various forms in which datasets write languages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 UNSPACED_LANGUAGES = {"zh", "yue", "ja", "th", "lo", "my"}
 """The languages that are scored by character, because they do not write spaces between words."""
 
-# An entry has the code of ISO 639-1, which this program uses, the codes of ISO 639-2, and names with underscores.
+# An entry has the ISO 639-1 code, which this program uses, the ISO 639-2 codes, and names with underscores.
 _LANGUAGES = """
 aa/aar/afar ab/abk/abkhazian ae/ave/avestan af/afr/afrikaans ak/aka/akan am/amh/amharic an/arg/aragonese
 ar/ara/arabic as/asm/assamese av/ava/avaric ay/aym/aymara az/aze/azerbaijani ba/bak/bashkir be/bel/belarusian
@@ -50,11 +50,11 @@ ne/npi or/ory/odia ku/kmr ps/pbt/pbu sq/als mn/khk om/gaz sl/slovene no/norwegia
 
 @cache
 def language_code(language: str) -> str:
-    """Return the code of a language: that of ISO 639-1 if it has one.
+    """Return the code of a language, which is the ISO 639-1 code if there is one.
 
     Args:
-        language: A BCP 47 tag such as `zh-Hans-CN` or `en_US`, a code of ISO 639, or an English name. The code of a
-            language that is not known is the first part of its name in lower case.
+        language: A BCP 47 tag such as `zh-Hans-CN` or `en_US`, an ISO 639 code, or an English name. The code of an
+            unknown language is the first part of its name in lower case.
     """
     codes = _codes()
     plain = re.sub(r"\s+", "_", language.strip().lower())
@@ -68,5 +68,5 @@ def _codes() -> dict[str, str]:
     for entry in f"{_LANGUAGES} {_MORE}".split():
         code, *others = entry.split("/")
         found |= dict.fromkeys((code, *others), code)
-    # Codes of ISO 639-1 that are deprecated must not lead to themselves.
+    # Deprecated ISO 639-1 codes must not map to themselves.
     return found | {"iw": "he", "in": "id", "ji": "yi", "mo": "ro", "jw": "jv"}

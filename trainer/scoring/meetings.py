@@ -1,7 +1,7 @@
 """Metrics of the transcripts of meetings, in which several people speak.
 
-A transcript has one turn per line, which begins with the speaker's name: `Ann: good morning`. A line without a name
-continues the turn before it. Names are only labels: a model may call the speakers whatever it likes.
+A transcript has one turn per line, which begins with the speaker's name, as in `Ann: good morning`. A line without a
+name continues the turn before it. Names are only labels, so a model may use any names for the speakers.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from trainer.scoring.metric import Metric
 from trainer.scoring.text import normalise
 
 _TURN = re.compile(r"^\s*([^\s:][^:\n]{0,39}):(?!\d)\s*(.*)$")
-"""A line with a speaker's name of at most 40 characters, and what was said. `10:30` does not contain a name."""
+"""Matches a line with a speaker's name of at most 40 characters and what was said. `10:30` does not contain a name."""
 
 
 def meeting_metrics(references: Sequence[str], hypotheses: Sequence[str], languages: Sequence[str]) -> list[Metric]:
     """Return the metrics of transcripts of meetings; lower is better.
 
     `cpwer` is the concatenated minimum-permutation word error rate (Watanabe et al. 2020, "CHiME-6 challenge",
-    section 6.2): the turns of each speaker are concatenated, and the speakers of both sides are paired so that the
-    number of word errors is lowest. A speaker without a partner counts as deletions or insertions. It equals
-    `cpwer` of meeteval on normalized text. `speaker_count_error` is the mean absolute difference between the numbers of
-    speakers.
+    section 6.2). The turns of each speaker are concatenated, and the speakers in the reference and the hypothesis are
+    paired so that the number of word errors is lowest. The words of a speaker without a partner count as deletions or
+    insertions. The result equals meeteval's `cpwer` on normalized text. `speaker_count_error` is the mean absolute
+    difference between the numbers of speakers in the reference and the hypothesis.
 
     Args:
         references: the correct transcript of each sample.
@@ -49,7 +49,7 @@ def meeting_metrics(references: Sequence[str], hypotheses: Sequence[str], langua
 def speaker_words(transcript: str, language: str = "en") -> list[list[str]]:
     """Return the normalized words of each speaker, in the order of their first turns, without silent speakers.
 
-    What precedes the first name belongs to a speaker of its own.
+    Text before the first name is assigned to a separate speaker.
     """
     turns: dict[str, list[str]] = {}
     name = ""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 NUM_RESAMPLES = 1000
 _MAX_DRAWS = 1 << 22
-"""The most samples that are drawn at once, which bounds the memory."""
+"""The largest number of samples that are drawn at once, which limits the memory."""
 
 
 def ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -23,7 +23,7 @@ def ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric of N samples; over any subset of them, its value is `value` of the sum of their statistics."""
+    """One metric of N samples. For any subset of the samples, it is `value` applied to the sum of their statistics."""
 
     name: str
     statistics: NDArray[np.float64]
@@ -80,7 +80,7 @@ def interval(values: NDArray[np.float64]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference between systems A and B on the same samples; `value` is B − A."""
+    """The difference between systems A and B on the same samples. `value` is B − A."""
 
     value: float
     low: float

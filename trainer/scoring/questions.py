@@ -19,7 +19,7 @@ from trainer.scoring.text import answer_words
 def answer_metrics(hypotheses: Sequence[str], metas: Sequence[Mapping[str, Any]]) -> list[Metric]:
     """Return the metrics of question answering.
 
-    `accuracy` applies to all samples, `macro_f1` to questions with choices, `exact_match` and `token_f1` to open
+    `accuracy` applies to all samples, `macro_f1` to questions with choices, and `exact_match` and `token_f1` to open
     questions.
     """
     classes = [answer_class(hypothesis, meta) for hypothesis, meta in zip(hypotheses, metas, strict=True)]
@@ -38,8 +38,8 @@ def answer_metrics(hypotheses: Sequence[str], metas: Sequence[Mapping[str, Any]]
 def answer_class(hypothesis: str, meta: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the correct choice and the named choice (or "") as normalized words, or None for an open question.
 
-    Choices that differ only in what normalization removes are given as they are written. A question is open if it has
-    no choices, or its answer is not one of them.
+    Choices that normalization would make equal are returned as they are written. A question is open if it has no
+    choices, or if its answer is not one of them.
     """
     choices, language = meta.get("choices") or (), meta.get("language") or "en"
     right = chosen(meta["answer"], choices, language)
@@ -52,9 +52,9 @@ def answer_class(hypothesis: str, meta: Mapping[str, Any]) -> tuple[str, str] | 
 def is_correct(hypothesis: str, meta: Mapping[str, Any]) -> bool:
     """Return whether `hypothesis` is a correct answer to the sample.
 
-    If the question has choices, the hypothesis must name the same choice as `answer` (see `chosen`). If it is open, the
-    words of the hypothesis must equal those of `answer`, or of one of the `references` of a caption. Words are compared
-    after normalization and without articles, as in SQuAD's exact match, but with Whisper's normalizer.
+    If the question has choices, the hypothesis must name the same choice as `answer` (see `chosen`). If the question is
+    open, the words of the hypothesis must equal those of `answer`, or of one of the `references` of a caption. Words
+    are compared after normalization and without articles, as in SQuAD's exact match, but with Whisper's normalizer.
     """
     pair = answer_class(hypothesis, meta)
     if pair is not None:
@@ -65,14 +65,14 @@ def is_correct(hypothesis: str, meta: Mapping[str, Any]) -> bool:
 
 
 def accepted_answers(meta: Mapping[str, Any]) -> Sequence[str]:
-    """Return the accepted answers to the sample: its `references` if it has any (captions), else its `answer`."""
+    """Return the accepted answers to the sample, which are its `references` if it has any (captions), else `answer`."""
     return meta.get("references") or [meta["answer"]]
 
 
 def token_f1(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
     """Return the harmonic mean of the precision and recall of words, without regard to order (SQuAD).
 
-    It is 1 if both are empty. See Rajpurkar et al. 2016.
+    It is 1 if both are empty (Rajpurkar et al. 2016).
     """
     num_shared = sum((Counter(hypothesis) & Counter(reference)).values())
     total = len(hypothesis) + len(reference)
@@ -80,7 +80,7 @@ def token_f1(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
 
 
 def best_token_f1(hypothesis: str, meta: Mapping[str, Any]) -> float:
-    """Return `token_f1` of the words of a hypothesis with those of the accepted answer that gives the highest value."""
+    """Return the highest `token_f1` of a hypothesis with any accepted answer."""
     language = meta.get("language") or "en"
     words = answer_words(hypothesis, language)
     return max(token_f1(words, answer_words(reference, language)) for reference in accepted_answers(meta))

@@ -40,7 +40,7 @@ class TaskScore:
 def task_metrics(
     task: str, hypotheses: Sequence[str], metas: Sequence[Mapping[str, Any]], meteor: Meteor | None = None
 ) -> list[Metric]:
-    """Return the metrics of one task, beginning with the one that is most informative for a single sample.
+    """Return the metrics of one task, beginning with the metric that is most informative for a single sample.
 
     Args:
         task: the name of the task.
@@ -49,7 +49,7 @@ def task_metrics(
         meteor: the METEOR metric; None skips it.
 
     Raises:
-        UserError: If the task is not known.
+        UserError: If the task is unknown.
     """
     answers = Answers(hypotheses, metas, meteor)
     return [metric for function in find_task(task).metrics for metric in function(answers)]
@@ -77,7 +77,7 @@ def score_metrics(task: str, metrics: Sequence[Metric], metas: Sequence[Mapping[
 
 
 def by_subset(metas: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Return the indices of each subset's samples, with those of all samples first, under `ALL`."""
+    """Return the indices of the samples by subset, beginning with `ALL`, the indices of all samples."""
     rows: dict[str, list[int]] = {ALL: list(range(len(metas)))} if metas else {}
     for i, meta in enumerate(metas):
         rows.setdefault(subset_of(meta), []).append(i)
@@ -90,7 +90,7 @@ def subset_of(meta: Mapping[str, Any]) -> str:
 
 
 def confusions(hypotheses: Sequence[str], metas: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, int]]]:
-    """Return the confusion matrix, see `confusion`, of each subset that has questions with choices."""
+    """Return the confusion matrix (see `confusion`) of each subset that has questions with choices."""
     found: dict[str, tuple[list[str], list[str]]] = {}
     for hypothesis, meta in zip(hypotheses, metas, strict=True):
         if (pair := answer_class(hypothesis, meta)) is not None:
@@ -106,7 +106,8 @@ def score_values(scores: Iterable[TaskScore]) -> dict[str, float]:
 
 
 def measure(metric: Metric, rows: NDArray[np.int64]) -> tuple[float, float, float]:
-    """Return a metric's value and the bounds of its 95 % interval over the samples `rows`, at least one."""
+    """Return a metric's value and the bounds of its 95 % interval over the samples `rows`, of which there is at least
+    one."""
     statistics = metric.statistics[rows]
     return float(metric.value(statistics.sum(0))), *interval(metric.value(resampled_sums(statistics)))
 

@@ -10,7 +10,7 @@ from trainer.scoring.tasks import find_task
 
 
 def format_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Format rows as a table with aligned columns, whose head consists of the first row's keys.
+    """Format rows as a table with aligned columns. The header consists of the first row's keys.
 
     Numbers are aligned to the right, and floats have three decimals.
     """
@@ -30,9 +30,9 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def score_table(scores: Iterable[TaskScore], baseline: Iterable[TaskScore] | None = None) -> list[dict[str, object]]:
-    """Return rows for `format_table`, one per score, with its majority baseline if there is one.
+    """Return rows for `format_table`, one per score, with the score's majority baseline if there is one.
 
-    Transcripts have none, since the most frequent transcript says nothing about speech recognition.
+    Transcription has no baseline, since the most frequent transcript says nothing about speech recognition.
     """
     guessed = {s.name: s.value for s in baseline or () if not find_task(s.task).is_transcription}
     rows: list[dict[str, object]] = []

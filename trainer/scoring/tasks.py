@@ -1,6 +1,6 @@
-"""The tasks that samples belong to, and the metrics that score each of them.
+"""The tasks of samples, and the metrics that score each task.
 
-A task is a value in the table `TASKS`. All other code asks a task for its properties and never compares its name.
+A task is a value in the table `TASKS`. All other code uses the properties of a task and never compares its name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trainer.scoring.translation import translation_metrics
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of a model to samples of one task, which are the input of a metric function."""
+    """A model's answers to samples of one task, which are the input of a metric function."""
 
     hypotheses: Sequence[str]
     """The model's answer to each sample."""
@@ -36,7 +36,8 @@ class Answers:
 
 
 MetricFunction = Callable[[Answers], list[Metric]]
-"""A function that computes one metric, or several that share work. A metric that cannot be computed is omitted."""
+"""A function that computes one metric, or several metrics that share work. A metric that cannot be computed is omitted.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ class Task:
     name: str
     """The task's name in the field `task` of a manifest and in the names of scores."""
     title: str
-    """The task in words, for people."""
+    """A readable description of the task."""
     metrics: tuple[MetricFunction, ...]
-    """The functions that compute the task's metrics. The first metric is the one that ranks single samples."""
+    """The functions that compute the task's metrics. The first metric is used to rank single samples."""
     headlines: tuple[str, ...]
-    """The names of the metrics that are shown where there is room for only a few, the main one first."""
+    """The names of the metrics that are shown where there is room for only a few. The main metric comes first."""
     higher_is_better: bool = True
     """Whether a higher value of the main metric is better."""
     needs_audio: bool = True
@@ -58,7 +59,7 @@ class Task:
     is_transcription: bool = False
     """Whether an answer is the transcript of the audio.
 
-    Such an answer can be a CTC target, clips can be joined, and long recordings can be transcribed in windows.
+    If so, answers can be CTC targets, clips can be joined, and long recordings can be transcribed in windows.
     """
     needs_wordnet: bool = False
     """Whether a metric needs WordNet; see `Answers.meteor`."""
@@ -98,7 +99,7 @@ def accuracy_metric(answers: Answers) -> list[Metric]:
 
 
 def translations(answers: Answers) -> list[Metric]:
-    """Return the metrics of `translation_metrics`; answers are in `target_language`, or else in `language`."""
+    """Return the metrics of `translation_metrics`. Answers are in `target_language` if set, else in `language`."""
     languages = [meta.get("target_language") or meta.get("language") or "en" for meta in answers.metas]
     return translation_metrics([accepted_answers(meta) for meta in answers.metas], answers.hypotheses, languages)
 
@@ -126,7 +127,7 @@ class NamedMetrics:
 
     function: MetricFunction
     main: str
-    """The main metric, which is the headline unless the recipe names another one."""
+    """The main metric, which is the headline unless the recipe names another metric."""
     others: tuple[str, ...] = ()
     """The names of the other metrics that the function computes."""
     higher_is_better: bool = True
@@ -170,10 +171,10 @@ TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 
 
 def find_task(name: str) -> Task:
-    """Return the task of that name.
+    """Return the task with the given name.
 
     Raises:
-        UserError: If it is not known.
+        UserError: If there is no such task.
     """
     if name not in TASKS:
         raise UserError(
@@ -189,13 +190,13 @@ def known_tasks() -> str:
 
 
 def task_names() -> tuple[str, ...]:
-    """Return the names of the known tasks in alphabetical order, in which all ranks agree.
+    """Return the names of the known tasks in alphabetical order, which is the same on all ranks.
 
-    Ranks exchange indices into it.
+    Ranks exchange indices into this tuple.
     """
     return tuple(sorted(TASKS))
 
 
 def is_headline(task: str, metric: str) -> bool:
-    """Return whether the metric of the task is shown where there is room for only a few."""
+    """Return whether the metric of the task is shown where there is room for only a few metrics."""
     return metric in find_task(task).headlines

@@ -43,15 +43,15 @@ def normalise(text: str, language: str = "en") -> str:
     English text becomes lower case. Contractions are expanded, and fillers, punctuation, diacritics and brackets with
     their content are removed. Whisper's normalizer writes number words as digits ("five seven" → "57", "twenty one" →
     "21"). Each digit is then spelled as a word ("five seven", "two one"), so that a string of digits counts as one word
-    per digit. The steps are those of AudioBench (arXiv 2406.16020) except for its expansion of numbers, see
+    per digit. The steps are those of AudioBench (arXiv 2406.16020) except for its expansion of numbers; see
     `normalise_audiobench`. British and American spellings ("colour", "color") differ, because transformers does not
     include Whisper's table of spellings.
 
-    Text in other languages goes through the steps of Whisper's basic normalizer, but keeps the marks of scripts in
-    which they are letters (Whisper's turns the vowels of Hindi into spaces), and loses the points that Arabic and
-    Hebrew may omit. Chinese, Cantonese, Japanese, Thai, Lao and Burmese text is split into one word per character, as
-    in Whisper's own evaluation. In all languages, typographic apostrophes equal plain ones, and invisible characters
-    and runs of dots are removed.
+    Text in other languages is normalized with the steps of Whisper's basic normalizer, except that marks are kept in
+    scripts in which they are letters (Whisper's normalizer turns the vowel signs of Hindi into spaces), and the points
+    that Arabic and Hebrew text may omit are removed. Chinese, Cantonese, Japanese, Thai, Lao and Burmese text is split
+    into one word per character, as in Whisper's own evaluation. In all languages, typographic apostrophes are replaced
+    by plain ones, and invisible characters and runs of dots are removed.
 
     Args:
         text: The text.
@@ -69,7 +69,7 @@ def normalise(text: str, language: str = "en") -> str:
 def normalise_former(text: str, language: str = "en") -> str:
     """Normalize text as `normalise` did up to version 0.2; it will be removed in version 0.4.
 
-    Only exact codes of languages are known, and marks become spaces in all languages but English.
+    Only exact language codes are known, and marks become spaces in all languages except English.
     """
     if language != "en":
         return " ".join(_whisper_basic(language in UNSPACED_LANGUAGES)(text).split()) or _EMPTY
@@ -79,10 +79,10 @@ def normalise_former(text: str, language: str = "en") -> str:
 def normalise_audiobench(text: str) -> str:
     """Normalize English text as AudioBench does (`preprocess_text_asr`, AudioLLMs/AudioBench at commit 9308801).
 
-    The result differs from that of `normalise` in numbers: they stay as Whisper's normalizer writes them, except that 0
-    to 19 and the tens up to 90 become words, and punctuation within numbers is removed. For example, "five seven"
-    becomes the single word "57". AudioBench's further steps for contractions and brackets are omitted, since Whisper's
-    normalizer leaves nothing for them to do.
+    The result differs from that of `normalise` in numbers. They remain as Whisper's normalizer writes them, except that
+    0 to 19 and the tens up to 90 become words, and punctuation within numbers is removed. For example, "five seven"
+    becomes the single word "57". AudioBench's further steps for contractions and brackets are omitted, since they would
+    have no effect after Whisper's normalizer.
     """
     plain = _SMALL_NUMBER.sub(lambda match: _NUMBER_WORDS[int(match[0])], _english()(text))
     plain = "".join(c for c in plain if not unicodedata.category(c).startswith("P"))
@@ -90,7 +90,7 @@ def normalise_audiobench(text: str) -> str:
 
 
 def answer_words(text: str, language: str = "en") -> list[str]:
-    """Return the normalized words of an answer; in English, articles are removed as in SQuAD's scorer."""
+    """Return the normalized words of an answer. In English, articles are removed, as in SQuAD's scorer."""
     plain = normalise(text, language)
     return (_ARTICLES.sub(" ", plain) if language_code(language) == "en" else plain).split()
 
@@ -104,12 +104,12 @@ def tokenise(text: str) -> list[str]:
 def _clean(text: str) -> str:
     """Return the text with plain apostrophes, and without invisible characters and runs of dots."""
     text = _APOSTROPHE.sub("'", _DOTS.sub(" ", text))
-    # The zero-width space separates words; all other format characters separate nothing.
+    # The zero-width space separates words. All other format characters do not separate anything.
     return "".join(c for c in text.replace("\u200b", " ") if unicodedata.category(c) != "Cf")
 
 
 def _basic(text: str, split_letters: bool) -> str:
-    """Return text as Whisper's basic normalizer does, but with the marks that are letters."""
+    """Normalize text as Whisper's basic normalizer does, but keep the marks that are letters."""
     text = _BRACKETS.sub("", text.lower()).replace("i\u0307", "i")
     text = _OPTIONAL_MARKS.sub("", unicodedata.normalize("NFKC", text))
     text = "".join(" " if unicodedata.category(c)[0] in "SP" else c for c in text).lower()
@@ -122,7 +122,7 @@ def _spaced_zeros(text: str) -> str:
 
 
 def _spelled(plain: str) -> str:
-    """Return normalized English text without fillers, and with numbers digit by digit."""
+    """Return normalized English text without fillers, and with numbers spelled digit by digit."""
     return " ".join(_NUMBER.sub(_spell_number, _FILLERS.sub(" ", plain)).split())
 
 

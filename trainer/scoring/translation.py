@@ -1,7 +1,7 @@
 """Metrics of translations: BLEU and chrF++, as sacrebleu computes them.
 
-sacrebleu extracts the n-gram statistics of each sentence. The scores are functions of their sums, which are computed
-here for many resamples at once. In shapes, N is the number of samples.
+sacrebleu extracts the n-gram statistics of each sentence. The scores are functions of the sums of these statistics,
+and are computed here for many resamples at once. In shapes, N is the number of samples.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trainer.scoring.metric import Metric
 
 _BLEU_ORDER = 4
 _CHRF_ORDER = 8
-"""Character n-grams up to order 6, and word n-grams up to order 2."""
+"""The number of n-gram orders: character n-grams up to order 6, and word n-grams up to order 2."""
 _BY_CHARACTER = {"ja", "ko", "th", "lo", "my", "km", "bo"}
 """Languages whose translations are compared by characters. sacrebleu has tokenizers for two of them, but they need
 dictionaries that are not installed."""
@@ -64,15 +64,15 @@ def bleu_score(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     It matches `sacrebleu.metrics.BLEU.compute_bleu` with its default arguments.
 
     Args:
-        sums: [..., 10] length of the hypotheses and of the closest references in tokens, then the numbers of correct
-            n-grams and of all n-grams of the hypotheses, each for orders 1 to 4.
+        sums: [..., 10] lengths of the hypotheses and of the closest references in tokens, followed by the numbers of
+            correct n-grams and of all n-grams in the hypotheses, each for orders 1 to 4.
 
     Returns:
         [...] scores.
     """
     length, wanted = sums[..., 0], sums[..., 1]
     correct, total = sums[..., 2 : 2 + _BLEU_ORDER], sums[..., 2 + _BLEU_ORDER :]
-    # The k-th order without a correct n-gram counts as 2^-k of one.
+    # The k-th order without a correct n-gram counts as 2^-k correct n-grams.
     missing = np.cumsum((correct == 0) & (total > 0), axis=-1)
     counted = np.where(correct > 0, correct, 0.5**missing)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -85,11 +85,11 @@ def bleu_score(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 def chrf_score(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return chrF++ from 0 to 100 (Popović 2017).
 
-    It matches `sacrebleu.metrics.CHRF(word_order=2)`: precision and recall are averaged over the orders that both
-    sides have, and recall counts twice as much.
+    It matches `sacrebleu.metrics.CHRF(word_order=2)`. Precision and recall are averaged over the orders for which both
+    hypotheses and references have n-grams, and recall counts twice as much as precision.
 
     Args:
-        sums: [..., 24] for each order, the numbers of n-grams of the hypotheses, of the references and of both.
+        sums: [..., 24] for each order, the numbers of n-grams in the hypotheses, in the references, and in both.
 
     Returns:
         [...] scores.

@@ -1,4 +1,4 @@
-"""A reader of synonyms from a WordNet 3.0 database (see wndb(5WN)), equal to NLTK's as far as METEOR needs it."""
+"""A reader of WordNet 3.0 databases (see wndb(5WN)), equivalent to the parts of NLTK's reader that METEOR needs."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def find_wordnet(given: str | None = None) -> Path:
 
 
 def wordnet_if_any(given: str | None, what: str) -> Path | None:
-    """Return the folder of the WordNet database; None after printing a note if none was named and none is installed.
+    """Return the folder of the WordNet database. If none is given or installed, print a note and return None.
 
     Args:
         given: the folder; None as in `find_wordnet`.
         what: what is done without METEOR, for the note.
 
     Raises:
-        UserError: If a folder was named, and it is not one of WordNet.
+        UserError: If a folder is given that does not contain WordNet.
     """
     try:
         return find_wordnet(given)
@@ -60,7 +60,7 @@ def wordnet_if_any(given: str | None, what: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Lemma:
-    """One word of a synset; a term of several words is joined by underscores."""
+    """One word in a synset. The words of a multi-word term are joined by underscores."""
 
     text: str
 
@@ -79,10 +79,10 @@ class Synset:
 
 
 class WordNet:
-    """A replacement for NLTK's `WordNetCorpusReader` with the part of it that `nltk.translate.meteor_score` uses.
+    """A replacement for NLTK's `WordNetCorpusReader`, with only the parts that `nltk.translate.meteor_score` uses.
 
-    NLTK's own reader needs two further files: lexnames, which Debian's package lacks, and index.sense. It also reads
-    only from NLTK's own data folders.
+    NLTK's reader needs two additional files, lexnames (which Debian's package lacks) and index.sense. It also reads
+    only from NLTK's data folders.
 
     Args:
         folder: the folder returned by `find_wordnet`.
@@ -96,7 +96,7 @@ class WordNet:
         self._exceptions: dict[str, dict[str, list[str]]] = {}
         self._data: dict[str, mmap.mmap] = {}
         for pos, name in _PARTS_OF_SPEECH.items():
-            # The lines of the license begin with a space.
+            # Lines of the license text begin with a space.
             lines = (folder / f"index.{name}").read_text(encoding="utf-8").splitlines()
             self._index[pos] = dict(line.split(" ", 1) for line in lines if not line.startswith(" "))
             words = [line.split() for line in (folder / f"{name}.exc").read_text(encoding="utf-8").splitlines()]
@@ -105,7 +105,7 @@ class WordNet:
                 self._data[pos] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def synsets(self, word: str) -> list[Synset]:
-        """Return the synsets, for every part of speech, of `word` and of the words that it may be an inflection of.
+        """Return the synsets, for every part of speech, of `word` and of words of which it may be an inflection.
 
         Inflections are resolved as in morphy(7WN).
         """
@@ -132,7 +132,7 @@ class WordNet:
 
 
 def _offsets(line: str) -> list[str]:
-    """Return the synset offsets of an index line without its word.
+    """Return the synset offsets in an index line, from which the word has been removed.
 
     The line contains the part of speech, the number of synsets, pointers, sense counts and, at the end, the offsets.
     """

@@ -1,8 +1,8 @@
 """Alerts about a run's events, posted to a webhook such as Slack's.
 
-The URL is a secret, so it is read only from the environment variable `EARSHOT_ALERT_WEBHOOK`. Without it, there are no
-alerts. Whether an event is worth an alert follows from the run's events alone, so that all processes of all attempts
-agree without talking to each other: of several ranks that fail at once, only the first one sends an alert.
+The URL is a secret, so it is read only from the environment variable `EARSHOT_ALERT_WEBHOOK`. If the variable is not
+set, no alerts are sent. Whether an event causes an alert depends only on the run's events, so that all processes of all
+attempts agree without communicating. If several ranks fail at once, for example, only the first one sends an alert.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class AlertConfig:
     skipped_updates: int = 5
     """An alert about `skip` is sent whenever this many more updates of an attempt were skipped."""
     min_interval_sec: float = 60.0
-    """The least time between two alerts about the same kind of event, in seconds."""
+    """The shortest time between two alerts about the same kind of event, in seconds."""
 
     def __post_init__(self) -> None:
         check_least("telemetry.alerts", self, skipped_updates=1, min_interval_sec=0)
@@ -63,7 +63,7 @@ class AlertConfig:
 
 
 def is_due(events: Sequence[Event], config: AlertConfig) -> bool:
-    """Return whether the last of a run's events is worth an alert."""
+    """Return whether the last of a run's events should cause an alert."""
     last = events[-1]
     kind = last["event"]
     if kind not in config.events:
@@ -91,7 +91,7 @@ def text_of(event: Event, name: str) -> str:
 
 @dataclass(frozen=True)
 class Alerts:
-    """A function that posts an event of a run to the webhook. It never raises, and never delays a training step.
+    """A callable that posts an event of a run to the webhook. It never raises, and never delays a training step.
 
     Pass it to `EventLog`, which calls it with every event that was written.
 
@@ -124,7 +124,7 @@ class Alerts:
 
 
 def post(url: str, text: str) -> None:
-    """Post a text to a webhook. A failure is only logged, without the path of the URL, which is a secret."""
+    """Post text to a webhook. A failure is only logged, without the path of the URL, which is a secret."""
     try:
         body = json.dumps({"text": text}).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})

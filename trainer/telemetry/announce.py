@@ -1,4 +1,4 @@
-"""Lines that say what a process is doing, with the time of day."""
+"""Printing of lines that state what a process is doing, with the time of day."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
 
 Each line is a JSON object with the keys `time` (Unix seconds), `event`, `attempt` and `host`, with `rank` and `step` if
 they are known, and with further keys that depend on the event. An attempt begins with the event `started`. Events that
-are written between two attempts belong to the earlier one; attempt 0 means that none has begun. This module does not
-import torch, so that shell scripts can use it.
+are written between two attempts belong to the earlier attempt. Attempt 0 means that no attempt has begun. This module
+does not import torch, so that shell scripts can use it without a delay.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class EventLog:
     Args:
         run_dir: The run's folder, which is created if it does not exist.
         rank: The rank of this process; None if it is not a rank.
-        attempt: The attempt to which the events belong; None for the attempt that is current when an event is written.
+        attempt: The attempt to which the events belong. None for the current attempt at the time an event is written.
         notify: A function that is called with every event that was written, such as `trainer.telemetry.alerts.Alerts`.
     """
 
@@ -182,7 +182,7 @@ def _append(path: Path, line: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        # A line that another process is still writing also looks incomplete. The resulting empty line is harmless.
+        # A line that another process is still writing also looks incomplete. The empty line that results is harmless.
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
         data = (("\n" if torn else "") + line + "\n").encode()

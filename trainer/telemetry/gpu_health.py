@@ -1,7 +1,8 @@
-"""Hardware faults of a node's GPUs that occur while a run trains: Xid errors, uncorrected memory errors, throttling.
+"""Hardware faults of a node's GPUs during a training run: Xid errors, uncorrected memory errors and throttling.
 
-One rank of each node watches them in a thread. A fault is an event of the run, so that an attempt that ends because of
-it is not taken for a software fault, and the next attempt can avoid the node. This module does not import torch.
+One rank on each node looks for faults in a thread. A fault is recorded as an event of the run, so that an attempt that
+ends because of it is not mistaken for a software fault, and the next attempt can avoid the node. This module does not
+import torch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _QUERY = (
 _ANSWER_SEC = 30.0
 _XID = re.compile(r"NVRM: Xid \((PCI:[^)]*)\): (\d+)")
 _OF_PROGRAMS = frozenset({13, 31, 43, 45, 68, 109})
-"""The Xid errors that a program's own mistake or its end causes, according to NVIDIA's list of Xid errors."""
+"""The Xid errors that are caused by an error in a program or by its end, according to NVIDIA's list of Xid errors."""
 
 
 class GpuFault(NamedTuple):
@@ -33,15 +34,15 @@ class GpuFault(NamedTuple):
     what: str
     """A description of the fault."""
     is_broken: bool
-    """True if the GPU must not be used before it is repaired or reset; false if it is only slow."""
+    """True if the GPU must not be used until it is repaired or reset; False if it is only slow."""
 
 
 Read = Callable[[Sequence[str]], str]
-"""A function that runs a command and returns its output, or an empty text if the command is missing or fails."""
+"""A function that runs a command and returns its output, or an empty string if the command is missing or fails."""
 
 
 def read_command(command: Sequence[str]) -> str:
-    """Run a command and return its output, or an empty text if it is missing, fails, or does not answer in time."""
+    """Run a command and return its output, or an empty string if it is missing, fails, or does not end in time."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SEC, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -50,10 +51,10 @@ def read_command(command: Sequence[str]) -> str:
 
 
 def find_faults(read: Read = read_command) -> list[GpuFault]:
-    """Return the faults of this node's GPUs, as `nvidia-smi` and the kernel's log show them.
+    """Return the faults of this node's GPUs that `nvidia-smi` and the kernel's log report.
 
-    Both sources are optional: without `nvidia-smi`, or without permission to read the kernel's log, its faults are not
-    found.
+    Both sources are optional. Without `nvidia-smi`, or without permission to read the kernel's log, the faults that
+    this source reports are not found.
     """
     faults = []
     for line in read(["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]).splitlines():
@@ -70,19 +71,19 @@ def find_faults(read: Read = read_command) -> list[GpuFault]:
 
 
 def node_name() -> str:
-    """Return the name of this node: that of Slurm in a Slurm job, and the short name of the host otherwise."""
+    """Return the name of this node, which is Slurm's name in a Slurm job, and the short host name otherwise."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
 
 
 class GpuWatch:
     """Looks for new faults of this node's GPUs in a thread, while the context manager is active.
 
-    Faults that exist at the start are not reported, since the preflight has accepted the node with them.
+    Faults that exist at the start are not reported, since the preflight check has accepted the node in spite of them.
 
     Args:
-        emit: The function that is called once for each new fault, on the thread.
-        every_sec: The seconds between two looks.
-        find: The function that returns all faults.
+        emit: A function that the thread calls once for each new fault.
+        every_sec: The time between two checks, in seconds.
+        find: A function that returns all faults.
     """
 
     def __init__(

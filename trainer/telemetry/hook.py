@@ -1,6 +1,6 @@
 """The interface of hooks, which watch a training run.
 
-Only rank 0 has hooks. Hooks receive values but not the engines, so that they cannot start a collective.
+Only rank 0 has hooks. Hooks receive values but not the engines, so that a hook cannot call a collective.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RunState:
 class Hook:
     """An observer of a training run.
 
-    Its methods do nothing; a subclass overrides those that it needs. An exception that a method raises ends the run.
+    Its methods do nothing. A subclass overrides the methods that it needs. An exception in a method ends the run.
     """
 
     def on_start(self, state: RunState) -> None:
@@ -51,7 +51,7 @@ class Hook:
         Args:
             event: One of `trainer.telemetry.events.EVENTS`.
             step: The most recently started step.
-            fields: Further fields of the event.
+            fields: The further fields of the event.
         """
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
@@ -99,4 +99,5 @@ class HookList(Hook):
 
 
 HOOKS: dict[str, type[Hook]] = {}
-"""The hook classes that plug-ins in the group `earshot.hooks` add. A run constructs one of each without arguments."""
+"""The hook classes that plug-ins in the group `earshot.hooks` add. A run creates one instance of each class, without
+arguments."""

@@ -1,4 +1,4 @@
-"""Append-only JSONL files in which every line has a step, without duplicate steps after a resume."""
+"""Append-only JSONL files in which every line has a step. A resume does not duplicate steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.files import write_whole
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _NOT_FINITE = ("nan", "inf", "-inf")
-"""The texts that stand for the numbers that JSON lacks."""
+"""The strings that stand for numbers that JSON cannot represent."""
 
 
 class Backlog(Generic[T]):
@@ -38,7 +38,7 @@ class Backlog(Generic[T]):
         return len(self._waiting)
 
     def add(self, item: T) -> None:
-        """Write all waiting items and `item`; if that fails, keep them and log a warning."""
+        """Write all waiting items and `item`. If that fails, keep the unwritten items and log a warning."""
         waited = len(self._waiting)
         self._waiting.append(item)
         try:
@@ -66,8 +66,8 @@ class StepLog:
 
     Args:
         path: The file. Its folder is created if it does not exist.
-        resume_step: The step from which the run resumes. The lines of later steps and an incomplete last line are
-            first removed in one atomic replacement, as are damaged lines; 0 empties the file.
+        resume_step: The step from which the run resumes. Lines of later steps, damaged lines and an incomplete last
+            line are first removed in one atomic replacement. 0 empties the file.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
@@ -109,7 +109,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file of metrics, in which every value is a number; nothing if the file does not exist.
+    """Yield the records of a metrics file, in which every value is a number; nothing if the file does not exist.
 
     Raises:
         UserError: If the file cannot be read, or a line is not a record of metrics.
@@ -123,7 +123,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def undamaged_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of the lines that have one, and skip damaged lines; nothing if the file does not exist.
+    """Yield the records of all undamaged lines; nothing if the file does not exist.
 
     Raises:
         UserError: If the file cannot be read.
@@ -148,7 +148,7 @@ def _undamaged(path: Path, last_step: int) -> Iterator[str]:
 
 
 def _numbered(path: Path) -> Iterator[tuple[int, str, Any]]:
-    """Yield the number and text of each complete line, with its record, or the reason why it has none.
+    """Yield the number and the text of each complete line, with its record or the reason why there is no record.
 
     Raises:
         UserError: If the file cannot be read.

@@ -4,7 +4,7 @@ Each rank adds up its clips and costs in a `LoadMeter`. At the end of an interva
 into a `LoadInterval`, which becomes one line of the file. Intervals can be added, so that a run can be examined as a
 whole or over time.
 
-Shapes: E encoders (the primary first), R ranks.
+Shapes: E encoders (the primary encoder first), R ranks.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _COST_FIELDS = 4
 
 @dataclass(frozen=True)
 class EncoderCosts:
-    """The costs of computing the encoders over a number of steps."""
+    """The costs of running the encoders over a number of steps."""
 
     encoders: tuple[str, ...]
     """The names of the primary encoder, if any, and of the experts."""
     compute_sec: Floats
-    """The seconds for which each rank computed each encoder, of shape [E, R]."""
+    """The seconds that each rank spent running each encoder, of shape [E, R]."""
     wait_sec: Floats
-    """The seconds for which each rank waited for other ranks in each encoder, of shape [E, R]."""
+    """The seconds that each rank waited for other ranks in each encoder, of shape [E, R]."""
     sent_bytes: Floats
     """The number of bytes that all ranks sent for each encoder, of shape [E]."""
     received_bytes: Floats
@@ -49,8 +49,8 @@ class EncoderCosts:
     slowest_sec: float
     """The sum over steps of the compute time of the slowest rank, which all others wait for.
 
-    In each step, this is the time of the slowest rank in the primary encoder plus that of the slowest rank in the
-    experts, which begin after the primary has ended.
+    In each step, this is the time of the slowest rank in the primary encoder plus the time of the slowest rank in the
+    experts, which start after the primary encoder has ended.
     """
 
     def __add__(self, other: EncoderCosts) -> EncoderCosts:
@@ -76,7 +76,7 @@ class EncoderCosts:
         )
 
     def same_ranks(self, other: EncoderCosts) -> bool:
-        """Return whether both have the same encoders and number of ranks, so that they can be added."""
+        """Return whether `other` has the same encoders and number of ranks, so that the two can be added."""
         return (self.encoders, self.compute_sec.shape) == (other.encoders, other.compute_sec.shape)
 
     @property
@@ -90,8 +90,8 @@ class EncoderCosts:
 
     @property
     def imbalance(self) -> float:
-        """The ratio of the slowest rank's time to the mean time. The best value is 1, which is also returned if nothing
-        was computed."""
+        """The ratio of the slowest rank's time to the mean time. The best value is 1, which is also the value if
+        nothing was computed."""
         return self.slowest_sec / self.mean_sec if self.mean_sec > 0 else 1.0
 
     def to_json(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class EncoderCosts:
 
 @dataclass(frozen=True)
 class LoadInterval:
-    """The load and costs of a number of consecutive steps on all ranks."""
+    """The load and the costs of several consecutive steps on all ranks."""
 
     step: int
     """The last of the steps, counted from 1."""
@@ -178,7 +178,7 @@ class RankLoad:
 
     load: ExpertLoad
     costs: Floats
-    """The seconds of computing and of waiting, and the bytes sent and received, of shape [steps, E, 4]."""
+    """The seconds spent computing and waiting, and the bytes sent and received, of shape [steps, E, 4]."""
     step_sec: float
     """The wall time of the steps, in seconds."""
 
@@ -275,7 +275,7 @@ class LoadMeter:
 def interval_metrics(interval: LoadInterval) -> dict[str, float]:
     """Return the metrics of an interval by name: those of `load_metrics`, and `encoders/...` per step.
 
-    Seconds are means over ranks, bytes are sums over ranks.
+    Seconds are means over ranks, and bytes are sums over ranks.
     """
     costs, num = interval.costs, interval.num_steps
     metrics = load_metrics(interval.load)
@@ -295,7 +295,7 @@ def read_history(path: Path) -> list[LoadInterval]:
         path: The file `expert_load.jsonl` of the run.
 
     Raises:
-        UserError: If the file does not exist, is empty or contains other lines.
+        UserError: If the file does not exist, is empty, or contains lines that are not such intervals.
     """
     if not path.is_file():
         raise UserError(f"{path}: no routing history; train the run with this version, or profile data with --data")
@@ -317,5 +317,5 @@ def read_history(path: Path) -> list[LoadInterval]:
 
 
 def _gates(before: Sequence[LoadInterval], interval: LoadInterval) -> tuple[str, ...]:
-    """Return the gates of the last interval that has clips, or those of `interval` if none has."""
+    """Return the gates of the last interval that has clips, or those of `interval` if no interval has clips."""
     return next((i.load.gates for i in reversed(before) if i.load.cells), interval.load.gates)

@@ -23,9 +23,9 @@ class StepReport:
     """The report of one step on a global batch. Its numbers are sums or means over all ranks."""
 
     step: int
-    """The number of steps done including this one; the first report of a run has 1."""
+    """The number of completed steps, including this one. The first report of a run has 1."""
     loss: float
-    """The minimised loss, a weighted sum of `losses`."""
+    """The loss that is minimized, a weighted sum of `losses`."""
     losses: Mapping[str, float] = field(default_factory=dict)
     """The mean of each term of the loss, by the name of the loss."""
     task_losses: Mapping[str, tuple[float, int]] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class StepReport:
     """The index of the stage of training, counted from 0; None in a run without stages."""
     num_samples: int = 0
     num_tokens: int = 0
-    """The number of LLM positions, audio tokens included."""
+    """The number of LLM positions, including audio tokens."""
     audio_sec: float = 0.0
     """The duration of all audio, in seconds."""
     phase_sec: Mapping[str, float] = field(default_factory=dict)
@@ -55,21 +55,23 @@ class StepReport:
     None if no interval ends with this step, and on ranks other than 0.
     """
     token_load: TokenLoad | None = None
-    """The load of the experts in the LLM's layers in the same interval; None also if the LLM has no experts."""
+    """The load of the experts in the LLM's layers in the same interval. None in the same cases, and if the LLM has no
+    experts."""
     ranks: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the ranks' work in the logging interval that ends with this step; empty if `load` is None."""
     plan: Mapping[str, float] = field(default_factory=dict)
-    """Metrics of the comparison with the run's plan; empty if there is none, and in steps that end no interval."""
+    """Metrics of the comparison with the run's plan. Empty if there is no plan, or if no interval ends with this step.
+    """
     epochs: Mapping[str, float] = field(default_factory=dict)
-    """The number of epochs of each dataset that have been read since the run began, by the dataset's name. It need not
-    be whole."""
+    """The number of epochs of each dataset that have been read since the run began, by the dataset's name. It may be
+    fractional."""
 
     signals: Mapping[str, int] = field(default_factory=dict)
     """The number of ranks that each signal has asked to stop, by the signal's name; empty if no rank must stop."""
     mfu: float | None = None
     """The model FLOPs utilization, from 0 to 1; None on CPUs, on unknown devices, and on ranks other than 0."""
     memory_bytes: int = 0
-    """The peak memory of rank 0 so far: of its device, or of its process on a CPU; 0 on other ranks."""
+    """The peak memory so far of rank 0's device, or of its process on a CPU; 0 on other ranks."""
 
     @property
     def seconds(self) -> float:
@@ -82,7 +84,7 @@ class EvalReport:
     """The report of an evaluation of one split."""
 
     step: int
-    """The number of steps done before the evaluation."""
+    """The number of completed steps before the evaluation."""
     split: str
     values: Mapping[str, float]
     """Scores by their name in `trainer.scoring.scores.score_values`, for example `asr/wer` or `asr/digits/wer`."""
@@ -93,7 +95,7 @@ class EvalReport:
 
 
 def is_logged(step: int, every_steps: int) -> bool:
-    """Return whether a logging interval ends with `step`. Step 1 is logged on its own to show the initial loss."""
+    """Return whether a logging interval ends with `step`. Step 1 is logged separately to show the initial loss."""
     return step % every_steps == 0 or step == 1
 
 
@@ -103,7 +105,7 @@ def flatten(reports: Sequence[StepReport]) -> dict[str, float]:
     Losses, the gradient norm and times are means over the steps. The loss of a task is the mean over its tokens in all
     steps, and routing metrics are means over all clips. Rates are totals divided by the total time. The learning rate
     and the numbers of skipped samples and updates are those of the last step. Steps whose update was skipped count in
-    the losses and the norm only if there are no others.
+    the losses and the norm only if the updates of all steps were skipped.
 
     Args:
         reports: The reports of the steps, at least one.
@@ -197,9 +199,9 @@ class PhaseTimer:
 
     Args:
         synchronise: A function that waits for the device. While there is a listener, it is called at the start and the
-            end of each phase, so that asynchronous work counts towards the phase that launched it, but no longer
-            overlaps with other phases. Without a listener, the work counts towards the phase in which the host next
-            waits for the device. None to measure only the time of the host.
+            end of each phase, so that asynchronous work is charged to the phase that launched it, but no longer
+            overlaps with other phases. Without a listener, the work is charged to the phase in which the host next
+            waits for the device. None to measure only time on the host.
     """
 
     def __init__(self, synchronise: Callable[[], None] | None = None) -> None:
@@ -263,7 +265,7 @@ def peak_memory_bytes() -> dict[str, int]:
 
 
 def _peak_host_bytes() -> int:
-    # getrusage is not used, because a process inherits the maximum of its parent there.
+    # getrusage is not used, because its maximum is inherited from the parent process.
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -271,7 +273,7 @@ def _peak_host_bytes() -> int:
 
 
 def _collect(mappings: Iterable[Mapping[str, T]]) -> dict[str, list[T]]:
-    """Return, for each key in order of appearance, its values in all mappings that have it."""
+    """Return the values of each key in all mappings that have it. Keys are in order of appearance."""
     collected: dict[str, list[T]] = {}
     for mapping in mappings:
         for key, value in mapping.items():

@@ -1,4 +1,4 @@
-"""The facts about where a run comes from, which trackers show as tags."""
+"""Facts about the origin of a run, which trackers show as tags."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 PLAN_NAME = "plan.txt"
 """The name of the file in a run's folder that contains the plan of its job, or else a summary of its recipe."""
 PLAN_JSON_NAME = "plan.json"
-"""The name of the file in a run's folder that contains the numbers of its plan, with which the run is compared."""
+"""The name of the file in a run's folder that contains the numbers in its plan, with which the run is compared."""
 _PACKAGES = ("earshot", "torch", "deepspeed", "megatron-core", "transformers")
 _PROJECT = Path(__file__).parents[2]
 _GIT_SEC = 5.0
 
 
 def origin_of(recipe: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the commit, host, user, job, versions and the digest of the recipe of a run, as far as they are known.
+    """Return the commit, host, user, job, package versions and recipe digest of a run, as far as they are known.
 
     Args:
         recipe: The resolved recipe as YAML.
@@ -43,7 +43,7 @@ def origin_of(recipe: str, environ: Mapping[str, str] = os.environ) -> dict[str,
 
 
 def _commit() -> str:
-    """Return the commit of the checkout, with `+` if files were changed; empty outside a checkout."""
+    """Return the commit of the checkout, followed by `+` if files were changed; empty outside a checkout."""
     if not (_PROJECT / ".git").exists():
         return ""
     try:

@@ -16,20 +16,20 @@ from trainer.telemetry.announce import duration, time_of_day
 from trainer.telemetry.metrics import StepReport
 
 _BAR_COLUMNS = 12
-"""The least width of the bar itself, with its frame and the percentage."""
+"""The smallest width of the bar itself, with its frame and the percentage, in characters."""
 _MIN_COLUMNS = 80
 
 
 class Progress:
     """A progress bar if the output is a terminal, otherwise one plain line per `every_steps` steps.
 
-    Both show the remaining time, the loss, the learning rate, the gradient norm, tokens per second, the MFU or audio
-    seconds per second (x real time), and the peak memory of rank 0. A narrow terminal shows only the first of them.
-    Rates are moving averages over the last steps.
+    The bar and the lines show the remaining time, the loss, the learning rate, the gradient norm, tokens per second,
+    the MFU or audio seconds per second (x real time), and the peak memory of rank 0. A narrow terminal shows only as
+    many of them as fit, in this order. Rates are moving averages over the last steps.
 
     Args:
         num_steps: The number of steps of the whole run.
-        start_step: The number of steps done before this process began.
+        start_step: The number of steps completed before this process began.
         every_steps: The number of steps per plain line.
         name: The name of the run, with which each line begins.
         stream: The output; None for stderr.
@@ -97,7 +97,7 @@ class Progress:
         now_sec = time.perf_counter()
         seconds = max(now_sec - self._mark_sec, 1e-9)
         self._mark_sec = now_sec
-        # Amounts and times are averaged instead of rates, so that larger steps have a larger weight.
+        # Amounts and times are averaged instead of rates, so that longer steps have a larger weight.
         latest = (seconds, float(report.num_tokens), report.audio_sec)
         if self._rates is None:
             self._rates = latest
@@ -122,7 +122,7 @@ class Progress:
 
 
 def fitting(words: Sequence[str], columns: int) -> str:
-    """Join the first of `words` that fit into a number of columns. The first word is always shown."""
+    """Join as many of the first `words` as fit into a number of columns. The first word is always included."""
     text = words[0]
     for word in words[1:]:
         if len(text) + 2 + len(word) > columns:
@@ -132,7 +132,7 @@ def fitting(words: Sequence[str], columns: int) -> str:
 
 
 def number(value: float) -> str:
-    """Return a loss or norm in few characters: `3.214`, `41.2`, `1.2e+07`, `nan`."""
+    """Format a loss or norm in few characters, such as `3.214`, `41.2`, `1.2e+07` or `nan`."""
     if not math.isfinite(value):
         return str(value)
     size = abs(value)

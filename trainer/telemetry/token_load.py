@@ -1,4 +1,4 @@
-"""Statistics about which experts of the LLM's layers compute which tokens, and their history `token_load.jsonl`.
+"""Statistics about which experts in the LLM's layers process which tokens, and their history `token_load.jsonl`.
 
 All numbers are sums over tokens, so they can be added over steps and ranks. Tokens are grouped by the task and the
 language of their sample and by their modality.
@@ -26,15 +26,15 @@ Floats = NDArray[np.float64]
 HISTORY_NAME = "token_load.jsonl"
 """The name of the file in the run's folder."""
 MODALITIES = ("text", "audio")
-"""The modalities of tokens: those of the tokenizer, and audio embeddings."""
+"""The modalities: `text` for tokens from the tokenizer, and `audio` for audio embeddings."""
 UNNAMED = "-"
-"""The language of samples whose manifest does not contain it."""
+"""The language of samples whose manifest entry does not name one."""
 OTHER = "other"
 """The language of samples whose task and language are not counted separately."""
 MAX_KINDS = 64
 """The largest number of pairs of a task and a language that are counted separately."""
 MAX_METRIC_EXPERTS = 16
-"""The largest number of experts for which trackers get metrics of every expert."""
+"""The largest number of experts for which trackers get metrics for every expert."""
 
 
 class TokenGroup(NamedTuple):
@@ -44,26 +44,26 @@ class TokenGroup(NamedTuple):
     modality: str
     """One of `MODALITIES`."""
     language: str = UNNAMED
-    """The language of the sample as the manifest has it, `UNNAMED` or `OTHER`."""
+    """The language of the sample as in the manifest, or `UNNAMED` or `OTHER`."""
 
 
 @dataclass(frozen=True)
 class SampleKinds:
-    """The kinds of samples whose tokens are counted separately, in an order in which all ranks agree."""
+    """The kinds of samples whose tokens are counted separately, in an order that is the same on all ranks."""
 
     pairs: tuple[tuple[str, str], ...]
     """The task and the language of each kind."""
 
     @staticmethod
     def of(tasks: Sequence[str], num_samples: Mapping[tuple[str, str], int]) -> SampleKinds:
-        """Return the most frequent kinds of the data, and one more kind of each task for all other samples.
+        """Return the most frequent kinds in the data, and one additional kind per task for all other samples.
 
         Args:
             tasks: The names of all tasks.
-            num_samples: The number of samples by task and language, whose name is empty if there is none.
+            num_samples: The number of samples by task and language. The language is empty if a sample has none.
         """
         counts = Counter({(task, language or UNNAMED): num for (task, language), num in num_samples.items()})
-        # The order of pairs of equal number must not depend on the order in which they are given.
+        # The order of pairs with the same number of samples must not depend on the order in which they are given.
         frequent = sorted(counts, key=lambda pair: (-counts[pair], pair))[:MAX_KINDS]
         return SampleKinds((*sorted(frequent), *((task, OTHER) for task in tasks)))
 
@@ -76,7 +76,7 @@ class SampleKinds:
 
         Args:
             task: The task.
-            language: The field `language` of the manifest, or None.
+            language: The field `language` of the sample's manifest entry, or None.
         """
         found = self._places.get((task, str(language or UNNAMED)))
         return self._places[task, OTHER] if found is None else found
@@ -84,14 +84,14 @@ class SampleKinds:
 
 @dataclass(frozen=True)
 class TokenCell:
-    """Sums over a number of tokens, for each layer with experts."""
+    """Sums over a set of tokens, for each layer with experts."""
 
     tokens: Floats
     """The number of tokens [L]."""
     entropy: Floats
     """The sum of the entropies of the router's probabilities [L], in nats."""
     chosen: Floats
-    """The number of tokens that each expert computed [L, E]."""
+    """The number of tokens that each expert processed [L, E]."""
     first: Floats
     """The number of tokens for which each expert had the highest score [L, E]."""
     weights: Floats
@@ -167,7 +167,7 @@ class TokenLoad:
         return sum(found[1:], found[0]) if found else None
 
     def totals(self, *properties: str) -> dict[tuple[str, ...], TokenCell]:
-        """Return the sums over the groups that are equal in some properties, in alphabetical order.
+        """Return the sums over the groups that have the same values of some properties, in alphabetical order.
 
         Args:
             properties: Fields of `TokenGroup`, whose values are the keys of the result.
@@ -185,7 +185,7 @@ class TokenLoad:
 
     @property
     def dead(self) -> tuple[str, ...]:
-        """The experts that computed no token, as `layer/expert`."""
+        """The experts that processed no token, as `layer/expert`."""
         total = self.total()
         if total is None:
             return ()
@@ -194,7 +194,8 @@ class TokenLoad:
 
     @property
     def overload(self) -> float:
-        """The largest share of an expert in a layer's choices, relative to an even use of all experts."""
+        """The largest share of an expert in a layer's choices, as a multiple of its share if all experts were chosen
+        equally often."""
         total = self.total()
         return float(total.share.max()) * len(self.experts) if total is not None else 1.0
 
@@ -235,7 +236,7 @@ class TokenLoad:
 
 
 def add_up(loads: Iterable[TokenLoad]) -> TokenLoad:
-    """Return the sum of several loads in the order of their steps, of which there must be at least one."""
+    """Return the sum of at least one load, given in the order of steps."""
     first, *others = loads
     return sum(others, first)
 
@@ -243,7 +244,8 @@ def add_up(loads: Iterable[TokenLoad]) -> TokenLoad:
 def token_metrics(load: TokenLoad) -> dict[str, float]:
     """Return the metrics `ffn_expert/...` by name; empty if there are no tokens.
 
-    They are means over layers. Those of every expert are left out if there are more than `MAX_METRIC_EXPERTS`.
+    The metrics are means over layers. Metrics for every expert are left out if there are more than
+    `MAX_METRIC_EXPERTS` experts.
     """
     total = load.total()
     if total is None:
@@ -275,7 +277,7 @@ def read_history(path: Path) -> list[TokenLoad]:
         path: The file `token_load.jsonl` of the run.
 
     Raises:
-        UserError: If the file contains other lines.
+        UserError: If the file contains lines that are not such loads.
     """
     if not path.is_file():
         return []

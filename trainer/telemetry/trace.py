@@ -26,8 +26,8 @@ _NUM_MARKS = 9
 class Trace:
     """Records the phases of the chosen steps, and writes them to files after the last of these steps.
 
-    During these steps, all ranks wait for each other before each phase, in a phase called `wait`. This shows how long a
-    rank waits for the others; otherwise, the waiting time would be part of the next collective.
+    During these steps, all ranks wait for each other before each phase, in a phase called `wait`. The trace therefore
+    shows how long a rank waits for the others. Otherwise, this time would be part of the next collective.
 
     Args:
         config: The recipe's `profile` section, which defines the steps to trace.
@@ -35,7 +35,7 @@ class Trace:
         folder: The folder for the files: `rank<r>.json` for each rank and `trace.json` for all of them.
         rank: The rank of this process within `group`.
         group: The process group of all ranks; None for the default group.
-        gather: A collective function that returns the lists of all ranks on rank 0, and None on the others.
+        gather: A collective function that returns the lists of all ranks on rank 0, and None on other ranks.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Trace:
         self._step, self._step_start_sec = 0, 0.0
 
     def begin(self, step: int) -> None:
-        """Start recording if `step` is one of the chosen steps. Call this method before the first phase of the step.
+        """Start recording if `step` is one of the chosen steps. This must be called before the first phase of the step.
 
         Collective: every rank of the group must call it.
 
@@ -126,8 +126,8 @@ def _clock_offset_sec(group: dist.ProcessGroup | None) -> float:
 
     Collective: every rank of the group must call it.
 
-    All ranks leave a barrier at nearly the same moment. The median over several barriers is robust against a rank that
-    is scheduled late once.
+    All ranks leave a barrier at nearly the same moment. The median over several barriers is robust to a rank that is
+    occasionally scheduled late.
     """
     marks = torch.empty(_NUM_MARKS, dtype=torch.float64)
     for i in range(_NUM_MARKS):

@@ -1,4 +1,4 @@
-"""Folders of audio as the datasets library reads them: with a metadata file, or with one folder per label."""
+"""Folders of audio in the layout of the datasets library: with a metadata file, or with one folder per label."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _of_file(path: Path) -> Row:
 
 
 def _with_audio(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the fields with `audio` in place of `file_name`, `*_file_name` and `*_file_names`."""
+    """Return the fields, with `audio` instead of `file_name`, `*_file_name` and `*_file_names`."""
     rest, audio = {}, []
     for name, value in fields.items():
         if name == "file_name" or name.endswith(("_file_name", "_file_names")):

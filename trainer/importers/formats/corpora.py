@@ -1,4 +1,4 @@
-"""Corpora as their publishers distribute them: Common Voice, FLEURS and GigaSpeech."""
+"""Corpora in the form in which their publishers distribute them: Common Voice, FLEURS and GigaSpeech."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FLEURS_COLUMNS = ("sentence_id", "file", "raw_transcription", "transcription", 
 
 
 def commonvoice_rows(source: Source) -> Iterator[Row]:
-    """Yield the rows of one table of Common Voice, or of `train.tsv`, `dev.tsv` and `test.tsv` of a folder.
+    """Yield the rows of one Common Voice table, or of `train.tsv`, `dev.tsv` and `test.tsv` in a folder.
 
     The name of the folder is the language, unless the table has a column `locale`.
     """
@@ -43,10 +43,10 @@ def commonvoice_rows(source: Source) -> Iterator[Row]:
 
 
 def fleurs_rows(source: Source) -> Iterator[Row]:
-    """Yield the rows of one table of FLEURS, or of the tables of a folder of a language.
+    """Yield the rows of one FLEURS table, or of the tables in the folder of a language.
 
-    The recordings are in `audio/SPLIT`, `SPLIT` or next to the table. The id is the name of the file, because the id in
-    the table is that of the sentence, which several speakers may read.
+    The recordings are in `audio/SPLIT`, in `SPLIT`, or next to the table. The id is the file name, because the id in
+    the table identifies the sentence, which several speakers may read.
     """
     for path in source.files("train.tsv", "dev.tsv", "test.tsv"):
         split = path.stem if path.stem in ("train", "dev", "test") else "train"
@@ -110,7 +110,7 @@ def _items(source: Source, path: Path, name: str) -> Iterator[dict[str, Any]]:
     text, is_inside = "", False
     with source.open(path) as file:
         while True:
-            # The blocks grow with the object that is being read, so that the time is linear in its size.
+            # The block size grows with the object that is being read, so that the time is linear in its size.
             try:
                 block = file.read(max(_BLOCK_BYTES, len(text)))
             except (OSError, EOFError, zlib.error) as error:

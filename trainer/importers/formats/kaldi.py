@@ -1,4 +1,4 @@
-"""Data folders of Kaldi and ESPnet: `wav.scp`, `text`, and optionally `segments` and tables of speakers."""
+"""Data folders in the format of Kaldi and ESPnet: `wav.scp`, `text`, and optionally `segments` and speaker tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.importers.row import Clip, Row, RowError
 from trainer.importers.source import Source
 
 _TABLES = {"utt2spk": "speaker", "utt2lang": "language", "text": "text", "utt2gender": "gender"}
-"""The field that each table of utterances gives."""
+"""The field that each table of utterances provides."""
 _OPTIONS_WITHOUT_VALUE = {
     "sph2pipe": {"-p", "-u", "-a"},
     "flac": {"-d", "-c", "-s", "-dc", "-cd", "-dcs", "-cds", "--decode", "--stdout", "--silent"},
@@ -26,7 +26,7 @@ _BYTE_HEADER = 64
 def rows(source: Source) -> Iterator[Row]:
     """Yield one row per segment, or per recording if there is no file `segments`.
 
-    The tables are held in memory, about 500 bytes per utterance.
+    The tables are held in memory, with about 500 bytes per utterance.
 
     Raises:
         UserError: If `wav.scp` is missing, or a line of a table is not UTF-8.
@@ -93,10 +93,10 @@ def _segments(source: Source, path: Path) -> Iterator[tuple[str, str, dict[str, 
 
 
 def recording_clip(entry: str, source: Source) -> Clip:
-    """Return the recording that an entry of `wav.scp` names by a path, a command, or a place in an ark.
+    """Return the recording that an entry in `wav.scp` specifies by a path, a command, or a position in an ark file.
 
     Raises:
-        RowError: If it is a command that does more than decode one file (`pipe`), or a place without audio.
+        RowError: If the entry is a command that does more than decode one file (`pipe`), or a position without audio.
     """
     if entry.endswith("|"):
         return _decoded_file(entry)
@@ -107,7 +107,7 @@ def recording_clip(entry: str, source: Source) -> Clip:
 
 
 def _decoded_file(entry: str) -> Clip:
-    """Return the file that a command decodes. The command is not run: only its file and its channel are read."""
+    """Return the file that a command decodes. Only the file and the channel are read, and the command is not run."""
     try:
         program, *words = shlex.split(entry.rstrip()[:-1])
     except ValueError:
@@ -130,7 +130,7 @@ def _decoded_file(entry: str) -> Clip:
 
 
 def _ark_clip(source: Source, path: str, first: int) -> Clip:
-    """Return the audio file at a place in an ark, as kaldiio writes it: a WAV file, or `AUDIO`, a length and a file."""
+    """Return the audio at a position in an ark file from kaldiio: a WAV file, or `AUDIO`, a length and a file."""
     real = source.audio_file(path)
     try:
         with open(real, "rb") as file:

@@ -1,4 +1,4 @@
-"""Cuts of lhotse as JSON lines, and Shar folders. Only the JSON is read: lhotse itself would run commands."""
+"""lhotse cuts as JSON lines, and Shar folders. The JSON is read directly, because lhotse itself would run commands."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from trainer.importers.tar_stream import tar_members
 from trainer.scoring.fields import is_amount
 
 _Stored = tuple[str, Clip | RowError | None, float | None]
-"""The id, the audio (or why it cannot be read) and the seconds of a recording of a Shar tar."""
+"""The id, the audio (or the reason why it cannot be read) and the duration in seconds of a recording in a Shar tar."""
 _TOLERANCE_SEC = 1e-3
-"""The largest difference of durations that is attributed to rounding."""
+"""The largest difference between durations that is attributed to rounding."""
 _FIELDS = ("language", "speaker", "gender")
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Yield the samples of one manifest of cuts, or of all files `*cuts*.jsonl` of a folder.
+    """Yield the samples of one manifest of cuts, or of all files `*cuts*.jsonl` in a folder.
 
-    A cut with one supervision is one sample. A cut with several is one sample per supervision.
+    A cut with several supervisions becomes one sample per supervision. Any other cut becomes one sample.
     """
     for path in source.files("*cuts*.jsonl", "*cuts*.jsonl.gz"):
         for row in source.objects(path):
@@ -33,7 +33,7 @@ def rows(source: Source) -> Iterator[Row]:
 
 
 def shar_rows(source: Source) -> Iterator[Row]:
-    """Yield the samples of a Shar folder: the cuts of `cuts.*.jsonl.gz`, with the audio of `recording.*.tar`."""
+    """Yield the samples of a Shar folder: the cuts in `cuts.*.jsonl.gz`, with the audio in `recording.*.tar`."""
     for path in source.files("cuts.*.jsonl", "cuts.*.jsonl.gz"):
         number = path.name.split(".")[1]
         tar = path.with_name(f"recording.{number}.tar")
@@ -80,7 +80,7 @@ def _rows_of_cut(row: Row, stored: _Stored | None) -> Iterator[Row]:
 
 
 def _audio(cut: Mapping[str, Any], stored: _Stored | None) -> tuple[Clip, float, float, bool]:
-    """Return the recording of a cut, the start and the length of the cut in it, and whether the cut is all of it."""
+    """Return the recording of a cut, the start and length of the cut in the recording, and whether it is all of it."""
     if cut.get("type", "MonoCut") != "MonoCut":
         raise RowError("unsupported", f"a cut of the type {short(cut['type'])}; only MonoCut is supported")
     start, seconds = _number(cut, "start"), _number(cut, "duration")

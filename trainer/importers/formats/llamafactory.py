@@ -14,7 +14,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "ass
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Yield the samples of one file, or of all JSON files of a folder except `dataset_info.json`."""
+    """Yield the samples of one file, or of all JSON files in a folder except `dataset_info.json`."""
     for path in source.files("*.json", "*.jsonl"):
         if path.name == "dataset_info.json":
             continue

@@ -1,4 +1,4 @@
-"""Conversations in the format of OpenAI, Qwen2-Audio, transformers and ms-swift: JSON with `messages`."""
+"""Conversations in the formats of OpenAI, Qwen2-Audio, transformers and ms-swift, which are JSON with `messages`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _AUDIO_TYPES = ("audio", "audio_url", "input_audio")
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Yield the conversations of one file, or of all JSON files of a folder.
+    """Yield the conversations in one file, or in all JSON files in a folder.
 
-    The content of a message is a text, or a list of parts. `audios` or `audio` has the clips of the tags `<audio>`.
-    ms-swift's `query`, `response`, `history` and `system`, and alpaca's `instruction`, `input` and `output` are also
-    read.
+    The content of a message is text, or a list of parts. `audios` or `audio` contains the clips for the tags `<audio>`.
+    ms-swift's fields `query`, `response`, `history` and `system`, and alpaca's fields `instruction`, `input` and
+    `output` are also read.
     """
     for path in source.files("*.jsonl", "*.json", "*.jsonl.gz", "*.json.gz"):
         for row in source.objects(path):
@@ -51,7 +51,7 @@ def _converted(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def alpaca_turns(fields: dict[str, Any]) -> list[Message]:
-    """Remove the fields of ms-swift's or alpaca's form, and return their messages.
+    """Remove the fields in ms-swift's or alpaca's format, and return the messages that they describe.
 
     Raises:
         RowError: If there is no question or no answer.

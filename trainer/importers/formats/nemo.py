@@ -9,7 +9,7 @@ from trainer.importers.source import Source
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Yield the rows of one manifest, or of all JSON files of a folder.
+    """Yield the rows of one manifest, or of all JSON files in a folder.
 
     A row with an `offset` is a part of its recording that lasts `duration` seconds. In a row without `offset`, the
     `duration` only describes the file. Rows with `_skipme` are skipped.

@@ -1,4 +1,4 @@
-"""Conversations of NeMo: turns of text and audio, and the form of ShareGPT with `sound`."""
+"""Conversations in NeMo's formats: turns of text and audio, and ShareGPT with `sound`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SOUND_TAGS = ("<sound>", "<speech>")
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Yield the conversations of one file, or of all JSON files of a folder.
+    """Yield the conversations in one file, or in all JSON files in a folder.
 
-    Consecutive turns of one role are joined with a space, as in NeMo. Every `<sound>` of a conversation stands for the
-    same clip if there is only one `sound`.
+    Consecutive turns of the same role are joined with a space, as in NeMo. If there is only one `sound`, every
+    `<sound>` in the conversation stands for this clip.
     """
     for path in source.files("*.json", "*.jsonl", "*.json.gz", "*.jsonl.gz"):
         for row in source.objects(path):

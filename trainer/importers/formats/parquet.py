@@ -1,4 +1,4 @@
-"""Parquet files as the datasets library and the Hugging Face hub store them."""
+"""Parquet files in the format of the datasets library and the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _SPLIT = re.compile(r"(train|validation|dev|test)[-_.]")
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Yield the rows of one file, or of all Parquet files of a folder. The beginning of a file's name names the split.
+    """Yield the rows of one file, or of all Parquet files in a folder.
 
-    An audio column is a struct of `bytes` and `path`. A number of a ClassLabel becomes its name.
+    If the name of a file begins with a split, such as `train`, its rows have this split. An audio column is a struct of
+    `bytes` and `path`. A number in a ClassLabel column is replaced by the class name.
     """
     read = file_rows(source)
     for path in source.files("*.parquet"):

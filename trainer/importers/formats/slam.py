@@ -14,10 +14,10 @@ _PROMPTS = "multiprompt.jsonl"
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Yield the rows of one file, or of all JSON lines of a folder except its prompts.
+    """Yield the rows of one file, or of all JSON-lines files in a folder except the file of prompts.
 
-    `multiprompt.jsonl` next to the data has lines with `task` and `prompt`. If a task has several prompts, each row
-    gets one that depends on its key.
+    The file `multiprompt.jsonl` next to the data has lines with `task` and `prompt`. If a task has several prompts, the
+    key of a row determines which prompt the row gets.
     """
     prompts: dict[str, list[str]] = {}
     if (source.folder / _PROMPTS).exists():

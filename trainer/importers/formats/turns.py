@@ -1,4 +1,4 @@
-"""Conversations of several formats: roles, texts with a tag for each clip, and the clips."""
+"""The common form of conversations in several formats: roles, text with a tag for each clip, and the clips."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Message:
     text: str
     """The text, with `AUDIO_TAG` in place of each clip."""
     loss: bool | None = None
-    """Whether the answer is learned; None if the source does not say."""
+    """Whether the model is trained on the answer; None if the source does not say."""
 
 
 def fields_of_messages(messages: Sequence[Message], audio: Sequence[Any]) -> dict[str, Any]:
@@ -38,8 +38,8 @@ def fields_of_messages(messages: Sequence[Message], audio: Sequence[Any]) -> dic
         audio: The clips in the order of their tags.
 
     Raises:
-        RowError: If there are not as many tags as clips (`wrong_type`), or the messages are not a conversation that can
-            be trained (`bad_messages`).
+        RowError: If the numbers of tags and clips differ (`wrong_type`), or the messages are not a conversation that
+            can be used for training (`bad_messages`).
     """
     num_tags = sum(m.text.count(AUDIO_TAG) for m in messages)
     if num_tags not in (0, len(audio)):
@@ -62,10 +62,10 @@ def fields_of_messages(messages: Sequence[Message], audio: Sequence[Any]) -> dic
 
 
 def audio_of(value: Any) -> str | Clip:
-    """Return the audio that a value in a conversation names: a path, a data URL, or a mapping with one of them.
+    """Return the audio that a value in a conversation specifies: a path, a data URL, or a mapping with one of them.
 
     Raises:
-        RowError: If it is none of these, or its base64 is damaged.
+        RowError: If the value is none of these, or its base64 is damaged.
     """
     if isinstance(value, dict):
         found = next((value[n] for n in ("path", "url", "audio_url", "audio", "input_audio") if value.get(n)), None)

@@ -1,4 +1,4 @@
-"""WebDataset tars of other programs, whose files the webdataset library groups to samples."""
+"""WebDataset tars from other programs, whose files the webdataset library groups into samples."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ _OTHER_AUDIO = ("m4a", "mp4", "aac", "webm", "mka", "wma", "amr", "3gp", "sph", 
 _TEXT_TYPES = ("txt", "text", "transcript", "lab")
 _READ_TYPES = (*AUDIO_TYPES, *_OTHER_AUDIO, "json", "cls", *_TEXT_TYPES)
 _IGNORED = re.compile(r"__[^/]*__($|/)")
-"""Names of the metadata of a whole tar, which the webdataset library ignores."""
+"""Matches the names of metadata about a whole tar, which the webdataset library ignores."""
 _TWICE = ".~twice"
 """The suffix that marks the second of two files with the same name, so that no file replaces another."""
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """Yield the samples of one tar, or of all tars of a folder.
+    """Yield the samples in one tar, or in all tars in a folder.
 
-    A sample has audio, `.json` with its fields, `.txt` with its text, or `.cls` with its label. Nothing is unpickled.
+    A sample may have audio, `.json` with its fields, `.txt` with its text, and `.cls` with its label. Nothing is
+    unpickled.
 
     Raises:
         UserError: If the webdataset library is not installed.
@@ -48,7 +49,7 @@ def _members(members: Iterable[tuple[int, str, bytes | RowError]]) -> Iterator[d
     try:
         for part, name, content in members:
             if part != number:
-                yield {}  # A sample ends with its tar.
+                yield {}  # A sample cannot continue in the next tar.
                 key, number = "", part
             folder, slash, base = name.removeprefix("./").rpartition("/")
             if base.startswith("._") or _IGNORED.match(name):  # companion files of macOS

@@ -1,4 +1,4 @@
-"""A tracker that stores its records from a thread of its own."""
+"""A tracker that stores its records in a separate thread."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Record:
 
 
 class BackgroundTracker(Tracker):
-    """A tracker that works on its own thread, so that a slow import or a slow store does not delay training.
+    """A tracker that runs in a separate thread, so that a slow import or a slow store does not delay training.
 
     Subclasses implement `open_run`, `write` and `close_run`, which the thread calls and which may raise exceptions. The
-    first failure logs a warning, and no failure stops training.
+    first failure is logged as a warning, and no failure stops training.
     """
 
     _NUM_QUEUED = 10_000

@@ -27,12 +27,12 @@ class TrackedRun:
     resume_step: int = 0
     """The step from which the run resumes; 0 if it starts from the beginning."""
     again: bool = False
-    """Whether this is a later attempt of the run, even if it starts from the beginning."""
+    """Whether this is not the first attempt of the run, even if it starts from the beginning."""
     started_sec: float = 0.0
     """The time at which the attempt started, in seconds since the Unix epoch; 0 for the time at which the tracker
     starts."""
     tags: Mapping[str, str] = field(default_factory=dict)
-    """Facts about where the run comes from, such as the commit, the host and the versions of packages."""
+    """Facts about the origin of the run, such as the commit, the host and the versions of packages."""
     files: tuple[Path, ...] = ()
     """Files that describe the run, such as its recipe. Stores that keep files receive them at the start."""
 
@@ -45,9 +45,9 @@ class TrackedRun:
 class Tracker(ABC):
     """A store of metrics.
 
-    Its methods neither wait for a server nor raise; records that could not be stored are counted. `BackgroundTracker`
-    implements this for a store that is slow or may fail. A class in the table `TRACKERS` has `TrackedRun` as the only
-    argument of its constructor. Only rank 0 has trackers.
+    Its methods neither wait for a server nor raise exceptions. Records that could not be stored are counted.
+    `BackgroundTracker` implements this behavior for a store that is slow or may fail. The constructor of a class in the
+    table `TRACKERS` has a `TrackedRun` as its only argument. Only rank 0 has trackers.
     """
 
     title: ClassVar[str] = ""
@@ -63,7 +63,7 @@ class Tracker(ABC):
     tracker needs no id.
     """
     former_id_key: ClassVar[str | None] = None
-    """The key under which the checkpoints of earlier versions contain the id; None if they never did."""
+    """The key under which checkpoints of earlier versions contain the id; None if they do not contain it."""
 
     @property
     @abstractmethod
@@ -104,7 +104,7 @@ def main_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics that stores show as curves; `metrics.jsonl` contains all of them.
 
     The bounds of intervals, the scores of a subset that is the whole task, and the parts of the ranks' and encoders'
-    times are omitted. The order is that in which people look at them.
+    times are omitted. The metrics that people usually look at first come first.
     """
 
     def is_shown(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The tracker that every run has: a file of JSON lines."""
+"""The tracker that every run has, which writes a file of JSON lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 class JsonlTracker(Tracker):
     """A tracker that appends one JSON object per record to a file: `{"step": ..., "time": ..., "<metric>": ...}`.
 
-    Values that JSON cannot represent as numbers are the strings "nan", "inf" and "-inf".
+    Values that JSON cannot represent as numbers are written as the strings "nan", "inf" and "-inf".
 
     Args:
         path: The file.

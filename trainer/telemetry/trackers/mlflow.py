@@ -20,15 +20,15 @@ _NUM_METRICS_PER_REQUEST = 1_000
 _MAX_PARAM_CHARACTERS = 500
 _MAX_NAME_CHARACTERS = 250
 _REFUSED = re.compile(r"[^\w\-. :/]", re.ASCII)
-"""The characters that MLflow refuses in the names of metrics."""
+"""The characters that MLflow rejects in the names of metrics."""
 
 
 class MlflowTracker(BackgroundTracker):
     """A tracker that logs to MLflow.
 
     The recipe is logged when the MLflow run is created, with dotted names, masked secrets and at most 500 characters
-    per value. After a resume, MLflow keeps the values logged after the checkpoint next to the new values of the same
-    steps; metrics.jsonl contains only the new ones.
+    per value. After a resume, MLflow keeps the values logged after the checkpoint in addition to the new values for the
+    same steps. metrics.jsonl contains only the new values.
 
     Args:
         run: The training run.
@@ -86,7 +86,7 @@ class MlflowTracker(BackgroundTracker):
         is_local = "MLFLOW_TRACKING_URI" not in os.environ
         place = str((run.root / "mlflow-artifacts").resolve()) if is_local else None
         created = str(self._client.create_experiment(run.experiment, artifact_location=place))
-        if is_local:  # A new store contains an empty experiment `Default`, which nobody asked for.
+        if is_local:  # A new store contains an empty experiment `Default`, which is not needed.
             default = self._client.get_experiment_by_name("Default")
             if default is not None and not self._client.search_runs([default.experiment_id], max_results=1):
                 self._client.delete_experiment(default.experiment_id)
@@ -118,7 +118,7 @@ class MlflowTracker(BackgroundTracker):
 
 
 def metric_name(name: str) -> str:
-    """Return a name that MLflow accepts; it refuses all metrics of a request if it refuses one name.
+    """Return a name that MLflow accepts. MLflow rejects all metrics in a request if it rejects one name.
 
     A name that must be changed, such as that of a subset with parentheses, ends with a hash of the original, so that
     different metrics keep different names.

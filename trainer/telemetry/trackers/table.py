@@ -49,7 +49,7 @@ def check_trackers(names: Sequence[str]) -> None:
         names: The recipe's `telemetry.trackers`.
 
     Raises:
-        UserError: If one does not exist or its package is missing.
+        UserError: If a tracker does not exist or its package is missing.
     """
     for name in names:
         if name not in TRACKERS:
