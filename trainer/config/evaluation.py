@@ -31,7 +31,7 @@ class EvalConfig:
     max_new_tokens: int = 64
     """The largest number of tokens in an answer. `num_unfinished` counts the answers that were cut off there."""
     wordnet: str | None = None
-    """The folder of WordNet 3.0, which METEOR of captions needs; null for where the system's packages install it.
+    """The folder of WordNet 3.0, which METEOR of captions needs; null for the place where system packages install it.
 
     If it is null and there is no WordNet, captions are scored without METEOR.
     """

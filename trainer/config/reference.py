@@ -70,9 +70,9 @@ def as_markdown(found: list[Section]) -> str:
     lines = [
         "# Recipe keys",
         "",
-        "A recipe is one YAML file. Any key can be changed on the command line: `optim.lr=3e-4`. Items of a list have",
-        "numbers: `data.datasets.0.weight=0.5`. `earshot recipe --keys data` prints a section of this page, and",
-        "`earshot recipe --show kit_cpu` a recipe with all its values.",
+        "A recipe is one YAML file. Any key can be changed on the command line: `optim.lr=3e-4`. List items are",
+        "numbered from 0: `data.datasets.0.weight=0.5`. `earshot recipe --keys data` prints a section of this page,",
+        "and `earshot recipe --show kit_cpu` prints a recipe with all its values.",
         "",
         "This page is generated from the code by `earshot recipe --markdown > docs/recipe.md`.",
     ]

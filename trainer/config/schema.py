@@ -79,8 +79,8 @@ class TrainConfig:
     hang_timeout_sec: float = 600.0
     """The seconds without progress after which a rank counts as hung; 0 disables the check.
 
-    Progress is a step, a file of a checkpoint or a batch of an evaluation. All ranks then write their stacks to the
-    run's folder and end. Raise the value if a healthy step takes longer.
+    Progress is a step, a file of a checkpoint or a batch of an evaluation. After this time without progress, all ranks
+    write their stacks to the run's folder and exit. Raise the value if a healthy step takes longer.
     """
     stop_grace_sec: float = 120.0
     """The seconds that the scheduler leaves between the signal that asks the run to stop and the one that kills it.
@@ -99,9 +99,9 @@ class TrainConfig:
     On CPUs, a resumed run is always bit-identical. Deterministic kernels are slower.
     """
     debug_plan: bool = False
-    """Whether to compare the plans of all ranks in every step and to end the run if they differ.
+    """Whether to check in every step that all ranks plan to send clips and samples to the same places.
 
-    Use it to find the cause of a run that hangs.
+    If their plans differ, the run ends. Use it to find out why a run hangs.
     """
 
     def __post_init__(self) -> None:

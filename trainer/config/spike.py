@@ -13,7 +13,7 @@ class SpikeConfig:
     """The recipe's `spike` section: which updates are skipped, and what happens then."""
 
     action: Literal["skip", "rewind", "stop"] = "skip"
-    """What to do after a spike: a loss or gradient norm that is not finite, or a loss that is too high by `factor`.
+    """What to do after a spike: a loss or gradient norm that is not finite, or a loss above the limit of `factor`.
 
     `skip` skips the update and continues. `rewind` continues after the batch with the weights of the newest checkpoint;
     without a checkpoint it equals `skip`. `stop` saves the state before the batch and ends the run.
@@ -23,7 +23,7 @@ class SpikeConfig:
     window_steps: int = 50
     """The number of losses in the median. No finite loss is a spike before the run has done this many steps."""
     max_in_a_row: int = 10
-    """The number of consecutive skipped updates after which the run ends, since it does not recover on its own."""
+    """The number of consecutive skipped updates after which the run ends, since it would not recover on its own."""
 
     def __post_init__(self) -> None:
         if self.factor != 0 and self.factor <= 1:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartConfig:
-    """Settings of the parameters whose names match a pattern. If several patterns match, the last one counts."""
+    """Settings of the parameters whose names match a pattern. If several patterns match, the last one applies."""
 
     pattern: str = "*"
     """A shell-style pattern on parameter names, such as `audio.primary.*`, `audio.experts.hubert.*` or `llm.*`. After

@@ -44,9 +44,10 @@ class RestartConfig:
     window_sec: float = 86400.0
     """The length of the time window in which restarts are counted, in seconds. Earlier restarts are ignored."""
     min_nodes: int | None = None
-    """The smallest number of nodes on which a restarted Slurm job may continue if it has too few; null for all.
+    """The smallest number of nodes on which a restarted Slurm job may run if it cannot get all; null to require all.
 
-    There are then fewer data-parallel replicas, and the global batch and the order of samples stay the same.
+    With fewer nodes, there are fewer data-parallel replicas, but the global batch and the order of samples stay the
+    same.
     """
 
     def __post_init__(self) -> None:
