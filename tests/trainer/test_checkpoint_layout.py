@@ -31,7 +31,7 @@ from trainer.checkpoint.layout import (
     rects_of_range,
     sliced_elements,
 )
-from trainer.checkpoint.local import JoinedDraft, LocalDraft
+from trainer.checkpoint.local import JoinedDraft, LocalCheckpoints, LocalDraft
 from trainer.checkpoint.reader import DamagedError, Reader, check_files, hash_file
 from trainer.checkpoint.tensor_file import TensorFile
 from trainer.checkpoint.writer import Region, num_bytes, write_tensors
@@ -145,12 +145,30 @@ def test_ranks_of_a_node_share_a_file(tmp_path: Path) -> None:
         check_files(folder, manifest, ["audio-00000.safetensors"])
 
 
+def test_ranks_of_a_node_that_do_not_share_a_disk_are_noticed(tmp_path: Path) -> None:
+    checkpoints = LocalCheckpoints(tmp_path / "one")
+    attempt, tensors = checkpoints.begin_attempt(), {"t": torch.zeros(300)}
+    drafts = [checkpoints.draft(attempt, 1, Region(0, 0, 0)), JoinedDraft(tmp_path / "other", Region(0, 4096, 0))]
+    names = ["audio-00000.safetensors", "audio-00001.safetensors"]
+    files = {name: write_tensors(draft, name, tensors) for draft, name in zip(drafts, names, strict=True)}
+    with pytest.raises(OSError, match=r"node-00000.joined lacks what another rank wrote: all ranks must share"):
+        checkpoints.commit(attempt, Manifest(1, {}, files, {}))
+    assert checkpoints.steps() == []
+
+
 @pytest.mark.parametrize(
     "stored_in", ["../node-00000.joined", "audio-00000.safetensors", f"frozen-1/{'node-00000'}.joined"]
 )
 def test_joined_files_elsewhere_are_refused(stored_in: str) -> None:
     files = {"llm-00000.safetensors": FileEntry(8, "0" * 32, stored_in, 0)}
     with pytest.raises(ValueError, match="is not the name of a joined file"):
+        Manifest.loads(Manifest(1, {}, files, {}).dumps())
+
+
+@pytest.mark.parametrize(("size", "offset"), [(-8, 0), (8, -1), (0, 1 << 64)])
+def test_places_that_no_file_has_are_refused(size: int, offset: int) -> None:
+    files = {"llm-00000.safetensors": FileEntry(size, "0" * 32, "node-00000.joined", offset)}
+    with pytest.raises(ValueError, match="bytes from byte"):
         Manifest.loads(Manifest(1, {}, files, {}).dumps())
 
 

@@ -444,8 +444,8 @@ def _file_from_json(name: str, size: int, digest: str, stored_in: str | None = N
         not _JOINED_NAME.fullmatch(stored_in) or frozen_folder_of(stored_in) != frozen_folder_of(name)
     ):
         raise ValueError(f"{stored_in!r} is not the name of a joined file next to {name}")
-    if int(offset) < 0:
-        raise ValueError(f"{name} begins at byte {offset}")
+    if int(size) < 0 or not 0 <= int(offset) < 1 << 63:
+        raise ValueError(f"{name} has {size} bytes from byte {offset}")
     return FileEntry(int(size), _checksum(digest), stored_in, int(offset))
 
 

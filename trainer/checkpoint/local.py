@@ -127,9 +127,16 @@ class LocalCheckpoints:
     def commit(self, attempt: Attempt, manifest: Manifest) -> None:
         step = manifest.step
         aside, final = self._aside(attempt, step), self.path / step_name(step)
-        for name in dict.fromkeys(manifest.files[file].stored_in or file for file in attempt.written(manifest)):
+        needed: dict[str, int] = {}
+        for file in attempt.written(manifest):
+            entry = manifest.files[file]
+            name = entry.stored_in or file
+            needed[name] = max(needed.get(name, 0), entry.offset + entry.size_bytes)
+        for name, size in needed.items():
             if not (aside / name).exists():
                 raise OSError(f"{name}, written by another rank, is not there: all ranks must share {self.path}")
+            if (aside / name).stat().st_size < size:
+                raise OSError(f"{name} lacks what another rank wrote: all ranks must share {self.path}")
         attempt.check(self._attempt(), self.url)
         own = attempt.folder(FROZEN, step)
         if (aside / own).exists():
