@@ -285,6 +285,29 @@ def test_last_save_is_retried_once(start: Start, monkeypatch: pytest.MonkeyPatch
     assert loaded(start(), save(start(), 1)) == 1.0
 
 
+def test_a_failed_draft_is_removed_before_other_ranks_know_of_the_failure(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They retry at once, and a draft that is removed later would take their new files with it."""
+    manager, seen = start(), list[list[str]]()
+    write, calls = background.write_tensors, iter([None, OSError(5, "Input/output error")])
+    broadcast = background.broadcast_value
+
+    def second_fails(*arguments: Any) -> Any:
+        if (error := next(calls, None)) is not None:
+            raise error
+        return write(*arguments)
+
+    def noted(*arguments: Any) -> Any:
+        seen.append(names(Path(manager.checkpoints.url)))
+        return broadcast(*arguments)
+
+    monkeypatch.setattr(background, "write_tensors", second_fails)
+    monkeypatch.setattr(background, "broadcast_value", noted)
+    path = save(manager, 1)
+    assert seen == [[], [path.name]]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 def test_a_disk_that_is_really_full(tmp_path: Path, groups: Groups, caplog: pytest.LogCaptureFixture) -> None:
     disk = tmp_path / "disk"

@@ -188,10 +188,9 @@ class Save:
             if not failures:
                 assert draft is not None
                 outcome = self._commit(draft, [part for _, part in parts if part is not None])
-        outcome = broadcast_value(outcome, place.group, SENT_KINDS)
-        if outcome.failure is not None and place.rank == 0:
-            place.checkpoints.discard(place.attempt, self.content.step)
-        return outcome
+            if outcome.failure is not None:  # As soon as other ranks know it, they may write to a new draft.
+                place.checkpoints.discard(place.attempt, self.content.step)
+        return broadcast_value(outcome, place.group, SENT_KINDS)
 
     def _parts(self) -> Iterator[tuple[str, list[Shard]]]:
         """Yield this rank's shards by family of files, where the names of frozen families include their folder."""
