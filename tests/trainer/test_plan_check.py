@@ -18,11 +18,16 @@ from model.errors import UserError
 from tests.trainer.data_corpus import clip_rows, write_manifest
 from tools import status
 from tools.run_status import read_status
+from trainer.config.checks import deepspeed_json
 from trainer.config.load import load_recipe
 from trainer.engine.clock import DeviceClock
+from trainer.engine.ds_config import load_ds_json
+from trainer.parallel.topology import build_topology
 from trainer.plan.accelerator import KNOWN
 from trainer.plan.forecast import Forecast, digest_of, read_forecast
+from trainer.plan.host import disk_space
 from trainer.plan.plan import Planner, as_json
+from trainer.plan.ranks import rank_states
 from trainer.plan.workload import typical_workload
 from trainer.telemetry.metrics import PhaseTimer, StepReport, flatten
 from trainer.telemetry.straggler import RankWork, work_metrics
@@ -114,11 +119,20 @@ def test_the_memory_is_that_of_the_fullest_rank() -> None:
 @pytest.fixture(scope="module")
 def planned() -> dict[str, Any]:
     """Return the plan of the recipe `debug`."""
-    from trainer.parallel.topology import build_topology
-
     recipe = load_recipe("debug")
     workload = typical_workload(recipe, build_topology(recipe.parallel, recipe.parallel.num_ranks))
     return json.loads(json.dumps(as_json(Planner(recipe, KNOWN["h100"]).plan(recipe, workload))))
+
+
+def test_checkpoints_share_one_copy_of_frozen_weights() -> None:
+    recipe = load_recipe("debug", ["optim.parts=[{pattern: 'llm.*', frozen: true}]", "checkpoint.keep_last=1"])
+    topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
+    planner = Planner(recipe, KNOWN["h100"])
+    ds_json = load_ds_json(deepspeed_json(recipe))
+    disk = disk_space(recipe, rank_states(planner.model, topology, recipe.staged_optim, "fp32", ds_json))
+    frozen = 4 * sum(size.total - size.learned for size in planner.sizes.values())
+    assert frozen > 4 * sum(size.total for name, size in planner.sizes.items() if name.startswith("llm.")) > 0
+    assert disk.num_kept == 2 and disk.shared == frozen and disk.run == 2 * disk.checkpoint - frozen
 
 
 def test_a_plan_is_read_only_for_its_own_layout(planned: dict[str, Any], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from trainer.config.schema import Recipe
 from trainer.data.lanes import lanes_of_rank
 from trainer.data.node_cache import QUEUE_BYTES
 from trainer.plan.ranks import RankStates
+from trainer.plan.states import States
 from trainer.plan.workload import Workload
 from trainer.storage.open import scheme_of
 
@@ -46,6 +47,8 @@ class DiskSpace:
 
     checkpoint: int
     """The size of one checkpoint: fp32 weights and moments, and weights that are not trained."""
+    shared: int
+    """The size of the weights that are not trained, of which all checkpoints share one copy."""
     num_kept: int
     """The largest number of checkpoints that exist at once, including one that is being written."""
     in_bucket: bool
@@ -54,7 +57,7 @@ class DiskSpace:
     @property
     def run(self) -> int:
         """The size of all checkpoints that exist at once."""
-        return self.checkpoint * self.num_kept
+        return self.shared + (self.checkpoint - self.shared) * self.num_kept
 
 
 def host_memory(recipe: Recipe, states: RankStates, workload: Workload, per_node: int) -> HostMemory:
@@ -86,8 +89,8 @@ def host_memory(recipe: Recipe, states: RankStates, workload: Workload, per_node
 def disk_space(recipe: Recipe, states: RankStates) -> DiskSpace:
     """Return the disk space of the run's checkpoints."""
     config, steps = recipe.checkpoint, recipe.train.steps
-    size = sum(states.of_rank(rank).snapshot for rank in range(states.topology.world))
+    total = sum((states.of_rank(rank) for rank in range(states.topology.world)), States())
     saved = 1 + (-(-steps // config.every_steps) - 1 if config.every_steps else 0)
     forever = steps // config.keep_every_steps if config.keep_every_steps else 0
     kept = config.keep_last + forever + (config.best_metric is not None) + 1
-    return DiskSpace(size, min(kept, saved), bool(scheme_of(recipe.run_url)))
+    return DiskSpace(total.snapshot, total.saved_once, min(kept, saved), bool(scheme_of(recipe.run_url)))

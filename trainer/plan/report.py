@@ -225,6 +225,7 @@ def _host(plan: Plan) -> list[str]:
     }
     named = ", ".join(f"{name} {gib(number)}" for name, number in parts.items() if number)
     where = "the bucket" if disk.in_bucket else "the disk"
+    shared = f", of which they share {bytes_text(disk.shared)} that are not trained" if disk.shared else ""
     size = sum(one.lengths.num_bytes for one in plan.workload.data.datasets) if plan.workload.data else 0
     cache = (
         f" The shards have {gib(size)} GiB; a node reads them once if its page cache has room for them." if size else ""
@@ -232,7 +233,7 @@ def _host(plan: Plan) -> list[str]:
     return _wrapped(
         f"Host memory of a node of {per_node}: {gib(host.total)} GiB ({named}), without page cache.{cache}",
         f"A checkpoint has {bytes_text(disk.checkpoint)}, and up to {disk.num_kept} at once take "
-        f"{bytes_text(disk.run)} of {where}.",
+        f"{bytes_text(disk.run)} of {where}{shared}.",
     )
 
 

@@ -42,6 +42,8 @@ class States:
     """AdamW's two moments and the fp32 master weights, which ZeRO-3 always keeps and Megatron keeps with bf16."""
     snapshot: int = 0
     """The largest number of bytes in host memory that a save copies: fp32 weights, moments, and frozen weights."""
+    saved_once: int = 0
+    """The part of `snapshot` that only the first save copies: frozen weights, which all checkpoints share."""
 
     def __add__(self, other: States) -> States:
         return States(
@@ -49,6 +51,7 @@ class States:
             self.gradients + other.gradients,
             self.optimizer + other.optimizer,
             self.snapshot + other.snapshot,
+            self.saved_once + other.saved_once,
         )
 
     @property
@@ -147,8 +150,9 @@ def llm_states(
         spans = [span for buffer in dense for span in _spans(buffer, dp, topology.dp)]
         spans += [span for buffer in experts for span in _spans(buffer, copy, num_copies)]
         optimizer = sum(spans) * per_element + len(spans) * _STEP_BYTES
-        snapshot = sum(spans) * FP32_BYTES * (_MOMENTS + 1) + (frozen * dtype.itemsize if dp == 0 else 0)
-        found.append(States(weights, gradients, optimizer, snapshot))
+        once = frozen * dtype.itemsize if dp == 0 else 0
+        snapshot = sum(spans) * FP32_BYTES * (_MOMENTS + 1) + once
+        found.append(States(weights, gradients, optimizer, snapshot, once))
     return found
 
 
@@ -192,4 +196,5 @@ def audio_states(
         0 if offload.optimizer else learned * FP32_BYTES,
         0 if offload.optimizer else optimizer,
         learned * FP32_BYTES * (_MOMENTS + 1) + (total - learned) * dtype.itemsize,
+        (total - learned) * dtype.itemsize,
     )
