@@ -28,6 +28,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.responses import HTMLResponse
 from starlette.testclient import TestClient
+from tokenizers.decoders import ByteFallback
 
 from tests.browser import browse_url, need_chromium
 from tests.tools.exportable import write_run
@@ -268,6 +269,17 @@ def test_parts_of_a_text_are_never_taken_back() -> None:
         text.extend(so_far)
     text.finish("Yes's it, café!")
     assert "".join(parts) == "Yes's it, café!" and len(parts) > 1 and not any("\ufffd" in part for part in parts)
+
+
+def test_invalid_bytes_after_a_character_do_not_end_the_stream() -> None:
+    parts: list[str] = []
+    text = _Text(parts.append)
+    tokens = ["abcd", "<0xE4>", "<0xBD>", "<0xA0>", "<0xE5>", "x"]
+    texts = [ByteFallback().decode(tokens[:num]) for num in range(1, len(tokens) + 1)]
+    for so_far in texts:
+        text.extend(so_far)
+    text.finish(texts[-1])
+    assert parts == ["abcd", "你", "\ufffd\ufffd\ufffd\ufffdx"]
 
 
 DRIVE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -172,8 +173,12 @@ class _Text:
             self._send(text)
 
     def finish(self, text: str) -> None:
-        """Emit the rest of the whole text."""
-        assert text.startswith(self._emitted), (text, self._emitted)
+        """Emit the rest of the whole text.
+
+        Bytes that are no valid UTF-8 may change a character that was emitted, if the tokenizer has byte fallback. What
+        follows the unchanged beginning is then emitted again.
+        """
+        self._emitted = os.path.commonprefix((text, self._emitted))
         self._send(text)
 
     def _send(self, text: str) -> None:
