@@ -13,7 +13,7 @@ from model.llm.mixture import ExpertConfig, ExpertRouterConfig
 from model.table import OneOf
 
 FORMER_GATES = {"independent": "data_independent", "dependent": "data_dependent"}
-"""Former names of gates, found in recipes, exports and load histories of earlier versions, and their present names."""
+"""Former names of gates in recipes, exports and load histories of earlier versions, and their current names."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,19 @@ class EncoderConfig:
     """Fields of the family's transformers config that should differ from its defaults, or from the checkpoint's values;
     and optionally `do_normalize`, whether each window is brought to zero mean and unit variance first."""
     length_mode: Literal["full", "trim", "masked"] = "full"
-    """For Whisper: `full` pads every window to the checkpoint's 30 s, as in pre-training; `trim` computes only the real
-    length of the clips, which is faster but changes the features of published weights (see `docs/finetune.md`);
-    `masked` gives the features of windows that are padded to 30 s and whose padding is hidden from attention, as
-    Qwen2-Audio was trained, and also computes only the real length. The other families always compute the real length
-    and accept only `full`."""
+    """The padding of windows, for Whisper. `full`: every window is padded to the checkpoint's 30 s, as in pre-training.
+    `trim`: only the real length of the clips is computed, which is faster but changes the features of published weights
+    (see `docs/finetune.md`). `masked`: the features equal those of windows that are padded to 30 s and whose padding is
+    hidden from attention, as in the training of Qwen2-Audio, but only the real length is computed. The other families
+    always compute the real length and accept only `full`."""
     trailing_silence_sec: float = 0.0
-    """The silence, in seconds, that is appended to every clip before it is encoded, only with `length_mode: trim`. It
-    brings the features of published Whisper weights nearer to those of `full`, and costs as much time as that much
-    audio (see `docs/finetune.md`). The number of audio tokens does not change."""
+    """The silence, in seconds, that is appended to every clip before it is encoded, only with `length_mode: trim`. With
+    silence, the features of published Whisper weights are closer to those of `full`. It costs as much time as audio of
+    this length (see `docs/finetune.md`). The number of audio tokens does not change."""
     window_sec: float = 30.0
-    """The longest stretch of audio, in seconds, that is encoded at once. Longer clips are cut into windows of this
-    length and their features are joined. With Whisper's `length_mode: full` and `masked`, it must be the checkpoint's
-    30 s."""
+    """The length of a window, in seconds. Longer clips are cut into windows of this length, which are encoded
+    separately, and the features are joined. With Whisper's `length_mode: full` and `masked`, the length must be the
+    checkpoint's 30 s."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,13 @@ class RouterConfig:
     noise_std: float = 0.0
     """The standard deviation of Gaussian noise that is added to the gate logits in training only. 0 adds none."""
     join: Literal["concatenate", "add"] = "concatenate"
-    """How the gates' streams of features are joined with those of the primary encoder. `concatenate`: along the width.
-    `add`: a linear layer, whose weights are initially 0, brings the streams to the primary's width, and its output is
-    added. Encoder experts can then be added to a model without a change of its first loss (`docs/published.md`)."""
+    """How the gates' streams of features are joined with the primary encoder's features. `concatenate`: along the
+    width. `add`: a linear layer, whose weights are initially 0, projects the streams to the primary encoder's width,
+    and its output is added. Encoder experts can then be added to a model without changing its initial loss
+    (`docs/published.md`)."""
     added_encoder_warmup_steps: int = 1000
-    """The number of steps in which an encoder that was added to a trained model (`checkpoint.start_from`) reaches its
-    full gate logits."""
+    """The number of steps after which an encoder that was added to a trained model (`checkpoint.start_from`) has its
+    full gate logits. They are lowered at first, so that the encoder has hardly any weight."""
 
     def __post_init__(self) -> None:
         if not self.gates or len(set(self.gates)) != len(self.gates):
@@ -94,12 +95,12 @@ class RoutingLossConfig:
     weight: float = 0.1
     """The weight of the routing loss in the total loss. 0 switches it off."""
     sample_entropy: float = 1.0
-    """The weight of the mean entropy of the data-dependent gate: raise it to route each clip with confidence."""
+    """The weight of the mean entropy of the data-dependent gate. Raise it to route each clip with more confidence."""
     batch_entropy: float = 1.0
-    """The weight of the negative entropy of the data-dependent gate's mean over the global batch: raise it so that the
+    """The weight of the negative entropy of the data-dependent gate's mean over the global batch. Raise it so that the
     batch as a whole uses all experts."""
     independent_entropy: float = 1.0
-    """The weight of the entropy of the data-independent gate: raise it so that this gate settles on few experts."""
+    """The weight of the entropy of the data-independent gate. Raise it so that this gate settles on few experts."""
 
     def __post_init__(self) -> None:
         check_least("model.routing_loss", self, weight=0, sample_entropy=0, batch_entropy=0, independent_entropy=0)
@@ -107,7 +108,7 @@ class RoutingLossConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The adapter, which turns the joined features into one vector per audio token, for the projector."""
+    """The adapter, which turns the joined features into one vector per audio token. The projector reads its output."""
 
     kind: Annotated[str, OneOf(ADAPTERS)] = "convolutions"
     """The kind of network (see `docs/connectors.md`). `convolutions`: strided 1-D convolutions. `stacking`: frames are
@@ -122,17 +123,18 @@ class AdapterConfig:
     """The down-sampling, as one factor per convolution. Their product is the number of frames that are stacked or that
     form a window: 8 by default, so that an audio token of the LLM covers 160 ms."""
     num_queries: int = 1
-    """The number of queries of `queries`, which is the number of audio tokens of a window."""
+    """The number of queries per window in the kind `queries`, which is also the number of audio tokens per window."""
     num_layers: int = 2
-    """The number of layers of `queries`, each of which attends to the window and then applies a perceptron."""
+    """The number of layers in the kind `queries`. Each attends to the window and then applies a perceptron."""
     num_heads: int = 8
-    """The number of attention heads of `queries`, which must divide `hidden_size`."""
+    """The number of attention heads in the kind `queries`, which must divide `hidden_size`."""
     bias: bool = True
-    """Whether the linear layers of the adapter and projector have biases; `convolutions` and `queries` need them."""
+    """Whether the linear layers of the adapter and the projector have biases. `convolutions` and `queries` must have
+    them."""
     last_group: Literal["pad", "drop"] = "pad"
-    """What happens to the frames at the end of a clip that are too few for an audio token. `pad`: they are one more
-    audio token. `drop`: they are dropped, except in a clip that would have no audio token. `convolutions` and `queries`
-    accept only `pad`."""
+    """What happens to frames at the end of a clip that are too few for an audio token. `pad`: they are padded to one
+    more audio token. `drop`: they are dropped, except in a clip that would otherwise have no audio token.
+    `convolutions` and `queries` accept only `pad`."""
     normalize: bool = False
     """Whether to normalize the features of every frame, and to scale the audio embeddings to the size of the LLM's
     token embeddings. Use it with a pre-trained LLM."""
@@ -158,15 +160,16 @@ class LLMConfig:
     """A local directory with config.json and safetensors files, or a hub id. null builds the LLM from `config` with
     random weights."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Fields of the Hugging Face config. If `weights` is null, they must include `model_type`, one of the families of
-    `docs/llms.md` or of a plug-in. Otherwise they override the checkpoint's values."""
+    """Fields of the Hugging Face config. If `weights` is null, they must include `model_type`, which is one of the
+    families in `docs/llms.md` or of a plug-in. Otherwise, the fields override the checkpoint's values."""
     experts: tuple[ExpertConfig, ...] = ()
-    """Experts in the feed-forward layers of a dense LLM (see `docs/experts.md`), of which a router chooses some for
-    each token. Empty: the LLM stays as it is."""
+    """Experts that are added to the feed-forward layers of a dense LLM (see `docs/experts.md`). A router chooses some
+    of them for each token. Empty: the LLM is not changed."""
     moe_layers: Literal["all", "every_2", "second_half"] | tuple[int, ...] = "all"
-    """The layers that get `experts`: all, every second one, the second half, or a list of numbers from 0."""
+    """The layers that get `experts`: all, every second layer, the second half, or a list of layer numbers, counted from
+    0."""
     top_k: int = 2
-    """The number of `experts` that a token is sent to."""
+    """The number of `experts` to which each token is sent."""
     router: ExpertRouterConfig = field(default_factory=ExpertRouterConfig)
 
     def __post_init__(self) -> None:
@@ -181,21 +184,22 @@ class LLMConfig:
 class LoraConfig:
     """Low-rank adapters (LoRA, arXiv 2106.09685) on the linear layers whose name matches.
 
-    A layer with weight W computes W·x + alpha / rank · B·A·x. Only A [rank, inputs] and B [outputs, rank] learn. If
-    several entries match a layer, the last one applies.
+    A layer with weight W computes W·x + alpha / rank · B·A·x. Only A [rank, inputs] and B [outputs, rank] are trained.
+    If several entries match a layer, the last one applies.
     """
 
     pattern: str
-    """A shell-style pattern on names of linear layers, such as `llm.*.q_proj` or `audio.experts.hubert.*.q_proj`. The
-    LLM's layers have their Hugging Face names: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, those
-    of an expert `llm.*.experts.NAME.gate_proj`. In an encoder, every linear layer can be adapted."""
+    """A shell-style pattern for names of linear layers, such as `llm.*.q_proj` or `audio.experts.hubert.*.q_proj`. The
+    LLM's layers have their Hugging Face names: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj. The
+    layers of an expert have names such as `llm.*.experts.NAME.gate_proj`. In an encoder, every linear layer can be
+    adapted."""
     rank: int = 8
-    """The number of rows of A. A larger rank learns more and takes more memory."""
+    """The number of rows of A. A larger rank can learn more and uses more memory."""
     alpha: float = 16.0
     """The adapter's output is multiplied by alpha / rank."""
     train_base: bool = False
-    """Train W and its bias, too. If false, they are frozen, and so are those of the projections that are computed
-    together with them: q, k and v of the LLM, and its gate and up."""
+    """Whether W and its bias are also trained. If false, they are frozen, and so are the weights of projections that
+    are computed together with W in the LLM: q, k and v, or gate and up."""
 
     def __post_init__(self) -> None:
         check_least(f"lora '{self.pattern}'", self, rank=1)
@@ -228,16 +232,17 @@ class ModelConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
     ctc_weight: float = 0.0
-    """The weight of an auxiliary CTC loss on the adapter's output, for the answers of transcription tasks such as asr.
-    0 builds no CTC head."""
+    """The weight of an auxiliary CTC loss on the adapter's output, for the answers in transcription tasks such as asr.
+    With 0, there is no CTC head."""
     ctc_vocabulary: Literal["tokens", "bytes"] = "tokens"
-    """What the CTC loss spells. `tokens`: the answer in the LLM's tokens, so that the head has as many outputs as the
-    tokenizer. `bytes`: the UTF-8 bytes of the answer in lower case, which need a small head, whatever the LLM."""
+    """The symbols of the CTC loss. `tokens`: the LLM's tokens, so that the head is as wide as the vocabulary. `bytes`:
+    the UTF-8 bytes of the answer in lower case, for which the head is small with any LLM."""
     ctc_outputs: int = 1
-    """The number of CTC outputs per audio token. A clip takes part only if its outputs can spell the answer. Speech has
-    up to 20 bytes per second, so with `bytes`, 6.25 audio tokens per second need 4 outputs each."""
+    """The number of CTC outputs per audio token. A clip has a CTC loss only if its outputs can spell the answer. Speech
+    has up to 20 bytes per second, so with `bytes` and 6.25 audio tokens per second, 4 outputs per token are needed."""
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Options of further losses by name, for example `{distillation: {weight: 0.5}}`. A loss without weight is off."""
+    """Options of further losses by name, for example `{distillation: {weight: 0.5}}`. A loss without a weight is off.
+    """
 
     def __post_init__(self) -> None:
         check_least("model", self, expert_dim=1, ctc_weight=0, ctc_outputs=1)

@@ -46,13 +46,13 @@ FIELD = "ffn_experts"
 
 @dataclass(frozen=True)
 class ExpertConfig:
-    """An expert that begins as the feed-forward network of a dense LLM."""
+    """An expert that starts as the feed-forward network of a dense LLM."""
 
     name: str
     """The name of the expert in tensors, metrics and reports: letters, digits, `_` and `-`, unique."""
     from_: str = BASE
-    """The weights that the expert begins with: a run, a checkpoint or an export whose LLM has the same architecture, or
-    `base` for those of `model.llm.weights`. Low-rank adapters of a run are merged into them."""
+    """The source of the expert's initial weights: a run, a checkpoint or an export whose LLM has the same architecture,
+    or `base` for `model.llm.weights`. Low-rank adapters of a run are merged into the weights."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
@@ -61,14 +61,14 @@ class ExpertConfig:
 
 @dataclass(frozen=True)
 class ExpertRouterConfig:
-    """The routers of an LLM that gets experts from the recipe. They compute in fp32, in every layer with experts."""
+    """The routers of an LLM to which the recipe adds experts. Every layer with experts has an fp32 router."""
 
     normalize: bool = True
-    """Divide the weights of the chosen experts by their sum, which is a softmax over the chosen experts (Uni-MoE's
-    code, Mixtral). false: the softmax is over all experts (Uni-MoE's paper)."""
+    """Whether the weights of the chosen experts are divided by their sum, which is the same as a softmax over the
+    chosen experts (Uni-MoE's code, Mixtral). If false, the softmax is over all experts (Uni-MoE's paper)."""
     forced: str | None = None
-    """The expert that every token is sent to with weight 1, to test that an expert equals the run that it is from. null
-    for the router's choice."""
+    """The expert to which every token is sent with weight 1, to test that an expert equals the run from which it was
+    taken. null for the router's choice."""
 
 
 def describe_experts(

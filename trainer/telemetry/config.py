@@ -19,12 +19,12 @@ class TelemetryConfig:
     straggler_ratio: float = 1.3
     """The ratio of a rank's work time to the median of the other ranks above which the rank counts as slow.
 
-    A rank is reported if it is slow in three consecutive spans of `straggler_stretch_sec`. The value must be above 1;
-    raise it if healthy ranks are reported.
+    A rank is reported if it is slow in three consecutive periods of `straggler_stretch_sec`. The value must be above 1.
+    Raise it if healthy ranks are reported.
     """
     straggler_stretch_sec: float = 30.0
-    """The length of the spans in which the work of ranks is compared, in seconds. A span has at least one logging
-    interval."""
+    """The length of the periods over which the work times of ranks are compared, in seconds. A period consists of at
+    least one logging interval."""
     trackers: tuple[str, ...] = ("mlflow",)
     """The trackers that receive metrics in addition to `metrics.jsonl`: mlflow, tensorboard, wandb, or those of
     plug-ins.

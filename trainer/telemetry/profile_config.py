@@ -13,7 +13,7 @@ class ProfileConfig:
     """The recipe's `profile` section: which steps are traced."""
 
     steps: str = ""
-    """The steps to trace, as `first:end`, counted from 1 and without `end`; empty for none.
+    """The steps to trace, as `first:end`, counted from 1 and excluding `end`; empty for none.
 
     Traces are written to `<run>/trace/`. Traced steps are slower, since all ranks synchronize before each phase.
     """
