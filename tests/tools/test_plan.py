@@ -135,7 +135,7 @@ def test_a_sweep_is_a_table() -> None:
     header, *rows = [line.split() for line in done.stdout.splitlines()]
     assert header[:4] == ["num_ranks", "ranks", "fits", "GiB"] and header[-1] == "cost"
     assert [row[:3] for row in rows[:3]] == [["1", "1", "yes"], ["2", "2", "yes"], ["3", "3", "yes"]]
-    assert rows[3] == ["16", "illegal"]
+    assert rows[3] == ["16", "invalid"]
     assert "parallel.num_ranks=16: data.global_batch_samples = 8: 16 LLM replicas" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
 

@@ -283,4 +283,4 @@ def test_the_check_before_a_job_takes_the_memory_from_the_plan(
     facts = check("debug", [f"data.root={tmp_path}", f"train.run_dir={tmp_path}/runs"])
     assert 1 < facts.host_gib < 5 and 0 < facts.disk_gib < 0.1 and json.loads(facts.plan_json)["recipe"] == "debug"
     text = capsys.readouterr().out
-    assert "Host memory of a node of 2: " in text and "{" not in text
+    assert "Host memory of a node with 2 ranks: " in text and "{" not in text

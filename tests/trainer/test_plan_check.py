@@ -49,9 +49,9 @@ def step(number: int, seconds: float, tokens: int = 1000, peak_bytes: int = 0) -
     ("seconds", "encoders", "peak_gib", "tokens", "planned", "words"),
     [
         (1.0, 0.3, 51, 1000, True, "a step takes 1.00 s, as planned (850 ms–1.18 s); peak memory 51.0 GiB, planned 50"),
-        (1.5, 0.8, 51, 1000, False, "which is 27% longer than the plan's range of 850 ms–1.18 s; they differ most in "),
-        (1.5, 0.8, 51, 1000, False, "differ most in encoders: 800 ms, planned 300 ms; peak memory"),
-        (0.5, 0.1, None, 400, False, "41% shorter than the plan's range of 850 ms–1.18 s; they differ most in encoder"),
+        (1.5, 0.8, 51, 1000, False, "which is 27% longer than the plan's range of 850 ms–1.18 s; the largest differ"),
+        (1.5, 0.8, 51, 1000, False, "difference is in the encoders: 800 ms, planned 300 ms; peak memory"),
+        (0.5, 0.1, None, 400, False, "41% shorter than the plan's range of 850 ms–1.18 s; the largest difference is"),
         (0.5, 0.1, None, 400, False, "; a step has 0.40 times the planned tokens and 0.40 times the planned audio"),
         (1.0, 0.3, 60, 1000, False, "peak memory 60.0 GiB, planned 50.0 GiB"),
     ],

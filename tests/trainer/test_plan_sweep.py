@@ -65,7 +65,7 @@ def test_the_table_has_all_combinations(found: Sweep) -> None:
     values = [tuple(line.split()[:2]) for line in lines[:6]]
     assert values == [(ranks, tokens) for ranks in ("1", "2", "16") for tokens in ("256", "2048")]
     assert {line.split()[3] for line in lines[:4]} == {"yes", "NO"}
-    assert text.count("illegal") == 2 and "16 LLM replicas" in " ".join(text.split())
+    assert text.count("invalid") == 2 and "16 LLM replicas" in " ".join(text.split())
     fitting = [row.plan for row in found.rows if row.plan is not None and row.plan.fits]
     assert found.any_fits and f"after {duration_text(86400 * min(p.days for p in fitting))}." in fastest(found)
 

@@ -40,7 +40,7 @@ def report(plan: Plan, advice: Advice | None = None, price_per_gpu_hour: float |
 
 def explain(plan: Plan) -> str:
     """Return a table of the parts of a step with their time and a way to shorten each of them."""
-    lines = ["What a step's time is spent on, and what makes it shorter:"]
+    lines = ["What a step's time is spent on, and how to shorten it:"]
     for name, seconds, remedy in limits(plan):
         lines.append(f"  {duration_text(seconds):>9s} {seconds / plan.time.total:4.0%}  {name}")
         lines += textwrap.wrap(remedy, WIDTH, initial_indent=" " * 18, subsequent_indent=" " * 18)
@@ -58,7 +58,7 @@ def _summary(plan: Plan, advice: Advice | None, price: float | None) -> list[str
         )
     ]
     if plan.too_small:
-        text = "too small to forecast: starting kernels and waiting for links take over half of a step"
+        text = "too small to forecast: kernel launches and link latencies account for more than half of a step"
         rows.append(("time", f"{text} (at least {duration_text(plan.seconds_range[0])})"))
     else:
         low, high = plan.seconds_range
@@ -80,7 +80,7 @@ def _summary(plan: Plan, advice: Advice | None, price: float | None) -> list[str
         rows.append(("limited by", f"{name}, {seconds / plan.time.total:.0%} of the step"))
     rows += _advice(plan, advice)
     if price is not None and not plan.too_small:
-        rows.append(("cost", f"{costs(plan, price)} for the run at {price:g} per accelerator and hour"))
+        rows.append(("cost", f"{costs(plan, price)} for the run at {price:g} per accelerator-hour"))
     if plan.mechanisms.labels():
         rows.append(("WHAT IF", f"the trainer cannot run this: {', '.join(plan.mechanisms.labels())}"))
     lines = [f"{plan.recipe.name} on {plan.topology.world} x {plan.accelerator.name}"]
@@ -101,7 +101,7 @@ def _advice(plan: Plan, advice: Advice | None) -> list[tuple[str, str]]:
     else:
         rows.append(("would help", "no single change of the layout makes a step faster"))
     if advice.layout_speedup >= WORTH:
-        rows.append(("", f"--fit makes it {_faster(advice.layout_speedup)} faster: {' '.join(advice.layout)}"))
+        rows.append(("", f"--fit makes a step {_faster(advice.layout_speedup)} faster: {' '.join(advice.layout)}"))
     return rows
 
 
@@ -118,19 +118,20 @@ def _model(plan: Plan) -> list[str]:
         f"Layout: TP {topology.tp}{context} x PP {topology.pp} x DP {topology.dp}, EP {topology.ep} (encoder experts), "
         f"{recipe.train.precision}; {count_text(total)} parameters, {count_text(learned)} of them trainable.",
         *_experts(plan),
-        f"A step takes {len(work.num_tokens)} samples, {work.audio_sec:,.0f} s of audio, {work.tokens:,} tokens in "
-        f"{packs.num_microbatches} packs of {packs.pack_tokens} per replica, {padding:.1%} of it padding.",
+        f"A step processes {len(work.num_tokens)} samples, {work.audio_sec:,.0f} s of audio and {work.tokens:,} "
+        f"tokens, in {packs.num_microbatches} packs of {packs.pack_tokens} tokens per replica; {padding:.1%} of the "
+        "packs is padding.",
         *_stages(plan),
     )
 
 
 def _data(plan: Plan) -> list[str]:
     """Return the table of datasets, and what their lengths lead to."""
-    balance = f"The busiest rank computes {plan.encoder_balance:.2f} times the encoders' mean"
-    work = f"{balance}, and {plan.encoder_padding:.0%} of encoder calls are padding."
+    balance = f"The busiest rank does {plan.encoder_balance:.2f} times the average encoder work per rank"
+    work = f"{balance}, and {plan.encoder_padding:.0%} of the encoders' input is padding."
     data = plan.workload.data
     if data is None:
-        return _wrapped(f"The lengths of clips are assumed (log-normal) and not read from the data. {work}")
+        return _wrapped(f"The lengths of clips are assumed (log-normal), not read from the data. {work}")
     rows = [["dataset", "samples", "hours", "share", "epochs", "mean s", "95 % s", "longest s", "too long"]]
     for one in data.datasets:
         lengths = one.lengths
@@ -154,12 +155,14 @@ def _experts(plan: Plan) -> list[str]:
     if found is None:
         return []
     topology = plan.topology
+    shared = f", and {topology.expert_tp} ranks share each expert" if topology.expert_tp > 1 else ""
     return [
-        f"The LLM has {found.num_experts} experts in {found.num_layers} layers, of which a token is sent to "
-        f"{found.top_k}: {count_text(found.active_parameters)} of its {count_text(found.total_parameters)} parameters "
-        f"compute a token. They are spread over {topology.ffn_ep} ranks, {topology.expert_tp} of which share an "
-        f"expert. A rank sends {gib(found.all_to_all_bytes)} GiB of tokens to experts per step. The memory is that of "
-        f"an even use; if all tokens chose experts of one rank, its peak would be {gib(found.worst_bytes)} GiB higher."
+        f"The LLM has {found.num_experts} experts in each of {found.num_layers} layers and sends each token to "
+        f"{found.top_k} of them, so {count_text(found.active_parameters)} of its {count_text(found.total_parameters)} "
+        f"parameters are used for a token. The experts are spread over {topology.ffn_ep} ranks{shared}. A rank sends "
+        f"{gib(found.all_to_all_bytes)} GiB of tokens to experts per step. The memory assumes that all experts are "
+        "used equally; if all tokens chose experts on one rank, its peak would be "
+        f"{gib(found.worst_bytes)} GiB higher."
     ]
 
 
@@ -175,8 +178,8 @@ def _stages(plan: Plan) -> list[str]:
         for stage, count in zip(stages, counts, strict=True)
     ]
     return [
-        f"Stages: {', '.join(each)}. Memory and time are those of a step in which everything learns that learns in any "
-        "stage; optimizer states of all stages are held from the beginning."
+        f"Stages: {', '.join(each)}. Memory and time are for a step that trains every parameter that any stage trains; "
+        "the optimizer states of all stages are held from the beginning."
     ]
 
 
@@ -197,17 +200,18 @@ def _memory(plan: Plan) -> list[str]:
         whole = _wrapped(
             f"Buffers include the whole weights of the audio side ({gib(plan.worst.whole_weights)} GiB) and, in the "
             f"backward pass, their whole gradients ({gib(plan.worst.whole_gradients)} GiB). "
-            "train.gather_audio_weights=per_module saves them, and gathers each module in each call."
+            "train.gather_audio_weights=per_module saves them, but gathers the weights of each module in every "
+            "encoder call."
         )
     return [
         *_wrapped(
-            f"Peak memory in {name} of the fullest ranks of each stage ({len(plan.kinds)} kinds of ranks in total); "
-            "LLM and encoders are activations:"
+            f"Peak memory in {name} on the fullest rank of each stage ({len(plan.kinds)} kinds of ranks in total); "
+            "the columns LLM and encoders are activations:"
         ),
         *table(rows),
         *whole,
         *_wrapped(
-            f"Usable are {gib(device.usable_bytes)} GiB: {device.memory_gib:g} less {device.reserve_gib:g} for CUDA, "
+            f"{gib(device.usable_bytes)} GiB are usable: {device.memory_gib:g} minus {device.reserve_gib:g} for CUDA, "
             f"NCCL and fragmentation. LLM attention: {plan.attention}."
         ),
         *_host(plan),
@@ -224,23 +228,21 @@ def _host(plan: Plan) -> list[str]:
         "checkpoints": host.snapshot,
     }
     named = ", ".join(f"{name} {gib(number)}" for name, number in parts.items() if number)
-    where = "the bucket" if disk.in_bucket else "the disk"
-    shared = f", of which they share {bytes_text(disk.shared)} that are not trained" if disk.shared else ""
+    where = "in the bucket" if disk.in_bucket else "on the disk"
+    shared = f", which share {bytes_text(disk.shared)} of weights that are not trained" if disk.shared else ""
     size = sum(one.lengths.num_bytes for one in plan.workload.data.datasets) if plan.workload.data else 0
-    cache = (
-        f" The shards have {gib(size)} GiB; a node reads them once if its page cache has room for them." if size else ""
-    )
+    cache = f" The shards have {gib(size)} GiB; a node reads them once if they fit into its page cache." if size else ""
     return _wrapped(
-        f"Host memory of a node of {per_node}: {gib(host.total)} GiB ({named}), without page cache.{cache}",
-        f"A checkpoint has {bytes_text(disk.checkpoint)}, and up to {disk.num_kept} at once take "
-        f"{bytes_text(disk.run)} of {where}{shared}.",
+        f"Host memory of a node with {per_node} ranks: {gib(host.total)} GiB ({named}), without page cache.{cache}",
+        f"A checkpoint takes {bytes_text(disk.checkpoint)}. Up to {disk.num_kept} exist at once{shared}, and take "
+        f"{bytes_text(disk.run)} {where}.",
     )
 
 
 def _fullest_by_stage(plan: Plan) -> list[tuple[list[int], RankMemory]]:
-    """Return the kind of rank that needs the most memory for each stage, with consecutive stages of one kind merged.
+    """Return the kind of rank that needs the most memory in each stage, with consecutive stages of one kind merged.
 
-    If there are many kinds, all stages but the first and the last are merged, and the fullest of them is returned.
+    If there are many kinds, all stages except the first and the last are merged, and the fullest of them is returned.
     """
     found: list[tuple[list[int], RankMemory]] = []
     for stage in range(plan.topology.pp):
@@ -271,9 +273,9 @@ def _time(plan: Plan) -> list[str]:
     lines = [
         f"FLOPs per step: LLM {flops.llm:.3g}, encoders {flops.encoders:.3g}, recomputed {flops.recomputed:.3g}.",
         f"Expected step: {duration_text(time.total)} = encoders {time.encoders:.3g} + LLM {time.llm:.3g} (bubble "
-        f"{time.bubble:.0%}) + exchange {time.exchange:.3g} + update {time.update:.3g}. The range is that of all rates "
-        f"{UNCERTAINTY:.0%} better or worse.",
-        f"Assumed and not measured here: matrix products reach {share} of the data sheet's rate, "
+        f"{time.bubble:.0%}) + exchange {time.exchange:.3g} + update {time.update:.3g}. The range above is for assumed "
+        f"rates that are {UNCERTAINTY:.0%} better or worse.",
+        f"Assumed, not measured here: matmuls reach {share} of the peak rate on the data sheet, "
         f"attention {device.attention_efficiency:.0%}, memory {device.memory_efficiency:.0%}, links "
         f"{device.link_efficiency:.0%}.",
     ]

@@ -21,9 +21,9 @@ class Row:
 
     values: tuple[str, ...]
     plan: Plan | None
-    """None if the recipe is illegal with these values."""
+    """None if the recipe is invalid with these values."""
     reason: str = ""
-    """The reason why the recipe is illegal; empty if it is legal."""
+    """The reason why the recipe is invalid; empty if it is valid."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Sweep:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The last parts of the keys, as many as are needed to tell them apart."""
+        """The last components of the keys, as many as are needed to distinguish the keys."""
         for count in range(1, max(key.count(".") for key in self.keys) + 2):
             found = tuple(".".join(key.split(".")[-count:]) for key in self.keys)
             if len(set(found)) == len(found):
@@ -109,14 +109,14 @@ def sweep(
 
 
 def sweep_table(found: Sweep) -> str:
-    """Return a table with one row per plan in at most 100 columns, and the reasons why recipes are illegal."""
+    """Return a table with one row per plan in at most 100 columns, and the reasons why recipes are invalid."""
     header = [*found.labels, "ranks", "fits", "GiB", "step", "bubble", "MFU", "all steps"]
     header += ["cost"] if found.price else []
     lines, refused = [header], []
     for row in found.rows:
         cells = list(row.values)
         if row.plan is None:
-            cells += ["", "illegal"]
+            cells += ["", "invalid"]
             named = " ".join(f"{label}={value}" for label, value in zip(found.keys, row.values, strict=True))
             refused += textwrap.wrap(f"{named}: {row.reason}", WIDTH, initial_indent="  ", subsequent_indent="    ")
         else:

@@ -10,11 +10,11 @@ from trainer.page.render import render
 from trainer.telemetry.jsonl import write_atomically
 
 TEMPLATE = Path(__file__).with_name("sweep.html")
-_ILLEGAL = "illegal"
+_INVALID = "invalid"
 
 
 def check_plot(path: Path) -> None:
-    """Check that a plot can be written to `path`, before the plans take their time.
+    """Check that a plot can be written to `path`, before time is spent on plans.
 
     Raises:
         UserError: If the name ends neither with .png nor with .html, or the folder does not exist.
@@ -62,7 +62,7 @@ def _draw(tree: dict[str, Any], path: Path) -> None:
         ("days to finish" if days else "hours to finish", "hours", 1 / 24 if days else 1.0),
         ("MFU in %", "mfu", 100.0),
         ("GiB on the fullest rank", "peak_gib", 1.0),
-        (f"cost at {price:g} per accelerator and hour" if price else "accelerator hours", "gpu_hours", price or 1.0),
+        (f"cost at {price:g} per accelerator-hour" if price else "accelerator-hours", "gpu_hours", price or 1.0),
     )
     for axes, (title, key, factor) in zip(panels.flat, measures, strict=True):
         dress(axes).set_title(title, fontsize=11)
@@ -90,7 +90,7 @@ def _draw(tree: dict[str, Any], path: Path) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         for x, value in enumerate(values):
             if all(row["reason"] for row in tree["rows"] if row["values"][0] == value):
-                axes.annotate(_ILLEGAL, (x, 0.02), xycoords=("data", "axes fraction"), ha="center", color="grey")
+                axes.annotate(_INVALID, (x, 0.02), xycoords=("data", "axes fraction"), ha="center", color="grey")
     if len(others) > 1:
         handles, labels = panels.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(others)), frameon=False)

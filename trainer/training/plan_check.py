@@ -35,6 +35,8 @@ _GIB = 2**30
 LOAD, OTHER = "loading", "other"
 _PARTS = {"encode": ENCODERS, "exchange": ENCODERS, "backward": ENCODERS, "llm": LLM, "update": UPDATE, "load": LOAD}
 """The part of the plan that covers each phase. Other phases, such as reports, are not planned."""
+_PLACES = {ENCODERS: "the encoders", LLM: "the LLM", UPDATE: "the update", OTHER: "other phases"}
+"""The names of parts in a sentence, where these differ from the parts' own names."""
 
 
 class PlanCheck:
@@ -155,7 +157,8 @@ def compare(
             sign = 1 if side == "longer" else -1
             name = max(seconds, key=lambda n: sign * (seconds[n] - forecast.parts_sec.get(n, 0.0)))
             other = forecast.parts_sec.get(name, 0.0)
-            text += f"; they differ most in {name}: {duration_text(seconds[name])}, planned {duration_text(other)}"
+            text += f"; the largest difference is in {_PLACES.get(name, name)}: {duration_text(seconds[name])}, "
+            text += f"planned {duration_text(other)}"
     as_planned = on_time
     if peak_bytes is not None:
         ratio = peak_bytes / forecast.peak_bytes
