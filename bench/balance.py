@@ -4,17 +4,18 @@
 
 Goals:
 - On 64 simulated ranks with 16 clips of log-normal duration each, the maximum cost of a rank is at most 1.05 times the
-  mean, for a primary encoder on all ranks and for eight encoder experts on their replicas. For comparison, an
-  arm in which every clip is encoded on its source rank is printed.
+  mean, for a primary encoder on all ranks and for eight encoder experts on their replicas. The ratio without the plan
+  is also printed.
 - Planning for 4,096 ranks with 16 clips each takes at most 5 ms on one core. This includes the plan and one rank's part
-  of it (for a primary encoder, and for eight encoder experts with one and with two per clip), and the LLM's packs.
-- On real ranks, with all long clips on one rank, a step takes less time with the plan than without. The ranks use gloo,
-  DeepSpeed ZeRO-3 and Megatron as in training, and one thread each.
+  of the plan (for a primary encoder, and for eight encoder experts of which each clip needs one or two), and the
+  assignment of samples to the LLM's packed sequences.
+- On real ranks, with all long clips on one rank, a step takes less time with the plan than without it. The ranks use
+  gloo, DeepSpeed ZeRO-3 and Megatron as in training, and one thread each.
 
-The arm without the plan leaves every clip on its source rank. The duration of a step is that of its busiest rank only
-if every rank has a core. Hence steps are timed on as many ranks as there are cores, at most 4. On 4 ranks with fewer
-cores, the CPU seconds of the busiest rank are compared, which are a lower bound of the duration with enough cores. The
-exit code is 1 if a goal is missed.
+Without the plan, every clip is encoded on its source rank, or on the nearest rank that holds its expert. The duration
+of a step is that of its busiest rank only if every rank has a core. Hence steps are timed on as many ranks as there are
+cores, at most 4. On 4 ranks with fewer cores, the CPU seconds of the busiest rank are compared, which are a lower bound
+on the duration with enough cores. The exit code is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def stay_at_source(
 
 
 def imbalance(plan: DispatchPlan, ep: int, world: int) -> float:
-    """Return the largest ratio of maximum to mean cost among ranks that hold the same encoders."""
+    """Return the largest ratio of maximum to mean cost over the groups of ranks that hold the same encoders."""
     loads = np.bincount(plan.encoder_rank, weights=plan.cost, minlength=world).reshape(-1, ep)
     return float((loads.max(axis=0) / loads.mean(axis=0)).max())
 
@@ -99,14 +100,14 @@ def simulate(ranks: int = 64) -> dict[str, Any]:
 
 
 def time_plans(ranks: int = 4096) -> dict[str, Any]:
-    """Return the median CPU time of planning, which other processes on the machine hardly affect."""
+    """Return the median CPU time of planning, which other processes on the machine barely affect."""
     torch.zeros(num_samples(240))  # freed immediately, after which malloc keeps large blocks, as it does in training
 
     def dispatch(encoders: Sequence[EncoderConfig], ep: int, chosen: int) -> Callable[[], object]:
         clips, costs = draw_clips(ranks, len(encoders), chosen, seed=0), [clip_cost(e) for e in encoders]
         return lambda: dispatch_of(plan_dispatch(clips, costs, range(len(encoders)), ep, ranks), ranks // 2)
 
-    tokens = draw_clips(ranks, 1, 1, seed=0).samples // 2560 + 30  # an audio token per 160 ms, and a short text
+    tokens = draw_clips(ranks, 1, 1, seed=0).samples // 2560 + 30  # an audio token per 160 ms, and 30 text tokens
     plans = {
         "primary": dispatch((PRIMARY,), 1, 1),
         f"8 experts, EP{EP}, 1 per clip": dispatch(EXPERTS, EP, 1),

@@ -1,4 +1,4 @@
-"""Measure the rates of a device that the plan needs: matrix products, attention, memory bandwidth and kernel starts.
+"""Measure the device speeds that the plan needs: matmuls, attention, memory bandwidth and kernel-launch overhead.
 
     python -m bench.calibrate [--device cuda|cpu] [--out device.json] [--like h100]
     earshot plan RECIPE --accelerator device.json
@@ -61,11 +61,11 @@ def calibrate(
 
     Args:
         device: The device to measure.
-        dtype: The dtype of matrix products and attention.
-        like: The accelerator that provides what cannot be measured.
-        peak_tflops: The peak rate to which the shares refer; None takes the data sheet's rate on a GPU, and the
-            fastest product on a CPU.
-        round_sec: The length of a round of one measurement, of which there are three.
+        dtype: The dtype of matmuls and attention.
+        like: The accelerator that provides the values that cannot be measured.
+        peak_tflops: The peak rate of which the measured rates are given as fractions. None uses the data sheet's rate
+            on a GPU, and the rate of the fastest matmul on a CPU.
+        round_sec: The length of a round in seconds. Each measurement has three rounds.
     """
     sides = _GPU_SIDES if device.type == "cuda" else _CPU_SIDES
     rates = [(side / 3, _product_rate(side, device, dtype, round_sec)) for side in sides]
@@ -74,7 +74,7 @@ def calibrate(
         peak_tflops = listed if device.type == "cuda" else max(rate for _, rate in rates) / 1e12
     peak = peak_tflops * 1e12
     size = torch.empty((), dtype=dtype).element_size()
-    # FLOPs per byte are those of bf16, as in `Accelerator.matrix`, whatever the dtype.
+    # FLOPs per byte are computed for bf16, as in `Accelerator.matrix`, regardless of the dtype.
     table = tuple((round(at, 3), round(min(1.0, rate / peak), 4)) for at, rate in rates)
     memory = _memory_rate(device, round_sec)
     known = dataclasses.asdict(like)
@@ -94,7 +94,7 @@ def calibrate(
 
 
 def _product_rate(side: int, device: torch.device, dtype: torch.dtype, round_sec: float) -> float:
-    """Return the FLOP/s of a product of two square matrices."""
+    """Return the FLOP/s of a matmul of two square matrices."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2.0 * side**3 / measured_seconds(lambda: a @ b, device, round_sec)
 
@@ -118,7 +118,7 @@ def _memory_rate(device: torch.device, round_sec: float) -> float:
 
 
 def _kernel_seconds(device: torch.device, round_sec: float) -> float:
-    """Return the time of an operation on one number in seconds."""
+    """Return the time of an operation on a single number, in seconds."""
     one = torch.ones(1, device=device)
     return measured_seconds(lambda: one.add(1), device, round_sec)
 

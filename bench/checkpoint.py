@@ -2,8 +2,9 @@
 
     python -m bench.checkpoint
 
-Three arms alternate on two ranks with half of the tensors each: our save in the background, our save including the
-commit, and `torch.distributed.checkpoint.async_save`, which also keeps its staging buffers between saves.
+Three arms (variants) alternate on two ranks, each of which holds half of the tensors: our save in the background, our
+save including the commit, and `torch.distributed.checkpoint.async_save`, which, like ours, keeps its staging buffers
+between saves.
 
 Goal: our save in the background interrupts training for at most 10 % of the time of the synchronous save. Each save
 begins when the previous one has finished. The first save of each arm, which allocates buffers, is reported separately.

@@ -3,14 +3,15 @@
     python -m bench.evaluate MODEL --data MANIFEST [--samples 128]
 
 MODEL is an exported folder, or a checkpoint or run, which is first exported in fp32. The loop is straightforward code
-with AutoModelForCausalLM and AutoProcessor: it reads the files in the manifest's order and calls `generate` for single
-samples or for eight padded ones. All arms read and decode the same files. Loading the model is not counted, and each
-arm runs one batch beforehand. Rounds alternate, so that other load on the machine slows all arms. The loops run with
-one thread and with one thread per core, and tools.evaluate with one process per core (`--nproc`). All arms are also
-measured with one thread, which separates the effect of batches from that of processes.
+with AutoModelForCausalLM and AutoProcessor. It reads the files in the order of the manifest and calls `generate` on
+single samples or on padded batches of eight. All arms (variants) read and decode the same files. Loading the model is
+not timed, and each arm first runs one batch as a warm-up. The arms take turns, so that other load on the machine slows
+all of them. The loops run with one thread and with one thread per core, and tools.evaluate with one process per core
+(`--nproc`). All arms are also measured with one thread, which separates the effect of batching from that of several
+processes.
 
-Goals: at least 3 times as fast as the loop with single samples and 1.3 times as fast as the loop with eight, with the
-same texts. The exit code is 1 if a goal is missed.
+Goals: tools.evaluate is at least 3 times as fast as the loop with single samples and 1.3 times as fast as the loop with
+batches of eight, and generates the same text. The exit code is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def loop_name(batch: int, threads: int) -> str:
 
 
 def measure(folder: Path, data: str, split: str | None, num: int, rounds: int, batch_size: int) -> dict[str, Any]:
-    """Return the seconds of each arm and round, and the number of texts that differ between the arms."""
+    """Return the seconds of each arm and round, and the number of samples whose generated text differs between arms."""
     origin = find_model(folder)
     windows = Windows.of(origin, 1e6, 0.0)  # no windows, since the loop has none either
     # Every process gets several batches, as in a large evaluation.

@@ -2,10 +2,10 @@
 
     python -m bench.export
 
-Two ranks train a model with 1 GiB of fp32 weights for one step, and save both our checkpoint and DeepSpeed's. Then the
-two arms alternately convert their checkpoint to safetensors, each time in a new process. The time of imports is not
-counted. The additional work of our export (checksums of all files, the tokenizer and code) is counted. Neither arm
-syncs its files.
+Two ranks train a model with 1 GiB of fp32 weights for one step, and save both our checkpoint and DeepSpeed's. Then our
+export and DeepSpeed's take turns converting their checkpoint to safetensors, each time in a new process. The time of
+imports is not counted. The additional work of our export (checksums of all files, the tokenizer and code) is counted.
+Neither syncs its files to disk.
 
 Goals: our export is at least 5 times as fast, its peak memory is at most the largest tensor plus 400 MiB, and the
 tensors are bit-equal. The exit code is 1 if a goal is missed.

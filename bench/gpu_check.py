@@ -4,12 +4,13 @@
 
 The layers have the shapes of Llama-3-8B, Whisper-large-v3, HuBERT-large and WavLM-large; clips are 30 s long. Goals:
 
-- The loss and gradients in fp32 equal those of the single-process model on the CPU to 1e-4, since matrix products on a
-  GPU sum in another order; the loss in bf16 equals it to 2e-2. Each encoder family is the primary once.
-- The memory that a layer of the LLM takes is within 15 % of the plan's.
+- The loss and gradients in fp32 equal those of the single-process model on the CPU to within 1e-4, since matmuls on a
+  GPU accumulate in a different order. The loss in bf16 equals that in fp32 on the CPU to within 2e-2. Each encoder
+  family is the primary encoder once.
+- The memory that a layer of the LLM uses is within 15 % of the plan's value.
 
-Reported without a goal: seconds and utilization of layers relative to the measured rate of matrix products; throughput
-of a step, its kernels by time, and where the host waits for the device (docs/gpu.md).
+The benchmark also reports the time and utilization of layers (relative to the measured rate of matmuls), the throughput
+of a step, its kernels by time, and where the host waits for the device (docs/gpu.md). These have no goal.
 
 Without a GPU, all parts run on the CPU with small shapes (`--small`, the default there), which shows only that the
 program works. The last line is one JSON object. The exit code is 1 if a goal is missed.
@@ -89,7 +90,7 @@ def work() -> int:
 
 
 def compare(sizes: Any, primary: str, groups: Any, fp32: dict[str, Any], bf16: dict[str, Any]) -> dict[str, float]:
-    """Return the differences of a step from the single-process model on the CPU, with one family as the primary."""
+    """Return how a step differs from the single-process model on the CPU, with one family as the primary encoder."""
     from bench.gpu_models import FAMILIES, audio_sample
     from trainer import parity
 
@@ -103,7 +104,7 @@ def compare(sizes: Any, primary: str, groups: Any, fp32: dict[str, Any], bf16: d
 
 
 def matmul_flops_per_sec(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Return the measured rate of a square matrix product, which counts as 100 % utilization of this device."""
+    """Return the measured rate of a square matmul, which counts as 100 % utilization of this device."""
     from bench.calibrate import measured_seconds
 
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -111,7 +112,7 @@ def matmul_flops_per_sec(device: torch.device, dtype: torch.dtype, size: int) ->
 
 
 def a_step(sizes: Any, groups: Any, ds_config: dict[str, Any]) -> dict[str, Any]:
-    """Return the throughput of a step with all encoders in bf16, its kernels and the host's waits."""
+    """Return the throughput, the kernels and the host waits of a step with all encoders in bf16."""
     from torch.profiler import ProfilerActivity, profile
 
     from bench.gpu_models import FAMILIES, audio_sample, text_sample

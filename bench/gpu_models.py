@@ -18,28 +18,28 @@ FAMILIES = ("whisper", "hubert", "wavlm")
 
 @dataclass(frozen=True)
 class Sizes:
-    """The shapes that are checked."""
+    """The sizes of the models and samples that are checked."""
 
     llm: Mapping[str, Any]
     """The config of the LLM without the number of layers and the vocabulary size."""
     encoders: Mapping[str, Mapping[str, Any]]
     """The config of an encoder's layers, by family."""
     clip_sec: float
-    """The length of a clip. Whisper pads it to 30 s."""
+    """The length of a clip in seconds. Whisper pads it to 30 s."""
     num_clips: int
     tokens: int
-    """The number of tokens of a pack in measurements of the LLM."""
+    """The number of tokens in a packed sequence when the LLM is measured."""
     rounds: tuple[int, int]
-    """The number of calls before a measurement, and of measured calls."""
+    """The number of warm-up calls, and the number of measured calls."""
 
     def encoder(self, family: str, layers: int) -> EncoderConfig:
-        """Return the config of an encoder with a number of layers."""
+        """Return the config of an encoder with the given number of layers."""
         key = "encoder_layers" if family == "whisper" else "num_hidden_layers"
         config = {**self.encoders[family], key: layers}
         return EncoderConfig(family, family, config=config, length_mode="full")
 
     def model(self, families: tuple[str, ...], llm_layers: int, encoder_layers: int = 1) -> ModelConfig:
-        """Return a model whose first encoder is the primary and whose others are experts."""
+        """Return a model whose first encoder is the primary encoder and whose other encoders are experts."""
         first, *others = (self.encoder(family, encoder_layers) for family in families)
         config = {**self.llm, "num_hidden_layers": llm_layers, "vocab_size": parity.VOCAB_SIZE}
         tiny = parity.tiny_model()

@@ -44,11 +44,11 @@ def host_waits(work: Callable[[], Any], set_mode: Callable[[str], None] | None =
     """Count how often the host waits for the GPU while a function runs.
 
     Args:
-        work: The function. Waits of collectives are not counted.
+        work: The function. Waits in collectives are not counted.
         set_mode: A function that replaces `torch.cuda.set_sync_debug_mode`, for tests.
 
     Returns:
-        The number of waits of each site, in descending order.
+        The number of waits at each site, in descending order.
     """
     set_mode = set_mode or torch.cuda.set_sync_debug_mode  # type: ignore[assignment]
     assert set_mode is not None

@@ -2,12 +2,13 @@
 
     python -m bench.import_data [--clips 2400]
 
-The input is speech of the kit (KIT_DIR) with realistic lengths as AIFF files, which shards may not contain, so that
-every file becomes FLAC. `earshot import --jobs 2` reads them from a table and writes a manifest. The loop reads each
-file with soundfile and writes it as FLAC with soundfile, in two processes, without checks, ids or a manifest. Both
-include the start of their processes. Rounds alternate, and the best of each counts.
+The input is speech from the kit (KIT_DIR) with realistic lengths, stored as AIFF files. Shards may not contain AIFF, so
+every file is converted to FLAC. `earshot import --jobs 2` reads the files from a table and writes a manifest. The loop
+reads each file with soundfile and writes it as FLAC with soundfile, in two processes, without checks, ids or a
+manifest. Both times include starting the processes. The two take turns, and the best round of each counts.
 
-Goal: at least 0.9 times the throughput of the loop. The exit code is 1 if it is missed, and 3 without the kit.
+Goal: the import reaches at least 0.9 times the throughput of the loop. The exit code is 1 if the goal is missed, and 3
+without the kit.
 """
 
 from __future__ import annotations
@@ -42,16 +43,16 @@ def convert(path: Path, out: Path) -> None:
 
 @dataclass
 class Taken:
-    """The time that some processes took."""
+    """The time that child processes took."""
 
     seconds: float = 0.0
     cpu_sec: float = 0.0
-    """The CPU seconds of all processes, which other load on the machine changes less."""
+    """The CPU seconds of all processes, on which other load on the machine has less effect than on the wall time."""
 
 
 @contextmanager
 def timed() -> Iterator[Taken]:
-    """Measure the time of the child processes that begin and end within the context."""
+    """Measure the time of the child processes that begin and end within the `with` block."""
     taken, before, started = Taken(), resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     yield taken
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -81,7 +82,7 @@ def import_time(folder: Path, out: Path) -> Taken:
 
 
 def write_corpus(folder: Path, num: int) -> float:
-    """Write `num` AIFF files and a table, and return their seconds of audio."""
+    """Write `num` AIFF files and a table, and return the total duration of the files in seconds."""
     folder.mkdir()
     lines, seconds = ["audio,text\n"], 0.0
     for number, utterance in enumerate(utterances(num)):

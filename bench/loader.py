@@ -3,14 +3,14 @@
     python -m bench.loader                                   local arms, first batch, resume
     python -m bench.loader --parts local first resume s3     includes reading from a local Swift server
 
-Arms alternate. Each runs in one process without workers, and its samples per CPU-second are measured. The arms of other
-libraries read the same encoded bytes and decode them with the same function. webdataset and lhotse are compared if they
-are installed (`pip install .[peers]`).
+The variants that are compared (*arms*) take turns. Each runs in one process without workers, and its samples per
+CPU-second are measured. The arms that use other libraries read the same encoded bytes and decode them with the same
+function. webdataset and lhotse are compared if they are installed (`pip install .[peers]`).
 
 Goals: our loader reaches at least 95 % of the throughput of decoding alone. Reading from S3 is not slower than fetching
-whole objects with obstore, and with the cache of the node, later epochs read nothing from the server. The first batch
-takes at most 1.0 s from the start of the process. Resuming after 10³, 10⁵ and 10⁶ samples takes at most 0.5 s. The exit
-code is 1 if a goal is missed, and 3 without the kit (KIT_DIR).
+whole objects with obstore, and with the node cache, later epochs read nothing from the server. The first batch is ready
+at most 1.0 s after the start of the process. Resuming after 10³, 10⁵ and 10⁶ samples takes at most 0.5 s. The exit code
+is 1 if a goal is missed, and 3 without the kit (KIT_DIR).
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from trainer.data.stream import LaneGroup, SampleStream, StreamSpec
 from trainer.storage.open import open_store
 
 NUM_UTTERANCES, PER_SHARD, ROUNDS = 1440, 160, 9
-"""With this many samples, it is negligible that parts of chunks are read twice at the borders of lanes."""
+"""The number of samples, samples per shard, and rounds. With this many samples, it hardly matters that parts of chunks
+at the boundaries between lanes are read twice."""
 LANES, BATCH = 8, 32
 PARTS = ["local", "first", "resume", "s3"]
 GOAL_SHARE, GOAL_FIRST_SEC, GOAL_RESUME_SEC, GOAL_S3 = 0.95, 1.0, 0.5, 1.0
@@ -49,7 +50,7 @@ Arm = Callable[[], int]
 
 
 def config(root: str, tokenizer: str | None = None, **fields: Any) -> DataConfig:
-    """Return the data configuration of all arms of our loader."""
+    """Return the data configuration of all arms that use our loader."""
     base: dict[str, Any] = {
         "root": root,
         "datasets": (DatasetConfig(name="joined", shards="set"),),
@@ -80,7 +81,7 @@ def ours_clips(prepared: PreparedData) -> Arm:
     (reader,) = prepared.open_training()
 
     def run() -> int:
-        reader.shards.table.cache_clear()  # as in a dataset with more shards than tables that are kept
+        reader.shards.table.cache_clear()  # as in a dataset with more shards than the cache of tables holds
         reader.selected.cache_clear()
         spec = StreamSpec(prepared.config, (), prepared.tokenizer_path, prepared.rate, (), None, 0, 1 << 40)
         lanes = {lane: LaneState() for lane in range(LANES)}
@@ -122,7 +123,7 @@ def webdataset_arm(folder: Path) -> Arm:
 
 
 def lhotse_arm(folder: Path) -> Arm:
-    """Return the arm that reads the same bytes as lhotse Shar with lhotse's own decoder; all clips are 16 kHz mono."""
+    """Return the arm that reads the same bytes from lhotse Shar with lhotse's decoder. All clips are 16 kHz mono."""
     from lhotse import CutSet
 
     def run() -> int:
@@ -140,7 +141,7 @@ def timed(arm: Arm) -> tuple[float, float, int]:
 
 
 def compare(arms: dict[str, Arm], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Return the samples per CPU-second and per second of every arm and round. The order alternates between rounds."""
+    """Return the samples per CPU-second and per second of every arm and round. The order of arms alternates."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for arm in arms.values():
         arm()  # fills the page cache and imports modules

@@ -36,7 +36,7 @@ class Utterance:
 
 
 def durations(num: int, seed: int = 1) -> list[float]:
-    """Return log-normal durations in seconds, cut at `LONGEST_SEC`."""
+    """Return log-normal durations in seconds, of at most `LONGEST_SEC`."""
     drawn = np.random.default_rng(seed).lognormal(np.log(MEDIAN_SEC), SIGMA, num)
     return np.clip(drawn, 1.0, LONGEST_SEC).tolist()
 
@@ -78,7 +78,7 @@ def write_dataset(store: Store, samples: Sequence[Utterance], per_shard: int) ->
 
 
 def write_shar(folder: Path, samples: Sequence[Utterance], per_shard: int) -> None:
-    """Write the same bytes as lhotse Shar."""
+    """Write the same bytes in the Shar format of lhotse."""
     from lhotse import MonoCut, Recording, SupervisionSegment
     from lhotse.shar import SharWriter
 
@@ -119,6 +119,6 @@ def linked_dataset(folder: Path, real: Path, num_copies: int) -> None:
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Yield `items` in lists of `size`."""
+    """Yield `items` in lists of `size` items."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

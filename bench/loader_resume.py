@@ -26,8 +26,8 @@ def first_batch_sec(config: DataConfig) -> dict[str, float]:
     """Return the median time in seconds from the start of a Python process to its first batch.
 
     Returns:
-        One time for batches of arrays ("arrays") and one for batches of torch tensors ("tensors"). The latter consists
-        mostly of importing torch, which a training run has already done when it opens its data.
+        The time for batches of arrays ("arrays") and the time for batches of torch tensors ("tensors"). The latter is
+        spent mostly on importing torch, which a training run has already done when it opens its data.
     """
     found = {}
     for kind in ("arrays", "tensors"):

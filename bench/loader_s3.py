@@ -2,11 +2,11 @@
 
     python -m bench.loader_s3 FOLDER_OF_SHARDS TOKENIZER        called by `bench.loader --parts s3`
 
-Arms alternate. `obstore` fetches whole objects, one or four at a time, and discards them. `ours` reads every sample in
-training order in chunks of several sizes (ranged reads), verifies each against the index, and parses its metadata.
-`ours + decode` and `obstore + decode` also decode. `cached` reads through the cache of the node, which the first round
-fills, and `disk` reads the same shards from a folder. The server and the client share the machine's cores. The goals
-are stated in `bench.loader`.
+The variants that are compared (*arms*) take turns. `obstore` fetches whole objects, one or four at a time, and discards
+them. `ours` reads every sample in training order with ranged reads of several sizes (chunks), verifies each sample
+against the index, and parses its metadata. `ours + decode` and `obstore + decode` also decode the audio. `cached` reads
+through the node cache, which the first round fills, and `disk` reads the same shards from a folder. The server and the
+client share the machine's cores. The goals are stated in `bench.loader`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from trainer.storage.open import open_store
 
 ROUNDS = 5
 READ_KIB = (512, 2048, 8192, 16384, 1 << 20)
-"""The sizes of chunks. The last one covers a whole shard, which takes reads of at most `fetch.MAX_READ_BYTES`."""
+"""The chunk sizes in KiB. The last covers a whole shard, which is read in parts of at most `fetch.MAX_READ_BYTES`."""
 BUCKET_READ_KIB = 8192
-"""The size of chunks in recipes that read from buckets, to which the goal applies."""
+"""The chunk size in KiB of recipes that read from buckets. The goal applies to this size."""
 THREADS = 4
 URL = "s3://bench/set"
 
@@ -151,7 +151,7 @@ def main(folder: str, tokenizer: str) -> int:
 
 
 def compare(arms: dict[str, Callable[[], int]], on_first_round: Callable[[], None]) -> dict[str, dict[str, float]]:
-    """Return MB/s and CPU seconds of the client per GiB as medians over rounds of alternating arms.
+    """Return the MB/s of each arm and the client's CPU seconds per GiB, as medians over rounds in which arms alternate.
 
     Args:
         arms: the functions that read all shards and return the number of bytes, by name.

@@ -2,11 +2,11 @@
 
     python -m bench.long_recording [--minutes 60] [--ranks 1 2 4]
 
-The recording is synthetic, and is encoded in windows of 30 s. Its audio tokens and a text of 1000 tokens are one pack
-of a small LLM, which the context-parallel ranks share. Nothing is recomputed. For each number of ranks, the command
-prints the loss, the largest difference of a gradient from that of one rank (relative to the largest entry of the
-parameter's gradient), and the peak of the memory that each rank allocates while the LLM runs forward and backward, as
-torch's CPU allocator reports it.
+The recording is synthetic, and is encoded in windows of 30 s. Its audio tokens and 1000 text tokens form one packed
+sequence, which the context-parallel ranks of a small LLM share. Nothing is recomputed. For each number of ranks, the
+command prints the loss, the largest difference between a gradient and that of a single rank (relative to the largest
+entry of the parameter's gradient), and the peak memory that each rank allocates during the forward and backward pass of
+the LLM, as torch's CPU allocator reports it.
 
 Goal: losses and gradients differ by at most 1e-5, and N ranks need at most 1.3/N of the memory of one rank. The last
 line is one JSON object. The exit code is 1 if the goal is missed.
@@ -82,7 +82,7 @@ def work(minutes: float) -> int:
 
 
 def _sample(minutes: float, model: Any) -> Any:
-    """Return a recording of tones and noise with random text after it."""
+    """Return a sample with a recording of tones and noise, followed by random text tokens."""
     import torch
 
     from model.batch import IGNORE, Sample
@@ -119,7 +119,7 @@ def _peak(events: Any) -> int:
 
 
 def run(minutes: float, worlds: list[int]) -> list[dict[str, Any]]:
-    """Return the measurements for each number of ranks, of which the first is the reference."""
+    """Return the measurements for each number of ranks. The first number is the reference for the others."""
     import torch
 
     rows: list[dict[str, Any]] = []

@@ -1,13 +1,14 @@
-"""Compare routing with the primary encoder alone and with all encoders on every clip.
+"""Compare routing of clips to encoder experts with the primary encoder alone and with all encoders on every clip.
 
     python -m bench.mixture                         recipe kit_cpu with three seeds; the nine runs take hours
     python -m bench.mixture --steps 800 --seeds 1   a quick comparison
 
-All arms train for about the same time. A calibration run of 100 steps measures the step time of each arm, and the other
-arms then train for as many steps as take the same time as the mixture's steps. Every arm is evaluated on the kit's
-test split. The benchmark has no pass criterion: its table shows the best arm for each metric, and whether the ranges of
-the two best arms over the seeds overlap. Runs are stored in `runs/mixture`, and an interrupted benchmark continues
-after the last finished run. The exit code is 1 if a run fails, and 3 if the kit (KIT_DIR) is missing.
+The three variants (*arms*) train for about the same time. A calibration run of 100 steps measures the step time of each
+arm. The other arms then train for as many steps as fit into the time that the mixture's steps take. Every arm is
+evaluated on the kit's test split. The benchmark has no pass criterion. Its table shows the best arm for each metric,
+and whether the ranges of the two best arms over the seeds overlap. Runs are stored in `runs/mixture`, and an
+interrupted benchmark continues after the last finished run. The exit code is 1 if a run fails, and 3 if the kit
+(KIT_DIR) is missing.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def step_sec(folder: Path, arm: str) -> float:
 def run_all(folder: Path, steps: int, num_seeds: int) -> list[Outcome]:
     """Train every arm with every seed and return the results.
 
-    All arms are trained with one seed before the next seed, so that other load on the machine affects all of them.
+    All arms are trained with one seed before any is trained with the next, so that other load on the machine affects
+    all of them.
     """
     seconds = {arm: step_sec(folder, arm) for arm in ARMS}
     num_steps = {arm: round(steps * seconds["mixture"] / sec) for arm, sec in seconds.items()}

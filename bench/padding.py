@@ -1,12 +1,13 @@
-"""Measure the share of padding in the work of the encoders and the LLM.
+"""Measure the share of padding in the frames that the encoders compute and in the tokens that the LLM computes.
 
     python -m bench.padding
 
-The plan of `trainer.parallel` sends clips of similar length to the same rank, cuts them into calls where this gives the
-least padding, and makes LLM packs of equal length. It is compared with batches in the order of arrival, with ten length
-buckets, and with padding of every clip to 30 s, for the same samples and the same budget. The samples are all training
-clips of the kit (KIT_DIR) and clips of log-normal duration, in global batches of several sizes. The plan is also
-measured with the cost that it assumes for a further encoder call on a CPU (`CALL_COST_SAMPLES`).
+The plan of `trainer.parallel` sends clips of similar length to the same rank, divides them into encoder calls (padded
+batches) with the least padding, and assigns samples to packed sequences of equal length for the LLM. The plan is
+compared with batches in the order of arrival, with ten length buckets, and with padding of every clip to 30 s, for the
+same samples and the same budget. The samples are all training clips of the kit (KIT_DIR) and clips of log-normal
+duration, in global batches of several sizes. The plan is also measured with the cost that it assumes for an additional
+encoder call on a CPU (`CALL_COST_SAMPLES`).
 
 Goal: at most 2 % of encoder frames and of LLM tokens are padding. The exit code is 1 if the goal is missed.
 """
@@ -33,7 +34,7 @@ ENCODER_BATCH_SEC, PACK_TOKENS = 480.0, 4096
 RANKS, BATCHES = (1, 8), (64, 256, 1024)
 CALL_COST = CALL_COST_SAMPLES["cpu"]
 OTHER_CALL_COSTS_SEC = (10.0, 3.0, 0.3)
-"""The costs of a further encoder call with which the plan is measured; the first one is that of a GPU."""
+"""The costs of an additional encoder call with which the plan is also measured. The first is that of a GPU."""
 NUM_LOG_NORMAL = 16384
 LONGEST_SEC = 30.0
 NUM_BUCKETS = 10
@@ -54,7 +55,7 @@ def kit() -> tuple[list[float], list[int]] | None:
 
 
 def log_normal() -> tuple[list[float], list[int]]:
-    """Return log-normal durations, and text tokens for three words of text per second."""
+    """Return log-normal durations, and the number of text tokens of each clip for three spoken words per second."""
     seconds = durations(NUM_LOG_NORMAL)
     return seconds, [12 + round(4 * s) for s in seconds]
 
@@ -99,7 +100,7 @@ def steps(num: int, batch: int, seed: int = 0) -> Iterator[list[int]]:
 
 
 def encoder_waste(frames: Sequence[int], batch: int, ranks: int, call_cost: int = CALL_COST) -> tuple[float, float]:
-    """Return (share of padding in encoder frames, encoder calls per step and rank), with the length as the cost."""
+    """Return (share of padding in encoder frames, encoder calls per step and rank). A clip's cost is its length."""
     budget, padded, real, calls, num_steps = round(ENCODER_BATCH_SEC * 50), 0, 0, 0, 0
     for step in steps(len(frames), batch):
         rank_of = spread_alike([frames[i] for i in step], ranks)
@@ -121,7 +122,7 @@ def whole_set_waste(frames: Sequence[int], group: Callable[[Sequence[int], int],
 
 
 def llm_waste(tokens: Sequence[int], batch: int, replicas: int) -> float:
-    """Return the share of padding in the rows of LLM packs."""
+    """Return the share of padding in the tokens of the LLM's packed sequences."""
     rows = real = 0
     for step in steps(len(tokens), batch):
         packs = plan_packs([tokens[i] for i in step], replicas, PACK_TOKENS, 1)

@@ -4,8 +4,8 @@
 
 The measured value is the largest number of bytes that torch's CPU allocator has allocated at once in the second
 training step. It is the sum of everything that exists before the step (weights, gradients, optimizer, buffers and the
-batch) and of what torch records as allocated within the step. It excludes the interpreter, libraries, NumPy's arrays,
-and what kernels allocate themselves. The batch has the lengths that the plan assumes.
+batch) and of what torch records as allocated within the step. It excludes the interpreter, libraries, NumPy arrays, and
+memory that kernels allocate themselves. The batch has the lengths that the plan assumes.
 
 Goal: the plan is within 10 % of the measured peak on every rank. The exit code is 1 if the goal is missed.
 """
@@ -39,12 +39,12 @@ CASES: dict[str, tuple[str, list[str]]] = {
             "data.num_lanes=8",
         ],
     ),
-    # Encoder calls, and what follows them, run again in the backward pass.
+    # Encoder calls and the modules after them are run again in the backward pass.
     "recomputed": (
         "demo_cpu",
         ["train.recompute_encoder_calls=true", "data.global_batch_samples=32", "data.num_lanes=32"],
     ),
-    # 67 M parameters. It has the sizes of a published Whisper on padded windows, and a pipeline with recomputation.
+    # 67 M parameters: a Whisper of a published size on padded windows, and a pipeline with recomputation.
     "large": (
         "kit_cpu",
         [
@@ -77,7 +77,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
             "train.encoder_batch_sec=20",
         ],
     ),
-    # The LLM learns adapters only.
+    # Only the LLM's low-rank adapters are trained.
     "lora": (
         "kit_cpu",
         [
@@ -128,7 +128,7 @@ def work(case: str) -> int:
 
 
 def _as_planned(recipe: Any, batch: Any) -> Any:
-    """Return router noise [clips, gates, experts] that sends sample i to experts i, i + 1, …, as the plan assumes."""
+    """Return router noise [clips, gates, experts] that sends sample i to experts i, i + 1, … as the plan assumes."""
     import torch
 
     gates, experts = len(recipe.model.router.gates), len(recipe.model.experts)
@@ -140,7 +140,7 @@ def _as_planned(recipe: Any, batch: Any) -> Any:
 
 
 class _Phases:
-    """A listener that marks the phases of a step in the profile."""
+    """A phase listener that marks the phases of a step in torch's profile."""
 
     def __init__(self) -> None:
         self._open: list[Any] = []
@@ -157,7 +157,7 @@ class _Phases:
 
 
 def _alive_bytes() -> int:
-    """Return the bytes of the storages of all tensors that Python can reach."""
+    """Return the total size in bytes of the storages of all tensors that Python can reach."""
     import gc
 
     import torch

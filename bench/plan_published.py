@@ -2,11 +2,11 @@
 
     python -m bench.plan_published [ROW …] [--memory] [--halves]
 
-`bench/published.csv` contains the runs with their sources. Each is planned with the product's own planner as an LLM
-with a one-layer encoder and one clip of 0.1 s. Its column `recipe` lists the recipe keys of mechanisms that the run
-used, and `mechanisms` what the run used and the trainer does not have; `counts` is `yes` for runs that decide the exit
-code, `what-if` for runs that the trainer could not repeat (context parallelism, overlapping tensor parallelism, fp8,
-deterministic kernels), and `no` for runs whose step time or micro-batch is not certain.
+`bench/published.csv` contains the runs with their sources. Each run is planned with earshot's planner, as an LLM with a
+one-layer encoder and one clip of 0.1 s. The column `recipe` lists the recipe keys of mechanisms that the run used. The
+column `mechanisms` lists mechanisms that the run used but the trainer does not have. The column `counts` is `yes` for
+runs that decide the exit code, `what-if` for runs that the trainer could not repeat (context parallelism, overlapping
+tensor parallelism, fp8, deterministic kernels), and `no` for runs whose step time or micro-batch is uncertain.
 
 The last line is a JSON object. The exit code is 1 if a goal is missed.
 """
@@ -46,7 +46,7 @@ class Published:
     peak_gib: float | None
     source: str
     note: str
-    """What could not be expressed as a recipe."""
+    """The properties of the run that a recipe cannot express."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ _TEXT = (
 
 
 def recipe_of(row: Published) -> Any:
-    """Return a recipe with the run's LLM and layout, and the smallest audio side."""
+    """Return a recipe with the run's LLM and layout, and with audio modules as small as possible."""
     from trainer.config.load import load_recipe
 
     s = row.settings
@@ -163,7 +163,7 @@ def compare(row: Published, memory: bool, scale: float = 1.0) -> Compared:
     Args:
         row: The run.
         memory: True to trace its peak memory too, if that was published.
-        scale: A factor on the shares of the peak rate that matrix products reach.
+        scale: A factor on the fractions of the peak rate that matmuls reach.
     """
     from trainer.parallel.topology import build_topology
     from trainer.plan.accelerator import parse_accelerator
@@ -204,10 +204,10 @@ def rms(ratios: Sequence[float]) -> float:
 
 
 def halves(rows: Sequence[Published]) -> list[dict[str, float]]:
-    """Fit one factor on all matrix tables to every second row, and check it on the others; then the reverse.
+    """Fit one factor for all matmul tables on every second row, check it on the other rows, and then swap the halves.
 
     Returns:
-        For each half: the fitted factor, and the rms on the other half with it and without it.
+        For each half, the fitted factor, and the RMS deviation on the other half with and without this factor.
     """
     planned = {scale: [compare(row, memory=False, scale=scale).ratio for row in rows] for scale in _SCALES}
     found = []
@@ -225,7 +225,7 @@ def main() -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0 if the goals are met, 1 if not.
+        The exit code, which is 0 if the goals are met, else 1.
     """
     parser = argparse.ArgumentParser(
         prog="python -m bench.plan_published", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -2,9 +2,9 @@
 
     python -m bench.plan_time [CASE …] [--rounds N] [--json]
 
-The ranks take turns between calibrating the machine (`bench.calibrate`, all ranks at the same time, as in a step) and
-training steps, so that both see the same load of other programs. The batch has the lengths that the plan assumes. Three
-comparisons are printed:
+The ranks alternate between calibrating the machine (`bench.calibrate`, on all ranks at the same time, as in a step) and
+training steps, so that other programs load the machine equally during both. The batch has the lengths that the plan
+assumes. Three comparisons are printed:
 
 wall: the plan with the median rates over the rounds, and the median time of a step of the slowest rank.
 best: the plan with the best rates, and the shortest step.
@@ -36,12 +36,12 @@ _ROUNDS = "PLAN_TIME_ROUNDS"
 _STEPS_PER_ROUND = 1
 _SECONDS_PER_SHAPE = 0.03
 _PEAK_TFLOPS = 1.0
-"""The peak to which shares refer. It is above that of a CPU core, and cancels out."""
+"""The peak rate of which measured rates are given as fractions. It exceeds that of a CPU core, and cancels out."""
 _RING_BYTES = 2**22
 
 
 def work(case: str) -> int:
-    """Run one rank, which calibrates and trains in turns and writes its measurements as JSON."""
+    """Run one rank, which alternately calibrates and trains, and writes its measurements as JSON."""
     import torch
 
     from bench.calibrate import calibrate
@@ -85,7 +85,7 @@ def work(case: str) -> int:
 
 
 def _link(world: int) -> tuple[float, float]:
-    """Return the bytes per second that a rank sends in an all-reduce, and the seconds of a hop; 0 for one rank."""
+    """Return the bytes per second that a rank sends in an all-reduce, and the seconds per hop; both 0 for one rank."""
     import torch
 
     if world == 1:
@@ -147,7 +147,7 @@ def compare(case: str, num_rounds: int) -> dict[str, Any]:
             raise SystemExit(code)
         ranks = [json.loads(Path(folder, f"{r}.json").read_text()) for r in range(world)]
     every = [one for rank in ranks for one in rank]
-    # A step takes as long as on its slowest rank.
+    # The duration of a step is that of its slowest rank.
     steps = [max(rank[k]["steps"][i] for rank in ranks) for k in range(num_rounds) for i in range(_STEPS_PER_ROUND)]
     cpu = [max(rank[k]["cpu"][i] for rank in ranks) for k in range(num_rounds) for i in range(_STEPS_PER_ROUND)]
     found: dict[str, Any] = {"case": case, "ranks": world, "steps": steps, "cpu": cpu, "load": os.getloadavg()[0]}

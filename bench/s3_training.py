@@ -3,12 +3,12 @@
     python -m bench.s3_training [RECIPE] [--steps N] [key=value …]      default: kit_cpu with its number of steps
 
 The benchmark makes shards of the kit (KIT_DIR), stores them in a local Swift server, and trains RECIPE from disk on 2
-ranks. Then it trains from `s3://` on 2, 1 and 2 ranks, where all processes are killed (SIGKILL) after a third and after
-two thirds of the steps.
+ranks. It then trains from `s3://` on 2, 1 and 2 ranks in turn: after a third and after two thirds of the steps, all
+processes are killed (SIGKILL), and the run resumes on the next number of ranks.
 
-Goals: every step's loss is within 1e-4 relative of that of the run from disk, since other numbers of ranks add in
-another order. The final state of the data (positions and skipped samples) is identical. The exit code is 1 if a goal is
-missed, and 3 without the kit.
+Goals: the relative difference between every step's loss and that of the run from disk is at most 1e-4; it is not zero,
+since the order of additions depends on the number of ranks. The final state of the data (positions and skipped samples)
+is identical. The exit code is 1 if a goal is missed, and 3 without the kit.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from trainer.storage.open import open_store
 
 GOAL = 1e-4
 RANKS = (2, 1, 2)
-"""The numbers of ranks of the three parts of the run from the bucket. The run from disk has the first."""
+"""The numbers of ranks of the three parts of the run from the bucket. The run from disk has the first number."""
 FEW_EVALUATED = ("eval.max_samples=8", "eval.max_new_tokens=4")
 """The overrides of all runs, which keep evaluations short since only losses are compared."""
 
 
 def dataset_overrides(recipe: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return (manifests of the recipe's datasets, overrides that make the datasets read shards of them)."""
+    """Return (the manifests of the recipe's datasets, overrides that make the datasets read shards instead)."""
     datasets = load_recipe(recipe, list(overrides)).data.datasets
     stems = [Path(str(s.manifest)).stem if (KIT / str(s.manifest)).exists() else "asr" for s in datasets]
     changes = [

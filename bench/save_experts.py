@@ -1,11 +1,12 @@
-"""Measure how long a save of an LLM with very many tensors takes, apart from the bytes.
+"""Measure how long saving an LLM with very many tensors takes, apart from writing the bytes.
 
     python -m bench.save_experts
 
 One rank holds the LLM of Qwen3-30B-A3B with all of its layers and experts, but with a hidden width of 16, so that the
-time is that of names, rectangles and entries of the manifest. Training is interrupted by `save`, and the rest of the
-save runs in the background. Times are CPU seconds of the thread that trains, so that other load does not count. Goal:
-the median interruption is below one second. The last line is one JSON object. The exit code is 1 if the goal is missed.
+time is spent on tensor names, slices and manifest entries instead of data. `save` interrupts training, and the rest of
+the save runs in the background. Times are CPU seconds of the training thread, which do not include other load on the
+machine. Goal: the median interruption is below one second. The last line is one JSON object. The exit code is 1 if the
+goal is missed.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ QWEN3_30B_A3B_NARROW: dict[str, Any] = {
 
 
 class LLMManager(CheckpointManager):
-    """A checkpoint manager that saves an LLM without an audio side."""
+    """A checkpoint manager that saves an LLM without audio modules."""
 
     def _shards(self, engines: Any) -> dict[str, list[Shard]]:
         return {"llm": llm_state.shards(engines)}

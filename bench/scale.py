@@ -3,13 +3,13 @@
     python -m bench.scale
 
 The trainer's own code creates process groups of the full size with torch's fake process group, which needs no other
-ranks, and the groups are counted. The number of connections follows from their sizes, and the number of open files is
-that of `trainer.parallel.environment`.
+ranks, and the groups are counted. The number of connections follows from the sizes of the groups, and the number of
+open files is computed by `trainer.parallel.environment`.
 
-The metadata of checkpoints (`bench.scale_checkpoint`), the judgement of stragglers and the planning of a step
+The metadata of checkpoints (`bench.scale_checkpoint`), the detection of stragglers and the planning of a step
 (`bench.scale_step`) are computed by the trainer's own code for data of the full size. Small collectives on the host are
-measured with real processes on this machine. For more ranks, a model multiplies the number of rounds by the measured
-time of a round and an assumed latency of the network.
+measured with real processes on this machine. For more ranks, a model multiplies the number of rounds by the time of a
+round, which consists of the measured time and an assumed network latency.
 
 Goals: the number of open files, the number of gloo groups, the number of a checkpoint's files, the size of the metadata
 (50 MB anywhere), the times for judging stragglers (50 ms) and planning (15 ms) with 10,240 ranks, and the modelled time
@@ -54,7 +54,7 @@ STARTED = (32, 128, 256)
 
 @dataclass(frozen=True)
 class Counted:
-    """The number of process groups that one rank of a run belongs to."""
+    """The number of process groups of which one rank of a run is a member."""
 
     groups: int
     """The number of all groups, including those of the world and of the checkpoints."""
@@ -62,7 +62,8 @@ class Counted:
     gloo_groups: int
     """The number of groups with a gloo backend."""
     gloo_peers: int
-    """The number of other ranks in the gloo groups, summed over groups, which is that of connections in full meshes."""
+    """The number of other ranks in the gloo groups, summed over groups. If every group is a full mesh, this is the
+    number of connections."""
 
 
 def count_groups(topology: Topology, rank: int, cuda: bool = True) -> Counted:
@@ -71,7 +72,7 @@ def count_groups(topology: Topology, rank: int, cuda: bool = True) -> Counted:
     Args:
         topology: The topology of the run.
         rank: The rank whose groups are counted.
-        cuda: Whether to count the backends of GPUs instead of those of CPUs.
+        cuda: Whether to count the groups of a run on GPUs instead of a run on CPUs.
     """
     made: list[tuple[int, str | None]] = [(topology.world, None)]
     with _fake_world(topology, rank, made):
@@ -88,7 +89,7 @@ def count_groups(topology: Topology, rank: int, cuda: bool = True) -> Counted:
 
 @contextlib.contextmanager
 def _fake_world(topology: Topology, rank: int, made: list[tuple[int, str | None]]) -> Iterator[None]:
-    """Create a fake process group of the full size, and record further groups.
+    """Create a fake process group of the full size, and record the groups that are created after it.
 
     Args:
         made: A list to which (size, backend) of each further group that contains this rank is appended.
@@ -123,7 +124,7 @@ def _deepspeed_groups(topology: Topology) -> None:
 
 
 def judge_sec(num_ranks: int) -> float:
-    """Return the CPU seconds in which rank 0 judges one stretch of all ranks' work, as the largest of three values."""
+    """Return the CPU seconds that rank 0 needs to find stragglers in one period, as the largest of three values."""
     parts = [
         RankWork(r, f"node{r // 8}", {p: 1.0 + r % 7 / 10 for p in ("load", "encode", "llm", "update")}, {"llm": 0.2})
         for r in range(num_ranks)

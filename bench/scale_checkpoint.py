@@ -1,7 +1,8 @@
 """The metadata of a checkpoint of many ranks: what each rank sends to rank 0, and the manifest that rank 0 writes.
 
-Used by `python -m bench.scale`. The tensors are those of a recipe's model, divided as both engines divide them. Their
-values are not needed, so the metadata of ten thousand ranks is computed in one process, by the code that saves.
+Used by `python -m bench.scale`. The tensors are those of a recipe's model, sharded in the same way as by DeepSpeed and
+Megatron. Their values are not needed, so the metadata of ten thousand ranks can be computed in one process, with the
+code that saves checkpoints.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def measure(model: SizedModel, topology: Topology) -> Metadata:
 
     Args:
         model: The model.
-        topology: The topology, of which the audio side uses `ep`, and the LLM the other sizes.
+        topology: The topology. The audio modules use its size `ep`, and the LLM uses its other sizes.
     """
     sent = [encode((None, _written(rank, shards)), SENT_KINDS) for rank, shards in _ranks(model, topology)]
     parts: list[Written] = [decode(text, SENT_KINDS)[1] for text in sent]
@@ -115,7 +116,7 @@ def _ranks(model: SizedModel, topology: Topology) -> Iterator[tuple[int, dict[st
 
 
 def _audio_parameters(model: SizedModel, topology: Topology, position: int) -> list[tuple[str, Shape, Slices]]:
-    """Return the parameters of the audio side that a rank at a position of its expert-parallel group holds."""
+    """Return the parameters of the audio modules that a rank at a given position in its expert-parallel group holds."""
     found = []
     tower = model.tower(place(model.config, topology.ep).held_by(position))
     for name, parameter in tower.named_parameters():
@@ -144,7 +145,7 @@ def _megatron_names(config: PretrainedConfig) -> list[str]:
 def _stage_boxes(
     config: PretrainedConfig, names: list[str], topology: Topology, stage: int, tp: int
 ) -> list[tuple[str, Rect, bool]]:
-    """Return the rectangles of Hugging Face's tensors that a rank of a stage holds, and whether it saves them."""
+    """Return the slices of Hugging Face's tensors that a rank of a stage holds, and whether the rank saves them."""
     per_stage, shapes, found = -(-config.num_hidden_layers // topology.pp), hf_shapes(config), []
     for name in names:
         words = name.split(".")
@@ -162,7 +163,7 @@ def _stage_boxes(
 def _llm_shards(
     boxes: list[tuple[str, Rect, bool]], shapes: Mapping[str, Shape], num_replicas: int, replica: int
 ) -> Iterator[Shard]:
-    """Yield one replica's part of a stage's parameters, which lie in one buffer that the replicas divide equally."""
+    """Yield one replica's part of a stage's parameters, which are in one buffer, divided equally among replicas."""
     part = -(-sum(box.numel for _, box, _ in boxes) // num_replicas)
     base = 0
     for name, box, saved_here in boxes:

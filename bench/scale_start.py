@@ -1,9 +1,9 @@
 """How long ranks need to find each other, by the number of ranks. Used by `bench.scale`.
 
-In a gloo group, each rank reads the addresses of all others from the store of rank 0, so the store answers N² requests.
-They are measured with real processes on this machine, which are forked so that each need not import torch. The
-processes share the cores of the machine with the store, which has a core of its own on a cluster. The measured time per
-pair of ranks is therefore too long rather than too short.
+In a gloo group, each rank reads the addresses of all other ranks from the store of rank 0, so the store answers N²
+requests. The requests are timed with real processes on this machine, which are forked so that they need not each import
+torch. These processes share the machine's cores with the store, whereas on a cluster, the store has its own core. The
+measured time per pair of ranks is therefore an overestimate rather than an underestimate.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a step costs the host of one rank with many ranks: planning, and small collectives. Used by `bench.scale`.
+"""The host time per step of one rank in a run with many ranks: planning and small collectives. Used by `bench.scale`.
 
-Planning is measured with the global batch of the full size, in this process. Collectives are measured with real
-processes on this machine, as many as it can run. For more ranks, a model adds up the time of each round.
+Planning is measured in this process with the global batch of all ranks. Collectives are measured with as many real
+processes as this machine can run. For more ranks, a model adds up the time of each round.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _NETWORK_SEC, _BYTES_PER_SEC = 30e-6, 1e9
 
 
 def planning_sec(topology: Topology) -> dict[str, float]:
-    """Return the CPU seconds that one rank needs to plan a step, by part; each is the least of 15 values."""
+    """Return the CPU seconds that one rank needs for each part of planning a step. Each is the minimum of 15 values."""
     rng = np.random.default_rng(0)
     world, num = topology.world, topology.world * SAMPLES_PER_RANK
-    # Once a process has freed a large tensor, glibc no longer returns the memory of freed arrays to the kernel.
-    # (mallopt(3), M_MMAP_THRESHOLD). This is so in every run after its first batch.
+    # Once a process has freed a large tensor, glibc no longer returns the memory of freed arrays to the kernel
+    # (mallopt(3), M_MMAP_THRESHOLD). Every run is in this state after its first batch.
     np.empty(31 << 20, dtype=np.uint8)
     source = np.repeat(np.arange(world), SAMPLES_PER_RANK)
     tokens, samples = rng.integers(50, 400, num), rng.integers(16_000, 320_000, num)
@@ -99,8 +99,8 @@ def collective_sec(num_ranks: int) -> dict[str, float]:
 
     Returns:
         The median for `tree`, which is `trainer.parallel.tree.all_gather_numbers`, and for `ring`, which is gloo's own
-        all-gather of the same numbers. `undisturbed` is the first decile for `tree`: a rank has a core of its own on a
-        cluster, but not on a busy machine.
+        all-gather of the same numbers. `undisturbed` is the first decile for `tree`. It is closer to the time on a
+        cluster, where each rank has its own core, unlike on a busy machine.
     """
     code = "from bench.scale_step import rank_main; rank_main()"
     port = str(20_000 + os.getpid() % 20_000)

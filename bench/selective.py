@@ -6,10 +6,10 @@ One rank with three encoder experts of real families (HuBERT, WavLM and Whisper 
 weights) runs forward and backward passes through `trainer.engine.expert_parallel.EncoderDispatch`. c_k is the measured
 cost of encoder k alone on all clips, and p_k is the share of the clips that a mix routes to it.
 
-Goal: for every mix, the CPU seconds divided by those with all encoders on all clips are within 5 % of Σ p·c / Σ c. The
-shares p_k are the same among short and long clips, since they count clips while the cost depends on length. The CPU
-seconds are those of the whole process, so that planning and batching are included. The exit code is 1 if the goal is
-missed.
+Goal: for every mix, the ratio of its CPU seconds to those with all encoders on all clips is within 5 % of Σ p·c / Σ c.
+The shares p_k count clips, but the cost of a clip depends on its length. Each mix therefore has the same shares among
+short and long clips. The CPU seconds are those of the whole process and thus include planning and batching. The exit
+code is 1 if the goal is missed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def routing(lengths: tuple[int, ...], pattern: tuple[tuple[int, ...], ...]) -> T
     wanted = torch.zeros(len(lengths), len(ENCODERS), dtype=torch.bool)
     for turn, clip in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
         lap, place = divmod(turn, len(pattern))
-        # The pattern is reversed alternately, since its first element would otherwise always get the longer clips.
+        # Every second repetition is reversed, since the first element would otherwise always get the longer clips.
         wanted[clip, list(pattern[-1 - place if lap % 2 else place])] = True
     return wanted
 
@@ -74,7 +74,7 @@ def measure() -> dict[str, list[float]]:
     """Measure the CPU seconds of a forward and backward pass in each round.
 
     Returns:
-        The CPU seconds of each round, by `all`, the name of an encoder, or the name of a mix.
+        The CPU seconds of each round. The keys are `all`, the names of the encoders, and the names of the mixes.
     """
     import torch.distributed as dist
 
@@ -126,7 +126,7 @@ def draw_clips() -> Ragged:
 
 
 def report(seconds: dict[str, list[float]]) -> dict[str, object]:
-    """Print a table, and return the content of the last line."""
+    """Print a table, and return the result, which the caller prints as JSON on the last line."""
     lengths, names = draw_clips().lengths, [e.name for e in ENCODERS]
     # Other load on the machine can only increase the measured times, so the least time is used.
     least = {name: min(spent) for name, spent in seconds.items()}
@@ -154,7 +154,7 @@ def main() -> int:
     """Run the benchmark as a command; the exit code is 0 if the goal is met, else 1."""
     argparse.ArgumentParser(prog="python -m bench.selective", description=(__doc__ or "").splitlines()[0]).parse_args()
     if "RANK" not in os.environ:
-        # The cache must hold the kernels of all shapes, since every round has the same shapes again.
+        # The cache must hold the kernels for all shapes, since the same shapes occur in every round.
         os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "20000"}
         return start_ranks(1, [sys.executable, "-m", "bench.selective"])
     result = report(measure())

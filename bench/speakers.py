@@ -3,11 +3,11 @@
     python -m bench.speakers [--steps 600] [--seeds 1]
 
 The kit (KIT_DIR) has few speakers of digits, so the effect on a new speaker can only be measured by cross-validation. A
-small Whisper encoder with a mean and a linear layer on top is trained on the ten digits of all speakers of the train
-and dev splits except one, and evaluated on that one. This is repeated for each speaker and each arm. The arms differ in
-`do_normalize` and in `data.augment`, and have the same clips in the same order and the same initial weights. There is
-no goal: the result is the error rate by arm and speaker. Five arms take about 15 minutes on one core. The exit code is
-3 without the kit.
+small Whisper encoder with mean pooling and a linear layer is trained on the ten digits of all speakers in the train and
+dev splits except one, and evaluated on the held-out speaker. This is repeated for each speaker and each variant
+(*arm*). The arms differ in `do_normalize` and in `data.augment`. They have the same initial weights, and the same clips
+in the same order. There is no goal; the result is the error rate by arm and speaker. Five arms take about 15 minutes on
+one core. The exit code is 3 without the kit.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Arm:
 
 
 class Classifier(nn.Module):
-    """A classifier that maps the mean of a Whisper encoder's frames to ten scores."""
+    """A classifier that maps the mean over a Whisper encoder's frames to ten scores."""
 
     def __init__(self, equal_loudness: bool) -> None:
         super().__init__()

@@ -2,24 +2,27 @@
 
     python -m bench.trainer [--ranks 2 4] [--tune]
 
-The model has a primary encoder, four encoder experts of which each of two gates chooses one per clip, and a Llama of
-31 M parameters. All arms train the same model from the same weights (`model.speech_llm.SpeechLLM`) on clips of noise
-with the lengths of the kit's clips (KIT_DIR), in fp32, with the same optimizer and the same number of clips per update:
+The model has a primary encoder, four encoder experts, two gates of which each chooses one expert per clip, and a Llama
+of 31 M parameters. All variants (*arms*) train the same model from the same weights (`model.speech_llm.SpeechLLM`) on
+clips of noise with the lengths of the kit's clips (KIT_DIR), in fp32, with the same optimizer and the same number of
+clips per update:
 
-- earshot: its step, with data parallelism.
-- padded: Trainer with padded micro-batches in random order. Every encoder expert encodes every clip, and those that the
-  router did not choose get the weight 0. This is how such models are commonly trained.
-- grouped: the same with clips of similar length in a micro-batch (`group_by_length`). Trainer's `batch_rebalance`,
-  which divides the clips of an update into micro-batches of equal cost, is one of the settings that `--tune` measures.
+- earshot: earshot's training step, with data parallelism.
+- padded: Trainer with padded micro-batches in random order. Every encoder expert encodes every clip, and the features
+  of experts that the router did not choose get the weight 0. This is how such models are commonly trained.
+- grouped: like `padded`, but with clips of similar length in a micro-batch (`group_by_length`). Trainer's
+  `batch_rebalance`, which divides the clips of an update into micro-batches of equal cost, is one of the settings that
+  `--tune` measures.
 
-The peer profits from parts of earshot: its encoders compute only the real length of clips instead of 30 s, and their
-convolutions are fast on CPUs. `--tune` measures other settings than those in `BEST`. In each round, all arms are
-started one after the other, and train on the same clips. The first update is not timed. The updates of `padded` have
-the same clips as those of `earshot`, so their losses must be equal.
+The arms that use Trainer (*peers*) profit from parts of earshot: their encoders compute only the real length of clips
+instead of 30 s, and the convolutions of the encoders are fast on CPUs. `--tune` measures other settings than those in
+`BEST`. In each round, all arms are started one after the other, and train on the same clips. The first update is not
+timed. The updates of `padded` have the same clips as those of `earshot`, so their losses must be equal.
 
-Goals: at least 2 times the tokens per second of the best peer, at most the peak memory of this peer's ranks, and losses
-that agree within 1e-4. If there are fewer idle cores than ranks, the speed depends on the other load. Then the CPU
-seconds of all ranks are compared instead. The exit code is 1 if a goal is missed. The last line is one JSON object.
+Goals: earshot processes at least 2 times as many tokens per second as the best peer, its peak memory per rank is at
+most that of this peer, and losses agree within 1e-4. If there are fewer idle cores than ranks, the wall time depends on
+the other load, and the CPU seconds of all ranks are compared instead. The exit code is 1 if a goal is missed. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ def run_arm(kind: str, setting: Mapping[str, Any], ranks: int, sizes: Mapping[st
 
 
 def tune(ranks: int, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Measure the settings of each arm on their own, and return the tokens per second of each."""
+    """Measure each candidate setting of each arm separately, and return the tokens per second of each."""
     work = work_of(sizes)
     found: dict[str, Any] = {}
     for kind, settings in CANDIDATES.items():
@@ -83,7 +86,7 @@ def tune(ranks: int, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def work_of(sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Return the number of clips, of tokens and of seconds of audio that an arm trains on in the timed part."""
+    """Return the numbers of clips, tokens and seconds of audio on which an arm trains in the timed part."""
     from bench.trainer_work import Sizes, draw_samples
     from model.lengths import SAMPLE_RATE
 
@@ -163,7 +166,7 @@ def compare(found: Mapping[str, Sequence[Record]], work: Mapping[str, Any], rank
 
 
 def run(ranks: Sequence[int], rounds: int, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Measure all arms on each number of ranks, and return the content of the last line."""
+    """Measure all arms on each number of ranks, and return the result, which is printed as JSON on the last line."""
     work, found, cores = work_of(sizes), {}, idle_cores()
     for num_ranks in ranks:
         records: dict[str, list[Record]] = {kind: [] for kind in (OURS, *PEERS)}

@@ -60,7 +60,7 @@ class Everything(nn.Module):
 class Grouped(Sampler[int]):
     """The clips of the warm-up in order, and then all others in the order of `LengthGroupedSampler`.
 
-    With thousands of samples, that sampler sorts 50 batches at a time. Here it sorts all clips.
+    With thousands of samples, `LengthGroupedSampler` sorts 50 batches at a time. Here it sorts all clips at once.
 
     Args:
         frames: The length of each clip.
@@ -140,7 +140,7 @@ def run_peer(setting: Setting, sizes: Sizes, rank: int, world: int, samples: Seq
     micro = min(setting.micro, own_clips)
     num_micro = own_clips // micro
     frames = [num_frames(len(s.clips[0])) for s in samples]
-    # The weights are drawn before Trainer switches transformers to ZeRO-3, so that they are those of the other arms.
+    # The weights are drawn before Trainer switches transformers to ZeRO-3, so that they equal those of the other arms.
     model = Everything(SpeechLLM(model_config(sizes), VOCAB_SIZE, parity.SEED))
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
@@ -171,7 +171,7 @@ def run_peer(setting: Setting, sizes: Sizes, rank: int, world: int, samples: Seq
         peer.sampler = {
             "padded": lambda: None,
             "grouped": lambda: Grouped(frames, sizes.global_batch, own_clips),
-            # It is not shuffled, so that an update has the same clips as in the other arms.
+            # The order is not shuffled, so that an update has the same clips as in the other arms.
             "balanced": lambda: BatchRebalanceSampler(
                 frames, sizes.global_batch, world, num_micro, shuffle=False, rank=rank
             ),

@@ -1,4 +1,4 @@
-"""What the arms of `bench.trainer` share: the model, the data, the clocks, and the settings of an arm."""
+"""What the variants (arms) of `bench.trainer` share: the model, the data, the clocks, and the settings of an arm."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ KIT_QUANTILES_SEC = (
 """Every twentieth quantile of the durations of the kit's 4,608 training samples, for machines without the kit."""
 VOCAB_SIZE = 4096
 PROMPT_TOKENS, ANSWER_TOKENS = 10, (2, 11)
-"""The tokens before the audio, and the least and the largest number of tokens of an answer. The kit has 16 in total."""
+"""The number of tokens before the audio, and the smallest and the largest number of tokens in an answer. Samples of the
+kit have 16 text tokens in total."""
 OPTIM = OptimConfig(lr=1e-4, weight_decay=0.0, schedule="constant")
 
 
@@ -42,9 +43,9 @@ class Sizes:
     llm_width: int = 512
     llm_layers: int = 9
     global_batch: int = 32
-    """The clips of an update."""
+    """The number of clips per update."""
     updates: int = 2
-    """The updates that are timed, after one update of warm-up."""
+    """The number of timed updates, which follow one warm-up update."""
 
 
 TINY = Sizes(width=32, layers=1, llm_width=32, llm_layers=2, global_batch=8, updates=1)
@@ -56,7 +57,7 @@ class Setting:
     """An arm with its settings."""
 
     kind: str
-    """`earshot`; or the order of the peer's clips, which is `padded` (random), `grouped` or `balanced`."""
+    """`earshot`, or the order of clips in an arm that uses Trainer: `padded` (random), `grouped` or `balanced`."""
     micro: int = 8
     """The number of clips in a micro-batch of the peer, per rank (with `balanced`, the mean)."""
     persistent: int = 10**6
@@ -114,7 +115,7 @@ def model_config(sizes: Sizes) -> ModelConfig:
         "encoder_layers": sizes.layers,
     }
     stack = {
-        # As in trainer/recipes/kit_cpu.yaml: the published seven convolutions would take most of the time.
+        # As in trainer/recipes/kit_cpu.yaml. The seven published convolutions would account for most of the time.
         "conv_dim": [48] * 4,
         "conv_stride": [20, 4, 2, 2],
         "conv_kernel": [40, 8, 4, 4],
@@ -150,7 +151,7 @@ def model_config(sizes: Sizes) -> ModelConfig:
         ),
         expert_dim=width,
         router=RouterConfig(top_k=1),
-        # The peer computes its loss per micro-batch, but the routing loss is one of the global batch.
+        # The routing loss is defined over the global batch, but Trainer computes its loss per micro-batch.
         routing_loss=RoutingLossConfig(weight=0.0),
         adapter=AdapterConfig(hidden_size=2 * width),
         llm=LLMConfig(config=llm),

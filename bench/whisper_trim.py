@@ -1,4 +1,4 @@
-"""Measure how much features of short windows differ from those of the 30 s windows that Whisper was pre-trained on.
+"""Measure how much features of short windows differ from features of the 30 s windows used in Whisper's pre-training.
 
     python -m bench.whisper_trim ~/.cache/earshot/models/whisper-base
 
@@ -55,7 +55,7 @@ def read_clips(kit: Path) -> list[Tensor]:
 
 @torch.no_grad()
 def measure(folder: str, clips: list[Tensor]) -> dict[float, list[float]]:
-    """Return for each length of silence the relative RMS of every clip's difference from `length_mode: full`."""
+    """Return, for each length of silence, the relative RMS difference of every clip from `length_mode: full`."""
     whole = build_encoder(EncoderConfig("whisper", "whisper", weights=folder)).eval()
     wanted = [_features(whole, clip) for clip in clips]
     results = {}

@@ -1,12 +1,12 @@
-"""Measure the CPU time that one rank needs to gather the audio side's weights and to reduce their gradients.
+"""Measure the CPU time that one rank needs to gather the audio modules' weights and to reduce their gradients.
 
     python -m bench.whole_weights [RECIPE] [--ranks N]
 
-On a GPU, this is the time in which Python prepares copies and collectives, and in which a fast GPU waits. The rank is
-one of a fake process group of the full size. The audio side of RECIPE (default: mowe_70b) is on the meta device, so
-that nothing is computed or sent. A step consists of gathering weights, adding a gradient for each parameter, reducing
-gradients and releasing weights (`trainer.engine.whole_weights`). For comparison, `reduce_scatter_coalesced`, with which
-DeepSpeed's ZeRO-3 reduces gradients, gets the same gradients in buckets of 50 million elements.
+On a GPU, this is the time that Python needs to prepare copies and collectives, during which a fast GPU waits. The rank
+is a member of a fake process group of the full size. The audio modules of RECIPE (default: mowe_70b) are on the meta
+device, so that nothing is computed or sent. A step consists of gathering weights, adding a gradient for each parameter,
+reducing gradients and releasing weights (`trainer.engine.whole_weights`). For comparison, the same gradients are passed
+in buckets of 50 million elements to `reduce_scatter_coalesced`, with which DeepSpeed's ZeRO-3 reduces gradients.
 
 Goal: at most 20 ms per step. The exit code is 1 if the goal is missed. The last line is one JSON object.
 """
