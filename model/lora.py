@@ -46,7 +46,7 @@ def unknown_factor(name: str, shape: tuple[int, int]) -> Tensor:
 
 
 def initial_factor(name: str, shape: tuple[int, int], seed: int) -> Tensor:
-    """Return the initial values of a factor: zeros for B; for A, uniform values as peft draws them.
+    """Return the initial values of a factor, which are zeros for B, and uniform values for A as in peft.
 
     The values depend on the seed and the name alone, so every topology gets the same ones.
     """

@@ -58,7 +58,7 @@ def check_default_shape(config: AdapterConfig) -> None:
     """Check that `bias` and `last_group` have their default values, for kinds that support no other values.
 
     Raises:
-        UserError: If one of them has another value.
+        UserError: If one of them has a different value.
     """
     if not config.bias:
         raise UserError(f"model.adapter.bias = false: the layers of {config.kind} have biases; remove the key")

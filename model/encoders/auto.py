@@ -104,7 +104,7 @@ class AutoEncoder(AudioEncoder):
         return at_mixture_rate(Ragged.of(frames), self.probe.hop, wanted).values
 
     def _extract(self, wave: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the features and the mask of one window; on the meta device, those of silence."""
+        """Return the features and the mask of one window. On the meta device, they are computed from silence."""
         known = torch.zeros(len(wave), device="cpu") if wave.is_meta else wave
         with torch.device("cpu"):
             return extract(self.extractor, functional.pad(known, (0, max(0, MIN_SAMPLES - len(known)))))

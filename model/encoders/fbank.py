@@ -24,7 +24,7 @@ FLOOR = 1.192092955078125e-07
 
 
 def num_fbank_frames(samples: int) -> int:
-    """Return the number of mel frames of a clip, each of which lies completely inside it; at least one."""
+    """Return the number of mel frames that lie completely inside a clip, at least one."""
     return 1 + (max(samples, FRAME_LENGTH) - FRAME_LENGTH) // HOP_SAMPLES
 
 

@@ -22,8 +22,8 @@ from model.losses.vocabulary import Vocabulary
 from model.transfer import to_device
 
 Reduce = Callable[[Tensor], Tensor]
-"""The sum of a detached tensor over all ranks; the identity in one process. Collective: every rank of the world must
-call it."""
+"""A function that returns the sum of a detached tensor over all ranks, which is the tensor itself in one process.
+Collective: every rank of the world must call it."""
 
 
 def alone(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reading of imported files. No file outside the given folders is read unless the user allows it; no command is run."""
+"""Reading of imported files. Files outside the given folders are read only with `--follow`. No command is run."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class EncoderCosts:
     """
 
     def __add__(self, other: EncoderCosts) -> EncoderCosts:
-        assert self.same_ranks(other), "intervals of other encoders or another number of ranks"
+        assert self.same_ranks(other), "intervals with different encoders or numbers of ranks"
         return EncoderCosts(
             self.encoders,
             self.compute_sec + other.compute_sec,
