@@ -251,7 +251,7 @@ class PromptFormat:
         return [{"role": turn.role, "content": self.content(turn)} for turn in turns]
 
     def content(self, turn: Turn) -> str:
-        """Return a turn as text with placeholders, in the prompt template if it is a user's without text before a clip."""
+        """Return a turn with placeholders. A user turn is in the prompt template if no text precedes a clip."""
         if turn.role != "user":
             return turn.text
         if any(turn.texts[:-1]):
