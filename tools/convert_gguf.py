@@ -15,7 +15,7 @@ from torch import Tensor
 from model.errors import UserError
 
 _CONTROL_TOKEN = 3
-"""GGUF's type of special tokens, such as the end of a text."""
+"""GGUF's type of special tokens, such as the end of text."""
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",

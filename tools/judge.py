@@ -204,7 +204,7 @@ def _verdicts_path(predictions: Path, model: str) -> Path:
 
 
 def _file_part(text: str) -> str:
-    """Return a text as a part of a file's name."""
+    """Return text in a form that can be part of a file's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:100]
 
 

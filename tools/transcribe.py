@@ -4,7 +4,7 @@
     earshot transcribe runs/demo a.wav b.wav --prompt "Who speaks?"      a question about each recording
 
 MODEL is a folder that `earshot export` wrote, a checkpoint or a run. Recordings longer than a window are transcribed in
-overlapping windows, and the texts are joined. With --prompt, the model receives each recording as a whole, unless
+overlapping windows, and the transcripts are joined. With --prompt, the model receives each recording as a whole, unless
 --window is given.
 
 Exit code 0: all files have an answer. 2: a file or the model cannot be used.

@@ -206,7 +206,7 @@ def prepare_once(recipe: Recipe, groups: Groups) -> tuple[Recipe, PreparedData]:
     missing. The others wait and read them.
 
     Raises:
-        UserError: As in `prepare`, or if the recipe asks for another tokenizer than that of the weights.
+        UserError: As in `prepare`, or if the recipe names a tokenizer that differs from that of the weights.
     """
     prepared = None
     owned: OwnedTokenizer | str | None = None

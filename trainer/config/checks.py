@@ -36,7 +36,7 @@ def check_recipe(recipe: Recipe) -> None:
     """Check all rules that need neither weights nor data nor other ranks.
 
     Raises:
-        UserError: If a rule is broken. The message contains the key, its value and the legal values.
+        UserError: If a rule is broken. The message contains the key, its value and the allowed values.
     """
     build_topology(recipe.parallel, recipe.parallel.num_ranks)
     if recipe.parallel.expert > 1 and not recipe.model.experts:
@@ -99,7 +99,7 @@ def check_folders(recipe: Recipe) -> None:
 
 
 def warnings_of(model: ModelConfig) -> list[str]:
-    """Return a warning for every setting of `model` that is legal but possibly unintended."""
+    """Return a warning for every setting of `model` that is valid but possibly unintended."""
     known = [(place, known_encoder(encoder)) for place, encoder in _places(model)]
     notes = [
         f"{place}: {note}"
@@ -124,7 +124,7 @@ def _places(model: ModelConfig) -> list[tuple[str, EncoderConfig]]:
 
 
 def known_encoder(config: EncoderConfig) -> EncoderConfig | None:
-    """Return what is known of an encoder without network access; None if the recipe contains only a hub id.
+    """Return what is known about an encoder without network access; None if the recipe contains only a hub id.
 
     If the recipe contains both a hub id and a `config`, the result has the `config` and no weights.
     """
@@ -134,7 +134,7 @@ def known_encoder(config: EncoderConfig) -> EncoderConfig | None:
 
 
 def known_llm_config(config: LLMConfig) -> PretrainedConfig | None:
-    """Return what is known of the LLM's Hugging Face config without network access.
+    """Return what is known about the LLM's Hugging Face config without network access.
 
     It is read from a local directory or the recipe. If the recipe contains only a hub id, the result is None, and the
     ranks call `check_llm` themselves.
@@ -150,7 +150,7 @@ def check_llm(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
     """Check that the LLM can be divided among the tensor and pipeline ranks, and its experts among theirs.
 
     Raises:
-        UserError: If it cannot. The message lists the legal sizes.
+        UserError: If one of them cannot. The message lists the allowed sizes.
     """
     _check_experts(hf_config, parallel)
     tp, pp = parallel.tensor, parallel.pipeline
@@ -213,10 +213,10 @@ def _check_experts(hf_config: PretrainedConfig, parallel: ParallelConfig) -> Non
 
 
 def check_router_losses(model: ModelConfig, hf_config: PretrainedConfig) -> None:
-    """Check that losses of the LLM's routers are on only if the LLM has experts.
+    """Check that losses of the LLM's routers are enabled only if the LLM has experts.
 
     Raises:
-        UserError: If one is on for an LLM without experts.
+        UserError: If one is enabled for an LLM without experts.
     """
     for loss in active_losses(model):
         if isinstance(loss, RouterLoss) and mixture_of(hf_config) is None:
@@ -229,7 +229,7 @@ def check_packs(train: TrainConfig, parallel: ParallelConfig) -> None:
     """Check that padded packs can be divided among ranks and do not exceed the tokens of a micro-batch.
 
     Raises:
-        UserError: If one of these conditions is not met. The message lists the legal values.
+        UserError: If one of these conditions is not met. The message lists the allowed values.
     """
     multiple, budget = train.pack_multiple_tokens, train.llm_tokens_per_microbatch
     rows = build_topology(parallel, parallel.num_ranks).row_multiple
@@ -248,7 +248,7 @@ def check_reduction(train: TrainConfig, parallel: ParallelConfig) -> None:
     """Check the settings of the exchange of gradients and weights between replicas.
 
     Raises:
-        UserError: If they exclude each other.
+        UserError: If two settings exclude each other.
     """
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise UserError("parallel.overlap_param_gather = true: set parallel.overlap_grad_reduce=true, too")

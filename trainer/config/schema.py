@@ -178,7 +178,7 @@ class Recipe:
                 if name not in known:
                     raise UserError(f"stages '{stage.name}'.weights.{name}: no such dataset; known are {known}")
 
-        _ = self.staged_optim, self.staged_data  # They raise if a value is not legal in a stage.
+        _ = self.staged_optim, self.staged_data  # They raise if a value is not valid in a stage.
 
     @property
     def staged_optim(self) -> OptimConfig:

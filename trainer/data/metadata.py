@@ -59,7 +59,7 @@ def turns_of(metadata: Mapping[str, Any], num_clips: int) -> tuple[Turn, ...]:
 
 
 def earlier_texts(metadata: Mapping[str, Any]) -> list[str]:
-    """Return the texts of a conversation before its last question; none if there is no conversation."""
+    """Return all text of a conversation before its last question, by part; none if there is no conversation."""
     try:
         turns = read_turns(metadata.get("messages"))
     except ConversationError:

@@ -180,10 +180,10 @@ def _spans(
 
 
 def _check_lengths(texts: dict[str, Any], max_tokens: int | None) -> None:
-    """Check the texts of a sample before they are tokenized, which takes long if they are far too long.
+    """Check the text of a sample before it is tokenized, because tokenizing takes long if text is far too long.
 
     Raises:
-        SampleError: If a text is not text (`wrong_type`) or too long (`too_many_tokens`).
+        SampleError: If a value is not text (`wrong_type`) or is too long (`too_many_tokens`).
     """
     for name, text in texts.items():
         if not isinstance(text, str):

@@ -58,7 +58,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]:
-        """Return the tokens of a text, which may contain placeholders, without adding special tokens."""
+        """Return the tokens of text, which may contain placeholders, without adding special tokens."""
 
     @abstractmethod
     def piece(self, token: int) -> str:
@@ -112,7 +112,7 @@ class Tokenizer(ABC):
             turns: The turns, of which the last one is the user's.
 
         Raises:
-            SampleError: If a text contains the placeholder (`placeholder_in_text`), or the chat template fails or
+            SampleError: If a turn contains the placeholder (`placeholder_in_text`), or the chat template fails or
                 changes the prompt (`unexpected`).
         """
         for turn in turns:
@@ -189,7 +189,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._pieces.IdToPiece(token)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the tokens of a text, which may contain placeholders."""
+        """Return the tokens of text, which may contain placeholders."""
         return self._encode(text)
 
     @property
@@ -252,7 +252,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """Check that the chat template inserts the text of a user message once and unchanged.
 
         Raises:
-            UserError: If it does not.
+            UserError: If it does not do so.
         """
         for template, num_clips in ((self.config.template, 2), (self.config.text_template, 0)):
             text = prompt.render(template, "What is said?", self.config.placeholder, num_clips)
@@ -375,7 +375,7 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
 
 
 def shorten(text: str) -> str:
-    """Return the representation of a text, without its middle if it is long."""
+    """Return the representation of text, without its middle if it is long."""
     return repr(text) if len(text) <= 200 else f"{text[:90]!r} ... {text[-90:]!r}"
 
 

@@ -18,7 +18,7 @@ PROBES = (
     "Was it 3:15 p.m.? Café № ½ ﬁne — “quoted” ÄÖÜ",
     "日本語 русский \U0001f600",
 )
-"""Texts that different tokenizers with the same vocabulary split into different tokens."""
+"""Strings that different tokenizers with the same vocabulary split into different tokens."""
 
 
 def tokenizer_digest(
@@ -35,7 +35,7 @@ def tokenizer_digest(
     Args:
         pieces: The text of each id, in the order of the ids.
         special_ids: The ids of begin, end and padding.
-        encode: A function that returns the tokens of a text, which is called with `PROBES`.
+        encode: A function that returns the tokens of text, which is called with `PROBES`.
         config: The placeholder and the templates; other fields do not affect the hash.
         chat_template: The chat template of prompts, or None if there is none.
     """
@@ -57,7 +57,7 @@ def transformers_digest(inner: Any, config: TokenizerConfig, encode: Callable[[s
     Args:
         inner: The tokenizer.
         config: The placeholder and the templates.
-        encode: A function that returns the tokens of a text; None selects the tokenizer's own.
+        encode: A function that returns the tokens of text; None selects the tokenizer's own.
     """
 
     def plain(text: str) -> list[int]:

@@ -108,12 +108,12 @@ def _without_paths(recipe: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a text as code in a cell of a Markdown table, where it cannot be anything else."""
+    """Return text as code for a cell of a Markdown table, such that it cannot be read as other Markdown."""
     return f"`{re.sub(r'[`|<>]|[^ -~]', '?', text)}`"
 
 
 def _experts(source: Source) -> list[str]:
-    """Return the table of the experts in the LLM's layers and what each began as."""
+    """Return the table of the experts in the LLM's layers and the origins of their initial weights."""
     origins = read_origins(source.extra.get(ORIGINS), source.folder.url)
     if not origins:
         return []

@@ -131,7 +131,7 @@ def _split(events: Sequence[Event]) -> tuple[list[Event], list[Event]]:
 
 
 def fingerprint(error: BaseException) -> str:
-    """Return a text that is the same for two errors that have the same cause.
+    """Return a string that is the same for two errors with the same cause.
 
     It consists of the error's class, its message without numbers, and the function that raised it.
     """

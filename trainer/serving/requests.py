@@ -60,10 +60,10 @@ def read_messages(messages: Any, max_chars: int) -> tuple[list[Clip], dict[str, 
 
     Args:
         messages: the value of `messages`.
-        max_chars: the largest number of characters in all texts.
+        max_chars: the largest number of characters of text in all messages.
 
     Raises:
-        RequestError: If the messages have another form, their texts are too long, or their audio cannot be decoded.
+        RequestError: If the messages have another form, their text is too long, or their audio cannot be decoded.
     """
     if not isinstance(messages, list) or not messages:
         raise RequestError("must be a list of messages", "messages")

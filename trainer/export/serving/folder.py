@@ -101,6 +101,6 @@ def write_vllm_folder(folder: Path) -> None:
 
 
 def literal(text: str) -> str:
-    """Return a text as a string literal of Jinja."""
+    """Return text as a string literal of Jinja."""
     # Jinja does not join the two surrogates with which JSON escapes characters above U+FFFF.
     return json.dumps(text, ensure_ascii=False)
