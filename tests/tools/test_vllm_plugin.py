@@ -23,14 +23,17 @@ import soundfile
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from model.config import ModelConfig
+from model.hub.processing import EarshotProcessor
 from tests import vllm_stub
 from tests.tools.exportable import messages_about, write_conversations, write_manifest, write_run
 from tools import export
-from trainer.export.serving.folder import literal
+from trainer.export.serving.folder import literal, write_vllm_folder
 from trainer.parity import tiny_model
 
 
@@ -176,6 +179,17 @@ def test_texts_of_the_chat_template_are_unchanged() -> None:
     text = 'Hör zu 🎧\n"what" \\ {{x}} %} \x01'
     template = ImmutableSandboxedEnvironment().from_string(f"{{%- set A = {literal(text)} -%}}{{{{- A -}}}}")
     assert template.render() == text
+
+
+def test_of_several_chat_templates_the_default_one_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")))
+    tokenizer.chat_template = {"default": "{{ messages[0]['content'] }}", "tool_use": "tools"}
+    processor = EarshotProcessor(tokenizer, "<a>", "{audio}{instruction}", "{instruction}", True, (2,))
+    monkeypatch.setattr("trainer.export.tokenizer.read_processor", lambda folder: processor)
+    write_vllm_folder(tmp_path)
+    template = (tmp_path / "vllm" / "chat_template.jinja").read_text()
+    message = {"role": "user", "content": [{"type": "text", "text": "what"}]}
+    assert ImmutableSandboxedEnvironment().from_string(template).render(messages=[message]) == "what"
 
 
 def test_experts_of_a_recipe_and_untrusted_code_are_refused(served: Served) -> None:

@@ -96,7 +96,7 @@ def write_vllm_folder(folder: Path) -> None:
         "END": tokenizer.eos_token or "",
     }
     constants = "".join(f"{{%- set {name} = {literal(value)} -%}}\n" for name, value in values.items())
-    rest = tokenizer.chat_template if processor.as_chat else _PLAIN
+    rest = tokenizer.get_chat_template() if processor.as_chat else _PLAIN
     (own / TEMPLATE).write_text(f"{constants}{_MESSAGES}{rest}", encoding="utf-8")
 
 
