@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -208,7 +207,7 @@ class AudioTower(nn.Module):
         def run(_: Tensor, probs: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
             parts = [Ragged(v, part.lengths) for v, part in zip(values, given, strict=True)]
             first = parts.pop(0) if primary is not None else None
-            decided = None if routing is None or probs is None else replace(routing, probs=probs)
+            decided = None if routing is None or probs is None else routing.with_probs(probs)
             output = self._join(first, parts, decided, frames)
             found = (output.embeddings, output.features, *output.heads.values())
             lengths[:] = [part.lengths for part in found]

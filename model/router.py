@@ -10,7 +10,7 @@ Shapes: B clips, F frames, P prompt tokens, D width of the gate's input, G gates
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -53,6 +53,12 @@ class Routing:
     def active(self) -> Tensor:
         """The experts that at least one gate chose for each clip, [B, K] bool on the host. Only these experts run."""
         return self.on_host[1].any(dim=1)
+
+    def with_probs(self, probs: Tensor) -> Routing:
+        """Return the same decisions with another tensor that has the values of `probs`, without another transfer."""
+        found = replace(self, probs=probs)
+        found.__dict__["on_host"] = self.on_host
+        return found
 
     def head(self, num_clips: int) -> Routing:
         """Return the routing of the first `num_clips` clips."""

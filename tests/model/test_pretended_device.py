@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu_waits import BACKWARD
+from model.audio_tower import AudioTower
 from model.batch import Ragged
 from model.config import AdapterConfig, EncoderConfig, RouterConfig
 from model.connectors.base import build_adapter
@@ -20,6 +21,7 @@ from model.mixture import mix
 from model.router import Router, Routing
 from model.transfer import to_device
 from tests.pretended_device import DEVICE, PretendedDevice, put
+from trainer.parity import VOCAB_SIZE, tiny_model
 
 STACK: dict[str, Any] = {
     "hidden_size": 16,
@@ -101,6 +103,25 @@ def test_adapter(kind: str) -> None:
     config = AdapterConfig(kind, hidden_size=4, num_heads=2)
     width = config.hidden_size  # `pooling` keeps the width of its input
     compare(build_adapter(config, width), Ragged(torch.randn(60, width), (17, 3, 40)))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_tower_waits_once_even_if_it_recomputes_what_follows_the_encoders(recompute: bool) -> None:
+    torch.manual_seed(0)
+    model = tiny_model()
+    tower = AudioTower(model, 32, VOCAB_SIZE)
+    tower.recompute_joined = recompute
+
+    class Embeddings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = tower
+
+        def forward(self, clips: Ragged, prompts: Ragged) -> Ragged:
+            return tower(clips, prompts).embeddings
+
+    clips = Ragged(0.1 * torch.randn(sum(CLIPS)), CLIPS)
+    compare(Embeddings(), clips, Ragged(torch.arange(6), (1, 2, 3)), waits={"model/router.py:on_host": 1})
 
 
 @pytest.mark.parametrize("source", ["primary", "log_mel", "prompt"])
