@@ -8,7 +8,7 @@
 
 The command needs no GPU, cluster, weights or network. docs/plan.md explains the numbers.
 
-Exit code 0: the run fits into the accelerator's memory. 2: it does not fit, or the recipe is illegal.
+The exit code is 0 if the run fits into the accelerator's memory, and 2 if it does not fit or the recipe is invalid.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _planner(options: argparse.Namespace, recipe: Recipe) -> tuple[Planner, Workload]:
-    """Return a planner for a recipe, and its typical workload."""
+    """Return a planner for a recipe, and the recipe's typical workload."""
     from trainer.engine.imports import lean_imports
 
     with lean_imports():
@@ -128,10 +128,10 @@ def _planner(options: argparse.Namespace, recipe: Recipe) -> tuple[Planner, Work
 
 
 def _data(options: argparse.Namespace, recipe: Recipe) -> DataSummary | None:
-    """Return the lengths of the recipe's data; None if they are to be assumed.
+    """Return the lengths of the recipe's data; None if lengths are assumed.
 
     Raises:
-        UserError: If the data is asked for, but missing or unreadable.
+        UserError: If the data is requested but missing or unreadable.
     """
     from trainer.plan.data import is_present, summarize
 
@@ -142,7 +142,7 @@ def _data(options: argparse.Namespace, recipe: Recipe) -> DataSummary | None:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    """Print a table with one plan for every combination of the values of some keys, and draw it if asked to.
+    """Print a table with one plan for every combination of the values of some keys, and draw it if `--plot` is given.
 
     Returns:
         0 if any of the plans fits, 2 if none does.
@@ -182,7 +182,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _count(text: str) -> float:
-    """Return the number that `text` gives with an optional suffix, such as 500k or 2.1M."""
+    """Parse a number with an optional suffix, such as 500k or 2.1M."""
     units = {"k": 1e3, "M": 1e6}
     number = float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
     if not 0 < number < float("inf"):
@@ -202,43 +202,44 @@ def _parser() -> argparse.ArgumentParser:
         "--accelerator",
         default="h100",
         metavar="NAME[,key=value…]",
-        help="h100, h200, a100, a .json file of bench.calibrate, or numbers such as tflops and memory_gib (see "
-        "docs/plan.md; default: h100)",
+        help="h100, h200, a100, a .json file from bench.calibrate, or your own values such as tflops=900,memory_gib=90 "
+        "(see docs/plan.md; default: h100)",
     )
     parser.add_argument(
         "--audio-sec",
         type=float,
         metavar="SEC",
-        help="mean length of a clip in seconds, if it is assumed (default: 10, or half of the longest clip if that is "
-        "less)",
+        help="mean length of a clip in seconds, if lengths are assumed (default: 10, or half of data.max_audio_sec if "
+        "that is less)",
     )
     parser.add_argument(
         "--data",
         action=argparse.BooleanOptionalAction,
-        help="read the lengths of clips from the recipe's manifests and shards, in buckets as well; --no-data assumes "
-        "them (default: read them if all data is on this machine)",
+        help="read the lengths of clips from the recipe's manifests and shards, including from object storage; "
+        "--no-data assumes lengths (default: read them if all data is on this machine)",
     )
-    parser.add_argument(
-        "--text-tokens", type=int, default=64, metavar="N", help="text tokens of a sample (default: 64)"
-    )
+    parser.add_argument("--text-tokens", type=int, default=64, metavar="N", help="text tokens per sample (default: 64)")
     parser.add_argument("--fit", action="store_true", help="find the fastest layout that fits into the memory")
     parser.add_argument(
         "--tokens-per-update",
         type=_count,
         metavar="N",
-        help="with --fit, also choose data.global_batch_samples: as many as have N tokens together, such as 2.1M",
+        help="with --fit, also set data.global_batch_samples to the largest value with at most N tokens, such as 2.1M",
     )
     parser.add_argument(
         "--transformer-engine",
         action="store_true",
-        help="the ranks have TransformerEngine, which attends without padding (default: as on this machine)",
+        help="assume that the ranks have TransformerEngine, whose attention needs no padding (default: whether it is "
+        "installed here)",
     )
-    parser.add_argument("--explain", action="store_true", help="print what a step's time is spent on, and remedies")
+    parser.add_argument(
+        "--explain", action="store_true", help="print what a step's time is spent on, and how to shorten it"
+    )
     parser.add_argument(
         "--no-advice",
         dest="advice",
         action="store_false",
-        help="do not search for a better layout, which takes longer; never done beyond 1024 ranks",
+        help="do not search for a better layout, which takes longer than the plan; above 1024 ranks, no search is done",
     )
     parser.add_argument(
         "--price-per-gpu-hour", type=float, metavar="PRICE", help="price of one accelerator for an hour, to print costs"
@@ -247,8 +248,8 @@ def _parser() -> argparse.ArgumentParser:
         "--sweep",
         action="append",
         metavar="KEY=v1,v2,…",
-        help="print a table with one plan per value of a recipe key, and nothing else; may be repeated, for all "
-        "combinations",
+        help="print only a table with one plan per value of a recipe key; may be repeated, for all combinations of "
+        "values",
     )
     parser.add_argument(
         "--plot",

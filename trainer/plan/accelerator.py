@@ -1,4 +1,4 @@
-"""Rates and memory of accelerators: data-sheet values, and the assumed share of them that a run reaches."""
+"""Rates and memory of accelerators: data-sheet values, and the assumed fractions of them that a run reaches."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from model.errors import UserError
 
 GIB = 2**30
 
-# Estimates, not measurements, and not fitted to bench/published.csv; bench.calibrate measures a device's own table.
+# These are estimates. They were neither measured nor fitted to bench/published.csv. bench.calibrate measures a device's
+# own table.
 H100_MATRIX = ((64.0, 0.17), (256.0, 0.50), (1024.0, 0.68), (4096.0, 0.74))
 A100_MATRIX = ((64.0, 0.35), (256.0, 0.66), (1024.0, 0.79), (4096.0, 0.84))
-"""The default shares of the peak rate that bf16 products reach, see `Accelerator.matrix`."""
+"""The default fractions of the peak rate that bf16 matmuls reach, see `Accelerator.matrix`."""
 
 
 @dataclass(frozen=True)
@@ -24,40 +25,40 @@ class Accelerator:
 
     name: str = "custom"
     tflops: float = 989.0
-    """The peak rate of dense bf16 matrix products, in TFLOP/s."""
+    """The peak rate of dense bf16 matmuls, in TFLOP/s."""
     fp32_tflops: float = 67.0
-    """The peak rate of fp32 matrix products without TF32, in TFLOP/s."""
+    """The peak rate of fp32 matmuls without TF32, in TFLOP/s."""
     memory_gib: float = 79.1
     """The memory that the driver reports, in GiB."""
     memory_tb_s: float = 3.35
     """The memory bandwidth, in TB/s."""
     node_gb_s: float = 450.0
-    """The bandwidth to a device of the same node, in GB/s."""
+    """The bandwidth to a device in the same node, in GB/s."""
     network_gb_s: float = 50.0
-    """The bandwidth to a device of another node, in GB/s."""
+    """The bandwidth to a device in another node, in GB/s."""
     per_node: int = 8
     """The number of devices per node."""
     matrix: tuple[tuple[float, float], ...] = H100_MATRIX
-    """The share of the peak rate that a matrix product reaches, as pairs (FLOPs per byte, share) in ascending order.
+    """The fraction of the peak rate that a matmul reaches, as pairs (FLOPs per byte, fraction) in ascending order.
 
-    An [m, k] by [k, n] product in bf16 has mnk / (mk + kn + mn) FLOPs per byte. `python -m bench.calibrate` measures
+    An [m, k] by [k, n] matmul in bf16 has mnk / (mk + kn + mn) FLOPs per byte. `python -m bench.calibrate` measures
     the table."""
     efficiency: float = 0.0
-    """The share of the peak rate that every matrix product is assumed to reach. With 0, it is looked up in `matrix`."""
+    """The fraction of the peak rate that every matmul is assumed to reach. With 0, it is looked up in `matrix`."""
     attention_efficiency: float = 0.5
-    """The share of the peak rate that fused attention is assumed to reach."""
+    """The fraction of the peak rate that fused attention is assumed to reach."""
     memory_efficiency: float = 0.8
-    """The share of the memory bandwidth that element-wise operations are assumed to reach."""
+    """The fraction of the memory bandwidth that element-wise operations are assumed to reach."""
     kernel_us: float = 4.0
-    """The time that starting a kernel takes, in microseconds."""
+    """The time of a kernel launch, in microseconds."""
     link_efficiency: float = 0.7
-    """The share of the links' bandwidth that collectives are assumed to reach."""
+    """The fraction of the links' bandwidth that collectives are assumed to reach."""
     node_latency_us: float = 3.4
     """The latency of a hop within a node, in microseconds, from NCCL's tuning table for rings over NVLink."""
     network_latency_us: float = 14.0
     """The latency of a hop between nodes, in microseconds, from NCCL's tuning table for rings over a network."""
     reserve_gib: float = 6.0
-    """The memory that the CUDA context, NCCL, library workspaces and fragmentation are assumed to take, in GiB."""
+    """The memory that the CUDA context, NCCL, library workspaces and fragmentation are assumed to use, in GiB."""
 
     @property
     def usable_bytes(self) -> float:
@@ -65,10 +66,10 @@ class Accelerator:
         return (self.memory_gib - self.reserve_gib) * GIB
 
     def matrix_share(self, rows: float, columns: float, inner: float) -> float:
-        """Return the share of the peak rate that a [rows, inner] by [inner, columns] product reaches.
+        """Return the fraction of the peak rate that a [rows, inner] by [inner, columns] matmul reaches.
 
-        Between the entries of `matrix`, the share is interpolated over the logarithm of the FLOPs per byte. Below the
-        first entry it is proportional to them.
+        Between the entries of `matrix`, the fraction is interpolated over the logarithm of the FLOPs per byte. Below
+        the first entry, it is proportional to the FLOPs per byte.
         """
         if self.efficiency:
             return self.efficiency
@@ -83,9 +84,9 @@ class Accelerator:
         return share
 
     def ranging(self, change: float) -> Accelerator:
-        """Return this accelerator with all assumed shares multiplied by 1 + `change`, and latencies divided by it.
+        """Return this accelerator with all assumed fractions multiplied by 1 + `change`, and latencies divided by it.
 
-        Shares may exceed 1, because measured rates (`bench.calibrate`) have shares of 1.
+        Fractions may exceed 1, because the fractions of measured rates (`bench.calibrate`) are 1.
         """
         factor = 1 + change
         return dataclasses.replace(
@@ -96,7 +97,7 @@ class Accelerator:
         )
 
     def without_fixed_costs(self) -> Accelerator:
-        """Return this accelerator with neither latencies nor a cost of starting kernels."""
+        """Return this accelerator without link latencies and kernel-launch overhead."""
         return dataclasses.replace(self, kernel_us=0.0, node_latency_us=0.0, network_latency_us=0.0)
 
 
@@ -119,8 +120,8 @@ KNOWN = {
 }
 """The predefined accelerators by name.
 
-Values are those of NVIDIA's data sheets for SXM modules, with 80 GB for the a100 and h100. Each device is assumed to
-have one network port of 400 Gb/s (a100: 200 Gb/s).
+The values are from NVIDIA's data sheets for SXM modules, with 80 GB for the a100 and h100. Each device is assumed to
+have one network port with 400 Gb/s (a100: 200 Gb/s).
 """
 
 
@@ -129,7 +130,7 @@ def parse_accelerator(text: str) -> Accelerator:
 
     Args:
         text: A name (`h100`), a name with changed values (`h100,memory_gib=90`), or only values (`memory_gib=90`).
-            Values that are not given are those of the named accelerator, or of the h100 if no name is given.
+            Values that are not given are taken from the named accelerator, or from the h100 if no name is given.
 
     Returns:
         The accelerator, named `text` if any value was changed.
@@ -143,8 +144,8 @@ def parse_accelerator(text: str) -> Accelerator:
     base = KNOWN.get(first) or _load(first)
     if base is None:
         raise UserError(
-            f"--accelerator {first}: legal names are {', '.join(KNOWN)}; or give numbers as key=value,… "
-            "or a .json file of bench.calibrate"
+            f"--accelerator {first}: legal names are {', '.join(KNOWN)}; or give values as key=value,… "
+            "or a .json file from bench.calibrate"
         )
     legal = [f.name for f in dataclasses.fields(Accelerator) if f.name not in ("name", "matrix")]
     changes: dict[str, float] = {}

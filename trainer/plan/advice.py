@@ -1,4 +1,4 @@
-"""Advice on the change that improves a plan most, found by a search over legal layouts."""
+"""Advice on the change that improves a plan most, found by a search over valid layouts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Advice:
     change: tuple[str, ...]
     """The single `key=value` that makes the step fastest, or makes it fit into memory; empty if there is none."""
     change_speedup: float
-    """The speed-up by `change`: the step time of the recipe divided by the step time with `change`."""
+    """The speed-up from `change`: the step time of the recipe divided by the step time with `change`."""
     layout: tuple[str, ...]
     """The overrides `key=value` of the fastest layout that fits; empty if it is not faster than the recipe."""
     layout_speedup: float
-    """The speed-up by `layout`: the step time of the recipe divided by the step time with `layout`."""
+    """The speed-up from `layout`: the step time of the recipe divided by the step time with `layout`."""
 
 
 def advise(planner: Planner, plan: Plan, workload: Workload) -> Advice:

@@ -42,8 +42,8 @@ class Traffic:
     within_node: bool
     """True if all ranks of a group are on one node."""
     members: int = 1
-    """The number of a group's ranks on one node. They share the node's network ports with the members of other
-    groups, so that a group has as many ports as it has members there."""
+    """The number of a group's ranks on one node. The node's network ports are shared with the ranks of other groups, so
+    a group has as many ports on a node as it has ranks there."""
     calls: int = 1
     """The number of collectives."""
     ring: bool = True
@@ -52,8 +52,8 @@ class Traffic:
     def seconds(self, accelerator: Accelerator) -> float:
         """Return the duration of these collectives in seconds if nothing overlaps with them.
 
-        NCCL chooses between a protocol with full bandwidth, and one with a fifth of the latency and a quarter of the
-        bandwidth, which is faster for small messages.
+        NCCL chooses between a protocol with full bandwidth and another one with a fifth of the latency and a quarter of
+        the bandwidth, which is faster for small messages.
         """
         ports = accelerator.network_gb_s * self.members
         rate = accelerator.node_gb_s if self.within_node else min(accelerator.node_gb_s, ports)
@@ -75,10 +75,10 @@ def traffic(
     per_node: int,
     mechanisms: Mechanisms = AS_BUILT,
 ) -> list[Traffic]:
-    """Return the traffic of a step, one entry per kind of collective that sends anything.
+    """Return the traffic of a step, with one entry per kind of collective that sends anything.
 
     Each rank in a ring of n ranks sends (n - 1)/n of the gathered bytes (Thakur et al. 2005, Int. J. High Perform.
-    Comput. 19).
+    Comput. Appl. 19).
 
     Args:
         recipe: The recipe of the run.
@@ -124,7 +124,8 @@ def _llm_traffic(
     train, config = recipe.train, model.llm
     size = DTYPES[train.precision].itemsize
     tp, pp, dp, world = topology.tp, topology.pp, topology.without_context.dp, topology.world
-    # With context parallelism, a rank has a part of each sequence. The packs take that of the trainer into account.
+    # With the context parallelism of `mechanisms`, a rank has a part of each sequence, which the packs do not take into
+    # account. They do take the trainer's own context parallelism into account.
     microbatches = packs.num_microbatches * mechanisms.context
     hidden = packs.pack_tokens / mechanisms.context / topology.cp * config.hidden_size * size
     layers = max(sum(stage_chunks(config.num_hidden_layers, pp, topology.vp, s)) for s in range(pp))
@@ -199,7 +200,8 @@ def _llm_traffic(
 def context_gathers(recompute: Recompute) -> int:
     """Return how often a layer gathers keys and values over context-parallel ranks for one micro-batch.
 
-    It gathers them in the forward pass, in its recomputation, and for the gradients (`model.llm.context`).
+    It gathers them in the forward pass, in the recomputation of the forward pass, and for the gradients
+    (`model.llm.context`).
     """
     return 2 if recompute == "none" else 3
 
@@ -207,7 +209,7 @@ def context_gathers(recompute: Recompute) -> int:
 def _keys(config: PretrainedConfig, topology: Topology, pack_tokens: int, size: int, gathers: int) -> float:
     """Return the bytes of keys and values that a rank sends to context-parallel ranks in one layer for one pack.
 
-    Their gradients are summed in fp32.
+    The gradients of keys and values, which are summed in fp32, are included.
     """
     values = 2 * pack_tokens * config.num_key_value_heads / topology.tp * head_dim(config)
     return values * (gathers * size + FP32_BYTES) * _ring(topology.cp)

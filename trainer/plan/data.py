@@ -35,14 +35,14 @@ class Lengths:
     """The lengths of the training samples of one dataset, or of an even selection of them."""
 
     num_samples: int
-    """The number of all training samples of the dataset that the recipe selects."""
+    """The number of all training samples in the dataset that the recipe selects."""
     hours: float
-    """The duration of all their audio."""
+    """The duration of their audio in hours."""
     seconds: Seconds = field(repr=False)
-    """The total duration of each selected sample's clips in ascending order, [n]; 0 without audio. Samples with a
-    longer clip than `data.max_audio_sec` are not among them."""
+    """The total duration of each sample's clips in ascending order, [n]; 0 without audio. Samples with a clip longer
+    than `data.max_audio_sec` are excluded."""
     num_too_long: int
-    """The expected number of samples with such a clip, among all of them."""
+    """The expected number of samples with a clip longer than `data.max_audio_sec`, among all `num_samples`."""
     num_bytes: int = 0
     """The size of the shards; 0 if the dataset is a manifest, whose shards are built later."""
 
@@ -54,30 +54,30 @@ class Lengths:
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """What a run reads of one dataset."""
+    """What a run reads from one dataset."""
 
     name: str
     lengths: Lengths
     share: float
-    """The mean fraction of the samples of a step that are drawn from it, over the whole run."""
+    """The average fraction of each step's samples that are drawn from the dataset, over the whole run."""
     epochs: float
-    """How often the run reads each of its samples on average."""
+    """How often the run reads each sample of the dataset on average."""
 
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What a run reads of its datasets."""
+    """What a run reads from its datasets."""
 
     datasets: tuple[DatasetSummary, ...]
     max_skipped_fraction: float
 
     @property
     def skipped_fraction(self) -> float:
-        """The fraction of the samples that the run draws that are too long, so that it skips them."""
+        """The fraction of the drawn samples that are too long, so that the run skips them."""
         return sum(d.share * d.lengths.num_too_long / d.lengths.num_samples for d in self.datasets)
 
     def batch(self, num_samples: int) -> Seconds:
-        """Return the durations of `num_samples` samples, with each dataset's share and distribution of lengths."""
+        """Return the durations of `num_samples` samples, with each dataset's share and length distribution."""
         exact = np.array([d.share * num_samples for d in self.datasets])
         counts = np.floor(exact).astype(np.int64)
         # The largest remainders are rounded up, so that the counts add up.
@@ -92,7 +92,7 @@ class DataSummary:
 
 
 def is_local(data: DataConfig) -> bool:
-    """Return whether all datasets are in folders of this machine, whether they exist or not."""
+    """Return whether all datasets have paths on this machine rather than URLs. The paths need not exist."""
     return not any(scheme_of(place_of(data, part)) for part in data.datasets)
 
 
@@ -113,13 +113,13 @@ def is_present(data: DataConfig) -> bool:
 def summarize(recipe: Recipe) -> DataSummary:
     """Read the lengths of a recipe's training samples.
 
-    The numbers of samples and hours of shards are those of their index. Lengths are read from the offset tables of at
-    most 32 shards per dataset, and of manifests without `duration` from at most 2000 audio files per dataset. The
-    training reads neither the audio nor the text.
+    For shards, the numbers of samples and hours are read from the index, and lengths are read from the offset tables of
+    at most 32 shards per dataset. For manifests without `duration`, lengths are read from the headers of at most 2000
+    audio files per dataset. Neither audio nor text is read.
 
     Raises:
-        UserError: If a dataset is missing or cannot be read, has no samples to train on, or only samples that are too
-            long.
+        UserError: If a dataset is missing or cannot be read, has no samples to train on, or has only samples that are
+            too long.
     """
     data = recipe.staged_data
     if not data.datasets:
@@ -164,8 +164,7 @@ def _lengths(data: DataConfig, part: DatasetConfig) -> Lengths:
 
 
 def _of_shards(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Seconds, Seconds, int]:
-    """Return the number of samples, the hours, the durations of selected samples and of their longest clips, and the
-    size of all shards in bytes."""
+    """Return the numbers of samples and hours, the durations of samples and of their clips, and the size in bytes."""
     url = place_of(data, part)
     store = open_store(url, data.retry_sec)
     try:
@@ -182,14 +181,14 @@ def _of_shards(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Secon
     entries = [entry for shard in read.tolist() for entry in shards.table(shard) if selection.matches(entry)]
     seconds = np.array([entry.seconds if entry.num_clips else 0.0 for entry in entries], dtype=np.float64)
     clips = np.array([max(1, entry.num_clips) for entry in entries])
-    # The table has the total length of a sample's clips, which are taken to be equally long.
+    # The table has the total length of a sample's clips, which are assumed to be equally long.
     total = sum(group.num_samples for group in chosen)
     hours = sum(group.seconds for group in chosen) / 3600
     return total, hours, seconds, seconds / clips, shards.index.num_bytes
 
 
 def _of_manifest(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Seconds, Seconds]:
-    """Return what `_of_shards` returns except the size. The hours follow from the lengths that are read."""
+    """Return what `_of_shards` returns, except the size. The hours are estimated from the lengths that are read."""
     path = Path(place_of(data, part))
     if scheme_of(str(data.root)) or not path.is_file():
         raise UserError(f"data.datasets '{part.name}': {path}: no such file; check data.root = {data.root}")

@@ -1,7 +1,8 @@
 """Activation memory of the audio side. Encoder calls are traced with the real modules, and the rest is computed.
 
-All clips of a step are encoded before the LLM runs, so the activations that the calls keep for the backward pass add
-up. In shapes, B is the number of windows in a call and F is the number of frames of the longest one.
+The audio side is everything in front of the LLM. An encoder call is one forward pass of an encoder over a batch of
+clips. All clips of a step are encoded before the LLM runs, so the activations that the calls keep for the backward pass
+add up. In shapes, B is the number of windows in a call and F is the number of frames of the longest window.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class EncoderTracer:
         optim: The optimizer settings; frozen parts keep less for the backward pass.
         dtype: The dtype of weights and activations.
         recompute: The value of `train.recompute_encoders`.
-        device: The type of device that the ranks run on; on `cpu`, convolutions keep their unfolded windows.
+        device: The type of device that the ranks run on. On `cpu`, convolutions keep their unfolded windows.
     """
 
     def __init__(self, tower: AudioTower, optim: OptimConfig, dtype: torch.dtype, recompute: bool, device: str) -> None:
@@ -81,7 +82,7 @@ class EncoderTracer:
             use_matrix_products(self.tower, ("cpu", "meta"))
         param_groups(optim, [(f"audio.{n}", p, p.dim()) for n, p in tower.named_parameters()])
         for parameter in tower.parameters():
-            if parameter.requires_grad:  # ZeRO-3 does not keep full gradients either
+            if parameter.requires_grad:  # As in ZeRO-3, full gradients are not kept.
                 parameter.register_post_accumulate_grad_hook(_forget)
         tower.set_recompute(recompute)
         self._calls: dict[str, CallMemory] = {}
@@ -145,7 +146,7 @@ def _owner_of_layers(encoder: Any) -> Any:
 
 @contextmanager
 def _only(owner: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Give `owner` only these layers during the block; nothing is changed if it is None."""
+    """Give `owner` only these layers during the block; do nothing if `owner` is None."""
     if owner is None:
         yield
         return
@@ -173,9 +174,9 @@ def audio_memory(
         rank: The rank whose memory is returned.
         loaded_samples: The lengths of the clips that the rank loaded, in audio samples.
         reduce_elements: ZeRO-3's `reduce_bucket_size`, a number of elements.
-        learned: The number of trainable audio parameters that the rank holds a share of.
-        recompute_calls: True if a call keeps only its clips, and runs again in the backward pass. What follows the
-            encoders then keeps only features and embeddings.
+        learned: The number of trainable audio parameters of which the rank holds a share.
+        recompute_calls: True if a call keeps only its clips, and runs again in the backward pass. The modules after the
+            encoders then keep only features and embeddings.
     """
     tower = tracer.tower
     dtype = next(tower.projector.parameters()).dtype
@@ -202,9 +203,9 @@ def audio_memory(
 
 
 def _after_encoders(tower: AudioTower, loaded_samples: Sequence[int], size: int, device: str) -> Traced:
-    """Return the memory of mixture, adapter, projector and heads of losses for the clips that a rank loaded.
+    """Return the memory of mixture, adapter, projector and loss heads for the clips that a rank loaded.
 
-    It is computed from the shapes of their tensors, not traced.
+    The memory is computed from the shapes of the modules' tensors, not traced.
     """
     frames = [num_frames(n) for n in loaded_samples]
     if not frames:
@@ -234,7 +235,7 @@ def _outputs(tower: AudioTower, frames: Sequence[int], size: int) -> int:
     audio_tokens = sum(map(rate.tokens_of_frames, frames))
     logits = 0
     for name in tower.loss_heads:
-        # Counted as the CTC head, the widest: the logits, and their padded log-softmax in fp32.
+        # Counted as for the CTC head, the widest one: the logits, and their padded log-softmax in fp32.
         columns = [m.out_features for m in tower.head_of(name).modules() if isinstance(m, nn.Linear)]
         padded = len(frames) * rate.tokens_of_frames(max(frames))
         logits += max(columns, default=0) * (audio_tokens * size + padded * 8)
@@ -260,7 +261,7 @@ def _width(module: nn.Module) -> int:
 
 
 def _clips(count: int, frames: int) -> tuple[int, ...]:
-    """Return the lengths of clips in audio samples. The last clip is shorter because real clips differ in length."""
+    """Return the lengths of clips in audio samples. The last clip is shorter, because real clips differ in length."""
     longest = frames * FRAME_SAMPLES
     return (longest,) * max(1, count - 1) + (longest * 3 // 4,) * (count > 1)
 

@@ -1,9 +1,9 @@
 """The experts in the LLM's layers in a plan: parameters, computation, traffic and memory.
 
-How many tokens an expert gets is not known in advance. The plan assumes an even use of all experts, and states what
-the most uneven use would cost in memory, since no token is dropped.
+How many tokens an expert receives is not known in advance. The plan assumes that all experts are used equally. Since no
+token is dropped, it also states how much memory the most uneven use would cost.
 
-With k chosen experts of width F, a layer computes as much per token as a dense layer of width k·F. Its products are
+With k chosen experts of width F, a layer computes as much per token as a dense layer of width k·F. Its matmuls are
 therefore planned as those of the dense LLM that `as_dense` returns.
 """
 
@@ -21,11 +21,11 @@ from trainer.parallel.topology import Topology
 
 _FP32_BYTES = 4
 _ROUTER_VALUES = 3
-"""The number of fp32 values per token and expert that a router keeps: scores, weights, and their gradient's input."""
+"""The number of fp32 values per token and expert that a router keeps: scores, weights, and an input of the gradient."""
 
 
 def as_dense(hf_config: PretrainedConfig) -> PretrainedConfig:
-    """Return a dense LLM that computes as much per token; the LLM itself if it has no experts."""
+    """Return the config of a dense LLM with as much computation per token; the config itself if it has no experts."""
     mixture = mixture_of(hf_config)
     if mixture is None:
         return hf_config
@@ -49,7 +49,7 @@ def expert_parameters(hf_config: PretrainedConfig) -> int:
 
 
 def active_parameters(hf_config: PretrainedConfig) -> int:
-    """Return the number of the LLM's parameters that take part in the computation of a token."""
+    """Return the number of the LLM's parameters that are used for a token."""
     total = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in hf_shapes(hf_config).values())
     mixture = mixture_of(hf_config)
     if mixture is None:
@@ -59,23 +59,23 @@ def active_parameters(hf_config: PretrainedConfig) -> int:
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """What the experts of an LLM take on a rank."""
+    """The memory and traffic of an LLM's experts on a rank."""
 
     num_experts: int
-    """The number of experts of a layer."""
+    """The number of experts in a layer."""
     top_k: int
     num_layers: int
     """The number of layers with experts in the LLM."""
     total_parameters: int
     """The number of the LLM's parameters."""
     active_parameters: int
-    """The number of the LLM's parameters that take part in the computation of a token."""
+    """The number of the LLM's parameters that are used for a token."""
     layer_bytes: int
-    """What a layer with experts keeps for the backward pass of a micro-batch more than the dense layer of the same
-    computation, with an even use of all experts: the tokens that arrived, the outputs, and the router's values."""
+    """The bytes that a layer with experts keeps for the backward pass of a micro-batch in addition to those of a dense
+    layer with as much computation, if all experts are used equally: arrived tokens, outputs, and router values."""
     worst_bytes: int
-    """What a micro-batch adds to the peak if all tokens choose experts of one rank: the activations of one layer with
-    recomputation, else of all layers of a stage."""
+    """The bytes that a micro-batch adds to the peak if all tokens choose experts on one rank: the activations of one
+    layer with recomputation, else of all layers of a stage."""
     all_to_all_bytes: float
     """The bytes that a rank sends to other ranks for the experts in a step."""
 
@@ -88,14 +88,14 @@ def expert_plan(
     value_bytes: int,
     recompute: bool,
 ) -> ExpertPlan | None:
-    """Return what the experts take on a rank; None if the LLM has none.
+    """Return the memory and traffic of the experts on a rank; None if the LLM has no experts.
 
     Args:
         hf_config: The LLM.
         topology: The layout of the ranks.
-        pack_tokens: The number of rows of a pack.
-        microbatches: The number of micro-batches of a step.
-        value_bytes: The size of a weight or activation.
+        pack_tokens: The number of rows in a pack.
+        microbatches: The number of micro-batches in a step.
+        value_bytes: The size of a weight or activation in bytes.
         recompute: Whether only the input of each layer is kept for the backward pass.
     """
     mixture = mixture_of(hf_config)
@@ -107,7 +107,7 @@ def expert_plan(
     arrived = rows * mixture.top_k * etp  # with an even use; tensor ranks that share an expert see each other's tokens
     routed = rows * count * _ROUTER_VALUES * _FP32_BYTES
     layer_bytes = 2 * arrived * hidden * value_bytes + routed
-    # Of the k choices of a token, at most as many as a rank has experts can be for one rank.
+    # A token cannot choose more experts on one rank than the rank has.
     factor = ep * min(mixture.top_k, count // ep) / mixture.top_k
     per_row = (2 * hidden + 3 * width / etp) * value_bytes
     layers = -(-len(mixture.layers) // topology.pp)

@@ -1,4 +1,4 @@
-"""A search for the fastest layout that fits, which estimates all legal layouts and plans the best ones in full."""
+"""A search for the fastest layout that fits, which estimates all valid layouts and plans the best ones in full."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
     unpacked = dataclasses.replace(recipe.train, pack_multiple_tokens=None)
     overlaps = dict.fromkeys([(parallel.overlap_grad_reduce, parallel.overlap_param_gather), (True, True)])
     has_experts = mixture_of(hf) is not None
-    if has_experts or recipe.stages:  # overlap is not legal
+    if has_experts or recipe.stages:  # Overlap is not allowed.
         overlaps = dict.fromkeys([(parallel.overlap_grad_reduce, parallel.overlap_param_gather)])
     recomputes = [mode for mode in _RECOMPUTES if not (has_experts and mode == "selective")]
     for tp, pp, ep in itertools.product(tensors, pipelines, experts):
@@ -109,10 +109,10 @@ def _with_packs(
 
 
 def _virtual_stages(num_layers: int, pp: int, current: int) -> list[int]:
-    """Return the numbers of virtual stages that are tried.
+    """Return the numbers of virtual stages to try.
 
-    These are 1, that of the recipe, and the ones with chunks of 2 or 4 layers, of which at most the two ends have
-    fewer. If there is no such number, chunks of one layer are tried.
+    These are 1, the recipe's own number, and the numbers that lead to chunks of 2 or 4 layers, where at most the first
+    and the last chunk have fewer layers. If no number leads to such chunks, chunks of one layer are tried.
     """
     if pp == 1:
         return [1]
@@ -142,7 +142,7 @@ def estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[
         topology, work, packs = placed[key]
         train = dataclasses.replace(variant.train, llm_tokens_per_microbatch=1)
         if (same := (parallel, train, packs.num_microbatches, packs.pack_tokens)) in seen:
-            continue  # another limit on the tokens of a pack leads to the same packs
+            continue  # A different limit on the tokens of a pack led to the same packs.
         seen.add(same)
         train = variant.train
         encoders = (topology.ep, train.recompute_encoders, train.recompute_encoder_calls)

@@ -57,7 +57,7 @@ def read_forecast(path: Path, recipe: Recipe) -> Forecast | None:
         The forecast; None if there is no plan, or if the plan says that the run is too small to forecast.
 
     Raises:
-        UserError: If the file is no plan, or the plan of another layout or model.
+        UserError: If the file is not a plan, or is the plan of another layout or model.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -66,7 +66,7 @@ def read_forecast(path: Path, recipe: Recipe) -> Forecast | None:
         return None if tree["too_small"] else _forecast(tree)
     except FileNotFoundError:
         return None
-    except UserError:  # it is a ValueError
+    except UserError:  # UserError is a ValueError, which is handled below.
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a plan ({error!r}); write it again with earshot plan --store") from None

@@ -13,7 +13,7 @@ from trainer.plan.workload import Workload
 from trainer.storage.open import scheme_of
 
 _RANK_BYTES = 600 << 20
-"""The resident memory of a rank after its imports, measured on a CPU (582 MB). CUDA's context is not in it."""
+"""The resident memory of a rank after its imports, measured on a CPU (582 MB) and therefore without CUDA's context."""
 _WORKER_BYTES = 45 << 20
 """The resident memory of a decoding process before it reads data, measured (43 MB)."""
 _SAMPLE_BYTES = 4
@@ -22,10 +22,10 @@ _SAMPLE_BYTES = 4
 
 @dataclass(frozen=True)
 class HostMemory:
-    """The host memory that a node needs, in bytes. Page cache is not in it."""
+    """The host memory that a node needs, in bytes, without the page cache."""
 
     processes: int
-    """The ranks and their decoding processes, without what follows."""
+    """The ranks and their decoding processes, without the memory of the other fields."""
     loading: int
     """Encoded audio that is read in advance, decoded clips in caches, and ranges that wait for the node's cache."""
     shared: int
@@ -67,7 +67,7 @@ def host_memory(recipe: Recipe, states: RankStates, workload: Workload, per_node
         recipe: The recipe of the run.
         states: The model states of all ranks.
         workload: The samples of a step.
-        per_node: The number of ranks of a node.
+        per_node: The number of ranks per node.
     """
     data, world = recipe.data, states.topology.world
     nodes = [range(first, min(first + per_node, world)) for first in range(0, world, per_node)]

@@ -1,8 +1,8 @@
 """Computation time of one rank for a layer of the LLM and for its output layer, for one micro-batch.
 
-A layer's time is that of its matrix products, its attention, its element-wise operations (which take as long as their
-reads and writes of memory) and the start of its kernels. In formulas, h is the hidden size, f the feed-forward size,
-H and G are the query and key-value heads of a rank, and d is the head size.
+A layer's time is the sum of its matmuls, its attention, its element-wise operations (which take as long as their reads
+and writes of memory) and its kernel launches. In formulas, h is the hidden size, f the feed-forward size, H and G are
+the numbers of query and key-value heads on a rank, and d is the head size.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from trainer.plan.mechanisms import Mechanisms
 
 _BF16_BYTES = 2
 _LOGIT_BYTES = 50
-"""The number of bytes that Megatron's cross entropy reads and writes per logit, for fp32 copy, softmax and gradient."""
+"""The bytes that Megatron's cross entropy reads and writes per logit, for the fp32 copy, softmax and gradient."""
 _SCORE_BYTES = (13, 17)
 """The bytes read and written per attention score by unfused attention with dropout, forward and backward."""
 _HEAD_KERNELS = 20
 _LAYER_KERNELS = {True: (14, 26), False: (33, 62)}
-"""The number of kernels of a layer, (forward, backward), with TransformerEngine's fused kernels and without them."""
+"""The number of kernels launched by a layer, (forward, backward), with or without TransformerEngine's fused kernels."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class RankRates:
 
     @property
     def peak(self) -> float:
-        """The peak rate of matrix products, in FLOP/s."""
+        """The peak rate of matmuls, in FLOP/s."""
         half = self.bytes_per_value == _BF16_BYTES
         return (self.accelerator.tflops if half else self.accelerator.fp32_tflops) * 1e12
 
     def product(self, rows: float, columns: float, inner: float, *, fp8: bool = False) -> float:
-        """Return the time of a [rows, inner] by [inner, columns] product in seconds."""
+        """Return the time of a [rows, inner] by [inner, columns] matmul in seconds."""
         rate = self.peak * self.accelerator.matrix_share(rows, columns, inner) * (2 if fp8 else 1)
         return 2.0 * rows * columns * inner / rate
 
@@ -68,7 +68,7 @@ class RankRates:
         return moved_bytes / (self.accelerator.memory_tb_s * 1e12 * self.accelerator.memory_efficiency)
 
     def starts(self, kernels: float) -> float:
-        """Return the time in seconds that starting `kernels` kernels takes."""
+        """Return the time of launching `kernels` kernels in seconds."""
         return kernels * self.accelerator.kernel_us * 1e-6
 
 
@@ -90,7 +90,7 @@ def layer_seconds(
     forward = sum(rates.product(rows, n, k, fp8=mechanisms.fp8) for n, k in products)
     weights = sum(n * k for n, k in products)
     gradient = rates.bytes_per_gradient
-    # The sum is read and written; without the fused kernel, the product's own result is, too.
+    # The accumulated gradient is read and written. Without the fused kernel, so is the result of the matmul itself.
     moved = 2.0 * gradient + (0 if mechanisms.fused_kernels else 2 * rates.bytes_per_value)
     accumulation = rates.memory(weights * moved) * learned
     cast = _cast_bytes(products, rows) if mechanisms.fp8 else 0.0
@@ -104,7 +104,7 @@ def layer_seconds(
 
 
 def layer_products(config: PretrainedConfig, tp: int) -> list[tuple[float, float]]:
-    """Return (columns, inner) for each of the four matrix products of a layer on one rank."""
+    """Return (columns, inner) for each of the four matmuls of a layer on one rank."""
     h, f, d = config.hidden_size, config.intermediate_size, head_dim(config)
     queries, groups = config.num_attention_heads / tp, config.num_key_value_heads / tp
     return [((queries + 2 * groups) * d, h), (h, queries * d), (2 * f / tp, h), (h, f / tp)]
@@ -138,7 +138,7 @@ def _attention(config: PretrainedConfig, rates: RankRates, tp: int, rows: float,
 def recomputed_seconds(
     config: PretrainedConfig, rates: RankRates, tp: int, rows: float, squares: float, recompute: Recompute
 ) -> float:
-    """Return the time that the backward pass of a layer recomputes for one micro-batch in seconds.
+    """Return the time of recomputation in a layer's backward pass for one micro-batch in seconds.
 
     Args:
         config: The configuration of the LLM.
@@ -160,10 +160,10 @@ def recomputed_seconds(
 def _elementwise(config: PretrainedConfig, rates: RankRates, tp: int, rows: float) -> tuple[float, float]:
     """Return the forward and backward time of norms, residuals, rotary embedding and activation in seconds.
 
-    Norms and residuals read and write 10 h values forward and 12 h backward. SwiGLU moves 3 f values, or 5 f backward,
-    and other activations 5 f and 15 f (`model.llm.mlp`). With fused kernels, the rotary embedding moves 2 (H + G) d
-    values. PyTorch's separate kernels move 10 or 12 of them, and the segments are copied into batches and back for
-    attention.
+    Norms and residuals read and write 10 h values forward and 12 h backward. SwiGLU reads and writes 3 f values
+    forward and 5 f backward, and other activations 5 f and 15 f (`model.llm.mlp`). With fused kernels, the rotary
+    embedding reads and writes 2 (H + G) d values. PyTorch's separate kernels read and write 10 (H + G) d forward and
+    12 (H + G) d backward, and the segments are copied into batches for attention and back.
     """
     h, f, d = config.hidden_size, config.intermediate_size / tp, head_dim(config)
     queries, groups = config.num_attention_heads / tp * d, config.num_key_value_heads / tp * d
@@ -180,10 +180,10 @@ def _elementwise(config: PretrainedConfig, rates: RankRates, tp: int, rows: floa
 
 
 def _fuses_gate(config: PretrainedConfig) -> bool:
-    """Return True if the activation is SwiGLU, which the trainer computes by one kernel (`model.llm.mlp.gated`)."""
+    """Return True if the activation is SwiGLU, which the trainer computes with one kernel (`model.llm.mlp.gated`)."""
     return family_of(config).activation == "silu"
 
 
 def _cast_bytes(products: Sequence[tuple[float, float]], rows: float) -> float:
-    """Return the number of bytes that one pass moves to cast inputs and weights to fp8 and to transpose them."""
+    """Return the bytes read and written in one pass to cast inputs and weights to fp8 and to transpose them."""
     return sum(4.0 * (rows * k + n * k) for n, k in products)

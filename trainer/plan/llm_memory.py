@@ -37,17 +37,18 @@ class StageMemory:
     layers: int
     """The bytes that the layers alone keep of one micro-batch."""
     buffer: int
-    """The buffer in which Megatron's sequence parallelism gathers; it stays allocated."""
+    """The buffer in which Megatron's sequence parallelism gathers hidden states. It stays allocated."""
     boundary: int
     """The hidden states [t/(CP·TP), H] of a micro-batch that are sent between stages."""
     audio: int
-    """On stage 0, the received audio embeddings of all micro-batches; else 0."""
+    """The received audio embeddings of all micro-batches on stage 0; else 0."""
 
     def peak(self, in_flight: float, virtual_stages: int = 1) -> int:
         """Return the peak bytes of activations while `in_flight` micro-batches await their backward passes.
 
-        With virtual stages, what the ends of the LLM keep is counted for one micro-batch. The gradients of the audio
-        embeddings are as large as these, and are concatenated after the last micro-batch.
+        With virtual stages, the activations of the embedding and the output layer are counted for one micro-batch. The
+        gradients of the audio embeddings are as large as the embeddings, and are concatenated after the last
+        micro-batch.
         """
         worst = max(self.traced.forward, self.traced.backward)
         waiting = self.layers if virtual_stages > 1 else self.traced.kept
@@ -76,12 +77,12 @@ def interleaved_in_flight(stage: int, pp: int, microbatches: int, virtual_stages
 
 @dataclass(frozen=True)
 class Kernels:
-    """What decides which kernels a rank runs, and therefore which tensors it keeps."""
+    """The settings that determine which kernels a rank runs, and therefore which tensors it keeps."""
 
     device: str = "cuda"
     """The type of device, `cuda` or `cpu`."""
     transformer_engine: bool = False
-    """True if TransformerEngine is installed on the ranks. It attends to packs without padding, in bf16 on a GPU."""
+    """True if TransformerEngine is installed on the ranks. In bf16 on GPUs, its attention needs no padding of packs."""
     mechanisms: Mechanisms = AS_BUILT
 
 
@@ -100,8 +101,8 @@ def stage_memory(
 ) -> StageMemory:
     """Return the memory of a pipeline stage besides its model states.
 
-    All layers of a stage have the same shapes, and are taken to have the same attention. The stage is therefore traced
-    with one layer and with two, and every further layer is taken to add what the second one added.
+    All layers of a stage have the same shapes, and are assumed to have the same attention. The stage is therefore
+    traced with one layer and with two, and every further layer is assumed to add as much as the second.
 
     Args:
         hf_config: the configuration of the whole LLM.
@@ -109,7 +110,7 @@ def stage_memory(
         stage: the index of the stage.
         lengths: the lengths of a pack's segments, in tokens; their sum is t, the length of the pack.
         num_packs: the number of micro-batches in a step.
-        optim: the optimizer settings, which say what is frozen.
+        optim: the optimizer settings, which determine the frozen parameters.
         dtype: the dtype of weights and activations.
         recompute: the value of `train.recompute_llm`.
         kernels: what the ranks run.
@@ -131,7 +132,7 @@ def stage_memory(
     change = _what_if_bytes(hf_config, topology, sum(lengths) // topology.cp, dtype, recompute, kernels.mechanisms)
     if experts is not None:
         change += experts.layer_bytes * experts.num_layers // hf_config.num_hidden_layers
-    # With full recomputation, only the layer that is being recomputed holds what the mechanisms change.
+    # With full recomputation, only the layer that is being recomputed holds the bytes that the mechanisms change.
     kept = 0 if recompute == "full" else layers * change
     in_layers = layers * (found[-1].kept - found[0].kept) if layers > 1 else whole.kept
     whole = Traced(whole.kept + kept, whole.forward + (kept or change), whole.backward + (kept or change))
@@ -139,9 +140,10 @@ def stage_memory(
 
 
 def _with_equal_layers(hf_config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """Return the config of an LLM with `num_layers` layers, whose attention is that of most layers of `hf_config`.
+    """Return the config of an LLM with `num_layers` layers that all have the most frequent attention in `hf_config`.
 
-    Layers of one kind share cosine, sine and mask of a pack, so a layer of another kind would seem to need them anew.
+    Layers of one kind share a pack's cosine, sine and mask. A second layer of a different kind would allocate its own,
+    which the extrapolation would then count for every layer.
     """
     small, layers = copy.deepcopy(hf_config), attention_layers(hf_config)
     typical = layers.index(max(layers, key=layers.count))
@@ -160,11 +162,11 @@ def _what_if_bytes(
     recompute: Recompute,
     mechanisms: Mechanisms,
 ) -> int:
-    """Return what mechanisms that the trainer lacks change in the bytes that a layer keeps per micro-batch.
+    """Return by how much mechanisms that the trainer lacks change the bytes that a layer keeps per micro-batch.
 
-    Without sequence parallelism, inputs and outputs of both norms are whole on every rank. Attention without a fused
-    kernel keeps 5 bytes per score: the softmax, the dropout's mask and its output (Korthikanti et al. 2022). With fp8,
-    the inputs of matrix products are kept in one byte per value.
+    Without sequence parallelism, every rank keeps the whole inputs and outputs of both norms. Attention without a fused
+    kernel keeps 5 bytes per score: the softmax, the dropout mask and the dropout's output (Korthikanti et al. 2022).
+    With fp8, the inputs of matmuls are kept in one byte per value.
     """
     h, tp, size = hf_config.hidden_size, topology.tp, dtype.itemsize
     change = 0.0

@@ -1,4 +1,4 @@
-"""Assumptions of a plan about mechanisms that published runs use but the trainer does not have."""
+"""A plan's assumptions about mechanisms that published runs use but the trainer lacks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class Mechanisms:
     """The number of ranks that share each sequence and exchange keys and values in a ring during attention. The trainer
     gathers them before attention instead (`parallel.context`)."""
     overlap_tensor: bool = False
-    """True if tensor-parallel collectives run in TP chunks, of which all but the first overlap with matrix products."""
+    """True if tensor-parallel collectives run in TP chunks, of which all but the first overlap with matmuls."""
     sequence_parallel: bool = True
     """True for sequence parallelism; False if ranks all-reduce, and each keeps the whole norms and residuals."""
     fused_kernels: bool = False
-    """True if norms, rotary embedding, activation and gradient accumulation are one kernel each, as TransformerEngine
-    has them."""
+    """True if norms, rotary embedding, activation and gradient accumulation are one kernel each, as in
+    TransformerEngine."""
     fused_attention: bool = True
     """True for fused attention; False if attention computes all scores [heads, t, t] and writes them to memory."""
     fp8: bool = False
-    """True if the matrix products of the layers run in fp8, at twice the bf16 rate."""
+    """True if the matmuls of the layers run in fp8, at twice the bf16 rate."""
     sharded_weights: bool = False
     """True if the weights of the LLM are sharded over replicas, and gathered for each layer in each pass (FSDP)."""
 

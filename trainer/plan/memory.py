@@ -42,11 +42,12 @@ class RankMemory:
     phase: str
     """The phase in which the peak occurs: encode, llm, backward, reduce or update."""
     phases: dict[str, tuple[int, int, int]]
-    """The bytes of (activations, encoder activations, buffers) in every phase."""
+    """The bytes of (activations, encoder activations, buffers), by phase."""
     whole_weights: int = 0
     """The part of the buffers for the audio side's whole weights; 0 if they are gathered per module."""
     whole_gradients: int = 0
-    """The audio side's whole gradients, which are part of the buffers in the backward pass; 0 as above."""
+    """The part of the buffers for the audio side's whole gradients in the backward pass; 0 if weights are gathered per
+    module."""
 
     @property
     def total(self) -> int:
@@ -59,17 +60,17 @@ class ZeroBuffers:
     """The memory that ZeRO-3 allocates for its own use, in bytes."""
 
     bucket: int
-    """The buffer of gradients to be reduced (`reduce_bucket_size`); it stays allocated."""
+    """The buffer of gradients to be reduced (`reduce_bucket_size`). It stays allocated."""
     persistent: int
     """The parameters that stay gathered: small ones (`stage3_param_persistence_threshold`), or all of them."""
     gathered: int
-    """The most memory that large parameters take while they are gathered for the call of a module."""
+    """The largest memory of large parameters while they are gathered for the call of a module."""
     learned: int
     """The number of trainable parameters; a count, not bytes."""
     gradients: int = 0
-    """The whole gradients of the backward pass, which are reduced at its end."""
+    """The whole gradients of the backward pass, which are reduced at the end of this pass."""
     copies: int = 0
-    """The gradients of one collective in the order in which they are sent."""
+    """The copies of one collective's gradients, in the order in which they are sent."""
 
 
 def zero_buffers(tower: nn.Module, recipe: Recipe, ep: int, ds_json: dict[str, Any]) -> ZeroBuffers:
@@ -85,7 +86,7 @@ def zero_buffers(tower: nn.Module, recipe: Recipe, ep: int, ds_json: dict[str, A
     )
     if recipe.train.gather_audio_weights == "per_update":
         whole = sum(p.numel() for p in tower.parameters()) * size
-        # Without recomputation, autograd adds up the gradients of several calls before it hands them over.
+        # Without recomputation, autograd sums the gradients of several calls before they reach the fp32 gradients.
         recomputes = recipe.train.recompute_encoders or recipe.train.recompute_encoder_calls
         summed = 0 if recomputes else learned * size
         copies = min(learned, BUCKET_ELEMENTS) * FP32_BYTES
@@ -111,7 +112,7 @@ def zero_buffers(tower: nn.Module, recipe: Recipe, ep: int, ds_json: dict[str, A
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """The parts of a topology's memory, from which `of` computes that of each kind of rank."""
+    """The parts of a topology's memory, from which `of` computes the memory of each kind of rank."""
 
     topology: Topology
     microbatches: int

@@ -58,20 +58,20 @@ class Plan:
     seconds_range: tuple[float, float]
     """The range of the step time in seconds, for assumed rates that are better or worse by `UNCERTAINTY`."""
     fixed_share: float
-    """The fraction of a step that the start of kernels and the latency of links take."""
+    """The fraction of a step that is spent on kernel launches and link latencies."""
     attention: str
-    """The attention kernel whose memory is counted."""
+    """The attention implementation whose memory is counted."""
     mechanisms: Mechanisms = AS_BUILT
     encoder_balance: float = 1.0
     """The encoders' FLOPs on the busiest rank, divided by the mean over ranks."""
     encoder_padding: float = 0.0
-    """The fraction of padding in encoder calls."""
+    """The fraction of the encoders' input that is padding."""
     experts: ExpertPlan | None = None
-    """What the experts in the LLM's layers take; None if it has none."""
+    """The memory and traffic of the experts in the LLM's layers; None if it has no experts."""
 
     @property
     def too_small(self) -> bool:
-        """True if fixed costs take most of a step, so that its time says nothing about a longer run."""
+        """True if kernel launches and link latencies are most of a step, which makes a forecast of its time useless."""
         return self.fixed_share > 0.5
 
     def cost(self, step_sec: float, price_per_gpu_hour: float) -> float:
@@ -141,7 +141,7 @@ class Planner:
     """A planner for variants of one recipe, which caches what the variants share.
 
     Args:
-        recipe: The first variant; others may differ from it only in `parallel` and `train`.
+        recipe: The first variant. Others may differ from it only in `parallel` and `train`.
         accelerator: The accelerator to plan for.
         device: The type of device that the ranks run on, `cuda` or `cpu`.
         mechanisms: Assumptions that differ from the trainer.
@@ -149,7 +149,7 @@ class Planner:
             GPUs.
 
     Raises:
-        UserError: If the recipe is illegal.
+        UserError: If the recipe is invalid.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class Planner:
         """Return the plan of `recipe` for `workload`.
 
         Raises:
-            UserError: If the recipe is illegal.
+            UserError: If the recipe is invalid.
         """
         check_recipe(recipe)
         topology, work, packs = self.place(recipe, workload)

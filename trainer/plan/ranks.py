@@ -75,8 +75,10 @@ def rank_states(
 
 
 def kinds_of_stages(num_layers: int, topology: Topology) -> list[int]:
-    """Return for each stage the first stage that has the same shapes: as many layers in each chunk, and the same end of
-    the LLM, if any."""
+    """Return, for each stage, the first stage with the same shapes.
+
+    Such stages have equal numbers of layers in their chunks, and hold the same ends of the LLM (embedding or output).
+    """
     found: dict[tuple[bool, bool, tuple[int, ...]], int] = {}
     kinds = []
     for stage in range(topology.pp):

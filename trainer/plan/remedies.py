@@ -1,4 +1,4 @@
-"""Ways to shorten the parts of a step, without those that a recipe already uses."""
+"""Ways to shorten the parts of a step, except those that a recipe already uses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def remedy(part: str, recipe: Recipe) -> str:
 
 
 def _options(part: str, recipe: Recipe) -> list[tuple[str, bool]]:
-    """Return the ways to shorten a part, each with whether the recipe leaves it open."""
+    """Return the ways to shorten a part, each with whether it is still open to the recipe."""
     parallel, train = recipe.parallel, recipe.train
     layers = recipe.model.llm.config.get("num_hidden_layers", 0)
     whole_stages = parallel.pipeline * parallel.virtual_stages < layers if layers else True
@@ -29,7 +29,7 @@ def _options(part: str, recipe: Recipe) -> list[tuple[str, bool]]:
     return {
         "computing the LLM": [
             ("more ranks", True),
-            ("a larger train.llm_tokens_per_microbatch for fuller matrix products", True),
+            ("a larger train.llm_tokens_per_microbatch for larger matmuls", True),
         ],
         "recomputing the LLM's activations": [
             ("train.recompute_llm=selective if the memory suffices", train.recompute_llm == "full"),

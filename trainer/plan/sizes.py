@@ -33,7 +33,7 @@ class Size:
 
     total: int = 0
     learned: int = 0
-    """The number of those that are trainable."""
+    """The number of trainable parameters."""
     large: int = 0
     """The number of tensors that ZeRO-3 gathers, because they have more than 100,000 elements."""
 
@@ -126,7 +126,7 @@ class SizedModel:
 
     @cached_property
     def llm_matrices(self) -> int:
-        """The number of weights of the LLM that every token is multiplied by."""
+        """The number of weights of the LLM by which every token is multiplied."""
         config = as_dense(self.llm)
         shapes = (shape for name, shape in hf_shapes(config).items() if "embed_tokens" not in name)
         tied = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0

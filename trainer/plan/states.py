@@ -189,7 +189,7 @@ def audio_states(
         if parameter.requires_grad and not setting.frozen:
             learned += share
             groups.add((setting.lr, setting.weight_decay, expert and topology.ep > 1))
-    # The master copy exists with fp32 weights, too: DeepSpeed tries to share them, but compares a device with a string.
+    # The master copy exists even with fp32 weights: DeepSpeed tries to share it, but compares a device with a string.
     optimizer = learned * FP32_BYTES * (_MOMENTS + 1) + len(groups) * _STEP_BYTES
     return States(
         0 if offload.weights else total * dtype.itemsize,

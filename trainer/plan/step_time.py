@@ -33,7 +33,7 @@ from trainer.plan.workload import EncoderWork
 _UPDATE_PASSES = 3
 """The approximate number of times that AdamW without fused kernels passes over its tensors."""
 _ENCODER_LAYER_KERNELS = 40
-"""The approximate number of kernels that one pass through an encoder layer starts."""
+"""The approximate number of kernels that one pass through an encoder layer launches."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class StepTime:
     update: float
     """The optimizer's update."""
     bubble: float
-    """The share of the pipeline's time in which a stage is idle."""
+    """The fraction of the pipeline's time in which a stage is idle."""
     mfu: float
     """The model FLOPs utilization: model FLOPs / (time · ranks · peak rate), without recomputation."""
     mfu_full_attention: float
@@ -101,9 +101,9 @@ def step_time(
     """Return the expected duration of a step.
 
     Gradients of the audio side are reduced while encoders compute if weights are gathered per module and the DeepSpeed
-    JSON sets `overlap_comm`. DeepSpeed gathers no weights ahead, because the order of encoder calls changes from step
-    to step. The LLM's gradients and weights overlap as the recipe says. Nothing else overlaps unless `mechanisms` says
-    so.
+    JSON sets `overlap_comm`. DeepSpeed does not prefetch weights, because the order of encoder calls changes from step
+    to step. The exchange of the LLM's gradients and weights overlaps with computation as the recipe sets it. Nothing
+    else overlaps unless `mechanisms` says so.
 
     Args:
         recipe: The recipe of the run.
@@ -179,7 +179,7 @@ def _llm(
     mechanisms, parallel, config = rates.mechanisms, recipe.parallel, as_dense(model.llm)
     tp, pp = topology.tp, topology.pp
     microbatches = packs.num_microbatches * mechanisms.context
-    # The chunks of a pack are divided so that all context-parallel ranks compute as many scores.
+    # The chunks of a pack are divided so that all context-parallel ranks compute equally many scores.
     rows = packs.pack_tokens / mechanisms.context / topology.cp
     squares = _squares(packs) / mechanisms.context / topology.cp
     layer = layer_seconds(config, rates, tp, rows, squares, parts.layers.learned > 0)
@@ -188,9 +188,9 @@ def _llm(
     head = head_seconds(config, rates, tp, rows)
     held = [sum(stage_chunks(config.num_hidden_layers, pp, topology.vp, stage)) for stage in range(pp)]
     again = recomputed_seconds(config, rates, tp, rows, squares, recipe.train.recompute_llm)
-    if topology.cp > 1:  # the gradients of attention to gathered keys need its forward pass again
+    if topology.cp > 1:  # The backward pass of attention to gathered keys runs its forward pass again.
         again += attention.forward
-    # The collectives are those of a stage with the most layers.
+    # The traffic is that of a stage with the most layers.
     tensor = seconds.get("LLM, tensor parallel", 0.0) / microbatches / max(held)
     if mechanisms.overlap_tensor:
         tensor /= tp
@@ -205,7 +205,7 @@ def _llm(
     if topology.vp > 1:
         stages *= (pp - 1) / (microbatches * topology.vp)
     scatter, gather = (seconds.get(f"LLM, {kind} over replicas", 0.0) for kind in ("gradients", "weights"))
-    # With sharded weights, collectives overlap with all micro-batches, otherwise only with the last or the first.
+    # With sharded weights, collectives overlap with all micro-batches, otherwise only with the last or the first one.
     hidden = layers * (microbatches if mechanisms.sharded_weights else 1)
     if parallel.overlap_grad_reduce:
         scatter = max(scatter - hidden * layer.backward, scatter / layers)
@@ -255,8 +255,8 @@ def _encoder_seconds(
 ) -> float:
     """Return the seconds in which the slowest rank computes the encoders.
 
-    The matrix products of an encoder are assumed to have the shape of its average weight, and as many rows as a call
-    has frames.
+    The matmuls of an encoder are assumed to have the shape of the average weight, and as many rows as a call has
+    frames.
     """
     total = 0.0
     forward = sum(float(w.cost.sum()) for w in work)

@@ -1,8 +1,8 @@
 """Activation memory of a module, measured on the meta device: the memory kept for the backward pass, and the peaks.
 
-On the meta device every operation creates tensors of the real shape and dtype without allocating memory. The storages
+On the meta device, every operation creates tensors of the real shape and dtype without allocating memory. The storages
 of these tensors are counted while they exist. Memory that kernels allocate internally (workspaces of convolutions and
-matrix products) is not included.
+matmuls) is not included.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def extrapolated(found: Sequence[Traced], layers: int) -> Traced:
 def _flash_attention() -> Iterator[None]:
     """Count the memory of attention as fused kernels use it, that is, without the scores.
 
-    On the meta device, torch would choose the unfused implementation. It is still used for a trainable mask (WavLM's
-    gated position bias), as on the CPU. The function is replaced because a dispatch mode would not be active when
-    activation checkpointing recomputes.
+    On the meta device, torch would choose the unfused implementation. As on the CPU, that implementation is still used
+    for a trainable mask (WavLM's gated position bias). The function is replaced because a dispatch mode would not be
+    active when activation checkpointing recomputes.
     """
     plain = functional.scaled_dot_product_attention
 
@@ -85,7 +85,7 @@ def _flash_attention() -> Iterator[None]:
 
 @contextmanager
 def _fused_norms(device: str) -> Iterator[None]:
-    """Count the memory of RMSNorm as CUDA's fused kernel uses it: its input and an fp32 scale per row are kept.
+    """Count the memory of RMSNorm as with CUDA's fused kernel, which keeps its input and an fp32 scale per row.
 
     On the meta device, as on the CPU, torch decomposes the norm into operations on fp32 copies.
     """
@@ -180,7 +180,7 @@ class _Bytes(TorchDispatchMode):
             weakref.finalize(storage, self._drop, key)
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """Note that the size of a storage has changed: selective recomputation releases storages of living tensors."""
+        """Note that the size of a storage has changed. Selective recomputation releases storages of living tensors."""
         key, size = storage._cdata, storage.nbytes()
         if key in self._alive:
             self.now += size - self._alive[key]

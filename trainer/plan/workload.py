@@ -1,7 +1,8 @@
 """The work of one step: a global batch of typical lengths, and its distribution over ranks by the trainer's planners.
 
 A recipe does not contain the durations of clips. Unless they are read from its data (`trainer/plan/data.py`), the plan
-assumes log-normal durations, as in speech corpora. They have a given mean and are limited to `data.max_audio_sec`.
+assumes log-normal durations, which are typical of speech corpora. They have a given mean and are limited to
+`data.max_audio_sec`.
 Every sample is assumed to have the same number of text tokens.
 """
 
@@ -45,7 +46,7 @@ class Workload:
     source_ranks: Ints
     """The rank that loads each sample, [n], in ascending order."""
     data: DataSummary | None = None
-    """The datasets whose lengths the samples have; None if the lengths are assumed."""
+    """The datasets from which the lengths were read; None if the lengths are assumed."""
 
     @property
     def audio_sec(self) -> float:
@@ -236,9 +237,9 @@ def encoder_balance(work: Sequence[EncoderWork]) -> float:
 
 
 def encoder_padding(work: Sequence[EncoderWork]) -> float:
-    """Return the fraction of encoder calls that is padding, if each clip is padded to the longest of its call.
+    """Return the fraction of the encoders' input that is padding, if each clip is padded to the longest in its call.
 
-    Encoders that cut their clips into windows of a fixed length pad in another way.
+    Encoders that cut their clips into windows of a fixed length pad differently.
     """
     calls = [call for one in work for rank in one.calls for encoder in rank for call in encoder if call]
     padded = sum(max(call) * len(call) for call in calls)
