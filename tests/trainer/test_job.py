@@ -269,8 +269,11 @@ def test_node_needs_disk_space_for_the_planned_checkpoints(tmp_path: Path, monke
     usage = SimpleNamespace(free=12.5 * 2**30)
     monkeypatch.setattr("trainer.job.node_check.shutil.disk_usage", lambda folder: usage)
     wanted = Wanted(0, str(tmp_path), (), (), 0, 10, checkpoints=str(tmp_path), checkpoints_gib=2.5)
-    assert look(wanted).faults == []
-    wanted = replace(wanted, checkpoints_gib=2.5 + 2 / 1024)  # 1 MiB of them exists.
+    with monkeypatch.context() as patched:
+        patched.setattr("trainer.job.node_check.Path.glob", None)  # No files are counted if the space suffices.
+        assert look(wanted).faults == []
+    assert look(replace(wanted, checkpoints_gib=2.5 + 1 / 1024)).faults == []  # 1 MiB of them exists.
+    wanted = replace(wanted, checkpoints_gib=2.5 + 2 / 1024)
     (fault,) = look(wanted).faults
     assert "12.50 GiB free in " in fault and "but checkpoints need 2.50 (checkpoint.keep_last), and 10 must" in fault
 

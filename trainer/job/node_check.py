@@ -106,13 +106,15 @@ def _checkpoint_space(wanted: Wanted, report: Report) -> None:
     folder = Path(wanted.checkpoints)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Checkpoints of an earlier job are replaced by those of this one.
-        used = sum(path.stat().st_size for path in folder.glob("checkpoints/**/*") if path.is_file()) / GIB
-        free = shutil.disk_usage(folder).free / GIB
+        free, needed = shutil.disk_usage(folder).free / GIB, wanted.checkpoints_gib
+        # Checkpoints of an earlier job are replaced by those of this one. They are counted only if it matters, because
+        # all nodes would ask the file system for the sizes of all files at the same time.
+        if needed and free < needed + wanted.min_disk_gib:
+            used = sum(path.stat().st_size for path in folder.glob("checkpoints/**/*") if path.is_file()) / GIB
+            needed = max(0.0, needed - used)
     except OSError as error:
         report.faults.append(f"{folder} cannot be written: {error.strerror}")
         return
-    needed = max(0.0, wanted.checkpoints_gib - used)
     if free < needed + wanted.min_disk_gib:
         report.faults.append(
             f"{free:.2f} GiB free in {folder}, but checkpoints need {needed:.2f} (checkpoint.keep_last), and "
