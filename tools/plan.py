@@ -58,9 +58,12 @@ def _run(options: argparse.Namespace) -> int:
     from trainer.plan.accelerator import parse_accelerator
 
     parse_accelerator(options.accelerator)
-    if options.price_per_gpu_hour is not None and not options.price_per_gpu_hour > 0:
-        raise UserError(f"--price-per-gpu-hour {options.price_per_gpu_hour:g}: must be positive")
+    if options.price_per_gpu_hour is not None and not 0 < options.price_per_gpu_hour < float("inf"):
+        raise UserError(f"--price-per-gpu-hour {options.price_per_gpu_hour:g}: must be positive and finite")
     if options.sweep:
+        for name in ("fit", "tokens_per_update", "explain", "store"):
+            if getattr(options, name):
+                raise UserError(f"--{name.replace('_', '-')}: a sweep only prints a table; remove it, or --sweep")
         return _sweep(options)
     if options.tokens_per_update is not None and not options.fit:
         raise UserError(f"--tokens-per-update {options.tokens_per_update:g}: chooses the batch of --fit; add --fit")

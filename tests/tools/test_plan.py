@@ -140,6 +140,20 @@ def test_a_sweep_is_a_table() -> None:
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        (["--fit"], "--fit: a sweep only prints a table"),
+        (["--tokens-per-update", "2M"], "--tokens-per-update: a sweep only prints a table"),
+        (["--store"], "--store: a sweep only prints a table"),
+        (["--price-per-gpu-hour", "inf"], "--price-per-gpu-hour inf: must be positive and finite"),
+    ],
+)
+def test_options_that_a_sweep_would_ignore_are_refused(arguments: list[str], refused: str) -> None:
+    done = plan("debug", "--sweep", "parallel.num_ranks=1", *arguments)
+    assert done.returncode == 2 and done.stdout == "" and refused in done.stderr
+
+
 def test_a_calibrated_device_can_be_planned_for(tmp_path: Path) -> None:
     path = tmp_path / "device.json"
     known = {**dataclasses.asdict(KNOWN["h100"]), "name": "mine", "memory_gib": 40.0}
