@@ -26,6 +26,7 @@ from model.errors import UserError
 
 if TYPE_CHECKING:
     from trainer.config.schema import Recipe
+    from trainer.plan.accelerator import Accelerator
     from trainer.plan.advice import Advice
     from trainer.plan.data import DataSummary
     from trainer.plan.plan import Planner
@@ -55,9 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from trainer.config.load import load_recipe
-    from trainer.plan.accelerator import parse_accelerator
 
-    parse_accelerator(options.accelerator)
+    _accelerator(options)
     if options.price_per_gpu_hour is not None and not 0 < options.price_per_gpu_hour < float("inf"):
         raise UserError(f"--price-per-gpu-hour {options.price_per_gpu_hour:g}: must be positive and finite")
     if options.sweep:
@@ -109,6 +109,18 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _accelerator(options: argparse.Namespace) -> Accelerator:
+    """Return the accelerator to plan for, with as many of them in a node as asked for."""
+    from trainer.plan.accelerator import parse_accelerator
+
+    found = parse_accelerator(options.accelerator)
+    if options.per_node is None:
+        return found
+    if options.per_node < 1:
+        raise UserError(f"--per-node {options.per_node}: must be at least 1")
+    return dataclasses.replace(found, per_node=options.per_node)
+
+
 def _planner(options: argparse.Namespace, recipe: Recipe) -> tuple[Planner, Workload]:
     """Return a planner for a recipe, and the recipe's typical workload."""
     from trainer.engine.imports import lean_imports
@@ -116,7 +128,6 @@ def _planner(options: argparse.Namespace, recipe: Recipe) -> tuple[Planner, Work
     with lean_imports():
         from model.llm.attention import transformer_engine
         from trainer.parallel.topology import build_topology
-        from trainer.plan.accelerator import parse_accelerator
         from trainer.plan.plan import Planner
         from trainer.plan.workload import data_workload, typical_workload
 
@@ -127,7 +138,7 @@ def _planner(options: argparse.Namespace, recipe: Recipe) -> tuple[Planner, Work
     else:
         workload = data_workload(recipe, topology, data, options.text_tokens)
     fused = options.transformer_engine or transformer_engine() is not None
-    return Planner(recipe, parse_accelerator(options.accelerator), transformer_engine=fused), workload
+    return Planner(recipe, _accelerator(options), transformer_engine=fused), workload
 
 
 def _data(options: argparse.Namespace, recipe: Recipe) -> DataSummary | None:
@@ -156,7 +167,6 @@ def _sweep(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)  # A misspelt key is reported before torch is imported.
     with lean_imports():
         from trainer.config.checks import check_recipe
-        from trainer.plan.accelerator import parse_accelerator
         from trainer.plan.plan import Plan
         from trainer.plan.sweep import as_tree, fastest, parse_sweeps, sweep, sweep_table
         from trainer.plan.sweep_plot import check_plot, plot
@@ -171,7 +181,7 @@ def _sweep(options: argparse.Namespace) -> int:
         planner, workload = _planner(options, variant)
         return planner.plan(variant, workload)
 
-    device = parse_accelerator(options.accelerator).name
+    device = _accelerator(options).name
     found = sweep(recipe.name, device, swept, planned, options.price_per_gpu_hour)
     print(sweep_table(found))
     if fastest(found):
@@ -207,6 +217,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME[,key=value…]",
         help="h100, h200, a100, a .json file from bench.calibrate, or your own values such as tflops=900,memory_gib=90 "
         "(see docs/plan.md; default: h100)",
+    )
+    parser.add_argument(
+        "--per-node", type=int, metavar="N", help="ranks of a node (default: `per_node` of the accelerator, usually 8)"
     )
     parser.add_argument(
         "--audio-sec",

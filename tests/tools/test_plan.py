@@ -8,11 +8,13 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from model.errors import UserError
+from tools.plan import _accelerator
 from trainer.plan.accelerator import KNOWN, parse_accelerator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,6 +154,14 @@ def test_a_sweep_is_a_table() -> None:
 def test_options_that_a_sweep_would_ignore_are_refused(arguments: list[str], refused: str) -> None:
     done = plan("debug", "--sweep", "parallel.num_ranks=1", *arguments)
     assert done.returncode == 2 and done.stdout == "" and refused in done.stderr
+
+
+def test_a_node_has_as_many_ranks_as_asked_for() -> None:
+    options: Any = SimpleNamespace(accelerator="a100", per_node=4)
+    assert _accelerator(options) == dataclasses.replace(KNOWN["a100"], per_node=4)
+    with pytest.raises(UserError, match="--per-node 0: must be at least 1"):
+        options.per_node = 0
+        _accelerator(options)
 
 
 def test_a_calibrated_device_can_be_planned_for(tmp_path: Path) -> None:

@@ -217,7 +217,8 @@ def test_a_restarted_job_takes_the_largest_number_of_nodes_that_is_possible(
 ) -> None:
     asked: list[int] = []
 
-    def check(recipe: str, overrides: Sequence[str], retry_sec: float) -> Facts:
+    def check(recipe: str, overrides: Sequence[str], retry_sec: float, per_node: int) -> Facts:
+        assert per_node == 8
         asked.append(int(overrides[-1].removeprefix("parallel.num_ranks=")))
         if asked[-1] % 16:
             raise RefusedError("no whole pipelines", None)
@@ -276,6 +277,29 @@ def test_node_needs_disk_space_for_the_planned_checkpoints(tmp_path: Path, monke
     wanted = replace(wanted, checkpoints_gib=2.5 + 2 / 1024)
     (fault,) = look(wanted).faults
     assert "12.50 GiB free in " in fault and "but checkpoints need 2.50 (checkpoint.keep_last), and 10 must" in fault
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("a100", ["--accelerator=a100", "--per-node=4"]),
+        ("a100,per_node=2", ["--accelerator=a100,per_node=2"]),
+    ],
+)
+def test_the_plan_of_a_job_is_for_as_many_ranks_as_a_node_has(
+    given: str, wanted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def start(command: list[str], **_: Any) -> Any:
+        asked.extend(word for word in command if word.startswith(("--accelerator=", "--per-node=")))
+        return SimpleNamespace(communicate=lambda: ("", "error: no"), returncode=2)
+
+    monkeypatch.setattr("trainer.job.__main__.subprocess.Popen", start)
+    monkeypatch.setenv("PLAN_ACCELERATOR", given)
+    with pytest.raises(RefusedError, match="no"):
+        check("debug", [], per_node=4)
+    assert asked == wanted
 
 
 @pytest.mark.slow

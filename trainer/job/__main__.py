@@ -88,7 +88,13 @@ class RefusedError(UserError):
         self.facts = facts
 
 
-def check(recipe: str, overrides: Sequence[str], retry_sec: float = _STORE_SEC, plan: bool = True) -> Facts:
+def check(
+    recipe: str,
+    overrides: Sequence[str],
+    retry_sec: float = _STORE_SEC,
+    plan: bool = True,
+    per_node: int | None = None,
+) -> Facts:
     """Check the recipe and its data and, concurrently, print its plan.
 
     Args:
@@ -96,6 +102,8 @@ def check(recipe: str, overrides: Sequence[str], retry_sec: float = _STORE_SEC, 
         overrides: The `key=value` arguments.
         retry_sec: The time for which an unreachable bucket is retried, in seconds.
         plan: Whether to make and print the plan.
+        per_node: The number of ranks of a node, for the plan. It is not used if it is None or if PLAN_ACCELERATOR gives
+            one.
 
     Returns:
         The properties of the recipe that the job needs.
@@ -106,7 +114,10 @@ def check(recipe: str, overrides: Sequence[str], retry_sec: float = _STORE_SEC, 
     commands = [["trainer.job.check", recipe, *overrides, f"--retry-sec={retry_sec}"]]
     if plan:
         accelerator = os.environ.get("PLAN_ACCELERATOR", "h100")
-        commands.append(["tools.plan", recipe, *overrides, f"--accelerator={accelerator}", "--json", "--no-advice"])
+        options = [f"--accelerator={accelerator}", "--json", "--no-advice"]
+        if per_node is not None and "per_node=" not in accelerator:
+            options.append(f"--per-node={per_node}")  # Preflight requires the memory of that many ranks.
+        commands.append(["tools.plan", recipe, *overrides, *options])
     running = [
         subprocess.Popen([sys.executable, "-m", *command], stdout=PIPE, stderr=PIPE, text=True) for command in commands
     ]
@@ -195,7 +206,7 @@ class Job:
             print_timed(f"job: {facts.num_ranks} ranks do not fit on {', '.join(nodes)}; planning {num_ranks} ranks")
             arguments = (*self.arguments, f"parallel.num_ranks={num_ranks}")
             try:
-                fewer = check(arguments[0], arguments[1:], _STORE_AGAIN_SEC)
+                fewer = check(arguments[0], arguments[1:], _STORE_AGAIN_SEC, per_node=self.allocation.tasks_per_node)
             except RefusedError as error:
                 print_timed(f"job: not possible: {error}")
                 continue
@@ -339,7 +350,8 @@ def _in_job(recipe: str, overrides: Sequence[str]) -> int:
     again = allocation.restarts > 0
     print_timed("job: checking the recipe and its data" + ("" if again else ", and planning"))
     try:
-        facts = check(recipe, overrides, _STORE_AGAIN_SEC if again else _STORE_SEC, plan=not again)
+        retry_sec = _STORE_AGAIN_SEC if again else _STORE_SEC
+        facts = check(recipe, overrides, retry_sec, plan=not again, per_node=allocation.tasks_per_node)
     except RefusedError as error:
         if signals.ending:
             return ExitCode.STOPPED
