@@ -106,6 +106,9 @@ def test_one_failing_rank_ends_the_others_at_once_and_gives_the_code() -> None:
         ([], 2, []),
         (["started", "skip", "diverged"], 2, ["runs"]),
         (["started", "failed"], 1, ["runs"]),
+        # Another process, which was started at the same time, trains in the folder.
+        (["started"], 2, ["runs"]),
+        (["started", "started", "failed"], 2, ["runs"]),
     ],
 )
 def test_a_first_try_that_is_a_mistake_leaves_no_folder(
