@@ -100,8 +100,11 @@ def _start_ranks(recipe: Recipe, arguments: Sequence[str]) -> int:
     # The ranks do the remaining checks, which need modules that take seconds to import and that ranks import anyway.
     code = launch.start_ranks(recipe.parallel.num_ranks, module_command("trainer", *arguments))
     if code == ExitCode.USER_ERROR and new:
-        # Otherwise, a step was done, or another process, started at the same time, uses the folder.
-        if [event["event"] for event in read_events(new[0])] in ([], ["started", "failed"]):
+        # Otherwise, a step was done, or another process, started at the same time, uses the folder. The step of the
+        # error tells, too: the event of a complete checkpoint is missing if the evaluation after it ended the run.
+        events = read_events(new[0])
+        is_idle = all(event.get("step") is None for event in events)
+        if is_idle and [event["event"] for event in events] in ([], ["started", "failed"]):
             shutil.rmtree(new[0], ignore_errors=True)
         if len(new) > 1:
             with contextlib.suppress(OSError):  # It is missing, or contains something else.

@@ -106,6 +106,7 @@ def test_one_failing_rank_ends_the_others_at_once_and_gives_the_code() -> None:
         ([], 2, []),
         (["started", "skip", "diverged"], 2, ["runs"]),
         (["started", "failed"], 1, ["runs"]),
+        (["started", "failed 500"], 2, ["runs"]),  # for example, an evaluation at step 500 lacks a package
         # Another process, which was started at the same time, trains in the folder.
         (["started"], 2, ["runs"]),
         (["started", "started", "failed"], 2, ["runs"]),
@@ -120,8 +121,9 @@ def test_a_first_try_that_is_a_mistake_leaves_no_folder(
         assert num_ranks == 2 and command[-2:] == ["debug", f"train.run_dir={tmp_path / 'runs'}"]
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").touch()
-        for event in events:
-            EventLog(run).add(event)
+        for words in events:
+            event, _, step = words.partition(" ")
+            EventLog(run).add(event, int(step) if step else None)
         return code
 
     monkeypatch.setattr("trainer.run.launch.start_ranks", ranks)
