@@ -25,7 +25,12 @@ PARTS = (
     "updating the weights",
 )
 ALL_OFF = ["train.recompute_llm=full", "train.recompute_encoders=true", "train.gather_audio_weights=per_module"]
-ALL_ON = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "train.recompute_encoders=false"]
+ALL_ON = [
+    "parallel.overlap_grad_reduce=true",
+    "parallel.overlap_param_gather=true",
+    "train.recompute_encoders=false",
+    "train.recompute_encoder_calls=false",
+]
 
 
 @pytest.mark.parametrize("overrides", [ALL_OFF, ALL_ON, ["train.recompute_encoder_calls=true"]])
