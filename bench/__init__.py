@@ -1,5 +1,6 @@
 """Benchmarks, started as `python -m bench.NAME`.
 
 Each benchmark states its goal, prints one JSON object as its last line, and exits with code 1 if it misses the goal.
-An *arm* is one of the variants that a benchmark compares. A *peer* is an arm that uses another library.
+An *arm* is one of the variants that a benchmark compares. A *peer* is an arm that uses another library. The *kit* is a
+set of small public speech and sound datasets, in the folder that the environment variable KIT_DIR names.
 """

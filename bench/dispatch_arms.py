@@ -19,7 +19,7 @@ SHORTEST_SEC, LONGEST_SEC = 1.0, 12.0
 
 
 class FeatureBank(nn.Module):
-    """An encoder without computation, which returns a view of existing features."""
+    """A stand-in encoder that computes nothing and returns a view of stored features."""
 
     def __init__(self, max_frames: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Work:
 
     @staticmethod
     def draw(rank: int) -> Work:
-        """Return random clips with random encoders, which are the same in every call with this rank."""
+        """Return random clips, each assigned to a random encoder. Calls with the same rank return the same result."""
         rng = np.random.default_rng(rank)
         lengths = [num_samples(s) for s in rng.uniform(SHORTEST_SEC, LONGEST_SEC, CLIPS_PER_RANK)]
         clips = Ragged.of([torch.from_numpy(rng.standard_normal(n).astype(np.float32)) for n in lengths])
@@ -49,7 +49,7 @@ class Work:
 
     @property
     def wanted(self) -> Tensor:
-        """The encoders that each clip needs, [B, K] bool."""
+        """`chosen` as a one-hot mask over the encoders, [B, W] bool."""
         return nn.functional.one_hot(self.chosen, WORLD).bool()
 
     def samples_to(self) -> list[int]:
@@ -64,7 +64,7 @@ class Work:
         return np.bincount(self.chosen, weights=sizes, minlength=WORLD).astype(int).tolist()
 
     def frames(self) -> tuple[Tensor, Tensor]:
-        """Return the clips as frames [ΣF, 320], padding the last frame of each clip, and the encoder of each frame."""
+        """Return (clips as frames [ΣF, 320], each clip's last frame zero-padded; each frame's encoder index [ΣF])."""
         counts = [num_frames(n) for n in self.clips.lengths]
         rows = torch.zeros(sum(counts), FRAME_SAMPLES)
         for clip, part in zip(self.clips.split(), rows.split(counts), strict=True):
@@ -148,7 +148,7 @@ def build_messages(work: Work) -> Callable[[], list[Tensor]]:
 
 
 def build_lengths(work: Work) -> Callable[[], list[Tensor]]:
-    """Return the arm that gathers the lengths on all ranks, which every dispatch needs for its plan."""
+    """Return the arm that all-gathers clip lengths and encoder choices, which every dispatch needs for its plan."""
     from trainer.parallel.exchange import gather_ragged
 
     mine = np.stack([np.array(work.clips.lengths), work.chosen.numpy()], axis=1).ravel()
@@ -177,7 +177,10 @@ def build_autoep(work: Work) -> Callable[[], list[Tensor]]:
 
 
 def build_moe_layer(work: Work) -> Callable[[], list[Tensor]]:
-    """Return the arm that uses DeepSpeed's MoE layer. Its gate reads the chosen expert from unused columns."""
+    """Return the arm that uses DeepSpeed's MoE layer.
+
+    The chosen expert is written into otherwise unused columns of each input row, from which the gate reads it.
+    """
     from deepspeed.moe.experts import Experts
     from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 

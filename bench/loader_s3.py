@@ -3,10 +3,10 @@
     python -m bench.loader_s3 FOLDER_OF_SHARDS TOKENIZER        called by `bench.loader --parts s3`
 
 The variants that are compared (*arms*) take turns. `obstore` fetches whole objects, one or four at a time, and discards
-them. `ours` reads every sample in training order with ranged reads of several sizes (chunks), verifies each sample
-against the index, and parses its metadata. `ours + decode` and `obstore + decode` also decode the audio. `cached` reads
-through the node cache, which the first round fills, and `disk` reads the same shards from a folder. The server and the
-client share the machine's cores. The goals are stated in `bench.loader`.
+them. `ours` reads all samples in stored order, chunk by chunk with ranged reads, and is measured with several chunk
+sizes. It verifies each sample against the index and parses its metadata. `ours + decode` and `obstore + decode` also
+decode the audio. `cached` reads through the node cache, which is filled in the first round, and `disk` reads the same
+shards from a folder. The server and the client share the machine's cores. The goals are stated in `bench.loader`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ROUNDS = 5
 READ_KIB = (512, 2048, 8192, 16384, 1 << 20)
 """The chunk sizes in KiB. The last covers a whole shard, which is read in parts of at most `fetch.MAX_READ_BYTES`."""
 BUCKET_READ_KIB = 8192
-"""The chunk size in KiB of recipes that read from buckets. The goal applies to this size."""
+"""The chunk size in KiB of recipes that read from buckets. The S3 throughput goal of `bench.loader` applies to it."""
 THREADS = 4
 URL = "s3://bench/set"
 
@@ -110,7 +110,7 @@ def count_reads(reader: DatasetReader) -> Callable[[], int]:
 
 
 def main(folder: str, tokenizer: str) -> int:
-    """Run the benchmark as a command, which prints a table and, as the last line, one JSON object."""
+    """Run the benchmark from the command line. Print a table, then one JSON object as the last line."""
     with tempfile.TemporaryDirectory() as scratch, running(Path(scratch)) as server:
         os.environ.update(server.environ)
         server.make_bucket("bench")
@@ -151,7 +151,7 @@ def main(folder: str, tokenizer: str) -> int:
 
 
 def compare(arms: dict[str, Callable[[], int]], on_first_round: Callable[[], None]) -> dict[str, dict[str, float]]:
-    """Return the MB/s of each arm and the client's CPU seconds per GiB, as medians over rounds in which arms alternate.
+    """Run the arms in turn, print a table, and return each arm's median MB/s and median client CPU seconds per GiB.
 
     Args:
         arms: the functions that read all shards and return the number of bytes, by name.

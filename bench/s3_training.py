@@ -1,14 +1,15 @@
 """Compare training from a bucket, with two interruptions, with training from disk.
 
-    python -m bench.s3_training [RECIPE] [--steps N] [key=value …]      default: kit_cpu with its number of steps
+    python -m bench.s3_training [RECIPE] [--steps N] [key=value …]      default: kit_cpu, with its own number of steps
 
-The benchmark makes shards of the kit (KIT_DIR), stores them in a local Swift server, and trains RECIPE from disk on 2
-ranks. It then trains from `s3://` on 2, 1 and 2 ranks in turn: after a third and after two thirds of the steps, all
-processes are killed (SIGKILL), and the run resumes on the next number of ranks.
+The benchmark makes shards of the kit (a set of small public speech and sound datasets, in the folder KIT_DIR), both on
+disk and in a local Swift server, and trains RECIPE from disk on 2 ranks. It then trains from `s3://` with 2, 1 and 2
+ranks: after a third and after two thirds of the steps, all processes are killed (SIGKILL), and the run is resumed with
+the next rank count in this list.
 
-Goals: the relative difference between every step's loss and that of the run from disk is at most 1e-4; it is not zero,
-since the order of additions depends on the number of ranks. The final state of the data (positions and skipped samples)
-is identical. The exit code is 1 if a goal is missed, and 3 without the kit.
+Goals: At every step, the losses of the two runs have a relative difference of at most 1e-4. (Exact equality is not
+expected, since the order of additions depends on the number of ranks.) Both runs end with identical data-loading state
+(positions and skipped samples). The exit code is 1 if a goal is missed, and 3 without the kit.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from trainer.storage.open import open_store
 
 GOAL = 1e-4
 RANKS = (2, 1, 2)
-"""The numbers of ranks of the three parts of the run from the bucket. The run from disk has the first number."""
+"""Rank counts for the three parts of the bucket run. The disk run uses the first count."""
 FEW_EVALUATED = ("eval.max_samples=8", "eval.max_new_tokens=4")
-"""The overrides of all runs, which keep evaluations short since only losses are compared."""
+"""Overrides for all runs. They keep evaluations short, since only losses are compared."""
 
 
 def dataset_overrides(recipe: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return (the manifests of the recipe's datasets, overrides that make the datasets read shards instead)."""
+    """Return (names of the kit's manifests, without suffix; overrides that make the datasets read shards instead)."""
     datasets = load_recipe(recipe, list(overrides)).data.datasets
     stems = [Path(str(s.manifest)).stem if (KIT / str(s.manifest)).exists() else "asr" for s in datasets]
     changes = [
@@ -94,11 +95,11 @@ def kill_after(run: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
 def finish(run: subprocess.Popen[bytes], run_dir: Path) -> None:
     """Wait for the end of a run, and raise an error if it failed."""
     if run.wait() != 0:
-        raise SystemExit(f"exit code {run.returncode}; see {run_dir / 'output.txt'}")
+        raise SystemExit(f"the training run failed with exit code {run.returncode}; see {run_dir / 'output.txt'}")
 
 
 def account(run_dir: Path) -> dict[str, Any]:
-    """Return the state of the data in the run's last checkpoint."""
+    """Return the data-loading state stored in the run's last checkpoint."""
     (last, *_) = sorted(run_dir.glob("*/checkpoints/step-*/state.json"), reverse=True)
     return json.loads(last.read_text())["extra"]["data"]
 

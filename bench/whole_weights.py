@@ -2,11 +2,12 @@
 
     python -m bench.whole_weights [RECIPE] [--ranks N]
 
-On a GPU, this is the time that Python needs to prepare copies and collectives, during which a fast GPU waits. The rank
-is a member of a fake process group of the full size. The audio modules of RECIPE (default: mowe_70b) are on the meta
-device, so that nothing is computed or sent. A step consists of gathering weights, adding a gradient for each parameter,
-reducing gradients and releasing weights (`trainer.engine.whole_weights`). For comparison, the same gradients are passed
-in buckets of 50 million elements to `reduce_scatter_coalesced`, with which DeepSpeed's ZeRO-3 reduces gradients.
+On a GPU machine, this is the time that Python spends launching copies and collectives, in which a fast GPU is idle. The
+rank is a member of a fake process group of N ranks (default: 1008). The audio modules of RECIPE (default: mowe_70b) are
+on the meta device, so that nothing is computed or sent. A step consists of gathering weights, accumulating one gradient
+per parameter, reducing gradients and releasing weights (`trainer.engine.whole_weights`). For comparison, the same
+gradients are passed in buckets of 50 million elements to `reduce_scatter_coalesced`, with which DeepSpeed's ZeRO-3
+reduces gradients.
 
 Goal: at most 20 ms per step. The exit code is 1 if the goal is missed. The last line is one JSON object.
 """
@@ -43,7 +44,7 @@ DEEPSPEED_BUCKET_ELEMENTS = 50_000_000
 
 
 def parameters_of(recipe_name: str, world: int) -> list[Any]:
-    """Return the parameters of rank 0 on the meta device, with the attributes of ZeRO-3's parameters."""
+    """Return rank 0's parameters on the meta device, with the `ds_*` attributes that ZeRO-3 adds to its parameters."""
     recipe = load_recipe(recipe_name)
     model, ep = sized_model(recipe), recipe.parallel.expert
     tower = model.tower(place(model.config, ep).held_by(0)).to(torch.bfloat16)
@@ -62,7 +63,7 @@ def parameters_of(recipe_name: str, world: int) -> list[Any]:
 
 
 def our_step(parts: list[Bucket], frozen: list[Bucket], gradients: dict[int, torch.Tensor]) -> dict[str, float]:
-    """Return the CPU milliseconds of each phase of a step. Frozen weights are only sent in the first step."""
+    """Return the CPU milliseconds of each phase of a step. Frozen weights are gathered only in the first step."""
     spent = {}
 
     def phase(name: str, work: Callable[[], None]) -> None:
@@ -124,7 +125,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="mowe_70b", metavar="RECIPE")
-    parser.add_argument("--ranks", type=int, default=1008, metavar="N", help="size of the world (default: 1008)")
+    parser.add_argument("--ranks", type=int, default=1008, metavar="N", help="world size, in ranks (default: 1008)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("fake", rank=0, world_size=options.ranks, store=FakeStore())
@@ -138,11 +139,12 @@ def main() -> int:
     best = min(rounds, key=lambda spent: sum(spent.values()))
     total = sum(best.values())
     elements = sum(g.numel() for g in gradients.values())
-    print(f"{options.recipe}, a rank of {options.ranks}: {len(parameters)} parameters, {elements / 1e6:.0f} M elements")
+    size = f"{len(parameters)} parameters, {elements / 1e6:.0f} M elements"
+    print(f"{options.recipe}, one of {options.ranks} ranks: {size}")
     print(f"{2 * len(parts)} collectives per step; CPU time of the fastest of {ROUNDS} steps:")
     for name, milliseconds in best.items():
         print(f"  {name:14s} {milliseconds:7.2f} ms")
-    print(f"  {'together':14s} {total:7.2f} ms (goal: at most {GOAL_MS:g} ms)")
+    print(f"  {'total':14s} {total:7.2f} ms (goal: at most {GOAL_MS:g} ms)")
     print(f"DeepSpeed's reduction alone: {theirs:.0f} ms")
     passed = total <= GOAL_MS
     found = {"ranks": options.ranks, "collectives": 2 * len(parts), "ms": best, "deepspeed_reduce_ms": theirs}

@@ -1,4 +1,4 @@
-"""Self-contained HTML reports, which combine a template, a common style, common functions and the data."""
+"""Self-contained HTML reports, built from a template, a shared stylesheet, shared JavaScript helpers and the data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def render(template: Path, title: str, tree: dict[str, Any]) -> str:
         template: an HTML file that contains `{{title}}`, `{{style}}` (for base.css), `{{data}}` and `{{elements}}` (for
             elements.js).
         title: the title, as plain text.
-        tree: the data as JSON values, which the page's script finds in `data`.
+        tree: the report's data (JSON-serializable). elements.js makes it available to the page's script as the constant
+            `data`.
     """
     # The first "</" would end the script element that contains the JSON, so every "<" is escaped.
     data = json.dumps(tree, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")

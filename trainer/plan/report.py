@@ -160,8 +160,8 @@ def _experts(plan: Plan) -> list[str]:
         f"The LLM has {found.num_experts} experts in each of {found.num_layers} layers and sends each token to "
         f"{found.top_k} of them, so {count_text(found.active_parameters)} of its {count_text(found.total_parameters)} "
         f"parameters are used for a token. The experts are spread over {topology.ffn_ep} ranks{shared}. A rank sends "
-        f"{gib(found.all_to_all_bytes)} GiB of tokens to experts per step. The memory assumes that all experts are "
-        "used equally; if all tokens chose experts on one rank, its peak would be "
+        f"{gib(found.all_to_all_bytes)} GiB of tokens to experts per step. The memory estimate assumes that all "
+        "experts are used equally; if all tokens chose experts on one rank, its peak would be "
         f"{gib(found.worst_bytes)} GiB higher."
     ]
 

@@ -13,11 +13,11 @@ from trainer.training.step import Step
 
 
 class EndError(UserError):
-    """Raised when the data, the loss or an evaluation ends the run in an orderly way."""
+    """Raised to end the run cleanly because of a problem with the data, the loss or an evaluation."""
 
 
 class DivergedError(EndError):
-    """Raised when the run does not recover. Its state has not been saved, since its weights are probably bad."""
+    """Raised when too many updates in a row were skipped. The state is not saved, as the weights are probably bad."""
 
 
 def answer_spike(
@@ -27,8 +27,8 @@ def answer_spike(
 
     Collective: every rank of the world must call it.
 
-    A rewind restores the weights, but not the step number or the position in the data. The run continues with the next
-    batch, and all updates since the checkpoint are lost.
+    A rewind restores the weights from the newest checkpoint, but not the step number or the position in the data. The
+    run continues with the next batch; updates since that checkpoint are lost.
 
     Args:
         report: The report of the step.
@@ -56,7 +56,10 @@ def answer_spike(
     }
     emit("skip", report.step, fields)
     if config.action == "stop":
-        return f"step {report.step}: {report.skip_reason}; spike.action = stop; its samples: {', '.join(samples)}"
+        return (
+            f"the update of step {report.step} was skipped ({report.skip_reason}), and spike.action is stop; "
+            f"samples in this step: {', '.join(samples)}"
+        )
     if step.guard.in_a_row >= config.max_in_a_row:
         found = Divergence(tuple(step.guard.history), step.optim, samples)
         steps = checkpoints.settled_steps()

@@ -24,25 +24,28 @@ class StageSwitch:
         self._stages = stages_of(optim, num_steps)
         self._entered: int | None = None
         self.updated = 0
-        """The number of steps done when the moments of the optimizers were last updated. It must be set after a
+        """The number of steps completed when the optimizers' moments were last updated. It must be set after a
         checkpoint has been loaded."""
 
     def at(self, step: int) -> tuple[int, Stage]:
         """Return the index of the stage that contains a step, and the stage.
 
         Args:
-            step: The number of steps done before.
+            step: The number of steps completed before this one.
         """
         index = stage_at(self._optim, step, self._num_steps)
         return index, self._stages[index]
 
     def enter(self, step: int) -> tuple[int, Stage]:
-        """Prepare the engines for a step: only what learns in its stage has a gradient, with moments of this stage.
+        """Prepare the engines for a step.
+
+        Only the parameters trained in the step's stage get gradients, and the optimizers' moments are reset when a new
+        stage begins.
 
         Collective: every rank of the world must call it.
 
         Args:
-            step: The number of steps done before.
+            step: The number of steps completed before this one.
 
         Returns:
             The result of `at`.

@@ -153,7 +153,7 @@ class Step:
         Collective: every rank of the world must call it.
 
         Args:
-            step: The number of steps done before.
+            step: The number of steps completed before this one.
             batch: This rank's part of the global batch.
             shared: The result of `share` for the batch; None to call it.
             stop: This rank's request to stop, which is shared with all ranks together with the norm of the gradients;
@@ -227,7 +227,7 @@ class Step:
         Collective: every rank of the world must call it.
 
         Args:
-            step: The number of steps done before.
+            step: The number of steps completed before this one.
             batch: This rank's part of the global batch.
             shared: The result of `share` for the batch; None to call it.
         """
@@ -366,7 +366,7 @@ class Step:
         Collective: every rank of the world must call it.
 
         Args:
-            step: The number of steps done before.
+            step: The number of steps completed before this one.
             mistrust: The reason why this rank wants to skip the update; None if it has none. The update is skipped if
                 any rank has a reason or if the gradient norm is not finite.
             stop: This rank's request to stop.
@@ -397,7 +397,7 @@ class Step:
         Collective: every rank of the world must call it.
 
         Args:
-            step: The number of steps done before.
+            step: The number of steps completed before this one.
             whole: The global batch.
             terms: This rank's contributions to all terms of the loss.
             sample_losses: This rank's contribution to the sum of the token losses of each sample, from which the losses
