@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import html
@@ -17,7 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import openai
@@ -25,7 +26,7 @@ import pytest
 import soundfile
 import torch
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from starlette.responses import HTMLResponse
 from starlette.testclient import TestClient
 from tokenizers.decoders import ByteFallback
@@ -34,7 +35,7 @@ from tests.browser import browse_url, need_chromium
 from tests.tools.exportable import write_run
 from tools import export, serve
 from trainer.evaluation.offline.model import find_model, load_model
-from trainer.serving.app import make_app
+from trainer.serving.app import _Queue, make_app
 from trainer.serving.service import TRANSCRIBE, Service, _Text
 
 ROOT = Path(__file__).parents[2]
@@ -260,6 +261,28 @@ def test_text_is_streamed_while_it_is_generated_and_not_computed_for_a_client_th
             assert len(calls) < 90, streams
         short = client.chat.completions.create(model="any", messages=[message], max_tokens=2)
         assert whole.startswith(short.choices[0].message.content or "")
+
+
+def test_a_server_that_ends_stops_computing() -> None:
+    started, ended, seen = threading.Event(), threading.Event(), []
+
+    class Connected:
+        async def is_disconnected(self) -> bool:
+            return False
+
+    def work(gone: threading.Event) -> None:
+        started.set()
+        seen.append(gone.wait(1))
+        ended.set()
+
+    async def main() -> None:
+        task = asyncio.create_task(_Queue().run(cast(Request, Connected()), work))
+        await asyncio.to_thread(started.wait, 5)
+        task.cancel()
+        await asyncio.to_thread(ended.wait, 5)
+
+    asyncio.run(main())
+    assert seen == [True]
 
 
 def test_parts_of_a_text_are_never_taken_back() -> None:

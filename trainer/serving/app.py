@@ -172,7 +172,7 @@ class _Queue:
 
         Args:
             request: the request, whose body has been read.
-            work: a function whose argument is set once the client has closed the connection.
+            work: a function whose argument is set once its result is no longer wanted.
         """
         gone = threading.Event()
         watch = asyncio.create_task(_watch(request, gone))
@@ -186,6 +186,7 @@ class _Queue:
         except SampleError as error:
             raise RequestError(str(error), "messages") from None
         finally:
+            gone.set()  # If the server ends, this task is cancelled, but its thread is not.
             watch.cancel()
 
 
