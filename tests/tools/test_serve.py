@@ -36,6 +36,7 @@ from tests.tools.exportable import write_run
 from tools import export, serve
 from trainer.evaluation.offline.model import find_model, load_model
 from trainer.serving.app import _Queue, make_app
+from trainer.serving.requests import RequestError
 from trainer.serving.service import TRANSCRIBE, Service, _Text
 
 ROOT = Path(__file__).parents[2]
@@ -283,6 +284,33 @@ def test_a_server_that_ends_stops_computing() -> None:
 
     asyncio.run(main())
     assert seen == [True]
+
+
+def test_a_client_that_is_gone_does_not_wait_for_its_turn() -> None:
+    started, free = threading.Event(), threading.Event()
+
+    class Client:
+        def __init__(self, is_gone: bool) -> None:
+            self._is_gone = is_gone
+
+        async def is_disconnected(self) -> bool:
+            return self._is_gone
+
+    def work(gone: threading.Event) -> bool:
+        started.set()
+        return free.wait(5)
+
+    async def main() -> None:
+        queue = _Queue()
+        first = asyncio.create_task(queue.run(cast(Request, Client(False)), work))
+        await asyncio.to_thread(started.wait, 5)
+        with pytest.raises(RequestError, match="has closed the connection"):
+            await asyncio.wait_for(queue.run(cast(Request, Client(True)), work), 2)
+        third = asyncio.create_task(queue.run(cast(Request, Client(False)), work))
+        free.set()
+        assert await first and await third
+
+    asyncio.run(main())
 
 
 def test_parts_of_a_text_are_never_taken_back() -> None:

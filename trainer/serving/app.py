@@ -175,26 +175,29 @@ class _Queue:
             work: a function whose argument is set once its result is no longer wanted.
         """
         gone = threading.Event()
-        watch = asyncio.create_task(_watch(request, gone))
-        try:
-            async with self._turn:
-                if gone.is_set() or await request.is_disconnected():
-                    raise Stopped
-                return await anyio.to_thread.run_sync(work, gone, limiter=self._thread)
-        except Stopped:
-            raise RequestError("the client has closed the connection", status=499) from None
-        except SampleError as error:
-            raise RequestError(str(error), "messages") from None
-        finally:
-            gone.set()  # If the server ends, this task is cancelled, but its thread is not.
-            watch.cancel()
+        with anyio.CancelScope() as waiting:  # Cancelling it does not end a thread, which `gone` does.
+            watch = asyncio.create_task(_watch(request, gone, waiting))
+            try:
+                async with self._turn:
+                    if gone.is_set() or await request.is_disconnected():
+                        raise Stopped
+                    return await anyio.to_thread.run_sync(work, gone, limiter=self._thread)
+            except Stopped:
+                pass
+            except SampleError as error:
+                raise RequestError(str(error), "messages") from None
+            finally:
+                gone.set()  # If the server ends, this task is cancelled, but its thread is not.
+                watch.cancel()
+        raise RequestError("the client has closed the connection", status=499)
 
 
-async def _watch(request: Request, gone: threading.Event) -> None:
-    """Set `gone` once the client has closed the connection."""
+async def _watch(request: Request, gone: threading.Event, waiting: anyio.CancelScope) -> None:
+    """Set `gone` and cancel `waiting` once the client has closed the connection."""
     while not await request.is_disconnected():
         await asyncio.sleep(_POLL_SEC)
     gone.set()
+    waiting.cancel()
 
 
 class _Limit:
