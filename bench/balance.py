@@ -100,7 +100,7 @@ def simulate(ranks: int = 64) -> dict[str, Any]:
 
 
 def time_plans(ranks: int = 4096) -> dict[str, Any]:
-    """Return the median CPU time of planning, which other processes on the machine barely affect."""
+    """Return the median CPU time of planning. Other processes on the machine barely affect CPU time."""
     torch.zeros(num_samples(240))  # freed immediately, after which malloc keeps large blocks, as it does in training
 
     def dispatch(encoders: Sequence[EncoderConfig], ep: int, chosen: int) -> Callable[[], object]:
@@ -153,7 +153,7 @@ def skewed_batch(rank: int, model: ModelConfig) -> Batch:
 
 
 def work(out: str) -> int:
-    """Run one of the real ranks, which alternately times steps with and without the plan."""
+    """Run one of the real ranks. It alternately times steps with and without the plan."""
     import torch.distributed as dist
 
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

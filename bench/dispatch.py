@@ -165,13 +165,13 @@ def check(arms: dict[str, Callable[[], list[Tensor]]], work: Work) -> None:
 
 
 def report(found: dict[str, Any]) -> dict[str, Any]:
-    """Print a table, and return the result, which the caller prints as JSON on the last line."""
+    """Print a table, and return the result. The caller prints it as JSON on the last line."""
     bare, bare_cpu = found["sec"]["bare"], found["cpu_sec"]["bare"]
     print(f"{'arm':10} {'bytes / payload':>15} {'ms (quartiles)':>22} {'time / bare':>12} {'CPU / bare':>11}   calls")
     rows = {}
     for name, seconds in found["sec"].items():
         low, middle, high = statistics.quantiles(seconds, n=4)
-        # Each time is compared with the bare exchange of the same round, which other load on the machine slows as well.
+        # Each time is compared with the bare exchange of the same round, because other load on the machine slows both.
         ratio = statistics.median(s / b for s, b in zip(seconds, bare, strict=True))
         cpu_ratio = statistics.median(s / b for s, b in zip(found["cpu_sec"][name], bare_cpu, strict=True))
         share = found["sent_bytes"][name] / found["payload_bytes"]

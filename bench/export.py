@@ -29,7 +29,7 @@ from trainer.run.launch import start_ranks
 SPEED_GOAL, MEMORY_GOAL_BYTES = 5.0, 400 << 20
 NUM_RANKS, ROUNDS = 2, 3
 WIDTH, LAYERS = 1024, 21
-"""The width and number of layers of the largest encoder, which has 12 · width² parameters per layer."""
+"""The width and the number of layers of the largest encoder. Each layer has 12 · width² parameters."""
 
 OURS = """
 import sys, time
@@ -53,7 +53,7 @@ print(time.perf_counter() - started, peak_memory_bytes()["host"])
 
 
 def work(folder: Path) -> int:
-    """Run one rank, which trains a step and saves both checkpoints."""
+    """Run one rank, which trains for a step and saves both checkpoints."""
     import torch
     import torch.distributed as dist
 

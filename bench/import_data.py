@@ -2,10 +2,11 @@
 
     python -m bench.import_data [--clips 2400]
 
-The input is speech from the kit (KIT_DIR) with realistic lengths, stored as AIFF files. Shards may not contain AIFF, so
-every file is converted to FLAC. `earshot import --jobs 2` reads the files from a table and writes a manifest. The loop
-reads each file with soundfile and writes it as FLAC with soundfile, in two processes, without checks, ids or a
-manifest. Both times include starting the processes. The two take turns, and the best round of each counts.
+The input is speech with realistic lengths from the kit (a set of small public recordings, in the folder KIT_DIR),
+stored as AIFF files. Shards may not contain AIFF, so every file is converted to FLAC. `earshot import --jobs 2` reads
+the files from a table and writes a manifest. The loop reads each file with soundfile and writes it as FLAC with
+soundfile, in two processes, without checks, ids or a manifest. Both times include starting the processes. The two take
+turns, and the best round of each counts.
 
 Goal: the import reaches at least 0.9 times the throughput of the loop. The exit code is 1 if the goal is missed, and 3
 without the kit.

@@ -10,7 +10,7 @@ function. webdataset and lhotse are compared if they are installed (`pip install
 Goals: our loader reaches at least 95 % of the throughput of decoding alone. Reading from S3 is not slower than fetching
 whole objects with obstore, and with the node cache, later epochs read nothing from the server. The first batch is ready
 at most 1.0 s after the start of the process. Resuming after 10³, 10⁵ and 10⁶ samples takes at most 0.5 s. The exit code
-is 1 if a goal is missed, and 3 without the kit (KIT_DIR).
+is 1 if a goal is missed, and 3 without the kit (a set of small public recordings, in the folder KIT_DIR).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Speech of realistic lengths for the benchmarks of the loader: joined utterances of the kit, as shards and as Shar."""
+"""Speech of realistic lengths for the benchmarks of the loader: joined utterances of the kit, as shards and as Shar.
+
+The kit is a set of small public recordings, in the folder that the environment variable KIT_DIR names.
+"""
 
 from __future__ import annotations
 

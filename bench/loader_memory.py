@@ -2,8 +2,10 @@
 
     python -m bench.loader_memory [BATCHES] [WORKERS]     100000 batches on the kit take half an hour
 
+The data is the kit, a set of small public recordings in the folder KIT_DIR.
+
 Goal: the largest resident memory of this process and its decoding processes in the last half of the batches is at most
-5 % above the largest in the second tenth. The exit code is 1 if the goal is missed, and 3 without the kit (KIT_DIR).
+5 % above the largest in the second tenth. The exit code is 1 if the goal is missed, and 3 without the kit.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
 
 The three variants (*arms*) train for about the same time. A calibration run of 100 steps measures the step time of each
 arm. The other arms then train for as many steps as fit into the time that the mixture's steps take. Every arm is
-evaluated on the kit's test split. The benchmark has no pass criterion. Its table shows the best arm for each metric,
-and whether the ranges of the two best arms over the seeds overlap. Runs are stored in `runs/mixture`, and an
-interrupted benchmark continues after the last finished run. The exit code is 1 if a run fails, and 3 if the kit
-(KIT_DIR) is missing.
+evaluated on the test split of the kit (a set of small public recordings, in the folder KIT_DIR). The benchmark has no
+pass criterion. Its table shows the best arm for each metric, and whether the ranges of the two best arms over the seeds
+overlap. Runs are stored in `runs/mixture`, and an interrupted benchmark continues after the last finished run. The exit
+code is 1 if a run fails, and 3 if the kit is missing.
 """
 
 from __future__ import annotations

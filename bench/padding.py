@@ -5,9 +5,9 @@
 The plan of `trainer.parallel` sends clips of similar length to the same rank, divides them into encoder calls (padded
 batches) with the least padding, and assigns samples to packed sequences of equal length for the LLM. The plan is
 compared with batches in the order of arrival, with ten length buckets, and with padding of every clip to 30 s, for the
-same samples and the same budget. The samples are all training clips of the kit (KIT_DIR) and clips of log-normal
-duration, in global batches of several sizes. The plan is also measured with the cost that it assumes for an additional
-encoder call on a CPU (`CALL_COST_SAMPLES`).
+same samples and the same budget. The samples are all training clips of the kit (a set of small public recordings, in
+the folder KIT_DIR) and clips of log-normal duration, in global batches of several sizes. The plan is also measured with
+the cost that it assumes for an additional encoder call on a CPU (`CALL_COST_SAMPLES`).
 
 Goal: at most 2 % of encoder frames and of LLM tokens are padding. The exit code is 1 if the goal is missed.
 """

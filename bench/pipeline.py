@@ -160,7 +160,7 @@ def measure(sizes: Mapping[str, int], rounds: int, pack_tokens: int = PACK_TOKEN
 
 
 def compare(found: Mapping[str, Sequence[Record]], cores: int) -> dict[str, Any]:
-    """Print a table, and return the result, which the caller prints as JSON on the last line.
+    """Print a table, and return the result. The caller prints it as JSON on the last line.
 
     Args:
         found: The result of `measure`.

@@ -163,7 +163,7 @@ def _stage_boxes(
 def _llm_shards(
     boxes: list[tuple[str, Rect, bool]], shapes: Mapping[str, Shape], num_replicas: int, replica: int
 ) -> Iterator[Shard]:
-    """Yield one replica's part of a stage's parameters, which are in one buffer, divided equally among replicas."""
+    """Yield one replica's part of a stage's parameters, whose single buffer is divided equally among replicas."""
     part = -(-sum(box.numel for _, box, _ in boxes) // num_replicas)
     base = 0
     for name, box, saved_here in boxes:

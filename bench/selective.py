@@ -126,7 +126,7 @@ def draw_clips() -> Ragged:
 
 
 def report(seconds: dict[str, list[float]]) -> dict[str, object]:
-    """Print a table, and return the result, which the caller prints as JSON on the last line."""
+    """Print a table, and return the result. The caller prints it as JSON on the last line."""
     lengths, names = draw_clips().lengths, [e.name for e in ENCODERS]
     # Other load on the machine can only increase the measured times, so the least time is used.
     least = {name: min(spent) for name, spent in seconds.items()}

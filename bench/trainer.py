@@ -4,8 +4,8 @@
 
 The model has a primary encoder, four encoder experts, two gates of which each chooses one expert per clip, and a Llama
 of 31 M parameters. All variants (*arms*) train the same model from the same weights (`model.speech_llm.SpeechLLM`) on
-clips of noise with the lengths of the kit's clips (KIT_DIR), in fp32, with the same optimizer and the same number of
-clips per update:
+clips of noise, whose lengths are those of the clips in the kit (a set of small public recordings, in the folder
+KIT_DIR), in fp32, with the same optimizer and the same number of clips per update:
 
 - earshot: earshot's training step, with data parallelism.
 - padded: Trainer with padded micro-batches in random order. Every encoder expert encodes every clip, and the features
@@ -137,7 +137,7 @@ def compare(found: Mapping[str, Sequence[Record]], work: Mapping[str, Any], rank
         rest = f"{row['clips_per_sec']:8.2f} {row['cpu_sec_per_clip']:11.3f} {row['peak_mib']:14.0f}"
         print(f"  {name:10} {speed:>24} {rest}")
     peers = [name for name in rows if name != OURS]
-    # Each round is compared with the same round of the peer, which other load on the machine slows as well.
+    # Each round is compared with the same round of the peer, because other load on the machine slows both.
     ratios = {
         what: {n: [b[what] / a[what] for a, b in zip(found[OURS], found[n], strict=True)] for n in peers}
         for what in ("sec", "cpu_sec")
@@ -166,7 +166,7 @@ def compare(found: Mapping[str, Sequence[Record]], work: Mapping[str, Any], rank
 
 
 def run(ranks: Sequence[int], rounds: int, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Measure all arms on each number of ranks, and return the result, which is printed as JSON on the last line."""
+    """Measure all arms on each number of ranks, and return the result. The caller prints it as the last line."""
     work, found, cores = work_of(sizes), {}, idle_cores()
     for num_ranks in ranks:
         records: dict[str, list[Record]] = {kind: [] for kind in (OURS, *PEERS)}
@@ -186,7 +186,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to check the benchmark itself")
     options = parser.parse_args()
     if importlib.util.find_spec("accelerate") is None:
-        print("error: accelerate is not installed, which Trainer needs: pip install accelerate", file=sys.stderr)
+        print("error: accelerate, which Trainer needs, is not installed: pip install accelerate", file=sys.stderr)
         return 2
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
     sizes: dict[str, int] = {}

@@ -45,7 +45,7 @@ class Sizes:
     global_batch: int = 32
     """The number of clips per update."""
     updates: int = 2
-    """The number of timed updates, which follow one warm-up update."""
+    """The number of timed updates. One warm-up update precedes them."""
 
 
 TINY = Sizes(width=32, layers=1, llm_width=32, llm_layers=2, global_batch=8, updates=1)
@@ -73,7 +73,7 @@ class Setting:
 
 
 class Stopwatch:
-    """Clocks of all ranks, which an arm starts after its first update."""
+    """Clocks of all ranks. An arm starts them after its first update."""
 
     def __init__(self) -> None:
         self._start_sec = self._start_cpu_sec = 0.0

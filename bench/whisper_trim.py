@@ -2,8 +2,9 @@
 
     python -m bench.whisper_trim ~/.cache/earshot/models/whisper-base
 
-The script encodes 20 recordings of the kit with `length_mode: full`, and with `trim` and increasing trailing silence.
-It prints the relative RMS of the difference as a Markdown table.
+The script encodes 20 recordings of the kit (a set of small public recordings, in the folder KIT_DIR) with `length_mode:
+full`, and with `trim` and increasing trailing silence. It prints the relative RMS of the difference as a Markdown
+table.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ class Traffic:
     def seconds(self, accelerator: Accelerator) -> float:
         """Return the duration of these collectives in seconds if nothing overlaps with them.
 
-        NCCL chooses between a protocol with full bandwidth and another one with a fifth of the latency and a quarter of
-        the bandwidth, which is faster for small messages.
+        NCCL chooses between a protocol with full bandwidth and a second protocol, which has a fifth of the latency and
+        a quarter of the bandwidth and is faster for small messages.
         """
         ports = accelerator.network_gb_s * self.members
         rate = accelerator.node_gb_s if self.within_node else min(accelerator.node_gb_s, ports)

@@ -27,7 +27,7 @@ from trainer.plan.trace import Traced, extrapolated, trace
 from trainer.plan.workload import EncoderWork
 
 _SHAPES = ((1, 50), (1, 100), (1, 200), (3, 200))
-"""The shapes (clips, frames) for which an encoder is traced, which suffice to fit the terms 1, B·F, B·F² and F²."""
+"""The shapes (clips, frames) for which an encoder is traced. They suffice to fit the terms 1, B·F, B·F² and F²."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class AudioMemory:
 
 
 class EncoderTracer:
-    """A tracer of the encoder calls of an audio tower, which caches its results.
+    """Traces the encoder calls of an audio tower, and caches the results.
 
     All layers of an encoder have the same shapes. An encoder is therefore traced with one layer and with two layers,
     and every further layer is assumed to add as much as the second one. An encoder without a list `layers` is traced as

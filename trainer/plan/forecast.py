@@ -24,9 +24,9 @@ class Forecast:
 
     step_sec: float
     low_sec: float
-    """The lower end of the range of the step time, in seconds."""
+    """The lower end of the step time's range, in seconds."""
     high_sec: float
-    """The upper end of the range of the step time, in seconds."""
+    """The upper end of the step time's range, in seconds."""
     parts_sec: Mapping[str, float]
     """The seconds of the encoders with the exchange of clips and embeddings, of the LLM, and of the update."""
     peak_bytes: int

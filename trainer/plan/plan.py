@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def too_small(self) -> bool:
-        """True if kernel launches and link latencies are most of a step, which makes a forecast of its time useless."""
+        """True if kernel launches and link latencies are most of a step, so that a forecast of its time is useless."""
         return self.fixed_share > 0.5
 
     def cost(self, step_sec: float, price_per_gpu_hour: float) -> float:
@@ -138,7 +138,7 @@ class Plan:
 
 
 class Planner:
-    """A planner for variants of one recipe, which caches what the variants share.
+    """A planner for variants of one recipe. It caches what the variants share.
 
     Args:
         recipe: The first variant. Others may differ from it only in `parallel` and `train`.

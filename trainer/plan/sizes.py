@@ -53,7 +53,7 @@ class PartSizes:
     """The LLM's embedding and output layer."""
     llm: Size
     shared: Size
-    """The audio side without encoder experts."""
+    """The audio modules without encoder experts."""
     experts: dict[str, Size]
     """The encoder experts, by name."""
     depths: dict[str, int]
@@ -63,7 +63,7 @@ class PartSizes:
 
     @property
     def encoder_width(self) -> float:
-        """The width of a square matrix as large as the audio side's mean large tensor."""
+        """The width of a square matrix as large as the audio modules' mean large tensor."""
         total = sum(self.experts.values(), self.shared)
         return math.sqrt(total.total / total.large) if total.large else 64.0
 
@@ -133,7 +133,7 @@ class SizedModel:
         return sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2) + tied
 
     def tower(self, held: Collection[str] | None = None) -> AudioTower:
-        """Build the audio side on the meta device, which takes no memory.
+        """Build the audio modules on the meta device, where they use no memory.
 
         Args:
             held: names of the encoder experts to build; None builds all.

@@ -14,7 +14,7 @@ class ExitCode(IntEnum):
     USER_ERROR = 2
     """The user must fix something first. One line on stderr explains the problem."""
     STOPPED = 75
-    """A signal ended the run in an orderly way. Its state is saved, and the same command resumes it."""
+    """A signal ended the run cleanly. Its state is saved, and the same command resumes it."""
     HUNG = 76
     """No rank made progress for `train.hang_timeout_sec`; the run's folder contains the stacks of all ranks."""
     PEER_LOST = 77

@@ -120,8 +120,8 @@ def gather(
         groups: The process groups of this rank.
         kinds: The kinds of samples whose tokens are counted separately; None if they are not counted.
         notes: Further numbers to share with all ranks in the same exchange, as many on every rank.
-        expected_values: The number of integers per rank for which one exchange suffices, which must be the same on all
-            ranks. If a rank contributes more, there is a second one.
+        expected_values: The number of integers per rank for which one exchange suffices. It must be the same on all
+            ranks. If a rank contributes more integers, there is a second exchange.
     """
     counts = [loss.count(batch, model) for loss in losses]
     tasks = {name: index for index, name in enumerate(task_names())}
@@ -206,7 +206,7 @@ def plan(whole: GlobalBatch, groups: Groups, budget_tokens: int | None, multiple
 
 
 def plan_references(whole: GlobalBatch, packing: PackPlan, loss: str, multiple_tokens: int) -> PackPlan:
-    """Return the plan for the references of a loss, which assigns each to the replica and micro-batch of its sample."""
+    """Return a plan that assigns each reference of a loss to the replica and micro-batch of its sample."""
     tokens = whole.reference_tokens[loss]
     return packing.with_lengths(np.flatnonzero(tokens), tokens[tokens > 0], multiple_tokens)
 

@@ -13,7 +13,7 @@ from trainer.telemetry.gpu_health import node_name
 
 
 class CorruptionError(RuntimeError):
-    """Raised when replicas of the LLM hold different weights, which a faulty device causes."""
+    """Raised when replicas of the LLM hold different weights, because of a faulty device."""
 
 
 def check_replicas(step: int, llm: LLMEngine, groups: Groups, emit: Emit) -> None:

@@ -273,7 +273,7 @@ class Step:
             noise: Standard normal noise for the router; None outside training.
             shared: The result of `share` for the batch; None to call it.
             training: If true, losses are prepared, packs have the size that training uses, and phases are timed. If
-                false, each copy of the LLM's weights gets one pack, which is not divided among context-parallel ranks.
+                false, each copy of the LLM's weights gets one pack that is not divided among context-parallel ranks.
         """
         groups = self.groups if training else self.groups.without_context
         phase: Callable[[str], AbstractContextManager[None]] = self.timer if training else lambda name: nullcontext()

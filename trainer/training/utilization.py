@@ -54,7 +54,7 @@ def utilization_of(recipe: Recipe, topology: Topology, device: torch.device) -> 
 
 
 def kept_generators(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context manager that restores torch's random generators, which computing a model's sizes advances."""
+    """Return a context manager that restores torch's random generators. Computing a model's sizes advances them."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
