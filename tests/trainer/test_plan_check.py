@@ -129,10 +129,14 @@ def test_checkpoints_share_one_copy_of_frozen_weights() -> None:
     topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
     planner = Planner(recipe, KNOWN["h100"])
     ds_json = load_ds_json(deepspeed_json(recipe))
-    disk = disk_space(recipe, rank_states(planner.model, topology, recipe.staged_optim, "fp32", ds_json))
+    states = rank_states(planner.model, topology, recipe.staged_optim, "fp32", ds_json)
+    disk = disk_space(recipe, states)
     frozen = 4 * sum(size.total - size.learned for size in planner.sizes.values())
     assert frozen > 4 * sum(size.total for name, size in planner.sizes.items() if name.startswith("llm.")) > 0
     assert disk.num_kept == 2 and disk.shared == frozen and disk.run == 2 * disk.checkpoint - frozen
+    # Steps 6 and 12 are kept, and besides them the newest and the next checkpoint exist.
+    keys = ["train.steps=14", "checkpoint.every_steps=2", "checkpoint.keep_every_steps=3", "checkpoint.keep_last=1"]
+    assert disk_space(load_recipe("debug", keys), states).num_kept == 4
 
 
 def test_a_plan_is_read_only_for_its_own_layout(planned: dict[str, Any], tmp_path: Path) -> None:

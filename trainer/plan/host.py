@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from trainer.config.schema import Recipe
@@ -91,6 +92,8 @@ def disk_space(recipe: Recipe, states: RankStates) -> DiskSpace:
     config, steps = recipe.checkpoint, recipe.train.steps
     total = sum((states.of_rank(rank) for rank in range(states.topology.world)), States())
     saved = 1 + (-(-steps // config.every_steps) - 1 if config.every_steps else 0)
-    forever = steps // config.keep_every_steps if config.keep_every_steps else 0
+    # Only steps that are saved can be kept, which are multiples of both numbers.
+    both = math.lcm(config.every_steps, config.keep_every_steps)
+    forever = steps // both if both else 0
     kept = config.keep_last + forever + (config.best_metric is not None) + 1
     return DiskSpace(total.snapshot, total.saved_once, min(kept, saved), bool(scheme_of(recipe.run_url)))
