@@ -49,7 +49,7 @@ class Checkpoints(Protocol):
 
         Args:
             attempt: The attempt that writes.
-            step: The number of steps done.
+            step: The number of steps completed.
             region: The part of the joined files of its node that this rank writes; None for files of its own.
         """
         ...

@@ -104,7 +104,7 @@ class CheckpointManager:
         method does nothing. If a save fails, the failure is logged and reported by `failed`, and training continues.
 
         Args:
-            step: The number of steps done.
+            step: The number of steps completed.
             engines: The engines to save.
             extra: Further values to store as JSON, which `load` returns. Only those of rank 0 are saved.
 
@@ -165,7 +165,7 @@ class CheckpointManager:
         """Store the score of a step if `values` contains `checkpoint.best_metric`. Only rank 0 calls this method.
 
         Args:
-            step: The number of steps done.
+            step: The number of steps completed.
             values: Metrics of the step by name.
         """
         metric = self.config.best_metric

@@ -15,7 +15,7 @@ def stops_early(config: EvalConfig, checkpoints: CheckpointManager, done: int, *
     Args:
         config: The recipe's `eval` section.
         checkpoints: The run's checkpoints, with which the scores of all evaluations so far are stored.
-        done: The number of steps done.
+        done: The number of steps completed.
         just_evaluated: Whether an evaluation took place after the last of these steps.
 
     Raises:

@@ -84,7 +84,7 @@ class Evaluator:
         Collective: every rank of the world must call it.
 
         Args:
-            step: The number of steps done, for the names of the files.
+            step: The number of steps completed, for the names of the files.
             split: The name of the split.
             max_samples: The largest number of samples to use; None for all.
 

@@ -239,7 +239,7 @@ class Loop:
         Collective: every rank of the world must call it.
 
         Args:
-            done: The number of steps done.
+            done: The number of steps completed.
             split: The name of the split.
             max_samples: The largest number of samples to use; None for all.
 

@@ -22,7 +22,7 @@ def check_replicas(step: int, llm: LLMEngine, groups: Groups, emit: Emit) -> Non
     Collective: every rank of the world must call it.
 
     Args:
-        step: The number of steps done.
+        step: The number of steps completed.
         llm: The engine of the LLM.
         groups: This rank's process groups.
         emit: The function that is called on all ranks for the event `corrupted`, with the node of each differing rank.

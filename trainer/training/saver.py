@@ -92,7 +92,7 @@ class Saver:
         Collective: every rank of the world must call it.
 
         Args:
-            done: The number of steps done.
+            done: The number of steps completed.
             data_state: The state of this rank's sample stream after those steps.
 
         Raises:
@@ -122,7 +122,7 @@ class Saver:
         Args:
             stop: This rank's request to stop. If only other ranks received a signal, the time is measured from this
                 call.
-            done: The number of steps done.
+            done: The number of steps completed.
         """
         grace_sec = self._recipe.train.stop_grace_sec
 

@@ -180,7 +180,7 @@ class Step:
         Collective: every rank of the world must call it.
 
         Args:
-            step: The number of steps done.
+            step: The number of steps completed.
         """
         parts = gather_values(self.meter.take(), self.groups.world, RANK_LOAD_KINDS)
         return None if parts is None else self.meter.merge(step, parts)
@@ -191,7 +191,7 @@ class Step:
         Collective: every rank of the world must call it.
 
         Args:
-            step: The number of steps done.
+            step: The number of steps completed.
 
         Returns:
             The load; None on ranks other than 0, and if the LLM has no experts.
