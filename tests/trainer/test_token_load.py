@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
 from model.errors import UserError
+from tests.trainer.data_corpus import row
 from tests.trainer.expert_usage_run import write_run
 from tools import profile_experts
+from trainer.data.prepare import PreparedData
+from trainer.data.shard_writer import Groups
 from trainer.telemetry.token_load import (
     HISTORY_NAME,
     MAX_KINDS,
@@ -114,3 +119,13 @@ def test_the_profile_shows_the_experts_of_the_llm(tmp_path: Path, capsys: pytest
 def test_a_limit_for_experts_needs_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert profile_experts.main([str(write_run(tmp_path)), "--fail-on", "overload=2"]) == 2
     assert "the LLM of the run has no experts; remove this limit" in capsys.readouterr().err
+
+
+def test_a_language_that_is_null_is_none() -> None:
+    groups = Groups()
+    for number, language in enumerate(("en", None, "")):
+        groups.entry(str(number), {**row(str(number)), "language": language}, 1.0, "0" * 16, ())
+    index = SimpleNamespace(groups=groups.lines())
+    config = SimpleNamespace(split="train", tasks=(), subsets=())
+    data = SimpleNamespace(datasets=(SimpleNamespace(config=config, shards={"train": ("", index)}),))
+    assert PreparedData.num_by_language(cast(PreparedData, data)) == {("asr", "en"): 1, ("asr", ""): 2}

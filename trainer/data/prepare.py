@@ -105,7 +105,9 @@ class PreparedData:
             selection = Selection(part.config.split, part.config.tasks, part.config.subsets)
             for group in part.shards[part.config.split][1].groups:
                 if selection.matches(group):
-                    counts[group.task, group.language] += group.num_samples
+                    # The index of shards contains the text "None" where a manifest has null.
+                    language = "" if group.language == str(None) else group.language
+                    counts[group.task, language] += group.num_samples
         return counts
 
 
