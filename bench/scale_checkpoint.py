@@ -1,4 +1,4 @@
-"""The metadata of a checkpoint of many ranks: what each rank sends to rank 0, and the manifest that rank 0 writes.
+"""The metadata of a checkpoint in a run with many ranks: what each rank sends to rank 0, and rank 0's manifest.
 
 Used by `python -m bench.scale`. The tensors are those of a recipe's model, sharded in the same way as by DeepSpeed and
 Megatron. Their values are not needed, so the metadata of ten thousand ranks can be computed in one process, with the

@@ -36,7 +36,7 @@ class RunPath:
 
 
 def find_run(path: Path) -> RunPath:
-    """Return the run that `path` belongs to, and the checkpoint if `path` is one.
+    """Return the run at `path`, or the run of the checkpoint at `path` together with this checkpoint.
 
     Raises:
         UserError: If `path` is neither the folder of a run nor that of a checkpoint.

@@ -143,7 +143,7 @@ def gather(
 def global_batch(
     everyone: Ints, sizes: Ints, losses: Sequence[str], references: Sequence[str], num_notes: int, rank: int
 ) -> GlobalBatch:
-    """Return the description of the global batch from what all ranks contributed.
+    """Return the description of the global batch, assembled from the contributions of all ranks.
 
     Args:
         everyone: The integers of all ranks, [world, at least the largest size]: the number of samples, the number of
@@ -182,7 +182,7 @@ def _kind(sample: Sample, kinds: SampleKinds | None) -> int:
 
 
 def _sums(values: Ints, counts: Ints) -> Ints:
-    """Return the sum of each of consecutive groups of `values`, of which the i-th has `counts[i]` values."""
+    """Return the sums of consecutive groups of `values`. Group i has `counts[i]` values."""
     if (counts == 1).all():
         return values
     sums, ends = np.concatenate([[0], np.cumsum(values)]), np.cumsum(counts)

@@ -94,7 +94,7 @@ class PlanCheck:
         return replace(report, plan=metrics)
 
     def _seconds(self, marks: Sequence[tuple[str | None, Moment]]) -> dict[str, float]:
-        """Return the seconds of each part of the plan in the step that has these marks."""
+        """Return the seconds that a step with these marks spent in each part of the plan."""
         found: defaultdict[str, float] = defaultdict(float)
         for (phase, begin), (_, end) in zip(marks, marks[1:], strict=False):
             if phase is not None:

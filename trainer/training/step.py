@@ -322,7 +322,7 @@ class Step:
         return PackedLoss(loss, self.model, factor, compared_here, reference)
 
     def _router_meter(self, whole: GlobalBatch, packs: Packs) -> RouterMeter | None:
-        """Return what measures the choices of the LLM's routers in a step; None for an LLM without experts.
+        """Return the meter of the choices that the LLM's routers make in a step; None for an LLM without experts.
 
         Collective: every rank of the world must call it.
         """
