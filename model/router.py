@@ -29,7 +29,7 @@ ENTRY_OFFSET = -30.0
 
 @dataclass(frozen=True)
 class Routing:
-    """The decisions of the router for B clips, which the router returns and does not store."""
+    """The decisions of the router for B clips. The router returns them and does not store them."""
 
     probs: Tensor
     """The softmax of each gate's logits, [B, G, K]."""

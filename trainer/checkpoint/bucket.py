@@ -85,7 +85,7 @@ class Catalogue:
 
 
 class BucketDraft:
-    """The objects of a save, which no catalogue names yet. Large objects are uploaded in parallel parts."""
+    """The objects of a save that no catalogue names yet. Large objects are uploaded in parallel parts."""
 
     def __init__(self, store: Store, folder: str) -> None:
         self._store, self._folder = store, folder

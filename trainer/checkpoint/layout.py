@@ -129,7 +129,7 @@ class Shard:
     step: int | None
     """The number of updates that the optimizer has made to the tensor; None if the tensor is not trained."""
     saved_here: bool = True
-    """False if another rank, which holds the same values, saves them."""
+    """False if the same values are saved by another rank that holds them."""
     frozen: bool = False
     """True if the tensor never changes in this run, so that all checkpoints can share one copy."""
     slices: Slices | None = None
@@ -332,7 +332,7 @@ def joined_file(folder: str | None, node: int) -> str:
 
 
 def is_frozen(entry: TensorEntry) -> bool:
-    """Return whether a tensor is stored in a folder of frozen weights, which contains all of its pieces or none."""
+    """Return whether a tensor is stored in a folder of frozen weights. Such a folder has all of its pieces or none."""
     return frozen_folder_of(entry.family if entry.slices else entry.listed[0][0]) is not None
 
 

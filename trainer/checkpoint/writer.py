@@ -47,7 +47,7 @@ class Draft(Protocol):
 
 
 class Hashed:
-    """An iterator over blocks of bytes in chunks, which counts and hashes the bytes."""
+    """An iterator over blocks of bytes in chunks. It counts and hashes the bytes."""
 
     def __init__(self, content: Iterable[bytes | memoryview]) -> None:
         self._content, self._digest, self._size = content, new_digest(signing_key() is not None), 0

@@ -218,7 +218,7 @@ class AudioEngine:
         return torch.stack([g.double().square().sum() for g in flat]).sum().to(self.groups.device)
 
     def begin_stage(self, stage: int) -> None:
-        """Make exactly those parameters trainable that learn in a stage.
+        """Set `requires_grad` to true for exactly those parameters that are trained in a stage.
 
         Collective: every rank of the world must call it.
         """

@@ -186,7 +186,7 @@ class LLMEngine:
         return self.groups.place.tp, topology.tp
 
     def pieces(self, name: str) -> tuple[Piece, ...]:
-        """Return `local_pieces` of the Megatron parameter `name`, which are kept because saves need them."""
+        """Return `local_pieces` of the Megatron parameter `name`. The pieces are cached, because saves need them."""
         if name not in self._pieces:
             self._pieces[name] = tuple(local_pieces(name, self.hf_config, *self.split(name)))
         return self._pieces[name]
@@ -352,7 +352,7 @@ class LLMEngine:
         return total
 
     def begin_stage(self, stage: int) -> None:
-        """Make exactly those parameters trainable that learn in a stage."""
+        """Set `requires_grad` to true for exactly those parameters that are trained in a stage."""
         for _, parameter in self.parameters():
             setting = self.settings[id(parameter)]
             if not setting.frozen:
@@ -379,7 +379,7 @@ class LLMEngine:
             self.optimizer.step_with_ready_grads()
 
     def finish_gathering(self) -> None:
-        """Complete the updated weights, which `overlap_weights` otherwise gathers in the next forward pass.
+        """Gather the updated weights now. With `overlap_weights`, they are otherwise gathered in the next forward pass.
 
         Collective: every rank of the data-parallel group must call it.
         """

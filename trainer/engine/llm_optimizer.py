@@ -1,4 +1,4 @@
-"""The gradients and the optimizer of the LLM: what learns, and how replicas share the work of an update."""
+"""The gradients and the optimizer of the LLM: what is trained, and how replicas share the work of an update."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _all_gather_keys(found: list[Any], keys: Any) -> None:
 
 
 def _overrides(settings: dict[int, ParamSetting]) -> dict[ParamKey, Any]:
-    """Return one optimizer group per distinct setting, which `set_rates` reads."""
+    """Return one optimizer group per distinct setting. `set_rates` reads the groups' settings."""
     overrides = {}
     for wanted in {s for s in settings.values() if not s.frozen}:
         predicate = ParamPredicate(str(wanted), lambda p, w=wanted: settings.get(id(p)) == w)
@@ -138,7 +138,7 @@ def _overrides(settings: dict[int, ParamSetting]) -> dict[ParamKey, Any]:
 
 
 def all_frozen(settings: dict[int, ParamSetting], groups: Groups) -> bool:
-    """Return whether no rank has anything to learn in the LLM.
+    """Return whether no rank has trainable parameters of the LLM.
 
     Collective: every rank of the world must call it.
     """

@@ -1,8 +1,8 @@
 """The section `stages` of a recipe: consecutive parts of a run that train different parameters in different ways.
 
-The optimizers hold every parameter that learns in any stage. In a stage, the others have no gradient and a learning
-rate of zero. At the beginning of a stage, Adam's moments are zero. A checkpoint therefore has the same tensors in all
-stages, and a run can resume at any step.
+The optimizers hold every parameter that is trained in any stage. In a stage, parameters that it does not train have no
+gradient and a learning rate of zero. At the beginning of a stage, Adam's moments are zero. A checkpoint therefore has
+the same tensors in all stages, and a run can resume at any step.
 """
 
 from __future__ import annotations

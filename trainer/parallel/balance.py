@@ -164,7 +164,7 @@ def _deal(costs: Floats, order: Ints, bins: Ints, loads: Floats, limit: float) -
 
 
 def _fill(loads: Floats, bins: Ints, order: Ints, costs: Floats, mean: float) -> None:
-    """Assign the items `order`, which are sorted from the costliest, and update `loads` and `bins` in place.
+    """Assign the items `order`, sorted from the costliest, and update `loads` and `bins` in place.
 
     In each round, the costliest item is assigned to the emptiest bin, the second to the second emptiest, and so on as
     long as no bin exceeds the mean. A round assigns at least 1/_ROUNDS of the items. If that is one item, the method is

@@ -18,7 +18,7 @@ _SETTINGS = {
 }
 _ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _ALLOCATOR = "expandable_segments:True"
-"""The allocator setting. The length of packs differs between steps, which would fragment segments of fixed size."""
+"""The allocator setting. Segments of fixed size would be fragmented, as the length of packs differs between steps."""
 
 START_LIMIT = "EARSHOT_START_SEC"
 """The environment variable that sets the time in seconds within which the ranks of a job must have connected."""

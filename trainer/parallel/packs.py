@@ -173,7 +173,7 @@ def embedding_segments(plan: PackPlan, source_ranks: Ints, topology: Topology, r
 
 @cache
 def _slices(topology: Topology) -> tuple[Ints, Ints]:
-    """Return which ranks of a stage hold the rows of a pack, which is divided into U units of equal length.
+    """Return which ranks of a stage hold which rows of a pack that is divided into U units of equal length.
 
     With context parallelism, there are TP units in each of the 2·CP chunks (`model.llm.context.ContextPart`). A slice
     then consists of two units, also where it lies in both chunks of a rank.

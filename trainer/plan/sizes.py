@@ -186,7 +186,7 @@ def parameter_sizes(model: SizedModel, optim: OptimConfig) -> dict[str, Size]:
 
 
 def stage_sizes(model: SizedModel, stage: Stage) -> dict[str, Size]:
-    """Return the size of every parameter of the model, with those as learned that learn in one stage."""
+    """Return the size of every parameter of the model. Only parameters that are trained in `stage` count as learned."""
     settings = {f.name: getattr(stage.optim, f.name) for f in dataclasses.fields(OptimConfig)}
     return parameter_sizes(model, StagedOptim(**settings, stages=(stage,)))
 
