@@ -2,12 +2,12 @@
 
     python -m bench.whole_weights [RECIPE] [--ranks N]
 
-On a GPU machine, this is the time that Python spends launching copies and collectives, in which a fast GPU is idle. The
-rank is a member of a fake process group of N ranks (default: 1008). The audio modules of RECIPE (default: mowe_70b) are
-on the meta device, so that nothing is computed or sent. A step consists of gathering weights, accumulating one gradient
-per parameter, reducing gradients and releasing weights (`trainer.engine.whole_weights`). For comparison, the same
-gradients are passed in buckets of 50 million elements to `reduce_scatter_coalesced`, with which DeepSpeed's ZeRO-3
-reduces gradients.
+On a GPU machine, this is the time that Python spends launching copies and collectives; during this time, a fast GPU is
+idle. The rank is a member of a fake process group of N ranks (default: 1008). The audio modules of RECIPE (default:
+mowe_70b) are on the meta device, so that nothing is computed or sent. A step consists of gathering weights,
+accumulating one gradient per parameter, reducing gradients and releasing weights (`trainer.engine.whole_weights`). For
+comparison, the same gradients are passed in buckets of 50 million elements to `reduce_scatter_coalesced`, with which
+DeepSpeed's ZeRO-3 reduces gradients.
 
 Goal: at most 20 ms per step. The exit code is 1 if the goal is missed. The last line is one JSON object.
 """

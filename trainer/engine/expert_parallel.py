@@ -42,8 +42,8 @@ class EncoderCost:
     compute_sec: float = 0.0
     """The time spent in calls of the encoder."""
     wait_sec: float = 0.0
-    """The time spent in exchanges, including the wait for the slowest rank. The time of a dispatch is divided evenly
-    among its encoders."""
+    """The time spent in exchanges, including the wait for the slowest rank. The exchange time of each call of
+    `EncoderDispatch` is divided evenly among the encoders."""
     sent_bytes: int = 0
     """The size of the clips and features that were sent to other ranks."""
     received_bytes: int = 0
@@ -68,7 +68,7 @@ class EncoderDispatch:
         names: The names of all encoders, in the same order on every rank.
         costs: The cost of a clip for each encoder.
         windowings: The windowing of each encoder.
-        places: The place of each encoder in the expert-parallel group.
+        places: For each encoder, the index within the expert-parallel group of the rank that holds it.
         ep: The size of the expert-parallel group.
         groups: The process groups of this rank.
         budget_samples: The largest number of padded audio samples in one encoder call, which encodes a batch of clips.
@@ -113,7 +113,9 @@ class EncoderDispatch:
         self.agree_on_learning()
 
     def agree_on_learning(self) -> None:
-        """Note whether any rank trains one of the encoders, after `requires_grad` of parameters has changed.
+        """Let all ranks determine whether any of them trains an encoder.
+
+        Call this again whenever `requires_grad` of a parameter changes.
 
         Collective: every rank of the world must call it.
         """
@@ -135,7 +137,7 @@ class EncoderDispatch:
             everyone: The lengths of the clips of all ranks; None to gather them.
 
         Returns:
-            For each encoder, the features [ΣF, D] of the clips that it must encode, in their order.
+            For each encoder, the features [ΣF, D] of the clips that it must encode, in the order of `clips`.
         """
         assert tuple(names) == self.names, names
         rank, world = self.groups.rank, self.groups.topology.world
@@ -185,7 +187,10 @@ class EncoderDispatch:
         return ClipTable(everyone.source_rank, everyone.samples, flags)
 
     def _batches(self, lengths: list[int], windowing: Windowing) -> list[list[int]]:
-        """Return the clips of each call as indices into `lengths`; if calls are collective, there is at least one."""
+        """Return the clips of each call as indices into `lengths`.
+
+        If calls are collective, the list has at least one call, which may be empty.
+        """
         call_cost = CALL_COST_SAMPLES[self.groups.device.type]
         groups = group_by_length(lengths, self.budget_samples, call_cost, windowing)
         return groups if self.calls_are_collective else [members for members in groups if members]
@@ -339,7 +344,10 @@ def _pieces(results: Sequence[int], source: Sequence[int], rank: int) -> list[ra
 
 
 def _joined(pieces: list[Tensor], none: Tensor) -> Tensor:
-    """Return the concatenation [ΣF, D] of the pieces; a single piece as it is, and `none` if there are no pieces."""
+    """Return the pieces concatenated into [ΣF, D].
+
+    A single piece is returned without a copy; if there are no pieces, `none` is returned.
+    """
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else none
 
 

@@ -2,8 +2,8 @@
 
 The audio side consists of the encoders, the router, the adapter and the projector.
 
-This needs the least memory, but many small collectives: every call of an encoder gathers each of its modules in the
-forward pass and in the backward pass. `trainer.engine.whole_weights` is the alternative.
+Gathering per module needs the least memory, but many small collectives: every call of an encoder gathers each of its
+modules in the forward pass and in the backward pass. `trainer.engine.whole_weights` is the alternative.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from model.encoders.base import AudioEncoder
 
 
 class ModuleWeights:
-    """The audio side's parameters, whole while a module that uses them is called.
+    """The audio side's parameters.
+
+    They are partitioned among the ranks, and gathered only while a module that uses them runs. Those below
+    `stage3_param_persistence_threshold` stay gathered.
 
     Collective: every rank of the world must create one.
 
@@ -29,7 +32,7 @@ class ModuleWeights:
     """
 
     calls_are_collective = True
-    """A call gathers weights and reduces gradients, so that all ranks must call an encoder equally often."""
+    """A call gathers weights and reduces gradients, so all ranks must call each encoder the same number of times."""
 
     def __init__(self, engine: Any, world: int, ep: int, recompute_calls: bool) -> None:
         self._engine, self._zero, self.tower, self._world = engine, engine.optimizer, engine.module, world
@@ -62,9 +65,9 @@ class ModuleWeights:
     def _keep_persistent(self) -> None:
         """Keep parameters below `stage3_param_persistence_threshold` gathered until the next update.
 
-        DeepSpeed would release them after every call if the order of module calls differs from that of the last step,
-        which it does here because the number of calls depends on the batch. It never releases a parameter that a module
-        still uses, so the parameters are registered as used by a fictitious module.
+        DeepSpeed releases parameters after every call if the order of module calls differs from that of the previous
+        step. Here it does differ, because the number of calls depends on the batch. DeepSpeed never releases a
+        parameter that a module still uses, so the parameters are registered as used by a fictitious module.
         """
         for parameter in self.tower.parameters():
             if parameter.ds_persist:

@@ -145,7 +145,8 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     settings = proto.trainer_spec
     inner = FastTokenizer(Unigram(pieces, unk_id=settings.unk_id, byte_fallback=settings.byte_fallback))
     inner.normalizer = normalizers.Sequence(rules)
-    # If SentencePiece removes extra spaces, it drops all leading spaces. Otherwise, it drops only its prefix.
+    # If SentencePiece removes extra spaces, it drops all leading spaces. Otherwise, it drops only the one space that it
+    # prepends itself (add_dummy_prefix).
     leading = _ALL_SPACES if spec.remove_extra_whitespaces else 1
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", leading, 0)]

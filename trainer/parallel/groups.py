@@ -51,7 +51,10 @@ class Groups:
 
     @property
     def without_context(self) -> Groups:
-        """The same groups for packs that are not divided among context-parallel ranks; see `Topology`."""
+        """These groups with a topology in which context-parallel ranks count as replicas.
+
+        It is for packs that are not divided among them.
+        """
         return replace(self, topology=self.topology.without_context)
 
     @property
@@ -77,7 +80,7 @@ COLLECTIVE_TIMEOUT_SEC = 1800.0
 def connect(timeout_sec: float = COLLECTIVE_TIMEOUT_SEC) -> tuple[int, int, torch.device]:
     """Join the process group that the environment variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
-    `trainer/parallel/meeting.py` says where the ranks meet, and who else could.
+    `trainer/parallel/meeting.py` explains where the ranks meet, and who else could connect there.
 
     Collective: every rank of the world must call it.
 

@@ -1,4 +1,4 @@
-"""The experts in the LLM's layers in a plan: parameters, computation, traffic and memory.
+"""What a plan computes for the experts in the LLM's layers: parameters, computation, traffic and memory.
 
 How many tokens an expert receives is not known in advance. The plan assumes that all experts are used equally. Since no
 token is dropped, it also states how much memory the most uneven use would cost.
@@ -21,11 +21,15 @@ from trainer.parallel.topology import Topology
 
 _FP32_BYTES = 4
 _ROUTER_VALUES = 3
-"""The number of fp32 values per token and expert that a router keeps: scores, weights, and an input of the gradient."""
+"""The number of fp32 values per token and expert that a router keeps: the scores, the weights, and the softmax of the
+scores, which its backward pass needs."""
 
 
 def as_dense(hf_config: PretrainedConfig) -> PretrainedConfig:
-    """Return the config of a dense LLM with as much computation per token; the config itself if it has no experts."""
+    """Return the config of a dense LLM that computes as much per token as this one.
+
+    If the LLM has no experts, its own config is returned.
+    """
     mixture = mixture_of(hf_config)
     if mixture is None:
         return hf_config
@@ -72,10 +76,10 @@ class ExpertPlan:
     """The number of the LLM's parameters that are used for a token."""
     layer_bytes: int
     """The bytes that a layer with experts keeps for the backward pass of a micro-batch in addition to those of a dense
-    layer with as much computation, if all experts are used equally: arrived tokens, outputs, and router values."""
+    layer with as much computation, if all experts are used equally: received tokens, outputs, and router values."""
     worst_bytes: int
-    """The bytes that a micro-batch adds to the peak if all tokens choose experts on one rank: the activations of one
-    layer with recomputation, else of all layers of a stage."""
+    """The bytes that a micro-batch adds to the peak if all tokens choose experts on one rank. With recomputation,
+    these are the activations of one layer; otherwise, those of all layers of a stage."""
     all_to_all_bytes: float
     """The bytes that a rank sends to other ranks for the experts in a step."""
 
@@ -104,7 +108,8 @@ def expert_plan(
     hidden, width, count = hf_config.hidden_size, mixture.width, len(mixture.experts)
     ep, etp = topology.ffn_ep, topology.expert_tp
     rows = pack_tokens / topology.tp  # tokens that a rank routes
-    arrived = rows * mixture.top_k * etp  # with an even use; tensor ranks that share an expert see each other's tokens
+    # if all experts are used equally; expert-tensor-parallel ranks that share an expert receive each other's tokens
+    arrived = rows * mixture.top_k * etp
     routed = rows * count * _ROUTER_VALUES * _FP32_BYTES
     layer_bytes = 2 * arrived * hidden * value_bytes + routed
     # A token cannot choose more experts on one rank than the rank has.
