@@ -45,6 +45,7 @@ _LLM = {
 def work(minutes: float) -> int:
     """Run one rank, which computes the gradients of a step and writes its measurements."""
     import torch
+    from safetensors.torch import save_file
     from torch.profiler import ProfilerActivity, profile
 
     from model.batch import Batch
@@ -75,7 +76,7 @@ def work(minutes: float) -> int:
     found = {"rank": rank, "loss": report.loss, "peak_bytes": peaks[0], "tokens": sample.num_tokens, "seconds": seconds}
     (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
     if rank == 0:
-        torch.save(gradients, folder / f"{world}.pt")
+        save_file({n: g.contiguous() for n, g in gradients.items()}, folder / f"{world}.safetensors")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return 0
@@ -120,7 +121,7 @@ def _peak(events: Any) -> int:
 
 def run(minutes: float, worlds: list[int]) -> list[dict[str, Any]]:
     """Return the measurements for each number of ranks. The first number is the reference for the others."""
-    import torch
+    from safetensors.torch import load_file
 
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -130,7 +131,7 @@ def run(minutes: float, worlds: list[int]) -> list[dict[str, Any]]:
             if code:
                 raise SystemExit(code)
             found = [json.loads(Path(folder, f"{world}-{rank}.json").read_text()) for rank in range(world)]
-            first, own = (torch.load(Path(folder, f"{n}.pt")) for n in (worlds[0], world))
+            first, own = (load_file(Path(folder, f"{n}.safetensors")) for n in (worlds[0], world))
             floor = 1e-2 * max(float(g.abs().max()) for g in first.values())
             differences = {
                 name: float((own[name] - g).abs().max()) / max(float(g.abs().max()), floor) for name, g in first.items()

@@ -265,7 +265,7 @@ def test_the_last_turn_of_a_conversation_is_answered(made: tuple[Path, Path], lo
 class Hearing(Answerer):
     """A model that recognises everything: sample i of a clip is the number of the word that is spoken there."""
 
-    def _ask(self, prompts: Any) -> list[list[int]]:
+    def _ask(self, prompts: Any, progress: Any = None) -> list[list[int]]:
         return [sorted(set(np.round(p.clips[0]).astype(int).tolist())) for p in prompts]
 
 

@@ -51,9 +51,9 @@ def test_other_rates_are_resampled_and_long_speech_is_windowed(bench: Any, monke
     asked: list[list[int]] = []
     inner = bench.answerer._ask
 
-    def watched(prompts: Any) -> Any:
+    def watched(prompts: Any, progress: Any = None) -> Any:
         asked.append([len(clip) for prompt in prompts for clip in prompt.clips])
-        return inner(prompts)
+        return inner(prompts, progress)
 
     monkeypatch.setattr(bench.answerer, "_ask", watched)
     assert bench.answerer.windows == Windows(30.0, 5.0)

@@ -117,6 +117,7 @@ LEGAL = {
     ("model/losses/vocabulary.py", "cross_entropy"): "of the single-process model; one-dimensional: does not raise",
     ("model/losses/ctc.py", "ctc_loss"): "only where torch is not restricted",
     ("trainer/evaluation/offline/decode.py", "cumsum"): "integers",
+    ("model/encoders/qwen3_asr.py", "ReflectionPad1d"): "only its gradient raises, and none flows to waveforms",
     ("trainer/telemetry/trace.py", "median"): "on the CPU, without indices",
     ("model/losses/next_token.py", "cross_entropy"): "of `Vocabulary`, see there; distributed, it is Megatron's",
 }

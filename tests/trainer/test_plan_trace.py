@@ -49,8 +49,8 @@ def test_1f1b_keeps_one_micro_batch_per_following_stage(stage: int, pp: int, mic
 
 def test_only_the_newest_micro_batch_needs_temporary_memory() -> None:
     memory = StageMemory(Traced(10, 12, 17), layers=8, buffer=5, boundary=1, audio=3)
-    assert memory.peak(1) == 17 + 3 + 2
-    assert memory.peak(4) == 30 + 17 + 3 + 2
+    assert memory.peak(1) == 17 + 2 * (3 + 1)
+    assert memory.peak(4) == 30 + 17 + 2 * (3 + 1)
 
 
 def test_recomputation_keeps_no_attention_scores() -> None:

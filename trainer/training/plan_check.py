@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -125,7 +125,7 @@ def plan_check_of(
 def medians(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the median over steps of the seconds of each part."""
     names = dict.fromkeys(name for part in parts for name in part)
-    return {name: median(part.get(name, 0.0) for part in parts) for name in names}
+    return {name: statistics.median(part.get(name, 0.0) for part in parts) for name in names}
 
 
 def compare(
@@ -142,7 +142,7 @@ def compare(
     Returns:
         A sentence, whether time and memory are as planned, and the numbers by name.
     """
-    step_sec, seconds = median(r.seconds for r in steps), medians(parts)
+    step_sec, seconds = statistics.median(r.seconds for r in steps), medians(parts)
     planned = range_text(forecast.low_sec, forecast.high_sec)
     on_time = forecast.low_sec <= step_sec <= forecast.high_sec
     text = f"a step takes {duration_text(step_sec)}, "
@@ -183,7 +183,7 @@ def metrics_of(
     forecast: Forecast, steps: Sequence[StepReport], parts: Sequence[Mapping[str, float]], peak_bytes: int | None
 ) -> dict[str, float]:
     """Return the metrics `plan/...` of some steps. A ratio is the measured value divided by the planned one."""
-    step_sec = median(r.seconds for r in steps)
+    step_sec = statistics.median(r.seconds for r in steps)
     tokens, audio_sec = _workload_ratios(forecast, steps)
     metrics = {
         "plan/step_sec_low": forecast.low_sec,
