@@ -117,7 +117,7 @@ class TokenLoss(Loss):
     """A loss that is computed from the LLM's logits at the positions with a label."""
 
     has_reference: ClassVar[bool] = False
-    """True if the logits are compared with those of `reference`. Samples without a reference are then left out."""
+    """True if the logits are compared with those of `reference`. Samples without a reference are then skipped."""
     by_task: ClassVar[bool] = False
     """True if the mean over the tokens of each task is reported as `train/loss/<task>`."""
 
@@ -129,7 +129,7 @@ class TokenLoss(Loss):
         return None
 
     def count(self, batch: Batch, config: ModelConfig) -> int:
-        """Return the number of labelled positions in the samples that are not left out."""
+        """Return the number of labelled positions in the samples that are not skipped."""
         return sum(s.num_targets for s in batch.samples if not self.has_reference or self.reference(s) is not None)
 
     @abstractmethod

@@ -34,7 +34,7 @@ class CTC(AudioLoss):
         return nn.Linear(dim, config.ctc_outputs * (num_symbols + 1))
 
     def targets(self, batch: Batch, config: ModelConfig) -> Ragged:
-        """Return the symbols [ΣC] of every clip's answer; none for a clip that is left out."""
+        """Return the symbols [ΣC] of every clip's answer; none for a clip that is skipped."""
         none = torch.zeros(0, dtype=torch.int64)
         targets = []
         for samples, owner in zip(batch.clips.lengths, batch.clip_owner, strict=True):
@@ -46,7 +46,7 @@ class CTC(AudioLoss):
         return Ragged.of(targets, like=none)
 
     def count(self, batch: Batch, config: ModelConfig) -> int:
-        """Return the number of symbols of the clips that are not left out."""
+        """Return the number of symbols of the clips that are not skipped."""
         return len(self.targets(batch, config).values)
 
     def sum(self, audio: AudioOutput, targets: Ragged | None, config: ModelConfig, reduce: Reduce) -> Tensor:
@@ -79,7 +79,7 @@ def ctc_sum(logits: Ragged, targets: Ragged) -> Tensor:
 
     Args:
         logits: The outputs [ΣS, symbols + 1], one sequence per clip. The last class is the blank.
-        targets: The symbols [ΣC] of each clip. A clip without symbols is left out. All others must be feasible.
+        targets: The symbols [ΣC] of each clip. A clip without symbols is skipped. All others must be feasible.
     """
     rows = [i for i, n in enumerate(targets.lengths) if n]
     if not rows:

@@ -159,9 +159,9 @@ def test_the_chat_template_makes_the_prompts_of_training(served: Served) -> None
     processor = exported(served)
     template = (served.folder / "vllm" / "chat_template.jinja").read_text()
     talk: list[Any] = messages_about(names)
-    told = [{"role": "system", "content": "it is"}, *talk]
+    with_system = [{"role": "system", "content": "it is"}, *talk]
     split = [{"role": "user", "content": [{"type": "text", "text": "what "}, {"type": "text", "text": "is it"}]}]
-    for messages in (talk[:1], talk, told, split):
+    for messages in (talk[:1], talk, with_system, split):
         got = processor.tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True)
         places = [i for i in got["input_ids"] if i == processor.placeholder_id]
         inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)

@@ -58,7 +58,7 @@ class Bucket:
         self._is_current = False
         self._gradients: list[Tensor] = []
         self.hooks = [self._adder(index) for index in range(len(places))]
-        """For each trainable parameter, a hook that moves a new gradient from it to the bucket."""
+        """The hooks of the trainable parameters. Each moves a new gradient from its parameter to the bucket."""
         for parameter, hook in zip(parameters, self.hooks, strict=False):
             parameter.register_post_accumulate_grad_hook(hook)
 

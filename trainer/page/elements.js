@@ -75,3 +75,5 @@ function choice(name, label, values, filter) {
   select.addEventListener("change", () => { location.hash = hashWith({ [name]: select.value }); });
   return h("label", {}, label + " ", select);
 }
+const PALETTE = ["#4c83c3", "#ef8a2f", "#4ca35a", "#d9534f", "#8d6cc0", "#2fa5a5", "#c9a227", "#b0668f"];
+const colour = (i) => PALETTE[i % PALETTE.length];

@@ -21,7 +21,7 @@ class Row:
 
     values: tuple[str, ...]
     plan: Plan | None
-    """None if the recipe is invalid with these values."""
+    """The plan with these values; None if the recipe is invalid with them."""
     reason: str = ""
     """The reason why the recipe is invalid; empty if it is valid."""
 

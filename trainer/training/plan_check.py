@@ -60,7 +60,6 @@ class PlanCheck:
         self._unread: list[tuple[str | None, Moment]] = []
         self._steps: list[StepReport] = []
         self._parts: list[dict[str, float]] = []
-        self._interval: tuple[int, int] = (0, 0)
         self._peak_bytes: int | None = None
         self._num_seen, self._is_done = 0, False
         timer.marker = self._mark
