@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -24,6 +23,7 @@ from model.encoders.registry import build_encoder, encoder_dim, encoder_flops, e
 from model.errors import UserError
 from model.lengths import num_frames
 from tests.distributed.harness import run_ranks
+from tests.documented_run import run_earshot
 from tests.tools.exportable import write_manifest, write_run
 from tools import export
 from tools.demo_corpus import write_corpus
@@ -195,7 +195,6 @@ def test_the_commands_of_the_page(tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     install = [*install[1:-2], "--quiet", "--no-index", f"--target={installed}", "./toy_encoder"]
     subprocess.run([sys.executable, *install], cwd=tmp_path, check=True, timeout=100)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{installed}"}
     fewer = [
         "parallel.num_ranks=1",
         "train.steps=2",
@@ -206,18 +205,7 @@ def test_the_commands_of_the_page(tmp_path: Path) -> None:
     printed = {}
     for program, name, *words in others:
         assert program == "earshot"
-        command = [sys.executable, "-m", "tools", name, *words, *(fewer if name == "train" else [])]
-        done = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stdout
-        printed[name] = done.stdout
+        printed[name] = run_earshot([name, *words, *(fewer if name == "train" else [])], tmp_path, installed)
     assert list(printed) == ["train", "profile", "export"]
     assert re.search(r"^toy +1\.000 ", printed["profile"], flags=re.MULTILINE), printed
     assert (tmp_path / "toy_model" / "plugin_toy_encoder.py").exists()

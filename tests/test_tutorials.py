@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.documented_run import run_earshot
 from tools.demo_corpus import write_corpus
 
 ROOT = Path(__file__).parents[1]
@@ -52,19 +50,7 @@ def test_recordings_are_imported_and_tried(tmp_path: Path) -> None:
     assert {row["split"] for row in spoken} == {"train", "dev", "test"}
 
     def run(words: list[str], *more: str) -> str:
-        command = [sys.executable, "-m", "tools", *words[1:], *more]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
+        return run_earshot([*words[1:], *more], tmp_path)
 
     run(check)
     assert not (tmp_path / "my_data").exists()
