@@ -131,7 +131,7 @@ def time_plans(ranks: int = 4096) -> dict[str, Any]:
 
 def skewed_batch(rank: int, model: ModelConfig) -> Batch:
     """Return a batch of noise, with long clips on rank 0 and short ones on the others."""
-    from trainer.parity import PLACEHOLDER
+    from trainer.parity_cases import PLACEHOLDER
 
     generator = torch.Generator().manual_seed(rank)
     samples = num_samples(LONG_SEC if rank == 0 else SHORT_SEC)
@@ -157,14 +157,14 @@ def work(out: str) -> int:
     import torch.distributed as dist
 
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    from trainer import parity
+    from trainer import parity, parity_cases
     from trainer.engine.ds_config import build_ds_config
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
 
     rank, world, device = connect(timeout_sec=120)
-    groups = build_groups(Topology(world, 1, 1), rank, device, parity.SEED)
-    model = replace(parity.tiny_model(), primary=replace(PRIMARY, config=SMALL), experts=(), ctc_weight=0.0)
+    groups = build_groups(Topology(world, 1, 1), rank, device, parity_cases.SEED)
+    model = replace(parity_cases.tiny_model(), primary=replace(PRIMARY, config=SMALL), experts=(), ctc_weight=0.0)
     step = parity.build_step(
         model, groups, build_ds_config(DS_CONFIG, precision="fp32"), 100, batch_sec=2 * LONG_SEC, pack_tokens=512
     )

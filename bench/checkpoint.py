@@ -28,8 +28,9 @@ import torch
 import torch.distributed as dist
 
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.layout import EXP_AVG, EXP_AVG_SQ, PARAM, Shard, matrix_of
+from trainer.checkpoint.layout import EXP_AVG, EXP_AVG_SQ, PARAM, Shard
 from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint.rect import matrix_of
 from trainer.run.launch import start_ranks
 
 LIMIT = 0.10

@@ -61,7 +61,7 @@ def work(folder: Path) -> int:
     from model.config import EncoderConfig
     from model.hub.configuration import describe
     from tools.parity import DS_CONFIG
-    from trainer import parity
+    from trainer import parity, parity_cases
     from trainer.checkpoint.config import CheckpointConfig
     from trainer.checkpoint.manager import CheckpointManager
     from trainer.config.load import dump
@@ -72,16 +72,16 @@ def work(folder: Path) -> int:
     from trainer.parallel.topology import Topology
 
     rank, world, device = connect(timeout_sec=900)
-    groups = build_groups(Topology(world, 1, 1), rank, device, parity.SEED)
-    tiny = parity.tiny_model()
+    groups = build_groups(Topology(world, 1, 1), rank, device, parity_cases.SEED)
+    tiny = parity_cases.tiny_model()
     large = {"d_model": WIDTH, "encoder_layers": LAYERS, "encoder_attention_heads": 16, "encoder_ffn_dim": 4 * WIDTH}
     encoder = EncoderConfig("whisper", "whisper", config=large, length_mode="trim")
     model = replace(tiny, primary=encoder, ctc_weight=0.0)
     step = parity.build_step(model, groups, DS_CONFIG, 1)
-    samples = [parity.make_sample(i, 1, model.adapter.rate, 0) for i in range(world)]
+    samples = [parity_cases.make_sample(i, 1, model.adapter.rate, 0) for i in range(world)]
     step(0, Batch((samples[rank],)))
     manager = CheckpointManager(str(folder / "run" / "checkpoints"), CheckpointConfig(), groups)
-    described = describe(model, step.llm.hf_config, parity.VOCAB_SIZE)
+    described = describe(model, step.llm.hf_config, parity_cases.VOCAB_SIZE)
     manager.save(1, step, {"recipe": dump(Recipe(name="bench", model=model)), "model": described})
     manager.close()
     step.audio.engine.save_checkpoint(str(folder / "peer"), tag="step1")

@@ -40,7 +40,7 @@ def work() -> int:
     from bench import gpu_models
     from bench.gpu_layers import encoder_layer, llm_layer, planned_bytes
     from tools.parity import DS_CONFIG
-    from trainer import parity
+    from trainer import parity_cases
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
 
@@ -49,7 +49,7 @@ def work() -> int:
     name = "SMALL" if os.environ[_SMALL_SHAPES] == "1" else "REAL"
     sizes: gpu_models.Sizes = getattr(gpu_models, name)
     rank, _, device = connect(timeout_sec=300)
-    groups = build_groups(Topology(1, 1, 1), rank, device, parity.SEED)
+    groups = build_groups(Topology(1, 1, 1), rank, device, parity_cases.SEED)
     bf16_config = {**DS_CONFIG, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",

@@ -20,7 +20,7 @@ from bench.gpu_models import Sizes, text_sample
 from model.batch import Batch, Ragged
 from model.encoders.registry import build_encoder, encoder_flops
 from model.lengths import num_samples
-from trainer import parity
+from trainer import parity, parity_cases
 from trainer.parallel.groups import Groups
 from trainer.plan.measure import held_states
 
@@ -131,7 +131,7 @@ def print_plan(sizes_name: str) -> None:
             0,
             lengths,
             1,
-            optim=parity.OPTIM,
+            optim=parity_cases.OPTIM,
             dtype=torch.bfloat16,
             recompute="none",
             kernels=Kernels("cuda"),

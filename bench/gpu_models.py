@@ -11,7 +11,7 @@ import torch
 from model.batch import IGNORE, Sample
 from model.config import EncoderConfig, LLMConfig, ModelConfig
 from model.lengths import TokenRate, num_samples
-from trainer import parity
+from trainer import parity, parity_cases
 
 FAMILIES = ("whisper", "hubert", "wavlm")
 
@@ -41,8 +41,8 @@ class Sizes:
     def model(self, families: tuple[str, ...], llm_layers: int, encoder_layers: int = 1) -> ModelConfig:
         """Return a model whose first encoder is the primary encoder and whose other encoders are experts."""
         first, *others = (self.encoder(family, encoder_layers) for family in families)
-        config = {**self.llm, "num_hidden_layers": llm_layers, "vocab_size": parity.VOCAB_SIZE}
-        tiny = parity.tiny_model()
+        config = {**self.llm, "num_hidden_layers": llm_layers, "vocab_size": parity_cases.VOCAB_SIZE}
+        tiny = parity_cases.tiny_model()
         return replace(
             tiny, primary=first, experts=tuple(others), llm=LLMConfig(config=config), losses={}, ctc_weight=0.3
         )
@@ -108,9 +108,9 @@ def audio_sample(sizes: Sizes, index: int, rate: TokenRate) -> Sample:
     generator = torch.Generator().manual_seed(index)
     clip = 0.1 * torch.randn(num_samples(sizes.clip_sec) - 777 * index, generator=generator)
     count = rate.tokens_of_samples(clip.shape[0])
-    answer = torch.randint(0, parity.PLACEHOLDER, (12,), generator=generator)
+    answer = torch.randint(0, parity_cases.PLACEHOLDER, (12,), generator=generator)
     prompt = torch.arange(3)
-    ids = torch.cat([prompt, torch.full((count,), parity.PLACEHOLDER), answer])
+    ids = torch.cat([prompt, torch.full((count,), parity_cases.PLACEHOLDER), answer])
     return replace(
         _sample(f"audio-{index}", ids, answer, prompt),
         task="asr",
@@ -122,7 +122,7 @@ def audio_sample(sizes: Sizes, index: int, rate: TokenRate) -> Sample:
 
 def text_sample(index: int, num_tokens: int) -> Sample:
     """Return a sample without audio."""
-    ids = torch.randint(0, parity.PLACEHOLDER, (num_tokens,), generator=torch.Generator().manual_seed(index))
+    ids = torch.randint(0, parity_cases.PLACEHOLDER, (num_tokens,), generator=torch.Generator().manual_seed(index))
     return _sample(f"text-{index}", ids, ids[num_tokens // 2 :], ids[: num_tokens // 2])
 
 

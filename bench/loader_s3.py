@@ -26,11 +26,11 @@ from typing import Any
 from model.lengths import TokenRate
 from tests.services.swift import running
 from trainer.data.config import DataConfig, DatasetConfig
+from trainer.data.dataset_reader import DatasetReader
 from trainer.data.decode import decode_audio
 from trainer.data.fetch import Fetched, ReadAhead, read_samples
 from trainer.data.prepare import prepare
 from trainer.data.shards import RawSample, ShardSet
-from trainer.data.source import DatasetReader
 from trainer.storage.open import open_store
 
 ROUNDS = 5

@@ -51,13 +51,13 @@ def work(minutes: float) -> int:
     from model.batch import Batch
     from model.config import LLMConfig
     from tools.parity import DS_CONFIG
-    from trainer import parity
+    from trainer import parity, parity_cases
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
 
     rank, world, device = connect(timeout_sec=1800)
-    groups = build_groups(Topology(world, 1, 1, cp=world), rank, device, parity.SEED)
-    model = replace(parity.tiny_model(), experts=(), ctc_weight=0.0, losses={}, llm=LLMConfig(config=_LLM))
+    groups = build_groups(Topology(world, 1, 1, cp=world), rank, device, parity_cases.SEED)
+    model = replace(parity_cases.tiny_model(), experts=(), ctc_weight=0.0, losses={}, llm=LLMConfig(config=_LLM))
     step = parity.build_step(model, groups, DS_CONFIG, 1)
     sample = _sample(minutes, model)
     compute, peaks, start = step.llm.forward_backward, [], time.perf_counter()
@@ -88,7 +88,7 @@ def _sample(minutes: float, model: Any) -> Any:
 
     from model.batch import IGNORE, Sample
     from model.lengths import SAMPLE_RATE
-    from trainer.parity import PLACEHOLDER
+    from trainer.parity_cases import PLACEHOLDER
 
     generator = torch.Generator().manual_seed(0)
     times = torch.arange(int(minutes * 60 * SAMPLE_RATE)) / SAMPLE_RATE

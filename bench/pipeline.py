@@ -76,7 +76,7 @@ def build(sizes: Sizes, pack_tokens: int) -> Step:
     Collective: every rank of the world must call it.
     """
     from bench.trainer_work import DS_CONFIG, OPTIM, model_config
-    from trainer import parity
+    from trainer import parity, parity_cases
     from trainer.engine.ds_config import build_ds_config
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
@@ -84,12 +84,12 @@ def build(sizes: Sizes, pack_tokens: int) -> Step:
     rank, world, device = connect(timeout_sec=600)
     step = parity.build_step(
         model_config(sizes),
-        build_groups(Topology(world, 1, world), rank, device, parity.SEED),
+        build_groups(Topology(world, 1, world), rank, device, parity_cases.SEED),
         build_ds_config(DS_CONFIG, precision="fp32"),
         num_steps=1,
         batch_sec=480,
         pack_tokens=pack_tokens,
-        learned=parity.Learned(OPTIM),
+        learned=parity_cases.Learned(OPTIM),
         mode=parity.Mode(recompute="none"),
     )
     step.audio.tower.set_recompute(False)

@@ -26,19 +26,17 @@ from trainer.checkpoint.layout import (
     PARAM,
     FileEntry,
     Manifest,
-    Rect,
     Shard,
     Slices,
     entries_of,
     file_of,
     joined_file,
-    matrix_of,
     merge_entries,
-    rects_of_range,
     sliced_elements,
 )
 from trainer.checkpoint.llm_state import rect_of
 from trainer.checkpoint.reader import MANIFEST, STATE
+from trainer.checkpoint.rect import Rect, matrix_of, rects_of_range
 from trainer.engine.placement import place
 from trainer.parallel.topology import Topology
 from trainer.parallel.values import decode, encode

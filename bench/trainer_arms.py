@@ -18,7 +18,7 @@ with lean_imports():
 
     from bench.trainer_work import DS_CONFIG, OPTIM, Setting, Sizes, Stopwatch, draw_samples, model_config
     from model.batch import Batch, Sample
-    from trainer import parity
+    from trainer import parity, parity_cases
     from trainer.engine.ds_config import build_ds_config
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
@@ -29,7 +29,9 @@ def run_earshot(setting: Setting, sizes: Sizes, rank: int, world: int, samples: 
 
     Collective: every rank of the world must call it.
     """
-    groups = build_groups(Topology(world, setting.tensor, 1, setting.expert), rank, torch.device("cpu"), parity.SEED)
+    groups = build_groups(
+        Topology(world, setting.tensor, 1, setting.expert), rank, torch.device("cpu"), parity_cases.SEED
+    )
     step = parity.build_step(
         model_config(sizes),
         groups,
@@ -37,7 +39,7 @@ def run_earshot(setting: Setting, sizes: Sizes, rank: int, world: int, samples: 
         num_steps=1 + sizes.updates,
         batch_sec=480,
         pack_tokens=setting.pack_tokens,
-        learned=parity.Learned(OPTIM),
+        learned=parity_cases.Learned(OPTIM),
         recompute_calls=setting.recompute_calls,
     )
     watch, losses, size = Stopwatch(), [], sizes.global_batch

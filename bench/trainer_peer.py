@@ -19,7 +19,7 @@ from bench.trainer_work import DS_CONFIG, OPTIM, VOCAB_SIZE, Setting, Sizes, Sto
 from model.batch import IGNORE, Batch, Ragged, Sample
 from model.lengths import num_frames
 from model.speech_llm import SpeechLLM
-from trainer import parity
+from trainer import parity_cases
 
 
 class Everything(nn.Module):
@@ -141,7 +141,7 @@ def run_peer(setting: Setting, sizes: Sizes, rank: int, world: int, samples: Seq
     num_micro = own_clips // micro
     frames = [num_frames(len(s.clips[0])) for s in samples]
     # The weights are drawn before Trainer switches transformers to ZeRO-3, so that they equal those of the other arms.
-    model = Everything(SpeechLLM(model_config(sizes), VOCAB_SIZE, parity.SEED))
+    model = Everything(SpeechLLM(model_config(sizes), VOCAB_SIZE, parity_cases.SEED))
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
             output_dir=out,

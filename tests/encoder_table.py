@@ -49,7 +49,7 @@ from model.batch import Ragged
 from model.config import EncoderConfig, ModelConfig
 from model.encoders.base import at_mixture_rate
 from model.lengths import num_frames
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 
 WINDOW_SEC = 2.0
 

@@ -28,7 +28,7 @@ from tests.model import (
 )
 from tests.tools import test_export, test_export_families, test_import_model
 from trainer.export.published.table import PUBLISHED
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 
 
 @dataclass(frozen=True)

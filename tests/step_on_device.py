@@ -17,7 +17,7 @@ from model.llm.megatron import build_megatron
 from model.llm.reference import resolve_hf_config
 from model.llm.weights import RandomSource, load_megatron
 from tests.pretended_device import DEVICE, put
-from trainer import parity
+from trainer import parity_cases
 from trainer.engine.encoders import AudioEngine
 from trainer.engine.llm import LLMEngine
 from trainer.parallel.cpu import megatron_calls
@@ -69,7 +69,7 @@ class BareLLM(LLMEngine):
 
     def __init__(self, config: ModelConfig, groups: Groups) -> None:
         self.hf_config, self.groups, self.dtype = resolve_hf_config(config.llm), groups, torch.float32
-        source = RandomSource(self.hf_config, parity.SEED)
+        source = RandomSource(self.hf_config, parity_cases.SEED)
         self.chunks = build_megatron(self.hf_config, tp_size=1, pp_size=1, first_stage=True, last_stage=True)
         load_megatron(self.chunks, source, self.hf_config, tp_rank=0, tp_size=1)
         self.models, self.optimizer = self.chunks, None
@@ -85,8 +85,8 @@ def build_step(model: ModelConfig, groups: Groups, on_device: bool) -> Step:
     """Return the step of a single rank, on the CPU or on the pretended device (within its context)."""
     with megatron_calls():
         llm = BareLLM(model, groups)
-    torch.manual_seed(parity.SEED)
-    tower = AudioTower(model, llm.hf_config.hidden_size, parity.VOCAB_SIZE).train()
+    torch.manual_seed(parity_cases.SEED)
+    tower = AudioTower(model, llm.hf_config.hidden_size, parity_cases.VOCAB_SIZE).train()
     if on_device:
         groups = replace(groups, device=DEVICE)
         CALL_COST_SAMPLES[DEVICE.type] = CALL_COST_SAMPLES["cpu"]  # the same calls
@@ -94,4 +94,6 @@ def build_step(model: ModelConfig, groups: Groups, on_device: bool) -> Step:
         put(llm.chunks[0])
     llm.groups = groups
     audio = BareAudio(tower, groups, batch_samples=24000)
-    return Step(model, parity.OPTIM, audio, llm, groups, num_steps=10, tokens_per_microbatch=48, seed=parity.SEED)
+    return Step(
+        model, parity_cases.OPTIM, audio, llm, groups, num_steps=10, tokens_per_microbatch=48, seed=parity_cases.SEED
+    )

@@ -24,7 +24,7 @@ from model.batch import IGNORE, Batch
 from tests.distributed.harness import run_ranks
 from tests.pretended_device import DEVICE, PretendedDevice
 from tests.step_on_device import build_step
-from trainer import parity
+from trainer import parity_cases
 from trainer.config.evaluation import EvalConfig
 from trainer.parallel import exchange, values
 from trainer.parallel.cpu import megatron_calls
@@ -75,9 +75,9 @@ def host_collectives() -> Iterator[list[str]]:
 def begin() -> tuple[Groups, Any, Batch]:
     """Set up the process groups of a single rank."""
     rank, _, device = connect(timeout_sec=60)
-    groups = build_groups(Topology(1, 1, 1), rank, device, parity.SEED)
-    model = parity.tiny_model()
-    return groups, model, Batch(tuple(parity.make_samples("mixed", 1, model.adapter.rate)[0]))
+    groups = build_groups(Topology(1, 1, 1), rank, device, parity_cases.SEED)
+    model = parity_cases.tiny_model()
+    return groups, model, Batch(tuple(parity_cases.make_samples("mixed", 1, model.adapter.rate)[0]))
 
 
 def steps() -> dict[str, Any]:
@@ -135,7 +135,7 @@ def answers() -> dict[str, Any]:
         length = sample.num_tokens - int((sample.labels != IGNORE).sum()) + 1
         cut = {name: getattr(sample, name)[:length] for name in ("token_ids", "audio_mask", "labels")}
         prompts.append(replace(sample, **cut))
-    tokenizer = cast(Any, SimpleNamespace(end_ids=(-1,), vocab_size=parity.VOCAB_SIZE))
+    tokenizer = cast(Any, SimpleNamespace(end_ids=(-1,), vocab_size=parity_cases.VOCAB_SIZE))
     config = EvalConfig(max_new_tokens=NEW_TOKENS)
     plain = build_step(model, groups, on_device=False)
     expected = answer(plain, Batch(tuple(prompts)), tokenizer, config)

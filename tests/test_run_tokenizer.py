@@ -23,7 +23,7 @@ from trainer.data.config import DataConfig, TokenizerConfig
 from trainer.data.sentencepiece_training import train_sentencepiece
 from trainer.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from trainer.export.source import Source
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 from trainer.run_tokenizer import DIGEST, adopt, check_named, find_owned, keep_tokenizer, of_checkpoint, of_export
 
 ROOT = Path(__file__).parents[1]

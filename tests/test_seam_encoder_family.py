@@ -31,7 +31,7 @@ from trainer.config.convert import from_tree
 from trainer.config.reference import sections
 from trainer.export.code import remote_code
 from trainer.parallel.topology import Topology
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "tutorial_encoder.md").read_text(encoding="utf-8")
@@ -130,18 +130,18 @@ def test_frames_at_the_mixtures_rate_are_returned_as_they_are() -> None:
 def train(folder: str) -> list[list[float]]:
     """Compare training with the single-process model on this rank; returns [loss, gradient] of batches and steps."""
     from tools.parity import DS_CONFIG
-    from trainer import parity
+    from trainer import parity, parity_cases
     from trainer.parallel.groups import build_groups, connect
 
     register(folder)
     rank, world, device = connect(timeout_sec=100)
-    groups = build_groups(Topology(world, 1, 1, 2), rank, device, parity.SEED)
+    groups = build_groups(Topology(world, 1, 1, 2), rank, device, parity_cases.SEED)
     model = model_with_toys()
     step, oracle = parity.build_step(model, groups, DS_CONFIG, 2), parity.build_oracle(model)
     rows = []
     for kind, expert in (("mixed", None), ("one_expert", 0)):
         with parity.favoured(step, expert):
-            found = parity.compare(step, oracle, parity.make_samples(kind, world, model.adapter.rate))
+            found = parity.compare(step, oracle, parity_cases.make_samples(kind, world, model.adapter.rate))
         rows.append([found.loss, found.gradient])
     loss, norm = parity.loss_curves(step, oracle, 2)
     torch.distributed.barrier()

@@ -19,7 +19,7 @@ from tests.distributed.harness import run_ranks
 from tests.tools.exportable import write_manifest, write_run
 from tools import export
 from trainer.parallel.topology import Topology
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 
 ALWAYS = {"attention_bias": True, "attention_out_bias": False, "residual_dropout": 0}
 SEED_OSS = LLMFamily(qkv_bias=True, required={**REQUIRED, **ALWAYS})
@@ -86,16 +86,16 @@ def test_its_modules_may_have_other_names(plugin: None) -> None:
 def train(tp: int, pp: int) -> list[list[float]]:
     """Compare training with the single-process model on this rank; returns [loss, gradient] of a batch and of steps."""
     from tools.parity import DS_CONFIG
-    from trainer import parity
+    from trainer import parity, parity_cases
     from trainer.parallel.groups import build_groups, connect
 
     register()
     rank, world, device = connect(timeout_sec=100)
-    groups = build_groups(Topology(world, tp, pp), rank, device, parity.SEED)
+    groups = build_groups(Topology(world, tp, pp), rank, device, parity_cases.SEED)
     model = model_with_seed()
     step, oracle = parity.build_step(model, groups, DS_CONFIG, 2), parity.build_oracle(model)
     assert any(name.endswith("linear_qkv.bias") for name, _ in step.llm.parameters())
-    found = parity.compare(step, oracle, parity.make_samples("mixed", world, model.adapter.rate))
+    found = parity.compare(step, oracle, parity_cases.make_samples("mixed", world, model.adapter.rate))
     loss, norm = parity.loss_curves(step, oracle, 2)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -17,7 +17,7 @@ from model.errors import UserError
 from model.losses.table import LOSSES, active_losses
 from tests.distributed.harness import run_ranks
 from tests.golden.corpus import write_corpus
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 
 ROOT = Path(__file__).parents[1]
 NAME, WEIGHT = "embedding_size", 0.25
@@ -56,17 +56,17 @@ def train(folder: str) -> int:
 def compare(folder: str, tp: int, pp: int) -> dict[str, Any]:
     """One rank of a comparison with the single-process model."""
     from tools.parity import DS_CONFIG
-    from trainer import parity
+    from trainer import parity, parity_cases
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
 
     load(folder)
     rank, world, device = connect()
-    groups = build_groups(Topology(world, tp, pp), rank, device, parity.SEED)
-    config = parity.tiny_model()
+    groups = build_groups(Topology(world, tp, pp), rank, device, parity_cases.SEED)
+    config = parity_cases.tiny_model()
     config = replace(config, losses={**config.losses, NAME: {"weight": WEIGHT}})
     step, oracle = parity.build_step(config, groups, DS_CONFIG, num_steps=1), parity.build_oracle(config)
-    found = parity.compare(step, oracle, parity.make_samples("mixed", world, config.adapter.rate))
+    found = parity.compare(step, oracle, parity_cases.make_samples("mixed", world, config.adapter.rate))
     return {"loss": found.loss, "gradient": found.gradient, "names": [loss.name for loss in step.losses]}
 
 

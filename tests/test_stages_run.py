@@ -14,8 +14,9 @@ from tests.golden.test_golden import losses, train
 from tools.run_status import read_status
 from trainer.checkpoint.catalog import find_checkpoint, read_extra
 from trainer.checkpoint.folder import Folder
-from trainer.checkpoint.layout import EXP_AVG, PARAM, matrix_of
+from trainer.checkpoint.layout import EXP_AVG, PARAM
 from trainer.checkpoint.reader import Reader, read_manifest
+from trainer.checkpoint.rect import matrix_of
 from trainer.telemetry.events import read_events
 
 STAGES = (

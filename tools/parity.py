@@ -260,7 +260,7 @@ def measure(
     from trainer.engine.imports import lean_imports
 
     with lean_imports():
-        from trainer import parity
+        from trainer import parity, parity_cases
         from trainer.engine.ds_config import build_ds_config
         from trainer.parallel.groups import build_groups, connect
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
@@ -268,14 +268,14 @@ def measure(
 
     rank, world, device = connect(timeout_sec=300)
     topology = Topology(world, tp, pp, ep, ffn_ep, ffn_etp, vp, cp)
-    groups = build_groups(topology, rank, device, parity.SEED)
+    groups = build_groups(topology, rank, device, parity_cases.SEED)
     ds_config = build_ds_config(Path(deepspeed), precision="fp32") if deepspeed else DS_CONFIG
-    chosen = parity.STAGED if stages else parity.ADAPTERS if lora else parity.ALL_WEIGHTS
-    learned = parity.without(chosen, freeze)
+    chosen = parity_cases.STAGED if stages else parity_cases.ADAPTERS if lora else parity_cases.ALL_WEIGHTS
+    learned = parity_cases.without(chosen, freeze)
     rows = []
     for fields in modes:
         mode = parity.Mode(**fields)
-        model = parity.tiny_model(mode.family or family, adapter, mode.num_layers)
+        model = parity_cases.tiny_model(mode.family or family, adapter, mode.num_layers)
         step = parity.build_step(
             model,
             groups,
@@ -291,7 +291,7 @@ def measure(
         label = " ".join(filter(None, (name(topology), mode.label)))
         for kind in kinds:
             with parity.favoured(step, 1 if kind == "one_expert" else None):
-                found = parity.compare(step, oracle, parity.make_samples(kind, world, model.adapter.rate))
+                found = parity.compare(step, oracle, parity_cases.make_samples(kind, world, model.adapter.rate))
             rows.append(Row(label, kind, found.loss, found.gradient, found.worst, found.gap))
         if num_steps:
             worst_loss, worst_norm = parity.loss_curves(step, oracle, num_steps)

@@ -217,7 +217,7 @@ def train(step: Any, first: int, last: int) -> dict[str, Any]:
     Collective: every rank of the world must call it.
     """
     from model.batch import Batch
-    from trainer.parity import make_samples
+    from trainer.parity_cases import make_samples
 
     losses, norms = [], []
     for number in range(first, last):
@@ -279,7 +279,7 @@ def _build(
     from trainer.engine.placement import place
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import ParallelConfig, build_topology
-    from trainer.parity import ADAPTERS, ALL_WEIGHTS, SEED, VOCAB_SIZE, tiny_model
+    from trainer.parity_cases import ADAPTERS, ALL_WEIGHTS, SEED, VOCAB_SIZE, tiny_model
     from trainer.training.step import Step
 
     rank, world, device = connect()

@@ -25,8 +25,9 @@ from model.losses.table import text_fields
 from trainer.checkpoint.attempt import FencedRunError
 from trainer.checkpoint.catalog import SUBFOLDER
 from trainer.checkpoint.manager import CheckpointManager
-from trainer.config.checks import check_llm, check_router_losses, deepspeed_json
+from trainer.config.checks import deepspeed_json
 from trainer.config.convert import to_tree
+from trainer.config.llm_checks import check_llm, check_router_losses
 from trainer.config.load import dump
 from trainer.config.provenance import KEY as ORIGINS
 from trainer.config.schema import Recipe

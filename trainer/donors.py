@@ -21,10 +21,10 @@ from model.llm.weights import RandomSource, WeightSource
 from model.lora import LLM, NO_ADAPTERS, Adapters
 from trainer.checkpoint.catalog import SUBFOLDER, find_checkpoint, open_checkpoints, read_extra
 from trainer.checkpoint.folder import read_text
-from trainer.checkpoint.layout import matrix_of
 from trainer.checkpoint.llm_state import rect_of
 from trainer.checkpoint.origin import Origin, is_export, open_origin, read_export_config
 from trainer.checkpoint.reader import MANIFEST, STATE, DamagedError, check_files, read_manifest
+from trainer.checkpoint.rect import matrix_of
 from trainer.config.load import parse_stored_recipe
 from trainer.config.provenance import Provenance
 from trainer.config.schema import Recipe

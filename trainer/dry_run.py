@@ -8,7 +8,8 @@ from pathlib import Path
 from model import lengths
 from model.encoders.registry import encoder_flops
 from model.errors import UserError
-from trainer.config.checks import deepspeed_json, known_llm_config
+from trainer.config.checks import deepspeed_json
+from trainer.config.llm_checks import known_llm_config
 from trainer.config.schema import Recipe, TrainConfig
 from trainer.data.prepare import check_loss_turns, check_stored
 from trainer.data.tokenizer import load_tokenizer

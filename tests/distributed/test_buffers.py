@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tests.distributed.harness import run_ranks
 from tools.parity import DS_CONFIG
-from trainer import parity
+from trainer import parity, parity_cases
 from trainer.engine.encoders import AudioEngine
 from trainer.parallel.groups import Groups, connect
 from trainer.parallel.topology import Topology
@@ -22,10 +22,10 @@ def kinds_of_buffers() -> dict[str, str]:
     rank, world, _ = connect(timeout_sec=60)
     assert dist.group.WORLD is not None
     groups = Groups(Topology(world, 1, 1), rank, torch.device("meta"), dist.group.WORLD, dist.group.WORLD)
-    tower = parity.AudioTower(parity.tiny_model(), 32, parity.VOCAB_SIZE)
+    tower = parity.AudioTower(parity_cases.tiny_model(), 32, parity_cases.VOCAB_SIZE)
     for name in tower.expert_names:  # these families have no buffers
         tower.encoder(name).register_buffer("added", torch.zeros(2), persistent=False)
-    engine = AudioEngine(tower, parity.OPTIM, DS_CONFIG | {"bf16": {"enabled": True}}, groups, batch_sec=1.0)
+    engine = AudioEngine(tower, parity_cases.OPTIM, DS_CONFIG | {"bf16": {"enabled": True}}, groups, batch_sec=1.0)
     found = {name: f"{buffer.device.type} {buffer.dtype}" for name, buffer in engine.tower.named_buffers()}
     dist.destroy_process_group()
     return found

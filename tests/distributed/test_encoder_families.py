@@ -17,11 +17,11 @@ def train(ep: int, gathering: str) -> list[list[float | str]]:
         The differences of the loss and of the gradients, and the worst parameter, of a batch; and those of two steps.
     """
     from tools.parity import DS_CONFIG
-    from trainer import parity
+    from trainer import parity, parity_cases
     from trainer.parallel.groups import build_groups, connect
 
     rank, world, device = connect(timeout_sec=150)
-    groups = build_groups(Topology(world, 1, 1, ep), rank, device, parity.SEED)
+    groups = build_groups(Topology(world, 1, 1, ep), rank, device, parity_cases.SEED)
     names = [name for name in one_per_family() if gathering == "per_update" or not name.startswith("auto")]
     model = model_of(names)
     step = parity.build_step(model, groups, DS_CONFIG, 2, gathering=gathering)  # type: ignore[arg-type]
@@ -30,7 +30,7 @@ def train(ep: int, gathering: str) -> list[list[float | str]]:
         for name, buffer in part.named_buffers():
             if name.endswith(("running_mean", "running_var")):  # of batch norms
                 buffer += torch.linspace(0.0, 0.4, buffer.numel())
-    found = parity.compare(step, oracle, parity.make_samples("mixed", world, model.adapter.rate))
+    found = parity.compare(step, oracle, parity_cases.make_samples("mixed", world, model.adapter.rate))
     loss, norm = parity.loss_curves(step, oracle, 2)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

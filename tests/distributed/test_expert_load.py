@@ -14,7 +14,7 @@ from model.batch import Batch
 from model.lengths import SAMPLE_RATE
 from tests.distributed.harness import run_ranks
 from tools.parity import DS_CONFIG
-from trainer import parity
+from trainer import parity, parity_cases
 from trainer.parallel.groups import build_groups, connect
 from trainer.parallel.topology import Topology
 from trainer.parallel.values import gather_values
@@ -37,15 +37,15 @@ def expected(oracle: Any, step: Any, number: int, batch: Batch) -> ExpertLoad:
 
 def body(folder: str) -> list[dict[str, Any]]:
     rank, world, device = connect()
-    groups = build_groups(Topology(world, 1, 1), rank, device, parity.SEED)
-    model = parity.tiny_model()
+    groups = build_groups(Topology(world, 1, 1), rank, device, parity_cases.SEED)
+    model = parity_cases.tiny_model()
     step = parity.build_step(model, groups, DS_CONFIG, len(KINDS))
     oracle = parity.build_oracle(model)
     gather = partial(gather_values, group=groups.world)
     trace = Trace(ProfileConfig("2:4"), step.timer, Path(folder), rank, groups.world, gather)
     rows = []
     for number, kind in enumerate(KINDS):
-        samples = parity.make_samples(kind, world, model.adapter.rate, seed=number)
+        samples = parity_cases.make_samples(kind, world, model.adapter.rate, seed=number)
         wanted = expected(oracle, step, number, Batch(tuple(s for one in samples for s in one)))
         trace.begin(number + 1)
         with step.timer("load"):

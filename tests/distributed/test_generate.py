@@ -11,7 +11,7 @@ from model.batch import Batch
 from tests.distributed.harness import run_ranks
 from tests.oracle import greedy, prompt_of
 from tools.parity import DS_CONFIG
-from trainer import parity
+from trainer import parity, parity_cases
 from trainer.parallel.groups import build_groups, connect
 from trainer.parallel.topology import Topology
 from trainer.training.evaluate import answer
@@ -26,23 +26,23 @@ def body(
     """Return the answers to this rank's prompts and those of the oracle; `num_samples` keeps the first prompts."""
     rank, world, device = connect()
     topology = Topology(world, tp, pp, 1, ffn_ep, 1 if ffn_ep > 1 else tp, vp, cp)
-    groups = build_groups(topology, rank, device, parity.SEED)
-    model = parity.tiny_model(family)
+    groups = build_groups(topology, rank, device, parity_cases.SEED)
+    model = parity_cases.tiny_model(family)
     step = parity.build_step(model, groups, DS_CONFIG, 1)
     oracle = parity.build_oracle(model).eval()
     step.audio.train(False)
     step.llm.train(False)
-    samples = [[prompt_of(s) for s in own] for own in parity.make_samples("mixed", world, model.adapter.rate)]
+    samples = [[prompt_of(s) for s in own] for own in parity_cases.make_samples("mixed", world, model.adapter.rate)]
     samples[0] = samples[0][:2]
     if num_samples is not None:
         samples = [samples[0][:num_samples], *([] for _ in samples[1:])]
     config: Any = SimpleNamespace(max_new_tokens=MAX_NEW_TOKENS)
     eos = EOS
     if family != "llama":  # the first answer ends after one token
-        eos = greedy(oracle, samples[0][0], -1, parity.VOCAB_SIZE, 2)[1]
-    tokenizer: Any = SimpleNamespace(end_ids=(eos,), vocab_size=parity.VOCAB_SIZE)
+        eos = greedy(oracle, samples[0][0], -1, parity_cases.VOCAB_SIZE, 2)[1]
+    tokenizer: Any = SimpleNamespace(end_ids=(eos,), vocab_size=parity_cases.VOCAB_SIZE)
     answers = answer(step, Batch(tuple(samples[rank])), tokenizer, config)
-    return [answers, [greedy(oracle, s, eos, parity.VOCAB_SIZE, MAX_NEW_TOKENS) for s in samples[rank]]]
+    return [answers, [greedy(oracle, s, eos, parity_cases.VOCAB_SIZE, MAX_NEW_TOKENS) for s in samples[rank]]]
 
 
 @pytest.mark.parametrize(

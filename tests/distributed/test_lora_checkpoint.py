@@ -64,7 +64,7 @@ def resume_cases(folder: str) -> dict[str, Any]:
 def planned() -> list[list[int]]:
     """[weights, gradients, optimizer state] in bytes of every rank, as the plan says."""
     from model.llm.reference import resolve_hf_config
-    from trainer.parity import ADAPTERS, VOCAB_SIZE, tiny_model
+    from trainer.parity_cases import ADAPTERS, VOCAB_SIZE, tiny_model
     from trainer.plan.ranks import rank_states
     from trainer.plan.sizes import SizedModel
 

@@ -18,7 +18,7 @@ from tests.distributed.harness import run_ranks
 from tests.tools.exportable import write_run
 from trainer.config.schema import Recipe
 from trainer.donors import provenance
-from trainer.parity import VOCAB_SIZE, tiny_model
+from trainer.parity_cases import VOCAB_SIZE, tiny_model
 
 LENGTHS = (7, 5, 4)
 DONORS = {"speech": 3.0, "sound": 40.0}

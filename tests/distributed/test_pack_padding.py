@@ -25,12 +25,13 @@ def compare_paddings(tp: int, pp: int) -> dict[str, object]:
     from model.llm.reference import resolve_hf_config
     from model.llm.weights import RandomSource
     from model.losses.next_token import NextToken
-    from trainer.engine.llm import LLMEngine, Packs
+    from trainer.engine.llm import LLMEngine
+    from trainer.engine.packs import Packs
     from trainer.engine.token_losses import PackedLoss
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.packs import plan_packs
     from trainer.parallel.topology import Topology
-    from trainer.parity import OPTIM, SEED, VOCAB_SIZE, tiny_model
+    from trainer.parity_cases import OPTIM, SEED, VOCAB_SIZE, tiny_model
 
     rank, world, device = connect()
     topology = Topology(world, tp, pp)

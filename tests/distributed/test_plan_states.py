@@ -64,7 +64,7 @@ def planned(
 ) -> list[list[int]]:
     """Return the planned [weights, gradients, optimizer, snapshot] of every rank."""
     from model.llm.reference import resolve_hf_config
-    from trainer.parity import tiny_model
+    from trainer.parity_cases import tiny_model
     from trainer.plan.ranks import rank_states
     from trainer.plan.sizes import SizedModel
 
@@ -100,7 +100,7 @@ def held() -> list[list[int]]:
     from trainer.engine.llm import LLMEngine
     from trainer.engine.placement import place
     from trainer.parallel.groups import build_groups, connect
-    from trainer.parity import VOCAB_SIZE, make_samples, tiny_model
+    from trainer.parity_cases import VOCAB_SIZE, make_samples, tiny_model
     from trainer.plan.measure import held_states
     from trainer.training.step import Step
 

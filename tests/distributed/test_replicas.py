@@ -11,7 +11,7 @@ import torch
 from model.batch import Batch
 from tests.distributed.harness import run_ranks
 from tools.parity import DS_CONFIG
-from trainer import parity
+from trainer import parity, parity_cases
 from trainer.engine.replicas import differing_ranks, weight_digest
 from trainer.parallel.groups import build_groups, connect
 from trainer.parallel.topology import Topology
@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 
 def body(tp: int, pp: int, faulty: int) -> dict[str, Any]:
     rank, world, device = connect()
-    groups = build_groups(Topology(world, tp, pp), rank, device, parity.SEED)
-    step = parity.build_step(parity.tiny_model(), groups, DS_CONFIG, 1)
+    groups = build_groups(Topology(world, tp, pp), rank, device, parity_cases.SEED)
+    step = parity.build_step(parity_cases.tiny_model(), groups, DS_CONFIG, 1)
     check_replicas(3, step.llm, groups, lambda *event: pytest.fail(f"healthy replicas differ: {event}"))
     if rank == faulty:
         weights = max((p for _, p in step.llm.parameters()), key=torch.Tensor.numel)
@@ -52,9 +52,9 @@ def test_one_changed_bit_ends_the_run_on_all_ranks(world: int, tp: int, faulty: 
 def overlapped() -> dict[str, bool]:
     """Update the weights of two replicas, and compare them before the next forward pass has gathered them."""
     rank, world, device = connect()
-    groups = build_groups(Topology(world, 1, 1), rank, device, parity.SEED)
-    step = parity.build_step(parity.tiny_model(), groups, DS_CONFIG, 1, mode=parity.Mode(overlap="both"))
-    samples = parity.make_samples("mixed", world, step.model.adapter.rate)[rank]
+    groups = build_groups(Topology(world, 1, 1), rank, device, parity_cases.SEED)
+    step = parity.build_step(parity_cases.tiny_model(), groups, DS_CONFIG, 1, mode=parity.Mode(overlap="both"))
+    samples = parity_cases.make_samples("mixed", world, step.model.adapter.rate)[rank]
     step(0, Batch(tuple(samples)))
     before = int(weight_digest((p for _, p in step.llm.parameters()), CPU))
     check_replicas(1, step.llm, groups, lambda *event: pytest.fail(f"healthy replicas differ: {event}"))

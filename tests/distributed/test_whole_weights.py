@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.batch import Batch
 from tests.distributed.harness import run_ranks
 from tools.parity import DS_CONFIG
-from trainer import parity
+from trainer import parity, parity_cases
 from trainer.parallel.groups import build_groups, connect
 from trainer.parallel.topology import Topology
 
@@ -44,9 +44,9 @@ class Counter(TorchDispatchMode):
 def measure(tp: int, ep: int, lora: bool, gathering: str) -> dict[str, Any]:
     """Count the collectives of the audio side in the second of two steps, and the bytes that they should have."""
     rank, world, device = connect(timeout_sec=250)
-    groups = build_groups(Topology(world, tp, 1, ep), rank, device, parity.SEED)
-    learned = parity.ADAPTERS if lora else parity.ALL_WEIGHTS
-    model = parity.tiny_model()
+    groups = build_groups(Topology(world, tp, 1, ep), rank, device, parity_cases.SEED)
+    learned = parity_cases.ADAPTERS if lora else parity_cases.ALL_WEIGHTS
+    model = parity_cases.tiny_model()
     step = parity.build_step(model, groups, DS_CONFIG, 2, batch_sec=0.5, learned=learned, gathering=gathering)  # type: ignore[arg-type]
     counter, num_calls = Counter(), 0
 
@@ -65,7 +65,7 @@ def measure(tp: int, ep: int, lora: bool, gathering: str) -> dict[str, Any]:
                 return plain(*args, **kwargs)
 
         setattr(audio, name, counted)
-    samples = Batch(tuple(parity.make_samples("mixed", world, model.adapter.rate)[rank]))
+    samples = Batch(tuple(parity_cases.make_samples("mixed", world, model.adapter.rate)[rank]))
     for number in range(2):
         counter.names, counter.bytes, num_calls = [], 0, 0
         step(number, samples)
@@ -100,8 +100,8 @@ def test_weights_that_are_gathered_per_module_take_many_collectives() -> None:
 def saved_bytes(recompute_calls: bool) -> dict[str, int]:
     """Return what encoder calls keep for the backward pass, and the bytes of their clips."""
     rank, world, device = connect(timeout_sec=250)
-    groups = build_groups(Topology(world, 1, 1), rank, device, parity.SEED)
-    model = parity.tiny_model()
+    groups = build_groups(Topology(world, 1, 1), rank, device, parity_cases.SEED)
+    model = parity_cases.tiny_model()
     step = parity.build_step(model, groups, DS_CONFIG, 2, batch_sec=0.5, recompute_calls=recompute_calls)
     found = {"saved": 0, "clips": 0, "calls": 0}
 
@@ -119,7 +119,7 @@ def saved_bytes(recompute_calls: bool) -> dict[str, int]:
                 return plain(encoder, clips)
 
         dispatch._call = call  # type: ignore[method-assign]
-    samples = Batch(tuple(parity.make_samples("mixed", world, model.adapter.rate)[rank]))
+    samples = Batch(tuple(parity_cases.make_samples("mixed", world, model.adapter.rate)[rank]))
     step.audio.forward(samples.clips, samples.prompts, None)
     dist.destroy_process_group()
     return found

@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from tests.golden.corpus import write_corpus
 from tools import export
 from trainer.checkpoint.catalog import find_checkpoint
-from trainer.checkpoint.layout import EXP_AVG, matrix_of
+from trainer.checkpoint.layout import EXP_AVG
 from trainer.checkpoint.reader import Reader, read_manifest
+from trainer.checkpoint.rect import matrix_of
 
 GOLDEN = Path(__file__).parent
 ROOT = GOLDEN.parents[1]

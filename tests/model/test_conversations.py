@@ -19,8 +19,8 @@ from trainer.data.loader import to_sample
 from trainer.data.metadata import with_last_turn
 from trainer.data.sample import make_sample
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
-from trainer.parity import VOCAB_SIZE, make_conversation, tiny_model
-from trainer.parity import make_sample as parity_sample
+from trainer.parity_cases import VOCAB_SIZE, make_conversation, tiny_model
+from trainer.parity_cases import make_sample as parity_sample
 
 PITCHES = {"l": 200, "h": 3000}
 NUM_STEPS, BATCH_SAMPLES = 150, 16

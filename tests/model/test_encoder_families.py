@@ -38,7 +38,7 @@ from tests.encoder_table import CASES, clip, model_of, perturb
 from trainer.config.checks import check_recipe, warnings_of
 from trainer.config.convert import from_tree
 from trainer.config.schema import Recipe
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 
 LENGTHS = (12_345, 32_000, 6_400, 19_999, 15_999)
 

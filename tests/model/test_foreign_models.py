@@ -20,7 +20,7 @@ from model.llm.reference import resolve_hf_config
 from tests.tools.exportable import write_chat_tokenizer
 from trainer.data.config import TokenizerConfig
 from trainer.data.tokenizer import load_tokenizer
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 
 LOOP = "".join(f"{{% for {i} in range(99999) %}}" for i in "ijk") + 3 * "{% endfor %}"
 QUESTION = [{"role": "user", "content": "a"}]

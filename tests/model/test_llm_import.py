@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from model.config import LLMConfig
 from model.llm.families import LLM_FAMILIES
 from model.llm.reference import build_reference, resolve_hf_config
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 from trainer.parity_llms import EXPERTS
 
 DENSE = [family for family in LLM_FAMILIES if family not in EXPERTS]

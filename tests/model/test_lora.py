@@ -27,7 +27,8 @@ from model.lora import Adapters, adaptable_layers, add_adapters, initial_factor,
 from model.speech_llm import SpeechLLM
 from trainer.engine.optim import OptimConfig, ParamSetting, PartConfig, setting_of
 from trainer.parallel.cpu import megatron_calls
-from trainer.parity import ADAPTERS, VOCAB_SIZE, build_oracle, drawn_factor, make_sample, tiny_model
+from trainer.parity import build_oracle
+from trainer.parity_cases import ADAPTERS, VOCAB_SIZE, drawn_factor, make_sample, tiny_model
 
 VOCAB, LENGTHS = 97, (5, 9, 1, 6)
 SHAPE: dict[str, Any] = {

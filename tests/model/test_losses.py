@@ -19,7 +19,7 @@ from model.losses.vocabulary import Vocabulary
 from model.speech_llm import SpeechLLM
 from trainer.data.loader import to_sample
 from trainer.data.sample import EncodedSample
-from trainer.parity import VOCAB_SIZE, make_sample, tiny_model
+from trainer.parity_cases import VOCAB_SIZE, make_sample, tiny_model
 
 RATE = TokenRate((2, 2, 2))
 

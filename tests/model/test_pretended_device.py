@@ -21,7 +21,7 @@ from model.mixture import mix
 from model.router import Router, Routing
 from model.transfer import to_device
 from tests.pretended_device import DEVICE, PretendedDevice, put
-from trainer.parity import VOCAB_SIZE, tiny_model
+from trainer.parity_cases import VOCAB_SIZE, tiny_model
 
 STACK: dict[str, Any] = {
     "hidden_size": 16,

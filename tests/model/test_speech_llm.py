@@ -15,7 +15,7 @@ from model.lengths import TokenRate
 from model.llm.reference import resolve_hf_config
 from model.llm.weights import StateDictSource, embedding_rms
 from model.speech_llm import SpeechLLM
-from trainer.parity import VOCAB_SIZE, make_sample, tiny_model
+from trainer.parity_cases import VOCAB_SIZE, make_sample, tiny_model
 
 RATE = TokenRate((2, 2, 2))
 

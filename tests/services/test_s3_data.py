@@ -20,9 +20,9 @@ from tests.services.relay import slow_line
 from tests.services.swift import Swift
 from tests.trainer.data_corpus import audio_bytes, data_config, row, write_shards
 from trainer.data.config import DatasetConfig
+from trainer.data.dataset_reader import Skip
 from trainer.data.loader import Loader
 from trainer.data.prepare import PreparedData, prepare
-from trainer.data.source import Skip
 from trainer.data.stream import SampleStream
 from trainer.storage.open import open_store
 

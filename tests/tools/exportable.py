@@ -25,12 +25,11 @@ from trainer.checkpoint.layout import (
     entries_of,
     file_of,
     key_of,
-    matrix_of,
     merge_entries,
-    rects_of_range,
 )
 from trainer.checkpoint.local import LocalDraft
 from trainer.checkpoint.reader import MANIFEST, STATE
+from trainer.checkpoint.rect import matrix_of, rects_of_range
 from trainer.checkpoint.writer import write_tensors, write_text
 from trainer.config.evaluation import EvalConfig
 from trainer.config.load import dump
@@ -38,7 +37,7 @@ from trainer.config.schema import Recipe
 from trainer.data.config import DataConfig, TokenizerConfig
 from trainer.data.sentencepiece_training import train_sentencepiece
 from trainer.data.tokenizer import load_tokenizer
-from trainer.parity import drawn_factor, tiny_model
+from trainer.parity_cases import drawn_factor, tiny_model
 from trainer.run_tokenizer import DIGEST
 from trainer.telemetry.expert_load import ClipGroup, ExpertLoad, Load
 from trainer.telemetry.load_history import HISTORY_NAME, EncoderCosts, LoadInterval

@@ -40,7 +40,7 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.export.publish import generation_config
 from trainer.export.source import Source
 from trainer.export.verify import read_samples
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 
 # EXPORT_PYTHON (`make export-test`) is the interpreter of an environment without this project. The default is this one:
 # -I ignores the current folder and PYTHONPATH, and -S ignores .pth files, and so editable installations.

@@ -16,7 +16,7 @@ from tests.encoder_table import CASES, model_of, one_per_family
 from tests.tools.exportable import write_manifest, write_run
 from tools import export
 from trainer.engine.optim import OptimConfig
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 from trainer.plan import encoder_memory
 from trainer.plan.encoder_memory import EncoderTracer
 

@@ -21,7 +21,7 @@ from tests.trainer.test_checkpoint_start import INITIAL, check, shards_of
 from tools import export
 from trainer.checkpoint.origin import open_origin
 from trainer.checkpoint.start import check_adapters, fill_weights
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 
 LORA = (
     LoraConfig("llm.*", rank=2, alpha=3),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tools import parity
-from trainer.parity import build_oracle, tiny_model
+from trainer.parity import build_oracle
+from trainer.parity_cases import tiny_model
 
 
 @pytest.mark.parametrize(

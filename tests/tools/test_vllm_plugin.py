@@ -34,7 +34,7 @@ from tests import vllm_stub
 from tests.tools.exportable import messages_about, write_conversations, write_manifest, write_run
 from tools import export
 from trainer.export.serving.folder import literal, write_vllm_folder
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 
 
 def with_wide_heads(model: ModelConfig, gate_input: str) -> ModelConfig:

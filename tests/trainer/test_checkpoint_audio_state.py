@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from trainer.checkpoint import audio_state
-from trainer.checkpoint.layout import Shard, entries_of, matrix_of, merge_entries, sliced_elements
+from trainer.checkpoint.layout import Shard, entries_of, merge_entries, sliced_elements
+from trainer.checkpoint.rect import matrix_of
 
 WORLD = 4
 GROUPS = {"everyone": (0, 1, 2, 3), "first": (0, 2), "second": (1, 3)}

@@ -19,20 +19,18 @@ from trainer.checkpoint.layout import (
     FORMAT_VERSION,
     FileEntry,
     Manifest,
-    Rect,
     Shard,
     Slices,
     TensorEntry,
     entries_of,
     files_of,
     key_of,
-    matrix_of,
     merge_entries,
-    rects_of_range,
     sliced_elements,
 )
 from trainer.checkpoint.local import JoinedDraft, LocalCheckpoints, LocalDraft
 from trainer.checkpoint.reader import DamagedError, Reader, check_files, hash_file
+from trainer.checkpoint.rect import Rect, matrix_of, rects_of_range
 from trainer.checkpoint.tensor_file import TensorFile
 from trainer.checkpoint.writer import Region, num_bytes, write_tensors
 

@@ -13,10 +13,11 @@ from model.errors import UserError
 from tests.tools.exportable import tensors_of, write_run
 from tools import export
 from trainer.checkpoint import origin as origins
-from trainer.checkpoint.layout import PARAM, Shard, matrix_of, rects_of_range
+from trainer.checkpoint.layout import PARAM, Shard
 from trainer.checkpoint.origin import Origin, is_export, open_origin
+from trainer.checkpoint.rect import matrix_of, rects_of_range
 from trainer.checkpoint.start import fill_weights
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 from trainer.storage.store import LocalStore
 
 MODEL = tiny_model()

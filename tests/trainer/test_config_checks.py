@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from trainer.config.checks import check_folders, check_recipe, known_llm_config, warnings_of
+from trainer.config.checks import check_folders, check_recipe, warnings_of
+from trainer.config.llm_checks import known_llm_config
 from trainer.config.load import load_recipe, recipe_names
 from trainer.engine.ds_config import build_ds_config, load_ds_json
 

@@ -192,7 +192,8 @@ def dispatched() -> list[tuple[str, bool]]:
     from tools.parity import DS_CONFIG
     from trainer.parallel.groups import build_groups, connect
     from trainer.parallel.topology import Topology
-    from trainer.parity import SEED, build_step, make_samples, tiny_model
+    from trainer.parity import build_step
+    from trainer.parity_cases import SEED, make_samples, tiny_model
 
     seen: Counter[tuple[str, bool]] = Counter()
 

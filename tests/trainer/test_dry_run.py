@@ -11,7 +11,7 @@ import torch
 from model.errors import UserError
 from model.llm.names import hf_shapes
 from trainer.__main__ import main
-from trainer.config.checks import known_llm_config
+from trainer.config.llm_checks import known_llm_config
 from trainer.config.load import load_recipe
 from trainer.data.sentencepiece_training import train_sentencepiece
 from trainer.dry_run import describe

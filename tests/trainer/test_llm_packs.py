@@ -7,7 +7,8 @@ from typing import Any, cast
 
 import torch
 
-from trainer.engine.llm import Packs, _TrainedPacks
+from trainer.engine.llm import _TrainedPacks
+from trainer.engine.packs import Packs
 
 
 def packs() -> Packs:

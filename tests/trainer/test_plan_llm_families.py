@@ -16,7 +16,7 @@ from model.llm.rotary import num_positions
 from model.llm.stages import Recompute
 from trainer.engine.optim import OptimConfig
 from trainer.parallel.topology import Topology
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 from trainer.parity_llms import FEATURED
 from trainer.plan.flops import causal_attention_flops
 from trainer.plan.llm_memory import Kernels, stage_memory

@@ -17,7 +17,7 @@ from trainer.data.loader import to_sample
 from trainer.data.sample import make_sample
 from trainer.data.sentencepiece_training import train_sentencepiece
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
-from trainer.parity import tiny_model
+from trainer.parity_cases import tiny_model
 
 TEXTS = ("What is said?", " two  spaces\nand a line ", "Was it 3:15? Ünïcode 日本", "a")
 RATE = tiny_model().adapter.rate

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from trainer.checkpoint import snapshot
-from trainer.checkpoint.layout import Shard, matrix_of
+from trainer.checkpoint.layout import Shard
+from trainer.checkpoint.rect import matrix_of
 from trainer.checkpoint.snapshot import HostBuffer, place_values
 
 GIB = 2**30

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from model.errors import UserError
 from trainer.checkpoint import adam
-from trainer.checkpoint.layout import PARAM, Shard, Slices, matrix_of
+from trainer.checkpoint.layout import PARAM, Shard, Slices
+from trainer.checkpoint.rect import matrix_of
 
 if TYPE_CHECKING:
     from trainer.engine.encoders import AudioEngine

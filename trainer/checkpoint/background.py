@@ -28,7 +28,6 @@ from trainer.checkpoint.layout import (
     PARAM,
     FileEntry,
     Manifest,
-    Rect,
     Shard,
     Slices,
     TensorEntry,
@@ -43,6 +42,7 @@ from trainer.checkpoint.layout import (
     step_name,
 )
 from trainer.checkpoint.reader import MANIFEST, STATE
+from trainer.checkpoint.rect import Rect
 from trainer.checkpoint.signing import signing_key
 from trainer.checkpoint.writer import Draft, Region, num_bytes, write_tensors, write_text
 from trainer.parallel.plan import Ints

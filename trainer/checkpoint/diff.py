@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.checkpoint.layout import PARAM, is_frozen, matrix_of
+from trainer.checkpoint.layout import PARAM, is_frozen
 from trainer.checkpoint.reader import Reader
+from trainer.checkpoint.rect import matrix_of
 
 
 @dataclass(frozen=True)

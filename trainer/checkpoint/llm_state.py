@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from model.llm.names import tp_dim
 from trainer.checkpoint import adam
-from trainer.checkpoint.layout import PARAM, Rect, Shard, matrix_of, rects_of_range
+from trainer.checkpoint.layout import PARAM, Shard
+from trainer.checkpoint.rect import Rect, matrix_of, rects_of_range
 from trainer.parallel.cpu import megatron_calls
 
 if TYPE_CHECKING:

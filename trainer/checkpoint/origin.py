@@ -18,8 +18,9 @@ from model.errors import UserError
 from trainer.checkpoint.bucket_folder import BucketFolder
 from trainer.checkpoint.catalog import find_checkpoint, read_extra
 from trainer.checkpoint.folder import Folder, LocalFolder
-from trainer.checkpoint.layout import PARAM, Rect, matrix_of
+from trainer.checkpoint.layout import PARAM
 from trainer.checkpoint.reader import Reader, read_manifest
+from trainer.checkpoint.rect import Rect, matrix_of
 from trainer.checkpoint.signing import VARIABLE, signing_key
 from trainer.checkpoint.tensor_file import TensorFile
 from trainer.storage.open import open_store, scheme_of

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from model.config import ModelConfig, is_factor
 from model.errors import UserError
-from trainer.checkpoint.layout import PARAM, Rect, Shard, matrix_of
+from trainer.checkpoint.layout import PARAM, Shard
 from trainer.checkpoint.origin import Origin
+from trainer.checkpoint.rect import Rect, matrix_of
 
 _ENTERING = "audio.router.steps_to_enter"
 _BY_EXPERT = (

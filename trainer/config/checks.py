@@ -12,16 +12,15 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from model import lengths
-from model.config import EncoderConfig, LLMConfig, ModelConfig
+from model.config import EncoderConfig, ModelConfig
 from model.encoders.family import family_of
 from model.encoders.hf_config import resolve as resolve_encoder
 from model.errors import UserError
 from model.llm.families import mixture_of
-from model.llm.reference import resolve_hf_config
 from model.llm.rotary import num_positions
 from model.lora import LLM, Adapters, llm_layers
-from model.losses.router import RouterLoss
-from model.losses.table import active_losses, check_losses
+from model.losses.table import check_losses
+from trainer.config.llm_checks import check_llm, check_router_losses, known_llm_config
 from trainer.config.schema import Recipe, TrainConfig
 from trainer.config.shipped import shipped
 from trainer.config.weights import check_present, check_weights
@@ -133,98 +132,6 @@ def known_encoder(config: EncoderConfig) -> EncoderConfig | None:
     return dataclasses.replace(config, weights=None) if config.config else None
 
 
-def known_llm_config(config: LLMConfig) -> PretrainedConfig | None:
-    """Return what is known about the LLM's Hugging Face config without network access.
-
-    It is read from a local directory or the recipe. If the recipe contains only a hub id, the result is None, and the
-    ranks call `check_llm` themselves.
-    """
-    if config.weights is None or Path(config.weights).is_dir():
-        return resolve_hf_config(config)
-    if "model_type" in config.config:
-        return resolve_hf_config(dataclasses.replace(config, weights=None))
-    return None
-
-
-def check_llm(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
-    """Check that the LLM can be divided among the tensor and pipeline ranks, and its experts among theirs.
-
-    Raises:
-        UserError: If one of them cannot. The message lists the allowed sizes.
-    """
-    _check_experts(hf_config, parallel)
-    tp, pp = parallel.tensor, parallel.pipeline
-    heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
-    layers, mixture = hf_config.num_hidden_layers, mixture_of(hf_config)
-    has_dense_layers = mixture is None or len(mixture.layers) < layers
-    ffn = hf_config.intermediate_size if has_dense_layers else 0
-    if heads % tp or groups % tp or ffn % tp:
-        legal = [d for d in divisors(groups) if not (heads % d or ffn % d or parallel.num_ranks % (d * pp))]
-        raise UserError(
-            f"parallel.tensor = {tp}: must divide the LLM's {heads} attention heads, {groups} key-value heads and "
-            f"{ffn} feed-forward channels; {_legal(legal, parallel, f'pipeline={pp}')}"
-        )
-    if pp > layers:
-        legal = [d for d in divisors(parallel.num_ranks // tp) if d <= layers]
-        raise UserError(
-            f"parallel.pipeline = {pp}: the LLM has only {layers} layers; {_legal(legal, parallel, f'tensor={tp}')}"
-        )
-    if pp * parallel.virtual_stages > layers:
-        raise UserError(
-            f"parallel.virtual_stages = {parallel.virtual_stages}: the LLM's {layers} layers are too few for "
-            f"pipeline={pp}; legal values are 1..{layers // pp}"
-        )
-
-
-def _check_experts(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
-    """Check that the experts of an LLM's layers can be divided among ranks."""
-    ep, mixture = parallel.ffn_expert, mixture_of(hf_config)
-    if mixture is None:
-        if ep > 1:
-            raise UserError(
-                f"parallel.ffn_expert = {ep}: the LLM ({hf_config.model_type}) has no experts; the legal value is 1"
-            )
-        return
-    # An expert without tokens has no gradient, for which an overlapped reduction would wait. The losses of the routers
-    # are computed from the samples of whole packs.
-    for key, value, only in (
-        ("context", parallel.context, 1),
-        ("virtual_stages", parallel.virtual_stages, 1),
-        ("overlap_grad_reduce", parallel.overlap_grad_reduce, False),
-    ):
-        if value != only:
-            raise UserError(
-                f"parallel.{key} = {str(value).lower()}: the only legal value for an LLM with experts is "
-                f"{str(only).lower()}"
-            )
-    count, etp = len(mixture.experts), build_topology(parallel, parallel.num_ranks).expert_tp
-    if count % ep:
-        ranks = parallel.num_ranks // parallel.pipeline // etp
-        legal = [d for d in divisors(count) if ranks % d == 0]
-        raise UserError(
-            f"parallel.ffn_expert = {ep}: must divide the {count} experts of a layer of the LLM; "
-            f"{_legal(legal, parallel, f'pipeline={parallel.pipeline} and ffn_expert_tensor={etp}')}"
-        )
-    if mixture.width % etp:
-        raise UserError(
-            f"parallel.ffn_expert_tensor = {etp}: must divide the {mixture.width} channels of an expert; set it to 1 "
-            "with parallel.ffn_expert above 1"
-        )
-
-
-def check_router_losses(model: ModelConfig, hf_config: PretrainedConfig) -> None:
-    """Check that losses of the LLM's routers are enabled only if the LLM has experts.
-
-    Raises:
-        UserError: If one is enabled for an LLM without experts.
-    """
-    for loss in active_losses(model):
-        if isinstance(loss, RouterLoss) and mixture_of(hf_config) is None:
-            raise UserError(
-                f"model.losses.{loss.name}: the LLM ({hf_config.model_type}) has no experts; remove the entry"
-            )
-
-
 def check_packs(train: TrainConfig, parallel: ParallelConfig) -> None:
     """Check that padded packs can be divided among ranks and do not exceed the tokens of a micro-batch.
 
@@ -257,11 +164,6 @@ def check_reduction(train: TrainConfig, parallel: ParallelConfig) -> None:
             f"parallel.grad_reduce_dtype = bf16: gradients have train.precision = {train.precision}; set "
             "train.precision=bf16, or parallel.grad_reduce_dtype=fp32"
         )
-
-
-def _legal(values: list[int], parallel: ParallelConfig, other: str) -> str:
-    listed = ", ".join(map(str, values)) if values else "none"
-    return f"legal values for {parallel.num_ranks} ranks with {other}: {listed}"
 
 
 def _check_encoders(recipe: Recipe) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 
 from model.batch import Sample
 from model.errors import UserError
+from trainer.data.dataset_reader import DatasetReader, Skip, check_skipped
 from trainer.data.errors import SampleError
 from trainer.data.lanes import permutation
 from trainer.data.loader import to_sample
 from trainer.data.prepare import PreparedData
-from trainer.data.source import DatasetReader, SampleSource, Skip, check_skipped
+from trainer.data.source import SampleSource
 
 _READERS = 4
 """The minimum number of threads that read and decode. They may spend most of their time waiting for a bucket."""

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from model.batch import Batch, Sample
+from trainer.data.dataset_reader import Skip
 from trainer.data.sample import EncodedSample
-from trainer.data.source import Skip
 from trainer.data.state import State
 from trainer.data.stream import SampleStream
 

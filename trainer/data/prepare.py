@@ -19,6 +19,7 @@ from model.errors import UserError
 from model.json_text import parse_json
 from model.lengths import TokenRate
 from trainer.data.config import DataConfig, DatasetConfig
+from trainer.data.dataset_reader import DatasetReader
 from trainer.data.manifest import Row, read_manifest
 from trainer.data.metadata import earlier_texts, has_earlier_answers
 from trainer.data.node_cache import QUEUE_BYTES, NodeCache
@@ -26,7 +27,6 @@ from trainer.data.sample import earlier_answers_error
 from trainer.data.sentencepiece_training import train_sentencepiece
 from trainer.data.shard_build import SKIPPED_NAME, BuildReport, ShardLimits, build_shards, source_digest
 from trainer.data.shards import INDEX_NAME, Selection, ShardIndex, ShardSet, read_index
-from trainer.data.source import DatasetReader
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.storage.open import join_url, open_store, scheme_of
 from trainer.storage.store import LocalStore, MissingError

@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from model.errors import UserError
 from model.lengths import TokenRate
 from trainer.data.config import DataConfig, DatasetConfig
+from trainer.data.dataset_reader import DatasetReader, Skip, check_skipped
 from trainer.data.errors import SampleError
 from trainer.data.lanes import DatasetMixture, DatasetOrder, lanes_of_rank
 from trainer.data.prepare import PreparedData, open_shards
 from trainer.data.sample import EncodedSample
 from trainer.data.shards import Selection, ShardIndex
-from trainer.data.source import Cursor, DatasetReader, SampleSource, Skip, check_skipped
+from trainer.data.source import Cursor, SampleSource
 from trainer.data.state import LaneState, State, new_state, num_skipped, open_state
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.data.workers import Workers

@@ -10,7 +10,7 @@ vocabulary. All gradients are sums over the global batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from model.llm.context import ContextPart
 from model.llm.lora import add_llm_adapters
 from model.llm.megatron import build_megatron, embed_tokens
 from model.llm.names import Piece, is_expert, local_pieces
@@ -27,7 +26,6 @@ from model.llm.packing import PackedSequences
 from model.llm.stages import Recompute
 from model.llm.weights import WeightSource, global_parameters, load_megatron
 from model.lora import NO_ADAPTERS, Adapters, llm_shapes
-from model.transfer import to_device
 from trainer.engine.llm_optimizer import (
     FP32_REDUCTION,
     Reduction,
@@ -38,81 +36,11 @@ from trainer.engine.llm_optimizer import (
     hf_name,
 )
 from trainer.engine.optim import OptimConfig, set_rates
+from trainer.engine.packs import Packs
 from trainer.engine.router_meter import RouterMeter
 from trainer.engine.token_losses import PackedLoss
 from trainer.parallel.cpu import megatron_calls
 from trainer.parallel.groups import Groups
-
-
-@dataclass(frozen=True)
-class Packs:
-    """The packed sequences of one replica in a step, as one of its ranks holds them."""
-
-    lengths: tuple[tuple[int, ...], ...]
-    """The lengths of the segments of each of the M packs. Those of a pack sum to t times the context-parallel size."""
-    token_ids: Tensor
-    """[M·t] int64; first and last stage only."""
-    labels: Tensor
-    """[M·t] int64, IGNORE where there is no label; first and last stage only."""
-    samples: tuple[tuple[int, ...], ...]
-    """For each of the M packs, the index in the global batch of the sample of every segment.
-
-    Padding is the last segment of a pack and has no index.
-    """
-    audio: Tensor
-    """[M·t/TP, H] the audio embeddings in this rank's slice of every pack; first stage only."""
-    audio_mask: Tensor
-    """[M·t/TP] bool, true where a row of the slice is audio."""
-    num_samples: int
-    """The number of samples in the global batch."""
-    is_audio: Tensor | None = None
-    """[M·t] bool, true where a row is audio; first and last stage only, and None without audio."""
-    part: ContextPart = ContextPart()
-    """The part of every pack that this rank holds."""
-
-    @property
-    def pack_tokens(self) -> int:
-        """The number of rows t of every pack on this rank."""
-        return sum(self.lengths[0]) // self.part.size
-
-    def sequences(self, microbatch: int) -> PackedSequences:
-        """Return what attention must know about one pack."""
-        if self.part.size > 1:
-            return PackedSequences.of_part(self.lengths[microbatch], self.part)
-        return PackedSequences(lengths=self.lengths[microbatch], num_samples=len(self.samples[microbatch]))
-
-    def rows(self, microbatch: int) -> slice:
-        """Return the rows of one pack among those of all packs."""
-        return slice(microbatch * self.pack_tokens, (microbatch + 1) * self.pack_tokens)
-
-    def sum_by_sample(self, token_losses: Sequence[Tensor], device: torch.device) -> Tensor:
-        """Return the sum of the token losses of each sample, [num_samples] in fp32.
-
-        The rows of a sample are always added in the same order.
-
-        Args:
-            token_losses: The losses [t] of the rows of every pack; empty for zeros.
-            device: The device of the result.
-        """
-        sums = torch.zeros(self.num_samples, device=device)
-        places = [place for one in self.samples for place in one]
-        if not token_losses or not places:
-            return sums
-        token_losses = [self._whole(losses) for losses in token_losses]
-        # Padding is dropped before the sum because it has no sample.
-        parts = [t[: sum(n[: len(s)])] for t, n, s in zip(token_losses, self.lengths, self.samples, strict=True)]
-        lengths = [n for one, s in zip(self.lengths, self.samples, strict=True) for n in one[: len(s)]]
-        sizes, rows = to_device([lengths, places], device)
-        # `unsafe` skips a check of the lengths that would make the host wait for the device.
-        return sums.index_copy_(0, rows, torch.segment_reduce(torch.cat(parts), "sum", lengths=sizes, unsafe=True))
-
-    def _whole(self, values: Tensor) -> Tensor:
-        """Return the values of all rows of a pack, given those [t] of this rank; 0 for the rows of other ranks."""
-        if self.part.size == 1:
-            return values
-        num_rows = len(values) * self.part.size
-        rows = to_device(self.part.rows(num_rows), values.device)
-        return values.new_zeros(num_rows).index_copy(0, rows, values)
 
 
 class LLMEngine:

@@ -22,8 +22,9 @@ from model.llm.mixture import described
 from model.lora import Adapters
 from trainer.checkpoint.catalog import find_checkpoint, read_extra
 from trainer.checkpoint.folder import LocalFolder
-from trainer.checkpoint.layout import PARAM, Rect, files_of, matrix_of
+from trainer.checkpoint.layout import PARAM, files_of
 from trainer.checkpoint.reader import STATE, Reader, check_files, read_manifest
+from trainer.checkpoint.rect import Rect, matrix_of
 from trainer.config.load import parse_stored_recipe
 from trainer.config.schema import Recipe
 from trainer.data.tokenizer import Tokenizer, load_tokenizer

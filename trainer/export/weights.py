@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from trainer.checkpoint.folder import LocalFolder
-from trainer.checkpoint.layout import PARAM, Rect, key_of, matrix_of
+from trainer.checkpoint.layout import PARAM, key_of
 from trainer.checkpoint.reader import Reader
+from trainer.checkpoint.rect import Rect, matrix_of
 from trainer.checkpoint.tensor_file import memory_of
 from trainer.checkpoint.writer import encode_header
 

@@ -17,7 +17,8 @@ from model.errors import UserError
 from model.hub.configuration import self_contained
 from model.llm.names import hf_shapes
 from model.lora import NO_ADAPTERS, Adapters, adaptable_layers, add_adapters, llm_layers, llm_shapes, unknown_factor
-from trainer.config.checks import known_encoder, known_llm_config
+from trainer.config.checks import known_encoder
+from trainer.config.llm_checks import known_llm_config
 from trainer.config.schema import Recipe
 from trainer.engine.optim import OptimConfig, check_patterns, setting_of
 from trainer.engine.stages import Stage, StagedOptim, check_stages

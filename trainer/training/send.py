@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.batch import IGNORE, Batch
 from model.transfer import to_device
-from trainer.engine.llm import Packs
+from trainer.engine.packs import Packs
 from trainer.parallel.exchange import exchange
 from trainer.parallel.groups import Groups
 from trainer.parallel.packs import PackPlan, embedding_segments, token_segments

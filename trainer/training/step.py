@@ -37,8 +37,9 @@ from model.losses.table import active_losses
 from model.transfer import to_device
 from trainer.config.spike import SpikeConfig
 from trainer.engine.encoders import AudioEngine
-from trainer.engine.llm import LLMEngine, Packs
+from trainer.engine.llm import LLMEngine
 from trainer.engine.optim import OptimConfig, lr_scale
+from trainer.engine.packs import Packs
 from trainer.engine.router_meter import RouterMeter, TokenMeter, token_kinds
 from trainer.engine.token_losses import PackedLoss
 from trainer.parallel.balance import Floats
