@@ -143,7 +143,7 @@ def test_resume_with_another_tokenizer_is_refused(place: Place) -> None:
     train_sentencepiece(["some other words of text"] * 9, 40, other, TokenizerConfig().placeholder)
     run = copy_run(place, "swapped")
     named = place.train("swapped", "train.steps=6", f"data.tokenizer.path={other}")
-    refused(named, f"data.tokenizer.path = {other}", "another tokenizer than", "set it to null")
+    refused(named, f"data.tokenizer.path = {other}", "not the tokenizer that", "set it to null")
     changed = place.train("swapped", "train.steps=6", 'data.tokenizer.template="{audio} {instruction}"')
     refused(changed, "data.tokenizer.template = ", "was trained with")
     shutil.copy(other, run / "tokenizer.model")
@@ -279,7 +279,7 @@ def test_templates_of_the_weights_are_used_if_the_recipe_gives_none(run: Path) -
         name="next", model=tiny_model(), data=DataConfig(tokenizer=TokenizerConfig(path=str(other_model(run))))
     )
     with pytest.raises(
-        UserError, match=r"data.tokenizer.path = .*other.model: another tokenizer than .*set it to null"
+        UserError, match=r"data.tokenizer.path = .*other.model: not the tokenizer that .*set it to null"
     ):
         check_named(adopt(other, owned), owned, tokenizer)
 

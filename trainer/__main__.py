@@ -1,12 +1,13 @@
 """Train a speech-text model with several routed audio encoders, or resume it from its last checkpoint.
 
-    earshot train kit_cpu data.root=DIR                    on this machine
-    earshot train mowe_70b --dry-run                       check the recipe and its data and print its layout
+    earshot train kit_cpu data.root=DIR                    train on this machine
+    earshot train mowe_70b --dry-run                       check the recipe and its data, and print its layout
     earshot train recipe.yaml optim.lr=3e-4 data.datasets.0.weight=0.5
 
-The same command resumes a run that was stopped. Under srun, torchrun or DeepSpeed's launcher it is one rank.
+To resume a run that was stopped, repeat the same command. Under srun, torchrun or DeepSpeed's launcher, the command is
+one rank. Otherwise, it starts all ranks on this machine.
 
-Exit codes are in `docs/operations.md`.
+The exit codes are documented in `docs/operations.md`.
 """
 
 from __future__ import annotations
@@ -35,10 +36,13 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run `earshot train`.
+
+    Args:
+        arguments: The arguments of the command; None for those of the process.
 
     Returns:
-        The exit code (see `ExitCode`). It is 2 if the user must fix something, which one line on stderr describes.
+        The exit code (see `ExitCode`). It is 2 after a mistake of the user, which one line on stderr describes.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_intermixed_args(arguments)
@@ -100,8 +104,8 @@ def _start_ranks(recipe: Recipe, arguments: Sequence[str]) -> int:
     # The ranks do the remaining checks, which need modules that take seconds to import and that ranks import anyway.
     code = launch.start_ranks(recipe.parallel.num_ranks, module_command("trainer", *arguments))
     if code == ExitCode.USER_ERROR and new:
-        # Otherwise, a step was done, or another process, started at the same time, uses the folder. The step of the
-        # error tells, too: the event of a complete checkpoint is missing if the evaluation after it ended the run.
+        # Keep the folder if a step was done or another process uses it. The step of the event `failed` is checked too,
+        # because the event `saved` is missing if the evaluation after the checkpoint failed.
         events = read_events(new[0])
         is_idle = all(event.get("step") is None for event in events)
         if is_idle and [event["event"] for event in events] in ([], ["started", "failed"]):
@@ -122,25 +126,25 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name in trainer/recipes, or path of a .yaml file")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="recipe keys to change, dotted")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted recipe keys and their new values")
     parser.add_argument(
         "--dry-run", action="store_true", help="check the recipe and its data, print its layout and sizes, and stop"
     )
     parser.add_argument("--no-data", action="store_true", help="with --dry-run, do not check that the data exists")
-    parser.add_argument("--verbose", action="store_true", help="show the log lines of DeepSpeed, Megatron and others")
+    parser.add_argument("--verbose", action="store_true", help="show the log lines of other libraries")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher appends it
     return parser
 
 
 class _OneLine(logging.Formatter):
-    """Escapes control characters in log messages, which may contain names from data."""
+    """A formatter that escapes control characters, because log messages may contain names from data."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable_lines(super().format(record))
 
 
 def be_calm() -> None:
-    """Leave the terminal to the progress bar: other libraries log errors only."""
+    """Silence the warnings and log lines of other libraries, except errors, so that the progress bar stays readable."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_OneLine())
     warnings.filterwarnings("ignore")
@@ -158,7 +162,7 @@ def be_calm() -> None:
 def leave(code: int) -> NoReturn:
     """End the process with `code`.
 
-    After a failure it ends at once, because other threads and libraries may wait for ranks that are gone.
+    After a failure, the process ends without cleanup, because threads of libraries may wait for ranks that have ended.
     """
     if code not in (ExitCode.FAILED, ExitCode.PEER_LOST):
         sys.exit(code)

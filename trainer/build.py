@@ -1,4 +1,4 @@
-"""The composition root: the only module that knows all parts of the trainer. It builds and connects them."""
+"""The composition root, which builds all parts of the trainer and connects them."""
 
 from __future__ import annotations
 
@@ -111,7 +111,10 @@ def _run(recipe: Recipe, env: RankEnv) -> int:
 
 
 def announcer(recipe: Recipe, env: RankEnv) -> Callable[[str], None]:
-    """Return a function that says on rank 0's terminal what is being done, unless the recipe disables progress."""
+    """Return a function that prints a progress message on stderr.
+
+    The function does nothing on ranks other than 0, and if `telemetry.progress` is false.
+    """
     if env.rank or not recipe.telemetry.progress:
         return lambda text: None
     return lambda text: print_timed(f"{recipe.name}: {text}", sys.stderr)
@@ -121,6 +124,9 @@ def begin_run(recipe: Recipe, env: RankEnv) -> EventLog:
     """Begin an attempt. Rank 0 records it in the run's events and writes the recipe.
 
     Collective: every rank of the world must call it.
+
+    Returns:
+        The event log of this rank.
 
     Raises:
         UserError: If the run's folder cannot be written.
@@ -150,7 +156,7 @@ def begin_run(recipe: Recipe, env: RankEnv) -> EventLog:
 
 
 def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the fields of the event `started` that describe the Slurm job."""
+    """Return the fields of the event `started` that describe the Slurm job; empty outside Slurm."""
     names = {"SLURM_JOB_ID": "job", "SLURM_RESTART_COUNT": "restarts", "SLURM_JOB_NODELIST": "nodes"}
     return {key: environ[name] for name, key in names.items() if name in environ}
 
@@ -187,7 +193,7 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
         if rank == 0:
             keep_tokenizer(prepared.tokenizer, recipe, run_dir, is_new=start == 0)
         if start < recipe.train.steps:
-            say(f"step {start + 1}, which takes longer than the next ones")
+            say(f"step {start + 1}, which takes longer than later steps")
         finished = loop.run(hooks, start, extra.get("data"))
         if rank == 0:
             if finished and loop.last_evaluation is not None:
@@ -201,13 +207,13 @@ def _train(recipe: Recipe, env: RankEnv, events: EventLog, position: Position) -
 
 
 def prepare_once(recipe: Recipe, groups: Groups) -> tuple[Recipe, PreparedData]:
-    """Return the data that `recipe` reads, and the recipe with the tokenizer settings of the weights it starts from.
+    """Return the recipe with the tokenizer settings of its initial weights, and the data that it reads.
 
     Collective: every rank of `groups.world` must call it. Rank 0 makes the shards and the tokenizer if they are
-    missing. The others wait and read them.
+    missing. The other ranks wait and then read them.
 
     Raises:
-        UserError: As in `prepare`, or if the recipe names a tokenizer that differs from that of the weights.
+        UserError: If `prepare` raises it, or if the recipe names another tokenizer than that of the initial weights.
     """
     prepared = None
     owned: OwnedTokenizer | str | None = None
@@ -248,7 +254,7 @@ def _prepare(recipe: Recipe, owned: OwnedTokenizer | None, *, is_first: bool) ->
 
 
 class WatchedSource:
-    """A source of weights that reports each read as progress."""
+    """A source of weights that calls `heartbeat` before each read."""
 
     def __init__(self, source: WeightSource, heartbeat: Callable[[str], None]) -> None:
         self._source, self._heartbeat = source, heartbeat
@@ -268,7 +274,7 @@ def build_step(
     kinds: SampleKinds | None = None,
     donors: Donors | None = None,
 ) -> Step:
-    """Return the step of a run: both engines with their initial weights.
+    """Build both engines with their initial weights, and return the training step that uses them.
 
     Collective: every rank of the world must call it.
 
@@ -276,9 +282,9 @@ def build_step(
         recipe: The recipe of the run.
         groups: The process groups of this rank.
         vocab_size: The size of the tokenizer's vocabulary.
-        heartbeat: Called with a description of each part before it is built.
+        heartbeat: A function that is called with a description of each part before it is built.
         kinds: The kinds of samples whose tokens are counted separately; None to count them by task.
-        donors: The weights from which the experts of the LLM are initialized; None to look for them.
+        donors: The initial weights of the FFN experts; None to call `find_donors`.
 
     Raises:
         UserError: If weights are missing or do not fit, the tokenizer has more tokens than the LLM, or a pattern of
@@ -350,7 +356,7 @@ def build_step(
 
 
 def describe_run(recipe: Recipe, step: Step, prepared: PreparedData) -> dict[str, Any]:
-    """Return what an export needs besides the weights."""
+    """Return the model's config and the path and digest of the tokenizer, which an export needs besides the weights."""
     tokenizer = prepared.tokenizer
     return {
         "model": describe(recipe.model, step.llm.hf_config, tokenizer.vocab_size),
@@ -360,7 +366,7 @@ def describe_run(recipe: Recipe, step: Step, prepared: PreparedData) -> dict[str
 
 
 def build_hooks(recipe: Recipe, run_dir: Path, start: int, events: EventLog) -> list[Hook]:
-    """Return the hooks of a run. Only rank 0 has hooks."""
+    """Return the hooks of a run, and write its plan if there is none yet. Only rank 0 has hooks and calls this."""
     telemetry = recipe.telemetry
     again = (events.attempt or 1) > 1
     run = TrackedRun(

@@ -1,4 +1,4 @@
-"""The donors of experts in a dense LLM: the runs, checkpoints or exports that give the experts their first weights."""
+"""The donors of FFN experts: the runs, checkpoints or exports from which the experts get their initial weights."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _ARCHITECTURE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_l
 
 
 class DonorSource:
-    """The LLM's weights in a run, a checkpoint or an export, with its adapters merged; implements `WeightSource`.
+    """The LLM's weights in a run, checkpoint or export, with low-rank adapters merged. It implements `WeightSource`.
 
     Args:
-        origin: The weights.
-        adapters: The settings of the adapters in them.
+        origin: The stored weights.
+        adapters: The settings of the low-rank adapters that the stored weights contain.
     """
 
     def __init__(self, origin: Origin, adapters: Adapters) -> None:
@@ -78,20 +78,20 @@ class DonorSource:
 
 @dataclass(frozen=True)
 class Donors:
-    """The weights from which the experts of a run are initialized."""
+    """The initial weights of the FFN experts of a run."""
 
     sources: Mapping[str, WeightSource]
-    """The weights by the name of the expert; those from `base` are not listed."""
+    """The weights, by the expert's name. Experts that are copied from `base` are not listed."""
     origins: list[dict[str, Any]]
-    """The origin of every expert on rank 0, see `provenance`; empty on other ranks, and if the run is resumed."""
+    """The origin of every expert as `provenance` returns it; empty on ranks other than 0, and if the run resumes."""
 
 
 def find_donors(recipe: Recipe, hf_config: PretrainedConfig, groups: Groups) -> Donors:
-    """Return the weights that experts begin with, after a check of the files and a hash of the tensors on rank 0.
+    """Return the initial weights of the FFN experts.
 
-    Collective: every rank of the world must call it. It may take many minutes, so no watchdog may be active. If the run
-    has a checkpoint, the experts will be read from it. Donors then need not exist any more, and the returned weights
-    are random.
+    Collective: every rank of the world must call it. Rank 0 checks the donors' files and hashes their tensors. This may
+    take many minutes, so no watchdog may be active. If the run has a checkpoint, the experts are later read from it. In
+    this case, the donors need not exist any more, and the returned weights are random.
 
     Args:
         recipe: The recipe of the run.
@@ -99,7 +99,7 @@ def find_donors(recipe: Recipe, hf_config: PretrainedConfig, groups: Groups) -> 
         groups: The process groups of this rank.
 
     Raises:
-        UserError: If there are no such weights, they are damaged, or the LLM in them has another architecture.
+        UserError: If a donor is missing or damaged, or its LLM has another architecture.
     """
     experts = [expert for expert in recipe.model.llm.experts if expert.from_ != BASE]
     if not recipe.model.llm.experts:
@@ -125,7 +125,7 @@ def find_donors(recipe: Recipe, hf_config: PretrainedConfig, groups: Groups) -> 
 
 
 def provenance(config: LLMConfig, seed: int) -> list[dict[str, Any]]:
-    """Return the origin of every expert, as plain values. All weights of the experts are read.
+    """Return the origin of every FFN expert as the fields of `Provenance`. This reads and hashes all their weights.
 
     Args:
         config: The recipe's section `model.llm`.
@@ -187,7 +187,7 @@ def _open(expert: ExpertConfig, hf_config: PretrainedConfig) -> WeightSource:
         found, wanted = described["text_config"].get(key), getattr(hf_config, key)
         if found != wanted:
             raise UserError(
-                f"{_key(expert)} = {url}: its LLM has {key} = {found}, this one {wanted}; name a run of the same LLM"
+                f"{_key(expert)} = {url}: its LLM has {key} = {found} instead of {wanted}; name a run of the same LLM"
             )
     adapters = NO_ADAPTERS if exported else Adapters(_recipe_of(expert).lora)
     return DonorSource(open_origin(url, exported), adapters)

@@ -1,4 +1,4 @@
-"""A summary of what a recipe means, for `--dry-run`: layout, sizes and batches. `earshot plan` prints more."""
+"""The summary of a recipe that `--dry-run` prints: ranks, sizes of parts, and batches. `earshot plan` prints more."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def describe(recipe: Recipe, memory: bool = True) -> str:
         memory: Whether to include the memory per rank, which cannot be computed in a process that is a rank.
 
     Raises:
-        UserError: If a model is a hub id without `config`, since its sizes are then unknown, or if a pattern in
+        UserError: If the sizes of a model are unknown because it is a hub id without `config`, or if a pattern in
             `optim.parts` matches no parameter.
     """
     topology = build_topology(recipe.parallel, recipe.parallel.num_ranks)
@@ -57,8 +57,8 @@ def check_tokenizer(recipe: Recipe) -> None:
     """Check the tokenizer of a recipe if it is a file or a folder on this machine.
 
     Raises:
-        UserError: If it cannot be read, lacks the placeholder or the end token, or has more tokens than the LLM, or if
-            its chat template does not allow the labels that `data.loss_turns` asks for.
+        UserError: If the tokenizer cannot be read, lacks the placeholder or the end token, or has more tokens than the
+            LLM, or if its chat template does not allow the labels that `data.loss_turns` needs.
     """
     path = recipe.data.tokenizer.path
     if path is None or not Path(path).exists():
@@ -75,7 +75,7 @@ def check_tokenizer(recipe: Recipe) -> None:
 
 
 def check_data(recipe: Recipe) -> None:
-    """Check the datasets of a recipe that are in folders of this machine. Those in buckets are not read.
+    """Check the datasets of a recipe that are in folders of this machine. Datasets in buckets are not read.
 
     Raises:
         UserError: If a manifest or an index is missing or cannot be read, or shards contain no samples to train on.
@@ -92,9 +92,9 @@ def check_data(recipe: Recipe) -> None:
 
 
 def write_plan(recipe: Recipe, path: Path) -> None:
-    """Write the summary to a run's folder, unless a job has already written its plan there.
+    """Write the summary to `path`, unless a job has already written its plan there.
 
-    Nothing is written if the sizes of the model are not known.
+    Nothing is written if the sizes of the model are unknown.
     """
     if path.exists():
         return
@@ -239,7 +239,7 @@ def _batch(recipe: Recipe, topology: Topology) -> list[str]:
 
 
 def _lengths(train: TrainConfig, topology: Topology) -> str:
-    """Return how the lengths of packs are rounded, as the end of a sentence."""
+    """Return the end of a sentence that says to which multiple packs are padded."""
     multiple = train.pack_multiple_tokens
     if multiple is None:
         if topology.cp > 1:

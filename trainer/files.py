@@ -1,4 +1,4 @@
-"""Files that appear as a whole or not at all, with the permissions that the user's umask asks for."""
+"""Atomic writes of files, with the permissions of the user's umask, and file locks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LEFTOVER_SEC = 3600.0
 def write_whole(
     path: Path, parts: Iterable[bytes | memoryview], finish: Callable[[Path, Path], object] = os.replace
 ) -> None:
-    """Write a file, sync it to disk, and give it its name.
+    """Write a file atomically and sync it to disk.
 
-    After a crash, `path` has either its old or its new content. Several processes may write the same file at once: each
-    writes to a hidden file of its own next to it. Another user who can write to the folder cannot redirect the write,
-    because the hidden file must be new.
+    After a crash, `path` has either its old or its new content. Several processes may write the same file at once,
+    because each writes to a hidden file of its own next to it. Another user who can write to the folder cannot redirect
+    the write, because the hidden file must be new.
 
     Args:
         path: The file.
@@ -33,7 +33,7 @@ def write_whole(
         finish: A function that moves the finished hidden file to `path`. `os.link` keeps an existing file.
 
     Raises:
-        OSError: If the file could not be written. In this case, nothing of it remains.
+        OSError: If the file could not be written. In this case, the hidden file is deleted.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_SUFFIX}")
     # Unlike a file of `tempfile`, it has the permissions of any other new file of the user.
@@ -53,7 +53,8 @@ def write_whole(
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of a file, which is created if it is missing and deleted afterwards.
 
-    The kernel releases the lock of a process that was killed. File systems without locks are used without one.
+    The kernel releases the lock of a process that was killed. On a file system without locks, the body runs without a
+    lock.
 
     Args:
         path: The file. Its folder must exist.
@@ -97,8 +98,9 @@ def sweep_leftovers(folder: Path, older_sec: float = _LEFTOVER_SEC) -> None:
     """Delete the unfinished files of `write_whole` that killed processes left in a folder.
 
     Args:
-        folder: The folder; it need not exist.
-        older_sec: Younger files are kept, because another process may be writing them; 0 if that is impossible.
+        folder: The folder, which need not exist.
+        older_sec: The age in seconds from which files are deleted, because another process may still be writing younger
+            files. Pass 0 if no other process writes to the folder.
     """
     for path in folder.glob(f".*{_SUFFIX}"):
         if not _LEFTOVER.search(path.name):

@@ -1,4 +1,4 @@
-"""The tiny LLM of each family that the parity requirement is measured with: fields of its Hugging Face config."""
+"""Fields of the Hugging Face configs of the tiny LLMs with which parity is measured, one for each family."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "ffn_experts": {"experts": ["d", "b", "c", "a"], "layers": [1, 3], "top_k": 2, "normalize": True},
     },
 }
-"""The fields of the configs of families with experts. One layer of the Qwen3-MoE has no experts. `mixture` is a Llama
-that got experts from the recipe, in every second layer."""
+"""The config fields of families with FFN experts. One layer of the Qwen3-MoE has no experts. `mixture` is a Llama in
+which the recipe adds experts to every second layer."""
 
 
 _FEATURES: dict[str, dict[str, Any]] = {
@@ -68,17 +68,17 @@ _FEATURES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 4,
     },
 }
-"""The fields of the configs of families that compute more than Llama. Windows are shorter than most samples."""
+"""The config fields of families with operations that Llama lacks. Sliding windows are shorter than most samples."""
 
 FEATURED = tuple(_FEATURES)
-"""The families without experts that compute more than Llama."""
+"""The families without FFN experts that have operations that Llama lacks."""
 
 
 def features(family: str, num_layers: int) -> dict[str, Any]:
-    """Return the fields of a family's config that differ from Llama's; none for other families than `FEATURED`.
+    """Return the config fields of a family that differ from Llama's, for a model with `hidden_size` 32 and 4 heads.
 
     Args:
-        family: The family. With `hidden_size` 32 it must have 4 heads.
+        family: The family. The result is empty if it is not one of `FEATURED`.
         num_layers: The number of layers, at most 8.
     """
     fields = dict(_FEATURES.get(family, {}))

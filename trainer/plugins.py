@@ -1,7 +1,7 @@
 """Plug-ins: installed packages that add entries to this project's tables by Python entry points.
 
 A recipe names the plug-ins that it needs under `plugins`. Every process that loads the recipe loads them before it
-checks the recipe's sections against the tables; processes that it starts load the same ones by `inherit_plugins`.
+checks the recipe's sections against the tables. Processes that it starts load the same plug-ins with `inherit_plugins`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from typing import Any
 from model.errors import UserError
 
 VARIABLE = "EARSHOT_PLUGINS"
-"""The environment variable that names the loaded plug-ins, separated by commas, for the processes that are started."""
+"""The environment variable that passes the names of the loaded plug-ins, separated by commas, to child processes."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The table that a group of entry points adds to. Its module is imported when a plug-in needs it."""
+    """The table to which the entry points of a group are added."""
 
     module: str
+    """The module of the table, which is imported when a plug-in adds an entry."""
     table: str
     """The name of the table, a dictionary, in the module."""
     type: str
-    """The place of a class as `module:NAME`: an entry is an instance or a subclass of it."""
+    """The base class of entries, as `module:NAME`. An entry is an instance or a subclass of it."""
     by_place: bool = False
-    """Whether the table stores the place of a value, `module:NAME`, instead of the value. Exports copy that module."""
+    """Whether the table stores `module:NAME` instead of the value, so that exports can copy the module."""
 
 
 GROUPS: Mapping[str, Group] = {
@@ -66,7 +67,7 @@ def load_plugins(names: Sequence[str]) -> None:
 
 
 def inherit_plugins() -> None:
-    """Load the plug-ins of the process that started this one.
+    """Load the plug-ins that the parent process has loaded.
 
     Raises:
         UserError: See `load_plugins`.

@@ -1,4 +1,4 @@
-"""The command `python -m trainer.restart`, under the name that batch scripts call; see `trainer.run.restart`."""
+"""The command `python -m trainer.restart`, which batch scripts call. It is implemented in `trainer.run.restart`."""
 
 from __future__ import annotations
 

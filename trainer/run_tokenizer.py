@@ -1,9 +1,9 @@
-"""The tokenizer that weights were trained with. A copy of it is stored next to a run's checkpoints.
+"""The tokenizer with which weights were trained. A copy of it is stored next to a run's checkpoints.
 
-Weights can be used only with the token ids that they were trained with. A run that resumes, a run that starts with the
-weights of another run, and all tools that read a checkpoint or an export therefore use the tokenizer, the templates and
-the placeholder with which the weights were trained. Every checkpoint and every export contains a digest of these three,
-so that a different tokenizer is detected.
+Weights can be used only with the token ids with which they were trained. Therefore, a run that resumes, a run that
+starts from the weights of another run, and all tools that read a checkpoint or an export use the original tokenizer,
+templates and placeholder. Every checkpoint and every export contains a digest of these three, so that a different
+tokenizer is detected.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _KEYS = ("placeholder", "template", "text_template", "chat_template")
 
 @dataclass(frozen=True)
 class OwnedTokenizer:
-    """The tokenizer that some weights were trained with, as plain values that can be sent to other ranks."""
+    """The tokenizer of a checkpoint or export, as plain values that can be sent to other ranks."""
 
     owner: str
     """The URL of the checkpoint or export that contains the weights."""
@@ -68,16 +68,18 @@ class OwnedTokenizer:
     where: str
     """The location of the copy, for messages."""
     named: str | None
-    """The path or hub id in the checkpoint, which is used if there is no copy."""
+    """The path or hub id that the checkpoint names, which is used if there is no copy; None for an export."""
 
     def put_into(self, cache_dir: str) -> str:
-        """Write the copy to a cache, if there is one, and return a path that `load_tokenizer` can read.
+        """Write the stored copy to a cache folder, and return a path that `load_tokenizer` can read.
+
+        If there is no stored copy, return `named`.
 
         Args:
-            cache_dir: The folder of the cache. The copy is named by a hash of its content.
+            cache_dir: The cache folder. The name of the file or folder in it is a hash of the content.
 
         Raises:
-            UserError: If there is no tokenizer, or `cache_dir` cannot be written.
+            UserError: If there is neither a copy nor `named`, or if `cache_dir` cannot be written.
         """
         if not self.files:
             if self.named is None:
@@ -102,7 +104,7 @@ class OwnedTokenizer:
             path: The path that `put_into` returned.
 
         Raises:
-            UserError: If the tokenizer cannot be read, or is not the one that the weights were trained with.
+            UserError: If the tokenizer cannot be read, or is not the one with which the weights were trained.
         """
         try:
             found = load_tokenizer(path, self.config)
@@ -136,7 +138,10 @@ def check_digest(tokenizer: Tokenizer, digest: str | None, owner: str, where: st
 
 
 def find_owned(recipe: Recipe) -> OwnedTokenizer | None:
-    """Return the tokenizer of the weights with which a recipe resumes or starts, or None if its weights are new.
+    """Return the tokenizer of the weights from which a run resumes or starts.
+
+    Returns:
+        The tokenizer; None if the run has no checkpoint and the recipe does not set `checkpoint.start_from`.
 
     Raises:
         UserError: If `checkpoint.start_from` is neither a run nor a checkpoint nor an export.
@@ -164,12 +169,12 @@ def _is_readable(owned: OwnedTokenizer) -> bool:
 
 
 def of_checkpoint(folder: Folder, run_dir: str | None = None) -> OwnedTokenizer:
-    """Return the tokenizer of a checkpoint: the copy that its run stored, or else the one that the checkpoint names.
+    """Return the tokenizer of a checkpoint: the copy that its run stored or, without a copy, the one that it names.
 
     Args:
         folder: The checkpoint.
-        run_dir: The run's folder, which is searched in addition to the folder above the checkpoints; None if there is
-            none.
+        run_dir: The run's folder, which is searched for a copy after the folder above the checkpoints; None to search
+            only the latter.
 
     Raises:
         UserError: If the checkpoint's state cannot be read.
@@ -224,10 +229,10 @@ def exported_config(settings: Mapping[str, Any]) -> TokenizerConfig:
 def adopt(recipe: Recipe, owned: OwnedTokenizer) -> Recipe:
     """Return the recipe with the placeholder and the templates of the weights.
 
-    A key with its default value is treated as if it were not set.
+    A key that has its default value in the recipe is treated as not set.
 
     Raises:
-        UserError: If the recipe sets a different value.
+        UserError: If the recipe sets another value than that of the weights.
     """
     ours, default = recipe.data.tokenizer, TokenizerConfig()
     for key in _KEYS:
@@ -264,8 +269,8 @@ def check_named(recipe: Recipe, owned: OwnedTokenizer, tokenizer: Tokenizer) -> 
         raise
     if named.digest != tokenizer.digest:
         raise UserError(
-            f"data.tokenizer.path = {path}: another tokenizer than {owned.owner} was trained with; set it to null to "
-            "use that tokenizer, or train from new weights (another name, no checkpoint.start_from)"
+            f"data.tokenizer.path = {path}: not the tokenizer that {owned.owner} was trained with; set it to null to "
+            "use the original tokenizer, or train from new weights (another name, no checkpoint.start_from)"
         )
 
 
@@ -276,7 +281,7 @@ def keep_tokenizer(tokenizer: Tokenizer, recipe: Recipe, run_dir: Path, *, is_ne
         tokenizer: The run's tokenizer.
         recipe: The run's recipe.
         run_dir: The run's folder.
-        is_new: Whether the run has no checkpoint yet. If true, an existing copy is replaced; otherwise, it is kept.
+        is_new: Whether the run has no checkpoint yet. An existing copy is replaced if true, and kept if false.
     """
     files = _files_of(tokenizer)
     for place in dict.fromkeys((str(run_dir), recipe.run_url)):

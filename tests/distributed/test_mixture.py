@@ -123,7 +123,7 @@ def test_the_origin_of_every_expert_is_known(runs: Path) -> None:
 def test_a_donor_of_another_architecture_is_refused(runs: Path, tmp_path: Path) -> None:
     write_run(tmp_path / "other", "qwen3")
     config = LLMConfig(weights=f"{runs}/base", experts=(ExpertConfig("a", f"{tmp_path}/other"), ExpertConfig("b")))
-    with pytest.raises(UserError, match=r"\(a\): from = .*other: its LLM has model_type = qwen3, this one llama"):
+    with pytest.raises(UserError, match=r"\(a\): from = .*other: its LLM has model_type = qwen3 instead of llama"):
         provenance(config, seed=1)
     config = LLMConfig(weights=f"{runs}/base", experts=(ExpertConfig("a", f"{tmp_path}/none"), ExpertConfig("b")))
     with pytest.raises(UserError, match="none"):
