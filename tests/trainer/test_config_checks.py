@@ -32,7 +32,7 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
 @pytest.mark.parametrize(
     ("recipe", "override", "message"),
     [
-        ("debug", ["eval.stop_after=2"], "eval.stop_after = 2: counts evaluations; set eval.every_steps"),
+        ("debug", ["eval.stop_after=2"], "eval.stop_after = 2: needs evaluations; set eval.every_steps"),
         (
             "debug",
             ["checkpoint.best_metric=asr/wer"],
@@ -190,7 +190,7 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         (
             "debug",
             ["model.experts.0.trailing_silence_sec=1"],
-            "model.experts[0].trailing_silence_sec = 1.0: only length_mode trim takes it; remove the key",
+            "model.experts[0].trailing_silence_sec = 1.0: needs length_mode = trim; set it, or remove the key",
         ),
         ("debug", ["model.primary.trailing_silence_sec=-1"], "model.primary.trailing_silence_sec = -1.0: must be from"),
         ("debug", ["model.primary.trailing_silence_sec=30"], "model.primary.trailing_silence_sec = 30.0: must be from"),

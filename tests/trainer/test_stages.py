@@ -38,7 +38,7 @@ def test_the_stages_decide_the_number_of_steps() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ((TWO, "train.steps=9"), "train.steps = 9: the stages have 8 steps together; set it to 8 or leave it out"),
+        ((TWO, "train.steps=9"), "train.steps = 9: the stages have 8 steps together; set it to 8, remove it, "),
         (("stages=[{name: a, steps: 0}]",), "stages 'a'.steps = 0: must be at least 1"),
         (("stages=[{name: a, steps: 2}, {name: a, steps: 2}]",), "stages: names ['a', 'a'] must be unique"),
         (("stages=[{name: a, steps: x}]",), "stages[0].steps = 'x': expected a whole number"),

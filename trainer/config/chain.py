@@ -1,8 +1,8 @@
 """Chains of recipes: several runs that follow each other, in which later runs use the weights of earlier ones.
 
-A chain is a recipe with the additional key `chain`, a list of the runs. Each item contains only what differs from the
-rest of the file, as a recipe differs from its `base`. It has its own `name`. The text `chain:NAME` stands for the place
-of an earlier run, for example in `checkpoint.start_from` and in `model.llm.experts`.
+A chain is a recipe with the additional key `chain`, a list of the runs. Each item has a `name` and the keys in which
+its run differs from the rest of the file, with which it is merged as a recipe is merged with its `base`. The text
+`chain:NAME` is replaced by the URL of an earlier run, for example in `checkpoint.start_from`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def load_chain(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recipe
     if not path.is_file():
         path = Path(name_or_path)
     if not path.is_file():
-        raise UserError(f"chain {name_or_path}: not one of {', '.join(chain_names())}, nor a path of a .yaml file")
+        raise UserError(f"chain {name_or_path}: not one of {', '.join(chain_names())}, nor the path of a .yaml file")
     tree = load_tree(path)
     items = tree.pop("chain", None)
     if not isinstance(items, list) or not items or not all(isinstance(i, dict) and "name" in i for i in items):
@@ -63,7 +63,7 @@ def load_chain(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recipe
 
 
 def _resolved(tree: Any, places: dict[str, str], where: str) -> Any:
-    """Return a tree in which `chain:NAME` is replaced by the place of the run."""
+    """Return a tree in which every `chain:NAME` is replaced by the URL of that run, which `places` contains."""
     if isinstance(tree, dict):
         return {key: _resolved(value, places, where) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -72,7 +72,9 @@ def _resolved(tree: Any, places: dict[str, str], where: str) -> Any:
         return tree
     name = tree.removeprefix(PREFIX)
     if name not in places:
-        raise UserError(f"{where}: {tree}: no earlier run of the chain has this name; earlier are {', '.join(places)}")
+        raise UserError(
+            f"{where}: {tree}: no earlier run of the chain has this name; use one of: {', '.join(places) or 'none'}"
+        )
     return places[name]
 
 

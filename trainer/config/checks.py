@@ -78,7 +78,7 @@ def check_recipe(recipe: Recipe) -> None:
 def deepspeed_json(recipe: Recipe) -> Path:
     """Return the path of the DeepSpeed JSON file.
 
-    A relative path is resolved against the current folder, or against the project's folder if there is no such file.
+    A relative path is resolved against the current folder, or against the project's folder if that file does not exist.
     """
     path = Path(recipe.train.deepspeed)
     return path if path.exists() or path.is_absolute() else shipped(recipe.train.deepspeed)
@@ -87,7 +87,7 @@ def deepspeed_json(recipe: Recipe) -> Path:
 def check_folders(recipe: Recipe) -> None:
     """Check that the folders of weights exist. A training run needs them, but a dry run does not.
 
-    A tokenizer's folder may be missing when a run resumes, since the run keeps a copy.
+    The tokenizer's folder is not checked, because a run that resumes uses its own copy.
 
     Raises:
         UserError: If a folder is missing and its name cannot be a hub id.
@@ -123,9 +123,11 @@ def _places(model: ModelConfig) -> list[tuple[str, EncoderConfig]]:
 
 
 def known_encoder(config: EncoderConfig) -> EncoderConfig | None:
-    """Return what is known about an encoder without network access; None if the recipe contains only a hub id.
+    """Return a config of an encoder that can be resolved without network access.
 
-    If the recipe contains both a hub id and a `config`, the result has the `config` and no weights.
+    Returns:
+        The config itself, if it has no weights or they are a local folder. If it contains a hub id and a `config`, a
+        copy without weights. None if it contains only a hub id.
     """
     if config.weights is None or Path(config.weights).is_dir():
         return config
@@ -192,10 +194,12 @@ def _check_encoder(place: str, encoder: EncoderConfig) -> None:
         )
     silence = encoder.trailing_silence_sec
     if silence and encoder.length_mode != "trim":
-        raise UserError(f"{place}.trailing_silence_sec = {silence}: only length_mode trim takes it; remove the key")
+        raise UserError(
+            f"{place}.trailing_silence_sec = {silence}: needs length_mode = trim; set it, or remove the key"
+        )
     if not 0 <= silence < encoder.window_sec:
         raise UserError(
-            f"{place}.trailing_silence_sec = {silence}: must be from 0 to below window_sec = {encoder.window_sec:g}"
+            f"{place}.trailing_silence_sec = {silence}: must be 0 or more and below window_sec = {encoder.window_sec:g}"
         )
     check_weights(f"{place}.weights", encoder.weights)
     known = known_encoder(encoder)
@@ -250,7 +254,7 @@ def _check_data(recipe: Recipe) -> None:
     for key, split in read.items():
         if split not in data.eval_splits:
             raise UserError(
-                f"eval.{key} = {split}: legal values are those of data.eval_splits: {', '.join(data.eval_splits)}"
+                f"eval.{key} = {split}: legal values are the splits in data.eval_splits: {', '.join(data.eval_splits)}"
             )
 
 
@@ -265,7 +269,7 @@ def _check_stop(recipe: Recipe) -> None:
     if not after:
         return
     if not recipe.eval.every_steps:
-        raise UserError(f"eval.stop_after = {after}: counts evaluations; set eval.every_steps")
+        raise UserError(f"eval.stop_after = {after}: needs evaluations; set eval.every_steps")
     if metric is None or not metric.startswith(f"eval/{split}/"):
         raise UserError(
             f"eval.stop_after = {after}: checkpoint.best_metric = {metric} must be a score of eval.split: "

@@ -45,7 +45,7 @@ def from_tree(cls: type[T], tree: Any, path: str = "") -> T:
 
 
 def key_of(field: dataclasses.Field[Any]) -> str:
-    """Return the key of a field: its name without the underscore that follows a word of Python's, as in `from_`."""
+    """Return the recipe key of a field: the field's name, without the final underscore of names such as `from_`."""
     return field.name.removesuffix("_")
 
 
@@ -61,7 +61,7 @@ def to_tree(value: Any) -> Any:
 
 
 def describe(annotation: Any) -> str:
-    """Return a description of an annotation for users."""
+    """Return the description of a type annotation that error messages and the reference of keys contain."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is type(None):
         return "null"

@@ -1,7 +1,8 @@
 """Recipe keys and values that had other names in earlier versions.
 
-A recipe that a user writes must use the present names, which the error message of `refuse` contains. A recipe that is
-stored in a run or checkpoint is updated by `translate`, so that runs of earlier versions can still be used.
+A recipe that a user writes must use the present names. For each former name, `refuse` raises an error that contains the
+present one. A recipe that is stored in a run or checkpoint is updated by `translate`, so that runs of earlier versions
+can still be used.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ FORMER_KEYS = {
 """For each former dotted key, the last part of its present name. The section is the same."""
 
 FORMER_SWITCHES = {"telemetry.mlflow": ("trackers", {True: ["mlflow"], False: []})}
-"""For each former switch, the last part of the key that replaces it, and the key's value for each switch value."""
+"""For each former key that was true or false, the last part of the key that replaces it, and its value for each."""
 
 FORMER_VALUES = {"model.router.gates": FORMER_GATES}
 """For each dotted key of a list, the present names of its items by their former names."""
 
 FORMER_BOOLEANS = {"train.recompute_llm": {True: "full", False: "none"}}
-"""The present values of keys that were true or false, by dotted key."""
+"""For each key whose value was true or false in earlier versions, the present value that replaces each."""
 
 
 def refuse(tree: dict[str, Any]) -> None:
@@ -36,7 +37,7 @@ def refuse(tree: dict[str, Any]) -> None:
         tree: The recipe as nested mappings. It is not changed.
 
     Raises:
-        UserError: If it contains one. The message contains the present name.
+        UserError: If it contains a former key or value. The message contains the present name.
     """
     for section, key, new in _former_keys(tree):
         if key.rpartition(".")[2] in section:

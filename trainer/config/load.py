@@ -21,10 +21,10 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Return a recipe, after loading the plug-ins that it names.
+    """Load the plug-ins that a recipe names, and return the recipe.
 
-    A recipe with the key `base: NAME` contains only what differs from that recipe. Mappings are merged, and lists are
-    replaced.
+    A recipe with the key `base: NAME` contains only the keys in which it differs from that recipe. Mappings are merged,
+    and lists are replaced.
 
     Args:
         name_or_path: The name of a recipe in `trainer/recipes`, or the path of a YAML file.
@@ -47,18 +47,18 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _follow(tree: dict[str, Any]) -> None:
-    """Put the cache next to the runs, unless the recipe says where it is."""
+    """Set `data.cache_dir` to a folder next to the runs, unless the recipe sets it."""
     data, train = tree.setdefault("data", {}), tree.get("train", {})
     if isinstance(data, dict) and isinstance(train, dict) and isinstance(root := train.get("run_dir", "runs"), str):
         data.setdefault("cache_dir", join_url(root, "cache"))
 
 
 def parse_stored_recipe(text: str, where: str) -> Recipe:
-    """Return the recipe that this or an earlier version wrote as `text`, with former keys translated.
+    """Return a recipe that this or an earlier version has stored. Former keys are translated.
 
     Args:
         text: The YAML that `dump` returned.
-        where: The file it was read from, for error messages.
+        where: The file that contains the text, for error messages.
 
     Raises:
         UserError: See `load_recipe`.
@@ -84,7 +84,10 @@ def _refuse_credentials(tree: Any, path: str) -> None:
 def build_recipe(tree: Any) -> Recipe:
     """Build a recipe from a tree, and declare its tasks.
 
-    Its plug-ins are loaded first, since its sections may refer to what they add.
+    Its plug-ins are loaded first, because sections may name entries that plug-ins add.
+
+    Raises:
+        UserError: See `load_recipe`.
     """
     names = tree.get("plugins") if isinstance(tree, dict) else None
     if isinstance(names, list):  # `from_tree` refuses anything else
@@ -119,7 +122,7 @@ def load_stored_recipe(path: Path) -> Recipe:
 
 
 def dump(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML without credentials, from which `load_recipe` makes an equal recipe."""
+    """Return a recipe as YAML with all its keys and without credentials. `load_recipe` reads it as an equal recipe."""
     return yaml.safe_dump(to_tree(recipe), sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -170,12 +173,12 @@ def _find(name_or_path: str, parent: Path | None) -> Path:
         raise UserError(f"recipe {name_or_path}: no such file")
     path = RECIPES / f"{name_or_path}.yaml"
     if name_or_path not in recipe_names():
-        raise UserError(f"recipe {name_or_path}: not one of {', '.join(recipe_names())}, nor a path of a .yaml file")
+        raise UserError(f"recipe {name_or_path}: not one of {', '.join(recipe_names())}, nor the path of a .yaml file")
     return path
 
 
 def load_tree(path: Path) -> dict[str, Any]:
-    """Return the keys of a recipe's file, merged with those of its `base`, without any check of them.
+    """Return the keys of a recipe's file, merged with the keys of its `base`. The keys are not checked.
 
     Raises:
         UserError: If a file cannot be read or is not YAML, or recipes inherit from each other in a circle.
@@ -203,17 +206,17 @@ def _read_tree(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def merge_trees(base: Any, tree: Any) -> Any:
-    """Return the keys of `base`, changed by those of `tree`. Mappings are merged, and other values are replaced."""
+    """Return `base` with the keys of `tree`. Mappings are merged recursively, and other values are replaced."""
     if not isinstance(base, dict) or not isinstance(tree, dict):
         return tree
     return base | {key: merge_trees(base[key], value) if key in base else value for key, value in tree.items()}
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Change a tree in place as `key=value` says.
+    """Apply an override of the form `key=value` to a tree, in place.
 
     Raises:
-        UserError: If it is not of this form, or names an item that a list does not have.
+        UserError: If the override does not have this form, or names an item that a list does not have.
     """
     key, equals, text = override.partition("=")
     if not equals or not key or any(not part for part in key.split(".")):
@@ -239,6 +242,6 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _index(items: list[Any], part: str, override: str) -> int:
     if not part.isdecimal() or int(part) >= len(items):
-        legal = f"legal are 0..{len(items) - 1}" if items else "the list is empty; give it whole"
+        legal = f"legal are 0..{len(items) - 1}" if items else "the list is empty; set the whole list"
         raise UserError(f"{override}: {part} is not an item of the list ({legal})")
     return int(part)

@@ -1,4 +1,4 @@
-"""The origin of every expert in the LLM's layers, which checkpoints, exports and profiles state."""
+"""The origins of FFN experts, as they are stored in checkpoints and exports and printed by profiles."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from model.errors import UserError
 from trainer.config.convert import from_tree
 
 KEY = "ffn_experts"
-"""The entry of a checkpoint's state with the origins."""
+"""The entry of a checkpoint's state that contains the origins."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The origin of an expert."""
+    """The origin of an FFN expert that a recipe adds to the LLM."""
 
     name: str
     """The name of the expert."""
@@ -23,26 +23,26 @@ class Provenance:
     run: str
     """The name of the run; empty if the expert is not from a run."""
     step: int | None
-    """The number of steps after which the checkpoint was saved; None if it is not from a run."""
+    """The number of steps after which the donor's checkpoint was saved; None if the expert is not from a run."""
     recipe: str
-    """The SHA-256 digest of the recipe of the run; empty if it is not from a run."""
+    """The SHA-256 digest of the recipe of the run; empty if the expert is not from a run."""
     datasets: tuple[str, ...]
-    """The manifests of the datasets that the run was trained on."""
+    """The manifests or folders of shards of the run's datasets."""
     checkpoint: str
-    """The SHA-256 digest of the manifest of the checkpoint, which contains the checksums of all its files."""
+    """The SHA-256 digest of the checkpoint's manifest, which contains the checksums of all its files."""
     tensors: str
-    """The SHA-256 digest of the expert's initial weights in fp32, layer by layer: gate, up, down."""
+    """The SHA-256 digest of the expert's initial weights in fp32, in the order gate, up, down of each layer."""
 
 
 def read_origins(tree: Any, where: str) -> list[Provenance]:
-    """Return the origins in the state of a checkpoint; none if the LLM got no experts.
+    """Return the origins in the state of a checkpoint; empty if the recipe added no FFN experts.
 
     Args:
-        tree: The entry `KEY`, which may be anything; None if there is none.
-        where: The place of the checkpoint, for error messages.
+        tree: The value of the entry `KEY`, of any type; None if the state does not have this entry.
+        where: The URL of the checkpoint, for error messages.
 
     Raises:
-        UserError: If the entry is not what a run writes.
+        UserError: If the entry does not have the format that a run writes.
     """
     if tree is None:
         return []

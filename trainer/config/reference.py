@@ -56,7 +56,7 @@ def sections(only: str | None = None) -> list[Section]:
 
 
 def as_text(found: list[Section]) -> str:
-    """Return the keys for a terminal of 80 columns."""
+    """Return the keys, their defaults and meanings as text for a terminal of 80 columns."""
     lines: list[str] = []
     for section in found:
         for key in section.keys:

@@ -43,27 +43,29 @@ class TrainConfig:
     pack_multiple_tokens: int | None = None
     """Every pack is padded to a multiple of this number of tokens, so that only a few lengths occur.
 
-    It must be a multiple of `parallel.tensor` and divide `llm_tokens_per_microbatch`. null uses `parallel.tensor`.
+    It must divide `llm_tokens_per_microbatch` and be a multiple of `parallel.tensor` or, if `parallel.context` is above
+    1, of 2 · `parallel.context` · `parallel.tensor`. null uses this smallest multiple.
     """
     encoder_batch_sec: float = 480.0
-    """The largest amount of padded audio in one encoder call, in seconds: the number of clips times the longest clip.
+    """The largest amount of padded audio in one encoder call, in seconds (the number of clips times the longest clip).
 
-    An encoder call is one forward pass of an encoder on a batch of clips. A single longer clip has a call of its own.
-    Lower the value if an encoder runs out of memory.
+    An encoder call is one forward pass of an encoder on a batch of clips. A clip that is longer than this value has a
+    call of its own. Lower the value if an encoder runs out of memory.
     """
     recompute_llm: Recompute = "none"
     """The activations of the LLM that are recomputed in the backward pass, which saves memory but costs time.
 
-    selective: norms, SwiGLU and attention, but none of a layer's matmuls. full: everything but the inputs of layers.
+    `selective` recomputes norms, SwiGLU and attention, but no linear layers. `full` keeps only the inputs of layers and
+    recomputes everything else.
     """
     recompute_encoders: bool = False
     """Whether to recompute the activations of the encoders' layers in the backward pass."""
     recompute_encoder_calls: bool = False
     """Whether to run each encoder call again in the backward pass, which costs one more forward pass of the encoders.
 
-    Only the activations of one call at a time are then in memory, however many samples a global batch has. Mixture,
-    adapter and projector run again as well. With `recompute_encoders`, a call that runs again keeps only the inputs of
-    its layers.
+    Then only the activations of one call at a time are in memory, independently of the size of the global batch. The
+    mixture, the adapter and the projector are recomputed as well. With `recompute_encoders`, a call that runs again
+    keeps only the inputs of its layers.
     """
     gather_audio_weights: Gathering = "per_update"
     """When the weights of encoders, router, adapter and projector are gathered from the ranks that share them.
@@ -73,35 +75,35 @@ class TrainConfig:
     gathers the weights of each module around each of its calls, which saves this memory but takes much longer.
     """
     deepspeed: str = "ds_configs/zero3.json"
-    """The path of the DeepSpeed JSON file, relative to the current folder, or else to the project's folder."""
+    """The path of the DeepSpeed JSON file, relative to the current folder or, if it is not there, to the project's."""
     run_dir: str = "runs"
     """The folder that contains the folders of runs. The run's own folder is `<run_dir>/<name>`."""
     hang_timeout_sec: float = 600.0
-    """The seconds without progress after which a rank counts as hung; 0 disables the check.
+    """The number of seconds without progress after which a rank counts as hung; 0 disables the check.
 
     Progress is a step, a file of a checkpoint or a batch of an evaluation. After this time without progress, all ranks
     write their stacks to the run's folder and exit. Raise the value if a healthy step takes longer.
     """
     stop_grace_sec: float = 120.0
-    """The seconds that the scheduler leaves between the signal that asks the run to stop and the one that kills it.
+    """The number of seconds between the scheduler's signal that asks the run to stop and the signal that kills it.
 
     If the last save takes longer, the event `save_failed` is emitted.
     """
     compare_replicas_every_steps: int = 100
-    """How often, in steps, the weights of the LLM's replicas are compared to detect a faulty device; 0 for never.
+    """The number of steps between comparisons of the LLM's replicas, which detect a faulty device; 0 for never.
 
-    Unless it is 0, they are also compared before every save, so that a checkpoint has the same weights as all replicas.
-    If they differ, the run ends without saving, and the event `corrupted` names the ranks and their nodes.
+    Unless it is 0, the weights of the replicas are also compared before every save, so that no faulty weights are
+    saved. If they differ, the run ends without saving, and the event `corrupted` names the ranks and their nodes.
     """
     deterministic: bool = False
-    """Whether to use only deterministic kernels, so that a resumed run is bit-identical on CUDA, too.
+    """Whether to use only deterministic kernels, so that a resumed run is bit-identical on CUDA.
 
     On CPUs, a resumed run is always bit-identical. Deterministic kernels are slower.
     """
     debug_plan: bool = False
-    """Whether to check in every step that all ranks plan to send clips and samples to the same places.
+    """Whether to check in every step that all ranks have computed the same plan of exchanges of clips and samples.
 
-    If their plans differ, the run ends. Use it to find out why a run hangs.
+    If the plans differ, the run ends. Use this check to find out why a run hangs.
     """
 
     def __post_init__(self) -> None:
@@ -169,8 +171,8 @@ class Recipe:
             raise UserError(f"stages: names {names} must be unique and not empty")
         if self.stages and total != self.train.steps:
             raise UserError(
-                f"train.steps = {self.train.steps}: the stages have {total} steps together; set it to {total} or leave "
-                "it out, or change stages.N.steps"
+                f"train.steps = {self.train.steps}: the stages have {total} steps together; set it to {total}, remove "
+                "it, or change stages.N.steps"
             )
         known = [dataset.name for dataset in self.data.datasets]
         for stage in self.stages:
@@ -207,5 +209,5 @@ class Recipe:
 
     @property
     def run_url(self) -> str:
-        """The folder or bucket prefix that contains the run's checkpoints and what an export of them needs."""
+        """The folder or bucket prefix of the run's checkpoints and of the other files that an export needs."""
         return join_url(self.checkpoint.root or self.train.run_dir, self.name)

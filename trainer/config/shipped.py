@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1]
 def shipped(name: str) -> Path:
     """Return the path of a file or folder that is part of the project.
 
-    An installed wheel has the folders inside `trainer/`; in a checkout they are next to it.
+    In an installed wheel, these folders are inside `trainer/`. In a checkout, they are next to it.
 
     Args:
         name: The relative path, such as `ds_configs/zero3.json` or `slurm`.

@@ -10,13 +10,13 @@ from model.errors import UserError
 
 @dataclass(frozen=True)
 class SpikeConfig:
-    """The recipe's `spike` section: which updates are skipped, and what happens then."""
+    """The recipe's `spike` section: which updates are skipped because of a spike, and how the run continues."""
 
     action: Literal["skip", "rewind", "stop"] = "skip"
-    """What to do after a spike: a loss or gradient norm that is not finite, or a loss above the limit of `factor`.
+    """The reaction to a spike: a loss or gradient norm that is not finite, or a loss above the limit of `factor`.
 
-    `skip` skips the update and continues. `rewind` continues after the batch with the weights of the newest checkpoint;
-    without a checkpoint it equals `skip`. `stop` saves the state before the batch and ends the run.
+    `skip` skips the update and continues. `rewind` loads the weights of the newest checkpoint and continues with the
+    next batch. Without a checkpoint, it equals `skip`. `stop` saves the state before the batch and ends the run.
     """
     factor: float = 0.0
     """A loss above this many times the median of the last `window_steps` losses is a spike; 0 disables this rule."""
@@ -27,7 +27,7 @@ class SpikeConfig:
 
     def __post_init__(self) -> None:
         if self.factor != 0 and self.factor <= 1:
-            raise UserError(f"spike.factor = {self.factor}: must be above 1, or 0 for none")
+            raise UserError(f"spike.factor = {self.factor}: must be above 1, or 0 to disable the rule")
         if self.window_steps < 1:
             raise UserError(f"spike.window_steps = {self.window_steps}: must be at least 1")
         if self.max_in_a_row < 1:

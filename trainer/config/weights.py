@@ -24,7 +24,7 @@ def check_weights(key: str, weights: str | None) -> None:
         weights: A folder, a hub id, or None. Only local files are checked.
 
     Raises:
-        UserError: If it is a file, or a folder in one of these formats.
+        UserError: If `weights` is a file, or a folder in one of these formats.
     """
     if weights is None:
         return
@@ -44,7 +44,7 @@ def check_weights(key: str, weights: str | None) -> None:
         )
     if _is_ctranslate2(path / "model.bin"):
         raise UserError(
-            f"{key} = {weights}: model.bin is of CTranslate2 (faster-whisper) and cannot be read; {_REMEDY}"
+            f"{key} = {weights}: model.bin has the format of CTranslate2 (faster-whisper) and cannot be read; {_REMEDY}"
         )
 
 
