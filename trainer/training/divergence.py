@@ -1,4 +1,4 @@
-"""What a user is told about a run that diverged: its losses, the likely causes, and the way back."""
+"""The error message of a run that diverged: its losses, the likely causes, and the steps to recover."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.engine.optim import OptimConfig
 
 _NUM_SHOWN = 8
 _GROWN = 2.0
-"""A loss above this multiple of the usual loss counts as grown."""
+"""The multiple of the usual loss above which a loss counts as grown."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Divergence:
         return max((step for step in steps if step < self.onset), default=None)
 
     def shown(self) -> list[Past]:
-        """Return a few of the steps: evenly spread ones before the loss grew, and those around this moment."""
+        """Return at most `_NUM_SHOWN` consecutive steps around the one at which the loss began to grow."""
         around = next((i for i, p in enumerate(self.history) if p.step >= self.onset), len(self.history) - 1)
         start = max(0, min(around - _NUM_SHOWN // 2, len(self.history) - _NUM_SHOWN))
         return list(self.history[start : start + _NUM_SHOWN])
@@ -96,7 +96,11 @@ class Divergence:
         )
 
     def fields(self, steps: Sequence[int]) -> dict[str, Any]:
-        """Return the fields of the event `diverged`."""
+        """Return the fields of the event `diverged`.
+
+        Args:
+            steps: The steps of the run's checkpoints.
+        """
         shown = [[p.step, number(p.loss), number(p.grad_norm)] for p in self.shown()]
         return {"onset": self.onset, "good_checkpoint": self.good_checkpoint(steps), "history": shown}
 

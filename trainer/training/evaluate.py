@@ -51,7 +51,7 @@ class Evaluator:
         prepared: The datasets and the tokenizer.
         step: The engines.
         folder: The folder for the predictions (one JSONL file per evaluation) and their scores (JSON).
-        heartbeat: Called with a description of each batch before it is evaluated.
+        heartbeat: A function that is called with a description of each batch before it is evaluated.
 
     Raises:
         UserError: If `eval.wordnet` is given and is not a WordNet folder.
@@ -148,7 +148,7 @@ def predict(
         samples: This rank's samples, with prompts and without targets.
         tokenizer: The tokenizer that decodes the answers.
         config: The recipe's `eval` section.
-        heartbeat: Called with a description of each batch before it is evaluated.
+        heartbeat: A function that is called with a description of each batch before it is evaluated.
     """
     groups = step.groups
     share = max(1, config.batch_size * groups.topology.without_context.dp // groups.topology.world)

@@ -25,12 +25,12 @@ from trainer.telemetry.token_load import SampleKinds
 
 _FIELDS = 4
 _KIND_SHIFT = 20
-"""The bit of a number at which the kind of a sample begins, behind the index of its task."""
+"""The position of the lowest bit of a sample's kind in the integer that also holds the index of its task."""
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The description of the n samples of all ranks, ordered by rank and then as each rank holds them."""
+    """The description of the n samples of all ranks, ordered by rank and then by their order in the rank's batch."""
 
     source_ranks: Ints
     """[n] the rank that loaded the sample."""
@@ -86,7 +86,7 @@ References = Mapping[str, Sequence[Sample | None]]
 
 @dataclass(frozen=True)
 class Shared:
-    """What a rank knows about a global batch after the ranks have described their parts to each other."""
+    """The description of a global batch, which is the same on all ranks, and the references of this rank's samples."""
 
     whole: GlobalBatch
     references: References
@@ -119,7 +119,7 @@ def gather(
         model: The model's config.
         groups: The process groups of this rank.
         kinds: The kinds of samples whose tokens are counted separately; None if they are not counted.
-        notes: Further numbers to share with all ranks in the same exchange, as many on every rank.
+        notes: Further numbers to share in the same exchange. Every rank must pass the same number of them.
         expected_values: The number of integers per rank for which one exchange suffices. It must be the same on all
             ranks. If a rank contributes more integers, there is a second exchange.
     """

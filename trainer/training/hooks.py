@@ -1,4 +1,4 @@
-"""The hooks that every training run has: the terminal, the trackers, the histories and the summary."""
+"""The hooks that every training run has: for the terminal, the trackers, the histories, the events and the summary."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.telemetry.trackers.base import Tracker
 
 
 class ProgressHook(Hook):
-    """A progress bar or plain lines on the terminal, with a line for each evaluation, checkpoint and event."""
+    """A hook that shows progress on the terminal, with a line for each evaluation, checkpoint and event."""
 
     _SHOWN_OTHERWISE = ("resumed", "finished", "stopped")
     """Events that are not printed, because other lines on the terminal already report them."""
@@ -70,7 +70,7 @@ class ProgressHook(Hook):
 
 
 class TrackerHook(Hook):
-    """A hook that logs one record per `every_steps` steps, one for any steps left over, and one per evaluation."""
+    """A hook that logs a record to a tracker every `every_steps` steps, for the last steps, and for each evaluation."""
 
     def __init__(self, tracker: Tracker, every_steps: int = 1) -> None:
         self._tracker, self._every_steps = tracker, every_steps
@@ -97,10 +97,10 @@ class TrackerHook(Hook):
 class LoadHook(Hook):
     """A hook that writes the load of the encoders to `expert_load.jsonl`, one line per logging interval.
 
-    The load of the experts in the LLM's layers, if it has any, is written to `token_load.jsonl`.
+    If the LLM has FFN experts, their load is written to `token_load.jsonl`.
 
-    `on_end` raises OSError if lines could not be written, for example because the disk is full. An incomplete history
-    would otherwise be profiled as if it were complete.
+    `on_end` raises OSError if lines could not be written, for example because the disk is full. Otherwise, a history
+    with missing lines would be profiled as if it were complete.
     """
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:

@@ -49,7 +49,7 @@ class Loop:
         step: The training step, which holds the engines of the audio modules and of the LLM; a call runs one step.
         groups: This rank's process groups.
         prepared: The datasets and the tokenizer.
-        evaluator: Evaluates the model on a split.
+        evaluator: The evaluator of the model on a split.
         checkpoints: The run's checkpoints.
         run_dir: The run's folder.
         described: The description of the model that an export needs; it is stored in every checkpoint.
@@ -157,11 +157,12 @@ class Loop:
     ) -> tuple[Batch, Shared, State]:
         """Load the batch of step `number`.
 
-        One exchange tells all ranks whether every rank could load its part of the batch, and what the parts contain.
+        In one exchange, every rank shares the description of its part of the batch, or the error that occurred when it
+        loaded this part.
 
         Returns:
-            This rank's part of the batch, what all ranks know about the whole batch, and the state of the sample stream
-            after the batch.
+            This rank's part of the batch, the description of the whole batch, and the state of the sample stream after
+            the batch.
         """
         self.position.at(number)
         self.watchdog.heartbeat(f"step {number}")
@@ -184,7 +185,7 @@ class Loop:
             self.hooks.on_event("stage_started", number, fields)
 
     def _train(self, number: int, batch: Batch, shared: Shared, state: State, stop: StopRequest) -> StepReport:
-        """Do step `number`. If its update is skipped, respond as the recipe's `spike.action` says.
+        """Run step `number`. If its update is skipped, react as the recipe's `spike.action` says.
 
         `state` is the state of the sample stream before the step.
         """

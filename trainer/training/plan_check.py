@@ -27,7 +27,7 @@ WARM_UP_STEPS = 5
 WINDOW_STEPS = 15
 """The number of steps after the warm-up over which times are compared with the plan."""
 _LEAST_STEPS = 3
-"""The smallest number of steps that are compared if the run ends earlier."""
+"""The smallest number of steps that are compared if the run ends before the window is full."""
 MEMORY_TOLERANCE = 0.15
 """The largest relative difference between the measured and the planned peak memory that counts as planned."""
 _WORKLOAD_TOLERANCE = 0.1
@@ -42,12 +42,12 @@ _PLACES = {ENCODERS: "the encoders", LLM: "the LLM", UPDATE: "the update", OTHER
 class PlanCheck:
     """Compares the steps of this process with a plan. Only rank 0 has one.
 
-    The times of phases are those of the device: on GPUs, an event is recorded at the start and the end of each phase.
-    The events of a step are read after the next step, when the host has already waited for them, so that no wait is
-    added.
+    The times of phases are measured on the device. On GPUs, an event is recorded at the start and the end of each
+    phase. The events of a step are read after the next step, because the host has waited for them by then. Therefore,
+    reading them does not add a synchronization.
 
     Args:
-        forecast: The plan.
+        forecast: The predictions of the plan.
         timer: The timer of the phases of a step.
         clock: The clock of the device.
         emit: The function that is called for the event `plan_checked`.
@@ -70,13 +70,13 @@ class PlanCheck:
     def add(self, report: StepReport) -> StepReport:
         """Add a step. If a logging interval ends with it, return its report with the metrics of the comparison.
 
-        The first `WARM_UP_STEPS` steps are ignored. After `WINDOW_STEPS` further ones, or at the end of the run, an
-        event says how the run and the plan differ.
+        The first `WARM_UP_STEPS` steps are ignored. After `WINDOW_STEPS` further steps, or at the end of the run, the
+        event `plan_checked` reports how the run differs from the plan.
         """
         unread, self._unread, self._marks = self._unread, self._marks, []
         self._num_seen += 1
         self._peak_bytes = int(report.ranks.get("memory/max_peak_bytes", 0)) or self._peak_bytes
-        if self._num_seen > WARM_UP_STEPS + 1:  # The marks are those of the step before.
+        if self._num_seen > WARM_UP_STEPS + 1:  # The marks belong to the previous step.
             self._parts.append(self._seconds(unread))
         if self._num_seen > WARM_UP_STEPS:
             self._steps.append(report)
@@ -104,7 +104,7 @@ class PlanCheck:
 def plan_check_of(
     recipe: Recipe, run_dir: Path, timer: PhaseTimer, device: torch.device, emit: Emit
 ) -> PlanCheck | None:
-    """Return the comparison of a run with the plan in its folder; None if there is no plan that forecasts the run.
+    """Return the comparison of a run with the plan in its folder; None if the folder contains no plan of this run.
 
     Args:
         recipe: The recipe of the run.

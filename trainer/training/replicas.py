@@ -1,4 +1,4 @@
-"""The check that all replicas of the LLM hold the same weights, before every save and after every few steps."""
+"""The check that all replicas of the LLM hold the same weights, before every save and every few steps."""
 
 from __future__ import annotations
 

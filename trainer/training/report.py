@@ -42,7 +42,7 @@ def final_table(found: Evaluation, prepared: PreparedData, meteor: Meteor | None
 
 
 def closing(found: Evaluation, run_dir: Path, run_url: str) -> str:
-    """Return the last lines of a run: some of its answers, where its files are, and what to do next.
+    """Return the last lines that a run prints: some of its answers, the location of its files, and the next commands.
 
     Args:
         found: The last evaluation.
@@ -51,7 +51,7 @@ def closing(found: Evaluation, run_dir: Path, run_url: str) -> str:
     """
     spoken = [p for p in found.predictions if find_task(p.meta["task"]).is_transcription]
     answers, words = (spoken, "spoken") if spoken else (found.predictions, "wanted")
-    # They are evenly spaced, so that every kind of text is among them.
+    # Evenly spaced answers probably include every kind of text.
     shown = [answers[i * len(answers) // NUM_ANSWERS] for i in range(min(NUM_ANSWERS, len(answers)))]
     rows = [{words: _cut(p.meta["answer"]), "recognised" if spoken else "answer": _cut(p.hypothesis)} for p in shown]
     lines = [

@@ -1,4 +1,4 @@
-"""The way of tokens and audio embeddings to the ranks whose packs contain them (line 6 of a step)."""
+"""The exchange that sends tokens and audio embeddings to the ranks whose packs contain them (line 6 of a step)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def send(batch: Batch, embeddings: Tensor, whole: GlobalBatch, packing: PackPlan
             slice of the pack contains its position.
         whole: The global batch.
         packing: The positions of all samples in the packs.
-        groups: The place of this rank.
+        groups: The process groups of this rank.
+
+    Returns:
+        The packs of this rank's replica. On stages other than the first and the last, they have no rows.
     """
     topology = groups.topology
     arrived = _send_tokens(batch, whole, packing, groups)
@@ -64,7 +67,10 @@ def send_text(batch: Batch, whole: GlobalBatch, packing: PackPlan, groups: Group
         batch: This rank's part of the global batch.
         whole: The global batch.
         packing: The positions of all samples in the packs, which are not divided among context-parallel ranks.
-        groups: The place of this rank.
+        groups: The process groups of this rank.
+
+    Returns:
+        The packs of this rank's replica, without audio.
     """
     return _packs(_send_tokens(batch, whole, packing, groups), whole, packing, groups)
 

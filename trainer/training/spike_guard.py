@@ -65,7 +65,7 @@ class SpikeGuard:
         return {"num_skipped_updates": self.num_skipped_updates, "in_a_row": self.in_a_row, "recent": self._recent}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Restore a saved `state`. None, for a checkpoint that contains no state, changes nothing."""
+        """Restore a saved `state`. If it is None, because the checkpoint does not contain it, nothing changes."""
         if state is not None:
             former = state.get("num_left_out", 0)  # Checkpoints of versions before 0.2 use this key.
             self.num_skipped_updates, self.in_a_row = state.get("num_skipped_updates", former), state["in_a_row"]

@@ -5,7 +5,7 @@
     3 route    the router chooses experts for each clip                    │ AudioEngine.forward:
     4 encode   the chosen experts read the clips                           │ DeepSpeed ZeRO-3
     5 adapt    features become audio embeddings on the source rank         ┘
-    6 pack     tokens and embeddings travel to the LLM, as planned         exchange
+    6 pack     tokens and embeddings are sent to the LLM, as planned       exchange
     7 llm      1F1B over the packs, with the losses of the logits          LLMEngine: Megatron-core
     8 back     gradients of the embeddings return, and the encoders learn  exchange, AudioEngine.backward
     9 update   one norm, one clip coefficient, both optimizers
@@ -103,7 +103,7 @@ class Step:
         optim: The recipe's section `optim`.
         audio: The engine of the audio side.
         llm: The engine of the LLM.
-        groups: The place of this rank.
+        groups: The process groups of this rank.
         num_steps: The number of steps in the run, which is the length of the learning-rate schedule.
         tokens_per_microbatch: The largest number of rows in a pack.
         pack_multiple_tokens: The number of rows in a pack is a multiple of this; None for `Topology.row_multiple`.
@@ -187,7 +187,7 @@ class Step:
         return None if parts is None else self.meter.merge(step, parts)
 
     def take_token_load(self, step: int) -> TokenLoad | None:
-        """Return the load of the experts in the LLM's layers on all ranks since the last call.
+        """Return the load of the FFN experts on all ranks since the last call.
 
         Collective: every rank of the world must call it.
 
@@ -195,7 +195,7 @@ class Step:
             step: The number of steps completed.
 
         Returns:
-            The load; None on ranks other than 0, and if the LLM has no experts.
+            The load; None on ranks other than 0, and if the LLM has no FFN experts.
         """
         if self.token_meter is None:
             return None
@@ -212,8 +212,8 @@ class Step:
 
         Args:
             batch: This rank's part of the global batch.
-            notes: Further numbers to share with all ranks in the same exchange, as many on every rank.
-            training: If true, losses are prepared.
+            notes: Further numbers to share in the same exchange. Every rank must pass the same number of them.
+            training: Whether to include the divisors and the references of the losses.
         """
         losses = self.losses if training else ()
         references = references_of(batch, losses)
@@ -313,7 +313,7 @@ class Step:
 
         wanted = rows(chosen, own_packing, np.arange(len(chosen)))
         compared = rows(whole, packing, np.flatnonzero(whole.reference_tokens[loss.name]))
-        # Context-parallel ranks compute the references, which are short, as a whole, and read what their rows need.
+        # Each context-parallel rank computes the whole references, which are short, and keeps the logits of its rows.
         place = np.full(packing.pack_tokens, -1)
         place[groups.part.rows(packing.pack_tokens)] = np.arange(packing.pack_tokens // groups.topology.cp)
         own = [place[r] >= 0 for r in compared]
@@ -323,7 +323,7 @@ class Step:
         return PackedLoss(loss, self.model, factor, compared_here, reference)
 
     def _router_meter(self, whole: GlobalBatch, packs: Packs) -> RouterMeter | None:
-        """Return the meter of the choices that the LLM's routers make in a step; None for an LLM without experts.
+        """Return the meter of the choices that the LLM's routers make in a step; None for an LLM without FFN experts.
 
         Collective: every rank of the world must call it.
         """
@@ -382,7 +382,7 @@ class Step:
         scale = lr_scale(stage.optim, step - stage.start, stage.steps)
         if not np.isfinite(norm) or num_doubts > 0:
             self.audio.discard()
-            why = f"gradient norm is {norm}" if not np.isfinite(norm) else "another rank mistrusts the loss"
+            why = f"gradient norm is {norm}" if not np.isfinite(norm) else "another rank rejects the loss"
             return Update(norm, scale, mistrust or why, signals)
         clip_coef = min(1.0, self.optim.clip_norm / (norm + 1e-6)) if self.optim.clip_norm > 0 else 1.0
         self.audio.step(clip_coef, audio_norm, scale, index)

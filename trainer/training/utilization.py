@@ -20,12 +20,12 @@ from trainer.telemetry.metrics import StepReport
 
 @dataclass(frozen=True)
 class Utilization:
-    """The model FLOPs of a run, by which its steps are measured."""
+    """The model FLOPs of a run, from which the utilization in each step is computed."""
 
     flops_per_token: float
     """The FLOPs of the LLM per token, forward and backward, without recomputation."""
     flops_per_audio_sec: float
-    """The FLOPs of all encoders per second of audio, with each expert as often as in the plan's typical batch."""
+    """The FLOPs of all encoders per second of audio, if each expert runs as often as in the plan's typical batch."""
     peak_flops_per_sec: float
     """The peak rate of all devices together."""
 
@@ -38,7 +38,7 @@ class Utilization:
 def utilization_of(recipe: Recipe, topology: Topology, device: torch.device) -> Utilization | None:
     """Return the model FLOPs of a run; None on a CPU, and if the device's peak rate or the sizes are not known.
 
-    They are those of `earshot plan` for its typical batch, per token and per second of audio.
+    They are the FLOPs that `earshot plan` computes for its typical batch, per token and per second of audio.
     """
     if device.type != "cuda":
         return None
@@ -59,7 +59,7 @@ def kept_generators(device: torch.device) -> AbstractContextManager[None]:
 
 
 def measure(recipe: Recipe, topology: Topology, peak_flops_per_sec: float, device: str) -> Utilization:
-    """Return the model FLOPs of a run on devices of a given peak rate."""
+    """Return the model FLOPs of a run on devices whose peak rates add up to `peak_flops_per_sec`."""
     model, workload = sized_model(recipe), typical_workload(recipe, topology)
     parts = part_sizes(parameter_sizes(model, recipe.optim))
     work = encoder_work(model, workload, topology, num_samples(recipe.train.encoder_batch_sec), device)
