@@ -92,7 +92,7 @@ def test_job_that_cannot_run_is_refused_within_seconds(bench: Bench, tmp_path: P
             "nodes": (
                 ["parallel.num_ranks=128", "data.global_batch_samples=128"],
                 {},
-                "parallel.num_ranks = 128 needs 16 nodes of 8 tasks, the job has ",
+                "parallel.num_ranks = 128 needs 16 nodes of 8 tasks, but the job has ",
             ),
         }
         runs = {}

@@ -46,7 +46,7 @@ def test_ranks_fill_nodes(num_nodes: int, num_ranks: int, tensor: int, expected:
 
 
 def test_impossible_layout_names_the_remedy() -> None:
-    with pytest.raises(UserError, match=r"needs 16 nodes of 8 tasks, the job has 2: sbatch --nodes=16, or .*=16$"):
+    with pytest.raises(UserError, match=r"needs 16 nodes of 8 tasks, but the job has 2: sbatch --nodes=16, or .*=16$"):
         lay_out(allocation(2), 128, 8)
     with pytest.raises(UserError, match="parallel.num_ranks = 12: not a multiple of the 8 tasks"):
         lay_out(allocation(2), 12, 1)
@@ -82,7 +82,7 @@ def test_spares_replace_faulty_nodes() -> None:
     assert choose(nodes, {}, 3) == ("n1", "n2", "n3")
     assert choose(nodes, {"n2": "7 of 8 GPUs answer"}, 3) == ("n1", "n3", "n4")
     with pytest.raises(
-        BadNodesError, match=r"4 nodes are needed, 3 of 4 are good; n2: dead; .*--nodes=4-5.*n2\)"
+        BadNodesError, match=r"4 nodes are needed, but only 3 of 4 are usable; n2: dead; .*--nodes=4-5.*n2\)"
     ) as got:
         choose(nodes, {"n2": "dead"}, 4)
     assert got.value.bad == ("n2",)

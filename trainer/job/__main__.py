@@ -47,8 +47,8 @@ unattended."""
 class Signals:
     """The signals that Slurm has sent to the batch script.
 
-    The ranks are asked to stop by SIGUSR1, the warning before a time limit or a preemption. If Slurm ends the job, it
-    sends SIGTERM to the batch script and the ranks.
+    Before a time limit or a preemption, Slurm sends SIGUSR1 to the batch script, which then asks the ranks to stop. If
+    Slurm ends the job, it sends SIGTERM to the batch script and the ranks.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Signals:
         self.received = True
         self.numbers.append(number)
         if self.step is not None and self.step.poll() is None:
-            # The ranks receive SIGTERM only if Slurm ends the whole job; srun would kill them if it were passed on.
+            # The ranks are asked to stop with SIGUSR1 in any case, because srun would kill them after a SIGTERM.
             self.step.send_signal(signal.SIGUSR1)
 
 
@@ -102,8 +102,8 @@ def check(
         overrides: The `key=value` arguments.
         retry_sec: The time for which an unreachable bucket is retried, in seconds.
         plan: Whether to make and print the plan.
-        per_node: The number of ranks of a node, for the plan. It is not used if it is None or if PLAN_ACCELERATOR gives
-            one.
+        per_node: The number of ranks per node that the plan assumes, unless PLAN_ACCELERATOR contains `per_node`; None
+            for the plan's default.
 
     Returns:
         The properties of the recipe that the job needs.
@@ -194,8 +194,8 @@ class Job:
     def _fit(self) -> Job:
         """Return this job, or one with fewer ranks if there are too few nodes and `restart.min_nodes` allows it.
 
-        The largest number of nodes is chosen for which the recipe is valid and its plan fits into memory. A job that
-        starts for the first time needs all nodes, because somebody is likely to read why it does not start.
+        The job then uses the largest number of nodes for which the recipe is valid and its plan fits into memory. A job
+        that starts for the first time needs all nodes, because the user is probably present to read the error.
         """
         nodes, facts = self.allocation.nodes, self.facts
         per_node = min(self.allocation.tasks_per_node, facts.num_ranks)
@@ -216,7 +216,7 @@ class Job:
         return self
 
     def _emit(self, event: str, **fields: Any) -> None:
-        """Append an event. If this fails, only log it, since a full disk must not keep the job from running again."""
+        """Append an event. A failure to do so is only logged, because a full disk must not prevent a requeue."""
         try:
             self.log.add(event, **fields)
         except OSError as error:
@@ -258,7 +258,7 @@ class Job:
             return code
         if self._note_cancelled(state, code):
             if not state.is_ending:
-                slurm.cancel(self.allocation.job_id)  # so that Slurm calls the job cancelled as well
+                slurm.cancel(self.allocation.job_id)  # so that its state in Slurm is CANCELLED as well
             return code
         decide = [sys.executable, "-m", "trainer.restart", str(self.log.run_dir), f"--exit-code={code}"]
         again = subprocess.run(decide).returncode == 0
@@ -359,7 +359,7 @@ def _in_job(recipe: str, overrides: Sequence[str]) -> int:
             run_dir = Path(error.facts.run_dir)
             EventLog(run_dir, notify=Alerts(run_dir)).add("refused", why=str(error), job=allocation.job_id)
         raise
-    if facts.plan:  # Trackers show it, and the run is compared with it.
+    if facts.plan:  # Trackers show the plan, and the run is compared with it.
         Path(facts.run_dir).mkdir(parents=True, exist_ok=True)
         write_atomically(Path(facts.run_dir) / PLAN_NAME, facts.plan + "\n")
         write_atomically(Path(facts.run_dir) / PLAN_JSON_NAME, facts.plan_json + "\n")

@@ -61,7 +61,7 @@ def main() -> int:
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / _NUM_TIMES
-    # The bandwidth of each link: in a ring, it carries every byte twice, except for one rank's share.
+    # In a ring, each link carries every byte twice, except for the share of one rank.
     bus = 2 * (env.world_size - 1) / env.world_size * num_bytes / seconds / 1e9
     print(json.dumps({"node": node, "mib": num_bytes >> 20, "gb_per_sec": bus}), flush=True)
     dist.destroy_process_group()

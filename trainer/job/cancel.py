@@ -1,8 +1,8 @@
 """The decision whether a person cancelled a Slurm job, so that it must not run again.
 
-Slurm does not say so directly. While the processes of a cancelled job still run, its state is COMPLETING, as it is
-after a time limit; and `scancel --signal` leaves the state unchanged. This module therefore combines what Slurm reports
-with the signals that the job's processes received.
+Slurm does not report this directly. While the processes of a cancelled job still run, its state is COMPLETING, as it is
+after a time limit. `scancel --signal` does not change the state at all. This module therefore combines the state of the
+job with the signals that its processes received.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from trainer.run.restart import current_attempt
 from trainer.telemetry.events import Event
 
 _BY_A_PERSON = (signal.SIGTERM, signal.SIGINT)
-"""The signals that only a person, or Slurm itself, sends to a job. SIGUSR1 is the warning before a time limit."""
+"""The signals by which a person cancels a job. Slurm itself sends them only when it ends the job."""
 
 
 class CancelledError(Exception):
-    """Raised when a signal that only a person sends has ended a job step."""
+    """Raised when SIGTERM or SIGINT has ended a job step."""
 
 
 def cancelled_by(state: JobState, batch_signals: Sequence[int], events: Sequence[Event], exit_code: int) -> str | None:
@@ -50,10 +50,10 @@ def ended_by(exit_code: int, number: int) -> bool:
 
 
 def raise_if_cancelled(exit_code: int) -> None:
-    """Raise an error if a signal that only a person sends has killed a job step.
+    """Raise an error if SIGTERM or SIGINT has ended a job step.
 
     Raises:
-        CancelledError: If the exit code of the step says so.
+        CancelledError: If `exit_code` is 128 plus the number of one of these signals.
     """
     for number in _BY_A_PERSON:
         if ended_by(exit_code, number):

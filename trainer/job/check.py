@@ -1,8 +1,8 @@
-"""A check before a job starts that the data and weights of its recipe exist. It also prints properties of the recipe.
+"""The check, before a job starts, that the data and weights of its recipe exist.
 
     python -m trainer.job.check RECIPE key=value …
 
-The properties of the recipe (`Facts`) are printed to stdout as one line of JSON, even if data is then found missing.
+The command also prints the properties of the recipe (`Facts`) as one line of JSON, even if data or weights are missing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """The properties of a recipe that a job must know."""
+    """The properties of a recipe that a job needs."""
 
     run_dir: str
     """The run's folder."""
@@ -35,9 +35,9 @@ class Facts:
     min_nodes: int | None
     """The recipe's `restart.min_nodes`."""
     stores: tuple[str, ...]
-    """URLs of the buckets that samples are read from."""
+    """URLs of the buckets from which samples are read."""
     trackers: tuple[str, ...]
-    """URLs of the servers that trackers send to."""
+    """URLs of the servers to which trackers send metrics."""
     host_gib: float = 0.0
     """The host memory that each node needs, according to the plan; 0 if there is no plan."""
     disk_gib: float = 0.0
@@ -52,7 +52,7 @@ class Facts:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check a recipe as a command.
+    """Run the command `python -m trainer.job.check`.
 
     Args:
         arguments: The command line's arguments; None uses those of the process.
@@ -102,7 +102,7 @@ def _check(name: str, overrides: Sequence[str], retry_sec: float) -> None:
 
 
 def _address(url: str) -> str:
-    """Return scheme, host and port of a URL. Other users see the command lines to which the job passes them."""
+    """Return the scheme, host and port of a URL, without credentials, since other users can see a command line."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
@@ -115,7 +115,7 @@ def check_weights(recipe: Recipe, environ: Mapping[str, str]) -> None:
         environ: The environment variables. HF_HUB_OFFLINE disables the hub.
 
     Raises:
-        UserError: If one of them is missing.
+        UserError: If weights or a tokenizer are missing while the hub is disabled.
     """
     if environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
         return

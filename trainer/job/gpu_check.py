@@ -74,7 +74,7 @@ def judge_nvidia(table: str, num_wanted: int, report: Report) -> None:
 
 
 def judge_amd(text: str, num_wanted: int, report: Report) -> None:
-    """Add faults and facts about AMD's GPUs to a report. The tool does not report memory errors in this form.
+    """Add faults and facts about AMD's GPUs to a report. This output of the tool does not contain memory errors.
 
     Args:
         text: The output of `rocm-smi --showproductname --showmeminfo vram --json`.
@@ -98,7 +98,7 @@ def judge_amd(text: str, num_wanted: int, report: Report) -> None:
 def _judge(names: Sequence[str], sizes_mib: dict[str, tuple[int, int]], num_wanted: int, report: Report) -> None:
     """Add the faults and facts that are found in the same way for all vendors.
 
-    `sizes_mib` contains the free and the whole memory of each GPU.
+    `sizes_mib` contains the free and the total memory of each GPU, in MiB.
     """
     if len(names) < num_wanted:
         report.faults.append(f"{len(names)} of {num_wanted} GPUs answer")
@@ -111,7 +111,7 @@ def _judge(names: Sequence[str], sizes_mib: dict[str, tuple[int, int]], num_want
 
 
 def _output(command: Sequence[str], report: Report) -> str | None:
-    """Return what the vendor's tool prints; None after adding a fault or a warning to `report`."""
+    """Return the output of the vendor's tool, or None after adding a fault or a warning to `report`."""
     tool = command[0]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_SEC)

@@ -2,7 +2,7 @@
 
     python -m trainer.job.node_check JSON
 
-`JSON` is a `Wanted`. The result is one line of stdout: a `Report` as JSON.
+`JSON` is a JSON object with the fields of `Wanted`. The command prints a `Report` as one line of JSON.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Wanted:
     stores: tuple[str, ...]
     """URLs of buckets that must be reachable."""
     trackers: tuple[str, ...]
-    """URLs of the servers that trackers send to."""
+    """URLs of the servers to which trackers send metrics."""
     min_memory_gib: float
     """The host memory that must be available."""
     min_disk_gib: float
     """The disk space that must be free in the run's folder and in the folder for temporary files."""
     num_ranks: int = 1
-    """The number of ranks of the run, on which the number of open files depends."""
+    """The number of ranks of the run, which determines how many files a process opens."""
     checkpoints: str = ""
     """The folder of the run's checkpoints; empty if they are not written to a disk."""
     checkpoints_gib: float = 0.0
@@ -102,13 +102,13 @@ def _disk(folder: Path, min_gib: float, report: Report) -> None:
 
 
 def _checkpoint_space(wanted: Wanted, report: Report) -> None:
-    """Check that the checkpoints of the run fit in addition to what must remain free."""
+    """Check that the disk has space for the run's checkpoints in addition to `min_disk_gib`."""
     folder = Path(wanted.checkpoints)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free, needed = shutil.disk_usage(folder).free / GIB, wanted.checkpoints_gib
-        # Checkpoints of an earlier job are replaced by those of this one. They are counted only if it matters, because
-        # all nodes would ask the file system for the sizes of all files at the same time.
+        # This job replaces existing checkpoints of the run. Their sizes are read only if they matter, because all nodes
+        # would query the file system at the same time.
         if needed and free < needed + wanted.min_disk_gib:
             used = sum(path.stat().st_size for path in folder.glob("checkpoints/**/*") if path.is_file()) / GIB
             needed = max(0.0, needed - used)
@@ -146,7 +146,7 @@ def _try(report: Report, what: str, work: Callable[[], None]) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check this node as a command, and print the report.
+    """Run the command `python -m trainer.job.node_check`, which checks this node and prints the report.
 
     Args:
         arguments: The command line's arguments; None uses those of the process.

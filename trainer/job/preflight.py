@@ -59,8 +59,8 @@ def preflight(
         environ: The environment variables, of which three are read: PREFLIGHT_MIN_MEMORY_GIB (default 16) and
             PREFLIGHT_MIN_DISK_GIB (default 10), both in addition to what the plan needs, and EARSHOT_START_SEC (see
             `trainer.parallel.environment.meeting_limit_sec`).
-        suspects: The nodes with a hardware fault in an earlier attempt of this job, each with a description of it. They
-            are not used.
+        suspects: The nodes with a hardware fault in an earlier attempt of this job, each with a description of the
+            fault. These nodes are not used.
 
     Raises:
         BadNodesError: If fewer nodes are usable than the run needs.
@@ -102,15 +102,15 @@ def preflight(
 
 
 def choose(nodes: Sequence[str], bad: Mapping[str, str], num_needed: int) -> tuple[str, ...]:
-    """Return the first usable nodes, as many as are needed.
+    """Return the first `num_needed` usable nodes.
 
     Args:
         nodes: All nodes of the job.
-        bad: Faulty node → description of its faults.
+        bad: A description of the faults of each faulty node, by the node's name.
         num_needed: The number of nodes that the run needs.
 
     Raises:
-        BadNodesError: If there are not enough.
+        BadNodesError: If fewer nodes are usable.
     """
     good = tuple(n for n in nodes if n not in bad)
     if len(good) >= num_needed:
@@ -123,7 +123,7 @@ def choose(nodes: Sequence[str], bad: Mapping[str, str], num_needed: int) -> tup
         raise BadNodesError(f"all {len(nodes)} nodes fail the same check: {common[0]}; {remedy}", sorted(bad))
     without = ",".join(sorted(bad))
     raise BadNodesError(
-        f"{num_needed} nodes are needed, {len(good)} of {len(nodes)} are good; {named}; "
+        f"{num_needed} nodes are needed, but only {len(good)} of {len(nodes)} are usable; {named}; "
         f"request spares (sbatch --nodes={num_needed}-{num_needed + len(bad)}) or exclude them (--exclude={without})",
         sorted(bad),
     )
@@ -164,7 +164,7 @@ def _answers(command: Sequence[str], limit_sec: float) -> list[dict[str, Any]]:
     """Run a job step, and return the JSON objects that its tasks print within `limit_sec` seconds.
 
     Raises:
-        CancelledError: If a signal that only a person sends has ended the step.
+        CancelledError: If SIGTERM or SIGINT has ended the step.
     """
     step = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     try:

@@ -14,8 +14,7 @@ from model.errors import UserError
 from trainer.parallel.environment import whole_number
 
 _CONTROLLER_SEC = 600.0
-"""The time in seconds for which a command is repeated if the Slurm controller, which may be restarting, does not
-answer."""
+"""The time in seconds for which a command is repeated if the Slurm controller does not answer. It may be restarting."""
 _ASK_SEC = 60.0
 
 
@@ -97,7 +96,7 @@ def lay_out(allocation: Allocation, num_ranks: int, tensor: int) -> Layout:
     num_nodes = num_ranks // per_node
     if num_nodes > len(allocation.nodes):
         raise UserError(
-            f"parallel.num_ranks = {num_ranks} needs {num_nodes} nodes of {per_node} tasks, the job has "
+            f"parallel.num_ranks = {num_ranks} needs {num_nodes} nodes of {per_node} tasks, but the job has "
             f"{len(allocation.nodes)}: sbatch --nodes={num_nodes}, or parallel.num_ranks="
             f"{len(allocation.nodes) * allocation.tasks_per_node}"
         )
@@ -158,13 +157,13 @@ class JobState:
     restarts: int
     """The number of times Slurm has restarted the job."""
     reason: str = "None"
-    """Slurm's reason for the state, for example TimeLimit. It is None (as text) if a person cancelled the job."""
+    """Slurm's reason for the state, for example TimeLimit. It is the text `None` if a person cancelled the job."""
     is_preempted: bool = False
     """Whether Slurm is taking the job's nodes for another job."""
 
     @property
     def is_ending(self) -> bool:
-        """Whether Slurm itself has ended the job, whose processes may still run for a moment."""
+        """Whether the job was cancelled or is completing. Its processes may still run for a moment."""
         return self.name in ("CANCELLED", "COMPLETING")
 
     @property
@@ -174,7 +173,7 @@ class JobState:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the job has ended and no process of it runs."""
+        """Whether the job has ended and none of its processes still runs."""
         return self.name in ("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 
 
@@ -221,7 +220,7 @@ def requeue(job_id: int) -> None:
 
 
 def exclude(job_id: int, nodes: Sequence[str]) -> None:
-    """Keep a requeued job off `nodes`.
+    """Exclude `nodes` from the nodes that a requeued job may use.
 
     Raises:
         UserError: If Slurm refuses, or the controller has not answered for ten minutes.
@@ -251,8 +250,8 @@ def _ask(command: Sequence[str]) -> str:
 def _persist(command: Sequence[str], ended_is_done: bool = False) -> str:
     """Run a Slurm command until the controller answers, and return its output.
 
-    When Slurm ends the job's processes with SIGTERM, this may include the command itself. The command is then repeated,
-    unless `ended_is_done` is true, which means that the command causes the job to end.
+    When Slurm ends the job's processes with SIGTERM, this may include the command itself. In this case, the command is
+    repeated unless `ended_is_done` is true. It is true for commands that cause the job to end.
     """
     deadline = time.monotonic() + _CONTROLLER_SEC
     while True:

@@ -46,7 +46,7 @@ def combinations(recipe: str, overrides: Sequence[str]) -> list[list[str]]:
 
 
 def choose(recipe: str, overrides: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """Return the overrides of this task of a job array; `overrides` unchanged outside of an array.
+    """Return the overrides of this task of a job array, or `overrides` unchanged outside of an array.
 
     Raises:
         UserError: If the array has more tasks than there are runs.
@@ -60,7 +60,7 @@ def choose(recipe: str, overrides: Sequence[str], environ: Mapping[str, str]) ->
 
 
 def _split(text: str) -> list[str]:
-    """Split a value at its commas, except those in brackets and quotes."""
+    """Split a value at its commas, except commas in brackets or quotes."""
     parts, depth, quote = [""], 0, ""
     for char in text:
         if quote:
@@ -76,7 +76,7 @@ def _split(text: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run the command `python -m trainer.job.sweep`.
 
     Returns:
         The exit code: 0, or 2 after printing an error.

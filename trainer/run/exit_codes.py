@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """The exit codes of `earshot train`. A rank that a signal kills has 128 + the signal's number instead."""
+    """The exit codes of `earshot train`. If a signal kills a rank, its exit code is 128 plus the signal's number."""
 
     FINISHED = 0
     FAILED = 1
@@ -16,7 +16,7 @@ class ExitCode(IntEnum):
     STOPPED = 75
     """A signal ended the run cleanly. Its state is saved, and the same command resumes it."""
     HUNG = 76
-    """No rank made progress for `train.hang_timeout_sec`; the run's folder contains the stacks of all ranks."""
+    """A rank made no progress for `train.hang_timeout_sec`; the run's folder contains the stacks of all ranks."""
     PEER_LOST = 77
     """The connection to another rank was lost."""
     FENCED = 78

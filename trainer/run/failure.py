@@ -29,7 +29,7 @@ _PEER_MESSAGES = (
 )
 """Parts of the messages of gloo and NCCL that mean that the connection to another rank was lost."""
 _RANK0_FIRST_SEC = 0.5
-"""The time in seconds that the other ranks wait, so that rank 0 is the one that reports an error of all ranks."""
+"""The time in seconds that other ranks wait before they report an error of all ranks, so that rank 0 reports it."""
 
 
 class FaultError(RuntimeError):
@@ -85,9 +85,9 @@ def emit_failure(error: Exception, position: Position, events: EventLog) -> Exit
 
 
 def _remedy(error: Exception) -> str:
-    """Return what to do about a limit of the machine that is not obvious from the error; empty for other errors."""
+    """Return the remedy for an error that is caused by a limit of the machine; empty for other errors."""
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error):
-        return f"; a process may open {raise_descriptor_limit()} files here, raise the hard limit (docs/scale.md)"
+        return f"; a process may open only {raise_descriptor_limit()} files here; raise the hard limit (docs/scale.md)"
     return ""
 
 
@@ -121,5 +121,5 @@ def _add(events: EventLog, event: str, position: Position, *, once: bool = False
         ):
             return
         events.add(event, position.step, **fields)
-    except OSError as error:  # The original error may be that of the disk. The caller prints it in any case.
+    except OSError as error:  # The disk may have caused the original error, which the caller prints in any case.
         log.error("%s: the event '%s' could not be written: %s", events.run_dir, event, error)

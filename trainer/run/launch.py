@@ -23,9 +23,9 @@ from model.errors import UserError
 from trainer.parallel.environment import whole_number
 
 _ERROR_DIR = "TRAINER_ERROR_DIR"
-"""The environment variable that contains the folder to which ranks write a user's error. The launcher prints it once.
+"""The environment variable with the folder to which ranks write the message of a user error.
 
-It is set only for ranks that this module started.
+The launcher prints each message once. The variable is set only for ranks that this module started.
 """
 
 _MEETING_FILE = "EARSHOT_MEETING_FILE"
@@ -73,8 +73,8 @@ def rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
     """Return the address and port at which the ranks connect.
 
     These are MASTER_ADDR and MASTER_PORT if they are set. Otherwise, the address is Slurm's first host, and the port is
-    derived from the job step. Each restart and each step of a job has a different port, since ranks of an earlier step
-    may still be using theirs.
+    derived from the job step. Each restart and each step of a job has a different port, because the port of an earlier
+    step may still be in use.
 
     Raises:
         UserError: If neither MASTER_ADDR nor Slurm's list of nodes is set, or a number is malformed.
@@ -129,7 +129,7 @@ def join(env: RankEnv) -> None:
 
 
 def report_error(message: str) -> None:
-    """Report a user's error to the launcher if this module started the rank, otherwise on stderr."""
+    """Report a user error to the launcher if this module started the rank, and on stderr otherwise."""
     folder = os.environ.get(_ERROR_DIR)
     if folder is None:
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -147,7 +147,7 @@ def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
         command: The command of each rank.
 
     Returns:
-        The exit code: 0 if all ranks succeeded, 2 if a rank reported a user's error, and otherwise the exit code of the
+        The exit code: 0 if all ranks succeeded, 2 if a rank reported a user error, and otherwise the exit code of the
         first rank that failed.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

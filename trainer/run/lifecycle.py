@@ -36,7 +36,7 @@ class StopRequest:
         self.time_sec = 0.0
         """The time at which the first signal was received, in seconds of `time.monotonic`; 0 if there was none."""
         self.later: int | None = None
-        """A SIGTERM or SIGINT that came after SIGUSR1: the run was also cancelled while it was saving."""
+        """The SIGTERM or SIGINT that arrived after SIGUSR1 and cancelled the run while it was saving; else None."""
 
     @property
     def votes(self) -> list[float]:
@@ -100,17 +100,16 @@ class Failure:
 
 @dataclass(frozen=True)
 class Totals:
-    """What all ranks together have read from the data."""
+    """The numbers of skipped samples and of epochs, summed over all ranks."""
 
     skipped: dict[str, int]
-    """The number of samples that all ranks together have skipped, by reason. Reasons with no samples are omitted."""
+    """The number of samples that were skipped, by reason. Reasons without samples are omitted."""
     epochs: dict[str, float]
-    """The number of epochs of each dataset that all ranks together have read, by the dataset's name. It need not be
-    whole."""
+    """The number of epochs that were read, by the dataset's name. It need not be whole."""
 
 
 def notes_of(failure: Failure | None, skipped: Mapping[str, int], epochs: Mapping[str, float]) -> list[float]:
-    """Return what a rank tells all others after it has loaded its part of a global batch.
+    """Return the numbers that a rank shares with all others after it has loaded its part of a global batch.
 
     Args:
         failure: The reason why the rank could not load its part; None if it could.
@@ -149,11 +148,14 @@ def first_failure(mine: Failure | None, notes: Floats, groups: Groups) -> Failur
 
 
 def load_next(batches: Iterator[T], rank: int) -> tuple[T | None, Failure | None]:
-    """Load this rank's part of the next global batch, and return it, or the reason why that failed.
+    """Load this rank's part of the next global batch.
 
     Args:
         batches: An iterator over this rank's part of each global batch.
         rank: This rank.
+
+    Returns:
+        The part and None, or None and the reason why the part could not be loaded.
     """
     try:
         return next(batches), None

@@ -31,8 +31,8 @@ _PROJECT = Path(__file__).parents[2]
 _BOUNDARIES = ("submitted", "started", "requeued", "refused", "cancelled")
 """The events that separate attempts. All events after the last of them belong to the attempt that has just ended."""
 _CLOCK_SEC = 60.0
-"""The largest difference of the clocks of two machines. Events that are further in the future are ignored, because the
-clock that wrote them was wrong."""
+"""The largest tolerated difference between the clocks of two machines, in seconds. Events that are further in the
+future are ignored, because the clock of the machine that wrote them was wrong."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
     if exit_code == ExitCode.USER_ERROR or mistake is not None:
         return Decision(False, f"it would fail again: {mistake['error'] if mistake else 'a user error, see the log'}")
     known = {_cause(e) for e in before if e["event"] == "failed"}
-    # A fault of the machine, such as a killed data worker, has no fingerprint: it may be gone the next time.
+    # A fault of the machine, such as a killed data worker, has no fingerprint, because it may not occur again.
     repeated = next((e for e in failures if e.get("fingerprint") and _cause(e) in known), None)
     faulty = suspect_nodes(own)
     if repeated is not None and not faulty:
@@ -98,7 +98,7 @@ def decide(events: Sequence[Event], exit_code: int, config: RestartConfig, now_s
         return Decision(False, f"{place} failed twice in the same way: {repeated['error']}; its samples: {samples}")
     window = (now_sec - config.window_sec, now_sec + _CLOCK_SEC)
     recent = sum(e["event"] == "requeued" and window[0] < e["time"] <= window[1] for e in events)
-    # A launcher returns the code of one rank only, which may be that of a hung rank that had to be killed.
+    # A launcher returns the exit code of only one rank, which may be a hung rank that was killed.
     hang = next((e for e in own if e["event"] == "hang"), None)
     reason = _reason(exit_code) if hang is None else f"hung in {hang['in']}, stacks are in {hang['folder']}"
     if faulty:
@@ -117,8 +117,8 @@ def current_attempt(events: Sequence[Event]) -> Sequence[Event]:
 def _split(events: Sequence[Event]) -> tuple[list[Event], list[Event]]:
     """Return the events of earlier attempts, and those of the attempt that runs or has just ended.
 
-    Ranks of an earlier attempt may still be running, on a node that Slurm could not reach, when the next attempt
-    starts. What they write belongs to their own attempt, wherever it is in the file.
+    When an attempt starts, ranks of an earlier attempt may still be running on a node that Slurm could not reach. Their
+    events belong to the earlier attempt, even if they are at the end of the file.
     """
     begin = max((i for i, e in enumerate(events) if e["event"] in _BOUNDARIES), default=0)
     # No rank of an attempt has written anything before `started`.
@@ -153,7 +153,7 @@ def _cause(failure: Event) -> tuple[Any, Any]:
 def _reason(exit_code: int) -> str:
     known = {
         ExitCode.FAILED: "a rank failed",
-        ExitCode.STOPPED: "stopped in order by a signal",
+        ExitCode.STOPPED: "stopped cleanly by a signal",
         ExitCode.HUNG: "hung",
         ExitCode.PEER_LOST: "the connection to a rank was lost",
         ExitCode.FENCED: "a newer attempt of this run has started",
