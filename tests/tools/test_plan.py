@@ -124,7 +124,7 @@ def test_a_toy_gets_no_forecast(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "too small to forecast" in done.stdout and "per day" not in done.stdout and "cost" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
-    assert "What a step's time is spent on" in done.stdout
+    assert "The time of a step by part" in done.stdout
     stored = json.loads((tmp_path / "debug" / "plan.json").read_text())
     assert stored["too_small"] and (tmp_path / "debug" / "plan.txt").read_text().startswith("debug on 2 x h100")
     assert f"stored in {tmp_path}/debug" in done.stderr

@@ -1,4 +1,4 @@
-"""Rates and memory of accelerators: data-sheet values, and the assumed fractions of them that a run reaches."""
+"""Rates and memory of accelerators: data-sheet values, and the fractions of them that a run is assumed to reach."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from model.errors import UserError
 
 GIB = 2**30
 
-# These are estimates. They were neither measured nor fitted to bench/published.csv. bench.calibrate measures a device's
-# own table.
+# These are estimates. They were neither measured nor fitted to bench/published.csv. `bench.calibrate` measures them.
 H100_MATRIX = ((64.0, 0.17), (256.0, 0.50), (1024.0, 0.68), (4096.0, 0.74))
 A100_MATRIX = ((64.0, 0.35), (256.0, 0.66), (1024.0, 0.79), (4096.0, 0.84))
-"""The default fractions of the peak rate that bf16 matmuls reach, see `Accelerator.matrix`."""
+"""The default fractions of the peak rate that bf16 matmuls reach, in the format of `Accelerator.matrix`."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,13 @@ class Accelerator:
     An [m, k] by [k, n] matmul in bf16 has mnk / (mk + kn + mn) FLOPs per byte. `python -m bench.calibrate` measures
     the table."""
     efficiency: float = 0.0
-    """The fraction of the peak rate that every matmul is assumed to reach. With 0, it is looked up in `matrix`."""
+    """The fraction of the peak rate that every matmul is assumed to reach; 0 for the fractions in `matrix`."""
     attention_efficiency: float = 0.5
     """The fraction of the peak rate that fused attention is assumed to reach."""
     memory_efficiency: float = 0.8
     """The fraction of the memory bandwidth that element-wise operations are assumed to reach."""
     kernel_us: float = 4.0
-    """The time of a kernel launch, in microseconds."""
+    """The duration of a kernel launch, in microseconds."""
     link_efficiency: float = 0.7
     """The fraction of the links' bandwidth that collectives are assumed to reach."""
     node_latency_us: float = 3.4
@@ -84,9 +83,9 @@ class Accelerator:
         return share
 
     def ranging(self, change: float) -> Accelerator:
-        """Return this accelerator with all assumed fractions multiplied by 1 + `change`, and latencies divided by it.
+        """Return this accelerator with all assumed fractions multiplied, and all latencies divided, by 1 + `change`.
 
-        Fractions may exceed 1, because the fractions of measured rates (`bench.calibrate`) are 1.
+        Fractions may exceed 1, because the rates that `bench.calibrate` measures have the fraction 1.
         """
         factor = 1 + change
         return dataclasses.replace(
@@ -164,7 +163,11 @@ def parse_accelerator(text: str) -> Accelerator:
 
 
 def _load(text: str) -> Accelerator | None:
-    """Return the accelerator that `bench.calibrate` wrote; None if `text` is not the name of a .json file."""
+    """Return the accelerator that `bench.calibrate` wrote to a file; None if `text` does not end with .json.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
     path = Path(text)
     if path.suffix != ".json":
         return None

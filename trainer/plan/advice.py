@@ -1,4 +1,4 @@
-"""Advice on the change that improves a plan most, found by a search over valid layouts."""
+"""Advice on the changes that improve a plan most, found by a search over valid layouts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.plan.workload import Workload
 _MAX_TRIED = 3
 """The largest number of candidates that are planned in full for one piece of advice."""
 WORTH = 1.1
-"""The smallest speed-up for which `--fit` is recommended."""
+"""The smallest speed-up from `--fit` for which this option is recommended."""
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,18 @@ class Advice:
     change: tuple[str, ...]
     """The single `key=value` that makes the step fastest, or makes it fit into memory; empty if there is none."""
     change_speedup: float
-    """The speed-up from `change`: the step time of the recipe divided by the step time with `change`."""
+    """The step time of the recipe divided by the step time with `change`; 1 if there is no change."""
     layout: tuple[str, ...]
     """The overrides `key=value` of the fastest layout that fits; empty if it is not faster than the recipe."""
     layout_speedup: float
-    """The speed-up from `layout`: the step time of the recipe divided by the step time with `layout`."""
+    """The step time of the recipe divided by the step time with `layout`; 1 if `layout` is empty."""
 
 
 def advise(planner: Planner, plan: Plan, workload: Workload) -> Advice:
     """Return the advice for `plan`.
 
-    Candidates are ordered by a quick estimate. The best ones are planned in full, and only those that fit into memory
-    are recommended.
+    Candidates are ordered by a quick estimate of their step time. The fastest candidates are planned in full, and only
+    candidates that fit into memory are recommended.
     """
     timed = sorted(estimates(planner, plan.recipe, workload), key=lambda item: item[0])
     limit = plan.time.total if plan.fits else float("inf")
@@ -61,6 +61,6 @@ def _first_that_fits(
 
 
 def limits(plan: Plan) -> list[tuple[str, float, str]]:
-    """Return (part of the step, seconds, a way to shorten it) for each part, the longest part first."""
+    """Return (name, seconds, a way to shorten it) for each part of a step, the longest part first."""
     parts = sorted(plan.time.parts.items(), key=lambda item: -item[1])
     return [(name, seconds, remedy(name, plan.recipe)) for name, seconds in parts if seconds > 0]

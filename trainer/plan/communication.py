@@ -25,7 +25,7 @@ from trainer.plan.workload import EncoderWork
 CONTEXT = "LLM, keys and values over context"
 """The name of the traffic between context-parallel ranks."""
 ALL_TO_ALL = "LLM, tokens to experts and back"
-"""The name of the traffic between the ranks over which the LLM's experts are spread."""
+"""The name of the traffic between the ranks over which FFN experts are spread."""
 GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
 """The size of an accumulated gradient of the LLM in bytes, by `parallel.grad_reduce_dtype`."""
 
@@ -42,18 +42,17 @@ class Traffic:
     within_node: bool
     """True if all ranks of a group are on one node."""
     members: int = 1
-    """The number of a group's ranks on one node. The node's network ports are shared with the ranks of other groups, so
-    a group has as many ports on a node as it has ranks there."""
+    """The number of a group's ranks on one node. A group can use one network port of the node for each of them."""
     calls: int = 1
-    """The number of collectives."""
+    """The number of collectives in a step."""
     ring: bool = True
     """True if the bytes are sent around a ring; False if each message takes one hop."""
 
     def seconds(self, accelerator: Accelerator) -> float:
         """Return the duration of these collectives in seconds if nothing overlaps with them.
 
-        NCCL chooses between a protocol with full bandwidth and a second protocol, which has a fifth of the latency and
-        a quarter of the bandwidth and is faster for small messages.
+        NCCL chooses the faster of two protocols. The first has full bandwidth. The second has a fifth of the latency
+        and a quarter of the bandwidth, so that it is faster for small messages.
         """
         ports = accelerator.network_gb_s * self.members
         rate = accelerator.node_gb_s if self.within_node else min(accelerator.node_gb_s, ports)
@@ -75,7 +74,7 @@ def traffic(
     per_node: int,
     mechanisms: Mechanisms = AS_BUILT,
 ) -> list[Traffic]:
-    """Return the traffic of a step, with one entry per kind of collective that sends anything.
+    """Return the traffic of a step. Kinds of collectives that send nothing are omitted.
 
     Each rank in a ring of n ranks sends (n - 1)/n of the gathered bytes (Thakur et al. 2005, Int. J. High Perform.
     Comput. Appl. 19).
@@ -105,9 +104,10 @@ def traffic(
 def tensor_units(full_recompute: bool, sequence_parallel: bool = True) -> int:
     """Return how many times the hidden states of a micro-batch pass through a layer's tensor-parallel collectives.
 
-    Sequence parallelism gathers twice and scatters twice per pass (Korthikanti et al. 2022, arXiv 2205.05198). Its
-    backward pass gathers both inputs once more for the gradients of the weights, because a rank keeps only its own
-    part of them. Without sequence parallelism, each pass has two all-reduces, each of which counts twice.
+    With sequence parallelism, the forward pass and the backward pass each have two all-gathers and two reduce-scatters
+    (Korthikanti et al. 2022, arXiv 2205.05198). The backward pass gathers both inputs once more for the gradients of
+    the weights, because a rank keeps only its own part of the inputs. Without sequence parallelism, each pass has two
+    all-reduces, each of which counts twice.
     """
     return 4 + 4 + (2 if sequence_parallel else 0) + (4 if full_recompute else 0)
 
@@ -124,8 +124,7 @@ def _llm_traffic(
     train, config = recipe.train, model.llm
     size = DTYPES[train.precision].itemsize
     tp, pp, dp, world = topology.tp, topology.pp, topology.without_context.dp, topology.world
-    # With the context parallelism of `mechanisms`, a rank has a part of each sequence, which the packs do not take into
-    # account. They do take the trainer's own context parallelism into account.
+    # The packs take the trainer's context parallelism into account, but not the context parallelism of `mechanisms`.
     microbatches = packs.num_microbatches * mechanisms.context
     hidden = packs.pack_tokens / mechanisms.context / topology.cp * config.hidden_size * size
     layers = max(sum(stage_chunks(config.num_hidden_layers, pp, topology.vp, s)) for s in range(pp))
@@ -200,8 +199,7 @@ def _llm_traffic(
 def context_gathers(recompute: Recompute) -> int:
     """Return how often a layer gathers keys and values over context-parallel ranks for one micro-batch.
 
-    It gathers them in the forward pass, in the recomputation of the forward pass, and for the gradients
-    (`model.llm.context`).
+    It gathers them in the forward pass, in its recomputation, and in the backward pass (`model.llm.context`).
     """
     return 2 if recompute == "none" else 3
 
@@ -225,8 +223,8 @@ def _zero_traffic(
 ) -> list[Traffic]:
     """Return ZeRO-3's traffic.
 
-    Weights are gathered and gradients are reduced once per update, or weights are gathered in every call of an encoder,
-    both forward and backward.
+    With `train.gather_audio_weights=per_update`, weights are gathered and gradients are reduced once per update.
+    Otherwise, weights are gathered in the forward and the backward pass of every encoder call.
     """
     per_update = recipe.train.gather_audio_weights == "per_update"
     size, world, ep = DTYPES[recipe.train.precision].itemsize, topology.world, topology.ep

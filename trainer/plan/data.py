@@ -23,28 +23,28 @@ from trainer.storage.store import MissingError
 _MOST_TABLES = 32
 """The largest number of offset tables per dataset from which lengths are read."""
 _MOST_HEADERS = 2000
-"""The largest number of audio files per dataset whose headers are read, because the manifest gives no duration."""
+"""The largest number of samples per dataset whose audio headers are read, if a manifest lacks durations."""
 _PROGRESS_POINTS = 200
-"""The number of points of the training's progress at which the weights of datasets are averaged."""
+"""The number of points of a run at which the weights of datasets are evaluated, to compute their mean."""
 
 Seconds = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """The lengths of the training samples of one dataset, or of an even selection of them."""
+    """The number and the lengths of the training samples of one dataset that the recipe selects."""
 
     num_samples: int
-    """The number of all training samples in the dataset that the recipe selects."""
+    """The number of all these samples."""
     hours: float
-    """The duration of their audio in hours."""
+    """The total duration of their audio in hours."""
     seconds: Seconds = field(repr=False)
-    """The total duration of each sample's clips in ascending order, [n]; 0 without audio. Samples with a clip longer
-    than `data.max_audio_sec` are excluded."""
+    """The total duration of each sample's clips in seconds, [n], in ascending order; 0 without audio. The n samples are
+    evenly selected, and samples with a clip longer than `data.max_audio_sec` are excluded."""
     num_too_long: int
-    """The expected number of samples with a clip longer than `data.max_audio_sec`, among all `num_samples`."""
+    """The estimated number of samples, among all `num_samples`, with a clip longer than `data.max_audio_sec`."""
     num_bytes: int = 0
-    """The size of the shards; 0 if the dataset is a manifest, whose shards are built later."""
+    """The size of the shards in bytes; 0 if the dataset is a manifest, whose shards are built later."""
 
     @property
     def num_usable(self) -> int:
@@ -54,7 +54,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """What a run reads from one dataset."""
+    """The share of a run's samples that is drawn from one dataset, and the lengths of these samples."""
 
     name: str
     lengths: Lengths
@@ -66,21 +66,21 @@ class DatasetSummary:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What a run reads from its datasets."""
+    """The shares and lengths of the samples that a run reads from its datasets."""
 
     datasets: tuple[DatasetSummary, ...]
     max_skipped_fraction: float
 
     @property
     def skipped_fraction(self) -> float:
-        """The fraction of the drawn samples that are too long, so that the run skips them."""
+        """The fraction of the drawn samples that the run skips because they are too long."""
         return sum(d.share * d.lengths.num_too_long / d.lengths.num_samples for d in self.datasets)
 
     def batch(self, num_samples: int) -> Seconds:
-        """Return the durations of `num_samples` samples, with each dataset's share and length distribution."""
+        """Return the durations of `num_samples` samples in seconds, with each dataset's share and distribution."""
         exact = np.array([d.share * num_samples for d in self.datasets])
         counts = np.floor(exact).astype(np.int64)
-        # The largest remainders are rounded up, so that the counts add up.
+        # Round up the largest remainders, so that the counts add up to `num_samples`.
         missing = num_samples - int(counts.sum())
         counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
         parts = [
@@ -114,8 +114,8 @@ def summarize(recipe: Recipe) -> DataSummary:
     """Read the lengths of a recipe's training samples.
 
     For shards, the numbers of samples and hours are read from the index, and lengths are read from the offset tables of
-    at most 32 shards per dataset. For manifests without `duration`, lengths are read from the headers of at most 2000
-    audio files per dataset. Neither audio nor text is read.
+    at most 32 shards per dataset. If rows of a manifest have no `duration`, lengths are read from the headers of the
+    audio files of at most 2000 samples per dataset. Neither audio nor text is read.
 
     Raises:
         UserError: If a dataset is missing or cannot be read, has no samples to train on, or has only samples that are
@@ -181,14 +181,14 @@ def _of_shards(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Secon
     entries = [entry for shard in read.tolist() for entry in shards.table(shard) if selection.matches(entry)]
     seconds = np.array([entry.seconds if entry.num_clips else 0.0 for entry in entries], dtype=np.float64)
     clips = np.array([max(1, entry.num_clips) for entry in entries])
-    # The table has the total length of a sample's clips, which are assumed to be equally long.
+    # The table contains only the total length of a sample's clips. They are assumed to be equally long.
     total = sum(group.num_samples for group in chosen)
     hours = sum(group.seconds for group in chosen) / 3600
     return total, hours, seconds, seconds / clips, shards.index.num_bytes
 
 
 def _of_manifest(data: DataConfig, part: DatasetConfig) -> tuple[int, float, Seconds, Seconds]:
-    """Return what `_of_shards` returns, except the size. The hours are estimated from the lengths that are read."""
+    """Return the result of `_of_shards` without the size. The hours are estimated from the lengths that are read."""
     path = Path(place_of(data, part))
     if scheme_of(str(data.root)) or not path.is_file():
         raise UserError(f"data.datasets '{part.name}': {path}: no such file; check data.root = {data.root}")

@@ -1,8 +1,9 @@
 """Activation memory of the audio side. Encoder calls are traced with the real modules, and the rest is computed.
 
-The audio side is everything in front of the LLM. An encoder call is one forward pass of an encoder over a batch of
-clips. All clips of a step are encoded before the LLM runs, so the activations that the calls keep for the backward pass
-add up. In shapes, B is the number of windows in a call and F is the number of frames of the longest window.
+The audio side consists of all modules that are not part of the LLM. An encoder call is one forward pass of an encoder
+over a batch of clips. All clips of a step are encoded before the LLM runs, so the activations that the calls keep for
+the backward pass add up. In shapes, B is the number of windows in a call and F is the number of frames of the longest
+window.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from trainer.plan.trace import Traced, extrapolated, trace
 from trainer.plan.workload import EncoderWork
 
 _SHAPES = ((1, 50), (1, 100), (1, 200), (3, 200))
-"""The shapes (clips, frames) for which an encoder is traced. They suffice to fit the terms 1, B·F, B·F² and F²."""
+"""The shapes (clips, frames) for which an encoder is traced. They determine the terms 1, B·F, B·F² and F²."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,21 @@ class AudioMemory:
     kept: int
     """The memory of waveforms, encoders, mixture, adapter and projector, held from the forward to the backward pass."""
     forward: int
-    """The memory needed on top of `kept` at the peak of the forward pass."""
+    """The memory in addition to `kept` at the peak of the forward pass."""
     backward: int
-    """The memory needed on top of `kept` at the peak of the backward pass, including gradients that ZeRO-3 reduces."""
+    """The memory in addition to `kept` at the peak of the backward pass, including gradients that ZeRO-3 reduces."""
 
 
 class EncoderTracer:
     """Traces the encoder calls of an audio tower, and caches the results.
 
     All layers of an encoder have the same shapes. An encoder is therefore traced with one layer and with two layers,
-    and every further layer is assumed to add as much as the second one. An encoder without a list `layers` is traced as
-    a whole.
+    and every further layer is assumed to need as much memory as the second one. An encoder without a list `layers` is
+    traced as a whole.
 
     Args:
         tower: The audio tower with all encoder experts, on the meta device.
-        optim: The optimizer settings; frozen parts keep less for the backward pass.
+        optim: The optimizer settings. Frozen parts keep fewer activations for the backward pass.
         dtype: The dtype of weights and activations.
         recompute: The value of `train.recompute_encoders`.
         device: The type of device that the ranks run on. On `cpu`, convolutions keep their unfolded windows.
@@ -136,7 +137,7 @@ def _forget(parameter: Tensor) -> None:
 
 
 def _owner_of_layers(encoder: Any) -> Any:
-    """Return the module that has an encoder's list `layers`; None if there is none, as in some models of `auto`."""
+    """Return the module with the list `layers` of an encoder; None if there is none, as in some `auto` encoders."""
     inner = encoder.encoder
     for owner in (inner, getattr(inner, "encoder", None)):
         if isinstance(getattr(owner, "layers", None), nn.ModuleList):
@@ -175,8 +176,8 @@ def audio_memory(
         loaded_samples: The lengths of the clips that the rank loaded, in audio samples.
         reduce_elements: ZeRO-3's `reduce_bucket_size`, a number of elements.
         learned: The number of trainable audio parameters of which the rank holds a share.
-        recompute_calls: True if a call keeps only its clips, and runs again in the backward pass. The modules after the
-            encoders then keep only features and embeddings.
+        recompute_calls: True if a call keeps only its clips, and runs again in the backward pass. In this case, the
+            modules after the encoders keep only features and embeddings.
     """
     tower = tracer.tower
     dtype = next(tower.projector.parameters()).dtype
@@ -230,12 +231,15 @@ def _after_encoders(tower: AudioTower, loaded_samples: Sequence[int], size: int,
 
 
 def _outputs(tower: AudioTower, frames: Sequence[int], size: int) -> int:
-    """Return the bytes of the outputs of adapter, projector and heads for clips with these numbers of frames."""
+    """Return the bytes of the outputs of the adapter, the projector and the heads.
+
+    `frames` contains the number of frames of each clip.
+    """
     rate = tower.config.adapter.rate
     audio_tokens = sum(map(rate.tokens_of_frames, frames))
     logits = 0
     for name in tower.loss_heads:
-        # Counted as for the CTC head, the widest one: the logits, and their padded log-softmax in fp32.
+        # Every head is counted like the CTC head, which is the widest: its logits and their padded log-softmax in fp32.
         columns = [m.out_features for m in tower.head_of(name).modules() if isinstance(m, nn.Linear)]
         padded = len(frames) * rate.tokens_of_frames(max(frames))
         logits += max(columns, default=0) * (audio_tokens * size + padded * 8)
@@ -243,7 +247,7 @@ def _outputs(tower: AudioTower, frames: Sequence[int], size: int) -> int:
 
 
 def _inputs_and_outputs(tower: AudioTower, loaded_samples: Sequence[int], size: int) -> int:
-    """Return the bytes of the features that arrive from the encoders, and of `_outputs`."""
+    """Return the bytes of the features that are received from the encoders, plus `_outputs`."""
     frames, config = [num_frames(n) for n in loaded_samples], tower.config
     if not frames:
         return 0

@@ -1,10 +1,10 @@
-"""What a plan computes for the experts in the LLM's layers: parameters, computation, traffic and memory.
+"""Parameters, computation, traffic and memory of FFN experts in a plan.
 
-How many tokens an expert receives is not known in advance. The plan assumes that all experts are used equally. Since no
-token is dropped, it also states how much memory the most uneven use would cost.
+The plan assumes that all experts of a layer receive the same number of tokens, because the true numbers are not known
+in advance. No token is dropped, so the plan also contains the memory that the most uneven distribution would need.
 
-With k chosen experts of width F, a layer computes as much per token as a dense layer of width k·F. Its matmuls are
-therefore planned as those of the dense LLM that `as_dense` returns.
+With k chosen experts of width F, a layer computes as much per token as a dense layer of width k·F. Therefore, the time
+of its matmuls is planned for the dense LLM that `as_dense` returns.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ scores, which its backward pass needs."""
 
 
 def as_dense(hf_config: PretrainedConfig) -> PretrainedConfig:
-    """Return the config of a dense LLM that computes as much per token as this one.
+    """Return the config of a dense LLM that computes as much per token as an LLM with FFN experts.
 
-    If the LLM has no experts, its own config is returned.
+    If the LLM has no FFN experts, its own config is returned.
     """
     mixture = mixture_of(hf_config)
     if mixture is None:
@@ -45,7 +45,7 @@ def as_dense(hf_config: PretrainedConfig) -> PretrainedConfig:
 
 
 def expert_parameters(hf_config: PretrainedConfig) -> int:
-    """Return the number of parameters of all experts of all layers, without routers."""
+    """Return the number of parameters of all FFN experts of all layers, without routers; 0 if there are none."""
     mixture = mixture_of(hf_config)
     if mixture is None:
         return 0
@@ -63,11 +63,12 @@ def active_parameters(hf_config: PretrainedConfig) -> int:
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """The memory and traffic of an LLM's experts on a rank."""
+    """The memory and traffic of FFN experts on a rank."""
 
     num_experts: int
     """The number of experts in a layer."""
     top_k: int
+    """The number of experts that are chosen for a token."""
     num_layers: int
     """The number of layers with experts in the LLM."""
     total_parameters: int
@@ -75,11 +76,11 @@ class ExpertPlan:
     active_parameters: int
     """The number of the LLM's parameters that are used for a token."""
     layer_bytes: int
-    """The bytes that a layer with experts keeps for the backward pass of a micro-batch in addition to those of a dense
-    layer with as much computation, if all experts are used equally: received tokens, outputs, and router values."""
+    """The bytes of received tokens, outputs and router values that a layer keeps for a micro-batch's backward pass, if
+    all experts are used equally. A dense layer with as much computation does not keep them."""
     worst_bytes: int
-    """The bytes that a micro-batch adds to the peak if all tokens choose experts on one rank. With recomputation,
-    these are the activations of one layer; otherwise, those of all layers of a stage."""
+    """The bytes that a micro-batch adds to the peak if all tokens choose experts on one rank. They are the activations
+    of one layer with recomputation, and of all layers of a stage without it."""
     all_to_all_bytes: float
     """The bytes that a rank sends to other ranks for the experts in a step."""
 
@@ -92,7 +93,7 @@ def expert_plan(
     value_bytes: int,
     recompute: bool,
 ) -> ExpertPlan | None:
-    """Return the memory and traffic of the experts on a rank; None if the LLM has no experts.
+    """Return the memory and traffic of the FFN experts on a rank; None if the LLM has none.
 
     Args:
         hf_config: The LLM.
@@ -108,7 +109,7 @@ def expert_plan(
     hidden, width, count = hf_config.hidden_size, mixture.width, len(mixture.experts)
     ep, etp = topology.ffn_ep, topology.expert_tp
     rows = pack_tokens / topology.tp  # tokens that a rank routes
-    # if all experts are used equally; expert-tensor-parallel ranks that share an expert receive each other's tokens
+    # All experts are assumed to be used equally. Ranks that share an expert receive each other's tokens.
     arrived = rows * mixture.top_k * etp
     routed = rows * count * _ROUTER_VALUES * _FP32_BYTES
     layer_bytes = 2 * arrived * hidden * value_bytes + routed
@@ -118,7 +119,7 @@ def expert_plan(
     layers = -(-len(mixture.layers) // topology.pp)
     worst = (factor - 1) * arrived * per_row * (1 if recompute else layers)
     sent = rows * mixture.top_k * hidden * value_bytes * (ep - 1) / ep
-    passes = 4 + (2 if recompute else 0)  # there and back, forward and backward
+    passes = 4 + (2 if recompute else 0)  # to the experts and back, in the forward and the backward pass
     total = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in hf_shapes(hf_config).values())
     return ExpertPlan(
         count,

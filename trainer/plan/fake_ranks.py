@@ -18,8 +18,8 @@ META = torch.device("meta")
 def fake_rank(topology: Topology, rank: int) -> Iterator[None]:
     """Make this process act as `rank` of `topology` within the block.
 
-    Megatron's process groups exist, but collectives return at once without moving data. Tensors and modules are created
-    on the meta device. The process must not see a GPU and must not have initialized `torch.distributed`.
+    Megatron's process groups exist, but collectives return immediately without sending data. Tensors and modules are
+    created on the meta device. The process must not see a GPU and must not have initialized `torch.distributed`.
     """
     from megatron.core import parallel_state, tensor_parallel
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -1,4 +1,4 @@
-"""A search for the fastest layout that fits, which estimates all valid layouts and plans the best ones in full."""
+"""A search for the fastest layout that fits into memory. All valid layouts are estimated, and the best are planned."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _KEPT = {"none": 24, "selective": 16, "full": 2}
 def fit(planner: Planner, recipe: Recipe, workload: Workload) -> tuple[Plan, list[str]]:
     """Return the plan of the fastest layout that fits into memory.
 
-    The search varies the degrees of tensor parallelism (within a node), pipeline parallelism and expert parallelism,
-    virtual stages, the tokens per micro-batch, what the LLM and the encoders recompute, whether encoder calls run
-    again, and whether the exchange between replicas overlaps with computation. The number of ranks, the global batch,
-    the type in which gradients are summed and the model do not change.
+    The search varies the sizes of tensor parallelism (within a node), pipeline parallelism and expert parallelism, the
+    number of virtual stages, the tokens per micro-batch, the recomputation in the LLM and in the encoders, and whether
+    the exchange between replicas overlaps with computation. The number of ranks, the global batch, the dtype in which
+    gradients are reduced and the model do not change.
 
     Returns:
         The plan, and the differences between its recipe and `recipe` as `key=value`.
@@ -94,7 +94,7 @@ def variants(planner: Planner, recipe: Recipe) -> Iterator[Recipe]:
 def _with_packs(
     recipe: Recipe, split: ParallelConfig, tokens: Sequence[int], recomputes: Sequence[Recompute]
 ) -> Iterator[Recipe]:
-    """Yield the variants with the parallelism `split`, one per limit on a pack's tokens and kind of recomputation."""
+    """Yield the variants with the parallelism `split`, one for each pack size and combination of recomputations."""
     for rows in tokens:
         packed = dataclasses.replace(recipe.train, llm_tokens_per_microbatch=rows)
         try:
@@ -123,7 +123,7 @@ def _virtual_stages(num_layers: int, pp: int, current: int) -> list[int]:
 
 
 def estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[tuple[float, Recipe]]:
-    """Yield (expected seconds of a step, recipe) for the variants that may fit."""
+    """Yield (expected seconds of a step, recipe) for the variants that may fit into memory."""
     accelerator = planner.accelerator
     seen: set[object] = set()
     placed: dict[tuple[int, ...], tuple[Topology, list[EncoderWork], PackPlan]] = {}
@@ -142,7 +142,7 @@ def estimates(planner: Planner, recipe: Recipe, workload: Workload) -> Iterator[
         topology, work, packs = placed[key]
         train = dataclasses.replace(variant.train, llm_tokens_per_microbatch=1)
         if (same := (parallel, train, packs.num_microbatches, packs.pack_tokens)) in seen:
-            continue  # A different limit on the tokens of a pack led to the same packs.
+            continue  # Another limit on the tokens of a pack has led to the same packs.
         seen.add(same)
         train = variant.train
         encoders = (topology.ep, train.recompute_encoders, train.recompute_encoder_calls)
@@ -208,9 +208,9 @@ def _rough_whole_weights(planner: Planner, variant: Recipe, topology: Topology) 
 def _audio_activations(
     planner: Planner, variant: Recipe, workload: Workload, topology: Topology, work: Sequence[EncoderWork]
 ) -> tuple[int, int]:
-    """Return the bytes that the audio side keeps while the LLM runs, and those at the peak of its backward pass.
+    """Return the bytes that the audio side keeps while the LLM runs, and the bytes at the peak of its backward pass.
 
-    They are those of the rank with the largest encoder calls, without ZeRO-3's buffers.
+    Both are for the rank whose encoder calls keep the most memory, and do not include ZeRO-3's buffers.
     """
     tracer = planner.tracer(variant)
     rank = fullest_rank(tracer, work, range(topology.world))
@@ -220,10 +220,10 @@ def _audio_activations(
 
 
 def batch_within(recipe: Recipe, workload: Workload, tokens_per_update: float) -> Recipe:
-    """Return the recipe with as many samples per update as fit into a number of tokens.
+    """Return the recipe with the largest global batch whose tokens do not exceed a limit.
 
     Args:
-        recipe: The recipe. The result is a multiple of its `data.num_lanes`.
+        recipe: The recipe. The number of samples in the result is a multiple of its `data.num_lanes`.
         workload: A typical global batch, from which the mean number of tokens per sample is taken.
         tokens_per_update: The largest number of tokens per update.
 

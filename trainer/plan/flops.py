@@ -26,11 +26,11 @@ class Flops:
     recomputed: float
     """The additional FLOPs of activation checkpointing."""
     masked_attention: float = 0.0
-    """The FLOPs that causal attention saves; NVIDIA's convention of MFU counts them."""
+    """The FLOPs that causal attention saves. NVIDIA's definition of MFU includes them."""
 
     @property
     def model(self) -> float:
-        """The model FLOPs: those of LLM and encoders, without recomputation."""
+        """The model FLOPs, which are the FLOPs of the LLM and the encoders without recomputation."""
         return self.llm + self.encoders
 
 
@@ -40,9 +40,9 @@ def step_flops(
     """Return the FLOPs of a step.
 
     The forward pass takes 2 FLOPs per weight and token (Kaplan et al. 2020, arXiv 2001.08361). The backward pass takes
-    as many for the gradients of the inputs, and as many again for the gradients of trainable weights. Frozen encoders
-    have no backward pass. Causal attention within each segment is added. Norms and activation functions are not
-    counted.
+    the same number for the gradients of the inputs, and the same number again for the gradients of trainable weights.
+    Frozen encoders have no backward pass. Causal attention within each segment is added. Norms and activation functions
+    are not counted.
     """
     llm_forward = llm_forward_flops(model, workload)
     masked = causal_attention_flops(model, workload)
@@ -64,7 +64,7 @@ def llm_forward_flops(model: SizedModel, workload: Workload) -> float:
 
 
 def causal_attention_flops(model: SizedModel, workload: Workload) -> float:
-    """Return the FLOPs of causal attention in the LLM's forward pass, half of those of full attention.
+    """Return the FLOPs of causal attention in the LLM's forward pass, which are half the FLOPs of full attention.
 
     With a window of w tokens, a sample of n > w tokens needs w n - w²/2 scores instead of n²/2.
     """
@@ -77,6 +77,6 @@ def causal_attention_flops(model: SizedModel, workload: Workload) -> float:
 
 
 def _prefix(model: SizedModel, encoder: str) -> str:
-    """Return the prefix of an encoder's parameters."""
+    """Return the prefix of the names of an encoder's parameters."""
     primary = model.config.primary
     return "audio.primary" if primary is not None and primary.name == encoder else f"audio.experts.{encoder}"

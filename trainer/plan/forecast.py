@@ -38,7 +38,7 @@ class Forecast:
 
 
 def digest_of(recipe: Recipe) -> str:
-    """Return a digest of everything in a recipe that determines the time and the memory of a step."""
+    """Return a digest of the settings of a recipe that determine the time and the memory of a step."""
     tree = to_tree(recipe)
     train = {key: value for key, value in tree["train"].items() if key not in _UNPLANNED_KEYS}
     batch = {key: tree["data"][key] for key in ("global_batch_samples", "num_lanes", "max_audio_sec")}
@@ -54,7 +54,7 @@ def read_forecast(path: Path, recipe: Recipe) -> Forecast | None:
         recipe: The recipe of the run.
 
     Returns:
-        The forecast; None if there is no plan, or if the plan says that the run is too small to forecast.
+        The forecast; None if there is no plan, or if the plan contains no forecast because the run is too small.
 
     Raises:
         UserError: If the file is not a plan, or is the plan of another layout or model.
@@ -76,7 +76,7 @@ def _forecast(tree: Mapping[str, Any]) -> Forecast:
     moved = float(tree["parts_sec"]["exchanging clips and embeddings"])
     replicas = float(tree["parts_sec"]["gradients and weights over replicas"])
     sent = [tree["sent_bytes_per_rank"].get(f"LLM, {kind} over replicas", 0) for kind in ("gradients", "weights")]
-    # Gradients are reduced at the end of the LLM's backward pass, weights are gathered after the update.
+    # Gradients are reduced at the end of the LLM's backward pass, and weights are gathered after the update.
     gradients = replicas * sent[0] / max(1, sum(sent))
     low, high = map(float, tree["step_sec_range"])
     return Forecast(

@@ -14,9 +14,9 @@ from trainer.plan.workload import Workload
 from trainer.storage.open import scheme_of
 
 _RANK_BYTES = 600 << 20
-"""The resident memory of a rank after its imports, measured on a CPU (582 MB) and therefore without CUDA's context."""
+"""The resident memory of a rank after its imports. 582 MB were measured on a CPU, that is, without CUDA's context."""
 _WORKER_BYTES = 45 << 20
-"""The resident memory of a decoding process before it reads data, measured (43 MB)."""
+"""The resident memory of a decoding process before it reads data. 43 MB were measured."""
 _SAMPLE_BYTES = 4
 """The size of a sample of audio, which is float32."""
 
@@ -26,13 +26,13 @@ class HostMemory:
     """The host memory that a node needs, in bytes, without the page cache."""
 
     processes: int
-    """The ranks and their decoding processes, without the memory of the other fields."""
+    """The memory of the ranks and their decoding processes, without the memory of the other fields."""
     loading: int
-    """Encoded audio that is read in advance, decoded clips in caches, and ranges that wait for the node's cache."""
+    """Encoded audio that is read in advance, decoded clips in caches, and data to be written to the node's cache."""
     shared: int
     """The shared memory (`/dev/shm`) through which decoding processes return audio."""
     pinned: int
-    """The pinned copies of a batch's audio on their way to the devices."""
+    """The pinned copies of a batch's audio, from which it is copied to the devices."""
     snapshot: int
     """The pinned copies of weights and moments for checkpoints."""
 
@@ -92,7 +92,7 @@ def disk_space(recipe: Recipe, states: RankStates) -> DiskSpace:
     config, steps = recipe.checkpoint, recipe.train.steps
     total = sum((states.of_rank(rank) for rank in range(states.topology.world)), States())
     saved = 1 + (-(-steps // config.every_steps) - 1 if config.every_steps else 0)
-    # Only steps that are saved can be kept, which are multiples of both numbers.
+    # A checkpoint is kept forever if its step is a multiple of both numbers.
     both = math.lcm(config.every_steps, config.keep_every_steps)
     forever = steps // both if both else 0
     kept = config.keep_last + forever + (config.best_metric is not None) + 1

@@ -20,12 +20,12 @@ from trainer.plan.mechanisms import Mechanisms
 
 _BF16_BYTES = 2
 _LOGIT_BYTES = 50
-"""The bytes that Megatron's cross entropy reads and writes per logit, for the fp32 copy, softmax and gradient."""
+"""The bytes that Megatron's cross entropy reads and writes per logit for the fp32 copy, the softmax and gradient."""
 _SCORE_BYTES = (13, 17)
 """The bytes read and written per attention score by unfused attention with dropout, forward and backward."""
 _HEAD_KERNELS = 20
 _LAYER_KERNELS = {True: (14, 26), False: (33, 62)}
-"""The number of kernels launched by a layer, (forward, backward), with or without TransformerEngine's fused kernels."""
+"""The number of kernels that a layer launches, (forward, backward), by whether it has TransformerEngine's kernels."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def layer_seconds(
     forward = sum(rates.product(rows, n, k, fp8=mechanisms.fp8) for n, k in products)
     weights = sum(n * k for n, k in products)
     gradient = rates.bytes_per_gradient
-    # The accumulated gradient is read and written. Without the fused kernel, so is the result of the matmul itself.
+    # The accumulated gradient is read and written. Without the fused kernel, the product is written and read as well.
     moved = 2.0 * gradient + (0 if mechanisms.fused_kernels else 2 * rates.bytes_per_value)
     accumulation = rates.memory(weights * moved) * learned
     cast = _cast_bytes(products, rows) if mechanisms.fp8 else 0.0
@@ -104,7 +104,7 @@ def layer_seconds(
 
 
 def layer_products(config: PretrainedConfig, tp: int) -> list[tuple[float, float]]:
-    """Return (columns, inner) for each of the four matmuls of a layer on one rank."""
+    """Return the sizes (columns, inner) of the weights of each of a layer's four matmuls on one rank."""
     h, f, d = config.hidden_size, config.intermediate_size, head_dim(config)
     queries, groups = config.num_attention_heads / tp, config.num_key_value_heads / tp
     return [((queries + 2 * groups) * d, h), (h, queries * d), (2 * f / tp, h), (h, f / tp)]

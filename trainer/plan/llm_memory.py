@@ -1,4 +1,4 @@
-"""Activation memory of a stage of the LLM: traced with the real modules, then scheduled as in 1F1B."""
+"""Activation memory of a stage of the LLM in the 1F1B schedule, traced with the real modules."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class StageMemory:
     traced: Traced
     """The traced memory of one micro-batch."""
     layers: int
-    """The bytes that the layers alone keep of one micro-batch."""
+    """The bytes that the layers alone keep for one micro-batch."""
     buffer: int
     """The buffer in which Megatron's sequence parallelism gathers hidden states. It stays allocated."""
     boundary: int
     """The hidden states [t/(CP·TP), H] of a micro-batch that are sent between stages."""
     audio: int
-    """The received audio embeddings of all micro-batches on stage 0; else 0."""
+    """The received audio embeddings of all micro-batches on stage 0; 0 on other stages."""
 
     def peak(self, in_flight: float, virtual_stages: int = 1) -> int:
         """Return the peak bytes of activations while `in_flight` micro-batches await their backward passes.
@@ -56,7 +56,7 @@ class StageMemory:
 
 
 def in_flight(stage: int, pp: int, microbatches: int) -> int:
-    """Return the most micro-batches that a stage holds between their forward and backward passes.
+    """Return the largest number of micro-batches that a stage holds between their forward and backward passes.
 
     The schedule is Megatron's 1F1B (Narayanan et al. 2021, arXiv 2104.04473).
     """
@@ -64,7 +64,7 @@ def in_flight(stage: int, pp: int, microbatches: int) -> int:
 
 
 def interleaved_in_flight(stage: int, pp: int, microbatches: int, virtual_stages: int) -> float:
-    """Return the most micro-batches, in units of a whole stage, that a rank with virtual stages holds.
+    """Return the largest number of micro-batches, in units of a whole stage, that a rank with virtual stages holds.
 
     A rank starts 2 (PP - stage - 1) + (V - 1) PP + 1 forward passes of its V chunks before the first backward pass
     (megatron-core 0.16.1, `get_pp_rank_microbatches`).
@@ -102,19 +102,19 @@ def stage_memory(
     """Return the memory of a pipeline stage besides its model states.
 
     All layers of a stage have the same shapes, and are assumed to have the same attention. The stage is therefore
-    traced with one layer and with two, and every further layer is assumed to add as much as the second.
+    traced with one layer and with two layers, and every further layer is assumed to need as much as the second one.
 
     Args:
-        hf_config: the configuration of the whole LLM.
-        topology: the layout of the ranks.
-        stage: the index of the stage.
-        lengths: the lengths of a pack's segments, in tokens; their sum is t, the length of the pack.
-        num_packs: the number of micro-batches in a step.
-        optim: the optimizer settings, which determine the frozen parameters.
-        dtype: the dtype of weights and activations.
-        recompute: the value of `train.recompute_llm`.
-        kernels: what the ranks run.
-        adapters: the low-rank adapters.
+        hf_config: The configuration of the whole LLM.
+        topology: The layout of the ranks.
+        stage: The index of the stage.
+        lengths: The lengths of a pack's segments, in tokens. Their sum is t, the length of the pack.
+        num_packs: The number of micro-batches in a step.
+        optim: The optimizer settings, which determine the frozen parameters.
+        dtype: The dtype of weights and activations.
+        recompute: The value of `train.recompute_llm`.
+        kernels: The settings that determine which kernels the ranks run.
+        adapters: The low-rank adapters.
     """
     layers = sum(stage_chunks(hf_config.num_hidden_layers, topology.pp, topology.vp, stage))
     plain = dataclasses.replace(topology, vp=1)
@@ -132,7 +132,7 @@ def stage_memory(
     change = _what_if_bytes(hf_config, topology, sum(lengths) // topology.cp, dtype, recompute, kernels.mechanisms)
     if experts is not None:
         change += experts.layer_bytes * experts.num_layers // hf_config.num_hidden_layers
-    # With full recomputation, only the layer that is being recomputed holds the bytes that the mechanisms change.
+    # With full recomputation, `change` applies only to the layer that is being recomputed.
     kept = 0 if recompute == "full" else layers * change
     in_layers = layers * (found[-1].kept - found[0].kept) if layers > 1 else whole.kept
     whole = Traced(whole.kept + kept, whole.forward + (kept or change), whole.backward + (kept or change))
@@ -142,8 +142,8 @@ def stage_memory(
 def _with_equal_layers(hf_config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
     """Return the config of an LLM with `num_layers` layers that all have the most frequent attention in `hf_config`.
 
-    Layers of one kind share a pack's cosine, sine and mask. A second layer of a different kind would allocate its own,
-    which the extrapolation would then count for every layer.
+    Layers of one kind share the cosines, sines and mask of a pack. If the second layer were of a different kind, it
+    would allocate its own, and the extrapolation would count them for every layer.
     """
     small, layers = copy.deepcopy(hf_config), attention_layers(hf_config)
     typical = layers.index(max(layers, key=layers.count))
@@ -162,7 +162,7 @@ def _what_if_bytes(
     recompute: Recompute,
     mechanisms: Mechanisms,
 ) -> int:
-    """Return by how much mechanisms that the trainer lacks change the bytes that a layer keeps per micro-batch.
+    """Return the change, in bytes per layer and micro-batch, that mechanisms make that the trainer lacks.
 
     Without sequence parallelism, every rank keeps the whole inputs and outputs of both norms. Attention without a fused
     kernel keeps 5 bytes per score: the softmax, the dropout mask and the dropout's output (Korthikanti et al. 2022).

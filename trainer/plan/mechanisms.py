@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Mechanisms:
     """The mechanisms that a plan assumes. The defaults describe the trainer.
 
-    `bench.plan_published` sets them to compare the plan with runs of other trainers. A plan that sets any of them says
-    so in its output, because the trainer cannot run it.
+    `bench.plan_published` sets them to compare the plan with runs of other trainers. The output of a plan lists the
+    mechanisms that differ from the defaults, because the trainer cannot run such a plan.
     """
 
     context: int = 1
@@ -20,7 +20,7 @@ class Mechanisms:
     overlap_tensor: bool = False
     """True if tensor-parallel collectives run in TP chunks, of which all but the first overlap with matmuls."""
     sequence_parallel: bool = True
-    """True for sequence parallelism; False if ranks all-reduce, and each keeps the whole norms and residuals."""
+    """True for sequence parallelism; False if ranks all-reduce and each rank computes all norms and residuals."""
     fused_kernels: bool = False
     """True if norms, rotary embedding, activation and gradient accumulation are one kernel each, as in
     TransformerEngine."""

@@ -1,4 +1,4 @@
-"""Peak memory of every distinct kind of rank, by purpose."""
+"""Peak memory of every distinct kind of rank, split by purpose."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class RankMemory:
     stages: tuple[int, ...]
     """The pipeline stages whose ranks are of this kind."""
     place: int
-    """The place of these ranks in their expert-parallel groups."""
+    """The position of these ranks in their expert-parallel groups."""
     states: States
-    """Weights, gradients and optimizer state."""
+    """The memory of weights, gradients and optimizer state."""
     activations: int
-    """Activations of the LLM."""
+    """The memory of the LLM's activations."""
     encoder_activations: int
-    """Activations of the audio side."""
+    """The memory of the audio side's activations."""
     buffers: int
-    """ZeRO-3's buckets and gathered weights, Megatron's gathering buffer, and tensors that are sent or received."""
+    """The memory of ZeRO-3's buckets and gathered weights, Megatron's buffers, and tensors that are exchanged."""
     phase: str
-    """The phase in which the peak occurs: encode, llm, backward, reduce or update."""
+    """The phase in which the peak occurs: `encode`, `llm`, `backward`, `reduce` or `update`."""
     phases: dict[str, tuple[int, int, int]]
     """The bytes of (activations, encoder activations, buffers), by phase."""
     whole_weights: int = 0
@@ -70,13 +70,13 @@ class ZeroBuffers:
     gradients: int = 0
     """The whole gradients of the backward pass, which are reduced at the end of this pass."""
     copies: int = 0
-    """The copies of one collective's gradients, in the order in which they are sent."""
+    """The copies of the gradients that one collective reduces, in the order in which they are sent."""
 
 
 def zero_buffers(tower: nn.Module, recipe: Recipe, ep: int, ds_json: dict[str, Any]) -> ZeroBuffers:
     """Return ZeRO-3's buffers on a rank that holds `tower`.
 
-    Settings that the DeepSpeed JSON omits have the defaults of `DeepSpeedZeroConfig` in deepspeed 0.19.8.
+    Settings that are missing in the DeepSpeed JSON have the defaults of `DeepSpeedZeroConfig` in deepspeed 0.19.8.
     """
     zero, size = ds_json["zero_optimization"], DTYPES[recipe.train.precision].itemsize
     learned = sum(
@@ -118,17 +118,17 @@ class MemoryModel:
     microbatches: int
     """The number of micro-batches in a step."""
     stages: dict[int, StageMemory]
-    """The memory of the LLM's stages, for one stage of each kind (see `kinds_of_stages`)."""
+    """The memory of one stage of each kind (see `kinds_of_stages`), by the index of the stage."""
     kinds: tuple[int, ...]
-    """For each stage, the key in `stages` that describes it."""
+    """The key in `stages` that describes each stage."""
     audio: tuple[AudioMemory, ...]
-    """The audio side's memory on the fullest rank of each place in the expert-parallel group."""
+    """The audio side's memory on the fullest rank at each place in the expert-parallel group."""
     zero: tuple[ZeroBuffers, ...]
-    """ZeRO-3's buffers, by place."""
+    """ZeRO-3's buffers, by place in the expert-parallel group."""
     travelling: int
     """The bytes of audio embeddings and tokens that one rank sends and receives in a step."""
     largest_group: tuple[int, ...]
-    """The bytes of fp32 parameters that AdamW updates together on the audio side, by place."""
+    """The bytes of fp32 parameters that AdamW updates together on the audio side, by place in the same group."""
 
     def of(self, stage: int, place: int, states: States) -> RankMemory:
         """Return the peak memory, over the phases of a step, of the ranks of `stage` at `place`."""
@@ -172,15 +172,15 @@ def memory_model(
     """Build the memory model of a topology by tracing the real modules.
 
     Args:
-        recipe: the recipe of the run.
-        model: the model that the recipe describes.
-        topology: the layout of the ranks.
-        ds_json: the DeepSpeed JSON.
-        tracer: the tracer of the model's encoders.
-        workload: the samples of a step.
-        work: the encoders' work in this topology, see `encoder_work`.
-        packs: the LLM's packs in this topology.
-        kernels: what the ranks run.
+        recipe: The recipe of the run.
+        model: The model that the recipe describes.
+        topology: The layout of the ranks.
+        ds_json: The DeepSpeed JSON.
+        tracer: The tracer of the model's encoders.
+        workload: The samples of a step.
+        work: The encoders' work in this topology, see `encoder_work`.
+        packs: The LLM's packs in this topology.
+        kernels: The settings that determine which kernels the ranks run.
     """
     context = kernels.mechanisms.context
     lengths = packs.lengths(0, 0)
@@ -245,7 +245,7 @@ def fullest_rank(tracer: EncoderTracer, work: Sequence[EncoderWork], ranks: Sequ
 
 
 def _largest_group(tower: nn.Module, recipe: Recipe, topology: Topology) -> int:
-    """Return the bytes of the largest optimizer group of the audio side on one rank; ZeRO-3 updates a group at once."""
+    """Return the bytes of the audio side's largest optimizer group on one rank. ZeRO-3 updates one group at a time."""
     sums: dict[tuple[ParamSetting, bool], int] = {}
     for name, p in tower.named_parameters():
         expert = name.startswith("experts.") and topology.ep > 1

@@ -35,7 +35,7 @@ from trainer.plan.workload import EncoderWork, Workload, encoder_balance, encode
 
 SECONDS_PER_DAY = 86_400.0
 UNCERTAINTY = 0.15
-"""The relative error of the assumed rates, from which the range of the step time is computed."""
+"""The assumed relative error of the rates, from which the range of the step time is computed."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Plan:
     accelerator: Accelerator
     topology: Topology
     sizes: dict[str, Size]
-    """Parameter counts by parameter name."""
+    """The size of each parameter, by its name."""
     workload: Workload
     packs: PackPlan
     states: RankStates
@@ -67,11 +67,11 @@ class Plan:
     encoder_padding: float = 0.0
     """The fraction of the encoders' input that is padding."""
     experts: ExpertPlan | None = None
-    """The memory and traffic of the experts in the LLM's layers; None if it has no experts."""
+    """The memory and traffic of the FFN experts; None if the LLM has none."""
 
     @property
     def too_small(self) -> bool:
-        """True if kernel launches and link latencies are most of a step, so that a forecast of its time is useless."""
+        """True if more than half of a step is kernel launches and link latencies. Its time is then not forecast."""
         return self.fixed_share > 0.5
 
     def cost(self, step_sec: float, price_per_gpu_hour: float) -> float:
@@ -112,7 +112,7 @@ class Plan:
         """Check that the run fits into memory.
 
         Raises:
-            UserError: If it does not. The message names the kind of rank that needs the most memory, and a remedy.
+            UserError: If it does not fit. The message names the kind of rank that needs the most memory, and a remedy.
         """
         if self.fits:
             return
@@ -138,15 +138,14 @@ class Plan:
 
 
 class Planner:
-    """A planner for variants of one recipe. It caches what the variants share.
+    """A planner for variants of one recipe. It caches the results that variants have in common.
 
     Args:
         recipe: The first variant. Others may differ from it only in `parallel` and `train`.
         accelerator: The accelerator to plan for.
         device: The type of device that the ranks run on, `cuda` or `cpu`.
         mechanisms: Assumptions that differ from the trainer.
-        transformer_engine: True if TransformerEngine is installed on the ranks. It then computes attention in bf16 on
-            GPUs.
+        transformer_engine: True if TransformerEngine is installed on the ranks. On GPUs, it computes attention in bf16.
 
     Raises:
         UserError: If the recipe is invalid.
@@ -307,7 +306,7 @@ def _dataset(one: DatasetSummary) -> dict[str, Any]:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Return all numbers of a plan as JSON values. Their names contain the units."""
+    """Return all numbers of a plan as JSON values. The keys contain the units."""
     time, kinds = plan.time, []
     for kind in plan.kinds:
         kinds.append(

@@ -35,7 +35,7 @@ class RankStates:
     """The states of the audio side, indexed by the place in the expert-parallel group."""
 
     def of_rank(self, rank: int) -> States:
-        """Return the model states of `rank`: those of the LLM and of the audio side."""
+        """Return the model states of the LLM and of the audio side on `rank`."""
         at = self.topology.coordinates(rank)
         return self.llm[at.pp][at.dp] + self.audio[rank % self.topology.ep]
 
@@ -55,7 +55,7 @@ def rank_states(
     ds_json: dict[str, Any],
     reduction: Reduction = FP32_REDUCTION,
 ) -> RankStates:
-    """Return the model states of all ranks, computed from the real modules built on the meta device."""
+    """Return the model states of all ranks. They are computed from the real modules, built on the meta device."""
     dtype = DTYPES[precision]
     stages: dict[int, tuple[States, ...]] = {}
     kinds = kinds_of_stages(model.llm.num_hidden_layers, topology)
@@ -75,9 +75,10 @@ def rank_states(
 
 
 def kinds_of_stages(num_layers: int, topology: Topology) -> list[int]:
-    """Return, for each stage, the first stage with the same shapes.
+    """Return, for each stage, the index of the first stage with the same shapes.
 
-    Such stages have equal numbers of layers in their chunks, and hold the same ends of the LLM (embedding or output).
+    Two stages have the same shapes if their chunks have equal numbers of layers and both or neither of them hold the
+    embedding, and likewise for the output layer.
     """
     found: dict[tuple[bool, bool, tuple[int, ...]], int] = {}
     kinds = []

@@ -1,4 +1,4 @@
-"""Ways to shorten the parts of a step, except those that a recipe already uses."""
+"""Ways to shorten the parts of a step, without the ways that a recipe already uses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _LARGER_BATCH = "a larger data.global_batch_samples"
 
 
 def remedy(part: str, recipe: Recipe) -> str:
-    """Return what would make a part of the step shorter, as a phrase.
+    """Return a phrase that names the changes that would make a part of the step shorter.
 
     Args:
         part: The name of the part, as in `StepTime.parts`.
@@ -21,7 +21,7 @@ def remedy(part: str, recipe: Recipe) -> str:
 
 
 def _options(part: str, recipe: Recipe) -> list[tuple[str, bool]]:
-    """Return the ways to shorten a part, each with whether it is still open to the recipe."""
+    """Return the ways to shorten a part, each with whether it can still be applied to the recipe."""
     parallel, train = recipe.parallel, recipe.train
     layers = recipe.model.llm.config.get("num_hidden_layers", 0)
     whole_stages = parallel.pipeline * parallel.virtual_stages < layers if layers else True

@@ -39,8 +39,8 @@ def report(plan: Plan, advice: Advice | None = None, price_per_gpu_hour: float |
 
 
 def explain(plan: Plan) -> str:
-    """Return a table of the parts of a step with their time and a way to shorten each of them."""
-    lines = ["What a step's time is spent on, and how to shorten it:"]
+    """Return a table of the parts of a step, with the duration of each part and a way to shorten it."""
+    lines = ["The time of a step by part, and how to shorten each part:"]
     for name, seconds, remedy in limits(plan):
         lines.append(f"  {duration_text(seconds):>9s} {seconds / plan.time.total:4.0%}  {name}")
         lines += textwrap.wrap(remedy, WIDTH, initial_indent=" " * 18, subsequent_indent=" " * 18)
@@ -126,7 +126,7 @@ def _model(plan: Plan) -> list[str]:
 
 
 def _data(plan: Plan) -> list[str]:
-    """Return the table of datasets, and what their lengths lead to."""
+    """Return the table of datasets, and a paragraph on the balance and padding that their lengths cause."""
     balance = f"The busiest rank does {plan.encoder_balance:.2f} times the average encoder work per rank"
     work = f"{balance}, and {plan.encoder_padding:.0%} of the encoders' input is padding."
     data = plan.workload.data
@@ -150,7 +150,7 @@ def _data(plan: Plan) -> list[str]:
 
 
 def _experts(plan: Plan) -> list[str]:
-    """Return the paragraph about the experts in the LLM's layers, if it has any."""
+    """Return a paragraph about the FFN experts, if the LLM has any."""
     found = plan.experts
     if found is None:
         return []

@@ -44,7 +44,7 @@ class Size:
 
 @dataclass(frozen=True)
 class PartSizes:
-    """The sizes of the model's parts, summed once because a search needs them for every layout."""
+    """The sizes of the model's parts. They are summed in advance because a search needs them for every layout."""
 
     layers: Size
     """All layers of the LLM."""
@@ -53,6 +53,7 @@ class PartSizes:
     ends: Size
     """The LLM's embedding and output layer."""
     llm: Size
+    """The whole LLM."""
     shared: Size
     """The audio modules without encoder experts."""
     experts: dict[str, Size]
@@ -70,7 +71,7 @@ class PartSizes:
 
 
 def part_sizes(sizes: dict[str, Size]) -> PartSizes:
-    """Return the sizes of the model's parts, given those of its parameters."""
+    """Return the sizes of the model's parts, given the sizes of its parameters."""
 
     def add(found: dict[str, Size], key: str, size: Size) -> None:
         found[key] = found.get(key, Size()) + size
@@ -127,7 +128,7 @@ class SizedModel:
 
     @cached_property
     def llm_matrices(self) -> int:
-        """The number of weights of the LLM by which every token is multiplied."""
+        """The number of weights in the matrices of the LLM, by which each token's vector is multiplied."""
         config = as_dense(self.llm)
         shapes = (shape for name, shape in hf_shapes(config).items() if "embed_tokens" not in name)
         tied = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
@@ -137,7 +138,7 @@ class SizedModel:
         """Build the audio modules on the meta device, where they use no memory.
 
         Args:
-            held: names of the encoder experts to build; None builds all.
+            held: The names of the encoder experts to build; None for all.
         """
         with torch.device("meta"):
             tower = AudioTower(self.config, self.llm.hidden_size, self.vocab_size, held)
@@ -151,7 +152,7 @@ def sized_model(recipe: Recipe) -> SizedModel:
     A tokenizer given by `data.tokenizer.path` is assumed to be the LLM's own.
 
     Raises:
-        UserError: If a model is a hub id without `config`, since its sizes are then unknown.
+        UserError: If the sizes of a model are unknown because it is a hub id without `config`.
     """
     model = recipe.model
     llm = known_llm_config(model.llm)
@@ -171,7 +172,7 @@ def parameter_sizes(model: SizedModel, optim: OptimConfig) -> dict[str, Size]:
     Names begin with `audio.`, or with `llm.` followed by the Hugging Face name.
 
     Raises:
-        UserError: If a pattern in `optim.parts` matches no parameter, or one in `lora` no layer.
+        UserError: If a pattern in `optim.parts` matches no parameter, or a pattern in `lora` matches no layer.
     """
     tower, adapters = model.tower(), model.adapters
     adapters.check([*llm_layers(model.llm), *(name for name, _ in adaptable_layers(tower, "audio."))])

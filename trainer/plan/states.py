@@ -1,9 +1,9 @@
 """Model states of a rank (weights, gradients and optimizer state), in exact bytes.
 
-The LLM's states are those of the real modules of the rank's stage, in Megatron's own buffers, built on the meta
-device. The distributed optimizer gives every data-parallel rank an equal, contiguous part of each buffer (megatron-core
-0.16.1, `DistributedOptimizer._build_model_gbuf_range`). The audio side's states are those of its real modules.
-ZeRO-3 gives each of the n ranks that share a parameter ceil(numel / n) of its elements (deepspeed 0.19.8,
+The real modules of a rank are built on the meta device, and the bytes of their states are counted. For the LLM, these
+are the modules of the rank's stage, in Megatron's own buffers. The distributed optimizer gives every data-parallel rank
+an equal, contiguous part of each buffer (megatron-core 0.16.1, `DistributedOptimizer._build_model_gbuf_range`). For the
+audio side, ZeRO-3 gives each of the n ranks that share a parameter ceil(numel / n) of its elements (deepspeed 0.19.8,
 `Init._partition_param`).
 """
 
@@ -41,7 +41,7 @@ class States:
     optimizer: int = 0
     """AdamW's two moments and the fp32 master weights, which ZeRO-3 always keeps and Megatron keeps with bf16."""
     snapshot: int = 0
-    """The largest number of bytes in host memory that a save copies: fp32 weights, moments, and frozen weights."""
+    """The largest number of bytes that a save copies to host memory: fp32 weights, moments, and frozen weights."""
     saved_once: int = 0
     """The part of `snapshot` that only the first save copies: frozen weights, which all checkpoints share."""
 
@@ -96,7 +96,7 @@ def build_stage(
         dtype: The dtype of weights and activations.
         recompute: The value of `train.recompute_llm`.
         adapters: The low-rank adapters.
-        reduction: How gradients and weights are exchanged between replicas.
+        reduction: The settings of the exchange of gradients and weights between replicas.
 
     Returns:
         The stage's chunks, and the chunks wrapped for data parallelism. If the whole stage is frozen, both are the
@@ -132,7 +132,8 @@ def llm_states(
     Args:
         chunks: The first result of `build_stage`.
         models: The second result of `build_stage`.
-        topology: The layout of the ranks, without context parallelism: ranks with the same weights share their states.
+        topology: The layout of the ranks without context parallelism, because ranks with the same weights share their
+            states.
         dtype: The dtype of the weights.
     """
     wrapped = [] if models is chunks else models
@@ -189,7 +190,7 @@ def audio_states(
         if parameter.requires_grad and not setting.frozen:
             learned += share
             groups.add((setting.lr, setting.weight_decay, expert and topology.ep > 1))
-    # The master copy exists even with fp32 weights: DeepSpeed tries to share it, but compares a device with a string.
+    # A master copy exists even with fp32 weights. DeepSpeed means to share it, but compares a device with a string.
     optimizer = learned * FP32_BYTES * (_MOMENTS + 1) + len(groups) * _STEP_BYTES
     return States(
         0 if offload.weights else total * dtype.itemsize,

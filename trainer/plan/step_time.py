@@ -41,13 +41,13 @@ class StepTime:
     """The expected seconds of a step and of its phases, and derived rates."""
 
     encoders: float
-    """The encoders' forward and backward passes on the slowest rank."""
+    """The seconds of the encoders' forward and backward passes on the slowest rank."""
     llm: float
-    """The forward and backward passes of all micro-batches through the pipeline, including the bubble."""
+    """The seconds of all micro-batches' forward and backward passes through the pipeline, including the bubble."""
     exchange: float
-    """The exchange of clips, features and embeddings between ranks, and of gradients and weights between replicas."""
+    """The seconds of the exchange of clips, features and embeddings, and of gradients and weights between replicas."""
     update: float
-    """The optimizer's update."""
+    """The seconds of the optimizer's update."""
     bubble: float
     """The fraction of the pipeline's time in which a stage is idle."""
     mfu: float
@@ -75,11 +75,11 @@ class _Llm:
     bubble: float
     stages: float
     gradients: float
-    """The exchange of gradients and weights between replicas, without the part that overlaps with computation."""
+    """The exchange of gradients and weights between replicas, except the part that overlaps with computation."""
 
     @property
     def pipeline(self) -> float:
-        """The seconds of the pipeline."""
+        """The seconds of the whole pipeline, including the bubble."""
         exchanges = self.tensor + self.experts + self.context + self.stages
         return self.products + self.recomputation + exchanges + self.bubble
 
@@ -100,10 +100,10 @@ def step_time(
 ) -> StepTime:
     """Return the expected duration of a step.
 
-    Gradients of the audio side are reduced while encoders compute if weights are gathered per module and the DeepSpeed
-    JSON sets `overlap_comm`. DeepSpeed does not prefetch weights, because the order of encoder calls changes from step
-    to step. The exchange of the LLM's gradients and weights overlaps with computation as the recipe sets it. Nothing
-    else overlaps unless `mechanisms` says so.
+    The reduction of the audio side's gradients overlaps with the encoders if weights are gathered per module and the
+    DeepSpeed JSON enables `overlap_comm`. DeepSpeed does not prefetch weights, because the order of encoder calls
+    changes from step to step. The exchange of the LLM's gradients and weights overlaps with computation if the recipe
+    enables this. Nothing else overlaps, except as `mechanisms` assumes.
 
     Args:
         recipe: The recipe of the run.
@@ -190,7 +190,7 @@ def _llm(
     again = recomputed_seconds(config, rates, tp, rows, squares, recipe.train.recompute_llm)
     if topology.cp > 1:  # The backward pass of attention to gathered keys runs its forward pass again.
         again += attention.forward
-    # The traffic is that of a stage with the most layers.
+    # `seconds` contains the traffic of a stage with the most layers.
     tensor = seconds.get("LLM, tensor parallel", 0.0) / microbatches / max(held)
     if mechanisms.overlap_tensor:
         tensor /= tp
@@ -205,7 +205,7 @@ def _llm(
     if topology.vp > 1:
         stages *= (pp - 1) / (microbatches * topology.vp)
     scatter, gather = (seconds.get(f"LLM, {kind} over replicas", 0.0) for kind in ("gradients", "weights"))
-    # With sharded weights, collectives overlap with all micro-batches, otherwise only with the last or the first one.
+    # With sharded weights, collectives overlap with all micro-batches; otherwise, only with the last or the first one.
     hidden = layers * (microbatches if mechanisms.sharded_weights else 1)
     if parallel.overlap_grad_reduce:
         scatter = max(scatter - hidden * layer.backward, scatter / layers)
@@ -253,7 +253,7 @@ def _encoder_seconds(
     work: Sequence[EncoderWork],
     flops: Flops,
 ) -> float:
-    """Return the seconds in which the slowest rank computes the encoders.
+    """Return the number of seconds for which the slowest rank computes the encoders.
 
     The matmuls of an encoder are assumed to have the shape of the average weight, and as many rows as a call has
     frames.

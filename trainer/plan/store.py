@@ -13,7 +13,7 @@ from trainer.telemetry.origin import PLAN_JSON_NAME, PLAN_NAME
 
 
 def store(plan: Plan, run_dir: Path) -> None:
-    """Write a plan to the folder of its run, both as text and as the numbers with which the run is compared.
+    """Write a plan to the folder of its run, as text and as JSON. The run is compared with the JSON file.
 
     Raises:
         UserError: If the folder cannot be written.

@@ -45,7 +45,7 @@ class Sweep:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The last components of the keys, as many as are needed to distinguish the keys."""
+        """The shortest suffixes of the dotted keys that distinguish all keys."""
         for count in range(1, max(key.count(".") for key in self.keys) + 2):
             found = tuple(".".join(key.split(".")[-count:]) for key in self.keys)
             if len(set(found)) == len(found):
@@ -142,7 +142,7 @@ def _cells(plan: Plan, price: float | None) -> list[str]:
 
 
 def as_tree(found: Sweep) -> dict[str, Any]:
-    """Return a sweep as JSON values, from which its plots are drawn. Names contain the units."""
+    """Return a sweep as JSON values, from which its plots are drawn. The keys contain the units."""
     rows = []
     for row in found.rows:
         tree: dict[str, Any] = {"values": list(row.values), "reason": row.reason}
@@ -181,7 +181,7 @@ def as_tree(found: Sweep) -> dict[str, Any]:
 
 
 def fastest(found: Sweep) -> str:
-    """Return a sentence about the plan that finishes first among those that fit; empty if there is none."""
+    """Return a sentence about the plan that finishes first among the plans that fit; empty if no plan fits."""
     fitting = [row for row in found.rows if row.plan is not None and row.plan.fits and not row.plan.too_small]
     if not fitting:
         return ""

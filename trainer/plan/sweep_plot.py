@@ -22,7 +22,7 @@ def check_plot(path: Path) -> None:
     if path.suffix not in (".png", ".html"):
         raise UserError(f"--plot {path}: the name must end with .png or .html")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"--plot {path}: no folder {path.absolute().parent}; make it first")
+        raise UserError(f"--plot {path}: no such folder: {path.absolute().parent}; make it first")
 
 
 def plot(tree: dict[str, Any], path: Path) -> None:

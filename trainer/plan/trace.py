@@ -65,9 +65,9 @@ def extrapolated(found: Sequence[Traced], layers: int) -> Traced:
 def _flash_attention() -> Iterator[None]:
     """Count the memory of attention as fused kernels use it, that is, without the scores.
 
-    On the meta device, torch would choose the unfused implementation. As on the CPU, that implementation is still used
-    for a trainable mask (WavLM's gated position bias). The function is replaced because a dispatch mode would not be
-    active when activation checkpointing recomputes.
+    On the meta device, torch would choose the unfused implementation. That implementation is still used for a trainable
+    mask (WavLM's gated position bias), as on the CPU. The function is replaced because a dispatch mode would not be
+    active during the recomputation of activation checkpointing.
     """
     plain = functional.scaled_dot_product_attention
 
@@ -85,9 +85,10 @@ def _flash_attention() -> Iterator[None]:
 
 @contextmanager
 def _fused_norms(device: str) -> Iterator[None]:
-    """Count the memory of RMSNorm as with CUDA's fused kernel, which keeps its input and an fp32 scale per row.
+    """Count the memory of RMSNorm as CUDA's fused kernel uses it, which keeps its input and an fp32 scale per row.
 
-    On the meta device, as on the CPU, torch decomposes the norm into operations on fp32 copies.
+    On the meta device and on the CPU, torch decomposes the norm into operations on fp32 copies. If `device` is not
+    `cuda`, nothing is replaced.
     """
     plain = functional.rms_norm
     if device != "cuda":
@@ -134,7 +135,7 @@ class _FusedRmsNorm(torch.autograd.Function):
 
 
 class PackedFlash(torch.nn.Module):
-    """Attention that uses the memory of TransformerEngine's attention on packed segments, on the meta device."""
+    """A module on the meta device that uses as much memory as TransformerEngine's attention on packed segments."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
         """Return a tensor `[t, H, D]`, given query `[t, H, D]` and key and value `[t, G, D]`."""
@@ -180,7 +181,7 @@ class _Bytes(TorchDispatchMode):
             weakref.finalize(storage, self._drop, key)
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """Note that the size of a storage has changed. Selective recomputation releases storages of living tensors."""
+        """Record the new size of a storage. Selective recomputation frees the storages of tensors that still exist."""
         key, size = storage._cdata, storage.nbytes()
         if key in self._alive:
             self.now += size - self._alive[key]

@@ -2,8 +2,7 @@
 
 A recipe does not contain the durations of clips. Unless they are read from its data (`trainer/plan/data.py`), the plan
 assumes log-normal durations, which are typical of speech corpora. They have a given mean and are limited to
-`data.max_audio_sec`.
-Every sample is assumed to have the same number of text tokens.
+`data.max_audio_sec`. Every sample is assumed to have the same number of text tokens.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class Workload:
 def typical_workload(
     recipe: Recipe, topology: Topology, mean_audio_sec: float | None = None, text_tokens: int = DEFAULT_TEXT_TOKENS
 ) -> Workload:
-    """Return a global batch of typical clips, with the size that the recipe sets.
+    """Return a global batch of clips with typical durations. Its size is that of the recipe's global batches.
 
     Args:
         recipe: The recipe of the run.
@@ -149,6 +148,7 @@ class EncoderWork:
     """The work of every rank for encoders whose clips are dispatched together."""
 
     names: tuple[str, ...]
+    """The names of these encoders."""
     calls: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
     """The lengths of each call's clips in audio samples, indexed by [rank][encoder][call]."""
     cost: NDArray[np.float64]
@@ -239,7 +239,7 @@ def encoder_balance(work: Sequence[EncoderWork]) -> float:
 def encoder_padding(work: Sequence[EncoderWork]) -> float:
     """Return the fraction of the encoders' input that is padding, if each clip is padded to the longest in its call.
 
-    Encoders that cut their clips into windows of a fixed length pad differently.
+    The fraction is not exact for encoders that cut their clips into windows of a fixed length.
     """
     calls = [call for one in work for rank in one.calls for encoder in rank for call in encoder if call]
     padded = sum(max(call) * len(call) for call in calls)
