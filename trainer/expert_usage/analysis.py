@@ -1,6 +1,6 @@
-"""Profiles of encoder usage: which encoder experts ran for which tasks, how this changed, and what they cost.
+"""Profiles of encoder usage: the tasks on which each encoder expert ran, how this changed over a run, and the costs.
 
-The functions are pure. In shapes, G is the number of gates and K the number of encoder experts.
+In shapes, G is the number of gates and K is the number of encoder experts.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from trainer.telemetry.expert_load import ExpertLoad, Floats, Load, add_up
 from trainer.telemetry.load_history import LoadInterval
 
 DEAD_SHARE = 0.001
-"""An encoder expert that runs on less than this share of the latest clips is called dead."""
+"""The share of the latest clips below which an encoder expert is called dead."""
 LATEST = 0.25
-"""The share of a history's steps that counts as the latest ones and, for the drift, as the earliest ones."""
+"""The share of a history's steps that counts as its latest steps and, for the drift, as its earliest steps."""
 MAX_WINDOWS = 60
 """The largest number of windows into which a history is divided."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """The load of some consecutive steps of a history."""
+    """The load of the encoder experts in some consecutive steps."""
 
     first_step: int
     last_step: int
@@ -41,11 +41,11 @@ class Profile:
     run: str
     """The name of the run."""
     origin: str
-    """A description of what was observed, such as a range of steps or a dataset."""
+    """A description of the data of the profile, such as a range of steps or a dataset."""
     primary: str | None
     """The name of the primary encoder; None if the model has none."""
     load: ExpertLoad
-    """The use of the encoder experts, over everything that was observed."""
+    """The total use of the encoder experts."""
     history: tuple[LoadInterval, ...]
     """The load of each interval of steps; empty for a pass over data."""
     time: EncoderTime | None
@@ -57,7 +57,7 @@ class Profile:
 
     @property
     def dead(self) -> tuple[str, ...]:
-        """The encoder experts that hardly ever run.
+        """The encoder experts that almost never run.
 
         They ran on less than `DEAD_SHARE` of the latest clips or, for a pass over data, of all clips.
         """
@@ -67,10 +67,10 @@ class Profile:
 
     @property
     def imbalance(self) -> float | None:
-        """The load of the slowest rank divided by the mean.
+        """The computing time of the encoders on the slowest rank, divided by the mean over ranks.
 
-        This is the measured value if there is one, and otherwise the value expected from the placement. None if neither
-        is known.
+        This is the measured value if there is one, and otherwise the value that is expected from the placement. None if
+        neither is known.
         """
         if self.time is not None:
             return self.time.costs.imbalance
@@ -80,7 +80,7 @@ class Profile:
     def last_used_step(self, expert: str) -> int | None:
         """Return the last step of the last interval in which an encoder expert ran.
 
-        None if it never ran or there is no history.
+        The result is None if it never ran or there is no history.
         """
         for interval in reversed(self.history):
             if expert in interval.load.experts:
@@ -108,8 +108,8 @@ class Profile:
     def drift(self) -> dict[str, float]:
         """The change of the encoder experts' shares of the work from the first to the last quarter of steps, by task.
 
-        It is the total variation distance, from 0 (no change) to 1 (complete change). Tasks without clips in either
-        quarter are not included.
+        The change is the total variation distance, from 0 (no change) to 1 (complete change). Only tasks with clips in
+        both quarters are included.
         """
         names = self.load.experts
         if not self.history or not names:
@@ -126,14 +126,14 @@ class Profile:
         return {t: float(abs(spread(early, before[t]) - spread(late, after[t])).sum()) / 2 for t in both}
 
     def _part(self, last: bool) -> ExpertLoad:
-        """Return the load of the last or of the first quarter of a history."""
+        """Return the load of the last quarter of the history if `last` is true, and of the first quarter otherwise."""
         first, end = self.windows[0].first_step, self.windows[-1].last_step
         span = (end - first + 1) * LATEST
         chosen = [w for w in self.windows if (w.last_step > end - span if last else w.first_step < first + span)]
         return add_up(w.load for w in chosen)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of `profile.json`; unknown values are None."""
+        """Return the content of `profile.json`. Unknown values are None."""
         load = self.load
         return {
             "run": self.run,

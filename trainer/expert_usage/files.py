@@ -36,9 +36,10 @@ def write_files(profile: Profile, folder: Path) -> list[Path]:
 def write_cells(profile: Profile, path: Path) -> None:
     """Write a CSV file with one line per encoder and group of clips.
 
-    A group is a combination of task, language, source and duration band. `group_clips` and `group_audio_sec` describe
-    the whole group; `clips` and `audio_sec` describe the clips of the group on which the encoder ran. The weight of
-    each gate is the mean mixing weight over the group's clips; it is empty for the primary encoder.
+    A group is a combination of task, language, source and duration band. The columns `group_clips` and
+    `group_audio_sec` describe the whole group. `clips` and `audio_sec` describe the clips of the group on which the
+    encoder ran. The columns `weight_…` contain the mean mixing weight of each gate over the group's clips. They are
+    empty for the primary encoder.
     """
     load = profile.load
     head = ["encoder", "task", "language", "source", "band", "group_clips", "group_audio_sec"]

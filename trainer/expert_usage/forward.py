@@ -1,7 +1,7 @@
-"""The profile of a dataset, routed by the router of a checkpoint, in one process and without training.
+"""The profile of a dataset whose clips the router of a checkpoint routes, in one process and without training.
 
 The weights of the checkpoint are loaded in fp32 into the single-process `AudioTower`. Only the primary encoder and the
-router process every clip. The encoder experts are timed on a few clips.
+router process all clips. The encoder experts process a few clips, on which they are timed.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ Encode = Callable[[str], list[int]]
 
 
 def profile_data(where: RunPath, data: Path, split: str | None) -> Profile:
-    """Return the profile of `data`, as routed by a checkpoint.
+    """Return the profile of `data`, as a checkpoint routes it.
 
     Args:
-        where: a run, whose newest whole checkpoint is used, or one of its checkpoints.
-        data: a manifest or a folder of shards.
-        split: the split to use; None uses all splits.
+        where: A run, whose newest undamaged checkpoint is used, or one of its checkpoints.
+        data: A manifest or a folder of shards.
+        split: The split to use; None for all splits.
 
     Raises:
         UserError: If there is no checkpoint or no such data, or the model has no encoder experts.
@@ -83,7 +83,7 @@ def profile_data(where: RunPath, data: Path, split: str | None) -> Profile:
 
 
 def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
-    """Open the named checkpoint, or the newest whole one of the run.
+    """Open the named checkpoint, or the newest undamaged checkpoint of the run.
 
     Returns:
         The reader of the checkpoint, and the recipe of its run.
@@ -107,7 +107,7 @@ def open_checkpoint(where: RunPath) -> tuple[Reader, Recipe]:
             continue
         return Reader(folder, manifest), parse_stored_recipe(read_extra(folder)["recipe"], f"{folder.url}/{STATE}")
     if damages:
-        raise UserError(f"{damages[0]}; no checkpoint can be read, restore one from a copy")
+        raise UserError(f"{damages[0]}; no checkpoint can be read; restore one from a copy")
     raise UserError(f"{found.url}: contains no checkpoint; wait until the run has saved one")
 
 
@@ -136,7 +136,7 @@ def _vocab_size(manifest: Manifest, model: ModelConfig) -> int:
 
 
 def _prompt_encoder(reader: Reader, recipe: Recipe, run_dir: Path) -> Encode:
-    """Return the function that turns an instruction into tokens; without a gate that reads it, it returns no tokens."""
+    """Return a function that turns an instruction into tokens. If no gate reads instructions, it returns no tokens."""
     router = recipe.model.router
     if router.input != "prompt" or "data_dependent" not in router.gates:
         return lambda text: []
@@ -151,9 +151,10 @@ def _prompt_encoder(reader: Reader, recipe: Recipe, run_dir: Path) -> Encode:
 def _decoded(
     data: Path, split: str | None, recipe: Recipe, encode: Encode, skipped: Counter[str]
 ) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor], dict[str, Any]]]:
-    """Yield the clips, the tokens of each clip's instruction, and the manifest fields of each sample.
+    """Yield the clips of each sample, the tokens of each clip's instruction, and the sample's manifest fields.
 
-    Clips are decoded as in training, but without augmentation. Skipped samples are counted by reason in `skipped`.
+    Clips are decoded as in training, but without augmentation. Samples that cannot be used are skipped and counted, by
+    reason, in `skipped`.
     """
     shortest = num_samples(recipe.data.min_audio_sec)
     stored = open_stored(str(data), split)
@@ -216,7 +217,7 @@ def _route(
 
 @torch.no_grad()
 def _time_experts(tower: AudioTower, clips: Ragged) -> list[float]:
-    """Measure the forward seconds per second of audio of each encoder expert, on the first clips."""
+    """Return the seconds that the forward pass of each encoder expert takes per second of audio, on the first clips."""
     device = next(tower.parameters()).device
     num = 1
     while num < len(clips) and sum(clips.lengths[: num + 1]) <= num_samples(_TIMED_SEC):

@@ -39,7 +39,7 @@ def find_run(path: Path) -> RunPath:
     """Return the run at `path`, or the run of the checkpoint at `path` together with this checkpoint.
 
     Raises:
-        UserError: If `path` is neither the folder of a run nor that of a checkpoint.
+        UserError: If `path` is neither the folder of a run nor the folder of a checkpoint.
     """
     path = path.resolve()
     if step_of(path.name) is not None and path.parent.name == "checkpoints" and path.is_dir():
@@ -52,7 +52,7 @@ def find_run(path: Path) -> RunPath:
 
 
 def profile_history(where: RunPath) -> Profile:
-    """Return the profile of a run's history, or of its part up to the step of a checkpoint.
+    """Return the profile of a run's history, or of the part up to a checkpoint's step if `where` names a checkpoint.
 
     Raises:
         UserError: If there is no history, or it begins after the checkpoint.
@@ -76,7 +76,7 @@ def profile_history(where: RunPath) -> Profile:
 
 
 def profile_tokens(where: RunPath) -> TokenProfile | None:
-    """Return the profile of the experts in the LLM's layers; None if the LLM has none, or no token was counted.
+    """Return the profile of the FFN experts; None if the LLM has none, or no token was counted.
 
     Raises:
         UserError: If the history or the newest checkpoint cannot be read.

@@ -1,7 +1,7 @@
 """The costs of encoders and of waiting for the slowest rank, and the best placement of encoder experts on ranks.
 
-The functions are pure. In shapes, E is the number of encoders (the primary first), K the number of encoder experts, and
-R the number of ranks. An expert-parallel group of `ep` ranks has `ep` slots; rank r is in slot r mod `ep` of its group.
+In shapes, E is the number of encoders (the primary encoder comes first), K is the number of encoder experts, and R is
+the number of ranks. An expert-parallel group of `ep` ranks has `ep` slots. Rank r is in slot r mod `ep` of its group.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class EncoderTime:
     step_sec: float
     """The duration of a whole step in seconds."""
     audio_sec: Floats
-    """[E] seconds of audio that each encoder processed per step, on all ranks together."""
+    """[E] seconds of audio that each encoder processed per step, summed over ranks."""
 
     @property
     def lost_sec(self) -> float:
@@ -42,16 +42,16 @@ class EncoderTime:
 
     @property
     def sec_per_audio_sec(self) -> Floats:
-        """[E] computing seconds per second of audio; nan for an encoder that processed none."""
+        """[E] computing seconds per second of audio; nan for an encoder that processed no audio."""
         return np.divide(
             self.total_sec, self.audio_sec, out=np.full(len(self.audio_sec), np.nan), where=self.audio_sec > 0
         )
 
 
 def measured_time(history: Sequence[LoadInterval]) -> EncoderTime | None:
-    """Return the encoders' time in the steps since the ranks or the encoders last changed.
+    """Return the encoders' time over the intervals that have the same ranks and encoders as the last interval.
 
-    The first interval of the history is excluded if there are others, since it contains the warm-up.
+    The first interval of the history is excluded if there are others, because it contains the warm-up.
 
     Returns:
         The time per step; None if nothing was measured.
@@ -70,7 +70,7 @@ def measured_time(history: Sequence[LoadInterval]) -> EncoderTime | None:
 
 @dataclass(frozen=True)
 class Placement:
-    """The slots of encoder experts in an expert-parallel group; ranks of one slot share the clips of its experts."""
+    """The slots of encoder experts in an expert-parallel group. The ranks of a slot share the clips of its experts."""
 
     slots: tuple[int, ...]
     """[K] slot of each encoder expert."""
@@ -95,8 +95,8 @@ def place(costs_sec: Sequence[float], slots: Sequence[int], ep: int, num_ranks: 
     Args:
         costs_sec: [K] computing seconds of each expert, summed over ranks.
         slots: [K] slot of each expert.
-        ep: the size of the expert-parallel groups.
-        num_ranks: the number of ranks.
+        ep: The size of the expert-parallel groups.
+        num_ranks: The number of ranks.
     """
     loads = [0.0] * ep
     for cost, slot in zip(costs_sec, slots, strict=True):
@@ -111,20 +111,20 @@ class PlacementAdvice:
     experts: tuple[str, ...]
     """The names of the encoder experts."""
     costs_sec: tuple[float, ...]
-    """[K] computing seconds summed over ranks, per step or, for a pass over data, for all of the data."""
+    """[K] computing seconds of each encoder expert, summed over ranks, per step or for all data of a pass over data."""
     ep: int
     """The value of `parallel.expert`."""
     num_ranks: int
     current: Placement | None
     """The current placement; None if nothing was measured or every rank holds all encoder experts."""
     suggested: Placement
-    """The best placement for `parallel.expert`: from the costliest on, each expert goes into the emptiest slot."""
+    """The placement for `parallel.expert` that puts the experts, in descending order of cost, into the emptiest slot."""
     others: tuple[Placement, ...]
-    """The best placement for every other size of expert-parallel groups in which no slot is empty."""
+    """The same placement for every other size of expert-parallel groups for which no slot is empty."""
 
     @property
     def saved_sec(self) -> float:
-        """The seconds that `suggested` saves; 0 if the current placement is unknown or equally good."""
+        """The seconds that `suggested` saves per step; 0 if the current placement is unknown or equally good."""
         return max(0.0, self.current.slowest_sec - self.suggested.slowest_sec) if self.current else 0.0
 
 
@@ -134,10 +134,10 @@ def advise(
     """Return the best placements of the encoder experts.
 
     Args:
-        experts: the names of the encoder experts.
-        costs_sec: [K] computing seconds of each, summed over ranks.
-        ep: the value of `parallel.expert`.
-        num_ranks: the number of ranks.
+        experts: The names of the encoder experts.
+        costs_sec: [K] computing seconds of each expert, summed over ranks.
+        ep: The value of `parallel.expert`.
+        num_ranks: The number of ranks.
         current: [K] current slot of each expert; None if it is not known.
     """
 
@@ -150,6 +150,6 @@ def advise(
 
 
 def current_slots(time: EncoderTime, experts: Sequence[str], ep: int) -> tuple[int, ...]:
-    """Return the current slot of each encoder expert, inferred from the ranks that computed it."""
+    """Return the current slot of each encoder expert, which is the slot whose ranks computed it the longest."""
     rows = (time.costs.compute_sec[time.costs.encoders.index(name)] for name in experts)
     return tuple(int(np.argmax([row[slot::ep].sum() for slot in range(ep)])) for row in rows)

@@ -15,11 +15,11 @@ from trainer.page.figure import SIZE_INCHES, plain, save, with_legend
 def draw(tree: dict[str, Any], folder: Path) -> list[Path]:
     """Draw the plots for which a profile has data, and return their paths.
 
-    Plots show the encoder experts' shares, how the shares change over the steps, and the seconds per rank.
+    The plots show the encoder experts' shares of clips, their change over the steps, and the encoders' time per rank.
 
     Args:
-        tree: the profile as returned by `Profile.to_json`.
-        folder: the folder to write to.
+        tree: The profile as returned by `Profile.to_json`.
+        folder: The folder to which the plots are written.
     """
     drawn = []
     if tree["tasks"] and tree["experts"]:

@@ -10,7 +10,7 @@ from trainer.scoring.table import format_table
 
 
 def describe(profile: Profile) -> str:
-    """Return tables of the encoders' use and cost, and the conclusions from them."""
+    """Return tables of the use and the cost of the encoders, and the conclusions from them."""
     tree = profile.to_json()
     head = f"{profile.run}: {profile.origin}"
     if not tree["tasks"]:

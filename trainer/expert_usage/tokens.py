@@ -1,4 +1,4 @@
-"""The profile of the LLM's experts: which expert processes tokens of which task, modality and language."""
+"""The profile of FFN experts: the tasks, modalities and languages of the tokens that each expert processes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ MAX_SHOWN_EXPERTS = 16
 
 @dataclass(frozen=True)
 class TokenProfile:
-    """The load of the experts in the LLM's layers over a run."""
+    """The load of the FFN experts over a run."""
 
     run: str
+    """The name of the run."""
     history: tuple[TokenLoad, ...]
-    """The loads in the order of their steps, at least one."""
+    """The load of each logging interval, in the order of the steps; not empty."""
     origins: tuple[Provenance, ...] = ()
-    """The origin of each expert's initial weights; empty if the experts are those of the LLM's family."""
+    """The origin of each expert's initial weights; empty if the recipe did not add the experts."""
 
     @cached_property
     def load(self) -> TokenLoad:
@@ -40,7 +41,7 @@ class TokenProfile:
 
     @property
     def drift(self) -> dict[str, float]:
-        """How much the experts' shares changed from the first to the last quarter of the steps, by modality.
+        """The change of the experts' shares from the first to the last quarter of the intervals, by modality.
 
         The change is the total variation distance, from 0 to 1, averaged over layers.
         """
@@ -76,7 +77,7 @@ class TokenProfile:
         }
 
     def _mix(self) -> Floats:
-        """Return the share of each modality in the tokens of each expert [modalities, L, E]."""
+        """Return the share of each modality in the tokens of each expert, [modalities, layers, experts]."""
         none = np.zeros((len(self.load.layers), len(self.load.experts)))
         cells = [self.load.total(modality=modality) for modality in MODALITIES]
         chosen = np.stack([none if cell is None else cell.chosen for cell in cells])
@@ -183,5 +184,5 @@ def failures_of(profile: TokenProfile, dead: bool, overload: float) -> list[str]
 
 
 def until(history: Sequence[TokenLoad], step: int | None) -> tuple[TokenLoad, ...]:
-    """Return the part of a history up to a step; None for all of it."""
+    """Return the part of a history up to `step`, or the whole history if `step` is None."""
     return tuple(load for load in history if step is None or load.step <= step)
