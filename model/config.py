@@ -21,25 +21,27 @@ class EncoderConfig:
     """An audio encoder."""
 
     name: str = ""
-    """The name of the encoder in parameters, metrics and reports. Required, unique within the model, without a dot."""
+    """The name of the encoder in parameters, metrics and reports. It is required, must be unique within the model, and
+    must not contain a dot."""
     family: Annotated[str, OneOf(ENCODER_FAMILIES)] = "whisper"
     """The kind of network. Plug-ins can add families."""
     weights: str | None = None
     """A local Hugging Face directory or a hub id with pre-trained weights. null builds the encoder from `config` with
     random weights."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Fields of the family's transformers config that should differ from its defaults, or from the checkpoint's values;
-    and optionally `do_normalize`, whether each window is brought to zero mean and unit variance first."""
+    """Fields of the family's transformers config that replace its defaults or the checkpoint's values. The additional
+    field `do_normalize` says whether each window is first normalized to zero mean and unit variance."""
     length_mode: Literal["full", "trim", "masked"] = "full"
-    """The padding of windows, for Whisper. `full`: every window is padded to the checkpoint's 30 s, as in pre-training.
-    `trim`: only the real length of the clips is computed, which is faster but changes the features of published weights
-    (see `docs/finetune.md`). `masked`: the features equal those of windows that are padded to 30 s and whose padding is
-    hidden from attention, as in the training of Qwen2-Audio, but only the real length is computed. The other families
+    """The padding of windows, for Whisper. `full` pads every window to the checkpoint's 30 s, as in pre-training.
+    `trim` computes only the real length of the clips, which is faster but changes the features of published weights
+    (see `docs/finetune.md`). `masked` also computes only the real length, but gives the features of windows that are
+    padded to 30 s and whose padding is hidden from attention, as in the training of Qwen2-Audio. The other families
     always compute the real length and accept only `full`."""
     trailing_silence_sec: float = 0.0
-    """The silence, in seconds, that is appended to every clip before it is encoded, only with `length_mode: trim`. With
-    silence, the features of published Whisper weights are closer to those of `full`. It costs as much time as audio of
-    this length (see `docs/finetune.md`). The number of audio tokens does not change."""
+    """The silence, in seconds, that is appended to every clip before it is encoded. It is allowed only with
+    `length_mode: trim`, and makes the features of published Whisper weights more similar to the features with `full`.
+    It costs as much time as audio of this length (see `docs/finetune.md`). The number of audio tokens does not
+    change."""
     window_sec: float = 30.0
     """The length of a window, in seconds. Longer clips are cut into windows of this length, which are encoded
     separately, and the features are joined. With Whisper's `length_mode: full` and `masked`, the length must be the
@@ -51,28 +53,29 @@ class RouterConfig:
     """The choice of encoder experts for each clip (MoWE-Audio, arXiv 2409.06635; PaM, arXiv 2502.15178)."""
 
     mode: Literal["primary_plus_experts", "all_routed"] = "primary_plus_experts"
-    """`primary_plus_experts`: the encoder `model.primary` encodes every clip, and the experts are routed. `all_routed`:
-    there is no primary encoder, and every encoder is routed."""
+    """The encoders that are routed. With `primary_plus_experts`, `model.primary` encodes every clip, and the encoder
+    experts are routed. With `all_routed`, there is no primary encoder, and every encoder is routed."""
     gates: tuple[Literal["data_independent", "data_dependent"], ...] = ("data_independent", "data_dependent")
-    """The gates, each of which makes one stream of features. `data_independent`: a learned vector, the same for all
-    clips. `data_dependent`: computed from each clip; see `input`."""
+    """The gates, each of which produces one mixture of the experts' features. `data_independent` is a learned vector
+    that is the same for all clips. `data_dependent` is computed for each clip from `input`."""
     input: Literal["primary", "log_mel", "prompt"] = "primary"
-    """What the data-dependent gate reads: the average over time of the primary encoder's features (`primary`) or of the
-    log-mel spectrogram (`log_mel`), or the average embedding of the instruction's tokens (`prompt`)."""
+    """The input of the data-dependent gate: the average over time of the primary encoder's features (`primary`) or of
+    the log-mel spectrogram (`log_mel`), or the average embedding of the instruction's tokens (`prompt`)."""
     top_k: int = 1
     """The number of experts that each gate chooses for a clip. More experts cost more compute."""
     temperature: float = 1.0
-    """The gate logits are divided by this before the softmax. Values above 1 make the probabilities more even."""
+    """The number by which the gate logits are divided before the softmax. Values above 1 make the probabilities more
+    even."""
     noise_std: float = 0.0
-    """The standard deviation of Gaussian noise that is added to the gate logits in training only. 0 adds none."""
+    """The standard deviation of Gaussian noise that is added to the gate logits in training only; 0 for no noise."""
     join: Literal["concatenate", "add"] = "concatenate"
-    """How the gates' streams of features are joined with the primary encoder's features. `concatenate`: along the
-    width. `add`: a linear layer, whose weights are initially 0, projects the streams to the primary encoder's width,
-    and its output is added. Encoder experts can then be added to a model without changing its initial loss
-    (`docs/published.md`)."""
+    """The way in which the gates' mixtures are joined with the primary encoder's features. `concatenate` joins them
+    along the width. `add` projects the mixtures to the primary encoder's width with a linear layer, whose weights are
+    initially 0, and adds the result. With `add`, encoder experts can be added to a model without changing its initial
+    loss (`docs/published.md`)."""
     added_encoder_warmup_steps: int = 1000
     """The number of steps after which an encoder that was added to a trained model (`checkpoint.start_from`) has its
-    full gate logits. They are lowered at first, so that the encoder has hardly any weight."""
+    full gate logits. They are lowered at first, so that the encoder initially has almost no weight."""
 
     def __post_init__(self) -> None:
         if not self.gates or len(set(self.gates)) != len(self.gates):
@@ -93,14 +96,14 @@ class RoutingLossConfig:
     """The routing loss L_MoWE and its terms (see `model/losses/routing.py`). Entropies are in nats."""
 
     weight: float = 0.1
-    """The weight of the routing loss in the total loss. 0 switches it off."""
+    """The weight of the routing loss in the total loss; 0 disables it."""
     sample_entropy: float = 1.0
     """The weight of the mean entropy of the data-dependent gate. Raise it to route each clip with more confidence."""
     batch_entropy: float = 1.0
     """The weight of the negative entropy of the data-dependent gate's mean over the global batch. Raise it so that the
     batch as a whole uses all experts."""
     independent_entropy: float = 1.0
-    """The weight of the entropy of the data-independent gate. Raise it so that this gate settles on few experts."""
+    """The weight of the entropy of the data-independent gate. Raise it so that this gate prefers few experts."""
 
     def __post_init__(self) -> None:
         check_least("model.routing_loss", self, weight=0, sample_entropy=0, batch_entropy=0, independent_entropy=0)
@@ -111,17 +114,17 @@ class AdapterConfig:
     """The adapter, which turns the joined features into one vector per audio token. The projector reads its output."""
 
     kind: Annotated[str, OneOf(ADAPTERS)] = "convolutions"
-    """The kind of network (see `docs/connectors.md`). `convolutions`: strided 1-D convolutions. `stacking`: frames are
-    concatenated and passed to a perceptron. `queries`: learned queries attend to each window of frames. `pooling`,
-    `pooling_perceptron`, `swiglu` and `swiglu_post_norm` are those of published models: the average of frames, alone or
-    followed by a perceptron, and stacked frames with a gated perceptron."""
+    """The kind of network (see `docs/connectors.md`). `convolutions` are strided 1-D convolutions. `stacking`
+    concatenates frames and applies a perceptron. `queries` are learned queries that attend to each window of frames.
+    The other kinds are adapters of published models: `pooling` averages frames, `pooling_perceptron` applies a
+    perceptron to the average, and `swiglu` and `swiglu_post_norm` apply a gated perceptron to stacked frames."""
     hidden_size: int = 1024
     """The width of the layers and of the output."""
     kernel_size: int = 3
     """The kernel size of every convolution of `convolutions`, in frames. It must be at least the largest stride."""
     strides: tuple[int, ...] = (2, 2, 2)
-    """The down-sampling, as one factor per convolution. Their product is the number of frames that are stacked or that
-    form a window: 8 by default, so that an audio token of the LLM covers 160 ms."""
+    """The down-sampling factors, one per convolution. Their product is the number of frames that are stacked or that
+    form a window. It is 8 by default, so that an audio token of the LLM covers 160 ms."""
     num_queries: int = 1
     """The number of queries per window in the kind `queries`, which is also the number of audio tokens per window."""
     num_layers: int = 2
@@ -132,9 +135,9 @@ class AdapterConfig:
     """Whether the linear layers of the adapter and the projector have biases. `convolutions` and `queries` must have
     them."""
     last_group: Literal["pad", "drop"] = "pad"
-    """What happens to frames at the end of a clip that are too few for an audio token. `pad`: they are padded to one
-    more audio token. `drop`: they are dropped, except in a clip that would otherwise have no audio token.
-    `convolutions` and `queries` accept only `pad`."""
+    """The treatment of the last frames of a clip if they are too few for an audio token. `pad` pads them to one more
+    audio token. `drop` drops them, except in a clip that would otherwise have no audio token. `convolutions` and
+    `queries` accept only `pad`."""
     normalize: bool = False
     """Whether to normalize the features of every frame, and to scale the audio embeddings to the size of the LLM's
     token embeddings. Use it with a pre-trained LLM."""
@@ -154,7 +157,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class LLMConfig:
-    """The language model, described as in Hugging Face; Megatron-core's config is derived from it."""
+    """The language model, described by its Hugging Face config, from which Megatron-core's config is derived."""
 
     weights: str | None = None
     """A local directory with config.json and safetensors files, or a hub id. null builds the LLM from `config` with
@@ -163,11 +166,11 @@ class LLMConfig:
     """Fields of the Hugging Face config. If `weights` is null, they must include `model_type`, which is one of the
     families in `docs/llms.md` or of a plug-in. Otherwise, the fields override the checkpoint's values."""
     experts: tuple[ExpertConfig, ...] = ()
-    """Experts that are added to the feed-forward layers of a dense LLM (see `docs/experts.md`). A router chooses some
-    of them for each token. Empty: the LLM is not changed."""
+    """FFN experts that are added to the feed-forward layers of a dense LLM (see `docs/experts.md`). A router chooses
+    some of them for each token. If the list is empty, the LLM is not changed."""
     moe_layers: Literal["all", "every_2", "second_half"] | tuple[int, ...] = "all"
-    """The layers that get `experts`: all, every second layer, the second half, or a list of layer numbers, counted from
-    0."""
+    """The layers to which `experts` are added: all, every second layer, the second half, or a list of layer numbers,
+    counted from 0."""
     top_k: int = 2
     """The number of `experts` to which each token is sent."""
     router: ExpertRouterConfig = field(default_factory=ExpertRouterConfig)
@@ -196,7 +199,7 @@ class LoraConfig:
     rank: int = 8
     """The number of rows of A. A larger rank can learn more and uses more memory."""
     alpha: float = 16.0
-    """The adapter's output is multiplied by alpha / rank."""
+    """The scale of the adapter, whose output is multiplied by alpha / rank."""
     train_base: bool = False
     """Whether W and its bias are also trained. If false, they are frozen, and so are the weights of projections that
     are computed together with W in the LLM: q, k and v, or gate and up."""
@@ -219,12 +222,13 @@ def is_factor(name: str) -> bool:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The whole model."""
+    """The model, which consists of encoders, a router, an adapter, a projector and an LLM."""
 
     primary: EncoderConfig | None = None
-    """The encoder that encodes every clip. null if and only if `router.mode` is `all_routed`."""
+    """The encoder that encodes every clip. It must be null if `router.mode` is `all_routed`, and is required otherwise.
+    """
     experts: tuple[EncoderConfig, ...] = ()
-    """The encoder experts, among which the router chooses for each clip. With an empty list there is no router."""
+    """The encoder experts, among which the router chooses for each clip. If the list is empty, there is no router."""
     expert_dim: int = 768
     """The width to which each expert's features are projected before they are weighted and summed."""
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -235,14 +239,14 @@ class ModelConfig:
     """The weight of an auxiliary CTC loss on the adapter's output, for the answers in transcription tasks such as asr.
     With 0, there is no CTC head."""
     ctc_vocabulary: Literal["tokens", "bytes"] = "tokens"
-    """The symbols of the CTC loss. `tokens`: the LLM's tokens, so that the head is as wide as the vocabulary. `bytes`:
-    the UTF-8 bytes of the answer in lower case, for which the head is small with any LLM."""
+    """The symbols of the CTC loss. `tokens` are the LLM's tokens, so that the head is as wide as the vocabulary.
+    `bytes` are the UTF-8 bytes of the answer in lower case, so that the head is small with any LLM."""
     ctc_outputs: int = 1
-    """The number of CTC outputs per audio token. A clip has a CTC loss only if its outputs can spell the answer. Speech
-    has up to 20 bytes per second, so with `bytes` and 6.25 audio tokens per second, 4 outputs per token are needed."""
+    """The number of CTC outputs per audio token. A clip has a CTC loss only if it has enough outputs for its answer.
+    Speech has up to 20 bytes per second, so `bytes` with 6.25 audio tokens per second need 4 outputs per token."""
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Options of further losses by name, for example `{distillation: {weight: 0.5}}`. A loss without a weight is off.
-    """
+    """Options of further losses by name, for example `{distillation: {weight: 0.5}}`. Losses without a weight are
+    disabled."""
 
     def __post_init__(self) -> None:
         check_least("model", self, expert_dim=1, ctc_weight=0, ctc_outputs=1)

@@ -46,10 +46,10 @@ FIELD = "ffn_experts"
 
 @dataclass(frozen=True)
 class ExpertConfig:
-    """An expert that starts as the feed-forward network of a dense LLM."""
+    """An FFN expert that starts as the feed-forward network of a dense LLM."""
 
     name: str
-    """The name of the expert in tensors, metrics and reports: letters, digits, `_` and `-`, unique."""
+    """The unique name of the expert in tensors, metrics and reports. It consists of letters, digits, `_` and `-`."""
     from_: str = BASE
     """The source of the expert's initial weights: a run, a checkpoint or an export whose LLM has the same architecture,
     or `base` for `model.llm.weights`. Low-rank adapters of a run are merged into the weights."""
@@ -64,11 +64,11 @@ class ExpertRouterConfig:
     """The routers of an LLM to which the recipe adds experts. Every layer with experts has an fp32 router."""
 
     normalize: bool = True
-    """Whether the weights of the chosen experts are divided by their sum, which is the same as a softmax over the
-    chosen experts (Uni-MoE's code, Mixtral). If false, the softmax is over all experts (Uni-MoE's paper)."""
+    """Whether the weights of the chosen experts are divided by their sum. This equals a softmax over the chosen
+    experts, as in Uni-MoE's code and Mixtral. If false, the softmax is over all experts, as in Uni-MoE's paper."""
     forced: str | None = None
-    """The expert to which every token is sent with weight 1, to test that an expert equals the run from which it was
-    taken. null for the router's choice."""
+    """The expert to which every token is sent with weight 1; null for the router's choice. Use it to test that an
+    expert equals the run from which it was taken."""
 
 
 def describe_experts(

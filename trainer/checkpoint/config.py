@@ -15,28 +15,29 @@ class CheckpointConfig:
     """The recipe's `checkpoint` section: when and where checkpoints are written, and which of them are kept."""
 
     every_steps: int = 500
-    """Number of steps between two checkpoints; the end of a run is always saved. 0 saves at the end only."""
+    """The number of steps between two checkpoints; 0 saves only at the end. The end of a run is always saved."""
     root: str | None = None
-    """Folder or `s3://BUCKET/PREFIX` in which the checkpoints are stored as `<name>/checkpoints`; null selects
-    `train.run_dir`. Set it if checkpoints belong in a bucket or on another file system than the rest of the run."""
+    """The folder or `s3://BUCKET/PREFIX` in which the checkpoints are stored as `<name>/checkpoints`; null for
+    `train.run_dir`. Set it to store checkpoints in a bucket or on another file system than the rest of the run."""
     retry_sec: float = 120.0
-    """The time for which an unreachable bucket is retried before a save or a load fails, in seconds. A failed save does
-    not stop the run; the next checkpoint is saved as scheduled."""
+    """The number of seconds for which an unreachable bucket is retried before a save or a load fails. A failed save
+    does not stop the run, and the next checkpoint is saved as scheduled."""
     start_from: str | None = None
-    """A run, one of its checkpoints, or an export (a folder or `s3://…`), whose weights and tokenizer a new run starts
-    with. Encoders may have been added or removed (`model.router.added_encoder_warmup_steps`). Once the new run has a
-    checkpoint of its own, it resumes from that. null starts with the initial weights of `model`."""
+    """A run, one of its checkpoints, or an export (a folder or `s3://…`), from which a new run takes its weights and
+    its tokenizer; null for the initial weights of `model`. Encoders may have been added or removed
+    (`model.router.added_encoder_warmup_steps`). If the new run already has a checkpoint of its own, it resumes from
+    that checkpoint instead."""
     start_optimizer: bool = False
-    """Whether a new run also starts with Adam's moments and their number of updates from the run or checkpoint that
-    `start_from` names. Parameters that did not learn there start with moments of zero. The learning-rate schedule
-    starts at its beginning in any case."""
+    """Whether a new run also takes Adam's moments and their number of updates from the run or checkpoint that
+    `start_from` names. Parameters that were not trained there start with moments of zero. The learning-rate schedule
+    starts from the beginning in any case."""
     keep_last: int = 2
-    """Number of most recent checkpoints to keep, at least 1."""
+    """The number of most recent checkpoints to keep, at least 1."""
     keep_every_steps: int = 0
-    """Checkpoints whose step is a multiple of this number are kept permanently; 0 keeps none of them."""
+    """The number of steps of which a checkpoint's step must be a multiple to be kept permanently; 0 for none."""
     best_metric: str | None = None
-    """Metric by which the best checkpoint is kept in addition, named as in metrics.jsonl, for example
-    `eval/test/asr/wer`. Only steps that were both saved and evaluated are compared. null keeps no best checkpoint."""
+    """The metric of the best checkpoint, which is kept in addition; null for none. It is named as in metrics.jsonl, for
+    example `eval/test/asr/wer`. Only steps that were both saved and evaluated are compared."""
     best_is: Literal["lowest", "highest"] = "lowest"
     """Whether the lowest or the highest value of `best_metric` is the best."""
 

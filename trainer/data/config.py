@@ -25,11 +25,11 @@ class DatasetConfig:
     name: str = ""
     """The unique name of the dataset, used in metrics, lists of skipped samples and checkpoints."""
     manifest: str | None = None
-    """Path of a manifest (JSONL, see `docs/data.md`), relative to `data.root`. Audio paths in it are relative to the
-    manifest's folder."""
+    """The path of a manifest (JSONL, see `docs/data.md`), relative to `data.root`. Audio paths in it are relative to
+    the manifest's folder."""
     shards: str | None = None
-    """Folder or bucket that has shards and shards.json (see `earshot shards make`): a path relative to `data.root`,
-    or a URL (`s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `az://CONTAINER/PREFIX`)."""
+    """The folder or bucket prefix that `earshot shards make` wrote, with shards and shards.json. It is a path relative
+    to `data.root`, or a URL (`s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `az://CONTAINER/PREFIX`)."""
     split: str = "train"
     """The split to train on. Evaluation reads the splits listed in `data.eval_splits` from the same dataset."""
     tasks: tuple[str, ...] = ()
@@ -37,11 +37,11 @@ class DatasetConfig:
     subsets: tuple[str, ...] = ()
     """The subsets whose samples are read, in training and evaluation; empty for all subsets."""
     weight: float | tuple[tuple[float, float], ...] = 1.0
-    """How many samples are drawn from this dataset, relative to the other datasets' weights. A list of
-    [progress, weight] points makes the weight piecewise constant over the training's progress (0 to 1). For example,
-    [[0, 0], [0.4, 1]] draws nothing from the dataset during the first 40 % of the training."""
+    """The relative number of samples that are drawn from this dataset. A list of [progress, weight] points makes the
+    weight piecewise constant over the training's progress (0 to 1). For example, with [[0, 0], [0.4, 1]], no samples
+    are drawn from the dataset during the first 40 % of the training."""
     augment_strength: float = 1.0
-    """Factor in [0, 1] for the strength of `data.augment` on this dataset; 0 disables augmentation."""
+    """The factor, from 0 to 1, on the strength of `data.augment` for this dataset; 0 disables augmentation."""
 
     def __post_init__(self) -> None:
         where = f"data.datasets '{self.name}'"
@@ -74,8 +74,8 @@ class AugmentConfig:
     """Waveform augmentation of training clips.
 
     Each setting is the largest change at full strength; all changes are off by default. The strength increases from 0
-    to 1 while the training's progress goes from `start` to `end`. On small datasets trained from scratch, augmentation
-    helps when its strength increases gradually, but hurts if it is applied from the first step.
+    to 1 while the training's progress goes from `start` to `end`. In training from scratch on little data, augmentation
+    lowers the error if its strength increases gradually, but raises it if it is applied from the first step.
     """
 
     start: float = 0.2
@@ -149,7 +149,7 @@ class JoinConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The tokenizer, and the prompt around the audio."""
+    """The tokenizer, and the templates of prompts."""
 
     path: str | None = None
     """A SentencePiece `.model` file, a Hugging Face `tokenizer.json`, a directory with either, or the id of a model on
@@ -159,7 +159,7 @@ class TokenizerConfig:
     placeholder: str = PLACEHOLDER
     """The token that marks the positions of audio embeddings. A prompt contains it once per audio token of a clip."""
     template: str = MOWE_TEMPLATE
-    """The prompt of samples with audio. `{audio}` is replaced by all clips, `{instruction}` by the instruction."""
+    """The prompt of samples with audio. `{audio}` is replaced by all clips, and `{instruction}` by the instruction."""
     text_template: str = "{instruction}"
     """The prompt of samples without audio. `{instruction}` is replaced by the instruction."""
     chat_template: bool = True
@@ -190,9 +190,10 @@ class DataConfig:
     datasets: tuple[DatasetConfig, ...] = ()
     """The datasets to train on, mixed by their weights."""
     temperature: float | None = None
-    """If null, samples are drawn in proportion to each dataset's weight. Otherwise they are drawn in proportion to
-    weight · num_samples ** (1 / temperature), where temperature >= 1. With temperature 1 and equal weights, every
-    sample is drawn equally often; larger temperatures favor small datasets."""
+    """The temperature with which the sizes of datasets affect the mixture. If null, samples are drawn in proportion to
+    each dataset's weight. Otherwise, they are drawn in proportion to weight · num_samples ** (1 / temperature), where
+    temperature >= 1. With temperature 1 and equal weights, every sample is drawn equally often. Larger temperatures
+    favor small datasets."""
     eval_splits: tuple[str, ...] = ("test",)
     """The splits that evaluation may read. Each split must have samples in at least one dataset."""
     cache_dir: str = "runs/cache"
@@ -204,7 +205,7 @@ class DataConfig:
     """The number of lanes, which are logical sample streams. It cannot change within a run, unlike the number of ranks.
     If there are more ranks than lanes, some ranks load nothing."""
     shuffle: bool = True
-    """If true, shards and the samples within each shard are read in a new order every epoch; if false, as stored."""
+    """Whether shards and the samples within each shard are read in a new order every epoch, instead of as stored."""
     min_audio_sec: float = 0.0
     """The shortest clip, in seconds. Shorter clips are padded with silence at their end."""
     max_audio_sec: float | None = None
@@ -215,32 +216,34 @@ class DataConfig:
     max_skipped_fraction: float = 0.01
     """The largest fraction of samples that may be skipped. The run stops if more samples are skipped."""
     num_workers: int = 2
-    """The number of decoding processes per rank; 0 decodes in the training process. It does not affect the order."""
+    """The number of decoding processes per rank; 0 decodes in the training process. The order of samples does not
+    depend on it."""
     prefetch_batches: int = 4
     """The number of batches that decoding processes may prepare in advance."""
     read_kib: int = 2048
-    """The approximate size of one chunk, that is, of one read of the store, in KiB. It cannot change within a run,
+    """The approximate number of KiB that are read from the store at once (a chunk). It cannot change within a run,
     because shuffling depends on it. Larger values use a bucket's bandwidth better but need more memory."""
     read_ahead_mib: int = 256
-    """The memory per rank for encoded audio that is read in advance, in MiB. Each lane needs memory for one chunk per
-    dataset in addition; with 0, only these chunks are read."""
+    """The memory per rank for encoded audio that is read in advance, in MiB. In addition, each lane needs memory for
+    one chunk per dataset. With 0, only these chunks are read."""
     buffer_mib: int = 256
     """The shared memory per rank that passes decoded audio from the decoding processes to the training process, in
     MiB."""
     retry_sec: float = 120.0
-    """How long a bucket may be unreachable, in seconds, before the run saves its state and stops."""
+    """The number of seconds for which a bucket may be unreachable before the run saves its state and stops."""
     node_cache_gib: float = 0.0
     """The size of a cache on the disk of each node for shards from a bucket, in GiB; 0 disables it. All ranks of a node
     share it."""
     node_cache_dir: str | None = None
-    """The folder of that cache, which must belong to this user alone; null for `earshot-cache-UID` in the folder for
-    temporary files (`TMPDIR`)."""
+    """The folder of the node's cache, to which no other user may have access; null for `earshot-cache-UID` in the
+    folder for temporary files (`TMPDIR`)."""
     cache_decoded_mib: int = 256
-    """The memory per rank for a cache of decoded clips, in MiB; 0 disables the cache. With it, a small dataset need not
-    be decoded again in every epoch."""
+    """The memory per rank for a cache of decoded clips, in MiB; 0 disables the cache. With the cache, a small dataset
+    need not be decoded again in every epoch."""
     loss_turns: Literal["all", "last"] = "all"
-    """The answers of a conversation that are learned: all, or only the last one. The field `loss` of a message decides
-    for that message. Answers before the last can be learned only if the chat template keeps them unchanged."""
+    """The answers of a conversation that are learned: all, or only the last one. The field `loss` of a message
+    overrides this key for that message. Earlier answers can be learned only if the chat template keeps them
+    unchanged."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Waveform augmentation."""
     join: JoinConfig = field(default_factory=JoinConfig)

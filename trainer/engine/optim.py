@@ -20,11 +20,12 @@ class PartConfig:
     """Settings of the parameters whose names match a pattern. If several patterns match, the last one applies."""
 
     pattern: str = "*"
-    """A shell-style pattern on parameter names, such as `audio.primary.*`, `audio.experts.hubert.*` or `llm.*`. After
-    `llm.`, names are those of Hugging Face, and adapters (`lora`) end in `.lora_A` and `.lora_B`."""
+    """A shell-style pattern for parameter names, such as `audio.primary.*`, `audio.experts.hubert.*` or `llm.*`. Names
+    of the LLM's parameters are their Hugging Face names after `llm.`. Names of low-rank adapters end in `.lora_A` and
+    `.lora_B`."""
     frozen: bool = False
-    """True to keep the parameters as they are; they then have no gradient and no optimizer state. Only a pattern that
-    contains `lora_` freezes adapters, so `llm.*` freezes the LLM's own weights and keeps its adapters trainable."""
+    """Whether the parameters are not trained. They then have no gradient and no optimizer state. Only a pattern that
+    contains `lora_` freezes low-rank adapters, so `llm.*` freezes the LLM's own weights but not its adapters."""
     lr: float | None = None
     """The peak learning rate; null for `optim.lr`."""
     weight_decay: float | None = None
@@ -49,12 +50,12 @@ class OptimConfig:
     clip_norm: float = 1.0
     """The largest global gradient norm; larger gradients are scaled down to it. 0 disables clipping."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls from its peak to `min_lr_ratio` between the warm-up and `train.steps`. `constant`
-    keeps the peak."""
+    """The curve along which the learning rate falls from its peak after the warm-up to its value at the end of the run
+    (see `min_lr_ratio`). `constant` keeps the peak."""
     warmup_steps: int = 0
-    """The number of steps in which the learning rate rises linearly to its peak. 0 starts at the peak."""
+    """The number of steps in which the learning rate rises linearly to its peak. With 0, it starts at the peak."""
     min_lr_ratio: float = 0.1
-    """The learning rate at the end of `linear` and `cosine`, as a share of the peak, from 0 to 1."""
+    """The learning rate at the end of the schedules `linear` and `cosine`, as a fraction of the peak, from 0 to 1."""
     parts: tuple[PartConfig, ...] = ()
     """Other settings for some of the parameters, such as a frozen LLM. A pattern that matches nothing is an error."""
 

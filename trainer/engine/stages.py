@@ -38,25 +38,25 @@ class StageConfig:
     """A stage of training. Null values are taken from the section `optim`."""
 
     name: str
-    """The name of the stage, in logs and reports."""
+    """The name of the stage in logs and reports."""
     steps: int
-    """The number of steps. The sum over all stages is `train.steps`, which need not be given."""
+    """The number of steps. `train.steps` need not be given. If it is, it must be the sum over all stages."""
     train: tuple[str, ...] = ()
-    """The parameters that learn: `connector` (adapter, projector, norms, router, projections of features, heads of
-    losses), `encoders`, `llm`, `lora` (all low-rank adapters), or patterns of parameter names. Empty for everything.
-    What `optim.parts` freezes does not learn in any stage."""
+    """The parameters that are trained: `connector` (adapter, projector, norms, router, projections of features, heads
+    of losses), `encoders`, `llm`, `lora` (all low-rank adapters), or patterns of parameter names; empty for all.
+    Parameters that `optim.parts` freezes are not trained in any stage."""
     lr: float | None = None
     """The peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] | None = None
-    """How the learning rate falls between the warm-up and the end of the stage."""
+    """The curve along which the learning rate falls between the warm-up and the end of the stage."""
     warmup_steps: int | None = None
     """The number of steps in which the learning rate rises at the beginning of the stage."""
     min_lr_ratio: float | None = None
-    """The learning rate at the end of the stage, as a share of the peak."""
+    """The learning rate at the end of the stage, as a fraction of the peak."""
     parts: tuple[PartConfig, ...] = ()
     """Other settings for some of the parameters in this stage, applied after those of `optim.parts`."""
     weights: dict[str, float] = field(default_factory=dict)
-    """The weights of datasets in this stage, by the name of the dataset. The others keep their own `weight`."""
+    """The weights of datasets in this stage, by the name of the dataset. Other datasets keep their own `weight`."""
 
     def __post_init__(self) -> None:
         where = f"stages '{self.name}'"

@@ -118,7 +118,8 @@ class PlacementAdvice:
     current: Placement | None
     """The current placement; None if nothing was measured or every rank holds all encoder experts."""
     suggested: Placement
-    """The placement for `parallel.expert` that puts the experts, in descending order of cost, into the emptiest slot."""
+    """The placement for `parallel.expert` that puts each expert, in descending order of cost, into the emptiest slot.
+    """
     others: tuple[Placement, ...]
     """The same placement for every other size of expert-parallel groups for which no slot is empty."""
 

@@ -16,27 +16,28 @@ class ParallelConfig:
     """The number of processes of the run, one per GPU."""
     tensor: int = 1
     """The tensor-parallel size of the LLM: the number of ranks that share each layer. Raise it if a layer's weights or
-    activations do not fit one GPU, but keep it within a node. Above 1, sequence parallelism is also on."""
+    activations do not fit one GPU, but keep it within a node. If it is above 1, sequence parallelism is used as
+    well."""
     pipeline: int = 1
     """The number of pipeline stages of the LLM. Raise it if the LLM does not fit the GPUs of one node. If it does not
-    divide the number of layers, the last stages and the first ones have one layer less."""
+    divide the number of layers, some of the first and last stages have one layer less."""
     context: int = 1
     """The context-parallel size of the LLM: the number of ranks that share the tokens of each pack (packed
     sequence). Raise it for recordings and texts whose activations do not fit one GPU (`docs/training.md`). It is not
-    supported for an LLM with experts."""
+    supported for an LLM with FFN experts."""
     expert: int = 1
-    """The number of neighboring ranks over which the encoder experts are spread: each block of this many ranks holds
-    every expert once. With 1, every expert is sharded over all ranks."""
+    """The number of neighboring ranks over which the encoder experts are spread. Each block of this many ranks holds
+    every encoder expert once. With 1, every encoder expert is sharded over all ranks."""
     ffn_expert: int = 1
-    """The number of ranks over which the experts of each of the LLM's layers are spread (`docs/experts.md`). They are
-    tensor-parallel ranks and replicas of one pipeline stage. With 1, every rank of a stage holds all of them."""
+    """The number of ranks over which the FFN experts of each layer are spread (`docs/experts.md`). These ranks are
+    tensor-parallel ranks and replicas of one pipeline stage. With 1, every rank of a stage holds all FFN experts."""
     ffn_expert_tensor: int | None = None
-    """The number of tensor-parallel ranks that share an expert: 1, or `tensor` for few large experts. null: 1 if
-    `ffn_expert` is above 1, else `tensor`."""
+    """The number of tensor-parallel ranks that share an FFN expert. It is 1, or `tensor` for few large experts. null
+    selects 1 if `ffn_expert` is above 1, and `tensor` otherwise."""
     virtual_stages: int = 1
-    """The number of parts of the LLM that every pipeline stage holds (interleaved 1F1B). A larger number divides the
-    idle time of the pipeline by it, but keeps more activations and sends more between stages. Above 1, the number of
-    micro-batches of a step is a multiple of `pipeline`."""
+    """The number of parts of the LLM that every pipeline stage holds (interleaved 1F1B). The idle time of the pipeline
+    is divided by this number, but more activations are kept and more data is sent between stages. If it is above 1, the
+    number of micro-batches of a step is a multiple of `pipeline`."""
     overlap_grad_reduce: bool = False
     """Whether the LLM's gradients are summed over replicas during the last backward pass, rather than after it.
     It cannot be combined with `stages`, in which the trained parameters change."""
@@ -44,7 +45,7 @@ class ParallelConfig:
     """Whether the LLM's updated weights are gathered during the next forward pass, rather than before it. It needs
     `overlap_grad_reduce`."""
     grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """The type in which the LLM's gradients are accumulated and summed over replicas. bf16 halves their memory and
+    """The dtype in which the LLM's gradients are accumulated and summed over replicas. bf16 halves their memory and
     traffic, but small contributions to large sums are lost."""
 
 

@@ -21,17 +21,17 @@ class TaskConfig:
     name: str
     """The name of the task in the field `task` of a manifest, and in the names of scores."""
     title: str = ""
-    """A readable name of the task, for reports. Empty: `name`."""
+    """A readable name of the task for reports; empty for `name`."""
     metrics: tuple[str, ...] = ("answers",)
     """The metrics that score the answers: transcription, answers, accuracy, token_f1, meteor, cider, translation,
     commands, meeting. See docs/evaluation.md."""
     headline: str | None = None
-    """The main metric, which is shown where there is room for only one; null for the main metric of the first entry of
-    `metrics`."""
+    """The main metric, which summaries show and `checkpoint.best_is` is checked against; null for the main metric of
+    the first entry of `metrics`."""
     needs_audio: bool = True
-    """Whether a sample without audio is skipped."""
+    """Whether samples of this task without audio are skipped."""
     is_transcription: bool = False
-    """Whether an answer is the transcript of the audio. See docs/extending.md."""
+    """Whether the answers are transcripts of the audio. See docs/extending.md."""
     is_judged: bool = False
     """Whether `earshot judge` rates the answers if its option `--tasks` is not given."""
 

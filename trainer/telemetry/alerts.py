@@ -51,7 +51,7 @@ class AlertConfig:
     )
     """The events of `docs/operations.md` that are posted. `[]` posts none."""
     skipped_updates: int = 5
-    """An alert about `skip` is sent each time that this many more updates of an attempt have been skipped."""
+    """The number of skipped updates between two alerts about `skip` in an attempt."""
     min_interval_sec: float = 60.0
     """The shortest time between two alerts about the same kind of event, in seconds."""
 

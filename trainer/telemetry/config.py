@@ -29,11 +29,11 @@ class TelemetryConfig:
     """The trackers that receive metrics in addition to `metrics.jsonl`: mlflow, tensorboard, wandb, or those of
     plug-ins.
 
-    `mlflow` logs to `MLFLOW_TRACKING_URI` if set, else to `<train.run_dir>/mlflow.db` (SQLite). `tensorboard` writes
-    to the folder `tensorboard` of the run. `wandb` needs an API key, or `WANDB_MODE=offline`.
+    `mlflow` logs to `MLFLOW_TRACKING_URI` if it is set, and to `<train.run_dir>/mlflow.db` (SQLite) otherwise.
+    `tensorboard` writes to the folder `tensorboard` of the run. `wandb` needs an API key, or `WANDB_MODE=offline`.
     """
     experiment: str = "earshot"
-    """The name under which trackers group runs: MLflow's experiment and W&B's project. It is created if missing."""
+    """The name under which trackers group runs, which is MLflow's experiment and W&B's project."""
 
     alerts: AlertConfig = AlertConfig()
     """Which events are posted to a webhook (docs/operations.md)."""
