@@ -1,8 +1,8 @@
-"""Measurement of parity: the loss and gradients of a topology against those of the single-process model.
+"""Comparison of the loss and gradients of a topology with those of the single-process model.
 
 Every rank computes the oracle (`model.speech_llm.SpeechLLM` on the whole global batch) and its own distributed part. It
-compares every term of the loss and all gradients. Those of ZeRO-3 are gathered over the world. Those of Megatron are
-gathered over the data-parallel ranks and compared with the same slices of the oracle's gradients.
+compares every term of the loss and all gradients. The gradients of ZeRO-3 are gathered over the world. The gradients of
+Megatron are gathered over the data-parallel ranks and compared with the same slices of the oracle's gradients.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ from trainer.training.step import Step
 
 @dataclass(frozen=True)
 class Mode:
-    """The way in which the LLM's engine computes the same result."""
+    """The LLM of a comparison, and settings of its engine that must not change the result."""
 
     family: str | None = None
-    """The family of the LLM; None for that of the whole comparison."""
+    """The family of the LLM; None for the family of the whole comparison."""
     num_layers: int = NUM_LAYERS
-    """The number of layers of the LLM, which decides whether stages are even."""
+    """The number of layers of the LLM. Pipeline stages are uneven if they cannot all have the same number of layers."""
     recompute: Recompute | None = None
-    """What the LLM recomputes; None for everything with a pipeline and nothing without one, as for encoders."""
+    """The activations that the LLM recomputes; None for all with pipeline parallelism, and for none without it."""
     overlap: Literal["none", "gradients", "both"] = "none"
     """The exchanges between replicas that overlap with computation: of gradients, or of gradients and weights."""
 
     @property
     def reduction(self) -> Reduction:
-        """How gradients and weights are exchanged. Buckets are so small that the first stage has several of them."""
+        """The settings of the exchange between replicas. Buckets are so small that the first stage has several."""
         overlaps = self.overlap != "none"
         return Reduction(overlaps, self.overlap == "both", bucket_elements=4000 if overlaps else None)
 
@@ -84,15 +84,16 @@ class Difference:
     worst: str
     """The parameter with the largest difference of its gradient."""
     gap: float | None = None
-    """The smallest difference between the scores of the last chosen and the first other expert of a token in the LLM.
-    Below about 1e-5, rounding may change the choice. None if the LLM has no experts."""
+    """The smallest difference, over all tokens, between the scores of the last chosen FFN expert and of the best expert
+    that was not chosen. Below about 1e-5, rounding may change the choice. None if the LLM has no FFN experts."""
 
 
 def draw_projection(tower: AudioTower) -> None:
-    """Give the projection of added features random weights: with its zeros, experts would have no gradient.
+    """Give the projection of added features random weights. With its initial zeros, experts would have no gradient.
 
-    With `swiglu` it keeps its zeros: the experts' gradients in fp32 would differ from those in fp64 by more than 1e-5,
-    even in one process. `swiglu_post_norm` has the same parts in another order.
+    With the adapter `swiglu`, the projection keeps its zeros. Otherwise, the experts' gradients in fp32 would differ
+    from those in fp64 by more than 1e-5, even in one process. `swiglu_post_norm` has the same parts in another order,
+    so its experts are still compared.
     """
     if tower.stream_projection is not None and tower.config.adapter.kind != "swiglu":
         weight = tower.stream_projection.weight
@@ -157,7 +158,12 @@ def build_step(
 
 @contextmanager
 def favoured(step: Step, expert: int | None) -> Iterator[None]:
-    """Let every gate choose one expert for every clip; None leaves the choice to the router."""
+    """Make every gate choose one encoder expert for every clip.
+
+    Args:
+        step: The step, whose router noise is changed within the context.
+        expert: The index of the expert; None leaves the choice to the router.
+    """
     drawn = step.router_noise
     strong = 1e3 * torch.eye(len(step.model.experts))[expert] if expert is not None else 0.0
 
@@ -212,7 +218,7 @@ def _loss_difference(report: StepReport, losses: Losses) -> float:
 
 
 def _check_learned(step: Step, oracle: SpeechLLM) -> None:
-    """Check that exactly the parameters that the oracle trains have a gradient here."""
+    """Check that the engines train the same parameters as the oracle."""
     wanted = {n: p.requires_grad for n, p in oracle.named_parameters()}
     for name, parameter in step.audio.named_parameters():
         assert parameter.requires_grad == wanted[name], name
@@ -244,7 +250,7 @@ def _llm_gradients(step: Step, reference: Mapping[str, Tensor]) -> list[tuple[st
 
 
 def gradients_of(step: Step) -> dict[str, Tensor]:
-    """Return all gradients of a step without tensor and pipeline parallelism, by name in this trainer.
+    """Return all gradients by the parameter's name. The topology must have no tensor and pipeline parallelism.
 
     Collective: every rank of the world must call it.
     """
@@ -254,7 +260,7 @@ def gradients_of(step: Step) -> dict[str, Tensor]:
 
 
 def _gather_gradients(engine: LLMEngine) -> None:
-    """Complete the gradient buffers, of which the distributed optimizer sums only this rank's own part.
+    """Fill the gradient buffers. The distributed optimizer has summed only this rank's part of each buffer.
 
     Collective: every rank of the world must call it.
     """

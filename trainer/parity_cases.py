@@ -26,14 +26,14 @@ OPTIM = OptimConfig(lr=2e-3, weight_decay=0.01, clip_norm=1.0, schedule="cosine"
 
 
 def drawn_factor(name: str, shape: tuple[int, int]) -> Tensor:
-    """Return random values for both factors of an adapter: with B = 0, the gradient of A would be zero."""
+    """Return random initial values for factor A or B of a low-rank adapter. With B = 0, A would have no gradient."""
     values = initial_factor(f"{name}.random", shape, SEED)
     return 0.3 * values if name.endswith("lora_B") else values
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What a comparison trains."""
+    """The optimizer settings and low-rank adapters of a comparison, which determine the trained parameters."""
 
     optim: OptimConfig = OPTIM
     adapters: Adapters = Adapters()
@@ -83,7 +83,7 @@ ADAPTER_KINDS = {
     "swiglu": AdapterConfig("swiglu", 16, strides=(4,), bias=False),
     "swiglu_post_norm": AdapterConfig("swiglu_post_norm", 16, strides=(4,), bias=False),
 }
-"""The adapter of each kind in `tiny_model`. The last group of frames of most clips is not full."""
+"""The adapters of `tiny_model` by kind. For most clips, the last group of frames is not full."""
 ADDING = ("pooling_perceptron", "swiglu", "swiglu_post_norm")
 """The kinds of adapters with which `tiny_model` adds the experts' features to those of the primary encoder."""
 
@@ -186,7 +186,7 @@ def make_sample(index: int, num_clips: int, rate: TokenRate, seed: int) -> Sampl
 
 
 def make_conversation(index: int, num_clips: int, rate: TokenRate, seed: int) -> Sample:
-    """Return a sample with two answers and `num_clips` clips in turn 2; every other sample has a clip in turn 1."""
+    """Return a sample with two turns: the first has `index % 2` clips, and the second has `num_clips` clips."""
     first, second = (make_sample(2 * index + turn, n, rate, seed) for turn, n in enumerate((index % 2, num_clips)))
     return replace(
         second,
@@ -205,7 +205,7 @@ def make_samples(kind: str, world: int, rate: TokenRate, seed: int = 0) -> list[
     """Return the samples of every rank.
 
     Args:
-        kind: One of mixed, text_only, rank_without_audio, fewer_samples_than_ranks, one_expert and conversations.
+        kind: `mixed`, `text_only`, `rank_without_audio`, `fewer_samples_than_ranks`, `one_expert` or `conversations`.
         world: The number of ranks.
         rate: The adapter's rule for the number of audio tokens.
         seed: The seed of the samples.

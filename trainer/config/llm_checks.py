@@ -17,10 +17,10 @@ from trainer.parallel.topology import ParallelConfig, build_topology, divisors
 
 
 def known_llm_config(config: LLMConfig) -> PretrainedConfig | None:
-    """Return what is known about the LLM's Hugging Face config without network access.
+    """Return the LLM's Hugging Face config if it can be resolved without network access.
 
-    It is read from a local directory or the recipe. If the recipe contains only a hub id, the result is None, and the
-    ranks call `check_llm` themselves.
+    It is read from a local directory or the recipe. If the recipe contains only a hub id, the result is None. In this
+    case, the ranks call `check_llm` after they have downloaded the config.
     """
     if config.weights is None or Path(config.weights).is_dir():
         return resolve_hf_config(config)
@@ -30,10 +30,10 @@ def known_llm_config(config: LLMConfig) -> PretrainedConfig | None:
 
 
 def check_llm(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
-    """Check that the LLM can be divided among the tensor and pipeline ranks, and its experts among theirs.
+    """Check that the LLM can be divided among its tensor-parallel, pipeline-parallel and expert-parallel ranks.
 
     Raises:
-        UserError: If one of them cannot. The message lists the allowed sizes.
+        UserError: If a parallel size does not fit the LLM. The message lists the allowed sizes.
     """
     _check_experts(hf_config, parallel)
     tp, pp = parallel.tensor, parallel.pipeline
@@ -60,7 +60,7 @@ def check_llm(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
 
 
 def _check_experts(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
-    """Check that the experts of an LLM's layers can be divided among ranks."""
+    """Check that the FFN experts of the LLM can be divided among ranks."""
     ep, mixture = parallel.ffn_expert, mixture_of(hf_config)
     if mixture is None:
         if ep > 1:
@@ -96,10 +96,10 @@ def _check_experts(hf_config: PretrainedConfig, parallel: ParallelConfig) -> Non
 
 
 def check_router_losses(model: ModelConfig, hf_config: PretrainedConfig) -> None:
-    """Check that losses of the LLM's routers are enabled only if the LLM has experts.
+    """Check that losses of the LLM's routers are enabled only if the LLM has FFN experts.
 
     Raises:
-        UserError: If one is enabled for an LLM without experts.
+        UserError: If such a loss is enabled for an LLM without FFN experts.
     """
     for loss in active_losses(model):
         if isinstance(loss, RouterLoss) and mixture_of(hf_config) is None:
