@@ -126,13 +126,13 @@ def test_a_single_tokenizer_json_with_and_without_its_config(tmp_path: Path) -> 
 
 def test_missing_placeholder_and_missing_file_are_one_line_with_a_remedy(tmp_path: Path) -> None:
     path = str(word_tokenizer(tmp_path / "hf", placeholder=False))
-    with pytest.raises(UserError, match=r"'<SpeechHere>' is not one token of it; add it"):
+    with pytest.raises(UserError, match=r"'<SpeechHere>' is not a single token; add it"):
         load_tokenizer(path, word_config())
     assert (
         load_tokenizer(path, word_config(placeholder="listen", template="{audio} {instruction}")).placeholder_id == 12
     )
     train_sentencepiece(["some words of text"] * 9, 40, tmp_path / "t.model", "<other>")
-    with pytest.raises(UserError, match=r"'<SpeechHere>' is not one token of it"):
+    with pytest.raises(UserError, match=r"'<SpeechHere>' is not a single token"):
         load_tokenizer(str(tmp_path / "t.model"), word_config())
     (tmp_path / "bad.model").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"bad.model: not a readable SentencePiece model"):

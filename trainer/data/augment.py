@@ -19,8 +19,8 @@ def augment(
 
     Args:
         clip: `[T]` float32 at 16 kHz; it is not modified.
-        config: the largest change of each kind.
-        strength: factor in [0, 1] by which the changes are scaled.
+        config: the settings, which give the largest change of each kind at full strength.
+        strength: factor in [0, 1] by which these changes are scaled.
         rng: source of randomness. The same state gives the same result.
 
     Returns:
@@ -43,7 +43,7 @@ def augment(
             start = int(rng.uniform(0, len(clip) - width))
             clip[start : start + width] = 0
     if config.noise_snr_db is not None:
-        # As the strength approaches 0, the ratio approaches 30 dB above the setting, where noise is hardly audible.
+        # Weak augmentation raises the ratio by up to 30 dB, at which noise is hardly audible.
         snr_db = config.noise_snr_db + rng.uniform(0, 20) + 30 * (1 - strength)
         level = float(np.sqrt(np.mean(np.square(clip)))) * 10 ** (-snr_db / 20)
         clip = clip + level * rng.standard_normal(len(clip), dtype=np.float32)

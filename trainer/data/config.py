@@ -198,7 +198,7 @@ class DataConfig:
     """The splits that evaluation may read. Each split must have samples in at least one dataset."""
     cache_dir: str = "runs/cache"
     """The folder for shards that are built from manifests and for trained tokenizers. A hash of the input is part of
-    each name. If a recipe does not set it, it is the folder `cache` in `train.run_dir`."""
+    each name. A recipe that does not set this key uses the folder `cache` in `train.run_dir`."""
     global_batch_samples: int = 32
     """The number of samples per step over all ranks; a multiple of `num_lanes`."""
     num_lanes: int = 16
@@ -211,7 +211,7 @@ class DataConfig:
     max_audio_sec: float | None = None
     """The longest clip, in seconds; null for no limit. Samples with a longer clip are skipped, counted and listed."""
     max_tokens: int | None = None
-    """The largest number of tokens of a sample, audio tokens included; null for the number of the LLM's positions.
+    """The largest number of tokens of a sample, audio tokens included; null for the LLM's maximum number of positions.
     Longer samples are skipped, counted and listed."""
     max_skipped_fraction: float = 0.01
     """The largest fraction of samples that may be skipped. The run stops if more samples are skipped."""

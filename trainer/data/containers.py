@@ -1,7 +1,7 @@
-"""The framing of audio files: whether a file is whole, and where files that were concatenated begin.
+"""Detection of truncated audio files, and division of concatenated ones.
 
 libsndfile decodes a truncated file as if it were whole, and it decodes only the first of several concatenated files.
-The functions of this module therefore read the lengths and the end marks that the formats have.
+The functions of this module therefore read the lengths and end marks that the file formats contain.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from trainer.data.errors import SampleError
 
 MIN_SHARE = 0.95
-"""The share of the declared audio that a file must have. A file with less is a part of a file."""
+"""The fraction of the declared audio that a file must contain. A file with less counts as truncated."""
 
 _STREAMED_BYTES = 0x7FFF0000
-"""The smallest size that programs write in place of an unknown one: sox 0x7FFFF000, others 0x7FFFFFFF or 0xFFFFFFFF."""
+"""The smallest value that stands for an unknown size. sox writes 0x7FFFF000 if it does not know the size of the audio,
+and other programs write 0x7FFFFFFF or 0xFFFFFFFF."""
 _FLAC_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
 _OGG_PAGE = re.compile(rb"OggS")
 _MP3_INFO = re.compile(rb"Xing|Info")
@@ -26,13 +27,13 @@ _MP3_MPEG1, _MP3_MONO = 3, 3
 
 
 def whole_files(data: bytes | memoryview) -> list[bytes | memoryview]:
-    """Return the audio files that `data` consists of, which is one unless files were concatenated.
+    """Split concatenated audio files. The result contains one file unless files were concatenated.
 
     Args:
         data: The content of a FLAC, WAV, MP3 or Ogg file.
 
     Raises:
-        SampleError: If an end mark or a declared length shows that a file is only a part (`broken`).
+        SampleError: If an end mark or a declared length shows that a file is truncated (`broken`).
     """
     start = bytes(data[:4])
     if start in (b"RIFF", b"RF64"):
@@ -45,7 +46,7 @@ def whole_files(data: bytes | memoryview) -> list[bytes | memoryview]:
 
 
 def declares_length(data: bytes | memoryview) -> bool:
-    """Return whether the file says how long it is, so that libsndfile's number of frames is not an estimate."""
+    """Return whether the file contains its length. Otherwise, libsndfile's number of frames is an estimate."""
     if bytes(data[:4]) in (b"RIFF", b"RF64", b"OggS", b"fLaC"):
         return True
     header = _mp3_info(data, 0)
@@ -60,7 +61,11 @@ def _split(data: bytes | memoryview, starts: list[int]) -> list[bytes | memoryvi
 
 
 def _whole_wav(data: bytes | memoryview) -> bytes | memoryview:
-    """Return the WAV file, with an unknown size of its audio replaced by one that libsndfile takes as unknown."""
+    """Return the WAV file. An audio size of 0, which means unknown, becomes the value that libsndfile takes as unknown.
+
+    Raises:
+        SampleError: If the file is truncated (`broken`).
+    """
     size64, at = None, 12
     while at + 8 <= len(data):
         name, size = bytes(data[at : at + 4]), struct.unpack("<I", data[at + 4 : at + 8])[0]
@@ -80,7 +85,7 @@ def _whole_wav(data: bytes | memoryview) -> bytes | memoryview:
 
 
 def _ogg_links(data: memoryview) -> Iterator[int]:
-    """Yield the first byte of every link of a chained Ogg file.
+    """Yield the offset of the first byte of every link of a chained Ogg file.
 
     Raises:
         SampleError: If a page is truncated, or a stream has no first or no end page.
@@ -120,7 +125,7 @@ def _check_ended(unended: set[int]) -> None:
 
 
 def _mp3_starts(data: bytes | memoryview) -> Iterator[int]:
-    """Yield the first byte of every MP3 file, as far as the headers with lengths (Xing, Info) show them."""
+    """Yield the offset of the first byte of every MP3 file that the headers with lengths (Xing, Info) reveal."""
     start = 0
     while True:
         yield start
@@ -141,7 +146,11 @@ def _mp3_starts(data: bytes | memoryview) -> Iterator[int]:
 
 
 def _mp3_info(data: bytes | memoryview, start: int) -> tuple[int, int] | None:
-    """Return the first bytes of the next frame with a Xing or Info header and of that header, or None."""
+    """Find the next frame that contains a Xing or Info header.
+
+    Returns:
+        The offsets of the frame and of its Xing or Info header; None if there is no such frame.
+    """
     for match in _MP3_INFO.finditer(data, start):
         for side_bytes in (32, 17, 9):
             frame = match.start() - 4 - side_bytes

@@ -16,11 +16,11 @@ from trainer.scoring.tasks import TASKS
 from trainer.storage.store import ChangedError, MissingError
 
 Received = dict[int, memoryview]
-"""The bytes of each sample by its index. They have not been checked yet."""
+"""Index of a sample → its bytes, which have not been checked yet."""
 
 _GRACE_SAMPLES = 200
-"""The minimum number of samples from which the allowed number of skips is computed, so that a few early skips do not
-stop a run."""
+"""The smallest number of samples to which the allowed fraction of skipped samples is applied, so that a few early skips
+do not stop a run."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ def check_skipped(
         num_seen: number of samples so far, including skipped ones.
         skipped: number of skipped samples by reason.
         max_fraction: largest fraction of samples that may be skipped.
-        examples: a skipped sample for each reason, as far as they are known.
+        examples: reason → a skipped sample, for the error message. Reasons may be missing.
 
     Raises:
-        UserError: If more samples were skipped; the message summarizes the reasons.
+        UserError: If too many samples were skipped. The message contains the number of samples for each reason.
     """
     total = sum(skipped.values())
     if total > max_fraction * max(num_seen, _GRACE_SAMPLES):
@@ -83,14 +83,14 @@ class DatasetReader:
 
     @property
     def digest(self) -> str:
-        """A string that changes if the order of the samples may have changed."""
+        """An identifier of the order of the samples: the digest of the index, and the size of a chunk."""
         return f"{self.shards.index.digest[:32]}/{self.chunk_samples}"
 
     def read(self, shard: int, indices: Sequence[int]) -> Fetched:
         """Read and check samples.
 
         Returns:
-            Index → sample, or the reason why it cannot be used.
+            Index → sample, or the reason why the sample cannot be used.
 
         Raises:
             UserError: If the store is unreachable or refuses the request.
@@ -104,7 +104,7 @@ class DatasetReader:
         return {index: found[entries[index]] for index in indices}
 
     def read_unchecked(self, shard: int, indices: Sequence[int]) -> Received:
-        """Read samples without comparing them with the index. Pass each to `checked` before using it.
+        """Read samples without comparing them with the index. Callers must pass each sample to `checked`.
 
         Returns:
             Index → bytes. The mapping is empty if the shard is missing or altered; `read` reports the reason.
@@ -122,7 +122,10 @@ class DatasetReader:
         return {index: found[entries[index]] for index in indices}
 
     def _parts(self, shard: int, indices: Sequence[int]) -> list[Sequence[int]]:
-        """Return the groups of samples to read at once; with a node cache, whole chunks, which are always the same."""
+        """Return the groups of samples to read at once.
+
+        With a node cache, these are whole chunks, so that the cache is asked for the same byte ranges each time.
+        """
         if self.shards.cache is None:
             return [indices]
         size, num_here = self.chunk_samples, int(self.num_per_shard[shard])

@@ -21,12 +21,13 @@ AUDIO_TYPES = ("flac", "wav", "mp3", "ogg", "opus")
 MIN_RATE, MAX_RATE = 1_000, 768_000
 """The sampling rates that are accepted, in Hz."""
 MAX_SEC = 6 * 3600.0
-"""The longest clip that is decoded if nothing else limits its length, in seconds."""
+"""The length of the longest clip that is decoded if the caller sets no limit, in seconds."""
 MAX_VALUES_PER_BYTE = 4096
-"""The largest number of values that a byte of a file may decode to: frames times channels, and samples at 16 kHz. FLAC
-and Opus reach about 3000 for digital silence; a file that has more is meant to exhaust the memory."""
+"""The largest number of values per byte of a file. It limits both the decoded values (frames times channels) and the
+samples after resampling. FLAC and Opus reach about 3000 for digital silence. A file that exceeds the limit was probably
+made to exhaust the memory."""
 _FREE_VALUES = 1 << 16
-"""The number of values that any file may decode to."""
+"""The number of values that a file of any size may contain after decoding."""
 MAX_LEVEL = 100.0
 """The largest absolute value of audio. Full scale is 1; floating-point files may exceed it a little."""
 _BLOCK_VALUES = 1 << 20
@@ -36,8 +37,8 @@ _BLOCK_VALUES = 1 << 20
 def decode_audio(data: bytes | memoryview, max_sec: float | None = None) -> NDArray[np.float32]:
     """Decode one clip, average its channels, and resample it to 16 kHz (soxr HQ).
 
-    The clip is decoded and resampled in blocks, so that no more memory is needed than for the result.
-    Concatenated files are one clip.
+    The clip is decoded and resampled in blocks, so that the result needs most of the memory. Concatenated files are
+    decoded as one clip.
 
     Args:
         data: content of a FLAC, WAV, MP3, OGG or Opus file.
@@ -77,7 +78,7 @@ def check_audio(data: bytes | memoryview) -> float:
 
 @dataclass(frozen=True)
 class _Block:
-    """Consecutive decoded audio."""
+    """A block of consecutive decoded frames."""
 
     mono: NDArray[np.float32]
     """`[N]`: the mean of the channels."""
@@ -88,8 +89,8 @@ class _Block:
 class _Sequential(soundfile.SoundFile):
     """A file that is read from its beginning to its end.
 
-    soundfile seeks after each read of a file that it believes to be seekable. That changes the samples of some MP3
-    files, and fails if the number of frames is unknown.
+    soundfile seeks after each read if a file is seekable. A seek changes the samples of some MP3 files, and fails if
+    the number of frames is unknown.
     """
 
     def seekable(self) -> bool:
@@ -150,7 +151,7 @@ def _checked_mono(frames: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the mean of the channels: `[N, channels]` → `[N]`.
 
     Raises:
-        SampleError: If a value is not finite (`nan`) or not audio (`out_of_range`).
+        SampleError: If a value is not finite (`nan`) or larger than `MAX_LEVEL` (`out_of_range`).
     """
     lowest, highest = float(frames.min()), float(frames.max())
     if not (np.isfinite(lowest) and np.isfinite(highest)):

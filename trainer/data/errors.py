@@ -43,16 +43,16 @@ class SampleError(Exception):
 
 @contextmanager
 def sample_errors(key: str) -> Iterator[None]:
-    """Turn unexpected errors of the work on one sample into SampleError, so that one sample cannot end a run.
+    """Turn unexpected errors while a sample is processed into SampleError, so that one sample cannot end a run.
 
-    The traceback is logged. Problems with files or the store (OSError, UserError) are not those of a sample, so they
-    are raised unchanged.
+    The traceback is logged. OSError and UserError are raised unchanged, because files or the store cause them, rather
+    than the sample.
 
     Args:
         key: key of the sample.
 
     Raises:
-        SampleError: If the work raises any other exception (`unexpected`).
+        SampleError: If the body of the `with` statement raises any other exception (`unexpected`).
     """
     try:
         yield

@@ -20,7 +20,8 @@ from trainer.data.prepare import PreparedData
 from trainer.data.source import SampleSource
 
 _READERS = 4
-"""The minimum number of threads that read and decode. They may spend most of their time waiting for a bucket."""
+"""The minimum number of threads that read and decode. It exceeds the default of `data.num_workers`, because the threads
+may mostly wait for a bucket."""
 
 
 def eval_samples(
@@ -41,7 +42,7 @@ def eval_samples(
         rank: index of this process among the ranks that share the split.
         world: number of these ranks.
         max_samples: largest number of samples over all ranks, drawn at random but the same in every call; None for all.
-        on_skip: called for every sample that cannot be used.
+        on_skip: called for every sample that cannot be used. The result does not contain these samples.
 
     Raises:
         UserError: If no dataset has the split, or too many samples are skipped.

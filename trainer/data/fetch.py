@@ -30,13 +30,13 @@ chunk of large samples still takes one read."""
 REFETCH_AFTER_SEC = (0.1, 1.0)
 """The delays before samples that differ from the index are fetched again, in seconds."""
 _JOIN_SEC = 1.0
-"""The time that `ReadAhead.close` waits for its threads, in seconds."""
+"""The longest time that `ReadAhead.close` waits for its threads, in seconds."""
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Fetched = dict[int, RawSample | SampleError]
-"""Position in the shard's offset table → sample, or the reason why it cannot be used."""
+"""Position in the shard's offset table → sample, or the reason why the sample cannot be used."""
 
 
 def read_samples(shards: ShardSet, shard: int, indices: Sequence[int]) -> Fetched:
@@ -46,6 +46,9 @@ def read_samples(shards: ShardSet, shard: int, indices: Sequence[int]) -> Fetche
         shards: the shards to read from.
         shard: number of the shard.
         indices: positions of the samples in the shard's offset table.
+
+    Returns:
+        The samples. Those that cannot be used are replaced by the reason.
 
     Raises:
         MissingError: If the offset table is missing.
@@ -83,7 +86,7 @@ def read_samples(shards: ShardSet, shard: int, indices: Sequence[int]) -> Fetche
 
 
 def read_table(shards: ShardSet, shard: int) -> tuple[Entry, ...]:
-    """Read the offset table of a shard, and read it again if it is unusable.
+    """Read the offset table of a shard. An unusable table is read again up to two times.
 
     Raises:
         MissingError: If the table is missing.
@@ -101,7 +104,7 @@ def read_table(shards: ShardSet, shard: int) -> tuple[Entry, ...]:
 def read_unchecked(
     shards: ShardSet, shard: int, indices: Sequence[int], *, fresh: bool = False
 ) -> dict[int, memoryview]:
-    """Read samples of one shard without comparing them with the index. Pass each to `checked` before using it.
+    """Read samples of one shard without comparing them with the index. Callers must pass each sample to `checked`.
 
     Args:
         shards: the shards to read from.
@@ -184,7 +187,7 @@ class ReadAhead:
                 return None
             self._num_bytes += num_bytes
             if len(self._threads) < self._num_threads:
-                # Daemon threads, so that a read from an unreachable store does not keep the process from exiting.
+                # A daemon thread that waits for an unreachable store does not keep the process from exiting.
                 thread = Thread(target=self._work, name=f"read-{len(self._threads)}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
@@ -214,5 +217,5 @@ class ReadAhead:
             future, work = job
             try:
                 future.set_result(work())
-            except BaseException as error:  # It is raised again where the result is awaited.
+            except BaseException as error:  # Future.result raises the error in the thread that waits for it.
                 future.set_exception(error)

@@ -8,13 +8,13 @@ batch, because each lane contributes only a few samples to a batch.
 The sequence is cut into L = `num_lanes` contiguous blocks. In epoch e, lane l reads block (l + e) mod L, and then
 continues with epoch e + 1. In L epochs, every lane reads each of the L blocks once. All lanes therefore advance through
 the epochs at the same rate, even if the blocks differ in size or some are empty. With shuffling, the blocks contain
-other samples in each epoch, so one lane may read a sample several times in L epochs, or never; but all lanes together
-read each sample once per epoch. The progress of a lane in a dataset is one integer, its position. Finding the sample at
-a position takes the same time for every position.
+different samples in each epoch, so one lane may read a sample several times or never in L epochs. All lanes together
+still read each sample once per epoch. The progress of a lane in a dataset is one integer, its position. Finding the
+sample at a position takes the same time for every position.
 
-The k-th global batch consists of the next `global_batch_samples / num_lanes` samples of every lane. Each rank owns
-consecutive lanes. For any number of ranks, concatenating the batches of all ranks therefore yields the global batch in
-lane order.
+The k-th global batch consists of the next `global_batch_samples / num_lanes` samples of every lane. Each rank reads
+consecutive lanes. The batches of all ranks, concatenated in rank order, are therefore the global batch in lane order,
+for any number of ranks.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def permutation(n: int, *key: int | str) -> NDArray[np.int64]:
 
 
 def lanes_of_rank(rank: int, world: int, num_lanes: int) -> range:
-    """Return the lanes that `rank` reads. Some ranks have none if there are more ranks than lanes."""
+    """Return the lanes that `rank` reads. The range is empty for some ranks if there are more ranks than lanes."""
     return range(rank * num_lanes // world, (rank + 1) * num_lanes // world)
 
 
@@ -128,7 +128,7 @@ class DatasetOrder:
     def _start(self, block: int) -> int:
         """Return the index in the epoch of the first sample of `block`.
 
-        Block numbers from `num_lanes` on denote the same blocks again; their starts are larger by the dataset's size.
+        Block `num_lanes` + b denotes the same block as b, and its start is larger by the number of samples.
         """
         return block * self.num_samples // self.num_lanes
 
@@ -157,9 +157,9 @@ class DatasetOrder:
 
 
 class DatasetMixture:
-    """Chooses the dataset for each draw.
+    """The rule that chooses the dataset for each draw.
 
-    The share of draws from each dataset stays close to its weight even over a few batches, not only on average.
+    Over a few batches already, the fraction of draws from each dataset is close to its normalized weight.
 
     Args:
         datasets: the datasets with their weights.

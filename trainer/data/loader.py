@@ -3,7 +3,7 @@
 Example:
     with Loader(SampleStream(prepared, seed=1, num_batches=1000, rank=r, world=w, state=saved)) as loader:
         for batch, state in loader:
-            ...  # A loader that starts from `state` continues with the next batch.
+            ...  # A new loader with `state` continues with the next batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Loader:
     """An iterable over this rank's part of every global batch, as `(Batch, State)` pairs.
 
     Args:
-        stream: the samples, as arrays. Like the stream, a loader can be iterated only once, and raises the same errors.
+        stream: the samples as arrays. Like the stream, a loader can be iterated only once. It raises the same errors as
+            the stream.
     """
 
     def __init__(self, stream: SampleStream) -> None:
@@ -62,7 +63,7 @@ class Loader:
 
 
 def to_sample(encoded: EncodedSample) -> Sample:
-    """Convert a sample to tensors, which share memory with its arrays."""
+    """Convert the arrays of a sample to tensors that share memory with them."""
     return Sample(
         key=encoded.key,
         task=encoded.meta["task"],
@@ -95,4 +96,4 @@ class SkipLog:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            log.warning("%s: cannot be written (%s); the line that is missing there: %s", self.path, error, line)
+            log.warning("%s: cannot be written (%s), so this line is missing: %s", self.path, error, line)

@@ -1,9 +1,10 @@
 """Reading of manifests, which are JSONL files with one sample per line.
 
-Each line is an object with `id`, `audio` (a path relative to the manifest's folder, a list of such paths, or null),
-`task`, `split`, `instruction` and `answer`, or `messages` in place of the last two. Messages may give the paths
-of audio in blocks. All other fields are kept. Samples are sorted by a hash of their id, so that every shard is a random
-mixture of the samples, regardless of the order of the manifest.
+Each line is an object with the fields `id`, `audio`, `task`, `split`, `instruction` and `answer`. `audio` is a path
+relative to the manifest's folder, a list of these paths, or null. A conversation has `messages` in place of
+`instruction` and `answer`, and its messages may contain the paths of audio files as blocks. All other fields are kept.
+Samples are sorted by a hash of their id, so that every shard is a random mixture of the samples, regardless of the
+order of the manifest.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def read_manifest(path: Path, split: str | None = None) -> list[Row]:
 
     Raises:
         UserError: If the manifest cannot be read, a line is not a JSON object, two lines have the same id, or an audio
-            file is missing. It names the first such line.
+            file is missing. The message names the first line with the problem.
     """
     lines: dict[str, int] = {}
     rows = []
@@ -85,7 +86,7 @@ def _rows(path: Path) -> Iterator[Row]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: manifest cannot be read ({error.strerror}); check its path and data.root") from None
-    # Not splitlines(), which also splits at characters that JSON strings may contain.
+    # splitlines() would also split at characters that JSON strings may contain.
     for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if line.strip():
             yield _row(path, number, line)

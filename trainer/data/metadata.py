@@ -1,4 +1,4 @@
-"""The checks of a sample's fields, which do not depend on where the sample is stored."""
+"""Checks of a sample's fields. They are the same for samples in manifests and in shards."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MAX_CLIPS = 256
 """The largest number of clips of a sample."""
 _REQUIRED = ("task", "instruction", "answer")
 _OTHER_NAMES = ("audio_filepath", "audio_path", "audios", "wav", "sound", "path", "file", "file_name", "filename")
-"""The names that other programs give to the field `audio`."""
+"""The names that other programs use for the field `audio`."""
 
 
 def with_last_turn(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a sample with the text of its last question and answer as `instruction` and `answer`.
+    """Return the fields of a sample, with the last question and answer of a conversation as `instruction` and `answer`.
 
-    Evaluation, scores and reports read these. A sample without `messages`, or with messages that `check_metadata`
-    refuses, is returned unchanged.
+    Evaluation, scores and reports read these two fields, and existing values of them are kept. The fields are returned
+    unchanged if the sample has no `messages`, or if `check_metadata` refuses its messages.
     """
     turns = conversation_of(metadata)
     if not turns:
@@ -31,7 +31,7 @@ def with_last_turn(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def conversation_of(metadata: Mapping[str, Any]) -> tuple[Turn, ...]:
-    """Return the turns of `messages` if they are a conversation that ends with an answer, else nothing."""
+    """Return the turns of `messages` if they are a conversation that ends with an answer; otherwise an empty tuple."""
     try:
         turns = read_turns(metadata.get("messages"))
     except ConversationError:
@@ -47,7 +47,7 @@ def prompt_turns(metadata: Mapping[str, Any], num_clips: int) -> tuple[Turn, ...
 
 
 def turns_of(metadata: Mapping[str, Any], num_clips: int) -> tuple[Turn, ...]:
-    """Return the turns of a sample, of which the last one is the answer.
+    """Return the turns of a sample, including its last answer.
 
     Args:
         metadata: the fields of the manifest, checked by `check_metadata`.
@@ -59,7 +59,7 @@ def turns_of(metadata: Mapping[str, Any], num_clips: int) -> tuple[Turn, ...]:
 
 
 def earlier_texts(metadata: Mapping[str, Any]) -> list[str]:
-    """Return all text of a conversation before its last question, by part; none if there is no conversation."""
+    """Return the non-empty texts of a conversation before its last question; an empty list if there is none."""
     try:
         turns = read_turns(metadata.get("messages"))
     except ConversationError:
@@ -77,16 +77,17 @@ def has_earlier_answers(metadata: Mapping[str, Any]) -> bool:
 
 
 def check_metadata(metadata: dict[str, Any], num_clips: int) -> None:
-    """Check the fields of a sample, and that it has audio if its task needs any.
+    """Check the fields of a sample, and check that it has audio if its task needs audio.
 
     Args:
         metadata: the fields of the manifest.
         num_clips: the number of the sample's audio files.
 
     Raises:
-        SampleError: If a field has a wrong type (`wrong_type`), the task is unknown, the answer is empty, or the sample
-            has no audio although its task needs it, or too many clips, or messages that are not a conversation with as
-            many clips (`bad_messages`) or differ from its instruction or answer (`ambiguous`).
+        SampleError: If a field is missing or has a wrong type (`wrong_type`), the task is unknown (`unknown_task`), the
+            answer is empty (`empty_answer`), the task needs audio and there is none (`no_audio`), there are more than
+            `MAX_CLIPS` clips (`too_many_clips`), the messages are not a conversation with `num_clips` clips
+            (`bad_messages`), or the messages differ from the instruction or answer (`ambiguous`).
     """
     if metadata.get("messages") is not None:
         _check_messages(metadata, num_clips)
@@ -121,4 +122,4 @@ def _check_messages(metadata: dict[str, Any], num_clips: int) -> None:
         )
     for name, text in (("instruction", turns[-2].text), ("answer", turns[-1].text)):
         if metadata.get(name) not in (None, text):
-            raise SampleError("ambiguous", f"{name} differs from the last messages; remove it, or messages")
+            raise SampleError("ambiguous", f"{name} differs from the last messages; remove {name} or messages")

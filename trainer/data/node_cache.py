@@ -1,7 +1,7 @@
 """A cache on a node's disk for the byte ranges of shards that are read from a bucket.
 
-All ranks of a node share it. Nothing depends on it: a range that is missing, damaged or cannot be written is read from
-the bucket.
+All ranks of a node share the cache. Training also works without it: a range that is missing or damaged in the cache is
+read from the bucket.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from trainer.files import locked
 
 _HASH_BYTES = 8
 QUEUE_BYTES = 128 << 20
-"""The memory of a rank for ranges that wait to be written. Further ranges are not cached."""
+"""The memory per rank for ranges that wait to be written. Ranges that do not fit are not cached."""
 _SWEEP_BYTES = 64 << 20
 """The largest number of bytes that a process writes before it deletes old ranges again."""
 _KEPT_SHARE = 0.9
-"""The share of the size limit that remains when old ranges are deleted."""
+"""The fraction of the size limit to which the cache is reduced when old ranges are deleted."""
 _LOCK_NAME = ".lock"
 
 log = logging.getLogger(__name__)
 
 
 class NodeCache:
-    """Byte ranges as files, of which the least recently read ones are deleted when the cache is full.
+    """A cache that stores each byte range as a file, and deletes the least recently read ones when it is full.
 
     Args:
         folder: a folder that belongs to this user alone; it is created if it is missing.
         max_bytes: the size limit. It may be exceeded by 64 MiB per process.
-        queue_bytes: the memory for ranges that wait to be written. One range may wait in any case.
+        queue_bytes: the memory for ranges that wait to be written. A single range may wait even if it is larger.
     """
 
     def __init__(self, folder: Path, max_bytes: int, queue_bytes: int = QUEUE_BYTES) -> None:
@@ -54,9 +54,9 @@ class NodeCache:
         """Return a byte range from the cache, or fetch it and write it to the cache in the background.
 
         Args:
-            key: a name of the range that no other range has.
+            key: a unique name of the range.
             fetch: the function that reads the range from the bucket.
-            fresh: whether to fetch the range in any case, because its content was wrong.
+            fresh: whether to fetch the range even if it is cached, because the cached content was wrong.
         """
         digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
         path = self.folder / digest[:2] / digest
@@ -67,7 +67,7 @@ class NodeCache:
         return data
 
     def wait(self) -> None:
-        """Wait until all ranges have been written."""
+        """Wait until all queued ranges have been written."""
         while True:
             with self._lock:
                 if not self._queued_bytes or self._thread is None or not self._thread.is_alive():

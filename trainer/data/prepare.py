@@ -1,4 +1,4 @@
-"""Preparation of a recipe's data for loading: building shards from manifests, and training a tokenizer if needed."""
+"""Preparation of a recipe's data for loading. It builds shards from manifests, and trains a tokenizer if needed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _NUM_FIRST = 100
 
 
 def open_shards(url: str, index: ShardIndex, config: DataConfig) -> ShardSet:
-    """Open shards without sending a request. Shards in a bucket are read through the node's cache if there is one."""
+    """Open shards without sending a request. Shards in a bucket are read through the node's cache if it is enabled."""
     store = open_store(url, config.retry_sec)
     if isinstance(store, LocalStore) or not config.node_cache_gib:
         return ShardSet(store, index)
@@ -46,7 +46,7 @@ def open_shards(url: str, index: ShardIndex, config: DataConfig) -> ShardSet:
 
 @cache
 def _open_cache(folder: Path, max_bytes: int, queue_bytes: int) -> NodeCache:
-    """Return the cache of this process, which all of its datasets share, so that the memory of its queue is bounded."""
+    """Return the cache of this process. All of its datasets share one cache, which bounds the memory of the queue."""
     return NodeCache(folder, max_bytes, queue_bytes)
 
 
@@ -58,8 +58,8 @@ class PreparedDataset:
     splits: tuple[str, ...]
     """The splits that the dataset has."""
     shards: dict[str, tuple[str, ShardIndex]]
-    """Split → (URL, index) of its shards. Every split of a manifest has its own folder of shards. A dataset that is
-    given as shards has the same ones for all splits."""
+    """Split → (URL, index) of its shards. Every split of a manifest has its own folder of shards. If the recipe gives
+    the dataset as shards, all splits have the same URL and index."""
     skipped_samples: dict[str, int]
     """Reason → number of samples of the manifest's training split that are not in the shards. The file skipped.jsonl
     next to the shards lists them."""
@@ -86,7 +86,7 @@ class PreparedData:
     rate: TokenRate
     """The adapter's rule for the number of audio tokens."""
     text_fields: tuple[str, ...]
-    """The further fields of the manifests that are tokenized, for losses."""
+    """The additional fields of the manifests that are tokenized because losses need them."""
     max_tokens: int | None
     """The largest number of tokens of a sample; None for no limit."""
 
@@ -99,7 +99,7 @@ class PreparedData:
         return tuple(_open_training(s, self.config) for s in self.datasets)
 
     def num_by_language(self) -> Counter[tuple[str, str]]:
-        """Return the number of training samples by task and language, which is empty for samples without a language."""
+        """Return the number of training samples by (task, language). The language of a sample without one is empty."""
         counts: Counter[tuple[str, str]] = Counter()
         for part in self.datasets:
             selection = Selection(part.config.split, part.config.tasks, part.config.subsets)
@@ -128,7 +128,7 @@ def prepare(
     Args:
         config: The recipe's `data` section.
         rate: The adapter's rule for the number of audio tokens.
-        text_fields: The further fields of the manifests that are tokenized (`model.losses.table.text_fields`).
+        text_fields: The additional fields of the manifests that are tokenized (`model.losses.table.text_fields`).
         max_tokens: The largest number of tokens of a sample; None selects `config.max_tokens`.
         tokenizer_path: The tokenizer of existing weights, which overrides `config.tokenizer`; None if there are no
             weights yet.
@@ -153,12 +153,13 @@ def prepare(
 
 
 def check_loss_turns(config: DataConfig, tokenizer: Tokenizer) -> None:
-    """Check whether the chat template allows the labels that the first conversations of each dataset would have.
+    """Check whether earlier answers of conversations can have labels, if the recipe asks for them.
 
-    Later samples are checked when they are loaded.
+    Only the first samples of each dataset are checked here. Later samples are checked when they are loaded.
 
     Raises:
-        UserError: If the template does not allow them, or a manifest or an index cannot be read.
+        UserError: If there are conversations whose earlier answers the chat template changes, or a manifest or an index
+            cannot be read.
     """
     if tokenizer.keeps_answers or config.loss_turns == "last":
         return
@@ -168,7 +169,7 @@ def check_loss_turns(config: DataConfig, tokenizer: Tokenizer) -> None:
 
 
 def _first_metadata(config: DataConfig, part: DatasetConfig) -> list[dict[str, Any]]:
-    """Return the fields of the first samples of a dataset, as far as they can be read."""
+    """Return the fields of the first samples of a dataset. Samples that cannot be read are omitted."""
     if part.shards is not None:
         reader = _open_training(_given_shards(config, part, (part.split,)), config)
         return list(islice(reader.metadata(), _NUM_FIRST))
@@ -186,7 +187,7 @@ def _first_metadata(config: DataConfig, part: DatasetConfig) -> list[dict[str, A
 
 
 def check_stored(config: DataConfig) -> None:
-    """Check, before anything is built, that manifests exist and that shards contain the samples that the recipe reads.
+    """Check that manifests exist and that shards contain the samples that the recipe reads. Nothing is built.
 
     Raises:
         UserError: If a manifest or an index is missing or cannot be read, shards contain no samples to train on, or an
@@ -298,7 +299,9 @@ def _rows_by_split(manifest: Path) -> dict[str, list[Row]]:
             rows.setdefault(row.metadata["split"], []).append(row)
     if found and not rows:
         first = min(found, key=lambda row: row.line)
-        raise UserError(f"{manifest}, line {first.line}: {first.error}; no line can be used, correct them")
+        raise UserError(
+            f"{manifest}, line {first.line}: {first.error}; no line of the manifest can be used, correct it"
+        )
     return rows
 
 
@@ -314,7 +317,7 @@ def _reason(where: str, line: bytes) -> str:
     try:
         return str(parse_json(line)["reason"])
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"{where}: damaged; delete its folder, and the shards will be made again") from None
+        raise UserError(f"{where}: damaged; delete its folder and rerun the same command to build it again") from None
 
 
 def _check_skipped_samples(config: DataConfig, manifest: Path, url: str, index: ShardIndex) -> None:
@@ -360,7 +363,7 @@ def _trained_tokenizer(config: DataConfig, datasets: tuple[PreparedDataset, ...]
 
 
 def _texts(config: DataConfig, readers: list[DatasetReader]) -> Iterator[str]:
-    """Yield all text that the model is trained on, and the alternative references of the answers."""
+    """Yield the prompts and answers of all training samples, and the alternative references of the answers."""
     template = config.tokenizer.template.replace("{audio}", " ")
     for reader in readers:
         for metadata in reader.metadata():

@@ -23,10 +23,11 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.scoring.tasks import TASKS
 
 _MAX_TOKEN_CHARACTERS = 64
-"""The number of characters per allowed token above which text is rejected without counting its tokens."""
+"""Text with more than this number of characters per allowed token is rejected before it is tokenized."""
 
 IGNORE = -100
-"""The same as `model.batch.IGNORE`, whose module loads torch."""
+"""The label of positions without a loss. It equals `model.batch.IGNORE`, which is not imported here since it loads
+torch."""
 
 Clip = NDArray[np.float32]
 """A waveform: `[T]` float32 at 16 kHz."""
@@ -34,7 +35,7 @@ Clip = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample as NumPy arrays, which `loader.to_sample` converts to a `model.batch.Sample`.
+    """A tokenized sample as NumPy arrays. `loader.to_sample` converts it to a `model.batch.Sample`.
 
     L is the number of tokens.
     """
@@ -43,24 +44,25 @@ class EncodedSample:
     meta: dict[str, Any]
     clips: tuple[Clip, ...]
     token_ids: NDArray[np.int64]
-    """`[L]`: the prompt with placeholders, then the answer without its end token; in a conversation, the last prompt
-    with everything before it. For evaluation, the prompt alone."""
+    """`[L]`: the prompt with placeholders, followed by the answer without its end token. In a conversation, the prompt
+    includes all earlier turns. A sample for evaluation has only the prompt."""
     audio_mask: NDArray[np.bool_]
     """`[L]`: true at placeholders."""
     labels: NDArray[np.int64]
-    """`[L]`: the token that follows each position of an answer with a loss, starting at the last token of its prompt
-    and ending with the end token; `IGNORE` elsewhere, and everywhere for evaluation."""
+    """`[L]`: the next token at each position that predicts an answer with a loss. These positions begin with the last
+    token of the answer's prompt, and the last of them predicts the end token. All other labels are `IGNORE`, and so are
+    all labels of a sample for evaluation."""
     instruction_ids: NDArray[np.int64]
-    """The tokens of the (last) instruction alone."""
+    """The tokens of the instruction alone; in a conversation, of the last question."""
     clip_instruction_ids: tuple[NDArray[np.int64], ...]
-    """The tokens of the instruction of each clip's own turn."""
+    """For each clip, the tokens of the instruction in the turn that contains the clip."""
     texts: dict[str, NDArray[np.int64]]
-    """The tokens of further fields of the manifest, for losses; a field that the sample lacks is absent. Empty for
-    evaluation."""
+    """Name → tokens of the additional fields of the manifest that losses need. A field that the sample lacks is absent.
+    The mapping is empty for evaluation."""
     is_transcription: bool
-    """True if the answer is the transcript of the audio, and the only answer."""
+    """Whether the sample has a single answer, which is the transcript of the audio."""
     answer: str
-    """The (last) answer; empty for evaluation."""
+    """The answer; in a conversation, the last one. It is empty for evaluation."""
 
 
 def make_sample(
@@ -83,14 +85,14 @@ def make_sample(
         clips: the decoded clips.
         tokenizer: tokenizer of prompt and answer.
         rate: the adapter's rule for the number of placeholders per clip.
-        text_fields: further fields of the metadata to tokenize; a field that is absent or null is skipped.
+        text_fields: additional fields of the metadata to tokenize. A field that is absent or null is ignored.
         max_tokens: largest number of tokens of prompt and answer, audio tokens included; None for no limit.
-        loss_turns: the answers of a conversation that have labels, unless a message says otherwise.
-        evaluate: if true, encode the prompt alone, after which generation starts.
+        loss_turns: the answers of a conversation that have labels. The field `loss` of a message overrides it.
+        evaluate: if true, encode only the prompt, from which the model generates the answer.
 
     Raises:
         SampleError: If the sample's text contains the placeholder token (`placeholder_in_text`) or another special
-            token (`special_token_in_text`), a further field is not text or the prompt has no token (`wrong_type`),
+            token (`special_token_in_text`), an additional field is not text or the prompt has no token (`wrong_type`),
             the sample is longer than `max_tokens` (`too_many_tokens`), or no answer has labels (`bad_messages`).
         UserError: If earlier answers of a conversation should have labels, but the chat template changes them.
     """
@@ -134,7 +136,7 @@ def make_sample(
 
 
 def earlier_answers_error(tokenizer: Tokenizer, loss_turns: str) -> UserError:
-    """Return the error of earlier answers that should have labels, although the chat template changes them."""
+    """Return the error for earlier answers that should have labels although the chat template changes them."""
     return UserError(
         f"data.loss_turns = {loss_turns}: the chat template of {tokenizer.config.path or 'the tokenizer'} changes "
         "earlier answers of a conversation, so only the last one can have labels; set data.loss_turns: last (and "
@@ -145,11 +147,11 @@ def earlier_answers_error(tokenizer: Tokenizer, loss_turns: str) -> UserError:
 def _learned_answers(
     turns: Sequence[Turn], loss_turns: Literal["all", "last"], num_segments: int, tokenizer: Tokenizer
 ) -> list[bool]:
-    """Return whether each answer that is a segment of its own has labels.
+    """Return, for each answer that is a separate segment, whether it has labels.
 
     Raises:
-        SampleError: If no answer has labels (`bad_messages`), or the chat template changes an earlier one that should
-            (`unexpected`).
+        SampleError: If no answer has labels (`bad_messages`), or the chat template changes an earlier answer that
+            should have labels (`unexpected`).
         UserError: If the chat template changes all earlier answers.
     """
     answers = [turn for turn in turns if turn.role == "assistant"]
@@ -169,7 +171,7 @@ def _learned_answers(
 def _spans(
     segments: Sequence[Sequence[int]], audio_tokens: Sequence[int], placeholder_id: int, learned: Sequence[bool]
 ) -> Iterator[tuple[int, Sequence[int]]]:
-    """Yield the first position and the tokens of each answer with labels; every second segment is an answer."""
+    """Yield the first position and the tokens of each answer with labels. Every second segment is an answer."""
     start, used = 0, 0
     for number, segment in enumerate(segments):
         if number % 2 and learned[number // 2]:
@@ -180,7 +182,7 @@ def _spans(
 
 
 def _check_lengths(texts: dict[str, Any], max_tokens: int | None) -> None:
-    """Check the text of a sample before it is tokenized, because tokenizing takes long if text is far too long.
+    """Check the text of a sample before it is tokenized, because tokenizing very long text takes a long time.
 
     Raises:
         SampleError: If a value is not text (`wrong_type`) or is too long (`too_many_tokens`).

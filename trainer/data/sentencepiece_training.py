@@ -25,8 +25,8 @@ def train_sentencepiece(
         vocab_size: The number of pieces.
         path: The file to write.
         placeholder: The text of the placeholder token.
-        exact: Whether to raise an error if the corpus is too small for `vocab_size` pieces. If false, the vocabulary
-            then has fewer pieces.
+        exact: Whether to raise an error if the corpus is too small for `vocab_size` pieces. If false, a small corpus
+            yields fewer pieces.
 
     Raises:
         UserError: If there is no text, or `vocab_size` does not suit the corpus.

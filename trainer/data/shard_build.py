@@ -33,10 +33,10 @@ SKIPPED_NAME = "skipped.jsonl"
 _BUILDING_NAME = "building.json"
 _LOCK_NAME = ".building.lock"
 _CHECKED_AHEAD = 128
-"""The number of rows that are checked in advance. Their clips are kept in memory, in addition to the open shard's."""
+"""The number of rows that are checked in advance. Memory holds the clips of these rows, and those of the open shard."""
 
 Checked = tuple[list[tuple[str, bytes]], float] | SampleError
-"""The clips of a row, as (type, content), and their total length in seconds; or the reason why the row is skipped."""
+"""Either the clips of a row as (type, content) with their total length in seconds, or the reason to skip the row."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ShardLimits:
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """A line of the manifest that is not in the shards, with the reason."""
+    """A line of the manifest whose sample is not in the shards, with the reason."""
 
     line: int
     key: str
@@ -99,8 +99,8 @@ def build_shards(
     """Check every sample of a manifest and write the usable ones as shards.
 
     Skipped samples are listed in `out`/skipped.jsonl. If a build is interrupted, for example because the store failed,
-    the same call resumes it at the first missing shard. If too many samples are unusable, all files are
-    deleted from a folder, but remain as an unfinished build in a bucket.
+    the same call resumes it at the first missing shard. If too many samples are unusable, the files in a folder are
+    deleted, while files in a bucket remain as an unfinished build.
 
     Args:
         manifest: the manifest.
@@ -133,12 +133,12 @@ def build_shards(
 
 @contextmanager
 def _alone(store: Store) -> Iterator[bool]:
-    """Wait until no other process builds shards in the same folder, and delete what killed ones have left there.
+    """Wait until no other process builds shards in the same folder, and delete temporary files of killed processes.
 
     Returns:
-        A context manager that yields whether this process is certainly the only builder. In a bucket this is never
-        certain: builds of the same shards may run at once and write the same bytes, but none of them may delete
-        anything.
+        A context manager that yields whether this process is certainly the only builder. The value is false for a
+        bucket, where several builds of the same shards may run at once. They write the same bytes, but none of them may
+        delete files.
     """
     if not isinstance(store, LocalStore):
         yield False
@@ -156,7 +156,7 @@ def _alone(store: Store) -> Iterator[bool]:
 
 
 def _claim(store: Store, digest: str) -> None:
-    """Write down which shards are built in the store, so that no other build of other shards begins there.
+    """Mark the store with the digest of the shards that are built in it, so that no build of other shards begins there.
 
     Raises:
         UserError: If other shards are being built there, or have been finished in the meantime.
@@ -171,7 +171,7 @@ def _claim(store: Store, digest: str) -> None:
 def source_digest(rows: Sequence[Row], limits: ShardLimits) -> str:
     """Return a hash of everything that determines the shards.
 
-    These are the rows, the sizes and modification times of the audio files, the limits, and the format version.
+    The hash covers the rows, the sizes and modification times of the audio files, the limits, and the format version.
     """
     digest = hashlib.sha256(f"{FORMAT_VERSION} {limits.max_samples} {limits.max_bytes}\n".encode())
     for row in rows:
@@ -227,7 +227,7 @@ class _Build:
         self._finish_shard(done)
 
     def publish(self) -> BuildReport:
-        """Write the index, and delete the files that only an unfinished build needs."""
+        """Write the index, delete the files that only an unfinished build needs, and return the report."""
         shards = [p.shard for p in self.parts]
         in_order = sorted(self.skipped, key=lambda s: s.line)
         lines = (json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in in_order)
@@ -241,7 +241,7 @@ class _Build:
         return BuildReport(self.store.url, num_samples, len(shards), seconds, tuple(self.skipped))
 
     def remove(self) -> None:
-        """Delete everything that was written. No other process may be building the same shards."""
+        """Delete all files of this build. The caller must know that no other process builds the same shards."""
         for number, part in enumerate(self.parts):
             for name in (part.shard.name, table_name(part.shard.name), _part_name(number)):
                 self.store.delete(name)
@@ -315,7 +315,7 @@ def _part_name(number: int) -> str:
 
 
 def _json_object(store: Store, name: str) -> dict[str, Any]:
-    """Return a file of an unfinished build; empty if it is damaged, so that its shard is made again."""
+    """Return the content of a file of an unfinished build; an empty dictionary if the file is damaged."""
     try:
         value = parse_json(store.get(name))
     except ValueError:

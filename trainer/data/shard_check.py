@@ -1,4 +1,4 @@
-"""Checking of shards against their index, and building of an index for tars that other programs wrote."""
+"""Checks of shards against their index, and the construction of an index for tars that other programs wrote."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class SkippedSample:
 
 
 def summary_of(skipped: Sequence[SkippedSample]) -> str:
-    """Return the number of skipped samples by reason, with the first one of each; empty if there are none."""
+    """Return one line with the number of skipped samples and the first sample for each reason; empty if there are
+    none."""
     by_reason: dict[str, list[SkippedSample]] = {}
     for sample in skipped:
         by_reason.setdefault(sample.reason, []).append(sample)
@@ -83,9 +84,10 @@ def check_shard(shards: ShardSet, shard: int, on_sample: Callable[[RawSample], A
 def build_index(
     store: Store, defaults: Mapping[str, str], on_shard: Callable[[int], Any] = lambda num: None
 ) -> list[SkippedSample]:
-    """Write offset tables and an index for existing tars, which are not changed.
+    """Write offset tables and an index for existing tars, without changing the tars.
 
-    If several samples have the same key, as in tars that several jobs wrote, all but the first get a number: `KEY~2`.
+    Tars that several jobs wrote may contain several samples with the same key. All but the first of them get a number,
+    as in `KEY~2`.
 
     Args:
         store: store that contains `*.tar` files in WebDataset format. The members of each sample must be consecutive.
@@ -96,7 +98,8 @@ def build_index(
         The samples that are not in the index, with their reasons.
 
     Raises:
-        UserError: If there is an index already, there is no tar, a tar cannot be read, or no sample can be used.
+        UserError: If the store already has an index, contains no tar, has a tar that cannot be read, or no sample can
+            be used.
     """
     names = store.list()
     if INDEX_NAME in names:
@@ -144,7 +147,7 @@ def _entry(sample: TarSample, key: str, data: memoryview, defaults: Mapping[str,
 
 
 def _unique(key: str, used: set[str]) -> str:
-    """Return `key`, with a number if another sample has it already, and add it to `used`."""
+    """Return `key`, with a number appended if `used` contains it, and add the result to `used`."""
     found, number = key, 2
     while found in used:
         found, number = f"{key}~{number}", number + 1

@@ -23,7 +23,7 @@ GroupKey = tuple[str, str, str, str, str]
 
 
 class ShardWriter:
-    """Builds one shard, which is kept in memory until `finish` writes it."""
+    """A writer of one shard, which is kept in memory until `finish` writes it."""
 
     def __init__(self, store: Store, number: int) -> None:
         self.store = store

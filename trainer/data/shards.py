@@ -1,7 +1,7 @@
 """The format of shards: WebDataset tar files with random access.
 
 A shard is a tar file. For each sample it contains `<key>.json` with the fields of the manifest, and `<key>.<type>` with
-the clip. Several clips are named `<key>.0.<type>`, `<key>.1.<type>` and so on; a text sample has none. Two kinds of
+the clip. Several clips are named `<key>.0.<type>`, `<key>.1.<type>` and so on. A text sample has no clip. Two kinds of
 files are stored next to the shards:
 
 - `shards.json`, the index, contains the name, size and SHA-256 of every shard, and its number of samples and seconds
@@ -34,13 +34,13 @@ from trainer.storage.store import ChangedError, Store
 log = logging.getLogger(__name__)
 
 INDEX_NAME = "shards.json"
-"""The name of the index in the store of the shards."""
+"""The file name of the index, which is stored next to the shards."""
 FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A selection of samples. A field that is empty does not restrict the selection."""
+    """A selection of samples by split, task and subset. An empty field does not restrict the selection."""
 
     split: str = ""
     tasks: tuple[str, ...] = ()
@@ -162,7 +162,7 @@ def read_index(store: Store) -> ShardIndex:
 
 
 class ShardSet:
-    """The shards of a store, whose offset tables are read when they are first needed.
+    """The shards of a store. The offset table of a shard is read when it is first needed.
 
     Args:
         store: store that contains the shards.
@@ -186,10 +186,10 @@ class ShardSet:
         self.index = read_index(store) if index is None else index
         self.table = lru_cache(maxsize=num_cached_tables)(self._read_table)
         self.quarantined: dict[int, str] = {}
-        """The shards that are not read because they differ from the index, each with the reason."""
+        """Number of each shard that is not read because it differs from the index → the reason."""
         self.altered: set[tuple[int, int]] = set()
-        """The samples in other shards that differed from the index each time they were fetched, as pairs of the shard
-        and the position in its offset table."""
+        """The samples that differed from the index each time they were fetched, although their shard is not
+        quarantined. Each is a pair of the shard and the position in its offset table."""
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -206,7 +206,7 @@ class ShardSet:
             shard: number of the shard.
             offset: first byte of the range.
             num_bytes: length of the range.
-            fresh: whether to read from the store in any case, because the cached bytes were wrong.
+            fresh: whether to read from the store even if the range is cached, because the cached bytes were wrong.
 
         Raises:
             UserError: See `Store.get_range`.
@@ -228,7 +228,7 @@ class ShardSet:
             self.quarantined[shard] = why
 
     def parse(self, entry: Entry, data: memoryview) -> RawSample:
-        """Return the sample that is stored in the bytes `data` of its span; see `parse_sample`."""
+        """Parse the bytes of one sample; see `parse_sample`."""
         return parse_sample(entry, data, self.index.defaults)
 
     def _read_table(self, shard: int) -> tuple[Entry, ...]:
@@ -265,15 +265,16 @@ class ShardSet:
 
 
 def parse_sample(entry: Entry, data: memoryview, defaults: Mapping[str, Any]) -> RawSample:
-    """Return the sample that is stored in the bytes `data` of its span.
+    """Parse the bytes of one sample.
 
     Args:
         entry: the sample's entry in the offset table.
-        data: the bytes.
+        data: the bytes of the sample's span (`Entry.span`).
         defaults: the values of fields that the sample may lack.
 
     Raises:
-        SampleError: If its metadata cannot be read (`wrong_type`), or its files may be several samples (`ambiguous`).
+        SampleError: If the metadata of the sample cannot be read (`wrong_type`), or its files may belong to several
+            samples (`ambiguous`).
     """
     start = entry.span[0]
     clips, json_place, txt_place = arrange([extension for extension, _, _ in entry.members])
@@ -288,10 +289,10 @@ def parse_sample(entry: Entry, data: memoryview, defaults: Mapping[str, Any]) ->
 
 
 def read_shard(line: Mapping[str, Any]) -> Shard:
-    """Return a shard from its line of an index.
+    """Return the shard that an element of an index describes.
 
     Raises:
-        KeyError, TypeError, ValueError: If the line is malformed.
+        KeyError, TypeError, ValueError: If the element is malformed.
     """
     name = _text(line["name"])
     if "/" in name or not name.endswith(".tar"):
@@ -312,7 +313,7 @@ def _entry(sample: Any, groups: Sequence[Any], num_bytes: int) -> Entry:
     """Return an entry of an offset table.
 
     Raises:
-        ValueError, TypeError, IndexError: If it is malformed, or its members are not in order within the shard.
+        ValueError, TypeError, IndexError: If the entry is malformed, or its members are not in order within the shard.
     """
     key, number, seconds, xxh3, members = sample
     task, subset, split = map(_text, groups[_whole(number)])

@@ -1,4 +1,4 @@
-"""Production of training samples: reading in advance, decoding, joining, augmentation, padding and tokenization."""
+"""Loading of samples: reading in advance, decoding, joining, augmentation, padding and tokenization."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from trainer.data.tokenizer import Tokenizer
 
 
 class SampleSource:
-    """Produces encoded samples. The same position of a lane always yields the same sample, bit for bit.
+    """A source of encoded samples. The same position of a lane always yields the same sample, bit for bit.
 
     Args:
         config: the recipe's data section.
         tokenizer: tokenizer of prompts and answers.
         rate: the adapter's rule for the number of audio tokens.
-        text_fields: further fields of the metadata that are tokenized, for losses.
+        text_fields: additional fields of the metadata that are tokenized because losses need them.
         max_tokens: largest number of tokens of a sample; None for no limit.
         seed: seed for joining and augmentation.
     """
@@ -58,13 +58,13 @@ class SampleSource:
         return [index for index in indices if (id(reader), shard, index) not in self._cache]
 
     def evaluation(self, reader: DatasetReader, shard: int, index: int, received: Received) -> EncodedSample:
-        """Return a sample for evaluation, which is the prompt alone without augmentation.
+        """Return a sample for evaluation, which has only a prompt. Its clips are not augmented.
 
         Args:
             reader: reader of the dataset.
             shard: number of the shard.
             index: index of the sample.
-            received: bytes that have been read already.
+            received: bytes of samples that have already been read; other samples are read from the store.
 
         Raises:
             SampleError: If the sample cannot be used.
@@ -79,7 +79,7 @@ class SampleSource:
         """Return the training sample at the position of a cursor, after joining and augmentation.
 
         Args:
-            cursor: cursor whose samples are loaded.
+            cursor: cursor on which `Cursor.load` has been called for the current position.
             progress: progress of the training (0 to 1), which determines the strength of augmentation.
 
         Raises:
@@ -113,7 +113,7 @@ class SampleSource:
         key = (id(reader), shard, index)
         if (found := self._cache.get(key)) is not None:
             return found
-        # The bytes are checked here rather than in the reading thread, so that decoding finds them in the core's cache.
+        # The hash is checked here, not in the reading thread, so that the bytes are in the core's cache for decoding.
         raw = reader.checked(shard, index, received[index]) if index in received else None
         if raw is None:
             raw = reader.read(shard, [index])[index]
@@ -164,7 +164,7 @@ class SampleSource:
             try:
                 more, joined = self.decoded(reader, shard, other, cursor.received)
             except SampleError:
-                continue  # It is counted and listed when it is drawn itself.
+                continue  # The sample is counted and listed as skipped when the lane draws it.
             if not is_joinable(more):
                 continue
             if sum(map(len, parts)) + len(gap) + len(joined[0]) > join.max_sec * SAMPLE_RATE:
@@ -177,7 +177,7 @@ class SampleSource:
 
 
 class Cursor:
-    """The position of one lane in one dataset, and the samples that are read from that position on.
+    """The position of one lane in one dataset, with the samples that the lane reads next.
 
     The current span of samples is in memory, and the next span is read in advance.
 
@@ -196,7 +196,7 @@ class Cursor:
         self.position = position
         """The position of the next sample."""
         self.received: Received = {}
-        """The samples of the current span whose bytes are in memory."""
+        """The bytes of the samples of the current span that were not in the cache of decoded samples."""
         self._span = order.span(lane, position)
         self._start = position
         self._future: Future[Received] | None = self._read(self._span, required=True)

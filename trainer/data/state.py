@@ -21,7 +21,7 @@ from typing import Any
 from model.errors import UserError
 
 State = dict[str, Any]
-"""The data state, with the keys that the module's docstring lists."""
+"""The data state. The docstring of this module lists its keys."""
 STATE_VERSION = 2
 
 
@@ -40,7 +40,7 @@ class LaneState:
 def new_state(
     seed: int, num_lanes: int, digests: Mapping[str, str], batch: int, lane_states: Mapping[int, LaneState]
 ) -> State:
-    """Return the data state that is made up of the given lane states.
+    """Combine lane states into a data state.
 
     Args:
         seed: seed of the order.
@@ -67,17 +67,18 @@ def new_state(
 def open_state(
     state: State | None, lanes: Sequence[int], seed: int, num_lanes: int, digests: Mapping[str, str]
 ) -> tuple[int, list[LaneState]]:
-    """Return the next batch and the states of some lanes.
+    """Check a data state, and return the number of the next batch and the states of some lanes.
 
     Args:
-        state: the data state; None for the beginning of a training.
+        state: the data state; None at the beginning of a run.
         lanes: numbers of the lanes.
         seed: expected seed of the order.
         num_lanes: expected number of all lanes.
         digests: name of each dataset → expected digest of its order.
 
     Raises:
-        UserError: If the state has another version, seed, number of lanes or digest, or lacks a lane.
+        UserError: If the version, the seed, the number of lanes or a digest differs from the expected one, or a lane is
+            missing.
     """
     if state is None:
         return 0, [LaneState() for _ in lanes]
@@ -109,7 +110,10 @@ def open_state(
 
 
 def merge_states(states: Sequence[State]) -> State:
-    """Merge the states of all ranks after the same batch into one, from which any number of ranks can resume."""
+    """Merge the states of all ranks into one, from which any number of ranks can resume.
+
+    All states must have been yielded after the same batch.
+    """
     keys = ("version", "seed", "num_lanes", "batch", "sets")
     common = {k: states[0][k] for k in keys}
     assert all({k: s[k] for k in keys} == common for s in states), "states of different batches or data"
@@ -124,5 +128,5 @@ def merge_states(states: Sequence[State]) -> State:
 
 
 def num_skipped(state: State) -> dict[str, int]:
-    """Return the number of samples, by reason, that the lanes of `state` have skipped since the start of training."""
+    """Return the number of samples, by reason, that the lanes of `state` have skipped since the start of the run."""
     return {reason: sum(by_lane.values()) for reason, by_lane in state["skipped"].items()}

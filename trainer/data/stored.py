@@ -24,20 +24,20 @@ from trainer.scoring.fields import is_amount
 from trainer.storage.open import open_store, scheme_of
 
 CHUNK_SAMPLES = 128
-"""The number of samples that tools read per call when they read everything."""
+"""The number of samples per call with which tools read a whole dataset."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A sample whose bytes have not been read."""
+    """The description of a stored sample, which is available before its audio is read."""
 
     key: str
     task: str
-    """The task; empty if the line of the manifest has no valid one."""
+    """The task; empty if the line of the manifest has no valid task."""
     seconds: float
     """The total length of the sample's clips in seconds, as given by the index or the manifest. It may be inexact."""
     split: str | None = None
-    """The split; None if the line of the manifest has no valid one."""
+    """The split; None if the line of the manifest has no valid split."""
 
 
 Encoded = tuple[Sequence[bytes | memoryview], dict[str, Any]]
@@ -45,7 +45,7 @@ Encoded = tuple[Sequence[bytes | memoryview], dict[str, Any]]
 
 
 class StoredData(ABC):
-    """A list of stored samples, which are addressed by their positions in it."""
+    """A list of stored samples. A sample is addressed by its position in the list."""
 
     items: list[Stored]
     """The samples in stored order."""

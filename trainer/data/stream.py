@@ -1,9 +1,9 @@
-"""The sample stream of a rank: its part of every global batch, as NumPy arrays.
+"""The sample stream of a rank, which yields the rank's part of every global batch as NumPy arrays.
 
 A global batch consists of one lane batch from every lane. A lane draws, decodes and tokenizes its samples one after
-another, so that a skipped sample affects only its own lane and the order cannot depend on timing. The order depends on
-the seed, the dataset weights and the state alone. Each lane batch includes the state of its lane after the batch. The
-state of the stream therefore does not count samples that were only prepared in advance.
+another. A skipped sample therefore affects only its own lane, and the order does not depend on timing. It depends only
+on the seed, the dataset weights and the state. Each lane batch includes the state of its lane after the batch, so that
+the state of the stream does not count samples that were only prepared in advance.
 
 This module does not load torch; `trainer.data.loader` converts the samples to tensors.
 """
@@ -34,7 +34,7 @@ datasets."""
 
 @dataclass(frozen=True)
 class LaneBatch:
-    """The samples that one lane contributes to a batch, and its state afterwards."""
+    """The samples that one lane contributes to a global batch, and the state of the lane after that batch."""
 
     samples: tuple[EncodedSample, ...]
     skips: tuple[Skip, ...]
@@ -43,7 +43,7 @@ class LaneBatch:
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """Everything that a decoding process needs to serve lanes, as values that can be pickled."""
+    """The values that a decoding process needs to serve lanes. All of them can be pickled."""
 
     config: DataConfig
     datasets: tuple[tuple[DatasetConfig, str, ShardIndex, Selection], ...]
@@ -57,7 +57,7 @@ class StreamSpec:
 
 
 class LaneGroup:
-    """The lanes that one process serves.
+    """The lanes for which one process prepares samples.
 
     Args:
         spec: description of the stream.
@@ -110,7 +110,7 @@ class LaneGroup:
         self.source.close()
 
     def _read_ahead(self, batch: int) -> None:
-        """Start the reads of all lanes for the first batch, before the first lane waits for its own."""
+        """Start the reads of all lanes, so that they run at the same time. The reads for `batch` are started first."""
         progress = batch / self.spec.num_batches
         active = [i for i, weight in enumerate(self.mixture.weights_at(progress)) if weight > 0]
         for lane in self.lanes:
@@ -164,7 +164,7 @@ class _Lane:
         )
 
     def _check_progress(self, cursor: Cursor, skips_in_a_row: int, last: Skip) -> None:
-        # The limit lets a lane pass a quarantined shard, but is at most twice the size of the dataset.
+        # A lane must be able to pass a quarantined shard. At twice the size of a dataset, all its samples have failed.
         max_skips = max(_MAX_SKIPS_IN_A_ROW, 2 * max(cursor.reader.num_per_shard))
         if skips_in_a_row >= min(2 * cursor.order.num_samples, max_skips):
             raise UserError(
@@ -182,17 +182,17 @@ class SampleStream:
     Args:
         prepared: the result of `prepare`.
         seed: seed for the order of samples, for joining and for augmentation.
-        num_batches: number of batches in the whole training. The progress, on which weights and augmentation depend, is
-            the number of the batch divided by `num_batches`.
+        num_batches: number of batches in the whole run. Weights and augmentation depend on the progress, which is the
+            number of the batch divided by `num_batches`.
         rank: index of this process among the ranks that share the lanes.
         world: number of these ranks.
-        state: state from which to start, as yielded on one rank or as merged from all ranks by `merge_states`; None for
-            the beginning.
+        state: state from which to start; None for the beginning of a run. It is either a state that this rank has
+            yielded with the same `world`, or the result of `merge_states`.
         on_skip: called for every skipped sample before its batch is yielded.
 
     Raises:
-        UserError: If the state belongs to another seed, number of lanes or data. The iteration raises it if too many
-            samples are skipped, or the store is unreachable for too long.
+        UserError: If the state belongs to another seed, number of lanes or data. The iteration also raises UserError if
+            too many samples are skipped, or the store is unreachable for too long.
     """
 
     def __init__(
@@ -232,12 +232,12 @@ class SampleStream:
 
     @property
     def num_skipped(self) -> dict[str, int]:
-        """The number of samples that this rank's lanes have skipped since the start of the training, by reason."""
+        """The number of samples that this rank's lanes have skipped since the start of the run, by reason."""
         return num_skipped(self.state)
 
     @property
     def epochs(self) -> dict[str, float]:
-        """The fraction of each dataset that this rank's lanes have read; it exceeds 1 if they read samples repeatedly.
+        """Name of each dataset → the number of samples that this rank's lanes have read, divided by the dataset's size.
 
         The sum over all ranks is the number of epochs.
         """

@@ -1,7 +1,7 @@
 """The samples of WebDataset tars that other programs wrote, and the order of a sample's files.
 
-A sample consists of neighboring files that have the same name up to the first dot. This module refuses names that
-could be read in another way, so that two samples are never merged and one is never split.
+A sample consists of neighboring files that have the same name up to the first dot. This module refuses ambiguous
+names, so that it never merges two samples and never splits one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Member = tuple[str, int, int]
 """(extension, first byte, number of bytes) of a file in a tar."""
 
 _OTHER_AUDIO = ("m4a", "mp4", "aac", "webm", "mka", "wma", "amr", "3gp", "sph", "aiff", "aif", "au", "caf", "w64")
-"""Types of audio that are known, but not read."""
+"""Audio types that are recognized, for a precise error message, but not supported."""
 _TEXT_TYPES = ("json", "txt")
 _BLOCK_BYTES = tarfile.BLOCKSIZE
 _NOT_ZERO = re.compile(rb"[^\0]")
@@ -35,9 +35,9 @@ class TarSample:
 
     key: str
     members: tuple[Member, ...]
-    """Its files in the order of the tar."""
+    """The files of the sample, in the order of the tar."""
     problem: SampleError | None = None
-    """The reason why the sample cannot be used, as far as the names of its files show it."""
+    """The reason why the sample cannot be used; None if the headers of its files show no problem."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,14 @@ def tar_samples(data: bytes | memoryview, where: str) -> list[TarSample]:
 
 
 def arrange(extensions: Sequence[str]) -> tuple[list[int], int | None, int | None]:
-    """Return the places of a sample's clips in their order, of its `.json` and of its `.txt`.
-
-    Several clips are numbered (`0.flac`, `1.flac`); a place that a sample does not have is None.
+    """Find the clips, the `.json` and the `.txt` among the files of a sample.
 
     Args:
-        extensions: the extension of each file.
+        extensions: the extension of each file. Several clips are numbered (`0.flac`, `1.flac`).
+
+    Returns:
+        The positions in `extensions` of the clips, in the order of their numbers; that of the `.json`; and that of the
+        `.txt`. The last two are None if the sample has no such file.
 
     Raises:
         SampleError: If a file occurs twice, or several audio files are not numbered from 0 or 1 (`ambiguous`).
@@ -140,7 +142,7 @@ def metadata_of(defaults: Mapping[str, Any], json_text: bytes | None, answer_tex
 
 
 def _infos(data: bytes | memoryview, where: str) -> list[list[tarfile.TarInfo]]:
-    """Return the headers of the files of each of several concatenated tars. The last one may be of a truncated file.
+    """Return the headers of the files in each of several concatenated tars. The file of the last one may be truncated.
 
     Raises:
         UserError: If the content is not a tar.
@@ -173,7 +175,7 @@ def _infos(data: bytes | memoryview, where: str) -> list[list[tarfile.TarInfo]]:
 
 
 def _file(info: tarfile.TarInfo, place: int, num_bytes: int) -> _File | None:
-    # Names in other encodings arrive with halves of surrogate pairs, which cannot be written to the index.
+    # tarfile decodes names in other encodings to lone surrogates, which cannot be written to the index.
     name = info.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").removeprefix("./")
     folder, slash, base = name.rpartition("/")
     if info.isdir() or base.startswith("._") or f"/{folder}/".find("/__MACOSX/") >= 0:
@@ -190,10 +192,10 @@ def _file(info: tarfile.TarInfo, place: int, num_bytes: int) -> _File | None:
 
 
 def _samples_of_group(group: Sequence[_File]) -> list[tuple[int, TarSample]]:
-    """Return the samples, each with its place, among the files that have the same name up to the first dot.
+    """Divide files with the same name up to the first dot into samples, and return each sample with its place.
 
-    There are several if names have further dots: `a.1.flac`, `a.1.txt`, `a.2.flac` and `a.2.txt` are two samples. A
-    sample has a `.json` or `.txt`, whose name shows where the sample's name ends.
+    There may be several samples if names have more dots: `a.1.flac`, `a.1.txt`, `a.2.flac` and `a.2.txt` are two
+    samples. The name of a sample's `.json` or `.txt` shows where the sample's name ends.
     """
     base = group[0].key
     ends = {_stem(f.extension) for f in group if _kind(f.extension) in _TEXT_TYPES}
@@ -207,7 +209,7 @@ def _samples_of_group(group: Sequence[_File]) -> list[tuple[int, TarSample]]:
     clips = {
         end: [_stem(f.extension) for f in files if _kind(f.extension) in AUDIO_TYPES] for end, files in parts.items()
     }
-    if not ends and len(clips[""]) > 1:  # It is unknown whether they are one sample.
+    if not ends and len(clips[""]) > 1:  # The clips may belong to one sample or to several.
         return [_unclear(group)]
     # The numbered clip `a.1.flac` of `a` could be the clip of `a.1`, if there is one.
     outer = {begin for end in ends for begin in _beginnings(end)[1:] if begin in ends}
@@ -217,7 +219,7 @@ def _samples_of_group(group: Sequence[_File]) -> list[tuple[int, TarSample]]:
 
 
 def _beginnings(stem: str) -> list[str]:
-    """Return the parts of a name that end before one of its dots, longest first, from all of it to the empty one."""
+    """Return a name and its prefixes that end before a dot, the longest first. The last one is the empty string."""
     words = stem.split(".") if stem else []
     return [".".join(words[:length]) for length in range(len(words), -1, -1)]
 

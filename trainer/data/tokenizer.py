@@ -27,7 +27,8 @@ _MAX_RENDERED = 4096
 """The largest number of prompts that a tokenizer keeps as rendered by its chat template."""
 _UNREADABLE = (OSError, ValueError, LookupError, ImportError, TypeError, RecursionError, MemoryError)
 UNKNOWN_ID_TEXT = "\ufffd"
-"""The text of ids beyond the vocabulary. An LLM may have more embedding rows than its tokenizer has pieces."""
+"""The text of ids that are not in the vocabulary. They occur because an LLM may have more embedding rows than its
+tokenizer has pieces."""
 
 
 class Tokenizer(ABC):
@@ -35,15 +36,16 @@ class Tokenizer(ABC):
 
     config: TokenizerConfig
     vocab_size: int
-    """The number of ids; the LLM needs at least as many rows."""
+    """The number of ids; the LLM needs at least as many embedding rows."""
     bos_id: int | None
     """The id at the beginning of a prompt, or None if the tokenizer has none."""
     eos_id: int
     """The id at the end of the answer to an `instruction`."""
     turn_end_id: int
-    """The id at the end of the answers of a conversation: the one that the chat template puts there, or `eos_id`."""
+    """The id at the end of the answers of a conversation. The chat template determines it; without one, it is
+    `eos_id`."""
     keeps_answers: bool
-    """Whether several answers of a conversation can have labels; see `PromptFormat.keeps_answers`."""
+    """Whether answers before the last one of a conversation can have labels; see `PromptFormat.keeps_answers`."""
     pad_id: int | None
     """The id of padding, or None if the tokenizer has none."""
     placeholder_id: int
@@ -106,10 +108,10 @@ class Tokenizer(ABC):
         return prompt.cut(self.segments((question(instruction, num_clips),))[-1], self.placeholder_id)
 
     def segments(self, turns: Sequence[Turn]) -> list[list[int]]:
-        """Return the tokens of a conversation, divided as `PromptFormat.segments` does.
+        """Return the tokens of a conversation, divided into segments as by `PromptFormat.segments`.
 
         Args:
-            turns: The turns, of which the last one is the user's.
+            turns: The turns. The last one must be the user's.
 
         Raises:
             SampleError: If a turn contains the placeholder (`placeholder_in_text`), or the chat template fails or
@@ -131,7 +133,7 @@ class Tokenizer(ABC):
 
     @property
     def _format(self) -> PromptFormat:
-        """The format of prompts."""
+        """The format of prompts for this tokenizer."""
         return PromptFormat(
             template=self.config.template,
             text_template=self.config.text_template,
@@ -221,7 +223,8 @@ class HuggingFaceTokenizer(Tokenizer):
         config: The placeholder and the templates.
 
     Raises:
-        UserError: If it cannot be read, or its vocabulary lacks the placeholder or the end token.
+        UserError: If the tokenizer cannot be read, its vocabulary lacks the placeholder or the end token, or its chat
+            template changes a user message.
     """
 
     def __init__(self, path: str, config: TokenizerConfig) -> None:
@@ -236,7 +239,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id = self.turn_end_id = inner.eos_token_id
         self.keeps_answers = True
         found = inner.convert_tokens_to_ids(config.placeholder)
-        # There may be a second token, since tokenizers made from SentencePiece models add a prefix.
+        # Tokenizers made from SentencePiece models may add a prefix token, so the placeholder may give two tokens.
         if found in (None, inner.unk_token_id) or self._encode(config.placeholder).count(found) != 1:
             raise UserError(_no_placeholder(path, config.placeholder))
         self.placeholder_id = found
@@ -252,7 +255,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """Check that the chat template inserts the text of a user message once and unchanged.
 
         Raises:
-            UserError: If it does not do so.
+            UserError: If the template fails, or changes, repeats or drops the text.
         """
         for template, num_clips in ((self.config.template, 2), (self.config.text_template, 0)):
             text = prompt.render(template, "What is said?", self.config.placeholder, num_clips)
@@ -268,9 +271,9 @@ class HuggingFaceTokenizer(Tokenizer):
                 )
 
     def _probe_answers(self) -> None:
-        """Find the end of an answer in the chat template, and whether the template keeps earlier answers.
+        """Set `turn_end_id` and `keeps_answers` according to the chat template.
 
-        A template that fails for answers can still be used for samples with one question.
+        A template that fails for messages with answers can still be used for samples with one question.
         """
         try:
             self.keeps_answers = self._format.keeps_answers()
@@ -296,7 +299,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._render if self.chats else None
 
     def _render(self, messages: Sequence[Message], prompts: bool) -> str:
-        """Return messages in the chat template, which transformers renders in a sandbox.
+        """Return the text of messages in the chat template. transformers renders it in a sandbox.
 
         Raises:
             ChatError: If the template fails.
@@ -322,14 +325,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def read_transformers(path: str, where: str) -> Any:
-    """Return a transformers tokenizer, which is read without remote code.
+    """Load a transformers tokenizer without executing code from its folder.
 
     Args:
         path: A `tokenizer.json`, a directory, or a hub id.
-        where: The place of `path`, for error messages.
+        where: The beginning of error messages, which names the tokenizer.
 
     Raises:
-        UserError: If it cannot be read.
+        UserError: If the tokenizer cannot be read.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # The import is slow and needed only here.
 
@@ -341,7 +344,7 @@ def read_transformers(path: str, where: str) -> Any:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return PreTrainedTokenizerFast(tokenizer_file=path)
     except Exception as error:
-        # Unreadable files raise one of these, or a plain Exception from Rust. Anything else is a bug.
+        # An unreadable file causes one of these errors, or a plain Exception from Rust. Any other error is a bug.
         if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -356,7 +359,7 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
         config: The placeholder and the templates.
 
     Raises:
-        UserError: If it cannot be read, or its vocabulary lacks the placeholder or the end token.
+        UserError: If the tokenizer cannot be read, or its vocabulary lacks the placeholder or the end token.
     """
     local = Path(path)
     if local.is_dir() and not (local / "tokenizer.json").exists():
@@ -375,12 +378,12 @@ def load_tokenizer(path: str, config: TokenizerConfig) -> Tokenizer:
 
 
 def shorten(text: str) -> str:
-    """Return the representation of text, without its middle if it is long."""
+    """Return `repr(text)`. The middle of a text with more than 200 characters is left out."""
     return repr(text) if len(text) <= 200 else f"{text[:90]!r} ... {text[-90:]!r}"
 
 
 def _no_placeholder(path: str, placeholder: str) -> str:
     return (
-        f"data.tokenizer.path = {path}: '{placeholder}' is not one token of it; add it to the tokenizer, set "
-        "data.tokenizer.placeholder to one of its reserved tokens, or train another with tools.train_tokenizer"
+        f"data.tokenizer.path = {path}: '{placeholder}' is not a single token; add it to the tokenizer, set "
+        "data.tokenizer.placeholder to a reserved token, or train another tokenizer with tools.train_tokenizer"
     )

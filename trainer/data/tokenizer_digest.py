@@ -18,7 +18,7 @@ PROBES = (
     "Was it 3:15 p.m.? Café № ½ ﬁne — “quoted” ÄÖÜ",
     "日本語 русский \U0001f600",
 )
-"""Strings that different tokenizers with the same vocabulary split into different tokens."""
+"""Strings that tokenizers with the same vocabulary but different rules split into different tokens."""
 
 
 def tokenizer_digest(
@@ -34,8 +34,8 @@ def tokenizer_digest(
 
     Args:
         pieces: The text of each id, in the order of the ids.
-        special_ids: The ids of begin, end and padding.
-        encode: A function that returns the tokens of text, which is called with `PROBES`.
+        special_ids: The ids of the begin, end and padding tokens.
+        encode: A function that returns the tokens of a string. It is called with each of `PROBES`.
         config: The placeholder and the templates; other fields do not affect the hash.
         chat_template: The chat template of prompts, or None if there is none.
     """
@@ -57,7 +57,7 @@ def transformers_digest(inner: Any, config: TokenizerConfig, encode: Callable[[s
     Args:
         inner: The tokenizer.
         config: The placeholder and the templates.
-        encode: A function that returns the tokens of text; None selects the tokenizer's own.
+        encode: A function that returns the tokens of a string; None selects `inner.encode` without special tokens.
     """
 
     def plain(text: str) -> list[int]:
@@ -71,14 +71,15 @@ def transformers_digest(inner: Any, config: TokenizerConfig, encode: Callable[[s
 
 
 def save_without_code(inner: Any, folder: str | Path) -> None:
-    """Write a transformers tokenizer to a folder, without what its source may have said about code.
+    """Write a transformers tokenizer to a folder, without references to Python code that its source may contain.
 
     Args:
         inner: The tokenizer.
         folder: The folder.
 
     Raises:
-        UserError: If the name of a chat template is not a plain name; transformers makes it the name of a file.
+        UserError: If the name of a chat template contains other characters than letters, digits, `-` and `_`.
+            transformers uses it as a file name.
     """
     names = inner.chat_template if isinstance(inner.chat_template, dict) else {}
     for name in names:

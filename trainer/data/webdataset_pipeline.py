@@ -1,7 +1,6 @@
-"""The project's shards as a pipeline of the webdataset library, for use outside the trainer.
+"""A pipeline of the webdataset library that reads the project's shards, for use outside the trainer.
 
-The trainer orders samples in its own way, because a run must resume at exactly the same position even on another
-number of ranks.
+The trainer does not use it, because a run must resume at exactly the same position on any number of ranks.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from trainer.storage.store import LocalStore
 
 
 def shard_pipeline(url: str, *, split: str | None = None, shuffle: int = 0, seed: int | None = None) -> Any:
-    """Return the samples of shards as a `webdataset.DataPipeline`, which is an iterable dataset of torch.
+    """Return a `webdataset.DataPipeline` over the samples of shards, which is an iterable dataset of torch.
 
-    Shards are divided among the ranks of `torch.distributed` and the workers of a DataLoader. Each rank and worker
-    needs a shard; one without any yields nothing.
+    Shards are divided among the ranks of `torch.distributed` and the workers of a DataLoader. There should be at least
+    as many shards as workers of all ranks, because a worker without a shard yields nothing.
 
     Args:
         url: The folder or bucket URL of the shards.
         split: The split to read; None for all.
-        shuffle: The number of samples among which the next one is drawn; 0 for the stored order.
+        shuffle: The size of the buffer from which samples are drawn at random; 0 for the order of the shards.
         seed: The seed for shuffling the shards; None for their stored order.
 
     Returns:
-        The pipeline. Each sample is a dictionary: `__key__`, `audio` (a list of `[T]` float32 at 16 kHz) and `fields`
-        (those of the manifest). The pipeline raises SampleError at a sample that cannot be used.
+        The pipeline. Each sample is a dictionary with the keys `__key__`, `audio` (a list of `[T]` float32 arrays at
+        16 kHz) and `fields` (the fields of the manifest). The pipeline raises SampleError if a sample cannot be used.
 
     Raises:
         UserError: If webdataset is not installed, or the index cannot be read.
@@ -57,7 +56,7 @@ def shard_pipeline(url: str, *, split: str | None = None, shuffle: int = 0, seed
 
 
 def _open(shards: Iterable[dict[str, Any]], url: str) -> Iterator[dict[str, Any]]:
-    """Open the shards one after another. The store is opened here, because each worker needs its own."""
+    """Open the shards one after another. Each worker opens the store itself, because stores cannot be shared."""
     store = open_store(url)
     for shard in shards:
         name = shard["url"]

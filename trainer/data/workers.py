@@ -1,8 +1,8 @@
 """Decoding processes, and the shared memory through which they return arrays.
 
-Each process runs a generator and sends the lists that it yields, in order. Arrays are passed through a ring buffer in
-shared memory; everything else, including their offsets, is passed through a pipe. The size of the ring buffer and
-`num_ahead` limit how far a process works in advance.
+Each process runs a generator and sends the lists that the generator yields, in order. Arrays are passed through a ring
+buffer in shared memory. All other values, including the offsets of the arrays, are passed through a pipe. The size of
+the ring buffer and `num_ahead` limit how far a process works in advance.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ALIGN_BYTES = 64
 
 
 class LostWorkerError(RuntimeError):
-    """Raised when a decoding process died. A retry may succeed, since the kernel may have killed it for its memory."""
+    """Raised when a decoding process died. A retry may succeed, since the kernel may have killed it to free memory."""
 
 
 class Workers:
@@ -35,7 +35,7 @@ class Workers:
 
     Args:
         jobs: arguments of `serve` for each process, as values that can be pickled.
-        serve: importable generator function that yields lists.
+        serve: generator function that yields lists. It must be importable by name.
         num_ahead: largest number of lists that a process may prepare in advance.
         buffer_bytes: size of the shared memory per process. Lists whose arrays do not fit are passed through the pipe.
     """
@@ -115,7 +115,7 @@ class _Failure:
 
 
 class _Inbox:
-    """The receiving end, in the training process."""
+    """The receiving end of a connection to a decoding process. It belongs to the training process."""
 
     def __init__(self, connection: Connection, num_bytes: int) -> None:
         self._connection = connection
@@ -125,7 +125,7 @@ class _Inbox:
         self.path = f"/proc/{os.getpid()}/fd/{self._file}"
 
     def receive(self) -> Any:
-        """Return the next list, and free its part of the ring buffer."""
+        """Receive the next list, and free its part of the ring buffer."""
         header, location = self._connection.recv()
         if location is None:
             found = pickle.loads(header)
@@ -151,7 +151,7 @@ class _Inbox:
 
 
 class _Outbox:
-    """The sending end, in a decoding process. It waits while the ring buffer is full."""
+    """The sending end of a connection to the training process. It belongs to a decoding process."""
 
     def __init__(self, connection: Connection, path: str, num_ahead: int) -> None:
         self._connection, self._num_ahead = connection, num_ahead
@@ -162,7 +162,7 @@ class _Outbox:
         through the pipe is empty."""
 
     def send(self, value: Any) -> None:
-        """Send a value. Its arrays are passed through the ring buffer if they fit there."""
+        """Send a value, after waiting for free space. Arrays that do not fit into the ring buffer use the pipe."""
         buffers: list[pickle.PickleBuffer] = []
         header = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
         views = [b.raw() for b in buffers]
