@@ -1,4 +1,4 @@
-"""Measurement of the duration of work on a device, without waiting for the work when it is submitted."""
+"""Measurement of the time that work takes on a device. Submitting the work does not wait for it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, TypeAlias
 import torch
 
 Moment: TypeAlias = Any
-"""A point in time: seconds on the host's clock, or a CUDA event."""
+"""A point in time: seconds of the host's clock on a CPU, or a CUDA event on a GPU."""
 Lap: TypeAlias = tuple[Moment, Moment]
-"""The start and the end of a piece of work."""
+"""The moments at which a piece of work starts and ends."""
 
 
 class DeviceClock:
-    """A clock for work on a device. On a CPU it reads the host's time, on a GPU it records CUDA events."""
+    """A clock for work on a device. It reads the host's clock on a CPU and records CUDA events on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -28,7 +28,7 @@ class DeviceClock:
         return event
 
     def seconds(self, lap: Lap) -> float:
-        """Return the seconds between two moments, after waiting for the second one."""
+        """Wait until the end of a lap, and return its length in seconds."""
         begin, end = lap
         if self._device.type != "cuda":
             return float(end - begin)

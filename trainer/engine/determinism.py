@@ -11,11 +11,12 @@ import torch
 from model.errors import UserError
 
 _VARIABLES = {
-    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),  # cuBLAS: streams share no workspace
-    "NCCL_ALGO": ("^NVLS", "Ring", "Tree", "CollnetDirect", "CollnetChain"),  # those that Megatron accepts
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),  # cuBLAS then shares no workspace between streams
+    "NCCL_ALGO": ("^NVLS", "Ring", "Tree", "CollnetDirect", "CollnetChain"),  # the values that Megatron accepts
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),  # TransformerEngine's attention
 }
-"""The allowed values of variables that libraries read when they start. An unset variable is set to the first one."""
+"""The allowed values of environment variables that libraries read when they start. An unset variable is set to its
+first value."""
 
 
 def check_variables(environ: Mapping[str, str]) -> None:
@@ -42,7 +43,8 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
         wanted: False to change nothing.
 
     Raises:
-        UserError: If `check_variables` raises it, or CUDA was started before cuBLAS could be configured.
+        UserError: If an environment variable has a value that is not allowed, or CUDA was started before cuBLAS could
+            be configured.
     """
     if not wanted:
         yield
@@ -72,7 +74,7 @@ def _set_torch(restore: ExitStack) -> None:
     torch.use_deterministic_algorithms(True)
     restore.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # Filling with NaN reveals results that depend on uninitialized memory, another source of differences.
+    # Uninitialized memory is filled with NaN, so that results cannot depend on it unnoticed.
     for owner, name, value in (
         (torch.utils.deterministic, "fill_uninitialized_memory", True),
         (torch.backends.cudnn, "deterministic", True),

@@ -14,13 +14,12 @@ from typing import Any, Literal
 from model.errors import UserError
 
 Gathering = Literal["per_update", "per_module"]
-"""When the weights of encoders, router, adapter and projector are gathered: once per update, or around every call of a
-module."""
+"""The time at which the weights of encoders, router, adapter and projector are gathered: once per update, or around
+every call of a module."""
 
 BUCKET_ELEMENTS = 2**29
-"""The largest number of elements that one collective gathers or reduces once per update, unless a single parameter is
-larger. This limits the memory for the copies that put weights and gradients in the order in which they are
-sent."""
+"""The largest number of elements that one collective gathers or reduces, unless a single parameter is larger. It
+applies to gathering once per update, and limits the memory for the send buffers of weights and gradients."""
 
 _OWNERS = {
     "train_batch_size": "data.global_batch_samples",
@@ -74,8 +73,8 @@ def load_ds_json(path: Path) -> dict[str, Any]:
     """Read and check a DeepSpeed JSON file.
 
     Raises:
-        UserError: If the file is missing or malformed, contains a key that is unknown or belongs in the recipe, or
-            sets a ZeRO stage other than 3.
+        UserError: If the file is missing or malformed, contains an unknown key or a key that belongs in the recipe, or
+            does not set ZeRO stage 3.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates(path))
@@ -102,8 +101,8 @@ def load_ds_json(path: Path) -> dict[str, Any]:
 def build_ds_config(path: Path, *, precision: Literal["fp32", "bf16"]) -> dict[str, Any]:
     """Return the dict for `deepspeed.initialize`, from the JSON file at `path` and the values of the recipe.
 
-    DeepSpeed's micro-batches, gradient accumulation and clipping are not used, because a step makes several encoder
-    calls per update and clips gradients by one norm over both engines. Gradients are reduced and kept in fp32 with
+    DeepSpeed's micro-batches, gradient accumulation and clipping are not used, because an update follows several
+    encoder calls, and gradients are clipped by one norm over both engines. Gradients are reduced and kept in fp32 with
     either precision.
 
     Args:
@@ -111,7 +110,7 @@ def build_ds_config(path: Path, *, precision: Literal["fp32", "bf16"]) -> dict[s
         precision: The value of `train.precision`.
 
     Raises:
-        UserError: If `load_ds_json` raises it, or the section `zero_optimization` is malformed.
+        UserError: If the file cannot be used (see `load_ds_json`), or its section `zero_optimization` is malformed.
     """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # slow to import, and only ranks need it
     from pydantic import ValidationError
@@ -139,13 +138,18 @@ def build_ds_config(path: Path, *, precision: Literal["fp32", "bf16"]) -> dict[s
 
 
 def without_buffers(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration in which DeepSpeed gathers no weights and has no buffer to reduce gradients in."""
+    """Return a copy of a configuration in which DeepSpeed keeps no weights gathered and has no gradient buffers."""
     zero = ds_config["zero_optimization"] | {"stage3_param_persistence_threshold": 0, "contiguous_gradients": False}
     return ds_config | {"zero_optimization": zero}
 
 
 def check_gathering(path: Path, tree: dict[str, Any], gathering: Gathering) -> None:
-    """Check that a DeepSpeed JSON file does not contain settings for another way to gather weights.
+    """Check that the settings of a DeepSpeed JSON file suit the way in which weights are gathered.
+
+    Args:
+        path: The path of the file, for error messages.
+        tree: The content of the file.
+        gathering: The value of `train.gather_audio_weights`.
 
     Raises:
         UserError: If weights are gathered once per update, but the file stores them on NVMe, quantizes them, or keeps

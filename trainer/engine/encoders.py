@@ -1,7 +1,7 @@
 """The audio side of the model (encoders, router, adapter, projector) under DeepSpeed ZeRO-3.
 
-The parameters, gradients and optimizer state of an encoder expert are sharded over its encoder ranks, which
-are the ranks that hold the expert. Those of all other modules are sharded over all ranks.
+The parameters, gradients and optimizer state of an encoder expert are sharded over its encoder ranks, which are the
+ranks that hold the expert. The state of all other modules is sharded over all ranks.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class AudioEngine:
         groups: The process groups of this rank.
         batch_sec: The largest number of padded audio seconds in one encoder call, which encodes a batch of clips.
         debug_plan: True to compare the plans of all ranks before clips are sent.
-        gathering: When weights are gathered, see `TrainConfig.gather_audio_weights`.
+        gathering: The time at which weights are gathered; see `TrainConfig.gather_audio_weights`.
         recompute_calls: True to recompute every encoder call, and the modules after the encoders, in the backward pass.
 
     Raises:
@@ -73,12 +73,12 @@ class AudioEngine:
         if not learned:
             raise UserError("optim.parts: every audio parameter is frozen; train at least audio.projector.*")
         self._learned = [(p, group["setting"]) for group in learned for p in group["params"]]
-        # This disables DeepSpeed's shared-memory all-reduce for inference on CPUs, which compiles C++ code at startup.
-        # If that build is killed, its lock remains, and every later start waits for the lock silently.
+        # This disables DeepSpeed's shared-memory all-reduce on CPUs, which would compile C++ code at startup. If the
+        # compilation is killed, its lock file remains, and every later start waits for it without a message.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         ep = groups.topology.ep
         if ds_config.get("bf16", {}).get("enabled"):
-            cast(tower, torch.bfloat16)  # DeepSpeed does not cast modules that are sharded already
+            cast(tower, torch.bfloat16)  # DeepSpeed does not cast modules that have already been sharded.
         if gathering == "per_update":
             ds_config = without_buffers(ds_config)
         with device_groups(groups.device):
@@ -100,9 +100,12 @@ class AudioEngine:
     def _build_dispatch(
         self, budget_samples: int, debug_plan: bool, recompute_calls: bool
     ) -> dict[tuple[str, ...], EncoderDispatch]:
-        """Return one dispatch for the primary encoder, which every rank holds, and one for all experts.
+        """Create one dispatch for the primary encoder, which every rank holds, and one for all experts.
 
         Collective: every rank of the world must call it.
+
+        Returns:
+            Names of the encoders of a dispatch → the dispatch.
         """
         config, device = self.tower.config, self.groups.device
         dtype = next(self.tower.projector.parameters()).dtype
@@ -143,7 +146,7 @@ class AudioEngine:
         return found
 
     def take_costs(self) -> dict[str, EncoderCost]:
-        """Return the cost of every encoder on this rank in the forward passes since the last call of this method."""
+        """Return the cost of every encoder on this rank since the last call of this method, by the encoder's name."""
         costs: dict[str, EncoderCost] = {}
         for dispatch in self._dispatch.values():
             costs |= dispatch.take_costs()
@@ -155,20 +158,21 @@ class AudioEngine:
         return self.engine.optimizer
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the ZeRO-3 parameters, which have `ds_shape` and `ds_tensor`, with their names `audio.…`."""
+        """Return the names (`audio.…`) and the ZeRO-3 parameters, which have the attributes `ds_shape` and
+        `ds_tensor`."""
         return [(PREFIX + name, p) for name, p in self.tower.named_parameters()]
 
     def forward(
         self, clips: Ragged, prompts: Ragged, noise: Tensor | None, everyone: ClipLengths | None = None
     ) -> AudioOutput:
-        """Compute `AudioTower.forward` for this rank's clips, of which there may be none. Results are on the device.
+        """Compute `AudioTower.forward` for this rank's clips. The results are on the device.
 
         Collective: every rank of the world must call it.
 
-        A rank without clips encodes a dummy clip and drops the resulting rows, so the gradients are zeros.
+        A rank without clips encodes a dummy clip and drops the resulting rows, so that its gradients are zero.
 
         Args:
-            clips: The waveforms [ΣT] of this rank's clips at 16 kHz.
+            clips: The waveforms [ΣT] of this rank's clips at 16 kHz; may be empty.
             prompts: The instruction tokens [ΣP], one sequence per clip.
             noise: Standard normal noise [B, G, K] for the router; None outside training.
             everyone: The lengths of the clips of all ranks, without dummy clips; None to gather them.
@@ -202,9 +206,9 @@ class AudioEngine:
         self._weights.backward(loss)
 
     def release_weights(self) -> None:
-        """Free all gathered weights, because the partitions get new values. The next forward pass gathers them again.
+        """Free all gathered weights. The next forward pass gathers them again.
 
-        Every rank of the world must call it.
+        Every rank of the world must call it after the partitions have been given new values.
         """
         self._weights.release(are_loaded=True)
 
@@ -225,7 +229,7 @@ class AudioEngine:
         for parameter, setting in self._learned:
             parameter.requires_grad_(not setting.in_stage(stage).frozen)
         for flat in self.zero.fp32_partitioned_groups_flat:
-            if flat.grad is not None:  # With offload, the gradients of the last step are still here.
+            if flat.grad is not None:  # With offload, these are still the gradients of the last step.
                 flat.grad.zero_()
         for dispatch in self._dispatch.values():
             dispatch.agree_on_learning()
@@ -244,16 +248,17 @@ class AudioEngine:
         set_rates(self.zero.param_groups, stage, lr_scale)
         # DeepSpeed divides by max(1, (norm + 1e-6) / clip_grad). With this clip_grad, the divisor is 1 / clip_coef.
         self.zero.clip_grad = 0.0 if clip_coef >= 1.0 else (norm + 1e-6) * clip_coef
-        # DeepSpeed's own norm would hang: it does an all-reduce per group of experts, but ranks hold different experts.
+        # DeepSpeed would compute the norm by one all-reduce per group of experts. The ranks hold different experts, so
+        # these collectives would hang.
         self.zero._get_norm_groups = lambda: [to_device(np.float32(norm), self.groups.device)]
         self._weights.step()
 
     def discard(self) -> None:
-        """Discard the gradients of this step."""
+        """Discard the gradients of this step without an update."""
         self.zero._overflow_clean_up(self.zero.loss_scale)
 
     def train(self, mode: bool) -> None:
-        """Set every module to training mode if `mode` is true, else to evaluation mode."""
+        """Switch every module to training mode, or to evaluation mode if `mode` is false."""
         self.engine.train(mode)
 
 
@@ -269,7 +274,7 @@ def _partition(tower: AudioTower, ds_config: dict[str, Any], ep: int) -> None:
 
     Collective: every rank of the world must call it.
 
-    `deepspeed.initialize` would shard any remaining parameter over the wrong group.
+    `deepspeed.initialize` would otherwise shard the experts over all ranks.
     """
     if ep == 1:
         deepspeed.zero.Init(module=tower, config_dict_or_path=ds_config)

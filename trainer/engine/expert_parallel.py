@@ -1,8 +1,8 @@
 """Expert parallelism for encoders: clips are sent to a rank that holds the encoder, and features are sent back.
 
-The method is that of sparsely gated experts (Shazeer et al. 2017, arXiv 1701.06538; DeepSpeed-MoE, arXiv 2201.05596).
-Here, however, an expert is a whole encoder, experts differ in shape, samples are waveforms of unequal length, and
-experts have no capacity limit.
+The method follows that of sparsely gated experts (Shazeer et al. 2017, arXiv 1701.06538; DeepSpeed-MoE, arXiv
+2201.05596). In contrast to them, an expert is a whole encoder, the shapes of experts differ, the inputs are waveforms
+of unequal length, and experts have no capacity limit.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class EncoderDispatch:
     Args:
         held: The encoders that this rank holds, by name.
         names: The names of all encoders, in the same order on every rank.
-        costs: The cost of a clip for each encoder.
+        costs: For each encoder, a function that returns the cost of clips; see `trainer.engine.placement.clip_cost`.
         windowings: The windowing of each encoder.
         places: For each encoder, the index within the expert-parallel group of the rank that holds it.
         ep: The size of the expert-parallel group.
@@ -77,8 +77,9 @@ class EncoderDispatch:
             features back.
         calls_are_collective: True if all ranks of an encoder must call it equally often. Ranks with fewer batches of
             clips then encode dummy clips.
-        recompute_calls: True to keep no activations of a call, and to run it again in the backward pass.
-        every_clip: True if every encoder encodes every clip, so that ranks need not say which encoders they need.
+        recompute_calls: True to discard the activations of every encoder call, and to run the call again in the
+            backward pass.
+        every_clip: True if every encoder encodes every clip, so that ranks need not exchange which encoders they need.
         debug_plan: True to compare the plans of all ranks before clips are sent.
     """
 
@@ -113,11 +114,11 @@ class EncoderDispatch:
         self.agree_on_learning()
 
     def agree_on_learning(self) -> None:
-        """Let all ranks determine whether any of them trains an encoder.
-
-        Call this again whenever `requires_grad` of a parameter changes.
+        """Determine whether any rank trains an encoder.
 
         Collective: every rank of the world must call it.
+
+        It must be called again whenever `requires_grad` of a parameter changes.
         """
         learns = torch.tensor([int(any(p.requires_grad for e in self.held.values() for p in e.parameters()))])
         dist.all_reduce(learns, op=dist.ReduceOp.MAX, group=self.groups.world)
@@ -131,8 +132,8 @@ class EncoderDispatch:
         Collective: every rank of the world must call it.
 
         Args:
-            names: The names of the K encoders.
-            clips: waveforms [ΣT] of this rank's B clips.
+            names: The names of the K encoders. They must equal the names that the constructor received.
+            clips: The waveforms [ΣT] of this rank's B clips.
             wanted: [B, K] bool, true where the encoder must encode the clip.
             everyone: The lengths of the clips of all ranks; None to gather them.
 
@@ -170,7 +171,7 @@ class EncoderDispatch:
         return self._return_features(computed, part)
 
     def _table(self, wanted: Tensor, everyone: ClipLengths) -> ClipTable:
-        """Tell all ranks which encoders each clip of this rank needs, with one bit per encoder.
+        """Gather the encoders that each clip of every rank needs, as one bit per encoder.
 
         Collective: every rank of the world must call it.
         """
@@ -187,7 +188,7 @@ class EncoderDispatch:
         return ClipTable(everyone.source_rank, everyone.samples, flags)
 
     def _batches(self, lengths: list[int], windowing: Windowing) -> list[list[int]]:
-        """Return the clips of each call as indices into `lengths`.
+        """Divide clips into encoder calls. Each call is a list of indices into `lengths`.
 
         If calls are collective, the list has at least one call, which may be empty.
         """
@@ -207,12 +208,12 @@ class EncoderDispatch:
         return arrived
 
     def _return_features(self, computed: list[list[Tensor]], part: Dispatch) -> list[Ragged]:
-        """Send features back, and return those of this rank's clips for each encoder.
+        """Send features back to the source ranks, and return the features of this rank's clips for each encoder.
 
         Collective: every rank of the world must call it.
 
         Args:
-            computed: The results of `_compute` for each encoder.
+            computed: The results of `_compute` for each encoder that this rank holds.
             part: This rank's part of the plan.
         """
         rows = [sequence for found in computed for sequence in found[:-1]]
@@ -243,9 +244,9 @@ class EncoderDispatch:
         return arrived
 
     def _compute(self, name: str, clips: list[Tensor], batches: list[list[int]], num_calls: int) -> list[Tensor]:
-        """Return one encoder's features for each of `clips`, followed by a tensor without rows.
+        """Return the features that one encoder computes for each of `clips`, followed by a tensor without rows.
 
-        The last tensor keeps calls with a dummy clip in the graph, so that they contribute gradients of zero.
+        The last tensor connects calls with a dummy clip to the graph, so that they contribute gradients of zero.
 
         Args:
             name: The name of the encoder.
@@ -268,7 +269,7 @@ class EncoderDispatch:
         return [*found, torch.cat([self.empty, *(rows.to(self.empty.dtype) for rows in none)])]
 
     def _call(self, encoder: nn.Module, clips: Ragged) -> Ragged:
-        """Return the features of clips; if calls are recomputed, keep only the clips for the backward pass."""
+        """Return the features of clips. If calls are recomputed, only the clips are kept for the backward pass."""
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
         if not (self.recompute_calls and trains):
             features: Ragged = encoder(clips)
@@ -281,9 +282,8 @@ class EncoderDispatch:
             lengths = features.lengths
             return features.values
 
-        # Reentrant checkpointing recomputes only what depends on an input that requires a gradient, so the waveform
-        # alone is not enough. Unlike non-reentrant checkpointing, it passes on the gradients of each call before the
-        # next call is recomputed.
+        # Reentrant checkpointing frees each call's activations before the next call is recomputed, unlike the
+        # non-reentrant kind. It needs an input that requires a gradient, and waveforms do not require one.
         through = torch.zeros((), device=clips.values.device, requires_grad=True)
         values = checkpoint(run, clips.values, through, use_reentrant=True)
         return Ragged(values, lengths)
@@ -330,9 +330,14 @@ def gather_lengths(clips: Ragged, groups: Groups) -> ClipLengths:
 
 
 def _pieces(results: Sequence[int], source: Sequence[int], rank: int) -> list[range]:
-    """Group the received sequences `results` into ranges that are contiguous in memory.
+    """Group received sequences into ranges that are contiguous in memory.
 
     Each sequence that this rank computed is a separate range.
+
+    Args:
+        results: The numbers of the sequences, in ascending order.
+        source: The rank that sent each sequence.
+        rank: This rank.
     """
     found: list[range] = []
     for i in results:
@@ -344,9 +349,9 @@ def _pieces(results: Sequence[int], source: Sequence[int], rank: int) -> list[ra
 
 
 def _joined(pieces: list[Tensor], none: Tensor) -> Tensor:
-    """Return the pieces concatenated into [ΣF, D].
+    """Concatenate pieces into one tensor [ΣF, D].
 
-    A single piece is returned without a copy; if there are no pieces, `none` is returned.
+    A single piece is returned without a copy. If there are no pieces, `none` [0, D] is returned.
     """
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else none
 

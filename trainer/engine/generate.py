@@ -1,11 +1,11 @@
 """Greedy decoding with a KV cache. The LLM is distributed as in training (tensor, sequence and pipeline parallelism).
 
-Every replica decodes its own prompts. Context-parallel ranks hold the same weights, and decode like replicas. The first
-pass through the pipeline reads all prompts, and each further pass computes one new token for every prompt that has not
-ended.
+Every replica decodes its own prompts. Context-parallel ranks hold the same weights, so each of them decodes like a
+separate replica. The first pass through the pipeline reads all prompts, and each further pass computes one new token
+for every prompt whose continuation has not ended.
 
-Replicas that share the experts of an LLM exchange tokens in every pass. They therefore run the same number of passes: a
-replica whose prompts have all ended computes a dummy row until those of all other replicas have ended, too.
+Replicas that share the FFN experts of an LLM exchange tokens in every pass, so they must run the same number of passes.
+A replica whose continuations have all ended computes a dummy row until the other replicas have finished.
 """
 
 from __future__ import annotations
@@ -37,18 +37,20 @@ def generate(
 ) -> list[list[int]]:
     """Return the continuation of every prompt in this replica's pack.
 
-    Collective: every rank of the replica must call it. If replicas share experts, every rank of the world must call it.
+    Collective: every rank of the replica must call it. If replicas share FFN experts, every rank of the world must call
+    it.
 
     Args:
         llm: The LLM, in evaluation mode.
         packs: The prompts, in one pack (packed sequence). Labels are not read.
-        prompt_lengths: The lengths of the prompts in the pack, in order; may be empty. The rest of the pack is padding.
+        prompt_lengths: The lengths of the prompts, in the order of the pack; may be empty. The rest of the pack is
+            padding.
         end_ids: The tokens that end a sequence. They are not returned.
         vocab_size: The size of the tokenizer's vocabulary. Larger token ids of the LLM are never chosen.
-        max_new_tokens: The largest number of new tokens per prompt. A continuation of this length was cut off.
+        max_new_tokens: The largest number of new tokens per prompt. A continuation of this length was truncated.
 
     Returns:
-        The token ids of each continuation, the same on every rank of the replica.
+        The token ids of each continuation. They are the same on every rank of the replica.
     """
     assert len(packs.lengths) == 1
     cache = KVCache(len(prompt_lengths), max(prompt_lengths, default=0) + max_new_tokens)
@@ -79,9 +81,9 @@ def generate(
 
 
 def _any_replica(llm: LLMEngine, is_decoding: bool) -> bool:
-    """Return whether this replica or one that shares experts with it is decoding.
+    """Return whether this replica, or a replica that shares FFN experts with it, is still decoding.
 
-    Collective: every rank of the world must call it if replicas share experts.
+    Collective: every rank of the world must call it if replicas share FFN experts.
     """
     if not llm.groups.topology.experts_span_replicas:
         return is_decoding
@@ -104,7 +106,7 @@ def _compute_dummy_row(llm: LLMEngine) -> None:
 def _forward(
     llm: LLMEngine, pack: PackedSequences, num_prompts: int, vocab_size: int, ids: Tensor, packs: Packs | None
 ) -> list[int]:
-    """Run one pass through the pipeline, and return the token that follows each of the first `num_prompts` segments.
+    """Run one pass through the pipeline, and return the next token of each of the first `num_prompts` segments.
 
     Collective: every rank of the replica must call it.
     """

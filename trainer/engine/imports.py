@@ -1,4 +1,4 @@
-"""Faster imports of DeepSpeed and Megatron-core, which shorten every start of a rank."""
+"""Faster imports of DeepSpeed and Megatron-core, so that ranks start sooner."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from typing import Any
 def lean_imports() -> Iterator[None]:
     """Make the first import of DeepSpeed and Megatron-core faster within the block.
 
-    DeepSpeed and Megatron-core try to import mlflow, wandb and TensorBoard, which takes seconds, and wandb replaces
-    `sys.stdout`. None of them is needed for training, so these imports fail within the block. Megatron-core decorates
-    its fused functions with `torch.compile`, which loads torch's compiler in every process. Within the block, loading
-    is deferred to the first call of such a function. The imports create about 700,000 objects that are never freed, so
-    the garbage collector is paused within the block and ignores these objects afterwards.
+    DeepSpeed and Megatron-core try to import mlflow, wandb and TensorBoard. These imports take seconds, and wandb
+    replaces `sys.stdout`. Training needs none of the three packages, so their imports fail within the block.
+    Megatron-core decorates its fused functions with `torch.compile`, which loads torch's compiler in every process.
+    Within the block, the compiler is not loaded before one of these functions is called. The imports create about
+    700,000 objects that are never freed, so the garbage collector is paused within the block and ignores these objects
+    afterwards.
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -38,7 +39,7 @@ def lean_imports() -> Iterator[None]:
 
 @contextmanager
 def _without(package: str) -> Iterator[None]:
-    """Make imports of a package fail within the block, unless it has been imported already."""
+    """Make imports of a package fail within the block, unless the package has already been imported."""
     if package in sys.modules:
         yield
         return
@@ -51,7 +52,7 @@ def _without(package: str) -> Iterator[None]:
 
 @contextmanager
 def _deferred_compile() -> Iterator[None]:
-    """Make `torch.compile` defer compilation to the first call of the decorated function, within the block."""
+    """Replace `torch.compile` within the block by a version that compiles a function when it is first called."""
     import torch
 
     compile_now = torch.compile

@@ -1,10 +1,10 @@
 """The LLM under Megatron-core, with tensor, sequence, context, pipeline and data parallelism.
 
-The optimizer is Megatron's distributed optimizer. A pack is a packed sequence: several samples, the segments, one after
-another, followed by padding. One pack is one micro-batch.
+The optimizer is Megatron's distributed optimizer. A pack (packed sequence) contains several samples one after another,
+followed by padding. Each sample is a segment of the pack. One pack is one micro-batch.
 
-Shapes: M micro-batches, t rows of a pack (with context parallelism, of this rank's part of a pack), H hidden width, V
-vocabulary. All gradients are sums over the global batch.
+Shapes: M micro-batches, t rows of a pack on one rank, H hidden width, V vocabulary size. With context parallelism, a
+rank holds only a part of the rows of each pack. All gradients are sums over the global batch.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class LLMEngine:
     Args:
         hf_config: The Hugging Face config of the LLM.
         source: The weights. Every rank reads only its slices.
-        optim: The parameters that learn, and their settings.
+        optim: The settings of the optimizer, which determine the parameters that are trained.
         groups: The process groups of this rank. Megatron's groups must already exist.
         dtype: The dtype of weights and activations. The optimizer state is fp32.
-        recompute: Which activations the backward pass recomputes instead of keeping them.
+        recompute: The activations that the backward pass recomputes instead of keeping them.
         adapters: The low-rank adapters to add.
-        reduction: How gradients and weights are exchanged between replicas.
+        reduction: The settings for the exchange of gradients and weights between replicas.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class LLMEngine:
                 add_llm_adapters(chunk, hf_config, adapters, tp_rank=place.tp, tp_size=topology.tp, expert_tp=expert_tp)
             self.settings = freeze(self.chunks, hf_config, optim)
             self.models: list[Any] = list(self.chunks)
-            """The chunks, in Megatron's data-parallel wrapper if anything learns."""
+            """The chunks, in Megatron's data-parallel wrapper if any rank trains parameters of the LLM."""
             self.optimizer: Any = None
             if not all_frozen(self.settings, groups):
                 self.models = data_parallel(self.chunks, reduction)
                 self.optimizer = build_optimizer(self.models, optim, self.settings, dtype)
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return this rank's parameters by Megatron name, with layers numbered over all stages."""
+        """Return the Megatron names and the parameters of this rank. Layers are numbered over all stages."""
         return list(global_parameters(self.chunks))
 
     def split(self, name: str) -> tuple[int, int]:
@@ -124,7 +124,7 @@ class LLMEngine:
         return self.groups.expert_place.dp if is_expert(name) else self.groups.without_context.place.dp
 
     def hf_name(self, name: str) -> str:
-        """Return `hf_name` for this LLM."""
+        """Return the Hugging Face name of a Megatron parameter; see `trainer.engine.llm_optimizer.hf_name`."""
         return hf_name(name, self.hf_config)
 
     def forward_backward(
@@ -136,14 +136,14 @@ class LLMEngine:
 
         Args:
             packs: The packed sequences of this replica.
-            losses: The losses of the logits.
-            router: The meter of the routers' choices; None for an LLM without experts.
+            losses: The losses that are computed from the logits.
+            router: The meter of the routers' choices; None for an LLM without FFN experts.
 
         Returns:
             sample_losses: The sum of the token losses of each sample, [number of losses, number of samples in the
-                global batch] in fp32. It is non-zero only on tensor rank 0 of the last stage of the replica that
-                computed the sample, where each context-parallel rank sums over its own rows. The sum over all ranks is
-                therefore complete.
+                global batch] in fp32. A sample's value is non-zero only on tensor-parallel rank 0 of the last stage of
+                the replica that computed the sample. Each context-parallel rank adds only its own rows, so callers sum
+                the result over all ranks.
             audio_grad: The gradient [M·t/TP, H] of the total of `losses` with respect to `packs.audio`.
         """
         step = _TrainedPacks(self, packs, losses, router)
@@ -167,21 +167,23 @@ class LLMEngine:
         embed: Callable[[int], Tensor],
         read: Callable[[int, Tensor], Tensor],
     ) -> list[Tensor]:
-        """Run packs through the pipeline without gradient.
+        """Run packs through the pipeline without gradients.
 
         Collective: every rank of the replica must call it.
 
         Args:
             sequences: The packs, all of the same number of rows t.
-            embed: Called on the first stage with the number of a pack, for this rank's input [t/TP, 1, H].
-            read: Called on the last stage with the number of a pack and this rank's columns [t, V/TP] of its logits.
+            embed: A function that is called on the first stage with the number of a pack. It returns this rank's input
+                [t/TP, 1, H].
+            read: A function that is called on the last stage with the number of a pack and this rank's columns
+                [t, V/TP] of the logits of the pack.
 
         Returns:
             The results of `read`, in order; empty on other stages.
         """
         count = len(sequences)
-        # The interleaved schedule needs a multiple of PP packs. The dummy packs that are added run while stages would
-        # otherwise be idle, and store no keys.
+        # The interleaved schedule needs a multiple of PP packs. The added dummy packs write nothing to the KV cache,
+        # and run while stages would otherwise be idle.
         dummies = -count % self.groups.topology.microbatch_multiple
         run = [*sequences, *[PackedSequences(lengths=sequences[-1].lengths)] * dummies]
 
@@ -219,11 +221,13 @@ class LLMEngine:
 
         Args:
             models: `chunks` or `models`.
-            sequences: Called with the number of a pack, for what attention must know about it.
+            sequences: A function that returns the segments of the pack with a given number.
             num_packs: The number of packs, a multiple of `topology.microbatch_multiple`.
             pack_tokens: The number of rows of every pack on this rank.
-            embed: Called on the first stage with the number of a pack, for this rank's input [t/TP, 1, H].
-            read: Called on the last stage with the number of a pack, its logits [1, t, V/TP], and Megatron's arguments.
+            embed: A function that is called on the first stage with the number of a pack. It returns this rank's input
+                [t/TP, 1, H].
+            read: A function that is called on the last stage with the number of a pack, its logits [1, t, V/TP], and
+                the further arguments of Megatron's loss functions.
             forward_only: See Megatron.
             collect_non_loss_data: See Megatron.
         """
@@ -245,7 +249,7 @@ class LLMEngine:
             data_iterator=numbers if len(models) > 1 else numbers[0],
             model=list(models),
             num_microbatches=num_packs,
-            seq_length=pack_tokens * self.groups.topology.cp,  # of which a context-parallel rank holds a part
+            seq_length=pack_tokens * self.groups.topology.cp,  # Megatron divides it by the context-parallel size.
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=collect_non_loss_data,
@@ -253,12 +257,16 @@ class LLMEngine:
         return found
 
     def reference_logits(self, packs: Packs, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return this rank's columns [n, V/TP] of the logits at the given rows [n] of every pack, without gradient.
+        """Compute the logits at some rows of every pack, without gradients and without audio embeddings.
 
         Collective: every rank of the replica must call it.
 
+        Args:
+            packs: The packed sequences of this replica.
+            rows: The indices [n] of the rows, for each pack.
+
         Returns:
-            One tensor per pack; empty on all stages but the last.
+            This rank's columns [n, V/TP] of the logits, for each pack; empty on all stages but the last.
         """
         return tuple(
             self.forward_only(
@@ -269,7 +277,10 @@ class LLMEngine:
         )
 
     def grad_norm_sq(self) -> Tensor:
-        """Return Σ g² over this rank's gradient shards, an fp64 scalar; each parameter counts once over the world."""
+        """Return the sum of squared gradients over this rank's gradient shards, a float64 scalar on the device.
+
+        Over all ranks, each gradient is counted once.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         if self.optimizer is not None:
             with megatron_calls():
@@ -287,7 +298,7 @@ class LLMEngine:
                 parameter.requires_grad_(not setting.in_stage(stage).frozen)
 
     def step(self, clip_coef: float, lr_scale: float, stage: int = 0) -> None:
-        """Update the weights. `grad_norm_sq` must be called first.
+        """Update the weights. `grad_norm_sq` must be called before, because it prepares the gradients.
 
         Args:
             clip_coef: The factor by which gradients are multiplied, at most 1.
@@ -307,7 +318,7 @@ class LLMEngine:
             self.optimizer.step_with_ready_grads()
 
     def finish_gathering(self) -> None:
-        """Gather the updated weights now. With `overlap_weights`, they are otherwise gathered in the next forward pass.
+        """Gather the updated weights, if `overlap_weights` would otherwise defer this to the next forward pass.
 
         Collective: every rank of the data-parallel group must call it.
         """
@@ -315,7 +326,7 @@ class LLMEngine:
             return
         with megatron_calls():
             for group in (group for model in self.models for group in model.bucket_groups):
-                # Weights that have been gathered since the update are left as they are.
+                # Weights that have already been gathered since the update are not gathered again.
                 if not group.param_gather_dispatched or group.param_gather_handle is not None:
                     group.start_param_sync(force_sync=True)
 
@@ -326,7 +337,7 @@ class LLMEngine:
 
 
 class _TrainedPacks:
-    """The inputs of all micro-batches of a step on the first stage, and their losses on the last stage."""
+    """The inputs of a step's micro-batches on the first stage, and the losses on the last stage."""
 
     def __init__(
         self, engine: LLMEngine, packs: Packs, losses: Sequence[PackedLoss], router: RouterMeter | None
@@ -336,13 +347,13 @@ class _TrainedPacks:
         self.share = packs.pack_tokens // engine.groups.topology.tp
         parts = packs.audio.detach().split(self.share) if engine.groups.is_first_stage else ()
         self.audio = [part.requires_grad_() for part in parts]
-        """One leaf of the graph per pack. With a single leaf, each micro-batch's gradient would be as large as that of
-        all packs together."""
+        """The audio embeddings [t/TP, H] of each pack, each a separate leaf of the graph. With a single leaf, autograd
+        would allocate a gradient for all packs in every micro-batch."""
         self.token_losses: list[list[Tensor]] = [[] for _ in losses]
         """For each loss, the token losses [t] in fp32 of the packs so far; last stage only."""
 
     def sequences(self, m: int) -> PackedSequences:
-        """Return what a layer must know about a pack: its segments, and the meter of its routers."""
+        """Return the segments of a pack, with the function through which its layers report to the meter of routers."""
         observe = None if self.router is None else partial(self.router.observe, m)
         return replace(self.packs.sequences(m), observe=observe)
 
@@ -359,12 +370,13 @@ class _TrainedPacks:
             token_losses = packed.token_losses(m, logits[0], labels)
             kept.append(token_losses.detach())
             total = total + packed.factor * token_losses.sum()
-        # Megatron divides by this number only if it finalizes the gradients itself, see `data_parallel`.
+        # Megatron would divide gradients by this count if `data_parallel` had not replaced its finalization.
         return total, torch.ones((), dtype=torch.int32, device=logits.device), {}
 
 
 def embed_pack(gpt: Any, token_ids: Tensor, audio: Tensor, audio_mask: Tensor) -> Tensor:
-    """Return the input [t/TP, 1, H] of the first stage: this rank's slice of a pack, audio embeddings in their place.
+    """Return the input [t/TP, 1, H] of the first stage: the embeddings of text and audio in this rank's slice of a
+    pack.
 
     Args:
         gpt: This rank's stage of the model.
@@ -373,5 +385,5 @@ def embed_pack(gpt: Any, token_ids: Tensor, audio: Tensor, audio_mask: Tensor) -
         audio_mask: The rows [t/TP] of the slice that are audio.
     """
     text = embed_tokens(gpt, token_ids)
-    # Not masked_scatter: rows without audio must stay in the graph, or a text-only pack would have none.
+    # With masked_scatter, the audio embeddings would not be in the graph of a pack that contains only text.
     return torch.where(audio_mask[:, None, None], audio[:, None].to(text.dtype), text)

@@ -1,4 +1,4 @@
-"""The gradients and the optimizer of the LLM: what is trained, and how replicas share the work of an update."""
+"""The gradients and the optimizer of the LLM, which is Megatron's distributed optimizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PREFIX = "llm."
 
 @dataclass(frozen=True)
 class Reduction:
-    """How gradients and weights are exchanged between the replicas of the LLM."""
+    """The settings for the exchange of gradients and weights between the replicas of the LLM."""
 
     overlap_gradients: bool = False
     """True to reduce the gradients of each bucket of weights while the last backward pass still runs."""
@@ -35,13 +35,13 @@ class Reduction:
     dtype: torch.dtype = torch.float32
     """The type in which gradients are accumulated over micro-batches and summed over replicas."""
     bucket_elements: int | None = None
-    """The number of weights after which a bucket is closed; None uses Megatron's default. Weights are divided into
-    buckets only with `overlap_gradients`, and only in the first chunk of the first stage, where nothing else could hide
-    the exchange."""
+    """The number of weights after which a bucket is closed; None selects Megatron's default. Weights are divided into
+    buckets only with `overlap_gradients`, and only in the first chunk of the first stage. There, only the computation
+    of other buckets can overlap with the exchange."""
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> Reduction:
-        """Return the settings that a recipe asks for."""
+        """Return the settings that the section `parallel` of a recipe selects."""
         dtype = torch.bfloat16 if parallel.grad_reduce_dtype == "bf16" else torch.float32
         return cls(parallel.overlap_grad_reduce, parallel.overlap_param_gather, dtype)
 
@@ -51,13 +51,16 @@ FP32_REDUCTION = Reduction()
 
 
 def hf_name(name: str, hf_config: PretrainedConfig) -> str:
-    """Return `llm.` and the name of the first Hugging Face tensor that the Megatron parameter `name` consists of."""
+    """Return the Hugging Face name of a Megatron parameter, with the prefix `llm.`.
+
+    If the parameter consists of several Hugging Face tensors, the name of the first one is returned.
+    """
     pieces = local_pieces(name, hf_config, 0, 1)
     return PREFIX + next(p.hf_name for p in pieces if p.hf_name is not None)
 
 
 def freeze(chunks: Sequence[nn.Module], hf_config: PretrainedConfig, optim: OptimConfig) -> dict[int, ParamSetting]:
-    """Mark the parameters of a stage that do not learn, and return the setting of every parameter by its `id`."""
+    """Set `requires_grad` of a stage's parameters, and return the setting of every parameter by its `id`."""
     settings = {}
     for name, parameter in global_parameters(chunks):
         setting = setting_of(optim, hf_name(name, hf_config), parameter.dim())
@@ -71,7 +74,7 @@ def freeze(chunks: Sequence[nn.Module], hf_config: PretrainedConfig, optim: Opti
 def data_parallel(chunks: Sequence[Any], reduction: Reduction = FP32_REDUCTION) -> list[Any]:
     """Return the chunks of a stage in Megatron's data-parallel wrapper.
 
-    The weights that learn and their gradients are stored in flat buffers.
+    The wrapper stores the trained weights and their gradients in flat buffers.
     """
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
@@ -86,7 +89,7 @@ def data_parallel(chunks: Sequence[Any], reduction: Reduction = FP32_REDUCTION) 
     models = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
     ]
-    if reduction.overlap_gradients:  # the schedule holds the exchange back until the last micro-batch
+    if reduction.overlap_gradients:  # The schedule uses this function to defer the exchange to the last micro-batch.
         config.no_sync_func = [model.no_sync for model in models] if len(models) > 1 else models[0].no_sync
     return models
 
@@ -94,7 +97,7 @@ def data_parallel(chunks: Sequence[Any], reduction: Reduction = FP32_REDUCTION) 
 def build_optimizer(
     models: Sequence[Any], optim: OptimConfig, settings: dict[int, ParamSetting], dtype: torch.dtype
 ) -> Any:
-    """Return Megatron's distributed optimizer of a stage.
+    """Return Megatron's distributed optimizer for the models of a stage.
 
     Collective: every rank of the world must call it.
 
@@ -116,7 +119,7 @@ def build_optimizer(
         use_distributed_optimizer=True,
         clip_grad=0.0,
     )
-    # Megatron makes the optimizer groups of all ranks equal, for which it would exchange their keys as pickles.
+    # Megatron gives all ranks the same optimizer groups. Without the patch, it would exchange their keys as pickles.
     with patch("torch.distributed.all_gather_object", _all_gather_keys):
         return get_megatron_optimizer(
             config, list(models), config_overrides=_overrides(settings), use_gloo_process_groups=False

@@ -1,9 +1,10 @@
-"""The weights of the audio side as DeepSpeed ZeRO-3 handles them: gathered around the call of each module.
+"""The weights of the audio side, gathered by DeepSpeed ZeRO-3 around the call of each module.
 
 The audio side consists of the encoders, the router, the adapter and the projector.
 
-Gathering per module needs the least memory, but many small collectives: every call of an encoder gathers each of its
-modules in the forward pass and in the backward pass. `trainer.engine.whole_weights` is the alternative.
+Gathering per module needs the least memory, but many small collectives. Every call of an encoder gathers the weights of
+each of its modules in the forward pass and again in the backward pass. `trainer.engine.whole_weights` is the
+alternative.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from model.encoders.base import AudioEncoder
 class ModuleWeights:
     """The audio side's parameters.
 
-    They are partitioned among the ranks, and gathered only while a module that uses them runs. Those below
+    They are partitioned among the ranks, and gathered only while a module that uses them runs. Parameters smaller than
     `stage3_param_persistence_threshold` stay gathered.
 
     Collective: every rank of the world must create one.
@@ -37,8 +38,8 @@ class ModuleWeights:
     def __init__(self, engine: Any, world: int, ep: int, recompute_calls: bool) -> None:
         self._engine, self._zero, self.tower, self._world = engine, engine.optimizer, engine.module, world
         if ep > 1:
-            # DeepSpeed prefetches weights by a recorded order of module calls, which must be the same on all ranks.
-            # Ranks with different experts call different modules, so nothing is recorded.
+            # DeepSpeed records the order of module calls to prefetch weights, and the order must be the same on all
+            # ranks. Ranks with different experts call different modules, so the recording is disabled.
             self._zero.parameter_offload.get_param_coordinator().record_module = lambda module: None
         self._drop_idle_hooks()
         self._keep_persistent()
@@ -50,7 +51,7 @@ class ModuleWeights:
 
         Collective: every rank of the world must call it.
 
-        These hooks have nothing to fetch or release, but take longer than the computation of a small module.
+        The hooks of such a module have nothing to fetch or release, but may take longer than its computation.
         """
         idle = [m for m in self.tower.modules() if all(p.ds_persist for p in m.parameters(recurse=False))]
         dicts = {id(hooks) for m in idle if m is not self.tower for hooks in (m._forward_pre_hooks, m._forward_hooks)}
@@ -65,9 +66,9 @@ class ModuleWeights:
     def _keep_persistent(self) -> None:
         """Keep parameters below `stage3_param_persistence_threshold` gathered until the next update.
 
-        DeepSpeed releases parameters after every call if the order of module calls differs from that of the previous
-        step. Here it does differ, because the number of calls depends on the batch. DeepSpeed never releases a
-        parameter that a module still uses, so the parameters are registered as used by a fictitious module.
+        DeepSpeed releases parameters after every call if the order of module calls changes between steps. It does
+        change here, because the number of encoder calls depends on the batch. DeepSpeed never releases a parameter that
+        a module still uses, so these parameters are registered as used by a fictitious module.
         """
         for parameter in self.tower.parameters():
             if parameter.ds_persist:
@@ -92,14 +93,14 @@ class ModuleWeights:
         if not self._recomputes:
             self._engine.backward(scaled)
             return
-        # With recomputation, a module produces one gradient per encoder call, and DeepSpeed would keep only the last.
-        # The gradients are therefore summed before they are reduced.
+        # With recomputation, a module produces one gradient per encoder call, and DeepSpeed would keep only the last
+        # one. The gradients are therefore summed before they are reduced.
         with self._engine.coalesce_grad_reduction():
             self._engine.backward(scaled)
             self._reduce_whole_gradients()
 
     def _reduce_whole_gradients(self) -> None:
-        """Reduce all gradients, those of the experts last.
+        """Reduce all gradients. The gradients of the experts are reduced last.
 
         Collective: every rank of the world must call it.
 

@@ -1,4 +1,4 @@
-"""The section `optim` of a recipe: which parameters are trained and how, in both engines."""
+"""The section `optim` of a recipe, which determines how both engines train each parameter."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ParamSetting:
     lr: float
     weight_decay: float
     by_stage: tuple[ParamSetting, ...] = ()
-    """The settings in every stage of a run with stages (`trainer.engine.stages`)."""
+    """The settings in every stage of a run with stages (`trainer.engine.stages`); empty for other runs."""
 
     def in_stage(self, index: int) -> ParamSetting:
         """Return the settings in a stage."""
@@ -102,7 +102,7 @@ def setting_of(config: OptimConfig, name: str, num_dims: int) -> ParamSetting:
 
 
 def check_patterns(config: OptimConfig, names: Iterable[str]) -> None:
-    """Check that every pattern matches a parameter; one that does not is a misspelling.
+    """Check that every pattern matches a parameter, since a pattern without a match is probably misspelled.
 
     Raises:
         UserError: If a pattern matches none of `names`.
@@ -117,9 +117,10 @@ def check_patterns(config: OptimConfig, names: Iterable[str]) -> None:
 
 
 def lr_scale(config: OptimConfig, step: int, num_steps: int) -> float:
-    """Return the factor on every peak learning rate at `step`, counted from 0: linear warm-up, then the schedule.
+    """Return the factor by which every peak learning rate is multiplied at `step`, counted from 0.
 
-    The factor depends only on the step, so a resumed run needs no scheduler state.
+    The factor rises linearly during the warm-up and then follows the schedule. It depends only on the step, so a
+    resumed run needs no scheduler state.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -136,7 +137,8 @@ def param_groups(config: OptimConfig, params: Iterable[tuple[str, nn.Parameter, 
 
     Args:
         config: the optimizer section.
-        params: name, parameter and number of dimensions; ZeRO-3 hides the latter.
+        params: the name, the parameter and its number of dimensions. The number is given separately, because the
+            parameter itself does not have it once ZeRO-3 has partitioned it.
 
     Returns:
         Groups of the trained parameters, for `set_rates`. Their order is the same on all ranks, even if ranks hold

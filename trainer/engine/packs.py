@@ -1,6 +1,7 @@
-"""Packed sequences: the rows of several samples, one sample after another, that the LLM computes at once.
+"""Packed sequences, which are the inputs of the LLM. Each contains the rows of several samples, one after another.
 
-Shapes: M micro-batches, t rows of a pack (with context parallelism, of this rank's part of a pack), H hidden width.
+Shapes: M micro-batches, t rows of a pack on one rank, H hidden width. With context parallelism, a rank holds only a
+part of the rows of each pack.
 """
 
 from __future__ import annotations
@@ -18,27 +19,27 @@ from model.transfer import to_device
 
 @dataclass(frozen=True)
 class Packs:
-    """The packed sequences of one replica in a step, as one of its ranks holds them."""
+    """The packed sequences of one replica in a step, or the part of them that one rank holds."""
 
     lengths: tuple[tuple[int, ...], ...]
-    """The lengths of the segments of each of the M packs. Those of a pack sum to t times the context-parallel size."""
+    """For each of the M packs, the lengths of its segments. Their sum is t times the context-parallel size."""
     token_ids: Tensor
-    """[M·t] int64; first and last stage only."""
+    """[M·t] int64 token ids; set only on the first and the last stage."""
     labels: Tensor
-    """[M·t] int64, IGNORE where there is no label; first and last stage only."""
+    """[M·t] int64 labels, IGNORE where there is no label; set only on the first and the last stage."""
     samples: tuple[tuple[int, ...], ...]
     """For each of the M packs, the index in the global batch of the sample of every segment.
 
     Padding is the last segment of a pack and has no index.
     """
     audio: Tensor
-    """[M·t/TP, H] the audio embeddings in this rank's slice of every pack; first stage only."""
+    """[M·t/TP, H] audio embeddings in this rank's slice of every pack; set only on the first stage."""
     audio_mask: Tensor
     """[M·t/TP] bool, true where a row of the slice is audio."""
     num_samples: int
     """The number of samples in the global batch."""
     is_audio: Tensor | None = None
-    """[M·t] bool, true where a row is audio; first and last stage only, and None without audio."""
+    """[M·t] bool, true where a row is audio; set only on the first and the last stage. None if no row is audio."""
     part: ContextPart = ContextPart()
     """The part of every pack that this rank holds."""
 
@@ -48,7 +49,7 @@ class Packs:
         return sum(self.lengths[0]) // self.part.size
 
     def sequences(self, microbatch: int) -> PackedSequences:
-        """Return what attention must know about one pack."""
+        """Return the segments of one pack, in the form that attention needs."""
         if self.part.size > 1:
             return PackedSequences.of_part(self.lengths[microbatch], self.part)
         return PackedSequences(lengths=self.lengths[microbatch], num_samples=len(self.samples[microbatch]))
@@ -79,7 +80,7 @@ class Packs:
         return sums.index_copy_(0, rows, torch.segment_reduce(torch.cat(parts), "sum", lengths=sizes, unsafe=True))
 
     def _whole(self, values: Tensor) -> Tensor:
-        """Return the values of all rows of a pack, given those [t] of this rank; 0 for the rows of other ranks."""
+        """Extend `values` [t] of this rank's rows to all rows of a pack, with zeros for the rows of other ranks."""
         if self.part.size == 1:
             return values
         num_rows = len(values) * self.part.size

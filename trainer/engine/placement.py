@@ -18,20 +18,21 @@ _STEP_SAMPLES = num_samples(0.5)
 
 @dataclass(frozen=True)
 class Placement:
-    """The places of the encoder experts in the expert-parallel group.
+    """The assignment of encoder experts to the places of an expert-parallel group.
 
-    The group is a block of ranks that together hold every expert once.
+    The group is a block of neighboring ranks that together hold every expert once. A place is the index of a rank in
+    the group.
     """
 
     names: tuple[str, ...]
     """The names of the experts."""
     places: tuple[int, ...]
-    """The place of each expert."""
+    """The place of each expert, in the order of `names`."""
     ep: int
     """The number of places, which is the size of the group."""
 
     def held_by(self, rank: int) -> tuple[str, ...]:
-        """Return the names of the experts of which `rank` holds a shard."""
+        """Return the names of the experts of which the rank with the global number `rank` holds a shard."""
         return tuple(n for n, place in zip(self.names, self.places, strict=True) if place == rank % self.ep)
 
     @property
@@ -41,18 +42,19 @@ class Placement:
 
 
 def place(config: ModelConfig, ep: int) -> Placement:
-    """Distribute the encoder experts over `ep` places so that the places have similar cost.
+    """Distribute the encoder experts over `ep` places so that the places have similar costs.
 
-    The cost of an expert is its FLOPs for ten seconds of audio.
+    The cost of an expert is the number of its FLOPs for ten seconds of audio.
     """
     costs = [encoder_flops(e, num_samples(10)) for e in config.experts]
     return Placement(tuple(e.name for e in config.experts), place_experts(costs, ep), ep)
 
 
 def clip_cost(config: EncoderConfig) -> ClipCost:
-    """Return a function that estimates the encoder's forward FLOPs for clips of given lengths.
+    """Return a function that estimates the FLOPs of an encoder's forward pass for clips of given lengths.
 
-    The function rounds lengths up to half a second and looks the FLOPs up in a table.
+    The function takes lengths in audio samples, rounds them up to a multiple of half a second, and looks the FLOPs up
+    in a table.
     """
     window = encoder_windowing(config).window_samples
     steps = -(-window // _STEP_SAMPLES)

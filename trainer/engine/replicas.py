@@ -1,8 +1,8 @@
-"""Detection of silent data corruption: the replicas of the LLM must hold the same weights, bit by bit.
+"""Detection of silent data corruption, by a bitwise comparison of the weights of the LLM's replicas.
 
 After every update, Megatron's distributed optimizer sends each part of the weights from the rank that updated it to all
-replicas. A replica whose weights differ has a faulty device or memory. Its gradients would spread the fault to the
-others.
+replicas. If the weights of a replica differ, its device or memory is faulty, and its gradients would spread the fault
+to the other replicas.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def weight_digest(weights: Iterable[Tensor], device: torch.device) -> Tensor:
     """Return a digest of the bits of weights, an int64 scalar on `device`. The host does not wait for the device.
 
-    Any change of a single element changes the digest. Other changes are missed with a probability of about 2⁻⁶⁴, unless
-    they are constructed to be missed.
+    Any change of a single element changes the digest. Random changes of several elements are missed with a probability
+    of about 2⁻⁶⁴.
 
     Args:
-        weights: The tensors on `device`, in a fixed order. Those of an LLM's experts must not be among them if its
-            replicas share the experts.
+        weights: The tensors on `device`, in a fixed order. If replicas share FFN experts, the weights of these experts
+            must not be included.
         device: The device of the weights.
     """
     generator = torch.Generator().manual_seed(0)
@@ -44,14 +44,17 @@ def weight_digest(weights: Iterable[Tensor], device: torch.device) -> Tensor:
 
 
 def differing_ranks(digests: np.ndarray, topology: Topology) -> tuple[list[int], bool]:
-    """Return the ranks whose weights differ from those of most replicas, in ascending order, and whether it is certain.
+    """Find the ranks whose weights differ from the weights of most replicas.
 
-    If two replicas differ, or the replicas are divided evenly, it is not known which of them is right. All ranks that
-    hold this part of the weights are then returned, and the second value is false.
+    If only two replicas exist and differ, or no majority exists, it is unknown which replica is right.
 
     Args:
         digests: [world] the digest of each rank.
         topology: The grid of ranks, without context parallelism, so that ranks with equal weights are replicas.
+
+    Returns:
+        The differing ranks in ascending order, and whether the result is certain. Where it is unknown which replica is
+        right, all ranks that hold this part of the weights are returned, and the second value is false.
     """
     found: list[int] = []
     is_certain = True

@@ -1,6 +1,6 @@
-"""Measurements of the LLM's routers in a step: their losses, and which experts process which tokens.
+"""Measurement of the losses of the LLM's routers, and of the tokens that each FFN expert processes.
 
-Both are computed in the forward pass of each layer with experts, on the rank that routes the tokens.
+Both are measured in the forward pass of each layer with FFN experts, on the rank that routes the tokens.
 
 Shapes: M micro-batches, t rows of a pack (packed sequence), L layers with experts, E experts, k experts chosen per
 token.
@@ -29,10 +29,10 @@ from trainer.parallel.plan import Ints
 
 
 class TokenMeter:
-    """Counts the tokens that each expert processes, over the steps of a logging interval.
+    """A counter of the tokens that each FFN expert processes, over the steps of a logging interval.
 
     Args:
-        mixture: The experts.
+        mixture: The description of the FFN experts.
         num_kinds: The number of kinds by which tokens are grouped.
         device: The device of this rank.
     """
@@ -50,7 +50,7 @@ class TokenMeter:
 
         Args:
             layer: The number of the layer.
-            choice: The choices for n tokens.
+            choice: The choices of the router for n tokens.
             kinds: The kind [n] int64 of each token.
         """
         probs = choice.logits.softmax(-1)
@@ -68,9 +68,10 @@ class TokenMeter:
         Collective: every rank of the world must call it.
 
         Returns:
-            The sums are [kinds, L, 2 + 3·E]: the number of tokens, the sum of the entropies of the probabilities, and
-            for every expert the number of tokens that it processed, the number for which it had the highest score, and
-            the sum of its weights.
+            num_steps: The number of steps.
+            sums: [kinds, L, 2 + 3·E]. The columns are the number of tokens; the sum of the entropies of the
+                probabilities; E numbers of tokens that each expert processed; E numbers of tokens for which each expert
+                had the highest score; and E sums of each expert's weights.
         """
         dist.all_reduce(self._sums, group=groups.world)
         taken = self.num_steps, self._sums.transpose(0, 1).cpu().numpy().copy()
@@ -80,12 +81,12 @@ class TokenMeter:
 
 
 class RouterMeter:
-    """Collects the losses and the choices of the routers in this rank's stage during a step.
+    """A collector of the losses and choices of the routers in this rank's stage during a step.
 
     Args:
         losses: The losses of the routers.
         model: The model's config.
-        counts: The number by which each loss is divided in the global batch, by its name.
+        counts: Name of each loss → the count in the global batch by which the loss is divided.
         tokens: The meter that counts the tokens of each expert.
         kinds: The kind [M·t] int64 of each row of this replica's packs.
     """
@@ -102,12 +103,13 @@ class RouterMeter:
         self.num_layers = len(tokens.mixture.layers)
         self.factors = [loss.weight(model) / max(1, counts[loss.name]) / self.num_layers for loss in losses]
         self.sums = torch.zeros(len(self.losses), device=kinds.device)
-        """This rank's share of each loss's sum over the global batch, averaged over the layers with experts."""
+        """For each loss, this rank's contribution to the sum over the global batch, averaged over the layers with
+        experts."""
 
     def observe(
         self, microbatch: int, layer: int, choice: Choice, packed: PackedSequences, tp_group: dist.ProcessGroup
     ) -> Tensor:
-        """Return the part of the total loss that one layer's choices for a pack contribute, a scalar with gradient.
+        """Return the contribution of one layer's choices for a pack to the total loss, a scalar with a gradient.
 
         Collective: every rank of the tensor-parallel group must call it.
 
@@ -116,7 +118,7 @@ class RouterMeter:
             layer: The number of the layer.
             choice: The choices for this rank's rows of the pack.
             packed: The pack.
-            tp_group: The tensor-parallel group, whose ranks hold the other rows.
+            tp_group: The tensor-parallel group, whose other ranks hold the other rows of the pack.
         """
         tokens = routed_tokens(choice, packed, tp_group)
         total = choice.logits.new_zeros(())
@@ -142,7 +144,7 @@ class RouterMeter:
 
 
 def routed_tokens(choice: Choice, packed: PackedSequences, tp_group: dist.ProcessGroup) -> RoutedTokens:
-    """Return the choices for this rank's rows of a pack without padding, with the samples that they belong to."""
+    """Return the choices for this rank's rows of a pack, without padding, and the sample of each row."""
     share, device = len(choice.logits), choice.logits.device
     first = tp_group.rank() * share
     # Padding is at the end of a pack, so the host knows how many rows are real.
@@ -166,26 +168,29 @@ def token_kinds(
     num_modalities: int,
     groups: Groups,
 ) -> Tensor:
-    """Return the kind of every row of this replica's packs, [M·t] int64: kind of the sample · modalities + modality.
+    """Return the kind of every row of this replica's packs, [M·t] int64.
+
+    The kind of a row is the kind of its sample, multiplied by `num_modalities`, plus the row's modality.
 
     Collective: every rank of the replica must call it.
 
     Args:
         lengths: The lengths of the segments of each of the M packs.
-        samples: For each pack, the index in the global batch of the sample of every segment but the padding.
-        is_audio: [M·t] bool, true where a row is audio; None without audio. Only the first stage's is used.
+        samples: For each pack, the index in the global batch of the sample of every segment except the padding.
+        is_audio: [M·t] bool, true where a row is audio; None if no row is audio. With more than two pipeline stages,
+            the value of the first stage is used on all stages.
         kinds_of_samples: The kind of each sample of the global batch, for example its task.
-        num_modalities: The number of modalities, of which 0 is text and 1 is audio.
+        num_modalities: The number of modalities. Modality 0 is text and modality 1 is audio.
         groups: The process groups of this rank.
     """
-    of_rows = np.zeros((len(lengths), sum(lengths[0])), dtype=np.int64)  # padding is not counted
+    of_rows = np.zeros((len(lengths), sum(lengths[0])), dtype=np.int64)  # The meter ignores rows of padding.
     for own, own_lengths, own_samples in zip(of_rows, lengths, samples, strict=True):
         repeated = np.repeat(kinds_of_samples[list(own_samples)], own_lengths[: len(own_samples)])
         own[: len(repeated)] = repeated
     flags = torch.zeros(of_rows.size, dtype=torch.uint8, device=groups.device)
     if is_audio is not None and len(is_audio):
         flags.copy_(is_audio)
-    if groups.topology.pp > 2:  # the stages between the first and the last do not get the rows of the packs
+    if groups.topology.pp > 2:  # Stages between the first and the last one do not receive the packs' rows.
         source = groups.topology.first_stage_ranks(groups.place.dp)[0]
         dist.broadcast(flags, src=source, group=groups.replica)
     return to_device(of_rows.ravel(), groups.device) * num_modalities + flags

@@ -1,8 +1,8 @@
-"""The section `stages` of a recipe: consecutive parts of a run that train different parameters in different ways.
+"""The section `stages` of a recipe, which divides a run into stages that train different parameters.
 
-The optimizers hold every parameter that is trained in any stage. In a stage, parameters that it does not train have no
-gradient and a learning rate of zero. At the beginning of a stage, Adam's moments are zero. A checkpoint therefore has
-the same tensors in all stages, and a run can resume at any step.
+The optimizers hold every parameter that is trained in any stage. During a stage, parameters that the stage does not
+train have no gradient and a learning rate of zero. At the beginning of a stage, Adam's moments are reset to zero. A
+checkpoint therefore has the same tensors in all stages, and a run can resume at any step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PARTS = {
     "llm": ("llm.*",),
     "lora": ("*.lora_?",),
 }
-"""The patterns of parameter names that `stages.N.train` accepts, by the name of the part."""
+"""Names that `stages.N.train` accepts in place of patterns → the patterns of parameter names that they stand for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class StageConfig:
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """The patterns of the parameters that may learn."""
+        """The patterns of the parameters that may learn; empty for all."""
         return tuple(pattern for entry in self.train for pattern in PARTS.get(entry, (entry,)))
 
 
@@ -106,10 +106,10 @@ class StagedOptim(OptimConfig):
 
 
 def staged_optim(optim: OptimConfig, stages: Sequence[StageConfig]) -> OptimConfig:
-    """Return the settings of a run: `optim` itself if there are no stages.
+    """Combine the section `optim` with the stages of a run. Without stages, `optim` itself is returned.
 
     Raises:
-        UserError: If a value that a stage inherits is not valid there.
+        UserError: If the warm-up of a stage, which may be inherited from `optim`, is longer than the stage.
     """
     if not stages:
         return optim

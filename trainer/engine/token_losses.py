@@ -26,21 +26,21 @@ class PackedLoss:
     loss: TokenLoss
     model: ModelConfig
     factor: float
-    """The weight of the loss divided by its global count, by which the total loss multiplies the sum over tokens."""
+    """The factor of the sum over tokens in the total loss. It is the weight of the loss divided by its global count."""
     rows: tuple[Tensor, ...] = ()
-    """The indices [n] of the rows that are compared with a reference, for each pack; empty if there is no reference."""
+    """For each pack, the indices [n] of the rows that are compared with a reference; empty if there is no reference."""
     reference: tuple[Tensor, ...] = ()
-    """The reference's logits [n, V/TP] in this rank's columns, for each pack; set only on the last stage."""
+    """For each pack, the logits [n, V/TP] of the reference in this rank's columns; set only on the last stage."""
 
     def token_losses(self, microbatch: int, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of every row, [t] in fp32, which is zero for rows without a label or a reference.
+        """Return the loss of every row, [t] in fp32. The loss of a row without a label or a reference is zero.
 
         Collective: every rank of the tensor-parallel group must call it.
 
         Args:
             microbatch: The index of the pack.
             logits: The pack's logits [t, V/TP] in the columns that this rank holds.
-            labels: The token id that each row must predict, [t], or IGNORE.
+            labels: The token id [t] that each row must predict; IGNORE for rows without a label.
         """
         vocabulary = TensorParallelVocabulary()
         if not self.loss.has_reference:

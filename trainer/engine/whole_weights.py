@@ -2,11 +2,11 @@
 
 The audio side consists of the encoders, the router, the adapter and the projector.
 
-DeepSpeed ZeRO-3 by itself gathers the parameters of a module around each of the module's calls, and reduces gradients
-in small pieces. Here, all parameters of a process group are gathered by one collective before the first forward pass
-after an update, and stay gathered until the next update. Gradients are added up locally in fp32, and reduced by one
-collective at the end of the backward pass. DeepSpeed still manages the partitions of weights, gradients and optimizer
-state between updates, and computes the update itself.
+By default, DeepSpeed ZeRO-3 gathers the parameters of a module around each of the module's calls, and reduces gradients
+in small buckets. With this module, one collective per process group gathers all parameters before the first forward
+pass after an update. The parameters stay gathered until the next update. Gradients are added up locally in fp32, and
+one collective per process group reduces them at the end of the backward pass. DeepSpeed still manages the partitions of
+weights, gradients and optimizer state between updates, and computes the update itself.
 
 Shapes: n ranks in the process group, k elements in one rank's slice of a parameter, S elements in all slices of a rank.
 """
@@ -25,14 +25,14 @@ from model.audio_output import AudioOutput
 from trainer.engine.ds_config import BUCKET_ELEMENTS
 
 _ALIGNMENT = 64
-"""Every whole parameter begins at a multiple of this number of elements, as fast kernels require."""
+"""Every gathered parameter begins at a multiple of this number of elements, because fast kernels require alignment."""
 
 
 class Bucket:
-    """Parameters that one collective gathers, and whose gradients one collective reduces.
+    """A group of parameters that one collective gathers, and whose gradients one collective reduces.
 
-    A slice of ZeRO-3 contains k = ceil(numel / n) elements, so that the slices of all ranks contain n·k elements, the
-    last of which are padding.
+    A slice of ZeRO-3 contains k = ceil(numel / n) elements. The slices of all ranks therefore contain n·k elements, of
+    which the last n·k - numel are padding.
 
     Args:
         parameters: The parameters, partitioned by ZeRO-3 over the ranks of one process group.
@@ -58,17 +58,17 @@ class Bucket:
         self._is_current = False
         self._gradients: list[Tensor] = []
         self.hooks = [self._adder(index) for index in range(len(places))]
-        """The hooks of the trainable parameters. Each moves a new gradient from its parameter to the bucket."""
+        """One hook per trainable parameter, which moves a new gradient from the parameter to the bucket."""
         for parameter, hook in zip(parameters, self.hooks, strict=False):
             parameter.register_post_accumulate_grad_hook(hook)
 
     @property
     def is_gathered(self) -> bool:
-        """True if the parameters are whole."""
+        """True if the parameters have their full shapes on this rank."""
         return self.parameters[0].ds_status is ZeroParamStatus.AVAILABLE
 
     def gather(self) -> None:
-        """Make the parameters whole. If their values are still in memory, nothing is sent.
+        """Gather the parameters. If their current values are still in memory, nothing is sent.
 
         Collective: every rank of the bucket's process group must call it.
         """
@@ -89,7 +89,7 @@ class Bucket:
         """Return the parameters to the partitioned state, in which DeepSpeed expects them.
 
         Args:
-            are_stale: True if the slices get new values, so that the next `gather` must send them.
+            are_stale: True if the slices are about to get new values, which the next `gather` must then send.
         """
         self._is_current = self._is_current and not are_stale
         if self.is_gathered:
@@ -129,7 +129,7 @@ class Bucket:
 
 
 class WholeWeights:
-    """The audio side's parameters, whole from the first forward pass after an update to the next update.
+    """The audio side's parameters, which stay gathered from the first forward pass after an update to the next update.
 
     Collective: every rank of the world must create one.
 
@@ -141,7 +141,7 @@ class WholeWeights:
     """
 
     calls_are_collective = False
-    """An encoder call involves no other rank, so ranks may differ in the number of calls."""
+    """An encoder call involves no other rank, so the number of calls may differ between ranks."""
 
     def __init__(self, engine: Any, device: torch.device) -> None:
         self._engine, self._zero, self.tower = engine, engine.optimizer, engine.module
@@ -156,7 +156,11 @@ class WholeWeights:
         self.frozen = [Bucket(b, [], device) for b in buckets(frozen)]
 
     def _places(self) -> dict[int, Tensor]:
-        """Return the place of each trainable parameter's reduced gradient in DeepSpeed's memory, by `id`."""
+        """Return the tensors in DeepSpeed's memory to which the reduced gradients are written.
+
+        Returns:
+            `id` of each trainable parameter → the tensor [k].
+        """
         zero = self._zero
         found: dict[int, Tensor] = {}
         for i, group in enumerate(zero.fp16_groups):
@@ -170,7 +174,7 @@ class WholeWeights:
         return self._zero.grad_partitions_flat_buffer.narrow(0, sum(sizes[:group]), sizes[group])
 
     def gather(self) -> None:
-        """Make all parameters whole.
+        """Gather all parameters.
 
         Collective: every rank of the world must call it.
         """
@@ -194,22 +198,25 @@ class WholeWeights:
         loss.backward()
         for bucket in self.learned:
             bucket.reduce()
-        if not self._zero.offload_optimizer:  # there, gradients were written to the fp32 parameters
+        if not self._zero.offload_optimizer:  # With offload, gradients have been written to the fp32 parameters.
             self._zero.averaged_gradients = {i: [self._flat(i)] for i in range(len(self._zero.fp16_groups))}
 
     def before_features_return(self) -> None:
         """Do nothing, because no gradient is reduced during the backward pass."""
 
     def step(self) -> None:
-        """Update the partitions. The next forward pass gathers the new weights."""
+        """Update the partitions. The next forward pass gathers the new weights.
+
+        Collective: every rank of the world must call it.
+        """
         self.release(are_loaded=False)
         self._engine.step()
 
     def release(self, *, are_loaded: bool) -> None:
-        """Free the whole weights, because the partitions get new values.
+        """Free the gathered weights, because the partitions are about to get new values.
 
         Args:
-            are_loaded: True if frozen parameters get new values, too.
+            are_loaded: True if a checkpoint is loaded, so that frozen parameters also get new values.
         """
         for bucket in self.learned:
             bucket.release(are_stale=True)
@@ -218,9 +225,10 @@ class WholeWeights:
 
 
 def buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[Any]]:
-    """Group parameters by process group, and then in their order, so that a bucket has up to `BUCKET_ELEMENTS`.
+    """Divide parameters into buckets of one process group and at most `BUCKET_ELEMENTS` elements.
 
-    Process groups are in the order of their first parameters, which is the same on all of their ranks.
+    A single larger parameter has its own bucket. The buckets of a process group are in the same order on all of its
+    ranks.
     """
     by_group: dict[int, list[Any]] = {}
     for parameter in parameters:
