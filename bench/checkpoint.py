@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.engine_state import EngineState
 from trainer.checkpoint.layout import EXP_AVG, EXP_AVG_SQ, PARAM, Shard
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.rect import matrix_of
@@ -38,12 +39,15 @@ NUM_RANKS, ROUNDS = 2, 4
 ROWS, COLS, NUM_TENSORS = 1024, 1024, 43  # · 3 kinds · 4 bytes · 2 ranks = 1.01 GiB
 
 
-class TensorsManager(CheckpointManager):
-    """A checkpoint manager that saves this rank's `tensors` (by kind and number) instead of engines."""
+class TensorsState(EngineState):
+    """The state of a rank that has tensors (by kind and number) instead of engines."""
 
-    def _shards(self, engines: Any) -> dict[str, list[Shard]]:
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def shards(self, engines: Any) -> dict[str, list[Shard]]:
         shape = (NUM_RANKS * ROWS, COLS)
-        rect = matrix_of((ROWS, COLS))._replace(row=self.groups.rank * ROWS)
+        rect = matrix_of((ROWS, COLS))._replace(row=self.rank * ROWS)
         return {"audio": [Shard(f"audio.w{i}", shape, rect, values, 1) for i, values in enumerate(engines)]}
 
 
@@ -56,7 +60,7 @@ def work(folder: Path) -> int:
     groups = build_groups(Topology(world, 1, 1), rank, device, seed=0)
     kinds = (PARAM, EXP_AVG, EXP_AVG_SQ)
     tensors: Any = [{kind: torch.randn(ROWS, COLS) for kind in kinds} for _ in range(NUM_TENSORS)]
-    manager = TensorsManager(str(folder / "ours"), CheckpointConfig(keep_last=1), groups)
+    manager = CheckpointManager(str(folder / "ours"), CheckpointConfig(keep_last=1), groups, state=TensorsState(rank))
     steps = iter(range(1, 1000))
     peer = _peer(folder / "peer", {f"{rank}/{k}/{i}": v for i, t in enumerate(tensors) for k, v in t.items()})
 

@@ -29,6 +29,7 @@ from model.llm.reference import resolve_hf_config, weight_source
 from trainer.checkpoint import llm_state
 from trainer.checkpoint.catalog import open_checkpoints
 from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.engine_state import EngineState
 from trainer.checkpoint.layout import Shard
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.reader import read_manifest
@@ -54,10 +55,10 @@ QWEN3_30B_A3B_NARROW: dict[str, Any] = {
 }
 
 
-class LLMManager(CheckpointManager):
-    """A checkpoint manager that saves an LLM without audio modules."""
+class LLMState(EngineState):
+    """The state of an LLM without audio modules."""
 
-    def _shards(self, engines: Any) -> dict[str, list[Shard]]:
+    def shards(self, engines: Any) -> dict[str, list[Shard]]:
         return {"llm": llm_state.shards(engines)}
 
 
@@ -73,7 +74,9 @@ def work(folder: Path) -> int:
     started = time.perf_counter()
     engine = LLMEngine(config, weight_source(section, config, 1), OptimConfig(), groups, torch.float32)
     built = time.perf_counter() - started
-    manager: Any = LLMManager(str(folder / "checkpoints"), CheckpointConfig(keep_last=1), groups)
+    manager: Any = CheckpointManager(
+        str(folder / "checkpoints"), CheckpointConfig(keep_last=1), groups, state=LLMState()
+    )
     interrupted, whole = [], []
     for step in range(1, 2 + ROUNDS):
         started, cpu = time.perf_counter(), time.thread_time()

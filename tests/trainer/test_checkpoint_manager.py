@@ -21,6 +21,7 @@ from model.errors import UserError
 from trainer.checkpoint import background, local
 from trainer.checkpoint import manager as manager_module
 from trainer.checkpoint.config import CheckpointConfig, evaluations_since_best, kept_steps
+from trainer.checkpoint.engine_state import EngineState
 from trainer.checkpoint.folder import LocalFolder
 from trainer.checkpoint.layout import Manifest, Shard
 from trainer.checkpoint.manager import CheckpointManager
@@ -34,10 +35,10 @@ SHAPE = (64, 32)
 LEARNED, FROZEN = "audio", "llm"
 
 
-class PlainManager(CheckpointManager):
-    """A checkpoint manager whose `engines` are a dict with one tensor per family."""
+class PlainState(EngineState):
+    """The state of `engines` that are a dict with one tensor per family."""
 
-    def _shards(self, engines: Any) -> dict[str, list[Shard]]:
+    def shards(self, engines: Any) -> dict[str, list[Shard]]:
         found = {}
         for family, tensor in engines.items():
             values = (
@@ -47,11 +48,21 @@ class PlainManager(CheckpointManager):
             found[family] = [Shard(f"{family}.w", SHAPE, matrix_of(SHAPE), values, step, frozen=family == FROZEN)]
         return found
 
-    def _tensor_names(self, engines: Any) -> set[str]:
+    def tensor_names(self, engines: Any) -> set[str]:
         return {f"{family}.w" for family in engines}
 
-    def _finish(self, engines: Any, reader: Reader) -> None:
+    def set_steps(self, engines: Any, steps: dict[str, int]) -> None:
         pass
+
+    def refresh(self, engines: Any) -> None:
+        pass
+
+
+class PlainManager(CheckpointManager):
+    """A checkpoint manager for `PlainState`, which leaves the random generators alone."""
+
+    def __init__(self, url: str, config: CheckpointConfig, groups: Groups) -> None:
+        super().__init__(url, config, groups, state=PlainState())
 
     def _restore_generators(self, reader: Reader) -> None:
         pass

@@ -6,21 +6,21 @@ import hashlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from model.errors import UserError
-from trainer.checkpoint import audio_state, generators, llm_state
+from trainer.checkpoint import engine_state, generators
 from trainer.checkpoint.attempt import Attempt, FencedRunError
 from trainer.checkpoint.background import Content, Frozen, Outcome, Place, Save
 from trainer.checkpoint.bucket import BucketCheckpoints
 from trainer.checkpoint.catalog import find_checkpoint, open_checkpoints, read_extra
 from trainer.checkpoint.config import CheckpointConfig, evaluations_since_best
+from trainer.checkpoint.engine_state import ENGINE_STATE, Engines, EngineState
 from trainer.checkpoint.folder import Folder
 from trainer.checkpoint.layout import Shard, file_of, rank_of
 from trainer.checkpoint.origin import is_export, open_origin
@@ -34,23 +34,9 @@ from trainer.parallel.groups import Groups
 from trainer.parallel.plan import Ints
 from trainer.parallel.tree import all_gather_numbers
 
-if TYPE_CHECKING:
-    from trainer.engine.encoders import AudioEngine
-    from trainer.engine.llm import LLMEngine
-
 log = logging.getLogger(__name__)
 
 _NOTICEABLE_SEC = 0.1
-
-
-class Engines(Protocol):
-    """The two engines whose state is saved; `trainer.training.step.Step` implements it."""
-
-    @property
-    def audio(self) -> AudioEngine: ...
-
-    @property
-    def llm(self) -> LLMEngine: ...
 
 
 class CheckpointManager:
@@ -66,6 +52,7 @@ class CheckpointManager:
         groups: This rank's process groups.
         heartbeat: A function that is called with a description of every file before it is written or verified, and of
             every tensor before it is read.
+        state: The access to the engines' state.
 
     Raises:
         UserError: If the location cannot be written to.
@@ -77,8 +64,9 @@ class CheckpointManager:
         config: CheckpointConfig,
         groups: Groups,
         heartbeat: Callable[[str], None] = lambda what: None,
+        state: EngineState = ENGINE_STATE,
     ) -> None:
-        self.config, self.groups = config, groups
+        self.config, self.groups, self.state = config, groups, state
         signing_key()  # A key that cannot be used is reported before the first step.
         self.checkpoints = together(self.groups, url, lambda: open_checkpoints(url, config.retry_sec))
         attempt = from_rank0(groups, url, self.checkpoints.begin_attempt, (Attempt,))
@@ -242,10 +230,12 @@ class CheckpointManager:
             raise UserError(f"checkpoint {folder.url} is damaged: {damage}; use another one")
         text = from_rank0(self.groups, folder.url, lambda: manifest_text(folder))
         reader = Reader(folder, together(self.groups, folder.url, lambda: parse_manifest(folder, text)))
-        names = self._everyones_names(engines)
-        shards = together(self.groups, folder.url, lambda: self._checked_shards(engines, reader, names))
-        together(self.groups, folder.url, lambda: _fill(shards, reader, self._place.heartbeat))
-        self._finish(engines, reader)
+        names = self._names(engines)
+        shards = self._own_shards(engines)
+        together(self.groups, folder.url, lambda: engine_state.check(reader, shards, names))
+        together(self.groups, folder.url, lambda: engine_state.fill(shards, reader, self._place.heartbeat))
+        self.state.set_steps(engines, reader.learned())
+        self.state.refresh(engines)
         self._restore_generators(reader)
         self._current, self._frozen = reader.manifest.step, Frozen.of(reader.manifest)
         return together(self.groups, folder.url, lambda: read_extra(folder))
@@ -270,16 +260,14 @@ class CheckpointManager:
         if not exported and (damage := self._damage(find_checkpoint(found))) is not None:
             raise UserError(f"{doing}: {found} is damaged: {damage}; name another checkpoint")
         origin = together(self.groups, doing, lambda: open_origin(found, exported))
-        shards = [shard for family in self._shards(engines).values() for shard in family]
-        model, names = engines.audio.tower.config, self._everyones_names(engines)
+        shards = self._own_shards(engines)
+        model, names = engines.audio.tower.config, self._names(engines)
         together(self.groups, doing, lambda: check_adapters(origin, names, model))
         new = together(self.groups, doing, lambda: fill_weights(origin, shards, model, self._place.heartbeat))
         if self.config.start_optimizer:
             updates = together(self.groups, doing, lambda: fill_moments(origin, shards))
-            audio_state.set_steps(engines.audio, dict.fromkeys(names, updates))
-            llm_state.set_steps(engines.llm, dict.fromkeys(names, updates))
-        audio_state.refresh(engines.audio)
-        llm_state.refresh(engines.llm)
+            self.state.set_steps(engines, dict.fromkeys(names, updates))
+        self.state.refresh(engines)
         everyones = gather(self.groups, new)
         if self.groups.rank == 0:
             listed = ", ".join(dict.fromkeys(what for own in everyones for what in own))
@@ -287,41 +275,15 @@ class CheckpointManager:
 
     # ---- engines
 
-    def _shards(self, engines: Engines) -> dict[str, list[Shard]]:
-        """Return all shards that this rank holds, by family of files."""
-        return {"audio": audio_state.shards(engines.audio), "llm": llm_state.shards(engines.llm)}
+    def _own_shards(self, engines: Engines) -> list[Shard]:
+        return [shard for family in self.state.shards(engines).values() for shard in family]
 
-    def _tensor_names(self, engines: Engines) -> set[str]:
-        """Return the names of those tensors of the model that this rank knows."""
-        audio = {shard.name for shard in audio_state.shards(engines.audio)}
-        return audio | {name for name, _ in engines.audio.named_parameters()} | llm_state.tensor_names(engines.llm)
-
-    def _finish(self, engines: Engines, reader: Reader) -> None:
-        """Set the number of updates of each parameter, and copy the fp32 weights to those that the forward pass reads.
-
-        Collective: every rank of the world must call it.
-        """
-        steps = reader.learned()
-        audio_state.set_steps(engines.audio, steps)
-        llm_state.set_steps(engines.llm, steps)
-        audio_state.refresh(engines.audio)
-        llm_state.refresh(engines.llm)
-
-    def _everyones_names(self, engines: Engines) -> set[str]:
+    def _names(self, engines: Engines) -> set[str]:
         """Return the names of all tensors of the model.
 
         Collective: every rank of the world must call it.
         """
-        return set().union(*gather_distinct(sorted(self._tensor_names(engines)), self.groups.world))
-
-    def _checked_shards(self, engines: Engines, reader: Reader, names: set[str]) -> list[Shard]:
-        surplus = sorted(set(reader.manifest.tensors) - names)
-        if surplus:
-            raise UserError(f"holds {surplus[0]}, which the model does not have; restore the recipe of the run")
-        shards = [shard for family in self._shards(engines).values() for shard in family]
-        for shard in shards:
-            reader.check(shard)
-        return shards
+        return set().union(*gather_distinct(sorted(self.state.tensor_names(engines)), self.groups.world))
 
     # ---- saving
 
@@ -330,7 +292,7 @@ class CheckpointManager:
         # Tensors that were saved as frozen are still frozen, because `Reader.check` rejects a run that trains them.
         wanted = {
             family: [s for s in shards if s.saved_here and not (s.frozen and s.name in self._frozen.tensors)]
-            for family, shards in self._shards(engines).items()
+            for family, shards in self.state.shards(engines).items()
         }
         copies = iter(self._buffer.copy([s for shards in wanted.values() for s in shards]))
         shards = {family: [next(copies) for _ in own] for family, own in wanted.items()}
@@ -438,10 +400,3 @@ def _nodes(groups: Groups) -> Ints | None:
         return None
     ordered = np.argsort(np.argsort(first))  # Nodes are numbered in the order of their first ranks.
     return ordered[number]
-
-
-@torch.no_grad()
-def _fill(shards: Sequence[Shard], reader: Reader, heartbeat: Callable[[str], None]) -> None:
-    for shard in shards:
-        heartbeat(f"the read of {shard.name}")
-        reader.fill(shard)
