@@ -75,7 +75,7 @@ def test_stop_saves_the_state_before_the_batch(spikes: dict[str, Any]) -> None:
 
 def test_misspelt_metric_ends_a_run_after_saving_its_state(spikes: dict[str, Any]) -> None:
     run = spikes["misspelt metric"]
-    assert "checkpoint.best_metric = eval/test/asr/werr: no evaluation has it" in run["error"]
+    assert "checkpoint.best_metric = eval/test/asr/werr: no evaluation reports it" in run["error"]
     assert "the state after step 3 is saved in" in run["error"] and named(run, "saved")[-1]["step"] == 3
 
 

@@ -111,7 +111,7 @@ def _start_ranks(recipe: Recipe, arguments: Sequence[str]) -> int:
         if is_idle and [event["event"] for event in events] in ([], ["started", "failed"]):
             shutil.rmtree(new[0], ignore_errors=True)
         if len(new) > 1:
-            with contextlib.suppress(OSError):  # It is missing, or contains something else.
+            with contextlib.suppress(OSError):  # The folder does not exist, or is not empty.
                 root.rmdir()
     return code
 

@@ -90,7 +90,7 @@ def run_training(recipe: Recipe, env: RankEnv) -> int:
 
     Collective: every rank of the world must call it.
     """
-    with deterministic_kernels(recipe.train.deterministic):  # before CUDA starts
+    with deterministic_kernels(recipe.train.deterministic):  # before CUDA is initialized
         return _run(recipe, env)
 
 

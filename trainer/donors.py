@@ -95,7 +95,7 @@ def find_donors(recipe: Recipe, hf_config: PretrainedConfig, groups: Groups) -> 
 
     Args:
         recipe: The recipe of the run.
-        hf_config: The LLM with its experts.
+        hf_config: The Hugging Face config of the LLM, including its FFN experts.
         groups: The process groups of this rank.
 
     Raises:
@@ -125,7 +125,7 @@ def find_donors(recipe: Recipe, hf_config: PretrainedConfig, groups: Groups) -> 
 
 
 def provenance(config: LLMConfig, seed: int) -> list[dict[str, Any]]:
-    """Return the origin of every FFN expert as the fields of `Provenance`. This reads and hashes all their weights.
+    """Return the fields of `Provenance` for every FFN expert. All weights of the experts are read and hashed.
 
     Args:
         config: The recipe's section `model.llm`.

@@ -131,7 +131,7 @@ def build_step(
     optim = learned.optim
     hf_config = resolve_hf_config(config.llm)
     source = RandomSource(hf_config, SEED)
-    recompute = groups.topology.pp > 1  # so that both ways are compared
+    recompute = groups.topology.pp > 1  # so that topologies cover both settings
     llm_recompute = mode.recompute or ("full" if recompute else "none")
     llm = LLMEngine(hf_config, source, optim, groups, dtype, llm_recompute, learned.adapters, mode.reduction)
     torch.manual_seed(SEED)
@@ -192,7 +192,7 @@ def compare(step: Step, oracle: SpeechLLM, samples: list[list[Sample]], number: 
     losses.total.backward()
     reference = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in oracle.named_parameters()}
     _check_learned(step, oracle)
-    # 1e-5 of this is 1e-7 of the model's largest gradient, the last place of fp32, which depends on the order of sums.
+    # 1e-5 of this floor is 1e-7 of the model's largest gradient, which is about the rounding error of sums in fp32.
     floor = 1e-2 * max(float(g.abs().max()) for g in reference.values())
     worst = (0.0, "")
     for name, mine, wanted in (*_audio_gradients(step, reference), *_llm_gradients(step, reference)):

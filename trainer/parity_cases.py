@@ -100,7 +100,7 @@ STAGED = Learned(
     ),
     Adapters((LoraConfig("llm.*.[qk]_proj", rank=2), LoraConfig("audio.primary.*.q_proj", rank=2)), drawn_factor),
 )
-"""Stages in which parts begin to learn, stop, and begin again."""
+"""Stages in which parts of the model are trained, then frozen, and then trained again."""
 
 
 def tiny_model(llm_family: str = "llama", adapter: str = "convolutions", num_layers: int = NUM_LAYERS) -> ModelConfig:

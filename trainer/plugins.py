@@ -1,4 +1,4 @@
-"""Plug-ins: installed packages that add entries to this project's tables by Python entry points.
+"""Plug-ins: installed packages that add entries to this project's tables through Python entry points.
 
 A recipe names the plug-ins that it needs under `plugins`. Every process that loads the recipe loads them before it
 checks the recipe's sections against the tables. Processes that it starts load the same plug-ins with `inherit_plugins`.
@@ -54,8 +54,8 @@ def load_plugins(names: Sequence[str]) -> None:
     """Load plug-ins, each of them once per process.
 
     Args:
-        names: The names of distributions, each of which stands for all its entry points of the groups in `GROUPS`, or
-            the names of single entry points.
+        names: The names of distributions or of single entry points. A distribution stands for all its entry points that
+            belong to one of `GROUPS`.
 
     Raises:
         UserError: If a plug-in is not installed, cannot be imported, or adds something that its group does not accept.

@@ -103,7 +103,7 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         (
             "mowe_70b",
             ["parallel.overlap_grad_reduce=false", "parallel.overlap_param_gather=true"],
-            "parallel.overlap_param_gather = true: set parallel.overlap_grad_reduce=true, too",
+            "parallel.overlap_param_gather = true: set parallel.overlap_grad_reduce=true as well",
         ),
         (
             "debug",
@@ -120,7 +120,7 @@ def test_the_70b_recipe_is_llama_3_70b_on_128_gpus() -> None:
         (
             "debug",
             ["parallel.expert=2", "model.experts=[]"],
-            "parallel.expert = 2: the model has no experts; the legal val",
+            "parallel.expert = 2: the model has no encoder experts; set it to 1",
         ),
         ("debug", ["optim.warmup_steps=9"], "optim.warmup_steps = 9: legal values are 0..4 (train.steps)"),
         ("debug", ["profile.steps=3:9"], "profile.steps = 3:9: ends after train.steps = 4"),

@@ -1,8 +1,8 @@
 """Chains of recipes: several runs that follow each other, in which later runs use the weights of earlier ones.
 
 A chain is a recipe with the additional key `chain`, a list of the runs. Each item has a `name` and the keys in which
-its run differs from the rest of the file, with which it is merged as a recipe is merged with its `base`. The text
-`chain:NAME` is replaced by the URL of an earlier run, for example in `checkpoint.start_from`.
+its run differs from the rest of the file. These keys are merged with the rest of the file as a recipe is merged with
+its `base`. The text `chain:NAME` is replaced by the URL of an earlier run, for example in `checkpoint.start_from`.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     build_topology(recipe.parallel, recipe.parallel.num_ranks)
     if recipe.parallel.expert > 1 and not recipe.model.experts:
-        raise UserError(f"parallel.expert = {recipe.parallel.expert}: the model has no experts; the legal value is 1")
+        raise UserError(f"parallel.expert = {recipe.parallel.expert}: the model has no encoder experts; set it to 1")
     _check_encoders(recipe)
     if recipe.train.gather_audio_weights == "per_module":
         for place, encoder in _places(recipe.model):
@@ -65,7 +65,7 @@ def check_recipe(recipe: Recipe) -> None:
     check_trackers(recipe.telemetry.trackers)
     check_packs(recipe.train, recipe.parallel)
     check_reduction(recipe.train, recipe.parallel)
-    if recipe.stages and recipe.parallel.overlap_grad_reduce:  # Megatron waits for the gradients of the first step
+    if recipe.stages and recipe.parallel.overlap_grad_reduce:  # Megatron waits for the same gradients in every step
         raise UserError(
             "parallel.overlap_grad_reduce = true: the parameters that learn change between stages of training; set it "
             "to false, or remove stages"
@@ -160,7 +160,7 @@ def check_reduction(train: TrainConfig, parallel: ParallelConfig) -> None:
         UserError: If two settings exclude each other.
     """
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
-        raise UserError("parallel.overlap_param_gather = true: set parallel.overlap_grad_reduce=true, too")
+        raise UserError("parallel.overlap_param_gather = true: set parallel.overlap_grad_reduce=true as well")
     if parallel.grad_reduce_dtype == "bf16" and train.precision != "bf16":
         raise UserError(
             f"parallel.grad_reduce_dtype = bf16: gradients have train.precision = {train.precision}; set "
@@ -231,7 +231,7 @@ def _check_vocabulary(recipe: Recipe, hf_config: PretrainedConfig) -> None:
     tokenizer, rows = recipe.data.tokenizer, hf_config.vocab_size
     if tokenizer.path is None and tokenizer.train_vocab_size > rows:
         raise UserError(
-            f"data.tokenizer.train_vocab_size = {tokenizer.train_vocab_size}: the LLM's vocab_size is {rows}"
+            f"data.tokenizer.train_vocab_size = {tokenizer.train_vocab_size}: the LLM's vocab_size is {rows}; lower it"
         )
 
 
@@ -311,6 +311,6 @@ def _check_steps(recipe: Recipe) -> None:
     if not 0 <= optim.warmup_steps <= steps:
         raise UserError(f"optim.warmup_steps = {optim.warmup_steps}: legal values are 0..{steps} (train.steps)")
     if len(recipe.profile.range) and recipe.profile.range[-1] > steps:
-        raise UserError(f"profile.steps = {recipe.profile.steps}: ends after train.steps = {steps}")
+        raise UserError(f"profile.steps = {recipe.profile.steps}: ends after train.steps = {steps}; lower it")
     if recipe.eval.every_steps < 0:
         raise UserError(f"eval.every_steps = {recipe.eval.every_steps}: must be 0 (only at the end) or positive")

@@ -29,11 +29,12 @@ class EvalConfig:
     batch_size: int = 32
     """The number of samples that one LLM replica decodes together. Lower it if an evaluation runs out of memory."""
     max_new_tokens: int = 64
-    """The largest number of tokens in an answer. The metric `num_unfinished` counts the answers that are cut off."""
+    """The largest number of tokens in an answer. The metric `num_unfinished` counts the answers that reach it."""
     wordnet: str | None = None
-    """The folder of WordNet 3.0, which METEOR of captions needs; null for the folder of the system's package.
+    """The folder of WordNet 3.0, which METEOR of captions needs.
 
-    If it is null and WordNet is not installed, captions are scored without METEOR.
+    null stands for the folder in which system packages install WordNet. If it is not installed, captions are scored
+    without METEOR.
     """
 
     def __post_init__(self) -> None:

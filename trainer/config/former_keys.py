@@ -21,13 +21,13 @@ FORMER_KEYS = {
 """For each former dotted key, the last part of its present name. The section is the same."""
 
 FORMER_SWITCHES = {"telemetry.mlflow": ("trackers", {True: ["mlflow"], False: []})}
-"""For each former key that was true or false, the last part of the key that replaces it, and its value for each."""
+"""For each former key that was true or false, the last part of the key that replaces it, and the values that do so."""
 
 FORMER_VALUES = {"model.router.gates": FORMER_GATES}
 """For each dotted key of a list, the present names of its items by their former names."""
 
 FORMER_BOOLEANS = {"train.recompute_llm": {True: "full", False: "none"}}
-"""For each key whose value was true or false in earlier versions, the present value that replaces each."""
+"""For each key whose value was true or false in earlier versions, the present values that replace true and false."""
 
 
 def refuse(tree: dict[str, Any]) -> None:

@@ -68,8 +68,8 @@ def _check_experts(hf_config: PretrainedConfig, parallel: ParallelConfig) -> Non
                 f"parallel.ffn_expert = {ep}: the LLM ({hf_config.model_type}) has no experts; the legal value is 1"
             )
         return
-    # An expert without tokens has no gradient, for which an overlapped reduction would wait. The losses of the routers
-    # are computed from the samples of whole packs.
+    # An overlapped reduction would wait for the gradient of an expert without tokens. The losses of the routers are
+    # computed from whole packs, which context-parallel ranks do not have.
     for key, value, only in (
         ("context", parallel.context, 1),
         ("virtual_stages", parallel.virtual_stages, 1),

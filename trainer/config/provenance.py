@@ -31,7 +31,7 @@ class Provenance:
     checkpoint: str
     """The SHA-256 digest of the checkpoint's manifest, which contains the checksums of all its files."""
     tensors: str
-    """The SHA-256 digest of the expert's initial weights in fp32, in the order gate, up, down of each layer."""
+    """The SHA-256 digest of the expert's initial weights in fp32, layer by layer in the order gate, up, down."""
 
 
 def read_origins(tree: Any, where: str) -> list[Provenance]:

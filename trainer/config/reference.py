@@ -46,7 +46,7 @@ def sections(only: str | None = None) -> list[Section]:
     """Return all sections of a recipe in the order of their definition.
 
     Args:
-        only: The dotted key of a section. The section and those within it are returned. None for all sections.
+        only: The dotted key of a section, for this section and the sections within it; None for all sections.
     """
     found = list(_sections(Recipe, ""))
     if only is None:

@@ -31,7 +31,7 @@ class TrainConfig:
     steps: int = 1000
     """The number of training steps. Each step is one optimizer update on one global batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """The type of parameters and activations.
+    """The dtype of parameters and activations.
 
     Gradients are reduced in fp32 and optimizer states are stored in fp32 in either case.
     """
@@ -68,14 +68,15 @@ class TrainConfig:
     keeps only the inputs of its layers.
     """
     gather_audio_weights: Gathering = "per_update"
-    """When the weights of encoders, router, adapter and projector are gathered from the ranks that share them.
+    """How often the weights of encoders, router, adapter and projector are gathered from the ranks that share them.
 
     `per_update` gathers them once per update, and reduces gradients once per update. Every rank then holds the whole
     weights of its encoders during a step, and their whole gradients in fp32 during the backward pass. `per_module`
     gathers the weights of each module around each of its calls, which saves this memory but takes much longer.
     """
     deepspeed: str = "ds_configs/zero3.json"
-    """The path of the DeepSpeed JSON file, relative to the current folder or, if it is not there, to the project's."""
+    """The path of the DeepSpeed JSON file. A relative path is resolved against the current folder or, if there is no
+    such file, against the project's folder."""
     run_dir: str = "runs"
     """The folder that contains the folders of runs. The run's own folder is `<run_dir>/<name>`."""
     hang_timeout_sec: float = 600.0
@@ -101,7 +102,7 @@ class TrainConfig:
     On CPUs, a resumed run is always bit-identical. Deterministic kernels are slower.
     """
     debug_plan: bool = False
-    """Whether to check in every step that all ranks have computed the same plan of exchanges of clips and samples.
+    """Whether to check in every step that all ranks have computed the same plan for the exchange of clips and samples.
 
     If the plans differ, the run ends. Use this check to find out why a run hangs.
     """
@@ -189,7 +190,7 @@ class Recipe:
 
     @property
     def staged_data(self) -> DataConfig:
-        """The section `data`, with the weights of datasets in every stage as schedules."""
+        """The section `data`, in which the weights of datasets in the stages are schedules over the whole run."""
         if not any(stage.weights for stage in self.stages):
             return self.data
         return replace(self.data, datasets=tuple(map(self._staged_dataset, self.data.datasets)))

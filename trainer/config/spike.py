@@ -19,7 +19,7 @@ class SpikeConfig:
     next batch. Without a checkpoint, it equals `skip`. `stop` saves the state before the batch and ends the run.
     """
     factor: float = 0.0
-    """A loss above this many times the median of the last `window_steps` losses is a spike; 0 disables this rule."""
+    """The multiple of the median of the last `window_steps` losses above which a loss is a spike; 0 for no limit."""
     window_steps: int = 50
     """The number of losses in the median. No finite loss is a spike before the run has done this many steps."""
     max_in_a_row: int = 10

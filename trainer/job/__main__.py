@@ -223,7 +223,7 @@ class Job:
             print_timed(f"job: the event '{event}' could not be written: {error}")
 
     def _note_start(self) -> None:
-        """Append `submitted`. If the previous attempt could not report why it ended, append the reason first."""
+        """Append the event `submitted`, after the reason for a restart if the previous attempt did not report it."""
         job = self.allocation
         if job.restarts:
             fields = [e for e in read_events(self.log.run_dir) if e["event"] in ("submitted", "requeued", "refused")]
@@ -262,7 +262,7 @@ class Job:
             return code
         decide = [sys.executable, "-m", "trainer.restart", str(self.log.run_dir), f"--exit-code={code}"]
         again = subprocess.run(decide).returncode == 0
-        # The job may have been cancelled meanwhile, and a cancelled job can be requeued.
+        # The job may have been cancelled meanwhile, and Slurm would requeue even a cancelled job.
         if again and not self._note_cancelled(slurm.job_state(self.allocation.job_id), code):
             slurm.requeue(self.allocation.job_id)
         return code
@@ -292,7 +292,7 @@ class Job:
     def _is_newest(self) -> bool:
         """Return whether this is the job's newest start.
 
-        It is not if Slurm lost the connection to this node and started the job again elsewhere.
+        It is not the newest if Slurm lost the connection to this node and started the job again elsewhere.
         """
         fields = [e for e in read_events(self.log.run_dir) if e["event"] == "submitted"]
         mine = (self.allocation.job_id, self.allocation.restarts)

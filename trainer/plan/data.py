@@ -35,7 +35,7 @@ class Lengths:
     """The number and the lengths of the training samples of one dataset that the recipe selects."""
 
     num_samples: int
-    """The number of all these samples."""
+    """The number of samples."""
     hours: float
     """The total duration of their audio in hours."""
     seconds: Seconds = field(repr=False)

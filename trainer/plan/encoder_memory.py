@@ -220,7 +220,7 @@ def _after_encoders(tower: AudioTower, loaded_samples: Sequence[int], size: int,
     rate = config.adapter.rate
     longest = rate.tokens_of_frames(longest)
     audio_tokens = sum(map(rate.tokens_of_frames, frames))
-    if tower.stream_projection is not None:  # its input
+    if tower.stream_projection is not None:  # the input of the projection
         kept += total * joined * size
     if tower.feature_norm is not None:
         kept += total * joined * size

@@ -162,7 +162,7 @@ def _what_if_bytes(
     recompute: Recompute,
     mechanisms: Mechanisms,
 ) -> int:
-    """Return the change, in bytes per layer and micro-batch, that mechanisms make that the trainer lacks.
+    """Return the change of the bytes that a layer keeps per micro-batch if it uses mechanisms that the trainer lacks.
 
     Without sequence parallelism, every rank keeps the whole inputs and outputs of both norms. Attention without a fused
     kernel keeps 5 bytes per score: the softmax, the dropout mask and the dropout's output (Korthikanti et al. 2022).

@@ -120,7 +120,7 @@ class MemoryModel:
     stages: dict[int, StageMemory]
     """The memory of one stage of each kind (see `kinds_of_stages`), by the index of the stage."""
     kinds: tuple[int, ...]
-    """The key in `stages` that describes each stage."""
+    """The key in `stages` for each stage of the pipeline."""
     audio: tuple[AudioMemory, ...]
     """The audio side's memory on the fullest rank at each place in the expert-parallel group."""
     zero: tuple[ZeroBuffers, ...]

@@ -155,7 +155,7 @@ class _Flash(torch.autograd.Function):
 
 
 class _Bytes(TorchDispatchMode):
-    """A counter of the bytes of living meta storages (`now`) and of their maximum (`peak`)."""
+    """A counter of the bytes of all meta storages that exist (`now`), and of the maximum (`peak`)."""
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()

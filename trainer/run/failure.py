@@ -29,11 +29,11 @@ _PEER_MESSAGES = (
 )
 """Parts of the messages of gloo and NCCL that mean that the connection to another rank was lost."""
 _RANK0_FIRST_SEC = 0.5
-"""The time in seconds that other ranks wait before they report an error of all ranks, so that rank 0 reports it."""
+"""The seconds that other ranks wait before they report an error that all ranks raise, so that rank 0 reports it."""
 
 
 class FaultError(RuntimeError):
-    """Raised on all ranks when something outside the program failed on one of them and the state has been saved."""
+    """Raised on all ranks if one of them failed for an external reason, after the state has been saved."""
 
 
 @dataclass

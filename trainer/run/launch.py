@@ -62,7 +62,7 @@ def rank_env(environ: Mapping[str, str], num_ranks: int) -> RankEnv | None:
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _read(environ, "RANK", "LOCAL_RANK", "WORLD_SIZE")
-    if "SLURM_STEP_NUM_TASKS" not in environ:  # It is not set in the batch script, which is not a task.
+    if "SLURM_STEP_NUM_TASKS" not in environ:  # The batch script is not a task.
         return None
     if environ["SLURM_STEP_NUM_TASKS"] == "1" and num_ranks > 1:
         return None

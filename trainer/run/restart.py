@@ -44,7 +44,7 @@ class RestartConfig:
     window_sec: float = 86400.0
     """The length of the time window in which restarts are counted, in seconds. Earlier restarts are ignored."""
     min_nodes: int | None = None
-    """The smallest number of nodes on which a restarted Slurm job may run if it cannot get all; null to require all.
+    """The smallest number of nodes on which a restarted Slurm job may run; null to require all nodes of the recipe.
 
     With fewer nodes, there are fewer data-parallel replicas, but the global batch and the order of samples stay the
     same.
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     decision = decide(read_events(options.run_dir), options.exit_code, config, time.time())
     print(f"{'requeue' if decision.again else 'no requeue'}: {decision.why}", flush=True)
-    # A fenced attempt has reported itself, and must not add to the events of the newer one.
+    # A fenced attempt has emitted its own event, and must not add events to the newer attempt.
     if options.exit_code not in (ExitCode.FINISHED, ExitCode.FENCED):
         event = "requeued" if decision.again else "refused"
         EventLog(options.run_dir, notify=Alerts(options.run_dir)).add(

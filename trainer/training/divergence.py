@@ -28,10 +28,10 @@ class Past:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The analysis of a run whose updates are skipped in a row."""
+    """The analysis of a run in which several updates in a row were skipped."""
 
     history: Sequence[Past]
-    """The last steps in order, which end with the skipped ones."""
+    """The last steps in order. The last of them are the steps whose updates were skipped."""
     optim: OptimConfig
     samples: Sequence[str]
     """The keys of the samples of the last step."""
@@ -52,7 +52,7 @@ class Divergence:
         return first
 
     def causes(self) -> list[str]:
-        """Return the likely causes with their remedies, the likeliest first."""
+        """Return the likely causes with their remedies, the most likely one first."""
         lr = self.optim.lr
         found = [f"optim.lr = {lr:g} is too high (try {lr / 3:.2g})"]
         if not self.optim.clip_norm:
@@ -63,7 +63,7 @@ class Divergence:
         return found
 
     def good_checkpoint(self, steps: Sequence[int]) -> int | None:
-        """Return the newest of the checkpoints `steps` from before the loss grew; None if there is none."""
+        """Return the newest step among the checkpoints `steps` before the loss began to grow; None if there is none."""
         return max((step for step in steps if step < self.onset), default=None)
 
     def shown(self) -> list[Past]:

@@ -19,7 +19,8 @@ def stops_early(config: EvalConfig, checkpoints: CheckpointManager, done: int, *
         just_evaluated: Whether an evaluation took place after the last of these steps.
 
     Raises:
-        UserError: If an evaluation has just taken place, and no evaluation so far has had `checkpoint.best_metric`.
+        UserError: If an evaluation has just taken place, and no evaluation so far has reported
+            `checkpoint.best_metric`.
     """
     if not config.stop_after:
         return False
@@ -29,7 +30,7 @@ def stops_early(config: EvalConfig, checkpoints: CheckpointManager, done: int, *
         return False
     if stale is None:
         raise UserError(
-            f"checkpoint.best_metric = {metric}: no evaluation has it; metrics.jsonl shows the names that exist"
+            f"checkpoint.best_metric = {metric}: no evaluation reports it; choose one of the names in metrics.jsonl"
         )
     if stale < config.stop_after:
         return False

@@ -160,7 +160,7 @@ class SummaryHook(Hook):
 
     In addition to everything in the summary that is passed to `on_end`, the file contains these keys:
         name, num_ranks, start_step: The fields of `RunState` with these names.
-        num_steps: The last step done.
+        num_steps: The number of steps done, including those of earlier processes.
         seconds: The time from the first step of this process to its end.
         loss_first, loss_last: The losses of the first and the last step of the whole run, including the steps before a
             resume. Steps whose update was skipped do not count.

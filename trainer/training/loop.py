@@ -49,7 +49,7 @@ class Loop:
         step: The training step, which holds the engines of the audio modules and of the LLM; a call runs one step.
         groups: This rank's process groups.
         prepared: The datasets and the tokenizer.
-        evaluator: The evaluator of the model on a split.
+        evaluator: The evaluator, which scores the model on a split.
         checkpoints: The run's checkpoints.
         run_dir: The run's folder.
         described: The description of the model that an export needs; it is stored in every checkpoint.
@@ -119,7 +119,7 @@ class Loop:
         Raises:
             EndError: If the data, the loss or an evaluation ended the run. The state of the run has been saved, unless
                 the run diverged.
-            FaultError: If something outside the program failed, such as a data worker. The state has been saved.
+            FaultError: If a rank failed for an external reason, such as a killed data worker. The state has been saved.
         """
         recipe, num_steps = self.recipe, self.recipe.train.steps
         self.hooks.extend(hooks)
@@ -264,7 +264,7 @@ class Loop:
             self.saver.save(done, state)
         return stops
 
-    # What surrounds the steps
+    # The parts of a run around its steps
 
     def _loader(self, state: State | None) -> Loader:
         return Loader(

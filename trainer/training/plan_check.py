@@ -152,7 +152,7 @@ def compare(
         side = "longer" if step_sec > forecast.high_sec else "shorter"
         text += f"which is {abs(step_sec / bound - 1):.0%} {side} than the plan's range of {planned}"
         if seconds:
-            # The part whose time differs most in the direction of the whole step.
+            # Name the part that contributes most to the difference of the whole step.
             sign = 1 if side == "longer" else -1
             name = max(seconds, key=lambda n: sign * (seconds[n] - forecast.parts_sec.get(n, 0.0)))
             other = forecast.parts_sec.get(name, 0.0)

@@ -28,7 +28,7 @@ def check_replicas(step: int, llm: LLMEngine, groups: Groups, emit: Emit) -> Non
         emit: The function that is called on all ranks for the event `corrupted`, with the node of each differing rank.
 
     Raises:
-        CorruptionError: If the weights of any replica differ, on all ranks. The state must not be saved. The last
+        CorruptionError: On all ranks, if the weights of any replica differ. The state must not be saved. The last
             checkpoint was saved after a successful check.
     """
     copies = groups.topology.without_context

@@ -26,8 +26,8 @@ def final_table(found: Evaluation, prepared: PreparedData, meteor: Meteor | None
 
     Args:
         found: The evaluation.
-        prepared: The training datasets. The baseline gives their most frequent answer to every sample. It is omitted if
-            the datasets have more than `MAX_BASELINE_SAMPLES` samples.
+        prepared: The training datasets, whose most frequent answer the baseline gives to every sample. The baseline is
+            omitted if the datasets have more than `MAX_BASELINE_SAMPLES` samples.
         meteor: The METEOR metric; None to score captions without it.
     """
     num_training = sum(sum(r.num_per_shard) for r in prepared.open_training())

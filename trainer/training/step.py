@@ -7,7 +7,7 @@
     5 adapt    features become audio embeddings on the source rank         ┘
     6 pack     tokens and embeddings are sent to the LLM, as planned       exchange
     7 llm      1F1B over the packs, with the losses of the logits          LLMEngine: Megatron-core
-    8 back     gradients of the embeddings return, and the encoders learn  exchange, AudioEngine.backward
+    8 back     gradients of the embeddings are sent back to the encoders   exchange, AudioEngine.backward
     9 update   one norm, one clip coefficient, both optimizers
 
 For every topology, the loss and the gradients equal those of `model.speech_llm.SpeechLLM` on the global batch.
@@ -106,7 +106,7 @@ class Step:
         groups: The process groups of this rank.
         num_steps: The number of steps in the run, which is the length of the learning-rate schedule.
         tokens_per_microbatch: The largest number of rows in a pack.
-        pack_multiple_tokens: The number of rows in a pack is a multiple of this; None for `Topology.row_multiple`.
+        pack_multiple_tokens: The number of which the rows in a pack are a multiple; None for `Topology.row_multiple`.
         seed: The seed of the router's noise.
         debug_plan: If true, the plans of all ranks are compared before the exchanges of each step.
         spike: The recipe's `spike` section, which determines when updates are skipped; None for the defaults.
@@ -206,7 +206,7 @@ class Step:
         return TokenLoad.of(step, num_steps, mixture.experts, mixture.layers, self.kinds, sums)
 
     def share(self, batch: Batch, notes: Sequence[float] | Floats = (), *, training: bool = True) -> Shared:
-        """Describe this rank's part of a global batch to all ranks, and return their descriptions.
+        """Exchange the descriptions of the ranks' parts of a global batch, and return that of the whole batch.
 
         Collective: every rank of the world must call it.
 
@@ -273,8 +273,9 @@ class Step:
             batch: This rank's part of the global batch.
             noise: Standard normal noise for the router; None outside training.
             shared: The result of `share` for the batch; None to call it.
-            training: If true, losses are prepared, packs have the size that training uses, and phases are timed. If
-                false, each copy of the LLM's weights gets one pack that is not divided among context-parallel ranks.
+            training: If true, the divisors and references of the losses are included, packs have the size that training
+                uses, and phases are timed. If false, each copy of the LLM's weights gets one pack that is not divided
+                among context-parallel ranks.
         """
         groups = self.groups if training else self.groups.without_context
         phase: Callable[[str], AbstractContextManager[None]] = self.timer if training else lambda name: nullcontext()
@@ -294,7 +295,7 @@ class Step:
         return Embedded(whole, packing, shared.references, audio, packs)
 
     def _packed(self, loss: TokenLoss, embedded: Embedded) -> PackedLoss:
-        """Return a loss prepared for the packs. If the loss has references, this method runs the LLM on them.
+        """Return a loss with its factor and, if it has references, the LLM's logits for them.
 
         Collective: every rank of the world must call it.
         """
